@@ -1,0 +1,28 @@
+"""The errors that diag raises at a user's mistake or at the edge of what it can measure.
+
+Each message is one sentence: what was found, what was expected, what to do.
+"""
+
+
+class DiagError(Exception):
+    """Base class: every error that diag raises on purpose."""
+
+
+class InvalidInput(DiagError, ValueError):
+    """A value that was given does not fit: wrong shape, type, range, or not finite."""
+
+
+class MissingQuantity(DiagError, LookupError):
+    """The snapshot cannot give a quantity that an instrument needs; the text says how to give it."""
+
+
+class Unsupported(DiagError):
+    """The model, loss or file has a construct for which no right number can be computed."""
+
+
+class RunError(DiagError):
+    """A run folder cannot be opened, written or resumed."""
+
+
+class CheckpointError(DiagError):
+    """A checkpoint cannot be loaded safely or does not fit the model."""

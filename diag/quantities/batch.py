@@ -1,0 +1,148 @@
+"""One batch in a single normal form, whatever form the user's data has.
+
+A batch comes as `(inputs, targets)`, as a dict (Hugging Face style: the key "labels" or "label" holds
+the targets and the rest are keyword arguments of the model), or as what the user's `unpack=` makes of it.
+Here it becomes a `Batch`: the positional and keyword arguments of the model, and the targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.errors import InvalidInput
+
+LABEL_KEYS = ("labels", "label", "targets", "target")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one model call and the targets its outputs are compared with.
+
+    `size` is the number of examples: the length of the targets' (else the inputs') first axis.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any
+    size: int
+
+    def forward(self, model: nn.Module | Callable[..., Any]) -> Any:
+        """The model's outputs on this batch."""
+        return model(*self.args, **self.kwargs)
+
+    def to(self, device: torch.device | str | None) -> Batch:
+        """The same batch on `device` (unchanged where `device` is None)."""
+        if device is None:
+            return self
+        move = lambda t: t.to(device)  # noqa: E731
+        return Batch(*(map_tensors(move, x) for x in (self.args, self.kwargs, self.targets)), self.size)
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Examples `start` to `stop` (exclusive). Tensors whose first axis is not the batch stay whole."""
+
+        def cut(t: Tensor) -> Tensor:
+            return t[start:stop] if t.ndim and t.shape[0] == self.size else t
+
+        args, kwargs, targets = (map_tensors(cut, x) for x in (self.args, self.kwargs, self.targets))
+        return Batch(args, kwargs, targets, min(stop, self.size) - start)
+
+    def split(self, size: int | None) -> Iterator[Batch]:
+        """Micro-batches of at most `size` examples, in order."""
+        step = size or self.size
+        for start in range(0, self.size, step):
+            yield self.slice(start, start + step)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply `function` to every tensor in nested tuples, lists and dicts; all else stays."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Batch:
+    """Bring one item of a data loader into the normal form.
+
+    Raises InvalidInput where `item` has none of the known forms or holds no example.
+    """
+    if isinstance(item, Batch):
+        return item
+    inputs, targets = unpack(item) if unpack else _split_item(item)
+    if isinstance(inputs, Mapping):
+        args, kwargs = (), dict(inputs)
+    else:
+        args, kwargs = (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+    size = _batch_size(targets, (args, kwargs))
+    if size == 0:
+        raise InvalidInput("The data holds a batch with no examples; give at least one example.")
+    return Batch(args, kwargs, targets, size)
+
+
+def as_batches(data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Iterator[Batch]:
+    """Iterate over `data`: one batch, or any iterable of batches (a DataLoader, a list)."""
+    if _is_one_batch(data):
+        yield as_batch(data, unpack)
+        return
+    if not isinstance(data, Iterable):
+        raise InvalidInput(
+            f"The data is a {type(data).__name__}; expected a DataLoader, a list of batches, or one batch "
+            "(inputs, targets)."
+        )
+    for item in data:
+        yield as_batch(item, unpack)
+
+
+def _is_one_batch(data: Any) -> bool:
+    if isinstance(data, (Batch, Mapping)):
+        return True
+    return isinstance(data, (tuple, list)) and len(data) == 2 and _holds_tensor(data[0]) and not (
+        # A list of two batches looks like a pair at first sight; its second half is a batch itself.
+        isinstance(data[1], (tuple, list, Mapping)) and isinstance(data, list)
+    )
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensor(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(item, Tensor) for item in value)
+    return isinstance(value, Tensor)
+
+
+def _split_item(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        rest = dict(item)
+        for key in LABEL_KEYS:
+            if key in rest:
+                return rest, rest.pop(key)
+        raise InvalidInput(
+            f"A batch is a dict with the keys {sorted(map(str, item))} and none of {list(LABEL_KEYS)}; "
+            "name the targets so, or give unpack= to say how to split a batch into inputs and targets."
+        )
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    found = f"{type(item).__name__} of length {len(item)}" if hasattr(item, "__len__") else type(item).__name__
+    raise InvalidInput(
+        f"A batch is a {found}; expected (inputs, targets) or a dict with labels: give unpack= to say how to "
+        "split it."
+    )
+
+
+def _batch_size(targets: Any, inputs: Any) -> int:
+    for value in (targets, inputs):
+        sizes: list[int] = []
+        map_tensors(lambda t: sizes.append(t.shape[0]) or t if t.ndim else t, value)  # noqa: B023
+        if sizes:
+            return sizes[0]
+    raise InvalidInput("A batch holds no tensor; expected tensors for the inputs and the targets.")

@@ -1,0 +1,262 @@
+"""Symmetric linear operators: matrices known only by their products with a vector.
+
+Hessians of networks are never formed; everything in `diag.linalg` needs products `A v` alone. A subclass
+gives `_matvec`; the public `matvec` checks what goes in and comes out and counts the products, which are
+what an algorithm costs. Vectors are flat, of shape (size,); several at once are rows of (count, size).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+
+Index = slice | Tensor
+
+
+class LinearOperator(ABC):
+    """A real symmetric operator on flat vectors.
+
+    Attributes: `size` (length of the vectors), `dtype` and `device` (of the vectors that go in and come
+    out), `num_products` (single products done so far; `matvecs` of k rows counts k).
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str):
+        if size < 1:
+            raise InvalidInput(f"an operator of size {size} was asked for; give a size of at least 1.")
+        self.size = size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.num_products = 0
+
+    @abstractmethod
+    def _matvec(self, v: Tensor) -> Tensor:
+        """A v for one flat vector; must not change `v` and must not return it."""
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        """A applied to each row; a subclass overrides this where a batch is cheaper than a loop."""
+        return torch.stack([self._matvec(v) for v in vectors])
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """A v.
+
+        Args: v, shape (size,), of this operator's dtype and device. Returns: the same shape and dtype.
+        Raises InvalidInput when the shape, dtype or device differ.
+        """
+        self._check(v, (self.size,))
+        self.num_products += 1
+        return self._matvec(v)
+
+    def matvecs(self, vectors: Tensor) -> Tensor:
+        """A applied to each row of `vectors`, shape (count, size); returns the same shape."""
+        self._check(vectors, (vectors.shape[0] if vectors.ndim else 0, self.size))
+        self.num_products += vectors.shape[0]
+        return self._matvecs(vectors)
+
+    def _check(self, v: Tensor, shape: tuple[int, ...]) -> None:
+        if v.shape != shape or v.dtype != self.dtype or v.device.type != self.device.type:
+            raise InvalidInput(
+                f"a vector of shape {tuple(v.shape)}, {v.dtype}, on {v.device} was given to an operator that "
+                f"takes shape {shape}, {self.dtype}, on {self.device}; convert the vector first."
+            )
+
+    # -- new operators from old ones -------------------------------------------------------------
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.matvec(v)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return SumOperator(self, other)
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return SumOperator(self, ScaledOperator(other, -1.0))
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        return ScaledOperator(self, factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearOperator:
+        return ScaledOperator(self, -1.0)
+
+    def shifted(self, shift: float) -> LinearOperator:
+        """A + shift I; what a weight decay of `shift` adds to a Hessian."""
+        return ShiftedOperator(self, shift)
+
+    def diagonally_scaled(self, scale: Tensor) -> LinearOperator:
+        """diag(scale) A diag(scale), with `scale` of shape (size,)."""
+        return DiagonallyScaledOperator(self, scale)
+
+    def block(self, index: Index) -> LinearOperator:
+        """A[index, index]: `index` is a slice, an integer tensor of distinct positions, or a boolean mask."""
+        return BlockOperator(self, index)
+
+    def to_dense(self) -> Tensor:
+        """The matrix, shape (size, size), by `size` products; for tests and toy sizes."""
+        return self.matvecs(torch.eye(self.size, dtype=self.dtype, device=self.device)).T.contiguous()
+
+    @staticmethod
+    def from_matrix(matrix: Tensor) -> LinearOperator:
+        """An operator from a dense symmetric matrix of shape (size, size)."""
+        return MatrixOperator(matrix)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(size={self.size}, dtype={self.dtype}, device='{self.device}')"
+
+
+class MatrixOperator(LinearOperator):
+    """A dense symmetric matrix as an operator."""
+
+    def __init__(self, matrix: Tensor):
+        _check_symmetric(matrix)
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.matrix.T
+
+
+class FunctionOperator(LinearOperator):
+    """A symmetric product given as a function; its symmetry is the caller's promise."""
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(size, dtype, device)
+        self.function = function
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        product = self.function(v)
+        self._check(product, (self.size,))
+        return product
+
+
+class SumOperator(LinearOperator):
+    """A + B."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator):
+        if (first.size, first.dtype, first.device) != (second.size, second.dtype, second.device):
+            raise InvalidInput(
+                f"{first!r} and {second!r} cannot be added; give operators of one size, dtype and device."
+            )
+        super().__init__(first.size, first.dtype, first.device)
+        self.first, self.second = first, second
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.first.matvec(v) + self.second.matvec(v)
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        return self.first.matvecs(vectors) + self.second.matvecs(vectors)
+
+
+class _Derived(LinearOperator):
+    """An operator of the same size, dtype and device as the one it is made from."""
+
+    def __init__(self, base: LinearOperator):
+        super().__init__(base.size, base.dtype, base.device)
+        self.base = base
+
+
+class ScaledOperator(_Derived):
+    """factor * A."""
+
+    def __init__(self, base: LinearOperator, factor: float):
+        super().__init__(base)
+        self.factor = float(factor)
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.base.matvec(v) * self.factor
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        return self.base.matvecs(vectors) * self.factor
+
+
+class ShiftedOperator(_Derived):
+    """A + shift I."""
+
+    def __init__(self, base: LinearOperator, shift: float):
+        super().__init__(base)
+        self.shift = float(shift)
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return torch.add(self.base.matvec(v), v, alpha=self.shift)
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        return torch.add(self.base.matvecs(vectors), vectors, alpha=self.shift)
+
+
+class DiagonallyScaledOperator(_Derived):
+    """diag(scale) A diag(scale)."""
+
+    def __init__(self, base: LinearOperator, scale: Tensor):
+        super().__init__(base)
+        self.scale = scale.detach().to(dtype=base.dtype, device=base.device)
+        self._check(self.scale, (self.size,))
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self.base.matvec(v * self.scale) * self.scale
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        return self.base.matvecs(vectors * self.scale) * self.scale
+
+
+class BlockOperator(LinearOperator):
+    """A[index, index]: zeros outside the block go in, and only the block comes out."""
+
+    def __init__(self, base: LinearOperator, index: Index):
+        self.index = _as_index(index, base)
+        size = len(range(*index.indices(base.size))) if isinstance(index, slice) else len(self.index)
+        super().__init__(size, base.dtype, base.device)
+        self.base = base
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        return self._matvecs(v[None])[0]
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        padded = vectors.new_zeros(len(vectors), self.base.size)
+        padded[:, self.index] = vectors
+        if len(vectors) == 1:  # a subclass's single product may be cheaper than its batch of one
+            return self.base.matvec(padded[0])[None, self.index]
+        return self.base.matvecs(padded)[:, self.index]
+
+
+def _check_symmetric(matrix: Tensor) -> None:
+    """Raises InvalidInput unless the matrix is square, floating point and symmetric to rounding."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+        raise InvalidInput(
+            f"a tensor of shape {tuple(matrix.shape)} and {matrix.dtype} was given; "
+            "give a square floating-point matrix."
+        )
+    asymmetry = (matrix - matrix.T).abs().max().item()
+    if not asymmetry <= 1e3 * torch.finfo(matrix.dtype).eps * matrix.abs().max().item():
+        raise InvalidInput(
+            f"the matrix is not symmetric (largest |A - A^T| is {asymmetry:.3g}); give (A + A^T) / 2 if that "
+            "is what you mean."
+        )
+
+
+def _as_index(index: Index, base: LinearOperator) -> Index:
+    if isinstance(index, slice):
+        return index
+    positions = index.to(base.device)
+    if positions.dtype == torch.bool:
+        if positions.shape != (base.size,):
+            raise InvalidInput(
+                f"a mask of shape {tuple(positions.shape)} was given for a block of an operator of size "
+                f"{base.size}; give one entry for each position."
+            )
+        positions = positions.nonzero().flatten()
+    if positions.unique().numel() != positions.numel():
+        raise InvalidInput("the positions of a block repeat; give each position once.")
+    return positions

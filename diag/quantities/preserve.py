@@ -89,5 +89,6 @@ def _model_state(model: nn.Module) -> Iterator[None]:
 def _restore(buffer: Any, saved: Any) -> None:
     # Writing raises the version counter, which can invalidate a graph that the training loop still holds;
     # so only a buffer that did change is written back.
-    if not torch.equal(buffer, saved) and not bool(((buffer != buffer) & (saved != saved)).all()):
+    same = (buffer == saved) | ((buffer != buffer) & (saved != saved))
+    if not bool(same.all()):
         buffer.copy_(saved)

@@ -1,0 +1,343 @@
+"""What an instrument returns: an immutable `Result` that can judge, draw and serialise itself.
+
+An author writes a frozen dataclass with `measured` fields and the methods `verdict()` and `plot(ax)`; where
+the time course matters also `trend(series)` and `plot_trend(ax, series)`. Everything else is derived here.
+
+    @dataclass(frozen=True, kw_only=True)
+    class SoftmaxCollapse(Result):
+        collapsed: float = measured("examples whose loss gradient is exactly zero", unit="share")
+
+        def verdict(self) -> Verdict: ...
+        def plot(self, ax) -> None: ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from diag import display
+from diag.errors import InvalidInput
+
+OUR_CHOICE = "our choice, uncalibrated"
+
+
+class Level(enum.StrEnum):
+    """How bad it is. `unknown`: the uncertainty straddles the threshold; `not_applicable`: a precondition
+    of the measurement fails, so no verdict is given."""
+
+    ALARM = "alarm"
+    WARNING = "warning"
+    UNKNOWN = "unknown"
+    OK = "ok"
+    NOT_APPLICABLE = "not_applicable"
+
+    @property
+    def severity(self) -> int:
+        """0 is the worst; sort by it to have the worst first."""
+        return list(Level).index(self)
+
+
+class Confidence(enum.StrEnum):
+    """What kind of support a verdict has."""
+
+    ARITHMETIC = "arithmetic"
+    THEOREM = "theorem"
+    STRONG_EMPIRICAL = "strong_empirical"
+    WEAK_EMPIRICAL = "weak_empirical"
+    CONTESTED = "contested"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence with its numbers, what to try, what would refute it, and where it comes from.
+
+    `value` and `threshold` are the number that decided and what it was compared with; `layers` names the
+    parts of the network that it speaks of; `threshold_source` says who chose the threshold.
+    """
+
+    level: Level
+    sentence: str
+    advice: str = ""
+    source: str = ""
+    confidence: Confidence = Confidence.WEAK_EMPIRICAL
+    refutation: str = ""
+    value: float | None = None
+    threshold: float | None = None
+    threshold_source: str = ""
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "level", Level(self.level))
+        object.__setattr__(self, "confidence", Confidence(self.confidence))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.sentence.strip():
+            raise InvalidInput("A verdict has an empty sentence; say what was found, with its numbers.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dict; `from_dict` brings the verdict back."""
+        return encode(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        return cls(**decode(data))
+
+    def _repr_html_(self) -> str:
+        return display.verdict_html(self.level, self.sentence, self.advice, self.refutation, self.source)
+
+
+@dataclass(frozen=True)
+class Precondition:
+    """Something that must hold for the verdict to mean anything, and whether it does."""
+
+    name: str
+    holds: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from: filled in by the registry, not by the instrument's author."""
+
+    instrument: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    num_examples: int | None = None
+    data_fingerprint: str = ""
+    seed: int | None = None
+    seconds: float | None = None
+
+
+def measured(
+    description: str, *, unit: str = "", shape: str = "", record: bool = True, default: Any = dataclasses.MISSING
+) -> Any:
+    """A field of a `Result`: what it is, its unit, and for arrays its shape, stated once.
+
+    `record=False` keeps a field (a state dict, say) in memory only: it is in no file and in no comparison.
+    """
+    metadata = {"description": description, "unit": unit, "shape": shape, "record": record}
+    return dataclasses.field(default=default, metadata=metadata, compare=record)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """The base of every instrument's result: frozen; fields are scalars, strings, tuples, dicts with string
+    keys, or NumPy arrays on the CPU (tensors given to the constructor are converted).
+
+    `preconditions` that fail make the verdict `not_applicable`; `notes` are caveats that the report shows.
+    """
+
+    preconditions: tuple[Precondition, ...] = dataclasses.field(default=(), metadata={"base": True})
+    notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"base": True})
+    provenance: Provenance = dataclasses.field(
+        default_factory=Provenance, compare=False, metadata={"base": True}
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.metadata.get("record", True) and not field.metadata.get("base"):
+                object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+
+    # What an author writes.
+
+    def verdict(self) -> Verdict:
+        """The judgement of this one measurement."""
+        raise NotImplementedError(f"{type(self).__name__} must define verdict().")
+
+    def plot(self, ax: Any) -> None:
+        """Draw this measurement on a matplotlib Axes, with both axes labelled."""
+        raise NotImplementedError(f"{type(self).__name__} must define plot(ax).")
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """The judgement of a course over training: `series` is (step, result), by step, at least one."""
+        return series[-1][1].verdict()
+
+    @classmethod
+    def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
+        """Draw the course of the first scalar over the training steps."""
+        name = next(iter(series[-1][1].scalars()), None)
+        if name is None:
+            series[-1][1].plot(ax)
+            return
+        steps, values = [s for s, _ in series], [r.scalars().get(name, math.nan) for _, r in series]
+        ax.plot(steps, values, marker="o", markersize=3)
+        ax.set(xlabel="step", ylabel=name.replace("_", " "))
+
+    # What is derived.
+
+    def unmet(self) -> Precondition | None:
+        """The first precondition that fails, if any."""
+        return next((p for p in self.preconditions if not p.holds), None)
+
+    @classmethod
+    def measured_fields(cls) -> tuple[dataclasses.Field[Any], ...]:
+        """The fields that hold measurements, in the order in which they are declared."""
+        return tuple(f for f in dataclasses.fields(cls) if "description" in f.metadata)
+
+    def scalars(self) -> dict[str, float]:
+        """Every number in the result by name; a dict of numbers gives `field/key`."""
+        return dict(self._numbers())
+
+    def _numbers(self) -> Iterator[tuple[str, float]]:
+        for field in self.measured_fields():
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)):
+                yield field.name, value
+            elif isinstance(value, Mapping):
+                yield from ((f"{field.name}/{k}", v) for k, v in value.items() if isinstance(v, (int, float)))
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with one row a number: value, unit, description."""
+        import pandas
+
+        about = {f.name: f.metadata for f in self.measured_fields()}
+        rows = [
+            (name, value, about[name.split("/")[0]]["unit"], about[name.split("/")[0]]["description"])
+            for name, value in self._numbers()
+        ]
+        return pandas.DataFrame(rows, columns=["name", "value", "unit", "description"]).set_index("name")
+
+    def to_dict(self, save_array: Callable[[Any], str] | None = None) -> dict[str, Any]:
+        """A JSON-safe dict. `save_array(array) -> name` may store large arrays elsewhere."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("record", True)}
+        data["preconditions"] = [dataclasses.asdict(p) for p in self.preconditions]
+        data["provenance"] = dataclasses.asdict(self.provenance)
+        return encode(data, save_array)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], load_array: Callable[[str], Any] | None = None) -> Self:
+        """The result that `to_dict` wrote. Fields that this version does not know are left out."""
+        values = decode(data, load_array)
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}
+        values["preconditions"] = tuple(Precondition(**p) for p in values.get("preconditions", ()))
+        values["provenance"] = Provenance(**values.get("provenance", {}))
+        missing = [f for f in dataclasses.fields(cls) if not f.metadata.get("record", True)]
+        return cls(**values, **{f.name: None for f in missing if f.default is dataclasses.MISSING})
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            equal(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self) if f.compare
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _repr_html_(self) -> str:
+        about = {f.name: f.metadata for f in self.measured_fields()}
+        rows = {
+            name: (
+                f"{display.format_number(value)} {about[name.split('/')[0]]['unit']}".strip(),
+                about[name.split("/")[0]]["description"],
+            )
+            for name, value in self._numbers()
+        }
+        svg = display.figure_svg(self.plot, salt=type(self).__name__)
+        return f"{self.verdict()._repr_html_()}{svg}{display.table_html(rows, type(self).__name__)}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An instrument that did not run, and in one sentence why and how to make it run."""
+
+    instrument: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An instrument that raised an error nobody foresaw; the traceback is kept."""
+
+    instrument: str
+    reason: str
+    traceback: str = ""
+
+
+Outcome = Result | Skipped | Failed
+
+
+def plain(value: Any) -> Any:
+    """`value` as immutable plain data: tensors and lists of numbers as NumPy arrays or tuples."""
+    import numpy
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype is torch.bfloat16 else value.numpy()
+    if isinstance(value, numpy.ndarray):
+        if value.ndim == 0:
+            return value.item()
+        value = value.copy()
+        value.setflags(write=False)
+        return value
+    if isinstance(value, numpy.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(plain(v) for v in value)
+    return value
+
+
+def encode(value: Any, save_array: Callable[[Any], str] | None = None) -> Any:
+    """Plain data as strict JSON: arrays carry dtype and shape, and non-finite numbers are named."""
+    import numpy
+
+    if isinstance(value, numpy.ndarray):
+        if save_array is not None and value.size > 64:
+            return {"__array__": save_array(value)}
+        data = [encode(x) for x in value.ravel().tolist()]
+        return {"__array__": data, "dtype": str(value.dtype), "shape": list(value.shape)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": repr(value)}
+    if isinstance(value, Mapping):
+        return {k: encode(v, save_array) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [encode(v, save_array) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value.value if isinstance(value, enum.Enum) else value
+    raise InvalidInput(
+        f"A result holds a {type(value).__name__}; expected numbers, strings, tuples, dicts or arrays: mark the "
+        "field measured(..., record=False) if it must not be recorded."
+    )
+
+
+def decode(value: Any, load_array: Callable[[str], Any] | None = None) -> Any:
+    """The inverse of `encode`; lists come back as tuples."""
+    import numpy
+
+    if isinstance(value, Mapping):
+        if "__float__" in value:
+            return float(value["__float__"])
+        if "__array__" in value:
+            if isinstance(value["__array__"], str):
+                if load_array is None:
+                    raise InvalidInput("The data refers to an array in another file; load it through its run.")
+                return load_array(value["__array__"])
+            flat = [decode(x) for x in value["__array__"]]
+            return plain(numpy.array(flat, dtype=value["dtype"]).reshape(value["shape"]))
+        return {k: decode(v, load_array) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(decode(v, load_array) for v in value)
+    return value
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Equality of plain data in which NaN equals NaN and arrays compare by dtype, shape and content."""
+    import numpy
+
+    if isinstance(a, numpy.ndarray) or isinstance(b, numpy.ndarray):
+        same_kind = isinstance(a, numpy.ndarray) and isinstance(b, numpy.ndarray) and a.dtype == b.dtype
+        return same_kind and numpy.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
+        return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b

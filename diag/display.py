@@ -60,7 +60,7 @@ def figure_svg(draw: Callable[[Any], None], *, size: tuple[float, float] = (5.2,
     return _embeddable(buffer.getvalue(), salt)
 
 
-DRAWING_STYLE = {
+DRAWING_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": ["DejaVu Sans"],
     "axes.spines.top": False,

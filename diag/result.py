@@ -112,7 +112,12 @@ class Provenance:
 
 
 def measured(
-    description: str, *, unit: str = "", shape: str = "", record: bool = True, default: Any = dataclasses.MISSING
+    description: str,
+    *,
+    unit: str = "",
+    shape: str = "",
+    record: bool = True,
+    default: Any = dataclasses.MISSING,
 ) -> Any:
     """A field of a `Result`: what it is, its unit, and for arrays its shape, stated once.
 
@@ -132,9 +137,12 @@ class Result:
 
     preconditions: tuple[Precondition, ...] = dataclasses.field(default=(), metadata={"base": True})
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"base": True})
-    provenance: Provenance = dataclasses.field(
-        default_factory=Provenance, compare=False, metadata={"base": True}
-    )
+    provenance: Provenance = dataclasses.field(default_factory=Provenance, compare=False, metadata={"base": True})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # The dataclass decorator would write an __eq__ that compares arrays with == and so raises.
+        cls.__eq__ = Result.__eq__  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -216,8 +224,10 @@ class Result:
         values = {name: value for name, value in values.items() if name in known}
         values["preconditions"] = tuple(Precondition(**p) for p in values.get("preconditions", ()))
         values["provenance"] = Provenance(**values.get("provenance", {}))
-        missing = [f for f in dataclasses.fields(cls) if not f.metadata.get("record", True)]
-        return cls(**values, **{f.name: None for f in missing if f.default is dataclasses.MISSING})
+        for field in dataclasses.fields(cls):
+            if not field.metadata.get("record", True) and field.default is dataclasses.MISSING:
+                values[field.name] = None
+        return cls(**values)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -291,7 +301,8 @@ def encode(value: Any, save_array: Callable[[Any], str] | None = None) -> Any:
     if isinstance(value, numpy.ndarray):
         if save_array is not None and value.size > 64:
             return {"__array__": save_array(value)}
-        data = [encode(x) for x in value.ravel().tolist()]
+        flat = value.ravel().tolist()
+        data = flat if value.dtype.kind != "f" or numpy.isfinite(value).all() else [encode(x) for x in flat]
         return {"__array__": data, "dtype": str(value.dtype), "shape": list(value.shape)}
     if isinstance(value, float) and not math.isfinite(value):
         return {"__float__": repr(value)}
@@ -302,8 +313,8 @@ def encode(value: Any, save_array: Callable[[Any], str] | None = None) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value.value if isinstance(value, enum.Enum) else value
     raise InvalidInput(
-        f"A result holds a {type(value).__name__}; expected numbers, strings, tuples, dicts or arrays: mark the "
-        "field measured(..., record=False) if it must not be recorded."
+        f"A result holds a {type(value).__name__}; expected numbers, strings, tuples, dicts or arrays: mark "
+        "the field measured(..., record=False) if it must not be recorded."
     )
 
 
@@ -317,7 +328,7 @@ def decode(value: Any, load_array: Callable[[str], Any] | None = None) -> Any:
         if "__array__" in value:
             if isinstance(value["__array__"], str):
                 if load_array is None:
-                    raise InvalidInput("The data refers to an array in another file; load it through its run.")
+                    raise InvalidInput("The data names an array in another file; load it through its run.")
                 return load_array(value["__array__"])
             flat = [decode(x) for x in value["__array__"]]
             return plain(numpy.array(flat, dtype=value["dtype"]).reshape(value["shape"]))

@@ -40,7 +40,8 @@ class Batch:
         if device is None:
             return self
         move = lambda t: t.to(device)  # noqa: E731
-        return Batch(*(map_tensors(move, x) for x in (self.args, self.kwargs, self.targets)), self.size)
+        args, kwargs, targets = (map_tensors(move, x) for x in (self.args, self.kwargs, self.targets))
+        return Batch(args, kwargs, targets, self.size)
 
     def slice(self, start: int, stop: int) -> Batch:
         """Examples `start` to `stop` (exclusive). Tensors whose first axis is not the batch stay whole."""
@@ -69,6 +70,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(function, item) for item in value)
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(note, value)
+    return found
 
 
 def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Batch:
@@ -106,9 +119,14 @@ def as_batches(data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None
 def _is_one_batch(data: Any) -> bool:
     if isinstance(data, (Batch, Mapping)):
         return True
-    return isinstance(data, (tuple, list)) and len(data) == 2 and _holds_tensor(data[0]) and not (
-        # A list of two batches looks like a pair at first sight; its second half is a batch itself.
-        isinstance(data[1], (tuple, list, Mapping)) and isinstance(data, list)
+    return (
+        isinstance(data, (tuple, list))
+        and len(data) == 2
+        and _holds_tensor(data[0])
+        and not (
+            # A list of two batches looks like a pair at first sight; its second half is a batch itself.
+            isinstance(data[1], (tuple, list, Mapping)) and isinstance(data, list)
+        )
     )
 
 
@@ -141,8 +159,7 @@ def _split_item(item: Any) -> tuple[Any, Any]:
 
 def _batch_size(targets: Any, inputs: Any) -> int:
     for value in (targets, inputs):
-        sizes: list[int] = []
-        map_tensors(lambda t: sizes.append(t.shape[0]) or t if t.ndim else t, value)  # noqa: B023
+        sizes = [t.shape[0] for t in tensors_in(value) if t.ndim]
         if sizes:
             return sizes[0]
     raise InvalidInput("A batch holds no tensor; expected tensors for the inputs and the targets.")

@@ -92,3 +92,20 @@ def _restore(buffer: Any, saved: Any) -> None:
     same = (buffer == saved) | ((buffer != buffer) & (saved != saved))
     if not bool(same.all()):
         buffer.copy_(saved)
+
+
+@contextmanager
+def generator_states(data: Any) -> Iterator[None]:
+    """Restore the generators that a DataLoader and its samplers hold, as iterating advances them."""
+    samplers = (
+        data,
+        getattr(data, "sampler", None),
+        getattr(getattr(data, "batch_sampler", None), "sampler", None),
+    )
+    found = {id(g): g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)}
+    states = [(g, g.get_state()) for g in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,251 @@
+"""`@instrument` turns a pure function into an instrument, and this is where all of them are found.
+
+The positional parameters of the function name quantities of the glossary (with the default None: optional);
+its keyword-only parameters are settings. From these, the annotations and the docstring everything else is
+derived: the call on a snapshot, the command-line flags, the rows of the report, the contract tests.
+
+An instrument is discovered when its file lies in `diag/instruments/`, or when another package names it under
+the entry point group `diag.instruments`. No line of the core names one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import time
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported
+from diag.quantities.check import checked
+from diag.quantities.glossary import Quantity, lookup
+from diag.result import Failed, Outcome, Provenance, Result, Skipped
+
+ENTRY_POINTS = "diag.instruments"
+
+
+@runtime_checkable
+class Measurable(Protocol):
+    """What an instrument can be called on: a `Snapshot`, or anything that gives quantities by name."""
+
+    def quantity(self, name: str) -> Any:
+        """The value of a glossary quantity; raises MissingQuantity where it cannot be given."""
+
+    def provenance(self) -> dict[str, Any]:
+        """num_examples, data_fingerprint and seed, as far as they are known."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """One positional parameter: a quantity, and whether the instrument can do without it."""
+
+    quantity: Quantity
+    name: str
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One keyword-only parameter: a setting with its default and its type."""
+
+    name: str
+    default: Any
+    type: Any
+
+
+@dataclass(eq=False)
+class Instrument:
+    """A named measurement; call it on a snapshot, or on the quantities by name."""
+
+    function: Callable[..., Result]
+    source: str
+    title: str
+    needs: tuple[Need, ...]
+    settings: tuple[Setting, ...]
+    result: type[Result]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def cost(self) -> str:
+        """What measuring takes: the dearest costs among the quantities that must be there."""
+        return ", ".join(dict.fromkeys(n.quantity.cost for n in self.needs if not n.optional)) or "none"
+
+    @property
+    def from_history(self) -> bool:
+        """True where the records of a watched run are enough, so that no extra pass is ever needed."""
+        return {n.quantity.name for n in self.needs if not n.optional} == {"history"}
+
+    def __call__(self, snapshot: Measurable | None = None, /, **given: Any) -> Result:
+        """Measure.
+
+        Raises InvalidInput for values that do not fit, MissingQuantity for a quantity that is neither given
+        nor to be had from the snapshot.
+        """
+        if snapshot is not None and not isinstance(snapshot, Measurable):
+            raise InvalidInput(
+                f"{self.name} was called on a {type(snapshot).__name__}; expected a diag.Snapshot, or the "
+                f"quantities by name: {self.name}({', '.join(n.name + '=...' for n in self.needs)})."
+            )
+        settings = {s.name: given.pop(s.name, s.default) for s in self.settings}
+        self._refuse_unknown(given)
+        began = time.perf_counter()
+        quantities = checked({n.name: self._value(n, snapshot, given) for n in self.needs})
+        result = self.function(**quantities, **settings)
+        about = snapshot.provenance() if snapshot is not None else {}
+        provenance = Provenance(self.name, settings, seconds=time.perf_counter() - began, **about)
+        return dataclasses.replace(result, provenance=provenance)
+
+    def _value(self, need: Need, snapshot: Measurable | None, given: Mapping[str, Any]) -> Any:
+        if given.get(need.name) is not None:
+            return given[need.name]
+        try:
+            if snapshot is None:
+                raise MissingQuantity(f"{self.name} needs {need.name}; pass {need.name}=..., or a snapshot.")
+            return snapshot.quantity(need.name)
+        except MissingQuantity:
+            if need.optional:
+                return None
+            raise
+
+    def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
+        known = [n.name for n in self.needs]
+        for name in given:
+            if name not in known:
+                raise InvalidInput(
+                    f"{self.name} has no setting or quantity {name!r}; its quantities are {', '.join(known)} and "
+                    f"its settings {', '.join(s.name for s in self.settings) or 'none'}."
+                )
+
+    def __repr__(self) -> str:
+        return f"<instrument {self.name}({', '.join(n.name for n in self.needs)})>"
+
+
+def instrument(*, source: str, title: str = "") -> Callable[[Callable[..., Result]], Instrument]:
+    """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read.
+
+    Raises InvalidInput where a positional parameter is not in the glossary, a keyword-only one has no
+    default, the docstring is missing, or the return annotation is no Result.
+    """
+
+    def declare(function: Callable[..., Result]) -> Instrument:
+        hints = typing.get_type_hints(function)
+        result = hints.get("return")
+        if not (isinstance(result, type) and issubclass(result, Result)):
+            raise InvalidInput(f"{function.__name__} returns {result}; annotate it with a subclass of Result.")
+        if not inspect.getdoc(function):
+            raise InvalidInput(f"{function.__name__} has no docstring; it becomes the help text and the report's.")
+        needs, settings = _signature(function, hints)
+        made = Instrument(function, source, title or _title(function.__name__), needs, settings, result)
+        functools.update_wrapper(typing.cast(Any, made), function)  # name, docstring, module
+        return made
+
+    return declare
+
+
+def _signature(
+    function: Callable[..., Any], hints: Mapping[str, Any]
+) -> tuple[tuple[Need, ...], tuple[Setting, ...]]:
+    needs, settings = [], []
+    for parameter in inspect.signature(function).parameters.values():
+        optional = parameter.default is not parameter.empty
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            if not optional:
+                raise InvalidInput(f"The setting {parameter.name} of {function.__name__} has no default; give one.")
+            settings.append(Setting(parameter.name, parameter.default, hints.get(parameter.name, Any)))
+        else:
+            needs.append(Need(lookup(parameter.name), parameter.name, optional))
+    return tuple(needs), tuple(settings)
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+@functools.cache
+def instruments() -> Mapping[str, Instrument]:
+    """All instruments by name: diag's own, then those that other packages offer through entry points.
+
+    An entry point that cannot be imported is left out with a warning.
+    """
+    package = importlib.import_module("diag.instruments")
+    modules = [
+        importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)
+    ]
+    found = {i.name: i for module in modules for i in _declared(module)}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        found |= {i.name: i for i in _load(entry)}
+    return found
+
+
+def _declared(module: Any) -> Iterable[Instrument]:
+    return (
+        v for v in vars(module).values() if isinstance(v, Instrument) and v.function.__module__ == module.__name__
+    )
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> list[Instrument]:
+    import warnings
+
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        warnings.warn(f"The instrument {entry.name} ({entry.value}) cannot be imported ({error}); it is left out.")
+        return []
+    return [loaded] if isinstance(loaded, Instrument) else list(_declared(loaded))
+
+
+def find(name: str) -> Instrument:
+    """The instrument called `name`; raises InvalidInput with the nearest names where there is none."""
+    import difflib
+
+    known = instruments()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
+    raise InvalidInput(f"There is no instrument {name!r}; {hint}")
+
+
+def measure(snapshot: Measurable, name: str, **settings: Any) -> Result:
+    """Measure with the instrument called `name`: the same as calling it on the snapshot."""
+    return find(name)(snapshot, **settings)
+
+
+def attempt(snapshot: Measurable, which: Instrument, **settings: Any) -> Outcome:
+    """Measure without ever raising.
+
+    What is missing, or for which no right number can be had, becomes Skipped; what breaks becomes Failed.
+    """
+    try:
+        return which(snapshot, **settings)
+    except (MissingQuantity, Unsupported) as error:
+        return Skipped(which.name, str(error))
+    except DiagError as error:
+        return Failed(which.name, str(error))
+    except Exception as error:
+        return Failed(which.name, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def measure_all(
+    snapshot: Measurable,
+    names: Iterable[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Outcome]:
+    """Measure with every instrument (or those named); the outcomes by name, none of them an exception."""
+    chosen = instruments().values() if names is None else [find(name) for name in names]
+    return {i.name: attempt(snapshot, i, **(settings or {}).get(i.name, {})) for i in chosen}

@@ -35,7 +35,7 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def _matvec(self, v: Tensor) -> Tensor:
-        """A v for one flat vector; must not change `v` and must not return it."""
+        """A v for one flat vector; must not change `v`, and what it returns is the caller's to change."""
 
     def _matvecs(self, vectors: Tensor) -> Tensor:
         """A applied to each row; a subclass overrides this where a batch is cheaper than a loop."""
@@ -216,8 +216,7 @@ class BlockOperator(LinearOperator):
 
     def __init__(self, base: LinearOperator, index: Index):
         self.index = _as_index(index, base)
-        size = len(range(*index.indices(base.size))) if isinstance(index, slice) else len(self.index)
-        super().__init__(size, base.dtype, base.device)
+        super().__init__(len(torch.empty(base.size, device="meta")[self.index]), base.dtype, base.device)
         self.base = base
 
     def _matvec(self, v: Tensor) -> Tensor:

@@ -1,0 +1,266 @@
+"""Lanczos runs: extreme eigenpairs of a symmetric operator, with bounds, from as few products as possible.
+
+    pairs = eigenpairs(operator, largest=10, tolerance=1e-3, seed=0)
+    pairs.values, pairs.bounds
+
+`run_lanczos` is the loop that everything shares: extend the space, look whether what is wanted has
+converged, restart thick when the memory is full, write a checkpoint now and then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.linalg.krylov import KrylovSpace
+from diag.linalg.operator import LinearOperator
+from diag.linalg.reductions import combine, norm
+from diag.linalg.resume import load_run, save_run
+from diag.linalg.ritz import Patience, Ritz, Wanted, ritz
+
+DEFAULT_BASIS = 100  # vectors kept before a thick restart, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with how far they can be trusted.
+
+    `values` (k,) float64, descending (by magnitude where that was asked for); `vectors` (k, size), one unit
+    eigenvector in each row, on the operator's device, or None when not asked for; `residuals` (k,), the norms
+    |A v - value v|: each interval value +- residual holds an eigenvalue; `bounds` (k,), min(residual,
+    residual^2 / gap) plus the rounding of the products; `converged` (k,) bool; `num_products`; `rounding`,
+    the error of the products as seen by the run; `seed` of the start vector.
+    """
+
+    values: Tensor
+    vectors: Tensor | None
+    residuals: Tensor
+    bounds: Tensor
+    converged: Tensor
+    num_products: int
+    rounding: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class LanczosRun:
+    """A finished run: its Ritz pairs, the space they live in, and the tridiagonal T of its first cycle
+    (before any restart; bordered), which is the quadrature rule of the start vector."""
+
+    space: KrylovSpace
+    ritz: Ritz
+    first_cycle: Tensor
+    satisfied: bool
+    num_products: int
+    rounding: float
+
+
+def eigenpairs(
+    operator: LinearOperator,
+    *,
+    largest: int = 0,
+    smallest: int = 0,
+    magnitude: int = 0,
+    tolerance: float = 1e-3,
+    max_products: int = 1000,
+    seed: int = 0,
+    start: Tensor | None = None,
+    vectors: bool = True,
+    storage: torch.dtype | None = None,
+    memory: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> Eigenpairs:
+    """The wanted extreme eigenpairs, by Lanczos with full reorthogonalisation, stopped when they converged.
+
+    Args: how many `largest`, `smallest` (by value) or by `magnitude`; `tolerance`, relative, for the bounds
+    (see `Wanted`); `start` (size,) or (p, size), earlier vectors to warm-start from; `storage`, the dtype of
+    the basis (torch.bfloat16 halves it; arithmetic stays in the operator's dtype); `memory`, a cap in bytes
+    on the basis and the work vectors; `checkpoint`, a file from which a killed run resumes.
+    Raises InvalidInput when a product is not finite or the memory is too small.
+    """
+    wanted = Wanted(largest, smallest, magnitude, tolerance)
+    run = run_lanczos(
+        operator,
+        wanted,
+        max_products=max_products,
+        seed=seed,
+        start=start,
+        storage=storage,
+        memory=memory,
+        checkpoint=checkpoint,
+    )
+    return extract(run, wanted, seed, vectors)
+
+
+def extract(run: LanczosRun, wanted: Wanted, seed: int, vectors: bool = True) -> Eigenpairs:
+    """The wanted pairs of a run."""
+    chosen = wanted.select(run.ritz.values)
+    values, bounds = run.ritz.values[chosen], run.ritz.bounds[chosen]
+    used = run.space.basis[: run.space.steps]
+    return Eigenpairs(
+        values=values,
+        vectors=combine(run.ritz.weights[chosen], used, run.space.operator.dtype) if vectors else None,
+        residuals=run.ritz.residuals[chosen],
+        bounds=bounds,
+        converged=wanted.converged(values, run.ritz.residuals[chosen] + run.rounding),
+        num_products=run.num_products,
+        rounding=run.rounding,
+        seed=seed,
+    )
+
+
+def run_lanczos(
+    operator: LinearOperator,
+    wanted: Wanted | None,
+    *,
+    max_products: int,
+    min_products: int = 0,
+    seed: int = 0,
+    start: Tensor | None = None,
+    storage: torch.dtype | None = None,
+    memory: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+) -> LanczosRun:
+    """Extends a Krylov space until the wanted pairs have converged (after `min_products` at the earliest), or
+    until `max_products` are spent or the space is exhausted."""
+    capacity = basis_capacity(operator, wanted, max_products, storage, memory)
+    space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed), storage)
+    progress = Progress(wanted, max_products, min_products)
+    if checkpoint is None or not load_run(Path(checkpoint), space, progress, seed):
+        space.start(None if start is None else warm_start(start, space.generator))
+    while not progress.finished(space):
+        space.extend()
+        progress.advance(space)
+        if checkpoint is not None and progress.products % checkpoint_every == 0:
+            save_run(Path(checkpoint), space, progress, seed)
+    return progress.result(space)
+
+
+class Progress:
+    """Where a run stands: products done, when to look next, and what was seen when it last looked."""
+
+    def __init__(self, wanted: Wanted | None, max_products: int, min_products: int):
+        self.wanted = wanted
+        self.max_products = max_products
+        self.min_products = min_products
+        self.patience = Patience(wanted) if wanted else None
+        self.products = 0
+        self.next_look = 1 + max(min_products, wanted.count) if wanted else 0
+        self.satisfied = False
+        self.first_cycle: Tensor | None = None
+
+    def finished(self, space: KrylovSpace) -> bool:
+        return self.satisfied or space.exhausted or self.products >= self.max_products
+
+    def advance(self, space: KrylovSpace) -> None:
+        """After each product: repairs a breakdown, looks when it is time to, restarts when memory is full."""
+        self.products += 1
+        full = space.steps == space.capacity and not self.finished(space)
+        on_host = space.basis.device.type == "cpu"
+        if not (on_host or full or self.products >= self.next_look):
+            return
+        bordered = space.settle()
+        if self.patience and self.products >= self.next_look:
+            self.next_look = self.products + max(1, self.products // 16) * (1 if on_host else 4)
+            pairs = ritz(bordered, rounding_of(space, bordered))
+            self.satisfied = self.patience.satisfied(pairs, bordered, space.blocks, space.exhausted)
+        if space.steps == space.capacity and not self.finished(space):
+            self._restart(space, bordered)
+
+    def _restart(self, space: KrylovSpace, bordered: Tensor) -> None:
+        if self.first_cycle is None:
+            self.first_cycle = bordered
+        pairs = ritz(bordered)
+        space.compress(pairs.weights[restart_set(pairs.values, self.wanted, space.capacity)])
+
+    def state_dict(self) -> dict[str, Any]:
+        patience = self.patience and (self.patience.values, self.patience.since)
+        return {
+            "products": self.products,
+            "next_look": self.next_look,
+            "satisfied": self.satisfied,
+            "first_cycle": self.first_cycle,
+            "patience": patience,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.products, self.next_look = state["products"], state["next_look"]
+        self.satisfied = state["satisfied"]
+        self.first_cycle = _on_host(state["first_cycle"])
+        if self.patience:
+            self.patience.values, self.patience.since = _on_host(state["patience"][0]), state["patience"][1]
+
+    def result(self, space: KrylovSpace) -> LanczosRun:
+        bordered = space.settle()
+        rounding = rounding_of(space, bordered)
+        return LanczosRun(
+            space=space,
+            ritz=ritz(bordered, rounding),
+            first_cycle=bordered if self.first_cycle is None else self.first_cycle,
+            satisfied=self.satisfied or space.exhausted,
+            num_products=self.products,
+            rounding=rounding,
+        )
+
+
+def _on_host(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def rounding_of(space: KrylovSpace, bordered: Tensor) -> float:
+    """How far rounding and asymmetry of the products can have moved a Ritz value: what the basis saw of
+    them, and one unit of rounding of the largest entry."""
+    unit = torch.finfo(space.operator.dtype).eps
+    return space.drift.item() + unit * bordered.abs().max().item()
+
+
+def restart_set(values: Tensor, wanted: Wanted | None, capacity: int) -> Tensor:
+    """The Ritz pairs that a thick restart keeps: the wanted, and half of the room that is left."""
+    wanted = wanted or Wanted(magnitude=1)
+    extra = (capacity - wanted.count) // 2
+    ends = [wanted.largest > 0, wanted.smallest > 0, wanted.magnitude > 0]
+    share = extra // sum(ends)
+    counts = [
+        n + share * end for n, end in zip((wanted.largest, wanted.smallest, wanted.magnitude), ends, strict=True)
+    ]
+    return Wanted(*counts).select(values)
+
+
+def basis_capacity(
+    operator: LinearOperator,
+    wanted: Wanted | None,
+    max_products: int,
+    storage: torch.dtype | None,
+    memory: int | None,
+) -> int:
+    """How many basis vectors to hold: all that a run of fixed length needs, otherwise DEFAULT_BASIS or four
+    times the wanted; fewer where `memory` (bytes) is given, of which four vectors go to the work space."""
+    count = wanted.count if wanted else 1
+    capacity = min(max_products, max(DEFAULT_BASIS, 4 * count)) if wanted else max_products
+    if memory is not None:
+        work = 4 * operator.size * operator.dtype.itemsize
+        vector = operator.size * (storage or operator.dtype).itemsize
+        fits = (memory - work) // vector - 1
+        if fits < min(count + 3, operator.size):
+            raise InvalidInput(
+                f"{memory} bytes hold {max(fits, 0)} basis vectors of size {operator.size}, and {count} "
+                f"eigenpairs need {count + 3}; give at least {work + (count + 4) * vector} bytes or ask for fewer."
+            )
+        capacity = min(capacity, fits)
+    return max(1, capacity)
+
+
+def warm_start(start: Tensor, generator: torch.Generator) -> Tensor:
+    """One start vector from earlier eigenvectors, (size,) or (p, size): their sum, with a little of
+    everything else so that a direction that has arisen since can be found."""
+    rows = torch.atleast_2d(start)
+    total = sum(row * (1 / norm(row)) for row in rows)
+    assert isinstance(total, Tensor)
+    noise = torch.randn(total.numel(), dtype=torch.float32, generator=generator).to(total)
+    return total * (1 / norm(total)) + 0.1 * noise * (1 / norm(noise))

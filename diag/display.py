@@ -9,24 +9,60 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# Mark, colour and word: no level is ever told by its colour alone. The colours keep a contrast of at least
+# 4.5 on white and 3.5 on near-black, because a fragment in a notebook does not know which it stands on.
 LEVEL_MARKS = {
-    "alarm": ("✖", "#b3261e", "alarm"),
-    "warning": ("▲", "#9a5b00", "warning"),
-    "unknown": ("?", "#5f5f8f", "unknown"),
-    "ok": ("✔", "#1b6e3c", "ok"),
-    "not_applicable": ("–", "#666666", "not applicable"),
+    "alarm": ("✖", "#d13b31", "alarm"),
+    "warning": ("▲", "#a86200", "warning"),
+    "unknown": ("?", "#6a6ab5", "unknown"),
+    "ok": ("✔", "#1b8049", "ok"),
+    "not_applicable": ("–", "#757575", "not applicable"),
 }
 
+# The series of every chart. A page may give each a tone of its own for light and for dark.
+SERIES_COLOURS = ("#2f6db5", "#c65f12", "#2b8a57", "#7b56c2", "#b83b74", "#1f8a98")
 
-def format_number(value: float, digits: int = 3) -> str:
+DRAWING_STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.7,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9.5,
+    "axes.unicode_minus": True,
+    "figure.dpi": 72,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "path.simplify": True,
+    "path.simplify_threshold": 0.5,
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+    "xtick.labelsize": 8.5,
+    "xtick.major.width": 0.7,
+    "ytick.labelsize": 8.5,
+    "ytick.major.width": 0.7,
+}
+
+LARGE_SVG = 120_000
+
+
+def format_number(value: float | None, digits: int = 3) -> str:
     """`value` with `digits` significant digits, as people write it: 1,797; 0.0312; 1.2e-07."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value != value:
         return "undefined"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if float(value).is_integer() and abs(value) < 1e7:
@@ -42,46 +78,129 @@ def format_share(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{format_number(100 * value)} %"
 
 
-def figure_svg(draw: Callable[[Any], None], *, size: tuple[float, float] = (5.2, 2.9), salt: str = "diag") -> str:
+def format_seconds(value: float) -> str:
+    """A duration as people say it: 3.2 ms; 48.1 s; 12 min 5 s; 3 h 20 min."""
+    if value < 1:
+        return f"{format_number(1000 * value)} ms"
+    if value < 60:
+        return f"{format_number(value)} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def figure_svg(
+    draw: Callable[[Any], None],
+    *,
+    size: tuple[float, float] = (5.2, 2.9),
+    salt: str = "diag",
+    label: str = "",
+) -> str:
     """The inline SVG of what `draw(ax)` draws; the same drawing gives the same bytes.
 
-    Lines and texts take the page's own colour where they are black, so one drawing serves a dark page and a
-    light one.
+    Black takes the page's own text colour, and series and level colours the page's tones where it has any, so
+    that one drawing serves a dark page and a light one. A drawing of very many marks is rasterised, its text
+    is not. `size` is in inches; `label` is read out by screen readers.
     """
+    svg = _draw(draw, size, salt, rasterise=False)
+    if len(svg) > LARGE_SVG:
+        svg = _draw(draw, size, salt, rasterise=True)
+    return _embeddable(svg, salt, label)
+
+
+def _draw(draw: Callable[[Any], None], size: tuple[float, float], salt: str, rasterise: bool) -> str:
+    import cycler
     import matplotlib
     from matplotlib.figure import Figure
 
+    style = DRAWING_STYLE | {"svg.hashsalt": salt, "axes.prop_cycle": cycler.cycler(color=SERIES_COLOURS)}
     # Object-oriented figures and a local rc context leave the user's pyplot state alone.
-    with matplotlib.rc_context(DRAWING_STYLE | {"svg.hashsalt": salt}):
-        figure = Figure(figsize=size, layout="constrained")
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that the measuring font lacks is drawn by the browser's
+        figure = Figure(figsize=size)
         draw(figure.add_subplot())
+        if rasterise:
+            for artist in (a for ax in figure.axes for a in (*ax.lines, *ax.collections, *ax.patches)):
+                artist.set_rasterized(True)
+        tight = "tight" if len(figure.axes) > 1 else None
+        if tight is None:
+            _fit(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _embeddable(buffer.getvalue(), salt)
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches=tight, dpi=110, metadata=metadata)
+    return buffer.getvalue()
 
 
-DRAWING_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": ["DejaVu Sans"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "svg.fonttype": "none",
-    "lines.linewidth": 1.6,
-}
+def _fit(figure: Any) -> None:
+    """Let the only Axes fill the figure, its labels included: constrained layout at half its cost."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    FigureCanvasSVG(figure)
+    ax, pad = figure.axes[0], 0.012
+    for _ in range(1 if ax.get_aspect() == "auto" else 2):
+        box = ax.get_tightbbox(figure._get_renderer())
+        if box is None:
+            return
+        box, at = box.transformed(figure.transFigure.inverted()), ax.get_position()
+        left, bottom = at.x0 - box.x0 + pad, at.y0 - box.y0 + pad
+        right, top = box.x1 - at.x1 + pad, box.y1 - at.y1 + pad
+        ax.set_position([left, bottom, max(0.1, 1 - left - right), max(0.1, 1 - bottom - top)])
 
 
-def _embeddable(svg: str, salt: str) -> str:
+def _embeddable(svg: str, salt: str, label: str = "") -> str:
+    """Make matplotlib's document a fragment: small, without global style, ids its own, colours the page's."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"(?<=[\s:])(fill|stroke): ?#000000", r"\1: currentColor", svg)
-    # Ids must not collide between the figures of one page.
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>|<defs>\s*</defs>", "", svg, flags=re.S)
+    referenced = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", svg))
     prefix = re.sub(r"[^A-Za-z0-9_-]", "_", salt)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{prefix}-\2"', svg)
-    return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    # Only what stands inside tags is rewritten: a label's text may look like markup or like a colour.
+    parts = re.split(r"(<[^>]+>)", svg)
+    tags = [_clean_tag(p, prefix, referenced) if p.startswith("<") else (p if p.strip() else "") for p in parts]
+    head = next(i for i, part in enumerate(tags) if part.startswith("<svg"))
+    tags[head] = _svg_tag(tags[head], label)
+    return "".join(tags)
+
+
+def _svg_tag(tag: str, label: str) -> str:
+    box = re.search(r'viewBox="([^"]+)"', tag)
+    view = box.group(1) if box else "0 0 1 1"
+    width = float(view.split()[2])
+    named = f' role="img" aria-label="{html.escape(label)}"' if label else ""
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{view}" fill="currentColor" stroke-linejoin="round" stroke-linecap="butt"{named} '
+        f'style="width:100%;max-width:{width * 4 / 3:.0f}px;height:auto">'
+    )
+
+
+def _clean_tag(tag: str, prefix: str, referenced: set[str]) -> str:
+    def own_id(match: re.Match[str]) -> str:
+        return f' id="{prefix}-{match[1]}"' if match[1] in referenced else ""
+
+    if tag.startswith("<image"):  # its data must stay as they are
+        return re.sub(r'\sid="[^"]+"', "", tag)
+    tag = re.sub(r'\s+id="([^"]+)"', own_id, tag)
+    tag = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', tag)
+    tag = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", tag)
+    tag = re.sub(r"font-family: [^;\"]+;? ?|stroke-linecap: square;? ?|; (?=\")", "", tag)
+    tag = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", tag)
+    tag = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda m: f"{m[1]}: {_page_colour(m[2])}", tag)
+    tag = re.sub(r"(-?\d+\.\d\d)\d+", r"\1", tag)
+    return re.sub(r"\s+", " ", tag)
+
+
+def _page_colour(colour: str) -> str:
+    """A colour as CSS: black, white, series and levels become what the page around says, if it says."""
+    if colour == "#000000":
+        return "currentColor"
+    if colour == "#ffffff":
+        return "var(--diag-surface, var(--jp-layout-color0, var(--vscode-editor-background, #ffffff)))"
+    if colour in SERIES_COLOURS:
+        return f"var(--diag-series-{SERIES_COLOURS.index(colour)}, {colour})"
+    for level, (_, tone, _) in LEVEL_MARKS.items():
+        if colour == tone:
+            return f"var(--diag-{level.replace('_', '-')}, {colour})"
+    return colour
 
 
 def verdict_html(level: str, sentence: str, advice: str = "", refutation: str = "", source: str = "") -> str:
@@ -89,21 +208,25 @@ def verdict_html(level: str, sentence: str, advice: str = "", refutation: str = 
     mark, colour, word = LEVEL_MARKS[level]
     rows = [("What to try", advice), ("What would refute this", refutation), ("Source", source)]
     details = "".join(
-        f"<div style='margin-top:.2em'><b>{name}:</b> {html.escape(text)}</div>" for name, text in rows if text
+        f"<div style='margin-top:.35em'><span style='opacity:.7'>{name}</span><br>{html.escape(text)}</div>"
+        for name, text in rows
+        if text
     )
     return (
-        f"<div style='border-left:4px solid {colour};padding:.4em .8em;margin:.3em 0'>"
-        f"<b style='color:{colour}'>{mark} {word}</b> {html.escape(sentence)}"
-        f"<div style='font-size:.9em;opacity:.85'>{details}</div></div>"
+        f"<div style='border-left:3px solid {colour};padding:.35em 0 .35em .9em;margin:.5em 0;max-width:46em;"
+        f"line-height:1.45'><div><b style='color:{colour}'><span aria-hidden='true'>{mark}</span> {word}</b> "
+        f"&nbsp;{html.escape(sentence)}</div><div style='font-size:.92em'>{details}</div></div>"
     )
 
 
 def table_html(rows: Mapping[str, tuple[str, str]], caption: str = "") -> str:
     """A table of name, value and description."""
+    left, right = "text-align:left;vertical-align:top", "text-align:right;vertical-align:top"
     body = "".join(
-        f"<tr><th scope='row' style='text-align:left'>{html.escape(name)}</th>"
-        f"<td style='text-align:right'>{html.escape(value)}</td>"
-        f"<td style='text-align:left;opacity:.8'>{html.escape(description)}</td></tr>"
+        f"<tr><th scope='row' style='{left};font-weight:500'>{html.escape(name)}</th>"
+        f"<td style='{right};font-variant-numeric:tabular-nums;white-space:nowrap'>{html.escape(value)}</td>"
+        f"<td style='{left};opacity:.75'>{html.escape(description)}</td></tr>"
         for name, (value, description) in rows.items()
     )
-    return f"<table><caption>{html.escape(caption)}</caption>{body}</table>"
+    title = f"<caption style='text-align:left;opacity:.75'>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table style='border-collapse:collapse;margin:.5em 0'>{title}<tbody>{body}</tbody></table>"

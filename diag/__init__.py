@@ -23,6 +23,7 @@ _HOMES = {
     "Verdict": "diag.result",
     "Precondition": "diag.result",
     "measured": "diag.result",
+    "stable_cross_entropy": "diag.stable_loss",
 }
 
 

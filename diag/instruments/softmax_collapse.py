@@ -1,0 +1,383 @@
+"""Softmax collapse: examples so confident that rounding deletes the gradient on their own class.
+
+In a floating type with b significand bits, 1 + s == 1 for s <= u = 2^-b. The softmax denominator of example i,
+divided by its largest term, is 1 + exp(-m_i) with the log-odds margin m_i = z_{i,y} - logsumexp_{k!=y} z_{i,k}.
+So a log_softmax loss is exactly zero from m_i = b ln 2 on: 5.5 in bfloat16, 7.6 in float16, 16.6 in float32,
+36.7 in float64. Another formula for the same loss need not collapse there (diag.stable_cross_entropy), so the
+verdict is about the gradients of the loss that was used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diag.display import format_number, format_share
+from diag.errors import InvalidInput
+from diag.registry import instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.stable_loss import margins
+
+SOURCE = "Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697"
+SIGNIFICAND_BITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
+LOW_PRECISION = ("bfloat16", "float16")
+ELEMENTS_AT_ONCE = 1 << 22  # rows of logits are examined in blocks, so that a large vocabulary fits in memory
+
+ALARM_AT = 0.5
+NEAR_NATS = 2.0
+NEAR_RESIDUAL = 1e-3
+SAME_LOSS = 0.05  # how far wrong-class gradients may be from the softmax's before the loss counts as another one
+ROUNDED_AWAY = 1e-3  # relative error of the median gradient from which the loss is seen to feel rounding
+
+ADVICE = (
+    "If training is to go on, use diag.stable_cross_entropy or compute the loss in float64 as a control; weight "
+    "decay or label smoothing keep the margins from growing."
+)
+REFUTATION = (
+    "Train on from here with diag.stable_cross_entropy: if the margins and the held-out accuracy go on as they do "
+    "now, rounding was not what held them."
+)
+
+
+def collapse_margin(dtype: str) -> float:
+    """The margin b ln 2 (nats) from which 1 + exp(-m) rounds to 1 in `dtype`, by round-to-nearest-even."""
+    return SIGNIFICAND_BITS[dtype] * math.log(2)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SoftmaxCollapse(Result):
+    """How many examples lost their gradient to rounding, and how far the others are from it."""
+
+    collapsed: float = measured("examples whose loss gradient on their own class is exactly zero", unit="share")
+    headroom: float = measured("how far the median margin is below the collapse margin b ln 2", unit="nats")
+    median_margin: float = measured("median log-odds margin of the true class", unit="nats")
+    zero_sum_residual: float = measured(
+        "sum over examples of |sum of the logit gradients|, over the sum of their sizes: 0 in exact arithmetic"
+    )
+    gradient_error: float = measured("relative error of the median example's gradient on its own class")
+    loss_underestimate: float = measured(
+        "mean loss in float64 minus mean cross_entropy in the dtype of the logits", unit="nats"
+    )
+    accuracy: float = measured("examples whose label has the largest logit", unit="share")
+    held_out_accuracy: float = measured("the same on held-out data", unit="share")
+    collapsed_by_dtype: dict[str, float] = measured("examples with margin >= b ln 2 in that dtype", unit="share")
+    zero_loss_by_dtype: dict[str, float] = measured("examples whose cross_entropy is exactly 0", unit="share")
+    paper_count_by_dtype: dict[str, float] = measured(
+        "examples whose softmax denominator equals the label's own term (the paper's Definition 3)", unit="share"
+    )
+    repository_count_by_dtype: dict[str, float] = measured(
+        "examples whose softmax denominator equals its largest term, right or wrong (the authors' code)",
+        unit="share",
+    )
+    zero_gradient_by_dtype: dict[str, float] = measured(
+        "examples whose cross_entropy gradient on the label is exactly 0", unit="share"
+    )
+    margins: NDArray[numpy.float64] = measured("log-odds margin of each example", unit="nats", shape="(examples,)")
+    dtype: str = measured("dtype of the logits")
+    loss: str = measured("the loss whose gradients were examined")
+
+    def verdict(self) -> Verdict:
+        unmet = self.unmet()
+        if unmet is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        count, n = round(self.collapsed * len(self.margins)), len(self.margins)
+        if self.collapsed > 0:
+            alarm_at = self._setting("alarm_at", ALARM_AT)
+            return Verdict(
+                Level.ALARM if self.collapsed >= alarm_at else Level.WARNING,
+                f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
+                f"their true class, by {self.loss}: {self._meaning()}.",
+                ADVICE,
+                SOURCE,
+                Confidence.ARITHMETIC,
+                REFUTATION,
+                self.collapsed,
+                alarm_at if self.collapsed >= alarm_at else 0.0,
+                OUR_CHOICE if self.collapsed >= alarm_at else "any example at all",
+            )
+        return self._near() or self._far()
+
+    def _meaning(self) -> str:
+        if self.dtype in LOW_PRECISION:
+            return (
+                f"in {self.dtype} this happens at ordinary confidence and is usually harmless at the end of "
+                "training, but these examples no longer pull on their own logit"
+            )
+        return f"their margins have passed about {format_number(collapse_margin(self.dtype))} nats, b ln 2"
+
+    def _near(self) -> Verdict | None:
+        """Collapse is near: by the residual of the gradients' zero sum, or by the median margin."""
+        limit = self._setting("near_residual", NEAR_RESIDUAL)
+        nats = self._setting("near_nats", NEAR_NATS)
+        # Rounding alone leaves a residual of about u, so a low precision needs a higher limit.
+        limit = max(limit, 4 * 2.0 ** -SIGNIFICAND_BITS[self.dtype])
+        if self.zero_sum_residual > limit:
+            found = (
+                f"the logit gradients miss their zero sum by {format_number(self.zero_sum_residual)} of their size"
+            )
+            value, threshold = self.zero_sum_residual, limit
+        elif self.headroom < nats and self.gradient_error > ROUNDED_AWAY:
+            found = f"the median margin is {format_number(self.headroom)} nats below {self.dtype}'s collapse margin"
+            value, threshold = self.headroom, nats
+        else:
+            return None
+        return Verdict(
+            Level.WARNING,
+            f"No example has collapsed, but collapse is near: {found}.",
+            ADVICE,
+            SOURCE,
+            Confidence.ARITHMETIC,
+            REFUTATION,
+            value,
+            threshold,
+            OUR_CHOICE,
+        )
+
+    def _far(self) -> Verdict:
+        if self.headroom > 0:
+            place = f"the median margin is {format_number(self.headroom)} nats below {self.dtype}'s collapse margin"
+        else:
+            place = (
+                f"the median margin is {format_number(-self.headroom)} nats past log_softmax's collapse margin in "
+                f"{self.dtype}, and the gradients of the loss in use are right all the same"
+            )
+        return Verdict(
+            Level.OK,
+            f"None of {len(self.margins)} examples has lost its gradient to rounding, by {self.loss}: {place}.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            value=self.collapsed,
+            threshold=0.0,
+        )
+
+    def _setting(self, name: str, default: float) -> float:
+        return float(self.provenance.settings.get(name, default))
+
+    @classmethod
+    def eta_to_collapse(cls, series: Sequence[tuple[int, Self]]) -> float:
+        """Steps until the median margin reaches b ln 2, if it goes on as over the last five snapshots.
+
+        0 where it is there already, infinity where it does not grow, NaN from a single snapshot.
+        """
+        recent = series[-5:]
+        headroom = series[-1][1].headroom
+        if headroom <= 0:
+            return 0.0
+        if len(recent) < 2:
+            return math.nan
+        steps = numpy.array([step for step, _ in recent], float)
+        median = numpy.array([result.median_margin for _, result in recent])
+        slope = float(numpy.polyfit(steps - steps[0], median, 1)[0])
+        return headroom / slope if slope > 0 else math.inf
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        last = series[-1][1].verdict()
+        if last.level is Level.NOT_APPLICABLE:
+            return last
+        first = next((step for step, result in series if result.collapsed > 0), None)
+        eta = cls.eta_to_collapse(series)
+        if series[-1][1].collapsed > 0:
+            more = f" First seen at step {first:,}."
+        elif 0 < eta < math.inf:
+            more = f" At the present rate the median example gets there in about {format_number(eta, 2)} steps."
+        else:
+            more = ""
+        return Verdict(**(vars(last) | {"sentence": last.sentence + more}))
+
+    def plot(self, ax: Any) -> None:
+        """The histogram of the margins, with one vertical line per dtype where the softmax collapses."""
+        finite = self.margins[numpy.isfinite(self.margins)]
+        ax.hist(finite, bins=40, color="tab:blue", alpha=0.75)
+        right = max(collapse_margin(self.dtype), float(finite.max(initial=0.0)))
+        for name in SIGNIFICAND_BITS:
+            if collapse_margin(name) <= 1.3 * right:
+                _mark(ax.axvline, ax, name, own=name == self.dtype)
+        ax.set(xlabel="log-odds margin (nats)", ylabel="examples")
+        ax.legend(fontsize=7, frameon=False)
+
+    @classmethod
+    def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
+        """The median margin and its 10-90 % band over the steps, with the collapse margin of the dtype."""
+        steps = [step for step, _ in series]
+        bands = numpy.array([_percentiles(result.margins) for _, result in series])
+        ax.plot(steps, bands[:, 1], marker="o", markersize=3, label="median margin")
+        ax.fill_between(steps, bands[:, 0], bands[:, 2], alpha=0.2, label="10-90 % of the examples")
+        _mark(ax.axhline, ax, series[-1][1].dtype, own=True)
+        ax.set(xlabel="step", ylabel="log-odds margin (nats)")
+        ax.legend(fontsize=7, frameon=False)
+
+
+def _mark(line: Any, ax: Any, dtype: str, own: bool) -> None:
+    colours = dict(zip(SIGNIFICAND_BITS, ("tab:orange", "tab:green", "tab:red", "tab:purple"), strict=True))
+    line(
+        collapse_margin(dtype),
+        color=colours[dtype],
+        linestyle="-" if own else "--",
+        label=f"{dtype} collapses: {collapse_margin(dtype):.1f}" + (" (in use)" if own else ""),
+    )
+
+
+def _percentiles(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+    # method="nearest" never interpolates, so margins of infinity give no NaN.
+    return numpy.percentile(values, [10, 50, 90], method="nearest")
+
+
+@instrument(source=SOURCE, title="Softmax collapse")
+def softmax_collapse(
+    logits: Tensor,
+    labels: Tensor,
+    logit_gradients: Tensor | None = None,
+    held_out_logits: Tensor | None = None,
+    held_out_labels: Tensor | None = None,
+    *,
+    alarm_at: float = ALARM_AT,
+    near_nats: float = NEAR_NATS,
+    near_residual: float = NEAR_RESIDUAL,
+) -> SoftmaxCollapse:
+    """Share of examples whose softmax loses its small terms to rounding, so that their gradient is exactly zero.
+
+    logits (n, K), bfloat16, float16, float32 or float64, as the loss gets them; labels (n,) class numbers;
+    logit_gradients (n, K): d loss_i / d logits_i by the loss that training uses, up to one factor per class.
+    Without them the loss is taken to be F.cross_entropy in the logits' dtype. Margins are computed in float64
+    (nats). held_out_logits and held_out_labels only add the accuracy on held-out data.
+
+    Settings: `alarm_at`, the share from which collapse is an alarm; `near_nats` and `near_residual`, the headroom
+    and the zero-sum residual at which collapse counts as near (our choice, uncalibrated).
+
+    Where the wrong-class gradients are not those of a softmax (another loss, label smoothing), there is no
+    verdict. Raises InvalidInput for other dtypes, and for values that do not fit (see `diag.quantities.check`).
+    Source: Prieto et al. 2025, arXiv:2501.04697, Definitions 1 and 3, Equations 2-4; b ln 2 follows from
+    rounding to nearest.
+    """
+    dtype = str(logits.dtype).removeprefix("torch.")
+    if dtype not in SIGNIFICAND_BITS:
+        raise InvalidInput(f"The logits have dtype {dtype}; expected one of {', '.join(SIGNIFICAND_BITS)}.")
+    labels = labels.to(logits.device).long()
+    margin = _in_blocks(_margins, logits, labels)
+    counted = {
+        name: _in_blocks(lambda z, y, d=name: _counters(z, y, d), logits, labels) for name in SIGNIFICAND_BITS
+    }
+    shares = {name: _shares(columns) for name, columns in counted.items()}
+    compared = _in_blocks(_compare, logits, labels, logit_gradients)
+    factor = _class_factors(compared, labels, logits.shape[1])
+    own = compared[:, GRADIENT]
+    true = -torch.sigmoid(-margin) * factor
+    loss = (
+        "the loss of the run" if logit_gradients is not None else f"F.cross_entropy in {dtype} (taken as the loss)"
+    )
+    return SoftmaxCollapse(
+        collapsed=float(((own == 0) & (factor != 0)).double().mean()),
+        headroom=collapse_margin(dtype) - float(margin.median()),
+        median_margin=float(margin.median()),
+        zero_sum_residual=float(compared[:, ROW_SUM].sum() / compared[:, ROW_SIZE].sum()),
+        gradient_error=float(((own - true).abs() / true.abs()).nanmedian()),
+        loss_underestimate=float(F.softplus(-margin).mean() - counted[dtype][:, LOSS].mean()),
+        accuracy=_accuracy(logits, labels),
+        held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
+        collapsed_by_dtype={d: float((margin >= collapse_margin(d)).double().mean()) for d in SIGNIFICAND_BITS},
+        zero_loss_by_dtype={d: shares[d][0] for d in SIGNIFICAND_BITS},
+        paper_count_by_dtype={d: shares[d][1] for d in SIGNIFICAND_BITS},
+        repository_count_by_dtype={d: shares[d][2] for d in SIGNIFICAND_BITS},
+        zero_gradient_by_dtype={d: shares[d][3] for d in SIGNIFICAND_BITS},
+        margins=margin.cpu().numpy(),
+        dtype=dtype,
+        loss=loss,
+        preconditions=(_softmax_loss(compared, factor),),
+    )
+
+
+def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:
+    if logits is None or labels is None:
+        return math.nan
+    return float((logits.argmax(1) == labels.to(logits.device)).double().mean())
+
+
+def _in_blocks(function: Any, *tensors: Tensor | None) -> Tensor:
+    rows = max(1, ELEMENTS_AT_ONCE // next(t for t in tensors if t is not None).shape[1])
+    return torch.cat(list(_blocks(function, rows, tensors)))
+
+
+def _blocks(function: Any, rows: int, tensors: tuple[Tensor | None, ...]) -> Iterator[Tensor]:
+    for start in range(0, len(next(t for t in tensors if t is not None)), rows):
+        yield function(*(t if t is None else t[start : start + rows] for t in tensors))
+
+
+def _margins(z: Tensor, y: Tensor) -> Tensor:
+    m = margins(z.double(), y)
+    return torch.where(z.gather(1, y[:, None])[:, 0] == -torch.inf, -torch.inf, m)
+
+
+LOSS, ZERO_LOSS, PAPER, REPOSITORY, ZERO_GRADIENT = range(5)
+
+
+def _counters(z: Tensor, y: Tensor, dtype: str) -> Tensor:
+    """For each example, by F.cross_entropy in `dtype`: the loss, and four ways to say that it collapsed."""
+    cast = z.detach().to(getattr(torch, dtype))
+    losses = F.cross_entropy(cast, y, reduction="none")
+    largest = cast.max(1, keepdim=True)
+    alone = (cast - largest.values).exp().sum(1) == 1
+    columns = [
+        losses.double(),
+        losses == 0,
+        alone & (largest.indices[:, 0] == y),
+        alone,
+        _gradients(cast, y).gather(1, y[:, None])[:, 0] == 0,
+    ]
+    counted = torch.stack([c.double() for c in columns], 1)
+    # A logit beyond the range of the dtype gives no number there.
+    overflow = (cast == torch.inf).any(1, keepdim=True)
+    return torch.where(overflow, torch.nan, counted)
+
+
+def _shares(counted: Tensor) -> list[float]:
+    return counted[:, ZERO_LOSS:].mean(0).tolist()
+
+
+def _gradients(z: Tensor, y: Tensor) -> Tensor:
+    z = z.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), z)[0]
+
+
+GRADIENT, ROW_SUM, ROW_SIZE, GG, GP, PP = range(6)
+
+
+def _compare(z: Tensor, y: Tensor, given: Tensor | None) -> Tensor:
+    """For each example in float64: its gradient on the label, |sum| and size of the row, and the inner products
+    of its wrong-class gradients G and the softmax's own wrong-class probabilities P."""
+    g = (_gradients(z, y) if given is None else given.to(z.device)).double()
+    own = F.one_hot(y, z.shape[1]).bool()
+    p = z.double().softmax(1).masked_fill(own, 0)
+    wrong = g.masked_fill(own, 0)
+    columns = [g[own], g.sum(1).abs(), g.abs().sum(1), (wrong**2).sum(1), (wrong * p).sum(1), (p**2).sum(1)]
+    return torch.stack(columns, 1)
+
+
+def _class_factors(compared: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The factor of each example's class in a weighted loss, by least squares G = factor * P; 1 where unknown."""
+    sums = compared.new_zeros(classes, 2).index_add_(0, labels, compared[:, [GP, PP]])
+    # Probabilities this small may have underflowed in the gradients, so they say nothing about the weight.
+    known = sums[:, 1] > 1e-12
+    factor = torch.where(known, sums[:, 0] / sums[:, 1].clamp_min(1e-300), 1.0)
+    return factor[labels]
+
+
+def _softmax_loss(compared: Tensor, factor: Tensor) -> Precondition:
+    gg, gp, pp = compared[:, GG], compared[:, GP], compared[:, PP]
+    missed = (gg - 2 * factor * gp + factor**2 * pp).sum().clamp_min(0)
+    error = float((missed / gg.sum()).sqrt()) if float(gg.sum()) > 0 else 0.0
+    return Precondition(
+        "the loss is a cross-entropy of the softmax",
+        error <= SAME_LOSS,
+        f"the loss is not a plain cross-entropy of the softmax (its wrong-class gradients differ from the "
+        f"softmax's by {format_share(error)}), so the margins say nothing about its rounding.",
+    )

@@ -38,7 +38,8 @@ class Quadratic(nn.Module):
         self.constant = constant
 
     def forward(self, x: Tensor) -> Tensor:
-        value = 0.5 * self.weight @ (self.matrix @ self.weight) + self.constant
+        matrix = torch.as_tensor(self.matrix)
+        value = 0.5 * self.weight @ (matrix @ self.weight) + self.constant
         return value.expand(len(x))
 
 
@@ -231,6 +232,6 @@ def trace(model: nn.Module) -> dict[str, Any]:
         state[f"mode of {name or 'model'}"] = module.training
         state[f"hooks of {name or 'model'}"] = len(module._forward_hooks) + len(module._forward_pre_hooks)
     state["torch's random state"] = torch.get_rng_state().numpy()
-    state["NumPy's random state"] = numpy.random.get_state()[1]
+    state["NumPy's random state"] = list(numpy.random.get_state())[1]
     state["Python's random state"] = random.getstate()
     return state

@@ -6,8 +6,8 @@ All quantities here come from one pass, which is made when the first of them is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,8 +80,12 @@ def losses(snapshot: Snapshot) -> Tensor:
 
 def previous_losses(snapshot: Snapshot) -> Tensor:
     """The losses (n,) of the snapshot's `previous` state on the same data."""
-    with state_of(snapshot, snapshot.previous, "previous="):
-        return losses(_fresh(snapshot))
+    state = snapshot.previous
+    if state is None:
+        raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
+    earlier = copy.deepcopy(snapshot.model)
+    earlier.load_state_dict(getattr(getattr(state, "model", state), "state_dict", lambda: state)())
+    return losses(snapshot.with_data(snapshot.batches, model=earlier))
 
 
 def logit_gradients(snapshot: Snapshot) -> Tensor:
@@ -155,24 +159,6 @@ def output_tensor(outputs: Any) -> Tensor:
     return found
 
 
-@contextmanager
-def state_of(snapshot: Snapshot, state: Any, argument: str) -> Iterator[None]:
-    """Inside the context the snapshot's model has the parameters and buffers of `state`."""
-    if state is None:
-        raise MissingQuantity(f"the snapshot has none; give it {argument} a state dict or a Snapshot.")
-    state = getattr(getattr(state, "model", state), "state_dict", lambda: state)()
-    saved = {k: v.detach().clone() for k, v in snapshot.model.state_dict().items()}
-    try:
-        snapshot.model.load_state_dict(state)
-        yield
-    finally:
-        snapshot.model.load_state_dict(saved)
-
-
-def _fresh(snapshot: Snapshot) -> Snapshot:
-    return snapshot.with_data(snapshot.batches)
-
-
 def _pass(snapshot: Snapshot) -> ForwardPass:
     cached = snapshot._computed.get("_forward")
     if cached is None:
@@ -225,23 +211,29 @@ def _kept(targets: Any, z: Tensor) -> Tensor:
 
 
 def _example_losses(snapshot: Snapshot, outputs: Any, targets: Any, size: int) -> Tensor:
-    def one(i: int) -> Tensor:
-        def row(t: Tensor) -> Tensor:
-            return t[i : i + 1] if t.ndim and t.shape[0] == size else t
-
-        return snapshot.batch_loss(map_tensors(row, outputs), map_tensors(row, targets))
-
-    if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and len(outputs) == len(targets):
-        try:
-            return torch.func.vmap(lambda o, t: snapshot.batch_loss(o[None], t[None]))(outputs, targets)
-        except (RuntimeError, ValueError, NotImplementedError):
-            pass  # a loss with data-dependent control flow: one call an example is slower and as right
-    values = [one(i) for i in range(size)]
-    if any(v.numel() != 1 for v in values):
+    values = _vmapped_losses(snapshot, outputs, targets)
+    if values is None:
+        rows = [map_tensors(_row(i, size), (outputs, targets)) for i in range(size)]
+        values = torch.stack([snapshot.batch_loss(o, t) for o, t in rows])
+    if values.numel() != size:
         raise InvalidInput(
-            f"loss_fn returned a tensor of shape {tuple(values[0].shape)}; expected one number: the mean loss."
+            f"loss_fn returned a tensor of shape {tuple(values.shape[1:])} for one example; expected one number, "
+            "the mean loss: set its reduction to 'mean'."
         )
-    return torch.stack([v.reshape(()) for v in values])
+    return values.reshape(size)
+
+
+def _vmapped_losses(snapshot: Snapshot, outputs: Any, targets: Any) -> Tensor | None:
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and len(outputs) == len(targets)):
+        return None
+    try:
+        return torch.func.vmap(lambda o, t: snapshot.batch_loss(o[None], t[None]))(outputs, targets)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return None  # a loss with data-dependent control flow: one call an example is slower and as right
+
+
+def _row(i: int, size: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t[i : i + 1] if t.ndim and t.shape[0] == size else t
 
 
 def _explained(snapshot: Snapshot, error: RuntimeError) -> Exception:

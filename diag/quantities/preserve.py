@@ -73,6 +73,8 @@ def _model_state(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in parameters:
+        parameter.grad = None  # so that a backward pass inside cannot add to the training's own gradients
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """A model at one moment, with the loss and the data it is measured on.
 
 Nothing is computed when a snapshot is made. Each quantity is computed when it is first asked for, once, and is
-shared by all instruments. Measuring leaves the model as it was (see `preserve`).
+shared by all instruments. Measuring leaves the model as it was (see `preserve`). Once the model has been trained
+further, what was not yet computed is refused: a snapshot never mixes two moments.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Snapshot:
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._data, self._held_out, self._unpack = data, held_out, unpack
         self._computed: dict[str, Any] = {}
+        self._versions = _versions(self.model)
 
     def quantity(self, name: str) -> Any:
         """The value of a glossary quantity; `held_out_` before a name asks for it on the held-out data.
@@ -75,14 +77,23 @@ class Snapshot:
         Raises MissingQuantity, in one sentence with what to give, where the snapshot cannot give it.
         """
         row = lookup(name)
-        if name.startswith(HELD_OUT):
-            return self._held_out_snapshot.quantity(row.name)
         if name not in self._computed:
+            self._refuse_a_later_moment()
             try:
-                self._computed[name] = row.function()(self)
+                source = self._held_out_snapshot if name.startswith(HELD_OUT) else self
+                self._computed[name] = row.function()(source)
             except MissingQuantity as error:
                 raise MissingQuantity(f"{name} is missing: {error}") from None
+            finally:
+                self._versions = _versions(self.model)
         return self._computed[name]
+
+    def _refuse_a_later_moment(self) -> None:
+        if _versions(self.model) != self._versions:
+            raise InvalidInput(
+                "The model's parameters have changed since the snapshot was made, so its quantities would mix two "
+                "moments; make a new Snapshot (of a copy of the model, to keep it while training goes on)."
+            )
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
@@ -136,14 +147,18 @@ class Snapshot:
             raise MissingQuantity("the snapshot has no held-out data; give held_out= with (inputs, targets).")
         return self.with_data(self._held_out)
 
-    def with_data(self, data: Any) -> Snapshot:
-        """The same model and loss on other data."""
+    def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
+        """The same model (or another) and the same loss on other data."""
         same = {k: getattr(self, k) for k in ("optimizer", "seed", "device", "micro_batch", "max_examples")}
-        return Snapshot(self.model, self.loss_fn, data, unpack=self._unpack, **same)
+        return Snapshot(model or self.model, self.loss_fn, data, unpack=self._unpack, **same)
 
     def __repr__(self) -> str:
         known = f", {self.num_examples} examples" if "batches" in self.__dict__ else ""
         return f"<Snapshot of {type(self.model).__name__}{known}>"
+
+
+def _versions(model: nn.Module) -> tuple[int, ...]:
+    return tuple(p._version for p in model.parameters())
 
 
 def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:

@@ -26,3 +26,8 @@ class RunError(DiagError):
 
 class CheckpointError(DiagError):
     """A checkpoint cannot be loaded safely or does not fit the model."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text without its full stop, to be quoted inside a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

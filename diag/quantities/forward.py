@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput, MissingQuantity
+from diag.errors import InvalidInput, MissingQuantity, first_line
 from diag.quantities.batch import map_tensors, tensors_in
 from diag.quantities.preserve import preserved
 
@@ -159,6 +159,13 @@ def output_tensor(outputs: Any) -> Tensor:
     return found
 
 
+def try_out(snapshot: Snapshot) -> None:
+    """Call the model and the loss on each batch; raises InvalidInput where that cannot be done."""
+    for outputs, batch in zip(_pass(snapshot).outputs, snapshot.batches, strict=True):
+        with torch.no_grad():
+            snapshot.batch_loss(outputs, batch.targets)
+
+
 def _pass(snapshot: Snapshot) -> ForwardPass:
     cached = snapshot._computed.get("_forward")
     if cached is None:
@@ -182,7 +189,7 @@ def _run(snapshot: Snapshot) -> ForwardPass:
                 outputs.append(batch.forward(snapshot.model))
                 final, feature = _final_layer(calls, outputs[-1], batch.targets)
                 features.append(feature)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise _explained(snapshot, error) from error
     finally:
         for hook in hooks:
@@ -228,7 +235,7 @@ def _vmapped_losses(snapshot: Snapshot, outputs: Any, targets: Any) -> Tensor | 
         return None
     try:
         return torch.func.vmap(lambda o, t: snapshot.batch_loss(o[None], t[None]))(outputs, targets)
-    except (RuntimeError, ValueError, NotImplementedError):
+    except (RuntimeError, ValueError, NotImplementedError, InvalidInput):
         return None  # a loss with data-dependent control flow: one call an example is slower and as right
 
 
@@ -236,7 +243,7 @@ def _row(i: int, size: int) -> Callable[[Tensor], Tensor]:
     return lambda t: t[i : i + 1] if t.ndim and t.shape[0] == size else t
 
 
-def _explained(snapshot: Snapshot, error: RuntimeError) -> Exception:
+def _explained(snapshot: Snapshot, error: Exception) -> InvalidInput:
     model_device = next((p.device for p in snapshot.model.parameters()), None)
     devices = {t.device for b in snapshot.batches[:1] for t in tensors_in((b.args, b.kwargs))}
     if model_device is not None and devices - {model_device}:
@@ -244,6 +251,4 @@ def _explained(snapshot: Snapshot, error: RuntimeError) -> Exception:
             f"The model is on {model_device} and the data on {', '.join(map(str, devices))}; give the snapshot "
             f"device={str(model_device)!r}."
         )
-    return InvalidInput(
-        f"The model cannot be called on this data ({str(error).splitlines()[0]}); check the shapes."
-    )
+    return InvalidInput(f"The model cannot be called on this data ({first_line(error)}); check shapes and types.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput, MissingQuantity
+from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.quantities.batch import Batch, as_batches, map_tensors
 from diag.quantities.glossary import HELD_OUT, lookup
 from diag.quantities.preserve import generator_states, random_states
@@ -79,11 +80,18 @@ class Snapshot:
         row = lookup(name)
         if name not in self._computed:
             self._refuse_a_later_moment()
+            source = self
             try:
                 source = self._held_out_snapshot if name.startswith(HELD_OUT) else self
                 self._computed[name] = row.function()(source)
             except MissingQuantity as error:
                 raise MissingQuantity(f"{name} is missing: {error}") from None
+            except DiagError:
+                raise
+            except Exception:
+                # Most often the model or the loss cannot be called on this data: then say that instead.
+                importlib.import_module("diag.quantities.forward").try_out(source)
+                raise
             finally:
                 self._versions = _versions(self.model)
         return self._computed[name]
@@ -125,9 +133,18 @@ class Snapshot:
         return digest.hexdigest()
 
     def batch_loss(self, outputs: Any, targets: Any) -> Tensor:
-        """The mean loss of a batch, by loss_fn or, without one, the outputs' own `.loss`."""
+        """The mean loss of a batch, by loss_fn or, without one, the outputs' own `.loss`.
+
+        Raises InvalidInput where loss_fn cannot be called on them, MissingQuantity where there is no loss.
+        """
         if self.loss_fn is not None:
-            return self.loss_fn(outputs, targets)
+            try:
+                return self.loss_fn(outputs, targets)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise InvalidInput(
+                    f"loss_fn cannot be called on the model's outputs and the targets ({first_line(error)}); check "
+                    "their shapes, types and ranges."
+                ) from error
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if loss is None:
             raise MissingQuantity(

@@ -1,0 +1,129 @@
+"""How many bytes a graph holds, how many are to be had, and what follows: keep the graph, or rebuild it.
+
+The estimate is a measurement: graphs of a few examples are built and the distinct storages that they save are
+counted, at two sizes, so that what grows with the data is told from what does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.quantities.batch import Batch, tensors_in
+from diag.quantities.curvature_objective import Objective
+from diag.quantities.curvature_products import Curvature
+from diag.quantities.curvature_selftest import probe_batch
+
+# A product over a kept graph also holds the derivatives that are on their way. Measured: see WORKING_SHARE's
+# test in tests/quantities/test_curvature_memory.py.
+WORKING_SHARE = 0.5
+DEFAULT_SHARE = 0.25  # of the memory that is free: the caller's own training step wants the rest
+UNKNOWN_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Whether the graph is kept between products, in which micro-batches, and the bytes that were counted.
+
+    graph_bytes: what the whole data's graph would hold; allowed_bytes: the cap that decided.
+    """
+
+    retained: bool
+    batches: tuple[Batch, ...]
+    graph_bytes: int
+    allowed_bytes: int
+
+
+def plan_memory(curvature: Curvature, objective: Objective, memory: int | None) -> MemoryPlan:
+    """Keep the graph of all the data where `memory` bytes hold it; else micro-batches that fit one at a time.
+
+    Raises InvalidInput where `memory` does not hold the graph of one example.
+    """
+    allowed = available_memory(objective.device) if memory is None else memory
+    probe = probe_batch(objective)
+    fixed, per_element = _graph_size(curvature, objective, probe)
+    needed = {id(b): per_element * _elements(b) * (1 + WORKING_SHARE) for b in objective.batches}
+    gradient = 4 * objective.layout.size if objective.dtype == torch.float32 else 8 * objective.layout.size
+    whole = int(sum(needed.values()) + fixed * len(objective.batches) + gradient)
+    if whole <= allowed:
+        return MemoryPlan(True, objective.batches, whole, allowed)
+    pieces: list[Batch] = []
+    for batch in objective.batches:
+        fit = (allowed - fixed) / max(needed[id(batch)] / batch.size, 1e-9)
+        if fit < 1 and memory is not None:
+            least = int(fixed + needed[id(batch)] / batch.size)
+            raise InvalidInput(
+                f"The graph of one example needs about {_human(least)} and memory= allows {_human(memory)}; "
+                f"allow at least {_human(least)}."
+            )
+        pieces += batch.split(max(1, min(batch.size, int(fit))))
+    return MemoryPlan(False, tuple(pieces), whole, allowed)
+
+
+def available_memory(device: torch.device) -> int:
+    """The share of the device's free memory that a kept graph may take when no cap is given, in bytes."""
+    if device.type == "cuda":
+        return int(DEFAULT_SHARE * torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = UNKNOWN_MEMORY
+    return int(DEFAULT_SHARE * min(free, _control_group_memory()))
+
+
+def saved_bytes(curvature: Curvature, objective: Objective, batch: Batch) -> int:
+    """The bytes of the distinct storages that the graph of `batch` saves, without parameters and inputs."""
+    theta = objective.parameters()
+    ours = [*theta, *objective.constants.values(), *objective.model.parameters(), *objective.model.buffers()]
+    known = {_storage(t) for t in (*ours, *tensors_in((batch.args, batch.kwargs, batch.targets)))}
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided and _storage(tensor) not in known:
+            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        graph = curvature.graph(objective, theta, [batch])
+    del graph
+    return sum(saved.values())
+
+
+def _graph_size(curvature: Curvature, objective: Objective, probe: Batch) -> tuple[float, float]:
+    """(bytes that do not grow with the data, bytes per element of the inputs)."""
+    sizes: list[Batch] = [probe] if probe.size == 1 else [probe.slice(0, probe.size // 2), probe]
+    with objective.measured():
+        counted = [saved_bytes(curvature, objective.on([b]), b) for b in sizes]
+    elements = [_elements(b) for b in sizes]
+    if len(sizes) == 1 or elements[1] == elements[0]:
+        return 0.0, counted[-1] / elements[-1]
+    slope = max((counted[1] - counted[0]) / (elements[1] - elements[0]), 0.0)
+    return max(counted[1] - slope * elements[1], 0.0), slope
+
+
+def _elements(batch: Batch) -> int:
+    return max(sum(t.numel() for t in tensors_in((batch.args, batch.kwargs))), batch.size)
+
+
+def _control_group_memory() -> float:
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            return int(limit.read()) - int(used.read())
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _human(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""

@@ -1,0 +1,401 @@
+"""Is the curvature product of this model right? A test on a few examples, run before an operator's first use.
+
+Several constructs give wrong products and raise nothing: fused losses that store their own derivative,
+functions whose backward cannot be differentiated, layers that change state in the forward pass. The test
+takes the product along three directions, compares each with a finite difference of first derivatives, asks
+whether the gradient is repeatable and is the derivative of the loss, whether the forward pass left parameters
+and buffers alone, and whether the product is symmetric. It runs in float64 where the model allows, since
+there a step can be so small that no ReLU changes side; else in float32 along smooth directions only.
+
+What fails has no product: the finite difference itself is used where it is good enough, else Unsupported says
+why. Thresholds are our choice, uncalibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from diag.errors import DiagError, InvalidInput, Unsupported
+from diag.quantities.batch import Batch, tensors_in
+from diag.quantities.curvature_guards import refuse_impossible
+from diag.quantities.curvature_objective import Objective
+from diag.quantities.curvature_products import Curvature
+
+NUM_EXAMPLES = 32
+FAIL_ABOVE = {"float64": 0.03, "float32": 0.3}  # a float32 difference crosses kinks, so it can prove less
+WARN_ABOVE = {"float64": 0.003, "float32": 0.03}
+FALLBACK_BELOW = 0.03
+REPEATABLE_WITHIN = 1e-3
+# Steps relative to the length of the parameter vector. No single one is good: the smallest avoids kinks, the
+# largest drowns the rounding of models that compute a part in float32 whatever their weights are.
+STEPS = {"float64": (1e-8, 1e-6, 1e-4), "float32": (1e-5, 1e-4, 1e-3)}
+FALLBACK_STEPS = {"float64": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4), "float32": (1e-5, 1e-4, 1e-3, 1e-2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTest:
+    """What the self-test of a curvature product found; all errors are relative.
+
+    method: "double backward", or "finite difference" where that failed for the `reason` given.
+    precision: the arithmetic of the test. step: the finite difference's step, relative to ||theta||.
+    errors: direction -> ||product - finite difference|| / ||product||, best of three steps (for the finite
+        difference itself: its change between two steps).
+    gradient_error: <grad L, d> against the difference of the loss along d. repeatability: two evaluations of
+    one gradient. asymmetry: <u, A v> - <v, A u> in units of the larger product.
+    rounding_error: the product in the operator's own precision against the one in the test's.
+    """
+
+    method: str
+    precision: str
+    num_examples: int
+    errors: dict[str, float] = field(default_factory=dict)
+    gradient_error: float
+    repeatability: float
+    asymmetry: float
+    rounding_error: float
+    step: float = 0.0
+    reason: str = ""
+
+    @property
+    def level(self) -> str:
+        """ "ok", or "warning" where a check came out above the warning threshold or a fallback is in use."""
+        worst = max([*self.errors.values(), self.gradient_error, self.asymmetry])
+        doubtful = worst > WARN_ABOVE[self.precision] or self.rounding_error > WARN_ABOVE["float32"]
+        return "warning" if doubtful or self.method == "finite difference" else "ok"
+
+    def sentence(self) -> str:
+        """The outcome in one sentence with its numbers."""
+        worst = max(self.errors.values(), default=0.0)
+        tested = f"tested in {self.precision} on {self.num_examples} examples"
+        if self.method == "finite difference":
+            return (
+                f"Products are finite differences, because {self.reason}; two steps agree to {worst:.1e} "
+                f"({tested})."
+            )
+        return (
+            f"Products agree with finite differences to {worst:.1e}, and rounding changes them by "
+            f"{self.rounding_error:.1e} ({tested})."
+        )
+
+
+def run_self_test(curvature: Curvature, objective: Objective, seed: int = 0) -> SelfTest:
+    """Test the product of `curvature` with a few of the objective's examples.
+
+    Raises InvalidInput where the loss cannot be computed or is not finite, and Unsupported, with the reason
+    and what to do, where no right product can be had.
+    """
+    refuse_impossible(objective.model)
+    probe = probe_batch(objective)
+    trial = _in_float64(objective.on([probe]))
+    with trial.measured():
+        return _Examination(curvature, objective.on([probe]), trial, seed).outcome()
+
+
+class _Examination:
+    """The steps of one self-test; each raises Unsupported or InvalidInput, or leaves a number."""
+
+    def __init__(self, curvature: Curvature, own: Objective, trial: Objective, seed: int):
+        self.curvature, self.own, self.trial, self.seed = curvature, own, trial, seed
+        self.theta = trial.parameters()
+        self.precision = "float64" if trial.dtype == torch.float64 else "float32"
+        self.scale = max(_length(trial.layout.flatten(self.theta, self.theta[0])), 1e-3)
+        self.fixed = rows_held_fixed(trial.model, trial)
+
+    def outcome(self) -> SelfTest:
+        self.gradient, self.repeatability = self._repeated_gradient()
+        self.gradient_error = self._gradient_error()
+        failure = self._double_backward()
+        if isinstance(failure, SelfTest):
+            return failure
+        return self._fall_back(failure)
+
+    # -- first derivatives -------------------------------------------------------------------------
+
+    def _repeated_gradient(self) -> tuple[Tensor, float]:
+        state = dict(self.trial.model.named_buffers()) | dict(zip(self.trial.layout.names, self.theta, strict=True))
+        state |= self.trial.constants
+        versions = {name: tensor._version for name, tensor in state.items()}
+        first = self.trial.gradient(self.theta)
+        changed = [name for name, tensor in state.items() if tensor._version != versions[name]]
+        if changed:
+            raise Unsupported(
+                f"A forward pass in evaluation mode changes {changed[0]} in place, so the loss is not a function "
+                "of the parameters; switch that update off in evaluation mode."
+            )
+        if not torch.isfinite(first).all():
+            raise InvalidInput(
+                "The gradient of the loss is not finite on the data; look for the step at which training broke."
+            )
+        difference = _length(self.trial.gradient(self.theta) - first) / max(_length(first), 1e-300)
+        if difference > REPEATABLE_WITHIN:
+            raise Unsupported(
+                f"Two evaluations of the same gradient differ by {difference:.1e} of its length: the model keeps a "
+                "state or draws random numbers in evaluation mode (such as F.dropout without training=); switch "
+                "that off."
+            )
+        return first, difference
+
+    def _gradient_error(self) -> float:
+        direction = self._unit(self.gradient)
+        if direction is None:
+            return 0.0
+        slope = float(self.gradient.double() @ direction.double())
+        views = self.trial.layout.views(direction)
+        errors = []
+        for relative in STEPS[self.precision]:
+            step = relative * self.scale
+            ahead, behind = (self.trial.value(self.trial.shifted(self.theta, views, s)) for s in (step, -step))
+            noise = 100 * self._eps * abs(ahead) / step
+            errors.append(abs((ahead - behind) / (2 * step) - slope) / max(abs(slope), noise))
+            if errors[-1] < WARN_ABOVE["float64"]:
+                break
+        if min(errors) > FAIL_ABOVE[self.precision]:
+            raise Unsupported(
+                f"The gradient is not the derivative of the loss ({min(errors):.0%} off along its own direction), "
+                "as with detached terms, straight-through estimators or a custom backward; such a loss has no "
+                "curvature: measure a loss without them."
+            )
+        return min(errors)
+
+    # -- second derivatives ------------------------------------------------------------------------
+
+    def _double_backward(self) -> SelfTest | str:
+        """The passed test, or why double backward failed."""
+        try:
+            graph = self.curvature.graph(self.trial, self.theta, self.trial.batches)
+            product = lambda d: self._flat(graph.product(self.trial.layout.views(d), True))  # noqa: E731
+            along = {"gradient": self._unit(self.gradient)}
+            if along["gradient"] is not None:
+                along["top"] = self._unit(product(along["gradient"]))
+            # A random direction meets every layer, but in float32 also every kink near by.
+            if self.precision == "float64" or all(d is None for d in along.values()):
+                along["random"] = self._random()
+            directions = {name: d for name, d in along.items() if d is not None}
+            products = {name: product(d) for name, d in directions.items()}
+            undifferentiable = error_node(graph)
+        except DiagError:
+            raise
+        except RuntimeError as error:  # an operation without a second derivative says so when it is reached
+            return f"the loss cannot be differentiated twice ({_first_line(error)})"
+        if undifferentiable:
+            return "the loss holds a function marked once-differentiable"
+        errors, culprit = {}, ""
+        for name, direction in directions.items():
+            errors[name], parameter = self._disagreement(direction, products[name])
+            culprit = parameter if errors[name] == max(errors.values()) else culprit
+        if max(errors.values()) > FAIL_ABOVE[self.precision]:
+            return (
+                f"double backward differs from a finite difference by {max(errors.values()):.0%}, most in {culprit}"
+            )
+        asymmetry = self._asymmetry(directions, products)
+        if asymmetry > FAIL_ABOVE[self.precision]:
+            return f"the double-backward product is not symmetric ({asymmetry:.0%})"
+        name = "random" if "random" in directions else next(reversed(directions))
+        return self._record(
+            method="double backward",
+            errors=errors,
+            asymmetry=asymmetry,
+            rounding_error=self._rounding_error(directions[name], products[name]),
+        )
+
+    def _disagreement(self, direction: Tensor, product: Tensor) -> tuple[float, str]:
+        best, culprit = float("inf"), ""
+        for relative in STEPS[self.precision]:
+            step = relative * self.scale
+            difference = self._difference(direction, step)
+            noise = 100 * self._eps * _length(self.gradient) / step
+            gap = difference - product
+            error = _length(gap) / max(_length(product), _length(difference), noise, 1e-300)
+            if error < best:
+                best, culprit = error, self._largest_part(gap)
+            if best < WARN_ABOVE["float64"] / 10:
+                break
+        return best, culprit
+
+    def _rounding_error(self, direction: Tensor, product: Tensor) -> float:
+        if (self.own.precision, self.own.model) == (self.trial.precision, self.trial.model):
+            return 0.0
+        with self.own.measured():
+            theta = self.own.parameters()
+            graph = self.curvature.graph(self.own, theta, self.own.batches)
+            views = self.own.layout.views(direction.to(self.own.dtype))
+            rounded = self.own.layout.flatten(graph.product(views, False), direction)
+        error = _length(rounded - product) / max(_length(product), 1e-300) if product.any() else 0.0
+        if not error <= FAIL_ABOVE["float32"]:
+            raise Unsupported(
+                f"The product in {self.own.precision} differs from the one in {self.trial.precision} by "
+                f"{error:.0%}; measure with precision='float64'."
+            )
+        return error
+
+    # -- the finite difference as a product --------------------------------------------------------
+
+    def _fall_back(self, reason: str) -> SelfTest:
+        directions = {"gradient": self._unit(self.gradient), "random": self._random()}
+        known = {name: d for name, d in directions.items() if d is not None}
+        steps = FALLBACK_STEPS[self.precision]
+        table = {
+            name: [self._difference(d, relative * self.scale) for relative in steps] for name, d in known.items()
+        }
+        changes = [
+            {name: _relative(row[k + 1], row[k]) for name, row in table.items()} for k in range(len(steps) - 1)
+        ]
+        best = min(range(len(changes)), key=lambda k: max(changes[k].values()))
+        asymmetry = self._asymmetry(known, {name: row[best] for name, row in table.items()})
+        worst = max(*changes[best].values(), asymmetry)
+        if not worst <= FALLBACK_BELOW:
+            raise Unsupported(
+                f"No right curvature product can be had: {reason}, and finite differences are no better than "
+                f"{worst:.0%}; replace that operation by one of plain torch functions for the measurement."
+            )
+        return self._record(
+            method="finite difference",
+            errors=changes[best],
+            asymmetry=asymmetry,
+            rounding_error=0.0,
+            step=steps[best],
+            reason=reason,
+        )
+
+    # -- small pieces ------------------------------------------------------------------------------
+
+    def _record(self, **fields: object) -> SelfTest:
+        return SelfTest(
+            precision=self.precision,
+            num_examples=self.trial.num_examples,
+            gradient_error=self.gradient_error,
+            repeatability=self.repeatability,
+            **fields,  # type: ignore[arg-type]
+        )
+
+    @property
+    def _eps(self) -> float:
+        return torch.finfo(self.trial.dtype).eps
+
+    def _difference(self, direction: Tensor, step: float) -> Tensor:
+        views = self.trial.layout.views(direction)
+        return self.curvature.finite_difference(self.trial, self.theta, views, step)
+
+    def _flat(self, pieces: Sequence[Tensor | None]) -> Tensor:
+        return self.trial.layout.flatten(pieces, self.gradient)
+
+    def _unit(self, vector: Tensor) -> Tensor | None:
+        """The unit vector along `vector` without the rows that are held fixed; None for zero."""
+        vector = hold_fixed(vector.clone(), self.trial, self.fixed)
+        length = _length(vector)
+        return vector / length if length > 0 else None
+
+    def _random(self) -> Tensor:
+        """A random unit vector in which every parameter tensor has its share of the parameters' length."""
+        generator = torch.Generator().manual_seed(self.seed)
+        pieces = []
+        for p in self.theta:
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            pieces.append(noise * ((_length(p) + 0.01 * self.scale) / max(p.numel() ** 0.5, 1.0)))
+        direction = self._unit(self._flat(pieces))
+        assert direction is not None
+        return direction
+
+    def _asymmetry(self, directions: dict[str, Tensor], products: dict[str, Tensor]) -> float:
+        first, last = next(iter(directions)), next(reversed(directions))
+        size = max(_length(products[first]), _length(products[last]), 1e-300)
+        there = directions[first].double() @ products[last].double()
+        back = directions[last].double() @ products[first].double()
+        return float((there - back).abs()) / size
+
+    def _largest_part(self, gap: Tensor) -> str:
+        sizes = [_length(part) for part in self.trial.layout.views(gap)]
+        return self.trial.layout.names[max(range(len(sizes)), key=sizes.__getitem__)]
+
+
+def error_node(graph: object) -> bool:
+    """True where a graph holds a node that stands for "cannot be differentiated again"."""
+    roots = [t.grad_fn for name in ("gradient", "pulled") for t in getattr(graph, name, ()) if t is not None]
+    seen, stack = set(), [node for node in roots if node is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() in ("Error", "torch::autograd::Error", "NotImplemented"):
+            return True
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return False
+
+
+def rows_held_fixed(model: nn.Module, objective: Objective) -> list[tuple[int, int]]:
+    """(parameter, row) of every embedding's padding row, whose gradient PyTorch defines as zero."""
+    trainable = dict(model.named_parameters())
+    place = {id(trainable[name]): i for i, name in enumerate(objective.layout.names)}
+    return [
+        (place[id(module.weight)], module.padding_idx)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.padding_idx is not None
+        and id(module.weight) in place
+    ]
+
+
+def hold_fixed(vector: Tensor, objective: Objective, rows: list[tuple[int, int]]) -> Tensor:
+    """`vector` with zeros in the given rows, changed in place."""
+    views = objective.layout.views(vector)
+    for parameter, row in rows:
+        views[parameter][row] = 0
+    return vector
+
+
+def probe_batch(objective: Objective) -> Batch:
+    """A few examples of the batch whose examples are largest; the whole batch where it cannot be cut."""
+
+    def elements(batch: Batch) -> float:
+        return sum(t.numel() for t in tensors_in((batch.args, batch.kwargs))) / batch.size
+
+    largest = max(objective.batches, key=elements)
+    small = largest.slice(0, NUM_EXAMPLES)
+    with objective.measured():
+        theta = objective.parameters()
+        if small.size < largest.size:
+            try:
+                objective.loss(theta, small)
+                return small
+            except Exception:  # inputs whose first axis is not the examples cannot be cut
+                pass
+        try:
+            loss = objective.loss(theta, largest)
+        except DiagError:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"The loss could not be computed on a batch ({type(error).__name__}: {_first_line(error)}); check "
+                "that loss_fn(model(inputs), targets) runs on this data."
+            ) from error
+    if not loss.requires_grad:
+        raise InvalidInput("The loss does not depend on any trainable parameter; check loss_fn and requires_grad.")
+    return largest
+
+
+def _in_float64(own: Objective) -> Objective:
+    """The objective in float64 where the model runs in it, else in float32."""
+    trial = own.at_precision("float64")
+    try:
+        with trial.measured():
+            trial.gradient(trial.parameters())
+        return trial
+    except Exception:  # weights or kernels that exist in one precision only
+        return own.at_precision("float32")
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return _length(a - b) / max(_length(a), _length(b), 1e-300)
+
+
+def _length(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")[:160] if str(error).strip() else type(error).__name__

@@ -1,0 +1,346 @@
+"""Neural collapse: how far the features of each class have shrunk to their mean, and the means to a simplex.
+
+Late in the training of a classifier the inputs h of its final layer tend to their class means (NC1), the
+centred class means M to the vertices of a simplex (NC2), the classifier's rows W to those means (NC3), and its
+decisions to the nearest class mean (NC4). Each number here is 0 in the limit. The global mean is always the
+unweighted mean of the class means, and the within-class covariance the average over classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diag.display import format_number, format_share
+from diag.errors import InvalidInput
+from diag.linalg.class_geometry import (
+    ClassMeans,
+    class_means,
+    deviation_angle,
+    distance_normalised_variance,
+    effective_rank,
+    pairwise_cosines,
+    simplex_distance,
+    unit,
+    within_over_between,
+)
+from diag.registry import instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+
+SOURCE = "Papyan, Han, Donoho 2020, arXiv:2008.08186; Tirer, Huang, Niles-Weed 2022, arXiv:2210.16658"
+
+TERMINAL_ACCURACY = 0.995
+NC1_COLLAPSED = 0.1
+NC2_COLLAPSED = 0.3
+NC2_UNUSUAL = 0.8
+NC4_UNUSUAL = 0.01
+SNAPSHOTS_FOR_A_TREND = 3
+
+NOT_A_SCORE = "Neural collapse appears with random labels too, so it is no score of generalisation."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NeuralCollapse(Result):
+    """The four signs of neural collapse and what goes with them; NaN where something was not given."""
+
+    nc1_ratio: float = measured("NC1~ = Tr S_W / Tr S_B, the form with theorems (Tirer et al., Eq. 3)")
+    nc1: float = measured("NC1 = Tr(S_W S_B^+) / K (Papyan et al.)")
+    nc2: float = measured("NC2: distance of M M^T from a simplex's, both scaled to norm 1 (Tirer et al.)")
+    nc3: float = measured("NC3: distance of W from M, both scaled to norm 1 (Papyan et al. plot its square)")
+    nc4: float = measured("NC4: examples whose decision is not the nearest class mean", unit="share")
+    degenerate: bool = measured("two class means coincide, so NC1 is not defined")
+    nc2_norms: float = measured("spread of the lengths of the centred class means, relative to their mean")
+    nc2_angle_spread: float = measured("standard deviation of the cosines between centred class means")
+    nc2_angles: float = measured("mean distance of these cosines from a simplex's -1/(K-1)")
+    nc2_classifier: float = measured("NC2 of the classifier's rows instead of the class means")
+    nc3_product: float = measured("NC3 by the product W M^T: its distance from a simplex's (Zhu et al. 2021)")
+    bias_check: float = measured("length of W h_G + c, centred over classes, at the global mean h_G")
+    deviation_angle: float = measured(
+        "mean angle between a pair's decision direction w_a - w_b and its class-mean difference", unit="degrees"
+    )
+    cdnv: float = measured("class-distance normalised variance, mean over pairs of classes")
+    effective_rank: float = measured("exp of the entropy of the squared singular values of M, normalised")
+    feature_norm: float = measured("mean length of the features")
+    train_accuracy: float = measured("examples whose label has the largest logit", unit="share")
+    held_out_nc1: float = measured("NC1 of held-out features around the class means of the training data")
+    held_out_nc4: float = measured("NC4 on held-out data, by the class means of the training data", unit="share")
+    num_classes: int = measured("classes present in the data, K")
+    num_features: int = measured("features, d")
+    singular_values: NDArray[numpy.float64] = measured(
+        "singular values of the centred class means, largest first", shape="(min(K - 1, d),)"
+    )
+    class_cosines: NDArray[numpy.float64] = measured(
+        "cosines between the centred class means", shape="(K (K - 1) / 2,)"
+    )
+
+    @property
+    def is_collapsed(self) -> bool:
+        return (
+            self.nc1 < self._setting("nc1_collapsed", NC1_COLLAPSED)
+            and self.nc2 < self._setting("nc2_collapsed", NC2_COLLAPSED)
+            and self.nc4 == 0
+        )
+
+    def verdict(self) -> Verdict:
+        unmet = self.unmet()
+        if unmet is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        return self._unusual() or self._state()
+
+    def _unusual(self) -> Verdict | None:
+        nc4_limit = self._setting("nc4_unusual", NC4_UNUSUAL)
+        nc2_limit = self._setting("nc2_unusual", NC2_UNUSUAL)
+        if self.nc4 > nc4_limit:
+            found = (
+                f"{format_share(self.nc4)} of the decisions are not the nearest class mean (NC4) although the "
+                f"training accuracy is {format_share(self.train_accuracy)}"
+            )
+            value, threshold = self.nc4, nc4_limit
+            advice = "Look at the examples whose decision differs: their features lie nearer to another class."
+        elif self.nc1 < self._setting("nc1_collapsed", NC1_COLLAPSED) and self.nc2 > nc2_limit:
+            found = (
+                f"the features have collapsed within classes (NC1 {format_number(self.nc1)}) but the class means "
+                f"are far from a simplex (NC2 {format_number(self.nc2)})"
+            )
+            value, threshold = self.nc2, nc2_limit
+            advice = "Look at the class sizes: with a few dominant classes the means of the small ones merge."
+        else:
+            return None
+        return self._judged(
+            Level.WARNING,
+            f"Unusual geometry: {found}.",
+            advice=advice,
+            value=value,
+            threshold=threshold,
+            refutation="Measure on the whole, class-balanced training set without augmentation.",
+        )
+
+    def _state(self) -> Verdict:
+        numbers = (
+            f"NC1 {format_number(self.nc1)}, NC2 {format_number(self.nc2)}, NC3 {format_number(self.nc3)}, NC4 "
+            f"{format_number(self.nc4)} at training accuracy {format_share(self.train_accuracy)}"
+        )
+        if not math.isnan(self.held_out_nc1):
+            numbers += f"; held out NC1 {format_number(self.held_out_nc1)}, NC4 {format_number(self.held_out_nc4)}"
+        word = "have collapsed to their class means" if self.is_collapsed else "have not collapsed"
+        return self._judged(
+            Level.OK,
+            f"The features {word} ({numbers}).",
+            advice=NOT_A_SCORE,
+            value=self.nc1,
+            threshold=self._setting("nc1_collapsed", NC1_COLLAPSED),
+        )
+
+    def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
+        return Verdict(level, sentence, source=SOURCE, threshold_source=OUR_CHOICE, **more)
+
+    def _setting(self, name: str, default: float) -> float:
+        return float(self.provenance.settings.get(name, default))
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """Collapsing: NC1~, NC2 and NC3 all fall over the last three snapshots of the terminal phase."""
+        last = series[-1][1].verdict()
+        recent = series[-SNAPSHOTS_FOR_A_TREND:]
+        terminal = all(result.unmet() is None for _, result in recent)
+        if last.level is not Level.OK or len(recent) < SNAPSHOTS_FOR_A_TREND or not terminal:
+            return last
+        courses = {name: [getattr(result, name) for _, result in recent] for name in ("nc1_ratio", "nc2", "nc3")}
+        if not all(a > b for course in courses.values() for a, b in itertools.pairwise(course)):
+            return last
+        parts = ", ".join(
+            f"{name} {format_number(courses[key][0])} to {format_number(courses[key][-1])}"
+            for key, name in (("nc1_ratio", "NC1~"), ("nc2", "NC2"), ("nc3", "NC3"))
+        )
+        return Verdict(
+            Level.OK,
+            f"The features are collapsing: from step {recent[0][0]:,} to {recent[-1][0]:,} {parts}. "
+            f"{last.sentence}",
+            NOT_A_SCORE,
+            SOURCE,
+            Confidence.STRONG_EMPIRICAL,
+            value=last.value,
+            threshold=last.threshold,
+            threshold_source=OUR_CHOICE,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The four numbers and their variants, each 0 in the limit, with the held-out ones beside them."""
+        rows = ["nc1", "nc1_ratio", "nc2", "nc2_norms", "nc2_angles", "nc3", "nc3_product", "nc4"]
+        names = ["NC1", "NC1~", "NC2", "NC2 lengths", "NC2 angles", "NC3", "NC3 product", "NC4"]
+        values = [getattr(self, row) for row in rows]
+        ax.barh(names, values, color="tab:blue", height=0.6, label="training data")
+        held = {"NC1": self.held_out_nc1, "NC4": self.held_out_nc4}
+        if not math.isnan(self.held_out_nc1):
+            ax.plot(list(held.values()), list(held), "D", color="tab:orange", label="held out")
+        ax.invert_yaxis()
+        ax.set(xlabel="distance from collapse (0 = collapsed)", ylabel="sign of neural collapse")
+        ax.legend(fontsize=7, frameon=False)
+
+    @classmethod
+    def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
+        """NC1, NC1~, NC2 and NC3 over the steps; grey where training accuracy is below the terminal phase."""
+        steps = [step for step, _ in series]
+        for key, name in (("nc1_ratio", "NC1~"), ("nc1", "NC1"), ("nc2", "NC2"), ("nc3", "NC3")):
+            values = [getattr(result, key) for _, result in series]
+            if not all(map(math.isnan, values)):
+                ax.plot(steps, values, marker="o", markersize=3, label=name)
+        begins = next((step for step, result in series if result.unmet() is None), None)
+        if begins is not None:
+            ax.axvline(begins, color="gray", linestyle=":", label="terminal phase begins")
+        ax.set(xlabel="step", ylabel="distance from collapse", yscale="log")
+        ax.legend(fontsize=7, frameon=False)
+
+
+@instrument(source=SOURCE, title="Neural collapse")
+def neural_collapse(
+    features: Tensor,
+    labels: Tensor,
+    classifier: Any = None,
+    held_out_features: Tensor | None = None,
+    held_out_labels: Tensor | None = None,
+    logits: Tensor | None = None,
+    *,
+    terminal_accuracy: float = TERMINAL_ACCURACY,
+    nc1_collapsed: float = NC1_COLLAPSED,
+    nc2_collapsed: float = NC2_COLLAPSED,
+    nc2_unusual: float = NC2_UNUSUAL,
+    nc4_unusual: float = NC4_UNUSUAL,
+) -> NeuralCollapse:
+    """How far the classes' features have shrunk to their means, and the means and classifier to a simplex.
+
+    features (n, d): the inputs of the final linear layer on training data, without augmentation; labels (n,)
+    class numbers; classifier: (weight (K, d), bias (K,)) of that layer, for NC3, NC4 and the training accuracy;
+    logits (n, K), for NC4 and the accuracy where the classifier is not given. Held-out NC1 and NC4 use the class
+    means of the training data. All numbers are without unit, computed in float64; angles are in degrees.
+
+    There is a verdict only in the terminal phase (training accuracy at least `terminal_accuracy`), with at least
+    two examples a class, at least K - 1 features and distinct class means. The cut-offs `nc1_collapsed`,
+    `nc2_collapsed`, `nc2_unusual` and `nc4_unusual` are our choice, uncalibrated.
+
+    Raises InvalidInput for fewer than two classes, or where classifier and features do not fit. Sources: Papyan,
+    Han, Donoho 2020, arXiv:2008.08186; Tirer et al. 2022, arXiv:2210.16658 (Eq. 3); Zhu et al. 2021,
+    arXiv:2105.02375 (NC3 by the product).
+    """
+    h, y = features.double(), labels.to(features.device).long()
+    by = class_means(h, y)
+    if len(by.classes) < 2:
+        raise InvalidInput(f"The labels hold one class ({int(y[0])}); neural collapse needs at least two.")
+    weight, bias = _linear(classifier, h, int(by.classes[-1]))
+    decided = _decisions(h, weight, bias, logits)
+    accuracy = math.nan if decided is None else _share(decided == y)
+    lengths, cosines = by.centred.norm(dim=1), pairwise_cosines(by.centred)
+    return NeuralCollapse(
+        nc1=math.nan if by.degenerate else within_over_between(h, y, by),
+        nc1_ratio=_quotient(by.within.mean(), by.centred.square().sum() / len(by.classes)),
+        nc2=simplex_distance(by.centred @ by.centred.T),
+        nc4=math.nan if decided is None else _share(by.nearest(h) != decided),
+        degenerate=by.degenerate,
+        nc2_norms=_quotient(lengths.std(correction=0), lengths.mean()),
+        nc2_angle_spread=float(cosines.std(correction=0)),
+        nc2_angles=float((cosines + 1 / (len(by.classes) - 1)).abs().mean()),
+        cdnv=distance_normalised_variance(by),
+        effective_rank=effective_rank(by.singular),
+        feature_norm=float(h.norm(dim=1).mean()),
+        train_accuracy=accuracy,
+        num_classes=len(by.classes),
+        num_features=h.shape[1],
+        singular_values=by.singular.cpu().numpy(),
+        class_cosines=cosines.cpu().numpy(),
+        preconditions=_preconditions(accuracy, terminal_accuracy, by, h.shape[1]),
+        **_of_the_classifier(weight, bias, by),
+        **_held_out(held_out_features, held_out_labels, by, weight, bias),
+    )
+
+
+def _linear(classifier: Any, h: Tensor, last_class: int) -> tuple[Tensor | None, Tensor | None]:
+    if classifier is None:
+        return None, None
+    weight, bias = (torch.as_tensor(part).detach().to(h) for part in classifier)
+    if weight.ndim != 2 or weight.shape[1] != h.shape[1] or bias.shape != weight.shape[:1]:
+        raise InvalidInput(
+            f"The classifier has a weight of shape {tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}; "
+            f"expected (classes, {h.shape[1]}) and (classes,) for features of shape {tuple(h.shape)}."
+        )
+    if last_class >= len(weight):
+        raise InvalidInput(f"The labels go up to {last_class}; the classifier has only {len(weight)} classes.")
+    return weight, bias
+
+
+def _preconditions(accuracy: float, terminal: float, by: ClassMeans, features: int) -> tuple[Precondition, ...]:
+    classes, fewest = len(by.classes), int(by.counts.min())
+    if math.isnan(accuracy):
+        detail = "the training accuracy is not known; give classifier= or logits= too."
+    else:
+        detail = (
+            f"the training accuracy is {format_share(accuracy)}, below the {format_share(terminal)} at which the "
+            "terminal phase of training begins; the numbers only describe."
+        )
+    return (
+        Precondition("terminal phase of training", accuracy >= terminal, detail),
+        Precondition(
+            "at least K - 1 features",
+            features >= classes - 1,
+            f"{features} features cannot hold a simplex of {classes} classes; it needs {classes - 1}.",
+        ),
+        Precondition(
+            "at least two examples a class",
+            fewest >= 2,
+            f"the smallest class has {fewest} example; give more data.",
+        ),
+        Precondition("distinct class means", not by.degenerate, "two class means coincide, so NC1 is not defined."),
+    )
+
+
+def _of_the_classifier(weight: Tensor | None, bias: Tensor | None, by: ClassMeans) -> dict[str, Any]:
+    if weight is None or bias is None:
+        return dict.fromkeys(("nc3", "nc2_classifier", "nc3_product", "bias_check", "deviation_angle"), math.nan)
+    w, m = weight[by.classes], by.centred
+    at_centre = w @ by.centre + bias[by.classes]
+    return {
+        "nc3": float((unit(w) - unit(m)).norm()),
+        "nc2_classifier": simplex_distance(w @ w.T),
+        "nc3_product": simplex_distance(w @ m.T),
+        "bias_check": float((at_centre - at_centre.mean()).norm()),
+        "deviation_angle": deviation_angle(w, m),
+    }
+
+
+def _held_out(
+    h: Tensor | None, labels: Tensor | None, by: ClassMeans, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Any]:
+    """NC1 and NC4 of held-out features by the training means; examples of classes not trained on are left out."""
+    nc1 = nc4 = math.nan
+    if h is not None and labels is not None:
+        known = torch.isin(labels.to(by.classes), by.classes)
+        h, y = h.to(by.means)[known], labels.to(by.classes)[known]
+        if len(h) and not by.degenerate:
+            nc1 = within_over_between(h, y, by)
+        decided = _decisions(h, weight, bias)
+        if len(h) and decided is not None:
+            nc4 = _share(by.nearest(h) != decided)
+    return {"held_out_nc1": nc1, "held_out_nc4": nc4}
+
+
+def _decisions(
+    h: Tensor, weight: Tensor | None, bias: Tensor | None, logits: Tensor | None = None
+) -> Tensor | None:
+    if weight is None or bias is None:
+        return None if logits is None else logits.argmax(1).to(h.device)
+    return (h @ weight.T + bias).argmax(1)
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.double().mean())
+
+
+def _quotient(a: Tensor, b: Tensor) -> float:
+    return float(a / b) if float(b) > 0 else math.nan

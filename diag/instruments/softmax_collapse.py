@@ -57,7 +57,7 @@ class SoftmaxCollapse(Result):
     """How many examples lost their gradient to rounding, and how far the others are from it."""
 
     collapsed: float = measured("examples whose loss gradient on their own class is exactly zero", unit="share")
-    headroom: float = measured("how far the median margin is below the collapse margin b ln 2", unit="nats")
+    headroom: float = measured("how far the median margin is below b ln 2, the collapse margin of the logits' dtype", unit="nats")
     median_margin: float = measured("median log-odds margin of the true class", unit="nats")
     zero_sum_residual: float = measured(
         "sum over examples of |sum of the logit gradients|, over the sum of their sizes: 0 in exact arithmetic"

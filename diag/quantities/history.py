@@ -25,7 +25,8 @@ class History:
 
     steps (T,) int64: the number of the optimizer step, from 1; strictly increasing.
     layers, sizes: the L parameter names in `named_parameters()` order, and their numbers of elements.
-    loss (T,): mean training loss that led to the step, over all accumulated micro-batches.
+    loss (T,): mean training loss that led to the step, over all accumulated micro-batches. `loss_finite` (T,)
+        bool is False where the loss was seen and was infinite or not a number; True where it was not observed.
     learning_rate (T,): of the first parameter group.
     gradient_norm (T, L): 2-norms before clipping, true (unscaled) values; inf or NaN entries of a gradient
         give a norm that is not finite. `gradient_finite` (T, L) bool tells these from what was not observed.
@@ -41,6 +42,7 @@ class History:
     layers: tuple[str, ...]
     sizes: tuple[int, ...]
     loss: NDArray[numpy.float64]
+    loss_finite: NDArray[numpy.bool_]
     learning_rate: NDArray[numpy.float64]
     gradient_norm: NDArray[numpy.float32]
     gradient_finite: NDArray[numpy.bool_]
@@ -74,6 +76,7 @@ def empty_history(layers: Mapping[str, int], length: int = 0) -> History:
         layers=tuple(layers),
         sizes=tuple(layers.values()),
         loss=line.copy(),
+        loss_finite=numpy.ones(length, bool),
         learning_rate=line.copy(),
         gradient_norm=table.copy(),
         gradient_finite=numpy.ones(table.shape, bool),
@@ -103,6 +106,7 @@ def history(snapshot: Snapshot) -> History:
     return dataclasses.replace(
         row,
         loss=numpy.array([loss]),
+        loss_finite=numpy.isfinite(numpy.array([loss])),
         gradient_norm=norms,
         gradient_finite=numpy.isfinite(norms),
         applied_gradient_norm=total,

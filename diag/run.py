@@ -6,49 +6,54 @@ from the outcomes of some checkpoints, say. A run judges itself: `findings()` ha
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
 from diag import display
 from diag.errors import MissingQuantity, RunError
-from diag.quantities.history import History, empty_history
+from diag.quantities.history import History
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
 from diag.run_files import (
-    PER_LAYER,
-    PER_STEP,
-    RunWriter,
+    OUTCOMES,
+    history_of,
     kept_records,
     kept_rows,
+    outcome_data,
     read_array,
     read_metadata,
     read_records,
     read_rows,
 )
+from diag.run_writer import RunWriter
 
 __all__ = ["Cost", "Event", "Finding", "Record", "Run", "RunWriter", "load"]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """An outcome at a step. `outcome` is as yet a mapping (`kind`, `data`) where the run was read from a file."""
+class Unread(NamedTuple):
+    """An outcome that is still the line of the file that holds it; `kind` is result, skipped or failed."""
+
+    kind: str
+    line: bytes
+
+
+class Record(NamedTuple):
+    """An outcome at a step, and the seconds that it took."""
 
     step: int
     instrument: str
-    outcome: Outcome | Mapping[str, Any]
+    outcome: Outcome | Unread
     seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """Something that happened at a step, in one sentence."""
 
     step: int
@@ -56,8 +61,7 @@ class Event:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(NamedTuple):
     """Time spent at a step: `seconds` on an instrument, or the wall time that passed since the last such cost
     and the part of it that the watch took."""
 
@@ -88,7 +92,7 @@ class Run:
     metadata: what the run is (format_version, created, model, layers, versions, ...); `settings` in it maps
         an instrument's name to its settings.
     history: the step-by-step record, memory-mapped where it was read from a file; None without a step.
-    records, events, costs: in the order in which they happened.
+    records, events, times: in the order in which they happened; `costs` has the records' times too.
     torn: how many records could not be read (a killed writer leaves at most one a file).
     """
 
@@ -97,7 +101,7 @@ class Run:
     history: History | None = None
     records: Sequence[Record] = ()
     events: Sequence[Event] = ()
-    costs: Sequence[Cost] = ()
+    times: Sequence[Cost] = ()
     torn: int = 0
 
     @property
@@ -133,14 +137,20 @@ class Run:
         return list(self._judged[0])
 
     @property
+    def costs(self) -> list[Cost]:
+        """Where time went: on the records' measurements, and the wall time and the watch's part of it."""
+        measured = [Cost(r.step, r.instrument, r.seconds) for r in self.records if r.seconds is not None]
+        return sorted([*measured, *self.times], key=lambda cost: cost.step)
+
+    @property
     def wall_seconds(self) -> float:
         """The wall time that the watch has seen."""
-        return sum(c.wall_seconds for c in self.costs)
+        return sum(c.wall_seconds for c in self.times)
 
     @property
     def watch_seconds(self) -> float:
         """The part of the wall time that was spent in the watch."""
-        return sum(c.watch_seconds for c in self.costs)
+        return sum(c.watch_seconds for c in self.times)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame of every scalar: a row a step, the columns `loss`, `learning_rate`, the norms of
@@ -221,25 +231,23 @@ class Run:
 
     @staticmethod
     def _is_result(record: Record) -> bool:
-        if isinstance(record.outcome, Mapping):
-            return record.outcome["kind"] == "result"
-        return isinstance(record.outcome, Result)
+        outcome = record.outcome
+        return outcome.kind == "result" if isinstance(outcome, Unread) else isinstance(outcome, Result)
 
     def _decode(self, record: Record) -> Any:
         """The outcome of a record: a Result, Skipped or Failed; a raw dict for an unknown instrument."""
-        outcome, name = record.outcome, record.instrument
-        if not isinstance(outcome, Mapping):
+        outcome = record.outcome
+        if not isinstance(outcome, Unread):
             return outcome
-        key = id(record)
-        if key not in self._decoded:
-            self._decoded[key] = self._from_file(name, outcome["kind"], outcome["data"])
-        return self._decoded[key]
+        if id(record) not in self._decoded:
+            self._decoded[id(record)] = self._read(record.instrument, outcome.kind, outcome_data(outcome.line))
+        return self._decoded[id(record)]
 
     @cached_property
     def _decoded(self) -> dict[int, Any]:
         return {}
 
-    def _from_file(self, name: str, kind: str, data: Mapping[str, Any]) -> Any:
+    def _read(self, name: str, kind: str, data: Mapping[str, Any]) -> Any:
         if kind != "result":
             made = Skipped if kind == "skipped" else Failed
             return made(name, **{k: str(data[k]) for k in ("reason", "traceback") if k in data})
@@ -289,66 +297,27 @@ def load(path: str | Path) -> Run:
     keep = kept_rows(rows, records)
     lost = int((numpy.asarray(rows["steps"]) <= 0).sum())
     rows = rows if keep.all() else rows[keep]
-    records, malformed = _well_formed(kept_records(records))
+    records = kept_records(records)
     return Run(
         path=folder,
         metadata=metadata,
-        history=_history(metadata, rows, records),
+        history=history_of(metadata, rows, records),
         records=tuple(
-            Record(r["step"], r["instrument"], {"kind": r["type"], "data": r["data"]}, r.get("seconds"))
+            Record(r["step"], r["instrument"], Unread(r["type"], r["data"]), r.get("seconds"))
             for r in records
             if r["type"] in OUTCOMES
         ),
         events=tuple(Event(r["step"], r.get("kind", r["type"]), r["text"]) for r in records if "text" in r),
-        costs=tuple(_costs(records)),
-        torn=torn_rows + torn_lines + torn_before + malformed + lost,
+        times=tuple(_times(records)),
+        torn=torn_rows + torn_lines + torn_before + lost,
     )
 
 
-OUTCOMES = ("result", "skipped", "failed")
-REQUIRED = {
-    "result": ("instrument", "data"),
-    "skipped": ("instrument", "data"),
-    "failed": ("instrument", "data"),
-    "event": ("kind", "text"),
-    "optimizer": ("data",),
-}
-
-
-def _well_formed(records: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """The records that have what their type needs, and how many have not."""
-    good, bad = [], 0
-    for record in records:
-        if all(name in record for name in REQUIRED.get(record.setdefault("type", ""), ())):
-            good.append(record)
-        else:
-            bad += 1
-    return good, bad
-
-
-def _costs(records: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:
+def _times(records: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:
     for r in records:
         if r["type"] == "cost":
-            times = (decode(r.get(name, 0.0)) for name in ("seconds", "wall_seconds", "watch_seconds"))
-            yield Cost(r["step"], r.get("instrument", ""), *times)
-        elif r["type"] in OUTCOMES and r.get("seconds") is not None:
-            yield Cost(r["step"], r["instrument"], r["seconds"])
-
-
-def _history(metadata: Mapping[str, Any], rows: Any, records: Iterable[Mapping[str, Any]]) -> History | None:
-    if not len(rows):
-        return None
-    layers = metadata["layers"]
-    optimizer = [r["data"] for r in records if r["type"] == "optimizer"]
-    # Columns are views into the memory map: nothing is read before it is used.
-    columns: dict[str, Any] = {name: numpy.asarray(rows[name]) for name in (*PER_STEP, *PER_LAYER)}
-    return dataclasses.replace(
-        empty_history(layers),
-        **columns,
-        total_steps=int(rows["total_steps"][-1]),
-        optimizer=decode(optimizer[-1]) if optimizer else {},
-        notes=tuple(dict.fromkeys(r["text"] for r in records if r["type"] == "note")),
-    )
+            spent = (decode(r.get(name, 0.0)) for name in ("seconds", "wall_seconds", "watch_seconds"))
+            yield Cost(r["step"], r.get("instrument", ""), *spent)
 
 
 def _totals(history: History) -> dict[str, Any]:

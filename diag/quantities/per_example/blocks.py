@@ -1,0 +1,413 @@
+"""The per-example gradients of one weight from one use, in factors instead of n x P numbers.
+
+Every block stands for n matrices G_i of one shape and answers the same questions: squared norms, sums over
+groups of examples, products with given directions, a random sketch, and dense rows for a slice of the
+examples. `Outer` is G_i = sum_t b_it a_it' (linear layers, a convolution's patches), `Rows` an
+embedding's G_i = sum_t e(index_it) b_it', `Dense` holds small gradients as they are, `Lazy` computes large
+ones a slice at a time, and `Placed` puts a block into a slice or another order of a larger parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Numbers that one temporary may hold (float32: 16 MB, about the size of a cache); larger work goes in slices.
+SCRATCH = 4_000_000
+
+
+class Block:
+    """n gradients of shape `shape`; subclasses give `dense`, and faster answers where their form allows."""
+
+    n: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def dense(self, examples: slice) -> Tensor:
+        """(number of examples, *shape): the gradients themselves, for a slice of the examples."""
+        raise NotImplementedError
+
+    def slices(self, numbers_each: int | None = None) -> Iterator[slice]:
+        """Slices of the examples whose temporaries of `numbers_each` numbers fit the scratch space."""
+        step = max(1, SCRATCH // max(1, numbers_each or self.size))
+        for start in range(0, self.n, step):
+            yield slice(start, min(start + step, self.n))
+
+    def squared_norms(self) -> Tensor:
+        """(n,) float64: ||G_i||^2."""
+        return torch.cat([squared(self.dense(s)) for s in self.slices()])
+
+    def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
+        """(number of groups, *shape): the sum of G_i over each group's examples (index tensors)."""
+        return torch.stack([self._sum(group) for group in groups])
+
+    def _sum(self, group: Tensor) -> Tensor:
+        weights = torch.bincount(group, minlength=self.n)
+        parts = [torch.einsum("n,n...->...", weights[s].to(d.dtype), d) for s, d in self._dense_slices()]
+        return torch.stack(parts).sum(0)
+
+    def _dense_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        for s in self.slices():
+            yield s, self.dense(s)
+
+    def project(self, directions: Tensor) -> Tensor:
+        """(n, m): <G_i, V_j> for directions of shape (m, *shape)."""
+        flat = directions.flatten(1).T
+        return torch.cat([d.flatten(1) @ flat for _, d in self._dense_slices()])
+
+    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """(n, k_r, k_c): R' G_i C for the matrix view (rows, columns) of `as_matrix`; None stands for identity."""
+        return torch.cat([_sandwich(as_matrix(d), rows, columns) for _, d in self._dense_slices()])
+
+    def gram(self, other: Block) -> Tensor:
+        """(n, n_other): <G_i, G'_j> with a block of the same shape."""
+        result = None
+        for rows in row_slices(self.shape, self.n + other.n):
+            product = self.dense_rows(rows).flatten(1) @ other.dense_rows(rows).flatten(1).T
+            result = product if result is None else result + product
+        assert result is not None
+        return result
+
+    def dense_rows(self, rows: slice) -> Tensor:
+        """(n, number of rows, *rest): a slice of the first axis of every G_i."""
+        return torch.cat([d[:, rows] for _, d in self._dense_slices()])
+
+
+class Dense(Block):
+    """Gradients held as they are: `values` (n, *shape). For biases, norms and scales."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.n, self.shape = values.shape[0], tuple(values.shape[1:])
+
+    def dense(self, examples: slice) -> Tensor:
+        return self.values[examples]
+
+    def squared_norms(self) -> Tensor:
+        return squared(self.values)
+
+    def _sum(self, group: Tensor) -> Tensor:
+        return self.values[group].sum(0)
+
+    def dense_rows(self, rows: slice) -> Tensor:
+        return self.values[:, rows]
+
+
+class Lazy(Block):
+    """Gradients that `compute(slice of examples)` gives on demand."""
+
+    def __init__(self, n: int, shape: Sequence[int], compute: Callable[[slice], Tensor]) -> None:
+        self.n, self.shape, self.dense = n, tuple(shape), compute  # type: ignore[method-assign]
+
+
+class Outer(Block):
+    """G_i = sum_t b_it a_it' for `a` (n, g, T, p) and `b` (n, g, T, q); g groups lie one below the other.
+
+    `shape` is the weight's shape; its elements in order are those of (g, q, p).
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, shape: Sequence[int]) -> None:
+        self.a, self.b = a, b
+        self.n, self.groups, self.steps, self.p = a.shape
+        self.q, self.shape = b.shape[-1], tuple(shape)
+
+    def factors(self, examples: slice | Tensor) -> tuple[Tensor, Tensor]:
+        return self.a[examples], self.b[examples]
+
+    def dense(self, examples: slice) -> Tensor:
+        a, b = self.factors(examples)
+        return (b.transpose(-1, -2) @ a).reshape(-1, *self.shape)
+
+    def dense_rows(self, rows: slice) -> Tensor:
+        if self.groups > 1:
+            return super().dense_rows(rows)
+        parts = []
+        for s in self.slices(len(range(*rows.indices(self.shape[0]))) * self.p + self.steps * (self.p + self.q)):
+            a, b = self.factors(s)
+            parts.append((b[..., rows].transpose(-1, -2) @ a).reshape(a.shape[0], -1, *self.shape[1:]))
+        return torch.cat(parts)
+
+    def squared_norms(self) -> Tensor:
+        if self.steps == 1:
+            a, b = self.factors(slice(None))
+            return (squared_rows(a) * squared_rows(b)).flatten(1).sum(1)
+        ghost, full = self.steps * (self.p + self.q), self.p * self.q
+        if ghost >= full:
+            each = self.groups * (full + self.steps * (self.p + self.q))
+            return torch.cat([self._materialised_norms(s) for s in self.slices(each)])
+        return torch.cat([self._ghost_norms(s) for s in self.slices(3 * self.groups * self.steps**2)])
+
+    def _materialised_norms(self, examples: slice) -> Tensor:
+        a, b = self.factors(examples)
+        return squared(b.transpose(-1, -2) @ a)
+
+    def _ghost_norms(self, examples: slice) -> Tensor:
+        """sum_{t,t'} (a_t.a_t')(b_t.b_t'), and the full product where that sum lost its digits.
+
+        The terms can cancel: when their root sum of squares is far above the result, rounding is too, and
+        forming G_i, whose error enters only once, is more exact.
+        """
+        a, b = self.factors(examples)
+        terms = ((a @ a.transpose(-1, -2)).mul_(b @ b.transpose(-1, -2))).flatten(1)
+        norms = terms.sum(1, dtype=torch.float64)
+        spread = torch.linalg.vector_norm(terms, dim=1).double() * torch.finfo(terms.dtype).eps
+        for i in (spread > 1e-6 * norms.abs()).nonzero().flatten().tolist() if a.dtype == torch.float32 else ():
+            norms[i] = squared(b[i : i + 1].transpose(-1, -2) @ a[i : i + 1])[0]
+        return norms
+
+    def _sum(self, group: Tensor) -> Tensor:
+        total = None
+        for part in group.split(max(1, 4 * SCRATCH // max(1, self.groups * self.steps * (self.p + self.q)))):
+            a, b = self.factors(part)
+            a, b = (x.movedim(1, 0).reshape(self.groups, -1, x.shape[-1]) for x in (a, b))
+            product = b.transpose(-1, -2) @ a
+            total = product if total is None else total + product
+        return (self._zero() if total is None else total).reshape(self.shape)
+
+    def _zero(self) -> Tensor:
+        return self.b.new_zeros(self.groups, self.q, self.p)
+
+    def project(self, directions: Tensor) -> Tensor:
+        if self.steps > 1 and len(directions) > 1 and self.p > 1:
+            return super().project(directions)
+        columns = []
+        for direction in directions.reshape(-1, self.groups, self.q, self.p).unbind():
+            parts = []
+            for s in self.slices(self.groups * self.steps * self.q):
+                a, b = self.factors(s)
+                parts.append(((a @ direction.transpose(-1, -2)) * b).flatten(1).sum(1))
+            columns.append(torch.cat(parts))
+        return torch.stack(columns, 1)
+
+    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        if self.groups > 1:
+            return super().sketch(rows, columns)
+        parts = []
+        for s in self.slices(self.steps * (self.p + self.q)):
+            a, b = (x[:, 0] for x in self.factors(s))
+            a = a if columns is None else a @ columns
+            b = b if rows is None else b @ rows
+            parts.append(b.transpose(-1, -2) @ a)
+        return torch.cat(parts)
+
+    def gram(self, other: Block) -> Tensor:
+        if not isinstance(other, Outer):
+            return super().gram(other)
+        ghost = self.steps * other.steps * (self.p + self.q)
+        if self.steps * other.steps > 1 and ghost > self.p * self.q:
+            return super().gram(other)
+        return torch.cat([self._ghost_gram(s, other) for s in self.slices(other.n * self.steps * other.steps)])
+
+    def _ghost_gram(self, examples: slice, other: Outer) -> Tensor:
+        a, b = self.factors(examples)
+        a2, b2 = other.factors(slice(None))
+        result = 0
+        for g in range(self.groups):
+            products = _all_pairs(a[:, g], a2[:, g]).mul_(_all_pairs(b[:, g], b2[:, g]))
+            shape = (a.shape[0], self.steps, other.n, other.steps)
+            result = result + products.view(shape).sum((1, 3))
+        return result  # type: ignore[return-value]
+
+
+class Rows(Block):
+    """An embedding's gradients: row index_it of G_i receives b_it; `index` (n, T), `b` (n, T, d)."""
+
+    def __init__(self, index: Tensor, b: Tensor, num_rows: int) -> None:
+        self.index, self.b = index, b
+        self.n, self.steps, width = b.shape
+        self.shape = (num_rows, width)
+
+    def dense(self, examples: slice) -> Tensor:
+        b, index = self.b[examples], self.index[examples]
+        out = b.new_zeros(b.shape[0], *self.shape)
+        return out.scatter_add_(1, index[..., None].expand_as(b), b)
+
+    def dense_rows(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        inside = (self.index >= start) & (self.index < stop)
+        out = self.b.new_zeros(self.n, stop - start, self.shape[1])
+        index = torch.where(inside, self.index - start, 0)
+        return out.scatter_add_(1, index[..., None].expand_as(self.b), self.b * inside[..., None])
+
+    def squared_norms(self) -> Tensor:
+        keys = self.index + torch.arange(self.n, device=self.index.device)[:, None] * self.shape[0]
+        unique, inverse = torch.unique(keys, return_inverse=True)
+        merged = self.b.new_zeros(len(unique), self.shape[1]).index_add_(0, inverse.flatten(), self.b.flatten(0, 1))
+        norms = torch.zeros(self.n, dtype=torch.float64, device=self.b.device)
+        return norms.index_add_(0, unique // self.shape[0], squared_rows(merged))
+
+    def _sum(self, group: Tensor) -> Tensor:
+        out = self.b.new_zeros(self.shape)
+        return out.index_add_(0, self.index[group].flatten(), self.b[group].flatten(0, 1))
+
+    def project(self, directions: Tensor) -> Tensor:
+        return torch.stack([(v[self.index] * self.b).flatten(1).sum(1) for v in directions], 1)
+
+    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        if rows is None:
+            return super().sketch(rows, columns)
+        b = self.b if columns is None else self.b @ columns
+        return rows[self.index].transpose(-1, -2) @ b
+
+    def gram(self, other: Block) -> Tensor:
+        if not isinstance(other, Rows):
+            return super().gram(other)
+        used = torch.unique(torch.cat([self.index.flatten(), other.index.flatten()]))
+        mine, theirs = (
+            Rows(torch.searchsorted(used, block.index), block.b, len(used)) for block in (self, other)
+        )
+        return Block.gram(mine, theirs)
+
+
+class Placed(Block):
+    """A block whose elements sit at flat `positions` of a parameter of shape `shape`."""
+
+    def __init__(self, block: Block, positions: Tensor, shape: Sequence[int]) -> None:
+        self.block, self.positions = block, positions.flatten()
+        self.n, self.shape = block.n, tuple(shape)
+
+    def dense(self, examples: slice) -> Tensor:
+        values = self.block.dense(examples).flatten(1)
+        out = values.new_zeros(values.shape[0], self.size)
+        return out.index_add_(1, self.positions, values).view(-1, *self.shape)
+
+    def squared_norms(self) -> Tensor:
+        return self.block.squared_norms()  # positions of a rearrangement are distinct: a norm stays itself
+
+    def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
+        sums = self.block.group_sums(groups).flatten(1)
+        out = sums.new_zeros(len(sums), self.size)
+        return out.index_add_(1, self.positions, sums).view(-1, *self.shape)
+
+    def project(self, directions: Tensor) -> Tensor:
+        flat = directions.flatten(1)[:, self.positions]
+        return self.block.project(flat.reshape(-1, *self.block.shape))
+
+    def gram(self, other: Block) -> Tensor:
+        if isinstance(other, Placed) and torch.equal(self.positions, other.positions):
+            return self.block.gram(other.block)
+        return super().gram(other)
+
+
+class Sum(Block):
+    """The sum of several blocks of one parameter: tied weights, and modules called several times."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = list(blocks)
+        self.n, self.shape = blocks[0].n, blocks[0].shape
+
+    def dense(self, examples: slice) -> Tensor:
+        return torch.stack([b.dense(examples) for b in self.blocks]).sum(0)
+
+    def dense_rows(self, rows: slice) -> Tensor:
+        return torch.stack([b.dense_rows(rows) for b in self.blocks]).sum(0)
+
+    def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
+        return torch.stack([b.group_sums(groups) for b in self.blocks]).sum(0)
+
+    def project(self, directions: Tensor) -> Tensor:
+        return torch.stack([b.project(directions) for b in self.blocks]).sum(0)
+
+    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        return torch.stack([b.sketch(rows, columns) for b in self.blocks]).sum(0)
+
+    def squared_norms(self) -> Tensor:
+        total = torch.stack([b.squared_norms() for b in self.blocks]).sum(0)
+        for i, first in enumerate(self.blocks):
+            for second in self.blocks[i + 1 :]:
+                cross = _cross(first, second)
+                if cross is None:
+                    return super().squared_norms()
+                total = total + 2 * cross
+        return total
+
+
+def _cross(first: Block, second: Block) -> Tensor | None:
+    """(n,): <G_i, G'_i> in closed form, or None where there is none."""
+    if isinstance(first, Placed) and isinstance(second, Placed):
+        # Slices of one parameter that do not meet (query, key and value): nothing in common.
+        apart = not torch.isin(first.positions, second.positions).any()
+        return torch.zeros(first.n, dtype=torch.float64, device=first.positions.device) if apart else None
+    if isinstance(first, Rows) and isinstance(second, Outer):
+        first, second = second, first
+    if isinstance(first, Outer) and isinstance(second, Rows) and first.groups == 1:
+        parts = []
+        for s in first.slices(3 * first.steps * second.steps):
+            a, b = (x[:, 0] for x in first.factors(s))
+            index = second.index[s][:, None, :].expand(-1, first.steps, -1)
+            terms = b.gather(2, index) * (a @ second.b[s].transpose(-1, -2))
+            parts.append(terms.flatten(1).sum(1, dtype=torch.float64))
+        return torch.cat(parts)
+    return None
+
+
+def combine(blocks: Sequence[Block]) -> Block:
+    """One block for all uses of a parameter: outer products join along time, the rest becomes a `Sum`."""
+    outer = [b for b in blocks if type(b) is Outer]
+    rows = [b for b in blocks if type(b) is Rows]
+    rest = [b for b in blocks if type(b) not in (Outer, Rows)]
+    if len(outer) > 1:
+        a, b = (torch.cat([getattr(o, x) for o in outer], 2) for x in "ab")
+        outer = [Outer(a, b, outer[0].shape)]
+    if len(rows) > 1:
+        index, values = torch.cat([r.index for r in rows], 1), torch.cat([r.b for r in rows], 1)
+        rows = [Rows(index, values, rows[0].shape[0])]
+    dense = [b for b in rest if type(b) is Dense]
+    if len(dense) > 1:
+        rest = [b for b in rest if type(b) is not Dense]
+        rest.append(Dense(torch.stack([d.values for d in dense]).sum(0)))
+    parts: list[Block] = [*outer, *rows, *rest]
+    return parts[0] if len(parts) == 1 else Sum(parts)
+
+
+def squared(values: Tensor) -> Tensor:
+    """(n,) float64: the squared norm of each example's numbers."""
+    return squared_rows(values.reshape(values.shape[0], -1))
+
+
+def squared_rows(values: Tensor) -> Tensor:
+    """Squared norm over the last axis, float64. A float32 sum of 10^6 squares can be off by 1e-5, so long
+    rows are summed in pieces, and the pieces in float64."""
+    width = values.shape[-1]
+    if values.dtype == torch.float64:
+        return (values * values).sum(-1)
+    if width > 4096:
+        values = torch.nn.functional.pad(values, (0, -width % 1024)).unflatten(-1, (-1, 1024))
+        return torch.linalg.vector_norm(values, dim=-1).double().square().sum(-1)
+    return torch.linalg.vector_norm(values, dim=-1).double().square()
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """(n, rows, columns): the view in which gradients are sketched; vectors are folded into rows of 256."""
+    if values.ndim == 2:
+        width = values.shape[1]
+        if width <= 256:
+            return values[:, None, :]
+        return torch.nn.functional.pad(values, (0, -width % 256)).unflatten(1, (-1, 256))
+    return values.flatten(2) if values.ndim > 2 else values[:, None, None]
+
+
+def row_slices(shape: Sequence[int], n: int) -> Iterator[slice]:
+    """Slices of the first axis of a weight that n examples' worth of scratch space can hold."""
+    if not shape:
+        yield slice(None)
+        return
+    step = max(1, 4 * SCRATCH // max(1, n * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _sandwich(matrices: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    result = matrices if columns is None else matrices @ columns
+    return result if rows is None else rows.T @ result
+
+
+def _all_pairs(x: Tensor, y: Tensor) -> Tensor:
+    """(n T, m S): inner products of every row of x (n, T, d) with every row of y (m, S, d)."""
+    return x.flatten(0, 1) @ y.flatten(0, 1).T

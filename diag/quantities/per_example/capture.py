@@ -1,0 +1,265 @@
+"""Record every place in a forward pass where a trainable parameter meets the data.
+
+Per-example gradients of a parameter follow from two things at each such place (a *use*): the tensors that went
+into the operation and the gradient of the loss with respect to its output. `Capture` is a
+`TorchFunctionMode`: it sees the calls themselves (`linear`, `conv2d`, `add`, ...), not modules, so tied
+weights, modules called several times, parameters used directly and attention's packed projections all
+look alike. Nothing in the model changes: the ordinary kernels run and the ordinary graph is built.
+
+A tensor computed from parameters alone (a transpose, a slice, a normalised weight) is *derived*: it stands
+for its parameters until it meets the data.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from diag.quantities.per_example.recurrent import UNROLLED, is_padded_call
+
+# Functions that only rearrange elements: applied to a tensor of positions they tell where each came from.
+_VIEWS = frozenset(
+    "t transpose permute view reshape unflatten flatten chunk split unbind __getitem__ select narrow squeeze "
+    "unsqueeze movedim moveaxis swapaxes swapdims contiguous T mT view_as tensor_split diagonal clone".split()
+)
+Place = tuple[Any, ...]  # of an argument: (position or keyword,) or (position or keyword, index in a list)
+
+
+@dataclass(eq=False)
+class Source:
+    """What a tracked tensor stands for.
+
+    A parameter itself: `names` holds its name. A rearrangement of one parameter: `positions` holds each
+    element's flat position in it. Any other function of parameters: `edge` is its place in the graph, through
+    which gradients are pulled back. `use` is the index of the recorded call that made it.
+    """
+
+    names: tuple[str, ...]
+    shape: torch.Size
+    positions: Tensor | None = None
+    edge: GradientEdge | None = None
+    use: int | None = None
+
+
+@dataclass(eq=False)
+class Use:
+    """One call in which parameters, or tensors derived from them, took part.
+
+    `with_data` tells whether any other argument depends, or may depend, on the examples. `versions` are the
+    arguments' version counters before the call, `inputs` their graph nodes.
+    """
+
+    index: int
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    slots: dict[Place, Source]
+    with_data: bool
+    shape: torch.Size
+    edge: GradientEdge
+    versions: dict[Place, int]
+    inputs: list[Node | None]
+
+    def argument(self, place: Place) -> Any:
+        value = self.kwargs[place[0]] if isinstance(place[0], str) else self.args[place[0]]
+        return value[place[1]] if len(place) == 2 else value
+
+    def overwritten(self, place: Place) -> bool:
+        """True where the argument no longer holds what went into the call."""
+        return self.argument(place)._version != self.versions[place]
+
+
+class Capture(TorchFunctionMode):
+    """While active, appends a `Use` for each call that one of `parameters` takes part in."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self._parameters = {id(p): Source((name,), p.shape) for name, p in parameters.items()}
+        self._constants = {id(t): t for t in _constant_tensors(model) if id(t) not in self._parameters}
+        self._token = object()
+        self._running: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in UNROLLED and is_padded_call(args):
+            with self:
+                return UNROLLED[name](*args)
+        if getattr(func, "__module__", None) == "torch.nn.functional" and func not in self._running:
+            return self._step_into(func, args, kwargs)
+        if name == "__get__":  # a property such as Tensor.T or Tensor.shape
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        return self._call(name, func, args, kwargs)
+
+    def _step_into(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the body of a Python function of torch's, so that the calls inside it are seen."""
+        self._running.add(func)
+        try:
+            with self:
+                return _without_dispatch(func)(*args, **kwargs)
+        finally:
+            self._running.discard(func)
+
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = dict(_tensors(args, kwargs))
+        kinds = {place: self._kind(tensor) for place, tensor in tensors.items()}
+        slots = {place: kind for place, kind in kinds.items() if isinstance(kind, Source)}
+        with_data = any(kind is _DATA for kind in kinds.values())
+        if not slots:
+            result = func(*args, **kwargs)
+            output = args[0] if name == "__setitem__" else result
+            # An untagged tensor counts as data, so only what differs from that needs a tag.
+            if not with_data or _overwrites(name):
+                self._tag(output, _DATA if with_data else _CONSTANT)
+            return result
+        versions = {place: tensor._version for place, tensor in tensors.items()}
+        nodes = [tensor.grad_fn for tensor in tensors.values()]
+        result = func(*args, **kwargs)
+        output = args[0] if name == "__setitem__" else result
+        index = None
+        if isinstance(output, Tensor) and output.requires_grad:
+            index = len(self.uses)
+            self.uses.append(
+                Use(index, name, func, args, kwargs, slots, with_data, output.shape,
+                    get_gradient_edge(output), versions, nodes)
+            )  # fmt: skip
+        if not with_data:
+            self._derive(name, func, args, kwargs, slots, output, index)
+        elif _overwrites(name):
+            self._tag(output, _DATA)
+        return result
+
+    def _kind(self, tensor: Tensor) -> Any:
+        source = self._parameters.get(id(tensor))
+        if source is not None:
+            return source
+        token, kind = getattr(tensor, "_diag_kind", (None, None))
+        if token is self._token:
+            return kind
+        return _CONSTANT if id(tensor) in self._constants else _DATA
+
+    def _tag(self, value: Any, kind: Any) -> None:
+        # An attribute lives exactly as long as its tensor; a table by id would mistake a new tensor for a freed one.
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, Tensor) and id(tensor) not in self._parameters:
+                tensor._diag_kind = (self._token, kind)  # type: ignore[attr-defined]
+
+    def _derive(
+        self, name: str, func: Any, args: Any, kwargs: Any, slots: dict[Place, Source], output: Any, use: int | None
+    ) -> None:
+        """Tag what was computed from parameters alone with what it stands for."""
+        names = tuple(dict.fromkeys(n for source in slots.values() for n in source.names))
+        positions = _rearranged(func, args, kwargs, slots) if name in _VIEWS else None
+        for i, tensor in enumerate(output if isinstance(output, (tuple, list)) else (output,)):
+            if not isinstance(tensor, Tensor):
+                continue
+            if not tensor.requires_grad:
+                self._tag(tensor, _CONSTANT)
+                continue
+            where = positions[i] if isinstance(positions, (tuple, list)) else positions
+            edge = None if where is not None else get_gradient_edge(tensor)
+            self._tag(tensor, Source(names, tensor.shape, where, edge, use))
+
+
+def unexplained(uses: list[Use], roots: list[GradientEdge], parameters: dict[str, nn.Parameter]) -> set[str]:
+    """Names of the parameters that the graph reaches by a way that no recorded call explains.
+
+    Custom autograd functions and scripted modules call kernels without asking the mode: their parameters
+    need another method. Raises nothing; walks the graph from `roots` once.
+    """
+    accumulators = {get_gradient_edge(p).node: name for name, p in parameters.items()}
+    explained: set[tuple[Node, int]] = set()
+    for use in uses:
+        stop = {node for node in use.inputs if node is not None}
+        explained |= {edge for edge, _ in _edges([use.edge.node], accumulators, stop)}
+    found = _edges([root.node for root in roots], accumulators, set())
+    return {name for edge, name in found if edge not in explained}
+
+
+def _edges(
+    start: list[Node], accumulators: dict[Node, str], stop: set[Node]
+) -> Iterator[tuple[tuple[Node, int], str]]:
+    stack, seen = list(start), set(start)
+    while stack:
+        node = stack.pop()
+        for i, (following, _) in enumerate(node.next_functions):
+            if following is None:
+                continue
+            if following in accumulators:
+                yield (node, i), accumulators[following]
+            elif following not in seen and following not in stop:
+                seen.add(following)
+                stack.append(following)
+
+
+class _Marker:
+    pass
+
+
+_CONSTANT = _Marker()  # no example has any influence on it
+_DATA = _Marker()
+
+
+def _overwrites(name: str) -> bool:
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _rearranged(func: Any, args: Any, kwargs: Any, slots: dict[Place, Source]) -> Any:
+    """The same rearrangement applied to flat positions; None where the source is no rearrangement itself."""
+    source = slots.get((0,))
+    if source is None or len(slots) > 1 or source.edge is not None:
+        return None
+    positions = source.positions
+    if positions is None:
+        positions = torch.arange(source.shape.numel(), device=args[0].device).view(source.shape)
+    return func(positions, *args[1:], **kwargs)
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Place, Tensor]]:
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor):
+            yield (key,), value
+        elif isinstance(value, (tuple, list)):
+            for i, item in enumerate(value):
+                if isinstance(item, Tensor):
+                    yield (key, i), item
+
+
+def _constant_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Everything a module holds that no example can have changed: frozen parameters, buffers, attributes."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+_copies: dict[Any, Any] = {}
+
+
+def _without_dispatch(func: Any) -> Any:
+    """A Python function of `torch.nn.functional` that runs its body instead of asking the mode again.
+
+    The copy shares the code and sees other globals, so nothing of torch's is patched.
+    """
+    if func not in _copies:
+        checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+        copy = types.FunctionType(
+            func.__code__, {**func.__globals__, **dict.fromkeys(checks, _never)}, func.__name__,
+            func.__defaults__, func.__closure__,
+        )  # fmt: skip
+        copy.__kwdefaults__ = func.__kwdefaults__
+        _copies[func] = copy
+    return _copies[func]
+
+
+def _never(*_: Any) -> bool:
+    return False

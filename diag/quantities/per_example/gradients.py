@@ -1,0 +1,288 @@
+"""The quantity `per_example_gradients`: what can be asked of n gradients without ever holding n x P numbers.
+
+`PerExampleGradients` answers from a stream of blocks, one micro-batch at a time. `ModelGradients` gets them from a
+model (see `diag.quantities.per_example.engine`), `MatrixGradients` from a matrix that is already there.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.quantities.per_example.blocks import Block, Dense, as_matrix
+
+Blocks = dict[str, Block]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the gradient the numbers speak for.
+
+    `parameters`: share of the trainable parameters. `squared_gradient`: share of the squared norm of the
+    mean gradient. `methods`: how each parameter's gradients were computed. `missing`: parameters left out.
+    """
+
+    parameters: float
+    squared_gradient: float
+    methods: Mapping[str, str]
+    missing: tuple[str, ...] = ()
+
+
+class PerExampleGradients:
+    """Gradients g_1 ... g_n of the examples' losses at one set of parameters.
+
+    Flat vectors follow `named_parameters()` order, trainable parameters only, tied ones once. A layer is the module
+    that owns a parameter; a parameter of the model itself is its own layer. Norms and inner products come in
+    float64. Subclasses give `stream` and `coverage`.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], num_examples: int) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.num_examples = num_examples
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for name, shape in self.shapes.items():
+            self._slices[name] = slice(start, start + math.prod(shape))
+            start += math.prod(shape)
+        self.num_parameters = start
+        self._layer_norms: dict[str, Tensor] | None = None
+
+    @property
+    def coverage(self) -> Coverage:
+        raise NotImplementedError
+
+    def stream(self) -> Iterator[tuple[slice, Blocks]]:
+        """For each micro-batch: which examples it holds, and each parameter's block."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in order."""
+        return tuple(dict.fromkeys(map(layer_of, self.shapes)))
+
+    def parameters_of(self, layer: str) -> list[str]:
+        return [name for name in self.shapes if layer_of(name) == layer]
+
+    def slice_of(self, layer: str) -> slice:
+        """Where a layer's parameters lie in flat vectors."""
+        slices = [self._slices[name] for name in self.parameters_of(layer)]
+        return slice(slices[0].start, slices[-1].stop)
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    def norms(self) -> Tensor:
+        """(n,) float64: ||g_i||."""
+        return torch.stack(list(self.squared_norms_by_layer().values())).sum(0).sqrt()
+
+    def squared_norms_by_layer(self) -> dict[str, Tensor]:
+        """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters. Computed once."""
+        if self._layer_norms is None:
+            self.norms_and_sums([])
+        assert self._layer_norms is not None
+        return self._layer_norms
+
+    def mean(self) -> Tensor:
+        """(P,): the gradient of the mean loss."""
+        return self.group_sums([torch.arange(self.num_examples)])[0] / self.num_examples
+
+    def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
+        """(number of groups, P): the sum of g_i over each group, given as index tensors into the examples.
+
+        Costs about one ordinary parameter gradient for each time that an example occurs in a group.
+        """
+        return self.norms_and_sums(groups, norms=False)
+
+    def norms_and_sums(self, groups: Sequence[Tensor], norms: bool = True) -> Tensor:
+        """`group_sums`, with the norms taken in the same pass over the data."""
+        exact = len(groups) * self.num_parameters <= 50_000_000
+        sums: Tensor | None = None
+        squares: dict[str, Tensor] = {}
+        for rows, blocks in self.stream():
+            inside = [g[(g >= rows.start) & (g < rows.stop)] - rows.start for g in groups]
+            for name, block in blocks.items():
+                if norms and self._layer_norms is None:
+                    found = block.squared_norms()
+                    total = squares.setdefault(layer_of(name), found.new_zeros(self.num_examples))
+                    total[rows] += found
+                if groups:
+                    found = block.group_sums([g.to(_device(block)) for g in inside]).flatten(1)
+                    if sums is None:
+                        sums = found.new_zeros(
+                            len(groups), self.num_parameters, dtype=torch.float64 if exact else found.dtype
+                        )
+                    sums[:, self._slices[name]] += found
+        if norms and self._layer_norms is None:
+            zero = torch.zeros(self.num_examples, dtype=torch.float64)
+            self._layer_norms = {layer: squares.get(layer, zero) for layer in self.layers}
+        return torch.zeros(len(groups), self.num_parameters) if sums is None else sums
+
+    def gram(self) -> Tensor:
+        """(n, n) float64: <g_i, g_j>. Keeps the factors of all micro-batches while it runs."""
+        return torch.stack(list(self.gram_by_layer().values())).sum(0)
+
+    def gram_by_layer(self) -> dict[str, Tensor]:
+        """Per layer, (n, n) float64: inner products over that layer's parameters."""
+        grams = {
+            layer: torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64) for layer in self.layers
+        }
+        kept: list[tuple[slice, Blocks]] = []
+        for rows, blocks in self.stream():
+            kept.append((rows, blocks))
+            for columns, others in kept:
+                for name in blocks.keys() & others.keys():
+                    product = blocks[name].gram(others[name]).double()
+                    gram = grams[layer_of(name)]
+                    gram[rows, columns] += product.to(gram.device)
+                    if columns != rows:
+                        gram[columns, rows] += product.T.to(gram.device)
+        return grams
+
+    def project(self, directions: Tensor) -> Tensor:
+        """(n, m): <g_i, v_j> for flat directions (m, P) or one direction (P,).
+
+        Raises InvalidInput where the directions' length is not P.
+        """
+        return torch.stack(list(self.project_by_layer(directions).values())).sum(0)
+
+    def project_by_layer(self, directions: Tensor) -> dict[str, Tensor]:
+        """Per layer, (n, m) float64: the layer's part of <g_i, v_j>."""
+        directions = torch.as_tensor(directions)
+        directions = directions[None] if directions.ndim == 1 else directions
+        if directions.ndim != 2 or directions.shape[1] != self.num_parameters:
+            raise InvalidInput(
+                f"The directions have the shape {tuple(directions.shape)}; expected (m, {self.num_parameters}), one flat "
+                "vector of all trainable parameters per row."
+            )
+        shape = (self.num_examples, len(directions))
+        result = {layer: torch.zeros(shape, dtype=torch.float64) for layer in self.layers}
+        for rows, blocks in self.stream():
+            for name, block in blocks.items():
+                part = directions[:, self._slices[name]].to(block.dense(slice(0, 1)))
+                found = block.project(part.reshape(-1, *block.shape)).double()
+                result[layer_of(name)][rows] += found.to("cpu")
+        return result
+
+    def sketch(self, k: int = 16, seed: int = 0) -> Tensor:
+        """(n, d): random projections whose inner products estimate <g_i, g_j> without bias.
+
+        Each weight matrix G is sketched as R'GC with independent random signs in R and C (k columns each), so
+        d is at most k^2 per parameter. Parameters of at most k^2 numbers are kept exactly.
+        """
+        return torch.cat(list(self.sketch_by_layer(k, seed).values()), 1)
+
+    def sketch_by_layer(self, k: int = 16, seed: int = 0) -> dict[str, Tensor]:
+        """Per layer, (n, d_layer): see `sketch`."""
+        if k < 1:
+            raise InvalidInput(f"The sketch has k = {k} dimensions; expected a whole number of at least 1.")
+        parts: dict[str, list[Tensor]] = {}
+        matrices: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        for _, blocks in self.stream():
+            for name, block in blocks.items():
+                if name not in matrices:
+                    matrices[name] = _signs(name, block.dense(slice(0, 1)), k, seed)
+                parts.setdefault(name, []).append(block.sketch(*matrices[name]).flatten(1))
+        sketches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+        for name in (name for name in self.shapes if name in parts):
+            sketches[layer_of(name)].append(torch.cat(parts[name]))
+        empty = torch.zeros(self.num_examples, 0)
+        return {layer: torch.cat(found, 1) if found else empty for layer, found in sketches.items()}
+
+    def dense(self) -> Tensor:
+        """(n, P): all gradients in full. Only for small models: n times the parameters' memory."""
+        result: Tensor | None = None
+        for rows, blocks in self.stream():
+            for name, block in blocks.items():
+                values = torch.cat([block.dense(s).flatten(1) for s in block.slices()])
+                if result is None:
+                    result = values.new_zeros(self.num_examples, self.num_parameters)
+                result[rows, self._slices[name]] = values
+        return torch.zeros(self.num_examples, self.num_parameters) if result is None else result
+
+    def by_layer(self) -> dict[str, LayerGradients]:
+        """Each layer's own gradients, with the same questions."""
+        return {layer: LayerGradients(self, layer) for layer in self.layers}
+
+
+class LayerGradients(PerExampleGradients):
+    """The part of the gradients that belongs to one layer."""
+
+    def __init__(self, whole: PerExampleGradients, layer: str) -> None:
+        names = whole.parameters_of(layer)
+        super().__init__({name: whole.shapes[name] for name in names}, whole.num_examples)
+        self.whole, self.layer = whole, layer
+
+    @property
+    def coverage(self) -> Coverage:
+        return self.whole.coverage
+
+    def stream(self) -> Iterator[tuple[slice, Blocks]]:
+        for rows, blocks in self.whole.stream():
+            yield rows, {name: block for name, block in blocks.items() if name in self.shapes}
+
+    def squared_norms_by_layer(self) -> dict[str, Tensor]:
+        return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
+
+
+class MatrixGradients(PerExampleGradients):
+    """Per-example gradients that are already there as a matrix (n, P), in one layer or in named slices.
+
+    `layers` maps a name to its number of columns, in order. Raises InvalidInput where the shapes disagree.
+    """
+
+    def __init__(self, matrix: Tensor, layers: Mapping[str, int] | None = None) -> None:
+        matrix = torch.as_tensor(matrix)
+        if matrix.ndim != 2 or not matrix.is_floating_point():
+            raise InvalidInput(
+                f"The per-example gradients have the shape {tuple(matrix.shape)} and dtype {matrix.dtype}; expected a "
+                "floating-point matrix with one row per example."
+            )
+        sizes = dict(layers or {"all": matrix.shape[1]})
+        if sum(sizes.values()) != matrix.shape[1]:
+            raise InvalidInput(
+                f"The layers have {sum(sizes.values())} columns together and the matrix has {matrix.shape[1]}; "
+                "give each layer's number of columns."
+            )
+        super().__init__({name: (size,) for name, size in sizes.items()}, matrix.shape[0])
+        self._matrix = matrix
+
+    @property
+    def coverage(self) -> Coverage:
+        return Coverage(1.0, 1.0, dict.fromkeys(self.shapes, "given"))
+
+    def stream(self) -> Iterator[tuple[slice, Blocks]]:
+        yield slice(0, self.num_examples), {n: Dense(self._matrix[:, s]) for n, s in self._slices.items()}
+
+
+def layer_of(parameter: str) -> str:
+    """The module that owns a parameter; a parameter of the model itself is its own layer."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def _device(block: Block) -> torch.device:
+    return block.dense(slice(0, 1)).device
+
+
+def _signs(name: str, example: Tensor, k: int, seed: int) -> tuple[Tensor | None, Tensor | None]:
+    """Random sign matrices for the two sides of a weight; None where that side is small enough to keep."""
+    _, rows, columns = as_matrix(example).shape
+    if rows * columns <= k * k:
+        return None, None
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    keep_columns = max(k, k * k // rows)
+
+    def signs(size: int, kept: int) -> Tensor | None:
+        if size <= kept:
+            return None
+        bits = torch.randint(0, 2, (size, kept), generator=generator)
+        return ((2 * bits - 1) / math.sqrt(kept)).to(example)
+
+    return signs(rows, k), signs(columns, keep_columns)
+
+
+Select = Callable[[str], bool]

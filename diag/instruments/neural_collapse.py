@@ -162,8 +162,8 @@ class NeuralCollapse(Result):
         )
         return Verdict(
             Level.OK,
-            f"The features are collapsing: from step {recent[0][0]:,} to {recent[-1][0]:,} {parts}. "
-            f"{last.sentence}",
+            f"The features are collapsing: from step {recent[0][0]:,} to {recent[-1][0]:,} {parts}; "
+            f"{last.sentence[0].lower()}{last.sentence[1:]}",
             NOT_A_SCORE,
             SOURCE,
             Confidence.STRONG_EMPIRICAL,

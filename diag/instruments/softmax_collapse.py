@@ -9,8 +9,9 @@ verdict is about the gradients of the loss that was used.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,14 +23,28 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
+from diag.linalg.softmax_rounding import (
+    GG,
+    GP,
+    GRADIENT,
+    LOSS,
+    PP,
+    ROW_SIZE,
+    ROW_SUM,
+    SIGNIFICAND_BITS,
+    class_factors,
+    collapse_margin,
+    compare,
+    counters,
+    float64_margins,
+    in_blocks,
+    shares_of,
+)
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.stable_loss import margins
 
 SOURCE = "Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697"
-SIGNIFICAND_BITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 LOW_PRECISION = ("bfloat16", "float16")
-ELEMENTS_AT_ONCE = 1 << 22  # rows of logits are examined in blocks, so that a large vocabulary fits in memory
 
 ALARM_AT = 0.5
 NEAR_NATS = 2.0
@@ -47,22 +62,19 @@ REFUTATION = (
 )
 
 
-def collapse_margin(dtype: str) -> float:
-    """The margin b ln 2 (nats) from which 1 + exp(-m) rounds to 1 in `dtype`, by round-to-nearest-even."""
-    return SIGNIFICAND_BITS[dtype] * math.log(2)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SoftmaxCollapse(Result):
     """How many examples lost their gradient to rounding, and how far the others are from it."""
 
     collapsed: float = measured("examples whose loss gradient on their own class is exactly zero", unit="share")
-    headroom: float = measured("how far the median margin is below b ln 2, the collapse margin of the logits' dtype", unit="nats")
+    headroom: float = measured(
+        "how far the median margin is below b ln 2, the collapse margin of the logits' dtype", unit="nats"
+    )
     median_margin: float = measured("median log-odds margin of the true class", unit="nats")
     zero_sum_residual: float = measured(
         "sum over examples of |sum of the logit gradients|, over the sum of their sizes: 0 in exact arithmetic"
     )
-    gradient_error: float = measured("relative error of the median example's gradient on its own class")
+    gradient_error: float = measured("relative rounding error of the median example's gradient on its own class")
     loss_underestimate: float = measured(
         "mean loss in float64 minus mean cross_entropy in the dtype of the logits", unit="nats"
     )
@@ -186,12 +198,12 @@ class SoftmaxCollapse(Result):
         first = next((step for step, result in series if result.collapsed > 0), None)
         eta = cls.eta_to_collapse(series)
         if series[-1][1].collapsed > 0:
-            more = f" First seen at step {first:,}."
+            more = f"; first seen at step {first:,}."
         elif 0 < eta < math.inf:
-            more = f" At the present rate the median example gets there in about {format_number(eta, 2)} steps."
+            more = f"; at the present rate the median example gets there in about {format_number(eta, 2)} steps."
         else:
-            more = ""
-        return Verdict(**(vars(last) | {"sentence": last.sentence + more}))
+            more = "."
+        return dataclasses.replace(last, sentence=last.sentence.removesuffix(".") + more)
 
     def plot(self, ax: Any) -> None:
         """The histogram of the margins, with one vertical line per dtype where the softmax collapses."""
@@ -262,13 +274,12 @@ def softmax_collapse(
     if dtype not in SIGNIFICAND_BITS:
         raise InvalidInput(f"The logits have dtype {dtype}; expected one of {', '.join(SIGNIFICAND_BITS)}.")
     labels = labels.to(logits.device).long()
-    margin = _in_blocks(_margins, logits, labels)
-    counted = {
-        name: _in_blocks(lambda z, y, d=name: _counters(z, y, d), logits, labels) for name in SIGNIFICAND_BITS
-    }
-    shares = {name: _shares(columns) for name, columns in counted.items()}
-    compared = _in_blocks(_compare, logits, labels, logit_gradients)
-    factor = _class_factors(compared, labels, logits.shape[1])
+    margin = in_blocks(float64_margins, logits, labels)
+    counted = {name: in_blocks(lambda z, y, d=name: counters(z, y, d), logits, labels) for name in SIGNIFICAND_BITS}
+    shares = {name: shares_of(columns) for name, columns in counted.items()}
+    compared = in_blocks(compare, logits, labels, logit_gradients)
+    given = logits if logit_gradients is None else logit_gradients
+    factor = class_factors(compared, labels, logits.shape[1], given.dtype)
     own = compared[:, GRADIENT]
     true = -torch.sigmoid(-margin) * factor
     loss = (
@@ -299,76 +310,6 @@ def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:
     if logits is None or labels is None:
         return math.nan
     return float((logits.argmax(1) == labels.to(logits.device)).double().mean())
-
-
-def _in_blocks(function: Any, *tensors: Tensor | None) -> Tensor:
-    rows = max(1, ELEMENTS_AT_ONCE // next(t for t in tensors if t is not None).shape[1])
-    return torch.cat(list(_blocks(function, rows, tensors)))
-
-
-def _blocks(function: Any, rows: int, tensors: tuple[Tensor | None, ...]) -> Iterator[Tensor]:
-    for start in range(0, len(next(t for t in tensors if t is not None)), rows):
-        yield function(*(t if t is None else t[start : start + rows] for t in tensors))
-
-
-def _margins(z: Tensor, y: Tensor) -> Tensor:
-    m = margins(z.double(), y)
-    return torch.where(z.gather(1, y[:, None])[:, 0] == -torch.inf, -torch.inf, m)
-
-
-LOSS, ZERO_LOSS, PAPER, REPOSITORY, ZERO_GRADIENT = range(5)
-
-
-def _counters(z: Tensor, y: Tensor, dtype: str) -> Tensor:
-    """For each example, by F.cross_entropy in `dtype`: the loss, and four ways to say that it collapsed."""
-    cast = z.detach().to(getattr(torch, dtype))
-    losses = F.cross_entropy(cast, y, reduction="none")
-    largest = cast.max(1, keepdim=True)
-    alone = (cast - largest.values).exp().sum(1) == 1
-    columns = [
-        losses.double(),
-        losses == 0,
-        alone & (largest.indices[:, 0] == y),
-        alone,
-        _gradients(cast, y).gather(1, y[:, None])[:, 0] == 0,
-    ]
-    counted = torch.stack([c.double() for c in columns], 1)
-    # A logit beyond the range of the dtype gives no number there.
-    overflow = (cast == torch.inf).any(1, keepdim=True)
-    return torch.where(overflow, torch.nan, counted)
-
-
-def _shares(counted: Tensor) -> list[float]:
-    return counted[:, ZERO_LOSS:].mean(0).tolist()
-
-
-def _gradients(z: Tensor, y: Tensor) -> Tensor:
-    z = z.detach().requires_grad_()
-    with torch.enable_grad():
-        return torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), z)[0]
-
-
-GRADIENT, ROW_SUM, ROW_SIZE, GG, GP, PP = range(6)
-
-
-def _compare(z: Tensor, y: Tensor, given: Tensor | None) -> Tensor:
-    """For each example in float64: its gradient on the label, |sum| and size of the row, and the inner products
-    of its wrong-class gradients G and the softmax's own wrong-class probabilities P."""
-    g = (_gradients(z, y) if given is None else given.to(z.device)).double()
-    own = F.one_hot(y, z.shape[1]).bool()
-    p = z.double().softmax(1).masked_fill(own, 0)
-    wrong = g.masked_fill(own, 0)
-    columns = [g[own], g.sum(1).abs(), g.abs().sum(1), (wrong**2).sum(1), (wrong * p).sum(1), (p**2).sum(1)]
-    return torch.stack(columns, 1)
-
-
-def _class_factors(compared: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The factor of each example's class in a weighted loss, by least squares G = factor * P; 1 where unknown."""
-    sums = compared.new_zeros(classes, 2).index_add_(0, labels, compared[:, [GP, PP]])
-    # Probabilities this small may have underflowed in the gradients, so they say nothing about the weight.
-    known = sums[:, 1] > 1e-12
-    factor = torch.where(known, sums[:, 0] / sums[:, 1].clamp_min(1e-300), 1.0)
-    return factor[labels]
 
 
 def _softmax_loss(compared: Tensor, factor: Tensor) -> Precondition:

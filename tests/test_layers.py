@@ -14,19 +14,20 @@ ROOT = Path(diag.__file__).parent
 BASE = {"errors", "display"}
 QUANTITIES = BASE | {"result", "linalg"}
 INSTRUMENTS = QUANTITIES | {"quantities", "registry", "stable_loss"}
-RECORDS = INSTRUMENTS | {"instruments", "run", "run_files", "checkpoints", "watch"}
+RECORDS = INSTRUMENTS | {"instruments", "run", "run_files", "run_writer", "checkpoints", "watch"}
 PAGES = RECORDS | {"report"}
 ALLOWED = {
     "errors": set(),
     "display": set(),
     "result": BASE,
     "linalg": {"errors"},
-    "stable_loss": {"errors"},
+    "stable_loss": {"errors", "linalg"},
     "quantities": QUANTITIES,
     "registry": QUANTITIES | {"quantities"},
     "instruments": INSTRUMENTS,
     "run": RECORDS,
     "run_files": RECORDS,
+    "run_writer": RECORDS,
     "checkpoints": RECORDS,
     "watch": RECORDS,
     "report": PAGES,

@@ -104,11 +104,11 @@ class Run:
     times: Sequence[Cost] = ()
     torn: int = 0
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         """The last step of which anything is known."""
-        steps = [r.step for r in self.records[-1:]] + [e.step for e in self.events[-1:]]
-        return max([0, *steps, *([] if self.history is None else self.history.steps[-1:].tolist())])
+        known = [] if self.history is None else self.history.steps[-1:].tolist()
+        return max([0, *known, *(r.step for r in self.records), *(e.step for e in self.events)])
 
     @cached_property
     def instruments(self) -> tuple[str, ...]:

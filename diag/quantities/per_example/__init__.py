@@ -1,7 +1,31 @@
-"""Per-example gradients without materialising them: exact norms, inner products, projections and sums."""
+"""Per-example gradients without materialising them: exact norms, inner products, projections and sums.
 
-from diag.quantities.per_example.engine import ModelGradients, per_example_gradients
+gradients = ModelGradients(model, loss_fn, batches)
+gradients.norms()           # (n,)
+gradients.gram()            # (n, n)
+gradients.by_layer()["encoder.0"].mean()
+gradients.coverage          # how much of the gradient this speaks for, and by which methods
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diag.quantities.per_example.engine import ModelGradients
 from diag.quantities.per_example.gradients import Coverage, LayerGradients, MatrixGradients, PerExampleGradients
+
+if TYPE_CHECKING:
+    from diag.quantities.snapshot import Snapshot
+
+
+def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
+    """The gradients of the examples' losses, as an object that answers without holding n x P numbers.
+
+    Raises InvalidInput where the loss is not a mean or not finite, Unsupported where examples depend on each
+    other, both when the gradients are first asked for something.
+    """
+    return ModelGradients(snapshot.model, snapshot.batch_loss, snapshot.batches)
+
 
 __all__ = [
     "Coverage",

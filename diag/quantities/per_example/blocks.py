@@ -103,7 +103,10 @@ class Lazy(Block):
     """Gradients that `compute(slice of examples)` gives on demand."""
 
     def __init__(self, n: int, shape: Sequence[int], compute: Callable[[slice], Tensor]) -> None:
-        self.n, self.shape, self.dense = n, tuple(shape), compute  # type: ignore[method-assign]
+        self.n, self.shape, self._compute = n, tuple(shape), compute
+
+    def dense(self, examples: slice) -> Tensor:
+        return self._compute(examples)
 
 
 class Outer(Block):
@@ -207,12 +210,12 @@ class Outer(Block):
     def _ghost_gram(self, examples: slice, other: Outer) -> Tensor:
         a, b = self.factors(examples)
         a2, b2 = other.factors(slice(None))
-        result = 0
+        parts = []
         for g in range(self.groups):
             products = _all_pairs(a[:, g], a2[:, g]).mul_(_all_pairs(b[:, g], b2[:, g]))
             shape = (a.shape[0], self.steps, other.n, other.steps)
-            result = result + products.view(shape).sum((1, 3))
-        return result  # type: ignore[return-value]
+            parts.append(products.view(shape).sum((1, 3)))
+        return torch.stack(parts).sum(0)
 
 
 class Rows(Block):
@@ -259,9 +262,7 @@ class Rows(Block):
         if not isinstance(other, Rows):
             return super().gram(other)
         used = torch.unique(torch.cat([self.index.flatten(), other.index.flatten()]))
-        mine, theirs = (
-            Rows(torch.searchsorted(used, block.index), block.b, len(used)) for block in (self, other)
-        )
+        mine, theirs = (Rows(torch.searchsorted(used, block.index), block.b, len(used)) for block in (self, other))
         return Block.gram(mine, theirs)
 
 

@@ -25,10 +25,11 @@ from torch.overrides import TorchFunctionMode
 from diag.quantities.per_example.recurrent import UNROLLED, is_padded_call
 
 # Functions that only rearrange elements: applied to a tensor of positions they tell where each came from.
-_VIEWS = frozenset(
-    "t transpose permute view reshape unflatten flatten chunk split unbind __getitem__ select narrow squeeze "
-    "unsqueeze movedim moveaxis swapaxes swapdims contiguous T mT view_as tensor_split diagonal clone".split()
-)
+_VIEWS = {
+    *("t", "T", "mT", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims"),
+    *("view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone"),
+    *("__getitem__", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "diagonal"),
+}
 Place = tuple[Any, ...]  # of an argument: (position or keyword,) or (position or keyword, index in a list)
 
 
@@ -45,7 +46,7 @@ class Source:
     shape: torch.Size
     positions: Tensor | None = None
     edge: GradientEdge | None = None
-    use: int | None = None
+    made_by: frozenset[int] = frozenset()
 
 
 @dataclass(eq=False)
@@ -85,6 +86,7 @@ class Capture(TorchFunctionMode):
         self.uses: list[Use] = []
         self._parameters = {id(p): Source((name,), p.shape) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _constant_tensors(model) if id(t) not in self._parameters}
+        self.several: list[tuple[list[Node], list[Node | None]]] = []  # output and input nodes of split, chunk, ...
         self._token = object()
         self._running: set[Any] = set()
 
@@ -134,6 +136,9 @@ class Capture(TorchFunctionMode):
             )  # fmt: skip
         if not with_data:
             self._derive(name, func, args, kwargs, slots, output, index)
+            if isinstance(output, (tuple, list)):
+                made = [t.grad_fn for t in output if isinstance(t, Tensor) and t.grad_fn is not None]
+                self.several.append((made, nodes))
         elif _overwrites(name):
             self._tag(output, _DATA)
         return result
@@ -148,7 +153,7 @@ class Capture(TorchFunctionMode):
         return _CONSTANT if id(tensor) in self._constants else _DATA
 
     def _tag(self, value: Any, kind: Any) -> None:
-        # An attribute lives exactly as long as its tensor; a table by id would mistake a new tensor for a freed one.
+        # An attribute lives exactly as long as its tensor; by id, a new tensor could be taken for a freed one.
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(tensor, Tensor) and id(tensor) not in self._parameters:
                 tensor._diag_kind = (self._token, kind)  # type: ignore[attr-defined]
@@ -158,6 +163,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         """Tag what was computed from parameters alone with what it stands for."""
         names = tuple(dict.fromkeys(n for source in slots.values() for n in source.names))
+        made_by = frozenset().union(*(s.made_by for s in slots.values()), () if use is None else (use,))
         positions = _rearranged(func, args, kwargs, slots) if name in _VIEWS else None
         for i, tensor in enumerate(output if isinstance(output, (tuple, list)) else (output,)):
             if not isinstance(tensor, Tensor):
@@ -167,20 +173,20 @@ class Capture(TorchFunctionMode):
                 continue
             where = positions[i] if isinstance(positions, (tuple, list)) else positions
             edge = None if where is not None else get_gradient_edge(tensor)
-            self._tag(tensor, Source(names, tensor.shape, where, edge, use))
+            self._tag(tensor, Source(names, tensor.shape, where, edge, made_by))
 
 
-def unexplained(uses: list[Use], roots: list[GradientEdge], parameters: dict[str, nn.Parameter]) -> set[str]:
+def unexplained(capture: Capture, roots: list[GradientEdge], parameters: dict[str, nn.Parameter]) -> set[str]:
     """Names of the parameters that the graph reaches by a way that no recorded call explains.
 
     Custom autograd functions and scripted modules call kernels without asking the mode: their parameters
-    need another method. Raises nothing; walks the graph from `roots` once.
+    need another method. Walks the graph from `roots` once.
     """
     accumulators = {get_gradient_edge(p).node: name for name, p in parameters.items()}
     explained: set[tuple[Node, int]] = set()
-    for use in uses:
-        stop = {node for node in use.inputs if node is not None}
-        explained |= {edge for edge, _ in _edges([use.edge.node], accumulators, stop)}
+    calls = [([use.edge.node], use.inputs) for use in capture.uses] + capture.several
+    for outputs, inputs in calls:
+        explained |= {edge for edge, _ in _edges(outputs, accumulators, {n for n in inputs if n is not None})}
     found = _edges([root.node for root in roots], accumulators, set())
     return {name for edge, name in found if edge not in explained}
 

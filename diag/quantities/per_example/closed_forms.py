@@ -35,13 +35,14 @@ class Call:
 
     def get(self, index: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword, as it was when the call was made."""
-        use = self.use
-        place: Place = (name,) if name in use.kwargs else (index,)
-        if name not in use.kwargs and index >= len(use.args):
-            return default
-        value = use.argument(place)
-        if isinstance(value, Tensor) and use.overwritten(place):
-            raise NoClosedForm(f"an argument of {use.name} was overwritten in place")
+        if name in self.use.kwargs:
+            return self.at((name,))
+        return self.at((index,)) if index < len(self.use.args) else default
+
+    def at(self, place: Place) -> Any:
+        value = self.use.argument(place)
+        if isinstance(value, Tensor) and self.use.overwritten(place):
+            raise NoClosedForm(f"an argument of {self.use.name} was overwritten in place")
         return value.detach() if isinstance(value, Tensor) else value
 
     def steps(self, values: Tensor) -> Tensor:
@@ -128,12 +129,11 @@ def _convolution(call: Call, place: Place) -> Block:
     if not _is(place, 1, "weight"):
         raise NoClosedForm
     shape = call.use.slots[place].shape
-    stride, padding, dilation = (
-        _per_axis(call.get(i, name, default), len(shape) - 2)
-        for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    )
-    x = pad_input(call.get(0, "input"), padding, shape[2:], dilation)  # type: ignore[arg-type]
-    return Patches(x, call.delta, shape, stride, dilation, call.get(6, "groups", 1))  # type: ignore[arg-type]
+    stride, dilation = _per_axis(call.get(3, "stride", 1), shape), _per_axis(call.get(5, "dilation", 1), shape)
+    padding = call.get(4, "padding", 0)
+    padding = padding if isinstance(padding, str) else _per_axis(padding, shape)
+    x = pad_input(call.get(0, "input"), padding, shape[2:], dilation)
+    return Patches(x, call.delta, shape, stride, dilation, call.get(6, "groups", 1))
 
 
 def _transposed_convolution(call: Call, place: Place) -> Block:
@@ -144,20 +144,16 @@ def _transposed_convolution(call: Call, place: Place) -> Block:
     if not _is(place, 1, "weight"):
         raise NoClosedForm
     shape = call.use.slots[place].shape
-    stride, padding, dilation = (
-        _per_axis(call.get(i, name, default), len(shape) - 2)
-        for i, name, default in ((3, "stride", 1), (4, "padding", 0), (7, "dilation", 1))
-    )
+    stride, dilation = _per_axis(call.get(3, "stride", 1), shape), _per_axis(call.get(7, "dilation", 1), shape)
+    padding = _per_axis(call.get(4, "padding", 0), shape)
     groups = call.get(6, "groups", 1)
-    padded = pad_input(call.delta, padding, shape[2:], dilation)  # type: ignore[arg-type]
-    return Patches(padded, call.get(0, "input"), shape, stride, dilation, groups)  # type: ignore[arg-type]
+    padded = pad_input(call.delta, padding, shape[2:], dilation)
+    return Patches(padded, call.get(0, "input"), shape, stride, dilation, groups)
 
 
-def _per_axis(value: Any, axes: int) -> str | tuple[int, ...]:
-    if isinstance(value, str):
-        return value
+def _per_axis(value: Any, shape: torch.Size) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,)
-    return values * axes if len(values) == 1 else values
+    return values * (len(shape) - 2) if len(values) == 1 else values
 
 
 def _over_features(normalise: Callable[[Call], Tensor], weight: int, bias: int | None) -> Form:
@@ -242,22 +238,25 @@ def _scaled(call: Call, place: Place) -> Block:
 
 def _elementwise(call: Call, place: Place) -> Block:
     """Any broadcasting operation: pull the gradient back to the parameter as it was broadcast, then sum."""
-    use = call.use
-    value = call.get(*place, "") if isinstance(place[0], int) else call.get(-1, place[0])
+    use, value = call.use, call.at(place)
     if value.ndim > len(use.shape):
         raise NoClosedForm
-    args, kwargs = list(use.args), dict(use.kwargs)
-    for other in use.versions:
-        if other != place:
-            detached = call.get(*other, "") if isinstance(other[0], int) else call.get(-1, other[0])
-            (kwargs if isinstance(other[0], str) else args)[other[0]] = detached  # type: ignore[index]
-
-    def apply(w: Tensor) -> Tensor:
-        (kwargs if isinstance(place[0], str) else args)[place[0]] = w  # type: ignore[index]
-        return use.func(*args, **kwargs)
-
-    _, pull = torch.func.vjp(apply, value.expand(use.shape))
+    others = {other: call.at(other) for other in use.versions if other != place}
+    _, pull = torch.func.vjp(lambda w: call_with(use, {**others, place: w}), value.expand(use.shape))[:2]
     return call.reduced(pull(call.delta)[0], value.shape)
+
+
+def call_with(use: Use, tensors: dict[Place, Tensor]) -> Tensor:
+    """The recorded call made again, with other tensors in some of its places."""
+    args: list[Any] = [list(a) if isinstance(a, (tuple, list)) else a for a in use.args]
+    kwargs = dict(use.kwargs)
+    for place, tensor in tensors.items():
+        holder: Any = kwargs if isinstance(place[0], str) else args
+        if len(place) == 2:
+            holder[place[0]][place[1]] = tensor
+        else:
+            holder[place[0]] = tensor
+    return use.func(*args, **kwargs)
 
 
 FORMS: dict[str, Form] = {
@@ -276,9 +275,7 @@ FORMS: dict[str, Form] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), _expanded),
     **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _shifted),
     **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), _scaled),
-    **dict.fromkeys(
-        "sub div true_divide rsub where lerp addcmul addcdiv maximum minimum pow __rsub__ __rtruediv__ "
-        "__rpow__ __sub__ __truediv__".split(),
-        _elementwise,
-    ),
+    **dict.fromkeys(("sub", "rsub", "__sub__", "__rsub__", "div", "true_divide"), _elementwise),
+    **dict.fromkeys(("__truediv__", "__rtruediv__", "pow", "__rpow__"), _elementwise),
+    **dict.fromkeys(("where", "lerp", "addcmul", "addcdiv", "maximum", "minimum"), _elementwise),
 }

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diag.quantities.per_example.blocks import SCRATCH, Block, Outer
+from diag.quantities.per_example.blocks import Block, Outer
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -27,7 +28,13 @@ class Patches(Outer):
     """
 
     def __init__(
-        self, x: Tensor, b: Tensor, shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+        self,
+        x: Tensor,
+        b: Tensor,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
     ) -> None:
         self.x, self.b, self.shape = x, b, tuple(shape)
         self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
@@ -43,18 +50,18 @@ class Patches(Outer):
         """(n, g, C/g * kernel, out positions)."""
         kernel, out = self.shape[2:], self.b.shape[2:]
         if len(kernel) == 2:
-            columns = F.unfold(x, kernel, self.dilation, 0, self.stride)  # type: ignore[arg-type]
+            columns = F.unfold(x, kernel, self.dilation, 0, self.stride)
             if columns.shape[-1] == self.steps:
                 return columns.view(x.shape[0], self.groups, self.p, self.steps)
         patches = x.new_empty(*x.shape[:2], math.prod(kernel), *out)
         for k, offset in enumerate(itertools.product(*(range(size) for size in kernel))):
-            where = [slice(None), slice(None)]
+            where: list[Any] = [slice(None), slice(None)]
             for o, d, s, size in zip(offset, self.dilation, self.stride, out, strict=True):
                 where.append(slice(o * d, o * d + s * (size - 1) + 1, s))
-            patches[:, :, k] = x[tuple(where)]
+            patches[:, :, k] = x[where[0], where[1], *where[2:]]
         return patches.view(x.shape[0], self.groups, self.p, self.steps)
 
-    def slices(self, numbers_each: int | None = None):  # type: ignore[no-untyped-def]
+    def slices(self, numbers_each: int | None = None) -> Iterator[slice]:
         patches = self.groups * self.p * self.steps
         return Block.slices(self, patches + (numbers_each or self.size))
 
@@ -103,6 +110,3 @@ def pad_input(x: Tensor, padding: str | Sequence[int], kernel: Sequence[int], di
         sides = [(p, p) for p in padding]
     flat = [side for pair in reversed(sides) for side in pair]
     return F.pad(x, flat) if any(flat) else x
-
-
-__all__ = ["SCRATCH", "Patches", "pad_input", "weight_gradient"]

@@ -20,6 +20,7 @@ from diag.quantities.per_example import plan as planning
 from diag.quantities.per_example.gradients import Blocks, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction, check_finite, check_mean, example_losses
 from diag.quantities.preserve import preserved
+from diag.quantities.unwrap import bare_model
 
 
 class ModelGradients(PerExampleGradients):
@@ -43,7 +44,7 @@ class ModelGradients(PerExampleGradients):
         micro_batch: int | None = None,
         mode: str = "eval",
     ) -> None:
-        self.model, self.loss_fn, self.mode = unwrapped(model), loss_fn, mode
+        self.model, self.loss_fn, self.mode = bare_model(model), loss_fn, mode
         self._batches = [part for batch in batches for part in batch.split(micro_batch)]
         if not self._batches:
             raise MissingQuantity("The data holds no batch; per-example gradients need at least one example.")
@@ -86,7 +87,7 @@ class ModelGradients(PerExampleGradients):
             with preserved(self.model, mode=self.mode), torch.enable_grad():
                 for batch in self._batches:
                     loss = self.loss_fn(batch.forward(self.model), batch.targets) * batch.size
-                    found = torch.autograd.grad(loss, list(totals.values() and self._trainable.values()), allow_unused=True)
+                    found = torch.autograd.grad(loss, list(self._trainable.values()), allow_unused=True)
                     for name, gradient in zip(self._trainable, found, strict=True):
                         if gradient is not None:
                             totals[name] += gradient.to_dense()
@@ -119,8 +120,8 @@ class ModelGradients(PerExampleGradients):
                     return found
             plan, fresh = planning.make_plan(self.model, self.loss_fn, batch, self._parameters, whole=whole), True
         raise Unsupported(
-            "The model does other things at every call, so its per-example gradients cannot be told apart; give a model "
-            "whose forward pass is the same for every batch."
+            "The model does other things at every call, so its per-example gradients cannot be told apart; give a "
+            "model whose forward pass is the same for every batch."
         )
 
     def _backward(
@@ -156,24 +157,6 @@ class ModelGradients(PerExampleGradients):
         return torch.autograd.grad([run.loss], edges, [seed], retain_graph=keep or None, allow_unused=True)
 
 
-def per_example_gradients(
-    model: nn.Module, loss_fn: LossFunction, batches: Sequence[Batch], **options: Any
-) -> ModelGradients:
-    """`ModelGradients` by a shorter name; the options are its keyword arguments."""
-    return ModelGradients(model, loss_fn, batches, **options)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DataParallel and DistributedDataParallel."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
 def _check_parameters(selected: dict[str, nn.Parameter], trainable: dict[str, nn.Parameter]) -> None:
     if not trainable:
         raise InvalidInput("The model has no trainable parameter; set requires_grad on those to measure.")
@@ -184,8 +167,8 @@ def _check_parameters(selected: dict[str, nn.Parameter], trainable: dict[str, nn
     for name, parameter in selected.items():
         if type(parameter.data).__name__ == "DTensor":
             raise Unsupported(
-                f"The parameter {name} is sharded (a DTensor); gather the full parameters into an unsharded copy of the "
-                "model and measure that."
+                f"The parameter {name} is sharded (a DTensor); gather the full parameters into an unsharded copy "
+                "of the model and measure that."
             )
         if not parameter.is_floating_point():
             raise Unsupported(f"The parameter {name} has dtype {parameter.dtype}; expected real floating point.")

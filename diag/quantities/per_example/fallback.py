@@ -7,7 +7,9 @@ scripted modules), the losses are differentiated one by one through the whole gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from diag.quantities.per_example.blocks import Block, Lazy
 from diag.quantities.per_example.capture import Place, Source, Use
-from diag.quantities.per_example.closed_forms import Call, NoClosedForm
+from diag.quantities.per_example.closed_forms import Call, NoClosedForm, call_with
 
 
 def replayed(call: Call, place: Place) -> Block:
@@ -37,7 +39,7 @@ def replayed(call: Call, place: Place) -> Block:
     }
 
     def pulled(w: Tensor, pieces: dict[Place, Tensor], d: Tensor) -> Tensor:
-        _, pull = torch.func.vjp(lambda w: _call_with(use, {**pieces, place: w}), w)
+        _, pull = torch.func.vjp(lambda w: call_with(use, {**pieces, place: w}), w)[:2]
         return pull(d)[0]
 
     batched: list[Callable[..., Tensor] | None] = [torch.func.vmap(pulled, (None, 0, 0), randomness="error")]
@@ -46,12 +48,12 @@ def replayed(call: Call, place: Place) -> Block:
         pieces = {other: tensor[examples] for other, tensor in cut.items()}
         if batched[0] is not None:
             try:
-                return batched[0](weight, pieces, delta[examples])
+                with _without_slow_path_warnings():
+                    return batched[0](weight, pieces, delta[examples])
             except RuntimeError:
                 batched[0] = None  # no batching rule for something inside: a loop does the same
         rows = [
-            pulled(weight, {other: t[i] for other, t in cut.items()}, delta[i])
-            for i in range(*examples.indices(n))
+            pulled(weight, {other: t[i] for other, t in cut.items()}, delta[i]) for i in range(*examples.indices(n))
         ]
         return torch.stack(rows)
 
@@ -62,18 +64,6 @@ def _intact(use: Use, place: Place) -> Tensor:
     if use.overwritten(place):
         raise NoClosedForm(f"an argument of {use.name} was overwritten in place")
     return use.argument(place)
-
-
-def _call_with(use: Use, tensors: dict[Place, Tensor]) -> Tensor:
-    args: list[Any] = [list(a) if isinstance(a, (tuple, list)) else a for a in use.args]
-    kwargs = dict(use.kwargs)
-    for place, tensor in tensors.items():
-        holder: Any = kwargs if isinstance(place[0], str) else args
-        if len(place) == 2:
-            holder[place[0]][place[1]] = tensor
-        else:
-            holder[place[0]] = tensor
-    return use.func(*args, **kwargs)
 
 
 def pulled_back(block: Block, source: Source, parameters: dict[str, nn.Parameter]) -> dict[str, Block]:
@@ -93,9 +83,7 @@ def pulled_back(block: Block, source: Source, parameters: dict[str, nn.Parameter
 def through_graph(losses: Tensor, parameter: nn.Parameter) -> Block:
     """Rows of the Jacobian of the (n,) losses with respect to one parameter; the graph must be kept."""
     rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    return Lazy(
-        len(losses), parameter.shape, lambda examples: _batched_gradient(losses, parameter, rows[examples])
-    )
+    return Lazy(len(losses), parameter.shape, lambda examples: _batched_gradient(losses, parameter, rows[examples]))
 
 
 def _batched_gradient(output: Any, parameter: nn.Parameter, rows: Tensor) -> Tensor:
@@ -105,8 +93,17 @@ def _batched_gradient(output: Any, parameter: nn.Parameter, rows: Tensor) -> Ten
         )
 
     try:
-        found = gradient(rows, True)[0]
+        with _without_slow_path_warnings():
+            found = gradient(rows, True)[0]
         return parameter.new_zeros(len(rows), *parameter.shape) if found is None else found
     except (RuntimeError, NotImplementedError):
         each = [gradient(row, False)[0] for row in rows]
         return torch.stack([torch.zeros_like(parameter) if g is None else g for g in each])
+
+
+@contextmanager
+def _without_slow_path_warnings() -> Iterator[None]:
+    """Silence vmap where it loops over an operation without a batching rule: that is what is wanted here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,8 +156,8 @@ class PerExampleGradients:
         directions = directions[None] if directions.ndim == 1 else directions
         if directions.ndim != 2 or directions.shape[1] != self.num_parameters:
             raise InvalidInput(
-                f"The directions have the shape {tuple(directions.shape)}; expected (m, {self.num_parameters}), one flat "
-                "vector of all trainable parameters per row."
+                f"The directions have the shape {tuple(directions.shape)}; expected (m, {self.num_parameters}), "
+                "one flat vector of all trainable parameters per row."
             )
         shape = (self.num_examples, len(directions))
         result = {layer: torch.zeros(shape, dtype=torch.float64) for layer in self.layers}
@@ -239,8 +239,8 @@ class MatrixGradients(PerExampleGradients):
         matrix = torch.as_tensor(matrix)
         if matrix.ndim != 2 or not matrix.is_floating_point():
             raise InvalidInput(
-                f"The per-example gradients have the shape {tuple(matrix.shape)} and dtype {matrix.dtype}; expected a "
-                "floating-point matrix with one row per example."
+                f"The per-example gradients have the shape {tuple(matrix.shape)} and dtype {matrix.dtype}; "
+                "expected a floating-point matrix with one row per example."
             )
         sizes = dict(layers or {"all": matrix.shape[1]})
         if sum(sizes.values()) != matrix.shape[1]:
@@ -283,6 +283,3 @@ def _signs(name: str, example: Tensor, k: int, seed: int) -> tuple[Tensor | None
         return ((2 * bits - 1) / math.sqrt(kept)).to(example)
 
     return signs(rows, k), signs(columns, keep_columns)
-
-
-Select = Callable[[str], bool]

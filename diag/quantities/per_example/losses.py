@@ -39,11 +39,12 @@ def example_losses(loss_fn: LossFunction, outputs: Any, targets: Any, n: int) ->
     Tensors in `outputs` and `targets` whose first axis is a multiple of n are cut into examples.
     """
     pieces: list[Tensor] = []
-    templates = [_cut(value, n, pieces) for value in (outputs, targets)]
+    outputs = _cut(outputs, n, pieces)
+    templates = (outputs, _cut(targets, n, pieces)) if pieces else ()
     if not pieces:
         raise Unsupported(
-            f"No tensor in the model's outputs or the targets has its {n} examples along the first axis, so the "
-            "loss cannot be taken example by example; return outputs with the batch first."
+            f"No tensor in the model's outputs has the {n} examples along its first axis, so the loss cannot be "
+            "taken example by example; return outputs with the batch first, and give loss_fn=."
         )
 
     def one(*values: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         items = {key: change(item) for key, item in value.items()}
         try:  # the outputs of a Hugging Face model are a mapping with attributes
-            return type(value)(**items)  # type: ignore[call-arg]
+            return type(value)(**items)
         except TypeError:
             return items
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -115,6 +116,6 @@ def check_finite(losses: Tensor, first_row: int) -> None:
     if rows:
         named = ", ".join(str(first_row + r) for r in rows[:10]) + (" and others" if len(rows) > 10 else "")
         raise InvalidInput(
-            f"The loss of {len(rows)} example(s) is NaN or infinite (rows {named}); look at these rows, then remove "
-            "or repair them."
+            f"The loss of {len(rows)} example(s) is NaN or infinite (rows {named}); look at these rows, then "
+            "remove or repair them."
         )

@@ -43,9 +43,13 @@ class Plan:
 class Forward:
     """One recorded forward pass."""
 
-    uses: list[Use]
+    capture: Capture
     outputs: Any
     loss: Tensor
+
+    @property
+    def uses(self) -> list[Use]:
+        return self.capture.uses
 
 
 def forward(model: nn.Module, loss_fn: LossFunction, batch: Batch, parameters: dict[str, nn.Parameter]) -> Forward:
@@ -60,7 +64,7 @@ def forward(model: nn.Module, loss_fn: LossFunction, batch: Batch, parameters: d
             "The loss does not depend on any trainable parameter through the graph; check requires_grad, and that "
             "the model does not run under no_grad."
         )
-    return Forward(capture.uses, outputs, loss)
+    return Forward(capture, outputs, loss)
 
 
 def make_plan(
@@ -82,12 +86,11 @@ def make_plan(
     edges = [use.edge for use in run.uses]
     plain = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
     names = list(parameters)
-    found = torch.autograd.grad(
-        (weights * losses).sum(), [*edges, *parameters.values()], retain_graph=True, allow_unused=True
-    )
+    inputs: list[Any] = [*edges, *parameters.values()]
+    found = torch.autograd.grad((weights * losses).sum(), inputs, retain_graph=True, allow_unused=True)
     weighted, expected = found[: len(edges)], dict(zip(names, found[len(edges) :], strict=True))
     plan = _read_calls(run.uses, plain, weighted, weights)
-    plan.graph_parameters |= unexplained(run.uses, [torch.autograd.graph.get_gradient_edge(losses)], parameters)
+    plan.graph_parameters |= unexplained(run.capture, [torch.autograd.graph.get_gradient_edge(losses)], parameters)
     deltas = {i: plain[i] for i in plan.layouts}
     blocks = blocks_of(plan, run.uses, deltas, losses, probe.size, parameters)
     dense = {name: None if g is None else g.detach().to_dense().double() for name, g in expected.items()}
@@ -124,11 +127,9 @@ def _signature(uses: list[Use]) -> tuple[str, ...]:
 def _read_calls(uses: list[Use], plain: Any, weighted: Any, weights: Tensor) -> Plan:
     """Find where the examples lie in each call, and so which calls to read."""
     plan = Plan({}, {}, set(), _signature(uses))
-    read: set[int | None] = set()  # calls that are read, and all that is computed from their outputs
+    read: set[int] = set()  # calls that are read; what came through one of them must not be read again
     for use, first, second in zip(uses, plain, weighted, strict=True):
-        places = [place for place, source in use.slots.items() if source.use is None or source.use not in read]
-        if not places:
-            read.add(use.index)
+        places = [place for place, source in use.slots.items() if not source.made_by & read]
         if not places or first is None:  # None: no way from here to the loss
             continue
         try:
@@ -208,9 +209,10 @@ def _placed(block: Block, positions: Tensor, shape: torch.Size) -> Block:
     order = torch.arange(shape.numel(), device=positions.device)
     if positions.numel() == shape.numel() and torch.equal(positions.flatten(), order):
         return _reshaped(block, shape)
-    if type(block) is Outer and positions.ndim == 2 and block.groups == 1 and len(shape) == 2:
-        if positions.shape == shape[::-1] and torch.equal(positions.T.flatten(), order):
-            return _outer(block.b[:, 0], block.a[:, 0], shape)
+    plain = type(block) is Outer and block.groups == 1 and positions.shape == shape[::-1]
+    if plain and torch.equal(positions.T.flatten(), order):
+        assert isinstance(block, Outer)
+        return _outer(block.b[:, 0], block.a[:, 0], shape)
     return Placed(block, positions, shape)
 
 
@@ -241,7 +243,8 @@ def _agrees(block: Block | None, weights: Tensor, expected: Tensor | None, total
     `total` is the norm of the whole gradient: a gradient that is zero but for rounding has no relative error.
     """
     if block is None or expected is None:
-        return all(x is None or not bool(x.any()) for x in (expected, block and block.dense(slice(None))))
+        held = None if block is None else block.dense(slice(None))
+        return all(x is None or not bool(x.any()) for x in (expected, held))
     found = torch.stack([w * block.dense(slice(i, i + 1))[0].double() for i, w in enumerate(weights)]).sum(0)
     error = torch.linalg.vector_norm(found.reshape(expected.shape) - expected)
     return bool(error <= 1e-3 * torch.linalg.vector_norm(expected) + 1e-6 * total)
@@ -278,14 +281,14 @@ def _compare(together: Tensor, alone: Tensor, again: Callable[[], Tensor], size:
         return
     if bool(((alone - again()).abs() > tolerance * scale).any()):
         raise Unsupported(
-            "The same example gave two different losses in two forward passes, so the model draws random numbers even "
-            "in evaluation mode; switch dropout and sampling off while measuring."
+            "The same example gave two different losses in two forward passes, so the model draws random numbers "
+            "even in evaluation mode; switch dropout and sampling off while measuring."
         )
     row = int((together - alone).abs().argmax())
     raise Unsupported(
-        f"The loss of example {row} is {float(together[row]):.6g} in a batch of {n} and {float(alone[row]):.6g} in a "
-        f"batch of {size}, so examples influence each other (BatchNorm on batch statistics, a comparison across "
-        "the batch); per-example gradients do not exist here: use running statistics (eval mode) or another norm."
+        f"The loss of example {row} is {float(together[row]):.6g} in a batch of {n} and {float(alone[row]):.6g} in "
+        f"a batch of {size}, so examples influence each other (BatchNorm on batch statistics, a comparison across "
+        "the batch) and have no gradients of their own: use running statistics (eval mode) or another norm."
     )
 
 

@@ -63,7 +63,7 @@ def _unrolled(step: Step) -> Callable[..., tuple[Tensor, ...]]:
                 state = tuple(s[cell] for s in initial)
                 hidden: list[Tensor] = []
                 for t in range(x.shape[0]) if direction == 0 else reversed(range(x.shape[0])):
-                    state = step(gates[t], state, (w_hh, b_hh, w_hr))  # type: ignore[arg-type]
+                    state = step(gates[t], state, (w_hh, b_hh, w_hr))
                     hidden.append(state[0])
                 outputs.append(torch.stack(hidden if direction == 0 else hidden[::-1]))
                 finals.append(state)

@@ -31,5 +31,6 @@ def stable_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "me
         )
     if reduction not in REDUCTIONS:
         raise InvalidInput(f"The reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}.")
-    losses = F.softplus(-margins(logits, labels))
+    # softplus(-m) = -logsigmoid(m); torch's softplus drops exp(-x) above its threshold, logsigmoid does not.
+    losses = -F.logsigmoid(margins(logits, labels))
     return losses if reduction == "none" else getattr(losses, reduction)()

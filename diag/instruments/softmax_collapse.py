@@ -24,11 +24,8 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.softmax_rounding import (
-    GG,
-    GP,
     GRADIENT,
     LOSS,
-    PP,
     ROW_SIZE,
     ROW_SUM,
     SIGNIFICAND_BITS,
@@ -36,6 +33,7 @@ from diag.linalg.softmax_rounding import (
     collapse_margin,
     compare,
     counters,
+    distance_from_softmax,
     float64_margins,
     in_blocks,
     shares_of,
@@ -291,7 +289,7 @@ def softmax_collapse(
         median_margin=float(margin.median()),
         zero_sum_residual=float(compared[:, ROW_SUM].sum() / compared[:, ROW_SIZE].sum()),
         gradient_error=float(((own - true).abs() / true.abs()).nanmedian()),
-        loss_underestimate=float(F.softplus(-margin).mean() - counted[dtype][:, LOSS].mean()),
+        loss_underestimate=-float(F.logsigmoid(margin).mean() + counted[dtype][:, LOSS].mean()),
         accuracy=_accuracy(logits, labels),
         held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
         collapsed_by_dtype={d: float((margin >= collapse_margin(d)).double().mean()) for d in SIGNIFICAND_BITS},
@@ -302,7 +300,7 @@ def softmax_collapse(
         margins=margin.cpu().numpy(),
         dtype=dtype,
         loss=loss,
-        preconditions=(_softmax_loss(compared, factor),),
+        preconditions=(_softmax_loss(distance_from_softmax(compared, factor, given.dtype), factor),),
     )
 
 
@@ -312,13 +310,13 @@ def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:
     return float((logits.argmax(1) == labels.to(logits.device)).double().mean())
 
 
-def _softmax_loss(compared: Tensor, factor: Tensor) -> Precondition:
-    gg, gp, pp = compared[:, GG], compared[:, GP], compared[:, PP]
-    missed = (gg - 2 * factor * gp + factor**2 * pp).sum().clamp_min(0)
-    error = float((missed / gg.sum()).sqrt()) if float(gg.sum()) > 0 else 0.0
+def _softmax_loss(distance: float, factor: Tensor) -> Precondition:
+    found = f"its wrong-class gradients differ from the softmax's by {format_share(distance)}"
+    if not bool(factor.any()):
+        found = "its gradients are zero where the softmax's are not"
     return Precondition(
         "the loss is a cross-entropy of the softmax",
-        error <= SAME_LOSS,
-        f"the loss is not a plain cross-entropy of the softmax (its wrong-class gradients differ from the "
-        f"softmax's by {format_share(error)}), so the margins say nothing about its rounding.",
+        bool(factor.any()) and not distance > SAME_LOSS,
+        f"the loss is not a plain cross-entropy of the softmax ({found}), so the margins say nothing about its "
+        "rounding.",
     )

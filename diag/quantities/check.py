@@ -71,6 +71,8 @@ def _check_axes(name: str, tensor: Tensor, axes: list[str], lengths: dict[str, t
 def _check_finite(name: str, tensor: Tensor, allow_minus_infinity: bool) -> None:
     if not tensor.is_floating_point():
         return
+    if tensor.itemsize < 2:  # torch has no such test for the 8-bit types
+        tensor = tensor.float()
     # A logit of minus infinity is how a model rules a class out (a padded vocabulary), so it is legal.
     bad = torch.isnan(tensor) | torch.isposinf(tensor) if allow_minus_infinity else ~torch.isfinite(tensor)
     rows = bad.reshape(len(tensor), -1).any(1).nonzero().flatten().tolist()

@@ -23,19 +23,22 @@ from diag.quantities.symmetries.solve import Solution, used_symbols
 from diag.quantities.symmetries.tracing import Trace, main_outputs, trace_model, unfused
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-CARRIERS = ("mm", "addmm", "bmm", "baddbmm", "convolution")  # operations whose outputs are pre-activations
+# Operations whose outputs are pre-activations.
+CARRIERS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "embedding")
 UNUSED = "not used on the example given"
 
 
-def find_symmetries(model: nn.Module, example: Any, *, check: bool = True, seed: int = 0) -> Symmetries:
+def find_symmetries(
+    model: nn.Module, example: Any, *, check: bool = True, seed: int = 0, max_examples: int | None = 2
+) -> Symmetries:
     """The permutation groups of `model`.
 
-    example: one batch, `(inputs, targets)` or a dict; its first two examples are used.
+    example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used. check: prove them.
     Groups that change the outputs by more than a relative 1e-4 (float32) or 1e-10 (float64) are dropped, with
     the reason in `frozen`. Raises Unsupported where the forward pass fails, or where the outputs are not finite.
     """
     example = _on_device(model, as_batch(example))
-    example = example.slice(0, min(example.size, 2))
+    example = example.slice(0, min(example.size, max_examples or example.size))
     with preserved(model):
         trace, labels = trace_model(model, example)
         found = _build(trace, labels, model)
@@ -70,6 +73,7 @@ def _build(trace: Trace, labels: dict[str, Labels], model: nn.Module) -> Symmetr
         frozen={name: s.frozen for s, name in names.items() if s.frozen},
         unknown=dict(trace.unknown),
         shapes={n: tuple(t.shape) for n, t in state.items() if isinstance(t, Tensor)},
+        parameters=tuple(n for n, t in state.items() if isinstance(t, nn.Parameter)),
         captures=tuple(_captures(trace, solution, names, groups)),
         tied=_tied(state),
     )

@@ -70,7 +70,7 @@ class Block:
         """Move the units of every group in `element`, parents before what depends on them."""
         for k in sorted(range(len(self.names)), key=lambda i: len(self._parents(groups, i))):
             if self.names[k] in element:
-                values = _permute_axis(values, k, self.parent_axes(groups, k), element[self.names[k]])
+                values = permute_axis(values, k, self.parent_axes(groups, k), element[self.names[k]])
         return values
 
     def _parents(self, groups: Mapping[str, Group], k: int) -> tuple[str, ...]:
@@ -89,7 +89,8 @@ def _whole(positions: Tensor, size: int) -> bool:
     return positions.numel() == size and bool((positions[1:] > positions[:-1]).all())
 
 
-def _permute_axis(values: Tensor, k: int, parents: list[int], permutation: Tensor) -> Tensor:
+def permute_axis(values: Tensor, k: int, parents: list[int], permutation: Tensor) -> Tensor:
+    """Permute axis k of `values`, by a permutation (*sizes of the parent axes, n)."""
     permutation = permutation.to(values.device)
     if not parents:
         return values.index_select(k, permutation)
@@ -117,7 +118,9 @@ class Symmetries:
 
     groups: by name. blocks: for each state entry that a group moves, its blocks. frozen: names of what is no
     group -> why its units cannot move. unknown: ATen operations without a rule -> the module that used them.
-    shapes: of all state entries at tracing.
+    shapes: of all state entries at tracing. parameters: names of those that are parameters. tied: later names
+    of a shared tensor -> its first. captures: activations that carry units. deviation: the largest relative
+    change of the outputs that moving the units made (the check; NaN where it was not made).
     """
 
     groups: dict[str, Group]
@@ -125,6 +128,7 @@ class Symmetries:
     frozen: dict[str, str]
     unknown: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    parameters: tuple[str, ...]
     captures: tuple[Capture, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
     deviation: float = float("nan")

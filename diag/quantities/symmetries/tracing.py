@@ -98,7 +98,7 @@ class Trace(TorchDispatchMode):
         produced = tensors_in(results)
         for tensor in produced:
             if tensor not in self._labels:
-                reason = f"{_name(func)} gives an axis of its own"
+                reason = f"{operation_name(func)} gives an axis of its own"
                 self.label(tensor, tuple(self.algebra.axis(n, reason) for n in tensor.shape))
         if any(self.is_data(t) for t in operands):
             self.used += [self.labels(t) for t in operands]
@@ -106,11 +106,11 @@ class Trace(TorchDispatchMode):
                 self.mark_data(tensor)
                 if id(tensor) in before:  # written in place: every view of the storage now holds data
                     self._data_storages.add(tensor.untyped_storage()._cdata)
-        self.operations.append((_name(func), [self._labels[t] for t in produced]))
+        self.operations.append((operation_name(func), [self._labels[t] for t in produced]))
         return outputs
 
     def _apply(self, func: Any, bound: dict[str, Any], results: Sequence[Any]) -> None:
-        name = _name(func)
+        name = operation_name(func)
         if name in rules.RULES:
             rules.RULES[name](self, bound, results)
         elif torch.Tag.pointwise in func.tags or torch.Tag.pointwise in _functional_tags(name):
@@ -125,7 +125,7 @@ class Trace(TorchDispatchMode):
                     self.algebra.freeze(axis, f"aten.{name}{where} has no rule here")
 
 
-def _name(func: Any) -> str:
+def operation_name(func: Any) -> str:
     return func._schema.name.split("::")[-1]
 
 

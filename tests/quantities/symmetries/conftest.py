@@ -261,26 +261,75 @@ def gpt(layout: str) -> Case:
 
 S = nn.Sequential
 CASES = {
-    "mlp": Case(lambda: S(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3)), vectors(5),
-                [(9, ()), (8, ())]),
-    "conv and flatten": Case(lambda: S(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(63, 4)),
-                             images(), [(7, ())]),
-    "batch norm": Case(lambda: S(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 5, 3),
-                                 nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
-                       images(), [(7, ()), (5, ())]),
-    "layer norm": Case(lambda: S(nn.Linear(5, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 3)), vectors(5), [(9, ())]),
-    "group norm": Case(lambda: S(nn.Conv2d(3, 12, 3), nn.GroupNorm(3, 12), nn.ReLU(), nn.Flatten(1), nn.Linear(432, 3)),
-                       images(), [(3, ()), (4, (3,))]),
-    "grouped conv": Case(lambda: S(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(),
-                                   nn.Flatten(), nn.Linear(192, 3)), images(), [(4, ()), (2, (4,)), (3, (4,))]),
-    "depthwise conv": Case(lambda: S(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=8), nn.ReLU(), nn.Conv2d(16, 4, 1),
-                                     nn.AvgPool2d(4), nn.Flatten()), images(), [(8, ()), (2, (8,))]),
-    "residual stream": Case(lambda: S(nn.Linear(5, 8), Residual(S(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 8))),
-                                      Residual(S(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8))), nn.Linear(8, 3)),
-                            vectors(5), [(8, ()), (9, ()), (7, ())]),
-    "resnet": Case(lambda: ResNet(depth=1, width=4), images(), [(4, ()), (4, ()), (8, ()), (8, ()), (16, ()), (16, ())]),
-    "resnet, padded": Case(lambda: ResNet(depth=2, width=4, project=False), images(),
-                           [(4, ()), (2, ()), (2, ()), (4, ()), (4, ()), *[(4, ())] * 2, *[(8, ())] * 2, *[(16, ())] * 2]),
+    "mlp": Case(
+        lambda: S(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3)),
+        vectors(5),
+        [(9, ()), (8, ())],
+    ),
+    "conv and flatten": Case(
+        lambda: S(nn.Conv2d(3, 7, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(63, 4)),
+        images(),
+        [(7, ())],
+    ),
+    "batch norm": Case(
+        lambda: S(
+            nn.Conv2d(3, 7, 3),
+            nn.BatchNorm2d(7),
+            nn.ReLU(),
+            nn.Conv2d(7, 5, 3),
+            nn.BatchNorm2d(5),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(5, 4),
+        ),
+        images(),
+        [(7, ()), (5, ())],
+    ),
+    "layer norm": Case(
+        lambda: S(nn.Linear(5, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 3)), vectors(5), [(9, ())]
+    ),
+    "group norm": Case(
+        lambda: S(nn.Conv2d(3, 12, 3), nn.GroupNorm(3, 12), nn.ReLU(), nn.Flatten(1), nn.Linear(432, 3)),
+        images(),
+        [(3, ()), (4, (3,))],
+    ),
+    "grouped conv": Case(
+        lambda: S(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(192, 3)
+        ),
+        images(),
+        [(4, ()), (2, (4,)), (3, (4,))],
+    ),
+    "depthwise conv": Case(
+        lambda: S(
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 16, 3, groups=8),
+            nn.ReLU(),
+            nn.Conv2d(16, 4, 1),
+            nn.AvgPool2d(4),
+            nn.Flatten(),
+        ),
+        images(),
+        [(8, ()), (2, (8,))],
+    ),
+    "residual stream": Case(
+        lambda: S(
+            nn.Linear(5, 8),
+            Residual(S(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 8))),
+            Residual(S(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8))),
+            nn.Linear(8, 3),
+        ),
+        vectors(5),
+        [(8, ()), (9, ()), (7, ())],
+    ),
+    "resnet": Case(
+        lambda: ResNet(depth=1, width=4), images(), [(4, ()), (4, ()), (8, ()), (8, ()), (16, ()), (16, ())]
+    ),
+    "resnet, padded": Case(
+        lambda: ResNet(depth=2, width=4, project=False),
+        images(),
+        [(4, ()), (2, ()), (2, ()), (4, ()), (4, ()), *[(4, ())] * 2, *[(8, ())] * 2, *[(16, ())] * 2],
+    ),
     "squeeze and excite": Case(SqueezeExcite, images(), [(6, ()), (10, ()), (3, ())]),
     "dense net": Case(Dense, images(), [(5, ()), (4, ()), (4, ()), (4, ())]),
     "u-net": Case(UNet, images(), [(5, ()), (6, ()), (7, ())]),
@@ -292,7 +341,7 @@ CASES = {
     "vit": Case(ViT, images(), [(12, ()), *2 * attention(12, 3), (20, ()), (20, ())]),
     "lstm": Case(lambda: Recurrent(nn.LSTM), ids, [(5, ()), (7, ()), (7, ())]),
     "gru": Case(lambda: Recurrent(nn.GRU), ids, [(5, ()), (7, ()), (7, ())]),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -310,11 +359,12 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Netwo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         case = CASES[name]
-        model, inputs = case.build().to(dtype).eval(), case.inputs()
-        for buffer in model.buffers():  # running statistics as after training
-            if buffer.is_floating_point() and buffer.ndim == 1:
-                buffer.add_(torch.rand_like(buffer))
-    return Network(model, inputs.to(dtype) if inputs.is_floating_point() else inputs, case.groups)
+        model, inputs = case.build().to(dtype), case.inputs()
+        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        with torch.no_grad():  # running statistics as after training
+            model.train()(inputs)
+        model.eval()
+    return Network(model, inputs, case.groups)
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""Whether two state dicts are of one network: the first difference, in one sentence, and how many more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diag.errors import InvalidInput
+
+
+def check_states_fit(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+    names: tuple[str, str] = ("the first network", "the second"),
+) -> None:
+    """Raise InvalidInput where the two differ in names or shapes, or from the `expected` shapes.
+
+    The sentence names the first difference in the order of the state dict and counts the others.
+    """
+    found = list(_differences(a, b, names))
+    if not found and expected is not None:
+        shapes = {n: _Shape(s) for n, s in expected.items()}
+        found = list(_differences(shapes, b, ("the model", names[1])))
+    if found:
+        more = f" ({len(found) - 1} more differences)" if len(found) > 2 else ""
+        more = " (1 more difference)" if len(found) == 2 else more
+        raise InvalidInput(
+            f"The two checkpoints do not fit: {found[0]}{more}; expected two trained copies of one architecture."
+        )
+
+
+class _Shape:
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str]) -> Iterator[str]:
+    left, right = ({n: t for n, t in s.items() if isinstance(t, (Tensor, _Shape))} for s in (a, b))
+    for name, value in left.items():
+        if name not in right:
+            yield f"'{name}' is in {names[0]} and missing in {names[1]}"
+        elif tuple(value.shape) != tuple(right[name].shape):
+            yield (
+                f"'{name}' has shape {tuple(value.shape)} in {names[0]} and {tuple(right[name].shape)} in "
+                + names[1]
+                + _vocabulary(name, value.shape, right[name].shape)
+            )
+    for name in right:
+        if name not in left:
+            yield f"'{name}' is in {names[1]} and missing in {names[0]}"
+
+
+def _vocabulary(name: str, a: Any, b: Any) -> str:
+    """Embeddings that differ only in their rows come from two vocabularies."""
+    rows_only = len(a) == len(b) == 2 and a[1] == b[1]
+    return ", so the vocabularies differ" if rows_only and _is_embedding(name) else ""
+
+
+def _is_embedding(name: str) -> bool:
+    return any(word in name.lower() for word in ("embed", "wte", "token", "vocab", "lm_head"))

@@ -1,0 +1,135 @@
+"""The report as one JSON document: everything that the page shows, and nothing that it must still compute.
+
+An entry of `audits` is a check: its id, a title that flips with what was found, why the check matters, what it
+rests on here, the value with its unit and threshold, typed details. The page (`page.render`) is a pure function
+of this document; the same evidence gives the same document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diag.report.audits import by_instrument, judged, slug, unjudged
+from diag.report.caveats import caveats
+from diag.report.charts import charts
+from diag.report.evidence import Evidence, gather
+from diag.report.layers import layers
+from diag.report.method import facts, method
+from diag.report.plain import clean, counted, listed
+from diag.report.timeline import axis_of, timeline
+from diag.result import Level
+
+FORMAT_VERSION = 1
+LEVELS = (*(str(level) for level in Level), "skipped", "failed")
+NEEDS_ATTENTION = ("alarm", "warning")
+
+
+def document(source: Any, *, title: str = "", command: str = "") -> dict[str, Any]:
+    """The document of a report on `source` (see `diag.report`): strict JSON, the worst check first.
+
+    title: in place of the run's name. command: the command line that makes this report, to be shown in it.
+    Raises InvalidInput where no report can be made of `source`, RunError where a path holds no run.
+    """
+    evidence = gather(source)
+    history = evidence.history
+    axis = axis_of(history, evidence.findings, evidence.last_step)
+    audits = _audits(evidence)
+    counts = {level: sum(a["level"] == level for a in audits) for level in LEVELS}
+    name = clean(title or evidence.title)
+    made = {
+        "format": "diag-report",
+        "format_version": FORMAT_VERSION,
+        "kind": evidence.kind,
+        "title": name,
+        "command": clean(command),
+        "verdict": verdict(counts, audits),
+        "counts": counts,
+        "facts": facts(evidence),
+        "caveats": caveats(evidence, counts),
+        "audits": audits,
+        "timeline": axis and timeline(axis, history, evidence.findings, evidence.events),
+        "layers": None if history is None else layers(axis, history, evidence.findings),
+        "method": method(evidence, audits),
+        "drawings": _draw(evidence, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),
+    }
+    _link(made)
+    return json.loads(json.dumps(made, allow_nan=False))
+
+
+def _audits(evidence: Evidence) -> list[dict[str, Any]]:
+    """The checks with a verdict in the order of the findings, then those without; each has an id of its own."""
+    gaps, in_time = by_instrument(evidence.outcomes), evidence.kind == "run"
+    made = [judged(f, gaps.pop(f.instrument, ()), in_time) for f in evidence.findings]
+    made += [unjudged(outcomes, in_time) for _, outcomes in sorted(gaps.items())]
+    taken: set[str] = set()
+    for audit in made:
+        base, n = audit["id"], 2
+        while audit["id"] in taken:
+            audit["id"], n = f"{base}-{n}", n + 1
+        taken.add(audit["id"])
+    return made
+
+
+def _draw(evidence: Evidence, audits: Sequence[dict[str, Any]], salt: str) -> dict[str, str]:
+    """Draw the charts: the course and the last measurement where attention is needed, else the first of these."""
+    drawings: dict[str, str] = {}
+    for finding, audit in zip(evidence.findings, audits, strict=False):
+        at_most = 2 if audit["level"] in NEEDS_ATTENTION else 1
+        audit["charts"], drawn = charts(finding, salt, at_most)
+        drawings |= drawn
+    return drawings
+
+
+def _link(made: dict[str, Any]) -> None:
+    """Where a part of the document names a check by its instrument, let it name the check's id."""
+    ids = {audit["instrument"]: audit["id"] for audit in made["audits"]}
+    rows = [*made["timeline"]["lanes"]] if made["timeline"] else []
+    for row in [*rows, *made["method"]["schedule"]]:
+        row["audit"] = ids.get(row["audit"], slug(row["audit"]))
+    for row in made["layers"]["rows"] if made["layers"] else []:
+        row["findings"] = [ids.get(name, slug(name)) for name in row["findings"]]
+
+
+def verdict(counts: Mapping[str, int], audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The report in one sentence: how many checks need attention, and what the first says."""
+    could_judge = sum(counts[level] for level in ("alarm", "warning", "ok"))
+    worst = next((a for a in audits if a["level"] in NEEDS_ATTENTION), None)
+    if worst is None:
+        return {"level": "ok" if could_judge else "unknown", "audit": None, **_quiet(could_judge, counts)}
+    parts = [counted(counts[level], level) for level in NEEDS_ATTENTION if counts[level]]
+    headline = f"{listed(parts)} in {counted(sum(counts.values()), 'check')}"
+    headline = headline[0].upper() + headline[1:]
+    return {
+        "level": worst["level"],
+        "audit": worst["id"],
+        "headline": headline,
+        "sentence": worst["sentence"],
+    }
+
+
+def _quiet(could_judge: int, counts: Mapping[str, int]) -> dict[str, str]:
+    """The sentence where nothing raised a warning: it claims no more than what was judged."""
+    if not could_judge:
+        silent = sum(counts.values())
+        text = f"None of the {counted(silent, 'check')} could judge." if silent else "Nothing was measured."
+        return {"headline": "No verdict", "sentence": text}
+    others = [
+        counted(counts[level], f"check {words}", f"checks {words}")
+        for level, words in (
+            ("unknown", "could not tell"),
+            ("not_applicable", "did not apply"),
+            ("skipped", "skipped"),
+            ("failed", "failed"),
+        )
+        if counts[level]
+    ]
+    rest = f"; {listed(others)}" if others else ""
+    passed = (
+        "The one check that could judge passed"
+        if could_judge == 1
+        else f"All {could_judge} that could judge passed"
+    )
+    return {"headline": "No check raised a warning", "sentence": f"{passed}{rest}."}

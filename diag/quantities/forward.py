@@ -74,7 +74,7 @@ def losses(snapshot: Snapshot) -> Tensor:
     parts = []
     with preserved(snapshot.model), torch.no_grad():
         for outputs, batch in zip(_pass(snapshot).outputs, snapshot.batches, strict=True):
-            parts.append(_example_losses(snapshot, outputs, batch.targets, batch.size))
+            parts.append(example_losses(snapshot, outputs, batch.targets, batch.size))
     return torch.cat(parts)
 
 
@@ -217,7 +217,8 @@ def _kept(targets: Any, z: Tensor) -> Tensor:
     return torch.ones(rows, dtype=torch.bool, device=z.device)
 
 
-def _example_losses(snapshot: Snapshot, outputs: Any, targets: Any, size: int) -> Tensor:
+def example_losses(snapshot: Snapshot, outputs: Any, targets: Any, size: int) -> Tensor:
+    """The loss of each of a batch's `size` examples alone, (size,), by the snapshot's loss_fn."""
     values = _vmapped_losses(snapshot, outputs, targets)
     if values is None:
         rows = [map_tensors(_row(i, size), (outputs, targets)) for i in range(size)]

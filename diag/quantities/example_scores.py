@@ -1,0 +1,71 @@
+"""The loss and the error of every example of a data set, for a model that is being overwritten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.errors import DiagError
+from diag.quantities.batch import Batch
+from diag.quantities.forward import IGNORED_LABEL, example_losses, output_tensor
+
+if TYPE_CHECKING:
+    from diag.quantities.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Scores:
+    """losses, errors (n,) float64 on the CPU; errors are NaN where targets are no class numbers.
+
+    per_example: False where only the mean loss of each batch is known; it then stands for all its examples.
+    """
+
+    losses: Tensor
+    errors: Tensor
+    per_example: bool
+
+    @property
+    def size(self) -> int:
+        return len(self.losses)
+
+
+def score_examples(model: nn.Module, source: Snapshot) -> Scores:
+    """One pass of `model` over the data of `source`, with its loss."""
+    losses, errors, known = [], [], True
+    for batch in source.batches:
+        outputs = batch.forward(model)
+        values, each = _losses(source, outputs, batch)
+        known = known and each
+        losses.append(values.detach().double().cpu())
+        # A model with a loss of its own may shift its labels: which answer is right is then not known here.
+        errors.append(_errors(outputs, batch, shifted=source.loss_fn is None).cpu())
+    return Scores(torch.cat(losses), torch.cat(errors), known)
+
+
+def _losses(source: Snapshot, outputs: Any, batch: Batch) -> tuple[Tensor, bool]:
+    if source.loss_fn is not None:
+        try:
+            return example_losses(source, outputs, batch.targets, batch.size), True
+        except (DiagError, RuntimeError, ValueError):
+            pass  # a loss that is defined on a whole batch only
+    return source.batch_loss(outputs, batch.targets).detach().expand(batch.size), False
+
+
+def _errors(outputs: Any, batch: Batch, shifted: bool) -> Tensor:
+    """The share of wrong answers in each example (one answer, or one a position)."""
+    nothing = torch.full((batch.size,), torch.nan, dtype=torch.float64)
+    targets = batch.targets
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+        return nothing
+    try:
+        z = output_tensor(outputs)
+    except DiagError:
+        return nothing
+    if z.ndim < 2 or (shifted and z.ndim > 2) or z.shape[:-1] != targets.shape:
+        return nothing
+    counted = (targets != IGNORED_LABEL).reshape(batch.size, -1)
+    wrong = (z.argmax(-1) != targets).reshape(batch.size, -1) & counted
+    return wrong.sum(1).double() / counted.sum(1).clamp_min(1)

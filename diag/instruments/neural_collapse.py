@@ -197,7 +197,8 @@ class NeuralCollapse(Result):
         if begins is not None:
             ax.axvline(begins, color="gray", linestyle=":", label="terminal phase begins")
         ax.set(xlabel="step", ylabel="distance from collapse", yscale="log")
-        ax.legend(fontsize=7, frameon=False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7, frameon=False)
 
 
 @instrument(source=SOURCE, title="Neural collapse")

@@ -26,6 +26,9 @@ LEVEL_MARKS = {
 # The series of every chart. A page may give each a tone of its own for light and for dark.
 SERIES_COLOURS = ("#2f6db5", "#c65f12", "#2b8a57", "#7b56c2", "#b83b74", "#1f8a98")
 
+# matplotlib's own, of the same hues in the same order: "tab:blue" and so on.
+MATPLOTLIB_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#e377c2", "#17becf")
+
 DRAWING_STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.labelsize": 9,
@@ -195,8 +198,9 @@ def _page_colour(colour: str) -> str:
         return "currentColor"
     if colour == "#ffffff":
         return "var(--diag-surface, var(--jp-layout-color0, var(--vscode-editor-background, #ffffff)))"
-    if colour in SERIES_COLOURS:
-        return f"var(--diag-series-{SERIES_COLOURS.index(colour)}, {colour})"
+    series = (*SERIES_COLOURS, *MATPLOTLIB_COLOURS)
+    if colour in series:
+        return f"var(--diag-series-{series.index(colour) % len(SERIES_COLOURS)}, {colour})"
     for level, (_, tone, _) in LEVEL_MARKS.items():
         if colour == tone:
             return f"var(--diag-{level.replace('_', '-')}, {colour})"

@@ -116,13 +116,17 @@ def slug(text: str) -> str:
 
 
 def _decider(value: float | None, result: Result) -> tuple[str, str]:
-    """(name, unit) of the field that a verdict's value is, where exactly one scalar equals it; else nothing."""
+    """(name, unit) of the field that a verdict's value is: the one scalar that equals it, or the one that is a
+    field of its own. Where several do, their unit if they agree on it; else nothing."""
     if value is None:
         return "", ""
-    matches = [name for name, found in result.scalars().items() if found == value and not isinstance(found, bool)]
-    if len(matches) != 1:
-        return "", ""
-    return clean(matches[0].replace("_", " ")), _units(result).get(matches[0].split("/")[0], "")
+    equals = [name for name, found in result.scalars().items() if found == value and not isinstance(found, bool)]
+    fields = [name for name in equals if "/" not in name]
+    for names in (fields, equals):
+        if len(names) == 1:
+            return clean(names[0].replace("_", " ")), _units(result)[names[0].split("/")[0]]
+    units = {_units(result)[name.split("/")[0]] for name in equals}
+    return "", units.pop() if len(units) == 1 else ""
 
 
 def _units(result: Result) -> dict[str, str]:
@@ -134,8 +138,13 @@ def _why_here(finding: Finding, in_time: bool) -> str:
     verdict, last = finding.verdict, finding.series[-1][1]
     parts = []
     if in_time:
-        times = counted(len(finding.series), "measurement")
-        parts.append(f"Judged over steps {finding.first_step:,} to {finding.last_step:,}, on {times}")
+        one = finding.first_step == finding.last_step
+        when = (
+            f"at step {finding.last_step:,}"
+            if one
+            else f"over steps {finding.first_step:,} to {finding.last_step:,}"
+        )
+        parts.append(f"Judged {when}, on {counted(len(finding.series), 'measurement')}")
     else:
         parts.append("Judged on one measurement")
     if last.provenance.num_examples:

@@ -13,7 +13,7 @@ from diag.run import Finding
 
 MAX_POINTS = 120
 MAX_SVG = 160_000
-SIZE = (4.9, 2.75)
+SIZE = (4.4, 2.55)
 
 Chart = dict[str, Any]
 

@@ -98,7 +98,12 @@ def verdict(counts: Mapping[str, int], audits: Sequence[Mapping[str, Any]]) -> d
     could_judge = sum(counts[level] for level in ("alarm", "warning", "ok"))
     worst = next((a for a in audits if a["level"] in NEEDS_ATTENTION), None)
     if worst is None:
-        return {"level": "ok" if could_judge else "unknown", "audit": None, **_quiet(could_judge, counts)}
+        return {
+            "level": "ok" if could_judge else "unknown",
+            "audit": None,
+            "name": "",
+            **_quiet(could_judge, counts),
+        }
     parts = [counted(counts[level], level) for level in NEEDS_ATTENTION if counts[level]]
     headline = f"{listed(parts)} in {counted(sum(counts.values()), 'check')}"
     headline = headline[0].upper() + headline[1:]
@@ -106,6 +111,7 @@ def verdict(counts: Mapping[str, int], audits: Sequence[Mapping[str, Any]]) -> d
         "level": worst["level"],
         "audit": worst["id"],
         "headline": headline,
+        "name": worst["name"],
         "sentence": worst["sentence"],
     }
 

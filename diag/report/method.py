@@ -39,13 +39,18 @@ def _facts(evidence: Evidence) -> Iterable[tuple[str, str]]:
         yield "Last loss", format_number(float(losses[numpy.isfinite(losses)][-1]), 4)
     for name, label in (("probe", "Probe"), ("examples", "Examples"), ("device", "Device"), ("seed", "Seed")):
         if about.get(name) not in (None, "", {}):
-            yield label, shown(about[name])
+            yield label, _probe(about[name]) if name == "probe" else shown(about[name])
     wall, watch = spent(evidence)
     if wall and math.isfinite(wall):
         yield "Training time", format_seconds(wall)
         yield "Spent measuring", f"{format_seconds(watch)} ({format_share(watch / wall)})"
     if about.get("created"):
-        yield "Began", str(about["created"]).replace("T", " ").replace("+00:00", " UTC")
+        yield "Began", str(about["created"])[:16].replace("T", " ")
+
+
+def _probe(about: Any) -> str:
+    size = about.get("examples", about.get("size")) if isinstance(about, Mapping) else about
+    return f"{size:,} examples" if isinstance(size, int) else shown(about)
 
 
 def _optimizer(about: Any) -> str:

@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.quantities.history import History
 from diag.report.plain import clean, rounded
+from diag.result import Result
 from diag.run import Event, Finding
 
 MAX_POINTS = 480
 MAX_EVENTS = 40
+MAX_DOTS = 60
 LOG_SPAN = 30.0
 
 
@@ -85,7 +87,7 @@ def step_ticks(axis: Axis, about: int = 6) -> list[dict[str, Any]]:
 
 
 def _lane(axis: Axis, finding: Finding) -> dict[str, Any]:
-    steps = sorted({axis.position(step) for step, _ in finding.series})
+    chosen = finding.series[:: max(1, len(finding.series) // MAX_DOTS)]
     return {
         "audit": finding.instrument,
         "title": clean(finding.title),
@@ -94,8 +96,16 @@ def _lane(axis: Axis, finding: Finding) -> dict[str, Any]:
         "last_step": finding.last_step,
         "start": axis.position(finding.first_step - 0.5),
         "end": axis.position(finding.last_step + 0.5),
-        "measured": steps[:: max(1, len(steps) // 60)],
+        "measured": [{"at": axis.position(step), "level": _level(result)} for step, result in chosen],
     }
+
+
+def _level(result: Result) -> str:
+    """The level of one measurement by itself; "" where it cannot judge itself."""
+    try:
+        return str(result.verdict().level)
+    except Exception:
+        return ""
 
 
 def _event(axis: Axis, event: Event) -> dict[str, Any]:

@@ -16,6 +16,10 @@ class MissingQuantity(DiagError, LookupError):
     """The snapshot cannot give a quantity that an instrument needs; the text says how to give it."""
 
 
+class MissingData(DiagError, LookupError):
+    """A data set is not on this machine; the text says how to get it."""
+
+
 class Unsupported(DiagError):
     """The model, loss or file has a construct for which no right number can be computed."""
 

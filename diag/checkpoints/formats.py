@@ -1,0 +1,198 @@
+"""What a checkpoint file is, told by its first bytes, and how it is read without running code from it.
+
+Pickles are read by torch's `weights_only` unpickler alone. What that cannot open is refused with a sentence that
+says what was found and how to save it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pathlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diag.checkpoints.distributed import METADATA, read_distributed
+from diag.errors import CheckpointError
+
+SAVE_AGAIN = 'torch.save(model.state_dict(), "weights.pt")'
+# Plain containers that Lightning's hyper-parameters often hold; making one runs nothing.
+HARMLESS = (argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath)
+# A file that torch.save wrote before version 1.6 starts with this number, pickled.
+LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+
+
+def read(path: Path) -> tuple[Any, str]:
+    """What the file or folder holds (dicts, tensors, numbers), and the name of its format.
+
+    Raises CheckpointError where it is missing, damaged, of a format that is not read, or could run code.
+    """
+    if path.is_dir():
+        return read_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}; give a file or a folder that exists.")
+    kind, reader = _kind(path)
+    return reader(path), kind
+
+
+def _kind(path: Path) -> tuple[str, Callable[[Path], Any]]:
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"PK"):
+        return _kind_of_zip(path)
+    if LEGACY_MAGIC in start[:24]:
+        return "torch file (legacy)", read_torch
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "safetensors", read_safetensors
+    raise CheckpointError(f"{path} is {_stranger(path, start)}.")
+
+
+def _stranger(path: Path, start: bytes) -> str:
+    """What a file that is not read seems to be, and what to do about it."""
+    if not start:
+        return "empty; save the checkpoint again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer and not the checkpoint itself; fetch it with `git lfs pull`"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file of quantised weights; convert it to safetensors first"
+    if start.startswith(b"\x89HDF"):
+        return f"an HDF5 file (Keras?); load it in its own framework and save the weights with {SAVE_AGAIN}"
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+        return (
+            "a raw Python pickle, which can run any code when it is opened; if you trust it, open it yourself and "
+            f"save the weights with {SAVE_AGAIN}"
+        )
+    return (
+        "no checkpoint that diag knows (it is neither a torch file nor safetensors); save the weights with "
+        f"{SAVE_AGAIN}"
+    )
+
+
+def _kind_of_zip(path: Path) -> tuple[str, Callable[[Path], Any]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.split("/", 1)[-1] for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        raise CheckpointError(f"{path} is damaged or was not written to its end; save or copy it again.") from None
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, which holds code; if you trust it, save its weights with "
+            'torch.save(torch.jit.load(path).state_dict(), "weights.pt").'
+        )
+    if "data.pkl" not in names:
+        what = "a torch.export archive" if {"archive_format", "archive_version"} & names else "a zip archive"
+        raise CheckpointError(f"{path} is {what} without a state dict; save the weights with {SAVE_AGAIN}.")
+    return "torch file", read_torch
+
+
+def read_torch(path: Path) -> Any:
+    """The contents of a file that torch.save wrote, through the weights_only unpickler; tensors on the CPU."""
+    # A file of distributed tensors can only be read once their class is known to the unpickler.
+    if any(name.startswith("torch.distributed") for name in _unsafe_globals(path)):
+        importlib.import_module("torch.distributed.tensor")
+    try:
+        # Opened here, because torch.load given a path would go by the name's ending.
+        with torch.serialization.safe_globals(list(HARMLESS)), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} {_why_refused(path, error)}.") from None
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """The classes and functions a torch file names that are not on torch's list of safe ones; runs nothing."""
+    try:
+        with torch.serialization.safe_globals(list(HARMLESS)):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # a legacy file: there is no such list
+        return []
+
+
+def _why_refused(path: Path, error: Exception) -> str:
+    unsafe = _unsafe_globals(path)
+    shown = ", ".join(unsafe[:3]) + (f" and {len(unsafe) - 3} more" if len(unsafe) > 3 else "")
+    if any(name.startswith("torch.nn.modules.") for name in unsafe):
+        return (
+            f"is a whole pickled model (it names {shown}), which runs code when opened; if you trust it, save "
+            'its weights with torch.save(torch.load(path, weights_only=False).state_dict(), "weights.pt")'
+        )
+    if unsafe:
+        return (
+            f"holds objects of {shown}, which could run code when they are opened; leave them out and save the "
+            f"weights alone with {SAVE_AGAIN}"
+        )
+    first = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+    if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+        return f"holds a pickle that could run code ({first[:160]}); save the weights with {SAVE_AGAIN}"
+    return f"cannot be read ({type(error).__name__}: {first[:160]}); it may be damaged: save or copy it again"
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, by name, and the numbers among its metadata."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = {k: int(v) for k, v in (file.metadata() or {}).items() if v.isdecimal()}
+            return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}} | about  # noqa: SIM118
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is a damaged safetensors file ({str(error).splitlines()[0]}); save or copy it again."
+        ) from None
+
+
+def read_folder(path: Path) -> tuple[Any, str]:
+    """The contents of a folder: Hugging Face weights, or a torch.distributed checkpoint."""
+    if (path / METADATA).exists():
+        return read_distributed(path), "torch.distributed checkpoint"
+    if any(path.glob("zero_to_fp32.py")) or any(path.glob("**/*_optim_states.pt")):
+        raise CheckpointError(
+            f"{path} is a DeepSpeed checkpoint in shards; join them with `python zero_to_fp32.py . weights` there "
+            "and give the result."
+        )
+    whole = next((path / name for name in WEIGHT_FILES if (path / name).exists()), None)
+    index = next(iter(sorted(path.glob("*.index.json"))), None)
+    if whole is None and index is None:
+        single = sorted(path.glob("*.safetensors"))
+        if len(single) != 1:
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise CheckpointError(
+                f"{path} holds no checkpoint that diag knows (found {found}); expected "
+                f"{', '.join(WEIGHT_FILES)}, an index of shards, or {METADATA} of torch.distributed.checkpoint."
+            )
+        whole = single[0]
+    state = _state_of(whole) if whole is not None else _read_shards(path, index)  # type: ignore[arg-type]
+    return {"state_dict": state, **_trainer_state(path)}, "Hugging Face folder"
+
+
+def _state_of(file: Path) -> dict[str, Any]:
+    contents, _ = read(file)
+    return contents["state_dict"] if file.suffix == ".safetensors" else contents
+
+
+def _read_shards(path: Path, index: Path) -> dict[str, Any]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of shards ({error}); copy it again.") from None
+    missing = [name for name in names if name in outside or not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {missing[0]} and {len(missing) - 1} more of the {len(names)} shards that {index.name} "
+            "names; copy the whole folder."
+        )
+    return {name: value for shard in names for name, value in _state_of(path / shard).items()}
+
+
+def _trainer_state(path: Path) -> dict[str, Any]:
+    """The step that the Hugging Face trainer wrote beside the weights."""
+    try:
+        return {"global_step": int(json.loads((path / "trainer_state.json").read_bytes())["global_step"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

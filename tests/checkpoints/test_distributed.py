@@ -1,0 +1,168 @@
+"""Folders of torch.distributed.checkpoint: read whole, in one process, and never unpickled by torch."""
+
+import collections
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from diag.checkpoints import load_into, load_state
+from diag.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(net, tmp_path):
+    """A checkpoint with an optimizer, whose state must not be needed, and a step."""
+    optimizer = torch.optim.Adam(net.parameters())
+    sum(p.sum() for p in net.parameters()).backward()
+    optimizer.step()
+    state = {"model": net.state_dict(), "optim": optimizer.state_dict(), "step": 7, "mixed": [torch.ones(2), 3]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=tmp_path / "dcp")
+    return tmp_path / "dcp"
+
+
+def metadata(folder):
+    return pickle.loads((folder / ".metadata").read_bytes())
+
+
+def place_of(about, name):
+    return next(place for index, place in about.storage_data.items() if index.fqn == name)
+
+
+def replace(folder, data):
+    (folder / ".metadata").write_bytes(data if isinstance(data, bytes) else pickle.dumps(data))
+
+
+def test_the_state_comes_back_bit_by_bit(folder, net, other, same):
+    checkpoint = load_state(folder)
+    assert (checkpoint.format, checkpoint.step) == ("torch.distributed checkpoint", 7)
+    load_into(other, checkpoint)
+    same(net, other)
+
+
+def test_a_tensor_in_several_shards_is_put_together(folder):
+    """The rows of one matrix, written as two pieces in two files, as two ranks would."""
+    whole = torch.arange(12.0).reshape(4, 3)
+    about, pieces = metadata(folder), {0: whole[:1].clone(), 1: whole[1:].clone()}
+    entry = about.state_dict_metadata["model.conv.weight"]
+    index = next(i for i in about.storage_data if i.fqn == "model.conv.weight")
+    place = about.storage_data.pop(index)
+    entry.size, entry.chunks = whole.shape, []
+    for rank, piece in pieces.items():
+        start = torch.Size([rank, 0])
+        torch.save(piece, folder / f"__{rank + 1}_0.distcp")
+        entry.chunks.append(ChunkStorageMetadata(start, piece.shape))
+        size = (folder / f"__{rank + 1}_0.distcp").stat().st_size
+        about.storage_data[type(index)("model.conv.weight", start)] = type(place)(f"__{rank + 1}_0.distcp", 0, size)
+    replace(folder, about)
+    assert torch.equal(load_state(folder).state["conv.weight"], whole)
+    (folder / "__2_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks the shard __2_0\.distcp; copy the whole folder"):
+        load_state(folder)
+    del entry.chunks[0]
+    replace(folder, about)
+    with pytest.raises(CheckpointError, match=r"the shards of model\.conv\.weight have 9 of 12 elements"):
+        load_state(folder)
+
+
+def test_a_state_without_nesting(net, other, tmp_path, same):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(net.state_dict(), checkpoint_id=tmp_path / "step_40")
+    checkpoint = load_state(tmp_path / "step_40")
+    load_into(other, checkpoint)
+    same(net, other)
+    assert (checkpoint.step, checkpoint.step_source) == (40, "file name")
+
+
+# What could run code
+
+
+def test_a_malicious_metadata_is_not_run(folder, bomb):
+    about = metadata(folder)
+    about.planner_data = bomb
+    replace(folder, about)
+    with pytest.raises(
+        CheckpointError, match=r"\.metadata names pathlib.*, which no checkpoint needs and which could run"
+    ):
+        load_state(folder)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        ("torch", "load"),
+        ("torch", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "Metadata.__init__.__globals__"),
+        ("torch.serialization", "pickle_load"),
+    ],
+)
+def test_no_name_but_the_known_ones_is_looked_up(module, name, folder):
+    def text(value):
+        return pickle.SHORT_BINUNICODE + bytes([len(value)]) + value.encode()
+
+    call = text(module) + text(name) + pickle.STACK_GLOBAL + text("touch it-ran") + pickle.TUPLE1 + pickle.REDUCE
+    replace(folder, pickle.PROTO + b"\x04" + call + pickle.STOP)
+    with pytest.raises(
+        CheckpointError, match="which no checkpoint needs and which could run code; it is not opened"
+    ):
+        load_state(folder)
+
+
+def test_known_names_do_nothing_when_called(folder):
+    """A stand-in takes any arguments and holds them; Path.touch or the real classes cannot be reached."""
+    replace(folder, pickle.dumps(collections.OrderedDict(a=1)))
+    with pytest.raises(CheckpointError, match=r"is not the metadata of torch\.distributed\.checkpoint"):
+        load_state(folder)
+
+
+def test_a_malicious_item_in_a_shard_is_not_run(folder, bomb):
+    about = metadata(folder)
+    torch.save(bomb, folder / "evil.distcp")
+    place = place_of(about, "step")
+    place.relative_path, place.offset, place.length = "evil.distcp", 0, (folder / "evil.distcp").stat().st_size
+    replace(folder, about)
+    with pytest.raises(
+        CheckpointError, match=r"evil\.distcp holds an item at byte 0 that is damaged or could run code"
+    ):
+        load_state(folder)
+
+
+def test_a_shard_outside_the_folder_is_not_read(folder, net):
+    about = metadata(folder)
+    torch.save(net.state_dict(), folder.parent / "secret.pt")
+    place_of(about, "model.conv.bias").relative_path = "../secret.pt"
+    replace(folder, about)
+    with pytest.raises(CheckpointError, match=r"lacks the shard \.\./secret\.pt"):
+        load_state(folder)
+
+
+def test_damaged_metadata(folder):
+    replace(folder, (folder / ".metadata").read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged \(.*\); copy the folder again"):
+        load_state(folder)
+
+
+def test_metadata_that_does_not_describe_the_folder(folder):
+    about = metadata(folder)
+    about.storage_data = {}
+    replace(folder, about)
+    with pytest.raises(CheckpointError, match=r"does not describe the folder \(KeyError"):
+        load_state(folder)
+
+
+def test_a_compressed_shard_is_refused(folder):
+    about = metadata(folder)
+    place_of(about, "model.conv.bias").transform_descriptors = ["zstd"]
+    replace(folder, about)
+    with pytest.raises(CheckpointError, match=r"stored with \['zstd'\], which is not read here"):
+        load_state(folder)

@@ -4,7 +4,8 @@ Several fused or stateful operations have no second derivative, or a wrong one t
 `twice_differentiable(model)` each of those that has an exact plain form uses it:
 
 - attention uses the math kernel, also under an inner `sdpa_kernel`, and the encoder fast path is off;
-- compiled code runs eagerly; reentrant checkpointing (which forbids `autograd.grad`) calls the function;
+- compiled code runs eagerly; checkpointed segments keep their graph (the reentrant kind forbids `autograd.grad`,
+  and both run again with the module's own parameters instead of those given to `functional_call`);
 - weight norm is v * (g / ||v||) (the fused form's second derivative is wrong);
 - embeddings give dense gradients and are not renormalised or rescaled on the way;
 - an autocast region that the model enters by itself stays in the precision asked for;
@@ -64,8 +65,8 @@ def measured(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
 def replayed(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
     """`measured` for a backward pass over a kept graph: nothing is copied, so nothing waits for a device.
 
-    A checkpointed segment runs the model's code again in the backward pass, so modes and kernels matter
-    here too; buffers and random states do not, as a checkpoint restores the latter itself.
+    A backward pass may run the model's code again (a checkpoint of another library), so modes and kernels matter
+    here too.
     """
     modes = [(m, m.training) for m in model.modules() if m.training]
     for module, _ in modes:
@@ -82,11 +83,16 @@ def replayed(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
 def twice_differentiable(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
     """The contexts named in the module's text, around a forward or a backward pass."""
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # importing it costs a second, and without it nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(_set(torch.backends.cudnn, "enabled", False))
         stack.enter_context(_set(torch.utils.checkpoint, "CheckpointFunction", _CallNow))
+        stack.enter_context(
+            _set(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _nothing_around)
+        )
         stack.enter_context(_fast_path_off())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(PlainKernels(keep_autocast))
@@ -171,6 +177,11 @@ class _CallNow:
         return function(*args)
 
 
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands in for what the non-reentrant checkpoint does before and after calling the function."""
+    yield
+
+
 @contextmanager
 def _fast_path_off() -> Iterator[None]:
     enabled = torch.backends.mha.get_fastpath_enabled()
@@ -183,7 +194,10 @@ def _fast_path_off() -> Iterator[None]:
 
 @contextmanager
 def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
+    before = getattr(owner, name, None)
+    if before is None:  # another torch version: what this would have prevented is left to the self-test
+        yield
+        return
     setattr(owner, name, value)
     try:
         yield

@@ -104,13 +104,13 @@ class Objective:
         """The model's outputs at `parameters`."""
         batch = self._prepared(batch)
         tensors = {**self.constants, **dict(zip(self.layout.names, parameters, strict=True))}
-        with torch.enable_grad(), self._reduced():
+        with self._reduced():
             return functional_call(self.model, tensors, batch.args, batch.kwargs)
 
     def loss_of(self, outputs: Any, batch: Batch) -> Tensor:
         """The mean loss of one batch from its outputs, a scalar; a vector of losses is averaged."""
         loss_fn, targets = self.loss_fn, self._prepared(batch).targets
-        with torch.enable_grad(), self._reduced():
+        with self._reduced():
             if isinstance(loss_fn, nn.Module):
                 loss = functional_call(loss_fn, _converted_state(loss_fn, self.dtype), (outputs, targets))
             else:

@@ -109,7 +109,8 @@ class GeneralisedGaussNewton:
         self, objective: Objective, outputs: Sequence[Tensor], tangent: Sequence[Tensor], rebuilt: Any, batch: Batch
     ) -> list[Tensor]:
         size = max(_norm(tangent), 1e-300)
-        step = torch.finfo(objective.dtype).eps ** (1 / 3) * max(_norm(outputs), 1e-3) / size
+        eps = max(torch.finfo(z.dtype).eps for z in outputs)
+        step = eps ** (1 / 3) * max(_norm(outputs), 1e-3) / size
 
         def value(h: float) -> Pieces:
             moved = [(z.detach() + h * t).requires_grad_() for z, t in zip(outputs, tangent, strict=True)]
@@ -148,8 +149,7 @@ class GaussNewtonGraph:
     def _add(self, objective: Objective, batch: Batch, output_map: OutputMap, outputs: Any) -> None:
         tensors, rebuilt = output_tensors(outputs)
         leaves = [z.detach().requires_grad_() for z in tensors]
-        with torch.enable_grad():
-            mapped = output_map(objective, leaves, rebuilt, batch)
+        mapped = output_map(objective, leaves, rebuilt, batch)
         # An output that the loss does not use, or uses linearly, has no curvature.
         used = [
             (z, u, m) for z, u, m in zip(tensors, leaves, mapped, strict=True) if m is not None and m.requires_grad

@@ -2,7 +2,7 @@
 
 Several constructs give wrong products and raise nothing: fused losses that store their own derivative,
 functions whose backward cannot be differentiated, layers that change state in the forward pass. The test
-takes the product along three directions, compares each with a finite difference of first derivatives, asks
+takes the product along two directions, compares each with a finite difference of first derivatives, asks
 whether the gradient is repeatable and is the derivative of the loss, whether the forward pass left parameters
 and buffers alone, and whether the product is symmetric. It runs in float64 where the model allows, since
 there a step can be so small that no ReLU changes side; else in float32 along smooth directions only.
@@ -13,9 +13,11 @@ why. Thresholds are our choice, uncalibrated.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -25,15 +27,15 @@ from diag.quantities.curvature_guards import refuse_impossible
 from diag.quantities.curvature_objective import Objective
 from diag.quantities.curvature_products import Curvature
 
-NUM_EXAMPLES = 32
+NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
 FAIL_ABOVE = {"float64": 0.03, "float32": 0.3}  # a float32 difference crosses kinks, so it can prove less
 WARN_ABOVE = {"float64": 0.003, "float32": 0.03}
 FALLBACK_BELOW = 0.03
 REPEATABLE_WITHIN = 1e-3
 # Steps relative to the length of the parameter vector. No single one is good: the smallest avoids kinks, the
 # largest drowns the rounding of models that compute a part in float32 whatever their weights are.
-STEPS = {"float64": (1e-8, 1e-6, 1e-4), "float32": (1e-5, 1e-4, 1e-3)}
-FALLBACK_STEPS = {"float64": (1e-8, 1e-7, 1e-6, 1e-5, 1e-4), "float32": (1e-5, 1e-4, 1e-3, 1e-2)}
+STEPS = {"float64": (1e-10, 1e-8, 1e-6, 1e-4), "float32": (1e-5, 1e-4, 1e-3)}
+FALLBACK_STEPS = {"float64": (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4), "float32": (1e-5, 1e-4, 1e-3, 1e-2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class SelfTest:
     gradient_error: float
     repeatability: float
     asymmetry: float
-    rounding_error: float
+    rounding_error: float = 0.0
     step: float = 0.0
     reason: str = ""
 
@@ -90,23 +92,30 @@ def run_self_test(curvature: Curvature, objective: Objective, seed: int = 0) -> 
     """
     refuse_impossible(objective.model)
     probe = probe_batch(objective)
-    trial = _in_float64(objective.on([probe]))
+    _refuse_sums(objective, probe)
+    trial, gradient = _in_float64(objective.on([probe]))
     with trial.measured():
-        return _Examination(curvature, objective.on([probe]), trial, seed).outcome()
+        examination = _Examination(curvature, trial, gradient, seed)
+        record = examination.outcome()
+    if record.method == "finite difference" or objective.precision == trial.precision:
+        return record
+    return replace(record, rounding_error=_rounding_error(curvature, objective.on([probe]), examination))
 
 
 class _Examination:
     """The steps of one self-test; each raises Unsupported or InvalidInput, or leaves a number."""
 
-    def __init__(self, curvature: Curvature, own: Objective, trial: Objective, seed: int):
-        self.curvature, self.own, self.trial, self.seed = curvature, own, trial, seed
+    def __init__(self, curvature: Curvature, trial: Objective, gradient: Tensor, seed: int):
+        self.gradient = gradient
+        self.curvature, self.trial, self.seed = curvature, trial, seed
+        self.direction = self.product = torch.empty(0)  # one true product, for whoever compares with it
         self.theta = trial.parameters()
         self.precision = "float64" if trial.dtype == torch.float64 else "float32"
         self.scale = max(_length(trial.layout.flatten(self.theta, self.theta[0])), 1e-3)
         self.fixed = rows_held_fixed(trial.model, trial)
 
     def outcome(self) -> SelfTest:
-        self.gradient, self.repeatability = self._repeated_gradient()
+        self.repeatability = self._repeatability()
         self.gradient_error = self._gradient_error()
         failure = self._double_backward()
         if isinstance(failure, SelfTest):
@@ -115,29 +124,31 @@ class _Examination:
 
     # -- first derivatives -------------------------------------------------------------------------
 
-    def _repeated_gradient(self) -> tuple[Tensor, float]:
-        state = dict(self.trial.model.named_buffers()) | dict(zip(self.trial.layout.names, self.theta, strict=True))
-        state |= self.trial.constants
+    def _repeatability(self) -> float:
+        state = dict(self.trial.model.named_buffers()) | self.trial.constants
+        state |= dict(zip(self.trial.layout.names, self.theta, strict=True))
         versions = {name: tensor._version for name, tensor in state.items()}
-        first = self.trial.gradient(self.theta)
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):  # other draws than the first gradient's
+            seed(self.seed + 1)
+        again = self.trial.gradient(self.theta)
         changed = [name for name, tensor in state.items() if tensor._version != versions[name]]
         if changed:
             raise Unsupported(
                 f"A forward pass in evaluation mode changes {changed[0]} in place, so the loss is not a function "
                 "of the parameters; switch that update off in evaluation mode."
             )
-        if not torch.isfinite(first).all():
+        if not torch.isfinite(again).all():
             raise InvalidInput(
                 "The gradient of the loss is not finite on the data; look for the step at which training broke."
             )
-        difference = _length(self.trial.gradient(self.theta) - first) / max(_length(first), 1e-300)
-        if difference > REPEATABLE_WITHIN:
+        difference = _relative(again, self.gradient)
+        if not difference <= REPEATABLE_WITHIN:
             raise Unsupported(
                 f"Two evaluations of the same gradient differ by {difference:.1e} of its length: the model keeps a "
                 "state or draws random numbers in evaluation mode (such as F.dropout without training=); switch "
                 "that off."
             )
-        return first, difference
+        return difference
 
     def _gradient_error(self) -> float:
         direction = self._unit(self.gradient)
@@ -169,11 +180,11 @@ class _Examination:
             graph = self.curvature.graph(self.trial, self.theta, self.trial.batches)
             product = lambda d: self._flat(graph.product(self.trial.layout.views(d), True))  # noqa: E731
             along = {"gradient": self._unit(self.gradient)}
-            if along["gradient"] is not None:
-                along["top"] = self._unit(product(along["gradient"]))
             # A random direction meets every layer, but in float32 also every kink near by.
-            if self.precision == "float64" or all(d is None for d in along.values()):
+            if self.precision == "float64" or along["gradient"] is None:
                 along["random"] = self._random()
+            else:
+                along["top"] = self._unit(product(along["gradient"]))
             directions = {name: d for name, d in along.items() if d is not None}
             products = {name: product(d) for name, d in directions.items()}
             undifferentiable = error_node(graph)
@@ -194,13 +205,9 @@ class _Examination:
         asymmetry = self._asymmetry(directions, products)
         if asymmetry > FAIL_ABOVE[self.precision]:
             return f"the double-backward product is not symmetric ({asymmetry:.0%})"
-        name = "random" if "random" in directions else next(reversed(directions))
-        return self._record(
-            method="double backward",
-            errors=errors,
-            asymmetry=asymmetry,
-            rounding_error=self._rounding_error(directions[name], products[name]),
-        )
+        name = next(reversed(directions))
+        self.direction, self.product = directions[name], products[name]
+        return self._record(method="double backward", errors=errors, asymmetry=asymmetry)
 
     def _disagreement(self, direction: Tensor, product: Tensor) -> tuple[float, str]:
         best, culprit = float("inf"), ""
@@ -215,22 +222,6 @@ class _Examination:
             if best < WARN_ABOVE["float64"] / 10:
                 break
         return best, culprit
-
-    def _rounding_error(self, direction: Tensor, product: Tensor) -> float:
-        if (self.own.precision, self.own.model) == (self.trial.precision, self.trial.model):
-            return 0.0
-        with self.own.measured():
-            theta = self.own.parameters()
-            graph = self.curvature.graph(self.own, theta, self.own.batches)
-            views = self.own.layout.views(direction.to(self.own.dtype))
-            rounded = self.own.layout.flatten(graph.product(views, False), direction)
-        error = _length(rounded - product) / max(_length(product), 1e-300) if product.any() else 0.0
-        if not error <= FAIL_ABOVE["float32"]:
-            raise Unsupported(
-                f"The product in {self.own.precision} differs from the one in {self.trial.precision} by "
-                f"{error:.0%}; measure with precision='float64'."
-            )
-        return error
 
     # -- the finite difference as a product --------------------------------------------------------
 
@@ -256,7 +247,6 @@ class _Examination:
             method="finite difference",
             errors=changes[best],
             asymmetry=asymmetry,
-            rounding_error=0.0,
             step=steps[best],
             reason=reason,
         )
@@ -312,6 +302,23 @@ class _Examination:
         return self.trial.layout.names[max(range(len(sizes)), key=sizes.__getitem__)]
 
 
+def _rounding_error(curvature: Curvature, own: Objective, examined: _Examination) -> float:
+    """The product in the operator's own precision against the examined one, relative."""
+    with own.measured():
+        graph = curvature.graph(own, own.parameters(), own.batches)
+        views = own.layout.views(examined.direction.to(own.dtype))
+        rounded = own.layout.flatten(graph.product(views, False), examined.direction)
+    error = _length(rounded - examined.product) / max(_length(examined.product), 1e-300)
+    if not examined.product.any():
+        return 0.0
+    if not error <= FAIL_ABOVE["float32"]:
+        raise Unsupported(
+            f"The product in {own.precision} differs from the one in {examined.precision} by {error:.0%}; measure "
+            "with precision='float64'."
+        )
+    return error
+
+
 def error_node(graph: object) -> bool:
     """True where a graph holds a node that stands for "cannot be differentiated again"."""
     roots = [t.grad_fn for name in ("gradient", "pulled") for t in getattr(graph, name, ()) if t is not None]
@@ -355,7 +362,8 @@ def probe_batch(objective: Objective) -> Batch:
         return sum(t.numel() for t in tensors_in((batch.args, batch.kwargs))) / batch.size
 
     largest = max(objective.batches, key=elements)
-    small = largest.slice(0, NUM_EXAMPLES)
+    least, most = NUM_EXAMPLES
+    small = largest.slice(0, min(max(objective.num_examples // 16, least), most))
     with objective.measured():
         theta = objective.parameters()
         if small.size < largest.size:
@@ -378,15 +386,35 @@ def probe_batch(objective: Objective) -> Batch:
     return largest
 
 
-def _in_float64(own: Objective) -> Objective:
-    """The objective in float64 where the model runs in it, else in float32."""
-    trial = own.at_precision("float64")
-    try:
-        with trial.measured():
-            trial.gradient(trial.parameters())
-        return trial
-    except Exception:  # weights or kernels that exist in one precision only
-        return own.at_precision("float32")
+def _refuse_sums(objective: Objective, probe: Batch) -> None:
+    """Raises InvalidInput where the loss of a batch is the sum of its halves' losses, not their mean."""
+    if probe.size < 2 or probe.size % 2:
+        return
+    halves = [probe.slice(0, probe.size // 2), probe.slice(probe.size // 2, probe.size)]
+    with objective.measured(), torch.no_grad():
+        theta = objective.parameters()
+        try:
+            whole, first, second = (float(objective.loss(theta, b)) for b in (probe, *halves))
+        except Exception:  # a batch that cannot be cut
+            return
+    if abs(first + second - whole) <= 1e-3 * abs(whole) and abs((first + second) / 2 - whole) > 0.1 * abs(whole):
+        raise InvalidInput(
+            "loss_fn sums over the examples of a batch; expected their mean, so that batches of different sizes "
+            'weigh alike: use reduction="mean".'
+        )
+
+
+def _in_float64(own: Objective) -> tuple[Objective, Tensor]:
+    """The objective in float64 where the model runs in it, else in float32; and its gradient."""
+    for precision in ("float64", "float32"):
+        trial = own.at_precision(precision)
+        try:
+            with trial.measured():
+                return trial, trial.gradient(trial.parameters())
+        except Exception:  # weights or kernels that exist in one precision only
+            if precision == "float32":
+                raise
+    raise AssertionError
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

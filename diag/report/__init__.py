@@ -9,11 +9,12 @@ import os
 from typing import Any
 
 from diag.callable_package import make_callable
+from diag.report.compare import compare
 from diag.report.document import document
 from diag.report.files import Page
 from diag.report.page import render
 
-__all__ = ["Page", "document", "render", "report"]
+__all__ = ["Page", "compare", "document", "render", "report"]
 
 
 def report(

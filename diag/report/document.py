@@ -24,13 +24,15 @@ from diag.result import Level
 
 FORMAT_VERSION = 1
 LEVELS = (*(str(level) for level in Level), "skipped", "failed")
+ROOM_FOR_DRAWINGS = 520_000  # bytes; what keeps a page of very many checks under a megabyte
 NEEDS_ATTENTION = ("alarm", "warning")
 
 
-def document(source: Any, *, title: str = "", command: str = "") -> dict[str, Any]:
+def document(source: Any, *, title: str = "", command: str = "", drawings: bool = True) -> dict[str, Any]:
     """The document of a report on `source` (see `diag.report`): strict JSON, the worst check first.
 
     title: in place of the run's name. command: the command line that makes this report, to be shown in it.
+    drawings: whether to draw the charts.
     Raises InvalidInput where no report can be made of `source`, RunError where a path holds no run.
     """
     evidence = gather(source)
@@ -53,7 +55,7 @@ def document(source: Any, *, title: str = "", command: str = "") -> dict[str, An
         "timeline": axis and timeline(axis, history, evidence.findings, evidence.events),
         "layers": None if history is None else layers(axis, history, evidence.findings),
         "method": method(evidence, audits),
-        "drawings": _draw(evidence, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),
+        "drawings": {} if not drawings else _draw(evidence, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),
     }
     _link(made)
     return json.loads(json.dumps(made, allow_nan=False))
@@ -76,9 +78,14 @@ def _audits(evidence: Evidence) -> list[dict[str, Any]]:
 def _draw(evidence: Evidence, audits: Sequence[dict[str, Any]], salt: str) -> dict[str, str]:
     """Draw the charts: the course and the last measurement where attention is needed, else the first of these."""
     drawings: dict[str, str] = {}
+    room = ROOM_FOR_DRAWINGS
     for finding, audit in zip(evidence.findings, audits, strict=False):
         at_most = 2 if audit["level"] in NEEDS_ATTENTION else 1
         audit["charts"], drawn = charts(finding, salt, at_most)
+        for chart in audit["charts"]:
+            room -= len(drawn.get(chart["key"], ""))
+            if room < 0 and drawn.pop(chart["key"], ""):
+                chart["problem"] = "No chart: the page has no room left for it."
         drawings |= drawn
     return drawings
 

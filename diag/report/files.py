@@ -41,8 +41,8 @@ class Page:
         data = json.dumps(self.document, allow_nan=False, indent=1) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path.with_suffix(".json"), data)
-            _replace(path, self.html)
+            write(path.with_suffix(".json"), data)
+            write(path, self.html)
         except OSError as error:
             raise InvalidInput(
                 f"The report cannot be written to {path} ({error.strerror}); give another output."
@@ -63,7 +63,8 @@ class Page:
         return render_notebook(self.document, str(self.path or ""))
 
 
-def _replace(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file at once, so that no reader sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(path)

@@ -13,7 +13,7 @@ from diag.quantities.history import History
 from diag.report.plain import rounded
 from diag.report.timeline import Axis
 
-MAX_CELLS = 16_000
+MAX_CELLS = 12_000
 MIN_COLUMNS, MAX_COLUMNS = 40, 160
 CENTRE_ROWS = 1_000
 
@@ -60,7 +60,7 @@ def _map(
         return None
     low, high = (float(v) for v in numpy.percentile(logs, [0.5, 99.5]))
     pad = 0.5 if high - low < 1e-6 else 0.0
-    shown = [rounded(row) for row in values]
+    shown = [rounded(row, 3) for row in values]
     return {"name": name, "label": label, "low": low - pad, "high": high + pad, "values": shown}
 
 
@@ -70,8 +70,8 @@ def _farthest(part: Table, centre: Table) -> Table:
     if not len(part):
         return numpy.full(part.shape[1], numpy.nan)
     low, high = numpy.fmin.reduce(part, axis=0), numpy.fmax.reduce(part, axis=0)
-    above: NDArray[numpy.bool_] = _distance(high, centre) >= _distance(low, centre)
-    return numpy.where(above, high, low)
+    above = _distance(high, centre) >= _distance(low, centre)
+    return numpy.asarray(numpy.where(above, high, low), numpy.float64)
 
 
 def _distance(values: Table, centre: Table) -> Any:

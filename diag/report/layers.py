@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diag.quantities.history import History
 from diag.report.heatmap import evenly, heatmaps, log10, median, ratio
-from diag.report.plain import clean, finite
+from diag.report.plain import clean, rounded
 from diag.report.timeline import Axis
 from diag.run import Finding
 
@@ -38,7 +38,7 @@ def layers(axis: Axis | None, history: History, findings: Iterable[Finding]) -> 
         {
             "name": clean(history.layers[i]),
             "findings": named.get(history.layers[i], []),
-            **{key: finite(float(columns[key][i])) for key, _, _ in COLUMNS},
+            **{key: _cell(float(columns[key][i])) for key, _, _ in COLUMNS},
         }
         for i in chosen
     ]
@@ -49,6 +49,10 @@ def layers(axis: Axis | None, history: History, findings: Iterable[Finding]) -> 
         "median_of": min(len(history), MEDIAN_ROWS),
         "maps": [] if axis is None else heatmaps(axis, history, chosen),
     }
+
+
+def _cell(value: float) -> float | int | None:
+    return int(value) if value.is_integer() else rounded([value])[0]
 
 
 def _named(history: History, findings: Iterable[Finding]) -> dict[str, list[str]]:

@@ -43,7 +43,8 @@ def render(document: Mapping[str, Any]) -> str:
 
 def render_notebook(document: Mapping[str, Any], path: str = "") -> str:
     """A fragment for a notebook cell: the verdict and the cards, with scoped style and no script."""
-    return _template("notebook.html").render(doc=document, path=path)
+    name = "notebook.html" if document["format"] == "diag-report" else "compare_notebook.html"
+    return _template(name).render(doc=document, path=path)
 
 
 TEMPLATES = {"diag-comparison": "compare.html", "diag-gallery": "gallery.html"}

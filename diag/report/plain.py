@@ -34,9 +34,9 @@ def number(value: Any, unit: str = "") -> dict[str, Any]:
     return {"number": finite(value), **shown}
 
 
-def rounded(values: Any) -> list[float | None]:
-    """A series with four significant digits; None for what is not finite."""
-    return [float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None for v in values]
+def rounded(values: Any, digits: int = DIGITS) -> list[float | None]:
+    """A series with `digits` significant digits; None for what is not finite."""
+    return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in values]
 
 
 def shown(value: Any) -> str:

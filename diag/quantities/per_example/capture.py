@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from diag.errors import Unsupported
 from diag.quantities.per_example.recurrent import UNROLLED, is_padded_call
 
 # Functions that only rearrange elements: applied to a tensor of positions they tell where each came from.
@@ -112,6 +113,7 @@ class Capture(TorchFunctionMode):
             self._running.discard(func)
 
     def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        _refuse(name, args)
         tensors = dict(_tensors(args, kwargs))
         kinds = {place: self._kind(tensor) for place, tensor in tensors.items()}
         slots = {place: kind for place, kind in kinds.items() if isinstance(kind, Source)}
@@ -205,6 +207,18 @@ def _edges(
             elif following not in seen and following not in stop:
                 seen.add(following)
                 stack.append(following)
+
+
+def _refuse(name: str, args: Any) -> None:
+    if name == "embedding_renorm_":
+        raise Unsupported(
+            "An embedding has max_norm, so each forward pass rewrites its weights; set max_norm=None to measure."
+        )
+    if name == "embedding" and len(args) > 3 and args[3]:
+        raise Unsupported(
+            "An embedding has scale_grad_by_freq, so an example's gradient depends on the rest of its batch; set it "
+            "to False to measure."
+        )
 
 
 class _Marker:

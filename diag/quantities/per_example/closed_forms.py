@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diag.quantities.per_example.blocks import Block, Dense, Outer, Rows
+from diag.quantities.per_example.blocks import Block, Dense, Outer
 from diag.quantities.per_example.capture import Place, Use
+from diag.quantities.per_example.combination import Rows
 from diag.quantities.per_example.convolution import Patches, pad_input
 from diag.quantities.per_example.layout import Layout
 

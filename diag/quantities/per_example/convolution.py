@@ -39,6 +39,7 @@ class Patches(Outer):
         self.x, self.b, self.shape = x, b, tuple(shape)
         self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
         self.n, self.q = x.shape[0], shape[0] // groups
+        self.device, self.dtype = b.device, b.dtype
         self.steps, self.p = math.prod(b.shape[2:]), math.prod(shape[1:])
 
     def factors(self, examples: slice | Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +56,9 @@ class Patches(Outer):
                 return columns.view(x.shape[0], self.groups, self.p, self.steps)
         patches = x.new_empty(*x.shape[:2], math.prod(kernel), *out)
         for k, offset in enumerate(itertools.product(*(range(size) for size in kernel))):
-            where: list[Any] = [slice(None), slice(None)]
-            for o, d, s, size in zip(offset, self.dilation, self.stride, out, strict=True):
-                where.append(slice(o * d, o * d + s * (size - 1) + 1, s))
-            patches[:, :, k] = x[where[0], where[1], *where[2:]]
+            steps = zip(offset, self.dilation, self.stride, out, strict=True)
+            where: Any = tuple(slice(o * d, o * d + s * (size - 1) + 1, s) for o, d, s, size in steps)
+            patches[:, :, k] = x[(slice(None), slice(None), *where)]
         return patches.view(x.shape[0], self.groups, self.p, self.steps)
 
     def slices(self, numbers_each: int | None = None) -> Iterator[slice]:
@@ -68,7 +68,8 @@ class Patches(Outer):
     def _convolve(self, kernels: Tensor) -> Tensor:
         convolve = _CONVOLVE[len(self.shape) - 2]
         out = convolve(self.x, kernels, None, self.stride, 0, self.dilation, self.groups)
-        return out[(..., *(slice(size) for size in self.b.shape[2:]))]
+        inside: Any = (..., *(slice(size) for size in self.b.shape[2:]))
+        return out[inside]
 
     def _sum(self, group: Tensor) -> Tensor:
         return weight_gradient(self.x[group], self.b[group], self.shape, self.stride, self.dilation, self.groups)

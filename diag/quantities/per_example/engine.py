@@ -8,17 +8,25 @@ What a parameter's examples contribute follows from the calls' inputs and these 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.quantities.batch import Batch
-from diag.quantities.per_example import plan as planning
-from diag.quantities.per_example.gradients import Blocks, Coverage, PerExampleGradients
+from diag.quantities.parameters import trainable
+from diag.quantities.per_example.assembly import Assembly
+from diag.quantities.per_example.blocks import Block
+from diag.quantities.per_example.coupling import check_independent, losses_of
+from diag.quantities.per_example.gradients import Consumer, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction, check_finite, check_mean, example_losses
+from diag.quantities.per_example.plan import Forward, NotFinite, Plan, copied, forward, make_plan
 from diag.quantities.preserve import preserved
 from diag.quantities.unwrap import bare_model
 
@@ -48,14 +56,14 @@ class ModelGradients(PerExampleGradients):
         self._batches = [part for batch in batches for part in batch.split(micro_batch)]
         if not self._batches:
             raise MissingQuantity("The data holds no batch; per-example gradients need at least one example.")
-        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._trainable = trainable
-        self._parameters = {n: p for n, p in trainable.items() if layers is None or layers(n)}
-        _check_parameters(self._parameters, trainable)
+        self._trainable = trainable(self.model)
+        self._parameters = {n: p for n, p in self._trainable.items() if layers is None or layers(n)}
+        _check_parameters(self._parameters, list(self._trainable))
         super().__init__(
             {n: tuple(p.shape) for n, p in self._parameters.items()}, sum(b.size for b in self._batches)
         )
-        self._plan: planning.Plan | None = None
+        self.num_batches = len(self._batches)
+        self._plan: Plan | None = None
         self._losses: dict[int, Tensor] = {}
         self._share: float | None = None
 
@@ -64,14 +72,13 @@ class ModelGradients(PerExampleGradients):
     def losses(self) -> Tensor:
         """(n,): each example's loss."""
         if len(self._losses) < len(self._batches):
-            for _ in self.stream():
-                pass
+            self.stream(_ignore)
         return torch.cat([self._losses[i] for i in range(len(self._batches))])
 
     @property
     def coverage(self) -> Coverage:
         if self._plan is None:
-            next(iter(self.stream()))
+            self.stream(_ignore)
         assert self._plan is not None
         missing = tuple(n for n in self._trainable if n not in self._parameters)
         total = sum(p.numel() for p in self._trainable.values())
@@ -98,72 +105,116 @@ class ModelGradients(PerExampleGradients):
 
     # ---- the stream ----------------------------------------------------------------------------
 
-    def stream(self) -> Iterator[tuple[slice, Blocks]]:
+    def stream(self, consume: Consumer) -> None:
         with preserved(self.model, mode=self.mode), _eager():
             start = 0
             for i, batch in enumerate(self._batches):
-                blocks, losses = self._blocks(batch, start)
-                self._losses[i] = losses
-                yield slice(start, start + batch.size), blocks
+                rows = slice(start, start + batch.size)
+                self._losses[i] = self._stream_batch(batch, rows, consume)
                 start += batch.size
 
-    def _blocks(self, batch: Batch, first_row: int) -> tuple[Blocks, Tensor]:
-        """Blocks and losses of one micro-batch; makes the plan at the first, and anew where it does not fit."""
-        fresh = self._plan is None
-        plan = self._plan or planning.make_plan(self.model, self.loss_fn, batch, self._parameters)
-        for whole in (False, True):
-            run = planning.forward(self.model, self.loss_fn, batch, self._parameters)
-            if planning.matches(plan, run.uses):
-                found = self._backward(plan, run, batch, first_row, fresh)
-                if found is not None:
-                    self._plan = plan
-                    return found
-            plan, fresh = planning.make_plan(self.model, self.loss_fn, batch, self._parameters, whole=whole), True
+    def _stream_batch(self, batch: Batch, rows: slice, consume: Consumer) -> Tensor:
+        """One micro-batch; makes the plan at the first, and anew where it does not fit. Returns the losses."""
+        for attempt in range(3):
+            fresh = self._plan is None
+            if self._plan is None:
+                self._plan = self._make_plan(batch, rows, whole=attempt > 1)
+            given = copied(batch) if self._plan.overwrites_inputs else batch
+            run = forward(self.model, self.loss_fn, given, self._parameters)
+            if not self._plan.fits(run.uses, batch.size) or self._looks_dead_and_is_not(self._plan, run):
+                self._plan = None
+                continue
+            keep_graph = bool(self._plan.graph_parameters)
+            with torch.set_grad_enabled(keep_graph):
+                losses = example_losses(self.loss_fn, run.outputs, batch.targets, batch.size)
+            check_finite(losses.detach(), rows.start)
+            check_mean(run.loss.detach(), losses.detach())
+            if fresh and batch.size > 1:
+                check_independent(self.model, self.loss_fn, batch, losses.detach())
+            assembly = Assembly(self._plan, run.uses, batch.size, self._parameters, partial(consume, rows))
+            backward(run, self._plan, assembly, batch.size, keep_graph)
+            assembly.finish(losses if keep_graph else None)
+            return losses.detach()
         raise Unsupported(
             "The model does other things at every call, so its per-example gradients cannot be told apart; give a "
             "model whose forward pass is the same for every batch."
         )
 
-    def _backward(
-        self, plan: planning.Plan, run: planning.Forward, batch: Batch, first_row: int, fresh: bool
-    ) -> tuple[Blocks, Tensor] | None:
-        """None where the plan turns out not to fit: a call that looked dead in the probe is not."""
-        n = batch.size
-        through_graph = bool(plan.graph_parameters)
-        with torch.set_grad_enabled(through_graph):
-            losses = example_losses(self.loss_fn, run.outputs, batch.targets, n)
-        check_finite(losses.detach(), first_row)
-        check_mean(run.loss.detach(), losses.detach())
-        if fresh and n > 1:
-            planning.check_independent(self.model, self.loss_fn, batch, losses.detach())
-        wanted = sorted(plan.layouts.keys() | plan.unresolved)
-        deltas = self._output_gradients(run, [run.uses[i].edge for i in wanted], n, keep=through_graph)
-        found = {i: d for i, d in zip(wanted, deltas, strict=True) if d is not None}
-        if any(bool(found[i].any()) for i in plan.unresolved if i in found):
-            return None
-        if not all(layout.fits(run.uses[i].shape, n) for i, layout in plan.layouts.items()):
-            return None
-        before = len(plan.graph_parameters)
-        blocks = planning.blocks_of(plan, run.uses, found, losses, n, self._parameters)
-        return (blocks, losses.detach()) if len(plan.graph_parameters) == before else None
+    def _make_plan(self, batch: Batch, rows: slice, whole: bool) -> Plan:
+        try:
+            return make_plan(self.model, self.loss_fn, batch, self._parameters, whole=whole)
+        except NotFinite:
+            check_finite(losses_of(self.model, self.loss_fn, batch), rows.start)
+            raise Unsupported(
+                "The loss of the first examples is not finite when they are taken in a smaller batch; look for a "
+                "division by a batch statistic."
+            ) from None
 
-    def _output_gradients(
-        self, run: planning.Forward, edges: Sequence[Any], n: int, keep: bool
-    ) -> Sequence[Tensor | None]:
-        """Gradients of sum_i l_i, which is n times the mean, at the outputs of the recorded calls."""
+    def _looks_dead_and_is_not(self, plan: Plan, run: Forward) -> bool:
+        """True where a call whose gradient was zero on the plan's few examples has one here."""
+        edges = [run.uses[i].edge for i in sorted(plan.unresolved)]
         if not edges:
-            return []
+            return False
+        found = torch.autograd.grad([run.loss], edges, retain_graph=True, allow_unused=True)
+        return any(g is not None and bool(g.any()) for g in found)
+
+
+def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: bool) -> None:
+    """Hand the gradient of sum_i l_i (n times the mean) at each call's output to `assembly`, as it comes up.
+
+    Calls that lie upstream of all others are asked for; the backward pass meets the rest on its way there, and a
+    hook on each takes its gradient, so that no more of them are alive at a time than need be.
+    """
+    calls = {i: run.uses[i].edge for i in plan.layouts}
+    if not calls:
+        return
+    first = first_calls(calls)
+    hooks = []
+    try:
+        for i in calls.keys() - first:
+            hooks.append(calls[i].node.register_prehook(partial(_take, assembly, i, calls[i].output_nr)))
+        asked = sorted(first)
         seed = torch.full_like(run.loss, n)
-        return torch.autograd.grad([run.loss], edges, [seed], retain_graph=keep or None, allow_unused=True)
-
-
-def _check_parameters(selected: dict[str, nn.Parameter], trainable: dict[str, nn.Parameter]) -> None:
-    if not trainable:
-        raise InvalidInput("The model has no trainable parameter; set requires_grad on those to measure.")
-    if not selected:
-        raise InvalidInput(
-            f"No trainable parameter was selected; names are, for example, {', '.join(list(trainable)[:3])}."
+        found = torch.autograd.grad(
+            [run.loss], [calls[i] for i in asked], [seed], retain_graph=keep_graph or None, allow_unused=True
         )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for i, delta in zip(asked, found, strict=True):
+        if delta is not None:
+            assembly.add(i, delta)
+
+
+def _take(assembly: Assembly, index: int, output: int, gradients: Sequence[Tensor | None]) -> None:
+    delta = gradients[output]
+    if delta is not None:
+        assembly.add(index, delta.detach())
+
+
+def first_calls(calls: dict[int, GradientEdge]) -> set[int]:
+    """The calls from whose node no other call's node can be reached: the backward pass ends there."""
+    nodes: dict[Node, list[int]] = {}
+    for i, edge in calls.items():
+        nodes.setdefault(edge.node, []).append(i)
+    reaches: dict[Node, bool] = {}  # does a walk from here, this node excluded, meet a call?
+    for start in nodes:
+        stack = [start]
+        while stack:
+            node = stack[-1]
+            following = [n for n, _ in node.next_functions if n is not None]
+            waiting = [n for n in following if n not in reaches]
+            if waiting and node not in reaches:
+                stack.extend(waiting)
+            else:
+                reaches[node] = any(n in nodes or reaches[n] for n in following)
+                stack.pop()
+    return {i for node, indices in nodes.items() if not reaches[node] for i in indices}
+
+
+def _check_parameters(selected: dict[str, nn.Parameter], names: list[str]) -> None:
+    if not selected:
+        raise InvalidInput(f"No trainable parameter was selected; names are, for example, {', '.join(names[:3])}.")
     for name, parameter in selected.items():
         if type(parameter.data).__name__ == "DTensor":
             raise Unsupported(
@@ -174,6 +225,12 @@ def _check_parameters(selected: dict[str, nn.Parameter], trainable: dict[str, nn
             raise Unsupported(f"The parameter {name} has dtype {parameter.dtype}; expected real floating point.")
 
 
-def _eager() -> Any:
+def _ignore(rows: slice, name: str, block: Block) -> None:
+    pass
+
+
+def _eager() -> AbstractContextManager[Any]:
     """Compiled submodules run eagerly, so that the calls inside them are seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing was ever compiled, and importing it takes a second
+        return nullcontext()
     return torch.compiler.set_stance("force_eager")

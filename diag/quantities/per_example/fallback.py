@@ -57,7 +57,7 @@ def replayed(call: Call, place: Place) -> Block:
         ]
         return torch.stack(rows)
 
-    return Lazy(n, use.slots[place].shape, compute)
+    return Lazy(n, weight, compute)
 
 
 def _intact(use: Use, place: Place) -> Tensor:
@@ -77,13 +77,13 @@ def pulled_back(block: Block, source: Source, parameters: dict[str, nn.Parameter
     def through(name: str) -> Callable[[slice], Tensor]:
         return lambda examples: _batched_gradient(edge, parameters[name], block.dense(examples))
 
-    return {name: Lazy(block.n, parameters[name].shape, through(name)) for name in source.names}
+    return {name: Lazy(block.n, parameters[name], through(name)) for name in source.names}
 
 
 def through_graph(losses: Tensor, parameter: nn.Parameter) -> Block:
     """Rows of the Jacobian of the (n,) losses with respect to one parameter; the graph must be kept."""
     rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    return Lazy(len(losses), parameter.shape, lambda examples: _batched_gradient(losses, parameter, rows[examples]))
+    return Lazy(len(losses), parameter, lambda examples: _batched_gradient(losses, parameter, rows[examples]))
 
 
 def _batched_gradient(output: Any, parameter: nn.Parameter, rows: Tensor) -> Tensor:

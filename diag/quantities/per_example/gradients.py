@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
-from diag.quantities.per_example.blocks import Block, Dense, as_matrix
+from diag.quantities.per_example.blocks import Block, Dense, matrix_shape
 
-Blocks = dict[str, Block]
+Consumer = Callable[[slice, str, Block], None]  # the examples' rows, the parameter's name, its block
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class PerExampleGradients:
     float64. Subclasses give `stream` and `coverage`.
     """
 
+    num_batches = 1
+
     def __init__(self, shapes: Mapping[str, Sequence[int]], num_examples: int) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.num_examples = num_examples
@@ -57,8 +59,11 @@ class PerExampleGradients:
     def coverage(self) -> Coverage:
         raise NotImplementedError
 
-    def stream(self) -> Iterator[tuple[slice, Blocks]]:
-        """For each micro-batch: which examples it holds, and each parameter's block."""
+    def stream(self, consume: Consumer) -> None:
+        """Call `consume(rows, name, block)` for each parameter of each micro-batch, in no certain order.
+
+        A block is good for as long as it is kept; parameters that no example moves are left out.
+        """
         raise NotImplementedError
 
     @property
@@ -102,24 +107,26 @@ class PerExampleGradients:
         """`group_sums`, with the norms taken in the same pass over the data."""
         exact = len(groups) * self.num_parameters <= 50_000_000
         sums: Tensor | None = None
-        squares: dict[str, Tensor] = {}
-        for rows, blocks in self.stream():
-            inside = [g[(g >= rows.start) & (g < rows.stop)] - rows.start for g in groups]
-            for name, block in blocks.items():
-                if norms and self._layer_norms is None:
-                    found = block.squared_norms()
-                    total = squares.setdefault(layer_of(name), found.new_zeros(self.num_examples))
-                    total[rows] += found
-                if groups:
-                    found = block.group_sums([g.to(_device(block)) for g in inside]).flatten(1)
-                    if sums is None:
-                        sums = found.new_zeros(
-                            len(groups), self.num_parameters, dtype=torch.float64 if exact else found.dtype
-                        )
-                    sums[:, self._slices[name]] += found
-        if norms and self._layer_norms is None:
-            zero = torch.zeros(self.num_examples, dtype=torch.float64)
-            self._layer_norms = {layer: squares.get(layer, zero) for layer in self.layers}
+        zero = torch.zeros(self.num_examples, dtype=torch.float64)
+        squares = {layer: zero.clone() for layer in self.layers}
+        wanted = norms and self._layer_norms is None
+
+        def consume(rows: slice, name: str, block: Block) -> None:
+            nonlocal sums
+            if wanted:
+                squares[layer_of(name)][rows] += block.squared_norms().to("cpu")
+            if groups:
+                inside = [g[(g >= rows.start) & (g < rows.stop)] - rows.start for g in groups]
+                found = block.group_sums(inside).flatten(1)
+                if sums is None:
+                    dtype = torch.float64 if exact else found.dtype
+                    sums = found.new_zeros(len(groups), self.num_parameters, dtype=dtype)
+                sums[:, self._slices[name]] += found
+
+        if wanted or groups:
+            self.stream(consume)
+        if wanted:
+            self._layer_norms = squares
         return torch.zeros(len(groups), self.num_parameters) if sums is None else sums
 
     def gram(self) -> Tensor:
@@ -131,16 +138,20 @@ class PerExampleGradients:
         grams = {
             layer: torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64) for layer in self.layers
         }
-        kept: list[tuple[slice, Blocks]] = []
-        for rows, blocks in self.stream():
-            kept.append((rows, blocks))
-            for columns, others in kept:
-                for name in blocks.keys() & others.keys():
-                    product = blocks[name].gram(others[name]).double()
-                    gram = grams[layer_of(name)]
-                    gram[rows, columns] += product.to(gram.device)
-                    if columns != rows:
-                        gram[columns, rows] += product.T.to(gram.device)
+        kept: dict[str, list[tuple[slice, Block]]] = {}
+        several = self.num_batches > 1
+
+        def consume(rows: slice, name: str, block: Block) -> None:
+            gram = grams[layer_of(name)]
+            gram[rows, rows] += block.gram(block).to(gram)
+            for columns, other in kept.get(name, ()):
+                product = block.gram(other).to(gram)
+                gram[rows, columns] += product
+                gram[columns, rows] += product.T
+            if several:
+                kept.setdefault(name, []).append((rows, block))
+
+        self.stream(consume)
         return grams
 
     def project(self, directions: Tensor) -> Tensor:
@@ -161,11 +172,13 @@ class PerExampleGradients:
             )
         shape = (self.num_examples, len(directions))
         result = {layer: torch.zeros(shape, dtype=torch.float64) for layer in self.layers}
-        for rows, blocks in self.stream():
-            for name, block in blocks.items():
-                part = directions[:, self._slices[name]].to(block.dense(slice(0, 1)))
-                found = block.project(part.reshape(-1, *block.shape)).double()
-                result[layer_of(name)][rows] += found.to("cpu")
+
+        def consume(rows: slice, name: str, block: Block) -> None:
+            part = directions[:, self._slices[name]].to(block.device, block.dtype)
+            found = block.project(part.reshape(-1, *block.shape))
+            result[layer_of(name)][rows] += found.to(result[layer_of(name)])
+
+        self.stream(consume)
         return result
 
     def sketch(self, k: int = 16, seed: int = 0) -> Tensor:
@@ -182,11 +195,13 @@ class PerExampleGradients:
             raise InvalidInput(f"The sketch has k = {k} dimensions; expected a whole number of at least 1.")
         parts: dict[str, list[Tensor]] = {}
         matrices: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        for _, blocks in self.stream():
-            for name, block in blocks.items():
-                if name not in matrices:
-                    matrices[name] = _signs(name, block.dense(slice(0, 1)), k, seed)
-                parts.setdefault(name, []).append(block.sketch(*matrices[name]).flatten(1))
+
+        def consume(rows: slice, name: str, block: Block) -> None:
+            if name not in matrices:
+                matrices[name] = _signs(name, block, k, seed)
+            parts.setdefault(name, []).append(block.sketch(*matrices[name]).flatten(1))
+
+        self.stream(consume)
         sketches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
         for name in (name for name in self.shapes if name in parts):
             sketches[layer_of(name)].append(torch.cat(parts[name]))
@@ -196,12 +211,16 @@ class PerExampleGradients:
     def dense(self) -> Tensor:
         """(n, P): all gradients in full. Only for small models: n times the parameters' memory."""
         result: Tensor | None = None
-        for rows, blocks in self.stream():
-            for name, block in blocks.items():
-                values = torch.cat([block.dense(s).flatten(1) for s in block.slices()])
-                if result is None:
-                    result = values.new_zeros(self.num_examples, self.num_parameters)
-                result[rows, self._slices[name]] = values
+
+        def consume(rows: slice, name: str, block: Block) -> None:
+            nonlocal result
+            if result is None:
+                shape = (self.num_examples, self.num_parameters)
+                result = torch.zeros(shape, device=block.device, dtype=block.dtype)
+            values = torch.cat([block.dense(s).flatten(1) for s in block.slices()])
+            result[rows, self._slices[name]] = values
+
+        self.stream(consume)
         return torch.zeros(self.num_examples, self.num_parameters) if result is None else result
 
     def by_layer(self) -> dict[str, LayerGradients]:
@@ -215,15 +234,18 @@ class LayerGradients(PerExampleGradients):
     def __init__(self, whole: PerExampleGradients, layer: str) -> None:
         names = whole.parameters_of(layer)
         super().__init__({name: whole.shapes[name] for name in names}, whole.num_examples)
-        self.whole, self.layer = whole, layer
+        self.whole, self.layer, self.num_batches = whole, layer, whole.num_batches
 
     @property
     def coverage(self) -> Coverage:
         return self.whole.coverage
 
-    def stream(self) -> Iterator[tuple[slice, Blocks]]:
-        for rows, blocks in self.whole.stream():
-            yield rows, {name: block for name, block in blocks.items() if name in self.shapes}
+    def stream(self, consume: Consumer) -> None:
+        def only_mine(rows: slice, name: str, block: Block) -> None:
+            if name in self.shapes:
+                consume(rows, name, block)
+
+        self.whole.stream(only_mine)
 
     def squared_norms_by_layer(self) -> dict[str, Tensor]:
         return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
@@ -255,8 +277,9 @@ class MatrixGradients(PerExampleGradients):
     def coverage(self) -> Coverage:
         return Coverage(1.0, 1.0, dict.fromkeys(self.shapes, "given"))
 
-    def stream(self) -> Iterator[tuple[slice, Blocks]]:
-        yield slice(0, self.num_examples), {n: Dense(self._matrix[:, s]) for n, s in self._slices.items()}
+    def stream(self, consume: Consumer) -> None:
+        for name, columns in self._slices.items():
+            consume(slice(0, self.num_examples), name, Dense(self._matrix[:, columns]))
 
 
 def layer_of(parameter: str) -> str:
@@ -264,22 +287,18 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-def _device(block: Block) -> torch.device:
-    return block.dense(slice(0, 1)).device
-
-
-def _signs(name: str, example: Tensor, k: int, seed: int) -> tuple[Tensor | None, Tensor | None]:
+def _signs(name: str, block: Block, k: int, seed: int) -> tuple[Tensor | None, Tensor | None]:
     """Random sign matrices for the two sides of a weight; None where that side is small enough to keep."""
-    _, rows, columns = as_matrix(example).shape
+    rows, columns = matrix_shape(block.shape)
     if rows * columns <= k * k:
         return None, None
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     keep_columns = max(k, k * k // rows)
 
     def signs(size: int, kept: int) -> Tensor | None:
         if size <= kept:
             return None
         bits = torch.randint(0, 2, (size, kept), generator=generator)
-        return ((2 * bits - 1) / math.sqrt(kept)).to(example)
+        return ((2 * bits - 1) / math.sqrt(kept)).to(block.device, block.dtype)
 
     return signs(rows, k), signs(columns, keep_columns)

@@ -30,7 +30,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # Loading on first use keeps `import diag` as cheap as `import torch`.
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home = importlib.import_module(_HOMES[name])
+        # diag.watch and diag.report are packages that can be called.
+        return home if _HOMES[name] == f"diag.{name}" else getattr(home, name)
     # `from diag import registry` asks here before it looks for the submodule.
     if not name.startswith("_") and importlib.util.find_spec(f"diag.{name}") is None:
         from diag.registry import instruments

@@ -10,8 +10,8 @@ import pytest
 import diag
 
 ROOT = Path(diag.__file__).parent
-# What a part may import of ours, besides itself. `errors` and `display` import nothing of ours.
-BASE = {"errors", "display"}
+# What a part may import of ours, besides itself. `errors`, `display` and `callable_package` import nothing of ours.
+BASE = {"errors", "display", "callable_package"}
 QUANTITIES = BASE | {"result", "linalg"}
 INSTRUMENTS = QUANTITIES | {"quantities", "registry", "stable_loss"}
 RECORDS = INSTRUMENTS | {"instruments", "run", "run_files", "run_writer", "checkpoints", "watch"}

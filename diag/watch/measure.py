@@ -1,0 +1,143 @@
+"""The dear measurements of a watched run: which instruments, what they are expected to take, and running them.
+
+All of them see the same probe set through one `Snapshot`, right after an optimizer step. What an instrument
+lacks or what breaks in it is recorded; a broken one is tried again ever more rarely.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from math import inf
+from typing import Any
+
+import torch
+
+from diag.errors import InvalidInput
+from diag.quantities.snapshot import Snapshot
+from diag.registry import Instrument, attempt, find, instruments
+from diag.result import Failed, Outcome, Result, Skipped
+from diag.watch.schedule import Schedule
+
+# Forward passes over the probe set that one measurement is taken to cost before it has been timed. A gradient is
+# three; a spectrum takes tens of products.
+PASSES = {
+    "none": 0.0,
+    "one forward pass": 1.0,
+    "one forward pass a call": 10.0,
+    "one traced forward pass": 10.0,
+    "one gradient": 3.0,
+    "about two gradients": 6.0,
+    "about three gradients a product": 300.0,
+}
+UNKNOWN_PASSES = 30.0
+FIXED = 2e-3
+FORWARD_SHARE = 1 / 3
+FAILURES = 3
+
+Chosen = Mapping[str, Mapping[str, Any]]
+
+
+def chosen_instruments(given: Iterable[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """Instrument names with their settings, as the user gave them; all of them by default.
+
+    Raises InvalidInput for an unknown instrument or setting.
+    """
+    if isinstance(given, str):
+        given = [given]
+    wanted: Mapping[str, Mapping[str, Any]]
+    names = instruments() if given is None else given
+    wanted = given if isinstance(given, Mapping) else {name: {} for name in names}
+    for name, settings in wanted.items():
+        known = [s.name for s in find(name).settings]
+        for setting in settings:
+            if setting not in known:
+                raise InvalidInput(f"{name} has no setting {setting!r}; it has {', '.join(known) or 'none'}.")
+    return {name: dict(settings) for name, settings in wanted.items()}
+
+
+class Measurements:
+    """Runs the chosen instruments when the schedule allows.
+
+    record(step, outcome, seconds): keep what came out.
+    """
+
+    def __init__(
+        self,
+        chosen: Chosen,
+        schedule_of: Callable[[Iterable[str]], Schedule],
+        record: Callable[[int, Outcome, float], None],
+    ) -> None:
+        self._settings = chosen
+        # What needs nothing but the record of the steps is computed when the run is opened.
+        self._instruments = {n: i for n in chosen if not (i := find(n)).from_history}
+        self.schedule = schedule_of(self._instruments)
+        self._record = record
+        self._last: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
+        self.estimated = False
+
+    def affordable(self, step: int, with_previous: bool = True) -> list[str]:
+        """The names of those that are due and paid for at `step`; without those that ask for the state before
+        the step where there is none."""
+        names = self.schedule.affordable(step)
+        return names if with_previous else [n for n in names if not _asks_for_previous(self._instruments[n])]
+
+    def wants_previous(self, step: int) -> bool:
+        """Whether one that asks for the state before the step is due and paid for at `step`."""
+        return any(_asks_for_previous(self._instruments[n]) for n in self.schedule.affordable(step))
+
+    def estimate(self, seconds_per_step: float, examples_per_step: float, probe_size: int, slower: float) -> None:
+        """Estimate first costs from what training takes; `slower` is how much slower float32 is than training."""
+        if self.estimated or not seconds_per_step or not examples_per_step:
+            return
+        self.estimated = True
+        forward = slower * FORWARD_SHARE * seconds_per_step * probe_size / examples_per_step
+        for name, instrument in self._instruments.items():
+            passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
+            self.schedule.estimate(name, FIXED + passes * forward)
+
+    def run(self, names: Iterable[str], step: int, snapshot: Snapshot) -> float:
+        """Measure with these instruments, recording each outcome; gives the time taken in seconds."""
+        began = time.perf_counter()
+        for name in names:
+            self._measure(self._instruments[name], step, snapshot)
+        return time.perf_counter() - began
+
+    def unfinished(self, step: int) -> list[str]:
+        """Those that can still run and whose last result is older than `step`, the cheapest first."""
+        accounts = self.schedule.accounts.values()
+        open_ones = [a for a in accounts if a.due != inf and self._last.get(a.name, -1) < step]
+        return [a.name for a in sorted(open_ones, key=lambda a: a.estimate)]
+
+    def _measure(self, instrument: Instrument, step: int, snapshot: Snapshot) -> None:
+        began = time.perf_counter()
+        with torch.enable_grad():
+            outcome = attempt(snapshot, instrument, **self._settings[instrument.name])
+        _wait(snapshot)
+        seconds = time.perf_counter() - began
+        self.schedule.spent(instrument.name, step, seconds)
+        self._keep(instrument.name, step, outcome, seconds)
+
+    def _keep(self, name: str, step: int, outcome: Outcome, seconds: float) -> None:
+        if isinstance(outcome, Result):
+            self._failures[name] = 0
+        elif isinstance(outcome, Skipped):
+            # What the run cannot give now it will not give later: say so once.
+            self.schedule.postpone(name, inf)
+        elif isinstance(outcome, Failed):
+            failures = self._failures[name] = self._failures.get(name, 0) + 1
+            self.schedule.postpone(name, inf if failures >= FAILURES else step * 4)
+        self._last[name] = step
+        self._record(step, outcome, seconds)
+
+
+def _asks_for_previous(instrument: Instrument) -> bool:
+    return any(n.quantity.name in ("update", "previous_losses") for n in instrument.needs)
+
+
+def _wait(snapshot: Snapshot) -> None:
+    # The device works on after Python has returned; the time belongs to the measurement.
+    device = next((p.device for p in snapshot.model.parameters()), None)
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,155 @@
+"""How the tensor that a loss was called on came from the model's outputs, read from the autograd graph.
+
+A training loop rarely gives the outputs to the loss as they are: a language model's are flattened or shifted by
+one position, `log_softmax` is taken first, half precision is widened. A `Route` repeats these steps on other
+outputs. It claims nothing: whoever uses one checks that it gives the loss that was observed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LONGEST = 16
+Step = Callable[[Tensor], Tensor]
+# These only rearrange memory or copy it; the final reshape accounts for them.
+TRANSPARENT = ("View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze", "Unsqueeze", "Alias", "_DDPSink")
+UNSIGNED = 1 << 63
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of the graph, with what it takes to do its step again (None where that is not known)."""
+
+    name: str
+    sequence: int
+    step: Step | None
+
+
+@dataclass(frozen=True)
+class Route:
+    """The steps from the outputs' tensor to the loss's input.
+
+    tail: the shape of the input after its first axis, to which the result is brought; flatten: whether leading
+    axes are merged into one for it. dtype: what the input was widened to. positions: how many positions of the
+    second axis are kept, where the rest were cut off the end (a language model's shift), else None.
+    """
+
+    steps: tuple[Step, ...] = ()
+    tail: tuple[int, ...] = ()
+    flatten: bool = False
+    dtype: torch.dtype | None = None
+    positions: int | None = None
+
+    def unflattened(self, outputs: Tensor) -> Tensor:
+        """The loss's input before its leading axes are merged, the positions cut off still in place."""
+        for step in self.steps:
+            outputs = step(outputs)
+        # Widening only: measuring in float64 must not be narrowed to what training used.
+        wider = self.dtype is not None and self.dtype.itemsize > outputs.dtype.itemsize
+        return outputs.to(self.dtype) if wider else outputs
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        value = self.unflattened(outputs)
+        return value.reshape(-1, *self.tail) if self.flatten else value
+
+
+def route_between(outputs: Tensor, source: int | None, given: Tensor, nodes: list[Node]) -> Route | None:
+    """The route from `outputs` (made by the graph node numbered `source`) to the loss's input `given`.
+
+    nodes: the chain of graph nodes that ends in `given`, the last first. None where there is no known way.
+    """
+    same_memory = given.data_ptr() == outputs.data_ptr() and given.numel() == outputs.numel()
+    if same_memory and given.dtype == outputs.dtype:
+        return _rearranged(outputs, given)
+    numbers = [n.sequence for n in nodes]
+    if source is None or source not in numbers:
+        return None
+    chain = nodes[: numbers.index(source)][::-1]
+    needed = [n for n in chain if not _is_transparent(n)]
+    steps = [n.step for n in needed if n.step is not None]
+    if len(steps) < len(needed):
+        return None
+    cut = steps[0] if steps and isinstance(steps[0], CutEnd) else None
+    kept = [s for s in steps if s is not cut]
+    return Route(tuple(kept), tuple(given.shape[1:]), True, given.dtype, cut.length if cut else None)
+
+
+def chain_of(given: Tensor) -> list[Node]:
+    """The graph nodes before `given`, the last first, along its first differentiable argument."""
+    nodes: list[Node] = []
+    node: Any = given.grad_fn
+    while node is not None and len(nodes) < LONGEST:
+        nodes.append(Node(node.name(), node._sequence_nr(), _step_of(node)))
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    return nodes
+
+
+def source_of(outputs: Tensor) -> int | None:
+    """The number of the graph node that made `outputs`."""
+    return None if outputs.grad_fn is None else outputs.grad_fn._sequence_nr()
+
+
+@dataclass(frozen=True)
+class CutEnd:
+    """Keep the first `length` positions of the second axis."""
+
+    length: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x[:, : self.length]
+
+
+def _rearranged(outputs: Tensor, given: Tensor) -> Route | None:
+    layout = (given.shape, given.stride())
+    if layout == (outputs.shape, outputs.stride()):
+        return Route()
+    if outputs.is_contiguous() and given.is_contiguous():
+        return Route(tail=tuple(given.shape[1:]), flatten=True)
+    if outputs.ndim > 2 and layout == (outputs.movedim(-1, 1).shape, outputs.movedim(-1, 1).stride()):
+        return Route(steps=(lambda x: x.movedim(-1, 1),))
+    return None
+
+
+def _is_transparent(node: Node) -> bool:
+    return node.step is None and node.name.rstrip("0123456789").removesuffix("Backward") in TRANSPARENT
+
+
+def _signed(value: int) -> int:
+    return value - 2 * UNSIGNED if value >= UNSIGNED else value
+
+
+def _step_of(node: Any) -> Step | None:
+    kind = node.name().rstrip("0123456789").removesuffix("Backward")
+    if kind == "LogSoftmax":
+        dim = _signed(node._saved_dim)
+        last = dim in (-1, node._saved_result.ndim - 1)
+        return lambda x: x.log_softmax(-1 if last else dim)
+    if kind == "Sigmoid":
+        return torch.sigmoid
+    if kind in ("Transpose", "Permute"):
+        dims = [
+            _signed(d) for d in ((node._saved_dim0, node._saved_dim1) if kind == "Transpose" else node._saved_dims)
+        ]
+        return lambda x: x.transpose(*dims) if kind == "Transpose" else x.permute(dims)
+    if kind == "Slice":
+        return _slice_step(node)
+    if kind == "Select":
+        dim, index = _signed(node._saved_dim), _signed(node._saved_index)
+        return (lambda x: x.select(dim, index)) if dim != 0 else None
+    return None
+
+
+def _slice_step(node: Any) -> Step | None:
+    dim, start, step = _signed(node._saved_dim), _signed(node._saved_start), _signed(node._saved_step)
+    length, end = node._saved_self_sym_sizes[dim], _signed(node._saved_end)
+    end = min(end if end >= 0 else end + length, length)
+    if (start, step) == (0, 1) and end == length:
+        return lambda x: x
+    if (dim, start, step) == (1, 0, 1):
+        return CutEnd(end)
+    return (lambda x: x[(slice(None),) * dim + (slice(start, end, step),)]) if dim > 0 else None

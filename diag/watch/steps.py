@@ -1,0 +1,305 @@
+"""Optimizer steps as they happen: gradients before clipping, what was applied, and where the parameters went.
+
+A row of the record is one round: the steps of several optimizers with no training pass of the model between them
+make one row; the same optimizer stepping again begins the next. Where a step is given a closure, the gradients
+are those of the closure's first evaluation, at the parameters before the step.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from diag.quantities.optimizer import describe
+from diag.watch.losses import LossObserver, Note
+from diag.watch.norms import copies, differences, norms
+from diag.watch.rows import Columns, Row
+from diag.watch.schedule import Thinning
+
+FOREIGN = (
+    "The optimizer also steps parameters that were not trainable parameters of the model when the watch began; "
+    "they are not recorded."
+)
+CLIPPED_SCALED = (
+    "Gradients were clipped before the GradScaler unscaled them, so the limit applied to scaled values; call "
+    "scaler.unscale_(optimizer) first."
+)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The watched parameters that an optimizer holds, and their columns in the record."""
+
+    columns: Columns
+    parameters: tuple[nn.Parameter, ...]
+
+
+@dataclass
+class Clipped:
+    """Gradients as they were before a clip, and what tells whether anything has touched them since."""
+
+    columns: Columns
+    values: Tensor
+    gradients: list[Tensor]
+    versions: list[int]
+    limits: list[tuple[Any, Any]]
+    measured_after: bool = False
+    scale: Any = None
+
+    def untouched(self) -> bool:
+        return all(g._version == v for g, v in zip(self.gradients, self.versions, strict=True))
+
+
+class StepObserver:
+    """Makes a `Row` of every optimizer step that concerns the watched parameters.
+
+    finished(row, in_step): a row is complete; in_step says that nothing of the training loop is half done.
+    clock(): seconds since training began.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        losses: LossObserver,
+        finished: Callable[[Row, bool], None],
+        clock: Callable[[], float],
+        note: Note,
+        share: float,
+    ) -> None:
+        self.parameters = list(parameters.values())
+        self._index = {id(p): i for i, p in enumerate(self.parameters)}
+        self._losses, self._finished, self._clock, self._note = losses, finished, clock, note
+        self.start = self._start_copies()
+        self.thinning = Thinning(share)
+        self.before: dict[int, Tensor] = {}
+        self.keep_before = False
+        self.optimizer: Optimizer | None = None
+        self.steps = 0
+        self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, Members]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._row: Row | None = None
+        self._stepped: set[int] = set()
+        self._covered = 0
+        self._taken = False
+        self._cost = 0.0
+        self._clips: list[Clipped] = []
+        self._fired: set[int] = set()
+        self._described = 0
+
+    def _start_copies(self) -> list[Tensor]:
+        # The copy for the distance from the start must not take the memory that training needs.
+        away = any(p.device.type != "cpu" for p in self.parameters)
+        return copies(self.parameters, torch.device("cpu") if away else None)
+
+    # Steps
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """An optimizer is about to step; gives its changed arguments where it has a closure."""
+        members = self.members(optimizer)
+        if members is None:
+            return None
+        self._fired.add(id(optimizer))
+        if id(optimizer) in self._stepped:
+            self.finish(in_step=False)
+        row = self._open(optimizer)
+        self._remember(members)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            self._read_gradients(row, optimizer, members)
+            return None
+        wrapped = self._first_evaluation(closure, row, optimizer, members)
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": wrapped})
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+        members = self.members(optimizer)
+        if members is None or self._row is None:
+            return
+        self._row.skipped = _either(self._row.skipped, getattr(optimizer, "found_inf", None))
+        self._measure_parameters(self._row, members)
+        self._close_round(optimizer, members)
+
+    def scaler_stepping(self, optimizer: Optimizer) -> None:
+        """A GradScaler is about to step an optimizer, or to leave the step out."""
+        self._fired.discard(id(optimizer))
+
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """It has done so; where the optimizer did not step, the step was left out."""
+        members = self.members(optimizer)
+        if members is None or id(optimizer) in self._fired:
+            return
+        if id(optimizer) in self._stepped:
+            self.finish(in_step=False)
+        row = self._open(optimizer)
+        row.skipped = True
+        self._read_gradients(row, optimizer, members)
+        self._close_round(optimizer, members)
+
+    def training_pass(self) -> None:
+        """The model was called in training: a round of several optimizers is over."""
+        if self._stepped:
+            self.finish(in_step=False)
+
+    def finish(self, in_step: bool) -> None:
+        """Hand over the open row, if any."""
+        row, self._row = self._row, None
+        if row is None:
+            return
+        row.losses = self._losses.take()
+        self._stepped, self._covered = set(), 0
+        self._clips, self.steps = [], self.steps + 1
+        if self._taken:
+            self.thinning.spent(self._cost)
+        self._finished(row, in_step)
+        self.before, self._taken, self._cost = {}, False, 0.0
+
+    def members(self, optimizer: Optimizer) -> Members | None:
+        """The watched parameters that the optimizer holds; None where it holds none."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._members.get(optimizer)
+        if known is None or known[0] != count:
+            known = self._members[optimizer] = (count, self._members_of(optimizer))
+        return known[1] if len(known[1].columns) else None
+
+    def _members_of(self, optimizer: Optimizer) -> Members:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        columns = sorted({self._index[id(p)] for p in held if id(p) in self._index})
+        if columns and len(columns) < len({id(p) for p in held}):
+            self._note("parameters", FOREIGN)
+        return Members(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
+
+    def _open(self, optimizer: Optimizer) -> Row:
+        if self._row is None:
+            rate = optimizer.param_groups[0].get("lr", numpy.nan)
+            self._row = Row(learning_rate=rate)
+            self._taken = self.thinning.take(self.steps + 1, self._clock())
+        if optimizer not in self._known:
+            self._known.add(optimizer)
+        if self._described != len(self._known):
+            self._described = len(self._known)
+            self._row.optimizer = _described(self._known)
+        self.optimizer = self.optimizer if self.optimizer is not None else optimizer
+        return self._row
+
+    def _close_round(self, optimizer: Optimizer, members: Members) -> None:
+        self._stepped.add(id(optimizer))
+        self._covered += len(members.columns)
+        everyone = self.steps > 0 and all(id(o) in self._stepped for o in self._known)
+        # Inside a backward pass more optimizers may be about to step (one for each parameter).
+        inside = torch._C._current_graph_task_id() != -1
+        if everyone or self._covered >= len(self.parameters):
+            self.finish(in_step=not inside)
+
+    def _first_evaluation(self, closure: Any, row: Row, optimizer: Optimizer, members: Members) -> Any:
+        first = True
+
+        def wrapped() -> Any:
+            nonlocal first
+            value = closure()
+            if first:
+                first = False
+                self._read_gradients(row, optimizer, members)
+                self._losses.freeze()
+            return value
+
+        return wrapped
+
+    # Gradients
+
+    def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Clipped | None:
+        """Gradients are about to be clipped: take their norms first (max_norm None: clipped by value)."""
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        columns = [self._index[id(p)] for p in given if id(p) in self._index and p.grad is not None]
+        if not columns:
+            return None
+        limit = None if max_norm is None else (float(max_norm), total_norm)
+        for clip in self._clips:
+            if clip.columns.tolist() == columns and clip.untouched():
+                clip.limits.append(limit) if limit else None
+                clip.measured_after |= limit is None
+                return clip
+        gradients = [_of(self.parameters[c]) for c in columns]
+        where = numpy.array(columns, numpy.intp)
+        clip = Clipped(where, norms(gradients), gradients, [], [limit] if limit else [], limit is None)
+        self._clips = [c for c in self._clips if not numpy.isin(c.columns, where).any()] + [clip]
+        return clip
+
+    def after_clip(self, clip: Clipped | None) -> None:
+        """The gradients have been clipped."""
+        if clip is not None:
+            clip.versions = [g._version for g in clip.gradients]
+
+    def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
+        """A GradScaler is about to divide an optimizer's gradients by its scale."""
+        members = self.members(optimizer)
+        for clip in self._clips if members is not None else ():
+            if clip.scale is None and numpy.isin(clip.columns, members.columns).any():  # type: ignore[union-attr]
+                clip.scale, clip.measured_after = scaler._scale.detach().clone(), True
+                self._note("clipping", CLIPPED_SCALED)
+
+    def _read_gradients(self, row: Row, optimizer: Optimizer, members: Members) -> None:
+        scale = getattr(optimizer, "grad_scale", None)
+        left = set(members.columns.tolist())
+        for clip in self._clips:
+            inside = numpy.isin(clip.columns, members.columns)
+            if not inside.any() or not (clip.scale is not None or clip.untouched()):
+                continue
+            columns = clip.columns[inside]
+            kept = torch.from_numpy(numpy.flatnonzero(inside)).to(clip.values.device)
+            values = clip.values if inside.all() else clip.values[kept]
+            row.norms.append(("gradient_norm", columns, values))
+            row.clips.extend((columns, limit, total) for limit, total in clip.limits)
+            if clip.scale is not None:
+                row.unscale.append((columns, clip.scale))
+            if clip.measured_after:
+                row.applied.append((columns, norms([_of(self.parameters[c]) for c in columns])))
+            left -= set(columns.tolist())
+        rest = [c for c in sorted(left) if self.parameters[c].grad is not None]
+        if rest:
+            columns = numpy.array(rest, numpy.intp)
+            row.norms.append(("gradient_norm", columns, norms([_of(self.parameters[c]) for c in rest])))
+        if scale is not None:
+            row.unscale.append((members.columns, scale.detach().clone()))
+
+    # Parameters
+
+    def _remember(self, members: Members) -> None:
+        if not (self._taken or self.keep_before):
+            return
+        began = time.perf_counter()
+        self.before |= dict(zip(members.columns.tolist(), copies(members.parameters), strict=True))
+        self._cost += time.perf_counter() - began
+
+    def _measure_parameters(self, row: Row, members: Members) -> None:
+        if not self._taken or any(c not in self.before for c in members.columns.tolist()):
+            return
+        began = time.perf_counter()
+        columns, now = members.columns, members.parameters
+        row.norms.append(("parameter_norm", columns, norms(now)))
+        row.norms.append(("update_norm", columns, differences(now, [self.before[c] for c in columns.tolist()])))
+        row.norms.append(("distance", columns, differences(now, [self.start[c] for c in columns.tolist()])))
+        self._cost += time.perf_counter() - began
+
+
+def _of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _either(skipped: Any, found_inf: Any) -> Any:
+    return skipped if found_inf is None else found_inf.detach().clone()
+
+
+def _described(optimizers: Iterable[Optimizer]) -> dict[str, Any]:
+    states = [describe(o) for o in optimizers]
+    groups: Sequence[Any] = [g for s in states for g in s.groups]
+    first = dict(groups[0]) if groups else {}
+    return first | {"kind": " and ".join(s.kind for s in states), "groups": tuple(groups)}

@@ -147,9 +147,9 @@ class GaussNewtonGraph:
             self._add(objective, batch, output_map, outputs(objective, parameters, batch))
 
     def _add(self, objective: Objective, batch: Batch, output_map: OutputMap, outputs: Any) -> None:
-        tensors, rebuilt = output_tensors(outputs)
+        tensors, self.rebuilt = output_tensors(outputs)
         leaves = [z.detach().requires_grad_() for z in tensors]
-        mapped = output_map(objective, leaves, rebuilt, batch)
+        mapped = output_map(objective, leaves, self.rebuilt, batch)
         # An output that the loss does not use, or uses linearly, has no curvature.
         used = [
             (z, u, m) for z, u, m in zip(tensors, leaves, mapped, strict=True) if m is not None and m.requires_grad

@@ -161,16 +161,21 @@ class _Examination:
             step = relative * self.scale
             ahead, behind = (self.trial.value(self.trial.shifted(self.theta, views, s)) for s in (step, -step))
             noise = 100 * self._eps * abs(ahead) / step
-            errors.append(abs((ahead - behind) / (2 * step) - slope) / max(abs(slope), noise))
+            errors.append(abs((ahead - behind) / (2 * step) - slope) / max(abs(slope), noise, 1e-300))
             if errors[-1] < WARN_ABOVE["float64"]:
                 break
-        if min(errors) > FAIL_ABOVE[self.precision]:
+        if min(errors) > FAIL_ABOVE[self.precision] and abs(slope) > self._gradient_noise():
             raise Unsupported(
                 f"The gradient is not the derivative of the loss ({min(errors):.0%} off along its own direction), "
                 "as with detached terms, straight-through estimators or a custom backward; such a loss has no "
                 "curvature: measure a loss without them."
             )
         return min(errors)
+
+    def _gradient_noise(self) -> float:
+        """Ten times what one rounding of every parameter changes in the gradient: at a minimum, all of it."""
+        rounded = self.trial.shifted(self.theta, self.theta, self._eps)
+        return 10 * _length(self.trial.gradient(rounded) - self.gradient)
 
     # -- second derivatives ------------------------------------------------------------------------
 
@@ -366,24 +371,27 @@ def probe_batch(objective: Objective) -> Batch:
     small = largest.slice(0, min(max(objective.num_examples // 16, least), most))
     with objective.measured():
         theta = objective.parameters()
-        if small.size < largest.size:
-            try:
-                objective.loss(theta, small)
-                return small
-            except Exception:  # inputs whose first axis is not the examples cannot be cut
-                pass
         try:
-            loss = objective.loss(theta, largest)
+            probe, loss = small, objective.loss(theta, small)
         except DiagError:
             raise
-        except Exception as error:
-            raise InvalidInput(
-                f"The loss could not be computed on a batch ({type(error).__name__}: {_first_line(error)}); check "
-                "that loss_fn(model(inputs), targets) runs on this data."
-            ) from error
+        except Exception:  # inputs whose first axis is not the examples cannot be cut
+            probe, loss = largest, _first_loss(objective, theta, largest)
     if not loss.requires_grad:
         raise InvalidInput("The loss does not depend on any trainable parameter; check loss_fn and requires_grad.")
-    return largest
+    return probe
+
+
+def _first_loss(objective: Objective, theta: Sequence[Tensor], batch: Batch) -> Tensor:
+    try:
+        return objective.loss(theta, batch)
+    except DiagError:
+        raise
+    except Exception as error:
+        raise InvalidInput(
+            f"The loss could not be computed on a batch ({type(error).__name__}: {_first_line(error)}); check "
+            "that loss_fn(model(inputs), targets) runs on this data."
+        ) from error
 
 
 def _refuse_sums(objective: Objective, probe: Batch) -> None:

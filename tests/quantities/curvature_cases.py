@@ -43,21 +43,21 @@ def conv_batchnorm():
 
 
 def gru():
-    parts = {"rnn": nn.GRU(4, 5, batch_first=True), "head": nn.Linear(5, 3)}
+    parts = {"rnn": nn.GRU(4, 4, batch_first=True), "head": nn.Linear(4, 3)}
     model = Composed(lambda self, x: self.head(self.rnn(x)[0][:, -1]), **parts)
     return model, cross_entropy, ragged(torch.randn(9, 4, 4), torch.randint(3, (9,)))
 
 
 def attention():
-    parts = {"layer": nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), "head": nn.Linear(6, 3)}
+    parts = {"layer": nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), "head": nn.Linear(4, 3)}
     model = Composed(lambda self, x: self.head(self.layer(x).mean(1)), **parts)
-    return model, cross_entropy, ragged(torch.randn(9, 4, 6), torch.randint(3, (9,)))
+    return model, cross_entropy, ragged(torch.randn(9, 4, 4), torch.randint(3, (9,)))
 
 
 class TiedGPT(nn.Module):
     """One block with fused attention; the output layer is the embedding."""
 
-    def __init__(self, vocabulary=7, width=8, length=5):
+    def __init__(self, vocabulary=7, width=4, length=5):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.1 * torch.randn(length, width))

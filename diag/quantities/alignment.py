@@ -80,6 +80,8 @@ def align_weights(
             if any(name in symmetries.groups for name in block.names)
         ]
 
+    if orders is not None and orders < 1:
+        raise InvalidInput(f"The number of orders is {orders}; expected at least 1.")
     if orders is None:
         orders = 3 if _pass_cost(symmetries, counted) < EXPENSIVE else 1
     best = _best_of(symmetries, evidence, _orders(symmetries, orders, seed), max_passes)
@@ -99,7 +101,7 @@ def _orders(symmetries: Symmetries, count: int, seed: int) -> list[list[str]]:
     names = list(symmetries.order)
     generator = torch.Generator().manual_seed(seed)
     shuffled = [[names[i] for i in torch.randperm(len(names), generator=generator)] for _ in range(count - 1)]
-    return [names, *shuffled][: max(count, 1)]
+    return [names, *shuffled]
 
 
 def _best_of(
@@ -114,8 +116,7 @@ def _best_of(
         ascent.run(order, max_passes)
         if best is None or ascent.objective > best.objective + TOLERANCE * ascent.limit:
             best = ascent
-    if best is None:
-        raise InvalidInput("The number of orders is 0; expected at least 1.")
+    assert best is not None
     return best
 
 

@@ -28,6 +28,7 @@ from diag.quantities.preserve import preserved
 
 if TYPE_CHECKING:
     from diag.quantities.snapshot import Snapshot
+    from diag.quantities.symmetries import Symmetries
 
 State = Mapping[str, Tensor]
 NORM_STATS = ("reset", "lerp", "keep")
@@ -64,24 +65,40 @@ class Profile:
         return int(self.brackets.argmax())
 
     @property
+    def error_barrier(self) -> float:
+        """max_a of the error bracket."""
+        return float(self.error_brackets.max())
+
+    @property
+    def error_standard_error(self) -> float:
+        """The standard error of the error bracket at its maximum; where that is an end, of the largest inside."""
+        inside = self.error_brackets.clone()
+        inside[0] = inside[-1] = -math.inf
+        k = int(inside.argmax()) if len(inside) > 2 and not bool(inside.isnan().any()) else 0
+        return float(self.error_standard_errors[k])
+
+    @property
+    def mean_baseline_barrier(self) -> float:
+        """max_a L(theta_a) - (L(theta_0) + L(theta_1)) / 2 (Git Re-Basin, Definition 2.2)."""
+        return float(self.losses.max() - (self.losses[0] + self.losses[-1]) / 2)
+
+    @property
     def instability(self) -> float:
         """max_a error(theta_a) - (error(theta_0) + error(theta_1)) / 2 (Frankle et al. 2020)."""
         return float(self.errors.max() - (self.errors[0] + self.errors[-1]) / 2)
 
 
 class Interpolation:
-    """The path between a model's own state and another one, on a snapshot's data (and held-out data).
+    """The paths from a snapshot's model to other states of it, on the snapshot's data or held-out data.
 
     Everything is measured in evaluation mode. `norm_stats` says how BatchNorm statistics follow: "reset"
     measures them anew on the data at every point, "lerp" interpolates them (a negative control: it is wrong
     between networks), "keep" leaves the first network's.
     """
 
-    def __init__(self, snapshot: Snapshot, other: State, held_out: Snapshot | None = None) -> None:
-        self.snapshot, self.held_out = snapshot, held_out
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
         self.start: dict[str, Tensor] = _entries(snapshot.model)
-        check_states_fit(self.start, other, names=("the model", "other"))
-        self.end = {n: other[n].detach().to(t.device, t.dtype) for n, t in self.start.items()}
         self.has_batch_norm = any(isinstance(m, BATCH_NORMS) for m in snapshot.model.modules())
         self._copy: nn.Module | None = None
 
@@ -98,11 +115,31 @@ class Interpolation:
                 ) from error
         return self._copy
 
+    @property
+    def held_out(self) -> Snapshot | None:
+        """The snapshot on held-out data, where there is such data."""
+        return None if self.snapshot._held_out is None else self.snapshot._held_out_snapshot
+
+    @property
+    def symmetries(self) -> Symmetries:
+        """The model's permutation groups, found and checked when first asked for."""
+        return self.snapshot.quantity("symmetries")
+
+    def fit(self, other: Any) -> dict[str, Tensor]:
+        """`other` (a state dict, a module or a Snapshot) as a state that paths can lead to.
+
+        Raises InvalidInput, in one sentence with the first difference, where it is not of this network.
+        """
+        state = state_of(other)
+        check_states_fit(_without_ties(self.snapshot.model), state, names=("the model", "other"))
+        return {n: state[n].detach().to(t.device, t.dtype) for n, t in self.start.items()}
+
     def profile(
         self,
+        end: State,
         alphas: Sequence[float],
         *,
-        end: State | None = None,
+        start: State | None = None,
         refine: int = 0,
         norm_stats: str = "reset",
         held_out: bool = False,
@@ -111,10 +148,11 @@ class Interpolation:
     ) -> Profile:
         """Losses and errors at `alphas` (0 and 1 are added) and at `refine` rounds of midpoints at the peak.
 
-        end: another second state than the snapshot's. write: puts the point `alpha` into the working copy (the
-        default is the straight line). around: a context to evaluate within (REPAIR's corrections).
+        end: the state at a = 1; start: at a = 0, the snapshot's own if not given. write: puts the point `alpha`
+        into the working copy (the default is the straight line). around: a context to evaluate within (REPAIR's
+        corrections).
         """
-        write = write or straight(self.start, end or self.end)
+        write = write or straight(start or self.start, end)
         points = _Points(lambda alpha: self._scores(alpha, write, norm_stats, held_out, around))
         grid = sorted({0.0, 1.0, *map(float, alphas)})
         if grid[0] < 0 or grid[-1] > 1:
@@ -216,6 +254,10 @@ def _targets(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
+def _without_ties(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
 def overwrite(model: nn.Module, state: State) -> None:
     """Write `state`'s entries into the model in place."""
     targets = _targets(model)
@@ -297,11 +339,20 @@ def state_of(other: Any) -> dict[str, Tensor]:
 
 
 def interpolation(snapshot: Snapshot) -> Interpolation:
-    """The path from the snapshot's model to its `other`.
+    """The paths from the snapshot's model to other states of it. Raises MissingQuantity without data."""
+    _ = snapshot.batches
+    return Interpolation(snapshot)
 
-    Raises MissingQuantity without other=, and InvalidInput, naming the first difference, where it does not fit.
-    """
+
+def other(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The whole state dict of the snapshot's second network, buffers included. Raises MissingQuantity without."""
     if snapshot.other is None:
         raise MissingQuantity("the snapshot has no second network; give it other= a state dict or a Snapshot.")
-    held_out = None if snapshot._held_out is None else snapshot._held_out_snapshot
-    return Interpolation(snapshot, state_of(snapshot.other), held_out)
+    return state_of(snapshot.other)
+
+
+def ancestor(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The whole state dict of the snapshot's `previous` state. Raises MissingQuantity without."""
+    if snapshot.previous is None:
+        raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
+    return state_of(snapshot.previous)

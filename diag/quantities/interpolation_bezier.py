@@ -31,8 +31,8 @@ def bezier(start: State, control: State, end: State) -> Callable[[nn.Module, flo
 
 def train_control_point(
     path: Interpolation,
+    end: State,
     *,
-    end: State | None = None,
     steps: int = 100,
     learning_rate: float = 1e-3,
     norm_stats: str = "reset",
@@ -45,7 +45,6 @@ def train_control_point(
     """
     if steps < 1:
         raise InvalidInput(f"bezier_steps is {steps}; expected at least 1.")
-    end = end or path.end
     model = path.copy
     trained = {n for n, p in model.named_parameters() if p.is_floating_point()}
     control = {n: torch.lerp(path.start[n], end[n], 0.5).requires_grad_() for n in trained}

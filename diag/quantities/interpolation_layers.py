@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diag.errors import InvalidInput
 from diag.quantities.fit import check_states_fit
-from diag.quantities.interpolation import Interpolation, State
+from diag.quantities.interpolation import Interpolation, Profile, State
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,28 @@ class LayerBarrier:
 
 def layer_barriers(
     path: Interpolation,
+    end: State,
     *,
-    end: State | None = None,
     alphas: Sequence[float] = (0.25, 0.5, 0.75),
     norm_stats: str = "reset",
 ) -> dict[str, LayerBarrier]:
-    """By module that owns parameters, in the model's order. Each costs two profiles of len(alphas) + 2 points."""
-    end = end or path.end
+    """By module that owns parameters, in the model's order: max_a of the loss with that layer at `a`, over the
+    chord between the two whole networks. Each costs two profiles of len(alphas) + 2 points.
+    """
+    whole = path.profile(end, [], norm_stats=norm_stats)
+    first, last = float(whole.losses[0]), float(whole.losses[-1])
     found = {}
     for layer, names in layers(path.copy).items():
-        moved = {n: end[n] for n in names}
-        first = path.profile(alphas, end={**path.start, **moved}, norm_stats=norm_stats)
-        back = {**end, **{n: path.start[n] for n in names}}
-        second = _from(path, back, end, alphas, norm_stats)
-        found[layer] = LayerBarrier(first.barrier, second)
+        forth = path.profile({**path.start, **{n: end[n] for n in names}}, alphas, norm_stats=norm_stats)
+        hybrid = {**end, **{n: path.start[n] for n in names}}
+        back = path.profile(end, alphas, norm_stats=norm_stats, start=hybrid)
+        found[layer] = LayerBarrier(_excess(forth, first, last), _excess(back, first, last))
     return found
 
 
-def _from(path: Interpolation, start: State, end: State, alphas: Sequence[float], norm_stats: str) -> float:
-    saved, path.start = path.start, dict(start)
-    try:
-        return path.profile(alphas, end=end, norm_stats=norm_stats).barrier
-    finally:
-        path.start = saved
+def _excess(profile: Profile, first: float, last: float) -> float:
+    """Over the chord of the whole networks, which the profile itself may not end at."""
+    return float((profile.losses - (first + profile.alphas * (last - first))).max())
 
 
 def layers(model: nn.Module) -> dict[str, list[str]]:

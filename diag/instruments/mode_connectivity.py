@@ -1,0 +1,347 @@
+"""Mode connectivity: is there a barrier in loss and error on the straight line between two networks?
+
+For theta_a = (1-a) theta_0 + a theta_1 the barrier is the largest excess of the loss over the chord between the
+two ends. Two networks that differ only in the order of their units have a large one, so the second can first be
+aligned to the first (`align=`). What is left afterwards does not show that the two are different: matching is a
+local search, and permutations are not all symmetries (scaling a ReLU layer and its successor is one that leaves
+a barrier which no permutation removes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diag.display import format_number, format_share
+from diag.errors import InvalidInput
+from diag.quantities.connection import ALIGN, Connection, connect
+from diag.quantities.interpolation import Interpolation
+from diag.registry import instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+
+ENTEZARI = "Entezari et al. 2022, arXiv:2110.06296"
+FRANKLE = "Frankle et al. 2020, arXiv:1912.05671"
+RE_BASIN = "Ainsworth et al. 2023, arXiv:2209.04836"
+
+CONNECTED_BELOW = 0.02  # Frankle et al.'s line for the error instability
+SEPARATED_ABOVE = 0.1
+
+ADVICE_PLAIN = (
+    'Do not average these weights as they are; measure again with align="weights", or ensemble the outputs instead.'
+)
+ADVICE_ALIGNED = (
+    "Do not average these weights; ensemble the outputs, try wider layers, or start both from a common checkpoint."
+)
+REFUTATION = (
+    "Measure on more held-out examples and a finer grid (points=25): if the error barrier falls below the line, "
+    "the two are connected."
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModeConnectivity(Result):
+    """Loss and error on the line between two networks, and after alignment where it was asked for."""
+
+    barrier: float = measured("largest loss excess over the chord between the ends", unit="loss")
+    error_barrier: float = measured("largest error excess over the chord", unit="share")
+    error_instability: float = measured("largest error minus the mean error of the ends", unit="share")
+    deciding_error_barrier: float = measured(
+        "the error barrier of the verdict: after alignment where there is one, held-out where there is such data",
+        unit="share",
+    )
+    deciding_standard_error: float = measured("its standard error, paired over examples", unit="share")
+    barrier_standard_error: float = measured("standard error of the barrier, paired over examples", unit="loss")
+    barrier_at: float = measured("where on the line the loss barrier is")
+    lowest_excess: float = measured("smallest loss excess over the chord: below 0 the line is better", unit="loss")
+    mean_baseline_barrier: float = measured("largest loss minus the mean loss of the ends", unit="loss")
+    midpoint_excess: float = measured("loss excess over the chord at a = 1/2", unit="loss")
+    held_out_barrier: float = measured("the barrier in loss on held-out data", unit="loss")
+    held_out_error_barrier: float = measured("the barrier in error on held-out data", unit="share")
+    held_out_error_instability: float = measured("the error instability on held-out data", unit="share")
+    aligned_barrier: float = measured("the barrier in loss after alignment", unit="loss")
+    aligned_error_barrier: float = measured("the barrier in error after alignment", unit="share")
+    aligned_error_instability: float = measured("the error instability after alignment", unit="share")
+    aligned_held_out_barrier: float = measured("the barrier in loss after alignment, held-out", unit="loss")
+    aligned_held_out_error_barrier: float = measured("the barrier in error after alignment, held-out", unit="share")
+    repaired_barrier: float = measured("the barrier in loss after REPAIR", unit="loss")
+    repaired_error_barrier: float = measured("the barrier in error after REPAIR", unit="share")
+    curve_barrier: float = measured("the barrier in loss along the trained Bezier curve", unit="loss")
+    curve_error_barrier: float = measured("the barrier in error along the trained Bezier curve", unit="share")
+    units_moved: float = measured("units that alignment moved", unit="share")
+    alignment_passes: float = measured("passes over all groups until no unit moved")
+    function_change: float = measured("largest relative change of the second network's outputs by alignment")
+    distance: float = measured("Euclidean distance between the two networks' weights")
+    aligned_distance: float = measured("the same after alignment")
+    angle: float = measured("angle between the two networks as seen from their common ancestor", unit="degrees")
+    reset_shift: float = measured(
+        "largest change of an end's own loss by measuring BatchNorm statistics anew", unit="loss"
+    )
+    variance_ratios: dict[str, float] = measured(
+        "by layer, standard deviation at a = 1/2 over what the ends promise"
+    )
+    layer_barriers: dict[str, float] = measured("one layer moved to the second network, the rest as in the first")
+    layer_barriers_back: dict[str, float] = measured(
+        "one layer moved to the first network, the rest as in the second"
+    )
+    alphas: NDArray[numpy.float64] = measured(
+        "places on the line from the first network to the second", shape="(points,)"
+    )
+    losses: NDArray[numpy.float64] = measured("mean loss there", unit="loss", shape="(points,)")
+    errors: NDArray[numpy.float64] = measured("share of wrong answers there", unit="share", shape="(points,)")
+    excess: NDArray[numpy.float64] = measured("loss excess over the chord there", unit="loss", shape="(points,)")
+    excess_standard_errors: NDArray[numpy.float64] = measured(
+        "its paired standard errors", unit="loss", shape="(points,)"
+    )
+    curves: dict[str, NDArray[numpy.float64]] = measured(
+        'by curve ("held-out", "aligned", ...): rows a, loss, error', shape="(3, points)"
+    )
+    chance_error: float = measured("error of always giving the commonest answer", unit="share")
+    norm_stats: str = measured("how BatchNorm statistics followed the line")
+    align: str = measured("what the second network was aligned by")
+    aligned_state: Mapping[str, Tensor] | None = measured(
+        "the second network's state dict after alignment", record=False, default=None
+    )
+
+    def verdict(self) -> Verdict:
+        unmet = self.unmet()
+        if unmet is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=FRANKLE)
+        if math.isnan(self.error_barrier):
+            return self._loss_only()
+        value, error = self.deciding_error_barrier, self.deciding_standard_error
+        where = "held-out data" if not math.isnan(self.held_out_error_barrier) else "the data"
+        word, level = self._word(value, error)
+        return Verdict(
+            level,
+            f"The two networks are {word} by the straight line{self._alignment()}: on {where} the error rises by "
+            f"{_points(value)} over the chord{_plus_minus(error)}, and the training loss by "
+            f"{format_number(self._loss_barrier())}.",
+            "" if level is Level.OK else ADVICE_ALIGNED if self.align else ADVICE_PLAIN,
+            f"{FRANKLE}; {RE_BASIN}" if self.align else FRANKLE,
+            Confidence.STRONG_EMPIRICAL,
+            REFUTATION + self._limit(),
+            value,
+            self._setting("connected_below", CONNECTED_BELOW),
+            "Frankle et al. 2020 (2 %, there over the mean of the ends: the same where the ends agree)",
+        )
+
+    def _loss_barrier(self) -> float:
+        return self.aligned_barrier if self.align else self.barrier
+
+    def _word(self, value: float, error: float) -> tuple[str, Level]:
+        connected = self._setting("connected_below", CONNECTED_BELOW)
+        separated = self._setting("separated_above", SEPARATED_ABOVE)
+        if not math.isfinite(value):
+            return "of unknown connection (the loss is not finite in between)", Level.UNKNOWN
+        word = "connected" if value < connected else "partly connected" if value <= separated else "separated"
+        if math.isfinite(error) and abs(value - connected) < 2 * error:
+            return f"{word} within the uncertainty", Level.UNKNOWN
+        return word, Level.OK if value < connected else Level.WARNING
+
+    def _alignment(self) -> str:
+        if not self.align:
+            return ""
+        before = self.error_barrier if math.isnan(self.held_out_error_barrier) else self.held_out_error_barrier
+        return f" after the units of the second were matched by {self.align} (before: {_points(before)})"
+
+    def _limit(self) -> str:
+        if not self.align:
+            return ""
+        return " A barrier that remains after matching does not show that the solutions differ."
+
+    def _loss_only(self) -> Verdict:
+        value, error = self._loss_barrier(), self.barrier_standard_error
+        flat = math.isfinite(error) and value <= 2 * error
+        return Verdict(
+            Level.OK if flat else Level.UNKNOWN,
+            f"The loss rises by {format_number(value)}{_plus_minus(error, False)} over the chord between the two "
+            "networks: "
+            + (
+                "no barrier beyond the noise of the examples."
+                if flat
+                else "no paper gives a line for a loss barrier."
+            ),
+            source=ENTEZARI,
+            confidence=Confidence.STRONG_EMPIRICAL,
+            value=value,
+        )
+
+    def _setting(self, name: str, default: float) -> float:
+        return float(self.provenance.settings.get(name, default))
+
+    def plot(self, ax: Any) -> None:
+        ax.plot(self.alphas, self.losses, marker="o", markersize=3, label="as they are")
+        for name, (alphas, losses, _) in self.curves.items():
+            ax.plot(alphas, losses, marker=".", markersize=3, label=name)
+        ax.plot(
+            self.alphas[[0, -1]], self.losses[[0, -1]], color="grey", linewidth=0.8, linestyle=":", label="chord"
+        )
+        ax.set(xlabel="a: from the first network (0) to the second (1)", ylabel="loss")
+        ax.legend(fontsize="small")
+
+    @classmethod
+    def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
+        steps = [step for step, _ in series]
+        ax.plot(
+            steps, [r.deciding_error_barrier for _, r in series], marker="o", markersize=3, label="error barrier"
+        )
+        ax.axhline(CONNECTED_BELOW, color="grey", linestyle=":", label="connected below")
+        ax.set(xlabel="step", ylabel="error barrier (share)")
+        ax.legend(fontsize="small")
+
+
+def _points(share: float) -> str:
+    return f"{format_number(100 * share)} points"
+
+
+def _plus_minus(error: float, share: bool = True) -> str:
+    if not math.isfinite(error):
+        return ""
+    return f" (standard error {_points(error) if share else format_number(error)})"
+
+
+@instrument(source=FRANKLE)
+def mode_connectivity(
+    interpolation: Interpolation,
+    other: Mapping[str, Tensor],
+    ancestor: Mapping[str, Tensor] | None = None,
+    *,
+    points: int = 11,
+    refine: int = 2,
+    align: str | None = None,
+    norm_stats: str = "reset",
+    repair: bool = False,
+    layers: bool = False,
+    path: str = "line",
+    bezier_steps: int = 200,
+    bezier_learning_rate: float = 1e-3,
+    orders: int | None = None,
+    connected_below: float = CONNECTED_BELOW,
+    separated_above: float = SEPARATED_ABOVE,
+) -> ModeConnectivity:
+    """Barriers in loss and error on the straight line between the snapshot's network and `other`.
+
+    points: of the grid, with both ends; refine: rounds of bisection around the maximum. align: "weights" or
+    "activations" to match the second network's units first; orders: of visiting the groups in weight matching.
+    norm_stats: BatchNorm statistics measured anew at each point ("reset"), interpolated ("lerp": a negative
+    control, it gives no verdict) or the first network's ("keep"). repair: also with REPAIR. layers: also by
+    layer. path="bezier": also along a curve trained for bezier_steps. connected_below, separated_above: error
+    instabilities at which the verdict changes its word.
+
+    The cost is one forward pass a point, and one more with "reset" where there is BatchNorm. Both networks stay
+    as they are. Raises InvalidInput where the two do not fit (naming the first difference) or a setting is out
+    of range, and Unsupported where a model cannot be traced for alignment or has nothing to repair.
+    """
+    if points < 3:
+        raise InvalidInput(f"points is {points}; expected at least 3, both ends and one between.")
+    if align not in (None, *ALIGN):
+        raise InvalidInput(f"align is {align!r}; expected None, {' or '.join(map(repr, ALIGN))}.")
+    if path not in ("line", "bezier"):
+        raise InvalidInput(f"path is {path!r}; expected 'line' or 'bezier'.")
+    found = connect(
+        interpolation,
+        interpolation.fit(other),
+        points=points,
+        refine=refine,
+        align=align,
+        norm_stats=norm_stats,
+        repair=repair,
+        layers=layers,
+        bezier_steps=bezier_steps if path == "bezier" else 0,
+        bezier_learning_rate=bezier_learning_rate,
+        orders=orders,
+        ancestor=ancestor,
+    )
+    return _result(found, interpolation, norm_stats, align)
+
+
+def _result(found: Connection, path: Interpolation, norm_stats: str, align: str | None) -> ModeConnectivity:
+    line, peak = found.line, found.line.peak
+    held, aligned, aligned_held = found.held_out, found.aligned, found.aligned_held_out
+    deciding = next(p for p in (aligned_held, aligned, held, line) if p is not None)
+    middle = int((line.alphas - 0.5).abs().argmin())
+    return ModeConnectivity(
+        barrier=line.barrier,
+        error_barrier=line.error_barrier,
+        error_instability=line.instability,
+        deciding_error_barrier=deciding.error_barrier,
+        deciding_standard_error=deciding.error_standard_error,
+        barrier_standard_error=float((aligned or line).standard_errors[(aligned or line).peak]),
+        barrier_at=float(line.alphas[peak]),
+        lowest_excess=float(line.brackets.min()),
+        mean_baseline_barrier=line.mean_baseline_barrier,
+        midpoint_excess=float(line.brackets[middle]) if line.alphas[middle] == 0.5 else math.nan,
+        held_out_barrier=held.barrier if held else math.nan,
+        held_out_error_barrier=held.error_barrier if held else math.nan,
+        held_out_error_instability=held.instability if held else math.nan,
+        aligned_barrier=aligned.barrier if aligned else math.nan,
+        aligned_error_barrier=aligned.error_barrier if aligned else math.nan,
+        aligned_error_instability=aligned.instability if aligned else math.nan,
+        aligned_held_out_barrier=aligned_held.barrier if aligned_held else math.nan,
+        aligned_held_out_error_barrier=aligned_held.error_barrier if aligned_held else math.nan,
+        repaired_barrier=found.repaired.barrier if found.repaired else math.nan,
+        repaired_error_barrier=found.repaired.error_barrier if found.repaired else math.nan,
+        curve_barrier=found.curve.barrier if found.curve else math.nan,
+        curve_error_barrier=found.curve.error_barrier if found.curve else math.nan,
+        units_moved=found.alignment.moved / found.alignment.units if found.alignment else math.nan,
+        alignment_passes=float(found.alignment.passes) if found.alignment else math.nan,
+        function_change=found.function_change,
+        distance=found.distance,
+        aligned_distance=found.aligned_distance,
+        angle=found.angle,
+        reset_shift=found.reset_shift,
+        variance_ratios=found.variance_ratios,
+        layer_barriers={n: b.from_first for n, b in found.layers.items()},
+        layer_barriers_back={n: b.from_second for n, b in found.layers.items()},
+        alphas=line.alphas.numpy(),
+        losses=line.losses.numpy(),
+        errors=line.errors.numpy(),
+        excess=line.brackets.numpy(),
+        excess_standard_errors=line.standard_errors.numpy(),
+        curves=_curves(found),
+        chance_error=found.chance_error,
+        norm_stats=norm_stats if path.has_batch_norm else "none",
+        align=align or "",
+        aligned_state=found.aligned_state,
+        preconditions=_preconditions(found, path, norm_stats),
+    )
+
+
+CURVES = {
+    "held_out": "held-out", "aligned": "aligned", "aligned_held_out": "aligned, held-out", "repaired": "repaired",
+    "curve": "Bezier curve",
+}  # fmt: skip
+
+
+def _curves(found: Connection) -> dict[str, NDArray[numpy.float64]]:
+    profiles = {label: getattr(found, name) for name, label in CURVES.items()}
+    return {
+        label: numpy.stack([p.alphas.numpy(), p.losses.numpy(), p.errors.numpy()])
+        for label, p in profiles.items()
+        if p is not None
+    }
+
+
+def _preconditions(found: Connection, path: Interpolation, norm_stats: str) -> tuple[Precondition, ...]:
+    control = path.has_batch_norm and norm_stats == "lerp"
+    worst = max(float(found.line.errors[0]), float(found.line.errors[-1]))
+    learned = math.isnan(worst) or worst < found.chance_error
+    return (
+        Precondition(
+            "BatchNorm statistics fit the interpolated weights",
+            not control,
+            'the BatchNorm statistics were interpolated, which is a negative control: set norm_stats="reset".',
+        ),
+        Precondition(
+            "both networks have learned",
+            learned,
+            f"one of the two networks is wrong on {format_share(worst)} of the examples and always giving the "
+            f"commonest answer on {format_share(found.chance_error)}; a line to an untrained network says nothing.",
+        ),
+    )

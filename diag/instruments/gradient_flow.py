@@ -252,7 +252,8 @@ def gradient_flow(
     weights = ~normalisation_layers(history)
     distance = numpy.sqrt((history.distance[:, weights].astype(float) ** 2).sum(1))
     fits, first, last = growth_of_distance(history, distance)
-    shown = numpy.unique(numpy.linspace(0, len(history) - 1, STEPS_SHOWN).round().astype(int))
+    shown = _rows_shown(history, distance)
+    known = distance[numpy.isfinite(distance)]
     start = norm_at_start(history, weights)
     with numpy.errstate(divide="ignore", invalid="ignore"):
         ratio = history.update_norm[shown] / history.parameter_norm[shown]
@@ -268,7 +269,7 @@ def gradient_flow(
         aic_by_law={law: fits[law].aic if fits else math.nan for law in LAWS},
         first_fitted_step=first,
         last_fitted_step=last,
-        relative_distance=float(distance[-1] / start) if start > 0 else math.nan,
+        relative_distance=float(known[-1] / start) if len(known) and start > 0 else math.nan,
         depth_factor=factor_over_depth(history),
         plain_network=plain_network,
         loss_steps=_numbers(history, bad_loss),
@@ -285,6 +286,13 @@ def gradient_flow(
         update_ratio=ratio,
         notes=history.notes,
     )
+
+
+def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[numpy.int64]:
+    """Evenly spaced rows, among those whose parameters were observed where there are some."""
+    observed = numpy.flatnonzero(numpy.isfinite(distance))
+    rows = observed if len(observed) > 1 else numpy.arange(len(history))
+    return rows[numpy.unique(numpy.linspace(0, len(rows) - 1, STEPS_SHOWN).round().astype(int))]
 
 
 def _numbers(history: History, which: Any) -> tuple[int, ...]:

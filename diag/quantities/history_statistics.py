@@ -62,8 +62,10 @@ def factor_over_depth(history: History) -> float:
 
 
 def norm_at_start(history: History, weights: NDArray[numpy.bool_]) -> float:
-    """The parameters' norm at the first recorded step, which is within one update of the start."""
-    return float(numpy.sqrt((history.parameter_norm[0, weights].astype(float) ** 2).sum()))
+    """The parameters' norm at the first step at which it was observed; NaN where it never was."""
+    norms = numpy.sqrt((history.parameter_norm[:, weights].astype(float) ** 2).sum(1))
+    known = norms[numpy.isfinite(norms)]
+    return float(known[0]) if len(known) else math.nan
 
 
 def idle_layers(history: History) -> tuple[str, ...]:

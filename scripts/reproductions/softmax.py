@@ -116,8 +116,8 @@ CARD = Card(
     source="Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697; margin law from rounding to nearest",
     claim=(
         "Trained on addition modulo 59 without decay, the median log-odds margin of a float32 log_softmax loss "
-        "stops at b ln 2 = 16.64, where the loss rounds to zero; with the loss computed as softplus(-margin) in the same "
-        "float32, or in float64, it goes straight on."
+        "stops at b ln 2 = 16.64, where the loss rounds to zero. With the loss computed as softplus(-margin) in "
+        "the same float32, or in float64, it goes straight on."
     ),
     takes="6 minutes",
     run=run,

@@ -225,6 +225,16 @@ def test_long_records_are_thinned_but_counted_in_full():
     assert (result.steps[0], result.steps[-1]) == (1, 10_000) and result.loss_steps == (1235,)
 
 
+def test_steps_at_which_the_parameters_were_not_observed_are_not_shown():
+    history = record(100)
+    unseen = numpy.arange(100) % 10 != 3
+    for name in ("distance", "parameter_norm", "update_norm"):
+        getattr(history, name)[unseen] = math.nan
+    result = gradient_flow(history=history)
+    assert result.steps.tolist() == list(range(4, 100, 10)) and numpy.isfinite(result.update_ratio).all()
+    assert result.relative_distance == pytest.approx(0.5)
+
+
 def test_on_a_snapshot_it_describes_the_one_state():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))

@@ -16,6 +16,7 @@ Bands are fixed before the run that is to be judged; a card says where they come
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
@@ -166,9 +167,10 @@ def write_reports(lab: Lab, card: Card, command: str) -> list[str]:
     for arm in lab.arms:
         run = lab.run_folder(arm)
         (run / "writer.lock").unlink(missing_ok=True)
-        page = f"{arm}.html"
-        diag.report(run, output=lab.folder / page, title=f"{card.title}: {arm}", command=command)
-        pages.append(page)
+        page = diag.report(run, title=f"{card.title}: {arm}", command=command)
+        # The page carries its document, so the gallery needs no second copy of it beside the page.
+        (lab.folder / f"{arm}.html").write_text(page.html, encoding="utf-8")
+        pages.append(f"{arm}.html")
     return pages
 
 
@@ -210,3 +212,31 @@ def write_page(
         ],
     }
     (folder / "measured.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str], description: str | None = None) -> int:
+    """The command line of `scripts/reproduce`; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="reproduce", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the cards to run")
+    parser.add_argument("--list", action="store_true", help="the cards, what they claim and how long they take")
+    parser.add_argument("--all", action="store_true", help="run every card")
+    parser.add_argument("--cards", type=Path, default=CARDS, help="the folder of the cards")
+    parser.add_argument("--output", type=Path, default=GALLERY, help="where runs and reports go")
+    asked = parser.parse_args(arguments)
+    cards = find_cards(asked.cards)
+    if asked.list:
+        for name, path in cards.items():
+            card = load_card(path)
+            print(f"{name:14} {card.title} ({card.takes})\n{'':14} {card.claim}")
+        return 0
+    names = list(cards) if asked.all else asked.names
+    unknown = [name for name in names if name not in cards]
+    if unknown or not names:
+        print(f"There is no card {unknown[0]!r}." if unknown else "No card was named.", end=" ", file=sys.stderr)
+        print(f"Give some of: {', '.join(cards)}; or --all, or --list.", file=sys.stderr)
+        return 2
+    # No shortcut: with several cards, all run even where the first fails.
+    held = [reproduce(name, cards[name], asked.output, lambda text: print(text, flush=True)) for name in names]
+    return 0 if all(held) else 1

@@ -1,0 +1,272 @@
+"""The commands, each a few lines: what is asked of the run, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diag.cli.door import Door, Mistake
+
+if TYPE_CHECKING:
+    from diag.run import Run
+
+LEVELS = ("alarm", "warning")
+OUTPUT = click.Path(dir_okay=True, path_type=Path)
+PATHS = click.Path(path_type=Path)
+
+
+@click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="diag")
+def main() -> None:
+    """Tells what state a PyTorch network is in, while it trains and afterwards, with evidence."""
+
+
+@main.command(short_help="Train a small network, watched, and write its report.")
+@click.option("--folder", default="runs/demo", show_default=True, type=PATHS, help="Where the run is written.")
+@click.option("--seed", default=0, show_default=True, help="Another seed, another training.")
+@click.option("-o", "--output", type=OUTPUT, help="The report. [default: report.html in the folder]")
+def demo(folder: Path, seed: int, output: Path | None) -> None:
+    """Train a small network on real digits with wrong labels among them, watched, and write its report."""
+    from diag import demo as demonstration
+    from diag.cli import tables
+    from diag.report import report as write_report
+
+    with tables.progress_bar() as bar:
+        task = bar.add_task("Training", total=None)
+
+        def progress(done: int, total: int, text: str = "Training") -> None:
+            bar.update(task, completed=done, total=total, description=text)
+
+        run = demonstration.run(folder, seed=seed, progress=progress)
+    page = write_report(run, output or folder / "report.html", command=_command_line())
+    tables.show(tables.verdicts(run.findings()))
+    click.echo(f"\nReport: {page.path}")
+
+
+@main.command()
+@click.argument("sources", nargs=-1, required=True, type=PATHS, metavar="RUN|CKPT...")
+@click.option("--build", metavar="MODULE:FUNCTION", help="What gives (model, loss_fn, data) for checkpoints.")
+@click.option("-o", "--output", default="report.html", show_default=True, type=OUTPUT)
+@click.option("--instrument", "names", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
+@click.option("--set", "settings", multiple=True, metavar="INSTRUMENT.SETTING=VALUE", help="May be repeated.")
+@click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")
+@click.option("--max-examples", type=click.IntRange(1), help="Measure on the first examples only.")
+@click.option("--device", help="Where to measure: cpu, cuda, ...")
+@click.option("--open", "open_it", is_flag=True, help="Show the report in the browser.")
+def report(
+    sources: Sequence[Path],
+    build: str | None,
+    output: Path,
+    names: Sequence[str],
+    settings: Sequence[str],
+    key: str | None,
+    max_examples: int | None,
+    device: str | None,
+    open_it: bool,
+) -> None:
+    """Write the report of a run, or of checkpoints.
+
+    A run is the folder that diag.watch(model, run=...) wrote. Checkpoints (.pt, .safetensors, .ckpt, folders of
+    Hugging Face or torch.distributed.checkpoint) need --build: module:function or file.py:function names a
+    function that returns (model, loss_fn, data). Each checkpoint is loaded into that model and becomes a step.
+    """
+    from diag.cli import tables
+    from diag.cli.settings import read_settings
+    from diag.report import report as write_report
+
+    _refuse_run_json(output)
+    chosen = read_settings(settings)
+    if build is None:
+        run = _restricted(_one_run(sources), names, chosen)
+    else:
+        options = {"max_examples": max_examples, "device": device}
+        run = _measured(sources, build, names, chosen, {k: v for k, v in options.items() if v is not None}, key)
+    page = write_report(run, output, command=_command_line())
+    tables.show(tables.verdicts(run.findings()))
+    if build is not None and run.outcomes:
+        tables.show("", tables.others(run.outcomes))
+    click.echo(f"\nReport: {page.path}")
+    if open_it:
+        click.launch(str(page.path))
+
+
+def _one_run(sources: Sequence[Path]) -> Run:
+    from diag.run import load
+
+    if len(sources) == 1 and (sources[0] / "run.json").is_file():
+        return load(sources[0])
+    missing = next((s for s in sources if not s.exists()), None)
+    if missing is not None:
+        raise Mistake(f"There is no {missing}; give a run's folder, or checkpoints with --build.")
+    if all((s / "run.json").is_file() for s in sources):
+        raise Mistake("A report is of one run; give one, or use diag compare for two.")
+    raise Mistake(
+        f"{next(s for s in sources if not (s / 'run.json').is_file())} is not a run; for checkpoints, give --build "
+        "module:function, which returns (model, loss_fn, data)."
+    )
+
+
+def _measured(
+    sources: Sequence[Path], build: str, names: Sequence[str], settings: Any, options: Any, key: str | None
+) -> Run:
+    from diag.cli import tables
+    from diag.cli.build import check_checkpoints, run_of_checkpoints
+
+    check_checkpoints(sources)
+    with tables.progress_bar() as bar:
+        task = bar.add_task("Reading", total=None)
+        run, notes = run_of_checkpoints(
+            sources,
+            build,
+            names=names,
+            settings=settings,
+            options=options,
+            key=key,
+            progress=lambda done, total, text: bar.update(task, completed=done, total=total, description=text),
+        )
+    for note in notes:
+        click.echo(note, err=True)
+    return run
+
+
+def _restricted(run: Run, names: Sequence[str], settings: dict[str, dict[str, Any]]) -> Run:
+    """The run with only these instruments, and with other settings for those that are computed from its steps."""
+    import dataclasses
+
+    from diag.registry import find
+
+    recorded = next((n for n in settings if not find(n).from_history), None)
+    if recorded:
+        raise Mistake(
+            f"{recorded} was measured during the training, so its settings cannot be changed in the report."
+        )
+    known = run.instruments
+    absent = next((n for n in names if find(n).name not in known), None)
+    if absent:
+        raise Mistake(f"{absent} measured nothing in this run; it has {', '.join(known) or 'no results'}.")
+    about = dict(run.metadata) | {"settings": dict(run.metadata.get("settings", {})) | settings}
+    if not names:
+        return dataclasses.replace(run, metadata=about)
+    records = [r for r in run.records if r.instrument in names]
+    return dataclasses.replace(run, metadata=about | {"instruments": list(names)}, records=records)
+
+
+def _refuse_run_json(output: Path) -> None:
+    """The report's document is written beside it as .json, where the metadata of a run must not be."""
+    if output.name == "run.html" and output.with_suffix(".json").exists():
+        raise Mistake(f"{output} would overwrite {output.with_suffix('.json')}; give the report another name.")
+
+
+@main.command("list", short_help="The instruments: what each needs, costs and cites.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_instruments(as_json: bool) -> None:
+    """The instruments: what each measures, needs, costs and cites, and its settings."""
+    from diag.cli import tables
+    from diag.registry import instruments
+
+    known = sorted(instruments().values(), key=lambda i: i.name)
+    if not as_json:
+        tables.show(tables.instrument_list(known))
+        return
+    rows = [
+        {
+            "name": i.name,
+            "title": i.title,
+            "measures": i.summary,
+            "needs": [{"name": n.name, "optional": n.optional} for n in i.needs],
+            "cost": i.cost,
+            "source": i.source,
+            "from_history": i.from_history,
+            "settings": [{"name": s.name, "default": _plain(s.default), "type": _type(s.type)} for s in i.settings],
+        }
+        for i in known
+    ]
+    click.echo(json.dumps(rows, indent=1))
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str, list, tuple)) else str(value)
+
+
+def _type(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
+
+
+@main.command(short_help="Exit with status 1 where something is wrong, for CI.")
+@click.argument("run", type=PATHS)
+@click.option(
+    "--fail-on", type=click.Choice(LEVELS), default="alarm", show_default=True, help="The mildest failure."
+)
+def check(run: Path, fail_on: str) -> None:
+    """Exit with status 1 where a verdict on the run is an alarm (or a warning), for CI.
+
+    Status 0: none is. Status 2: there is no run, or nothing was measured in it.
+    """
+    from diag.cli import tables
+    from diag.run import load
+
+    opened = load(run)
+    findings = opened.findings()
+    if not findings:
+        raise Mistake(f"Nothing was measured in {run}, so there is nothing to check.")
+    failing = [f for f in findings if f.verdict.level in LEVELS[: LEVELS.index(fail_on) + 1]]
+    if failing:
+        tables.show(tables.verdicts(failing))
+    click.echo(f"{'FAILED' if failing else 'passed'}: {tables.counts(findings)}")
+    failed = sorted({o.instrument for _, o in opened.outcomes if type(o).__name__ == "Failed"})
+    if failed:
+        click.echo(f"Broke while measuring, so not judged: {', '.join(failed)}", err=True)
+    sys.exit(1 if failing else 0)
+
+
+@main.command()
+@click.argument("run", type=PATHS)
+@click.option("--instrument", "name", metavar="NAME", help="The numbers of this one, by step.")
+def show(run: Path, name: str | None) -> None:
+    """Show a run in the terminal."""
+    from diag.cli import tables
+    from diag.registry import find
+    from diag.run import load
+
+    opened = load(run)
+    if name:
+        tables.show(tables.series(_restricted(opened, [find(name).name], {}), name))
+    else:
+        tables.show(tables.run_page(opened))
+
+
+@main.command(short_help="Two runs side by side.")
+@click.argument("run_a", type=PATHS, metavar="A")
+@click.argument("run_b", type=PATHS, metavar="B")
+@click.option("-o", "--output", type=OUTPUT, help="Write the comparison as a page, too.")
+@click.option("--all", "everything", is_flag=True, help="Also the numbers that are equal.")
+def compare(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> None:
+    """Two runs side by side: their verdicts and the last value of every scalar."""
+    from diag.cli import tables
+    from diag.run import load
+
+    runs = [load(run_a), load(run_b)]
+    if output is not None:
+        from diag.report.compare import compare as write_comparison
+
+        _refuse_run_json(output)
+        page = write_comparison(runs[0], runs[1], output, command=_command_line())
+    tables.show(tables.side_by_side(dict(zip(_names(run_a, run_b), runs, strict=True)), everything))
+    if output is not None:
+        click.echo(f"\nComparison: {page.path}")
+
+
+def _names(a: Path, b: Path) -> tuple[str, str]:
+    """Short names for two runs: the folders' own where they differ, else the whole paths."""
+    short = (a.resolve().name, b.resolve().name)
+    return short if short[0] != short[1] else (f"A: {a}", f"B: {b}")
+
+
+def _command_line() -> str:
+    return shlex.join(["diag", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("diag", "__main__.py") else ""

@@ -1,0 +1,50 @@
+"""The command group: turns diag's errors into one sentence and status 2, and finds commands of other parts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+import click
+
+# Modules that bring commands of their own, in a list named COMMANDS, where they are installed.
+OTHER_PARTS = ("diag.connect",)
+
+
+class Mistake(click.ClickException):
+    """A user's mistake: one sentence, exit status 2."""
+
+    exit_code = 2
+
+
+class Door(click.Group):
+    """A group whose commands may raise DiagError."""
+
+    def invoke(self, context: click.Context) -> Any:
+        with contextlib.suppress(AttributeError):  # a terminal that lacks a character shows a question mark
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        try:
+            return super().invoke(context)
+        except Exception as error:
+            # By name, so that asking for help does not import the rest of diag.
+            errors = sys.modules.get("diag.errors")
+            if errors is not None and isinstance(error, errors.DiagError):
+                raise Mistake(str(error)) from None
+            raise
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*super().list_commands(context), *_others()]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return super().get_command(context, name) or _others().get(name)
+
+
+def _others() -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for module in OTHER_PARTS:
+        if importlib.util.find_spec(module) is not None:
+            found |= {str(c.name): c for c in getattr(importlib.import_module(module), "COMMANDS", ())}
+    return found

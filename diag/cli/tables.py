@@ -1,0 +1,226 @@
+"""What the commands print: verdicts, a run, instruments and two runs side by side, for any width of terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from diag import display
+
+if TYPE_CHECKING:
+    from diag.registry import Instrument
+    from diag.run import Finding, Run
+
+STYLES = {"alarm": "bold red", "warning": "yellow", "unknown": "blue", "ok": "green", "not_applicable": "dim"}
+PIPED_WIDTH = 160
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that fits the terminal; a pipe gets lines long enough to be searched."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(file=stream, width=width, highlight=False)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print to standard output, without blanks at the ends of lines."""
+    screen = console()
+    with screen.capture() as captured:
+        screen.print(*parts)
+    print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+
+
+def progress_bar() -> Progress:
+    """A progress bar on standard error; silent where that is no terminal."""
+    screen = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+
+
+def mark(level: str) -> Text:
+    """The level as colour, sign and word."""
+    sign, _, word = display.LEVEL_MARKS[level]
+    return Text(f"{sign} {word}", style=STYLES[level])
+
+
+def verdicts(findings: Sequence[Finding]) -> RenderableType:
+    """The verdicts, worst first, each with what to try where something is wrong."""
+    if not findings:
+        return Text("Nothing was measured.", style="dim")
+    table = _grid(2)
+    for finding in findings:
+        verdict = finding.verdict
+        table.add_row(mark(verdict.level), Text(finding.title, style="bold"))
+        table.add_row("", verdict.sentence)
+        if verdict.advice and verdict.level in ("alarm", "warning"):
+            table.add_row("", Text.assemble(("Try: ", "bold"), verdict.advice))
+        table.add_row("", Text(_where(finding), style="dim"))
+    return table
+
+
+def _where(finding: Finding) -> str:
+    first, last = finding.first_step, finding.last_step
+    steps = f"step {first:,}" if first == last else f"steps {first:,}–{last:,}"
+    return f"{steps} · {finding.verdict.source or finding.source}"
+
+
+def counts(findings: Iterable[Finding]) -> str:
+    """How many verdicts there are of each level: "1 alarm, 3 ok"."""
+    levels = [f.verdict.level for f in findings]
+    words = [(levels.count(level), display.LEVEL_MARKS[level][2]) for level in dict.fromkeys(levels)]
+    return ", ".join(f"{n} {word}" for n, word in words) or "no verdicts"
+
+
+def run_page(run: Run) -> RenderableType:
+    """A run: its facts, its verdicts, and what was skipped or failed."""
+    facts = _grid(2)
+    for name, text in run.facts().items():
+        facts.add_row(Text(name, style="dim"), text)
+    parts: list[RenderableType] = [facts, "", verdicts(run.findings())]
+    if run.outcomes:
+        parts += ["", others(run.outcomes)]
+    if run.events:
+        parts += ["", events(run)]
+    return Group(*parts)
+
+
+def others(outcomes: Sequence[tuple[int, Any]]) -> RenderableType:
+    """What was skipped or failed, once a reason, with how often and the last step at which it was so."""
+    table = _grid(2)
+    by_reason: dict[tuple[str, str, str], list[int]] = {}
+    for step, outcome in outcomes:
+        by_reason.setdefault((type(outcome).__name__.lower(), outcome.instrument, outcome.reason), []).append(step)
+    for (kind, instrument, reason), steps in by_reason.items():
+        often = f" ({len(steps)} times, last at step {steps[-1]:,})" if len(steps) > 1 else ""
+        table.add_row(Text(kind, style="red" if kind == "failed" else "dim"), f"{instrument}: {reason}{often}")
+    return table
+
+
+def events(run: Run, most: int = 10) -> RenderableType:
+    """The last things that happened."""
+    table = _grid(2)
+    for event in run.events[-most:]:
+        table.add_row(Text(f"step {event.step:,}", style="dim"), f"{event.kind}: {event.text}")
+    if len(run.events) > most:
+        table.add_row("", Text(f"and {len(run.events) - most:,} before", style="dim"))
+    return table
+
+
+def series(run: Run, name: str, most: int = 20) -> RenderableType:
+    """The scalars of one instrument: a row a scalar, a column a step, as many as fit."""
+    found = run.series(name)
+    if not found:
+        return Text(f"{name} has no results.", style="dim")
+    chosen = found if len(found) <= most else [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+    # About twelve characters a step and twenty-eight for the names; the last step is always shown.
+    fit = max(1, (console().width - 28) // 12)
+    chosen = chosen[:: max(1, -(-len(chosen) // fit))] if len(chosen) > fit else chosen
+    chosen = [*chosen[:-1], found[-1]]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("step")
+    for step, _ in chosen:
+        table.add_column(f"{step:,}", justify="right", no_wrap=True)
+    for scalar in dict.fromkeys(name for _, result in chosen for name in result.scalars()):
+        table.add_row(scalar, *(_number(result.scalars().get(scalar)) for _, result in chosen))
+    return table
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else display.format_number(value)
+
+
+def instrument_list(instruments: Iterable[Instrument]) -> RenderableType:
+    """Every instrument: what it measures, needs, costs and cites, and its settings with their defaults."""
+    parts: list[RenderableType] = []
+    for instrument in instruments:
+        about = _grid(2)
+        for name, text in instrument_rows(instrument).items():
+            about.add_row(Text(name, style="dim"), text)
+        parts += [Text(instrument.name, style="bold"), Padding(about, (0, 0, 1, 2))]
+    return Group(*parts) if parts else Text("There is no instrument.")
+
+
+def instrument_rows(instrument: Instrument) -> dict[str, str]:
+    """The rows about one instrument, as texts."""
+    needs = ", ".join(n.name + (" (optional)" if n.optional else "") for n in instrument.needs)
+    settings = ", ".join(f"{s.name}={s.default}" for s in instrument.settings)
+    return {
+        "measures": instrument.summary,
+        "needs": needs,
+        "cost": instrument.cost,
+        "source": instrument.source,
+        "settings": settings or "none",
+    }
+
+
+def side_by_side(runs: Mapping[str, Run], everything: bool = False) -> RenderableType:
+    """Two runs: the verdicts beside each other, then the last values of the scalars that differ (or of all)."""
+    names = list(runs)
+    judged = {n: {f.instrument: f for f in run.findings()} for n, run in runs.items()}
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("", *names):
+        table.add_column(heading, ratio=1 if heading else None)
+    for instrument in dict.fromkeys(i for found in judged.values() for i in found):
+        title = next(found[instrument].title for found in judged.values() if instrument in found)
+        table.add_row(
+            Text(title, style="bold"), *(_cell(judged[n].get(instrument)) for n in names), end_section=True
+        )
+    return Group(table, "", _scalars(runs, everything))
+
+
+def _cell(finding: Finding | None) -> RenderableType:
+    if finding is None:
+        return Text("not measured", style="dim")
+    return Group(mark(finding.verdict.level), finding.verdict.sentence, "")
+
+
+def _scalars(runs: Mapping[str, Run], everything: bool) -> RenderableType:
+    values = [dict(last_scalars(run)) for run in runs.values()]
+    names = list(dict.fromkeys(name for found in values for name in found))
+    shown = [n for n in names if everything or not _alike(*(found.get(n) for found in values))]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("last value", overflow="fold")
+    for heading in (*runs, "difference"):
+        table.add_column(heading, justify="right")
+    above = ""
+    for name in shown:
+        instrument, _, scalar = name.rpartition(".")
+        if instrument != above:
+            table.add_row(Text(instrument, style="dim"))
+        above = instrument
+        a, b = (found.get(name) for found in values)
+        row = (_number(a), _number(b), "" if a is None or b is None else _number(b - a))
+        table.add_row(f"  {scalar}" if instrument else scalar, *row)
+    left = len(names) - len(shown)
+    return Group(table, Text(f"{left} more are equal (--all shows them)" if left else "", style="dim"))
+
+
+def _alike(a: float | None, b: float | None) -> bool:
+    """Equal, or undefined on both sides."""
+    return a == b or (a is not None and b is not None and math.isnan(a) and math.isnan(b))
+
+
+def last_scalars(run: Run) -> Iterable[tuple[str, float]]:
+    """The last loss and the scalars of each instrument's last result."""
+    if run.history is not None:
+        yield "loss", float(run.history.loss[-1])
+    for name in run.instruments:
+        for scalar, value in run.series(name)[-1][1].scalars().items():
+            yield f"{name}.{scalar}", float(value)
+
+
+def _grid(columns: int) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(columns - 1):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table

@@ -155,6 +155,8 @@ class Hub:
         return value
 
     def _around_backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own
+            return original(*args, **kwargs)
         roots = args[0] if args else kwargs.get("tensors")
         for listener in self.listeners:
             listener.backward_called(roots)

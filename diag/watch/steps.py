@@ -84,11 +84,11 @@ class StepObserver:
         self.optimizer: Optimizer | None = None
         self.steps = 0
         self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, Members]] = weakref.WeakKeyDictionary()
-        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._known: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._row: Row | None = None
         self._stepped: set[int] = set()
         self._covered = 0
-        self._taken = False
+        self._taken = self._inside_backward = False
         self._cost = 0.0
         self._clips: list[Clipped] = []
         self._fired: set[int] = set()
@@ -143,6 +143,12 @@ class StepObserver:
         self._read_gradients(row, optimizer, members)
         self._close_round(optimizer, members)
 
+    def backward_done(self) -> None:
+        """A backward pass has ended; what was stepped inside it makes a row."""
+        if self._inside_backward:
+            self._inside_backward = False
+            self.finish(in_step=True)
+
     def training_pass(self) -> None:
         """The model was called in training: a round of several optimizers is over."""
         if self._stepped:
@@ -181,8 +187,7 @@ class StepObserver:
             rate = optimizer.param_groups[0].get("lr", numpy.nan)
             self._row = Row(learning_rate=rate)
             self._taken = self.thinning.take(self.steps + 1, self._clock())
-        if optimizer not in self._known:
-            self._known.add(optimizer)
+        self._known[optimizer] = None
         if self._described != len(self._known):
             self._described = len(self._known)
             self._row.optimizer = _described(self._known)
@@ -193,10 +198,10 @@ class StepObserver:
         self._stepped.add(id(optimizer))
         self._covered += len(members.columns)
         everyone = self.steps > 0 and all(id(o) in self._stepped for o in self._known)
-        # Inside a backward pass more optimizers may be about to step (one for each parameter).
-        inside = torch._C._current_graph_task_id() != -1
-        if everyone or self._covered >= len(self.parameters):
-            self.finish(in_step=not inside)
+        # Inside a backward pass (one optimizer for each parameter) the loss is not known yet.
+        self._inside_backward = torch._C._current_graph_task_id() != -1
+        if not self._inside_backward and (everyone or self._covered >= len(self.parameters)):
+            self.finish(in_step=True)
 
     def _first_evaluation(self, closure: Any, row: Row, optimizer: Optimizer, members: Members) -> Any:
         first = True
@@ -302,4 +307,4 @@ def _described(optimizers: Iterable[Optimizer]) -> dict[str, Any]:
     states = [describe(o) for o in optimizers]
     groups: Sequence[Any] = [g for s in states for g in s.groups]
     first = dict(groups[0]) if groups else {}
-    return first | {"kind": " and ".join(s.kind for s in states), "groups": tuple(groups)}
+    return first | {"kind": " and ".join(dict.fromkeys(s.kind for s in states)), "groups": tuple(groups)}

@@ -35,9 +35,10 @@ from diag.watch.steps import StepObserver
 
 ALWAYS_ON_SHARE = 0.2  # of the budget, for the norms that need a copy of the parameters
 WARM_UP = 3
+PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
 SHARDED = (
-    "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is measured "
-    "on it."
+    "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is "
+    "measured on it."
 )
 NO_STEP = (
     "No optimizer step on the model's parameters was seen; the optimizer must hold the parameters that the model "
@@ -55,6 +56,7 @@ def watch(
     *,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     probe: Any = None,
+    held_out: Any = None,
     optimizer: Optimizer | None = None,
     run: str | Path | None = None,
     instruments: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
@@ -68,7 +70,8 @@ def watch(
         model replaces the first.
     loss_fn: `loss_fn(outputs, targets)`, mean-reduced; by default the loss that training is seen to use.
     probe: the data to measure on, in any form that `Snapshot` takes; by default the first examples that
-        training is seen to use, up to 512. It stays the same over the run.
+        training is seen to use, up to 512 within 16 steps. It stays the same over the run.
+    held_out: data of the same kind that is not trained on, for what instruments measure on it besides.
     optimizer: count only the steps of this one; by default every optimizer that holds parameters of the model.
     run: the folder of the record; by default a temporary one, which ends with the process.
     instruments: names, or a mapping from names to settings; all of them by default.
@@ -83,6 +86,7 @@ def watch(
         model,
         loss_fn=loss_fn,
         probe=probe,
+        held_out=held_out,
         optimizer=optimizer,
         run=run,
         instruments=instruments,
@@ -104,6 +108,7 @@ class Watcher:
         *,
         loss_fn: Callable[[Any, Any], Any] | None = None,
         probe: Any = None,
+        held_out: Any = None,
         optimizer: Optimizer | None = None,
         run: str | Path | None = None,
         instruments: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
@@ -119,6 +124,7 @@ class Watcher:
         self.active = distributed_rank() == 0
         self._clock = Clock()
         self._probe = _given_probe(self.model, probe)
+        self._held_out = _given_probe(self.model, held_out).batches or None
         self._replace_others(run)
         about = describe_run(self.model, parameters, chosen, budget, every)
         self.path = Path(run) if run is not None else temporary_folder()
@@ -203,6 +209,7 @@ class Watcher:
     @guarded("loss")
     def backward_done(self) -> None:
         self._losses.backward_done()
+        self._steps.backward_done()
 
     @guarded("gradients before clipping")
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any:
@@ -267,6 +274,8 @@ class Watcher:
         self._recorder.cost(step, self._clock)
         if self._forwards == 0 and step & (step - 1) == 0 and self._hooks is not None:
             self._hooks.find_compiled()
+        if self._steps.steps >= PROBE_STEPS:
+            self._probe.complete = True
         if in_step and self._probe.batches and self._probe.complete:
             self._measure_if_due(step)
 
@@ -300,6 +309,7 @@ class Watcher:
             self.model,
             self._losses.loss_fn,
             self._probe.batches,
+            held_out=self._held_out,
             previous=self._previous(),
             optimizer=self.optimizer or self._steps.optimizer,
             history=_LazyHistory(self),

@@ -98,10 +98,9 @@ def built_arguments(target: str) -> dict[str, Any]:
     if isinstance(built, (tuple, list)) and len(built) == 3:
         built = dict(zip(("model", "loss_fn", "data"), built, strict=True))
     if not isinstance(built, Mapping) or not isinstance(built.get("model"), nn.Module):
-        what = (
-            type(built.get("model")).__name__ + " as model" if isinstance(built, Mapping) else type(built).__name__
-        )
-        raise InvalidInput(f"The build function {target} returned a {what}; {RETURNS}.")
+        made = built.get("model") if isinstance(built, Mapping) else built
+        where = " as its model" if isinstance(built, Mapping) else ""
+        raise InvalidInput(f"The build function {target} returned {type(made).__name__}{where}; {RETURNS}.")
     known = inspect.signature(Snapshot).parameters
     unknown = [str(name) for name in built if name not in known]
     if unknown:

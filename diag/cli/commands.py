@@ -22,7 +22,7 @@ PATHS = click.Path(path_type=Path)
 
 
 @click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="diag")
+@click.version_option(package_name="diag", prog_name="diag")
 def main() -> None:
     """Tells what state a PyTorch network is in, while it trains and afterwards, with evidence."""
 

@@ -1,0 +1,165 @@
+"""check, show, compare and report of recorded runs."""
+
+import json
+
+import pytest
+import torch
+
+from diag.run import RunWriter, load
+
+
+def test_check_fails_on_an_alarm_and_says_which(run_diag, make_run):
+    bad = run_diag("check", make_run("bad", 1000.0))
+    assert bad.exit_code == 1
+    assert "✖ alarm  Softmax collapse" in bad.stdout and bad.stdout.rstrip().endswith("FAILED: 1 alarm, 1 ok")
+    good = run_diag("check", make_run("good", 1.0))
+    assert (good.exit_code, good.stdout) == (0, "passed: 2 ok\n")
+
+
+def test_check_fails_on_a_warning_only_where_asked(run_diag, make_run, monkeypatch):
+    folder = make_run("run", 1000.0)
+    run = load(folder)
+    alarm = next(f for f in run.findings() if f.verdict.level == "alarm")
+    milder = type(alarm.verdict)("warning", "It is a little collapsed.")
+    monkeypatch.setattr(type(alarm.series[0][1]), "trend", classmethod(lambda cls, series: milder))
+    assert run_diag("check", folder).exit_code == 0
+    assert run_diag("check", folder, "--fail-on", "alarm").exit_code == 0
+    warned = run_diag("check", folder, "--fail-on", "warning")
+    assert warned.exit_code == 1 and "It is a little collapsed." in warned.stdout
+
+
+def test_check_of_nothing_is_no_success(run_diag, broken_run, tmp_path):
+    nothing = run_diag("check", broken_run)
+    assert nothing.exit_code == 2 and "Nothing was measured in" in nothing.stderr
+    missing = run_diag("check", tmp_path / "nowhere")
+    assert missing.exit_code == 2 and "nowhere holds no run (there is no such folder)" in missing.stderr
+
+
+def test_check_names_what_broke(run_diag, make_run):
+    folder = make_run("run", 1.0)
+    with open(folder / "records.jsonl", "a") as file:
+        line = {"type": "failed", "step": 5, "instrument": "neural_collapse", "data": {"reason": "broke"}}
+        file.write(json.dumps(line) + "\n")
+    result = run_diag("check", folder)
+    assert result.exit_code == 0 and "Broke while measuring, so not judged: neural_collapse" in result.stderr
+
+
+def test_show_has_facts_verdicts_skips_and_events(run_diag, make_run):
+    shown = run_diag("show", make_run("run", 1000.0))
+    assert shown.exit_code == 0
+    for text in (
+        "10 s, of which diag 2 %",
+        "✖ alarm  Softmax collapse",
+        "Try: ",
+        "steps 50–100 · ",
+        "neural_collapse: features are missing; give a last Linear. (2 times, last at step 100)",
+        "not observed: The loss was computed by hand; give loss_fn=.",
+    ):
+        assert text in shown.stdout
+    assert shown.stdout.index("alarm") < shown.stdout.index("✔ ok")
+    assert not any(line.endswith(" ") for line in shown.stdout.split("\n"))
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100, 200])
+def test_no_line_is_wider_than_the_terminal(columns, run_diag, make_run):
+    a, b = make_run("a", 1000.0), make_run("b", 1.0)
+    for command in (
+        ["show", a],
+        ["show", a, "--instrument", "softmax_collapse"],
+        ["compare", a, b, "--all"],
+        ["list"],
+    ):
+        result = run_diag(*command, columns=columns)
+        assert result.exit_code == 0 and max(map(len, result.stdout.split("\n"))) <= columns
+
+
+def test_show_of_one_instrument_has_its_numbers_by_step(run_diag, make_run):
+    result = run_diag("show", make_run("run", 1000.0), "--instrument", "softmax_collapse")
+    rows = [line.split() for line in result.stdout.split("\n")]
+    assert rows[0] == ["step", "50", "100"] and ["collapsed", "1", "1"] in rows
+    many = run_diag("show", make_run("many", 1.0, range(1, 101)), "--instrument", "softmax_collapse")
+    steps = many.stdout.split("\n")[0].split()
+    assert steps[1] == "1" and steps[-1] == "100" and len(steps) < 9
+    absent = run_diag("show", make_run("run", 1.0), "--instrument", "neural_collapse")
+    assert absent.exit_code == 2 and "neural_collapse measured nothing in this run; it has" in absent.stderr
+
+
+def test_compare_puts_two_runs_side_by_side(run_diag, make_run, tmp_path):
+    result = run_diag("compare", make_run("a", 1000.0), make_run("b", 1.0), "-o", "compare.html")
+    assert result.exit_code == 0 and "Comparison: compare.html" in result.stdout
+    assert (tmp_path / "compare.html").stat().st_size > 1000
+    lines = result.stdout.split("\n")
+    assert lines[0].split() == ["a", "b"]
+    assert any("✖ alarm" in line and "✔ ok" in line for line in lines)
+    assert any(line.split() == ["collapsed", "1", "0", "-1"] for line in lines)
+    assert "more are equal (--all shows them)" in result.stdout
+    assert not any(line.startswith("loss ") for line in lines)
+    everything = run_diag("compare", tmp_path / "a", tmp_path / "b", "--all").stdout
+    assert any(line.startswith("loss ") for line in everything.split("\n"))
+
+
+def test_compare_of_runs_with_one_name_shows_their_paths(run_diag, make_run, tmp_path):
+    (tmp_path / "x").mkdir()
+    (make_run("run", 1.0)).rename(tmp_path / "x" / "run")
+    make_run("run", 1.0)
+    first = run_diag("compare", "x/run", "run").stdout.split("\n")[0]
+    assert first.split() == ["A:", "x/run", "B:", "run"]
+
+
+def test_report_of_a_run(run_diag, make_run, tmp_path):
+    result = run_diag("report", make_run("run", 1000.0), "-o", "out/page.html")
+    assert result.exit_code == 0 and "Report: out/page.html" in result.stdout and "✖ alarm" in result.stdout
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert "Softmax collapse" in page and json.loads((tmp_path / "out" / "page.json").read_text())
+
+
+def test_report_with_chosen_instruments_and_settings(run_diag, make_run, tmp_path):
+    folder = make_run("run", 1000.0)
+    only = run_diag("report", folder, "--instrument", "gradient_flow", "--set", "gradient_flow.depth_factor=7")
+    assert only.exit_code == 0 and "Softmax" not in only.stdout and "Gradient flow" in only.stdout
+    assert '"depth_factor"' in (tmp_path / "report.json").read_text()
+    late = run_diag("report", folder, "--set", "softmax_collapse.alarm_at=1")
+    assert late.exit_code == 2
+    assert "softmax_collapse was measured during the training, so its settings cannot be changed" in late.stderr
+
+
+def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
+    folder = make_run("run", 1.0)
+    for command in (["report", folder], ["compare", folder, folder]):
+        result = run_diag(*command, "-o", folder / "run.html")
+        assert result.exit_code == 2 and "would overwrite" in result.stderr
+    assert load(folder).instruments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["report", "nowhere"], "There is no nowhere; give a run's folder, or checkpoints with --build."),
+        (["report", "net.pt"], "net.pt is not a run; for checkpoints, give --build module:function"),
+        (["report", "run", "run"], "A report is of one run; give one, or use diag compare for two."),
+        (["report", "run", "-o", "page.pdf"], "expected a name that ends in .html"),
+        (["report", "run", "--instrument", "gradient_flo"], "There is no instrument 'gradient_flo'; did you mean"),
+        (["report"], "Missing argument 'RUN|CKPT...'"),
+        (["repot"], "No such command 'repot'"),
+        (["check", "run", "--fail-on", "doom"], "'doom' is not one of 'alarm', 'warning'"),
+        (["show", "run", "--instrument", "nothing_like_it"], "There is no instrument 'nothing_like_it'; known are"),
+        (["compare", "run"], "Missing argument 'B'"),
+        (["compare", "run", "net.pt"], "net.pt holds no run"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(arguments, text, run_diag, make_run, tmp_path):
+    make_run("run", 1.0)
+    torch.save({"w": torch.ones(1)}, tmp_path / "net.pt")
+    result = run_diag(*arguments)
+    assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_run_that_is_locked_or_newer_is_still_one_sentence(run_diag, make_run):
+    folder = make_run("run", 1.0)
+    with RunWriter(folder, {"layers": {"body.weight": 6, "head.weight": 4}}, resume=True):
+        assert run_diag("check", folder).exit_code == 0, "a run may be read while it is written"
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(about | {"format_version": 9}))
+    result = run_diag("check", folder)
+    assert result.exit_code == 2 and "has run format 9" in result.stderr

@@ -142,8 +142,10 @@ class CurvatureOperator(LinearOperator):
         graph = self._kept_graph()
         if graph is None:
             return self._rebuilt(v[None])[0]
+        views = self.layout.views(v)
         with self.objective.replayed():
-            return self.layout.flatten(graph.product(self.layout.views(v), True), v)
+            pieces = graph.product(views, True)
+        return self.layout.flatten(pieces, v)
 
     def _matvecs(self, vectors: Tensor) -> Tensor:
         if self._kept_graph() is not None:

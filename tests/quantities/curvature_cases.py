@@ -110,12 +110,13 @@ class Reference:
             yield self.loss_fn(self.model(*map(_double, b.args)), _double(b.targets)) * b.size / self.n
 
     def gradient(self):
+        return sum(self._backward(loss) for loss in self.losses())
+
+    def _backward(self, scalar):
         for p in self.parameters:
             p.grad = None
-        for loss in self.losses():
-            loss.backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        return torch.cat([g.to_dense().reshape(-1) if g.is_sparse else g.reshape(-1) for g in grads])
+        scalar.backward(retain_graph=True)
+        return self._flat([p.grad for p in self.parameters])
 
     def move(self, step, direction):
         start = 0
@@ -157,23 +158,14 @@ class Reference:
             z = self.model(*map(_double, b.args))
             rows = z.reshape(-1, z.shape[-1])
             for row in rows:
-                jacobian = torch.stack(
-                    [
-                        self._flat(torch.autograd.grad(x, self.parameters, retain_graph=True, allow_unused=True))
-                        for x in row
-                    ]
-                )
+                jacobian = torch.stack([self._backward(x) for x in row])
                 p = row.detach().softmax(0)
                 total = total + jacobian.T @ (p.diag() - p.outer(p)) @ jacobian * b.size / self.n / len(rows)
         return total
 
     def _flat(self, grads):
-        return torch.cat(
-            [
-                torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1)
-                for g, p in zip(grads, self.parameters, strict=True)
-            ]
-        )
+        zeros = [torch.zeros_like(p) for p in self.parameters]
+        return torch.cat([(z if g is None else z + g).reshape(-1) for z, g in zip(zeros, grads, strict=True)])
 
 
 def relative(found, truth):

@@ -82,7 +82,7 @@ def connect(
     if ancestor is not None:
         found["angle"] = angle(path.start, end, ancestor)
     if align is not None:
-        found |= _align(path, end, align, orders)
+        found |= aligned_end(path, end, align, orders)
         end = path.fit(found["aligned_state"])
         found["aligned"], found["aligned_held_out"] = both(end)
         found["aligned_distance"] = distance(path.start, end)
@@ -101,7 +101,8 @@ def connect(
     return Connection(**found)
 
 
-def _align(path: Interpolation, end: State, method: str, orders: int | None) -> dict[str, Any]:
+def aligned_end(path: Interpolation, end: State, method: str, orders: int | None = None) -> dict[str, Any]:
+    """`end` aligned to `path.start`: the keys alignment, aligned_state and function_change of a Connection."""
     groups = path.symmetries
     if not groups.groups:
         reasons = "; ".join(sorted(set(groups.frozen.values()))[:3])

@@ -120,6 +120,13 @@ class Interpolation:
         """The snapshot on held-out data, where there is such data."""
         return None if self.snapshot._held_out is None else self.snapshot._held_out_snapshot
 
+    def starting_at(self, start: State) -> Interpolation:
+        """The paths from another state (as `fit` gives it), with the same working copy."""
+        other = copy.copy(self)
+        other.start = dict(start)
+        other._copy = self.copy
+        return other
+
     @property
     def symmetries(self) -> Symmetries:
         """The model's permutation groups, found and checked when first asked for."""

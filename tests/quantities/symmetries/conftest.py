@@ -95,15 +95,17 @@ class Attention(nn.Module):
 class GPT(nn.Module):
     """Hand-written, with fused qkv, learned positions longer than the example, and tied embeddings."""
 
-    def __init__(self, width: int = 12, heads: int = 3, depth: int = 2, layout: str = "split") -> None:
+    def __init__(
+        self, width: int = 12, heads: int = 3, depth: int = 2, layout: str = "split", words: int = 11, context: int = 16
+    ) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(11, width), nn.Embedding(16, width)
+        self.tokens, self.positions = nn.Embedding(words, width), nn.Embedding(context, width)
         mlp = lambda: nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))  # noqa: E731
         self.blocks = nn.ModuleList()
         for _ in range(depth):
             attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads, layout))
             self.blocks += [Residual(attention), Residual(nn.Sequential(nn.LayerNorm(width), *mlp()))]
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 11, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def thumbnail(image: Any) -> str:
 
 def _height_width_channels(image: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     if image.ndim == 3 and image.shape[2] not in (1, 3) and image.shape[0] not in (1, 3):
-        image = image.mean(axis=0 if image.shape[0] < image.shape[2] else 2)  # many channels: their mean
+        last = image.shape[0] == image.shape[1] != image.shape[2]
+        image = image.mean(axis=2 if last else 0)  # many channels: their mean
     if image.ndim == 2:
         return image[:, :, None]
     if image.ndim != 3:

@@ -20,8 +20,8 @@ MEDIAN_ROWS = 2_000
 COLUMNS = (
     ("size", "Elements", ""),
     ("gradient_median", "Gradient norm, median", "2-norm before clipping"),
-    ("gradient_lowest", "Lowest", "of the gradient norm"),
-    ("gradient_highest", "Highest", "of the gradient norm"),
+    ("gradient_lowest", "Lowest", "of the finite gradient norms"),
+    ("gradient_highest", "Highest", "of the finite gradient norms"),
     ("ratio_median", "Update / parameter, median", "norm of a step's update over the parameter norm"),
     ("parameter_last", "Parameter norm, last", "2-norm after the last recorded step"),
     ("distance_last", "Distance from start, last", "2-norm of the change since the first step"),

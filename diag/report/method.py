@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 
 from diag.display import format_number, format_seconds, format_share
+from diag.registry import instruments
 from diag.report.caveats import spent
 from diag.report.evidence import Evidence
 from diag.report.plain import clean, shown
@@ -100,19 +101,23 @@ def _pairs(values: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _schedule(evidence: Evidence) -> Iterable[dict[str, Any]]:
     """Of each instrument: when it measured, how long that took, on how many examples, with which seed."""
-    seconds: dict[str, list[float]] = {}
+    in_time, seconds = evidence.kind == "run", dict[str, list[float]]()
     for cost in evidence.costs:
         if cost.instrument:
             seconds.setdefault(cost.instrument, []).append(cost.seconds)
     for finding in evidence.findings:
         about = finding.series[-1][1].provenance
+        known = instruments().get(finding.instrument)
+        computed = in_time and known is not None and known.from_history
         own = [r.provenance.seconds for _, r in finding.series if r.provenance.seconds is not None]
-        times = seconds.get(finding.instrument) or own
+        # What is computed from the record when the run is opened took another time each time.
+        times = [] if computed else seconds.get(finding.instrument) or own
+        steps = [step for step, _ in finding.series]
         yield {
             "audit": finding.instrument,
             "name": clean(finding.title),
             "measurements": len(finding.series),
-            "steps": steps_text([step for step, _ in finding.series]) if evidence.kind == "run" else "",
+            "steps": "from the record of every step" if computed else steps_text(steps) if in_time else "",
             "total": format_seconds(sum(times)) if times else "",
             "mean": format_seconds(sum(times) / len(times)) if times else "",
             "examples": "" if about.num_examples is None else f"{about.num_examples:,}",

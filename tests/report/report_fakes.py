@@ -29,7 +29,7 @@ class Collapse(Result):
     def verdict(self):
         return Verdict(
             self.level,
-            f"{100 * self.collapsed:.1f} % of the training examples have a loss gradient of exactly zero in float32.",
+            f"{100 * self.collapsed:.1f} % of the training examples have a gradient of exactly zero in float32.",
             advice="Compute the softmax in float64, or add weight decay; an exact-form loss is the control arm.",
             source="arXiv:2501.04697",
             confidence="arithmetic",
@@ -146,7 +146,8 @@ def history(steps=900, layers=LAYERS, seed=0):
     return dataclasses.replace(
         made, loss=loss, loss_finite=loss_finite, learning_rate=0.1 * (1 + numpy.cos(numpy.pi * t)) / 2,
         gradient_norm=gradient, gradient_finite=finite, parameter_norm=size, update_norm=0.01 * gradient,
-        distance=size * numpy.log1p(9 * t[:, None]).astype("f4"), applied_gradient_norm=gradient.sum(1).astype(float),
+        distance=size * numpy.log1p(9 * t[:, None]).astype("f4"),
+        applied_gradient_norm=gradient.sum(1).astype(float),
         optimizer={"kind": "SGD", "lr": 0.1, "momentum": 0.9},
         notes=("The loss call was seen inside torch.compile only through its value.",),
     )  # fmt: skip
@@ -185,7 +186,7 @@ def evidence(**changes):
             (100, Skipped("uncertain", "Only one batch had been seen; it is measured from the second on.")),
         ],
         history=history(),
-        events=[Event(300, "resume", "resumed after step 300"), Event(512, "exception", "The loop raised OSError.")],
+        events=[Event(300, "resume", "resumed after step 300"), Event(512, "exception", "The loop raised.")],
         costs=[
             Cost(900, "", 0.0, 48.0, 3.1),
             *[Cost(s, "collapse", 0.021) for s in steps],

@@ -112,7 +112,16 @@ def python_and_numpy_noise(model):
 
 TRAININGS = {
     f.__name__: f
-    for f in (adam, sgd_momentum, clipped, autocast_bf16, grad_scaler, accumulation, workers, python_and_numpy_noise)
+    for f in (
+        adam,
+        sgd_momentum,
+        clipped,
+        autocast_bf16,
+        grad_scaler,
+        accumulation,
+        workers,
+        python_and_numpy_noise,
+    )
 }
 
 

@@ -225,7 +225,8 @@ def verdict_html(level: str, sentence: str, advice: str = "", refutation: str = 
 
 def table_html(rows: Mapping[str, tuple[str, str]], caption: str = "") -> str:
     """A table of name, value and description."""
-    left, right = "text-align:left;vertical-align:top", "text-align:right;vertical-align:top"
+    pad = "vertical-align:top;padding:.15em 1em .15em 0"
+    left, right = f"text-align:left;{pad}", f"text-align:right;{pad}"
     body = "".join(
         f"<tr><th scope='row' style='{left};font-weight:500'>{html.escape(name)}</th>"
         f"<td style='{right};font-variant-numeric:tabular-nums;white-space:nowrap'>{html.escape(value)}</td>"

@@ -24,7 +24,7 @@ def caveats(evidence: Evidence, counts: Mapping[str, int]) -> list[dict[str, str
     found = [
         *_of_checks(counts, evidence.not_installed),
         *_of_history(evidence),
-        *_of_events(evidence.events, evidence.history.notes if evidence.history is not None else ()),
+        *_of_events(evidence.events),
         *_of_cost(evidence),
         *_of_files(evidence.torn),
     ]
@@ -100,9 +100,9 @@ def _range(steps: Any) -> str:
     return f"at step {steps[0]:,}" if len(steps) == 1 else f"from step {steps[0]:,} to {steps[-1]:,}"
 
 
-def _of_events(events: Sequence[Event], notes: Sequence[str]) -> Caveats:
-    """What happened and is not in the history's notes, the repetitions of one kind and text together."""
-    told = [e for e in events if e.kind not in ROUTINE_EVENTS and e.text not in notes]
+def _of_events(events: Sequence[Event]) -> Caveats:
+    """What happened, the repetitions of one kind and text together."""
+    told = [e for e in events if e.kind not in ROUTINE_EVENTS]
     times = Counter((e.kind, e.text) for e in told)
     first = {(e.kind, e.text): e.step for e in reversed(told)}
     for key, count in list(times.items())[:MAX_EVENTS]:

@@ -63,6 +63,8 @@ def gather(source: Any) -> Evidence:
 
 
 def _from_run(run: Run) -> Evidence:
+    # A note of the history is also among the events; it is told once.
+    notes = run.history.notes if run.history is not None else ()
     name = run.metadata.get("name") or (run.path.resolve().name if run.path else "in memory")
     return Evidence(
         kind="run",
@@ -71,7 +73,7 @@ def _from_run(run: Run) -> Evidence:
         findings=run.findings(),
         outcomes=run.outcomes,
         history=run.history or None,  # one without a step has no time course
-        events=run.events,
+        events=[event for event in run.events if event.text not in notes],
         costs=run.costs,
         torn=run.torn,
         not_installed=tuple(run.unknown_instruments),

@@ -216,7 +216,7 @@ def _log_marks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _linear_marks(low: float, high: float) -> list[tuple[float, str]]:
-    raw = (high - low) / 3
+    raw = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(raw))
     width = next(f for f in (1, 2, 5, 10) if f * unit >= raw) * unit
     first = math.ceil(low / width)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ def eigenpairs(
     smallest: int = 0,
     magnitude: int = 0,
     tolerance: float = 1e-3,
+    criterion: Literal["bound", "residual"] = "bound",
     max_products: int = 1000,
     seed: int = 0,
     start: Tensor | None = None,
@@ -77,13 +78,16 @@ def eigenpairs(
 ) -> Eigenpairs:
     """The wanted extreme eigenpairs, by Lanczos with full reorthogonalisation, stopped when they converged.
 
-    Args: how many `largest`, `smallest` (by value) or by `magnitude`; `tolerance`, relative, for the bounds
-    (see `Wanted`); `start` (size,) or (p, size), earlier vectors to warm-start from; `storage`, the dtype of
-    the basis (torch.bfloat16 halves it; arithmetic stays in the operator's dtype); `memory`, a cap in bytes
-    on the basis and the work vectors; `checkpoint`, a file from which a killed run resumes.
+    Args: how many `largest`, `smallest` (by value) or by `magnitude`; `tolerance`, relative, and the error
+    that it is for, `criterion` (see `Wanted`); `start` (size,) or (p, size), earlier vectors to warm-start
+    from; `storage`, the dtype of the basis (torch.bfloat16 halves it; arithmetic stays in the operator's
+    dtype); `memory`, a cap in bytes on the basis and the work vectors; `checkpoint`, a file from which a
+    killed run resumes.
     Raises InvalidInput when a product is not finite or the memory is too small.
     """
-    wanted = Wanted(largest, smallest, magnitude, tolerance)
+    wanted = Wanted(largest, smallest, magnitude, tolerance, criterion)
+    if start is not None:
+        start = warm_start(start, torch.Generator().manual_seed(seed))
     run = run_lanczos(
         operator,
         wanted,
@@ -100,14 +104,14 @@ def eigenpairs(
 def extract(run: LanczosRun, wanted: Wanted, seed: int, vectors: bool = True) -> Eigenpairs:
     """The wanted pairs of a run."""
     chosen = wanted.select(run.ritz.values)
-    values, bounds = run.ritz.values[chosen], run.ritz.bounds[chosen]
+    values = run.ritz.values[chosen]
     used = run.space.basis[: run.space.steps]
     return Eigenpairs(
         values=values,
         vectors=combine(run.ritz.weights[chosen], used, run.space.operator.dtype) if vectors else None,
         residuals=run.ritz.residuals[chosen],
-        bounds=bounds,
-        converged=wanted.converged(values, run.ritz.residuals[chosen] + run.rounding),
+        bounds=run.ritz.bounds[chosen] + run.rounding,
+        converged=wanted.converged(values, wanted.error(run.ritz)[chosen] + run.rounding),
         num_products=run.num_products,
         rounding=run.rounding,
         seed=seed,
@@ -133,7 +137,7 @@ def run_lanczos(
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed), storage)
     progress = Progress(wanted, max_products, min_products)
     if checkpoint is None or not load_run(Path(checkpoint), space, progress, seed):
-        space.start(None if start is None else warm_start(start, space.generator))
+        space.start(start)
     while not progress.finished(space):
         space.extend()
         progress.advance(space)
@@ -167,9 +171,9 @@ class Progress:
             return
         bordered = space.settle()
         if self.patience and self.products >= self.next_look:
-            self.next_look = self.products + max(1, self.products // 16) * (1 if on_host else 4)
-            pairs = ritz(bordered, rounding_of(space, bordered))
-            self.satisfied = self.patience.satisfied(pairs, bordered, space.blocks, space.exhausted)
+            self.next_look = self.products + max(1, self.products // 32) * (1 if on_host else 4)
+            pairs = ritz(bordered)
+            self.satisfied = self.patience.satisfied(self.products, pairs, bordered, space.blocks, space.exhausted)
         if space.steps == space.capacity and not self.finished(space):
             self._restart(space, bordered)
 
@@ -201,7 +205,7 @@ class Progress:
         rounding = rounding_of(space, bordered)
         return LanczosRun(
             space=space,
-            ritz=ritz(bordered, rounding),
+            ritz=ritz(bordered),
             first_cycle=bordered if self.first_cycle is None else self.first_cycle,
             satisfied=self.satisfied or space.exhausted,
             num_products=self.products,
@@ -229,7 +233,7 @@ def restart_set(values: Tensor, wanted: Wanted | None, capacity: int) -> Tensor:
     counts = [
         n + share * end for n, end in zip((wanted.largest, wanted.smallest, wanted.magnitude), ends, strict=True)
     ]
-    return Wanted(*counts).select(values)
+    return Wanted(largest=counts[0], smallest=counts[1], magnitude=counts[2]).select(values)
 
 
 def basis_capacity(

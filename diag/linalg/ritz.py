@@ -9,6 +9,7 @@ missed an eigenvalue altogether, which is what `Patience` guards against.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +21,17 @@ from diag.errors import InvalidInput
 class Wanted:
     """Which eigenvalues are asked for: the `largest` and `smallest` by value, or by `magnitude`.
 
-    A pair counts as converged when its residual is at most `tolerance` times its own magnitude, or times a
+    A pair counts as converged when its error is at most `tolerance` times its own magnitude, or times a
     hundredth of the largest magnitude for eigenvalues below that (our choice: a relative error of an
-    eigenvalue next to zero says nothing).
+    eigenvalue next to zero says nothing). The error that counts is the "bound" on the eigenvalue, or the
+    "residual", which also makes the eigenvectors good to tolerance / relative gap and takes some more steps.
     """
 
     largest: int = 0
     smallest: int = 0
     magnitude: int = 0
     tolerance: float = 1e-3
+    criterion: Literal["bound", "residual"] = "bound"
 
     def __post_init__(self) -> None:
         counts = (self.largest, self.smallest, self.magnitude)
@@ -37,6 +40,8 @@ class Wanted:
                 f"largest={self.largest}, smallest={self.smallest}, magnitude={self.magnitude} were asked for; "
                 "give largest and smallest, or magnitude, with at least one eigenvalue in all."
             )
+        if self.criterion not in ("bound", "residual"):
+            raise InvalidInput(f"criterion={self.criterion!r} was given; give 'bound' or 'residual'.")
         if not 0 < self.tolerance < 1:
             raise InvalidInput(f"a tolerance of {self.tolerance} was given; give one between 0 and 1.")
 
@@ -53,6 +58,10 @@ class Wanted:
             return order
         return torch.cat([order[: self.largest], order[len(order) - self.smallest :]])
 
+    def error(self, pairs: Ritz) -> Tensor:
+        """The error of each pair that the criterion names."""
+        return pairs.bounds if self.criterion == "bound" else pairs.residuals
+
     def converged(self, values: Tensor, errors: Tensor) -> Tensor:
         """Which of `values` are within the tolerance by their `errors` (k,)."""
         magnitude = values.abs()
@@ -64,7 +73,7 @@ class Ritz:
     """The Ritz pairs of a space of m vectors; everything float64 on the host, ascending.
 
     `values` (m,); `weights` (m, m), row i the coefficients of Ritz vector i in the basis; `residuals` (m,);
-    `bounds` (m,) = min(residual, residual^2 / gap) plus the rounding of the products.
+    `bounds` (m,) = min(residual, residual^2 / gap). The rounding of the products is not in them.
     """
 
     values: Tensor
@@ -73,18 +82,23 @@ class Ritz:
     bounds: Tensor
 
 
-def ritz(bordered: Tensor, rounding: float = 0.0) -> Ritz:
+def ritz(bordered: Tensor) -> Ritz:
     """Ritz pairs of T bordered by t, (m + 1, m + 1): eigh of T, and |<t, s>| for the residuals."""
     steps = len(bordered) - 1
     values, columns = torch.linalg.eigh(bordered[:steps, :steps])
     residuals = (bordered[steps, :steps] @ columns).abs()
-    return Ritz(values, columns.T, residuals, error_bounds(values, residuals) + rounding)
+    return Ritz(values, columns.T, residuals, error_bounds(values, residuals))
 
 
-def error_bounds(values: Tensor, residuals: Tensor) -> Tensor:
-    """min(r, r^2 / gap), the gap being the distance to the nearest of the other intervals value +- r."""
+def error_bounds(
+    values: Tensor, residuals: Tensor, others: Tensor | None = None, slack: float | Tensor = 0.0
+) -> Tensor:
+    """min(r, r^2 / gap), the gap being the distance to the nearest of the other intervals value +- r, and of
+    what is known of the rest of the spectrum: `others` +- slack."""
     distance = (values[:, None] - values[None, :]).abs() - residuals[None, :]
     distance.fill_diagonal_(float(residuals.max() + values.abs().max()))
+    if others is not None and len(others):
+        distance = torch.cat([distance, (values[:, None] - others[None, :]).abs() - slack], dim=1)
     gap = distance.min(dim=1).values
     return torch.where(gap > residuals, residuals.square() / gap, residuals)
 
@@ -93,8 +107,8 @@ class Patience:
     """Decides that a run may stop: the wanted pairs have converged, and stay so.
 
     Converged once is not enough: a Ritz value can rest for a step on its way to another eigenvalue. The
-    same pairs must be converged, to the same values, for a tenth of the steps that it took (at least two
-    checks). After a breakdown the part of the space that grew from the fresh vector must also have shown
+    same pairs must be converged, to the same values, for a twentieth of the steps that it took (two checks
+    at least). After a breakdown the part of the space that grew from the fresh vector must also have shown
     that it has nothing better to offer: its own best pair has converged and is not among the wanted.
     """
 
@@ -103,10 +117,9 @@ class Patience:
         self.values: Tensor | None = None
         self.since = 0
 
-    def satisfied(self, pairs: Ritz, bordered: Tensor, blocks: list[int], exhausted: bool) -> bool:
-        """Takes one check into account; `bordered` is T with its border, as for `ritz`,
+    def satisfied(self, products: int, pairs: Ritz, bordered: Tensor, blocks: list[int], exhausted: bool) -> bool:
+        """Takes the check after so many products into account; `bordered` is T with its border, as for `ritz`,
         and `blocks` are where its decoupled parts begin."""
-        steps = len(pairs.values)
         if exhausted:
             return True
         if not self._all_converged(pairs) or not self._nothing_pending(pairs, bordered, blocks):
@@ -114,14 +127,14 @@ class Patience:
             return False
         chosen = pairs.values[self.wanted.select(pairs.values)]
         if self.values is None or not self._unchanged(chosen):
-            self.values, self.since = chosen, steps
+            self.values, self.since = chosen, products
             return False
-        return steps - self.since >= max(1, self.since // 10)
+        return products - self.since >= max(1, self.since // 20)
 
     def _all_converged(self, pairs: Ritz) -> bool:
         chosen = self.wanted.select(pairs.values)
         enough = len(pairs.values) > self.wanted.count
-        return enough and bool(self.wanted.converged(pairs.values[chosen], pairs.residuals[chosen]).all())
+        return enough and bool(self.wanted.converged(pairs.values[chosen], self.wanted.error(pairs)[chosen]).all())
 
     def _unchanged(self, chosen: Tensor) -> bool:
         assert self.values is not None

@@ -1,0 +1,175 @@
+"""The spectral density of an operator by stochastic Lanczos quadrature, and what follows from its moments.
+
+A Lanczos run of m steps from a random unit vector v gives Gauss nodes theta_j and weights tau_j^2 with
+
+    sum_j tau_j^2 f(theta_j) ~= v^T f(A) v,   E v^T f(A) v = tr f(A) / size,
+
+exact in v for polynomials of degree 2 m - 1. Averaged over probes this is the spectral measure (Ubaru, Chen
+and Saad 2017; Ghorbani, Krishnan and Xiao 2019). Pairs that have converged can be deflated: each is one
+atom of weight 1 / size, and the probes see the rest only, which lowers the error where outliers dominate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.linalg.deflation import DeflatedOperator
+from diag.linalg.lanczos import LanczosRun, run_lanczos
+from diag.linalg.operator import LinearOperator
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A stochastic estimate: its `value`, `standard_error`, how many `num_probes` and the `seed`."""
+
+    value: float
+    standard_error: float
+    num_probes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class SpectralMeasure:
+    """A discrete stand-in for the distribution of the eigenvalues.
+
+    `nodes` and `weights` (probes, steps), float64; each row of weights sums to the share of the spectrum that
+    the probes stand for: (size - deflated) / size. `atoms` (deflated,) are eigenvalues known one by one, each
+    of weight 1 / size. `size`, `seed`, `num_products`.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    atoms: Tensor
+    size: int
+    seed: int
+    num_products: int
+
+    @property
+    def num_probes(self) -> int:
+        return len(self.nodes)
+
+    def distribution(self, grid: Tensor) -> Tensor:
+        """Share of eigenvalues <= each point of `grid` (g,), float64: a step function."""
+        below = (self.nodes[..., None] <= grid).double()
+        return (self.weights[..., None] * below).sum(1).mean(0) + self._atoms_below(grid)
+
+    def distribution_standard_error(self, grid: Tensor) -> Tensor:
+        """Standard error of `distribution` over the probes (g,); needs two probes, else infinite."""
+        shares = (self.weights[..., None] * (self.nodes[..., None] <= grid).double()).sum(1)
+        return _spread(shares)
+
+    def density(self, grid: Tensor, width: float | None = None, atoms: bool = True) -> Tensor:
+        """Density on `grid` (g,), smoothed with a Gaussian of standard deviation `width` (default: 1 % of the
+        range of the nodes); the integral over all of the line is the share of the spectrum it stands for."""
+        width = width or default_width(self)
+        smooth = (self.weights[..., None] * _gaussian(grid - self.nodes[..., None], width)).sum(1).mean(0)
+        if atoms and len(self.atoms):
+            smooth = smooth + _gaussian(grid - self.atoms[:, None], width).sum(0) / self.size
+        return smooth
+
+    def moment(self, power: int) -> Estimate:
+        """tr A^power, with its standard error."""
+        sums = self.size * (self.weights * self.nodes**power).sum(1)
+        value = float(sums.mean() + (self.atoms**power).sum())
+        return Estimate(value, self._moment_error(sums, power), self.num_probes, self.seed)
+
+    def trace(self) -> Estimate:
+        """tr A."""
+        return self.moment(1)
+
+    def frobenius_norm(self) -> Estimate:
+        """|A|_F, with the error of its square carried over."""
+        square = self.moment(2)
+        norm = math.sqrt(max(square.value, 0.0))
+        error = square.standard_error / (2 * norm) if norm else 0.0
+        return Estimate(norm, error, self.num_probes, self.seed)
+
+    def _moment_error(self, sums: Tensor, power: int) -> float:
+        """The larger of what the probes' spread says and what theory says of Gaussian directions: the variance
+        of n v^T B v is 2 (tr B^2 - (tr B)^2 / n) n / (n + 2), so that one probe has an error too."""
+        rest = self.size - len(self.atoms)
+        squares = self.size * (self.weights * self.nodes ** (2 * power)).sum(1).mean()
+        theory = (2 * (squares - sums.mean() ** 2 / rest).clamp_min(0) * rest / (rest + 2) / len(sums)).sqrt()
+        spread = _spread(sums) if len(sums) > 1 else torch.zeros(())
+        return max(float(theory), float(spread))
+
+    def _atoms_below(self, grid: Tensor) -> Tensor:
+        return (self.atoms[:, None] <= grid).double().sum(0) / self.size
+
+
+def spectral_measure(
+    operator: LinearOperator,
+    *,
+    num_probes: int = 1,
+    steps: int = 80,
+    deflate: Tensor | None = None,
+    seed: int = 0,
+    storage: torch.dtype | None = None,
+    memory: int | None = None,
+) -> SpectralMeasure:
+    """The spectral measure from `num_probes` independent Gaussian start vectors, `steps` products each.
+
+    Args: deflate, orthonormal rows (k, size), eigenvectors that are known: one product each gives their
+    Rayleigh quotients, and the probes see only what is orthogonal to them.
+    """
+    if num_probes < 1 or steps < 1:
+        raise InvalidInput(f"num_probes={num_probes} and steps={steps} were given; give at least 1 of each.")
+    target: LinearOperator = operator
+    atoms = torch.zeros(0, dtype=torch.float64)
+    if deflate is not None:
+        target = DeflatedOperator(operator, deflate)
+        atoms, _ = target.known_part()
+    generator = torch.Generator().manual_seed(seed)
+    runs = []
+    for _ in range(num_probes):
+        start = gaussian_probe(target, generator)
+        runs.append(run_lanczos(target, None, max_products=steps, start=start, storage=storage, memory=memory))
+    products = len(atoms) + sum(run.num_products for run in runs)
+    return measure_of(runs, operator.size, seed, atoms, products)
+
+
+def gaussian_probe(operator: LinearOperator, generator: torch.Generator) -> Tensor:
+    """A Gaussian vector of the operator's kind; inside the complement where directions are deflated."""
+    v = torch.randn(operator.size, dtype=torch.float32, generator=generator)
+    v = v.to(dtype=operator.dtype, device=operator.device)
+    return operator.project(v) if isinstance(operator, DeflatedOperator) else v
+
+
+def measure_of(runs: list[LanczosRun], size: int, seed: int, atoms: Tensor, num_products: int) -> SpectralMeasure:
+    """Puts the quadrature rules of several runs side by side; shorter ones are filled up with weight 0."""
+    rules = [quadrature_rule(run.first_cycle) for run in runs]
+    longest = max(len(nodes) for nodes, _ in rules)
+    nodes = torch.stack([_padded(nodes, longest) for nodes, _ in rules])
+    weights = torch.stack([_padded(weights, longest) for _, weights in rules])
+    return SpectralMeasure(nodes, weights * (size - len(atoms)) / size, atoms, size, seed, num_products)
+
+
+def quadrature_rule(bordered: Tensor) -> tuple[Tensor, Tensor]:
+    """Gauss nodes and weights (m,) of the start vector, from its T (bordered, as Lanczos keeps it)."""
+    nodes, columns = torch.linalg.eigh(bordered[:-1, :-1])
+    return nodes, columns[0].square()
+
+
+def default_width(measure: SpectralMeasure) -> float:
+    """1 % of the range of the nodes (our choice; what looks like one peak or two depends on it)."""
+    return 0.01 * float(measure.nodes.max() - measure.nodes.min()) or 1e-12
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, length - len(values)))
+
+
+def _gaussian(offset: Tensor, width: float) -> Tensor:
+    return torch.exp(-0.5 * (offset / width) ** 2) / (width * math.sqrt(2 * math.pi))
+
+
+def _spread(samples: Tensor) -> Tensor:
+    """Standard error of the mean over the first dimension; infinite for a single sample."""
+    if len(samples) < 2:
+        return torch.full_like(samples[0], float("inf"))
+    return samples.std(0) / math.sqrt(len(samples))

@@ -1,0 +1,68 @@
+"""The trace and the Frobenius norm of an operator from random probes, each with its standard error.
+
+Hutchinson (1990): for v with independent entries +-1, E v^T A v = tr A and E |A v|^2 = |A|_F^2, one product
+each. Known eigenvectors U are deflated: tr A = tr U A U^T + tr P A P with P = I - U^T U (and the squared norms
+likewise, with the cross term), and only the second is estimated, so that outliers no longer make the noise. The trace of a Hessian may well be negative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.linalg.deflation import DeflatedOperator
+from diag.linalg.operator import LinearOperator
+from diag.linalg.quadrature import Estimate
+from diag.linalg.reductions import dot
+
+
+@dataclass(frozen=True)
+class TraceAndNorm:
+    """`trace` and `frobenius_norm` from the same products, and how many there were."""
+
+    trace: Estimate
+    frobenius_norm: Estimate
+    num_products: int
+
+
+def trace_and_norm(
+    operator: LinearOperator, *, num_probes: int = 16, deflate: Tensor | None = None, seed: int = 0
+) -> TraceAndNorm:
+    """tr A and |A|_F from `num_probes` Rademacher probes.
+
+    Args: deflate, eigenvectors that are known, rows (k, size): one product each beside the probes.
+    Raises InvalidInput for fewer than two probes: one probe has no standard error.
+    """
+    if num_probes < 2:
+        raise InvalidInput(f"num_probes={num_probes} was given; at least 2 are needed for a standard error.")
+    target: LinearOperator = operator
+    known, cross = torch.zeros(0, dtype=torch.float64), 0.0
+    if deflate is not None and len(deflate):
+        target = DeflatedOperator(operator, deflate)
+        known, cross = target.known_part()
+    samples = _probe(target, num_probes, torch.Generator().manual_seed(seed))
+    trace, square = samples.mean(0) + torch.stack([known.sum(), known.square().sum() + 2 * cross])
+    trace_error, square_error = samples.std(0) / math.sqrt(num_probes)
+    norm = math.sqrt(float(square))
+    return TraceAndNorm(
+        trace=Estimate(float(trace), float(trace_error), num_probes, seed),
+        frobenius_norm=Estimate(norm, float(square_error) / (2 * norm) if norm else 0.0, num_probes, seed),
+        num_products=len(known) + num_probes,
+    )
+
+
+def _probe(operator: LinearOperator, count: int, generator: torch.Generator) -> Tensor:
+    """(v^T A v, |A v|^2) for each probe: float64 (count, 2) on the host."""
+    samples = []
+    for _ in range(count):
+        bits = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+        v = (2 * bits - 1).to(dtype=operator.dtype, device=operator.device)
+        if isinstance(operator, DeflatedOperator):
+            operator.project(v)
+        product = operator.matvec(v)
+        samples.append(torch.stack([dot(v, product), dot(product, product)]))
+    return torch.stack(samples).cpu()

@@ -33,8 +33,9 @@ def __getattr__(name: str) -> Any:
         home = importlib.import_module(_HOMES[name])
         # diag.watch and diag.report are packages that can be called.
         return home if _HOMES[name] == f"diag.{name}" else getattr(home, name)
-    # `from diag import registry` asks here before it looks for the submodule.
-    if not name.startswith("_") and importlib.util.find_spec(f"diag.{name}") is None:
+    if not name.startswith("_"):
+        if importlib.util.find_spec(f"diag.{name}") is not None:
+            return importlib.import_module(f"diag.{name}")
         from diag.registry import instruments
 
         if name in instruments():

@@ -41,6 +41,9 @@ class Measurable(Protocol):
     def provenance(self) -> dict[str, Any]:
         """num_examples, data_fingerprint and seed, as far as they are known."""
 
+    def explain(self) -> None:
+        """Called after something broke: raise a DiagError if the reason lies in what the user gave."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -105,10 +108,20 @@ class Instrument:
         self._refuse_unknown(given)
         began = time.perf_counter()
         quantities = checked({n.name: self._value(n, snapshot, given) for n in self.needs})
-        result = self.function(**quantities, **settings)
+        result = self._measured(snapshot, quantities | settings)
         about = snapshot.provenance() if snapshot is not None else {}
         provenance = Provenance(self.name, settings, seconds=time.perf_counter() - began, **about)
         return dataclasses.replace(result, provenance=provenance)
+
+    def _measured(self, snapshot: Measurable | None, arguments: Mapping[str, Any]) -> Result:
+        try:
+            return self.function(**arguments)
+        except DiagError:
+            raise
+        except Exception:
+            if snapshot is not None:
+                snapshot.explain()
+            raise
 
     def _value(self, need: Need, snapshot: Measurable | None, given: Mapping[str, Any]) -> Any:
         if given.get(need.name) is not None:

@@ -89,12 +89,15 @@ class Snapshot:
             except DiagError:
                 raise
             except Exception:
-                # Most often the model or the loss cannot be called on this data: then say that instead.
-                importlib.import_module("diag.quantities.forward").try_out(source)
+                source.explain()
                 raise
             finally:
                 self._versions = _versions(self.model)
         return self._computed[name]
+
+    def explain(self) -> None:
+        """After something broke: raise InvalidInput if the model or the loss cannot be called on the data."""
+        importlib.import_module("diag.quantities.forward").try_out(self)
 
     def _refuse_a_later_moment(self) -> None:
         if _versions(self.model) != self._versions:

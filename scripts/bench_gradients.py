@@ -59,7 +59,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         # One row of positions for each example, which Opacus needs, costs the others nothing.
-        where = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        where = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
         return self.head(self.norm(self.blocks(self.tokens(ids) + self.positions(where))))
 
 
@@ -122,7 +122,7 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
     calls: dict[str, Callable[[], Any]] = {
         "forward + backward": ordinary,
         "diag: norms": lambda: fresh().norms(),
-        "diag: norms and mean gradient": lambda: fresh().norms_and_sums(everyone),
+        "diag: norms and mean gradient": lambda: fresh().group_gram_by_layer(everyone),
         "diag: gram": lambda: fresh().gram(),
         "diag: sketch k=16": lambda: fresh().sketch(16),
         "vmap(grad)": vmapped,

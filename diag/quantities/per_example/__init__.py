@@ -22,9 +22,11 @@ def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
     """The gradients of the examples' losses, as an object that answers without holding n x P numbers.
 
     Raises InvalidInput where the loss is not a mean or not finite, Unsupported where examples depend on each
-    other, both when the gradients are first asked for something.
+    other; what the first few examples do not show is raised when the gradients are first asked for something.
     """
-    return ModelGradients(snapshot.model, snapshot.batch_loss, snapshot.batches)
+    gradients = ModelGradients(snapshot.model, snapshot.batch_loss, snapshot.batches)
+    gradients.prepare()
+    return gradients
 
 
 __all__ = [

@@ -216,8 +216,8 @@ def _refuse(name: str, args: Any) -> None:
         )
     if name == "embedding" and len(args) > 3 and args[3]:
         raise Unsupported(
-            "An embedding has scale_grad_by_freq, so an example's gradient depends on the rest of its batch; set it "
-            "to False to measure."
+            "An embedding has scale_grad_by_freq, so an example's gradient depends on the rest of its batch; set "
+            "it to False to measure."
         )
 
 

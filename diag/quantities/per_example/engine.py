@@ -9,7 +9,7 @@ What a parameter's examples contribute follows from the calls' inputs and these 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.quantities.batch import Batch
+from diag.quantities.batch import Batch, map_tensors, tensors_in
 from diag.quantities.parameters import trainable
 from diag.quantities.per_example.assembly import Assembly
 from diag.quantities.per_example.blocks import Block
@@ -56,7 +56,7 @@ class ModelGradients(PerExampleGradients):
         self._batches = [part for batch in batches for part in batch.split(micro_batch)]
         if not self._batches:
             raise MissingQuantity("The data holds no batch; per-example gradients need at least one example.")
-        self._trainable = trainable(self.model)
+        self._trainable, self._select = trainable(self.model), layers
         self._parameters = {n: p for n, p in self._trainable.items() if layers is None or layers(n)}
         _check_parameters(self._parameters, list(self._trainable))
         super().__init__(
@@ -64,10 +64,22 @@ class ModelGradients(PerExampleGradients):
         )
         self.num_batches = len(self._batches)
         self._plan: Plan | None = None
+        self._independent = False  # examples were seen not to influence each other
         self._losses: dict[int, Tensor] = {}
         self._share: float | None = None
 
     # ---- what comes with the gradients ---------------------------------------------------------
+
+    def with_permuted_targets(self, seed: int = 0) -> ModelGradients:
+        """The same network and inputs with the targets dealt out anew among the examples."""
+        batches = permuted_targets(self._batches, seed)
+        return ModelGradients(self.model, self.loss_fn, batches, layers=self._select, mode=self.mode)
+
+    def prepare(self) -> None:
+        """Make the plan for the first batch, with its self-test; otherwise the first question does."""
+        if self._plan is None:
+            with preserved(self.model, mode=self.mode), _eager():
+                self._plan = self._make_plan(self._batches[0], slice(0, self._batches[0].size), whole=False)
 
     def losses(self) -> Tensor:
         """(n,): each example's loss."""
@@ -116,7 +128,7 @@ class ModelGradients(PerExampleGradients):
     def _stream_batch(self, batch: Batch, rows: slice, consume: Consumer) -> Tensor:
         """One micro-batch; makes the plan at the first, and anew where it does not fit. Returns the losses."""
         for attempt in range(3):
-            fresh = self._plan is None
+            fresh = not self._independent
             if self._plan is None:
                 self._plan = self._make_plan(batch, rows, whole=attempt > 1)
             given = copied(batch) if self._plan.overwrites_inputs else batch
@@ -131,6 +143,7 @@ class ModelGradients(PerExampleGradients):
             check_mean(run.loss.detach(), losses.detach())
             if fresh and batch.size > 1:
                 check_independent(self.model, self.loss_fn, batch, losses.detach())
+                self._independent = True
             assembly = Assembly(self._plan, run.uses, batch.size, self._parameters, partial(consume, rows))
             backward(run, self._plan, assembly, batch.size, keep_graph)
             assembly.finish(losses if keep_graph else None)
@@ -157,6 +170,25 @@ class ModelGradients(PerExampleGradients):
             return False
         found = torch.autograd.grad([run.loss], edges, retain_graph=True, allow_unused=True)
         return any(g is not None and bool(g.any()) for g in found)
+
+
+def permuted_targets(batches: Sequence[Batch], seed: int) -> list[Batch]:
+    """The batches with the targets permuted over all examples."""
+    total = sum(batch.size for batch in batches)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    columns: list[list[Tensor]] = [tensors_in(batch.targets) for batch in batches]
+    mixed = [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*columns, strict=True)]
+    result, start = [], 0
+    for batch in batches:
+        pieces = iter([column[start : start + batch.size] for column in mixed])
+        targets = map_tensors(partial(_next, pieces), batch.targets)
+        result.append(Batch(batch.args, batch.kwargs, targets, batch.size))
+        start += batch.size
+    return result
+
+
+def _next(pieces: Iterator[Tensor], _: Tensor) -> Tensor:
+    return next(pieces)
 
 
 def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: bool) -> None:

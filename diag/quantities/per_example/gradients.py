@@ -88,8 +88,7 @@ class PerExampleGradients:
     def squared_norms_by_layer(self) -> dict[str, Tensor]:
         """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters. Computed once."""
         if self._layer_norms is None:
-            self.norms_and_sums([])
-        assert self._layer_norms is not None
+            _, self._layer_norms = self._sums_and_norms([], norms=True)
         return self._layer_norms
 
     def mean(self) -> Tensor:
@@ -101,33 +100,56 @@ class PerExampleGradients:
 
         Costs about one ordinary parameter gradient for each time that an example occurs in a group.
         """
-        return self.norms_and_sums(groups, norms=False)
+        sums, _ = self._sums_and_norms(groups, norms=False)
+        if not sums:
+            return torch.zeros(len(groups), self.num_parameters)
+        like = next(iter(sums.values()))
+        result = like.new_zeros(len(groups), self.num_parameters)
+        for name, part in sums.items():
+            result[:, self._slices[name]] = part
+        return result
 
-    def norms_and_sums(self, groups: Sequence[Tensor], norms: bool = True) -> Tensor:
-        """`group_sums`, with the norms taken in the same pass over the data."""
+    def group_gram_by_layer(self, groups: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Per layer, (G, G) float64: inner products of the groups' summed gradients.
+
+        The norms are taken in the same pass. With one micro-batch no more than one parameter's sums are held.
+        """
+        grams = {layer: torch.zeros(len(groups), len(groups), dtype=torch.float64) for layer in self.layers}
+
+        def add(name: str, sums: Tensor) -> None:
+            sums = sums.double()
+            grams[layer_of(name)] += (sums @ sums.T).to("cpu")
+
+        at_once = add if self.num_batches == 1 else None
+        sums, norms = self._sums_and_norms(groups, norms=self._layer_norms is None, hand_on=at_once)
+        for name, part in sums.items():
+            add(name, part)
+        self._layer_norms = self._layer_norms or norms
+        return grams
+
+    def _sums_and_norms(
+        self, groups: Sequence[Tensor], norms: bool, hand_on: Callable[[str, Tensor], None] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         exact = len(groups) * self.num_parameters <= 50_000_000
-        sums: Tensor | None = None
-        zero = torch.zeros(self.num_examples, dtype=torch.float64)
-        squares = {layer: zero.clone() for layer in self.layers}
-        wanted = norms and self._layer_norms is None
+        sums: dict[str, Tensor] = {}
+        squares = {layer: torch.zeros(self.num_examples, dtype=torch.float64) for layer in self.layers}
 
         def consume(rows: slice, name: str, block: Block) -> None:
-            nonlocal sums
-            if wanted:
+            if norms:
                 squares[layer_of(name)][rows] += block.squared_norms().to("cpu")
-            if groups:
-                inside = [g[(g >= rows.start) & (g < rows.stop)] - rows.start for g in groups]
-                found = block.group_sums(inside).flatten(1)
-                if sums is None:
-                    dtype = torch.float64 if exact else found.dtype
-                    sums = found.new_zeros(len(groups), self.num_parameters, dtype=dtype)
-                sums[:, self._slices[name]] += found
+            if not groups:
+                return
+            inside = [g[(g >= rows.start) & (g < rows.stop)] - rows.start for g in groups]
+            found = block.group_sums([g.to(block.device) for g in inside]).flatten(1)
+            if hand_on is not None:
+                hand_on(name, found)
+            elif name in sums:
+                sums[name] += found
+            else:
+                sums[name] = found.double() if exact else found
 
-        if wanted or groups:
-            self.stream(consume)
-        if wanted:
-            self._layer_norms = squares
-        return torch.zeros(len(groups), self.num_parameters) if sums is None else sums
+        self.stream(consume)
+        return sums, squares
 
     def gram(self) -> Tensor:
         """(n, n) float64: <g_i, g_j>. Keeps the factors of all micro-batches while it runs."""

@@ -6,8 +6,10 @@ lacks or what breaks in it is recorded; a broken one is tried again ever more ra
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any
 
@@ -112,7 +114,7 @@ class Measurements:
 
     def _measure(self, instrument: Instrument, step: int, snapshot: Snapshot) -> None:
         began = time.perf_counter()
-        with torch.enable_grad():
+        with torch.enable_grad(), _uncompiled():
             outcome = attempt(snapshot, instrument, **self._settings[instrument.name])
         _wait(snapshot)
         seconds = time.perf_counter() - began
@@ -134,6 +136,12 @@ class Measurements:
 
 def _asks_for_previous(instrument: Instrument) -> bool:
     return any(n.quantity.name in ("update", "previous_losses") for n in instrument.needs)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    # Parts of the model that are compiled in place would be compiled again for evaluation, and what is compiled
+    # cannot be differentiated twice.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _wait(snapshot: Snapshot) -> None:

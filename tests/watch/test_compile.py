@@ -1,0 +1,144 @@
+"""A compiled model is watched too, and its graphs are those of the unwatched model."""
+
+import math
+
+import numpy
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.nn import functional as F
+
+import diag
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator)
+    return x, x[:, :3].argmax(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def train(model, call, steps=8):
+    """Training through `call`; the counter of the compiler tells how many graphs it made."""
+    x, y = data()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    losses, norms = [], []
+    for i in range(steps):
+        batch = slice(8 * (i % 8), 8 * (i % 8) + 8)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(call(x[batch]), y[batch])
+        loss.backward()
+        losses.append(loss.item())
+        norms.append([p.grad.norm().item() for p in model.parameters()])
+        optimizer.step()
+    return losses, norms
+
+
+def compiled_training(backend, when, watched):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Net()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    options = {"budget": math.inf, "every": 2, "instruments": ["softmax_collapse"], "probe": data()}
+    watcher = None
+    if watched and when in ("watch first", "in place after"):
+        watcher = diag.watch(model, **options)
+    if when.startswith("in place"):
+        model.compile(backend=counter)
+        call = model
+    else:
+        call = torch.compile(model, backend=counter)
+    if when == "after some steps":
+        train(model, call, 2)
+    if watched and watcher is None:
+        watcher = diag.watch(call if when == "the wrapper" else model, **options)
+    losses, norms = train(model, call)
+    if watcher is not None:
+        watcher.close()
+    return model, counter, losses, norms, watcher
+
+
+WHEN = ("watch first", "compile first", "after some steps", "the wrapper", "in place", "in place after")
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_training_is_recorded_and_the_same(backend, when, helpers):
+    plain, plain_counter, _, _, _ = compiled_training(backend, when, False)
+    model, counter, losses, norms, watcher = compiled_training(backend, when, True)
+    helpers.assert_identical(model.state_dict(), plain.state_dict())
+    assert counter.frame_count == plain_counter.frame_count == 1
+    run = watcher.run
+    numpy.testing.assert_allclose(run.history.loss, losses, rtol=1e-6)
+    numpy.testing.assert_allclose(run.history.gradient_norm, norms, rtol=1e-5)
+    assert len(run.series("softmax_collapse")) >= 3, run.events
+    assert not [e for e in run.events if e.kind == "internal error"]
+
+
+def test_the_probe_of_a_compiled_model_is_learned():
+    torch.manual_seed(0)
+    model = Net()
+    with diag.watch(model, instruments=["softmax_collapse"]) as watcher:
+        train(model, torch.compile(model, backend="eager"), 20)
+    # The wrapper is found after the first step, so the first micro-batch is missing.
+    assert watcher._probe.size == 64 and watcher.run.series("softmax_collapse")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_loss_inside_the_compiled_function(backend, helpers):
+    """HF models compute their loss inside; then the value that backward() is called on is what can be seen."""
+    x, y = data()
+
+    def run(watched):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Net()
+        counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+        loss_of = torch.compile(lambda x, y: F.cross_entropy(model(x), y), backend=counter, fullgraph=True)
+        watcher = diag.watch(model, instruments=[]) if watched else None
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        losses = []
+        for _ in range(4):
+            loss = loss_of(x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        if watcher is not None:
+            watcher.close()
+        return model, counter, losses, watcher
+
+    plain, plain_counter, losses, _ = run(False)
+    model, counter, _, watcher = run(True)
+    helpers.assert_identical(model.state_dict(), plain.state_dict())
+    assert counter.frame_count == plain_counter.frame_count
+    numpy.testing.assert_allclose(watcher.run.history.loss, losses, rtol=1e-6)
+    assert "No call of the model in training was seen" in helpers.texts(watcher.run)
+
+
+def test_nothing_is_left_on_a_compiled_model():
+    model = Net()
+    wrapper = torch.compile(model, backend="eager")
+    inner = Net()
+    inner.compile(backend="eager")
+    original = inner._compiled_call_impl
+    for target in (model, inner):
+        diag.watch(target, instruments=[]).close()
+    assert not model._forward_hooks and not wrapper._forward_hooks and not inner._forward_hooks
+    assert inner._compiled_call_impl is original

@@ -9,11 +9,13 @@ Knyazev 2001) until they are. What is reported rests on exact products alone.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
-from diag.linalg.deflation import orthonormal
+from diag.linalg.deflation import DeflatedOperator, orthonormal
 from diag.linalg.lanczos import Eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import combine, gram, norm
@@ -110,3 +112,33 @@ def rayleigh_ritz(
         seed=seed,
     )
     return pairs, residual_vectors[chosen]
+
+
+def complete(
+    operator: LinearOperator, pairs: Eigenpairs, wanted: Wanted, *, steps: int = 8, max_rounds: int = 5
+) -> Eigenpairs:
+    """Looks for eigenvalues that a run has missed, and adds them.
+
+    A single start vector shows one copy of a multiple eigenvalue, and shows late what it hardly touches.
+    Here an independent start vector is followed for a few `steps` with the known pairs taken out; where it
+    sees something that ranks among the wanted, the pairs are refined with it and the search is repeated.
+    An outlier is seen within a few steps; an eigenvalue that is near the bulk need not be.
+    """
+    products = pairs.num_products
+    for round_ in range(max_rounds):
+        assert pairs.vectors is not None
+        search = run_lanczos(
+            DeflatedOperator(operator, pairs.vectors), None, max_products=steps, seed=pairs.seed + 1 + round_
+        )
+        products += search.num_products
+        everything = torch.cat(
+            [pairs.values, search.ritz.values - search.ritz.residuals.copysign(search.ritz.values)]
+        )
+        found = wanted.select(everything)
+        found = found[found >= len(pairs.values)] - len(pairs.values)
+        if not len(found):
+            break
+        rows = combine(search.ritz.weights[found], search.space.basis[: search.space.steps], operator.dtype)
+        pairs = refine(operator, torch.cat([pairs.vectors, rows]), wanted, seed=pairs.seed)
+        products += pairs.num_products
+    return dataclasses.replace(pairs, num_products=products)

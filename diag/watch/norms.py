@@ -80,14 +80,10 @@ def _of_one_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tens
 
 
 def _in_blocks(t: Tensor) -> Tensor:
-    flat = t.reshape(-1)
+    blocks = t.reshape(-1).split(BLOCK)
     if t.dtype in HALVES:
-        return (
-            torch.stack([torch.linalg.vector_norm(b, dtype=torch.float32) for b in flat.split(BLOCK)])
-            .double()
-            .norm()
-        )
-    return torch.stack([torch.dot(b, b) for b in flat.split(BLOCK)]).double().sum().sqrt()
+        blocks = tuple(b.float() for b in blocks)
+    return torch.stack([torch.dot(b, b) for b in blocks]).double().sum().sqrt()
 
 
 def _checked(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:

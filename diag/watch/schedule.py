@@ -18,7 +18,7 @@ SAFETY = 1.1
 
 def next_due(step: int, every: int | None, ratio: float = RATIO) -> int:
     """The next scheduled step after `step`: geometric with the given ratio, or a multiple of `every`."""
-    geometric = max(step + 1, ceil(step * ratio))
+    geometric = max(step + 1, ceil(step * ratio - 1e-9))
     return geometric if every is None else min(geometric, (step // every + 1) * every)
 
 

@@ -1,7 +1,8 @@
 """2-norms of many tensors without waiting for the device.
 
 On the CPU the arithmetic is right to about 1e-6 at any size: a float32 `vector_norm` is off by 4e-4 at ten
-million entries, sums over blocks are not. A norm that overflowed or vanished in float32 is taken again in float64.
+million entries, sums over blocks are not. Where the squares leave the range of
+float32 the numbers are scaled first.
 On another device the norms stay there until somebody has time to read them (see `rows`).
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 BLOCK = 1 << 16
 GROUP = 1 << 20
+TINY = 1e-14
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -87,10 +89,10 @@ def _in_blocks(t: Tensor) -> Tensor:
 
 
 def _checked(values: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    # In float32 the squares leave its range beyond 1e19 and below 1e-23, where the norm itself would not.
-    for i in ((values == 0) | ~torch.isfinite(values)).nonzero().flatten().tolist():
-        if tensors[i].numel():
-            values[i] = torch.linalg.vector_norm(
-                tensors[i].to(torch.complex128 if tensors[i].is_complex() else torch.float64)
-            )
+    # In float32 the squares leave its range beyond 1e19 and below 1e-19, where the norm itself does not.
+    for i in ((values < TINY) | ~torch.isfinite(values)).nonzero().flatten().tolist():
+        t = tensors[i]
+        if t.numel() and t.dtype in (torch.float32, *HALVES):
+            scale = 1e20 if values[i] < TINY else 1e-30
+            values[i] = _of_one_device([t.float() * scale], t.device)[0].double() / scale
     return values

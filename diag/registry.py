@@ -239,13 +239,13 @@ def measure(snapshot: Measurable, name: str, **settings: Any) -> Result:
     return find(name)(snapshot, **settings)
 
 
-def attempt(snapshot: Measurable, which: Instrument, **settings: Any) -> Outcome:
-    """Measure without ever raising.
+def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Outcome:
+    """Measure without ever raising. `given` are settings and, as in a call of the instrument, quantities.
 
     What is missing, or for which no right number can be had, becomes Skipped; what breaks becomes Failed.
     """
     try:
-        return which(snapshot, **settings)
+        return which(snapshot, **given)
     except (MissingQuantity, Unsupported) as error:
         return Skipped(which.name, str(error))
     except DiagError as error:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from diag import display
-from diag.errors import MissingQuantity, RunError
+from diag.errors import RunError
 from diag.quantities.history import History
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
@@ -190,7 +190,7 @@ class Run:
         chosen = self.metadata.get("instruments")
         for name, instrument in instruments().items():
             if instrument.from_history and (chosen is None or name in chosen):
-                outcome = attempt(_FromHistory(self.history), instrument, **self._settings(instrument))
+                outcome = attempt(None, instrument, history=self.history, **self._settings(instrument))
                 if isinstance(outcome, Result):
                     results[name] = (self.last_step, outcome)
                 else:
@@ -351,20 +351,3 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
         yield "torn records dropped", f"{run.torn:,}"
     for name, version in (about.get("versions") or {}).items():
         yield f"{name} version", str(version)
-
-
-class _FromHistory:
-    """What an instrument is called on when only the recorded steps are there."""
-
-    def __init__(self, history: History) -> None:
-        self.history = history
-
-    def quantity(self, name: str) -> Any:
-        """The history; raises MissingQuantity for anything else."""
-        if name == "history":
-            return self.history
-        raise MissingQuantity(f"{name} is not in the record of a run; measure it on a diag.Snapshot.")
-
-    def provenance(self) -> dict[str, Any]:
-        """Nothing is known of examples and seeds."""
-        return {}

@@ -187,7 +187,7 @@ def history_of(metadata: Mapping[str, Any], rows: Any, records: Iterable[Mapping
         **columns,
         total_steps=int(rows["total_steps"][-1]),
         optimizer=decode(optimizer[-1]) if optimizer else {},
-        notes=tuple(dict.fromkeys(r["text"] for r in records if r["type"] == "note")),
+        notes=tuple(dict.fromkeys(r["text"] for r in records if "note" in (r["type"], r.get("kind")))),
     )
 
 

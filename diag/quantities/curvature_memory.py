@@ -6,6 +6,8 @@ counted, at two sizes, so that what grows with the data is told from what does n
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +19,11 @@ from diag.quantities.curvature_objective import Objective
 from diag.quantities.curvature_products import Curvature
 from diag.quantities.curvature_selftest import probe_batch
 
-# A product over a kept graph also holds the derivatives that are on their way. Measured: see WORKING_SHARE's
-# test in tests/quantities/test_curvature_memory.py.
-WORKING_SHARE = 0.5
+# What a product holds beyond the graph, as a share of the graph: the derivatives that are on their way. Measured
+# as peak resident memory (MLP 670k / ResNet-20 / 4-layer GPT): kept graphs up to 0.65, rebuilt ones up to 0.22,
+# since those shrink while they are used.
+KEPT_WORKING_SHARE, REBUILT_WORKING_SHARE = 0.7, 0.25
+WORKING_VECTORS = 3  # the gradient, the product and the pieces it is put together from
 DEFAULT_SHARE = 0.25  # of the memory that is free: the caller's own training step wants the rest
 UNKNOWN_MEMORY = 1 << 30
 
@@ -40,26 +44,35 @@ class MemoryPlan:
 def plan_memory(curvature: Curvature, objective: Objective, memory: int | None) -> MemoryPlan:
     """Keep the graph of all the data where `memory` bytes hold it; else micro-batches that fit one at a time.
 
-    Raises InvalidInput where `memory` does not hold the graph of one example.
+    Without a cap the micro-batches also keep to what one gradient of the largest batch takes, so that measuring
+    needs no more than training did. Raises InvalidInput where `memory` does not hold the graph of one example.
     """
     allowed = available_memory(objective.device) if memory is None else memory
     probe = probe_batch(objective)
-    fixed, per_element = _graph_size(curvature, objective, probe)
-    needed = {id(b): per_element * _elements(b) * (1 + WORKING_SHARE) for b in objective.batches}
-    gradient = 4 * objective.layout.size if objective.dtype == torch.float32 else 8 * objective.layout.size
-    whole = int(sum(needed.values()) + fixed * len(objective.batches) + gradient)
+    fixed, per_element = _graph_size(
+        lambda part: curvature.graph(part, part.parameters(), part.batches), objective, probe
+    )
+    elements = sum(_elements(b) for b in objective.batches)
+    vectors = WORKING_VECTORS * objective.layout.size * objective.dtype.itemsize
+    whole = int((per_element * elements + fixed * len(objective.batches)) * (1 + KEPT_WORKING_SHARE) + vectors)
     if whole <= allowed:
         return MemoryPlan(True, objective.batches, whole, allowed)
+    limit = allowed - vectors
+    if memory is None:
+        base, slope = _graph_size(lambda part: part.loss(part.parameters(), part.batches[0]), objective, probe)
+        limit = min(limit, int(base + slope * max(map(_elements, objective.batches))))
     pieces: list[Batch] = []
     for batch in objective.batches:
-        fit = (allowed - fixed) / max(needed[id(batch)] / batch.size, 1e-9)
+        each = per_element * _elements(batch) / batch.size
+        fit = (limit / (1 + REBUILT_WORKING_SHARE) - fixed) / max(each, 1e-9)
         if fit < 1 and memory is not None:
-            least = int(fixed + needed[id(batch)] / batch.size)
+            least = (fixed + each) * (1 + REBUILT_WORKING_SHARE) + vectors
             raise InvalidInput(
                 f"The graph of one example needs about {_human(least)} and memory= allows {_human(memory)}; "
                 f"allow at least {_human(least)}."
             )
-        pieces += batch.split(max(1, min(batch.size, int(fit))))
+        count = math.ceil(batch.size / max(1, min(batch.size, int(fit))))
+        pieces += batch.split(math.ceil(batch.size / count))
     return MemoryPlan(False, tuple(pieces), whole, allowed)
 
 
@@ -75,11 +88,14 @@ def available_memory(device: torch.device) -> int:
     return int(DEFAULT_SHARE * min(free, _control_group_memory()))
 
 
-def saved_bytes(curvature: Curvature, objective: Objective, batch: Batch) -> int:
-    """The bytes of the distinct storages that the graph of `batch` saves, without parameters and inputs."""
-    theta = objective.parameters()
-    ours = [*theta, *objective.constants.values(), *objective.model.parameters(), *objective.model.buffers()]
-    known = {_storage(t) for t in (*ours, *tensors_in((batch.args, batch.kwargs, batch.targets)))}
+def saved_bytes(build: Callable[[Objective], object], objective: Objective) -> int:
+    """The bytes of the distinct storages that a graph saves, parameters, buffers and data not counted.
+
+    `build(objective)` returns whatever holds the graph; the caller is inside `objective.measured()`.
+    """
+    ours = [*objective.constants.values(), *objective.model.parameters(), *objective.model.buffers()]
+    data = [tensors_in((b.args, b.kwargs, b.targets)) for b in objective.batches]
+    known = {_storage(t) for t in (*ours, *(t for tensors in data for t in tensors))}
     saved: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -88,18 +104,18 @@ def saved_bytes(curvature: Curvature, objective: Objective, batch: Batch) -> int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        graph = curvature.graph(objective, theta, [batch])
+        graph = build(objective)
     del graph
     return sum(saved.values())
 
 
-def _graph_size(curvature: Curvature, objective: Objective, probe: Batch) -> tuple[float, float]:
+def _graph_size(build: Callable[[Objective], object], objective: Objective, probe: Batch) -> tuple[float, float]:
     """(bytes that do not grow with the data, bytes per element of the inputs)."""
-    sizes: list[Batch] = [probe] if probe.size == 1 else [probe.slice(0, probe.size // 2), probe]
+    sizes = [probe] if probe.size == 1 else [probe.slice(0, probe.size // 2), probe]
     with objective.measured():
-        counted = [saved_bytes(curvature, objective.on([b]), b) for b in sizes]
+        counted = [saved_bytes(build, objective.on([b])) for b in sizes]
     elements = [_elements(b) for b in sizes]
-    if len(sizes) == 1 or elements[1] == elements[0]:
+    if elements[0] == elements[-1]:
         return 0.0, counted[-1] / elements[-1]
     slope = max((counted[1] - counted[0]) / (elements[1] - elements[0]), 0.0)
     return max(counted[1] - slope * elements[1], 0.0), slope

@@ -96,7 +96,13 @@ class GPT(nn.Module):
     """Hand-written, with fused qkv, learned positions longer than the example, and tied embeddings."""
 
     def __init__(
-        self, width: int = 12, heads: int = 3, depth: int = 2, layout: str = "split", words: int = 11, context: int = 16
+        self,
+        width: int = 12,
+        heads: int = 3,
+        depth: int = 2,
+        layout: str = "split",
+        words: int = 11,
+        context: int = 16,
     ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(words, width), nn.Embedding(context, width)

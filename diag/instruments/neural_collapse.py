@@ -277,27 +277,35 @@ def _linear(classifier: Any, h: Tensor, last_class: int) -> tuple[Tensor | None,
 
 
 def _preconditions(accuracy: float, terminal: float, by: ClassMeans, features: int) -> tuple[Precondition, ...]:
-    classes, fewest = len(by.classes), int(by.counts.min())
-    if math.isnan(accuracy):
-        detail = "the training accuracy is not known; give classifier= or logits= too."
-    else:
-        detail = (
-            f"the training accuracy is {format_share(accuracy)}, below the {format_share(terminal)} at which the "
-            "terminal phase of training begins; the numbers only describe."
-        )
+    classes, fewest, known = len(by.classes), int(by.counts.min()), not math.isnan(accuracy)
+    reached = accuracy >= terminal
     return (
-        Precondition("terminal phase of training", accuracy >= terminal, detail),
+        Precondition(
+            "terminal phase of training",
+            reached,
+            f"the training accuracy is {format_share(accuracy)}, {'at least' if reached else 'below'} the "
+            f"{format_share(terminal)} at which the terminal phase of training begins"
+            f"{'.' if reached else '; the numbers only describe.'}"
+            if known
+            else "the training accuracy is not known; give classifier= or logits= too.",
+        ),
         Precondition(
             "at least K - 1 features",
             features >= classes - 1,
-            f"{features} features cannot hold a simplex of {classes} classes; it needs {classes - 1}.",
+            f"there are {features} features for {classes} classes, whose simplex needs {classes - 1}.",
         ),
         Precondition(
             "at least two examples a class",
             fewest >= 2,
-            f"the smallest class has {fewest} example; give more data.",
+            f"the smallest class has {fewest} examples."
+            if fewest >= 2
+            else "the smallest class has 1 example, which is its own mean; give more data.",
         ),
-        Precondition("distinct class means", not by.degenerate, "two class means coincide, so NC1 is not defined."),
+        Precondition(
+            "distinct class means",
+            not by.degenerate,
+            "two class means coincide, so NC1 is not defined." if by.degenerate else "no two class means coincide.",
+        ),
     )
 
 

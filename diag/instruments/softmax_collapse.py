@@ -311,12 +311,16 @@ def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:
 
 
 def _softmax_loss(distance: float, factor: Tensor) -> Precondition:
+    """A plain cross-entropy has wrong-class gradients in proportion to the softmax's probabilities."""
     found = f"its wrong-class gradients differ from the softmax's by {format_share(distance)}"
     if not bool(factor.any()):
         found = "its gradients are zero where the softmax's are not"
+    holds = bool(factor.any()) and not distance > SAME_LOSS
     return Precondition(
         "the loss is a cross-entropy of the softmax",
-        bool(factor.any()) and not distance > SAME_LOSS,
-        f"the loss is not a plain cross-entropy of the softmax ({found}), so the margins say nothing about its "
-        "rounding.",
+        holds,
+        f"the loss is a cross-entropy of the softmax ({found})."
+        if holds
+        else f"the loss is not a plain cross-entropy of the softmax ({found}), so the margins say nothing about "
+        "its rounding.",
     )

@@ -207,14 +207,17 @@ def test_too_few_features_for_a_simplex():
     given = {"features": means[LABELS], "labels": LABELS, "logits": nn.functional.one_hot(LABELS, K).double()}
     result = neural_collapse(**given)
     assert not result.degenerate and len(result.singular_values) == 4
-    assert "4 features cannot hold a simplex of 10 classes; it needs 9" in result.verdict().sentence
+    assert "there are 4 features for 10 classes, whose simplex needs 9" in result.verdict().sentence
 
 
 def test_a_class_with_one_example_gives_no_verdict():
     given = collapsed()
     keep = torch.cat([torch.tensor([0]), torch.arange(N, K * N)])
     given |= {"features": given["features"][keep], "labels": LABELS[keep]}
-    assert "the smallest class has 1 example; give more data" in neural_collapse(**given).verdict().sentence
+    assert (
+        "the smallest class has 1 example, which is its own mean; give more data"
+        in neural_collapse(**given).verdict().sentence
+    )
 
 
 def test_classes_that_are_absent_are_left_out():

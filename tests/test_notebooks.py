@@ -1,0 +1,72 @@
+"""The notebooks run from top to bottom, on a short run of the demo, and are committed with their outputs."""
+
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+from diag import demo
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    demo.run(folder, epochs=8)
+    return folder
+
+
+def executed(path, run, monkeypatch):
+    monkeypatch.setenv("DIAG_DEMO_RUN", str(run))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
+    client.execute()
+    return notebook
+
+
+def printed(notebook):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return "".join(o.text for cell in cells for o in cell.outputs if o.output_type == "stream")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_runs_on_a_short_run(path, short_run, monkeypatch):
+    assert all("traceback" not in str(cell.get("outputs")) for cell in executed(path, short_run, monkeypatch).cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_is_committed_with_small_outputs_and_without_a_trace_of_the_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert path.stat().st_size < 500_000
+    text = path.read_text()
+    assert not re.search(r'"output_type": "error"|/home/|/root/|/tmp/|/work/', text)
+
+
+def test_the_first_investigation_says_what_it_found():
+    """The sentences around the committed numbers hold for these numbers."""
+    said = printed(nbformat.read(ROOT / "notebooks" / "first_investigation.ipynb", as_version=4))
+    best, end = (
+        int(n) for n in re.search(r"best at step \d+: (\d+)%; at the end, step \d+: (\d+)%", said).groups()
+    )
+    assert best > 90 and 10 < end < 50
+    precision, recall = (int(n) for n in re.search(r"precision (\d+)%, recall (\d+)%", said).groups())
+    assert precision > 85 and recall > 85
+
+
+@pytest.mark.slow
+def test_the_first_investigation_finds_the_same_on_a_whole_run(tmp_path, monkeypatch):
+    said = printed(executed(ROOT / "notebooks" / "first_investigation.ipynb", tmp_path / "demo", monkeypatch))
+    best, end = (
+        int(n) for n in re.search(r"best at step \d+: (\d+)%; at the end, step \d+: (\d+)%", said).groups()
+    )
+    precision, recall = (int(n) for n in re.search(r"precision (\d+)%, recall (\d+)%", said).groups())
+    # Another BLAS may train to other bits; seeds 0 to 2 were all within these bounds.
+    assert best > 85 and end < best - 20 and precision > 70 and recall > 70

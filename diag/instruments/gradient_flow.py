@@ -36,6 +36,7 @@ DEPTH_FACTOR = 100.0
 SKIPPED_SHARE = 0.05
 STEPS_SHOWN = 96
 STEPS_NAMED = 100
+LAYERS_NAMED = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,6 +212,8 @@ class GradientFlow(Result):
         mesh = ax.pcolormesh(_edges(self.steps), numpy.arange(len(self.layers) + 1), image, rasterized=True)
         ax.figure.colorbar(mesh, ax=ax, label="log10 of the gradient norm")
         ax.set(xlabel="step", ylabel="parameter tensor, from input to output")
+        if len(self.layers) <= LAYERS_NAMED:
+            ax.set_yticks(numpy.arange(len(self.layers)) + 0.5, self.layers, fontsize=7)
         ax.invert_yaxis()
 
     @classmethod

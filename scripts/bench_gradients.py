@@ -4,8 +4,8 @@
     python scripts/bench_gradients.py --models mlp --repeats 5
     python scripts/bench_gradients.py --opacus /tmp/opacus/lib/python3.11/site-packages
 
-Every contender is timed in turn, `--repeats` rounds, on one thread; the table shows medians, the extra time over one
-ordinary forward and backward pass, the peak of memory allocated during the call over that of the ordinary pass,
+Every contender is timed in turn, `--repeats` rounds, on one thread; the table shows medians, the extra time over
+one ordinary forward and backward pass, the peak of memory allocated during the call over that of the ordinary pass,
 and the worst relative error of the squared norms against a float64 loop. The self-test of the first call is shown
 by itself, since it is paid once for a model. Opacus is optional (`pip install diag[bench]`).
 """
@@ -40,9 +40,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1)
-        )
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + self.out(mixed)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -136,7 +134,9 @@ def opacus_contenders(model: nn.Module, loss_fn: Loss, batch: Batch) -> dict[str
     from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
     held = GradSampleModule(copy.deepcopy(model).train())
-    ghost = GradSampleModuleFastGradientClipping(copy.deepcopy(model).train(), max_grad_norm=1.0, use_ghost_clipping=True)
+    ghost = GradSampleModuleFastGradientClipping(
+        copy.deepcopy(model).train(), max_grad_norm=1.0, use_ghost_clipping=True
+    )
 
     def run(wrapped: Any) -> None:
         wrapped.zero_grad(set_to_none=True)
@@ -212,7 +212,7 @@ def measure(model: nn.Module, loss_fn: Loss, batch: Batch, repeats: int, opacus:
     began = time.perf_counter()
     ModelGradients(model, loss_fn, [batch]).norms()
     once = time.perf_counter() - began - statistics.median(times["diag: norms"])
-    rows.append(["diag: self-test, once a model", f"{1000 * once:.1f} ms", f"{100 * once / base:.0f} %", "", "", ""])
+    rows.append(["diag: self-test, once a model", f"{1000 * once:.1f} ms", f"{100 * once / base:.0f} %", *[""] * 3])
     return rows
 
 

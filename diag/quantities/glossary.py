@@ -57,6 +57,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("params", "parameters", None, "object", "none", "give a model with trainable parameters"),
         Quantity("gradient", "parameters", None, "object", "one gradient", _LOSS),
         Quantity("loss_at", "parameters", None, "object", "one forward pass a call", _LOSS),
+        Quantity("losses_at", "losses_at", None, "object", "one forward pass a call", _LOSS),
         Quantity("per_example_gradients", "per_example", None, "object", "about two gradients", _LOSS),
         Quantity("hessian", "curvature", None, "object", "about three gradients a product", _LOSS),
         Quantity("gauss_newton", "curvature", None, "object", "about three gradients a product", _LOSS),

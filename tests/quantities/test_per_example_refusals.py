@@ -162,6 +162,8 @@ def test_no_parameters_to_measure():
     model, batch = classes()
     with pytest.raises(InvalidInput, match="No trainable parameter was selected"):
         ModelGradients(model, F.cross_entropy, [batch], layers=lambda name: False)
+    with pytest.raises(InvalidInput, match="has no shape yet"):
+        ModelGradients(nn.LazyLinear(3), F.cross_entropy, [batch])
     model.requires_grad_(False)
     with pytest.raises(diag.errors.MissingQuantity, match="no trainable parameter"):
         ModelGradients(model, F.cross_entropy, [batch])

@@ -12,7 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diag.quantities.per_example.engine import ModelGradients
-from diag.quantities.per_example.gradients import Coverage, LayerGradients, MatrixGradients, PerExampleGradients
+from diag.quantities.per_example.gradients import (
+    Coverage,
+    LayerGradients,
+    MatrixGradients,
+    PerExampleGradients,
+    StackedGradients,
+)
 
 if TYPE_CHECKING:
     from diag.quantities.snapshot import Snapshot
@@ -35,5 +41,6 @@ __all__ = [
     "MatrixGradients",
     "ModelGradients",
     "PerExampleGradients",
+    "StackedGradients",
     "per_example_gradients",
 ]

@@ -75,6 +75,13 @@ class ModelGradients(PerExampleGradients):
         batches = permuted_targets(self._batches, seed)
         return ModelGradients(self.model, self.loss_fn, batches, layers=self._select, mode=self.mode)
 
+    def select(self, rows: Sequence[int]) -> ModelGradients:
+        """The gradients of some examples only, in the order given."""
+        batches = [batch.slice(i, i + 1) for batch in self._batches for i in range(batch.size)]
+        return ModelGradients(
+            self.model, self.loss_fn, joined([batches[i] for i in rows]), layers=self._select, mode=self.mode
+        )
+
     def prepare(self) -> None:
         """Make the plan for the first batch, with its self-test; otherwise the first question does."""
         if self._plan is None:
@@ -172,6 +179,25 @@ class ModelGradients(PerExampleGradients):
         return any(g is not None and bool(g.any()) for g in found)
 
 
+def joined(examples: Sequence[Batch]) -> list[Batch]:
+    """Neighbouring examples of one shape put together into batches."""
+    groups: list[list[Batch]] = []
+    for example in examples:
+        shapes = [t.shape for t in tensors_in((example.args, example.kwargs, example.targets))]
+        last = groups[-1][0] if groups else None
+        same = last and [t.shape for t in tensors_in((last.args, last.kwargs, last.targets))] == shapes
+        groups[-1].append(example) if same else groups.append([example])
+    result = []
+    for group in groups:
+        columns = zip(*(tensors_in((b.args, b.kwargs, b.targets)) for b in group), strict=True)
+        # A tensor without a first axis of one example (a shared mask, say) is the same for all.
+        pieces = iter([torch.cat(c) if c[0].ndim and c[0].shape[0] == 1 else c[0] for c in columns])
+        first = group[0]
+        args, kwargs, targets = map_tensors(partial(_next, pieces), (first.args, first.kwargs, first.targets))
+        result.append(Batch(args, kwargs, targets, len(group)))
+    return result
+
+
 def permuted_targets(batches: Sequence[Batch], seed: int) -> list[Batch]:
     """The batches with the targets permuted over all examples."""
     total = sum(batch.size for batch in batches)
@@ -248,6 +274,8 @@ def _check_parameters(selected: dict[str, nn.Parameter], names: list[str]) -> No
     if not selected:
         raise InvalidInput(f"No trainable parameter was selected; names are, for example, {', '.join(names[:3])}.")
     for name, parameter in selected.items():
+        if nn.parameter.is_lazy(parameter):
+            raise InvalidInput(f"The parameter {name} has no shape yet; run the model on one batch first.")
         if type(parameter.data).__name__ == "DTensor":
             raise Unsupported(
                 f"The parameter {name} is sharded (a DTensor); gather the full parameters into an unsharded copy "

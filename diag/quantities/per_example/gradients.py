@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -245,6 +246,10 @@ class PerExampleGradients:
         self.stream(consume)
         return torch.zeros(self.num_examples, self.num_parameters) if result is None else result
 
+    def select(self, rows: Sequence[int]) -> PerExampleGradients:
+        """The gradients of some examples only, in the order given."""
+        raise NotImplementedError
+
     def by_layer(self) -> dict[str, LayerGradients]:
         """Each layer's own gradients, with the same questions."""
         return {layer: LayerGradients(self, layer) for layer in self.layers}
@@ -269,6 +274,9 @@ class LayerGradients(PerExampleGradients):
 
         self.whole.stream(only_mine)
 
+    def select(self, rows: Sequence[int]) -> PerExampleGradients:
+        return LayerGradients(self.whole.select(rows), self.layer)
+
     def squared_norms_by_layer(self) -> dict[str, Tensor]:
         return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
 
@@ -292,8 +300,11 @@ class MatrixGradients(PerExampleGradients):
                 f"The layers have {sum(sizes.values())} columns together and the matrix has {matrix.shape[1]}; "
                 "give each layer's number of columns."
             )
-        super().__init__({name: (size,) for name, size in sizes.items()}, matrix.shape[0])
-        self._matrix = matrix
+        super().__init__({f"{name}.gradient": (size,) for name, size in sizes.items()}, matrix.shape[0])
+        self._matrix, self._sizes = matrix, sizes
+
+    def select(self, rows: Sequence[int]) -> PerExampleGradients:
+        return MatrixGradients(self._matrix[list(rows)], self._sizes)
 
     @property
     def coverage(self) -> Coverage:
@@ -302,6 +313,37 @@ class MatrixGradients(PerExampleGradients):
     def stream(self, consume: Consumer) -> None:
         for name, columns in self._slices.items():
             consume(slice(0, self.num_examples), name, Dense(self._matrix[:, columns]))
+
+
+class StackedGradients(PerExampleGradients):
+    """Several gradients of the same parameters one below the other: of tasks, losses or data sets.
+
+    Raises InvalidInput where their parameters differ.
+    """
+
+    def __init__(self, parts: Sequence[PerExampleGradients]) -> None:
+        if not parts or any(part.shapes != parts[0].shapes for part in parts):
+            raise InvalidInput(
+                "The gradients to be put together are not of the same parameters; give at least one, and for each "
+                "the same model."
+            )
+        super().__init__(parts[0].shapes, sum(part.num_examples for part in parts))
+        self._parts = list(parts)
+        self.num_batches = sum(part.num_batches for part in parts)
+
+    @property
+    def coverage(self) -> Coverage:
+        return self._parts[0].coverage
+
+    def stream(self, consume: Consumer) -> None:
+        start = 0
+        for part in self._parts:
+            part.stream(partial(_shifted, consume, start))
+            start += part.num_examples
+
+
+def _shifted(consume: Consumer, start: int, rows: slice, name: str, block: Block) -> None:
+    consume(slice(rows.start + start, rows.stop + start), name, block)
 
 
 def layer_of(parameter: str) -> str:

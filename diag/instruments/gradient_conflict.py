@@ -1,0 +1,236 @@
+"""Gradient conflict: whether groups of examples, tasks or losses pull the parameters against each other.
+
+For the mean gradients G_a of groups a, the cosine of G_a and G_b in each layer. The estimates of a finite number of
+examples are noisy: their norms are too long, which biases cosines to 0, so the lengths are estimated from
+products of different examples, and the error by leaving out one block of examples at a time. Nothing here has
+been tried on what it predicts, so it describes and gives no verdict.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diag.display import format_number, format_share
+from diag.errors import MissingQuantity
+from diag.linalg.coherence import random_blocks
+from diag.quantities.per_example import PerExampleGradients, StackedGradients
+from diag.registry import instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+
+SOURCE = "Yu et al. 2020, arXiv:2001.06782 (gradient conflict: a negative cosine)"
+BLOCKS, MAX_GROUPS = 10, 20
+STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientConflict(Result):
+    """Cosines between the groups' mean gradients, over all layers and in each."""
+
+    lowest: float = measured("smallest cosine of two groups' mean gradients, as measured")
+    lowest_corrected: float = measured("the same pair's cosine with the lengths freed of noise; NaN: within noise")
+    lowest_standard_error: float = measured("jackknife standard error of the cosine of that pair")
+    conflicting_pairs: float = measured("pairs with a cosine below 0 by two standard errors", unit="share")
+    length_kept: float = measured("length of the summed gradient over the sum of the groups' lengths")
+    num_groups: int = measured("groups compared")
+    num_examples: int = measured("examples, all groups together")
+    groups: tuple[int, ...] = measured("the groups' labels, in the order of the matrices")
+    pair: tuple[int, ...] = measured("labels of the two groups with the smallest cosine")
+    cosines: NDArray[numpy.float64] = measured("cosines of the mean gradients", shape="(groups, groups)")
+    standard_errors: NDArray[numpy.float64] = measured("their jackknife errors", shape="(groups, groups)")
+    lowest_by_layer: dict[str, float] = measured("smallest cosine of two groups in each layer")
+    length_kept_by_layer: dict[str, float] = measured("summed length over the sum of lengths, in each layer")
+
+    def verdict(self) -> Verdict:
+        unmet = self.unmet()
+        detail = unmet.detail if unmet else self._described()
+        return Verdict(
+            Level.NOT_APPLICABLE,
+            f"No verdict: {detail}",
+            "Negative cosines say that a step for one group costs the other; compare before and after a change of "
+            "loss weights, not one value by itself.",
+            SOURCE,
+            Confidence.WEAK_EMPIRICAL,
+            value=self.lowest,
+        )
+
+    def _described(self) -> str:
+        error = (
+            "" if math.isnan(self.lowest_standard_error) else f" ± {format_number(self.lowest_standard_error, 2)}"
+        )
+        return (
+            f"the smallest cosine, {format_number(self.lowest)}{error}, is between {self.pair[0]} and "
+            f"{self.pair[1]}; {format_share(self.conflicting_pairs)} of the pairs conflict beyond the noise and "
+            f"the groups' sum keeps {format_share(self.length_kept)} of their lengths; what that leads to has not "
+            "been tested."
+        )
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """How often the cosine of a pair changed its sign from one measurement to the next."""
+        rate = sign_flip_rate([result for _, result in series])
+        if math.isnan(rate):
+            return series[-1][1].verdict()
+        return Verdict(
+            Level.NOT_APPLICABLE,
+            f"No verdict: over {len(series)} measurements the cosines changed sign in {format_share(rate)} of the "
+            f"steps between them; at the end {series[-1][1]._described()}",
+            source=SOURCE,
+            value=rate,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The matrix of cosines."""
+        mesh = ax.imshow(self.cosines, vmin=-1, vmax=1, cmap="RdBu")
+        ax.figure.colorbar(mesh, ax=ax, label="cosine")
+        ax.set_xticks(range(len(self.groups)), self.groups)
+        ax.set_yticks(range(len(self.groups)), self.groups)
+        ax.grid(False)
+        ax.set(xlabel="group", ylabel="group")
+
+
+def sign_flip_rate(series: Sequence[GradientConflict]) -> float:
+    """Share of (pair, consecutive measurements) in which the pair's cosine changed sign; NaN without any."""
+    flips = [
+        numpy.sign(a.cosines) != numpy.sign(b.cosines)
+        for a, b in itertools.pairwise(series)
+        if a.groups == b.groups
+    ]
+    pairs = [f[numpy.triu_indices(len(f), 1)] for f in flips]
+    return float(numpy.concatenate(pairs).mean()) if pairs and pairs[0].size else math.nan
+
+
+@instrument(source=SOURCE, title="Gradient conflict")
+def gradient_conflict(
+    per_example_gradients: PerExampleGradients, labels: Tensor, *, seed: int = 0
+) -> GradientConflict:
+    """Cosines between the mean gradients of groups of examples, over all layers and in each.
+
+    per_example_gradients: n gradients at fixed weights. labels: the group of each, integers (n,): classes, tasks,
+    or losses. To compare several losses on the same examples, put their gradients together:
+    `gradients, labels = stack_losses({"a": ..., "b": ...})`. Of more than 20 groups the largest are compared.
+
+    `cosines` are those of the measured means; noise pulls them to 0. `lowest_corrected` divides by lengths from
+    products of different examples instead. Errors are jackknife errors over 10 random blocks; groups that share
+    examples (two losses, one batch) share noise too, which they do not see. `length_kept` is
+    |sum_a G_a| / sum_a |G_a|: 1 without conflict.
+
+    Settings: `seed`, of the blocks. Raises MissingQuantity where labels are not one an example or name fewer than
+    two groups. Source: Yu et al. 2020, arXiv:2001.06782.
+    """
+    n = per_example_gradients.num_examples
+    names, members = _groups(labels, n)
+    blocks = random_blocks(n, BLOCKS, seed)
+    parts = [_within(group, block) for group in members for block in blocks]
+    grams = per_example_gradients.group_gram_by_layer(parts)
+    gram = torch.stack(list(grams.values())).sum(0)
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64).view(len(members), -1)
+    cosines, errors = _with_errors(gram, sizes)
+    upper = torch.triu_indices(len(members), len(members), 1)
+    values = cosines[upper[0], upper[1]]
+    worst = int(torch.nan_to_num(values, nan=math.inf).argmin())
+    a, b = int(upper[0, worst]), int(upper[1, worst])
+    conflicts = values + STANDARD_ERRORS * errors[upper[0], upper[1]] < 0
+    squares = torch.stack([per_example_gradients.norms()[group].square().sum() for group in members])
+    layers = {name: _mean_products(found, sizes) for name, found in grams.items()}
+    return GradientConflict(
+        lowest=float(values[worst]),
+        lowest_corrected=_corrected(gram, sizes, squares, a, b),
+        lowest_standard_error=float(errors[a, b]),
+        conflicting_pairs=float(conflicts.double().mean()),
+        length_kept=_length_kept(_mean_products(gram, sizes)),
+        num_groups=len(members),
+        num_examples=n,
+        groups=names,
+        pair=(names[a], names[b]),
+        cosines=cosines.numpy(),
+        standard_errors=errors.numpy(),
+        lowest_by_layer={name: _lowest(_cosines(found)) for name, found in layers.items()},
+        length_kept_by_layer={name: _length_kept(found) for name, found in layers.items()},
+        preconditions=(
+            Precondition(
+                "gradients that are not zero",
+                not math.isnan(float(values[worst])),
+                "the mean gradients of all pairs vanish, so they have no direction.",
+            ),
+        ),
+    )
+
+
+def stack_losses(losses: Mapping[str, PerExampleGradients]) -> tuple[StackedGradients, Tensor]:
+    """Gradients of several losses or tasks as groups 0, 1, ... of one quantity, and the labels that name them.
+
+    Raises InvalidInput where they are not of the same parameters.
+    """
+    stacked = StackedGradients(list(losses.values()))
+    sizes = torch.tensor([gradients.num_examples for gradients in losses.values()])
+    return stacked, torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+
+
+def _groups(labels: Tensor, n: int) -> tuple[tuple[int, ...], list[Tensor]]:
+    labels = torch.as_tensor(labels).detach().cpu()
+    if labels.shape != (n,):
+        raise MissingQuantity(
+            f"labels have the shape {tuple(labels.shape)} for {n} examples; give the group of each example."
+        )
+    values, counts = labels.unique(return_counts=True)
+    if len(values) < 2:
+        raise MissingQuantity("All examples are in one group; give labels that name at least two.")
+    kept = values[counts.argsort(descending=True, stable=True)[:MAX_GROUPS]].sort().values
+    return tuple(int(v) for v in kept), [(labels == v).nonzero().flatten() for v in kept]
+
+
+def _within(group: Tensor, block: Tensor) -> Tensor:
+    return group[torch.isin(group, block)]
+
+
+def _mean_products(gram: Tensor, sizes: Tensor, left_out: int | None = None) -> Tensor:
+    """(G, G): products of the groups' mean gradients, from sums over (group, block) parts."""
+    groups, blocks = sizes.shape
+    kept = torch.ones(blocks, dtype=torch.float64)
+    if left_out is not None:
+        kept[left_out] = 0
+    products = torch.einsum("abcd,b,d->ac", gram.view(groups, blocks, groups, blocks), kept, kept)
+    counts = sizes @ kept
+    return products / (counts[:, None] * counts[None, :])
+
+
+def _cosines(products: Tensor) -> Tensor:
+    lengths = products.diag().clamp_min(0).sqrt()
+    sizes = lengths[:, None] * lengths[None, :]
+    return torch.where(sizes > 0, products / sizes, math.nan)
+
+
+def _with_errors(gram: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosines and their jackknife errors; a block that empties a group leaves the error unknown."""
+    blocks = sizes.shape[1]
+    left_out = torch.stack([_cosines(_mean_products(gram, sizes, b)) for b in range(blocks)])
+    errors = ((blocks - 1) * (left_out - left_out.mean(0)).square().mean(0)).sqrt()
+    return _cosines(_mean_products(gram, sizes)), errors
+
+
+def _corrected(gram: Tensor, sizes: Tensor, squares: Tensor, a: int, b: int) -> float:
+    """The cosine with squared lengths from products of different examples; NaN where one is not positive."""
+    products, counts = _mean_products(gram, sizes), sizes.sum(1)
+    own = (products.diag() * counts.square() - squares) / (counts * (counts - 1))
+    size = float(own[a]) * float(own[b])
+    return float(products[a, b]) / math.sqrt(size) if float(own[a]) > 0 and float(own[b]) > 0 else math.nan
+
+
+def _length_kept(products: Tensor) -> float:
+    total = float(products.diag().clamp_min(0).sqrt().sum())
+    return max(float(products.sum()), 0.0) ** 0.5 / total if total > 0 else math.nan
+
+
+def _lowest(cosines: Tensor) -> float:
+    upper = cosines[tuple(torch.triu_indices(len(cosines), len(cosines), 1))]
+    known = upper[~upper.isnan()]
+    return float(known.min()) if len(known) else math.nan

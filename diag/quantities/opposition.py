@@ -1,0 +1,182 @@
+"""Move the parameters, watch every example's loss, and name the two groups at the ends of the movement.
+
+For `diag.opposing_signals`: kicks along sharp directions, a replay of descent, and what the gradients say of
+the groups. Source: Rosenfeld and Risteski, ICLR 2024, arXiv:2311.04163.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.errors import Unsupported
+from diag.linalg.opposition import (
+    correlation,
+    ends,
+    lag_one,
+    leading_mode,
+    rank_auc,
+    share,
+    swap_and_persistence,
+)
+from diag.quantities.losses_at import LossesAt
+from diag.quantities.per_example import PerExampleGradients
+
+KICK = 0.3  # over the root of the curvature: a step of 0.045 in the mean loss, small against most losses
+REPLAY_STEP = 2.5  # over the curvature: beyond 2 the sharpest direction oscillates and grows
+REPLAY_STEPS, REPLAY_WINDOW = 40, 15
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows a (losses rise most) and b (fall most), and the numbers of their movement, by result field.
+
+    `direction`: index of the direction that separates them, 0 the sharpest.
+    """
+
+    a: Tensor
+    b: Tensor
+    direction: int
+    numbers: dict[str, Any]
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat([self.a, self.b])
+
+    def members(self, n: int) -> Tensor:
+        """(n,) bool: the rows that are in either group."""
+        return torch.zeros(n, dtype=torch.bool).index_fill_(0, self.rows, True)
+
+
+def kick(losses_at: LossesAt, direction: Tensor, curvature: float) -> tuple[Tensor, Tensor]:
+    """(n,) each: l(w + e u) - l(w - e u), and each loss's own curvature along u by its second difference.
+
+    e = 0.3 / sqrt(curvature), u the unit vector `direction` (P,).
+    """
+    size = KICK / math.sqrt(curvature)
+    step = size * direction.to(losses_at.center)
+    up, down = losses_at(losses_at.center + step), losses_at(losses_at.center - step)
+    return up - down, (up + down - 2 * losses_at(losses_at.center)) / size**2
+
+
+def static_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) -> Groups:
+    """Kick both ways along each unit row of `vectors` with positive curvature `values`; of all, keep the groups
+    of k that carry the largest share of the movement."""
+    losses, found = losses_at(losses_at.center), []
+    for i in (values > 0).nonzero().flatten().tolist():
+        change, own = kick(losses_at, vectors[i], float(values[i]))
+        a, b = ends(change, k)
+        numbers = {
+            "share": share(change, torch.cat([a, b])),
+            "changes": mean_changes(change[None], a, b),
+            "loss_correlation": correlation(change.abs(), losses),
+            "curvature_share": _part(own, torch.cat([a, b])),
+        }
+        found.append(Groups(a, b, i, numbers))
+    best = max(found, key=lambda groups: groups.numbers["share"])
+    shares = torch.full((len(values),), math.nan, dtype=torch.float64)
+    shares[[g.direction for g in found]] = torch.tensor([g.numbers["share"] for g in found], dtype=torch.float64)
+    unseen = dict.fromkeys(("swap", "persist", "antiphase", "lag_one", "spike"), math.nan)
+    return Groups(best.a, best.b, best.direction, best.numbers | unseen | {"shares": shares})
+
+
+def replayed_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) -> Groups:
+    """Groups and their behaviour over the last 15 steps of a replay (see `replay`)."""
+    record = replay(losses_at, float(values[0]))
+    if len(record) < 6:
+        raise Unsupported(
+            f"The replay's mean loss doubled after {len(record)} steps, before a pattern could show; use the "
+            "static mode here."
+        )
+    found = groups_of_record(record[-REPLAY_WINDOW - 1 :], k)
+    _, own = kick(losses_at, vectors[0], float(values[0]))
+    return Groups(found.a, found.b, 0, found.numbers | {"curvature_share": _part(own, found.rows)})
+
+
+def replay(losses_at: LossesAt, curvature: float) -> Tensor:
+    """(T + 1, n): losses along full-batch descent from here at 2.5 / curvature, on a copy of the parameters.
+
+    Ends after 40 steps, or when the mean loss has doubled or is not finite.
+    """
+    point = losses_at.center.clone()
+    record: list[Tensor] = []
+    for _ in range(REPLAY_STEPS + 1):
+        losses, gradient = losses_at.step(point)
+        if record and not float(losses.mean()) <= 2 * float(record[0].mean()):
+            break
+        record.append(losses)
+        point -= (REPLAY_STEP / curvature) * gradient
+    return torch.stack(record)
+
+
+def groups_of_record(record: Tensor, k: int) -> Groups:
+    """The two ends of the leading mode of the changes, from losses (T + 1, n) at consecutive steps."""
+    changes = record.diff(dim=0)
+    a, b = ends(leading_mode(changes), k)
+    swap, persist = swap_and_persistence(changes, k)
+    means, mean = mean_changes(changes, a, b), record.mean(1)
+    carried = share(changes, torch.cat([a, b]))
+    numbers = {
+        "share": carried,
+        "shares": torch.tensor([carried], dtype=torch.float64),
+        "swap": swap,
+        "persist": persist,
+        "antiphase": correlation(means[:, 0], means[:, 1]),
+        "lag_one": lag_one(means[:, 0]),
+        "spike": float((mean[1:] / mean[:-1]).max()) if len(record) > 1 else math.nan,
+        "changes": means,
+        "loss_correlation": correlation(changes.abs().mean(0), record.mean(0)),
+    }
+    return Groups(a, b, -1, numbers)
+
+
+def mean_changes(changes: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(T, 3): mean change of A, of B and of the rest."""
+    rest = torch.ones(changes.shape[1], dtype=torch.bool).index_fill_(0, torch.cat([a, b]), False)
+    return torch.stack([changes[:, a].mean(1), changes[:, b].mean(1), changes[:, rest].mean(1)], 1)
+
+
+def null_share(losses_at: LossesAt, curvature: float, k: int, count: int, seed: int) -> float:
+    """The largest share of top and bottom k after `count` kicks of the same length in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        direction = torch.randn(len(losses_at.center), generator=generator, dtype=torch.float64)
+        change, _ = kick(losses_at, direction / torch.linalg.vector_norm(direction), curvature)
+        found.append(share(change, torch.cat(ends(change, k))))
+    return max(found)
+
+
+def about_gradients(gradients: PerExampleGradients, u: Tensor, groups: Groups, losses: Tensor) -> dict[str, Any]:
+    """Slopes along the direction u, the groups' own gradients, and how well size alone names the members."""
+    n, members = len(losses), groups.members(len(losses))
+    slopes = gradients.project(u)[:, 0]
+    parts = [groups.a, groups.b, (~members).nonzero().flatten()]
+    gram = torch.stack(list(gradients.group_gram_by_layer(parts).values())).sum(0)
+    norms = gram.diag().clamp_min(0).sqrt()
+    products = gradients.select(groups.rows.tolist()).gram()
+    lengths = products.diag().clamp_min(0).sqrt()
+    smallest = torch.finfo(torch.float64).tiny  # a zero gradient has cosine 0 with every other
+    a, b = float(slopes[groups.a].mean()), float(slopes[groups.b].mean())
+    return {
+        "slope_a": a,
+        "slope_b": b,
+        "same_side": a * b > 0,
+        "slope_auc": rank_auc(slopes.abs(), members),
+        "norm_auc": rank_auc(gradients.norms(), members),
+        "loss_auc": rank_auc(losses, members),
+        "cosine": float(gram[0, 1] / (norms[0] * norms[1]).clamp_min(smallest)),
+        "norm_a": float(norms[0] / len(groups.a)),
+        "norm_b": float(norms[1] / len(groups.b)),
+        "norm_rest": float(norms[2] / max(n - len(groups.rows), 1)),
+        "cosines": products / (lengths[:, None] * lengths[None, :]).clamp_min(smallest),
+    }
+
+
+def _part(values: Tensor, rows: Tensor) -> float:
+    total = float(values.sum())
+    return float(values[rows].sum()) / total if total else math.nan

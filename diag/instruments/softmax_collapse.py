@@ -50,6 +50,9 @@ NEAR_RESIDUAL = 1e-3
 SAME_LOSS = 0.05  # how far wrong-class gradients may be from the softmax's before the loss counts as another one
 ROUNDED_AWAY = 1e-3  # relative error of the median gradient from which the loss is seen to feel rounding
 
+# "Low and flat" held-out accuracy, beside a fitted training set: our choice, uncalibrated.
+STALLED_FOR, STALLED_WITHIN, STALLED_BELOW = 3, 0.01, 0.5
+
 ADVICE = (
     "If training is to go on, use diag.stable_cross_entropy or compute the loss in float64 as a control; weight "
     "decay or label smoothing keep the margins from growing."
@@ -201,7 +204,22 @@ class SoftmaxCollapse(Result):
             more = f"; at the present rate the median example gets there in about {format_number(eta, 2)} steps."
         else:
             more = "."
-        return dataclasses.replace(last, sentence=last.sentence.removesuffix(".") + more)
+        advice = last.advice + cls._stalled(series)
+        return dataclasses.replace(last, sentence=last.sentence.removesuffix(".") + more, advice=advice)
+
+    @classmethod
+    def _stalled(cls, series: Sequence[tuple[int, Self]]) -> str:
+        """What a fitted training set, collapse, and a low and flat held-out accuracy are consistent with."""
+        recent = [result for _, result in series[-STALLED_FOR:]]
+        held_out = [result.held_out_accuracy for result in recent]
+        fitted = all(result.accuracy == 1 and result.collapsed > 0 for result in recent)
+        flat = max(held_out) - min(held_out) <= STALLED_WITHIN and max(held_out) < STALLED_BELOW
+        if len(recent) < STALLED_FOR or not (fitted and flat):
+            return ""
+        return (
+            f" The training set is fitted and the held-out accuracy stays at {format_share(held_out[-1])}: "
+            "consistent with training that collapse has stalled, which is contested, so run the control."
+        )
 
     def plot(self, ax: Any) -> None:
         """The histogram of the margins, with one vertical line per dtype where the softmax collapses."""

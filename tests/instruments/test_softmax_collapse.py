@@ -272,6 +272,22 @@ def test_the_trend_says_when_it_began():
     assert "first seen at step 200" in SoftmaxCollapse.trend(course(1.0, 2.0, 20.0, 21.0)).sentence
 
 
+@pytest.mark.parametrize(
+    ("held_out", "stalled"), [([0.1, 0.1, 0.105], True), ([0.1, 0.3, 0.45], False), ([0.9, 0.9, 0.9], False)]
+)
+def test_a_low_and_flat_held_out_accuracy_is_called_consistent_with_a_stall(held_out, stalled):
+    series = [
+        (step, dataclasses.replace(result, held_out_accuracy=accuracy))
+        for (step, result), accuracy in zip(course(20.0, 21.0, 22.0), held_out, strict=True)
+    ]
+    for part, expected in ((series, stalled), (series[:2], False)):
+        verdict = SoftmaxCollapse.trend(part)
+        assert (
+            "consistent with training that collapse has stalled, which is contested" in verdict.advice
+        ) == expected
+        assert "stalled" not in verdict.sentence
+
+
 def test_the_trend_gives_no_verdict_where_the_last_result_has_none():
     z, y = at_margins(torch.linspace(-1, 8, 40))
     result = softmax_collapse(logits=z, labels=y, logit_gradients=gradients(nn.MultiMarginLoss(), z, y))

@@ -43,7 +43,10 @@ DRAWING_STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "legend.fontsize": 8.5,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.facecolor": "white",  # the page's ground; see _page_colour
+    "legend.fancybox": False,
+    "legend.framealpha": 0.75,
     "lines.linewidth": 1.6,
     "path.simplify": True,
     "path.simplify_threshold": 0.5,

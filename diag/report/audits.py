@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from diag.display import LEVEL_MARKS, format_number
 from diag.registry import instruments
 from diag.report.examples import examples
 from diag.report.plain import clean, counted, number, shown
@@ -33,13 +32,16 @@ CONFIDENCE = {
     "contested": "contested in the literature",
 }
 
+MAX_DETAILS = 80
+MAX_GAPS = 6
+
 Outcomes = Sequence[tuple[int, Skipped | Failed]]
 
 
 def judged(finding: Finding, gaps: Outcomes, in_time: bool) -> dict[str, Any]:
     """The entry of a check that gave a verdict; `gaps` are the steps at which it gave none."""
     verdict, (_, last) = finding.verdict, finding.series[-1]
-    level = str(verdict.level)
+    level, details = str(verdict.level), _details(finding.series)
     name, unit = _decider(verdict.value, last)
     return {
         **_about(finding.instrument, finding.title, level),
@@ -62,8 +64,9 @@ def judged(finding: Finding, gaps: Outcomes, in_time: bool) -> dict[str, Any]:
             {"name": clean(p.name), "holds": bool(p.holds), "detail": clean(p.detail)} for p in last.preconditions
         ],
         "notes": list(dict.fromkeys(clean(note) for _, result in finding.series for note in result.notes))[:12],
-        "gaps": [_gap(group) for group in _groups(gaps)],
-        "details": _details(finding.series),
+        "gaps": [_gap(group) for group in list(_groups(gaps))[:MAX_GAPS]],
+        "details": details[:MAX_DETAILS],
+        "details_left_out": max(0, len(details) - MAX_DETAILS),
         "arrays": list(_arrays(last)),
         "settings": _settings(finding.instrument, last, verdict.threshold),
         "provenance": _provenance(last),
@@ -245,15 +248,3 @@ def _provenance(result: Result) -> dict[str, Any]:
         "data_fingerprint": clean(about.data_fingerprint),
         "seed": about.seed,
     }
-
-
-def level_word(level: str) -> str:
-    """The word for a level or for an outcome without one."""
-    return LEVEL_MARKS[level][2] if level in LEVEL_MARKS else level
-
-
-def layers_in(finding: Mapping[str, Any]) -> str:
-    """The layers of an entry as text: the first few, and how many more."""
-    names = finding.get("layers", [])
-    more = f" and {format_number(len(names) - 3)} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

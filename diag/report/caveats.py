@@ -15,7 +15,7 @@ from diag.report.plain import clean, counted, listed
 from diag.report.timeline import broken_steps
 from diag.run import Event
 
-ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule")
+ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe")
 MAX_EVENTS = 8
 
 
@@ -62,7 +62,7 @@ def _of_history(evidence: Evidence) -> Caveats:
     yield from _of_losses(history)
     yield from _of_gradients(history)
     for note in history.notes:
-        yield "not observed", note, ""
+        yield "note", note, ""
 
 
 def _of_losses(history: History) -> Caveats:

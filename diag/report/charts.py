@@ -44,7 +44,7 @@ def charts(finding: Finding, salt: str, at_most: int) -> tuple[list[Chart], dict
 def _try(draw: Callable[[Any], None], salt: str, label: str) -> tuple[str, str]:
     """(SVG, "") or ("", why there is none)."""
     try:
-        svg = figure_svg(draw, size=SIZE, salt=salt, label=label)
+        svg = clean(figure_svg(draw, size=SIZE, salt=salt, label=label))
     except NotImplementedError:
         return "", "This result draws no chart."
     except Exception as error:

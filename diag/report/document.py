@@ -37,7 +37,8 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
     """
     evidence = gather(source)
     history = evidence.history
-    axis = axis_of(history, evidence.findings, evidence.last_step)
+    in_time = evidence.findings if evidence.kind == "run" else ()
+    axis = axis_of(history, in_time, evidence.last_step)
     audits = _audits(evidence)
     counts = {level: sum(a["level"] == level for a in audits) for level in LEVELS}
     name = clean(title or evidence.title)
@@ -52,7 +53,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "facts": facts(evidence),
         "caveats": caveats(evidence, counts),
         "audits": audits,
-        "timeline": axis and timeline(axis, history, evidence.findings, evidence.events),
+        "timeline": axis and timeline(axis, history, in_time, evidence.events),
         "layers": None if history is None else layers(axis, history, evidence.findings),
         "method": method(evidence, audits),
         "drawings": {} if not drawings else _draw(evidence, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),

@@ -15,6 +15,9 @@ from diag.report.caveats import spent
 from diag.report.evidence import Evidence
 from diag.report.plain import clean, shown
 
+# A seed that nobody chose is a random number of twenty digits: it stands in the metadata only.
+DRAWN_SEED = 10**10
+
 # What a run's metadata hold besides facts about the training.
 ELSEWHERE = ("layers", "row", "settings", "versions", "format", "sessions", "instruments", "parameters_by_layer")
 
@@ -38,9 +41,12 @@ def _facts(evidence: Evidence) -> Iterable[tuple[str, str]]:
     if history is not None and numpy.isfinite(history.loss).any():
         losses = numpy.asarray(history.loss)
         yield "Last loss", format_number(float(losses[numpy.isfinite(losses)][-1]), 4)
-    for name, label in (("probe", "Probe"), ("examples", "Examples"), ("device", "Device"), ("seed", "Seed")):
+    yield "Probe", _probe(evidence)
+    for name in ("examples", "device"):
         if about.get(name) not in (None, "", {}):
-            yield label, _probe(about[name]) if name == "probe" else shown(about[name])
+            yield name.capitalize(), shown(about[name])
+    if isinstance(about.get("seed"), int) and abs(about["seed"]) < DRAWN_SEED:
+        yield "Seed", str(about["seed"])
     wall, watch = spent(evidence)
     if wall and math.isfinite(wall):
         yield "Training time", format_seconds(wall)
@@ -49,7 +55,11 @@ def _facts(evidence: Evidence) -> Iterable[tuple[str, str]]:
         yield "Began", str(about["created"])[:16].replace("T", " ")
 
 
-def _probe(about: Any) -> str:
+def _probe(evidence: Evidence) -> str:
+    """What the curves of a run are measured on: as its metadata or its events have it."""
+    about = evidence.metadata.get("probe")
+    if about in (None, "", {}):
+        return next((e.text.split(",")[0] for e in evidence.events if e.kind == "probe"), "")
     size = about.get("examples", about.get("size")) if isinstance(about, Mapping) else about
     return f"{size:,} examples" if isinstance(size, int) else shown(about)
 

@@ -43,7 +43,9 @@ def shown(value: Any) -> str:
     """Any plain value as a short text: settings, metadata."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
+        return str(value) if abs(value) >= 10**15 else format_number(value)
+    if isinstance(value, float):
         return format_number(value, 6)
     if isinstance(value, Mapping):
         return ", ".join(f"{clean(k)}: {shown(v)}" for k, v in value.items()) or "–"

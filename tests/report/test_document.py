@@ -120,7 +120,7 @@ def test_ids_stay_apart():
 def test_warnings_about_the_run_itself(made):
     kinds = [c["kind"] for c in made["caveats"]]
     assert kinds == [
-        "skipped", "failed", "non-finite steps", "non-finite steps", "not observed", "exception", "over budget",
+        "skipped", "failed", "non-finite steps", "non-finite steps", "note", "exception", "over budget",
         "torn records",
     ]  # fmt: skip
     texts = " ".join(c["text"] for c in made["caveats"])
@@ -217,6 +217,16 @@ def test_a_snapshot_is_measured_with_every_instrument():
     assert {a["instrument"] for a in made["audits"]} == set(instruments())
     assert made["title"] == "Snapshot of a Sequential"
     assert {f["name"] for f in made["facts"]} >= {"Model", "Parameters", "Examples"}
+
+
+def test_a_snapshot_of_a_watched_run_has_its_curves_and_no_lanes():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    history = report_fakes.history(40, {"weight": 12, "bias": 3})
+    data = (torch.randn(9, 4), torch.arange(9) % 3)
+    made = document(diag.Snapshot(model, torch.nn.functional.cross_entropy, data, history=history), drawings=False)
+    assert (made["timeline"]["first_step"], made["timeline"]["last_step"]) == (1, 40)
+    assert made["timeline"]["lanes"] == [] and made["drawings"] == {}
 
 
 def written(folder):

@@ -1,20 +1,25 @@
 """The page as text: escaped, self-contained, the same bytes each time."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy
 import pytest
 import report_fakes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from report_fakes import HOSTILE
 
 import diag
 from diag.errors import InvalidInput
 from diag.report import Page, document, render
 from diag.report.page import band_path, heat_image, line_path, linked
+from diag.report.plain import clean
 
 
 def test_the_same_document_gives_the_same_bytes(made, html):
@@ -35,6 +40,52 @@ def test_every_text_of_the_model_is_escaped(html):
     assert "<script>alert" not in html
     assert html.count("<script") == 2  # the data and our own
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 5
+
+
+class Texts(HTMLParser):
+    """The texts and the elements of a page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.texts, self.tags = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.text(st.characters(exclude_categories=()), min_size=1, max_size=40).filter(str.strip))
+def test_any_text_of_a_model_stays_text(text):
+    evidence = report_fakes.evidence()
+    worst = evidence.findings[0]
+    verdict = dataclasses.replace(worst.verdict, sentence=text, advice=text, layers=(text,), source=text)
+    history = dataclasses.replace(evidence.history, layers=(text, *evidence.history.layers[1:]), notes=(text,))
+    findings = [dataclasses.replace(worst, verdict=verdict, title=text), *evidence.findings[1:]]
+    changed = dataclasses.replace(evidence, findings=findings, history=history, title=text)
+    html = render(document(changed, drawings=False))
+    html.encode("utf-8")
+    page = Texts(html)
+    assert page.tags.count("script") == 2
+    # A reader sees the text as it was, but for what no page can hold.
+    seen = clean(text).replace("\r", "\n")
+    assert any(seen in data.replace("\r", "\n") for data in page.texts)
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [("层 <b>", "层 &lt;b&gt;"), ("a\x01b", "a\N{REPLACEMENT CHARACTER}b"), ("\ud800", "No chart")],
+)
+def test_a_drawing_with_any_text_can_be_written(label, shown, tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Odd(report_fakes.Bare):
+        def plot(self, ax):
+            ax.set_xlabel(label)
+
+    assert shown in diag.report({"odd": Odd(ratio=1.0)}, tmp_path / "odd.html").html
 
 
 def test_the_document_is_embedded_and_cannot_end_its_element(made, html):

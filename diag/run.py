@@ -22,6 +22,7 @@ from diag.quantities.history import History
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
 from diag.run_files import (
+    META,
     OUTCOMES,
     history_of,
     kept_records,
@@ -284,20 +285,17 @@ class Run:
 
 
 def load(path: str | Path) -> Run:
-    """Open the run in the folder `path`.
+    """Open the run in the folder `path` (or the folder's run.json).
 
     A record that a killed writer left torn is dropped and counted in `torn`.
     Raises RunError where there is no run, or one of a newer format.
     """
-    folder = Path(path)
+    folder = Path(path).parent if Path(path).name == META else Path(path)
     metadata = read_metadata(folder)
     rows, torn_rows = read_rows(folder, metadata["row"])
     records, torn_lines = read_records(folder)
     torn_before = sum(int(r.get("torn", 0)) for r in records if r.get("type") == "resume")
-    keep = kept_rows(rows, records)
-    lost = int((numpy.asarray(rows["steps"]) <= 0).sum())
-    rows = rows if keep.all() else rows[keep]
-    records = kept_records(records)
+    rows, records = kept_rows(rows, records), kept_records(records)
     return Run(
         path=folder,
         metadata=metadata,
@@ -309,7 +307,7 @@ def load(path: str | Path) -> Run:
         ),
         events=tuple(Event(r["step"], r.get("kind", r["type"]), r["text"]) for r in records if "text" in r),
         times=tuple(_times(records)),
-        torn=torn_rows + torn_lines + torn_before + lost,
+        torn=torn_rows + torn_lines + torn_before,
     )
 
 
@@ -328,14 +326,19 @@ def _totals(history: History) -> dict[str, Any]:
     return line
 
 
+def _fact(name: str, value: Any) -> str:
+    if name == "created":
+        return str(value).replace("T", " ").replace("+00:00", " UTC")
+    return f"{value:,}" if name == "parameters" and isinstance(value, int) else str(value)
+
+
 def _facts(run: Run) -> Iterable[tuple[str, str]]:
     about = run.metadata
     if run.path is not None:
         yield "folder", str(run.path)
     for name in ("created", "model", "parameters", "device", "seed"):
         if about.get(name) is not None:
-            value = about[name]
-            yield name, f"{value:,}" if isinstance(value, int) else str(value)
+            yield name, _fact(name, about[name])
     yield "steps", f"{run.last_step:,}"
     if run.history is not None and numpy.isfinite(run.history.loss).any():
         losses = run.history.loss

@@ -85,17 +85,28 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         dict(data["layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file} is damaged (its row or layers: {error}); restore it from a copy.") from None
-    return data
+    return _with_floats(data)
+
+
+def _with_floats(value: Any) -> Any:
+    """What `encode` made of numbers that JSON has not (infinity), as numbers again."""
+    if isinstance(value, dict):
+        return decode(value) if "__float__" in value else {k: _with_floats(v) for k, v in value.items()}
+    return [_with_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def read_rows(folder: Path, columns: Iterable[Iterable[Any]]) -> tuple[NDArray[Any], int]:
-    """The complete rows of steps.bin, memory-mapped, and how many rows were torn (0 or 1)."""
+    """The complete rows of steps.bin, memory-mapped, and how many rows at the end were torn."""
     dtype, file = row_dtype(columns), folder / STEPS
     size = file.stat().st_size if file.exists() else 0
     count, rest = divmod(size, dtype.itemsize)
     if not count:
         return numpy.empty(0, dtype), int(rest > 0)
-    return numpy.memmap(file, dtype, "r", shape=(count,)), int(rest > 0)
+    rows = numpy.memmap(file, dtype, "r", shape=(count,))
+    whole = count
+    while whole and rows["steps"][whole - 1] <= 0:  # a machine that lost power may leave rows of zeros
+        whole -= 1
+    return rows[:whole], count - whole + int(rest > 0)
 
 
 def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -154,14 +165,13 @@ def read_array(folder: Path, name: str) -> NDArray[Any]:
         raise RunError(f"The array {name!r} of {folder} cannot be read ({error}).") from None
 
 
-def kept_rows(rows: NDArray[Any], records: Iterable[Mapping[str, Any]]) -> NDArray[numpy.bool_]:
-    """Which rows count: those that no resumption from an earlier step superseded, with a positive step."""
-    steps = numpy.asarray(rows["steps"])
-    keep = steps > 0  # a machine that lost power may leave rows of zeros
-    for record in records:
-        if record.get("type") == "resume":
-            keep[: record["rows"]] &= steps[: record["rows"]] <= record["step"]
-    return keep
+def kept_rows(rows: NDArray[Any], records: Iterable[Mapping[str, Any]]) -> NDArray[Any]:
+    """The rows that no resumption from an earlier step superseded; the memory map itself where that is all."""
+    resumed = [r for r in records if r["type"] == "resume"]
+    keep = numpy.ones(len(rows), bool)
+    for record in resumed:
+        keep[: record["rows"]] &= rows["steps"][: record["rows"]] <= record["step"]
+    return rows if keep.all() else rows[keep]
 
 
 def kept_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ class RunWriter:
         self._dtype = row_dtype(before["row"])
         rows, torn_rows = read_rows(self.path, before["row"])
         records, _ = read_records(self.path)
-        last_row = rows["steps"][kept_rows(rows, records)][-1:].tolist()
+        last_row = kept_rows(rows, records)["steps"][-1:].tolist()
         self.last_step = max([0, *last_row, *(r["step"] for r in kept_records(records))])
         if resume is not True:
             if resume < 0 or resume > self.last_step:
@@ -128,7 +128,7 @@ class RunWriter:
         dropped = torn_rows + _cut_torn_tail(self.path, len(rows) * self._dtype.itemsize)
         changed = {k: v for k, v in jsonable(metadata).items() if before.get(k) != v}
         before["sessions"] = [*before.get("sessions", []), {"resumed": _now(), "after": self.last_step, **changed}]
-        write_atomically(self.path / META, before)
+        write_atomically(self.path / META, jsonable(before))
         self._open_files()
         text = f"resumed after step {self.last_step}"
         self._append_record(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import diag
 from diag.errors import RunError
 from diag.quantities.history import empty_history
-from diag.registry import instrument, instruments
+from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
 from diag.run import Cost, Event, Record, Run, RunWriter, load
 
@@ -260,6 +260,24 @@ def test_a_torn_last_row_is_dropped_and_counted(tmp_path):
     assert run.history is None and run.torn == 1
 
 
+def test_wherever_the_files_are_cut_what_was_whole_is_there(tmp_path):
+    with writer(tmp_path) as w:
+        w.append_steps(steps(1, 4))
+        for step in range(4):
+            w.append_event(step, "kind", f"event {step}: ünïcode {{}} []")
+    for name in ("records.jsonl", "steps.bin"):
+        file = tmp_path / "run" / name
+        whole = file.read_bytes()
+        ends = [i + 1 for i in range(len(whole)) if whole[i] == 10] if name == "records.jsonl" else None
+        row = len(whole) // 4
+        for cut in range(len(whole) + 1):
+            file.write_bytes(whole[:cut])
+            run = load(tmp_path / "run")
+            found = len(run.events) if ends else len(run.history or ())
+            assert found == (sum(end <= cut for end in ends) if ends else cut // row)
+            assert run.torn == (cut not in {0, *ends} if ends else cut % row > 0)
+
+
 def test_rows_of_zeros_after_a_power_cut_are_dropped_and_counted(tmp_path):
     with writer(tmp_path) as w:
         w.append_steps(steps(1, 3))
@@ -328,4 +346,4 @@ def test_many_records_are_opened_without_building_their_results(tmp_path, monkey
     built.clear()
     run = load(tmp_path / "run")
     assert len(run.records) == 20_000 and len(run.history) == 20_000 and not built
-    assert diag.load is load and instruments() is not None
+    assert diag.load is load and load(tmp_path / "run" / "run.json").last_step == run.last_step

@@ -198,6 +198,17 @@ def test_resume_goes_on_after_the_last_step_and_makes_good_torn_ends(tmp_path):
     assert not (tmp_path / "previous-run").exists()
 
 
+def test_resume_after_a_power_cut_cuts_the_rows_of_zeros_off(tmp_path):
+    with open_run(tmp_path) as w:
+        w.append_steps(steps(1, 3))
+    file = tmp_path / "steps.bin"
+    file.write_bytes(file.read_bytes() + bytes(file.stat().st_size))
+    with open_run(tmp_path, resume=True) as w:
+        assert w.last_step == 3
+        w.append_steps(steps(4, 5))
+    assert load(tmp_path).history.steps.tolist() == [1, 2, 3, 4, 5] and load(tmp_path).torn == 3
+
+
 def test_resume_without_a_run_starts_one(tmp_path):
     with open_run(tmp_path / "new", resume=True) as w:
         assert w.last_step == 0
@@ -276,7 +287,9 @@ def test_an_outcome_must_say_whose_it_is(tmp_path):
 def test_metadata_that_json_cannot_hold_becomes_text(tmp_path):
     RunWriter(tmp_path, {"layers": LAYERS, "folder": tmp_path, "limit": float("inf"), "tags": {"a"}}).close()
     about = load(tmp_path).metadata
-    assert about["folder"] == str(tmp_path) and about["tags"] == ["a"]
+    assert about["folder"] == str(tmp_path) and about["tags"] == ["a"] and about["limit"] == float("inf")
+    with RunWriter(tmp_path, {"layers": LAYERS, "limit": float("nan")}, resume=True):
+        assert load(tmp_path).metadata["limit"] == float("inf")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_whole_records(tmp_path, monkeypatch):

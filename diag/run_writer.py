@@ -38,6 +38,7 @@ from diag.run_files import (
     read_metadata,
     read_records,
     read_rows,
+    record_line,
     row_columns,
     row_dtype,
     write_atomically,
@@ -141,17 +142,29 @@ class RunWriter:
         """Append the rows of `rows`; its steps must continue after `last_step`. New notes are recorded too."""
         if not len(rows):
             return
-        table = _table(rows, self._dtype, self.layers, self.last_step, self.path)
-        self._write(STEPS, table.tobytes())
-        self.last_step = int(rows.steps[-1])
+        self.append_table(_table(rows, self._dtype, self.layers, self.last_step, self.path))
         for note in rows.notes:
             if note not in self._notes:
                 self._notes.add(note)
                 self._append_record({"type": "note", "step": self.last_step, "text": note})
-        if rows.optimizer and rows.optimizer != self._optimizer:
-            self._optimizer = dict(rows.optimizer)
-            optimizer = jsonable(rows.optimizer)
-            self._append_record({"type": "optimizer", "step": self.last_step, "data": optimizer})
+        self.append_optimizer(rows.optimizer)
+
+    @property
+    def dtype(self) -> numpy.dtype[Any]:
+        """The NumPy dtype of one row of steps."""
+        return self._dtype
+
+    def append_table(self, table: NDArray[Any]) -> None:
+        """Append rows that are in this form (`dtype`) already: the quick way, for every step of a watched run."""
+        self._write(STEPS, table.tobytes())
+        self.last_step = int(table["steps"][-1])
+
+    def append_optimizer(self, optimizer: Mapping[str, Any]) -> None:
+        """Append what the optimizer is, where that is new."""
+        if optimizer and optimizer != self._optimizer:
+            self._optimizer = dict(optimizer)
+            record = {"type": "optimizer", "step": self.last_step, "data": jsonable(optimizer)}
+            self._append_record(record)
 
     def append_outcome(self, step: int, outcome: Outcome, seconds: float | None = None) -> None:
         """Append what an instrument gave at `step`, and the time it took (it appears in the run's costs)."""
@@ -192,7 +205,7 @@ class RunWriter:
         self.close()
 
     def _append_record(self, record: Mapping[str, Any]) -> None:
-        self._write(RECORDS, json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        self._write(RECORDS, record_line(record))
 
     def _save_array(self, array: NDArray[Any]) -> str:
         buffer = io.BytesIO()

@@ -37,9 +37,9 @@ def main() -> None:
                 writer.append_outcome(step, result, 0.01)
             print(f"append of one result: {(time.perf_counter() - began):.3f} ms (mean of 1,000)")
             for step in range(1001, RECORDS + 1):
-                writer.append_event(step, "kind", "a short text about what happened at this step of the training")
+                writer.append_outcome(step, result, 0.01)
         sizes = ", ".join(f"{f.name} {f.stat().st_size / 1e6:.1f} MB" for f in sorted(Path(folder).glob("*.*n*")))
-        print(f"{RECORDS:,} steps of {LAYERS} layers, {RECORDS:,} records: {sizes}")
+        print(f"{RECORDS:,} steps of {LAYERS} layers, {RECORDS:,} results: {sizes}")
         times = [_seconds(lambda: load(folder)) for _ in range(REPEATS)]
         print(f"load: {statistics.median(times):.2f} s (median of {REPEATS}, {min(times):.2f} to {max(times):.2f})")
         run = load(folder)

@@ -270,12 +270,39 @@ def test_wherever_the_files_are_cut_what_was_whole_is_there(tmp_path):
         whole = file.read_bytes()
         ends = [i + 1 for i in range(len(whole)) if whole[i] == 10] if name == "records.jsonl" else None
         row = len(whole) // 4
-        for cut in range(len(whole) + 1):
+        for cut in {*range(0, len(whole) + 1, 3), *(ends or ()), len(whole)}:
             file.write_bytes(whole[:cut])
             run = load(tmp_path / "run")
             found = len(run.events) if ends else len(run.history or ())
             assert found == (sum(end <= cut for end in ends) if ends else cut // row)
             assert run.torn == (cut not in {0, *ends} if ends else cut % row > 0)
+
+
+def test_one_changed_byte_anywhere_in_a_line_never_gives_another_record(tmp_path):
+    """A changed byte within the word "crc" leaves the record as it was, unchecked; any other loses it."""
+    with writer(tmp_path) as w:
+        w.append_outcome(1, height_of(0.5))
+        w.append_event(2, "kind", "text")
+    file = tmp_path / "run" / "records.jsonl"
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 2):
+        if whole[place : place + 1] == b"\n":
+            continue
+        for flip in (1, 128):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            run = load(tmp_path / "run")
+            assert len(run.events) + len(run.records) + run.torn >= 2
+            assert all(item == (1, height_of(0.5)) for item in run.series("height")) and run.outcomes == ()
+            assert all(event == Event(2, "kind", "text") for event in run.events)
+
+
+def test_instruments_with_any_name(tmp_path):
+    with writer(tmp_path) as w:
+        for name in ('a"b', "ü", "back\\slash", "plain"):
+            w.append_outcome(1, Skipped(name, "no data"), 1e-7)
+    run = load(tmp_path / "run")
+    assert [o.instrument for _, o in run.outcomes] == ['a"b', "ü", "back\\slash", "plain"] and run.torn == 0
+    assert [c.seconds for c in run.costs] == [1e-7] * 4
 
 
 def test_rows_of_zeros_after_a_power_cut_are_dropped_and_counted(tmp_path):

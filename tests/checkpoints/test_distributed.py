@@ -166,3 +166,28 @@ def test_a_compressed_shard_is_refused(folder):
     replace(folder, about)
     with pytest.raises(CheckpointError, match=r"stored with \['zstd'\], which is not read here"):
         load_state(folder)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_distributed_tensors_in_a_torch_file(ranks, tmp_path):
+    """What one rank of `ranks` saves: all of the tensor, or a shard of it that must not pass for the whole."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    whole = torch.arange(8.0).reshape(4, 2)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        mesh = init_device_mesh("cpu", (ranks,))
+        torch.save({"weight": distribute_tensor(whole, mesh, [Shard(0)])}, tmp_path / "a.pt")
+    finally:
+        dist.destroy_process_group()
+    model = torch.nn.Linear(2, 4, bias=False)
+    if ranks == 1:
+        load_into(model, load_state(tmp_path / "a.pt"))
+        assert torch.equal(model.weight, whole)
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"weight is one shard of a distributed tensor; save the whole state"
+        ):
+            load_into(model, load_state(tmp_path / "a.pt"))

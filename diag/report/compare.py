@@ -8,18 +8,14 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy
-
-from diag.display import format_number
 from diag.report.document import document
 from diag.report.evidence import Evidence, gather
 from diag.report.files import Page
+from diag.report.overlay import SIDES, overlay
 from diag.report.plain import clean, counted, finite, listed, number
-from diag.report.timeline import Axis, axis_of, broken_steps, decimate, scale, step_ticks, whole_norm
 from diag.result import Level
 
 FORMAT_VERSION = 1
-CURVES = (("loss", "Training loss"), ("gradient_norm", "Gradient norm"), ("learning_rate", "Learning rate"))
 
 
 def compare(run_a: Any, run_b: Any, output: str | os.PathLike[str] | None = None, *, command: str = "") -> Page:
@@ -42,10 +38,10 @@ def comparison(run_a: Any, run_b: Any, *, command: str = "") -> dict[str, Any]:
         "title": f"{documents[0]['title']} and {documents[1]['title']}",
         "command": clean(command),
         "verdict": {"headline": _headline(checks), "sentence": ""},
-        "sides": [{"name": n, **_side(d)} for n, d in zip("AB", documents, strict=True)],
+        "sides": [{"name": n, **_side(d)} for n, d in zip(SIDES, documents, strict=True)],
         "facts": list(_pairs(*({f["name"]: f["text"] for f in d["facts"]} for d in documents))),
         "checks": checks,
-        "curves": _curves(sides),
+        "curves": overlay(sides),
         "scalars": list(_scalars(*sides)),
     }
     return json.loads(json.dumps(made, allow_nan=False))
@@ -90,40 +86,6 @@ def _headline(checks: list[dict[str, Any]]) -> str:
     unlike = changes.count("")
     parts += [f"{unlike} not judged in both"] if unlike else []
     return f"B against A: {listed(parts)}" if checks else "Nothing was measured"
-
-
-def _curves(sides: list[Evidence]) -> dict[str, Any] | None:
-    """The curves of both runs on one axis and one scale."""
-    axes = [axis_of(side.history, (), 0) for side in sides]
-    known = [axis for axis in axes if axis is not None]
-    if not known:
-        return None
-    axis = Axis(min(a.first for a in known), max(a.last for a in known))
-    panels = [panel for name, label in CURVES if (panel := _panel(axis, sides, name, label))]
-    return {"first_step": axis.first, "last_step": axis.last, "ticks": step_ticks(axis), "panels": panels}
-
-
-def _panel(axis: Axis, sides: list[Evidence], name: str, label: str) -> dict[str, Any] | None:
-    lines = []
-    for letter, side in zip("AB", sides, strict=True):
-        if side.history is None:
-            continue
-        history = side.history
-        values = whole_norm(history.gradient_norm) if name == "gradient_norm" else getattr(history, name)
-        values = numpy.asarray(values, numpy.float64)
-        marks = {"loss": lambda h: ~h.loss_finite, "gradient_norm": broken_steps}.get(name)
-        if numpy.isfinite(values).any():
-            broken = marks(history) if marks else None
-            lines.append((letter, values, decimate(axis, history.steps, values, broken)))
-    if not lines:
-        return None
-    usable = numpy.concatenate([v[numpy.isfinite(v)] for _, v, _ in lines])
-    about = scale(usable)
-    series = [
-        {"side": letter, "last": format_number(float(v[numpy.isfinite(v)][-1])), **points, **about}
-        for letter, v, points in lines
-    ]
-    return {"name": name, "label": label, "lines": series, **about}
 
 
 def _scalars(a: Evidence, b: Evidence) -> Iterable[dict[str, Any]]:

@@ -8,6 +8,7 @@ of this document; the same evidence gives the same document.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from diag.report.audits import by_instrument, judged, slug, unjudged
 from diag.report.caveats import caveats
 from diag.report.charts import charts
 from diag.report.evidence import Evidence, gather
+from diag.report.examples import take_pictures
 from diag.report.layers import layers
 from diag.report.method import facts, method
 from diag.report.plain import clean, counted, listed
@@ -32,7 +34,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
     """The document of a report on `source` (see `diag.report`): strict JSON, the worst check first.
 
     title: in place of the run's name. command: the command line that makes this report, to be shown in it.
-    drawings: whether to draw the charts.
+    drawings: whether to draw the charts and the pictures of examples.
     Raises InvalidInput where no report can be made of `source`, RunError where a path holds no run.
     """
     evidence = gather(source)
@@ -56,7 +58,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "timeline": axis and timeline(axis, history, in_time, evidence.events),
         "layers": None if history is None else layers(axis, history, evidence.findings),
         "method": method(evidence, audits),
-        "drawings": {} if not drawings else _draw(evidence, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),
+        "drawings": _draw(evidence if drawings else None, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),
     }
     _link(made)
     return json.loads(json.dumps(made, allow_nan=False))
@@ -76,18 +78,24 @@ def _audits(evidence: Evidence) -> list[dict[str, Any]]:
     return made
 
 
-def _draw(evidence: Evidence, audits: Sequence[dict[str, Any]], salt: str) -> dict[str, str]:
-    """Draw the charts: the course and the last measurement where attention is needed, else the first of these."""
+def _draw(evidence: Evidence | None, audits: Sequence[dict[str, Any]], salt: str) -> dict[str, str]:
+    """The charts (the course and the last measurement where attention is needed, else the first of these) and the
+    pictures of examples, by name; the worst checks first, as long as the page has room. None draws nothing."""
     drawings: dict[str, str] = {}
-    room = ROOM_FOR_DRAWINGS
-    for finding, audit in zip(evidence.findings, audits, strict=False):
-        at_most = 2 if audit["level"] in NEEDS_ATTENTION else 1
-        audit["charts"], drawn = charts(finding, salt, at_most)
-        for chart in audit["charts"]:
-            room -= len(drawn.get(chart["key"], ""))
-            if room < 0 and drawn.pop(chart["key"], ""):
-                chart["problem"] = "No chart: the page has no room left for it."
-        drawings |= drawn
+    room = ROOM_FOR_DRAWINGS if evidence else 0
+    findings = evidence.findings if evidence else ()
+    for audit, finding in itertools.zip_longest(audits, findings):
+        if finding is not None:
+            audit["charts"], drawn = charts(finding, salt, 2 if audit["level"] in NEEDS_ATTENTION else 1)
+            for chart in audit["charts"]:
+                room -= len(drawn.get(chart["key"], ""))
+                if room < 0 and drawn.pop(chart["key"], ""):
+                    chart["problem"] = "No chart: the page has no room left for it."
+            drawings |= drawn
+        for name, picture in take_pictures(audit.get("examples"), f"{salt}-{audit['id']}"):
+            room -= len(picture)
+            if room > 0:
+                drawings[name] = picture
     return drawings
 
 

@@ -22,7 +22,7 @@ from diag.result import Result, plain
 
 MAX_IN_GROUP = 12
 MAX_GROUPS = 4
-MAX_SIDE = 64
+MAX_SIDE = 48
 MAX_FEATURES = 6
 MAX_TEXT = 240
 
@@ -41,6 +41,15 @@ def examples(result: Result) -> dict[str, Any] | None:
     except Exception as error:
         return {"groups": [], "problem": clean(f"No examples: {type(error).__name__}: {error}")}
     return {"groups": shown, "problem": ""} if shown else None
+
+
+def take_pictures(shown: dict[str, Any] | None, prefix: str) -> Iterable[tuple[str, str]]:
+    """Take the pictures out of what `examples` gave, leaving a name in place of each: (name, data URI)."""
+    items = [item for group in (shown or {"groups": []})["groups"] for item in group["examples"]]
+    for number_, item in enumerate(item for item in items if item["image"]):
+        name, picture = f"{prefix}-example-{number_}", item["image"]
+        item["image"] = name
+        yield name, picture
 
 
 def _group(name: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def _features(values: Any) -> Iterable[dict[str, Any]]:
 
 
 def thumbnail(image: Any) -> str:
-    """A picture as the data URI of a PNG of at most 64 pixels a side; values are stretched to black and white."""
+    """A picture as the data URI of a PNG of at most 48 pixels a side; values are stretched to black and white."""
     pixels = _to_bytes(_height_width_channels(numpy.asarray(plain(image), numpy.float64)))
     step = max(1, -(-max(pixels.shape[:2]) // MAX_SIDE))
     pixels = pixels[::step, ::step]

@@ -181,7 +181,9 @@ def decimate(
     middle: list[float] = []
     high: list[float] = []
     not_finite: list[float] = []
-    for _, _, rows in axis.bins(steps, at_most):
+    whole = len(steps) <= at_most
+    parts = [slice(i, i + 1) for i in range(len(steps))] if whole else [b[2] for b in axis.bins(steps, at_most)]
+    for rows in parts:
         part = values[rows]
         if not len(part):
             continue
@@ -192,8 +194,7 @@ def decimate(
         low.append(float(usable.min()) if len(usable) else math.nan)
         middle.append(float(numpy.median(usable)) if len(usable) else math.nan)
         high.append(float(usable.max()) if len(usable) else math.nan)
-    single = len(at) == len(steps)
-    bounds = {} if single else {"low": rounded(low), "high": rounded(high)}
+    bounds = {} if whole else {"low": rounded(low), "high": rounded(high)}
     return {"at": at, "middle": rounded(middle), "broken": not_finite, **bounds}
 
 

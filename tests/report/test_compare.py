@@ -101,3 +101,11 @@ def test_a_gallery_lists_every_report_with_the_command_that_makes_it(pair, tmp_p
 def test_a_folder_without_reports(tmp_path):
     with pytest.raises(InvalidInput, match=r"holds no report; make one with diag report RUN"):
         gallery(tmp_path)
+
+
+def test_what_both_measured_over_time_is_drawn_over_each_other(pair):
+    panels = {p["name"]: p for p in comparison(*pair)["curves"]["panels"]}
+    assert list(panels) == ["loss", "gradient_norm", "learning_rate", "collapse.collapsed", "bare.ratio"]
+    collapsed = panels["collapse.collapsed"]
+    assert collapsed["label"] == "Softmax collapse: collapsed"
+    assert [line["middle"] for line in collapsed["lines"]] == [[0.2, 0.2], [0.05, 0.05]]

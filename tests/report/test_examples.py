@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy
 import pytest
+import report_fakes
 import torch
 from matplotlib.image import imread
 
+from diag.report import document, render
 from diag.report.examples import examples, png_uri, thumbnail
 from diag.result import Result
 
@@ -52,7 +54,7 @@ def test_a_thumbnail_holds_the_picture():
 
 
 def test_a_large_picture_is_thinned_and_a_flat_or_broken_one_is_shown():
-    assert max(pixels(thumbnail(numpy.random.rand(300, 200))).shape[:2]) <= 64
+    assert max(pixels(thumbnail(numpy.random.rand(300, 200))).shape[:2]) <= 48
     assert pixels(thumbnail(numpy.full((4, 4), 7.0))).max() == 0
     assert pixels(thumbnail(numpy.array([[numpy.nan, 1.0], [0.0, 2.0]]))).shape == (2, 2)
     assert pixels(thumbnail(numpy.random.rand(16, 6, 6))).shape == (6, 6)
@@ -83,3 +85,14 @@ def test_texts_are_cut_and_features_ordered_by_magnitude():
 def test_examples_that_cannot_be_shown_say_why(items, problem):
     found = examples(Naming(items=items))
     assert found["groups"] == [] and problem in found["problem"]
+
+
+def test_pictures_are_part_of_the_page_once_and_not_of_the_embedded_data():
+    made = document(report_fakes.evidence())
+    groups = next(a for a in made["audits"] if a["instrument"] == "opposing")["examples"]["groups"]
+    names = [item["image"] for group in groups for item in group["examples"]]
+    assert len(set(names)) == 24 and all(made["drawings"][n].startswith("data:image/png") for n in names)
+    html = render(made)
+    assert all(html.count(made["drawings"][name]) == 1 for name in names)
+    bare = document(report_fakes.evidence(), drawings=False)
+    assert bare["drawings"] == {} and "data:image" not in str(bare)

@@ -57,7 +57,7 @@ class Texts(HTMLParser):
         self.texts.append(data)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.text(st.characters(exclude_categories=()), min_size=1, max_size=40).filter(str.strip))
 def test_any_text_of_a_model_stays_text(text):
     evidence = report_fakes.evidence()

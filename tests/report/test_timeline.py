@@ -42,6 +42,11 @@ def test_a_short_series_is_kept_whole_and_a_hole_stays_a_hole():
     assert got == {"at": [0.16667, 0.5, 0.83333], "middle": [3.0, None, 1.0], "broken": [0.5]}
 
 
+def test_a_few_steps_close_together_on_a_long_axis_stay_apart():
+    got = decimate(Axis(1, 1000), numpy.array([10, 11, 12]), numpy.array([1.0, 2.0, 3.0]))
+    assert got["middle"] == [1.0, 2.0, 3.0]
+
+
 def test_a_value_that_was_not_seen_is_no_broken_one():
     assert decimate(Axis(1, 2), numpy.array([1, 2]), numpy.array([1.0, numpy.nan]))["broken"] == []
 

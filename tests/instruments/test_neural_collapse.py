@@ -5,6 +5,7 @@ import math
 
 import numpy
 import pytest
+import scipy.optimize
 import torch
 from torch import nn
 
@@ -88,25 +89,23 @@ def test_the_minimiser_of_tirer_theorem_2_1_has_collapsed():
     """SCIENCE oracle 5b: unconstrained features with squared loss. The theorem's minimiser is an orthogonal frame
     of squared length rho = (1 - c) sqrt(lw / lh); centred it is a simplex, and w_k = sqrt(lh / lw) hb_k."""
     classes, n, d, lw, lh = 4, 6, 8, 0.01, 0.02
-    torch.manual_seed(0)
-    w = torch.randn(classes, d, dtype=torch.float64, requires_grad=True)
-    h = torch.randn(d, classes * n, dtype=torch.float64, requires_grad=True)
     y = torch.arange(classes).repeat_interleave(n)
     target = nn.functional.one_hot(y, classes).T.double()
-    optimizer = torch.optim.LBFGS(
-        [w, h], max_iter=150, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
 
-    def loss():
-        optimizer.zero_grad()
+    def loss(flat):
+        both = torch.from_numpy(flat).requires_grad_()
+        w, h = both[: classes * d].view(classes, d), both[classes * d :].view(d, classes * n)
         fit = ((w @ h - target) ** 2).sum() / (2 * classes * n)
         value = fit + lw / (2 * classes) * (w**2).sum() + lh / (2 * classes * n) * (h**2).sum()
-        value.backward()
-        return value
+        (gradient,) = torch.autograd.grad(value, both)
+        return value.item(), gradient.numpy()
 
-    optimizer.step(loss)
-    result = neural_collapse(features=h.detach().T, labels=y, classifier=(w.detach(), torch.zeros(classes)))
-    means = torch.stack([h.detach().T[y == k].mean(0) for k in range(classes)])
+    start = numpy.random.default_rng(0).standard_normal(classes * d + d * classes * n)
+    options = {"maxiter": 5000, "maxfun": 10000, "ftol": 0, "gtol": 1e-8}
+    end = torch.from_numpy(scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x)
+    w, h = end[: classes * d].view(classes, d), end[classes * d :].view(d, classes * n)
+    result = neural_collapse(features=h.T, labels=y, classifier=(w, torch.zeros(classes)))
+    means = torch.stack([h.T[y == k].mean(0) for k in range(classes)])
     rho = (1 - math.sqrt(lh * lw)) * math.sqrt(lw / lh)
     torch.testing.assert_close(means @ means.T, rho * torch.eye(classes).double(), atol=1e-5, rtol=0)
     assert max(result.nc1_ratio, result.nc2) < 1e-5 and result.nc4 == 0

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import pathlib
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 
 from diag.checkpoints.distributed import METADATA, read_distributed
+from diag.checkpoints.numbers import NUMPY
 from diag.errors import CheckpointError
 
 SAVE_AGAIN = 'torch.save(model.state_dict(), "weights.pt")'
-# Plain containers that Lightning's hyper-parameters often hold; making one runs nothing.
-HARMLESS = (argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath)
+# Plain containers that hyper-parameters often hold (making one runs nothing), and stand-ins for NumPy's numbers.
+HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, *NUMPY]
 # A file that torch.save wrote before version 1.6 starts with this number, pickled.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
@@ -98,7 +100,7 @@ def read_torch(path: Path) -> Any:
         importlib.import_module("torch.distributed.tensor")
     try:
         # Opened here, because torch.load given a path would go by the name's ending.
-        with torch.serialization.safe_globals(list(HARMLESS)), open(path, "rb") as file:
+        with torch.serialization.safe_globals(HARMLESS), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} {_why_refused(path, error)}.") from None
@@ -107,14 +109,14 @@ def read_torch(path: Path) -> Any:
 def _unsafe_globals(path: Path) -> list[str]:
     """The classes and functions a torch file names that are not on torch's list of safe ones; runs nothing."""
     try:
-        with torch.serialization.safe_globals(list(HARMLESS)):
+        with torch.serialization.safe_globals(HARMLESS):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     except Exception:  # a legacy file: there is no such list
         return []
 
 
 def _why_refused(path: Path, error: Exception) -> str:
-    unsafe = _unsafe_globals(path)
+    unsafe = _unsafe_globals(path) or re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
     shown = ", ".join(unsafe[:3]) + (f" and {len(unsafe) - 3} more" if len(unsafe) > 3 else "")
     if any(name.startswith("torch.nn.modules.") for name in unsafe):
         return (

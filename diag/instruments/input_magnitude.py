@@ -73,7 +73,7 @@ def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, 
     """How the first layer's per-example gradient norms follow the sizes of the inputs.
 
     per_example_gradients: n gradients at fixed weights; inputs: floating tensor (n, ...). `condition` is that of
-    X'X for inputs of up to 2,048 features. Exact: a linear layer with a bias has |g_i| = |delta_i| sqrt(|x_i|^2 + 1).
+    X'X for inputs of up to 2,048 features. Exact: a linear layer has |g_i| = |delta_i| sqrt(|x_i|^2 + 1).
 
     Settings: `layer`, the layer that takes the inputs; by default the first in `named_parameters()` order.
 

@@ -89,7 +89,7 @@ class OpposingSignals(Result):
     losses_a: NDArray[numpy.float64] = measured("losses of A, in order", shape="(k,)")
     losses_b: NDArray[numpy.float64] = measured("losses of B, in order", shape="(k,)")
     shown: NDArray[Any] = measured(
-        "inputs of the first 12 of A and of B; empty where they are no tensor", shape="(rows, *)"
+        "inputs of the first 12 of A and of B, features standardised; empty where there is no tensor", shape="(rows, *)"
     )
     difference: NDArray[numpy.float64] = measured(
         "mean input of A less that of B, in standard deviations; empty where there is none", shape="(*)"
@@ -405,8 +405,10 @@ def _display(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None)
         inputs = inputs.detach().cpu()
         shown = inputs[torch.cat([a[:SHOWN], b[:SHOWN]])]
         if inputs.is_floating_point():
-            spread = inputs.double().std(0).clamp_min(1e-12)
-            difference = (inputs[a].double().mean(0) - inputs[b].double().mean(0)) / spread
+            x = inputs.double()
+            x = (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
+            difference = x[a].mean(0) - x[b].mean(0)
+            shown = shown if inputs.ndim > 2 else x[torch.cat([a[:SHOWN], b[:SHOWN]])]  # features: standardised
     return {
         "group_a": a.numpy(),
         "group_b": b.numpy(),

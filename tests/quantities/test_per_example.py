@@ -260,3 +260,28 @@ def test_methods_are_named():
     methods = ModelGradients(model, loss_fn, [batch]).coverage.methods
     assert methods["bilinear.weight"] == "bilinear, replayed for each example"
     assert methods["blank"] == "where"
+
+
+def test_a_training_loop_can_ask_again_and_again():
+    """One object, asked after each step: its plan is kept, its numbers are not."""
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    gradients = ModelGradients(model, loss_fn, [batch])
+    for _ in range(3):
+        truth = cases.loop(model, loss_fn, batch)
+        assert relative(gradients.norms(), truth.norm(dim=1)) < 1e-10
+        assert abs(float(gradients.losses().mean() - loss_fn(batch.forward(model), batch.targets))) < 1e-12
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+
+
+def test_selected_rows_and_permuted_targets():
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    gradients = ModelGradients(model, loss_fn, [batch], micro_batch=2)
+    truth = cases.loop(model, loss_fn, batch)
+    assert relative(gradients.select([4, 0, 3]).dense(), truth[[4, 0, 3]]) < 1e-10
+    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(2))
+    mixed = as_batch((batch.args[0], batch.targets[order]))
+    assert relative(gradients.with_permuted_targets(2).dense(), cases.loop(model, loss_fn, mixed)) < 1e-10
+    layer = gradients.by_layer()["out"].select([1])
+    assert relative(layer.dense(), truth[[1]][:, gradients.slice_of("out")]) < 1e-10

@@ -234,8 +234,10 @@ def squared_rows(values: Tensor) -> Tensor:
     if values.dtype == torch.float64:
         return (values * values).sum(-1)
     if width > 4096:
-        values = torch.nn.functional.pad(values, (0, -width % 1024)).unflatten(-1, (-1, 1024))
-        return torch.linalg.vector_norm(values, dim=-1).double().square().sum(-1)
+        whole = width - width % 1024
+        pieces = torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, 1024)), dim=-1)
+        rest = torch.linalg.vector_norm(values[..., whole:], dim=-1)
+        return pieces.double().square().sum(-1) + rest.double().square()
     return torch.linalg.vector_norm(values, dim=-1).double().square()
 
 

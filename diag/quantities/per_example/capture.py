@@ -256,10 +256,9 @@ def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Place, Tensor]]:
 
 def _constant_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Everything a module holds that no example can have changed: frozen parameters, buffers, attributes."""
-    yield from model.parameters()
-    yield from model.buffers()
     for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        for held in (vars(module), module._parameters, module._buffers):
+            yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
 _copies: dict[Any, Any] = {}

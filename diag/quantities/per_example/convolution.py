@@ -50,10 +50,7 @@ class Patches(Outer):
     def _unfold(self, x: Tensor) -> Tensor:
         """(n, g, C/g * kernel, out positions)."""
         kernel, out = self.shape[2:], self.b.shape[2:]
-        if len(kernel) == 2:
-            columns = F.unfold(x, kernel, self.dilation, 0, self.stride)
-            if columns.shape[-1] == self.steps:
-                return columns.view(x.shape[0], self.groups, self.p, self.steps)
+        # One strided copy per kernel element; F.unfold is three to five times slower on the CPU.
         patches = x.new_empty(*x.shape[:2], math.prod(kernel), *out)
         for k, offset in enumerate(itertools.product(*(range(size) for size in kernel))):
             steps = zip(offset, self.dilation, self.stride, out, strict=True)

@@ -65,7 +65,8 @@ class ModelGradients(PerExampleGradients):
         self.num_batches = len(self._batches)
         self._plan: Plan | None = None
         self._independent = False  # examples were seen not to influence each other
-        self._losses: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}  # by first row
+        self._versions: tuple[int, ...] = ()  # of the parameters that the losses and norms were taken at
         self._share: float | None = None
 
     # ---- what comes with the gradients ---------------------------------------------------------
@@ -90,9 +91,10 @@ class ModelGradients(PerExampleGradients):
 
     def losses(self) -> Tensor:
         """(n,): each example's loss."""
+        self._forget_other_states()
         if len(self._losses) < len(self._batches):
             self.stream(_ignore)
-        return torch.cat([self._losses[i] for i in range(len(self._batches))])
+        return torch.cat([self._losses[start] for start in sorted(self._losses)])
 
     @property
     def coverage(self) -> Coverage:
@@ -127,9 +129,10 @@ class ModelGradients(PerExampleGradients):
     def stream(self, consume: Consumer) -> None:
         with preserved(self.model, mode=self.mode), _eager():
             start = 0
-            for i, batch in enumerate(self._batches):
+            for batch in self._batches:
                 rows = slice(start, start + batch.size)
-                self._losses[i] = self._stream_batch(batch, rows, consume)
+                losses = self._stream_batch(batch, rows, consume)
+                self._losses[rows.start] = losses
                 start += batch.size
 
     def _stream_batch(self, batch: Batch, rows: slice, consume: Consumer) -> Tensor:
@@ -144,10 +147,7 @@ class ModelGradients(PerExampleGradients):
                 self._plan = None
                 continue
             keep_graph = bool(self._plan.graph_parameters)
-            with torch.set_grad_enabled(keep_graph):
-                losses = example_losses(self.loss_fn, run.outputs, batch.targets, batch.size)
-            check_finite(losses.detach(), rows.start)
-            check_mean(run.loss.detach(), losses.detach())
+            losses = self._example_losses(run, batch, rows, keep_graph)
             if fresh and batch.size > 1:
                 check_independent(self.model, self.loss_fn, batch, losses.detach())
                 self._independent = True
@@ -159,6 +159,26 @@ class ModelGradients(PerExampleGradients):
             "The model does other things at every call, so its per-example gradients cannot be told apart; give a "
             "model whose forward pass is the same for every batch."
         )
+
+    def _example_losses(self, run: Forward, batch: Batch, rows: slice, keep_graph: bool) -> Tensor:
+        """Each example's loss, checked; without a graph they are taken once for one state of the parameters."""
+        self._forget_other_states()
+        if not keep_graph and rows.start in self._losses:
+            return self._losses[rows.start]
+        with torch.set_grad_enabled(keep_graph):
+            losses = example_losses(self.loss_fn, run.outputs, batch.targets, batch.size)
+        check_finite(losses.detach(), rows.start)
+        check_mean(run.loss.detach(), losses.detach())
+        return losses
+
+    def _forget_other_states(self) -> None:
+        versions = tuple(p._version for p in self._parameters.values())
+        if versions != self._versions:
+            self._losses, self._layer_norms, self._versions = {}, None, versions
+
+    def squared_norms_by_layer(self) -> dict[str, Tensor]:
+        self._forget_other_states()
+        return super().squared_norms_by_layer()
 
     def _make_plan(self, batch: Batch, rows: slice, whole: bool) -> Plan:
         try:
@@ -226,7 +246,7 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
     calls = {i: run.uses[i].edge for i in plan.layouts}
     if not calls:
         return
-    first = first_calls(calls)
+    first = plan.first = first_calls(calls) if plan.first is None else plan.first
     hooks = []
     try:
         for i in calls.keys() - first:

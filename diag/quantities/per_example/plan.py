@@ -41,6 +41,7 @@ class Plan:
     methods: dict[str, str] = field(default_factory=dict)
     unresolved: set[int] = field(default_factory=set)  # calls whose gradient was zero on the probe
     late: set[int] = field(default_factory=set)  # calls to read only after the backward pass
+    first: set[int] | None = None  # calls upstream of all others, once they have been looked for
     overwrites_inputs: bool = False  # the model changes its inputs in place: it gets a copy
 
     def fits(self, uses: list[Use], n: int) -> bool:

@@ -250,7 +250,7 @@ def _mark(line: Any, ax: Any, dtype: str, own: bool) -> None:
         collapse_margin(dtype),
         color=colours[dtype],
         linestyle="-" if own else "--",
-        label=f"{dtype} collapses: {collapse_margin(dtype):.1f}" + (" (in use)" if own else ""),
+        label=f"{dtype}: b ln 2 = {collapse_margin(dtype):.1f}" + (" (in use)" if own else ""),
     )
 
 

@@ -46,7 +46,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
         run = demonstration.run(folder, seed=seed, progress=progress)
     page = write_report(run, output or folder / "report.html", command=_command_line())
     tables.show(tables.verdicts(run.findings()))
-    click.echo(f"\nReport: {page.path}")
+    click.echo(f"\nReport: {page.path.resolve()}")
 
 
 @main.command()
@@ -91,7 +91,7 @@ def report(
     tables.show(tables.verdicts(run.findings()))
     if build is not None and run.outcomes:
         tables.show("", tables.others(run.outcomes))
-    click.echo(f"\nReport: {page.path}")
+    click.echo(f"\nReport: {page.path.resolve()}")
     if open_it:
         click.launch(str(page.path))
 

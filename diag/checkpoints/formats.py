@@ -128,10 +128,13 @@ def _why_refused(path: Path, error: Exception) -> str:
             f"holds objects of {shown}, which could run code when they are opened; leave them out and save the "
             f"weights alone with {SAVE_AGAIN}"
         )
-    first = str(error).split("\n")[0].split(". ")[0].rstrip(".")
-    if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-        return f"holds a pickle that could run code ({first[:160]}); save the weights with {SAVE_AGAIN}"
-    return f"cannot be read ({type(error).__name__}: {first[:160]}); it may be damaged: save or copy it again"
+    text = str(error)
+    refused = re.search(r"Unsupported [^\n.]*", text)
+    if refused or "weights_only" in text.lower():
+        why = refused[0] if refused else text.splitlines()[0]
+        return f"holds a pickle that could run code ({why[:160]}); save the weights with {SAVE_AGAIN}"
+    first = text.splitlines()[0][:160] if text else "no reason given"
+    return f"cannot be read ({type(error).__name__}: {first}); it may be damaged: save or copy it again"
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:

@@ -338,3 +338,10 @@ def test_a_folder_whose_shards_are_missing_or_elsewhere(net, tmp_path):
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(CheckpointError, match="is no index of shards"):
         load_state(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_protocol_that_the_safe_unpickler_does_not_read(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"holds a pickle that could run code \(Unsupported operand \d+\)"):
+        load_state(tmp_path / "a.pt")

@@ -15,7 +15,7 @@ from diag.report.timeline import Axis
 
 MAX_CELLS = 12_000
 MIN_COLUMNS, MAX_COLUMNS = 40, 160
-CENTRE_ROWS = 1_000
+FAR = 1.0  # in log10
 
 Table = NDArray[numpy.float64]
 
@@ -23,8 +23,8 @@ Table = NDArray[numpy.float64]
 def heatmaps(axis: Axis, history: History, chosen: list[int]) -> list[dict[str, Any]]:
     """The maps of the layers `chosen`, over equal parts of the step axis.
 
-    A cell shows the value, among those of its steps, that lies farthest on a logarithmic scale from the
-    layer's own median: neither a spike nor a collapse is averaged away.
+    A cell shows the median of its steps or, where one of them lies more than a factor of ten from it, the
+    farthest: neither a spike nor a collapse is averaged away, and noise does not flicker.
     """
     bins = axis.bins(history.steps, max(MIN_COLUMNS, min(MAX_COLUMNS, MAX_CELLS // max(1, len(chosen)))))
     columns = [rows for _, _, rows in bins]
@@ -42,19 +42,16 @@ def heatmaps(axis: Axis, history: History, chosen: list[int]) -> list[dict[str, 
         for layer in numpy.flatnonzero((~history.gradient_finite[rows][:, chosen]).any(axis=0))
     ]
     made = [
-        _map("gradient_norm", "Gradient norm", gradient, columns, len(history)),
-        _map("update_ratio", "Update / parameter norm", update_ratio, columns, len(history)),
+        _map("gradient_norm", "Gradient norm", gradient, columns),
+        _map("update_ratio", "Update / parameter norm", update_ratio, columns),
     ]
     about = {"starts": [a for a, _, _ in bins], "ends": [b for _, b, _ in bins], "nonfinite": broken}
     return [m | about for m in made if m is not None]
 
 
-def _map(
-    name: str, label: str, read: Callable[[Any], Table], columns: list[slice], count: int
-) -> dict[str, Any] | None:
+def _map(name: str, label: str, read: Callable[[Any], Table], columns: list[slice]) -> dict[str, Any] | None:
     """One map with the range of its colours; None where nothing positive was observed."""
-    centre = log10(median(read(evenly(count, CENTRE_ROWS))))
-    values = numpy.stack([_farthest(read(rows), centre) for rows in columns], axis=1)
+    values = numpy.stack([_telling(read(rows)) for rows in columns], axis=1)
     logs = log10(values[values > 0])
     if not len(logs):
         return None
@@ -64,19 +61,21 @@ def _map(
     return {"name": name, "label": label, "low": low - pad, "high": high + pad, "values": shown}
 
 
-def _farthest(part: Table, centre: Table) -> Table:
-    """Of each layer's values (T, L), the one farthest from its centre in log10: (L,), NaN for none."""
+def _telling(part: Table) -> Table:
+    """Of each layer's values (T, L): their median, or the farthest from it if that is far: (L,), NaN for none."""
     part = numpy.where(numpy.isfinite(part), part, numpy.nan)
     if not len(part):
         return numpy.full(part.shape[1], numpy.nan)
+    centre = median(part)
     low, high = numpy.fmin.reduce(part, axis=0), numpy.fmax.reduce(part, axis=0)
     above = _distance(high, centre) >= _distance(low, centre)
-    return numpy.asarray(numpy.where(above, high, low), numpy.float64)
+    farthest = numpy.asarray(numpy.where(above, high, low), numpy.float64)
+    return numpy.asarray(numpy.where(_distance(farthest, centre) > FAR, farthest, centre), numpy.float64)
 
 
 def _distance(values: Table, centre: Table) -> Any:
     with numpy.errstate(invalid="ignore"):
-        return numpy.nan_to_num(numpy.abs(log10(values) - centre), nan=0.0, posinf=numpy.inf)
+        return numpy.nan_to_num(numpy.abs(log10(values) - log10(centre)), nan=0.0, posinf=numpy.inf)
 
 
 def ratio(update: Table, size: Table) -> Table:
@@ -87,9 +86,12 @@ def ratio(update: Table, size: Table) -> Table:
 
 def median(table: Table) -> Table:
     """The median of each layer's finite values (T, L) -> (L,); NaN for a layer never observed."""
+    usable = numpy.isfinite(table)
+    if usable.all():
+        return numpy.asarray(numpy.median(table, axis=0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return numpy.nanmedian(numpy.where(numpy.isfinite(table), table, numpy.nan), axis=0)
+        return numpy.asarray(numpy.nanmedian(numpy.where(usable, table, numpy.nan), axis=0))
 
 
 def log10(values: Any) -> Any:

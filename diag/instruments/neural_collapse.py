@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, Unsupported
 from diag.linalg.class_geometry import (
     ClassMeans,
     class_means,
@@ -43,6 +43,7 @@ NC2_COLLAPSED = 0.3
 NC2_UNUSUAL = 0.8
 NC4_UNUSUAL = 0.01
 SNAPSHOTS_FOR_A_TREND = 3
+MOST_CLASSES = 5000
 
 NOT_A_SCORE = "Neural collapse appears with random labels too, so it is no score of generalisation."
 
@@ -76,9 +77,6 @@ class NeuralCollapse(Result):
     num_features: int = measured("features, d")
     singular_values: NDArray[numpy.float64] = measured(
         "singular values of the centred class means, largest first", shape="(min(K - 1, d),)"
-    )
-    class_cosines: NDArray[numpy.float64] = measured(
-        "cosines between the centred class means", shape="(K (K - 1) / 2,)"
     )
 
     @property
@@ -227,14 +225,20 @@ def neural_collapse(
     two examples a class, at least K - 1 features and distinct class means. The cut-offs `nc1_collapsed`,
     `nc2_collapsed`, `nc2_unusual` and `nc4_unusual` are our choice, uncalibrated.
 
-    Raises InvalidInput for fewer than two classes, or where classifier and features do not fit. Sources: Papyan,
-    Han, Donoho 2020, arXiv:2008.08186; Tirer et al. 2022, arXiv:2210.16658 (Eq. 3); Zhu et al. 2021,
-    arXiv:2105.02375 (NC3 by the product).
+    Raises InvalidInput for fewer than two classes, or where classifier and features do not fit, and Unsupported
+    for more than 5,000 classes, whose pairs would not fit in memory. Sources: Papyan, Han, Donoho 2020,
+    arXiv:2008.08186; Tirer et al. 2022, arXiv:2210.16658 (Eq. 3); Zhu et al. 2021, arXiv:2105.02375 (NC3 by the
+    product).
     """
     h, y = features.double(), labels.to(features.device).long()
     by = class_means(h, y)
     if len(by.classes) < 2:
         raise InvalidInput(f"The labels hold one class ({int(y[0])}); neural collapse needs at least two.")
+    if len(by.classes) > MOST_CLASSES:
+        raise Unsupported(
+            f"The labels hold {len(by.classes):,} classes; neural collapse compares all pairs of classes, up to "
+            f"{MOST_CLASSES:,}: measure on the examples of some classes."
+        )
     weight, bias = _linear(classifier, h, int(by.classes[-1]))
     decided = _decisions(h, weight, bias, logits)
     accuracy = math.nan if decided is None else _share(decided == y)
@@ -255,7 +259,6 @@ def neural_collapse(
         num_classes=len(by.classes),
         num_features=h.shape[1],
         singular_values=by.singular.cpu().numpy(),
-        class_cosines=cosines.cpu().numpy(),
         preconditions=_preconditions(accuracy, terminal_accuracy, by, h.shape[1]),
         **_of_the_classifier(weight, bias, by),
         **_held_out(held_out_features, held_out_labels, by, weight, bias),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import diag
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, Unsupported
 from diag.instruments.neural_collapse import NeuralCollapse, neural_collapse
 from diag.result import Level
 from diag.testing import check_plot, check_result, simplex_etf
@@ -294,6 +294,11 @@ def test_on_a_snapshot():
         expected.nc3, rel=1e-6
     )
     assert result.held_out_nc1 == pytest.approx(result.nc1, rel=1e-9)
+
+
+def test_too_many_classes_for_all_pairs():
+    with pytest.raises(Unsupported, match=r"The labels hold 5,001 classes; .* up to 5,000: measure on the examples"):
+        neural_collapse(features=torch.randn(5001, 2), labels=torch.arange(5001))
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,12 @@ def main() -> None:
                 writer.append_outcome(step, result, 0.01)
         sizes = ", ".join(f"{f.name} {f.stat().st_size / 1e6:.1f} MB" for f in sorted(Path(folder).glob("*.*n*")))
         print(f"{RECORDS:,} steps of {LAYERS} layers, {RECORDS:,} results: {sizes}")
+        busy = time.process_time()
         times = [_seconds(lambda: load(folder)) for _ in range(REPEATS)]
-        print(f"load: {statistics.median(times):.2f} s (median of {REPEATS}, {min(times):.2f} to {max(times):.2f})")
+        busy = (time.process_time() - busy) / REPEATS
+        print(
+            f"load: {statistics.median(times):.2f} s (median of {REPEATS}, {min(times):.2f} to {max(times):.2f}); {busy:.2f} s of CPU"
+        )
         run = load(folder)
         print(f"loss of every step: {_seconds(lambda: numpy.asarray(run.history.loss).sum()):.3f} s")
 

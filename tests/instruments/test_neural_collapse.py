@@ -297,7 +297,7 @@ def test_on_a_snapshot():
 
 
 def test_too_many_classes_for_all_pairs():
-    with pytest.raises(Unsupported, match=r"The labels hold 5,001 classes; .* up to 5,000: measure on the examples"):
+    with pytest.raises(Unsupported, match=r"The labels hold 5,001 classes; .* up to 5,000: measure on the exa"):
         neural_collapse(features=torch.randn(5001, 2), labels=torch.arange(5001))
 
 

@@ -27,6 +27,7 @@ from diag.quantities.curvature_data import subsampled
 from diag.quantities.curvature_layout import Layout
 from diag.quantities.curvature_memory import MemoryPlan, plan_memory
 from diag.quantities.curvature_objective import PRECISIONS, LossFn, Objective, native_precision
+from diag.quantities.curvature_probe import hold_fixed, rows_held_fixed
 from diag.quantities.curvature_products import (
     Curvature,
     FiniteDifferenceGraph,
@@ -36,7 +37,8 @@ from diag.quantities.curvature_products import (
     Pieces,
     loss_gradient,
 )
-from diag.quantities.curvature_selftest import SelfTest, hold_fixed, rows_held_fixed, run_self_test
+from diag.quantities.curvature_record import SelfTest
+from diag.quantities.curvature_selftest import retest, run_self_test
 from diag.quantities.unwrap import bare_model
 
 if TYPE_CHECKING:
@@ -125,8 +127,13 @@ class CurvatureOperator(LinearOperator):
     # -- cheaper relatives ---------------------------------------------------------------------------
 
     def approximate(self, precision: str) -> Self:
-        """The same matrix with products in another precision, such as "bf16"; it tests itself anew."""
-        return self._relative(self.objective.batches, precision=precision)
+        """The same matrix with products in another precision, such as "bf16".
+
+        Its self-test is this one's with the rounding of that precision. Raises Unsupported where it is too large.
+        """
+        other = self._relative(self.objective.batches, precision=precision)
+        other._self_test = retest(other._curvature(), other.objective, self.objective, self.self_test)
+        return other
 
     def subsample(self, num_examples: int, seed: int = 0) -> Self:
         """The same matrix on `num_examples` of the examples, drawn without replacement."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from diag.errors import InvalidInput
 from diag.quantities.batch import Batch, tensors_in
 from diag.quantities.curvature_objective import Objective
+from diag.quantities.curvature_probe import probe_batch
 from diag.quantities.curvature_products import Curvature
-from diag.quantities.curvature_selftest import probe_batch
 
 # What a product holds beyond the graph, as a share of the graph: the derivatives that are on their way. Measured
 # as peak resident memory (MLP 670k / ResNet-20 / 4-layer GPT): kept graphs up to 0.65, rebuilt ones up to 0.22,

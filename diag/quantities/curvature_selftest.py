@@ -15,22 +15,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diag.errors import DiagError, InvalidInput, Unsupported
-from diag.quantities.batch import Batch, tensors_in
 from diag.quantities.curvature_guards import refuse_impossible
 from diag.quantities.curvature_objective import Objective
+from diag.quantities.curvature_probe import (
+    first_line,
+    hold_fixed,
+    in_float64,
+    length,
+    probe_batch,
+    random_direction,
+    refuse_sums,
+    rows_held_fixed,
+)
 from diag.quantities.curvature_products import Curvature
+from diag.quantities.curvature_record import WARN_ABOVE, SelfTest
 
-NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
 FAIL_ABOVE = {"float64": 0.03, "float32": 0.3}  # a float32 difference crosses kinks, so it can prove less
-WARN_ABOVE = {"float64": 0.003, "float32": 0.03}
 FALLBACK_BELOW = 0.03
 # The gap is looked at in each parameter by itself, so that a large layer does not hide what is wrong in a small
 # one; a part of the product below this share of the whole is compared with that share.
@@ -42,52 +50,6 @@ STEPS = {"float64": (1e-10, 1e-8, 1e-6, 1e-4, 1e-3), "float32": (1e-5, 1e-4, 1e-
 FALLBACK_STEPS = {"float64": (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4), "float32": (1e-5, 1e-4, 1e-3, 1e-2)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelfTest:
-    """What the self-test of a curvature product found; all errors are relative.
-
-    method: "double backward", or "finite difference" where that failed for the `reason` given.
-    precision: the arithmetic of the test. step: the finite difference's step, relative to ||theta||.
-    errors: direction -> ||product - finite difference|| / ||product|| in the worst parameter, at the best of the
-        steps (for the finite difference itself: its change between two steps).
-    gradient_error: <grad L, d> against the difference of the loss along d. repeatability: two evaluations of
-    one gradient. asymmetry: <u, A v> - <v, A u> in units of the larger product.
-    rounding_error: the product in the operator's own precision against the one in the test's.
-    """
-
-    method: str
-    precision: str
-    num_examples: int
-    errors: dict[str, float] = field(default_factory=dict)
-    gradient_error: float
-    repeatability: float
-    asymmetry: float
-    rounding_error: float = 0.0
-    step: float = 0.0
-    reason: str = ""
-
-    @property
-    def level(self) -> str:
-        """ "ok", or "warning" where a check came out above the warning threshold or a fallback is in use."""
-        worst = max([*self.errors.values(), self.gradient_error, self.asymmetry])
-        doubtful = worst > WARN_ABOVE[self.precision] or self.rounding_error > WARN_ABOVE["float32"]
-        return "warning" if doubtful or self.method == "finite difference" else "ok"
-
-    def sentence(self) -> str:
-        """The outcome in one sentence with its numbers."""
-        worst = max(self.errors.values(), default=0.0)
-        tested = f"tested in {self.precision} on {self.num_examples} examples"
-        if self.method == "finite difference":
-            return (
-                f"Products are finite differences, because {self.reason}; two steps agree to {worst:.1e} "
-                f"({tested})."
-            )
-        return (
-            f"Products agree with finite differences to {worst:.1e}, and rounding changes them by "
-            f"{self.rounding_error:.1e} ({tested})."
-        )
-
-
 def run_self_test(curvature: Curvature, objective: Objective, seed: int = 0) -> SelfTest:
     """Test the product of `curvature` with a few of the objective's examples.
 
@@ -96,14 +58,15 @@ def run_self_test(curvature: Curvature, objective: Objective, seed: int = 0) -> 
     """
     refuse_impossible(objective.model)
     probe = probe_batch(objective)
-    _refuse_sums(objective, probe)
-    trial, gradient = _in_float64(objective.on([probe]))
+    refuse_sums(objective, probe)
+    trial, gradient = in_float64(objective.on([probe]))
     with trial.measured():
         examination = _Examination(curvature, trial, gradient, seed)
         record = examination.outcome()
     if record.method == "finite difference" or objective.precision == trial.precision:
         return record
-    return replace(record, rounding_error=_rounding_error(curvature, objective.on([probe]), examination))
+    true = examination.direction, examination.product
+    return replace(record, rounding_error=_rounding_error(curvature, objective.on([probe]), *true))
 
 
 class Gap(NamedTuple):
@@ -124,7 +87,7 @@ class _Examination:
         self.direction = self.product = torch.empty(0)  # one true product, for whoever compares with it
         self.theta = trial.parameters()
         self.precision = "float64" if trial.dtype == torch.float64 else "float32"
-        self.scale = max(_length(trial.layout.flatten(self.theta, self.theta[0])), 1e-3)
+        self.scale = max(length(trial.layout.flatten(self.theta, self.theta[0])), 1e-3)
         self.fixed = rows_held_fixed(trial.model, trial)
 
     def outcome(self) -> SelfTest:
@@ -178,7 +141,7 @@ class _Examination:
             errors.append(abs((ahead - behind) / (2 * step) - slope) / max(abs(slope), noise, 1e-300))
             if errors[-1] < WARN_ABOVE["float64"]:
                 break
-        if min(errors) > FAIL_ABOVE[self.precision] and abs(slope) > 10 * _length(self.rounding):
+        if min(errors) > FAIL_ABOVE[self.precision] and abs(slope) > 10 * length(self.rounding):
             raise Unsupported(
                 f"The gradient is not the derivative of the loss ({min(errors):.0%} off along its own direction), "
                 "as with detached terms, straight-through estimators or a custom backward; such a loss has no "
@@ -213,7 +176,7 @@ class _Examination:
         except DiagError:
             raise
         except RuntimeError as error:  # an operation without a second derivative says so when it is reached
-            return f"the loss cannot be differentiated twice ({_first_line(error)})"
+            return f"the loss cannot be differentiated twice ({first_line(error)})"
         if undifferentiable:
             return "the loss holds a function marked once-differentiable"
         gaps = {name: self._disagreement(d, products[name]) for name, d in directions.items()}
@@ -241,9 +204,9 @@ class _Examination:
         for relative in STEPS[self.precision]:
             step = relative * self.scale
             difference, noise = self._difference(direction, step), self.rounding * (2 / step)
-            size = max(_length(product), _length(difference))
-            if _length(noise) > 0.1 * size:
-                share = size / (10 * _length(noise))
+            size = max(length(product), length(difference))
+            if length(noise) > 0.1 * size:
+                share = size / (10 * length(noise))
                 unseen = Gap(share, share, self.trial.layout.names[0])
                 continue
             found.append(self._largest_gap(product, difference, noise))
@@ -252,12 +215,12 @@ class _Examination:
         return min(found, default=unseen)
 
     def _largest_gap(self, product: Tensor, difference: Tensor, noise: Tensor) -> Gap:
-        least = max(SMALLEST_PART[self.precision] * _length(product), 1e-300)
+        least = max(SMALLEST_PART[self.precision] * length(product), 1e-300)
         pieces = (self.trial.layout.views(vector) for vector in (product, difference, noise))
         gaps = []
         for name, p, d, n in zip(self.trial.layout.names, *pieces, strict=True):
-            gap, size = _length(p - d), max(_length(p), _length(d), least)
-            gaps.append(Gap(max(gap - _length(n), 0.0) / size, gap / size, name))
+            gap, size = length(p - d), max(length(p), length(d), least)
+            gaps.append(Gap(max(gap - length(n), 0.0) / size, gap / size, name))
         return max(gaps)
 
     # -- the finite difference as a product --------------------------------------------------------
@@ -309,41 +272,49 @@ class _Examination:
     def _unit(self, vector: Tensor) -> Tensor | None:
         """The unit vector along `vector` without the rows that are held fixed; None for zero."""
         vector = hold_fixed(vector.clone(), self.trial, self.fixed)
-        length = _length(vector)
-        return vector / length if length > 0 else None
+        size = length(vector)
+        return vector / size if size > 0 else None
 
     def _random(self) -> Tensor:
-        """A random unit vector in which every parameter tensor has its share of the parameters' length."""
-        generator = torch.Generator().manual_seed(self.seed)
-        pieces = []
-        for p in self.theta:
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-            pieces.append(noise * ((_length(p) + 0.01 * self.scale) / max(p.numel() ** 0.5, 1.0)))
-        direction = self._unit(self._flat(pieces))
-        assert direction is not None
-        return direction
+        return random_direction(self.trial, self.theta, self.seed)
 
     def _asymmetry(self, directions: dict[str, Tensor], products: dict[str, Tensor]) -> float:
         first, last = next(iter(directions)), next(reversed(directions))
-        size = max(_length(products[first]), _length(products[last]), 1e-300)
+        size = max(length(products[first]), length(products[last]), 1e-300)
         there = directions[first].double() @ products[last].double()
         back = directions[last].double() @ products[first].double()
         return float((there - back).abs()) / size
 
 
-def _rounding_error(curvature: Curvature, own: Objective, examined: _Examination) -> float:
-    """The product in the operator's own precision against the examined one, relative."""
+def retest(curvature: Curvature, reduced: Objective, full: Objective, known: SelfTest, seed: int = 0) -> SelfTest:
+    """The self-test `known` of a product in full precision, with the rounding of the same product in another.
+
+    Raises Unsupported where that is too large.
+    """
+    if known.method == "finite difference":  # which stays in the precision that it was found good in
+        return known
+    probe = probe_batch(full)
+    reduced, full = reduced.on([probe]), full.on([probe])
+    with full.measured():
+        theta = full.parameters()
+        direction = random_direction(full, theta, seed)
+        pieces = curvature.graph(full, theta, [probe]).product(full.layout.views(direction), False)
+        product = full.layout.flatten(pieces, direction)
+    return replace(known, rounding_error=_rounding_error(curvature, reduced, direction, product))
+
+
+def _rounding_error(curvature: Curvature, own: Objective, direction: Tensor, product: Tensor) -> float:
+    """How far the product in `own`'s precision is from the true `product` with `direction`, relative."""
     with own.measured():
         graph = curvature.graph(own, own.parameters(), own.batches)
-        views = own.layout.views(examined.direction.to(own.dtype))
-        rounded = own.layout.flatten(graph.product(views, False), examined.direction)
-    error = _length(rounded - examined.product) / max(_length(examined.product), 1e-300)
-    if not examined.product.any():
+        rounded = own.layout.flatten(graph.product(own.layout.views(direction.to(own.dtype)), False), direction)
+    if not product.any():
         return 0.0
+    error = length(rounded - product) / length(product)
     if not error <= FAIL_ABOVE["float32"]:
         raise Unsupported(
-            f"The product in {own.precision} differs from the one in {examined.precision} by {error:.0%}; measure "
-            "with precision='float64'."
+            f"The product in {own.precision} differs from the one in {product.dtype} by {error:.0%}; measure with "
+            "precision='float64'."
         )
     return error
 
@@ -363,99 +334,5 @@ def error_node(graph: object) -> bool:
     return False
 
 
-def rows_held_fixed(model: nn.Module, objective: Objective) -> list[tuple[int, int]]:
-    """(parameter, row) of every embedding's padding row, whose gradient PyTorch defines as zero."""
-    trainable = dict(model.named_parameters())
-    place = {id(trainable[name]): i for i, name in enumerate(objective.layout.names)}
-    return [
-        (place[id(module.weight)], module.padding_idx)
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        and module.padding_idx is not None
-        and id(module.weight) in place
-    ]
-
-
-def hold_fixed(vector: Tensor, objective: Objective, rows: list[tuple[int, int]]) -> Tensor:
-    """`vector` with zeros in the given rows, changed in place."""
-    views = objective.layout.views(vector)
-    for parameter, row in rows:
-        views[parameter][row] = 0
-    return vector
-
-
-def probe_batch(objective: Objective) -> Batch:
-    """A few examples of the batch whose examples are largest; the whole batch where it cannot be cut."""
-
-    def elements(batch: Batch) -> float:
-        return sum(t.numel() for t in tensors_in((batch.args, batch.kwargs))) / batch.size
-
-    largest = max(objective.batches, key=elements)
-    least, most = NUM_EXAMPLES
-    small = largest.slice(0, min(max(objective.num_examples // 16, least), most))
-    with objective.measured():
-        theta = objective.parameters()
-        try:
-            probe, loss = small, objective.loss(theta, small)
-        except DiagError:
-            raise
-        except Exception:  # inputs whose first axis is not the examples cannot be cut
-            probe, loss = largest, _first_loss(objective, theta, largest)
-    if not loss.requires_grad:
-        raise InvalidInput("The loss does not depend on any trainable parameter; check loss_fn and requires_grad.")
-    return probe
-
-
-def _first_loss(objective: Objective, theta: Sequence[Tensor], batch: Batch) -> Tensor:
-    try:
-        return objective.loss(theta, batch)
-    except DiagError:
-        raise
-    except Exception as error:
-        raise InvalidInput(
-            f"The loss could not be computed on a batch ({type(error).__name__}: {_first_line(error)}); check "
-            "that loss_fn(model(inputs), targets) runs on this data."
-        ) from error
-
-
-def _refuse_sums(objective: Objective, probe: Batch) -> None:
-    """Raises InvalidInput where the loss of a batch is the sum of its halves' losses, not their mean."""
-    if probe.size < 2 or probe.size % 2:
-        return
-    halves = [probe.slice(0, probe.size // 2), probe.slice(probe.size // 2, probe.size)]
-    with objective.measured(), torch.no_grad():
-        theta = objective.parameters()
-        try:
-            whole, first, second = (float(objective.loss(theta, b)) for b in (probe, *halves))
-        except Exception:  # a batch that cannot be cut
-            return
-    if abs(first + second - whole) <= 1e-3 * abs(whole) and abs((first + second) / 2 - whole) > 0.1 * abs(whole):
-        raise InvalidInput(
-            "loss_fn sums over the examples of a batch; expected their mean, so that batches of different sizes "
-            'weigh alike: use reduction="mean".'
-        )
-
-
-def _in_float64(own: Objective) -> tuple[Objective, Tensor]:
-    """The objective in float64 where the model runs in it, else in float32; and its gradient."""
-    for precision in ("float64", "float32"):
-        trial = own.at_precision(precision)
-        try:
-            with trial.measured():
-                return trial, trial.gradient(trial.parameters())
-        except Exception:  # weights or kernels that exist in one precision only
-            if precision == "float32":
-                raise
-    raise AssertionError
-
-
 def _relative(a: Tensor, b: Tensor) -> float:
-    return _length(a - b) / max(_length(a), _length(b), 1e-300)
-
-
-def _length(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")[:160] if str(error).strip() else type(error).__name__
+    return length(a - b) / max(length(a), length(b), 1e-300)

@@ -11,7 +11,7 @@ from torch import nn
 from diag.errors import Unsupported
 from diag.quantities.batch import as_batches
 from diag.quantities.curvature import GaussNewton, Hessian
-from diag.quantities.curvature_selftest import SelfTest
+from diag.quantities.curvature_record import SelfTest
 
 _spec = importlib.util.spec_from_file_location("curvature_cases", Path(__file__).with_name("curvature_cases.py"))
 cases = importlib.util.module_from_spec(_spec)

@@ -255,3 +255,24 @@ def test_a_notebook_fragment_leaves_its_surroundings_alone(browser, made):
     assert page.evaluate(look) == plain
     assert page.locator(".diag-report .claim").first.is_visible()
     page.close()
+
+
+def test_a_comparison_and_a_gallery_work_as_well(browser, evidence, tmp_path):
+    from diag.report import compare, report
+    from diag.report.gallery import gallery
+
+    report(evidence, tmp_path / "one.html", command="diag demo")
+    compare(evidence, evidence, tmp_path / "two.html")
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    problems = []
+    page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: problems.append(str(e)))
+    page.goto(gallery(tmp_path).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.get_by_role("link", name="Run mine and Run mine").click()
+    page.locator("#scalars thead button").nth(1).click()
+    assert page.locator("#scalars th[aria-sort='descending']").count() == 1
+    assert page.locator(".curve path.of-B").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert problems == []
+    page.close()

@@ -288,12 +288,15 @@ def load(path: str | Path) -> Run:
     """Open the run in the folder `path` (or the folder's run.json).
 
     A record that a killed writer left torn is dropped and counted in `torn`.
-    Raises RunError where there is no run, or one of a newer format.
+    Raises RunError where there is no run, one of a newer format, or one whose files cannot be read.
     """
     folder = Path(path).parent if Path(path).name == META else Path(path)
     metadata = read_metadata(folder)
-    rows, torn_rows = read_rows(folder, metadata["row"])
-    records, torn_lines = read_records(folder)
+    try:
+        rows, torn_rows = read_rows(folder, metadata["row"])
+        records, torn_lines = read_records(folder)
+    except OSError as error:
+        raise RunError(f"The run {folder} cannot be read ({error.strerror}: {error.filename}).") from None
     torn_before = sum(int(r.get("torn", 0)) for r in records if r.get("type") == "resume")
     rows, records = kept_rows(rows, records), kept_records(records)
     return Run(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from diag.errors import InvalidInput, RunError
 from diag.quantities.history import History, empty_history
-from diag.result import decode, encode, plain
+from diag.result import Failed, Outcome, Result, decode, encode, plain
 
 FORMAT = "diag-run"
 FORMAT_VERSION = 1
@@ -154,6 +154,20 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if any(name not in record for name in REQUIRED.get(record.get("type", ""), ())):
         return None
     return record | {"data": line} if record.get("type") in OUTCOMES else record
+
+
+def outcome_record(step: int, outcome: Outcome, seconds: float | None, save_array: Any = None) -> dict[str, Any]:
+    """An outcome as one JSON-safe record; `save_array` as for `Result.to_dict`."""
+    if isinstance(outcome, Result):
+        name, kind, data = outcome.provenance.instrument, "result", outcome.to_dict(save_array)
+    else:
+        name, kind = outcome.instrument, "failed" if isinstance(outcome, Failed) else "skipped"
+        data = {k: v for k, v in dataclasses.asdict(outcome).items() if k != "instrument"}
+    if not name:
+        raise InvalidInput(
+            f"A {type(outcome).__name__} does not say which instrument gave it; measure through one."
+        )
+    return {"type": kind, "step": int(step), "instrument": name, "seconds": seconds, "data": data}
 
 
 def outcome_data(line: bytes) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Every append is one write to the operating system, so what a call has written su
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from diag.errors import InvalidInput, RunError
 from diag.quantities.history import History
-from diag.result import Failed, Outcome, Result, encode, plain
+from diag.result import Outcome, encode, plain
 from diag.run_files import (
     ARRAYS,
     FORMAT,
@@ -35,6 +34,7 @@ from diag.run_files import (
     jsonable,
     kept_records,
     kept_rows,
+    outcome_record,
     read_metadata,
     read_records,
     read_rows,
@@ -63,6 +63,10 @@ class RunWriter:
     """
 
     def __init__(self, path: str | Path, metadata: Mapping[str, Any], resume: bool | int = False) -> None:
+        if "layers" not in metadata:
+            raise InvalidInput(
+                "The run's metadata lack layers; give the number of elements of each parameter, by name."
+            )
         self.path = Path(path)
         self.layers: dict[str, int] = {str(k): int(v) for k, v in metadata["layers"].items()}
         self.last_step = 0
@@ -231,20 +235,6 @@ class RunWriter:
         except OSError as error:
             os.ftruncate(descriptor, before)  # a half-written record would spoil all that follow
             raise RunError(f"{self.path / name} cannot be written ({error.strerror}); free some space.") from None
-
-
-def outcome_record(step: int, outcome: Outcome, seconds: float | None, save_array: Any = None) -> dict[str, Any]:
-    """An outcome as one JSON-safe record; `save_array` as for `Result.to_dict`."""
-    if isinstance(outcome, Result):
-        name, kind, data = outcome.provenance.instrument, "result", outcome.to_dict(save_array)
-    else:
-        name, kind = outcome.instrument, "failed" if isinstance(outcome, Failed) else "skipped"
-        data = {k: v for k, v in dataclasses.asdict(outcome).items() if k != "instrument"}
-    if not name:
-        raise InvalidInput(
-            f"A {type(outcome).__name__} does not say which instrument gave it; measure through one."
-        )
-    return {"type": kind, "step": int(step), "instrument": name, "seconds": seconds, "data": data}
 
 
 def _table(

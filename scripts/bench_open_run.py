@@ -43,9 +43,8 @@ def main() -> None:
         busy = time.process_time()
         times = [_seconds(lambda: load(folder)) for _ in range(REPEATS)]
         busy = (time.process_time() - busy) / REPEATS
-        print(
-            f"load: {statistics.median(times):.2f} s (median of {REPEATS}, {min(times):.2f} to {max(times):.2f}); {busy:.2f} s of CPU"
-        )
+        spread = f"median of {REPEATS}, {min(times):.2f} to {max(times):.2f}"
+        print(f"load: {statistics.median(times):.2f} s ({spread}); {busy:.2f} s of CPU")
         run = load(folder)
         print(f"loss of every step: {_seconds(lambda: numpy.asarray(run.history.loss).sum()):.3f} s")
 

@@ -330,6 +330,14 @@ def test_what_is_no_run_is_refused_with_one_sentence(tmp_path):
         load(tmp_path)
 
 
+def test_a_run_whose_files_cannot_be_read(tmp_path):
+    writer(tmp_path).close()
+    (tmp_path / "run" / "records.jsonl").unlink()
+    (tmp_path / "run" / "records.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"run cannot be read \(Is a directory: .*records\.jsonl\)"):
+        load(tmp_path / "run")
+
+
 def test_a_newer_format_is_refused(tmp_path):
     writer(tmp_path).close()
     file = tmp_path / "run" / "run.json"

@@ -284,6 +284,12 @@ def test_an_outcome_must_say_whose_it_is(tmp_path):
         w.append_outcome(1, Profile(values=(1.0,)))
 
 
+def test_metadata_must_name_the_layers(tmp_path):
+    with pytest.raises(InvalidInput, match="metadata lack layers; give the number of elements of each parameter"):
+        RunWriter(tmp_path / "run", {"model": "Net"})
+    assert not (tmp_path / "run").exists()
+
+
 def test_metadata_that_json_cannot_hold_becomes_text(tmp_path):
     RunWriter(tmp_path, {"layers": LAYERS, "folder": tmp_path, "limit": float("inf"), "tags": {"a"}}).close()
     about = load(tmp_path).metadata

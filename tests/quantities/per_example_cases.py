@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from diag.quantities.batch import as_batch
@@ -183,6 +184,66 @@ class NoRule(nn.Module):
         return self.out(torch.einsum("nd,de->ne", self.bilinear(x, x), self.mixing))
 
 
+class RelativePosition(nn.Module):
+    """A table of biases of which one element is used at many places, and windows folded into the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.inner, self.out = nn.Parameter(torch.randn(7)), nn.Linear(D, D), nn.Linear(D, CLASSES)
+        self.attention = nn.MultiheadAttention(D, 2, batch_first=True)
+        self.register_buffer("index", (torch.arange(4)[:, None] - torch.arange(4)[None, :] + 3).flatten())
+
+    def forward(self, x):
+        n = len(x)
+        windows = self.inner(x.reshape(2 * n, 4, D))
+        scores = windows @ windows.transpose(1, 2) + self.table[self.index].view(4, 4)
+        windows = self.attention(*[scores.softmax(-1) @ windows] * 3)[0]
+        return self.out(windows.reshape(n, 8, D).tanh().mean(1))
+
+
+class Cells(nn.Module):
+    """Recurrent cells called step by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.lstm, self.out = nn.GRUCell(D, 5), nn.LSTMCell(5, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        h, state = x.new_zeros(len(x), 5), (x.new_zeros(len(x), 4), x.new_zeros(len(x), 4))
+        for step in x.unbind(1):
+            h = self.gru(step, h)
+            state = self.lstm(h, state)
+        return self.out(state[0])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant=False):
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, CLASSES)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(self.inner, self.first(x).tanh(), use_reentrant=self.reentrant)
+        return self.out(x.tanh())
+
+
+class Routed(nn.Module):
+    """Experts that see a part of the batch each, and a parameter written into a tensor in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+        self.blank, self.out = nn.Parameter(torch.randn(D)), nn.Linear(D, CLASSES)
+
+    def forward(self, x):
+        x = x.clone()
+        x[:, 0] = self.blank
+        mixed = torch.zeros_like(x)
+        for expert, chosen in zip(self.experts, (x[..., 1] > 0, x[..., 1] <= 0), strict=True):
+            mixed[chosen] = expert(x[chosen])
+        return self.out(mixed.tanh().mean(1))
+
+
 def frozen():
     model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES))
     model[2].weight.requires_grad_(False)
@@ -259,6 +320,11 @@ CLASSIFIERS = {
     "tied in three ways": (Reused, flat),
     "custom autograd function": (CustomFunction, flat),
     "no rule": (NoRule, flat),
+    "windows and relative positions": (RelativePosition, lambda n=N: torch.randn(n, 8, D)),
+    "recurrent cells": (Cells, sequence),
+    "experts and in-place writes": (Routed, sequence),
+    "scripted module": (lambda: nn.Sequential(torch.jit.script(nn.Linear(D, 8)), nn.Linear(8, CLASSES)), flat),
+    "checkpointed": (Checkpointed, flat),
     "frozen parts": (frozen, flat),
 }  # fmt: skip
 

@@ -158,6 +158,12 @@ def test_a_model_cut_off_from_its_parameters():
     assert "does not depend on any trainable parameter" in refusal(Detached(), F.cross_entropy, batch, Unsupported)
 
 
+def test_reentrant_checkpoints():
+    model = cases.Checkpointed(reentrant=True)
+    _, batch = classes()
+    assert "use_reentrant=False" in refusal(model, F.cross_entropy, batch, Unsupported)
+
+
 def test_no_parameters_to_measure():
     model, batch = classes()
     with pytest.raises(InvalidInput, match="No trainable parameter was selected"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diag.quantities.per_example import fallback
 from diag.quantities.per_example.blocks import Block, Dense, Outer
 from diag.quantities.per_example.capture import Source, Use
-from diag.quantities.per_example.closed_forms import FORMS, Call, NoClosedForm
+from diag.quantities.per_example.closed_forms import FORMS, Call, NoClosedForm, single
 from diag.quantities.per_example.combination import Placed, combine
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Assembly:
 
     def _read(self, index: int, delta: Tensor) -> None:
         use = self.uses[index]
-        call = Call(use, _at_least_single(delta), self.plan.layouts[index], self.n)
+        call = Call(use, single(delta), self.plan.layouts[index], self.n)
         for place in self.plan.places[index]:
             source = use.slots[place]
             if set(source.names) <= self.plan.graph_parameters:
@@ -133,7 +133,3 @@ def _reshaped(block: Block, shape: torch.Size) -> Block:
 def _one_axis(block: Block) -> Block:
     """Scalars become vectors of length one, so that every block has a first axis."""
     return block if block.shape else Dense(block.dense(slice(None)).reshape(block.n, 1))
-
-
-def _at_least_single(delta: Tensor) -> Tensor:
-    return delta.float() if delta.dtype in (torch.float16, torch.bfloat16) else delta

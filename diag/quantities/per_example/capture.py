@@ -94,7 +94,7 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in UNROLLED and is_padded_call(args):
+        if name in UNROLLED and is_padded_call(name, args):
             with self:
                 return UNROLLED[name](*args)
         if getattr(func, "__module__", None) == "torch.nn.functional" and func not in self._running:

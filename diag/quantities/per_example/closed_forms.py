@@ -44,7 +44,7 @@ class Call:
         value = self.use.argument(place)
         if isinstance(value, Tensor) and self.use.overwritten(place):
             raise NoClosedForm(f"an argument of {self.use.name} was overwritten in place")
-        return value.detach() if isinstance(value, Tensor) else value
+        return single(value.detach()) if isinstance(value, Tensor) else value
 
     def steps(self, values: Tensor) -> Tensor:
         """(n, T, features): everything but the last axis folded into steps."""
@@ -66,6 +66,11 @@ class Call:
             raise NoClosedForm("the parameter has an axis along the examples")
         split = self.layout.split(gradient, self.n)
         return Dense(split.sum_to_size(self.n, *[1] * lead, *shape).reshape(self.n, *shape))
+
+
+def single(values: Tensor) -> Tensor:
+    """Half-precision numbers in float32, in which products of them do not underflow."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 Form = Callable[[Call, Place], Block]

@@ -69,6 +69,7 @@ class Placed(Block):
     def __init__(self, block: Block, positions: Tensor, shape: Sequence[int]) -> None:
         self.block, self.positions = block, positions.flatten()
         self.n, self.shape = block.n, tuple(shape)
+        self._distinct = len(self.positions.unique()) == len(self.positions)
         self.device, self.dtype = block.device, block.dtype
 
     def dense(self, examples: slice) -> Tensor:
@@ -77,7 +78,8 @@ class Placed(Block):
         return out.index_add_(1, self.positions, values).view(-1, *self.shape)
 
     def squared_norms(self) -> Tensor:
-        return self.block.squared_norms()  # positions of a rearrangement are distinct: a norm stays itself
+        # A table looked up by index may hold one element in many places: then their gradients add up.
+        return self.block.squared_norms() if self._distinct else super().squared_norms()
 
     def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
         sums = self.block.group_sums(groups).flatten(1)
@@ -89,7 +91,9 @@ class Placed(Block):
         return self.block.project(flat.reshape(-1, *self.block.shape))
 
     def gram(self, other: Block) -> Tensor:
-        if isinstance(other, Placed) and torch.equal(self.positions, other.positions):
+        same = isinstance(other, Placed) and torch.equal(self.positions, other.positions)
+        if same and self._distinct:
+            assert isinstance(other, Placed)
             return self.block.gram(other.block)
         return super().gram(other)
 

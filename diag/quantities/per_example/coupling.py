@@ -38,7 +38,7 @@ def check_independent(
 
 
 def _compare(together: Tensor, alone: Tensor, again: Callable[[], Tensor], n: int) -> None:
-    tolerance = 1e-3 if together.dtype != torch.float64 else 1e-6
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(together.dtype, 5e-2)
     scale = together.abs().max().clamp_min(1e-6)
     if bool(((together - alone).abs() <= tolerance * scale).all()):
         return

@@ -183,6 +183,13 @@ class ModelGradients(PerExampleGradients):
     def _make_plan(self, batch: Batch, rows: slice, whole: bool) -> Plan:
         try:
             return make_plan(self.model, self.loss_fn, batch, self._parameters, whole=whole)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise Unsupported(
+                "The model recomputes activations with reentrant checkpoints, which allow no gradients but the "
+                "parameters'; use torch.utils.checkpoint with use_reentrant=False."
+            ) from None
         except NotFinite:
             check_finite(losses_of(self.model, self.loss_fn, batch), rows.start)
             raise Unsupported(

@@ -28,10 +28,10 @@ def replayed(call: Call, place: Place) -> Block:
     """
     use, n = call.use, call.n
     total = use.shape[call.layout.axis] if use.shape else 0
-    if call.layout.axis != 0 or not call.layout.slow:
+    if call.layout.axis != 0 or call.layout.inner is not None:
         raise NoClosedForm("the examples do not lie along the first axis")
-    delta = call.delta.unflatten(0, (n, -1))
     weight = use.argument(place).detach()
+    delta = call.delta.to(weight.dtype).unflatten(0, (n, -1))
     cut = {
         other: tensor.detach().unflatten(0, (n, -1))
         for other in use.versions

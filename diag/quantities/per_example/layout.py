@@ -8,29 +8,53 @@ the ratio of the two is that example's weight. Where no arrangement fits, exampl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 1e-3  # of an example's gradient; rounding stays near 1e-6 in float32
+HALF_TOLERANCE = 3e-2  # the same in half precision, whose numbers are rounded to 4e-3
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Examples lie along `axis`, whose length is a multiple c of their number: slow (n, c) or fast (c, n)."""
+    """Examples lie along `axis`, whose length is a multiple c of their number n.
+
+    `inner` is how many neighbours along it belong to one example: all c (None), 1, or a number between, as where
+    windows are folded into the batch between time steps; then `folded` is c, and other c do not fit.
+    """
 
     axis: int
-    slow: bool = True
+    inner: int | None = None
+    folded: int | None = None
 
     def split(self, values: Tensor, n: int) -> Tensor:
         """(n, ...): examples first; the rest of the folded axis stays where the axis was."""
         count = values.shape[self.axis] // n
-        sizes = (n, count) if self.slow else (count, n)
-        return values.unflatten(self.axis, sizes).movedim(self.axis + (0 if self.slow else 1), 0)
+        inner = count if self.inner is None else self.inner
+        if inner == count:
+            return values.unflatten(self.axis, (n, count)).movedim(self.axis, 0)
+        if inner == 1:
+            return values.unflatten(self.axis, (count, n)).movedim(self.axis + 1, 0)
+        apart = values.unflatten(self.axis, (count // inner, n, inner)).movedim(self.axis + 1, 0)
+        return apart.flatten(self.axis + 1, self.axis + 2)
 
     def fits(self, shape: torch.Size, n: int) -> bool:
-        return self.axis < len(shape) and shape[self.axis] > 0 and shape[self.axis] % n == 0
+        if self.axis >= len(shape) or shape[self.axis] == 0 or shape[self.axis] % n:
+            return False
+        return self.folded in (None, shape[self.axis] // n)
+
+
+def _candidates(shape: torch.Size, n: int) -> Iterator[Layout]:
+    for axis, size in enumerate(shape):
+        if size and size % n == 0:
+            count = size // n
+            yield Layout(axis)
+            if count > 1:
+                yield Layout(axis, 1)
+            yield from (Layout(axis, inner, count) for inner in range(2, count) if count % inner == 0)
 
 
 def find_layout(gradient: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None:
@@ -41,11 +65,9 @@ def find_layout(gradient: Tensor, weighted: Tensor, weights: Tensor) -> Layout |
     if not bool(gradient.any()) and not bool(weighted.any()):
         raise ValueError("the gradient is zero")
     n = len(weights)
-    for axis, size in enumerate(gradient.shape):
-        for slow in (True, False) if size > n else (True,):
-            layout = Layout(axis, slow)
-            if layout.fits(gradient.shape, n) and _explains(layout, gradient, weighted, weights):
-                return layout
+    for layout in _candidates(gradient.shape, n):
+        if _explains(layout, gradient, weighted, weights):
+            return layout
     return None
 
 
@@ -55,4 +77,5 @@ def _explains(layout: Layout, gradient: Tensor, weighted: Tensor, weights: Tenso
     error = torch.linalg.vector_norm(second - weights[:, None].to(first) * first, dim=1)
     # Below this scale a row's gradient is rounding; judged by itself it would refuse a row that is right.
     floor = 1e-5 * torch.linalg.vector_norm(first) / n
-    return bool((error <= TOLERANCE * torch.linalg.vector_norm(first, dim=1) + floor).all())
+    tolerance = TOLERANCE if gradient.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
+    return bool((error <= tolerance * torch.linalg.vector_norm(first, dim=1) + floor).all())

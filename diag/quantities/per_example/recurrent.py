@@ -83,14 +83,27 @@ def _weights(cell: Sequence[Tensor], biases: bool) -> tuple[Any, ...]:
     return w_ih, w_hh, b_ih, b_hh, (rest[0] if rest else None)
 
 
-UNROLLED: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "lstm": _unrolled(_lstm_step),
-    "gru": _unrolled(_gru_step),
-    "rnn_tanh": _unrolled(_plain_step(torch.tanh)),
-    "rnn_relu": _unrolled(_plain_step(torch.relu)),
+def _cell(step: Step) -> Callable[..., Any]:
+    def run(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Any:
+        several = isinstance(hx, (tuple, list))
+        state = step(F.linear(x, w_ih, b_ih), tuple(hx) if several else (hx,), (w_hh, b_hh, None))  # type: ignore[arg-type]
+        return state if several else state[0]
+
+    return run
+
+
+STEPS: dict[str, Step] = {
+    "lstm": _lstm_step,
+    "gru": _gru_step,
+    "rnn_tanh": _plain_step(torch.tanh),
+    "rnn_relu": _plain_step(torch.relu),
 }
+UNROLLED: dict[str, Callable[..., Any]] = {name: _unrolled(step) for name, step in STEPS.items()}
+UNROLLED |= {f"{name}_cell": _cell(step) for name, step in STEPS.items()}
 
 
-def is_padded_call(args: Sequence[Any]) -> bool:
-    """True for the call on padded input; packed sequences pass their batch sizes second."""
+def is_padded_call(name: str, args: Sequence[Any]) -> bool:
+    """True for a call that can be written out; packed sequences, which pass their batch sizes second, cannot."""
+    if name.endswith("_cell"):
+        return len(args) == 6
     return len(args) == 9 and isinstance(args[2], (tuple, list)) and isinstance(args[3], bool)

@@ -21,6 +21,9 @@ from diag.errors import InvalidInput
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import dot, norm, orthogonalise, rotate
 
+# A coupling below this share of the largest is a breakdown: nothing but rounding would be followed further.
+SMALLEST_COUPLING = 1e-10
+
 
 class KrylovSpace:
     """A growing Lanczos basis with its projected matrix; the mutable core of every run.
@@ -102,10 +105,12 @@ class KrylovSpace:
                 "loss and the parameters for NaN and overflow."
             )
         coupling = bordered.diagonal(1)
-        threshold = 10 * torch.finfo(self.operator.dtype).eps * bordered.abs().max()
+        threshold = max(10 * torch.finfo(self.operator.dtype).eps, SMALLEST_COUPLING) * bordered.abs().max()
         broken = (coupling[self._settled :] <= threshold).nonzero()
         if len(broken) and not self.exhausted:
-            self._restart_fresh(self._settled + int(broken[0]) + 1)
+            last = self._settled + int(broken[0])
+            self.drift.clamp_(min=coupling[last].item())
+            self._restart_fresh(last + 1)
             bordered = self.projected[: self.steps + 1, : self.steps + 1].cpu()
         self._settled = self.steps
         return bordered

@@ -67,7 +67,7 @@ def eigenpairs(
     smallest: int = 0,
     magnitude: int = 0,
     tolerance: float = 1e-3,
-    criterion: Literal["bound", "residual"] = "bound",
+    criterion: Literal["residual", "bound"] = "residual",
     max_products: int = 1000,
     seed: int = 0,
     start: Tensor | None = None,

@@ -10,6 +10,7 @@ Knyazev 2001) until they are. What is reported rests on exact products alone.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,18 +31,22 @@ def two_level_eigenpairs(
     smallest: int = 0,
     magnitude: int = 0,
     tolerance: float = 1e-3,
+    criterion: Literal["residual", "bound"] = "residual",
     max_products: int = 200,
     max_cheap_products: int = 1000,
     seed: int = 0,
 ) -> Eigenpairs:
     """The wanted eigenpairs of `operator`, found with `cheap` (same size, dtype and device) and verified.
 
-    `max_products` bounds the exact products; `num_products` of the result counts those alone.
+    The cheap run stops by the bounds; `criterion` is for the exact pairs (see `Wanted`). `max_products` bounds
+    the exact products; `num_products` of the result counts those alone.
     """
     if (cheap.size, cheap.dtype, cheap.device) != (operator.size, operator.dtype, operator.device):
         raise InvalidInput(f"{cheap!r} cannot stand in for {operator!r}; give one of its size, dtype and device.")
-    wanted = Wanted(largest, smallest, magnitude, tolerance)
-    run = run_lanczos(cheap, wanted, max_products=max_cheap_products, seed=seed)
+    wanted = Wanted(largest, smallest, magnitude, tolerance, criterion)
+    run = run_lanczos(
+        cheap, dataclasses.replace(wanted, criterion="bound"), max_products=max_cheap_products, seed=seed
+    )
     chosen = wanted.select(run.ritz.values)
     guess = combine(run.ritz.weights[chosen], run.space.basis[: run.space.steps], operator.dtype)
     others = torch.ones(len(run.ritz.values), dtype=torch.bool)

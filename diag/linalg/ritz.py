@@ -23,15 +23,16 @@ class Wanted:
 
     A pair counts as converged when its error is at most `tolerance` times its own magnitude, or times a
     hundredth of the largest magnitude for eigenvalues below that (our choice: a relative error of an
-    eigenvalue next to zero says nothing). The error that counts is the "bound" on the eigenvalue, or the
-    "residual", which also makes the eigenvectors good to tolerance / relative gap and takes some more steps.
+    eigenvalue next to zero says nothing). The error that counts is the "residual", or the "bound", which is
+    met some steps earlier but presumes that close eigenvalues have been told apart: on random matrices it was
+    wrong in 2 % of the runs where the residual was in 0.3 %.
     """
 
     largest: int = 0
     smallest: int = 0
     magnitude: int = 0
     tolerance: float = 1e-3
-    criterion: Literal["bound", "residual"] = "bound"
+    criterion: Literal["residual", "bound"] = "residual"
 
     def __post_init__(self) -> None:
         counts = (self.largest, self.smallest, self.magnitude)

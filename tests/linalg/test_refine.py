@@ -1,0 +1,108 @@
+"""Two levels, and the search for what was missed: what is reported rests on exact products."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.linalg.deflation import DeflatedOperator, orthonormal
+from diag.linalg.lanczos import eigenpairs
+from diag.linalg.operator import LinearOperator
+from diag.linalg.reductions import norm
+from diag.linalg.refine import complete, refine, two_level_eigenpairs
+from diag.linalg.ritz import Wanted
+
+Planted = Callable[..., LinearOperator]
+
+
+def disturbed(operator: LinearOperator, size: float, seed: int = 0) -> LinearOperator:
+    """A symmetric stand-in whose products are off by about `size`."""
+    square = torch.randn(operator.size, operator.size, generator=torch.Generator().manual_seed(seed))
+    noise = (square + square.T) * size / (2 * operator.size) ** 0.5 / 2
+    return LinearOperator.from_matrix(operator.to_dense() + noise.to(operator.dtype))
+
+
+@pytest.mark.parametrize("criterion", ["bound", "residual"])
+def test_cheap_products_find_exact_products_verify(planted: Planted, o6c: Tensor, criterion: str) -> None:
+    operator = planted(o6c, torch.float32)
+    cheap = disturbed(operator, 0.03)
+    operator.num_products = 0
+    pairs = two_level_eigenpairs(operator, cheap, largest=3, criterion=criterion)
+    assert pairs.converged.all()
+    assert ((pairs.values - o6c[:3]).abs() <= pairs.bounds).all()
+    assert pairs.num_products == operator.num_products
+    for value, vector, residual in zip(pairs.values, pairs.vectors, pairs.residuals, strict=True):
+        torch.testing.assert_close(
+            norm(operator.matvec(vector) - value.float() * vector), residual, rtol=1e-2, atol=1e-5
+        )
+
+
+def test_a_good_stand_in_costs_one_exact_product_a_pair(planted: Planted, o6c: Tensor) -> None:
+    operator = planted(o6c)
+    pairs = two_level_eigenpairs(operator, disturbed(operator, 1e-3), largest=3, criterion="bound")
+    assert pairs.num_products == 3
+    assert ((pairs.values - o6c[:3]).abs() <= 1e-5).all()
+
+
+def test_a_bad_stand_in_costs_products_and_not_accuracy(planted: Planted, o6c: Tensor) -> None:
+    operator = planted(o6c)
+    pairs = two_level_eigenpairs(operator, planted(o6c, seed=9), largest=3, tolerance=1e-6)
+    torch.testing.assert_close(pairs.values, o6c[:3], rtol=1e-6, atol=0)
+    assert pairs.num_products > 6
+
+
+def test_refine_stops_at_its_limit_and_says_so(planted: Planted, o6c: Tensor) -> None:
+    guess = torch.randn(3, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = refine(planted(o6c), guess, Wanted(largest=3), max_products=5)
+    assert pairs.num_products == 5
+    assert not pairs.converged.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_missed_copies_of_a_multiple_outlier_are_found(planted: Planted, dtype: torch.dtype) -> None:
+    spectrum = torch.cat([torch.tensor([5.0, 5, 5, 4, 3]), torch.linspace(-0.1, 0.1, 195)])
+    operator = planted(spectrum, dtype)
+    first = eigenpairs(operator, largest=3)
+    assert first.values[1] < 4.5, "one start vector sees one copy; else this test says nothing"
+    pairs = complete(operator, first, Wanted(largest=3))
+    torch.testing.assert_close(pairs.values, torch.full((3,), 5.0, dtype=torch.float64), rtol=1e-4, atol=0)
+    assert pairs.num_products == operator.num_products
+
+
+def test_nothing_missed_costs_only_the_search(planted: Planted, o6c: Tensor) -> None:
+    operator = planted(o6c)
+    first = eigenpairs(operator, largest=3)
+    pairs = complete(operator, first, Wanted(largest=3), steps=5)
+    assert pairs.num_products == first.num_products + 5
+    assert torch.equal(pairs.values, first.values)
+
+
+def test_orthonormal_spans_drops_and_stays_near() -> None:
+    rows = torch.randn(4, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = orthonormal(torch.cat([rows, rows[:2] + rows[2:]]))
+    torch.testing.assert_close(basis @ basis.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close((rows @ basis.T) @ basis, rows, rtol=0, atol=1e-10)
+    torch.testing.assert_close(orthonormal(basis), basis, rtol=0, atol=1e-12)
+    apart = orthonormal(torch.randn(2, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), basis)
+    assert (apart @ basis.T).abs().max() < 1e-12
+
+
+def test_deflated_operator_is_p_a_p(planted: Planted, o6c: Tensor) -> None:
+    operator = planted(o6c)
+    u = orthonormal(torch.randn(4, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    p = torch.eye(200, dtype=torch.float64) - u.T @ u
+    deflated = DeflatedOperator(operator, u)
+    v = deflated.project(torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    torch.testing.assert_close(deflated.matvec(v), p @ operator.matrix @ p @ v, rtol=0, atol=1e-12)
+    values, cross = deflated.known_part()
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(u @ operator.matrix @ u.T), rtol=0, atol=1e-12)
+    assert cross == pytest.approx((u @ operator.matrix @ p).square().sum().item(), rel=1e-10)
+
+
+def test_refusals(planted: Planted, o6c: Tensor) -> None:
+    with pytest.raises(InvalidInput, match="cannot stand in for"):
+        two_level_eigenpairs(planted(o6c), planted([1.0, 2.0]), largest=1)
+    with pytest.raises(InvalidInput, match="spans 1 dimensions and 3 eigenpairs are wanted"):
+        refine(planted(o6c), torch.ones(2, 200, dtype=torch.float64), Wanted(largest=3))

@@ -63,6 +63,8 @@ class RunWriter:
     """
 
     def __init__(self, path: str | Path, metadata: Mapping[str, Any], resume: bool | int = False) -> None:
+        self.path = Path(path)
+        self._files: dict[str, int] = {}
         if "layers" not in metadata:
             raise InvalidInput(
                 "The run's metadata lack layers; give the number of elements of each parameter, by name."
@@ -70,7 +72,6 @@ class RunWriter:
         self.path = Path(path)
         self.layers: dict[str, int] = {str(k): int(v) for k, v in metadata["layers"].items()}
         self.last_step = 0
-        self._files: dict[str, int] = {}
         self._notes: set[str] = set()
         self._optimizer: Any = None
         self._dtype = row_dtype(row_columns(len(self.layers)))

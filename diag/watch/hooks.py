@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from diag.quantities.batch import tensors_in
@@ -103,4 +103,5 @@ def _wrappers(model: nn.Module, kind: type) -> list[nn.Module]:
 
 
 def _is_transformed(outputs: Any) -> bool:
-    return any(is_functorch_wrapped_tensor(t) for t in tensors_in(outputs)[:1])
+    first = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)[:1]
+    return any(is_functorch_wrapped_tensor(t) for t in first)

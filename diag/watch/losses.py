@@ -63,7 +63,8 @@ class LossObserver:
 
     def forward_called(self, args: Any, kwargs: Any, outputs: Any) -> bool:
         """The model returned `outputs`. True where it was a call in training."""
-        tensor = next((t for t in tensors_in(outputs) if t.requires_grad and t.grad_fn is not None), None)
+        found = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
+        tensor = next((t for t in found if t.requires_grad and not t.is_leaf), None)
         if tensor is None:
             return False
         # The hook tells whether a backward pass reaches this model; it returns None and so changes nothing.

@@ -55,7 +55,7 @@ class Probe:
         for row in range(batch.size):
             digest = hashlib.blake2b(digest_size=12)
             for column in columns:
-                digest.update(column[row].contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(column[row].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             if digest.digest() not in self._seen:
                 self._seen.add(digest.digest())
                 new.append(row)

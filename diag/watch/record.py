@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diag.quantities.history import History
 from diag.result import Outcome
 from diag.run import RunWriter
+from diag.run_files import row_columns, row_dtype
 from diag.watch.guard import Clock
+from diag.watch.rows import Row
 
 COST_EVERY = 1.0  # seconds between two records of the time spent
 
@@ -23,16 +24,24 @@ class Recorder:
     def __init__(self, path: Path | None, about: Mapping[str, Any], resume: bool | int) -> None:
         self._writer = None if path is None else RunWriter(path, about, resume)
         self.last_step = 0 if self._writer is None else self._writer.last_step
+        self._dtype = row_dtype(row_columns(len(about["layers"]))) if self._writer is None else self._writer.dtype
         self._step = self.last_step
         self._noted: set[str] = set()
         self._wall = self._ours = 0.0
         self._failed: Exception | None = None
         self._process = os.getpid()
 
-    def steps(self, rows: History) -> None:
-        """Append finished steps."""
-        self._step = int(rows.steps[-1])
-        self._try("append_steps", rows)
+    @property
+    def dtype(self) -> Any:
+        """The NumPy dtype of a row of steps."""
+        return self._dtype
+
+    def row(self, table: Any, row: Row) -> None:
+        """Append a finished step."""
+        self._step = int(table["steps"][0])
+        self._try("append_table", table)
+        if row.optimizer:
+            self._try("append_optimizer", row.optimizer)
 
     def outcome(self, step: int, outcome: Outcome, seconds: float) -> None:
         """Append what an instrument gave."""

@@ -7,8 +7,9 @@ arrived, a step or two later, and in order.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,6 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from diag.quantities.history import History
 
 Columns = NDArray[numpy.intp]
 CLIP_EPSILON = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm that it divides by
@@ -33,8 +32,8 @@ class Row:
 
     losses: list[Any] = field(default_factory=list)
     learning_rate: Any = numpy.nan
-    norms: list[tuple[str, Columns, Tensor]] = field(default_factory=list)
-    applied: list[tuple[Columns, Tensor]] = field(default_factory=list)
+    norms: list[tuple[str, Columns, Any]] = field(default_factory=list)
+    applied: list[tuple[Columns, Any]] = field(default_factory=list)
     clips: list[tuple[Columns, Any, Any]] = field(default_factory=list)
     unscale: list[tuple[Columns, Any]] = field(default_factory=list)
     skipped: Any = False
@@ -88,74 +87,95 @@ class Readback:
 
 
 class Rows:
-    """Finished rows, in order, on their way to `write`."""
+    """Finished rows, in order, on their way to `write`, as one-row tables of the given dtype."""
 
-    def __init__(self, layers: Mapping[str, int], first_step: int, write: Callable[[History], None]) -> None:
-        self._names, self._sizes = tuple(layers), tuple(layers.values())
-        self._write, self.step, self._waiting = write, first_step, deque[tuple[int, Row, Readback]]()
+    def __init__(self, dtype: numpy.dtype[Any], first_step: int, write: Callable[[Any, Row], None]) -> None:
+        self._write, self.step = write, first_step
+        self._waiting: deque[tuple[int, Row, Readback]] = deque()
+        self._table, empty = _unobserved(dtype), _unobserved(dtype)
+        # Every row is written from the one table, through views of its bytes and of its columns.
+        self._bytes, self._empty = self._table.view(numpy.uint8), empty.view(numpy.uint8)
+        self._fields = {n: f[0] if (f := self._table[n]).ndim > 1 else f for n in dtype.names or ()}
 
     def add(self, row: Row) -> int:
         """Give the row the next step number and write it as soon as its numbers are on the host."""
         self.step += 1
-        self._waiting.append((self.step, row, Readback(row.numbers())))
-        self.drain()
+        numbers = row.numbers()
+        if not self._waiting and all(not isinstance(n, Tensor) or n.is_cpu for n in numbers):
+            self._finish(self.step, row, map(_read, numbers))
+        else:
+            self._waiting.append((self.step, row, Readback(numbers)))
+            self.drain()
         return self.step
 
     def drain(self, wait: bool = False) -> None:
         """Write the rows whose numbers have arrived; with `wait` all of them."""
         while self._waiting and (wait or self._waiting[0][2].ready()):
             step, row, numbers = self._waiting.popleft()
-            self._write(self._history(step, row, iter(numbers.values())))
+            self._finish(step, row, iter(numbers.values()))
 
-    def _history(self, step: int, row: Row, numbers: Any) -> History:
-        loss = [float(next(numbers)) for _ in row.losses]
-        rate = float(next(numbers))
-        table = {name: numpy.full(len(self._names), numpy.nan) for name in _FIELDS}
-        for name, columns, _ in row.norms:
-            table[name][columns] = next(numbers)
-        gradient, applied, seen = table["gradient_norm"], numpy.ones(len(self._names)), self._seen(row)
-        after = [(columns, next(numbers)) for columns, _ in row.applied]
-        for columns, limit, _ in row.clips:
-            total = next(numbers)
-            applied[columns] *= min(1.0, limit / (total + CLIP_EPSILON)) if total == total else total
-        for columns, _ in row.unscale:
-            gradient[columns] /= next(numbers)
-        applied *= gradient
-        for columns, values in after:
-            applied[columns] = values
-        with numpy.errstate(over="ignore"):
-            columns32: dict[str, Any] = {name: values.astype(numpy.float32)[None] for name, values in table.items()}
-        mean_loss = sum(loss) / len(loss) if loss else numpy.nan
-        skipped = bool(next(numbers))
-        total = numpy.linalg.norm(applied[seen]) if seen.any() and not skipped else numpy.nan
-        return History(
-            steps=numpy.array([step]),
-            layers=self._names,
-            sizes=self._sizes,
-            loss=numpy.array([mean_loss]),
-            loss_finite=numpy.array([not loss or bool(numpy.isfinite(mean_loss))]),
-            learning_rate=numpy.array([rate]),
-            gradient_finite=(numpy.isfinite(gradient) | ~seen)[None],
-            applied_gradient_norm=numpy.array([total]),
-            skipped=numpy.array([skipped]),
-            total_steps=step,
-            optimizer=row.optimizer,
-            **columns32,
-        )
-
-    def _seen(self, row: Row) -> NDArray[numpy.bool_]:
-        seen = numpy.zeros(len(self._names), bool)
+    def _finish(self, step: int, row: Row, numbers: Iterator[Any]) -> None:
+        fields = self._fields
+        self._bytes[:] = self._empty
+        fields["steps"][0] = fields["total_steps"][0] = step
+        losses = [next(numbers) for _ in row.losses]
+        fields["learning_rate"][0] = next(numbers)
+        if losses:
+            loss = sum(losses) / len(losses)
+            fields["loss"][0], fields["loss_finite"][0] = loss, math.isfinite(loss)
+        gradients = []
         for name, columns, _ in row.norms:
             if name == "gradient_norm":
-                seen[columns] = True
-        return seen
+                gradients.append((columns, next(numbers)))
+            else:
+                self._put(name, columns, next(numbers))
+        applied = self._applied(row, gradients, numbers)
+        skipped = fields["skipped"][0] = bool(next(numbers))
+        for columns, values in gradients:
+            self._put("gradient_norm", columns, values)
+            fields["gradient_finite"][columns] = numpy.isfinite(values)
+        if gradients and not skipped:
+            fields["applied_gradient_norm"][0] = math.sqrt(sum(float(v @ v) for v in applied))
+        self._write(self._table, row)
+
+    def _put(self, name: str, columns: Columns, values: Any) -> None:
+        with numpy.errstate(over="ignore"):  # a norm that float32 cannot hold is recorded as infinite
+            self._fields[name][columns] = values
+
+    def _applied(self, row: Row, gradients: list[tuple[Columns, Any]], numbers: Iterator[Any]) -> list[Any]:
+        """The gradient norms after clipping; those before are divided by a scaler's scale in place."""
+        after = [(columns, next(numbers)) for columns, _ in row.applied]
+        limits = [(columns, limit, next(numbers)) for columns, limit, _ in row.clips]
+        scales = [(columns, next(numbers)) for columns, _ in row.unscale]
+        if not (after or limits or scales):
+            return [values for _, values in gradients]
+        width = len(self._fields["gradient_norm"])
+        gradient, factor = numpy.zeros(width), numpy.ones(width)
+        for columns, values in gradients:
+            gradient[columns] = values
+        for columns, limit, total in limits:
+            factor[columns] *= min(1.0, limit / (total + CLIP_EPSILON)) if total == total else total
+        for columns, scale in scales:
+            gradient[columns] /= scale
+        gradients[:] = [(columns, gradient[columns]) for columns, _ in gradients]
+        applied = gradient * factor
+        for columns, values in after:
+            applied[columns] = values
+        return [applied]
 
 
-_FIELDS = ("gradient_norm", "parameter_norm", "update_norm", "distance")
+def _unobserved(dtype: numpy.dtype[Any]) -> NDArray[Any]:
+    """One row in which nothing was observed: NaN, and True for what is finite as far as anybody knows."""
+    table = numpy.zeros(1, dtype)
+    for name in dtype.names or ():
+        if table[name].dtype.kind == "f":
+            table[name] = numpy.nan
+        elif name.endswith("_finite"):
+            table[name] = True
+    return table
 
 
 def _read(number: Any) -> Any:
     if not isinstance(number, Tensor):
         return number
-    number = number.detach()
-    return number.double().numpy() if number.ndim else number.item()
+    return number.detach().numpy() if number.ndim else number.item()

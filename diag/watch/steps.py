@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -47,7 +48,7 @@ class Clipped:
     """Gradients as they were before a clip, and what tells whether anything has touched them since."""
 
     columns: Columns
-    values: Tensor
+    values: Any
     gradients: list[Tensor]
     versions: list[int]
     limits: list[tuple[Any, Any]]
@@ -187,7 +188,8 @@ class StepObserver:
             rate = optimizer.param_groups[0].get("lr", numpy.nan)
             self._row = Row(learning_rate=rate)
             self._taken = self.thinning.take(self.steps + 1, self._clock())
-        self._known[optimizer] = None
+        if optimizer not in self._known:
+            self._known[optimizer] = None
         if self._described != len(self._known):
             self._described = len(self._known)
             self._row.optimizer = _described(self._known)
@@ -252,15 +254,19 @@ class StepObserver:
 
     def _read_gradients(self, row: Row, optimizer: Optimizer, members: Members) -> None:
         scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            row.unscale.append((members.columns, scale.detach().clone()))
+        gradients = [p.grad for p in members.parameters]
+        if not self._clips and all(g is not None for g in gradients):  # the usual case, at every step
+            row.norms.append(("gradient_norm", members.columns, norms(gradients)))  # type: ignore[arg-type]
+            return
         left = set(members.columns.tolist())
         for clip in self._clips:
             inside = numpy.isin(clip.columns, members.columns)
             if not inside.any() or not (clip.scale is not None or clip.untouched()):
                 continue
             columns = clip.columns[inside]
-            kept = torch.from_numpy(numpy.flatnonzero(inside)).to(clip.values.device)
-            values = clip.values if inside.all() else clip.values[kept]
-            row.norms.append(("gradient_norm", columns, values))
+            row.norms.append(("gradient_norm", columns, _kept(clip.values, inside)))
             row.clips.extend((columns, limit, total) for limit, total in clip.limits)
             if clip.scale is not None:
                 row.unscale.append((columns, clip.scale))
@@ -271,8 +277,6 @@ class StepObserver:
         if rest:
             columns = numpy.array(rest, numpy.intp)
             row.norms.append(("gradient_norm", columns, norms([_of(self.parameters[c]) for c in rest])))
-        if scale is not None:
-            row.unscale.append((members.columns, scale.detach().clone()))
 
     # Parameters
 
@@ -297,6 +301,12 @@ class StepObserver:
 def _of(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _kept(values: Any, mask: NDArray[numpy.bool_]) -> Any:
+    if mask.all() or not isinstance(values, Tensor):
+        return values[mask] if not isinstance(values, Tensor) else values
+    return values[torch.from_numpy(numpy.flatnonzero(mask)).to(values.device)]
 
 
 def _either(skipped: Any, found_inf: Any) -> Any:

@@ -33,8 +33,10 @@ from diag.watch.rows import Row, Rows
 from diag.watch.schedule import Schedule
 from diag.watch.steps import StepObserver
 
-ALWAYS_ON_SHARE = 0.2  # of the budget, for the norms that need a copy of the parameters
+ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
 WARM_UP = 3
+SPARE = 0.25  # seconds that the last measurements may take beyond the budget
+LOOK_EVERY = 0.01  # seconds
 PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
 SHARDED = (
     "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is "
@@ -129,8 +131,7 @@ class Watcher:
         about = describe_run(self.model, parameters, chosen, budget, every)
         self.path = Path(run) if run is not None else temporary_folder()
         self._recorder = Recorder(self.path if self.active else None, about, resume)
-        self._layers = {name: p.numel() for name, p in parameters.items()}
-        self._rows = Rows(self._layers, self._recorder.last_step, self._recorder.steps)
+        self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._recorder.row)
         self._losses = LossObserver(loss_fn, self._probe, self._recorder.note)
         share = ALWAYS_ON_SHARE * min(budget, 0.05)
         self._steps = StepObserver(
@@ -140,7 +141,7 @@ class Watcher:
             chosen, lambda names: Schedule(names, budget, every), self._recorder.outcome
         )
         self._hooks: ModelHooks | None = None
-        self._forwards, self._examples, self._fingerprint = 0, 0, ""
+        self._forwards, self._examples, self._fingerprint, self._look_again = 0, 0, "", 0.0
         if self.active:
             self._begin(model)
 
@@ -281,6 +282,10 @@ class Watcher:
 
     def _measure_if_due(self, step: int) -> None:
         schedule = self._measurements.schedule
+        elapsed = self._clock.elapsed()
+        if elapsed < self._look_again and schedule.budget != math.inf:
+            return  # what could be earned since the last look is not worth the look
+        self._look_again = elapsed + LOOK_EVERY
         self._estimate(step)
         schedule.earn(self._clock.elapsed(), self._clock.overhead(), step)
         names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
@@ -378,13 +383,13 @@ class Watcher:
         self._announce_probe()
         schedule = self._measurements.schedule
         schedule.earn(self._clock.elapsed(), self._clock.overhead(), self.step)
-        beyond = False  # one measurement may exceed the budget: a run without a number helps nobody
+        spare = SPARE  # a short run earns little, and a run without a number helps nobody
         for name in self._measurements.unfinished(self.step):
             account = schedule.accounts[name]
-            if account.estimate > schedule.left:
-                if beyond or account.times or account.estimate == math.inf:
-                    continue
-                beyond = True
+            lacking = max(account.estimate - schedule.left, 0.0)
+            if lacking > (0.0 if account.times else spare):
+                continue
+            spare -= lacking
             self._measure([name], self.step)
 
     def _never_seen(self) -> Iterable[tuple[str, str]]:

@@ -190,7 +190,7 @@ def test_a_full_disk_is_told_at_the_end(tiny, tmp_path):
     def full(*args):
         raise RunError("steps.bin cannot be written (No space left on device); free some space.")
 
-    watcher._recorder._writer.append_steps = full
+    watcher._recorder._writer.append_table = full
     step(model, x, y)
     with pytest.warns(UserWarning, match="The record of the watched run is not complete.*No space left"):
         watcher.close()

@@ -81,7 +81,7 @@ def run(folder: str | Path, *, seed: int = 0, progress: Progress | None = None, 
     """Train the demo's network by SGD with momentum, watched into `folder`; the record of the run.
 
     The same seed gives the same training. `progress(steps done, of how many)` is called after every step. States
-    at the start, after a quarter of the training (the best held-out accuracy) and at the end are kept in
+    at the start, after a quarter of the training (near the best held-out accuracy) and at the end are kept in
     `folder/checkpoints`. Raises RunError where the folder cannot be written.
     """
     # One thread: the order of sums, and with it a long training's course, depends on the number of threads.

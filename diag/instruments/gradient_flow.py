@@ -66,7 +66,7 @@ class GradientFlow(Result):
     skipped_step_numbers: tuple[int, ...] = measured("the first of the steps that were left out")
     gradient_layers: tuple[str, ...] = measured("tensors whose gradient was not finite, most often first")
     idle_layers: tuple[str, ...] = measured("tensors whose gradient was exactly zero at every step")
-    layers: tuple[str, ...] = measured("parameter tensors, from input to output")
+    layers: tuple[str, ...] = measured("parameter tensors, in the order of named_parameters()")
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
     distance: NDArray[numpy.float64] = measured("distance of all weights from the start", shape="(steps,)")
     gradient_norm: NDArray[numpy.float32] = measured(
@@ -204,14 +204,14 @@ class GradientFlow(Result):
         """The gradient norm of every parameter tensor over the steps, or over the depth where there is one step."""
         if len(self.steps) == 1:
             ax.semilogy(self.gradient_norm[0], marker="o", markersize=3)
-            ax.set(xlabel="parameter tensor, from input to output", ylabel="gradient norm")
+            ax.set(xlabel="parameter tensor, in the model's order", ylabel="gradient norm")
             return
         with numpy.errstate(divide="ignore", invalid="ignore"):
             image = numpy.log10(self.gradient_norm.T.astype(float))
         image[~numpy.isfinite(image)] = numpy.nan
         mesh = ax.pcolormesh(_edges(self.steps), numpy.arange(len(self.layers) + 1), image, rasterized=True)
         ax.figure.colorbar(mesh, ax=ax, label="log10 of the gradient norm")
-        ax.set(xlabel="step", ylabel="parameter tensor, from input to output")
+        ax.set(xlabel="step", ylabel="parameter tensor, in the model's order")
         if len(self.layers) <= LAYERS_NAMED:
             ax.set_yticks(numpy.arange(len(self.layers)) + 0.5, self.layers, fontsize=7)
         ax.invert_yaxis()
@@ -242,8 +242,8 @@ def gradient_flow(
 
     Settings: `plain_network=True` says that the network is a plain stack of layers, without normalisation or skip
     connections, recorded from its initialisation: only then is a gradient that changes by more than
-    `depth_factor` over the depth called vanishing or exploding. It is read off the biases: in a network without
-    them <W, dL/dW> is the same for every layer, so the weights' gradients cannot tell. `skipped_share`: from here
+    `depth_factor` over the depth (in the order of named_parameters()) called vanishing or exploding. It is read
+    off the biases: in a network without them <W, dL/dW> is the same for every layer, so the weights' gradients cannot tell. `skipped_share`: from here
     on skipped steps are a warning (our choice, uncalibrated).
 
     Raises InvalidInput for settings it does not know. Sources: arithmetic; Hoffer, Hubara, Soudry 2017,

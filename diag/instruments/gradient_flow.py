@@ -243,8 +243,8 @@ def gradient_flow(
     Settings: `plain_network=True` says that the network is a plain stack of layers, without normalisation or skip
     connections, recorded from its initialisation: only then is a gradient that changes by more than
     `depth_factor` over the depth (in the order of named_parameters()) called vanishing or exploding. It is read
-    off the biases: in a network without them <W, dL/dW> is the same for every layer, so the weights' gradients cannot tell. `skipped_share`: from here
-    on skipped steps are a warning (our choice, uncalibrated).
+    off the biases: in a ReLU network without them <W, dL/dW> is the same for every layer, so the weights'
+    gradients cannot tell. `skipped_share`: from here on skipped steps are a warning (our choice, uncalibrated).
 
     Raises InvalidInput for settings it does not know. Sources: arithmetic; Hoffer, Hubara, Soudry 2017,
     arXiv:1705.08741 (distance); Roberts, Yaida, Hanin 2022, arXiv:2106.10165 (depth).

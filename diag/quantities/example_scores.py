@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diag.errors import DiagError
@@ -46,12 +47,29 @@ def score_examples(model: nn.Module, source: Snapshot) -> Scores:
 
 
 def _losses(source: Snapshot, outputs: Any, batch: Batch) -> tuple[Tensor, bool]:
+    known = _cross_entropies(source.loss_fn, outputs, batch.targets)
+    if known is not None:
+        return known, True
     if source.loss_fn is not None:
         try:
             return example_losses(source, outputs, batch.targets, batch.size), True
         except (DiagError, RuntimeError, ValueError):
             pass  # a loss that is defined on a whole batch only
     return source.batch_loss(outputs, batch.targets).detach().expand(batch.size), False
+
+
+def _cross_entropies(loss_fn: Any, outputs: Any, targets: Any) -> Tensor | None:
+    """The commonest loss without the detour of one call an example; None for any other."""
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not isinstance(targets, Tensor) or targets.ndim != 1:
+        return None
+    settings: dict[str, Any] = {}
+    if type(loss_fn) is nn.CrossEntropyLoss and loss_fn.weight is None and loss_fn.reduction == "mean":
+        settings = {"ignore_index": loss_fn.ignore_index, "label_smoothing": loss_fn.label_smoothing}
+    elif loss_fn is not F.cross_entropy:
+        return None
+    if bool((targets == settings.get("ignore_index", IGNORED_LABEL)).any()):
+        return None
+    return F.cross_entropy(outputs, targets, reduction="none", **settings)
 
 
 def _errors(outputs: Any, batch: Batch, shifted: bool) -> Tensor:

@@ -281,17 +281,18 @@ def straight(start: State, end: State) -> Callable[[nn.Module, float], None]:
     def write(model: nn.Module, alpha: float) -> None:
         targets = _targets(model)
         for name, a in start.items():
-            targets[name].copy_(_lerp(a, end[name], alpha))
+            _write_lerp(targets[name], a, end[name], alpha)
 
     return write
 
 
-def _lerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+def _write_lerp(target: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     if not (a.is_floating_point() or a.is_complex()):
-        return a
-    if a.dtype in (torch.float16, torch.bfloat16):
-        return torch.lerp(a.float(), b.float(), alpha)
-    return torch.lerp(a, b, alpha)
+        target.copy_(a)
+    elif a.dtype in (torch.float16, torch.bfloat16):
+        target.copy_(torch.lerp(a.float(), b.float(), alpha))
+    else:
+        torch.lerp(a, b, alpha, out=target)
 
 
 # ---- BatchNorm statistics

@@ -33,14 +33,19 @@ def find_symmetries(
 ) -> Symmetries:
     """The permutation groups of `model`.
 
-    example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used. check: prove them.
+    example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used (all of
+    it where the model runs on nothing less). check: prove them.
     Groups that change the outputs by more than a relative 1e-4 (float32) or 1e-10 (float64) are dropped, with
     the reason in `frozen`. Raises Unsupported where the forward pass fails, or where the outputs are not finite.
     """
     example = _on_device(model, as_batch(example))
-    example = example.slice(0, min(example.size, max_examples or example.size))
     with preserved(model):
-        trace, labels = trace_model(model, example)
+        few = example.slice(0, min(example.size, max_examples or example.size))
+        try:
+            trace, labels = trace_model(model, few)
+            example = few
+        except Unsupported:  # a model may be written for one batch size
+            trace, labels = trace_model(model, example)
         found = _build(trace, labels, model)
         return _checked(found, model, example, seed) if check else found
 

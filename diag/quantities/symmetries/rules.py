@@ -83,6 +83,8 @@ def mixes_along(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> N
 
 # ---- contractions
 
+OPERANDS = ("mat1", "mat", "mat2", "vec", "tensor", "other")
+
 
 def contract(trace: Trace, a: Tensor, a_axis: Factors, b: Tensor, b_axis: Factors) -> None:
     trace.algebra.unify(a_axis, b_axis)
@@ -90,9 +92,9 @@ def contract(trace: Trace, a: Tensor, a_axis: Factors, b: Tensor, b_axis: Factor
         trace.algebra.freeze(a_axis, GENERAL_LINEAR)
 
 
-@rule("mm", "addmm", "mv", "addmv", "dot", "addmm_", "_addmm_activation")
+@rule("mm", "addmm", "mv", "addmv", "dot", "vdot", "addmm_", "_addmm_activation")
 def matrix_product(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
-    names = [n for n in ("mat1", "mat", "vec", "mat2", "tensor") if n in args]
+    names = [n for n in OPERANDS if n in args]
     a, b = (args["self"], args[names[0]]) if len(names) == 1 else (args[n] for n in _operand_order(names))
     left, right = trace.labels(a), trace.labels(b)
     contract(trace, a, left[-1], b, right[0])
@@ -103,7 +105,7 @@ def matrix_product(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -
 
 
 def _operand_order(names: Sequence[str]) -> Sequence[str]:
-    return sorted(names, key=("mat1", "mat", "mat2", "vec", "tensor").index)
+    return sorted(names, key=OPERANDS.index)
 
 
 @rule("bmm", "baddbmm")
@@ -176,6 +178,17 @@ def layer_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> No
     operands = [labels] + [trace.labels(args[n]) for n in ("weight", "bias") if args.get(n) is not None]
     trace.label(outputs[0], broadcast(trace, operands, len(labels)))
     trace.mixed(labels, range(-len(args["normalized_shape"]), 0))
+
+
+@rule("_weight_norm_interface")
+def weight_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """A direction v with a size g for each slice along `dim` (Salimans & Kingma 2016)."""
+    v, g = trace.labels(args["v"]), trace.labels(args["g"])
+    dim = args.get("dim", 0) % len(v)
+    trace.algebra.unify(v[dim], g[dim])
+    trace.mixed(v, [i for i in range(len(v)) if i != dim])
+    trace.label(outputs[0], v)
+    trace.label(outputs[1], g)
 
 
 @rule("native_group_norm")

@@ -205,6 +205,37 @@ def embedding(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> Non
     trace.label(outputs[0], trace.labels(args["indices"]) + weight[1:])
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    weight = trace.labels(args["weight"])
+    trace.algebra.freeze(weight[0], "rows are looked up by index")
+    trace.label(outputs[0], (trace.algebra.axis(outputs[0].shape[0], "one bag each"), weight[1]))
+
+
+@rule("im2col")
+def unfold(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Patches: (batch, channels, height, width) to (batch, channels x window, places)."""
+    labels = trace.labels(args["self"])
+    trace.freeze_axes((labels[2:],), WINDOW)
+    window = outputs[0].shape[1] // args["self"].shape[1]
+    channels = (*labels[1], *trace.algebra.axis(window, WINDOW))
+    trace.label(outputs[0], (labels[0], channels, trace.algebra.axis(outputs[0].shape[2], WINDOW)))
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Channels x r x r become channels and finer places."""
+    labels, r = trace.labels(args["self"]), args["upscale_factor"]
+    split = trace.grouped(labels[1], outputs[0].shape[1])
+    trace.freeze_axes((labels[2:],), WINDOW)
+    if split is None:
+        trace.algebra.freeze(labels[1], WINDOW)
+        return
+    trace.algebra.freeze(split[1], f"the {r * r} places of a pixel shuffle")
+    spatial = (trace.algebra.axis(n, WINDOW) for n in outputs[0].shape[2:])
+    trace.label(outputs[0], (labels[0], split[0], *spatial))
+
+
 @rule("index")
 def index(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Axes that are indexed by a tensor freeze; whole axes behind or before them pass."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diag.errors import Unsupported
 from diag.quantities.batch import Batch, map_tensors, tensors_in
 from diag.quantities.per_example.assembly import Assembly
-from diag.quantities.per_example.blocks import Block
+from diag.quantities.per_example.blocks import Block, row_slices
 from diag.quantities.per_example.capture import Capture, Place, Use, unexplained
 from diag.quantities.per_example.closed_forms import FORMS
 from diag.quantities.per_example.layout import Layout, find_layout
@@ -111,8 +111,9 @@ def make_plan(
     for index in plan.layouts:
         assembly.add(index, plain[index])
     assembly.finish(losses)
-    dense = {name: None if g is None else g.detach().to_dense().double() for name, g in expected.items()}
-    total = sum(float(g.square().sum()) for g in dense.values() if g is not None) ** 0.5
+    dense = {name: None if g is None else g.detach().to_dense() for name, g in expected.items()}
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in dense.values() if g is not None]
+    total = float(torch.stack(norms).square().sum().sqrt()) if norms else 0.0
     for name, gradient in dense.items():
         if name not in plan.graph_parameters and not _agrees(blocks.get(name), weights, gradient, total):
             plan.graph_parameters.add(name)
@@ -173,15 +174,17 @@ def _agrees(block: Block | None, weights: Tensor, expected: Tensor | None, total
     if block is None or expected is None:
         held = None if block is None else block.dense(slice(None))
         return all(x is None or not bool(x.any()) for x in (expected, held))
-    rows = torch.cat([block.dense(slice(i, i + 1)) for i in range(block.n)]).double().reshape(block.n, -1)
-    found = (weights.double()[:, None] * rows).sum(0)
-    error = torch.linalg.vector_norm(found - expected.reshape(-1))
+    expected = expected.reshape(block.shape)
+    products = torch.zeros(block.n, block.n, dtype=torch.float64, device=block.device)
+    error = size = 0.0
+    for rows in row_slices(block.shape, 4 * block.n):  # a few rows of a large weight at a time
+        part, target = block.dense_rows(rows).flatten(1).double(), expected[rows].flatten().double()
+        products += part @ part.T
+        error += float((weights.double() @ part - target).square().sum())
+        size += float(target.square().sum())
     slack = 1e-3 if weights.dtype in (torch.float32, torch.float64) else 5e-2
-    # The inner products have ways of their own, so they are compared too.
-    products = rows @ rows.T
-    scale = slack * products.diag().max() + 1e-12 * total**2
-    if bool((block.gram(block).double() - products).abs().max() > scale):
-        return False
-    if bool((block.squared_norms() - products.diag()).abs().max() > scale):
-        return False
-    return bool(error <= slack * torch.linalg.vector_norm(expected) + 1e-6 * total)
+    # Norms and inner products have closed forms of their own, so they are tested too.
+    allowed = slack * float(products.diag().max()) + 1e-12 * total**2
+    norms = float((block.squared_norms() - products.diag()).abs().max())
+    gram = float((block.gram(block).double() - products).abs().max())
+    return max(norms, gram) <= allowed and error**0.5 <= slack * size**0.5 + 1e-6 * total

@@ -69,7 +69,6 @@ class RunWriter:
             raise InvalidInput(
                 "The run's metadata lack layers; give the number of elements of each parameter, by name."
             )
-        self.path = Path(path)
         self.layers: dict[str, int] = {str(k): int(v) for k, v in metadata["layers"].items()}
         self.last_step = 0
         self._notes: set[str] = set()

@@ -19,7 +19,7 @@ from torch import nn
 
 import diag
 from diag.checkpoints import Checkpoint, load_into, load_state
-from diag.errors import CheckpointError, InvalidInput
+from diag.errors import CheckpointError, DiagError, InvalidInput
 from diag.quantities.snapshot import Snapshot
 from diag.registry import attempt, find, instruments
 from diag.result import Result
@@ -81,6 +81,8 @@ def _guard(call: Callable[[], Any], what: str) -> Any:
     """Call the user's code; what it raises becomes one sentence that says where."""
     try:
         return call()
+    except DiagError:
+        raise
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
         at = f" at {os.path.relpath(frames[-1].filename)}, line {frames[-1].lineno}" if len(frames) > 1 else ""
@@ -125,6 +127,7 @@ def run_of_checkpoints(
     """
     arguments = built_arguments(build) | dict(options or {})
     model = arguments.pop("model")
+    _refuse_device(arguments.get("device"))
     chosen = [find(n) for n in names] or [i for i in instruments().values() if not i.from_history]
     steps, notes = _in_order([load_state(path, key) for path in paths])
     records: list[Record] = []
@@ -147,7 +150,16 @@ def _read_once(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]
     """The data as batches, so that every checkpoint is measured on the same examples."""
     if arguments.get("data") is None:
         return {}
-    return {"data": Snapshot(model, **arguments).batches}
+    return {"data": _guard(lambda: Snapshot(model, **arguments).batches, "Reading the data")}
+
+
+def _refuse_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(
+            f"The device {device!r} cannot be used ({str(error).splitlines()[0]}); give another."
+        ) from None
 
 
 def _in_order(checkpoints: Sequence[Checkpoint]) -> tuple[list[tuple[int, Checkpoint]], list[str]]:

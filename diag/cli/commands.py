@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
 
     with tables.progress_bar() as bar:
         task = bar.add_task("Training", total=None)
+        if bar.disable:
+            click.echo("Training the demo's network; this takes about a minute.", err=True)
 
         def progress(done: int, total: int, text: str = "Training") -> None:
             bar.update(task, completed=done, total=total, description=text)
@@ -46,7 +49,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
         run = demonstration.run(folder, seed=seed, progress=progress)
     page = write_report(run, output or folder / "report.html", command=_command_line())
     tables.show(tables.verdicts(run.findings()))
-    click.echo(f"\nReport: {page.path.resolve()}")
+    click.echo(f"\nReport: {Path(page).resolve()}")
 
 
 @main.command()
@@ -91,9 +94,9 @@ def report(
     tables.show(tables.verdicts(run.findings()))
     if build is not None and run.outcomes:
         tables.show("", tables.others(run.outcomes))
-    click.echo(f"\nReport: {page.path.resolve()}")
+    click.echo(f"\nReport: {Path(page).resolve()}")
     if open_it:
-        click.launch(str(page.path))
+        click.launch(os.fspath(page))
 
 
 def _one_run(sources: Sequence[Path]) -> Run:
@@ -259,7 +262,7 @@ def compare(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> 
         page = write_comparison(runs[0], runs[1], output, command=_command_line())
     tables.show(tables.side_by_side(dict(zip(_names(run_a, run_b), runs, strict=True)), everything))
     if output is not None:
-        click.echo(f"\nComparison: {page.path}")
+        click.echo(f"\nComparison: {Path(page).resolve()}")
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:

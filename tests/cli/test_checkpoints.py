@@ -34,6 +34,17 @@ def as_snapshot():
 def breaks():
     return {}["nothing"]
 
+def bad_data():
+    def batches():
+        yield data()
+        raise OSError("disk gone")
+    model, loss_fn, _ = build()
+    return model, loss_fn, batches()
+
+def no_data():
+    model, loss_fn, _ = build()
+    return model, loss_fn, 3
+
 def gives_a_number():
     return 3
 
@@ -128,6 +139,15 @@ def test_another_entry_of_the_checkpoint(task, run_diag):
         (["net_0.pt", "--build", "tusk.py:build"], "There is no file tusk.py"),
         (["net_0.pt", "--build", "task.py:bild"], "task.py has no function 'bild'; it has data, build, as_dict"),
         (["net_0.pt", "--build", "task:breaks"], "task:breaks raised KeyError at task.py, line 21: 'nothing'"),
+        (
+            ["net_0.pt", "--build", "task:bad_data"],
+            "Reading the data raised OSError at task.py, line 26: disk gone",
+        ),
+        (["net_0.pt", "--build", "task:no_data"], "Error: The data is a int; expected a DataLoader"),
+        (
+            ["net_0.pt", "--build", "task:build", "--device", "abacus"],
+            "The device 'abacus' cannot be used (Expected",
+        ),
         (["net_0.pt", "--build", "bad.py:build"], "Importing bad.py raised ZeroDivisionError at bad.py, line 1"),
         (["net_0.pt", "--build", "syntax.py:build"], "Importing syntax.py raised SyntaxError"),
         (["net_0.pt", "--build", "task:gives_a_number"], "returned int; expected (model, loss_fn, data), a dict"),

@@ -98,7 +98,9 @@ def test_the_demo_prints_the_verdicts_and_where_the_report_is(run_diag, make_run
     result = run_diag("demo", "--folder", "demo", "--seed", "4")
     assert result.exit_code == 0, result.output
     assert str(asked["folder"]) == "demo" and asked["seed"] == 4
-    assert result.stdout.startswith("✖ alarm") and result.stdout.endswith("\nReport: demo/report.html\n")
+    assert result.stdout.startswith("✖ alarm") and result.stdout.endswith(
+        f"\nReport: {tmp_path}/demo/report.html\n"
+    )
     assert (tmp_path / "demo" / "report.html").exists()
 
 

@@ -86,7 +86,7 @@ def test_show_of_one_instrument_has_its_numbers_by_step(run_diag, make_run):
 
 def test_compare_puts_two_runs_side_by_side(run_diag, make_run, tmp_path):
     result = run_diag("compare", make_run("a", 1000.0), make_run("b", 1.0), "-o", "compare.html")
-    assert result.exit_code == 0 and "Comparison: compare.html" in result.stdout
+    assert result.exit_code == 0 and f"Comparison: {tmp_path}/compare.html" in result.stdout
     assert (tmp_path / "compare.html").stat().st_size > 1000
     lines = result.stdout.split("\n")
     assert lines[0].split() == ["a", "b"]
@@ -108,7 +108,11 @@ def test_compare_of_runs_with_one_name_shows_their_paths(run_diag, make_run, tmp
 
 def test_report_of_a_run(run_diag, make_run, tmp_path):
     result = run_diag("report", make_run("run", 1000.0), "-o", "out/page.html")
-    assert result.exit_code == 0 and "Report: out/page.html" in result.stdout and "✖ alarm" in result.stdout
+    assert (
+        result.exit_code == 0
+        and f"Report: {tmp_path}/out/page.html" in result.stdout
+        and "✖ alarm" in result.stdout
+    )
     page = (tmp_path / "out" / "page.html").read_text()
     assert "Softmax collapse" in page and json.loads((tmp_path / "out" / "page.json").read_text())
 

@@ -99,10 +99,10 @@ OTHERS = {
         (4, 4), [(2, ()), (6, ())],
     ),
     "one matrix twice": (
-        lambda: Net(lambda s, x: s.b(s.w(s.w(s.a(x)).relu()).relu()), a=linear(4, 6), w=linear(6, 6), b=linear(6, 2)),
         lambda: Net(
             lambda s, x: s.b(s.w(s.w(s.a(x)).relu()).relu()), a=linear(4, 6), w=linear(6, 6), b=linear(6, 2)
         ),
+        (4, 4), [(6, ())],
     ),
     "written in place": (
         lambda: Net(

@@ -36,7 +36,7 @@ from diag.quantities.opposition import (
 )
 from diag.quantities.per_example import PerExampleGradients
 from diag.registry import instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Provenance, Result, Verdict, measured
 
 SOURCE = "Rosenfeld, Risteski, ICLR 2024, arXiv:2311.04163"
 DIRECTIONS, NULLS = 5, 5
@@ -89,7 +89,7 @@ class OpposingSignals(Result):
     losses_a: NDArray[numpy.float64] = measured("losses of A, in order", shape="(k,)")
     losses_b: NDArray[numpy.float64] = measured("losses of B, in order", shape="(k,)")
     shown: NDArray[Any] = measured(
-        "inputs of the first 12 of A and of B, features standardised; empty where there is no tensor", shape="(rows, *)"
+        "inputs of the first 12 of A and of B, features standardised; empty without a tensor", shape="(rows, *)"
     )
     difference: NDArray[numpy.float64] = measured(
         "mean input of A less that of B, in standard deviations; empty where there is none", shape="(*)"
@@ -370,6 +370,7 @@ def opposing_signals_online(
         chance_share=2 * k / n,
         cosines=numpy.zeros((0, 0)),
         eigenvalues=numpy.array(sharpness[-1:], dtype=float),
+        provenance=Provenance("opposing_signals", {"mode": "online", "k": k}, num_examples=n),
         preconditions=(
             Precondition(
                 "the edge of stability",

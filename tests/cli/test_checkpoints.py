@@ -1,8 +1,10 @@
 """Reports of checkpoints: --build, --set, --instrument, and every way to get them wrong."""
 
 import json
+import math
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 from diag.cli.build import run_of_checkpoints
 from diag.cli.settings import convert, read_settings
 from diag.errors import InvalidInput
+from diag.registry import instrument
+from diag.result import Result, Verdict, measured
 
 TASK = """
 import torch
@@ -104,6 +108,37 @@ def test_the_run_in_memory(task, monkeypatch):
     assert calm.provenance.data_fingerprint == collapsed.provenance.data_fingerprint
     assert run.metadata["parameters"] == 16 and [c["step"] for c in run.metadata["checkpoints"]] == [0, 100]
     assert [done for done, _, _ in seen] == [0, 1, 2] and len(run.costs) == 2
+
+
+def test_each_checkpoint_has_the_one_before_as_its_previous(task, monkeypatch):
+    """The loss of an identity of margin m on one-hot inputs is log(1 + 3 exp(-m)), at this and at the last step."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Change(Result):
+        before: float = measured("mean loss at the checkpoint before")
+        now: float = measured("mean loss")
+
+        def verdict(self) -> Verdict:
+            return Verdict("ok", "It changed.")
+
+    @instrument(source="a test")
+    def change(losses, previous_losses) -> Change:
+        """How the loss changed."""
+        return Change(before=float(previous_losses.mean()), now=float(losses.mean()))
+
+    monkeypatch.chdir(task)
+    monkeypatch.setattr("diag.cli.build.find", lambda name: change)
+    monkeypatch.setattr("diag.run.instruments", lambda: {"change": change})
+    for step, margin in {1: 1.0, 2: 2.0, 3: 3.0}.items():
+        torch.save({"0.weight": torch.eye(4) * margin}, task / f"small_{step}.pt")
+    run, _ = run_of_checkpoints(
+        [task / f"small_{step}.pt" for step in (1, 2, 3)], "task.py:build", names=["change"]
+    )
+    loss = {m: math.log(1 + 3 * math.exp(-m)) for m in (1, 2, 3)}
+    assert [step for step, _ in run.series("change")] == [2, 3] and [step for step, _ in run.outcomes] == [1]
+    for step, result in run.series("change"):
+        # float32 losses of order 0.1 to 1, so 1e-6 is some ten roundings
+        assert abs(result.now - loss[step]) < 1e-6 and abs(result.before - loss[step - 1]) < 1e-6
 
 
 def test_checkpoints_that_do_not_tell_their_step_are_numbered(task, run_diag):

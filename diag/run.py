@@ -350,7 +350,7 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
         share = display.format_share(run.watch_seconds / run.wall_seconds)
         yield "time", f"{display.format_number(run.wall_seconds)} s, of which diag {share}"
     if run.outcomes:
-        yield "skipped or failed", f"{len({o.instrument for _, o in run.outcomes})} instruments"
+        yield "skipped or failed", ", ".join(dict.fromkeys(o.instrument for _, o in run.outcomes))
     if run.unknown_instruments:
         yield "not installed here", ", ".join(run.unknown_instruments)
     if run.torn:

@@ -211,14 +211,14 @@ class Ascent:
         """Move B's side by `element`; where that does not help, move it back. Returns the gain."""
         if all(torch.equal(p, torch.arange(p.shape[-1]).expand(p.shape)) for p in element.values()):
             return 0.0
-        before = [(e, e.b if isinstance(e, WeightEvidence) else e.correlations) for e in held]
+        before = [e.state() for e in held]
         old = sum(e.total() for e in held)
         for e in held:
             e.move(element)
         gain = sum(e.total() for e in held) - old
         if gain <= TOLERANCE * self.limit:
-            for e, values in before:
-                setattr(e, "b" if isinstance(e, WeightEvidence) else "correlations", values)
+            for e, state in zip(held, before, strict=True):
+                e.restore(state)  # type: ignore[arg-type]
             return 0.0
         for e in held:
             self.versions[id(e)] += 1

@@ -13,9 +13,10 @@ from diag.errors import Unsupported
 from diag.quantities.activation_matching import align_activations
 from diag.quantities.alignment import Alignment, align_weights
 from diag.quantities.forward import IGNORED_LABEL, output_tensor
-from diag.quantities.interpolation import Interpolation, Profile, State
+from diag.quantities.interpolation import Interpolation, State
 from diag.quantities.interpolation_bezier import bezier, train_control_point
 from diag.quantities.interpolation_layers import LayerBarrier, angle, distance, layer_barriers
+from diag.quantities.interpolation_profile import Profile
 from diag.quantities.interpolation_repair import Repair
 from diag.quantities.preserve import preserved
 

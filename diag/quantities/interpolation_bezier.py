@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diag.errors import InvalidInput
 from diag.quantities.interpolation import Interpolation, State, overwrite, straight
+from diag.quantities.interpolation_norms import BATCH_NORMS
 from diag.quantities.preserve import preserved
 
 
@@ -73,5 +74,5 @@ def train_control_point(
 
 def _norms_in_training(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             module.train()

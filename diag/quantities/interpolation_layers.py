@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from diag.errors import InvalidInput
 from diag.quantities.fit import check_states_fit
-from diag.quantities.interpolation import Interpolation, Profile, State
+from diag.quantities.interpolation import Interpolation, State
+from diag.quantities.interpolation_profile import Profile
 
 
 @dataclass(frozen=True)

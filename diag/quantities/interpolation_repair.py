@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import Unsupported
-from diag.quantities.interpolation import Interpolation, State, norm_layers_in_training, overwrite, straight
+from diag.quantities.interpolation import Interpolation, State, overwrite, straight
+from diag.quantities.interpolation_norms import norm_layers_in_training
 from diag.quantities.preserve import preserved
 
 EPSILON = 1e-5  # added to variances, as BatchNorm does

@@ -26,11 +26,16 @@ class WeightEvidence:
     a: Tensor
     b: Tensor
     groups: Mapping[str, Group]
+    _kept: Tensor | None = None  # scores that only their own group's moves can change: columns in another order
 
     def scores(self, k: int) -> Tensor:
         """(*parents, n, n): the inner product of A's and B's slices for each pair of units of symbol k."""
         parents = self.block.parent_axes(self.groups, k)
-        return _products(self.a, self.b, parents, k)
+        if parents or sum(name in self.groups for name in self.block.names) > 1:
+            return _products(self.a, self.b, parents, k)
+        if self._kept is None:
+            self._kept = _products(self.a, self.b, parents, k)
+        return self._kept
 
     def pair_scores(self, outer: int, inner: int) -> Tensor:
         """(n, n, m, m): pairing unit i of `outer` with j and, inside them, unit k of `inner` with l."""
@@ -39,7 +44,17 @@ class WeightEvidence:
         return (a @ b.T).reshape(n, m, n, m).permute(0, 2, 1, 3)
 
     def move(self, element: Element) -> None:
+        """Carry B's side along with `element`."""
         self.b = self.block.permute(self.b, self.groups, element)
+        if self._kept is not None:
+            self._kept = self._kept.index_select(1, next(p for n, p in element.items() if n in self.block.names))
+
+    def state(self) -> tuple[Tensor, Tensor | None]:
+        """What `move` changes, to put back with `restore`."""
+        return self.b, self._kept
+
+    def restore(self, state: tuple[Tensor, Tensor | None]) -> None:
+        self.b, self._kept = state
 
     def total(self) -> float:
         return sum(float(x.double() @ y.double()) for x, y in zip(_chunks(self.a), _chunks(self.b), strict=True))
@@ -89,7 +104,15 @@ class ActivationEvidence:
         out = kept + [i + rank for i in kept if i not in shared]
         return torch.einsum(self.correlations, left + right, out)
 
+    def state(self) -> Tensor:
+        """What `move` changes, to put back with `restore`."""
+        return self.correlations
+
+    def restore(self, state: Tensor) -> None:
+        self.correlations = state
+
     def move(self, element: Element) -> None:
+        """Carry B's side along with `element`."""
         rank = len(self.block.sizes)
         flat = self.correlations.reshape(-1, *self.block.sizes)
         moved = [self.block.permute(row, self.groups, element) for row in flat] if rank > 1 else None

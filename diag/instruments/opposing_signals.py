@@ -9,14 +9,12 @@ and whether they trade places from step to step.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,10 +22,10 @@ from diag.display import format_number, format_share
 from diag.errors import InvalidInput, Unsupported
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.opposition import rank_auc
+from diag.linalg.signed_graph import agreeing_parts, signed_graph
 from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.losses_at import LossesAt
 from diag.quantities.opposition import (
-    Groups,
     about_gradients,
     groups_of_record,
     null_share,
@@ -35,6 +33,7 @@ from diag.quantities.opposition import (
     static_groups,
 )
 from diag.quantities.per_example import PerExampleGradients
+from diag.quantities.shown import SHOWN, displayed, imported, kept
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Provenance, Result, Verdict, measured
 
@@ -42,8 +41,6 @@ SOURCE = "Rosenfeld, Risteski, ICLR 2024, arXiv:2311.04163"
 DIRECTIONS, NULLS = 5, 5
 SWAP, PERSIST, ANTIPHASE, SHARE, OVER_CHANCE, SPIKE = 0.6, 0.2, -0.7, 0.4, 5.0, 1.1
 EDGE = (1.9, 3.0)  # of learning rate times sharpness, for gradient descent
-SHOWN = 12
-LARGEST_SHOWN = 3 * 64 * 64
 EDGE_OF_GRAPH = 0.3
 
 
@@ -208,7 +205,7 @@ class OpposingSignals(Result):
         describe: makes text of one input (token numbers, say); else images, features or numbers are shown.
         """
         named = self.provenance.settings.get("describe", "")
-        describe = describe or (_import(named) if named else None)
+        describe = describe or (imported(named) if named else None)
         at = 0
         for group, rows, labels, losses in (
             ("A: the loss rises", self.group_a, self.labels_a, self.losses_a),
@@ -219,35 +216,25 @@ class OpposingSignals(Result):
                 if labels:
                     item["label"] = labels[i]
                 if len(self.shown):
-                    item |= _displayed(self.shown[at], describe)
+                    item |= displayed(self.shown[at], describe)
                     at += 1
                 yield item
         if self.difference.size:
-            yield {"row": None, "group": "mean of A less mean of B"} | _displayed(self.difference, None)
+            yield {"row": None, "group": "mean of A less mean of B"} | displayed(self.difference, None)
 
     def graph(self, at_least: float = EDGE_OF_GRAPH) -> Any:
         """The signed networkx graph of A and B: nodes are rows, edges have `weight`, the cosine of two gradients.
 
         Cosines smaller than `at_least` in size are left out (our choice, uncalibrated).
         """
-        import networkx
-
-        graph = networkx.Graph()
-        rows = [*self.group_a.tolist(), *self.group_b.tolist()]
-        for i, row in enumerate(rows):
-            graph.add_node(row, group="A" if i < self.k else "B")
-        strong = numpy.argwhere(numpy.triu(numpy.abs(self.cosines) >= at_least, 1))
-        graph.add_edges_from((rows[i], rows[j], {"weight": float(self.cosines[i, j])}) for i, j in strong)
+        graph = signed_graph([*self.group_a.tolist(), *self.group_b.tolist()], self.cosines, at_least)
+        for row in graph:
+            graph.nodes[row]["group"] = "A" if row in self.group_a else "B"
         return graph
 
     def groups(self, at_least: float = EDGE_OF_GRAPH) -> list[set[int]]:
         """Rows whose gradients agree: the connected parts of the graph's positive edges, the largest first."""
-        import networkx
-
-        graph = self.graph(at_least)
-        against = [(a, b) for a, b, weight in graph.edges(data="weight") if weight < 0]
-        graph.remove_edges_from(against)
-        return sorted(networkx.connected_components(graph), key=lambda part: (-len(part), min(part)))
+        return agreeing_parts(self.graph(at_least))
 
     def plot(self, ax: Any) -> None:
         """Static: the share by direction. With steps: the mean change of A, of B and of the rest."""
@@ -316,7 +303,7 @@ def opposing_signals(
     return OpposingSignals(
         **groups.numbers,
         **about_gradients(per_example_gradients, vectors[groups.direction], groups, losses),
-        **_display(groups, losses, inputs, labels),
+        **kept(groups, losses, inputs, labels),
         direction=groups.direction,
         mode=mode,
         sharpness=float(values[0]),
@@ -359,7 +346,7 @@ def opposing_signals_online(
     return OpposingSignals(
         **groups.numbers,
         **unknown,
-        **_display(groups, record[0], None, labels),
+        **kept(groups, record[0], None, labels),
         loss_auc=rank_auc(record[0], groups.members(n)),
         direction=-1,
         mode="online",
@@ -395,49 +382,6 @@ def _group_size(k: int, n: int) -> int:
     if n < 4 * k:
         raise Unsupported(f"{n} examples are too few for two groups of {k}; give at least {4 * k}, or a smaller k.")
     return k
-
-
-def _display(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None) -> dict[str, Any]:
-    """What names the rows and shows them."""
-    n, a, b = len(losses), groups.a, groups.b
-    names = labels.tolist() if labels is not None and labels.shape == (n,) else []
-    shown, difference = torch.zeros(0), torch.zeros(0)
-    if isinstance(inputs, Tensor) and len(inputs) == n and inputs[0].numel() <= LARGEST_SHOWN:
-        inputs = inputs.detach().cpu()
-        shown = inputs[torch.cat([a[:SHOWN], b[:SHOWN]])]
-        if inputs.is_floating_point():
-            x = inputs.double()
-            x = (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
-            difference = x[a].mean(0) - x[b].mean(0)
-            shown = shown if inputs.ndim > 2 else x[torch.cat([a[:SHOWN], b[:SHOWN]])]  # features: standardised
-    return {
-        "group_a": a.numpy(),
-        "group_b": b.numpy(),
-        "labels_a": tuple(names[i] for i in a.tolist()) if names else (),
-        "labels_b": tuple(names[i] for i in b.tolist()) if names else (),
-        "losses_a": losses[a].numpy(),
-        "losses_b": losses[b].numpy(),
-        "shown": shown.numpy(),
-        "difference": difference.numpy(),
-    }
-
-
-def _displayed(value: NDArray[Any], describe: Callable[[Any], str] | None) -> dict[str, Any]:
-    if describe is not None:
-        return {"text": describe(value)}
-    if value.dtype.kind in "iub":
-        return {"text": " ".join(map(str, value.ravel()[:64].tolist()))}
-    return {"image": value} if value.ndim in (2, 3) else {"features": value.ravel()}
-
-
-def _import(name: str) -> Callable[[Any], str]:
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidInput(
-            f"describe is {name!r}, which cannot be imported ({error}); give 'module:function'."
-        ) from error
 
 
 def _commonest(labels: tuple[int, ...]) -> int:

@@ -40,14 +40,14 @@ def test_the_bias_adds_one():
     x = directions() * torch.linspace(0.1, 3, 200, dtype=torch.float64)[:, None]
     result = linear(x, bias=True)
     expected = (x.square().sum(1) + 1).sqrt()
-    torch.testing.assert_close(torch.as_tensor(result.gradient_norms), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(torch.tensor(result.gradient_norms), expected, rtol=1e-10, atol=0)
 
 
 def test_scaled_inputs_scale_the_gradient():
     x = directions() * torch.linspace(1, 2, 200, dtype=torch.float64)[:, None]
     once, twice = linear(x), linear(2 * x)
     torch.testing.assert_close(
-        torch.as_tensor(twice.gradient_norms), 2 * torch.as_tensor(once.gradient_norms), rtol=1e-10, atol=0
+        torch.tensor(twice.gradient_norms), 2 * torch.tensor(once.gradient_norms), rtol=1e-10, atol=0
     )
     assert twice.condition == pytest.approx(once.condition)
 

@@ -12,8 +12,9 @@ from torch import nn
 import diag
 from diag import datasets
 from diag.errors import InvalidInput, Unsupported
-from diag.instruments.opposing_signals import _displayed, opposing_signals_online
+from diag.instruments.opposing_signals import opposing_signals_online
 from diag.linalg.lanczos import eigenpairs
+from diag.quantities.shown import displayed, imported
 from diag.result import Level
 from diag.testing import refusal
 
@@ -248,9 +249,15 @@ def test_unknowns_stay_unknown():
 
 
 def test_images_and_texts_are_shown_as_such():
-    assert set(_displayed(numpy.zeros((1, 8, 8)), None)) == {"image"}
-    assert _displayed(numpy.array([5, 7]), None) == {"text": "5 7"}
-    assert _displayed(numpy.array([5, 7]), lambda ids: f"{len(ids)} words") == {"text": "2 words"}
+    assert set(displayed(numpy.zeros((1, 8, 8)), None)) == {"image"}
+    assert displayed(numpy.array([5, 7]), None) == {"text": "5 7"}
+    assert displayed(numpy.array([5, 7]), lambda ids: f"{len(ids)} words") == {"text": "2 words"}
+
+
+def test_texts_are_made_by_a_named_function():
+    assert imported("json:dumps")([1]) == "[1]"
+    with pytest.raises(InvalidInput, match="give 'module:function'"):
+        imported("no.such.module:decode")
 
 
 def test_refusals():

@@ -12,13 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diag.quantities.per_example.engine import ModelGradients
-from diag.quantities.per_example.gradients import (
-    Coverage,
-    LayerGradients,
-    MatrixGradients,
-    PerExampleGradients,
-    StackedGradients,
-)
+from diag.quantities.per_example.given import MatrixGradients, StackedGradients
+from diag.quantities.per_example.gradients import Coverage, LayerGradients, PerExampleGradients
 
 if TYPE_CHECKING:
     from diag.quantities.snapshot import Snapshot

@@ -9,24 +9,25 @@ What a parameter's examples contribute follows from the calls' inputs and these 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
 
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.quantities.batch import Batch, map_tensors, tensors_in
+from diag.quantities.batch import Batch
 from diag.quantities.parameters import trainable
 from diag.quantities.per_example.assembly import Assembly
+from diag.quantities.per_example.backward import backward
 from diag.quantities.per_example.blocks import Block
 from diag.quantities.per_example.coupling import check_independent, losses_of
 from diag.quantities.per_example.gradients import Consumer, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction, check_finite, check_mean, example_losses
 from diag.quantities.per_example.plan import Forward, NotFinite, Plan, copied, forward, make_plan
+from diag.quantities.per_example.rearrange import chosen, permuted_targets
 from diag.quantities.preserve import preserved
 from diag.quantities.unwrap import bare_model
 
@@ -78,10 +79,8 @@ class ModelGradients(PerExampleGradients):
 
     def select(self, rows: Sequence[int]) -> ModelGradients:
         """The gradients of some examples only, in the order given."""
-        batches = [batch.slice(i, i + 1) for batch in self._batches for i in range(batch.size)]
-        return ModelGradients(
-            self.model, self.loss_fn, joined([batches[i] for i in rows]), layers=self._select, mode=self.mode
-        )
+        batches = chosen(self._batches, rows)
+        return ModelGradients(self.model, self.loss_fn, batches, layers=self._select, mode=self.mode)
 
     def prepare(self) -> None:
         """Make the plan for the first batch, with its self-test; otherwise the first question does."""
@@ -204,97 +203,6 @@ class ModelGradients(PerExampleGradients):
             return False
         found = torch.autograd.grad([run.loss], edges, retain_graph=True, allow_unused=True)
         return any(g is not None and bool(g.any()) for g in found)
-
-
-def joined(examples: Sequence[Batch]) -> list[Batch]:
-    """Neighbouring examples of one shape put together into batches."""
-    groups: list[list[Batch]] = []
-    for example in examples:
-        shapes = [t.shape for t in tensors_in((example.args, example.kwargs, example.targets))]
-        last = groups[-1][0] if groups else None
-        same = last and [t.shape for t in tensors_in((last.args, last.kwargs, last.targets))] == shapes
-        groups[-1].append(example) if same else groups.append([example])
-    result = []
-    for group in groups:
-        columns = zip(*(tensors_in((b.args, b.kwargs, b.targets)) for b in group), strict=True)
-        # A tensor without a first axis of one example (a shared mask, say) is the same for all.
-        pieces = iter([torch.cat(c) if c[0].ndim and c[0].shape[0] == 1 else c[0] for c in columns])
-        first = group[0]
-        args, kwargs, targets = map_tensors(partial(_next, pieces), (first.args, first.kwargs, first.targets))
-        result.append(Batch(args, kwargs, targets, len(group)))
-    return result
-
-
-def permuted_targets(batches: Sequence[Batch], seed: int) -> list[Batch]:
-    """The batches with the targets permuted over all examples."""
-    total = sum(batch.size for batch in batches)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    columns: list[list[Tensor]] = [tensors_in(batch.targets) for batch in batches]
-    mixed = [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*columns, strict=True)]
-    result, start = [], 0
-    for batch in batches:
-        pieces = iter([column[start : start + batch.size] for column in mixed])
-        targets = map_tensors(partial(_next, pieces), batch.targets)
-        result.append(Batch(batch.args, batch.kwargs, targets, batch.size))
-        start += batch.size
-    return result
-
-
-def _next(pieces: Iterator[Tensor], _: Tensor) -> Tensor:
-    return next(pieces)
-
-
-def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: bool) -> None:
-    """Hand the gradient of sum_i l_i (n times the mean) at each call's output to `assembly`, as it comes up.
-
-    Calls that lie upstream of all others are asked for; the backward pass meets the rest on its way there, and a
-    hook on each takes its gradient, so that no more of them are alive at a time than need be.
-    """
-    calls = {i: run.uses[i].edge for i in plan.layouts}
-    if not calls:
-        return
-    first = plan.first = first_calls(calls) if plan.first is None else plan.first
-    hooks = []
-    try:
-        for i in calls.keys() - first:
-            hooks.append(calls[i].node.register_prehook(partial(_take, assembly, i, calls[i].output_nr)))
-        asked = sorted(first)
-        seed = torch.full_like(run.loss, n)
-        found = torch.autograd.grad(
-            [run.loss], [calls[i] for i in asked], [seed], retain_graph=keep_graph or None, allow_unused=True
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for i, delta in zip(asked, found, strict=True):
-        if delta is not None:
-            assembly.add(i, delta)
-
-
-def _take(assembly: Assembly, index: int, output: int, gradients: Sequence[Tensor | None]) -> None:
-    delta = gradients[output]
-    if delta is not None:
-        assembly.add(index, delta.detach())
-
-
-def first_calls(calls: dict[int, GradientEdge]) -> set[int]:
-    """The calls from whose node no other call's node can be reached: the backward pass ends there."""
-    nodes: dict[Node, list[int]] = {}
-    for i, edge in calls.items():
-        nodes.setdefault(edge.node, []).append(i)
-    reaches: dict[Node, bool] = {}  # does a walk from here, this node excluded, meet a call?
-    for start in nodes:
-        stack = [start]
-        while stack:
-            node = stack[-1]
-            following = [n for n, _ in node.next_functions if n is not None]
-            waiting = [n for n in following if n not in reaches]
-            if waiting and node not in reaches:
-                stack.extend(waiting)
-            else:
-                reaches[node] = any(n in nodes or reaches[n] for n in following)
-                stack.pop()
-    return {i for node, indices in nodes.items() if not reaches[node] for i in indices}
 
 
 def _check_parameters(selected: dict[str, nn.Parameter], names: list[str]) -> None:

@@ -9,7 +9,8 @@ converged, restart thick when the memory is full, write a checkpoint now and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,24 @@ class Eigenpairs:
     num_products: int
     rounding: float
     seed: int
+
+    def subset(self, rows: slice) -> Eigenpairs:
+        """Some of the pairs."""
+        return self._mapped(lambda name: getattr(self, name)[rows])
+
+    def joined(self, other: Eigenpairs) -> Eigenpairs:
+        """These pairs and then the other's, of the same run."""
+        return self._mapped(lambda name: torch.cat([getattr(self, name), getattr(other, name)]))
+
+    def _mapped(self, column: Callable[[str], Tensor]) -> Eigenpairs:
+        return replace(
+            self,
+            values=column("values"),
+            vectors=None if self.vectors is None else column("vectors"),
+            residuals=column("residuals"),
+            bounds=column("bounds"),
+            converged=column("converged"),
+        )
 
 
 @dataclass(frozen=True)

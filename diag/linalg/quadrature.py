@@ -63,14 +63,24 @@ class SpectralMeasure:
         shares = (self.weights[..., None] * (self.nodes[..., None] <= grid).double()).sum(1)
         return _spread(shares)
 
-    def density(self, grid: Tensor, width: float | None = None, atoms: bool = True) -> Tensor:
+    def density(
+        self, grid: Tensor, width: float | None = None, *, atoms: bool = True, scale: float | None = None
+    ) -> Tensor:
         """Density on `grid` (g,), smoothed with a Gaussian of standard deviation `width` (default: 1 % of the
-        range of the nodes); the integral over all of the line is the share of the spectrum it stands for."""
+        range of the nodes); the integral over all of the line is the share of the spectrum it stands for.
+
+        With `scale` the smoothing is done in asinh(value / scale), where spectra over many decades are seen
+        whole; the density is still per unit of eigenvalue.
+        """
         width = width or default_width(self)
-        smooth = (self.weights[..., None] * _gaussian(grid - self.nodes[..., None], width)).sum(1).mean(0)
-        if atoms and len(self.atoms):
-            smooth = smooth + _gaussian(grid - self.atoms[:, None], width).sum(0) / self.size
-        return smooth
+        nodes, known, jacobian = self.nodes, self.atoms, torch.ones_like(grid)
+        if scale is not None:
+            grid, nodes, known = (torch.asinh(x / scale) for x in (grid, nodes, known))
+            jacobian = 1 / (scale * torch.cosh(grid))
+        smooth = (self.weights[..., None] * _gaussian(grid - nodes[..., None], width)).sum(1).mean(0)
+        if atoms and len(known):
+            smooth = smooth + _gaussian(grid - known[:, None], width).sum(0) / self.size
+        return smooth * jacobian
 
     def moment(self, power: int) -> Estimate:
         """tr A^power, with its standard error."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diag.errors import InvalidInput
 from diag.linalg.deflation import DeflatedOperator
+from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate
 from diag.linalg.reductions import dot
@@ -31,20 +32,31 @@ class TraceAndNorm:
 
 
 def trace_and_norm(
-    operator: LinearOperator, *, num_probes: int = 16, deflate: Tensor | None = None, seed: int = 0
+    operator: LinearOperator,
+    *,
+    num_probes: int = 16,
+    deflate: Tensor | Eigenpairs | None = None,
+    seed: int = 0,
 ) -> TraceAndNorm:
     """tr A and |A|_F from `num_probes` Rademacher probes.
 
-    Args: deflate, eigenvectors that are known, rows (k, size): one product each beside the probes.
+    Args: deflate, directions that are known, orthonormal rows (k, size), at one product each beside the
+    probes; or eigenpairs with their residuals, which cost none.
     Raises InvalidInput for fewer than two probes: one probe has no standard error.
     """
     if num_probes < 2:
         raise InvalidInput(f"num_probes={num_probes} was given; at least 2 are needed for a standard error.")
     target: LinearOperator = operator
     known, cross = torch.zeros(0, dtype=torch.float64), 0.0
-    if deflate is not None and len(deflate):
+    spent = num_probes
+    if isinstance(deflate, Eigenpairs):
+        assert deflate.vectors is not None
+        target = DeflatedOperator(operator, deflate.vectors)
+        known, cross = deflate.values, float(deflate.residuals.square().sum())
+    elif deflate is not None:
         target = DeflatedOperator(operator, deflate)
         known, cross = target.known_part()
+        spent += len(known)
     samples = _probe(target, num_probes, torch.Generator().manual_seed(seed))
     trace, square = samples.mean(0) + torch.stack([known.sum(), known.square().sum() + 2 * cross])
     trace_error, square_error = samples.std(0) / math.sqrt(num_probes)
@@ -52,7 +64,7 @@ def trace_and_norm(
     return TraceAndNorm(
         trace=Estimate(float(trace), float(trace_error), num_probes, seed),
         frobenius_norm=Estimate(norm, float(square_error) / (2 * norm) if norm else 0.0, num_probes, seed),
-        num_products=len(known) + num_probes,
+        num_products=spent,
     )
 
 

@@ -61,6 +61,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("per_example_gradients", "per_example", None, "object", "about two gradients", _LOSS),
         Quantity("hessian", "curvature", None, "object", "about three gradients a product", _LOSS),
         Quantity("gauss_newton", "curvature", None, "object", "about three gradients a product", _LOSS),
+        Quantity("class_directions", "class_directions", None, "object", "one backward pass a class", _DATA),
         Quantity("fisher", "curvature", None, "object", "about three gradients a product", _LOSS),
         Quantity("interpolation", "interpolation", None, "object", "one forward pass a point", _DATA),
         Quantity("other", "interpolation", None, "object", "none", "give the snapshot other="),

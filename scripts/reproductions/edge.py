@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import diag
 from diag import datasets
-from diag.linalg.lanczos import eigenpairs
 
 EXAMPLES, EVERY = 1000, 10
 PLANTED, CHANNELS, VALUE = 20, 16, 6.0  # images a group, extra inputs, their value
@@ -64,21 +63,19 @@ def train_arm(lab: Lab, name: str, arm: Arm) -> dict[int, float]:
     ]
     model = nn.Sequential(*layers, nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=arm.rate)
-    sharpness, start = {}, None
-    for step in range(arm.steps + 1):
-        if step % EVERY == 0:
-            snapshot = diag.Snapshot(model, half_squared_error, (x, y), optimizer=optimizer)
-            pairs = eigenpairs(snapshot.quantity("hessian"), largest=1, tolerance=1e-4, seed=0, start=start)
-            assert pairs.vectors is not None
-            start = pairs.vectors
-            sharpness[step] = float(pairs.values[0])
-        optimizer.zero_grad()
-        half_squared_error(model(x), y).backward()
-        optimizer.step()
-    lab.say(
-        f"  {name}: sharpness over 2 / learning rate at every 50th step: "
-        + " ".join(f"{value * arm.rate / 2:.2f}" for step, value in sharpness.items() if step % 50 == 0)
-    )
+    sharpness = {}
+    with lab.recorder(name, model, optimizer=f"gradient descent, rate {arm.rate}", seed=arm.seed) as record:
+        for step in range(arm.steps + 1):
+            if step % EVERY == 0:
+                snapshot = diag.Snapshot(model, half_squared_error, (x, y), optimizer=optimizer)
+                result = diag.edge_of_stability(snapshot, batch_size=EXAMPLES, trace_probes=4)
+                record.append_outcome(step, result)
+                sharpness[step] = result.sharpness
+            optimizer.zero_grad()
+            half_squared_error(model(x), y).backward()
+            optimizer.step()
+    course = " ".join(f"{v * arm.rate / 2:.2f}" for step, v in sharpness.items() if step % 50 == 0)
+    lab.say(f"  {name}: sharpness over 2 / learning rate at every 50th step: {course}")
     return sharpness
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from reproducing import Card, Expectation, Lab
 from reproductions._class_spectrum import ClassSpectrum, class_spectrum, trained
 
-from diag.display import format_number
-
 CLASSES, HIDDEN, SEEDS = (2, 3, 5, 10), 20, (0, 1)
 
 
@@ -16,13 +14,9 @@ def run(lab: Lab) -> list[Expectation]:
     for classes in CLASSES:
         for seed in SEEDS:
             model, data = trained(classes, HIDDEN, seed)
-            spectrum = found[classes, seed] = class_spectrum(model, data, classes + 2)
-            top, overlaps = (
-                " ".join(format_number(float(v), 3) for v in row) for row in (spectrum.top, spectrum.overlaps)
-            )
-            lab.say(f"  C = {classes}, seed {seed}: top {top}; overlaps {overlaps}")
+            found[classes, seed] = class_spectrum(lab, f"{classes} classes, seed {seed}", model, data, classes + 2)
     expectations = [
-        Expectation(f"C = {c}, seed {s}: leading class directions", c - 1, f.leading, c - 1, c - 1)
+        Expectation(f"C = {c}, seed {s}: leading class directions", c - 1, f.result.num_outliers, c - 1, c - 1)
         for (c, s), f in found.items()
     ]
     last = found[CLASSES[-1], SEEDS[0]]
@@ -31,17 +25,17 @@ def run(lab: Lab) -> list[Expectation]:
         Expectation(
             "smallest overlap of the first C - 1 vectors",
             ">= 0.89; further seeds >= 0.80",
-            min(float(f.overlaps[: c - 1].min()) for (c, _), f in found.items()),
+            min(float(f.result.overlaps[: c - 1].min()) for (c, _), f in found.items()),
             low=0.8,
         ),
         Expectation(
             "largest overlap of the next vector, C >= 3",
             "<= 0.04; further seeds <= 0.19",
-            max(float(f.overlaps[c - 1]) for (c, _), f in found.items() if c > 2),
+            max(float(f.result.overlaps[c - 1]) for (c, _), f in found.items() if c > 2),
             high=0.2,
         ),
-        Expectation("C = 10: largest eigenvalue", 1.257, float(last.top[0])),
-        Expectation("C = 10: smallest eigenvalue", -0.0025, float(last.dense[0]), high=0.0),
+        Expectation("C = 10: largest eigenvalue", 1.257, float(last.result.eigenvalues[0])),
+        Expectation("C = 10: smallest eigenvalue", -0.0025, last.result.smallest, high=0.0),
         Expectation("C = 10: the share within 1e-3 of the largest around 0", 0.87, last.near_zero, 0.8, 0.95),
         Expectation(
             "C = 10: Gauss-Newton part of the nine outliers, least",
@@ -50,10 +44,17 @@ def run(lab: Lab) -> list[Expectation]:
             0.9,
         ),
         Expectation(
-            "Lanczos against the dense spectrum, all networks",
-            0,
-            max(f.lanczos_error for f in found.values()),
-            high=1e-6,
+            "C = 10: error of the trace over its standard error",
+            "0 +- 1",
+            (last.result.trace - float(last.dense.sum())) / last.result.trace_standard_error,
+            -4,
+            4,
+        ),
+        Expectation(
+            "eigenvalues against the dense spectrum: error over the stated residual, largest",
+            "<= 1",
+            max(f.error_over_residual for f in found.values()),
+            high=1,
         ),
     ]
 

@@ -2,7 +2,6 @@
 the step that the optimizer takes."""
 
 import importlib.util
-import math
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from torch import nn
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.quantities.batch import as_batches
 from diag.quantities.curvature import GaussNewton, Hessian
-from diag.quantities.curvature_examples import class_directions, curvature_shares, output_changes, slopes
-from diag.quantities.curvature_layout import layer_of, participation
+from diag.quantities.curvature_examples import curvature_shares, output_changes, slopes
+from diag.quantities.curvature_layout import layer_of
 from diag.quantities.curvature_preconditioner import divisor, preconditioned
 
 _spec = importlib.util.spec_from_file_location("curvature_cases", Path(__file__).with_name("curvature_cases.py"))
@@ -51,32 +50,12 @@ def test_output_changes_slopes_and_curvature_shares(problem):
     assert float(shares.mean()) == pytest.approx(float(v @ (operator @ v)), rel=1e-5)
 
 
-def test_class_directions_are_the_mean_delta_of_each_class(problem):
-    operator, _, z, y, jacobians = problem
-    p, classes = z.softmax(1), z.shape[1]
-    expected = torch.zeros(classes, operator.size).double()
-    for c in range(classes):
-        deltas = []
-        for i in (y == c).nonzero().flatten():
-            mean = p[i] @ jacobians[i]
-            deltas += [p[i, k].sqrt() * (jacobians[i, k] - mean) for k in range(classes) if k != c]
-        expected[c] = torch.stack(deltas).mean(0)
-    assert cases.relative(class_directions(operator), expected) < CLOSE
-
-
 def test_what_examples_cannot_be_told_apart_is_refused():
     model = cases.Composed(lambda self, x: self.net(x).mean(0, keepdim=True), net=nn.Linear(4, 3))
     data = list(as_batches((torch.randn(6, 4), torch.randn(6, 3))))
     operator = GaussNewton(model, lambda z, t: (z - t).square().mean(), data)
     with pytest.raises(InvalidInput, match=r"outputs of shapes \[\(1, 3\)\] for 6 examples; expected one tensor"):
         output_changes(operator, torch.ones(operator.size))
-    with pytest.raises(InvalidInput, match="The targets are not class numbers"):
-        class_directions(operator)
-    classes = GaussNewton(
-        model, lambda z, t: z.square().mean(), list(as_batches((torch.randn(6, 4), torch.zeros(6).long())))
-    )
-    with pytest.raises(InvalidInput, match="expected one class number for each row of logits"):
-        class_directions(classes)
 
 
 def test_models_without_second_derivatives_have_no_jacobian_products():
@@ -87,18 +66,6 @@ def test_models_without_second_derivatives_have_no_jacobian_products():
         Unsupported, match=r"need a model that can be differentiated twice, and here .*multi_margin"
     ):
         slopes(operator, torch.ones(operator.size))
-
-
-def test_participation_of_a_vector():
-    operator = Hessian(*cases.build(cases.tied_gpt))
-    v = torch.zeros(operator.size)
-    v[operator.layers["qkv"]] = 1.0
-    v[operator.layers[""]] = 2.0  # the position table, a parameter of the root
-    found = participation(operator.layout, v)
-    qkv = operator.layers["qkv"].stop - operator.layers["qkv"].start
-    assert found["qkv"] == pytest.approx(qkv / (qkv + 4 * 20)) and sum(found.values()) == pytest.approx(1)
-    assert found["mix"] == 0 and list(found) == list(operator.layers)
-    assert all(math.isnan(share) for share in participation(operator.layout, torch.zeros(operator.size)).values())
 
 
 def test_a_parametrised_weight_belongs_to_its_layer():

@@ -7,17 +7,17 @@ first. On another device the norms stay there until somebody has time to read th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-BLOCK = 1 << 16
-GROUP = 1 << 20
-TINY = 1e-14
+SMALL = 1 << 13
+BLOCK = 1 << 17
+TINY = 1e-28  # of a sum of squares
 HALVES = (torch.float16, torch.bfloat16)
 PLAIN = (Tensor, nn.Parameter)
 
@@ -31,46 +31,37 @@ def norms(tensors: Sequence[Tensor]) -> Norms:
     A sharded tensor (DTensor) gives the norm of this process's shard. Tensors of several devices give a
     result on the first one's.
     """
-    if all(_is_plain(t) for t in tensors):  # the usual case, at every step
-        return _on_host(_of_host(tensors), tensors)
-    local = [_dense(t.detach()) for t in tensors]
+    local = [_dense(t) for t in tensors]
+    if all(t.is_cpu for t in local):
+        return numpy.array([_norm(t) for t in local])
     device = local[0].device
     if all(t.device == device for t in local):
-        values = _of_one_device(local, device)
+        values = _norms_on_device(local)
     else:
-        values = [_of_one_device([t], t.device)[0].to(device, non_blocking=True) for t in local]
-    return _on_host(values, local) if device.type == "cpu" else torch.stack([v.float() for v in values])
+        values = [_norms_on_device([t])[0].to(device, non_blocking=True) for t in local]
+    return torch.stack([v.float() for v in values])
 
 
-def differences(after: Sequence[Tensor], before: Sequence[Tensor]) -> Norms:
-    """The norms of `after - before`, with temporary memory for about a million entries (or one tensor)."""
-    parts: list[Any] = []
-    group: list[Tensor] = []
-    for a, b in zip(after, before, strict=True):
-        local = _dense(a.detach())
-        # The difference of two half-precision numbers need not be one.
-        local = local.float() if local.dtype in HALVES else local
-        group.append(local - b.to(local.device, non_blocking=True))
-        if sum(t.numel() for t in group) > GROUP:
-            parts.append(norms(group))
-            group = []
-    parts.append(norms(group))
-    on_host = [p for p in parts if not isinstance(p, Tensor)]
-    return numpy.concatenate(on_host) if len(on_host) == len(parts) else torch.cat([p for p in parts if len(p)])
+def differences(after: Sequence[Tensor], before: Sequence[Tensor], scratch: Tensor | None = None) -> Norms:
+    """The norms of `after - before`. On the CPU, `scratch` (BLOCK float32 elements) saves touching new memory."""
+    local = [_dense(a) for a in after]
+    if all(a.is_cpu for a in local):
+        return numpy.array([_distance(a, b, scratch) for a, b in zip(local, before, strict=True)])
+    # The difference of two half-precision numbers need not be one.
+    wide = [a.float() if a.dtype in HALVES else a for a in local]
+    parts = [norms([a - b.to(a.device, non_blocking=True)]) for a, b in zip(wide, before, strict=True)]
+    return torch.cat([torch.as_tensor(p, device=local[0].device) for p in parts])
 
 
 def copies(tensors: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
     """Copies of the values as they are now, of this process's shard where sharded; on `device` if given."""
-    return [_dense(t.detach()).to(device, copy=True) for t in tensors]
-
-
-def _is_plain(t: Tensor) -> bool:
-    dense = t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided
-    return dense and not t.requires_grad and type(t) in PLAIN
+    return [_dense(t).to(device, copy=True) for t in tensors]
 
 
 def _dense(t: Tensor) -> Tensor:
-    if hasattr(t, "to_local"):
+    if t.requires_grad:
+        t = t.detach()
+    if type(t) not in PLAIN and hasattr(t, "to_local"):
         t = t.to_local()
     if t.layout is not torch.strided:
         # Duplicate entries of a sparse gradient add up, so they must be merged before they are squared.
@@ -78,49 +69,41 @@ def _dense(t: Tensor) -> Tensor:
     return t
 
 
-def _on_host(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> NDArray[numpy.float64]:
-    if not tensors:
-        return numpy.zeros(0)
-    result = torch.stack(list(values)).numpy().astype(numpy.float64)
+def _norm(t: Tensor) -> float:
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    square = sum(_squares(t))
+    if TINY <= square < math.inf or t.dtype is torch.float64:
+        return math.sqrt(square)
     # In float32 the squares leave its range beyond 1e19 and below 1e-19, where the norm itself does not.
-    numbers = result.tolist()
-    if not (min(numbers) >= TINY and sum(numbers) < numpy.inf):
-        _scale_and_repeat(result, tensors)
-    return result
+    scale = 1e20 if square < TINY else 1e-30
+    return math.sqrt(sum(_squares(t.float() * scale))) / scale
 
 
-def _of_one_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def _squares(t: Tensor) -> Iterator[float]:
+    if t.dtype in HALVES:
+        t = t.float()
+    if t.numel() <= SMALL:  # BLAS uses more than one thread only beyond this
+        array = t.numpy()
+        yield float(numpy.vdot(array, array))
+    else:
+        yield from (float(torch.dot(b, b)) for b in t.reshape(-1).split(BLOCK))
+
+
+def _distance(a: Tensor, b: Tensor, scratch: Tensor | None) -> float:
+    # The difference of two half-precision numbers need not be one.
+    a, b = (a.float(), b.float()) if a.dtype in HALVES else (a, b)
+    if a.numel() <= SMALL or scratch is None or a.dtype is not scratch.dtype:
+        return _norm(a - b)
+    pairs = zip(a.reshape(-1).split(BLOCK), b.reshape(-1).split(BLOCK), strict=True)
+    blocks = (torch.sub(x, y, out=scratch[: len(x)]) for x, y in pairs)
+    square = sum(float(torch.dot(d, d)) for d in blocks)
+    return math.sqrt(square) if TINY <= square < math.inf else _norm(a - b)
+
+
+def _norms_on_device(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     kinds = {t.dtype for t in tensors}
     half = not kinds.isdisjoint(HALVES)
     if any(k.is_complex for k in kinds) or (half and len(kinds) > 1):
         return [torch.linalg.vector_norm(t, dtype=torch.float32 if t.dtype in HALVES else None) for t in tensors]
-    dtype = torch.float32 if half else None
-    if device.type == "cpu":
-        return _of_host(tensors, dtype)
-    return torch._foreach_norm(list(tensors), 2, dtype=dtype)
-
-
-def _of_host(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
-    large = [t.numel() > BLOCK for t in tensors]
-    small = [t for t, is_large in zip(tensors, large, strict=True) if not is_large]
-    given = torch._foreach_norm(small, 2, dtype=dtype) if small else ()
-    if len(small) == len(tensors):
-        return given
-    rest = iter(given)
-    return [_in_blocks(t) if is_large else next(rest) for t, is_large in zip(tensors, large, strict=True)]
-
-
-def _in_blocks(t: Tensor) -> Tensor:
-    blocks = t.reshape(-1).split(BLOCK)
-    if t.dtype in HALVES:
-        blocks = tuple(b.float() for b in blocks)
-    total = torch.stack([torch.dot(b, b) for b in blocks]).double().sum()
-    return total.sqrt().to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _scale_and_repeat(result: NDArray[numpy.float64], tensors: Sequence[Tensor]) -> None:
-    for i in numpy.flatnonzero(~((result >= TINY) & (result < numpy.inf))).tolist():
-        t = tensors[i]
-        if t.numel() and t.dtype in (torch.float32, *HALVES):
-            scale = 1e20 if result[i] < TINY else 1e-30
-            result[i] = float(_of_one_device([t.float() * scale], t.device)[0]) / scale
+    return torch._foreach_norm(list(tensors), 2, dtype=torch.float32 if half else None)

@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.quantities.optimizer import describe
 from diag.watch.losses import LossObserver, Note
-from diag.watch.norms import copies, differences, norms
+from diag.watch.norms import BLOCK, copies, differences, norms
 from diag.watch.rows import Columns, Row
 from diag.watch.schedule import Thinning
 
@@ -82,6 +82,8 @@ class StepObserver:
         self.thinning = Thinning(share)
         self.before: dict[int, Tensor] = {}
         self.keep_before = False
+        self._buffers: dict[int, Tensor] = {}
+        self._scratch = torch.empty(BLOCK)
         self.optimizer: Optimizer | None = None
         self.steps = 0
         self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, Members]] = weakref.WeakKeyDictionary()
@@ -284,7 +286,15 @@ class StepObserver:
         if not (self._taken or self.keep_before):
             return
         began = time.perf_counter()
-        self.before |= dict(zip(members.columns.tolist(), copies(members.parameters), strict=True))
+        for c, p in zip(members.columns.tolist(), members.parameters, strict=True):
+            kept = self._buffers.get(c)
+            if kept is None:
+                (kept,) = copies([p])
+            else:
+                kept.copy_(p.detach())
+            self.before[c] = kept
+            if _is_reusable(p):  # touching fresh memory costs several times what copying does
+                self._buffers[c] = kept
         self._cost += time.perf_counter() - began
 
     def _measure_parameters(self, row: Row, members: Members) -> None:
@@ -293,14 +303,22 @@ class StepObserver:
         began = time.perf_counter()
         columns, now = members.columns, members.parameters
         row.norms.append(("parameter_norm", columns, norms(now)))
-        row.norms.append(("update_norm", columns, differences(now, [self.before[c] for c in columns.tolist()])))
-        row.norms.append(("distance", columns, differences(now, [self.start[c] for c in columns.tolist()])))
+        row.norms.append(
+            ("update_norm", columns, differences(now, [self.before[c] for c in columns.tolist()], self._scratch))
+        )
+        row.norms.append(
+            ("distance", columns, differences(now, [self.start[c] for c in columns.tolist()], self._scratch))
+        )
         self._cost += time.perf_counter() - began
 
 
 def _of(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _is_reusable(p: Tensor) -> bool:
+    return p.is_cpu and p.layout is torch.strided and not hasattr(p, "to_local")
 
 
 def _kept(values: Any, mask: NDArray[numpy.bool_]) -> Any:

@@ -25,7 +25,7 @@ from diag.quantities.symmetries.groups import Element, Symmetries, permute_axis
 TOLERANCE = 1e-12  # of the objective's largest possible value: a smaller gain is rounding
 MAX_PASSES = 100
 NESTED_LIMIT = 4096  # inner assignments per outer one; beyond it, inner units keep their present order
-EXPENSIVE = 2e12  # multiplications a pass; beyond it one order of visits is tried instead of three
+EXPENSIVE = 1e11  # multiplications a pass; beyond it one order of visits is tried instead of three
 
 
 @dataclass(frozen=True)

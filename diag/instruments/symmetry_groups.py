@@ -55,7 +55,7 @@ class SymmetryGroups(Result):
         return Verdict(
             Level.OK,
             f"{self.units:.0f} units in {self.groups:.0f} groups may be permuted without changing the function "
-            f"(relative change of the outputs {format_number(self.deviation)}): every weight setting is one of about "
+            f"(relative change of the outputs {format_number(self.deviation)}): every setting is one of about "
             f"10^{self.log10_arrangements:.0f} equal ones{missing}.",
             source=SOURCE,
             confidence=Confidence.THEOREM,

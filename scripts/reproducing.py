@@ -167,9 +167,7 @@ def write_reports(lab: Lab, card: Card, command: str) -> list[str]:
     for arm in lab.arms:
         run = lab.run_folder(arm)
         (run / "writer.lock").unlink(missing_ok=True)
-        page = diag.report(run, title=f"{card.title}: {arm}", command=command)
-        # The page carries its document, so the gallery needs no second copy of it beside the page.
-        (lab.folder / f"{arm}.html").write_text(page.html, encoding="utf-8")
+        diag.report(run, output=lab.folder / f"{arm}.html", title=f"{card.title}: {arm}", command=command)
         pages.append(f"{arm}.html")
     return pages
 

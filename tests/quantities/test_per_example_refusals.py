@@ -230,6 +230,26 @@ def test_layers_that_look_dead_on_the_first_examples():
     torch.testing.assert_close(gradients.dense(), truth, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("alive", [1, 40])
+def test_fitted_networks_where_most_gradients_vanish(alive):
+    """Only the last rows of 300 move anything, and not by a large loss: no probe of the first rows shows it."""
+    model = nn.Sequential(nn.Linear(cases.D, 8), nn.ReLU(), nn.Linear(8, cases.CLASSES)).double()
+    torch.manual_seed(0)
+    x = torch.rand(300, cases.D).double() + 0.5
+    x[:-alive] *= -1
+    with torch.no_grad():
+        model[0].weight.abs_()
+        model[0].bias.zero_()
+        model[2].bias.copy_(torch.tensor([4.0, 0, 0, 0]))
+    y = torch.ones(300, dtype=torch.long)
+    y[-alive:] = 0
+    batch = as_batch((x, y))
+    truth = cases.loop(model, F.cross_entropy, batch)
+    gradients = ModelGradients(model, F.cross_entropy, [batch], micro_batch=150)
+    torch.testing.assert_close(gradients.dense(), truth, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradients.norms(), truth.norm(dim=1), rtol=1e-10, atol=1e-14)
+
+
 def test_models_that_overwrite_their_inputs():
     class Doubling(nn.Module):
         def __init__(self):

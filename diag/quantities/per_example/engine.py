@@ -26,7 +26,7 @@ from diag.quantities.per_example.blocks import Block
 from diag.quantities.per_example.coupling import check_independent, losses_of
 from diag.quantities.per_example.gradients import Consumer, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction, check_finite, check_mean, example_losses
-from diag.quantities.per_example.plan import Forward, NotFinite, Plan, copied, forward, make_plan
+from diag.quantities.per_example.plan import PROBES, Forward, NotFinite, Plan, copied, forward, make_plan, probe_of
 from diag.quantities.per_example.rearrange import chosen, permuted_targets
 from diag.quantities.preserve import preserved
 from diag.quantities.unwrap import bare_model
@@ -86,7 +86,7 @@ class ModelGradients(PerExampleGradients):
         """Make the plan for the first batch, with its self-test; otherwise the first question does."""
         if self._plan is None:
             with preserved(self.model, mode=self.mode), _eager():
-                self._plan = self._make_plan(self._batches[0], slice(0, self._batches[0].size), whole=False)
+                self._plan = self._make_plan(self._batches[0], slice(0, self._batches[0].size), PROBES[0])
 
     def losses(self) -> Tensor:
         """(n,): each example's loss."""
@@ -136,22 +136,26 @@ class ModelGradients(PerExampleGradients):
 
     def _stream_batch(self, batch: Batch, rows: slice, consume: Consumer) -> Tensor:
         """One micro-batch; makes the plan at the first, and anew where it does not fit. Returns the losses."""
-        for attempt in range(3):
+        sizes = list(PROBES)
+        while self._plan is not None or sizes:
             fresh = not self._independent
-            if self._plan is None:
-                self._plan = self._make_plan(batch, rows, whole=attempt > 1)
-            given = copied(batch) if self._plan.overwrites_inputs else batch
-            run = forward(self.model, self.loss_fn, given, self._parameters)
-            if not self._plan.fits(run.uses, batch.size) or self._looks_dead_and_is_not(self._plan, run):
+            plan = self._plan = self._plan or self._make_plan(batch, rows, sizes.pop(0))
+            run = forward(
+                self.model, self.loss_fn, copied(batch) if plan.overwrites_inputs else batch, self._parameters
+            )
+            alive = self._dead_and_yet_alive(plan, run)
+            if alive and not sizes:
+                plan.give_up(alive, run.uses)
+            elif alive or not plan.fits(run.uses, batch.size):
                 self._plan = None
                 continue
-            keep_graph = bool(self._plan.graph_parameters)
+            keep_graph = bool(plan.graph_parameters)
             losses = self._example_losses(run, batch, rows, keep_graph)
             if fresh and batch.size > 1:
                 check_independent(self.model, self.loss_fn, batch, losses.detach())
                 self._independent = True
-            assembly = Assembly(self._plan, run.uses, batch.size, self._parameters, partial(consume, rows))
-            backward(run, self._plan, assembly, batch.size, keep_graph)
+            assembly = Assembly(plan, run.uses, batch.size, self._parameters, partial(consume, rows))
+            backward(run, plan, assembly, batch.size, keep_graph)
             assembly.finish(losses if keep_graph else None)
             return losses.detach()
         raise Unsupported(
@@ -179,9 +183,10 @@ class ModelGradients(PerExampleGradients):
         self._forget_other_states()
         return super().squared_norms_by_layer()
 
-    def _make_plan(self, batch: Batch, rows: slice, whole: bool) -> Plan:
+    def _make_plan(self, batch: Batch, rows: slice, size: int) -> Plan:
+        probe = probe_of(batch, size, lambda: losses_of(self.model, self.loss_fn, batch))
         try:
-            return make_plan(self.model, self.loss_fn, batch, self._parameters, whole=whole)
+            return make_plan(self.model, self.loss_fn, probe, self._parameters)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -196,13 +201,14 @@ class ModelGradients(PerExampleGradients):
                 "division by a batch statistic."
             ) from None
 
-    def _looks_dead_and_is_not(self, plan: Plan, run: Forward) -> bool:
-        """True where a call whose gradient was zero on the plan's few examples has one here."""
-        edges = [run.uses[i].edge for i in sorted(plan.unresolved)]
-        if not edges:
-            return False
+    def _dead_and_yet_alive(self, plan: Plan, run: Forward) -> set[int]:
+        """Calls whose gradient was zero on the plan's few examples and is not here."""
+        calls = sorted(i for i in plan.unresolved if i < len(run.uses))
+        if not calls:
+            return set()
+        edges = [run.uses[i].edge for i in calls]
         found = torch.autograd.grad([run.loss], edges, retain_graph=True, allow_unused=True)
-        return any(g is not None and bool(g.any()) for g in found)
+        return {i for i, g in zip(calls, found, strict=True) if g is not None and bool(g.any())}
 
 
 def _check_parameters(selected: dict[str, nn.Parameter], names: list[str]) -> None:

@@ -8,6 +8,7 @@ slower, exact method; what has none is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,9 @@ from diag.quantities.per_example.capture import Capture, Place, Use, unexplained
 from diag.quantities.per_example.closed_forms import FORMS
 from diag.quantities.per_example.layout import Layout, find_layout
 from diag.quantities.per_example.losses import LossFunction, batch_loss, check_mean, example_losses
+from diag.quantities.per_example.rearrange import chosen
 
-PROBE = 3  # examples in the probe: enough to tell an example's axis from others by the weights
+PROBES = (3, 16, 128)  # examples in a probe, and in the next where something looked dead in it
 
 
 class NotFinite(Exception):
@@ -43,6 +45,11 @@ class Plan:
     late: set[int] = field(default_factory=set)  # calls to read only after the backward pass
     first: set[int] | None = None  # calls upstream of all others, once they have been looked for
     overwrites_inputs: bool = False  # the model changes its inputs in place: it gets a copy
+
+    def give_up(self, calls: set[int], uses: list[Use]) -> None:
+        """Differentiate the parameters of these calls through the graph; their layout was never seen."""
+        self.unresolved -= calls
+        self.graph_parameters |= {n for i in calls for source in uses[i].slots.values() for n in source.names}
 
     def fits(self, uses: list[Use], n: int) -> bool:
         """False where this forward pass made other calls than the one that the plan was made on."""
@@ -81,15 +88,14 @@ def forward(model: nn.Module, loss_fn: LossFunction, batch: Batch, parameters: d
 def make_plan(
     model: nn.Module,
     loss_fn: LossFunction,
-    batch: Batch,
+    probe: Batch,
     parameters: dict[str, nn.Parameter],
-    whole: bool = False,
 ) -> Plan:
-    """The plan for batches like this one, from its first examples (`whole`: from all of them).
+    """The plan for batches like the one that this probe of two or more examples is from.
 
     Raises Unsupported where the model or the loss ties examples together.
     """
-    probe = copied(batch if whole and batch.size > 1 else probe_of(batch))
+    probe = copied(probe)
     versions = [t._version for t in tensors_in((probe.args, probe.kwargs))]
     run = forward(model, loss_fn, probe, parameters)
     losses = example_losses(loss_fn, run.outputs, probe.targets, probe.size)
@@ -122,16 +128,24 @@ def make_plan(
     return plan
 
 
-def probe_of(batch: Batch) -> Batch:
-    """The first few examples; a single example is doubled, so that there are two to tell apart."""
-    if batch.size > 1:
-        return batch.slice(0, min(PROBE, batch.size))
+def probe_of(batch: Batch, size: int, losses: Callable[[], Tensor]) -> Batch:
+    """A few examples: the first ones; of more than 3, half are those with the largest losses.
 
-    def doubled(t: Tensor) -> Tensor:
-        return torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t
+    A fitted network gives most examples no gradient at all, and from those nothing can be seen. A single example
+    is doubled, so that there are two to tell apart.
+    """
+    if batch.size == 1:
+        args, kwargs, targets = (map_tensors(_doubled, x) for x in (batch.args, batch.kwargs, batch.targets))
+        return Batch(args, kwargs, targets, 2)
+    if size <= PROBES[0] or batch.size <= PROBES[0]:
+        return batch.slice(0, min(PROBES[0], batch.size))
+    hardest = losses().argsort(descending=True)[: size // 2].tolist()
+    spaced = torch.linspace(0, batch.size - 1, min(size - size // 2, batch.size)).round().int().tolist()
+    return chosen([batch], sorted({*hardest, *spaced}))[0]
 
-    args, kwargs, targets = (map_tensors(doubled, x) for x in (batch.args, batch.kwargs, batch.targets))
-    return Batch(args, kwargs, targets, 2)
+
+def _doubled(t: Tensor) -> Tensor:
+    return torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t
 
 
 def copied(batch: Batch) -> Batch:

@@ -4,10 +4,11 @@
     python scripts/bench_gradients.py --models mlp --repeats 5
     python scripts/bench_gradients.py --opacus /tmp/opacus/lib/python3.11/site-packages
 
-Every contender is timed in turn, `--repeats` rounds, on one thread; the table shows medians, the extra time over
-one ordinary forward and backward pass, the peak of memory allocated during the call over that of the ordinary pass,
-and the worst relative error of the squared norms against a float64 loop. The self-test of the first call is shown
-by itself, since it is paid once for a model. Opacus is optional (`pip install diag[bench]`).
+Every contender is timed in turn, `--repeats` rounds, in CPU seconds of one thread, which other work on the machine
+disturbs less than the clock; the table shows medians, the extra time over one ordinary forward and backward pass,
+the peak of memory allocated during the call over that of the ordinary pass, and the worst relative error of the
+squared norms against a float64 loop. The self-test of the first call is shown by itself, since it is paid once for
+a model. Opacus is optional (`pip install diag[bench]`).
 """
 
 from __future__ import annotations
@@ -196,9 +197,9 @@ def measure(model: nn.Module, loss_fn: Loss, batch: Batch, repeats: int, opacus:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = time.process_time()
             call()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(time.process_time() - began)
     memory = {name: peak_memory(call) for name, call in calls.items()}
     base, base_memory = statistics.median(times["forward + backward"]), memory["forward + backward"]
     rows = []
@@ -209,9 +210,9 @@ def measure(model: nn.Module, loss_fn: Loss, batch: Batch, repeats: int, opacus:
             f"{memory[name] / 2**20:.0f} MB", f"{memory[name] / base_memory:.2f}x",
             "" if error is None else f"{error:.1e}",
         ])  # fmt: skip
-    began = time.perf_counter()
+    began = time.process_time()
     ModelGradients(model, loss_fn, [batch]).norms()
-    once = time.perf_counter() - began - statistics.median(times["diag: norms"])
+    once = time.process_time() - began - statistics.median(times["diag: norms"])
     rows.append(["diag: self-test, once a model", f"{1000 * once:.1f} ms", f"{100 * once / base:.0f} %", *[""] * 3])
     return rows
 
@@ -231,7 +232,7 @@ def main() -> None:
     except ImportError:
         version = "absent"
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, opacus {version}, one thread, median of {options.repeats}")
+    print(f"torch {torch.__version__}, opacus {version}, CPU time of one thread, median of {options.repeats}")
     heads = ["", "time", "extra", "peak", "of ordinary", "worst error"]
     for name, (model, loss_fn, batch) in problems(options.models).items():
         size = sum(p.numel() for p in model.parameters())

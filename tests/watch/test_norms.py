@@ -16,8 +16,8 @@ from diag.watch.schedule import Thinning
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_norms_are_right_at_any_size(size, dtype):
     t = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
-    # A float32 sum over one block of 65,536 entries is good to some 1e-7; torch's own norm of 3M is off by 3e-5.
-    assert norms([t])[0].item() == pytest.approx(t.double().norm().item(), rel=2e-6)
+    # A float32 dot of a block of 131,072 entries is good to some 1e-6; torch's own norm of 3M is off by 3e-5.
+    assert norms([t])[0] == pytest.approx(t.double().norm().item(), rel=5e-6)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=3), st.floats(-30, 30), st.integers(0, 99))

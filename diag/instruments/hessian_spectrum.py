@@ -76,7 +76,8 @@ class HessianSpectrum(Result):
 
     @property
     def largest_magnitude(self) -> float:
-        return max([abs(self.smallest), *numpy.abs(self.eigenvalues)], default=math.nan)
+        known = [*numpy.abs(self.eigenvalues), abs(self.smallest), float(numpy.abs(self.density_grid).max())]
+        return next((float(v) for v in known if math.isfinite(v) and v > 0), 1.0)
 
     def verdict(self) -> Verdict:
         if not len(self.eigenvalues) or math.isnan(self.smallest):
@@ -126,12 +127,12 @@ class HessianSpectrum(Result):
 
     def plot(self, ax: Any) -> None:
         """The density on symlog axes, the converged eigenvalues as stems of height one in the spectrum."""
-        scale = NEAR_ZERO * self.largest_magnitude or 1.0
+        scale = NEAR_ZERO * self.largest_magnitude
         ax.fill_between(self.density_grid, self.density, alpha=0.5, linewidth=0, label="density (quadrature)")
         known = numpy.append(self.eigenvalues, [] if math.isnan(self.smallest) else [self.smallest])
-        floor = 1 / self.num_parameters / max(self.largest_magnitude, 1e-30)
+        floor = 1 / self.num_parameters / self.largest_magnitude
         ax.vlines(known, floor / 10, floor, color="tab:red", label="converged eigenvalues")
-        ax.set_xscale("symlog", linthresh=scale if math.isfinite(scale) else 1.0)
+        ax.set_xscale("symlog", linthresh=scale)
         ax.set_yscale("log")
         ax.set(xlabel="eigenvalue", ylabel="share per unit of eigenvalue", ylim=(floor / 10, None))
         ax.legend(fontsize=7, frameon=False)

@@ -1,0 +1,192 @@
+"""The spectrum against planted eigenvalues, dense Hessians, and what may be concluded from them."""
+
+import math
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import diag
+from diag.errors import InvalidInput, MissingQuantity
+from diag.instruments.hessian_spectrum import HessianSpectrum
+from diag.linalg.operator import FunctionOperator, LinearOperator
+from diag.quantities.class_directions import class_directions
+from diag.result import Level
+from diag.testing import check_result, classification, planted_spectrum
+
+
+def planted(outliers, bulk=0.1, size=300, seed=0, dtype=torch.float64):
+    """A dense operator with these outliers over a bulk uniform in [-bulk, bulk], and its eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    rest = (torch.rand(size - len(outliers), generator=generator, dtype=torch.float64) * 2 - 1) * bulk
+    values = torch.cat([torch.tensor(outliers, dtype=torch.float64), rest])
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    matrix = (basis * values) @ basis.T
+    return LinearOperator.from_matrix(((matrix + matrix.T) / 2).to(dtype)), values.sort(descending=True).values
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_planted_spectrum_within_its_own_bounds(dtype, num_probes):
+    operator, values = planted([10.0, 5.0, 2.0], dtype=dtype)
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=3, num_probes=num_probes, trace_probes=40)
+    error = numpy.abs(result.eigenvalues - values[:3].numpy())
+    assert (error <= result.residuals + 1e-12).all() and (error < 1e-5).all()
+    assert abs(result.smallest - values[-1]) <= result.smallest_residual + 1e-12
+    assert abs(result.trace - values.sum()) < 4 * result.trace_standard_error
+    assert abs(result.frobenius_norm - values.norm()) < 4 * result.frobenius_norm_standard_error
+    # 297 of 300 are in the bulk, which the density holds, and half of it is negative.
+    mass = numpy.trapezoid(result.density, result.density_grid)
+    assert mass == pytest.approx(297 / 300, abs=0.02)
+    below = float((values < -1e-3 * 10).double().mean())
+    # One probe of 300 Gaussian entries: standard deviation about sqrt(2 / 300) / 2.
+    assert result.negative_share == pytest.approx(below, abs=0.15)
+    assert math.isnan(result.num_outliers) and numpy.isnan(result.sampling_errors).all()
+    assert result.num_products == operator.num_products
+    check_result(result)
+
+
+def test_a_small_model_is_known_wholly():
+    """With fewer parameters than steps the run is a full diagonalisation: no standard errors are left."""
+    values = [3.0, 1.0, 1.0, 0.5, 0.0, -0.01]
+    model, loss_fn, data = planted_spectrum(values)
+    result = diag.hessian_spectrum(diag.Snapshot(model, loss_fn, data), num_eigenvalues=4)
+    assert result.eigenvalues == pytest.approx([3, 1, 1, 0.5], abs=1e-10)
+    assert result.smallest == pytest.approx(-0.01, abs=1e-10)
+    assert (result.trace, result.trace_standard_error) == (pytest.approx(5.49), 0.0)
+    assert result.frobenius_norm == pytest.approx(numpy.linalg.norm(values))
+    assert result.negative_share == pytest.approx(1 / 6)
+
+
+def dense_hessian(problem):
+    """The float64 Hessian of the problem's loss by autograd, (P, P)."""
+    names = [n for n, _ in problem.model.named_parameters()]
+    start = [p.detach().double() for p in problem.model.parameters()]
+    x, y = problem.data[0].double(), problem.data[1]
+
+    def loss(flat):
+        parts = flat.split([p.numel() for p in start])
+        values = {n: part.view(p.shape) for n, part, p in zip(names, parts, start, strict=True)}
+        return problem.loss_fn(torch.func.functional_call(problem.model.double(), values, (x,)), y)
+
+    flat = torch.cat([p.reshape(-1) for p in start])
+    return torch.autograd.functional.hessian(loss, flat)
+
+
+def test_a_network_against_its_dense_hessian():
+    problem = classification()
+    snapshot = problem.snapshot()
+    result = diag.hessian_spectrum(snapshot, trace_probes=60)
+    values, vectors = torch.linalg.eigh(dense_hessian(classification()))
+    dense = values.flip(0)
+    # Float32 products through a small network: 1e-6 of the largest eigenvalue, and the residuals say so.
+    assert numpy.abs(result.eigenvalues - dense[:10].numpy()).max() < 2e-5
+    assert abs(result.smallest - dense[-1]) < 2e-5
+    assert abs(result.trace - dense.sum()) < 4 * result.trace_standard_error
+    top = vectors[:, -1]
+    layers = dict(snapshot.quantity("hessian").layers)
+    for name, part in layers.items():
+        assert result.layer_shares[name] == pytest.approx(float(top[part].square().sum()), abs=1e-3)
+    assert sum(result.layer_shares.values()) == pytest.approx(1, abs=1e-4)
+    assert (result.sampling_errors >= 0).all()
+
+
+def test_sampling_errors_shrink_with_the_data():
+    """Half-split differences fall as 1 / sqrt(n): 36 times the data, six times less, within a factor of three."""
+    few = diag.hessian_spectrum(classification(examples=30).snapshot()).sampling_errors[0]
+    problem = classification(examples=30)
+    many = classification(examples=1080)
+    big = diag.hessian_spectrum(problem.snapshot(data=many.data)).sampling_errors[0]
+    assert big < few
+
+
+def test_class_directions_by_their_definition():
+    """d_c = mean over i in c and c' != c of sqrt(p_ic') (grad z_ic' - sum_k p_ik grad z_ik), from the Jacobian."""
+    problem = classification(examples=12)
+    model, (x, y) = problem.model.double(), (problem.data[0].double(), problem.data[1])
+    found = class_directions(diag.Snapshot(model, problem.loss_fn, (x, y)))
+    parameters = dict(model.named_parameters())
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+    flat = torch.cat([j.reshape(12, 3, -1) for j in jacobian.values()], dim=2)
+    p = model(x).softmax(1).detach()
+    centred = flat - (p[:, :, None] * flat).sum(1, keepdim=True)
+    for c in range(3):
+        terms = [p[i, k].sqrt() * centred[i, k] for i in range(12) if y[i] == c for k in range(3) if k != c]
+        torch.testing.assert_close(found[c], torch.stack(terms).mean(0).detach(), rtol=1e-10, atol=1e-14)
+
+
+def test_outliers_are_the_leading_run_within_the_span():
+    operator, _ = planted([10.0, 8.0, 6.0, 4.0])
+    vectors = torch.linalg.eigh(operator.matrix).eigenvectors.flip(1).T
+    inside = torch.stack([vectors[0] + vectors[1], vectors[0] - vectors[1], vectors[3]])
+    result = diag.hessian_spectrum(hessian=operator, class_directions=inside, num_eigenvalues=4)
+    # The third is outside, so the fourth does not count: a leading run, not a number of all inside.
+    assert result.overlaps == pytest.approx([1, 1, 0, 1], abs=1e-6)
+    assert (result.num_outliers, result.num_class_directions) == (2, 3)
+
+
+def test_no_strong_negative_curvature_is_quiet():
+    operator, _ = planted([10.0, 5.0])
+    verdict = diag.hessian_spectrum(hessian=operator, num_eigenvalues=2).verdict()
+    assert verdict.level is Level.OK
+    assert "no strong negative curvature (largest eigenvalue 10, smallest -0.0" in verdict.sentence
+    assert "nothing about generalisation" in verdict.advice
+
+
+def test_negative_curvature_warns():
+    operator, _ = planted([10.0, 5.0, -3.0])
+    verdict = diag.hessian_spectrum(hessian=operator, num_eigenvalues=2).verdict()
+    assert verdict.level is Level.WARNING
+    assert (
+        "This is no minimum of the loss: it curves downwards by 30 % of its largest curvature" in verdict.sentence
+    )
+    assert verdict.value == pytest.approx(0.3, rel=1e-4) and verdict.threshold == 0.05
+    # The threshold is a setting.
+    relaxed = diag.hessian_spectrum(hessian=operator, num_eigenvalues=2, negative_share_alarm=0.5).verdict()
+    assert relaxed.level is Level.OK
+
+
+def test_what_has_not_converged_is_not_reported():
+    spectrum = torch.linspace(0, 1, 2000, dtype=torch.float64)
+    operator = FunctionOperator(lambda v: spectrum * v, 2000, torch.float64)
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=5, steps=2, tolerance=1e-6)
+    assert len(result.eigenvalues) < 5
+    assert "had not converged and are not reported: give more steps." in result.notes[0]
+    assert result.verdict().level is Level.UNKNOWN
+    assert "did not converge within" in result.verdict().sentence
+    check_result(result)
+
+
+def test_products_that_are_not_finite_are_refused():
+    with pytest.raises(InvalidInput, match="is not finite; check the loss and the parameters"):
+        diag.hessian_spectrum(hessian=FunctionOperator(lambda v: v / 0, 50))
+
+
+def test_class_directions_are_missing_for_regression():
+    model = nn.Linear(3, 1)
+    data = (torch.ones(4, 3), torch.ones(4, 1))
+    snapshot = diag.Snapshot(model, nn.functional.mse_loss, data)
+    with pytest.raises(MissingQuantity, match="class numbers"):
+        snapshot.quantity("class_directions")
+    assert math.isnan(diag.hessian_spectrum(snapshot).num_outliers)
+
+
+def test_unused_parameter_scaled_loss_and_ragged_batch():
+    """Three traps of other tools at once: an unused parameter, a loss of 1e-7, a last batch of one example."""
+    problem = classification(examples=31)
+    plain = diag.hessian_spectrum(problem.snapshot(data=problem.data), num_eigenvalues=3)
+    problem.model.unused = nn.Parameter(torch.ones(5))
+    x, y = problem.data
+    batches = [(x[i : i + 10], y[i : i + 10]) for i in range(0, 31, 10)]
+    snapshot = diag.Snapshot(problem.model, lambda z, t: 1e-7 * problem.loss_fn(z, t), batches)
+    result = diag.hessian_spectrum(snapshot, num_eigenvalues=3)
+    assert result.eigenvalues * 1e7 == pytest.approx(plain.eigenvalues, rel=1e-4)
+    assert result.num_parameters == plain.num_parameters + 5
+
+
+def test_trend_plots_and_result_type():
+    operator, _ = planted([10.0, 5.0])
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=1)
+    assert isinstance(result, HessianSpectrum)
+    check_result(result)

@@ -86,7 +86,8 @@ class Instrument:
     @property
     def cost(self) -> str:
         """What measuring takes: the dearest costs among the quantities that must be there."""
-        return ", ".join(dict.fromkeys(n.quantity.cost for n in self.needs if not n.optional)) or "none"
+        costs = dict.fromkeys(n.quantity.cost for n in self.needs if not n.optional)
+        return ", ".join(cost for cost in costs if cost != "none") or "none"
 
     @property
     def from_history(self) -> bool:

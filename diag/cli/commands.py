@@ -83,7 +83,6 @@ def report(
     from diag.cli.settings import read_settings
     from diag.report import report as write_report
 
-    _refuse_run_json(output)
     chosen = read_settings(settings)
     if build is None:
         run = _restricted(_one_run(sources), names, chosen)
@@ -158,12 +157,6 @@ def _restricted(run: Run, names: Sequence[str], settings: dict[str, dict[str, An
         return dataclasses.replace(run, metadata=about)
     records = [r for r in run.records if r.instrument in names]
     return dataclasses.replace(run, metadata=about | {"instruments": list(names)}, records=records)
-
-
-def _refuse_run_json(output: Path) -> None:
-    """The report's document is written beside it as .json, where the metadata of a run must not be."""
-    if output.name == "run.html" and output.with_suffix(".json").exists():
-        raise Mistake(f"{output} would overwrite {output.with_suffix('.json')}; give the report another name.")
 
 
 @main.command("list", short_help="The instruments: what each needs, costs and cites.")
@@ -258,7 +251,6 @@ def compare(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> 
     if output is not None:
         from diag.report.compare import compare as write_comparison
 
-        _refuse_run_json(output)
         page = write_comparison(runs[0], runs[1], output, command=_command_line())
     tables.show(tables.side_by_side(dict(zip(_names(run_a, run_b), runs, strict=True)), everything))
     if output is not None:

@@ -13,6 +13,8 @@ from typing import Any
 from diag.errors import InvalidInput
 from diag.report.page import render, render_notebook
 
+FORMATS = ("diag-report", "diag-comparison")
+
 
 @dataclass(frozen=True)
 class Page:
@@ -38,10 +40,15 @@ class Page:
         path = path / "report.html" if path.is_dir() else path
         if path.suffix.lower() not in (".html", ".htm"):
             raise InvalidInput(f"The report's output is {str(path)!r}; expected a name that ends in .html.")
+        beside = path.with_suffix(".json")
+        if beside.exists() and not _is_document(beside):
+            raise InvalidInput(
+                f"The report's data would be written over {beside}, which is no report's; give another output."
+            )
         data = json.dumps(self.document, allow_nan=False, indent=1) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path.with_suffix(".json"), data)
+            write(beside, data)
             write(path, self.html)
         except OSError as error:
             raise InvalidInput(
@@ -68,3 +75,10 @@ def write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(path)
+
+
+def _is_document(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("format") in FORMATS
+    except (OSError, ValueError, AttributeError):
+        return False

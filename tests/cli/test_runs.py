@@ -131,7 +131,7 @@ def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
     folder = make_run("run", 1.0)
     for command in (["report", folder], ["compare", folder, folder]):
         result = run_diag(*command, "-o", folder / "run.html")
-        assert result.exit_code == 2 and "would overwrite" in result.stderr
+        assert result.exit_code == 2 and "would be written over" in result.stderr
     assert load(folder).instruments
 
 

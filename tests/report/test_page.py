@@ -223,3 +223,13 @@ def test_a_notebook_gets_scoped_style_and_no_script(evidence, made):
     # Rules outside the scope speak only of the whole page, which a notebook is not.
     for rule in outer:
         assert ".diag-report" in rule or rule.startswith("@media"), rule
+
+
+def test_the_data_of_another_thing_is_not_written_over(tmp_path, made):
+    (tmp_path / "run.json").write_text('{"format_version": 1}')
+    with pytest.raises(InvalidInput, match=r"would be written over .*run\.json, which is no report's"):
+        Page(made).save(tmp_path / "run.html")
+    assert (tmp_path / "run.json").read_text() == '{"format_version": 1}'
+    assert not (tmp_path / "run.html").exists()
+    Page(made).save(tmp_path / "report.html")
+    Page(made).save(tmp_path / "report.html")  # its own data may be

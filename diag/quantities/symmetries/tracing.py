@@ -156,7 +156,7 @@ def _spatial_axes(name: str) -> int:
 def trace_model(model: nn.Module, example: Any) -> tuple[Trace, dict[str, Labels]]:
     """One forward pass of `model` on `example` (a Batch): the trace, and the labels of each state entry.
 
-    Raises Unsupported, with the operation's name, where the forward pass fails.
+    Raises Unsupported, with the operation's name, where the forward pass fails or gives no floating output.
     """
     trace = Trace()
     labels: dict[str, Labels] = {}
@@ -182,7 +182,14 @@ def trace_model(model: nn.Module, example: Any) -> tuple[Trace, dict[str, Labels
                 f"Tracing failed in '{trace.modules[-1]}' after aten.{last} with {type(error).__name__}: "
                 f"{error}; expected a forward pass that runs on the example given."
             ) from error
-    for tensor in main_outputs(outputs):
+    answers = main_outputs(outputs)
+    if not any(t.is_floating_point() or t.is_complex() for t in answers):
+        kinds = ", ".join(sorted({str(t.dtype) for t in answers})) or "no tensor"
+        raise Unsupported(
+            f"The model returns {kinds}; expected floating outputs, by which a symmetry can be checked: wrap the model "
+            "so that it returns its logits."
+        )
+    for tensor in answers:
         trace.freeze_axes((trace.labels(tensor),), "an axis of the output")
     return trace, labels
 

@@ -240,6 +240,8 @@ def test_errors_say_where_and_what():
         found.apply(found.identity(), {"0.weight": torch.zeros(2, 3)})
     with pytest.raises(InvalidInput, match=r"entry '0.weight' is missing; expected shape"):
         found.apply(found.identity(), {})
+    with pytest.raises(Unsupported, match=r"returns torch.int64; expected floating outputs"):
+        find_symmetries(Net(lambda s, x: s.inner(x).argmax(1), inner=model), vectors(4, 3))
     broken = copy.deepcopy(model)
     broken[0].weight.data.fill_(torch.nan)
     with pytest.raises(Unsupported, match="outputs on the example are not finite"):

@@ -97,7 +97,7 @@ def run(lab: Lab) -> list[Expectation]:
 
 CARD = Card(
     title="Grokking without the gradient's part along the weights",
-    source="Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697, Definition 7, per tensor as in the authors' code",
+    source="Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697 (Definition 7, per tensor as in its code)",
     claim=(
         "Without weight decay AdamW fits modular addition and does not generalise; when each tensor's gradient "
         "loses its part along the tensor, it generalises within 160 epochs."

@@ -1,265 +1,258 @@
-"""Is the learning rate above what gradient descent can bear at this curvature?
+"""Is training at the edge of stability: is the loss as sharp as the optimizer can bear at its learning rate?
 
-On a quadratic, gradient descent is stable exactly when the learning rate times the largest eigenvalue is at
-most 2; momentum and preconditioning move that threshold. Full-batch training drives the largest eigenvalue up
-to the threshold and hovers there: the edge of stability, which is no fault. Staying beyond it is.
+On a quadratic, gradient descent is stable exactly when the learning rate times the largest eigenvalue is at most 2;
+momentum and preconditioning move that threshold. Full-batch training drives the largest eigenvalue up to the
+threshold and hovers there: the edge of stability, which is no fault. Staying far beyond it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Self
 
+import torch
+
 from diag.display import format_number
-from diag.errors import InvalidInput, MissingQuantity, Unsupported
+from diag.errors import InvalidInput
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
-from diag.quantities.curvature_preconditioner import preconditioned
+from diag.quantities.optimizer import OptimizerState, describe
+from diag.quantities.optimizer_stability import LinearStability, linear_stability
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
-SOURCE = "Cohen et al. 2021, arXiv:2103.00065; Cohen et al. 2022, arXiv:2207.14484"
+SOURCE = (
+    "Cohen et al. 2021, arXiv:2103.00065; Cohen et al. 2022, arXiv:2207.14484 (Adam); Mulayoff, Michaeli 2024, "
+    "arXiv:2306.07850 (small batches)"
+)
 
 EDGE_BEGINS, EDGE_ENDS = 0.95, 1.15  # of the threshold: where full-batch runs were seen to hover
-MEASUREMENTS_FOR_A_TREND = 3
+TAIL = 3  # the last third of a course is judged
 
-Group = Mapping[str, Any]
-
-
-def descent(group: Group) -> float:
-    """SGD with momentum beta, dampening d: eta lambda <= (2 + 2 beta) / (1 - d); Nesterov: / (1 + 2 beta).
-
-    From the root -1 of r^2 - (1 + beta - eta (1 - d) lambda) r + beta, and for Nesterov of
-    r^2 - (1 + beta) (1 - eta lambda) r + beta (1 - eta lambda). The first step, which torch does not dampen, does
-    not matter.
-    """
-    beta, dampening = float(group.get("momentum", 0)), float(group.get("dampening", 0))
-    if group.get("nesterov"):
-        return (2 + 2 * beta) / (1 + 2 * beta)
-    return (2 + 2 * beta) / (1 - dampening) if beta else 2.0
-
-
-def adam(group: Group) -> float:
-    """Adam's averaged momentum: eta lambda <= (2 + 2 beta1) / (1 - beta1), 38 at 0.9, of the preconditioned
-    Hessian; the second moment is taken as constant."""
-    beta = float(group["betas"][0])
-    return (2 + 2 * beta) / (1 - beta)
-
-
-def rmsprop(group: Group) -> float:
-    """RMSprop's momentum is a heavy ball on the preconditioned gradient."""
-    return 2 + 2 * float(group.get("momentum", 0))
-
-
-# Optimizer -> eta times the largest stable eigenvalue; an optimizer that is not here gets no verdict.
-THRESHOLDS: dict[str, Callable[[Group], float]] = {
-    "SGD": descent,
-    "Adam": adam,
-    "AdamW": adam,
-    "RMSprop": rmsprop,
-}
+PROVES_NOTHING = "A sharpness below the threshold is necessary for stability and does not prove it."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EdgeOfStability(Result):
     """The largest eigenvalue that the optimizer sees, beside the largest that it can bear."""
 
-    sharpness: float = measured("largest eigenvalue of the Hessian, preconditioned where the optimizer does so")
-    residual: float = measured("an eigenvalue lies within this of `sharpness`")
+    ratio: float = measured("lambda_max / threshold; NaN where the threshold is not known")
+    lambda_max: float = measured(
+        "largest eigenvalue of the Hessian as the optimizer sees it: with the weight decay that it adds to the "
+        "gradient, preconditioned where it divides its steps"
+    )
+    residual: float = measured("an eigenvalue lies within this of lambda_max; depends on the rounding")
     threshold: float = measured("largest stable eigenvalue at this learning rate; NaN where it is not known")
-    ratio: float = measured("sharpness / threshold; NaN where that is not known")
-    trace: float = measured("trace of the Hessian without preconditioner")
+    rule: str = measured("the threshold as a formula")
+    sharpness: float = measured("largest eigenvalue of the Hessian of the loss itself")
+    trace: float = measured("trace of the Hessian of the loss")
     trace_standard_error: float = measured("standard error of the trace")
     trace_ratio: float = measured(
-        "learning rate x trace / 2 x (n - B) / (B (n - 1)): above 1, no linearly stable minimum of squared loss "
-        "under SGD; NaN without the batch size B"
+        "learning rate x trace / 2 x (n - B) / (B (n - 1)): above 1 the point is no linearly stable minimum of a "
+        "squared loss under SGD with batches of B; 0 for full batches; NaN where B is not given or the optimizer "
+        "is not plain SGD"
     )
-    learning_rate: float = measured("learning rate; NaN where the parameter groups differ")
+    trace_ratio_standard_error: float = measured("standard error of the trace ratio")
+    learning_rate: float = measured("learning rate, the largest of the parameter groups; NaN where there is none")
     optimizer_kind: str = measured("class of the optimizer")
-    full_batch: bool = measured("the batch size that was given covers all the data")
-    num_products: int = measured("Hessian-vector products spent; depends on the rounding of the dtype")
+    num_products: int = measured("Hessian-vector products spent; depends on the rounding")
 
     def verdict(self) -> Verdict:
-        numbers = (
-            f"{format_number(self.sharpness)} against a threshold of {format_number(self.threshold)} for "
-            f"{self.optimizer_kind} at learning rate {format_number(self.learning_rate)}"
-        )
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        slack, begins, ends = self.residual / self.threshold, *self._band()
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", PROVES_NOTHING, SOURCE)
+        begins, ends = self._band()
+        slack = self.residual / self.threshold
         if self.ratio - slack > ends:
             return self._judged(
                 Level.WARNING,
-                f"Beyond the edge of stability: the largest eigenvalue is {numbers}, so steps overshoot.",
-                advice="If the loss spikes or diverges, lower the learning rate or warm it up; one measurement in "
-                "a burst may pass on its own.",
-                refutation="The next measurements come back to the threshold, or a smaller learning rate gives the "
-                "same curve.",
+                f"Linearly unstable: {self._compared()}, beyond the edge at which training hovers.",
+                advice="If the loss spikes or diverges, lower the learning rate or warm it up; a burst may pass on its "
+                "own.",
+                refutation="The next measurements come back to the threshold while the loss goes on falling.",
             )
         if self.ratio + slack > ends:
-            return self._judged(Level.UNKNOWN, f"Near the end of the edge of stability: {numbers}.")
-        if self.ratio >= begins:
-            return self._judged(
-                Level.OK,
-                f"At the edge of stability, where full-batch training hovers: the largest eigenvalue is {numbers}.",
-            )
-        return self._judged(
-            Level.OK,
-            f"Below the edge of stability: the largest eigenvalue is {numbers}; that does not prove stability.",
+            return self._judged(Level.UNKNOWN, f"Near the upper end of the edge of stability: {self._compared()}.")
+        where = "At the edge of stability, where training hovers"
+        if self.ratio < begins:
+            where = "Below the edge of stability"
+        return self._judged(Level.OK, f"{where}: {self._compared()}.", advice=PROVES_NOTHING)
+
+    def _compared(self) -> str:
+        return (
+            f"the largest eigenvalue is {format_number(self.lambda_max)}, {format_number(self.ratio)} of the "
+            f"threshold {format_number(self.threshold)} of {self.optimizer_kind} at learning rate "
+            f"{format_number(self.learning_rate)}"
         )
 
     def _band(self) -> tuple[float, float]:
         settings = self.provenance.settings
-        return float(settings.get("edge_begins", EDGE_BEGINS)), float(settings.get("edge_ends", EDGE_ENDS))
+        return settings.get("edge_begins", EDGE_BEGINS), settings.get("edge_ends", EDGE_ENDS)
 
     def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
+        # That Adam's divisor may be taken as constant is an observation; the rest is linear algebra.
+        theorem = self.optimizer_kind == "SGD"
         return Verdict(
             level,
             sentence,
             source=SOURCE,
-            confidence=Confidence.THEOREM,
+            confidence=Confidence.THEOREM if theorem else Confidence.STRONG_EMPIRICAL,
             value=self.ratio,
             threshold=self._band()[1],
-            threshold_source=f"2 / learning rate is a theorem; the band around it is {OUR_CHOICE}",
+            threshold_source=f"the threshold is exact for a quadratic; the band around it is {OUR_CHOICE}",
             **more,
         )
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
-        """Three measurements in a row beyond the edge: persistently unstable."""
+        """The course: where the last third of the measurements lies, and when the edge was first reached."""
         last = series[-1][1]
-        recent = series[-MEASUREMENTS_FOR_A_TREND:]
-        levels = [result.verdict().level for _, result in recent]
-        if len(recent) < MEASUREMENTS_FOR_A_TREND or set(levels) != {Level.WARNING}:
+        judged = [(step, r) for step, r in series if r.unmet() is None]
+        if len(judged) < TAIL or last.unmet() is not None:
             return last.verdict()
-        ratios = ", ".join(format_number(result.ratio) for _, result in recent)
+        tail = judged[-max(TAIL, len(judged) // TAIL) :]
+        typical = median(r.ratio for _, r in tail)
+        begins, ends = last._band()
+        over = f"over the last {len(tail)} measurements, steps {tail[0][0]:,} to {tail[-1][0]:,}"
+        numbers = f"the median of the largest eigenvalue over its threshold is {format_number(typical)} {over}"
+        if typical > ends:
+            return last._judged(
+                Level.WARNING,
+                f"Linearly unstable for long: {numbers}.",
+                advice="Lower the learning rate, or find what keeps the loss from leaving the sharp region.",
+                refutation="The loss on all the data keeps falling over these steps.",
+            )
+        if typical < begins:
+            return last._judged(Level.OK, f"Below the edge of stability: {numbers}.", advice=PROVES_NOTHING)
+        reached = next(step for step, r in judged if r.ratio >= begins)
         return last._judged(
-            Level.ALARM,
-            f"Linearly unstable from step {recent[0][0]:,} to {recent[-1][0]:,}: the largest eigenvalue stays "
-            f"beyond its threshold ({ratios} times it).",
-            advice="Lower the learning rate below the threshold divided by the largest eigenvalue.",
-            refutation="The loss keeps falling over these steps on all the data.",
+            Level.OK, f"Training is at the edge of stability: {numbers}; it was first reached at step {reached:,}."
         )
 
     def plot(self, ax: Any) -> None:
         """The largest eigenvalue as a bar up to its threshold."""
-        ax.barh(["largest eigenvalue"], [self.sharpness], xerr=[self.residual], color="tab:blue", height=0.4)
+        ax.barh([self.optimizer_kind], [self.lambda_max], xerr=[self.residual], height=0.4)
         if not math.isnan(self.threshold):
-            ax.axvline(self.threshold, color="tab:red", label="stable up to here")
-            ax.legend(fontsize=7, frameon=False)
-        ax.set(xlabel="eigenvalue of the (preconditioned) Hessian", ylabel="sharpness")
+            ax.axvline(self.threshold, color="tab:orange", label="stable up to here")
+            ax.legend()
+        ax.set(xlabel="largest eigenvalue of the Hessian as the optimizer sees it", ylabel="optimizer")
 
     @classmethod
     def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
-        """Sharpness and its threshold over the steps."""
+        """The largest eigenvalue and its threshold over the steps."""
         steps = [step for step, _ in series]
-        ax.plot(steps, [r.sharpness for _, r in series], marker="o", markersize=3, label="largest eigenvalue")
-        ax.plot(steps, [r.threshold for _, r in series], color="tab:red", label="stable up to here")
-        ax.set(xlabel="step", ylabel="eigenvalue of the (preconditioned) Hessian")
-        ax.legend(fontsize=7, frameon=False)
+        ax.plot(steps, [r.lambda_max for _, r in series], marker="o", markersize=3, label="largest eigenvalue")
+        ax.plot(steps, [r.threshold for _, r in series], color="tab:orange", label="stable up to here")
+        if all(r.lambda_max > 0 for _, r in series):
+            ax.set_yscale("log")
+        ax.set(xlabel="step", ylabel="largest eigenvalue (as the optimizer sees it)")
+        ax.legend()
 
 
 @instrument(source=SOURCE, title="Edge of stability")
 def edge_of_stability(
-    hessian: Any,
-    optimizer: Any,
+    hessian: LinearOperator,
+    optimizer: OptimizerState,
     *,
     batch_size: int | None = None,
     trace_probes: int = 10,
     tolerance: float = 1e-3,
+    max_products: int = 200,
     edge_begins: float = EDGE_BEGINS,
     edge_ends: float = EDGE_ENDS,
     seed: int = 0,
 ) -> EdgeOfStability:
-    """The largest eigenvalue of the Hessian against the largest that the optimizer is stable at.
+    """The largest eigenvalue of the Hessian against the largest at which the optimizer's steps are stable.
 
-    hessian: a LinearOperator of size P of the mean loss; optimizer: its kind, settings and state (diag's
-    OptimizerState). Adam, AdamW and RMSprop see the preconditioned Hessian D^(-1/2) H D^(-1/2); SGD's coupled
-    weight decay is added to the eigenvalue. `batch_size` B is that of training: the theorem is about full-batch
-    steps, so there is a verdict only where B covers all the n examples of the data.
+    hessian: of the mean loss, a LinearOperator of size P. optimizer: its kind, settings and state, or the torch
+    optimizer itself. The table holds SGD (plain, momentum, dampening, Nesterov), Adam, AdamW and RMSprop, whose
+    Hessian is preconditioned as D^(-1/2) H D^(-1/2); another optimizer gets numbers and no verdict. Weight decay
+    that is added to the gradient shifts the curvature, and learning rates that differ between groups scale it.
 
-    The threshold is a theorem for quadratics; the band `edge_begins` to `edge_ends` around it in which training
-    hovers is our choice, uncalibrated. A ratio below 1 is necessary, not sufficient.
+    `batch_size` is that of training, None where it is not known: the statement is about full-batch steps, so there
+    is a verdict only where the batch covers all the data given. Below the threshold nothing is proved; at it training
+    hovers; a ratio above `edge_ends` is a warning. That band is our choice, uncalibrated. `trace_probes` products
+    go into the trace, at most `max_products` into the eigenvalue, to `tolerance`.
 
-    Raises InvalidInput where the operator's products are not finite, and MissingQuantity where the optimizer
-    has not taken a step. Sources: Cohen et al. 2021, arXiv:2103.00065 and 2022, arXiv:2207.14484; for the trace
-    Mulayoff and Michaeli 2024, Eq. 16 with rank-one examples.
+    Raises InvalidInput where hessian or optimizer are not of these kinds, or products are not finite. Source: Cohen
+    et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for the trace Mulayoff and Michaeli 2024, equation 16
+    with examples of rank one.
     """
-    if batch_size is not None and batch_size < 1:
-        raise InvalidInput(f"batch_size={batch_size} was given; give the number of examples in a training step.")
-    rate = math.nan if optimizer.learning_rate is None else float(optimizer.learning_rate)
-    seen, reason = _seen_by(optimizer, hessian)
-    pairs = eigenpairs(seen, largest=1, tolerance=tolerance, seed=seed)
-    same = seen is hessian
-    trace = trace_and_norm(hessian, num_probes=trace_probes, deflate=pairs if same else None, seed=seed).trace
-    sharpness = float(pairs.values[0]) + _coupled_decay(optimizer)
-    examples = getattr(hessian, "num_examples", None)
-    full = batch_size is not None and examples is not None and batch_size >= examples
-    rule = THRESHOLDS.get(optimizer.kind)
-    threshold = math.nan if rule is None or not rate > 0 else rule(optimizer.groups[0]) / rate
+    state = _checked(hessian, optimizer, batch_size)
+    stability = linear_stability(hessian, state)
+    run: dict[str, Any] = {"largest": 1, "tolerance": tolerance, "max_products": max_products, "seed": seed}
+    seen = eigenpairs(stability.operator, **run)
+    plain = seen if stability.operator is hessian else eigenpairs(hessian, **run)
+    traced = trace_and_norm(hessian, num_probes=trace_probes, deflate=plain, seed=seed)
+    lambda_max = float(seen.values[0])
+    noise = _noise(stability, state, batch_size, getattr(hessian, "num_examples", 1))
     return EdgeOfStability(
-        sharpness=sharpness,
-        residual=float(pairs.residuals[0]) + pairs.rounding,
-        threshold=threshold,
-        ratio=sharpness / threshold,
-        trace=trace.value,
-        trace_standard_error=trace.standard_error,
-        trace_ratio=_trace_ratio(rate, trace.value, batch_size, examples),
-        learning_rate=rate,
-        optimizer_kind=optimizer.kind,
-        full_batch=full,
-        num_products=pairs.num_products + trace_probes,
-        preconditions=(
-            Precondition(
-                "optimizer of the table", not reason and rule is not None, reason or _of_the_table(optimizer)
-            ),
-            Precondition(
-                "one setting for all parameters",
-                _is_uniform(optimizer),
-                "the parameter groups differ in what the threshold depends on, such as the learning rate.",
-            ),
-            Precondition("positive learning rate", rate > 0, f"the learning rate is {format_number(rate)}."),
-            Precondition("full-batch steps", full, _of_the_batch(batch_size, examples)),
-            Precondition("converged", bool(pairs.converged.all()), "the largest eigenvalue has not converged."),
+        ratio=lambda_max / stability.threshold,
+        lambda_max=lambda_max,
+        residual=float(seen.residuals[0]) + seen.rounding,
+        threshold=stability.threshold,
+        rule=stability.rule,
+        sharpness=float(plain.values[0]),
+        trace=traced.trace.value,
+        trace_standard_error=traced.trace.standard_error,
+        trace_ratio=noise * traced.trace.value,
+        trace_ratio_standard_error=noise * traced.trace.standard_error,
+        learning_rate=stability.learning_rate,
+        optimizer_kind=state.kind,
+        num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
+        preconditions=_preconditions(hessian, stability, lambda_max, bool(seen.converged[0]), batch_size),
+        notes=(*stability.notes, *_about(hessian)),
+    )
+
+
+def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerState:
+    if not isinstance(hessian, LinearOperator):
+        raise InvalidInput(
+            f"hessian is a {type(hessian).__name__}; expected a LinearOperator: wrap a matrix in "
+            "LinearOperator.from_matrix."
+        )
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = describe(optimizer)
+    if not isinstance(optimizer, OptimizerState):
+        raise InvalidInput(f"optimizer is a {type(optimizer).__name__}; expected a torch optimizer.")
+    if batch_size is not None and batch_size < 1:
+        raise InvalidInput(
+            f"batch_size is {batch_size}; expected the size of training's batches, or None (not known)."
+        )
+    return optimizer
+
+
+def _noise(stability: LinearStability, optimizer: OptimizerState, batch_size: int | None, n: int) -> float:
+    """eta pi / 2 with pi = (n - B) / (B (n - 1)), where plain SGD with batches of B is known to be at work."""
+    if stability.rule != "2 / learning rate" or optimizer.kind != "SGD" or batch_size is None or n < 2:
+        return math.nan
+    return stability.learning_rate / 2 * max(n - batch_size, 0) / (batch_size * (n - 1))
+
+
+def _preconditions(
+    hessian: LinearOperator, stability: LinearStability, lambda_max: float, converged: bool, batch_size: int | None
+) -> tuple[Precondition, ...]:
+    n = getattr(hessian, "num_examples", 1)
+    found = f"the largest eigenvalue is {format_number(lambda_max)}"
+    if stability.threshold:
+        found += f", {format_number(lambda_max / stability.threshold)} of the threshold"
+    batch = f"training sees {batch_size} of {n:,} examples a step" if batch_size else "give batch_size= of training"
+    return (
+        Precondition("a known threshold", not stability.unknown, f"{stability.unknown}; {found}."),
+        Precondition("convergence", converged, f"{found}, and has not converged; give a larger max_products."),
+        Precondition(
+            "full-batch steps",
+            batch_size is not None and batch_size >= n,
+            f"the threshold is for full-batch steps ({batch}), and {found}, which describes and judges nothing.",
         ),
     )
 
 
-def _seen_by(optimizer: Any, hessian: Any) -> tuple[LinearOperator, str]:
-    """The operator whose eigenvalue decides, and why it is not known where it is not."""
-    if optimizer.kind == "SGD" or optimizer.kind not in THRESHOLDS:
-        return hessian, ""
-    try:
-        return preconditioned(hessian, optimizer.torch_optimizer), ""
-    except (Unsupported, MissingQuantity) as error:
-        return hessian, f"{error}"
-
-
-def _coupled_decay(optimizer: Any) -> float:
-    """Weight decay that SGD adds to the gradient shifts every eigenvalue by itself."""
-    return float(optimizer.groups[0].get("weight_decay", 0.0)) if optimizer.kind == "SGD" else 0.0
-
-
-def _is_uniform(optimizer: Any) -> bool:
-    return all(group == optimizer.groups[0] for group in optimizer.groups)
-
-
-def _of_the_table(optimizer: Any) -> str:
-    return f"the threshold of {optimizer.kind} is not known; it is for {', '.join(THRESHOLDS)}."
-
-
-def _of_the_batch(batch_size: int | None, examples: int | None) -> str:
-    if batch_size is None:
-        return "the theorem is about full-batch steps; give batch_size= of the training."
-    return f"the theorem is about full-batch steps; a step of training sees {batch_size} of {examples} examples."
-
-
-def _trace_ratio(rate: float, trace: float, batch_size: int | None, examples: int | None) -> float:
-    if batch_size is None or examples is None or examples < 2:
-        return math.nan
-    noise = max(examples - batch_size, 0) / (batch_size * (examples - 1))
-    return rate * trace * noise / 2
+def _about(hessian: LinearOperator) -> tuple[str, ...]:
+    """What the self-test of the products said."""
+    test = getattr(hessian, "self_test", None)
+    return () if test is None else (test.sentence(),)

@@ -71,8 +71,8 @@ class EdgeOfStability(Result):
             return self._judged(
                 Level.WARNING,
                 f"Linearly unstable: {self._compared()}, beyond the edge at which training hovers.",
-                advice="If the loss spikes or diverges, lower the learning rate or warm it up; a burst may pass on its "
-                "own.",
+                advice="If the loss spikes or diverges, lower the learning rate or warm it up; a burst may pass by "
+                "itself.",
                 refutation="The next measurements come back to the threshold while the loss goes on falling.",
             )
         if self.ratio + slack > ends:
@@ -174,8 +174,8 @@ def edge_of_stability(
     that is added to the gradient shifts the curvature, and learning rates that differ between groups scale it.
 
     `batch_size` is that of training, None where it is not known: the statement is about full-batch steps, so there
-    is a verdict only where the batch covers all the data given. Below the threshold nothing is proved; at it training
-    hovers; a ratio above `edge_ends` is a warning. That band is our choice, uncalibrated. `trace_probes` products
+    is a verdict only where the batch covers all the data given. Below the threshold nothing is proved; at it
+    training hovers; a ratio above `edge_ends` is a warning. That band is our choice, uncalibrated. `trace_probes` products
     go into the trace, at most `max_products` into the eigenvalue, to `tolerance`.
 
     Raises InvalidInput where hessian or optimizer are not of these kinds, or products are not finite. Source: Cohen

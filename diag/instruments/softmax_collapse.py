@@ -124,7 +124,10 @@ class SoftmaxCollapse(Result):
                 f"in {self.dtype} this happens at ordinary confidence and is usually harmless at the end of "
                 "training, but these examples no longer pull on their own logit"
             )
-        return f"their margins have passed about {format_number(collapse_margin(self.dtype))} nats, b ln 2"
+        edge = format_number(collapse_margin(self.dtype))
+        return (
+            f"from a margin of about {edge} nats (b ln 2) on, {self.dtype} rounds away what the other classes add"
+        )
 
     def _near(self) -> Verdict | None:
         """Collapse is near: by the residual of the gradients' zero sum, or by the median margin."""

@@ -13,7 +13,7 @@ from torch import nn
 import diag
 from diag.cli import main
 from diag.errors import InvalidInput
-from diag.quantities.connection_map import connection_map
+from diag.quantities.connection_map import connection_map, fork_stability
 from diag.quantities.symmetries import find_symmetries
 
 BUILD = """
@@ -118,3 +118,22 @@ def test_the_matrix_is_that_of_the_instrument_and_the_tree_is_minimal():
         connection_map(snapshot, {"a": models[0].state_dict()})
     with pytest.raises(InvalidInput, match=r"^b: The two checkpoints do not fit: '0.weight'"):
         connection_map(snapshot, {"a": models[0].state_dict(), "b": nn.Linear(3, 2).state_dict()})
+
+
+def test_forks_that_stay_connected_from_a_step_on(folder):
+    """Forks that differ by a permutation are apart; forks that differ by a little noise are connected."""
+    space = {}
+    exec(BUILD, space)
+    model, loss, data = space["build"]()
+    a, near, moved = (torch.load(folder / f"{n}.pt", weights_only=True) for n in ("a", "near", "moved"))
+    snapshot = diag.Snapshot(model, loss, data, held_out=data)
+    found = fork_stability(snapshot, {200: (a, near), 0: (a, moved), 100: (near, a)}, points=11)
+    assert found.steps == (0, 100, 200) and found.stable_from == 100
+    assert found.instabilities[0] > 0.1 > 0.02 > max(found.instabilities[1:])
+    model.load_state_dict(a)
+    other = diag.Snapshot(model, loss, data, held_out=data, other=moved)
+    assert diag.mode_connectivity(other, refine=0).held_out_error_instability == pytest.approx(
+        found.instabilities[0]
+    )
+    with pytest.raises(InvalidInput, match="the fork at step 3: The two checkpoints do not fit"):
+        fork_stability(snapshot, {3: (a, {})})

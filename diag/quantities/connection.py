@@ -19,6 +19,7 @@ from diag.quantities.interpolation_layers import LayerBarrier, angle, distance, 
 from diag.quantities.interpolation_profile import Profile
 from diag.quantities.interpolation_repair import Repair
 from diag.quantities.preserve import preserved
+from diag.quantities.symmetries.find import TOLERANCE
 
 ALIGN = ("weights", "activations")
 
@@ -115,17 +116,13 @@ def aligned_end(path: Interpolation, end: State, method: str, orders: int | None
     else:
         result = align_activations(groups, path.copy, first, second, path.snapshot.batches)
     change = _function_change(path, second, result.state)
-    limit = 1e-10 if _is_double(first) else 1e-4 if all(t.dtype != torch.bfloat16 for t in first.values()) else 0.2
+    limit = max(TOLERANCE.get(t.dtype, 0.0) for t in first.values())
     if not change <= limit:
         raise Unsupported(
             f"Alignment changed the second network's outputs by a relative {change:.1e}, so it is not used; set "
             "align=None, and report the model's architecture."
         )
     return {"alignment": result, "aligned_state": result.state, "function_change": change}
-
-
-def _is_double(state: State) -> bool:
-    return all(t.dtype == torch.float64 for t in state.values() if t.is_floating_point())
 
 
 def _function_change(path: Interpolation, before: State, after: State) -> float:

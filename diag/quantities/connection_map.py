@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from diag.errors import InvalidInput
 from diag.quantities.connection import aligned_end
 from diag.quantities.interpolation import Interpolation
+from diag.quantities.interpolation_layers import first_stable_step
 
 if TYPE_CHECKING:
     import networkx
@@ -156,3 +157,45 @@ def _named(path: Interpolation, name: str, state: Any) -> dict[str, Any]:
         return path.fit(state)
     except InvalidInput as error:
         raise InvalidInput(f"{name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ForkStability:
+    """Stability to the noise of SGD along one run: at each step the run was forked into two.
+
+    steps: of the forks, ascending. instabilities: error instability of each pair, (largest error on the line) -
+    (mean error of the ends). stable_from: the first step from which all later forks are connected too, or None.
+    """
+
+    steps: tuple[int, ...]
+    instabilities: tuple[float, ...]
+    stable_from: int | None
+
+
+def fork_stability(
+    snapshot: Snapshot,
+    forks: Mapping[int, tuple[Any, Any]],
+    *,
+    points: int = 30,
+    threshold: float = 0.02,
+    norm_stats: str = "reset",
+) -> ForkStability:
+    """The step from which forks of one run stay connected (Frankle et al. 2020, arXiv:1912.05671, figure 3).
+
+    forks: step -> the end states of two runs that continued from it with different noise. Measured on the
+    snapshot's held-out data where it has such data, else on its data; 30 points as in the paper. Raises
+    InvalidInput where a state does not fit.
+    """
+    path = Interpolation(snapshot)
+    steps = sorted(forks)
+    found = []
+    for step in steps:
+        first, second = (_named(path, f"the fork at step {step}", state) for state in forks[step])
+        line = path.starting_at(first).profile(
+            second,
+            [k / (points - 1) for k in range(points)],
+            norm_stats=norm_stats,
+            held_out=path.held_out is not None,
+        )
+        found.append(line.instability)
+    return ForkStability(tuple(steps), tuple(found), first_stable_step(steps, found, threshold))

@@ -47,7 +47,8 @@ class WeightEvidence:
         """Carry B's side along with `element`."""
         self.b = self.block.permute(self.b, self.groups, element)
         if self._kept is not None:
-            self._kept = self._kept.index_select(1, next(p for n, p in element.items() if n in self.block.names))
+            moved = next(p for n, p in element.items() if n in self.block.names)
+            self._kept = self._kept.index_select(1, moved.to(self._kept.device))
 
     def state(self) -> tuple[Tensor, Tensor | None]:
         """What `move` changes, to put back with `restore`."""

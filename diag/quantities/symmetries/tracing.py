@@ -186,8 +186,8 @@ def trace_model(model: nn.Module, example: Any) -> tuple[Trace, dict[str, Labels
     if not any(t.is_floating_point() or t.is_complex() for t in answers):
         kinds = ", ".join(sorted({str(t.dtype) for t in answers})) or "no tensor"
         raise Unsupported(
-            f"The model returns {kinds}; expected floating outputs, by which a symmetry can be checked: wrap the model "
-            "so that it returns its logits."
+            f"The model returns {kinds}; expected floating outputs, by which a symmetry can be checked: wrap the "
+            "model so that it returns its logits."
         )
     for tensor in answers:
         trace.freeze_axes((trace.labels(tensor),), "an axis of the output")

@@ -36,6 +36,7 @@ class Layout:
             raise InvalidInput("The model has no trainable parameter; set requires_grad=True on those to measure.")
         for name, parameter in trainable.items():
             _check(name, parameter)
+        check_one_device({str(p.device) for p in trainable.values()})
         ends = [0]
         for parameter in trainable.values():
             ends.append(ends[-1] + parameter.numel())
@@ -94,6 +95,15 @@ def layer_of(parameter: str) -> str:
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def check_one_device(devices: set[str]) -> None:
+    """Raises Unsupported where a flat vector would span devices."""
+    if len(devices) > 1:
+        raise Unsupported(
+            f"The trainable parameters are on several devices ({', '.join(sorted(devices))}); put a copy of the "
+            "model on one of them to measure it."
+        )
 
 
 def _check(name: str, parameter: Tensor) -> None:

@@ -29,9 +29,9 @@ class Arm:
 
 ARMS = {
     "planted": Arm(0.2, 400, True),
-    "planted, seed 1": Arm(0.2, 400, True, seed=1),
+    "planted-seed-1": Arm(0.2, 400, True, seed=1),
     "natural": Arm(0.5, 500, False),
-    "small steps": Arm(0.02, 400, True),
+    "small-steps": Arm(0.02, 400, True),
 }
 
 
@@ -97,9 +97,9 @@ def run(lab: Lab) -> list[Expectation]:
         Expectation(
             "planted: median of the last 100 steps over 2 / rate", "0.996 to 1.007", ratio("planted"), 0.95, 1.15
         ),
-        Expectation("the same, seed 1", "0.98", ratio("planted, seed 1"), 0.95, 1.15),
+        Expectation("the same, seed 1", "0.98", ratio("planted-seed-1"), 0.95, 1.15),
         Expectation("natural digits, rate 0.5", "0.98 to 1.13", ratio("natural"), 0.95, 1.15),
-        Expectation("control: rate 0.02, as many steps", "below 1", ratio("small steps"), high=0.5),
+        Expectation("control: rate 0.02, as many steps", "below 1", ratio("small-steps"), high=0.5),
     ]
 
 

@@ -14,7 +14,7 @@ def run(lab: Lab) -> list[Expectation]:
     for classes in CLASSES:
         for seed in SEEDS:
             model, data = trained(classes, HIDDEN, seed)
-            found[classes, seed] = class_spectrum(lab, f"{classes} classes, seed {seed}", model, data, classes + 2)
+            found[classes, seed] = class_spectrum(lab, f"classes-{classes}-seed-{seed}", model, data, classes + 2)
     expectations = [
         Expectation(f"C = {c}, seed {s}: leading class directions", c - 1, f.result.num_outliers, c - 1, c - 1)
         for (c, s), f in found.items()

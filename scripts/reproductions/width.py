@@ -14,7 +14,7 @@ def run(lab: Lab) -> list[Expectation]:
     found: dict[int, ClassSpectrum] = {}
     for width in WIDTHS:
         model, data = trained(CLASSES, width, SEED)
-        found[width] = class_spectrum(lab, f"width {width}", model, data, CLASSES + 2)
+        found[width] = class_spectrum(lab, f"width-{width}", model, data, CLASSES + 2)
     outliers = CLASSES - 1
     leading = [
         Expectation(f"width {w}: leading class directions", outliers, f.result.num_outliers, outliers, outliers)

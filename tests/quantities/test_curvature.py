@@ -14,6 +14,7 @@ from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.quantities import curvature
 from diag.quantities.batch import as_batches
 from diag.quantities.curvature import Fisher, GaussNewton, Hessian
+from diag.quantities.curvature_layout import check_one_device
 from diag.quantities.snapshot import Snapshot
 from diag.testing import planted_spectrum
 
@@ -87,6 +88,35 @@ def test_the_order_of_the_flat_vector_is_that_of_named_parameters():
     assert list(operator.layout.names) == expected
     assert "head.weight" not in expected and "mix.weight" not in expected  # tied once, frozen left out
     assert operator.size == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_layers_whose_parameters_are_not_neighbours_keep_their_own_path():
+    block = cases.Composed(lambda self, x: self.inner(x) * self.scale, inner=nn.Linear(6, 4))
+    block.scale, block.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+    nn.utils.parametrize.register_parametrization(block, "scale", nn.Softplus())
+    model = nn.Sequential(block)
+    operator = Hessian(model, F.cross_entropy, cases.ragged(torch.randn(9, 6), torch.arange(9) % 4))
+    assert operator.layers == {
+        "0": slice(0, 4),
+        "0.inner": slice(4, 32),
+        "0.parametrizations.scale": slice(32, 36),
+    }
+
+
+def test_outputs_that_are_more_than_one_tensor():
+    """The Gauss-Newton matrix is that of the outputs that the loss uses, wherever they are."""
+    net = cases.build(cases.mlp)[0]
+    _, loss_fn, batches = cases.build(cases.mlp)
+    plain = GaussNewton(net, loss_fn, batches).to_dense()
+    several = cases.Composed(
+        lambda self, x: {"hidden": self.net[:2](x), "logits": self.net(x), "name": "x"}, net=net
+    )
+    structured = lambda out, t: loss_fn(out["logits"], t)  # noqa: E731
+    assert cases.relative(GaussNewton(several, structured, batches).to_dense(), plain) < FLOAT32
+    assert cases.relative(Fisher(several, structured, batches).to_dense(), plain) < FLOAT32
+    hidden = cases.Composed(lambda self, x: (self.net[:2](x), self.net(x)), net=net)
+    with pytest.raises(InvalidInput, match="returns 2 tensors and none is called logits; wrap it"):
+        Fisher(hidden, lambda out, t: loss_fn(out[1], t), batches).to_dense()
 
 
 def test_planted_spectrum_of_a_quadratic():
@@ -290,6 +320,8 @@ def test_user_mistakes_are_one_sentence():
         Hessian(model.requires_grad_(False), loss_fn, batches)
     with pytest.raises(InvalidInput, match=r"Parameter 0\.weight of a lazy module has no shape yet"):
         Hessian(nn.Sequential(nn.LazyLinear(3)), loss_fn, batches)
+    with pytest.raises(Unsupported, match=r"on several devices \(cuda:0, cuda:1\); put a copy of the model on one"):
+        check_one_device({"cuda:1", "cuda:0"})
     with pytest.raises(InvalidInput, match="on the meta device"):
         Hessian(nn.Linear(6, 4, device="meta"), loss_fn, batches)
     with pytest.raises(Unsupported, match=r"Parameter weight has dtype torch.complex64"):

@@ -333,6 +333,7 @@ CASES = {
     "resnet": Case(
         lambda: ResNet(depth=1, width=4), images(), [(4, ()), (4, ()), (8, ()), (8, ()), (16, ()), (16, ())]
     ),
+    "resnet-20": Case(ResNet, images(), [(16, ())] * 4 + [(32, ())] * 4 + [(64, ())] * 4),
     "resnet, padded": Case(
         lambda: ResNet(depth=2, width=4, project=False),
         images(),

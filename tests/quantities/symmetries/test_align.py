@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import diag
 from diag.quantities.activation_matching import align_activations
 from diag.quantities.alignment import align_weights
 from diag.quantities.batch import as_batches
+from diag.quantities.interpolation import Interpolation
 from diag.quantities.symmetries import find_symmetries
 
 
@@ -18,6 +20,9 @@ def test_a_permuted_copy_is_aligned_back(network, architecture):
     assert result.passes <= 10
     for name, tensor in state.items():
         assert torch.equal(result.state[name], tensor), name
+    path = Interpolation(diag.Snapshot(net.model, lambda z, _: z.square().mean(), net.batch))
+    profile = path.profile(path.fit(result.state), [0.5])
+    assert profile.brackets.eq(0).all()
     # <A, A> is the largest value that <A, P(B)> can have for a permuted copy.
     assert result.objective == pytest.approx(result.limit, rel=1e-12)
     assert result.before < result.objective

@@ -315,3 +315,49 @@ def test_batches_of_other_lengths_get_the_same_treatment():
     batches = [as_batch((torch.randn(5, t, cases.D).double(), torch.randint(4, (5,)))) for t in (8, 16, 8, 12)]
     truth = torch.cat([cases.loop(model, F.cross_entropy, b) for b in batches])
     assert relative(ModelGradients(model, F.cross_entropy, batches).dense(), truth) < 1e-10
+
+
+FAMILIES = ["GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"]
+
+
+@pytest.mark.slow
+def test_compiled_submodules():
+    torch.manual_seed(0)
+    inner = torch.compile(nn.Sequential(nn.Linear(cases.D, 8), nn.Tanh()), backend="aot_eager")
+    model = nn.Sequential(inner, nn.Linear(8, cases.CLASSES)).double()
+    batch = as_batch((cases.flat().double(), torch.randint(cases.CLASSES, (cases.N,))))
+    truth = cases.loop(model, F.cross_entropy, batch)
+    gradients = ModelGradients(torch.compile(model, backend="aot_eager"), F.cross_entropy, [batch])
+    assert relative(gradients.dense(), truth) < 1e-10
+    assert set(gradients.coverage.methods.values()) == {"linear"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hugging_face_models(name):
+    """Skipped where transformers is not installed; a tiny model of each family, all layers exact."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": cases.WORDS, "hidden_size": 12, "num_hidden_layers": 2, "intermediate_size": 16}
+    config = {
+        "GPT2LMHeadModel": lambda: transformers.GPT2Config(vocab_size=cases.WORDS, n_embd=12, n_layer=2, n_head=2),
+        "LlamaForCausalLM": lambda: transformers.LlamaConfig(**sizes, num_attention_heads=2),
+        "BertForMaskedLM": lambda: transformers.BertConfig(**sizes, num_attention_heads=2),
+        "T5ForConditionalGeneration": lambda: transformers.T5Config(
+            vocab_size=cases.WORDS, d_model=12, d_kv=6, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0
+        ),
+    }[name]()
+    model = getattr(transformers, name)(config).double().eval()
+    ids = {"input_ids": cases.words()}
+    if name.startswith("T5"):
+        ids["decoder_input_ids"] = cases.words()
+    batch = as_batch({**ids, "labels": cases.words()})
+
+    def loss_fn(outputs, targets):
+        return cases.token_loss(outputs.logits, targets)
+
+    truth = cases.loop(model, loss_fn, batch)
+    gradients = ModelGradients(model, loss_fn, [batch])
+    assert relative(gradients.dense(), truth) < 1e-10
+    assert relative(gradients.norms(), truth.norm(dim=1)) < 1e-10
+    assert relative(gradients.gram(), truth @ truth.T) < 1e-10

@@ -278,6 +278,29 @@ def test_measuring_leaves_no_trace(name):
         ModelGradients(model, loss_fn, [batch], micro_batch=2).gram()
 
 
+def test_nothing_of_ours_is_saved_with_a_model():
+    """Buffers that the forward pass returns or writes into carry no mark afterwards."""
+
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(cases.D))
+            self.register_buffer("seen", torch.zeros(9, cases.D))
+            self.out = nn.Linear(cases.D, cases.CLASSES)
+
+        def forward(self, x):
+            self.scale.add_(0.0)
+            self.seen[: len(x)] = x
+            return self.out(self.seen[: len(x)] * self.scale.contiguous())
+
+    model, (_, batch) = Cached(), classes()
+    truth = cases.loop(model, F.cross_entropy, batch)
+    found = ModelGradients(model, F.cross_entropy, [batch])
+    torch.testing.assert_close(found.dense().double(), truth, rtol=1e-5, atol=1e-7)
+    held = [*model.buffers(), *model.parameters(), *batch.args]
+    assert not [t for t in held if vars(t)]
+
+
 def test_wrapped_models_are_measured_bare():
     model, batch = classes()
     truth = ModelGradients(model, F.cross_entropy, [batch]).norms()

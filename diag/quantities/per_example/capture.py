@@ -88,6 +88,7 @@ class Capture(TorchFunctionMode):
         self._parameters = {id(p): Source((name,), p.shape) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _constant_tensors(model) if id(t) not in self._parameters}
         self.several: list[tuple[list[Node], list[Node | None]]] = []  # output and input nodes of split, chunk, ...
+        self._changed: dict[int, Any] = {}  # what the model's own tensors have become by being written into
         self._token = object()
         self._running: set[Any] = set()
 
@@ -149,15 +150,19 @@ class Capture(TorchFunctionMode):
         source = self._parameters.get(id(tensor))
         if source is not None:
             return source
+        if id(tensor) in self._constants:
+            return self._changed.get(id(tensor), _CONSTANT)
         token, kind = getattr(tensor, "_diag_kind", (None, None))
-        if token is self._token:
-            return kind
-        return _CONSTANT if id(tensor) in self._constants else _DATA
+        return kind if token is self._token else _DATA
 
     def _tag(self, value: Any, kind: Any) -> None:
         # An attribute lives exactly as long as its tensor; by id, a new tensor could be taken for a freed one.
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(tensor, Tensor) and id(tensor) not in self._parameters:
+            if not isinstance(tensor, Tensor) or id(tensor) in self._parameters:
+                continue
+            if id(tensor) in self._constants:  # the model's own: it must not carry our mark when it is saved
+                self._changed[id(tensor)] = kind
+            else:
                 tensor._diag_kind = (self._token, kind)  # type: ignore[attr-defined]
 
     def _derive(

@@ -59,7 +59,9 @@ class Rows(Block):
         if not isinstance(other, Rows):
             return super().gram(other)
         used = torch.unique(torch.cat([self.index.flatten(), other.index.flatten()]))
-        mine, theirs = (Rows(torch.searchsorted(used, block.index), block.b, len(used)) for block in (self, other))
+        mine, theirs = (
+            Rows(torch.searchsorted(used, block.index.contiguous()), block.b, len(used)) for block in (self, other)
+        )
         return Block.gram(mine, theirs)
 
 

@@ -432,6 +432,34 @@ def test_wrappers_are_taken_off():
     assert torch.equal(operator.to_dense(), Hessian(model, CE, batches).to_dense())
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_is_measured_bare(one_process):
+    """Its own hooks would give gradients that depend on the other processes' batches, or break."""
+    batches = batches_of(inputs)
+    model = cases.build(plain_net)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert torch.equal(Hessian(wrapped, CE, batches).to_dense(), Hessian(model, CE, batches).to_dense())
+
+
+def test_sharded_parameters_are_refused(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = cases.build(plain_net)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(
+        Unsupported, match=r"Parameter 1.weight is sharded .* gather the parameters into an unsharded"
+    ):
+        Hessian(model, CE, batches_of(inputs))
+
+
 def test_sharded_models_are_refused():
     class FullyShardedDataParallel(nn.Module):
         pass

@@ -34,6 +34,7 @@ from torch import nn
 
 import diag
 from diag.display import format_number
+from diag.errors import MissingData
 from diag.run import RunWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,5 +237,9 @@ def main(arguments: Sequence[str], description: str | None = None) -> int:
         print(f"Give some of: {', '.join(cards)}; or --all, or --list.", file=sys.stderr)
         return 2
     # No shortcut: with several cards, all run even where the first fails.
-    held = [reproduce(name, cards[name], asked.output, lambda text: print(text, flush=True)) for name in names]
+    try:
+        held = [reproduce(name, cards[name], asked.output, lambda text: print(text, flush=True)) for name in names]
+    except MissingData as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0 if all(held) else 1

@@ -86,6 +86,14 @@ def test_the_list_and_misuse(cards, capsys):
     assert "No card was named." in capsys.readouterr().err
 
 
+def test_data_that_is_not_there_is_said_in_one_sentence(cards, tmp_path, capsys):
+    missing = "raise MissingData('The files were not found; get them.')"
+    text = TOY.split("def run")[0] + f"from diag.errors import MissingData\ndef run(lab):\n    {missing}\n"
+    (cards / "missing.py").write_text(text + "CARD = Card(title='', source='', claim='', takes='', run=run)")
+    assert main(["missing", "--cards", str(cards), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "The files were not found; get them.\n"
+
+
 def test_what_an_earlier_run_left_is_replaced_and_threads_come_back(cards, tmp_path):
     stale = tmp_path / "gallery" / "holds" / "stale.html"
     stale.parent.mkdir(parents=True)

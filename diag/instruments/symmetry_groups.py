@@ -73,7 +73,7 @@ class SymmetryGroups(Result):
         sizes = [20 + 20 * math.log10(1 + p) for p in self.parameters]
         networkx.draw_networkx_edges(
             graph, places, ax=ax, node_size=sizes, edge_color="grey", arrowsize=6, width=0.7,
-            connectionstyle="arc3,rad=0.15",
+            connectionstyle="arc3,rad=0.12",
         )  # fmt: skip
         networkx.draw_networkx_nodes(graph, places, ax=ax, node_size=sizes)
         if len(self.modules) <= LABELS_UP_TO:
@@ -84,8 +84,10 @@ class SymmetryGroups(Result):
                     xytext=(0, 6),
                     textcoords="offset points",
                     fontsize="xx-small",
-                    rotation=30,
+                    rotation=45,
                 )
+        lowest = min((y for _, y in places.values()), default=0.0)
+        ax.set_ylim(lowest - 0.5, 0.8 - 0.4 * lowest)  # room for the names above
         ax.set(xlabel="place on the longest way from the input", ylabel="branch", yticks=[])
 
 

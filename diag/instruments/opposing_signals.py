@@ -101,10 +101,15 @@ class OpposingSignals(Result):
         return self._of_a_kick() if self.mode == "static" else self._of_steps()
 
     @property
+    def limit(self) -> float:
+        """The share from which on the groups are outsized: more than their number, and than random steps."""
+        null = 0.0 if math.isnan(self.null_share) else self.null_share
+        return max(self._setting("share_limit", SHARE), OVER_CHANCE * self.chance_share, null)
+
+    @property
     def outsized(self) -> bool:
-        """True where the two groups carry far more of the movement than their number, and than chance."""
-        limits = (self._setting("share_limit", SHARE), OVER_CHANCE * self.chance_share)
-        return self.share >= max(limits) and not self.share <= self.null_share
+        """True where the two groups carry far more of the movement than chance explains."""
+        return self.share > self.limit
 
     def _of_a_kick(self) -> Verdict:
         if not self.outsized or self.same_side:
@@ -187,7 +192,7 @@ class OpposingSignals(Result):
             if level == Level.WARNING
             else "",
             self.share,
-            max(self._setting("share_limit", SHARE), OVER_CHANCE * self.chance_share),
+            self.limit,
             OUR_CHOICE,
         )
 

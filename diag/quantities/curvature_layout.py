@@ -7,6 +7,7 @@ owns parameters; its parameters are neighbours in the flat vector, so a layer is
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,18 @@ def layer_of(parameter: str) -> str:
         if ".parametrizations." in parameter
         else parameter.rpartition(".")[0]
     )
+
+
+def participation(layout: Layout, vector: Tensor) -> dict[str, float]:
+    """The share of a vector's squared length in each layer: layer name -> share; the shares sum to 1."""
+    total = _square(vector)
+    return {
+        name: _square(vector[part]) / total if total > 0 else math.nan for name, part in layout.layers.items()
+    }
+
+
+def _square(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64) ** 2)
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 the step that the optimizer takes."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.quantities.batch import as_batches
 from diag.quantities.curvature import GaussNewton, Hessian
 from diag.quantities.curvature_examples import curvature_shares, output_changes, slopes
-from diag.quantities.curvature_layout import layer_of
+from diag.quantities.curvature_layout import layer_of, participation
 from diag.quantities.curvature_preconditioner import divisor, preconditioned
 
 _spec = importlib.util.spec_from_file_location("curvature_cases", Path(__file__).with_name("curvature_cases.py"))
@@ -66,6 +67,18 @@ def test_models_without_second_derivatives_have_no_jacobian_products():
         Unsupported, match=r"need a model that can be differentiated twice, and here .*multi_margin"
     ):
         slopes(operator, torch.ones(operator.size))
+
+
+def test_participation_of_a_vector():
+    operator = Hessian(*cases.build(cases.tied_gpt))
+    v = torch.zeros(operator.size)
+    v[operator.layers["qkv"]] = 1.0
+    v[operator.layers[""]] = 2.0  # the position table, a parameter of the root
+    found = participation(operator.layout, v)
+    qkv = operator.layers["qkv"].stop - operator.layers["qkv"].start
+    assert found["qkv"] == pytest.approx(qkv / (qkv + 4 * 20)) and sum(found.values()) == pytest.approx(1)
+    assert found["mix"] == 0 and list(found) == list(operator.layers)
+    assert all(math.isnan(share) for share in participation(operator.layout, torch.zeros(operator.size)).values())
 
 
 def test_a_parametrised_weight_belongs_to_its_layer():

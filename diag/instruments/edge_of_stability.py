@@ -175,8 +175,8 @@ def edge_of_stability(
 
     `batch_size` is that of training, None where it is not known: the statement is about full-batch steps, so there
     is a verdict only where the batch covers all the data given. Below the threshold nothing is proved; at it
-    training hovers; a ratio above `edge_ends` is a warning. That band is our choice, uncalibrated. `trace_probes` products
-    go into the trace, at most `max_products` into the eigenvalue, to `tolerance`.
+    training hovers; a ratio above `edge_ends` is a warning. That band is our choice, uncalibrated. At most
+    `max_products` go into the eigenvalue, to `tolerance`, and `trace_probes` into the trace.
 
     Raises InvalidInput where hessian or optimizer are not of these kinds, or products are not finite. Source: Cohen
     et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for the trace Mulayoff and Michaeli 2024, equation 16

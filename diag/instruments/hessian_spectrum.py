@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy
@@ -18,19 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
+from diag.errors import InvalidInput
 from diag.linalg.deflation import orthonormal
-from diag.linalg.lanczos import Eigenpairs, LanczosRun, extract, run_lanczos
+from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
-from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
-from diag.linalg.reductions import dot, gram
-from diag.linalg.ritz import Wanted
-from diag.linalg.trace import trace_and_norm
+from diag.linalg.reductions import dot, gram, norm
+from diag.linalg.spectrum import Spectrum, spectrum
+from diag.quantities.curvature import CurvatureOperator
+from diag.quantities.curvature_memory import available_memory
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 
 SOURCE = "Papyan 2020, arXiv:2008.11865; Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159"
 
-NEGATIVE_SHARE = 0.05  # of the largest eigenvalue: a smallest one below that is no rounding of a minimum
+NEGATIVE_ABOVE = 0.05  # of the largest eigenvalue: a smallest one below that is no rounding of a minimum
 OVERLAP = 0.5
 NEAR_ZERO = 1e-3  # of the largest magnitude: what lies below counts as zero
 GRID_POINTS = 400
@@ -60,7 +61,7 @@ class HessianSpectrum(Result):
         "eigenvalues below -0.001 of the largest magnitude, by the quadrature", unit="share"
     )
     num_outliers: float = measured(
-        "leading eigenvectors that lie in the span of the class directions; NaN without class directions"
+        "outliers: leading eigenvectors in the span of the class directions; NaN without class directions"
     )
     overlaps: NDArray[numpy.float64] = measured(
         "squared length of each eigenvector in the span of the class directions", shape="(k,)", unit="share"
@@ -84,11 +85,10 @@ class HessianSpectrum(Result):
             return self._judged(
                 Level.UNKNOWN,
                 f"The extreme eigenvalues did not converge within {self.num_products} products.",
-                advice="Give more steps=, or ask for fewer num_eigenvalues=.",
+                advice="Give a larger max_products=, or ask for fewer num_eigenvalues=.",
             )
-        top, limit = float(self.eigenvalues[0]), self._setting("negative_share_alarm", NEGATIVE_SHARE)
-        ratio = -self.smallest / top if top > 0 else math.inf
-        slack = self.smallest_residual / top if top > 0 else 0.0
+        top, limit = float(self.eigenvalues[0]), self._setting("negative_above", NEGATIVE_ABOVE)
+        ratio, slack = self._downwards()
         numbers = (
             f"largest eigenvalue {format_number(top)}, smallest {format_number(self.smallest)}, trace "
             f"{format_number(self.trace)} +- {format_number(self.trace_standard_error, 2)}"
@@ -101,7 +101,7 @@ class HessianSpectrum(Result):
                 confidence=Confidence.ARITHMETIC,
                 advice="Expected early in training; late in it, train longer before reading flatness, or compare "
                 "with another seed.",
-                refutation="The smallest eigenvalue on more data, or of the Gauss-Newton matrix, is not negative.",
+                refutation="The smallest eigenvalue on more of the data is not that negative.",
                 value=ratio,
                 threshold=limit,
                 threshold_source=OUR_CHOICE,
@@ -117,6 +117,13 @@ class HessianSpectrum(Result):
             advice="A large or small eigenvalue says nothing about generalisation: it changes with the "
             "parametrisation.",
         )
+
+    def _downwards(self) -> tuple[float, float]:
+        """The strongest downward curvature over the strongest upward one, and its error."""
+        top = float(self.eigenvalues[0])
+        if top > 0:
+            return -self.smallest / top, self.smallest_residual / top
+        return (math.inf if self.smallest + self.smallest_residual < 0 else 0.0), 0.0
 
     def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
         more.setdefault("confidence", Confidence.STRONG_EMPIRICAL)
@@ -151,138 +158,126 @@ class HessianSpectrum(Result):
 
 @instrument(source=SOURCE, title="Hessian spectrum")
 def hessian_spectrum(
-    hessian: Any,
-    class_directions: Any = None,
+    hessian: LinearOperator,
+    class_directions: Tensor | None = None,
     *,
     num_eigenvalues: int = 10,
     steps: int = 80,
+    max_products: int = 300,
     num_probes: int = 1,
     trace_probes: int = 10,
     tolerance: float = 1e-3,
     half_split: bool = True,
+    weight_decay: float = 0.0,
     overlap_above: float = OVERLAP,
-    negative_share_alarm: float = NEGATIVE_SHARE,
+    negative_above: float = NEGATIVE_ABOVE,
+    memory: int | None = None,
     seed: int = 0,
 ) -> HessianSpectrum:
     """Largest and smallest eigenvalues of the loss Hessian with error bounds, its density, trace and norm.
 
-    hessian: a LinearOperator of size P. class_directions: (C, P), for the number of outliers: the leading run of
-    eigenvectors of which more than `overlap_above` lies in their span. At least `steps` products are spent on
-    one Lanczos run, more until `num_eigenvalues` and the smallest have residuals within `tolerance` of the
-    largest magnitude; an eigenvalue that has not is not reported. `num_probes` start vectors for the density;
-    `trace_probes` for trace and norm with the reported eigenvalues taken out. `half_split` compares two halves of
-    the data. All in the loss's unit.
+    hessian: of the mean loss, a LinearOperator of size P. class_directions: (C, P), for the number of outliers: the
+    leading run of eigenvectors of which more than `overlap_above` lies in their span (never the widest gap).
 
-    A smallest eigenvalue below -`negative_share_alarm` of the largest is a warning; that share and
-    `overlap_above` are our choice, uncalibrated.
+    One Lanczos run of `steps` to `max_products` products gives the `num_eigenvalues` largest and the smallest;
+    one whose residual is not within `tolerance` of the largest magnitude is not reported. The same run gives the
+    density (`num_probes` above 1: as many new start vectors); `trace_probes` products more give trace and norm
+    with the reported eigenvalues taken out. `half_split` compares two halves of the data, `weight_decay` is added
+    to every eigenvalue, `memory` caps the basis in bytes (None: a quarter of what is free). All is in the loss's
+    unit.
 
-    Raises InvalidInput where the operator's products are not finite or a setting does not fit. Sources: Papyan
-    2020, arXiv:2008.11865; Ghorbani et al. 2019, arXiv:1901.10159; Ubaru, Chen, Saad 2017 (quadrature).
+    A smallest eigenvalue below -`negative_above` of the largest is a warning; that share and `overlap_above` are
+    our choice, uncalibrated. Few data overstate the largest eigenvalues, so compare at equal n.
+
+    Raises InvalidInput where hessian is no LinearOperator, its products are not finite or a setting does not fit.
+    Source: Papyan 2020, arXiv:2008.11865; Ghorbani et al. 2019, arXiv:1901.10159.
     """
-    largest = min(num_eigenvalues, hessian.size)
-    wanted = Wanted(largest=largest, smallest=1 if hessian.size > largest else 0)
-    run = run_lanczos(
-        hessian, replace(wanted, tolerance=tolerance), max_products=10 * steps, min_products=steps, seed=seed
+    _check(hessian, class_directions, num_eigenvalues)
+    found = spectrum(
+        hessian.shifted(weight_decay) if weight_decay else hessian,
+        largest=num_eigenvalues,
+        tolerance=tolerance,
+        steps=steps,
+        num_probes=num_probes,
+        trace_probes=trace_probes,
+        max_products=max_products,
+        memory=available_memory(hessian.device) if memory is None else memory,
+        seed=seed,
     )
-    top, bottom = _reported(run, wanted, tolerance, seed)
-    known = top if torch.equal(top.values[-1:], bottom.values) else top.joined(bottom)
-    trace, norm, spent = _trace(hessian, run, known, trace_probes, seed)
-    measure, more = _measure(hessian, run, known, num_probes, steps, seed)
-    magnitude = float(run.ritz.values.abs().max())
-    grid = _grid(run.ritz.values, magnitude)
-    density = measure.density(grid, SMOOTHING, atoms=False, scale=NEAR_ZERO * magnitude or 1.0)
+    top, bottom = found.top, found.bottom
+    # Where all eigenvalues were asked for, the smallest is the last of the largest.
+    last = bottom if len(bottom.values) or len(top.values) < hessian.size else top.subset(slice(-1, None))
+    scale = NEAR_ZERO * found.magnitude or 1.0
+    grid = _grid(found.extremes, scale)
     overlaps, dimension = _overlaps(top, class_directions)
     return HessianSpectrum(
         eigenvalues=top.values.numpy(),
         residuals=(top.residuals + top.rounding).numpy(),
-        sampling_errors=_sampling_errors(hessian, top, half_split, seed),
-        smallest=float(bottom.values[0]) if len(bottom.values) else math.nan,
-        smallest_residual=float(bottom.residuals[0]) + bottom.rounding if len(bottom.values) else math.nan,
-        trace=trace.value,
-        trace_standard_error=trace.standard_error,
-        frobenius_norm=norm.value,
-        frobenius_norm_standard_error=norm.standard_error,
-        negative_share=float(measure.distribution(torch.tensor([-NEAR_ZERO * magnitude]).double())),
+        sampling_errors=_sampling_errors(hessian, top, weight_decay, seed) if half_split else _unknown(top),
+        smallest=float(last.values[0]) if len(last.values) else math.nan,
+        smallest_residual=float(last.residuals[0]) + last.rounding if len(last.values) else math.nan,
+        trace=found.trace.value,
+        trace_standard_error=found.trace.standard_error,
+        frobenius_norm=found.frobenius_norm.value,
+        frobenius_norm_standard_error=found.frobenius_norm.standard_error,
+        negative_share=float(found.rest.distribution(torch.tensor([-scale], dtype=torch.float64))),
         num_outliers=float(_leading_run(overlaps > overlap_above)) if dimension else math.nan,
         overlaps=overlaps,
         num_class_directions=dimension,
         layer_shares=_layer_shares(hessian, top),
         density_grid=grid.numpy(),
-        density=density.numpy(),
+        density=found.rest.density(grid, SMOOTHING, atoms=False, scale=scale).numpy(),
         num_parameters=hessian.size,
-        num_products=run.num_products + spent + more,
-        notes=_notes(top, largest),
+        num_products=found.num_products,
+        notes=_notes(hessian, found, min(num_eigenvalues, hessian.size), overlaps > overlap_above),
     )
 
 
-def _reported(run: LanczosRun, wanted: Wanted, tolerance: float, seed: int) -> tuple[Eigenpairs, Eigenpairs]:
-    """The largest and the smallest pairs whose residuals are within the tolerance of the largest magnitude."""
-    limit = tolerance * float(run.ritz.values.abs().max())
-    pairs = extract(run, wanted, seed)
-    good = pairs.residuals + pairs.rounding <= limit
-    is_top = torch.arange(len(good)) < (len(good) if not wanted.smallest else len(good) - 1)
-    first_bad = int((~good[is_top]).nonzero()[0]) if not good[is_top].all() else int(is_top.sum())
-    last = slice(len(good) - 1, len(good)) if good[-1] else slice(0, 0)
-    return pairs.subset(slice(0, first_bad)), pairs.subset(last)
+def _check(hessian: Any, directions: Any, count: int) -> None:
+    if not isinstance(hessian, LinearOperator):
+        raise InvalidInput(
+            f"hessian is a {type(hessian).__name__}; expected a LinearOperator: wrap a matrix in "
+            "LinearOperator.from_matrix."
+        )
+    if count < 1:
+        raise InvalidInput(f"num_eigenvalues is {count}; expected at least 1.")
+    if directions is not None and tuple(directions.shape[1:]) != (hessian.size,):
+        raise InvalidInput(
+            f"class_directions have shape {tuple(directions.shape)}; expected (classes, {hessian.size}), one row "
+            "of the operator's size for each class."
+        )
 
 
-def _trace(
-    hessian: LinearOperator, run: LanczosRun, known: Eigenpairs, probes: int, seed: int
-) -> tuple[Estimate, Estimate, int]:
-    if run.space.exhausted:  # every eigenvalue is known
-        values = run.ritz.values
-        return Estimate(float(values.sum()), 0.0, 0, seed), Estimate(float(values.norm()), 0.0, 0, seed), 0
-    both = trace_and_norm(hessian, num_probes=probes, deflate=known if len(known.values) else None, seed=seed)
-    return both.trace, both.frobenius_norm, both.num_products
+def _grid(extremes: Tensor, scale: float) -> Tensor:
+    """Points that are even in asinh(eigenvalue / scale), from below the smallest value to above the largest."""
+    low, high = (torch.asinh(extremes / scale) + torch.tensor([-0.5, 0.5], dtype=torch.float64)).tolist()
+    return torch.sinh(torch.linspace(low, high, GRID_POINTS, dtype=torch.float64)) * scale
 
 
-def _measure(
-    hessian: LinearOperator, run: LanczosRun, known: Eigenpairs, probes: int, steps: int, seed: int
-) -> tuple[SpectralMeasure, int]:
-    """The rest of the spectrum by quadrature, with the known eigenvalues as atoms, and the products spent."""
-    if run.space.exhausted:
-        keep = ~torch.isin(run.ritz.values, known.values)
-        rest = run.ritz.values[keep]
-        weights = torch.full_like(rest, 1 / hessian.size)
-        return SpectralMeasure(rest[None], weights[None], known.values, hessian.size, seed, 0), 0
-    if probes > 1:
-        deflate = known.vectors if len(known.values) else None
-        measure = spectral_measure(hessian, num_probes=probes, steps=steps, deflate=deflate, seed=seed + 1)
-        return measure, measure.num_products
-    nodes, weights = quadrature_rule(run.first_cycle)
-    near = (nodes[:, None] - known.values[None, :]).abs() <= known.residuals + known.rounding
-    weights = weights * ~near.any(1)
-    weights = weights / weights.sum().clamp_min(1e-300) * (hessian.size - len(known.values)) / hessian.size
-    return SpectralMeasure(nodes[None], weights[None], known.values, hessian.size, seed, 0), 0
-
-
-def _grid(values: Tensor, magnitude: float) -> Tensor:
-    """Points that are even in asinh, from a little below the smallest Ritz value to above the largest."""
-    scale = NEAR_ZERO * magnitude or 1.0
-    low, high = torch.asinh(values.min() / scale) - 0.5, torch.asinh(values.max() / scale) + 0.5
-    return torch.sinh(torch.linspace(float(low), float(high), GRID_POINTS, dtype=torch.float64)) * scale
-
-
-def _sampling_errors(hessian: Any, top: Eigenpairs, wanted: bool, seed: int) -> NDArray[numpy.float64]:
+def _sampling_errors(hessian: Any, top: Eigenpairs, shift: float, seed: int) -> NDArray[numpy.float64]:
     """Half of |v^T H_A v - v^T H_B v| with A, B two halves: as H = (H_A + H_B) / 2, |v^T H_A v - lambda|."""
-    examples = getattr(hessian, "num_examples", 1)
-    if not wanted or not hasattr(hessian, "subsample") or examples < 2:
-        return numpy.full(len(top.values), math.nan)
-    half = hessian.subsample(examples // 2, seed=seed)
+    if not isinstance(hessian, CurvatureOperator) or hessian.num_examples < 2 or not len(top.values):
+        return _unknown(top)
     assert top.vectors is not None
-    curvature = torch.stack([dot(v, half.matvec(v)) for v in top.vectors]) if len(top.values) else top.values
-    return (curvature.cpu() - top.values).abs().numpy()
+    images = hessian.subsample(hessian.num_examples // 2, seed=seed).matvecs(top.vectors)
+    curvature = torch.stack([dot(v, image) for v, image in zip(top.vectors, images, strict=True)])
+    return (curvature.cpu() + shift - top.values).abs().numpy()
 
 
-def _overlaps(top: Eigenpairs, directions: Any) -> tuple[NDArray[numpy.float64], int]:
+def _unknown(top: Eigenpairs) -> NDArray[numpy.float64]:
+    return numpy.full(len(top.values), math.nan)
+
+
+def _overlaps(top: Eigenpairs, directions: Tensor | None) -> tuple[NDArray[numpy.float64], int]:
+    """The squared length of each eigenvector in the span of the directions (those that do not vanish)."""
     if directions is None or not len(top.values):
-        return numpy.full(len(top.values), math.nan), 0
+        return _unknown(top), 0
     assert top.vectors is not None
-    rows = torch.as_tensor(directions).to(top.vectors)
+    rows = directions.to(top.vectors)
     lengths = rows.norm(dim=1, keepdim=True)
     rows = rows[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
     if not len(rows):
-        return numpy.full(len(top.values), math.nan), 0
+        return _unknown(top), 0
     span = orthonormal(rows)
     return gram(top.vectors, span).square().sum(1).cpu().numpy(), len(span)
 
@@ -291,18 +286,23 @@ def _leading_run(inside: NDArray[numpy.bool_]) -> int:
     return int(numpy.argmin(numpy.append(inside, False)))
 
 
-def _layer_shares(hessian: Any, top: Eigenpairs) -> dict[str, float]:
-    layers = getattr(hessian, "layers", None)
-    if not layers or not len(top.values):
+def _layer_shares(hessian: LinearOperator, top: Eigenpairs) -> dict[str, float]:
+    if not isinstance(hessian, CurvatureOperator) or not len(top.values):
         return {}
     assert top.vectors is not None
-    return {name: float(dot(top.vectors[0][part], top.vectors[0][part])) for name, part in layers.items()}
+    return {name: float(norm(top.vectors[0][part]) ** 2) for name, part in hessian.layers.items()}
 
 
-def _notes(top: Eigenpairs, asked: int) -> tuple[str, ...]:
-    missing = asked - len(top.values)
-    if not missing:
-        return ()
-    return (
-        f"{missing} of the {asked} largest eigenvalues had not converged and are not reported: give more steps.",
-    )
+def _notes(hessian: LinearOperator, found: Spectrum, asked: int, inside: NDArray[numpy.bool_]) -> tuple[str, ...]:
+    notes = []
+    missing = asked - len(found.top.values)
+    if missing:
+        notes.append(
+            f"{missing} of the {asked} largest eigenvalues had not converged and are not reported: give a larger "
+            "max_products=."
+        )
+    if len(inside) and inside.all() and len(inside) < hessian.size:
+        notes.append("Every eigenvector asked for lies in the span of the class directions: there may be more.")
+    if isinstance(hessian, CurvatureOperator):
+        notes.append(hessian.self_test.sentence())
+    return tuple(notes)

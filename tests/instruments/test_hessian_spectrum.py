@@ -143,16 +143,16 @@ def test_negative_curvature_warns():
     )
     assert verdict.value == pytest.approx(0.3, rel=1e-4) and verdict.threshold == 0.05
     # The threshold is a setting.
-    relaxed = diag.hessian_spectrum(hessian=operator, num_eigenvalues=2, negative_share_alarm=0.5).verdict()
+    relaxed = diag.hessian_spectrum(hessian=operator, num_eigenvalues=2, negative_above=0.5).verdict()
     assert relaxed.level is Level.OK
 
 
 def test_what_has_not_converged_is_not_reported():
     spectrum = torch.linspace(0, 1, 2000, dtype=torch.float64)
     operator = FunctionOperator(lambda v: spectrum * v, 2000, torch.float64)
-    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=5, steps=2, tolerance=1e-6)
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=5, steps=2, max_products=20, tolerance=1e-6)
     assert len(result.eigenvalues) < 5
-    assert "had not converged and are not reported: give more steps." in result.notes[0]
+    assert "had not converged and are not reported: give a larger max_products=." in result.notes[0]
     assert result.verdict().level is Level.UNKNOWN
     assert "did not converge within" in result.verdict().sentence
     check_result(result)

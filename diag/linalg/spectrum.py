@@ -1,0 +1,116 @@
+"""A whole spectrum from one Lanczos run: both ends with residuals, the quadrature of the rest, trace and norm.
+
+The start vector is Gaussian, so the run that finds the extreme pairs is a quadrature rule of the density, too.
+The pairs that have converged are taken out of that rule: its nodes on them are dropped and what is left stands
+for the rest of the spectrum. Trace and norm come from further probes that do not see those pairs, so that the
+outliers are no noise in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.linalg.lanczos import Eigenpairs, LanczosRun, extract, run_lanczos
+from diag.linalg.operator import LinearOperator
+from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
+from diag.linalg.ritz import Wanted
+from diag.linalg.trace import trace_and_norm
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """`top` and `bottom`: the extreme pairs that have converged, best first. `rest`: the quadrature of all other
+    eigenvalues, its atoms being those of `top` and `bottom`. `trace`, `frobenius_norm`. `extremes` (2,): the
+    smallest and the largest value seen, converged or not. `num_products`."""
+
+    top: Eigenpairs
+    bottom: Eigenpairs
+    rest: SpectralMeasure
+    trace: Estimate
+    frobenius_norm: Estimate
+    extremes: Tensor
+    num_products: int
+
+    @property
+    def magnitude(self) -> float:
+        """The largest magnitude of an eigenvalue."""
+        return float(self.extremes.abs().max())
+
+
+def spectrum(
+    operator: LinearOperator,
+    *,
+    largest: int = 10,
+    tolerance: float = 1e-3,
+    steps: int = 80,
+    num_probes: int = 1,
+    trace_probes: int = 10,
+    max_products: int = 300,
+    memory: int | None = None,
+    seed: int = 0,
+) -> Spectrum:
+    """The `largest` eigenvalues and the smallest one, the density of the rest, trace and Frobenius norm.
+
+    A pair is reported where its residual is within `tolerance` of the largest magnitude, and the largest ones only
+    as far as no gap is left. The run takes at least `steps` products and at most `max_products`; `num_probes` above
+    one draws as many new start vectors for the density, of `steps` products each; `trace_probes` (at least two) are
+    for the trace. `memory`: a cap in bytes on the basis. Raises InvalidInput where a product is not finite.
+    """
+    largest = min(largest, operator.size)
+    wanted = Wanted(largest=largest, smallest=min(1, operator.size - largest), tolerance=tolerance)
+    run = run_lanczos(
+        operator, wanted, max_products=max(max_products, steps), min_products=steps, memory=memory, seed=seed
+    )
+    top, bottom = _reported(run, wanted, seed)
+    known = top.joined(bottom) if wanted.smallest else top
+    products = run.num_products
+    if run.space.exhausted:
+        rest, trace, norm = _known_wholly(run, known, operator.size, seed)
+    else:
+        rest = _rest_of(run, known, operator.size, seed)
+        if num_probes > 1:
+            deflate = known.vectors if len(known.values) else None
+            rest = spectral_measure(
+                operator, num_probes=num_probes, steps=steps, deflate=deflate, seed=seed + 1, memory=memory
+            )
+            products += rest.num_products
+        options: dict[str, Any] = {"deflate": known} if len(known.values) else {}
+        probed = trace_and_norm(operator, num_probes=trace_probes, seed=seed, **options)
+        trace, norm = probed.trace, probed.frobenius_norm
+        products += probed.num_products
+    return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)
+
+
+def _reported(run: LanczosRun, wanted: Wanted, seed: int) -> tuple[Eigenpairs, Eigenpairs]:
+    """The largest pairs up to the first that has not converged, and the smallest if it has."""
+    pairs = extract(run, wanted, seed)
+    limit = wanted.tolerance * float(run.ritz.values.abs().max())
+    good = (pairs.residuals + pairs.rounding <= limit).tolist()
+    ends = len(good) - wanted.smallest if len(good) == wanted.count else len(good)
+    leading = [*good[:ends], False].index(False)
+    return pairs.subset(slice(0, leading)), pairs.subset(
+        slice(ends, len(good)) if all(good[ends:]) else slice(0, 0)
+    )
+
+
+def _known_wholly(
+    run: LanczosRun, known: Eigenpairs, size: int, seed: int
+) -> tuple[SpectralMeasure, Estimate, Estimate]:
+    """Where the run has spanned the whole space: each other eigenvalue weighs 1 / size, and sums are exact."""
+    values = run.ritz.values
+    rest = values[~torch.isin(values, known.values)]
+    measure = SpectralMeasure(rest[None], torch.full_like(rest, 1 / size)[None], known.values, size, seed, 0)
+    return measure, Estimate(float(values.sum()), 0.0, 0, seed), Estimate(float(values.norm()), 0.0, 0, seed)
+
+
+def _rest_of(run: LanczosRun, known: Eigenpairs, size: int, seed: int) -> SpectralMeasure:
+    """The run's own quadrature rule without the nodes that are known eigenvalues."""
+    nodes, weights = quadrature_rule(run.first_cycle)
+    near = (nodes[:, None] - known.values).abs() <= known.residuals + known.rounding
+    weights = weights * ~near.any(1)
+    weights = weights / weights.sum().clamp_min(1e-300) * (size - len(known.values)) / size
+    return SpectralMeasure(nodes[None], weights[None], known.values, size, seed, 0)

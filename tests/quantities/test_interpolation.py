@@ -153,7 +153,7 @@ def test_repair_gives_the_units_the_promised_mean_and_spread():
     goal_std = (a[0](x).std(0, correction=0) + b[0](x).std(0, correction=0)) / 2
     goal_mean = (a[0](x).mean(0) + b[0](x).mean(0)) / 2
     mixed = 0.5 * (a[0](x) + b[0](x))  # the first layer is linear in its weights
-    ratio = (mixed.std(0, correction=0) / goal_std).mean()
+    ratio = (mixed.std(0, correction=0) / goal_std).mean().detach()
     assert repair.variance_ratios()["0"] == pytest.approx(float(ratio), rel=1e-10)
     seen = {}
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_repair_gives_the_units_the_promised_mean_and_spread():
             found.copy(x)
             hook.remove()
     # REPAIR adds 1e-5 of the goal's variance to the one measured: a relative error of half of that over ratio^2.
-    least = float((mixed.std(0, correction=0) / goal_std).min())
+    least = float((mixed.std(0, correction=0) / goal_std).detach().min())
     assert torch.allclose(seen["x"].std(0, correction=0), goal_std, rtol=0.51e-5 / least**2)
     assert torch.allclose(seen["x"].mean(0), goal_mean, atol=1e-4)
 

@@ -227,13 +227,13 @@ class RunWriter:
         if name not in self._files:
             raise RunError(f"The run {self.path} is closed; open it again with resume=True to go on writing.")
         descriptor = self._files[name]
-        before = os.fstat(descriptor).st_size
+        written = 0
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            while written < len(data):
+                written += os.write(descriptor, data[written:] if written else data)
         except OSError as error:
-            os.ftruncate(descriptor, before)  # a half-written record would spoil all that follow
+            # A half-written record would spoil all that follow.
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
             raise RunError(f"{self.path / name} cannot be written ({error.strerror}); free some space.") from None
 
 

@@ -140,6 +140,8 @@ class Watcher:
         self._measurements = Measurements(
             chosen, lambda names: Schedule(names, budget, every), self._recorder.outcome
         )
+        self._shortest = math.inf
+        self._last_time: float | None = None
         self._hooks: ModelHooks | None = None
         self._forwards, self._examples, self._fingerprint, self._look_again = 0, 0, "", 0.0
         if self.active:
@@ -272,6 +274,7 @@ class Watcher:
 
     def _row_finished(self, row: Row, in_step: bool) -> None:
         step = self._rows.add(row)
+        self._time_step()
         self._recorder.cost(step, self._clock)
         if self._forwards == 0 and step & (step - 1) == 0 and self._hooks is not None:
             self._hooks.find_compiled()
@@ -279,6 +282,12 @@ class Watcher:
             self._probe.complete = True
         if in_step and self._probe.batches and self._probe.complete:
             self._measure_if_due(step)
+
+    def _time_step(self) -> None:
+        training = self._clock.elapsed() - self._clock.ours()
+        if self._last_time is not None and not self._measurements.estimated:
+            self._shortest = min(self._shortest, training - self._last_time)
+        self._last_time = training
 
     def _measure_if_due(self, step: int) -> None:
         schedule = self._measurements.schedule
@@ -296,7 +305,8 @@ class Watcher:
     def _estimate(self, step: int) -> None:
         if self._measurements.estimated or self._steps.steps < WARM_UP:
             return
-        training = (self._clock.elapsed() - self._clock.ours()) / self._steps.steps
+        # The shortest step so far: the first ones include what happens once, such as compiling.
+        training = self._shortest if self._shortest < math.inf else self._clock.elapsed() / self._steps.steps
         # The measurements are made in float32, which is several times slower on a GPU made for half precision.
         slower = 4.0 if torch.is_autocast_enabled("cuda") else 1.0
         self._announce_probe()
@@ -386,7 +396,7 @@ class Watcher:
         spare = SPARE  # a short run earns little, and a run without a number helps nobody
         for name in self._measurements.unfinished(self.step):
             account = schedule.accounts[name]
-            lacking = max(account.estimate - schedule.left, 0.0)
+            lacking = max(account.estimate - max(schedule.left, 0.0), 0.0)
             if lacking > (0.0 if account.times else spare):
                 continue
             spare -= lacking

@@ -225,9 +225,9 @@ def mode_connectivity(
     connected_below: float = CONNECTED_BELOW,
     separated_above: float = SEPARATED_ABOVE,
 ) -> ModeConnectivity:
-    """Barriers in loss and error on the straight line between the snapshot's network and `other`.
+    """Whether the loss rises between two networks: where it does not, their weights can be averaged.
 
-    points: of the grid, with both ends; refine: rounds of bisection around the maximum. align: "weights" or
+    Measured on the straight line from the snapshot's network to the other one. points: of the grid, with both ends; refine: rounds of bisection around the maximum. align: "weights" or
     "activations" to match the second network's units first; orders: of visiting the groups in weight matching.
     norm_stats: BatchNorm statistics measured anew at each point ("reset"), interpolated ("lerp": a negative
     control, it gives no verdict) or the first network's ("keep"). repair: also with REPAIR. layers: also by

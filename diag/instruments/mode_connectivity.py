@@ -227,12 +227,12 @@ def mode_connectivity(
 ) -> ModeConnectivity:
     """Whether the loss rises between two networks: where it does not, their weights can be averaged.
 
-    Measured on the straight line from the snapshot's network to the other one. points: of the grid, with both ends; refine: rounds of bisection around the maximum. align: "weights" or
-    "activations" to match the second network's units first; orders: of visiting the groups in weight matching.
-    norm_stats: BatchNorm statistics measured anew at each point ("reset"), interpolated ("lerp": a negative
-    control, it gives no verdict) or the first network's ("keep"). repair: also with REPAIR. layers: also by
-    layer. path="bezier": also along a curve trained for bezier_steps. connected_below, separated_above: error
-    instabilities at which the verdict changes its word.
+    Measured on the straight line from the snapshot's network to the other one. points: of the grid, with both
+    ends; refine: rounds of bisection around the maximum. align: "weights" or "activations" to match the second
+    network's units first; orders: of visiting the groups in weight matching. norm_stats: BatchNorm statistics
+    measured anew at each point ("reset"), interpolated ("lerp": a negative control, it gives no verdict) or the
+    first network's ("keep"). repair: also with REPAIR. layers: also by layer. path="bezier": also along a curve
+    trained for bezier_steps. connected_below, separated_above: error barriers at which the verdict's word changes.
 
     The cost is one forward pass a point, and one more with "reset" where there is BatchNorm. Both networks stay
     as they are. Raises InvalidInput where the two do not fit (naming the first difference) or a setting is out

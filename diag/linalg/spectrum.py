@@ -17,6 +17,7 @@ from torch import Tensor
 from diag.linalg.lanczos import Eigenpairs, LanczosRun, extract, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
+from diag.linalg.refine import complete
 from diag.linalg.ritz import Wanted
 from diag.linalg.trace import trace_and_norm
 
@@ -65,9 +66,12 @@ def spectrum(
     run = run_lanczos(
         operator, wanted, max_products=max(max_products, steps), min_products=steps, memory=memory, seed=seed
     )
-    top, bottom = _reported(run, wanted, seed)
+    pairs = extract(run, wanted, seed)
+    if run.satisfied and not run.space.exhausted:  # one start vector shows one copy of a multiple eigenvalue
+        pairs = complete(operator, pairs, wanted)
+    top, bottom = _reported(pairs, wanted, float(run.ritz.values.abs().max()))
     known = top.joined(bottom) if wanted.smallest else top
-    products = run.num_products
+    products = pairs.num_products
     if run.space.exhausted:
         rest, trace, norm = _known_wholly(run, known, operator.size, seed)
     else:
@@ -85,11 +89,9 @@ def spectrum(
     return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)
 
 
-def _reported(run: LanczosRun, wanted: Wanted, seed: int) -> tuple[Eigenpairs, Eigenpairs]:
+def _reported(pairs: Eigenpairs, wanted: Wanted, magnitude: float) -> tuple[Eigenpairs, Eigenpairs]:
     """The largest pairs up to the first that has not converged, and the smallest if it has."""
-    pairs = extract(run, wanted, seed)
-    limit = wanted.tolerance * float(run.ritz.values.abs().max())
-    good = (pairs.residuals + pairs.rounding <= limit).tolist()
+    good = (pairs.residuals + pairs.rounding <= wanted.tolerance * magnitude).tolist()
     ends = len(good) - wanted.smallest if len(good) == wanted.count else len(good)
     leading = [*good[:ends], False].index(False)
     return pairs.subset(slice(0, leading)), pairs.subset(

@@ -12,8 +12,9 @@ from diag.errors import InvalidInput, MissingQuantity
 from diag.instruments.hessian_spectrum import HessianSpectrum
 from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.quantities.class_directions import class_directions
-from diag.result import Level
-from diag.testing import check_result, classification, planted_spectrum
+from diag.registry import attempt
+from diag.result import Level, Skipped
+from diag.testing import check_result, classification, planted_spectrum, refusal
 
 
 def planted(outliers, bulk=0.1, size=300, seed=0, dtype=torch.float64):
@@ -190,3 +191,174 @@ def test_trend_plots_and_result_type():
     result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=1)
     assert isinstance(result, HessianSpectrum)
     check_result(result)
+
+
+# Nothing is missed, nothing is reported twice.
+
+
+@pytest.mark.parametrize("steps", [20, 80, 200])
+def test_no_eigenvalue_is_reported_twice(steps):
+    """Without full reorthogonalisation 80 steps give eleven copies of the largest eigenvalue."""
+    operator, values = planted([10.0, 5.0, 2.0], dtype=torch.float32)
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=6, steps=steps, max_products=400)
+    assert result.eigenvalues == pytest.approx(values[:6].numpy(), abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("outliers", "expected"),
+    [
+        ([5.0, 5.0, 3.0, -3.0], [5, 5]),
+        ([5.0, 5.0, 5.0, 2.0, -3.0], [5, 5, 5]),
+        ([5.0, -4.99, 4.98, 3.0], [5, 4.98, 3]),
+    ],
+)
+def test_multiple_and_crowded_eigenvalues_come_with_their_multiplicity(dtype, outliers, expected):
+    """Five steps can be satisfied with one copy of a double eigenvalue: the search for missed ones is not."""
+    operator, values = planted(outliers, dtype=dtype)
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=len(expected), steps=5)
+    assert result.eigenvalues == pytest.approx(expected, abs=1e-5)
+    assert result.smallest == pytest.approx(float(values[-1]), abs=1e-4)
+    assert result.num_products == operator.num_products
+
+
+# The oracles of section 6.6.
+
+
+def test_oracle_6a_softmax_regression():
+    """H = 1/n sum (diag p - p p^T) (x) x x^T; a shift of all logits by one linear map leaves d directions flat."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+    model = nn.Linear(5, 3, bias=False).double()
+    p = model(x).softmax(1).detach()
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    dense = torch.einsum("nab,ni,nj->aibj", curvature, x, x).reshape(15, 15) / 40
+    expected = torch.linalg.eigvalsh(dense).flip(0).numpy()
+    snapshot = diag.Snapshot(model, nn.CrossEntropyLoss(), (x, torch.arange(40) % 3))
+    result = diag.hessian_spectrum(snapshot, num_eigenvalues=15)
+    assert result.eigenvalues == pytest.approx(expected, abs=1e-12)
+    assert (numpy.abs(result.eigenvalues) < 1e-12).sum() == 5
+    # O6f: the Gauss-Newton matrix of a linear model is its Hessian.
+    linear = diag.hessian_spectrum(hessian=snapshot.quantity("gauss_newton"), num_eigenvalues=15)
+    assert linear.eigenvalues == pytest.approx(expected, abs=1e-12)
+    assert linear.smallest > -1e-12
+    # O6g: accumulated over ragged batches it is the same.
+    batches = [(x[i : i + 9], torch.arange(40)[i : i + 9] % 3) for i in range(0, 40, 9)]
+    ragged = diag.hessian_spectrum(diag.Snapshot(model, nn.CrossEntropyLoss(), batches), num_eigenvalues=15)
+    assert ragged.eigenvalues == pytest.approx(expected, abs=1e-12)
+
+
+class Chain(nn.Module):
+    """f(x) = w_1 w_2 ... w_L x, at the balanced weights that give `target`."""
+
+    def __init__(self, length, target):
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((length,), target ** (1 / length), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.weights.prod() * x
+
+
+@pytest.mark.parametrize("length", [2, 3, 5])
+def test_oracle_6b_scalar_chain(length):
+    """At the balanced minimum of 1/2 (w_1 ... w_L - y)^2 the only eigenvalue but zero is L y^(2 - 2/L)."""
+    y = 1.7
+    one = torch.ones(1, 1, dtype=torch.float64)
+    snapshot = diag.Snapshot(Chain(length, y), lambda z, t: 0.5 * (z - t).square().mean(), (one, y * one))
+    result = diag.hessian_spectrum(snapshot, num_eigenvalues=length)
+    expected = [length * y ** (2 - 2 / length), *[0.0] * (length - 1)]
+    assert result.eigenvalues == pytest.approx(expected, abs=1e-10)
+
+
+def test_oracle_6d_decay_shifts_every_eigenvalue():
+    problem = classification()
+    plain = diag.hessian_spectrum(problem.snapshot(), num_eigenvalues=5)
+    shifted = diag.hessian_spectrum(problem.snapshot(), num_eigenvalues=5, weight_decay=0.25)
+    # The same Krylov space in exact arithmetic; here to float32.
+    assert shifted.eigenvalues - 0.25 == pytest.approx(plain.eigenvalues, abs=1e-5)
+    assert shifted.smallest - 0.25 == pytest.approx(plain.smallest, abs=1e-5)
+    assert shifted.sampling_errors == pytest.approx(plain.sampling_errors, abs=1e-5)
+
+
+def test_oracle_6e_reparametrisation_changes_the_spectrum_at_equal_function():
+    """theta' = D theta gives H' = D^-1 H D^-1: why a size of an eigenvalue judges nothing."""
+    model, loss, data = planted_spectrum([4.0, 1.0, 0.25])
+    scale = torch.tensor([10.0, 0.1, 3.0], dtype=torch.float64)
+    other = LinearOperator.from_matrix(model.matrix / (scale[:, None] * scale))
+    result = diag.hessian_spectrum(hessian=other, num_eigenvalues=3)
+    expected = torch.linalg.eigvalsh(model.matrix / (scale[:, None] * scale)).flip(0).numpy()
+    assert result.eigenvalues == pytest.approx(expected, rel=1e-8)
+    assert result.eigenvalues[0] > 10 * diag.hessian_spectrum(diag.Snapshot(model, loss, data)).eigenvalues[0]
+
+
+# What is left, and what is refused.
+
+
+def test_the_density_has_the_distribution_of_the_eigenvalues():
+    """Kolmogorov's distance to the dense spectrum; 3 probes of 500 entries leave sqrt(2 / 1500) / 2 = .02, and the
+    smoothing and the nodes, of which 80 stand for 500 eigenvalues, some more."""
+    operator, values = planted([10.0, 5.0], bulk=1.0, size=500)
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=2, num_probes=3)
+    mass = numpy.diff(result.density_grid) * (result.density[1:] + result.density[:-1]) / 2
+    bulk = values[2:].numpy()
+    exact = numpy.array([(bulk <= x).mean() for x in result.density_grid[1:]]) * 498 / 500
+    assert numpy.abs(numpy.cumsum(mass) - exact).max() < 0.08
+
+
+def test_a_hessian_of_zeros_is_no_saddle():
+    result = diag.hessian_spectrum(hessian=LinearOperator.from_matrix(torch.zeros(6, 6)), num_eigenvalues=2)
+    assert (result.trace, result.negative_share) == (0.0, 0.0)
+    assert result.verdict().level is Level.OK
+    check_result(result)
+
+
+def test_a_maximum_is_no_minimum():
+    result = diag.hessian_spectrum(hessian=LinearOperator.from_matrix(-torch.eye(4).double()), num_eigenvalues=2)
+    assert result.verdict().level is Level.WARNING
+
+
+def test_a_residual_across_the_threshold_leaves_it_open():
+    operator, _ = planted([10.0, -0.5])
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=1)
+    assert type(result)(**{**vars(result), "smallest_residual": 0.01}).verdict().level is Level.UNKNOWN
+
+
+def test_the_memory_cap_is_kept_and_the_answer_is_the_same():
+    operator, values = planted([10.0, 5.0, 2.0])
+    cap = 40 * 300 * 8
+    result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=3, memory=cap)
+    assert result.eigenvalues == pytest.approx(values[:3].numpy(), abs=1e-6)
+    assert "bytes hold" in refusal(diag.hessian_spectrum, hessian=operator, memory=5 * 300 * 8)
+
+
+def test_refusals():
+    operator, _ = planted([10.0])
+    measure = diag.hessian_spectrum
+    assert "expected a LinearOperator: wrap a matrix in" in refusal(measure, hessian=torch.eye(3))
+    assert "num_eigenvalues is 0; expected at least 1" in refusal(measure, hessian=operator, num_eigenvalues=0)
+    assert "expected (classes, 300)" in refusal(measure, hessian=operator, class_directions=torch.ones(2, 4))
+    assert "a tolerance of 2" in refusal(measure, hessian=operator, tolerance=2.0)
+    assert "at least 2 are needed" in refusal(measure, hessian=operator, trace_probes=1)
+
+
+class StraightThrough(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+
+    def forward(self, x):
+        z = self.inner(x)
+        return z + (z.round() - z).detach()
+
+
+def test_a_model_without_right_products_is_skipped_with_the_reason():
+    data = (torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.randn(8, 2))
+    snapshot = diag.Snapshot(StraightThrough(), nn.functional.mse_loss, data)
+    outcome = attempt(snapshot, diag.hessian_spectrum)
+    assert isinstance(outcome, Skipped)
+    assert "measure a loss without them" in outcome.reason
+
+
+def test_the_self_test_is_in_the_notes():
+    result = diag.hessian_spectrum(classification().snapshot(), num_eigenvalues=1)
+    assert "Products agree with finite differences to" in result.notes[-1]

@@ -6,12 +6,12 @@ import torch
 from diag.linalg.reductions import combine, dot, gram, norm, orthogonalise, rotate
 
 
-def test_norm_of_ten_million_float32_entries_is_exact() -> None:
+def test_norm_of_ten_million_float32_entries_is_good_to_1e_7() -> None:
     x = torch.randn(10_000_000, generator=torch.Generator().manual_seed(0))
     exact = torch.cat([part.double().square().sum()[None] for part in x.split(1_000_000)]).sum().sqrt()
-    # float64 accumulation: 1e7 roundings of 1e-16. torch's own float32 norm is off by 1e-4 here.
-    assert abs(norm(x) / exact - 1) < 1e-12
-    assert abs(dot(x, 2 * x) / (2 * exact**2) - 1) < 1e-12
+    # Blocks of 2^15 float32 products summed to about 1e-8; torch's own float32 norm is off by 1e-4 here.
+    assert abs(norm(x) / exact - 1) < 2e-7
+    assert abs(dot(x, 2 * x) / (2 * exact**2) - 1) < 2e-7
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])

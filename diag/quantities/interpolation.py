@@ -81,6 +81,7 @@ class Interpolation:
 
         Raises InvalidInput, in one sentence with the first difference, where it is not of this network.
         """
+        self.snapshot._refuse_a_later_moment()  # the start is the model itself, not a copy of it
         state = state_of(other)
         check_states_fit(_without_ties(self.snapshot.model), state, names=("the model", "other"))
         return {n: state[n].detach().to(t.device, t.dtype) for n, t in self.start.items()}

@@ -240,6 +240,11 @@ def test_errors_say_what_to_do():
         found.fit(network(1, width=6))
     with pytest.raises(InvalidInput, match="other is a int; expected a state dict"):
         found.fit(3)
+    moved = path(network(1))
+    with torch.no_grad():
+        moved.snapshot.model[0].weight.add_(1.0)
+    with pytest.raises(InvalidInput, match="have changed since the snapshot was made"):
+        moved.fit(network(2))
     end = found.fit(network(2))
     with pytest.raises(InvalidInput, match="norm_stats is 'mean'; expected one of reset, lerp, keep"):
         found.profile(end, [0.5], norm_stats="mean")

@@ -83,8 +83,8 @@ def speed(device: str, width: int, layers: int, steps: int = 40) -> None:
     outside = max(1 - timed.seconds / total, 0.0)
     peak, basis = torch.cuda.max_memory_allocated() / 2**30, (steps + 1) * hessian.size * 4 / 2**30
     print(
-        f"{hessian.size:,} parameters: {steps / total:.1f} products a second, {outside:.1%} of the time outside the "
-        f"products, peak {peak:.2f} GiB of which the basis {basis:.2f} GiB"
+        f"{hessian.size:,} parameters: {steps / total:.1f} products a second, {outside:.1%} of the time outside "
+        f"the products, peak {peak:.2f} GiB of which the basis {basis:.2f} GiB"
     )
 
 

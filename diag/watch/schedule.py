@@ -1,9 +1,10 @@
 """When to measure: at geometrically spaced steps and every N steps, as far as the budget of time allows.
 
-Time spent is measured; time to be spent is estimated before anything runs. What training time earns for
-measuring (`budget` times the time that passes) is shared equally by the measurements that are waiting, so that a
-dear one is reached in the end and the cheap ones do not wait for it. Over a run the budget is exceeded by at most
-what one measurement takes longer than was estimated. An infinite budget measures at every scheduled step.
+Time spent is measured; time to be spent is estimated before anything runs. What training time earns for measuring
+(`budget` times the time that passes) goes half to whatever is due and can be had at once, those measured least
+often first, and half into savings for the first of those that are too dear for that; so the cheap ones do not wait
+and the dear ones are reached in the end. Over a run the budget is exceeded by at most what one measurement takes
+longer than was estimated. An infinite budget measures at every scheduled step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from math import ceil, inf
 
 RATIO = 1.1
 SAFETY = 1.1
+ALIKE = 4.0
 
 
 def next_due(step: int, every: int | None, ratio: float = RATIO) -> int:
@@ -24,17 +26,12 @@ def next_due(step: int, every: int | None, ratio: float = RATIO) -> int:
 
 @dataclass
 class Account:
-    """One measurement's place in the schedule: when it is due, and the time it has been allotted."""
+    """One measurement's place in the schedule: what it takes, when it is due, and how often it was made."""
 
     name: str
     estimate: float
     due: float = 1
-    credit: float = 0.0
     times: int = 0
-
-    def waiting(self, step: int) -> bool:
-        """Whether it is due."""
-        return step >= self.due
 
 
 class Schedule:
@@ -43,55 +40,58 @@ class Schedule:
     def __init__(self, names: Iterable[str], budget: float, every: int | None = None) -> None:
         self.accounts = {name: Account(name, inf) for name in names}
         self.budget, self.every = budget, every
-        self._earned = 0.0
-        self._idle = 0.0
+        self._earned = self._quick = self._saved = 0.0
+        self._from_savings: set[str] = set()
 
     def estimate(self, name: str, seconds: float) -> None:
         """What a first measurement is expected to take."""
         self.accounts[name].estimate = seconds
 
-    def earn(self, elapsed: float, overhead: float, step: int) -> None:
+    def earn(self, elapsed: float, overhead: float) -> None:
         """`elapsed` seconds have passed since the start, `overhead` of them in what runs at every step."""
         if self.budget == inf:
             return
         total = self.budget * elapsed - overhead
         gained, self._earned = total - self._earned, total
-        waiting = [a for a in self.accounts.values() if a.waiting(step)]
-        if not waiting:
-            self._idle += gained
-            return
-        share, self._idle = (gained + self._idle) / len(waiting), 0.0
-        for account in waiting:
-            account.credit += share
+        self._quick += gained / 2
+        self._saved += gained / 2
 
     def affordable(self, step: int) -> list[str]:
         """The measurements that are due and paid for, the cheapest first."""
-        waiting = [a for a in self.accounts.values() if a.waiting(step)]
-        ready = [a for a in waiting if self.budget == inf or a.credit >= a.estimate]
-        return [a.name for a in sorted(ready, key=lambda a: a.estimate)]
+        waiting = sorted((a for a in self.accounts.values() if step >= a.due), key=lambda a: (a.times, a.estimate))
+        if self.budget == inf:
+            return [a.name for a in waiting]
+        chosen, left, kept_for = [], self._quick, inf
+        for account in waiting:
+            # One that was made less often and takes about as long goes first, also where it has to wait for it.
+            if account.estimate <= left and account.estimate * ALIKE <= kept_for:
+                chosen.append(account)
+                left -= account.estimate
+            else:
+                kept_for = min(kept_for, account.estimate)
+        first = next((a for a in waiting if a not in chosen), None)
+        self._from_savings = {first.name} if first is not None and first.estimate <= self._saved else set()
+        chosen += [a for a in waiting if a.name in self._from_savings]
+        return [a.name for a in sorted(chosen, key=lambda a: a.estimate)]
 
     def spent(self, name: str, step: int, seconds: float) -> None:
         """A measurement took `seconds`; its next turn is set."""
         account = self.accounts[name]
-        left = account.credit - seconds
-        # What it did not need goes back to all; what it lacks it has to earn first.
-        account.credit, self._idle = min(left, 0.0), self._idle + max(left, 0.0)
+        if name in self._from_savings:
+            self._saved -= seconds
+        else:
+            self._quick -= seconds
         account.estimate, account.times = SAFETY * seconds, account.times + 1
         account.due = next_due(step, self.every)
 
     def postpone(self, name: str, step: float) -> None:
         """Do not try again before `step` (infinity: never)."""
-        account = self.accounts[name]
-        account.due = step
-        if account.credit > 0:
-            self._idle, account.credit = self._idle + account.credit, 0.0
+        self.accounts[name].due = step
 
     @property
     def left(self) -> float:
         """All the time that has been earned and not been spent."""
-        if self.budget == inf:
-            return inf
-        return self._idle + sum(a.credit for a in self.accounts.values())
+        return inf if self.budget == inf else self._quick + self._saved
 
 
 class Thinning:

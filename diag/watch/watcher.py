@@ -296,7 +296,7 @@ class Watcher:
             return  # what could be earned since the last look is not worth the look
         self._look_again = elapsed + LOOK_EVERY
         self._estimate(step)
-        schedule.earn(self._clock.elapsed(), self._clock.overhead(), step)
+        schedule.earn(self._clock.elapsed(), self._clock.overhead())
         names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
         if names:
             self._measure(names, step)
@@ -392,7 +392,7 @@ class Watcher:
         self._estimate(WARM_UP)
         self._announce_probe()
         schedule = self._measurements.schedule
-        schedule.earn(self._clock.elapsed(), self._clock.overhead(), self.step)
+        schedule.earn(self._clock.elapsed(), self._clock.overhead())
         spare = SPARE  # a short run earns little, and a run without a number helps nobody
         for name in self._measurements.unfinished(self.step):
             account = schedule.accounts[name]

@@ -30,7 +30,7 @@ def simulate(costs, budget, steps, estimates=None, overhead=0.0, seconds=1.0, ev
     worst = 0.0
     for step in range(1, steps + 1):
         clock += seconds
-        schedule.earn(clock, overhead * clock, step)
+        schedule.earn(clock, overhead * clock)
         for name in schedule.affordable(step):
             clock += costs[name]
             spent += costs[name]
@@ -74,7 +74,7 @@ def test_an_infinite_budget_measures_at_every_scheduled_step():
     schedule = Schedule(["a"], math.inf, every=2)
     steps = []
     for step in range(1, 21):
-        schedule.earn(float(step), 0.0, step)
+        schedule.earn(float(step), 0.0)
         if schedule.affordable(step):
             steps.append(step)
             schedule.spent("a", step, 100.0)
@@ -82,15 +82,23 @@ def test_an_infinite_budget_measures_at_every_scheduled_step():
     assert Schedule(["a"], 0.0).affordable(1) == []
 
 
-def test_a_postponed_measurement_gives_its_time_to_the_others():
+def test_a_postponed_measurement_leaves_its_time_to_the_others():
     schedule = Schedule(["a", "b"], 0.1)
-    schedule.estimate("a", 5.0)
-    schedule.estimate("b", 8.0)
-    schedule.earn(100.0, 0.0, 1)
-    assert schedule.affordable(1) == ["a"]
+    schedule.estimate("a", 4.0)
+    schedule.estimate("b", 5.0)
+    schedule.earn(100.0, 0.0)
+    # 5 s at once pay for a, 5 s of savings for b.
+    assert schedule.affordable(1) == ["a", "b"]
     schedule.postpone("a", math.inf)
-    schedule.earn(100.0, 0.0, 1)
     assert schedule.affordable(1) == ["b"] and schedule.left == pytest.approx(10.0)
+
+
+def test_cheap_measurements_run_while_many_dear_ones_wait():
+    costs = {"cheap": 0.2, "other": 0.3} | {f"dear{i}": 60.0 + i for i in range(8)}
+    ran, spent, clock, _ = simulate(costs, 0.05, 60)
+    assert len(ran["cheap"]) >= 2 and len(ran["other"]) >= 2 and spent <= 0.05 * clock
+    ran, spent, clock, _ = simulate(costs, 0.05, 20_000)
+    assert all(ran.values()) and spent <= 0.05 * clock
 
 
 def test_first_costs_are_estimated_from_the_training_step():

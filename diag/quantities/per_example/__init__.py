@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from diag.quantities.per_example.engine import ModelGradients
 from diag.quantities.per_example.given import MatrixGradients, StackedGradients
 from diag.quantities.per_example.gradients import Coverage, LayerGradients, PerExampleGradients
+from diag.quantities.per_example.step import StepGradients, plan_for_steps
 
 if TYPE_CHECKING:
     from diag.quantities.snapshot import Snapshot
@@ -37,5 +38,7 @@ __all__ = [
     "ModelGradients",
     "PerExampleGradients",
     "StackedGradients",
+    "StepGradients",
     "per_example_gradients",
+    "plan_for_steps",
 ]

@@ -36,10 +36,7 @@ class Assembly:
         self.plan, self.uses, self.n, self.parameters, self.consume = plan, uses, n, parameters, consume
         self._parts: dict[str, list[Block]] = {}
         self._held: dict[int, Tensor] = {}
-        self._expected: dict[str, int] = {}
-        for index, places in plan.places.items():
-            for name in (name for place in places for name in uses[index].slots[place].names):
-                self._expected[name] = self._expected.get(name, 0) + 1
+        self._expected: dict[str, int] = {}  # contributions to come, by parameter
 
     def add(self, index: int, delta: Tensor) -> None:
         """The gradient of the summed losses at the output of call number `index`."""
@@ -58,7 +55,14 @@ class Assembly:
             assert losses is not None
             self.consume(name, _one_axis(fallback.through_graph(losses, self.parameters[name])))
 
+    def _count(self) -> None:
+        for index, places in self.plan.places.items():
+            for name in (name for place in places for name in self.uses[index].slots[place].names):
+                self._expected[name] = self._expected.get(name, 0) + 1
+
     def _read(self, index: int, delta: Tensor) -> None:
+        if not self._expected:  # only now: the calls may still have been coming in
+            self._count()
         use = self.uses[index]
         call = Call(use, single(delta), self.plan.layouts[index], self.n)
         for place in self.plan.places[index]:

@@ -29,7 +29,7 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
     hooks = []
     try:
         for i in calls.keys() - first:
-            hooks.append(calls[i].node.register_prehook(partial(_take, assembly, i, calls[i].output_nr)))
+            hooks.append(calls[i].node.register_prehook(partial(take, assembly, i, calls[i].output_nr, 1)))
         asked = sorted(first)
         seed = torch.full_like(run.loss, n)
         found = torch.autograd.grad(
@@ -43,10 +43,12 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
             assembly.add(i, delta)
 
 
-def _take(assembly: Assembly, index: int, output: int, gradients: Sequence[Tensor | None]) -> None:
+def take(assembly: Assembly, index: int, output: int, factor: int, gradients: Sequence[Tensor | None]) -> None:
+    """A hook before a graph node: hand `factor` times the gradient of one of its outputs to the assembly."""
     delta = gradients[output]
     if delta is not None:
-        assembly.add(index, delta.detach())
+        delta = delta.detach()
+        assembly.add(index, delta if factor == 1 else factor * delta)
 
 
 def first_calls(calls: dict[int, GradientEdge]) -> set[int]:

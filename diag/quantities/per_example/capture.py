@@ -80,10 +80,20 @@ class Use:
 
 
 class Capture(TorchFunctionMode):
-    """While active, appends a `Use` for each call that one of `parameters` takes part in."""
+    """While active, appends a `Use` for each call that one of `parameters` takes part in.
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    `unroll`: write recurrent kernels out step by step, which rounds differently. `on_use` is told of each use.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        unroll: bool = True,
+        on_use: Callable[[Use], None] | None = None,
+    ) -> None:
         super().__init__()
+        self._unroll, self._on_use = unroll, on_use
         self.uses: list[Use] = []
         self._parameters = {id(p): Source((name,), p.shape) for name, p in parameters.items()}
         self._constants = {id(t): t for t in _constant_tensors(model) if id(t) not in self._parameters}
@@ -95,7 +105,7 @@ class Capture(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in UNROLLED and is_padded_call(name, args):
+        if self._unroll and name in UNROLLED and is_padded_call(name, args):
             with self:
                 return UNROLLED[name](*args)
         if getattr(func, "__module__", None) == "torch.nn.functional" and func not in self._running:
@@ -131,12 +141,14 @@ class Capture(TorchFunctionMode):
         result = func(*args, **kwargs)
         output = args[0] if name == "__setitem__" else result
         index = None
-        if isinstance(output, Tensor) and output.requires_grad:
+        if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
             index = len(self.uses)
             self.uses.append(
                 Use(index, name, func, args, kwargs, slots, with_data, output.shape,
                     get_gradient_edge(output), versions, nodes)
             )  # fmt: skip
+            if self._on_use is not None:
+                self._on_use(self.uses[-1])
         if not with_data:
             self._derive(name, func, args, kwargs, slots, output, index)
             if isinstance(output, (tuple, list)):
@@ -171,7 +183,7 @@ class Capture(TorchFunctionMode):
         """Tag what was computed from parameters alone with what it stands for."""
         names = tuple(dict.fromkeys(n for source in slots.values() for n in source.names))
         made_by = frozenset().union(*(s.made_by for s in slots.values()), () if use is None else (use,))
-        positions = _rearranged(func, args, kwargs, slots) if name in _VIEWS else None
+        positions = _rearranged(name, func, args, kwargs, slots)
         for i, tensor in enumerate(output if isinstance(output, (tuple, list)) else (output,)):
             if not isinstance(tensor, Tensor):
                 continue
@@ -238,15 +250,16 @@ def _overwrites(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _rearranged(func: Any, args: Any, kwargs: Any, slots: dict[Place, Source]) -> Any:
-    """The same rearrangement applied to flat positions; None where the source is no rearrangement itself."""
+def _rearranged(name: str, func: Any, args: Any, kwargs: Any, slots: dict[Place, Source]) -> Any:
+    """The same rearrangement applied to flat positions; None where this is none, or the source is none itself."""
     source = slots.get((0,))
-    if source is None or len(slots) > 1 or source.edge is not None:
+    lookup = name == "embedding" and (len(args) < 3 or args[2] < 0)  # rows of a table by constant numbers
+    if source is None or len(slots) > 1 or source.edge is not None or not (lookup or name in _VIEWS):
         return None
     positions = source.positions
     if positions is None:
         positions = torch.arange(source.shape.numel(), device=args[0].device).view(source.shape)
-    return func(positions, *args[1:], **kwargs)
+    return positions[args[1]] if lookup else func(positions, *args[1:], **kwargs)
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Place, Tensor]]:

@@ -70,9 +70,15 @@ class Forward:
         return self.capture.uses
 
 
-def forward(model: nn.Module, loss_fn: LossFunction, batch: Batch, parameters: dict[str, nn.Parameter]) -> Forward:
+def forward(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Batch,
+    parameters: dict[str, nn.Parameter],
+    unroll: bool = True,
+) -> Forward:
     """Run the model on a batch under a capture; the loss is the batch's mean."""
-    capture = Capture(model, parameters)
+    capture = Capture(model, parameters, unroll)
     with torch.enable_grad():
         with capture:
             outputs = batch.forward(model)
@@ -90,6 +96,7 @@ def make_plan(
     loss_fn: LossFunction,
     probe: Batch,
     parameters: dict[str, nn.Parameter],
+    unroll: bool = True,
 ) -> Plan:
     """The plan for batches like the one that this probe of two or more examples is from.
 
@@ -97,7 +104,7 @@ def make_plan(
     """
     probe = copied(probe)
     versions = [t._version for t in tensors_in((probe.args, probe.kwargs))]
-    run = forward(model, loss_fn, probe, parameters)
+    run = forward(model, loss_fn, probe, parameters, unroll)
     losses = example_losses(loss_fn, run.outputs, probe.targets, probe.size)
     if not bool(torch.isfinite(losses).all()):
         raise NotFinite

@@ -1,0 +1,88 @@
+"""What the instruments of a watched run are given: the state before the step, the optimizer, the record so far."""
+
+import math
+from dataclasses import dataclass
+
+import numpy
+import pytest
+import torch
+from torch.nn import functional as F
+
+import diag
+from diag.errors import InvalidInput
+from diag.registry import instrument
+from diag.result import Level, Result, Verdict, measured
+from diag.watch.measure import chosen_instruments
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Moved(Result):
+    """The length of the last step, by two ways."""
+
+    length: float = measured("2-norm of the update")
+    rate: float = measured("learning rate")
+    steps: int = measured("recorded steps")
+
+    def verdict(self):
+        return Verdict(Level.OK, f"The step was {self.length:.3g} long.")
+
+
+@instrument(source="a test")
+def moved(update, optimizer, history) -> Moved:
+    """The length of the last step."""
+    length = torch.cat([u.flatten() for u in update.values()]).double().norm()
+    return Moved(length=float(length), rate=optimizer.learning_rate, steps=len(history.steps))
+
+
+def test_the_state_before_the_step_the_optimizer_and_the_history(tiny, monkeypatch):
+    model, x, y = tiny
+    monkeypatch.setattr("diag.watch.measure.find", lambda name: moved)
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    kept, lengths = [], []
+    with diag.watch(model, budget=math.inf, every=1, probe=(x, y), instruments=["moved"]) as watcher:
+        monkeypatch.setattr(
+            watcher._recorder, "outcome", lambda step, outcome, seconds: kept.append((step, outcome))
+        )
+        watcher._measurements._record = watcher._recorder.outcome
+        # Without the norms that need it, the state before the step is kept for the instrument alone.
+        monkeypatch.setattr(watcher._steps.thinning, "take", lambda step, elapsed: False)
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.step()
+            moves = [(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]
+            lengths.append(float(torch.cat(moves).detach().norm()))
+    # That it is wanted shows at the first step, so it is there from the second on.
+    assert [step for step, _ in kept] == [2, 3, 4, 5, 6]
+    assert numpy.isnan(watcher.run.history.update_norm).all()
+    for step, outcome in kept:
+        assert isinstance(outcome, Moved), outcome
+        assert outcome.length == pytest.approx(lengths[step - 1], rel=1e-6)
+        assert outcome.rate == 0.03 and outcome.steps == step
+
+
+def test_settings_are_passed_and_checked(tiny):
+    model, x, y = tiny
+    settings = {"softmax_collapse": {"alarm_at": 0.123}}
+    with diag.watch(model, budget=math.inf, probe=(x, y), instruments=settings) as watcher:
+        F.cross_entropy(model(x), y).backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    result = watcher.run.series("softmax_collapse")[0][1]
+    assert result.provenance.settings["alarm_at"] == 0.123
+    assert watcher.run.metadata["settings"] == settings
+    assert chosen_instruments("softmax_collapse") == {"softmax_collapse": {}}
+    assert set(chosen_instruments(None)) == set(diag.registry.instruments())
+    with pytest.raises(InvalidInput, match="has no setting 'nonsense'; it has"):
+        chosen_instruments({"softmax_collapse": {"nonsense": 1}})
+
+
+def test_a_run_says_what_it_is(tiny):
+    model, _, _ = tiny
+    with diag.watch(model, instruments=["softmax_collapse"], budget=0.1, every=7) as watcher:
+        pass
+    about = watcher.run.metadata
+    assert about["model"] == "Sequential" and about["parameters"] == 83 and about["dtype"] == "float64"
+    assert about["layers"] == {"0.weight": 48, "0.bias": 8, "2.weight": 24, "2.bias": 3}
+    assert (about["budget"], about["every"], about["instruments"]) == (0.1, 7, ["softmax_collapse"])
+    assert "before clipping" in about["gradient_norms"] and about["versions"]["torch"] == torch.__version__

@@ -312,10 +312,10 @@ class _Values:
         return [t._version for t in self.tensors if not t.is_inference()]
 
     def _checksum(self) -> list[float]:
-        sums = [t.detach().double().sum() for t in self.tensors] + [
-            t.detach().double().square().sum() for t in self.tensors
-        ]
-        return torch.stack([s.cpu() for s in sums]).tolist()
+        real = [t.detach() if t.is_floating_point() else t.detach().double() for t in self.tensors]
+        sums = [t.sum(dtype=torch.float64) for t in real]
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in real]
+        return [float(x) for x in torch.stack([x.cpu() for x in (*sums, *norms)])]
 
 
 def _add_pieces(total: list[Tensor], pieces: Pieces) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diag.errors import DiagError, InvalidInput
+from diag.errors import DiagError, InvalidInput, Unsupported
 from diag.quantities.batch import Batch, tensors_in
 from diag.quantities.curvature_objective import Objective
 
@@ -34,9 +34,25 @@ def probe_batch(objective: Objective) -> Batch:
             raise
         except Exception:  # inputs whose first axis is not the examples cannot be cut
             probe, loss = largest, _first_loss(objective, theta, largest)
-    if not loss.requires_grad:
-        raise InvalidInput("The loss does not depend on any trainable parameter; check loss_fn and requires_grad.")
+        if not loss.requires_grad:
+            raise InvalidInput(
+                "The loss does not depend on any trainable parameter; check loss_fn and requires_grad."
+            )
+        _refuse_hidden_parameters(objective, loss)
     return probe
+
+
+def _refuse_hidden_parameters(objective: Objective, loss: Tensor) -> None:
+    """Raises Unsupported where the loss reaches the model's own parameters past those that were given to it."""
+    named = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    used = [name for name, grad in zip(named, found, strict=True) if grad is not None]
+    if used:
+        raise Unsupported(
+            f"The loss uses parameter {used[0]} outside the model's forward pass (a penalty in loss_fn, or a list "
+            "that holds parameters), where it cannot be moved; leave a penalty out and add its curvature with "
+            "operator.shifted(decay), or register the parameter in the module that uses it."
+        )
 
 
 def _first_loss(objective: Objective, theta: Sequence[Tensor], batch: Batch) -> Tensor:

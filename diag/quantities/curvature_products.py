@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diag.errors import Unsupported
 from diag.quantities.batch import Batch
 from diag.quantities.curvature_objective import Objective, gradients, output_tensors
 
@@ -33,6 +34,10 @@ class Graph(Protocol):
 class Curvature(Protocol):
     """One kind of curvature matrix of an objective."""
 
+    def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
+        """Raises Unsupported where the matrix is not defined for this model's outputs."""
+        ...
+
     def graph(self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> Graph:
         """The part of `batches` in the curvature, as a graph."""
         ...
@@ -46,6 +51,9 @@ class Curvature(Protocol):
 
 class HessianOfLoss:
     """H = Hess L, by differentiating <grad L, v> (double backward)."""
+
+    def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
+        """Nothing: every dependence of the loss counts."""
 
     def graph(self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> HessianGraph:
         """The gradient over `batches` with its graph."""
@@ -80,6 +88,23 @@ class GeneralisedGaussNewton:
 
     def __init__(self, output_map: OutputMap, outputs: Callable[..., Any] = Objective.outputs):
         self.output_map, self.outputs = output_map, outputs
+
+    def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
+        """Raises Unsupported where the loss depends on the parameters past the tensors in the outputs."""
+        for batch in objective.batches:
+            outputs = self.outputs(objective, parameters, batch)
+            tensors, rebuilt = output_tensors(outputs)
+            leaves = [z.detach().requires_grad_() for z in tensors]
+            given = rebuilt(leaves) if tensors else outputs
+            hidden = not tensors
+            if self.output_map is loss_gradient:
+                past = gradients(objective.loss_of(given, batch), parameters, create_graph=False)
+                hidden = any(grad is not None for grad in past)
+            if hidden:
+                raise Unsupported(
+                    f"The model returns a {type(outputs).__name__} that holds tensors out of reach; return a "
+                    "tensor, or a tuple or dict of tensors, so that the loss can be differentiated by them."
+                )
 
     def graph(
         self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]

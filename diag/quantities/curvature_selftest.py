@@ -61,6 +61,7 @@ def run_self_test(curvature: Curvature, objective: Objective, seed: int = 0) -> 
     refuse_sums(objective, probe)
     trial, gradient = in_float64(objective.on([probe]))
     with trial.measured():
+        curvature.check(trial, trial.parameters())
         examination = _Examination(curvature, trial, gradient, seed)
         record = examination.outcome()
     if record.method == "finite difference" or objective.precision == trial.precision:

@@ -432,6 +432,45 @@ def test_wrappers_are_taken_off():
     assert torch.equal(operator.to_dense(), Hessian(model, CE, batches).to_dense())
 
 
+def test_parameters_used_past_the_forward_pass_are_refused():
+    """A penalty in the loss, and parameters that a module keeps in a plain list: moved, they would stand still."""
+    batches = batches_of(inputs)
+    model = cases.build(plain_net)
+    penalty = lambda z, t: CE(z, t) + sum(p.square().sum() for p in model.parameters())  # noqa: E731
+    message = r"uses parameter 1\.weight outside the model's forward pass .* operator\.shifted"
+    for kind in (Hessian, GaussNewton):
+        with pytest.raises(Unsupported, match=message):
+            kind(model, penalty, batches).to_dense()
+    listed = Composed(lambda self, x: F.linear(self.net(x).tanh(), self.weights[0]), net=plain_net())
+    listed.weight = nn.Parameter(torch.randn(K, K))
+    listed.weights = [listed.weight]
+    with pytest.raises(Unsupported, match=r"uses parameter weight outside .* register the parameter in the module"):
+        Hessian(listed, CE, batches).to_dense()
+
+
+class Answer:
+    """An output that hides its tensor from everyone."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def test_outputs_that_hide_their_tensors_have_a_hessian_and_no_gauss_newton_matrix():
+    batches = batches_of(inputs)
+    net = cases.build(plain_net)
+    hiding = Composed(lambda self, x: Answer(self.net(x)), net=net)
+    half = Composed(lambda self, x: (self.net(x), Answer(self.net(x))), net=net)
+    loss_fn = lambda answer, t: CE(answer.logits, t)  # noqa: E731
+    both = lambda answer, t: CE(answer[0], t) + CE(answer[1].logits, t)  # noqa: E731
+    exact = Hessian(net, CE, batches).to_dense()
+    assert cases.relative(Hessian(hiding, loss_fn, batches).to_dense(), exact) < CLOSE
+    assert cases.relative(Hessian(half, both, batches).to_dense(), 2 * exact) < CLOSE
+    with pytest.raises(Unsupported, match="returns a Answer that holds tensors out of reach; return a tensor"):
+        GaussNewton(hiding, loss_fn, batches).to_dense()
+    with pytest.raises(Unsupported, match="returns a tuple that holds tensors out of reach"):
+        GaussNewton(half, both, batches).to_dense()
+
+
 @pytest.fixture
 def one_process(tmp_path):
     distributed = torch.distributed

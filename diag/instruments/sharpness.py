@@ -15,18 +15,20 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from diag.display import format_number
+from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.lanczos import Eigenpairs, eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import dot, norm
+from diag.quantities.losses_at import LossesAt
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Foret et al. 2021, arXiv:2010.01412; Andriushchenko et al. 2023, arXiv:2302.07011"
 
 RADIUS = 0.05
-SMALLEST_RELATIVE_RISE = 1e-5  # of the loss: below it a float32 difference of losses is rounding
+ROUNDINGS = 100  # of the loss: a rise below so many is no measurement (1e-5 in float32; our choice)
+EQUAL_LOSSES = 0.05  # relative: runs may be compared within it (our choice)
 
 NOT_A_SCORE = (
     "Compare it with runs of the same architecture at the same training loss and radius only: it changes with the "
@@ -42,11 +44,11 @@ class Sharpness(Result):
     gradient_norm: float = measured("length of its gradient")
     one_step: float = measured("L(theta + rho g / |g|) - L(theta): SAM's ascent step")
     worst_case: float = measured("largest rise found within |d| <= rho: a lower bound of the maximum")
-    average: float = measured("mean rise over d ~ N(0, rho^2)")
+    average: float = measured("mean rise over d ~ N(0, sigma^2)")
     average_standard_error: float = measured("standard error of that mean")
     adaptive_one_step: float = measured("SAM's step with every parameter scaled by its size (ASAM)")
     adaptive_worst_case: float = measured("largest rise found within |d / |theta|| <= rho")
-    adaptive_average: float = measured("mean rise over d ~ N(0, rho^2 |theta|^2)")
+    adaptive_average: float = measured("mean rise over d ~ N(0, sigma^2 |theta|^2)")
     adaptive_average_standard_error: float = measured("standard error of that mean")
     lambda_max: float = measured("largest eigenvalue of the Hessian H")
     adaptive_lambda_max: float = measured("largest eigenvalue of T H T, T = diag |theta|")
@@ -54,8 +56,15 @@ class Sharpness(Result):
         "1/2 d^T F d for SAM's step d, with the Fisher F: to second order the mean KL divergence of the outputs; "
         "NaN without a Fisher"
     )
-    quadratic_ratio: float = measured("average rise at rho over that at rho / 2: 4 where the loss is quadratic")
+    quadratic_ratio: float = measured(
+        "average rise at sigma over that at sigma / 2: 4 where the loss is quadratic; NaN below rounding"
+    )
+    slope: float = measured(
+        "log2 of SAM's rise at rho over that at rho / 2: 1 where the gradient rules, 2 at a minimum; NaN below "
+        "rounding"
+    )
     rho: float = measured("the radius")
+    sigma: float = measured("standard deviation of the draws, in units of |theta| for the adaptive form")
     num_draws: int = measured("random directions behind the averages")
 
     def verdict(self) -> Verdict:
@@ -63,10 +72,11 @@ class Sharpness(Result):
         if unmet is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         sentence = (
-            f"Within rho = {format_number(self.rho)} the loss of {format_number(self.loss)} rises by at least "
-            f"{format_number(self.worst_case)} in the worst direction and by {format_number(self.average, 2)} +- "
-            f"{format_number(self.average_standard_error, 2)} on average (adaptive: "
-            f"{format_number(self.adaptive_worst_case)} and {format_number(self.adaptive_average, 2)})."
+            f"The loss of {format_number(self.loss)} rises by at least {format_number(self.worst_case)} in the "
+            f"worst direction within rho = {format_number(self.rho)}, and by {format_number(self.average, 2)} ± "
+            f"{format_number(self.average_standard_error, 2)} on average over draws of sigma = "
+            f"{format_number(self.sigma)} (adaptive: {format_number(self.adaptive_worst_case)} and "
+            f"{format_number(self.adaptive_average, 2)}); this describes and judges nothing."
         )
         return Verdict(Level.OK, sentence, NOT_A_SCORE, SOURCE, Confidence.CONTESTED)
 
@@ -86,6 +96,40 @@ class Sharpness(Result):
             Confidence.CONTESTED,
         )
 
+    def compared_with(self, other: Self) -> Verdict:
+        """This network beside another of the same architecture: the only judgement that is supported.
+
+        Not applicable unless radius and sigma are the same and the losses equal within 5 % (our choice).
+        """
+        unmet = self.unmet() or other.unmet()
+        if unmet is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No comparison: {unmet.detail}", NOT_A_SCORE, SOURCE)
+        pair = f"{format_number(self.loss)} and {format_number(other.loss)}"
+        if (self.rho, self.sigma) != (other.rho, other.sigma):
+            return Verdict(
+                Level.NOT_APPLICABLE,
+                "No comparison: the radii or sigmas differ; measure with equal ones.",
+                "",
+                SOURCE,
+            )
+        if abs(self.loss - other.loss) > EQUAL_LOSSES * max(abs(self.loss), abs(other.loss)):
+            sentence = f"No comparison: the losses {pair} differ by more than {format_share(EQUAL_LOSSES)}."
+            return Verdict(Level.NOT_APPLICABLE, sentence, "Compare at equal training loss.", SOURCE)
+        gap = self.adaptive_average - other.adaptive_average
+        error = math.hypot(self.adaptive_average_standard_error, other.adaptive_average_standard_error)
+        told = "are not told apart" if abs(gap) <= 2 * error else "differ"
+        return Verdict(
+            Level.UNKNOWN if abs(gap) <= 2 * error else Level.OK,
+            f"At losses of {pair} the adaptive average rises {told}: {format_number(self.adaptive_average)} "
+            f"against {format_number(other.adaptive_average)}, a difference of {format_number(gap)} ± "
+            f"{format_number(error, 2)}.",
+            NOT_A_SCORE,
+            SOURCE,
+            Confidence.CONTESTED,
+            value=gap,
+            threshold=2 * error,
+        )
+
     def plot(self, ax: Any) -> None:
         """The rises, plain and adaptive, side by side."""
         names = ("one step", "worst case", "average")
@@ -102,11 +146,12 @@ class Sharpness(Result):
 
 @instrument(source=SOURCE, title="Sharpness")
 def sharpness(
-    losses_at: Any,
-    hessian: Any,
-    fisher: Any = None,
+    losses_at: LossesAt,
+    hessian: LinearOperator,
+    fisher: LinearOperator | None = None,
     *,
     rho: float = RADIUS,
+    sigma: float | None = None,
     steps: int = 20,
     num_draws: int = 100,
     tolerance: float = 1e-2,
@@ -116,35 +161,35 @@ def sharpness(
 
     losses_at: the losses (n,) as a function of the flat parameters (P,), with their gradient; hessian and fisher:
     LinearOperators of size P. The worst case is searched by `steps` projected gradient steps from SAM's step and
-    from the sharpest direction, so it is a lower bound; the averages are over `num_draws` normal directions. The
-    adaptive forms scale every parameter by its size, which makes them invariant to rescaling parameters one by
-    one. Rises are in the loss's unit. There is no threshold: nothing supports one.
+    from the sharpest direction, so it is a lower bound; the averages are over `num_draws` normal directions of
+    standard deviation `sigma` (None: rho / sqrt(P), so that a draw's expected squared length is rho^2). The
+    adaptive forms scale every parameter by its size, which makes them invariant to rescaling parameters one by one.
+    Rises are in the loss's unit, over all the data at once (m-sharpness with m = n). There is no threshold:
+    nothing supports one.
 
-    There is no verdict where the rises are below the rounding of the losses. Raises InvalidInput where rho or
+    There is no verdict where the rises are below the rounding of the losses. Raises InvalidInput where a radius or
     a count is not positive. Sources: Foret et al. 2021, arXiv:2010.01412 (SAM); Kwon et al. 2021,
     arXiv:2102.11600 (ASAM); Andriushchenko et al. 2023, arXiv:2302.07011 (what may be concluded).
     """
-    if not rho > 0 or steps < 1 or num_draws < 2:
+    if not rho > 0 or steps < 1 or num_draws < 4 or not (sigma is None or sigma > 0):
         raise InvalidInput(
-            f"rho={rho}, steps={steps} and num_draws={num_draws} were given; give a positive rho, at least 1 step "
-            "and at least 2 draws."
+            f"rho={rho}, sigma={sigma}, steps={steps} and num_draws={num_draws} were given; give positive radii, "
+            "at least 1 step and at least 4 draws."
         )
     center = losses_at.center
+    sigma = rho / math.sqrt(len(center)) if sigma is None else sigma
     losses, gradient = losses_at.step(center)
-    base = float(losses.mean())
-    size = center.abs()
-    ball = _Ball(losses_at, base, rho)
+    size, ones = center.abs(), torch.ones_like(center)
+    around = _Surroundings(losses_at, float(losses.mean()), rho, sigma)
     pairs = eigenpairs(hessian, largest=1, tolerance=tolerance, seed=seed)
     scaled = hessian.diagonally_scaled(size) if bool(size.any()) else hessian
     adaptive_pairs = eigenpairs(scaled, largest=1, tolerance=tolerance, seed=seed)
-    plain = ball.measures(torch.ones_like(center), gradient, pairs, steps, num_draws, seed)
-    adaptive = ball.measures(size, gradient, adaptive_pairs, steps, num_draws, seed)
-    half, _ = _Ball(losses_at, base, rho / 2).average(torch.ones_like(center), max(2, num_draws // 5), seed)
-    few, _ = ball.average(torch.ones_like(center), max(2, num_draws // 5), seed)
-    rounding = SMALLEST_RELATIVE_RISE if center.dtype == torch.float32 else 1e-12
-    resolved = plain.worst_case > rounding * abs(base)
+    plain = around.measures(ones, gradient, pairs, steps, num_draws, seed)
+    adaptive = around.measures(size, gradient, adaptive_pairs, steps, num_draws, seed)
+    few = max(4, num_draws // 5)
+    whole, half = (around.average(ones * part, few, seed)[0] for part in (1.0, 0.5))
     return Sharpness(
-        loss=base,
+        loss=around.base,
         gradient_norm=float(norm(gradient)),
         one_step=plain.one_step,
         worst_case=plain.worst_case,
@@ -157,16 +202,22 @@ def sharpness(
         lambda_max=float(pairs.values[0]),
         adaptive_lambda_max=float(adaptive_pairs.values[0]),
         function_space=_function_space(fisher, gradient, rho),
-        quadratic_ratio=few / half if half else math.nan,
+        quadratic_ratio=whole / half if around.resolves(half) else math.nan,
+        slope=around.slope(gradient),
         rho=rho,
+        sigma=sigma,
         num_draws=num_draws,
         preconditions=(
             Precondition(
                 "rises above rounding",
-                resolved,
-                f"the largest rise found, {format_number(plain.worst_case)}, is "
-                f"{'above' if resolved else 'not above'} the rounding of the losses"
-                f"{'.' if resolved else '; give a larger rho.'}",
+                around.resolves(plain.worst_case),
+                f"the largest rise found, {format_number(plain.worst_case)}, is to be above the rounding of the "
+                f"losses, {format_number(around.rounding, 2)}; give a larger rho.",
+            ),
+            Precondition(
+                "converged",
+                bool(pairs.converged[0] and adaptive_pairs.converged[0]),
+                "the sharpest direction has not converged; give a larger tolerance.",
             ),
         ),
     )
@@ -179,30 +230,42 @@ class _Rises(NamedTuple):
     average_standard_error: float
 
 
-class _Ball:
-    """Rises of the mean loss over `base` within radius rho, in coordinates e = d / scale."""
+class _Surroundings:
+    """Rises of the mean loss over `base` near the parameters, in coordinates e = d / scale.
 
-    def __init__(self, losses_at: Any, base: float, rho: float):
-        self.losses_at, self.base, self.rho = losses_at, base, rho
+    The parameters themselves are never written: every loss is a function of a point.
+    """
+
+    def __init__(self, losses_at: LossesAt, base: float, rho: float, sigma: float):
+        self.losses_at, self.base, self.rho, self.sigma = losses_at, base, rho, sigma
         self.center: Tensor = losses_at.center
+        self.rounding = ROUNDINGS * torch.finfo(self.center.dtype).eps * abs(base)
 
     def measures(
         self, scale: Tensor, gradient: Tensor, pairs: Eigenpairs, steps: int, draws: int, seed: int
     ) -> _Rises:
         """The rises with every parameter scaled by `scale`."""
         ascent = _unit(gradient * scale) * self.rho
-        one_step = self.rise(ascent * scale)
         assert pairs.vectors is not None
-        sharpest = pairs.vectors[0] * self.rho
+        sharpest = pairs.vectors[0].to(scale) * self.rho
         starts = [ascent, sharpest, -sharpest]
-        rises = [one_step, self.rise(sharpest * scale), self.rise(-sharpest * scale)]
-        best = max(range(3), key=rises.__getitem__)
-        climbed = self.climb(starts[best], scale, steps)
+        rises = [self.rise(e * scale) for e in starts]
+        climbed = self.climb(starts[max(range(3), key=rises.__getitem__)], scale, steps)
         average, error = self.average(scale, draws, seed)
-        return _Rises(one_step, max(*rises, climbed), average, error)
+        return _Rises(rises[0], max(*rises, climbed), average, error)
 
     def rise(self, d: Tensor) -> float:
         return float(self.losses_at(self.center + d).mean()) - self.base
+
+    def resolves(self, rise: float) -> bool:
+        """Whether a rise is more than the rounding of the losses."""
+        return abs(rise) > self.rounding
+
+    def slope(self, gradient: Tensor) -> float:
+        """The exponent with which SAM's rise grows from rho / 2 to rho."""
+        ascent = _unit(gradient) * self.rho
+        whole, half = self.rise(ascent), self.rise(ascent / 2)
+        return math.log2(whole / half) if self.resolves(half) and whole * half > 0 else math.nan
 
     def climb(self, e: Tensor, scale: Tensor, steps: int) -> float:
         """The largest rise along projected gradient ascent from e, with steps of rho / 2 that shrink."""
@@ -217,12 +280,12 @@ class _Ball:
         return max(best, self.rise(e * scale))
 
     def average(self, scale: Tensor, draws: int, seed: int) -> tuple[float, float]:
-        """Mean rise over d ~ N(0, rho^2 scale^2) and its standard error; directions come in pairs +-d, so that
+        """Mean rise over d ~ N(0, sigma^2 scale^2) and its standard error; directions come in pairs +-d, so that
         the gradient's first-order part cancels."""
         generator = torch.Generator().manual_seed(seed)
         rises = []
-        for _ in range(max(draws // 2, 2)):
-            d = torch.randn(len(self.center), generator=generator).to(self.center) * scale * self.rho
+        for _ in range(draws // 2):
+            d = torch.randn(len(self.center), generator=generator).to(self.center) * scale * self.sigma
             rises.append((self.rise(d) + self.rise(-d)) / 2)
         values = torch.tensor(rises, dtype=torch.float64)
         return float(values.mean()), float(values.std() / math.sqrt(len(rises)))

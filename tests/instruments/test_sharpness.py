@@ -9,8 +9,8 @@ from torch import nn
 import diag
 from diag.errors import InvalidInput
 from diag.instruments.sharpness import Sharpness
-from diag.result import Level
-from diag.testing import Quadratic, check_result, classification
+from diag.result import Level, Precondition
+from diag.testing import Quadratic, check_result, classification, leaves_no_trace
 
 
 def quadratic(diagonal, weights, constant=1.0):
@@ -22,7 +22,7 @@ def quadratic(diagonal, weights, constant=1.0):
 
 def test_oracle_10a_at_a_minimum():
     """At the minimum: worst case 1/2 rho^2 lambda_max, average 1/2 rho^2 Tr H."""
-    result = diag.sharpness(quadratic([4.0, 1.0, 0.25], [0.0, 0.0, 0.0]), rho=0.1, num_draws=400)
+    result = diag.sharpness(quadratic([4.0, 1.0, 0.25], [0.0, 0.0, 0.0]), rho=0.1, sigma=0.1)
     assert result.worst_case == pytest.approx(0.5 * 0.01 * 4, rel=1e-6)
     assert abs(result.average - 0.5 * 0.01 * 5.25) < 4 * result.average_standard_error
     # One chi-squared draw varies by its mean, 200 of them by 7 % of it.
@@ -90,7 +90,7 @@ def test_function_space_is_the_divergence_to_second_order():
     model = problem.model.double()
     x, y = problem.data[0].double(), problem.data[1]
     rho = 1e-3
-    result = diag.sharpness(diag.Snapshot(model, problem.loss_fn, (x, y)), rho=rho, num_draws=2)
+    result = diag.sharpness(diag.Snapshot(model, problem.loss_fn, (x, y)), rho=rho, num_draws=4)
     before = model(x).log_softmax(1).detach()
     gradients = torch.autograd.grad(problem.loss_fn(model(x), y), list(model.parameters()))
     length = torch.cat([g.reshape(-1) for g in gradients]).norm()
@@ -106,6 +106,7 @@ def test_the_verdict_only_describes_and_the_trend_only_compares():
     flat = diag.sharpness(quadratic([0.4, 1e-3], [0.1, 0.1]))
     for result in (sharp, flat):
         assert result.verdict().level is Level.OK
+        assert "this describes and judges nothing" in result.verdict().sentence
         assert "neither flat nor sharp says how well a network generalises" in result.verdict().advice
         assert result.verdict().confidence == "contested"
     trend = Sharpness.trend([(10, sharp), (20, flat)])
@@ -116,13 +117,13 @@ def test_the_verdict_only_describes_and_the_trend_only_compares():
 def test_no_verdict_below_the_rounding_of_the_losses():
     result = diag.sharpness(quadratic([1e-9, 1e-9], [1.0, 1.0], constant=1e6))
     assert result.verdict().level is Level.NOT_APPLICABLE
-    assert "is not above the rounding of the losses; give a larger rho." in result.verdict().sentence
+    assert "is to be above the rounding of the losses, 2.2e-08; give a larger rho." in result.verdict().sentence
     check_result(result)
 
 
-@pytest.mark.parametrize("settings", [{"rho": 0.0}, {"steps": 0}, {"num_draws": 1}])
+@pytest.mark.parametrize("settings", [{"rho": 0.0}, {"sigma": -1.0}, {"steps": 0}, {"num_draws": 3}])
 def test_refused_settings(settings):
-    with pytest.raises(InvalidInput, match="give a positive rho, at least 1 step and at least 2 draws"):
+    with pytest.raises(InvalidInput, match="give positive radii, at least 1 step and at least 4 draws"):
         diag.sharpness(quadratic([1.0, 2.0], [1.0, 1.0]), **settings)
 
 
@@ -145,3 +146,45 @@ class _Line:
 
     def step(self, point):
         return self(point), 2 * point
+
+
+def test_the_draws_have_the_radius_on_average():
+    result = diag.sharpness(quadratic([4.0, 1.0, 0.25, 1.0], [0.0] * 4), rho=0.1)
+    assert result.sigma == pytest.approx(0.05)
+    assert abs(result.average - 0.5 * 0.05**2 * 6.25) < 4 * result.average_standard_error
+
+
+def test_the_slope_tells_a_minimum_from_a_hillside():
+    """L = 1/2 h w^2 + c from w: the rise within rho is h w rho + 1/2 h rho^2 along the gradient."""
+    hillside = diag.sharpness(quadratic([1.0], [3.0]), rho=0.01)
+    assert hillside.slope == pytest.approx(math.log2((0.03 + 0.5e-4) / (0.015 + 0.125e-4)), rel=1e-6)
+    bottom = diag.sharpness(quadratic([1.0], [1e-9]), rho=0.01)
+    assert bottom.slope == pytest.approx(2, abs=1e-5)
+
+
+def test_measuring_leaves_the_parameters_as_they_are():
+    problem = classification()
+    with leaves_no_trace(problem.model):
+        diag.sharpness(problem.snapshot(), num_draws=4, steps=2)
+
+
+def test_two_networks_are_compared_at_equal_loss_only():
+    start, kind = [0.5, 0.5], Sharpness
+    sharp = diag.sharpness(quadratic([40.0, 1.0], start, -5.125 + 1), rho=0.1)
+    flat = diag.sharpness(quadratic([0.4, 0.1], start, -0.0625 + 1), rho=0.1)
+    assert sharp.loss == pytest.approx(flat.loss)
+    verdict = sharp.compared_with(flat)
+    assert verdict.level is Level.OK and "the adaptive average rises differ" in verdict.sentence
+    assert flat.compared_with(flat).level is Level.UNKNOWN
+    lower = diag.sharpness(quadratic([0.4, 0.1], start, 0.0), rho=0.1)
+    assert "differ by more than 5 %" in sharp.compared_with(lower).sentence
+    wider = kind(**{**vars(flat), "rho": 0.2})
+    assert "the radii or sigmas differ" in flat.compared_with(wider).sentence
+    for verdict in (sharp.compared_with(lower), flat.compared_with(wider)):
+        assert verdict.level is Level.NOT_APPLICABLE
+
+
+def test_an_eigenvalue_that_has_not_converged_is_not_judged():
+    result = diag.sharpness(quadratic([1.0, 2.0], [1.0, 1.0]))
+    unmet = tuple(Precondition(p.name, p.name != "converged", p.detail) for p in result.preconditions)
+    assert "has not converged" in type(result)(**{**vars(result), "preconditions": unmet}).verdict().sentence

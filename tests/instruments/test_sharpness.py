@@ -25,8 +25,8 @@ def test_oracle_10a_at_a_minimum():
     result = diag.sharpness(quadratic([4.0, 1.0, 0.25], [0.0, 0.0, 0.0]), rho=0.1, sigma=0.1)
     assert result.worst_case == pytest.approx(0.5 * 0.01 * 4, rel=1e-6)
     assert abs(result.average - 0.5 * 0.01 * 5.25) < 4 * result.average_standard_error
-    # One chi-squared draw varies by its mean, 200 of them by 7 % of it.
-    assert result.average_standard_error < 0.1 * result.average
+    # Each of the 50 pairs of draws varies by about 1.1 times its mean, so their mean by 15 %.
+    assert result.average_standard_error < 0.25 * result.average
     assert result.quadratic_ratio == pytest.approx(4, rel=1e-9)
     assert result.gradient_norm == 0 and result.one_step == 0
     check_result(result)
@@ -72,12 +72,12 @@ def test_a_relu_pair_rescaled_has_the_same_adaptive_worst_direction_bound():
     problem = classification()
     model = problem.model.double()
     data = (problem.data[0].double(), problem.data[1])
-    before = diag.sharpness(diag.Snapshot(model, problem.loss_fn, data), rho=0.01, num_draws=4)
+    before = diag.sharpness(diag.Snapshot(model, problem.loss_fn, data), rho=0.01, num_draws=4, steps=2)
     with torch.no_grad():
         model[0].weight.mul_(5)
         model[0].bias.mul_(5)
         model[2].weight.div_(5)
-    after = diag.sharpness(diag.Snapshot(model, problem.loss_fn, data), rho=0.01, num_draws=4)
+    after = diag.sharpness(diag.Snapshot(model, problem.loss_fn, data), rho=0.01, num_draws=4, steps=2)
     assert after.loss == pytest.approx(before.loss, rel=1e-12)
     assert abs(after.lambda_max / before.lambda_max - 1) > 0.2
     assert after.adaptive_lambda_max == pytest.approx(before.adaptive_lambda_max, rel=2e-2)

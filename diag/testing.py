@@ -68,6 +68,9 @@ def simplex_etf(classes: int, dimension: int, *, seed: int = 0) -> Tensor:
     return (centred @ basis.T) * (classes / (classes - 1)) ** 0.5
 
 
+_HYPERPARAMETERS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+
+
 @dataclass(frozen=True)
 class Classification:
     """A small trained classifier with train and held-out data, an earlier state and an independent twin."""
@@ -90,7 +93,10 @@ class Classification:
         given |= {name: {k: v.to(dtype) for k, v in getattr(self, name).items()} for name in ("previous", "other")}
         given |= {"loss_fn": self.loss_fn, "data": cast(self.data)} | overrides
         # A float32 model is measured itself, so that a check can see whether it was changed.
-        model = self.model if dtype == torch.float32 else copy.deepcopy(self.model).to(dtype)
+        model = self.model
+        if dtype != torch.float32:
+            model = copy.deepcopy(self.model).to(dtype)
+            given["optimizer"] = torch.optim.SGD(model.parameters(), **_HYPERPARAMETERS)
         return Snapshot(model, **given)
 
 
@@ -116,7 +122,7 @@ def _trained(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, classes))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), **_HYPERPARAMETERS)
     previous: dict[str, Tensor] = {}
     for step in range(steps):
         if step == steps - 1:
@@ -232,6 +238,6 @@ def trace(model: nn.Module) -> dict[str, Any]:
         state[f"mode of {name or 'model'}"] = module.training
         state[f"hooks of {name or 'model'}"] = len(module._forward_hooks) + len(module._forward_pre_hooks)
     state["torch's random state"] = torch.get_rng_state().numpy()
-    state["NumPy's random state"] = list(numpy.random.get_state())[1]
+    state["NumPy's random state"] = list(numpy.random.get_state())[1:]
     state["Python's random state"] = random.getstate()
     return state

@@ -19,7 +19,6 @@ from diag.quantities.interpolation_layers import LayerBarrier, angle, distance, 
 from diag.quantities.interpolation_profile import Profile
 from diag.quantities.interpolation_repair import Repair
 from diag.quantities.preserve import preserved
-from diag.quantities.symmetries.find import TOLERANCE
 
 ALIGN = ("weights", "activations")
 
@@ -116,8 +115,7 @@ def aligned_end(path: Interpolation, end: State, method: str, orders: int | None
     else:
         result = align_activations(groups, path.copy, first, second, path.snapshot.batches)
     change = _function_change(path, second, result.state)
-    limit = max(TOLERANCE.get(t.dtype, 0.0) for t in first.values())
-    if not change <= limit:
+    if not change <= groups.tolerance:
         raise Unsupported(
             f"Alignment changed the second network's outputs by a relative {change:.1e}, so it is not used; set "
             "align=None, and report the model's architecture."

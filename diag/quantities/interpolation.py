@@ -109,16 +109,18 @@ class Interpolation:
         grid = sorted({0.0, 1.0, *map(float, alphas)})
         if grid[0] < 0 or grid[-1] > 1:
             raise InvalidInput(f"The grid reaches from {grid[0]} to {grid[-1]}; expected points between 0 and 1.")
-        for alpha in grid:
-            points.add(alpha)
-        for _ in range(refine):
-            for alpha in points.around_the_peak():
+        with preserved(self.copy):
+            for alpha in grid:
                 points.add(alpha)
+            for _ in range(refine):
+                for alpha in points.around_the_peak():
+                    points.add(alpha)
         return points.profile()
 
     def evaluate(self, state: State, *, held_out: bool = False) -> Scores:
         """The scores of one state as it is, with its own BatchNorm statistics."""
-        return self._scores(0.0, straight(state, state), "lerp", held_out, lambda alpha: nullcontext())
+        with preserved(self.copy):
+            return self._scores(0.0, straight(state, state), "lerp", held_out, lambda alpha: nullcontext())
 
     def _scores(
         self,
@@ -133,7 +135,7 @@ class Interpolation:
         source = self.held_out if held_out else self.snapshot
         if source is None:
             raise MissingQuantity("the snapshot has no held-out data; give held_out= with (inputs, targets).")
-        with preserved(self.copy), torch.no_grad():
+        with torch.no_grad():
             kept = None if norm_stats != "keep" else norm_statistics(self.start)
             write(self.copy, alpha)
             if kept is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,8 +75,12 @@ class Points:
 
     def __init__(self, score: Callable[[float], Scores]) -> None:
         self.score = score
-        self.ends = [score(0.0), score(1.0)]
         self.rows: dict[float, tuple[float, ...]] = {}
+
+    @cached_property
+    def ends(self) -> list[Scores]:
+        """All examples' scores at the two ends."""
+        return [self.score(0.0), self.score(1.0)]
 
     def add(self, alpha: float) -> None:
         if alpha in self.rows:

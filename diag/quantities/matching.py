@@ -47,8 +47,8 @@ class WeightEvidence:
         """Carry B's side along with `element`."""
         self.b = self.block.permute(self.b, self.groups, element)
         if self._kept is not None:
-            moved = next(p for n, p in element.items() if n in self.block.names)
-            self._kept = self._kept.index_select(1, moved.to(self._kept.device))
+            for name in set(self.block.names) & element.keys():
+                self._kept = self._kept.index_select(1, element[name].to(self._kept.device))
 
     def state(self) -> tuple[Tensor, Tensor | None]:
         """What `move` changes, to put back with `restore`."""

@@ -33,10 +33,10 @@ def find_symmetries(
 ) -> Symmetries:
     """The permutation groups of `model`.
 
-    example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used (all of
-    it where the model runs on nothing less). check: prove them.
-    Groups that change the outputs by more than a relative 1e-4 (float32) or 1e-10 (float64) are dropped, with
-    the reason in `frozen`. Raises Unsupported where the forward pass fails, or where the outputs are not finite.
+    example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used (all of it where the
+    model runs on nothing less). check: prove them. Groups that change the outputs by more than a relative 1e-4
+    (float32) or 1e-10 (float64 throughout) are dropped, with the reason in `frozen`. Raises Unsupported where
+    the forward pass fails, or where the outputs are not floating or not finite.
     """
     example = _on_device(model, as_batch(example))
     with preserved(model):
@@ -81,6 +81,7 @@ def _build(trace: Trace, labels: dict[str, Labels], model: nn.Module) -> Symmetr
         parameters=tuple(n for n, t in state.items() if isinstance(t, nn.Parameter)),
         captures=tuple(_captures(trace, solution, names, groups)),
         tied=_tied(state),
+        tolerance=max((TOLERANCE.get(d, 1e-4) for d in trace.dtypes), default=1e-4),
     )
 
 
@@ -207,7 +208,7 @@ def _perturbed(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def _checked(found: Symmetries, model: nn.Module, example: Batch, seed: int) -> Symmetries:
-    tolerance = TOLERANCE[_dtype(model)]
+    tolerance = found.tolerance
     if not found.groups:
         return replace(found, deviation=0.0)
     deviation = _deviation(found, model, example, seed)
@@ -219,11 +220,6 @@ def _checked(found: Symmetries, model: nn.Module, example: Batch, seed: int) -> 
         if deviation > tolerance:
             found, deviation = without(found, list(found.groups), reason), 0.0
     return replace(found, deviation=deviation)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    kinds = {p.dtype for p in model.parameters() if p.dtype in TOLERANCE}
-    return max(kinds, key=TOLERANCE.__getitem__) if kinds else torch.float32
 
 
 def _only(found: Symmetries, name: str) -> Symmetries:

@@ -120,7 +120,8 @@ class Symmetries:
     group -> why its units cannot move. unknown: ATen operations without a rule -> the module that used them.
     shapes: of all state entries at tracing. parameters: names of those that are parameters. tied: later names
     of a shared tensor -> its first. captures: activations that carry units. deviation: the largest relative
-    change of the outputs that moving the units made (the check; NaN where it was not made).
+    change of the outputs that moving the units made (the check; NaN where it was not made). tolerance: what it
+    may be, by the coarsest floating type in the forward pass.
     """
 
     groups: dict[str, Group]
@@ -132,6 +133,7 @@ class Symmetries:
     captures: tuple[Capture, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
     deviation: float = float("nan")
+    tolerance: float = 1e-4
 
     @cached_property
     def order(self) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class Trace(TorchDispatchMode):
         self.unknown: dict[str, str] = {}  # operation without a rule -> module where it was met first
         self.operations: list[tuple[str, list[Labels]]] = []
         self.modules: list[str] = [""]
+        self.dtypes: set[torch.dtype] = set()  # of all floating results: the coarsest bounds what a check can see
         self._labels = WeakIdKeyDictionary()
         self._data = WeakIdKeyDictionary()
         self._data_storages: set[int] = set()
@@ -96,6 +97,7 @@ class Trace(TorchDispatchMode):
         before = {id(t) for t in operands}
         self._apply(func, bound, results)
         produced = tensors_in(results)
+        self.dtypes |= {t.dtype for t in produced if t.is_floating_point()}
         for tensor in produced:
             if tensor not in self._labels:
                 reason = f"{operation_name(func)} gives an axis of its own"

@@ -30,6 +30,18 @@ def reshape(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
         trace.algebra.freeze(flat, "a reshape that cuts through a block of units")
 
 
+@rule("as_strided_")
+def restride(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Pooling restrides its result without moving anything: the row-major strides, but on axes of size 1."""
+    x, stride, compact = outputs[0], 1, True
+    for size, found in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        compact, stride = compact and (size == 1 or found == stride), stride * size
+    if compact and len(trace.labels(args["self"])) == x.ndim:
+        trace.label(x, trace.labels(args["self"]))
+    else:
+        trace.freeze_axes((trace.labels(args["self"]),), "laid out anew by strides")
+
+
 @rule("permute", "permute_copy")
 def permute(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["self"])

@@ -17,17 +17,17 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from diag.errors import InvalidInput
+from diag.quantities.batch import tensors_in
 from diag.quantities.snapshot import Snapshot
 from diag.quantities.unwrap import bare_model
 from diag.run import Run, load
 from diag.watch.about import describe_run, distributed_rank, is_sharded, temporary_folder
+from diag.watch.arguments import check, checked_optimizer, given_probe, trainable
 from diag.watch.guard import Clock, guarded
 from diag.watch.hooks import ModelHooks
 from diag.watch.hub import HUB
 from diag.watch.losses import LossObserver
 from diag.watch.measure import Measurements, chosen_instruments
-from diag.watch.probe import Probe
 from diag.watch.record import Recorder
 from diag.watch.rows import Row, Rows
 from diag.watch.schedule import Schedule
@@ -118,15 +118,15 @@ class Watcher:
         budget: float = 0.05,
         resume: bool | int = False,
     ) -> None:
-        _check(model, loss_fn, every, budget)
+        check(model, loss_fn, every, budget)
         self.model = bare_model(model)
-        parameters = _trainable(self.model)
-        self.optimizer = _checked_optimizer(optimizer, parameters)
+        parameters = trainable(self.model)
+        self.optimizer = checked_optimizer(optimizer, parameters)
         chosen = chosen_instruments(instruments)
         self.active = distributed_rank() == 0
         self._clock = Clock()
-        self._probe = _given_probe(self.model, probe)
-        self._held_out = _given_probe(self.model, held_out).batches or None
+        self._probe = given_probe(self.model, probe)
+        self._held_out = given_probe(self.model, held_out).batches or None
         self._replace_others(run)
         about = describe_run(self.model, parameters, chosen, budget, every)
         self.path = Path(run) if run is not None else temporary_folder()
@@ -431,52 +431,7 @@ class _LazyHistory:
         return getattr(history, name)
 
 
-def _check(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
-    if loss_fn is not None and not callable(loss_fn):
-        raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise InvalidInput(f"every is {every!r}; expected a number of steps, 1 or more.")
-    if not isinstance(budget, (int, float)) or not budget >= 0:
-        raise InvalidInput(f"budget is {budget!r}; expected a share of wall time, such as 0.05.")
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
-        raise InvalidInput("The model has no trainable parameter; set requires_grad on what should be watched.")
-    for name, p in found.items():
-        if torch.nn.parameter.is_lazy(p):
-            raise InvalidInput(f"{name} has no shape yet; call the model once before it is watched.")
-    return found
-
-
-def _checked_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Optimizer | None:
-    while optimizer is not None and not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if optimizer is None:
-        return None
-    if not isinstance(optimizer, Optimizer):
-        raise InvalidInput(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(id(p) for p in parameters.values()):
-        raise InvalidInput("The optimizer holds no trainable parameter of the model; give the one that trains it.")
-    return optimizer
-
-
-def _given_probe(model: nn.Module, probe: Any) -> Probe:
-    result = Probe()
-    if probe is not None:
-        device = next(model.parameters()).device
-        result.batches = [batch.to(device) for batch in Snapshot(model, None, probe).batches]
-        result.complete = True
-    return result
-
-
 def _length(inputs: Any) -> int:
-    from diag.quantities.batch import tensors_in
-
     return next((t.shape[0] for t in tensors_in(inputs) if t.ndim), 0)
 
 

@@ -39,6 +39,11 @@ SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 def refuse_impossible(model: nn.Module) -> None:
     """Raises Unsupported where the loss is no mean over examples in evaluation mode, or is sharded."""
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsupported(
+                "The model is compiled to TorchScript, whose parameters cannot be moved; measure the Python module "
+                "that it was made from."
+            )
         if type(module).__name__ in SHARDING or hasattr(module, "_get_fsdp_state"):
             raise Unsupported(
                 f"The model is sharded ({type(module).__name__}); gather the parameters into an unsharded copy "
@@ -208,13 +213,16 @@ def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Plain attributes that a forward pass sets (a cached attention map, the old weight norm's weight)."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in before:
-            if module.__dict__.keys() != attributes.keys() or any(
-                module.__dict__[key] is not value for key, value in attributes.items()
-            ):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+        for module, attributes, buffers in before:
+            _restore(module.__dict__, attributes)
+            _restore(module._buffers, buffers)
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
+        now.clear()
+        now.update(before)

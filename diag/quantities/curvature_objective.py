@@ -111,8 +111,9 @@ class Objective:
         """The mean loss of one batch from its outputs, a scalar; a vector of losses is averaged."""
         loss_fn, targets = self.loss_fn, self._prepared(batch).targets
         with self._reduced():
-            if isinstance(loss_fn, nn.Module):
-                loss = functional_call(loss_fn, _converted_state(loss_fn, self.dtype), (outputs, targets))
+            converted = _converted_state(loss_fn, self.dtype) if isinstance(loss_fn, nn.Module) else {}
+            if isinstance(loss_fn, nn.Module) and converted:
+                loss = functional_call(loss_fn, converted, (outputs, targets))
             else:
                 loss = loss_fn(outputs, targets)
         return _scalar(loss)
@@ -123,8 +124,8 @@ class Objective:
 
     def value(self, parameters: Sequence[Tensor]) -> float:
         """L(theta)."""
-        with torch.no_grad():
-            return sum(self.weight(b) * float(self.loss(parameters, b).detach()) for b in self.batches)
+        # With gradients on: a model may differentiate by its inputs on the way (forces from an energy).
+        return sum(self.weight(b) * float(self.loss(parameters, b).detach()) for b in self.batches)
 
     def gradient(self, parameters: Sequence[Tensor]) -> Tensor:
         """grad L(theta), flat, without a graph; zeros where a parameter is not used."""
@@ -137,8 +138,11 @@ class Objective:
 
     @cached_property
     def constants(self) -> dict[str, Tensor]:
-        """Converted copies of frozen parameters and buffers; empty where the model has this dtype already."""
-        state = _converted_state(self.model, self.dtype)
+        """Buffers, and frozen parameters where their dtype differs: converted copies where it does.
+
+        Given in each call, a buffer that the forward pass binds anew is the old one in the next call.
+        """
+        state = {**dict(self.model.named_buffers()), **_converted_state(self.model, self.dtype)}
         return {name: tensor for name, tensor in state.items() if name not in set(self.layout.names)}
 
     def _prepared(self, batch: Batch) -> Batch:

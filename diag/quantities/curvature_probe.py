@@ -72,10 +72,10 @@ def refuse_sums(objective: Objective, probe: Batch) -> None:
     if probe.size < 2 or probe.size % 2:
         return
     halves = [probe.slice(0, probe.size // 2), probe.slice(probe.size // 2, probe.size)]
-    with objective.measured(), torch.no_grad():
+    with objective.measured():
         theta = objective.parameters()
         try:
-            whole, first, second = (float(objective.loss(theta, b)) for b in (probe, *halves))
+            whole, first, second = (float(objective.loss(theta, b).detach()) for b in (probe, *halves))
         except Exception:  # a batch that cannot be cut
             return
     if abs(first + second - whole) <= 1e-3 * abs(whole) and abs((first + second) / 2 - whole) > 0.1 * abs(whole):

@@ -249,6 +249,10 @@ REFUSED = {
         lambda: on_top_of(lambda self, h: h * h.detach()),
         "The gradient is not the derivative of the loss .* as with detached terms",
     ),
+    "a count of the calls": (
+        lambda: on_top_of(lambda self, h: (self.calls.append(1) or h) * len(self.calls), calls=[]),
+        "Two evaluations of the same gradient differ by .* the model keeps a state",
+    ),
     "parameter changed by the forward pass": (
         lambda: on_top_of(lambda self, h: h * self.head.bias.detach().add_(1e-3)[0]),
         "changes head.bias in place",
@@ -357,6 +361,48 @@ def sorted_like(old, new):
 def matching_slices(operator, other):
     places = dict(zip(other.layout.names, other.layout.slices, strict=True))
     return [places[new_name(name)] for name in operator.layout.names]
+
+
+def test_a_buffer_that_the_forward_pass_binds_anew_is_the_old_one_in_every_product():
+    def forward(self, x):
+        self.count = self.count + 1
+        return self.count * self.net(x)
+
+    model = Composed(forward, net=cases.build(plain_net))
+    model.register_buffer("count", torch.ones(1))
+    batches = batches_of(inputs)
+    exact = Hessian(model.net, lambda z, t: CE(2 * z, t), batches).to_dense()
+    for settings in ({}, {"memory": 40_000}):
+        assert cases.relative(Hessian(model, CE, batches, **settings).to_dense(), exact) < CLOSE
+    assert model.count.item() == 1
+
+
+def test_models_that_differentiate_by_their_inputs():
+    """Forces from an energy: the forward pass holds a gradient already."""
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        energy = self.second(self.first(x.flatten(1)).tanh()).sum()
+        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return force.sum(1)[:, :K]
+
+    batches = batches_of(inputs)
+    model = Composed(forward, first=nn.Linear(T * D, 4), second=nn.Linear(4, 1))
+    with torch.no_grad():  # as an evaluation loop may be
+        operator = Hessian(model, CE, batches)
+        v = cases.directions(operator.size)[0]
+        product = operator @ v
+    assert operator.self_test.method == "double backward"
+    assert cases.relative(product, cases.Reference(model, CE, batches).product(v)) < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_is_refused():
+    scripted = torch.jit.script(plain_net())
+    with pytest.raises(
+        Unsupported, match=r"compiled to TorchScript.* measure the Python module that it was made from"
+    ):
+        Hessian(scripted, CE, batches_of(inputs)).to_dense()
 
 
 def test_padding_row_is_held_fixed():

@@ -139,7 +139,9 @@ class EdgeOfStability(Result):
         if not math.isnan(self.threshold):
             ax.axvline(self.threshold, color="tab:orange", label="stable up to here")
             ax.legend()
-        ax.set(xlabel="largest eigenvalue of the Hessian as the optimizer sees it", ylabel="optimizer")
+        ax.set(
+            xlabel="largest eigenvalue of the Hessian as the optimizer sees it", ylabel="optimizer", ylim=(-1, 1)
+        )
 
     @classmethod
     def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
@@ -147,8 +149,6 @@ class EdgeOfStability(Result):
         steps = [step for step, _ in series]
         ax.plot(steps, [r.lambda_max for _, r in series], marker="o", markersize=3, label="largest eigenvalue")
         ax.plot(steps, [r.threshold for _, r in series], color="tab:orange", label="stable up to here")
-        if all(r.lambda_max > 0 for _, r in series):
-            ax.set_yscale("log")
         ax.set(xlabel="step", ylabel="largest eigenvalue (as the optimizer sees it)")
         ax.legend()
 

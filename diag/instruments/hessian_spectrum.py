@@ -91,7 +91,7 @@ class HessianSpectrum(Result):
         ratio, slack = self._downwards()
         numbers = (
             f"largest eigenvalue {format_number(top)}, smallest {format_number(self.smallest)}, trace "
-            f"{format_number(self.trace)} +- {format_number(self.trace_standard_error, 2)}"
+            f"{format_number(self.trace)} ± {format_number(self.trace_standard_error, 2)}"
         )
         if ratio - slack > limit:
             return self._judged(
@@ -133,16 +133,20 @@ class HessianSpectrum(Result):
         return float(self.provenance.settings.get(name, default))
 
     def plot(self, ax: Any) -> None:
-        """The density on symlog axes, the converged eigenvalues as stems of height one in the spectrum."""
+        """The density on symlog axes; a stem for each converged eigenvalue, of the height that one has in it."""
         scale = NEAR_ZERO * self.largest_magnitude
-        ax.fill_between(self.density_grid, self.density, alpha=0.5, linewidth=0, label="density (quadrature)")
         known = numpy.append(self.eigenvalues, [] if math.isnan(self.smallest) else [self.smallest])
-        floor = 1 / self.num_parameters / self.largest_magnitude
-        ax.vlines(known, floor / 10, floor, color="tab:red", label="converged eigenvalues")
+        one = 1 / (math.sqrt(2 * math.pi) * SMOOTHING * self.num_parameters)
+        heights = one / numpy.hypot(known, scale)
+        floor = one / (30 * self.largest_magnitude)
+        ax.fill_between(self.density_grid, self.density, alpha=0.5, linewidth=0, label="density of the rest")
+        ax.vlines(known, floor, heights, color="tab:orange", linewidth=1.2)
+        ax.plot(known, heights, "o", color="tab:orange", markersize=3, label="converged eigenvalues")
         ax.set_xscale("symlog", linthresh=scale)
         ax.set_yscale("log")
-        ax.set(xlabel="eigenvalue", ylabel="share per unit of eigenvalue", ylim=(floor / 10, None))
-        ax.legend(fontsize=7, frameon=False)
+        top = max([*self.density, *heights, 30 * floor])
+        ax.set(xlabel="eigenvalue", ylabel="share per unit of eigenvalue", ylim=(floor, 5 * top))
+        ax.legend()
 
     @classmethod
     def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
@@ -153,7 +157,7 @@ class HessianSpectrum(Result):
             ax.plot(steps, values, marker="o", markersize=3, label=f"eigenvalue {rank + 1}")
         ax.plot(steps, [r.smallest for _, r in series], marker="v", markersize=3, label="smallest")
         ax.set(xlabel="step", ylabel="eigenvalue of the Hessian")
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend()
 
 
 @instrument(source=SOURCE, title="Hessian spectrum")

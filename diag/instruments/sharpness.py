@@ -140,8 +140,10 @@ class Sharpness(Result):
         ax.bar([p - 0.2 for p in places], plain, 0.4, yerr=errors[0], label="plain")
         ax.bar([p + 0.2 for p in places], adaptive, 0.4, yerr=errors[1], label="adaptive")
         ax.set_xticks(list(places), names)
+        if min(*plain, *adaptive) > 0:
+            ax.set_yscale("log")
         ax.set(xlabel="measure", ylabel="rise of the loss")
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend()
 
 
 @instrument(source=SOURCE, title="Sharpness")

@@ -74,16 +74,19 @@ def _cross_entropies(loss_fn: Any, outputs: Any, targets: Any) -> Tensor | None:
 
 def _errors(outputs: Any, batch: Batch, shifted: bool) -> Tensor:
     """The share of wrong answers in each example (one answer, or one a position)."""
-    nothing = torch.full((batch.size,), torch.nan, dtype=torch.float64)
-    targets = batch.targets
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
-        return nothing
-    try:
-        z = output_tensor(outputs)
-    except DiagError:
-        return nothing
-    if z.ndim < 2 or (shifted and z.ndim > 2) or z.shape[:-1] != targets.shape:
-        return nothing
+    targets, z = batch.targets, _logits(outputs)
+    classes = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
+    if not classes or z is None or z.ndim < 2 or (shifted and z.ndim > 2) or z.shape[:-1] != targets.shape:
+        return torch.full((batch.size,), torch.nan, dtype=torch.float64)
+    if z.ndim == 2:
+        return ((z.argmax(-1) != targets) & (targets != IGNORED_LABEL)).double()
     counted = (targets != IGNORED_LABEL).reshape(batch.size, -1)
     wrong = (z.argmax(-1) != targets).reshape(batch.size, -1) & counted
     return wrong.sum(1).double() / counted.sum(1).clamp_min(1)
+
+
+def _logits(outputs: Any) -> Tensor | None:
+    try:
+        return output_tensor(outputs)
+    except DiagError:
+        return None

@@ -39,6 +39,7 @@ from diag.quantities.curvature_products import (
 )
 from diag.quantities.curvature_record import SelfTest
 from diag.quantities.curvature_selftest import retest, run_self_test
+from diag.quantities.curvature_values import Values
 from diag.quantities.unwrap import bare_model
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class CurvatureOperator(LinearOperator):
         self._self_test = checked
         self._plan: MemoryPlan | None = None
         self._graph: Graph | None = None
-        self._values = _Values(model)
+        self._values = Values(model)
 
     def _curvature(self) -> Curvature:
         raise NotImplementedError
@@ -286,36 +287,6 @@ def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
     operator = kind(snapshot.model, snapshot.batch_loss, snapshot.batches, seed=snapshot.seed, **settings)
     _ = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle
     return operator
-
-
-class _Values:
-    """Notices when the parameters are written to, so that one operator never mixes two points."""
-
-    def __init__(self, model: nn.Module):
-        self.tensors = [*model.parameters(), *model.buffers()]
-        self.versions = self._versions()
-        self.checksum = self._checksum()
-
-    def were_rewritten(self) -> bool:
-        """True where tensors were written with the same values. Raises InvalidInput where values changed."""
-        versions = self._versions()
-        if versions == self.versions:
-            return False
-        if self._checksum() != self.checksum:
-            raise InvalidInput(
-                "The model's parameters or buffers have changed since this operator was made; make a new one."
-            )
-        self.versions = versions
-        return True
-
-    def _versions(self) -> list[int]:
-        return [t._version for t in self.tensors if not t.is_inference()]
-
-    def _checksum(self) -> list[float]:
-        real = [t.detach() if t.is_floating_point() else t.detach().double() for t in self.tensors]
-        sums = [t.sum(dtype=torch.float64) for t in real]
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in real]
-        return [float(x) for x in torch.stack([x.cpu() for x in (*sums, *norms)])]
 
 
 def _add_pieces(total: list[Tensor], pieces: Pieces) -> None:

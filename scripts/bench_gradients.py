@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diag.quantities.batch import Batch, as_batch
-from diag.quantities.per_example import ModelGradients
+from diag.quantities.per_example import ModelGradients, StepGradients, plan_for_steps
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -110,6 +110,14 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
         engine._layer_norms = None
         return engine
 
+    plan = plan_for_steps(model, loss_fn, batch)
+
+    def own_step() -> Tensor:
+        with StepGradients(model, plan, batch.size) as step:
+            loss = loss_fn(batch.forward(model), batch.targets)
+            torch.autograd.grad(loss, list(parameters.values()))
+        return step.norms()
+
     def vmapped() -> Tensor:
         def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return loss_fn(torch.func.functional_call(model, values, (x[None],)), y[None])
@@ -122,6 +130,7 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
         "forward + backward": ordinary,
         "diag: norms": lambda: fresh().norms(),
         "diag: norms and mean gradient": lambda: fresh().group_gram_by_layer(everyone),
+        "diag: norms of the step itself": own_step,
         "diag: gram": lambda: fresh().gram(),
         "diag: sketch k=16": lambda: fresh().sketch(16),
         "vmap(grad)": vmapped,
@@ -170,7 +179,7 @@ def squared_norms_by_loop(model: nn.Module, loss_fn: Loss, batch: Batch) -> Tens
 
 
 def worst_error(name: str, found: Any, truth: Tensor) -> float | None:
-    if name == "diag: norms":
+    if name in ("diag: norms", "diag: norms of the step itself"):
         found = found.square()
     elif not name.startswith(("vmap", "Opacus")):
         return None

@@ -29,7 +29,7 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
     hooks = []
     try:
         for i in calls.keys() - first:
-            hooks.append(calls[i].node.register_prehook(partial(take, assembly, i, calls[i].output_nr, 1)))
+            hooks.append(calls[i].node.register_prehook(partial(take, assembly, i, calls[i].output_nr)))
         asked = sorted(first)
         seed = torch.full_like(run.loss, n)
         found = torch.autograd.grad(
@@ -43,12 +43,11 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
             assembly.add(i, delta)
 
 
-def take(assembly: Assembly, index: int, output: int, factor: int, gradients: Sequence[Tensor | None]) -> None:
-    """A hook before a graph node: hand `factor` times the gradient of one of its outputs to the assembly."""
+def take(assembly: Assembly, index: int, output: int, gradients: Sequence[Tensor | None]) -> None:
+    """A hook before a graph node: hand the gradient of one of its outputs to the assembly."""
     delta = gradients[output]
     if delta is not None:
-        delta = delta.detach()
-        assembly.add(index, delta if factor == 1 else factor * delta)
+        assembly.add(index, delta.detach())
 
 
 def first_calls(calls: dict[int, GradientEdge]) -> set[int]:

@@ -100,6 +100,38 @@ class Placed(Block):
         return super().gram(other)
 
 
+class Scaled(Block):
+    """A block times a number."""
+
+    def __init__(self, block: Block, factor: float) -> None:
+        self.block, self.factor = block, factor
+        self.n, self.shape = block.n, block.shape
+        self.device, self.dtype = block.device, block.dtype
+
+    def dense(self, examples: slice) -> Tensor:
+        return self.factor * self.block.dense(examples)
+
+    def dense_rows(self, rows: slice) -> Tensor:
+        return self.factor * self.block.dense_rows(rows)
+
+    def squared_norms(self) -> Tensor:
+        return self.factor**2 * self.block.squared_norms()
+
+    def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
+        return self.factor * self.block.group_sums(groups)
+
+    def project(self, directions: Tensor) -> Tensor:
+        return self.factor * self.block.project(directions)
+
+    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        return self.factor * self.block.sketch(rows, columns)
+
+    def gram(self, other: Block) -> Tensor:
+        inner = other.block if isinstance(other, Scaled) else other
+        factor = self.factor * (other.factor if isinstance(other, Scaled) else 1.0)
+        return factor * self.block.gram(inner)
+
+
 class Sum(Block):
     """The sum of several blocks of one parameter: tied weights, and modules called several times."""
 

@@ -24,6 +24,7 @@ from diag.quantities.per_example.assembly import Assembly
 from diag.quantities.per_example.backward import take
 from diag.quantities.per_example.blocks import Block
 from diag.quantities.per_example.capture import Capture, Use
+from diag.quantities.per_example.combination import Scaled
 from diag.quantities.per_example.gradients import Consumer, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction
 from diag.quantities.per_example.plan import PROBES, Plan, make_plan, probe_of
@@ -77,7 +78,7 @@ class StepGradients(PerExampleGradients):
     def _hook(self, use: Use) -> None:
         layout = self._plan.layouts.get(use.index)
         if layout is not None and layout.fits(use.shape, self.num_examples):
-            taking = partial(take, self._assembly, use.index, use.edge.output_nr, self.num_examples)
+            taking = partial(take, self._assembly, use.index, use.edge.output_nr)
             self._hooks.append(use.edge.node.register_prehook(taking))
 
     @property
@@ -91,4 +92,5 @@ class StepGradients(PerExampleGradients):
                 "one unlike the plan's; make the plan on a batch of the same kind."
             )
         for name, block in self._blocks.items():
-            consume(slice(0, self.num_examples), name, block)
+            # The loss of a step is a mean, so each example's own gradient is n times what came up for it.
+            consume(slice(0, self.num_examples), name, Scaled(block, self.num_examples))

@@ -130,10 +130,10 @@ def test_forks_that_stay_connected_from_a_step_on(folder):
     found = fork_stability(snapshot, {200: (a, near), 0: (a, moved), 100: (near, a)}, points=11)
     assert found.steps == (0, 100, 200) and found.stable_from == 100
     assert found.instabilities[0] > 0.1 > 0.02 > max(found.instabilities[1:])
+    with pytest.raises(InvalidInput, match="the fork at step 3: The two checkpoints do not fit"):
+        fork_stability(snapshot, {3: (a, {})})
     model.load_state_dict(a)
     other = diag.Snapshot(model, loss, data, held_out=data, other=moved)
     assert diag.mode_connectivity(other, refine=0).held_out_error_instability == pytest.approx(
         found.instabilities[0]
     )
-    with pytest.raises(InvalidInput, match="the fork at step 3: The two checkpoints do not fit"):
-        fork_stability(snapshot, {3: (a, {})})

@@ -1,4 +1,4 @@
-"""R4: permuting the units of one of two independently trained networks removes most of the barrier, wide ones' all."""
+"""R4: permuting the units of one of two independently trained networks removes most of the barrier between them."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def measured(lab: Lab, arm: str, first: nn.Module, second: nn.Module, **settings
         record.append_outcome(EPOCHS * TRAIN // BATCH, result)
     lab.say(
         f"  {arm}: loss barrier {result.barrier:.4f} (error {result.error_barrier:.4f}); matched "
-        f"{result.aligned_barrier:.4f} ({result.aligned_error_barrier:.4f}) in {result.alignment_passes:.0f} passes; "
-        f"held out {result.held_out_barrier:.4f} and {result.aligned_held_out_barrier:.4f}"
+        f"{result.aligned_barrier:.4f} ({result.aligned_error_barrier:.4f}) in {result.alignment_passes:.0f} "
+        f"passes; held out {result.held_out_barrier:.4f} and {result.aligned_held_out_barrier:.4f}"
     )
     return result
 
@@ -97,7 +97,9 @@ def run(lab: Lab) -> list[Expectation]:
     narrow, wide = (min(found[a].aligned_barrier for a in found if a.startswith(w)) for w in ("w64", "w256"))
     return [
         *expectations,
-        Expectation("after matching, the narrow networks' barrier over the wide ones'", ">= 1", narrow / wide, low=1.0),
+        Expectation(
+            "after matching, the narrow networks' barrier over the wide ones'", ">= 1", narrow / wide, low=1.0
+        ),
         Expectation("one start, two orders, width 256: loss barrier", 0.0082, fork.barrier, high=0.05),
         Expectation(
             "BatchNorm, as they are: barrier with statistics interpolated, over reset", "above 1",
@@ -122,8 +124,8 @@ CARD = Card(
     takes="3 minutes",
     run=run,
     notes=(
-        "A barrier that remains after matching does not show that the two solutions differ: the matching is a local "
-        "search, and permutations are not all symmetries. The bands (division by 5 and by 50) were fixed on the "
+        "A barrier that remains after matching does not show that the two solutions differ: the matching is a "
+        "local search, and permutations are not all symmetries. The bands (division by 5 and by 50) were fixed on the "
         "first pair of seeds before the second was run."
     ),
 )

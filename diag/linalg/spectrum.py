@@ -1,8 +1,8 @@
 """A whole spectrum from one Lanczos run: both ends with residuals, the quadrature of the rest, trace and norm.
 
 The start vector is Gaussian, so the run that finds the extreme pairs is a quadrature rule of the density, too.
-The pairs that have converged are taken out of that rule: its nodes on them are dropped and what is left stands
-for the rest of the spectrum. Trace and norm come from further probes that do not see those pairs, so that the
+The pairs that have converged are taken out of that rule: their weight at its nodes is dropped, and what is left
+stands for the rest of the spectrum. Trace and norm come from further probes that do not see those pairs, so that the
 outliers are no noise in them.
 """
 
@@ -20,6 +20,8 @@ from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, s
 from diag.linalg.refine import complete
 from diag.linalg.ritz import Wanted
 from diag.linalg.trace import trace_and_norm
+
+MOST = 11.0  # the 99.9 % quantile of chi-squared with one degree of freedom
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,12 @@ def _known_wholly(
 
 
 def _rest_of(run: LanczosRun, known: Eigenpairs, size: int, seed: int) -> SpectralMeasure:
-    """The run's own quadrature rule without the nodes that are known eigenvalues."""
+    """The run's own quadrature rule without the known eigenvalues."""
     nodes, weights = quadrature_rule(run.first_cycle)
     near = (nodes[:, None] - known.values).abs() <= known.residuals + known.rounding
-    weights = weights * ~near.any(1)
+    one = near.sum(1) / size  # what the known eigenvalues at a node weigh on average
+    # A single eigenvalue's weight is chi-squared over size. More than MOST of that is a crowd on one spot, such as
+    # the zeros of a matrix of low rank, of which one start vector shows one: the others stay.
+    weights = torch.where(near.any(1), torch.where(weights > MOST * one, weights - one, 0), weights)
     weights = weights / weights.sum().clamp_min(1e-300) * (size - len(known.values)) / size
     return SpectralMeasure(nodes[None], weights[None], known.values, size, seed, 0)

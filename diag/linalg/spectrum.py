@@ -2,8 +2,8 @@
 
 The start vector is Gaussian, so the run that finds the extreme pairs is a quadrature rule of the density, too.
 The pairs that have converged are taken out of that rule: their weight at its nodes is dropped, and what is left
-stands for the rest of the spectrum. Trace and norm come from further probes that do not see those pairs, so that the
-outliers are no noise in them.
+stands for the rest of the spectrum. Trace and norm come from further probes that do not see those pairs, so that
+the outliers are no noise in them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def within_its_bounds(result, dense):
 
 
 def distance_of_distributions(result, dense):
-    """Kolmogorov's, of the eigenvalues that are not reported one by one, away from zero, where they are smoothed."""
+    """Kolmogorov's, of the eigenvalues not reported one by one, away from zero, where they are smoothed."""
     mass = numpy.diff(result.density_grid) * (result.density[1:] + result.density[:-1]) / 2
     rest = dense[1:-10].numpy()
     points = result.density_grid[1:]

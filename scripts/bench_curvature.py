@@ -398,6 +398,8 @@ def measure(name: str, rounds: int, chosen: list[str] | None) -> None:
                 continue
             try:
                 timed(contender, problem)
+                gradients = contender.seconds[-1] / gradient
+                print(f"  round {round_ + 1}: {contender.name}, {gradients:.1f} gradients", file=sys.stderr)
             except Exception as error:  # a peer that cannot be imported or fails is said, and the rest goes on
                 field_.remove(contender)
                 print(f"  {contender.name} left out: {type(error).__name__}: {str(error)[:120]}")

@@ -125,7 +125,7 @@ CARD = Card(
     run=run,
     notes=(
         "A barrier that remains after matching does not show that the two solutions differ: the matching is a "
-        "local search, and permutations are not all symmetries. The bands (division by 5 and by 50) were fixed on the "
-        "first pair of seeds before the second was run."
+        "local search, and permutations are not all symmetries. The bands (division by 5 and by 50) were fixed on "
+        "the first pair of seeds before the second was run."
     ),
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.errors import DiagError
+from diag.errors import DiagError, Unsupported
 from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.curvature_preconditioner import divisor
@@ -82,7 +82,7 @@ def _rule(optimizer: OptimizerState, groups: Sequence[Group]) -> tuple[Rule | No
     for name in ("momentum", "dampening", "nesterov", "betas", "decoupled_weight_decay"):
         if len({group.get(name) for group in groups}) > 1:
             return None, f"the parameter groups differ in {name}, and no one threshold holds for all"
-    if not all(group["lr"] > 0 for group in groups[:1]) and not any(group["lr"] > 0 for group in groups):
+    if not any(group["lr"] > 0 for group in groups):
         return None, "the learning rate is zero"
     steps = [float(s["step"]) for s in optimizer.torch_optimizer.state.values() if "step" in s]
     beta = groups[0].get("betas", (0.0,))[0]
@@ -130,13 +130,15 @@ def _each(hessian: LinearOperator, optimizer: OptimizerState, values: Sequence[f
     named = dict(hessian.objective.model.named_parameters())
     foreign = [name for name in hessian.layout.names if id(named[name]) not in owner]
     if foreign:
-        raise DiagError(f"the optimizer does not hold parameter {foreign[0]}; give the one that trains this model")
+        raise Unsupported(
+            f"the optimizer does not hold parameter {foreign[0]}; give the one that trains this model"
+        )
     pieces = [torch.full((named[name].numel(),), owner[id(named[name])]) for name in hessian.layout.names]
     return torch.cat(pieces).to(dtype=hessian.dtype, device=hessian.device)
 
 
-def _needs_model(why: str) -> DiagError:
-    return DiagError(f"{why}, which a bare matrix does not show; measure on a Snapshot with optimizer=")
+def _needs_model(why: str) -> Unsupported:
+    return Unsupported(f"{why}, which a bare matrix does not show; measure on a Snapshot with optimizer=")
 
 
 def _groups(optimizer: OptimizerState) -> list[dict[str, Any]]:

@@ -97,9 +97,7 @@ def layer_of(parameter: str) -> str:
 def participation(layout: Layout, vector: Tensor) -> dict[str, float]:
     """The share of a vector's squared length in each layer: layer name -> share; the shares sum to 1."""
     total = _square(vector)
-    return {
-        name: _square(vector[part]) / total if total > 0 else math.nan for name, part in layout.layers.items()
-    }
+    return {name: _square(vector[part]) / total if total > 0 else math.nan for name, part in layout.layers.items()}
 
 
 def _square(vector: Tensor) -> float:

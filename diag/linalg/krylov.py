@@ -104,10 +104,10 @@ class KrylovSpace:
                 f"a product of {self.operator!r} within the first {self.steps} steps is not finite; check the "
                 "loss and the parameters for NaN and overflow."
             )
-        coupling = bordered.diagonal(1)
+        coupling = bordered.diagonal(1)[: self.operator.size - 1]
         threshold = max(10 * torch.finfo(self.operator.dtype).eps, SMALLEST_COUPLING) * bordered.abs().max()
         broken = (coupling[self._settled :] <= threshold).nonzero()
-        if len(broken) and not self.exhausted:
+        if len(broken):
             last = self._settled + int(broken[0])
             self.drift.clamp_(min=coupling[last].item())
             self._restart_fresh(last + 1)
@@ -191,7 +191,7 @@ class KrylovSpace:
         return vector.mul_(1 / norm(vector))
 
     def _restart_fresh(self, steps: int) -> None:
-        self.steps = steps
+        self.steps, self.exhausted = steps, False
         self.blocks.append(steps)
         self.projected[steps:, :] = 0
         self.projected[:, steps:] = 0

@@ -174,7 +174,7 @@ class Progress:
         self.min_products = min_products
         self.patience = Patience(wanted) if wanted else None
         self.products = 0
-        self.next_look = 1 + max(min_products, wanted.count) if wanted else 0
+        self.next_look = 1 + max(min_products, wanted.count) if wanted else 4
         self.satisfied = False
         self.first_cycle: Tensor | None = None
 
@@ -184,17 +184,23 @@ class Progress:
     def advance(self, space: KrylovSpace) -> None:
         """After each product: repairs a breakdown, looks when it is time to, restarts when memory is full."""
         self.products += 1
-        full = space.steps == space.capacity and not self.finished(space)
-        on_host = space.basis.device.type == "cpu"
-        if not (on_host or full or self.products >= self.next_look):
+        due = self.products >= self.next_look
+        full = space.steps == space.capacity or space.exhausted
+        if not (due or full or looks_every_step(space.basis.device)):
             return
         bordered = space.settle()
-        if self.patience and self.products >= self.next_look:
-            self.next_look = self.products + max(1, self.products // 32) * (1 if on_host else 4)
-            pairs = ritz(bordered)
-            self.satisfied = self.patience.satisfied(self.products, pairs, bordered, space.blocks, space.exhausted)
+        if due:
+            self._look(space, bordered)
         if space.steps == space.capacity and not self.finished(space):
             self._restart(space, bordered)
+
+    def _look(self, space: KrylovSpace, bordered: Tensor) -> None:
+        """Asks whether what is wanted has converged, and plans when to ask again."""
+        interval = 1 if looks_every_step(space.basis.device) else 4
+        self.next_look = self.products + interval * max(1, self.products // 32)
+        if self.patience:
+            pairs = ritz(bordered)
+            self.satisfied = self.patience.satisfied(self.products, pairs, bordered, space.blocks, space.exhausted)
 
     def _restart(self, space: KrylovSpace, bordered: Tensor) -> None:
         if self.first_cycle is None:
@@ -234,6 +240,12 @@ class Progress:
 
 def _on_host(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.cpu()
+
+
+def looks_every_step(device: torch.device) -> bool:
+    """Whether reading T costs no synchronisation. Elsewhere a breakdown is noticed some steps late, and the run
+    goes back to it."""
+    return device.type == "cpu"
 
 
 def rounding_of(space: KrylovSpace, bordered: Tensor) -> float:

@@ -138,6 +138,20 @@ def test_multiple_eigenvalues_come_with_their_multiplicity(planted: Planted, dty
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("spectrum", [[5.0] * 3 + [1.0] * 61, [5, 4, 3, 2] + [0.0] * 60, [0.0] * 30, [2.0, 2.0]])
+def test_breakdown_that_is_noticed_late(
+    planted: Planted, spectrum: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where T is looked at every few steps only: the same eigenvalues, by going back."""
+    monkeypatch.setattr("diag.linalg.lanczos.looks_every_step", lambda device: False)
+    operator = LinearOperator.from_matrix(torch.diag(torch.tensor(spectrum, dtype=torch.float64)))
+    for pairs in (eigenpairs(operator, largest=6), eigenpairs(planted(spectrum, torch.float32), largest=6)):
+        torch.testing.assert_close(pairs.values, torch.tensor(spectrum, dtype=torch.float64)[:6], rtol=0, atol=1e-5)
+    whole = run_lanczos(operator, None, max_products=400)
+    assert whole.space.exhausted
+    torch.testing.assert_close(whole.ritz.values.flip(0), torch.tensor(spectrum, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rank_deficient_matrix_breaks_down_and_goes_on(planted: Planted, dtype: torch.dtype) -> None:
     pairs = eigenpairs(planted([5, 4, 3, 2] + [0.0] * 96, dtype), largest=10)

@@ -196,8 +196,8 @@ class Progress:
 
     def _look(self, space: KrylovSpace, bordered: Tensor) -> None:
         """Asks whether what is wanted has converged, and plans when to ask again."""
-        interval = 1 if looks_every_step(space.basis.device) else 4
-        self.next_look = self.products + interval * max(1, self.products // 32)
+        sparing = self.products // 32 if self.patience else 1  # without a question only breakdowns are looked for
+        self.next_look = self.products + max(1, sparing) * (1 if looks_every_step(space.basis.device) else 4)
         if self.patience:
             pairs = ritz(bordered)
             self.satisfied = self.patience.satisfied(self.products, pairs, bordered, space.blocks, space.exhausted)

@@ -52,7 +52,7 @@ SGD_FORMS = {
 
 
 @pytest.mark.parametrize("form", SGD_FORMS)
-@pytest.mark.parametrize("rate", [0.02, 0.3])
+@pytest.mark.parametrize("rate", [0.3])
 def test_sgd_diverges_exactly_above_its_threshold(form, rate):
     """O7b and its relatives: half a per cent to either side tells growth from decay."""
     settings = SGD_FORMS[form]
@@ -310,7 +310,7 @@ def test_oracle_7a_the_trace_bound_is_never_below_the_exact_threshold():
         found[size] = low
         optimizer = torch.optim.SGD(model.parameters(), lr=low)
         snapshot = diag.Snapshot(model, half_squared_error, (x, target), optimizer=optimizer)
-        result = edge(snapshot, batch_size=size, trace_probes=400)
+        result = edge(snapshot, batch_size=size, trace_probes=60)
         # At the exact threshold no necessary condition may already be broken.
         assert result.ratio <= 1 + 1e-6
         assert result.trace_ratio - 4 * result.trace_ratio_standard_error <= 1
@@ -348,7 +348,7 @@ def test_gradient_descent_reaches_its_edge():
     model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.12)
     loss, series = nn.MSELoss(), []
-    for step in range(1600):
+    for step in range(1500):
         if step % 100 == 0:
             series.append((step, edge(diag.Snapshot(model, loss, (x, y), optimizer=optimizer), batch_size=40)))
         optimizer.zero_grad()

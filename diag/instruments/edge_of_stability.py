@@ -238,7 +238,7 @@ def _preconditions(
 ) -> tuple[Precondition, ...]:
     n = getattr(hessian, "num_examples", 1)
     found = f"the largest eigenvalue is {format_number(lambda_max)}"
-    if stability.threshold:
+    if math.isfinite(stability.threshold):
         found += f", {format_number(lambda_max / stability.threshold)} of the threshold"
     batch = f"training sees {batch_size} of {n:,} examples a step" if batch_size else "give batch_size= of training"
     return (

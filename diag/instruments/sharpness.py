@@ -20,6 +20,7 @@ from diag.errors import InvalidInput
 from diag.linalg.lanczos import Eigenpairs, eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import dot, norm
+from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.losses_at import LossesAt
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -222,6 +223,7 @@ def sharpness(
                 "the sharpest direction has not converged; give a larger tolerance.",
             ),
         ),
+        notes=(hessian.self_test.sentence(),) if isinstance(hessian, CurvatureOperator) else (),
     )
 
 

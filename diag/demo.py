@@ -6,7 +6,7 @@ held-out accuracy falls. `run` trains it; `setting` gives the data and says whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ EPOCHS = 60
 BATCH = 64
 LEARNING_RATE = 0.05
 BUDGET = 1.0  # the training takes seconds, so watching may take as long again
+AT_THE_END = ("hessian_spectrum", "opposing_signals")  # too dear for so short a training's budget
 CHECKPOINTS = "checkpoints"
 
 Progress = Callable[[int, int], Any]
@@ -77,23 +78,31 @@ def build() -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
     return network(), nn.CrossEntropyLoss(), (train.inputs, train.labels)
 
 
-def run(folder: str | Path, *, seed: int = 0, progress: Progress | None = None, epochs: int = EPOCHS) -> Run:
+def run(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    epochs: int = EPOCHS,
+    at_the_end: Sequence[str] = AT_THE_END,
+) -> Run:
     """Train the demo's network by SGD with momentum, watched into `folder`; the record of the run.
 
     The same seed gives the same training. `progress(steps done, of how many)` is called after every step. States
     at the start, after a quarter of the training (near the best held-out accuracy) and at the end are kept in
-    `folder/checkpoints`. Raises RunError where the folder cannot be written.
+    `folder/checkpoints`. The instruments `at_the_end` measure the final network whatever the budget.
+    Raises RunError where the folder cannot be written.
     """
     # One thread: the order of sums, and with it a long training's course, depends on the number of threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _train(Path(folder), seed, epochs, progress or (lambda done, total: None))
+        return _train(Path(folder), seed, epochs, progress or (lambda done, total: None), at_the_end)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(folder: Path, seed: int, epochs: int, progress: Progress) -> Run:
+def _train(folder: Path, seed: int, epochs: int, progress: Progress, at_the_end: Sequence[str]) -> Run:
     made, model = setting(seed), network(seed)
     train, held_out = made.train, (made.held_out.inputs, made.held_out.labels)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
@@ -113,6 +122,8 @@ def _train(folder: Path, seed: int, epochs: int, progress: Progress) -> Run:
                 if step in kept:
                     keep(model, folder, step)
                 progress(step, per_epoch * epochs)
+        if at_the_end:
+            watcher.measure(*at_the_end)
     return watcher.run
 
 

@@ -14,7 +14,7 @@ def short(tmp_path_factory):
     """Two epochs, with what `progress` was told."""
     told = []
     folder = tmp_path_factory.mktemp("demo")
-    return demo.run(folder, progress=lambda *p: told.append(p), epochs=2), folder, told
+    return demo.run(folder, progress=lambda *p: told.append(p), epochs=2, at_the_end=()), folder, told
 
 
 def test_a_tenth_of_the_training_labels_are_wrong_and_no_held_out_one():
@@ -49,7 +49,7 @@ def test_a_short_run_is_recorded(short):
 
 def test_the_same_seed_trains_to_the_same_bits(short, tmp_path):
     _, folder, _ = short
-    demo.run(tmp_path, epochs=2)
+    demo.run(tmp_path, epochs=2, at_the_end=())
     first, second = (
         torch.load(f / "checkpoints" / "step-000042.pt", weights_only=True) for f in (folder, tmp_path)
     )

@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    demo.run(folder, epochs=8)
+    demo.run(folder, epochs=8, at_the_end=())
     return folder
 
 

@@ -72,6 +72,7 @@ def exact_arithmetic() -> Iterator[None]:
 def _model_state(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    bound = [(module, dict(module._buffers)) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     for parameter, _, _ in parameters:
         parameter.grad = None  # so that a backward pass inside cannot add to the training's own gradients
@@ -80,6 +81,8 @@ def _model_state(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module, names in bound:
+            module._buffers.update(names)  # a forward pass may bind another tensor: self.count = self.count + 1
         with torch.no_grad():
             for buffer, saved in buffers:
                 _restore(buffer, saved)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from diag.display import format_seconds
 from diag.errors import InvalidInput
 from diag.quantities.snapshot import Snapshot
 from diag.registry import Instrument, attempt, find, instruments
@@ -36,6 +37,10 @@ UNKNOWN_PASSES = 30.0
 FIXED = 2e-3
 FORWARD_SHARE = 1 / 3
 FAILURES = 3
+NEVER_RUN = (
+    "The run was too short to earn the time that measuring takes (estimate: {}; budget: {:.0%}); give a larger "
+    "budget=, call watcher.measure(), or measure a checkpoint."
+)
 
 Chosen = Mapping[str, Mapping[str, Any]]
 
@@ -111,6 +116,22 @@ class Measurements:
         accounts = self.schedule.accounts.values()
         open_ones = [a for a in accounts if a.due != inf and self._last.get(a.name, -1) < step]
         return [a.name for a in sorted(open_ones, key=lambda a: a.estimate)]
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """The names, all where there is none. Raises InvalidInput for one that this watch does not have."""
+        names = list(names)
+        for name in names:
+            if name not in self._instruments:
+                known = ", ".join(self._instruments) or "no instrument"
+                raise InvalidInput(f"This watch does not measure {name!r}; it has {known}.")
+        return names or list(self._instruments)
+
+    def explain_unrun(self, step: int) -> None:
+        """Record, of each instrument that never ran, that the budget was too small for it."""
+        for name, account in self.schedule.accounts.items():
+            if account.times == 0 and name not in self._last:
+                time_taken = format_seconds(account.estimate) if account.estimate < inf else "not known"
+                self._record(step, Skipped(name, NEVER_RUN.format(time_taken, self.schedule.budget)), 0.0)
 
     def _measure(self, instrument: Instrument, step: int, snapshot: Snapshot) -> None:
         began = time.perf_counter()

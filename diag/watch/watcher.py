@@ -168,6 +168,13 @@ class Watcher:
         """Tell the loss of the current micro-batch; it counts before any that is observed."""
         self._losses.give(value)
 
+    def measure(self, *names: str) -> None:
+        """Measure now, whatever the budget: with the instruments named, else with all that this watch has.
+
+        The time is recorded with the rest. Raises InvalidInput for an instrument that the watch does not have.
+        """
+        self._measure_now(self._measurements.named(names))
+
     def close(self) -> None:
         """End the watch, after the last measurements that the budget allows. It may be called twice."""
         self._end(measure=True)
@@ -376,21 +383,35 @@ class Watcher:
         if (known := _watchers.get(self.model)) is not None and known() is self:
             del _watchers[self.model]
 
+    @guarded("measurements")
+    def _measure_now(self, names: list[str]) -> None:
+        self._steps.finish(in_step=False)
+        self._rows.drain(wait=True)
+        if self._ready_at_last():
+            self._measure(names, self.step)
+
     @guarded("record")
     def _last_words(self, measure: bool) -> None:
         self._steps.finish(in_step=False)
         self._rows.drain(wait=True)
         if measure:
             self._measure_last()
+        if self._probe.batches and self._steps.steps and self._recorder.last_step == 0:
+            self._measurements.explain_unrun(self.step)
         for key, sentence in self._never_seen():
             self._recorder.note(key, sentence)
 
-    def _measure_last(self) -> None:
-        if not self._probe.batches or self._steps.steps == 0 or self._measurements.schedule.budget == 0:
-            return
+    def _ready_at_last(self) -> bool:
+        if not self._probe.batches or self._steps.steps == 0:
+            return False
         self._probe.complete = True
         self._estimate(WARM_UP)
         self._announce_probe()
+        return True
+
+    def _measure_last(self) -> None:
+        if self._measurements.schedule.budget == 0 or not self._ready_at_last():
+            return
         schedule = self._measurements.schedule
         schedule.earn(self._clock.elapsed(), self._clock.overhead())
         spare = SPARE  # a short run earns little, and a run without a number helps nobody

@@ -76,6 +76,22 @@ def test_untouched_buffers_keep_their_version(model):
     assert model[1].running_mean._version == before
 
 
+def test_a_buffer_that_the_forward_pass_binds_anew_is_put_back():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count = self.count + 1
+            return super().forward(x)
+
+    model = Counting()
+    with leaves_no_trace(model), preserved(model):
+        model(torch.ones(1, 2))
+        assert model.count == 1
+
+
 def test_autocast_and_tf32_are_off_inside():
     with torch.autocast("cpu", dtype=torch.bfloat16), preserved(nn.Linear(1, 1)):
         assert not torch.is_autocast_enabled("cpu")

@@ -1,6 +1,7 @@
 """What the instruments of a watched run are given: the state before the step, the optimizer, the record so far."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy
@@ -86,3 +87,41 @@ def test_a_run_says_what_it_is(tiny):
     assert about["layers"] == {"0.weight": 48, "0.bias": 8, "2.weight": 24, "2.bias": 3}
     assert (about["budget"], about["every"], about["instruments"]) == (0.1, 7, ["softmax_collapse"])
     assert "before clipping" in about["gradient_norms"] and about["versions"]["torch"] == torch.__version__
+
+
+def trained(watched, model, x, y, steps=6):
+    optimizer = torch.optim.SGD(model.parameters(), 0.03)
+    with watched as watcher:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return watcher.run
+
+
+def test_what_the_budget_never_allowed_is_said(tiny):
+    model, x, y = tiny
+    run = trained(diag.watch(model, instruments=["softmax_collapse"], budget=0.0), model, x, y)
+    ((step, skipped),) = run.outcomes
+    assert (step, skipped.instrument) == (6, "softmax_collapse")
+    assert re.search(
+        r"too short to earn the time .*budget: 0%.*; give a larger budget=, call watcher", skipped.reason
+    )
+
+
+def test_measuring_at_once_needs_no_budget(tiny):
+    model, x, y = tiny
+    optimizer = torch.optim.SGD(model.parameters(), 0.03)
+    with diag.watch(model, instruments=["softmax_collapse", "neural_collapse"], budget=0.0) as watcher:
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        watcher.measure("softmax_collapse")
+        with pytest.raises(
+            InvalidInput, match="does not measure 'sharpness'; it has softmax_collapse, neural_collapse"
+        ):
+            watcher.measure("sharpness")
+    run = watcher.run
+    assert [step for step, _ in run.series("softmax_collapse")] == [6]
+    assert [skipped.instrument for _, skipped in run.outcomes] == ["neural_collapse"]

@@ -38,7 +38,8 @@ def two_level_eigenpairs(
 ) -> Eigenpairs:
     """The wanted eigenpairs of `operator`, found with `cheap` (same size, dtype and device) and verified.
 
-    The cheap run stops by the bounds; `criterion` is for the exact pairs (see `Wanted`). `max_products` bounds
+    The cheap run stops by its residuals, as the bounds stop too early where eigenvalues are close; `criterion`
+    is for the exact pairs (see `Wanted`), which rest on what the cheap run has found. `max_products` bounds
     the exact products; `num_products` of the result counts those alone.
     """
     if (cheap.size, cheap.dtype, cheap.device) != (operator.size, operator.dtype, operator.device):

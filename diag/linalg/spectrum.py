@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.linalg.lanczos import Eigenpairs, LanczosRun, extract, run_lanczos
+from diag.linalg.lanczos import Eigenpairs, LanczosRun, eigenpairs, extract, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
 from diag.linalg.refine import complete
@@ -63,17 +63,19 @@ def spectrum(
     one draws as many new start vectors for the density, of `steps` products each; `trace_probes` (at least two) are
     for the trace. `memory`: a cap in bytes on the basis. Raises InvalidInput where a product is not finite.
     """
-    largest = min(largest, operator.size)
-    wanted = Wanted(largest=largest, smallest=min(1, operator.size - largest), tolerance=tolerance)
+    wanted = Wanted(largest=min(largest, operator.size), tolerance=tolerance)
     run = run_lanczos(
         operator, wanted, max_products=max(max_products, steps), min_products=steps, memory=memory, seed=seed
     )
-    pairs = extract(run, wanted, seed)
+    limit = tolerance * float(run.ritz.values.abs().max())
+    top = extract(run, wanted, seed)
+    bottom, more = _smallest(operator, run, wanted.count, limit, steps, memory, seed)
+    products = run.num_products + more
     if run.satisfied and not run.space.exhausted:  # one start vector shows one copy of a multiple eigenvalue
-        pairs = complete(operator, pairs, wanted)
-    top, bottom = _reported(pairs, wanted, float(run.ritz.values.abs().max()))
-    known = top.joined(bottom) if wanted.smallest else top
-    products = pairs.num_products
+        top = complete(operator, top, wanted)
+        products += top.num_products - run.num_products
+    top = top.subset(slice(0, [*_within(top, limit), False].index(False)))
+    known = top.joined(bottom)
     if run.space.exhausted:
         rest, trace, norm = _known_wholly(run, known, operator.size, seed)
     else:
@@ -91,14 +93,29 @@ def spectrum(
     return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)
 
 
-def _reported(pairs: Eigenpairs, wanted: Wanted, magnitude: float) -> tuple[Eigenpairs, Eigenpairs]:
-    """The largest pairs up to the first that has not converged, and the smallest if it has."""
-    good = (pairs.residuals + pairs.rounding <= wanted.tolerance * magnitude).tolist()
-    ends = len(good) - wanted.smallest if len(good) == wanted.count else len(good)
-    leading = [*good[:ends], False].index(False)
-    return pairs.subset(slice(0, leading)), pairs.subset(
-        slice(ends, len(good)) if all(good[ends:]) else slice(0, 0)
-    )
+def _within(pairs: Eigenpairs, limit: float) -> list[bool]:
+    return (pairs.residuals + pairs.rounding <= limit).tolist()
+
+
+def _smallest(
+    operator: LinearOperator, run: LanczosRun, largest: int, limit: float, steps: int, memory: int | None, seed: int
+) -> tuple[Eigenpairs, int]:
+    """The smallest pair of the run, or of a short run of its own where that has not come within `limit`; none where
+    it is one of the largest or does not converge. Beside it the products that were spent.
+
+    It is not waited for in the main run: to its own tiny size it converges late, which can double the cost.
+    """
+    one = Wanted(smallest=1)
+    pair = extract(run, one, seed)
+    if len(run.ritz.values) <= largest:
+        return pair.subset(slice(0, 0)), 0
+    spent = 0
+    if not all(_within(pair, limit)) and not run.space.exhausted:
+        relative = min(0.5, limit / max(abs(float(pair.values[0])), limit))
+        options: dict[str, Any] = {"tolerance": relative, "max_products": max(steps, 20), "memory": memory}
+        pair = eigenpairs(operator, smallest=1, start=pair.vectors, seed=seed, **options)
+        spent = pair.num_products
+    return (pair if all(_within(pair, limit)) else pair.subset(slice(0, 0))), spent
 
 
 def _known_wholly(

@@ -72,7 +72,8 @@ def exact_arithmetic() -> Iterator[None]:
 def _model_state(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    bound = [(module, dict(module._buffers)) for module in model.modules()]
+    # TorchScript modules have no dict of buffers, and cannot bind another tensor.
+    bound = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     for parameter, _, _ in parameters:
         parameter.grad = None  # so that a backward pass inside cannot add to the training's own gradients
@@ -81,8 +82,8 @@ def _model_state(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for module, names in bound:
-            module._buffers.update(names)  # a forward pass may bind another tensor: self.count = self.count + 1
+        for buffers_of_module, tensors in bound:
+            buffers_of_module.update(tensors)  # a forward pass may bind another tensor: self.count = self.count + 1
         with torch.no_grad():
             for buffer, saved in buffers:
                 _restore(buffer, saved)

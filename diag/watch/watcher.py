@@ -396,7 +396,8 @@ class Watcher:
         self._rows.drain(wait=True)
         if measure:
             self._measure_last()
-        if self._probe.batches and self._steps.steps and self._recorder.last_step == 0:
+        wanted = self._measurements.schedule.budget > 0 and self._recorder.last_step == 0
+        if wanted and self._probe.batches and self._steps.steps:
             self._measurements.explain_unrun(self.step)
         for key, sentence in self._never_seen():
             self._recorder.note(key, sentence)

@@ -104,14 +104,24 @@ class ConnectionMap:
 
     def plot(self, ax: Any) -> None:
         """A heat map of the barriers, networks in the order of their groups."""
+        import seaborn
+
         order = [self.names.index(n) for group in self.components for n in group]
-        image = ax.imshow(self.barriers[numpy.ix_(order, order)], cmap="magma_r", vmin=0)
         labels = [self.names[i] for i in order]
-        ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize="small")
-        ax.set_yticks(range(len(labels)), labels, fontsize="small")
-        ax.set(xlabel="network", ylabel="network")
         what = "error barrier (share)" if self.barriers is self.error_barriers else "loss barrier"
-        ax.figure.colorbar(image, ax=ax, label=what)
+        seaborn.heatmap(
+            self.barriers[numpy.ix_(order, order)],
+            ax=ax,
+            cmap="magma_r",
+            vmin=0,
+            annot=len(order) <= 12,  # beyond that the numbers would not be readable
+            fmt=".2g",
+            square=True,
+            xticklabels=labels,
+            yticklabels=labels,
+            cbar_kws={"label": what},
+        )
+        ax.set(xlabel="network", ylabel="network")
 
 
 def _plain(values: NDArray[numpy.float64]) -> list[list[float | None]]:

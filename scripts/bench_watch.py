@@ -8,7 +8,7 @@ in an order that alternates. `always-on` is the ratio of the median step times, 
 `everything` is the ratio of the whole run's times with every instrument at budget=0.05, the end of the watch
 included. Both are given by wall time and by processor time; always-on also by the first decile of the step times,
 which other programs on the machine disturb least.
-Bars (issue 2): always-on <= 1.03, everything <= 1.07.
+Bars: always-on <= 1.03, everything <= 1.07.
 """
 
 from __future__ import annotations

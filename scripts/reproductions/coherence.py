@@ -1,4 +1,4 @@
-"""R3: per-example gradients agree early with real labels and late with random ones, to similar heights."""
+"""Per-example gradients agree early with real labels and late with random ones, to similar heights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R5: a small network collapses neurally after it has fitted its training set, and decay deepens it."""
+"""A small network collapses neurally after it has fitted its training set, and decay deepens it."""
 
 from __future__ import annotations
 

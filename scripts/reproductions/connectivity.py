@@ -1,4 +1,4 @@
-"""R4: permuting the units of one of two independently trained networks removes most of the barrier between them."""
+"""Permuting the units of one of two independently trained networks removes most of the barrier between them."""
 
 from __future__ import annotations
 

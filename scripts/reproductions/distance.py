@@ -1,4 +1,4 @@
-"""R8: the distance from the start grows like log t, and per update it is the same for every batch size."""
+"""The distance from the start grows like log t, and per update it is the same for every batch size."""
 
 from __future__ import annotations
 

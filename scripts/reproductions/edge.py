@@ -1,4 +1,4 @@
-"""R7: gradient descent trains at the edge of stability: the sharpness climbs to 2 / learning rate and stays."""
+"""Gradient descent trains at the edge of stability: the sharpness climbs to 2 / learning rate and stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R1.3 and R1.4: without the gradient's part along the weights a network groks; with it, it does not."""
+"""Without the gradient's part along the weights a network groks; with it, it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R6.1: the Hessian's leading eigenvectors are class directions, one fewer than there are classes."""
+"""The Hessian's leading eigenvectors are class directions, one fewer than there are classes."""
 
 from __future__ import annotations
 

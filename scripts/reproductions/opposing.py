@@ -1,4 +1,4 @@
-"""R2.1 to R2.4: two planted groups take over the sharpest direction and trade places; natural digits do not."""
+"""Two planted groups take over the sharpest direction and trade places; natural digits do not."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def make(planted: bool) -> Arm:
 
 
 def run_planted(lab: Lab) -> list[Expectation]:
-    """R2.1 and R2.4 on one run at learning rate 0.2, so that the edge is at sharpness 10."""
+    """Planted groups on one run at learning rate 0.2, so that the edge is at sharpness 10."""
     arm, lr = make(planted=True), 0.2
     with lab.recorder("planted", arm.model, optimizer=f"gradient descent, lr {lr}", seed=SEED) as record:
         arm.descend(lr, 130)
@@ -109,7 +109,7 @@ def run_planted(lab: Lab) -> list[Expectation]:
 
 
 def run_natural(lab: Lab) -> list[Expectation]:
-    """R2.3: the same network without a planted feature, at learning rate 0.5."""
+    """The same network without a planted feature, at learning rate 0.5."""
     arm, lr = make(planted=False), 0.5
     with lab.recorder("natural", arm.model, optimizer=f"gradient descent, lr {lr}", seed=SEED) as record:
         arm.descend(lr, 400)

@@ -1,4 +1,4 @@
-"""R1.2: in float32 the margin of a log_softmax loss stops at b ln 2; only the loss formula has to change."""
+"""In float32 the margin of a log_softmax loss stops at b ln 2; only the loss formula has to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""R6.2: changing the width of a network changes the bulk of its Hessian and not the number of outliers."""
+"""Changing the width of a network changes the bulk of its Hessian and not the number of outliers."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ SGD_FORMS = {
 @pytest.mark.parametrize("form", SGD_FORMS)
 @pytest.mark.parametrize("rate", [0.3])
 def test_sgd_diverges_exactly_above_its_threshold(form, rate):
-    """O7b and its relatives: half a per cent to either side tells growth from decay."""
+    """Half a per cent to either side tells growth from decay."""
     settings = SGD_FORMS[form]
 
     def make(params):
@@ -267,7 +267,7 @@ def test_refusals():
 
 
 def test_trace_ratio_is_the_necessary_condition_on_small_batches():
-    """SCIENCE 7.1: eta pi Tr H / 2, pi = (n - B) / (B (n - 1)): 1 at B = 1, 0 at B = n, which has no such bound."""
+    """eta pi Tr H / 2, pi = (n - B) / (B (n - 1)): 1 at B = 1, 0 at B = n, which has no such bound."""
     result = edge(quadratic(0.1), batch_size=1)
     assert abs(result.trace - sum(SPECTRUM)) <= 4 * result.trace_standard_error + 1e-9
     assert result.trace_ratio == pytest.approx(0.1 * result.trace / 2)
@@ -338,9 +338,9 @@ def test_the_course_of_a_run():
 
 
 def test_gradient_descent_reaches_its_edge():
-    """R7 in small: full-batch descent on a tanh network raises the sharpness to 2 / learning rate and keeps it.
+    """Full-batch descent on a tanh network raises the sharpness to 2 / learning rate and keeps it.
 
-    The band is that of SCIENCE's card, .95 to 1.15 for the median of the last measurements."""
+    The band is that of the reproduction's card, .95 to 1.15 for the median of the last measurements."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 6, generator=generator)
     y = torch.sin(2 * x[:, :1]) + x[:, 1:2] * x[:, 2:3]

@@ -1,4 +1,4 @@
-"""Gradient coherence against the closed forms of SCIENCE 3.1 and against dense float64 gradients."""
+"""Gradient coherence against the closed forms of m-coherence and against dense float64 gradients."""
 
 import math
 

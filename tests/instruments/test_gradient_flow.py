@@ -161,7 +161,7 @@ def test_normalisation_layers_do_not_count_as_weights():
 
 
 def test_exact_laws_are_recognised():
-    """SCIENCE oracle 8a: an exact log curve has R^2 1 for the log law; a linear drift has exponent 1."""
+    """Closed form: an exact log curve has R^2 1 for the log law; a linear drift has exponent 1."""
     t = numpy.arange(10.0, 2000)
     log = fit_growth(t, 1 + 2 * numpy.log(t))
     assert log["log"].r2 == pytest.approx(1, abs=1e-12) and log["log"].slope == pytest.approx(2, abs=1e-10)
@@ -176,7 +176,7 @@ def test_exact_laws_are_recognised():
 
 
 def test_an_isotropic_random_walk_is_classified_as_sqrt():
-    """SCIENCE oracle 8a: 1000 dimensions, 1500 steps; the walk's distance is sqrt(1000 t) within 1 / sqrt(2000)."""
+    """Closed form: 1000 dimensions, 1500 steps; the walk's distance is sqrt(1000 t) within 1 / sqrt(2000)."""
     walk = numpy.random.default_rng(0).standard_normal((1500, 1000)).cumsum(0)
     result = gradient_flow(history=with_distance(numpy.linalg.norm(walk, axis=1)))
     assert result.r2_by_law["sqrt"] > 0.999 > 0.95 > result.r2_by_law["log"]

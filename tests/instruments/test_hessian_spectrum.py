@@ -238,11 +238,11 @@ def test_oracle_6a_softmax_regression():
     result = diag.hessian_spectrum(snapshot, num_eigenvalues=15)
     assert result.eigenvalues == pytest.approx(expected, abs=1e-12)
     assert (numpy.abs(result.eigenvalues) < 1e-12).sum() == 5
-    # O6f: the Gauss-Newton matrix of a linear model is its Hessian.
+    # The Gauss-Newton matrix of a linear model is its Hessian.
     linear = diag.hessian_spectrum(hessian=snapshot.quantity("gauss_newton"), num_eigenvalues=15)
     assert linear.eigenvalues == pytest.approx(expected, abs=1e-12)
     assert linear.smallest > -1e-12
-    # O6g: accumulated over ragged batches it is the same.
+    # Accumulated over ragged batches it is the same.
     batches = [(x[i : i + 9], torch.arange(40)[i : i + 9] % 3) for i in range(0, 40, 9)]
     ragged = diag.hessian_spectrum(diag.Snapshot(model, nn.CrossEntropyLoss(), batches), num_eigenvalues=15)
     assert ragged.eigenvalues == pytest.approx(expected, abs=1e-12)

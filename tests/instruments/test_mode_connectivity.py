@@ -61,7 +61,7 @@ def test_two_independent_networks_are_separated_and_matching_brings_them_closer(
     a, b = pair
     with leaves_no_trace(a), leaves_no_trace(b):
         result = mode_connectivity(snapshot(a, other=b), align="weights")
-    # At width 32 the barrier falls fivefold; the reproduction of R4 asserts more, at widths 64 and 256.
+    # At width 32 the barrier falls fivefold; the reproduction asserts more, at widths 64 and 256.
     assert result.error_barrier > 0.1 and result.barrier > 3 * result.aligned_barrier
     before = mode_connectivity(snapshot(a), other=b.state_dict())
     verdict = before.verdict()
@@ -95,7 +95,7 @@ def test_two_runs_from_a_trained_ancestor_are_connected():
 
 
 def test_a_permuted_copy_has_a_barrier_that_alignment_removes(pair):
-    """O4b: naive barrier large; after matching the weights are bit-equal and the bracket is exactly zero."""
+    """Naive barrier large; after matching the weights are bit-equal and the bracket is exactly zero."""
     a, _ = pair
     groups = find_symmetries(a, digits(4))
     moved = groups.apply(groups.random(3), a.state_dict())

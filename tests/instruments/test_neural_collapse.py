@@ -45,7 +45,7 @@ def dense_reference(h, y):
 
 
 def test_an_exact_simplex_has_only_zeros():
-    """SCIENCE oracle 5a; float64 rounding is 1e-16 a number, some thousand of them are added."""
+    """Closed form: float64 rounding is 1e-16 a number, some thousand of them are added."""
     given = collapsed()
     result = neural_collapse(**given, held_out_features=given["features"], held_out_labels=given["labels"])
     zeros = ["nc1", "nc1_ratio", "nc2", "nc3", "nc4", "nc2_norms", "nc2_angle_spread", "nc2_angles"]
@@ -64,7 +64,7 @@ def test_an_exact_simplex_has_only_zeros():
 
 
 def test_isotropic_noise_has_the_closed_form():
-    """SCIENCE oracle 5c: NC1 = (K-1) sigma^2 (n-1)/n over s^2 + sigma^2/n; NC1~ likewise. 3 % for n = 400."""
+    """Closed form: NC1 = (K-1) sigma^2 (n-1)/n over s^2 + sigma^2/n; NC1~ likewise. 3 % for n = 400."""
     sigma, n = 0.1, 400
     result = neural_collapse(**collapsed(sigma, each=n))
     s2 = float(torch.linalg.svdvals(simplex_etf(K, D))[0] ** 2)
@@ -86,7 +86,7 @@ def test_the_thin_svd_agrees_with_dense_matrices(sizes, dimension):
 
 
 def test_the_minimiser_of_tirer_theorem_2_1_has_collapsed():
-    """SCIENCE oracle 5b: unconstrained features with squared loss. The theorem's minimiser is an orthogonal frame
+    """Closed form: unconstrained features with squared loss. The theorem's minimiser is an orthogonal frame
     of squared length rho = (1 - c) sqrt(lw / lh); centred it is a simplex, and w_k = sqrt(lh / lw) hb_k."""
     classes, n, d, lw, lh = 4, 6, 8, 0.01, 0.02
     y = torch.arange(classes).repeat_interleave(n)
@@ -112,7 +112,7 @@ def test_the_minimiser_of_tirer_theorem_2_1_has_collapsed():
 
 
 def test_the_deviation_angle_of_a_linear_discriminant():
-    """SCIENCE 13: for Sigma = diag(1, s), w = Sigma^-1 m has cos = (1 + 1/s) / sqrt(2 (1 + 1/s^2))."""
+    """for Sigma = diag(1, s), w = Sigma^-1 m has cos = (1 + 1/s) / sqrt(2 (1 + 1/s^2))."""
     s = 7.0
     h = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double().repeat_interleave(2, 0)
     w = torch.tensor([[0.0, 0.0], [1.0, 1 / s]], dtype=torch.float64)

@@ -50,7 +50,7 @@ def test_two_groups_stay_below_one():
     assert "hardest and the easiest" in result.verdict().sentence
 
 
-# Digits with planted groups (R2.1, R2.4), and without (R2.3).
+# Digits with planted groups, and without.
 
 
 def digits(planted, seed=0):
@@ -85,7 +85,7 @@ def network(seed=0):
 
 @functools.cache
 def before_the_edge(planted=True):
-    """R2.1's network stopped at step 130, where learning rate times sharpness is still below 2."""
+    """The planted network stopped at step 130, where learning rate times sharpness is still below 2."""
     x, y, rows = digits(planted)
     model = network()
     descend(model, x, y, lr=0.2, steps=130)
@@ -170,7 +170,7 @@ def sharpness(model, x, y):
 
 
 def test_planted_groups_online():
-    """R2.1: the window of steps 190 to 290, at the edge of stability (2 / lr = 10)."""
+    """The window of steps 190 to 290, at the edge of stability (2 / lr = 10)."""
     record, sharp, y, rows = online(True, 0.2, 190, 290)
     result = opposing_signals_online(record, learning_rate=0.2, sharpness=sharp, labels=y, k=20)
     assert found(result, rows) == 40
@@ -190,7 +190,7 @@ def test_no_verdict_away_from_the_edge():
 
 @pytest.mark.slow
 def test_natural_digits_online():
-    """R2.3: at the edge the ends swap, and carry little."""
+    """At the edge the ends swap, and carry little."""
     record, sharp, y, *_ = online(False, 0.5, 400, 500)
     result = opposing_signals_online(record, learning_rate=0.5, sharpness=sharp, labels=y)
     assert result.share < 0.25

@@ -37,7 +37,7 @@ def gradients(loss, logits, labels):
 
 
 def test_one_plus_s_is_one_exactly_up_to_the_rounding_unit():
-    """SCIENCE oracle 1a, in the two types where torch has nextafter; finfo.eps would be off by a factor of two."""
+    """Closed form: in the two types where torch has nextafter; finfo.eps would be off by a factor of two."""
     for dtype in (torch.float32, torch.float64):
         u = torch.tensor(2.0 ** -SIGNIFICAND_BITS[str(dtype).removeprefix("torch.")], dtype=dtype)
         one = torch.ones((), dtype=dtype)
@@ -79,7 +79,7 @@ def test_shares_by_dtype_come_from_float64_margins():
 @settings(deadline=None, max_examples=20)
 @given(st.integers(2, 30), st.integers(0, 10_000))
 def test_the_loss_is_softplus_of_the_negative_margin(classes, seed):
-    """SCIENCE oracle 1b: the identity l = softplus(-m), in float64 to 1e-10."""
+    """Closed form: the identity l = softplus(-m), in float64 to 1e-10."""
     g = torch.Generator().manual_seed(seed)
     z = 5 * torch.randn(8, classes, generator=g, dtype=torch.float64)
     y = torch.randint(classes, (8,), generator=g)

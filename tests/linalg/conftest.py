@@ -25,7 +25,7 @@ def planted() -> Callable[..., LinearOperator]:
 
 
 def outliers_and_bulk(outliers: Sequence[float], size: int = 200, seed: int = 3) -> Tensor:
-    """Some outliers over a bulk that is uniform in [-0.1, 0.1] (oracle O6c)."""
+    """Some outliers over a bulk that is uniform in [-0.1, 0.1]."""
     generator = torch.Generator().manual_seed(seed)
     bulk = torch.rand(size - len(outliers), generator=generator, dtype=torch.float64) * 0.2 - 0.1
     return torch.cat([torch.tensor(outliers, dtype=torch.float64), bulk])
@@ -33,5 +33,5 @@ def outliers_and_bulk(outliers: Sequence[float], size: int = 200, seed: int = 3)
 
 @pytest.fixture
 def o6c() -> Tensor:
-    """The spectrum of oracle O6c: 10, 5, 2 over a bulk, 200 in all."""
+    """A planted spectrum: 10, 5, 2 over a bulk, 200 in all."""
     return outliers_and_bulk([10.0, 5.0, 2.0])

@@ -1,4 +1,4 @@
-"""The assignment is optimal: against all permutations, and on planted ones (oracle O4f)."""
+"""The assignment is optimal: against all permutations, and on planted ones."""
 
 from itertools import permutations
 

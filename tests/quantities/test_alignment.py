@@ -101,7 +101,7 @@ def test_composition_is_first_then_second():
 
 
 def test_a_scale_symmetry_is_no_permutation():
-    """O4d: (s W1, b1 s, W2 / s) is the same function; matching by permutation leaves the weights apart."""
+    """(s W1, b1 s, W2 / s) is the same function; matching by permutation leaves the weights apart."""
     model = mlp(width=4)
     scaled = copy.deepcopy(model)
     scaled[0].weight.data *= 4

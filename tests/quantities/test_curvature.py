@@ -49,7 +49,7 @@ def test_gauss_newton_and_fisher_are_the_dense_ones(problem):
     truth = reference.gauss_newton()
     found = GaussNewton(model, loss_fn, batches).to_dense()
     assert cases.relative(found, truth) < FLOAT32
-    assert torch.linalg.eigvalsh(found.double())[0] > -FLOAT32 * truth.norm()  # semi-definite (O6f)
+    assert torch.linalg.eigvalsh(found.double())[0] > -FLOAT32 * truth.norm()  # semi-definite
     assert cases.relative(Fisher(model, loss_fn, batches).to_dense(), truth) < FLOAT32
 
 
@@ -61,7 +61,7 @@ def test_micro_batches_and_rebuilt_graphs_change_nothing(problem):
     least = whole.memory_plan.graph_bytes - 1
     rebuilt = Hessian(model, loss_fn, batches, precision="float64", memory=least, checked=whole.self_test)
     assert whole.memory_plan.retained and not rebuilt.memory_plan.retained
-    for other in (split, rebuilt):  # O6g
+    for other in (split, rebuilt):
         assert cases.relative(other @ v, whole @ v) < FLOAT64
     pair = torch.stack([v, whole @ v])
     assert cases.relative(rebuilt.matvecs(pair), whole.matvecs(pair)) < FLOAT64
@@ -127,7 +127,7 @@ def test_planted_spectrum_of_a_quadratic():
 
 
 def test_softmax_regression_has_a_null_space_from_the_shift_symmetry():
-    """O6a: H = (1/n) sum (diag p - p p^T) (x) x x^T with d zero eigenvalues; O6f: G = H for a linear model."""
+    """H = (1/n) sum (diag p - p p^T) (x) x x^T with d zero eigenvalues; G = H for a linear model."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3, bias=False).double()
     x, y = torch.randn(30, 5).double(), torch.randint(3, (30,))
@@ -143,7 +143,7 @@ def test_softmax_regression_has_a_null_space_from_the_shift_symmetry():
 
 @pytest.mark.parametrize("depth", [2, 3, 5])
 def test_deep_scalar_chain_at_its_balanced_minimum(depth):
-    """O6b: for 1/2 (prod w - y)^2 the only nonzero eigenvalue is L y^(2 - 2/L)."""
+    """For 1/2 (prod w - y)^2 the only nonzero eigenvalue is L y^(2 - 2/L)."""
     y = 1.7
     model = cases.Composed(lambda self, x: self.w.prod().expand(len(x)))
     model.w = nn.Parameter(torch.full((depth,), y ** (1 / depth), dtype=torch.float64))
@@ -154,7 +154,7 @@ def test_deep_scalar_chain_at_its_balanced_minimum(depth):
 
 
 def test_a_rescaled_parameter_rescales_the_hessian():
-    """O6e: with theta' = c theta in one layer and the layer divided by c, H' = D^-1 H D^-1."""
+    """With theta' = c theta in one layer and the layer divided by c, H' = D^-1 H D^-1."""
     torch.manual_seed(0)
     x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
     first = cases.Composed(

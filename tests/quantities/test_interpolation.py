@@ -1,4 +1,4 @@
-"""Oracles of the line between two networks (O4a-O4e), and that measuring it leaves nothing behind."""
+"""Oracles of the line between two networks, and that measuring it leaves nothing behind."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ def path(model, loss=F.cross_entropy, batch=None, **more):
 
 
 def test_the_same_network_twice_has_a_bracket_of_exactly_zero():
-    """O4a, at every point, in float64 and float32."""
+    """At every point, in float64 and float32."""
     for dtype in (torch.float64, torch.float32):
         model = network(1, dtype=dtype)
         found = path(model, batch=data(dtype=dtype))
@@ -56,7 +56,7 @@ def test_the_same_network_twice_has_a_bracket_of_exactly_zero():
 
 
 def test_a_convex_problem_has_the_bracket_of_its_quadratic():
-    """O4c: linear regression, -1/2 a (1-a) D^T H D with the Hessian 2/n X^T X of the mean square."""
+    """Linear regression, -1/2 a (1-a) D^T H D with the Hessian 2/n X^T X of the mean square."""
     model = nn.Linear(4, 1, bias=False).double()
     other = nn.Linear(4, 1, bias=False).double()
     x, y = randn(50, 4), randn(50, 1, seed=2)
@@ -98,7 +98,7 @@ def test_refinement_only_adds_points_beside_the_maximum():
 
 
 def test_ends_with_interpolated_statistics_are_the_networks_themselves():
-    """O4e: lerp reproduces the ends; reset changes them slightly, by how much is known."""
+    """Lerp reproduces the ends; reset changes them slightly, by how much is known."""
     a, b = network(1, norm=True), network(2, norm=True)
     x, y = data()
     found = path(a)

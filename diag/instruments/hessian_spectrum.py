@@ -143,6 +143,7 @@ class HessianSpectrum(Result):
         ax.vlines(known, floor, heights, color="tab:orange", linewidth=1.2)
         ax.plot(known, heights, "o", color="tab:orange", markersize=3, label="converged eigenvalues")
         ax.set_xscale("symlog", linthresh=scale)
+        ax.set_xticks(_decades(float(self.density_grid.min()), float(self.density_grid.max()), scale))
         ax.set_yscale("log")
         top = max([*self.density, *heights, 30 * floor])
         ax.set(xlabel="eigenvalue", ylabel="share per unit of eigenvalue", ylim=(floor, 5 * top))
@@ -158,6 +159,13 @@ class HessianSpectrum(Result):
         ax.plot(steps, [r.smallest for _, r in series], marker="v", markersize=3, label="smallest")
         ax.set(xlabel="step", ylabel="eigenvalue of the Hessian")
         ax.legend()
+
+
+def _decades(low: float, high: float, scale: float) -> list[float]:
+    """Zero and the powers of ten between low and high that lie clear of the axis's linear middle."""
+    first = math.ceil(math.log10(2 * scale))
+    powers = [10.0**k for k in range(first, math.floor(math.log10(max(high, -low, scale))) + 1)]
+    return [*(-p for p in reversed(powers) if -p >= low), 0.0, *(p for p in powers if p <= high)]
 
 
 @instrument(source=SOURCE, title="Hessian spectrum")

@@ -45,9 +45,8 @@ def two_level_eigenpairs(
     if (cheap.size, cheap.dtype, cheap.device) != (operator.size, operator.dtype, operator.device):
         raise InvalidInput(f"{cheap!r} cannot stand in for {operator!r}; give one of its size, dtype and device.")
     wanted = Wanted(largest, smallest, magnitude, tolerance, criterion)
-    run = run_lanczos(
-        cheap, dataclasses.replace(wanted, criterion="bound"), max_products=max_cheap_products, seed=seed
-    )
+    cheaply = dataclasses.replace(wanted, criterion="residual")
+    run = run_lanczos(cheap, cheaply, max_products=max_cheap_products, seed=seed)
     chosen = wanted.select(run.ritz.values)
     guess = combine(run.ritz.weights[chosen], run.space.basis[: run.space.steps], operator.dtype)
     others = torch.ones(len(run.ritz.values), dtype=torch.bool)

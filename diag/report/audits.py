@@ -100,6 +100,11 @@ def by_instrument(outcomes: Outcomes) -> dict[str, list[tuple[int, Skipped | Fai
     return found
 
 
+def _unwrapped(text: str) -> str:
+    """The text with each paragraph on one line, as the page is not as wide as the source; lists stay lists."""
+    return re.sub(r"(?<!\n)\n(?![\n\s*-])", " ", text)
+
+
 def _about(instrument: str, title: str, level: str) -> dict[str, Any]:
     known = instruments().get(instrument)
     return {
@@ -109,7 +114,7 @@ def _about(instrument: str, title: str, level: str) -> dict[str, Any]:
         "title": clean(TITLES[level].format(title)),
         "level": level,
         "why": clean(known.summary) if known else "",
-        "documentation": clean(inspect.getdoc(known.function) or "") if known else "",
+        "documentation": clean(_unwrapped(inspect.getdoc(known.function) or "")) if known else "",
     }
 
 

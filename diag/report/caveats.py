@@ -36,9 +36,7 @@ Caveats = Iterable[tuple[str, str, str]]
 
 def _of_checks(counts: Mapping[str, int], not_installed: Sequence[str]) -> Caveats:
     if counts["skipped"]:
-        text = (
-            f"{counted(counts['skipped'], 'check was', 'checks were').capitalize()} skipped: something was missing."
-        )
+        text = f"{counted(counts['skipped'], 'check was', 'checks were').capitalize()} skipped; each says why."
         yield "skipped", text, "checks-skipped"
     if counts["failed"]:
         text = f"{counted(counts['failed'], 'check').capitalize()} failed with an error and gave no verdict."

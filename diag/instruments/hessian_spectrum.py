@@ -22,9 +22,10 @@ from diag.errors import InvalidInput
 from diag.linalg.deflation import orthonormal
 from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import dot, gram, norm
+from diag.linalg.reductions import dot, gram
 from diag.linalg.spectrum import Spectrum, spectrum
 from diag.quantities.curvature import CurvatureOperator
+from diag.quantities.curvature_layout import participation
 from diag.quantities.curvature_memory import available_memory
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
@@ -302,7 +303,7 @@ def _layer_shares(hessian: LinearOperator, top: Eigenpairs) -> dict[str, float]:
     if not isinstance(hessian, CurvatureOperator) or not len(top.values):
         return {}
     assert top.vectors is not None
-    return {name: float(norm(top.vectors[0][part]) ** 2) for name, part in hessian.layers.items()}
+    return participation(hessian.layout, top.vectors[0])
 
 
 def _notes(hessian: LinearOperator, found: Spectrum, asked: int, inside: NDArray[numpy.bool_]) -> tuple[str, ...]:

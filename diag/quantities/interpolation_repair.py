@@ -7,7 +7,7 @@ deviation (1-a) s_0 + a s_1. Source: Jordan et al. 2023 (arXiv:2211.08403, secti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,8 +166,3 @@ def _apply(output: Tensor, scale: Tensor, shift: Tensor, module: nn.Module) -> T
     shape = [1] * output.ndim
     shape[_channel_axis(module, output)] = -1
     return output * scale.to(output.dtype).view(shape) + shift.to(output.dtype).view(shape)
-
-
-def mean_ratios(ratios: Mapping[str, float]) -> float:
-    """The smallest variance ratio of any layer: 1 without collapse."""
-    return min(ratios.values(), default=float("nan"))

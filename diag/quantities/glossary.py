@@ -43,6 +43,8 @@ _DATA = "give the snapshot data= with (inputs, targets)"
 _LOSS = "give the snapshot loss_fn= (mean-reduced) and data= with (inputs, targets)"
 _LAST = "give a model whose last layer is a Linear, or pass features= and classifier= yourself"
 
+_WATCHED = "measure inside diag.watch, or pass loss_record="
+
 GLOSSARY: dict[str, Quantity] = {
     q.name: q
     for q in (
@@ -58,6 +60,8 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("gradient", "parameters", None, "object", "one gradient", _LOSS),
         Quantity("loss_at", "parameters", None, "object", "one forward pass a call", _LOSS),
         Quantity("losses_at", "losses_at", None, "object", "one forward pass a call", _LOSS),
+        Quantity("divergence_at", "divergence_at", None, "object", "one forward pass a call", _DATA),
+        Quantity("loss_record", "loss_record", None, "object", "one forward pass a step", _WATCHED),
         Quantity("per_example_gradients", "per_example", None, "object", "about two gradients", _LOSS),
         Quantity("hessian", "curvature", None, "object", "about three gradients a product", _LOSS),
         Quantity("gauss_newton", "curvature", None, "object", "about three gradients a product", _LOSS),

@@ -1,0 +1,164 @@
+"""The losses of the same examples at consecutive optimizer steps, and how near the edge of stability they are.
+
+A watched run records them (`Recording`); whoever has such losses makes a `LossRecord` of them. Only where the
+sharpness is near the optimizer's own threshold do losses oscillate along the sharpest direction, so a record knows
+both at its two ends. Source: Rosenfeld and Risteski, ICLR 2024, arXiv:2311.04163; the thresholds: see
+`optimizer_stability`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import nan
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diag.display import format_number
+from diag.errors import InvalidInput, MissingQuantity
+from diag.linalg.lanczos import eigenpairs
+from diag.quantities.optimizer_stability import linear_stability
+from diag.result import Precondition
+
+if TYPE_CHECKING:
+    from diag.quantities.snapshot import Snapshot
+
+LEAST_STEPS = 4
+EDGE = (0.95, 1.5)  # of sharpness over threshold: learning rate times sharpness in [1.9, 3] for gradient descent
+TOLERANCE = 1e-2  # relative, of the sharpness
+
+
+@dataclass(frozen=True)
+class Edge:
+    """`sharpness`: the largest eigenvalue that decides an optimizer's stability; `threshold`: where it is lost.
+
+    rule: the threshold written out. unknown: why there is none (it is then NaN), in a clause.
+    """
+
+    sharpness: float
+    threshold: float = nan
+    rule: str = ""
+    unknown: str = ""
+
+    @property
+    def ratio(self) -> float:
+        return self.sharpness / self.threshold
+
+
+@dataclass(frozen=True, eq=False)
+class LossRecord:
+    """losses (T + 1, n): of the same n examples after T + 1 consecutive optimizer steps, kept as float64.
+
+    steps (T + 1): their numbers. first, last: the edge of stability at both ends. same_examples: whether every
+    step was taken on one and the same batch, so that no batch noise is in the differences; step_examples: how
+    many that holds, 0 where that is not known.
+
+    Raises InvalidInput for losses of another shape or kind, or of fewer than four steps.
+    """
+
+    losses: Tensor
+    first: Edge
+    last: Edge
+    steps: tuple[int, ...] = ()
+    same_examples: bool = True
+    step_examples: int = 0
+
+    def __post_init__(self) -> None:
+        given = self.losses
+        if given.ndim != 2 or len(given) <= LEAST_STEPS or not given.is_floating_point():
+            raise InvalidInput(
+                f"The record of losses has the shape {tuple(given.shape)}; expected (T + 1, n), floating, with at "
+                "least four steps."
+            )
+        steps = self.steps or tuple(range(len(given)))
+        if len(steps) != len(given):
+            raise InvalidInput(f"The record has {len(given)} rows of losses and {len(steps)} steps; give one each.")
+        object.__setattr__(self, "losses", given.detach().cpu().double().clone())
+        object.__setattr__(self, "steps", tuple(int(step) for step in steps))
+
+    @property
+    def num_examples(self) -> int:
+        return self.losses.shape[1]
+
+    def preconditions(self, edge: tuple[float, float] = EDGE) -> tuple[Precondition, ...]:
+        """What must hold for a verdict on the record's oscillation; `edge`: of sharpness over threshold."""
+        return (
+            Precondition(
+                "a known threshold of stability",
+                not self.unknown,
+                f"how sharp a loss the optimizer can descend is not known ({self.unknown}), so nobody can say "
+                "whether it is at the edge of stability.",
+            ),
+            Precondition(
+                "the edge of stability",
+                bool(self.unknown) or all(edge[0] <= end.ratio <= edge[1] for end in (self.first, self.last)),
+                f"the sharpness is {format_number(self.first.ratio)} of its threshold at step {self.steps[0]:,} "
+                f"and {format_number(self.last.ratio)} of it at step {self.steps[-1]:,}, outside {edge[0]:g} to "
+                f"{edge[1]:g}, where losses oscillate along the sharpest direction.",
+            ),
+            Precondition(
+                "the same examples at every step",
+                self.same_examples,
+                "the steps were taken on different mini-batches, whose noise is in the changes of the losses.",
+            ),
+        )
+
+    @property
+    def unknown(self) -> str:
+        """Why the threshold is not known at one of the ends; empty where it is."""
+        return self.first.unknown or self.last.unknown
+
+
+def edge_of(snapshot: Snapshot) -> Edge:
+    """The sharpness of the snapshot's loss and its optimizer's threshold; the latter may be unknown.
+
+    Raises MissingQuantity without a loss_fn or data.
+    """
+    hessian = snapshot.quantity("hessian")
+    try:
+        stability = linear_stability(hessian, snapshot.quantity("optimizer"))
+        operator, threshold, rule = stability.operator, stability.threshold, stability.rule
+        unknown = stability.unknown
+    except MissingQuantity:
+        operator, threshold, rule, unknown = hessian, nan, "", "the optimizer is not known"
+    values = eigenpairs(operator, largest=1, tolerance=TOLERANCE, seed=snapshot.seed, vectors=False).values
+    return Edge(float(values[0]), threshold, rule, unknown)
+
+
+class Recording:
+    """A record in the making: `Recording(snapshot, step)`, `add` after each further step, `finish` at the last."""
+
+    def __init__(self, snapshot: Snapshot, step: int) -> None:
+        self.first = edge_of(snapshot)
+        self._losses, self._steps = [snapshot.quantity("losses").detach().cpu()], [step]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded, the first not counted."""
+        return len(self._steps) - 1
+
+    @property
+    def last_step(self) -> int:
+        return self._steps[-1]
+
+    def add(self, snapshot: Snapshot, step: int) -> None:
+        """The losses after another step; one forward pass."""
+        self._losses.append(snapshot.quantity("losses").detach().cpu())
+        self._steps.append(step)
+
+    def finish(self, snapshot: Snapshot, same_examples: bool = True, step_examples: int = 0) -> LossRecord:
+        """The record; `snapshot` is of the last recorded step, whose sharpness is measured here."""
+        losses = torch.stack(self._losses)
+        return LossRecord(losses, self.first, edge_of(snapshot), tuple(self._steps), same_examples, step_examples)
+
+
+def loss_record(snapshot: Snapshot) -> LossRecord:
+    """The losses at consecutive steps, which one moment does not have.
+
+    Raises MissingQuantity: a watched run gives the record, or the user does.
+    """
+    raise MissingQuantity(
+        "a snapshot is one moment, and this is a record of several steps; measure inside diag.watch, or pass "
+        "loss_record=."
+    )

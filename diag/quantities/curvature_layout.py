@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import InvalidInput, Unsupported
+from diag.quantities.parameters import layer_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Layout:
 
     @property
     def layers(self) -> dict[str, slice]:
-        """Layer name -> its slice, in order; parameters of the root module go by the name ""."""
+        """Layer name -> its slice, in order; see `parameters.layer_of`."""
         layers: dict[str, slice] = {}
         last = None
         for name, part in zip(self.names, self.slices, strict=True):
@@ -80,18 +81,6 @@ class Layout:
         """The parameters' current values, detached; they share memory with the model."""
         named = dict(model.named_parameters())
         return [named[name].detach() for name in self.names]
-
-
-def layer_of(parameter: str) -> str:
-    """The module that a parameter belongs to: "encoder.0.weight" -> "encoder.0".
-
-    A parametrised weight ("fc.parametrizations.weight.original0") belongs to the module it parametrises.
-    """
-    return (
-        parameter.split(".parametrizations.")[0]
-        if ".parametrizations." in parameter
-        else parameter.rpartition(".")[0]
-    )
 
 
 def participation(layout: Layout, vector: Tensor) -> dict[str, float]:

@@ -16,6 +16,7 @@ from diag.errors import InvalidInput
 from diag.quantities.fit import check_states_fit
 from diag.quantities.interpolation import Interpolation, State
 from diag.quantities.interpolation_profile import Profile
+from diag.quantities.parameters import layer_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ def _excess(profile: Profile, first: float, last: float) -> float:
 
 
 def layers(model: nn.Module) -> dict[str, list[str]]:
-    """Module -> the names of its own parameters and buffers, for every module that has parameters of its own."""
+    """Layer -> the names of its own parameters and buffers, for every layer that has parameters of its own."""
     kept = model.state_dict(keep_vars=True)
     found: dict[str, list[str]] = {}
-    owners = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
+    owners = {layer_of(n) for n, _ in model.named_parameters()}
     for name, _ in [*model.named_parameters(), *model.named_buffers()]:
-        owner = name.rpartition(".")[0]
+        owner = layer_of(name)
         if owner in owners and name in kept:
             found.setdefault(owner, []).append(name)
     return found

@@ -26,6 +26,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter belongs to, by name: "encoder.0.weight" -> "encoder.0".
+
+    That is the module that owns it. A parametrised weight ("fc.parametrizations.weight.original0") belongs to the
+    module that it parametrises, "fc"; a parameter of the model itself goes by its own name.
+    """
+    owner, parametrised, rest = f".{parameter}".partition(".parametrizations.")
+    own = f"{owner}.{rest.partition('.')[0]}" if parametrised else owner
+    return own.rpartition(".")[0].removeprefix(".") or own.removeprefix(".")
+
+
 def flatten(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
     """One flat vector (P,) of the tensors in their order."""
     values = tensors.values() if isinstance(tensors, Mapping) else tensors

@@ -45,7 +45,7 @@ def check_all_answers(gradients, truth, bar):
     shares = torch.stack([layer.norms() ** 2 for layer in layers.values()])
     assert relative(shares.sum(0), norms**2) < 2 * bar
     for name, layer in layers.items():
-        part = truth[:, gradients.slice_of(name)]
+        part = truth[:, gradients.columns_of(name)]
         assert float((layer.norms() - part.norm(dim=1)).abs().max()) < bar * float(norms.max())
         assert float((layer.mean() - part.mean(0)).norm()) < bar * float(norms.mean())
 
@@ -239,7 +239,7 @@ def test_selected_layers_report_their_coverage():
     everything = ModelGradients(model, loss_fn, [batch])
     norms_only = ModelGradients(model, loss_fn, [batch], layers=lambda name: name.startswith("layers.1"))
     assert norms_only.layers == ("layers.1",)
-    part = truth[:, everything.slice_of("layers.1")]
+    part = truth[:, everything.columns_of("layers.1")]
     assert relative(norms_only.norms(), part.norm(dim=1)) < 1e-10
     coverage = norms_only.coverage
     assert coverage.parameters == part.shape[1] / truth.shape[1]
@@ -284,7 +284,7 @@ def test_selected_rows_and_permuted_targets():
     mixed = as_batch((batch.args[0], batch.targets[order]))
     assert relative(gradients.with_permuted_targets(2).dense(), cases.loop(model, loss_fn, mixed)) < 1e-10
     layer = gradients.by_layer()["out"].select([1])
-    assert relative(layer.dense(), truth[[1]][:, gradients.slice_of("out")]) < 1e-10
+    assert relative(layer.dense(), truth[[1]][:, gradients.columns_of("out")]) < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
+from diag.quantities.parameters import layer_of
 from diag.quantities.per_example.blocks import Block, matrix_shape
 
 Consumer = Callable[[slice, str, Block], None]  # the examples' rows, the parameter's name, its block
@@ -37,8 +38,8 @@ class Coverage:
 class PerExampleGradients:
     """Gradients g_1 ... g_n of the examples' losses at one set of parameters.
 
-    Flat vectors follow `named_parameters()` order, trainable parameters only, tied ones once. A layer is the module
-    that owns a parameter; a parameter of the model itself is its own layer. Norms and inner products come in
+    Flat vectors follow `named_parameters()` order, trainable parameters only, tied ones once. A layer is
+    what `parameters.layer_of` says. Norms and inner products come in
     float64. Subclasses give `stream` and `coverage`.
     """
 
@@ -74,10 +75,10 @@ class PerExampleGradients:
     def parameters_of(self, layer: str) -> list[str]:
         return [name for name in self.shapes if layer_of(name) == layer]
 
-    def slice_of(self, layer: str) -> slice:
-        """Where a layer's parameters lie in flat vectors."""
+    def columns_of(self, layer: str) -> Tensor:
+        """(P_layer,): where a layer's parameters lie in flat vectors."""
         slices = [self._slices[name] for name in self.parameters_of(layer)]
-        return slice(slices[0].start, slices[-1].stop)
+        return torch.cat([torch.arange(part.start, part.stop) for part in slices])
 
     # ---- answers -------------------------------------------------------------------------------
 
@@ -278,11 +279,6 @@ class LayerGradients(PerExampleGradients):
 
     def squared_norms_by_layer(self) -> dict[str, Tensor]:
         return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
-
-
-def layer_of(parameter: str) -> str:
-    """The module that owns a parameter; a parameter of the model itself is its own layer."""
-    return parameter.rpartition(".")[0] or parameter
 
 
 def _signs(name: str, block: Block, k: int, seed: int) -> tuple[Tensor | None, Tensor | None]:

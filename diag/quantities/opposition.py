@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.errors import Unsupported
+from diag.display import format_number
+from diag.errors import DiagError, Unsupported
 from diag.linalg.opposition import (
     correlation,
     ends,
@@ -23,6 +24,9 @@ from diag.linalg.opposition import (
     share,
     swap_and_persistence,
 )
+from diag.quantities.curvature import CurvatureOperator
+from diag.quantities.curvature_examples import curvature_shares
+from diag.quantities.loss_record import LossRecord
 from diag.quantities.losses_at import LossesAt
 from diag.quantities.per_example import PerExampleGradients
 
@@ -52,15 +56,10 @@ class Groups:
         return torch.zeros(n, dtype=torch.bool).index_fill_(0, self.rows, True)
 
 
-def kick(losses_at: LossesAt, direction: Tensor, curvature: float) -> tuple[Tensor, Tensor]:
-    """(n,) each: l(w + e u) - l(w - e u), and each loss's own curvature along u by its second difference.
-
-    e = 0.3 / sqrt(curvature), u the unit vector `direction` (P,).
-    """
-    size = KICK / math.sqrt(curvature)
-    step = size * direction.to(losses_at.center)
-    up, down = losses_at(losses_at.center + step), losses_at(losses_at.center - step)
-    return up - down, (up + down - 2 * losses_at(losses_at.center)) / size**2
+def kick(losses_at: LossesAt, direction: Tensor, curvature: float) -> Tensor:
+    """(n,): l(w + e u) - l(w - e u), where e = 0.3 / sqrt(curvature) and u is the unit vector `direction` (P,)."""
+    step = KICK / math.sqrt(curvature) * direction.to(losses_at.center)
+    return losses_at(losses_at.center + step) - losses_at(losses_at.center - step)
 
 
 def static_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) -> Groups:
@@ -68,20 +67,38 @@ def static_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) 
     of k that carry the largest share of the movement."""
     losses, found = losses_at(losses_at.center), []
     for i in (values > 0).nonzero().flatten().tolist():
-        change, own = kick(losses_at, vectors[i], float(values[i]))
+        change = kick(losses_at, vectors[i], float(values[i]))
         a, b = ends(change, k)
         numbers = {
             "share": share(change, torch.cat([a, b])),
-            "changes": mean_changes(change[None], a, b),
+            "changes": group_means(change[None], a, b),
             "loss_correlation": correlation(change.abs(), losses),
-            "curvature_share": _part(own, torch.cat([a, b])),
         }
         found.append(Groups(a, b, i, numbers))
     best = max(found, key=lambda groups: groups.numbers["share"])
     shares = torch.full((len(values),), math.nan, dtype=torch.float64)
     shares[[g.direction for g in found]] = torch.tensor([g.numbers["share"] for g in found], dtype=torch.float64)
     unseen = dict.fromkeys(("swap", "persist", "antiphase", "lag_one", "spike"), math.nan)
-    return Groups(best.a, best.b, best.direction, best.numbers | unseen | {"shares": shares})
+    untraced = {"shares": shares, "trace": torch.zeros(0, 3)}
+    return Groups(best.a, best.b, best.direction, best.numbers | unseen | untraced)
+
+
+def judgeable(record: LossRecord | None) -> bool:
+    """Whether a verdict can stand on the record."""
+    return record is not None and all(p.holds for p in record.preconditions())
+
+
+def unjudged(record: LossRecord | None, k: int) -> tuple[str, ...]:
+    """In a sentence, what a record showed on which no verdict can stand; nothing without such a record."""
+    unmet = next((p for p in record.preconditions() if not p.holds), None) if record is not None else None
+    if record is None or unmet is None:
+        return ()
+    seen = groups_of_record(record.losses, k).numbers
+    swap, persist, antiphase = (format_number(seen[name]) for name in ("swap", "persist", "antiphase"))
+    return (
+        f"Recorded from step {record.steps[0]:,} to {record.steps[-1]:,}: swap {swap}, persist {persist}, "
+        f"antiphase {antiphase}; a kick is judged instead, because {unmet.detail}",
+    )
 
 
 def replayed_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) -> Groups:
@@ -93,8 +110,7 @@ def replayed_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int
             "static mode here."
         )
     found = groups_of_record(record[-REPLAY_WINDOW - 1 :], k)
-    _, own = kick(losses_at, vectors[0], float(values[0]))
-    return Groups(found.a, found.b, 0, found.numbers | {"curvature_share": _part(own, found.rows)})
+    return Groups(found.a, found.b, 0, found.numbers)
 
 
 def replay(losses_at: LossesAt, curvature: float) -> Tensor:
@@ -118,7 +134,7 @@ def groups_of_record(record: Tensor, k: int) -> Groups:
     changes = record.diff(dim=0)
     a, b = ends(leading_mode(changes), k)
     swap, persist = swap_and_persistence(changes, k)
-    means, mean = mean_changes(changes, a, b), record.mean(1)
+    means, mean = group_means(changes, a, b), record.mean(1)
     carried = share(changes, torch.cat([a, b]))
     numbers = {
         "share": carried,
@@ -129,15 +145,16 @@ def groups_of_record(record: Tensor, k: int) -> Groups:
         "lag_one": lag_one(means[:, 0]),
         "spike": float((mean[1:] / mean[:-1]).max()) if len(record) > 1 else math.nan,
         "changes": means,
+        "trace": group_means(record, a, b),
         "loss_correlation": correlation(changes.abs().mean(0), record.mean(0)),
     }
     return Groups(a, b, -1, numbers)
 
 
-def mean_changes(changes: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(T, 3): mean change of A, of B and of the rest."""
-    rest = torch.ones(changes.shape[1], dtype=torch.bool).index_fill_(0, torch.cat([a, b]), False)
-    return torch.stack([changes[:, a].mean(1), changes[:, b].mean(1), changes[:, rest].mean(1)], 1)
+def group_means(values: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(T, 3): the means of (T, n) over A, over B and over the rest."""
+    rest = torch.ones(values.shape[1], dtype=torch.bool).index_fill_(0, torch.cat([a, b]), False)
+    return torch.stack([values[:, a].mean(1), values[:, b].mean(1), values[:, rest].mean(1)], 1)
 
 
 def null_share(losses_at: LossesAt, curvature: float, k: int, count: int, seed: int) -> float:
@@ -146,7 +163,7 @@ def null_share(losses_at: LossesAt, curvature: float, k: int, count: int, seed: 
     found = []
     for _ in range(count):
         direction = torch.randn(len(losses_at.center), generator=generator, dtype=torch.float64)
-        change, _ = kick(losses_at, direction / torch.linalg.vector_norm(direction), curvature)
+        change = kick(losses_at, direction / torch.linalg.vector_norm(direction), curvature)
         found.append(share(change, torch.cat(ends(change, k))))
     return max(found)
 
@@ -177,6 +194,11 @@ def about_gradients(gradients: PerExampleGradients, u: Tensor, groups: Groups, l
     }
 
 
-def _part(values: Tensor, rows: Tensor) -> float:
-    total = float(values.sum())
-    return float(values[rows].sum()) / total if total else math.nan
+def curvature_share(operator: CurvatureOperator, u: Tensor, rows: Tensor) -> tuple[float, str]:
+    """The rows' part of u^T G u, with G the Gauss-Newton matrix, and where it cannot be had NaN and why."""
+    try:
+        shares = curvature_shares(operator, u).cpu()
+    except DiagError as error:
+        return math.nan, f"The curvature's share is not known: {error}"
+    total = float(shares.sum())
+    return (float(shares[rows].sum()) / total if total > 0 else math.nan), ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -40,6 +41,36 @@ def kept(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None) -> 
         "shown": shown.numpy(),
         "difference": difference.numpy(),
     }
+
+
+def two_groups(result: Any, describe: Callable[[Any], str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of A and of B with label, loss and input, and the difference of their means, for display.
+
+    result: has the fields that `kept` gives. describe: makes text of one input; else it is shown as it is.
+    """
+    at = 0
+    for group, rows, labels, losses in (
+        ("A: the loss rises", result.group_a, result.labels_a, result.losses_a),
+        ("B: the loss falls", result.group_b, result.labels_b, result.losses_b),
+    ):
+        for i, row in enumerate(rows[:SHOWN]):
+            item: dict[str, Any] = {"row": int(row), "group": group, "loss": float(losses[i])}
+            if labels:
+                item["label"] = labels[i]
+            if len(result.shown):
+                item |= displayed(result.shown[at], describe)
+                at += 1
+            yield item
+    if result.difference.size:
+        yield {"row": None, "group": "mean of A less mean of B"} | displayed(result.difference, None)
+
+
+def draw_groups(ax: Any, steps: Sequence[int], trace: NDArray[numpy.float64]) -> None:
+    """The mean loss of A, of B and of the rest, (T + 1, 3), at T + 1 steps."""
+    for column, (name, style) in enumerate((("A", "-"), ("B", "-"), ("rest", ":"))):
+        ax.plot(steps, trace[:, column], marker="o", markersize=3, linestyle=style, label=name)
+    ax.legend()
+    ax.set(xlabel="step", ylabel="mean loss of the group")
 
 
 def displayed(value: NDArray[Any], describe: Callable[[Any], str] | None) -> dict[str, Any]:

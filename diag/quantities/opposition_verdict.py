@@ -7,16 +7,14 @@ and random steps, and on whether they trade places from step to step. The thresh
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 from diag.display import format_number, format_share
 from diag.result import OUR_CHOICE, Confidence, Level, Verdict
 
-if TYPE_CHECKING:
-    from diag.instruments.opposing_signals import OpposingSignals
-
 SOURCE = "Rosenfeld, Risteski, ICLR 2024, arXiv:2311.04163"
 DIRECTIONS = 5
+OpposingSignals = Any  # the instrument's result, which lies a layer above
 SWAP, PERSIST, ANTIPHASE, SHARE, OVER_CHANCE, SPIKE = 0.6, 0.2, -0.7, 0.4, 5.0, 1.1
 
 

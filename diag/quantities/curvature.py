@@ -277,10 +277,7 @@ def gauss_newton(snapshot: Snapshot) -> GaussNewton:
 
 def fisher(snapshot: Snapshot) -> Fisher:
     """The Fisher information of the snapshot's model: categorical where the targets are integers, else Gaussian."""
-    integers = (
-        isinstance(snapshot.batches[0].targets, Tensor) and not snapshot.batches[0].targets.is_floating_point()
-    )
-    return _of(snapshot, Fisher, likelihood="categorical" if integers else "gaussian")
+    return _of(snapshot, Fisher, likelihood=fishers.likelihood_of(snapshot.batches[0].targets))
 
 
 def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:

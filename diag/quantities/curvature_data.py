@@ -1,8 +1,11 @@
-"""Draw examples out of batches and put them together in as few batches as their shapes allow."""
+"""Draw examples out of batches and put them together in as few batches as their shapes allow.
+
+Examples are numbered from 0 through all the batches, in their order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +24,22 @@ def subsampled(batches: Sequence[Batch], num_examples: int, seed: int) -> list[B
     if not 1 <= num_examples <= total:
         raise InvalidInput(f"{num_examples} examples were asked for; expected 1 to {total}, which the data holds.")
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(total, generator=generator)[:num_examples].sort().values
+    return selected(batches, torch.randperm(total, generator=generator)[:num_examples])
+
+
+def partitioned(batches: Sequence[Batch], size: int, seed: int) -> Iterator[list[Batch]]:
+    """All the examples in disjoint random groups of `size`, each as batches; the last group may be smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(sum(batch.size for batch in batches), generator=generator)
+    return (selected(batches, numbers) for numbers in shuffled.split(size))
+
+
+def selected(batches: Sequence[Batch], numbers: Tensor) -> list[Batch]:
+    """The examples with these numbers, in their order, in batches no larger than the largest of `batches`."""
+    numbers = numbers.sort().values
     drawn, start = [], 0
     for batch in batches:
-        rows = chosen[(chosen >= start) & (chosen < start + batch.size)] - start
+        rows = numbers[(numbers >= start) & (numbers < start + batch.size)] - start
         start += batch.size
         if len(rows):
             drawn.append(taken(batch, rows))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, MissingQuantity
 from diag.quantities.batch import Batch
 from diag.quantities.curvature_objective import Objective, output_tensors
 from diag.quantities.curvature_products import GeneralisedGaussNewton, Pieces
@@ -32,12 +32,18 @@ def curvature(likelihood: str, class_dim: int | None) -> GeneralisedGaussNewton:
     def softmax(objective: Objective, outputs: Sequence[Tensor], rebuilt: Any, batch: Batch) -> Pieces:
         logits = _logits(rebuilt(outputs), outputs)
         dim = class_dim if class_dim is not None else class_axis(logits, batch.targets)
-        counted = _counted(batch.targets, logits, dim)
+        counted = counted_positions(batch.targets, logits, dim)
         probabilities = logits.softmax(dim) * (counted.unsqueeze(dim) if counted is not None else 1.0)
         positions = counted.sum() if counted is not None else logits.numel() / logits.shape[dim]
         return [probabilities / positions if z is logits else None for z in outputs]
 
     return GeneralisedGaussNewton(softmax)
+
+
+def likelihood_of(targets: Any) -> str:
+    """The model's own distribution: categorical where the targets are integers, else Gaussian of unit variance."""
+    integers = isinstance(targets, Tensor) and not targets.is_floating_point()
+    return "categorical" if integers else "gaussian"
 
 
 def class_axis(logits: Tensor, targets: Any) -> int:
@@ -80,14 +86,14 @@ def _logits(rebuilt: Any, outputs: Sequence[Tensor]) -> Tensor:
         return outputs[0]
     found = rebuilt.get("logits") if isinstance(rebuilt, dict) else getattr(rebuilt, "logits", None)
     if not isinstance(found, Tensor):
-        raise InvalidInput(
+        raise MissingQuantity(
             f"The model returns {len(outputs)} tensors and none is called logits; wrap it so that it "
             "returns the logits."
         )
     return found
 
 
-def _counted(targets: Any, logits: Tensor, dim: int) -> Tensor | None:
+def counted_positions(targets: Any, logits: Tensor, dim: int) -> Tensor | None:
     """Which positions count, where the targets are labels of the logits' positions: 1 or 0."""
     positions = logits.movedim(dim, -1).shape[:-1]
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != positions:

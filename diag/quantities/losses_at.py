@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from diag.quantities.batch import Batch
+from diag.quantities.curvature_data import partitioned
 from diag.quantities.parameters import flatten, params, unflatten
 from diag.quantities.per_example.losses import example_losses
 from diag.quantities.preserve import preserved
@@ -24,9 +27,21 @@ class LossesAt:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self._batches: Sequence[Batch] = snapshot.batches
         self._values = params(snapshot)
         self.center = flatten(self._values)
-        self.num_examples = snapshot.num_examples
+
+    @property
+    def num_examples(self) -> int:
+        """The number of losses."""
+        return sum(batch.size for batch in self._batches)
+
+    def groups(self, size: int, seed: int = 0) -> Iterator[LossesAt]:
+        """The same on disjoint random groups of `size` examples each; the last may be smaller."""
+        for batches in partitioned(self._batches, size, seed):
+            group = copy.copy(self)  # the centre is shared
+            group._batches = batches
+            yield group
 
     def __call__(self, point: Tensor) -> Tensor:
         """(n,) float64: the losses at the flat parameters `point` (P,)."""
@@ -45,7 +60,7 @@ class LossesAt:
         snapshot, found = self._snapshot, []
         total = torch.zeros_like(self.center) if gradient else None
         with preserved(snapshot.model):
-            for batch in snapshot.batches:
+            for batch in self._batches:
                 outputs = torch.func.functional_call(snapshot.model, dict(values), batch.args, batch.kwargs)
                 with torch.no_grad():
                     found.append(example_losses(snapshot.batch_loss, outputs, batch.targets, batch.size).double())

@@ -121,9 +121,9 @@ def test_no_verdict_below_the_rounding_of_the_losses():
     check_result(result)
 
 
-@pytest.mark.parametrize("settings", [{"rho": 0.0}, {"sigma": -1.0}, {"steps": 0}, {"num_draws": 3}])
+@pytest.mark.parametrize("settings", [{"rho": 0.0}, {"sigma": -1.0}, {"steps": 0}, {"m": 0}, {"num_draws": 3}])
 def test_refused_settings(settings):
-    with pytest.raises(InvalidInput, match="give positive radii, at least 1 step and at least 4 draws"):
+    with pytest.raises(InvalidInput, match="give positive radii, at least 1 example in a group, 1 step and 4 draws"):
         diag.sharpness(quadratic([1.0, 2.0], [1.0, 1.0]), **settings)
 
 
@@ -179,7 +179,7 @@ def test_two_networks_are_compared_at_equal_loss_only():
     lower = diag.sharpness(quadratic([0.4, 0.1], start, 0.0), rho=0.1)
     assert "differ by more than 5 %" in sharp.compared_with(lower).sentence
     wider = kind(**{**vars(flat), "rho": 0.2})
-    assert "the radii or sigmas differ" in flat.compared_with(wider).sentence
+    assert "the radii, sigmas or norms differ" in flat.compared_with(wider).sentence
     for verdict in (sharp.compared_with(lower), flat.compared_with(wider)):
         assert verdict.level is Level.NOT_APPLICABLE
 

@@ -115,7 +115,7 @@ def test_outputs_that_are_more_than_one_tensor():
     assert cases.relative(GaussNewton(several, structured, batches).to_dense(), plain) < FLOAT32
     assert cases.relative(Fisher(several, structured, batches).to_dense(), plain) < FLOAT32
     hidden = cases.Composed(lambda self, x: (self.net[:2](x), self.net(x)), net=net)
-    with pytest.raises(InvalidInput, match="returns 2 tensors and none is called logits; wrap it"):
+    with pytest.raises(MissingQuantity, match="returns 2 tensors and none is called logits; wrap it"):
         Fisher(hidden, lambda out, t: loss_fn(out[1], t), batches).to_dense()
 
 

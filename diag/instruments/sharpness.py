@@ -222,7 +222,7 @@ def sharpness(
         average=plain.average.mean,
         average_standard_error=plain.average.standard_error,
         m=min(m, losses_at.num_examples),
-        num_groups=plain.groups.count,
+        num_groups=plain.groups.number,
         m_one_step=plain.groups.one_step.mean,
         m_one_step_standard_error=plain.groups.one_step.standard_error,
         m_worst_case=plain.groups.worst_case.mean,

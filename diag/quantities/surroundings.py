@@ -54,7 +54,7 @@ class Estimate(NamedTuple):
 class ByGroup(NamedTuple):
     """m-sharpness: means over so many groups of m examples of each group's own rises."""
 
-    count: int
+    number: int
     one_step: Estimate
     worst_case: Estimate
 

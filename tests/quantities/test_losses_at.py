@@ -37,6 +37,26 @@ def test_losses_and_gradient_elsewhere(micro_batch):
     assert losses_at.num_examples == 50
 
 
+def test_groups_are_disjoint_and_cover_the_data():
+    model, x, y, _ = problem()
+    batches = [(x[:20], y[:20]), (x[20:23], y[20:23]), (x[23:], y[23:])]
+    whole = diag.Snapshot(model, F.cross_entropy, batches).quantity("losses_at")
+    groups = list(whole.groups(16, seed=1))
+    assert [g.num_examples for g in groups] == [16, 16, 16, 2] and whole.num_examples == 50
+    point = whole.center + 0.1
+    there = copy.deepcopy(model)
+    nn.utils.vector_to_parameters(point, there.parameters())
+    expected = F.cross_entropy(there(x), y, reduction="none").detach()
+    found = torch.cat([g(point) for g in groups])
+    torch.testing.assert_close(found.sort().values, expected.sort().values)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(groups[0](point).sort().values, expected[order[:16]].sort().values)
+    _, gradient = groups[0].step(point)
+    assert gradient.shape == point.shape
+    # One batch a group where the shapes allow it.
+    assert [len(g._batches) for g in groups] == [1, 1, 1, 1]
+
+
 def test_without_a_loss():
     model, x, y, _ = problem()
     with pytest.raises(MissingQuantity, match="loss"):

@@ -238,7 +238,7 @@ def opposing_signals(
         chance_share=2 * k / n,
         null_share=null_share(losses_at, float(values[0]), k, NULLS, seed),
         eigenvalues=values.numpy(),
-        notes=(*([unknown] if unknown else []), *unjudged(loss_record if record is None else None, k)),
+        notes=(*unknown, *(unjudged(loss_record, k) if record is None else record.notes)),
     )
 
 
@@ -296,8 +296,8 @@ def _of_record(record: LossRecord | None, groups: Groups, edge: tuple[float, flo
         return {"steps": steps, "edge_first": math.nan, "edge_last": math.nan}
     return {
         "steps": record.steps,
-        "edge_first": record.first.ratio,
-        "edge_last": record.last.ratio,
+        "edge_first": record.ratios[0],
+        "edge_last": record.ratios[1],
         "preconditions": record.preconditions(edge),
     }
 

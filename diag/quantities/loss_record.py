@@ -8,6 +8,7 @@ both at its two ends. Source: Rosenfeld and Risteski, ICLR 2024, arXiv:2311.0416
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import nan
 from typing import TYPE_CHECKING
@@ -51,10 +52,11 @@ class LossRecord:
     """losses (T + 1, n): of the same n examples after T + 1 consecutive optimizer steps, kept as float64.
 
     steps (T + 1): their numbers. first, last: the edge of stability at both ends. same_examples: whether every
-    step was taken on one and the same batch, so that no batch noise is in the differences; step_examples: how
-    many that holds, 0 where that is not known.
+    step was taken on one and the same batch, so that no batch noise is in the differences. loss_scale: training
+    descends this multiple of the losses' mean, so that its sharpness is as many times larger; NaN where it
+    descends something else.
 
-    Raises InvalidInput for losses of another shape or kind, or of fewer than four steps.
+    Raises InvalidInput for losses of another shape or kind, or of fewer than four steps, or not finite.
     """
 
     losses: Tensor
@@ -62,7 +64,7 @@ class LossRecord:
     last: Edge
     steps: tuple[int, ...] = ()
     same_examples: bool = True
-    step_examples: int = 0
+    loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
         given = self.losses
@@ -71,6 +73,8 @@ class LossRecord:
                 f"The record of losses has the shape {tuple(given.shape)}; expected (T + 1, n), floating, with at "
                 "least four steps."
             )
+        if not bool(torch.isfinite(given).all()):
+            raise InvalidInput("The record of losses is not finite; look for the step at which training broke.")
         steps = self.steps or tuple(range(len(given)))
         if len(steps) != len(given):
             raise InvalidInput(f"The record has {len(given)} rows of losses and {len(steps)} steps; give one each.")
@@ -92,9 +96,9 @@ class LossRecord:
             ),
             Precondition(
                 "the edge of stability",
-                bool(self.unknown) or all(edge[0] <= end.ratio <= edge[1] for end in (self.first, self.last)),
-                f"the sharpness is {format_number(self.first.ratio)} of its threshold at step {self.steps[0]:,} "
-                f"and {format_number(self.last.ratio)} of it at step {self.steps[-1]:,}, outside {edge[0]:g} to "
+                bool(self.unknown) or all(edge[0] <= ratio <= edge[1] for ratio in self.ratios),
+                f"the sharpness is {format_number(self.ratios[0])} of its threshold at step {self.steps[0]:,} "
+                f"and {format_number(self.ratios[1])} of it at step {self.steps[-1]:,}, outside {edge[0]:g} to "
                 f"{edge[1]:g}, where losses oscillate along the sharpest direction.",
             ),
             Precondition(
@@ -105,9 +109,23 @@ class LossRecord:
         )
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Caveats to what the record shows."""
+        if self.loss_scale == 1.0 or math.isnan(self.loss_scale):
+            return ()
+        scale = format_number(self.loss_scale)
+        return (f"Training descends {scale} times the recorded loss, which the ratio to the threshold counts in.",)
+
+    @property
     def unknown(self) -> str:
         """Why the threshold is not known at one of the ends; empty where it is."""
-        return self.first.unknown or self.last.unknown
+        other = "" if math.isfinite(self.loss_scale) else "training descends another loss than the one recorded"
+        return self.first.unknown or self.last.unknown or other
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Sharpness of what training descends over its threshold, at the first and at the last step."""
+        return self.loss_scale * self.first.ratio, self.loss_scale * self.last.ratio
 
 
 def edge_of(snapshot: Snapshot) -> Edge:
@@ -147,10 +165,19 @@ class Recording:
         self._losses.append(snapshot.quantity("losses").detach().cpu())
         self._steps.append(step)
 
-    def finish(self, snapshot: Snapshot, same_examples: bool = True, step_examples: int = 0) -> LossRecord:
-        """The record; `snapshot` is of the last recorded step, whose sharpness is measured here."""
-        losses = torch.stack(self._losses)
-        return LossRecord(losses, self.first, edge_of(snapshot), tuple(self._steps), same_examples, step_examples)
+    def finish(self, snapshot: Snapshot, same_examples: bool = True, loss_scale: float = 1.0) -> LossRecord:
+        """The record; `snapshot` is of the last recorded step, whose sharpness is measured here.
+
+        Raises InvalidInput where the snapshot's losses are not those of the last recorded step.
+        """
+        if not torch.allclose(snapshot.quantity("losses").detach().cpu(), self._losses[-1], equal_nan=True):
+            raise InvalidInput("The model's parameters have changed since the last recorded step.")
+        return LossRecord(self.losses, self.first, edge_of(snapshot), tuple(self._steps), same_examples, loss_scale)
+
+    @property
+    def losses(self) -> Tensor:
+        """(T + 1, n): the losses so far."""
+        return torch.stack(self._losses)
 
 
 def loss_record(snapshot: Snapshot) -> LossRecord:

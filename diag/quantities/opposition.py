@@ -194,11 +194,11 @@ def about_gradients(gradients: PerExampleGradients, u: Tensor, groups: Groups, l
     }
 
 
-def curvature_share(operator: CurvatureOperator, u: Tensor, rows: Tensor) -> tuple[float, str]:
-    """The rows' part of u^T G u, with G the Gauss-Newton matrix, and where it cannot be had NaN and why."""
+def curvature_share(operator: CurvatureOperator, u: Tensor, rows: Tensor) -> tuple[float, tuple[str, ...]]:
+    """The rows' part of u^T G u, with G the Gauss-Newton matrix; NaN and a note that says why where none is had."""
     try:
         shares = curvature_shares(operator, u).cpu()
     except DiagError as error:
-        return math.nan, f"The curvature's share is not known: {error}"
+        return math.nan, (f"The curvature's share is not known: {error}",)
     total = float(shares.sum())
-    return (float(shares[rows].sum()) / total if total > 0 else math.nan), ""
+    return (float(shares[rows].sum()) / total if total > 0 else math.nan), ()

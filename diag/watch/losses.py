@@ -49,9 +49,11 @@ class LossObserver:
         self._forward: ForwardCall | None = None
         self._calls: deque[tuple[int, Tensor, LossCall | None]] = deque(maxlen=8)
         self._scaled: dict[int, Tensor] = {}
-        self._pending: tuple[Tensor, LossCall | None, str] | None = None
+        self._pending: tuple[Tensor, LossCall | None, str, Tensor] | None = None
         self._forwards = self._reached = False
         self._losses: list[Tensor] = []
+        self._descended: list[tuple[Tensor, Tensor]] = []
+        self.descended: list[tuple[Tensor, Tensor]] = []  # of the last step: losses, and what was descended
         self._given: list[Any] = []
         self._frozen = False
         self._hook: Any = None
@@ -99,23 +101,24 @@ class LossObserver:
             return
         root = roots[0]
         used = self._used(root)
+        number = root.grad_fn._sequence_nr() if root.grad_fn is not None else -1
+        value = self._scaled.get(number, root.detach()).reshape(())
         if len(used) == 1 and used[0][1].numel() == 1:
-            self._pending = (used[0][1].reshape(()), used[0][2], "")
+            self._pending = (used[0][1].reshape(()), used[0][2], "", value)
         else:
-            number = root.grad_fn._sequence_nr() if root.grad_fn is not None else -1
-            value = self._scaled.get(number, root.detach()).reshape(())
-            self._pending = (value, None, WHY.get(len(used), "several loss functions lead to it"))
+            self._pending = (value, None, WHY.get(len(used), "several loss functions lead to it"), value)
 
     def backward_done(self) -> None:
         """The backward pass has ended; it counts if it reached this model."""
         pending, self._pending = self._pending, None
         if pending is None or (self._forwards and not self._reached):
             return
-        value, call, reason = pending
+        value, call, reason, root = pending
         if reason:
             self._note("loss", FROM_BACKWARD.format(reason=reason))
         if not self._frozen:
             self._losses.append(value)
+            self._descended.append((value, root))
         if self._learning:
             self._learn(value, call, reason)
         self._calls.clear()
@@ -133,6 +136,7 @@ class LossObserver:
         """The losses of the micro-batches since the last step."""
         losses = self._given or self._losses
         self._given, self._losses, self._frozen = [], [], False
+        self.descended, self._descended = self._descended, []
         return losses
 
     def close(self) -> None:

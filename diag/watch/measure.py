@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import inf
 from typing import Any
 
@@ -21,6 +21,7 @@ from diag.quantities.snapshot import Snapshot
 from diag.registry import Instrument, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.watch.schedule import Schedule
+from diag.watch.window import Windows
 
 # Forward passes over the probe set that one measurement is taken to cost before it has been timed. A gradient is
 # three; a spectrum takes tens of products.
@@ -40,6 +41,9 @@ FAILURES = 3
 NEVER_RUN = (
     "The run was too short to earn the time that measuring takes (estimate: {}; budget: {:.0%}); give a larger "
     "budget=, call watcher.measure(), or measure a checkpoint."
+)
+NO_WINDOW = (
+    "The run ended before enough consecutive steps were recorded to judge; train on, or give a smaller window=."
 )
 
 Chosen = Mapping[str, Mapping[str, Any]]
@@ -66,7 +70,7 @@ def chosen_instruments(given: Iterable[str] | Mapping[str, Mapping[str, Any]] | 
 class Measurements:
     """Runs the chosen instruments when the schedule allows.
 
-    record(step, outcome, seconds): keep what came out.
+    record(step, outcome, seconds): keep what came out. note(key, sentence): tell once what is worth knowing.
     """
 
     def __init__(
@@ -74,11 +78,13 @@ class Measurements:
         chosen: Chosen,
         schedule_of: Callable[[Iterable[str]], Schedule],
         record: Callable[[int, Outcome, float], None],
+        note: Callable[[str, str], None],
     ) -> None:
         self._settings = chosen
         # What needs nothing but the record of the steps is computed when the run is opened.
         self._instruments = {n: i for n in chosen if not (i := find(n)).from_history}
         self.schedule = schedule_of(self._instruments)
+        self.windows = Windows(self._instruments, chosen, self.schedule, note, _undisturbed)
         self._record = record
         self._last: dict[str, int] = {}
         self._failures: dict[str, int] = {}
@@ -103,18 +109,28 @@ class Measurements:
         for name, instrument in self._instruments.items():
             passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
             self.schedule.estimate(name, FIXED + passes * forward)
+        self.windows.forward = FIXED + forward
 
     def run(self, names: Iterable[str], step: int, snapshot: Snapshot) -> float:
         """Measure with these instruments, recording each outcome; gives the time taken in seconds."""
         began = time.perf_counter()
         for name in names:
-            self._measure(self._instruments[name], step, snapshot)
+            given, before = self._recorded(name, snapshot)
+            self._measure(self._instruments[name], step, snapshot, given, before)
         return time.perf_counter() - began
+
+    def _recorded(self, name: str, snapshot: Snapshot) -> tuple[dict[str, Any], float]:
+        """The record of an open window that can be judged, as a quantity by name, and what it took in seconds."""
+        if not self.windows.usable(name):
+            return {}, 0.0
+        record, seconds = self.windows.close(snapshot)
+        return ({"loss_record": record} if record is not None else {}), seconds
 
     def unfinished(self, step: int) -> list[str]:
         """Those that can still run and whose last result is older than `step`, the cheapest first."""
         accounts = self.schedule.accounts.values()
         open_ones = [a for a in accounts if a.due != inf and self._last.get(a.name, -1) < step]
+        open_ones = [a for a in open_ones if self.windows.usable(a.name) or not self.windows.needs_record(a.name)]
         return [a.name for a in sorted(open_ones, key=lambda a: a.estimate)]
 
     def named(self, names: Iterable[str]) -> list[str]:
@@ -130,22 +146,28 @@ class Measurements:
         """Record, of each instrument that never ran, that the budget was too small for it."""
         for name, account in self.schedule.accounts.items():
             if account.times == 0 and name not in self._last:
+                if self.windows.needs_record(name) and account.estimate <= self.schedule.left:
+                    self._record(step, Skipped(name, NO_WINDOW), 0.0)
+                    continue
                 time_taken = format_seconds(account.estimate) if account.estimate < inf else "not known"
                 self._record(step, Skipped(name, NEVER_RUN.format(time_taken, self.schedule.budget)), 0.0)
 
-    def _measure(self, instrument: Instrument, step: int, snapshot: Snapshot) -> None:
+    def _measure(
+        self, instrument: Instrument, step: int, snapshot: Snapshot, given: Mapping[str, Any], before: float = 0.0
+    ) -> None:
+        """`given`: quantities by name. `before`: seconds that making them took, which have been paid."""
         began = time.perf_counter()
-        with torch.enable_grad(), _uncompiled():
-            outcome = attempt(snapshot, instrument, **self._settings[instrument.name])
+        with _undisturbed():
+            outcome = attempt(snapshot, instrument, **self._settings[instrument.name], **given)
         _wait(snapshot)
         seconds = time.perf_counter() - began
         self.schedule.spent(instrument.name, step, seconds)
-        self._keep(instrument.name, step, outcome, seconds)
+        self._keep(instrument.name, step, outcome, before + seconds)
 
     def _keep(self, name: str, step: int, outcome: Outcome, seconds: float) -> None:
         if isinstance(outcome, Result):
             self._failures[name] = 0
-        elif isinstance(outcome, Skipped):
+        elif isinstance(outcome, Skipped) and not self.windows.needs_record(name):
             # What the run cannot give now it will not give later: say so once.
             self.schedule.postpone(name, inf)
         elif isinstance(outcome, Failed):
@@ -157,6 +179,12 @@ class Measurements:
 
 def _asks_for_previous(instrument: Instrument) -> bool:
     return any(n.quantity.name in ("update", "previous_losses") for n in instrument.needs)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    with torch.enable_grad(), _uncompiled():
+        yield
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -84,6 +84,13 @@ class Schedule:
         account.estimate, account.times = SAFETY * seconds, account.times + 1
         account.due = next_due(step, self.every)
 
+    def pay(self, seconds: float) -> None:
+        """Part of a measurement that is made over several steps took `seconds`: the fuller purse pays."""
+        if self._saved >= self._quick:
+            self._saved -= seconds
+        else:
+            self._quick -= seconds
+
     def postpone(self, name: str, step: float) -> None:
         """Do not try again before `step` (infinity: never)."""
         self.accounts[name].due = step

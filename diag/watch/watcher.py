@@ -138,8 +138,9 @@ class Watcher:
             parameters, self._losses, self._row_finished, self._clock.elapsed, self._recorder.note, share
         )
         self._measurements = Measurements(
-            chosen, lambda names: Schedule(names, budget, every), self._recorder.outcome
+            chosen, lambda names: Schedule(names, budget, every), self._recorder.outcome, self._recorder.note
         )
+        self._windows = self._measurements.windows
         self._shortest = math.inf
         self._last_time: float | None = None
         self._hooks: ModelHooks | None = None
@@ -200,6 +201,7 @@ class Watcher:
         if self._losses.forward_called(args, kwargs, outputs):
             self._clock.start()
             self._steps.training_pass()
+            self._windows.examples.forward_called(args, kwargs)
             self._forwards += 1
             if not self._measurements.estimated:
                 self._examples += _length((args, kwargs))
@@ -287,6 +289,9 @@ class Watcher:
             self._hooks.find_compiled()
         if self._steps.steps >= PROBE_STEPS:
             self._probe.complete = True
+        self._windows.examples.stepped(self._losses.descended, row.skipped)
+        if self._windows.open is not None:
+            self._record_losses(row, step, in_step)
         if in_step and self._probe.batches and self._probe.complete:
             self._measure_if_due(step)
 
@@ -305,8 +310,11 @@ class Watcher:
         self._estimate(step)
         schedule.earn(self._clock.elapsed(), self._clock.overhead())
         names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
+        names, window = self._windows.choose(names)
         if names:
             self._measure(names, step)
+        if window is not None:
+            self._begin_window(window, step)
         self._steps.keep_before = self._measurements.wants_previous(step + 1)
 
     def _estimate(self, step: int) -> None:
@@ -325,6 +333,23 @@ class Watcher:
             self._recorder.note("measurements", SHARDED)
             return
         self._clock.measuring += self._measurements.run(names, step, self._snapshot())
+
+    @guarded("measurements")
+    def _begin_window(self, name: str, step: int) -> None:
+        if not is_sharded(self.model):
+            self._clock.measuring += self._windows.begin(name, step, self._snapshot())
+
+    @guarded("measurements")
+    def _record_losses(self, row: Row, step: int, in_step: bool) -> None:
+        if not in_step:
+            self._windows.drop(step, "the loop goes on before the step is seen to be over")
+            return
+        if bool(row.skipped):
+            return  # a GradScaler left the update out: nothing moved
+        snapshot = self._snapshot()
+        self._clock.measuring += self._windows.add(step, snapshot)
+        if self._windows.complete and self._windows.open is not None:
+            self._clock.measuring += self._measurements.run([self._windows.open.name], step, snapshot)
 
     def _snapshot(self) -> Snapshot:
         snapshot = Snapshot(
@@ -415,6 +440,7 @@ class Watcher:
             return
         schedule = self._measurements.schedule
         schedule.earn(self._clock.elapsed(), self._clock.overhead())
+        self._windows.end()
         spare = SPARE  # a short run earns little, and a run without a number helps nobody
         for name in self._measurements.unfinished(self.step):
             account = schedule.accounts[name]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from diag.quantities.per_example import fallback
 from diag.quantities.per_example.blocks import Block, Dense, Outer
+from diag.quantities.per_example.call import Call, NoClosedForm, single
 from diag.quantities.per_example.capture import Source, Use
-from diag.quantities.per_example.closed_forms import FORMS, Call, NoClosedForm, single
+from diag.quantities.per_example.closed_forms import FORMS
 from diag.quantities.per_example.combination import Placed, combine
 
 if TYPE_CHECKING:

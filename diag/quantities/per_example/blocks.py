@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Numbers that one temporary may hold (float32: 16 MB, about the size of a cache); larger work goes in slices.
-SCRATCH = 4_000_000
+# Numbers that one temporary may hold (float32: 4 MB, which stays in a cache); larger work goes in slices.
+SCRATCH = 1_000_000
+GHOST_STRIP = 128  # steps whose products with all others are formed at a time: they are symmetric, so half suffice
 
 
 class Block:
@@ -69,8 +70,9 @@ class Block:
     def gram(self, other: Block) -> Tensor:
         """(n, n_other): <G_i, G'_j> with a block of the same shape."""
         result = None
-        for rows in row_slices(self.shape, self.n + other.n):
-            product = self.dense_rows(rows).flatten(1) @ other.dense_rows(rows).flatten(1).T
+        for rows in row_slices(self.shape, self.n if other is self else self.n + other.n):
+            mine = self.dense_rows(rows).flatten(1)
+            product = mine @ (mine if other is self else other.dense_rows(rows).flatten(1)).T
             result = product if result is None else result + product
         assert result is not None
         return result
@@ -144,29 +146,45 @@ class Outer(Block):
         if self.steps == 1:
             a, b = self.factors(slice(None))
             return (squared_rows(a) * squared_rows(b)).flatten(1).sum(1)
-        ghost, full = self.steps * (self.p + self.q), self.p * self.q
-        if ghost >= full:
-            each = self.groups * (full + self.steps * (self.p + self.q))
-            return torch.cat([self._materialised_norms(s) for s in self.slices(each)])
-        return torch.cat([self._ghost_norms(s) for s in self.slices(3 * self.groups * self.steps**2)])
+        share = (1 + 1 / len(list(_strips(self.steps)))) / 2  # of the T^2 products, the others being their mirror
+        if share * self.steps * (self.p + self.q) < self.p * self.q:
+            return self._ghost_norms()
+        return torch.cat([self._materialised_norms(s) for s in self.slices(self.groups * self.p * self.q)])
 
     def _materialised_norms(self, examples: slice) -> Tensor:
         a, b = self.factors(examples)
-        return squared(b.transpose(-1, -2) @ a)
+        step = max(1, SCRATCH // (len(a) * self.groups * self.p))  # rows at a time, where one example has many
+        parts = [squared(b[..., i : i + step].transpose(-1, -2) @ a) for i in range(0, self.q, step)]
+        return torch.stack(parts).sum(0)
 
-    def _ghost_norms(self, examples: slice) -> Tensor:
-        """sum_{t,t'} (a_t.a_t')(b_t.b_t'), and the full product where that sum lost its digits.
+    def _ghost_norms(self) -> Tensor:
+        """sum_{t,t'} (a_t.a_t')(b_t.b_t'), with no gradient formed."""
+        each = 3 * self.groups * self.steps * min(self.steps, GHOST_STRIP)
+        return torch.cat([self._settled(s, *self._ghost_sums(s)) for s in self.slices(each)])
 
-        The terms can cancel: when their root sum of squares is far above the result, rounding is too, and
+    def _settled(self, examples: slice, norms: Tensor, squares: Tensor) -> Tensor:
+        """The ghost sums, with the gradient formed where the sum lost its digits.
+
+        The terms can cancel: when the root of their `squares` is far above the result, rounding is too, and
         forming G_i, whose error enters only once, is more exact.
         """
-        a, b = self.factors(examples)
-        terms = ((a @ a.transpose(-1, -2)).mul_(b @ b.transpose(-1, -2))).flatten(1)
-        norms = terms.sum(1, dtype=torch.float64)
-        spread = torch.linalg.vector_norm(terms, dim=1).double() * torch.finfo(terms.dtype).eps
-        for i in (spread > 1e-6 * norms.abs()).nonzero().flatten().tolist() if a.dtype == torch.float32 else ():
-            norms[i] = squared(b[i : i + 1].transpose(-1, -2) @ a[i : i + 1])[0]
+        if self.dtype == torch.float32:
+            lost = squares.sqrt() * torch.finfo(self.dtype).eps > 1e-6 * norms.abs()
+            for i in lost.nonzero().flatten().tolist():
+                norms[i] = squared(self.dense(slice(examples.start + i, examples.start + i + 1)))[0]
         return norms
+
+    def _ghost_sums(self, examples: slice) -> tuple[Tensor, Tensor]:
+        """Both (m,) float64: the sum of the terms and of their squares."""
+        a, b = self.factors(examples)
+        total = a.new_zeros(2, len(a), dtype=torch.float64)
+        for start, stop in _strips(self.steps):
+            terms = _products(a, start, stop).mul_(_products(b, start, stop))
+            before, own = terms[..., :start], terms[..., start:]
+            total += torch.stack([sums(own), sums_of_squares(own)])
+            if start:  # those before the strip stand for their mirror images too
+                total += 2 * torch.stack([sums(before), sums_of_squares(before)])
+        return total[0], total[1]
 
     def _sum(self, group: Tensor) -> Tensor:
         total = None
@@ -206,8 +224,8 @@ class Outer(Block):
     def gram(self, other: Block) -> Tensor:
         if not isinstance(other, Outer):
             return super().gram(other)
-        ghost = self.steps * other.steps * (self.p + self.q)
-        if self.steps * other.steps > 1 and ghost > self.p * self.q:
+        pairs = self.steps * other.steps
+        if pairs > 1 and pairs * (self.p + self.q) > self.p * self.q * (1 + self.steps / self.n):
             return super().gram(other)
         return torch.cat([self._ghost_gram(s, other) for s in self.slices(other.n * self.steps * other.steps)])
 
@@ -220,6 +238,28 @@ class Outer(Block):
             shape = (a.shape[0], self.steps, other.n, other.steps)
             parts.append(products.view(shape).sum((1, 3)))
         return torch.stack(parts).sum(0)
+
+
+def _strips(steps: int) -> Iterator[tuple[int, int]]:
+    """Strips of about equal width, at most GHOST_STRIP."""
+    count = -(-steps // GHOST_STRIP)
+    for i in range(count):
+        yield steps * i // count, steps * (i + 1) // count
+
+
+def _products(x: Tensor, start: int, stop: int) -> Tensor:
+    """(..., stop - start, stop): inner products of a strip's steps with all up to its end."""
+    return x[..., start:stop, :] @ x[..., :stop, :].transpose(-1, -2)
+
+
+def sums(values: Tensor) -> Tensor:
+    """(n,) float64: the sum of each example's numbers."""
+    return values.sum(tuple(range(1, values.ndim)), dtype=torch.float64)
+
+
+def sums_of_squares(values: Tensor) -> Tensor:
+    """(n,) float64, to the accuracy that an estimate of rounding needs."""
+    return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim))).double().square()
 
 
 def squared(values: Tensor) -> Tensor:
@@ -260,11 +300,12 @@ def as_matrix(values: Tensor) -> Tensor:
 
 
 def row_slices(shape: Sequence[int], n: int) -> Iterator[slice]:
-    """Slices of the first axis of a weight that n examples' worth of scratch space can hold."""
+    """Slices of the first axis of a weight whose n examples take 32 MB in float32, in steps of 16 where many."""
     if not shape:
         yield slice(None)
         return
-    step = max(1, 4 * SCRATCH // max(1, n * math.prod(shape[1:])))
+    step = max(1, 8 * SCRATCH // max(1, n * math.prod(shape[1:])))
+    step -= step % 16 if step > 16 else 0  # kernels for convolutions like such a number of channels
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diag.quantities.per_example.blocks import Block, Lazy
+from diag.quantities.per_example.call import Call, NoClosedForm, call_with
 from diag.quantities.per_example.capture import Place, Source, Use
-from diag.quantities.per_example.closed_forms import Call, NoClosedForm, call_with
 
 
 def replayed(call: Call, place: Place) -> Block:

@@ -11,7 +11,8 @@ Several fused or stateful operations have no second derivative, or a wrong one t
 - an autocast region that the model enters by itself stays in the precision asked for;
 - recurrent layers do not use cuDNN on CUDA.
 
-The self-test (curvature_selftest.py) catches what is not on this list.
+Others are replaced by ones with a shorter second derivative (curvature_kernels.py). The self-test
+(curvature_selftest.py) catches what is not on this list, and a model that does not bear the replacements.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from diag.errors import Unsupported
 from diag.quantities import pause
+from diag.quantities.curvature_kernels import SHORTER
 from diag.quantities.preserve import exact_arithmetic, preserved
 
 SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -57,12 +59,13 @@ def refuse_impossible(model: nn.Module) -> None:
 
 
 @contextmanager
-def measured(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
+def measured(model: nn.Module, keep_autocast: bool = False, shorter: bool = True) -> Iterator[None]:
     """Evaluation mode and twice-differentiable kernels, in exact arithmetic; afterwards no trace is left.
 
-    `keep_autocast` is for forward passes that diag itself runs in reduced precision.
+    `keep_autocast` is for forward passes that diag itself runs in reduced precision; `shorter` allows the stand-ins
+    of curvature_kernels.py, which are faster and no more.
     """
-    with preserved(model), _attributes_restored(model), twice_differentiable(model, keep_autocast):
+    with preserved(model), _attributes_restored(model), twice_differentiable(model, keep_autocast, shorter):
         yield
 
 
@@ -85,7 +88,7 @@ def replayed(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
+def twice_differentiable(model: nn.Module, keep_autocast: bool = False, shorter: bool = True) -> Iterator[None]:
     """The contexts named in the module's text, around a forward or a backward pass."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -100,21 +103,22 @@ def twice_differentiable(model: nn.Module, keep_autocast: bool = False) -> Itera
         )
         stack.enter_context(_fast_path_off())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(PlainKernels(keep_autocast))
+        stack.enter_context(PlainKernels(keep_autocast, shorter))
         yield
 
 
 class PlainKernels(TorchFunctionMode):
-    """Replaces torch functions whose second derivative is missing or wrong, one call at a time."""
+    """Replaces torch functions whose second derivative is missing, wrong or dear, one call at a time."""
 
-    def __init__(self, keep_autocast: bool = False):
+    def __init__(self, keep_autocast: bool = False, shorter: bool = True):
         super().__init__()
         self.keep_autocast = keep_autocast
+        self.replacements = _REPLACEMENTS | SHORTER if shorter else _REPLACEMENTS
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        replacement = _REPLACEMENTS.get(func, func)
+        replacement = self.replacements.get(func, func)
         device = None if self.keep_autocast else _autocast_device()
         if device is None:
             return replacement(*args, **(kwargs or {}))

@@ -82,9 +82,9 @@ class Objective:
 
     # -- evaluation; the caller is inside guards.measured ------------------------------------------
 
-    def measured(self) -> AbstractContextManager[None]:
+    def measured(self, shorter: bool = True) -> AbstractContextManager[None]:
         """The context that every evaluation needs."""
-        return guards.measured(self.model, keep_autocast=self.autocast is not None)
+        return guards.measured(self.model, keep_autocast=self.autocast is not None, shorter=shorter)
 
     def replayed(self) -> AbstractContextManager[None]:
         """The cheaper context for a backward pass over a graph that was kept."""

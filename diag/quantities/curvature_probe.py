@@ -86,11 +86,12 @@ def refuse_sums(objective: Objective, probe: Batch) -> None:
 
 
 def in_float64(own: Objective) -> tuple[Objective, Tensor]:
-    """The objective in float64 where the model runs in it, else in float32; and its gradient."""
+    """The objective in float64 where the model runs in it, else in float32; and its gradient with torch's own
+    kernels, for the others to be compared with."""
     for precision in ("float64", "float32"):
         trial = own.at_precision(precision)
         try:
-            with trial.measured():
+            with trial.measured(shorter=False):
                 return trial, trial.gradient(trial.parameters())
         except Exception:  # weights or kernels that exist in one precision only
             if precision == "float32":

@@ -121,12 +121,21 @@ class _Examination:
             )
         difference = _relative(again, self.gradient)
         if not difference <= REPEATABLE_WITHIN:
+            self._refuse_reader_of_memory(again)
             raise Unsupported(
                 f"Two evaluations of the same gradient differ by {difference:.1e} of its length: the model keeps a "
                 "state or draws random numbers in evaluation mode (such as F.dropout without training=); switch "
                 "that off."
             )
         return difference
+
+    def _refuse_reader_of_memory(self, gradient: Tensor) -> None:
+        """Raises Unsupported where the gradient differs because of the kernels, not from one time to the next."""
+        if _relative(self.trial.gradient(self.theta), gradient) <= REPEATABLE_WITHIN:
+            raise Unsupported(
+                "The model's gradient depends on which kernels compute its convolutions: it reads the memory of "
+                "their outputs directly (as_strided, a foreign kernel); call .contiguous() on them first."
+            )
 
     def _gradient_error(self) -> float:
         direction = self._unit(self.gradient)

@@ -107,7 +107,7 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
     everyone = [torch.arange(batch.size)]
 
     def fresh() -> ModelGradients:
-        engine._layer_norms = None
+        engine._known.clear()
         return engine
 
     plan = plan_for_steps(model, loss_fn, batch)

@@ -27,6 +27,7 @@ from diag.quantities.per_example.coupling import check_independent, losses_of
 from diag.quantities.per_example.gradients import Consumer, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction, check_finite, check_mean, example_losses
 from diag.quantities.per_example.plan import PROBES, Forward, NotFinite, Plan, copied, forward, make_plan, probe_of
+from diag.quantities.per_example.questions import Question
 from diag.quantities.per_example.rearrange import chosen, permuted_targets
 from diag.quantities.preserve import preserved
 from diag.quantities.unwrap import bare_model
@@ -177,11 +178,11 @@ class ModelGradients(PerExampleGradients):
     def _forget_other_states(self) -> None:
         versions = tuple(p._version for p in self._parameters.values())
         if versions != self._versions:
-            self._losses, self._layer_norms, self._versions = {}, None, versions
+            self._losses, self._known, self._versions = {}, {}, versions
 
-    def squared_norms_by_layer(self) -> dict[str, Tensor]:
+    def ask(self, *questions: Question) -> tuple[Any, ...]:
         self._forget_other_states()
-        return super().squared_norms_by_layer()
+        return super().ask(*questions)
 
     def _make_plan(self, batch: Batch, rows: slice, size: int) -> Plan:
         probe = probe_of(batch, size, lambda: losses_of(self.model, self.loss_fn, batch))

@@ -43,7 +43,7 @@ class MatrixGradients(PerExampleGradients):
         return Coverage(1.0, 1.0, dict.fromkeys(self.shapes, "given"))
 
     def stream(self, consume: Consumer) -> None:
-        for name, columns in self._slices.items():
+        for name, columns in self.columns.items():
             consume(slice(0, self.num_examples), name, Dense(self._matrix[:, columns]))
 
 

@@ -7,16 +7,28 @@ model (`diag.quantities.per_example.engine`), `MatrixGradients` from a matrix (`
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
 from diag.quantities.parameters import layer_of
-from diag.quantities.per_example.blocks import Block, matrix_shape
+from diag.quantities.per_example.blocks import Block
+from diag.quantities.per_example.questions import (
+    Answer,
+    Everything,
+    Gram,
+    GroupGram,
+    GroupSums,
+    Projection,
+    Question,
+    Sketch,
+    SquaredNorms,
+)
 
 Consumer = Callable[[slice, str, Block], None]  # the examples' rows, the parameter's name, its block
 
@@ -48,13 +60,13 @@ class PerExampleGradients:
     def __init__(self, shapes: Mapping[str, Sequence[int]], num_examples: int) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.num_examples = num_examples
-        self._slices: dict[str, slice] = {}
+        self.columns: dict[str, slice] = {}  # of each parameter in flat vectors
         start = 0
         for name, shape in self.shapes.items():
-            self._slices[name] = slice(start, start + math.prod(shape))
+            self.columns[name] = slice(start, start + math.prod(shape))
             start += math.prod(shape)
         self.num_parameters = start
-        self._layer_norms: dict[str, Tensor] | None = None
+        self._known: dict[Question, Any] = {}  # answers that are kept
 
     @property
     def coverage(self) -> Coverage:
@@ -77,10 +89,23 @@ class PerExampleGradients:
 
     def columns_of(self, layer: str) -> Tensor:
         """(P_layer,): where a layer's parameters lie in flat vectors."""
-        slices = [self._slices[name] for name in self.parameters_of(layer)]
+        slices = [self.columns[name] for name in self.parameters_of(layer)]
         return torch.cat([torch.arange(part.start, part.stop) for part in slices])
 
     # ---- answers -------------------------------------------------------------------------------
+
+    def ask(self, *questions: Question) -> tuple[Any, ...]:
+        """The answers to several questions (`diag.quantities.per_example.questions`) from one pass.
+
+        Squared norms are kept for the next time; all else is computed anew.
+        """
+        answers = {question: question.begin(self) for question in questions if question not in self._known}
+        if answers:
+            self.stream(partial(_hand_on, list(answers.values())))
+        found = {question: answer.result() for question, answer in answers.items()}
+        if SquaredNorms() in found:
+            self._known[SquaredNorms()] = found[SquaredNorms()]
+        return tuple((found | self._known)[question] for question in questions)
 
     def norms(self) -> Tensor:
         """(n,) float64: ||g_i||."""
@@ -88,9 +113,7 @@ class PerExampleGradients:
 
     def squared_norms_by_layer(self) -> dict[str, Tensor]:
         """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters. Computed once."""
-        if self._layer_norms is None:
-            _, self._layer_norms = self._sums_and_norms([], norms=True)
-        return self._layer_norms
+        return self.ask(SquaredNorms())[0]
 
     def mean(self) -> Tensor:
         """(P,): the gradient of the mean loss."""
@@ -101,56 +124,14 @@ class PerExampleGradients:
 
         Costs about one ordinary parameter gradient for each time that an example occurs in a group.
         """
-        sums, _ = self._sums_and_norms(groups, norms=False)
-        if not sums:
-            return torch.zeros(len(groups), self.num_parameters)
-        like = next(iter(sums.values()))
-        result = like.new_zeros(len(groups), self.num_parameters)
-        for name, part in sums.items():
-            result[:, self._slices[name]] = part
-        return result
+        return self.ask(GroupSums(as_groups(groups)))[0]
 
     def group_gram_by_layer(self, groups: Sequence[Tensor]) -> dict[str, Tensor]:
         """Per layer, (G, G) float64: inner products of the groups' summed gradients.
 
         The norms are taken in the same pass. With one micro-batch no more than one parameter's sums are held.
         """
-        grams = {layer: torch.zeros(len(groups), len(groups), dtype=torch.float64) for layer in self.layers}
-
-        def add(name: str, sums: Tensor) -> None:
-            sums = sums.double()
-            grams[layer_of(name)] += (sums @ sums.T).to("cpu")
-
-        at_once = add if self.num_batches == 1 else None
-        sums, norms = self._sums_and_norms(groups, norms=self._layer_norms is None, hand_on=at_once)
-        for name, part in sums.items():
-            add(name, part)
-        self._layer_norms = self._layer_norms or norms
-        return grams
-
-    def _sums_and_norms(
-        self, groups: Sequence[Tensor], norms: bool, hand_on: Callable[[str, Tensor], None] | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        exact = len(groups) * self.num_parameters <= 50_000_000
-        sums: dict[str, Tensor] = {}
-        squares = {layer: torch.zeros(self.num_examples, dtype=torch.float64) for layer in self.layers}
-
-        def consume(rows: slice, name: str, block: Block) -> None:
-            if norms:
-                squares[layer_of(name)][rows] += block.squared_norms().to("cpu")
-            if not groups:
-                return
-            inside = [g[(g >= rows.start) & (g < rows.stop)] - rows.start for g in groups]
-            found = block.group_sums([g.to(block.device) for g in inside]).flatten(1)
-            if hand_on is not None:
-                hand_on(name, found)
-            elif name in sums:
-                sums[name] += found
-            else:
-                sums[name] = found.double() if exact else found
-
-        self.stream(consume)
-        return sums, squares
+        return self.ask(GroupGram(as_groups(groups)), SquaredNorms())[0]
 
     def gram(self) -> Tensor:
         """(n, n) float64: <g_i, g_j>. Keeps the factors of all micro-batches while it runs."""
@@ -158,24 +139,7 @@ class PerExampleGradients:
 
     def gram_by_layer(self) -> dict[str, Tensor]:
         """Per layer, (n, n) float64: inner products over that layer's parameters."""
-        grams = {
-            layer: torch.zeros(self.num_examples, self.num_examples, dtype=torch.float64) for layer in self.layers
-        }
-        kept: dict[str, list[tuple[slice, Block]]] = {}
-        several = self.num_batches > 1
-
-        def consume(rows: slice, name: str, block: Block) -> None:
-            gram = grams[layer_of(name)]
-            gram[rows, rows] += block.gram(block).to(gram)
-            for columns, other in kept.get(name, ()):
-                product = block.gram(other).to(gram)
-                gram[rows, columns] += product
-                gram[columns, rows] += product.T
-            if several:
-                kept.setdefault(name, []).append((rows, block))
-
-        self.stream(consume)
-        return grams
+        return self.ask(Gram())[0]
 
     def project(self, directions: Tensor) -> Tensor:
         """(n, m): <g_i, v_j> for flat directions (m, P) or one direction (P,).
@@ -193,16 +157,7 @@ class PerExampleGradients:
                 f"The directions have the shape {tuple(directions.shape)}; expected (m, {self.num_parameters}), "
                 "one flat vector of all trainable parameters per row."
             )
-        shape = (self.num_examples, len(directions))
-        result = {layer: torch.zeros(shape, dtype=torch.float64) for layer in self.layers}
-
-        def consume(rows: slice, name: str, block: Block) -> None:
-            part = directions[:, self._slices[name]].to(block.device, block.dtype)
-            found = block.project(part.reshape(-1, *block.shape))
-            result[layer_of(name)][rows] += found.to(result[layer_of(name)])
-
-        self.stream(consume)
-        return result
+        return self.ask(Projection(directions))[0]
 
     def sketch(self, k: int = 16, seed: int = 0) -> Tensor:
         """(n, d): random projections whose inner products estimate <g_i, g_j> without bias.
@@ -216,35 +171,11 @@ class PerExampleGradients:
         """Per layer, (n, d_layer): see `sketch`."""
         if k < 1:
             raise InvalidInput(f"The sketch has k = {k} dimensions; expected a whole number of at least 1.")
-        parts: dict[str, list[Tensor]] = {}
-        matrices: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-
-        def consume(rows: slice, name: str, block: Block) -> None:
-            if name not in matrices:
-                matrices[name] = _signs(name, block, k, seed)
-            parts.setdefault(name, []).append(block.sketch(*matrices[name]).flatten(1))
-
-        self.stream(consume)
-        sketches: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
-        for name in (name for name in self.shapes if name in parts):
-            sketches[layer_of(name)].append(torch.cat(parts[name]))
-        empty = torch.zeros(self.num_examples, 0)
-        return {layer: torch.cat(found, 1) if found else empty for layer, found in sketches.items()}
+        return self.ask(Sketch(k, seed))[0]
 
     def dense(self) -> Tensor:
         """(n, P): all gradients in full. Only for small models: n times the parameters' memory."""
-        result: Tensor | None = None
-
-        def consume(rows: slice, name: str, block: Block) -> None:
-            nonlocal result
-            if result is None:
-                shape = (self.num_examples, self.num_parameters)
-                result = torch.zeros(shape, device=block.device, dtype=block.dtype)
-            values = torch.cat([block.dense(s).flatten(1) for s in block.slices()])
-            result[rows, self._slices[name]] = values
-
-        self.stream(consume)
-        return torch.zeros(self.num_examples, self.num_parameters) if result is None else result
+        return self.ask(Everything())[0]
 
     def select(self, rows: Sequence[int]) -> PerExampleGradients:
         """The gradients of some examples only, in the order given."""
@@ -281,18 +212,11 @@ class LayerGradients(PerExampleGradients):
         return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
 
 
-def _signs(name: str, block: Block, k: int, seed: int) -> tuple[Tensor | None, Tensor | None]:
-    """Random sign matrices for the two sides of a weight; None where that side is small enough to keep."""
-    rows, columns = matrix_shape(block.shape)
-    if rows * columns <= k * k:
-        return None, None
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    keep_columns = max(k, k * k // rows)
+def _hand_on(answers: Sequence[Answer], rows: slice, name: str, block: Block) -> None:
+    for answer in answers:
+        answer.consume(rows, name, block)
 
-    def signs(size: int, kept: int) -> Tensor | None:
-        if size <= kept:
-            return None
-        bits = torch.randint(0, 2, (size, kept), generator=generator)
-        return ((2 * bits - 1) / math.sqrt(kept)).to(block.device, block.dtype)
 
-    return signs(rows, k), signs(columns, keep_columns)
+def as_groups(groups: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Groups of examples as a value, for `GroupSums` and `GroupGram`."""
+    return tuple(tuple(torch.as_tensor(group).tolist()) for group in groups)

@@ -18,7 +18,7 @@ from diag.quantities.per_example.call import Call, Form, NoClosedForm, is_argume
 from diag.quantities.per_example.capture import Place
 from diag.quantities.per_example.layout import Layout
 
-SMALL_NORM = 8192  # numbers of one example in a norm's input, below which a call for each example does not pay
+SMALL_NORM = 65_536  # numbers of one example in a norm's input, below which a call for each example does not pay
 
 
 def _over_features(of_weight: Callable[[Call, torch.Size], Dense], weight: int, bias: int | None) -> Form:

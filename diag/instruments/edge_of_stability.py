@@ -17,9 +17,9 @@ import torch
 
 from diag.display import format_number
 from diag.errors import InvalidInput
-from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
+from diag.quantities.carry import carried_eigenpairs
 from diag.quantities.optimizer import OptimizerState, describe
 from diag.quantities.optimizer_stability import LinearStability, linear_stability
 from diag.registry import instrument
@@ -185,8 +185,9 @@ def edge_of_stability(
     state = _checked(hessian, optimizer, batch_size)
     stability = linear_stability(hessian, state)
     run: dict[str, Any] = {"largest": 1, "tolerance": tolerance, "max_products": max_products, "seed": seed}
-    seen = eigenpairs(stability.operator, **run)
-    plain = seen if stability.operator is hessian else eigenpairs(hessian, **run)
+    plain = carried_eigenpairs(hessian, "hessian", **run)
+    own = stability.operator is hessian
+    seen = plain if own else carried_eigenpairs(stability.operator, "as the optimizer sees it", of=hessian, **run)
     traced = trace_and_norm(hessian, num_probes=trace_probes, deflate=plain, seed=seed)
     lambda_max = float(seen.values[0])
     noise = _noise(stability, state, batch_size, getattr(hessian, "num_examples", 1))

@@ -14,6 +14,7 @@ wrapped in torch.compile, DataParallel or DistributedDataParallel is measured ba
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -23,6 +24,7 @@ from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.operator import LinearOperator
 from diag.quantities import curvature_fisher as fishers
 from diag.quantities.batch import Batch
+from diag.quantities.carry import Carried
 from diag.quantities.curvature_data import subsampled
 from diag.quantities.curvature_layout import Layout
 from diag.quantities.curvature_memory import MemoryPlan, plan_memory
@@ -86,6 +88,7 @@ class CurvatureOperator(LinearOperator):
         self._plan: MemoryPlan | None = None
         self._graph: Graph | None = None
         self._values = Values(model)
+        self.carried: Carried | None = None  # what earlier measurements left: see carry.py
 
     def _curvature(self) -> Curvature:
         raise NotImplementedError
@@ -281,8 +284,14 @@ def fisher(snapshot: Snapshot) -> Fisher:
 
 
 def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
-    operator = kind(snapshot.model, snapshot.batch_loss, snapshot.batches, seed=snapshot.seed, **settings)
-    _ = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle
+    carried = snapshot.carry.next(kind.__name__, snapshot) if snapshot.carry is not None else None
+    known = carried.self_test if carried is not None else None
+    settings |= {"seed": snapshot.seed, "checked": known}
+    operator = kind(snapshot.model, snapshot.batch_loss, snapshot.batches, **settings)
+    test = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle
+    if carried is not None:
+        carried.self_test = replace(test, earlier=True)
+        operator.carried = carried
     return operator
 
 

@@ -19,6 +19,7 @@ class SelfTest:
     gradient_error: <grad L, d> against the difference of the loss along d. repeatability: two evaluations of
     one gradient. asymmetry: <u, A v> - <v, A u> in units of the larger product.
     rounding_error: the product in the operator's own precision against the one in the test's.
+    earlier: it is of an earlier measurement of the same model, and was taken over (see carry.py).
     """
 
     method: str
@@ -31,6 +32,7 @@ class SelfTest:
     rounding_error: float = 0.0
     step: float = 0.0
     reason: str = ""
+    earlier: bool = False
 
     @property
     def level(self) -> str:
@@ -43,6 +45,8 @@ class SelfTest:
         """The outcome in one sentence with its numbers."""
         worst = max(self.errors.values(), default=0.0)
         tested = f"tested in {self.precision} on {self.num_examples} examples"
+        if self.earlier:
+            tested += " at an earlier measurement"
         if self.method == "finite difference":
             return (
                 f"Products are finite differences, because {self.reason}; two steps agree to {worst:.1e} "

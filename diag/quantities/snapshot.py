@@ -12,7 +12,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from diag.quantities.batch import Batch, as_batches, map_tensors
 from diag.quantities.glossary import HELD_OUT, lookup
 from diag.quantities.preserve import generator_states, random_states
 from diag.quantities.unwrap import bare_model
+
+if TYPE_CHECKING:
+    from diag.quantities.carry import Carry
 
 FINGERPRINT_BYTES = 1 << 22
 
@@ -37,6 +40,7 @@ class Snapshot:
     held_out: data of the same kind that was not trained on.
     previous, other: an earlier state and another network: a state dict or a Snapshot.
     optimizer: the torch optimizer that trains the model. history: the record of a watched run.
+    carry: what earlier measurements of the same model left, to spare work (see `diag.quantities.carry`).
     seed: makes every estimate repeatable. device: where to measure; a copy of the model goes there if it is
         elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones.
 
@@ -54,6 +58,7 @@ class Snapshot:
         other: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
         history: Any = None,
+        carry: Carry | None = None,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -67,6 +72,7 @@ class Snapshot:
         self.model = _on_device(bare_model(model), device)
         self.loss_fn = loss_fn
         self.previous, self.other, self.optimizer, self.history = previous, other, optimizer, history
+        self.carry = carry
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._data, self._held_out, self._unpack = data, held_out, unpack
         self._computed: dict[str, Any] = {}

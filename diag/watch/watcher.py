@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.quantities.batch import tensors_in
+from diag.quantities.carry import Carry
 from diag.quantities.snapshot import Snapshot
 from diag.quantities.unwrap import bare_model
 from diag.run import Run, load
@@ -141,6 +142,7 @@ class Watcher:
             chosen, lambda names: Schedule(names, budget, every), self._recorder.outcome, self._recorder.note
         )
         self._windows = self._measurements.windows
+        self._carry = Carry()
         self._shortest = math.inf
         self._last_time: float | None = None
         self._hooks: ModelHooks | None = None
@@ -360,6 +362,7 @@ class Watcher:
             previous=self._previous(),
             optimizer=self.optimizer or self._steps.optimizer,
             history=_LazyHistory(self),
+            carry=self._carry,
         )
         # The probe set does not change, so it need not be hashed at every measurement.
         snapshot.__dict__["fingerprint"] = self._fingerprint

@@ -31,7 +31,6 @@ from diag.quantities.opposition import (
     about_gradients,
     curvature_share,
     groups_of_record,
-    judgeable,
     null_share,
     replayed_groups,
     static_groups,
@@ -196,8 +195,8 @@ def opposing_signals(
     A detector of large groups with very large features: 20 + 20 of 1,000 examples with a feature 11 times an
     image's norm were found by every seed tried, a feature of 4 times was missed. A negative result means little.
 
-    Settings: `mode`, "static", "replay", "online", or "auto": online where a record is given on which a verdict can
-    stand, else static; `k`, the group size, 0 for max(10, 2 % of n); `window`, the steps that a watch records, 0
+    Settings: `mode`, "static", "replay", "online", or "auto": online where a record is given, a verdict can stand
+    on it and the ends trade places, else static; `k`, the group size, 0 for max(10, 2 % of n); `window`, the steps that a watch records, 0
     for none; `share_limit` and `swap_limit`, our choice, uncalibrated; `describe`, "module:function" that turns
     one input into text; `seed`, of Lanczos and of the random steps.
 
@@ -208,7 +207,7 @@ def opposing_signals(
     _check(mode, window, loss_record, losses_at)
     n = losses_at.num_examples
     k = _group_size(k, n)
-    record = loss_record if mode == "online" or (mode == "auto" and judgeable(loss_record)) else None
+    record, why_not = _judged(mode, loss_record, k, swap_limit)
     pairs = eigenpairs(hessian, largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
     values, vectors = pairs.values.cpu(), pairs.vectors
     assert vectors is not None
@@ -238,7 +237,7 @@ def opposing_signals(
         chance_share=2 * k / n,
         null_share=null_share(losses_at, float(values[0]), k, NULLS, seed),
         eigenvalues=values.numpy(),
-        notes=(*unknown, *(unjudged(loss_record, k) if record is None else record.notes)),
+        notes=(*unknown, *why_not, *(record.notes if record is not None else ())),
     )
 
 
@@ -288,6 +287,16 @@ UNKNOWN_WITHOUT_A_MODEL = (
     *("curvature_share", "slope_a", "slope_b", "slope_auc", "norm_auc", "cosine"),
     *("norm_a", "norm_b", "norm_rest", "null_share"),
 )
+
+
+def _judged(
+    mode: str, record: LossRecord | None, k: int, swap_limit: float
+) -> tuple[LossRecord | None, tuple[str, ...]]:
+    """The record that is to be judged, if any, and why another is not."""
+    if record is None or mode == "online":
+        return record, ()
+    why_not = unjudged(record, k, swap_limit) if mode == "auto" else ""
+    return (record, ()) if mode == "auto" and not why_not else (None, (why_not,) if why_not else ())
 
 
 def _of_record(record: LossRecord | None, groups: Groups, edge: tuple[float, float] = EDGE) -> dict[str, Any]:

@@ -83,21 +83,20 @@ def static_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) 
     return Groups(best.a, best.b, best.direction, best.numbers | unseen | untraced)
 
 
-def judgeable(record: LossRecord | None) -> bool:
-    """Whether a verdict can stand on the record."""
-    return record is not None and all(p.holds for p in record.preconditions())
+def unjudged(record: LossRecord, k: int, swap_limit: float) -> str:
+    """In a sentence, what a record showed on which nothing can be said, and why; empty where it can be judged.
 
-
-def unjudged(record: LossRecord | None, k: int) -> tuple[str, ...]:
-    """In a sentence, what a record showed on which no verdict can stand; nothing without such a record."""
-    unmet = next((p for p in record.preconditions() if not p.holds), None) if record is not None else None
-    if record is None or unmet is None:
-        return ()
+    It can where its preconditions hold and the ends trade places: before they do, a kick along the sharpest
+    directions shows more.
+    """
     seen = groups_of_record(record.losses, k).numbers
+    unmet = next((p.detail for p in record.preconditions() if not p.holds), "")
+    if not unmet and seen["swap"] >= swap_limit:
+        return ""
     swap, persist, antiphase = (format_number(seen[name]) for name in ("swap", "persist", "antiphase"))
     return (
         f"Recorded from step {record.steps[0]:,} to {record.steps[-1]:,}: swap {swap}, persist {persist}, "
-        f"antiphase {antiphase}; a kick is judged instead, because {unmet.detail}",
+        f"antiphase {antiphase}; a kick is judged instead, because {unmet or 'no oscillation shows in that yet.'}"
     )
 
 

@@ -101,15 +101,21 @@ class Measurements:
         return any(_asks_for_previous(self._instruments[n]) for n in self.schedule.affordable(step))
 
     def estimate(self, seconds_per_step: float, examples_per_step: float, probe_size: int, slower: float) -> None:
-        """Estimate first costs from what training takes; `slower` is how much slower float32 is than training."""
-        if self.estimated or not seconds_per_step or not examples_per_step:
+        """Estimate first costs from what training takes; `slower` is how much slower float32 is than training.
+
+        It may be called again, when more steps have been timed: what has been measured keeps its own time.
+        """
+        if not seconds_per_step or not examples_per_step:
             return
+        again = self.estimated
         self.estimated = True
         forward = slower * FORWARD_SHARE * seconds_per_step * probe_size / examples_per_step
         for name, instrument in self._instruments.items():
+            if self.schedule.accounts[name].times:
+                continue
             passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
             self.schedule.estimate(name, FIXED + passes * forward)
-        self.windows.forward = FIXED + forward
+        self.windows.forward = self.windows.forward if again else FIXED + forward
 
     def run(self, names: Iterable[str], step: int, snapshot: Snapshot) -> float:
         """Measure with these instruments, recording each outcome; gives the time taken in seconds."""

@@ -35,7 +35,7 @@ from diag.watch.schedule import Schedule
 from diag.watch.steps import StepObserver
 
 ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
-WARM_UP = 3
+WARM_UP, AGAIN = 3, 4  # costs are estimated after so many steps, and again after so many times as many
 SPARE = 0.25  # seconds that the last measurements may take beyond the budget
 LOOK_EVERY = 0.01  # seconds
 PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
@@ -146,6 +146,7 @@ class Watcher:
         self._shortest = math.inf
         self._last_time: float | None = None
         self._hooks: ModelHooks | None = None
+        self._estimate_at = WARM_UP
         self._forwards, self._examples, self._fingerprint, self._look_again = 0, 0, "", 0.0
         if self.active:
             self._begin(model)
@@ -205,8 +206,7 @@ class Watcher:
             self._steps.training_pass()
             self._windows.examples.forward_called(args, kwargs)
             self._forwards += 1
-            if not self._measurements.estimated:
-                self._examples += _length((args, kwargs))
+            self._examples += _length((args, kwargs))
 
     @guarded("loss")
     def loss_called(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
@@ -299,7 +299,7 @@ class Watcher:
 
     def _time_step(self) -> None:
         training = self._clock.elapsed() - self._clock.ours()
-        if self._last_time is not None and not self._measurements.estimated:
+        if self._last_time is not None:
             self._shortest = min(self._shortest, training - self._last_time)
         self._last_time = training
 
@@ -320,8 +320,9 @@ class Watcher:
         self._steps.keep_before = self._measurements.wants_previous(step + 1)
 
     def _estimate(self, step: int) -> None:
-        if self._measurements.estimated or self._steps.steps < WARM_UP:
+        if self._steps.steps < self._estimate_at:
             return
+        self._estimate_at = AGAIN * self._steps.steps
         # The shortest step so far: the first ones include what happens once, such as compiling.
         training = self._shortest if self._shortest < math.inf else self._clock.elapsed() / self._steps.steps
         # The measurements are made in float32, which is several times slower on a GPU made for half precision.
@@ -434,7 +435,8 @@ class Watcher:
         if not self._probe.batches or self._steps.steps == 0:
             return False
         self._probe.complete = True
-        self._estimate(WARM_UP)
+        self._estimate_at = 0
+        self._estimate(self.step)
         self._announce_probe()
         return True
 

@@ -115,8 +115,10 @@ class Windows:
                 window.recording.add(snapshot, step)
         except Exception as error:
             self.drop(step, error)
-        self.forward = time.perf_counter() - began
-        return self._paid(window.name, self.forward)
+        seconds = time.perf_counter() - began
+        if window.recording.num_steps > 1:  # at the first the sharpness is measured too
+            self.forward = seconds
+        return self._paid(window.name, seconds)
 
     @property
     def complete(self) -> bool:

@@ -8,7 +8,9 @@ Every contender is timed in turn, `--repeats` rounds, in CPU seconds of one thre
 disturbs less than the clock; the table shows medians, the extra time over one ordinary forward and backward pass,
 the peak of memory allocated during the call over that of the ordinary pass, and the worst relative error of the
 squared norms against a float64 loop. The self-test of the first call is shown by itself, since it is paid once for
-a model. Opacus is optional (`pip install diag[bench]`).
+a model. "A step's" rows are the training step with the question answered in its own backward pass, so the step is
+part of their time and memory; "unasked" keeps what any later question would need. Opacus is optional
+(`pip install diag[bench]`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diag.quantities.batch import Batch, as_batch
-from diag.quantities.per_example import ModelGradients, StepGradients, plan_for_steps
+from diag.quantities.per_example import Gram, ModelGradients, Sketch, SquaredNorms, StepGradients, plan_for_steps
+from diag.quantities.per_example.questions import Question
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -112,11 +115,15 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
 
     plan = plan_for_steps(model, loss_fn, batch)
 
-    def own_step() -> Tensor:
-        with StepGradients(model, plan, batch.size) as step:
-            loss = loss_fn(batch.forward(model), batch.targets)
-            torch.autograd.grad(loss, list(parameters.values()))
-        return step.norms()
+    def step(ask: Question | None) -> Callable[[], Any]:
+        """The ordinary pass with this question answered on its way, or with all kept and the norms asked after."""
+
+        def call() -> Any:
+            with StepGradients(model, plan, batch.size, ask=None if ask is None else [ask]) as seen:
+                ordinary()
+            return seen.ask(ask or SquaredNorms())[0]
+
+        return call
 
     def vmapped() -> Tensor:
         def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -130,9 +137,12 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
         "forward + backward": ordinary,
         "diag: norms": lambda: fresh().norms(),
         "diag: norms and mean gradient": lambda: fresh().group_gram_by_layer(everyone),
-        "diag: norms of the step itself": own_step,
         "diag: gram": lambda: fresh().gram(),
         "diag: sketch k=16": lambda: fresh().sketch(16),
+        "diag: a step's norms": step(SquaredNorms()),
+        "diag: a step's sketch k=16": step(Sketch(16)),
+        "diag: a step's gram": step(Gram()),
+        "diag: a step's norms, unasked": step(None),
         "vmap(grad)": vmapped,
     }
     if opacus:
@@ -179,8 +189,10 @@ def squared_norms_by_loop(model: nn.Module, loss_fn: Loss, batch: Batch) -> Tens
 
 
 def worst_error(name: str, found: Any, truth: Tensor) -> float | None:
-    if name in ("diag: norms", "diag: norms of the step itself"):
+    if name == "diag: norms":
         found = found.square()
+    elif "step's norms" in name:
+        found = sum(found.values())
     elif not name.startswith(("vmap", "Opacus")):
         return None
     return float(((found.double() - truth) / truth).abs().max())
@@ -192,7 +204,7 @@ def peak_memory(call: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     now = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)

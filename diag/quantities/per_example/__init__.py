@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from diag.quantities.per_example.engine import ModelGradients
 from diag.quantities.per_example.given import MatrixGradients, StackedGradients
 from diag.quantities.per_example.gradients import Coverage, LayerGradients, PerExampleGradients
+from diag.quantities.per_example.questions import Gram, GroupGram, GroupSums, Projection, Sketch, SquaredNorms
 from diag.quantities.per_example.step import StepGradients, plan_for_steps
 
 if TYPE_CHECKING:
@@ -33,10 +34,16 @@ def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
 
 __all__ = [
     "Coverage",
+    "Gram",
+    "GroupGram",
+    "GroupSums",
     "LayerGradients",
     "MatrixGradients",
     "ModelGradients",
     "PerExampleGradients",
+    "Projection",
+    "Sketch",
+    "SquaredNorms",
     "StackedGradients",
     "StepGradients",
     "per_example_gradients",

@@ -65,6 +65,7 @@ class Assembly:
         if not self._expected:  # only now: the calls may still have been coming in
             self._count()
         use = self.uses[index]
+        self.uses[index] = use.bare()
         call = Call(use, single(delta), self.plan.layouts[index], self.n)
         for place in self.plan.places[index]:
             source = use.slots[place]

@@ -23,6 +23,7 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
     hook on each takes its gradient, so that no more of them are alive at a time than need be.
     """
     calls = {i: run.uses[i].edge for i in plan.layouts}
+    run.uses[:] = [use if use.index in calls else use.bare() for use in run.uses]
     if not calls:
         return
     first = plan.first = first_calls(calls) if plan.first is None else plan.first

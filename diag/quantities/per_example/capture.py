@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,15 @@ class Use:
     edge: GradientEdge
     versions: dict[Place, int]
     inputs: list[Node | None]
+
+    @property
+    def signature(self) -> str:
+        """What tells one model's calls from another's: the function, and where parameters stand in it."""
+        return f"{self.name} {sorted(map(str, self.slots))}"
+
+    def bare(self) -> Use:
+        """The same without the tensors, so that an activation is let go as soon as the backward pass allows."""
+        return replace(self, args=(), kwargs={}, versions={})
 
     def argument(self, place: Place) -> Any:
         value = self.kwargs[place[0]] if isinstance(place[0], str) else self.args[place[0]]

@@ -155,6 +155,7 @@ class ModelGradients(PerExampleGradients):
             if fresh and batch.size > 1:
                 check_independent(self.model, self.loss_fn, batch, losses.detach())
                 self._independent = True
+            run.outputs = None  # nothing that follows needs them; the graph keeps what it does
             assembly = Assembly(plan, run.uses, batch.size, self._parameters, partial(consume, rows))
             backward(run, plan, assembly, batch.size, keep_graph)
             assembly.finish(losses if keep_graph else None)

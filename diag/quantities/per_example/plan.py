@@ -53,7 +53,7 @@ class Plan:
 
     def fits(self, uses: list[Use], n: int) -> bool:
         """False where this forward pass made other calls than the one that the plan was made on."""
-        same = self.signature == _signature(uses)
+        same = self.signature == tuple(use.signature for use in uses)
         return same and all(layout.fits(uses[i].shape, n) for i, layout in self.layouts.items())
 
 
@@ -161,13 +161,9 @@ def copied(batch: Batch) -> Batch:
     return Batch(args, kwargs, batch.targets, batch.size)
 
 
-def _signature(uses: list[Use]) -> tuple[str, ...]:
-    return tuple(f"{use.name} {sorted(map(str, use.slots))}" for use in uses)
-
-
 def _read_calls(uses: list[Use], plain: Any, weighted: Any, weights: Tensor) -> Plan:
     """Find where the examples lie in each call, and so which calls to read."""
-    plan = Plan({}, {}, set(), _signature(uses))
+    plan = Plan({}, {}, set(), tuple(use.signature for use in uses))
     read: set[int] = set()  # calls that are read; what came through one of them must not be read again
     for use, first, second in zip(uses, plain, weighted, strict=True):
         places = [place for place, source in use.slots.items() if not source.made_by & read]

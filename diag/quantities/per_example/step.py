@@ -1,34 +1,38 @@
 """Per-example gradients of a training step, from its own forward and backward pass.
 
     plan = plan_for_steps(model, loss_fn, batch)              # once
-    with StepGradients(model, plan, batch_size=len(x)) as step:
+    with StepGradients(model, plan, batch_size=len(x), ask=[SquaredNorms()]) as step:
         loss_fn(model(x), y).backward()
     step.norms()
 
 The step itself stays as it is, bit for bit: the recorded calls run unchanged, and hooks read output gradients that
-the backward pass makes anyway. What the loss was scaled by (accumulation, a GradScaler) scales the gradients here
-too; ratios such as coherence do not feel it.
+the backward pass makes anyway. What was asked beforehand is answered inside these hooks, layer by layer, and
+nothing is kept; without `ask`, the step's activations are held until the object is dropped, and anything can be
+asked. What the loss was scaled by (accumulation, a GradScaler) scales the gradients here too; ratios such as
+coherence do not feel it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from diag.errors import Unsupported
+from diag.errors import Unsupported, first_line
 from diag.quantities.batch import Batch
 from diag.quantities.parameters import trainable
 from diag.quantities.per_example.assembly import Assembly
-from diag.quantities.per_example.backward import take
 from diag.quantities.per_example.blocks import Block
 from diag.quantities.per_example.capture import Capture, Use
 from diag.quantities.per_example.combination import Scaled
 from diag.quantities.per_example.gradients import Consumer, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction
 from diag.quantities.per_example.plan import PROBES, Plan, make_plan, probe_of
-from diag.quantities.preserve import preserved
+from diag.quantities.per_example.questions import Question
+from diag.quantities.preserve import exact_arithmetic, preserved
 
 
 def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Plan:
@@ -50,20 +54,27 @@ def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Pla
 
 
 class StepGradients(PerExampleGradients):
-    """The gradients of the step that ran inside `with`; they hold its activations until dropped.
+    """The gradients of the step that ran inside `with`.
 
-    Questions raise Unsupported where no whole step was seen, or one that made other calls than the plan's.
+    `ask`: the only questions (`diag.quantities.per_example.questions`) that there will be. Nothing that goes wrong
+    in reading the step reaches it: questions raise Unsupported where no whole step was seen, or one that made
+    other calls than the plan's.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, batch_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, batch_size: int, ask: Sequence[Question] | None = None
+    ) -> None:
         self._parameters = trainable(model)
         super().__init__({name: tuple(p.shape) for name, p in self._parameters.items()}, batch_size)
         self._plan, self._blocks, self._hooks = plan, dict[str, Block](), list[Any]()
+        self._answers = None if ask is None else {question: question.begin(self) for question in ask}
         self._capture = Capture(model, self._parameters, unroll=False, on_use=self._hook)
-        self._assembly = Assembly(plan, self._capture.uses, batch_size, self._parameters, self._blocks.__setitem__)
-        self._whole = False
+        self._assembly = Assembly(plan, self._capture.uses, batch_size, self._parameters, self._consume)
+        self._taken: set[int] = set()
+        self._trouble: str | None = "there was no backward pass"  # why the step cannot be spoken for
 
     def __enter__(self) -> Self:
+        self._trouble = None
         self._capture.__enter__()
         return self
 
@@ -71,26 +82,85 @@ class StepGradients(PerExampleGradients):
         self._capture.__exit__(kind, value, traceback)
         for hook in self._hooks:
             hook.remove()
-        self._whole = kind is None and self._plan.fits(self._capture.uses, self.num_examples)
-        if self._whole:
-            self._assembly.finish(None)
+        if kind is not None:
+            self._trouble = f"the step raised {kind.__name__}"
+        elif not self._taken:
+            self._trouble = "there was no backward pass"
+        elif not self._plan.fits(self._capture.uses, self.num_examples):
+            self._trouble = self._trouble or "it made other calls than the plan's"
+        self._read(self._finish)
+        del (
+            self._capture,
+            self._assembly,
+            self._hooks,
+        )  # they and this object hold each other, and so the activations
+
+    def _finish(self) -> None:
+        self._assembly.finish(None)
+        if self._answers is not None:
+            self._known |= {question: answer.result() for question, answer in self._answers.items()}
+
+    def _read(self, work: Callable[[], None]) -> None:
+        """Arithmetic of our own within the user's step: not seen by the capture, exact, and never raising."""
+        if self._trouble is not None:
+            return
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad(), exact_arithmetic():
+                work()
+        except Exception as error:
+            self._trouble = first_line(error)
 
     def _hook(self, use: Use) -> None:
+        """A call of the forward pass: wait for its output's gradient where the plan reads it."""
         layout = self._plan.layouts.get(use.index)
-        if layout is not None and layout.fits(use.shape, self.num_examples):
-            taking = partial(take, self._assembly, use.index, use.edge.output_nr)
+        if layout is None or not layout.fits(use.shape, self.num_examples):
+            self._capture.uses[use.index] = use.bare()
+        else:
+            taking = partial(self._take, use.index, use.edge.output_nr)
             self._hooks.append(use.edge.node.register_prehook(taking))
+
+    def _take(self, index: int, output: int, gradients: Sequence[Tensor | None]) -> None:
+        """Before the backward pass goes through a call: its output's gradient and its inputs are there."""
+        delta = gradients[output]
+        if delta is None:
+            return
+        if index in self._taken:
+            self._trouble = "there were several backward passes"
+        elif self._capture.uses[index].signature != self._plan.signature[index]:
+            self._trouble = "it made other calls than the plan's"
+        self._taken.add(index)
+        self._read(partial(self._assembly.add, index, delta.detach()))
+
+    def _consume(self, name: str, block: Block) -> None:
+        # The loss of a step is a mean, so each example's own gradient is n times what came up for it.
+        block = Scaled(block, self.num_examples)
+        if self._answers is None:
+            self._blocks[name] = block
+            return
+        for answer in self._answers.values():
+            answer.consume(slice(0, self.num_examples), name, block)
 
     @property
     def coverage(self) -> Coverage:
         return Coverage(1.0, 1.0, self._plan.methods)
 
     def stream(self, consume: Consumer) -> None:
-        if not self._whole or not self._blocks:
+        self._check()
+        if self._answers is not None:
             raise Unsupported(
-                "No whole training step was seen, with one forward and one backward pass inside the with block, or "
-                "one unlike the plan's; make the plan on a batch of the same kind."
+                "This was not among the questions asked before the step, and it is over; add the question to ask=."
             )
-        for name, block in self._blocks.items():
-            # The loss of a step is a mean, so each example's own gradient is n times what came up for it.
-            consume(slice(0, self.num_examples), name, Scaled(block, self.num_examples))
+        with torch.no_grad(), exact_arithmetic():
+            for name, block in self._blocks.items():
+                consume(slice(0, self.num_examples), name, block)
+
+    def ask(self, *questions: Question) -> tuple[Any, ...]:
+        self._check()
+        return super().ask(*questions)
+
+    def _check(self) -> None:
+        if self._trouble is not None:
+            raise Unsupported(
+                "No whole training step was seen, with one forward and one backward pass inside the with block "
+                f"({self._trouble}); where its calls differ, make the plan on a batch of the same kind."
+            )

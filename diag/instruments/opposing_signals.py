@@ -27,14 +27,14 @@ from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.loss_record import EDGE, LEAST_STEPS, Edge, LossRecord
 from diag.quantities.losses_at import LossesAt
 from diag.quantities.opposition import (
-    Groups,
     about_gradients,
+    about_record,
+    chosen_record,
     curvature_share,
-    groups_of_record,
+    group_size,
     null_share,
     replayed_groups,
     static_groups,
-    unjudged,
 )
 from diag.quantities.opposition_verdict import DIRECTIONS, OVER_CHANCE, SHARE, SOURCE, SWAP, of_a_kick, of_steps
 from diag.quantities.per_example import PerExampleGradients
@@ -103,7 +103,7 @@ class OpposingSignals(Result):
         "mean input of A less that of B, in standard deviations; empty where there is none", shape="(*)"
     )
 
-    # ---- judging ---------------------------------------------------------------------------------
+    # ---- judging
 
     def verdict(self) -> Verdict:
         unmet = self.unmet()
@@ -126,7 +126,7 @@ class OpposingSignals(Result):
         """The value of a setting, where one was given."""
         return self.provenance.settings.get(name, default)
 
-    # ---- showing ---------------------------------------------------------------------------------
+    # ---- showing
 
     def examples(self, describe: Callable[[Any], str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of A and of B with label, loss and input, and the difference of their means, for display.
@@ -196,9 +196,9 @@ def opposing_signals(
     image's norm were found by every seed tried, a feature of 4 times was missed. A negative result means little.
 
     Settings: `mode`, "static", "replay", "online", or "auto": online where a record is given, a verdict can stand
-    on it and the ends trade places, else static; `k`, the group size, 0 for max(10, 2 % of n); `window`, the steps that a watch records, 0
-    for none; `share_limit` and `swap_limit`, our choice, uncalibrated; `describe`, "module:function" that turns
-    one input into text; `seed`, of Lanczos and of the random steps.
+    on it and the ends trade places, else static; `k`, the group size, 0 for max(10, 2 % of n); `window`, the steps
+    that a watch records, 0 for none; `share_limit` and `swap_limit`, our choice, uncalibrated; `describe`,
+    "module:function" that turns one input into text; `seed`, of Lanczos and of the random steps.
 
     Raises InvalidInput for another mode, k, window or record, MissingQuantity for online mode without a record,
     Unsupported for too few examples or a loss that curves nowhere upwards. Source: Rosenfeld and Risteski 2024,
@@ -206,8 +206,8 @@ def opposing_signals(
     """
     _check(mode, window, loss_record, losses_at)
     n = losses_at.num_examples
-    k = _group_size(k, n)
-    record, why_not = _judged(mode, loss_record, k, swap_limit)
+    k = group_size(k, n)
+    record, why_not = chosen_record(mode, loss_record, k, swap_limit)
     pairs = eigenpairs(hessian, largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
     values, vectors = pairs.values.cpu(), pairs.vectors
     assert vectors is not None
@@ -227,7 +227,7 @@ def opposing_signals(
         **groups.numbers,
         **about_gradients(per_example_gradients, u, groups, losses),
         **kept(groups, losses, inputs, labels),
-        **_of_record(record, groups),
+        **about_record(record, groups),
         curvature_share=carried,
         direction=groups.direction,
         mode=mode,
@@ -261,14 +261,14 @@ def opposing_signals_online(
     first, last = (Edge(value, 2 / learning_rate, "2 / learning rate") for value in sharpness)
     given = LossRecord(record, first, last)
     n = given.num_examples
-    k = _group_size(k, n)
+    k = group_size(k, n)
     groups = groups_of_record(given.losses, k)
     unknown: dict[str, Any] = dict.fromkeys(UNKNOWN_WITHOUT_A_MODEL, math.nan)
     return OpposingSignals(
         **groups.numbers,
         **unknown,
         **kept(groups, given.losses[-1], None, labels),
-        **_of_record(given, groups, edge),
+        **about_record(given, groups, edge),
         loss_auc=rank_auc(given.losses[0], groups.members(n)),
         direction=-1,
         mode="online",
@@ -289,28 +289,6 @@ UNKNOWN_WITHOUT_A_MODEL = (
 )
 
 
-def _judged(
-    mode: str, record: LossRecord | None, k: int, swap_limit: float
-) -> tuple[LossRecord | None, tuple[str, ...]]:
-    """The record that is to be judged, if any, and why another is not."""
-    if record is None or mode == "online":
-        return record, ()
-    why_not = unjudged(record, k, swap_limit) if mode == "auto" else ""
-    return (record, ()) if mode == "auto" and not why_not else (None, (why_not,) if why_not else ())
-
-
-def _of_record(record: LossRecord | None, groups: Groups, edge: tuple[float, float] = EDGE) -> dict[str, Any]:
-    if record is None:
-        steps = tuple(range(len(groups.numbers["trace"])))
-        return {"steps": steps, "edge_first": math.nan, "edge_last": math.nan}
-    return {
-        "steps": record.steps,
-        "edge_first": record.ratios[0],
-        "edge_last": record.ratios[1],
-        "preconditions": record.preconditions(edge),
-    }
-
-
 def _check(mode: str, window: int, record: LossRecord | None, losses_at: LossesAt) -> None:
     if mode not in ("auto", "static", "replay", "online"):
         raise InvalidInput(f"mode is {mode!r}; expected 'auto', 'static', 'replay' or 'online'.")
@@ -325,12 +303,3 @@ def _check(mode: str, window: int, record: LossRecord | None, losses_at: LossesA
             f"The record is of {record.num_examples} examples and the data of {losses_at.num_examples}; give the "
             "record of the same examples."
         )
-
-
-def _group_size(k: int, n: int) -> int:
-    if k < 0 or 2 * k > n:
-        raise InvalidInput(f"k is {k} for {n} examples; expected 0 (2 % of them, at least 10) up to half of them.")
-    k = k or max(10, round(0.02 * n))
-    if n < 4 * k:
-        raise Unsupported(f"{n} examples are too few for two groups of {k}; give at least {4 * k}, or a smaller k.")
-    return k

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diag.display import format_number
-from diag.errors import DiagError, Unsupported
+from diag.errors import DiagError, InvalidInput, Unsupported
 from diag.linalg.opposition import (
     correlation,
     ends,
@@ -26,7 +26,7 @@ from diag.linalg.opposition import (
 )
 from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.curvature_examples import curvature_shares
-from diag.quantities.loss_record import LossRecord
+from diag.quantities.loss_record import EDGE, LossRecord
 from diag.quantities.losses_at import LossesAt
 from diag.quantities.per_example import PerExampleGradients
 
@@ -56,6 +56,19 @@ class Groups:
         return torch.zeros(n, dtype=torch.bool).index_fill_(0, self.rows, True)
 
 
+def group_size(k: int, n: int) -> int:
+    """The size of each of the two groups; `k` 0 for the default of 2 % of n, at least 10.
+
+    Raises InvalidInput for a k that does not fit, Unsupported where n is too small for the default.
+    """
+    if k < 0 or 2 * k > n:
+        raise InvalidInput(f"k is {k} for {n} examples; expected 0 (2 % of them, at least 10) up to half of them.")
+    k = k or max(10, round(0.02 * n))
+    if n < 4 * k:
+        raise Unsupported(f"{n} examples are too few for two groups of {k}; give at least {4 * k}, or a smaller k.")
+    return k
+
+
 def kick(losses_at: LossesAt, direction: Tensor, curvature: float) -> Tensor:
     """(n,): l(w + e u) - l(w - e u), where e = 0.3 / sqrt(curvature) and u is the unit vector `direction` (P,)."""
     step = KICK / math.sqrt(curvature) * direction.to(losses_at.center)
@@ -83,7 +96,17 @@ def static_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) 
     return Groups(best.a, best.b, best.direction, best.numbers | unseen | untraced)
 
 
-def unjudged(record: LossRecord, k: int, swap_limit: float) -> str:
+def chosen_record(
+    mode: str, record: LossRecord | None, k: int, swap_limit: float
+) -> tuple[LossRecord | None, tuple[str, ...]]:
+    """The record that is to be judged in this mode, if any, and in a note why another is not."""
+    if record is None or mode == "online":
+        return record, ()
+    why_not = _unjudged(record, k, swap_limit) if mode == "auto" else ""
+    return (record, ()) if mode == "auto" and not why_not else (None, (why_not,) if why_not else ())
+
+
+def _unjudged(record: LossRecord, k: int, swap_limit: float) -> str:
     """In a sentence, what a record showed on which nothing can be said, and why; empty where it can be judged.
 
     It can where its preconditions hold and the ends trade places: before they do, a kick along the sharpest
@@ -98,6 +121,19 @@ def unjudged(record: LossRecord, k: int, swap_limit: float) -> str:
         f"Recorded from step {record.steps[0]:,} to {record.steps[-1]:,}: swap {swap}, persist {persist}, "
         f"antiphase {antiphase}; a kick is judged instead, because {unmet or 'no oscillation shows in that yet.'}"
     )
+
+
+def about_record(record: LossRecord | None, groups: Groups, edge: tuple[float, float] = EDGE) -> dict[str, Any]:
+    """The fields of a result that a record gives, and for a replay or a kick what stands in their place."""
+    if record is None:
+        steps = tuple(range(len(groups.numbers["trace"])))
+        return {"steps": steps, "edge_first": math.nan, "edge_last": math.nan}
+    return {
+        "steps": record.steps,
+        "edge_first": record.ratios[0],
+        "edge_last": record.ratios[1],
+        "preconditions": record.preconditions(edge),
+    }
 
 
 def replayed_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) -> Groups:

@@ -32,6 +32,7 @@ from diag.quantities.opposition import (
     chosen_record,
     curvature_share,
     group_size,
+    groups_of_record,
     null_share,
     replayed_groups,
     static_groups,

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from diag.quantities.per_example import fallback
 from diag.quantities.per_example.blocks import Block, Dense, Outer
 from diag.quantities.per_example.call import Call, NoClosedForm, single
-from diag.quantities.per_example.capture import Source, Use
+from diag.quantities.per_example.capture import Use
 from diag.quantities.per_example.closed_forms import FORMS
 from diag.quantities.per_example.combination import Placed, combine
+from diag.quantities.per_example.sources import Source
 
 if TYPE_CHECKING:
     from diag.quantities.per_example.plan import Plan
@@ -114,7 +115,7 @@ def _to_parameters(block: Block, source: Source, parameters: dict[str, nn.Parame
     name = source.names[0]
     if source.positions is None:
         return {name: _one_axis(block)}
-    return {name: _one_axis(_placed(block, source.positions, parameters[name].shape))}
+    return {name: _one_axis(_placed(block, source.positions(), parameters[name].shape))}
 
 
 def _placed(block: Block, positions: Tensor, shape: torch.Size) -> Block:

@@ -273,12 +273,13 @@ def squared_rows(values: Tensor) -> Tensor:
     width = values.shape[-1]
     if values.dtype == torch.float64:
         return (values * values).sum(-1)
-    if width > 4096:
-        whole = width - width % 1024
-        pieces = torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, 1024)), dim=-1)
-        rest = torch.linalg.vector_norm(values[..., whole:], dim=-1)
-        return pieces.double().square().sum(-1) + rest.double().square()
-    return torch.linalg.vector_norm(values, dim=-1).double().square()
+    if width <= 4096:
+        return torch.linalg.vector_norm(values, dim=-1).double().square()
+    whole = width - width % 1024
+    pieces = (
+        torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, 1024)), dim=-1).double().square().sum(-1)
+    )
+    return pieces if whole == width else pieces + squared_rows(values[..., whole:])
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diag.quantities.per_example.blocks import Block, Dense
-from diag.quantities.per_example.capture import Place, Use
+from diag.quantities.per_example.capture import Use
 from diag.quantities.per_example.layout import Layout
+from diag.quantities.per_example.sources import Place
 
 
 class NoClosedForm(Exception):

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -24,30 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from diag.errors import Unsupported
 from diag.quantities.per_example.recurrent import UNROLLED, is_padded_call
-
-# Functions that only rearrange elements: applied to a tensor of positions they tell where each came from.
-_VIEWS = {
-    *("t", "T", "mT", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims"),
-    *("view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone"),
-    *("__getitem__", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "diagonal"),
-}
-Place = tuple[Any, ...]  # of an argument: (position or keyword,) or (position or keyword, index in a list)
-
-
-@dataclass(eq=False)
-class Source:
-    """What a tracked tensor stands for.
-
-    A parameter itself: `names` holds its name. A rearrangement of one parameter: `positions` holds each
-    element's flat position in it. Any other function of parameters: `edge` is its place in the graph, through
-    which gradients are pulled back. `use` is the index of the recorded call that made it.
-    """
-
-    names: tuple[str, ...]
-    shape: torch.Size
-    positions: Tensor | None = None
-    edge: GradientEdge | None = None
-    made_by: frozenset[int] = frozenset()
+from diag.quantities.per_example.sources import Place, Source, item, rearranged
 
 
 @dataclass(eq=False)
@@ -70,14 +49,16 @@ class Use:
     versions: dict[Place, int]
     inputs: list[Node | None]
 
-    @property
+    @cached_property
     def signature(self) -> str:
         """What tells one model's calls from another's: the function, and where parameters stand in it."""
         return f"{self.name} {sorted(map(str, self.slots))}"
 
     def bare(self) -> Use:
         """The same without the tensors, so that an activation is let go as soon as the backward pass allows."""
-        return replace(self, args=(), kwargs={}, versions={})
+        bare = copy(self)
+        bare.args, bare.kwargs, bare.versions = (), {}, {}
+        return bare
 
     def argument(self, place: Place) -> Any:
         value = self.kwargs[place[0]] if isinstance(place[0], str) else self.args[place[0]]
@@ -192,14 +173,16 @@ class Capture(TorchFunctionMode):
         """Tag what was computed from parameters alone with what it stands for."""
         names = tuple(dict.fromkeys(n for source in slots.values() for n in source.names))
         made_by = frozenset().union(*(s.made_by for s in slots.values()), () if use is None else (use,))
-        positions = _rearranged(name, func, args, kwargs, slots)
+        positions = rearranged(name, func, args, kwargs, slots)
         for i, tensor in enumerate(output if isinstance(output, (tuple, list)) else (output,)):
             if not isinstance(tensor, Tensor):
                 continue
             if not tensor.requires_grad:
                 self._tag(tensor, _CONSTANT)
                 continue
-            where = positions[i] if isinstance(positions, (tuple, list)) else positions
+            where = positions
+            if positions is not None and isinstance(output, (tuple, list)):
+                where = cache(partial(item, positions, i))
             edge = None if where is not None else get_gradient_edge(tensor)
             self._tag(tensor, Source(names, tensor.shape, where, edge, made_by))
 
@@ -257,18 +240,6 @@ _DATA = _Marker()
 
 def _overwrites(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-def _rearranged(name: str, func: Any, args: Any, kwargs: Any, slots: dict[Place, Source]) -> Any:
-    """The same rearrangement applied to flat positions; None where this is none, or the source is none itself."""
-    source = slots.get((0,))
-    lookup = name == "embedding" and (len(args) < 3 or args[2] < 0)  # rows of a table by constant numbers
-    if source is None or len(slots) > 1 or source.edge is not None or not (lookup or name in _VIEWS):
-        return None
-    positions = source.positions
-    if positions is None:
-        positions = torch.arange(source.shape.numel(), device=args[0].device).view(source.shape)
-    return positions[args[1]] if lookup else func(positions, *args[1:], **kwargs)
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Place, Tensor]]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from diag.quantities.per_example.blocks import Block, Dense, Outer
 from diag.quantities.per_example.call import Call, Form, NoClosedForm, call_with, is_argument
-from diag.quantities.per_example.capture import Place
 from diag.quantities.per_example.combination import Rows
 from diag.quantities.per_example.convolution import convolution
 from diag.quantities.per_example.norm_forms import NORM_FORMS
+from diag.quantities.per_example.sources import Place
 
 
 def _linear(call: Call, place: Place) -> Block:

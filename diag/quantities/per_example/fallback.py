@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from diag.quantities.per_example.blocks import Block, Lazy
 from diag.quantities.per_example.call import Call, NoClosedForm, call_with
-from diag.quantities.per_example.capture import Place, Source, Use
+from diag.quantities.per_example.capture import Use
+from diag.quantities.per_example.sources import Place, Source
 
 
 def replayed(call: Call, place: Place) -> Block:

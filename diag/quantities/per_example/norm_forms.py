@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diag.quantities.per_example.blocks import SCRATCH, Block, Dense
 from diag.quantities.per_example.call import Call, Form, NoClosedForm, is_argument
-from diag.quantities.per_example.capture import Place
 from diag.quantities.per_example.layout import Layout
+from diag.quantities.per_example.sources import Place
 
 SMALL_NORM = 65_536  # numbers of one example in a norm's input, below which a call for each example does not pay
 

@@ -19,11 +19,12 @@ from diag.errors import Unsupported
 from diag.quantities.batch import Batch, map_tensors, tensors_in
 from diag.quantities.per_example.assembly import Assembly
 from diag.quantities.per_example.blocks import Block, row_slices
-from diag.quantities.per_example.capture import Capture, Place, Use, unexplained
+from diag.quantities.per_example.capture import Capture, Use, unexplained
 from diag.quantities.per_example.closed_forms import FORMS
 from diag.quantities.per_example.layout import Layout, find_layout
 from diag.quantities.per_example.losses import LossFunction, batch_loss, check_mean, example_losses
 from diag.quantities.per_example.rearrange import chosen
+from diag.quantities.per_example.sources import Place
 
 PROBES = (3, 16, 128)  # examples in a probe, and in the next where something looked dead in it
 

@@ -15,6 +15,7 @@ coherence do not feel it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -70,6 +71,7 @@ class StepGradients(PerExampleGradients):
         self._answers = None if ask is None else {question: question.begin(self) for question in ask}
         self._capture = Capture(model, self._parameters, unroll=False, on_use=self._hook)
         self._assembly = Assembly(plan, self._capture.uses, batch_size, self._parameters, self._consume)
+        self._on_cpu = all(p.device.type == "cpu" for p in self._parameters.values())
         self._taken: set[int] = set()
         self._trouble: str | None = "there was no backward pass"  # why the step cannot be spoken for
 
@@ -105,10 +107,13 @@ class StepGradients(PerExampleGradients):
         if self._trouble is not None:
             return
         try:
-            with torch._C.DisableTorchFunction(), torch.no_grad(), exact_arithmetic():
+            with torch._C.DisableTorchFunction(), torch.no_grad(), self._exact():
                 work()
         except Exception as error:
             self._trouble = first_line(error)
+
+    def _exact(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._on_cpu and not torch.is_autocast_enabled("cpu") else exact_arithmetic()
 
     def _hook(self, use: Use) -> None:
         """A call of the forward pass: wait for its output's gradient where the plan reads it."""
@@ -150,7 +155,7 @@ class StepGradients(PerExampleGradients):
             raise Unsupported(
                 "This was not among the questions asked before the step, and it is over; add the question to ask=."
             )
-        with torch.no_grad(), exact_arithmetic():
+        with torch.no_grad(), self._exact():
             for name, block in self._blocks.items():
                 consume(slice(0, self.num_examples), name, block)
 

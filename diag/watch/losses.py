@@ -9,8 +9,8 @@ graph is held on to: calls and passes are matched by the numbers that autograd g
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,31 +31,61 @@ FROM_BACKWARD = (
     "else is meant."
 )
 
+MOVED = (
+    "The parameters were moved between two backward passes of one step, as SAM does: the recorded loss is that "
+    "before the move, the recorded gradient the one that the optimizer was given."
+)
+# What Hugging Face models divide a summed loss by, a count for the whole step, is wrong for any other examples;
+# without it they take the mean.
+COUNT = "num_items_in_batch"
+
 Note = Callable[[str, str], None]
+
+
+class Seen(NamedTuple):
+    """A loss function's call: the number of its graph node, its value, and what is kept of it to learn from."""
+
+    number: int
+    value: Tensor
+    call: LossCall | None
+    summed: bool
+
+
+class Pass(NamedTuple):
+    """A backward pass: its loss, the call behind it or the reason why none is known, and what it descends; whether
+    the loss is a part that adds up with the other micro-batches' to the step's."""
+
+    value: Tensor
+    call: LossCall | None
+    reason: str
+    root: Tensor
+    is_part: bool
 
 
 class LossObserver:
     """Follows the micro-batches; learns the loss and fills the probe set from the first of them.
 
-    loss_fn: the user's own, else it is learned. note(key, sentence): tell once what cannot be observed.
+    loss_fn: the user's own, else it is learned. note(key, sentence): tell once what cannot be observed. parameters:
+    those that are trained, which tell when losses belong to no step or to different points.
     """
 
-    def __init__(self, loss_fn: Any, probe: Probe, note: Note) -> None:
+    def __init__(self, loss_fn: Any, probe: Probe, note: Note, parameters: Sequence[nn.Parameter] = ()) -> None:
         self.loss_fn: Any = loss_fn
         self.learned = loss_fn is not None
-        self.probe, self._note = probe, note
+        self.probe, self._note, self._parameters = probe, note, tuple(parameters)
         self._learning = not probe.complete or not self.learned
         self._attempts = 0
         self._forward: ForwardCall | None = None
-        self._calls: deque[tuple[int, Tensor, LossCall | None]] = deque(maxlen=8)
+        self._calls: deque[Seen] = deque(maxlen=8)
         self._scaled: dict[int, Tensor] = {}
-        self._pending: tuple[Tensor, LossCall | None, str, Tensor] | None = None
+        self._pending: Pass | None = None
         self._forwards = self._reached = False
         self._losses: list[Tensor] = []
         self._descended: list[tuple[Tensor, Tensor]] = []
         self.descended: list[tuple[Tensor, Tensor]] = []  # of the last step: losses, and what was descended
         self._given: list[Any] = []
-        self._frozen = False
+        self._frozen = self._add_up = False
+        self._version = -1
         self._hook: Any = None
         self._user_targets: Any = None
         if isinstance(loss_fn, nn.Module):
@@ -84,7 +114,8 @@ class LossObserver:
         if value.grad_fn is None:
             return
         call = LossCall.of(function, args, kwargs, value) if self._learning else None
-        self._calls.append((value.grad_fn._sequence_nr(), value.detach(), call))
+        summed = kwargs.get("reduction") == "sum"  # as every loss module of torch gives it
+        self._calls.append(Seen(value.grad_fn._sequence_nr(), value.detach(), call, summed))
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         """A GradScaler made `scaled` of `losses`."""
@@ -95,6 +126,7 @@ class LossObserver:
         """A backward pass from `roots` begins."""
         roots = [roots] if isinstance(roots, Tensor) else [r for r in roots or () if isinstance(r, Tensor)]
         self._reached, self._pending = False, None
+        self._leave_out_what_belongs_elsewhere()
         if len(roots) != 1 or roots[0].numel() != 1:
             if roots:
                 self._note("loss root", NOT_A_NUMBER)
@@ -103,24 +135,28 @@ class LossObserver:
         used = self._used(root)
         number = root.grad_fn._sequence_nr() if root.grad_fn is not None else -1
         value = self._scaled.get(number, root.detach()).reshape(())
-        if len(used) == 1 and used[0][1].numel() == 1:
-            self._pending = (used[0][1].reshape(()), used[0][2], "", value)
+        if len(used) == 1 and used[0].value.numel() == 1:
+            # A sum that is divided is divided by a count of the whole step's: the micro-batches' parts add up.
+            part = used[0].summed and number != used[0].number and _is_multiple(root, used[0].number)
+            self._pending = Pass(value if part else used[0].value.reshape(()), used[0].call, "", value, part)
         else:
-            self._pending = (value, None, WHY.get(len(used), "several loss functions lead to it"), value)
+            reason = WHY.get(len(used), "several loss functions lead to it")
+            self._pending = Pass(value, None, reason, value, False)
 
     def backward_done(self) -> None:
         """The backward pass has ended; it counts if it reached this model."""
         pending, self._pending = self._pending, None
         if pending is None or (self._forwards and not self._reached):
             return
-        value, call, reason, root = pending
-        if reason:
-            self._note("loss", FROM_BACKWARD.format(reason=reason))
+        if pending.reason:
+            self._note("loss", FROM_BACKWARD.format(reason=pending.reason))
         if not self._frozen:
-            self._losses.append(value)
-            self._descended.append((value, root))
+            self._losses.append(pending.value)
+            self._add_up = pending.is_part
+            if not pending.is_part:  # how many times the mean loss such a part is, is not known
+                self._descended.append((pending.value, pending.root))
         if self._learning:
-            self._learn(value, call, reason)
+            self._learn(pending.value, pending.call, pending.reason)
         self._calls.clear()
         self._scaled.clear()
 
@@ -134,7 +170,7 @@ class LossObserver:
 
     def take(self) -> list[Any]:
         """The losses of the micro-batches since the last step."""
-        losses = self._given or self._losses
+        losses = self._given or ([sum(self._losses)] if self._add_up and self._losses else self._losses)
         self._given, self._losses, self._frozen = [], [], False
         self.descended, self._descended = self._descended, []
         return losses
@@ -152,8 +188,20 @@ class LossObserver:
     def _output_reached(self, gradient: Tensor) -> None:
         self._reached = True
 
-    def _used(self, root: Tensor) -> list[tuple[int, Tensor, LossCall | None]]:
-        numbers = {call[0]: call for call in self._calls}
+    def _leave_out_what_belongs_elsewhere(self) -> None:
+        """Before a backward pass: which of the losses so far, and of those to come, belong to the step."""
+        version = self._parameters[0]._version if self._parameters else -1
+        if not self._losses or self._frozen:
+            self._version = version
+        elif version != self._version:
+            self._frozen = True
+            self._note("moved", MOVED)
+        elif all(p.grad is None for p in self._parameters):
+            # Their gradients were thrown away: a GAN's other half was training, or a step was given up.
+            self._losses, self._descended = [], []
+
+    def _used(self, root: Tensor) -> list[Seen]:
+        numbers = {call.number: call for call in self._calls}
         found: dict[int, Any] = {}
         front, seen = [root.grad_fn], 0
         while front and seen < WALK and len(found) < len(numbers):
@@ -176,7 +224,8 @@ class LossObserver:
             return
         targets, known = self._targets(forward, call, value, reason)
         if known:
-            self.probe.add(forward.args, forward.kwargs, targets, forward.outputs)
+            kwargs = {name: value for name, value in forward.kwargs.items() if name != COUNT}
+            self.probe.add(forward.args, kwargs, targets, forward.outputs)
         self._user_targets = None
         if self.probe.complete and self.learned:
             self._stop_learning()
@@ -237,7 +286,7 @@ class LossObserver:
         self.probe.complete = True
         self._forward = None
         # What was kept of the calls while learning holds inputs and outputs.
-        self._calls = deque(((n, v, None) for n, v, _ in self._calls), maxlen=8)
+        self._calls = deque((seen._replace(call=None) for seen in self._calls), maxlen=8)
 
 
 class _ModuleHook:
@@ -254,6 +303,16 @@ class _ModuleHook:
         from diag.watch.hooks import INERT
 
         return INERT
+
+
+def _is_multiple(root: Tensor, number: int) -> bool:
+    """Whether `root` is what the graph node with this number gave, but for factors."""
+    node: Any = root.grad_fn
+    while node is not None and node._sequence_nr() != number:
+        if not node.name().startswith(("DivBackward", "MulBackward")):
+            return False
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    return node is not None
 
 
 def _carries_loss(outputs: Any) -> bool:

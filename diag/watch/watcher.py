@@ -133,7 +133,7 @@ class Watcher:
         self.path = Path(run) if run is not None else temporary_folder()
         self._recorder = Recorder(self.path if self.active else None, about, resume)
         self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._recorder.row)
-        self._losses = LossObserver(loss_fn, self._probe, self._recorder.note)
+        self._losses = LossObserver(loss_fn, self._probe, self._recorder.note, list(parameters.values()))
         share = ALWAYS_ON_SHARE * min(budget, 0.05)
         self._steps = StepObserver(
             parameters, self._losses, self._row_finished, self._clock.elapsed, self._recorder.note, share

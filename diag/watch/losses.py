@@ -91,6 +91,11 @@ class LossObserver:
         if isinstance(loss_fn, nn.Module):
             self._hook = loss_fn.register_forward_hook(_ModuleHook(self))
 
+    @property
+    def settled(self) -> bool:
+        """Whether the loss is known, or will not be."""
+        return self.learned or not self._learning
+
     # What happens, in the order in which it happens.
 
     def forward_called(self, args: Any, kwargs: Any, outputs: Any) -> bool:

@@ -90,8 +90,14 @@ def chain_of(given: Tensor) -> list[Node]:
 
 
 def source_of(outputs: Tensor) -> int | None:
-    """The number of the graph node that made `outputs`."""
-    return None if outputs.grad_fn is None else outputs.grad_fn._sequence_nr()
+    """The number of the graph node that made `outputs`, before they were at most converted to another dtype.
+
+    Accelerate widens a model's outputs after the model itself has computed its loss from them.
+    """
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith("ToCopyBackward"):
+        node = node.next_functions[0][0]
+    return None if node is None else node._sequence_nr()
 
 
 @dataclass(frozen=True)

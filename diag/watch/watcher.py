@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +38,7 @@ from diag.watch.steps import StepObserver
 
 ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
 WARM_UP, AGAIN = 3, 4  # costs are estimated after so many steps, and again after so many times as many
+USUAL = 9  # steps that tell what a step takes
 SPARE = 0.25  # seconds that the last measurements may take beyond the budget
 LOOK_EVERY = 0.01  # seconds
 PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
@@ -48,7 +51,8 @@ NO_STEP = (
     "has."
 )
 NO_CALL = (
-    "No call of the model in training was seen (it may run inside a compiled function); give probe= and loss_fn=."
+    "No call of the model in training was seen (it may run inside a compiled function, or only its parts are "
+    "called); watch the part that is called, or give probe= and loss_fn=."
 )
 
 _watchers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
@@ -141,10 +145,11 @@ class Watcher:
         self._measurements = Measurements(
             chosen, lambda names: Schedule(names, budget, every), self._recorder.outcome, self._recorder.note
         )
-        self._windows = self._measurements.windows
+        self._windows, self._own_step = self._measurements.windows, self._measurements.own_step
         self._carry = Carry()
         self._shortest = math.inf
         self._last_time: float | None = None
+        self._usual: deque[float] = deque(maxlen=USUAL)
         self._hooks: ModelHooks | None = None
         self._estimate_at = WARM_UP
         self._forwards, self._examples, self._fingerprint, self._look_again = 0, 0, "", 0.0
@@ -205,12 +210,14 @@ class Watcher:
             self._clock.start()
             self._steps.training_pass()
             self._windows.examples.forward_called(args, kwargs)
+            self._own_step.backwards.forward_called(args, kwargs, outputs)
             self._forwards += 1
             self._examples += _length((args, kwargs))
 
     @guarded("loss")
     def loss_called(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
         self._losses.loss_called(function, args, kwargs, value)
+        self._own_step.backwards.loss_called(function, args, kwargs, value)
 
     @guarded("loss")
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
@@ -219,10 +226,15 @@ class Watcher:
     @guarded("loss")
     def backward_called(self, roots: Any) -> None:
         self._losses.backward_called(roots)
+        if self._own_step.armed:
+            self._own_step.backwards.backward_called(roots)
+            self._own_step.backward_begins()
 
     @guarded("loss")
     def backward_done(self) -> None:
         self._losses.backward_done()
+        if self._own_step.reading:
+            self._measure_own_step()
         self._steps.backward_done()
 
     @guarded("gradients before clipping")
@@ -285,7 +297,8 @@ class Watcher:
 
     def _row_finished(self, row: Row, in_step: bool) -> None:
         step = self._rows.add(row)
-        self._time_step()
+        longer = self._time_step()
+        self._measurements.keep_step(step, longer)
         self._recorder.cost(step, self._clock)
         if self._forwards == 0 and step & (step - 1) == 0 and self._hooks is not None:
             self._hooks.find_compiled()
@@ -294,14 +307,26 @@ class Watcher:
         self._windows.examples.stepped(self._losses.descended, row.skipped)
         if self._windows.open is not None:
             self._record_losses(row, step, in_step)
-        if in_step and self._probe.batches and self._probe.complete:
+        # An instrument that lacked the loss would not be asked again; with a compiled model it takes some steps.
+        settled = self._losses.settled or self._steps.steps >= PROBE_STEPS
+        if in_step and self._probe.batches and self._probe.complete and settled:
             self._measure_if_due(step)
 
-    def _time_step(self) -> None:
-        training = self._clock.elapsed() - self._clock.ours()
+    def _time_step(self) -> float:
+        """Time the training step that ended; gives by how many seconds reading it made it longer."""
+        training, longer = self._clock.elapsed() - self._clock.ours(), 0.0
         if self._last_time is not None:
-            self._shortest = min(self._shortest, training - self._last_time)
+            taken = training - self._last_time
+            if not self._own_step.touched:
+                self._usual.append(taken)
+                self._shortest = min(self._shortest, taken)
+            elif self._usual:
+                longer = max(taken - statistics.median(self._usual), 0.0)
+                self._clock.charge(longer)
+                training -= longer
+        self._own_step.touched = self._own_step.armed
         self._last_time = training
+        return longer
 
     def _measure_if_due(self, step: int) -> None:
         schedule = self._measurements.schedule
@@ -313,6 +338,10 @@ class Watcher:
         schedule.earn(self._clock.elapsed(), self._clock.overhead())
         names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
         names, window = self._windows.choose(names)
+        names, later = self._own_step.choose(names)
+        if later:
+            self._arm(later)
+            names += later if self._own_step.refused else []
         if names:
             self._measure(names, step)
         if window is not None:
@@ -336,6 +365,21 @@ class Watcher:
             self._recorder.note("measurements", SHARDED)
             return
         self._clock.measuring += self._measurements.run(names, step, self._snapshot())
+
+    @guarded("measurements")
+    def _arm(self, names: list[str]) -> None:
+        if not is_sharded(self.model):
+            seconds = self._own_step.arm(names, self._snapshot())
+            self._clock.measuring += seconds
+            self._measurements.schedule.pay(seconds)
+
+    @guarded("measurements")
+    def _measure_own_step(self) -> None:
+        names = self._own_step.names
+        read = self._own_step.backward_ends(self._losses.loss_fn)
+        self._own_step.names = []
+        if read is not None:
+            self._clock.measuring += self._measurements.measure_step(read, names)
 
     @guarded("measurements")
     def _begin_window(self, name: str, step: int) -> None:
@@ -407,6 +451,7 @@ class Watcher:
         HUB.remove(self)
         if self._hooks is not None:
             self._hooks.remove()
+        self._own_step.disarm()
         self._losses.close()
         self._recorder.close(self.step, self._clock)
         if (known := _watchers.get(self.model)) is not None and known() is self:
@@ -449,6 +494,8 @@ class Watcher:
         spare = SPARE  # a short run earns little, and a run without a number helps nobody
         for name in self._measurements.unfinished(self.step):
             account = schedule.accounts[name]
+            if account.times and self._own_step.reads(name):
+                continue  # the steps tell its course; the probe set would be another measure of it
             lacking = max(account.estimate - max(schedule.left, 0.0), 0.0)
             if lacking > (0.0 if account.times else spare):
                 continue

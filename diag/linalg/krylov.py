@@ -69,7 +69,7 @@ class KrylovSpace:
         length = norm(vector)
         if not 0 < length.item() < float("inf"):
             raise InvalidInput("the start vector is zero or not finite; give another, or none.")
-        self._set_next(vector * (1 / length))
+        self._set_next(vector, 1 / length)
 
     def extend(self) -> None:
         """One Lanczos step: one product, one (or two) passes of reorthogonalisation; no synchronisation
@@ -90,7 +90,7 @@ class KrylovSpace:
         else:
             length = left.sqrt()
             projected[j, j + 1] = projected[j + 1, j] = length
-            self._set_next(w.mul_(1 / length.clamp_min(torch.finfo(w.dtype).tiny)))
+            self._set_next(w, 1 / length.clamp_min(torch.finfo(w.dtype).tiny))
 
     def settle(self) -> Tensor:
         """The bordered T, (m + 1, m + 1) float64 on the host; a breakdown that it shows is repaired first.
@@ -170,11 +170,13 @@ class KrylovSpace:
         w.addcmul_(self.latest[1], known[-1].to(w.dtype), value=-1)
         return known[:-1], self.basis[first:j]
 
-    def _set_next(self, vector: Tensor) -> None:
-        self.basis[self.steps] = vector
-        if self.latest is not None:
-            self.latest[0] = self.latest[1]
-            self.latest[1] = vector
+    def _set_next(self, vector: Tensor, factor: Tensor | float = 1.0) -> None:
+        if self.latest is None:
+            torch.mul(vector, factor, out=self.basis[self.steps])
+            return
+        self.latest[0] = self.latest[1]
+        torch.mul(vector, factor, out=self.latest[1])
+        self.basis[self.steps] = self.latest[1]
 
     def _lost_too_much(self, found: Tensor, left: Tensor) -> bool:
         """Whether a pass removed more than half of the squared norm; elsewhere than on the CPU the answer

@@ -19,13 +19,10 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
-from diag.linalg.deflation import orthonormal
-from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import dot, gram
 from diag.linalg.spectrum import Spectrum, spectrum
+from diag.quantities import eigenvectors
 from diag.quantities.curvature import CurvatureOperator
-from diag.quantities.curvature_layout import participation
 from diag.quantities.curvature_memory import available_memory
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
@@ -61,6 +58,9 @@ class HessianSpectrum(Result):
     negative_share: float = measured(
         "eigenvalues below -0.001 of the largest magnitude, by the quadrature", unit="share"
     )
+    negative_share_standard_error: float = measured(
+        "a quarter of the interval that holds that share in about 95 of 100 cases", unit="share"
+    )
     num_outliers: float = measured(
         "outliers: leading eigenvectors in the span of the class directions; NaN without class directions"
     )
@@ -72,6 +72,22 @@ class HessianSpectrum(Result):
     density_grid: NDArray[numpy.float64] = measured("eigenvalues at which the density is given", shape="(400,)")
     density: NDArray[numpy.float64] = measured(
         "share of the eigenvalues per unit of eigenvalue, without those in `eigenvalues`", shape="(400,)"
+    )
+    distribution: NDArray[numpy.float64] = measured(
+        "share of all eigenvalues up to each point of `density_grid`", shape="(400,)", unit="share"
+    )
+    distribution_low: NDArray[numpy.float64] = measured(
+        "least share up to each point: what the steps cannot resolve, and two standard deviations of the start "
+        "vectors' chance",
+        shape="(400,)",
+        unit="share",
+    )
+    distribution_high: NDArray[numpy.float64] = measured(
+        "largest share up to each point, likewise", shape="(400,)", unit="share"
+    )
+    distribution_error: float = measured(
+        "half the widest of those intervals: what the share of eigenvalues up to a value can be off by",
+        unit="share",
     )
     num_parameters: int = measured("size of the Hessian")
     num_products: int = measured("Hessian-vector products spent; depends on the rounding of the dtype")
@@ -194,10 +210,13 @@ def hessian_spectrum(
 
     One Lanczos run of `steps` to `max_products` products gives the `num_eigenvalues` largest and the smallest;
     one whose residual is not within `tolerance` of the largest magnitude is not reported. The same run gives the
-    density (`num_probes` above 1: as many new start vectors); `trace_probes` products more give trace and norm
-    with the reported eigenvalues taken out. `half_split` compares two halves of the data, `weight_decay` is added
-    to every eigenvalue, `memory` caps the basis in bytes (None: a quarter of what is free). All is in the loss's
-    unit.
+    density (`num_probes` above 1: as many new start vectors), with the distribution function's error; the
+    `trace_probes` products more give trace and norm with the reported eigenvalues taken out. `half_split` compares
+    two halves of the data, `weight_decay` is added to every eigenvalue, `memory` caps the basis in bytes (None: a
+    quarter of what is free). All is in the loss's unit.
+
+    In a watched run it starts from no earlier eigenvectors: a density needs a random start, and the `steps` that it
+    takes find the largest eigenvalues by themselves (10 of an MLP within 30).
 
     A smallest eigenvalue below -`negative_above` of the largest is a warning; that share and `overlap_above` are
     our choice, uncalibrated. Few data overstate the largest eigenvalues, so compare at equal n.
@@ -222,24 +241,33 @@ def hessian_spectrum(
     last = bottom if len(bottom.values) or len(top.values) < hessian.size else top.subset(slice(-1, None))
     scale = NEAR_ZERO * found.magnitude or 1.0
     grid = _grid(found.extremes, scale)
-    overlaps, dimension = _overlaps(top, class_directions)
+    negative = torch.tensor([-scale], dtype=torch.float64)
+    low, high = (side.numpy() for side in found.rest.distribution_bounds(grid))
+    overlaps, dimension = eigenvectors.overlaps(top, class_directions)
     return HessianSpectrum(
         eigenvalues=top.values.numpy(),
         residuals=(top.residuals + top.rounding).numpy(),
-        sampling_errors=_sampling_errors(hessian, top, weight_decay, seed) if half_split else _unknown(top),
+        sampling_errors=eigenvectors.sampling_errors(hessian, top, weight_decay, seed)
+        if half_split
+        else eigenvectors.unknown(top),
         smallest=float(last.values[0]) if len(last.values) else math.nan,
         smallest_residual=float(last.residuals[0]) + last.rounding if len(last.values) else math.nan,
         trace=found.trace.value,
         trace_standard_error=found.trace.standard_error,
         frobenius_norm=found.frobenius_norm.value,
         frobenius_norm_standard_error=found.frobenius_norm.standard_error,
-        negative_share=float(found.rest.distribution(torch.tensor([-scale], dtype=torch.float64))),
-        num_outliers=float(_leading_run(overlaps > overlap_above)) if dimension else math.nan,
+        negative_share=float(found.rest.distribution(negative)),
+        negative_share_standard_error=float(torch.stack(found.rest.distribution_bounds(negative)).diff(dim=0)) / 4,
+        num_outliers=float(eigenvectors.leading_run(overlaps > overlap_above)) if dimension else math.nan,
         overlaps=overlaps,
         num_class_directions=dimension,
-        layer_shares=_layer_shares(hessian, top),
+        layer_shares=eigenvectors.layer_shares(hessian, top),
         density_grid=grid.numpy(),
         density=found.rest.density(grid, SMOOTHING, atoms=False, scale=scale).numpy(),
+        distribution=found.rest.distribution(grid).numpy(),
+        distribution_low=low,
+        distribution_high=high,
+        distribution_error=float((high - low).max() / 2),
         num_parameters=hessian.size,
         num_products=found.num_products,
         notes=_notes(hessian, found, min(num_eigenvalues, hessian.size), overlaps > overlap_above),
@@ -265,45 +293,6 @@ def _grid(extremes: Tensor, scale: float) -> Tensor:
     """Points that are even in asinh(eigenvalue / scale), from below the smallest value to above the largest."""
     low, high = (torch.asinh(extremes / scale) + torch.tensor([-0.5, 0.5], dtype=torch.float64)).tolist()
     return torch.sinh(torch.linspace(low, high, GRID_POINTS, dtype=torch.float64)) * scale
-
-
-def _sampling_errors(hessian: Any, top: Eigenpairs, shift: float, seed: int) -> NDArray[numpy.float64]:
-    """Half of |v^T H_A v - v^T H_B v| with A, B two halves: as H = (H_A + H_B) / 2, |v^T H_A v - lambda|."""
-    if not isinstance(hessian, CurvatureOperator) or hessian.num_examples < 2 or not len(top.values):
-        return _unknown(top)
-    assert top.vectors is not None
-    images = hessian.subsample(hessian.num_examples // 2, seed=seed).matvecs(top.vectors)
-    curvature = torch.stack([dot(v, image) for v, image in zip(top.vectors, images, strict=True)])
-    return (curvature.cpu() + shift - top.values).abs().numpy()
-
-
-def _unknown(top: Eigenpairs) -> NDArray[numpy.float64]:
-    return numpy.full(len(top.values), math.nan)
-
-
-def _overlaps(top: Eigenpairs, directions: Tensor | None) -> tuple[NDArray[numpy.float64], int]:
-    """The squared length of each eigenvector in the span of the directions (those that do not vanish)."""
-    if directions is None or not len(top.values):
-        return _unknown(top), 0
-    assert top.vectors is not None
-    rows = directions.to(top.vectors)
-    lengths = rows.norm(dim=1, keepdim=True)
-    rows = rows[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
-    if not len(rows):
-        return _unknown(top), 0
-    span = orthonormal(rows)
-    return gram(top.vectors, span).square().sum(1).cpu().numpy(), len(span)
-
-
-def _leading_run(inside: NDArray[numpy.bool_]) -> int:
-    return int(numpy.argmin(numpy.append(inside, False)))
-
-
-def _layer_shares(hessian: LinearOperator, top: Eigenpairs) -> dict[str, float]:
-    if not isinstance(hessian, CurvatureOperator) or not len(top.values):
-        return {}
-    assert top.vectors is not None
-    return participation(hessian.layout, top.vectors[0])
 
 
 def _notes(hessian: LinearOperator, found: Spectrum, asked: int, inside: NDArray[numpy.bool_]) -> tuple[str, ...]:

@@ -7,6 +7,13 @@ A Lanczos run of m steps from a random unit vector v gives Gauss nodes theta_j a
 exact in v for polynomials of degree 2 m - 1. Averaged over probes this is the spectral measure (Ubaru, Chen
 and Saad 2017; Ghorbani, Krishnan and Xiao 2019). Pairs that have converged can be deflated: each is one
 atom of weight 1 / size, and the probes see the rest only, which lowers the error where outliers dominate.
+
+How far the distribution function can be off is known for a single probe, too. (1) The rule resolves the
+distribution of v, F_v, to a node: by the inequalities of Chebyshev, Markov and Stieltjes (Szego, Orthogonal
+Polynomials, 3.41) F_v lies between the sums of the weights before theta_j and up to theta_j+1 for every t in
+[theta_j, theta_j+1). (2) v is Gaussian in the eigenvectors' basis, so F_v(t) is the share of p m among m squared
+normal numbers, Beta(p m / 2, (1 - p) m / 2) where p is the share of eigenvalues sought: mean p, variance
+2 p (1 - p) / (m + 2), and asin sqrt F_v has the standard deviation 1 / sqrt(2 m) whatever p is.
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ class SpectralMeasure:
 
     `nodes` and `weights` (probes, steps), float64; each row of weights sums to the share of the spectrum that
     the probes stand for: (size - deflated) / size. `atoms` (deflated,) are eigenvalues known one by one, each
-    of weight 1 / size. `size`, `seed`, `num_products`.
+    of weight 1 / size. `size`, `seed`, `num_products`. `exact`: every node is an eigenvalue with its true weight.
     """
 
     nodes: Tensor
@@ -48,6 +55,7 @@ class SpectralMeasure:
     size: int
     seed: int
     num_products: int
+    exact: bool = False
 
     @property
     def num_probes(self) -> int:
@@ -59,9 +67,37 @@ class SpectralMeasure:
         return (self.weights[..., None] * below).sum(1).mean(0) + self._atoms_below(grid)
 
     def distribution_standard_error(self, grid: Tensor) -> Tensor:
-        """Standard error of `distribution` over the probes (g,); needs two probes, else infinite."""
+        """Standard error of `distribution` (g,) from the chance of the probes: the larger of what theory and what
+        their spread say. What a rule cannot resolve is not in it: see `distribution_bounds`."""
+        if self.exact:
+            return torch.zeros(len(grid), dtype=torch.float64)
         shares = (self.weights[..., None] * (self.nodes[..., None] <= grid).double()).sum(1)
-        return _spread(shares)
+        rest = self._rest
+        p = (shares.mean(0) / rest).clamp(0, 1)
+        theory = rest * (2 * p * (1 - p) / (rest * self.size + 2) / self.num_probes).sqrt()
+        return torch.maximum(theory, _spread(shares)) if self.num_probes > 1 else theory
+
+    def distribution_bounds(self, grid: Tensor, deviations: float = 2.0) -> tuple[Tensor, Tensor]:
+        """The least and the largest share of eigenvalues <= each point of `grid` (g,), two of (g,), float64.
+
+        What the rules cannot resolve, and beyond it so many standard `deviations` of the chance of the probes: two
+        hold the true share at a point in about 95 of 100 cases.
+        """
+        if self.exact:
+            return self.distribution(grid), self.distribution(grid)
+        rest = self._rest
+        pairs = [_resolved(n[w > 0], w[w > 0] / rest, grid) for n, w in zip(self.nodes, self.weights, strict=True)]
+        low, high = (torch.stack(side).mean(0).clamp(0, 1) for side in zip(*pairs, strict=True))
+        turn = deviations / math.sqrt(2 * rest * self.size * self.num_probes)
+        low = (low.sqrt().asin() - turn).clamp_min(0).sin().square()
+        high = (high.sqrt().asin() + turn).clamp_max(math.pi / 2).sin().square()
+        known = self._atoms_below(grid)
+        return rest * low + known, rest * high + known
+
+    @property
+    def _rest(self) -> float:
+        """The share of the eigenvalues that the probes stand for."""
+        return (self.size - len(self.atoms)) / self.size
 
     def density(
         self, grid: Tensor, width: float | None = None, *, atoms: bool = True, scale: float | None = None
@@ -172,6 +208,14 @@ def default_width(measure: SpectralMeasure) -> float:
 
 def _padded(values: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, length - len(values)))
+
+
+def _resolved(nodes: Tensor, weights: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds that a Gauss rule (m,) puts on its measure up to each point of the grid: see the module's text."""
+    nodes, order = nodes.sort()
+    sums = torch.nn.functional.pad(weights[order].cumsum(0), (1, 0))
+    reached = (nodes[:, None] <= grid).sum(0)
+    return sums[(reached - 1).clamp_min(0)], sums[(reached + 1).clamp_max(len(nodes))]
 
 
 def _gaussian(offset: Tensor, width: float) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.linalg.lanczos import Eigenpairs, LanczosRun, eigenpairs, extract, run_lanczos
+from diag.linalg.krylov import KrylovSpace
+from diag.linalg.lanczos import Eigenpairs, LanczosRun, Progress, basis_capacity, eigenpairs, extract
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
 from diag.linalg.refine import complete
@@ -64,9 +65,7 @@ def spectrum(
     for the trace. `memory`: a cap in bytes on the basis. Raises InvalidInput where a product is not finite.
     """
     wanted = Wanted(largest=min(largest, operator.size), tolerance=tolerance)
-    run = run_lanczos(
-        operator, wanted, max_products=max(max_products, steps), min_products=steps, memory=memory, seed=seed
-    )
+    run = _run(operator, wanted, steps, max(max_products, steps), memory, seed)
     limit = tolerance * float(run.ritz.values.abs().max())
     top = extract(run, wanted, seed)
     bottom, more = _smallest(operator, run, wanted.count, limit, steps, memory, seed)
@@ -91,6 +90,22 @@ def spectrum(
         trace, norm = probed.trace, probed.frobenius_norm
         products += probed.num_products
     return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)
+
+
+def _run(
+    operator: LinearOperator, wanted: Wanted, steps: int, max_products: int, memory: int | None, seed: int
+) -> LanczosRun:
+    """A run with a basis that holds all `steps` where the memory does, since a restart ends the quadrature rule."""
+    capacity = basis_capacity(operator, wanted, max_products, None, memory)
+    if steps > capacity:
+        capacity = max(capacity, basis_capacity(operator, None, steps, None, memory))
+    space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
+    progress = Progress(wanted, max_products, steps)
+    space.start()
+    while not progress.finished(space):
+        space.extend()
+        progress.advance(space)
+    return progress.result(space)
 
 
 def _within(pairs: Eigenpairs, limit: float) -> list[bool]:
@@ -124,7 +139,7 @@ def _known_wholly(
     """Where the run has spanned the whole space: each other eigenvalue weighs 1 / size, and sums are exact."""
     values = run.ritz.values
     rest = values[~torch.isin(values, known.values)]
-    measure = SpectralMeasure(rest[None], torch.full_like(rest, 1 / size)[None], known.values, size, seed, 0)
+    measure = SpectralMeasure(rest[None], torch.full_like(rest, 1 / size)[None], known.values, size, seed, 0, True)
     return measure, Estimate(float(values.sum()), 0.0, 0, seed), Estimate(float(values.norm()), 0.0, 0, seed)
 
 

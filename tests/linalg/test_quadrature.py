@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diag.errors import InvalidInput
 from diag.linalg.lanczos import eigenpairs, run_lanczos
-from diag.linalg.operator import LinearOperator
+from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.linalg.quadrature import measure_of, quadrature_rule, spectral_measure
 from diag.linalg.trace import trace_and_norm
 
@@ -112,6 +112,69 @@ def test_breakdown_leaves_the_quadrature_of_the_start_vector(planted: Planted) -
     middle = torch.tensor([1.0], dtype=torch.float64)
     error = measure.distribution_standard_error(middle)
     assert abs(measure.distribution(middle) - 0.75) < 4 * error
+
+
+# How far the distribution function can be off, with one probe too.
+
+
+def bulk_with_a_tail() -> Tensor:
+    return torch.randn(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 3
+
+
+def low_rank() -> Tensor:
+    return torch.cat([torch.linspace(0.5, 3, 20, dtype=torch.float64), torch.zeros(180, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("steps", [6, 25])
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("values", [bulk_with_a_tail(), low_rank()], ids=["tail", "low rank"])
+def test_the_bounds_of_the_distribution_hold(values: Tensor, probes: int, steps: int) -> None:
+    """Two standard deviations hold the truth at each point in 95 of 100 seeds or more: of 24, fewer than 20 has a
+    probability of 1 %."""
+    operator = FunctionOperator(lambda v: values * v, len(values), torch.float64)
+    grid = torch.quantile(values, torch.linspace(0, 1, 21, dtype=torch.float64)) + 1e-7
+    truth = share_below(values, grid)
+    inside = torch.zeros(len(grid))
+    for seed in range(24):
+        measure = spectral_measure(operator, num_probes=probes, steps=steps, seed=seed)
+        low, high = measure.distribution_bounds(grid)
+        estimate = measure.distribution(grid)
+        assert ((low <= estimate + 1e-12) & (estimate <= high + 1e-12) & (low >= 0) & (high <= 1)).all()
+        inside += ((low <= truth) & (truth <= high)).float()
+    assert inside.min() >= 20
+
+
+def test_without_chance_a_rule_bounds_its_own_measure_strictly() -> None:
+    """The inequalities of Chebyshev, Markov and Stieltjes: F_v of the start vector itself, from its squared entries,
+    is between the sums, at every point and for every seed."""
+    values = bulk_with_a_tail()
+    operator = FunctionOperator(lambda v: values * v, len(values), torch.float64)
+    grid = torch.linspace(-30, 30, 501, dtype=torch.float64)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(len(values), generator=generator, dtype=torch.float64)
+        run = run_lanczos(operator, None, max_products=8, start=start)
+        measure = measure_of([run], len(values), 0, torch.zeros(0), 8)
+        low, high = measure.distribution_bounds(grid, deviations=0)
+        weights = start.square() / start.square().sum()
+        exact = (weights[:, None] * (values[:, None] <= grid)).sum(0)
+        assert (low <= exact + 1e-9).all() and (exact <= high + 1e-9).all()
+        assert float((high - low).mean()) < 0.3  # and they say something
+
+
+def test_the_chance_of_one_probe_is_beta_distributed() -> None:
+    """The variance of the share of squared normal numbers, 2 p (1 - p) / (n + 2), from 200 probes within 20 %."""
+    values = torch.cat([torch.zeros(60, dtype=torch.float64), torch.ones(40, dtype=torch.float64)])
+    operator = FunctionOperator(lambda v: values * v, 100, torch.float64)
+    middle = torch.tensor([0.5], dtype=torch.float64)
+    one = [spectral_measure(operator, steps=2, seed=s) for s in range(200)]
+    spread = torch.stack([m.distribution(middle) for m in one]).std()
+    stated = torch.stack([m.distribution_standard_error(middle) for m in one]).mean()
+    assert float(stated) == pytest.approx((2 * 0.6 * 0.4 / 102) ** 0.5, rel=0.02)
+    assert float(spread) == pytest.approx(float(stated), rel=0.2)
+    # Known one by one, the share that is left has its own chance alone.
+    measure = spectral_measure(operator, steps=2, deflate=torch.eye(100, dtype=torch.float64)[60:])
+    assert float(measure.distribution_standard_error(middle)) == pytest.approx(0, abs=1e-6)
 
 
 def test_refusals(planted: Planted, o6c: Tensor) -> None:

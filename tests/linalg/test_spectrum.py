@@ -62,6 +62,26 @@ def test_a_thick_restart_changes_no_number_beyond_the_tolerance():
     assert float(capped.rest.weights.sum()) == pytest.approx(297 / 300)
 
 
+def test_the_quadrature_has_all_the_steps_that_were_asked_for():
+    """More than the default basis of 100; a cap on the memory, as above, makes it fewer."""
+    values = torch.cat([torch.tensor([9.0]), torch.linspace(-1, 1, 399)])
+    assert spectrum(rotated(values), largest=1, steps=150).rest.nodes.shape == (1, 150)
+    assert spectrum(rotated(values), largest=1, steps=150, memory=60 * 400 * 8).rest.nodes.shape[1] < 60
+
+
+def test_one_probe_states_its_error_and_a_spanned_space_has_none():
+    values = torch.cat([torch.tensor([9.0, 7.0]), torch.linspace(-1, 1, 298)])
+    grid = torch.tensor([-0.5, 0.0, 0.5, 2.0, 8.0], dtype=torch.float64)
+    truth = (values.double()[:, None] <= grid).double().mean(0)
+    found = spectrum(rotated(values), largest=2, steps=40)
+    low, high = found.rest.distribution_bounds(grid)
+    assert ((low <= truth) & (truth <= high)).all()
+    assert (high - low)[3:].max() < 0.02 < (high - low)[1] < 0.3  # what is between known eigenvalues is known
+    whole = spectrum(rotated(values[:60]), largest=2)
+    low, high = whole.rest.distribution_bounds(grid)
+    assert torch.equal(low, high) and not whole.rest.distribution_standard_error(grid).any()
+
+
 def test_more_probes_give_the_density_a_standard_error():
     operator = rotated(torch.cat([torch.tensor([9.0]), torch.linspace(-1, 1, 199)]))
     found = spectrum(operator, largest=1, steps=40, num_probes=4)

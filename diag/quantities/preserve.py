@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from diag.quantities import pause
+from diag.quantities.unwrap import own_forward
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def preserved(*models: nn.Module, mode: str = "eval") -> Iterator[None]:
         stack.enter_context(pause.measuring())
         for model in models:
             stack.enter_context(_model_state(model))
+            stack.enter_context(own_forward(model))
         for model in models:
             if mode != "keep":
                 model.train(mode == "train")

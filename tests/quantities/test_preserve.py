@@ -99,6 +99,27 @@ def test_autocast_and_tf32_are_off_inside():
         assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_a_forward_under_autocast_that_accelerate_put_in_place_is_stepped_over():
+    """Accelerate keeps the model's own forward as `_original_forward` and assigns one that enters autocast."""
+    model = nn.Linear(3, 2)
+    x = torch.randn(5, 3)
+    exact = model(x).detach()
+    model._original_forward = model.forward
+
+    def widened(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model._original_forward(x).float()
+
+    model.forward = widened
+    rounded = model(x)
+    assert not torch.equal(rounded, exact)
+    with leaves_no_trace(model), preserved(model):
+        assert torch.equal(model(x), exact)
+    assert model.forward is widened and torch.equal(model(x), rounded)
+    snapshot = diag.Snapshot(model, nn.CrossEntropyLoss(), (x, torch.zeros(5, dtype=torch.long)))
+    assert torch.equal(snapshot.quantity("logits"), exact)
+
+
 def test_the_flag_is_up_only_while_measuring():
     assert not pause.is_measuring()
     with preserved(nn.Linear(1, 1)):

@@ -1,6 +1,7 @@
 """A compiled model is watched too, and its graphs are those of the unwatched model."""
 
 import math
+import shutil
 
 import numpy
 import pytest
@@ -77,18 +78,37 @@ def compiled_training(backend, when, watched):
 WHEN = ("watch first", "compile first", "after some steps", "the wrapper", "in place", "in place after")
 
 
+# Only inductor generates code; it needs a C++ compiler and takes seconds for each graph.
+INDUCTOR = pytest.param(
+    "inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="g++")]
+)
+
+
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_compiled_training_is_recorded_and_the_same(backend, when, helpers):
     plain, plain_counter, _, _, _ = compiled_training(backend, when, False)
     model, counter, losses, norms, watcher = compiled_training(backend, when, True)
     helpers.assert_identical(model.state_dict(), plain.state_dict())
     assert counter.frame_count == plain_counter.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
     run = watcher.run
     numpy.testing.assert_allclose(run.history.loss, losses, rtol=1e-6)
     numpy.testing.assert_allclose(run.history.gradient_norm, norms, rtol=1e-5)
     assert len(run.series("softmax_collapse")) >= 3, run.events
     assert not [e for e in run.events if e.kind == "internal error"]
+
+
+def test_what_needs_the_loss_waits_until_a_compiled_model_has_shown_it():
+    """The wrapper is found after the first step; what lacked the loss then would not be asked again."""
+    torch.manual_seed(0)
+    model = Net()
+    cheap = {"sharpness": {"num_draws": 4, "steps": 1}}
+    options = {"budget": math.inf, "every": 1, "instruments": cheap, "probe": data()}
+    with diag.watch(model, **options) as watcher:
+        train(model, torch.compile(model, backend="eager"), 4)
+    assert [step for step, _ in watcher.run.series("sharpness")] == [2, 3, 4]
+    assert not watcher.run.outcomes
 
 
 def test_the_probe_of_a_compiled_model_is_learned():

@@ -11,7 +11,7 @@ Several fused or stateful operations have no second derivative, or a wrong one t
 - an autocast region that the model enters by itself stays in the precision asked for;
 - recurrent layers do not use cuDNN on CUDA.
 
-Others are replaced by ones with a shorter second derivative (curvature_kernels.py). The self-test
+Others are replaced by ones with a shorter second derivative (curvature_shorter.py). The self-test
 (curvature_selftest.py) catches what is not on this list, and a model that does not bear the replacements.
 """
 
@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from diag.errors import Unsupported
 from diag.quantities import pause
-from diag.quantities.curvature_kernels import SHORTER
+from diag.quantities.curvature_shorter import SHORTER
 from diag.quantities.preserve import exact_arithmetic, preserved
 
 SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -63,7 +63,7 @@ def measured(model: nn.Module, keep_autocast: bool = False, shorter: bool = True
     """Evaluation mode and twice-differentiable kernels, in exact arithmetic; afterwards no trace is left.
 
     `keep_autocast` is for forward passes that diag itself runs in reduced precision; `shorter` allows the stand-ins
-    of curvature_kernels.py, which are faster and no more.
+    of curvature_shorter.py, which are faster and no more.
     """
     with preserved(model), _attributes_restored(model), twice_differentiable(model, keep_autocast, shorter):
         yield

@@ -1,25 +1,16 @@
-"""Second derivatives by the shortest way, for operations whose derivative autograd differentiates at length.
+"""Derivatives of derivatives by the shortest way: autograd functions that stand in for torch's own.
 
 The product with a Hessian differentiates a backward pass. Torch has a general form for that, which for some
-operations costs several times what the arithmetic needs. `SHORTER` maps those operations to stand-ins of the same
-value and derivatives (the rounding differs):
-
-- a convolution is bilinear, so each of the six terms of its product is one more convolution with its own kernel
-  (torch goes through transposed copies), on the CPU with channels last;
-- an elementwise activation keeps its first two derivatives, computed once for all products of a graph;
-- batch norm with running statistics is an affine map.
-
-Where a third derivative is asked for, the stand-ins go torch's way.
+operations costs several times what the arithmetic needs. These have the same value and derivatives, up to rounding,
+and where a third derivative is asked for, they go torch's way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -121,6 +112,39 @@ class ElementwiseBackward(torch.autograd.Function):
         return found.get(id(g)), found.get(id(x)), None, None, None
 
 
+class Rectified(torch.autograd.Function):
+    """y = max(x, 0), whose slope is taken as constant everywhere, as torch does."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """max(x, 0)."""
+        return x.relu()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """g where y > 0."""
+        return RectifiedBackward.apply(grads[0], ctx.saved_tensors[0])
+
+
+class RectifiedBackward(torch.autograd.Function):
+    """g where y > 0; linear in g, and with no derivative in y (torch would add zeros there)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, y: Tensor) -> Tensor:
+        """g where y > 0."""
+        ctx.save_for_backward(y)
+        return torch.ops.aten.threshold_backward(g, y, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The same mask on the cotangent."""
+        return RectifiedBackward.apply(grads[0], ctx.saved_tensors[0]), None
+
+
 def _derivative(f: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, create_graph: bool = False) -> Tensor:
     with torch.enable_grad():
         return torch.autograd.grad(f(x), x, g, create_graph=create_graph)[0]
@@ -131,105 +155,3 @@ def _two_derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, 
     first = _derivative(f, at, torch.ones_like(at), create_graph=True)
     (second,) = torch.autograd.grad(first, at, torch.ones_like(at))
     return first.detach(), second
-
-
-# -- the operations under their public names -------------------------------------------------------
-
-
-def _convolve(native: Callable[..., Tensor], dims: int, transposed: bool) -> Callable[..., Tensor]:
-    def convolve(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        *more: Any,
-        **named: Any,
-    ) -> Tensor:
-        if not _plain(input, weight) or isinstance(padding, str) or input.ndim != dims + 2:
-            return native(input, weight, bias, stride, padding, *more, **named)
-        names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-        given = dict(zip(names, more, strict=False)) | named
-        sizes = [stride, padding, given.get("dilation", 1), given.get("output_padding", 0)]
-        stride, padding, dilation, beyond = ([s] * dims if isinstance(s, int) else list(s) for s in sizes)
-        input, weight = _autocast(input, weight)
-        if dims == 2 and input.device.type == "cpu":
-            input = input.contiguous(memory_format=torch.channels_last)
-        settings = (stride, padding, dilation, transposed, beyond, given.get("groups", 1))
-        output = Convolution.apply(input, weight, settings)
-        return output if bias is None else output + bias.to(output.dtype).view(-1, *[1] * dims)
-
-    return convolve
-
-
-def _elementwise(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def apply(input: Tensor, *args: Any, **named: Any) -> Tensor:
-        if not _plain(input) or named.get("inplace", False) or True in args:
-            return native(input, *args, **named)
-        return Elementwise.apply(input, partial(_called, native, args, named))
-
-    return apply
-
-
-def _called(function: Callable[..., Tensor], args: Any, named: Any, x: Tensor) -> Tensor:
-    return function(x, *args, **named)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if training or running_mean is None or running_var is None or not _plain(input):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    shape = (-1, *[1] * (input.ndim - 2))
-    scale = torch.rsqrt(running_var + eps)
-    scale = scale if weight is None else scale * weight
-    # The mean is taken out first: it may be many standard deviations.
-    output = (input - running_mean.to(input.dtype).view(shape)) * scale.to(input.dtype).view(shape)
-    return output if bias is None else output + bias.to(input.dtype).view(shape)
-
-
-def _view(self: Tensor, *shape: Any) -> Tensor:
-    """A view; a copy where the channels lie last and the caller could not know."""
-    try:
-        return torch.Tensor.view(self, *shape)
-    except RuntimeError:
-        if self.is_contiguous():
-            raise
-        return self.contiguous().view(*shape)
-
-
-def _plain(*tensors: Tensor) -> bool:
-    """Whether the tensors are ordinary strided ones, and no transform of torch.func is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is None and all(
-        isinstance(t, Tensor) and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
-        for t in tensors
-    )
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that autocast, where it is in force, would give a convolution."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
-
-
-SHORTER: dict[Callable[..., Any], Callable[..., Any]] = {
-    **{
-        native: _convolve(native, dims, transposed)
-        for native, dims, transposed in (
-            *((F.conv1d, 1, False), (F.conv2d, 2, False), (F.conv3d, 3, False)),
-            *((F.conv_transpose1d, 1, True), (F.conv_transpose2d, 2, True), (F.conv_transpose3d, 3, True)),
-        )
-    },
-    **{f: _elementwise(f) for f in (F.gelu, F.silu, F.mish, F.softplus)},
-    F.batch_norm: _batch_norm,
-    torch.Tensor.view: _view,
-}

@@ -10,7 +10,7 @@ from torch import nn
 from diag.errors import Unsupported
 from diag.quantities.batch import Batch
 from diag.quantities.curvature import Hessian
-from diag.quantities.curvature_kernels import SHORTER
+from diag.quantities.curvature_shorter import SHORTER
 
 # Two orders of the same float64 sums: relative rounding of 1e-16 times the square root of some thousand terms.
 WITHIN = 1e-12
@@ -115,6 +115,14 @@ def test_activation(name, order):
     agree(lambda t: SHORTER[function](t, **named), lambda t: function(t, **named), [x], order)
 
 
+@pytest.mark.parametrize("function", [F.relu, torch.relu, torch.Tensor.relu])
+def test_rectifier_also_at_its_kink_and_where_it_is_not_a_number(function):
+    x = torch.tensor([-1.0, 0.0, 2.0, float("nan")], dtype=torch.float64)
+    mine, other = (derivatives(lambda t, f=f: f(t) * t.sin(), [x], 3) for f in (SHORTER[function], function))
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=WITHIN, atol=WITHIN, equal_nan=True)
+
+
 def test_activation_in_place_is_left_alone():
     x = torch.randn(3, 4)
     before = x.clone()
@@ -152,6 +160,28 @@ def test_batch_norm_with_a_mean_of_many_deviations():
     x = 1e6 + torch.arange(8.0).view(8, 1)
     found = SHORTER[F.batch_norm](x, torch.tensor([1e6]), torch.tensor([1.0]), eps=0.0)
     assert torch.equal(found, torch.arange(8.0).view(8, 1))
+
+
+def normalised_convolution(convolve, normalise, between):
+    """Of tensors x, w, b, and the affine parameters of the norm."""
+    mean, variance = torch.tensor([0.3, -2.0], dtype=torch.float64), torch.tensor([0.5, 3.0], dtype=torch.float64)
+
+    def function(x, w, b, scale, shift):
+        y = convolve(x, w, b, 1, 1)
+        return normalise(between(y), mean, variance, scale, shift) + y.mean()
+
+    return function
+
+
+@pytest.mark.parametrize("between", ["nothing", "writing to it"])
+def test_batch_norm_takes_over_the_convolution_that_it_follows(between):
+    """Right also where the convolution's output is used elsewhere, or was written to in between."""
+    steps = {"nothing": lambda y: y, "writing to it": lambda y: y.mul_(y.detach().clone())}[between]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4, 4), (2, 3, 3, 3), (2,), (2,), (2,)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    ours = normalised_convolution(SHORTER[F.conv2d], SHORTER[F.batch_norm], steps)
+    agree(ours, normalised_convolution(F.conv2d, F.batch_norm, steps), tensors)
 
 
 def test_batch_norm_on_batch_statistics_is_left_alone():

@@ -41,6 +41,11 @@ class Clock:
         """Seconds spent in what runs at every step."""
         return max(self.ours() - self.measuring, 0.0)
 
+    def charge(self, seconds: float) -> None:
+        """Seconds of the training's own that a measurement made it longer by."""
+        self._ours += seconds
+        self.measuring += seconds
+
     def enter(self) -> bool:
         """The watch is called; False where it is at work already."""
         if self._entered is not None:

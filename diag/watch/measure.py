@@ -6,6 +6,7 @@ lacks or what breaks in it is recorded; a broken one is tried again ever more ra
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from diag.errors import InvalidInput
 from diag.quantities.snapshot import Snapshot
 from diag.registry import Instrument, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
+from diag.watch.own_step import OwnStep, Read
 from diag.watch.schedule import Schedule
 from diag.watch.window import Windows
 
@@ -85,6 +87,8 @@ class Measurements:
         self._instruments = {n: i for n in chosen if not (i := find(n)).from_history}
         self.schedule = schedule_of(self._instruments)
         self.windows = Windows(self._instruments, chosen, self.schedule, note, _undisturbed)
+        self.own_step = OwnStep(self._instruments)
+        self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
         self._record = record
         self._last: dict[str, int] = {}
         self._failures: dict[str, int] = {}
@@ -124,6 +128,30 @@ class Measurements:
             given, before = self._recorded(name, snapshot)
             self._measure(self._instruments[name], step, snapshot, given, before)
         return time.perf_counter() - began
+
+    def measure_step(self, read: Read, names: Iterable[str]) -> float:
+        """Measure with these on the gradients of the step that is going on; gives the time taken in seconds."""
+        began = time.perf_counter()
+        for name in names:
+            start = time.perf_counter()
+            outcome = attempt(None, self._instruments[name], **self._settings[name], **read.quantities())
+            if isinstance(outcome, Result):
+                about = dataclasses.replace(outcome.provenance, num_examples=read.gradients.num_examples)
+                outcome = dataclasses.replace(outcome, notes=(*outcome.notes, read.note), provenance=about)
+                self._found.append((name, outcome, time.perf_counter() - start))
+            else:
+                self.own_step.leave(name, outcome.reason)
+        return time.perf_counter() - began
+
+    def keep_step(self, step: int, longer: float) -> None:
+        """That step is over, which reading it made longer by so many seconds: record what was found on it."""
+        found, self._found = self._found, []
+        if longer and not found:
+            self.schedule.pay(longer)
+        for name, outcome, seconds in found:
+            seconds += longer / len(found)
+            self.schedule.spent(name, step, seconds)
+            self._keep(name, step, outcome, seconds)
 
     def _recorded(self, name: str, snapshot: Snapshot) -> tuple[dict[str, Any], float]:
         """The record of an open window that can be judged, as a quantity by name, and what it took in seconds."""
@@ -165,6 +193,9 @@ class Measurements:
         began = time.perf_counter()
         with _undisturbed():
             outcome = attempt(snapshot, instrument, **self._settings[instrument.name], **given)
+        note = self.own_step.note(instrument.name)
+        if note and isinstance(outcome, Result):
+            outcome = dataclasses.replace(outcome, notes=(*outcome.notes, note))
         _wait(snapshot)
         seconds = time.perf_counter() - began
         self.schedule.spent(instrument.name, step, seconds)

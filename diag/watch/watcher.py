@@ -339,7 +339,7 @@ class Watcher:
         names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
         names, window = self._windows.choose(names)
         names, later = self._own_step.choose(names)
-        if later:
+        if later and self._usual:  # what a step takes must be known, to tell what reading one adds
             self._arm(later)
             names += later if self._own_step.refused else []
         if names:

@@ -2,7 +2,8 @@
 
 On a quadratic, gradient descent is stable exactly when the learning rate times the largest eigenvalue is at most 2;
 momentum and preconditioning move that threshold. Full-batch training drives the largest eigenvalue up to the
-threshold and hovers there: the edge of stability, which is no fault. Staying far beyond it is.
+threshold and hovers there: the edge of stability, which is no fault. Staying far beyond it is. Small batches add
+noise, under which a minimum that is fitted exactly is left at a lower curvature: SGD has thresholds of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any, Self
 
 import torch
 
-from diag.display import format_number
+from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
 from diag.quantities.carry import carried_eigenpairs
 from diag.quantities.optimizer import OptimizerState, describe
 from diag.quantities.optimizer_stability import LinearStability, linear_stability
+from diag.quantities.sgd_stability import SgdStability, small_batches, trace_factor
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -31,6 +33,7 @@ SOURCE = (
 )
 
 EDGE_BEGINS, EDGE_ENDS = 0.95, 1.15  # of the threshold: where full-batch runs were seen to hover
+SGD_SLACK = 0.05  # to either side of SGD's own threshold, as much as the Gauss-Newton matrix may be off; our choice
 TAIL = 3  # the last third of a course is judged
 
 PROVES_NOTHING = "A sharpness below the threshold is necessary for stability and does not prove it."
@@ -57,6 +60,15 @@ class EdgeOfStability(Result):
         "is not plain SGD"
     )
     trace_ratio_standard_error: float = measured("standard error of the trace ratio")
+    scatter_ratio: float = measured(
+        "learning rate over the bound of equation 15 (the examples' curvature along the top eigenvector) "
+        "on SGD with batches of B; NaN where B is not given, the optimizer not plain SGD or the loss not squared"
+    )
+    norm_ratio: float = measured("learning rate over the bound of equation 16 (norms of the examples' curvature)")
+    norm_ratio_standard_error: float = measured("standard error of the norm ratio; 0 from all examples")
+    mean_square_ratio: float = measured(
+        "learning rate over the exact threshold of mean-square stability; NaN where the data are too many"
+    )
     learning_rate: float = measured("learning rate, the largest of the parameter groups; NaN where there is none")
     optimizer_kind: str = measured("class of the optimizer")
     num_products: int = measured("Hessian-vector products spent; depends on the rounding")
@@ -65,6 +77,8 @@ class EdgeOfStability(Result):
         unmet = self.unmet()
         if unmet is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", PROVES_NOTHING, SOURCE)
+        if not math.isnan(self.scatter_ratio):
+            return self._under_small_batches()
         begins, ends = self._band()
         slack = self.residual / self.threshold
         if self.ratio - slack > ends:
@@ -82,6 +96,36 @@ class EdgeOfStability(Result):
             where = "Below the edge of stability"
         return self._judged(Level.OK, f"{where}: {self._compared()}.", advice=PROVES_NOTHING)
 
+    def _under_small_batches(self) -> Verdict:
+        """Of a squared loss that is fitted, where SGD's own thresholds are theorems."""
+        exact = self.mean_square_ratio
+        if not math.isnan(exact):
+            value, which = exact, "SGD's exact mean-square threshold"
+        else:
+            lower = {
+                "2 / its largest eigenvalue": self.ratio - self.residual / self.threshold,
+                "the bound of equation 15": self.scatter_ratio,
+                "the bound of equation 16": self.norm_ratio - 2 * self.norm_ratio_standard_error,
+            }
+            which = max(lower, key=lambda name: -math.inf if math.isnan(lower[name]) else lower[name])
+            value = lower[which]
+        numbers = f"the learning rate {format_number(self.learning_rate)} is {format_number(value)} of {which}"
+        about: dict[str, Any] = {"value": value, "threshold": 1.0, "threshold_source": "exact for a quadratic"}
+        if abs(value - 1) <= SGD_SLACK:
+            return self._judged(Level.UNKNOWN, f"Near SGD's own edge of stability: {numbers}.", **about)
+        if value > 1:
+            return self._judged(
+                Level.WARNING,
+                f"No linearly stable minimum under SGD: {numbers}.",
+                advice="If the loss on all the data rises from here, lower the learning rate or enlarge the batch.",
+                refutation="SGD at this learning rate and batch size stays here.",
+                **about,
+            )
+        if math.isnan(exact):
+            sentence = f"No necessary condition of SGD's linear stability is broken: {numbers}."
+            return self._judged(Level.OK, sentence, advice=PROVES_NOTHING, **about)
+        return self._judged(Level.OK, f"Linearly stable under SGD, in the mean square: {numbers}.", **about)
+
     def _compared(self) -> str:
         return (
             f"the largest eigenvalue is {format_number(self.lambda_max)}, {format_number(self.ratio)} of the "
@@ -96,23 +140,20 @@ class EdgeOfStability(Result):
     def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
         # That Adam's divisor may be taken as constant is an observation; the rest is linear algebra.
         theorem = self.optimizer_kind == "SGD"
-        return Verdict(
-            level,
-            sentence,
-            source=SOURCE,
-            confidence=Confidence.THEOREM if theorem else Confidence.STRONG_EMPIRICAL,
-            value=self.ratio,
-            threshold=self._band()[1],
-            threshold_source=f"the threshold is exact for a quadratic; the band around it is {OUR_CHOICE}",
-            **more,
+        more.setdefault("confidence", Confidence.THEOREM if theorem else Confidence.STRONG_EMPIRICAL)
+        more.setdefault("value", self.ratio)
+        more.setdefault("threshold", self._band()[1])
+        more.setdefault(
+            "threshold_source", f"the threshold is exact for a quadratic; the band around it is {OUR_CHOICE}"
         )
+        return Verdict(level, sentence, source=SOURCE, **more)
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """The course: where the last third of the measurements lies, and when the edge was first reached."""
         last = series[-1][1]
         judged = [(step, r) for step, r in series if r.unmet() is None]
-        if len(judged) < TAIL or last.unmet() is not None:
+        if len(judged) < TAIL or last.unmet() is not None or not math.isnan(last.scatter_ratio):
             return last.verdict()
         tail = judged[-max(TAIL, len(judged) // TAIL) :]
         typical = median(r.ratio for _, r in tail)
@@ -173,14 +214,15 @@ def edge_of_stability(
     Hessian is preconditioned as D^(-1/2) H D^(-1/2); another optimizer gets numbers and no verdict. Weight decay
     that is added to the gradient shifts the curvature, and learning rates that differ between groups scale it.
 
-    `batch_size` is that of training, None where it is not known: the statement is about full-batch steps, so there
-    is a verdict only where the batch covers all the data given. Below the threshold nothing is proved; at it
-    training hovers; a ratio above `edge_ends` is a warning. That band is our choice, uncalibrated. At most
-    `max_products` go into the eigenvalue, to `tolerance`, and `trace_probes` into the trace.
+    `batch_size` is that of training, None where it is not known. Where it covers all the data given, the statement
+    is about full-batch steps: below the threshold nothing is proved, at it training hovers, a ratio above
+    `edge_ends` is a warning; that band is our choice, uncalibrated. With smaller batches there is a verdict for
+    plain SGD on a squared loss that is fitted: two necessary conditions, and on small data the exact threshold. At
+    most `max_products` go into the eigenvalue, to `tolerance`, and `trace_probes` into the trace.
 
     Raises InvalidInput where hessian or optimizer are not of these kinds, or products are not finite. Source: Cohen
-    et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for the trace Mulayoff and Michaeli 2024, equation 16
-    with examples of rank one.
+    et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for small batches Mulayoff and Michaeli 2024, theorem
+    1 and equations 15 and 16 (for the trace with examples of rank one).
     """
     state = _checked(hessian, optimizer, batch_size)
     stability = linear_stability(hessian, state)
@@ -190,7 +232,8 @@ def edge_of_stability(
     seen = plain if own else carried_eigenpairs(stability.operator, "as the optimizer sees it", of=hessian, **run)
     traced = trace_and_norm(hessian, num_probes=trace_probes, deflate=plain, seed=seed)
     lambda_max = float(seen.values[0])
-    noise = _noise(stability, state, batch_size, getattr(hessian, "num_examples", 1))
+    sgd = small_batches(hessian, stability, state, batch_size, plain, traced, seed)
+    noise = trace_factor(stability, state, batch_size, getattr(hessian, "num_examples", 1))
     return EdgeOfStability(
         ratio=lambda_max / stability.threshold,
         lambda_max=lambda_max,
@@ -202,11 +245,15 @@ def edge_of_stability(
         trace_standard_error=traced.trace.standard_error,
         trace_ratio=noise * traced.trace.value,
         trace_ratio_standard_error=noise * traced.trace.standard_error,
+        scatter_ratio=sgd.scatter,
+        norm_ratio=sgd.norm,
+        norm_ratio_standard_error=sgd.norm_standard_error,
+        mean_square_ratio=sgd.exact,
         learning_rate=stability.learning_rate,
         optimizer_kind=state.kind,
         num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
-        preconditions=_preconditions(hessian, stability, lambda_max, bool(seen.converged[0]), batch_size),
-        notes=(*stability.notes, *_about(hessian)),
+        preconditions=_preconditions(hessian, stability, lambda_max, bool(seen.converged[0]), batch_size, sgd),
+        notes=(*stability.notes, *sgd.notes, *_about(hessian)),
     )
 
 
@@ -227,29 +274,40 @@ def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerS
     return optimizer
 
 
-def _noise(stability: LinearStability, optimizer: OptimizerState, batch_size: int | None, n: int) -> float:
-    """eta pi / 2 with pi = (n - B) / (B (n - 1)), where plain SGD with batches of B is known to be at work."""
-    if stability.rule != "2 / learning rate" or optimizer.kind != "SGD" or batch_size is None or n < 2:
-        return math.nan
-    return stability.learning_rate / 2 * max(n - batch_size, 0) / (batch_size * (n - 1))
-
-
 def _preconditions(
-    hessian: LinearOperator, stability: LinearStability, lambda_max: float, converged: bool, batch_size: int | None
+    hessian: LinearOperator,
+    stability: LinearStability,
+    lambda_max: float,
+    converged: bool,
+    batch_size: int | None,
+    own: SgdStability,
 ) -> tuple[Precondition, ...]:
     n = getattr(hessian, "num_examples", 1)
     found = f"the largest eigenvalue is {format_number(lambda_max)}"
     if math.isfinite(stability.threshold):
         found += f", {format_number(lambda_max / stability.threshold)} of the threshold"
     batch = f"training sees {batch_size} of {n:,} examples a step" if batch_size else "give batch_size= of training"
-    return (
+    both = (
         Precondition("a known threshold", not stability.unknown, f"{stability.unknown}; {found}."),
         Precondition("convergence", converged, f"{found}, and has not converged; give a larger max_products."),
-        Precondition(
-            "full-batch steps",
-            batch_size is not None and batch_size >= n,
-            f"the threshold is for full-batch steps ({batch}), and {found}, which describes and judges nothing.",
-        ),
+    )
+    if not math.isnan(own.scatter):
+        return *both, _fitted(own, f"{batch}, and {found}")
+    why = f"; SGD's own threshold for small batches does not apply: {own.not_squared}" if own.not_squared else ""
+    return *both, Precondition(
+        "full-batch steps",
+        batch_size is not None and batch_size >= n,
+        f"the threshold is for full-batch steps ({batch}), and {found}, which describes and judges nothing{why}.",
+    )
+
+
+def _fitted(own: SgdStability, found: str) -> Precondition:
+    return Precondition(
+        "interpolation",
+        own.fitted,
+        f"SGD's own threshold is for a loss that is fitted ({found}), and the residuals are "
+        f"{format_share(min(own.unexplained, 99.0))} of the outputs' spread and the curvature of the linearised "
+        f"network differs by {format_share(min(own.mismatch, 99.0))}, which describes and judges nothing.",
     )
 
 

@@ -359,3 +359,185 @@ def test_gradient_descent_reaches_its_edge():
     assert 0.95 < sorted(ratios[-5:])[2] < 1.15
     verdict = type(series[-1][1]).trend(series)
     assert verdict.level == Level.OK and "Training is at the edge of stability" in verdict.sentence
+
+
+# SGD's own thresholds, on small batches.
+
+
+def half_squared_error(outputs, targets):
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+def least_squares(rate=0.1, **settings):
+    """Oracle 7a: 12 rows of 4 columns at interpolation, seed and scales as given there."""
+    import numpy
+
+    a = numpy.random.default_rng(0).standard_normal((12, 4)) * numpy.linspace(0.3, 1.5, 4)
+    x = torch.from_numpy(a)
+    model = nn.Linear(4, 1, bias=False).double()
+    data = (x, model(x).detach())
+    return diag.Snapshot(
+        model, half_squared_error, data, optimizer=torch.optim.SGD(model.parameters(), rate, **settings)
+    )
+
+
+def test_oracle_7a_equations_15_and_16_and_the_exact_threshold():
+    """.3128 (exact) < .3342 (15) < .3430 (16) < .5929 (trace) at B = 1; .7244 = 2 / lambda_max at B = 12."""
+    result = edge(least_squares(), batch_size=1, trace_probes=200)
+    assert 0.1 / result.mean_square_ratio == pytest.approx(0.3128, abs=5e-5)
+    assert 0.1 / result.scatter_ratio == pytest.approx(0.3342, abs=5e-5)
+    assert 0.1 / result.norm_ratio == pytest.approx(0.3430, abs=5e-5)
+    assert 0.1 / result.trace_ratio == pytest.approx(0.5929, rel=4 * result.trace_ratio_standard_error + 1e-6)
+    assert result.norm_ratio_standard_error == 0
+    assert 2 / result.sharpness == pytest.approx(0.7244, abs=5e-5)
+    previous = math.inf
+    for size in (1, 2, 5, 11):
+        found = edge(least_squares(), batch_size=size)
+        # No necessary condition is broken before the threshold, which rises with the batch.
+        assert found.ratio <= found.scatter_ratio + 1e-9 and found.scatter_ratio <= found.mean_square_ratio + 1e-6
+        assert found.norm_ratio <= found.mean_square_ratio + 1e-6
+        assert found.mean_square_ratio < previous
+        previous = found.mean_square_ratio
+        check_result(found)
+    assert math.isnan(edge(least_squares(), batch_size=12).mean_square_ratio)  # full batches: the other threshold
+
+
+def test_the_verdict_on_small_batches():
+    exact = 0.3128
+    for factor, level, text in (
+        (0.9, Level.OK, "Linearly stable under SGD, in the mean square"),
+        (1.02, Level.UNKNOWN, "Near SGD's own edge of stability"),
+        (1.2, Level.WARNING, "No linearly stable minimum under SGD"),
+    ):
+        result = edge(least_squares(factor * exact), batch_size=1)
+        verdict = result.verdict()
+        assert verdict.level == level and text in verdict.sentence, verdict
+        assert f"{factor:g} of SGD's exact mean-square threshold" in verdict.sentence.replace("0.9000", "0.9")
+        assert verdict.value == pytest.approx(factor, abs=1e-3) and verdict.confidence.value == "theorem"
+        check_result(result)
+    assert type(result).trend([(i, result) for i in range(5)]).level == Level.WARNING
+
+
+def sgd_grows(rate, steps=200):
+    """Whether E x x^T grows under SGD on the oracle's data with batches of one, followed exactly, step by step."""
+    snapshot = least_squares(rate)
+    x = snapshot.batches[0].args[0]
+    moment = torch.eye(4, dtype=torch.float64)
+    for _ in range(steps):
+        new = torch.zeros_like(moment)
+        for row in x:  # batches of one, all equally likely
+            step = torch.eye(4, dtype=torch.float64) - rate * row.outer(row)
+            new += step @ moment @ step / len(x)
+        growth = float(new.norm() / moment.norm())
+        moment = new / new.norm()
+    return growth > 1
+
+
+def test_sgd_itself_diverges_above_the_exact_threshold():
+    assert not sgd_grows(0.99 * 0.3128) and sgd_grows(1.01 * 0.3128)
+
+
+class Product(nn.Module):
+    """A two-layer tanh network of 14 parameters and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def fitted(off=0.0, *, examples=20, loss=half_squared_error, rate=0.05, **settings):
+    """On targets that are its own outputs plus `off` times noise."""
+    model = Product().double()
+    x = torch.randn(examples, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.randn(examples, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    target = model(x).detach() + off * noise
+    optimizer = torch.optim.SGD(model.parameters(), rate, **settings)
+    return diag.Snapshot(model, loss, [(x[:13], target[:13]), (x[13:], target[13:])], optimizer=optimizer)
+
+
+def dense_thresholds(snapshot, size, scale=1.0):
+    """(15, 16, exact) by their definitions with Kronecker products of dense example Hessians."""
+    model = snapshot.model
+    x = torch.cat([b.args[0] for b in snapshot.batches])
+    parameters = dict(model.named_parameters())
+
+    def out(p, one):
+        return torch.func.functional_call(model, p, (one,))
+
+    jacobian = torch.func.jacrev(out)(parameters, x)
+    flat = torch.cat([j.flatten(2) for j in jacobian.values()], 2).detach()
+    each = scale * torch.einsum("nkp,nkq->npq", flat, flat)
+    mean, n = each.mean(0), len(x)
+    pi = (n - size) / (size * (n - 1))
+    values, vectors = torch.linalg.eigh(mean)
+    v, top = vectors[:, -1], values[-1]
+    fifteen = 2 * top / (top**2 + pi * ((each @ v) @ v - top).square().mean())
+    sixteen = 2 * mean.trace() / ((1 - pi) * mean.square().sum() + pi * each.square().sum((1, 2)).mean())
+    eye = torch.eye(len(mean), dtype=torch.float64)
+    c = (torch.kron(mean, eye) + torch.kron(eye, mean)) / 2
+    d = (1 - pi) * torch.kron(mean, mean) + pi * sum(torch.kron(h, h) for h in each) / n
+    root = torch.linalg.pinv(c, rtol=1e-9, hermitian=True)
+    exact = 2 / torch.linalg.eigvals(root @ d).real.max()
+    return [float(t) for t in (fifteen, sixteen, exact)]
+
+
+@pytest.mark.parametrize("loss", [half_squared_error, nn.MSELoss()], ids=["half", "mse"])
+def test_a_fitted_network_against_the_definitions(loss):
+    """Two outputs, ragged batches; MSELoss averages over the two outputs, which leaves the scale at one."""
+    result = edge(fitted(loss=loss), batch_size=4)
+    truth = dense_thresholds(fitted(), 4)  # 2 / K = 1 for two outputs: the same scale
+    found = [0.05 / r for r in (result.scatter_ratio, result.norm_ratio, result.mean_square_ratio)]
+    assert found == pytest.approx(truth, rel=1e-5)
+    assert result.verdict().level == Level.OK
+
+
+def test_many_examples_leave_the_exact_threshold_out_and_sample_the_norms():
+    """300 examples of two outputs: 128 of them in the mean squared norm."""
+    result = edge(fitted(examples=300), batch_size=3)
+    assert math.isnan(result.mean_square_ratio)
+    assert "it is computed for 256 at most" in " ".join(result.notes)
+    truth = dense_norm(fitted(examples=300), 3)
+    assert abs(result.norm_ratio - 0.05 / truth) < 4 * result.norm_ratio_standard_error
+    assert 0 < result.norm_ratio_standard_error < 0.2 * result.norm_ratio
+    verdict = result.verdict()
+    assert (
+        verdict.level == Level.OK
+        and "No necessary condition of SGD's linear stability is broken" in verdict.sentence
+    )
+    assert "does not prove it" in verdict.advice
+    broken = edge(fitted(examples=300, rate=1.5 * truth), batch_size=3).verdict()
+    assert broken.level == Level.WARNING and "equation 1" in broken.sentence
+
+
+def dense_norm(snapshot, size):
+    x = torch.cat([b.args[0] for b in snapshot.batches])
+    model = snapshot.model
+    call = lambda p, one: torch.func.functional_call(model, p, (one,))  # noqa: E731
+    flat = torch.cat([j.flatten(2) for j in torch.func.jacrev(call)(dict(model.named_parameters()), x).values()], 2)
+    each = torch.einsum("nkp,nkq->npq", flat, flat).detach()
+    n, mean = len(x), each.mean(0)
+    pi = (n - size) / (size * (n - 1))
+    return float(2 * mean.trace() / ((1 - pi) * mean.square().sum() + pi * each.square().sum((1, 2)).mean()))
+
+
+def test_where_sgds_own_threshold_does_not_hold_it_is_refused():
+    cases = {
+        "SGD's own threshold is for a loss that is fitted": (fitted(off=1.0), 4),
+        "does not apply: the optimizer is not plain SGD": (fitted(momentum=0.9), 4),
+        "one learning rate and no decay": (fitted(weight_decay=0.1), 4),
+        "does not apply: the loss is no squared loss": (
+            fitted(0.3, loss=lambda z, t: (z - t).abs().pow(3).mean()),
+            4,
+        ),
+        "loss is no squared": (fitted(loss=lambda z, t: nn.functional.cross_entropy(z, t.softmax(1))), 4),
+    }
+    for reason, (snapshot, size) in cases.items():
+        result = edge(snapshot, batch_size=size)
+        verdict = result.verdict()
+        assert verdict.level == Level.NOT_APPLICABLE and reason in verdict.sentence, verdict.sentence
+        assert "which describes and judges nothing" in verdict.sentence
+        check_result(result)

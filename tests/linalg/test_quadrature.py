@@ -145,7 +145,7 @@ def test_the_bounds_of_the_distribution_hold(values: Tensor, probes: int, steps:
 
 
 def test_without_chance_a_rule_bounds_its_own_measure_strictly() -> None:
-    """The inequalities of Chebyshev, Markov and Stieltjes: F_v of the start vector itself, from its squared entries,
+    """The inequalities of Chebyshev, Markov and Stieltjes: F_v of the start vector, from its squared entries,
     is between the sums, at every point and for every seed."""
     values = bulk_with_a_tail()
     operator = FunctionOperator(lambda v: values * v, len(values), torch.float64)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 # Numbers that one temporary may hold (float32: 4 MB, which stays in a cache); larger work goes in slices.
 SCRATCH = 1_000_000
+LARGE = 16_384  # numbers of a gradient from which on a call for each example costs nothing
 GHOST_STRIP = 128  # steps whose products with all others are formed at a time: they are symmetric, so half suffice
 
 
@@ -149,13 +150,23 @@ class Outer(Block):
         share = (1 + 1 / len(list(_strips(self.steps)))) / 2  # of the T^2 products, the others being their mirror
         if share * self.steps * (self.p + self.q) < self.p * self.q:
             return self._ghost_norms()
-        return torch.cat([self._materialised_norms(s) for s in self.slices(self.groups * self.p * self.q)])
+        return self._materialised_norms()
 
-    def _materialised_norms(self, examples: slice) -> Tensor:
-        a, b = self.factors(examples)
-        step = max(1, SCRATCH // (len(a) * self.groups * self.p))  # rows at a time, where one example has many
-        parts = [squared(b[..., i : i + step].transpose(-1, -2) @ a) for i in range(0, self.q, step)]
-        return torch.stack(parts).sum(0)
+    def _materialised_norms(self) -> Tensor:
+        """||G_i||^2 with each G_i formed: small ones several at a time, large ones a piece at a time."""
+        size = self.groups * self.p * self.q
+        if size < LARGE or self.groups > 1:
+            return torch.cat([squared(self.dense(s)) for s in self.slices(size)])
+        a, b = (x[:, 0] for x in self.factors(slice(None)))
+        a, b = (a, b) if self.p > self.q else (b, a)  # long rows multiply faster
+        step = min(b.shape[-1], max(1, SCRATCH // a.shape[-1]))
+        product = a.new_empty(step, a.shape[-1])  # the same memory for all, which so stays in the cache
+        rows = [
+            _row_norms(torch.mm(part, x, out=product[: len(part)]))
+            for x, y in zip(a.unbind(0), b.transpose(1, 2).unbind(0), strict=True)
+            for part in y.split(step)
+        ]
+        return torch.cat(rows).view(self.n, -1).double().square().sum(1)
 
     def _ghost_norms(self) -> Tensor:
         """sum_{t,t'} (a_t.a_t')(b_t.b_t'), with no gradient formed."""
@@ -268,18 +279,23 @@ def squared(values: Tensor) -> Tensor:
 
 
 def squared_rows(values: Tensor) -> Tensor:
-    """Squared norm over the last axis, float64. A float32 sum of 10^6 squares can be off by 1e-5, so long
-    rows are summed in pieces, and the pieces in float64."""
-    width = values.shape[-1]
+    """Squared norm over the last axis, float64."""
     if values.dtype == torch.float64:
         return (values * values).sum(-1)
+    return _row_norms(values).double().square()
+
+
+def _row_norms(values: Tensor) -> Tensor:
+    """Norms over the last axis. A float32 sum of 10^6 squares can be off by 1e-5, so long rows are summed in
+    pieces, and the pieces in float64."""
+    width = values.shape[-1]
     if width <= 4096:
-        return torch.linalg.vector_norm(values, dim=-1).double().square()
+        return torch.linalg.vector_norm(values, dim=-1)
     whole = width - width % 1024
     pieces = (
         torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, 1024)), dim=-1).double().square().sum(-1)
     )
-    return pieces if whole == width else pieces + squared_rows(values[..., whole:])
+    return (pieces if whole == width else pieces + squared_rows(values[..., whole:])).sqrt()
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -14,6 +14,8 @@ from diag.quantities.per_example.capture import Use
 from diag.quantities.per_example.layout import Layout
 from diag.quantities.per_example.sources import Place
 
+NORM_NODES = ("NativeLayerNormBackward0", "NativeGroupNormBackward0")
+
 
 class NoClosedForm(Exception):
     """The rule does not cover this call; another method must."""
@@ -40,8 +42,20 @@ class Call:
             raise NoClosedForm(f"an argument of {self.use.name} was overwritten in place")
         return single(value.detach()) if isinstance(value, Tensor) else value
 
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and 1 / standard deviation, where the graph node of a norm kept them and still has them."""
+        if not (self.use.readable and self.use.edge.node.name() in NORM_NODES):
+            return None
+        try:
+            mean, scale = self.use.edge.node._saved_result1, self.use.edge.node._saved_result2  # type: ignore[attr-defined]
+        except (AttributeError, RuntimeError):  # the backward pass is over
+            return None
+        return mean.detach().to(self.delta.dtype), scale.detach().to(self.delta.dtype)
+
     def steps(self, values: Tensor) -> Tensor:
         """(n, T, features): everything but the last axis folded into steps."""
+        if self.layout == Layout(0) and values.ndim > 1:
+            return values.reshape(self.n, -1, values.shape[-1])
         if self.layout.axis >= values.ndim - 1:
             raise NoClosedForm("the examples lie along the feature axis")
         return self.layout.split(values, self.n).reshape(self.n, -1, values.shape[-1])

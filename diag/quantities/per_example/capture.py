@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Use:
     """One call in which parameters, or tensors derived from them, took part.
 
     `with_data` tells whether any other argument depends, or may depend, on the examples. `versions` are the
-    arguments' version counters before the call, `inputs` their graph nodes.
+    arguments' version counters before the call, `inputs` their graph nodes. `readable` tells whether what the
+    graph node saved may be read: hooks on saved tensors (checkpoints, offloading) can allow one reading only.
     """
 
     index: int
@@ -48,11 +49,12 @@ class Use:
     edge: GradientEdge
     versions: dict[Place, int]
     inputs: list[Node | None]
+    readable: bool = False
 
-    @cached_property
-    def signature(self) -> str:
+    @property
+    def signature(self) -> tuple[Any, ...]:
         """What tells one model's calls from another's: the function, and where parameters stand in it."""
-        return f"{self.name} {sorted(map(str, self.slots))}"
+        return self.name, *self.slots
 
     def bare(self) -> Use:
         """The same without the tensors, so that an activation is let go as soon as the backward pass allows."""
@@ -135,7 +137,7 @@ class Capture(TorchFunctionMode):
             index = len(self.uses)
             self.uses.append(
                 Use(index, name, func, args, kwargs, slots, with_data, output.shape,
-                    get_gradient_edge(output), versions, nodes)
+                    get_gradient_edge(output), versions, nodes, not _saving_hooks(True))
             )  # fmt: skip
             if self._on_use is not None:
                 self._on_use(self.uses[-1])
@@ -259,6 +261,8 @@ def _constant_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
+# The innermost hooks on saved tensors, or None; older versions of torch cannot be asked.
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 _copies: dict[Any, Any] = {}
 
 

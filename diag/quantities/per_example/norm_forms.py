@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from diag.quantities.per_example.blocks import SCRATCH, Block, Dense
+from diag.quantities.per_example.blocks import Block, Dense
 from diag.quantities.per_example.call import Call, Form, NoClosedForm, is_argument
 from diag.quantities.per_example.layout import Layout
 from diag.quantities.per_example.sources import Place
@@ -50,16 +49,14 @@ def _over_channels(of_weight: Callable[[Call], Dense], weight: int, bias: int) -
 
 def _layer_norm_weight(call: Call, shape: torch.Size) -> Dense:
     x, delta, eps = call.get(0, "input"), call.delta, call.get(4, "eps", 1e-5)
+    mean, scale = call.statistics() or torch.native_layer_norm(x, list(shape), None, None, eps)[1:]
     if call.layout != Layout(0) or delta.numel() < SMALL_NORM * call.n:
-        return call.reduced(F.layer_norm(x, shape, eps=eps).mul_(delta), shape)
-    ones, mask, size = x.new_ones(shape), [False, True, False], list(shape)
-
-    def alone(x: Tensor, delta: Tensor) -> Tensor:
-        _, mean, scale = torch.native_layer_norm(x, size, None, None, eps)
-        return torch.ops.aten.native_layer_norm_backward(delta, x, size, mean, scale, ones, None, mask)[1]
-
-    pairs = zip(*(v.unflatten(0, (call.n, -1)) for v in (x, delta)), strict=True)
-    return Dense(torch.stack([alone(*pair) for pair in pairs]))
+        return call.reduced((x - mean).mul_(scale).mul_(delta), shape)
+    # One kernel that reads its inputs once: worth a call for each example where they are long.
+    ones, size = x.new_ones(shape), list(shape)
+    each = zip(*(v.unflatten(0, (call.n, -1)) for v in (delta, x, mean, scale)), strict=True)
+    backward, mask = torch.ops.aten.native_layer_norm_backward, [False, True, False]
+    return Dense(torch.stack([backward(d, v, size, m, s, ones, None, mask)[1] for d, v, m, s in each]))
 
 
 def _rms_norm_weight(call: Call, shape: torch.Size) -> Dense:
@@ -73,16 +70,13 @@ def _group_norm_weight(call: Call) -> Dense:
     delta = call.channels(call.delta).contiguous()
     channels, positions = delta.shape[1:]
 
-    def few(x: Tensor, delta: Tensor) -> Tensor:
-        n = len(x)
-        _, mean, scale = torch.native_group_norm(x, None, None, n, channels, positions, groups, eps)
-        return torch.ops.aten.native_group_norm_backward(
-            delta, x, mean.view(1, -1), scale.view(1, -1), x.new_ones(n * channels), 1, n * channels, positions,
-            n * groups, [False, True, False],
-        )[1].view(n, channels)  # fmt: skip
-
-    step = max(1, SCRATCH // (4 * channels * positions))
-    return Dense(torch.cat([few(*parts) for parts in zip(x.split(step), delta.split(step), strict=True)]))
+    mean, scale = (
+        call.statistics() or torch.native_group_norm(x, None, None, call.n, channels, positions, groups, eps)[1:]
+    )
+    return Dense(torch.ops.aten.native_group_norm_backward(
+        delta, x, mean.view(1, -1), scale.view(1, -1), x.new_ones(call.n * channels), 1, call.n * channels,
+        positions, call.n * groups, [False, True, False],
+    )[1].view(call.n, channels))  # fmt: skip
 
 
 def _batch_norm_weight(call: Call) -> Dense:

@@ -40,7 +40,7 @@ class Plan:
     layouts: dict[int, Layout]
     places: dict[int, list[Place]]
     graph_parameters: set[str]
-    signature: tuple[str, ...]
+    signature: tuple[tuple[Any, ...], ...]
     methods: dict[str, str] = field(default_factory=dict)
     unresolved: set[int] = field(default_factory=set)  # calls whose gradient was zero on the probe
     late: set[int] = field(default_factory=set)  # calls to read only after the backward pass

@@ -52,13 +52,16 @@ class SquaredNorms:
 
 class _SquaredNorms:
     def __init__(self, gradients: PerExampleGradients) -> None:
-        self._found = {layer: zeros(gradients.num_examples) for layer in gradients.layers}
+        self._about, self._parts = gradients, list[tuple[slice, str, Tensor]]()
 
     def consume(self, rows: slice, name: str, block: Block) -> None:
-        self._found[layer_of(name)][rows] += block.squared_norms().to("cpu")
+        self._parts.append((rows, name, block.squared_norms()))
 
     def result(self) -> dict[str, Tensor]:
-        return self._found
+        found = {layer: zeros(self._about.num_examples) for layer in self._about.layers}
+        for rows, name, part in self._parts:
+            found[layer_of(name)][rows] += part.to("cpu")
+        return found
 
 
 @dataclass(frozen=True)

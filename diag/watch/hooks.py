@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from diag.quantities.batch import tensors_in
+from diag.quantities.unwrap import bare_model
 
 # What our hooks become in a copy: `nullcontext().__exit__` takes anything, returns None, and needs no diag.
 INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
@@ -99,7 +100,7 @@ def _observed(compiled: Callable[..., Any], model: nn.Module, seen: Seen) -> Cal
 
 def _wrappers(model: nn.Module, kind: type) -> list[nn.Module]:
     compiled = [o for o in gc.get_objects() if issubclass(type(o), kind)]
-    return [o for o in compiled if getattr(o, "_orig_mod", None) is model]
+    return [o for o in compiled if bare_model(o) is model]  # a data-parallel wrapper may lie between them
 
 
 def _is_transformed(outputs: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diag.quantities.batch import tensors_in
 from diag.watch.capture import ForwardCall, LossCall, ObservedLoss, detached, observed_loss
 from diag.watch.probe import Probe
+from diag.watch.route import source_of
 
 WALK = 64
 ATTEMPTS = 5
@@ -86,6 +87,7 @@ class LossObserver:
         self._given: list[Any] = []
         self._frozen = self._add_up = False
         self._version = -1
+        self._source: int | None = None
         self._hook: Any = None
         self._user_targets: Any = None
         if isinstance(loss_fn, nn.Module):
@@ -99,7 +101,7 @@ class LossObserver:
     # What happens, in the order in which it happens.
 
     def forward_called(self, args: Any, kwargs: Any, outputs: Any) -> bool:
-        """The model returned `outputs`. True where it was a call in training."""
+        """The model or a wrapper of it returned `outputs`. True where it was another call in training."""
         found = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
         tensor = next((t for t in found if t.requires_grad and not t.is_leaf), None)
         if tensor is None:
@@ -112,7 +114,9 @@ class LossObserver:
                 self._forward = ForwardCall.of(args, kwargs, outputs)
             except LookupError as error:
                 self._give_up(str(error))
-        return True
+        source, before = source_of(tensor), self._source
+        self._source = source
+        return source is None or source != before
 
     def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Tensor) -> None:
         """A loss function returned `value`."""

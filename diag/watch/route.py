@@ -90,13 +90,13 @@ def chain_of(given: Tensor) -> list[Node]:
 
 
 def source_of(outputs: Tensor) -> int | None:
-    """The number of the graph node that made `outputs`, before they were at most converted to another dtype.
+    """The number of the graph node that made `outputs`, before wrappers widened them or passed them on.
 
     Accelerate widens a model's outputs after the model itself has computed its loss from them.
     """
     node = outputs.grad_fn
-    while node is not None and node.name().startswith("ToCopyBackward"):
-        node = node.next_functions[0][0]
+    while node is not None and node.name().startswith(("ToCopyBackward", "_DDPSink")):
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
     return None if node is None else node._sequence_nr()
 
 

@@ -313,6 +313,30 @@ def test_a_summed_loss_that_is_scaled_is_recorded_without_the_scale(tiny):
 # Models in unusual places.
 
 
+def test_a_call_is_counted_once_however_the_model_is_wrapped(helpers):
+    """The wrapper and the model under it are both looked at; first costs are estimated from the examples seen."""
+    model = helpers.Net()
+    wrapped = nn.DataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with diag.watch(wrapped, instruments=["softmax_collapse"]) as watcher:
+        for x, y in batches(helpers)[:2]:
+            F.cross_entropy(wrapped(x), y).backward()
+            optimizer.step()
+        assert (watcher._forwards, watcher._examples) == (2, 32)
+
+
+def test_a_compiled_wrapper_of_a_wrapped_model_is_found(helpers):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with diag.watch(model, budget=math.inf, instruments=["softmax_collapse"]) as watcher:
+        call = torch.compile(nn.DataParallel(model), backend="eager")
+        stepping(lambda p: torch.optim.SGD(p, 0.05))(call, batches(helpers), losses := [])
+    numpy.testing.assert_allclose(watcher.run.history.loss, losses, rtol=1e-6)
+    # The wrapper is found after the first step.
+    assert watcher._forwards == 3 and watcher.run.series("softmax_collapse")
+    torch._dynamo.reset()
+
+
 def test_a_part_of_a_model_is_watched_by_itself(tiny):
     model, x, y = tiny
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -30,6 +30,10 @@ from diag.result import Failed, Outcome, Provenance, Result, Skipped
 
 ENTRY_POINTS = "diag.instruments"
 
+# What an instrument's `passes` counts in: forward passes over the data. A curvature product is two or three
+# gradients and an algorithm's own vectors, 10 to 14 passes by scripts/bench_estimates.py; the self-test 40 to 60.
+GRADIENT, PRODUCT, SELF_TEST = 3.0, 10.0, 50.0
+
 
 @runtime_checkable
 class Measurable(Protocol):
@@ -73,6 +77,7 @@ class Instrument:
     needs: tuple[Need, ...]
     settings: tuple[Setting, ...]
     result: type[Result]
+    passes: Callable[[Mapping[str, Any]], float] | None = None
 
     @property
     def name(self) -> str:
@@ -88,6 +93,13 @@ class Instrument:
         """What measuring takes: the dearest costs among the quantities that must be there."""
         costs = dict.fromkeys(n.quantity.cost for n in self.needs if not n.optional)
         return ", ".join(cost for cost in costs if cost != "none") or "none"
+
+    def expected_passes(self, given: Mapping[str, Any]) -> float | None:
+        """The forward passes over the data that measuring is expected to take with these settings, the others at
+        their defaults; None where the instrument does not say."""
+        return (
+            None if self.passes is None else self.passes({s.name: s.default for s in self.settings} | dict(given))
+        )
 
     @property
     def from_history(self) -> bool:
@@ -149,8 +161,13 @@ class Instrument:
         return f"<instrument {self.name}({', '.join(n.name for n in self.needs)})>"
 
 
-def instrument(*, source: str, title: str = "") -> Callable[[Callable[..., Result]], Instrument]:
+def instrument(
+    *, source: str, title: str = "", passes: Callable[[Mapping[str, Any]], float] | None = None
+) -> Callable[[Callable[..., Result]], Instrument]:
     """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read.
+
+    `passes(settings)` is what measuring usually takes, in forward passes over the data (GRADIENT, PRODUCT), where
+    the costs of the quantities do not tell: a watch plans by it until it has timed a first measurement.
 
     Raises InvalidInput where a positional parameter is not in the glossary, a keyword-only one has no
     default, the docstring is missing, or the return annotation is no Result.
@@ -164,7 +181,7 @@ def instrument(*, source: str, title: str = "") -> Callable[[Callable[..., Resul
         if not inspect.getdoc(function):
             raise InvalidInput(f"{function.__name__} has no docstring; it becomes the help text and the report's.")
         needs, settings = _signature(function, hints)
-        made = Instrument(function, source, title or _title(function.__name__), needs, settings, result)
+        made = Instrument(function, source, title or _title(function.__name__), needs, settings, result, passes)
         functools.update_wrapper(typing.cast(Any, made), function)  # name, docstring, module
         return made
 

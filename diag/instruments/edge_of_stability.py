@@ -9,7 +9,7 @@ noise, under which a minimum that is fitted exactly is left at a lower curvature
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Self
@@ -24,7 +24,7 @@ from diag.quantities.carry import carried_eigenpairs
 from diag.quantities.optimizer import OptimizerState, describe
 from diag.quantities.optimizer_stability import LinearStability, linear_stability
 from diag.quantities.sgd_stability import SgdStability, small_batches, trace_factor
-from diag.registry import instrument
+from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = (
@@ -194,7 +194,11 @@ class EdgeOfStability(Result):
         ax.legend()
 
 
-@instrument(source=SOURCE, title="Edge of stability")
+def _passes(settings: Mapping[str, Any]) -> float:
+    return SELF_TEST + PRODUCT * (12 + settings["trace_probes"])  # a dozen products find the eigenvalue
+
+
+@instrument(source=SOURCE, title="Edge of stability", passes=_passes)
 def edge_of_stability(
     hessian: LinearOperator,
     optimizer: OptimizerState,

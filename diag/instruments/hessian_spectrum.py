@@ -8,7 +8,7 @@ converged pairs are taken out, a trace with a small standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from diag.linalg.spectrum import Spectrum, spectrum
 from diag.quantities import eigenvectors
 from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.curvature_memory import available_memory
-from diag.registry import instrument
+from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 
 SOURCE = "Papyan 2020, arXiv:2008.11865; Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159"
@@ -33,6 +33,7 @@ NEGATIVE_ABOVE = 0.05  # of the largest eigenvalue: a smallest one below that is
 OVERLAP = 0.5
 NEAR_ZERO = 1e-3  # of the largest magnitude: what lies below counts as zero
 GRID_POINTS = 400
+COMPLETION = 8  # products that look for eigenvalues which the run has missed
 SMOOTHING = 0.15  # of the density, in asinh(eigenvalue / (NEAR_ZERO * largest magnitude))
 
 
@@ -185,7 +186,13 @@ def _decades(low: float, high: float, scale: float) -> list[float]:
     return [*(-p for p in reversed(powers) if -p >= low), 0.0, *(p for p in powers if p <= high)]
 
 
-@instrument(source=SOURCE, title="Hessian spectrum")
+def _passes(settings: Mapping[str, Any]) -> float:
+    count, steps, probes = (settings[name] for name in ("num_eigenvalues", "steps", "num_probes"))
+    products = max(steps, 3 * count) + COMPLETION + settings["trace_probes"] + settings["half_split"] * count / 2
+    return SELF_TEST + PRODUCT * (products + (probes > 1) * probes * steps)
+
+
+@instrument(source=SOURCE, title="Hessian spectrum", passes=_passes)
 def hessian_spectrum(
     hessian: LinearOperator,
     class_directions: Tensor | None = None,

@@ -10,7 +10,7 @@ and whether they trade places from step to step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.linalg.lanczos import eigenpairs
 from diag.linalg.opposition import rank_auc
 from diag.linalg.signed_graph import agreeing_parts, signed_graph
+from diag.quantities.carry import carried_eigenpairs
 from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.loss_record import EDGE, LEAST_STEPS, Edge, LossRecord
 from diag.quantities.losses_at import LossesAt
@@ -40,7 +40,7 @@ from diag.quantities.opposition import (
 from diag.quantities.opposition_verdict import DIRECTIONS, OVER_CHANCE, SHARE, SOURCE, SWAP, of_a_kick, of_steps
 from diag.quantities.per_example import PerExampleGradients
 from diag.quantities.shown import draw_groups, imported, kept, two_groups
-from diag.registry import instrument
+from diag.registry import GRADIENT, PRODUCT, SELF_TEST, instrument
 from diag.result import Level, Provenance, Result, Verdict, measured
 
 NULLS = 5
@@ -163,7 +163,11 @@ class OpposingSignals(Result):
             draw_groups(ax, self.steps, self.trace)
 
 
-@instrument(source=SOURCE, title="Opposing signals")
+def _passes(settings: Mapping[str, Any]) -> float:
+    return SELF_TEST + 16 * PRODUCT + 2 * (DIRECTIONS + NULLS) + 8 * GRADIENT  # 16 products find the directions
+
+
+@instrument(source=SOURCE, title="Opposing signals", passes=_passes)
 def opposing_signals(
     hessian: CurvatureOperator,
     losses_at: LossesAt,
@@ -209,7 +213,7 @@ def opposing_signals(
     n = losses_at.num_examples
     k = group_size(k, n)
     record, why_not = chosen_record(mode, loss_record, k, swap_limit)
-    pairs = eigenpairs(hessian, largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
+    pairs = carried_eigenpairs(hessian, "hessian", largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
     values, vectors = pairs.values.cpu(), pairs.vectors
     assert vectors is not None
     if not float(values[0]) > 0:

@@ -8,7 +8,7 @@ is to compare runs of one architecture at equal training loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Any, Self
@@ -25,7 +25,7 @@ from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.divergence_at import DivergenceAt
 from diag.quantities.losses_at import LossesAt
 from diag.quantities.surroundings import NORMS, Ball, Surroundings
-from diag.registry import instrument
+from diag.registry import GRADIENT, PRODUCT, SELF_TEST, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Foret et al. 2021, arXiv:2010.01412; Andriushchenko et al. 2023, arXiv:2302.07011"
@@ -170,7 +170,12 @@ class Sharpness(Result):
         ax.legend()
 
 
-@instrument(source=SOURCE, title="Sharpness")
+def _passes(settings: Mapping[str, Any]) -> float:
+    climbs = 2 * GRADIENT * (settings["steps"] + 2)  # of all the data, and of its groups
+    return SELF_TEST + 2 * (8 * PRODUCT + climbs + 1.4 * settings["num_draws"])
+
+
+@instrument(source=SOURCE, title="Sharpness", passes=_passes)
 def sharpness(
     losses_at: LossesAt,
     hessian: LinearOperator,

@@ -25,8 +25,8 @@ from diag.watch.own_step import OwnStep, Read
 from diag.watch.schedule import Schedule
 from diag.watch.window import Windows
 
-# Forward passes over the probe set that one measurement is taken to cost before it has been timed. A gradient is
-# three; a spectrum takes tens of products.
+# Forward passes over the probe set that one measurement is taken to cost before it has been timed, where the
+# instrument itself does not say (see registry.instrument); thirty curvature products.
 PASSES = {
     "none": 0.0,
     "one forward pass": 1.0,
@@ -117,7 +117,9 @@ class Measurements:
         for name, instrument in self._instruments.items():
             if self.schedule.accounts[name].times:
                 continue
-            passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
+            passes = instrument.expected_passes(self._settings[name])
+            if passes is None:
+                passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
             self.schedule.estimate(name, FIXED + passes * forward)
         self.windows.forward = self.windows.forward if again else FIXED + forward
 
@@ -156,6 +158,7 @@ class Measurements:
     def _recorded(self, name: str, snapshot: Snapshot) -> tuple[dict[str, Any], float]:
         """The record of an open window that can be judged, as a quantity by name, and what it took in seconds."""
         if not self.windows.usable(name):
+            self.windows.without_record(name)
             return {}, 0.0
         record, seconds = self.windows.close(snapshot)
         return ({"loss_record": record} if record is not None else {}), seconds

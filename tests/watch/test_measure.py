@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import diag
 from diag.errors import InvalidInput
-from diag.registry import instrument
+from diag.registry import find, instrument
 from diag.result import Level, Result, Verdict, measured
 from diag.watch.measure import chosen_instruments
 
@@ -126,3 +126,37 @@ def test_measuring_at_once_needs_no_budget(tiny, monkeypatch):
     run = watcher.run
     assert [step for step, _ in run.series("softmax_collapse")] == [6]
     assert [skipped.instrument for _, skipped in run.outcomes] == ["sharpness"]
+
+
+def test_the_first_estimate_comes_from_the_instrument_and_its_settings(tiny):
+    """A spectrum of 20 products is planned to be cheaper than one of 80, an edge cheaper than both; what says
+    nothing goes by the costs of its quantities."""
+    model, x, y = tiny
+    estimates = {}
+    for steps in (20, 80):
+        names = {"hessian_spectrum": {"steps": steps, "num_eigenvalues": 3}, "edge_of_stability": {}}
+        names |= {"softmax_collapse": {}}
+        with diag.watch(model, probe=(x, y), instruments=names, budget=1e-9) as watcher:
+            optimizer = torch.optim.SGD(model.parameters(), 0.03)
+            for _ in range(6):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            watcher._measurements.estimate(0.3, len(x), len(x), 1.0)
+            estimates[steps] = {n: a.estimate for n, a in watcher._measurements.schedule.accounts.items()}
+    forward = 0.1  # a third of the step
+    passes = find("hessian_spectrum").expected_passes
+    for steps, found in estimates.items():
+        expected = passes({"steps": steps, "num_eigenvalues": 3}) * forward
+        assert found["hessian_spectrum"] == pytest.approx(expected, rel=0.01)
+        assert found["softmax_collapse"] == pytest.approx(forward, rel=0.05)
+    assert (
+        estimates[80]["edge_of_stability"] < estimates[20]["hessian_spectrum"] < estimates[80]["hessian_spectrum"]
+    )
+    assert passes({"num_probes": 3}) > 2 * passes({})
+
+
+def test_every_instrument_on_curvature_says_what_it_takes():
+    for one in diag.registry.instruments().values():
+        if any(need.quantity.name in ("hessian", "gauss_newton") and not need.optional for need in one.needs):
+            assert one.expected_passes({}) > 100, one.name

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diag.display import format_number
 from diag.errors import InvalidInput, MissingQuantity
-from diag.linalg.lanczos import eigenpairs
+from diag.quantities.carry import carried_eigenpairs
 from diag.quantities.optimizer_stability import linear_stability
 from diag.quantities.parameters import trainable
 from diag.result import Precondition
@@ -145,8 +145,10 @@ def edge_of(snapshot: Snapshot) -> Edge:
         unknown = stability.unknown
     except MissingQuantity:
         operator, threshold, rule, unknown = hessian, nan, "", "the optimizer is not known"
-    values = eigenpairs(operator, largest=1, tolerance=TOLERANCE, seed=snapshot.seed, vectors=False).values
-    return Edge(float(values[0]), threshold, rule, unknown)
+    pairs = carried_eigenpairs(
+        operator, "edge of a record", largest=1, tolerance=TOLERANCE, seed=snapshot.seed, of=hessian
+    )
+    return Edge(float(pairs.values[0]), threshold, rule, unknown)
 
 
 class Recording:
@@ -203,7 +205,9 @@ def _edge_between(snapshot: Snapshot, before: Sequence[Tensor]) -> Edge:
     now = list(trainable(snapshot.model).values())
     middle = [torch.lerp(b, p.detach(), 0.5) for b, p in zip(before, now, strict=True)]
     with _moved(now, middle):
-        return edge_of(snapshot.with_data(snapshot.batches))
+        there = snapshot.with_data(snapshot.batches)
+        there.carry = snapshot.carry
+        return edge_of(there)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def draw_groups(ax: Any, steps: Sequence[int], trace: NDArray[numpy.float64]) ->
     """The mean loss of A, of B and of the rest, (T + 1, 3), at T + 1 steps."""
     for column, (name, style) in enumerate((("A", "-"), ("B", "-"), ("rest", ":"))):
         ax.plot(steps, trace[:, column], marker="o", markersize=3, linestyle=style, label=name)
-    ax.legend()
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     ax.set(xlabel="step", ylabel="mean loss of the group")
 
 

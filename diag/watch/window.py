@@ -67,6 +67,7 @@ class Windows:
         self.open: Window | None = None
         self.forward = 0.0  # seconds that one forward pass over the probe set takes
         self._failures: dict[str, int] = {}
+        self._recorded: set[str] = set()  # those whose last measurement had a record
 
     def choose(self, names: Iterable[str]) -> tuple[list[str], str | None]:
         """Of the measurements that are due and paid for, those to make now, and one to open a window for."""
@@ -153,7 +154,16 @@ class Windows:
             self.drop(window.recording.last_step, error)
         self._paid(window.name, time.perf_counter() - began)
         self._closed(window)
+        self._recorded |= {window.name} if record is not None else set()
         return record, window.seconds
+
+    def without_record(self, name: str) -> None:
+        """This instrument is measured now, without a record."""
+        self._recorded.discard(name)
+
+    def is_enough(self, name: str) -> bool:
+        """Whether, at the end, a record that was judged just before says more than a kick now would."""
+        return name in self._recorded and not self.usable(name)
 
     def _loss_scale(self, recording: Recording) -> float:
         """How many times the recorded mean loss training descends; NaN where that changes from step to step."""

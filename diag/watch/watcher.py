@@ -496,6 +496,8 @@ class Watcher:
             account = schedule.accounts[name]
             if account.times and self._own_step.reads(name):
                 continue  # the steps tell its course; the probe set would be another measure of it
+            if self._windows.is_enough(name):
+                continue
             lacking = max(account.estimate - max(schedule.left, 0.0), 0.0)
             if lacking > (0.0 if account.times else spare):
                 continue

@@ -7,6 +7,7 @@ counted, at two sizes, so that what grows with the data is told from what does n
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,17 +97,27 @@ def saved_bytes(build: Callable[[Objective], object], objective: Objective) -> i
     ours = [*objective.constants.values(), *objective.model.parameters(), *objective.model.buffers()]
     data = [tensors_in((b.args, b.kwargs, b.targets)) for b in objective.batches]
     known = {_storage(t) for t in (*ours, *(t for tensors in data for t in tensors))}
-    saved: dict[int, int] = {}
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def count(tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided and _storage(tensor) not in known:
-            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         graph = build(objective)
+    # What was saved on the way and is gone by now does not count.
+    tensors = [saved.tensor for saved in kept if saved.tensor.layout == torch.strided]
+    sizes = {_storage(t): t.untyped_storage().nbytes() for t in tensors if _storage(t) not in known}
     del graph
-    return sum(saved.values())
+    return sum(sizes.values())
+
+
+class _Saved:
+    """A tensor that a graph holds, for as long as the graph holds it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
 
 
 def _graph_size(build: Callable[[Objective], object], objective: Objective, probe: Batch) -> tuple[float, float]:

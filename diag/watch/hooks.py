@@ -72,10 +72,8 @@ class ModelHooks:
             ours = _observed(compiled, self._bare, self._seen)
             self._bare._compiled_call_impl = ours
             self._in_place = (compiled, ours)
-        eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-        if eval_frame is not None:
-            for wrapper in _wrappers(self._bare, eval_frame.OptimizedModule):
-                self._hook(wrapper)
+        for wrapper in compiled_wrappers(self._bare):
+            self._hook(wrapper)
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -98,9 +96,18 @@ def _observed(compiled: Callable[..., Any], model: nn.Module, seen: Seen) -> Cal
     return call
 
 
-def _wrappers(model: nn.Module, kind: type) -> list[nn.Module]:
-    compiled = [o for o in gc.get_objects() if issubclass(type(o), kind)]
-    return [o for o in compiled if bare_model(o) is model]  # a data-parallel wrapper may lie between them
+def compiled_wrappers(model: nn.Module) -> list[nn.Module]:
+    """What torch.compile has made of the model; a data-parallel wrapper may lie between them."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    if eval_frame is None:
+        return []
+    compiled = [o for o in gc.get_objects() if issubclass(type(o), eval_frame.OptimizedModule)]
+    return [o for o in compiled if bare_model(o) is model]
+
+
+def frames_compiled() -> int:
+    """How many pieces of code torch.compile has compiled so far in this process."""
+    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 0)
 
 
 def _is_transformed(outputs: Any) -> bool:

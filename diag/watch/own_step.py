@@ -26,6 +26,7 @@ from diag.quantities.snapshot import Snapshot
 from diag.registry import Instrument
 from diag.watch.backwards import Backwards, SeenBackward
 from diag.watch.capture import LOW_PRECISION, observed_loss
+from diag.watch.hooks import compiled_wrappers, frames_compiled
 
 ATTEMPTS = 3  # steps in a row that could not be read, before the probe set is used for good
 LEAST = 8  # examples in a batch (our choice): fewer say little of an agreement
@@ -68,7 +69,8 @@ class OwnStep:
         self._plan: Any = None
         self._step: StepGradients | None = None
         self._recording = self._clean = self._seen = False
-        self._failures = 0
+        self._failures = self._frames = 0
+        self._wrapped = False
         self._handles: list[Any] = []
 
     @property
@@ -103,7 +105,7 @@ class OwnStep:
         """Read the next step for these, unless it is refused; gives the time taken, in seconds."""
         began, self._model = time.perf_counter(), snapshot.model
         try:
-            if _is_compiled(self._model):
+            if self._is_compiled(self._model):
                 self.refused = "the model is compiled"
             elif self._plan is None:
                 self._plan = plan_for_steps(self._model, snapshot.batch_loss, snapshot.batches[0])
@@ -119,6 +121,16 @@ class OwnStep:
                 self._model.register_forward_hook(_After(self), prepend=True, always_call=True),
             ]
         return time.perf_counter() - began
+
+    def _is_compiled(self, model: nn.Module) -> bool:
+        """Whether the model, a part or a wrapper of it is compiled: reading its calls would compile it anew."""
+        if frames_compiled() != self._frames:  # finding the wrappers takes a tenth of a second
+            self._frames = frames_compiled()
+            self._wrapped = bool(compiled_wrappers(model))
+        return self._wrapped or any(
+            getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
+            for m in model.modules()
+        )
 
     # What happens in the armed step, in order.
 
@@ -230,13 +242,6 @@ class _After(_Before):
 def _asks_for_gradients_alone(instrument: Instrument) -> bool:
     needed = {need.quantity.name for need in instrument.needs if not need.optional}
     return "per_example_gradients" in needed and needed <= GIVEN
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
-        for m in model.modules()
-    )
 
 
 def _guard(capture: Any) -> None:

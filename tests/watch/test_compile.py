@@ -111,6 +111,25 @@ def test_what_needs_the_loss_waits_until_a_compiled_model_has_shown_it():
     assert not watcher.run.outcomes
 
 
+@pytest.mark.parametrize("when", ["watch first", "compile first", "in place"])
+def test_no_step_of_a_compiled_model_is_read_for_gradients(when):
+    """Reading the calls inside a step would make the compiler compile them again, and other kernels train."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Net()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    options = {"budget": math.inf, "every": 1, "instruments": ["gradient_coherence"], "probe": data()}
+    watcher = diag.watch(model, **options) if when == "watch first" else None
+    if when == "in place":
+        model.compile(backend=counter)
+    call = model if when == "in place" else torch.compile(model, backend=counter)
+    watcher = watcher or diag.watch(model, **options)
+    train(model, call)
+    watcher.close()
+    assert counter.frame_count == 1 and len(watcher.run.series("gradient_coherence")) >= 6
+    assert "the model is compiled" in str(watcher.run.series("gradient_coherence")[-1][1].notes)
+
+
 def test_the_probe_of_a_compiled_model_is_learned():
     torch.manual_seed(0)
     model = Net()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diag.display import format_number
 from diag.errors import InvalidInput, MissingQuantity
-from diag.quantities.carry import carried_eigenpairs
+from diag.linalg.lanczos import eigenpairs
 from diag.quantities.optimizer_stability import linear_stability
 from diag.quantities.parameters import trainable
 from diag.result import Precondition
@@ -145,10 +145,8 @@ def edge_of(snapshot: Snapshot) -> Edge:
         unknown = stability.unknown
     except MissingQuantity:
         operator, threshold, rule, unknown = hessian, nan, "", "the optimizer is not known"
-    pairs = carried_eigenpairs(
-        operator, "edge of a record", largest=1, tolerance=TOLERANCE, seed=snapshot.seed, of=hessian
-    )
-    return Edge(float(pairs.values[0]), threshold, rule, unknown)
+    values = eigenpairs(operator, largest=1, tolerance=TOLERANCE, seed=snapshot.seed, vectors=False).values
+    return Edge(float(values[0]), threshold, rule, unknown)
 
 
 class Recording:

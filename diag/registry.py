@@ -31,8 +31,8 @@ from diag.result import Failed, Outcome, Provenance, Result, Skipped
 ENTRY_POINTS = "diag.instruments"
 
 # What an instrument's `passes` counts in: forward passes over the data. A curvature product is two or three
-# gradients and an algorithm's own vectors, 10 to 14 passes by scripts/bench_estimates.py; the self-test 40 to 60.
-GRADIENT, PRODUCT, SELF_TEST = 3.0, 10.0, 50.0
+# gradients and an algorithm's own vectors; by scripts/bench_estimates.py 5 to 14 passes, the self-test 20 to 60.
+GRADIENT, PRODUCT, SELF_TEST = 3.0, 8.0, 40.0
 
 
 @runtime_checkable

@@ -9,6 +9,9 @@ test in full and a cold start, at the first measurement, at every fourth after i
 changed on which they rest (see `construction`): so what only the values bring about, such as a branch that a
 parameter switches, or an eigenvalue that a warm start has missed, does not last. Without a carry every measurement
 stands by itself and is repeatable to the bit.
+
+What it saves (scripts/bench_warm_start.py): the self-test, worth six to eight products, and up to a sixth of the
+products for the largest eigenvalue where the last measurement is one step old; hardly any after 25 steps.
 """
 
 from __future__ import annotations
@@ -84,15 +87,14 @@ def carried_eigenpairs(
     tolerance: float = 1e-3,
     max_products: int = 1000,
     seed: int = 0,
-    of: LinearOperator | None = None,
 ) -> Eigenpairs:
     """The `largest` eigenpairs of `operator`, as by `eigenpairs`; in a watched run started from the last ones.
 
-    Args: name, for what the operator is, under which its vectors are kept; of, the curvature operator that it is
-    made of (by default itself). Nothing is carried where that has no carry.
+    Args: name, for what the operator is, under which its vectors are kept. Where the operator is not one of a
+    snapshot with a carry, nothing is carried.
     """
     settings: dict[str, Any] = {"tolerance": tolerance, "max_products": max_products, "seed": seed}
-    carried: Carried | None = getattr(operator if of is None else of, "carried", None)
+    carried: Carried | None = getattr(operator, "carried", None)
     if carried is None:
         return eigenpairs(operator, largest=largest, **settings)
     return carried.eigenpairs(operator, name, largest, **settings)

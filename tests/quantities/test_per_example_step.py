@@ -1,6 +1,7 @@
 """Per-example gradients of a training step from its own backward pass: exact, and the step stays as it was."""
 
 import copy
+import gc
 import importlib.util
 from pathlib import Path
 
@@ -8,11 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import diag
 from diag.errors import Unsupported
 from diag.quantities.batch import as_batch
-from diag.quantities.per_example import StepGradients, plan_for_steps
+from diag.quantities.per_example import (
+    Gram,
+    GroupGram,
+    ModelGradients,
+    Sketch,
+    SquaredNorms,
+    StepGradients,
+    plan_for_steps,
+)
 from diag.testing import leaves_no_trace
 
 PATH = Path(__file__).with_name("per_example_cases.py")
@@ -45,7 +55,52 @@ def test_a_step_gives_the_gradients_of_its_examples(name):
     assert result.coherence == pytest.approx(expected, rel=1e-10)
 
 
-def trained(watched):
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_asked_beforehand_is_answered_on_the_way(name):
+    """The same numbers as from a snapshot, several questions at once, and no activation is kept."""
+    model, loss_fn, batch = cases.problem(name)
+    model.eval()
+    groups = ((0, 1, 2), (3, 1))
+    questions = [SquaredNorms(), Gram(), Sketch(4, seed=3), GroupGram(groups)]
+    expected = ModelGradients(model, loss_fn, [batch]).ask(*questions)
+    plan = plan_for_steps(model, loss_fn, batch)
+    with StepGradients(model, plan, batch.size, ask=questions) as step:
+        loss_fn(batch.forward(model), batch.targets).backward()
+    for found, truth in zip(step.ask(*questions), expected, strict=True):
+        assert found.keys() == truth.keys()
+        for layer in found:  # the same arithmetic, but for the factor 1/n of the loss
+            scale = truth[layer].abs().max()
+            torch.testing.assert_close(found[layer], truth[layer].to(found[layer]), rtol=1e-10, atol=1e-12 * scale)
+    assert step.norms().tolist() == pytest.approx(sum(expected[0].values()).sqrt().tolist(), rel=1e-10)
+    torch.testing.assert_close(step.sketch(4, seed=3), torch.cat(list(step.ask(Sketch(4, seed=3))[0].values()), 1))
+    with pytest.raises(Unsupported, match="not among the questions asked before the step"):
+        step.mean()
+
+
+@pytest.mark.parametrize("ask", [[SquaredNorms()], None])
+def test_activations_are_let_go(ask):
+    """With questions asked beforehand when the backward pass is over, else with the object; no cycle keeps them."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    batch = as_batch((torch.randn(8, 6), torch.arange(8) % 4))
+    plan = plan_for_steps(model, F.cross_entropy, batch)
+    alive = []
+    model[1].register_forward_hook(
+        lambda module, args, output: alive.append(StorageWeakRef(output.untyped_storage()))
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        with StepGradients(model, plan, 8, ask=ask) as step:
+            F.cross_entropy(model(batch.args[0]), batch.targets).backward()
+        held = not alive[-1].expired()
+        assert step.norms().shape == (8,)
+        del step
+        assert held == (ask is None) and alive[-1].expired()
+    finally:
+        gc.enable()
+
+
+def trained(watched, ask=None):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(cases.D, 16), nn.Dropout(0.3), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, cases.CLASSES)
@@ -56,7 +111,7 @@ def trained(watched):
     for rows in torch.arange(40).split(8) * 3:
         optimizer.zero_grad()
         if watched:
-            with StepGradients(model, plan, len(rows)) as step:
+            with StepGradients(model, plan, len(rows), ask=ask) as step:
                 F.cross_entropy(model(x[rows]), y[rows]).backward()
                 optimizer.step()
             assert step.norms().shape == (8,)
@@ -66,8 +121,9 @@ def trained(watched):
     return [*(p.detach() for p in model.parameters()), torch.rand(3)]
 
 
-def test_training_is_bit_identical():
-    for seen, unseen in zip(trained(True), trained(False), strict=True):
+@pytest.mark.parametrize("ask", [None, [SquaredNorms(), Sketch(4)]])
+def test_training_is_bit_identical(ask):
+    for seen, unseen in zip(trained(True, ask), trained(False), strict=True):
         assert torch.equal(seen, unseen)
 
 
@@ -109,3 +165,96 @@ def test_half_a_step_is_none():
         raise ValueError("the user's own")
     with pytest.raises(Unsupported, match="No whole training step"):
         step.norms()
+
+
+class Failing(SquaredNorms):
+    """A question whose answer cannot be given."""
+
+    def begin(self, gradients):
+        return self
+
+    def consume(self, rows, name, block):
+        raise MemoryError("no room for the answer")
+
+
+def gradients_of(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+TROUBLE = {
+    "no room for the answer": lambda model, loss: loss().backward(),
+    "there were several backward passes": lambda model, loss: (
+        lambda x: (x.backward(retain_graph=True), x.backward())
+    )(loss()),
+    "other calls than the plan's": lambda model, loss: (model.out.bias * 1.0, loss().backward()),
+    "there was no backward pass": lambda model, loss: loss(),
+}
+
+
+@pytest.mark.parametrize("sentence", TROUBLE)
+def test_trouble_stays_with_the_questions(sentence):
+    """Whatever goes wrong in reading a step, the step goes on with the gradients that it would have had."""
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    model.eval()
+    plan = plan_for_steps(model, loss_fn, batch)
+    question = Failing() if "room" in sentence else SquaredNorms()
+
+    def step():
+        model.zero_grad()
+        TROUBLE[sentence](model, lambda: loss_fn(batch.forward(model), batch.targets))
+        return [p.grad for p in model.parameters()]
+
+    expected = step()
+    with StepGradients(model, plan, batch.size, ask=[question]) as seen:
+        found = step()
+    with pytest.raises(Unsupported, match=f"No whole training step was seen.*{sentence}"):
+        seen.ask(question)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_step_under_autocast_is_read_in_full_precision():
+    """The backward pass inside the region too, where products would else be taken in bfloat16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+    batch = as_batch((torch.randn(6, 20, 64), torch.randn(6, 20, 4)))
+    plan = plan_for_steps(model, F.mse_loss, batch)
+    norms = []
+    for inside in (True, False):
+        with StepGradients(model, plan, 6, ask=[SquaredNorms()]) as step:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.mse_loss(model(batch.args[0]), batch.targets)
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+        norms.append(step.norms())
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(cases.D, 8), nn.LayerNorm(8), nn.Tanh())
+        self.out = nn.Linear(8, cases.CLASSES)
+
+    def forward(self, x):
+        return self.out(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("backward", [torch.Tensor.backward, torch.autograd.backward])
+def test_checkpointed_layers_let_the_step_pass(backward):
+    """What a checkpoint computes anew may be read once only: by the step, and not by us."""
+    torch.manual_seed(0)
+    model = Checkpointed()
+    batch = as_batch((cases.flat().float(), torch.randint(cases.CLASSES, (cases.N,))))
+    plan = plan_for_steps(model, F.cross_entropy, batch)
+    F.cross_entropy(batch.forward(model), batch.targets).backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+    with StepGradients(model, plan, batch.size, ask=[SquaredNorms()]) as step:
+        backward(F.cross_entropy(batch.forward(model), batch.targets))
+    for found, truth in zip(gradients_of(model), expected, strict=True):
+        assert torch.equal(found, truth)
+    norms = ModelGradients(model, F.cross_entropy, [batch]).norms()
+    torch.testing.assert_close(step.norms(), norms, rtol=1e-5, atol=0)  # float32

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from diag.quantities import pause
 
 GIVE_UP_AFTER = 3
@@ -75,6 +77,9 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return None
             outermost = clock.enter()
             try:
+                if torch.is_inference_mode_enabled():  # what is made there cannot be used in training afterwards
+                    with torch.inference_mode(False):
+                        return method(self, *args)
                 return method(self, *args)
             except Exception as error:
                 clock.broken[part] = clock.broken.get(part, 0) + 1

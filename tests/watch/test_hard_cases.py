@@ -17,9 +17,9 @@ import diag
 CHEAP = ["softmax_collapse", "gradient_coherence"]
 
 
-def batches(helpers, size=16):
+def batches(helpers, size=16, epochs=3):
     x, y = helpers.images(64)
-    return list(zip(x.split(size), y.split(size), strict=True))
+    return epochs * list(zip(x.split(size), y.split(size), strict=True))
 
 
 # Bit-identity under unusual steps, measured at every one of them.
@@ -218,7 +218,7 @@ def test_training_is_the_same_and_its_losses_are_recorded(name, helpers):
     numpy.testing.assert_allclose(run.history.loss, losses, rtol=1e-6)
     assert run.history.steps.tolist() == list(range(1, len(losses) + 1))
     assert numpy.isfinite(run.history.gradient_norm).all()
-    assert run.instruments == tuple(CHEAP), run.outcomes
+    assert set(run.instruments) == set(CHEAP) and not run.outcomes
     assert not [e for e in run.events if e.kind == "internal error"]
     moved = "The parameters were moved between two backward passes of one step" in helpers.texts(run)
     assert moved == name.startswith("SAM")
@@ -319,7 +319,7 @@ def test_a_call_is_counted_once_however_the_model_is_wrapped(helpers):
     wrapped = nn.DataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     with diag.watch(wrapped, instruments=["softmax_collapse"]) as watcher:
-        for x, y in batches(helpers)[:2]:
+        for x, y in batches(helpers, epochs=1)[:2]:
             F.cross_entropy(wrapped(x), y).backward()
             optimizer.step()
         assert (watcher._forwards, watcher._examples) == (2, 32)
@@ -330,7 +330,7 @@ def test_a_compiled_wrapper_of_a_wrapped_model_is_found(helpers):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     with diag.watch(model, budget=math.inf, instruments=["softmax_collapse"]) as watcher:
         call = torch.compile(nn.DataParallel(model), backend="eager")
-        stepping(lambda p: torch.optim.SGD(p, 0.05))(call, batches(helpers), losses := [])
+        stepping(lambda p: torch.optim.SGD(p, 0.05))(call, batches(helpers, epochs=1), losses := [])
     numpy.testing.assert_allclose(watcher.run.history.loss, losses, rtol=1e-6)
     # The wrapper is found after the first step.
     assert watcher._forwards == 3 and watcher.run.series("softmax_collapse")

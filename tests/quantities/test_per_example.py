@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from diag.quantities.batch import as_batch
-from diag.quantities.per_example import ModelGradients
+from diag.quantities.per_example import Gram, GroupGram, GroupSums, ModelGradients, Sketch, SquaredNorms
 
 _spec = importlib.util.spec_from_file_location(
     "per_example_cases", Path(__file__).with_name("per_example_cases.py")
@@ -361,3 +361,37 @@ def test_hugging_face_models(name):
     assert relative(gradients.dense(), truth) < 1e-10
     assert relative(gradients.norms(), truth.norm(dim=1)) < 1e-10
     assert relative(gradients.gram(), truth @ truth.T) < 1e-10
+
+
+def test_several_questions_take_one_pass(monkeypatch):
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    gradients = ModelGradients(model, loss_fn, [batch], micro_batch=2)
+    passes = []
+    plain = ModelGradients.stream
+    monkeypatch.setattr(ModelGradients, "stream", lambda self, consume: passes.append(1) or plain(self, consume))
+    groups = ((0, 4), (1, 2, 3))
+    squares, gram, between, sums = gradients.ask(SquaredNorms(), Gram(), GroupGram(groups), GroupSums(groups))
+    assert len(passes) == 1
+    truth = cases.loop(model, loss_fn, batch)
+    assert relative(sum(squares.values()), truth.square().sum(1)) < 1e-10
+    assert relative(sum(gram.values()), truth @ truth.T) < 1e-10
+    expected = torch.stack([truth[list(group)].sum(0) for group in groups])
+    assert relative(sums, expected) < 1e-10
+    assert relative(sum(between.values()), expected @ expected.T) < 1e-10
+    gradients.norms()
+    gradients.squared_norms_by_layer()
+    assert len(passes) == 1  # kept, until the parameters change
+    with torch.no_grad():
+        model.out.bias.add_(1.0)
+    gradients.norms()
+    assert len(passes) == 2
+
+
+def test_a_sketch_is_that_of_its_seed():
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    gradients, sketch = ModelGradients(model, loss_fn, [batch]), Sketch(4, seed=3)
+    assert sketch == Sketch(4, seed=3) != Sketch(4, seed=4)
+    first, again = gradients.ask(sketch)[0], gradients.ask(sketch)[0]  # with signs made, and with signs at hand
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(torch.cat(list(first.values()), 1), gradients.sketch(4, seed=3))
+    assert not torch.equal(gradients.sketch(4, seed=4), gradients.sketch(4, seed=3))

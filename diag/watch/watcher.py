@@ -152,7 +152,8 @@ class Watcher:
         self._usual: deque[float] = deque(maxlen=USUAL)
         self._hooks: ModelHooks | None = None
         self._estimate_at = WARM_UP
-        self._forwards, self._examples, self._fingerprint, self._look_again = 0, 0, "", 0.0
+        self._forwards = self._forwards_before = self._silent = self._examples = 0
+        self._fingerprint, self._look_again = "", 0.0
         if self.active:
             self._begin(model)
 
@@ -300,8 +301,7 @@ class Watcher:
         longer = self._time_step()
         self._measurements.keep_step(step, longer)
         self._recorder.cost(step, self._clock)
-        if self._forwards == 0 and step & (step - 1) == 0 and self._hooks is not None:
-            self._hooks.find_compiled()
+        self._look_for_compiled()
         if self._steps.steps >= PROBE_STEPS:
             self._probe.complete = True
         self._windows.examples.stepped(self._losses.descended, row.skipped)
@@ -327,6 +327,13 @@ class Watcher:
         self._own_step.touched = self._own_step.armed
         self._last_time = training
         return longer
+
+    def _look_for_compiled(self) -> None:
+        # Steps without a call of the model: it may have been compiled since. Looking is dear, so ever more rarely.
+        self._silent = self._silent + 1 if self._forwards == self._forwards_before else 0
+        self._forwards_before = self._forwards
+        if self._silent and self._silent & (self._silent - 1) == 0 and self._hooks is not None:
+            self._hooks.find_compiled()
 
     def _measure_if_due(self, step: int) -> None:
         schedule = self._measurements.schedule

@@ -111,6 +111,22 @@ def test_what_needs_the_loss_waits_until_a_compiled_model_has_shown_it():
     assert not watcher.run.outcomes
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_is_compiled_in_the_middle_of_training(in_place):
+    torch.manual_seed(0)
+    model = Net()
+    with diag.watch(model, instruments=["softmax_collapse"]) as watcher:
+        losses, _ = train(model, model, 3)
+        if in_place:
+            model.compile(backend="eager")
+        losses += train(model, model if in_place else torch.compile(model, backend="eager"), 8)[0]
+    # What is compiled is looked for after steps without a call: the first of them shows no loss of its own.
+    recorded = watcher.run.history.loss
+    assert len(recorded) == 11
+    numpy.testing.assert_allclose(numpy.delete(recorded, 3), numpy.delete(losses, 3), rtol=1e-6)
+    assert watcher._forwards == 10
+
+
 @pytest.mark.parametrize("when", ["watch first", "compile first", "in place"])
 def test_no_step_of_a_compiled_model_is_read_for_gradients(when):
     """Reading the calls inside a step would make the compiler compile them again, and other kernels train."""

@@ -87,7 +87,7 @@ class HessianSpectrum(Result):
         "largest share up to each point, likewise", shape="(400,)", unit="share"
     )
     distribution_error: float = measured(
-        "half the widest of those intervals: what the share of eigenvalues up to a value can be off by",
+        "how far the share of eigenvalues up to a value can be off, at the worst value, in about 95 of 100 cases",
         unit="share",
     )
     num_parameters: int = measured("size of the Hessian")

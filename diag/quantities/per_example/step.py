@@ -86,18 +86,15 @@ class StepGradients(PerExampleGradients):
             hook.remove()
         if kind is not None:
             self._trouble = f"the step raised {kind.__name__}"
-        elif not self._taken:
-            self._trouble = "there was no backward pass"
-        elif not self._plan.fits(self._capture.uses, self.num_examples):
-            self._trouble = self._trouble or "it made other calls than the plan's"
         self._read(self._finish)
-        del (
-            self._capture,
-            self._assembly,
-            self._hooks,
-        )  # they and this object hold each other, and so the activations
+        # They hold this object and the activations, and it them: let go, or all would wait for the collector.
+        del self._capture, self._assembly, self._hooks
 
     def _finish(self) -> None:
+        if not self._taken:
+            raise Unsupported("there was no backward pass")
+        if not self._plan.fits(self._capture.uses, self.num_examples):
+            raise Unsupported("it made other calls than the plan's")
         self._assembly.finish(None)
         if self._answers is not None:
             self._known |= {question: answer.result() for question, answer in self._answers.items()}
@@ -129,12 +126,15 @@ class StepGradients(PerExampleGradients):
         delta = gradients[output]
         if delta is None:
             return
+        self._read(partial(self._add, index, delta.detach()))
+
+    def _add(self, index: int, delta: Tensor) -> None:
         if index in self._taken:
-            self._trouble = "there were several backward passes"
-        elif self._capture.uses[index].signature != self._plan.signature[index]:
-            self._trouble = "it made other calls than the plan's"
+            raise Unsupported("there were several backward passes")
+        if self._capture.uses[index].signature != self._plan.signature[index]:
+            raise Unsupported("it made other calls than the plan's")
         self._taken.add(index)
-        self._read(partial(self._assembly.add, index, delta.detach()))
+        self._assembly.add(index, delta)
 
     def _consume(self, name: str, block: Block) -> None:
         # The loss of a step is a mean, so each example's own gradient is n times what came up for it.

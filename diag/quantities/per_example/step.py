@@ -93,11 +93,14 @@ class StepGradients(PerExampleGradients):
     def _finish(self) -> None:
         if not self._taken:
             raise Unsupported("there was no backward pass")
-        if not self._plan.fits(self._capture.uses, self.num_examples):
-            raise Unsupported("it made other calls than the plan's")
+        self._check_calls()
         self._assembly.finish(None)
         if self._answers is not None:
             self._known |= {question: answer.result() for question, answer in self._answers.items()}
+
+    def _check_calls(self) -> None:
+        if not self._plan.fits(self._capture.uses, self.num_examples):
+            raise Unsupported("it made other calls than the plan's")
 
     def _read(self, work: Callable[[], None]) -> None:
         """Arithmetic of our own within the user's step: not seen by the capture, exact, and never raising."""
@@ -131,8 +134,8 @@ class StepGradients(PerExampleGradients):
     def _add(self, index: int, delta: Tensor) -> None:
         if index in self._taken:
             raise Unsupported("there were several backward passes")
-        if self._capture.uses[index].signature != self._plan.signature[index]:
-            raise Unsupported("it made other calls than the plan's")
+        if not self._taken:
+            self._check_calls()
         self._taken.add(index)
         self._assembly.add(index, delta)
 

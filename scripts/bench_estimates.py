@@ -58,7 +58,9 @@ def measure(name: str, steps: int) -> None:
     model, loss_fn, (x, y) = {"MLP": mlp, "GPT": gpt}[name]()
     batch, probe = {"MLP": (64, 512), "GPT": (16, 32)}[name]
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    dear = {n: {} for n, i in instruments().items() if any(q.quantity.name == "hessian" for q in i.needs)}
+    dear: dict[str, dict[str, Any]] = {
+        n: {} for n, i in instruments().items() if any(q.quantity.name == "hessian" for q in i.needs)
+    }
     watched = diag.watch(model, loss_fn=loss_fn, probe=(x[:probe], y[:probe]), instruments=dear, budget=1e-9)
     generator = torch.Generator().manual_seed(0)
     with watched as watcher:

@@ -72,9 +72,7 @@ def seen(hessian: Hessian, optimizer: torch.optim.Optimizer, name: str) -> Linea
     return hessian.diagonally_scaled(divisor(hessian, optimizer).rsqrt())
 
 
-def compare(
-    kind: str, every: int, measurements: int, seed: int, into: dict[Any, list[tuple[int, int, bool, bool]]]
-) -> None:
+def compare(kind: str, every: int, measurements: int, seed: int, into: dict[Any, list[tuple[int, ...]]]) -> None:
     images, labels = digits()
     batches = list(as_batches((images[:512], labels[:512])))
     left: dict[Any, Any] = {}
@@ -132,8 +130,8 @@ def planted(old: float, new: float, bulk: Tensor, seed: int) -> tuple[bool, bool
     return tuple(abs(float(p.values[0]) - new) > 2e-3 * new for p in (warm, cold))  # type: ignore[return-value]
 
 
-def line(kind: str, every: int, run: tuple[str, int, float], rows: list[tuple[int, int, bool, bool]]) -> str:
-    name, count, tolerance = run
+def line(key: tuple[str, int, tuple[str, int, float]], rows: list[tuple[int, ...]]) -> str:
+    kind, every, (name, count, tolerance) = key
     cold, warm, wrong_cold, wrong_warm = (sum(column) for column in zip(*rows, strict=True))
     return (
         f"{kind:5s} every {every:<3d} {name:10s} {count:2d} to {tolerance:g}".ljust(40)
@@ -152,11 +150,11 @@ def main() -> None:
     print(f"{'':34s} products cold  warm  ratio   off by more than the tolerance: cold  warm  of")
     for kind in ("SGD", "Adam"):
         for every in EVERY:
-            table: dict[Any, list[tuple[int, int, bool, bool]]] = {}
+            table: dict[Any, list[tuple[int, ...]]] = {}
             for seed in range(given.seeds):
                 compare(kind, every, given.measurements, seed, table)
             for key, rows in table.items():
-                print(line(*key, rows), flush=True)
+                print(line(key, rows), flush=True)
     size = 2000
     uniform = 2 * torch.rand(size, generator=torch.Generator().manual_seed(1)) - 1
     tail = torch.randn(size, generator=torch.Generator().manual_seed(1)).abs() ** 3

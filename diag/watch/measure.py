@@ -38,6 +38,7 @@ PASSES = {
 }
 UNKNOWN_PASSES = 30.0
 FIXED = 2e-3
+STEPS_READ = 2.0  # training steps that it is taken to cost to measure on a step's own gradients
 FORWARD_SHARE = 1 / 3
 FAILURES = 3
 NEVER_RUN = (
@@ -120,7 +121,8 @@ class Measurements:
             passes = instrument.expected_passes(self._settings[name])
             if passes is None:
                 passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
-            self.schedule.estimate(name, FIXED + passes * forward)
+            on_a_step = STEPS_READ * seconds_per_step
+            self.schedule.estimate(name, FIXED + (on_a_step if self.own_step.reads(name) else passes * forward))
         self.windows.forward = self.windows.forward if again else FIXED + forward
 
     def run(self, names: Iterable[str], step: int, snapshot: Snapshot) -> float:

@@ -62,6 +62,7 @@ class OwnStep:
         self._model: nn.Module | None = None
         self._able = {name for name, instrument in instruments.items() if _asks_for_gradients_alone(instrument)}
         self.names: list[str] = []  # what is to be measured on the next step
+        self.over = False  # no step follows
         self.touched = False  # whether the step that is going on was armed
         self.refused = ""  # why no step is read any more
         self._reasons: dict[str, str] = {}  # the same, of one instrument
@@ -87,7 +88,11 @@ class OwnStep:
         return [name for name in names if name not in later], [] if self.armed else later
 
     def reads(self, name: str) -> bool:
-        """Whether this instrument is measured on training steps."""
+        """Whether this instrument is measured on the training steps that come."""
+        return self.has_course(name) and not self.over
+
+    def has_course(self, name: str) -> bool:
+        """Whether what has been measured with this instrument was measured on training steps."""
         return name in self._able and not self.refused and name not in self._reasons
 
     def leave(self, name: str, reason: str) -> None:

@@ -348,7 +348,6 @@ class Watcher:
         names, later = self._own_step.choose(names)
         if later and self._usual:  # what a step takes must be known, to tell what reading one adds
             self._arm(later)
-            names += later if self._own_step.refused else []
         if names:
             self._measure(names, step)
         if window is not None:
@@ -379,6 +378,13 @@ class Watcher:
             seconds = self._own_step.arm(names, self._snapshot())
             self._clock.measuring += seconds
             self._measurements.schedule.pay(seconds)
+            self._estimate_again()
+
+    def _estimate_again(self) -> None:
+        """Where steps turned out not to be read, what is measured on the probe set takes another time."""
+        if self._own_step.refused:
+            self._estimate_at = 0
+            self._estimate(self.step)
 
     @guarded("measurements")
     def _measure_own_step(self) -> None:
@@ -387,6 +393,8 @@ class Watcher:
         self._own_step.names = []
         if read is not None:
             self._clock.measuring += self._measurements.measure_step(read, names)
+        else:
+            self._estimate_again()
 
     @guarded("measurements")
     def _begin_window(self, name: str, step: int) -> None:
@@ -487,8 +495,9 @@ class Watcher:
         if not self._probe.batches or self._steps.steps == 0:
             return False
         self._probe.complete = True
-        self._estimate_at = 0
+        self._estimate_at, self._own_step.over = 0, True
         self._estimate(self.step)
+        self._own_step.over = False
         self._announce_probe()
         return True
 
@@ -501,7 +510,7 @@ class Watcher:
         spare = SPARE  # a short run earns little, and a run without a number helps nobody
         for name in self._measurements.unfinished(self.step):
             account = schedule.accounts[name]
-            if account.times and self._own_step.reads(name):
+            if account.times and self._own_step.has_course(name):
                 continue  # the steps tell its course; the probe set would be another measure of it
             if self._windows.is_enough(name):
                 continue

@@ -147,14 +147,19 @@ def run_lanczos(
     start: Tensor | None = None,
     storage: torch.dtype | None = None,
     memory: int | None = None,
+    patience: Patience | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
 ) -> LanczosRun:
     """Extends a Krylov space until the wanted pairs have converged (after `min_products` at the earliest), or
-    until `max_products` are spent or the space is exhausted."""
-    capacity = basis_capacity(operator, wanted, max_products, storage, memory)
+    until `max_products` are spent or the space is exhausted.
+
+    The basis holds the `min_products` without a restart, which would end the quadrature rule, where the memory
+    does. `patience`: another rule for stopping than `Patience(wanted)`.
+    """
+    capacity = basis_capacity(operator, wanted, max_products, storage, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed), storage)
-    progress = Progress(wanted, max_products, min_products)
+    progress = Progress(wanted, max_products, min_products, patience)
     if checkpoint is None or not load_run(Path(checkpoint), space, progress, seed):
         space.start(start)
     while not progress.finished(space):
@@ -168,11 +173,13 @@ def run_lanczos(
 class Progress:
     """Where a run stands: products done, when to look next, and what was seen when it last looked."""
 
-    def __init__(self, wanted: Wanted | None, max_products: int, min_products: int):
+    def __init__(
+        self, wanted: Wanted | None, max_products: int, min_products: int, patience: Patience | None = None
+    ):
         self.wanted = wanted
         self.max_products = max_products
         self.min_products = min_products
-        self.patience = Patience(wanted) if wanted else None
+        self.patience = patience or (Patience(wanted) if wanted else None)
         self.products = 0
         self.next_look = 1 + max(min_products, wanted.count) if wanted else 4
         self.satisfied = False
@@ -273,11 +280,12 @@ def basis_capacity(
     max_products: int,
     storage: torch.dtype | None,
     memory: int | None,
+    min_products: int = 0,
 ) -> int:
-    """How many basis vectors to hold: all that a run of fixed length needs, otherwise DEFAULT_BASIS or four
-    times the wanted; fewer where `memory` (bytes) is given, of which four vectors go to the work space."""
+    """How many basis vectors to hold: all that a run of fixed length needs, otherwise DEFAULT_BASIS, four times the
+    wanted or `min_products`; fewer where `memory` (bytes) is given, of which four vectors go to the work space."""
     count = wanted.count if wanted else 1
-    capacity = min(max_products, max(DEFAULT_BASIS, 4 * count)) if wanted else max_products
+    capacity = min(max_products, max(DEFAULT_BASIS, 4 * count, min_products)) if wanted else max_products
     if memory is not None:
         work = 4 * operator.size * operator.dtype.itemsize
         vector = operator.size * (storage or operator.dtype).itemsize

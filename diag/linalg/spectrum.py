@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.linalg.krylov import KrylovSpace
-from diag.linalg.lanczos import Eigenpairs, LanczosRun, Progress, basis_capacity, eigenpairs, extract
+from diag.linalg.lanczos import Eigenpairs, LanczosRun, eigenpairs, extract, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
 from diag.linalg.refine import complete
@@ -65,7 +64,9 @@ def spectrum(
     for the trace. `memory`: a cap in bytes on the basis. Raises InvalidInput where a product is not finite.
     """
     wanted = Wanted(largest=min(largest, operator.size), tolerance=tolerance)
-    run = _run(operator, wanted, steps, max(max_products, steps), memory, seed)
+    run = run_lanczos(
+        operator, wanted, max_products=max(max_products, steps), min_products=steps, memory=memory, seed=seed
+    )
     limit = tolerance * float(run.ritz.values.abs().max())
     top = extract(run, wanted, seed)
     bottom, more = _smallest(operator, run, wanted.count, limit, steps, memory, seed)
@@ -90,22 +91,6 @@ def spectrum(
         trace, norm = probed.trace, probed.frobenius_norm
         products += probed.num_products
     return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)
-
-
-def _run(
-    operator: LinearOperator, wanted: Wanted, steps: int, max_products: int, memory: int | None, seed: int
-) -> LanczosRun:
-    """A run with a basis that holds all `steps` where the memory does, since a restart ends the quadrature rule."""
-    capacity = basis_capacity(operator, wanted, max_products, None, memory)
-    if steps > capacity:
-        capacity = max(capacity, basis_capacity(operator, None, steps, None, memory))
-    space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
-    progress = Progress(wanted, max_products, steps)
-    space.start()
-    while not progress.finished(space):
-        space.extend()
-        progress.advance(space)
-    return progress.result(space)
 
 
 def _within(pairs: Eigenpairs, limit: float) -> list[bool]:

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diag.linalg.krylov import KrylovSpace
-from diag.linalg.lanczos import Eigenpairs, LanczosRun, Progress, basis_capacity, extract, run_lanczos, warm_start
+from diag.linalg.lanczos import Eigenpairs, extract, run_lanczos, warm_start
 from diag.linalg.operator import LinearOperator
 from diag.linalg.ritz import Patience, Ritz, Wanted
 
@@ -62,7 +61,16 @@ def warm_eigenpairs(
         return pairs, Earlier(_sum(pairs), run.num_products)
     least = 0 if unchanged else search_length(operator.size, earlier.cold_products, largest, tolerance)
     patience = Patience(wanted) if unchanged else Wary(wanted)
-    run = _run(operator, earlier.direction, patience, least, max_products, seed)
+    start = warm_start(earlier.direction.to(operator.dtype), torch.Generator().manual_seed(seed))
+    run = run_lanczos(
+        operator,
+        wanted,
+        max_products=max_products,
+        min_products=min(least, max_products),
+        start=start,
+        patience=patience,
+        seed=seed,
+    )
     pairs = extract(run, wanted, seed)
     return pairs, Earlier(_sum(pairs), earlier.cold_products)
 
@@ -86,21 +94,6 @@ class Wary(Patience):
         above = pairs.values[following] + pairs.residuals[following]
         limit = self.wanted.tolerance * pairs.values.abs().max()
         return bool(above < pairs.values[last] or pairs.residuals[following] <= limit)
-
-
-def _run(
-    operator: LinearOperator, direction: Tensor, patience: Patience, least: int, max_products: int, seed: int
-) -> LanczosRun:
-    generator = torch.Generator().manual_seed(seed)
-    capacity = basis_capacity(operator, patience.wanted, max_products, None, None)
-    space = KrylovSpace(operator, capacity, generator)
-    progress = Progress(patience.wanted, max_products, min(least, max_products))
-    progress.patience = patience
-    space.start(warm_start(direction.to(operator.dtype), generator))
-    while not progress.finished(space):
-        space.extend()
-        progress.advance(space)
-    return progress.result(space)
 
 
 def _sum(pairs: Eigenpairs) -> Tensor:

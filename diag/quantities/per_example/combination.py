@@ -38,6 +38,8 @@ class Rows(Block):
     def squared_norms(self) -> Tensor:
         keys = self.index + torch.arange(self.n, device=self.index.device)[:, None] * self.shape[0]
         unique, inverse = torch.unique(keys, return_inverse=True)
+        if len(unique) == keys.numel():  # no row twice, as with positions
+            return squared_rows(self.b).sum(1)
         merged = self.b.new_zeros(len(unique), self.shape[1]).index_add_(0, inverse.flatten(), self.b.flatten(0, 1))
         norms = torch.zeros(self.n, dtype=torch.float64, device=self.b.device)
         return norms.index_add_(0, unique // self.shape[0], squared_rows(merged))

@@ -2,27 +2,25 @@
 
 A micro-batch is a call of the model in training followed by a backward pass that reaches it. Its loss is, in
 this order: the value that the user gives to `watcher.loss(value)`; what a loss function of torch returned, if
-exactly one led to the backward pass; else what `backward()` was called on, before a GradScaler scaled it. No
-graph is held on to: calls and passes are matched by the numbers that autograd gives its nodes.
+exactly one led to the backward pass (a sum that the loop divides: the quotient); else what `backward()` was called
+on, before a GradScaler scaled it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diag.quantities.batch import tensors_in
 from diag.watch.capture import ForwardCall, LossCall, ObservedLoss, detached, observed_loss
+from diag.watch.loss_calls import LossCalls, Pass
 from diag.watch.probe import Probe
 from diag.watch.route import source_of
 
-WALK = 64
 ATTEMPTS = 5
-WHY = {0: "no loss function of torch was seen to lead to it", 1: "the loss is reduced after its call"}
 NOT_A_NUMBER = (
     "backward() is called on something other than one number, so its loss is not recorded; give it by "
     "watcher.loss(value)."
@@ -31,7 +29,6 @@ FROM_BACKWARD = (
     "The recorded loss is what backward() was called on, for {reason}; give watcher.loss(value) if something "
     "else is meant."
 )
-
 MOVED = (
     "The parameters were moved between two backward passes of one step, as SAM does: the recorded loss is that "
     "before the move, the recorded gradient the one that the optimizer was given."
@@ -41,26 +38,6 @@ MOVED = (
 COUNT = "num_items_in_batch"
 
 Note = Callable[[str, str], None]
-
-
-class Seen(NamedTuple):
-    """A loss function's call: the number of its graph node, its value, and what is kept of it to learn from."""
-
-    number: int
-    value: Tensor
-    call: LossCall | None
-    summed: bool
-
-
-class Pass(NamedTuple):
-    """A backward pass: its loss, the call behind it or the reason why none is known, and what it descends; whether
-    the loss is a part that adds up with the other micro-batches' to the step's."""
-
-    value: Tensor
-    call: LossCall | None
-    reason: str
-    root: Tensor
-    is_part: bool
 
 
 class LossObserver:
@@ -77,8 +54,7 @@ class LossObserver:
         self._learning = not probe.complete or not self.learned
         self._attempts = 0
         self._forward: ForwardCall | None = None
-        self._calls: deque[Seen] = deque(maxlen=8)
-        self._scaled: dict[int, Tensor] = {}
+        self._calls = LossCalls()
         self._pending: Pass | None = None
         self._forwards = self._reached = False
         self._losses: list[Tensor] = []
@@ -123,13 +99,13 @@ class LossObserver:
         if value.grad_fn is None:
             return
         call = LossCall.of(function, args, kwargs, value) if self._learning else None
-        summed = kwargs.get("reduction") == "sum"  # as every loss module of torch gives it
-        self._calls.append(Seen(value.grad_fn._sequence_nr(), value.detach(), call, summed))
+        # Every loss module of torch gives its reduction by name.
+        self._calls.add(value, call, summed=kwargs.get("reduction") == "sum")
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         """A GradScaler made `scaled` of `losses`."""
         if isinstance(losses, Tensor) and isinstance(scaled, Tensor) and scaled.grad_fn is not None:
-            self._scaled = {scaled.grad_fn._sequence_nr(): losses.detach()}
+            self._calls.scaled(losses, scaled)
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass from `roots` begins."""
@@ -140,17 +116,7 @@ class LossObserver:
             if roots:
                 self._note("loss root", NOT_A_NUMBER)
             return
-        root = roots[0]
-        used = self._used(root)
-        number = root.grad_fn._sequence_nr() if root.grad_fn is not None else -1
-        value = self._scaled.get(number, root.detach()).reshape(())
-        if len(used) == 1 and used[0].value.numel() == 1:
-            # A sum that is divided is divided by a count of the whole step's: the micro-batches' parts add up.
-            part = used[0].summed and number != used[0].number and _is_multiple(root, used[0].number)
-            self._pending = Pass(value if part else used[0].value.reshape(()), used[0].call, "", value, part)
-        else:
-            reason = WHY.get(len(used), "several loss functions lead to it")
-            self._pending = Pass(value, None, reason, value, False)
+        self._pending = self._calls.behind(roots[0])
 
     def backward_done(self) -> None:
         """The backward pass has ended; it counts if it reached this model."""
@@ -167,7 +133,6 @@ class LossObserver:
         if self._learning:
             self._learn(pending.value, pending.call, pending.reason)
         self._calls.clear()
-        self._scaled.clear()
 
     def give(self, value: Any) -> None:
         """The user's own word for the loss of this micro-batch."""
@@ -189,7 +154,6 @@ class LossObserver:
         if self._hook is not None:
             self._hook.remove()
         self._calls.clear()
-        self._scaled.clear()
         self._forward = self._pending = self._user_targets = None
 
     # How calls and backward passes are matched.
@@ -208,22 +172,6 @@ class LossObserver:
         elif all(p.grad is None for p in self._parameters):
             # Their gradients were thrown away: a GAN's other half was training, or a step was given up.
             self._losses, self._descended = [], []
-
-    def _used(self, root: Tensor) -> list[Seen]:
-        numbers = {call.number: call for call in self._calls}
-        found: dict[int, Any] = {}
-        front, seen = [root.grad_fn], 0
-        while front and seen < WALK and len(found) < len(numbers):
-            node = front.pop()
-            if node is None:
-                continue
-            seen += 1
-            number = node._sequence_nr()
-            if number in numbers:
-                found[number] = numbers[number]
-            else:
-                front.extend(parent for parent, _ in node.next_functions)
-        return list(found.values())
 
     # What is learned from the first micro-batches.
 
@@ -295,7 +243,7 @@ class LossObserver:
         self.probe.complete = True
         self._forward = None
         # What was kept of the calls while learning holds inputs and outputs.
-        self._calls = deque((seen._replace(call=None) for seen in self._calls), maxlen=8)
+        self._calls.forget_contents()
 
 
 class _ModuleHook:
@@ -312,16 +260,6 @@ class _ModuleHook:
         from diag.watch.hooks import INERT
 
         return INERT
-
-
-def _is_multiple(root: Tensor, number: int) -> bool:
-    """Whether `root` is what the graph node with this number gave, but for factors."""
-    node: Any = root.grad_fn
-    while node is not None and node._sequence_nr() != number:
-        if not node.name().startswith(("DivBackward", "MulBackward")):
-            return False
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
-    return node is not None
 
 
 def _carries_loss(outputs: Any) -> bool:

@@ -10,9 +10,9 @@ and whether they trade places from step to step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy
 from numpy.typing import NDArray
@@ -111,6 +111,15 @@ class OpposingSignals(Result):
         if unmet is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         return of_a_kick(self) if self.mode == "static" else of_steps(self)
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """The last verdict; where it is quiet and an earlier one was not, it says when."""
+        last = series[-1][1].verdict()
+        warned = [step for step, result in series if result.verdict().level == Level.WARNING]
+        if last.level == Level.WARNING or not warned:
+            return last
+        return replace(last, sentence=f"{last.sentence[:-1]}; two groups did dominate at step {warned[-1]:,}.")
 
     @property
     def limit(self) -> float:

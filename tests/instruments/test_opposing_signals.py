@@ -36,7 +36,9 @@ def scalar_record(product, steps=12, n=80):
 
 
 def test_two_groups_alternate_above_one():
-    result = opposing_signals_online(scalar_record(1.6), learning_rate=0.4, sharpness=(4.0, 4.0), k=20, edge=(0.5, 1))
+    result = opposing_signals_online(
+        scalar_record(1.6), learning_rate=0.4, sharpness=(4.0, 4.0), k=20, edge=(0.5, 1)
+    )
     assert result.swap == 1.0 and result.persist == 0.0
     assert result.antiphase < -0.99
     assert set(result.group_a) <= set(range(40)) or set(result.group_a) <= set(range(40, 80))
@@ -240,6 +242,14 @@ def test_levels_of_made_up_records():
     assert small.level == Level.OK
     still = opposing_signals_online(record_of(False, True), **AT_EDGE).verdict()
     assert still.level == Level.OK and "not opposing" in still.sentence
+
+
+def test_a_quiet_end_says_when_it_was_not_quiet():
+    loud, quiet = (opposing_signals_online(record_of(True, outsized), **AT_EDGE) for outsized in (True, False))
+    verdict = type(loud).trend([(10, loud), (20, quiet)])
+    assert verdict.level == Level.OK and verdict.sentence.endswith("; two groups did dominate at step 10.")
+    assert type(loud).trend([(10, quiet), (20, loud)]) == loud.verdict()
+    assert type(loud).trend([(10, quiet)]) == quiet.verdict()
 
 
 def test_unknowns_stay_unknown():

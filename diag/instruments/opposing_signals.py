@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number
-from diag.errors import InvalidInput, MissingQuantity, Unsupported
+from diag.errors import Unsupported
 from diag.linalg.opposition import rank_auc
 from diag.linalg.signed_graph import agreeing_parts, signed_graph
 from diag.quantities.carry import carried_eigenpairs
 from diag.quantities.curvature import CurvatureOperator
-from diag.quantities.loss_record import EDGE, LEAST_STEPS, Edge, LossRecord
+from diag.quantities.loss_record import EDGE, Edge, LossRecord
 from diag.quantities.losses_at import LossesAt
 from diag.quantities.opposition import (
     about_gradients,
     about_record,
+    check_request,
     chosen_record,
     curvature_share,
     group_size,
@@ -218,7 +219,7 @@ def opposing_signals(
     Unsupported for too few examples or a loss that curves nowhere upwards. Source: Rosenfeld and Risteski 2024,
     arXiv:2311.04163.
     """
-    _check(mode, window, loss_record, losses_at)
+    check_request(mode, window, loss_record, losses_at.num_examples)
     n = losses_at.num_examples
     k = group_size(k, n)
     record, why_not = chosen_record(mode, loss_record, k, swap_limit)
@@ -301,19 +302,3 @@ UNKNOWN_WITHOUT_A_MODEL = (
     *("curvature_share", "slope_a", "slope_b", "slope_auc", "norm_auc", "cosine"),
     *("norm_a", "norm_b", "norm_rest", "null_share"),
 )
-
-
-def _check(mode: str, window: int, record: LossRecord | None, losses_at: LossesAt) -> None:
-    if mode not in ("auto", "static", "replay", "online"):
-        raise InvalidInput(f"mode is {mode!r}; expected 'auto', 'static', 'replay' or 'online'.")
-    if window != 0 and window < LEAST_STEPS:
-        raise InvalidInput(f"window is {window}; expected at least {LEAST_STEPS} steps, or 0 for none.")
-    if mode == "online" and record is None:
-        raise MissingQuantity(
-            "loss_record is missing, which mode='online' judges; measure inside diag.watch, or pass loss_record=."
-        )
-    if record is not None and record.num_examples != losses_at.num_examples:
-        raise InvalidInput(
-            f"The record is of {record.num_examples} examples and the data of {losses_at.num_examples}; give the "
-            "record of the same examples."
-        )

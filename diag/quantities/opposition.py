@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diag.display import format_number
-from diag.errors import DiagError, InvalidInput, Unsupported
+from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported
 from diag.linalg.opposition import (
     correlation,
     ends,
@@ -26,7 +26,7 @@ from diag.linalg.opposition import (
 )
 from diag.quantities.curvature import CurvatureOperator
 from diag.quantities.curvature_examples import curvature_shares
-from diag.quantities.loss_record import EDGE, LossRecord
+from diag.quantities.loss_record import EDGE, LEAST_STEPS, LossRecord
 from diag.quantities.losses_at import LossesAt
 from diag.quantities.per_example import PerExampleGradients
 
@@ -94,6 +94,24 @@ def static_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) 
     unseen = dict.fromkeys(("swap", "persist", "antiphase", "lag_one", "spike"), math.nan)
     untraced = {"shares": shares, "trace": torch.zeros(0, 3)}
     return Groups(best.a, best.b, best.direction, best.numbers | unseen | untraced)
+
+
+def check_request(mode: str, window: int, record: LossRecord | None, n: int) -> None:
+    """Raise InvalidInput for another mode or window or a record of other than n examples, MissingQuantity where
+    the mode needs a record and there is none."""
+    if mode not in ("auto", "static", "replay", "online"):
+        raise InvalidInput(f"mode is {mode!r}; expected 'auto', 'static', 'replay' or 'online'.")
+    if window != 0 and window < LEAST_STEPS:
+        raise InvalidInput(f"window is {window}; expected at least {LEAST_STEPS} steps, or 0 for none.")
+    if mode == "online" and record is None:
+        raise MissingQuantity(
+            "loss_record is missing, which mode='online' judges; measure inside diag.watch, or pass loss_record=."
+        )
+    if record is not None and record.num_examples != n:
+        raise InvalidInput(
+            f"The record is of {record.num_examples} examples and the data of {n}; give the "
+            "record of the same examples."
+        )
 
 
 def chosen_record(

@@ -486,7 +486,7 @@ class Watcher:
         if measure:
             self._measure_last()
         wanted = self._measurements.schedule.budget > 0 and self._recorder.last_step == 0
-        if wanted and self._probe.batches and self._steps.steps:
+        if wanted and not is_sharded(self.model) and self._probe.batches and self._steps.steps:
             self._measurements.explain_unrun(self.step)
         for key, sentence in self._never_seen():
             self._recorder.note(key, sentence)

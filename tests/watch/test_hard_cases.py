@@ -337,6 +337,19 @@ def test_a_compiled_wrapper_of_a_wrapped_model_is_found(helpers):
     torch._dynamo.reset()
 
 
+def test_a_sharded_model_is_not_measured_and_the_reason_is_given_once(tiny, helpers):
+    model, x, y = tiny
+    sharded = type("FullyShardedDataParallel", (nn.Sequential,), {})(*model)
+    optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
+    with diag.watch(sharded, budget=math.inf, instruments=["softmax_collapse"]) as watcher:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(sharded(x), y).backward()
+            optimizer.step()
+    assert "The parameters are sharded over processes" in helpers.texts(watcher.run)
+    assert not watcher.run.outcomes and len(watcher.run.history.steps) == 3
+
+
 def test_a_part_of_a_model_is_watched_by_itself(tiny):
     model, x, y = tiny
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -39,7 +39,7 @@ class ForwardHook:
             return
         # A module that data-parallel replicas share hooks with is not the model; a pass inside backward is a
         # checkpoint's recomputation; inside torch.func the tensors are wrappers.
-        if module is not self.model or torch._C._current_graph_task_id() != -1 or _is_transformed(outputs):
+        if module is not self.model or torch._C._current_graph_task_id() != -1 or is_transformed(outputs):
             return
         self.seen(args, kwargs, outputs)
 
@@ -110,6 +110,7 @@ def frames_compiled() -> int:
     return getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 0)
 
 
-def _is_transformed(outputs: Any) -> bool:
+def is_transformed(outputs: Any) -> bool:
+    """Whether the first tensor is a wrapper of torch.func, so that this is no plain call."""
     first = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)[:1]
     return any(is_functorch_wrapped_tensor(t) for t in first)

@@ -26,7 +26,7 @@ from diag.quantities.snapshot import Snapshot
 from diag.registry import Instrument
 from diag.watch.backwards import Backwards, SeenBackward
 from diag.watch.capture import LOW_PRECISION, observed_loss
-from diag.watch.hooks import compiled_wrappers, frames_compiled
+from diag.watch.hooks import INERT, compiled_wrappers, frames_compiled, is_transformed
 
 ATTEMPTS = 3  # steps in a row that could not be read, before the probe set is used for good
 LEAST = 8  # examples in a batch (our choice): fewer say little of an agreement
@@ -145,10 +145,13 @@ class OwnStep:
         seen, self._seen = self._seen, True
         if seen or size < LEAST or self._model is None:
             return
-        self._step = StepGradients(self._model, self._plan, size)
-        _guard(self._step._capture)
-        self._step.__enter__()
-        self._recording = True
+        try:
+            step = StepGradients(self._model, self._plan, size)
+            _guard(step._capture)
+            step.__enter__()
+        except Exception:  # this is in the middle of the training's own call; `backward_ends` finds no step
+            return
+        self._step, self._recording = step, True
 
     def forward_ends(self) -> None:
         """It has returned, or raised."""
@@ -172,7 +175,7 @@ class OwnStep:
         seen, step = self.backwards.backward_done(), self._step
         self._step, self._seen = None, False
         self.disarm(keep_names=True)
-        reason = f"a batch holds fewer than {LEAST} examples" if step is None else ""
+        reason = f"no call with a batch of at least {LEAST} examples could be recorded" if step is None else ""
         if step is not None:
             step._capture.__enter__()  # what StepGradients leaves: recording ended with the forward pass
             step.__exit__(None, None, None)
@@ -227,12 +230,11 @@ class _Before:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         ours = module is self.own._model and not pause.is_measuring()
-        if ours and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        plainly = torch._C._current_graph_task_id() == -1 and not is_transformed((args, kwargs))
+        if ours and plainly and torch.is_grad_enabled():
             self.own.forward_begins((args, kwargs))
 
     def __reduce__(self) -> Any:
-        from diag.watch.hooks import INERT
-
         return INERT
 
 

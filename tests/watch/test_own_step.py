@@ -229,7 +229,7 @@ def test_small_batches_are_left_to_the_probe_set():
     with watch(model) as watcher:
         train(model, batch=4, steps=10)
     assert {result.num_examples for _, result in results(watcher.run)} == {96}
-    assert "because a batch holds fewer than 8 examples" in notes(watcher.run)
+    assert "because no call with a batch of at least 8 examples" in notes(watcher.run)
 
 
 def test_at_the_end_without_a_step():
@@ -275,18 +275,15 @@ def test_a_model_that_raises_and_one_that_is_copied():
     assert {result.num_examples for _, result in results(watcher.run)} == {BATCH}
 
 
-def test_an_error_of_the_recording_stays_ours(monkeypatch, helpers):
-    from diag.quantities.per_example import capture
-
+@pytest.mark.parametrize("where", ["per_example.capture.get_gradient_edge", "per_example.step.Assembly"])
+def test_an_error_of_the_recording_stays_ours(where, monkeypatch, helpers):
     def broken(*args):
         raise RuntimeError("a stone in the shoe")
-
-    unwatched, _ = helpers.final_state(train, False, mlp)
 
     def train_broken(model):
         train(model, steps=2)
         with monkeypatch.context() as patch:
-            patch.setattr(capture, "get_gradient_edge", broken)
+            patch.setattr(f"diag.quantities.{where}", broken)
             train(model, steps=2)
         train(model, steps=STEPS - 4)
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from diag.quantities.batch import map_tensors
-
 # Functions that only rearrange elements: applied to a tensor of positions they tell where each came from.
 _VIEWS = {
     *("t", "T", "mT", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims"),
@@ -48,8 +46,7 @@ def rearranged(
     if source is None or len(slots) > 1 or source.edge is not None or not (lookup or name in _VIEWS):
         return None
     device, rest = args[0].device, args[1:]
-    if lookup or name == "__getitem__":
-        rest = map_tensors(torch.clone, rest)  # the indices as they are now
+    # Indices are kept as they are: the graph holds them too, and refuses to go on where they have been overwritten.
 
     def positions() -> Any:
         if source.positions is None:

@@ -112,7 +112,11 @@ class GradientCoherence(Result):
         if not known:
             return series[-1][1].verdict()
         step, peak = max(known, key=lambda item: item[1])
-        word = "m-coherence" if len(sizes) == 1 else "Corrected coherence"
+        word = (
+            "m-coherence"
+            if len(sizes) == 1
+            else f"Corrected coherence (of {min(sizes):,} to {max(sizes):,} examples)"
+        )
         return Verdict(
             Level.NOT_APPLICABLE,
             f"{word} started at {format_number(known[0][1])}, was largest at step {step:,} "

@@ -77,7 +77,8 @@ def watch(
         model replaces the first.
     loss_fn: `loss_fn(outputs, targets)`, mean-reduced; by default the loss that training is seen to use.
     probe: the data to measure on, in any form that `Snapshot` takes; by default the first examples that
-        training is seen to use, up to 512 within 16 steps. It stays the same over the run.
+        training is seen to use, up to 512 within 16 steps. It stays the same over the run. What needs nothing but
+        the gradients of single examples is measured on those of a training step, where that can be read.
     held_out: data of the same kind that is not trained on, for what instruments measure on it besides.
     optimizer: count only the steps of this one; by default every optimizer that holds parameters of the model.
     run: the folder of the record; by default a temporary one, which ends with the process.

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from diag.quantities.per_example.accurate import row_norms, squared, squared_rows, sums, sums_of_squares
+
 # Numbers that one temporary may hold (float32: 4 MB, which stays in a cache); larger work goes in slices.
 SCRATCH = 1_000_000
-LARGE = 16_384  # numbers of a gradient from which on a call for each example costs nothing
+LARGE = 16_384  # numbers of a gradient from which on a call for each example costs nothing on a CPU
 GHOST_STRIP = 128  # steps whose products with all others are formed at a time: they are symmetric, so half suffice
 
 
@@ -155,14 +157,14 @@ class Outer(Block):
     def _materialised_norms(self) -> Tensor:
         """||G_i||^2 with each G_i formed: small ones several at a time, large ones a piece at a time."""
         size = self.groups * self.p * self.q
-        if size < LARGE or self.groups > 1:
+        if size < LARGE or self.groups > 1 or self.device.type != "cpu":
             return torch.cat([squared(self.dense(s)) for s in self.slices(size)])
         a, b = (x[:, 0] for x in self.factors(slice(None)))
         a, b = (a, b) if self.p > self.q else (b, a)  # long rows multiply faster
         step = min(b.shape[-1], max(1, SCRATCH // a.shape[-1]))
         product = a.new_empty(step, a.shape[-1])  # the same memory for all, which so stays in the cache
         rows = [
-            _row_norms(torch.mm(part, x, out=product[: len(part)]))
+            row_norms(torch.mm(part, x, out=product[: len(part)]))
             for x, y in zip(a.unbind(0), b.transpose(1, 2).unbind(0), strict=True)
             for part in y.split(step)
         ]
@@ -261,41 +263,6 @@ def _strips(steps: int) -> Iterator[tuple[int, int]]:
 def _products(x: Tensor, start: int, stop: int) -> Tensor:
     """(..., stop - start, stop): inner products of a strip's steps with all up to its end."""
     return x[..., start:stop, :] @ x[..., :stop, :].transpose(-1, -2)
-
-
-def sums(values: Tensor) -> Tensor:
-    """(n,) float64: the sum of each example's numbers."""
-    return values.sum(tuple(range(1, values.ndim)), dtype=torch.float64)
-
-
-def sums_of_squares(values: Tensor) -> Tensor:
-    """(n,) float64, to the accuracy that an estimate of rounding needs."""
-    return torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim))).double().square()
-
-
-def squared(values: Tensor) -> Tensor:
-    """(n,) float64: the squared norm of each example's numbers."""
-    return squared_rows(values.reshape(values.shape[0], -1))
-
-
-def squared_rows(values: Tensor) -> Tensor:
-    """Squared norm over the last axis, float64."""
-    if values.dtype == torch.float64:
-        return (values * values).sum(-1)
-    return _row_norms(values).double().square()
-
-
-def _row_norms(values: Tensor) -> Tensor:
-    """Norms over the last axis. A float32 sum of 10^6 squares can be off by 1e-5, so long rows are summed in
-    pieces, and the pieces in float64."""
-    width = values.shape[-1]
-    if width <= 4096:
-        return torch.linalg.vector_norm(values, dim=-1)
-    whole = width - width % 1024
-    pieces = (
-        torch.linalg.vector_norm(values[..., :whole].unflatten(-1, (-1, 1024)), dim=-1).double().square().sum(-1)
-    )
-    return (pieces if whole == width else pieces + squared_rows(values[..., whole:])).sqrt()
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

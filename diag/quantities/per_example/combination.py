@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diag.quantities.per_example.blocks import Block, Dense, Outer, squared_rows
+from diag.quantities.per_example.accurate import squared_rows
+from diag.quantities.per_example.blocks import Block, Dense, Outer
 
 
 class Rows(Block):

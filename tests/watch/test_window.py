@@ -118,6 +118,19 @@ def test_a_term_that_the_recorded_loss_lacks():
     assert "training descends another loss than the one recorded" in run_sentence(result)
 
 
+def test_a_probe_set_of_half_the_batch():
+    """What training descends of the recorded loss is then told by the loss function's own value."""
+    model, x, y = scalar(160)
+    optimizer = torch.optim.SGD(model.parameters(), 1.95 / S**2)
+    wanted = {"opposing_signals": {"k": 20, "window": 8}}
+    half = slice(40, 120)  # as many of each label
+    with diag.watch(model, probe=(x[half], y[half]), instruments=wanted, budget=math.inf, every=1) as watcher:
+        descend(model, optimizer, x, y, 14)
+    _, result = last(watcher.run)
+    assert result.mode == "online" and result.num_examples == 80
+    assert result.edge_last == pytest.approx(0.975, rel=1e-6)
+
+
 def test_mini_batches_are_told():
     run = minibatches()
     assert {result.mode for _, result in run.series("opposing_signals")} == {"static"}

@@ -50,9 +50,15 @@ def plan_memory(curvature: Curvature, objective: Objective, memory: int | None) 
     """
     allowed = available_memory(objective.device) if memory is None else memory
     probe = probe_batch(objective)
-    fixed, per_element = _graph_size(
-        lambda part: curvature.graph(part, part.parameters(), part.batches), objective, probe
-    )
+    try:
+        fixed, per_element = _graph_size(
+            lambda part: curvature.graph(part, part.parameters(), part.batches), objective, probe
+        )
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        # torch.func at work inside the model lets nobody count what is saved: nothing is kept.
+        return MemoryPlan(False, objective.batches, 0, allowed)
     elements = sum(_elements(b) for b in objective.batches)
     vectors = WORKING_VECTORS * objective.layout.size * objective.dtype.itemsize
     whole = int((per_element * elements + fixed * len(objective.batches)) * (1 + KEPT_WORKING_SHARE) + vectors)

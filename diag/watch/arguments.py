@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +12,24 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.errors import InvalidInput
+from diag.quantities.batch import Batch
 from diag.quantities.snapshot import Snapshot
 from diag.watch.probe import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a watch was asked for (see `diag.watch`), each argument checked and brought into one form."""
+
+    loss_fn: Callable[[Any, Any], Any] | None
+    probe: Probe
+    held_out: list[Batch] | None
+    optimizer: Optimizer | None
+    run: Path | None
+    instruments: Mapping[str, Mapping[str, Any]]
+    every: int | None
+    budget: float
+    resume: bool | int
 
 
 def check(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:

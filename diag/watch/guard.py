@@ -62,8 +62,15 @@ class Clock:
             self._entered = None
 
 
+class Guarded:
+    """Has methods that the training loop calls; failed(part, error) records that something of ours broke there."""
+
+    def __init__(self, clock: Clock, failed: Callable[[str, Exception], None]) -> None:
+        self.clock, self._broke = clock, failed
+
+
 def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a Watcher's method safe to call from the training loop.
+    """Make a method of something `Guarded` safe to call from the training loop.
 
     It does nothing once the watch is closed or while an instrument measures; an exception in it is recorded and
     not raised; after three, what belongs to `part` is no longer observed.
@@ -71,8 +78,8 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def call(self: Any, *args: Any) -> Any:
-            clock: Clock = self.clock
+        def call(self: Guarded, *args: Any) -> Any:
+            clock = self.clock
             if clock.closed or pause.is_measuring() or clock.broken.get(part, 0) >= GIVE_UP_AFTER:
                 return None
             outermost = clock.enter()
@@ -83,7 +90,7 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return method(self, *args)
             except Exception as error:
                 clock.broken[part] = clock.broken.get(part, 0) + 1
-                self.internal_error(part, error)
+                self._broke(part, error)
                 return None
             finally:
                 if outermost:

@@ -1,4 +1,4 @@
-"""Optimizer steps as they happen: gradients before clipping, what was applied, and where the parameters went.
+"""Optimizer steps as they happen: which rounds they make, and where the parameters went.
 
 A row of the record is one round: the steps of several optimizers with no training pass of the model between them
 make one row; the same optimizer stepping again begins the next. Where a step is given a closure, the gradients
@@ -10,53 +10,24 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.quantities.optimizer import describe
+from diag.watch.gradients import GradientNorms, Members
 from diag.watch.losses import LossObserver, Note
 from diag.watch.norms import BLOCK, copies, differences, norms
-from diag.watch.rows import Columns, Row
+from diag.watch.rows import Row
 from diag.watch.schedule import Thinning
 
 FOREIGN = (
     "The optimizer also steps parameters that were not trainable parameters of the model when the watch began; "
     "they are not recorded."
 )
-CLIPPED_SCALED = (
-    "Gradients were clipped before the GradScaler unscaled them, so the limit applied to scaled values; call "
-    "scaler.unscale_(optimizer) first."
-)
-
-
-@dataclass(frozen=True)
-class Members:
-    """The watched parameters that an optimizer holds, and their columns in the record."""
-
-    columns: Columns
-    parameters: tuple[nn.Parameter, ...]
-
-
-@dataclass
-class Clipped:
-    """Gradients as they were before a clip, and what tells whether anything has touched them since."""
-
-    columns: Columns
-    values: Any
-    gradients: list[Tensor]
-    versions: list[int]
-    limits: list[tuple[Any, Any]]
-    measured_after: bool = False
-    scale: Any = None
-
-    def untouched(self) -> bool:
-        return all(g._version == v for g, v in zip(self.gradients, self.versions, strict=True))
 
 
 class StepObserver:
@@ -78,6 +49,7 @@ class StepObserver:
         self.parameters = list(parameters.values())
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
         self._losses, self._finished, self._clock, self._note = losses, finished, clock, note
+        self.gradients = GradientNorms(self.parameters, self._index, note)
         self.start = self._start_copies()
         self.thinning = Thinning(share)
         self.before: dict[int, Tensor] = {}
@@ -93,7 +65,6 @@ class StepObserver:
         self._covered = 0
         self._taken = self._inside_backward = False
         self._cost = 0.0
-        self._clips: list[Clipped] = []
         self._fired: set[int] = set()
         self._described = 0
 
@@ -116,7 +87,7 @@ class StepObserver:
         self._remember(members)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
-            self._read_gradients(row, optimizer, members)
+            self.gradients.read(row, optimizer, members)
             return None
         wrapped = self._first_evaluation(closure, row, optimizer, members)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": wrapped})
@@ -143,8 +114,14 @@ class StepObserver:
             self.finish(in_step=False)
         row = self._open(optimizer)
         row.skipped = True
-        self._read_gradients(row, optimizer, members)
+        self.gradients.read(row, optimizer, members)
         self._close_round(optimizer, members)
+
+    def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
+        """A GradScaler is about to divide an optimizer's gradients by its scale."""
+        members = self.members(optimizer)
+        if members is not None:
+            self.gradients.unscaling(members, scaler)
 
     def backward_done(self) -> None:
         """A backward pass has ended; what was stepped inside it makes a row."""
@@ -164,7 +141,8 @@ class StepObserver:
             return
         row.losses = self._losses.take()
         self._stepped, self._covered = set(), 0
-        self._clips, self.steps = [], self.steps + 1
+        self.gradients.forget()
+        self.steps += 1
         if self._taken:
             self.thinning.spent(self._cost)
         self._finished(row, in_step)
@@ -215,70 +193,11 @@ class StepObserver:
             value = closure()
             if first:
                 first = False
-                self._read_gradients(row, optimizer, members)
+                self.gradients.read(row, optimizer, members)
                 self._losses.freeze()
             return value
 
         return wrapped
-
-    # Gradients
-
-    def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Clipped | None:
-        """Gradients are about to be clipped: take their norms first (max_norm None: clipped by value)."""
-        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        columns = [self._index[id(p)] for p in given if id(p) in self._index and p.grad is not None]
-        if not columns:
-            return None
-        limit = None if max_norm is None else (float(max_norm), total_norm)
-        for clip in self._clips:
-            if clip.columns.tolist() == columns and clip.untouched():
-                clip.limits.append(limit) if limit else None
-                clip.measured_after |= limit is None
-                return clip
-        gradients = [_of(self.parameters[c]) for c in columns]
-        where = numpy.array(columns, numpy.intp)
-        clip = Clipped(where, norms(gradients), gradients, [], [limit] if limit else [], limit is None)
-        self._clips = [c for c in self._clips if not numpy.isin(c.columns, where).any()] + [clip]
-        return clip
-
-    def after_clip(self, clip: Clipped | None) -> None:
-        """The gradients have been clipped."""
-        if clip is not None:
-            clip.versions = [g._version for g in clip.gradients]
-
-    def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
-        """A GradScaler is about to divide an optimizer's gradients by its scale."""
-        members = self.members(optimizer)
-        for clip in self._clips if members is not None else ():
-            if clip.scale is None and numpy.isin(clip.columns, members.columns).any():  # type: ignore[union-attr]
-                clip.scale, clip.measured_after = scaler._scale.detach().clone(), True
-                self._note("clipping", CLIPPED_SCALED)
-
-    def _read_gradients(self, row: Row, optimizer: Optimizer, members: Members) -> None:
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            row.unscale.append((members.columns, scale.detach().clone()))
-        gradients = [p.grad for p in members.parameters]
-        if not self._clips and all(g is not None for g in gradients):  # the usual case, at every step
-            row.norms.append(("gradient_norm", members.columns, norms(gradients)))  # type: ignore[arg-type]
-            return
-        left = set(members.columns.tolist())
-        for clip in self._clips:
-            inside = numpy.isin(clip.columns, members.columns)
-            if not inside.any() or not (clip.scale is not None or clip.untouched()):
-                continue
-            columns = clip.columns[inside]
-            row.norms.append(("gradient_norm", columns, _kept(clip.values, inside)))
-            row.clips.extend((columns, limit, total) for limit, total in clip.limits)
-            if clip.scale is not None:
-                row.unscale.append((columns, clip.scale))
-            if clip.measured_after:
-                row.applied.append((columns, norms([_of(self.parameters[c]) for c in columns])))
-            left -= set(columns.tolist())
-        rest = [c for c in sorted(left) if self.parameters[c].grad is not None]
-        if rest:
-            columns = numpy.array(rest, numpy.intp)
-            row.norms.append(("gradient_norm", columns, norms([_of(self.parameters[c]) for c in rest])))
 
     # Parameters
 
@@ -312,19 +231,8 @@ class StepObserver:
         self._cost += time.perf_counter() - began
 
 
-def _of(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
 def _is_reusable(p: Tensor) -> bool:
     return p.is_cpu and p.layout is torch.strided and not hasattr(p, "to_local")
-
-
-def _kept(values: Any, mask: NDArray[numpy.bool_]) -> Any:
-    if mask.all() or not isinstance(values, Tensor):
-        return values[mask] if not isinstance(values, Tensor) else values
-    return values[torch.from_numpy(numpy.flatnonzero(mask)).to(values.device)]
 
 
 def _either(skipped: Any, found_inf: Any) -> Any:

@@ -124,7 +124,7 @@ def test_a_model_that_is_compiled_in_the_middle_of_training(in_place):
     recorded = watcher.run.history.loss
     assert len(recorded) == 11
     numpy.testing.assert_allclose(numpy.delete(recorded, 3), numpy.delete(losses, 3), rtol=1e-6)
-    assert watcher._forwards == 10
+    assert watcher._training.calls == 10
 
 
 @pytest.mark.parametrize("when", ["watch first", "compile first", "in place"])

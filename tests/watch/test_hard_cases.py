@@ -322,7 +322,7 @@ def test_a_call_is_counted_once_however_the_model_is_wrapped(helpers):
         for x, y in batches(helpers, epochs=1)[:2]:
             F.cross_entropy(wrapped(x), y).backward()
             optimizer.step()
-        assert (watcher._forwards, watcher._examples) == (2, 32)
+        assert (watcher._training.calls, watcher._training.examples) == (2, 32)
 
 
 def test_a_compiled_wrapper_of_a_wrapped_model_is_found(helpers):
@@ -333,7 +333,7 @@ def test_a_compiled_wrapper_of_a_wrapped_model_is_found(helpers):
         stepping(lambda p: torch.optim.SGD(p, 0.05))(call, batches(helpers, epochs=1), losses := [])
     numpy.testing.assert_allclose(watcher.run.history.loss, losses, rtol=1e-6)
     # The wrapper is found after the first step.
-    assert watcher._forwards == 3 and watcher.run.series("softmax_collapse")
+    assert watcher._training.calls == 3 and watcher.run.series("softmax_collapse")
     torch._dynamo.reset()
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 import weakref
+from operator import attrgetter
 
 import numpy
 import pytest
@@ -153,7 +154,7 @@ PARTS = {
     "_losses.loss_called": "loss",
     "_losses.backward_called": "loss",
     "_losses.backward_done": "loss",
-    "_steps.before_clip": "gradients before clipping",
+    "_steps.gradients.before_clip": "gradients before clipping",
     "_steps.before_step": "optimizer steps",
     "_steps.after_step": "optimizer steps",
     "_measurements.run": "measurements",
@@ -165,12 +166,12 @@ PARTS = {
 def test_an_error_of_ours_is_recorded_once_and_never_raised(where, tiny, helpers):
     model, x, y = tiny
     with diag.watch(model, budget=math.inf, instruments=["softmax_collapse"], probe=(x, y)) as watcher:
-        owner, name = where.split(".")
+        owner, name = where.rsplit(".", 1)
 
         def broken(*args, **kwargs):
             raise ZeroDivisionError("ours")
 
-        setattr(getattr(watcher, owner), name, broken)
+        setattr(attrgetter(owner)(watcher), name, broken)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for _ in range(6):
             optimizer.zero_grad()

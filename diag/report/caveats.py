@@ -15,6 +15,7 @@ from diag.report.plain import clean, counted, listed
 from diag.report.timeline import broken_steps
 from diag.run import Event
 
+# How the run went and was measured, without anything in it to beware of; "info" is told in the method section.
 ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe")
 MAX_EVENTS = 8
 

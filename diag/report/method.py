@@ -79,6 +79,7 @@ def method(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> dict[str,
     about = evidence.metadata
     wall, watch = spent(evidence)
     return {
+        "observed": list(dict.fromkeys(clean(e.text) for e in evidence.events if e.kind == "info")),
         "schedule": list(_schedule(evidence)),
         "wall": format_seconds(wall) if wall else "",
         "watch": format_seconds(watch) if wall else "",

@@ -43,14 +43,17 @@ Note = Callable[[str, str], None]
 class LossObserver:
     """Follows the micro-batches; learns the loss and fills the probe set from the first of them.
 
-    loss_fn: the user's own, else it is learned. note(key, sentence): tell once what cannot be observed. parameters:
-    those that are trained, which tell when losses belong to no step or to different points.
+    loss_fn: the user's own, else it is learned. note(key, sentence): tell once what cannot be observed.
+    info(key, sentence): the same of what is. parameters: those that are trained, which tell when losses belong to
+    no step or to different points.
     """
 
-    def __init__(self, loss_fn: Any, probe: Probe, note: Note, parameters: Sequence[nn.Parameter] = ()) -> None:
+    def __init__(
+        self, loss_fn: Any, probe: Probe, note: Note, info: Note, parameters: Sequence[nn.Parameter] = ()
+    ) -> None:
         self.loss_fn: Any = loss_fn
         self.learned = loss_fn is not None
-        self.probe, self._note, self._parameters = probe, note, tuple(parameters)
+        self.probe, self._note, self._info, self._parameters = probe, note, info, tuple(parameters)
         self._learning = not probe.complete or not self.learned
         self._attempts = 0
         self._forward: ForwardCall | None = None
@@ -201,13 +204,13 @@ class LossObserver:
         found = observed_loss(forward, call) if call is not None else reason
         if isinstance(found, ObservedLoss):
             self.loss_fn, self.learned = found, True
-            self._note("loss function", f"The loss was observed: {found.describe()}.")
+            self._info("loss function", f"The loss was observed: {found.describe()}.")
             for note in found.notes:
                 self._note("reduction", f"{note[0].upper()}{note[1:]}.")
             return found.targets(forward, call), True  # type: ignore[arg-type]
         if _carries_loss(forward.outputs):
             self.learned = True
-            self._note("loss function", "The loss is the one that the model returns with its outputs.")
+            self._info("loss function", "The loss is the one that the model returns with its outputs.")
             return forward.kwargs.get("labels"), True
         self._attempts += 1
         if self._attempts >= ATTEMPTS:

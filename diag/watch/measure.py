@@ -75,7 +75,8 @@ def chosen_instruments(given: Iterable[str] | Mapping[str, Mapping[str, Any]] | 
 class Measurements:
     """Runs the chosen instruments when the schedule allows.
 
-    record(step, outcome, seconds): keep what came out. note(key, sentence): tell once what is worth knowing.
+    record(step, outcome, seconds): keep what came out. note(key, sentence): tell once what went wrong.
+    info(key, sentence): tell once how it is done.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class Measurements:
         schedule_of: Callable[[Iterable[str]], Schedule],
         record: Callable[[int, Outcome, float], None],
         note: Callable[[str, str], None],
+        info: Callable[[str, str], None],
     ) -> None:
         self._settings = chosen
         # What needs nothing but the record of the steps is computed when the run is opened.
         self._instruments = {n: i for n in chosen if not (i := find(n)).from_history}
         self.schedule = schedule_of(self._instruments)
-        self.windows = Windows(self._instruments, chosen, self.schedule, note, _undisturbed)
+        self.windows = Windows(self._instruments, chosen, self.schedule, note, info, _undisturbed)
         self.own_step = OwnStep(self._instruments)
         self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
         self._record = record

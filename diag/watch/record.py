@@ -52,10 +52,17 @@ class Recorder:
         self._try("append_event", step, kind, text)
 
     def note(self, key: str, sentence: str) -> None:
-        """Append, once for each key, what is worth knowing about how the run is observed."""
+        """Append, once for each key, what a reader must know before relying on the run."""
+        self._once("note", key, sentence)
+
+    def info(self, key: str, sentence: str) -> None:
+        """Append, once for each key, how the run is observed and measured where that is as it should be."""
+        self._once("info", key, sentence)
+
+    def _once(self, kind: str, key: str, sentence: str) -> None:
         if key not in self._noted:
             self._noted.add(key)
-            self.event(self._step, "note", sentence)
+            self.event(self._step, kind, sentence)
 
     def internal_error(self, step: int, part: str, error: Exception) -> None:
         """Append, once for each part, that diag itself failed in it."""

@@ -73,9 +73,9 @@ def watch(
     budget: the share of wall time that watching may take; `math.inf` measures at every scheduled step.
     resume: go on with the run in the folder, after its last step or after the given one.
 
-    What cannot be observed is recorded once, with the reason. In a distributed run only rank 0 records and
-    measures; the other processes wait for it at their next collective, so a single measurement must stay shorter
-    than the process group's timeout: give a smaller budget=, or instruments without curvature.
+    What cannot be observed is recorded once, with the reason. In a distributed run only rank 0 records. The other
+    processes wait while it measures, and a measurement that takes longer than the process group's timeout aborts
+    the training: there give a smaller budget=, or instruments without curvature.
     Raises InvalidInput for arguments that do not fit, RunError where the folder cannot be written.
     """
     check(model, loss_fn, every, budget)
@@ -111,8 +111,8 @@ class Watcher(Guarded):
         self._recorder = Recorder(self.path if self.active else None, about, settings.resume)
         self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._recorder.row)
         self._probe = settings.probe
-        note = self._recorder.note
-        self._losses = LossObserver(settings.loss_fn, self._probe, note, list(parameters.values()))
+        note, info = self._recorder.note, self._recorder.info
+        self._losses = LossObserver(settings.loss_fn, self._probe, note, info, list(parameters.values()))
         share = ALWAYS_ON_SHARE * min(settings.budget, 0.05)
         self._steps = StepObserver(parameters, self._losses, self._row_finished, self.clock.elapsed, note, share)
         self._training = Training(
@@ -123,6 +123,7 @@ class Watcher(Guarded):
             lambda names: Schedule(names, settings.budget, settings.every),
             self._recorder.outcome,
             note,
+            info,
         )
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)

@@ -44,7 +44,8 @@ class Window:
 class Windows:
     """Decides when a window is recorded, records it, and hands out its record.
 
-    note(key, sentence): tell once what is worth knowing. measuring(): what to measure inside of.
+    note(key, sentence): tell once what went wrong. info(key, sentence): tell once how it is done. measuring(): what
+    to measure inside of.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Windows:
         settings: Mapping[str, Mapping[str, Any]],
         schedule: Schedule,
         note: Callable[[str, str], None],
+        info: Callable[[str, str], None],
         measuring: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._lengths: dict[str, int] = {}
@@ -62,7 +64,7 @@ class Windows:
             if length:
                 self._lengths[name] = length
                 self._always |= {name} if mode == "online" else set()
-        self._schedule, self._note, self._measuring = schedule, note, measuring
+        self._schedule, self._note, self._info, self._measuring = schedule, note, info, measuring
         self.examples = StepExamples()
         self.open: Window | None = None
         self.forward = 0.0  # seconds that one forward pass over the probe set takes
@@ -198,7 +200,7 @@ class Windows:
         self._always.discard(name)
         self.examples.look(False)
         if why:
-            self._note(f"windows of {name}", why)
+            self._info(f"windows of {name}", why)
 
     def _paid(self, name: str, seconds: float) -> float:
         self._schedule.pay(seconds)

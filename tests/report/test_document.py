@@ -11,7 +11,7 @@ from report_fakes import HOSTILE, Bare, Collapse, Uncertain, finding, series
 
 import diag
 from diag.errors import InvalidInput, RunError
-from diag.report import document
+from diag.report import document, render
 from diag.report.plain import clean, counted, listed, number, rounded, shown
 from diag.result import Failed, Skipped, Verdict
 from diag.run import Cost, Event, Run, RunWriter
@@ -150,6 +150,24 @@ def test_repeated_events_are_told_once():
     changed = report_fakes.evidence(**NOTHING | {"events": events, "history": report_fakes.history(60)})
     texts = [c["text"] for c in document(changed)["caveats"]]
     assert "The scaler left it out (step 1 and 58 more times)." in texts
+
+
+def test_how_a_run_was_observed_is_no_warning_and_stands_with_the_method():
+    events = [
+        Event(1, "info", "The loss was observed: cross_entropy(weight=<b>)."),
+        Event(1, "note", "The optimizer also steps other parameters."),
+        Event(9, "info", "The loss was observed: cross_entropy(weight=<b>)."),  # of a resumed run
+    ]
+    changed = report_fakes.evidence(**NOTHING | {"events": events, "history": report_fakes.history(60)})
+    made = document(changed)
+    texts = [c["text"] for c in made["caveats"]]
+    assert "The optimizer also steps other parameters (step 1)." in texts
+    assert not any("The loss was observed" in text for text in texts)
+    assert made["method"]["observed"] == ["The loss was observed: cross_entropy(weight=<b>)."]
+    page = render(made)
+    method = page[page.index('id="method-title"') :]
+    assert "<p>The loss was observed: cross_entropy(weight=&lt;b&gt;).</p>" in method
+    assert document(report_fakes.evidence(**NOTHING))["method"]["observed"] == []
 
 
 def test_method_tells_schedule_cost_settings_and_thresholds(made):

@@ -120,6 +120,19 @@ def test_the_mean_over_examples_replaces_a_sum(helpers):
     )
 
 
+def test_what_was_observed_as_it_should_be_is_no_caveat():
+    """That the loss was seen is routine; that it is another than the measured one must be known."""
+    model, inputs, y, _ = classify(F.cross_entropy)
+    watcher, _ = learned(model, lambda m: F.cross_entropy(m(*inputs), y, reduction="sum"))
+    kinds = {e.text.split(" ")[0]: e.kind for e in watcher.run.events}
+    assert (kinds["The"], kinds["Training"]) == ("info", "note")
+    (note,) = watcher.run.history.notes
+    assert note.startswith("Training reduces cross_entropy")
+    page = diag.report.document(watcher.run)
+    assert page["method"]["observed"] == ["The loss was observed: cross_entropy()."]
+    assert not any("was observed" in caveat["text"] for caveat in page["caveats"])
+
+
 def test_a_loss_reduced_by_hand_is_recorded_as_backward_saw_it(helpers):
     model, inputs, y, _ = classify(F.cross_entropy)
     weights = torch.rand(len(y))

@@ -103,7 +103,7 @@ def test_cheap_measurements_run_while_many_dear_ones_wait():
 
 def test_first_costs_are_estimated_from_the_training_step():
     names = ["softmax_collapse", "neural_collapse"]
-    runs = Measurements(chosen_instruments(names), lambda n: Schedule(n, 0.05), lambda *a: None, print)
+    runs = Measurements(chosen_instruments(names), lambda n: Schedule(n, 0.05), lambda *a: None, print, print)
     runs.estimate(seconds_per_step=0.3, examples_per_step=64, probe_size=512, slower=1.0)
     forward = 0.1 * 512 / 64
     for name in names:

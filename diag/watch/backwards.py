@@ -64,6 +64,11 @@ class Backwards:
         self._reached = False
         self._pending = _behind(roots[0], self._calls) if self.active and len(roots) == 1 else None
 
+    @property
+    def descending(self) -> LossCall | None:
+        """The loss function's call that the backward pass which goes on leads back to."""
+        return self._pending
+
     def backward_done(self) -> SeenBackward | None:
         """It has ended; what was seen of it, if it reached the model."""
         call, self._pending = self._pending, None

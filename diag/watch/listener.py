@@ -91,13 +91,13 @@ class TrainingListener(Guarded):
         self._losses.backward_called(roots)
         if self._own_step.armed:
             self._own_step.backwards.backward_called(roots)
-            self._own_step.backward_begins()
+            self._occasions.own_step_descends()
 
     @guarded("loss")
     def backward_done(self) -> None:
         self._losses.backward_done()
         if self._own_step.reading:
-            self._occasions.on_own_step()
+            self._occasions.own_step_descended()
         self._steps.backward_done()
 
     # Gradients and optimizer steps

@@ -92,7 +92,7 @@ class Measurements:
         self._instruments = {n: i for n in chosen if not (i := find(n)).from_history}
         self.schedule = schedule_of(self._instruments)
         self.windows = Windows(self._instruments, chosen, self.schedule, note, info, _undisturbed)
-        self.own_step = OwnStep(self._instruments)
+        self.own_step = OwnStep(self._instruments, self._measured_on)
         self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
         self._record = record
         self._last: dict[str, int] = {}
@@ -142,14 +142,22 @@ class Measurements:
         began = time.perf_counter()
         for name in names:
             start = time.perf_counter()
-            outcome = attempt(None, self._instruments[name], **self._settings[name], **read.quantities())
+            outcome = self._measured_on(name, read.quantities)
             if isinstance(outcome, Result):
                 about = dataclasses.replace(outcome.provenance, num_examples=read.gradients.num_examples)
                 outcome = dataclasses.replace(outcome, notes=(*outcome.notes, read.note), provenance=about)
                 self._found.append((name, outcome, time.perf_counter() - start))
             else:
-                self.own_step.leave(name, outcome.reason)
+                self.own_step.leave(name, outcome.reason, read)
         return time.perf_counter() - began
+
+    def _measured_on(self, name: str, given: Mapping[str, Any]) -> Outcome:
+        """What an instrument gives on what it needs of these quantities."""
+        instrument = self._instruments[name]
+        wanted = {need.quantity.name for need in instrument.needs}
+        return attempt(
+            None, instrument, **self._settings[name], **{n: value for n, value in given.items() if n in wanted}
+        )
 
     def keep_step(self, step: int, longer: float) -> None:
         """That step is over, which reading it made longer by so many seconds: record what was found on it."""

@@ -126,7 +126,14 @@ class Occasions(Guarded):
             self._estimate_again()
 
     @guarded("measurements")
-    def on_own_step(self) -> None:
+    def own_step_descends(self) -> None:
+        """The backward pass of a step that is to be read begins."""
+        seconds = self.own_step.backward_begins()
+        self.clock.measuring += seconds
+        self._schedule.pay(seconds)
+
+    @guarded("measurements")
+    def own_step_descended(self) -> None:
         """The backward pass of a step that was to be read has ended."""
         names = self.own_step.names
         read = self.own_step.backward_ends(self._losses.loss_fn)

@@ -10,8 +10,9 @@ gradients of the examples add up to the gradient that the step has. Else the pro
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,18 +22,21 @@ from diag.errors import DiagError, first_line
 from diag.quantities import pause
 from diag.quantities.batch import tensors_in
 from diag.quantities.parameters import trainable
-from diag.quantities.per_example import StepGradients, plan_for_steps
+from diag.quantities.per_example import GroupSums, PerExampleGradients, StepGradients, plan_for_steps
+from diag.quantities.per_example.foreseen import questions_of
+from diag.quantities.per_example.questions import Question
 from diag.quantities.snapshot import Snapshot
 from diag.registry import Instrument
-from diag.watch.backwards import Backwards, SeenBackward
-from diag.watch.capture import LOW_PRECISION, observed_loss
+from diag.result import Outcome
+from diag.watch.backwards import Backwards
+from diag.watch.capture import LossCall
 from diag.watch.hooks import INERT, compiled_wrappers, frames_compiled, is_transformed
+from diag.watch.step_check import as_clause, why_not_the_steps
 
 ATTEMPTS = 3  # steps in a row that could not be read, before the probe set is used for good
 LEAST = 8  # examples in a batch (our choice): fewer say little of an agreement
-TOLERANCE = 1e-3
-LOW_TOLERANCE = 3e-2  # where the step computes in half precision
-GIVEN = {"per_example_gradients", "labels"}
+GRADIENTS = "per_example_gradients"
+GIVEN = {GRADIENTS, "labels"}
 ON_THE_STEP = (
     "Measured on the training batch of {:,} examples as the step saw it (dropout and augmentation included), at "
     "the parameters before its update, from its own backward pass."
@@ -40,25 +44,25 @@ ON_THE_STEP = (
 ON_THE_PROBE = "Measured on the probe set: the training steps' own gradients are not used, because {}."
 AT_ONCE = "Measured on the probe set, as no training step was at hand."
 
+Measure = Callable[[str, Mapping[str, Any]], Outcome]
+
 
 @dataclass(frozen=True)
 class Read:
-    """What one step gave: its examples' gradients, the labels where they are class numbers, and their number."""
+    """What one step gave: its examples' gradients, and what can be measured on by glossary name."""
 
     gradients: StepGradients
-    labels: Tensor | None
+    quantities: dict[str, Any]
     note: str
-
-    def quantities(self) -> dict[str, Any]:
-        """By glossary name."""
-        found: dict[str, Any] = {"per_example_gradients": self.gradients}
-        return found if self.labels is None else found | {"labels": self.labels}
 
 
 class OwnStep:
-    """Reads one training step when it is armed: the first micro-batch of it."""
+    """Reads one training step when it is armed: the first micro-batch of it.
 
-    def __init__(self, instruments: Mapping[str, Instrument]) -> None:
+    measure(name, quantities): what the instrument gives on quantities by glossary name.
+    """
+
+    def __init__(self, instruments: Mapping[str, Instrument], measure: Measure) -> None:
         self._model: nn.Module | None = None
         self._able = {name for name, instrument in instruments.items() if _asks_for_gradients_alone(instrument)}
         self.names: list[str] = []  # what is to be measured on the next step
@@ -66,10 +70,12 @@ class OwnStep:
         self.touched = False  # whether the step that is going on was armed
         self.refused = ""  # why no step is read any more
         self._reasons: dict[str, str] = {}  # the same, of one instrument
+        self._measure = measure
+        self._unforeseen: set[str] = set()  # those that ask more than they did in rehearsal
         self.backwards = Backwards()
         self._plan: Any = None
         self._step: StepGradients | None = None
-        self._recording = self._clean = self._seen = False
+        self._clean = self._seen = False
         self._failures = self._frames = 0
         self._wrapped = False
         self._handles: list[Any] = []
@@ -95,9 +101,13 @@ class OwnStep:
         """Whether what has been measured with this instrument was measured on training steps."""
         return name in self._able and not self.refused and name not in self._reasons
 
-    def leave(self, name: str, reason: str) -> None:
-        """This instrument gave nothing on a step's gradients: from now on it is measured on the probe set."""
-        self._reasons[name] = reason.rstrip(".")
+    def leave(self, name: str, reason: str, read: Read) -> None:
+        """This instrument gave nothing on a step's gradients: from now on it is measured on the probe set, but
+        where it asked something that was not foreseen, which the next step will be kept for."""
+        if read.gradients.unforeseen and name not in self._unforeseen:
+            self._unforeseen.add(name)
+        else:
+            self._reasons[name] = reason.rstrip(".")
 
     def note(self, name: str) -> str:
         """What a result on the probe set has to say for itself."""
@@ -115,7 +125,7 @@ class OwnStep:
             elif self._plan is None:
                 self._plan = plan_for_steps(self._model, snapshot.batch_loss, snapshot.batches[0])
         except DiagError as error:
-            self.refused = _clause(error)
+            self.refused = as_clause(error)
         except Exception as error:  # a model that cannot run on a few examples, say
             self.refused = f"a few examples could not be run through the model ({first_line(error)})"
         if not self.refused:
@@ -147,28 +157,45 @@ class OwnStep:
             return
         try:
             step = StepGradients(self._model, self._plan, size)
-            _guard(step._capture)
             step.__enter__()
         except Exception:  # this is in the middle of the training's own call; `backward_ends` finds no step
             return
-        self._step, self._recording = step, True
+        self._step = step
 
     def forward_ends(self) -> None:
         """It has returned, or raised."""
-        if self._recording and self._step is not None:
-            self._recording = False
-            self._step._capture.__exit__(None, None, None)
+        if self._step is not None:
+            self._step.end_forward()
 
     @property
     def reading(self) -> bool:
         """Whether the forward pass of an armed step has been seen."""
         return self._seen
 
-    def backward_begins(self) -> None:
-        """A backward pass begins: gradients of earlier ones must not be in the way."""
+    def backward_begins(self) -> float:
+        """A backward pass begins; gives the time taken, in seconds."""
+        began = time.perf_counter()
         if self._step is not None:
+            # Gradients of earlier passes must not be in the way.
             grads = [p.grad for p in self._parameters() if p.grad is not None]
             self._clean = not any(bool(g.any()) for g in grads)
+            if self._unforeseen.isdisjoint(self.names):  # else all is kept, and asked afterwards
+                self._step.ask_only(self._questions(self._step))
+        return time.perf_counter() - began
+
+    def _questions(self, step: StepGradients) -> list[Question]:
+        """All that will be asked of the step, so that the backward pass can answer it and nothing need be kept."""
+        call = self.backwards.descending
+        if call is None or not self._clean:
+            return []  # it will not be used
+        given = _quantities(step, call)
+        asked = [_everyone(step)]
+        for name in self.names:
+            asked += questions_of(partial(self._rehearse, name, given), step)
+        return asked
+
+    def _rehearse(self, name: str, given: Mapping[str, Any], gradients: PerExampleGradients) -> None:
+        self._measure(name, {**given, GRADIENTS: gradients})
 
     def backward_ends(self, loss_fn: Any) -> Read | None:
         """It has ended: what the step gave, or None."""
@@ -177,30 +204,13 @@ class OwnStep:
         self.disarm(keep_names=True)
         reason = f"no call with a batch of at least {LEAST} examples could be recorded" if step is None else ""
         if step is not None:
-            step._capture.__enter__()  # what StepGradients leaves: recording ended with the forward pass
             step.__exit__(None, None, None)
-            reason = self._why_not(step, seen, loss_fn)
+            reason = why_not_the_steps(step, seen, loss_fn, self._clean, self._parameters())
         if step is None or seen is None or reason:
             self._failed(reason)
             return None
         self._failures = 0
-        return Read(step, _labels(seen, step.num_examples), ON_THE_STEP.format(step.num_examples))
-
-    def _why_not(self, step: StepGradients, seen: SeenBackward | None, loss_fn: Any) -> str:
-        """Why what was read cannot be used; empty where every check holds."""
-        if not self._clean:
-            return "gradients were left over from an earlier backward pass"
-        if seen is None:
-            return "backward() was not called on a multiple of one loss function's value"
-        found = observed_loss(seen.forward, seen.call)
-        if isinstance(found, str):
-            return found
-        if loss_fn is None:
-            return "the loss is the model's own"
-        try:
-            return _disagreement(step, self._parameters(), seen)
-        except DiagError as error:
-            return _clause(error)
+        return Read(step, _quantities(step, seen.call), ON_THE_STEP.format(step.num_examples))
 
     def _parameters(self) -> list[nn.Parameter]:
         return [] if self._model is None else list(trainable(self._model).values())
@@ -248,56 +258,17 @@ class _After(_Before):
 
 def _asks_for_gradients_alone(instrument: Instrument) -> bool:
     needed = {need.quantity.name for need in instrument.needs if not need.optional}
-    return "per_example_gradients" in needed and needed <= GIVEN
+    return GRADIENTS in needed and needed <= GIVEN
 
 
-def _guard(capture: Any) -> None:
-    """Let no error of the recording reach the training: the call that was asked for runs once in any case."""
-    recorded = capture._call
-
-    def call(name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        ran: list[Any] = []
-
-        def once(*a: Any, **k: Any) -> Any:
-            ran.append(None)
-            ran[-1] = (func(*a, **k),)
-            return ran[-1][0]
-
-        if capture.__dict__.get("_broken"):
-            return func(*args, **kwargs)
-        try:
-            return recorded(name, once, args, kwargs)
-        except Exception:
-            if ran and ran[0] is None:
-                raise  # the training's own
-            capture._broken = True
-            capture.uses.clear()  # so that the step is seen to differ from the plan
-            return ran[0][0] if ran else func(*args, **kwargs)
-
-    capture._call = call
+def _quantities(step: StepGradients, call: LossCall) -> dict[str, Any]:
+    """What a step gives to measure on, by glossary name: its gradients, and labels where they are class numbers."""
+    given, targets = {GRADIENTS: step}, call.targets
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (step.num_examples,):
+        return given
+    return given | {"labels": targets.detach()} if int(targets.min()) >= 0 else given
 
 
-def _disagreement(step: StepGradients, parameters: list[nn.Parameter], seen: SeenBackward) -> str:
-    """Why the examples' gradients are not those of the step; empty where they add up to its gradient."""
-    expected = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).reshape(-1) for p in parameters]
-    )
-    if not bool(torch.isfinite(expected).all()):
-        return "its gradient is not finite"
-    low = seen.call.given.dtype in LOW_PRECISION or any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-    gap = torch.linalg.vector_norm(step.mean().to(expected) - expected)
-    if not bool(gap <= (LOW_TOLERANCE if low else TOLERANCE) * torch.linalg.vector_norm(expected)):
-        return "its examples' gradients do not add up to its gradient (an added term, or several processes)"
-    return ""
-
-
-def _labels(seen: SeenBackward, n: int) -> Tensor | None:
-    targets = seen.call.targets
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (n,):
-        return None
-    return targets.detach() if int(targets.min()) >= 0 else None
-
-
-def _clause(error: DiagError) -> str:
-    text = str(error).split("; ")[0].rstrip(".")  # what to do about it is no part of the reason
-    return text[0].lower() + text[1:]
+def _everyone(step: StepGradients) -> Question:
+    """What the mean gradient comes from."""
+    return GroupSums((tuple(range(step.num_examples)),))

@@ -23,6 +23,7 @@ from diag.quantities.per_example import (
     StepGradients,
     plan_for_steps,
 )
+from diag.quantities.per_example.foreseen import questions_of
 from diag.testing import leaves_no_trace
 
 PATH = Path(__file__).with_name("per_example_cases.py")
@@ -98,6 +99,79 @@ def test_activations_are_let_go(ask):
         assert held == (ask is None) and alive[-1].expired()
     finally:
         gc.enable()
+
+
+def test_the_forward_pass_alone_can_be_recorded():
+    """What follows it is not looked at, and questions can be told up to the backward pass."""
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    model.eval()
+    questions = [GroupGram(((0, 1), (2,))), SquaredNorms()]
+    expected = ModelGradients(model, loss_fn, [batch]).ask(*questions)
+    step = StepGradients(model, plan_for_steps(model, loss_fn, batch), batch.size)
+    with step:
+        outputs = batch.forward(model)
+        step.end_forward()
+        penalty = model.out.bias.square().sum()  # a call of a parameter that is not in the plan
+        step.ask_only(questions)
+        loss_fn(outputs, batch.targets).backward()
+    for found, truth in zip(step.ask(*questions), expected, strict=True):
+        for layer in truth:
+            torch.testing.assert_close(found[layer], truth[layer], rtol=1e-10, atol=1e-14)
+    assert penalty.requires_grad and not step.unforeseen
+    with pytest.raises(Unsupported, match="not among the questions asked before the step"):
+        step.gram()
+    assert step.unforeseen
+
+
+def test_an_error_of_the_recording_does_not_reach_the_forward_pass(monkeypatch):
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    model.eval()
+    plan = plan_for_steps(model, loss_fn, batch)
+    loss_fn(batch.forward(model), batch.targets).backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+
+    def broken(tensor):
+        raise RuntimeError("a stone in the shoe")
+
+    monkeypatch.setattr("diag.quantities.per_example.capture.get_gradient_edge", broken)
+    with StepGradients(model, plan, batch.size) as step:
+        loss_fn(batch.forward(model), batch.targets).backward()
+    for found, truth in zip(gradients_of(model), expected, strict=True):
+        assert torch.equal(found, truth)
+    with pytest.raises(Unsupported, match="No whole training step was seen"):
+        step.norms()
+
+
+def test_an_error_of_the_model_passes_the_recording():
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    plan = plan_for_steps(model, loss_fn, batch)
+    with pytest.raises(RuntimeError, match="shape"), StepGradients(model, plan, batch.size) as step:
+        F.linear(torch.ones(2, 3), model.out.weight)
+    with pytest.raises(Unsupported, match="the step raised RuntimeError"):
+        step.norms()
+
+
+@pytest.mark.parametrize("name", ["gradient_coherence", "gradient_conflict"])
+def test_the_questions_of_an_instrument_are_foreseen(name):
+    """With those found in rehearsal asked beforehand, the instrument gives the same as on a step that is kept."""
+    model, loss_fn, batch = cases.problem("conv2d, groups, dilation, same")
+    model.eval()
+    plan = plan_for_steps(model, loss_fn, batch)
+    labels = torch.arange(batch.size) % 2
+    found = []
+    for foresee in (True, False):
+        step = StepGradients(model, plan, batch.size)
+        if foresee:
+            questions = questions_of(lambda g: getattr(diag, name)(per_example_gradients=g, labels=labels), step)
+            assert {type(q) for q in questions} == {GroupGram, SquaredNorms}
+            step.ask_only(questions)
+        with step:
+            loss_fn(batch.forward(model), batch.targets).backward()
+        found.append(getattr(diag, name)(per_example_gradients=step, labels=labels))
+    for field in ("coherence", "standard_error") if name == "gradient_coherence" else ("lowest", "length_kept"):
+        # Only the order in which a layer's weight and bias are added up differs.
+        assert getattr(found[0], field) == pytest.approx(getattr(found[1], field), rel=1e-12)
 
 
 def trained(watched, ask=None):

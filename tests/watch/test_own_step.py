@@ -3,13 +3,17 @@
 import copy
 import math
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import diag
+from diag.registry import instrument
+from diag.result import Result, measured
 
 BATCH, STEPS = 16, 8
 
@@ -106,9 +110,9 @@ def test_training_is_bit_identical(name, helpers):
     watched, run = helpers.final_state(lambda model: train(model, step), True, make, **given)
     helpers.assert_identical(watched, unwatched)
     size = 8 if name == "accumulation" else BATCH  # the first micro-batch
-    for instrument in wanted["instruments"]:
-        assert {r.num_examples for _, r in results(run, instrument)[1:]} == {size}
-        assert f"Measured on the training batch of {size} examples" in notes(run, instrument)
+    for asked in wanted["instruments"]:
+        assert {r.num_examples for _, r in results(run, asked)[1:]} == {size}
+        assert f"Measured on the training batch of {size} examples" in notes(run, asked)
 
 
 def coherence(model, x, y):
@@ -296,6 +300,61 @@ def test_an_error_of_the_recording_stays_ours(where, monkeypatch, helpers):
     watched, run = helpers.final_state(train_broken, True, mlp, **given)
     helpers.assert_identical(watched, unwatched)
     assert results(run)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_no_activation_is_held_after_the_backward_pass(foreseen, monkeypatch):
+    """What the instruments ask is answered on the way; where that is not foreseen, the activations are kept."""
+    from diag.quantities.per_example import StepGradients
+
+    if not foreseen:
+        monkeypatch.setattr(StepGradients, "ask_only", lambda self, questions: None)
+    torch.manual_seed(0)
+    model, alive, held = mlp(), [], []
+    model[3].register_forward_hook(
+        lambda module, args, output: alive.append(StorageWeakRef(output.untyped_storage()))
+    )
+    with watch(model, ["gradient_coherence", "gradient_conflict"]) as watcher:
+        measure = watcher._measurements.measure_step
+
+        def measuring(read, names):
+            held.append(not alive[-1].expired())
+            return measure(read, names)
+
+        monkeypatch.setattr(watcher._measurements, "measure_step", measuring)
+        train(model)
+    assert held == [not foreseen] * 3
+    for name in ("gradient_coherence", "gradient_conflict"):
+        assert [r.num_examples for _, r in results(watcher.run, name)] == [BATCH] * 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Curious(Result):
+    """How many pairs of examples agree."""
+
+    agreeing: float = measured("share of pairs with a positive product")
+
+
+@instrument(source="a test")
+def curious(per_example_gradients) -> Curious:
+    """Asks for products only where the gradients do not vanish, which no rehearsal on zeros can show."""
+    if not per_example_gradients.norms().any():
+        return Curious(agreeing=math.nan)
+    return Curious(agreeing=float((per_example_gradients.gram() > 0).double().mean()))
+
+
+def test_an_instrument_that_asks_what_was_not_foreseen(monkeypatch):
+    """One step gives it nothing; the next ones are kept for whatever it asks."""
+    monkeypatch.setattr("diag.watch.measure.find", lambda name: curious)
+    torch.manual_seed(0)
+    model, kept = mlp(), []
+    with watch(model, ["curious"]) as watcher:
+        watcher._measurements._record = lambda step, outcome, seconds: kept.append((step, outcome))
+        train(model)
+    assert [step for step, _ in kept] == [4, 6, 8]  # step 3 was read in vain, and the end has no other measure
+    for _, outcome in kept:
+        assert 0 < outcome.agreeing <= 1
+        assert "from its own backward pass" in outcome.notes[-1]
 
 
 @pytest.mark.slow

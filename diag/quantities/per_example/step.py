@@ -8,13 +8,14 @@
 The step itself stays as it is, bit for bit: the recorded calls run unchanged, and hooks read output gradients that
 the backward pass makes anyway. What was asked beforehand is answered inside these hooks, layer by layer, and
 nothing is kept; without `ask`, the step's activations are held until the object is dropped, and anything can be
-asked. What the loss was scaled by (accumulation, a GradScaler) scales the gradients here too; ratios such as
-coherence do not feel it.
+asked. Where only hooks around the forward pass can be had, `end_forward` ends the recording, and `ask_only` takes
+questions up to the backward pass. What the loss was scaled by (accumulation, a GradScaler) scales the gradients
+here too; ratios such as coherence do not feel it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self
@@ -32,7 +33,7 @@ from diag.quantities.per_example.combination import Scaled
 from diag.quantities.per_example.gradients import Consumer, Coverage, PerExampleGradients
 from diag.quantities.per_example.losses import LossFunction
 from diag.quantities.per_example.plan import PROBES, Plan, make_plan, probe_of
-from diag.quantities.per_example.questions import Question
+from diag.quantities.per_example.questions import Answer, Question
 from diag.quantities.preserve import exact_arithmetic, preserved
 
 
@@ -54,6 +55,44 @@ def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Pla
     return plan
 
 
+class _Undisturbing(Capture):
+    """Records calls and lets nothing that goes wrong in that reach them: each runs once, as it was asked for."""
+
+    _broken = False
+
+    def _call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._broken:
+            return func(*args, **kwargs)
+        once, index = _Once(func), len(self.uses)
+        try:
+            result = super()._call(name, once, args, kwargs)
+        except Exception:
+            if once.called and not once.results:
+                raise  # the call's own
+            self._broken = True
+            self.uses.clear()  # so that the step is seen to differ from the plan
+            result = once.results[0] if once.results else func(*args, **kwargs)
+        once.results = None
+        for use in self.uses[index:]:
+            use.func = func
+        return result
+
+
+class _Once:
+    """A call that remembers what it gave; without a list for the `results` it only passes on."""
+
+    def __init__(self, func: Any) -> None:
+        self.func, self.called = func, False
+        self.results: list[Any] | None = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        result = self.func(*args, **kwargs)
+        if self.results is not None:
+            self.results.append(result)
+        return result
+
+
 class StepGradients(PerExampleGradients):
     """The gradients of the step that ran inside `with`.
 
@@ -68,20 +107,34 @@ class StepGradients(PerExampleGradients):
         self._parameters = trainable(model)
         super().__init__({name: tuple(p.shape) for name, p in self._parameters.items()}, batch_size)
         self._plan, self._blocks, self._hooks = plan, dict[str, Block](), list[Any]()
-        self._answers = None if ask is None else {question: question.begin(self) for question in ask}
-        self._capture = Capture(model, self._parameters, unroll=False, on_use=self._hook)
+        self._answers: dict[Question, Answer] | None = None
+        if ask is not None:
+            self.ask_only(ask)
+        self.unforeseen = False  # whether something else was asked than what had been asked beforehand
+        self._capture = _Undisturbing(model, self._parameters, unroll=False, on_use=self._hook)
         self._assembly = Assembly(plan, self._capture.uses, batch_size, self._parameters, self._consume)
         self._on_cpu = all(p.device.type == "cpu" for p in self._parameters.values())
         self._taken: set[int] = set()
         self._trouble: str | None = "there was no backward pass"  # why the step cannot be spoken for
+        self._recording = False
+
+    def ask_only(self, questions: Iterable[Question]) -> None:
+        """These are the only questions that there will be; to be said before the backward pass begins."""
+        self._answers = {question: question.begin(self) for question in questions}
 
     def __enter__(self) -> Self:
-        self._trouble = None
+        self._trouble, self._recording = None, True
         self._capture.__enter__()
         return self
 
+    def end_forward(self) -> None:
+        """The forward pass is over: what follows inside `with`, but for the backward pass, is not looked at."""
+        if self._recording:
+            self._recording = False
+            self._capture.__exit__(None, None, None)
+
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        self._capture.__exit__(kind, value, traceback)
+        self.end_forward()
         for hook in self._hooks:
             hook.remove()
         if kind is not None:
@@ -155,6 +208,7 @@ class StepGradients(PerExampleGradients):
     def stream(self, consume: Consumer) -> None:
         self._check()
         if self._answers is not None:
+            self.unforeseen = True
             raise Unsupported(
                 "This was not among the questions asked before the step, and it is over; add the question to ask=."
             )

@@ -2,9 +2,9 @@
 
 What asks for nothing but per-example gradients and labels (coherence, conflict) needs no passes of its own: the
 step makes these gradients anyway. For one step the model's calls are recorded and its output gradients read; the
-step itself runs as it is. What comes out is used only where it can be checked: backward() was called on a multiple
-of one known loss function's value, the same as `loss_fn` gives on the model's outputs and the targets, and the
-gradients of the examples add up to the gradient that the step has. Else the probe set is measured, with the reason.
+step itself runs as it is. What will be asked is found out when the backward pass begins and answered on its way, so
+that no activation is held longer than training holds it. What comes out is used only where it can be checked (see
+`step_check`). Else the probe set is measured, with the reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Whether the gradients that were read of a training step are the step's own.
 
-They count where backward() was called on a multiple of one known loss function's value, and where the examples'
-gradients add up to the gradient that the step has.
+They count where backward() was called on a multiple of one known loss function's value, the same as that function
+gives on the model's outputs and the targets, and where the examples' gradients add up to the gradient that the step
+has.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ def task(tmp_path, monkeypatch):
     for step, margin in {0: 1.0, 100: 1000.0, 200: 2000.0}.items():
         torch.save({"model": {"0.weight": torch.eye(4) * margin}, "step": step}, tmp_path / f"net_{step}.pt")
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "task", raising=False)  # another test's
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:

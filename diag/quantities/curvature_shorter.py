@@ -25,13 +25,12 @@ from diag.quantities.curvature_kernels import Convolution, Elementwise, Rectifie
 
 @dataclass(frozen=True)
 class Convolved:
-    """What an output was convolved from, as long as its `version` says that nobody has written to it."""
+    """What an output was convolved from."""
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
     settings: tuple[Any, ...]
-    version: int
 
     def output(self) -> Tensor:
         """The convolution, in the dtype that autocast, where it is in force, asks for."""
@@ -73,10 +72,10 @@ def _convolve(native: Callable[..., Tensor], dims: int, transposed: bool) -> Cal
         if dims == 2 and input.device.type == "cpu":
             input = input.contiguous(memory_format=torch.channels_last)
         settings = (stride, padding, dilation, transposed, beyond, given.get("groups", 1))
-        made = Convolved(input, weight, bias, settings, 0)
+        made = Convolved(input, weight, bias, settings)
         output = made.output()
-        if not transposed:  # a batch norm that follows takes the convolution over
-            output.convolved = replace(made, version=output._version)  # type: ignore[attr-defined]
+        if not transposed:  # a batch norm that follows takes the convolution over, unless somebody writes to it
+            output.convolved = made, output._version  # type: ignore[attr-defined]
         return output
 
     return convolve
@@ -84,7 +83,8 @@ def _convolve(native: Callable[..., Tensor], dims: int, transposed: bool) -> Cal
 
 def _elementwise(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def apply(input: Tensor, *args: Any, **named: Any) -> Tensor:
-        if not _plain(input) or named.get("inplace", False) or True in args:
+        in_place = named.get("inplace", False) or any(a is True for a in args)
+        if in_place or not _plain(input):
             return native(input, *args, **named)
         return Elementwise.apply(input, partial(_called, native, args, named))
 
@@ -113,8 +113,8 @@ def _batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
-    made = getattr(input, "convolved", None)
-    if made is not None and made.version == input._version:
+    made, version = getattr(input, "convolved", (None, 0))
+    if made is not None and version == input._version:
         return made.normalised(running_mean, scale, bias)
     mean, scale = (v.to(input.dtype).view(_channels(input)) for v in (running_mean, scale))
     output = (input - mean) * scale  # the mean first: it may be many standard deviations

@@ -123,11 +123,18 @@ def test_rectifier_also_at_its_kink_and_where_it_is_not_a_number(function):
         torch.testing.assert_close(a, b, rtol=WITHIN, atol=WITHIN, equal_nan=True)
 
 
-def test_activation_in_place_is_left_alone():
+@pytest.mark.parametrize("how", [{"args": (True,)}, {"named": {"inplace": True}}])
+def test_activation_in_place_is_left_alone(how):
     x = torch.randn(3, 4)
     before = x.clone()
-    assert SHORTER[F.silu](x, inplace=True) is x
+    assert SHORTER[F.silu](x, *how.get("args", ()), **how.get("named", {})) is x
     assert torch.equal(x, F.silu(before))
+
+
+def test_a_positional_one_is_no_flag():
+    """softplus(x, 1) has beta = 1, which equals True."""
+    x = torch.randn(3, 4, requires_grad=True)
+    assert "Elementwise" in SHORTER[F.softplus](x, 1, 20).grad_fn.name()
 
 
 def test_third_derivative_of_a_convolution():

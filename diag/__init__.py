@@ -12,10 +12,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Snapshot": "diag.quantities.snapshot",
-    "watch": "diag.watch",
-    "report": "diag.report",
-    "load": "diag.run",
+    "Snapshot": "diag.snapshot.snapshot",
+    "watch": "diag.watching.watcher",
+    "report": "diag.reporting",
+    "load": "diag.run.run",
     "measure": "diag.registry",
     "measure_all": "diag.registry",
     "instrument": "diag.registry",
@@ -23,16 +23,14 @@ _HOMES = {
     "Verdict": "diag.result",
     "Precondition": "diag.result",
     "measured": "diag.result",
-    "stable_cross_entropy": "diag.stable_loss",
+    "stable_cross_entropy": "diag.remedies",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Loading on first use keeps `import diag` as cheap as `import torch`.
     if name in _HOMES:
-        home = importlib.import_module(_HOMES[name])
-        # diag.watch and diag.report are packages that can be called.
-        return home if _HOMES[name] == f"diag.{name}" else getattr(home, name)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     if not name.startswith("_"):
         if importlib.util.find_spec(f"diag.{name}") is not None:
             return importlib.import_module(f"diag.{name}")

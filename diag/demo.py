@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from diag import datasets
 from diag.datasets import Examples
-from diag.run import Run
-from diag.watch import watch
+from diag.run.run import Run
+from diag.watching.watcher import watch
 
 TRAINING_EXAMPLES = 1297  # of 1,797
 WRONG_SHARE = 0.1

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported
-from diag.quantities.check import checked
-from diag.quantities.glossary import Quantity, lookup
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
+from diag.snapshot.glossary import Quantity, lookup
+from diag.snapshot.validation import checked
 
 ENTRY_POINTS = "diag.instruments"
 
@@ -215,7 +215,7 @@ def instruments() -> Mapping[str, Instrument]:
     """
     package = importlib.import_module("diag.instruments")
     modules = [
-        importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)
+        importlib.import_module(m.name) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
     found = {i.name: i for module in modules for i in _declared(module)}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import DiagError
-from diag.quantities.snapshot import Snapshot
 from diag.registry import Instrument, Measurable, attempt
 from diag.result import Level, Result, Skipped, Verdict, equal
+from diag.snapshot.snapshot import Snapshot
 
 # Problems with known answers.
 

@@ -26,16 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diag
-from diag.quantities.alignment import align_weights
-from diag.quantities.interpolation import Interpolation
-from diag.quantities.symmetries import find_symmetries
+from diag.connectivity.alignment import align_weights
+from diag.connectivity.interpolation import Interpolation
+from diag.connectivity.symmetries import find_symmetries
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def architectures() -> ModuleType:
     """The networks of the tests."""
-    path = ROOT / "tests" / "quantities" / "symmetries" / "conftest.py"
+    path = ROOT / "tests" / "connectivity" / "symmetries" / "conftest.py"
     spec = importlib.util.spec_from_file_location("architectures", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

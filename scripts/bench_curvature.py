@@ -34,12 +34,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diag.curvature.operators import Hessian
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.refine import two_level_eigenpairs
 from diag.linalg.ritz import Wanted
-from diag.quantities.curvature import Hessian
-from diag.quantities.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 COUNT, TOLERANCE = 10, 1e-3
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_curvature import GPT, text
 
+from diag.curvature.operators import Hessian
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
-from diag.quantities.curvature import Hessian
-from diag.quantities.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 
 def operator(width: int, layers: int, examples: int, device: str, dtype: torch.dtype = torch.float32) -> Hessian:

@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diag.quantities.batch import Batch, as_batch
-from diag.quantities.per_example import Gram, ModelGradients, Sketch, SquaredNorms, StepGradients, plan_for_steps
-from diag.quantities.per_example.questions import Question
+from diag.gradients import Gram, ModelGradients, Sketch, SquaredNorms, StepGradients, plan_for_steps
+from diag.gradients.questions import Question
+from diag.snapshot.batch import Batch, as_batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -15,8 +15,8 @@ import numpy
 import torch
 
 import diag
-from diag.quantities.history import empty_history
-from diag.run import RunWriter, load
+from diag.run.run import RunWriter, load
+from diag.snapshot.history import empty_history
 
 RECORDS, LAYERS, REPEATS = 100_000, 50, 7
 

@@ -4,7 +4,7 @@
 
 An MLP (784-128-128-10) learns MNIST digits with SGD and with Adam; every 1, 5 and 25 steps the largest eigenvalues
 of the Hessian on 512 digits are found from a random start and from what the last measurement left, which starts
-cold at every fourth (see diag/quantities/carry.py). Printed are the mean products of both, how many of the
+cold at every fourth (see diag/curvature/carry.py). Printed are the mean products of both, how many of the
 measurements gave a value further than the tolerance from a run to 1e-5, and what the self-test costs, in
 products. Then the hardest case for a warm start: old eigenvectors that stay exactly eigenvectors while a larger
 eigenvalue arises elsewhere, on planted spectra; how often it is missed by a warm run, and by a cold one.
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diag.curvature.carry import RENEW_EVERY
+from diag.curvature.operators import Hessian
+from diag.curvature.stability.preconditioner import divisor
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.linalg.warm import warm_eigenpairs
-from diag.quantities.batch import as_batches
-from diag.quantities.carry import RENEW_EVERY
-from diag.quantities.curvature import Hessian
-from diag.quantities.curvature_preconditioner import divisor
+from diag.snapshot.batch import as_batches
 
 digits = functools.cache(bench_curvature.digits)
 EVERY = (1, 5, 25)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diag.checkpoints.contents import Checkpoint
+from diag.checkpoints.unwrap import bare_model
 from diag.errors import CheckpointError
-from diag.quantities.unwrap import bare_model
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:

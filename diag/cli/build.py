@@ -20,10 +20,10 @@ from torch import nn
 import diag
 from diag.checkpoints import Checkpoint, load_into, load_state
 from diag.errors import CheckpointError, DiagError, InvalidInput
-from diag.quantities.snapshot import Snapshot
 from diag.registry import attempt, find, instruments
 from diag.result import Result
-from diag.run import Record, Run
+from diag.run.run import Record, Run
+from diag.snapshot.snapshot import Snapshot
 
 FORM = "expected module:function or file.py:function"
 RETURNS = "expected (model, loss_fn, data), a dict of diag.Snapshot's arguments, or a diag.Snapshot"

@@ -15,7 +15,7 @@ import click
 from diag.cli.door import Door, Mistake
 
 if TYPE_CHECKING:
-    from diag.run import Run
+    from diag.run.run import Run
 
 LEVELS = ("alarm", "warning")
 OUTPUT = click.Path(dir_okay=True, path_type=Path)
@@ -36,7 +36,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
     """Train a small network on real digits with wrong labels among them, watched, and write its report."""
     from diag import demo as demonstration
     from diag.cli import tables
-    from diag.report import report as write_report
+    from diag.reporting import report as write_report
 
     with tables.progress_bar() as bar:
         task = bar.add_task("Training", total=None)
@@ -81,7 +81,7 @@ def report(
     """
     from diag.cli import tables
     from diag.cli.settings import read_settings
-    from diag.report import report as write_report
+    from diag.reporting import report as write_report
 
     chosen = read_settings(settings)
     if build is None:
@@ -99,7 +99,7 @@ def report(
 
 
 def _one_run(sources: Sequence[Path]) -> Run:
-    from diag.run import load
+    from diag.run.run import load
 
     if len(sources) == 1 and (sources[0] / "run.json").is_file():
         return load(sources[0])
@@ -205,7 +205,7 @@ def check(run: Path, fail_on: str) -> None:
     Status 0: none is. Status 2: there is no run, or nothing was measured in it.
     """
     from diag.cli import tables
-    from diag.run import load
+    from diag.run.run import load
 
     opened = load(run)
     findings = opened.findings()
@@ -228,7 +228,7 @@ def show(run: Path, name: str | None) -> None:
     """Show a run in the terminal."""
     from diag.cli import tables
     from diag.registry import find
-    from diag.run import load
+    from diag.run.run import load
 
     opened = load(run)
     if name:
@@ -245,11 +245,11 @@ def show(run: Path, name: str | None) -> None:
 def compare(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> None:
     """Two runs side by side: their verdicts and the last value of every scalar."""
     from diag.cli import tables
-    from diag.run import load
+    from diag.run.run import load
 
     runs = [load(run_a), load(run_b)]
     if output is not None:
-        from diag.report.compare import compare as write_comparison
+        from diag.reporting.compare import compare as write_comparison
 
         page = write_comparison(runs[0], runs[1], output, command=_command_line())
     tables.show(tables.side_by_side(dict(zip(_names(run_a, run_b), runs, strict=True)), everything))

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 # Modules that bring commands of their own, in a list named COMMANDS, where they are installed.
-OTHER_PARTS = ("diag.connect",)
+OTHER_PARTS = ("diag.cli.connect",)
 
 
 class Mistake(click.ClickException):

@@ -18,7 +18,7 @@ from diag import display
 
 if TYPE_CHECKING:
     from diag.registry import Instrument
-    from diag.run import Finding, Run
+    from diag.run.run import Finding, Run
 
 STYLES = {"alarm": "bold red", "warning": "yellow", "unknown": "blue", "ok": "green", "not_applicable": "dim"}
 PIPED_WIDTH = 160

@@ -16,17 +16,17 @@ from typing import Any, Self
 
 import torch
 
+from diag.curvature.carry import carried_eigenpairs
+from diag.curvature.stability.optimizer import LinearStability, linear_stability
+from diag.curvature.stability.sgd import SgdStability, small_batches, trace_factor
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
-from diag.quantities.carry import carried_eigenpairs
-from diag.quantities.optimizer import OptimizerState, describe
-from diag.quantities.optimizer_stability import LinearStability, linear_stability
-from diag.quantities.sgd_stability import SgdStability, small_batches, trace_factor
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.optimizer import OptimizerState, describe
 
 SOURCE = (
     "Cohen et al. 2021, arXiv:2103.00065; Cohen et al. 2022, arXiv:2207.14484 (Adam); Mulayoff, Michaeli 2024, "

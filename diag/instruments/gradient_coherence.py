@@ -21,8 +21,8 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
+from diag.gradients import MatrixGradients, PerExampleGradients
 from diag.linalg.coherence import Coherence, between_groups, coherence, noise_scale, random_blocks
-from diag.quantities.per_example import MatrixGradients, PerExampleGradients
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -165,7 +165,7 @@ def gradient_coherence(
 ) -> GradientCoherence:
     """How far the gradients of single examples agree, over all layers and in each.
 
-    per_example_gradients: m gradients at fixed weights (`diag.quantities.per_example`), or a floating matrix
+    per_example_gradients: m gradients at fixed weights (`diag.gradients`), or a floating matrix
     (m, P). labels: class numbers (m,), for the agreement within and between classes; left out where their
     number is not m, as for sequences, and beyond the 20 largest classes.
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import MissingQuantity
+from diag.gradients import PerExampleGradients, StackedGradients
 from diag.linalg.coherence import random_blocks
-from diag.quantities.per_example import PerExampleGradients, StackedGradients
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 

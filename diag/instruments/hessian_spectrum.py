@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diag.curvature import eigenvectors
+from diag.curvature.memory import available_memory
+from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.operator import LinearOperator
 from diag.linalg.spectrum import Spectrum, spectrum
-from diag.quantities import eigenvectors
-from diag.quantities.curvature import CurvatureOperator
-from diag.quantities.curvature_memory import available_memory
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 

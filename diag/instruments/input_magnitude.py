@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput, MissingQuantity
-from diag.linalg.opposition import correlation
-from diag.quantities.per_example import PerExampleGradients
+from diag.gradients import PerExampleGradients
+from diag.instruments.opposing_signals.movement import correlation
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 

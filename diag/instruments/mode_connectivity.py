@@ -18,10 +18,10 @@ import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diag.connectivity.connection import ALIGN, Connection, connect
+from diag.connectivity.interpolation import Interpolation
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
-from diag.quantities.connection import ALIGN, Connection, connect
-from diag.quantities.interpolation import Interpolation
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 

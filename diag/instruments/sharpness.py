@@ -16,15 +16,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diag.curvature.neighbourhood.divergence_at import DivergenceAt
+from diag.curvature.neighbourhood.losses_at import LossesAt
+from diag.curvature.neighbourhood.surroundings import NORMS, Ball, Surroundings
+from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import dot
 from diag.linalg.reductions import norm as length
-from diag.quantities.curvature import CurvatureOperator
-from diag.quantities.divergence_at import DivergenceAt
-from diag.quantities.losses_at import LossesAt
-from diag.quantities.surroundings import NORMS, Ball, Surroundings
 from diag.registry import GRADIENT, PRODUCT, SELF_TEST, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 

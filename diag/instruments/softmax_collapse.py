@@ -285,7 +285,7 @@ def softmax_collapse(
     and the zero-sum residual at which collapse counts as near (our choice, uncalibrated).
 
     Where the wrong-class gradients are not those of a softmax (another loss, label smoothing), there is no
-    verdict. Raises InvalidInput for other dtypes, and for values that do not fit (see `diag.quantities.check`).
+    verdict. Raises InvalidInput for other dtypes, and for values that do not fit (see `diag.snapshot.validation`).
     Source: Prieto et al. 2025, arXiv:2501.04697, Definitions 1 and 3, Equations 2-4; b ln 2 follows from
     rounding to nearest.
     """

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diag.connectivity.symmetries import Symmetries
 from diag.display import format_number
-from diag.quantities.symmetries import Symmetries
 from diag.registry import instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 

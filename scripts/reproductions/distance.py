@@ -11,9 +11,9 @@ from torch import nn
 
 import diag
 from diag import datasets
-from diag.instruments.gradient_flow import GradientFlow
-from diag.quantities.history import History, empty_history
-from diag.quantities.parameters import flatten
+from diag.instruments.gradient_flow.instrument import GradientFlow
+from diag.snapshot.history import History, empty_history
+from diag.snapshot.parameters import flatten
 
 STEPS, EXAMPLES, SEED = 1500, 4000, 0
 ARMS = {

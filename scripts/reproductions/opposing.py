@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import diag
 from diag import datasets
-from diag.instruments.opposing_signals import OpposingSignals, opposing_signals_online
+from diag.instruments.opposing_signals.instrument import OpposingSignals, opposing_signals_online
 from diag.linalg.lanczos import eigenpairs
 
 EXAMPLES, GROUP, CLASSES, CHANNELS, VALUE, SEED = 1000, 20, (3, 8), 16, 6.0, 0

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 
 import diag
 from diag.cli import main
-from diag.quantities.history import empty_history
 from diag.result import Failed, Skipped
-from diag.run import RunWriter
+from diag.run.run import RunWriter
+from diag.snapshot.history import empty_history
 
 LAYERS = {"body.weight": 6, "head.weight": 4}
 

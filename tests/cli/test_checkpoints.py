@@ -129,7 +129,7 @@ def test_each_checkpoint_has_the_one_before_as_its_previous(task, monkeypatch):
 
     monkeypatch.chdir(task)
     monkeypatch.setattr("diag.cli.build.find", lambda name: change)
-    monkeypatch.setattr("diag.run.instruments", lambda: {"change": change})
+    monkeypatch.setattr("diag.run.run.instruments", lambda: {"change": change})
     for step, margin in {1: 1.0, 2: 2.0, 3: 3.0}.items():
         torch.save({"0.weight": torch.eye(4) * margin}, task / f"small_{step}.pt")
     run, _ = run_of_checkpoints(

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from diag.run import RunWriter, load
+from diag.run.run import RunWriter, load
 
 
 def test_check_fails_on_an_alarm_and_says_which(run_diag, make_run):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import diag
+from diag.curvature.stability.optimizer import linear_stability
 from diag.linalg.operator import LinearOperator
-from diag.quantities.optimizer import describe
-from diag.quantities.optimizer_stability import linear_stability
 from diag.result import Level
+from diag.snapshot.optimizer import describe
 from diag.testing import check_result, planted_spectrum, refusal
 
 edge = diag.edge_of_stability

@@ -9,8 +9,8 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
+from diag.gradients import MatrixGradients
 from diag.instruments.gradient_coherence import BLOCKS
-from diag.quantities.per_example import MatrixGradients
 from diag.result import Level
 from diag.testing import refusal
 

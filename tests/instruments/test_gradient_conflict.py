@@ -9,10 +9,10 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
+from diag.gradients import MatrixGradients, ModelGradients
 from diag.instruments.gradient_conflict import sign_flip_rate, stack_losses
-from diag.quantities.batch import as_batch
-from diag.quantities.per_example import MatrixGradients, ModelGradients
 from diag.result import Level
+from diag.snapshot.batch import as_batch
 from diag.testing import refusal
 
 conflict = diag.gradient_conflict

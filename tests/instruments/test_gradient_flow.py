@@ -11,11 +11,11 @@ from torch import nn
 
 import diag
 from diag.errors import MissingQuantity
-from diag.instruments.gradient_flow import STEPS_SHOWN, GradientFlow, gradient_flow
+from diag.instruments.gradient_flow.instrument import STEPS_SHOWN, GradientFlow, gradient_flow
+from diag.instruments.gradient_flow.statistics import normalisation_layers
 from diag.linalg.growth import fit_growth, log_spaced
-from diag.quantities.history import empty_history
-from diag.quantities.history_statistics import normalisation_layers
 from diag.result import Level
+from diag.snapshot.history import empty_history
 from diag.testing import check_plot, check_result
 
 LAYERS = {f"{layer}.{part}": size for layer in ("a", "b", "c", "d") for part, size in (("weight", 12), ("bias", 4))}

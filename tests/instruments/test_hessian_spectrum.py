@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import diag
+from diag.curvature.class_directions import class_directions
 from diag.errors import InvalidInput, MissingQuantity
 from diag.instruments.hessian_spectrum import HessianSpectrum
 from diag.linalg.operator import FunctionOperator, LinearOperator
-from diag.quantities.class_directions import class_directions
 from diag.registry import attempt
 from diag.result import Level, Skipped
 from diag.testing import check_result, classification, planted_spectrum, refusal

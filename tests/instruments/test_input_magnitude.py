@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diag
-from diag.quantities.per_example import MatrixGradients
+from diag.gradients import MatrixGradients
 from diag.result import Level
 from diag.testing import refusal
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import diag
+from diag.connectivity.symmetries import find_symmetries
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.instruments.mode_connectivity import mode_connectivity
-from diag.quantities.symmetries import find_symmetries
 from diag.result import Level
 from diag.testing import check_instrument, check_result, classification, leaves_no_trace, refusal
 

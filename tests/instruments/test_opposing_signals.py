@@ -12,9 +12,9 @@ from torch import nn
 import diag
 from diag import datasets
 from diag.errors import InvalidInput, Unsupported
-from diag.instruments.opposing_signals import opposing_signals_online
+from diag.instruments.opposing_signals.instrument import opposing_signals_online
+from diag.instruments.opposing_signals.showing import displayed, imported
 from diag.linalg.lanczos import eigenpairs
-from diag.quantities.shown import displayed, imported
 from diag.result import Level
 from diag.testing import refusal
 

@@ -17,8 +17,8 @@ from diag.errors import InvalidInput
 from diag.instruments.softmax_collapse import SoftmaxCollapse, softmax_collapse
 from diag.linalg.margins import margins
 from diag.linalg.softmax_rounding import SIGNIFICAND_BITS, collapse_margin
+from diag.remedies import stable_cross_entropy
 from diag.result import Level
-from diag.stable_loss import stable_cross_entropy
 from diag.testing import check_plot, check_result
 
 

@@ -9,7 +9,7 @@ import torch
 
 import diag
 
-_path = Path(__file__).parent.parent / "quantities" / "curvature_cases.py"
+_path = Path(__file__).parent.parent / "curvature" / "curvature_cases.py"
 _spec = importlib.util.spec_from_file_location("curvature_cases", _path)
 cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)

@@ -1,0 +1,169 @@
+"""The commands `diag align` and `diag connect`: two checkpoints brought into one order, and a map of many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diag.snapshot.snapshot import Snapshot
+
+PATHS = click.Path(exists=True, path_type=Path)
+BUILD = click.option("--build", required=True, metavar="MODULE:FUNCTION", help="What gives (model, loss_fn, data).")
+EXAMPLES = click.option("--max-examples", type=click.IntRange(1), help="Measure on the first examples only.")
+KEY = click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")
+POINTS = click.option("--points", type=click.IntRange(3), default=11, show_default=True, help="Of the grid.")
+
+
+@click.command(short_help="Move the units of one checkpoint to where another has them.")
+@click.argument("first", type=PATHS, metavar="A")
+@click.argument("second", type=PATHS, metavar="B")
+@BUILD
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the aligned B (.pt or .safetensors).")
+@click.option("--by", type=click.Choice(["weights", "activations"]), default="weights", show_default=True)
+@POINTS
+@EXAMPLES
+@KEY
+def align(
+    first: Path,
+    second: Path,
+    build: str,
+    output: Path | None,
+    by: str,
+    points: int,
+    max_examples: int | None,
+    key: str | None,
+) -> None:
+    """Permute the units of checkpoint B so that they stand where the like units of A are.
+
+    B's function stays what it is (checked); afterwards the two can be averaged where the verdict says that they
+    are connected. The file written holds B's state dict.
+    """
+    from diag.instruments.mode_connectivity import mode_connectivity
+
+    if output is not None and output.suffix not in (".pt", ".safetensors"):
+        raise click.UsageError(f"{output} ends in {output.suffix or 'nothing'}; expected .pt or .safetensors.")
+    snapshot, states = _snapshot_and_states([first, second], build, max_examples, key)
+    a, b = states.values()
+    result: Any = mode_connectivity(_at(snapshot, a), other=b, align=by, points=points)
+    click.echo(result.verdict().sentence)
+    click.echo(
+        f"{result.units_moved:.0%} of the units moved; the outputs of B changed by a relative "
+        f"{result.function_change:.1e}, and its distance from A from {result.distance:.4g} to "
+        f"{result.aligned_distance:.4g}."
+    )
+    if output is not None:
+        _save(dict(result.aligned_state or {}), output)
+        click.echo(f"Aligned: {output}")
+
+
+@click.command(short_help="Barriers between every two checkpoints: who is connected with whom.")
+@click.argument("checkpoints", nargs=-1, required=True, type=PATHS, metavar="CKPT...")
+@BUILD
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A heat map (.png, .svg, .pdf), or .json.")
+@click.option(
+    "--align", "by", type=click.Choice(["none", "weights", "activations"]), default="none", show_default=True
+)
+@click.option("--threshold", type=float, default=0.02, show_default=True, help="Connected below this barrier.")
+@POINTS
+@EXAMPLES
+@KEY
+def connect(
+    checkpoints: Sequence[Path],
+    build: str,
+    output: Path | None,
+    by: str,
+    threshold: float,
+    points: int,
+    max_examples: int | None,
+    key: str | None,
+) -> None:
+    """The barrier between every two checkpoints, the groups that are connected, and the cheapest tree over all.
+
+    A barrier is in the share of wrong answers where the targets are classes, else in the loss. The default
+    threshold of 2 % is Frankle et al. 2020's (arXiv:1912.05671).
+    """
+    from diag.connectivity.connection_map import connection_map
+
+    if len(checkpoints) < 2:
+        raise click.UsageError(f"There is {len(checkpoints)} checkpoint; give at least two.")
+    if output is not None and output.suffix not in (".png", ".svg", ".pdf", ".json"):
+        raise click.UsageError(
+            f"{output} ends in {output.suffix or 'nothing'}; expected .png, .svg, .pdf or .json."
+        )
+    snapshot, states = _snapshot_and_states(checkpoints, build, max_examples, key)
+    found = connection_map(snapshot, states, points=points, align=None if by == "none" else by, threshold=threshold)
+    click.echo(found.sentence())
+    for number, group in enumerate(found.components, 1):
+        click.echo(f"  group {number}: {', '.join(group)}")
+    click.echo("The cheapest tree over all:")
+    for a, b, barrier in sorted(found.spanning_tree.edges(data="barrier"), key=lambda e: e[2]):
+        click.echo(f"  {a} - {b}: {barrier:.4g}")
+    if output is not None:
+        _draw(found, output)
+        click.echo(f"Map: {output}")
+
+
+def _draw(found: Any, output: Path) -> None:
+    if output.suffix == ".json":
+        output.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        return
+    from matplotlib.figure import Figure
+
+    size = 3 + 0.4 * len(found.names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    found.plot(figure.add_subplot())
+    figure.savefig(output, dpi=150)
+
+
+def _snapshot_and_states(
+    paths: Sequence[Path], build: str, max_examples: int | None, key: str | None
+) -> tuple[Snapshot, dict[str, dict[str, Tensor]]]:
+    """The snapshot that the build function gives, and each checkpoint's state as its model has it."""
+    from diag.checkpoints import load_into, load_state
+    from diag.cli.build import built_arguments
+    from diag.snapshot.snapshot import Snapshot
+
+    arguments = built_arguments(build) | ({} if max_examples is None else {"max_examples": max_examples})
+    snapshot = Snapshot(**arguments)
+    names = [p.name for p in paths]
+    states = {}
+    for path in paths:
+        checkpoint = load_state(path, key)
+        for note in (*checkpoint.notes, *load_into(snapshot.model, checkpoint)):
+            click.echo(f"{path}: {note}", err=True)
+        name = path.name if names.count(path.name) == 1 else str(path)
+        states[name] = {n: t.detach().clone() for n, t in snapshot.model.state_dict().items()}
+    return Snapshot(**arguments), states
+
+
+def _at(snapshot: Snapshot, state: dict[str, Tensor]) -> Snapshot:
+    """The same snapshot with this state in its model."""
+    from diag.snapshot.snapshot import Snapshot
+
+    snapshot.model.load_state_dict(state)
+    held_out = snapshot._held_out
+    return Snapshot(
+        snapshot.model, snapshot.loss_fn, snapshot.batches, held_out=held_out, unpack=snapshot._unpack,
+        seed=snapshot.seed, device=snapshot.device, micro_batch=snapshot.micro_batch,
+    )  # fmt: skip
+
+
+def _save(state: dict[str, Any], output: Path) -> None:
+    if output.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({n: t.contiguous().clone() for n, t in state.items()}, output)
+        return
+    import torch
+
+    torch.save(state, output)
+
+
+COMMANDS = (align, connect)

@@ -1,0 +1,155 @@
+"""Everything that is measured between two networks, put together: the line, alignment, REPAIR, layers, a curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.connectivity.activation_matching import align_activations
+from diag.connectivity.alignment import Alignment, align_weights
+from diag.connectivity.interpolation import Interpolation, State
+from diag.connectivity.interpolation_bezier import bezier, train_control_point
+from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance, layer_barriers
+from diag.connectivity.interpolation_profile import Profile
+from diag.connectivity.interpolation_repair import Repair
+from diag.errors import Unsupported
+from diag.snapshot.forward import IGNORED_LABEL, output_tensor
+from diag.snapshot.preserve import preserved
+
+ALIGN = ("weights", "activations")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What `connect` found; parts that were not asked for are None or empty.
+
+    line, held_out: the networks as they are. aligned, aligned_held_out: after alignment. repaired: the aligned
+    (else plain) line with REPAIR. curve: along the Bezier curve to the aligned (else plain) state.
+    """
+
+    line: Profile
+    held_out: Profile | None = None
+    aligned: Profile | None = None
+    aligned_held_out: Profile | None = None
+    repaired: Profile | None = None
+    curve: Profile | None = None
+    alignment: Alignment | None = None
+    aligned_state: dict[str, Tensor] | None = None
+    function_change: float = float("nan")
+    distance: float = float("nan")
+    aligned_distance: float = float("nan")
+    angle: float = float("nan")
+    reset_shift: float = float("nan")
+    chance_error: float = float("nan")
+    variance_ratios: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, LayerBarrier] = field(default_factory=dict)
+
+
+def connect(
+    path: Interpolation,
+    end: State,
+    *,
+    points: int = 11,
+    refine: int = 2,
+    align: str | None = None,
+    norm_stats: str = "reset",
+    repair: bool = False,
+    layers: bool = False,
+    bezier_steps: int = 0,
+    bezier_learning_rate: float = 1e-3,
+    orders: int | None = None,
+    ancestor: Mapping[str, Tensor] | None = None,
+) -> Connection:
+    """Measure the line from `path.start` to `end`, and what else is asked for.
+
+    Raises Unsupported where the model has no group of units to align, or alignment would change its function.
+    """
+    grid = [i / (points - 1) for i in range(points)]
+
+    def both(state: State, **more: Any) -> tuple[Profile, Profile | None]:
+        line = path.profile(state, grid, refine=refine, norm_stats=norm_stats, **more)
+        if path.held_out is None:
+            return line, None
+        return line, path.profile(state, line.alphas.tolist(), norm_stats=norm_stats, held_out=True, **more)
+
+    found: dict[str, Any] = {"distance": distance(path.start, end), "chance_error": chance_error(path)}
+    found["line"], found["held_out"] = both(end)
+    if norm_stats == "reset" and path.has_batch_norm:
+        found["reset_shift"] = _reset_shift(path, end, found["line"])
+    if ancestor is not None:
+        found["angle"] = angle(path.start, end, ancestor)
+    if align is not None:
+        found |= aligned_end(path, end, align, orders)
+        end = path.fit(found["aligned_state"])
+        found["aligned"], found["aligned_held_out"] = both(end)
+        found["aligned_distance"] = distance(path.start, end)
+    if repair:
+        fixed = Repair(path, end)
+        found["variance_ratios"] = fixed.variance_ratios()
+        found["repaired"], _ = both(end, around=fixed.corrected)
+    if layers:
+        found["layers"] = layer_barriers(path, end, norm_stats=norm_stats)
+    if bezier_steps:
+        control = train_control_point(
+            path, end, steps=bezier_steps, learning_rate=bezier_learning_rate, norm_stats=norm_stats,
+            seed=path.snapshot.seed,
+        )  # fmt: skip
+        found["curve"], _ = both(end, write=bezier(path.start, control, end))
+    return Connection(**found)
+
+
+def aligned_end(path: Interpolation, end: State, method: str, orders: int | None = None) -> dict[str, Any]:
+    """`end` aligned to `path.start`: the keys alignment, aligned_state and function_change of a Connection."""
+    groups = path.symmetries
+    if not groups.groups:
+        reasons = "; ".join(sorted(set(groups.frozen.values()))[:3])
+        raise Unsupported(f"The model has no group of units that could be permuted ({reasons}); set align=None.")
+    # Tied entries are in a state dict under all their names.
+    first, second = ({**s, **{n: s[f] for n, f in groups.tied.items()}} for s in (path.start, end))
+    if method == "weights":
+        result = align_weights(groups, first, second, orders=orders, seed=path.snapshot.seed)
+    else:
+        result = align_activations(groups, path.copy, first, second, path.snapshot.batches)
+    change = _function_change(path, second, result.state)
+    if not change <= groups.tolerance:
+        raise Unsupported(
+            f"Alignment changed the second network's outputs by a relative {change:.1e}, so it is not used; set "
+            "align=None, and report the model's architecture."
+        )
+    return {"alignment": result, "aligned_state": result.state, "function_change": change}
+
+
+def _function_change(path: Interpolation, before: State, after: State) -> float:
+    """max |f(x) - f'(x)| / max |f(x)| on the first batch."""
+    batch, model = path.snapshot.batches[0], path.copy
+    own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()]}
+    with preserved(model), torch.no_grad():
+        old, new = (
+            output_tensor(
+                torch.func.functional_call(
+                    model, {n: t for n, t in s.items() if n in own}, batch.args, batch.kwargs
+                )
+            ).double()
+            for s in (before, after)
+        )
+    scale = float(old.abs().max())
+    return float((old - new).abs().max()) / scale if scale else float((old - new).abs().max())
+
+
+def _reset_shift(path: Interpolation, end: State, line: Profile) -> float:
+    own = [float(path.evaluate(s).losses.mean()) for s in (path.start, end)]
+    return max(abs(own[0] - float(line.losses[0])), abs(own[1] - float(line.losses[-1])))
+
+
+def chance_error(path: Interpolation) -> float:
+    """The error of always giving the commonest class; NaN where the targets are no class numbers."""
+    targets = [b.targets for b in path.snapshot.batches]
+    if not all(isinstance(t, Tensor) and not t.is_floating_point() and not t.is_complex() for t in targets):
+        return float("nan")
+    flat = torch.cat([t.reshape(-1) for t in targets])
+    flat = flat[flat != IGNORED_LABEL]
+    return 1 - float(flat.unique(return_counts=True)[1].max()) / len(flat) if len(flat) else float("nan")

@@ -1,0 +1,211 @@
+"""Many checkpoints: the barrier between every two of them, and who is connected with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.connectivity.connection import aligned_end
+from diag.connectivity.interpolation import Interpolation
+from diag.connectivity.interpolation_layers import first_stable_step
+from diag.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import networkx
+
+    from diag.snapshot.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class ConnectionMap:
+    """Barriers between N networks; arrays (N, N), symmetric, with zeros on the diagonal.
+
+    loss_barriers: over the chord. error_barriers: the same in the share of wrong answers, and
+    error_standard_errors, paired over examples; NaN where targets are no class numbers. threshold: two networks
+    are connected where their error barrier (else their loss barrier) is below it.
+    """
+
+    names: tuple[str, ...]
+    loss_barriers: NDArray[numpy.float64]
+    error_barriers: NDArray[numpy.float64]
+    error_standard_errors: NDArray[numpy.float64]
+    threshold: float
+    align: str
+
+    @property
+    def barriers(self) -> NDArray[numpy.float64]:
+        """The error barriers where there are errors, else the loss barriers."""
+        known = not numpy.isnan(self.error_barriers).any()
+        return self.error_barriers if known else self.loss_barriers
+
+    @cached_property
+    def graph(self) -> networkx.Graph:
+        """All networks, with an edge (attribute `barrier`) between every two that are connected."""
+        return self._edges(lambda barrier: barrier < self.threshold)
+
+    @property
+    def components(self) -> list[list[str]]:
+        """Groups of networks that are connected, directly or by way of others; the largest first."""
+        import networkx
+
+        found = [sorted(c, key=self.names.index) for c in networkx.connected_components(self.graph)]
+        return sorted(found, key=lambda c: (-len(c), self.names.index(c[0])))
+
+    @property
+    def spanning_tree(self) -> networkx.Graph:
+        """The tree over all networks with the least sum of barriers: the cheapest way between any two."""
+        import networkx
+
+        return networkx.minimum_spanning_tree(self._edges(lambda barrier: True), weight="barrier")
+
+    def _edges(self, keep: Callable[[float], bool]) -> networkx.Graph:
+        import networkx
+
+        graph = networkx.Graph()
+        graph.add_nodes_from(self.names)
+        for i, j in zip(*numpy.triu_indices(len(self.names), 1), strict=True):
+            barrier = float(self.barriers[i, j])
+            if keep(barrier):
+                graph.add_edge(self.names[i], self.names[j], barrier=barrier)
+        return graph
+
+    def sentence(self) -> str:
+        """What was found, in one sentence."""
+        groups = self.components
+        what = "error" if self.barriers is self.error_barriers else "loss"
+        after = f" after matching units by {self.align}" if self.align else ""
+        parts = (
+            "one group" if len(groups) == 1 else f"{len(groups)} groups of {', '.join(str(len(g)) for g in groups)}"
+        )
+        worst = float(self.barriers.max())
+        return (
+            f"The {len(self.names)} networks form {parts}, connected by {what} barriers below "
+            f"{self.threshold:g}{after}; the largest barrier between any two is {worst:.3g}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; numbers that do not exist are None."""
+        tree = sorted(self.spanning_tree.edges(data="barrier"), key=lambda e: e[2])
+        return {
+            "names": list(self.names),
+            "loss_barriers": _plain(self.loss_barriers),
+            "error_barriers": _plain(self.error_barriers),
+            "error_standard_errors": _plain(self.error_standard_errors),
+            "threshold": self.threshold,
+            "align": self.align,
+            "components": self.components,
+            "spanning_tree": [[a, b, barrier] for a, b, barrier in tree],
+        }
+
+    def plot(self, ax: Any) -> None:
+        """A heat map of the barriers, networks in the order of their groups."""
+        import seaborn
+
+        order = [self.names.index(n) for group in self.components for n in group]
+        labels = [self.names[i] for i in order]
+        what = "error barrier (share)" if self.barriers is self.error_barriers else "loss barrier"
+        seaborn.heatmap(
+            self.barriers[numpy.ix_(order, order)],
+            ax=ax,
+            cmap="magma_r",
+            vmin=0,
+            annot=len(order) <= 12,  # beyond that the numbers would not be readable
+            fmt=".2g",
+            square=True,
+            xticklabels=labels,
+            yticklabels=labels,
+            cbar_kws={"label": what},
+        )
+        ax.set(xlabel="network", ylabel="network")
+
+
+def _plain(values: NDArray[numpy.float64]) -> list[list[float | None]]:
+    return [[float(x) if numpy.isfinite(x) else None for x in row] for row in values]
+
+
+def connection_map(
+    snapshot: Snapshot,
+    states: Mapping[str, Any],
+    *,
+    points: int = 11,
+    align: str | None = None,
+    norm_stats: str = "reset",
+    threshold: float = 0.02,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> ConnectionMap:
+    """The barriers between every two of `states` (state dicts by name) on the snapshot's data.
+
+    With `align` the later of the two is aligned to the earlier first. Costs N (N-1) / 2 profiles of `points`
+    passes. Raises InvalidInput for fewer than 2 states, or where one does not fit, naming the first difference.
+    """
+    if len(states) < 2:
+        raise InvalidInput(f"There are {len(states)} networks; expected at least 2 to compare.")
+    path = Interpolation(snapshot)
+    names = tuple(states)
+    fitted = [_named(path, name, state) for name, state in states.items()]
+    loss, error, spread = (numpy.zeros((len(names), len(names))) for _ in range(3))
+    pairs: Sequence[tuple[int, int]] = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    for done, (i, j) in enumerate(pairs):
+        progress(done, len(pairs), f"{names[i]} - {names[j]}")
+        start = path.starting_at(fitted[i])
+        end = fitted[j] if align is None else start.fit(aligned_end(start, fitted[j], align)["aligned_state"])
+        line = start.profile(end, [k / (points - 1) for k in range(points)], norm_stats=norm_stats)
+        loss[i, j] = loss[j, i] = line.barrier
+        error[i, j] = error[j, i] = line.error_barrier
+        spread[i, j] = spread[j, i] = line.error_standard_error
+    progress(len(pairs), len(pairs), "")
+    return ConnectionMap(names, loss, error, spread, threshold, align or "")
+
+
+def _named(path: Interpolation, name: str, state: Any) -> dict[str, Any]:
+    try:
+        return path.fit(state)
+    except InvalidInput as error:
+        raise InvalidInput(f"{name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ForkStability:
+    """Stability to the noise of SGD along one run: at each step the run was forked into two.
+
+    steps: of the forks, ascending. instabilities: error instability of each pair, (largest error on the line) -
+    (mean error of the ends). stable_from: the first step from which all later forks are connected too, or None.
+    """
+
+    steps: tuple[int, ...]
+    instabilities: tuple[float, ...]
+    stable_from: int | None
+
+
+def fork_stability(
+    snapshot: Snapshot,
+    forks: Mapping[int, tuple[Any, Any]],
+    *,
+    points: int = 30,
+    threshold: float = 0.02,
+    norm_stats: str = "reset",
+) -> ForkStability:
+    """The step from which forks of one run stay connected (Frankle et al. 2020, arXiv:1912.05671, figure 3).
+
+    forks: step -> the end states of two runs that continued from it with different noise. Measured on the
+    snapshot's held-out data where it has such data, else on its data; 30 points as in the paper. Raises
+    InvalidInput where a state does not fit.
+    """
+    path = Interpolation(snapshot)
+    steps = sorted(forks)
+    found = []
+    for step in steps:
+        first, second = (_named(path, f"the fork at step {step}", state) for state in forks[step])
+        line = path.starting_at(first).profile(
+            second,
+            [k / (points - 1) for k in range(points)],
+            norm_stats=norm_stats,
+            held_out=path.held_out is not None,
+        )
+        found.append(line.instability)
+    return ForkStability(tuple(steps), tuple(found), first_stable_step(steps, found, threshold))

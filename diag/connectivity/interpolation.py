@@ -1,0 +1,228 @@
+"""Networks between two networks: the loss and error on a path from theta_0 to theta_1, with standard errors.
+
+One working copy of the model is overwritten in place for every point; both models stay as they are. The numbers
+along the path are in `interpolation_profile`, BatchNorm statistics in `interpolation_norms`.
+
+Sources: Entezari et al. 2022 (arXiv:2110.06296, eq. 1) for the barrier; Frankle et al. 2020
+(arXiv:1912.05671) for the error instability.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.connectivity.fit import check_states_fit
+from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
+from diag.connectivity.interpolation_profile import Points, Profile
+from diag.errors import InvalidInput, MissingQuantity, Unsupported
+from diag.snapshot.example_scores import Scores, score_examples
+from diag.snapshot.preserve import preserved
+
+if TYPE_CHECKING:
+    from diag.connectivity.symmetries import Symmetries
+    from diag.snapshot.snapshot import Snapshot
+
+State = Mapping[str, Tensor]
+NORM_STATS = ("reset", "lerp", "keep")
+
+
+class Interpolation:
+    """The paths from a snapshot's model to other states of it, on the snapshot's data or held-out data.
+
+    Everything is measured in evaluation mode. `norm_stats` says how BatchNorm statistics follow: "reset"
+    measures them anew on the data at every point, "lerp" interpolates them (a negative control: it is wrong
+    between networks), "keep" leaves the first network's.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.start: dict[str, Tensor] = _entries(snapshot.model)
+        self.has_batch_norm = any(isinstance(m, BATCH_NORMS) for m in snapshot.model.modules())
+        self._copy: nn.Module | None = None
+
+    @property
+    def copy(self) -> nn.Module:
+        """The one working copy."""
+        if self._copy is None:
+            try:
+                self._copy = copy.deepcopy(self.snapshot.model).requires_grad_(False)
+            except RuntimeError as error:
+                raise Unsupported(
+                    f"The model cannot be copied ({str(error).splitlines()[0]}), and interpolation overwrites a "
+                    "copy; give a model that copy.deepcopy can copy."
+                ) from error
+        return self._copy
+
+    @property
+    def held_out(self) -> Snapshot | None:
+        """The snapshot on held-out data, where there is such data."""
+        return None if self.snapshot._held_out is None else self.snapshot._held_out_snapshot
+
+    def starting_at(self, start: State) -> Interpolation:
+        """The paths from another state (as `fit` gives it), with the same working copy."""
+        other = copy.copy(self)
+        other.start = dict(start)
+        other._copy = self.copy
+        return other
+
+    @property
+    def symmetries(self) -> Symmetries:
+        """The model's permutation groups, found and checked when first asked for."""
+        return self.snapshot.quantity("symmetries")
+
+    def fit(self, other: Any) -> dict[str, Tensor]:
+        """`other` (a state dict, a module or a Snapshot) as a state that paths can lead to.
+
+        Raises InvalidInput, in one sentence with the first difference, where it is not of this network.
+        """
+        self.snapshot._refuse_a_later_moment()  # the start is the model itself, not a copy of it
+        state = state_of(other)
+        check_states_fit(_without_ties(self.snapshot.model), state, names=("the model", "other"))
+        return {n: state[n].detach().to(t.device, t.dtype) for n, t in self.start.items()}
+
+    def profile(
+        self,
+        end: State,
+        alphas: Sequence[float],
+        *,
+        start: State | None = None,
+        refine: int = 0,
+        norm_stats: str = "reset",
+        held_out: bool = False,
+        write: Callable[[nn.Module, float], None] | None = None,
+        around: Callable[[float], Any] = lambda alpha: nullcontext(),
+    ) -> Profile:
+        """Losses and errors at `alphas` (0 and 1 are added) and at `refine` rounds of midpoints at the peak.
+
+        end: the state at a = 1; start: at a = 0, the snapshot's own if not given. write: puts the point `alpha`
+        into the working copy (the default is the straight line). around: a context to evaluate within (REPAIR's
+        corrections).
+        """
+        write = write or straight(start or self.start, end)
+        points = Points(lambda alpha: self._scores(alpha, write, norm_stats, held_out, around))
+        grid = sorted({0.0, 1.0, *map(float, alphas)})
+        if grid[0] < 0 or grid[-1] > 1:
+            raise InvalidInput(f"The grid reaches from {grid[0]} to {grid[-1]}; expected points between 0 and 1.")
+        with preserved(self.copy):
+            for alpha in grid:
+                points.add(alpha)
+            for _ in range(refine):
+                for alpha in points.around_the_peak():
+                    points.add(alpha)
+        return points.profile()
+
+    def evaluate(self, state: State, *, held_out: bool = False) -> Scores:
+        """The scores of one state as it is, with its own BatchNorm statistics."""
+        with preserved(self.copy):
+            return self._scores(0.0, straight(state, state), "lerp", held_out, lambda alpha: nullcontext())
+
+    def _scores(
+        self,
+        alpha: float,
+        write: Callable[[nn.Module, float], None],
+        norm_stats: str,
+        held_out: bool,
+        around: Callable[[float], Any],
+    ) -> Scores:
+        if norm_stats not in NORM_STATS:
+            raise InvalidInput(f"norm_stats is {norm_stats!r}; expected one of {', '.join(NORM_STATS)}.")
+        source = self.held_out if held_out else self.snapshot
+        if source is None:
+            raise MissingQuantity("the snapshot has no held-out data; give held_out= with (inputs, targets).")
+        with torch.no_grad():
+            kept = None if norm_stats != "keep" else norm_statistics(self.start)
+            write(self.copy, alpha)
+            if kept is not None:
+                overwrite(self.copy, kept)
+            with around(alpha):
+                if norm_stats == "reset" and self.has_batch_norm:
+                    reset_norm_statistics(self.copy, self.snapshot.batches)
+                return score_examples(self.copy, source)
+
+
+# ---- states
+
+
+def _entries(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and every buffer of the state dict, detached, tied ones once."""
+    kept = model.state_dict(keep_vars=True)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {n: t.detach() for n, t in named if n in kept}
+
+
+def _targets(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _without_ties(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+def overwrite(model: nn.Module, state: State) -> None:
+    """Write `state`'s entries into the model in place."""
+    targets = _targets(model)
+    for name, value in state.items():
+        targets[name].copy_(value)
+
+
+def straight(start: State, end: State) -> Callable[[nn.Module, float], None]:
+    """Writes (1-a) start + a end into a model: floating entries by lerp in at least float32, others start's.
+
+    torch.lerp gives the ends exactly, and equal values at every a.
+    """
+
+    def write(model: nn.Module, alpha: float) -> None:
+        targets = _targets(model)
+        for name, a in start.items():
+            _write_lerp(targets[name], a, end[name], alpha)
+
+    return write
+
+
+def _write_lerp(target: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    if not (a.is_floating_point() or a.is_complex()):
+        target.copy_(a)
+    elif a.dtype in (torch.float16, torch.bfloat16):
+        target.copy_(torch.lerp(a.float(), b.float(), alpha))
+    else:
+        torch.lerp(a, b, alpha, out=target)
+
+
+# ---- from a snapshot
+
+
+def state_of(other: Any) -> dict[str, Tensor]:
+    """The state dict of a Snapshot, a module, or a state dict itself."""
+    found = getattr(getattr(other, "model", other), "state_dict", None)
+    state = found() if found is not None else other
+    if not isinstance(state, Mapping) or not all(isinstance(n, str) for n in state):
+        raise InvalidInput(
+            f"other is a {type(other).__name__}; expected a state dict, a module or a Snapshot of the same network."
+        )
+    return {n: t for n, t in state.items() if isinstance(t, Tensor)}
+
+
+def interpolation(snapshot: Snapshot) -> Interpolation:
+    """The paths from the snapshot's model to other states of it. Raises MissingQuantity without data."""
+    _ = snapshot.batches
+    return Interpolation(snapshot)
+
+
+def other(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The whole state dict of the snapshot's second network, buffers included. Raises MissingQuantity without."""
+    if snapshot.other is None:
+        raise MissingQuantity("the snapshot has no second network; give it other= a state dict or a Snapshot.")
+    return state_of(snapshot.other)
+
+
+def ancestor(snapshot: Snapshot) -> dict[str, Tensor]:
+    """The whole state dict of the snapshot's `previous` state. Raises MissingQuantity without."""
+    if snapshot.previous is None:
+        raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
+    return state_of(snapshot.previous)

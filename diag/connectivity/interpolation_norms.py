@@ -1,0 +1,50 @@
+"""BatchNorm statistics of an interpolated network: neither end's are its own, so they are measured anew.
+
+Source: Jordan et al. 2023 (arXiv:2211.08403, section 3, "reset").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from diag.snapshot.batch import Batch
+
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+def norm_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state dict that are statistics of BatchNorm."""
+    ends = ("running_mean", "running_var", "num_batches_tracked")
+    return {n: t for n, t in state.items() if n.rsplit(".", 1)[-1] in ends}
+
+
+def reset_norm_statistics(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Measure BatchNorm statistics anew: the plain average over the batches in train mode (REPAIR, section 3).
+
+    Only BatchNorm modules are put into train mode: dropout stays off. Batches of one example are left out,
+    for they have no variance.
+    """
+    with norm_layers_in_training(model):
+        for batch in batches:
+            if batch.size > 1:
+                batch.forward(model)
+
+
+@contextmanager
+def norm_layers_in_training(model: nn.Module) -> Iterator[None]:
+    """BatchNorm modules average the statistics of every batch seen inside, starting from nothing."""
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    try:
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+        yield
+    finally:
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
+            module.eval()

@@ -1,0 +1,59 @@
+"""The directions in parameter space that tell one class from the others; the Hessian's outliers follow them.
+
+d_c = mean over examples i of class c and classes c' != c of sqrt(p_ic') (grad z_ic' - sum_k p_ik grad z_ik):
+the class means of the factor of the Gauss-Newton matrix (Papyan 2019, arXiv:1901.08244). As one sum it is
+J^T w with w_i = (1 / (n_c (C - 1))) sum_(c' != c) sqrt(p_ic') (e_c' - p_i), so one backward pass a class.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diag.errors import MissingQuantity
+from diag.snapshot.forward import labels
+from diag.snapshot.parameters import trainable
+from diag.snapshot.preserve import preserved
+
+if TYPE_CHECKING:
+    from diag.snapshot.snapshot import Snapshot
+
+MOST_CLASSES = 100  # one backward pass and one vector of the parameters' size each
+
+
+def class_directions(snapshot: Snapshot) -> Tensor:
+    """d_c for each class that is present, (classes, P), in `named_parameters()` order.
+
+    Raises MissingQuantity where the outputs are not logits (n, K) with class numbers as targets, or there are
+    more than 100 classes.
+    """
+    present = labels(snapshot).unique(return_counts=True)
+    if len(present[0]) > MOST_CLASSES:
+        raise MissingQuantity(
+            f"the data hold {len(present[0])} classes; class directions are for up to {MOST_CLASSES}."
+        )
+    leaves = list(trainable(snapshot.model).values())
+    totals = [torch.zeros_like(p) for _ in present[0] for p in leaves]
+    with preserved(snapshot.model), torch.enable_grad():
+        for batch in snapshot.batches:
+            outputs = batch.forward(snapshot.model)
+            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] <= int(present[0].max()):
+                raise MissingQuantity("the outputs are no logits (n, K) with one class each; give such a model.")
+            for row, (c, count) in enumerate(zip(*present, strict=True)):
+                chosen = batch.targets == c
+                weights = torch.where(chosen[:, None], _weights(outputs.detach(), int(c)) / count, 0)
+                parts = torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
+                for total, part in zip(totals[row * len(leaves) :], parts, strict=False):
+                    if part is not None:
+                        total.add_(part.to_dense() if part.is_sparse else part)
+    flat = [t.reshape(-1) for t in totals]
+    return torch.stack([torch.cat(flat[i : i + len(leaves)]) for i in range(0, len(flat), len(leaves))])
+
+
+def _weights(logits: Tensor, c: int) -> Tensor:
+    """w_i for examples of class c, without the 1 / n_c: (n, K)."""
+    p = logits.softmax(1)
+    roots = p.sqrt().index_fill(1, torch.tensor(c, device=p.device), 0)
+    return (roots - roots.sum(1, keepdim=True) * p) / max(p.shape[1] - 1, 1)

@@ -1,0 +1,1 @@
+"""Losses and outputs at parameters near the model's own."""

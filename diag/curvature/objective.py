@@ -1,0 +1,205 @@
+"""The mean loss over all the data as a function of the parameters, in the precision asked for.
+
+A batch of n_b of the n examples counts n_b / n, so a ragged last batch weighs what it should. The model is
+called through `functional_call` with detached leaves: no hook of the user's parameters runs and no `.grad` is
+touched. In another precision than the model's own the call uses converted copies of all parameters, buffers
+and floating inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from diag.curvature import guards
+from diag.curvature.layout import Layout
+from diag.errors import InvalidInput
+from diag.snapshot.batch import Batch, map_tensors
+
+LossFn = Callable[[Any, Any], Tensor]
+
+# name -> (dtype of parameters, vectors and arithmetic; dtype of forward passes under autocast)
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "float64": (torch.float64, None),
+    "bf16": (torch.float32, torch.bfloat16),
+    "fp16": (torch.float32, torch.float16),
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L(theta) = sum_b (n_b / n) loss_fn(model(theta; inputs_b), targets_b).
+
+    Parameters are given as a list of tensors in the order of `layout`; see `parameters`.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    batches: tuple[Batch, ...]
+    layout: Layout
+    precision: str = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of parameters, vectors and arithmetic."""
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The reduced precision of forward passes, if any."""
+        return PRECISIONS[self.precision][1]
+
+    @cached_property
+    def num_examples(self) -> int:
+        """n."""
+        return sum(batch.size for batch in self.batches)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the first trainable parameter."""
+        return dict(self.model.named_parameters())[self.layout.names[0]].device
+
+    def weight(self, batch: Batch) -> float:
+        """n_b / n."""
+        return batch.size / self.num_examples
+
+    def on(self, batches: Sequence[Batch]) -> Objective:
+        """The mean loss over other batches."""
+        return replace(self, batches=tuple(batches))
+
+    def at_precision(self, precision: str) -> Objective:
+        """The same function in another precision (a key of PRECISIONS)."""
+        return replace(self, precision=precision)
+
+    # -- evaluation; the caller is inside guards.measured ------------------------------------------
+
+    def measured(self, shorter: bool = True) -> AbstractContextManager[None]:
+        """The context that every evaluation needs."""
+        return guards.measured(self.model, keep_autocast=self.autocast is not None, shorter=shorter)
+
+    def replayed(self) -> AbstractContextManager[None]:
+        """The cheaper context for a backward pass over a graph that was kept."""
+        return guards.replayed(self.model, keep_autocast=self.autocast is not None)
+
+    def parameters(self) -> list[Tensor]:
+        """The model's values as leaves to differentiate by; copies only where the precision differs."""
+        return [p.to(self.dtype).detach().requires_grad_() for p in self.layout.values(self.model)]
+
+    def shifted(self, parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> list[Tensor]:
+        """theta + step * direction, as leaves."""
+        with torch.no_grad():
+            moved = [torch.add(p, d, alpha=step) for p, d in zip(parameters, direction, strict=True)]
+        return [p.requires_grad_() for p in moved]
+
+    def outputs(self, parameters: Sequence[Tensor], batch: Batch) -> Any:
+        """The model's outputs at `parameters`."""
+        batch = self._prepared(batch)
+        tensors = {**self.constants, **dict(zip(self.layout.names, parameters, strict=True))}
+        with self._reduced():
+            return functional_call(self.model, tensors, batch.args, batch.kwargs)
+
+    def loss_of(self, outputs: Any, batch: Batch) -> Tensor:
+        """The mean loss of one batch from its outputs, a scalar; a vector of losses is averaged."""
+        loss_fn, targets = self.loss_fn, self._prepared(batch).targets
+        with self._reduced():
+            converted = _converted_state(loss_fn, self.dtype) if isinstance(loss_fn, nn.Module) else {}
+            if isinstance(loss_fn, nn.Module) and converted:
+                loss = functional_call(loss_fn, converted, (outputs, targets))
+            else:
+                loss = loss_fn(outputs, targets)
+        return _scalar(loss)
+
+    def loss(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
+        """The mean loss of one batch, a scalar with a graph."""
+        return self.loss_of(self.outputs(parameters, batch), batch)
+
+    def value(self, parameters: Sequence[Tensor]) -> float:
+        """L(theta)."""
+        # With gradients on: a model may differentiate by its inputs on the way (forces from an energy).
+        return sum(self.weight(b) * float(self.loss(parameters, b).detach()) for b in self.batches)
+
+    def gradient(self, parameters: Sequence[Tensor]) -> Tensor:
+        """grad L(theta), flat, without a graph; zeros where a parameter is not used."""
+        total = torch.zeros(self.layout.size, dtype=self.dtype, device=self.device)
+        for batch in self.batches:
+            loss = self.loss(parameters, batch)
+            grads = gradients(loss, parameters, create_graph=False)
+            total.add_(self.layout.flatten(grads, total), alpha=self.weight(batch))
+        return total
+
+    @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers, and frozen parameters where their dtype differs: converted copies where it does.
+
+        Given in each call, a buffer that the forward pass binds anew is the old one in the next call.
+        """
+        state = {**dict(self.model.named_buffers()), **_converted_state(self.model, self.dtype)}
+        return {name: tensor for name, tensor in state.items() if name not in set(self.layout.names)}
+
+    def _prepared(self, batch: Batch) -> Batch:
+        def convert(t: Tensor) -> Tensor:
+            return t.to(self.device, self.dtype) if t.is_floating_point() else t.to(self.device)
+
+        args, kwargs, targets = (map_tensors(convert, x) for x in (batch.args, batch.kwargs, batch.targets))
+        return Batch(args, kwargs, targets, batch.size)
+
+    @contextmanager
+    def _reduced(self) -> Iterator[None]:
+        # Cached casts of the weights would hide a changed weight from the second of two evaluations.
+        if self.autocast is None:
+            with nullcontext():
+                yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False):
+                yield
+
+
+def native_precision(model: nn.Module) -> str:
+    """float64 for a float64 model, float32 for every other (half-precision weights are measured in float32)."""
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    return "float64" if dtypes == {torch.float64} else "float32"
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], create_graph: bool) -> Sequence[Tensor | None]:
+    """d output / d inputs; None for each where there is no dependence at all."""
+    if not output.requires_grad:
+        return [None] * len(inputs)
+    return torch.autograd.grad(output, inputs, create_graph=create_graph, allow_unused=True)
+
+
+def output_tensors(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The differentiable tensors in a model's outputs, and a function that puts others in their place."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+    def rebuilt(tensors: Sequence[Tensor]) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return pytree.tree_unflatten(filled, spec)
+
+    return [leaves[i] for i in places], rebuilt
+
+
+def _converted_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All floating parameters and buffers whose dtype differs, converted."""
+    state = [*module.named_parameters(), *module.named_buffers()]
+    return {n: t.detach().to(dtype) for n, t in state if t.is_floating_point() and t.dtype != dtype}
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        found = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise InvalidInput(
+            f"loss_fn returned {found}; expected a floating-point tensor: the mean loss of the batch."
+        )
+    return loss if loss.ndim == 0 else loss.mean()

@@ -1,0 +1,301 @@
+"""Curvature matrices of a network's loss as linear operators: Hessian, Gauss-Newton, Fisher.
+
+    hessian = Hessian(model, loss_fn, batches)
+    hessian @ v                                  # (P,), over all the data
+    hessian.block(hessian.layers["encoder.0"])   # one layer's block
+    hessian.self_test.sentence()                 # how the products were found to be right
+
+The matrices act on flat vectors of the trainable parameters in `named_parameters()` order. Products are exact
+sums over all batches, in evaluation mode, in float32 unless the model is float64. Before its first product an
+operator tests itself on the model (curvature_selftest.py); what cannot be right raises Unsupported. A model
+wrapped in torch.compile, DataParallel or DistributedDataParallel is measured bare, on this process's data alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from diag.checkpoints.unwrap import bare_model
+from diag.curvature import fisher as fishers
+from diag.curvature.carry import Carried
+from diag.curvature.data import subsampled
+from diag.curvature.layout import Layout
+from diag.curvature.memory import MemoryPlan, plan_memory
+from diag.curvature.objective import PRECISIONS, LossFn, Objective, native_precision
+from diag.curvature.probe import hold_fixed, rows_held_fixed
+from diag.curvature.products import (
+    Curvature,
+    FiniteDifferenceGraph,
+    GeneralisedGaussNewton,
+    Graph,
+    HessianOfLoss,
+    Pieces,
+    loss_gradient,
+)
+from diag.curvature.record import SelfTest
+from diag.curvature.selftest import retest, run_self_test
+from diag.curvature.values import Values
+from diag.errors import InvalidInput, MissingQuantity
+from diag.linalg.operator import LinearOperator
+from diag.snapshot.batch import Batch
+
+if TYPE_CHECKING:
+    from diag.snapshot.snapshot import Snapshot
+
+
+class CurvatureOperator(LinearOperator):
+    """A curvature matrix of the mean loss over `batches`; subclasses say which.
+
+    model: the network; it is left as it was by every product. loss_fn(outputs, targets): the batch's mean.
+    precision: "float32", "float64", "bf16" or "fp16" (the last two: float32 vectors, forward passes under
+        autocast); by default the model's own, float32 where that is a half precision.
+    memory: the bytes that graphs may hold; by default a quarter of what is free. The graph of all the data is
+        kept between products where it fits, else it is rebuilt for each in micro-batches that fit.
+    micro_batch: the most examples per pass. seed: of the self-test's random direction. checked: a self-test of
+        the same model, to spare a second one.
+
+    Raises InvalidInput or Unsupported where the model, loss or data cannot be measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Batch],
+        *,
+        precision: str | None = None,
+        memory: int | None = None,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        checked: SelfTest | None = None,
+    ):
+        model = bare_model(model)
+        precision = native_precision(model) if precision is None else precision
+        if precision not in PRECISIONS:
+            raise InvalidInput(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+        parts = tuple(part for batch in batches for part in batch.split(micro_batch))
+        if not parts:
+            raise InvalidInput("There is no batch to measure curvature on; give at least one.")
+        self.objective = Objective(model, loss_fn, parts, Layout.of(model), precision)
+        super().__init__(self.objective.layout.size, self.objective.dtype, self.objective.device)
+        self._settings: dict[str, Any] = {"memory": memory, "seed": seed}
+        self._self_test = checked
+        self._plan: MemoryPlan | None = None
+        self._graph: Graph | None = None
+        self._values = Values(model)
+        self.carried: Carried | None = None  # what earlier measurements left: see carry.py
+
+    def _curvature(self) -> Curvature:
+        raise NotImplementedError
+
+    # -- what is known about it --------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """The names, shapes and slices of the parameters in the flat vectors."""
+        return self.objective.layout
+
+    @property
+    def layers(self) -> dict[str, slice]:
+        """Layer name -> slice of the flat vectors; `block(layers[name])` is that layer's block."""
+        return self.objective.layout.layers
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples that the mean is over."""
+        return self.objective.num_examples
+
+    @property
+    def self_test(self) -> SelfTest:
+        """The record of the self-test, which runs when first needed. Raises Unsupported where it fails."""
+        if self._self_test is None:
+            self._self_test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
+        return self._self_test
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """Whether graphs are kept between products, the micro-batches, and the bytes behind that choice."""
+        if self._plan is None:
+            memory = self._settings["memory"]
+            if self.self_test.method == "finite difference":
+                self._plan = MemoryPlan(False, self.objective.batches, 0, memory or 0)
+            else:
+                self._plan = plan_memory(self._curvature(), self.objective, memory)
+        return self._plan
+
+    # -- cheaper relatives ---------------------------------------------------------------------------
+
+    def approximate(self, precision: str) -> Self:
+        """The same matrix with products in another precision, such as "bf16".
+
+        Its self-test is this one's with the rounding of that precision. Raises Unsupported where it is too large.
+        """
+        other = self._relative(self.objective.batches, precision=precision)
+        other._self_test = retest(other._curvature(), other.objective, self.objective, self.self_test)
+        return other
+
+    def subsample(self, num_examples: int, seed: int = 0) -> Self:
+        """The same matrix on `num_examples` of the examples, drawn without replacement."""
+        batches = subsampled(self.objective.batches, num_examples, seed)
+        return self._relative(batches, precision=self.objective.precision, checked=self.self_test)
+
+    def _relative(self, batches: Iterable[Batch], **settings: Any) -> Self:
+        return type(self)(self.objective.model, self.objective.loss_fn, batches, **self._settings, **settings)
+
+    # -- products ------------------------------------------------------------------------------------
+
+    def _matvec(self, v: Tensor) -> Tensor:
+        graph = self._kept_graph()
+        if graph is None:
+            return self._rebuilt(v[None])[0]
+        views = self.layout.views(v)
+        with self.objective.replayed():
+            pieces = graph.product(views, True)
+        return self.layout.flatten(pieces, v)
+
+    def _matvecs(self, vectors: Tensor) -> Tensor:
+        if self._kept_graph() is not None:
+            return super()._matvecs(vectors)
+        return self._rebuilt(vectors)
+
+    def _kept_graph(self) -> Graph | None:
+        """The graph of all the data where the plan keeps one, rebuilt after a write to the parameters."""
+        plan = self.memory_plan
+        if self._values.were_rewritten():
+            self._graph = None
+        if self._graph is None and plan.retained:
+            try:
+                with self.objective.measured():
+                    parameters = self.objective.parameters()
+                    self._graph = self._curvature().graph(self.objective, parameters, plan.batches)
+            except torch.OutOfMemoryError:
+                self._plan = MemoryPlan(False, plan.batches, plan.graph_bytes, plan.allowed_bytes)
+        return self._graph
+
+    def _rebuilt(self, vectors: Tensor) -> Tensor:
+        """Products with several vectors from graphs that live for one micro-batch each."""
+        if self.self_test.method == "finite difference":
+            return self._differenced(vectors)
+        products = torch.zeros_like(vectors)
+        with self.objective.measured():
+            parameters = self.objective.parameters()
+            for batch in self.memory_plan.batches:
+                graph = self._curvature().graph(self.objective, parameters, [batch])
+                for i, v in enumerate(vectors):
+                    pieces = graph.product(self.layout.views(v), i < len(vectors) - 1)
+                    _add_pieces(self.layout.views(products[i]), pieces)
+                del graph
+        return products
+
+    def _differenced(self, vectors: Tensor) -> Tensor:
+        test = self.self_test
+        objective = self.objective.at_precision(test.precision)
+        fixed = rows_held_fixed(objective.model, objective)
+        products = torch.empty_like(vectors)
+        with objective.measured():
+            graph = FiniteDifferenceGraph(self._curvature(), objective, objective.parameters(), test.step)
+            for v, product in zip(vectors, products, strict=True):
+                free = hold_fixed(v.to(objective.dtype, copy=True), objective, fixed)
+                found = self.layout.flatten(graph.product(self.layout.views(free), True), free)
+                product.copy_(hold_fixed(found, objective, fixed))
+        return products
+
+    def release(self) -> None:
+        """Free the kept graph; the next product builds it again."""
+        self._graph = None
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, num_examples={self.num_examples})"
+
+
+class Hessian(CurvatureOperator):
+    """H = Hess L(theta), the matrix of second derivatives of the mean loss.
+
+    At kinks (ReLU, max-pooling) it is the Hessian of the active linear piece. An embedding's padding row is
+    held fixed, as in PyTorch's gradient.
+    """
+
+    def _curvature(self) -> Curvature:
+        return HessianOfLoss()
+
+
+class GaussNewton(CurvatureOperator):
+    """G = (1/n) sum_i J_i^T S_i J_i, with J_i the Jacobian of the outputs and S_i the loss's Hessian in them.
+
+    It is the Hessian of the loss with the network linearised; positive semi-definite where the loss is convex
+    in the outputs (cross-entropy, squared error). Source: Schraudolph (2002), Neural Computation 14(7).
+    """
+
+    def _curvature(self) -> Curvature:
+        return GeneralisedGaussNewton(loss_gradient)
+
+
+class Fisher(CurvatureOperator):
+    """F = (1/n) sum_i J_i^T S_i J_i, with S_i the Fisher information of the model's own distribution.
+
+    likelihood: "categorical" (outputs are logits; S = diag(p) - p p^T, so F is the Gauss-Newton matrix of the
+    cross-entropy, whatever loss_fn is), "gaussian" (S = I: unit variance), or "empirical" ((1/n) sum_i g_i
+    g_i^T from the gradients of the examples' losses, which is not the Fisher: Kunstner et al., arXiv:1905.12558).
+    class_dim: the axis of the classes in the outputs; by default 1 where the targets have the outputs' other
+    axes in that order (images), else the last one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Batch],
+        *,
+        likelihood: str = "categorical",
+        class_dim: int | None = None,
+        **settings: Any,
+    ):
+        super().__init__(model, loss_fn, batches, **settings)
+        if likelihood not in fishers.LIKELIHOODS:
+            raise InvalidInput(f"likelihood is {likelihood!r}; expected one of {', '.join(fishers.LIKELIHOODS)}.")
+        self._settings |= {"likelihood": likelihood, "class_dim": class_dim}
+
+    def _curvature(self) -> Curvature:
+        return fishers.curvature(self._settings["likelihood"], self._settings["class_dim"])
+
+
+def hessian(snapshot: Snapshot) -> Hessian:
+    """The Hessian of the snapshot's mean loss over its data, self-tested."""
+    return _of(snapshot, Hessian)
+
+
+def gauss_newton(snapshot: Snapshot) -> GaussNewton:
+    """The generalised Gauss-Newton matrix of the snapshot's mean loss over its data, self-tested."""
+    if snapshot.loss_fn is None:
+        raise MissingQuantity(
+            "the loss inside the model's outputs hides the logits; give loss_fn(outputs, targets)."
+        )
+    return _of(snapshot, GaussNewton)
+
+
+def fisher(snapshot: Snapshot) -> Fisher:
+    """The Fisher information of the snapshot's model: categorical where the targets are integers, else Gaussian."""
+    return _of(snapshot, Fisher, likelihood=fishers.likelihood_of(snapshot.batches[0].targets))
+
+
+def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
+    carried = snapshot.carry.next(kind.__name__, snapshot) if snapshot.carry is not None else None
+    known = carried.self_test if carried is not None else None
+    settings |= {"seed": snapshot.seed, "checked": known}
+    operator = kind(snapshot.model, snapshot.batch_loss, snapshot.batches, **settings)
+    test = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle
+    if carried is not None:
+        carried.self_test = replace(test, earlier=True)
+        operator.carried = carried
+    return operator
+
+
+def _add_pieces(total: list[Tensor], pieces: Pieces) -> None:
+    for into, piece in zip(total, pieces, strict=True):
+        if piece is not None:
+            into.add_(piece.to_dense() if piece.layout != torch.strided else piece)

@@ -1,0 +1,143 @@
+"""What a self-test of curvature runs on: a few examples, float64 where the model allows, and directions.
+
+Mistakes in the loss or the data come to light here first, so this is where they are put into a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diag.curvature.objective import Objective
+from diag.errors import DiagError, InvalidInput, Unsupported
+from diag.snapshot.batch import Batch, tensors_in
+
+NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
+
+
+def probe_batch(objective: Objective) -> Batch:
+    """A few examples of the batch whose examples are largest; the whole batch where it cannot be cut."""
+
+    def elements(batch: Batch) -> float:
+        return sum(t.numel() for t in tensors_in((batch.args, batch.kwargs))) / batch.size
+
+    largest = max(objective.batches, key=elements)
+    least, most = NUM_EXAMPLES
+    small = largest.slice(0, min(max(objective.num_examples // 16, least), most))
+    with objective.measured():
+        theta = objective.parameters()
+        try:
+            probe, loss = small, objective.loss(theta, small)
+        except DiagError:
+            raise
+        except Exception:  # inputs whose first axis is not the examples cannot be cut
+            probe, loss = largest, _first_loss(objective, theta, largest)
+        if not loss.requires_grad:
+            raise InvalidInput(
+                "The loss does not depend on any trainable parameter; check loss_fn and requires_grad."
+            )
+        _refuse_hidden_parameters(objective, loss)
+    return probe
+
+
+def _refuse_hidden_parameters(objective: Objective, loss: Tensor) -> None:
+    """Raises Unsupported where the loss reaches the model's own parameters past those that were given to it."""
+    named = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    used = [name for name, grad in zip(named, found, strict=True) if grad is not None]
+    if used:
+        raise Unsupported(
+            f"The loss uses parameter {used[0]} outside the model's forward pass (a penalty in loss_fn, or a list "
+            "that holds parameters), where it cannot be moved; leave a penalty out and add its curvature with "
+            "operator.shifted(decay), or register the parameter in the module that uses it."
+        )
+
+
+def _first_loss(objective: Objective, theta: Sequence[Tensor], batch: Batch) -> Tensor:
+    try:
+        return objective.loss(theta, batch)
+    except DiagError:
+        raise
+    except Exception as error:
+        raise InvalidInput(
+            f"The loss could not be computed on a batch ({type(error).__name__}: {first_line(error)}); check "
+            "that loss_fn(model(inputs), targets) runs on this data."
+        ) from error
+
+
+def refuse_sums(objective: Objective, probe: Batch) -> None:
+    """Raises InvalidInput where the loss of a batch is the sum of its halves' losses, not their mean."""
+    if probe.size < 2 or probe.size % 2:
+        return
+    halves = [probe.slice(0, probe.size // 2), probe.slice(probe.size // 2, probe.size)]
+    with objective.measured():
+        theta = objective.parameters()
+        try:
+            whole, first, second = (float(objective.loss(theta, b).detach()) for b in (probe, *halves))
+        except Exception:  # a batch that cannot be cut
+            return
+    if abs(first + second - whole) <= 1e-3 * abs(whole) and abs((first + second) / 2 - whole) > 0.1 * abs(whole):
+        raise InvalidInput(
+            "loss_fn sums over the examples of a batch; expected their mean, so that batches of different sizes "
+            'weigh alike: use reduction="mean".'
+        )
+
+
+def in_float64(own: Objective) -> tuple[Objective, Tensor]:
+    """The objective in float64 where the model runs in it, else in float32; and its gradient with torch's own
+    kernels, for the others to be compared with."""
+    for precision in ("float64", "float32"):
+        trial = own.at_precision(precision)
+        try:
+            with trial.measured(shorter=False):
+                return trial, trial.gradient(trial.parameters())
+        except Exception:  # weights or kernels that exist in one precision only
+            if precision == "float32":
+                raise
+    raise AssertionError
+
+
+def rows_held_fixed(model: nn.Module, objective: Objective) -> list[tuple[int, int]]:
+    """(parameter, row) of every embedding's padding row, whose gradient PyTorch defines as zero."""
+    trainable = dict(model.named_parameters())
+    place = {id(trainable[name]): i for i, name in enumerate(objective.layout.names)}
+    return [
+        (place[id(module.weight)], module.padding_idx)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.padding_idx is not None
+        and id(module.weight) in place
+    ]
+
+
+def hold_fixed(vector: Tensor, objective: Objective, rows: list[tuple[int, int]]) -> Tensor:
+    """`vector` with zeros in the given rows, changed in place."""
+    views = objective.layout.views(vector)
+    for parameter, row in rows:
+        views[parameter][row] = 0
+    return vector
+
+
+def random_direction(objective: Objective, theta: Sequence[Tensor], seed: int) -> Tensor:
+    """A random unit vector in which every parameter tensor has about its share of the parameters' length."""
+    generator = torch.Generator().manual_seed(seed)
+    least = 0.01 * max(length(objective.layout.flatten(theta, theta[0])), 1e-3)
+    pieces = []
+    for p in theta:
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        pieces.append(noise * ((length(p) + least) / max(p.numel() ** 0.5, 1.0)))
+    flat = objective.layout.flatten(pieces, theta[0])
+    direction = hold_fixed(flat, objective, rows_held_fixed(objective.model, objective))
+    return direction / length(direction)
+
+
+def length(vector: Tensor) -> float:
+    """The Euclidean norm, accumulated in float64."""
+    return float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, to quote it in a sentence."""
+    return str(error).strip().splitlines()[0].rstrip(".")[:160] if str(error).strip() else type(error).__name__

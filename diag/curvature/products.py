@@ -1,0 +1,253 @@
+"""Graphs from which curvature products are read: double backward for the Hessian, two passes for J^T S J.
+
+A graph is built once for a list of batches and gives as many products as are asked for. Keeping it costs
+memory and saves the forward and backward pass that every product would else repeat. The second half of the
+file holds the finite differences that the self-test compares with, and that stand in where they must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diag.curvature.objective import Objective, gradients, output_tensors
+from diag.errors import Unsupported
+from diag.snapshot.batch import Batch
+
+Pieces = Sequence[Tensor | None]  # one tensor for each parameter; None is zero
+
+# m(z, batch): a map of the outputs whose Jacobian is the curvature S of the loss in the outputs.
+OutputMap = Callable[[Objective, Sequence[Tensor], Callable[[Sequence[Tensor]], Any], Batch], Pieces]
+
+
+class Graph(Protocol):
+    """What gives products with the curvature of some batches."""
+
+    def product(self, views: Sequence[Tensor], keep: bool) -> Pieces:
+        """The product with a vector given as a piece for each parameter; `keep` if more will be asked for."""
+        ...
+
+
+class Curvature(Protocol):
+    """One kind of curvature matrix of an objective."""
+
+    def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
+        """Raises Unsupported where the matrix is not defined for this model's outputs."""
+        ...
+
+    def graph(self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> Graph:
+        """The part of `batches` in the curvature, as a graph."""
+        ...
+
+    def finite_difference(
+        self, objective: Objective, parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float
+    ) -> Tensor:
+        """The product with `direction` from first derivatives only, flat."""
+        ...
+
+
+class HessianOfLoss:
+    """H = Hess L, by differentiating <grad L, v> (double backward)."""
+
+    def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
+        """Nothing: every dependence of the loss counts."""
+
+    def graph(self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> HessianGraph:
+        """The gradient over `batches` with its graph."""
+        return HessianGraph(objective, parameters, batches)
+
+    def finite_difference(
+        self, objective: Objective, parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float
+    ) -> Tensor:
+        """(grad L(theta + h d) - grad L(theta - h d)) / 2h, with an error of order h^2."""
+        ahead = objective.gradient(objective.shifted(parameters, direction, step))
+        return ahead.sub_(objective.gradient(objective.shifted(parameters, direction, -step))).div_(2 * step)
+
+
+class HessianGraph:
+    """sum_b (n_b / n) grad L_b, kept differentiable."""
+
+    def __init__(self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]):
+        self.parameters = parameters
+        total: list[Tensor | None] = [None] * len(parameters)
+        for batch in batches:
+            loss = objective.loss(parameters, batch) * objective.weight(batch)
+            total = _added(total, gradients(loss, parameters, create_graph=True))
+        self.gradient = total
+
+    def product(self, views: Sequence[Tensor], keep: bool) -> Pieces:
+        """d <gradient, v> / d parameters."""
+        return _pulled_back(self.gradient, self.parameters, views, keep)
+
+
+class GeneralisedGaussNewton:
+    """G = sum_b (n_b / n) J_b^T S_b J_b, with S the Jacobian of `output_map` (symmetric, block per example)."""
+
+    def __init__(self, output_map: OutputMap, outputs: Callable[..., Any] = Objective.outputs):
+        self.output_map, self.outputs = output_map, outputs
+
+    def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
+        """Raises Unsupported where the loss depends on the parameters past the tensors in the outputs."""
+        for batch in objective.batches:
+            outputs = self.outputs(objective, parameters, batch)
+            tensors, rebuilt = output_tensors(outputs)
+            leaves = [z.detach().requires_grad_() for z in tensors]
+            given = rebuilt(leaves) if tensors else outputs
+            hidden = not tensors
+            if self.output_map is loss_gradient:
+                past = gradients(objective.loss_of(given, batch), parameters, create_graph=False)
+                hidden = any(grad is not None for grad in past)
+            if hidden:
+                raise Unsupported(
+                    f"The model returns a {type(outputs).__name__} that holds tensors out of reach; return a "
+                    "tensor, or a tuple or dict of tensors, so that the loss can be differentiated by them."
+                )
+
+    def graph(
+        self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]
+    ) -> GaussNewtonGraph:
+        """The outputs of `batches` with their graph, and the graph of the map."""
+        return GaussNewtonGraph(objective, parameters, batches, self.output_map, self.outputs)
+
+    def finite_difference(
+        self, objective: Objective, parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float
+    ) -> Tensor:
+        """J^T of the differenced map along the differenced outputs; each difference has an error of order h^2."""
+        total = torch.zeros(objective.layout.size, dtype=objective.dtype, device=objective.device)
+        ahead = objective.shifted(parameters, direction, step)
+        behind = objective.shifted(parameters, direction, -step)
+        for batch in objective.batches:
+            outputs, rebuilt = output_tensors(self.outputs(objective, parameters, batch))
+            plus = output_tensors(self.outputs(objective, ahead, batch))[0]
+            minus = output_tensors(self.outputs(objective, behind, batch))[0]
+            tangent = [(a.detach() - b.detach()) / (2 * step) for a, b in zip(plus, minus, strict=True)]
+            del plus, minus
+            turned = self._differenced_map(objective, outputs, tangent, rebuilt, batch)
+            pulled = torch.autograd.grad(outputs, parameters, turned, allow_unused=True)
+            total.add_(objective.layout.flatten(pulled, total), alpha=objective.weight(batch))
+        return total
+
+    def _differenced_map(
+        self, objective: Objective, outputs: Sequence[Tensor], tangent: Sequence[Tensor], rebuilt: Any, batch: Batch
+    ) -> list[Tensor]:
+        size = max(_norm(tangent), 1e-300)
+        eps = max(torch.finfo(z.dtype).eps for z in outputs)
+        step = eps ** (1 / 3) * max(_norm(outputs), 1e-3) / size
+
+        def value(h: float) -> Pieces:
+            moved = [(z.detach() + h * t).requires_grad_() for z, t in zip(outputs, tangent, strict=True)]
+            return self.output_map(objective, moved, rebuilt, batch)
+
+        pairs = zip(value(step), value(-step), outputs, strict=True)
+        return [
+            torch.zeros_like(z) if a is None or b is None else torch.sub(a.detach(), b.detach()).div(2 * step)
+            for a, b, z in pairs
+        ]
+
+
+class GaussNewtonGraph:
+    """J v by differentiating J^T u in u, then S by differentiating the map, then J^T: no forward-mode needed.
+
+    `outputs` is a function (objective, parameters, batch) -> what J is the Jacobian of.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: Sequence[Tensor],
+        batches: Sequence[Batch],
+        output_map: OutputMap,
+        outputs: Callable[..., Any] = Objective.outputs,
+    ):
+        self.parameters = parameters
+        self.outputs: list[Tensor] = []
+        self.cotangents: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        self.map: list[Tensor] = []
+        self.pulled: list[Tensor | None] = [None] * len(parameters)
+        for batch in batches:
+            self._add(objective, batch, output_map, outputs(objective, parameters, batch))
+
+    def _add(self, objective: Objective, batch: Batch, output_map: OutputMap, outputs: Any) -> None:
+        tensors, self.rebuilt = output_tensors(outputs)
+        leaves = [z.detach().requires_grad_() for z in tensors]
+        mapped = output_map(objective, leaves, self.rebuilt, batch)
+        # An output that the loss does not use, or uses linearly, has no curvature.
+        used = [
+            (z, u, m) for z, u, m in zip(tensors, leaves, mapped, strict=True) if m is not None and m.requires_grad
+        ]
+        if not used:
+            return
+        outputs = [z for z, _, _ in used]
+        cotangents = [torch.zeros_like(z).requires_grad_() for z in outputs]
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(outputs, self.parameters, cotangents, create_graph=True, allow_unused=True)
+            self.map += [m * objective.weight(batch) for _, _, m in used]
+        self.pulled = _added(self.pulled, pulled)
+        self.outputs += outputs
+        self.cotangents += cotangents
+        self.leaves += [u for _, u, _ in used]
+
+    def tangents(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """J v, one tensor for each output tensor of each batch."""
+        found = _pulled_back(self.pulled, self.cotangents, views, keep=True)
+        return [torch.zeros_like(u) if t is None else t for t, u in zip(found, self.cotangents, strict=True)]
+
+    def turned(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """S times tangents of the outputs, with the weight n_b / n."""
+        found = _pulled_back(self.map, self.leaves, tangents, keep=True)
+        return [torch.zeros_like(t) if s is None else s for s, t in zip(found, tangents, strict=True)]
+
+    def product(self, views: Sequence[Tensor], keep: bool) -> Pieces:
+        """J^T S J v."""
+        return _pulled_back(self.outputs, self.parameters, self.turned(self.tangents(views)), keep)
+
+
+class FiniteDifferenceGraph:
+    """Products from two gradients each, for models that cannot be differentiated twice."""
+
+    def __init__(self, curvature: Curvature, objective: Objective, parameters: Sequence[Tensor], step: float):
+        self.curvature, self.objective, self.parameters = curvature, objective, parameters
+        self.step = step * max(_norm(parameters), 1e-3)
+
+    def product(self, views: Sequence[Tensor], keep: bool) -> Pieces:
+        """The product with a unit vector along v, scaled back."""
+        length = _norm(views)
+        if length == 0:
+            return [None] * len(views)
+        unit = [v.to(self.objective.dtype) / length for v in views]
+        product = self.curvature.finite_difference(self.objective, self.parameters, unit, self.step)
+        return self.objective.layout.views(product * length)
+
+
+def loss_gradient(
+    objective: Objective, outputs: Sequence[Tensor], rebuilt: Callable[[Sequence[Tensor]], Any], batch: Batch
+) -> Pieces:
+    """The output map of the Gauss-Newton matrix: the loss's gradient in the outputs, as a graph."""
+    return gradients(objective.loss_of(rebuilt(outputs), batch), outputs, create_graph=True)
+
+
+def _pulled_back(outputs: Pieces, inputs: Sequence[Tensor], vectors: Sequence[Tensor], keep: bool) -> Pieces:
+    """d <outputs, vectors> / d inputs over those outputs that depend on anything."""
+    pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o is not None and o.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    return torch.autograd.grad(
+        [o for o, _ in pairs],
+        inputs,
+        [v.to(o.dtype) for o, v in pairs],
+        retain_graph=keep,
+        allow_unused=True,
+    )
+
+
+def _added(total: Pieces, more: Pieces) -> list[Tensor | None]:
+    return [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    squares = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) ** 2 for t in tensors]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -1,0 +1,1 @@
+"""The curvature at which an optimizer stops being stable: full-batch rules, preconditioners, SGD on batches."""

@@ -1,0 +1,51 @@
+"""Per-example gradients without materialising them: exact norms, inner products, projections and sums.
+
+gradients = ModelGradients(model, loss_fn, batches)
+gradients.norms()           # (n,)
+gradients.gram()            # (n, n)
+gradients.by_layer()["encoder.0"].mean()
+gradients.coverage          # how much of the gradient this speaks for, and by which methods
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diag.gradients.engine import ModelGradients
+from diag.gradients.given import MatrixGradients, StackedGradients
+from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
+from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, Sketch, SquaredNorms
+from diag.gradients.step import StepGradients, plan_for_steps
+
+if TYPE_CHECKING:
+    from diag.snapshot.snapshot import Snapshot
+
+
+def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
+    """The gradients of the examples' losses, as an object that answers without holding n x P numbers.
+
+    Raises InvalidInput where the loss is not a mean or not finite, Unsupported where examples depend on each
+    other; what the first few examples do not show is raised when the gradients are first asked for something.
+    """
+    gradients = ModelGradients(snapshot.model, snapshot.batch_loss, snapshot.batches)
+    gradients.prepare()
+    return gradients
+
+
+__all__ = [
+    "Coverage",
+    "Gram",
+    "GroupGram",
+    "GroupSums",
+    "LayerGradients",
+    "MatrixGradients",
+    "ModelGradients",
+    "PerExampleGradients",
+    "Projection",
+    "Sketch",
+    "SquaredNorms",
+    "StackedGradients",
+    "StepGradients",
+    "per_example_gradients",
+    "plan_for_steps",
+]

@@ -1,0 +1,222 @@
+"""The quantity `per_example_gradients`: what can be asked of n gradients without ever holding n x P numbers.
+
+`PerExampleGradients` answers from a stream of blocks, one micro-batch at a time. `ModelGradients` gets them from a
+model (`diag.gradients.engine`), `MatrixGradients` from a matrix (`diag.gradients.given`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.gradients.questions import (
+    Answer,
+    Everything,
+    Gram,
+    GroupGram,
+    GroupSums,
+    Projection,
+    Question,
+    Sketch,
+    SquaredNorms,
+)
+from diag.gradients.rules.blocks import Block
+from diag.snapshot.parameters import layer_of
+
+Consumer = Callable[[slice, str, Block], None]  # the examples' rows, the parameter's name, its block
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the gradient the numbers speak for.
+
+    `parameters`: share of the trainable parameters. `squared_gradient`: share of the squared norm of the
+    mean gradient. `methods`: how each parameter's gradients were computed. `missing`: parameters left out.
+    """
+
+    parameters: float
+    squared_gradient: float
+    methods: Mapping[str, str]
+    missing: tuple[str, ...] = ()
+
+
+class PerExampleGradients:
+    """Gradients g_1 ... g_n of the examples' losses at one set of parameters.
+
+    Flat vectors follow `named_parameters()` order, trainable parameters only, tied ones once. A layer is
+    what `parameters.layer_of` says. Norms and inner products come in
+    float64. Subclasses give `stream` and `coverage`.
+    """
+
+    num_batches = 1
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], num_examples: int) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.num_examples = num_examples
+        self.columns: dict[str, slice] = {}  # of each parameter in flat vectors
+        start = 0
+        for name, shape in self.shapes.items():
+            self.columns[name] = slice(start, start + math.prod(shape))
+            start += math.prod(shape)
+        self.num_parameters = start
+        self._known: dict[Question, Any] = {}  # answers that are kept
+
+    @property
+    def coverage(self) -> Coverage:
+        raise NotImplementedError
+
+    def stream(self, consume: Consumer) -> None:
+        """Call `consume(rows, name, block)` for each parameter of each micro-batch, in no certain order.
+
+        A block is good for as long as it is kept; parameters that no example moves are left out.
+        """
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in order."""
+        return tuple(dict.fromkeys(map(layer_of, self.shapes)))
+
+    def parameters_of(self, layer: str) -> list[str]:
+        return [name for name in self.shapes if layer_of(name) == layer]
+
+    def columns_of(self, layer: str) -> Tensor:
+        """(P_layer,): where a layer's parameters lie in flat vectors."""
+        slices = [self.columns[name] for name in self.parameters_of(layer)]
+        return torch.cat([torch.arange(part.start, part.stop) for part in slices])
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    def ask(self, *questions: Question) -> tuple[Any, ...]:
+        """The answers to several questions (`diag.gradients.questions`) from one pass.
+
+        Squared norms are kept for the next time; all else is computed anew.
+        """
+        answers = {question: question.begin(self) for question in questions if question not in self._known}
+        if answers:
+            self.stream(partial(_hand_on, list(answers.values())))
+        found = {question: answer.result() for question, answer in answers.items()}
+        if SquaredNorms() in found:
+            self._known[SquaredNorms()] = found[SquaredNorms()]
+        return tuple((found | self._known)[question] for question in questions)
+
+    def norms(self) -> Tensor:
+        """(n,) float64: ||g_i||."""
+        return torch.stack(list(self.squared_norms_by_layer().values())).sum(0).sqrt()
+
+    def squared_norms_by_layer(self) -> dict[str, Tensor]:
+        """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters. Computed once."""
+        return self.ask(SquaredNorms())[0]
+
+    def mean(self) -> Tensor:
+        """(P,): the gradient of the mean loss."""
+        return self.group_sums([torch.arange(self.num_examples)])[0] / self.num_examples
+
+    def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
+        """(number of groups, P): the sum of g_i over each group, given as index tensors into the examples.
+
+        Costs about one ordinary parameter gradient for each time that an example occurs in a group.
+        """
+        return self.ask(GroupSums(as_groups(groups)))[0]
+
+    def group_gram_by_layer(self, groups: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Per layer, (G, G) float64: inner products of the groups' summed gradients.
+
+        The norms are taken in the same pass. With one micro-batch no more than one parameter's sums are held.
+        """
+        return self.ask(GroupGram(as_groups(groups)), SquaredNorms())[0]
+
+    def gram(self) -> Tensor:
+        """(n, n) float64: <g_i, g_j>. Keeps the factors of all micro-batches while it runs."""
+        return torch.stack(list(self.gram_by_layer().values())).sum(0)
+
+    def gram_by_layer(self) -> dict[str, Tensor]:
+        """Per layer, (n, n) float64: inner products over that layer's parameters."""
+        return self.ask(Gram())[0]
+
+    def project(self, directions: Tensor) -> Tensor:
+        """(n, m): <g_i, v_j> for flat directions (m, P) or one direction (P,).
+
+        Raises InvalidInput where the directions' length is not P.
+        """
+        return torch.stack(list(self.project_by_layer(directions).values())).sum(0)
+
+    def project_by_layer(self, directions: Tensor) -> dict[str, Tensor]:
+        """Per layer, (n, m) float64: the layer's part of <g_i, v_j>."""
+        directions = torch.as_tensor(directions)
+        directions = directions[None] if directions.ndim == 1 else directions
+        if directions.ndim != 2 or directions.shape[1] != self.num_parameters:
+            raise InvalidInput(
+                f"The directions have the shape {tuple(directions.shape)}; expected (m, {self.num_parameters}), "
+                "one flat vector of all trainable parameters per row."
+            )
+        return self.ask(Projection(directions))[0]
+
+    def sketch(self, k: int = 16, seed: int = 0) -> Tensor:
+        """(n, d): random projections whose inner products estimate <g_i, g_j> without bias.
+
+        Each weight matrix G is sketched as R'GC with independent random signs in R and C (k columns each), so
+        d is at most k^2 per parameter. Parameters of at most k^2 numbers are kept exactly.
+        """
+        return torch.cat(list(self.sketch_by_layer(k, seed).values()), 1)
+
+    def sketch_by_layer(self, k: int = 16, seed: int = 0) -> dict[str, Tensor]:
+        """Per layer, (n, d_layer): see `sketch`."""
+        if k < 1:
+            raise InvalidInput(f"The sketch has k = {k} dimensions; expected a whole number of at least 1.")
+        return self.ask(Sketch(k, seed))[0]
+
+    def dense(self) -> Tensor:
+        """(n, P): all gradients in full. Only for small models: n times the parameters' memory."""
+        return self.ask(Everything())[0]
+
+    def select(self, rows: Sequence[int]) -> PerExampleGradients:
+        """The gradients of some examples only, in the order given."""
+        raise NotImplementedError
+
+    def by_layer(self) -> dict[str, LayerGradients]:
+        """Each layer's own gradients, with the same questions."""
+        return {layer: LayerGradients(self, layer) for layer in self.layers}
+
+
+class LayerGradients(PerExampleGradients):
+    """The part of the gradients that belongs to one layer."""
+
+    def __init__(self, whole: PerExampleGradients, layer: str) -> None:
+        names = whole.parameters_of(layer)
+        super().__init__({name: whole.shapes[name] for name in names}, whole.num_examples)
+        self.whole, self.layer, self.num_batches = whole, layer, whole.num_batches
+
+    @property
+    def coverage(self) -> Coverage:
+        return self.whole.coverage
+
+    def stream(self, consume: Consumer) -> None:
+        def only_mine(rows: slice, name: str, block: Block) -> None:
+            if name in self.shapes:
+                consume(rows, name, block)
+
+        self.whole.stream(only_mine)
+
+    def select(self, rows: Sequence[int]) -> PerExampleGradients:
+        return LayerGradients(self.whole.select(rows), self.layer)
+
+    def squared_norms_by_layer(self) -> dict[str, Tensor]:
+        return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
+
+
+def _hand_on(answers: Sequence[Answer], rows: slice, name: str, block: Block) -> None:
+    for answer in answers:
+        answer.consume(rows, name, block)
+
+
+def as_groups(groups: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Groups of examples as a value, for `GroupSums` and `GroupGram`."""
+    return tuple(tuple(torch.as_tensor(group).tolist()) for group in groups)

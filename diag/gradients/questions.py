@@ -1,0 +1,265 @@
+"""What can be asked of per-example gradients, each answered by one pass over their blocks.
+
+A question is a value: equal questions have equal answers. `begin` gives an answer in the making, which takes the
+blocks as they come and keeps none of them but where it says so. So one pass can answer several questions, and a
+training step's hooks can answer those that were asked before it began.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diag.gradients.rules.blocks import Block, matrix_shape
+from diag.snapshot.parameters import layer_of
+
+if TYPE_CHECKING:
+    from diag.gradients.per_example import PerExampleGradients
+
+Group = tuple[int, ...]
+EXACT = 50_000_000  # numbers up to which sums are taken in float64, 400 MB
+
+
+class Answer(Protocol):
+    """An answer in the making."""
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        """Take the block of parameter `name` for the examples `rows`."""
+
+    def result(self) -> Any:
+        """The answer, once all blocks were there."""
+
+
+class Question(Hashable, Protocol):
+    """Something to ask of gradients."""
+
+    def begin(self, gradients: PerExampleGradients) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class SquaredNorms:
+    """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters."""
+
+    def begin(self, gradients: PerExampleGradients) -> Answer:
+        return _SquaredNorms(gradients)
+
+
+class _SquaredNorms:
+    def __init__(self, gradients: PerExampleGradients) -> None:
+        self._about, self._parts = gradients, list[tuple[slice, str, Tensor]]()
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        self._parts.append((rows, name, block.squared_norms()))
+
+    def result(self) -> dict[str, Tensor]:
+        found = {layer: zeros(self._about.num_examples) for layer in self._about.layers}
+        for rows, name, part in self._parts:
+            found[layer_of(name)][rows] += part.to("cpu")
+        return found
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """(number of groups, P): the sum of g_i over each group of examples."""
+
+    groups: tuple[Group, ...]
+
+    def begin(self, gradients: PerExampleGradients) -> Answer:
+        return _GroupSums(gradients, self.groups)
+
+
+class _GroupSums:
+    def __init__(self, gradients: PerExampleGradients, groups: Sequence[Group]) -> None:
+        self._about, self._groups = gradients, [torch.tensor(g, dtype=torch.long) for g in groups]
+        self._exact = len(groups) * gradients.num_parameters <= EXACT
+        self.sums: dict[str, Tensor] = {}
+
+    def of_block(self, rows: slice, block: Block) -> Tensor:
+        """(number of groups, size): the part of the examples `rows`."""
+        inside = [g[(g >= rows.start) & (g < rows.stop)] - rows.start for g in self._groups]
+        return block.group_sums([g.to(block.device) for g in inside]).flatten(1)
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        found = self.of_block(rows, block)
+        if name in self.sums:
+            self.sums[name] += found
+        else:
+            self.sums[name] = found.double() if self._exact else found
+
+    def result(self) -> Tensor:
+        shape = (len(self._groups), self._about.num_parameters)
+        like = next(iter(self.sums.values()), None)
+        result = torch.zeros(shape) if like is None else like.new_zeros(shape)
+        for name, part in self.sums.items():
+            result[:, self._about.columns[name]] = part
+        return result
+
+
+@dataclass(frozen=True)
+class GroupGram:
+    """Per layer, (G, G) float64: inner products of the groups' summed gradients.
+
+    With one micro-batch no more than one parameter's sums are held.
+    """
+
+    groups: tuple[Group, ...]
+
+    def begin(self, gradients: PerExampleGradients) -> Answer:
+        return _GroupGram(gradients, self.groups)
+
+
+class _GroupGram:
+    def __init__(self, gradients: PerExampleGradients, groups: Sequence[Group]) -> None:
+        self._grams = {layer: zeros(len(groups), len(groups)) for layer in gradients.layers}
+        self._sums, self._at_once = _GroupSums(gradients, groups), gradients.num_batches == 1
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        if self._at_once:
+            self._add(name, self._sums.of_block(rows, block))
+        else:
+            self._sums.consume(rows, name, block)
+
+    def _add(self, name: str, sums: Tensor) -> None:
+        sums = sums.double()
+        self._grams[layer_of(name)] += (sums @ sums.T).to("cpu")
+
+    def result(self) -> dict[str, Tensor]:
+        while self._sums.sums:
+            self._add(*self._sums.sums.popitem())
+        return self._grams
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Per layer, (n, n) float64: <g_i, g_j>. Of several micro-batches it keeps the factors while it runs."""
+
+    def begin(self, gradients: PerExampleGradients) -> Answer:
+        return _Gram(gradients)
+
+
+class _Gram:
+    def __init__(self, gradients: PerExampleGradients) -> None:
+        n = gradients.num_examples
+        self._grams = {layer: zeros(n, n) for layer in gradients.layers}
+        self._several = gradients.num_batches > 1
+        self._kept: dict[str, list[tuple[slice, Block]]] = {}
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        gram = self._grams[layer_of(name)]
+        gram[rows, rows] += block.gram(block).to(gram)
+        for columns, other in self._kept.get(name, ()):
+            product = block.gram(other).to(gram)
+            gram[rows, columns] += product
+            gram[columns, rows] += product.T
+        if self._several:
+            self._kept.setdefault(name, []).append((rows, block))
+
+    def result(self) -> dict[str, Tensor]:
+        self._kept.clear()
+        return self._grams
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Per layer, (n, m) float64: the layer's part of <g_i, v_j> for flat directions (m, P)."""
+
+    directions: Tensor
+
+    def begin(self, gradients: PerExampleGradients) -> Answer:
+        return _Projection(gradients, self.directions)
+
+
+class _Projection:
+    def __init__(self, gradients: PerExampleGradients, directions: Tensor) -> None:
+        self._directions, self._columns = directions, gradients.columns
+        self._found = {layer: zeros(gradients.num_examples, len(directions)) for layer in gradients.layers}
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        part = self._directions[:, self._columns[name]].to(block.device, block.dtype)
+        result = self._found[layer_of(name)]
+        result[rows] += block.project(part.reshape(-1, *block.shape)).to(result)
+
+    def result(self) -> dict[str, Tensor]:
+        return self._found
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Per layer, (n, d_layer): see `PerExampleGradients.sketch`. Asked again, it has its random signs at hand."""
+
+    k: int = 16
+    seed: int = 0
+    _signs: dict[Any, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, compare=False, repr=False)
+
+    def begin(self, gradients: PerExampleGradients) -> Answer:
+        return _Sketch(gradients, self)
+
+    def signs(self, name: str, block: Block) -> tuple[Tensor | None, Tensor | None]:
+        """Random sign matrices for the two sides of a weight; None where that side is small enough to keep."""
+        key = (name, block.shape, block.device, block.dtype)
+        if key not in self._signs:
+            self._signs[key] = self._make_signs(name, block)
+        return self._signs[key]
+
+    def _make_signs(self, name: str, block: Block) -> tuple[Tensor | None, Tensor | None]:
+        rows, columns = matrix_shape(block.shape)
+        if rows * columns <= self.k**2:
+            return None, None
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+
+        def signs(size: int, kept: int) -> Tensor | None:
+            if size <= kept:
+                return None
+            bits = torch.randint(0, 2, (size, kept), generator=generator)
+            return ((2 * bits - 1) / math.sqrt(kept)).to(block.device, block.dtype)
+
+        return signs(rows, self.k), signs(columns, max(self.k, self.k**2 // rows))
+
+
+class _Sketch:
+    def __init__(self, gradients: PerExampleGradients, question: Sketch) -> None:
+        self._about, self._question = gradients, question
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        found = block.sketch(*self._question.signs(name, block)).flatten(1)
+        self._parts.setdefault(name, []).append(found)
+
+    def result(self) -> dict[str, Tensor]:
+        layers: dict[str, list[Tensor]] = {layer: [] for layer in self._about.layers}
+        for name in (name for name in self._about.shapes if name in self._parts):
+            layers[layer_of(name)].append(torch.cat(self._parts[name]))
+        empty = torch.zeros(self._about.num_examples, 0)
+        return {layer: torch.cat(found, 1) if found else empty for layer, found in layers.items()}
+
+
+@dataclass(frozen=True)
+class Everything:
+    """(n, P): all gradients in full."""
+
+    def begin(self, gradients: PerExampleGradients) -> Answer:
+        return _Everything(gradients)
+
+
+class _Everything:
+    def __init__(self, gradients: PerExampleGradients) -> None:
+        self._shape, self._columns = (gradients.num_examples, gradients.num_parameters), gradients.columns
+        self._found: Tensor | None = None
+
+    def consume(self, rows: slice, name: str, block: Block) -> None:
+        if self._found is None:
+            self._found = torch.zeros(self._shape, device=block.device, dtype=block.dtype)
+        self._found[rows, self._columns[name]] = torch.cat([block.dense(s).flatten(1) for s in block.slices()])
+
+    def result(self) -> Tensor:
+        return torch.zeros(self._shape) if self._found is None else self._found
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""How the per-example gradients of one kind of layer are found from its inputs and output gradients."""

@@ -1,0 +1,312 @@
+"""Gradient flow: what reaches each layer at each step, what moves, and whether every number was finite.
+
+It needs nothing but the record of a watched run: norms of the gradient (before clipping), of the parameters and
+of the steps taken, the distance from the start, and which losses and gradients were not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number, format_share
+from diag.instruments.gradient_flow.statistics import (
+    factor_over_depth,
+    growth_of_distance,
+    idle_layers,
+    most_often,
+    norm_at_start,
+    normalisation_layers,
+)
+from diag.linalg.growth import LAWS
+from diag.registry import instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.snapshot.history import History
+
+SOURCE = (
+    "arithmetic for what is not finite; Hoffer, Hubara, Soudry 2017, arXiv:1705.08741, for the distance; Roberts, "
+    "Yaida, Hanin 2022, arXiv:2106.10165, for the depth"
+)
+DEPTH_FACTOR = 100.0
+SKIPPED_SHARE = 0.05
+STEPS_SHOWN = 96
+STEPS_NAMED = 100
+LAYERS_NAMED = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientFlow(Result):
+    """Counts over the whole record, and its course at up to 96 evenly spaced steps; NaN: not observed."""
+
+    non_finite_losses: int = measured("steps whose loss was infinite or not a number", unit="steps")
+    non_finite_gradients: int = measured("steps with a gradient that was not finite", unit="steps")
+    non_finite_applied: int = measured("of these, steps that the optimizer took all the same", unit="steps")
+    skipped_steps: int = measured("steps that the GradScaler left out", unit="steps")
+    num_steps: int = measured("steps recorded")
+    growth_slope: float = measured("slope c of the distance law a + c log t, over the steps that were fitted")
+    growth_exponent: float = measured("exponent of the distance as a power of the step number")
+    r2_by_law: dict[str, float] = measured("R^2 of the distance by each law of growth")
+    aic_by_law: dict[str, float] = measured(
+        "Akaike's criterion by each law; residuals are correlated, so rank only"
+    )
+    first_fitted_step: int = measured("first step of the fit; 0 where there is none")
+    last_fitted_step: int = measured("last step of the fit; 0 where there is none")
+    relative_distance: float = measured("distance from the start over the norm of the parameters there, at the end")
+    depth_factor: float = measured(
+        "norm of the first step's bias gradients at the first layer over the last, along a log-linear fit"
+    )
+    plain_network: bool = measured("the user says: a plain stack, recorded from its initialisation")
+    loss_steps: tuple[int, ...] = measured("the first of the steps whose loss was not finite")
+    gradient_steps: tuple[int, ...] = measured("the first of the steps with a gradient that was not finite")
+    skipped_step_numbers: tuple[int, ...] = measured("the first of the steps that were left out")
+    gradient_layers: tuple[str, ...] = measured("tensors whose gradient was not finite, most often first")
+    idle_layers: tuple[str, ...] = measured("tensors whose gradient was exactly zero at every step")
+    layers: tuple[str, ...] = measured("parameter tensors, in the order of named_parameters()")
+    steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
+    distance: NDArray[numpy.float64] = measured("distance of all weights from the start", shape="(steps,)")
+    gradient_norm: NDArray[numpy.float32] = measured(
+        "2-norm of the gradient before clipping", shape="(steps, layers)"
+    )
+    parameter_norm: NDArray[numpy.float32] = measured("2-norm of the parameters", shape="(steps, layers)")
+    update_norm: NDArray[numpy.float32] = measured("2-norm of the step taken", shape="(steps, layers)")
+    update_ratio: NDArray[numpy.float32] = measured("step over parameter norm", shape="(steps, layers)")
+
+    def verdict(self) -> Verdict:
+        return next(v for v in self._verdicts() if v is not None)
+
+    def _verdicts(self) -> Iterator[Verdict | None]:
+        """Worst first: arithmetic before theory, and a description at the end."""
+        yield self._non_finite()
+        yield self._idle()
+        yield self._many_skipped()
+        yield self._vanishing()
+        yield Verdict(
+            Level.OK,
+            f"Losses and gradients were finite {self._span()}{self._skips()}{self._growth()}.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            value=0.0,
+            threshold=0.0,
+        )
+
+    def _non_finite(self) -> Verdict | None:
+        if not self.non_finite_losses and not self.non_finite_applied:
+            return None
+        found = []
+        if self.non_finite_losses:
+            found.append(f"the loss was not finite at {_steps(self.non_finite_losses, self.loss_steps)}")
+        if self.non_finite_applied:
+            found.append(
+                f"gradients were not finite at {_steps(self.non_finite_gradients, self.gradient_steps)}, and the "
+                f"optimizer took {self.non_finite_applied} of these steps"
+            )
+        text = " and ".join(found)
+        return Verdict(
+            Level.ALARM,
+            f"{text[0].upper()}{text[1:]} (of {self.num_steps:,} recorded).",
+            "Look at the batch of the first such step; then lower the learning rate, warm it up, or clip the "
+            "gradient; under float16 use a GradScaler.",
+            "arithmetic",
+            Confidence.ARITHMETIC,
+            "Compute the loss of that batch again in float64 from the state before the step: if it is finite, the "
+            "precision is to blame, not the batch.",
+            float(self.non_finite_losses + self.non_finite_applied),
+            0.0,
+            "any step at all",
+            self.gradient_layers[:5],
+        )
+
+    def _idle(self) -> Verdict | None:
+        if not self.idle_layers:
+            return None
+        names = ", ".join(self.idle_layers[:3]) + (", ..." if len(self.idle_layers) > 3 else "")
+        return Verdict(
+            Level.WARNING,
+            f"The gradient of {len(self.idle_layers)} of {len(self.layers)} parameter tensors was exactly zero "
+            f"{self._span()}: {names}.",
+            "Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, or "
+            "labels that mask it leave a layer without a gradient.",
+            "arithmetic",
+            Confidence.ARITHMETIC,
+            "A single step on other data with a gradient other than zero in these tensors.",
+            float(len(self.idle_layers)),
+            0.0,
+            "any tensor at all",
+            self.idle_layers,
+        )
+
+    def _many_skipped(self) -> Verdict | None:
+        limit = self.provenance.settings.get("skipped_share", SKIPPED_SHARE)
+        share = self.skipped_steps / max(self.num_steps, 1)
+        if share <= limit:
+            return None
+        return Verdict(
+            Level.WARNING,
+            f"The GradScaler left out {format_share(share)} of the steps ({self.skipped_steps} of "
+            f"{self.num_steps:,}), first at step {self.skipped_step_numbers[0]:,}.",
+            "A few skips are how the scale is found; so many say that gradients overflow float16 again and again: "
+            "use bfloat16, or look for the layer whose gradient is not finite.",
+            "torch.amp.GradScaler",
+            Confidence.ARITHMETIC,
+            "A run in bfloat16 or float32 whose gradients are as large.",
+            share,
+            limit,
+            OUR_CHOICE,
+            self.gradient_layers[:5],
+        )
+
+    def _vanishing(self) -> Verdict | None:
+        limit = self.provenance.settings.get("depth_factor", DEPTH_FACTOR)
+        strays = self.depth_factor < 1 / limit or self.depth_factor > limit
+        if not (self.plain_network and strays):
+            return None
+        word = "vanishes" if self.depth_factor < 1 else "explodes"
+        return Verdict(
+            Level.ALARM,
+            f"The gradient {word} over the depth at initialisation: by a factor of "
+            f"{format_number(self.depth_factor)} from the last layer's bias to the first's.",
+            "Scale the initial weights for the activation (variance 2 / fan-in for ReLU, 1 / fan-in for tanh), or "
+            "add normalisation or skip connections.",
+            "Roberts, Yaida, Hanin 2022, arXiv:2106.10165",
+            Confidence.STRONG_EMPIRICAL,
+            "The factor over several seeds: in a narrow, deep network a single draw fluctuates.",
+            self.depth_factor,
+            limit,
+            OUR_CHOICE,
+        )
+
+    def _span(self) -> str:
+        if len(self.steps) <= 1:
+            return "at the one state measured"
+        return f"at all {self.num_steps:,} steps recorded"
+
+    def _skips(self) -> str:
+        if not self.skipped_steps:
+            return ""
+        return f" or were skipped by the GradScaler ({self.skipped_steps} steps, as it finds its scale)"
+
+    def _growth(self) -> str:
+        if not self.last_fitted_step:
+            return ""
+        log, sqrt = self.r2_by_law["log"], self.r2_by_law["sqrt"]
+        word = "better" if log > sqrt else "worse"
+        return (
+            f"; over steps {self.first_fitted_step:,} to {self.last_fitted_step:,} the logarithmic law fits the "
+            f"distance from the start {word} than sqrt (R^2 {log:.3f} and {sqrt:.3f})"
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The gradient norm of every parameter tensor over the steps, or over the depth where there is one step."""
+        if len(self.steps) == 1:
+            ax.semilogy(self.gradient_norm[0], marker="o", markersize=3)
+            ax.set(xlabel="parameter tensor, in the model's order", ylabel="gradient norm")
+            return
+        with numpy.errstate(divide="ignore", invalid="ignore"):
+            image = numpy.log10(self.gradient_norm.T.astype(float))
+        image[~numpy.isfinite(image)] = numpy.nan
+        mesh = ax.pcolormesh(_edges(self.steps), numpy.arange(len(self.layers) + 1), image, rasterized=True)
+        ax.figure.colorbar(mesh, ax=ax, label="log10 of the gradient norm")
+        ax.set(xlabel="step", ylabel="parameter tensor, in the model's order")
+        if len(self.layers) <= LAYERS_NAMED:
+            ax.set_yticks(numpy.arange(len(self.layers)) + 0.5, self.layers, fontsize=7)
+        ax.invert_yaxis()
+
+    @classmethod
+    def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Any]]) -> None:
+        """The record has its own course, so the last result shows all."""
+        series[-1][1].plot(ax)
+
+
+@instrument(source=SOURCE, title="Gradient flow")
+def gradient_flow(
+    history: History,
+    *,
+    plain_network: bool = False,
+    depth_factor: float = DEPTH_FACTOR,
+    skipped_share: float = SKIPPED_SHARE,
+) -> GradientFlow:
+    """What reaches each layer at each step, what moves, and whether every loss and gradient was finite.
+
+    history: the record of a watched run with T steps and L parameter tensors (`diag.snapshot.history`); norms
+    are 2-norms without unit, those of the gradients before clipping. Distances are over all weights but those of
+    normalisation layers. Steps are optimizer steps, from 1.
+
+    The three laws of growth of the distance (logarithmic, square root, power) are fitted to log-spaced steps from
+    10 on, over the longest stretch of one learning rate, and only where it spans two decades. They describe;
+    weight decay, Adam and normalisation break their interpretation.
+
+    Settings: `plain_network=True` says that the network is a plain stack of layers, without normalisation or skip
+    connections, recorded from its initialisation: only then is a gradient that changes by more than
+    `depth_factor` over the depth (in the order of named_parameters()) called vanishing or exploding. It is read
+    off the biases: in a ReLU network without them <W, dL/dW> is the same for every layer, so the weights'
+    gradients cannot tell. `skipped_share`: from here on skipped steps are a warning (our choice, uncalibrated).
+
+    Raises InvalidInput for settings it does not know. Sources: arithmetic; Hoffer, Hubara, Soudry 2017,
+    arXiv:1705.08741 (distance); Roberts, Yaida, Hanin 2022, arXiv:2106.10165 (depth).
+    """
+    bad_loss = numpy.asarray(~history.loss_finite | numpy.isinf(history.loss))
+    broken = ~history.gradient_finite | numpy.isinf(history.gradient_norm)
+    bad_gradient = broken.any(1)
+    weights = ~normalisation_layers(history)
+    distance = numpy.sqrt((history.distance[:, weights].astype(float) ** 2).sum(1))
+    fits, first, last = growth_of_distance(history, distance)
+    shown = _rows_shown(history, distance)
+    known = distance[numpy.isfinite(distance)]
+    start = norm_at_start(history, weights)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        ratio = history.update_norm[shown] / history.parameter_norm[shown]
+    return GradientFlow(
+        non_finite_losses=int(bad_loss.sum()),
+        non_finite_gradients=int(bad_gradient.sum()),
+        non_finite_applied=int((bad_gradient & ~history.skipped).sum()),
+        skipped_steps=int(history.skipped.sum()),
+        num_steps=len(history),
+        growth_slope=fits["log"].slope if fits else math.nan,
+        growth_exponent=fits["power"].slope if fits else math.nan,
+        r2_by_law={law: fits[law].r2 if fits else math.nan for law in LAWS},
+        aic_by_law={law: fits[law].aic if fits else math.nan for law in LAWS},
+        first_fitted_step=first,
+        last_fitted_step=last,
+        relative_distance=float(known[-1] / start) if len(known) and start > 0 else math.nan,
+        depth_factor=factor_over_depth(history),
+        plain_network=plain_network,
+        loss_steps=_numbers(history, bad_loss),
+        gradient_steps=_numbers(history, bad_gradient),
+        skipped_step_numbers=_numbers(history, history.skipped),
+        gradient_layers=most_often(history, broken.sum(0)),
+        idle_layers=idle_layers(history),
+        layers=history.layers,
+        steps=numpy.asarray(history.steps[shown]),
+        distance=distance[shown],
+        gradient_norm=numpy.asarray(history.gradient_norm[shown]),
+        parameter_norm=numpy.asarray(history.parameter_norm[shown]),
+        update_norm=numpy.asarray(history.update_norm[shown]),
+        update_ratio=ratio,
+        notes=history.notes,
+    )
+
+
+def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[numpy.int64]:
+    """Evenly spaced rows, among those whose parameters were observed where there are some."""
+    observed = numpy.flatnonzero(numpy.isfinite(distance))
+    rows = observed if len(observed) > 1 else numpy.arange(len(history))
+    return rows[numpy.unique(numpy.linspace(0, len(rows) - 1, STEPS_SHOWN).round().astype(int))]
+
+
+def _numbers(history: History, which: Any) -> tuple[int, ...]:
+    return tuple(int(step) for step in history.steps[numpy.flatnonzero(which)[:STEPS_NAMED]])
+
+
+def _steps(count: int, numbers: Sequence[int]) -> str:
+    listed = ", ".join(f"{n:,}" for n in numbers[:3]) + (", ..." if count > 3 else "")
+    return f"{count:,} step{'s' if count != 1 else ''} ({listed})"
+
+
+def _edges(steps: NDArray[numpy.int64]) -> NDArray[numpy.float64]:
+    middle = (steps[1:] + steps[:-1]) / 2
+    return numpy.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])

@@ -1,0 +1,1 @@
+"""Opposing signals: `instrument` is the instrument, the other files hold what it alone needs."""

@@ -1,0 +1,312 @@
+"""Opposing signals: two small groups of examples that pull the sharpest direction of the loss opposite ways.
+
+Training is stable while steps along the sharpest direction shrink. Where two groups share one large feature and
+need opposite responses to it, that direction is theirs: a step that helps one hurts the other, and at the edge
+of stability their losses rise and fall in turn. Opposite gradients alone show nothing, since any step sorts
+the examples into those it helps and those it hurts; what tells is how much of all movement two groups carry,
+and whether they trade places from step to step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diag.curvature.carry import carried_eigenpairs
+from diag.curvature.neighbourhood.losses_at import LossesAt
+from diag.curvature.operators import CurvatureOperator
+from diag.display import format_number
+from diag.errors import Unsupported
+from diag.gradients import PerExampleGradients
+from diag.instruments.opposing_signals.judging import (
+    DIRECTIONS,
+    OVER_CHANCE,
+    SHARE,
+    SOURCE,
+    SWAP,
+    of_a_kick,
+    of_steps,
+)
+from diag.instruments.opposing_signals.loss_record import EDGE, Edge, LossRecord
+from diag.instruments.opposing_signals.measuring import (
+    about_gradients,
+    about_record,
+    check_request,
+    chosen_record,
+    curvature_share,
+    group_size,
+    groups_of_record,
+    null_share,
+    replayed_groups,
+    static_groups,
+)
+from diag.instruments.opposing_signals.movement import rank_auc
+from diag.instruments.opposing_signals.showing import draw_groups, imported, kept, two_groups
+from diag.instruments.opposing_signals.signed_graph import agreeing_parts, signed_graph
+from diag.registry import GRADIENT, PRODUCT, SELF_TEST, instrument
+from diag.result import Level, Provenance, Result, Verdict, measured
+
+NULLS = 5
+WINDOW = 20
+EDGE_OF_GRAPH = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpposingSignals(Result):
+    """Two groups of rows, A and B, and how much of the loss's movement and curvature they carry."""
+
+    share: float = measured("movement |change of loss| in A and B together", unit="share")
+    swap: float = measured(
+        "examples that change ends from one step to the next; NaN for a static kick", unit="share"
+    )
+    persist: float = measured("examples that stay at their end; NaN for a static kick", unit="share")
+    antiphase: float = measured("correlation over the steps of A's and B's mean change; NaN for a static kick")
+    lag_one: float = measured("correlation of A's mean change with itself a step later; NaN for a static kick")
+    curvature_share: float = measured(
+        "Gauss-Newton curvature along the direction (the sharpest, for recorded steps) in A and B", unit="share"
+    )
+    chance_share: float = measured("2k/n, the share of as many random examples if all moved alike", unit="share")
+    null_share: float = measured("largest share after random steps of the same length", unit="share")
+    sharpness: float = measured("largest eigenvalue of the Hessian")
+    edge_first: float = measured("sharpness over the optimizer's threshold at the first recorded step; else NaN")
+    edge_last: float = measured("the same at the last recorded step")
+    spike: float = measured("largest mean loss after a step over that before it; NaN for a static kick")
+    slope_a: float = measured("mean slope of A's losses along the direction")
+    slope_b: float = measured("mean slope of B's losses along the direction")
+    slope_auc: float = measured("chance that a member's slope is larger in size than a non-member's")
+    norm_auc: float = measured("the same for the norm of the gradient alone (a null)")
+    loss_auc: float = measured("the same for the loss alone (a null)")
+    loss_correlation: float = measured("correlation of |change| with the loss (a null: hard examples move more)")
+    cosine: float = measured("cosine of the two groups' gradients (negative also by selection: proves nothing)")
+    norm_a: float = measured("norm of A's mean gradient")
+    norm_b: float = measured("norm of B's mean gradient")
+    norm_rest: float = measured("norm of the mean gradient of the rest")
+    direction: int = measured("which eigenvector separates the groups, 0 the sharpest; -1: not from a direction")
+    mode: str = measured("static, replay or online")
+    k: int = measured("examples in each group")
+    num_examples: int = measured("examples, n")
+    same_side: bool = measured("both groups' losses rise along the same side of the direction")
+    group_a: NDArray[numpy.int64] = measured("rows whose loss rises most, the largest first", shape="(k,)")
+    group_b: NDArray[numpy.int64] = measured("rows whose loss falls most, the largest first", shape="(k,)")
+    shares: NDArray[numpy.float64] = measured("share for each direction that was tried", shape="(directions,)")
+    eigenvalues: NDArray[numpy.float64] = measured("curvature along each", shape="(directions,)")
+    changes: NDArray[numpy.float64] = measured("mean change of A, B and the rest, per step", shape="(steps, 3)")
+    trace: NDArray[numpy.float64] = measured(
+        "mean loss of A, B and the rest at each step; empty for a static kick", shape="(steps + 1, 3)"
+    )
+    steps: tuple[int, ...] = measured("the steps of the trace; those of a replay count from 0")
+    cosines: NDArray[numpy.float64] = measured("cosines between the gradients of A, then B", shape="(2k, 2k)")
+    labels_a: tuple[int, ...] = measured("labels of A, in order; empty where there are none")
+    labels_b: tuple[int, ...] = measured("labels of B, in order; empty where there are none")
+    losses_a: NDArray[numpy.float64] = measured("losses of A, in order", shape="(k,)")
+    losses_b: NDArray[numpy.float64] = measured("losses of B, in order", shape="(k,)")
+    shown: NDArray[Any] = measured(
+        "inputs of the first 12 of A and of B, features standardised; empty without a tensor", shape="(rows, *)"
+    )
+    difference: NDArray[numpy.float64] = measured(
+        "mean input of A less that of B, in standard deviations; empty where there is none", shape="(*)"
+    )
+
+    # ---- judging
+
+    def verdict(self) -> Verdict:
+        unmet = self.unmet()
+        if unmet is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        return of_a_kick(self) if self.mode == "static" else of_steps(self)
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """The last verdict; where it is quiet and an earlier one was not, it says when."""
+        last = series[-1][1].verdict()
+        warned = [step for step, result in series if result.verdict().level == Level.WARNING]
+        if last.level == Level.WARNING or not warned:
+            return last
+        return replace(last, sentence=f"{last.sentence[:-1]}; two groups did dominate at step {warned[-1]:,}.")
+
+    @property
+    def limit(self) -> float:
+        """The share from which on the groups are outsized: more than their number, and than random steps."""
+        null = 0.0 if math.isnan(self.null_share) else self.null_share
+        return max(self.setting("share_limit", SHARE), OVER_CHANCE * self.chance_share, null)
+
+    @property
+    def outsized(self) -> bool:
+        """True where the two groups carry far more of the movement than chance explains."""
+        return self.share > self.limit
+
+    def setting(self, name: str, default: float) -> float:
+        """The value of a setting, where one was given."""
+        return self.provenance.settings.get(name, default)
+
+    # ---- showing
+
+    def examples(self, describe: Callable[[Any], str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of A and of B with label, loss and input, and the difference of their means, for display.
+
+        describe: makes text of one input (token numbers, say); else images, features or numbers are shown.
+        """
+        named = self.provenance.settings.get("describe", "")
+        return two_groups(self, describe or (imported(named) if named else None))
+
+    def graph(self, at_least: float = EDGE_OF_GRAPH) -> Any:
+        """The signed networkx graph of A and B: nodes are rows, edges have `weight`, the cosine of two gradients.
+
+        Cosines smaller than `at_least` in size are left out (our choice, uncalibrated).
+        """
+        graph = signed_graph([*self.group_a.tolist(), *self.group_b.tolist()], self.cosines, at_least)
+        for row in graph:
+            graph.nodes[row]["group"] = "A" if row in self.group_a else "B"
+        return graph
+
+    def groups(self, at_least: float = EDGE_OF_GRAPH) -> list[set[int]]:
+        """Rows whose gradients agree: the connected parts of the graph's positive edges, the largest first."""
+        return agreeing_parts(self.graph(at_least))
+
+    def plot(self, ax: Any) -> None:
+        """Static: the share by direction. With steps: the mean losses of A, of B and of the rest."""
+        if self.mode == "static":
+            ax.bar(range(len(self.shares)), self.shares, width=0.6)
+            for height, style in ((self.null_share, "--"), (self.chance_share, ":")):
+                ax.axhline(height, color="0.5", linewidth=0.8, linestyle=style)
+            ax.set_xticks(range(len(self.shares)), [format_number(float(v)) for v in self.eigenvalues])
+            ax.set(xlabel="curvature of the direction", ylabel="share of the movement in 2k examples")
+        else:
+            draw_groups(ax, self.steps, self.trace)
+
+
+def _passes(settings: Mapping[str, Any]) -> float:
+    return SELF_TEST + 16 * PRODUCT + 2 * (DIRECTIONS + NULLS) + 8 * GRADIENT  # 16 products find the directions
+
+
+@instrument(source=SOURCE, title="Opposing signals", passes=_passes)
+def opposing_signals(
+    hessian: CurvatureOperator,
+    losses_at: LossesAt,
+    per_example_gradients: PerExampleGradients,
+    inputs: Any = None,
+    labels: Tensor | None = None,
+    loss_record: LossRecord | None = None,
+    *,
+    mode: str = "auto",
+    k: int = 0,
+    window: int = WINDOW,
+    share_limit: float = SHARE,
+    swap_limit: float = SWAP,
+    describe: str = "",
+    seed: int = 0,
+) -> OpposingSignals:
+    """Two groups of examples that pull the sharpest directions of the loss opposite ways, by their rows.
+
+    hessian: of the mean loss, an operator of size P. losses_at: per-example losses (n,) at given parameters.
+    per_example_gradients: of the same n examples. inputs, labels: for display only. loss_record: their losses at
+    consecutive optimizer steps, up to this moment; `diag.watch` records it.
+
+    Static mode kicks the parameters both ways along each of the five sharpest directions and takes the k
+    examples at each end of l(w + e u) - l(w - e u); the direction with the largest share of the movement is
+    kept. Online mode takes the groups from the leading mode of the changes in `loss_record`; it judges at the edge
+    of the optimizer's stability and where all steps used the same examples. Replay mode does so for 40 steps of
+    full-batch descent at 2.5 / sharpness on a copy (the last 15 of them). The nulls are random steps of the same
+    length, as many random examples, and the loss and the gradient norm alone.
+
+    A detector of large groups with very large features: 20 + 20 of 1,000 examples with a feature 11 times an
+    image's norm were found by every seed tried, a feature of 4 times was missed. A negative result means little.
+
+    Settings: `mode`, "static", "replay", "online", or "auto": online where a record is given, a verdict can stand
+    on it and the ends trade places, else static; `k`, the group size, 0 for max(10, 2 % of n); `window`, the steps
+    that a watch records, 0 for none; `share_limit` and `swap_limit`, our choice, uncalibrated; `describe`,
+    "module:function" that turns one input into text; `seed`, of Lanczos and of the random steps.
+
+    Raises InvalidInput for another mode, k, window or record, MissingQuantity for online mode without a record,
+    Unsupported for too few examples or a loss that curves nowhere upwards. Source: Rosenfeld and Risteski 2024,
+    arXiv:2311.04163.
+    """
+    check_request(mode, window, loss_record, losses_at.num_examples)
+    n = losses_at.num_examples
+    k = group_size(k, n)
+    record, why_not = chosen_record(mode, loss_record, k, swap_limit)
+    pairs = carried_eigenpairs(hessian, "hessian", largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
+    values, vectors = pairs.values.cpu(), pairs.vectors
+    assert vectors is not None
+    if not float(values[0]) > 0:
+        raise Unsupported(
+            "The loss curves upwards in no direction here, so none is sharp; measure a trained network."
+        )
+    if record is not None:
+        mode, groups = "online", groups_of_record(record.losses, k)
+    elif mode == "replay":
+        groups = replayed_groups(losses_at, vectors, values, k)
+    else:
+        mode, groups = "static", static_groups(losses_at, vectors, values, k)
+    losses, u = losses_at(losses_at.center), vectors[max(groups.direction, 0)]
+    carried, unknown = curvature_share(hessian, u, groups.rows)
+    return OpposingSignals(
+        **groups.numbers,
+        **about_gradients(per_example_gradients, u, groups, losses),
+        **kept(groups, losses, inputs, labels),
+        **about_record(record, groups),
+        curvature_share=carried,
+        direction=groups.direction,
+        mode=mode,
+        sharpness=float(values[0]),
+        num_examples=n,
+        k=k,
+        chance_share=2 * k / n,
+        null_share=null_share(losses_at, float(values[0]), k, NULLS, seed),
+        eigenvalues=values.numpy(),
+        notes=(*unknown, *why_not, *(record.notes if record is not None else ())),
+    )
+
+
+def opposing_signals_online(
+    record: Tensor,
+    *,
+    learning_rate: float,
+    sharpness: tuple[float, float],
+    labels: Tensor | None = None,
+    k: int = 0,
+    edge: tuple[float, float] = EDGE,
+) -> OpposingSignals:
+    """Online mode without a model: what the losses alone show.
+
+    record: (T + 1, n) losses of one fixed set of examples at consecutive steps of gradient descent. sharpness: the
+    largest Hessian eigenvalue at the first and the last. edge: the range of sharpness over 2 / learning rate that
+    counts as the edge of stability.
+
+    Raises InvalidInput where the record is no (T + 1, n) matrix of at least four steps.
+    """
+    first, last = (Edge(value, 2 / learning_rate, "2 / learning rate") for value in sharpness)
+    given = LossRecord(record, first, last)
+    n = given.num_examples
+    k = group_size(k, n)
+    groups = groups_of_record(given.losses, k)
+    unknown: dict[str, Any] = dict.fromkeys(UNKNOWN_WITHOUT_A_MODEL, math.nan)
+    return OpposingSignals(
+        **groups.numbers,
+        **unknown,
+        **kept(groups, given.losses[-1], None, labels),
+        **about_record(given, groups, edge),
+        loss_auc=rank_auc(given.losses[0], groups.members(n)),
+        direction=-1,
+        mode="online",
+        sharpness=float(sharpness[-1]),
+        num_examples=n,
+        k=k,
+        same_side=False,
+        chance_share=2 * k / n,
+        cosines=numpy.zeros((0, 0)),
+        eigenvalues=numpy.array(sharpness[-1:], dtype=float),
+        provenance=Provenance("opposing_signals", {"mode": "online", "k": k}, num_examples=n),
+    )
+
+
+UNKNOWN_WITHOUT_A_MODEL = (
+    *("curvature_share", "slope_a", "slope_b", "slope_auc", "norm_auc", "cosine"),
+    *("norm_a", "norm_b", "norm_rest", "null_share"),
+)

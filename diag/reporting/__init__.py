@@ -1,0 +1,30 @@
+"""The report: one page that tells what state a network is in, with the evidence.
+
+`report(source)` makes it; `document` is all that it says, as JSON; `render` is the page of a document.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from diag.reporting.compare import compare
+from diag.reporting.document import document
+from diag.reporting.files import Page
+from diag.reporting.page import render
+
+__all__ = ["Page", "compare", "document", "render", "report"]
+
+
+def report(
+    source: Any, output: str | os.PathLike[str] | None = None, *, title: str = "", command: str = ""
+) -> Page:
+    """Report on a run, the path of its folder, a `Snapshot` (with every instrument) or a dict of results by name.
+
+    With `output` the page is written there, and its document beside it with the ending .json. title: in place
+    of the run's name. command: the command line that makes this report, to be shown in it.
+    Raises InvalidInput where no report can be made of `source` or written to `output`, RunError where the path
+    holds no run.
+    """
+    page = Page(document(source, title=title, command=command))
+    return page if output is None else page.save(output)

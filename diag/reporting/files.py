@@ -1,0 +1,84 @@
+"""The report as an object: its document, its page, and where they were written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diag.errors import InvalidInput
+from diag.reporting.page import render, render_notebook
+
+FORMATS = ("diag-report", "diag-comparison")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report. It shows itself in a notebook; `html` is the page, `document` what it renders.
+
+    path: where the page was written, None where it was not; the document lies beside it as JSON.
+    """
+
+    document: Mapping[str, Any]
+    path: Path | None = None
+
+    @cached_property
+    def html(self) -> str:
+        """The whole page."""
+        return render(self.document)
+
+    def save(self, output: str | os.PathLike[str]) -> Page:
+        """Write the page to `output` and the document beside it; into a folder, as report.html.
+
+        Raises InvalidInput where the name does not end in .html or nothing can be written there.
+        """
+        path = Path(output)
+        path = path / "report.html" if path.is_dir() else path
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise InvalidInput(f"The report's output is {str(path)!r}; expected a name that ends in .html.")
+        beside = path.with_suffix(".json")
+        if beside.exists() and not _is_document(beside):
+            raise InvalidInput(
+                f"The report's data would be written over {beside}, which is no report's; give another output."
+            )
+        data = json.dumps(self.document, allow_nan=False, indent=1) + "\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(beside, data)
+            write(path, self.html)
+        except OSError as error:
+            raise InvalidInput(
+                f"The report cannot be written to {path} ({error.strerror}); give another output."
+            ) from None
+        return Page(self.document, path)
+
+    def __fspath__(self) -> str:
+        if self.path is None:
+            raise InvalidInput("This report was not written to a file; give output=, or call .save(path).")
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        verdict = self.document.get("verdict", {})
+        where = f" at {self.path}" if self.path else ""
+        return f"<report{where}: {verdict.get('headline', self.document.get('title', ''))}>"
+
+    def _repr_html_(self) -> str:
+        return render_notebook(self.document, str(self.path or ""))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file at once, so that no reader sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
+
+
+def _is_document(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("format") in FORMATS
+    except (OSError, ValueError, AttributeError):
+        return False

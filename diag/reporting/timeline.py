@@ -1,0 +1,224 @@
+"""The time axis that all of a report shares, and the curves and lanes drawn along it.
+
+Long series are decimated by minimum and maximum, so that no spike is lost. A position on the axis is a share of
+its width; step s of a run from a to b stands at (s - a + 1/2) / (b - a + 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number
+from diag.reporting.plain import clean, rounded
+from diag.result import Result
+from diag.run.run import Event, Finding
+from diag.snapshot.history import History
+
+MAX_POINTS = 480
+MAX_EVENTS = 40
+MAX_DOTS = 60
+LOG_SPAN = 30.0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The steps from `first` to `last`."""
+
+    first: int
+    last: int
+
+    @property
+    def span(self) -> int:
+        return self.last - self.first + 1
+
+    def position(self, step: float) -> float:
+        """The share of the axis at which `step` stands, in [0, 1]."""
+        return round(min(1.0, max(0.0, (step - self.first + 0.5) / self.span)), 5)
+
+    def bins(self, steps: NDArray[numpy.int64], at_most: int) -> list[tuple[int, int, slice]]:
+        """(first step, last step, rows) of at most `at_most` equal parts of the axis; a part may have no rows."""
+        count = max(1, min(at_most, self.span, len(steps)))
+        edges = self.first + numpy.arange(count + 1) * self.span // count
+        rows = numpy.searchsorted(steps, edges)
+        return [
+            (int(a), int(b) - 1, slice(int(i), int(j)))
+            for a, b, i, j in zip(edges[:-1], edges[1:], rows[:-1], rows[1:], strict=True)
+        ]
+
+
+def axis_of(history: History | None, findings: Sequence[Finding], last_step: int) -> Axis | None:
+    """The axis that holds every step of the run; None where there is no time course."""
+    firsts = [f.first_step for f in findings] + ([int(history.steps[0])] if history is not None else [])
+    lasts = [f.last_step for f in findings] + ([int(history.steps[-1])] if history is not None else [])
+    if not firsts or max(lasts) <= min(firsts):
+        return None
+    return Axis(min(firsts), max([*lasts, last_step]))
+
+
+def timeline(
+    axis: Axis, history: History | None, findings: Iterable[Finding], events: Sequence[Event]
+) -> dict[str, Any]:
+    """The axis, the curves of the whole run, a lane for each finding and the events."""
+    return {
+        "first_step": axis.first,
+        "last_step": axis.last,
+        "ticks": step_ticks(axis),
+        "curves": [] if history is None else list(_curves(axis, history)),
+        "lanes": [_lane(axis, finding) for finding in findings],
+        "events": [_event(axis, event) for event in events[:MAX_EVENTS]],
+        "events_left_out": max(0, len(events) - MAX_EVENTS),
+    }
+
+
+def step_ticks(axis: Axis, about: int = 6) -> list[dict[str, Any]]:
+    """Round step numbers along the axis."""
+    raw = axis.span / about
+    unit = 10 ** math.floor(math.log10(raw)) if raw >= 1 else 1
+    width = max(1, int(next(f for f in (1, 2, 5, 10) if f * unit >= raw) * unit))
+    first = -(-axis.first // width) * width
+    ticks = list(range(first, axis.last + 1, width))
+    return [{"at": axis.position(step), "text": f"{step:,}"} for step in ticks]
+
+
+def _lane(axis: Axis, finding: Finding) -> dict[str, Any]:
+    chosen = finding.series[:: max(1, len(finding.series) // MAX_DOTS)]
+    return {
+        "audit": finding.instrument,
+        "title": clean(finding.title),
+        "level": str(finding.verdict.level),
+        "first_step": finding.first_step,
+        "last_step": finding.last_step,
+        "start": axis.position(finding.first_step - 0.5),
+        "end": axis.position(finding.last_step + 0.5),
+        "measured": [{"at": axis.position(step), "level": _level(result)} for step, result in chosen],
+    }
+
+
+def _level(result: Result) -> str:
+    """The level of one measurement by itself; "" where it cannot judge itself."""
+    try:
+        return str(result.verdict().level)
+    except Exception:
+        return ""
+
+
+def _event(axis: Axis, event: Event) -> dict[str, Any]:
+    return {
+        "step": event.step,
+        "at": axis.position(event.step),
+        "kind": clean(event.kind),
+        "text": clean(event.text),
+    }
+
+
+def _curves(axis: Axis, history: History) -> Iterable[dict[str, Any]]:
+    yield from _curve(axis, history, "loss", "Training loss", history.loss, ~history.loss_finite)
+    norm = whole_norm(history.gradient_norm)
+    yield from _curve(axis, history, "gradient_norm", "Gradient norm", norm, broken_steps(history))
+    yield from _curve(axis, history, "learning_rate", "Learning rate", history.learning_rate, None)
+
+
+def broken_steps(history: History) -> NDArray[numpy.bool_]:
+    """(T,) the steps at which a gradient had infinite or NaN entries."""
+    parts = [~history.gradient_finite[i : i + 4096].all(axis=1) for i in range(0, len(history), 4096)]
+    return numpy.concatenate(parts) if parts else numpy.zeros(0, bool)
+
+
+def whole_norm(table: Any) -> NDArray[numpy.float64]:
+    """The norm of the whole network at each step: root of the sum of the layers' squares (T, L) -> (T,)."""
+    parts = [table[i : i + 4096] for i in range(0, len(table), 4096)]
+    norms = [numpy.sqrt(_sum_of_squares(numpy.asarray(part, numpy.float64))) for part in parts]
+    return numpy.concatenate(norms) if norms else numpy.empty(0)
+
+
+def _sum_of_squares(part: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+    # A layer that was not observed counts for nothing, unless none was.
+    total = numpy.nansum(numpy.square(part), axis=1)
+    return numpy.where(numpy.isnan(part).all(axis=1), numpy.nan, total)
+
+
+def _curve(
+    axis: Axis, history: History, name: str, label: str, values: Any, broken: Any
+) -> Iterable[dict[str, Any]]:
+    """One curve, or none where nothing was observed."""
+    values = numpy.asarray(values, numpy.float64)
+    usable = values[numpy.isfinite(values)]
+    if not len(usable):
+        return
+    # A learning rate that was observed but never changes needs no curve.
+    if name == "learning_rate" and usable.min() == usable.max():
+        return
+    series = decimate(axis, history.steps, values, broken)
+    yield {
+        "name": name,
+        "label": label,
+        "last": format_number(float(usable[-1])),
+        "lowest": format_number(float(usable.min())),
+        "highest": format_number(float(usable.max())),
+        **scale(usable),
+        **series,
+    }
+
+
+def decimate(
+    axis: Axis, steps: Any, values: NDArray[numpy.float64], broken: Any = None, at_most: int = MAX_POINTS
+) -> dict[str, Any]:
+    """A series as at most `at_most` points: per point its position, and the least, middle and greatest value.
+
+    `broken` (a mask) marks values that were seen and were not finite: the positions of these are kept. A point
+    without any finite value is None.
+    """
+    steps = numpy.asarray(steps)
+    marked = numpy.zeros(len(steps), bool) if broken is None else numpy.asarray(broken)
+    at: list[float] = []
+    low: list[float] = []
+    middle: list[float] = []
+    high: list[float] = []
+    not_finite: list[float] = []
+    whole = len(steps) <= at_most
+    parts = [slice(i, i + 1) for i in range(len(steps))] if whole else [b[2] for b in axis.bins(steps, at_most)]
+    for rows in parts:
+        part = values[rows]
+        if not len(part):
+            continue
+        usable = part[numpy.isfinite(part)]
+        at.append(axis.position(float(steps[rows].mean())))
+        if marked[rows].any():
+            not_finite.append(at[-1])
+        low.append(float(usable.min()) if len(usable) else math.nan)
+        middle.append(float(numpy.median(usable)) if len(usable) else math.nan)
+        high.append(float(usable.max()) if len(usable) else math.nan)
+    bounds = {} if whole else {"low": rounded(low), "high": rounded(high)}
+    return {"at": at, "middle": rounded(middle), "broken": not_finite, **bounds}
+
+
+def scale(usable: NDArray[numpy.float64]) -> dict[str, Any]:
+    """Linear, or logarithmic where positive values span more than a factor of 30; with three or four ticks."""
+    low, high = float(usable.min()), float(usable.max())
+    positive = low > 0 and high / low > LOG_SPAN
+    low, high = (math.log10(low), math.log10(high)) if positive else (low, high)
+    pad = 0.04 * (high - low) or max(1e-12, 0.1 * abs(high))
+    low, high = low - pad, high + pad
+    marks = _log_marks(low, high) if positive else _linear_marks(low, high)
+    ticks = [{"at": round((m - low) / (high - low), 4), "text": text} for m, text in marks]
+    return {"log": positive, "low_end": low, "high_end": high, "ticks": ticks}
+
+
+def _log_marks(low: float, high: float) -> list[tuple[float, str]]:
+    every = max(1, math.ceil((high - low) / 4))
+    whole = range(math.ceil(low), math.floor(high) + 1, every)
+    return [(float(e), format_number(10.0**e)) for e in whole]
+
+
+def _linear_marks(low: float, high: float) -> list[tuple[float, str]]:
+    raw = (high - low) / 4
+    unit = 10.0 ** math.floor(math.log10(raw))
+    width = next(f for f in (1, 2, 5, 10) if f * unit >= raw) * unit
+    first = math.ceil(low / width)
+    return [(i * width, format_number(i * width)) for i in range(first, math.floor(high / width) + 1)]

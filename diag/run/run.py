@@ -1,0 +1,359 @@
+"""A run: everything that was recorded of one training, as plain data.
+
+`load` opens the folder that a watched training wrote; `RunWriter` writes it; `Run` can also be made in memory,
+from the outcomes of some checkpoints, say. A run judges itself: `findings()` has the verdicts, worst first.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from diag import display
+from diag.errors import RunError
+from diag.registry import Instrument, attempt, instruments
+from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
+from diag.run.files import (
+    META,
+    OUTCOMES,
+    history_of,
+    kept_records,
+    kept_rows,
+    outcome_data,
+    read_array,
+    read_metadata,
+    read_records,
+    read_rows,
+)
+from diag.run.writer import RunWriter
+from diag.snapshot.history import History
+
+__all__ = ["Cost", "Event", "Finding", "Record", "Run", "RunWriter", "load"]
+
+
+class Unread(NamedTuple):
+    """An outcome that is still the line of the file that holds it; `kind` is result, skipped or failed."""
+
+    kind: str
+    line: bytes
+
+
+class Record(NamedTuple):
+    """An outcome at a step, and the seconds that it took."""
+
+    step: int
+    instrument: str
+    outcome: Outcome | Unread
+    seconds: float | None = None
+
+
+class Event(NamedTuple):
+    """Something that happened at a step, in one sentence."""
+
+    step: int
+    kind: str
+    text: str
+
+
+class Cost(NamedTuple):
+    """Time spent at a step: `seconds` on an instrument, or the wall time that passed since the last such cost
+    and the part of it that the watch took."""
+
+    step: int
+    instrument: str = ""
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    watch_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one instrument says about the whole run: the verdict on its series from `first_step` to `last_step`."""
+
+    instrument: str
+    title: str
+    source: str
+    verdict: Verdict
+    series: Sequence[tuple[int, Result]]
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """The record of one training.
+
+    metadata: what the run is (format_version, created, model, layers, versions, ...); `settings` in it maps
+        an instrument's name to its settings.
+    history: the step-by-step record, memory-mapped where it was read from a file; None without a step.
+    records, events, times: in the order in which they happened; `costs` has the records' times too.
+    torn: how many records could not be read (a killed writer leaves at most one a file).
+    """
+
+    path: Path | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    history: History | None = None
+    records: Sequence[Record] = ()
+    events: Sequence[Event] = ()
+    times: Sequence[Cost] = ()
+    torn: int = 0
+
+    @cached_property
+    def last_step(self) -> int:
+        """The last step of which anything is known."""
+        known = [] if self.history is None else self.history.steps[-1:].tolist()
+        return max([0, *known, *(r.step for r in self.records), *(e.step for e in self.events)])
+
+    @cached_property
+    def instruments(self) -> tuple[str, ...]:
+        """The names of the instruments that have a series, in the order in which they first measured."""
+        from_records = [r.instrument for r in self.records if self._is_result(r) and r.instrument in instruments()]
+        return tuple(dict.fromkeys([*self._computed[0], *from_records]))
+
+    @cached_property
+    def unknown_instruments(self) -> tuple[str, ...]:
+        """Instruments that measured but are not installed here; their series hold raw dicts."""
+        return tuple(dict.fromkeys(r.instrument for r in self.records if r.instrument not in instruments()))
+
+    @cached_property
+    def outcomes(self) -> tuple[tuple[int, Skipped | Failed], ...]:
+        """What was skipped or failed, at which step; in step order."""
+        recorded = [(r.step, self._decode(r)) for r in self.records if not self._is_result(r)]
+        found = [*recorded, *self._computed[1], *self._undecodable, *self._judged[1]]
+        return tuple(sorted(found, key=lambda item: item[0]))
+
+    def series(self, name: str) -> list[tuple[int, Result]]:
+        """The results of the instrument `name`, by step; raw dicts for one that is not installed here."""
+        return list(self._series.get(name, ()))
+
+    def findings(self) -> list[Finding]:
+        """One verdict an instrument, over its whole series; the worst first, then the earliest."""
+        return list(self._judged[0])
+
+    @property
+    def costs(self) -> list[Cost]:
+        """Where time went: on the records' measurements, and the wall time and the watch's part of it."""
+        measured = [Cost(r.step, r.instrument, r.seconds) for r in self.records if r.seconds is not None]
+        return sorted([*measured, *self.times], key=lambda cost: cost.step)
+
+    @property
+    def wall_seconds(self) -> float:
+        """The wall time that the watch has seen."""
+        return sum(c.wall_seconds for c in self.times)
+
+    @property
+    def watch_seconds(self) -> float:
+        """The part of the wall time that was spent in the watch."""
+        return sum(c.watch_seconds for c in self.times)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame of every scalar: a row a step, the columns `loss`, `learning_rate`, the norms of
+        the whole network, and `instrument.scalar`. What was not measured at a step is NaN."""
+        import pandas
+
+        columns: dict[str, Any] = {}
+        if self.history is not None:
+            totals = _totals(self.history)
+            columns = {name: pandas.Series(v, self.history.steps) for name, v in totals.items()}
+        for name in self.instruments:
+            for step, result in self.series(name):
+                for scalar, value in result.scalars().items():
+                    columns.setdefault(f"{name}.{scalar}", {})[step] = float(value)
+        columns = {name: pandas.Series(values, dtype=float) for name, values in columns.items()}
+        return pandas.DataFrame(columns).sort_index().rename_axis("step")
+
+    # How the parts come about: each is computed once, when it is first asked for.
+
+    @cached_property
+    def _series(self) -> dict[str, list[tuple[int, Any]]]:
+        series: dict[str, list[tuple[int, Any]]] = {name: [item] for name, item in self._computed[0].items()}
+        recorded: dict[str, dict[int, Any]] = {}
+        for record in self.records:
+            if self._is_result(record):
+                outcome = self._decode(record)
+                if not isinstance(outcome, Failed):
+                    recorded.setdefault(record.instrument, {})[record.step] = outcome
+        return series | {name: sorted(found.items()) for name, found in recorded.items() if name not in series}
+
+    @cached_property
+    def _computed(self) -> tuple[dict[str, tuple[int, Result]], list[tuple[int, Skipped | Failed]]]:
+        """Results of the instruments that need nothing but the history, and those that gave none."""
+        if self.history is None:
+            return {}, []
+        results, others = {}, []
+        chosen = self.metadata.get("instruments")
+        for name, instrument in instruments().items():
+            if instrument.from_history and (chosen is None or name in chosen):
+                outcome = attempt(None, instrument, history=self.history, **self._settings(instrument))
+                if isinstance(outcome, Result):
+                    results[name] = (self.last_step, outcome)
+                else:
+                    others.append((self.last_step, outcome))
+        return results, others
+
+    @cached_property
+    def _undecodable(self) -> list[tuple[int, Failed]]:
+        results = [(r.step, self._decode(r)) for r in self.records if self._is_result(r)]
+        return [(step, outcome) for step, outcome in results if isinstance(outcome, Failed)]
+
+    @cached_property
+    def _judged(self) -> tuple[list[Finding], list[tuple[int, Failed]]]:
+        findings, failures = [], []
+        for name in self.instruments:
+            series = self.series(name)
+            if not series:
+                continue
+            first, last = self._range(name, series)
+            instrument = instruments()[name]
+            try:
+                verdict = instrument.result.trend(series)
+            except Exception as error:
+                failures.append((last, Failed(name, f"Its verdict failed: {type(error).__name__}: {error}")))
+                continue
+            findings.append(Finding(name, instrument.title, instrument.source, verdict, series, first, last))
+        findings.sort(key=lambda f: (f.verdict.level.severity, f.first_step, f.instrument))
+        return findings, failures
+
+    def _range(self, name: str, series: Sequence[tuple[int, Result]]) -> tuple[int, int]:
+        if name in self._computed[0] and self.history is not None:
+            return int(self.history.steps[0]), int(self.history.steps[-1])
+        return series[0][0], series[-1][0]
+
+    def _settings(self, instrument: Instrument) -> dict[str, Any]:
+        given = decode(self.metadata.get("settings", {})).get(instrument.name, {})
+        return {s.name: given[s.name] for s in instrument.settings if s.name in given}
+
+    @staticmethod
+    def _is_result(record: Record) -> bool:
+        outcome = record.outcome
+        return outcome.kind == "result" if isinstance(outcome, Unread) else isinstance(outcome, Result)
+
+    def _decode(self, record: Record) -> Any:
+        """The outcome of a record: a Result, Skipped or Failed; a raw dict for an unknown instrument."""
+        outcome = record.outcome
+        if not isinstance(outcome, Unread):
+            return outcome
+        if id(record) not in self._decoded:
+            self._decoded[id(record)] = self._read(record.instrument, outcome.kind, outcome_data(outcome.line))
+        return self._decoded[id(record)]
+
+    @cached_property
+    def _decoded(self) -> dict[int, Any]:
+        return {}
+
+    def _read(self, name: str, kind: str, data: Mapping[str, Any]) -> Any:
+        if kind != "result":
+            made = Skipped if kind == "skipped" else Failed
+            return made(name, **{k: str(data[k]) for k in ("reason", "traceback") if k in data})
+        try:
+            if name not in instruments():
+                return decode(data, self._load_array)
+            return instruments()[name].result.from_dict(data, self._load_array)
+        except Exception as error:  # written by another version of the instrument, or its array is gone
+            return Failed(name, f"Its recorded result cannot be read: {error}")
+
+    def _load_array(self, name: str) -> Any:
+        if self.path is None:
+            raise RunError(f"The array {name!r} lies in a run folder, and this run has none.")
+        return read_array(self.path, name)
+
+    # How it looks
+
+    def facts(self) -> dict[str, str]:
+        """What the run is, as texts to show: model, parameters, steps, last loss, time, versions."""
+        return dict(_facts(self))
+
+    def __repr__(self) -> str:
+        where = f" {self.path}" if self.path else ""
+        return f"<Run{where}: {self.last_step:,} steps, {', '.join(self.instruments) or 'nothing measured'}>"
+
+    def _repr_html_(self) -> str:
+        verdicts = "".join(
+            f"<div style='font-size:.85em;opacity:.8;margin-top:.6em'>{html.escape(f.title)}</div>"
+            + f.verdict._repr_html_()
+            for f in self.findings()
+        )
+        facts = display.table_html({name: (text, "") for name, text in self.facts().items()}, "The run")
+        return f"<div>{verdicts or '<div>Nothing was measured.</div>'}{facts}</div>"
+
+
+def load(path: str | Path) -> Run:
+    """Open the run in the folder `path` (or the folder's run.json).
+
+    A record that a killed writer left torn is dropped and counted in `torn`.
+    Raises RunError where there is no run, one of a newer format, or one whose files cannot be read.
+    """
+    folder = Path(path).parent if Path(path).name == META else Path(path)
+    metadata = read_metadata(folder)
+    try:
+        rows, torn_rows = read_rows(folder, metadata["row"])
+        records, torn_lines = read_records(folder)
+    except OSError as error:
+        raise RunError(f"The run {folder} cannot be read ({error.strerror}: {error.filename}).") from None
+    torn_before = sum(int(r.get("torn", 0)) for r in records if r.get("type") == "resume")
+    rows, records = kept_rows(rows, records), kept_records(records)
+    return Run(
+        path=folder,
+        metadata=metadata,
+        history=history_of(metadata, rows, records),
+        records=tuple(
+            Record(r["step"], r["instrument"], Unread(r["type"], r["data"]), r.get("seconds"))
+            for r in records
+            if r["type"] in OUTCOMES
+        ),
+        events=tuple(Event(r["step"], r.get("kind", r["type"]), r["text"]) for r in records if "text" in r),
+        times=tuple(_times(records)),
+        torn=torn_rows + torn_lines + torn_before,
+    )
+
+
+def _times(records: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:
+    for r in records:
+        if r["type"] == "cost":
+            spent = (decode(r.get(name, 0.0)) for name in ("seconds", "wall_seconds", "watch_seconds"))
+            yield Cost(r["step"], r.get("instrument", ""), *spent)
+
+
+def _totals(history: History) -> dict[str, Any]:
+    """The scalars of each step: the loss and the norms of the whole network."""
+    line = {"loss": history.loss, "learning_rate": history.learning_rate}
+    for name in ("gradient_norm", "parameter_norm", "update_norm", "distance"):
+        line[name] = numpy.sqrt(numpy.square(getattr(history, name), dtype=float).sum(1))
+    return line
+
+
+def _fact(name: str, value: Any) -> str:
+    if name == "created":
+        return str(value).replace("T", " ").replace("+00:00", " UTC")
+    return f"{value:,}" if name == "parameters" and isinstance(value, int) else str(value)
+
+
+def _facts(run: Run) -> Iterable[tuple[str, str]]:
+    about = run.metadata
+    if run.path is not None:
+        yield "folder", str(run.path)
+    for name in ("created", "model", "parameters", "device", "seed"):
+        if about.get(name) is not None:
+            yield name, _fact(name, about[name])
+    yield "steps", f"{run.last_step:,}"
+    if run.history is not None and numpy.isfinite(run.history.loss).any():
+        losses = run.history.loss
+        yield "last recorded loss", display.format_number(float(losses[numpy.isfinite(losses)][-1]))
+    if run.wall_seconds and math.isfinite(run.wall_seconds):
+        share = display.format_share(run.watch_seconds / run.wall_seconds)
+        yield "time", f"{display.format_number(run.wall_seconds)} s, of which diag {share}"
+    if run.outcomes:
+        yield "skipped or failed", ", ".join(dict.fromkeys(o.instrument for _, o in run.outcomes))
+    if run.unknown_instruments:
+        yield "not installed here", ", ".join(run.unknown_instruments)
+    if run.torn:
+        yield "torn records dropped", f"{run.torn:,}"
+    for name, version in (about.get("versions") or {}).items():
+        yield f"{name} version", str(version)

@@ -1,0 +1,4 @@
+"""A model at one moment: its data, forward pass, losses and the glossary of quantities.
+
+Rule of the room: this is the only code that calls the user's model, and it leaves no trace in it.
+"""

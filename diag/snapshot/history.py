@@ -1,0 +1,115 @@
+"""The step-by-step record of a training run: one row an optimizer step, one column a parameter tensor.
+
+A watched run writes it. For a model without one, `history` measures a single row from the snapshot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.snapshot import parameters
+
+if TYPE_CHECKING:
+    from diag.snapshot.snapshot import Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """T recorded steps of L parameter tensors; NaN marks what was not observed at a step.
+
+    steps (T,) int64: the number of the optimizer step, from 1; strictly increasing.
+    layers, sizes: the L parameter names in `named_parameters()` order, and their numbers of elements.
+    loss (T,): mean training loss that led to the step, over all accumulated micro-batches. `loss_finite` (T,)
+        bool is False where the loss was seen and was infinite or not a number; True where it was not observed.
+    learning_rate (T,): of the first parameter group.
+    gradient_norm (T, L): 2-norms before clipping, true (unscaled) values; inf or NaN entries of a gradient
+        give a norm that is not finite. `gradient_finite` (T, L) bool tells these from what was not observed.
+    applied_gradient_norm (T,): norm of the whole gradient as the optimizer used it, after clipping.
+    parameter_norm, update_norm, distance (T, L): of the parameters after the step, of the step itself, and
+        from the parameters at the start.
+    skipped (T,) bool: the GradScaler left the step out.
+    total_steps: how many steps there were in all, `steps` being those that were recorded.
+    optimizer: kind, lr and the like as plain data. notes: what could not be observed, and why.
+    """
+
+    steps: NDArray[numpy.int64]
+    layers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    loss: NDArray[numpy.float64]
+    loss_finite: NDArray[numpy.bool_]
+    learning_rate: NDArray[numpy.float64]
+    gradient_norm: NDArray[numpy.float32]
+    gradient_finite: NDArray[numpy.bool_]
+    applied_gradient_norm: NDArray[numpy.float64]
+    parameter_norm: NDArray[numpy.float32]
+    update_norm: NDArray[numpy.float32]
+    distance: NDArray[numpy.float32]
+    skipped: NDArray[numpy.bool_]
+    total_steps: int
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def rows(self, index: Any) -> History:
+        """The same record restricted to some rows (a slice, an index array or a mask)."""
+        series = {
+            f.name: getattr(self, f.name)[index]
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), numpy.ndarray)
+        }
+        return dataclasses.replace(self, **series)
+
+
+def empty_history(layers: Mapping[str, int], length: int = 0) -> History:
+    """A history of `length` rows in which nothing was observed; `layers` maps names to sizes."""
+    line, table = numpy.full(length, numpy.nan), numpy.full((length, len(layers)), numpy.nan, numpy.float32)
+    return History(
+        steps=numpy.arange(1, length + 1),
+        layers=tuple(layers),
+        sizes=tuple(layers.values()),
+        loss=line.copy(),
+        loss_finite=numpy.ones(length, bool),
+        learning_rate=line.copy(),
+        gradient_norm=table.copy(),
+        gradient_finite=numpy.ones(table.shape, bool),
+        applied_gradient_norm=line.copy(),
+        parameter_norm=table.copy(),
+        update_norm=table.copy(),
+        distance=table.copy(),
+        skipped=numpy.zeros(length, bool),
+        total_steps=length,
+    )
+
+
+def history(snapshot: Snapshot) -> History:
+    """The record of the watched run that the snapshot belongs to, else one row measured here and now.
+
+    The single row has the loss and the norms of the full-data gradient and of the parameters; the update and
+    the distance come from `previous=` where it is given.
+    """
+    if snapshot.history is not None:
+        return snapshot.history
+    values, gradient = snapshot.quantity("params"), snapshot.quantity("gradient")
+    row = empty_history({name: p.numel() for name, p in values.items()}, 1)
+    norms = numpy.array([[float(g.double().norm()) for g in gradient.values()]], numpy.float32)
+    sizes = numpy.array([[float(p.double().norm()) for p in values.values()]], numpy.float32)
+    loss = parameters.loss_at(snapshot)(values)
+    total = numpy.linalg.norm(norms.astype(float), axis=1)
+    return dataclasses.replace(
+        row,
+        loss=numpy.array([loss]),
+        loss_finite=numpy.isfinite(numpy.array([loss])),
+        gradient_norm=norms,
+        gradient_finite=numpy.isfinite(norms),
+        applied_gradient_norm=total,
+        parameter_norm=sizes,
+        total_steps=0,
+    )

@@ -1,0 +1,119 @@
+"""Measure a model without leaving a trace in it, in its gradients or in any random state.
+
+Everything that measures enters `preserved(model)` first. Inside it the model is in evaluation mode,
+autocast and TF32 are off and diag's own hooks are paused; on the way out, also when an exception passes
+through, the modes, buffers, `requires_grad` flags, `.grad` fields, random states and backend flags are what
+they were. Dropping any one of these changes the training that goes on afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diag.checkpoints.unwrap import own_forward
+from diag.snapshot import pause
+
+
+@contextmanager
+def preserved(*models: nn.Module, mode: str = "eval") -> Iterator[None]:
+    """Inside the context each model is in `mode` ("eval", "train" or "keep"); afterwards all is restored."""
+    with ExitStack() as stack:
+        stack.enter_context(random_states())
+        stack.enter_context(exact_arithmetic())
+        stack.enter_context(pause.measuring())
+        for model in models:
+            stack.enter_context(_model_state(model))
+            stack.enter_context(own_forward(model))
+        for model in models:
+            if mode != "keep":
+                model.train(mode == "train")
+        yield
+
+
+@contextmanager
+def random_states() -> Iterator[None]:
+    """Restore the random states of torch (CPU and every CUDA device in use), NumPy and Python afterwards."""
+    import numpy
+
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    torch_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
+    numpy_state, python_state = numpy.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda_states)
+        numpy.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """No autocast and no TF32: TF32 alone puts noise of 1e-3 into curvature products."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags = (matmul.allow_tf32, cudnn.allow_tf32)
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = flags
+
+
+@contextmanager
+def _model_state(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    # TorchScript modules have no dict of buffers, and cannot bind another tensor.
+    bound = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in parameters:
+        parameter.grad = None  # so that a backward pass inside cannot add to the training's own gradients
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for buffers_of_module, tensors in bound:
+            buffers_of_module.update(tensors)  # a forward pass may bind another tensor: self.count = self.count + 1
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                _restore(buffer, saved)
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+def _restore(buffer: Any, saved: Any) -> None:
+    # Writing raises the version counter, which can invalidate a graph that the training loop still holds;
+    # so only a buffer that did change is written back.
+    same = (buffer == saved) | ((buffer != buffer) & (saved != saved))
+    if not bool(same.all()):
+        buffer.copy_(saved)
+
+
+@contextmanager
+def generator_states(data: Any) -> Iterator[None]:
+    """Restore the generators that a DataLoader and its samplers hold, as iterating advances them."""
+    samplers = (
+        data,
+        getattr(data, "sampler", None),
+        getattr(getattr(data, "batch_sampler", None), "sampler", None),
+    )
+    found = {id(g): g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)}
+    states = [(g, g.get_state()) for g in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,215 @@
+"""A model at one moment, with the loss and the data it is measured on.
+
+Nothing is computed when a snapshot is made. Each quantity is computed when it is first asked for, once, and is
+shared by all instruments. Measuring leaves the model as it was (see `preserve`). Once the model has been trained
+further, what was not yet computed is refused: a snapshot never mixes two moments.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.checkpoints.unwrap import bare_model
+from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
+from diag.snapshot.batch import Batch, as_batches, map_tensors
+from diag.snapshot.glossary import HELD_OUT, lookup
+from diag.snapshot.preserve import generator_states, random_states
+
+FINGERPRINT_BYTES = 1 << 22
+
+
+class Snapshot:
+    """A model at one moment, and what it is measured on.
+
+    model: the network; it stays on its device and is left exactly as it was.
+    loss_fn: `loss_fn(outputs, targets)`, the mean over examples; None where the outputs carry `.loss`
+        (Hugging Face models given labels) or no instrument needs a loss.
+    data: a DataLoader, any iterable of batches, or one batch. A batch is `(inputs, targets)`, a dict with
+        labels, or what `unpack(batch) -> (inputs, targets)` makes of it. It is read once and kept.
+    held_out: data of the same kind that was not trained on.
+    previous, other: an earlier state and another network: a state dict or a Snapshot.
+    optimizer: the torch optimizer that trains the model. history: the record of a watched run.
+    carry: what earlier measurements of the same model left, to spare work (see `diag.curvature.carry`).
+    seed: makes every estimate repeatable. device: where to measure; a copy of the model goes there if it is
+        elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones.
+
+    Raises InvalidInput where model, loss_fn or data are not of these kinds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        data: Any = None,
+        *,
+        held_out: Any = None,
+        previous: Any = None,
+        other: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        history: Any = None,
+        carry: Any = None,
+        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        micro_batch: int | None = None,
+        max_examples: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
+        if loss_fn is not None and not callable(loss_fn):
+            raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
+        self.model = _on_device(bare_model(model), device)
+        self.loss_fn = loss_fn
+        self.previous, self.other, self.optimizer, self.history = previous, other, optimizer, history
+        self.carry = carry
+        self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
+        self._data, self._held_out, self._unpack = data, held_out, unpack
+        self._computed: dict[str, Any] = {}
+        self._versions = _versions(self.model)
+
+    def quantity(self, name: str) -> Any:
+        """The value of a glossary quantity; `held_out_` before a name asks for it on the held-out data.
+
+        Raises MissingQuantity, in one sentence with what to give, where the snapshot cannot give it.
+        """
+        row = lookup(name)
+        if name not in self._computed:
+            self._refuse_a_later_moment()
+            source = self
+            try:
+                source = self._held_out_snapshot if name.startswith(HELD_OUT) else self
+                self._computed[name] = row.function()(source)
+            except MissingQuantity as error:
+                raise MissingQuantity(f"{name} is missing: {error}") from None
+            except DiagError:
+                raise
+            except Exception:
+                source.explain()
+                raise
+            finally:
+                self._versions = _versions(self.model)
+        return self._computed[name]
+
+    def explain(self) -> None:
+        """After something broke: raise InvalidInput if the model or the loss cannot be called on the data."""
+        importlib.import_module("diag.snapshot.forward").try_out(self)
+
+    def _refuse_a_later_moment(self) -> None:
+        if _versions(self.model) != self._versions:
+            raise InvalidInput(
+                "The model's parameters have changed since the snapshot was made, so its quantities would mix two "
+                "moments; make a new Snapshot (of a copy of the model, to keep it while training goes on)."
+            )
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """The data in micro-batches of the normal form, on the snapshot's device."""
+        if self._data is None:
+            raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
+        return _read(self._data, self._unpack, self.max_examples, self.micro_batch, self.device, self.seed)
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples in the data."""
+        return sum(batch.size for batch in self.batches)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the data, so that two measurements can be seen to be on the same examples."""
+        digest = hashlib.blake2b(digest_size=6)
+        budget = FINGERPRINT_BYTES
+
+        def add(t: Tensor) -> Tensor:
+            nonlocal budget
+            raw = t.detach().cpu().contiguous().flatten()[: max(budget, 0)].view(torch.uint8).numpy()
+            digest.update(str(tuple(t.shape)).encode() + raw.tobytes())
+            budget -= raw.nbytes
+            return t
+
+        for batch in self.batches:
+            map_tensors(add, (batch.args, batch.kwargs, batch.targets))
+        return digest.hexdigest()
+
+    def batch_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The mean loss of a batch, by loss_fn or, without one, the outputs' own `.loss`.
+
+        Raises InvalidInput where loss_fn cannot be called on them, MissingQuantity where there is no loss.
+        """
+        if self.loss_fn is not None:
+            try:
+                return self.loss_fn(outputs, targets)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise InvalidInput(
+                    f"loss_fn cannot be called on the model's outputs and the targets ({first_line(error)}); check "
+                    "their shapes, types and ranges."
+                ) from error
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if loss is None:
+            raise MissingQuantity(
+                "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets)."
+            )
+        return loss
+
+    def provenance(self) -> dict[str, Any]:
+        """What results record about where they come from."""
+        if self._data is None:
+            return {"seed": self.seed}
+        return {"num_examples": self.num_examples, "data_fingerprint": self.fingerprint, "seed": self.seed}
+
+    @cached_property
+    def _held_out_snapshot(self) -> Snapshot:
+        if self._held_out is None:
+            raise MissingQuantity("the snapshot has no held-out data; give held_out= with (inputs, targets).")
+        return self.with_data(self._held_out)
+
+    def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
+        """The same model (or another) and the same loss on other data."""
+        same = {k: getattr(self, k) for k in ("optimizer", "seed", "device", "micro_batch", "max_examples")}
+        return Snapshot(model or self.model, self.loss_fn, data, unpack=self._unpack, **same)
+
+    def __repr__(self) -> str:
+        known = f", {self.num_examples} examples" if "batches" in self.__dict__ else ""
+        return f"<Snapshot of {type(self.model).__name__}{known}>"
+
+
+def _versions(model: nn.Module) -> tuple[int, ...]:
+    return tuple(p._version for p in model.parameters())
+
+
+def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+    here = next((p.device for p in model.parameters()), None)
+    if device is None or here is None or here == torch.device(device):
+        return model
+    return copy.deepcopy(model).to(device)
+
+
+def _read(
+    data: Any,
+    unpack: Any,
+    limit: int | None,
+    micro_batch: int | None,
+    device: torch.device | str | None,
+    seed: int,
+) -> tuple[Batch, ...]:
+    batches: list[Batch] = []
+    left = limit if limit is not None else float("inf")
+    # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
+    with random_states(), generator_states(data):
+        torch.manual_seed(seed)
+        for batch in as_batches(data, unpack):
+            batch = batch if batch.size <= left else batch.slice(0, int(left))
+            batches.extend(part.to(device) for part in batch.split(micro_batch))
+            left -= batch.size
+            if left <= 0:
+                break
+    if not batches:
+        raise InvalidInput("The data holds no batch; give at least one example.")
+    return tuple(batches)

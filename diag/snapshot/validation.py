@@ -1,0 +1,96 @@
+"""Convert and validate quantities at the door, once, so that no instrument has to.
+
+Arrays and lists become tensors; a wrong type, shape or range, an empty or non-finite tensor, or axes that do
+not match between quantities give one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.errors import InvalidInput
+from diag.snapshot.glossary import HELD_OUT, lookup
+
+AXES = {"n": "examples", "K": "classes", "d": "features"}
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as tensors and objects of the kinds that the glossary states.
+
+    Raises InvalidInput: see the module's text. Axes named alike must have equal lengths; held-out data has
+    its own number of examples. Labels must lie in [0, K) where K is known.
+    """
+    lengths: dict[str, tuple[int, str]] = {}
+    result = {}
+    for name, value in values.items():
+        row = lookup(name)
+        if value is None or row.kind == "object":
+            result[name] = value
+            continue
+        tensor = _tensor(name, value, row.kind)
+        _check_axes(name, tensor, (row.shape or "").split(), lengths)
+        _check_finite(name, tensor, allow_minus_infinity=row.name == "logits")
+        result[name] = tensor
+    _check_labels(result, lengths)
+    return result
+
+
+def _tensor(name: str, value: Any, kind: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{name} is a {type(value).__name__}; expected a tensor or an array.") from error
+    if kind == "floating" and not tensor.is_floating_point():
+        raise InvalidInput(f"{name} have dtype {tensor.dtype}; expected a floating type: convert with .float().")
+    if kind == "integer" and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
+        raise InvalidInput(f"{name} have dtype {tensor.dtype}; expected class numbers of an integer type.")
+    return tensor.detach()
+
+
+def _check_axes(name: str, tensor: Tensor, axes: list[str], lengths: dict[str, tuple[int, str]]) -> None:
+    if tensor.ndim != len(axes):
+        expected = "(" + ", ".join(AXES[a] for a in axes) + ")"
+        raise InvalidInput(f"{name} have shape {tuple(tensor.shape)}; expected {len(axes)} axes {expected}.")
+    for axis, length in zip(axes, tensor.shape, strict=True):
+        if length == 0:
+            raise InvalidInput(f"{name} have no {AXES[axis]} (shape {tuple(tensor.shape)}); give at least one.")
+        if axis == "K" and length < 2:
+            raise InvalidInput(f"{name} have {length} class; expected at least 2.")
+        key = HELD_OUT + axis if axis == "n" and name.startswith(HELD_OUT) else axis
+        known, owner = lengths.setdefault(key, (length, name))
+        if known != length:
+            raise InvalidInput(
+                f"{name} have {length} {AXES[axis]} and {owner} have {known}; expected equal numbers."
+            )
+
+
+def _check_finite(name: str, tensor: Tensor, allow_minus_infinity: bool) -> None:
+    if not tensor.is_floating_point():
+        return
+    if tensor.itemsize < 2:  # torch has no such test for the 8-bit types
+        tensor = tensor.float()
+    # A logit of minus infinity is how a model rules a class out (a padded vocabulary), so it is legal.
+    bad = torch.isnan(tensor) | torch.isposinf(tensor) if allow_minus_infinity else ~torch.isfinite(tensor)
+    rows = bad.reshape(len(tensor), -1).any(1).nonzero().flatten().tolist()
+    if rows:
+        first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise InvalidInput(
+            f"{name} are not finite in {len(rows)} of {len(tensor)} rows (rows {first}); expected finite numbers: "
+            "leave these rows out or look for the step at which training broke."
+        )
+
+
+def _check_labels(values: Mapping[str, Any], lengths: Mapping[str, tuple[int, str]]) -> None:
+    for name in ("labels", HELD_OUT + "labels"):
+        labels = values.get(name)
+        if labels is None:
+            continue
+        low, high = int(labels.min()), int(labels.max())
+        classes, owner = lengths.get("K", (None, ""))
+        if low < 0 or (classes is not None and high >= classes):
+            bound = f"0 to {classes - 1} ({owner} have {classes} classes)" if classes else "0 or more"
+            raise InvalidInput(f"{name} range from {low} to {high}; expected class numbers from {bound}.")

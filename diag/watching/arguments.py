@@ -1,0 +1,79 @@
+"""The arguments of a watch, checked at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from diag.errors import InvalidInput
+from diag.snapshot.batch import Batch
+from diag.snapshot.snapshot import Snapshot
+from diag.watching.measure.probe import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a watch was asked for (see `diag.watch`), each argument checked and brought into one form."""
+
+    loss_fn: Callable[[Any, Any], Any] | None
+    probe: Probe
+    held_out: list[Batch] | None
+    optimizer: Optimizer | None
+    run: Path | None
+    instruments: Mapping[str, Mapping[str, Any]]
+    every: int | None
+    budget: float
+    resume: bool | int
+
+
+def check(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
+    """Raise InvalidInput where these are not of their kinds."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise InvalidInput(f"every is {every!r}; expected a number of steps, 1 or more.")
+    if not isinstance(budget, (int, float)) or not budget >= 0:
+        raise InvalidInput(f"budget is {budget!r}; expected a share of wall time, such as 0.05.")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name; raises InvalidInput where there is none, or one without a shape."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise InvalidInput("The model has no trainable parameter; set requires_grad on what should be watched.")
+    for name, p in found.items():
+        if torch.nn.parameter.is_lazy(p):
+            raise InvalidInput(f"{name} has no shape yet; call the model once before it is watched.")
+    return found
+
+
+def checked_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Optimizer | None:
+    """The torch optimizer under whatever wraps it; raises InvalidInput where it does not train the parameters."""
+    while optimizer is not None and not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if optimizer is None:
+        return None
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidInput(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(id(p) for p in parameters.values()):
+        raise InvalidInput("The optimizer holds no trainable parameter of the model; give the one that trains it.")
+    return optimizer
+
+
+def given_probe(model: nn.Module, probe: Any) -> Probe:
+    """The user's probe set on the device of the model; an empty one, to be filled, where there is none."""
+    result = Probe()
+    if probe is not None:
+        device = next(model.parameters()).device
+        result.batches = [batch.to(device) for batch in Snapshot(model, None, probe).batches]
+        result.complete = True
+    return result

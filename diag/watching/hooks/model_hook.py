@@ -1,0 +1,116 @@
+"""The one hook that a watched model carries, and where else its calls must be looked for.
+
+The hook is invisible to torch.compile (it does nothing while tracing, so the graph is that of the unwatched
+model) and to copies: a deep copy or a pickle of the model carries a function of the standard library that does
+nothing. A compiled model runs its own hooks only on the wrapper that torch.compile returned, so wrappers are
+found and hooked too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from diag.checkpoints.unwrap import bare_model
+from diag.snapshot.batch import tensors_in
+
+# What our hooks become in a copy: `nullcontext().__exit__` takes anything, returns None, and needs no diag.
+INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
+
+Seen = Callable[[Any, Any, Any], None]
+
+
+class ForwardHook:
+    """Tells `seen(args, kwargs, outputs)` of each call of `model` that training makes."""
+
+    def __init__(self, model: nn.Module, seen: Seen) -> None:
+        self.model, self.seen = model, seen
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        # A module that data-parallel replicas share hooks with is not the model; a pass inside backward is a
+        # checkpoint's recomputation; inside torch.func the tensors are wrappers.
+        if module is not self.model or torch._C._current_graph_task_id() != -1 or is_transformed(outputs):
+            return
+        self.seen(args, kwargs, outputs)
+
+    def __reduce__(self) -> Any:
+        return INERT
+
+
+class ModelHooks:
+    """Every hook on the model and on its compiled wrappers; `remove` leaves none behind."""
+
+    def __init__(self, models: tuple[nn.Module, ...], seen: Seen) -> None:
+        self._bare, self._seen = models[-1], seen
+        self._handles: list[Any] = []
+        self._hooked: list[nn.Module] = []
+        self._in_place: tuple[Any, Any] | None = None
+        for model in models:
+            self._hook(model)
+        self.find_compiled()
+
+    def _hook(self, model: nn.Module) -> None:
+        if not any(m is model for m in self._hooked):
+            self._hooked.append(model)
+            hook = ForwardHook(model, self._seen)
+            self._handles.append(model.register_forward_hook(hook, with_kwargs=True))
+
+    def find_compiled(self) -> None:
+        """Hook the wrappers that torch.compile has made of the model; it may do so after the watch starts."""
+        compiled = getattr(self._bare, "_compiled_call_impl", None)
+        if compiled is not None and self._in_place is None:
+            ours = _observed(compiled, self._bare, self._seen)
+            self._bare._compiled_call_impl = ours
+            self._in_place = (compiled, ours)
+        for wrapper in compiled_wrappers(self._bare):
+            self._hook(wrapper)
+
+    def remove(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        if self._in_place is not None and self._bare._compiled_call_impl is self._in_place[1]:
+            self._bare._compiled_call_impl = self._in_place[0]
+        self._handles, self._hooked, self._in_place = [], [], None
+
+
+def _observed(compiled: Callable[..., Any], model: nn.Module, seen: Seen) -> Callable[..., Any]:
+    hook = ForwardHook(model, seen)
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        outputs = compiled(*args, **kwargs)
+        hook(model, args, kwargs, outputs)
+        return outputs
+
+    return call
+
+
+def compiled_wrappers(model: nn.Module) -> list[nn.Module]:
+    """What torch.compile has made of the model; a data-parallel wrapper may lie between them."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    if eval_frame is None:
+        return []
+    compiled = [o for o in gc.get_objects() if issubclass(type(o), eval_frame.OptimizedModule)]
+    return [o for o in compiled if bare_model(o) is model]
+
+
+def frames_compiled() -> int:
+    """How many pieces of code torch.compile has compiled so far in this process."""
+    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", 0)
+
+
+def is_transformed(outputs: Any) -> bool:
+    """Whether the first tensor is a wrapper of torch.func, so that this is no plain call."""
+    first = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)[:1]
+    return any(is_functorch_wrapped_tensor(t) for t in first)

@@ -1,0 +1,153 @@
+"""What the process shows of a training, handed to those who observe it (see `hub.Listener`).
+
+Each method is called in the middle of the training loop: nothing raises into it, and the time is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from diag.snapshot.batch import tensors_in
+from diag.watching.guard import Clock, Guarded, guarded
+from diag.watching.hooks.hub import HUB
+from diag.watching.hooks.model_hook import ModelHooks
+from diag.watching.measure.occasions import Occasions
+from diag.watching.measure.training import Training
+from diag.watching.measure.window import Windows
+from diag.watching.observe.losses import LossObserver
+from diag.watching.observe.steps import StepObserver
+
+
+class TrainingListener(Guarded):
+    """Hears of the model's calls and of what the hub sees, and picks what concerns this training.
+
+    end(): the process ends.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        failed: Callable[[str, Exception], None],
+        training: Training,
+        windows: Windows,
+        occasions: Occasions,
+        end: Callable[[], None],
+    ) -> None:
+        super().__init__(clock, failed)
+        self._training, self._occasions, self._end = training, occasions, end
+        self._losses: LossObserver = training.losses
+        self._steps: StepObserver = training.steps
+        self._examples, self._own_step = windows.examples, occasions.own_step
+        self._hooks: ModelHooks | None = None
+        self._calls = self._silent = 0
+
+    def begin(self, models: tuple[nn.Module, ...]) -> None:
+        """Listen to the calls of these, the bare model last, and to the process."""
+        self._hooks = ModelHooks(models, self.forward_called)
+        HUB.add(self)
+
+    def remove(self) -> None:
+        """Listen no more; nothing is left on the model or in torch."""
+        HUB.remove(self)
+        if self._hooks is not None:
+            self._hooks.remove()
+
+    def look_for_compiled(self) -> None:
+        """After a step without a call of the model: it may have been compiled since."""
+        self._silent = self._silent + 1 if self._training.calls == self._calls else 0
+        self._calls = self._training.calls
+        # Looking is dear, so it is done ever more rarely.
+        if self._silent and self._silent & (self._silent - 1) == 0 and self._hooks is not None:
+            self._hooks.find_compiled()
+
+    # The model and its loss
+
+    @guarded("inputs and outputs")
+    def forward_called(self, args: Any, kwargs: Any, outputs: Any) -> None:
+        """The model was called with gradients on."""
+        if self._losses.forward_called(args, kwargs, outputs):
+            self.clock.start()
+            self._steps.training_pass()
+            self._examples.forward_called(args, kwargs)
+            self._own_step.backwards.forward_called(args, kwargs, outputs)
+            self._training.calls += 1
+            self._training.examples += _length((args, kwargs))
+
+    @guarded("loss")
+    def loss_called(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
+        self._losses.loss_called(function, args, kwargs, value)
+        self._own_step.backwards.loss_called(function, args, kwargs, value)
+
+    @guarded("loss")
+    def loss_scaled(self, losses: Any, scaled: Any) -> None:
+        self._losses.loss_scaled(losses, scaled)
+
+    @guarded("loss")
+    def backward_called(self, roots: Any) -> None:
+        self._losses.backward_called(roots)
+        if self._own_step.armed:
+            self._own_step.backwards.backward_called(roots)
+            self._occasions.own_step_descends()
+
+    @guarded("loss")
+    def backward_done(self) -> None:
+        self._losses.backward_done()
+        if self._own_step.reading:
+            self._occasions.own_step_descended()
+        self._steps.backward_done()
+
+    # Gradients and optimizer steps
+
+    @guarded("gradients before clipping")
+    def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any:
+        return self._steps.gradients.before_clip(parameters, max_norm, total_norm)
+
+    @guarded("gradients before clipping")
+    def after_clip(self, token: Any) -> None:
+        self._steps.gradients.after_clip(token)
+
+    @guarded("GradScaler")
+    def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
+        self._steps.unscaling(optimizer, scaler)
+
+    @guarded("GradScaler")
+    def scaler_stepping(self, optimizer: Optimizer) -> None:
+        self._steps.scaler_stepping(optimizer)
+
+    @guarded("GradScaler")
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        if self._counts(optimizer):
+            self._steps.scaler_stepped(optimizer)
+
+    @guarded("optimizer steps")
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not self._counts(optimizer):
+            return None
+        self.clock.start()
+        return self._steps.before_step(optimizer, args, kwargs)
+
+    @guarded("optimizer steps")
+    def after_step(self, optimizer: Optimizer) -> None:
+        if self._counts(optimizer):
+            self._steps.after_step(optimizer)
+
+    def _counts(self, optimizer: Optimizer) -> bool:
+        return self._training.optimizer is None or optimizer is self._training.optimizer
+
+    # The process
+
+    def close(self) -> None:
+        """The process ends."""
+        self._end()
+
+    def abandon(self) -> None:
+        """This is a forked child: stop without touching the record, which is the parent's."""
+        self.clock.closed = True
+
+
+def _length(inputs: Any) -> int:
+    return next((t.shape[0] for t in tensors_in(inputs) if t.ndim), 0)

@@ -1,0 +1,255 @@
+"""The dear measurements of a watched run: which instruments, what they are expected to take, and running them.
+
+All of them see the same probe set through one `Snapshot`, right after an optimizer step. What an instrument
+lacks or what breaks in it is recorded; a broken one is tried again ever more rarely.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import inf
+from typing import Any
+
+import torch
+
+from diag.display import format_seconds
+from diag.errors import InvalidInput
+from diag.registry import Instrument, attempt, find, instruments
+from diag.result import Failed, Outcome, Result, Skipped
+from diag.snapshot.snapshot import Snapshot
+from diag.watching.measure.own_step import OwnStep, Read
+from diag.watching.measure.schedule import Schedule
+from diag.watching.measure.window import Windows
+
+# Forward passes over the probe set that one measurement is taken to cost before it has been timed, where the
+# instrument itself does not say (see registry.instrument); thirty curvature products.
+PASSES = {
+    "none": 0.0,
+    "one forward pass": 1.0,
+    "one forward pass a call": 10.0,
+    "one traced forward pass": 10.0,
+    "one gradient": 3.0,
+    "about two gradients": 6.0,
+    "about three gradients a product": 300.0,
+}
+UNKNOWN_PASSES = 30.0
+FIXED = 2e-3
+# Training steps that it is taken to cost to measure on a step's own gradients; measured on the CPU, with labels of
+# ten classes: 14 (a small convolutional net) to 155 (an MLP of 670,000 parameters), for the products of the groups'
+# sums.
+STEPS_READ = 100.0
+FORWARD_SHARE = 1 / 3
+FAILURES = 3
+NEVER_RUN = (
+    "The run was too short to earn the time that measuring takes (estimate: {}; budget: {:.0%}); give a larger "
+    "budget=, call watcher.measure(), or measure a checkpoint."
+)
+NO_WINDOW = (
+    "The run ended before enough consecutive steps were recorded to judge; train on, or give a smaller window=."
+)
+
+Chosen = Mapping[str, Mapping[str, Any]]
+
+
+def chosen_instruments(given: Iterable[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """Instrument names with their settings, as the user gave them; all of them by default.
+
+    Raises InvalidInput for an unknown instrument or setting.
+    """
+    if isinstance(given, str):
+        given = [given]
+    wanted: Mapping[str, Mapping[str, Any]]
+    names = instruments() if given is None else given
+    wanted = given if isinstance(given, Mapping) else {name: {} for name in names}
+    for name, settings in wanted.items():
+        known = [s.name for s in find(name).settings]
+        for setting in settings:
+            if setting not in known:
+                raise InvalidInput(f"{name} has no setting {setting!r}; it has {', '.join(known) or 'none'}.")
+    return {name: dict(settings) for name, settings in wanted.items()}
+
+
+class Measurements:
+    """Runs the chosen instruments when the schedule allows.
+
+    record(step, outcome, seconds): keep what came out. note(key, sentence): tell once what went wrong.
+    info(key, sentence): tell once how it is done.
+    """
+
+    def __init__(
+        self,
+        chosen: Chosen,
+        schedule_of: Callable[[Iterable[str]], Schedule],
+        record: Callable[[int, Outcome, float], None],
+        note: Callable[[str, str], None],
+        info: Callable[[str, str], None],
+    ) -> None:
+        self._settings = chosen
+        # What needs nothing but the record of the steps is computed when the run is opened.
+        self._instruments = {n: i for n in chosen if not (i := find(n)).from_history}
+        self.schedule = schedule_of(self._instruments)
+        self.windows = Windows(self._instruments, chosen, self.schedule, note, info, _undisturbed)
+        self.own_step = OwnStep(self._instruments, self._measured_on)
+        self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
+        self._record = record
+        self._last: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
+        self.estimated = False
+
+    def affordable(self, step: int, with_previous: bool = True) -> list[str]:
+        """The names of those that are due and paid for at `step`; without those that ask for the state before
+        the step where there is none."""
+        names = self.schedule.affordable(step)
+        return names if with_previous else [n for n in names if not _asks_for_previous(self._instruments[n])]
+
+    def wants_previous(self, step: int) -> bool:
+        """Whether one that asks for the state before the step is due and paid for at `step`."""
+        return any(_asks_for_previous(self._instruments[n]) for n in self.schedule.affordable(step))
+
+    def estimate(self, seconds_per_step: float, examples_per_step: float, probe_size: int, slower: float) -> None:
+        """Estimate first costs from what training takes; `slower` is how much slower float32 is than training.
+
+        It may be called again, when more steps have been timed: what has been measured keeps its own time.
+        """
+        if not seconds_per_step or not examples_per_step:
+            return
+        again = self.estimated
+        self.estimated = True
+        forward = slower * FORWARD_SHARE * seconds_per_step * probe_size / examples_per_step
+        for name, instrument in self._instruments.items():
+            if self.schedule.accounts[name].times:
+                continue
+            passes = instrument.expected_passes(self._settings[name])
+            if passes is None:
+                passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
+            on_a_step = STEPS_READ * seconds_per_step
+            self.schedule.estimate(name, FIXED + (on_a_step if self.own_step.reads(name) else passes * forward))
+        self.windows.forward = self.windows.forward if again else FIXED + forward
+
+    def run(self, names: Iterable[str], step: int, snapshot: Snapshot) -> float:
+        """Measure with these instruments, recording each outcome; gives the time taken in seconds."""
+        began = time.perf_counter()
+        for name in names:
+            given, before = self._recorded(name, snapshot)
+            self._measure(self._instruments[name], step, snapshot, given, before)
+        return time.perf_counter() - began
+
+    def measure_step(self, read: Read, names: Iterable[str]) -> float:
+        """Measure with these on the gradients of the step that is going on; gives the time taken in seconds."""
+        began = time.perf_counter()
+        for name in names:
+            start = time.perf_counter()
+            outcome = self._measured_on(name, read.quantities)
+            if isinstance(outcome, Result):
+                about = dataclasses.replace(outcome.provenance, num_examples=read.gradients.num_examples)
+                outcome = dataclasses.replace(outcome, notes=(*outcome.notes, read.note), provenance=about)
+                self._found.append((name, outcome, time.perf_counter() - start))
+            else:
+                self.own_step.leave(name, outcome.reason, read)
+        return time.perf_counter() - began
+
+    def _measured_on(self, name: str, given: Mapping[str, Any]) -> Outcome:
+        """What an instrument gives on what it needs of these quantities."""
+        instrument = self._instruments[name]
+        wanted = {need.quantity.name for need in instrument.needs}
+        return attempt(
+            None, instrument, **self._settings[name], **{n: value for n, value in given.items() if n in wanted}
+        )
+
+    def keep_step(self, step: int, longer: float) -> None:
+        """That step is over, which reading it made longer by so many seconds: record what was found on it."""
+        found, self._found = self._found, []
+        if longer and not found:
+            self.schedule.pay(longer)
+        for name, outcome, seconds in found:
+            seconds += longer / len(found)
+            self.schedule.spent(name, step, seconds)
+            self._keep(name, step, outcome, seconds)
+
+    def _recorded(self, name: str, snapshot: Snapshot) -> tuple[dict[str, Any], float]:
+        """The record of an open window that can be judged, as a quantity by name, and what it took in seconds."""
+        if not self.windows.usable(name):
+            self.windows.without_record(name)
+            return {}, 0.0
+        record, seconds = self.windows.close(snapshot)
+        return ({"loss_record": record} if record is not None else {}), seconds
+
+    def unfinished(self, step: int) -> list[str]:
+        """Those that can still run and whose last result is older than `step`, the cheapest first."""
+        accounts = self.schedule.accounts.values()
+        open_ones = [a for a in accounts if a.due != inf and self._last.get(a.name, -1) < step]
+        open_ones = [a for a in open_ones if self.windows.usable(a.name) or not self.windows.needs_record(a.name)]
+        return [a.name for a in sorted(open_ones, key=lambda a: a.estimate)]
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """The names, all where there is none. Raises InvalidInput for one that this watch does not have."""
+        names = list(names)
+        for name in names:
+            if name not in self._instruments:
+                known = ", ".join(self._instruments) or "no instrument"
+                raise InvalidInput(f"This watch does not measure {name!r}; it has {known}.")
+        return names or list(self._instruments)
+
+    def explain_unrun(self, step: int) -> None:
+        """Record, of each instrument that never ran, that the budget was too small for it."""
+        for name, account in self.schedule.accounts.items():
+            if account.times == 0 and name not in self._last:
+                if self.windows.needs_record(name) and account.estimate <= self.schedule.left:
+                    self._record(step, Skipped(name, NO_WINDOW), 0.0)
+                    continue
+                time_taken = format_seconds(account.estimate) if account.estimate < inf else "not known"
+                self._record(step, Skipped(name, NEVER_RUN.format(time_taken, self.schedule.budget)), 0.0)
+
+    def _measure(
+        self, instrument: Instrument, step: int, snapshot: Snapshot, given: Mapping[str, Any], before: float = 0.0
+    ) -> None:
+        """`given`: quantities by name. `before`: seconds that making them took, which have been paid."""
+        began = time.perf_counter()
+        with _undisturbed():
+            outcome = attempt(snapshot, instrument, **self._settings[instrument.name], **given)
+        note = self.own_step.note(instrument.name)
+        if note and isinstance(outcome, Result):
+            outcome = dataclasses.replace(outcome, notes=(*outcome.notes, note))
+        _wait(snapshot)
+        seconds = time.perf_counter() - began
+        self.schedule.spent(instrument.name, step, seconds)
+        self._keep(instrument.name, step, outcome, before + seconds)
+
+    def _keep(self, name: str, step: int, outcome: Outcome, seconds: float) -> None:
+        if isinstance(outcome, Result):
+            self._failures[name] = 0
+        elif isinstance(outcome, Skipped) and not self.windows.needs_record(name):
+            # What the run cannot give now it will not give later: say so once.
+            self.schedule.postpone(name, inf)
+        elif isinstance(outcome, Failed):
+            failures = self._failures[name] = self._failures.get(name, 0) + 1
+            self.schedule.postpone(name, inf if failures >= FAILURES else step * 4)
+        self._last[name] = step
+        self._record(step, outcome, seconds)
+
+
+def _asks_for_previous(instrument: Instrument) -> bool:
+    return any(n.quantity.name in ("update", "previous_losses") for n in instrument.needs)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    with torch.enable_grad(), _uncompiled():
+        yield
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    # Parts of the model that are compiled in place would be compiled again for evaluation, and what is compiled
+    # cannot be differentiated twice.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _wait(snapshot: Snapshot) -> None:
+    # The device works on after Python has returned; the time belongs to the measurement.
+    device = next((p.device for p in snapshot.model.parameters()), None)
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,205 @@
+"""The occasions on which a model is measured while it trains: after an optimizer step, on a step's own backward
+pass, over a window of steps, when the user asks, and at the end.
+
+`Schedule` says what is due and paid for; here it is decided what can be had from the step at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from diag.watching.guard import Clock, Guarded, guarded
+from diag.watching.measure.measuring import Measurements
+from diag.watching.measure.step_time import StepTime
+from diag.watching.measure.training import Training
+from diag.watching.observe.rows import Row
+from diag.watching.record import Recorder
+
+WARM_UP, AGAIN = 3, 4  # costs are estimated after so many steps, and again after so many times as many
+SPARE = 0.25  # seconds that the last measurements may take beyond the budget
+LOOK_EVERY = 0.01  # seconds
+PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
+SHARDED = (
+    "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is "
+    "measured on it."
+)
+
+
+class Occasions(Guarded):
+    """Measures a training when the schedule and the state of the step allow."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        failed: Callable[[str, Exception], None],
+        training: Training,
+        measurements: Measurements,
+        recorder: Recorder,
+    ) -> None:
+        super().__init__(clock, failed)
+        self._training, self._measurements, self._recorder = training, measurements, recorder
+        self._losses, self._steps, self._probe = training.losses, training.steps, training.probe
+        self._windows, self._schedule = measurements.windows, measurements.schedule
+        self.own_step = measurements.own_step
+        self._time = StepTime(clock)
+        self._step = recorder.last_step
+        self._estimate_at, self._look_again = WARM_UP, 0.0
+
+    # After a step
+
+    def step_ended(self, row: Row, step: int, in_step: bool) -> None:
+        """A step has been recorded; in_step: nothing of the training loop is half done."""
+        self._step = step
+        longer = self._time.step_ended(read=self.own_step.touched)
+        self.own_step.touched = self.own_step.armed
+        self._measurements.keep_step(step, longer)
+        self._recorder.cost(step, self.clock)
+        if self._steps.steps >= PROBE_STEPS:
+            self._probe.complete = True
+        self._windows.examples.stepped(self._losses.descended, row.skipped)
+        if self._windows.open is not None:
+            self._record_losses(row, step, in_step)
+        # An instrument that lacked the loss would not be asked again; with a compiled model it takes some steps.
+        settled = self._losses.settled or self._steps.steps >= PROBE_STEPS
+        if in_step and self._probe.batches and self._probe.complete and settled:
+            self._measure_if_due(step)
+
+    def _measure_if_due(self, step: int) -> None:
+        elapsed = self.clock.elapsed()
+        if elapsed < self._look_again and self._schedule.budget != math.inf:
+            return  # what could be earned since the last look is not worth the look
+        self._look_again = elapsed + LOOK_EVERY
+        self._estimate()
+        self._schedule.earn(self.clock.elapsed(), self.clock.overhead())
+        names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
+        names, window = self._windows.choose(names)
+        names, later = self.own_step.choose(names)
+        if later and self._time.known:  # what a step takes must be known, to tell what reading one adds
+            self._arm(later)
+        if names:
+            self._measure(names, step)
+        if window is not None:
+            self._begin_window(window, step)
+        self._steps.keep_before = self._measurements.wants_previous(step + 1)
+
+    @guarded("measurements")
+    def _measure(self, names: list[str], step: int) -> None:
+        if self._training.sharded:
+            self._recorder.note("measurements", SHARDED)
+            return
+        self.clock.measuring += self._measurements.run(names, step, self._training.snapshot())
+
+    # What it is expected to take
+
+    def _estimate(self) -> None:
+        if self._steps.steps < self._estimate_at:
+            return
+        self._estimate_at = AGAIN * self._steps.steps
+        # The measurements are made in float32, which is several times slower on a GPU made for half precision.
+        slower = 4.0 if torch.is_autocast_enabled("cuda") else 1.0
+        self.announce_probe()
+        examples = self._training.examples / self._steps.steps
+        self._measurements.estimate(self._time.shortest(self._steps.steps), examples, self._probe.size, slower)
+
+    def _estimate_again(self) -> None:
+        """Where steps turned out not to be read, what is measured on the probe set takes another time."""
+        if self.own_step.refused:
+            self._estimate_at = 0
+            self._estimate()
+
+    def announce_probe(self) -> None:
+        """Record, once, which examples the measurements are made on."""
+        if text := self._training.describe_probe():
+            self._recorder.event(self._step, "probe", text)
+
+    # On a step's own backward pass
+
+    @guarded("measurements")
+    def _arm(self, names: list[str]) -> None:
+        if not self._training.sharded:
+            seconds = self.own_step.arm(names, self._training.snapshot())
+            self.clock.measuring += seconds
+            self._schedule.pay(seconds)
+            self._estimate_again()
+
+    @guarded("measurements")
+    def own_step_descends(self) -> None:
+        """The backward pass of a step that is to be read begins."""
+        seconds = self.own_step.backward_begins()
+        self.clock.measuring += seconds
+        self._schedule.pay(seconds)
+
+    @guarded("measurements")
+    def own_step_descended(self) -> None:
+        """The backward pass of a step that was to be read has ended."""
+        names = self.own_step.names
+        read = self.own_step.backward_ends(self._losses.loss_fn)
+        self.own_step.names = []
+        if read is not None:
+            self.clock.measuring += self._measurements.measure_step(read, names)
+        else:
+            self._estimate_again()
+
+    # Over a window of steps
+
+    @guarded("measurements")
+    def _begin_window(self, name: str, step: int) -> None:
+        if not self._training.sharded:
+            self.clock.measuring += self._windows.begin(name, step, self._training.snapshot())
+
+    @guarded("measurements")
+    def _record_losses(self, row: Row, step: int, in_step: bool) -> None:
+        if not in_step:
+            self._windows.drop(step, "the loop goes on before the step is seen to be over")
+            return
+        if bool(row.skipped):
+            return  # a GradScaler left the update out: nothing moved
+        snapshot = self._training.snapshot()
+        self.clock.measuring += self._windows.add(step, snapshot)
+        if self._windows.complete and self._windows.open is not None:
+            self.clock.measuring += self._measurements.run([self._windows.open.name], step, snapshot)
+
+    # When the user asks, and at the end
+
+    def now(self, names: list[str]) -> None:
+        """Measure with these, whatever the budget."""
+        if self._ready_without_a_step():
+            self._measure(names, self._step)
+
+    def last(self) -> None:
+        """No step follows: measure what the budget allows and has no result of the last step."""
+        if self._schedule.budget == 0 or not self._ready_without_a_step():
+            return
+        self._schedule.earn(self.clock.elapsed(), self.clock.overhead())
+        self._windows.end()
+        spare = SPARE  # a short run earns little, and a run without a number helps nobody
+        for name in self._measurements.unfinished(self._step):
+            account = self._schedule.accounts[name]
+            if account.times and self.own_step.has_course(name):
+                continue  # the steps tell its course; the probe set would be another measure of it
+            if self._windows.is_enough(name):
+                continue
+            lacking = max(account.estimate - max(self._schedule.left, 0.0), 0.0)
+            if lacking > (0.0 if account.times else spare):
+                continue
+            spare -= lacking
+            self._measure([name], self._step)
+
+    def explain_unrun(self) -> None:
+        """Record, of each instrument that the budget never allowed, that it was too small."""
+        wanted = self._schedule.budget > 0 and self._recorder.last_step == 0
+        if wanted and not self._training.sharded and self._probe.batches and self._steps.steps:
+            self._measurements.explain_unrun(self._step)
+
+    def _ready_without_a_step(self) -> bool:
+        if not self._probe.batches or self._steps.steps == 0:
+            return False
+        self._probe.complete = True
+        self._estimate_at, self.own_step.over = 0, True
+        self._estimate()
+        self.own_step.over = False
+        self.announce_probe()
+        return True

@@ -1,0 +1,79 @@
+"""The probe set: the fixed examples on which every measurement of a run is made, so that curves compare.
+
+By default these are the first examples that training saw, each once, as it saw them (augmented where it augments).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.snapshot.batch import Batch, map_tensors, tensors_in
+
+EXAMPLES = 512
+# Inputs and outputs are held for all examples at once, so a language model's vocabulary bounds their number.
+BYTES = 1 << 28
+
+
+class Probe:
+    """Collects up to `limit` examples, fewer where inputs and outputs would take more than `limit_bytes`."""
+
+    def __init__(self, limit: int = EXAMPLES, limit_bytes: int = BYTES) -> None:
+        self.batches: list[Batch] = []
+        self.complete = False
+        self._limit, self._limit_bytes = limit, limit_bytes
+        self._seen: set[bytes] = set()
+
+    @property
+    def size(self) -> int:
+        """The number of examples so far."""
+        return sum(b.size for b in self.batches)
+
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, outputs: Any) -> None:
+        """Add copies of the examples of one micro-batch that are not in the set yet, as far as there is room."""
+        size = _examples(args, kwargs, targets)
+        if size is None or self.complete:
+            return
+        each = sum(t.numel() * t.element_size() for t in tensors_in((args, kwargs, targets, outputs))) / size
+        limit = min(self._limit, max(1, int(self._limit_bytes / max(each, 1))))
+        rows = self._new_rows(Batch(args, dict(kwargs), targets, size))
+        # Nothing new: the data has been seen once. Too much: the set is full.
+        self.complete = not rows or self.size + len(rows) >= limit
+        rows = rows[: max(limit - self.size, 0)]
+        if rows:
+            self.batches.append(_selected(Batch(args, dict(kwargs), targets, size), rows))
+
+    def _new_rows(self, batch: Batch) -> list[int]:
+        # A small data set comes round again while the set is being filled; twice the same example is no example.
+        columns = [
+            t.detach().cpu() for t in tensors_in((batch.args, batch.kwargs, batch.targets)) if _by_row(t, batch)
+        ]
+        new = []
+        for row in range(batch.size):
+            digest = hashlib.blake2b(digest_size=12)
+            for column in columns:
+                digest.update(column[row].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            if digest.digest() not in self._seen:
+                self._seen.add(digest.digest())
+                new.append(row)
+        return new
+
+
+def _by_row(t: Tensor, batch: Batch) -> bool:
+    return t.ndim > 0 and t.shape[0] == batch.size
+
+
+def _selected(batch: Batch, rows: list[int]) -> Batch:
+    def take(t: Tensor) -> Tensor:
+        return t.detach()[rows] if _by_row(t, batch) else t.detach().clone()
+
+    args, kwargs, targets = (map_tensors(take, x) for x in (batch.args, batch.kwargs, batch.targets))
+    return Batch(args, kwargs, targets, len(rows))
+
+
+def _examples(args: Any, kwargs: Any, targets: Any) -> int | None:
+    tensors = [t for t in tensors_in((args, kwargs, targets)) if t.ndim]
+    return tensors[0].shape[0] or None if tensors else None

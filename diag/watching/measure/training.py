@@ -1,0 +1,97 @@
+"""The training as it stands, from what has been observed of it: what a measurement is made on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from diag.curvature.carry import Carry
+from diag.snapshot.batch import Batch
+from diag.snapshot.history import History
+from diag.snapshot.snapshot import Snapshot
+from diag.watching.about import is_sharded
+from diag.watching.measure.probe import Probe
+from diag.watching.observe.losses import LossObserver
+from diag.watching.observe.steps import StepObserver
+
+
+class Training:
+    """The model, the loss, the probe set and the steps so far.
+
+    model: without wrappers. optimizer: the only one that counts, if the user named one. history(): the record of
+    the steps so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        losses: LossObserver,
+        steps: StepObserver,
+        held_out: list[Batch] | None,
+        history: Callable[[], History | None],
+    ) -> None:
+        self.model, self.optimizer, self.losses, self.steps = model, optimizer, losses, steps
+        self.probe: Probe = losses.probe
+        self.calls = self.examples = 0  # of the model in training, and how many examples they had
+        self._held_out, self._history = held_out, history
+        self._carry = Carry()
+        self.fingerprint = ""  # of the probe set
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process alone cannot run the model."""
+        return is_sharded(self.model)
+
+    def snapshot(self) -> Snapshot:
+        """The training now, on the probe set."""
+        snapshot = Snapshot(
+            self.model,
+            self.losses.loss_fn,
+            self.probe.batches,
+            held_out=self._held_out,
+            previous=self._previous(),
+            optimizer=self.optimizer or self.steps.optimizer,
+            history=_LazyHistory(self._history),
+            carry=self._carry,
+        )
+        # The probe set does not change, so it need not be hashed at every measurement.
+        snapshot.__dict__["fingerprint"] = self.fingerprint
+        return snapshot
+
+    def _previous(self) -> dict[str, Any] | None:
+        before = self.steps.before
+        if not before:
+            return None
+        columns = {id(p): c for c, p in enumerate(self.steps.parameters)}
+        state = dict(self.model.state_dict())
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if columns.get(id(p)) in before:
+                state[name] = before[columns[id(p)]]
+        return state
+
+    def describe_probe(self) -> str:
+        """What the probe set is, once it is complete; nothing the next time."""
+        if self.fingerprint or not self.probe.batches or not self.probe.complete:
+            return ""
+        self.fingerprint = Snapshot(self.model, None, self.probe.batches).fingerprint
+        return f"{self.probe.size} examples, fingerprint {self.fingerprint}."
+
+
+class _LazyHistory:
+    """The record so far, read only if an instrument looks at it."""
+
+    def __init__(self, history: Callable[[], History | None]) -> None:
+        self._history = weakref.WeakMethod(history)  # what a snapshot is kept by must not keep the watch
+
+    def __getattr__(self, name: str) -> Any:
+        read = self._history()
+        if read is None or name.startswith("__"):
+            raise AttributeError(name)
+        history = read()
+        self.__dict__.update({f: getattr(history, f) for f in history.__dataclass_fields__} if history else {})
+        return getattr(history, name)

@@ -1,0 +1,218 @@
+"""Losses of the probe set over consecutive optimizer steps, for the instruments that judge a `loss_record`.
+
+Such an instrument has the settings `mode` ("auto" or "online" ask for a record) and `window`, the number of steps.
+In "auto" its first measurement needs no record; later ones record a window where the steps use the same examples
+again and again (in mini-batch training the noise of the batches is in the changes, and nothing can be judged). A
+window is a forward pass over the probe set after each of its steps and the sharpness at its two ends; all of it is
+charged to the instrument.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from math import inf, nan
+from typing import Any
+
+from diag.instruments.opposing_signals.loss_record import LEAST_STEPS, LossRecord, Recording
+from diag.registry import Instrument
+from diag.snapshot.snapshot import Snapshot
+from diag.watching.measure.schedule import Schedule
+from diag.watching.observe.examples import StepExamples
+
+FAILURES = 2
+STEADY = 1e-2  # relative (our choice): a term that is added to the loss moves their ratio by more
+MINI_BATCHES = (
+    "Steps are taken on different mini-batches, so {} judges no oscillation from step to step; mode='online' "
+    "records the steps all the same."
+)
+BROKEN = "The window of steps that {} was recording was given up at step {:,} ({})."
+
+
+@dataclass
+class Window:
+    """A window that is open: what has been recorded and the seconds that it took."""
+
+    name: str
+    length: int
+    recording: Recording
+    seconds: float
+
+
+class Windows:
+    """Decides when a window is recorded, records it, and hands out its record.
+
+    note(key, sentence): tell once what went wrong. info(key, sentence): tell once how it is done. measuring(): what
+    to measure inside of.
+    """
+
+    def __init__(
+        self,
+        instruments: Mapping[str, Instrument],
+        settings: Mapping[str, Mapping[str, Any]],
+        schedule: Schedule,
+        note: Callable[[str, str], None],
+        info: Callable[[str, str], None],
+        measuring: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._lengths: dict[str, int] = {}
+        self._always: set[str] = set()
+        for name, instrument in instruments.items():
+            length, mode = _asked_for(instrument, settings.get(name, {}))
+            if length:
+                self._lengths[name] = length
+                self._always |= {name} if mode == "online" else set()
+        self._schedule, self._note, self._info, self._measuring = schedule, note, info, measuring
+        self.examples = StepExamples()
+        self.open: Window | None = None
+        self.forward = 0.0  # seconds that one forward pass over the probe set takes
+        self._failures: dict[str, int] = {}
+        self._recorded: set[str] = set()  # those whose last measurement had a record
+
+    def choose(self, names: Iterable[str]) -> tuple[list[str], str | None]:
+        """Of the measurements that are due and paid for, those to make now, and one to open a window for."""
+        now, opening = [], None
+        for name in names:
+            if name not in self._lengths:
+                now.append(name)
+            elif self.open is None and opening is None:
+                choice = self._choice(name)
+                opening = name if choice == "window" else None
+                now += [name] if choice == "now" else []
+        return now, opening
+
+    def _choice(self, name: str) -> str:
+        account, always = self._schedule.accounts[name], name in self._always
+        if not always and account.times == 0:
+            return "now"
+        if self._schedule.left < 2 * account.estimate + self._lengths[name] * self.forward:
+            return "wait"
+        self.examples.look(True)
+        same = self.examples.same(2)
+        if same is None and not always:
+            return "wait"
+        if same or always:
+            return "window"
+        self._give_up(name, MINI_BATCHES.format(name))
+        return "now"
+
+    def begin(self, name: str, step: int, snapshot: Snapshot) -> float:
+        """Open a window at `step`; gives the time taken, in seconds."""
+        began = time.perf_counter()
+        try:
+            with self._measuring():
+                self.open = Window(name, self._lengths[name], Recording(snapshot, step), 0.0)
+            self._schedule.postpone(name, inf)
+        except Exception as error:
+            self._failed(name, step, error)
+        return self._paid(name, time.perf_counter() - began)
+
+    def add(self, step: int, snapshot: Snapshot) -> float:
+        """The losses after another step; gives the time taken, in seconds."""
+        window, began = self.open, time.perf_counter()
+        assert window is not None
+        try:
+            with self._measuring():
+                window.recording.add(snapshot, step)
+        except Exception as error:
+            self.drop(step, error)
+        seconds = time.perf_counter() - began
+        if window.recording.num_steps > 1:  # at the first the sharpness is measured too
+            self.forward = seconds
+        return self._paid(window.name, seconds)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the open window has all its steps."""
+        return self.open is not None and self.open.recording.num_steps >= self.open.length
+
+    def end(self) -> None:
+        """No step follows: what was recorded is judged where it is enough, else dropped."""
+        if self.open is not None:
+            self._schedule.postpone(self.open.name, self.open.recording.last_step)
+            if not self.usable(self.open.name):
+                self.open = None
+
+    def usable(self, name: str) -> bool:
+        """Whether the open window is of this instrument and long enough to be judged."""
+        return self.open is not None and self.open.name == name and self.open.recording.num_steps >= LEAST_STEPS
+
+    def needs_record(self, name: str) -> bool:
+        """Whether this instrument measures nothing without a record."""
+        return name in self._always
+
+    def close(self, snapshot: Snapshot) -> tuple[LossRecord | None, float]:
+        """The record of the open window (None where it cannot be had) and the seconds that all of it took."""
+        window, began = self.open, time.perf_counter()
+        assert window is not None
+        record, steps = None, window.recording.num_steps
+        try:
+            with self._measuring():
+                same = bool(self.examples.same(steps))
+                record = window.recording.finish(snapshot, same, self._loss_scale(window.recording))
+        except Exception as error:
+            self.drop(window.recording.last_step, error)
+        self._paid(window.name, time.perf_counter() - began)
+        self._closed(window)
+        self._recorded |= {window.name} if record is not None else set()
+        return record, window.seconds
+
+    def without_record(self, name: str) -> None:
+        """This instrument is measured now, without a record."""
+        self._recorded.discard(name)
+
+    def is_enough(self, name: str) -> bool:
+        """Whether, at the end, a record that was judged just before says more than a kick now would."""
+        return name in self._recorded and not self.usable(name)
+
+    def _loss_scale(self, recording: Recording) -> float:
+        """How many times the recorded mean loss training descends; NaN where that changes from step to step."""
+        seen, means = self.examples.losses(recording.num_steps), recording.losses.double().mean(1)[:-1]
+        # A probe set that holds the step's examples shows what they share; else the loss function's own value does.
+        loss = means if self.examples.per_step == recording.losses.shape[1] else seen[:, 0]
+        scale = seen[:, 1] / loss
+        median = float(scale.median())
+        steady = bool(((scale - median).abs() <= STEADY * abs(median)).all())
+        return (1.0 if abs(median - 1) <= STEADY else median) if steady else nan
+
+    def drop(self, step: int, error: Exception | str) -> None:
+        """Give the open window up."""
+        window = self.open
+        if window is not None:
+            self._closed(window)
+            self._failed(window.name, step, error)
+
+    def _closed(self, window: Window) -> None:
+        self.open = None
+        self.examples.look(False)
+        self._schedule.postpone(window.name, window.recording.last_step + 1)
+
+    def _failed(self, name: str, step: int, error: Exception | str) -> None:
+        self._failures[name] = self._failures.get(name, 0) + 1
+        self._note(f"window of {name}", BROKEN.format(name, step, str(error).rstrip(".")))
+        if self._failures[name] >= FAILURES:
+            self._give_up(name)
+
+    def _give_up(self, name: str, why: str = "") -> None:
+        del self._lengths[name]
+        self._always.discard(name)
+        self.examples.look(False)
+        if why:
+            self._info(f"windows of {name}", why)
+
+    def _paid(self, name: str, seconds: float) -> float:
+        self._schedule.pay(seconds)
+        if self.open is not None and self.open.name == name:
+            self.open.seconds += seconds
+        return seconds
+
+
+def _asked_for(instrument: Instrument, given: Mapping[str, Any]) -> tuple[int, str]:
+    """The length of the window that an instrument asks for, 0 for none, and its mode."""
+    if not any(need.quantity.name == "loss_record" for need in instrument.needs):
+        return 0, ""
+    settings = {s.name: s.default for s in instrument.settings} | dict(given)
+    mode, length = settings.get("mode", "auto"), settings.get("window", 0)
+    return (length if mode in ("auto", "online") and length >= LEAST_STEPS else 0), mode

@@ -1,0 +1,1 @@
+"""What a training loop shows of itself: micro-batches, losses, gradients, optimizer steps."""

@@ -1,0 +1,130 @@
+"""The gradients that an optimizer is given: their norms before clipping, and what was done to them since.
+
+Clipping and a GradScaler change gradients in place, so norms are taken when a clip begins and kept for the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from diag.watching.observe.norms import norms
+from diag.watching.observe.rows import Columns, Row
+
+CLIPPED_SCALED = (
+    "Gradients were clipped before the GradScaler unscaled them, so the limit applied to scaled values; call "
+    "scaler.unscale_(optimizer) first."
+)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The watched parameters that an optimizer holds, and their columns in the record."""
+
+    columns: Columns
+    parameters: tuple[nn.Parameter, ...]
+
+
+@dataclass
+class Clipped:
+    """Gradients as they were before a clip, and what tells whether anything has touched them since."""
+
+    columns: Columns
+    values: Any
+    gradients: list[Tensor]
+    versions: list[int]
+    limits: list[tuple[Any, Any]]
+    measured_after: bool = False
+    scale: Any = None
+
+    def untouched(self) -> bool:
+        return all(g._version == v for g, v in zip(self.gradients, self.versions, strict=True))
+
+
+class GradientNorms:
+    """Takes the gradient norms of a step. `index`: the column of each watched parameter, by id."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], index: Mapping[int, int], note: Callable[[str, str], None]
+    ) -> None:
+        self._parameters, self._index, self._note = parameters, index, note
+        self._clips: list[Clipped] = []
+
+    def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Clipped | None:
+        """Gradients are about to be clipped: take their norms first (max_norm None: clipped by value)."""
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        columns = [self._index[id(p)] for p in given if id(p) in self._index and p.grad is not None]
+        if not columns:
+            return None
+        limit = None if max_norm is None else (float(max_norm), total_norm)
+        for clip in self._clips:
+            if clip.columns.tolist() == columns and clip.untouched():
+                clip.limits.append(limit) if limit else None
+                clip.measured_after |= limit is None
+                return clip
+        gradients = [_of(self._parameters[c]) for c in columns]
+        where = numpy.array(columns, numpy.intp)
+        clip = Clipped(where, norms(gradients), gradients, [], [limit] if limit else [], limit is None)
+        self._clips = [c for c in self._clips if not numpy.isin(c.columns, where).any()] + [clip]
+        return clip
+
+    def after_clip(self, clip: Clipped | None) -> None:
+        """The gradients have been clipped."""
+        if clip is not None:
+            clip.versions = [g._version for g in clip.gradients]
+
+    def unscaling(self, members: Members, scaler: Any) -> None:
+        """A GradScaler is about to divide an optimizer's gradients by its scale."""
+        for clip in self._clips:
+            if clip.scale is None and numpy.isin(clip.columns, members.columns).any():
+                clip.scale, clip.measured_after = scaler._scale.detach().clone(), True
+                self._note("clipping", CLIPPED_SCALED)
+
+    def read(self, row: Row, optimizer: Optimizer, members: Members) -> None:
+        """The optimizer is about to use the gradients: their norms go into the row."""
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            row.unscale.append((members.columns, scale.detach().clone()))
+        gradients = [p.grad for p in members.parameters]
+        if not self._clips and all(g is not None for g in gradients):  # the usual case, at every step
+            row.norms.append(("gradient_norm", members.columns, norms(gradients)))  # type: ignore[arg-type]
+            return
+        left = set(members.columns.tolist())
+        for clip in self._clips:
+            inside = numpy.isin(clip.columns, members.columns)
+            if not inside.any() or not (clip.scale is not None or clip.untouched()):
+                continue
+            columns = clip.columns[inside]
+            row.norms.append(("gradient_norm", columns, _kept(clip.values, inside)))
+            row.clips.extend((columns, limit, total) for limit, total in clip.limits)
+            if clip.scale is not None:
+                row.unscale.append((columns, clip.scale))
+            if clip.measured_after:
+                row.applied.append((columns, norms([_of(self._parameters[c]) for c in columns])))
+            left -= set(columns.tolist())
+        rest = [c for c in sorted(left) if self._parameters[c].grad is not None]
+        if rest:
+            columns = numpy.array(rest, numpy.intp)
+            row.norms.append(("gradient_norm", columns, norms([_of(self._parameters[c]) for c in rest])))
+
+    def forget(self) -> None:
+        """The step is over."""
+        self._clips = []
+
+
+def _of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _kept(values: Any, mask: NDArray[numpy.bool_]) -> Any:
+    if mask.all() or not isinstance(values, Tensor):
+        return values[mask] if not isinstance(values, Tensor) else values
+    return values[torch.from_numpy(numpy.flatnonzero(mask)).to(values.device)]

@@ -1,0 +1,246 @@
+"""Optimizer steps as they happen: which rounds they make, and where the parameters went.
+
+A row of the record is one round: the steps of several optimizers with no training pass of the model between them
+make one row; the same optimizer stepping again begins the next. Where a step is given a closure, the gradients
+are those of the closure's first evaluation, at the parameters before the step.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from diag.snapshot.optimizer import describe
+from diag.watching.measure.schedule import Thinning
+from diag.watching.observe.gradients import GradientNorms, Members
+from diag.watching.observe.losses import LossObserver, Note
+from diag.watching.observe.norms import BLOCK, copies, differences, norms
+from diag.watching.observe.rows import Row
+
+FOREIGN = (
+    "The optimizer also steps parameters that were not trainable parameters of the model when the watch began; "
+    "they are not recorded."
+)
+
+
+class StepObserver:
+    """Makes a `Row` of every optimizer step that concerns the watched parameters.
+
+    finished(row, in_step): a row is complete; in_step says that nothing of the training loop is half done.
+    clock(): seconds since training began.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        losses: LossObserver,
+        finished: Callable[[Row, bool], None],
+        clock: Callable[[], float],
+        note: Note,
+        share: float,
+    ) -> None:
+        self.parameters = list(parameters.values())
+        self._index = {id(p): i for i, p in enumerate(self.parameters)}
+        self._losses, self._finished, self._clock, self._note = losses, finished, clock, note
+        self.gradients = GradientNorms(self.parameters, self._index, note)
+        self.start = self._start_copies()
+        self.thinning = Thinning(share)
+        self.before: dict[int, Tensor] = {}
+        self.keep_before = False
+        self._buffers: dict[int, Tensor] = {}
+        self._scratch = torch.empty(BLOCK)
+        self.optimizer: Optimizer | None = None
+        self.steps = 0
+        self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, Members]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
+        self._row: Row | None = None
+        self._stepped: set[int] = set()
+        self._covered = 0
+        self._taken = self._inside_backward = False
+        self._cost = 0.0
+        self._fired: set[int] = set()
+        self._described = 0
+
+    def _start_copies(self) -> list[Tensor]:
+        # The copy for the distance from the start must not take the memory that training needs.
+        away = any(p.device.type != "cpu" for p in self.parameters)
+        return copies(self.parameters, torch.device("cpu") if away else None)
+
+    # Steps
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """An optimizer is about to step; gives its changed arguments where it has a closure."""
+        members = self.members(optimizer)
+        if members is None:
+            return None
+        self._fired.add(id(optimizer))
+        if id(optimizer) in self._stepped:
+            self.finish(in_step=False)
+        row = self._open(optimizer)
+        self._remember(members)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            self.gradients.read(row, optimizer, members)
+            return None
+        wrapped = self._first_evaluation(closure, row, optimizer, members)
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": wrapped})
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+        members = self.members(optimizer)
+        if members is None or self._row is None:
+            return
+        self._row.skipped = _either(self._row.skipped, getattr(optimizer, "found_inf", None))
+        self._measure_parameters(self._row, members)
+        self._close_round(optimizer, members)
+
+    def scaler_stepping(self, optimizer: Optimizer) -> None:
+        """A GradScaler is about to step an optimizer, or to leave the step out."""
+        self._fired.discard(id(optimizer))
+
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """It has done so; where the optimizer did not step, the step was left out."""
+        members = self.members(optimizer)
+        if members is None or id(optimizer) in self._fired:
+            return
+        if id(optimizer) in self._stepped:
+            self.finish(in_step=False)
+        row = self._open(optimizer)
+        row.skipped = True
+        self.gradients.read(row, optimizer, members)
+        self._close_round(optimizer, members)
+
+    def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
+        """A GradScaler is about to divide an optimizer's gradients by its scale."""
+        members = self.members(optimizer)
+        if members is not None:
+            self.gradients.unscaling(members, scaler)
+
+    def backward_done(self) -> None:
+        """A backward pass has ended; what was stepped inside it makes a row."""
+        if self._inside_backward:
+            self._inside_backward = False
+            self.finish(in_step=True)
+
+    def training_pass(self) -> None:
+        """The model was called in training: a round of several optimizers is over."""
+        if self._stepped:
+            self.finish(in_step=False)
+
+    def finish(self, in_step: bool) -> None:
+        """Hand over the open row, if any."""
+        row, self._row = self._row, None
+        if row is None:
+            return
+        row.losses = self._losses.take()
+        self._stepped, self._covered = set(), 0
+        self.gradients.forget()
+        self.steps += 1
+        if self._taken:
+            self.thinning.spent(self._cost)
+        self._finished(row, in_step)
+        self.before, self._taken, self._cost = {}, False, 0.0
+
+    def members(self, optimizer: Optimizer) -> Members | None:
+        """The watched parameters that the optimizer holds; None where it holds none."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._members.get(optimizer)
+        if known is None or known[0] != count:
+            known = self._members[optimizer] = (count, self._members_of(optimizer))
+        return known[1] if len(known[1].columns) else None
+
+    def _members_of(self, optimizer: Optimizer) -> Members:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        columns = sorted({self._index[id(p)] for p in held if id(p) in self._index})
+        if columns and len(columns) < len({id(p) for p in held}):
+            self._note("parameters", FOREIGN)
+        return Members(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
+
+    def _open(self, optimizer: Optimizer) -> Row:
+        if self._row is None:
+            rate = optimizer.param_groups[0].get("lr", numpy.nan)
+            self._row = Row(learning_rate=rate)
+            self._taken = self.thinning.take(self.steps + 1, self._clock())
+        if optimizer not in self._known:
+            self._known[optimizer] = None
+        if self._described != len(self._known):
+            self._described = len(self._known)
+            self._row.optimizer = _described(self._known)
+        self.optimizer = self.optimizer if self.optimizer is not None else optimizer
+        return self._row
+
+    def _close_round(self, optimizer: Optimizer, members: Members) -> None:
+        self._stepped.add(id(optimizer))
+        self._covered += len(members.columns)
+        everyone = self.steps > 0 and all(id(o) in self._stepped for o in self._known)
+        # Inside a backward pass (one optimizer for each parameter) the loss is not known yet.
+        self._inside_backward = torch._C._current_graph_task_id() != -1
+        if not self._inside_backward and (everyone or self._covered >= len(self.parameters)):
+            self.finish(in_step=True)
+
+    def _first_evaluation(self, closure: Any, row: Row, optimizer: Optimizer, members: Members) -> Any:
+        first = True
+
+        def wrapped() -> Any:
+            nonlocal first
+            value = closure()
+            if first:
+                first = False
+                self.gradients.read(row, optimizer, members)
+                self._losses.freeze()
+            return value
+
+        return wrapped
+
+    # Parameters
+
+    def _remember(self, members: Members) -> None:
+        if not (self._taken or self.keep_before):
+            return
+        began = time.perf_counter()
+        for c, p in zip(members.columns.tolist(), members.parameters, strict=True):
+            kept = self._buffers.get(c)
+            if kept is None:
+                (kept,) = copies([p])
+            else:
+                kept.copy_(p.detach())
+            self.before[c] = kept
+            if _is_reusable(p):  # touching fresh memory costs several times what copying does
+                self._buffers[c] = kept
+        self._cost += time.perf_counter() - began
+
+    def _measure_parameters(self, row: Row, members: Members) -> None:
+        if not self._taken or any(c not in self.before for c in members.columns.tolist()):
+            return
+        began = time.perf_counter()
+        columns, now = members.columns, members.parameters
+        row.norms.append(("parameter_norm", columns, norms(now)))
+        row.norms.append(
+            ("update_norm", columns, differences(now, [self.before[c] for c in columns.tolist()], self._scratch))
+        )
+        row.norms.append(
+            ("distance", columns, differences(now, [self.start[c] for c in columns.tolist()], self._scratch))
+        )
+        self._cost += time.perf_counter() - began
+
+
+def _is_reusable(p: Tensor) -> bool:
+    return p.is_cpu and p.layout is torch.strided and not hasattr(p, "to_local")
+
+
+def _either(skipped: Any, found_inf: Any) -> Any:
+    return skipped if found_inf is None else found_inf.detach().clone()
+
+
+def _described(optimizers: Iterable[Optimizer]) -> dict[str, Any]:
+    states = [describe(o) for o in optimizers]
+    groups: Sequence[Any] = [g for s in states for g in s.groups]
+    first = dict(groups[0]) if groups else {}
+    return first | {"kind": " and ".join(dict.fromkeys(s.kind for s in states)), "groups": tuple(groups)}

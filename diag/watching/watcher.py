@@ -1,0 +1,258 @@
+"""`watch(model)`: one line that records what a training loop does, and measures the model while it trains.
+
+The loop need know nothing of it. The four promises: training is bit-identical, the time spent is bounded and
+recorded, nothing raises into the loop, and what has been recorded survives the process.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from diag.checkpoints.unwrap import bare_model
+from diag.run.run import Run, load
+from diag.snapshot.history import History
+from diag.watching.about import describe_run, distributed_rank, temporary_folder
+from diag.watching.arguments import Settings, check, checked_optimizer, given_probe, trainable
+from diag.watching.guard import Clock, Guarded, guarded
+from diag.watching.listener import TrainingListener
+from diag.watching.measure.measuring import Measurements, chosen_instruments
+from diag.watching.measure.occasions import Occasions
+from diag.watching.measure.schedule import Schedule
+from diag.watching.measure.training import Training
+from diag.watching.observe.losses import LossObserver
+from diag.watching.observe.rows import Row, Rows
+from diag.watching.observe.steps import StepObserver
+from diag.watching.record import Recorder
+
+ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
+NO_STEP = (
+    "No optimizer step on the model's parameters was seen; the optimizer must hold the parameters that the model "
+    "has."
+)
+NO_CALL = (
+    "No call of the model in training was seen (it may run inside a compiled function, or only its parts are "
+    "called); watch the part that is called, or give probe= and loss_fn=."
+)
+
+_watchers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
+
+
+def watch(
+    model: nn.Module,
+    *,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    probe: Any = None,
+    held_out: Any = None,
+    optimizer: Optimizer | None = None,
+    run: str | Path | None = None,
+    instruments: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    every: int | None = None,
+    budget: float = 0.05,
+    resume: bool | int = False,
+) -> Watcher:
+    """Watch the training of `model`: `with diag.watch(model, run="runs/mine"): train(model)`.
+
+    model: the network, before or after torch.compile or a data-parallel wrapper. A second watch on the same
+        model replaces the first.
+    loss_fn: `loss_fn(outputs, targets)`, mean-reduced; by default the loss that training is seen to use.
+    probe: the data to measure on, in any form that `Snapshot` takes; by default the first examples that
+        training is seen to use, up to 512 within 16 steps. It stays the same over the run. What needs nothing but
+        the gradients of single examples is measured on those of a training step, where that can be read.
+    held_out: data of the same kind that is not trained on, for what instruments measure on it besides.
+    optimizer: count only the steps of this one; by default every optimizer that holds parameters of the model.
+    run: the folder of the record; by default a temporary one, which ends with the process.
+    instruments: names, or a mapping from names to settings; all of them by default.
+    every: measure every so many steps, besides the geometrically spaced ones.
+    budget: the share of wall time that watching may take; `math.inf` measures at every scheduled step.
+    resume: go on with the run in the folder, after its last step or after the given one.
+
+    What cannot be observed is recorded once, with the reason. In a distributed run only rank 0 records. The other
+    processes wait while it measures, and a measurement that takes longer than the process group's timeout aborts
+    the training: there give a smaller budget=, or instruments without curvature.
+    Raises InvalidInput for arguments that do not fit, RunError where the folder cannot be written.
+    """
+    check(model, loss_fn, every, budget)
+    bare = bare_model(model)
+    parameters = trainable(bare)
+    settings = Settings(
+        optimizer=checked_optimizer(optimizer, parameters),
+        instruments=chosen_instruments(instruments),
+        probe=given_probe(bare, probe),
+        held_out=given_probe(bare, held_out).batches or None,
+        loss_fn=loss_fn,
+        run=None if run is None else Path(run),
+        every=every,
+        budget=budget,
+        resume=resume,
+    )
+    return Watcher(model, parameters, settings)
+
+
+class Watcher(Guarded):
+    """A watch that is going on, which `watch` began.
+
+    It ends by `close()`, at the end of a `with` block, or with the process.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], settings: Settings) -> None:
+        super().__init__(Clock(), self._internal_error)
+        self.model, self.optimizer = bare_model(model), settings.optimizer
+        self.active = distributed_rank() == 0
+        self._end_others(settings.run)
+        about = describe_run(self.model, parameters, settings.instruments, settings.budget, settings.every)
+        self.path = settings.run if settings.run is not None else temporary_folder()
+        self._recorder = Recorder(self.path if self.active else None, about, settings.resume)
+        self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._recorder.row)
+        self._probe = settings.probe
+        note, info = self._recorder.note, self._recorder.info
+        self._losses = LossObserver(settings.loss_fn, self._probe, note, info, list(parameters.values()))
+        share = ALWAYS_ON_SHARE * min(settings.budget, 0.05)
+        self._steps = StepObserver(parameters, self._losses, self._row_finished, self.clock.elapsed, note, share)
+        self._training = Training(
+            self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history
+        )
+        self._measurements = Measurements(
+            settings.instruments,
+            lambda names: Schedule(names, settings.budget, settings.every),
+            self._recorder.outcome,
+            note,
+            info,
+        )
+        self._own_step = self._measurements.own_step
+        guard = (self.clock, self._internal_error)
+        self._occasions = Occasions(*guard, self._training, self._measurements, self._recorder)
+        self._listener = TrainingListener(
+            *guard, self._training, self._measurements.windows, self._occasions, self.close
+        )
+        if self.active:
+            self._begin(model)
+
+    @property
+    def run(self) -> Run:
+        """What has been recorded so far."""
+        if not self.active:
+            return Run()
+        if not self.clock.closed:
+            self._drain()
+        return load(self.path)
+
+    @property
+    def step(self) -> int:
+        """The number of the last recorded step."""
+        return self._rows.step
+
+    @guarded("loss")
+    def loss(self, value: Any) -> None:
+        """Tell the loss of the current micro-batch; it counts before any that is observed."""
+        self._losses.give(value)
+
+    def measure(self, *names: str) -> None:
+        """Measure now, whatever the budget: with the instruments named, else with all that this watch has.
+
+        The time is recorded with the rest. Raises InvalidInput for an instrument that the watch does not have.
+        """
+        self._measure_now(self._measurements.named(names))
+
+    def close(self) -> None:
+        """End the watch, after the last measurements that the budget allows. It may be called twice."""
+        self._end(measure=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is not None and not self.clock.closed:
+            text = f"Training ended by {type(error).__name__}" + (f": {error}" if str(error) else "")
+            self._recorder.event(self.step, "exception", f"{text[:500]}.")
+        self._end(measure=error is None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.clock.closed else "watching" if self.active else "idle: not rank 0"
+        return f"<Watcher of {type(self.model).__name__}, {self.step:,} steps, {state}>"
+
+    # How it begins
+
+    def _begin(self, model: nn.Module) -> None:
+        models = (model, self.model) if model is not self.model else (self.model,)
+        self._listener.begin(models)
+        _watchers[self.model] = weakref.ref(self)
+        self._occasions.announce_probe()
+
+    def _end_others(self, run: Path | None) -> None:
+        """A model has one watch, and a folder one that writes to it: the last that was begun."""
+        for other in [w for reference in _watchers.values() if (w := reference()) is not None]:
+            if other.model is self.model or (run is not None and _same(other.path, run)):
+                other._end(measure=False)
+
+    # How it goes on
+
+    def _row_finished(self, row: Row, in_step: bool) -> None:
+        step = self._rows.add(row)
+        self._listener.look_for_compiled()
+        self._occasions.step_ended(row, step, in_step)
+
+    @guarded("measurements")
+    def _measure_now(self, names: list[str]) -> None:
+        self._finish_rows()
+        self._occasions.now(names)
+
+    def _finish_rows(self) -> None:
+        self._steps.finish(in_step=False)
+        self._rows.drain(wait=True)
+
+    @guarded("record")
+    def _drain(self) -> None:
+        self._rows.drain(wait=True)
+
+    def _history(self) -> History | None:
+        return self.run.history
+
+    def _internal_error(self, part: str, error: Exception) -> None:
+        """Something of ours broke in `part`: record it once."""
+        self._recorder.internal_error(self.step, part, error)
+
+    # How it ends
+
+    def _end(self, measure: bool) -> None:
+        if self.clock.closed:
+            return
+        try:
+            if self.active:
+                self._last_words(measure)
+        finally:
+            self.clock.closed = True
+            self._let_go()
+
+    @guarded("record")
+    def _last_words(self, measure: bool) -> None:
+        self._finish_rows()
+        if measure:
+            self._occasions.last()
+        self._occasions.explain_unrun()
+        for key, sentence in self._never_seen():
+            self._recorder.note(key, sentence)
+
+    def _never_seen(self) -> Iterable[tuple[str, str]]:
+        if self._steps.steps == 0:
+            yield "steps", NO_STEP
+        elif self._training.calls == 0:
+            yield "inputs", NO_CALL
+
+    def _let_go(self) -> None:
+        self._listener.remove()
+        self._own_step.disarm()
+        self._losses.close()
+        self._recorder.close(self.step, self.clock)
+        if (known := _watchers.get(self.model)) is not None and known() is self:
+            del _watchers[self.model]
+
+
+def _same(a: Path, b: Path) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)

@@ -1,0 +1,139 @@
+"""`diag align` and `diag connect` on real files, and the map of many checkpoints."""
+
+import json
+
+import networkx
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from torch import nn
+
+import diag
+from diag.cli import main
+from diag.connectivity.connection_map import connection_map, fork_stability
+from diag.connectivity.symmetries import find_symmetries
+from diag.errors import InvalidInput
+
+BUILD = """
+import torch
+from torch import nn
+
+def build():
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)), nn.CrossEntropyLoss(), (x, y)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three checkpoints of one network: itself, itself with other noise, and a permuted copy."""
+    folder = tmp_path_factory.mktemp("connect")
+    (folder / "task.py").write_text(BUILD)
+    space = {}
+    exec(BUILD, space)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, loss, (x, y) = space["build"]()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    groups = find_symmetries(model, (x, y))
+    near = {n: t + 1e-3 for n, t in state.items()}
+    for name, s in {"a": state, "near": near, "moved": groups.apply(groups.random(1), state)}.items():
+        torch.save(s, folder / f"{name}.pt")
+    return folder
+
+
+def run(*arguments):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+def test_align_writes_the_second_checkpoint_in_the_first_ones_order(folder):
+    build = f"{folder / 'task.py'}:build"
+    code, text = run("align", folder / "a.pt", folder / "moved.pt", "--build", build, "-o", folder / "out.pt")
+    assert code == 0, text
+    assert "are connected by the straight line after the units of the second were matched by weights" in text
+    first, out = (torch.load(folder / n, weights_only=True) for n in ("a.pt", "out.pt"))
+    assert all(torch.equal(t, out[n]) for n, t in first.items())
+    code, text = run(
+        "align", folder / "a.pt", folder / "moved.pt", "--build", build, "-o", folder / "o.safetensors"
+    )
+    assert code == 0 and (folder / "o.safetensors").is_file()
+
+
+def test_connect_finds_the_groups_the_tree_and_draws_the_map(folder):
+    build, names = f"{folder / 'task.py'}:build", ("a.pt", "near.pt", "moved.pt")
+    files = [folder / n for n in names]
+    code, text = run("connect", *files, "--build", build, "-o", folder / "map.json")
+    assert code == 0, text
+    assert "The 3 networks form 2 groups of 2, 1" in text and "group 1: a.pt, near.pt" in text
+    found = json.loads((folder / "map.json").read_text())
+    assert found["components"] == [["a.pt", "near.pt"], ["moved.pt"]] and len(found["spanning_tree"]) == 2
+    code, text = run("connect", *files, "--build", build, "--align", "weights", "-o", folder / "map.png")
+    assert code == 0 and "form one group" in text and (folder / "map.png").stat().st_size > 1000
+
+
+def test_mistakes_are_one_sentence(folder):
+    build = f"{folder / 'task.py'}:build"
+    torch.save({"0.weight": torch.zeros(3, 4)}, folder / "other.pt")
+    code, text = run("align", folder / "a.pt", folder / "other.pt", "--build", build)
+    assert code == 2 and "other.pt" in text and "Traceback" not in text
+    code, text = run("connect", folder / "a.pt", "--build", build)
+    assert code == 2 and "There is 1 checkpoint; give at least two." in text
+    code, text = run("align", folder / "a.pt", folder / "near.pt", "--build", build, "-o", "x.zip")
+    assert code == 2 and "expected .pt or .safetensors" in text
+    code, text = run("connect", folder / "a.pt", folder / "near.pt", "--build", build, "-o", "x.txt")
+    assert code == 2 and "expected .png, .svg, .pdf or .json" in text
+
+
+def test_the_matrix_is_that_of_the_instrument_and_the_tree_is_minimal():
+    models = []
+    for seed in range(4):
+        model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+        for i, p in enumerate(model.parameters()):
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * seed + i), dtype=p.dtype)
+        models.append(model)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    data = (x, (x[:, 0] > 0).long())
+    snapshot = diag.Snapshot(models[0], F.cross_entropy, data)
+    found = connection_map(snapshot, {f"m{i}": m.state_dict() for i, m in enumerate(models)}, points=5)
+    for i in range(4):
+        for j in range(4):
+            pair = diag.Snapshot(models[i], F.cross_entropy, data, other=models[j])
+            result = diag.mode_connectivity(pair, points=5, refine=0)
+            assert found.loss_barriers[i, j] == pytest.approx(result.barrier, abs=1e-12)
+            assert found.error_barriers[i, j] == pytest.approx(result.error_barrier, abs=1e-12)
+    assert numpy.array_equal(found.barriers, found.barriers.T)
+    full = networkx.from_numpy_array(found.barriers + 1e-9)  # zero weights are no edges in networkx
+    least = sum(w - 1e-9 for *_, w in networkx.minimum_spanning_tree(full).edges(data="weight"))
+    assert sum(b for *_, b in found.spanning_tree.edges(data="barrier")) == pytest.approx(least, abs=1e-9)
+    with pytest.raises(InvalidInput, match="There are 1 networks; expected at least 2"):
+        connection_map(snapshot, {"a": models[0].state_dict()})
+    with pytest.raises(InvalidInput, match=r"^b: The two checkpoints do not fit: '0.weight'"):
+        connection_map(snapshot, {"a": models[0].state_dict(), "b": nn.Linear(3, 2).state_dict()})
+
+
+def test_forks_that_stay_connected_from_a_step_on(folder):
+    """Forks that differ by a permutation are apart; forks that differ by a little noise are connected."""
+    space = {}
+    exec(BUILD, space)
+    model, loss, data = space["build"]()
+    a, near, moved = (torch.load(folder / f"{n}.pt", weights_only=True) for n in ("a", "near", "moved"))
+    snapshot = diag.Snapshot(model, loss, data, held_out=data)
+    found = fork_stability(snapshot, {200: (a, near), 0: (a, moved), 100: (near, a)}, points=11)
+    assert found.steps == (0, 100, 200) and found.stable_from == 100
+    assert found.instabilities[0] > 0.1 > 0.02 > max(found.instabilities[1:])
+    with pytest.raises(InvalidInput, match="the fork at step 3: The two checkpoints do not fit"):
+        fork_stability(snapshot, {3: (a, {})})
+    model.load_state_dict(a)
+    other = diag.Snapshot(model, loss, data, held_out=data, other=moved)
+    assert diag.mode_connectivity(other, refine=0).held_out_error_instability == pytest.approx(
+        found.instabilities[0]
+    )

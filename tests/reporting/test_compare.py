@@ -1,0 +1,111 @@
+"""Two runs side by side, and the gallery."""
+
+import dataclasses
+import json
+import re
+
+import numpy
+import pytest
+import report_fakes
+from report_fakes import Bare, Collapse, Inapplicable, finding, series
+
+from diag.errors import InvalidInput
+from diag.reporting import compare, report
+from diag.reporting.compare import comparison
+from diag.reporting.gallery import gallery
+
+
+def side(title, level, collapsed, **changes):
+    rows = series(Collapse, [10, 20], collapsed=collapsed, headroom=1.0, margins=numpy.ones(4), level=level)
+    bare = finding("bare", "Bare", series(Bare, [10, 20], ratio=2.0))
+    findings = [finding("collapse", "Softmax collapse", rows), bare]
+    return report_fakes.evidence(**{"title": title, "findings": findings, "outcomes": [], **changes})
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return side("Run a", "alarm", 0.2), side("Run b", "ok", 0.05, history=report_fakes.history(1200, seed=5))
+
+
+def test_what_became_better_and_what_stayed(pair):
+    made = comparison(*pair)
+    assert made["verdict"]["headline"] == "B against A: one check better and one check the same"
+    assert [(c["instrument"], c["change"]) for c in made["checks"]] == [("collapse", "better"), ("bare", "same")]
+    assert comparison(*reversed(pair))["checks"][0]["change"] == "worse"
+    json.dumps(made, allow_nan=False)
+
+
+def test_differences_of_scalars(pair):
+    rows = {row["name"]: row for row in comparison(*pair)["scalars"]}
+    row = rows["collapsed"]
+    assert [v["number"] for v in row["values"]] == [0.2, 0.05]
+    assert row["difference"]["number"] == pytest.approx(-0.15, abs=1e-12)  # float64 subtraction
+    assert row["ratio"] == pytest.approx(0.25, abs=1e-12)
+
+
+def test_both_curves_share_axis_and_scale(pair):
+    curves = comparison(*pair)["curves"]
+    assert (curves["first_step"], curves["last_step"]) == (1, 1200)
+    loss = curves["panels"][0]
+    assert [line["side"] for line in loss["lines"]] == ["A", "B"]
+    assert max(loss["lines"][0]["at"]) < 0.76 < 0.99 < max(loss["lines"][1]["at"])
+    assert {(line["low_end"], line["high_end"]) for line in loss["lines"]} == {(loss["low_end"], loss["high_end"])}
+
+
+def test_what_only_one_side_has_is_not_compared(pair):
+    extra = finding("inapplicable", "Neural collapse", series(Inapplicable, [10], nc1=0.4))
+    more = dataclasses.replace(pair[1], findings=[*pair[1].findings, extra], history=None)
+    made = comparison(pair[0], more)
+    last = made["checks"][-1]
+    assert last["cells"][0] is None and last["change"] == ""
+    assert made["verdict"]["headline"].endswith("1 not judged in both")
+    row = made["scalars"][-1]
+    assert row["values"][0] is None and row["difference"] is None and row["ratio"] is None
+    assert [line["side"] for line in made["curves"]["panels"][0]["lines"]] == ["A"]
+
+
+def test_two_moments_have_no_curves():
+    made = comparison({"bare": Bare(ratio=1.0)}, {"bare": Bare(ratio=2.0)})
+    assert made["curves"] is None and made["scalars"][0]["difference"]["number"] == 1.0
+
+
+def test_the_page_of_a_comparison(pair, tmp_path):
+    page = compare(*pair, tmp_path / "compare.html", command="diag compare runs/a runs/b -o compare.html")
+    assert page.path.read_text() == page.html == compare(*pair, command=page.document["command"]).html
+    assert "diag compare runs/a" in page.html and "<script>alert" not in page.html
+    ids = re.findall(r'\sid="([^"]+)"', page.html)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page.html)) <= set(ids)
+    fragment = page._repr_html_()
+    assert "<script" not in fragment and "better" in fragment
+
+
+def test_a_gallery_lists_every_report_with_the_command_that_makes_it(pair, tmp_path):
+    report(pair[0], tmp_path / "one.html", title="The <first>", command="scripts/reproduce one")
+    compare(*pair, tmp_path / "deep" / "two.html", command="diag compare a b")
+    (tmp_path / "foreign.html").write_text("<p>not ours")
+    (tmp_path / "foreign.json").write_text("[1]")
+    index = gallery(tmp_path)
+    html = index.read_text()
+    assert index == tmp_path / "index.html" and gallery(tmp_path).read_text() == html
+    for text in (
+        "The &lt;first&gt;",
+        "scripts/reproduce one",
+        'href="deep/two.html"',
+        "diag compare a b",
+        "One alarm",
+    ):
+        assert text in html
+    assert "foreign" not in html
+
+
+def test_a_folder_without_reports(tmp_path):
+    with pytest.raises(InvalidInput, match=r"holds no report; make one with diag report RUN"):
+        gallery(tmp_path)
+
+
+def test_what_both_measured_over_time_is_drawn_over_each_other(pair):
+    panels = {p["name"]: p for p in comparison(*pair)["curves"]["panels"]}
+    assert list(panels) == ["loss", "gradient_norm", "learning_rate", "collapse.collapsed", "bare.ratio"]
+    collapsed = panels["collapse.collapsed"]
+    assert collapsed["label"] == "Softmax collapse: collapsed"
+    assert [line["middle"] for line in collapsed["lines"]] == [[0.2, 0.2], [0.05, 0.05]]

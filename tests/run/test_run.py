@@ -1,0 +1,384 @@
+"""A run as data: what it gives back, how it judges itself, what it makes of damage and of strangers."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diag
+from diag.errors import RunError
+from diag.registry import instrument
+from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
+from diag.run.run import Cost, Event, Record, Run, RunWriter, load
+from diag.snapshot.history import empty_history
+
+LAYERS = {"a.weight": 6, "a.bias": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Height(Result):
+    height: float = measured("the height", unit="m")
+    profile: object = measured("the heights along the way", shape="(n,)", default=())
+
+    def verdict(self) -> Verdict:
+        return Verdict(Level.ALARM if self.height > 1 else Level.OK, f"The height is {self.height}.")
+
+    def plot(self, ax):
+        ax.plot(self.profile)
+
+
+@instrument(source="a ruler")
+def height(labels, *, alarm_at: float = 1.0) -> Height:
+    """How high it is."""
+    return Height(height=float(labels.max()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count(Result):
+    rows: int = measured("recorded steps")
+    times: int = measured("a setting", default=1)
+
+    def verdict(self) -> Verdict:
+        return Verdict(Level.WARNING, f"There are {self.rows} rows.")
+
+
+@instrument(source="a counter")
+def count(history, *, times: int = 1) -> Count:
+    """How many steps were recorded."""
+    return Count(rows=len(history), times=times)
+
+
+@pytest.fixture(autouse=True)
+def _two_instruments(monkeypatch):
+    monkeypatch.setattr("diag.run.run.instruments", lambda: {"height": height, "count": count})
+
+
+def height_of(value, **more):
+    return Height(height=value, provenance=Provenance("height"), **more)
+
+
+def steps(first, last, layers=LAYERS, **columns):
+    rows = empty_history(layers, last - first + 1)
+    return dataclasses.replace(rows, steps=numpy.arange(first, last + 1), total_steps=last, **columns)
+
+
+def writer(tmp_path, **more):
+    return RunWriter(tmp_path / "run", {"layers": LAYERS, "model": "Net", "parameters": 8, **more})
+
+
+def test_everything_comes_back(tmp_path):
+    loss = numpy.array([3.0, math.nan, math.inf])
+    rows = steps(1, 3, loss=loss, notes=("no loss at step 2",), optimizer={"kind": "SGD", "lr": 0.1})
+    profile = numpy.linspace(0, 1, 1000)
+    with writer(tmp_path, seed=3, versions={"torch": "2.13.0"}) as w:
+        w.append_steps(rows)
+        w.append_outcome(2, height_of(0.5, profile=profile), 0.25)
+        w.append_outcome(2, Skipped("other", "no data"), None)
+        w.append_outcome(3, Failed("height", "broke", "Traceback ..."))
+        w.append_event(3, "exception", "training stopped: KeyboardInterrupt")
+        w.append_cost(3, wall_seconds=10.0, watch_seconds=0.2)
+    run = load(tmp_path / "run")
+    assert run.metadata["model"] == "Net" and run.metadata["format_version"] == 1 and run.metadata["created"]
+    for field in dataclasses.fields(rows):
+        numpy.testing.assert_array_equal(getattr(run.history, field.name), getattr(rows, field.name))
+    assert isinstance(run.history.gradient_norm.base, numpy.memmap)
+    [(step, result)] = run.series("height")
+    assert step == 2 and result == height_of(0.5, profile=profile)
+    assert run.outcomes == ((2, Skipped("other", "no data")), (3, Failed("height", "broke", "Traceback ...")))
+    assert Event(3, "exception", "training stopped: KeyboardInterrupt") in run.events
+    assert run.costs == [Cost(2, "height", 0.25), Cost(3, "", 0.0, 10.0, 0.2)]
+    assert (run.wall_seconds, run.watch_seconds, run.torn, run.last_step) == (10.0, 0.2, 0, 3)
+
+
+def test_large_arrays_lie_beside_and_equal_ones_once(tmp_path):
+    with writer(tmp_path) as w:
+        for step in (1, 2):
+            w.append_outcome(step, height_of(0.5, profile=numpy.arange(1000.0)))
+        w.append_outcome(3, height_of(0.5, profile=numpy.arange(10.0)))
+    assert len(list((tmp_path / "run" / "arrays").iterdir())) == 1
+    assert (tmp_path / "run" / "records.jsonl").stat().st_size < 3000
+    assert len(load(tmp_path / "run").series("height")[1][1].profile) == 1000
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True, width=64)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(1, 10**9), numbers), max_size=8),
+    st.lists(st.tuples(st.integers(0, 100), st.text(max_size=20), st.text(min_size=1, max_size=40)), max_size=5),
+    st.dictionaries(st.text(min_size=1, max_size=8), st.integers(0, 10**12), max_size=4),
+)
+def test_any_run_comes_back(tmp_path_factory, results, events, layers):
+    folder = tmp_path_factory.mktemp("any") / "run"
+    rows = steps(1, 5, layers)
+    with RunWriter(folder, {"layers": layers}) as w:
+        w.append_steps(rows)
+        for step, value in results:
+            w.append_outcome(step, height_of(value))
+        for step, kind, text in events:
+            w.append_event(step, kind, text)
+    run = load(folder)
+    assert run.torn == 0 and list(run.events) == [Event(*e) for e in events]
+    assert run.history.layers == tuple(layers) and run.history.sizes == tuple(layers.values())
+    numpy.testing.assert_array_equal(run.history.distance, rows.distance)
+    expected = sorted({step: height_of(value) for step, value in results}.items())
+    assert run.series("height") == expected
+
+
+def test_findings_have_the_worst_first_then_the_earliest(tmp_path):
+    with writer(tmp_path) as w:
+        w.append_steps(steps(3, 9))
+        w.append_outcome(5, height_of(0.5))
+        w.append_outcome(8, height_of(2.0))
+    run = load(tmp_path / "run")
+    alarm, warning = run.findings()
+    assert (alarm.instrument, alarm.title, alarm.source) == ("height", "Height", "a ruler")
+    assert alarm.verdict.sentence == "The height is 2.0." and (alarm.first_step, alarm.last_step) == (5, 8)
+    assert warning.verdict.sentence == "There are 7 rows." and (warning.first_step, warning.last_step) == (3, 9)
+    assert run.instruments == ("count", "height")
+
+
+def test_settings_and_choice_of_history_instruments_come_from_the_metadata(tmp_path):
+    with writer(tmp_path, settings={"count": {"times": 4, "gone": 1}}) as w:
+        w.append_steps(steps(1, 2))
+    assert load(tmp_path / "run").series("count")[0][1].times == 4
+    with writer(tmp_path, instruments=["height"]) as w:
+        w.append_steps(steps(1, 2))
+    assert load(tmp_path / "run").instruments == ()
+
+
+def test_a_verdict_that_breaks_is_a_failure_and_not_an_exception(monkeypatch):
+    monkeypatch.setattr(Height, "verdict", lambda self: 1 / 0)
+    run = Run(records=[Record(4, "height", height_of(1.0))])
+    assert run.findings() == []
+    [(step, failed)] = run.outcomes
+    assert step == 4 and failed.reason == "Its verdict failed: ZeroDivisionError: division by zero"
+
+
+def test_an_instrument_of_the_history_that_breaks_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(count, "function", lambda history, times: 1 / 0)
+    run = Run(history=steps(1, 4))
+    [(step, failed)] = run.outcomes
+    assert step == 4 and "ZeroDivisionError" in failed.reason and run.findings() == []
+
+
+def test_a_run_in_memory_needs_no_folder():
+    run = Run(records=[Record(1, "height", height_of(0.5), 0.1), Record(0, "height", Skipped("height", "no data"))])
+    assert run.series("height") == [(1, height_of(0.5))] and run.findings()[0].verdict.level == Level.OK
+    assert run.outcomes == ((0, Skipped("height", "no data")),) and run.costs == [Cost(1, "height", 0.1)]
+    assert run.history is None and run.last_step == 1
+
+
+def test_an_unknown_instrument_is_raw_and_listed(tmp_path, monkeypatch):
+    with writer(tmp_path) as w:
+        w.append_outcome(1, height_of(0.5, profile=numpy.arange(100.0)))
+    monkeypatch.setattr("diag.run.run.instruments", dict)
+    run = load(tmp_path / "run")
+    assert run.unknown_instruments == ("height",) and run.findings() == [] and run.outcomes == ()
+    [(step, raw)] = run.series("height")
+    assert step == 1 and raw["height"] == 0.5 and raw["profile"].shape == (100,)
+    assert "height" in run.facts()["not installed here"]
+
+
+def test_a_result_that_cannot_be_rebuilt_is_a_failure_with_its_reason(tmp_path):
+    with writer(tmp_path) as w:
+        w.append_outcome(1, height_of(0.5, profile=numpy.arange(100.0)))
+        w.append_outcome(2, height_of(0.7))
+    next((tmp_path / "run" / "arrays").iterdir()).unlink()
+    run = load(tmp_path / "run")
+    assert [step for step, _ in run.series("height")] == [2]
+    [(step, failed)] = run.outcomes
+    assert step == 1 and "cannot be read" in failed.reason and "No such file" in failed.reason
+
+
+def test_an_array_outside_the_run_or_pickled_is_not_read(tmp_path):
+    numpy.save(tmp_path / "secret.npy", numpy.arange(3))
+    with writer(tmp_path) as w:
+        w.append_outcome(1, height_of(0.5))
+    evil = {
+        "type": "result",
+        "step": 2,
+        "instrument": "height",
+        "data": {"height": {"__array__": "../../secret.npy"}},
+    }
+    numpy.save(tmp_path / "run" / "arrays" / "objects.npy", numpy.array([print], dtype=object), allow_pickle=True)
+    worse = evil | {"step": 3, "data": {"height": {"__array__": "objects.npy"}}}
+    with open(tmp_path / "run" / "records.jsonl", "a") as file:
+        file.write(json.dumps(evil) + "\n" + json.dumps(worse) + "\n")
+    reasons = [failed.reason for _, failed in load(tmp_path / "run").outcomes]
+    assert len(reasons) == 2 and "not a plain file name" in reasons[0] and "allow_pickle=False" in reasons[1]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"type":"ev', b"\x00\x00\x00", b'{"type":"event","step":9,"kind":"k","text":"t"}']
+)
+def test_a_torn_last_line_is_dropped_and_counted(tmp_path, torn):
+    with writer(tmp_path) as w:
+        w.append_event(1, "kind", "text")
+    with open(tmp_path / "run" / "records.jsonl", "ab") as file:
+        file.write(torn)
+    run = load(tmp_path / "run")
+    assert list(run.events) == [Event(1, "kind", "text")] and run.torn == 1
+    assert run.facts()["torn records dropped"] == "1"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"{]",
+        b"\xff\xfe",
+        b"[1, 2]",
+        b'{"type":"event","kind":"no step","text":""}',
+        b'{"type":"result","step":1}',
+        b"7",
+    ],
+)
+def test_a_bad_line_in_the_middle_is_counted_and_not_fatal(tmp_path, bad):
+    with writer(tmp_path) as w:
+        w.append_event(1, "kind", "before")
+    with open(tmp_path / "run" / "records.jsonl", "ab") as file:
+        file.write(bad + b"\n" + b'{"type":"event","step":2,"kind":"kind","text":"after"}\n')
+    run = load(tmp_path / "run")
+    assert [e.text for e in run.events] == ["before", "after"] and run.torn == 1
+
+
+def test_a_torn_last_row_is_dropped_and_counted(tmp_path):
+    with writer(tmp_path) as w:
+        w.append_steps(steps(1, 3))
+    file = tmp_path / "run" / "steps.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    run = load(tmp_path / "run")
+    assert run.history.steps.tolist() == [1, 2] and run.torn == 1
+    file.write_bytes(file.read_bytes()[:5])
+    run = load(tmp_path / "run")
+    assert run.history is None and run.torn == 1
+
+
+def test_wherever_the_files_are_cut_what_was_whole_is_there(tmp_path):
+    with writer(tmp_path) as w:
+        w.append_steps(steps(1, 4))
+        for step in range(4):
+            w.append_event(step, "kind", f"event {step}: ünïcode {{}} []")
+    for name in ("records.jsonl", "steps.bin"):
+        file = tmp_path / "run" / name
+        whole = file.read_bytes()
+        ends = [i + 1 for i in range(len(whole)) if whole[i] == 10] if name == "records.jsonl" else None
+        row = len(whole) // 4
+        for cut in {*range(0, len(whole) + 1, 3), *(ends or ()), len(whole)}:
+            file.write_bytes(whole[:cut])
+            run = load(tmp_path / "run")
+            found = len(run.events) if ends else len(run.history or ())
+            assert found == (sum(end <= cut for end in ends) if ends else cut // row)
+            assert run.torn == (cut not in {0, *ends} if ends else cut % row > 0)
+
+
+def test_one_changed_byte_anywhere_in_a_line_never_gives_another_record(tmp_path):
+    """A changed byte within the word "crc" leaves the record as it was, unchecked; any other loses it."""
+    with writer(tmp_path) as w:
+        w.append_outcome(1, height_of(0.5))
+        w.append_event(2, "kind", "text")
+    file = tmp_path / "run" / "records.jsonl"
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 2):
+        if whole[place : place + 1] == b"\n":
+            continue
+        for flip in (1, 128):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            run = load(tmp_path / "run")
+            assert len(run.events) + len(run.records) + run.torn >= 2
+            assert all(item == (1, height_of(0.5)) for item in run.series("height")) and run.outcomes == ()
+            assert all(event == Event(2, "kind", "text") for event in run.events)
+
+
+def test_instruments_with_any_name(tmp_path):
+    with writer(tmp_path) as w:
+        for name in ('a"b', "ü", "back\\slash", "plain"):
+            w.append_outcome(1, Skipped(name, "no data"), 1e-7)
+    run = load(tmp_path / "run")
+    assert [o.instrument for _, o in run.outcomes] == ['a"b', "ü", "back\\slash", "plain"] and run.torn == 0
+    assert [c.seconds for c in run.costs] == [1e-7] * 4
+
+
+def test_rows_of_zeros_after_a_power_cut_are_dropped_and_counted(tmp_path):
+    with writer(tmp_path) as w:
+        w.append_steps(steps(1, 3))
+    file = tmp_path / "run" / "steps.bin"
+    file.write_bytes(file.read_bytes() + bytes(file.stat().st_size // 3))
+    run = load(tmp_path / "run")
+    assert run.history.steps.tolist() == [1, 2, 3] and run.torn == 1
+
+
+def test_what_is_no_run_is_refused_with_one_sentence(tmp_path):
+    with pytest.raises(RunError, match=r"nowhere holds no run \(there is no such folder\); expected a folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"holds no run; expected a folder that diag.watch"):
+        load(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RunError, match="was not written by diag"):
+        load(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run\.json cannot be read"):
+        load(tmp_path)
+    (tmp_path / "run.json").write_text('{"format": "diag-run", "format_version": 1}')
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        load(tmp_path)
+
+
+def test_a_run_whose_files_cannot_be_read(tmp_path):
+    writer(tmp_path).close()
+    (tmp_path / "run" / "records.jsonl").unlink()
+    (tmp_path / "run" / "records.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"run cannot be read \(Is a directory: .*records\.jsonl\)"):
+        load(tmp_path / "run")
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    writer(tmp_path).close()
+    file = tmp_path / "run" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    with pytest.raises(RunError, match="has run format 2 and this diag reads up to 1; install a newer diag"):
+        load(tmp_path / "run")
+
+
+def test_a_run_draws_itself_with_every_text_escaped(tmp_path):
+    with writer(tmp_path, model="<script>alert(1)</script>") as w:
+        w.append_steps(steps(1, 3, loss=numpy.array([2.0, 1.0, math.nan])))
+        w.append_outcome(3, height_of(2.0), 1.0)
+        w.append_cost(3, wall_seconds=10.0, watch_seconds=0.2)
+    page = load(tmp_path / "run")._repr_html_()
+    assert page.index("The height is 2.0") < page.index("There are 3 rows")
+    assert "&lt;script&gt;" in page and "<script" not in page
+    assert "10 s, of which diag 2 %" in page and ">1<" in page
+    assert "Nothing was measured" in Run()._repr_html_()
+
+
+def test_to_frame_has_a_row_a_step(tmp_path):
+    norms = numpy.array([[3, 4], [6, 8]], numpy.float32)
+    run = Run(
+        history=steps(1, 2, gradient_norm=norms, loss=numpy.array([2.0, 1.0])),
+        records=[Record(2, "height", height_of(0.5)), Record(4, "height", height_of(0.25))],
+    )
+    frame = run.to_frame()
+    assert frame.index.tolist() == [1, 2, 4] and frame.index.name == "step"
+    assert frame["gradient_norm"].tolist()[:2] == [5.0, 10.0] and frame["loss"].tolist()[:2] == [2.0, 1.0]
+    assert frame["height.height"].tolist()[1:] == [0.5, 0.25] and math.isnan(frame["height.height"][1])
+
+
+def test_many_records_are_opened_without_building_their_results(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(Height, "__post_init__", lambda self: built.append(1))
+    with writer(tmp_path) as w:
+        w.append_outcome(1, height_of(0.5))
+        w.append_steps(steps(1, 20_000))
+        line = (tmp_path / "run" / "records.jsonl").read_bytes()
+    (tmp_path / "run" / "records.jsonl").write_bytes(line * 20_000)
+    built.clear()
+    run = load(tmp_path / "run")
+    assert len(run.records) == 20_000 and len(run.history) == 20_000 and not built
+    assert diag.load is load and load(tmp_path / "run" / "run.json").last_step == run.last_step

@@ -118,6 +118,136 @@ def test_a_wrong_small_part_is_found_and_named(share):
     assert "most in branch." in record.reason and "double backward differs" in record.reason
 
 
+class ScaledSecond(torch.autograd.Function):
+    """The derivative of a cube, whose own derivative is (1 - wrong) of what it should be."""
+
+    @staticmethod
+    def forward(ctx, x, wrong):
+        ctx.save_for_backward(x)
+        ctx.wrong = wrong
+        return 3 * x**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (1 - ctx.wrong) * 6 * ctx.saved_tensors[0] * grad, None
+
+
+class Cube(torch.autograd.Function):
+    """x^3 with a right gradient, and a second derivative that is too small by the share `wrong`."""
+
+    @staticmethod
+    def forward(ctx, x, wrong):
+        ctx.save_for_backward(x)
+        ctx.wrong = wrong
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ScaledSecond.apply(ctx.saved_tensors[0], ctx.wrong) * grad, None
+
+
+def mean_output(outputs, targets):
+    return outputs.mean()
+
+
+def cubic(wrong, share, only_float32=False):
+    """Two parameters that do not meet: the mean of (1 - share) a^3 + share b^3, b's second derivative wrong."""
+    narrow = Float32Only.apply if only_float32 else (lambda x: x)
+    return cases.Composed(
+        lambda self, x: (1 - share) * Cube.apply(self.a(narrow(x)), 0.0) + share * Cube.apply(self.b(x), wrong),
+        a=nn.Linear(6, 1, bias=False),
+        b=nn.Linear(6, 1, bias=False),
+    )
+
+
+def self_test(model):
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.b.weight.copy_(model.a.weight)
+    return Hessian(model, mean_output, cases.ragged(x, torch.zeros(64))).self_test
+
+
+@pytest.mark.parametrize(
+    ("precision", "wrong", "passes"),
+    [("float64", 0.02, True), ("float64", 0.05, False), ("float32", 0.2, True), ("float32", 0.5, False)],
+)
+def test_how_wrong_a_product_may_be(precision, wrong, passes):
+    """3 % in float64, 30 % in float32, where kinks make the finite difference worse."""
+    record = self_test(cases.build(lambda: cubic(wrong, share=0.99, only_float32=precision == "float32")))
+    assert record.precision == precision and record.level == "warning"
+    assert record.method == ("double backward" if passes else "finite difference")
+    if passes:
+        assert max(record.errors.values()) == pytest.approx(wrong, rel=0.02)
+    else:
+        assert f"differs from a finite difference by {wrong:.0%}, most in b.weight" in record.reason
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.02, False), (5e-5, True)])
+def test_each_parameter_is_judged_by_itself_down_to_a_hundredth_of_the_product(share, passes):
+    """A parameter whose own part of the product is wholly wrong: hidden from a comparison of the whole vectors where
+    it is 2 % of it, and not worth a failure where it is a hundredth of that."""
+    record = self_test(cases.build(lambda: cubic(wrong=1.0, share=share)))
+    assert record.method == ("double backward" if passes else "finite difference")
+    if passes:
+        part = 0.01 * max(record.errors.values())  # of the product; one direction is mostly along b
+        assert share < part < 8 * share
+    else:
+        assert "by 100%, most in b.weight" in record.reason
+
+
+class Turned(torch.autograd.Function):
+    """The identity on vectors of two, whose derivative turns by `angle` as well."""
+
+    @staticmethod
+    def forward(ctx, w, angle):
+        ctx.angle = angle
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + ctx.angle * torch.stack([-grad[1], grad[0]]), None
+
+
+class Parabola(torch.autograd.Function):
+    """|w|^2 / 2, with the gradient w, and I + angle (a quarter turn) for its second derivative."""
+
+    @staticmethod
+    def forward(ctx, w, angle):
+        ctx.save_for_backward(w)
+        ctx.angle = angle
+        return w.square().sum() / 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * Turned.apply(ctx.saved_tensors[0], ctx.angle), None
+
+
+@pytest.mark.parametrize(("angle", "passes"), [(0.01, True), (0.025, False)])
+def test_a_product_that_is_not_symmetric_fails_though_every_difference_is_small(angle, passes):
+    """Along two directions at right angles each product is off by the angle, and the asymmetry is twice that."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return Parabola.apply(self.w, angle).expand(len(x))
+
+    model, batches = Model(), cases.ragged(torch.randn(6, 1), torch.zeros(6))
+    drawn = torch.randn(2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # the second direction
+    with torch.no_grad():
+        model.w.copy_(torch.stack([-drawn[1], drawn[0]]))  # the gradient, and so the first
+    record = Hessian(model, mean_output, batches).self_test
+    if passes:
+        assert record.method == "double backward"
+        assert record.asymmetry == pytest.approx(2 * angle, rel=1e-3)
+        assert max(record.errors.values()) == pytest.approx(angle, rel=1e-3)
+    else:
+        assert record.method == "finite difference" and record.asymmetry < 1e-6
+        assert record.reason == "the double-backward product is not symmetric (5%)"
+
+
 def test_the_record_repeats_and_is_reused():
     model, loss_fn, parts = cases.build(cases.conv_batchnorm)
     first, second = Hessian(model, loss_fn, parts), Hessian(model, loss_fn, parts)

@@ -6,7 +6,8 @@ import torch
 from diag.errors import InvalidInput
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import FunctionOperator, LinearOperator
-from diag.linalg.warm import search_length, warm_eigenpairs
+from diag.linalg.ritz import Ritz, Wanted
+from diag.linalg.warm import Wary, search_length, warm_eigenpairs
 
 SIZE = 2000
 # A bulk like a network's: most of it near zero, a tail up to 1.
@@ -78,6 +79,21 @@ def test_the_runner_up_may_overtake(seed):
     after, truth = spectrum([2.0, 2.03], [3, 4])
     pairs, _ = warm_eigenpairs(after, earlier, largest=1, seed=seed)
     check(pairs, after, truth)
+
+
+@pytest.mark.parametrize(
+    ("following", "residual", "stops"),
+    [(1.9, 0.05, True), (1.9, 0.15, False), (1.9, 5e-4, True), (1.9999, 0.002, True), (1.9999, 0.004, False)],
+)
+def test_a_run_waits_for_a_next_value_that_may_still_rise_above(following, residual, stops):
+    """3 and 2 are wanted. The next may lie below 2 by less than its residual only where it has converged, that
+    is within .001 of the largest value, 3."""
+    values = torch.tensor([0.5, following, 2.0, 3.0], dtype=torch.float64)
+    residuals = torch.tensor([0.5, residual, 1e-5, 1e-5], dtype=torch.float64)
+    pairs = Ritz(values, torch.eye(4, dtype=torch.float64), residuals, residuals)
+    rule = Wary(Wanted(largest=2, tolerance=1e-3))
+    checks = [rule.satisfied(products, pairs, torch.zeros(5, 5), [0], False) for products in (10, 11)]
+    assert checks == [False, stops]
 
 
 def test_drifting_vectors_cost_fewer_products_than_a_cold_start():

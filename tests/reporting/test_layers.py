@@ -3,11 +3,13 @@
 import dataclasses
 
 import numpy
+import pytest
 import report_fakes
 
 from diag.reporting.heatmap import MAX_CELLS, heatmaps, ratio
 from diag.reporting.layers import layers
 from diag.reporting.timeline import Axis
+from diag.result import Level
 
 SIX = {f"layer{i}": 4 for i in range(6)}
 
@@ -139,6 +141,16 @@ def test_of_very_many_layers_those_that_stand_out_are_shown():
     assert {"block700.weight", "block800.weight", "block900.weight"} <= set(shown)
     assert shown == sorted(shown, key=lambda n: int(n[5:].split(".")[0]))
     assert next(r for r in got["rows"] if r["name"] == "block900.weight")["findings"] == ["collapse"]
+
+
+@pytest.mark.parametrize("level", list(Level))
+def test_only_what_is_wrong_is_named_beside_a_layer(level):
+    """A verdict of ok, or of a measurement that says nothing, is no finding about the layers that it names."""
+    finding = report_fakes.evidence().findings[0]
+    verdict = dataclasses.replace(finding.verdict, level=level, layers=("layer3",))
+    rows = layers(Axis(1, 500), plain_history(), [dataclasses.replace(finding, verdict=verdict)])["rows"]
+    named = [row["name"] for row in rows if row["findings"]]
+    assert named == (["layer3"] if level in (Level.ALARM, Level.WARNING) else [])
 
 
 def test_a_single_row_has_a_table_and_no_map():

@@ -1,0 +1,110 @@
+"""What decides between the methods of per-example gradients: where the examples lie, and the plan's own test."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diag.gradients import ModelGradients
+from diag.gradients.rules import closed_forms
+from diag.gradients.rules.blocks import Outer
+from diag.gradients.rules.layout import Layout, find_layout
+from diag.snapshot.batch import as_batch
+
+PATH = Path(__file__).with_name("per_example_cases.py")
+cases = importlib.util.module_from_spec(importlib.util.spec_from_file_location("per_example_cases", PATH))
+cases.__spec__.loader.exec_module(cases)
+
+WEIGHTS = 1.0 + 0.618 * torch.arange(3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shared", "apart"),
+    [
+        (torch.float64, 3e-4, True),
+        (torch.float64, 3e-3, False),
+        (torch.float32, 3e-4, True),
+        (torch.float32, 3e-3, False),
+        (torch.bfloat16, 1e-2, True),
+        (torch.bfloat16, 1e-1, False),
+    ],
+)
+def test_elements_that_examples_share_by_more_than_rounding_belong_to_none(dtype, shared, apart):
+    """`shared` of each example's gradient comes from the loss of the next one."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(3, 400, generator=generator, dtype=torch.float64)
+    others = torch.randn(3, 400, generator=generator, dtype=torch.float64)
+    gradient = own + shared * others
+    weighted = WEIGHTS[:, None] * own + shared * WEIGHTS.roll(1)[:, None] * others
+    # The weights differ by 0.6 or 1.2, so what shows of it is 0.6 to 1.2 times `shared`.
+    found = find_layout(gradient.to(dtype), weighted.to(dtype), WEIGHTS)
+    assert found == (Layout(0) if apart else None)
+
+
+def truth_of(model, batch):
+    return cases.loop(model, F.cross_entropy, batch)
+
+
+def check(model, batch, name):
+    """Right, and `name` by the method that needs no closed form."""
+    gradients = ModelGradients(model, F.cross_entropy, [batch])
+    torch.testing.assert_close(gradients.dense(), truth_of(model, batch), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(gradients.norms(), truth_of(model, batch).norm(dim=1), rtol=1e-10, atol=1e-14)
+    method = gradients.coverage.methods[name]
+    assert method == "through the whole graph, one example at a time"
+
+
+class WrongNorms(Outer):
+    """Right gradients, with norms that are one in a hundred off."""
+
+    def squared_norms(self):
+        return 1.01 * super().squared_norms()
+
+
+class WrongProducts(Outer):
+    """Right gradients and norms, with inner products that are not."""
+
+    def gram(self, other):
+        return super().gram(other).triu()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda block: Outer(block.a, 1.01 * block.b, block.shape),
+        lambda block: Outer(block.a.flip(0), block.b, block.shape),
+        lambda block: WrongNorms(block.a, block.b, block.shape),
+        lambda block: WrongProducts(block.a, block.b, block.shape),
+    ],
+    ids=["scale", "order of the examples", "norms", "products"],
+)
+def test_a_closed_form_that_is_wrong_is_not_used(wrong, monkeypatch):
+    model, _, batch = cases.problem("linear over time, LayerNorm")
+    right = closed_forms.FORMS["linear"]
+
+    def form(call, place):
+        block = right(call, place)
+        return wrong(block) if isinstance(block, Outer) else block
+
+    monkeypatch.setitem(closed_forms.FORMS, "linear", form)
+    check(model, batch, "layers.0.weight")
+
+
+def test_a_replay_that_takes_a_constant_for_the_examples_is_not_used():
+    """A square constant with as many rows as there are examples looks like something that is cut along them."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.out = nn.Parameter(torch.randn(cases.D, 3)), nn.Linear(3, cases.CLASSES)
+            self.register_buffer("fixed", torch.randn(3, 3))
+
+        def forward(self, x):
+            return self.out(torch.einsum("nd,de,ef->nf", x, self.w, self.fixed))
+
+    torch.manual_seed(0)
+    batch = as_batch((cases.flat(3).double(), torch.randint(cases.CLASSES, (3,))))
+    check(Mixed().double(), batch, "w")

@@ -184,7 +184,7 @@ def test_how_wrong_a_product_may_be(precision, wrong, passes):
 
 @pytest.mark.parametrize(("share", "passes"), [(0.02, False), (5e-5, True)])
 def test_each_parameter_is_judged_by_itself_down_to_a_hundredth_of_the_product(share, passes):
-    """A parameter whose own part of the product is wholly wrong: hidden from a comparison of the whole vectors where
+    """A parameter whose part of the product is wholly wrong: hidden from a comparison of the whole vectors where
     it is 2 % of it, and not worth a failure where it is a hundredth of that."""
     record = self_test(cases.build(lambda: cubic(wrong=1.0, share=share)))
     assert record.method == ("double backward" if passes else "finite difference")

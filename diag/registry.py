@@ -11,6 +11,7 @@ the entry point group `diag.instruments`. No line of the core names one.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import importlib
 import importlib.metadata
@@ -33,6 +34,16 @@ ENTRY_POINTS = "diag.instruments"
 # What an instrument's `passes` counts in: forward passes over the data. A curvature product is two or three
 # gradients and an algorithm's own vectors; by scripts/bench_estimates.py 5 to 14 passes, the self-test 20 to 60.
 GRADIENT, PRODUCT, SELF_TEST = 3.0, 8.0, 40.0
+
+
+class Kind(enum.Enum):
+    """When a watch runs an instrument."""
+
+    CHECK = (
+        "check"  # costs nothing or one look (at most one forward pass over the probe): at scheduled steps, always
+    )
+    MEASUREMENT = "measurement"  # expensive (curvature, per-example gradients): as the budget allows
+    DESCRIPTION = "description"  # judges nothing: only by name or with instruments="all"
 
 
 @runtime_checkable
@@ -78,6 +89,7 @@ class Instrument:
     settings: tuple[Setting, ...]
     result: type[Result]
     passes: Callable[[Mapping[str, Any]], float] | None = None
+    kind: Kind = Kind.MEASUREMENT
 
     @property
     def name(self) -> str:
@@ -162,16 +174,24 @@ class Instrument:
 
 
 def instrument(
-    *, source: str, title: str = "", passes: Callable[[Mapping[str, Any]], float] | None = None
+    *,
+    source: str,
+    title: str = "",
+    passes: Callable[[Mapping[str, Any]], float] | None = None,
+    kind: str | Kind = Kind.MEASUREMENT,
 ) -> Callable[[Callable[..., Result]], Instrument]:
     """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read.
 
     `passes(settings)` is what measuring usually takes, in forward passes over the data (GRADIENT, PRODUCT), where
     the costs of the quantities do not tell: a watch plans by it until it has timed a first measurement.
 
+    `kind` says when a watch runs it: "check" at scheduled steps whatever the budget, "measurement" as the budget
+    allows, "description" only when it is asked for.
+
     Raises InvalidInput where a positional parameter is not in the glossary, a keyword-only one has no
-    default, the docstring is missing, or the return annotation is no Result.
+    default, the docstring is missing, the return annotation is no Result, or the kind is none of the three.
     """
+    when = _kind(kind)
 
     def declare(function: Callable[..., Result]) -> Instrument:
         hints = typing.get_type_hints(function)
@@ -181,11 +201,22 @@ def instrument(
         if not inspect.getdoc(function):
             raise InvalidInput(f"{function.__name__} has no docstring; it becomes the help text and the report's.")
         needs, settings = _signature(function, hints)
-        made = Instrument(function, source, title or _title(function.__name__), needs, settings, result, passes)
+        made = Instrument(
+            function, source, title or _title(function.__name__), needs, settings, result, passes, when
+        )
         functools.update_wrapper(typing.cast(Any, made), function)  # name, docstring, module
         return made
 
     return declare
+
+
+def _kind(given: str | Kind) -> Kind:
+    try:
+        return Kind(given)
+    except ValueError:
+        raise InvalidInput(
+            f"kind={given!r} is no kind of instrument; expected {', '.join(repr(k.value) for k in Kind)}."
+        ) from None
 
 
 def _signature(

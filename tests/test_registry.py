@@ -10,7 +10,7 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.registry import attempt, find, instrument, instruments, measure, measure_all
+from diag.registry import Kind, attempt, find, instrument, instruments, measure, measure_all
 from diag.result import Failed, Level, Result, Skipped, Verdict, measured
 from diag.testing import classification, is_one_sentence
 
@@ -217,3 +217,15 @@ def test_a_broken_entry_point_is_left_out_with_a_warning(third_party):
     assert (
         "largest_weight (third_party) cannot be imported (No module named 'nothing_of_this_name')" in shown.stderr
     )
+
+
+def test_an_instrument_says_when_a_watch_runs_it():
+    def looks(logits) -> Mean:
+        """A look."""
+
+    assert instrument(source="none")(looks).kind is Kind.MEASUREMENT
+    assert instrument(source="none", kind="check")(looks).kind is Kind.CHECK
+    with pytest.raises(
+        InvalidInput, match="kind='chek' is no kind of instrument; expected 'check', 'measurement', "
+    ):
+        instrument(source="none", kind="chek")

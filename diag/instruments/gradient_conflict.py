@@ -108,7 +108,7 @@ def sign_flip_rate(series: Sequence[GradientConflict]) -> float:
     return float(numpy.concatenate(pairs).mean()) if pairs and pairs[0].size else math.nan
 
 
-@instrument(source=SOURCE, title="Gradient conflict")
+@instrument(source=SOURCE, title="Gradient conflict", kind="description")
 def gradient_conflict(
     per_example_gradients: PerExampleGradients, labels: Tensor, *, seed: int = 0
 ) -> GradientConflict:

@@ -108,7 +108,7 @@ def _places(graph: networkx.DiGraph) -> dict[int, tuple[float, float]]:
     return places
 
 
-@instrument(source=SOURCE)
+@instrument(source=SOURCE, kind="description")
 def symmetry_groups(symmetries: Symmetries, module_graph: Any) -> SymmetryGroups:
     """Which units may be permuted without changing the function, and which module feeds which.
 

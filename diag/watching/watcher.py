@@ -52,7 +52,7 @@ def watch(
     held_out: Any = None,
     optimizer: Optimizer | None = None,
     run: str | Path | None = None,
-    instruments: Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    instruments: str | Iterable[str] | Mapping[str, Mapping[str, Any]] | None = None,
     every: int | None = None,
     budget: float = 0.05,
     resume: bool | int = False,
@@ -68,7 +68,8 @@ def watch(
     held_out: data of the same kind that is not trained on, for what instruments measure on it besides.
     optimizer: count only the steps of this one; by default every optimizer that holds parameters of the model.
     run: the folder of the record; by default a temporary one, which ends with the process.
-    instruments: names, or a mapping from names to settings; all of them by default.
+    instruments: names, or a mapping from names to settings; by default all that can judge. "all" adds the
+        descriptions.
     every: measure every so many steps, besides the geometrically spaced ones.
     budget: the share of wall time that watching may take; `math.inf` measures at every scheduled step.
     resume: go on with the run in the folder, after its last step or after the given one.

@@ -73,7 +73,10 @@ def test_settings_are_passed_and_checked(tiny):
     assert result.provenance.settings["alarm_at"] == 0.123
     assert watcher.run.metadata["settings"] == settings
     assert chosen_instruments("softmax_collapse") == {"softmax_collapse": {}}
-    assert set(chosen_instruments(None)) == set(diag.registry.instruments())
+    assert set(chosen_instruments("all")) == set(diag.registry.instruments())
+    descriptions = {n for n, i in diag.registry.instruments().items() if i.kind is diag.registry.Kind.DESCRIPTION}
+    assert set(chosen_instruments(None)) == set(diag.registry.instruments()) - descriptions
+    assert {"gradient_conflict", "input_magnitude", "symmetry_groups"} <= descriptions
     with pytest.raises(InvalidInput, match="has no setting 'nonsense'; it has"):
         chosen_instruments({"softmax_collapse": {"nonsense": 1}})
 

@@ -18,7 +18,7 @@ import torch
 
 from diag.display import format_seconds
 from diag.errors import InvalidInput
-from diag.registry import Instrument, attempt, find, instruments
+from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.measure.own_step import OwnStep, Read
@@ -55,15 +55,19 @@ NO_WINDOW = (
 Chosen = Mapping[str, Mapping[str, Any]]
 
 
-def chosen_instruments(given: Iterable[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    """Instrument names with their settings, as the user gave them; all of them by default.
+def chosen_instruments(
+    given: str | Iterable[str] | Mapping[str, Mapping[str, Any]] | None,
+) -> dict[str, dict[str, Any]]:
+    """Instrument names with their settings, as the user gave them; by default all that can judge, and with "all"
+    the descriptions too.
 
     Raises InvalidInput for an unknown instrument or setting.
     """
-    if isinstance(given, str):
+    if isinstance(given, str) and given != "all":
         given = [given]
     wanted: Mapping[str, Mapping[str, Any]]
-    names = instruments() if given is None else given
+    by_default = [n for n, i in instruments().items() if given == "all" or i.kind is not Kind.DESCRIPTION]
+    names = by_default if given is None or isinstance(given, str) else given
     wanted = given if isinstance(given, Mapping) else {name: {} for name in names}
     for name, settings in wanted.items():
         known = [s.name for s in find(name).settings]

@@ -20,6 +20,7 @@ LEVEL_MARKS = {
     "warning": ("▲", "#a86200", "warning"),
     "unknown": ("?", "#6a6ab5", "unknown"),
     "ok": ("✔", "#1b8049", "ok"),
+    "description": ("·", "#5b6b7a", "description"),
     "not_applicable": ("–", "#757575", "not applicable"),
 }
 

@@ -17,7 +17,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Self
 
 from diag import display
@@ -27,13 +27,17 @@ OUR_CHOICE = "our choice, uncalibrated"
 
 
 class Level(enum.StrEnum):
-    """How bad it is. `unknown`: the uncertainty straddles the threshold; `not_applicable`: a precondition
-    of the measurement fails, so no verdict is given."""
+    """How bad it is.
+
+    `unknown`: the uncertainty straddles the threshold. `description`: measured, and no paper or calibration
+    licenses a judgement; never counted as passed, never shown as a finding. `not_applicable`: a precondition fails.
+    """
 
     ALARM = "alarm"
     WARNING = "warning"
     UNKNOWN = "unknown"
     OK = "ok"
+    DESCRIPTION = "description"
     NOT_APPLICABLE = "not_applicable"
 
     @property
@@ -47,6 +51,7 @@ class Confidence(enum.StrEnum):
 
     ARITHMETIC = "arithmetic"
     THEOREM = "theorem"
+    CALIBRATED = "calibrated"
     STRONG_EMPIRICAL = "strong_empirical"
     WEAK_EMPIRICAL = "weak_empirical"
     CONTESTED = "contested"
@@ -58,10 +63,15 @@ class Verdict:
 
     `value` and `threshold` are the number that decided and what it was compared with; `layers` names the
     parts of the network that it speaks of; `threshold_source` says who chose the threshold.
+
+    `cause` names what happened, from the closed list of causes (`diag.instruments.causes`), where the verdict says
+    why; `explained_by` names causes of which this would be a consequence, so that one story is told once. `step` is
+    where it began, if that is known; `examples` are rows of the data that it speaks of, by their index there.
     """
 
     level: Level
     sentence: str
+    _: KW_ONLY
     advice: str = ""
     source: str = ""
     confidence: Confidence = Confidence.WEAK_EMPIRICAL
@@ -70,11 +80,18 @@ class Verdict:
     threshold: float | None = None
     threshold_source: str = ""
     layers: tuple[str, ...] = ()
+    cause: str = ""
+    explained_by: tuple[str, ...] = ()
+    step: int | None = None
+    examples: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "level", Level(self.level))
         object.__setattr__(self, "confidence", Confidence(self.confidence))
-        object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "examples"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "cause", str(self.cause))
+        object.__setattr__(self, "explained_by", tuple(map(str, self.explained_by)))
         if not self.sentence.strip():
             raise InvalidInput("A verdict has an empty sentence; say what was found, with its numbers.")
 
@@ -85,6 +102,9 @@ class Verdict:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
         return cls(**decode(data))
+
+    def __str__(self) -> str:
+        return self.sentence
 
     def _repr_html_(self) -> str:
         return display.verdict_html(self.level, self.sentence, self.advice, self.refutation, self.source)

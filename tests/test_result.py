@@ -143,7 +143,9 @@ def test_the_notebook_view_escapes_and_draws():
 
 
 def test_verdicts_round_trip_and_refuse_nonsense():
-    verdict = Verdict("warning", "One of two.", "Try it.", "a paper", layers=("a",), value=math.inf, threshold=1.0)
+    verdict = Verdict(
+        "warning", "One of two.", advice="Try it.", source="a paper", layers=("a",), value=math.inf, threshold=1.0
+    )
     assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict(), allow_nan=False))) == verdict
     assert verdict.level is Level.WARNING
     with pytest.raises(InvalidInput, match="empty sentence"):

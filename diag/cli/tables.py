@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from diag.registry import Instrument
     from diag.run.run import Finding, Run
 
-STYLES = {"alarm": "bold red", "warning": "yellow", "unknown": "blue", "ok": "green", "not_applicable": "dim"}
+STYLES = {
+    "alarm": "bold red",
+    "warning": "yellow",
+    "unknown": "blue",
+    "ok": "green",
+    "description": "cyan",
+    "not_applicable": "dim",
+}
 PIPED_WIDTH = 160
 
 

@@ -77,7 +77,9 @@ class EdgeOfStability(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", PROVES_NOTHING, SOURCE)
+            return Verdict(
+                Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", advice=PROVES_NOTHING, source=SOURCE
+            )
         if not math.isnan(self.scatter_ratio):
             return self._under_small_batches()
         begins, ends = self._band()

@@ -74,7 +74,7 @@ class GradientCoherence(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", NO_VERDICT, SOURCE)
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", advice=NO_VERDICT, source=SOURCE)
         gap = self.corrected - self.permuted
         error = math.hypot(self.standard_error, self.permuted_standard_error)
         limit = STANDARD_ERRORS * error
@@ -90,15 +90,15 @@ class GradientCoherence(Result):
         return Verdict(
             level,
             f"{found}: corrected coherence {numbers}.",
-            "Measure on more examples, or look for labels that do not follow from the inputs."
+            advice="Measure on more examples, or look for labels that do not follow from the inputs."
             if level == Level.UNKNOWN
             else NO_VERDICT,
-            SOURCE,
-            Confidence.WEAK_EMPIRICAL,
-            "The same contrast with other permutations, or at another step early in training.",
-            gap,
-            limit,
-            OUR_CHOICE,
+            source=SOURCE,
+            confidence=Confidence.WEAK_EMPIRICAL,
+            refutation="The same contrast with other permutations, or at another step early in training.",
+            value=gap,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
         )
 
     @classmethod
@@ -122,9 +122,10 @@ class GradientCoherence(Result):
             f"{word} started at {format_number(known[0][1])}, was largest at step {step:,} "
             f"({format_number(peak)}) and ended at {format_number(known[-1][1])}, which describes the run and "
             "judges nothing.",
-            "Compare the step of the peak with that of the same network on permuted labels: there it comes later.",
-            SOURCE,
-            Confidence.WEAK_EMPIRICAL,
+            advice="Compare the step of the peak with that of the same network on permuted labels: there it comes "
+            "later.",
+            source=SOURCE,
+            confidence=Confidence.WEAK_EMPIRICAL,
             value=float(step),
         )
 

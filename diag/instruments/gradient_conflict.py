@@ -55,10 +55,11 @@ class GradientConflict(Result):
         return Verdict(
             Level.NOT_APPLICABLE,
             f"No verdict: {detail}",
-            "Negative cosines say that a step for one group costs the other; compare before and after a change of "
+            advice="Negative cosines say that a step for one group costs the other; compare before and after a "
+            "change of "
             "loss weights, not one value by itself.",
-            SOURCE,
-            Confidence.WEAK_EMPIRICAL,
+            source=SOURCE,
+            confidence=Confidence.WEAK_EMPIRICAL,
             value=self.lowest,
         )
 

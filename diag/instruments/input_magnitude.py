@@ -56,9 +56,9 @@ class InputMagnitude(Result):
         return Verdict(
             Level.NOT_APPLICABLE,
             f"No verdict: {unmet.detail if unmet else found}",
-            "Where large inputs dominate, normalise the inputs and measure again.",
-            SOURCE,
-            Confidence.ARITHMETIC,
+            advice="Where large inputs dominate, normalise the inputs and measure again.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
             value=self.slope,
         )
 

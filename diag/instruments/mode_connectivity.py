@@ -122,13 +122,14 @@ class ModeConnectivity(Result):
             f"The two networks are {word} by the straight line{self._alignment()}: on {where} the error rises by "
             f"{_points(value)} over the chord{_plus_minus(error)}, and the training loss by "
             f"{format_number(self._loss_barrier())}.",
-            "" if level is Level.OK else ADVICE_ALIGNED if self.align else ADVICE_PLAIN,
-            f"{FRANKLE}; {RE_BASIN}" if self.align else FRANKLE,
-            Confidence.STRONG_EMPIRICAL,
-            REFUTATION + self._limit(),
-            value,
-            self._setting("connected_below", CONNECTED_BELOW),
-            "Frankle et al. 2020 (2 %, there over the mean of the ends: the same where the ends agree)",
+            advice="" if level is Level.OK else ADVICE_ALIGNED if self.align else ADVICE_PLAIN,
+            source=f"{FRANKLE}; {RE_BASIN}" if self.align else FRANKLE,
+            confidence=Confidence.STRONG_EMPIRICAL,
+            refutation=REFUTATION + self._limit(),
+            value=value,
+            threshold=self._setting("connected_below", CONNECTED_BELOW),
+            threshold_source="Frankle et al. 2020 (2 %, there over the mean of the ends: the same where the ends "
+            "agree)",
         )
 
     def _loss_barrier(self) -> float:

@@ -162,9 +162,9 @@ class NeuralCollapse(Result):
             Level.OK,
             f"The features are collapsing: from step {recent[0][0]:,} to {recent[-1][0]:,} {parts}; "
             f"{last.sentence[0].lower()}{last.sentence[1:]}",
-            NOT_A_SCORE,
-            SOURCE,
-            Confidence.STRONG_EMPIRICAL,
+            advice=NOT_A_SCORE,
+            source=SOURCE,
+            confidence=Confidence.STRONG_EMPIRICAL,
             value=last.value,
             threshold=last.threshold,
             threshold_source=OUR_CHOICE,

@@ -100,7 +100,7 @@ class Sharpness(Result):
             f"draws of sigma = {format_number(self.sigma)} (adaptive: {format_number(self.adaptive_worst_case)}, "
             f"{format_number(self.adaptive_average, 2)}); this describes and judges nothing."
         )
-        return Verdict(Level.OK, sentence, NOT_A_SCORE, SOURCE, Confidence.CONTESTED)
+        return Verdict(Level.OK, sentence, advice=NOT_A_SCORE, source=SOURCE, confidence=Confidence.CONTESTED)
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
@@ -113,9 +113,9 @@ class Sharpness(Result):
             f"From step {first_step:,} to {last_step:,} the worst rise within rho = {format_number(last.rho)} went "
             f"from {format_number(first.worst_case)} to {format_number(last.worst_case)} while the loss went from "
             f"{format_number(first.loss)} to {format_number(last.loss)}.",
-            NOT_A_SCORE,
-            SOURCE,
-            Confidence.CONTESTED,
+            advice=NOT_A_SCORE,
+            source=SOURCE,
+            confidence=Confidence.CONTESTED,
         )
 
     def compared_with(self, other: Self) -> Verdict:
@@ -125,14 +125,16 @@ class Sharpness(Result):
         """
         unmet = self.unmet() or other.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No comparison: {unmet.detail}", NOT_A_SCORE, SOURCE)
+            return Verdict(
+                Level.NOT_APPLICABLE, f"No comparison: {unmet.detail}", advice=NOT_A_SCORE, source=SOURCE
+            )
         pair = f"{format_number(self.loss)} and {format_number(other.loss)}"
         if (self.rho, self.sigma, self.norm) != (other.rho, other.sigma, other.norm):
             sentence = "No comparison: the radii, sigmas or norms differ; measure with equal ones."
-            return Verdict(Level.NOT_APPLICABLE, sentence, "", SOURCE)
+            return Verdict(Level.NOT_APPLICABLE, sentence, advice="", source=SOURCE)
         if abs(self.loss - other.loss) > EQUAL_LOSSES * max(abs(self.loss), abs(other.loss)):
             sentence = f"No comparison: the losses {pair} differ by more than {format_share(EQUAL_LOSSES)}."
-            return Verdict(Level.NOT_APPLICABLE, sentence, "Compare at equal training loss.", SOURCE)
+            return Verdict(Level.NOT_APPLICABLE, sentence, advice="Compare at equal training loss.", source=SOURCE)
         gap = self.adaptive_average - other.adaptive_average
         error = math.hypot(self.adaptive_average_standard_error, other.adaptive_average_standard_error)
         told = "are not told apart" if abs(gap) <= 2 * error else "differ"
@@ -141,9 +143,9 @@ class Sharpness(Result):
             f"At losses of {pair} the adaptive average rises {told}: {format_number(self.adaptive_average)} "
             f"against {format_number(other.adaptive_average)}, a difference of {format_number(gap)} ± "
             f"{format_number(error, 2)}.",
-            NOT_A_SCORE,
-            SOURCE,
-            Confidence.CONTESTED,
+            advice=NOT_A_SCORE,
+            source=SOURCE,
+            confidence=Confidence.CONTESTED,
             value=gap,
             threshold=2 * error,
         )

@@ -108,13 +108,13 @@ class SoftmaxCollapse(Result):
                 Level.ALARM if self.collapsed >= alarm_at else Level.WARNING,
                 f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
                 f"their true class, by {self.loss}: {self._meaning()}.",
-                ADVICE,
-                SOURCE,
-                Confidence.ARITHMETIC,
-                REFUTATION,
-                self.collapsed,
-                alarm_at if self.collapsed >= alarm_at else 0.0,
-                OUR_CHOICE if self.collapsed >= alarm_at else "any example at all",
+                advice=ADVICE,
+                source=SOURCE,
+                confidence=Confidence.ARITHMETIC,
+                refutation=REFUTATION,
+                value=self.collapsed,
+                threshold=alarm_at if self.collapsed >= alarm_at else 0.0,
+                threshold_source=OUR_CHOICE if self.collapsed >= alarm_at else "any example at all",
             )
         return self._near() or self._far()
 
@@ -148,13 +148,13 @@ class SoftmaxCollapse(Result):
         return Verdict(
             Level.WARNING,
             f"No example has collapsed, but collapse is near: {found}.",
-            ADVICE,
-            SOURCE,
-            Confidence.ARITHMETIC,
-            REFUTATION,
-            value,
-            threshold,
-            OUR_CHOICE,
+            advice=ADVICE,
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation=REFUTATION,
+            value=value,
+            threshold=threshold,
+            threshold_source=OUR_CHOICE,
         )
 
     def _far(self) -> Verdict:

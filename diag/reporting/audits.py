@@ -20,6 +20,7 @@ TITLES = {
     "warning": "{}: warning",
     "unknown": "{}: cannot tell",
     "ok": "{}: passed",
+    "description": "{}",
     "not_applicable": "{}: does not apply",
     "skipped": "{}: skipped",
     "failed": "{}: failed",
@@ -27,6 +28,7 @@ TITLES = {
 CONFIDENCE = {
     "arithmetic": "arithmetic: it follows from the numbers",
     "theorem": "a theorem, under its assumptions",
+    "calibrated": "calibrated on programs that chose no threshold",
     "strong_empirical": "strong empirical support",
     "weak_empirical": "weak empirical support",
     "contested": "contested in the literature",

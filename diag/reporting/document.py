@@ -142,6 +142,7 @@ def _quiet(could_judge: int, counts: Mapping[str, int]) -> dict[str, str]:
         counted(counts[level], f"check {words}", f"checks {words}")
         for level, words in (
             ("unknown", "could not tell"),
+            ("description", "only described"),
             ("not_applicable", "did not apply"),
             ("skipped", "skipped"),
             ("failed", "failed"),

@@ -25,6 +25,11 @@ WORDS = {level: word for level, (_, _, word) in LEVEL_MARKS.items()} | {"skipped
 FOLDED = (
     ("unknown", "Could not tell", "The uncertainty of the measurement straddles the threshold."),
     ("ok", "Passed", "The check could judge, and its number is on the good side of its threshold."),
+    (
+        "description",
+        "Descriptions",
+        "Measured; no paper or calibration licenses a judgement, so it is neither good nor bad.",
+    ),
     ("not_applicable", "Do not apply", "A precondition of the check does not hold, so it gives no verdict."),
     ("skipped", "Skipped", "Something was missing, so nothing was measured."),
     ("failed", "Failed", "The check ended in an error, so there is no verdict."),

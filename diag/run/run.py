@@ -32,6 +32,7 @@ from diag.run.files import (
     read_records,
     read_rows,
 )
+from diag.run.stories import Story, stories
 from diag.run.writer import RunWriter
 from diag.snapshot.history import History
 
@@ -136,6 +137,10 @@ class Run:
     def findings(self) -> list[Finding]:
         """One verdict an instrument, over its whole series; the worst first, then the earliest."""
         return list(self._judged[0])
+
+    def stories(self) -> list[Story[Finding]]:
+        """What went wrong, each with what follows from it; the worst first, then the most certain and earliest."""
+        return stories(self.findings())
 
     @property
     def costs(self) -> list[Cost]:

@@ -109,16 +109,18 @@ class GradientFlow(Result):
         return Verdict(
             Level.ALARM,
             f"{text[0].upper()}{text[1:]} (of {self.num_steps:,} recorded).",
-            "Look at the batch of the first such step; then lower the learning rate, warm it up, or clip the "
+            advice="Look at the batch of the first such step; then lower the learning rate, warm it up, or clip "
+            "the "
             "gradient; under float16 use a GradScaler.",
-            "arithmetic",
-            Confidence.ARITHMETIC,
-            "Compute the loss of that batch again in float64 from the state before the step: if it is finite, the "
+            source="arithmetic",
+            confidence=Confidence.ARITHMETIC,
+            refutation="Compute the loss of that batch again in float64 from the state before the step: if it is "
+            "finite, the "
             "precision is to blame, not the batch.",
-            float(self.non_finite_losses + self.non_finite_applied),
-            0.0,
-            "any step at all",
-            self.gradient_layers[:5],
+            value=float(self.non_finite_losses + self.non_finite_applied),
+            threshold=0.0,
+            threshold_source="any step at all",
+            layers=self.gradient_layers[:5],
         )
 
     def _idle(self) -> Verdict | None:
@@ -129,15 +131,16 @@ class GradientFlow(Result):
             Level.WARNING,
             f"The gradient of {len(self.idle_layers)} of {len(self.layers)} parameter tensors was exactly zero "
             f"{self._span()}: {names}.",
-            "Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, or "
+            advice="Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, "
+            "or "
             "labels that mask it leave a layer without a gradient.",
-            "arithmetic",
-            Confidence.ARITHMETIC,
-            "A single step on other data with a gradient other than zero in these tensors.",
-            float(len(self.idle_layers)),
-            0.0,
-            "any tensor at all",
-            self.idle_layers,
+            source="arithmetic",
+            confidence=Confidence.ARITHMETIC,
+            refutation="A single step on other data with a gradient other than zero in these tensors.",
+            value=float(len(self.idle_layers)),
+            threshold=0.0,
+            threshold_source="any tensor at all",
+            layers=self.idle_layers,
         )
 
     def _many_skipped(self) -> Verdict | None:
@@ -149,15 +152,16 @@ class GradientFlow(Result):
             Level.WARNING,
             f"The GradScaler left out {format_share(share)} of the steps ({self.skipped_steps} of "
             f"{self.num_steps:,}), first at step {self.skipped_step_numbers[0]:,}.",
-            "A few skips are how the scale is found; so many say that gradients overflow float16 again and again: "
+            advice="A few skips are how the scale is found; so many say that gradients overflow float16 again and "
+            "again: "
             "use bfloat16, or look for the layer whose gradient is not finite.",
-            "torch.amp.GradScaler",
-            Confidence.ARITHMETIC,
-            "A run in bfloat16 or float32 whose gradients are as large.",
-            share,
-            limit,
-            OUR_CHOICE,
-            self.gradient_layers[:5],
+            source="torch.amp.GradScaler",
+            confidence=Confidence.ARITHMETIC,
+            refutation="A run in bfloat16 or float32 whose gradients are as large.",
+            value=share,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            layers=self.gradient_layers[:5],
         )
 
     def _vanishing(self) -> Verdict | None:
@@ -170,14 +174,15 @@ class GradientFlow(Result):
             Level.ALARM,
             f"The gradient {word} over the depth at initialisation: by a factor of "
             f"{format_number(self.depth_factor)} from the last layer's bias to the first's.",
-            "Scale the initial weights for the activation (variance 2 / fan-in for ReLU, 1 / fan-in for tanh), or "
+            advice="Scale the initial weights for the activation (variance 2 / fan-in for ReLU, 1 / fan-in for "
+            "tanh), or "
             "add normalisation or skip connections.",
-            "Roberts, Yaida, Hanin 2022, arXiv:2106.10165",
-            Confidence.STRONG_EMPIRICAL,
-            "The factor over several seeds: in a narrow, deep network a single draw fluctuates.",
-            self.depth_factor,
-            limit,
-            OUR_CHOICE,
+            source="Roberts, Yaida, Hanin 2022, arXiv:2106.10165",
+            confidence=Confidence.STRONG_EMPIRICAL,
+            refutation="The factor over several seeds: in a narrow, deep network a single draw fluctuates.",
+            value=self.depth_factor,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
         )
 
     def _span(self) -> str:

@@ -102,16 +102,17 @@ def _judged(
     return Verdict(
         level,
         sentence,
-        advice,
-        SOURCE,
-        confidence,
-        "Take the named rows out and measure again: the direction should lose its curvature. Late in training "
+        advice=advice,
+        source=SOURCE,
+        confidence=confidence,
+        refutation="Take the named rows out and measure again: the direction should lose its curvature. Late in "
+        "training "
         "with cross-entropy a few plain hard examples can do the same."
         if level == Level.WARNING
         else "",
-        result.share,
-        result.limit,
-        OUR_CHOICE,
+        value=result.share,
+        threshold=result.limit,
+        threshold_source=OUR_CHOICE,
     )
 
 

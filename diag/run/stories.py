@@ -1,0 +1,89 @@
+"""One story, told once: a finding with the findings that follow from it.
+
+A learning rate that is too high makes the loss diverge, then units die, then gradients vanish. Four checks see it
+and the reader needs one sentence. Which finding can follow from which is said by the verdicts themselves
+(`Verdict.explained_by`); nothing here knows a check by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from diag.result import Confidence, Level, Verdict
+
+TOLD = (Level.ALARM, Level.WARNING)
+# A finding that follows from arithmetic needs no threshold, so it is told before one that rests on a calibration.
+CERTAINTY = list(Confidence)
+
+
+class Told(Protocol):
+    """What a story is made of: a verdict, and the steps that it was measured at."""
+
+    @property
+    def verdict(self) -> Verdict: ...
+    @property
+    def first_step(self) -> int: ...
+    @property
+    def instrument(self) -> str: ...
+
+
+F = TypeVar("F", bound=Told)
+
+
+@dataclass(frozen=True)
+class Story(Generic[F]):
+    """Something that went wrong (`finding`) and what else was found that follows from it, the earliest first."""
+
+    finding: F
+    consequences: tuple[F, ...] = ()
+
+    @property
+    def level(self) -> Level:
+        """The worst level in the story."""
+        return min((f.verdict.level for f in (self.finding, *self.consequences)), key=lambda level: level.severity)
+
+
+def stories(findings: Iterable[F]) -> list[Story[F]]:
+    """The stories that alarms and warnings tell: the worst first, then the most certain, then the earliest.
+
+    A finding is a consequence of another where its verdict names the other's cause in `explained_by` and did not
+    begin before it; chains are followed to their root, and of two that explain each other the first is the root.
+    """
+    told = sorted((f for f in findings if f.verdict.level in TOLD), key=_order)
+    roots = {id(f): _root(f, told) for f in told}
+    made = [
+        Story(root, tuple(sorted((f for f in told if roots[id(f)] is root and f is not root), key=_began)))
+        for root in told
+        if roots[id(root)] is root
+    ]
+    return sorted(made, key=lambda story: (story.level.severity, *_order(story.finding)[1:]))
+
+
+def _root(finding: F, told: Sequence[F]) -> F:
+    seen = [finding]
+    while True:
+        cause = next((g for g in told if _explains(g, seen[-1])), None)
+        if cause is None:
+            return seen[-1]
+        if any(cause is s for s in seen):  # they explain each other
+            circle = seen[next(i for i, s in enumerate(seen) if s is cause) :]
+            return min(circle, key=_order)
+        seen.append(cause)
+
+
+def _explains(cause: Told, finding: Told) -> bool:
+    named = cause is not finding and cause.verdict.cause and cause.verdict.cause in finding.verdict.explained_by
+    return bool(named) and _began(cause) <= _began(finding)
+
+
+def _began(finding: Told) -> int:
+    """The step at which it began as far as that is known: measured first or said by the verdict."""
+    return finding.verdict.step if finding.verdict.step is not None else finding.first_step
+
+
+def _order(finding: Told) -> tuple[int, int, int, str]:
+    verdict = finding.verdict
+    certainty = CERTAINTY.index(verdict.confidence)
+    return verdict.level.severity, certainty, _began(finding), finding.instrument

@@ -150,7 +150,7 @@ from diag import Result, Verdict, instrument, measured
 class LargestWeight(Result):
     largest: float = measured("largest weight", unit="1")
     def verdict(self):
-        return Verdict("alarm", f"The largest weight is {self.largest:.3g}.", "Look at it.", "none",
+        return Verdict("alarm", f"The largest weight is {self.largest:.3g}.", advice="Look at it.", source="none",
                        refutation="A smaller one.")
     def plot(self, ax):
         ax.bar([0], [self.largest]); ax.set(xlabel="weight", ylabel="size")

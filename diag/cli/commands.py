@@ -61,6 +61,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
 @click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")
 @click.option("--max-examples", type=click.IntRange(1), help="Measure on the first examples only.")
 @click.option("--device", help="Where to measure: cpu, cuda, ...")
+@click.option("--every", is_flag=True, help="What takes long, too, on every checkpoint.")
 @click.option("--open", "open_it", is_flag=True, help="Show the report in the browser.")
 def report(
     sources: Sequence[Path],
@@ -71,6 +72,7 @@ def report(
     key: str | None,
     max_examples: int | None,
     device: str | None,
+    every: bool,
     open_it: bool,
 ) -> None:
     """Write the report of a run, or of checkpoints.
@@ -78,6 +80,7 @@ def report(
     A run is the folder that diag.watch(model, run=...) wrote. Checkpoints (.pt, .safetensors, .ckpt, folders of
     Hugging Face or torch.distributed.checkpoint) need --build: module:function or file.py:function names a
     function that returns (model, loss_fn, data). Each checkpoint is loaded into that model and becomes a step.
+    What takes long is measured on the first, the last and the best of them.
     """
     from diag.cli import tables
     from diag.cli.settings import read_settings
@@ -87,8 +90,8 @@ def report(
     if build is None:
         run = _restricted(_one_run(sources), names, chosen)
     else:
-        options = {"max_examples": max_examples, "device": device}
-        run = _measured(sources, build, names, chosen, {k: v for k, v in options.items() if v is not None}, key)
+        options = {k: v for k, v in {"max_examples": max_examples, "device": device}.items() if v is not None}
+        run = _measured(sources, build, names=names, settings=chosen, options=options, key=key, every=every)
     page = write_report(run, output, command=_command_line())
     tables.show(tables.verdicts(run.findings()))
     if build is not None and run.outcomes:
@@ -114,26 +117,19 @@ def _one_run(sources: Sequence[Path]) -> Run:
     )
 
 
-def _measured(
-    sources: Sequence[Path], build: str, names: Sequence[str], settings: Any, options: Any, key: str | None
-) -> Run:
+def _measured(sources: Sequence[Path], build: str, **chosen: Any) -> Run:
     from diag.cli import tables
-    from diag.cli.build import check_checkpoints, run_of_checkpoints
+    from diag.run.checkpoints import from_checkpoints
 
-    check_checkpoints(sources)
     with tables.progress_bar() as bar:
         task = bar.add_task("Reading", total=None)
-        run, notes = run_of_checkpoints(
-            sources,
-            build,
-            names=names,
-            settings=settings,
-            options=options,
-            key=key,
-            progress=lambda done, total, text: bar.update(task, completed=done, total=total, description=text),
-        )
-    for note in notes:
-        click.echo(note, err=True)
+
+        def progress(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text)
+
+        run = from_checkpoints(sources, build, progress=progress, **chosen)
+    for event in run.events:
+        click.echo(event.text, err=True)
     return run
 
 

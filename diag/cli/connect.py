@@ -127,7 +127,7 @@ def _snapshot_and_states(
 ) -> tuple[Snapshot, dict[str, dict[str, Tensor]]]:
     """The snapshot that the build function gives, and each checkpoint's state as its model has it."""
     from diag.checkpoints import load_into, load_state
-    from diag.cli.build import built_arguments
+    from diag.run.build import built_arguments
     from diag.snapshot.snapshot import Snapshot
 
     arguments = built_arguments(build) | ({} if max_examples is None else {"max_examples": max_examples})

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from diag.cli.build import run_of_checkpoints
 from diag.cli.settings import convert, read_settings
 from diag.errors import InvalidInput
 from diag.registry import instrument
 from diag.result import Result, Verdict, measured
+from diag.run.checkpoints import from_checkpoints
 
 TASK = """
 import torch
@@ -94,7 +94,7 @@ def test_all_instruments_and_what_was_skipped(task, run_diag):
 def test_the_run_in_memory(task, monkeypatch):
     monkeypatch.chdir(task)
     seen = []
-    run, notes = run_of_checkpoints(
+    run = from_checkpoints(
         [task / "net_100.pt", task / "net_0.pt"],
         "task.py:as_dict",
         names=["softmax_collapse"],
@@ -103,7 +103,7 @@ def test_the_run_in_memory(task, monkeypatch):
         progress=lambda *what: seen.append(what),
     )
     (first, calm), (second, collapsed) = run.series("softmax_collapse")
-    assert (first, second, calm.collapsed, collapsed.collapsed) == (0, 100, 0.0, 1.0) and notes == []
+    assert (first, second, calm.collapsed, collapsed.collapsed) == (0, 100, 0.0, 1.0) and not run.events
     assert collapsed.provenance.settings["alarm_at"] == 0.25
     assert collapsed.provenance.num_examples == 12 and collapsed.provenance.seed == 3
     assert calm.provenance.data_fingerprint == collapsed.provenance.data_fingerprint
@@ -128,13 +128,11 @@ def test_each_checkpoint_has_the_one_before_as_its_previous(task, monkeypatch):
         return Change(before=float(previous_losses.mean()), now=float(losses.mean()))
 
     monkeypatch.chdir(task)
-    monkeypatch.setattr("diag.cli.build.find", lambda name: change)
+    monkeypatch.setattr("diag.run.checkpoints.find", lambda name: change)
     monkeypatch.setattr("diag.run.run.instruments", lambda: {"change": change})
     for step, margin in {1: 1.0, 2: 2.0, 3: 3.0}.items():
         torch.save({"0.weight": torch.eye(4) * margin}, task / f"small_{step}.pt")
-    run, _ = run_of_checkpoints(
-        [task / f"small_{step}.pt" for step in (1, 2, 3)], "task.py:build", names=["change"]
-    )
+    run = from_checkpoints([task / f"small_{step}.pt" for step in (1, 2, 3)], "task.py:build", names=["change"])
     loss = {m: math.log(1 + 3 * math.exp(-m)) for m in (1, 2, 3)}
     assert [step for step, _ in run.series("change")] == [2, 3] and [step for step, _ in run.outcomes] == [1]
     for step, result in run.series("change"):
@@ -168,7 +166,7 @@ def test_another_entry_of_the_checkpoint(task, run_diag):
     [
         (
             ["net_0.pt", "--build", "task.py"],
-            "--build task.py names no function; expected module:function or file.py",
+            "The build task.py names no function; expected module:function or file.py",
         ),
         (["net_0.pt", "--build", "tusk:build"], "There is no module 'tusk' here"),
         (["net_0.pt", "--build", "a.b.c:build"], "There is no module 'a.b.c' here"),
@@ -190,7 +188,7 @@ def test_another_entry_of_the_checkpoint(task, run_diag):
         (["net_0.pt", "--build", "task:gives_no_model"], "returned int as its model; expected (model"),
         (["net_0.pt", "--build", "task:gives_a_typo"], "returned 'dat'; known are model, loss_fn, data"),
         (["nowhere.pt", "--build", "task:build"], "There is no checkpoint nowhere.pt"),
-        (["run", "--build", "task:build"], "run is a run and not a checkpoint; leave --build out"),
+        (["run", "--build", "task:build"], "run is a run and not a checkpoint; leave build out"),
         (
             ["other.pt", "--build", "task:build"],
             "other.pt does not fit Sequential: 0.weight has shape (5, 4) in the",

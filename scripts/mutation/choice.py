@@ -1,0 +1,65 @@
+"""Which test files concern a module: those that import it or bear its name, its room's, and its importers'."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+# Rooms of diag whose tests lie, for a part, elsewhere than in the folder of the same name.
+ALSO = {"run": ["tests/cli/test_runs.py"]}
+# Test files that look at no single module, or need other machines: they are not asked.
+NEVER = {
+    "test_gpu.py",
+    "test_notebooks.py",
+    "test_readme.py",
+    "test_demo.py",
+    "test_browser.py",
+    "test_mutation.py",
+}
+
+
+class Choice:
+    """The order in which test files are asked about a module of the tree at `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.tests = {p: _imports(p) for p in sorted((root / "tests").rglob("test_*.py")) if p.name not in NEVER}
+        self.modules = {_name(p, root): _imports(p) for p in sorted((root / "diag").rglob("*.py"))}
+
+    def of(self, path: str) -> list[str]:
+        """Test files, from the root: those close to the module first."""
+        name = _name(self.root / path, self.root)
+        users = {user for user, imported in self.modules.items() if _uses(imported, name)}
+        close = [p for p, imported in self.tests.items() if _uses(imported, name) or _mirrors(p, name)]
+        room = name.split(".")[1]
+        near = [p for p in self.tests if p.relative_to(self.root).parts[1] == room]
+        near += [self.root / p for p in ALSO.get(room, [])]
+        far = [p for p, imported in self.tests.items() if any(_mirrors(p, u) for u in users)]
+        ordered = list(dict.fromkeys([*close, *far, *near]))
+        return [str(p.relative_to(self.root)) for p in ordered]
+
+
+def _name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> set[str]:
+    """Names of modules, and of what is taken from them, that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def _uses(imported: set[str], name: str) -> bool:
+    return name in imported
+
+
+def _mirrors(test: Path, name: str) -> bool:
+    """tests/.../test_NAME.py, or test_NAME_something.py, for diag....NAME (or an instrument's folder)."""
+    stem = test.stem.removeprefix("test_")
+    return any(stem == part or stem.startswith(f"{part}_") for part in name.split(".")[2:])

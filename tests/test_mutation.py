@@ -1,4 +1,4 @@
-"""The parts of the mutation runner that need no trial: the changes that it finds, the tests it picks, its guards."""
+"""The parts of the mutation runner that need no trial: the changes it finds, the tests it picks, its guards."""
 
 import ast
 import sys

@@ -145,14 +145,8 @@ def _snapshot_and_states(
 
 def _at(snapshot: Snapshot, state: dict[str, Tensor]) -> Snapshot:
     """The same snapshot with this state in its model."""
-    from diag.snapshot.snapshot import Snapshot
-
     snapshot.model.load_state_dict(state)
-    held_out = snapshot._held_out
-    return Snapshot(
-        snapshot.model, snapshot.loss_fn, snapshot.batches, held_out=held_out, unpack=snapshot._unpack,
-        seed=snapshot.seed, device=snapshot.device, micro_batch=snapshot.micro_batch,
-    )  # fmt: skip
+    return snapshot.replace()
 
 
 def _save(state: dict[str, Any], output: Path) -> None:

@@ -14,11 +14,10 @@ from diag.connectivity.connection import aligned_end
 from diag.connectivity.interpolation import Interpolation
 from diag.connectivity.interpolation_layers import first_stable_step
 from diag.errors import InvalidInput
+from diag.snapshot.snapshot import Snapshot
 
 if TYPE_CHECKING:
     import networkx
-
-    from diag.snapshot.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from diag.connectivity.fit import check_states_fit
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
 from diag.connectivity.interpolation_profile import Points, Profile
+from diag.connectivity.symmetries import Symmetries
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.snapshot.example_scores import Scores, score_examples
 from diag.snapshot.preserve import preserved
-
-if TYPE_CHECKING:
-    from diag.connectivity.symmetries import Symmetries
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 State = Mapping[str, Tensor]
 NORM_STATS = ("reset", "lerp", "keep")
@@ -62,7 +60,7 @@ class Interpolation:
     @property
     def held_out(self) -> Snapshot | None:
         """The snapshot on held-out data, where there is such data."""
-        return None if self.snapshot._held_out is None else self.snapshot._held_out_snapshot
+        return self.snapshot.held_out if self.snapshot.has_held_out else None
 
     def starting_at(self, start: State) -> Interpolation:
         """The paths from another state (as `fit` gives it), with the same working copy."""
@@ -81,7 +79,7 @@ class Interpolation:
 
         Raises InvalidInput, in one sentence with the first difference, where it is not of this network.
         """
-        self.snapshot._refuse_a_later_moment()  # the start is the model itself, not a copy of it
+        self.snapshot.refuse_a_later_moment()  # the start is the model itself, not a copy of it
         state = state_of(other)
         check_states_fit(_without_ties(self.snapshot.model), state, names=("the model", "other"))
         return {n: state[n].detach().to(t.device, t.dtype) for n, t in self.start.items()}

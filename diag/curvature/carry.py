@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -27,9 +27,7 @@ from diag.linalg.lanczos import Eigenpairs, eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.warm import Earlier, warm_eigenpairs
 from diag.snapshot.batch import tensors_in
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 RENEW_EVERY = 4  # measurements; our choice
 

@@ -7,8 +7,6 @@ J^T w with w_i = (1 / (n_c (C - 1))) sum_(c' != c) sqrt(p_ic') (e_c' - p_i), so 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,7 @@ from diag.errors import MissingQuantity
 from diag.snapshot.forward import labels
 from diag.snapshot.parameters import trainable
 from diag.snapshot.preserve import preserved
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 MOST_CLASSES = 100  # one backward pass and one vector of the parameters' size each
 

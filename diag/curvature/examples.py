@@ -25,7 +25,7 @@ def curvature_shares(operator: CurvatureOperator, v: Tensor) -> Tensor:
             "Products with the Jacobian need a model that can be differentiated twice, and here "
             f"{operator.self_test.reason}; replace that operation for the measurement."
         )
-    operator._check(v, (operator.size,))
+    operator.check(v, (operator.size,))
     objective, parts = operator.objective, []
     with objective.measured():
         parameters = objective.parameters()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,7 @@ from diag.curvature.values import Values
 from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 
 class CurvatureOperator(LinearOperator):

@@ -9,16 +9,12 @@ gradients.coverage          # how much of the gradient this speaks for, and by w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from diag.gradients.engine import ModelGradients
 from diag.gradients.given import MatrixGradients, StackedGradients
 from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
 from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, Sketch, SquaredNorms
 from diag.gradients.step import StepGradients, plan_for_steps
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 
 def per_example_gradients(snapshot: Snapshot) -> ModelGradients:

@@ -7,21 +7,19 @@ output gradients of parameters that are not yet complete are held.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diag.gradients.capture import Use
+from diag.gradients.plan import Plan
 from diag.gradients.rules import fallback
 from diag.gradients.rules.blocks import Block, Dense, Outer
 from diag.gradients.rules.call import Call, NoClosedForm, single
 from diag.gradients.rules.closed_forms import FORMS
 from diag.gradients.rules.combination import Placed, combine
 from diag.gradients.sources import Source
-
-if TYPE_CHECKING:
-    from diag.gradients.plan import Plan
 
 
 class Assembly:

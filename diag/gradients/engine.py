@@ -24,7 +24,8 @@ from diag.gradients.backward import backward
 from diag.gradients.coupling import check_independent, losses_of
 from diag.gradients.losses import LossFunction, check_finite, check_mean, example_losses
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
-from diag.gradients.plan import PROBES, Forward, NotFinite, Plan, copied, forward, make_plan, probe_of
+from diag.gradients.plan import PROBES, Forward, NotFinite, Plan, copied, forward, probe_of
+from diag.gradients.planning import make_plan
 from diag.gradients.questions import Question
 from diag.gradients.rearrange import chosen, permuted_targets
 from diag.gradients.rules.blocks import Block

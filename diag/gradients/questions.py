@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,21 @@ from torch import Tensor
 from diag.gradients.rules.blocks import Block, matrix_shape
 from diag.snapshot.parameters import layer_of
 
-if TYPE_CHECKING:
-    from diag.gradients.per_example import PerExampleGradients
-
 Group = tuple[int, ...]
 EXACT = 50_000_000  # numbers up to which sums are taken in float64, 400 MB
+
+
+class Asked(Protocol):
+    """What a question needs to know of the gradients that it is asked of (see `PerExampleGradients`)."""
+
+    num_examples: int
+    num_parameters: int
+    num_batches: int
+    shapes: dict[str, tuple[int, ...]]
+    columns: dict[str, slice]
+
+    @property
+    def layers(self) -> Iterable[str]: ...
 
 
 class Answer(Protocol):
@@ -39,19 +49,19 @@ class Answer(Protocol):
 class Question(Hashable, Protocol):
     """Something to ask of gradients."""
 
-    def begin(self, gradients: PerExampleGradients) -> Answer: ...
+    def begin(self, gradients: Asked) -> Answer: ...
 
 
 @dataclass(frozen=True)
 class SquaredNorms:
     """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters."""
 
-    def begin(self, gradients: PerExampleGradients) -> Answer:
+    def begin(self, gradients: Asked) -> Answer:
         return _SquaredNorms(gradients)
 
 
 class _SquaredNorms:
-    def __init__(self, gradients: PerExampleGradients) -> None:
+    def __init__(self, gradients: Asked) -> None:
         self._about, self._parts = gradients, list[tuple[slice, str, Tensor]]()
 
     def consume(self, rows: slice, name: str, block: Block) -> None:
@@ -70,12 +80,12 @@ class GroupSums:
 
     groups: tuple[Group, ...]
 
-    def begin(self, gradients: PerExampleGradients) -> Answer:
+    def begin(self, gradients: Asked) -> Answer:
         return _GroupSums(gradients, self.groups)
 
 
 class _GroupSums:
-    def __init__(self, gradients: PerExampleGradients, groups: Sequence[Group]) -> None:
+    def __init__(self, gradients: Asked, groups: Sequence[Group]) -> None:
         self._about, self._groups = gradients, [torch.tensor(g, dtype=torch.long) for g in groups]
         self._exact = len(groups) * gradients.num_parameters <= EXACT
         self.sums: dict[str, Tensor] = {}
@@ -110,12 +120,12 @@ class GroupGram:
 
     groups: tuple[Group, ...]
 
-    def begin(self, gradients: PerExampleGradients) -> Answer:
+    def begin(self, gradients: Asked) -> Answer:
         return _GroupGram(gradients, self.groups)
 
 
 class _GroupGram:
-    def __init__(self, gradients: PerExampleGradients, groups: Sequence[Group]) -> None:
+    def __init__(self, gradients: Asked, groups: Sequence[Group]) -> None:
         self._grams = {layer: zeros(len(groups), len(groups)) for layer in gradients.layers}
         self._sums, self._at_once = _GroupSums(gradients, groups), gradients.num_batches == 1
 
@@ -139,12 +149,12 @@ class _GroupGram:
 class Gram:
     """Per layer, (n, n) float64: <g_i, g_j>. Of several micro-batches it keeps the factors while it runs."""
 
-    def begin(self, gradients: PerExampleGradients) -> Answer:
+    def begin(self, gradients: Asked) -> Answer:
         return _Gram(gradients)
 
 
 class _Gram:
-    def __init__(self, gradients: PerExampleGradients) -> None:
+    def __init__(self, gradients: Asked) -> None:
         n = gradients.num_examples
         self._grams = {layer: zeros(n, n) for layer in gradients.layers}
         self._several = gradients.num_batches > 1
@@ -171,12 +181,12 @@ class Projection:
 
     directions: Tensor
 
-    def begin(self, gradients: PerExampleGradients) -> Answer:
+    def begin(self, gradients: Asked) -> Answer:
         return _Projection(gradients, self.directions)
 
 
 class _Projection:
-    def __init__(self, gradients: PerExampleGradients, directions: Tensor) -> None:
+    def __init__(self, gradients: Asked, directions: Tensor) -> None:
         self._directions, self._columns = directions, gradients.columns
         self._found = {layer: zeros(gradients.num_examples, len(directions)) for layer in gradients.layers}
 
@@ -197,7 +207,7 @@ class Sketch:
     seed: int = 0
     _signs: dict[Any, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, compare=False, repr=False)
 
-    def begin(self, gradients: PerExampleGradients) -> Answer:
+    def begin(self, gradients: Asked) -> Answer:
         return _Sketch(gradients, self)
 
     def signs(self, name: str, block: Block) -> tuple[Tensor | None, Tensor | None]:
@@ -223,7 +233,7 @@ class Sketch:
 
 
 class _Sketch:
-    def __init__(self, gradients: PerExampleGradients, question: Sketch) -> None:
+    def __init__(self, gradients: Asked, question: Sketch) -> None:
         self._about, self._question = gradients, question
         self._parts: dict[str, list[Tensor]] = {}
 
@@ -243,12 +253,12 @@ class _Sketch:
 class Everything:
     """(n, P): all gradients in full."""
 
-    def begin(self, gradients: PerExampleGradients) -> Answer:
+    def begin(self, gradients: Asked) -> Answer:
         return _Everything(gradients)
 
 
 class _Everything:
-    def __init__(self, gradients: PerExampleGradients) -> None:
+    def __init__(self, gradients: Asked) -> None:
         self._shape, self._columns = (gradients.num_examples, gradients.num_parameters), gradients.columns
         self._found: Tensor | None = None
 

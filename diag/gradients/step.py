@@ -28,7 +28,8 @@ from diag.gradients.assembly import Assembly
 from diag.gradients.capture import Capture, Use
 from diag.gradients.losses import LossFunction
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
-from diag.gradients.plan import PROBES, Plan, make_plan, probe_of
+from diag.gradients.plan import PROBES, Plan, probe_of
+from diag.gradients.planning import make_plan
 from diag.gradients.questions import Answer, Question
 from diag.gradients.rules.blocks import Block
 from diag.gradients.rules.combination import Scaled

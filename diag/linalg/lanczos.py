@@ -21,7 +21,7 @@ from diag.errors import InvalidInput
 from diag.linalg.krylov import KrylovSpace
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import combine, norm
-from diag.linalg.resume import load_run, save_run
+from diag.linalg.resume import Stateful, load_run, save_run
 from diag.linalg.ritz import Patience, Ritz, Wanted, ritz
 
 DEFAULT_BASIS = 100  # vectors kept before a thick restart, where nothing else is said
@@ -160,14 +160,29 @@ def run_lanczos(
     capacity = basis_capacity(operator, wanted, max_products, storage, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed), storage)
     progress = Progress(wanted, max_products, min_products, patience)
-    if checkpoint is None or not load_run(Path(checkpoint), space, progress, seed):
+    file = None if checkpoint is None else Path(checkpoint)
+    identity = _identity(space, progress, seed)
+    parts: dict[str, Stateful] = {"space": space, "progress": progress}
+    if file is None or not load_run(file, identity, parts, space.basis.device):
         space.start(start)
     while not progress.finished(space):
         space.extend()
         progress.advance(space)
-        if checkpoint is not None and progress.products % checkpoint_every == 0:
-            save_run(Path(checkpoint), space, progress, seed)
+        if file is not None and progress.products % checkpoint_every == 0:
+            save_run(file, identity, parts)
     return progress.result(space)
+
+
+def _identity(space: KrylovSpace, progress: Progress, seed: int) -> dict[str, Any]:
+    """What a run was asked for, as far as its numbers depend on it."""
+    return {
+        "size": space.operator.size,
+        "dtype": str(space.operator.dtype),
+        "storage": str(space.storage),
+        "capacity": space.capacity,
+        "seed": seed,
+        "wanted": str(progress.wanted),
+    }
 
 
 class Progress:

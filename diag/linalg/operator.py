@@ -47,17 +47,18 @@ class LinearOperator(ABC):
         Args: v, shape (size,), of this operator's dtype and device. Returns: the same shape and dtype.
         Raises InvalidInput when the shape, dtype or device differ.
         """
-        self._check(v, (self.size,))
+        self.check(v, (self.size,))
         self.num_products += 1
         return self._matvec(v)
 
     def matvecs(self, vectors: Tensor) -> Tensor:
         """A applied to each row of `vectors`, shape (count, size); returns the same shape."""
-        self._check(vectors, (vectors.shape[0] if vectors.ndim else 0, self.size))
+        self.check(vectors, (vectors.shape[0] if vectors.ndim else 0, self.size))
         self.num_products += vectors.shape[0]
         return self._matvecs(vectors)
 
-    def _check(self, v: Tensor, shape: tuple[int, ...]) -> None:
+    def check(self, v: Tensor, shape: tuple[int, ...]) -> None:
+        """Raises InvalidInput where `v` has another shape, dtype or device."""
         if v.shape != shape or v.dtype != self.dtype or v.device.type != self.device.type:
             raise InvalidInput(
                 f"a vector of shape {tuple(v.shape)}, {v.dtype}, on {v.device} was given to an operator that "
@@ -138,7 +139,7 @@ class FunctionOperator(LinearOperator):
 
     def _matvec(self, v: Tensor) -> Tensor:
         product = self.function(v)
-        self._check(product, (self.size,))
+        self.check(product, (self.size,))
         return product
 
 
@@ -202,7 +203,7 @@ class DiagonallyScaledOperator(_Derived):
     def __init__(self, base: LinearOperator, scale: Tensor):
         super().__init__(base)
         self.scale = scale.detach().to(dtype=base.dtype, device=base.device)
-        self._check(self.scale, (self.size,))
+        self.check(self.scale, (self.size,))
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.base.matvec(v * self.scale) * self.scale

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from diag.errors import CheckpointError
-from diag.linalg.krylov import KrylovSpace
 
-if TYPE_CHECKING:
-    from diag.linalg.lanczos import Progress
-
-FORMAT = 1
+RUN_FORMAT = 1
 
 
-def save_run(path: Path, space: KrylovSpace, progress: Progress, seed: int) -> None:
-    """Writes the whole state beside `path` and moves it there, so that a kill leaves the old or the new."""
-    state = {
-        "question": question(space, progress, seed),
-        "space": space.state_dict(),
-        "progress": progress.state_dict(),
-    }
+class Stateful(Protocol):
+    """A part of a run that can be put on disk and back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save_run(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:
+    """Writes the state of each part beside `path` and moves it there, so that a kill leaves the old or the new.
+
+    identity: what the run was asked for, as far as its numbers depend on it, as plain values.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = {"identity": {"format": RUN_FORMAT, **identity}, **states}
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "wb") as file:
         torch.save(state, file)
@@ -37,38 +42,25 @@ def save_run(path: Path, space: KrylovSpace, progress: Progress, seed: int) -> N
     os.replace(temporary, path)
 
 
-def load_run(path: Path, space: KrylovSpace, progress: Progress, seed: int) -> bool:
+def load_run(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Stateful], device: torch.device) -> bool:
     """Restores a run in place; False when there is no file. Raises CheckpointError when the file is not one
-    of ours or belongs to another question."""
+    of ours or belongs to a run that was asked for something else."""
     if not path.exists():
         return False
     try:
-        state = torch.load(path, map_location=space.basis.device, weights_only=True)
-        found = state["question"]
+        state = torch.load(path, map_location=device, weights_only=True)
+        found = state["identity"]
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not a Lanczos checkpoint; delete it or give another file name."
         ) from error
-    asked = question(space, progress, seed)
+    asked = {"format": RUN_FORMAT, **identity}
     if found != asked:
         different = [name for name in asked if found.get(name) != asked[name]]
         raise CheckpointError(
             f"{path} was written by a run with another {', '.join(different)}; give the same settings or delete "
             "the file."
         )
-    space.load_state_dict(state["space"])
-    progress.load_state_dict(state["progress"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return True
-
-
-def question(space: KrylovSpace, progress: Progress, seed: int) -> dict[str, Any]:
-    """What a run was asked, as far as its numbers depend on it."""
-    return {
-        "format": FORMAT,
-        "size": space.operator.size,
-        "dtype": str(space.operator.dtype),
-        "storage": str(space.storage),
-        "capacity": space.capacity,
-        "seed": seed,
-        "wanted": str(progress.wanted),
-    }

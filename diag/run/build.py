@@ -34,9 +34,7 @@ def built_arguments(build: Build) -> dict[str, Any]:
     name = build_name(build)
     built = guarded(load_build(build) if isinstance(build, str) else build, f"The build function {name}")
     if isinstance(built, Snapshot):
-        kept = ("model", "loss_fn", "optimizer", "other", "seed", "device", "micro_batch", "max_examples")
-        data = {"data": built._data, "held_out": built._held_out, "unpack": built._unpack}
-        return {name: getattr(built, name) for name in kept} | data
+        return built.arguments | {"history": None, "carry": None}  # of its run, which the checkpoints are not
     if isinstance(built, (tuple, list)) and len(built) == 3:
         built = dict(zip(("model", "loss_fn", "data"), built, strict=True))
     if not isinstance(built, Mapping) or not isinstance(built.get("model"), nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from diag.errors import DiagError
 from diag.snapshot.batch import Batch
 from diag.snapshot.forward import IGNORED_LABEL, example_losses, output_tensor
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput, MissingQuantity, first_line
-from diag.snapshot.batch import map_tensors, tensors_in
+from diag.errors import InvalidInput, MissingQuantity
+from diag.snapshot.batch import map_tensors
+from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.preserve import preserved
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 IGNORED_LABEL = -100  # the convention of torch's cross_entropy and of Hugging Face
 
@@ -159,18 +158,8 @@ def output_tensor(outputs: Any) -> Tensor:
     return found
 
 
-def try_out(snapshot: Snapshot) -> None:
-    """Call the model and the loss on each batch; raises InvalidInput where that cannot be done."""
-    for outputs, batch in zip(_pass(snapshot).outputs, snapshot.batches, strict=True):
-        with torch.no_grad():
-            snapshot.batch_loss(outputs, batch.targets)
-
-
 def _pass(snapshot: Snapshot) -> ForwardPass:
-    cached = snapshot._computed.get("_forward")
-    if cached is None:
-        cached = snapshot._computed["_forward"] = _run(snapshot)
-    return cached
+    return snapshot.once("forward pass", lambda: _run(snapshot))
 
 
 def _run(snapshot: Snapshot) -> ForwardPass:
@@ -189,8 +178,8 @@ def _run(snapshot: Snapshot) -> ForwardPass:
                 outputs.append(batch.forward(snapshot.model))
                 final, feature = _final_layer(calls, outputs[-1], batch.targets)
                 features.append(feature)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise _explained(snapshot, error) from error
+    except CALL_ERRORS as error:
+        raise explained(snapshot.model, snapshot.batches, error) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -242,14 +231,3 @@ def _vmapped_losses(snapshot: Snapshot, outputs: Any, targets: Any) -> Tensor | 
 
 def _row(i: int, size: int) -> Callable[[Tensor], Tensor]:
     return lambda t: t[i : i + 1] if t.ndim and t.shape[0] == size else t
-
-
-def _explained(snapshot: Snapshot, error: Exception) -> InvalidInput:
-    model_device = next((p.device for p in snapshot.model.parameters()), None)
-    devices = {t.device for b in snapshot.batches[:1] for t in tensors_in((b.args, b.kwargs))}
-    if model_device is not None and devices - {model_device}:
-        return InvalidInput(
-            f"The model is on {model_device} and the data on {', '.join(map(str, devices))}; give the snapshot "
-            f"device={str(model_device)!r}."
-        )
-    return InvalidInput(f"The model cannot be called on this data ({first_line(error)}); check shapes and types.")

@@ -14,11 +14,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from diag.errors import Unsupported
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
+from diag.snapshot.snapshot import Snapshot
 
 if TYPE_CHECKING:
     import networkx
-
-    from diag.snapshot.snapshot import Snapshot
 
 INPUT, OUTPUT = "input", "output"
 # Operations that only lay a tensor out anew: they are no nodes of their own.

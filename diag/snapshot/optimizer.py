@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch import optim as torch_optim
 
 from diag.errors import MissingQuantity
-from diag.snapshot.parameters import _values_of, params
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.parameters import params, values_of
+from diag.snapshot.snapshot import Snapshot
 
 HYPERPARAMETERS = (
     "lr",
@@ -62,7 +60,7 @@ def optimizer(snapshot: Snapshot) -> OptimizerState:
 
 def update(snapshot: Snapshot) -> dict[str, Tensor]:
     """The parameters now minus those of the snapshot's `previous` state, by name."""
-    before = _values_of(snapshot, snapshot.previous, "previous")
+    before = values_of(snapshot, snapshot.previous, "previous")
     return {name: value - before[name] for name, value in params(snapshot).items()}
 
 

@@ -6,16 +6,14 @@ The order is that of `named_parameters()`: a tied tensor counts once, a frozen o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.preserve import preserved
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -89,10 +87,11 @@ def other_params(snapshot: Snapshot) -> dict[str, Tensor]:
 
     Raises MissingQuantity without `other=`, InvalidInput where it does not fit the model.
     """
-    return _values_of(snapshot, snapshot.other, "other")
+    return values_of(snapshot, snapshot.other, "other")
 
 
-def _values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor]:
+def values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor]:
+    """The values of the trainable parameters, by name, in the state given as `argument`."""
     if state is None:
         raise MissingQuantity(f"the snapshot has none; give it {argument}= a state dict or a Snapshot.")
     values = getattr(getattr(state, "model", state), "state_dict", lambda: state)()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -20,10 +19,12 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.snapshot.batch import Batch, as_batches, map_tensors
+from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, lookup
 from diag.snapshot.preserve import generator_states, random_states
 
 FINGERPRINT_BYTES = 1 << 22
+_READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 
 
 class Snapshot:
@@ -62,6 +63,7 @@ class Snapshot:
         micro_batch: int | None = None,
         max_examples: int | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(model, nn.Module):
             raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
         if loss_fn is not None and not callable(loss_fn):
@@ -71,7 +73,7 @@ class Snapshot:
         self.previous, self.other, self.optimizer, self.history = previous, other, optimizer, history
         self.carry = carry
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
-        self._data, self._held_out, self._unpack = data, held_out, unpack
+        self._given = arguments | {"model": self.model}
         self._computed: dict[str, Any] = {}
         self._versions = _versions(self.model)
 
@@ -82,10 +84,10 @@ class Snapshot:
         """
         row = lookup(name)
         if name not in self._computed:
-            self._refuse_a_later_moment()
+            self.refuse_a_later_moment()
             source = self
             try:
-                source = self._held_out_snapshot if name.startswith(HELD_OUT) else self
+                source = self.held_out if name.startswith(HELD_OUT) else self
                 self._computed[name] = row.function()(source)
             except MissingQuantity as error:
                 raise MissingQuantity(f"{name} is missing: {error}") from None
@@ -100,9 +102,16 @@ class Snapshot:
 
     def explain(self) -> None:
         """After something broke: raise InvalidInput if the model or the loss cannot be called on the data."""
-        importlib.import_module("diag.snapshot.forward").try_out(self)
+        try_out(self.model, self.batch_loss, self.batches)
 
-    def _refuse_a_later_moment(self) -> None:
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, computed when it is first asked for under `name` and kept with the snapshot."""
+        if name not in self._computed:
+            self._computed[name] = make()
+        return self._computed[name]
+
+    def refuse_a_later_moment(self) -> None:
+        """Raise InvalidInput where the parameters have changed since the snapshot was made."""
         if _versions(self.model) != self._versions:
             raise InvalidInput(
                 "The model's parameters have changed since the snapshot was made, so its quantities would mix two "
@@ -112,9 +121,10 @@ class Snapshot:
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
         """The data in micro-batches of the normal form, on the snapshot's device."""
-        if self._data is None:
+        data, unpack = self._given["data"], self._given["unpack"]
+        if data is None:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
-        return _read(self._data, self._unpack, self.max_examples, self.micro_batch, self.device, self.seed)
+        return _read(data, unpack, self.max_examples, self.micro_batch, self.device, self.seed)
 
     @property
     def num_examples(self) -> int:
@@ -160,20 +170,43 @@ class Snapshot:
 
     def provenance(self) -> dict[str, Any]:
         """What results record about where they come from."""
-        if self._data is None:
+        if self._given["data"] is None:
             return {"seed": self.seed}
         return {"num_examples": self.num_examples, "data_fingerprint": self.fingerprint, "seed": self.seed}
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the snapshot was made with, by name: `Snapshot(**snapshot.arguments)` is its like."""
+        return dict(self._given)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is held-out data."""
+        return self._given["held_out"] is not None
+
     @cached_property
-    def _held_out_snapshot(self) -> Snapshot:
-        if self._held_out is None:
+    def held_out(self) -> Snapshot:
+        """The same model on the held-out data. Raises MissingQuantity where there is none."""
+        if not self.has_held_out:
             raise MissingQuantity("the snapshot has no held-out data; give held_out= with (inputs, targets).")
-        return self.with_data(self._held_out)
+        return self.with_data(self._given["held_out"])
+
+    def replace(self, **changes: Any) -> Snapshot:
+        """A snapshot with the same arguments but for `changes`; data that was read is not read again.
+
+        Raises InvalidInput for a name that `Snapshot` does not take.
+        """
+        if unknown := set(changes) - set(self._given):
+            raise InvalidInput(f"A Snapshot has no {sorted(unknown)[0]!r}; it takes {', '.join(self._given)}.")
+        other = Snapshot(**self._given | changes)
+        if "batches" in self.__dict__ and not set(changes) & _READING:
+            other.__dict__["batches"] = self.batches
+        return other
 
     def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
-        """The same model (or another) and the same loss on other data."""
-        same = {k: getattr(self, k) for k in ("optimizer", "seed", "device", "micro_batch", "max_examples")}
-        return Snapshot(model or self.model, self.loss_fn, data, unpack=self._unpack, **same)
+        """The same model (or another) and the same loss on other data, without what belongs to this data's run."""
+        alone = {"held_out": None, "previous": None, "other": None, "history": None, "carry": None}
+        return self.replace(data=data, model=model or self.model, **alone)
 
     def __repr__(self) -> str:
         known = f", {self.num_examples} examples" if "batches" in self.__dict__ else ""

@@ -26,7 +26,7 @@ class Guard:
 GUARDS = [
     Guard(
         "the plan of per-example gradients believes every closed form",
-        "diag/gradients/plan.py",
+        "diag/gradients/planning.py",
         "return max(norms, gram) <= allowed and error**0.5 <= slack * size**0.5 + 1e-6 * total",
         "return True",
         "tests/gradients/test_plan.py::test_a_closed_form_that_is_wrong_is_not_used",

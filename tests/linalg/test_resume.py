@@ -69,7 +69,7 @@ def test_another_question_is_refused(tmp_path: Path) -> None:
 def test_other_files_are_refused_without_running_them(tmp_path: Path, content: bytes | str) -> None:
     path = tmp_path / "run.pt"
     if content == "pickle":
-        torch.save({"question": Trap()}, path)
+        torch.save({"identity": Trap()}, path)
     else:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a Lanczos checkpoint; delete it or give another file name"):

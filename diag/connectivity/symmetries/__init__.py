@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from diag.connectivity.symmetries.find import find_symmetries, verify
 from diag.connectivity.symmetries.groups import Block, Element, Group, Symmetries
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 __all__ = ["Block", "Element", "Group", "Symmetries", "find_symmetries", "symmetries", "verify"]
 

@@ -89,7 +89,8 @@ class AxisAlgebra:
                 root.frozen = reason
                 self.freeze(root.parts, reason)
 
-    def _refine(self, root: Symbol, kind: str, parts: Sequence[Symbol]) -> None:
+    def refine(self, root: Symbol, kind: str, parts: Sequence[Symbol]) -> None:
+        """`root` is made of `parts` (a "sum" or a "product"), which are frozen where it is."""
         root.kind, root.parts = kind, tuple(parts)
         if root.frozen:
             self.freeze(parts, root.frozen)
@@ -142,7 +143,7 @@ class AxisAlgebra:
             return
         if symbol.kind == "atom":
             parts = [self.new(position), self.new(symbol.size - position)]
-            self._refine(symbol, "sum", parts)
+            self.refine(symbol, "sum", parts)
             return
         parts, offset = [], 0
         for part in symbol.parts:
@@ -166,7 +167,7 @@ class AxisAlgebra:
             raise Mismatch
         first, rest = self.new(outer), self.new(symbol.size // outer)
         if symbol.kind == "atom":
-            self._refine(symbol, "product", (first, rest))
+            self.refine(symbol, "product", (first, rest))
             return first, rest
         if len(symbol.parts) != outer or any(p.size != rest.size for p in symbol.parts):
             raise Mismatch

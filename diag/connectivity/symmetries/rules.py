@@ -8,18 +8,16 @@ rule freezes every axis it touches: the symmetry found is then smaller than it c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diag.connectivity.symmetries.axes import Factors, Labels
+from diag.connectivity.symmetries.labelling import Labelling
 from diag.snapshot.batch import tensors_in
 
-if TYPE_CHECKING:
-    from diag.connectivity.symmetries.tracing import Trace
-
-Rule = Callable[["Trace", dict[str, Any], Sequence[Any]], None]
+Rule = Callable[[Labelling, dict[str, Any], Sequence[Any]], None]
 RULES: dict[str, Rule] = {}
 
 GENERAL_LINEAR = (
@@ -40,14 +38,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 # ---- pointwise
 
 
-def pointwise(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def pointwise(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Operands broadcast from the right; axes that meet carry the same units."""
     operands = [trace.labels(t) for t in tensors_in(args)]
     for output in tensors_in(outputs):
         trace.label(output, broadcast(trace, operands, output.ndim))
 
 
-def broadcast(trace: Trace, operands: Sequence[Labels], ndim: int) -> Labels:
+def broadcast(trace: Labelling, operands: Sequence[Labels], ndim: int) -> Labels:
     axes: list[Factors] = []
     for i in range(1, ndim + 1):
         meeting = [labels[-i] for labels in operands if len(labels) >= i and labels[-i]]
@@ -61,20 +59,20 @@ def broadcast(trace: Trace, operands: Sequence[Labels], ndim: int) -> Labels:
       "bernoulli", "zeros_like", "ones_like", "full_like", "empty_like", "to", "masked_fill", "masked_fill_",
       "where", "fill_", "zero_", "nan_to_num", "_conj", "alias_copy", "prelu", "_prelu_kernel", "hardswish",
       "hardswish_", "log_sigmoid_forward", "rrelu_with_noise", "rrelu_with_noise_functional")  # fmt: skip
-def same_axes(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def same_axes(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     pointwise(trace, args, outputs)
 
 
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor",
       "empty_strided", "new_empty_strided")  # fmt: skip
-def uniform(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def uniform(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """All entries are equal, so any permutation leaves the tensor as it is."""
     for output in tensors_in(outputs):
         trace.label(output, tuple(trace.algebra.axis(n) for n in output.shape))
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
-def mixes_along(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def mixes_along(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Equivariant along `dim`, but each output depends on all inputs along it."""
     labels = trace.labels(args["self"])
     trace.mixed(labels, [args["dim"]])
@@ -86,14 +84,14 @@ def mixes_along(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> N
 OPERANDS = ("mat1", "mat", "mat2", "vec", "tensor", "other")
 
 
-def contract(trace: Trace, a: Tensor, a_axis: Factors, b: Tensor, b_axis: Factors) -> None:
+def contract(trace: Labelling, a: Tensor, a_axis: Factors, b: Tensor, b_axis: Factors) -> None:
     trace.algebra.unify(a_axis, b_axis)
     if trace.is_data(a) and trace.is_data(b):
         trace.algebra.freeze(a_axis, GENERAL_LINEAR)
 
 
 @rule("mm", "addmm", "mv", "addmv", "dot", "vdot", "addmm_", "_addmm_activation")
-def matrix_product(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def matrix_product(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     names = [n for n in OPERANDS if n in args]
     a, b = (args["self"], args[names[0]]) if len(names) == 1 else (args[n] for n in _operand_order(names))
     left, right = trace.labels(a), trace.labels(b)
@@ -109,7 +107,7 @@ def _operand_order(names: Sequence[str]) -> Sequence[str]:
 
 
 @rule("bmm", "baddbmm")
-def batched_matrix_product(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def batched_matrix_product(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     a, b = (args["batch1"], args["batch2"]) if "batch1" in args else (args["self"], args["mat2"])
     left, right = trace.labels(a), trace.labels(b)
     trace.algebra.unify(left[0], right[0])
@@ -121,7 +119,7 @@ def batched_matrix_product(trace: Trace, args: dict[str, Any], outputs: Sequence
 
 
 @rule("convolution")
-def convolution(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def convolution(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     algebra, groups, transposed = trace.algebra, args["groups"], args["transposed"]
     x, w = trace.labels(args["input"]), trace.labels(args["weight"])
     inside, outside = (w[0], w[1]) if transposed else (w[1], w[0])
@@ -148,7 +146,7 @@ def convolution(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> N
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
       "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
       "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
-def fused_attention(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def fused_attention(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     q, k, v = (trace.labels(args[n]) for n in ("query", "key", "value"))
     for i in (0, 1):
         trace.algebra.unify(q[i], k[i])
@@ -164,7 +162,7 @@ def fused_attention(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
       "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_with_update",
       "_batch_norm_no_update")  # fmt: skip
-def batch_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def batch_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(args.get(name), Tensor):
@@ -173,7 +171,7 @@ def batch_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> No
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
-def layer_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def layer_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["input"])
     operands = [labels] + [trace.labels(args[n]) for n in ("weight", "bias") if args.get(n) is not None]
     trace.label(outputs[0], broadcast(trace, operands, len(labels)))
@@ -181,7 +179,7 @@ def layer_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> No
 
 
 @rule("_weight_norm_interface")
-def weight_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def weight_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """A direction v with a size g for each slice along `dim` (Salimans & Kingma 2016)."""
     v, g = trace.labels(args["v"]), trace.labels(args["g"])
     dim = args.get("dim", 0) % len(v)
@@ -192,7 +190,7 @@ def weight_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> N
 
 
 @rule("native_group_norm")
-def group_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def group_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Statistics of each group: whole groups move, and units within one."""
     labels = trace.labels(args["input"])
     grouped = trace.grouped(labels[1], args["group"])
@@ -209,7 +207,7 @@ def group_norm(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> No
 
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "any", "all",
       "linalg_vector_norm", "norm", "max", "min", "aminmax", "count_nonzero")  # fmt: skip
-def reduction(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def reduction(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["self"])
     if args.get("other") is not None:  # the two-operand form of max and min
         pointwise(trace, args, outputs)

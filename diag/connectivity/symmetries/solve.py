@@ -54,7 +54,7 @@ class Solution:
             if e.kind != "atom":  # an instance of a block is the block of the instances
                 parts = [algebra.instance(p, t, j) for p in e.parts]
                 whole = algebra.new(e.size)
-                algebra._refine(whole, e.kind, parts)
+                algebra.refine(whole, e.kind, parts)
                 algebra.unify((whole,), (i,))
                 changed = True
             elif t.kind != "atom" or e.frozen or t not in together.get(e, ()) or not same_axis(t, e):

@@ -6,87 +6,31 @@ be traced: no symbolic tracing, no rewriting, no restriction on the model's Pyth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from diag.connectivity.symmetries import rules, view_rules
-from diag.connectivity.symmetries.axes import AxisAlgebra, Factors, Labels, Mismatch
+from diag.connectivity.symmetries.axes import Labels
+from diag.connectivity.symmetries.labelling import Labelling
 from diag.errors import Unsupported
 from diag.snapshot.batch import tensors_in
 
 
-class Trace(TorchDispatchMode):
-    """The labels of every tensor seen, and the layouts (`occurrences`) that limit what may move freely."""
+class Trace(TorchDispatchMode, Labelling):
+    """The labels of every tensor of a pass, and which operations there were."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.algebra = AxisAlgebra()
-        self.occurrences: list[Labels] = []
-        self.used: list[Labels] = []  # operands of an operation on data
+        TorchDispatchMode.__init__(self)
+        Labelling.__init__(self)
         self.unknown: dict[str, str] = {}  # operation without a rule -> module where it was met first
         self.operations: list[tuple[str, list[Labels]]] = []
         self.modules: list[str] = [""]
         self.dtypes: set[torch.dtype] = set()  # of all floating results: the coarsest bounds what a check can see
-        self._labels = WeakIdKeyDictionary()
-        self._data = WeakIdKeyDictionary()
-        self._data_storages: set[int] = set()
-
-    # ---- labels
-
-    def labels(self, tensor: Tensor) -> Labels:
-        """The axes of `tensor`; a tensor of unknown origin is a constant and cannot move."""
-        if tensor not in self._labels:
-            self._labels[tensor] = tuple(self.algebra.axis(n, "a constant in the code") for n in tensor.shape)
-        return self._labels[tensor]
-
-    def label(self, tensor: Tensor, labels: Labels) -> None:
-        self._labels[tensor] = labels
-        self.occurrences.append(labels)
-
-    def is_data(self, tensor: Tensor) -> bool:
-        return tensor in self._data or tensor.untyped_storage()._cdata in self._data_storages
-
-    def mark_data(self, tensor: Tensor) -> None:
-        self._data[tensor] = True
-
-    # ---- what the rules use
-
-    def one(self) -> Factors:
-        """An axis of size 1 as a symbol, for a concatenation."""
-        return (self.algebra.new(1),)
-
-    def occur(self, labels: Labels) -> None:
-        """Record a layout that no tensor of the pass has, such as the statistics inside a norm."""
-        self.occurrences.append(labels)
-
-    def mixed(self, labels: Labels, dims: Iterable[int]) -> None:
-        """Positions along `dims` influence each other: other axes must move alike at all of them."""
-        gone = {d % len(labels) for d in dims} if labels else set()
-        self.occur(tuple(axis for i, axis in enumerate(labels) if i not in gone))
-
-    def freeze_axes(self, groups: Iterable[Sequence[Factors]], reason: str) -> None:
-        for axes in groups:
-            for axis in axes:
-                self.algebra.freeze(axis, reason)
-
-    def grouped(self, axis: Factors, groups: int) -> tuple[Factors, Factors] | None:
-        """`axis` as (groups, units within a group), or None where blocks are in the way."""
-        size = 1
-        for symbol in axis:
-            size *= symbol.size
-        try:
-            first, rest = self.algebra.regroup(axis, (groups, size // groups))
-        except Mismatch:
-            return None
-        return first, rest
-
-    # ---- the pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -99,16 +43,14 @@ class Trace(TorchDispatchMode):
         produced = tensors_in(results)
         self.dtypes |= {t.dtype for t in produced if t.is_floating_point()}
         for tensor in produced:
-            if tensor not in self._labels:
+            if not self.is_labelled(tensor):
                 reason = f"{operation_name(func)} gives an axis of its own"
                 self.label(tensor, tuple(self.algebra.axis(n, reason) for n in tensor.shape))
         if any(self.is_data(t) for t in operands):
             self.used += [self.labels(t) for t in operands]
             for tensor in produced:
-                self.mark_data(tensor)
-                if id(tensor) in before:  # written in place: every view of the storage now holds data
-                    self._data_storages.add(tensor.untyped_storage()._cdata)
-        self.operations.append((operation_name(func), [self._labels[t] for t in produced]))
+                self.mark_data(tensor, in_place=id(tensor) in before)
+        self.operations.append((operation_name(func), [self.labels(t) for t in produced]))
         return outputs
 
     def _apply(self, func: Any, bound: dict[str, Any], results: Sequence[Any]) -> None:
@@ -165,12 +107,12 @@ def trace_model(model: nn.Module, example: Any) -> tuple[Trace, dict[str, Labels
     kept = set(model.state_dict(keep_vars=True))
     for name, tensor in [*model.named_parameters(remove_duplicate=False),
                          *model.named_buffers(remove_duplicate=False)]:  # fmt: skip
-        if tensor not in trace._labels:
+        if not trace.is_labelled(tensor):
             movable = tensor.is_floating_point() and (name in kept or isinstance(tensor, nn.Parameter))
             reason = None if movable else "a buffer that a checkpoint does not hold as numbers"
             trace.label(tensor, tuple(trace.algebra.axis(n, reason) for n in tensor.shape))
         if name in kept:
-            labels[name] = trace._labels[tensor]
+            labels[name] = trace.labels(tensor)
     for tensor in tensors_in([example.args, example.kwargs]):
         trace.label(tensor, tuple(trace.algebra.axis(n, "an axis of the input") for n in tensor.shape))
         trace.mark_data(tensor)

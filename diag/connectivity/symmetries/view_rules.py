@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from diag.connectivity.symmetries.axes import Labels, Mismatch
+from diag.connectivity.symmetries.labelling import Labelling
 from diag.connectivity.symmetries.rules import POSITION, WINDOW, broadcast, rule
 from diag.snapshot.batch import tensors_in
-
-if TYPE_CHECKING:
-    from diag.connectivity.symmetries.tracing import Trace
 
 # ---- views
 
 
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape", "_reshape_copy", "view_copy")
-def reshape(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def reshape(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     flat = [symbol for axis in trace.labels(args["self"]) for symbol in axis]
     try:
         trace.label(outputs[0], tuple(trace.algebra.regroup(flat, outputs[0].shape)))
@@ -31,7 +29,7 @@ def reshape(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("as_strided_")
-def restride(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def restride(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Pooling restrides its result without moving anything: the row-major strides, but on axes of size 1."""
     x, stride, compact = outputs[0], 1, True
     for size, found in zip(reversed(x.shape), reversed(x.stride()), strict=True):
@@ -43,13 +41,13 @@ def restride(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None
 
 
 @rule("permute", "permute_copy")
-def permute(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def permute(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["self"])
     trace.label(outputs[0], tuple(labels[d] for d in args["dims"]))
 
 
 @rule("transpose", "t", "numpy_T", "transpose_copy", "t_copy", "transpose_")
-def transpose(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def transpose(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = list(trace.labels(args["self"]))
     i, j = (args["dim0"], args["dim1"]) if "dim0" in args else (0, -1)
     if labels:
@@ -58,14 +56,14 @@ def transpose(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> Non
 
 
 @rule("unsqueeze", "unsqueeze_copy")
-def unsqueeze(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def unsqueeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = list(trace.labels(args["self"]))
     labels.insert(args["dim"] % outputs[0].ndim, ())
     trace.label(outputs[0], tuple(labels))
 
 
 @rule("squeeze", "squeeze_copy")
-def squeeze(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def squeeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     x, dims = args["self"], args.get("dim")
     dims = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % x.ndim for d in dims if x.ndim and x.shape[d] == 1}
@@ -73,7 +71,7 @@ def squeeze(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("expand", "expand_copy", "broadcast_to")
-def expand(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def expand(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """A copied axis: its entries are all alike until something tells them apart."""
     labels, shape = trace.labels(args["self"]), outputs[0].shape
     labels = ((),) * (len(shape) - len(labels)) + labels
@@ -82,7 +80,7 @@ def expand(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("repeat")
-def repeat(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def repeat(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels, repeats = trace.labels(args["self"]), args["repeats"]
     labels = ((),) * (len(repeats) - len(labels)) + labels
     new = (trace.algebra.axis(r) + a for a, r in zip(labels, repeats, strict=True))
@@ -90,17 +88,17 @@ def repeat(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("select", "select_copy")
-def select(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def select(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     trace.label(outputs[0], selected(trace, args["self"], args["dim"], args["index"]))
 
 
 @rule("unbind", "unbind_copy")
-def unbind(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def unbind(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     for j, output in enumerate(tensors_in(outputs)):
         trace.label(output, selected(trace, args["self"], args.get("dim", 0), j))
 
 
-def selected(trace: Trace, x: Tensor, dim: int, position: int) -> Labels:
+def selected(trace: Labelling, x: Tensor, dim: int, position: int) -> Labels:
     labels, algebra = list(trace.labels(x)), trace.algebra
     along = algebra.expand(labels.pop(dim % x.ndim))
     algebra.freeze(along, "single positions are selected")
@@ -112,7 +110,7 @@ def selected(trace: Trace, x: Tensor, dim: int, position: int) -> Labels:
 
 
 @rule("slice", "narrow", "slice_copy")
-def slice_(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def slice_(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     size = args["self"].shape[args.get("dim", 0)]
     start, stop, step = args.get("start") or 0, args.get("end"), args.get("step", 1)
     start = max(start + size, 0) if start < 0 else min(start, size)
@@ -125,7 +123,7 @@ def slice_(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk",
       "split_copy", "split_with_sizes_copy", "tensor_split")  # fmt: skip
-def split(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def split(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     start, dim = 0, args.get("dim", 0)
     for output in tensors_in(outputs):
         stop = start + output.shape[dim]
@@ -133,7 +131,7 @@ def split(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
         start = stop
 
 
-def sliced(trace: Trace, x: Tensor, dim: int, start: int, stop: int | None, output: Tensor) -> Labels:
+def sliced(trace: Labelling, x: Tensor, dim: int, start: int, stop: int | None, output: Tensor) -> Labels:
     labels = list(trace.labels(x))
     try:
         if stop is None:
@@ -147,7 +145,7 @@ def sliced(trace: Trace, x: Tensor, dim: int, start: int, stop: int | None, outp
 
 
 @rule("cat", "concatenate")
-def concatenate(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def concatenate(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     pieces = [trace.labels(t) for t in args["tensors"] if t.numel() or t.ndim > 1]
     dim = args.get("dim", 0) % outputs[0].ndim
     joined = trace.algebra.concatenate([p[dim] or trace.one() for p in pieces])
@@ -156,7 +154,7 @@ def concatenate(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> N
 
 
 @rule("stack")
-def stack(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def stack(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """The pieces become instances of new symbols along the new axis: they need not move together."""
     pieces = [trace.labels(t) for t in args["tensors"]]
     dim = args.get("dim", 0) % outputs[0].ndim
@@ -166,7 +164,7 @@ def stack(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("glu")
-def gated(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def gated(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """One half gates the other: unit i of each half moves together."""
     x, dim = args["self"], args["dim"]
     half = x.shape[dim] // 2
@@ -175,14 +173,14 @@ def gated(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("view_as_complex", "view_as_complex_copy")
-def as_complex(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def as_complex(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["self"])
     trace.algebra.freeze(labels[-1], "real and imaginary parts")
     trace.label(outputs[0], labels[:-1])
 
 
 @rule("view_as_real", "view_as_real_copy")
-def as_real(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def as_real(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["self"])
     trace.label(outputs[0], (*labels, trace.algebra.axis(2, "real and imaginary parts")))
 
@@ -191,7 +189,7 @@ def as_real(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("cumsum", "cumprod", "flip", "roll", "sort", "topk", "cumsum_", "logcumsumexp")
-def ordered(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def ordered(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["self"])
     dims = args.get("dims", args.get("dim", -1))
     dims = [dims] if isinstance(dims, int) else (dims or range(len(labels)))
@@ -204,28 +202,28 @@ def ordered(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("tril", "triu", "tril_", "triu_")
-def triangle(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def triangle(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels = trace.labels(args["self"])
     trace.freeze_axes((labels[-2:],), POSITION)
     trace.label(outputs[0], labels)
 
 
 @rule("embedding")
-def embedding(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def embedding(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     weight = trace.labels(args["weight"])
     trace.algebra.freeze(weight[0], "rows are looked up by index")
     trace.label(outputs[0], trace.labels(args["indices"]) + weight[1:])
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def embedding_bag(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     weight = trace.labels(args["weight"])
     trace.algebra.freeze(weight[0], "rows are looked up by index")
     trace.label(outputs[0], (trace.algebra.axis(outputs[0].shape[0], "one bag each"), weight[1]))
 
 
 @rule("im2col")
-def unfold(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def unfold(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Patches: (batch, channels, height, width) to (batch, channels x window, places)."""
     labels = trace.labels(args["self"])
     trace.freeze_axes((labels[2:],), WINDOW)
@@ -235,7 +233,7 @@ def unfold(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("pixel_shuffle")
-def pixel_shuffle(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def pixel_shuffle(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Channels x r x r become channels and finer places."""
     labels, r = trace.labels(args["self"]), args["upscale_factor"]
     split = trace.grouped(labels[1], outputs[0].shape[1])
@@ -249,7 +247,7 @@ def pixel_shuffle(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) ->
 
 
 @rule("index")
-def index(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def index(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Axes that are indexed by a tensor freeze; whole axes behind or before them pass."""
     labels, indices = trace.labels(args["self"]), list(args["indices"])
     indices += [None] * (len(labels) - len(indices))
@@ -265,7 +263,7 @@ def index(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
 
 
 @rule("index_select")
-def index_select(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def index_select(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     labels, dim = list(trace.labels(args["self"])), args["dim"]
     trace.algebra.freeze(labels[dim], "looked up by index")
     trace.mixed(tuple(labels), [dim])
@@ -273,7 +271,7 @@ def index_select(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> 
     trace.label(outputs[0], tuple(labels))
 
 
-def windowed(trace: Trace, args: dict[str, Any], outputs: Sequence[Any], spatial: int) -> None:
+def windowed(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any], spatial: int) -> None:
     """Pooling and resampling: the last `spatial` axes are read through windows, all others pass."""
     labels = trace.labels(args["self"])
     trace.freeze_axes((labels[-spatial:],), WINDOW)
@@ -284,7 +282,7 @@ def windowed(trace: Trace, args: dict[str, Any], outputs: Sequence[Any], spatial
 
 
 @rule("constant_pad_nd")
-def constant_pad(trace: Trace, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def constant_pad(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Padding with one value adds units that are all alike: on channels, a concatenation."""
     labels, pads = list(trace.labels(args["self"])), args["pad"]
     for i in range(len(pads) // 2):

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diag.curvature.fisher import class_axis, counted_positions, likelihood_of
+from diag.snapshot.batch import Batch
 from diag.snapshot.forward import output_tensor
 from diag.snapshot.parameters import flatten, params, unflatten
 from diag.snapshot.preserve import preserved
-
-if TYPE_CHECKING:
-    from diag.snapshot.batch import Batch
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 ROUNDINGS = 100  # of the outputs: they must move by so many for their divergence to be a measurement (our choice)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from diag.gradients.losses import example_losses
 from diag.snapshot.batch import Batch
 from diag.snapshot.parameters import flatten, params, unflatten
 from diag.snapshot.preserve import preserved
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 
 class LossesAt:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,7 @@ from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.lanczos import eigenpairs
 from diag.result import Precondition
 from diag.snapshot.parameters import trainable
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import Snapshot
 
 LEAST_STEPS = 4
 EDGE = (0.95, 1.5)  # of sharpness over threshold: learning rate times sharpness in [1.9, 3] for gradient descent
@@ -203,9 +200,7 @@ def _edge_between(snapshot: Snapshot, before: Sequence[Tensor]) -> Edge:
     now = list(trainable(snapshot.model).values())
     middle = [torch.lerp(b, p.detach(), 0.5) for b, p in zip(before, now, strict=True)]
     with _moved(now, middle):
-        there = snapshot.with_data(snapshot.batches)
-        there.carry = snapshot.carry
-        return edge_of(there)
+        return edge_of(snapshot.replace())
 
 
 @contextmanager

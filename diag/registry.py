@@ -115,8 +115,14 @@ class Instrument:
 
     @property
     def from_history(self) -> bool:
-        """True where the records of a watched run are enough, so that no extra pass is ever needed."""
-        return {n.quantity.name for n in self.needs if not n.optional} == {"history"}
+        """True where the recorded steps of a watched run are enough, so that opening the run computes it."""
+        return {n.quantity.name for n in self.needs} == {"history"}
+
+    @property
+    def from_record(self) -> bool:
+        """True where the recorded steps and the facts of the loop are enough: no pass of the model is needed."""
+        needed = {n.quantity.name for n in self.needs if not n.optional}
+        return bool(needed) and needed <= {"history", "loop"}
 
     def __call__(self, snapshot: Measurable | None = None, /, **given: Any) -> Result:
         """Measure.

@@ -6,6 +6,7 @@ recorded, nothing raises into the loop, and what has been recorded survives the 
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -16,12 +17,15 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
+from diag.registry import Instrument
+from diag.result import Level, Verdict
 from diag.run.run import Run, load
 from diag.snapshot.history import History
 from diag.watching.about import describe_run, distributed_rank, temporary_folder
 from diag.watching.arguments import Settings, check, checked_optimizer, given_probe, trainable
 from diag.watching.guard import Clock, Guarded, guarded
 from diag.watching.listener import TrainingListener
+from diag.watching.measure.live import LiveChecks
 from diag.watching.measure.measuring import Measurements, chosen_instruments
 from diag.watching.measure.occasions import Occasions
 from diag.watching.measure.schedule import Schedule
@@ -110,7 +114,7 @@ class Watcher(Guarded):
         about = describe_run(self.model, parameters, settings.instruments, settings.budget, settings.every)
         self.path = settings.run if settings.run is not None else temporary_folder()
         self._recorder = Recorder(self.path if self.active else None, about, settings.resume)
-        self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._recorder.row)
+        self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._row_complete)
         self._probe = settings.probe
         note, info = self._recorder.note, self._recorder.info
         self._losses = LossObserver(settings.loss_fn, self._probe, note, info, list(parameters.values()))
@@ -125,6 +129,15 @@ class Watcher(Guarded):
             self._recorder.outcome,
             note,
             info,
+        )
+        self._live = LiveChecks(
+            self._measurements.live,
+            settings.instruments,
+            about["layers"],
+            self._recorder.dtype,
+            dict,
+            self._recorder.outcome,
+            self._announce,
         )
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)
@@ -198,6 +211,22 @@ class Watcher(Guarded):
         step = self._rows.add(row)
         self._listener.look_for_compiled()
         self._occasions.step_ended(row, step, in_step)
+        self._judge(step)
+
+    def _row_complete(self, table: Any, row: Row) -> None:
+        self._recorder.row(table, row)
+        self._live.row(table, row.optimizer)
+
+    @guarded("checks")
+    def _judge(self, step: int) -> None:
+        self._live.step_ended(step, self.clock.elapsed(), urgent=False)
+
+    def _announce(self, instrument: Instrument, verdict: Verdict, step: int) -> None:
+        """A check found something: say so once, on the logger and in the record."""
+        text = f"Step {step:,}: {verdict.sentence}" + (f" {verdict.advice}" if verdict.advice else "")
+        self._recorder.event(step, "finding", f"{instrument.title}: {verdict.sentence}")
+        level = logging.ERROR if verdict.level is Level.ALARM else logging.WARNING
+        logging.getLogger("diag").log(level, "%s", text)
 
     @guarded("measurements")
     def _measure_now(self, names: list[str]) -> None:
@@ -236,6 +265,7 @@ class Watcher(Guarded):
         self._finish_rows()
         if measure:
             self._occasions.last()
+        self._live.judge(self.step, last=True)
         self._occasions.explain_unrun()
         for key, sentence in self._never_seen():
             self._recorder.note(key, sentence)

@@ -93,8 +93,10 @@ class Measurements:
         info: Callable[[str, str], None],
     ) -> None:
         self._settings = chosen
-        # What needs nothing but the record of the steps is computed when the run is opened.
-        self._instruments = {n: i for n in chosen if not (i := find(n)).from_history}
+        found = {n: find(n) for n in chosen}
+        # What needs nothing but the record and the facts of the loop is judged live (see `live`).
+        self.live = {n: i for n, i in found.items() if i.from_record}
+        self._instruments = {n: i for n, i in found.items() if n not in self.live}
         self.schedule = schedule_of(self._instruments)
         self.windows = Windows(self._instruments, chosen, self.schedule, note, info, _undisturbed)
         self.own_step = OwnStep(self._instruments, self._measured_on)

@@ -1,0 +1,151 @@
+"""Checks that need nothing but the record of the steps and the facts of the loop, judged while training goes on.
+
+They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
+measurements: they are judged at the floor (steps 1, 2, 3, 10, 30, 100, ... and the last), at once when something
+happened that none of them has judged (`urgent`), and between as far as `SHARE` of the time pays for them. A finding
+is announced the first time that it is seen; what is computed from the record alone is not kept, as opening the run
+computes it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.registry import Instrument, attempt
+from diag.result import Failed, Level, Outcome, Result, Verdict
+from diag.run.files import history_of
+from diag.snapshot.history import History
+
+SHARE = 0.005  # of the time since training began
+FIRST = (1, 2, 3)
+RECENT, EARLIER = 512, 512  # rows kept in memory: all of the last ones, every 2^k-th of those before
+MEMORY = 16 << 20  # bytes that these rows may take
+TOLD = (Level.ALARM, Level.WARNING)
+FAILURES = 3
+
+
+def is_floor(step: int) -> bool:
+    """Whether the checks are judged at `step` whatever it costs: 1, 2, 3, 10, 30, 100, 300, ..."""
+    power = 10 ** (len(str(step)) - 1)
+    return step in FIRST or (step >= 10 and step in (power, 3 * power))
+
+
+class Trace:
+    """The rows of the record in bounded memory: the last ones whole, and the earlier ones thinned evenly."""
+
+    def __init__(self, dtype: numpy.dtype[Any]) -> None:
+        rows = max(min(RECENT, MEMORY // (2 * dtype.itemsize)), 16)
+        self._recent: deque[NDArray[Any]] = deque(maxlen=rows)
+        self._earlier: list[NDArray[Any]] = []
+        self._room, self._stride, self._passed = rows, 1, 0
+
+    def add(self, table: NDArray[Any]) -> None:
+        """Keep a finished row (a table of one row, which is copied)."""
+        if len(self._recent) == self._recent.maxlen:
+            self._keep(self._recent[0])
+        self._recent.append(table.copy())
+
+    def _keep(self, row: NDArray[Any]) -> None:
+        if self._passed % self._stride == 0:
+            self._earlier.append(row)
+        self._passed += 1
+        if len(self._earlier) > self._room:
+            self._earlier, self._stride = self._earlier[::2], 2 * self._stride
+
+    def rows(self) -> NDArray[Any] | None:
+        """The rows kept, by step; None where there is none."""
+        kept = [*self._earlier, *self._recent]
+        return numpy.concatenate(kept) if kept else None
+
+
+class LiveChecks:
+    """Judges the checks that live on the record, and tells of each finding once.
+
+    settings: the chosen instruments' settings by name. layers: names and sizes of the parameter tensors. facts():
+    the quantities besides the history, by name (the facts of the loop). record(step, outcome, seconds): keep a
+    result. announce(instrument, verdict, step): a finding that was not there before.
+    """
+
+    def __init__(
+        self,
+        chosen: Mapping[str, Instrument],
+        settings: Mapping[str, Mapping[str, Any]],
+        layers: Mapping[str, int],
+        dtype: numpy.dtype[Any],
+        facts: Callable[[], Mapping[str, Any]],
+        record: Callable[[int, Outcome, float], None],
+        announce: Callable[[Instrument, Verdict, int], None],
+    ) -> None:
+        self._chosen = dict(chosen)
+        self._settings, self._layers, self._facts = settings, layers, facts
+        self._record, self._announce = record, announce
+        self._trace = Trace(dtype)
+        self._optimizer: Mapping[str, Any] = {}
+        self._judged = 0
+        self._cost = self._spent = 0.0
+        self._last: dict[str, tuple[str, str]] = {}
+        self._recorded: dict[str, tuple[str, str]] = {}
+        self._failures: dict[str, int] = {}
+
+    def row(self, table: NDArray[Any], optimizer: Mapping[str, Any]) -> None:
+        """A row of the record is complete."""
+        self._trace.add(table)
+        self._optimizer = optimizer or self._optimizer
+
+    def step_ended(self, step: int, elapsed: float, urgent: bool) -> None:
+        """Judge where it is due; `elapsed`: seconds since training began; urgent: do not wait for a due step."""
+        paid = self._spent + self._cost <= SHARE * elapsed
+        if self._chosen and (urgent or paid or is_floor(step)):
+            self.judge(step)
+
+    def judge(self, step: int, last: bool = False) -> None:
+        """Judge all of them now; `last`: the results are recorded whether or not anything is new in them."""
+        if step == self._judged and not last:
+            return
+        began = time.perf_counter()
+        self._judged = step
+        given = {"history": self._history(), **self._facts()}
+        for name, instrument in self._chosen.items():
+            if self._failures.get(name, 0) < FAILURES:
+                self._judge(instrument, step, given, last)
+        self._cost = time.perf_counter() - began
+        self._spent += self._cost
+
+    def _judge(self, instrument: Instrument, step: int, given: Mapping[str, Any], last: bool) -> None:
+        began = time.perf_counter()
+        name, needs = instrument.name, {need.name for need in instrument.needs}
+        outcome = attempt(
+            None,
+            instrument,
+            **self._settings.get(name, {}),
+            **{quantity: value for quantity, value in given.items() if quantity in needs and value is not None},
+        )
+        seconds = time.perf_counter() - began
+        if isinstance(outcome, Failed):
+            self._failures[name] = self._failures.get(name, 0) + 1
+            self._record(step, outcome, seconds)
+        elif isinstance(outcome, Result):
+            self._tell(instrument, outcome, step, seconds, last)
+
+    def _tell(self, instrument: Instrument, result: Result, step: int, seconds: float, last: bool) -> None:
+        verdict, name = result.verdict(), instrument.name
+        state = (str(verdict.level), verdict.cause)
+        if not instrument.from_history and (last or state != self._recorded.get(name)):
+            self._recorded[name] = state
+            self._record(step, result, seconds)
+        if verdict.level in TOLD and state != self._last.get(name):
+            self._announce(instrument, verdict, step)
+        self._last[name] = state
+
+    def _history(self) -> History | None:
+        rows = self._trace.rows()
+        if rows is None:
+            return None
+        optimizer = [{"type": "optimizer", "data": dict(self._optimizer)}] if self._optimizer else []
+        return history_of({"layers": self._layers}, rows, optimizer)

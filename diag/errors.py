@@ -24,6 +24,10 @@ class Unsupported(DiagError):
     """The model, loss or file has a construct for which no right number can be computed."""
 
 
+class Stopped(DiagError):
+    """A measurement took longer, or more memory, than it was given; the text says how much of each."""
+
+
 class RunError(DiagError):
     """A run folder cannot be opened, written or resumed."""
 
@@ -32,6 +36,14 @@ class CheckpointError(DiagError):
     """A checkpoint cannot be loaded safely or does not fit the model."""
 
 
-def first_line(error: Exception) -> str:
+def text_of(error: BaseException) -> str:
+    """An error's text, also where the error cannot give it: the text is the code's that raised, not ours."""
+    try:
+        return str(error)
+    except Exception:
+        return f"{type(error).__name__}, whose text cannot be had"
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an error's text without its full stop, to be quoted inside a sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return (text_of(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported
+from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import Quantity, lookup
 from diag.snapshot.validation import checked
@@ -297,16 +297,24 @@ def measure(snapshot: Measurable, name: str, **settings: Any) -> Result:
 def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Outcome:
     """Measure without ever raising. `given` are settings and, as in a call of the instrument, quantities.
 
-    What is missing, or for which no right number can be had, becomes Skipped; what breaks becomes Failed.
+    What is missing, for which no right number can be had or no time was left becomes Skipped; what breaks becomes
+    Failed.
     """
+    outcome = _attempted(snapshot, which, given)
+    # Whoever caught the stop and went on by another way did not measure what was asked.
+    stop: str = getattr(getattr(snapshot, "deadline", None), "reason", "")
+    return Skipped(which.name, stop) if stop else outcome
+
+
+def _attempted(snapshot: Measurable | None, which: Instrument, given: Mapping[str, Any]) -> Outcome:
     try:
         return which(snapshot, **given)
-    except (MissingQuantity, Unsupported) as error:
-        return Skipped(which.name, str(error))
+    except (MissingQuantity, Unsupported, Stopped) as error:
+        return Skipped(which.name, text_of(error))
     except DiagError as error:
-        return Failed(which.name, str(error))
+        return Failed(which.name, text_of(error))
     except Exception as error:
-        return Failed(which.name, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return Failed(which.name, f"{type(error).__name__}: {text_of(error)}", traceback.format_exc())
 
 
 def measure_all(

@@ -143,7 +143,9 @@ class CurvatureOperator(LinearOperator):
         return self._relative(batches, precision=self.objective.precision, checked=self.self_test)
 
     def _relative(self, batches: Iterable[Batch], **settings: Any) -> Self:
-        return type(self)(self.objective.model, self.objective.loss_fn, batches, **self._settings, **settings)
+        other = type(self)(self.objective.model, self.objective.loss_fn, batches, **self._settings, **settings)
+        other.deadline = self.deadline
+        return other
 
     # -- products ------------------------------------------------------------------------------------
 
@@ -183,6 +185,7 @@ class CurvatureOperator(LinearOperator):
         with self.objective.measured():
             parameters = self.objective.parameters()
             for batch in self.memory_plan.batches:
+                self.deadline.check()
                 graph = self._curvature().graph(self.objective, parameters, [batch])
                 for i, v in enumerate(vectors):
                     pieces = graph.product(self.layout.views(v), i < len(vectors) - 1)
@@ -286,6 +289,7 @@ def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
     known = carried.self_test if carried is not None else None
     settings |= {"seed": snapshot.seed, "checked": known}
     operator = kind(snapshot.model, snapshot.batch_loss, snapshot.batches, **settings)
+    operator.deadline = snapshot.deadline
     test = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle
     if carried is not None:
         carried.self_test = replace(test, earlier=True)

@@ -24,6 +24,7 @@ def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
     other; what the first few examples do not show is raised when the gradients are first asked for something.
     """
     gradients = ModelGradients(snapshot.model, snapshot.batch_loss, snapshot.batches)
+    gradients.deadline = snapshot.deadline
     gradients.prepare()
     return gradients
 

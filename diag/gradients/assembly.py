@@ -20,6 +20,7 @@ from diag.gradients.rules.call import Call, NoClosedForm, single
 from diag.gradients.rules.closed_forms import FORMS
 from diag.gradients.rules.combination import Placed, combine
 from diag.gradients.sources import Source
+from diag.linalg.deadline import NEVER, Deadline
 
 
 class Assembly:
@@ -32,7 +33,9 @@ class Assembly:
         n: int,
         parameters: dict[str, nn.Parameter],
         consume: Callable[[str, Block], None],
+        deadline: Deadline = NEVER,
     ) -> None:
+        self.deadline = deadline
         self.plan, self.uses, self.n, self.parameters, self.consume = plan, uses, n, parameters, consume
         self._parts: dict[str, list[Block]] = {}
         self._held: dict[int, Tensor] = {}
@@ -53,7 +56,7 @@ class Assembly:
             self._hand_on(name)
         for name in sorted(self.plan.graph_parameters):
             assert losses is not None
-            self.consume(name, _one_axis(fallback.through_graph(losses, self.parameters[name])))
+            self.consume(name, _one_axis(fallback.through_graph(losses, self.parameters[name], self.deadline)))
 
     def _count(self) -> None:
         for index, places in self.plan.places.items():
@@ -63,6 +66,7 @@ class Assembly:
     def _read(self, index: int, delta: Tensor) -> None:
         if not self._expected:  # only now: the calls may still have been coming in
             self._count()
+        self.deadline.check()
         use = self.uses[index]
         self.uses[index] = use.bare()
         call = Call(use, single(delta), self.plan.layouts[index], self.n)
@@ -77,7 +81,7 @@ class Assembly:
                 continue
             if source.edge is not None:
                 self.plan.late.add(index)
-            for name, part in _to_parameters(block, source, self.parameters).items():
+            for name, part in _to_parameters(block, source, self.parameters, self.deadline).items():
                 self._parts.setdefault(name, []).append(part)
         for name in (name for place in self.plan.places[index] for name in use.slots[place].names):
             self._expected[name] -= 1
@@ -97,7 +101,7 @@ class Assembly:
             methods.update(dict.fromkeys(names, call.use.name))
             return block
         except (KeyError, NoClosedForm):
-            block = fallback.replayed(call, place)
+            block = fallback.replayed(call, place, self.deadline)
         try:
             block.dense(slice(0, 1))  # fails here, if at all, where another method can still be chosen
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -107,9 +111,11 @@ class Assembly:
         return block
 
 
-def _to_parameters(block: Block, source: Source, parameters: dict[str, nn.Parameter]) -> dict[str, Block]:
+def _to_parameters(
+    block: Block, source: Source, parameters: dict[str, nn.Parameter], deadline: Deadline
+) -> dict[str, Block]:
     if source.edge is not None:
-        return {n: _one_axis(b) for n, b in fallback.pulled_back(block, source, parameters).items()}
+        return {n: _one_axis(b) for n, b in fallback.pulled_back(block, source, parameters, deadline).items()}
     name = source.names[0]
     if source.positions is None:
         return {name: _one_axis(block)}

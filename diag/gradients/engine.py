@@ -76,13 +76,16 @@ class ModelGradients(PerExampleGradients):
 
     def with_permuted_targets(self, seed: int = 0) -> ModelGradients:
         """The same network and inputs with the targets dealt out anew among the examples."""
-        batches = permuted_targets(self._batches, seed)
-        return ModelGradients(self.model, self.loss_fn, batches, layers=self._select, mode=self.mode)
+        return self._on(permuted_targets(self._batches, seed))
 
     def select(self, rows: Sequence[int]) -> ModelGradients:
         """The gradients of some examples only, in the order given."""
-        batches = chosen(self._batches, rows)
-        return ModelGradients(self.model, self.loss_fn, batches, layers=self._select, mode=self.mode)
+        return self._on(chosen(self._batches, rows))
+
+    def _on(self, batches: Sequence[Batch]) -> ModelGradients:
+        other = ModelGradients(self.model, self.loss_fn, batches, layers=self._select, mode=self.mode)
+        other.deadline = self.deadline
+        return other
 
     def prepare(self) -> None:
         """Make the plan for the first batch, with its self-test; otherwise the first question does."""
@@ -131,6 +134,7 @@ class ModelGradients(PerExampleGradients):
         with preserved(self.model, mode=self.mode), _eager():
             start = 0
             for batch in self._batches:
+                self.deadline.check()
                 rows = slice(start, start + batch.size)
                 losses = self._stream_batch(batch, rows, consume)
                 self._losses[rows.start] = losses
@@ -157,7 +161,7 @@ class ModelGradients(PerExampleGradients):
                 check_independent(self.model, self.loss_fn, batch, losses.detach())
                 self._independent = True
             run.outputs = None  # nothing that follows needs them; the graph keeps what it does
-            assembly = Assembly(plan, run.uses, batch.size, self._parameters, partial(consume, rows))
+            assembly = Assembly(plan, run.uses, batch.size, self._parameters, partial(consume, rows), self.deadline)
             backward(run, plan, assembly, batch.size, keep_graph)
             assembly.finish(losses if keep_graph else None)
             return losses.detach()
@@ -189,7 +193,7 @@ class ModelGradients(PerExampleGradients):
     def _make_plan(self, batch: Batch, rows: slice, size: int) -> Plan:
         probe = probe_of(batch, size, lambda: losses_of(self.model, self.loss_fn, batch))
         try:
-            return make_plan(self.model, self.loss_fn, probe, self._parameters)
+            return make_plan(self.model, self.loss_fn, probe, self._parameters, deadline=self.deadline)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise

@@ -28,6 +28,7 @@ from diag.gradients.questions import (
     SquaredNorms,
 )
 from diag.gradients.rules.blocks import Block
+from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.parameters import layer_of
 
 Consumer = Callable[[slice, str, Block], None]  # the examples' rows, the parameter's name, its block
@@ -52,10 +53,11 @@ class PerExampleGradients:
 
     Flat vectors follow `named_parameters()` order, trainable parameters only, tied ones once. A layer is
     what `parameters.layer_of` says. Norms and inner products come in
-    float64. Subclasses give `stream` and `coverage`.
+    float64. `deadline` is asked between parameters and examples. Subclasses give `stream` and `coverage`.
     """
 
     num_batches = 1
+    deadline: Deadline = NEVER
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], num_examples: int) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
@@ -101,7 +103,7 @@ class PerExampleGradients:
         """
         answers = {question: question.begin(self) for question in questions if question not in self._known}
         if answers:
-            self.stream(partial(_hand_on, list(answers.values())))
+            self.stream(partial(_hand_on, self.deadline, list(answers.values())))
         found = {question: answer.result() for question, answer in answers.items()}
         if SquaredNorms() in found:
             self._known[SquaredNorms()] = found[SquaredNorms()]
@@ -212,8 +214,9 @@ class LayerGradients(PerExampleGradients):
         return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
 
 
-def _hand_on(answers: Sequence[Answer], rows: slice, name: str, block: Block) -> None:
+def _hand_on(deadline: Deadline, answers: Sequence[Answer], rows: slice, name: str, block: Block) -> None:
     for answer in answers:
+        deadline.check()
         answer.consume(rows, name, block)
 
 

@@ -20,6 +20,7 @@ from diag.gradients.plan import NotFinite, Plan, copied, forward
 from diag.gradients.rules.blocks import Block, row_slices
 from diag.gradients.rules.closed_forms import FORMS
 from diag.gradients.rules.layout import find_layout
+from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, tensors_in
 
 
@@ -29,6 +30,7 @@ def make_plan(
     probe: Batch,
     parameters: dict[str, nn.Parameter],
     unroll: bool = True,
+    deadline: Deadline = NEVER,
 ) -> Plan:
     """The plan for batches like the one that this probe of two or more examples is from.
 
@@ -52,7 +54,7 @@ def make_plan(
     plan.overwrites_inputs = versions != [t._version for t in tensors_in((probe.args, probe.kwargs))]
     plan.graph_parameters |= unexplained(run.capture, [torch.autograd.graph.get_gradient_edge(losses)], parameters)
     blocks: dict[str, Block] = {}
-    assembly = Assembly(plan, run.uses, probe.size, parameters, blocks.__setitem__)
+    assembly = Assembly(plan, run.uses, probe.size, parameters, blocks.__setitem__, deadline)
     for index in plan.layouts:
         assembly.add(index, plain[index])
     assembly.finish(losses)
@@ -60,6 +62,7 @@ def make_plan(
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in dense.values() if g is not None]
     total = float(torch.stack(norms).square().sum().sqrt()) if norms else 0.0
     for name, gradient in dense.items():
+        deadline.check()
         if name not in plan.graph_parameters and not _agrees(blocks.get(name), weights, gradient, total):
             plan.graph_parameters.add(name)
     for name in plan.graph_parameters:

@@ -190,6 +190,7 @@ class StepGradients(PerExampleGradients):
             raise Unsupported("there were several backward passes")
         if not self._taken:
             self._check_calls()
+        self.deadline.check()
         self._taken.add(index)
         self._assembly.add(index, delta)
 
@@ -200,6 +201,7 @@ class StepGradients(PerExampleGradients):
             self._blocks[name] = block
             return
         for answer in self._answers.values():
+            self.deadline.check()
             answer.consume(slice(0, self.num_examples), name, block)
 
     @property

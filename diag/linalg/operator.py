@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
+from diag.linalg.deadline import NEVER, Deadline
 
 Index = slice | Tensor
 
@@ -22,8 +23,11 @@ class LinearOperator(ABC):
     """A real symmetric operator on flat vectors.
 
     Attributes: `size` (length of the vectors), `dtype` and `device` (of the vectors that go in and come
-    out), `num_products` (single products done so far; `matvecs` of k rows counts k).
+    out), `num_products` (single products done so far; `matvecs` of k rows counts k), `deadline` (asked before each
+    product; by default none).
     """
+
+    deadline: Deadline = NEVER
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str):
         if size < 1:
@@ -39,7 +43,11 @@ class LinearOperator(ABC):
 
     def _matvecs(self, vectors: Tensor) -> Tensor:
         """A applied to each row; a subclass overrides this where a batch is cheaper than a loop."""
-        return torch.stack([self._matvec(v) for v in vectors])
+        products = []
+        for v in vectors:
+            self.deadline.check()
+            products.append(self._matvec(v))
+        return torch.stack(products)
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v.
@@ -48,12 +56,14 @@ class LinearOperator(ABC):
         Raises InvalidInput when the shape, dtype or device differ.
         """
         self.check(v, (self.size,))
+        self.deadline.check()
         self.num_products += 1
         return self._matvec(v)
 
     def matvecs(self, vectors: Tensor) -> Tensor:
         """A applied to each row of `vectors`, shape (count, size); returns the same shape."""
         self.check(vectors, (vectors.shape[0] if vectors.ndim else 0, self.size))
+        self.deadline.check()
         self.num_products += vectors.shape[0]
         return self._matvecs(vectors)
 

@@ -35,6 +35,7 @@ def score_examples(model: nn.Module, source: Snapshot) -> Scores:
     """One pass of `model` over the data of `source`, with its loss."""
     losses, errors, known = [], [], True
     for batch in source.batches:
+        source.deadline.check()
         outputs = batch.forward(model)
         values, each = _losses(source, outputs, batch)
         known = known and each

@@ -174,6 +174,7 @@ def _run(snapshot: Snapshot) -> ForwardPass:
     try:
         with preserved(snapshot.model), torch.no_grad():
             for batch in snapshot.batches:
+                snapshot.deadline.check()
                 calls.clear()
                 outputs.append(batch.forward(snapshot.model))
                 final, feature = _final_layer(calls, outputs[-1], batch.targets)

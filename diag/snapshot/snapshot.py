@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diag.checkpoints.unwrap import bare_model
 from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
+from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, as_batches, map_tensors
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, lookup
@@ -41,6 +42,7 @@ class Snapshot:
     carry: what earlier measurements of the same model left, to spare work (see `diag.curvature.carry`).
     seed: makes every estimate repeatable. device: where to measure; a copy of the model goes there if it is
         elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones.
+    deadline: what measuring may take, asked between batches, products and examples (see `diag.linalg.deadline`).
 
     Raises InvalidInput where model, loss_fn or data are not of these kinds.
     """
@@ -62,6 +64,7 @@ class Snapshot:
         device: torch.device | str | None = None,
         micro_batch: int | None = None,
         max_examples: int | None = None,
+        deadline: Deadline = NEVER,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(model, nn.Module):
@@ -71,7 +74,7 @@ class Snapshot:
         self.model = _on_device(bare_model(model), device)
         self.loss_fn = loss_fn
         self.previous, self.other, self.optimizer, self.history = previous, other, optimizer, history
-        self.carry = carry
+        self.carry, self.deadline = carry, deadline
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
         self._computed: dict[str, Any] = {}
@@ -83,6 +86,7 @@ class Snapshot:
         Raises MissingQuantity, in one sentence with what to give, where the snapshot cannot give it.
         """
         row = lookup(name)
+        self.deadline.check()
         if name not in self._computed:
             self.refuse_a_later_moment()
             source = self
@@ -151,8 +155,10 @@ class Snapshot:
     def batch_loss(self, outputs: Any, targets: Any) -> Tensor:
         """The mean loss of a batch, by loss_fn or, without one, the outputs' own `.loss`.
 
-        Raises InvalidInput where loss_fn cannot be called on them, MissingQuantity where there is no loss.
+        Raises InvalidInput where loss_fn cannot be called on them, MissingQuantity where there is no loss, Stopped
+        where the deadline has passed: every pass over the data comes by here, and so does every example alone.
         """
+        self.deadline.check()
         if self.loss_fn is not None:
             try:
                 return self.loss_fn(outputs, targets)

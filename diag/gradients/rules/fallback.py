@@ -19,9 +19,10 @@ from diag.gradients.capture import Use
 from diag.gradients.rules.blocks import Block, Lazy
 from diag.gradients.rules.call import Call, NoClosedForm, call_with
 from diag.gradients.sources import Place, Source
+from diag.linalg.deadline import NEVER, Deadline
 
 
-def replayed(call: Call, place: Place) -> Block:
+def replayed(call: Call, place: Place, deadline: Deadline = NEVER) -> Block:
     """The recorded call's vector-Jacobian product, one example at a time.
 
     Arguments whose first axis is the output's are taken to be cut along it; the self-test of the plan refuses a
@@ -53,9 +54,10 @@ def replayed(call: Call, place: Place) -> Block:
                     return batched[0](weight, pieces, delta[examples])
             except RuntimeError:
                 batched[0] = None  # no batching rule for something inside: a loop does the same
-        rows = [
-            pulled(weight, {other: t[i] for other, t in cut.items()}, delta[i]) for i in range(*examples.indices(n))
-        ]
+        rows = []
+        for i in range(*examples.indices(n)):
+            deadline.check()
+            rows.append(pulled(weight, {other: t[i] for other, t in cut.items()}, delta[i]))
         return torch.stack(rows)
 
     return Lazy(n, weight, compute)
@@ -67,7 +69,9 @@ def _intact(use: Use, place: Place) -> Tensor:
     return use.argument(place)
 
 
-def pulled_back(block: Block, source: Source, parameters: dict[str, nn.Parameter]) -> dict[str, Block]:
+def pulled_back(
+    block: Block, source: Source, parameters: dict[str, nn.Parameter], deadline: Deadline = NEVER
+) -> dict[str, Block]:
     """Gradients of a derived tensor carried to the parameters it was computed from.
 
     The map is linear in the gradient, so it is one vector-Jacobian product per example, in a batch.
@@ -76,19 +80,22 @@ def pulled_back(block: Block, source: Source, parameters: dict[str, nn.Parameter
     edge = source.edge
 
     def through(name: str) -> Callable[[slice], Tensor]:
-        return lambda examples: _batched_gradient(edge, parameters[name], block.dense(examples))
+        return lambda examples: _batched_gradient(edge, parameters[name], block.dense(examples), deadline)
 
     return {name: Lazy(block.n, parameters[name], through(name)) for name in source.names}
 
 
-def through_graph(losses: Tensor, parameter: nn.Parameter) -> Block:
+def through_graph(losses: Tensor, parameter: nn.Parameter, deadline: Deadline = NEVER) -> Block:
     """Rows of the Jacobian of the (n,) losses with respect to one parameter; the graph must be kept."""
     rows = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
-    return Lazy(len(losses), parameter, lambda examples: _batched_gradient(losses, parameter, rows[examples]))
+    return Lazy(
+        len(losses), parameter, lambda examples: _batched_gradient(losses, parameter, rows[examples], deadline)
+    )
 
 
-def _batched_gradient(output: Any, parameter: nn.Parameter, rows: Tensor) -> Tensor:
+def _batched_gradient(output: Any, parameter: nn.Parameter, rows: Tensor, deadline: Deadline) -> Tensor:
     def gradient(row: Tensor, batched: bool) -> Sequence[Tensor | None]:
+        deadline.check()
         return torch.autograd.grad(
             [output], [parameter], [row], retain_graph=True, is_grads_batched=batched, allow_unused=True
         )

@@ -21,12 +21,16 @@ import time
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
 
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import Quantity, lookup
+from diag.snapshot.own_tensors import hearing, own_tensors
 from diag.snapshot.validation import checked
 
 ENTRY_POINTS = "diag.instruments"
@@ -138,11 +142,12 @@ class Instrument:
         settings = {s.name: given.pop(s.name, s.default) for s in self.settings}
         self._refuse_unknown(given)
         began = time.perf_counter()
-        quantities = checked({n.name: self._value(n, snapshot, given) for n in self.needs})
-        result = self._measured(snapshot, quantities | settings)
+        with hearing() as said, _nothing_moved(snapshot):
+            quantities = checked({n.name: self._value(n, snapshot, given) for n in self.needs})
+            result = self._measured(snapshot, quantities | settings)
         about = snapshot.provenance() if snapshot is not None else {}
         provenance = Provenance(self.name, settings, seconds=time.perf_counter() - began, **about)
-        return dataclasses.replace(result, provenance=provenance)
+        return dataclasses.replace(result, provenance=provenance, notes=(*result.notes, *said))
 
     def _measured(self, snapshot: Measurable | None, arguments: Mapping[str, Any]) -> Result:
         try:
@@ -177,6 +182,11 @@ class Instrument:
 
     def __repr__(self) -> str:
         return f"<instrument {self.name}({', '.join(n.name for n in self.needs)})>"
+
+
+def _nothing_moved(snapshot: Measurable | None) -> AbstractContextManager[None]:
+    model = getattr(snapshot, "model", None)
+    return own_tensors(model, values=True) if isinstance(model, nn.Module) else nullcontext()
 
 
 def instrument(
@@ -300,7 +310,10 @@ def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Out
     What is missing, for which no right number can be had or no time was left becomes Skipped; what breaks becomes
     Failed.
     """
-    outcome = _attempted(snapshot, which, given)
+    with hearing() as said:
+        outcome = _attempted(snapshot, which, given)
+    if said and isinstance(outcome, (Skipped, Failed)):  # a result has them among its notes
+        outcome = dataclasses.replace(outcome, reason=" ".join([outcome.reason, *said]))
     # Whoever caught the stop and went on by another way did not measure what was asked.
     stop: str = getattr(getattr(snapshot, "deadline", None), "reason", "")
     return Skipped(which.name, stop) if stop else outcome

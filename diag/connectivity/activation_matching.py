@@ -22,6 +22,7 @@ from diag.connectivity.symmetries.groups import Block, Capture, Group, Symmetrie
 from diag.connectivity.symmetries.tracing import operation_name, unfused
 from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
 
 
@@ -141,7 +142,7 @@ def _activations(
     # PyTorch chooses between matrix products by requires_grad too, so it has to be as at tracing.
     values = {n: t.detach().requires_grad_(own[n].requires_grad) for n, t in state.items() if n in own}
     with recorder:
-        torch.func.functional_call(model, values, batch.args, batch.kwargs)
+        call_at(model, values, batch.args, batch.kwargs)
     missing = [c for c in captures if c.operation not in recorder.kept]
     if missing:
         raise Unsupported(

@@ -17,6 +17,7 @@ from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance
 from diag.connectivity.interpolation_profile import Profile
 from diag.connectivity.interpolation_repair import Repair
 from diag.errors import Unsupported
+from diag.snapshot.call_at import call_at
 from diag.snapshot.forward import IGNORED_LABEL, output_tensor
 from diag.snapshot.preserve import preserved
 
@@ -130,9 +131,7 @@ def _function_change(path: Interpolation, before: State, after: State) -> float:
     with preserved(model), torch.no_grad():
         old, new = (
             output_tensor(
-                torch.func.functional_call(
-                    model, {n: t for n, t in s.items() if n in own}, batch.args, batch.kwargs
-                )
+                call_at(model, {n: t for n, t in s.items() if n in own}, batch.args, batch.kwargs)
             ).double()
             for s in (before, after)
         )

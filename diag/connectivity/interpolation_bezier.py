@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diag.connectivity.interpolation import Interpolation, State, overwrite, straight
 from diag.connectivity.interpolation_norms import BATCH_NORMS
 from diag.errors import InvalidInput
+from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
 
 
@@ -63,7 +64,7 @@ def train_control_point(
                     n: (1 - t) ** 2 * path.start[n] + 2 * t * (1 - t) * c + t**2 * end[n]
                     for n, c in control.items()
                 }
-                outputs = torch.func.functional_call(model, point, batch.args, batch.kwargs)
+                outputs = call_at(model, point, batch.args, batch.kwargs)
                 loss = path.snapshot.batch_loss(outputs, batch.targets)
                 gradients = torch.autograd.grad(loss, list(control.values()), allow_unused=True)
             for value, gradient in zip(control.values(), gradients, strict=True):

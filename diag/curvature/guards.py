@@ -5,7 +5,7 @@ Several fused or stateful operations have no second derivative, or a wrong one t
 
 - attention uses the math kernel, also under an inner `sdpa_kernel`, and the encoder fast path is off;
 - compiled code runs eagerly; checkpointed segments keep their graph (the reentrant kind forbids `autograd.grad`,
-  and both run again with the module's own parameters instead of those given to `functional_call`);
+  and both run again with the module's own parameters instead of those given to `call_at`);
 - weight norm is v * (g / ||v||) (the fused form's second derivative is wrong);
 - embeddings give dense gradients and are not renormalised or rescaled on the way;
 - an autocast region that the model enters by itself stays in the precision asked for;

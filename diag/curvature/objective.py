@@ -1,7 +1,7 @@
 """The mean loss over all the data as a function of the parameters, in the precision asked for.
 
 A batch of n_b of the n examples counts n_b / n, so a ragged last batch weighs what it should. The model is
-called through `functional_call` with detached leaves: no hook of the user's parameters runs and no `.grad` is
+called through `call_at` with detached leaves: no hook of the user's parameters runs and no `.grad` is
 touched. In another precision than the model's own the call uses converted copies of all parameters, buffers
 and floating inputs.
 """
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from diag.curvature import guards
 from diag.curvature.layout import Layout
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch, map_tensors
+from diag.snapshot.call_at import call_at
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -105,7 +105,7 @@ class Objective:
         batch = self._prepared(batch)
         tensors = {**self.constants, **dict(zip(self.layout.names, parameters, strict=True))}
         with self._reduced():
-            return functional_call(self.model, tensors, batch.args, batch.kwargs)
+            return call_at(self.model, tensors, batch.args, batch.kwargs)
 
     def loss_of(self, outputs: Any, batch: Batch) -> Tensor:
         """The mean loss of one batch from its outputs, a scalar; a vector of losses is averaged."""
@@ -113,7 +113,7 @@ class Objective:
         with self._reduced():
             converted = _converted_state(loss_fn, self.dtype) if isinstance(loss_fn, nn.Module) else {}
             if isinstance(loss_fn, nn.Module) and converted:
-                loss = functional_call(loss_fn, converted, (outputs, targets))
+                loss = call_at(loss_fn, converted, (outputs, targets))
             else:
                 loss = loss_fn(outputs, targets)
         return _scalar(loss)

@@ -116,8 +116,9 @@ def classifier(snapshot: Snapshot) -> Classifier:
     layer = _pass(snapshot).final_layer
     if layer is None:
         raise MissingQuantity(_NO_FINAL_LAYER)
-    weight = layer.weight.detach()
-    bias = layer.bias.detach() if layer.bias is not None else weight.new_zeros(len(weight))
+    with preserved(snapshot.model):  # reading a weight under spectral norm advances it in training mode
+        weight = layer.weight.detach()
+        bias = layer.bias.detach() if layer.bias is not None else weight.new_zeros(len(weight))
     return Classifier(weight, bias)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import InvalidInput, MissingQuantity
+from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -75,7 +76,7 @@ def loss_at(snapshot: Snapshot) -> Callable[[Mapping[str, Tensor]], float]:
         total = 0.0
         with preserved(model), torch.no_grad():
             for batch in snapshot.batches:
-                outputs = torch.func.functional_call(model, dict(values), batch.args, batch.kwargs)
+                outputs = call_at(model, values, batch.args, batch.kwargs)
                 total += float(snapshot.batch_loss(outputs, batch.targets)) * batch.size
         return total / snapshot.num_examples
 

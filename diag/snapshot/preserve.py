@@ -18,6 +18,7 @@ from torch import nn
 
 from diag.checkpoints.unwrap import own_forward
 from diag.snapshot import pause
+from diag.snapshot.own_tensors import own_tensors, same_bits
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def preserved(*models: nn.Module, mode: str = "eval") -> Iterator[None]:
         stack.enter_context(pause.measuring())
         for model in models:
             stack.enter_context(_model_state(model))
+            stack.enter_context(own_tensors(model))
             stack.enter_context(own_forward(model))
         for model in models:
             if mode != "keep":
@@ -74,8 +76,6 @@ def exact_arithmetic() -> Iterator[None]:
 def _model_state(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    # TorchScript modules have no dict of buffers, and cannot bind another tensor.
-    bound = [(m._buffers, dict(m._buffers)) for m in model.modules() if isinstance(m._buffers, dict)]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     for parameter, _, _ in parameters:
         parameter.grad = None  # so that a backward pass inside cannot add to the training's own gradients
@@ -84,8 +84,6 @@ def _model_state(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for buffers_of_module, tensors in bound:
-            buffers_of_module.update(tensors)  # a forward pass may bind another tensor: self.count = self.count + 1
         with torch.no_grad():
             for buffer, saved in buffers:
                 _restore(buffer, saved)
@@ -97,8 +95,7 @@ def _model_state(model: nn.Module) -> Iterator[None]:
 def _restore(buffer: Any, saved: Any) -> None:
     # Writing raises the version counter, which can invalidate a graph that the training loop still holds;
     # so only a buffer that did change is written back.
-    same = (buffer == saved) | ((buffer != buffer) & (saved != saved))
-    if not bool(same.all()):
+    if not same_bits(buffer, saved):
         buffer.copy_(saved)
 
 

@@ -22,6 +22,7 @@ from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, as_batches, map_tensors
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, lookup
+from diag.snapshot.own_tensors import own_tensors
 from diag.snapshot.preserve import generator_states, random_states
 
 FINGERPRINT_BYTES = 1 << 22
@@ -92,7 +93,8 @@ class Snapshot:
             source = self
             try:
                 source = self.held_out if name.startswith(HELD_OUT) else self
-                self._computed[name] = row.function()(source)
+                with own_tensors(source.model, values=True):
+                    self._computed[name] = row.function()(source)
             except MissingQuantity as error:
                 raise MissingQuantity(f"{name} is missing: {error}") from None
             except DiagError:

@@ -20,6 +20,7 @@ from diag.connectivity.symmetries.solve import Solution, used_symbols
 from diag.connectivity.symmetries.tracing import Trace, main_outputs, trace_model, unfused
 from diag.errors import Unsupported
 from diag.snapshot.batch import Batch, as_batch
+from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -190,7 +191,7 @@ def _outputs(model: nn.Module, example: Batch, state: dict[str, Tensor]) -> list
     own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()]}
     values = {n: t for n, t in state.items() if n in own}
     with torch.no_grad(), unfused():
-        outputs = torch.func.functional_call(model, values, example.args, example.kwargs)
+        outputs = call_at(model, values, example.args, example.kwargs)
     return [t.double() for t in main_outputs(outputs) if not t.dtype.is_complex]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diag.curvature.fisher import class_axis, counted_positions, likelihood_of
 from diag.snapshot.batch import Batch
+from diag.snapshot.call_at import call_at
 from diag.snapshot.forward import output_tensor
 from diag.snapshot.parameters import flatten, params, unflatten
 from diag.snapshot.preserve import preserved
@@ -57,7 +58,7 @@ class DivergenceAt:
             return [self._outputs(self._values, batch).clone() for batch in self._snapshot.batches]
 
     def _outputs(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        outputs = torch.func.functional_call(self._snapshot.model, dict(values), batch.args, batch.kwargs)
+        outputs = call_at(self._snapshot.model, values, batch.args, batch.kwargs)
         return output_tensor(outputs)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from diag.curvature.data import partitioned
 from diag.gradients.losses import example_losses
 from diag.snapshot.batch import Batch
+from diag.snapshot.call_at import call_at
 from diag.snapshot.parameters import flatten, params, unflatten
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -58,7 +59,7 @@ class LossesAt:
         total = torch.zeros_like(self.center) if gradient else None
         with preserved(snapshot.model):
             for batch in self._batches:
-                outputs = torch.func.functional_call(snapshot.model, dict(values), batch.args, batch.kwargs)
+                outputs = call_at(snapshot.model, values, batch.args, batch.kwargs)
                 with torch.no_grad():
                     found.append(example_losses(snapshot.batch_loss, outputs, batch.targets, batch.size).double())
                 if total is not None:

@@ -20,6 +20,7 @@ from diag.display import format_seconds
 from diag.errors import InvalidInput
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
+from diag.snapshot.own_tensors import hearing, own_tensors
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.measure.own_step import OwnStep, Read
 from diag.watching.measure.schedule import Schedule
@@ -98,10 +99,10 @@ class Measurements:
         self.live = {n: i for n, i in found.items() if i.from_record}
         self._instruments = {n: i for n, i in found.items() if n not in self.live}
         self.schedule = schedule_of(self._instruments)
-        self.windows = Windows(self._instruments, chosen, self.schedule, note, info, _undisturbed)
+        self.windows = Windows(self._instruments, chosen, self.schedule, note, info, self._undisturbed)
         self.own_step = OwnStep(self._instruments, self._measured_on)
         self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
-        self._record = record
+        self._record, self._note = record, note
         self._last: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self.estimated = False
@@ -215,7 +216,7 @@ class Measurements:
     ) -> None:
         """`given`: quantities by name. `before`: seconds that making them took, which have been paid."""
         began = time.perf_counter()
-        with _undisturbed():
+        with self._undisturbed(snapshot):
             outcome = attempt(snapshot, instrument, **self._settings[instrument.name], **given)
         note = self.own_step.note(instrument.name)
         if note and isinstance(outcome, Result):
@@ -224,6 +225,13 @@ class Measurements:
         seconds = time.perf_counter() - began
         self.schedule.spent(instrument.name, step, seconds)
         self._keep(instrument.name, step, outcome, before + seconds)
+
+    @contextmanager
+    def _undisturbed(self, snapshot: Snapshot) -> Iterator[None]:
+        with hearing() as said, torch.enable_grad(), _uncompiled(), own_tensors(snapshot.model, values=True):
+            yield
+        for sentence in said:
+            self._note(sentence, sentence)
 
     def _keep(self, name: str, step: int, outcome: Outcome, seconds: float) -> None:
         if isinstance(outcome, Result):
@@ -240,12 +248,6 @@ class Measurements:
 
 def _asks_for_previous(instrument: Instrument) -> bool:
     return any(n.quantity.name in ("update", "previous_losses") for n in instrument.needs)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    with torch.enable_grad(), _uncompiled():
-        yield
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.errors import DiagError, first_line
+from diag.errors import DiagError, Unsupported, first_line
 from diag.gradients import GroupSums, PerExampleGradients, StepGradients, plan_for_steps
 from diag.gradients.foreseen import questions_of
 from diag.gradients.questions import Question
@@ -26,6 +26,7 @@ from diag.registry import Instrument
 from diag.result import Outcome
 from diag.snapshot import pause
 from diag.snapshot.batch import tensors_in
+from diag.snapshot.own_tensors import hearing, own_tensors
 from diag.snapshot.parameters import trainable
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_compiled, is_transformed
@@ -123,7 +124,7 @@ class OwnStep:
             if self._is_compiled(self._model):
                 self.refused = "the model is compiled"
             elif self._plan is None:
-                self._plan = plan_for_steps(self._model, snapshot.batch_loss, snapshot.batches[0])
+                self._plan_for(self._model, snapshot)
         except DiagError as error:
             self.refused = as_clause(error)
         except Exception as error:  # a model that cannot run on a few examples, say
@@ -136,6 +137,12 @@ class OwnStep:
                 self._model.register_forward_hook(_After(self), prepend=True, always_call=True),
             ]
         return time.perf_counter() - began
+
+    def _plan_for(self, model: nn.Module, snapshot: Snapshot) -> None:
+        with hearing() as said, own_tensors(model, values=True):
+            self._plan = plan_for_steps(model, snapshot.batch_loss, snapshot.batches[0])
+        if said:
+            self.refused = as_clause(Unsupported(said[0]))
 
     def _is_compiled(self, model: nn.Module) -> bool:
         """Whether the model, a part or a wrapper of it is compiled: reading its calls would compile it anew."""

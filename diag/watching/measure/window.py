@@ -44,8 +44,8 @@ class Window:
 class Windows:
     """Decides when a window is recorded, records it, and hands out its record.
 
-    note(key, sentence): tell once what went wrong. info(key, sentence): tell once how it is done. measuring(): what
-    to measure inside of.
+    note(key, sentence): tell once what went wrong. info(key, sentence): tell once how it is done. measuring(
+    snapshot): what to measure inside of.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Windows:
         schedule: Schedule,
         note: Callable[[str, str], None],
         info: Callable[[str, str], None],
-        measuring: Callable[[], AbstractContextManager[Any]],
+        measuring: Callable[[Snapshot], AbstractContextManager[Any]],
     ) -> None:
         self._lengths: dict[str, int] = {}
         self._always: set[str] = set()
@@ -102,7 +102,7 @@ class Windows:
         """Open a window at `step`; gives the time taken, in seconds."""
         began = time.perf_counter()
         try:
-            with self._measuring():
+            with self._measuring(snapshot):
                 self.open = Window(name, self._lengths[name], Recording(snapshot, step), 0.0)
             self._schedule.postpone(name, inf)
         except Exception as error:
@@ -114,7 +114,7 @@ class Windows:
         window, began = self.open, time.perf_counter()
         assert window is not None
         try:
-            with self._measuring():
+            with self._measuring(snapshot):
                 window.recording.add(snapshot, step)
         except Exception as error:
             self.drop(step, error)
@@ -149,7 +149,7 @@ class Windows:
         assert window is not None
         record, steps = None, window.recording.num_steps
         try:
-            with self._measuring():
+            with self._measuring(snapshot):
                 same = bool(self.examples.same(steps))
                 record = window.recording.finish(snapshot, same, self._loss_scale(window.recording))
         except Exception as error:

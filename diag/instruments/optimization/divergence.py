@@ -1,0 +1,147 @@
+"""Divergence: whether the loss left for good, and what at that moment speaks for which cause."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.optimization.course import finite_losses, median
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.snapshot.history import History
+
+SOURCE = "arithmetic of the recorded losses; thresholds as the calibration table states"
+TIMES = 5.0
+RECENT = 5
+HIGH_MOMENTUM = 0.99
+ADVICE = "Lower the learning rate tenfold and warm it up; look at the batch of that step; clip the gradient."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Divergence(Result):
+    """Losses as recorded; NaN: not observed."""
+
+    first: float = measured("the first loss")
+    best: float = measured("the lowest median of five consecutive losses")
+    last: float = measured("the median of the last five losses; infinite where they were not finite")
+    peak: float = measured("the highest median of five consecutive losses")
+    left_at: int = measured("the step from which the loss stayed above the limit; 0 where it did not")
+    momentum: float = measured("the optimizer's momentum, or Adam's first beta")
+    num_steps: int = measured("steps recorded", unit="steps")
+    steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
+    losses: NDArray[numpy.float64] = measured("their losses", shape="(steps,)")
+
+    def verdict(self) -> Verdict:
+        if not self.first > 0:
+            return Verdict(
+                Level.NOT_APPLICABLE,
+                "The loss does not begin above zero, so that nothing can be said about its growth.",
+                source=SOURCE,
+            )
+        limit = self.provenance.settings.get("times", TIMES)
+        if self.left_at:
+            return self._left(limit)
+        if self.peak > limit * self.first and self.momentum >= HIGH_MOMENTUM:
+            return self._left(limit)
+        higher = self.last > self.first
+        return Verdict(
+            Level.UNKNOWN if higher else Level.OK,
+            f"The loss began at {format_number(self.first)} and is at {format_number(self.last)}, "
+            + (f"higher, but by less than {limit:g} times." if higher else "which is no higher."),
+            source=SOURCE,
+            value=self.last / self.first,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+        )
+
+    def _left(self, limit: float) -> Verdict:
+        by_momentum = self.momentum >= HIGH_MOMENTUM
+        reached = format_number(self.last) if math.isfinite(self.last) else "what is no longer a finite number"
+        course = (
+            f"left for good at step {self.left_at:,} and has reached {reached}"
+            if self.left_at
+            else f"rose to {format_number(self.peak)} in between"
+        )
+        why = (
+            f" The momentum is {self.momentum:g}, which adds up a hundred steps and more in one direction."
+            if by_momentum
+            else ""
+        )
+        return Verdict(
+            Level.ALARM,
+            f"The loss diverged: it began at {format_number(self.first)}, {course}.{why}",
+            advice="Lower the momentum to 0.9." if by_momentum else ADVICE,
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="The loss of the same batches, with the weights before that step, is as high.",
+            value=self.last / self.first,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.MOMENTUM_TOO_HIGH if by_momentum else Cause.TRAINING_DIVERGED,
+            explained_by=(Cause.LEARNING_RATE_TOO_HIGH, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED,
+                          Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_ASCENDED, Cause.DATA_NOT_FINITE,
+                          Cause.BATCHES_POISONED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
+                          Cause.GRADIENTS_STILL_SCALED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
+                          Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE),
+            step=self.left_at or None,
+        )  # fmt: skip
+
+    def plot(self, ax: Any) -> None:
+        """The loss over the steps, with its first value."""
+        ax.semilogy(self.steps, numpy.where(self.losses > 0, self.losses, numpy.nan))
+        ax.axhline(self.first, color="black", linewidth=0.8, linestyle=":")
+        ax.set(xlabel="step", ylabel="loss")
+
+
+@instrument(source=SOURCE, title="Divergence", kind=Kind.CHECK)
+def divergence(history: History, *, times: float = TIMES) -> Divergence:
+    """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
+
+    history: the record of a watched run. Judged on the median of the last five losses, so that a single bad batch
+    is no divergence; a loss that begins at zero or below is not judged. A momentum of 0.99 or more is named as the
+    cause. Raises nothing of its own.
+    """
+    losses = numpy.where(history.loss_finite, numpy.asarray(history.loss, float), math.inf)
+    seen = ~numpy.isnan(losses)
+    losses, steps = losses[seen], numpy.asarray(history.steps[seen])
+    known, _ = finite_losses(history)
+    first = float(known[0]) if len(known) else math.nan
+    smooth = _medians_of_five(losses)
+    thin = slice(None, None, max(1, len(losses) // 512))
+    return Divergence(
+        first=first,
+        best=float(smooth.min()) if len(smooth) else math.nan,
+        last=float(smooth[-1]) if len(smooth) else math.nan,
+        peak=float(smooth.max()) if len(smooth) else math.nan,
+        left_at=_left_at(smooth, steps[len(losses) - len(smooth) :], times * first) if first > 0 else 0,
+        momentum=_momentum(history),
+        num_steps=int(history.total_steps),
+        steps=steps[thin],
+        losses=losses[thin],
+    )
+
+
+def _medians_of_five(losses: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+    """The median of each loss and the four before it; of all of them where there are fewer."""
+    if len(losses) <= RECENT:
+        return numpy.atleast_1d(median(losses)) if len(losses) else losses
+    return numpy.asarray(numpy.median(numpy.lib.stride_tricks.sliding_window_view(losses, RECENT), axis=1))
+
+
+def _left_at(smooth: NDArray[numpy.float64], steps: NDArray[Any], limit: float) -> int:
+    """The first step of the stretch above the limit that lasts to the end; 0 where the last is not above it."""
+    below = numpy.flatnonzero(smooth <= limit)
+    start = int(below[-1]) + 1 if len(below) else 0
+    return int(steps[start]) if start < len(smooth) else 0
+
+
+def _momentum(history: History) -> float:
+    group = history.optimizer
+    betas = group.get("betas")
+    return float(betas[0] if betas else group.get("momentum") or 0.0)

@@ -1,0 +1,249 @@
+"""Step size: how far each step moves the weights, compared with their size.
+
+The ratio ||step|| / ||weights|| of a layer has no unit and is much alike over architectures and optimizers: in
+trainings that work it lies between 1e-3 and 1e-1 after the first steps. Much above, a few steps replace the
+weights; far below, they do not move in the time given. Where steps are too small it is looked whether clipping or
+Adam's epsilon makes them so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
+from diag.instruments.optimization.course import fall, finite_losses, median, update_ratios
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.snapshot.history import History
+
+SOURCE = "arithmetic of the recorded steps; thresholds as the calibration table states"
+TOO_HIGH, TOO_LOW = 0.15, 2e-4
+WINDOW = 5
+ENOUGH_STEPS = 30
+NOT_FALLEN = 0.1
+TIGHT, NOTHING_LEFT = 0.05, 0.005
+# With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one
+# scale. A hundredth means that epsilon, or a second moment of long ago, stands in the denominator.
+ADAM_SHARE = 0.02
+ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepSize(Result):
+    """Ratios are medians over the large tensors; NaN: not observed."""
+
+    largest_ratio: float = measured("step over weights: the largest median of five consecutive measurements")
+    largest_at: int = measured("the step at which these five measurements ended; 0 where there are fewer")
+    ratio: float = measured("step over weights: the median while the learning rate was above half of its largest")
+    tensors: int = measured("tensors with at least 64 entries that moved")
+    num_steps: int = measured("steps recorded", unit="steps")
+    loss_fall: float = measured("fall of the loss from the first tenth of the steps to the last", unit="share")
+    clip_factor: float = measured("norm of the applied over that of the true gradient, the median", unit="share")
+    adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
+    loss_rose: bool = measured("the loss was above its first value at those five measurements, or was not finite")
+    optimizer: str = measured("the optimizer's kind")
+    epsilon: float = measured("Adam's epsilon")
+    steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
+    ratios: NDArray[numpy.float64] = measured("the median ratio at each", shape="(steps,)")
+
+    def verdict(self) -> Verdict:
+        return next(v for v in self._verdicts() if v is not None)
+
+    def _verdicts(self) -> Iterator[Verdict | None]:
+        yield self._too_high()
+        yield self._too_small()
+        if not math.isfinite(self.ratio):
+            yield Verdict(Level.NOT_APPLICABLE, "No step of the weights was measured.", source=SOURCE)
+        yield Verdict(
+            Level.OK,
+            f"A step moves a layer's weights by {format_number(self.ratio)} of their size (the median), which is "
+            "what trainings that work do.",
+            source=SOURCE,
+            value=self.ratio,
+        )
+
+    def _too_high(self) -> Verdict | None:
+        limit = self.provenance.settings.get("too_high", TOO_HIGH)
+        # A single layer that starts near zero takes steps of its own size until it has grown.
+        if not self.largest_ratio > limit or (self.tensors < 2 and not self.loss_rose):
+            return None
+        return Verdict(
+            Level.ALARM,
+            f"The steps are too large: one step moves the weights of a typical layer by "
+            f"{format_share(self.largest_ratio)} of their size (around step {self.largest_at:,}); in "
+            f"trainings that "
+            f"work it is below {format_share(limit)}.",
+            advice="Lower the learning rate about tenfold, or warm it up; if it must stay, clip the gradient.",
+            source=SOURCE,
+            confidence=Confidence.WEAK_EMPIRICAL,
+            refutation="The same training at a tenth of the learning rate ends with a loss that is no lower.",
+            value=self.largest_ratio,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.LEARNING_RATE_TOO_HIGH,
+            explained_by=(Cause.GRADIENTS_NOT_ZEROED, Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_SUMMED,
+                          Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
+                          Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
+                          Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG),
+            step=self.largest_at,
+        )  # fmt: skip
+
+    def _too_small(self) -> Verdict | None:
+        limit = self.provenance.settings.get("too_low", TOO_LOW)
+        if self.adam_share < ADAM_SHARE and self.num_steps >= WINDOW:
+            return self._by_epsilon()
+        if self.clip_factor < NOTHING_LEFT and self.num_steps >= ENOUGH_STEPS and self.optimizer not in ADAPTIVE:
+            return self._by_clipping()
+        small = self.ratio < limit and self.num_steps >= ENOUGH_STEPS
+        if not small or not (self.loss_fall < NOT_FALLEN):
+            return None
+        if self.clip_factor < TIGHT and self.optimizer not in ADAPTIVE:
+            return self._by_clipping()
+        return Verdict(
+            Level.WARNING,
+            f"The steps are too small to train: one step moves the weights of a typical layer by "
+            f"{format_number(self.ratio)} of their size, and in {self.num_steps:,} steps the loss has fallen by "
+            f"{format_share(max(self.loss_fall, 0.0))}.",
+            advice="Raise the learning rate ten- to a hundredfold; check that the schedule's warm-up is over.",
+            source=SOURCE,
+            confidence=Confidence.WEAK_EMPIRICAL,
+            refutation="The loss does not fall faster at ten times the learning rate.",
+            value=self.ratio,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.LEARNING_RATE_TOO_LOW,
+            explained_by=(Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY,
+                          Cause.GRADIENTS_VANISH, Cause.UNITS_DEAD, Cause.INITIALIZATION_SCALE,
+                          Cause.UPDATES_ROUND_TO_NOTHING, Cause.INITIALIZATION_CONSTANT),
+        )  # fmt: skip
+
+    def _by_epsilon(self) -> Verdict:
+        return Verdict(
+            Level.WARNING,
+            f"Adam's steps are {format_share(self.adam_share)} of the learning rate, where gradients of any size "
+            f"should give about its whole: its epsilon ({self.epsilon:g}) is larger than they are.",
+            advice="Set eps to 1e-8 (1e-15 for very small gradients), or scale the loss so that gradients "
+            "are larger.",
+            source="Kingma, Ba 2015, arXiv:1412.6980 (the step's size); Wortsman et al. 2023, arXiv:2309.14322",
+            confidence=Confidence.STRONG_EMPIRICAL,
+            refutation="The steps keep their size when eps is set to 1e-15.",
+            value=self.adam_share,
+            threshold=ADAM_SHARE,
+            threshold_source="noise alone gives 0.1 to 0.3",
+            cause=Cause.ADAM_EPSILON_TOO_LARGE,
+            explained_by=(Cause.GRADIENTS_VANISH, Cause.UNITS_DEAD, Cause.INITIALIZATION_CONSTANT),
+        )
+
+    def _by_clipping(self) -> Verdict:
+        return Verdict(
+            Level.WARNING,
+            f"Clipping cuts the gradient to {format_share(self.clip_factor)} of its length at a typical step, "
+            f"and the loss has fallen by {format_share(max(self.loss_fall, 0.0))} in {self.num_steps:,} steps.",
+            advice="Raise the clipping threshold to about the median norm of the gradient, or the learning rate.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="The loss falls no faster without clipping.",
+            value=self.clip_factor,
+            threshold=TIGHT,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.CLIPPING_TOO_TIGHT,
+            explained_by=(Cause.CLIPPING_BEFORE_UNSCALING,),
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The median ratio over the steps, with the range of trainings that work."""
+        ax.loglog(self.steps, self.ratios, marker="o", markersize=3)
+        for limit in (
+            self.provenance.settings.get("too_high", TOO_HIGH),
+            self.provenance.settings.get("too_low", TOO_LOW),
+        ):
+            ax.axhline(limit, color="black", linewidth=0.8, linestyle=":")
+        ax.set(xlabel="step", ylabel="step over weights")
+
+
+@instrument(source=SOURCE, title="Step size", kind=Kind.CHECK)
+def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = TOO_LOW) -> StepSize:
+    """How far each step moves the weights, as a share of their size, and what makes it too far or too little.
+
+    history: the record of a watched run. The ratio of a step is the median over tensors of at least 64 entries;
+    `too_high` is compared with the median of five consecutive measurements, `too_low` with the median of all. Where
+    the ratio is too low, the verdict looks at clipping (how much of the gradient is left) and at Adam's epsilon
+    (how large its step per entry is beside the learning rate) before it names the learning rate. Raises nothing of
+    its own.
+    """
+    ratios, steps = update_ratios(history)
+    medians = median(ratios, axis=1) if len(ratios) else numpy.zeros(0)
+    losses, _ = finite_losses(history)
+    largest, at = _largest_of_five(medians, steps)
+    return StepSize(
+        largest_ratio=largest,
+        largest_at=at,
+        ratio=_ratio_before_decay(history, medians, steps),
+        tensors=ratios.shape[1],
+        num_steps=int(history.total_steps),
+        loss_fall=fall(losses),
+        clip_factor=_clip_factor(history),
+        adam_share=_adam_share(history),
+        loss_rose=_rose(history, at),
+        optimizer=str(history.optimizer.get("kind", "")),
+        epsilon=float(history.optimizer.get("eps", math.nan)),
+        steps=steps[-512:],
+        ratios=medians[-512:],
+    )
+
+
+def _largest_of_five(medians: NDArray[numpy.float64], steps: NDArray[Any]) -> tuple[float, int]:
+    if len(medians) < WINDOW:
+        return math.nan, 0
+    windows = median(numpy.lib.stride_tricks.sliding_window_view(medians, WINDOW), axis=1)
+    best = int(numpy.nanargmax(windows)) if numpy.isfinite(windows).any() else 0
+    return float(windows[best]), int(steps[best + WINDOW - 1])
+
+
+def _ratio_before_decay(history: History, medians: NDArray[numpy.float64], steps: NDArray[Any]) -> float:
+    """The median ratio where the schedule had not yet lowered the learning rate: late in a schedule steps are
+    meant to be small."""
+    rates = numpy.asarray(history.learning_rate, float)[numpy.isin(history.steps, steps)]
+    rates = numpy.nan_to_num(rates, nan=numpy.inf)
+    high = rates >= rates.max() / 2 if len(rates) else numpy.zeros(0, bool)
+    return float(median(medians[high])) if high.any() else math.nan
+
+
+def _clip_factor(history: History) -> float:
+    total = numpy.sqrt(numpy.nansum(numpy.square(history.gradient_norm, dtype=float), axis=1))
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        factors = history.applied_gradient_norm / total
+    factors = factors[numpy.isfinite(factors)]
+    return float(numpy.median(factors)) if len(factors) else math.nan
+
+
+def _adam_share(history: History) -> float:
+    """The median over steps and tensors of (root mean square of the step's entries) / (learning rate); NaN for
+    other optimizers, and where weight decay or several groups with rates of their own would be part of it."""
+    about = history.optimizer
+    rates = {g.get("lr") for g in about.get("groups", ())}
+    if about.get("kind") not in ADAPTIVE or len(rates) > 1:
+        return math.nan
+    sizes = numpy.asarray(history.sizes, float)
+    large = (sizes >= 64) & (numpy.nan_to_num(history.gradient_norm) > 0).any(0)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        size = numpy.asarray(history.update_norm[:, large], float) / numpy.sqrt(sizes[large])
+        shares = size / numpy.asarray(history.learning_rate, float)[:, None]
+    shares = shares[numpy.isfinite(shares)]
+    return float(numpy.median(shares)) if len(shares) else math.nan
+
+
+def _rose(history: History, at: int) -> bool:
+    """Whether the median loss of the five steps up to `at`, or of those after it, lies above the first."""
+    losses, steps = finite_losses(history)
+    if not history.loss_finite.all():
+        return True
+    around = losses[(steps >= at - WINDOW) & (steps <= at + WINDOW)]
+    return bool(len(around) and numpy.max(around) > 1.5 * losses[0] > 0)

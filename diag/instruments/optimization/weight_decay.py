@@ -1,0 +1,121 @@
+"""Weight decay: whether it shrinks the weights faster than gradients rebuild them.
+
+Decoupled decay multiplies the weights by 1 - lr * decay at every step, coupled decay does so through the gradient.
+In balance the norms settle; a norm that keeps falling while the loss does not is decay that has won.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
+from diag.instruments.optimization.course import SMALL, finite_losses, median
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.snapshot.history import History
+
+SOURCE = "arithmetic of the recorded norms; thresholds as the calibration table states"
+SHRUNK, NEARLY_GONE = 0.5, 0.1
+LOST = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightDecay(Result):
+    """Norms are of tensors with at least 64 entries; NaN: not observed."""
+
+    decay: float = measured("the optimizer's weight decay, the largest of its groups")
+    kept: float = measured("norm of the weights at the end over that at the start, the median tensor", unit="share")
+    loss_lost: float = measured("how much of its fall the loss has given back since its best tenth", unit="share")
+    loss_fall: float = measured("best median loss of a tenth of the record, as a fall from the first", unit="share")
+    num_steps: int = measured("steps recorded", unit="steps")
+    steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
+    norms: NDArray[numpy.float64] = measured("norm over that at the start, the median tensor", shape="(steps,)")
+
+    def verdict(self) -> Verdict:
+        if not self.decay > 0 or not math.isfinite(self.kept):
+            return Verdict(Level.NOT_APPLICABLE, "The optimizer has no weight decay.", source=SOURCE)
+        limit = self.provenance.settings.get("shrunk", SHRUNK)
+        unlearned = self.loss_lost > LOST or self.loss_fall < LOST
+        if self.kept < limit and (unlearned or self.kept < NEARLY_GONE):
+            return self._won(limit)
+        return Verdict(
+            Level.OK,
+            f"Weight decay leaves the weights at {format_share(self.kept)} of the norm that they began with.",
+            source=SOURCE,
+            value=self.kept,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+        )
+
+    def _won(self, limit: float) -> Verdict:
+        course = (
+            f"the loss has given back {format_share(min(self.loss_lost, 1.0))} of what it had gained"
+            if self.loss_lost > LOST
+            else f"the loss has fallen by {format_share(max(self.loss_fall, 0.0))} at best"
+        )
+        return Verdict(
+            Level.ALARM if self.kept < NEARLY_GONE else Level.WARNING,
+            f"Weight decay ({format_number(self.decay)}) is shrinking the weights to nothing: a typical layer has "
+            f"{format_share(self.kept)} of the norm that it began with, and {course}.",
+            advice="Lower the weight decay tenfold; leave biases, norms and embeddings out of it.",
+            source=SOURCE,
+            confidence=Confidence.WEAK_EMPIRICAL,
+            refutation="Without weight decay the norms fall as far.",
+            value=self.kept,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.WEIGHT_DECAY_TOO_STRONG,
+            explained_by=(Cause.LOSS_TERM_DOMINATES,),
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The norm of the median tensor over the steps."""
+        ax.semilogx(self.steps, self.norms, marker="o", markersize=3)
+        ax.set(xlabel="step", ylabel="norm over the start's", ylim=(0, None))
+
+
+@instrument(source=SOURCE, title="Weight decay", kind=Kind.CHECK)
+def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
+    """Whether weight decay shrinks the weights faster than gradients rebuild them.
+
+    history: the record of a watched run. It alarms where the median tensor (of at least 64 entries) has less than
+    `shrunk` of its first norm and the loss shows it: it has not fallen, or has given back a tenth of its fall.
+    Weights that shrink while the loss keeps falling are regularised, as in a long training with decay. Raises
+    nothing of its own.
+    """
+    large = numpy.asarray(history.sizes) >= SMALL
+    norms = numpy.asarray(history.parameter_norm[:, large], float)
+    rows = numpy.isfinite(norms).any(1)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        course = norms[rows] / norms[rows][:1]
+    course[~numpy.isfinite(course)] = numpy.nan
+    medians = median(course, axis=1) if rows.any() else numpy.zeros(0)
+    losses, _ = finite_losses(history)
+    fell, lost = _fall_and_loss(losses)
+    groups = history.optimizer.get("groups", ())
+    return WeightDecay(
+        decay=max([float(g.get("weight_decay") or 0.0) for g in groups], default=math.nan),
+        kept=float(medians[-1]) if len(medians) > 1 else math.nan,
+        loss_lost=lost,
+        loss_fall=fell,
+        num_steps=int(history.total_steps),
+        steps=numpy.asarray(history.steps[rows])[-512:],
+        norms=medians[-512:],
+    )
+
+
+def _fall_and_loss(losses: NDArray[numpy.float64]) -> tuple[float, float]:
+    """The best tenth's median loss as a fall from the first tenth's, and how much of that fall was given back."""
+    if len(losses) < 20:
+        return math.nan, math.nan
+    tenths = [float(median(part)) for part in numpy.array_split(losses, 10)]
+    first, best, last = tenths[0], min(tenths), tenths[-1]
+    first = max(first, float(losses[0]))
+    fell = (first - best) / abs(first) if first else math.nan
+    return fell, (last - best) / (first - best) if first > best else math.nan

@@ -1,0 +1,131 @@
+"""Step size, divergence and weight decay on records whose course is known, and on small trainings."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diag
+from diag.instruments.causes import Cause
+
+_path = Path(__file__).with_name("optimization_histories.py")
+_spec = importlib.util.spec_from_file_location("optimization_histories", _path)
+histories = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(histories)
+record, falling = histories.record, histories.falling
+
+FLAT = numpy.full(100, 2.3)
+
+
+@pytest.mark.parametrize(
+    ("history", "cause"),
+    [
+        (record(falling(), 0.4), Cause.LEARNING_RATE_TOO_HIGH),
+        (record(FLAT, 1e-5), Cause.LEARNING_RATE_TOO_LOW),
+        (record(FLAT, 1e-5, clip=0.01), Cause.CLIPPING_TOO_TIGHT),
+        # 1e-5 of a norm of 4 over 16 entries' root is 2.5e-6 an entry, beside a learning rate of 0.1
+        (record(FLAT, 1e-5, kind="Adam", eps=1.0), Cause.ADAM_EPSILON_TOO_LARGE),
+        (record(falling(), 1e-2), ""),
+        (record(falling(), 1e-5), ""),  # small steps that are enough: fine-tuning
+        (record(FLAT, 1e-5, kind="Adam", eps=1e-8, rates=2.5e-6), Cause.LEARNING_RATE_TOO_LOW),
+        (record(falling()[:20], 1e-5), ""),  # too early to tell
+        (record(falling(), 1e-2, clip=0.1), ""),  # clipped at every step, and training all the same
+    ],
+)
+def test_the_size_of_steps(history, cause):
+    assert diag.step_size(history=history).verdict().cause == cause
+
+
+def test_steps_that_a_schedule_has_made_small_are_not_too_small():
+    rates = numpy.concatenate([numpy.full(50, 0.1), numpy.full(50, 1e-5)])
+    assert diag.step_size(history=record(FLAT, rates / 10, rates=rates)).verdict().cause == ""
+
+
+def test_the_ratio_is_that_of_the_record():
+    result = diag.step_size(history=record(falling(), 0.03))
+    assert result.ratio == pytest.approx(0.03, rel=1e-6) and result.largest_ratio == pytest.approx(0.03, rel=1e-6)
+    assert result.tensors == 2 and result.clip_factor == pytest.approx(1.0)
+
+
+def test_nothing_recorded_gives_no_verdict():
+    history = histories.empty_history(histories.LAYERS, 3)
+    assert diag.step_size(history=history).verdict().level == "not_applicable"
+    assert diag.weight_decay(history=history).verdict().level == "not_applicable"
+    assert diag.divergence(history=history).verdict().level == "not_applicable"
+
+
+@pytest.mark.parametrize(
+    ("losses", "left_at"),
+    [
+        (numpy.concatenate([falling(50), numpy.geomspace(0.2, 1e3, 50)]), 77),
+        (numpy.concatenate([falling(50), [math.nan] * 10]), 53),
+        (numpy.concatenate([falling(50), [500.0], falling(49)]), 0),  # one bad batch
+        (falling(100), 0),
+        (numpy.linspace(0.7, 1.7, 100), 0),  # the loss of a generator
+    ],
+)
+def test_a_loss_that_left_for_good(losses, left_at):
+    result = diag.divergence(history=record(losses))
+    assert result.left_at == pytest.approx(left_at, abs=3)
+    assert (result.verdict().level == "alarm") == bool(left_at)
+
+
+def test_momentum_is_named_where_it_is_high():
+    losses = numpy.concatenate([falling(30), numpy.full(10, 30.0), falling(60)])
+    assert diag.divergence(history=record(losses, momentum=0.999)).verdict().cause == Cause.MOMENTUM_TOO_HIGH
+    assert diag.divergence(history=record(losses, momentum=0.9)).verdict().cause == ""
+
+
+def test_a_loss_below_zero_is_not_judged():
+    assert diag.divergence(history=record(numpy.linspace(-1, -50, 40))).verdict().level == "not_applicable"
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "decay", "level"),
+    [
+        (FLAT, numpy.geomspace(4, 0.01, 100), 0.5, "alarm"),
+        (numpy.concatenate([falling(50), falling(50)[::-1]]), numpy.geomspace(4, 1, 100), 0.5, "warning"),
+        (falling(), numpy.geomspace(4, 1, 100), 0.5, "ok"),  # regularised while it learns
+        (FLAT, numpy.geomspace(4, 3, 100), 0.5, "ok"),
+        (FLAT, numpy.geomspace(4, 0.01, 100), 0.0, "not_applicable"),
+    ],
+)
+def test_decay_that_wins(losses, norm, decay, level):
+    verdict = diag.weight_decay(history=record(losses, norm=norm, weight_decay=decay)).verdict()
+    assert verdict.level == level
+    assert (verdict.cause == Cause.WEIGHT_DECAY_TOO_STRONG) == (level in ("alarm", "warning"))
+
+
+def watched(lr, optimizer=torch.optim.Adam, **settings):
+    torch.manual_seed(0)
+    x = torch.randn(256, 10)
+    y = (x @ torch.randn(10, 4)).argmax(1)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 4))
+    opt = optimizer(model.parameters(), lr=lr, **settings)
+    with diag.watch(model, instruments=["step_size", "divergence", "weight_decay"]) as watcher:
+        for step in range(60):
+            rows = slice(64 * (step % 4), 64 * (step % 4) + 64)
+            opt.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            opt.step()
+    return {s.finding.verdict.cause for s in watcher.run.stories()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "causes"),
+    [
+        ({"lr": 1e-2}, set()),
+        ({"lr": 1.0}, {Cause.LEARNING_RATE_TOO_HIGH}),
+        ({"lr": 1e-6}, {Cause.LEARNING_RATE_TOO_LOW}),
+        ({"lr": 1e-2, "eps": 10.0}, {Cause.ADAM_EPSILON_TOO_LARGE}),
+        ({"lr": 1e-2, "optimizer": torch.optim.AdamW, "weight_decay": 50.0}, {Cause.WEIGHT_DECAY_TOO_STRONG}),
+        ({"lr": 0.1, "optimizer": torch.optim.SGD, "momentum": 0.9}, set()),
+    ],
+)
+def test_on_a_small_training(settings, causes):
+    assert watched(**settings) == causes

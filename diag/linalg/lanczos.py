@@ -155,8 +155,11 @@ def run_lanczos(
     until `max_products` are spent or the space is exhausted.
 
     The basis holds the `min_products` without a restart, which would end the quadrature rule, where the memory
-    does. `patience`: another rule for stopping than `Patience(wanted)`.
+    does. `patience`: another rule for stopping than `Patience(wanted)`. Raises InvalidInput where no product is
+    allowed, one is not finite, or the memory is too small.
     """
+    if max_products < 1:
+        raise InvalidInput(f"max_products={max_products} was given; give at least 1.")
     capacity = basis_capacity(operator, wanted, max_products, storage, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed), storage)
     progress = Progress(wanted, max_products, min_products, patience)
@@ -311,7 +314,7 @@ def basis_capacity(
                 f"eigenpairs need {count + 3}; give at least {work + (count + 4) * vector} bytes or ask for fewer."
             )
         capacity = min(capacity, fits)
-    return max(1, capacity)
+    return capacity
 
 
 def warm_start(start: Tensor, generator: torch.Generator) -> Tensor:

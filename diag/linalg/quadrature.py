@@ -223,7 +223,5 @@ def _gaussian(offset: Tensor, width: float) -> Tensor:
 
 
 def _spread(samples: Tensor) -> Tensor:
-    """Standard error of the mean over the first dimension; infinite for a single sample."""
-    if len(samples) < 2:
-        return torch.full_like(samples[0], float("inf"))
+    """Standard error of the mean over the first dimension, of two samples or more."""
     return samples.std(0) / math.sqrt(len(samples))

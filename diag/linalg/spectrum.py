@@ -110,12 +110,12 @@ def _smallest(
     if len(run.ritz.values) <= largest:
         return pair.subset(slice(0, 0)), 0
     spent = 0
-    if not all(_within(pair, limit)) and not run.space.exhausted:
+    if not _within(pair, limit)[0] and not run.space.exhausted:
         relative = min(0.5, limit / max(abs(float(pair.values[0])), limit))
         options: dict[str, Any] = {"tolerance": relative, "max_products": max(steps, 20), "memory": memory}
         pair = eigenpairs(operator, smallest=1, start=pair.vectors, seed=seed, **options)
         spent = pair.num_products
-    return (pair if all(_within(pair, limit)) else pair.subset(slice(0, 0))), spent
+    return pair.subset(slice(0, int(_within(pair, limit)[0]))), spent
 
 
 def _known_wholly(

@@ -29,14 +29,19 @@ class Choice:
     def of(self, path: str) -> list[str]:
         """Test files, from the root: those close to the module first."""
         name = _name(self.root / path, self.root)
-        users = {user for user, imported in self.modules.items() if _uses(imported, name)}
-        close = [p for p, imported in self.tests.items() if _uses(imported, name) or _mirrors(p, name)]
+        close = [p for p, imported in self.tests.items() if name in imported or _mirrors(p, name)]
         room = name.split(".")[1]
         near = [p for p in self.tests if p.relative_to(self.root).parts[1] == room]
         near += [self.root / p for p in ALSO.get(room, [])]
-        far = [p for p, imported in self.tests.items() if any(_mirrors(p, u) for u in users)]
+        far = self._of_importers({name})
         ordered = list(dict.fromkeys([*close, *far, *near]))
         return [str(p.relative_to(self.root)) for p in ordered]
+
+    def _of_importers(self, names: set[str]) -> list[Path]:
+        """The tests that bear the name of what imports these modules, or of what imports that, and so on."""
+        users = {user for user, imported in self.modules.items() if imported & names} - names
+        found = [p for p in self.tests if any(_mirrors(p, user) for user in users)]
+        return found if found or not users else self._of_importers(names | users)
 
 
 def _name(path: Path, root: Path) -> str:
@@ -53,10 +58,6 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
-
-
-def _uses(imported: set[str], name: str) -> bool:
-    return name in imported
 
 
 def _mirrors(test: Path, name: str) -> bool:

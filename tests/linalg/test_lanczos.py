@@ -218,6 +218,17 @@ def test_criteria_agree_on_values_and_residual_takes_longer(planted: Planted) ->
     assert ((quick.values - careful.values).abs() <= quick.bounds).all()
 
 
+def test_no_products_are_refused_and_one_is_a_rayleigh_quotient(planted: Planted) -> None:
+    operator = planted([3.0, 2.0, 1.0])
+    with pytest.raises(InvalidInput, match=r"max_products=0 was given; give at least 1\."):
+        eigenpairs(operator, largest=1, max_products=0)
+    start = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64) / 3
+    wanted = Wanted(largest=1)
+    pairs = extract(run_lanczos(operator, wanted, max_products=1, start=start), wanted, seed=0)
+    assert pairs.values.tolist() == pytest.approx([float(start @ operator.matvec(start))])
+    assert not pairs.converged.any() and pairs.num_products == 1
+
+
 def test_unconverged_pairs_say_so(planted: Planted) -> None:
     pairs = eigenpairs(planted(torch.linspace(0, 1, 300)), largest=5, max_products=12, tolerance=1e-6)
     assert not pairs.converged.any()

@@ -1,5 +1,6 @@
 """Densities, traces and norms against the spectra that were planted, within their own standard errors."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -110,6 +111,17 @@ def test_the_norm_takes_what_couples_the_known_to_the_rest_twice(with_residuals:
     assert found.frobenius_norm.value == pytest.approx(float(matrix.norm()), rel=1e-12)
     assert found.trace.value == pytest.approx(45, rel=1e-12)
     assert found.frobenius_norm.standard_error == pytest.approx(0, abs=1e-12)
+
+
+def test_the_density_is_smoothed_by_a_hundredth_of_the_range_unless_told() -> None:
+    """One node of weight 1 among nodes from 2 to 4: at the node 1 / (width sqrt(2 pi)), the width being .02."""
+    nodes = torch.tensor([[2.0, 2.5, 4.0]], dtype=torch.float64)
+    weights = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+    measure = SpectralMeasure(nodes, weights, torch.zeros(0), 3, 0, 3)
+    peak = measure.density(torch.tensor([2.5], dtype=torch.float64))
+    assert float(peak) == pytest.approx(1 / (0.02 * math.sqrt(2 * math.pi)))
+    single = SpectralMeasure(nodes[:, 1:2], weights[:, 1:2], torch.zeros(0), 3, 0, 1)  # no range: a spike, finite
+    assert 1e6 < float(single.density(torch.tensor([2.5], dtype=torch.float64))) < math.inf
 
 
 def test_eigenvalues_density_and_trace_from_one_run(planted: Planted, o6c: Tensor) -> None:

@@ -65,7 +65,7 @@ def from_checkpoints(
     measuring = _Measuring(model, arguments, places, key, settings or {}, progress)
     cheap = chosen if names or every or len(places) <= 3 else [i for i in chosen if _takes_one_look(i)]
     expensive = [i for i in chosen if i not in cheap]
-    measuring.total = len(places) * len(cheap) + (3 if expensive else 0) * len(expensive)
+    measuring.total = len(places) * len(cheap) + 3 * len(expensive)
     measuring.measure(range(len(places)), cheap, losses=bool(expensive))
     if expensive:
         some = measuring.first_last_best()

@@ -190,6 +190,10 @@ class _Finder(ast.NodeVisitor):
             self._add(stop - len(name.attr), stop, FUNCTIONS[name.attr], "function")
         self.generic_visit(node)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "strict":  # of zip: what it would raise, no right program meets
+            self.visit(node.value)
+
     def visit_Constant(self, node: ast.Constant) -> None:
         for new in _others(node.value):
             self._add(*self._span(node), new, "constant")

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from diag.gradients import ModelGradients
+from diag.gradients.rearrange import chosen
 from diag.gradients.rules import closed_forms
 from diag.gradients.rules.blocks import Outer
 from diag.gradients.rules.layout import Layout, find_layout
-from diag.snapshot.batch import as_batch
+from diag.snapshot.batch import Batch, as_batch
 
 PATH = Path(__file__).with_name("per_example_cases.py")
 cases = importlib.util.module_from_spec(importlib.util.spec_from_file_location("per_example_cases", PATH))
@@ -108,3 +109,36 @@ def test_a_replay_that_takes_a_constant_for_the_examples_is_not_used():
     torch.manual_seed(0)
     batch = as_batch((cases.flat(3).double(), torch.randint(cases.CLASSES, (3,))))
     check(Mixed().double(), batch, "w")
+
+
+def test_a_table_that_is_read_by_constant_numbers():
+    """Through F.embedding, and through torch.embedding with nothing but the table and the numbers."""
+
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(4, cases.D)) for _ in range(2))
+            self.out = nn.Linear(cases.D, cases.CLASSES)
+            self.register_buffer("places", torch.tensor([2, 0, 2]))
+
+        def forward(self, x):
+            moved = x.unsqueeze(1) * F.embedding(self.places, self.first) + torch.embedding(
+                self.second, self.places
+            )
+            return self.out(moved.tanh().mean(1))
+
+    torch.manual_seed(0)
+    model, batch = Placed().double(), as_batch((cases.flat().double(), torch.randint(cases.CLASSES, (cases.N,))))
+    gradients = ModelGradients(model, F.cross_entropy, [batch])
+    torch.testing.assert_close(gradients.dense(), truth_of(model, batch), rtol=1e-10, atol=1e-14)
+    assert {gradients.coverage.methods[name] for name in ("first", "second")} == {"mul", "add"}
+
+
+def test_a_tensor_that_all_examples_share_is_the_same_for_one_of_them():
+    mask = torch.randn(2, 2)
+    x, y = torch.randn(5, 2), torch.arange(5)
+    batch = Batch((x, mask), {}, y, 5)
+    for rows in ([3], [3, 1]):
+        (found,) = chosen([batch], rows)
+        assert torch.equal(found.args[0], x[rows]) and torch.equal(found.args[1], mask)
+        assert torch.equal(found.targets, y[rows]) and found.size == len(rows)

@@ -11,7 +11,7 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput, Unsupported
-from diag.gradients import MatrixGradients, ModelGradients
+from diag.gradients import MatrixGradients, ModelGradients, StackedGradients
 from diag.snapshot.batch import as_batch
 from diag.testing import is_one_sentence, leaves_no_trace
 
@@ -202,6 +202,14 @@ def test_matrices_that_are_none():
         MatrixGradients(torch.ones(3))
     with pytest.raises(InvalidInput, match="3 columns together"):
         MatrixGradients(torch.ones(3, 4), {"a": 1, "b": 2})
+
+
+def test_gradients_of_different_parameters_are_not_put_together():
+    first, second = (MatrixGradients(torch.ones(2, 3), layers) for layers in ({"a": 3}, {"a": 1, "b": 2}))
+    assert StackedGradients([first, first]).norms().tolist() == pytest.approx([3**0.5] * 4)
+    for parts in ([], [first, second]):
+        with pytest.raises(InvalidInput, match=r"not of the same parameters; give at least one"):
+            StackedGradients(parts)
 
 
 # What must not be refused.

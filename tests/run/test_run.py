@@ -14,6 +14,7 @@ import diag
 from diag.errors import RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
+from diag.run.files import record_line
 from diag.run.run import Cost, Event, Record, Run, RunWriter, load
 from diag.snapshot.history import empty_history
 
@@ -356,6 +357,21 @@ def test_a_run_draws_itself_with_every_text_escaped(tmp_path):
     assert "&lt;script&gt;" in page and "<script" not in page
     assert "10 s, of which diag 2 %" in page and ">1<" in page
     assert "Nothing was measured" in Run()._repr_html_()
+
+
+def test_the_facts_of_a_run_are_for_reading(tmp_path):
+    about = {"model": "TinyT+00:00", "parameters": 1234567, "created": "2026-01-02T03:04:05+00:00"}
+    with writer(tmp_path, **about) as w:
+        w.append_steps(steps(1, 3))
+    facts = load(tmp_path / "run").facts()
+    assert facts["created"] == "2026-01-02 03:04:05 UTC" and facts["model"] == "TinyT+00:00"
+    assert facts["parameters"] == "1,234,567" and facts["steps"] == "3"
+
+
+def test_what_json_has_no_word_for_is_not_written():
+    """A NaN in a record would make its whole line unreadable to others; `encode` comes first."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record_line({"type": "event", "value": math.nan})
 
 
 def test_to_frame_has_a_row_a_step(tmp_path):

@@ -67,9 +67,9 @@ class TrainingListener(Guarded):
     # The model and its loss
 
     @guarded("inputs and outputs")
-    def forward_called(self, args: Any, kwargs: Any, outputs: Any) -> None:
+    def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> None:
         """The model was called with gradients on."""
-        if self._losses.forward_called(args, kwargs, outputs):
+        if self._losses.forward_called(args, kwargs, outputs, module):
             self.clock.start()
             self._steps.training_pass()
             self._examples.forward_called(args, kwargs)
@@ -87,8 +87,12 @@ class TrainingListener(Guarded):
         self._losses.loss_scaled(losses, scaled)
 
     @guarded("loss")
-    def backward_called(self, roots: Any) -> None:
-        self._losses.backward_called(roots)
+    def zeroed(self, owner: Any) -> None:
+        self._losses.zeroed(owner)
+
+    @guarded("loss")
+    def backward_called(self, roots: Any, weight: Any = None, inputs: Any = None) -> None:
+        self._losses.backward_called(roots, weight, inputs)
         if self._own_step.armed:
             self._own_step.backwards.backward_called(roots)
             self._occasions.own_step_descends()

@@ -64,10 +64,10 @@ def test_two_groups_trade_places_at_the_edge():
     assert result.steps == tuple(range(4, 13)) and result.trace.shape == (9, 3)
     assert result.swap == 1.0 and result.persist == 0.0
     assert result.antiphase < -0.999 and result.lag_one < -0.999
-    # eta s^2 / 2; the watch measures mse_loss, of which training descends half.
+    # eta s^2 / 2; what is measured is half of mse_loss, as training descends it.
     assert result.edge_first == pytest.approx(0.975, rel=1e-6) == result.edge_last
-    assert result.sharpness == pytest.approx(2 * S**2, rel=1e-6)
-    assert any("0.5 times the recorded loss" in note for note in result.notes)
+    assert result.sharpness == pytest.approx(S**2, rel=1e-6)
+    assert "Training descends 0.5 times the mean of this loss" in texts(run)
     # The model is at hand: each half's slope along the one direction, equal and opposite.
     assert result.slope_a == pytest.approx(-result.slope_b, rel=0.1) and not result.same_side
     verdict = result.verdict()

@@ -39,16 +39,21 @@ LOSSES = (
 )
 
 
+BACKWARD = ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
+
+
 class Listener(Protocol):
     """What a watcher hears of the process. None of these may raise."""
 
     def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None: ...
 
-    def backward_called(self, roots: Any) -> None: ...
+    def backward_called(self, roots: Any, weight: Any, inputs: Any) -> None: ...
 
     def backward_done(self) -> None: ...
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None: ...
+
+    def zeroed(self, owner: Any) -> None: ...
 
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any: ...
 
@@ -132,6 +137,7 @@ class Hub:
         return [
             *(Body(f, self._around_loss) for name in LOSSES if (f := getattr(F, name, None)) is not None),
             Attribute([(torch.autograd, "backward")], self._around_backward),
+            Attribute([(Optimizer, "zero_grad"), (torch.nn.Module, "zero_grad")], self._around_zero),
             Attribute(scaling, self._around_clip),
             Attribute(clamping, self._around_clamp),
             Attribute([(scaler, "scale")], self._around_scale),
@@ -157,13 +163,19 @@ class Hub:
     def _around_backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own
             return original(*args, **kwargs)
-        roots = args[0] if args else kwargs.get("tensors")
+        given = dict(zip(BACKWARD, args, strict=False)) | kwargs
         for listener in self.listeners:
-            listener.backward_called(roots)
+            listener.backward_called(given.get("tensors"), given.get("grad_tensors"), given.get("inputs"))
         result = original(*args, **kwargs)
         for listener in self.listeners:
             listener.backward_done()
         return result
+
+    def _around_zero(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:  # an optimizer that steps inside a pass clears what it has used
+            for listener in self.listeners:
+                listener.zeroed(args[0])
+        return original(*args, **kwargs)
 
     def _around_clip(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         given = dict(zip(("parameters", "max_norm", "total_norm", "foreach"), args, strict=False)) | kwargs

@@ -25,11 +25,11 @@ from diag.snapshot.batch import tensors_in
 # What our hooks become in a copy: `nullcontext().__exit__` takes anything, returns None, and needs no diag.
 INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
 
-Seen = Callable[[Any, Any, Any], None]
+Seen = Callable[[Any, Any, Any, nn.Module], None]
 
 
 class ForwardHook:
-    """Tells `seen(args, kwargs, outputs)` of each call of `model` that training makes."""
+    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes."""
 
     def __init__(self, model: nn.Module, seen: Seen) -> None:
         self.model, self.seen = model, seen
@@ -41,7 +41,7 @@ class ForwardHook:
         # checkpoint's recomputation; inside torch.func the tensors are wrappers.
         if module is not self.model or torch._C._current_graph_task_id() != -1 or is_transformed(outputs):
             return
-        self.seen(args, kwargs, outputs)
+        self.seen(args, kwargs, outputs, module)
 
     def __reduce__(self) -> Any:
         return INERT

@@ -51,7 +51,7 @@ class Training:
         """The training now, on the probe set."""
         snapshot = Snapshot(
             self.model,
-            self.losses.loss_fn,
+            self.losses.objective,
             self.probe.batches,
             held_out=self._held_out,
             previous=self._previous(),

@@ -151,7 +151,8 @@ class Windows:
         try:
             with self._measuring(snapshot):
                 same = bool(self.examples.same(steps))
-                record = window.recording.finish(snapshot, same, self._loss_scale(window.recording))
+                factor = float(getattr(snapshot.loss_fn, "factor", 1.0))
+                record = window.recording.finish(snapshot, same, self._loss_scale(window.recording, factor))
         except Exception as error:
             self.drop(window.recording.last_step, error)
         self._paid(window.name, time.perf_counter() - began)
@@ -167,11 +168,14 @@ class Windows:
         """Whether, at the end, a record that was judged just before says more than a kick now would."""
         return name in self._recorded and not self.usable(name)
 
-    def _loss_scale(self, recording: Recording) -> float:
-        """How many times the recorded mean loss training descends; NaN where that changes from step to step."""
+    def _loss_scale(self, recording: Recording, factor: float) -> float:
+        """How many times the recorded mean loss training descends; NaN where that changes from step to step.
+
+        factor: that of the loss which was recorded.
+        """
         seen, means = self.examples.losses(recording.num_steps), recording.losses.double().mean(1)[:-1]
         # A probe set that holds the step's examples shows what they share; else the loss function's own value does.
-        loss = means if self.examples.per_step == recording.losses.shape[1] else seen[:, 0]
+        loss = means if self.examples.per_step == recording.losses.shape[1] else factor * seen[:, 0]
         scale = seen[:, 1] / loss
         median = float(scale.median())
         steady = bool(((scale - median).abs() <= STEADY * abs(median)).all())

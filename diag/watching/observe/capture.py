@@ -1,7 +1,8 @@
 """From what was seen of one micro-batch to a loss that can be measured again: `loss_fn(outputs, targets)`.
 
 An observed loss is used only after it has given, from the model's outputs and the targets, the number that
-training saw. Otherwise the reason is recorded, and the user can give `loss_fn=` and `probe=`.
+training saw. Otherwise the reason is recorded, and the user can give `loss_fn=` and `probe=`. What is descended is
+a constant multiple of it, by the `factor`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diag.errors import MissingQuantity
 from diag.snapshot.batch import map_tensors
 from diag.snapshot.forward import IGNORED_LABEL, output_tensor
 from diag.watching.observe.route import Node, Route, chain_of, route_between, source_of
@@ -50,6 +52,7 @@ class LossCall:
     targets: Any
     nodes: list[Node]
     value: Tensor
+    moving_targets: bool = False
 
     @classmethod
     def of(cls, function: Callable[..., Tensor], args: Any, kwargs: Any, value: Tensor) -> LossCall:
@@ -57,8 +60,10 @@ class LossCall:
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         settings = dict(bound.arguments)
-        given = settings.pop("input")
-        return cls(function, settings, given.detach(), settings.pop("target"), chain_of(given), value.detach())
+        given, targets = settings.pop("input"), settings.pop("target")
+        moving = isinstance(targets, Tensor) and targets.requires_grad
+        targets = detached(targets) if moving else targets
+        return cls(function, settings, given.detach(), targets, chain_of(given), value.detach(), moving)
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,22 @@ class ObservedLoss:
     route: Route
     target_tail: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    factor: float = 1.0
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         if self.route.flatten and isinstance(targets, Tensor):
             targets = targets.reshape(-1, *self.target_tail)
-        return self.function(self.route(output_tensor(outputs)), targets, **self.settings)
+        loss = self.function(self.route(output_tensor(outputs)), targets, **self.settings)
+        return loss if self.factor == 1 else self.factor * loss
+
+    def is_like(self, other: Any) -> bool:
+        """Whether `other` is the same loss function with the same settings."""
+        return (
+            isinstance(other, ObservedLoss)
+            and other.function is self.function
+            and other.settings.keys() == self.settings.keys()
+            and all(_equal(value, other.settings[name]) for name, value in self.settings.items())
+        )
 
     def targets(self, forward: ForwardCall, call: LossCall) -> Any:
         """The targets of `call` with the examples along the first axis, as `loss_fn` expects them."""
@@ -95,9 +111,77 @@ class ObservedLoss:
         return f"{self.function.__name__}({', '.join(shown)})"
 
 
+@dataclass(frozen=True)
+class ModelLoss:
+    """The loss that a model returns with its outputs, times a factor: `loss_fn(outputs, targets)`.
+
+    place: where it stands among the outputs, a name or an index. in_parts: each micro-batch's is a part of the mean
+    over the whole step.
+    """
+
+    place: str | int
+    factor: float = 1.0
+    in_parts: bool = False
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        loss = outputs[self.place] if _is_indexed(outputs) else getattr(outputs, str(self.place))
+        return loss if self.factor == 1 else self.factor * loss
+
+    def is_like(self, other: Any) -> bool:
+        """Whether `other` stands in the same place."""
+        return isinstance(other, ModelLoss) and other.place == self.place
+
+    def describe(self) -> str:
+        """The loss in words."""
+        return "the one that the model returns with its outputs"
+
+
+@dataclass(frozen=True)
+class UnknownLoss:
+    """Stands in for a loss that is not known, so that nothing is measured with another: it raises the reason.
+
+    part: the loss of torch that is a part of it, if one was seen.
+    """
+
+    reason: str
+    part: ObservedLoss | None = None
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        raise MissingQuantity(f"{self.reason}; give loss_fn=, the whole of what is descended.")
+
+
+def units_of(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | int:
+    """What the mean of this loss function divides by: labels that count, by their weights, or elements."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    settings = bound.arguments
+    given, targets = settings["input"], settings["target"]
+    if function.__name__ not in ("cross_entropy", "nll_loss"):
+        return int(given.numel())
+    if targets.is_floating_point():  # probabilities of the classes
+        return int(given.numel() // given.shape[min(1, given.ndim - 1)])
+    counted = targets != settings["ignore_index"]
+    if settings["weight"] is None:
+        return counted.sum()
+    return (settings["weight"][torch.where(counted, targets, 0)] * counted).sum()
+
+
+def losses_among(outputs: Any) -> list[tuple[str | int, Tensor]]:
+    """The numbers with a graph among a model's outputs, with their places: what may be its own loss."""
+    if isinstance(outputs, Mapping):
+        items: Any = outputs.items()
+    elif isinstance(outputs, (tuple, list)):
+        items = enumerate(outputs)
+    else:
+        items = [("loss", getattr(outputs, "loss", None))]
+    return [(place, t) for place, t in items if isinstance(t, Tensor) and t.numel() == 1 and t.grad_fn is not None]
+
+
 def observed_loss(forward: ForwardCall, call: LossCall) -> ObservedLoss | str:
     """The loss behind `call`, checked against the value that training saw, or why it cannot be had."""
     name = call.function.__name__
+    if call.moving_targets:
+        return f"the targets of {name} are themselves computed from parameters, through which it is differentiated"
     try:
         route = route_between(forward.tensor, forward.source, call.given, call.nodes)
     except Exception as error:
@@ -122,7 +206,10 @@ def _mean_reduced(loss: ObservedLoss) -> ObservedLoss:
     reduction = loss.settings.get("reduction", "mean")
     if reduction in ("mean", "batchmean"):
         return loss
-    note = f"training reduces {loss.function.__name__} by {reduction!r}; measurements use the mean over examples"
+    note = (
+        f"training reduces {loss.function.__name__} by {reduction!r}; measurements use the mean over examples, as "
+        "many times as training descends it"
+    )
     return dataclasses.replace(loss, settings=loss.settings | {"reduction": "mean"}, notes=(note,))
 
 
@@ -142,6 +229,16 @@ def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
 def detached(value: Any) -> Any:
     """The same nest of tuples, lists and mappings with its tensors cut from their graphs."""
     return map_tensors(Tensor.detach, value)
+
+
+def _is_indexed(outputs: Any) -> bool:
+    return isinstance(outputs, (Mapping, tuple, list))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape)
+    return bool(a == b)
 
 
 def _same(value: Any, default: Any) -> bool:

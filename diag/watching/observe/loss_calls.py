@@ -1,104 +1,162 @@
-"""Which loss function's call leads to a backward pass, told by the numbers that autograd gives its nodes.
+"""What leads to a backward pass: which loss function's call or returned loss, by which factor, and what else.
 
-No graph is held on to: of each call its number and its value are kept until the pass is over.
+They are told by the numbers that autograd gives its nodes. No graph is held on to: of each call its number and its
+value are kept until the step is over.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from diag.watching.observe.capture import LossCall
+from diag.watching.observe.terms import Term, product, terms_of
 
-WALK = 64  # nodes of the graph before the root that are looked at
+WALK = 64  # nodes before an unknown term that are looked at
 MOST = 8  # calls that are kept
 WHY = {0: "no loss function of torch was seen to lead to it", 1: "the loss is reduced after its call"}
+SEVERAL = "several loss functions lead to it"
+PART = "{} is only a part of it: something that is not known is added (a penalty, say)"
+CHANGED = "the value of {} is not passed on as it is, nor times a constant"
 
 
 class Seen(NamedTuple):
-    """A loss function's call: the number of its graph node, its value, and what is kept of it to learn from."""
+    """A value that was seen: a loss function's, or one that the model returned (`place`: where in its outputs).
+
+    number: of its graph node. call: what is kept of it to learn from. count: what a summed loss is divided by to be
+    a mean; None for any other.
+    """
 
     number: int
     value: Tensor
-    call: LossCall | None
-    summed: bool
+    name: str
+    call: LossCall | None = None
+    count: Any = None
+    place: Any = None
 
 
 class Pass(NamedTuple):
-    """A backward pass: its loss, the call behind it or the reason why none is known, and what it descends; whether
-    the loss is a part that adds up with the other micro-batches' to the step's."""
+    """A backward pass: the value that it descends, and what that is a constant multiple of.
 
-    value: Tensor
-    call: LossCall | None
+    value: None where backward() was not called on one number. seen: the one value behind it, if it is known at all;
+    reason: why the loss is no constant multiple of it, in a clause, else empty. factor: that constant. others: how
+    many more terms there are of which this model has no part.
+    """
+
+    value: Tensor | None
+    seen: Seen | None
     reason: str
-    root: Tensor
-    is_part: bool
+    factor: Any = 1.0
+    others: int = 0
+
+    @property
+    def multiple(self) -> Any:
+        """How many times the mean loss is descended: the factor, and the number of terms of a sum."""
+        count = None if self.seen is None else self.seen.count
+        return self.factor if count is None else self.factor * count
 
 
 class LossCalls:
-    """The calls since the last backward pass."""
+    """The values seen since the last step."""
 
     def __init__(self) -> None:
-        self._calls: deque[Seen] = deque(maxlen=MOST)
+        self._seen: deque[Seen] = deque(maxlen=MOST)
         self._scaled: dict[int, Tensor] = {}
+        # Which terms of a loss are this model's, by what they are: finding out takes a walk through the graph.
+        self._own: dict[tuple[str, ...], tuple[bool, ...]] = {}
 
-    def add(self, value: Tensor, call: LossCall | None, summed: bool) -> None:
-        """A loss function returned `value`, which has a graph."""
-        self._calls.append(Seen(_number(value), value.detach(), call, summed))
+    def add(self, seen: Seen) -> None:
+        """A value that has a graph. One that was seen before gains the place in the model's outputs."""
+        for i, known in enumerate(self._seen):
+            if known.number == seen.number:
+                self._seen[i] = known._replace(place=seen.place) if seen.place is not None else seen
+                return
+        self._seen.append(seen)
 
     def scaled(self, loss: Tensor, scaled: Tensor) -> None:
         """A GradScaler made `scaled` of `loss`."""
-        self._scaled = {_number(scaled): loss.detach()}
+        self._scaled = {number_of(scaled): loss.detach()}
 
-    def behind(self, root: Tensor) -> Pass:
-        """The loss of a backward pass from `root`, a tensor of one number."""
-        used = self._used(root)
-        descended = self._scaled.get(_number(root), root.detach()).reshape(())
-        if len(used) != 1 or used[0].value.numel() != 1:
-            return Pass(descended, None, WHY.get(len(used), "several loss functions lead to it"), descended, False)
-        seen = used[0]
-        # A sum that is divided is divided by a count of the whole step's: the micro-batches' parts add up.
-        is_part = seen.summed and _number(root) != seen.number and _is_multiple(root, seen.number)
-        return Pass(descended if is_part else seen.value.reshape(()), seen.call, "", descended, is_part)
+    def behind(self, root: Tensor, concerns: Callable[[Any], bool | None]) -> Pass:
+        """What a backward pass from `root`, a tensor of one number, descends.
+
+        concerns(node): whether this model has a part in what leads to it; None where that cannot be told.
+        """
+        # A loss that is scaled in place, or freed, would change the value that is kept.
+        whole = self._scaled.get(number_of(root), root.detach()).reshape(()).clone()
+        found = self._behind(root, whole, [s for s in self._seen if s.name], concerns)
+        # A loss that the model returned says less than the loss function's call inside it, so it is asked second.
+        if found.reason and (own := self._behind(root, whole, list(self._seen), concerns)) and not own.reason:
+            return own
+        return found
+
+    def _behind(self, root: Tensor, whole: Tensor, among: list[Seen], concerns: Callable[[Any], Any]) -> Pass:
+        seen = {s.number: s for s in among}
+        terms = terms_of(root, seen, self._scaled)
+        own = self._own_of(terms, seen, concerns) if len(terms) > 1 else terms
+        known = {t.number: seen[t.number] for t in own if t.known}
+        others = len(terms) - len(own)
+        if len(known) != 1 or any(not t.known for t in own):
+            part, reason = self._unknown(own, known, seen)
+            return Pass(whole, part, reason, 1.0, others)
+        (found,) = known.values()
+        if found.value.numel() != 1:
+            return Pass(whole, found, WHY[1], 1.0, others)
+        factor: Any = 0.0
+        for term in own:
+            factor = factor + product(term.factors)
+        return Pass(whole if not others else found.value.reshape(()) * factor, found, "", factor, others)
 
     def forget_contents(self) -> None:
         """Keep of the calls no more than their values: nothing is learned from them any more."""
-        self._calls = deque((seen._replace(call=None) for seen in self._calls), maxlen=MOST)
+        self._seen = deque((seen._replace(call=None) for seen in self._seen), maxlen=MOST)
 
     def clear(self) -> None:
-        """The pass is over."""
-        self._calls.clear()
+        """The step is over."""
+        self._seen.clear()
         self._scaled.clear()
 
-    def _used(self, root: Tensor) -> list[Seen]:
-        numbers = {seen.number: seen for seen in self._calls}
-        found: dict[int, Seen] = {}
-        front: list[Any] = [root.grad_fn]
-        looked_at = 0
-        while front and looked_at < WALK and len(found) < len(numbers):
-            node = front.pop()
-            if node is None:
-                continue
-            looked_at += 1
-            number = node._sequence_nr()
-            if number in numbers:
-                found[number] = numbers[number]
-            else:
-                front.extend(parent for parent, _ in node.next_functions)
-        return list(found.values())
+    def _own_of(self, terms: list[Term], seen: dict[int, Seen], concerns: Callable[[Any], Any]) -> list[Term]:
+        key = tuple(seen[t.number].name if t.known else t.name for t in terms)
+        if key not in self._own:
+            self._own[key] = tuple(concerns(t.node) is not False for t in terms)
+        return [term for term, own in zip(terms, self._own[key], strict=True) if own]
+
+    def _unknown(self, own: list[Term], known: dict[int, Seen], among: dict[int, Seen]) -> tuple[Seen | None, str]:
+        """The one known value behind terms that are not all known, and the reason why it is not all."""
+        hidden = {s.number: s for t in own if not t.known for s in _before(t.node, among)}
+        found = known | hidden
+        if len(found) > 1:
+            return None, SEVERAL
+        if not found:
+            return None, WHY[0]
+        (seen,) = found.values()
+        if seen.value.numel() != 1:
+            return seen, WHY[1]
+        return seen, (PART if known else CHANGED).format(seen.name)
 
 
-def _number(tensor: Tensor) -> int:
+def number_of(tensor: Tensor) -> int:
+    """The number of the graph node that made the tensor."""
     return -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
 
 
-def _is_multiple(root: Tensor, number: int) -> bool:
-    """Whether `root` is what the graph node with this number gave, but for factors."""
-    node: Any = root.grad_fn
-    while node is not None and node._sequence_nr() != number:
-        if not node.name().startswith(("DivBackward", "MulBackward")):
-            return False
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
-    return node is not None
+def _before(node: Any, seen: dict[int, Seen]) -> list[Seen]:
+    """The values seen among the nodes before an unknown one."""
+    found: dict[int, Seen] = {}
+    front: list[Any] = [node]
+    looked_at = 0
+    while front and looked_at < WALK and len(found) < len(seen):
+        node = front.pop()
+        if node is None:
+            continue
+        looked_at += 1
+        number = node._sequence_nr()
+        if number in seen:
+            found[number] = seen[number]
+        else:
+            front.extend(parent for parent, _ in node.next_functions)
+    return list(found.values())

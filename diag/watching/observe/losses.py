@@ -1,14 +1,14 @@
 """What the training loop shows of its micro-batches: inputs, outputs, targets and the loss.
 
-A micro-batch is a call of the model in training followed by a backward pass that reaches it. Its loss is, in
-this order: the value that the user gives to `watcher.loss(value)`; what a loss function of torch returned, if
-exactly one led to the backward pass (a sum that the loop divides: the quotient); else what `backward()` was called
-on, before a GradScaler scaled it.
+A micro-batch is a call of the model in training followed by a backward pass that reaches it. The loss of a step is
+what it descends: the sum over its micro-batches of what `backward()` was called on, before a GradScaler scaled it,
+and of that only the terms in which this model has a part. The user's own word, `watcher.loss(value)`, counts first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from diag.snapshot.batch import tensors_in
 from diag.watching.measure.probe import Probe
-from diag.watching.observe.capture import ForwardCall, LossCall, ObservedLoss, detached, observed_loss
-from diag.watching.observe.loss_calls import LossCalls, Pass
+from diag.watching.observe.capture import ForwardCall, LossCall, ObservedLoss, detached, losses_among, units_of
+from diag.watching.observe.learning import Learner, Note
+from diag.watching.observe.loss_calls import LossCalls, Pass, Seen, number_of
 from diag.watching.observe.route import source_of
+from diag.watching.observe.terms import reaches
 
-ATTEMPTS = 5
+CALLS = 8  # of the model that are kept while the loss is learned
+OUTPUTS = 4  # of a call that are listened to
 NOT_A_NUMBER = (
     "backward() is called on something other than one number, so its loss is not recorded; give it by "
     "watcher.loss(value)."
 )
+NO_NUMBER = "backward() is called on something other than one number"
 FROM_BACKWARD = (
     "The recorded loss is what backward() was called on, for {reason}; give watcher.loss(value) if something "
     "else is meant."
@@ -33,15 +37,11 @@ MOVED = (
     "The parameters were moved between two backward passes of one step, as SAM does: the recorded loss is that "
     "before the move, the recorded gradient the one that the optimizer was given."
 )
-# What Hugging Face models divide a summed loss by, a count for the whole step, is wrong for any other examples;
-# without it they take the mean.
-COUNT = "num_items_in_batch"
-
-Note = Callable[[str, str], None]
+OTHER_PARAMETERS = "the model is called with other parameters than its own, as in torch.func.functional_call"
 
 
 class LossObserver:
-    """Follows the micro-batches; learns the loss and fills the probe set from the first of them.
+    """Follows the micro-batches of every step.
 
     loss_fn: the user's own, else it is learned. note(key, sentence): tell once what cannot be observed.
     info(key, sentence): the same of what is. parameters: those that are trained, which tell when losses belong to
@@ -51,91 +51,114 @@ class LossObserver:
     def __init__(
         self, loss_fn: Any, probe: Probe, note: Note, info: Note, parameters: Sequence[nn.Parameter] = ()
     ) -> None:
-        self.loss_fn: Any = loss_fn
-        self.learned = loss_fn is not None
+        self.learner = Learner(loss_fn, probe, note, info)
         self.probe, self._note, self._info, self._parameters = probe, note, info, tuple(parameters)
-        self._learning = not probe.complete or not self.learned
-        self._attempts = 0
-        self._forward: ForwardCall | None = None
+        self._own = {id(p) for p in self._parameters}
         self._calls = LossCalls()
+        self._forwards: deque[ForwardCall] = deque(maxlen=CALLS)
+        self._sources: deque[int] = deque(maxlen=CALLS * OUTPUTS)
+        self._foreign = ""  # why the last call of the model is none to learn from
         self._pending: Pass | None = None
-        self._forwards = self._reached = False
-        self._losses: list[Tensor] = []
-        self._descended: list[tuple[Tensor, Tensor]] = []
+        self._called = self._reached = False
+        self._passes: list[Pass] = []
         self.descended: list[tuple[Tensor, Tensor]] = []  # of the last step: losses, and what was descended
         self._given: list[Any] = []
-        self._frozen = self._add_up = False
+        self._zeroed: list[Any] = []  # what has thrown gradients away since the last backward pass
+        self._frozen = self._moved = False
         self._version = -1
         self._source: int | None = None
         self._hook: Any = None
-        self._user_targets: Any = None
         if isinstance(loss_fn, nn.Module):
-            self._hook = loss_fn.register_forward_hook(_ModuleHook(self))
+            self._hook = loss_fn.register_forward_hook(_ModuleHook(self.learner))
+
+    @property
+    def loss_fn(self) -> Any:
+        """The loss as a function of outputs and targets, where it is known."""
+        loss = self.learner.loss
+        return loss if self.learner.given is not None or isinstance(loss, ObservedLoss) else None
+
+    @property
+    def objective(self) -> Any:
+        """What snapshots of this training are given as their loss."""
+        return self.learner.loss
+
+    @property
+    def learned(self) -> bool:
+        """Whether the loss is known."""
+        return self.learner.learned
 
     @property
     def settled(self) -> bool:
         """Whether the loss is known, or will not be."""
-        return self.learned or not self._learning
+        return self.learner.settled
 
     # What happens, in the order in which it happens.
 
-    def forward_called(self, args: Any, kwargs: Any, outputs: Any) -> bool:
+    def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> bool:
         """The model or a wrapper of it returned `outputs`. True where it was another call in training."""
         found = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
-        tensor = next((t for t in found if t.requires_grad and not t.is_leaf), None)
-        if tensor is None:
+        found = [t for t in found if t.requires_grad and not t.is_leaf][:OUTPUTS]
+        if not found or not any(p.requires_grad for p in self._parameters):
             return False
-        # The hook tells whether a backward pass reaches this model; it returns None and so changes nothing.
-        tensor.register_hook(self._output_reached)
-        self._forwards = True
-        if self._learning:
-            try:
-                self._forward = ForwardCall.of(args, kwargs, outputs)
-            except LookupError as error:
-                self._give_up(str(error))
-        source, before = source_of(tensor), self._source
+        for tensor in found:
+            # The hook tells whether a backward pass reaches this model; it returns None and so changes nothing.
+            tensor.register_hook(self._output_reached)
+            self._sources.append(number_of(tensor))
+        self._called = True
+        for place, loss in losses_among(outputs):
+            self._calls.add(Seen(number_of(loss), loss.detach().clone(), "", place=place))
+        self._foreign = OTHER_PARAMETERS if self._is_swapped(module) else ""
+        if self.learner.active and not self._foreign:
+            self._keep(args, kwargs, outputs)
+        source, before = source_of(found[0]), self._source
         self._source = source
         return source is None or source != before
 
-    def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Tensor) -> None:
+    def loss_called(self, function: Any, args: Any, kwargs: Any, value: Tensor) -> None:
         """A loss function returned `value`."""
         if value.grad_fn is None:
             return
-        call = LossCall.of(function, args, kwargs, value) if self._learning else None
         # Every loss module of torch gives its reduction by name.
-        self._calls.add(value, call, summed=kwargs.get("reduction") == "sum")
+        count = units_of(function, args, kwargs) if kwargs.get("reduction") == "sum" else None
+        kept = value.detach().clone()  # the loop may scale it in place
+        call = LossCall.of(function, args, kwargs, kept) if self.learner.active else None
+        self._calls.add(Seen(number_of(value), kept, function.__name__, call, count))
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         """A GradScaler made `scaled` of `losses`."""
         if isinstance(losses, Tensor) and isinstance(scaled, Tensor) and scaled.grad_fn is not None:
             self._calls.scaled(losses, scaled)
 
-    def backward_called(self, roots: Any) -> None:
-        """A backward pass from `roots` begins."""
+    def zeroed(self, owner: Any) -> None:
+        """An optimizer or a module has thrown its parameters' gradients away."""
+        if self._passes and not self._frozen:
+            self._zeroed.append(owner)
+
+    def backward_called(self, roots: Any, weight: Any = None, inputs: Any = None) -> None:
+        """A backward pass from `roots` begins, in the direction of `weight`, to `inputs` alone if there are any."""
         roots = [roots] if isinstance(roots, Tensor) else [r for r in roots or () if isinstance(r, Tensor)]
         self._reached, self._pending = False, None
         self._leave_out_what_belongs_elsewhere()
-        if len(roots) != 1 or roots[0].numel() != 1:
-            if roots:
-                self._note("loss root", NOT_A_NUMBER)
+        if not roots or self._leaves_out_this_model(inputs):
             return
-        self._pending = self._calls.behind(roots[0])
+        if len(roots) != 1 or roots[0].numel() != 1:
+            self._pending = Pass(None, None, NO_NUMBER)
+            return
+        found = self._calls.behind(roots[0], self._concerns)
+        self._pending = _weighted(found, weight)
 
     def backward_done(self) -> None:
         """The backward pass has ended; it counts if it reached this model."""
         pending, self._pending = self._pending, None
-        if pending is None or (self._forwards and not self._reached):
+        if pending is None or (self._called and not self._reached):
             return
-        if pending.reason:
-            self._note("loss", FROM_BACKWARD.format(reason=pending.reason))
+        if pending.value is None:
+            self._note("loss root", NOT_A_NUMBER)
+        elif pending.reason:
+            self._info("loss", FROM_BACKWARD.format(reason=pending.reason))
         if not self._frozen:
-            self._losses.append(pending.value)
-            self._add_up = pending.is_part
-            if not pending.is_part:  # how many times the mean loss such a part is, is not known
-                self._descended.append((pending.value, pending.root))
-        if self._learning:
-            self._learn(pending.value, pending.call, pending.reason)
-        self._calls.clear()
+            self._passes.append(pending)
+            self.learner.stage(pending, self._foreign or self._forward_behind(pending))
 
     def give(self, value: Any) -> None:
         """The user's own word for the loss of this micro-batch."""
@@ -146,125 +169,129 @@ class LossObserver:
         self._frozen = True
 
     def take(self) -> list[Any]:
-        """The losses of the micro-batches since the last step."""
-        losses = self._given or ([sum(self._losses)] if self._add_up and self._losses else self._losses)
-        self._given, self._losses, self._frozen = [], [], False
-        self.descended, self._descended = self._descended, []
+        """The losses of the step that has been made: one for what it descended, or those that the user told."""
+        passes, self._passes = self._passes, []
+        if self._moved:
+            self._note("moved", MOVED)
+        values = [p.value for p in passes if p.value is not None]
+        whole = [sum(values)] if values and len(values) == len(passes) else []
+        losses, self._given = self._given or whole, []
+        self.descended = [(_unmultiplied(p), p.value) for p in passes if p.value is not None]
+        self.learner.commit(passes)
+        self.learner.take_factor(passes)
+        self._forget_the_step()
         return losses
 
     def close(self) -> None:
         """Let go of everything that belongs to the training loop."""
         if self._hook is not None:
             self._hook.remove()
-        self._calls.clear()
-        self._forward = self._pending = self._user_targets = None
+        self.learner.forget()
+        self.learner.user_targets = self._pending = None
+        self._passes = []
+        self._forget_the_step()
 
     # How calls and backward passes are matched.
 
     def _output_reached(self, gradient: Tensor) -> None:
         self._reached = True
 
+    def _keep(self, args: Any, kwargs: Any, outputs: Any) -> None:
+        try:
+            self._forwards.append(ForwardCall.of(args, kwargs, outputs))
+        except LookupError as error:
+            self.learner.give_up(str(error))
+
+    def _is_swapped(self, module: nn.Module | None) -> bool:
+        """Whether the call that has just ended used tensors in place of the model's own parameters."""
+        if module is None or not self._own:
+            return False
+        first = next((p for p in module.parameters() if p.requires_grad), None)
+        return first is not None and not (first.is_leaf and isinstance(first, nn.Parameter))
+
+    def _forward_behind(self, seen: Pass) -> ForwardCall | str:
+        """The call of the model whose outputs the loss was called on, else the last."""
+        if not self._forwards:
+            return "no call of the model was seen before it"
+        call = None if seen.seen is None else seen.seen.call
+        if call is None:
+            return self._forwards[-1]
+        numbers = {node.sequence for node in call.nodes}
+        memory = call.given.data_ptr()
+        behind = [f for f in self._forwards if f.source in numbers or f.tensor.data_ptr() == memory]
+        return behind[-1] if behind else self._forwards[-1]
+
+    def _concerns(self, node: Any) -> bool | None:
+        return reaches(node, set(self._sources), self._own)
+
+    def _leaves_out_this_model(self, inputs: Any) -> bool:
+        if inputs is None:
+            return False
+        given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        return bool(given) and not any(id(t) in self._own for t in given)
+
     def _leave_out_what_belongs_elsewhere(self) -> None:
         """Before a backward pass: which of the losses so far, and of those to come, belong to the step."""
         version = self._parameters[0]._version if self._parameters else -1
-        if not self._losses or self._frozen:
+        zeroed, self._zeroed = self._zeroed, []
+        if not self._passes or self._frozen:
             self._version = version
         elif version != self._version:
-            self._frozen = True
-            self._note("moved", MOVED)
-        elif all(p.grad is None for p in self._parameters):
+            self._frozen = self._moved = True
+        elif self._are_gone(zeroed):
             # Their gradients were thrown away: a GAN's other half was training, or a step was given up.
-            self._losses, self._descended = [], []
+            self._passes = []
+            self.learner.forget()
 
-    # What is learned from the first micro-batches.
+    def _are_gone(self, zeroed: Iterable[Any]) -> bool:
+        dropped: set[int] = set()
+        for owner in zeroed:
+            groups = getattr(owner, "param_groups", None)
+            held = owner.parameters() if groups is None else (p for group in groups for p in group["params"])
+            dropped |= {id(p) for p in held}
+        return all(p.grad is None or id(p) in dropped for p in self._parameters)
 
-    def _learn(self, value: Tensor, call: LossCall | None, reason: str) -> None:
-        forward, self._forward = self._forward, None
-        if forward is None:
-            return
-        targets, known = self._targets(forward, call, value, reason)
-        if known:
-            kwargs = {name: value for name, value in forward.kwargs.items() if name != COUNT}
-            self.probe.add(forward.args, kwargs, targets, forward.outputs)
-        self._user_targets = None
-        if self.probe.complete and self.learned:
-            self._stop_learning()
+    def _forget_the_step(self) -> None:
+        self._frozen = self._moved = False
+        self._zeroed = []
+        self._calls.clear()
+        self._forwards.clear()
+        if not self.learner.active:
+            # What was kept of the calls while learning holds inputs and outputs.
+            self._calls.forget_contents()
 
-    def _targets(self, forward: ForwardCall, call: LossCall | None, value: Tensor, reason: str) -> tuple[Any, bool]:
-        """The targets that belong to this micro-batch, and whether they are known."""
-        if isinstance(self.loss_fn, ObservedLoss):
-            return (self.loss_fn.targets(forward, call), True) if call is not None else (None, False)
-        if self.loss_fn is not None:
-            return self._targets_of_users_loss(forward, call, value)
-        if self.learned:
-            return forward.kwargs.get("labels"), True
-        return self._learn_loss(forward, call, reason)
 
-    def _learn_loss(self, forward: ForwardCall, call: LossCall | None, reason: str) -> tuple[Any, bool]:
-        found = observed_loss(forward, call) if call is not None else reason
-        if isinstance(found, ObservedLoss):
-            self.loss_fn, self.learned = found, True
-            self._info("loss function", f"The loss was observed: {found.describe()}.")
-            for note in found.notes:
-                self._note("reduction", f"{note[0].upper()}{note[1:]}.")
-            return found.targets(forward, call), True  # type: ignore[arg-type]
-        if _carries_loss(forward.outputs):
-            self.learned = True
-            self._info("loss function", "The loss is the one that the model returns with its outputs.")
-            return forward.kwargs.get("labels"), True
-        self._attempts += 1
-        if self._attempts >= ATTEMPTS:
-            self._give_up(found)
-        return None, False
+def _weighted(found: Pass, weight: Any) -> Pass:
+    """The pass in the direction of a number that backward() was given."""
+    if isinstance(weight, (tuple, list)):
+        weight = weight[0] if len(weight) == 1 else None
+    if not isinstance(weight, Tensor) or weight.numel() != 1 or found.value is None:
+        return found
+    number = weight.detach().reshape(())
+    factor = found.factor * (float(number) if number.device.type == "cpu" else number)
+    return found._replace(value=found.value * number, factor=factor)
 
-    def _targets_of_users_loss(
-        self, forward: ForwardCall, call: LossCall | None, value: Tensor
-    ) -> tuple[Any, bool]:
-        candidates = [self._user_targets, call.targets if call is not None else None]
-        for targets in [c for c in candidates if c is not None]:
-            try:
-                with torch.no_grad():
-                    got = self.loss_fn(forward.outputs, targets)
-                if torch.allclose(got.double(), value.double(), rtol=2e-2, equal_nan=True):
-                    return targets, True
-            except Exception:
-                continue
-        self._attempts += 1
-        if self._attempts >= ATTEMPTS:
-            self._note("probe", "The targets that belong to loss_fn= were not seen; give probe=(inputs, targets).")
-            self._stop_learning()
-        return None, False
 
-    def _give_up(self, reason: str) -> None:
-        if not self._learning:
-            return
-        self._note("loss function", f"The loss cannot be measured again: {reason}; give loss_fn= and probe=.")
-        self._stop_learning()
-
-    def _stop_learning(self) -> None:
-        self._learning = False
-        self.probe.complete = True
-        self._forward = None
-        # What was kept of the calls while learning holds inputs and outputs.
-        self._calls.forget_contents()
+def _unmultiplied(seen: Pass) -> Tensor:
+    """The loss function's own value, where it is all that the pass descends."""
+    if seen.reason or seen.seen is None or seen.seen.value.numel() != 1:
+        assert seen.value is not None
+        return seen.value
+    value = seen.seen.value.reshape(())
+    return value if seen.seen.count is None else value / seen.seen.count
 
 
 class _ModuleHook:
     """Sees the targets that a loss module is called with; a copy of the module carries nothing of it."""
 
-    def __init__(self, observer: LossObserver) -> None:
-        self._observer = observer
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._observer._learning and len(args) > 1:
-            self._observer._user_targets = detached(args[1])
+        if not torch.compiler.is_compiling() and self._learner.active and len(args) > 1:
+            self._learner.user_targets = detached(args[1])
 
     def __reduce__(self) -> Any:
         from diag.watching.hooks.model_hook import INERT
 
         return INERT
-
-
-def _carries_loss(outputs: Any) -> bool:
-    loss = outputs.get("loss") if hasattr(outputs, "get") else getattr(outputs, "loss", None)
-    return isinstance(loss, Tensor)

@@ -1,0 +1,158 @@
+"""What a number that backward() is called on is made of: a sum of terms, each with a constant factor.
+
+Read from the autograd graph near the root. A term ends at a node whose value is known (a loss function's call, a
+loss that the model returned) or at a node behind which something else is computed. Constants that are added have no
+gradient and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_NODES = 256  # near the root
+MOST_SEARCHED = 50_000  # of a network's graph
+# These pass one number on: the root is one number, so they can only change its shape or type.
+PASSED_ON = ("View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze", "Unsqueeze", "Alias", "_DDPSink")
+
+Factors = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A graph node and the constants that it is multiplied by on its way to the root.
+
+    known: whether its value is one that was seen.
+    """
+
+    node: Any
+    factors: Factors
+    known: bool
+
+    @property
+    def number(self) -> int:
+        """The number that autograd gave the node."""
+        return self.node._sequence_nr()
+
+    @property
+    def name(self) -> str:
+        """The operation, without autograd's ending."""
+        return kind_of(self.node)
+
+
+def terms_of(root: Tensor, known: Container[int], unscaled: Container[int] = ()) -> list[Term]:
+    """The terms of `root`. known: the numbers of nodes where a term ends; unscaled: of products with the scale of a
+    GradScaler, which is no factor of the loss."""
+    found: list[Term] = []
+    front: list[tuple[Any, Factors]] = [(root.grad_fn, ())]
+    looked_at = 0
+    while front:
+        node, factors = front.pop()
+        if node is None:
+            continue
+        looked_at += 1
+        number = node._sequence_nr()
+        inside = None
+        if number in known:
+            found.append(Term(node, factors, True))
+            continue
+        if looked_at <= MOST_NODES:
+            inside = _inside(node)
+        if inside is None:
+            found.append(Term(node, factors, False))
+        else:
+            scaled = number in unscaled
+            front.extend((parent, factors if scaled else factors + more) for parent, more in inside)
+    return found
+
+
+def kind_of(node: Any) -> str:
+    """The operation that a graph node stands for: "Mul", "NllLoss"."""
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+
+
+def reaches(node: Any, numbers: Container[int], parameters: Container[int]) -> bool | None:
+    """Whether the graph before `node` holds one of the nodes `numbers` or a parameter (by id); None where the graph
+    is too large to tell."""
+    seen: set[Any] = set()
+    front = [node]
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if len(seen) > MOST_SEARCHED:
+            return None
+        if node._sequence_nr() in numbers or id(getattr(node, "variable", None)) in parameters:
+            return True
+        front.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def product(factors: Factors) -> Any:
+    """The product of factors: a float, or a tensor of one number where one of them is on another device."""
+    total: Any = 1.0
+    for factor in factors:
+        total = total * factor
+    return total
+
+
+def _inside(node: Any) -> list[tuple[Any, Factors]] | None:
+    """The parents whose linear combination the node's value is, with their factors; None for anything else."""
+    kind, parents = kind_of(node), [parent for parent, _ in node.next_functions]
+    here = [parent for parent in parents if parent is not None]
+    if kind in PASSED_ON and len(here) == 1:
+        return [(here[0], ())]
+    if kind in ("Mul", "Div") and len(here) == 1:
+        return _multiple(node, kind, parents)
+    if kind in ("Add", "Sub") and len(parents) <= 2:
+        sign = -1 if kind == "Sub" else 1
+        factors = ((), _constant(sign * node._saved_alpha))
+        return [(p, f) for p, f in zip(parents, factors, strict=False) if p is not None]
+    if kind == "Neg" or (kind == "Rsub" and len(here) == 1):
+        return [(p, (-1.0,)) for p in here]
+    return _reduced(node, kind, here)
+
+
+def _multiple(node: Any, kind: str, parents: list[Any]) -> list[tuple[Any, Factors]] | None:
+    first = parents[0] is not None
+    if kind == "Div":  # something over the loss is no multiple of it
+        other = node._saved_other if first else None
+        return [(parents[0], (1.0 / _number(other),))] if _is_constant(other) else None
+    other = node._saved_other if first else node._saved_self
+    return [(parents[0] if first else parents[1], (_number(other),))] if _is_constant(other) else None
+
+
+def _reduced(node: Any, kind: str, here: list[Any]) -> list[tuple[Any, Factors]] | None:
+    """A sum or mean, of one number or of numbers put into one tensor."""
+    if kind not in ("Sum", "Mean") or len(here) != 1:
+        return None
+    sizes = list(node._saved_self_sym_sizes)
+    count = 1
+    for size in sizes:
+        count *= int(size)
+    factors = _constant(1.0 / count) if kind == "Mean" else ()
+    if count == 1:
+        return [(here[0], ())]
+    stacked = kind_of(here[0]) in ("Stack", "Cat")
+    parents = [p for p, _ in here[0].next_functions] if stacked else []
+    # Constants in the stack have no node; each of the others is one number only where there are as many as entries.
+    return [(p, factors) for p in parents if p is not None] if len(parents) == count else None
+
+
+def _constant(value: Any) -> Factors:
+    return () if value == 1 else (float(value),)
+
+
+def _is_constant(other: Any) -> bool:
+    return isinstance(other, Tensor) and other.numel() == 1 and not other.requires_grad
+
+
+def _number(other: Any) -> Any:
+    if other.device.type == "cpu":
+        return float(other)
+    return other.detach().reshape(()).to(torch.float32).clone()  # reading it would wait for the device

@@ -36,10 +36,14 @@ class Deadline:
         clock: Callable[[], float] = time.perf_counter,
         used: Callable[[], float] | None = None,
     ) -> None:
+        self._clock, self._used = clock, used_memory if used is None else used
+        self.restart(seconds, memory, why)
+
+    def restart(self, seconds: float = inf, memory: float = inf, why: str = "") -> None:
+        """Count from now, with other limits: for the next measurement on the same snapshot."""
         self.seconds, self.memory, self.why = seconds, memory, why
         self.reason = ""
-        self._clock, self._used = clock, used_memory if used is None else used
-        self._began = self._last = clock()
+        self._began = self._last = self._clock()
         self._looked = -inf
         self._held = self._used() if memory < inf else 0.0
 

@@ -65,13 +65,15 @@ class Event(NamedTuple):
 
 class Cost(NamedTuple):
     """Time spent at a step: `seconds` on an instrument, or the wall time that passed since the last such cost
-    and the part of it that the watch took."""
+    and the part of it that the watch took (of that, what ran at every step, and the checks' looks at the probe)."""
 
     step: int
     instrument: str = ""
     seconds: float = 0.0
     wall_seconds: float = 0.0
     watch_seconds: float = 0.0
+    always_on_seconds: float = 0.0
+    check_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,16 @@ class Run:
     def watch_seconds(self) -> float:
         """The part of the wall time that was spent in the watch."""
         return sum(c.watch_seconds for c in self.times)
+
+    @property
+    def always_on_seconds(self) -> float:
+        """The part of the watch's time that went into what runs at every step."""
+        return sum(c.always_on_seconds for c in self.times)
+
+    @property
+    def check_seconds(self) -> float:
+        """The part of the watch's time that the checks took to look at the probe set."""
+        return sum(c.check_seconds for c in self.times)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame of every scalar: a row a step, the columns `loss`, `learning_rate`, the norms of
@@ -322,8 +334,7 @@ def load(path: str | Path) -> Run:
 def _times(records: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:
     for r in records:
         if r["type"] == "cost":
-            spent = (decode(r.get(name, 0.0)) for name in ("seconds", "wall_seconds", "watch_seconds"))
-            yield Cost(r["step"], r.get("instrument", ""), *spent)
+            yield Cost(r["step"], r.get("instrument", ""), *(decode(r.get(name, 0.0)) for name in Cost._fields[2:]))
 
 
 def _totals(history: History) -> dict[str, Any]:
@@ -353,7 +364,9 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
         yield "last recorded loss", display.format_number(float(losses[numpy.isfinite(losses)][-1]))
     if run.wall_seconds and math.isfinite(run.wall_seconds):
         share = display.format_share(run.watch_seconds / run.wall_seconds)
-        yield "time", f"{display.format_number(run.wall_seconds)} s, of which diag {share}"
+        always = display.format_share(run.always_on_seconds / run.wall_seconds)
+        time = f"{display.format_number(run.wall_seconds)} s, of which diag {share}"
+        yield "time", time + (f" ({always} at every step)" if run.always_on_seconds else "")
     if run.outcomes:
         yield "skipped or failed", ", ".join(dict.fromkeys(o.instrument for _, o in run.outcomes))
     if run.unknown_instruments:

@@ -185,10 +185,19 @@ class RunWriter:
         seconds: float = 0.0,
         wall_seconds: float = 0.0,
         watch_seconds: float = 0.0,
+        always_on_seconds: float = 0.0,
+        check_seconds: float = 0.0,
     ) -> None:
         """Append time spent: on an instrument that gave no outcome, and, since the last such record, the wall
-        time that passed (`wall_seconds`) and the part of it spent in the watch (`watch_seconds`)."""
-        times = {"seconds": seconds, "wall_seconds": wall_seconds, "watch_seconds": watch_seconds}
+        time that passed (`wall_seconds`) and the part of it spent in the watch (`watch_seconds`): of that, in what
+        runs at every step (`always_on_seconds`) and in looks at the probe set (`check_seconds`)."""
+        times = {
+            "seconds": seconds,
+            "wall_seconds": wall_seconds,
+            "watch_seconds": watch_seconds,
+            "always_on_seconds": always_on_seconds,
+            "check_seconds": check_seconds,
+        }
         self._append_record({"type": "cost", "step": step, "instrument": instrument, **encode(plain(times))})
 
     def close(self) -> None:

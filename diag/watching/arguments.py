@@ -30,6 +30,7 @@ class Settings:
     every: int | None
     budget: float
     resume: bool | int
+    on_finding: Callable[[Any], object] | None = None
 
 
 def check(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:

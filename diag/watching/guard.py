@@ -15,11 +15,14 @@ GIVE_UP_AFTER = 3
 
 
 class Clock:
-    """Seconds since training began, those of them that the watch took, and what of it has broken how often."""
+    """Seconds since training began, those of them that the watch took, and what of it has broken how often.
+
+    measuring: seconds spent in measurements and checks on the probe set; checking: in the latter alone.
+    """
 
     def __init__(self) -> None:
         self.closed = False
-        self.measuring = 0.0
+        self.measuring = self.checking = 0.0
         self.broken: dict[str, int] = {}
         self._started: float | None = None
         self._ours = 0.0
@@ -78,7 +81,7 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def call(self: Guarded, *args: Any) -> Any:
+        def call(self: Guarded, *args: Any, **kwargs: Any) -> Any:
             clock = self.clock
             if clock.closed or pause.is_measuring() or clock.broken.get(part, 0) >= GIVE_UP_AFTER:
                 return None
@@ -86,8 +89,8 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             try:
                 if torch.is_inference_mode_enabled():  # what is made there cannot be used in training afterwards
                     with torch.inference_mode(False):
-                        return method(self, *args)
-                return method(self, *args)
+                        return method(self, *args, **kwargs)
+                return method(self, *args, **kwargs)
             except Exception as error:
                 clock.broken[part] = clock.broken.get(part, 0) + 1
                 self._broke(part, error)

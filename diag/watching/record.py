@@ -27,7 +27,7 @@ class Recorder:
         self._dtype = row_dtype(row_columns(len(about["layers"]))) if self._writer is None else self._writer.dtype
         self._step = self.last_step
         self._noted: set[str] = set()
-        self._wall = self._ours = 0.0
+        self._wall = self._ours = self._always = self._checks = 0.0
         self._failed: Exception | None = None
         self._process = os.getpid()
 
@@ -75,10 +75,18 @@ class Recorder:
 
     def cost(self, step: int, clock: Clock, at_least: float = COST_EVERY) -> None:
         """Append the time that has passed and the part that was ours, about once a second."""
-        wall, ours = clock.elapsed(), clock.ours()
+        wall = clock.elapsed()
         if wall - self._wall >= at_least:
-            self._try("append_cost", step, wall_seconds=wall - self._wall, watch_seconds=ours - self._ours)
-            self._wall, self._ours = wall, ours
+            ours, always, checks = clock.ours(), clock.overhead(), clock.checking
+            self._try(
+                "append_cost",
+                step,
+                wall_seconds=wall - self._wall,
+                watch_seconds=ours - self._ours,
+                always_on_seconds=always - self._always,
+                check_seconds=checks - self._checks,
+            )
+            self._wall, self._ours, self._always, self._checks = wall, ours, always, checks
 
     def close(self, step: int, clock: Clock) -> None:
         """Append the last costs and close the run; warn where something could not be written."""

@@ -6,7 +6,6 @@ recorded, nothing raises into the loop, and what has been recorded survives the 
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -17,14 +16,13 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
-from diag.registry import Instrument
-from diag.result import Level, Verdict
-from diag.run.run import Run, load
+from diag.run.run import Finding, Run, load
 from diag.snapshot.history import History
 from diag.watching.about import describe_run, distributed_rank, temporary_folder
 from diag.watching.arguments import Settings, check, checked_optimizer, given_probe, trainable
 from diag.watching.guard import Clock, Guarded, guarded
 from diag.watching.listener import TrainingListener
+from diag.watching.measure.findings import Findings
 from diag.watching.measure.live import LiveChecks
 from diag.watching.measure.measuring import Measurements, chosen_instruments
 from diag.watching.measure.occasions import Occasions
@@ -60,6 +58,7 @@ def watch(
     every: int | None = None,
     budget: float = 0.05,
     resume: bool | int = False,
+    on_finding: Callable[[Finding], object] | None = None,
 ) -> Watcher:
     """Watch the training of `model`: `with diag.watch(model, run="runs/mine"): train(model)`.
 
@@ -77,6 +76,7 @@ def watch(
     every: measure every so many steps, besides the geometrically spaced ones.
     budget: the share of wall time that watching may take; `math.inf` measures at every scheduled step.
     resume: go on with the run in the folder, after its last step or after the given one.
+    on_finding: called with each finding when it is first seen; what it raises is noted, and training goes on.
 
     What cannot be observed is recorded once, with the reason. In a distributed run only rank 0 records. The other
     processes wait while it measures, and a measurement that takes longer than the process group's timeout aborts
@@ -96,6 +96,7 @@ def watch(
         every=every,
         budget=budget,
         resume=resume,
+        on_finding=on_finding,
     )
     return Watcher(model, parameters, settings)
 
@@ -117,6 +118,7 @@ class Watcher(Guarded):
         self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._row_complete)
         self._probe = settings.probe
         note, info = self._recorder.note, self._recorder.info
+        self._findings = Findings(settings.on_finding, self._recorder.event, note)
         self._losses = LossObserver(settings.loss_fn, self._probe, note, info, list(parameters.values()))
         share = ALWAYS_ON_SHARE * min(settings.budget, 0.05)
         self._steps = StepObserver(parameters, self._losses, self._row_finished, self.clock.elapsed, note, share)
@@ -129,6 +131,8 @@ class Watcher(Guarded):
             self._recorder.outcome,
             note,
             info,
+            self._findings.result,
+            self._recorder.last_step,
         )
         self._live = LiveChecks(
             self._measurements.live,
@@ -137,7 +141,7 @@ class Watcher(Guarded):
             self._recorder.dtype,
             dict,
             self._recorder.outcome,
-            self._announce,
+            self._findings.verdict,
         )
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)
@@ -156,6 +160,11 @@ class Watcher(Guarded):
         if not self.clock.closed:
             self._drain()
         return load(self.path)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What has been found so far, in the order in which it was first seen."""
+        return tuple(self._findings.found)
 
     @property
     def step(self) -> int:
@@ -220,13 +229,6 @@ class Watcher(Guarded):
     @guarded("checks")
     def _judge(self, step: int) -> None:
         self._live.step_ended(step, self.clock.elapsed(), urgent=False)
-
-    def _announce(self, instrument: Instrument, verdict: Verdict, step: int) -> None:
-        """A check found something: say so once, on the logger and in the record."""
-        text = f"Step {step:,}: {verdict.sentence}" + (f" {verdict.advice}" if verdict.advice else "")
-        self._recorder.event(step, "finding", f"{instrument.title}: {verdict.sentence}")
-        level = logging.ERROR if verdict.level is Level.ALARM else logging.WARNING
-        logging.getLogger("diag").log(level, "%s", text)
 
     @guarded("measurements")
     def _measure_now(self, names: list[str]) -> None:

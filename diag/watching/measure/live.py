@@ -18,7 +18,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.registry import Instrument, attempt
-from diag.result import Failed, Level, Outcome, Result, Verdict
+from diag.result import Failed, Outcome, Result, Verdict
 from diag.run.files import history_of
 from diag.snapshot.history import History
 
@@ -26,7 +26,6 @@ SHARE = 0.005  # of the time since training began
 FIRST = (1, 2, 3)
 RECENT, EARLIER = 512, 512  # rows kept in memory: all of the last ones, every 2^k-th of those before
 MEMORY = 16 << 20  # bytes that these rows may take
-TOLD = (Level.ALARM, Level.WARNING)
 FAILURES = 3
 
 
@@ -69,7 +68,7 @@ class LiveChecks:
 
     settings: the chosen instruments' settings by name. layers: names and sizes of the parameter tensors. facts():
     the quantities besides the history, by name (the facts of the loop). record(step, outcome, seconds): keep a
-    result. announce(instrument, verdict, step): a finding that was not there before.
+    result. announce(instrument, verdict, step): how it is judged.
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class LiveChecks:
         self._optimizer: Mapping[str, Any] = {}
         self._judged = 0
         self._cost = self._spent = 0.0
-        self._last: dict[str, tuple[str, str]] = {}
         self._recorded: dict[str, tuple[str, str]] = {}
         self._failures: dict[str, int] = {}
 
@@ -139,9 +137,7 @@ class LiveChecks:
         if not instrument.from_history and (last or state != self._recorded.get(name)):
             self._recorded[name] = state
             self._record(step, result, seconds)
-        if verdict.level in TOLD and state != self._last.get(name):
-            self._announce(instrument, verdict, step)
-        self._last[name] = state
+        self._announce(instrument, verdict, step)
 
     def _history(self) -> History | None:
         rows = self._trace.rows()

@@ -1,4 +1,4 @@
-"""The dear measurements of a watched run: which instruments, what they are expected to take, and running them.
+"""The measurements of a watched run: which instruments, what they are expected to take, and running them.
 
 All of them see the same probe set through one `Snapshot`, right after an optimizer step. What an instrument
 lacks or what breaks in it is recorded; a broken one is tried again ever more rarely.
@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from diag.curvature.memory import available_memory
 from diag.display import format_seconds
 from diag.errors import InvalidInput
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.snapshot.own_tensors import hearing, own_tensors
 from diag.snapshot.snapshot import Snapshot
+from diag.watching.measure.floor import Floor
 from diag.watching.measure.own_step import OwnStep, Read
 from diag.watching.measure.schedule import Schedule
 from diag.watching.measure.window import Windows
@@ -45,6 +47,8 @@ FIXED = 2e-3
 STEPS_READ = 100.0
 FORWARD_SHARE = 1 / 3
 FAILURES = 3
+TOO_LONG = "twice its estimate of {}"
+NO_MORE = "what the budget leaves for it (its estimate: {})"
 NEVER_RUN = (
     "The run was too short to earn the time that measuring takes (estimate: {}; budget: {:.0%}); give a larger "
     "budget=, call watcher.measure(), or measure a checkpoint."
@@ -79,10 +83,10 @@ def chosen_instruments(
 
 
 class Measurements:
-    """Runs the chosen instruments when the schedule allows.
+    """Runs the chosen instruments: the checks at the floor, the measurements when the schedule allows.
 
     record(step, outcome, seconds): keep what came out. note(key, sentence): tell once what went wrong.
-    info(key, sentence): tell once how it is done.
+    info(key, sentence): tell once how it is done. tell(instrument, result, step): what a result says.
     """
 
     def __init__(
@@ -92,17 +96,22 @@ class Measurements:
         record: Callable[[int, Outcome, float], None],
         note: Callable[[str, str], None],
         info: Callable[[str, str], None],
+        tell: Callable[[Instrument, Result, int], None] | None = None,
+        last_step: int = 0,
     ) -> None:
         self._settings = chosen
         found = {n: find(n) for n in chosen}
         # What needs nothing but the record and the facts of the loop is judged live (see `live`).
         self.live = {n: i for n, i in found.items() if i.from_record}
         self._instruments = {n: i for n, i in found.items() if n not in self.live}
-        self.schedule = schedule_of(self._instruments)
-        self.windows = Windows(self._instruments, chosen, self.schedule, note, info, self._undisturbed)
-        self.own_step = OwnStep(self._instruments, self._measured_on)
+        self.floor = Floor((n for n, i in self._instruments.items() if i.kind is Kind.CHECK), last_step)
+        measurements = {n: i for n, i in self._instruments.items() if i.kind is not Kind.CHECK}
+        self.schedule = schedule_of(measurements)
+        self.windows = Windows(measurements, chosen, self.schedule, note, info, self._undisturbed)
+        self.own_step = OwnStep(measurements, self._measured_on)
+        self._previous = [n for n, i in measurements.items() if _asks_for_previous(i)]
         self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
-        self._record, self._note = record, note
+        self._record, self._note, self._tell = record, note, tell
         self._last: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self.estimated = False
@@ -111,11 +120,12 @@ class Measurements:
         """The names of those that are due and paid for at `step`; without those that ask for the state before
         the step where there is none."""
         names = self.schedule.affordable(step)
-        return names if with_previous else [n for n in names if not _asks_for_previous(self._instruments[n])]
+        return names if with_previous else [n for n in names if n not in self._previous]
 
     def wants_previous(self, step: int) -> bool:
-        """Whether one that asks for the state before the step is due and paid for at `step`."""
-        return any(_asks_for_previous(self._instruments[n]) for n in self.schedule.affordable(step))
+        """Whether one that asks for the state before the step is due at `step`, and there may be time for it."""
+        accounts = (self.schedule.accounts[n] for n in self._previous)
+        return any(a.due <= step and a.estimate <= self.schedule.left for a in accounts)
 
     def estimate(self, seconds_per_step: float, examples_per_step: float, probe_size: int, slower: float) -> None:
         """Estimate first costs from what training takes; `slower` is how much slower float32 is than training.
@@ -127,9 +137,10 @@ class Measurements:
         again = self.estimated
         self.estimated = True
         forward = slower * FORWARD_SHARE * seconds_per_step * probe_size / examples_per_step
-        for name, instrument in self._instruments.items():
-            if self.schedule.accounts[name].times:
+        for name, account in self.schedule.accounts.items():
+            if account.times or account.stops:
                 continue
+            instrument = self._instruments[name]
             passes = instrument.expected_passes(self._settings[name])
             if passes is None:
                 passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
@@ -137,19 +148,44 @@ class Measurements:
             self.schedule.estimate(name, FIXED + (on_a_step if self.own_step.reads(name) else passes * forward))
         self.windows.forward = self.windows.forward if again else FIXED + forward
 
-    def run(self, names: Iterable[str], step: int, snapshot: Snapshot) -> float:
-        """Measure with these instruments, recording each outcome; gives the time taken in seconds."""
+    def run(self, names: Iterable[str], step: int, snapshot: Snapshot, at_most: float | None = inf) -> float:
+        """Measure with these instruments, recording each outcome; gives the time taken in seconds.
+
+        Each is stopped at twice its estimate, and all of them after `at_most` seconds; None: nothing is stopped.
+        """
         began = time.perf_counter()
         for name in names:
+            if at_most is not None:
+                self._limit(name, snapshot, at_most - (time.perf_counter() - began))
             given, before = self._recorded(name, snapshot)
             self._measure(self._instruments[name], step, snapshot, given, before)
         return time.perf_counter() - began
+
+    def look(self, step: int, snapshot: Snapshot, at_most: float) -> float:
+        """The checks that look at the probe set, recording each outcome; gives the time taken in seconds."""
+        began = time.perf_counter()
+        self.floor.looked(step)
+        for name in list(self.floor.names):
+            snapshot.deadline.restart(at_most - (time.perf_counter() - began), why="the time of the checks")
+            self._measure(self._instruments[name], step, snapshot, {})
+        seconds = time.perf_counter() - began
+        self.schedule.pay(seconds)
+        return seconds
+
+    def _limit(self, name: str, snapshot: Snapshot, at_most: float) -> None:
+        """What one measurement may take; where the budget is infinite, no more memory than is free."""
+        own, estimate = self.schedule.limit(name), self.schedule.estimated(name)
+        about = format_seconds(estimate) if estimate < inf else "not known"
+        why = (TOO_LONG if own <= at_most else NO_MORE).format(about)
+        memory = available_memory(next(snapshot.model.parameters()).device)
+        snapshot.deadline.restart(min(own, at_most), memory, why)
 
     def measure_step(self, read: Read, names: Iterable[str]) -> float:
         """Measure with these on the gradients of the step that is going on; gives the time taken in seconds."""
         began = time.perf_counter()
         for name in names:
             start = time.perf_counter()
+            read.gradients.deadline.restart(self.schedule.limit(name))
             outcome = self._measured_on(name, read.quantities)
             if isinstance(outcome, Result):
                 about = dataclasses.replace(outcome.provenance, num_examples=read.gradients.num_examples)
@@ -223,8 +259,22 @@ class Measurements:
             outcome = dataclasses.replace(outcome, notes=(*outcome.notes, note))
         _wait(snapshot)
         seconds = time.perf_counter() - began
-        self.schedule.spent(instrument.name, step, seconds)
-        self._keep(instrument.name, step, outcome, before + seconds)
+        name, deadline = instrument.name, snapshot.deadline
+        if deadline.reason:
+            self._stopped(name, step, seconds, min(deadline.seconds, seconds))
+            self._last[name] = step
+            self._record(step, outcome, before + seconds)
+            return
+        if name in self.schedule.accounts:
+            self.schedule.spent(name, step, seconds)
+        self._keep(name, step, outcome, before + seconds)
+
+    def _stopped(self, name: str, step: int, seconds: float, limit: float) -> None:
+        """It took longer than it might, or more memory; it is tried again, a few times."""
+        if name in self.schedule.accounts:
+            self.schedule.stopped(name, step, seconds, limit)
+        else:
+            self.floor.stopped(name)
 
     @contextmanager
     def _undisturbed(self, snapshot: Snapshot) -> Iterator[None]:
@@ -236,14 +286,22 @@ class Measurements:
     def _keep(self, name: str, step: int, outcome: Outcome, seconds: float) -> None:
         if isinstance(outcome, Result):
             self._failures[name] = 0
+            if self._tell is not None:
+                self._tell(self._instruments[name], outcome, step)
         elif isinstance(outcome, Skipped) and not self.windows.needs_record(name):
             # What the run cannot give now it will not give later: say so once.
-            self.schedule.postpone(name, inf)
+            self._postpone(name, inf)
         elif isinstance(outcome, Failed):
             failures = self._failures[name] = self._failures.get(name, 0) + 1
-            self.schedule.postpone(name, inf if failures >= FAILURES else step * 4)
+            self._postpone(name, inf if failures >= FAILURES else step * 4)
         self._last[name] = step
         self._record(step, outcome, seconds)
+
+    def _postpone(self, name: str, step: float) -> None:
+        if name in self.schedule.accounts:
+            self.schedule.postpone(name, step)
+        elif step == inf:
+            self.floor.give_up(name)
 
 
 def _asks_for_previous(instrument: Instrument) -> bool:

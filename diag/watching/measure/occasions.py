@@ -7,11 +7,13 @@ pass, over a window of steps, when the user asks, and at the end.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
 
 from diag.watching.guard import Clock, Guarded, guarded
+from diag.watching.measure import floor
 from diag.watching.measure.measuring import Measurements
 from diag.watching.measure.step_time import StepTime
 from diag.watching.measure.training import Training
@@ -21,6 +23,8 @@ from diag.watching.record import Recorder
 WARM_UP, AGAIN = 3, 4  # costs are estimated after so many steps, and again after so many times as many
 SPARE = 0.25  # seconds that the last measurements may take beyond the budget
 LOOK_EVERY = 0.01  # seconds
+LEAST_LOOK = 1.0  # seconds that the checks may take in any case: a garbage collection may come in between
+LOOK_SHARE = 2.0  # of the time that training takes for as many examples: a forward pass is a third of it
 PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
 SHARDED = (
     "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is "
@@ -64,8 +68,11 @@ class Occasions(Guarded):
             self._record_losses(row, step, in_step)
         # An instrument that lacked the loss would not be asked again; with a compiled model it takes some steps.
         settled = self._losses.settled or self._steps.steps >= PROBE_STEPS
-        if in_step and self._probe.batches and self._probe.complete and settled:
-            self._measure_if_due(step)
+        if in_step and self._probe.batches and settled:
+            if self._measurements.floor.is_due(step):
+                self._look(step, self._time_to_look())
+            if self._probe.complete and self._schedule.budget > 0:
+                self._measure_if_due(step)
 
     def _measure_if_due(self, step: int) -> None:
         elapsed = self.clock.elapsed()
@@ -73,7 +80,7 @@ class Occasions(Guarded):
             return  # what could be earned since the last look is not worth the look
         self._look_again = elapsed + LOOK_EVERY
         self._estimate()
-        self._schedule.earn(self.clock.elapsed(), self.clock.overhead())
+        self._schedule.earn(self.clock.elapsed())
         names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
         names, window = self._windows.choose(names)
         names, later = self.own_step.choose(names)
@@ -86,11 +93,30 @@ class Occasions(Guarded):
         self._steps.keep_before = self._measurements.wants_previous(step + 1)
 
     @guarded("measurements")
-    def _measure(self, names: list[str], step: int) -> None:
+    def _measure(self, names: list[str], step: int, at_most: float | None = math.inf) -> None:
         if self._training.sharded:
             self._recorder.note("measurements", SHARDED)
             return
-        self.clock.measuring += self._measurements.run(names, step, self._training.snapshot())
+        self.clock.measuring += self._measurements.run(names, step, self._training.snapshot(), at_most)
+
+    # At the floor
+
+    @guarded("checks")
+    def _look(self, step: int, at_most: float) -> None:
+        if self._training.sharded:
+            self._recorder.note("measurements", SHARDED)
+            return
+        seconds = self._measurements.look(step, self._training.snapshot(floor.EXAMPLES), at_most)
+        self.clock.measuring += seconds
+        self.clock.checking += seconds
+
+    def _time_to_look(self) -> float:
+        """Seconds that the checks may take: one pass over some of the probe set takes about these steps."""
+        steps = max(self._steps.steps, 1)
+        each = max(self.clock.elapsed() - self.clock.ours(), 0.0) / steps
+        examples = self._training.examples / steps
+        batches = min(self._probe.size, floor.EXAMPLES) / max(examples, 1.0)
+        return max(LOOK_SHARE * each * max(batches, 1.0), LEAST_LOOK)
 
     # What it is expected to take
 
@@ -120,7 +146,10 @@ class Occasions(Guarded):
     @guarded("measurements")
     def _arm(self, names: list[str]) -> None:
         if not self._training.sharded:
-            seconds = self.own_step.arm(names, self._training.snapshot())
+            self.own_step.limit = sum(self._schedule.limit(name) for name in names)
+            snapshot = self._training.snapshot()
+            snapshot.deadline.restart(self.own_step.limit)
+            seconds = self.own_step.arm(names, snapshot)
             self.clock.measuring += seconds
             self._schedule.pay(seconds)
             self._estimate_again()
@@ -148,7 +177,9 @@ class Occasions(Guarded):
     @guarded("measurements")
     def _begin_window(self, name: str, step: int) -> None:
         if not self._training.sharded:
-            self.clock.measuring += self._windows.begin(name, step, self._training.snapshot())
+            snapshot = self._training.snapshot()
+            snapshot.deadline.restart(self._schedule.limit(name))
+            self.clock.measuring += self._windows.begin(name, step, snapshot)
 
     @guarded("measurements")
     def _record_losses(self, row: Row, step: int, in_step: bool) -> None:
@@ -158,6 +189,8 @@ class Occasions(Guarded):
         if bool(row.skipped):
             return  # a GradScaler left the update out: nothing moved
         snapshot = self._training.snapshot()
+        if self._windows.open is not None:
+            snapshot.deadline.restart(self._schedule.limit(self._windows.open.name))
         self.clock.measuring += self._windows.add(step, snapshot)
         if self._windows.complete and self._windows.open is not None:
             self.clock.measuring += self._measurements.run([self._windows.open.name], step, snapshot)
@@ -167,26 +200,29 @@ class Occasions(Guarded):
     def now(self, names: list[str]) -> None:
         """Measure with these, whatever the budget."""
         if self._ready_without_a_step():
-            self._measure(names, self._step)
+            self._measure(names, self._step, None)
 
     def last(self) -> None:
         """No step follows: measure what the budget allows and has no result of the last step."""
-        if self._schedule.budget == 0 or not self._ready_without_a_step():
+        if not self._ready_without_a_step():
             return
-        self._schedule.earn(self.clock.elapsed(), self.clock.overhead())
+        self._schedule.earn(self.clock.elapsed())
+        # A short run earns little, and a run without a number helps nobody.
+        end = time.perf_counter() + max(self._schedule.left, 0.0) + SPARE
+        if self._measurements.floor.is_new(self._step):
+            self._look(self._step, end - time.perf_counter())
+        if self._schedule.budget == 0:
+            return
         self._windows.end()
-        spare = SPARE  # a short run earns little, and a run without a number helps nobody
         for name in self._measurements.unfinished(self._step):
             account = self._schedule.accounts[name]
             if account.times and self.own_step.has_course(name):
                 continue  # the steps tell its course; the probe set would be another measure of it
             if self._windows.is_enough(name):
                 continue
-            lacking = max(account.estimate - max(self._schedule.left, 0.0), 0.0)
-            if lacking > (0.0 if account.times else spare):
-                continue
-            spare -= lacking
-            self._measure([name], self._step)
+            left = end - time.perf_counter()
+            if account.estimate <= (self._schedule.left if account.times else left):
+                self._measure([name], self._step, left)
 
     def explain_unrun(self) -> None:
         """Record, of each instrument that the budget never allowed, that it was too small."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from diag.errors import DiagError, Unsupported, first_line
 from diag.gradients import GroupSums, PerExampleGradients, StepGradients, plan_for_steps
 from diag.gradients.foreseen import questions_of
 from diag.gradients.questions import Question
+from diag.linalg.deadline import Deadline
 from diag.registry import Instrument
 from diag.result import Outcome
 from diag.snapshot import pause
@@ -67,6 +69,7 @@ class OwnStep:
         self._model: nn.Module | None = None
         self._able = {name for name, instrument in instruments.items() if _asks_for_gradients_alone(instrument)}
         self.names: list[str] = []  # what is to be measured on the next step
+        self.limit = inf  # seconds that reading it may take
         self.over = False  # no step follows
         self.touched = False  # whether the step that is going on was armed
         self.refused = ""  # why no step is read any more
@@ -164,6 +167,7 @@ class OwnStep:
             return
         try:
             step = StepGradients(self._model, self._plan, size)
+            step.deadline = Deadline(self.limit)
             step.__enter__()
         except Exception:  # this is in the middle of the training's own call; `backward_ends` finds no step
             return
@@ -183,6 +187,7 @@ class OwnStep:
         """A backward pass begins; gives the time taken, in seconds."""
         began = time.perf_counter()
         if self._step is not None:
+            self._step.deadline.restart(self.limit)
             # Gradients of earlier passes must not be in the way.
             grads = [p.grad for p in self._parameters() if p.grad is not None]
             self._clean = not any(bool(g.any()) for g in grads)

@@ -2,9 +2,9 @@
 
 Time spent is measured; time to be spent is estimated before anything runs. What training time earns for measuring
 (`budget` times the time that passes) goes half to whatever is due and can be had at once, those measured least
-often first, and half into savings for the first of those that are too dear for that; so the cheap ones do not wait
-and the dear ones are reached in the end. Over a run the budget is exceeded by at most what one measurement takes
-longer than was estimated. An infinite budget measures at every scheduled step.
+often first, and half into savings for the first of those that are too expensive for that; so the cheap ones do not
+wait and the expensive ones are reached in the end. A measurement that takes twice its estimate is stopped and
+planned with a larger one. An infinite budget measures at every scheduled step and stops nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from math import ceil, inf
 RATIO = 1.1
 SAFETY = 1.1
 ALIKE = 4.0
+OVERRUN = 2.0  # a measurement is stopped at so many times its estimate,
+LEAST = 0.25  # and not before so many seconds, as the first estimates of short ones are rough
+STOPS = 3  # times that a measurement may be stopped before it is given up
 
 
 def next_due(step: int, every: int | None, ratio: float = RATIO) -> int:
@@ -32,6 +35,12 @@ class Account:
     estimate: float
     due: float = 1
     times: int = 0
+    stops: int = 0
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which it is stopped."""
+        return max(OVERRUN * self.estimate, LEAST)
 
 
 class Schedule:
@@ -47,11 +56,11 @@ class Schedule:
         """What a first measurement is expected to take."""
         self.accounts[name].estimate = seconds
 
-    def earn(self, elapsed: float, overhead: float) -> None:
-        """`elapsed` seconds have passed since the start, `overhead` of them in what runs at every step."""
+    def earn(self, elapsed: float) -> None:
+        """`elapsed` seconds have passed since the start."""
         if self.budget == inf:
             return
-        total = self.budget * elapsed - overhead
+        total = self.budget * elapsed
         gained, self._earned = total - self._earned, total
         self._quick += gained / 2
         self._saved += gained / 2
@@ -77,12 +86,23 @@ class Schedule:
     def spent(self, name: str, step: int, seconds: float) -> None:
         """A measurement took `seconds`; its next turn is set."""
         account = self.accounts[name]
+        self._charge(name, seconds)
+        account.estimate, account.times = SAFETY * seconds, account.times + 1
+        account.due = next_due(step, self.every)
+
+    def stopped(self, name: str, step: int, seconds: float, limit: float) -> None:
+        """A measurement was stopped at its limit: it takes longer than that, nobody knows how much."""
+        account = self.accounts[name]
+        self._charge(name, seconds)
+        account.stops += 1
+        account.estimate = max(account.estimate, OVERRUN * limit)
+        account.due = next_due(step, self.every) if account.stops < STOPS else inf
+
+    def _charge(self, name: str, seconds: float) -> None:
         if name in self._from_savings:
             self._saved -= seconds
         else:
             self._quick -= seconds
-        account.estimate, account.times = SAFETY * seconds, account.times + 1
-        account.due = next_due(step, self.every)
 
     def pay(self, seconds: float) -> None:
         """Part of a measurement that is made over several steps took `seconds`: the fuller purse pays."""
@@ -94,6 +114,14 @@ class Schedule:
     def postpone(self, name: str, step: float) -> None:
         """Do not try again before `step` (infinity: never)."""
         self.accounts[name].due = step
+
+    def estimated(self, name: str) -> float:
+        """Seconds that a measurement is expected to take; infinity where that is not known."""
+        return self.accounts[name].estimate if name in self.accounts else inf
+
+    def limit(self, name: str) -> float:
+        """Seconds after which a measurement is stopped; an infinite budget stops nothing."""
+        return self.accounts[name].limit if name in self.accounts and self.budget < inf else inf
 
     @property
     def left(self) -> float:

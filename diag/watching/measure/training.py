@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.curvature.carry import Carry
+from diag.linalg.deadline import Deadline
 from diag.snapshot.batch import Batch
 from diag.snapshot.history import History
 from diag.snapshot.snapshot import Snapshot
@@ -47,8 +48,8 @@ class Training:
         """Whether this process alone cannot run the model."""
         return is_sharded(self.model)
 
-    def snapshot(self) -> Snapshot:
-        """The training now, on the probe set."""
+    def snapshot(self, max_examples: int | None = None) -> Snapshot:
+        """The training now, on the probe set, or on its first examples; with a deadline of its own."""
         snapshot = Snapshot(
             self.model,
             self.losses.objective,
@@ -57,10 +58,13 @@ class Training:
             previous=self._previous(),
             optimizer=self.optimizer or self.steps.optimizer,
             history=_LazyHistory(self._history),
-            carry=self._carry,
+            carry=self._carry if max_examples is None else None,
+            max_examples=max_examples,
+            deadline=Deadline(),
         )
         # The probe set does not change, so it need not be hashed at every measurement.
-        snapshot.__dict__["fingerprint"] = self.fingerprint
+        if max_examples is None:
+            snapshot.__dict__["fingerprint"] = self.fingerprint
         return snapshot
 
     def _previous(self) -> dict[str, Any] | None:

@@ -82,6 +82,48 @@ class Setting:
     type: Any
 
 
+class StepRecording(Protocol):
+    """A record of consecutive steps in the making (see `StepWindow`)."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps recorded, the first not counted."""
+
+    @property
+    def last_step(self) -> int:
+        """The number of the last recorded step."""
+
+    @property
+    def losses(self) -> Any:
+        """(T + 1, n): the losses so far."""
+
+    def add(self, snapshot: Any, step: int) -> None:
+        """Record another step; `snapshot` is of the same model and data after it."""
+
+    def finish(self, snapshot: Any, same_examples: bool, loss_scale: float) -> Any:
+        """The record, at the last recorded step. same_examples: whether every step was taken on one batch.
+        loss_scale: training descends this multiple of the recorded mean loss; NaN where it is another loss."""
+
+
+@dataclass(frozen=True)
+class StepWindow:
+    """Consecutive optimizer steps that a watched run records for an instrument before it measures.
+
+    quantity: the parameter that takes the record. length(settings): how many steps, 0 for none.
+    required(settings): whether it measures nothing without a record. least: fewer steps cannot be judged.
+    begin(snapshot, step): starts a record. insist, shorten: how a user asks for a record all the same, and for a
+    shorter one, for sentences.
+    """
+
+    quantity: str
+    length: Callable[[Mapping[str, Any]], int]
+    required: Callable[[Mapping[str, Any]], bool]
+    least: int
+    begin: Callable[[Any, int], StepRecording]
+    insist: str
+    shorten: str
+
+
 @dataclass(eq=False)
 class Instrument:
     """A named measurement; call it on a snapshot, or on the quantities by name."""
@@ -94,6 +136,7 @@ class Instrument:
     result: type[Result]
     passes: Callable[[Mapping[str, Any]], float] | None = None
     kind: Kind = Kind.MEASUREMENT
+    window: StepWindow | None = None
 
     @property
     def name(self) -> str:
@@ -110,12 +153,14 @@ class Instrument:
         costs = dict.fromkeys(n.quantity.cost for n in self.needs if not n.optional)
         return ", ".join(cost for cost in costs if cost != "none") or "none"
 
+    def all_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """These settings, and the others at their defaults."""
+        return {s.name: s.default for s in self.settings} | dict(given)
+
     def expected_passes(self, given: Mapping[str, Any]) -> float | None:
         """The forward passes over the data that measuring is expected to take with these settings, the others at
         their defaults; None where the instrument does not say."""
-        return (
-            None if self.passes is None else self.passes({s.name: s.default for s in self.settings} | dict(given))
-        )
+        return None if self.passes is None else self.passes(self.all_settings(given))
 
     @property
     def from_history(self) -> bool:
@@ -195,6 +240,7 @@ def instrument(
     title: str = "",
     passes: Callable[[Mapping[str, Any]], float] | None = None,
     kind: str | Kind = Kind.MEASUREMENT,
+    window: StepWindow | None = None,
 ) -> Callable[[Callable[..., Result]], Instrument]:
     """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read.
 
@@ -202,7 +248,7 @@ def instrument(
     the costs of the quantities do not tell: a watch plans by it until it has timed a first measurement.
 
     `kind` says when a watch runs it: "check" at scheduled steps whatever the budget, "measurement" as the budget
-    allows, "description" only when it is asked for.
+    allows, "description" only when it is asked for. `window`: consecutive steps that it wants recorded there.
 
     Raises InvalidInput where a positional parameter is not in the glossary, a keyword-only one has no
     default, the docstring is missing, the return annotation is no Result, or the kind is none of the three.
@@ -218,7 +264,7 @@ def instrument(
             raise InvalidInput(f"{function.__name__} has no docstring; it becomes the help text and the report's.")
         needs, settings = _signature(function, hints)
         made = Instrument(
-            function, source, title or _title(function.__name__), needs, settings, result, passes, when
+            function, source, title or _title(function.__name__), needs, settings, result, passes, when, window
         )
         functools.update_wrapper(typing.cast(Any, made), function)  # name, docstring, module
         return made

@@ -21,7 +21,7 @@ KEY = click.option("--key", help="The checkpoints' entry that holds the state di
 POINTS = click.option("--points", type=click.IntRange(3), default=11, show_default=True, help="Of the grid.")
 
 
-@click.command(short_help="Move the units of one checkpoint to where another has them.")
+@click.command("align", short_help="Move the units of one checkpoint to where another has them.")
 @click.argument("first", type=PATHS, metavar="A")
 @click.argument("second", type=PATHS, metavar="B")
 @BUILD
@@ -30,7 +30,7 @@ POINTS = click.option("--points", type=click.IntRange(3), default=11, show_defau
 @POINTS
 @EXAMPLES
 @KEY
-def align(
+def align_command(
     first: Path,
     second: Path,
     build: str,
@@ -42,24 +42,20 @@ def align(
 ) -> None:
     """Permute the units of checkpoint B so that they stand where the like units of A are.
 
-    B's function stays what it is (checked); afterwards the two can be averaged where the verdict says that they
-    are connected. The file written holds B's state dict.
+    B's function stays what it is (checked); afterwards the two can be averaged where the barrier between them has
+    gone. The file written holds B's state dict.
     """
-    from diag.instruments.mode_connectivity import mode_connectivity
+    from diag.connectivity.connection import align
 
     if output is not None and output.suffix not in (".pt", ".safetensors"):
         raise click.UsageError(f"{output} ends in {output.suffix or 'nothing'}; expected .pt or .safetensors.")
     snapshot, states = _snapshot_and_states([first, second], build, max_examples, key)
     a, b = states.values()
-    result: Any = mode_connectivity(_at(snapshot, a), other=b, align=by, points=points)
-    click.echo(result.verdict().sentence)
-    click.echo(
-        f"{result.units_moved:.0%} of the units moved; the outputs of B changed by a relative "
-        f"{result.function_change:.1e}, and its distance from A from {result.distance:.4g} to "
-        f"{result.aligned_distance:.4g}."
-    )
+    snapshot.model.load_state_dict(a)
+    found = align(snapshot.replace(), b, by=by, points=points)
+    click.echo(found.sentence())
     if output is not None:
-        _save(dict(result.aligned_state or {}), output)
+        _save(dict(found.aligned_state or {}), output)
         click.echo(f"Aligned: {output}")
 
 
@@ -143,12 +139,6 @@ def _snapshot_and_states(
     return Snapshot(**arguments), states
 
 
-def _at(snapshot: Snapshot, state: dict[str, Tensor]) -> Snapshot:
-    """The same snapshot with this state in its model."""
-    snapshot.model.load_state_dict(state)
-    return snapshot.replace()
-
-
 def _save(state: dict[str, Any], output: Path) -> None:
     if output.suffix == ".safetensors":
         from safetensors.torch import save_file
@@ -160,4 +150,4 @@ def _save(state: dict[str, Any], output: Path) -> None:
     torch.save(state, output)
 
 
-COMMANDS = (align, connect)
+COMMANDS = (align_command, connect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,11 @@ from diag.connectivity.interpolation_bezier import bezier, train_control_point
 from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance, layer_barriers
 from diag.connectivity.interpolation_profile import Profile
 from diag.connectivity.interpolation_repair import Repair
-from diag.errors import Unsupported
+from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.call_at import call_at
 from diag.snapshot.forward import IGNORED_LABEL, output_tensor
 from diag.snapshot.preserve import preserved
+from diag.snapshot.snapshot import Snapshot
 
 ALIGN = ("weights", "activations")
 
@@ -48,6 +50,19 @@ class Connection:
     chance_error: float = float("nan")
     variance_ratios: dict[str, float] = field(default_factory=dict)
     layers: dict[str, LayerBarrier] = field(default_factory=dict)
+
+    def sentence(self) -> str:
+        """What alignment did, in one sentence. Only where the networks were aligned."""
+        assert self.aligned is not None and self.alignment is not None
+        errors = self.line.error_barrier, self.aligned.error_barrier
+        known = not any(map(math.isnan, errors))
+        before, after = errors if known else (self.line.barrier, self.aligned.barrier)
+        return (
+            f"The barrier on the straight line {'in the share of wrong answers' if known else 'in the loss'} is "
+            f"{before:.3g} as the networks are and {after:.3g} after {self.alignment.moved / self.alignment.units:.0%} "
+            f"of the second one's units moved, which changed its outputs by a relative {self.function_change:.1e} and "
+            f"its distance from the first from {self.distance:.4g} to {self.aligned_distance:.4g}."
+        )
 
 
 def connect(
@@ -101,6 +116,18 @@ def connect(
         )  # fmt: skip
         found["curve"], _ = both(end, write=bezier(path.start, control, end))
     return Connection(**found)
+
+
+def align(snapshot: Snapshot, other: Any, *, by: str = "weights", points: int = 11) -> Connection:
+    """The units of `other` (a state dict, a module or a Snapshot) moved to where the like units of the snapshot's
+    network are: `aligned_state`, with the line between the two before and after, on `points` points.
+
+    by: "weights" or "activations". Raises InvalidInput where `other` does not fit, Unsupported as `connect` does.
+    """
+    if by not in ALIGN:
+        raise InvalidInput(f"by is {by!r}; expected {' or '.join(map(repr, ALIGN))}.")
+    path = Interpolation(snapshot)
+    return connect(path, path.fit(other), align=by, points=points)
 
 
 def aligned_end(path: Interpolation, end: State, method: str, orders: int | None = None) -> dict[str, Any]:

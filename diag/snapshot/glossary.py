@@ -75,7 +75,7 @@ GLOSSARY: dict[str, Quantity] = {
         ),
         Quantity(
             "loss_record",
-            "instruments.opposing_signals.loss_record",
+            "snapshot.history",
             None,
             "object",
             "one forward pass a step",

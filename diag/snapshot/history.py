@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 from numpy.typing import NDArray
 
+from diag.errors import MissingQuantity
 from diag.snapshot import parameters
 from diag.snapshot.snapshot import Snapshot
 
@@ -111,4 +112,15 @@ def history(snapshot: Snapshot) -> History:
         applied_gradient_norm=total,
         parameter_norm=sizes,
         total_steps=0,
+    )
+
+
+def loss_record(snapshot: Snapshot) -> NoReturn:
+    """The losses at consecutive steps, which one moment does not have.
+
+    Raises MissingQuantity: a watched run gives the record, or the user does.
+    """
+    raise MissingQuantity(
+        "a snapshot is one moment, and this is a record of several steps; measure inside diag.watch, or pass "
+        "loss_record=."
     )

@@ -33,7 +33,7 @@ from diag.instruments.opposing_signals.judging import (
     of_a_kick,
     of_steps,
 )
-from diag.instruments.opposing_signals.loss_record import EDGE, Edge, LossRecord
+from diag.instruments.opposing_signals.loss_record import EDGE, LEAST_STEPS, Edge, LossRecord, Recording
 from diag.instruments.opposing_signals.measuring import (
     about_gradients,
     about_record,
@@ -49,7 +49,7 @@ from diag.instruments.opposing_signals.measuring import (
 from diag.instruments.opposing_signals.movement import rank_auc
 from diag.instruments.opposing_signals.showing import draw_groups, imported, kept, two_groups
 from diag.instruments.opposing_signals.signed_graph import agreeing_parts, signed_graph
-from diag.registry import GRADIENT, PRODUCT, SELF_TEST, instrument
+from diag.registry import GRADIENT, PRODUCT, SELF_TEST, StepWindow, instrument
 from diag.result import Level, Provenance, Result, Verdict, measured
 
 NULLS = 5
@@ -185,7 +185,18 @@ def _passes(settings: Mapping[str, Any]) -> float:
     return SELF_TEST + 16 * PRODUCT + 2 * (DIRECTIONS + NULLS) + 8 * GRADIENT  # 16 products find the directions
 
 
-@instrument(source=SOURCE, title="Opposing signals", passes=_passes)
+_STEPS = StepWindow(
+    quantity="loss_record",
+    length=lambda settings: settings["window"] if settings["mode"] in ("auto", "online") else 0,
+    required=lambda settings: settings["mode"] == "online",
+    least=LEAST_STEPS,
+    begin=Recording,
+    insist="mode='online'",
+    shorten="a smaller window=",
+)
+
+
+@instrument(source=SOURCE, title="Opposing signals", passes=_passes, window=_STEPS)
 def opposing_signals(
     hessian: CurvatureOperator,
     losses_at: LossesAt,

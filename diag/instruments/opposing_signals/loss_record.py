@@ -214,14 +214,3 @@ def _moved(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iter
     finally:
         for p, value in zip(parameters, own, strict=True):
             p.data = value
-
-
-def loss_record(snapshot: Snapshot) -> LossRecord:
-    """The losses at consecutive steps, which one moment does not have.
-
-    Raises MissingQuantity: a watched run gives the record, or the user does.
-    """
-    raise MissingQuantity(
-        "a snapshot is one moment, and this is a record of several steps; measure inside diag.watch, or pass "
-        "loss_record=."
-    )

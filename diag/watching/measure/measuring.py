@@ -53,9 +53,7 @@ NEVER_RUN = (
     "The run was too short to earn the time that measuring takes (estimate: {}; budget: {:.0%}); give a larger "
     "budget=, call watcher.measure(), or measure a checkpoint."
 )
-NO_WINDOW = (
-    "The run ended before enough consecutive steps were recorded to judge; train on, or give a smaller window=."
-)
+NO_WINDOW = "The run ended before enough consecutive steps were recorded to judge; train on, or give {}."
 
 Chosen = Mapping[str, Mapping[str, Any]]
 
@@ -218,8 +216,7 @@ class Measurements:
         if not self.windows.usable(name):
             self.windows.without_record(name)
             return {}, 0.0
-        record, seconds = self.windows.close(snapshot)
-        return ({"loss_record": record} if record is not None else {}), seconds
+        return self.windows.close(snapshot)
 
     def unfinished(self, step: int) -> list[str]:
         """Those that can still run and whose last result is older than `step`, the cheapest first."""
@@ -242,7 +239,7 @@ class Measurements:
         for name, account in self.schedule.accounts.items():
             if account.times == 0 and name not in self._last:
                 if self.windows.needs_record(name) and account.estimate <= self.schedule.left:
-                    self._record(step, Skipped(name, NO_WINDOW), 0.0)
+                    self._record(step, Skipped(name, NO_WINDOW.format(self.windows.shorten(name))), 0.0)
                     continue
                 time_taken = format_seconds(account.estimate) if account.estimate < inf else "not known"
                 self._record(step, Skipped(name, NEVER_RUN.format(time_taken, self.schedule.budget)), 0.0)

@@ -1,10 +1,9 @@
-"""Losses of the probe set over consecutive optimizer steps, for the instruments that judge a `loss_record`.
+"""Losses of the probe set over consecutive optimizer steps, for the instruments that declare a `StepWindow`.
 
-Such an instrument has the settings `mode` ("auto" or "online" ask for a record) and `window`, the number of steps.
-In "auto" its first measurement needs no record; later ones record a window where the steps use the same examples
-again and again (in mini-batch training the noise of the batches is in the changes, and nothing can be judged). A
-window is a forward pass over the probe set after each of its steps and the sharpness at its two ends; all of it is
-charged to the instrument.
+Where the record is not required, the first measurement needs none; later ones record a window where the steps
+use the same examples again and again (in mini-batch training the noise of the batches is in the changes, and nothing
+can be judged). A window is a forward pass over the probe set after each of its steps, and what the instrument's record
+measures at its two ends; all of it is charged to the instrument.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from dataclasses import dataclass
 from math import inf, nan
 from typing import Any
 
-from diag.instruments.opposing_signals.loss_record import LEAST_STEPS, LossRecord, Recording
-from diag.registry import Instrument
+from diag.registry import Instrument, StepRecording, StepWindow
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.measure.schedule import Schedule
 from diag.watching.observe.examples import StepExamples
@@ -25,8 +23,8 @@ from diag.watching.observe.examples import StepExamples
 FAILURES = 2
 STEADY = 1e-2  # relative (our choice): a term that is added to the loss moves their ratio by more
 MINI_BATCHES = (
-    "Steps are taken on different mini-batches, so {} judges no oscillation from step to step; mode='online' "
-    "records the steps all the same."
+    "Steps are taken on different mini-batches, so {} judges no oscillation from step to step; {} records the "
+    "steps all the same."
 )
 BROKEN = "The window of steps that {} was recording was given up at step {:,} ({})."
 
@@ -37,7 +35,7 @@ class Window:
 
     name: str
     length: int
-    recording: Recording
+    recording: StepRecording
     seconds: float
 
 
@@ -57,13 +55,14 @@ class Windows:
         info: Callable[[str, str], None],
         measuring: Callable[[Snapshot], AbstractContextManager[Any]],
     ) -> None:
+        self._declared: dict[str, StepWindow] = {}
         self._lengths: dict[str, int] = {}
         self._always: set[str] = set()
-        for name, instrument in instruments.items():
-            length, mode = _asked_for(instrument, settings.get(name, {}))
-            if length:
-                self._lengths[name] = length
-                self._always |= {name} if mode == "online" else set()
+        for name, window in ((n, i.window) for n, i in instruments.items() if i.window is not None):
+            given = instruments[name].all_settings(settings.get(name, {}))
+            if (length := window.length(given)) >= window.least:
+                self._declared[name], self._lengths[name] = window, length
+                self._always |= {name} if window.required(given) else set()
         self._schedule, self._note, self._info, self._measuring = schedule, note, info, measuring
         self.examples = StepExamples()
         self.open: Window | None = None
@@ -95,7 +94,7 @@ class Windows:
             return "wait"
         if same or always:
             return "window"
-        self._give_up(name, MINI_BATCHES.format(name))
+        self._give_up(name, MINI_BATCHES.format(name, self._declared[name].insist))
         return "now"
 
     def begin(self, name: str, step: int, snapshot: Snapshot) -> float:
@@ -103,7 +102,8 @@ class Windows:
         began = time.perf_counter()
         try:
             with self._measuring(snapshot):
-                self.open = Window(name, self._lengths[name], Recording(snapshot, step), 0.0)
+                recording = self._declared[name].begin(snapshot, step)
+                self.open = Window(name, self._lengths[name], recording, 0.0)
             self._schedule.postpone(name, inf)
         except Exception as error:
             self._failed(name, step, error)
@@ -137,14 +137,20 @@ class Windows:
 
     def usable(self, name: str) -> bool:
         """Whether the open window is of this instrument and long enough to be judged."""
-        return self.open is not None and self.open.name == name and self.open.recording.num_steps >= LEAST_STEPS
+        mine = self.open is not None and self.open.name == name
+        return mine and self.open.recording.num_steps >= self._declared[name].least
 
     def needs_record(self, name: str) -> bool:
         """Whether this instrument measures nothing without a record."""
         return name in self._always
 
-    def close(self, snapshot: Snapshot) -> tuple[LossRecord | None, float]:
-        """The record of the open window (None where it cannot be had) and the seconds that all of it took."""
+    def shorten(self, name: str) -> str:
+        """How a user asks for a shorter window of this instrument."""
+        return self._declared[name].shorten
+
+    def close(self, snapshot: Snapshot) -> tuple[dict[str, Any], float]:
+        """The record of the open window as a quantity by name (none where it cannot be had) and the seconds that
+        all of it took."""
         window, began = self.open, time.perf_counter()
         assert window is not None
         record, steps = None, window.recording.num_steps
@@ -158,7 +164,7 @@ class Windows:
         self._paid(window.name, time.perf_counter() - began)
         self._closed(window)
         self._recorded |= {window.name} if record is not None else set()
-        return record, window.seconds
+        return ({self._declared[window.name].quantity: record} if record is not None else {}), window.seconds
 
     def without_record(self, name: str) -> None:
         """This instrument is measured now, without a record."""
@@ -168,7 +174,7 @@ class Windows:
         """Whether, at the end, a record that was judged just before says more than a kick now would."""
         return name in self._recorded and not self.usable(name)
 
-    def _loss_scale(self, recording: Recording, factor: float) -> float:
+    def _loss_scale(self, recording: StepRecording, factor: float) -> float:
         """How many times the recorded mean loss training descends; NaN where that changes from step to step.
 
         factor: that of the loss which was recorded.
@@ -211,12 +217,3 @@ class Windows:
         if self.open is not None and self.open.name == name:
             self.open.seconds += seconds
         return seconds
-
-
-def _asked_for(instrument: Instrument, given: Mapping[str, Any]) -> tuple[int, str]:
-    """The length of the window that an instrument asks for, 0 for none, and its mode."""
-    if not any(need.quantity.name == "loss_record" for need in instrument.needs):
-        return 0, ""
-    settings = {s.name: s.default for s in instrument.settings} | dict(given)
-    mode, length = settings.get("mode", "auto"), settings.get("window", 0)
-    return (length if mode in ("auto", "online") and length >= LEAST_STEPS else 0), mode

@@ -1,14 +1,21 @@
-"""The imports point one way, and importing diag loads nothing heavy."""
+"""The house is in order: imports point one way and in no circle, and no module takes another's private names.
+
+What a room lends to others stands in the `__all__` of its `__init__`: names of its modules, and objects. To use
+another module of a room from outside, add it there; a name that nobody outside uses is taken out again.
+"""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
+import networkx
 import pytest
 
 import diag
 from diag.registry import instruments
+from diag.snapshot.glossary import GLOSSARY
 
 ROOT = Path(diag.__file__).parent
 # The rooms from the ground up; each may import those below it, and what `ALLOWED` adds or takes away.
@@ -33,41 +40,167 @@ ALLOWED["reporting"] = ALLOWED["run"] | {"run"}
 ALLOWED["integrations"] = ALLOWED["watching"] | {"watching", "reporting"}
 # The top floor: the command line, the demo, and what helps authors of instruments and tests.
 TOP = {"cli", "demo", "datasets", "testing", "__init__"}
+QUANTITY_ROOMS = {"snapshot", "gradients", "curvature", "connectivity"}
+ONE_FILE_EACH = {"instruments"}  # a room that grows by a file for each new thing
+MOST_FILES = 20
+DISCOVERED = {"diag.registry": {"diag.instruments"}}  # a folder whose files are found when they are asked for
+PUBLIC = {"diag.snapshot.snapshot", "diag.watching.watcher", "diag.run.run"}  # reached as names of `diag`
 
 
-def imports_of_ours(path: Path) -> set[str]:
+def name_of(path: Path) -> str:
+    """The dotted name of a module of ours."""
+    parts = ("diag", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+
+
+@functools.cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+@functools.cache
+def imported_names(name: str) -> frozenset[str]:
+    """All of ours that a module imports, as dotted names: for types only, in functions and by strings, too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "diag":
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diag."):
-            found.add(node.module.split(".")[1])
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import; give the whole name"
+            if (node.module or "").split(".")[0] == "diag":
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {n.name.split(".")[1] for n in node.names if n.name.startswith("diag.")}
+            found |= {alias.name for alias in node.names if alias.name.startswith("diag.")}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES:
+            found |= {node.value} - {"diag"} - DISCOVERED.get(name, set())
+    return frozenset(found)
+
+
+def module_of(dotted: str) -> str:
+    """The module of ours that a dotted name is, or is in."""
+    return dotted if dotted in MODULES else dotted.rpartition(".")[0]
+
+
+def imported_modules(name: str) -> set[str]:
+    return {module_of(dotted) for dotted in imported_names(name)} - {name, "diag"}
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if room(n) in ALLOWED])
+def test_imports_point_one_way(name):
+    assert {room(other) for other in imported_modules(name)} <= ALLOWED[room(name)] | {room(name)}
+
+
+def test_every_room_is_known():
+    assert {room(name) for name in MODULES} <= set(ALLOWED) | TOP
+
+
+def test_no_circle_between_modules():
+    graph = networkx.DiGraph(
+        (name, other) for name in MODULES if name != "diag" for other in imported_modules(name)
+    )
+    circles = [sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1]
+    assert not circles, f"These modules import each other: {circles}"
+
+
+def test_quantities_are_computed_where_models_are():
+    """The glossary alone names modules above its own room: it loads each when its quantity is first asked for."""
+    for row in GLOSSARY.values():
+        assert row.module.split(".")[0] in QUANTITY_ROOMS and f"diag.{row.module}" in MODULES, row
+
+
+def lent(package: str) -> list[str] | None:
+    """The `__all__` of a package, as it is written."""
+    for node in tree(package).body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
+        ):
+            return ast.literal_eval(node.value)
+    return None
+
+
+def uses_from_outside(package: str) -> dict[str, set[str]]:
+    """What modules outside a package import from it: the first name within the package -> by whom."""
+    found: dict[str, set[str]] = {}
+    for name in MODULES:
+        if name != "diag" and not (name + ".").startswith(package + "."):
+            for dotted in imported_names(name):
+                if dotted.startswith(package + "."):
+                    found.setdefault(dotted.removeprefix(package + ".").split(".")[0], set()).add(name)
     return found
 
 
-FILES = [(p, p.relative_to(ROOT).parts[0].removesuffix(".py")) for p in sorted(ROOT.rglob("*.py"))]
+@pytest.mark.parametrize("package", sorted(PACKAGES - {"diag"}))
+def test_a_room_states_its_rule_and_what_it_lends(package):
+    assert ast.get_docstring(tree(package)), f"{package} does not say what its rule is"
+    if room(package) in TOP:
+        return
+    names, used = lent(package), uses_from_outside(package)
+    assert names is not None, f"{package} has no __all__"
+    for name, users in used.items():
+        assert name in names, f"{sorted(users)} import {name} from {package}; add it to its __all__"
+    late = [f"diag.{row.module}." for row in GLOSSARY.values()]
+    for name in (f"{package}.{n}" for n in names if f"{package}.{n}" in MODULES):
+        wanted = name.rpartition(".")[2] in used or any(entry.startswith(f"{name}.") for entry in late)
+        assert wanted or name in PUBLIC, f"no other room uses {name}; take it out of the __all__ of {package}"
 
 
-@pytest.mark.parametrize(("path", "part"), [f for f in FILES if f[1] in ALLOWED], ids=lambda x: str(x)[-40:])
-def test_imports_point_one_way(path, part):
-    assert imports_of_ours(path) <= ALLOWED[part] | {part}
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_private_names_stay_at_home(name):
+    """No `from diag.x import _y`; `x._y` where `_y` is not the module's own is held to a table by test_foreign."""
+    taken = [dotted for dotted in imported_names(name) if private(dotted.rpartition(".")[2])]
+    assert not taken, f"{name} imports {taken}"
 
 
-def test_the_layers_are_not_left_unguarded():
-    assert {part for _, part in FILES} <= set(ALLOWED) | TOP
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("_")  # `_repr_html_` and its like are protocols
+
+
+@functools.cache
+def own_names(name: str) -> frozenset[str]:
+    """What a module defines: functions, classes, variables, fields, and attributes that it sets on `self`."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_self(node):
+            found.add(node.attr)
+    return frozenset(found)
+
+
+def of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def private_attributes(name: str) -> set[str]:
+    """The private attributes that a module takes of anything but `self`, and does not define."""
+    attributes = {n.attr for n in ast.walk(tree(name)) if isinstance(n, ast.Attribute) and not of_self(n)}
+    return {a for a in attributes if private(a)} - own_names(name)
+
+
+def test_no_level_of_a_room_is_crowded():
+    levels = {path.parent for path in MODULES.values() if path.parent.name not in ONE_FILE_EACH}
+    crowded = {str(level): n for level in levels if (n := len(modules_in(level))) > MOST_FILES}
+    assert not crowded
+
+
+def modules_in(level: Path) -> list[Path]:
+    return [path for path in level.glob("*.py") if path.name != "__init__.py"]
 
 
 def test_no_file_of_the_core_names_an_instrument():
     names = set(instruments())
-    core = [p for p, part in FILES if part in {"registry", "result", "run", "watching", "reporting", "cli"}]
-    for path in core:
-        literals = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
-        assert not names & literals, f"{path} names an instrument"
-        # A window of steps is recorded, and a command made, for the one instrument that asks for it.
-        if path.name not in {"window.py", "connect.py"}:
-            assert not any(f"diag.instruments.{n}" in path.read_text() for n in names)
+    for name in (n for n in MODULES if room(n) in {"registry", "result", "run", "watching", "reporting", "cli"}):
+        literals = {n.value for n in ast.walk(tree(name)) if isinstance(n, ast.Constant)}
+        assert not names & literals, f"{name} names an instrument"
+        assert not any(f"diag.instruments.{n}" in MODULES[name].read_text() for n in names), name
 
 
 def test_importing_diag_loads_nothing_heavy():

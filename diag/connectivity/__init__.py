@@ -2,3 +2,5 @@
 
 Rule of the room: a path's ends are the two networks themselves.
 """
+
+__all__ = ["connection", "connection_map", "interpolation", "symmetries"]

@@ -57,11 +57,12 @@ class Connection:
         errors = self.line.error_barrier, self.aligned.error_barrier
         known = not any(map(math.isnan, errors))
         before, after = errors if known else (self.line.barrier, self.aligned.barrier)
+        moved = self.alignment.moved / self.alignment.units
         return (
             f"The barrier on the straight line {'in the share of wrong answers' if known else 'in the loss'} is "
-            f"{before:.3g} as the networks are and {after:.3g} after {self.alignment.moved / self.alignment.units:.0%} "
-            f"of the second one's units moved, which changed its outputs by a relative {self.function_change:.1e} and "
-            f"its distance from the first from {self.distance:.4g} to {self.aligned_distance:.4g}."
+            f"{before:.3g} as the networks are and {after:.3g} after {moved:.0%} of the second one's units moved, "
+            f"which changed its outputs by a relative {self.function_change:.1e} and its distance from the first "
+            f"from {self.distance:.4g} to {self.aligned_distance:.4g}."
         )
 
 

@@ -2,3 +2,14 @@
 
 Rule of the room: no number leaves without the self-test of the product that made it.
 """
+
+__all__ = [
+    "carry",
+    "class_directions",
+    "eigenvectors",
+    "examples",
+    "memory",
+    "neighbourhood",
+    "operators",
+    "stability",
+]

@@ -43,6 +43,9 @@ __all__ = [
     "SquaredNorms",
     "StackedGradients",
     "StepGradients",
+    "foreseen",
+    "losses",
     "per_example_gradients",
     "plan_for_steps",
+    "questions",
 ]

@@ -155,7 +155,7 @@ class Capture(TorchFunctionMode):
             return source
         if id(tensor) in self._constants:
             return self._changed.get(id(tensor), _CONSTANT)
-        token, kind = getattr(tensor, "_diag_kind", (None, None))
+        token, kind = getattr(tensor, "diag_kind", (None, None))
         return kind if token is self._token else _DATA
 
     def _tag(self, value: Any, kind: Any) -> None:
@@ -166,7 +166,7 @@ class Capture(TorchFunctionMode):
             if id(tensor) in self._constants:  # the model's own: it must not carry our mark when it is saved
                 self._changed[id(tensor)] = kind
             else:
-                tensor._diag_kind = (self._token, kind)  # type: ignore[attr-defined]
+                tensor.diag_kind = (self._token, kind)  # type: ignore[attr-defined]
 
     def _derive(
         self, name: str, func: Any, args: Any, kwargs: Any, slots: dict[Place, Source], output: Any, use: int | None

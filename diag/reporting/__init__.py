@@ -13,7 +13,7 @@ from diag.reporting.document import document
 from diag.reporting.files import Page
 from diag.reporting.page import render
 
-__all__ = ["Page", "compare", "document", "render", "report"]
+__all__ = ["Page", "compare", "render", "report"]
 
 
 def report(

@@ -2,3 +2,5 @@
 
 Rule of the room: it knows no page and no terminal, and what a call has written survives the process.
 """
+
+__all__ = ["build", "checkpoints", "files", "run"]

@@ -2,3 +2,5 @@
 
 Rule of the room: nothing raises into the loop, training stays bit-identical, and the time taken is counted.
 """
+
+__all__ = ["watcher"]

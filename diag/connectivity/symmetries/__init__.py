@@ -6,7 +6,18 @@ from diag.connectivity.symmetries.find import find_symmetries, verify
 from diag.connectivity.symmetries.groups import Block, Element, Group, Symmetries
 from diag.snapshot.snapshot import Snapshot
 
-__all__ = ["Block", "Element", "Group", "Symmetries", "find_symmetries", "symmetries", "verify"]
+__all__ = [
+    "Block",
+    "Element",
+    "Group",
+    "Symmetries",
+    "find",
+    "find_symmetries",
+    "groups",
+    "symmetries",
+    "tracing",
+    "verify",
+]
 
 
 def symmetries(snapshot: Snapshot) -> Symmetries:

@@ -1,1 +1,3 @@
 """Opposing signals: `instrument` is the instrument, the other files hold what it alone needs."""
+
+__all__ = ["movement"]

@@ -2,3 +2,5 @@
 
 Rule of the room: it is the only caller of instruments in a watch.
 """
+
+__all__ = ["live", "measuring", "occasions", "probe", "schedule", "training", "window"]

@@ -1,9 +1,9 @@
 """Losses of the probe set over consecutive optimizer steps, for the instruments that declare a `StepWindow`.
 
 Where the record is not required, the first measurement needs none; later ones record a window where the steps
-use the same examples again and again (in mini-batch training the noise of the batches is in the changes, and nothing
-can be judged). A window is a forward pass over the probe set after each of its steps, and what the instrument's record
-measures at its two ends; all of it is charged to the instrument.
+use the same examples again and again (in mini-batch training the noise of the batches is in the changes, and
+nothing can be judged). A window is a forward pass over the probe set after each of its steps, and what the
+instrument's record measures at its two ends; all of it is charged to the instrument.
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ class Windows:
 
     def usable(self, name: str) -> bool:
         """Whether the open window is of this instrument and long enough to be judged."""
-        mine = self.open is not None and self.open.name == name
-        return mine and self.open.recording.num_steps >= self._declared[name].least
+        if self.open is None or self.open.name != name:
+            return False
+        return self.open.recording.num_steps >= self._declared[name].least
 
     def needs_record(self, name: str) -> bool:
         """Whether this instrument measures nothing without a record."""

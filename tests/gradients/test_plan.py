@@ -142,3 +142,12 @@ def test_a_tensor_that_all_examples_share_is_the_same_for_one_of_them():
         (found,) = chosen([batch], rows)
         assert torch.equal(found.args[0], x[rows]) and torch.equal(found.args[1], mask)
         assert torch.equal(found.targets, y[rows]) and found.size == len(rows)
+
+
+def test_a_parameter_that_the_loss_does_not_reach_has_gradients_of_zero():
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    model.spare = nn.Linear(2, 3).double()
+    gradients = ModelGradients(model, loss_fn, [batch])
+    torch.testing.assert_close(gradients.norms(), truth_of(model, batch).norm(dim=1), rtol=1e-10, atol=1e-14)
+    assert gradients.coverage.methods["spare.weight"] == "no example moves it"
+    assert float(gradients.by_layer()["spare"].norms().max()) == 0

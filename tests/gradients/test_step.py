@@ -143,6 +143,23 @@ def test_an_error_of_the_recording_does_not_reach_the_forward_pass(monkeypatch):
         step.norms()
 
 
+def test_a_call_whose_recording_fails_runs_once(monkeypatch):
+    """Twice would draw other random numbers, and training would not be bit-identical."""
+    model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
+    plan = plan_for_steps(model, loss_fn, batch)
+    torch.manual_seed(0)
+    expected = F.dropout(model.out.weight), torch.get_rng_state()
+
+    def broken(tensor):
+        raise RuntimeError("a stone in the shoe")
+
+    monkeypatch.setattr("diag.gradients.capture.get_gradient_edge", broken)
+    torch.manual_seed(0)
+    with StepGradients(model, plan, batch.size):
+        found = F.dropout(model.out.weight), torch.get_rng_state()
+    assert all(map(torch.equal, found, expected))
+
+
 def test_an_error_of_the_model_passes_the_recording():
     model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
     plan = plan_for_steps(model, loss_fn, batch)

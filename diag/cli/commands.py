@@ -201,6 +201,7 @@ def check(run: Path, fail_on: str) -> None:
     Status 0: none is. Status 2: there is no run, or nothing was measured in it.
     """
     from diag.cli import tables
+    from diag.run.files import DAMAGED
     from diag.run.run import load
 
     opened = load(run)
@@ -211,6 +212,9 @@ def check(run: Path, fail_on: str) -> None:
     if failing:
         tables.show(tables.verdicts(failing))
     click.echo(f"{'FAILED' if failing else 'passed'}: {tables.counts(findings)}")
+    for event in opened.events:
+        if event.kind == DAMAGED:
+            click.echo(event.text, err=True)
     failed = sorted({o.instrument for _, o in opened.outcomes if type(o).__name__ == "Failed"})
     if failed:
         click.echo(f"Broke while measuring, so not judged: {', '.join(failed)}", err=True)

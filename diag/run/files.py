@@ -1,100 +1,139 @@
-"""The files of a run, and the only code that writes them.
+"""The files of a run: their names, the format's version, and run.json.
 
-    run.json        what the run is (metadata), the format's version, the columns of a row of steps.bin
-    steps.bin       one fixed-width little-endian row an optimizer step
-    records.jsonl   one line a result, skip, failure, event or cost
-    arrays/         the results' larger arrays, named by their content, complete before a line names them
-    writer.lock     held (flock) by the process that writes
+    run.json        what the run is (metadata), the format's version, the columns of a row of steps.bin, checksums
+    steps.bin       one fixed-width little-endian row an optimizer step, with a checksum (`rows`)
+    records.jsonl   one line a result, skip, failure, event or cost, numbered and with a checksum (`records`)
+    arrays/         the results' larger arrays, named by a hash of their content (`arrays`)
+    writer.lock     held (flock) by the process that writes (`folder`)
     previous-run/   the run that was in this folder before, if any
 
-Every append is one write to the operating system, so what a call has written survives SIGKILL. Only the last
-record of a file can be torn; readers drop it.
+What was written is told from what lies there now: a reader leaves out what a checksum does not fit and says so. The
+two files that grow are made before run.json is, so that one that is missing beside it has been lost.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
+import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
-from numpy.typing import NDArray
-
 from diag.errors import InvalidInput, RunError
-from diag.result import Failed, Outcome, Result, decode, encode, plain
-from diag.snapshot.history import History, empty_history
+from diag.result import decode, encode, plain
+from diag.run.rows import check_columns
 
 FORMAT = "diag-run"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META, STEPS, RECORDS, ARRAYS = "run.json", "steps.bin", "records.jsonl", "arrays"
 LOCK, PREVIOUS = "writer.lock", "previous-run"
+DAMAGED = "damaged"  # the kind of event that tells what is not as it was written
 
-OUTCOMES = ("result", "skipped", "failed")
-REQUIRED = {
-    "result": ("instrument", "data"),
-    "skipped": ("instrument", "data"),
-    "failed": ("instrument", "data"),
-    "resume": ("rows",),
-    "event": ("kind", "text"),
-    "optimizer": ("data",),
+LARGEST = 1 << 62  # of a step, a count or a size
+STRUCTURE = ("format", "format_version", "row", "layers")  # without these no row can be read
+# The types of what others read in the metadata; an entry of another type is left out and told.
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "created": str,
+    "model": str,
+    "name": str,
+    "parameters": int,
+    "device": str,
+    "dtype": str,
+    "seed": int,
+    "threads": int,
+    "budget": (int, float),
+    "every": int,
+    "build": str,
+    "gradient_norms": str,
+    "instruments": list,
+    "settings": dict,
+    "versions": dict,
+    "sessions": list,
+    "closed": dict,
+    "checkpoints": list,
 }
-OUTCOME_BYTES = {name.encode() for name in OUTCOMES}
-# How a line with a checksum begins, and an outcome's line up to its data. An instrument's name that needs
-# escapes is left to the JSON parser.
-CHECKED = re.compile(
-    rb'\{"crc":"([0-9a-f]{8})",(?:"type":"(?P<kind>\w+)","step":(?P<step>\d+),'
-    rb'"instrument":"(?P<instrument>[^"\\]+)","seconds":(?P<seconds>[0-9.e+-]+|null),"data":)?'
-)
+CHANGED = "run.json is not as it was written, so what it says of the run (model, settings, versions) may be wrong."
 
 
-def row_columns(num_layers: int) -> list[list[Any]]:
-    """The columns of a row of steps.bin as JSON: name, little-endian dtype and, for one value a layer, [L].
+def read_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The contents of run.json, and what is wrong with it, in sentences.
 
-    They are the arrays of a `History`, so that what is observed of a step is named in one place.
-    """
-    series = vars(empty_history({str(i): 1 for i in range(num_layers)}, 1))
-    arrays = {name: a for name, a in series.items() if isinstance(a, numpy.ndarray)}
-    columns: list[list[Any]] = [[n, a.dtype.newbyteorder("<").str, list(a.shape[1:])] for n, a in arrays.items()]
-    return [["total_steps", "<i8", []], *columns]
-
-
-def row_dtype(columns: Iterable[Iterable[Any]]) -> numpy.dtype[Any]:
-    """The NumPy dtype of a row that has these columns."""
-    return numpy.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in columns])
-
-
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """The contents of run.json.
-
-    Raises RunError where there is no run, where the file is not one of ours, or where its format is newer.
+    Raises RunError where there is no run, where the file is not one of ours or of another format's version, or
+    where what describes the rows is damaged.
     """
     file = folder / META
     if not file.exists():
-        hint = "" if folder.exists() else " (there is no such folder)"
-        raise RunError(
-            f"{folder} holds no run{hint}; expected a folder that diag.watch(model, run=...) has written."
-        )
+        raise RunError(_no_run(folder))
     try:
         data = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error}); expected the run.json of a diag run.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read ({_why(error)}); expected the run.json of a diag run.") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{file} was not written by diag; give another folder.")
-    if data.get("format_version", 0) > FORMAT_VERSION:
-        raise RunError(
-            f"{folder} has run format {data['format_version']} and this diag reads up to {FORMAT_VERSION}; "
-            "install a newer diag."
-        )
+    _refuse_other_version(folder, data.get("format_version"))
+    check = data.pop("check", None)
+    expected = check if isinstance(check, dict) else {}
     try:
-        row_dtype(data["row"])
-        dict(data["layers"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{file} is damaged (its row or layers: {error}); restore it from a copy.") from None
-    return _with_floats(data)
+        _refuse_structure(data, expected.get("structure"))
+        damage = [] if expected.get("all") == checksum(data) else [CHANGED]
+        clean = _with_floats(data)
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise RunError(f"{file} is damaged (its row or layers: {_why(error)}); restore it from a copy.") from None
+    misfits = list(_misfits(clean))
+    if misfits and not damage:
+        damage.append(f"run.json holds a {misfits[0]} of another kind than expected; it was left out.")
+    return {name: value for name, value in clean.items() if name not in misfits}, damage
+
+
+def _no_run(folder: Path) -> str:
+    if (folder / f"{PREVIOUS}.moving" / META).exists():
+        return (
+            f"{folder} holds a run that was being set aside for a new one when its process was killed; start the "
+            f"new run again, and it will lie in {PREVIOUS}."
+        )
+    hint = "" if folder.exists() else " (there is no such folder)"
+    return f"{folder} holds no run{hint}; expected a folder that diag.watch(model, run=...) has written."
+
+
+def _refuse_other_version(folder: Path, version: Any) -> None:
+    if version == FORMAT_VERSION:
+        return
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise RunError(
+            f"{folder} has run format {version} and this diag reads format {FORMAT_VERSION}; install a newer diag."
+        )
+    raise RunError(
+        f"{folder} has run format {str(version)[:20]}, which has no checksums, and this diag reads format "
+        f"{FORMAT_VERSION}; install the diag that wrote it."
+    )
+
+
+def _refuse_structure(data: Mapping[str, Any], expected: Any) -> None:
+    layers = data["layers"]
+    if not isinstance(layers, dict) or not all(type(n) is int and 0 <= n < LARGEST for n in layers.values()):
+        raise ValueError("layers are not numbers of elements by name")
+    if not isinstance(data["row"], list):
+        raise ValueError("no list of columns")
+    check_columns(data["row"], len(layers))
+    if checksum({name: data[name] for name in STRUCTURE}) != expected:
+        raise ValueError("their checksum does not fit")
+
+
+def _misfits(data: Mapping[str, Any]) -> Iterator[str]:
+    for name, kind in TYPES.items():
+        value = data.get(name)
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            yield name
+    for name in ("settings", "versions"):
+        value = data.get(name)
+        if name == "settings" and isinstance(value, dict) and not all(isinstance(v, dict) for v in value.values()):
+            yield name
+
+
+def _why(error: BaseException) -> str:
+    text = str(error).splitlines()
+    return text[0][:200] if text else type(error).__name__
 
 
 def _with_floats(value: Any) -> Any:
@@ -102,123 +141,6 @@ def _with_floats(value: Any) -> Any:
     if isinstance(value, dict):
         return decode(value) if "__float__" in value else {k: _with_floats(v) for k, v in value.items()}
     return [_with_floats(v) for v in value] if isinstance(value, list) else value
-
-
-def read_rows(folder: Path, columns: Iterable[Iterable[Any]]) -> tuple[NDArray[Any], int]:
-    """The complete rows of steps.bin, memory-mapped, and how many rows at the end were torn."""
-    dtype, file = row_dtype(columns), folder / STEPS
-    size = file.stat().st_size if file.exists() else 0
-    count, rest = divmod(size, dtype.itemsize)
-    if not count:
-        return numpy.empty(0, dtype), int(rest > 0)
-    rows = numpy.memmap(file, dtype, "r", shape=(count,))
-    whole = count
-    while whole and rows["steps"][whole - 1] <= 0:  # a machine that lost power may leave rows of zeros
-        whole -= 1
-    return rows[:whole], count - whole + int(rest > 0)
-
-
-def record_line(record: Mapping[str, Any]) -> bytes:
-    """A record as a line of records.jsonl: its JSON, with a checksum of all that follows the checksum in front."""
-    body = json.dumps(record, allow_nan=False, separators=(",", ":")).encode()[1:]
-    return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
-
-
-def read_records(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of records.jsonl in order, and how many were damaged.
-
-    The `data` of an outcome is left as the bytes of its line (`outcome_data` reads them): its checksum tells that
-    they are whole, and parsing a hundred thousand results would take many times as long.
-    """
-    file = folder / RECORDS
-    *lines, last = (file.read_bytes() if file.exists() else b"").split(b"\n")
-    records = [record for record in map(_record, lines) if record is not None]
-    return records, len(lines) - len(records) + int(bool(last))
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    start = CHECKED.match(line)
-    if start is not None and int(start[1], 16) != zlib.crc32(line[start.end(1) + 2 :]):
-        return None
-    if start is not None and start["kind"] in OUTCOME_BYTES:
-        seconds = None if start["seconds"] == b"null" else float(start["seconds"])
-        name = start["instrument"].decode()
-        about = {"step": int(start["step"]), "instrument": name, "seconds": seconds, "data": line}
-        return {"type": start["kind"].decode(), **about}
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        return None
-    if any(name not in record for name in REQUIRED.get(record.get("type", ""), ())):
-        return None
-    return record | {"data": line} if record.get("type") in OUTCOMES else record
-
-
-def outcome_record(step: int, outcome: Outcome, seconds: float | None, save_array: Any = None) -> dict[str, Any]:
-    """An outcome as one JSON-safe record; `save_array` as for `Result.to_dict`."""
-    if isinstance(outcome, Result):
-        name, kind, data = outcome.provenance.instrument, "result", outcome.to_dict(save_array)
-    else:
-        name, kind = outcome.instrument, "failed" if isinstance(outcome, Failed) else "skipped"
-        data = {k: v for k, v in dataclasses.asdict(outcome).items() if k != "instrument"}
-    if not name:
-        raise InvalidInput(
-            f"A {type(outcome).__name__} does not say which instrument gave it; measure through one."
-        )
-    return {"type": kind, "step": int(step), "instrument": name, "seconds": seconds, "data": data}
-
-
-def outcome_data(line: bytes) -> dict[str, Any]:
-    """The `data` of an outcome that `read_records` left as its line."""
-    return json.loads(line)["data"]
-
-
-def read_array(folder: Path, name: str) -> NDArray[Any]:
-    """An array that a record names. Raises RunError where the file is missing, damaged or elsewhere."""
-    try:
-        if Path(name).name != name:
-            raise ValueError("not a plain file name")
-        return numpy.load(folder / ARRAYS / name, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise RunError(f"The array {name!r} of {folder} cannot be read ({error}).") from None
-
-
-def kept_rows(rows: NDArray[Any], records: Iterable[Mapping[str, Any]]) -> NDArray[Any]:
-    """The rows that no resumption from an earlier step superseded; the memory map itself where that is all."""
-    resumed = [r for r in records if r["type"] == "resume"]
-    keep = numpy.ones(len(rows), bool)
-    for record in resumed:
-        keep[: record["rows"]] &= rows["steps"][: record["rows"]] <= record["step"]
-    return rows if keep.all() else rows[keep]
-
-
-def kept_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that no resumption from an earlier step superseded; time once spent stays spent."""
-    kept: list[dict[str, Any]] = []
-    for record in records:
-        if record.get("type") == "resume":
-            kept = [r for r in kept if r["step"] <= record["step"] or r.get("type") == "cost"]
-        kept.append(record)
-    return kept
-
-
-def history_of(metadata: Mapping[str, Any], rows: Any, records: Iterable[Mapping[str, Any]]) -> History | None:
-    """The step-by-step record that the kept rows and records hold; None without a row."""
-    if not len(rows):
-        return None
-    layers = metadata["layers"]
-    optimizer = [r["data"] for r in records if r["type"] == "optimizer"]
-    # Columns are views into the memory map: nothing is read before it is used.
-    columns: dict[str, Any] = {n: numpy.asarray(rows[n]) for n in rows.dtype.names if n != "total_steps"}
-    return dataclasses.replace(
-        empty_history(layers),
-        **columns,
-        total_steps=int(rows["total_steps"][-1]),
-        optimizer=decode(optimizer[-1]) if optimizer else {},
-        notes=tuple(dict.fromkeys(r["text"] for r in records if "note" in (r["type"], r.get("kind")))),
-    )
 
 
 def jsonable(value: Any) -> Any:
@@ -233,7 +155,25 @@ def jsonable(value: Any) -> Any:
         return str(value)
 
 
-def write_atomically(file: Path, data: Mapping[str, Any]) -> None:
+def checksum(data: Any) -> str:
+    """A checksum of JSON data, whatever the order of its keys and the blanks in its file."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def metadata_text(data: Mapping[str, Any]) -> str:
+    """The text of run.json for these data, with the checksums that `read_metadata` compares."""
+    plain_data = {name: value for name, value in json.loads(json.dumps(data)).items() if name != "check"}
+    structure = checksum({name: plain_data[name] for name in STRUCTURE})
+    check = {"structure": structure, "all": checksum(plain_data)}
+    return json.dumps(plain_data | {"check": check}, indent=1, allow_nan=False)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a small file so that, whenever the process or the machine stops, it is there whole or as it was."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1, allow_nan=False))
+    with open(partial, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     partial.replace(file)

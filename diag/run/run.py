@@ -20,18 +20,11 @@ from diag import display
 from diag.errors import RunError
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
-from diag.run.files import (
-    META,
-    OUTCOMES,
-    history_of,
-    kept_records,
-    kept_rows,
-    outcome_data,
-    read_array,
-    read_metadata,
-    read_records,
-    read_rows,
-)
+from diag.run.arrays import read_array
+from diag.run.damage import damaged, missing
+from diag.run.files import ARRAYS, DAMAGED, META, RECORDS, STEPS, read_metadata
+from diag.run.records import OUTCOMES, kept_records, outcome_data, read_records
+from diag.run.rows import history_of, kept_rows, read_rows
 from diag.run.stories import Story, stories
 from diag.run.writer import RunWriter
 from diag.snapshot.history import History
@@ -97,7 +90,7 @@ class Run:
         an instrument's name to its settings.
     history: the step-by-step record, memory-mapped where it was read from a file; None without a step.
     records, events, times: in the order in which they happened; `costs` has the records' times too.
-    torn: how many records could not be read (a killed writer leaves at most one a file).
+    torn: how many records a killed writer left unfinished (at most one a file and session).
     """
 
     path: Path | None = None
@@ -258,18 +251,19 @@ class Run:
         if not isinstance(outcome, Unread):
             return outcome
         if id(record) not in self._decoded:
-            self._decoded[id(record)] = self._read(record.instrument, outcome.kind, outcome_data(outcome.line))
+            self._decoded[id(record)] = self._read(record.instrument, outcome)
         return self._decoded[id(record)]
 
     @cached_property
     def _decoded(self) -> dict[int, Any]:
         return {}
 
-    def _read(self, name: str, kind: str, data: Mapping[str, Any]) -> Any:
-        if kind != "result":
-            made = Skipped if kind == "skipped" else Failed
-            return made(name, **{k: str(data[k]) for k in ("reason", "traceback") if k in data})
+    def _read(self, name: str, unread: Unread) -> Any:
         try:
+            data = outcome_data(unread.line)
+            if unread.kind != "result":
+                made = Skipped if unread.kind == "skipped" else Failed
+                return made(name, **{k: str(data[k]) for k in ("reason", "traceback") if k in data})
             if name not in instruments():
                 return decode(data, self._load_array)
             return instruments()[name].result.from_dict(data, self._load_array)
@@ -279,7 +273,7 @@ class Run:
     def _load_array(self, name: str) -> Any:
         if self.path is None:
             raise RunError(f"The array {name!r} lies in a run folder, and this run has none.")
-        return read_array(self.path, name)
+        return read_array(self.path / ARRAYS, name)
 
     # How it looks
 
@@ -304,37 +298,41 @@ class Run:
 def load(path: str | Path) -> Run:
     """Open the run in the folder `path` (or the folder's run.json).
 
-    A record that a killed writer left torn is dropped and counted in `torn`.
-    Raises RunError where there is no run, one of a newer format, or one whose files cannot be read.
+    A record that a killed writer left torn is dropped and counted in `torn`. What is not as it was written (a
+    checksum does not fit, a file is gone) is left out, and events of the kind "damaged" say so.
+    Raises RunError where there is no run, one of another format, or one whose files cannot be read.
     """
     folder = Path(path).parent if Path(path).name == META else Path(path)
-    metadata = read_metadata(folder)
+    metadata, wrong = read_metadata(folder)
     try:
-        rows, torn_rows = read_rows(folder, metadata["row"])
-        records, torn_lines = read_records(folder)
+        rows = read_rows(folder / STEPS, metadata["row"])
+        found = read_records(folder / RECORDS)
     except OSError as error:
         raise RunError(f"The run {folder} cannot be read ({error.strerror}: {error.filename}).") from None
-    torn_before = sum(int(r.get("torn", 0)) for r in records if r.get("type") == "resume")
-    rows, records = kept_rows(rows, records), kept_records(records)
+    wrong += [*missing(folder, metadata, rows, found), *damaged(rows, found)]
+    torn_before = sum(int(r.get("torn", 0)) for r in found.all if r["type"] == "resume")
+    kept, records = kept_rows(rows, found.all), kept_records(found.all)
+    events = [Event(r["step"], r.get("kind", r["type"]), r["text"]) for r in records if "text" in r]
+    last = max([0, *kept["steps"][-1:].tolist(), *(r["step"] for r in records)])
     return Run(
         path=folder,
         metadata=metadata,
-        history=history_of(metadata, rows, records),
+        history=history_of(metadata, kept, records),
         records=tuple(
             Record(r["step"], r["instrument"], Unread(r["type"], r["data"]), r.get("seconds"))
             for r in records
             if r["type"] in OUTCOMES
         ),
-        events=tuple(Event(r["step"], r.get("kind", r["type"]), r["text"]) for r in records if "text" in r),
+        events=(*events, *(Event(last, DAMAGED, sentence) for sentence in wrong)),
         times=tuple(_times(records)),
-        torn=torn_rows + torn_lines + torn_before,
+        torn=rows.torn + found.torn + torn_before,
     )
 
 
 def _times(records: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:
     for r in records:
         if r["type"] == "cost":
-            yield Cost(r["step"], r.get("instrument", ""), *(decode(r.get(name, 0.0)) for name in Cost._fields[2:]))
+            yield Cost(r["step"], r["instrument"], *(r.get(name, 0.0) for name in Cost._fields[2:]))
 
 
 def _totals(history: History) -> dict[str, Any]:

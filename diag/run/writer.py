@@ -1,15 +1,12 @@
-"""`RunWriter` appends to the files of a run (run_files says what they are); at most one writer a folder.
+"""`RunWriter` appends to the files of a run (`files` says what they are); at most one writer a folder.
 
 Every append is one write to the operating system, so what a call has written survives SIGKILL.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
+import contextlib
 import os
-import shutil
 import weakref
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -21,32 +18,35 @@ from numpy.typing import NDArray
 
 from diag.errors import InvalidInput, RunError
 from diag.result import Outcome, encode, plain
+from diag.run.arrays import save_array
+from diag.run.damage import missing
 from diag.run.files import (
     ARRAYS,
+    DAMAGED,
     FORMAT,
     FORMAT_VERSION,
     LOCK,
     META,
-    PREVIOUS,
     RECORDS,
     STEPS,
     jsonable,
-    kept_records,
-    kept_rows,
-    outcome_record,
+    metadata_text,
     read_metadata,
-    read_records,
-    read_rows,
-    record_line,
-    row_columns,
-    row_dtype,
     write_atomically,
 )
+from diag.run.folder import set_aside, take
+from diag.run.growing import Growing
+from diag.run.records import kept_records, outcome_record, read_records, record_line
+from diag.run.rows import CRC, kept_rows, read_rows, row_columns, row_dtype, sealed
 from diag.snapshot.history import History
 
 # The writers that this process has open. A notebook cell that is run twice must be able to take its own folder
 # over, and a forked data loader worker must not keep the lock of a parent that was killed.
 _open_writers: weakref.WeakValueDictionary[str, RunWriter] = weakref.WeakValueDictionary()
+
+
+class Unwritten(RunError):
+    """A record could not be written whole; nothing of it was, and it may be tried again."""
 
 
 class RunWriter:
@@ -63,8 +63,9 @@ class RunWriter:
     """
 
     def __init__(self, path: str | Path, metadata: Mapping[str, Any], resume: bool | int = False) -> None:
-        self.path = Path(path)
-        self._files: dict[str, int] = {}
+        self.path = Path(os.path.abspath(path))  # the process may move to another folder later
+        self._lock: int | None = None
+        self._files: dict[str, Growing] = {}
         if "layers" not in metadata:
             raise InvalidInput(
                 "The run's metadata lack layers; give the number of elements of each parameter, by name."
@@ -80,6 +81,9 @@ class RunWriter:
                 self._begin(metadata)
             else:
                 self._continue(metadata, resume)
+        except OSError as error:
+            self.close()
+            raise RunError(f"The run folder {self.path} cannot be written ({error}); give another.") from None
         except BaseException:
             self.close()
             raise
@@ -92,37 +96,33 @@ class RunWriter:
             _open_writers.pop(key).close()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._files[LOCK] = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RunError(f"The run folder {self.path} cannot be made ({error.strerror}); give another.") from None
         try:
-            _lock(self._files[LOCK], self.path)
+            take(self._lock, self.path)
         except RunError:
             self.close()
             raise
         _open_writers[key] = self
 
     def _begin(self, metadata: Mapping[str, Any]) -> None:
-        _set_aside(self.path)
-        (self.path / ARRAYS).mkdir(exist_ok=True)
+        set_aside(self.path)
+        # run.json comes last: a folder that has it has the other files, or has lost them.
+        self._files = {name: Growing(self.path / name) for name in (STEPS, RECORDS)}
         about = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": _now()}
         row = {"row": row_columns(len(self.layers))}
-        write_atomically(self.path / META, jsonable(metadata) | about | row | {"layers": self.layers})
-        self._open_files()
-
-    def _open_files(self) -> None:
-        for name in (STEPS, RECORDS):
-            self._files[name] = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._about = jsonable(metadata) | about | row | {"layers": self.layers}
+        write_atomically(self.path / META, metadata_text(self._about))
 
     def _continue(self, metadata: Mapping[str, Any], resume: bool | int) -> None:
-        before = read_metadata(self.path)
+        before, wrong = read_metadata(self.path)
         _refuse_other_layers(before["layers"], self.layers, self.path)
-        (self.path / ARRAYS).mkdir(exist_ok=True)
         self._dtype = row_dtype(before["row"])
-        rows, torn_rows = read_rows(self.path, before["row"])
-        records, _ = read_records(self.path)
-        last_row = kept_rows(rows, records)["steps"][-1:].tolist()
-        self.last_step = max([0, *last_row, *(r["step"] for r in kept_records(records))])
+        rows, records = read_rows(self.path / STEPS, before["row"]), read_records(self.path / RECORDS)
+        wrong += missing(self.path, before, rows, records)  # what could not be told any more, once it is written to
+        last_row = kept_rows(rows, records.all)["steps"][-1:].tolist()
+        self.last_step = max([0, *last_row, *(r["step"] for r in kept_records(records.all))])
         if resume is not True:
             if resume < 0 or resume > self.last_step:
                 raise RunError(
@@ -130,15 +130,20 @@ class RunWriter:
                     "give one of these, or resume=True to go on after the last."
                 )
             self.last_step = int(resume)
-        dropped = torn_rows + _cut_torn_tail(self.path, len(rows) * self._dtype.itemsize)
         changed = {k: v for k, v in jsonable(metadata).items() if before.get(k) != v}
         before["sessions"] = [*before.get("sessions", []), {"resumed": _now(), "after": self.last_step, **changed}]
-        write_atomically(self.path / META, jsonable(before))
-        self._open_files()
+        count = len(rows.all)
+        self._files = {
+            STEPS: Growing(self.path / STEPS, count * self._dtype.itemsize, count),
+            RECORDS: Growing(self.path / RECORDS, records.bytes, records.next),
+        }
         text = f"resumed after step {self.last_step}"
-        self._append_record(
-            {"type": "resume", "step": self.last_step, "rows": len(rows), "torn": dropped, "text": text}
-        )
+        torn = rows.torn + records.torn
+        self._append_record({"type": "resume", "step": self.last_step, "rows": count, "torn": torn, "text": text})
+        for sentence in wrong:
+            self.append_event(self.last_step, DAMAGED, sentence)
+        self._about = jsonable(before)
+        write_atomically(self.path / META, metadata_text(self._about))
 
     # Appending
 
@@ -160,7 +165,8 @@ class RunWriter:
 
     def append_table(self, table: NDArray[Any]) -> None:
         """Append rows that are in this form (`dtype`) already: the quick way, for every step of a watched run."""
-        self._write(STEPS, table.tobytes())
+        file = self._file(STEPS)
+        self._write(file, sealed(table.tobytes(), self._dtype.itemsize, file.count()), len(table))
         self.last_step = int(table["steps"][-1])
 
     def append_optimizer(self, optimizer: Mapping[str, Any]) -> None:
@@ -200,11 +206,46 @@ class RunWriter:
         }
         self._append_record({"type": "cost", "step": step, "instrument": instrument, **encode(plain(times))})
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be appended."""
+        return not self._files
+
+    def restore(self) -> bool:
+        """Where somebody has removed files of the run, write them again from what this process holds open.
+
+        Returns whether that was so. Arrays that were removed are gone. Raises Unwritten where it cannot be done,
+        or another run has taken the place.
+        """
+        gone = [file for file in self._files.values() if file.is_removed()]
+        if not gone:
+            return False
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for file in gone:
+                file.restore()
+            if not (self.path / META).exists():
+                write_atomically(self.path / META, metadata_text(self._about))
+        except OSError as error:
+            raise Unwritten(f"The files of {self.path} were removed and cannot be made again ({error}).") from None
+        return True
+
     def close(self) -> None:
-        """Close the files and let the folder go; may be called twice."""
+        """Note how much the run holds, close the files and let the folder go; may be called twice."""
+        if self._files:
+            counts = {"rows": self._files[STEPS].count(), "records": self._files[RECORDS].count()}
+            with contextlib.suppress(Exception):  # without it, rows that are cut off later are not missed
+                write_atomically(self.path / META, metadata_text(self._about | {"closed": counts}))
+        self.release()
+
+    def release(self) -> None:
+        """Close the files and let the folder go, without a word in it."""
         files, self._files = self._files, {}
-        for descriptor in files.values():
-            os.close(descriptor)
+        for file in files.values():
+            file.close()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
         if _open_writers.get(os.path.realpath(self.path)) is self:
             del _open_writers[os.path.realpath(self.path)]
 
@@ -218,32 +259,27 @@ class RunWriter:
         self.close()
 
     def _append_record(self, record: Mapping[str, Any]) -> None:
-        self._write(RECORDS, record_line(record))
+        file = self._file(RECORDS)
+        self._write(file, record_line(record, file.count()))
 
     def _save_array(self, array: NDArray[Any]) -> str:
-        buffer = io.BytesIO()
-        numpy.save(buffer, array, allow_pickle=False)
-        data = buffer.getvalue()
-        name = hashlib.blake2b(data, digest_size=12).hexdigest() + ".npy"
-        target = self.path / ARRAYS / name
-        if not target.exists():  # named by content: an array that repeats is stored once
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(data)
-            partial.replace(target)
-        return name
+        if not self.path.exists():
+            raise Unwritten(f"The run folder {self.path} is gone, so arrays cannot be written.")
+        try:
+            return save_array(self.path / ARRAYS, array)
+        except OSError as error:
+            raise Unwritten(f"{self.path / ARRAYS} cannot be written ({error.strerror}); see to it.") from None
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _file(self, name: str) -> Growing:
         if name not in self._files:
             raise RunError(f"The run {self.path} is closed; open it again with resume=True to go on writing.")
-        descriptor = self._files[name]
-        written = 0
+        return self._files[name]
+
+    def _write(self, file: Growing, data: bytes, records: int = 1) -> None:
         try:
-            while written < len(data):
-                written += os.write(descriptor, data[written:] if written else data)
+            file.append(data, records)
         except OSError as error:
-            # A half-written record would spoil all that follow.
-            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
-            raise RunError(f"{self.path / name} cannot be written ({error.strerror}); free some space.") from None
+            raise Unwritten(f"{file.path} cannot be written ({error.strerror}); free some space.") from None
 
 
 def _table(
@@ -257,7 +293,8 @@ def _table(
         )
     table = numpy.zeros(len(rows), dtype)
     for name in dtype.names or ():
-        table[name] = getattr(rows, name)
+        if name != CRC:
+            table[name] = getattr(rows, name)
     return table
 
 
@@ -274,72 +311,13 @@ def _refuse_other_layers(known: Mapping[str, int], given: Mapping[str, int], pat
     raise RunError(f"The model has the layers of the run {path} in another order; give the same model.")
 
 
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock to take
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-        raise RunError(
-            f"{path} is being written by process {owner or '(unknown)'}; stop it, or give another run folder."
-        ) from None
-    except OSError:  # some network file systems have no locks
-        return
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-
-
-def _set_aside(folder: Path) -> None:
-    """Move a run that lies in `folder` to `previous-run/`, replacing the one kept there."""
-    ours = [folder / name for name in (META, STEPS, RECORDS, ARRAYS) if (folder / name).exists()]
-    # Moved through a folder of its own, run.json first, so that after being killed half-way the next start ends
-    # the move.
-    moving, kept = folder / f"{PREVIOUS}.moving", folder / PREVIOUS
-    if not ours and not moving.exists():
-        return
-    if not moving.exists():
-        _refuse_foreign(folder, ours[0])
-    moving.mkdir(exist_ok=True)
-    for file in ours:
-        file.replace(moving / file.name)
-    if kept.exists():
-        _refuse_foreign(kept, kept)
-        shutil.rmtree(kept)
-    moving.replace(kept)
-
-
-def _refuse_foreign(folder: Path, what: Path) -> None:
-    """Raise RunError unless diag wrote the run.json of `folder`; a run of a newer format may be replaced."""
-    try:
-        data = json.loads((folder / META).read_bytes())
-    except (OSError, ValueError):
-        data = None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise RunError(f"{what} was not written by diag and is in the way; give another run folder.")
-
-
-def _cut_torn_tail(folder: Path, rows_bytes: int) -> int:
-    """Cut the torn ends off both files; the number of torn lines (0 or 1) in records.jsonl."""
-    if (folder / STEPS).exists():
-        os.truncate(folder / STEPS, rows_bytes)
-    if not (folder / RECORDS).exists():
-        return 0
-    data = (folder / RECORDS).read_bytes()
-    whole = data.rfind(b"\n") + 1
-    os.truncate(folder / RECORDS, whole)
-    return int(whole < len(data))
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _let_go_in_child() -> None:
     for writer in list(_open_writers.values()):
-        writer.close()
+        writer.release()
 
 
 if hasattr(os, "register_at_fork"):

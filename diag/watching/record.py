@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.result import Outcome
-from diag.run.files import row_columns, row_dtype
+from diag.run.rows import row_columns, row_dtype
 from diag.run.run import RunWriter
 from diag.watching.guard import Clock
 from diag.watching.observe.rows import Row

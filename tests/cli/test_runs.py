@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from diag.result import Failed
 from diag.run.run import RunWriter, load
 
 
@@ -37,11 +38,19 @@ def test_check_of_nothing_is_no_success(run_diag, broken_run, tmp_path):
 
 def test_check_names_what_broke(run_diag, make_run):
     folder = make_run("run", 1.0)
-    with open(folder / "records.jsonl", "a") as file:
-        line = {"type": "failed", "step": 5, "instrument": "neural_collapse", "data": {"reason": "broke"}}
-        file.write(json.dumps(line) + "\n")
+    with RunWriter(folder, {"layers": {"body.weight": 6, "head.weight": 4}}, resume=True) as w:
+        w.append_outcome(5, Failed("neural_collapse", "broke"))
     result = run_diag("check", folder)
     assert result.exit_code == 0 and "Broke while measuring, so not judged: neural_collapse" in result.stderr
+
+
+def test_check_says_what_is_damaged(run_diag, make_run):
+    folder = make_run("run", 1.0)
+    data = bytearray((folder / "steps.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "steps.bin").write_bytes(data)
+    assert "1 row of steps.bin is damaged and left out." in run_diag("check", folder).stderr
+    assert "damaged: 1 row of steps.bin is damaged and left out." in run_diag("show", folder).stdout
 
 
 def test_show_has_facts_verdicts_skips_and_events(run_diag, make_run):

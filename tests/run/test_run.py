@@ -1,6 +1,7 @@
 """A run as data: what it gives back, how it judges itself, what it makes of damage and of strangers."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import diag
 from diag.errors import RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
-from diag.run.files import record_line
+from diag.run.records import record_line
 from diag.run.run import Cost, Event, Record, Run, RunWriter, load
 from diag.snapshot.history import empty_history
 
@@ -72,6 +73,11 @@ def writer(tmp_path, **more):
     return RunWriter(tmp_path / "run", {"layers": LAYERS, "model": "Net", "parameters": 8, **more})
 
 
+def append_lines(folder, *lines):
+    with open(folder / "records.jsonl", "ab") as file:
+        file.write(b"".join(lines))
+
+
 def test_everything_comes_back(tmp_path):
     loss = numpy.array([3.0, math.nan, math.inf])
     rows = steps(1, 3, loss=loss, notes=("no loss at step 2",), optimizer={"kind": "SGD", "lr": 0.1})
@@ -84,7 +90,7 @@ def test_everything_comes_back(tmp_path):
         w.append_event(3, "exception", "training stopped: KeyboardInterrupt")
         w.append_cost(3, wall_seconds=10.0, watch_seconds=0.2)
     run = load(tmp_path / "run")
-    assert run.metadata["model"] == "Net" and run.metadata["format_version"] == 1 and run.metadata["created"]
+    assert run.metadata["model"] == "Net" and run.metadata["format_version"] == 2 and run.metadata["created"]
     for field in dataclasses.fields(rows):
         numpy.testing.assert_array_equal(getattr(run.history, field.name), getattr(rows, field.name))
     assert isinstance(run.history.gradient_norm.base, numpy.memmap)
@@ -208,12 +214,15 @@ def test_an_array_outside_the_run_or_pickled_is_not_read(tmp_path):
         "instrument": "height",
         "data": {"height": {"__array__": "../../secret.npy"}},
     }
-    numpy.save(tmp_path / "run" / "arrays" / "objects.npy", numpy.array([print], dtype=object), allow_pickle=True)
-    worse = evil | {"step": 3, "data": {"height": {"__array__": "objects.npy"}}}
-    with open(tmp_path / "run" / "records.jsonl", "a") as file:
-        file.write(json.dumps(evil) + "\n" + json.dumps(worse) + "\n")
+    numpy.save(tmp_path / "objects.npy", numpy.array([print], dtype=object), allow_pickle=True)
+    data = (tmp_path / "objects.npy").read_bytes()
+    name = hashlib.blake2b(data, digest_size=12).hexdigest() + ".npy"
+    (tmp_path / "run" / "arrays").mkdir()
+    (tmp_path / "run" / "arrays" / name).write_bytes(data)
+    worse = evil | {"step": 3, "data": {"height": {"__array__": name}}}
+    append_lines(tmp_path / "run", record_line(evil, 1), record_line(worse, 2))
     reasons = [failed.reason for _, failed in load(tmp_path / "run").outcomes]
-    assert len(reasons) == 2 and "not a plain file name" in reasons[0] and "allow_pickle=False" in reasons[1]
+    assert len(reasons) == 2 and "not a plain file name" in reasons[0] and "Python objects" in reasons[1]
 
 
 @pytest.mark.parametrize(
@@ -236,17 +245,54 @@ def test_a_torn_last_line_is_dropped_and_counted(tmp_path, torn):
         b"\xff\xfe",
         b"[1, 2]",
         b'{"type":"event","kind":"no step","text":""}',
-        b'{"type":"result","step":1}',
+        b'{"type":"event","step":2,"kind":"no checksum","text":""}',
         b"7",
+        *(
+            record_line(record, 1)[:-1]
+            for record in (
+                {"type": "event", "kind": "no step", "text": ""},
+                {"type": "event", "step": -1, "kind": "before the first", "text": ""},
+                {"type": "event", "step": 1 << 80, "kind": "too late", "text": ""},
+                {"type": "event", "step": 2, "kind": "no text"},
+                {"type": "event", "step": 2, "kind": ["no", "kind"], "text": ""},
+                {"type": "result", "step": 1},
+                {"type": "result", "step": 1, "instrument": 3, "data": {}},
+                {"type": "resume", "step": 1, "rows": "all"},
+                {"type": "cost", "step": 1, "seconds": "long"},
+                {"type": ["event"], "step": 1},
+            )
+        ),
+        b'{"crc":"00000000","n":1,' + b'"a":' + b"[" * 100_000,
     ],
 )
 def test_a_bad_line_in_the_middle_is_counted_and_not_fatal(tmp_path, bad):
     with writer(tmp_path) as w:
         w.append_event(1, "kind", "before")
-    with open(tmp_path / "run" / "records.jsonl", "ab") as file:
-        file.write(bad + b"\n" + b'{"type":"event","step":2,"kind":"kind","text":"after"}\n')
+    after = {"type": "event", "step": 2, "kind": "kind", "text": "after"}
+    append_lines(tmp_path / "run", bad + b"\n", record_line(after, 2))
     run = load(tmp_path / "run")
-    assert [e.text for e in run.events] == ["before", "after"] and run.torn == 1
+    told = "1 line of records.jsonl is damaged or gone, and left out."
+    assert [e.text for e in run.events] == ["before", "after", told] and run.torn == 0
+    assert run.events[-1].kind == "damaged" and run.facts() and run.costs == []
+
+
+def test_lines_that_are_gone_moved_or_there_twice_are_told(tmp_path):
+    with writer(tmp_path) as w:
+        for step in range(5):
+            w.append_event(step, "kind", f"event {step}")
+    file = tmp_path / "run" / "records.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    told = "{} of records.jsonl {} damaged or gone, and left out."
+    for changed, kept, sentence in (
+        (lines[:1] + lines[2:], "0234", told.format("1 line", "is")),
+        (lines[2:], "234", told.format("2 lines", "are")),
+        (lines[:2] + lines[1:], "01234", told.format("1 line", "is")),
+        ([lines[i] for i in (0, 2, 1, 3, 4)], "0234", told.format("1 line", "is")),
+        (lines[:3], "012", "The last 2 lines of records.jsonl were cut off; restore it from a copy."),
+    ):
+        file.write_bytes(b"".join(changed))
+        *events, damage = load(tmp_path / "run").events
+        assert [e.text for e in events] == [f"event {step}" for step in kept] and damage.text == sentence
 
 
 def test_a_torn_last_row_is_dropped_and_counted(tmp_path):
@@ -268,19 +314,23 @@ def test_wherever_the_files_are_cut_what_was_whole_is_there(tmp_path):
             w.append_event(step, "kind", f"event {step}: ünïcode {{}} []")
     for name in ("records.jsonl", "steps.bin"):
         file = tmp_path / "run" / name
+        unit = {"records.jsonl": "line", "steps.bin": "row"}[name]
         whole = file.read_bytes()
         ends = [i + 1 for i in range(len(whole)) if whole[i] == 10] if name == "records.jsonl" else None
         row = len(whole) // 4
         for cut in {*range(0, len(whole) + 1, 3), *(ends or ()), len(whole)}:
             file.write_bytes(whole[:cut])
             run = load(tmp_path / "run")
-            found = len(run.events) if ends else len(run.history or ())
+            found = len([e for e in run.events if e.kind != "damaged"]) if ends else len(run.history or ())
             assert found == (sum(end <= cut for end in ends) if ends else cut // row)
             assert run.torn == (cut not in {0, *ends} if ends else cut % row > 0)
+            lost = f"{4 - found} {unit}" + "s" * (found < 3)
+            told = [f"The last {lost} of {name} were cut off; restore it from a copy."] if found < 4 else []
+            assert [e.text for e in run.events if e.kind == "damaged"] == told
+        file.write_bytes(whole)
 
 
 def test_one_changed_byte_anywhere_in_a_line_never_gives_another_record(tmp_path):
-    """A changed byte within the word "crc" leaves the record as it was, unchecked; any other loses it."""
     with writer(tmp_path) as w:
         w.append_outcome(1, height_of(0.5))
         w.append_event(2, "kind", "text")
@@ -292,9 +342,10 @@ def test_one_changed_byte_anywhere_in_a_line_never_gives_another_record(tmp_path
         for flip in (1, 128):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
             run = load(tmp_path / "run")
-            assert len(run.events) + len(run.records) + run.torn >= 2
-            assert all(item == (1, height_of(0.5)) for item in run.series("height")) and run.outcomes == ()
-            assert all(event == Event(2, "kind", "text") for event in run.events)
+            assert len(run.events) + len(run.records) == 2 and run.outcomes == ()
+            assert all(item == (1, height_of(0.5)) for item in run.series("height"))
+            *events, damage = run.events
+            assert damage.kind == "damaged" and all(event == Event(2, "kind", "text") for event in events)
 
 
 def test_instruments_with_any_name(tmp_path):
@@ -326,8 +377,15 @@ def test_what_is_no_run_is_refused_with_one_sentence(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json cannot be read"):
         load(tmp_path)
-    (tmp_path / "run.json").write_text('{"format": "diag-run", "format_version": 1}')
+    for version in ("1", "null", "[2]", '"2"'):
+        (tmp_path / "run.json").write_text(f'{{"format": "diag-run", "format_version": {version}}}')
+        with pytest.raises(RunError, match=r"has run format .*, which has no checksums, and this diag reads"):
+            load(tmp_path)
+    (tmp_path / "run.json").write_text('{"format": "diag-run", "format_version": 2}')
     with pytest.raises(RunError, match=r"run\.json is damaged"):
+        load(tmp_path)
+    (tmp_path / "run.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(RunError, match=r"run\.json cannot be read"):
         load(tmp_path)
 
 
@@ -342,8 +400,8 @@ def test_a_run_whose_files_cannot_be_read(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     writer(tmp_path).close()
     file = tmp_path / "run" / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
-    with pytest.raises(RunError, match="has run format 2 and this diag reads up to 1; install a newer diag"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 3}))
+    with pytest.raises(RunError, match="has run format 3 and this diag reads format 2; install a newer diag"):
         load(tmp_path / "run")
 
 
@@ -369,7 +427,7 @@ def test_the_facts_of_a_run_are_for_reading():
 def test_what_json_has_no_word_for_is_not_written():
     """A NaN in a record would make its whole line unreadable to others; `encode` comes first."""
     with pytest.raises(ValueError, match="not JSON compliant"):
-        record_line({"type": "event", "value": math.nan})
+        record_line({"type": "event", "value": math.nan}, 0)
 
 
 def test_to_frame_has_a_row_a_step(tmp_path):
@@ -387,11 +445,11 @@ def test_to_frame_has_a_row_a_step(tmp_path):
 def test_many_records_are_opened_without_building_their_results(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr(Height, "__post_init__", lambda self: built.append(1))
+    result = height_of(0.5)
     with writer(tmp_path) as w:
-        w.append_outcome(1, height_of(0.5))
+        for _ in range(20_000):
+            w.append_outcome(1, result)
         w.append_steps(steps(1, 20_000))
-        line = (tmp_path / "run" / "records.jsonl").read_bytes()
-    (tmp_path / "run" / "records.jsonl").write_bytes(line * 20_000)
     built.clear()
     run = load(tmp_path / "run")
     assert len(run.records) == 20_000 and len(run.history) == 20_000 and not built

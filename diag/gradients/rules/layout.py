@@ -34,10 +34,6 @@ class Layout:
         """(n, ...): examples first; the rest of the folded axis stays where the axis was."""
         count = values.shape[self.axis] // n
         inner = count if self.inner is None else self.inner
-        if inner == count:
-            return values.unflatten(self.axis, (n, count)).movedim(self.axis, 0)
-        if inner == 1:
-            return values.unflatten(self.axis, (count, n)).movedim(self.axis + 1, 0)
         apart = values.unflatten(self.axis, (count // inner, n, inner)).movedim(self.axis + 1, 0)
         return apart.flatten(self.axis + 1, self.axis + 2)
 

@@ -10,8 +10,8 @@ EQUIVALENT: dict[str, str] = {
     "diag/linalg/refine.py: seed: int = 0, :: constant 0 -> 1 #1": DEFAULT,
     "diag/linalg/quadrature.py: return 0.01 * float(measure.nodes.max() - measure.nodes.min()) or 1e-12"
     " :: constant 1e-12 -> 1e-13": "a spike in either case",
-    "diag/gradients/capture.py: made = [t.grad_fn for t in output if isinstance(t, Tensor) and t.grad_fn is not None]"
-    " :: boolean and -> or": "no node of the graph is None",
+    "diag/gradients/capture.py: made = [t.grad_fn for t in output if isinstance(t, Tensor)"
+    " and t.grad_fn is not None] :: boolean and -> or": "no node of the graph is None",
     "diag/gradients/rules/fallback.py: if call.layout.axis != 0 or call.layout.inner is not None:"
     " :: branch call.layout.axis != 0 or call.layout.inner is not None -> False": SAFE,
     "diag/gradients/rules/layout.py: if count > 1: :: branch count > 1 -> True": SPEED,

@@ -58,6 +58,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("logit_gradients", "snapshot.forward", "n K", "floating", "one forward pass", _LOSS),
         Quantity("features", "snapshot.forward", "n d", "floating", "one forward pass", _LAST),
         Quantity("layer_features", "snapshot.forward", None, "object", "one forward pass", _DATA),
+        Quantity("activations", "snapshot.activations", None, "object", "one forward pass", _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", "one forward pass", _LAST),
         Quantity("params", "snapshot.parameters", None, "object", "none", "give a model with trainable parameters"),
         Quantity("gradient", "snapshot.parameters", None, "object", "one gradient", _LOSS),

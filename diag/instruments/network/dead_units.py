@@ -1,0 +1,101 @@
+"""Dead units: rectified units that are zero on every example, which no gradient reaches.
+
+A unit that is silent on the examples at hand may speak on others, and wide layers have many such; a layer of which
+nearly all units are silent passes nothing on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_share
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.activations import Activation
+
+SOURCE = "arithmetic of one forward pass; thresholds as the calibration table states"
+DEAD = 0.75
+FEW_UNITS = 4
+EXPLAINED_BY = (
+    Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_NOT_NORMALIZED, Cause.INPUTS_CONSTANT,
+    Cause.INITIALIZATION_SCALE, Cause.INITIALIZATION_CONSTANT, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE,
+    Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.MOMENTUM_TOO_HIGH, Cause.LOSS_TERM_DOMINATES,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeadUnits(Result):
+    """Layers are the calls of a rectifier, in the order of the forward pass."""
+
+    worst: float = measured("dead units of the layer with the most", unit="share")
+    all_dead: float = measured("dead units of all layers together", unit="share")
+    layers: tuple[str, ...] = measured("the modules that call a rectifier")
+    dead: NDArray[numpy.float64] = measured("dead units in each", unit="share", shape="(layers,)")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        limit = self.provenance.settings.get("alarm_at", DEAD)
+        if self.worst >= limit:
+            return self._alarm(limit)
+        return Verdict(
+            Level.OK,
+            f"In the worst layer {format_share(self.worst)} of the rectified units are zero on every example.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            value=self.worst,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+        )
+
+    def _alarm(self, limit: float) -> Verdict:
+        over = [name for name, share in zip(self.layers, self.dead, strict=True) if share >= limit]
+        where = ", ".join(over[:3]) + (", ..." if len(over) > 3 else "")
+        return Verdict(
+            Level.ALARM,
+            f"{format_share(self.worst)} of the units of {where} are dead: they are zero on every example, so no "
+            "gradient reaches them and they cannot recover.",
+            advice="Start again from a state before they died, with a lower learning rate or a warm-up; or use an "
+            "activation that is not flat below zero (GELU, leaky ReLU); look at large negative biases.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="The same units are active on other examples.",
+            value=self.worst,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            layers=tuple(over),
+            cause=Cause.UNITS_DEAD,
+            explained_by=EXPLAINED_BY,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The share of dead units of each layer."""
+        ax.bar(range(len(self.dead)), 100 * self.dead)
+        ax.set(xlabel="rectifier, in the order of the forward pass", ylabel="dead units (%)", ylim=(0, 100))
+
+
+@instrument(source=SOURCE, title="Dead units", kind=Kind.CHECK)
+def dead_units(activations: Sequence[Activation], *, alarm_at: float = DEAD) -> DeadUnits:
+    """Which rectified units are zero on every example, so that no gradient reaches them.
+
+    activations: statistics of the outputs of nonlinearities (`diag.snapshot.activations`). A layer is a call of
+    ReLU, wherever it is made; layers of fewer than four units are left out. From a share of `alarm_at` dead units
+    in one layer on it is an alarm. Raises nothing of its own.
+    """
+    rectified = [a for a in activations if a.function == "relu" and a.units >= FEW_UNITS]
+    units = numpy.array([a.units for a in rectified], float)
+    dead = numpy.array([a.dead for a in rectified], float)
+    known = Precondition("rectifiers", bool(rectified), "the network has no rectified units.")
+    return DeadUnits(
+        worst=float(dead.max()) if rectified else 0.0,
+        all_dead=float((dead * units).sum() / units.sum()) if rectified else 0.0,
+        layers=tuple(a.name or "the model itself" for a in rectified),
+        dead=dead,
+        preconditions=(known,),
+    )

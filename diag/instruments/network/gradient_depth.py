@@ -1,0 +1,108 @@
+"""Gradients over the depth: whether they shrink or grow by orders of magnitude from the last layers to the first.
+
+Compared are root mean squares per entry of the gradients of weights, as the sizes of tensors differ. Layers are
+taken in the order of `named_parameters()`, which is that of the forward pass in nearly all models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.history import History
+
+SOURCE = "arithmetic of the recorded norms; thresholds as the calibration table states"
+FACTOR = 1000.0
+FEW_LAYERS = 4
+SMALL = 64
+RECENT = 20
+EXPLAINED_BY = (
+    Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.LEARNING_RATE_TOO_HIGH, Cause.INITIALIZATION_CONSTANT,
+    Cause.INITIALIZATION_SCALE, Cause.TRAINING_DIVERGED, Cause.GRAPH_CUT, Cause.WEIGHT_DECAY_TOO_STRONG,
+    Cause.OUTPUT_CONSTANT, Cause.INPUTS_TOO_SMALL, Cause.INPUTS_NOT_NORMALIZED, Cause.NOT_FINITE,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientDepth(Result):
+    """Of the weights with at least 64 entries that get a gradient; medians over the last twenty steps."""
+
+    factor: float = measured("gradient of the first quarter of the layers over that of the last quarter")
+    layers: tuple[str, ...] = measured("the weights, in the model's order")
+    sizes: NDArray[numpy.float64] = measured("root mean square of each one's gradient", shape="(layers,)")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        limit = self.provenance.settings.get("factor", FACTOR)
+        if 1 / limit <= self.factor <= limit:
+            return Verdict(
+                Level.OK,
+                f"Gradients of the first layers are {format_number(self.factor)} times those of the last.",
+                source=SOURCE,
+                value=self.factor,
+                threshold=limit,
+                threshold_source=OUR_CHOICE,
+            )
+        vanish = self.factor < 1
+        smallest = numpy.argmin(self.sizes) if vanish else numpy.argmax(self.sizes)
+        return Verdict(
+            Level.ALARM,
+            f"Gradients {'vanish' if vanish else 'explode'} over the depth: those of the first layers are "
+            f"{format_number(self.factor)} times those of the last.",
+            advice="Add normalisation layers or skip connections, use an activation that is not flat (ReLU, GELU), "
+            "or scale the initial weights for the activation (variance 2 / fan-in for ReLU).",
+            source=SOURCE,
+            confidence=Confidence.STRONG_EMPIRICAL,
+            refutation="The first layers' weights move as far as the last layers' do, relative to their size.",
+            value=self.factor,
+            threshold=1 / limit if vanish else limit,
+            threshold_source=OUR_CHOICE,
+            layers=(self.layers[int(smallest)],),
+            cause=Cause.GRADIENTS_VANISH if vanish else Cause.GRADIENTS_EXPLODE,
+            explained_by=EXPLAINED_BY,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The gradient of every layer."""
+        ax.semilogy(self.sizes, marker="o", markersize=3)
+        ax.set(xlabel="weight, in the model's order", ylabel="gradient per entry (root mean square)")
+
+
+@instrument(source=SOURCE, title="Gradients over the depth", kind=Kind.CHECK)
+def gradient_depth(history: History, *, factor: float = FACTOR) -> GradientDepth:
+    """Whether gradients shrink or grow by orders of magnitude over the depth of the network.
+
+    history: the record of a watched run. Compared are the medians of the first and the last quarter of the weights
+    (tensors named "weight" with at least 64 entries), each over the last twenty steps. A factor beyond `factor`
+    either way is an alarm; networks of fewer than four such layers are not judged. Raises nothing of its own.
+    """
+    sizes, names = numpy.asarray(history.sizes, float), history.layers
+    chosen = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1] and sizes[i] >= SMALL]
+    norms = numpy.asarray(history.gradient_norm[-RECENT:][:, chosen], float) / numpy.sqrt(sizes[chosen])
+    norms[~numpy.isfinite(norms)] = numpy.nan
+    seen = (
+        numpy.isfinite(norms).any(0) & (numpy.nan_to_num(norms) > 0).any(0) if len(norms) else numpy.zeros(0, bool)
+    )
+    medians = numpy.nanmedian(norms[:, seen], axis=0) if seen.any() else numpy.zeros(0)
+    enough = len(medians) >= FEW_LAYERS
+    quarter = max(len(medians) // 4, 1)
+    first, last = (float(numpy.median(m)) if enough else math.nan for m in (medians[:quarter], medians[-quarter:]))
+    return GradientDepth(
+        factor=first / last if enough and last > 0 else math.nan,
+        layers=tuple(numpy.asarray(names)[chosen][seen].tolist()) if enough else (),
+        sizes=medians if enough else numpy.zeros(0),
+        preconditions=(
+            Precondition(
+                "depth", enough and last > 0, f"fewer than {FEW_LAYERS} weights were seen to get a gradient."
+            ),
+        ),
+    )

@@ -1,0 +1,108 @@
+"""Constant output: whether what the network puts out depends on its input at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.activations import OUTPUT, Activation
+
+SOURCE = "arithmetic of one forward pass; thresholds as the calibration table states"
+SPREAD = 1e-3
+SETTLED = 10  # a last layer that starts at zero puts out a constant until it has been trained
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutputConstant(Result):
+    """Of the tensor that the network returns."""
+
+    spread: float = measured("standard deviation over the examples, over the size of the output", unit="share")
+    constant_units: float = measured("outputs that are the same for every example", unit="share")
+    size: float = measured("root mean square of the output")
+    first_constant: str = measured("the first layer whose output hardly depends on the example; empty: none")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        limit = self.provenance.settings.get("alarm_below", SPREAD)
+        level = Level.UNKNOWN if self.spread < limit else Level.OK
+        return Verdict(
+            level,
+            f"The output varies over the examples by {format_number(self.spread)} of its size"
+            + (", which a network that has not been trained may do." if level is Level.UNKNOWN else "."),
+            source=SOURCE,
+            value=self.spread,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+        )
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """An alarm once training is under way and the output still does not depend on the input."""
+        step, last = series[-1]
+        limit = last.provenance.settings.get("alarm_below", SPREAD)
+        if last.unmet() is not None or step < SETTLED or last.spread >= limit:
+            return last.verdict()
+        began = next(s for i, (s, _) in enumerate(series) if all(r.spread < limit for _, r in series[i:]))
+        where = f"; {last.first_constant} is the first layer for which it is so" if last.first_constant else ""
+        return Verdict(
+            Level.ALARM,
+            f"The network gives the same output whatever the input: over the examples it varies by "
+            f"{format_number(last.spread)} of its size{where}.",
+            advice="Look for dead or saturated units in that layer, for inputs that are constant, and for a "
+            "bias that "
+            "outweighs everything else.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="Two different inputs that give clearly different outputs.",
+            value=last.spread,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            layers=(last.first_constant,) if last.first_constant else (),
+            cause=Cause.OUTPUT_CONSTANT,
+            explained_by=(
+                Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.INPUTS_CONSTANT, Cause.INITIALIZATION_CONSTANT,
+                Cause.LEARNING_RATE_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.GRADIENTS_VANISH,
+                Cause.LEARNING_RATE_TOO_LOW, Cause.TRAINING_DIVERGED, Cause.NOT_FINITE, Cause.INITIALIZATION_SCALE,
+                Cause.LABELS_SHUFFLED, Cause.LOSS_TERM_DOMINATES, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED,
+                Cause.CLASSES_SORTED, Cause.CLASS_IMBALANCE, Cause.INPUTS_TOO_SMALL, Cause.INPUTS_NOT_NORMALIZED,
+                Cause.PARAMETER_IN_NO_OPTIMIZER, Cause.STEP_MISSING, Cause.GRADIENTS_ZEROED_BEFORE_STEP,
+            ),
+            step=began,
+        )  # fmt: skip
+
+    def plot(self, ax: Any) -> None:
+        """How much of the output depends on the example."""
+        ax.bar(["output"], [self.spread])
+        ax.set(xlabel="what the network returns", ylabel="spread over its size", yscale="log")
+
+
+@instrument(source=SOURCE, title="Constant output", kind=Kind.CHECK)
+def output_constant(activations: Sequence[Activation], *, alarm_below: float = SPREAD) -> OutputConstant:
+    """Whether what the network puts out depends on its input.
+
+    activations: statistics of the forward pass (`diag.snapshot.activations`). The spread of an output is the
+    standard deviation over examples (and positions), over the root mean square of all entries. Below `alarm_below`
+    in a training that is under way (step 10 or later) it is an alarm; before, a last layer that starts at zero may
+    be the reason. Raises nothing of its own.
+    """
+    outputs = [a for a in activations if a.function == OUTPUT]
+    found = bool(outputs) and outputs[0].size > 0
+    output = outputs[0] if outputs else None
+    constant = (a.name for a in activations if a.function != OUTPUT and a.units > 1 and a.spread < alarm_below)
+    return OutputConstant(
+        spread=output.spread if output else 1.0,
+        constant_units=output.constant if output else 0.0,
+        size=output.size if output else 0.0,
+        first_constant=next(constant, ""),
+        preconditions=(
+            Precondition(
+                "an output", found or bool(outputs), "the network returns no tensor with several entries."
+            ),
+        ),
+    )

@@ -1,0 +1,106 @@
+"""Copies: layers whose units all have the same weights, so that they compute the same and stay the same.
+
+Gradients of units that are alike are alike. A layer that starts at zero, or with one number everywhere, has in
+effect one unit, and no training changes that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from diag.display import format_share
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+
+SOURCE = "arithmetic: units with equal weights have equal gradients"
+SETTLED = 10  # a layer that starts at zero on purpose (the last one, the end of a branch) has been trained by then
+FEW_UNITS = 4
+ALIKE = 1e-4  # of the layer's largest weight
+LARGE = 1 << 22  # entries of which no more are compared
+# One layer of copies may be an untrained branch; two, or a third of them all, is how the network began.
+SHARE, COUNT = 1 / 3, 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnitCopies(Result):
+    """Layers are weights of two or more axes; a unit is a row."""
+
+    share: float = measured("layers all of whose units have the same weights", unit="share")
+    layers: tuple[str, ...] = measured("these layers")
+    compared: int = measured("layers that were compared")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        found = f"{len(self.layers)} of {self.compared} layers"
+        level = Level.UNKNOWN if self._many() else Level.OK
+        return Verdict(
+            level,
+            f"In {found} all units have the same weights"
+            + (", which a network that has not been trained may do." if level is Level.UNKNOWN else "."),
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            value=self.share,
+            threshold=SHARE,
+        )
+
+    def _many(self) -> bool:
+        return len(self.layers) >= COUNT and self.share >= SHARE
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """An alarm once training is under way and units are copies still."""
+        step, last = series[-1]
+        if last.unmet() is not None or step < SETTLED or not last._many():
+            return last.verdict()
+        where = ", ".join(last.layers[:3]) + (", ..." if len(last.layers) > 3 else "")
+        return Verdict(
+            Level.ALARM,
+            f"In {len(last.layers)} of {last.compared} layers ({format_share(last.share)}) all units have the same "
+            f"weights: {where}. They started alike, so they stay copies of one another.",
+            advice="Start the weights at random (torch.nn.init.kaiming_normal_); zeros are for biases only.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="Two units of such a layer that differ.",
+            value=last.share,
+            threshold=SHARE,
+            layers=last.layers,
+            cause=Cause.INITIALIZATION_CONSTANT,
+            explained_by=(Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE),
+            step=1,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """How many layers consist of copies."""
+        ax.bar(["copies", "others"], [len(self.layers), self.compared - len(self.layers)])
+        ax.set(xlabel="layers", ylabel="number")
+
+
+@instrument(source=SOURCE, title="Copies of units", kind=Kind.CHECK)
+def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
+    """Whether the units of whole layers have the same weights.
+
+    params: the parameters by name. Compared are weights of two or more axes with at least four rows, up to 1e-4 of
+    the largest entry; of very large ones the first rows. An alarm where at step 10 or later at least two layers,
+    and a third of all, consist of copies. Raises nothing of its own.
+    """
+    weights = {n: p for n, p in params.items() if p.ndim >= 2 and len(p) >= FEW_UNITS and p.numel() > len(p)}
+    copies = tuple(name for name, weight in weights.items() if _all_alike(weight))
+    known = Precondition("layers", len(weights) >= COUNT, "the network has fewer than two layers of several units.")
+    return UnitCopies(
+        share=len(copies) / max(len(weights), 1), layers=copies, compared=len(weights), preconditions=(known,)
+    )
+
+
+def _all_alike(weight: Tensor) -> bool:
+    rows = weight.detach().flatten(1)
+    rows = rows[: max(FEW_UNITS, LARGE // rows.shape[1])]
+    # Rounding parts units that are alike, as a product of matrices treats its rows differently.
+    near = ALIKE * rows.abs().max()
+    first = rows[:, : min(rows.shape[1], 8)]  # most weights differ in their first entries
+    return bool(((first - first[:1]).abs() <= near).all()) and bool(((rows - rows[:1]).abs() <= near).all())

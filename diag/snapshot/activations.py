@@ -1,0 +1,218 @@
+"""Statistics of what the nonlinearities and the layers of a model put out on the data, in one forward pass.
+
+Functions are watched and not modules, so that `F.relu(x)` in a forward method counts as `nn.ReLU()` does; each call
+is named after the module that it was made in. Sums are kept for each unit, so that memory does not grow with the
+data: a unit is a channel of an image (axis 1 of four axes or more), else an entry of the last axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from diag.errors import MissingQuantity
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.forward import output_tensor
+from diag.snapshot.preserve import preserved
+from diag.snapshot.snapshot import Snapshot
+
+# Where a function's derivative is at most about 1 % of its largest, as the absolute value of what comes out.
+FLAT = {"tanh": 0.995, "sigmoid": 0.0025, "hardtanh": 1.0, "softsign": 0.9}
+NONLINEARITIES: dict[Any, str] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), "relu"),
+    **dict.fromkeys((F.relu6, F.hardtanh), "hardtanh"),
+    **dict.fromkeys((torch.tanh, Tensor.tanh, Tensor.tanh_, F.tanh), "tanh"),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid), "sigmoid"),
+    **dict.fromkeys(
+        (F.gelu, F.silu, F.elu, F.selu, F.celu, F.softplus, F.mish, F.leaky_relu, F.hardswish), "smooth"
+    ),
+}
+LAYERS: dict[Any, str] = {
+    F.linear: "linear",
+    **dict.fromkeys(
+        (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.conv_transpose2d), "convolution"
+    ),
+}
+OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One call of a function in the forward pass, over all examples; its entries grouped into `units`.
+
+    name: the module that made the call; "output" is what the model returns. function: "relu", "tanh", "sigmoid",
+    "smooth", "hardtanh", "linear", "convolution" or "output". mean, std, largest: of all entries (largest in
+    absolute value). zero: share of entries that are exactly zero. dead: share of units that are zero on every
+    example. constant: share of units that take one and the same value on every example and position. spread: how
+    much of the entries' size depends on the example: root mean square over units of the standard deviation over
+    examples and positions, over the root mean square of all entries. flat: share of entries where the function is
+    flat, 0 for functions that have no flat ends. non_finite: entries that are infinite or not a number.
+    """
+
+    name: str
+    function: str
+    units: int
+    mean: float
+    std: float
+    largest: float
+    zero: float
+    dead: float
+    constant: float
+    spread: float
+    flat: float
+    non_finite: int
+
+    @property
+    def size(self) -> float:
+        """The root mean square of all entries."""
+        return (self.mean**2 + self.std**2) ** 0.5
+
+
+class _Sums:
+    """What is added up of one call over the batches: for each unit, and in all."""
+
+    def __init__(self, function: str, units: int, device: torch.device) -> None:
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.function, self.units, self.count = function, units, 0
+        self.total = torch.zeros(units, dtype=wide, device=device)
+        self.squares, self.low = torch.zeros_like(self.total), torch.full_like(self.total, torch.inf)
+        self.high = torch.full_like(self.total, -torch.inf)
+        self.zeros = self.flat = 0.0
+        self.bad = 0
+
+    def add(self, values: Tensor) -> None:
+        rows = _by_unit(values.detach()).to(self.total.dtype)
+        finite = torch.isfinite(rows)
+        self.bad += int((~finite).sum())
+        rows = torch.where(finite, rows, 0.0)
+        self.count += len(rows)
+        self.zeros += float((rows == 0).sum())
+        self.flat += float(_is_flat(self.function, rows).sum())
+        self.total += rows.sum(0)
+        self.squares += rows.square().sum(0)
+        self.low, self.high = torch.minimum(self.low, rows.amin(0)), torch.maximum(self.high, rows.amax(0))
+
+    def statistics(self, name: str) -> Activation:
+        entries = self.count * self.units
+        mean, square = float(self.total.sum()) / entries, float(self.squares.sum()) / entries
+        within = (self.squares / self.count - (self.total / self.count).square()).clamp_min(0)
+        return Activation(
+            name=name,
+            function=self.function,
+            units=self.units,
+            mean=mean,
+            std=max(square - mean**2, 0.0) ** 0.5,
+            largest=float(torch.maximum(self.low.abs(), self.high.abs()).max()),
+            zero=self.zeros / entries,
+            dead=float(((self.low == 0) & (self.high == 0)).sum()) / self.units,
+            constant=float((self.low == self.high).sum()) / self.units,
+            spread=(float(within.mean()) / square) ** 0.5 if square > 0 else 0.0,
+            flat=self.flat / entries,
+            non_finite=self.bad,
+        )
+
+
+def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
+    """Statistics of the outputs of nonlinearities and layers on the data, in the order in which they are called.
+
+    The model is in evaluation mode. Raises MissingQuantity for a model whose calls differ from batch to batch.
+    """
+    sums: dict[tuple[str, str, int], _Sums] = {}
+    try:
+        with preserved(snapshot.model), torch.no_grad(), _module_names(snapshot.model) as inside:
+            for batch in snapshot.batches:
+                snapshot.deadline.check()
+                mode = _Listening(sums, inside)
+                with mode:
+                    outputs = batch.forward(snapshot.model)
+                for tensor in _outputs(outputs):
+                    mode.add(OUTPUT, OUTPUT, tensor)
+    except CALL_ERRORS as error:
+        raise explained(snapshot.model, snapshot.batches, error) from error
+    if not sums:
+        raise MissingQuantity("the model calls no layer and no nonlinearity that is known here.")
+    return tuple(s.statistics(name) for (name, _, _), s in sums.items())
+
+
+class _Listening(TorchFunctionMode):
+    """Hears of every function that is called, and adds up what comes out of those in the two tables."""
+
+    def __init__(self, sums: dict[tuple[str, str, int], _Sums], inside: Callable[[], str]) -> None:
+        super().__init__()
+        self._sums, self._inside = sums, inside
+        self._calls: dict[tuple[str, str], int] = {}
+        self._nested = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = NONLINEARITIES.get(func) or LAYERS.get(func)
+        if kind is None or self._nested:
+            return func(*args, **(kwargs or {}))
+        self._nested = True  # one of these calls another, and it is one call of the user's
+        try:
+            value = func(*args, **(kwargs or {}))
+        finally:
+            self._nested = False
+        if isinstance(value, Tensor):
+            self.add(self._inside(), kind, value)
+        return value
+
+    def add(self, name: str, kind: str, values: Tensor) -> None:
+        """Take in one output; the same place called again in this batch is another entry."""
+        if not values.is_floating_point() or values.numel() == 0 or values.ndim < 2:
+            return
+        number = self._calls[name, kind] = self._calls.get((name, kind), -1) + 1
+        if (name, kind, number) not in self._sums:
+            self._sums[name, kind, number] = _Sums(kind, _units_of(values), values.device)
+        known = self._sums[name, kind, number]
+        if known.units == _units_of(values):  # sequences of another length put time where units are
+            known.add(values)
+
+
+@contextmanager
+def _module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
+    """Inside the context the model's modules keep track of which of them runs; gives the name of the innermost."""
+    stack: list[str] = [""]
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(lambda m, a, o: (stack.pop(), None)[1], always_call=True))
+    try:
+        yield lambda: stack[-1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _outputs(outputs: Any) -> list[Tensor]:
+    try:
+        return [output_tensor(outputs)]
+    except MissingQuantity:
+        return [t for t in tensors_in(outputs) if t.ndim > 1][:1]
+
+
+def _by_unit(values: Tensor) -> Tensor:
+    """(rows, units): a channel of an image is a unit, else an entry of the last axis."""
+    if values.ndim >= 4:
+        return values.movedim(1, -1).reshape(-1, values.shape[1])
+    return values.reshape(-1, values.shape[-1])
+
+
+def _units_of(values: Tensor) -> int:
+    return values.shape[1] if values.ndim >= 4 else values.shape[-1]
+
+
+def _is_flat(function: str, rows: Tensor) -> Tensor:
+    limit = FLAT.get(function)
+    if limit is None:
+        return torch.zeros((), device=rows.device)
+    if function == "sigmoid":
+        return (rows < limit) | (rows > 1 - limit)
+    return rows.abs() >= limit

@@ -1,0 +1,126 @@
+"""Checks of the network, each on one that has the fault, one that has not, and one that it does not apply to."""
+
+import dataclasses
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diag
+from diag.instruments.causes import Cause
+from diag.instruments.network.output_constant import OutputConstant
+from diag.instruments.network.unit_copies import UnitCopies
+from diag.snapshot.history import empty_history
+
+
+@pytest.fixture
+def data():
+    torch.manual_seed(0)
+    return torch.randn(64, 8), torch.randint(0, 3, (64,))
+
+
+def mlp(act=nn.ReLU, depth=3, width=16):
+    torch.manual_seed(1)
+    layers = [nn.Linear(8, width), act()]
+    for _ in range(depth - 2):
+        layers += [nn.Linear(width, width), act()]
+    return nn.Sequential(*layers, nn.Linear(width, 3))
+
+
+def weights(model):
+    return [p for p in model.parameters() if p.ndim > 1]
+
+
+def snapshot(model, data):
+    return diag.Snapshot(model, F.cross_entropy, data)
+
+
+def test_dead_units_are_named_with_their_layer(data):
+    model = mlp()
+    with torch.no_grad():
+        model[2].bias.fill_(-100.0)
+    result = diag.dead_units(snapshot(model, data))
+    verdict = result.verdict()
+    assert result.worst == 1.0 and verdict.layers == ("3",) and verdict.cause == Cause.UNITS_DEAD
+    assert diag.dead_units(snapshot(mlp(), data)).verdict().level == "ok"
+    assert diag.dead_units(snapshot(mlp(nn.GELU), data)).verdict().level == "not_applicable"
+
+
+def test_saturation_of_tanh_and_not_of_the_last_function(data):
+    model = mlp(nn.Tanh)
+    assert diag.saturation(snapshot(model, data)).verdict().level == "ok"
+    with torch.no_grad():
+        model[0].weight.mul_(100.0)
+    verdict = diag.saturation(snapshot(model, data)).verdict()
+    assert verdict.cause == Cause.UNITS_SATURATED and verdict.layers == ("1",)
+    bounded = nn.Sequential(mlp(), nn.Tanh())
+    with torch.no_grad():
+        bounded[0][4].weight.mul_(1e3)  # what the network returns may be near its ends
+    assert diag.saturation(snapshot(bounded, data)).verdict().level == "not_applicable"
+
+
+def test_an_output_that_does_not_depend_on_the_input_counts_once_training_is_under_way(data):
+    model = mlp()
+    with torch.no_grad():
+        model[4].weight.zero_()
+    constant, healthy = (diag.output_constant(snapshot(m, data)) for m in (model, mlp()))
+    assert OutputConstant.trend([(1, constant)]).level == "unknown"
+    verdict = OutputConstant.trend([(1, healthy), (8, constant), (20, constant)])
+    assert verdict.level == "alarm" and verdict.step == 8 and verdict.layers == ("4",)
+    assert OutputConstant.trend([(1, constant), (20, healthy)]).level == "ok"
+
+
+def test_signals_that_grow_or_shrink(data):
+    growing, shrinking = mlp(depth=6), mlp(depth=6)
+    with torch.no_grad():
+        for p in weights(growing)[1:]:
+            p.mul_(20.0)
+        for p in shrinking.parameters():
+            p.mul_(0.1 if p.ndim > 1 else 0.0)
+    for model, level in ((growing, "warning"), (shrinking, "warning"), (mlp(depth=6), "ok")):
+        verdict = diag.signal_depth(snapshot(model, data)).verdict()
+        assert verdict.level == level and (verdict.cause == Cause.INITIALIZATION_SCALE) == (level == "warning")
+    assert diag.signal_depth(snapshot(nn.Linear(8, 3), data)).verdict().level == "not_applicable"
+
+
+@pytest.mark.parametrize(("start", "level"), [(0.0, "alarm"), (0.1, "alarm"), (None, "ok")])
+def test_units_that_are_copies(data, start, level):
+    model = mlp()
+    if start is not None:
+        for p in model.parameters():  # biases too: where they differ, units do
+            nn.init.constant_(p, start if p.ndim > 1 else 0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(12):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data[0]), data[1]).backward()
+        optimizer.step()
+    result = diag.unit_copies(snapshot(model, data))
+    assert UnitCopies.trend([(12, result)]).level == level
+    assert UnitCopies.trend([(3, result)]).level == ("ok" if level == "ok" else "unknown")
+
+
+def test_a_branch_that_starts_at_zero_is_no_copy(data):
+    model = mlp(depth=4)
+    nn.init.zeros_(model[-1].weight)
+    assert UnitCopies.trend([(12, diag.unit_copies(snapshot(model, data)))]).level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("factor", "cause"), [(1e-5, Cause.GRADIENTS_VANISH), (1e5, Cause.GRADIENTS_EXPLODE), (0.1, "")]
+)
+def test_gradients_over_the_depth(factor, cause):
+    layers = {f"{i}.{kind}": size for i in range(8) for kind, size in (("weight", 256), ("bias", 16))}
+    course = numpy.geomspace(factor, 1.0, 8).repeat(2) * numpy.sqrt(list(layers.values()))
+    norms = numpy.tile(course, (30, 1)).astype(numpy.float32)
+    history = dataclasses.replace(empty_history(layers, 30), gradient_norm=norms)
+    result = diag.gradient_depth(history=history)
+    assert result.verdict().cause == cause
+    # the first two and the last two of eight layers: 0.5 and 6.5 sevenths of the way
+    assert result.factor == pytest.approx(factor ** (6 / 7), rel=0.6)
+
+
+def test_a_shallow_network_is_not_judged_by_its_depth():
+    history = empty_history({"0.weight": 256, "1.weight": 256}, 5)
+    assert diag.gradient_depth(history=history).verdict().level == "not_applicable"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diag.errors import MissingQuantity
+from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.forward import output_tensor
@@ -54,7 +54,8 @@ class Activation:
     example. constant: share of units that take one and the same value on every example and position. spread: how
     much of the entries' size depends on the example: root mean square over units of the standard deviation over
     examples and positions, over the root mean square of all entries. flat: share of entries where the function is
-    flat, 0 for functions that have no flat ends. non_finite: entries that are infinite or not a number.
+    flat, 0 for functions that have no flat ends. gain: root mean square of the entries over that of the function's
+    input (NaN for the output). non_finite: entries that are infinite or not a number.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Activation:
     constant: float
     spread: float
     flat: float
+    gain: float
     non_finite: int
 
     @property
@@ -86,9 +88,13 @@ class _Sums:
         self.squares, self.low = torch.zeros_like(self.total), torch.full_like(self.total, torch.inf)
         self.high = torch.full_like(self.total, -torch.inf)
         self.zeros = self.flat = 0.0
-        self.bad = 0
+        self.bad = self.taken = 0
+        self.taken_squares = 0.0
 
-    def add(self, values: Tensor) -> None:
+    def add(self, values: Tensor, given: Tensor | None) -> None:
+        if given is not None and given.is_floating_point():
+            self.taken += given.numel()
+            self.taken_squares += float(given.detach().to(self.total.dtype).square().nansum())
         rows = _by_unit(values.detach()).to(self.total.dtype)
         finite = torch.isfinite(rows)
         self.bad += int((~finite).sum())
@@ -116,6 +122,7 @@ class _Sums:
             constant=float((self.low == self.high).sum()) / self.units,
             spread=(float(within.mean()) / square) ** 0.5 if square > 0 else 0.0,
             flat=self.flat / entries,
+            gain=(square / (self.taken_squares / self.taken)) ** 0.5 if self.taken_squares else float("nan"),
             non_finite=self.bad,
         )
 
@@ -134,7 +141,7 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
                 with mode:
                     outputs = batch.forward(snapshot.model)
                 for tensor in _outputs(outputs):
-                    mode.add(OUTPUT, OUTPUT, tensor)
+                    mode.add(OUTPUT, OUTPUT, _floating(tensor))
     except CALL_ERRORS as error:
         raise explained(snapshot.model, snapshot.batches, error) from error
     if not sums:
@@ -161,10 +168,10 @@ class _Listening(TorchFunctionMode):
         finally:
             self._nested = False
         if isinstance(value, Tensor):
-            self.add(self._inside(), kind, value)
+            self.add(self._inside(), kind, value, next((a for a in args if isinstance(a, Tensor)), None))
         return value
 
-    def add(self, name: str, kind: str, values: Tensor) -> None:
+    def add(self, name: str, kind: str, values: Tensor, given: Tensor | None = None) -> None:
         """Take in one output; the same place called again in this batch is another entry."""
         if not values.is_floating_point() or values.numel() == 0 or values.ndim < 2:
             return
@@ -173,7 +180,7 @@ class _Listening(TorchFunctionMode):
             self._sums[name, kind, number] = _Sums(kind, _units_of(values), values.device)
         known = self._sums[name, kind, number]
         if known.units == _units_of(values):  # sequences of another length put time where units are
-            known.add(values)
+            known.add(values, given)
 
 
 @contextmanager
@@ -196,6 +203,12 @@ def _outputs(outputs: Any) -> list[Tensor]:
         return [output_tensor(outputs)]
     except MissingQuantity:
         return [t for t in tensors_in(outputs) if t.ndim > 1][:1]
+
+
+def _floating(output: Tensor) -> Tensor:
+    if output.is_floating_point() or output.is_complex():
+        return output
+    raise InvalidInput(f"The model returns a tensor of type {output.dtype}; expected floating-point outputs.")
 
 
 def _by_unit(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
+from diag.instruments.network.initial_scale import InitialScale
 from diag.instruments.network.output_constant import OutputConstant
 from diag.instruments.network.unit_copies import UnitCopies
 from diag.snapshot.history import empty_history
@@ -124,3 +125,43 @@ def test_gradients_over_the_depth(factor, cause):
 def test_a_shallow_network_is_not_judged_by_its_depth():
     history = empty_history({"0.weight": 256, "1.weight": 256}, 5)
     assert diag.gradient_depth(history=history).verdict().level == "not_applicable"
+
+
+def test_the_first_layer_that_is_not_finite_is_named(data):
+    model = mlp(depth=4)
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.inf
+    verdict = diag.finite_forward(snapshot(model, data)).verdict()
+    assert verdict.level == "alarm" and verdict.layers == ("2",) and verdict.cause == Cause.NOT_FINITE
+    assert diag.finite_forward(snapshot(mlp(), data)).verdict().level == "ok"
+    assert diag.dead_units(snapshot(model, data)).verdict().level == "not_applicable"
+
+
+class Masked(nn.Module):
+    """Rules a class out, as a padded vocabulary does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x).masked_fill(torch.tensor([False, False, True]), -torch.inf)
+
+
+def test_a_masked_logit_is_no_fault(data):
+    x, _ = data
+    snapshot = diag.Snapshot(Masked(), F.cross_entropy, (x, torch.zeros(len(x), dtype=torch.long)))
+    assert diag.finite_forward(snapshot).verdict().level == "ok"
+
+
+@pytest.mark.parametrize(("factor", "level"), [(1.0, "ok"), (8.0, "warning"), (0.01, "warning")])
+def test_weights_that_start_too_large_or_too_small(data, factor, level):
+    model = mlp()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor if p.ndim > 1 else 0.0)
+    result = diag.initial_scale(snapshot(model, data))
+    assert InitialScale.trend([(1, result)]).level == level
+    assert InitialScale.trend([(50, result)]).level == "not_applicable"
+    # torch's default variance is 1 / (3 fan-in)
+    assert result.gains[0] == pytest.approx(factor / 3**0.5, rel=0.2)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
+from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
@@ -97,5 +98,5 @@ def dead_units(activations: Sequence[Activation], *, alarm_at: float = DEAD) -> 
         all_dead=float((dead * units).sum() / units.sum()) if rectified else 0.0,
         layers=tuple(a.name or "the model itself" for a in rectified),
         dead=dead,
-        preconditions=(known,),
+        preconditions=(known, all_finite(activations)),
     )

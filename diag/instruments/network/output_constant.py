@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import OUTPUT, Activation
@@ -92,7 +93,6 @@ def output_constant(activations: Sequence[Activation], *, alarm_below: float = S
     be the reason. Raises nothing of its own.
     """
     outputs = [a for a in activations if a.function == OUTPUT]
-    found = bool(outputs) and outputs[0].size > 0
     output = outputs[0] if outputs else None
     constant = (a.name for a in activations if a.function != OUTPUT and a.units > 1 and a.spread < alarm_below)
     return OutputConstant(
@@ -101,8 +101,7 @@ def output_constant(activations: Sequence[Activation], *, alarm_below: float = S
         size=output.size if output else 0.0,
         first_constant=next(constant, ""),
         preconditions=(
-            Precondition(
-                "an output", found or bool(outputs), "the network returns no tensor with several entries."
-            ),
+            Precondition("an output", bool(outputs), "the network returns no tensor with several entries."),
+            all_finite(activations),
         ),
     )

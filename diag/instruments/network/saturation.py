@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
+from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import FLAT, Activation
@@ -87,7 +88,7 @@ def saturation(activations: Sequence[Activation], *, alarm_at: float = SATURATED
         worst=float(flat.max()) if chosen else 0.0,
         layers=tuple(a.name or "the model itself" for a in chosen),
         flat=flat,
-        preconditions=(known,),
+        preconditions=(known, all_finite(activations)),
     )
 
 

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
 
 SOURCE = "arithmetic of one forward pass; thresholds as the calibration table states"
-FACTOR = 100.0
+FACTOR = 1000.0
 FEW_LAYERS = 3
 
 
@@ -94,8 +95,7 @@ def signal_depth(activations: Sequence[Activation], *, factor: float = FACTOR) -
         sizes=sizes,
         spreads=numpy.array([a.spread for a in layers], float),
         preconditions=(
-            Precondition(
-                "depth", bool(enough), f"the network calls fewer than {FEW_LAYERS} layers that are known here."
-            ),
+            Precondition("depth", bool(enough), f"the network calls fewer than {FEW_LAYERS} layers known here."),
+            all_finite(activations),
         ),
     )

@@ -91,9 +91,17 @@ def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
     """
     weights = {n: p for n, p in params.items() if p.ndim >= 2 and len(p) >= FEW_UNITS and p.numel() > len(p)}
     copies = tuple(name for name, weight in weights.items() if _all_alike(weight))
-    known = Precondition("layers", len(weights) >= COUNT, "the network has fewer than two layers of several units.")
+    finite = all(bool(p.isfinite().all()) for p in weights.values())
     return UnitCopies(
-        share=len(copies) / max(len(weights), 1), layers=copies, compared=len(weights), preconditions=(known,)
+        share=len(copies) / max(len(weights), 1),
+        layers=copies,
+        compared=len(weights),
+        preconditions=(
+            Precondition(
+                "layers", len(weights) >= COUNT, "the network has fewer than two layers of several units."
+            ),
+            Precondition("finite weights", finite, "some weights are not finite."),
+        ),
     )
 
 

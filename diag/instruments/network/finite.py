@@ -1,0 +1,92 @@
+"""Finite values: which module is the first to put out infinity or NaN, on the probe's examples and weights of
+now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.activations import OUTPUT, Activation
+
+SOURCE = "arithmetic of one forward pass"
+
+
+def all_finite(activations: Sequence[Activation]) -> Precondition:
+    """That everything in the forward pass is finite, for checks whose numbers mean nothing otherwise."""
+    bad = next((a for a in activations if a.non_finite), None)
+    where = f"{bad.name or 'the model itself'} ({bad.function})" if bad else ""
+    return Precondition(
+        "finite values", bad is None, f"{where} puts out values that are not finite." if bad else ""
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FiniteForward(Result):
+    """Counts over all examples; a layer is a call of a known function, or the output."""
+
+    entries: int = measured("entries that are infinite or not a number, in the first layer that has some")
+    layer: str = measured("the first layer that puts out such entries; empty: none")
+    function: str = measured("what it computes")
+    largest_before: float = measured("the largest absolute value in the layers before it")
+    layers: int = measured("layers looked at")
+
+    def verdict(self) -> Verdict:
+        if not self.entries:
+            return Verdict(
+                Level.OK,
+                f"All {self.layers} layers put out finite values only.",
+                source=SOURCE,
+                confidence=Confidence.ARITHMETIC,
+                value=0.0,
+                threshold=0.0,
+            )
+        large = self.largest_before > 1e4
+        return Verdict(
+            Level.ALARM,
+            f"The network puts out values that are not finite: the first is {self.layer} ({self.function}), with "
+            f"{self.entries:,} of them"
+            + (f", after values of up to {self.largest_before:.1e} in the layers before." if large else "."),
+            advice="Go back to a state before that step. Look at the inputs of this layer for values that are too "
+            "large, at its weights for NaN, and lower the learning rate or clip the gradient.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="The same pass in float64 is finite: then the number format is too narrow.",
+            value=float(self.entries),
+            threshold=0.0,
+            threshold_source="any entry at all",
+            layers=(self.layer,),
+            cause=Cause.NOT_FINITE,
+            explained_by=(Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.DATA_NOT_FINITE,
+                          Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.GRADIENTS_STILL_SCALED,
+                          Cause.LOSS_ASCENDED, Cause.MOMENTUM_TOO_HIGH, Cause.LOGITS_INTO_PROBABILITY_LOSS,
+                          Cause.INITIALIZATION_SCALE, Cause.INPUTS_NOT_NORMALIZED),
+        )  # fmt: skip
+
+    def plot(self, ax: Any) -> None:
+        """How many entries are not finite."""
+        ax.bar([self.layer or "all layers"], [self.entries])
+        ax.set(xlabel="the first layer with such values", ylabel="entries that are not finite")
+
+
+@instrument(source=SOURCE, title="Finite values", kind=Kind.CHECK)
+def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
+    """Which module is the first to put out values that are infinite or not a number.
+
+    activations: statistics of the forward pass (`diag.snapshot.activations`), in the order of the calls. A logit of
+    minus infinity that masks a class is the one exception: what the model returns is not looked at where the layers
+    before are finite. Raises nothing of its own.
+    """
+    hidden = [a for a in activations if a.function != OUTPUT]
+    first = next((i for i, a in enumerate(hidden) if a.non_finite), None)
+    bad = hidden[first] if first is not None else None
+    return FiniteForward(
+        entries=bad.non_finite if bad else 0,
+        layer=(bad.name or "the model itself") if bad else "",
+        function=bad.function if bad else "",
+        largest_before=max((a.largest for a in hidden[:first]), default=0.0),
+        layers=len(hidden),
+    )

@@ -1,0 +1,113 @@
+"""The scale of the initial weights: how much each layer enlarges or shrinks what it is given, when training begins.
+
+Weights of variance 1 / fan-in put out numbers of the size that they take in, torch's own default .58 times that,
+those for rectifiers 1.4 times. Far from these, outputs and gradients grow or vanish with every layer, or
+normalisation layers hide it and take the learning rate down with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.network.finite import all_finite
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.activations import Activation
+
+SOURCE = (
+    "He et al. 2015, arXiv:1502.01852, and Roberts et al. 2022, arXiv:2106.10165, for the scale; thresholds as "
+)
+SOURCE += "the calibration table states"
+LARGE, SMALL = 3.0, 0.03
+BEGINNING = 20  # steps; what training does to the weights afterwards is not how they began
+FEW_LAYERS = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InitialScale(Result):
+    """Of linear and convolutional layers, in the order of the forward pass."""
+
+    gain: float = measured("size of a layer's output over that of its input, the median layer")
+    layers: tuple[str, ...] = measured("the layers")
+    gains: NDArray[numpy.float64] = measured("each one's output over its input", shape="(layers,)")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        large, small = (self.provenance.settings.get(n, d) for n, d in (("large", LARGE), ("small", SMALL)))
+        if small <= self.gain <= large:
+            return Verdict(
+                Level.OK,
+                f"A typical layer puts out {format_number(self.gain)} times what it takes in.",
+                source=SOURCE,
+                value=self.gain,
+                threshold=large,
+                threshold_source=OUR_CHOICE,
+            )
+        too_large = self.gain > large
+        return Verdict(
+            Level.WARNING,
+            f"The weights start too {'large' if too_large else 'small'}: a typical layer puts out "
+            f"{format_number(self.gain)} times what it takes in, where 0.5 to 1.5 keeps signals alive over "
+            f"the depth.",
+            advice="Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as "
+            "torch.nn.init.kaiming_normal_ "
+            "does.",
+            source=SOURCE,
+            confidence=Confidence.STRONG_EMPIRICAL,
+            refutation="With torch's default initial weights the same training is no better.",
+            value=self.gain,
+            threshold=large if too_large else small,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.INITIALIZATION_SCALE,
+            explained_by=(Cause.INITIALIZATION_CONSTANT,),
+            step=1,
+        )
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """What was measured first, where training had just begun."""
+        step, first = series[0]
+        if step <= BEGINNING:
+            return first.verdict()
+        return Verdict(
+            Level.NOT_APPLICABLE,
+            f"No verdict: the first measurement was at step {step:,}, when weights are no longer as they began.",
+            source=SOURCE,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The gain of every layer."""
+        ax.semilogy(self.gains, marker="o", markersize=3)
+        ax.set(xlabel="layer, in the order of the forward pass", ylabel="size of its output over its input")
+
+
+@instrument(source=SOURCE, title="Initial scale", kind=Kind.CHECK)
+def initial_scale(activations: Sequence[Activation], *, large: float = LARGE, small: float = SMALL) -> InitialScale:
+    """How much each layer enlarges or shrinks what it is given.
+
+    activations: statistics of the forward pass (`diag.snapshot.activations`). The gain of a layer is the root mean
+    square of its output over that of its input. Judged is the median over the linear and convolutional layers, at
+    the first measurement of a training and only within its first twenty steps: above `large` or below `small` is a
+    warning. Networks of fewer than two such layers are not judged. Raises nothing of its own.
+    """
+    layers = [a for a in activations if a.function in ("linear", "convolution") and math.isfinite(a.gain)]
+    gains = numpy.array([a.gain for a in layers], float)
+    enough = len(layers) >= FEW_LAYERS
+    return InitialScale(
+        gain=float(numpy.median(gains)) if enough else math.nan,
+        layers=tuple(a.name or "the model itself" for a in layers),
+        gains=gains,
+        preconditions=(
+            Precondition("layers", enough, f"the network calls fewer than {FEW_LAYERS} layers known here."),
+            all_finite(activations),
+        ),
+    )

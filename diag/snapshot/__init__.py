@@ -4,6 +4,7 @@ Rule of the room: this is the only code that calls the user's model, and it leav
 """
 
 __all__ = [
+    "activations",
     "batch",
     "call_at",
     "example_scores",

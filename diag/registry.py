@@ -25,12 +25,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
-
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import Quantity, lookup
-from diag.snapshot.own_tensors import hearing, own_tensors
+from diag.snapshot.own_tensors import hearing
+from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.validation import checked
 
 ENTRY_POINTS = "diag.instruments"
@@ -187,12 +186,18 @@ class Instrument:
         settings = {s.name: given.pop(s.name, s.default) for s in self.settings}
         self._refuse_unknown(given)
         began = time.perf_counter()
-        with hearing() as said, _nothing_moved(snapshot):
+        with hearing() as said, self._undisturbed(snapshot, given):
             quantities = checked({n.name: self._value(n, snapshot, given) for n in self.needs})
             result = self._measured(snapshot, quantities | settings)
         about = snapshot.provenance() if snapshot is not None else {}
         provenance = Provenance(self.name, settings, seconds=time.perf_counter() - began, **about)
         return dataclasses.replace(result, provenance=provenance, notes=(*result.notes, *said))
+
+    def _undisturbed(self, snapshot: Measurable | None, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        if not isinstance(snapshot, Snapshot):
+            return nullcontext()
+        asked = [n.quantity for n in self.needs if given.get(n.name) is None]
+        return snapshot.undisturbed(called=any(quantity.cost != "none" for quantity in asked))
 
     def _measured(self, snapshot: Measurable | None, arguments: Mapping[str, Any]) -> Result:
         try:
@@ -227,11 +232,6 @@ class Instrument:
 
     def __repr__(self) -> str:
         return f"<instrument {self.name}({', '.join(n.name for n in self.needs)})>"
-
-
-def _nothing_moved(snapshot: Measurable | None) -> AbstractContextManager[None]:
-    model = getattr(snapshot, "model", None)
-    return own_tensors(model, values=True) if isinstance(model, nn.Module) else nullcontext()
 
 
 def instrument(

@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from diag.curvature.shorter import SHORTER
 from diag.errors import Unsupported
 from diag.snapshot import pause
+from diag.snapshot.foreign_hooks import silent
 from diag.snapshot.preserve import exact_arithmetic, preserved
 
 SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -80,7 +81,7 @@ def replayed(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
     for module, _ in modes:
         module.training = False
     try:
-        with pause.measuring(), exact_arithmetic(), twice_differentiable(model, keep_autocast):
+        with pause.measuring(), exact_arithmetic(), silent(model), twice_differentiable(model, keep_autocast):
             yield
     finally:
         for module, training in modes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +22,11 @@ from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, as_batches, map_tensors
 from diag.snapshot.explain import try_out
+from diag.snapshot.foreign_hooks import is_silent
 from diag.snapshot.glossary import HELD_OUT, lookup
-from diag.snapshot.own_tensors import own_tensors
+from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.preserve import generator_states, random_states
+from diag.snapshot.undisturbed import undisturbed
 
 FINGERPRINT_BYTES = 1 << 22
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
@@ -93,7 +96,7 @@ class Snapshot:
             source = self
             try:
                 source = self.held_out if name.startswith(HELD_OUT) else self
-                with own_tensors(source.model, values=True):
+                with source.undisturbed(called=row.cost != "none"):
                     self._computed[name] = row.function()(source)
             except MissingQuantity as error:
                 raise MissingQuantity(f"{name} is missing: {error}") from None
@@ -105,6 +108,20 @@ class Snapshot:
             finally:
                 self._versions = _versions(self.model)
         return self._computed[name]
+
+    def undisturbed(self, called: bool = True) -> AbstractContextManager[None]:
+        """What to measure inside of: the model and the loss are afterwards as they were (see `undisturbed`).
+
+        called: whether the model is; then Unsupported is raised where its hooks change what it gives.
+        """
+        if called and self._given["data"] is not None and not is_silent(self.model):
+            self.hook_check.refuse(self.model, lambda: self.batches)
+        return undisturbed(self.model, self.loss_fn)
+
+    @cached_property
+    def hook_check(self) -> HookCheck:
+        """Which of the model's hooks have been tried."""
+        return HookCheck()
 
     def explain(self) -> None:
         """After something broke: raise InvalidInput if the model or the loss cannot be called on the data."""

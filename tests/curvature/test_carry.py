@@ -57,11 +57,16 @@ def test_a_self_test_is_taken_over_and_renewed(problem, tests_run):
     assert len(tests_run) == 5
 
 
+def hook_of_torch(*_):
+    """One that fires while measuring, as hooks of others do not."""
+
+
+hook_of_torch.__module__ = "torch.nn.utils.somewhere"
 CHANGES = {
     "mode": lambda m, o, d: m.eval(),
     "a plain setting": lambda m, o, d: setattr(m[2], "p", 0.5),
     "requires_grad": lambda m, o, d: m[0].weight.requires_grad_(False),
-    "a hook": lambda m, o, d: m[0].register_forward_hook(lambda *_: None),
+    "a hook that is a part of the network": lambda m, o, d: m[0].register_forward_hook(hook_of_torch),
     "a layer": lambda m, o, d: m.__setitem__(1, nn.ReLU()),
     "a parametrisation": lambda m, o, d: nn.utils.parametrizations.weight_norm(m[0]),
     "the loss's setting": lambda m, o, d: setattr(o, "label_smoothing", 0.1),

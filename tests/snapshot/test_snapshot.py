@@ -97,14 +97,13 @@ def test_held_out_data_is_asked_for_by_a_prefix(problem, snapshot):
     assert lookup("held_out_logits") is GLOSSARY["logits"]
 
 
-def test_each_quantity_is_computed_once(problem):
-    calls = []
-    hook = problem.model[0].register_forward_hook(lambda *a: calls.append(1))
+def test_each_quantity_is_computed_once(problem, monkeypatch):
+    calls, forward = [], nn.Linear.forward  # a hook would not fire
+    monkeypatch.setattr(nn.Linear, "forward", lambda m, x: calls.append(m is problem.model[0]) or forward(m, x))
     snapshot = problem.snapshot()
     for name in ("logits", "losses", "features", "classifier", "logits", "labels"):
         snapshot.quantity(name)
-    hook.remove()
-    assert len(calls) == 1
+    assert sum(calls) == 1
 
 
 def test_measuring_leaves_the_model_alone(problem):

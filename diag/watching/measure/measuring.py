@@ -21,7 +21,7 @@ from diag.display import format_seconds
 from diag.errors import InvalidInput
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
-from diag.snapshot.own_tensors import hearing, own_tensors
+from diag.snapshot.own_tensors import hearing
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.measure.floor import Floor
 from diag.watching.measure.own_step import OwnStep, Read
@@ -275,7 +275,7 @@ class Measurements:
 
     @contextmanager
     def _undisturbed(self, snapshot: Snapshot) -> Iterator[None]:
-        with hearing() as said, torch.enable_grad(), _uncompiled(), own_tensors(snapshot.model, values=True):
+        with hearing() as said, torch.enable_grad(), _uncompiled():
             yield
         for sentence in said:
             self._note(sentence, sentence)

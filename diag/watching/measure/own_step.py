@@ -28,7 +28,7 @@ from diag.registry import Instrument
 from diag.result import Outcome
 from diag.snapshot import pause
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.own_tensors import hearing, own_tensors
+from diag.snapshot.own_tensors import hearing
 from diag.snapshot.parameters import trainable
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_compiled, is_transformed
@@ -142,7 +142,7 @@ class OwnStep:
         return time.perf_counter() - began
 
     def _plan_for(self, model: nn.Module, snapshot: Snapshot) -> None:
-        with hearing() as said, own_tensors(model, values=True):
+        with hearing() as said, snapshot.undisturbed():
             self._plan = plan_for_steps(model, snapshot.batch_loss, snapshot.batches[0])
         if said:
             self.refused = as_clause(Unsupported(said[0]))

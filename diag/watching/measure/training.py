@@ -13,6 +13,7 @@ from diag.curvature.carry import Carry
 from diag.linalg.deadline import Deadline
 from diag.snapshot.batch import Batch
 from diag.snapshot.history import History
+from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.about import is_sharded
 from diag.watching.measure.probe import Probe
@@ -40,7 +41,7 @@ class Training:
         self.probe: Probe = losses.probe
         self.calls = self.examples = 0  # of the model in training, and how many examples they had
         self._held_out, self._history = held_out, history
-        self._carry = Carry()
+        self._carry, self._hook_check = Carry(), HookCheck()
         self.fingerprint = ""  # of the probe set
 
     @property
@@ -65,6 +66,7 @@ class Training:
         # The probe set does not change, so it need not be hashed at every measurement.
         if max_examples is None:
             snapshot.__dict__["fingerprint"] = self.fingerprint
+        snapshot.__dict__["hook_check"] = self._hook_check
         return snapshot
 
     def _previous(self) -> dict[str, Any] | None:

@@ -1,0 +1,244 @@
+"""Hooks that are not ours do not fire while measuring, and are there again afterwards.
+
+A user's hook counts, keeps activations or writes a log; another library's (Opacus) keeps what a training step
+needs. A measurement calls the model many times, and each call would be taken for the training's own. So every hook
+of a module, of a tensor and of all modules is taken out of its dict for the time of a measurement and put back in
+its order, in the same dict. Ours stay, and so do torch's own, without which the network is another one (the weight
+under the old `spectral_norm` and `weight_norm`, pruning, FSDP).
+
+A forward hook may change what the network gives. One that could, as far as its code tells, is tried once, on the
+first examples (`changing_hooks`): where the network gives something else without it, the model is refused.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as all_modules
+
+from diag.snapshot import pause
+
+Hooks = MutableMapping[int, Callable[..., Any]]
+
+FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
+OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+# Of torch's own hooks these only look on.
+LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
+
+ADMINISTRATIVE = ("RESUME", "COPY_FREE_VARS", "PUSH_NULL", "PRECALL", "CACHE")
+KEEPING = ("append", "appendleft", "extend", "add")
+
+_silent: ContextVar[frozenset[int]] = ContextVar("diag_silent", default=frozenset())
+_gates = threading.Lock()
+
+
+@contextmanager
+def silent(*modules: nn.Module) -> Iterator[None]:
+    """Inside the context no hook of these modules, their tensors or of all modules fires that is not ours."""
+    new = [m for m in modules if id(m) not in _silent.get()]
+    if not new:
+        yield
+        return
+    token = _silent.set(_silent.get() | {id(m) for m in new})
+    with ExitStack() as stack:
+        stack.callback(_silent.reset, token)
+        # Without other threads these go too: a gate of backward hooks would still leave its mark on every graph.
+        alone = _is_alone()
+        if not alone:
+            stack.enter_context(_gated())
+        for hooks in (*_dicts(new), *(_of_all_modules() if alone else ())):
+            stack.enter_context(_taken_out(hooks))
+        yield
+
+
+def is_silent(module: nn.Module) -> bool:
+    """Whether its hooks are silent now."""
+    return id(module) in _silent.get()
+
+
+@contextmanager
+def firing() -> Iterator[None]:
+    """Inside the context `silent` leaves all hooks as they are (to see what they do)."""
+    token = _silent.set(_Everything())
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+class _Everything(frozenset[int]):
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+def _dicts(modules: Iterable[nn.Module]) -> Iterator[Hooks]:
+    """Every dict of hooks that is not empty, once."""
+    seen: set[int] = set()
+    for module in modules:
+        for part in module.modules():
+            for hooks in (vars(part).get(name) for name in (*FORWARD, *BACKWARD)):
+                yield from _once(hooks, seen)
+        for tensor in (*module.parameters(), *module.buffers()):
+            for hooks in (getattr(tensor, name, None) for name in OF_TENSORS):
+                yield from _once(hooks, seen)
+
+
+def _once(hooks: Hooks | None, seen: set[int]) -> Iterator[Hooks]:
+    if hooks and id(hooks) not in seen:
+        seen.add(id(hooks))
+        yield hooks
+
+
+@contextmanager
+def _taken_out(hooks: Hooks) -> Iterator[None]:
+    before = dict(hooks)
+    foreign = {key for key, hook in before.items() if not stays(hook)}
+    for key in foreign:
+        del hooks[key]
+    try:
+        yield
+    finally:
+        # Ours may have come and gone meanwhile; what the network has hooked to itself goes.
+        now = {key: hook for key, hook in hooks.items() if key in before or _is_ours(hook)}
+        after = {key: hook for key, hook in before.items() if key in foreign or key in now} | now
+        if list(after) != list(hooks):
+            hooks.clear()
+            hooks.update(after)
+
+
+def stays(hook: Callable[..., Any]) -> bool:
+    """Whether a hook fires while measuring: ours, and those of torch that are a part of the network."""
+    home = _home(hook)
+    return _is_ours(hook) or (home.split(".")[0] == "torch" and not home.startswith(LOOKING_ON))
+
+
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    return _home(hook).split(".")[0] == "diag"
+
+
+def _home(hook: Callable[..., Any]) -> str:
+    """The module that a hook's code is in."""
+    hook = _unbound(hook)
+    home = getattr(hook, "__module__", None) if hasattr(hook, "__code__") else type(hook).__module__
+    return home or ""
+
+
+def _unbound(hook: Any) -> Any:
+    while True:
+        if isinstance(hook, functools.partial):
+            hook = hook.func
+        elif hasattr(hook, "__func__"):
+            hook = hook.__func__
+        else:
+            return hook
+
+
+# ---- hooks of all modules, where other threads may be training: each looks who is calling
+
+
+class _Gate:
+    """Stands in for one hook of all modules: passes on what no measurement calls."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook, self.users = hook, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A backward pass on a device runs in threads of autograd's own, which know of no measurement.
+        autograd = isinstance(threading.current_thread(), threading._DummyThread)
+        return None if pause.is_measuring() or autograd else self.hook(*args, **kwargs)
+
+
+@contextmanager
+def _gated() -> Iterator[None]:
+    held: list[tuple[Hooks, int, _Gate]] = []
+    with _gates:
+        for hooks in _of_all_modules():
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Gate) or not stays(hook):
+                    gate = hook if isinstance(hook, _Gate) else _Gate(hook)
+                    gate.users += 1
+                    hooks[key] = gate
+                    held.append((hooks, key, gate))
+    try:
+        yield
+    finally:
+        with _gates:
+            for hooks, key, gate in held:
+                gate.users -= 1
+                if not gate.users and hooks.get(key) is gate:
+                    hooks[key] = gate.hook
+
+
+def _of_all_modules() -> list[Hooks]:
+    return [getattr(all_modules, f"_global{name}", {}) for name in (*FORWARD, *BACKWARD)]
+
+
+def _is_alone() -> bool:
+    others = [t for t in threading.enumerate() if t is not threading.current_thread()]
+    return all(isinstance(t, threading._DummyThread) for t in others)
+
+
+# ---- whether a forward hook may change what the network gives
+
+
+def doubtful_hooks(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    """The forward hooks that `silent` silences and that may change the outputs, with the names of their modules."""
+    named = [(name, vars(part).get(kind)) for name, part in model.named_modules() for kind in FORWARD]
+    named += [("all modules", getattr(all_modules, f"_global{kind}", None)) for kind in FORWARD]
+    every = [
+        (name, hook.hook if isinstance(hook, _Gate) else hook)
+        for name, hooks in named
+        for hook in (hooks or {}).values()
+    ]
+    return [(name, hook) for name, hook in every if not stays(hook) and may_change(hook)]
+
+
+def may_change(hook: Callable[..., Any]) -> bool:
+    """Whether a hook can return something, or write into a tensor or an attribute, as far as its code tells."""
+    hook = _unbound(hook)
+    call = hook if hasattr(hook, "__code__") else vars(type(hook)).get("__call__")
+    code = getattr(call, "__code__", None)
+    if code is None or code.co_flags & 0x20:  # nothing in Python, or a generator
+        return True
+    instructions = list(dis.get_instructions(code))
+    if _only_keeps(instructions):
+        return False
+    writing = any(n == "setattr" or (n.endswith("_") and not n.endswith("__")) for n in code.co_names)
+    return writing or any(_writes(i, before) for before, i in _with_previous(instructions))
+
+
+def _only_keeps(instructions: list[Any]) -> bool:
+    """Whether the code is one call `something.append(...)` whose None is returned, as many lambdas are."""
+    steps = [
+        i for i in instructions if i.opname not in ("RESUME", "COPY_FREE_VARS", "PUSH_NULL", "PRECALL", "CACHE")
+    ]
+    names = [i for i in steps[1:] if i.opname not in ("LOAD_ATTR", "LOAD_METHOD")]
+    chain = steps[1 : steps.index(names[0])] if names else []
+    straight = not any(i.is_jump_target or "JUMP" in i.opname or i.opname.startswith("STORE") for i in steps)
+    kept = bool(chain) and steps[0].opname.startswith("LOAD_") and chain[-1].argval in KEEPING
+    return straight and kept and [i.opname for i in steps[-2:]] == ["CALL", "RETURN_VALUE"]
+
+
+def _with_previous(instructions: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    before = None
+    for instruction in instructions:
+        yield before, instruction
+        before = instruction
+
+
+def _writes(instruction: Any, before: Any) -> bool:
+    name = instruction.opname
+    if name == "RETURN_CONST":
+        return instruction.argval is not None
+    if name == "RETURN_VALUE":
+        known = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        return not known or instruction.is_jump_target
+    return name.startswith(("STORE_SUBSCR", "STORE_ATTR", "STORE_SLICE"))

@@ -1,0 +1,102 @@
+"""Whether a network gives the same without the hooks that do not fire while measuring.
+
+Only hooks that could change what it gives are tried (see `doubtful_hooks`), once, on the first few examples and in
+both modes; what they write meanwhile is put back. Where the outputs differ, what would be measured is another
+network than the one that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.errors import Unsupported
+from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.foreign_hooks import doubtful_hooks, firing
+from diag.snapshot.own_tensors import own_tensors, same_bits
+from diag.snapshot.preserve import preserved
+
+FEW = 8  # examples (our choice)
+CLOSE = 1e-5  # relative: the same to rounding, where a kernel does not repeat its own bits
+CHANGED = (
+    "Hooks that are not diag's do not fire while measuring, and without {} the model gives something else; move "
+    "what such a hook does into the module's forward."
+)
+SHOWN = 3
+
+
+class HookCheck:
+    """Remembers which hooks have been tried on a model."""
+
+    def __init__(self) -> None:
+        self._tried: list[tuple[list[Callable[..., Any]], str]] = []
+
+    def refuse(self, model: nn.Module, batches: Callable[[], Sequence[Batch]]) -> None:
+        """Raises Unsupported where silent hooks change the outputs on the first of `batches()`."""
+        doubtful = doubtful_hooks(model)
+        if not doubtful:
+            return
+        hooks = [hook for _, hook in doubtful]
+        known = next((reason for tried, reason in self._tried if _are(tried, hooks)), None)
+        if known is None:
+            with own_tensors(model, values=True):
+                same = _same_without(model, batches()[0])
+            known = "" if same else CHANGED.format(_listed(doubtful))
+            self._tried.append((hooks, known))
+        if known:
+            raise Unsupported(known)
+
+
+def _are(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
+
+
+def _listed(hooks: Sequence[tuple[str, Callable[..., Any]]]) -> str:
+    names = [f"{_name(hook)} of {owner or 'the model'}" for owner, hook in hooks]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _name(hook: Callable[..., Any]) -> str:
+    return getattr(hook, "__qualname__", type(hook).__name__).split("<locals>.")[-1]
+
+
+def _same_without(model: nn.Module, batch: Batch) -> bool:
+    few = batch.slice(0, min(FEW, batch.size))
+    for mode in ("eval", "train"):
+        for examples in (few, batch):  # a model may be written for one batch size
+            without = _outputs(model, examples, mode, fire=False)
+            there = _outputs(model, examples, mode, fire=True)
+            if there is not None:
+                break
+        if there is not None and not _same(there, without):
+            return False
+    return True
+
+
+def _outputs(model: nn.Module, batch: Batch, mode: str, fire: bool) -> list[Tensor] | None:
+    """The tensors that the model gives, None where it raises."""
+    try:
+        with torch.no_grad():
+            if fire:
+                with firing(), preserved(model, mode=mode):
+                    return tensors_in(batch.forward(model))
+            with preserved(model, mode=mode):
+                return tensors_in(batch.forward(model))
+    except Exception:
+        return None
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor] | None) -> bool:
+    if b is None or len(a) != len(b):
+        return False
+    return all(same_bits(x, y) or _close(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or not x.is_floating_point():
+        return False
+    return torch.allclose(x, y, rtol=CLOSE, atol=CLOSE * float(x.abs().max()) if x.numel() else 0.0, equal_nan=True)

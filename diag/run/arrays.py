@@ -5,6 +5,7 @@ An array that repeats is stored once, and one that was changed, cut or exchanged
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -29,8 +30,13 @@ def save_array(folder: Path, array: NDArray[Any]) -> str:
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.partial")
         folder.mkdir(exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(target)
+        try:
+            partial.write_bytes(data)
+            partial.replace(target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
     return name
 
 

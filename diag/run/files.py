@@ -13,6 +13,7 @@ two files that grow are made before run.json is, so that one that is missing bes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -172,8 +173,13 @@ def metadata_text(data: Mapping[str, Any]) -> str:
 def write_atomically(file: Path, text: str) -> None:
     """Write a small file so that, whenever the process or the machine stops, it is there whole or as it was."""
     partial = file.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

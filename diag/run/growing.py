@@ -50,6 +50,13 @@ class Growing:
         """Whether somebody has removed the file, so that what is written to it would be lost."""
         return os.fstat(self.descriptor).st_nlink == 0
 
+    def is_at_path(self) -> bool:
+        """Whether the file at the path is this one."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
+        except OSError:
+            return False
+
     def restore(self) -> None:
         """Write the file again at its path, with all that it held. Raises OSError where that cannot be done."""
         new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)

@@ -154,8 +154,8 @@ class RunWriter:
         self.append_table(_table(rows, self._dtype, self.layers, self.last_step, self.path))
         for note in rows.notes:
             if note not in self._notes:
-                self._notes.add(note)
                 self._append_record({"type": "note", "step": self.last_step, "text": note})
+                self._notes.add(note)
         self.append_optimizer(rows.optimizer)
 
     @property
@@ -172,9 +172,9 @@ class RunWriter:
     def append_optimizer(self, optimizer: Mapping[str, Any]) -> None:
         """Append what the optimizer is, where that is new."""
         if optimizer and optimizer != self._optimizer:
-            self._optimizer = dict(optimizer)
             record = {"type": "optimizer", "step": self.last_step, "data": jsonable(optimizer)}
             self._append_record(record)
+            self._optimizer = dict(optimizer)
 
     def append_outcome(self, step: int, outcome: Outcome, seconds: float | None = None) -> None:
         """Append what an instrument gave at `step`, and the time it took (it appears in the run's costs)."""
@@ -218,7 +218,8 @@ class RunWriter:
         or another run has taken the place.
         """
         gone = [file for file in self._files.values() if file.is_removed()]
-        if not gone:
+        headless = not (self.path / META).exists() and any(file.is_at_path() for file in self._files.values())
+        if not (gone or headless):
             return False
         try:
             self.path.mkdir(parents=True, exist_ok=True)

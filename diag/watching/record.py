@@ -1,7 +1,11 @@
-"""What a watcher writes, and what it does when writing fails: it says so once and lets the training go on."""
+"""What a watcher writes; where writing fails it says so at once, keeps what it can, and tries again.
+
+The training goes on meanwhile, and the run tells afterwards what of it is incomplete.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 import warnings
@@ -9,13 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diag.errors import RunError
 from diag.result import Outcome
 from diag.run.rows import row_columns, row_dtype
 from diag.run.run import RunWriter
 from diag.watching.guard import Clock
 from diag.watching.observe.rows import Row
+from diag.watching.waiting import Waiting, say
 
 COST_EVERY = 1.0  # seconds between two records of the time spent
+RECORD_BYTES = 500  # about what a short record takes in memory
+REMOVED = (
+    "The run's files were removed while it was being written and were made again from what was still open; arrays "
+    "of results that had been written before are gone."
+)
+REPLACED = (
+    "The folder of the watched run was taken over by another watch of this process, so this one records no more."
+)
 
 
 class Recorder:
@@ -28,7 +42,11 @@ class Recorder:
         self._step = self.last_step
         self._noted: set[str] = set()
         self._wall = self._ours = self._always = self._checks = 0.0
-        self._failed: Exception | None = None
+        # Apart, so that an array that cannot be written keeps no row waiting.
+        self._steps, self._results, self._others = (
+            Waiting(part, self._incomplete) for part in ("steps", "results", "events")
+        )
+        self._replaced = self._removed = False
         self._process = os.getpid()
 
     @property
@@ -37,19 +55,20 @@ class Recorder:
         return self._dtype
 
     def row(self, table: Any, row: Row) -> None:
-        """Append a finished step."""
-        self._step = int(table["steps"][0])
-        self._try("append_table", table)
+        """Append a finished step; the table may be filled again afterwards."""
+        self._step = step = int(table["steps"][0])
+        self._append(self._steps, step, RECORD_BYTES + table.nbytes, "append_table", table)
         if row.optimizer:
-            self._try("append_optimizer", row.optimizer)
+            self._append(self._others, step, RECORD_BYTES, "append_optimizer", row.optimizer)
 
     def outcome(self, step: int, outcome: Outcome, seconds: float) -> None:
         """Append what an instrument gave."""
-        self._try("append_outcome", step, outcome, seconds)
+        size = RECORD_BYTES + sum(getattr(value, "nbytes", 0) for value in vars(outcome).values())
+        self._append(self._results, step, size, "append_outcome", step, outcome, seconds)
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Append something that happened."""
-        self._try("append_event", step, kind, text)
+        self._append(self._others, step, RECORD_BYTES + len(text), "append_event", step, kind, text)
 
     def note(self, key: str, sentence: str) -> None:
         """Append, once for each key, what a reader must know before relying on the run."""
@@ -73,19 +92,14 @@ class Recorder:
             what = f"{type(error).__name__}: {error}; {place}"
             self.event(step, "internal error", f"diag failed to observe {part} ({what}); training is not affected.")
 
-    def cost(self, step: int, clock: Clock, at_least: float = COST_EVERY) -> None:
+    def cost(self, step: int, clock: Clock, at_least: float | None = None) -> None:
         """Append the time that has passed and the part that was ours, about once a second."""
         wall = clock.elapsed()
-        if wall - self._wall >= at_least:
+        if wall - self._wall >= (COST_EVERY if at_least is None else at_least):
             ours, always, checks = clock.ours(), clock.overhead(), clock.checking
-            self._try(
-                "append_cost",
-                step,
-                wall_seconds=wall - self._wall,
-                watch_seconds=ours - self._ours,
-                always_on_seconds=always - self._always,
-                check_seconds=checks - self._checks,
-            )
+            spent = (wall - self._wall, ours - self._ours, always - self._always, checks - self._checks)
+            self._append(self._others, step, RECORD_BYTES, "append_cost", step, "", 0.0, *spent)
+            self._look_after_files(step)
             self._wall, self._ours, self._always, self._checks = wall, ours, always, checks
 
     def close(self, step: int, clock: Clock) -> None:
@@ -93,14 +107,43 @@ class Recorder:
         if self._writer is None or os.getpid() != self._process:
             return
         self.cost(step, clock, at_least=0.0)
+        parts = (self._steps, self._results, self._others)
+        unwritten = [part.sentence() for part in parts if not part.flush()]
         self._writer.close()
-        if self._failed is not None:
-            warnings.warn(f"The record of the watched run is not complete: {self._failed}", stacklevel=2)
+        if unwritten:
+            say(f"The record of the watched run is not complete: {' '.join(unwritten)}")
+            with contextlib.suppress(UserWarning):  # where warnings are errors
+                warnings.warn(f"The record of the watched run is not complete: {' '.join(unwritten)}", stacklevel=2)
 
-    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
-        if self._writer is None or self._failed is not None:
+    def _append(self, part: Waiting, step: int, size: int, method: str, *arguments: Any) -> None:
+        writer = self._writer
+        if writer is None:
+            return
+        if writer.closed:
+            self._say_replaced()
             return
         try:
-            getattr(self._writer, method)(*args, **kwargs)
-        except Exception as error:
-            self._failed = error
+            part.append(step, size, getattr(writer, method), *arguments)
+        except Exception as error:  # it cannot be written at any time
+            self.internal_error(self._step, "the record", error)
+
+    def _say_replaced(self) -> None:
+        if not self._replaced and os.getpid() == self._process:
+            self._replaced = True
+            say(REPLACED)
+
+    def _incomplete(self, step: int, sentence: str) -> None:
+        say(sentence)
+        self.event(step, "incomplete", sentence)
+
+    def _look_after_files(self, step: int) -> None:
+        """Make files again that somebody has removed while they are open."""
+        if self._writer is None or self._writer.closed:
+            return
+        try:
+            if self._writer.restore():
+                self._incomplete(step, REMOVED)
+        except RunError as error:
+            if not self._removed:
+                self._removed = True
+                say(f"{error} What is recorded from now on is lost.")

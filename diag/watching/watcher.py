@@ -92,7 +92,7 @@ def watch(
         probe=given_probe(bare, probe),
         held_out=given_probe(bare, held_out).batches or None,
         loss_fn=loss_fn,
-        run=None if run is None else Path(run),
+        run=None if run is None else Path(os.path.abspath(run)),  # the process may move to another folder
         every=every,
         budget=budget,
         resume=resume,

@@ -74,6 +74,7 @@ def test_participation_of_a_vector():
     qkv = operator.layers["qkv"].stop - operator.layers["qkv"].start
     assert found["qkv"] == pytest.approx(qkv / (qkv + 4 * 20)) and sum(found.values()) == pytest.approx(1)
     assert found["mix"] == 0 and list(found) == list(operator.layers)
+    assert participation(operator.layout, 1e-3 * v) == pytest.approx(found)  # of any length
     assert all(math.isnan(share) for share in participation(operator.layout, torch.zeros(operator.size)).values())
 
 
@@ -121,6 +122,24 @@ def test_the_divisor_is_the_one_of_the_optimizers_step(name):
     expected = operator.to_dense() / found.sqrt()[:, None] / found.sqrt()
     assert cases.relative(scaled, expected) < 1e-12
     assert (preconditioned(operator, optimizer) is operator) == (name == "SGD")
+
+
+def test_a_divisor_of_one_in_places_is_still_one():
+    model, loss_fn, batches = cases.build(cases.mlp)
+    optimizer = torch.optim.Adam(model.parameters(), eps=0.0)
+    for p in model.parameters():  # after very many steps, when nothing is left to correct
+        second_moment = torch.full_like(p, 4.0)
+        second_moment.view(-1)[0] = 1.0
+        optimizer.state[p] = {
+            "step": torch.tensor(1e6),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": second_moment,
+        }
+    operator = Hessian(model, loss_fn, batches)
+    found = divisor(operator, optimizer)
+    assert sorted(set(found.tolist())) == [1.0, 2.0]
+    expected = operator.to_dense() / found.sqrt()[:, None] / found.sqrt()
+    assert cases.relative(preconditioned(operator, optimizer).to_dense(), expected) < 1e-6
 
 
 def test_divisors_that_are_not_known():

@@ -99,13 +99,14 @@ class Session:
     def _tried(self, mutant: Mutant) -> dict[str, Any]:
         tests = [t for t in self.choice.of(mutant.path) if self._seconds(t) is not None]
         source = (self.tree.folder / mutant.path).read_bytes()
-        limit = 20 + 4 * sum(self._seconds(t) or 0 for t in tests)
+        seconds = [self._seconds(t) or 0 for t in tests]
+        limits = 60 + 4 * sum(seconds), 20 + 2 * max(seconds, default=0)
         entry = {"path": mutant.path, "line": mutant.line, "text": mutant.text, "kind": mutant.kind,
                  "old": mutant.old, "new": mutant.new}  # fmt: skip
         if not tests:
             return entry | {"result": NO_TEST, "seconds": 0.0, "test": ""}
         with self.tree.changed(mutant.path, mutant.applied(source)):
-            outcome = self.tree.run(tests, limit)
+            outcome = self.tree.run(tests, *limits)
         return entry | {"result": outcome.result, "seconds": round(outcome.seconds, 1), "test": outcome.test}
 
     def _seconds(self, test: str) -> float | None:

@@ -7,6 +7,7 @@ starts at once; it is killed, with all it started, when it takes too long.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import shutil
@@ -65,14 +66,16 @@ class Tree:
         for compiled in (target.parent / "__pycache__").glob(f"{target.stem}.*.pyc"):
             compiled.unlink()
 
-    def run(self, tests: Sequence[str], limit: float) -> Outcome:
-        """The outcome of these tests (files or node ids), stopped at the first that fails."""
+    def run(self, tests: Sequence[str], limit: float, silence: float = math.inf) -> Outcome:
+        """The outcome of these tests (files or node ids), up to the first that fails; after `limit` seconds, or
+        after so many of `silence` in which no test has ended, they count as timed out."""
         began = time.monotonic()
         output = self.folder / "output.txt"
+        output.unlink(missing_ok=True)
         child = os.fork()
         if not child:
             self._become_pytest(tests, output)
-        status = _waited(child, began + limit)
+        status = _waited(child, began + limit, output, silence)
         seconds = time.monotonic() - began
         if status is None:
             return Outcome(TIMED_OUT, seconds)
@@ -120,16 +123,18 @@ def _load() -> None:
     assert "diag" not in sys.modules
 
 
-def _waited(child: int, until: float) -> int | None:
+def _waited(child: int, until: float, output: Path, silence: float) -> int | None:
     """The status of the child, or None where it had to be killed; whatever it started goes with it."""
-    wait = 0.01
+    wait, size, heard = 0.01, 0, time.monotonic()
     status = None
-    while status is None and time.monotonic() < until:
+    while status is None and time.monotonic() < min(until, heard + silence):
         done, code = os.waitpid(child, os.WNOHANG)
         status = code if done else None
         if not done:
             time.sleep(wait)
             wait = min(1.2 * wait, 0.2)
+        if output.exists() and output.stat().st_size != size:
+            size, heard = output.stat().st_size, time.monotonic()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     if status is None:

@@ -8,24 +8,25 @@ squared losses of the examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diag.curvature.objective import Objective, output_tensors
 from diag.curvature.products import GeneralisedGaussNewton, Pieces
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.batch import Batch
+from diag.snapshot.example_losses import example_losses
+from diag.snapshot.forward import IGNORED_LABEL
 
 LIKELIHOODS = ("categorical", "gaussian", "empirical")
-IGNORED_LABEL = -100
 
 
 def curvature(likelihood: str, class_dim: int | None) -> GeneralisedGaussNewton:
     """The curvature J^T S J of a likelihood."""
     if likelihood == "empirical":
-        return GeneralisedGaussNewton(_mean_of_examples, example_losses)
+        return GeneralisedGaussNewton(_mean_of_examples, losses_of_examples)
     if likelihood == "gaussian":
         return GeneralisedGaussNewton(_mean_of_examples)
 
@@ -56,23 +57,23 @@ def class_axis(logits: Tensor, targets: Any) -> int:
     return -1
 
 
-def example_losses(objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
+def losses_of_examples(objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
     """The loss of each example alone, (n_b,), with a graph.
 
     Raises InvalidInput where the outputs' first axis is not the examples.
     """
-    tensors, rebuilt = output_tensors(objective.outputs(parameters, batch))
+    outputs = objective.outputs(parameters, batch)
+    tensors, _ = output_tensors(outputs)
     if any(z.ndim == 0 or z.shape[0] != batch.size for z in tensors):
         raise InvalidInput(
             f"The model's outputs have shapes {[tuple(z.shape) for z in tensors]} for {batch.size} examples; "
             "expected the examples as their first axis."
         )
-    return torch.stack(
-        [
-            objective.loss_of(rebuilt([z[i : i + 1] for z in tensors]), batch.slice(i, i + 1))
-            for i in range(batch.size)
-        ]
-    )
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        return objective.loss_of(outputs, replace(batch, targets=targets))
+
+    return example_losses(loss, outputs, batch.targets, batch.size)
 
 
 def _mean_of_examples(

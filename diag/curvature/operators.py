@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.curvature import fisher as fishers
 from diag.curvature.carry import Carried
-from diag.curvature.data import subsampled
 from diag.curvature.layout import Layout
 from diag.curvature.memory import MemoryPlan, plan_memory
 from diag.curvature.objective import PRECISIONS, LossFn, Objective, native_precision
@@ -43,6 +42,7 @@ from diag.curvature.values import Values
 from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch
+from diag.snapshot.picking import subsampled
 from diag.snapshot.snapshot import Snapshot
 
 

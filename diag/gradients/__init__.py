@@ -44,7 +44,6 @@ __all__ = [
     "StackedGradients",
     "StepGradients",
     "foreseen",
-    "losses",
     "per_example_gradients",
     "plan_for_steps",
     "questions",

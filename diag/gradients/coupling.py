@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import Unsupported, first_line
-from diag.gradients.losses import LossFunction, example_losses
 from diag.snapshot.batch import Batch, map_tensors
+from diag.snapshot.example_losses import LossFunction, example_losses
 
 
 def check_independent(

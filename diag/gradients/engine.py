@@ -22,15 +22,15 @@ from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.gradients.assembly import Assembly
 from diag.gradients.backward import backward
 from diag.gradients.coupling import check_independent, losses_of
-from diag.gradients.losses import LossFunction, check_finite, check_mean, example_losses
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.plan import PROBES, Forward, NotFinite, Plan, copied, forward, probe_of
 from diag.gradients.planning import make_plan
 from diag.gradients.questions import Question
-from diag.gradients.rearrange import chosen, permuted_targets
 from diag.gradients.rules.blocks import Block
 from diag.snapshot.batch import Batch
+from diag.snapshot.example_losses import LossFunction, check_finite, check_mean, example_losses
 from diag.snapshot.parameters import trainable
+from diag.snapshot.picking import permuted_targets, picked
 from diag.snapshot.preserve import preserved
 
 
@@ -80,7 +80,7 @@ class ModelGradients(PerExampleGradients):
 
     def select(self, rows: Sequence[int]) -> ModelGradients:
         """The gradients of some examples only, in the order given."""
-        return self._on(chosen(self._batches, rows))
+        return self._on(picked(self._batches, rows))
 
     def _on(self, batches: Sequence[Batch]) -> ModelGradients:
         other = ModelGradients(self.model, self.loss_fn, batches, layers=self._select, mode=self.mode)

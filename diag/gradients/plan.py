@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from diag.errors import Unsupported
 from diag.gradients.capture import Capture, Use
-from diag.gradients.losses import LossFunction, batch_loss
-from diag.gradients.rearrange import chosen
 from diag.gradients.rules.layout import Layout
 from diag.gradients.sources import Place
 from diag.snapshot.batch import Batch, map_tensors
+from diag.snapshot.example_losses import LossFunction, batch_loss
+from diag.snapshot.picking import picked
 
 PROBES = (3, 16, 128)  # examples in a probe, and in the next where something looked dead in it
 
@@ -99,7 +99,7 @@ def probe_of(batch: Batch, size: int, losses: Callable[[], Tensor]) -> Batch:
         return batch.slice(0, min(PROBES[0], batch.size))
     hardest = losses().argsort(descending=True)[: size // 2].tolist()
     spaced = torch.linspace(0, batch.size - 1, min(size - size // 2, batch.size)).round().int().tolist()
-    return chosen([batch], sorted({*hardest, *spaced}))[0]
+    return picked([batch], sorted({*hardest, *spaced}))[0]
 
 
 def _doubled(t: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from diag.gradients.assembly import Assembly
 from diag.gradients.capture import Use, unexplained
-from diag.gradients.losses import LossFunction, check_mean, example_losses
 from diag.gradients.plan import NotFinite, Plan, copied, forward
 from diag.gradients.rules.blocks import Block, row_slices
 from diag.gradients.rules.closed_forms import FORMS
 from diag.gradients.rules.layout import find_layout
 from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.example_losses import LossFunction, check_mean, example_losses
 
 
 def make_plan(

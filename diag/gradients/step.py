@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from diag.errors import Unsupported, first_line
 from diag.gradients.assembly import Assembly
 from diag.gradients.capture import Capture, Use
-from diag.gradients.losses import LossFunction
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.plan import PROBES, Plan, probe_of
 from diag.gradients.planning import make_plan
@@ -34,6 +33,7 @@ from diag.gradients.questions import Answer, Question
 from diag.gradients.rules.blocks import Block
 from diag.gradients.rules.combination import Scaled
 from diag.snapshot.batch import Batch
+from diag.snapshot.example_losses import LossFunction
 from diag.snapshot.parameters import trainable
 from diag.snapshot.preserve import exact_arithmetic, preserved
 

@@ -7,7 +7,7 @@ Here it becomes a `Batch`: the positional and keyword arguments of the model, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,15 @@ class Batch:
 
         args, kwargs, targets = (map_tensors(cut, x) for x in (self.args, self.kwargs, self.targets))
         return Batch(args, kwargs, targets, min(stop, self.size) - start)
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """The examples in these rows, in the order given. Tensors whose first axis is not the batch stay whole."""
+
+        def taken(t: Tensor) -> Tensor:
+            return t[torch.tensor(rows, device=t.device)] if t.ndim and t.shape[0] == self.size else t
+
+        args, kwargs, targets = (map_tensors(taken, x) for x in (self.args, self.kwargs, self.targets))
+        return Batch(args, kwargs, targets, len(rows))
 
     def split(self, size: int | None) -> Iterator[Batch]:
         """Micro-batches of at most `size` examples, in order."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diag.errors import DiagError
 from diag.snapshot.batch import Batch
-from diag.snapshot.forward import IGNORED_LABEL, example_losses, output_tensor
+from diag.snapshot.example_losses import example_losses
+from diag.snapshot.forward import IGNORED_LABEL, output_tensor
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -51,7 +52,7 @@ def _losses(source: Snapshot, outputs: Any, batch: Batch) -> tuple[Tensor, bool]
         return known, True
     if source.loss_fn is not None:
         try:
-            return example_losses(source, outputs, batch.targets, batch.size), True
+            return example_losses(source.batch_loss, outputs, batch.targets, batch.size), True
         except (DiagError, RuntimeError, ValueError):
             pass  # a loss that is defined on a whole batch only
     return source.batch_loss(outputs, batch.targets).detach().expand(batch.size), False

@@ -7,15 +7,15 @@ All quantities here come from one pass, which is made when the first of them is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput, MissingQuantity
-from diag.snapshot.batch import map_tensors
+from diag.errors import MissingQuantity
+from diag.snapshot.example_losses import example_losses
 from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -73,7 +73,13 @@ def losses(snapshot: Snapshot) -> Tensor:
     parts = []
     with preserved(snapshot.model), torch.no_grad():
         for outputs, batch in zip(_pass(snapshot).outputs, snapshot.batches, strict=True):
-            parts.append(example_losses(snapshot, outputs, batch.targets, batch.size))
+            if snapshot.loss_fn is None:
+                snapshot.batch_loss(outputs, batch.targets)  # says so where there is none at all
+                raise MissingQuantity(
+                    "the model gives its own loss, a mean over the batch, which shows no single example's; give "
+                    "loss_fn= for that: loss_fn(outputs, targets)."
+                )
+            parts.append(example_losses(snapshot.batch_loss, outputs, batch.targets, batch.size))
     return torch.cat(parts)
 
 
@@ -206,30 +212,3 @@ def _kept(targets: Any, z: Tensor) -> Tensor:
     if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel() == rows:
         return targets.reshape(-1) != IGNORED_LABEL
     return torch.ones(rows, dtype=torch.bool, device=z.device)
-
-
-def example_losses(snapshot: Snapshot, outputs: Any, targets: Any, size: int) -> Tensor:
-    """The loss of each of a batch's `size` examples alone, (size,), by the snapshot's loss_fn."""
-    values = _vmapped_losses(snapshot, outputs, targets)
-    if values is None:
-        rows = [map_tensors(_row(i, size), (outputs, targets)) for i in range(size)]
-        values = torch.stack([snapshot.batch_loss(o, t) for o, t in rows])
-    if values.numel() != size:
-        raise InvalidInput(
-            f"loss_fn returned a tensor of shape {tuple(values.shape[1:])} for one example; expected one number, "
-            "the mean loss: set its reduction to 'mean'."
-        )
-    return values.reshape(size)
-
-
-def _vmapped_losses(snapshot: Snapshot, outputs: Any, targets: Any) -> Tensor | None:
-    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and len(outputs) == len(targets)):
-        return None
-    try:
-        return torch.func.vmap(lambda o, t: snapshot.batch_loss(o[None], t[None]))(outputs, targets)
-    except (RuntimeError, ValueError, NotImplementedError, InvalidInput):
-        return None  # a loss with data-dependent control flow: one call an example is slower and as right
-
-
-def _row(i: int, size: int) -> Callable[[Tensor], Tensor]:
-    return lambda t: t[i : i + 1] if t.ndim and t.shape[0] == size else t

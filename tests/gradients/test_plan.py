@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from diag.gradients import ModelGradients
-from diag.gradients.rearrange import chosen
 from diag.gradients.rules import closed_forms
 from diag.gradients.rules.blocks import Outer
 from diag.gradients.rules.layout import Layout, find_layout
 from diag.snapshot.batch import Batch, as_batch
+from diag.snapshot.picking import picked
 
 PATH = Path(__file__).with_name("per_example_cases.py")
 cases = importlib.util.module_from_spec(importlib.util.spec_from_file_location("per_example_cases", PATH))
@@ -139,7 +139,7 @@ def test_a_tensor_that_all_examples_share_is_the_same_for_one_of_them():
     x, y = torch.randn(5, 2), torch.arange(5)
     batch = Batch((x, mask), {}, y, 5)
     for rows in ([3], [3, 1]):
-        (found,) = chosen([batch], rows)
+        (found,) = picked([batch], rows)
         assert torch.equal(found.args[0], x[rows]) and torch.equal(found.args[1], mask)
         assert torch.equal(found.targets, y[rows]) and found.size == len(rows)
 

@@ -215,7 +215,7 @@ MISTAKES = {
         lambda p: diag.Snapshot(p.model, nn.MSELoss(reduction="none"), (p.data[0], torch.ones(90, 3))).quantity(
             "losses"
         ),
-        "loss_fn returned a tensor of shape .*; expected one number",
+        "The loss function returned a tensor of shape .*; expected one number",
     ),
     "other state": (
         lambda p: p.snapshot(other={"0.weight": torch.ones(2, 2)}).quantity("other_params"),
@@ -231,3 +231,21 @@ def test_mistakes_get_one_sentence_and_leave_the_model_alone(problem, name):
     with leaves_no_trace(problem.model), pytest.raises(InvalidInput, match=text) as caught:
         make(problem)
     assert is_one_sentence(str(caught.value))
+
+
+def test_a_model_that_gives_its_own_loss_shows_no_single_examples_loss():
+    class OwnLoss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def forward(self, x, labels=None):
+            z = self.layer(x)
+            return {"loss": F.cross_entropy(z, labels), "logits": z}
+
+    labels = torch.tensor([0, 1, 1])
+    snapshot = diag.Snapshot(
+        OwnLoss(), None, {"x": torch.randn(3, 3), "labels": labels}, unpack=lambda b: (b, b["labels"])
+    )
+    with pytest.raises(MissingQuantity, match="the model gives its own loss, a mean over the batch"):
+        snapshot.quantity("losses")

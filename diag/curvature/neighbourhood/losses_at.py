@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diag.curvature.data import partitioned
-from diag.gradients.losses import example_losses
 from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
+from diag.snapshot.example_losses import example_losses
 from diag.snapshot.parameters import flatten, params, unflatten
+from diag.snapshot.picking import partitioned
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.connectivity.example_scores import Scores, score_examples
 from diag.connectivity.fit import check_states_fit
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
 from diag.connectivity.interpolation_profile import Points, Profile
 from diag.connectivity.symmetries import Symmetries
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.snapshot.example_scores import Scores, score_examples
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diag.snapshot.example_scores import Scores
+from diag.connectivity.example_scores import Scores
 
 
 @dataclass(frozen=True)

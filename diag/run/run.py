@@ -19,7 +19,7 @@ import numpy
 from diag import display
 from diag.errors import RunError
 from diag.registry import Instrument, attempt, instruments
-from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
+from diag.result import Failed, Level, Outcome, Result, Skipped, Verdict, decode
 from diag.run.arrays import read_array
 from diag.run.damage import damaged, missing
 from diag.run.files import ARRAYS, DAMAGED, META, RECORDS, STEPS, read_metadata
@@ -80,6 +80,7 @@ class Finding:
     series: Sequence[tuple[int, Result]]
     first_step: int
     last_step: int
+    began: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,7 +228,8 @@ class Run:
             except Exception as error:
                 failures.append((last, Failed(name, f"Its verdict failed: {type(error).__name__}: {error}")))
                 continue
-            findings.append(Finding(name, instrument.title, instrument.source, verdict, series, first, last))
+            began = _began(instrument, series, verdict) if series[0][0] < last else first
+            findings.append(Finding(name, instrument.title, instrument.source, verdict, series, first, last, began))
         findings.sort(key=lambda f: (f.verdict.level.severity, f.first_step, f.instrument))
         return findings, failures
 
@@ -293,6 +295,17 @@ class Run:
         )
         facts = display.table_html({name: (text, "") for name, text in self.facts().items()}, "The run")
         return f"<div>{verdicts or '<div>Nothing was measured.</div>'}{facts}</div>"
+
+
+def _began(instrument: Instrument, series: Sequence[tuple[int, Result]], verdict: Verdict) -> int:
+    """The first step of the stretch, up to the last measurement, over which the instrument judged as it does
+    now."""
+    if verdict.level not in (Level.ALARM, Level.WARNING):
+        return series[0][0]
+    for k in range(len(series) - 1, 0, -1):
+        if instrument.result.trend(series[:k]).level not in (Level.ALARM, Level.WARNING):
+            return series[k][0]
+    return series[0][0]
 
 
 def load(path: str | Path) -> Run:

@@ -26,6 +26,8 @@ class Told(Protocol):
     @property
     def first_step(self) -> int: ...
     @property
+    def began(self) -> int | None: ...
+    @property
     def instrument(self) -> str: ...
 
 
@@ -64,7 +66,7 @@ def stories(findings: Iterable[F]) -> list[Story[F]]:
 def _root(finding: F, told: Sequence[F]) -> F:
     seen = [finding]
     while True:
-        cause = next((g for g in told if _explains(g, seen[-1])), None)
+        cause = next((g for g in told if explains(g, seen[-1])), None)
         if cause is None:
             return seen[-1]
         if any(cause is s for s in seen):  # they explain each other
@@ -73,14 +75,17 @@ def _root(finding: F, told: Sequence[F]) -> F:
         seen.append(cause)
 
 
-def _explains(cause: Told, finding: Told) -> bool:
+def explains(cause: Told, finding: Told) -> bool:
+    """Whether `finding` can follow from `cause`: its verdict names it, and it did not begin before."""
     named = cause is not finding and cause.verdict.cause and cause.verdict.cause in finding.verdict.explained_by
     return bool(named) and _began(cause) <= _began(finding)
 
 
 def _began(finding: Told) -> int:
-    """The step at which it began as far as that is known: measured first or said by the verdict."""
-    return finding.verdict.step if finding.verdict.step is not None else finding.first_step
+    """The step at which it began, as far as that is known: said by the verdict, seen in the course, or the
+    first."""
+    known = (finding.verdict.step, finding.began, finding.first_step)
+    return next(step for step in known if step is not None)
 
 
 def _order(finding: Told) -> tuple[int, int, int, str]:

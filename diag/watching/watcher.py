@@ -229,11 +229,13 @@ class Watcher(Guarded):
     @guarded("checks")
     def _judge(self, step: int) -> None:
         self._live.step_ended(step, self.clock.elapsed(), urgent=False)
+        self._findings.tell()
 
     @guarded("measurements")
     def _measure_now(self, names: list[str]) -> None:
         self._finish_rows()
         self._occasions.now(names)
+        self._findings.tell()
 
     def _finish_rows(self) -> None:
         self._steps.finish(in_step=False)
@@ -268,6 +270,7 @@ class Watcher(Guarded):
         if measure:
             self._occasions.last()
         self._live.judge(self.step, last=True)
+        self._findings.tell()
         self._occasions.explain_unrun()
         for key, sentence in self._never_seen():
             self._recorder.note(key, sentence)

@@ -73,19 +73,6 @@ def test_an_output_that_does_not_depend_on_the_input_counts_once_training_is_und
     assert OutputConstant.trend([(1, constant), (20, healthy)]).level == "ok"
 
 
-def test_signals_that_grow_or_shrink(data):
-    growing, shrinking = mlp(depth=6), mlp(depth=6)
-    with torch.no_grad():
-        for p in weights(growing)[1:]:
-            p.mul_(20.0)
-        for p in shrinking.parameters():
-            p.mul_(0.1 if p.ndim > 1 else 0.0)
-    for model, level in ((growing, "warning"), (shrinking, "warning"), (mlp(depth=6), "ok")):
-        verdict = diag.signal_depth(snapshot(model, data)).verdict()
-        assert verdict.level == level and (verdict.cause == Cause.INITIALIZATION_SCALE) == (level == "warning")
-    assert diag.signal_depth(snapshot(nn.Linear(8, 3), data)).verdict().level == "not_applicable"
-
-
 @pytest.mark.parametrize(("start", "level"), [(0.0, "alarm"), (0.1, "alarm"), (None, "ok")])
 def test_units_that_are_copies(data, start, level):
     model = mlp()

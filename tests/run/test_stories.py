@@ -15,6 +15,7 @@ class Found:
     instrument: str
     verdict: Verdict
     first_step: int = 1
+    began: int | None = None
 
 
 def found(name, level=Level.ALARM, *, step=None, cause="", by=(), confidence=Confidence.WEAK_EMPIRICAL, first=1):
@@ -45,6 +46,14 @@ def test_alarms_before_warnings_arithmetic_before_thresholds_early_before_late()
     sure = found("sure", step=100, confidence=Confidence.ARITHMETIC)
     mild = found("mild", Level.WARNING, step=1, confidence=Confidence.ARITHMETIC)
     assert [name for name, _ in told([late, mild, early, sure])] == ["sure", "early", "late", "mild"]
+
+
+def test_when_it_began_is_seen_in_the_course_where_the_verdict_does_not_say():
+    rate = found("rate", step=8, cause="learning_rate_too_high")
+    dead = found("dead", cause="units_dead", by=("learning_rate_too_high",))
+    assert told([rate, dead]) == [("dead", []), ("rate", [])]  # measured since step 1
+    late = Found("dead", dead.verdict, first_step=1, began=10)
+    assert told([rate, late]) == [("rate", ["dead"])]
 
 
 def test_a_story_is_as_bad_as_its_worst_part():

@@ -10,7 +10,7 @@ from torch import nn
 
 import diag
 from diag import Result, Verdict, instrument, measured
-from diag.run.files import row_columns, row_dtype
+from diag.run.rows import row_columns, row_dtype
 from diag.snapshot.history import History
 from diag.watching.measure.live import Trace, is_floor
 

@@ -27,7 +27,7 @@ SOURCE = (
 )
 SOURCE += "the calibration table states"
 LARGE, SMALL = 3.0, 0.03
-BEGINNING = 20  # steps; what training does to the weights afterwards is not how they began
+BEGINNING = 3  # steps; afterwards weights are no longer as they began
 FEW_LAYERS = 2
 
 
@@ -96,7 +96,7 @@ def initial_scale(activations: Sequence[Activation], *, large: float = LARGE, sm
 
     activations: statistics of the forward pass (`diag.snapshot.activations`). The gain of a layer is the root mean
     square of its output over that of its input. Judged is the median over the linear and convolutional layers, at
-    the first measurement of a training and only within its first twenty steps: above `large` or below `small` is a
+    the first measurement of a training and only within its first three steps: above `large` or below `small` is a
     warning. Networks of fewer than two such layers are not judged. Raises nothing of its own.
     """
     layers = [a for a in activations if a.function in ("linear", "convolution") and math.isfinite(a.gain)]

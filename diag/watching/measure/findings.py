@@ -1,7 +1,8 @@
 """What a watch has found so far: each finding is said once, when it is first seen.
 
 It goes to `watcher.findings`, to the run's events, to the `diag` logger and to the user's own function. An
-instrument finds something again where its verdict's level or cause has changed.
+instrument finds something again where its verdict's level or cause has changed. What is found at one step is told
+together, the cause before what follows from it; on the logger only the cause is an error or a warning.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import logging
 from collections.abc import Callable
 
 from diag.errors import text_of
-from diag.registry import Instrument
+from diag.registry import Instrument, Kind
 from diag.result import Level, Result, Verdict
 from diag.run.run import Finding
+from diag.run.stories import explains, stories
 from diag.snapshot import pause
 
 TOLD = (Level.ALARM, Level.WARNING)
 MOST = 1000  # findings that are kept
+KEPT = 64  # results of a check that its course is judged by
 LOGGER = logging.getLogger("diag")
 
 
@@ -32,14 +35,25 @@ class Findings:
         self.found: list[Finding] = []
         self._on_finding, self._event, self._note = on_finding, event, note
         self._last: dict[str, tuple[str, str]] = {}
+        self._series: dict[str, list[tuple[int, Result]]] = {}
+        self._new: list[Finding] = []
 
     def result(self, instrument: Instrument, result: Result, step: int) -> None:
         """A measurement has given this; where its verdict breaks, opening the run says so."""
         try:
-            verdict = result.verdict()
+            verdict = self._judged(instrument, result, step)
         except Exception:
             return
         self.verdict(instrument, verdict, step)
+
+    def _judged(self, instrument: Instrument, result: Result, step: int) -> Verdict:
+        if instrument.kind is not Kind.CHECK:  # what it holds may be large
+            return result.verdict()
+        series = self._series.setdefault(instrument.name, [])
+        series.append((step, result))
+        if len(series) > KEPT:
+            del series[1]  # the first is where the course began
+        return instrument.result.trend(series)
 
     def verdict(self, instrument: Instrument, verdict: Verdict, step: int) -> None:
         """An instrument judges so at `step`: say it where it is bad and new."""
@@ -47,11 +61,25 @@ class Findings:
         known, self._last[instrument.name] = self._last.get(instrument.name), state
         if verdict.level not in TOLD or state == known or len(self.found) >= MOST:
             return
-        finding = Finding(instrument.name, instrument.title, instrument.source, verdict, (), step, step)
-        self.found.append(finding)
-        self._event(step, "finding", f"{instrument.title}: {verdict.sentence}")
-        text = f"Step {step:,}: {verdict.sentence}" + (f" {verdict.advice}" if verdict.advice else "")
-        LOGGER.log(logging.ERROR if verdict.level is Level.ALARM else logging.WARNING, "%s", text)
+        self._new.append(Finding(instrument.name, instrument.title, instrument.source, verdict, (), step, step))
+
+    def tell(self) -> None:
+        """Say what is new, the causes before what follows from them."""
+        new, self._new = self._new, []
+        for story in stories(new) if new else ():
+            for finding in (story.finding, *story.consequences):
+                follows = any(explains(f, finding) for f in self.found)
+                self.found.append(finding)
+                self._say(finding, follows)
+
+    def _say(self, finding: Finding, follows: bool) -> None:
+        verdict, step = finding.verdict, finding.first_step
+        self._event(step, "finding", f"{finding.title}: {verdict.sentence}")
+        text = f"Step {step:,}: {verdict.sentence}" + (
+            f" {verdict.advice}" if verdict.advice and not follows else ""
+        )
+        level = logging.ERROR if verdict.level is Level.ALARM else logging.WARNING
+        LOGGER.log(logging.INFO if follows else level, "%s", text)
         self._call(finding)
 
     def _call(self, finding: Finding) -> None:

@@ -28,7 +28,7 @@ def split() -> dict[str, tuple[str, ...]]:
 
 
 def side_of(program: str) -> str:
-    """"choose" or "score"; raises KeyError for a program that is on neither side."""
+    """ "choose" or "score"; raises KeyError for a program that is on neither side."""
     for side, names in split().items():
         if program in names:
             return side

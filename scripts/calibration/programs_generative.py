@@ -1,4 +1,4 @@
-"""Programs without labels: autoencoders, a denoiser, a generative adversarial pair, two self-supervised learners."""
+"""Programs without labels: autoencoders, a denoiser, an adversarial pair, two self-supervised learners."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class NoisePredictor(nn.Module):
 
 
 class Denoiser(Program):
-    """A small diffusion model of digits: predicts the noise at random times, Adam, with averaged weights to evaluate."""
+    """A small diffusion model of digits: predicts the noise at random times; Adam, evaluated with averaged weights."""
 
     name, family = "denoiser", "diffusion"
     tags = frozenset({"reconstruction", "epochs", "adam", "averaged", "noise_targets"})

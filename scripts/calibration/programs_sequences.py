@@ -149,7 +149,7 @@ class Bert(GPT):
 
 
 class Encoder(nn.Module):
-    """Embeddings of codes and positions, two of torch's encoder layers that skip padding (code 0), a linear head."""
+    """Embeddings of codes and positions, two of torch's encoder layers that skip code 0, a linear head."""
 
     def __init__(self, codes: int, context: int, width: int = 48) -> None:
         super().__init__()

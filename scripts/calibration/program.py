@@ -1,8 +1,8 @@
 """A program: a small training script whose places have names, so that a fault can change exactly one of them.
 
 The loop reads as people write it: zero the gradients, forward, loss, backward, clip, step, schedule; at the end of
-an epoch evaluate without gradients. A fault replaces one of these methods on the instance (`change`) or sets one of the
-attributes. What a program looks like to `diag` is only what torch sees of it.
+an epoch evaluate without gradients. A fault replaces one of these methods on the instance (`change`) or sets an
+attribute. What a program looks like to `diag` is only what torch sees of it.
 """
 
 from __future__ import annotations

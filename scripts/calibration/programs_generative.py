@@ -89,10 +89,10 @@ class NoisePredictor(nn.Module):
 
 
 class Denoiser(Program):
-    """A small diffusion model of digits: predicts the noise at random times; Adam, evaluated with averaged weights."""
+    """A small diffusion model of digits: predicts the noise at random times, Adam."""
 
     name, family = "denoiser", "diffusion"
-    tags = frozenset({"reconstruction", "epochs", "adam", "averaged", "noise_targets"})
+    tags = frozenset({"reconstruction", "epochs", "adam", "noise_targets"})
     epochs, batch, lr = 14, 64, 1e-3
     levels = 100
 
@@ -104,10 +104,6 @@ class Denoiser(Program):
 
     def make_optimizer(self) -> Any:
         return torch.optim.Adam(self.trained(), lr=self.lr)
-
-    def prepare(self) -> None:
-        super().prepare()
-        self.average = [p.detach().clone() for p in self.model.parameters()]
 
     def transform(self, batch: Batch, training: bool) -> Batch:
         clean = batch[0].flatten(1)
@@ -124,27 +120,6 @@ class Denoiser(Program):
 
     def score(self, outputs: Any, batch: Batch) -> Tensor:
         return -(outputs - batch[2]).square().mean(1)
-
-    def schedule_step(self) -> None:
-        with torch.no_grad():
-            for average, p in zip(self.average, self.model.parameters(), strict=True):
-                average.lerp_(p, 0.02)
-
-    def swap(self) -> None:
-        """Exchange the weights and their averages."""
-        with torch.no_grad():
-            for average, p in zip(self.average, self.model.parameters(), strict=True):
-                kept = p.clone()
-                p.copy_(average)
-                average.copy_(kept)
-
-    def swap_back(self) -> None:
-        self.swap()
-
-    def evaluate(self) -> None:
-        self.swap()
-        super().evaluate()
-        self.swap_back()
 
 
 class Pair(nn.Module):
@@ -232,7 +207,7 @@ class Barlow(Program):
     """Barlow Twins on digits: the cross-correlation of two views' embeddings should be the identity. Adam."""
 
     name, family = "barlow", "self_supervised"
-    tags = frozenset({"self_supervised", "epochs", "adam", "batch_norm", "augmented", "images", "relu"})
+    tags = frozenset({"self_supervised", "conv", "epochs", "adam", "batch_norm", "augmented", "images", "relu"})
     epochs, batch, lr = 6, 96, 2e-3
     redundancy = 0.02
 
@@ -268,7 +243,7 @@ class SimCLR(Barlow):
     """Contrastive learning on half-size MNIST by the normalised temperature-scaled loss, SGD with momentum."""
 
     name, family = "simclr", "self_supervised"
-    tags = frozenset({"self_supervised", "epochs", "sgd", "batch_norm", "augmented", "images", "relu", "negatives"})
+    tags = frozenset({"self_supervised", "conv", "epochs", "sgd", "batch_norm", "augmented", "images", "relu", "negatives"})
     epochs, batch, lr = 4, 128, 0.1
     temperature = 0.3
 

@@ -41,7 +41,7 @@ class ConvBN(Program):
     """A small convolutional network with batch normalisation and dropout on digits, Adam, shifted by a pixel."""
 
     name, family, classes = "conv_bn", "convolution", 10
-    tags = CLASSIFIER | {"relu", "adam", "batch_norm", "dropout", "augmented", "sequential"}
+    tags = CLASSIFIER | {"relu", "adam", "batch_norm", "dropout", "augmented", "sequential", "conv"}
     epochs, batch, lr = 8, 64, 2e-3
     optimizer_inside = True
 
@@ -66,7 +66,7 @@ class ConvGN(Program):
     """Convolutions with group normalisation on MNIST at half size, AdamW under a one-cycle schedule."""
 
     name, family, classes = "conv_gn", "convolution", 10
-    tags = CLASSIFIER | {"relu", "adam", "scheduler", "step_scheduler", "dropout", "sequential"}
+    tags = CLASSIFIER | {"relu", "adam", "scheduler", "step_scheduler", "dropout", "sequential", "conv"}
     epochs, batch, lr = 4, 50, 4e-3
 
     def make_data(self) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -109,7 +109,7 @@ class ResNet(Program):
     """A small residual network on half-size MNIST, SGD with weight decay under a cosine schedule."""
 
     name, family, classes = "resnet", "convolution", 10
-    tags = CLASSIFIER | {"relu", "sgd", "batch_norm", "scheduler", "epoch_scheduler", "augmented", "blocks"}
+    tags = CLASSIFIER | {"relu", "sgd", "batch_norm", "scheduler", "epoch_scheduler", "augmented", "blocks", "conv"}
     epochs, batch, lr = 5, 64, 0.05
 
     def make_data(self) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -155,7 +155,7 @@ class ViT(Program):
     """A vision transformer on digits, AdamW with warm-up, label smoothing and clipping."""
 
     name, family, classes = "vit", "transformer", 10
-    tags = CLASSIFIER | {"adam", "attention", "dropout", "scheduler", "step_scheduler", "warmup", "blocks", "clip"}
+    tags = CLASSIFIER | {"adam", "attention", "dropout", "scheduler", "step_scheduler", "warmup", "blocks", "clip", "conv"}
     epochs, batch, lr = 8, 64, 4e-3
     max_norm = 1.0
 
@@ -182,7 +182,7 @@ class MixerProgram(Program):
     """An MLP-Mixer on half-size MNIST, RMSprop, accumulating two micro-batches a step."""
 
     name, family, classes = "mixer", "mixer", 10
-    tags = CLASSIFIER | {"adaptive", "accumulation", "blocks"}
+    tags = CLASSIFIER | {"adaptive", "accumulation", "blocks", "conv"}
     epochs, batch, lr = 3, 32, 1.5e-3
     accumulate = 2
 

@@ -56,7 +56,7 @@ class FrozenBody(Program):
     """A pretrained convolutional body, frozen and in eval mode, with a new head for other digits; SGD."""
 
     name, family, classes = "frozen_body", "fine_tuning", 5
-    tags = frozenset({"classifier", "inputs", "epochs", "sgd", "frozen", "images", "rows"})
+    tags = frozenset({"classifier", "inputs", "epochs", "sgd", "frozen", "images", "rows", "conv"})
     epochs, batch, lr = 12, 32, 0.05
 
     def make_data(self) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -237,7 +237,7 @@ class DistributedConv(DistributedMLP):
     """The convolutional network on half-size MNIST on two ranks, by DistributedDataParallel."""
 
     name, family = "ddp_conv", "distributed"
-    tags = CLASSIFIER | {"distributed", "adam", "buffers"}
+    tags = CLASSIFIER | {"distributed", "adam", "buffers", "conv"}
     epochs, batch, lr = 2, 25, 4e-3
     make_data = ConvGN.make_data
     make_optimizer = ConvGN.make_optimizer

@@ -1,0 +1,88 @@
+"""What a fault is: one change to a program, and what counts as knowing it.
+
+    @fault(Theme.LOOP, names=[Cause.GRADIENTS_NOT_ZEROED], follows=[Cause.TRAINING_DIVERGED])
+    def gradients_never_zeroed(p):
+        "zero_grad() was forgotten."
+        p.zero_grad = lambda: None
+
+`names` are the causes of which any counts as having named it. `follows` are causes that are true of such a run
+besides (consequences, or the same thing told less precisely): a finding that carries one is no false statement, and
+does not count as naming. Every other warning or alarm on the run, that the whole program does not draw too, is a
+false statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from calibration.program import Program
+from diag.instruments.causes import Cause, Theme
+
+# True of nearly any training that goes badly: told, they do no harm and name nothing.
+SYMPTOMS = frozenset(
+    {
+        Cause.LOSS_PLATEAU, Cause.UNDERFITTING, Cause.WORSE_THAN_TRIVIAL, Cause.LOSS_SPIKE, Cause.TRAINING_DIVERGED,
+        Cause.NOT_FINITE, Cause.OVERFITTING, Cause.INPUT_IGNORED, Cause.OUTPUT_CONSTANT,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault.
+
+    needs: tags that a program must have; without: tags that it must not have. silent: the loss curve looks fine.
+    unknowable: why it cannot be known from what a watch sees; empty where it can. held_out: the user gives held-out
+    data to the watch. symptoms: which of SYMPTOMS are true of it when told.
+    """
+
+    name: str
+    theme: Theme
+    apply: Callable[[Program], None] = field(repr=False)
+    names: frozenset[Cause]
+    follows: frozenset[Cause]
+    needs: frozenset[str]
+    without: frozenset[str]
+    silent: bool
+    unknowable: str
+    held_out: bool
+
+    @property
+    def text(self) -> str:
+        """What its author did, in one sentence."""
+        return (self.apply.__doc__ or "").strip()
+
+    def fits(self, program: type[Program]) -> bool:
+        return self.needs <= program.tags and not self.without & program.tags
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(
+    theme: Theme,
+    names: Iterable[Cause],
+    follows: Iterable[Cause] = (),
+    *,
+    needs: str = "",
+    without: str = "distributed",
+    silent: bool = False,
+    unknowable: str = "",
+    held_out: bool = False,
+    symptoms: bool = True,
+) -> Callable[[Callable[[Program], None]], Callable[[Program], None]]:
+    """Declare a kind of fault; `needs` and `without` are tags, separated by blanks."""
+
+    def declare(apply: Callable[[Program], None]) -> Callable[[Program], None]:
+        name = apply.__name__
+        if name in FAULTS:
+            raise ValueError(f"There are two faults {name}; give one of them another name.")
+        true = frozenset(follows) | (SYMPTOMS if symptoms else frozenset())
+        FAULTS[name] = Fault(
+            name, theme, apply, frozenset(names), true, frozenset(needs.split()), frozenset(without.split()),
+            silent, unknowable, held_out,
+        )  # fmt: skip
+        return apply
+
+    return declare

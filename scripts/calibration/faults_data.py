@@ -114,7 +114,8 @@ def one_feature_huge(p: Program) -> None:
     change_rows(p, new, new)
 
 
-@fault(DATA, [C.INPUTS_TOO_SMALL, C.INPUTS_NOT_NORMALIZED], [C.LEARNING_RATE_TOO_LOW, C.GRADIENTS_VANISH, C.INPUTS_CONSTANT],
+@fault(DATA, [C.INPUTS_TOO_SMALL, C.INPUTS_NOT_NORMALIZED],
+       [C.LEARNING_RATE_TOO_LOW, C.GRADIENTS_VANISH, C.INPUTS_CONSTANT],
        needs="inputs", without="distributed batch_norm reconstruction")  # fmt: skip
 def inputs_divided_twice(p: Program) -> None:
     "Inputs are divided by 255 twice."

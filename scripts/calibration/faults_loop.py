@@ -38,7 +38,7 @@ def trained_layers(p: Program) -> list[tuple[str, nn.Module]]:
 
 
 def evaluate_averages(p: Program, back: Callable[[], None] | None = None) -> None:
-    """Keep a running mean of the weights and evaluate with it; `back` replaces the exchange after the evaluation."""
+    """Evaluate with a running mean of the weights; `back` replaces the exchange after the evaluation."""
     averages: dict[str, torch.Tensor] = {}
 
     def schedule_step(old: Any) -> None:

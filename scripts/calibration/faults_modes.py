@@ -1,4 +1,4 @@
-"""Faults of modes and batches: what is left over from an evaluation, what the evaluation does, which rows are seen."""
+"""Faults of modes and batches: what an evaluation does and leaves behind, which rows are seen, ranks that differ."""
 
 from __future__ import annotations
 

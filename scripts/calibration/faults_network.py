@@ -71,14 +71,16 @@ def starts_too_large(p: Program) -> None:
     start(p, lambda q: q.mul_(6))
 
 
-@fault(NETWORK, [C.INITIALIZATION_SCALE, C.GRADIENTS_VANISH], [C.LEARNING_RATE_TOO_LOW, C.INITIALIZATION_CONSTANT, C.UNITS_DEAD],
+@fault(NETWORK, [C.INITIALIZATION_SCALE, C.GRADIENTS_VANISH],
+       [C.LEARNING_RATE_TOO_LOW, C.INITIALIZATION_CONSTANT, C.UNITS_DEAD],
        needs="plain_body")  # fmt: skip
 def starts_too_small(p: Program) -> None:
     "All weights start a hundred times too small."
     start(p, lambda q: q.mul_(0.01))
 
 
-@fault(NETWORK, [C.INITIALIZATION_CONSTANT], [C.GRADIENTS_VANISH, C.UNITS_DEAD, C.INITIALIZATION_SCALE, C.GRADIENT_ABSENT],
+@fault(NETWORK, [C.INITIALIZATION_CONSTANT],
+       [C.GRADIENTS_VANISH, C.UNITS_DEAD, C.INITIALIZATION_SCALE, C.GRADIENT_ABSENT],
        needs="inputs", without="distributed frozen batch_norm attention recurrent")  # fmt: skip
 def starts_at_zero(p: Program) -> None:
     "All weight matrices start at zero."
@@ -127,8 +129,8 @@ def units_saturated(p: Program) -> None:
     change(p, "make_model", make_model)
 
 
-@fault(NETWORK, [C.OUTPUT_CONSTANT, C.UNITS_DEAD], [C.GRADIENTS_VANISH, C.GRADIENT_ABSENT], needs="inputs sequential",
-       without="distributed frozen dense reconstruction batch_norm")  # fmt: skip
+@fault(NETWORK, [C.OUTPUT_CONSTANT, C.UNITS_DEAD], [C.GRADIENTS_VANISH, C.GRADIENT_ABSENT],
+       needs="inputs sequential", without="distributed frozen dense reconstruction batch_norm")  # fmt: skip
 def output_behind_relu(p: Program) -> None:
     "The model ends in a ReLU whose units are all at zero."
 

@@ -78,7 +78,7 @@ def lbfgs_on_classes(p: Program) -> None:
 def newton(p: Program) -> None:
     p.batch, p.epochs = 10_000, 25
     change(p, "make_loader", lambda old, data, training: DataLoader(data, batch_size=p.batch))
-    optimized_by(p, lambda q: torch.optim.LBFGS(q, lr=0.5, max_iter=5))
+    optimized_by(p, lambda q: torch.optim.LBFGS(q, max_iter=5, line_search_fn="strong_wolfe"))
     p.schedule_epoch = lambda: None  # type: ignore[method-assign]
 
     def train_batch(batch: Any) -> Tensor:
@@ -322,7 +322,7 @@ def held_out_and_long(p: Program) -> None:
     p.epochs *= 2
 
 
-@healthy(needs="inputs", without="distributed reconstruction dense")
+@healthy(needs="inputs images", without="distributed reconstruction dense")
 def inputs_between_zero_and_one(p: Program) -> None:
     "Inputs are scaled to the range from 0 to 1 and not centred."
 

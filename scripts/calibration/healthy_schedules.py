@@ -72,10 +72,10 @@ def edge_of_stability(p: Program) -> None:
     give_schedule(p, lambda o: lr_scheduler.ConstantLR(o, 1.0, 0))
 
 
-@healthy(needs="classifier rows", without="distributed dense attention")
+@healthy(needs="classifier rows", without="distributed dense attention blocks")
 def to_full_accuracy(p: Program) -> None:
     "Trained until every training example is right, and on."
-    p.epochs *= 3
+    p.epochs *= 2
 
 
 @healthy(without=NO_GAN + " full_batch accumulation")
@@ -178,7 +178,8 @@ def endless_loader(p: Program) -> None:
     def train_epoch(old: Any) -> None:
         source = itertools.chain.from_iterable(iter(p.loader) for _ in itertools.count())
         p.batches = lambda: (  # type: ignore[method-assign]
-            p.transform(b, training=True) for b in itertools.islice(source, len(p.loader))  # type: ignore[arg-type]
+            p.transform(b, training=True)
+            for b in itertools.islice(source, len(p.loader))  # type: ignore[arg-type]
         )
         old()
 

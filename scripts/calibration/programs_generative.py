@@ -243,7 +243,9 @@ class SimCLR(Barlow):
     """Contrastive learning on half-size MNIST by the normalised temperature-scaled loss, SGD with momentum."""
 
     name, family = "simclr", "self_supervised"
-    tags = frozenset({"self_supervised", "conv", "epochs", "sgd", "batch_norm", "augmented", "images", "relu", "negatives"})
+    tags = frozenset(
+        {"self_supervised", "conv", "epochs", "sgd", "batch_norm", "augmented", "images", "relu", "negatives"}
+    )
     epochs, batch, lr = 4, 128, 0.1
     temperature = 0.3
 

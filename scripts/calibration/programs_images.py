@@ -155,7 +155,17 @@ class ViT(Program):
     """A vision transformer on digits, AdamW with warm-up, label smoothing and clipping."""
 
     name, family, classes = "vit", "transformer", 10
-    tags = CLASSIFIER | {"adam", "attention", "dropout", "scheduler", "step_scheduler", "warmup", "blocks", "clip", "conv"}
+    tags = CLASSIFIER | {
+        "adam",
+        "attention",
+        "dropout",
+        "scheduler",
+        "step_scheduler",
+        "warmup",
+        "blocks",
+        "clip",
+        "conv",
+    }
     epochs, batch, lr = 8, 64, 4e-3
     max_norm = 1.0
 

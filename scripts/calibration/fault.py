@@ -78,7 +78,7 @@ def fault(
         name = apply.__name__
         if name in FAULTS:
             raise ValueError(f"There are two faults {name}; give one of them another name.")
-        true = frozenset(follows) | (SYMPTOMS if symptoms else frozenset())
+        true = (frozenset(follows) | (SYMPTOMS if symptoms else frozenset())) - frozenset(names)
         FAULTS[name] = Fault(
             name, theme, apply, frozenset(names), true, frozenset(needs.split()), frozenset(without.split()),
             silent, unknowable, held_out,

@@ -1,4 +1,4 @@
-"""Faults of modes and batches: what an evaluation does and leaves behind, which rows are seen, ranks that differ."""
+"""Faults of modes and batches: what an evaluation does and leaves behind, which rows are seen, ranks apart."""
 
 from __future__ import annotations
 

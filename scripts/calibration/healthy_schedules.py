@@ -88,8 +88,8 @@ def accumulated_well(p: Program) -> None:
 @healthy(needs="epochs", without=NO_GAN + " full_batch batch_norm accumulation self_supervised")
 def tiny_batches(p: Program) -> None:
     "Eight examples a batch, the learning rate lowered with it."
-    p.lr *= 8 / p.batch
-    p.batch, p.epochs = 8, max(1, p.epochs // 4)
+    p.lr *= 8 / p.batch if "sgd" in p.tags else (8 / p.batch) ** 0.5
+    p.batch, p.epochs = 8, max(1, p.epochs // 3)
 
 
 @healthy(needs="epochs", without=STEADY + " self_supervised frozen")

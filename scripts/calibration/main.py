@@ -88,7 +88,10 @@ def show(rows: list[Row], chosen: list[Case]) -> None:
         ("Misses", "\n".join(tables.misses(scores))),
         ("False statements, and what was said of healthy runs", "\n".join(tables.untrue(scores))),
         ("Runs of faults that do not count", "\n".join(tables.not_counted(scores))),
-        ("Runs that broke", "\n".join(f"{r['kind']} on {r['program']}: {r['error']}" for r in scores.broken)),
+        (
+            "Runs that broke",
+            "\n".join(f"{r['kind']} on {r['program']}: {r.get('error') or r['raised']}" for r in scores.broken),
+        ),
     ):
         click.echo(f"\n{title}\n{text or 'none'}")
 

@@ -42,22 +42,35 @@ def observe(case: Case) -> dict[str, Any]:
 
 def _watched(program: Program, folder: Path, held_out: bool) -> dict[str, Any]:
     given = {"held_out": program.held_out_data()} if held_out else {}
-    closing = 0.0
+    closing, raised = 0.0, ""
     for number, life in enumerate(program.lives()):
         with diag.watch(program.watched, run=folder, resume=number > 0, **given):
-            life()
+            raised = _raised(life)
             ended = time.perf_counter()
         closing += time.perf_counter() - ended
+        if raised:
+            break
     if program.world > 1 and torch.distributed.get_rank() > 0:
         return {}
     run = diag.load(folder)
     row = said(run)
     return row | {
+        "raised": raised,
         "steps": run.last_step,
         "wall": round(run.wall_seconds, 3),
         "watching": round(run.watch_seconds, 3),
         "closing": round(closing, 3),
     }
+
+
+def _raised(life: Any) -> str:
+    """Run it; what a training raises is part of it (a policy whose logits are NaN cannot be sampled)."""
+    try:
+        life()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"[:300]
+    return ""
 
 
 def said(run: Any) -> dict[str, Any]:

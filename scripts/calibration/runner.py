@@ -108,7 +108,7 @@ def _end(case: Case, pipe: Any, process: Any, ready: bool) -> Row:
         row = pipe.recv() if ready else row | {"error": "It ran past its deadline."}
     except EOFError:
         row["error"] = "Its process ended without a row."
-    process.join(timeout=5)
+    process.join(timeout=5 if ready else 0)
     if process.is_alive():
         process.kill()
     pipe.close()

@@ -200,7 +200,7 @@ def score(rows: Iterable[Row]) -> Scores:
         ],
         healthy=healthy,
         alarms=[Alarm(r, f) for r in healthy for f in [*told(r), *withdrawn(r)]],
-        broken=[r for r in rows if "error" in r],
+        broken=[r for r in rows if "error" in r or (r.get("raised") and not r["fault"])],
     )
 
 

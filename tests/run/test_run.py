@@ -15,7 +15,7 @@ import diag
 from diag.errors import RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
-from diag.run.records import record_line
+from diag.run.records import outcome_data, record_line
 from diag.run.run import Cost, Event, Record, Run, RunWriter, load
 from diag.snapshot.history import empty_history
 
@@ -428,6 +428,12 @@ def test_what_json_has_no_word_for_is_not_written():
     """A NaN in a record would make its whole line unreadable to others; `encode` comes first."""
     with pytest.raises(ValueError, match="not JSON compliant"):
         record_line({"type": "event", "value": math.nan}, 0)
+
+
+@pytest.mark.parametrize("data", ["[]", '"text"', "3", "null"])
+def test_the_data_of_an_outcome_are_a_dict(data):
+    with pytest.raises(ValueError, match="its data are no dict"):
+        outcome_data(b'{"data": ' + data.encode() + b"}")
 
 
 def test_to_frame_has_a_row_a_step(tmp_path):

@@ -495,6 +495,18 @@ def test_a_fitted_network_against_the_definitions(loss):
     assert result.verdict().level == Level.OK
 
 
+def test_one_example_has_no_small_batches():
+    """Its batches are all full, so that nothing of SGD's own noise is measured, not even as zero."""
+    snapshot = fitted()
+    x = snapshot.batches[0].args[0][:1]
+    one = diag.Snapshot(
+        snapshot.model, half_squared_error, (x, snapshot.model(x).detach()), optimizer=snapshot.optimizer
+    )
+    result = edge(one, batch_size=1)
+    ratios = (result.trace_ratio, result.scatter_ratio, result.norm_ratio, result.mean_square_ratio)
+    assert all(map(math.isnan, ratios)) and math.isfinite(result.ratio)
+
+
 def test_many_examples_leave_the_exact_threshold_out_and_sample_the_norms():
     """300 examples of two outputs: 128 of them in the mean squared norm."""
     result = edge(fitted(examples=300), batch_size=3)

@@ -13,9 +13,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diag.errors import RunError
-from diag.run.files import ARRAYS, FORMAT, LOCK, META, PREVIOUS, RECORDS, STEPS
+from diag.run.files import ARRAYS, FORMAT, FORMAT_VERSION, LOCK, META, PREVIOUS, RECORDS, STEPS, read_metadata
+from diag.run.records import OUTCOMES, read_records
+from diag.run.rows import row_dtype
 
 OURS = (META, STEPS, RECORDS, ARRAYS, LOCK)
 MOVING, REMOVING = f"{PREVIOUS}.moving", f"{PREVIOUS}.removing"
@@ -41,17 +44,22 @@ def take(descriptor: int, path: Path) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Move a run that lies in `folder` to `previous-run/`, replacing the one kept there.
+    """Move a run that lies in `folder` to `previous-run/`, replacing the one kept there; one that has neither a
+    step nor a result is removed, so that a start that failed takes nobody's place.
 
     Raises RunError where something that diag did not write bears one of the names; nothing is moved then.
     """
     ours = [folder / name for name in OURS if name != LOCK and (folder / name).exists()]
     moving, kept = folder / MOVING, folder / PREVIOUS
-    _remove_rest(folder)
+    tidy(folder)
     if not moving.exists():
         if all(_is_empty(file) for file in ours):  # of a start that was killed, or nothing
             return
-        _refuse_foreign(folder, ours[0])
+        version = _refuse_foreign(folder, ours[0])
+        if version == FORMAT_VERSION and not _has_begun(folder):
+            for file in ours:
+                _remove(file)
+            return
     if kept.exists() and not {file.name for file in kept.iterdir()} <= set(OURS):
         _refuse_foreign(kept, kept)
     moving.mkdir(exist_ok=True)
@@ -60,11 +68,30 @@ def set_aside(folder: Path) -> None:
     if kept.exists():
         kept.replace(_unused(folder))
     moving.replace(kept)
-    _remove_rest(folder)
+    tidy(folder)
 
 
 def _is_empty(path: Path) -> bool:
     return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether there is a step or a result in the run, or may have been before something was damaged."""
+    try:
+        metadata, _ = read_metadata(folder)
+        if (folder / STEPS).stat().st_size >= row_dtype(metadata["row"]).itemsize:
+            return True
+        records = read_records(folder / RECORDS)
+    except (OSError, RunError):
+        return True
+    return bool(records.damaged or any(r["type"] in OUTCOMES for r in records.all))
+
+
+def _remove(file: Path) -> None:
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _unused(folder: Path) -> Path:
@@ -75,23 +102,24 @@ def _unused(folder: Path) -> Path:
     return name
 
 
-def _remove_rest(folder: Path) -> None:
-    """Remove the runs that were renamed to be removed; what others have put into them stays."""
+def tidy(folder: Path) -> None:
+    """Remove what a killed start left: runs that were renamed to be removed (what others have put into them stays),
+    and a folder into which nothing was moved yet."""
+    with contextlib.suppress(OSError):  # it is not there, or holds a part of a run
+        (folder / MOVING).rmdir()
     for rest in folder.glob(f"{REMOVING}*"):
         for file in (rest / name for name in OURS):
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
-            else:
-                file.unlink(missing_ok=True)
+            _remove(file)
         with contextlib.suppress(OSError):  # it holds what is not ours
             rest.rmdir()
 
 
-def _refuse_foreign(folder: Path, what: Path) -> None:
-    """Raise RunError unless diag wrote the run.json of `folder`; a run of another format may be replaced."""
+def _refuse_foreign(folder: Path, what: Path) -> Any:
+    """Raise RunError unless diag wrote the run.json of `folder`, whatever its format's version; return that."""
     try:
         data = json.loads((folder / META).read_bytes())
     except (OSError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{what} was not written by diag and is in the way; give another run folder.")
+    return data.get("format_version")

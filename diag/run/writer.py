@@ -34,7 +34,7 @@ from diag.run.files import (
     read_metadata,
     write_atomically,
 )
-from diag.run.folder import set_aside, take
+from diag.run.folder import set_aside, take, tidy
 from diag.run.growing import Growing
 from diag.run.records import kept_records, outcome_record, read_records, record_line
 from diag.run.rows import CRC, kept_rows, read_rows, row_columns, row_dtype, sealed
@@ -116,6 +116,7 @@ class RunWriter:
         write_atomically(self.path / META, metadata_text(self._about))
 
     def _continue(self, metadata: Mapping[str, Any], resume: bool | int) -> None:
+        tidy(self.path)
         before, wrong = read_metadata(self.path)
         _refuse_other_layers(before["layers"], self.layers, self.path)
         self._dtype = row_dtype(before["row"])

@@ -153,8 +153,22 @@ def test_files_of_somebody_else_are_not_touched(tmp_path, name):
     assert (tmp_path / name).read_text() == "{}" and not (tmp_path / "previous-run").exists()
 
 
-def test_a_previous_run_folder_of_somebody_else_is_not_removed(tmp_path):
+def test_a_start_that_came_to_nothing_takes_nobodys_place(tmp_path):
+    with open_run(tmp_path) as w:
+        w.append_steps(steps(1, 3))
+    for _ in range(3):
+        with open_run(tmp_path) as w:
+            w.append_event(0, "probe", "nothing was seen yet")
+    assert len(load(tmp_path / "previous-run").history) == 3
+    with open_run(tmp_path) as w:
+        w.append_outcome(1, profile(numpy.arange(3.0)))
     open_run(tmp_path).close()
+    assert len(load(tmp_path / "previous-run").records) == 1
+
+
+def test_a_previous_run_folder_of_somebody_else_is_not_removed(tmp_path):
+    with open_run(tmp_path) as w:
+        w.append_steps(steps(1, 3))
     (tmp_path / "previous-run").mkdir()
     (tmp_path / "previous-run" / "thesis.tex").write_text("x")
     with pytest.raises(RunError, match="previous-run was not written by diag"):

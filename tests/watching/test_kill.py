@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import diag
+from diag.errors import RunError
+from tests.run.killing import killed_at, operations
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -95,3 +97,39 @@ def test_a_killed_run_goes_on(tmp_path):
         F.cross_entropy(model(torch.randn(4, 6)), torch.zeros(4, dtype=torch.long)).backward()
         optimizer.step()
     assert diag.load(tmp_path).history.steps.tolist() == list(range(1, before + 2)) and before >= last
+
+
+def brief(path, told):
+    """Six watched steps with a measurement at each; every step is told once it has returned."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 3))
+    x = torch.randn(64, 6)
+    y = x[:, :3].argmax(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, run=path, budget=math.inf, every=1, instruments=["softmax_collapse"], probe=(x, y)):
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            told(b"s")
+
+
+@pytest.mark.slow
+def test_killed_at_every_file_operation_no_step_is_lost(tmp_path):
+    from diag.registry import instruments
+
+    instruments()["softmax_collapse"](logits=torch.randn(8, 3), labels=torch.zeros(8, dtype=torch.long))
+    total = operations(brief, tmp_path / "whole")
+    assert total > 30
+    for at in range(total):
+        told, _ = killed_at(at, brief, tmp_path / str(at))
+        try:
+            run = diag.load(tmp_path / str(at))
+        except RunError as error:
+            assert not told and "holds no run" in str(error)
+            continue
+        steps = 0 if run.history is None else len(run.history)
+        measured = [step for step, _ in run.series("softmax_collapse")]
+        assert len(told) <= steps <= len(told) + 1 and not [e for e in run.events if e.kind == "damaged"]
+        assert set(range(1, len(told) + 1)) <= set(measured) and not run.outcomes

@@ -36,8 +36,8 @@ def changes(tmp_path: Path, seed: int) -> set[tuple[str, str, str]]:
 def test_every_kind_of_place_is_found_and_prose_is_left_alone(tmp_path):
     found = set().union(*(changes(tmp_path, seed) for seed in range(12)))
     assert found == {
-        ("constant", "0.5", "5.0"), ("constant", "0.5", "0.05"), ("constant", "3", "4"), ("constant", "3", "2"),
-        ("constant", "True", "False"), ("comparison", "<=", "<"), ("comparison", "<=", ">"),
+        ("threshold", "0.5", "5.0"), ("threshold", "0.5", "0.05"), ("threshold", "3", "4"), ("threshold", "3", "2"),
+        ("threshold", "True", "False"), ("comparison", "<=", "<"), ("comparison", "<=", ">"),
         ("boolean", "and", "or"), ("boolean", "not ", ""), ("sign", "-", ""), ("sign", "+", "-"),
         ("function", "max", "min"),
         ("constant", "2", "3"), ("constant", "2", "1"), ("comparison", "is", "is not"), ("sign", "-", "+"),

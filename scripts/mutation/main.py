@@ -13,7 +13,7 @@ from typing import Any
 from mutation import guards
 from mutation.choice import Choice
 from mutation.equivalent import EQUIVALENT
-from mutation.sites import Mutant, mutants_of
+from mutation.sites import KINDS, Mutant, mutants_of
 from mutation.trial import KILLED, NO_TEST, SURVIVED, Tree, copied
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,6 +40,7 @@ def _options(arguments: list[str], text: str) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=40, help="how many mutants (default 40)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rooms", nargs="+", default=ROOMS, help=f"folders of diag (default {' '.join(ROOMS)})")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of changes (default all)")
     parser.add_argument(
         "--output", type=Path, default=Path("build/mutants.json"), help="the record, taken up again"
     )
@@ -79,7 +80,7 @@ class Session:
     def _all(self) -> list[Mutant]:
         files = [p for room in self.options.rooms for p in sorted((self.tree.folder / "diag" / room).rglob("*.py"))]
         found = [m for path in files for m in mutants_of(path, self.tree.folder, self.options.seed)]
-        return [m for m in found if m.key not in EQUIVALENT]
+        return [m for m in found if m.key not in EQUIVALENT and m.kind in self.options.kinds]
 
     def _sample(self) -> list[Mutant]:
         found = self._all()

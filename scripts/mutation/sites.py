@@ -20,6 +20,7 @@ OPERATORS = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
     ast.FloorDiv: ("//", "*"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"),
 }  # fmt: skip
+KINDS = ("threshold", "constant", "comparison", "sign", "boolean", "branch", "function")
 FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any", "clamp_min": "clamp_max", "ceil": "floor"}
 
 
@@ -78,6 +79,7 @@ class _Finder(ast.NodeVisitor):
 
     def __init__(self, source: bytes, path: str) -> None:
         self.source, self.path, self.found = source, path, []
+        self.constants = "threshold"  # outside functions, and where a parameter has a default
         self.starts = [0]
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
@@ -123,13 +125,22 @@ class _Finder(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for part in (*node.args.defaults, *node.args.kw_defaults, *node.body):
-            if part is not None:
-                self.visit(part)
+        outside, self.constants = self.constants, "threshold"
+        placed = [*node.args.posonlyargs, *node.args.args]
+        arguments = [*placed[len(placed) - len(node.args.defaults) :], *node.args.kwonlyargs]
+        for argument, default in zip(arguments, (*node.args.defaults, *node.args.kw_defaults), strict=True):
+            if default is not None and argument.arg != "seed":  # one seed is as good as another
+                self.visit(default)
+        self.constants = "constant"
+        for statement in node.body:
+            self.visit(statement)
+        self.constants = outside
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outside, self.constants = self.constants, "constant"
         for part in node.body:
             self.visit(part)
+        self.constants = outside
 
     # -- what is changed ---------------------------------------------------------------------------
 
@@ -196,7 +207,7 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Constant(self, node: ast.Constant) -> None:
         for new in _others(node.value):
-            self._add(*self._span(node), new, "constant")
+            self._add(*self._span(node), new, self.constants)
 
 
 def _is_text(node: ast.expr) -> bool:

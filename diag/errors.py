@@ -45,5 +45,5 @@ def text_of(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text without its full stop, to be quoted inside a sentence."""
-    return (text_of(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+    """The first line of an error's text, at most 160 characters and no full stop, to quote it in a sentence."""
+    return (text_of(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")[:160]

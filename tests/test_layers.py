@@ -43,6 +43,7 @@ TOP = {"cli", "demo", "datasets", "testing", "__init__"}
 QUANTITY_ROOMS = {"snapshot", "gradients", "curvature", "connectivity"}
 ONE_FILE_EACH = {"instruments"}  # a room that grows by a file for each new thing
 MOST_FILES = 20
+OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}  # public, in spite of their names
 DISCOVERED = {"diag.registry": {"diag.instruments"}}  # a folder whose files are found when they are asked for
 PUBLIC = {"diag.snapshot.snapshot", "diag.watching.watcher", "diag.run.run"}  # reached as names of `diag`
 
@@ -144,6 +145,11 @@ def test_a_room_states_its_rule_and_what_it_lends(package):
     for name, users in used.items():
         assert name in names, f"{sorted(users)} import {name} from {package}; add it to its __all__"
     late = [f"diag.{row.module}." for row in GLOSSARY.values()]
+    own = {d.rpartition(".")[2] for d in imported_names(package)} | own_names(package)
+    for name in names:
+        assert f"{package}.{name}" in MODULES or name in own, (
+            f"there is no {package}.{name}; take it out of __all__"
+        )
     for name in (f"{package}.{n}" for n in names if f"{package}.{n}" in MODULES):
         wanted = name.rpartition(".")[2] in used or any(entry.startswith(f"{name}.") for entry in late)
         assert wanted or name in PUBLIC, f"no other room uses {name}; take it out of the __all__ of {package}"
@@ -181,7 +187,7 @@ def of_self(node: ast.Attribute) -> bool:
 def private_attributes(name: str) -> set[str]:
     """The private attributes that a module takes of anything but `self`, and does not define."""
     attributes = {n.attr for n in ast.walk(tree(name)) if isinstance(n, ast.Attribute) and not of_self(n)}
-    return {a for a in attributes if private(a)} - own_names(name)
+    return {a for a in attributes if private(a)} - own_names(name) - OF_NAMED_TUPLES
 
 
 def test_no_level_of_a_room_is_crowded():

@@ -20,7 +20,7 @@ import torch
 
 from diag.checkpoints.distributed import METADATA, read_distributed
 from diag.checkpoints.numbers import NUMPY
-from diag.errors import CheckpointError
+from diag.errors import CheckpointError, first_line
 
 SAVE_AGAIN = 'torch.save(model.state_dict(), "weights.pt")'
 # Plain containers that hyper-parameters often hold (making one runs nothing), and stand-ins for NumPy's numbers.
@@ -147,7 +147,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
             return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}} | about  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(
-            f"{path} is a damaged safetensors file ({str(error).splitlines()[0]}); save or copy it again."
+            f"{path} is a damaged safetensors file ({first_line(error)}); save or copy it again."
         ) from None
 
 

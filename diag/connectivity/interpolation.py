@@ -22,7 +22,7 @@ from diag.connectivity.fit import check_states_fit
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
 from diag.connectivity.interpolation_profile import Points, Profile
 from diag.connectivity.symmetries import Symmetries
-from diag.errors import InvalidInput, MissingQuantity, Unsupported
+from diag.errors import InvalidInput, MissingQuantity, Unsupported, first_line
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -52,7 +52,7 @@ class Interpolation:
                 self._copy = copy.deepcopy(self.snapshot.model).requires_grad_(False)
             except RuntimeError as error:
                 raise Unsupported(
-                    f"The model cannot be copied ({str(error).splitlines()[0]}), and interpolation overwrites a "
+                    f"The model cannot be copied ({first_line(error)}), and interpolation overwrites a "
                     "copy; give a model that copy.deepcopy can copy."
                 ) from error
         return self._copy

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diag.curvature import guards
-from diag.curvature.layout import Layout
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.call_at import call_at
+from diag.snapshot.parameters import FlatLayout
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -45,7 +45,7 @@ class Objective:
     model: nn.Module
     loss_fn: LossFn
     batches: tuple[Batch, ...]
-    layout: Layout
+    layout: FlatLayout
     precision: str = "float32"
 
     @property

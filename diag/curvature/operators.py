@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.curvature import fisher as fishers
 from diag.curvature.carry import Carried
-from diag.curvature.layout import Layout
+from diag.curvature.layout import layout_of
 from diag.curvature.memory import MemoryPlan, plan_memory
 from diag.curvature.objective import PRECISIONS, LossFn, Objective, native_precision
 from diag.curvature.probe import hold_fixed, rows_held_fixed
@@ -42,6 +42,7 @@ from diag.curvature.values import Values
 from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch
+from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import subsampled
 from diag.snapshot.snapshot import Snapshot
 
@@ -79,7 +80,7 @@ class CurvatureOperator(LinearOperator):
         parts = tuple(part for batch in batches for part in batch.split(micro_batch))
         if not parts:
             raise InvalidInput("There is no batch to measure curvature on; give at least one.")
-        self.objective = Objective(model, loss_fn, parts, Layout.of(model), precision)
+        self.objective = Objective(model, loss_fn, parts, layout_of(model), precision)
         super().__init__(self.objective.layout.size, self.objective.dtype, self.objective.device)
         self._settings: dict[str, Any] = {"memory": memory, "seed": seed}
         self._self_test = checked
@@ -94,7 +95,7 @@ class CurvatureOperator(LinearOperator):
     # -- what is known about it --------------------------------------------------------------------
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> FlatLayout:
         """The names, shapes and slices of the parameters in the flat vectors."""
         return self.objective.layout
 

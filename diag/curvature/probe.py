@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diag.curvature.objective import Objective
-from diag.errors import DiagError, InvalidInput, Unsupported
+from diag.errors import DiagError, InvalidInput, Unsupported, first_line
+from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch, tensors_in
 
 NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
@@ -131,13 +132,3 @@ def random_direction(objective: Objective, theta: Sequence[Tensor], seed: int) -
     flat = objective.layout.flatten(pieces, theta[0])
     direction = hold_fixed(flat, objective, rows_held_fixed(objective.model, objective))
     return direction / length(direction)
-
-
-def length(vector: Tensor) -> float:
-    """The Euclidean norm, accumulated in float64."""
-    return float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, to quote it in a sentence."""
-    return str(error).strip().splitlines()[0].rstrip(".")[:160] if str(error).strip() else type(error).__name__

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diag.curvature.objective import Objective, gradients, output_tensors
 from diag.errors import Unsupported
+from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch
 
 Pieces = Sequence[Tensor | None]  # one tensor for each parameter; None is zero
@@ -133,9 +134,9 @@ class GeneralisedGaussNewton:
     def _differenced_map(
         self, objective: Objective, outputs: Sequence[Tensor], tangent: Sequence[Tensor], rebuilt: Any, batch: Batch
     ) -> list[Tensor]:
-        size = max(_norm(tangent), 1e-300)
+        size = max(length(tangent), 1e-300)
         eps = max(torch.finfo(z.dtype).eps for z in outputs)
-        step = eps ** (1 / 3) * max(_norm(outputs), 1e-3) / size
+        step = eps ** (1 / 3) * max(length(outputs), 1e-3) / size
 
         def value(h: float) -> Pieces:
             moved = [(z.detach() + h * t).requires_grad_() for z, t in zip(outputs, tangent, strict=True)]
@@ -211,16 +212,16 @@ class FiniteDifferenceGraph:
 
     def __init__(self, curvature: Curvature, objective: Objective, parameters: Sequence[Tensor], step: float):
         self.curvature, self.objective, self.parameters = curvature, objective, parameters
-        self.step = step * max(_norm(parameters), 1e-3)
+        self.step = step * max(length(parameters), 1e-3)
 
     def product(self, views: Sequence[Tensor], keep: bool) -> Pieces:
         """The product with a unit vector along v, scaled back."""
-        length = _norm(views)
-        if length == 0:
+        size = length(views)
+        if size == 0:
             return [None] * len(views)
-        unit = [v.to(self.objective.dtype) / length for v in views]
+        unit = [v.to(self.objective.dtype) / size for v in views]
         product = self.curvature.finite_difference(self.objective, self.parameters, unit, self.step)
-        return self.objective.layout.views(product * length)
+        return self.objective.layout.views(product * size)
 
 
 def loss_gradient(
@@ -246,8 +247,3 @@ def _pulled_back(outputs: Pieces, inputs: Sequence[Tensor], vectors: Sequence[Te
 
 def _added(total: Pieces, more: Pieces) -> list[Tensor | None]:
     return [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    squares = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) ** 2 for t in tensors]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

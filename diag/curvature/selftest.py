@@ -25,10 +25,8 @@ from torch import Tensor
 from diag.curvature.guards import refuse_impossible
 from diag.curvature.objective import Objective
 from diag.curvature.probe import (
-    first_line,
     hold_fixed,
     in_float64,
-    length,
     probe_batch,
     random_direction,
     refuse_sums,
@@ -36,7 +34,8 @@ from diag.curvature.probe import (
 )
 from diag.curvature.products import Curvature
 from diag.curvature.record import WARN_ABOVE, SelfTest
-from diag.errors import DiagError, InvalidInput, Unsupported
+from diag.errors import DiagError, InvalidInput, Unsupported, first_line
+from diag.linalg.reductions import length
 
 FAIL_ABOVE = {"float64": 0.03, "float32": 0.3}  # a float32 difference crosses kinks, so it can prove less
 FALLBACK_BELOW = 0.03

@@ -6,7 +6,6 @@ model (`diag.gradients.engine`), `MatrixGradients` from a matrix (`diag.gradient
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from diag.gradients.questions import (
 )
 from diag.gradients.rules.blocks import Block
 from diag.linalg.deadline import NEVER, Deadline
-from diag.snapshot.parameters import layer_of
+from diag.snapshot.parameters import FlatLayout, layer_of
 
 Consumer = Callable[[slice, str, Block], None]  # the examples' rows, the parameter's name, its block
 
@@ -62,12 +61,8 @@ class PerExampleGradients:
     def __init__(self, shapes: Mapping[str, Sequence[int]], num_examples: int) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.num_examples = num_examples
-        self.columns: dict[str, slice] = {}  # of each parameter in flat vectors
-        start = 0
-        for name, shape in self.shapes.items():
-            self.columns[name] = slice(start, start + math.prod(shape))
-            start += math.prod(shape)
-        self.num_parameters = start
+        flat = FlatLayout.of(self.shapes)
+        self.columns, self.num_parameters = flat.columns, flat.size
         self._known: dict[Question, Any] = {}  # answers that are kept
 
     @property

@@ -8,7 +8,7 @@ holds one vector in each row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,13 @@ def _total(parts: list[Tensor]) -> Tensor:
 def norm(x: Tensor) -> Tensor:
     """|x| of a flat vector, a float64 scalar on its device."""
     return dot(x, x).sqrt()
+
+
+def length(tensors: Tensor | Sequence[Tensor]) -> float:
+    """The Euclidean norm of a tensor of any shape, or of several together, accumulated in float64."""
+    parts = [tensors] if isinstance(tensors, Tensor) else tensors
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in parts]
+    return float(torch.stack([n.to(norms[0].device) for n in norms]).norm()) if norms else 0.0
 
 
 def orthogonalise(

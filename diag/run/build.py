@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from diag.errors import DiagError, InvalidInput
+from diag.errors import DiagError, InvalidInput, first_line
 from diag.snapshot.snapshot import Snapshot
 
 FORM = "expected module:function or file.py:function"
@@ -114,5 +114,4 @@ def guarded(call: Callable[[], Any], what: str) -> Any:
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
         at = f" at {os.path.relpath(frames[-1].filename)}, line {frames[-1].lineno}" if len(frames) > 1 else ""
-        text = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        raise InvalidInput(f"{what} raised {type(error).__name__}{at}: {text}") from error
+        raise InvalidInput(f"{what} raised {type(error).__name__}{at}: {first_line(error)}.") from error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import diag
 from diag.checkpoints import load_into, load_state
-from diag.errors import CheckpointError, InvalidInput
+from diag.errors import CheckpointError, InvalidInput, first_line
 from diag.registry import Instrument, attempt, find, instruments
 from diag.result import Result
 from diag.run.build import Build, build_name, built_arguments, guarded
@@ -172,9 +172,7 @@ def _refuse_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidInput(
-            f"The device {device!r} cannot be used ({str(error).splitlines()[0]}); give another."
-        ) from None
+        raise InvalidInput(f"The device {device!r} cannot be used ({first_line(error)}); give another.") from None
 
 
 def _files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -8,7 +8,6 @@ __all__ = [
     "batch",
     "call_at",
     "example_losses",
-    "example_scores",
     "foreign_hooks",
     "forward",
     "glossary",

@@ -5,7 +5,10 @@ The order is that of `named_parameters()`: a tied tensor counts once, a frozen o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,16 +39,75 @@ def layer_of(parameter: str) -> str:
     return own.rpartition(".")[0].removeprefix(".") or own.removeprefix(".")
 
 
-def flatten(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
-    """One flat vector (P,) of the tensors in their order."""
-    values = tensors.values() if isinstance(tensors, Mapping) else tensors
-    return torch.cat([t.detach().reshape(-1) for t in values])
+def flat_of(tensors: Iterable[Tensor]) -> Tensor:
+    """One flat vector of the tensors in their order."""
+    return torch.cat([(t.to_dense() if t.layout != torch.strided else t).reshape(-1) for t in tensors])
 
 
-def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `flatten`: views of `vector` (P,) in the shapes of `like`."""
-    parts = vector.split([t.numel() for t in like.values()])
-    return {name: part.view(t.shape) for (name, t), part in zip(like.items(), parts, strict=True)}
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where named tensors lie in one flat vector of length `size`: their names, shapes and slices, in order.
+
+    Of trainable parameters the order is that of `named_parameters()`. A layer is a module that owns parameters; its
+    parameters are neighbours in the flat vector, so a layer is one slice.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    slices: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]]) -> FlatLayout:
+        """The layout of tensors of these shapes, by name."""
+        ends = [0, *itertools.accumulate(math.prod(shape) for shape in shapes.values())]
+        slices = tuple(slice(a, b) for a, b in itertools.pairwise(ends))
+        return cls(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()), slices)
+
+    @property
+    def size(self) -> int:
+        """P, the length of a flat vector."""
+        return self.slices[-1].stop if self.slices else 0
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Name -> its slice of a flat vector."""
+        return dict(zip(self.names, self.slices, strict=True))
+
+    @property
+    def layers(self) -> dict[str, slice]:
+        """Layer name -> its slice, in order; see `layer_of`."""
+        layers: dict[str, slice] = {}
+        last = None
+        for name, part in zip(self.names, self.slices, strict=True):
+            layer = layer_of(name)
+            if layer in layers and layer != last:  # not neighbours: keep the module's own full path
+                layer = name.rpartition(".")[0] if name.rpartition(".")[0] not in layers else name
+            layers[layer] = slice(layers[layer].start if layer in layers else part.start, part.stop)
+            last = layer
+        return layers
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The pieces of a flat vector (size,), each in its tensor's shape; they share memory."""
+        return [flat[part].view(shape) for part, shape in zip(self.slices, self.shapes, strict=True)]
+
+    def named_views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The same by name."""
+        return dict(zip(self.names, self.views(flat), strict=True))
+
+    def flatten(self, tensors: Iterable[Tensor | None], like: Tensor) -> Tensor:
+        """One flat vector of `like`'s dtype and device from a tensor for each name; None counts as zeros."""
+        pieces = []
+        for tensor, part in zip(tensors, self.slices, strict=True):
+            if tensor is None:
+                pieces.append(like.new_zeros(part.stop - part.start))
+            else:
+                pieces.append(flat_of([tensor]).to(like.dtype))
+        return torch.cat(pieces)
+
+    def values(self, model: nn.Module) -> list[Tensor]:
+        """The current values of a model's parameters of these names, detached; they share memory with it."""
+        named = dict(model.named_parameters())
+        return [named[name].detach() for name in self.names]
 
 
 def params(snapshot: Snapshot) -> dict[str, Tensor]:

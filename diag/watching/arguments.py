@@ -45,7 +45,7 @@ def check(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
         raise InvalidInput(f"budget is {budget!r}; expected a share of wall time, such as 0.05.")
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def watched_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name; raises InvalidInput where there is none, or one without a shape."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:

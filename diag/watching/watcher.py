@@ -19,7 +19,7 @@ from diag.checkpoints.unwrap import bare_model
 from diag.run.run import Finding, Run, load
 from diag.snapshot.history import History
 from diag.watching.about import describe_run, distributed_rank, temporary_folder
-from diag.watching.arguments import Settings, check, checked_optimizer, given_probe, trainable
+from diag.watching.arguments import Settings, check, checked_optimizer, given_probe, watched_parameters
 from diag.watching.guard import Clock, Guarded, guarded
 from diag.watching.listener import TrainingListener
 from diag.watching.measure.findings import Findings
@@ -85,7 +85,7 @@ def watch(
     """
     check(model, loss_fn, every, budget)
     bare = bare_model(model)
-    parameters = trainable(bare)
+    parameters = watched_parameters(bare)
     settings = Settings(
         optimizer=checked_optimizer(optimizer, parameters),
         instruments=chosen_instruments(instruments),

@@ -8,12 +8,12 @@ import numpy
 import torch
 from reproducing import Card, Expectation, Lab
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 import diag
 from diag import datasets
 from diag.instruments.gradient_flow.instrument import GradientFlow
 from diag.snapshot.history import History, empty_history
-from diag.snapshot.parameters import flatten
 
 STEPS, EXAMPLES, SEED = 1500, 4000, 0
 ARMS = {
@@ -40,7 +40,7 @@ def train_arm(lab: Lab, arm: str) -> GradientFlow:
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    order, start = torch.Generator().manual_seed(SEED), flatten(list(model.parameters()))
+    order, start = torch.Generator().manual_seed(SEED), parameters_to_vector(model.parameters()).detach()
     distance: list[float] = []
     with diag.watch(model, run=lab.run_folder(arm), instruments=["gradient_flow"]):
         while len(distance) < STEPS:
@@ -48,7 +48,7 @@ def train_arm(lab: Lab, arm: str) -> GradientFlow:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
                 optimizer.step()
-                distance.append(float((flatten(list(model.parameters())) - start).norm()))
+                distance.append(float((parameters_to_vector(model.parameters()).detach() - start).norm()))
     # The watch measures distances as its budget allows; for numbers that repeat exactly every step is taken.
     result = diag.gradient_flow(history=record(distance, rate, len(start)))
     assert isinstance(result, GradientFlow)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import diag
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.glossary import GLOSSARY, lookup
-from diag.snapshot.parameters import flatten, unflatten
+from diag.snapshot.parameters import FlatLayout, flat_of
 from diag.testing import classification, is_one_sentence, leaves_no_trace
 
 
@@ -48,7 +48,9 @@ def test_forward_quantities(problem, snapshot):
 def test_the_gradient_weighs_a_ragged_last_batch_right(problem, snapshot):
     loss = F.cross_entropy(problem.model(problem.data[0]), problem.data[1])
     expected = torch.autograd.grad(loss, list(problem.model.parameters()))
-    torch.testing.assert_close(flatten(snapshot.quantity("gradient")), flatten(expected), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        flat_of(snapshot.quantity("gradient").values()), flat_of(expected), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_loss_at_moves_no_parameter(problem, snapshot):
@@ -61,7 +63,9 @@ def test_loss_at_moves_no_parameter(problem, snapshot):
 
 def test_flatten_and_unflatten_are_inverse(snapshot):
     values = snapshot.quantity("params")
-    back = unflatten(flatten(values), values)
+    layout = FlatLayout.of({name: value.shape for name, value in values.items()})
+    back = layout.named_views(flat_of(values.values()))
+    assert torch.equal(layout.flatten(back.values(), flat_of(values.values())), flat_of(values.values()))
     assert all(torch.equal(values[k], back[k]) for k in values)
 
 

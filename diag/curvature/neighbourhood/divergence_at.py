@@ -17,7 +17,7 @@ from diag.curvature.fisher import class_axis, counted_positions, likelihood_of
 from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
 from diag.snapshot.forward import output_tensor
-from diag.snapshot.parameters import flatten, params, unflatten
+from diag.snapshot.parameters import FlatLayout, flat_of, params
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -34,11 +34,12 @@ class DivergenceAt:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._values = params(snapshot)
-        self.center = flatten(self._values)
+        self._layout = FlatLayout.of({name: v.shape for name, v in self._values.items()})
+        self.center = flat_of(self._values.values())
 
     def __call__(self, point: Tensor) -> float:
         """The mean divergence of the outputs at the flat parameters `point` (P,) from those at the centre."""
-        values = unflatten(point, self._values)
+        values = self._layout.named_views(point)
         total = 0.0
         with torch.no_grad(), preserved(self._snapshot.model):
             for batch, before in zip(self._snapshot.batches, self._outputs_at_center, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
 from diag.snapshot.example_losses import example_losses
-from diag.snapshot.parameters import flatten, params, unflatten
+from diag.snapshot.parameters import FlatLayout, flat_of, params
 from diag.snapshot.picking import partitioned
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -27,7 +27,8 @@ class LossesAt:
         self._snapshot = snapshot
         self._batches: Sequence[Batch] = snapshot.batches
         self._values = params(snapshot)
-        self.center = flatten(self._values)
+        self._layout = FlatLayout.of({name: v.shape for name, v in self._values.items()})
+        self.center = flat_of(self._values.values())
 
     @property
     def num_examples(self) -> int:
@@ -44,11 +45,11 @@ class LossesAt:
     def __call__(self, point: Tensor) -> Tensor:
         """(n,) float64: the losses at the flat parameters `point` (P,)."""
         with torch.no_grad():
-            return self._measure(unflatten(point, self._values), gradient=False)[0]
+            return self._measure(self._layout.named_views(point), gradient=False)[0]
 
     def step(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """The losses (n,) float64 at `point` and the gradient (P,) of their mean."""
-        values = {name: v.detach().requires_grad_() for name, v in unflatten(point, self._values).items()}
+        values = {name: v.detach().requires_grad_() for name, v in self._layout.named_views(point).items()}
         with torch.enable_grad():
             losses, gradient = self._measure(values, gradient=True)
         assert gradient is not None
@@ -65,12 +66,8 @@ class LossesAt:
                 if total is not None:
                     loss = snapshot.batch_loss(outputs, batch.targets) * (batch.size / self.num_examples)
                     parts = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
-                    total += flatten([_dense(g, v) for g, v in zip(parts, values.values(), strict=True)])
+                    total += self._layout.flatten(parts, total)
         return torch.cat(found).cpu(), total
-
-
-def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient.to_dense()
 
 
 def losses_at(snapshot: Snapshot) -> LossesAt:

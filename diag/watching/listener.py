@@ -58,10 +58,11 @@ class TrainingListener(Guarded):
 
     def look_for_compiled(self) -> None:
         """After a step without a call of the model: it may have been compiled since."""
-        self._silent = self._silent + 1 if self._training.calls == self._calls else 0
+        silent = self._training.calls == self._calls
         self._calls = self._training.calls
-        # Looking is dear, so it is done ever more rarely.
-        if self._silent and self._silent & (self._silent - 1) == 0 and self._hooks is not None:
+        self._silent += silent
+        # Looking goes through all objects of the process, so it is done ever more rarely.
+        if silent and self._silent & (self._silent - 1) == 0 and self._hooks is not None:
             self._hooks.find_compiled()
 
     # The model and its loss
@@ -93,6 +94,7 @@ class TrainingListener(Guarded):
     @guarded("loss")
     def backward_called(self, roots: Any, weight: Any = None, inputs: Any = None) -> None:
         self._losses.backward_called(roots, weight, inputs)
+        self._steps.backward_begins()
         if self._own_step.armed:
             self._own_step.backwards.backward_called(roots)
             self._occasions.own_step_descends()

@@ -100,9 +100,9 @@ def test_thinning_takes_geometric_steps_and_what_the_share_allows():
     busy = Thinning(0.01)
     taken = []
     for step in range(1, 1001):
-        if busy.take(step, elapsed=0.1 * step):
+        if busy.take(step, elapsed=1e-4 * step):
             taken.append(step)
-            busy.spent(1.0)  # ten times what a step takes: only the geometric steps are left
+            busy.spent(1e-3)  # ten times what a step takes: only the geometric steps are left
     assert taken[:10] == list(range(1, 11)) and 50 < len(taken) < 75
     ratios = numpy.diff(taken[20:]) / taken[20:-1]
     assert ratios.max() < 0.13

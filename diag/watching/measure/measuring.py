@@ -111,6 +111,7 @@ class Measurements:
         self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
         self._record, self._note, self._tell = record, note, tell
         self._last: dict[str, int] = {}
+        self._given: set[str] = set()  # those that have given a result
         self._failures: dict[str, int] = {}
         self.estimated = False
 
@@ -164,8 +165,10 @@ class Measurements:
         began = time.perf_counter()
         self.floor.looked(step)
         for name in list(self.floor.names):
-            snapshot.deadline.restart(at_most - (time.perf_counter() - began), why="the time of the checks")
-            self._measure(self._instruments[name], step, snapshot, {})
+            left = at_most - (time.perf_counter() - began)
+            if left > 0:
+                snapshot.deadline.restart(left, why="the time of the checks")
+                self._measure(self._instruments[name], step, snapshot, {})
         seconds = time.perf_counter() - began
         self.schedule.pay(seconds)
         return seconds
@@ -259,8 +262,9 @@ class Measurements:
         name, deadline = instrument.name, snapshot.deadline
         if deadline.reason:
             self._stopped(name, step, seconds, min(deadline.seconds, seconds))
-            self._last[name] = step
-            self._record(step, outcome, before + seconds)
+            if name not in self._given:  # else there is a result, of an earlier step
+                self._last[name] = step
+                self._record(step, outcome, before + seconds)
             return
         if name in self.schedule.accounts:
             self.schedule.spent(name, step, seconds)
@@ -283,6 +287,7 @@ class Measurements:
     def _keep(self, name: str, step: int, outcome: Outcome, seconds: float) -> None:
         if isinstance(outcome, Result):
             self._failures[name] = 0
+            self._given.add(name)
             if self._tell is not None:
                 self._tell(self._instruments[name], outcome, step)
         elif isinstance(outcome, Skipped) and not self.windows.needs_record(name):

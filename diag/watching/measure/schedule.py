@@ -9,6 +9,7 @@ planned with a larger one. An infinite budget measures at every scheduled step a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, inf
@@ -16,6 +17,7 @@ from math import ceil, inf
 RATIO = 1.1
 SAFETY = 1.1
 ALIKE = 4.0
+LONG, RARELY = 2e-3, 2.0  # norms that take so many seconds have steps this much further apart
 OVERRUN = 2.0  # a measurement is stopped at so many times its estimate,
 LEAST = 0.25  # and not before so many seconds, as the first estimates of short ones are rough
 STOPS = 3  # times that a measurement may be stopped before it is given up
@@ -130,21 +132,23 @@ class Schedule:
 
 
 class Thinning:
-    """Which steps get the norms that need a copy of the parameters: geometric ones, and others up to a share of
-    the time. Small models so have them at every step."""
+    """Which steps get norms that take time: geometric ones, and others up to a share of the time. Small models so
+    have them at every step. `free`: seconds a step that are not worth a thought."""
 
-    def __init__(self, share: float, ratio: float = 1.1) -> None:
-        self.share, self._ratio = share, ratio
-        self._due, self._cost, self._spent = 1, 0.0, 0.0
+    def __init__(self, share: float, ratio: float = 1.1, free: float = 0.0) -> None:
+        self.share, self.free, self._ratio = share, free, ratio
+        self._due, self._spent = 1, 0.0
+        self._costs: deque[float] = deque(maxlen=3)  # a single one may hold a pause of the machine's
 
     def take(self, step: int, elapsed: float) -> bool:
         """Whether to measure them at `step`, `elapsed` seconds after the start."""
+        cost = min(self._costs, default=0.0)
         if step >= self._due:
-            self._due = next_due(step, None, self._ratio)
+            self._due = next_due(step, None, self._ratio if cost <= LONG else RARELY)
             return True
-        return self._spent + self._cost <= self.share * elapsed
+        return cost <= self.free or self._spent + cost <= self.share * elapsed
 
     def spent(self, seconds: float) -> None:
         """What one step's norms took."""
         self._spent += seconds
-        self._cost = seconds
+        self._costs.append(seconds)

@@ -5,6 +5,7 @@ Clipping and a GradScaler change gradients in place, so norms are taken when a c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,19 @@ class GradientNorms:
     ) -> None:
         self._parameters, self._index, self._note = parameters, index, note
         self._clips: list[Clipped] = []
+        self.active = True  # whether the gradients of this step are read
+        self.cost = 0.0  # seconds that reading them has taken
 
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Clipped | None:
         """Gradients are about to be clipped: take their norms first (max_norm None: clipped by value)."""
+        if not self.active:
+            return None
+        began = time.perf_counter()
+        clip = self._before_clip(parameters, max_norm, total_norm)
+        self.cost += time.perf_counter() - began
+        return clip
+
+    def _before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Clipped | None:
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         columns = [self._index[id(p)] for p in given if id(p) in self._index and p.grad is not None]
         if not columns:
@@ -89,6 +100,12 @@ class GradientNorms:
 
     def read(self, row: Row, optimizer: Optimizer, members: Members) -> None:
         """The optimizer is about to use the gradients: their norms go into the row."""
+        if self.active and members.parameters:
+            began = time.perf_counter()
+            self._read(row, optimizer, members)
+            self.cost += time.perf_counter() - began
+
+    def _read(self, row: Row, optimizer: Optimizer, members: Members) -> None:
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             row.unscale.append((members.columns, scale.detach().clone()))
@@ -116,7 +133,7 @@ class GradientNorms:
 
     def forget(self) -> None:
         """The step is over."""
-        self._clips = []
+        self._clips, self.cost = [], 0.0
 
 
 def _of(parameter: nn.Parameter) -> Tensor:

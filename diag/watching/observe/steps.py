@@ -1,7 +1,6 @@
 """Optimizer steps as they happen: which rounds they make, and where the parameters went.
 
-A row of the record is one round: the steps of several optimizers with no training pass of the model between them
-make one row; the same optimizer stepping again begins the next. Where a step is given a closure, the gradients
+A row of the record is one round (see `rounds`). Where a step is given a closure, the gradients
 are those of the closure's first evaluation, at the parameters before the step.
 """
 
@@ -22,8 +21,15 @@ from diag.watching.measure.schedule import Thinning
 from diag.watching.observe.gradients import GradientNorms, Members
 from diag.watching.observe.losses import LossObserver, Note
 from diag.watching.observe.norms import BLOCK, copies, differences, norms
+from diag.watching.observe.rounds import Rounds
 from diag.watching.observe.rows import Row
 
+# Reading the gradients at every step is worth this share of its time, and in any case so many seconds.
+READING_SHARE, READING_FREE = 0.02, 2e-4
+THINNED = (
+    "Reading the gradients of {:,} parameter tensors takes more than 2 % of a step, so their norms are recorded at "
+    "some of the steps only; the loss is recorded at every one."
+)
 FOREIGN = (
     "The optimizer also steps parameters that were not trainable parameters of the model when the watch began; "
     "they are not recorded."
@@ -51,7 +57,7 @@ class StepObserver:
         self._losses, self._finished, self._clock, self._note = losses, finished, clock, note
         self.gradients = GradientNorms(self.parameters, self._index, note)
         self.start = self._start_copies()
-        self.thinning = Thinning(share)
+        self.thinning, self.reading = Thinning(share), Thinning(READING_SHARE, free=READING_FREE)
         self.before: dict[int, Tensor] = {}
         self.keep_before = False
         self._buffers: dict[int, Tensor] = {}
@@ -61,8 +67,8 @@ class StepObserver:
         self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, Members]] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._row: Row | None = None
-        self._stepped: set[int] = set()
-        self._covered = 0
+        self._rounds = Rounds()
+        self._covered: set[int] = set()
         self._taken = self._inside_backward = False
         self._cost = 0.0
         self._fired: set[int] = set()
@@ -81,15 +87,16 @@ class StepObserver:
         if members is None:
             return None
         self._fired.add(id(optimizer))
-        if id(optimizer) in self._stepped:
-            self.finish(in_step=False)
+        if not self._begins(optimizer):
+            return None
         row = self._open(optimizer)
-        self._remember(members)
+        fresh = self._not_stepped_yet(members)
+        self._remember(fresh)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
-            self.gradients.read(row, optimizer, members)
+            self.gradients.read(row, optimizer, fresh)
             return None
-        wrapped = self._first_evaluation(closure, row, optimizer, members)
+        wrapped = self._first_evaluation(closure, row, optimizer, fresh)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": wrapped})
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -110,11 +117,11 @@ class StepObserver:
         members = self.members(optimizer)
         if members is None or id(optimizer) in self._fired:
             return
-        if id(optimizer) in self._stepped:
-            self.finish(in_step=False)
+        if not self._begins(optimizer):
+            return
         row = self._open(optimizer)
         row.skipped = True
-        self.gradients.read(row, optimizer, members)
+        self.gradients.read(row, optimizer, self._not_stepped_yet(members))
         self._close_round(optimizer, members)
 
     def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
@@ -122,6 +129,10 @@ class StepObserver:
         members = self.members(optimizer)
         if members is not None:
             self.gradients.unscaling(members, scaler)
+
+    def backward_begins(self) -> None:
+        """A backward pass begins."""
+        self._rounds.gone_on()
 
     def backward_done(self) -> None:
         """A backward pass has ended; what was stepped inside it makes a row."""
@@ -131,8 +142,9 @@ class StepObserver:
 
     def training_pass(self) -> None:
         """The model was called in training: a round of several optimizers is over."""
-        if self._stepped:
+        if self._rounds.stepped:
             self.finish(in_step=False)
+        self._rounds.gone_on()
 
     def finish(self, in_step: bool) -> None:
         """Hand over the open row, if any."""
@@ -140,13 +152,23 @@ class StepObserver:
         if row is None:
             return
         row.losses = self._losses.take()
-        self._stepped, self._covered = set(), 0
-        self.gradients.forget()
+        self._rounds.close()
+        self._covered = set()
         self.steps += 1
         if self._taken:
             self.thinning.spent(self._cost)
+        self._read_next()
         self._finished(row, in_step)
         self.before, self._taken, self._cost = {}, False, 0.0
+
+    def _read_next(self) -> None:
+        """Whether the gradients of the next step are read: at every one, unless that takes too much of its time."""
+        if self.gradients.active:
+            self.reading.spent(self.gradients.cost)
+        self.gradients.forget()
+        self.gradients.active = self.reading.take(self.steps + 1, self._clock())
+        if not self.gradients.active:
+            self._note("gradient norms", THINNED.format(len(self.parameters)))
 
     def members(self, optimizer: Optimizer) -> Members | None:
         """The watched parameters that the optimizer holds; None where it holds none."""
@@ -163,6 +185,19 @@ class StepObserver:
             self._note("parameters", FOREIGN)
         return Members(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
 
+    def _not_stepped_yet(self, members: Members) -> Members:
+        """Those that no other optimizer has stepped in this round."""
+        if not self._covered:
+            return members
+        columns = [c for c in members.columns.tolist() if c not in self._covered]
+        return Members(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
+
+    def _begins(self, optimizer: Optimizer) -> bool:
+        """Whether its step belongs to the open row or to a new one, and not to one that has been handed over."""
+        if self._rounds.is_again(id(optimizer)):
+            self.finish(in_step=False)
+        return not self._rounds.is_late(id(optimizer))
+
     def _open(self, optimizer: Optimizer) -> Row:
         if self._row is None:
             rate = optimizer.param_groups[0].get("lr", numpy.nan)
@@ -177,12 +212,16 @@ class StepObserver:
         return self._row
 
     def _close_round(self, optimizer: Optimizer, members: Members) -> None:
-        self._stepped.add(id(optimizer))
-        self._covered += len(members.columns)
-        everyone = self.steps > 0 and all(id(o) in self._stepped for o in self._known)
+        alone = len(members.columns) >= len(self.parameters)
+        if not alone:
+            self._covered.update(members.columns.tolist())
+        everything = alone or len(self._covered) >= len(self.parameters)
+        complete = self._rounds.is_complete(id(optimizer), everything)
+        if alone and not complete:
+            self._covered.update(members.columns.tolist())
         # Inside a backward pass (one optimizer for each parameter) the loss is not known yet.
         self._inside_backward = torch._C._current_graph_task_id() != -1
-        if not self._inside_backward and (everyone or self._covered >= len(self.parameters)):
+        if complete and not self._inside_backward:
             self.finish(in_step=True)
 
     def _first_evaluation(self, closure: Any, row: Row, optimizer: Optimizer, members: Members) -> Any:

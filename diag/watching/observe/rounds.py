@@ -1,0 +1,56 @@
+"""Which optimizers' steps make one round of the training, and so one row of the record.
+
+The steps of several optimizers with no training pass of the model between them are one round; the same optimizer
+stepping again begins the next. A round should be handed over as soon as its last optimizer has stepped, since only
+then is nothing of the loop half done; which that is, the rounds before tell.
+"""
+
+from __future__ import annotations
+
+REMEMBERED = 50  # rounds for which it counts that more optimizers took part
+KINDS = 64  # different sets of optimizers that are remembered
+
+
+class Rounds:
+    """Follows rounds; optimizers are known by number (`id`)."""
+
+    def __init__(self) -> None:
+        self.stepped: set[int] = set()  # in the open round
+        self._closed: set[int] = set()  # in the round that was handed over since the last training pass
+        self._seen: dict[frozenset[int], int] = {}  # the rounds there were, and when last
+        self._count = 0
+
+    def is_again(self, optimizer: int) -> bool:
+        """Whether this optimizer has stepped in the open round already, so that it begins the next."""
+        return optimizer in self.stepped
+
+    def is_late(self, optimizer: int) -> bool:
+        """Whether its step belongs to a round that has been handed over: nothing else has happened since."""
+        if self.stepped or not self._closed or optimizer in self._closed:
+            return False
+        self._closed.add(optimizer)
+        self._remember(self._closed)
+        return True
+
+    def is_complete(self, optimizer: int, everything: bool) -> bool:
+        """This optimizer has stepped; everything: all parameters have been stepped. Whether the round is over."""
+        self.stepped.add(optimizer)
+        now = frozenset(self.stepped)
+        recent = [kind for kind, when in self._seen.items() if self._count - when <= REMEMBERED]
+        return (everything or now in recent) and not any(now < kind for kind in recent)
+
+    def close(self) -> None:
+        """The open round is handed over."""
+        self._closed, self.stepped = self.stepped, set()
+        self._count += 1
+
+    def gone_on(self) -> None:
+        """The training has gone on, by a call of the model or a backward pass: what was handed over is over."""
+        if self._closed:
+            self._remember(self._closed)
+            self._closed = set()
+
+    def _remember(self, kind: set[int]) -> None:
+        self._seen[frozenset(kind)] = self._count
+        if len(self._seen) > KINDS:
+            del self._seen[min(self._seen, key=self._seen.__getitem__)]

@@ -106,7 +106,9 @@ def test_hostile_inputs_get_one_clear_sentence(name, problem):
         if isinstance(outcome, Result):
             assert is_one_sentence(outcome.verdict().sentence)
             assert wrong not in REFUSED_BY_ALL_THAT_USE_DATA or which.cost == "none", f"{wrong}: {outcome}"
-            assert wrong != "NaN logits" or outcome.verdict().level != Level.OK, f"NaN taken for good: {outcome}"
+            looks_at_the_model = not {n.quantity.name for n in which.needs} <= {"inputs", "labels"}
+            good = looks_at_the_model and outcome.verdict().level == Level.OK
+            assert wrong != "NaN logits" or not good, f"NaN taken for good: {outcome}"
         else:
             trace = outcome.traceback if isinstance(outcome, Failed) else ""
             assert not trace, f"{wrong} broke {name}: {trace}"

@@ -47,7 +47,7 @@ class StepSize(Result):
     loss_fall: float = measured("fall of the loss from the first tenth of the steps to the last", unit="share")
     clip_factor: float = measured("norm of the applied over that of the true gradient, the median", unit="share")
     adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
-    loss_rose: bool = measured("the loss was above its first value at those five measurements, or was not finite")
+    loss_rose: bool = measured("the loss of the five steps after that was well above the first one")
     optimizer: str = measured("the optimizer's kind")
     epsilon: float = measured("Adam's epsilon")
     steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
@@ -241,9 +241,7 @@ def _adam_share(history: History) -> float:
 
 
 def _rose(history: History, at: int) -> bool:
-    """Whether the median loss of the five steps up to `at`, or of those after it, lies above the first."""
+    """Whether the median loss of the five steps after `at` lies well above the first."""
     losses, steps = finite_losses(history)
-    if not history.loss_finite.all():
-        return True
-    around = losses[(steps >= at - WINDOW) & (steps <= at + WINDOW)]
-    return bool(len(around) and numpy.max(around) > 1.5 * losses[0] > 0)
+    after = losses[(steps > at) & (steps <= at + WINDOW)]
+    return bool(len(after) and numpy.median(after) > 1.5 * losses[0] > 0)

@@ -1,0 +1,161 @@
+"""The scale of the inputs: whether they are near zero mean and unit scale, vary at all, and are alike in scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+
+SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale); thresholds as the "
+SOURCE += "calibration table states"
+LARGE, SMALL, RATIO, CONSTANT = 20.0, 0.02, 300.0, 0.65
+FEW = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputScale(Result):
+    """Features are the entries of one example; what is constant is left out of the ratio of scales."""
+
+    mean: float = measured("mean of all entries")
+    std: float = measured("standard deviation of all entries")
+    size: float = measured("root mean square of all entries")
+    constant: float = measured("features that are the same for every example", unit="share")
+    largest_scale: float = measured("the largest root mean square of a feature")
+    scale_ratio: float = measured("that over the median feature's")
+    widest_feature: int = measured("the feature with the largest scale, by its place in the flattened example")
+    non_finite: int = measured("examples with entries that are not finite")
+    examples: int = measured("examples")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        return next(v for v in self._verdicts() if v is not None)
+
+    def _verdicts(self) -> Iterator[Verdict | None]:
+        if self.non_finite:
+            yield self._bad(
+                Level.ALARM, Cause.DATA_NOT_FINITE,
+                f"{self.non_finite:,} of {self.examples:,} inputs hold NaN or infinity.",
+                "Find these rows and leave them out or fill them in; one of them is enough to break every weight.",
+                float(self.non_finite), 0.0, Confidence.ARITHMETIC,
+            )  # fmt: skip
+        if self.constant >= self._limit("constant", CONSTANT):
+            what = "All inputs are the same" if self.constant == 1.0 else f"{format_share(self.constant)} of the "
+            what += "" if self.constant == 1.0 else "input features are the same for every example"
+            yield self._bad(
+                Level.ALARM if self.constant == 1.0 else Level.WARNING, Cause.INPUTS_CONSTANT, f"{what}.",
+                "Look at what the data set returns for two different rows, and at joins and fills that may "
+                "have failed.",
+                self.constant, self._limit("constant", CONSTANT), Confidence.ARITHMETIC,
+            )  # fmt: skip
+        if self.size > self._limit("large", LARGE):
+            yield self._bad(
+                Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
+                f"The inputs are not normalised: their size is {format_number(self.size)} (mean "
+                f"{format_number(self.mean)}, standard deviation {format_number(self.std)}), where about 1 "
+                f"is expected.",
+                "Subtract the mean and divide by the standard deviation of the training data (bytes: divide "
+                "by 255).",
+                self.size, self._limit("large", LARGE), Confidence.WEAK_EMPIRICAL,
+            )  # fmt: skip
+        if self.scale_ratio > self._limit("ratio", RATIO):
+            yield self._bad(
+                Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
+                f"The input features differ in scale: feature {self.widest_feature} is "
+                f"{format_number(self.scale_ratio)} times as large as the median one, so that it drowns the "
+                f"others.",
+                "Standardise each feature on the training data.",
+                self.scale_ratio, self._limit("ratio", RATIO), Confidence.WEAK_EMPIRICAL,
+            )  # fmt: skip
+        if self.std < self._limit("small", SMALL):
+            yield self._bad(
+                Level.WARNING, Cause.INPUTS_TOO_SMALL,
+                f"The inputs hardly vary: their standard deviation is {format_number(self.std)}, where about 1 is "
+                "expected.",
+                "Look for a normalisation that is done twice (dividing by 255 where the data is in [0, 1] "
+                "already).",
+                self.std, self._limit("small", SMALL), Confidence.WEAK_EMPIRICAL,
+            )  # fmt: skip
+        yield Verdict(
+            Level.OK,
+            f"The inputs have mean {format_number(self.mean)} and standard deviation {format_number(self.std)}.",
+            source=SOURCE,
+        )
+
+    def _limit(self, name: str, default: float) -> float:
+        return float(self.provenance.settings.get(name, default))
+
+    def _bad(
+        self, level: Level, cause: Cause, sentence: str, advice: str, value: float, limit: float, sure: Confidence
+    ) -> Verdict:
+        return Verdict(
+            level,
+            sentence,
+            advice=advice,
+            source=SOURCE,
+            confidence=sure,
+            refutation="The training goes no better with inputs of zero mean and unit scale.",
+            value=value,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            cause=cause,
+            step=1,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """Mean and standard deviation of the inputs."""
+        ax.bar(["mean", "standard deviation"], [self.mean, self.std])
+        ax.set(xlabel="all entries", ylabel="value")
+
+
+@instrument(source=SOURCE, title="Scale of the inputs", kind=Kind.CHECK)
+def input_scale(
+    inputs: Any, *, large: float = LARGE, small: float = SMALL, ratio: float = RATIO, constant: float = CONSTANT
+) -> InputScale:
+    """Whether the inputs are near zero mean and unit scale, vary from example to example, and are alike in scale.
+
+    inputs: a floating tensor (n, ...); token numbers and other inputs are not judged. `large`: root mean square of
+    all entries; `small`: their standard deviation; `ratio`: scale of the largest over that of the median feature
+    (of inputs with one axis of features); `constant`: share of features that never vary. Beyond each it warns.
+    Raises nothing of its own.
+    """
+    floating = isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1 and len(inputs) >= FEW
+    rows = inputs.detach().flatten(1).double() if floating else torch.zeros(1, 1, dtype=torch.float64)
+    finite = rows.isfinite().all(1)
+    good = rows[finite] if finite.any() else torch.zeros(1, rows.shape[1], dtype=torch.float64)
+    scales = good.square().mean(0).sqrt()
+    varies = good.amax(0) > good.amin(0)
+    widest, ratio_found = _ratio(scales[varies], varies) if floating and inputs.ndim == 2 else (0, math.nan)
+    return InputScale(
+        mean=float(good.mean()),
+        std=float(good.std(correction=0)),
+        size=float(good.square().mean().sqrt()),
+        constant=float((~varies).double().mean()),
+        largest_scale=float(scales.max()),
+        scale_ratio=ratio_found,
+        widest_feature=widest,
+        non_finite=int((~finite).sum()),
+        examples=len(rows),
+        preconditions=(
+            Precondition(
+                "floating inputs", floating, f"the inputs are not {FEW} or more rows of floating-point numbers."
+            ),
+        ),
+    )
+
+
+def _ratio(scales: Tensor, varies: Tensor) -> tuple[int, float]:
+    """(the widest feature's place, its scale over the median one's)."""
+    if len(scales) < 2 or float(scales.median()) == 0.0:
+        return 0, math.nan
+    place = int(varies.nonzero().flatten()[scales.argmax()])
+    return place, float(scales.max() / scales.median())

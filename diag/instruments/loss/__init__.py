@@ -1,0 +1,1 @@
+"""Checks of the loss: what it says at the start, and what enters it."""

@@ -1,0 +1,104 @@
+"""The first loss: whether the network begins as unsure as it should be.
+
+A classifier that knows nothing has the loss log K of K classes. One that begins far above is sure and wrong, and
+its first steps go into unlearning that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.optimization.course import finite_losses
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.history import History
+
+SOURCE = "arithmetic: the loss of K equally likely classes is log K"
+TIMES, ABOVE = 2.0, 1.0
+AGREES = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InitialLoss(Result):
+    """In nats."""
+
+    first: float = measured("the first recorded loss", unit="nats")
+    even: float = measured("log K, the loss of K equally likely classes", unit="nats")
+    classes: int = measured("classes that the network can answer with")
+    first_step: int = measured("the step of the first recorded loss")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        limit = max(self.provenance.settings.get("times", TIMES) * self.even, self.even + ABOVE)
+        if self.first <= limit:
+            return Verdict(
+                Level.OK,
+                f"The first loss was {format_number(self.first)} nats; guessing evenly among "
+                f"{self.classes:,} classes "
+                f"gives {format_number(self.even)}.",
+                source=SOURCE,
+                value=self.first,
+                threshold=limit,
+                threshold_source=OUR_CHOICE,
+            )
+        return Verdict(
+            Level.WARNING,
+            f"The network begins sure and wrong: its first loss is {format_number(self.first)} nats, where "
+            f"guessing "
+            f"evenly among {self.classes:,} classes gives {format_number(self.even)}.",
+            advice="Start the last layer's weights smaller (or at zero); check that inputs are normalised and that "
+            "labels run from 0 to K - 1.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="With a last layer that starts at zero the training goes no better.",
+            value=self.first,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.INITIAL_LOSS_HIGH,
+            explained_by=(Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE, Cause.LOSS_SUMMED,
+                          Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES),
+            step=self.first_step,
+        )  # fmt: skip
+
+    def plot(self, ax: Any) -> None:
+        """The first loss beside that of guessing evenly."""
+        ax.bar(["first loss", "log K"], [self.first, self.even])
+        ax.set(xlabel="the run, and a network that knows nothing", ylabel="loss (nats)")
+
+
+@instrument(source=SOURCE, title="First loss", kind=Kind.CHECK)
+def initial_loss(
+    history: History, logits: Tensor, labels: Tensor, losses: Tensor, *, times: float = TIMES
+) -> InitialLoss:
+    """Whether the first loss is that of a network which knows nothing.
+
+    history: the record of a watched run from its start. logits (n, K), labels (n,), losses (n,): to see that the
+    loss is the cross-entropy of K classes. A first loss above `times` log K (and one nat above it) is a warning.
+    Raises nothing of its own.
+    """
+    own = float(F.cross_entropy(logits.double(), labels))
+    mean = float(losses.double().mean())
+    known, steps = finite_losses(history)
+    began = len(known) > 0 and int(steps[0]) <= 3
+    return InitialLoss(
+        first=float(known[0]) if len(known) else math.nan,
+        even=math.log(logits.shape[1]),
+        classes=logits.shape[1],
+        first_step=int(steps[0]) if len(known) else 0,
+        preconditions=(
+            Precondition(
+                "cross-entropy",
+                abs(mean - own) <= AGREES * max(abs(mean), 1.0),
+                "the loss is not the cross-entropy of the logits.",
+            ),
+            Precondition("from the start", began, "the record does not begin with the training."),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Checks of the outcome: what has been learned, and whether it holds on data that was not trained on."""

@@ -1,0 +1,189 @@
+"""Generalisation: whether training goes on improving while data that is not trained on gets worse.
+
+A rising loss on held-out data alone says little about a classifier: it grows ever more sure of what it gets right
+and wrong. So the share of right answers decides where there are classes, and the loss elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import Confidence, Level, Result, Verdict, measured
+
+SOURCE = "arithmetic of the losses measured; thresholds as the calibration table states"
+ERRORS = 3.0  # standard errors of a difference, both measured on the same examples
+WORSE = 0.2
+LEARNED = 0.2  # accuracy above chance on the training examples
+FEW = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generalization(Result):
+    """Of the examples measured: the first of the probe set, and the first of the held-out data."""
+
+    loss: float = measured("mean loss of the training examples")
+    held_out_loss: float = measured("mean loss of the held-out examples")
+    held_out_loss_standard_error: float = measured("standard error of that mean")
+    accuracy: float = measured("training examples answered right; NaN without classes", unit="share")
+    held_out_accuracy: float = measured("held-out examples answered right; NaN without classes", unit="share")
+    held_out_chance: float = measured("held-out examples of the commonest class; NaN without classes", unit="share")
+    held_out_examples: int = measured("held-out examples")
+
+    def verdict(self) -> Verdict:
+        if not math.isnan(self.held_out_accuracy):
+            text = (
+                f"{format_share(self.held_out_accuracy)} of the held-out examples are answered right, "
+                f"{format_share(self.accuracy)} of the training examples."
+            )
+        else:
+            text = (
+                f"The loss is {format_number(self.held_out_loss)} on held-out and {format_number(self.loss)} on "
+                "training examples."
+            )
+        return Verdict(Level.OK, text, source=SOURCE, confidence=Confidence.ARITHMETIC)
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """A warning where the best moment on held-out data is past by more than chance, and training went on."""
+        _, last = series[-1]
+        if len(series) < FEW:
+            return last.verdict()
+        by_accuracy = not math.isnan(last.held_out_accuracy)
+        if by_accuracy and _carries_nothing_over(series):
+            return last._learned_by_heart()
+        best_step, best = (max if by_accuracy else min)(
+            series[:-1], key=lambda item: item[1].held_out_accuracy if by_accuracy else item[1].held_out_loss
+        )
+        lost, limit, unit = _lost(best, last, by_accuracy)
+        if not (lost > limit and last.loss < best.loss):
+            return last.verdict()
+        return Verdict(
+            Level.WARNING,
+            f"The best step is past: since step {best_step:,} the {unit} on held-out data has gone from "
+            f"{_shown(best, by_accuracy)} to {_shown(last, by_accuracy)}, while the training loss fell from "
+            f"{format_number(best.loss)} to {format_number(last.loss)}.",
+            advice=f"Keep the weights of step {best_step:,} (early stopping); then more data, augmentation, weight "
+            "decay or dropout. Look for wrong labels, which are learned by heart last.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="Other held-out examples do not get worse.",
+            value=lost,
+            threshold=limit,
+            threshold_source=f"{ERRORS:g} standard errors, and {format_share(WORSE)} for a loss",
+            cause=Cause.OVERFITTING,
+            explained_by=(
+                Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE,
+                Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
+                Cause.NORMALIZATION_STATISTICS_BAD,
+            ),
+            step=best_step,
+        )  # fmt: skip
+
+    def _learned_by_heart(self) -> Verdict:
+        return Verdict(
+            Level.WARNING,
+            f"Nothing of what is learned carries over: {format_share(self.accuracy)} of the training examples are "
+            f"answered right and {format_share(self.held_out_accuracy)} of the held-out ones, no more than the "
+            f"commonest class gives ({format_share(self.held_out_chance)}).",
+            advice="Look at ten training examples with their labels as the loop sees them: labels that were "
+            "shuffled "
+            "without their inputs are learned by heart. Check, too, that held-out data is prepared as "
+            "training data.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="A linear model on the same training examples does better than chance on the held-out ones.",
+            value=self.held_out_accuracy,
+            threshold=self.held_out_chance,
+            threshold_source=f"the commonest class, and {ERRORS:g} standard errors",
+            cause=Cause.LABELS_SHUFFLED,
+            explained_by=(
+                Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
+                Cause.NORMALIZATION_STATISTICS_BAD, Cause.LEARNING_RATE_TOO_HIGH, Cause.INPUTS_CONSTANT,
+                Cause.ANSWER_IN_INPUT, Cause.EVALUATED_MODEL_IS_ANOTHER, Cause.CLASSES_SORTED,
+            ),
+        )  # fmt: skip
+
+    def plot(self, ax: Any) -> None:
+        """Training beside held-out loss."""
+        ax.bar(["training", "held out"], [self.loss, self.held_out_loss])
+        ax.set(xlabel="examples", ylabel="mean loss")
+
+    @classmethod
+    def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
+        """Both losses over the steps."""
+        steps = [s for s, _ in series]
+        ax.semilogx(steps, [r.loss for _, r in series], marker="o", markersize=3, label="training")
+        ax.semilogx(steps, [r.held_out_loss for _, r in series], marker="o", markersize=3, label="held out")
+        ax.set(xlabel="step", ylabel="mean loss")
+        ax.legend()
+
+
+def _carries_nothing_over(series: Sequence[tuple[int, Generalization]]) -> bool:
+    """Whether training examples are learned, and held-out ones were never answered better than by chance."""
+    last, n = series[-1][1], max(series[-1][1].held_out_examples, 1)
+    chance = last.held_out_chance
+    error = ERRORS * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
+    never = all(r.held_out_accuracy <= chance + error for _, r in series)
+    return never and last.accuracy >= chance + max(LEARNED, 2 * error)
+
+
+def _lost(best: Generalization, last: Generalization, by_accuracy: bool) -> tuple[float, float, str]:
+    """(how much worse it has become, what counts as more than chance, of what)."""
+    if by_accuracy:
+        a, b, n = best.held_out_accuracy, last.held_out_accuracy, max(last.held_out_examples, 1)
+        return a - b, ERRORS * math.sqrt((a * (1 - a) + b * (1 - b)) / n), "accuracy"
+    error = math.hypot(best.held_out_loss_standard_error, last.held_out_loss_standard_error)
+    return last.held_out_loss - best.held_out_loss, max(ERRORS * error, WORSE * abs(best.held_out_loss)), "loss"
+
+
+def _shown(result: Generalization, by_accuracy: bool) -> str:
+    return format_share(result.held_out_accuracy) if by_accuracy else format_number(result.held_out_loss)
+
+
+@instrument(source=SOURCE, title="Generalisation", kind=Kind.CHECK)
+def generalization(
+    losses: Tensor,
+    held_out_losses: Tensor,
+    logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    held_out_logits: Tensor | None = None,
+    held_out_labels: Tensor | None = None,
+) -> Generalization:
+    """Training beside held-out loss and accuracy, and whether the best step is past.
+
+    losses, held_out_losses (n,), (m,): of each example, by the training's own loss. logits, labels: where the task
+    is a classification, for the share of right answers. Over a run it warns where held-out data has become worse
+    than it was by three standard errors (for a loss by a fifth at least) while the training loss fell. Raises
+    nothing of its own.
+    """
+    return Generalization(
+        loss=float(losses.double().mean()),
+        held_out_loss=float(held_out_losses.double().mean()),
+        held_out_loss_standard_error=_standard_error(held_out_losses),
+        accuracy=_accuracy(logits, labels),
+        held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
+        held_out_chance=_commonest(held_out_labels),
+        held_out_examples=len(held_out_losses),
+    )
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.double().std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+def _commonest(labels: Tensor | None) -> float:
+    return math.nan if labels is None else float(labels.bincount().max() / len(labels))
+
+
+def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:
+    if logits is None or labels is None or len(logits) != len(labels):
+        return math.nan
+    return float((logits.argmax(1) == labels).double().mean())

@@ -1,0 +1,116 @@
+"""The trivial predictor: whether the network does better than answering with the class frequencies.
+
+A network that learns anything from its inputs beats the entropy of the labels, which is the loss of one that knows
+the class frequencies and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+
+SOURCE = "arithmetic: the entropy of the labels is the loss of the class frequencies"
+SETTLED = 100  # steps
+ERRORS = 2.0
+AGREES = 1e-2
+# What a network that learns nothing may be the consequence of: whatever was found is a better answer than this.
+EXPLAINED_BY = tuple(
+    c for c in Cause if c not in (Cause.LABELS_SHUFFLED, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING)
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrivialPredictor(Result):
+    """In nats; of the examples measured."""
+
+    loss: float = measured("mean cross-entropy of the network", unit="nats")
+    loss_standard_error: float = measured("standard error of that mean", unit="nats")
+    entropy: float = measured("entropy of the labels: the loss of the class frequencies", unit="nats")
+    classes: int = measured("classes that occur")
+    examples: int = measured("examples")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        return Verdict(
+            Level.UNKNOWN if self._no_better() else Level.OK,
+            f"The loss is {format_number(self.loss)} nats; answering with the class frequencies gives "
+            f"{format_number(self.entropy)}.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            value=self.loss,
+            threshold=self.entropy,
+        )
+
+    def _no_better(self) -> bool:
+        return self.loss >= self.entropy - ERRORS * self.loss_standard_error
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """A warning where a hundred steps and more have not brought the loss below that of the class
+        frequencies."""
+        step, last = series[-1]
+        if last.unmet() is not None or step < SETTLED or not all(r._no_better() for _, r in series):
+            return last.verdict()
+        return Verdict(
+            Level.WARNING,
+            f"After {step:,} steps the network knows no more than how often each class occurs (loss "
+            f"{format_number(last.loss)} nats, class frequencies {format_number(last.entropy)}): as far as it can "
+            "tell, the labels have nothing to do with the inputs.",
+            advice="Look at ten examples with their labels as the loop sees them: labels that were shuffled "
+            "without "
+            "their inputs are the commonest cause where nothing else was found.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="A linear model on the same batches does better than the class frequencies.",
+            value=last.loss,
+            threshold=last.entropy,
+            threshold_source="the entropy of the labels, less two standard errors",
+            cause=Cause.LABELS_SHUFFLED,
+            explained_by=EXPLAINED_BY,
+            step=step,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The network's loss beside that of the class frequencies."""
+        ax.bar(["network", "class frequencies"], [self.loss, self.entropy])
+        ax.set(xlabel="predictor", ylabel="loss (nats)")
+
+
+@instrument(source=SOURCE, title="Trivial predictor", kind=Kind.CHECK)
+def trivial_predictor(logits: Tensor, labels: Tensor, losses: Tensor) -> TrivialPredictor:
+    """Whether the network does better than answering with the class frequencies.
+
+    logits (n, K), labels (n,), losses (n,): where the loss is the cross-entropy of the logits. Compared is the mean
+    loss with the entropy of the labels' frequencies in the same examples, in nats. A warning in a training of a
+    hundred steps and more that never did better; it follows from whatever else was found. Raises nothing of its
+    own.
+    """
+    own = F.cross_entropy(logits.double(), labels, reduction="none")
+    mean = float(losses.double().mean())
+    counts = torch.bincount(labels).double()
+    shares = counts[counts > 0] / len(labels)
+    enough = len(labels) >= 10 * len(shares) and len(shares) > 1
+    is_cross_entropy = len(losses) == len(own) and abs(mean - float(own.mean())) <= AGREES * max(abs(mean), 1.0)
+    return TrivialPredictor(
+        loss=mean,
+        loss_standard_error=float(losses.double().std() / len(losses) ** 0.5) if len(losses) > 1 else math.nan,
+        entropy=float(-(shares * shares.log()).sum()),
+        classes=len(shares),
+        examples=len(labels),
+        preconditions=(
+            Precondition("cross-entropy", is_cross_entropy, "the loss is not the cross-entropy of the logits."),
+            Precondition("examples", enough, "there are fewer than ten examples of a class, or one class only."),
+        ),
+    )

@@ -92,8 +92,8 @@ def class_counts(logits: Tensor, labels: Tensor, inputs: Any, *, ratio: float = 
 
     logits (n, K), labels (n,) class numbers; inputs: to tell examples from tokens, of which some are rare by
     nature. Judged where there would be twenty examples a class if all were equal. A class that does not occur while
-    the others are common, or one that is `ratio` times rarer than the commonest, is a warning. Raises nothing of its
-    own.
+    the others are common, or one that is `ratio` times rarer than the commonest, is a warning.
+    Raises nothing of its own.
     """
     classes = logits.shape[1]
     counts = torch.bincount(labels.cpu(), minlength=classes)

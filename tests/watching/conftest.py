@@ -15,6 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import diag
 
 
+@pytest.fixture(autouse=True)
+def gradients_are_read_at_every_step(monkeypatch):
+    """However long it takes on a machine that does other things as well."""
+    monkeypatch.setattr("diag.watching.observe.steps.READING_FREE", 1.0)
+
+
 class Net(nn.Module):
     """A conv net with everything that carries state: dropout draws, BatchNorm moves its buffers."""
 

@@ -142,7 +142,7 @@ class Thinning:
 
     def take(self, step: int, elapsed: float) -> bool:
         """Whether to measure them at `step`, `elapsed` seconds after the start."""
-        cost = min(self._costs, default=0.0)
+        cost = min(self._costs) if len(self._costs) == self._costs.maxlen else 0.0
         if step >= self._due:
             self._due = next_due(step, None, self._ratio if cost <= LONG else RARELY)
             return True

@@ -18,7 +18,7 @@ import torch
 
 from diag.curvature.memory import available_memory
 from diag.display import format_seconds
-from diag.errors import InvalidInput
+from diag.errors import DiagError, InvalidInput
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.snapshot.own_tensors import hearing
@@ -164,11 +164,12 @@ class Measurements:
         """The checks that look at the probe set, recording each outcome; gives the time taken in seconds."""
         began = time.perf_counter()
         self.floor.looked(step)
-        for name in list(self.floor.names):
-            left = at_most - (time.perf_counter() - began)
-            if left > 0:
-                snapshot.deadline.restart(left, why="the time of the checks")
-                self._measure(self._instruments[name], step, snapshot, {})
+        with self._undisturbed(snapshot), _once(snapshot):
+            for name in list(self.floor.names):
+                left = at_most - (time.perf_counter() - began)
+                if left > 0:
+                    snapshot.deadline.restart(left, why="the time of the checks")
+                    self._measure(self._instruments[name], step, snapshot, {})
         seconds = time.perf_counter() - began
         self.schedule.pay(seconds)
         return seconds
@@ -304,6 +305,14 @@ class Measurements:
             self.schedule.postpone(name, step)
         elif step == inf:
             self.floor.give_up(name)
+
+
+def _once(snapshot: Snapshot) -> AbstractContextManager[Any]:
+    """What to measure inside of, for several at once; where the model is refused, each of them says so."""
+    try:
+        return snapshot.undisturbed()
+    except DiagError:
+        return nullcontext()
 
 
 def _asks_for_previous(instrument: Instrument) -> bool:

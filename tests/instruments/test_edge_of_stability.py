@@ -144,17 +144,18 @@ def two_layers():
     return model, nn.MSELoss(), (x, torch.randn(20, 2, dtype=torch.float64))
 
 
-def test_learning_rates_and_decays_of_groups_scale_and_shift_the_curvature():
+@pytest.mark.parametrize("rates", [(0.1, 0.3), (0.0, 0.3)])
+def test_learning_rates_and_decays_of_groups_scale_and_shift_the_curvature(rates):
     """x <- x - diag(eta) (H + diag(w)) x: its eigenvalues, written out, against the instrument."""
     model, loss, data = two_layers()
     groups = [
-        {"params": model[0].parameters(), "lr": 0.1, "weight_decay": 0.0},
-        {"params": model[2].parameters(), "lr": 0.3, "weight_decay": 0.05},
+        {"params": model[0].parameters(), "lr": rates[0], "weight_decay": 0.0},
+        {"params": model[2].parameters(), "lr": rates[1], "weight_decay": 0.05},
     ]
     snapshot = diag.Snapshot(model, loss, data, optimizer=torch.optim.SGD(groups, lr=0.1))
     result = edge(snapshot, batch_size=20)
     sizes = [sum(p.numel() for p in model[i].parameters()) for i in (0, 2)]
-    eta = torch.cat([torch.full((n,), r) for n, r in zip(sizes, (0.1, 0.3), strict=True)]).double()
+    eta = torch.cat([torch.full((n,), r) for n, r in zip(sizes, rates, strict=True)]).double()
     decay = torch.cat([torch.zeros(sizes[0]), torch.full((sizes[1],), 0.05)]).double()
     step = eta[:, None] * (snapshot.quantity("hessian").to_dense() + decay.diag())
     largest = torch.linalg.eigvals(step).real.max()

@@ -26,15 +26,16 @@ class Choice:
         self.tests = {p: _imports(p) for p in sorted((root / "tests").rglob("test_*.py")) if p.name not in NEVER}
         self.modules = {_name(p, root): _imports(p) for p in sorted((root / "diag").rglob("*.py"))}
 
-    def of(self, path: str) -> list[str]:
-        """Test files, from the root: those close to the module first."""
+    def of(self, path: str, closest: bool = False) -> list[str]:
+        """Test files, from the root, those close to the module first; `closest`: only those, if there are any."""
         name = _name(self.root / path, self.root)
         close = [p for p, imported in self.tests.items() if name in imported or _mirrors(p, name)]
         room = name.split(".")[1]
         near = [p for p in self.tests if p.relative_to(self.root).parts[1] == room]
         near += [self.root / p for p in ALSO.get(room, [])]
         far = self._of_importers({name})
-        ordered = list(dict.fromkeys([*close, *far, *near]))
+        chosen = (close or far) if closest else []
+        ordered = dict.fromkeys(chosen or [*close, *far, *near])
         return [str(p.relative_to(self.root)) for p in ordered]
 
     def _of_importers(self, names: set[str]) -> list[Path]:
@@ -61,6 +62,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _mirrors(test: Path, name: str) -> bool:
-    """tests/.../test_NAME.py, or test_NAME_something.py, for diag....NAME (or an instrument's folder)."""
-    stem = test.stem.removeprefix("test_")
-    return any(stem == part or stem.startswith(f"{part}_") for part in name.split(".")[2:])
+    """tests/ROOM/test_NAME.py, or test_NAME_something.py, for diag.ROOM....NAME (or an instrument's folder)."""
+    room, stem = name.split(".")[1:2], test.stem.removeprefix("test_")
+    alike = any(stem == part or stem.startswith(f"{part}_") for part in name.split(".")[2:])
+    return alike and test.parent.name in room

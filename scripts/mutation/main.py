@@ -42,6 +42,9 @@ def _options(arguments: list[str], text: str) -> argparse.Namespace:
     parser.add_argument("--rooms", nargs="+", default=ROOMS, help=f"folders of diag (default {' '.join(ROOMS)})")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of changes (default all)")
     parser.add_argument(
+        "--closest", action="store_true", help="ask a module's own tests only, not all of its room's"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("build/mutants.json"), help="the record, taken up again"
     )
     parser.add_argument("--again", type=Path, help="a record whose survivors are tried once more")
@@ -98,7 +101,8 @@ class Session:
         return [m for m in self._all() if m.key in known]
 
     def _tried(self, mutant: Mutant) -> dict[str, Any]:
-        tests = [t for t in self.choice.of(mutant.path) if self._seconds(t) is not None]
+        asked = self.choice.of(mutant.path, self.options.closest)
+        tests = [t for t in asked if self._seconds(t) is not None]
         source = (self.tree.folder / mutant.path).read_bytes()
         seconds = [self._seconds(t) or 0 for t in tests]
         limits = 60 + 4 * sum(seconds), 20 + 2 * max(seconds, default=0)

@@ -71,17 +71,17 @@ def measured(model: nn.Module, keep_autocast: bool = False, shorter: bool = True
 
 
 @contextmanager
-def replayed(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
-    """`measured` for a backward pass over a kept graph: nothing is copied, so nothing waits for a device.
+def replayed(model: nn.Module) -> Iterator[None]:
+    """`measured` for backward passes over a kept graph: nothing is copied, so nothing waits for a device.
 
     A backward pass may run the model's code again (a checkpoint of another library), so modes and kernels matter
-    here too.
+    here too; each is inside `PlainKernels`, which would slow down what is computed between two passes.
     """
     modes = [(m, m.training) for m in model.modules() if m.training]
     for module, _ in modes:
         module.training = False
     try:
-        with pause.measuring(), exact_arithmetic(), silent(model), twice_differentiable(model, keep_autocast):
+        with pause.measuring(), exact_arithmetic(), silent(model), _plain_backends(model):
             yield
     finally:
         for module, training in modes:
@@ -91,6 +91,12 @@ def replayed(model: nn.Module, keep_autocast: bool = False) -> Iterator[None]:
 @contextmanager
 def twice_differentiable(model: nn.Module, keep_autocast: bool = False, shorter: bool = True) -> Iterator[None]:
     """The contexts named in the module's text, around a forward or a backward pass."""
+    with _plain_backends(model), PlainKernels(keep_autocast, shorter):
+        yield
+
+
+@contextmanager
+def _plain_backends(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -104,7 +110,6 @@ def twice_differentiable(model: nn.Module, keep_autocast: bool = False, shorter:
         )
         stack.enter_context(_fast_path_off())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(PlainKernels(keep_autocast, shorter))
         yield
 
 

@@ -87,8 +87,12 @@ class Objective:
         return guards.measured(self.model, keep_autocast=self.autocast is not None, shorter=shorter)
 
     def replayed(self) -> AbstractContextManager[None]:
-        """The cheaper context for a backward pass over a graph that was kept."""
-        return guards.replayed(self.model, keep_autocast=self.autocast is not None)
+        """The cheaper context for backward passes over a graph that was kept, each inside `plain_kernels`."""
+        return guards.replayed(self.model)
+
+    def plain_kernels(self) -> AbstractContextManager[Any]:
+        """What each of these passes is inside of."""
+        return guards.PlainKernels(self.autocast is not None)
 
     def parameters(self) -> list[Tensor]:
         """The model's values as leaves to differentiate by; copies only where the precision differs."""

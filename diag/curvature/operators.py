@@ -13,7 +13,9 @@ wrapped in torch.compile, DataParallel or DistributedDataParallel is measured ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -86,6 +88,7 @@ class CurvatureOperator(LinearOperator):
         self._self_test = checked
         self._plan: MemoryPlan | None = None
         self._graph: Graph | None = None
+        self._entered_in: int | None = None  # the thread that is inside `many_products`
         self._values = Values(model)
         self.carried: Carried | None = None  # what earlier measurements left: see carry.py
 
@@ -155,9 +158,22 @@ class CurvatureOperator(LinearOperator):
         if graph is None:
             return self._rebuilt(v[None])[0]
         views = self.layout.views(v)
-        with self.objective.replayed():
+        with self.many_products(), self.objective.plain_kernels():
             pieces = graph.product(views, True)
         return self.layout.flatten(pieces, v)
+
+    @contextmanager
+    def many_products(self) -> Iterator[None]:
+        """Enters what surrounds products from a kept graph once; the others each call the model and stand alone."""
+        if self._entered_in == threading.get_ident() or self._kept_graph() is None:
+            yield
+            return
+        before, self._entered_in = self._entered_in, threading.get_ident()
+        try:
+            with self.objective.replayed():
+                yield
+        finally:
+            self._entered_in = before
 
     def _matvecs(self, vectors: Tensor) -> Tensor:
         if self._kept_graph() is not None:

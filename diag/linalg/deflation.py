@@ -26,6 +26,10 @@ class DeflatedOperator(LinearOperator):
             orthogonalise(v, self.directions)
         return v
 
+    @property
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
+
     def _matvec(self, v: Tensor) -> Tensor:
         return self.project(self.base.matvec(v))
 

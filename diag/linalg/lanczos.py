@@ -168,11 +168,12 @@ def run_lanczos(
     parts: dict[str, Stateful] = {"space": space, "progress": progress}
     if file is None or not load_run(file, identity, parts, space.basis.device):
         space.start(start)
-    while not progress.finished(space):
-        space.extend()
-        progress.advance(space)
-        if file is not None and progress.products % checkpoint_every == 0:
-            save_run(file, identity, parts)
+    with operator.many_products():
+        while not progress.finished(space):
+            space.extend()
+            progress.advance(space)
+            if file is not None and progress.products % checkpoint_every == 0:
+                save_run(file, identity, parts)
     return progress.result(space)
 
 

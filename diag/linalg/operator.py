@@ -8,7 +8,8 @@ what an algorithm costs. Vectors are flat, of shape (size,); several at once are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -44,10 +45,24 @@ class LinearOperator(ABC):
     def _matvecs(self, vectors: Tensor) -> Tensor:
         """A applied to each row; a subclass overrides this where a batch is cheaper than a loop."""
         products = []
-        for v in vectors:
-            self.deadline.check()
-            products.append(self._matvec(v))
+        with self.many_products():
+            for v in vectors:
+                self.deadline.check()
+                products.append(self._matvec(v))
         return torch.stack(products)
+
+    @property
+    def parts(self) -> tuple[LinearOperator, ...]:
+        """The operators that this one is made of."""
+        return ()
+
+    @contextmanager
+    def many_products(self) -> Iterator[None]:
+        """A context for many products in a row: what they all need around them is entered once. Nests."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.many_products())
+            yield
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v.
@@ -164,6 +179,10 @@ class SumOperator(LinearOperator):
         super().__init__(first.size, first.dtype, first.device)
         self.first, self.second = first, second
 
+    @property
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return self.first, self.second
+
     def _matvec(self, v: Tensor) -> Tensor:
         return self.first.matvec(v) + self.second.matvec(v)
 
@@ -177,6 +196,10 @@ class _Derived(LinearOperator):
     def __init__(self, base: LinearOperator):
         super().__init__(base.size, base.dtype, base.device)
         self.base = base
+
+    @property
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
 
 
 class ScaledOperator(_Derived):
@@ -229,6 +252,10 @@ class BlockOperator(LinearOperator):
         self.index = _as_index(index, base)
         super().__init__(len(torch.empty(base.size, device="meta")[self.index]), base.dtype, base.device)
         self.base = base
+
+    @property
+    def parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self._matvecs(v[None])[0]

@@ -71,11 +71,12 @@ def trace_and_norm(
 def _probe(operator: LinearOperator, count: int, generator: torch.Generator) -> Tensor:
     """(v^T A v, |A v|^2) for each probe: float64 (count, 2) on the host."""
     samples = []
-    for _ in range(count):
-        bits = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-        v = (2 * bits - 1).to(dtype=operator.dtype, device=operator.device)
-        if isinstance(operator, DeflatedOperator):
-            operator.project(v)
-        product = operator.matvec(v)
-        samples.append(torch.stack([dot(v, product), dot(product, product)]))
+    with operator.many_products():
+        for _ in range(count):
+            bits = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
+            v = (2 * bits - 1).to(dtype=operator.dtype, device=operator.device)
+            if isinstance(operator, DeflatedOperator):
+                operator.project(v)
+            product = operator.matvec(v)
+            samples.append(torch.stack([dot(v, product), dot(product, product)]))
     return torch.stack(samples).cpu()

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 
+from diag.curvature import guards
 from diag.curvature import operators as curvature
 from diag.curvature.layout import check_one_device
 from diag.curvature.operators import Fisher, GaussNewton, Hessian
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.snapshot.batch import as_batches
+from diag.linalg.lanczos import run_lanczos
+from diag.snapshot.batch import as_batch, as_batches
 from diag.snapshot.snapshot import Snapshot
 from diag.testing import planted_spectrum
 
@@ -332,3 +334,21 @@ def test_a_loss_for_each_example_is_averaged():
     model, loss_fn, batches = cases.build(cases.mlp)
     vector = Hessian(model, nn.CrossEntropyLoss(reduction="none"), batches)
     assert cases.relative(vector.to_dense(), Hessian(model, loss_fn, batches).to_dense()) < FLOAT32
+
+
+def test_what_surrounds_products_is_entered_once_for_a_run_of_them(monkeypatch):
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(9, 3), torch.arange(9) % 2
+    operator = Hessian(model, F.cross_entropy, [as_batch((x, y))])
+    expected = operator.to_dense()
+    entered = []
+    plain = guards.replayed
+    monkeypatch.setattr(guards, "replayed", lambda model: entered.append(model) or plain(model))
+    assert torch.equal(operator.shifted(1.0).block(slice(0, 20)).to_dense(), expected[:20, :20] + torch.eye(20))
+    assert len(entered) == 1
+    assert run_lanczos(operator, None, max_products=6).num_products == 6
+    assert len(entered) == 2
+    for v in torch.eye(operator.size)[:3]:
+        operator.matvec(v)
+    assert len(entered) == 5
+    assert model.training and torch.backends.mha.get_fastpath_enabled()

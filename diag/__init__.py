@@ -14,23 +14,36 @@ __version__ = "0.1.0"
 _HOMES = {
     "Snapshot": "diag.snapshot.snapshot",
     "watch": "diag.watching.watcher",
+    "Watcher": "diag.watching.watcher",
     "report": "diag.reporting",
-    "load": "diag.run.run",
+    "compare": "diag.reporting",
+    "load": "diag.run.saved",
+    "Run": "diag.run.run",
+    "align": "diag.connectivity.connection",
+    "connect": "diag.connectivity.connection",
     "measure": "diag.registry",
     "measure_all": "diag.registry",
     "instrument": "diag.registry",
     "Result": "diag.result",
     "Verdict": "diag.result",
+    "Level": "diag.result",
+    "Confidence": "diag.result",
     "Precondition": "diag.result",
+    "Skipped": "diag.result",
+    "Failed": "diag.result",
     "measured": "diag.result",
     "stable_cross_entropy": "diag.remedies",
 }
+# Parts that are reached by their own name: `diag.errors.InvalidInput`.
+_PARTS = ("errors", "datasets", "testing")
 
 
 def __getattr__(name: str) -> Any:
     # Loading on first use keeps `import diag` as cheap as `import torch`.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "__all__":
+        return __dir__()
     if not name.startswith("_"):
         if importlib.util.find_spec(f"diag.{name}") is not None:
             return importlib.import_module(f"diag.{name}")
@@ -38,13 +51,18 @@ def __getattr__(name: str) -> Any:
 
         if name in instruments():
             return instruments()[name]
-    raise AttributeError(f"module 'diag' has no attribute {name!r}; see diag.__all__ and `diag list`.")
+        raise AttributeError(f"module 'diag' has no attribute {name!r}{_nearest(name)}; see `diag list`.")
+    raise AttributeError(f"module 'diag' has no attribute {name!r}.")
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, __dir__(), n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def __dir__() -> list[str]:
     from diag.registry import instruments
 
     return sorted([*_HOMES, *instruments(), "errors"])
-
-
-__all__ = list(_HOMES)

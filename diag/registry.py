@@ -20,11 +20,14 @@ import pkgutil
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from torch import nn
+
+from diag.conversion import converted
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import Quantity, lookup
@@ -172,18 +175,14 @@ class Instrument:
         needed = {n.quantity.name for n in self.needs if not n.optional}
         return bool(needed) and needed <= {"history", "loop"}
 
-    def __call__(self, snapshot: Measurable | None = None, /, **given: Any) -> Result:
-        """Measure.
+    def __call__(self, /, *positional: Any, **given: Any) -> Result:
+        """Measure on a `Snapshot`, or on the quantities, by position or by name.
 
         Raises InvalidInput for values that do not fit, MissingQuantity for a quantity that is neither given
-        nor to be had from the snapshot.
+        nor available from the snapshot.
         """
-        if snapshot is not None and not isinstance(snapshot, Measurable):
-            raise InvalidInput(
-                f"{self.name} was called on a {type(snapshot).__name__}; expected a diag.Snapshot, or the "
-                f"quantities by name: {self.name}({', '.join(n.name + '=...' for n in self.needs)})."
-            )
-        settings = {s.name: given.pop(s.name, s.default) for s in self.settings}
+        snapshot, given = self._arguments(positional, given)
+        settings = {s.name: self._setting(s, given) for s in self.settings}
         self._refuse_unknown(given)
         began = time.perf_counter()
         with hearing() as said, self._undisturbed(snapshot, given):
@@ -192,6 +191,55 @@ class Instrument:
         about = snapshot.provenance() if snapshot is not None else {}
         provenance = Provenance(self.name, settings, seconds=time.perf_counter() - began, **about)
         return dataclasses.replace(result, provenance=provenance, notes=(*result.notes, *said))
+
+    def _arguments(
+        self, positional: tuple[Any, ...], given: Mapping[str, Any]
+    ) -> tuple[Measurable | None, dict[str, Any]]:
+        """The snapshot, if one was given first, and everything else by name."""
+        names, found = [n.name for n in self.needs], dict(given)
+        rest = found.pop("snapshot", None) if "snapshot" not in names else None
+        values = positional if rest is None else (rest, *positional)
+        if values and (values[0] is None or isinstance(values[0], Measurable)):
+            if len(values) > 1:
+                raise InvalidInput(
+                    f"{self.name} was called on a snapshot and {_kinds(values[1:])} by position; expected "
+                    f"what follows "
+                    "a snapshot by name."
+                )
+            return values[0], found
+        if len(values) > len(names) or (values and isinstance(values[0], nn.Module)):
+            raise InvalidInput(
+                f"{self.name} was called on {_kinds(values)}; expected a diag.Snapshot, or the quantities: "
+                f"{self.name}({', '.join(n + '=...' for n in names)})."
+            )
+        for name, value in zip(names, values, strict=False):
+            if name in found:
+                raise InvalidInput(f"{self.name} was given {name} by position and by name; give it once.")
+            found[name] = value
+        return None, found
+
+    def _setting(self, setting: Setting, given: dict[str, Any]) -> Any:
+        """The setting's value, taken out of what was given and converted."""
+        if setting.name not in given:
+            return setting.default
+        return converted(given.pop(setting.name), setting.type, setting.default, f"{self.name}.{setting.name}")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the function, with a snapshot in the place of the first quantity."""
+        own = inspect.signature(self.function)
+        parameters = list(own.parameters.values())
+        first = parameters[0]
+        parameters[0] = first.replace(annotation=f"Snapshot | {first.annotation}")
+        later = [
+            p.replace(default=None) if p.kind is not p.KEYWORD_ONLY and p.default is p.empty else p
+            for p in parameters[1:]
+        ]
+        return own.replace(parameters=[parameters[0], *later])
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        """Pickled by where it is defined, as functions are."""
+        return _imported, (self.function.__module__, self.function.__qualname__)
 
     def _undisturbed(self, snapshot: Measurable | None, given: Mapping[str, Any]) -> AbstractContextManager[None]:
         if not isinstance(snapshot, Snapshot):
@@ -232,6 +280,15 @@ class Instrument:
 
     def __repr__(self) -> str:
         return f"<instrument {self.name}({', '.join(n.name for n in self.needs)})>"
+
+
+def _imported(module: str, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def _kinds(values: Sequence[Any]) -> str:
+    kinds = [type(v).__name__ for v in values]
+    return f"a {kinds[0]}" if len(kinds) == 1 else f"{len(kinds)} values ({', '.join(kinds)})"
 
 
 def instrument(

@@ -15,15 +15,20 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from diag import display
 from diag.errors import InvalidInput
 
 OUR_CHOICE = "our choice, uncalibrated"
+RESULT_FORMAT = "diag-result"
 
 
 class Level(enum.StrEnum):
@@ -161,8 +166,11 @@ class Result:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # The dataclass decorator would write an __eq__ that compares arrays with == and so raises.
-        cls.__eq__ = Result.__eq__  # type: ignore[method-assign]
+        # The dataclass decorator would write an __eq__ that compares arrays with == and so raises, and a __repr__
+        # that prints every array.
+        cls.__eq__, cls.__repr__ = Result.__eq__, Result.__repr__  # type: ignore[method-assign]
+        if "plot" in vars(cls):
+            cls.plot = _with_an_axis(vars(cls)["plot"])  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -175,8 +183,11 @@ class Result:
         """The judgement of this one measurement."""
         raise NotImplementedError(f"{type(self).__name__} must define verdict().")
 
-    def plot(self, ax: Any) -> None:
-        """Draw this measurement on a matplotlib Axes, with both axes labelled."""
+    def plot(self, ax: Any) -> Any:
+        """Draw this measurement on a matplotlib Axes, with both axes labelled; on a new one where none is given.
+
+        An author writes `plot(self, ax)`; the axes are made and returned here.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define plot(ax).")
 
     @classmethod
@@ -258,6 +269,26 @@ class Result:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as one JSON file, arrays included, that `diag.load` reads. Raises InvalidInput where it
+        cannot."""
+        data = {"format": RESULT_FORMAT, "instrument": self.provenance.instrument, "result": self.to_dict()}
+        target = Path(path)
+        try:
+            target.write_text(json.dumps(data, allow_nan=False))
+        except OSError as error:
+            raise InvalidInput(f"The result cannot be written to {target} ({error.strerror}).") from None
+        return target
+
+    def __repr__(self) -> str:
+        numbers = [f"{name} {display.format_number(value)}" for name, value in self._numbers()][:3]
+        try:
+            verdict = self.verdict()
+            judged = f"{verdict.level}: {verdict.sentence}"
+        except Exception as error:
+            judged = f"no verdict ({type(error).__name__})"
+        return f"<{type(self).__name__} {judged} [{', '.join(numbers)}]>"
+
     def _repr_html_(self) -> str:
         about = {f.name: f.metadata for f in self.measured_fields()}
         rows = {
@@ -269,6 +300,34 @@ class Result:
         }
         svg = display.figure_svg(self.plot, salt=type(self).__name__)
         return f"{self.verdict()._repr_html_()}{svg}{display.table_html(rows, type(self).__name__)}"
+
+
+def _with_an_axis(plot: Callable[..., None]) -> Callable[..., Any]:
+    """An author's `plot(self, ax)` that makes the axes where none are given, and returns them."""
+
+    @functools.wraps(plot)
+    def call(self: Any, ax: Any = None) -> Any:
+        if ax is None:
+            from matplotlib import pyplot
+
+            ax = pyplot.figure().subplots()
+        plot(self, ax)
+        return ax
+
+    return call
+
+
+def _refuse_change(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise TypeError("A result is immutable: copy the mapping with dict(...) before you change it.")
+
+
+class ReadOnly(dict[str, Any]):
+    """A mapping in a frozen result."""
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse_change
+
+    def __reduce__(self) -> Any:
+        return ReadOnly, (dict(self),)
 
 
 @dataclass(frozen=True)
@@ -308,7 +367,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, numpy.generic):
         return value.item()
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return ReadOnly({str(k): plain(v) for k, v in value.items()})
     if isinstance(value, (tuple, list)):
         return tuple(plain(v) for v in value)
     return value

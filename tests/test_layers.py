@@ -32,20 +32,26 @@ ALLOWED = {
 ALLOWED["gradients"] = ALLOWED["snapshot"] | {"snapshot"}
 ALLOWED["curvature"] = ALLOWED["gradients"] | {"gradients"}
 ALLOWED["connectivity"] = ALLOWED["curvature"] | {"curvature"}
-ALLOWED["registry"] = {"errors", "result", "snapshot"}
+ALLOWED["conversion"] = {"errors"}
+ALLOWED["registry"] = {"conversion", "errors", "result", "snapshot"}
 ALLOWED["instruments"] = ALLOWED["connectivity"] | GROUND | {"connectivity", "registry", "remedies"}
 ALLOWED["run"] = {"errors", "display", "result", "checkpoints", "snapshot", "registry"}
 ALLOWED["watching"] = ALLOWED["instruments"] | {"instruments", "run"}
 ALLOWED["reporting"] = ALLOWED["run"] | {"run"}
 ALLOWED["integrations"] = ALLOWED["watching"] | {"watching", "reporting"}
 # The top floor: the command line, the demo, and what helps authors of instruments and tests.
-TOP = {"cli", "demo", "datasets", "testing", "__init__"}
+TOP = {"__main__", "cli", "demo", "datasets", "testing", "__init__"}
 QUANTITY_ROOMS = {"snapshot", "gradients", "curvature", "connectivity"}
 ONE_FILE_EACH = {"instruments"}  # a room that grows by a file for each new thing
 MOST_FILES = 20
 OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}  # public, in spite of their names
 DISCOVERED = {"diag.registry": {"diag.instruments"}}  # a folder whose files are found when they are asked for
-PUBLIC = {"diag.snapshot.snapshot", "diag.watching.watcher", "diag.run.run"}  # reached as names of `diag`
+PUBLIC = {
+    "diag.snapshot.snapshot",
+    "diag.watching.watcher",
+    "diag.run.run",
+    "diag.run.saved",
+}  # reached as names of `diag`
 
 
 def name_of(path: Path) -> str:

@@ -10,7 +10,7 @@ gradients.coverage          # how much of the gradient this speaks for, and by w
 from __future__ import annotations
 
 from diag.gradients.engine import ModelGradients
-from diag.gradients.given import MatrixGradients, StackedGradients
+from diag.gradients.given import MatrixGradients, StackedGradients, as_gradients
 from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
 from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, Sketch, SquaredNorms
 from diag.gradients.step import StepGradients, plan_for_steps
@@ -43,6 +43,7 @@ __all__ = [
     "SquaredNorms",
     "StackedGradients",
     "StepGradients",
+    "as_gradients",
     "foreseen",
     "per_example_gradients",
     "plan_for_steps",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +77,14 @@ class StackedGradients(PerExampleGradients):
 
 def _shifted(consume: Consumer, start: int, rows: slice, name: str, block: Block) -> None:
     consume(slice(rows.start + start, rows.stop + start), name, block)
+
+
+def as_gradients(given: Any) -> PerExampleGradients:
+    """Per-example gradients as they are, or around a matrix (m, P) that the user gives."""
+    if isinstance(given, PerExampleGradients):
+        return given
+    if isinstance(given, Tensor) or hasattr(given, "__array__"):
+        return MatrixGradients(torch.as_tensor(given))
+    raise InvalidInput(
+        f"per_example_gradients is a {type(given).__name__}; expected PerExampleGradients or a matrix (m, P)."
+    )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
-from diag.gradients import MatrixGradients, PerExampleGradients
+from diag.gradients import PerExampleGradients, as_gradients
 from diag.linalg.coherence import Coherence, between_groups, coherence, noise_scale, random_blocks
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -212,17 +212,6 @@ def gradient_coherence(
         class_coherence=between_groups(gram[num:, num:], [square[rows] for rows in groups.values()]).numpy(),
         preconditions=_preconditions(whole, permuted, mean_loss, fit_below),
         notes=_notes(gradients),
-    )
-
-
-def as_gradients(given: Any) -> PerExampleGradients:
-    """Per-example gradients as they are, or around a matrix (m, P) that the user gives."""
-    if isinstance(given, PerExampleGradients):
-        return given
-    if isinstance(given, Tensor) or hasattr(given, "__array__"):
-        return MatrixGradients(torch.as_tensor(given))
-    raise InvalidInput(
-        f"per_example_gradients is a {type(given).__name__}; expected PerExampleGradients or a matrix (m, P)."
     )
 
 

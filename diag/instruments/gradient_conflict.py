@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import MissingQuantity
-from diag.gradients import PerExampleGradients, StackedGradients
+from diag.gradients import PerExampleGradients, StackedGradients, as_gradients
 from diag.linalg.coherence import random_blocks
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -115,9 +115,10 @@ def gradient_conflict(
 ) -> GradientConflict:
     """Cosines between the mean gradients of groups of examples, over all layers and in each.
 
-    per_example_gradients: n gradients at fixed weights. labels: the group of each, integers (n,): classes, tasks,
-    or losses. To compare several losses on the same examples, put their gradients together:
-    `gradients, labels = stack_losses({"a": ..., "b": ...})`. Of more than 20 groups the largest are compared.
+    per_example_gradients: n gradients at fixed weights, or a floating matrix (n, P). labels: the group of each,
+    integers (n,): classes, tasks, or losses. To compare several losses on the same examples, put their gradients
+    together: `gradients, labels = stack_losses({"a": ..., "b": ...})`. Of more than 20 groups the largest are
+    compared.
 
     `cosines` are those of the measured means; noise pulls them to 0. `lowest_corrected` divides by lengths from
     products of different examples instead. Errors are jackknife errors over 10 random blocks; groups that share
@@ -127,6 +128,7 @@ def gradient_conflict(
     Settings: `seed`, of the blocks. Raises MissingQuantity where labels are not one an example or name fewer than
     two groups. Source: Yu et al. 2020, arXiv:2001.06782.
     """
+    per_example_gradients = as_gradients(per_example_gradients)
     n = per_example_gradients.num_examples
     names, members = _groups(labels, n)
     blocks = random_blocks(n, BLOCKS, seed)

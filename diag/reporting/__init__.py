@@ -8,23 +8,40 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from diag.errors import InvalidInput
 from diag.reporting.compare import compare
 from diag.reporting.document import document
 from diag.reporting.files import Page
 from diag.reporting.page import render
+from diag.run.checkpoints import from_checkpoints
 
 __all__ = ["Page", "compare", "render", "report"]
 
 
 def report(
-    source: Any, output: str | os.PathLike[str] | None = None, *, title: str = "", command: str = ""
+    source: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    build: Any = None,
+    title: str = "",
+    command: str = "",
+    **measuring: Any,
 ) -> Page:
     """Report on a run, the path of its folder, a `Snapshot` (with every instrument) or a dict of results by name.
+
+    With `build`, the function that gives `(model, loss_fn, data)` or its name, `source` is one checkpoint or
+    several: `diag.report(["a.pt", "b.pt"], build=build)`. `measuring` are then arguments of
+    `diag.run.checkpoints`: names, settings, options, key, every, progress.
 
     With `output` the page is written there, and its document beside it with the ending .json. title: in place
     of the run's name. command: the command line that makes this report, to be shown in it.
     Raises InvalidInput where no report can be made of `source` or written to `output`, RunError where the path
     holds no run.
     """
+    if build is not None:
+        paths = [source] if isinstance(source, (str, os.PathLike)) else source
+        source = from_checkpoints(paths, build, **measuring)
+    elif measuring:
+        raise InvalidInput(f"report takes {', '.join(measuring)} only with build=, for checkpoints.")
     page = Page(document(source, title=title, command=command))
     return page if output is None else page.save(output)

@@ -1,0 +1,147 @@
+"""What an engineer has of the package: names, types, calls, errors, pickles and files."""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diag
+from diag.errors import InvalidInput
+from diag.registry import instruments
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return torch.randn(12, 3), torch.arange(12) % 3
+
+
+@pytest.fixture
+def snapshot():
+    torch.manual_seed(0)
+    return diag.Snapshot(nn.Linear(4, 3), F.cross_entropy, (torch.randn(12, 4), torch.arange(12) % 3))
+
+
+def test_the_stub_is_what_the_registry_gives():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "stub", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_star_import_brings_the_instruments():
+    code = "from diag import *; print(softmax_collapse.name, Snapshot.__name__, watch.__name__, Level.OK, Skipped)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("softmax_collapse Snapshot watch ok"), done.stderr
+
+
+def test_a_wrong_name_gets_the_nearest():
+    with pytest.raises(AttributeError, match="did you mean hessian_spectrum"):
+        _ = diag.hesian_spectrum
+
+
+def test_quantities_by_position_are_quantities_by_name(tensors):
+    logits, labels = tensors
+    by_position, by_name = (
+        diag.class_counts(logits, labels, logits),
+        diag.class_counts(logits=logits, labels=labels, inputs=logits),
+    )
+    assert by_position == by_name
+    with pytest.raises(InvalidInput, match="logits by position and by name"):
+        diag.class_counts(logits, logits=logits)
+    with pytest.raises(InvalidInput, match=r"called on 4 values .*; expected a diag.Snapshot, or the quantities"):
+        diag.class_counts(logits, labels, logits, labels)
+
+
+def test_after_a_snapshot_everything_has_a_name(snapshot, tensors):
+    assert diag.class_counts(snapshot) == diag.class_counts(snapshot=snapshot)
+    with pytest.raises(InvalidInput, match="called on a snapshot and a Tensor by position"):
+        diag.class_counts(snapshot, tensors[1])
+
+
+@pytest.mark.parametrize(("given", "expected"), [(3.0, 3), ("3", 3), (numpy.int64(3), 3), (torch.tensor(3), 3)])
+def test_settings_are_converted(snapshot, given, expected):
+    result = diag.hessian_spectrum(snapshot, num_eigenvalues=given)
+    assert len(result.eigenvalues) == expected and result.provenance.settings["num_eigenvalues"] == expected
+
+
+@pytest.mark.parametrize("given", [2.5, "many", None, [3], True])
+def test_a_setting_of_another_kind_is_refused_in_one_sentence(snapshot, given):
+    with pytest.raises(InvalidInput, match=r"num_eigenvalues takes a whole number \(its default is .*\) and not"):
+        diag.hessian_spectrum(snapshot, num_eigenvalues=given)
+
+
+def test_signatures_name_the_snapshot_and_the_settings():
+    signature = inspect.signature(diag.class_counts)
+    assert list(signature.parameters) == ["logits", "labels", "inputs", "ratio"]
+    assert "Snapshot" in str(signature.parameters["logits"].annotation)
+
+
+@pytest.mark.parametrize("name", sorted(instruments()))
+def test_instruments_can_be_pickled_and_copied(name):
+    instrument = instruments()[name]
+    assert pickle.loads(pickle.dumps(instrument)) is instrument and copy.deepcopy(instrument) is instrument
+
+
+def test_watch_can_be_pickled():
+    assert pickle.loads(pickle.dumps(diag.watch)) is diag.watch
+
+
+def test_a_result_in_one_line_and_on_an_axis_of_its_own(tensors):
+    result = diag.class_counts(*tensors, tensors[0])
+    assert "\n" not in repr(result) and repr(result).startswith("<ClassCounts ")
+    assert str(result.verdict()) == result.verdict().sentence
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    assert result.plot().get_xlabel() == "class"
+    pyplot.close("all")
+
+
+def test_a_result_is_immutable_through_and_through(snapshot):
+    spectrum = diag.hessian_spectrum(snapshot, num_eigenvalues=2)
+    mapping = next(v for v in vars(spectrum).values() if isinstance(v, dict))
+    with pytest.raises(TypeError, match="immutable"):
+        mapping["new"] = 1
+    assert pickle.loads(pickle.dumps(spectrum)) == spectrum == copy.deepcopy(spectrum)
+
+
+def test_a_result_that_is_saved_is_loaded(tensors, tmp_path):
+    result = diag.class_counts(*tensors, tensors[0])
+    assert diag.load(result.save(tmp_path / "counts.json")) == result
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(diag.errors.RunError, match="neither a run nor a result"):
+        diag.load(tmp_path / "other.json")
+
+
+def test_a_plain_matrix_is_per_example_gradients(tensors):
+    matrix, labels = torch.randn(12, 5), tensors[1]
+    assert diag.gradient_conflict(matrix, labels).provenance.instrument == "gradient_conflict"
+
+
+def test_a_report_of_checkpoints_from_python(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Linear(4, 3), F.cross_entropy, (torch.randn(60, 4), torch.arange(60) % 3)
+
+    paths = []
+    for i in range(2):
+        torch.manual_seed(i)
+        paths.append(tmp_path / f"step{i}.pt")
+        torch.save(nn.Linear(4, 3).state_dict(), paths[-1])
+    page = diag.report(paths, tmp_path / "page.html", build=build, names=["neural_collapse"])
+    assert "Neural collapse" in Path(page).read_text()
+    with pytest.raises(InvalidInput, match="only with build="):
+        diag.report(tmp_path, names=["neural_collapse"])
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "diag", "--version"], capture_output=True, text=True)
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr

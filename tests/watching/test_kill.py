@@ -57,10 +57,7 @@ def killed_after(path, seconds):
 
 
 def test_nothing_completed_is_lost_at_thirty_random_moments(tmp_path):
-    # What is imported late would be imported anew in every child.
-    from diag.registry import instruments
-
-    instruments()["softmax_collapse"](logits=torch.randn(8, 3), labels=torch.zeros(8, dtype=torch.long))
+    brief(tmp_path / "first", lambda byte: None)  # what is imported late would be imported again in every child
     moments = random.Random(0)
     measured = 0
     for i in range(30):
@@ -117,9 +114,7 @@ def brief(path, told):
 
 @pytest.mark.slow
 def test_killed_at_every_file_operation_no_step_is_lost(tmp_path):
-    from diag.registry import instruments
-
-    instruments()["softmax_collapse"](logits=torch.randn(8, 3), labels=torch.zeros(8, dtype=torch.long))
+    brief(tmp_path / "first", lambda byte: None)
     total = operations(brief, tmp_path / "whole")
     assert total > 30
     for at in range(total):

@@ -409,8 +409,12 @@ def decode(value: Any, load_array: Callable[[str], Any] | None = None) -> Any:
                 if load_array is None:
                     raise InvalidInput("The data names an array in another file; load it through its run.")
                 return load_array(value["__array__"])
-            flat = [decode(x) for x in value["__array__"]]
-            return plain(numpy.array(flat, dtype=value["dtype"]).reshape(value["shape"]))
+            flat, dtype = [decode(x) for x in value["__array__"]], numpy.dtype(value["dtype"])
+            if dtype.kind not in "biufcSU":
+                raise InvalidInput(f"An array of dtype {dtype} cannot be read; expected numbers or texts.")
+            # A text's dtype says how long it may be; that is left to the texts.
+            array = numpy.array(flat, dtype=None if dtype.kind in "SU" and flat else dtype)
+            return plain(array.reshape(value["shape"]))
         return {k: decode(v, load_array) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return tuple(decode(v, load_array) for v in value)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diag.cli.door import Door, Mistake
+from diag.cli.text import echo
 
 if TYPE_CHECKING:
     from diag.run.run import Run
@@ -41,7 +42,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
     with tables.progress_bar() as bar:
         task = bar.add_task("Training", total=None)
         if bar.disable:
-            click.echo("Training the demo's network; this takes about a minute.", err=True)
+            echo("Training the demo's network; this takes about a minute.", err=True)
 
         def progress(done: int, total: int, text: str = "Training") -> None:
             bar.update(task, completed=done, total=total, description=text)
@@ -49,7 +50,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
         run = demonstration.run(folder, seed=seed, progress=progress)
     page = write_report(run, output or folder / "report.html", command=_command_line())
     tables.show(tables.verdicts(run.findings()))
-    click.echo(f"\nReport: {Path(page).resolve()}")
+    echo(f"\nReport: {Path(page).resolve()}")
 
 
 @main.command()
@@ -96,7 +97,7 @@ def report(
     tables.show(tables.verdicts(run.findings()))
     if build is not None and run.outcomes:
         tables.show("", tables.others(run.outcomes))
-    click.echo(f"\nReport: {Path(page).resolve()}")
+    echo(f"\nReport: {Path(page).resolve()}")
     if open_it:
         click.launch(os.fspath(page))
 
@@ -129,7 +130,7 @@ def _measured(sources: Sequence[Path], build: str, **chosen: Any) -> Run:
 
         run = from_checkpoints(sources, build, progress=progress, **chosen)
     for event in run.events:
-        click.echo(event.text, err=True)
+        echo(event.text, err=True)
     return run
 
 
@@ -211,13 +212,13 @@ def check(run: Path, fail_on: str) -> None:
     failing = [f for f in findings if f.verdict.level in LEVELS[: LEVELS.index(fail_on) + 1]]
     if failing:
         tables.show(tables.verdicts(failing))
-    click.echo(f"{'FAILED' if failing else 'passed'}: {tables.counts(findings)}")
+    echo(f"{'FAILED' if failing else 'passed'}: {tables.counts(findings)}")
     for event in opened.events:
         if event.kind == DAMAGED:
-            click.echo(event.text, err=True)
+            echo(event.text, err=True)
     failed = sorted({o.instrument for _, o in opened.outcomes if type(o).__name__ == "Failed"})
     if failed:
-        click.echo(f"Broke while measuring, so not judged: {', '.join(failed)}", err=True)
+        echo(f"Broke while measuring, so not judged: {', '.join(failed)}", err=True)
     sys.exit(1 if failing else 0)
 
 
@@ -254,7 +255,7 @@ def compare(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> 
         page = write_comparison(runs[0], runs[1], output, command=_command_line())
     tables.show(tables.side_by_side(dict(zip(_names(run_a, run_b), runs, strict=True)), everything))
     if output is not None:
-        click.echo(f"\nComparison: {Path(page).resolve()}")
+        echo(f"\nComparison: {Path(page).resolve()}")
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:

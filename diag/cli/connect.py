@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diag.cli.text import echo
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -53,10 +55,10 @@ def align_command(
     a, b = states.values()
     snapshot.model.load_state_dict(a)
     found = align(snapshot.replace(), b, by=by, points=points)
-    click.echo(found.sentence())
+    echo(found.sentence())
     if output is not None:
         _save(dict(found.aligned_state or {}), output)
-        click.echo(f"Aligned: {output}")
+        echo(f"Aligned: {output}")
 
 
 @click.command(short_help="Barriers between every two checkpoints: who is connected with whom.")
@@ -95,15 +97,15 @@ def connect(
         )
     snapshot, states = _snapshot_and_states(checkpoints, build, max_examples, key)
     found = connection_map(snapshot, states, points=points, align=None if by == "none" else by, threshold=threshold)
-    click.echo(found.sentence())
+    echo(found.sentence())
     for number, group in enumerate(found.components, 1):
-        click.echo(f"  group {number}: {', '.join(group)}")
-    click.echo("The cheapest tree over all:")
+        echo(f"  group {number}: {', '.join(group)}")
+    echo("The cheapest tree over all:")
     for a, b, barrier in sorted(found.spanning_tree.edges(data="barrier"), key=lambda e: e[2]):
-        click.echo(f"  {a} - {b}: {barrier:.4g}")
+        echo(f"  {a} - {b}: {barrier:.4g}")
     if output is not None:
         _draw(found, output)
-        click.echo(f"Map: {output}")
+        echo(f"Map: {output}")
 
 
 def _draw(found: Any, output: Path) -> None:
@@ -133,7 +135,7 @@ def _snapshot_and_states(
     for path in paths:
         checkpoint = load_state(path, key)
         for note in (*checkpoint.notes, *load_into(snapshot.model, checkpoint)):
-            click.echo(f"{path}: {note}", err=True)
+            echo(f"{path}: {note}", err=True)
         name = path.name if names.count(path.name) == 1 else str(path)
         states[name] = {n: t.detach().clone() for n, t in snapshot.model.state_dict().items()}
     return Snapshot(**arguments), states

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from diag.cli.text import visible
+
 # Modules that bring commands of their own, in a list named COMMANDS, where they are installed.
 OTHER_PARTS = ("diag.cli.connect",)
 
@@ -18,6 +20,9 @@ class Mistake(click.ClickException):
     """A user's mistake: one sentence, exit status 2."""
 
     exit_code = 2
+
+    def format_message(self) -> str:
+        return visible(self.message)
 
 
 class Door(click.Group):

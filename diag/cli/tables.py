@@ -8,13 +8,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from diag import display
+from diag.cli.text import visible
 
 if TYPE_CHECKING:
     from diag.registry import Instrument
@@ -31,11 +33,22 @@ STYLES = {
 PIPED_WIDTH = 160
 
 
+class Screen(Console):
+    """A console for which no text is markup, and that shows what would steer a terminal instead of obeying it."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+
 def console(stderr: bool = False) -> Console:
     """A console that fits the terminal; a pipe gets lines long enough to be searched."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False)
+    return Screen(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def show(*parts: RenderableType) -> None:
@@ -49,7 +62,12 @@ def show(*parts: RenderableType) -> None:
 def progress_bar() -> Progress:
     """A progress bar on standard error; silent where that is no terminal."""
     screen = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
 
 

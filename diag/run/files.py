@@ -17,7 +17,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
         clean = _with_floats(data)
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise RunError(f"{file} is damaged (its row or layers: {_why(error)}); restore it from a copy.") from None
-    misfits = list(_misfits(clean))
+    misfits = _misfits(clean)
     if misfits and not damage:
         damage.append(f"run.json holds a {misfits[0]} of another kind than expected; it was left out.")
     return {name: value for name, value in clean.items() if name not in misfits}, damage
@@ -121,15 +121,31 @@ def _refuse_structure(data: Mapping[str, Any], expected: Any) -> None:
         raise ValueError("their checksum does not fit")
 
 
-def _misfits(data: Mapping[str, Any]) -> Iterator[str]:
-    for name, kind in TYPES.items():
-        value = data.get(name)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            yield name
-    for name in ("settings", "versions"):
-        value = data.get(name)
-        if name == "settings" and isinstance(value, dict) and not all(isinstance(v, dict) for v in value.values()):
-            yield name
+def _misfits(data: Mapping[str, Any]) -> list[str]:
+    return [name for name, kind in TYPES.items() if name in data and not _fits(name, data[name], kind)]
+
+
+def _fits(name: str, value: Any, kind: Any) -> bool:
+    if value is None:
+        return kind not in (list, dict)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    if name in ("settings", "versions", "closed"):
+        entries = dict if name == "settings" else (str, int)
+        return all(isinstance(entry, entries) for entry in value.values()) and _decodes(value)
+    if name == "instruments":
+        return all(isinstance(entry, str) for entry in value)
+    if name in ("sessions", "checkpoints"):
+        return all(isinstance(entry, dict) for entry in value)
+    return not isinstance(value, int) or abs(value) < 1 << 64
+
+
+def _decodes(value: Any) -> bool:
+    try:
+        decode(value)
+    except Exception:  # an array of any kind, say
+        return False
+    return True
 
 
 def _why(error: BaseException) -> str:

@@ -89,7 +89,7 @@ def _record(line: bytes) -> tuple[int, dict[str, Any] | None]:
         return 0, None
     try:
         record = _outcome(start, line) if start["kind"] in OUTCOME_BYTES else _other(line)
-    except (ValueError, RecursionError, TypeError, KeyError, OverflowError):  # whoever wrote it, it was not diag
+    except Exception:  # whoever wrote it, it was not diag
         return 0, None
     return int(start["n"]), record
 
@@ -113,6 +113,8 @@ def _other(line: bytes) -> dict[str, Any] | None:
         return None
     if "text" in record and not isinstance(record["text"], str):
         return None
+    if kind == "optimizer":
+        decode(record["data"])  # raises where it is not what `encode` makes
     if kind == "cost":
         return {"type": kind, "step": record["step"], "instrument": str(record.get("instrument", ""))} | _times(
             record

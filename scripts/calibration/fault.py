@@ -34,7 +34,7 @@ class Fault:
 
     needs: tags that a program must have; without: tags that it must not have. silent: the loss curve looks fine.
     unknowable: why it cannot be known from what a watch sees; empty where it can. held_out: the user gives held-out
-    data to the watch. symptoms: which of SYMPTOMS are true of it when told.
+    data to the watch.
     """
 
     name: str
@@ -72,7 +72,7 @@ def fault(
     held_out: bool = False,
     symptoms: bool = True,
 ) -> Callable[[Callable[[Program], None]], Callable[[Program], None]]:
-    """Declare a kind of fault; `needs` and `without` are tags, separated by blanks."""
+    """Declare a kind of fault; `needs` and `without` are tags, separated by blanks. symptoms: SYMPTOMS follow."""
 
     def declare(apply: Callable[[Program], None]) -> Callable[[Program], None]:
         name = apply.__name__

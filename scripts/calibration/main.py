@@ -21,7 +21,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "calibration.md"
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--split", "side", type=click.Choice(list(split())), help="Only the programs of this side.")
 @click.option("--only", help="Only this kind, program, kind/program or kind/program/seed.")
-@click.option("--short", is_flag=True, help="A cut of sixteen cases.")
+@click.option("--short", is_flag=True, help="A cut of twelve cases.")
 @click.option("--resume", is_flag=True, help="Skip the cases of which there is a row.")
 @click.option("--table", is_flag=True, help="Run nothing; print the tables of the rows that are there.")
 @click.option("--page", is_flag=True, help="Run nothing; write the documentation's page from the rows.")
@@ -88,10 +88,7 @@ def show(rows: list[Row], chosen: list[Case]) -> None:
         ("Misses", "\n".join(tables.misses(scores))),
         ("False statements, and what was said of healthy runs", "\n".join(tables.untrue(scores))),
         ("Runs of faults that do not count", "\n".join(tables.not_counted(scores))),
-        (
-            "Runs that broke",
-            "\n".join(f"{r['kind']} on {r['program']}: {r.get('error') or r['raised']}" for r in scores.broken),
-        ),
+        ("Runs that broke", "\n".join(tables.broken(scores))),
     ):
         click.echo(f"\n{title}\n{text or 'none'}")
 

@@ -105,6 +105,11 @@ def not_counted(scores: Scores) -> list[str]:
     return [f"{j.fault.name} on {j.row['program']}: {j.why_not}" for j in scores.judged if not j.counted]
 
 
+def broken(scores: Scores) -> list[str]:
+    """The runs that did not get through, with what they raised."""
+    return [f"{r['kind']} on {r['program']}: {r.get('error') or r['raised']}" for r in scores.broken]
+
+
 def _said(f: Any) -> str:
     return f"[{f['level']}] {f['check']} ({f['cause'] or 'no cause'}): {f['sentence']}"
 

@@ -23,6 +23,7 @@ from calibration import data, programs_transfer
 from calibration.observe import observe
 from calibration.programs import programs
 from calibration.suite import Case
+from diag.registry import instruments
 
 DEADLINE = 180.0
 FORK = multiprocessing.get_context("fork")
@@ -71,6 +72,7 @@ def warm() -> None:
     torch.set_num_threads(1)
     data.warm()
     programs_transfer.warm()
+    instruments()
 
 
 def run_all(

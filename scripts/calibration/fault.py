@@ -28,6 +28,17 @@ SYMPTOMS = frozenset(
 )  # fmt: skip
 
 
+# Measured states of a network: true of whatever it is said of, unless training looks fine.
+STATES = frozenset(
+    {
+        Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.GRADIENTS_VANISH, Cause.GRADIENTS_EXPLODE,
+        Cause.EMBEDDINGS_COLLAPSED, Cause.ATTENTION_ONE_HOT, Cause.ATTENTION_LOGITS_GROW,
+    }
+)  # fmt: skip
+# Faults of these themes may do a program no harm (a learning rate that it bears); the others are there or not.
+NEEDS_HARM = (Theme.OPTIMIZATION, Theme.NETWORK, Theme.OUTCOME)
+
+
 @dataclass(frozen=True)
 class Fault:
     """One kind of fault.
@@ -52,6 +63,11 @@ class Fault:
     def text(self) -> str:
         """What its author did, in one sentence."""
         return (self.apply.__doc__ or "").strip()
+
+    @property
+    def needs_harm(self) -> bool:
+        """Whether only runs on which it did harm count."""
+        return self.theme in NEEDS_HARM and not self.silent
 
     def fits(self, program: type[Program]) -> bool:
         return self.needs <= program.tags and not self.without & program.tags
@@ -78,7 +94,8 @@ def fault(
         name = apply.__name__
         if name in FAULTS:
             raise ValueError(f"There are two faults {name}; give one of them another name.")
-        true = (frozenset(follows) | (SYMPTOMS if symptoms else frozenset())) - frozenset(names)
+        general = (SYMPTOMS if symptoms else frozenset()) | (frozenset() if silent else STATES)
+        true = (frozenset(follows) | general) - frozenset(names)
         FAULTS[name] = Fault(
             name, theme, apply, frozenset(names), true, frozenset(needs.split()), frozenset(without.split()),
             silent, unknowable, held_out,

@@ -253,7 +253,7 @@ def weights_normalized(p: Program) -> None:
     change(p, "make_model", make_model)
 
 
-@healthy(needs="classifier rows inputs", without="distributed dense batch_norm")
+@healthy(needs="classifier rows inputs", without="distributed dense batch_norm frozen")
 def one_layer_called_twice(p: Program) -> None:
     "A layer is shared on purpose: called twice in forward."
 

@@ -84,7 +84,7 @@ def _why_not(row: Row, control: Row | None, fault: Fault, shown: int | None) -> 
         return f"it did not run: {row['error']}"
     if fault.unknowable:
         return fault.unknowable
-    if not fault.silent and shown is None and not worse(row, control):
+    if fault.needs_harm and shown is None and not worse(row, control):
         return "it did this program no harm"
     return ""
 

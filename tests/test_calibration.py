@@ -185,12 +185,19 @@ def test_a_metric_that_is_not_a_number_is_worse():
 
 
 def test_what_was_said_of_healthy_runs_counts_even_when_it_was_withdrawn():
-    spoken = row("plain", spoken=[[1, "flow", "A layer has no gradient."], [3, "flow", "Again."]])
+    early, again = (finding("flow", "graph_cut", "warning", told=step) for step in (1, 3))
+    spoken = row("plain", spoken=[early, again])
     quiet = row("label_smoothing")
     found = score([spoken, quiet, row("mixup", finding("flow", "graph_cut", "warning"))])
     assert [a.finding["told"] for a in found.alarms] == [1, 5]
     assert found.false_alarms("warning") == 2 and found.false_alarms("alarm") == 0
     assert found.healthy_steps == 30
+
+
+def test_what_was_said_and_withdrawn_of_a_faulty_run_is_judged_too():
+    wrong, right = finding("flow", "labels_shuffled"), finding("flow", "gradients_not_zeroed")
+    told = judge(row("gradients_never_zeroed", right, spoken=[wrong, right]), row("plain"))
+    assert told.first and [f["cause"] for f in told.false] == ["labels_shuffled"]
 
 
 def test_a_check_is_scored_on_the_faults_that_it_names():

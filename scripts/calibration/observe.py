@@ -16,7 +16,6 @@ import diag
 from calibration.program import Program
 from calibration.programs import programs
 from calibration.suite import Case
-from diag.registry import instruments
 
 CURVE = 100  # points of the loss curve that a row keeps
 TOLD = ("alarm", "warning")
@@ -34,26 +33,28 @@ def observe(case: Case) -> dict[str, Any]:
             program.build()
             row |= _watched(program, Path(folder) / "run", case.what.held_out)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        row["error"] = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"[:500]
+        row["error"] = _where(error)
     row["seconds"] = round(time.perf_counter() - began, 2)
     return row | _training(program)
 
 
 def _watched(program: Program, folder: Path, held_out: bool) -> dict[str, Any]:
-    given = {"held_out": program.held_out_data()} if held_out else {}
+    given: dict[str, Any] = {"held_out": program.held_out_data()} if held_out else {}
+    given["on_finding"] = (spoken := []).append
     closing, raised = 0.0, ""
     for number, life in enumerate(program.lives()):
-        with diag.watch(program.watched, run=folder, resume=number > 0, **given):
-            raised = _raised(life)
-            ended = time.perf_counter()
-        closing += time.perf_counter() - ended
-        if raised:
+        try:
+            with diag.watch(program.watched, run=folder, resume=number > 0, **given):
+                life()
+                ended = time.perf_counter()
+        except Exception as error:  # is part of a training: a policy whose logits are NaN cannot be sampled
+            raised = _where(error)
             break
+        closing += time.perf_counter() - ended
     if program.world > 1 and torch.distributed.get_rank() > 0:
         return {}
     run = diag.load(folder)
-    row = said(run)
+    row = said(run, spoken)
     return row | {
         "raised": raised,
         "steps": run.last_step,
@@ -63,27 +64,22 @@ def _watched(program: Program, folder: Path, held_out: bool) -> dict[str, Any]:
     }
 
 
-def _raised(life: Any) -> str:
-    """Run it; what a training raises is part of it (a policy whose logits are NaN cannot be sampled)."""
-    try:
-        life()
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"[:300]
-    return ""
+def _where(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"[:500]
 
 
-def said(run: Any) -> dict[str, Any]:
+def said(run: Any, spoken: list[Any]) -> dict[str, Any]:
     """What a run says: every verdict, the stories in their order, what was told when, what failed."""
     findings = run.findings()
     ordered = [part for story in run.stories() for part in (story.finding, *story.consequences)]
     told = [f.instrument for f in ordered]
     return {
-        "findings": [_finding(f, run) for f in sorted(findings, key=lambda f: _place(told, f.instrument))],
+        "findings": [_finding(f, spoken) for f in sorted(findings, key=lambda f: _place(told, f.instrument))],
         "stories": [
             [story.finding.instrument, *(f.instrument for f in story.consequences)] for story in run.stories()
         ],
-        "spoken": [[e.step, *_spoken(e.text)] for e in run.events if e.kind == "finding"],
+        "spoken": [_finding(f, spoken) for f in spoken],
         "events": [[e.step, e.kind, e.text] for e in run.events if e.kind != "finding"][:20],
         "failed": [
             [step, o.instrument, str(getattr(o, "reason", o))[:300]]
@@ -93,18 +89,11 @@ def said(run: Any) -> dict[str, Any]:
     }
 
 
-def _spoken(text: str) -> tuple[str, str]:
-    """The check and the sentence of something said while training went on."""
-    title, _, sentence = text.partition(": ")
-    names = {i.title: name for name, i in instruments().items()}
-    return names.get(title, title), sentence
-
-
 def _place(told: list[str], name: str) -> int:
     return told.index(name) if name in told else len(told)
 
 
-def _finding(finding: Any, run: Any) -> dict[str, Any]:
+def _finding(finding: Any, spoken: list[Any]) -> dict[str, Any]:
     verdict = finding.verdict
     return {
         "check": finding.instrument,
@@ -113,27 +102,23 @@ def _finding(finding: Any, run: Any) -> dict[str, Any]:
         "sentence": verdict.sentence,
         "confidence": str(verdict.confidence),
         "step": verdict.step,
-        "told": _first_told(finding, run),
+        "told": _first_told(finding, spoken),
         "value": _number(verdict.value),
         "layers": list(verdict.layers)[:5],
         "examples": list(verdict.examples)[:10],
     }
 
 
-def _first_told(finding: Any, run: Any) -> int | None:
-    """The step at which a user could first read it: when it was spoken, or the first measurement that says so."""
+def _first_told(finding: Any, spoken: list[Any]) -> int | None:
+    """The step at which a user could first read it: when this check first named this cause, else the end."""
     if str(finding.verdict.level) not in TOLD:
         return None
-    spoken = [e.step for e in run.events if e.kind == "finding" and e.text.startswith(f"{finding.title}: ")]
-    measured = [step for step, result in finding.series if str(_level(result)) in TOLD]
-    return min([*spoken, *measured, finding.last_step])
+    said = [f.first_step for f in spoken if _same(f, finding)]
+    return min([*said, finding.last_step])
 
 
-def _level(result: Any) -> Any:
-    try:
-        return result.verdict().level
-    except Exception:
-        return ""
+def _same(one: Any, other: Any) -> bool:
+    return one.instrument == other.instrument and one.verdict.cause == other.verdict.cause
 
 
 def _training(program: Program) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def judge(row: Row, control: Row | None) -> Judged:
     shown = shown_at(row, control)
     why_not = _why_not(row, control, fault, shown)
     known = {(f["check"], f["cause"]) for f in told(control or {})}
+    heard = known | {(f["check"], f["cause"]) for f in withdrawn(control or {})}
     new = [f for f in told(row) if (f["check"], f["cause"]) not in known]
+    lost = [f for f in withdrawn(row) if (f["check"], f["cause"]) not in heard]
     right = [f for f in new if f["cause"] in fault.names]
     steps = min((f["told"] for f in right or new if f["told"] is not None), default=None)
     return Judged(
@@ -74,7 +76,8 @@ def judge(row: Row, control: Row | None) -> Judged:
         first=bool(right) and new[0] in right,
         steps=None if steps is None else max(0, steps - row["onset"] + 1),
         shown=None if shown is None else max(0, shown - row["onset"] + 1),
-        false=[f for f in new if f["cause"] and f["cause"] not in fault.names | fault.follows] + _passed(row),
+        false=[f for f in [*new, *lost] if f["cause"] and f["cause"] not in fault.names | fault.follows]
+        + _passed(row),
         unsaid=[f for f in new if not f["cause"]],
     )
 
@@ -139,15 +142,10 @@ class Alarm:
 
 
 def withdrawn(row: Row) -> list[Row]:
-    """What was spoken while training went on, and is not among the findings at its end."""
-    kept = {f["check"] for f in told(row)}
-    gone = {
-        check: (step, sentence) for step, check, sentence in reversed(row.get("spoken", [])) if check not in kept
-    }
-    return [
-        {"check": check, "level": "warning", "cause": "", "told": step, "sentence": f"(withdrawn) {sentence}"}
-        for check, (step, sentence) in gone.items()
-    ]
+    """What was spoken while training went on, and is not among the findings at its end: each once."""
+    kept = {(f["check"], f["cause"]) for f in told(row)}
+    gone = {(f["check"], f["cause"]): f for f in reversed(row.get("spoken", []))}
+    return [f | {"sentence": f"(withdrawn) {f['sentence']}"} for key, f in gone.items() if key not in kept]
 
 
 @dataclass

@@ -37,7 +37,6 @@ from torch.nn import functional as F
 from diag.curvature.operators import Hessian
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
-from diag.linalg.refine import two_level_eigenpairs
 from diag.linalg.ritz import Wanted
 from diag.snapshot.snapshot import Snapshot
 
@@ -224,15 +223,6 @@ def ours_by_bounds(problem: Problem, tested: dict[str, Any]) -> Answer:
     return Answer(pairs.values, pairs.num_products, "" if pairs.converged.all() else "not all converged")
 
 
-def ours_mixed(problem: Problem, tested: dict[str, Any]) -> Answer:
-    exact = hessian_again(problem, tested)
-    cheap = exact.approximate("bf16")
-    pairs = two_level_eigenpairs(exact, cheap, magnitude=COUNT, tolerance=TOLERANCE, criterion="bound")
-    worst = float((pairs.bounds / pairs.values.abs()).max())
-    note = f"{cheap.num_products} bf16 products and {pairs.num_products} exact; bound reached {worst:.1e}"
-    return Answer(pairs.values, pairs.num_products, note)
-
-
 def ours_density(problem: Problem, tested: dict[str, Any]) -> Answer:
     run = run_lanczos(hessian_again(problem, tested), None, max_products=80)
     return Answer(run.ritz.values[:0], run.num_products)
@@ -367,7 +357,6 @@ def contenders(tested: dict[str, Any], chosen: list[str] | None) -> list[Contend
     everything = [
         Contender("ours", lambda p: ours(p, tested)),
         Contender("ours, by bounds", lambda p: ours_by_bounds(p, tested)),
-        Contender("ours, mixed", lambda p: ours_mixed(p, tested)),
         Contender("curvlinops+eigsh", curvlinops_eigsh),
         Contender("pyhessian", pyhessian_top, slow=True),
         Contender("hessian-eigenthings", eigenthings),

@@ -89,13 +89,13 @@ def speed(device: str, width: int, layers: int, steps: int = 40) -> None:
 
 
 def largest(device: str, steps: int = 20) -> None:
-    """Doubles the width until memory runs out; a bfloat16 basis of `steps` vectors."""
+    """Doubles the width until memory runs out; a basis of `steps` vectors."""
     width = 256
     while True:
         try:
             hessian = operator(width, 8, 4, device)
-            run_lanczos(hessian, None, max_products=steps, storage=torch.bfloat16)
-            print(f"fits: {hessian.size:,} parameters with {steps} basis vectors in bfloat16")
+            run_lanczos(hessian, None, max_products=steps)
+            print(f"fits: {hessian.size:,} parameters with {steps} basis vectors")
             del hessian
             torch.cuda.empty_cache()
             width *= 2

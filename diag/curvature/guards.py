@@ -11,8 +11,8 @@ Several fused or stateful operations have no second derivative, or a wrong one t
 - an autocast region that the model enters by itself stays in the precision asked for;
 - recurrent layers do not use cuDNN on CUDA.
 
-Others are replaced by ones with a shorter second derivative (curvature_shorter.py). The self-test
-(curvature_selftest.py) catches what is not on this list, and a model that does not bear the replacements.
+Others are replaced by ones with a shorter second derivative (`shorter.py`). The self-test
+(`selftest.py`) catches what is not on this list, and a model that does not bear the replacements.
 """
 
 from __future__ import annotations
@@ -60,13 +60,12 @@ def refuse_impossible(model: nn.Module) -> None:
 
 
 @contextmanager
-def measured(model: nn.Module, keep_autocast: bool = False, shorter: bool = True) -> Iterator[None]:
+def measured(model: nn.Module, shorter: bool = True) -> Iterator[None]:
     """Evaluation mode and twice-differentiable kernels, in exact arithmetic; afterwards no trace is left.
 
-    `keep_autocast` is for forward passes that diag itself runs in reduced precision; `shorter` allows the stand-ins
-    of curvature_shorter.py, which are faster and no more.
+    `shorter` allows the stand-ins of `shorter.py`, which are faster and no more.
     """
-    with preserved(model), _attributes_restored(model), twice_differentiable(model, keep_autocast, shorter):
+    with preserved(model), _attributes_restored(model), twice_differentiable(model, shorter):
         yield
 
 
@@ -89,9 +88,9 @@ def replayed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module, keep_autocast: bool = False, shorter: bool = True) -> Iterator[None]:
+def twice_differentiable(model: nn.Module, shorter: bool = True) -> Iterator[None]:
     """The contexts named in the module's text, around a forward or a backward pass."""
-    with _plain_backends(model), PlainKernels(keep_autocast, shorter):
+    with _plain_backends(model), PlainKernels(shorter):
         yield
 
 
@@ -114,18 +113,17 @@ def _plain_backends(model: nn.Module) -> Iterator[None]:
 
 
 class PlainKernels(TorchFunctionMode):
-    """Replaces torch functions whose second derivative is missing, wrong or dear, one call at a time."""
+    """Replaces torch functions whose second derivative is missing, wrong or expensive, one call at a time."""
 
-    def __init__(self, keep_autocast: bool = False, shorter: bool = True):
+    def __init__(self, shorter: bool = True):
         super().__init__()
-        self.keep_autocast = keep_autocast
         self.replacements = _REPLACEMENTS | SHORTER if shorter else _REPLACEMENTS
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         replacement = self.replacements.get(func, func)
-        device = None if self.keep_autocast else _autocast_device()
+        device = _autocast_device()
         if device is None:
             return replacement(*args, **(kwargs or {}))
         with torch.autocast(device, enabled=False):  # a region that the model entered by itself

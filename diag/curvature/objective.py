@@ -8,8 +8,8 @@ and floating inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -26,13 +26,8 @@ from diag.snapshot.parameters import FlatLayout
 
 LossFn = Callable[[Any, Any], Tensor]
 
-# name -> (dtype of parameters, vectors and arithmetic; dtype of forward passes under autocast)
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
-    "float32": (torch.float32, None),
-    "float64": (torch.float64, None),
-    "bf16": (torch.float32, torch.bfloat16),
-    "fp16": (torch.float32, torch.float16),
-}
+# name -> dtype of parameters, vectors and arithmetic
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -51,12 +46,7 @@ class Objective:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of parameters, vectors and arithmetic."""
-        return PRECISIONS[self.precision][0]
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The reduced precision of forward passes, if any."""
-        return PRECISIONS[self.precision][1]
+        return PRECISIONS[self.precision]
 
     @cached_property
     def num_examples(self) -> int:
@@ -84,7 +74,7 @@ class Objective:
 
     def measured(self, shorter: bool = True) -> AbstractContextManager[None]:
         """The context that every evaluation needs."""
-        return guards.measured(self.model, keep_autocast=self.autocast is not None, shorter=shorter)
+        return guards.measured(self.model, shorter)
 
     def replayed(self) -> AbstractContextManager[None]:
         """The cheaper context for backward passes over a graph that was kept, each inside `plain_kernels`."""
@@ -92,7 +82,7 @@ class Objective:
 
     def plain_kernels(self) -> AbstractContextManager[Any]:
         """What each of these passes is inside of."""
-        return guards.PlainKernels(self.autocast is not None)
+        return guards.PlainKernels()
 
     def parameters(self) -> list[Tensor]:
         """The model's values as leaves to differentiate by; copies only where the precision differs."""
@@ -108,18 +98,16 @@ class Objective:
         """The model's outputs at `parameters`."""
         batch = self._prepared(batch)
         tensors = {**self.constants, **dict(zip(self.layout.names, parameters, strict=True))}
-        with self._reduced():
-            return call_at(self.model, tensors, batch.args, batch.kwargs)
+        return call_at(self.model, tensors, batch.args, batch.kwargs)
 
     def loss_of(self, outputs: Any, batch: Batch) -> Tensor:
         """The mean loss of one batch from its outputs, a scalar; a vector of losses is averaged."""
         loss_fn, targets = self.loss_fn, self._prepared(batch).targets
-        with self._reduced():
-            converted = _converted_state(loss_fn, self.dtype) if isinstance(loss_fn, nn.Module) else {}
-            if isinstance(loss_fn, nn.Module) and converted:
-                loss = call_at(loss_fn, converted, (outputs, targets))
-            else:
-                loss = loss_fn(outputs, targets)
+        converted = _converted_state(loss_fn, self.dtype) if isinstance(loss_fn, nn.Module) else {}
+        if isinstance(loss_fn, nn.Module) and converted:
+            loss = call_at(loss_fn, converted, (outputs, targets))
+        else:
+            loss = loss_fn(outputs, targets)
         return _scalar(loss)
 
     def loss(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:
@@ -155,16 +143,6 @@ class Objective:
 
         args, kwargs, targets = (map_tensors(convert, x) for x in (batch.args, batch.kwargs, batch.targets))
         return Batch(args, kwargs, targets, batch.size)
-
-    @contextmanager
-    def _reduced(self) -> Iterator[None]:
-        # Cached casts of the weights would hide a changed weight from the second of two evaluations.
-        if self.autocast is None:
-            with nullcontext():
-                yield
-        else:
-            with torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False):
-                yield
 
 
 def native_precision(model: nn.Module) -> str:

@@ -39,7 +39,7 @@ from diag.curvature.products import (
     loss_gradient,
 )
 from diag.curvature.record import SelfTest
-from diag.curvature.selftest import retest, run_self_test
+from diag.curvature.selftest import run_self_test
 from diag.curvature.values import Values
 from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.operator import LinearOperator
@@ -53,8 +53,7 @@ class CurvatureOperator(LinearOperator):
     """A curvature matrix of the mean loss over `batches`; subclasses say which.
 
     model: the network; it is left as it was by every product. loss_fn(outputs, targets): the batch's mean.
-    precision: "float32", "float64", "bf16" or "fp16" (the last two: float32 vectors, forward passes under
-        autocast); by default the model's own, float32 where that is a half precision.
+    precision: "float32" or "float64"; by default the model's own, float32 where that is a half precision.
     memory: the bytes that graphs may hold; by default a quarter of what is free. The graph of all the data is
         kept between products where it fits, else it is rebuilt for each in micro-batches that fit.
     micro_batch: the most examples per pass. seed: of the self-test's random direction. checked: a self-test of
@@ -130,24 +129,11 @@ class CurvatureOperator(LinearOperator):
                 self._plan = plan_memory(self._curvature(), self.objective, memory)
         return self._plan
 
-    # -- cheaper relatives ---------------------------------------------------------------------------
-
-    def approximate(self, precision: str) -> Self:
-        """The same matrix with products in another precision, such as "bf16".
-
-        Its self-test is this one's with the rounding of that precision. Raises Unsupported where it is too large.
-        """
-        other = self._relative(self.objective.batches, precision=precision)
-        other._self_test = retest(other._curvature(), other.objective, self.objective, self.self_test)
-        return other
-
     def subsample(self, num_examples: int, seed: int = 0) -> Self:
         """The same matrix on `num_examples` of the examples, drawn without replacement."""
         batches = subsampled(self.objective.batches, num_examples, seed)
-        return self._relative(batches, precision=self.objective.precision, checked=self.self_test)
-
-    def _relative(self, batches: Iterable[Batch], **settings: Any) -> Self:
-        other = type(self)(self.objective.model, self.objective.loss_fn, batches, **self._settings, **settings)
+        settings = self._settings | {"precision": self.objective.precision, "checked": self.self_test}
+        other = type(self)(self.objective.model, self.objective.loss_fn, batches, **settings)
         other.deadline = self.deadline
         return other
 

@@ -295,23 +295,6 @@ class _Examination:
         return float((there - back).abs()) / size
 
 
-def retest(curvature: Curvature, reduced: Objective, full: Objective, known: SelfTest, seed: int = 0) -> SelfTest:
-    """The self-test `known` of a product in full precision, with the rounding of the same product in another.
-
-    Raises Unsupported where that is too large.
-    """
-    if known.method == "finite difference":  # which stays in the precision that it was found good in
-        return known
-    probe = probe_batch(full)
-    reduced, full = reduced.on([probe]), full.on([probe])
-    with full.measured():
-        theta = full.parameters()
-        direction = random_direction(full, theta, seed)
-        pieces = curvature.graph(full, theta, [probe]).product(full.layout.views(direction), False)
-        product = full.layout.flatten(pieces, direction)
-    return replace(known, rounding_error=_rounding_error(curvature, reduced, direction, product))
-
-
 def _rounding_error(curvature: Curvature, own: Objective, direction: Tensor, product: Tensor) -> float:
     """How far the product in `own`'s precision is from the true `product` with `direction`, relative."""
     with own.measured():

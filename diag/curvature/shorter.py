@@ -33,12 +33,9 @@ class Convolved:
     settings: tuple[Any, ...]
 
     def output(self) -> Tensor:
-        """The convolution, in the dtype that autocast, where it is in force, asks for."""
-        input, weight = _autocast(self.input, self.weight)
-        output = Convolution.apply(input, weight, self.settings)
-        if self.bias is None:
-            return output
-        return output + self.bias.to(output.dtype).view(_channels(output))
+        """The convolution."""
+        output = Convolution.apply(self.input, self.weight, self.settings)
+        return output if self.bias is None else output + self.bias.view(_channels(output))
 
     def normalised(self, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """The output less `mean`, times `scale`, plus `bias`: a convolution with another weight and bias."""
@@ -137,14 +134,6 @@ def _plain(*tensors: Tensor) -> bool:
         isinstance(t, Tensor) and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
         for t in tensors
     )
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that autocast, where it is in force, would give a convolution."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
 SHORTER: dict[Callable[..., Any], Callable[..., Any]] = {

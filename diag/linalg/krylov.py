@@ -30,7 +30,7 @@ class KrylovSpace:
 
     Attributes: `steps` (vectors in the basis, m), `kept` (those that came from the last thick restart),
     `blocks` (where each part of the basis that grew from a vector of its own begins), `exhausted`
-    (the basis spans everything), `basis` (capacity + 1, size) in `storage`, `projected` (capacity + 1
+    (the basis spans everything), `basis` (capacity + 1, size), `projected` (capacity + 1
     square, float64: T bordered by t), `drift` (float64: the largest norm of what should have been zero in
     Q A q_j; it measures the rounding and the asymmetry of the products).
     """
@@ -42,19 +42,15 @@ class KrylovSpace:
         operator: LinearOperator,
         capacity: int,
         generator: torch.Generator,
-        storage: torch.dtype | None = None,
     ):
         self.operator = operator
         self.capacity = min(capacity, operator.size)
         self.generator = generator
-        self.storage = storage or operator.dtype
         rows = min(self.capacity + 1, operator.size)
-        self.basis = torch.empty(rows, operator.size, dtype=self.storage, device=operator.device)
+        self.basis = torch.empty(rows, operator.size, dtype=operator.dtype, device=operator.device)
         side = self.capacity + 1
         self.projected = torch.zeros(side, side, dtype=torch.float64, device=operator.device)
         self.drift = torch.zeros((), dtype=torch.float64, device=operator.device)
-        # The two latest vectors at full precision, where the basis is stored in fewer bits.
-        self.latest = self._new_rows(2) if self.storage != operator.dtype else None
         self.steps = self.kept = self._settled = 0
         self.blocks = [0]
         self.exhausted = False
@@ -75,10 +71,10 @@ class KrylovSpace:
         """One Lanczos step: one product, one (or two) passes of reorthogonalisation; no synchronisation
         with the host on devices other than the CPU."""
         j, projected = self.steps, self.projected
-        q = self._latest_vector()
+        q = self.basis[j]
         w = self.operator.matvec(q)
         projected[j, j] = dot(q, w)
-        found, left = orthogonalise(w, self.basis[: j + 1], *self._known_part(w))
+        found, left = orthogonalise(w, self.basis[: j + 1], *self._known_part())
         self.drift = torch.maximum(self.drift, found.norm())
         projected[j, j] += found[j]
         if self._lost_too_much(found, left):
@@ -136,7 +132,6 @@ class KrylovSpace:
         """All that a resumed run needs, as tensors and numbers."""
         return {
             "basis": self.basis[: self.steps + 1],
-            "latest": self.latest,
             "projected": self.projected,
             "drift": self.drift,
             "generator": self.generator.get_state(),
@@ -145,38 +140,21 @@ class KrylovSpace:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.basis[: len(state["basis"])] = state["basis"]
-        self.latest, self.projected, self.drift = state["latest"], state["projected"], state["drift"]
+        self.projected, self.drift = state["projected"], state["drift"]
         self.generator.set_state(state["generator"].cpu())
         for name in self._COUNTERS:
             setattr(self, name, state[name])
 
     # -- the parts -------------------------------------------------------------------------------
 
-    def _new_rows(self, count: int) -> Tensor:
-        return torch.zeros(count, self.operator.size, dtype=self.operator.dtype, device=self.operator.device)
-
-    def _latest_vector(self) -> Tensor:
-        return self.basis[self.steps] if self.latest is None else self.latest[1]
-
-    def _known_part(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficients of w = A q_j that the recurrence gives, with the basis vectors they belong to."""
+    def _known_part(self) -> tuple[Tensor, Tensor]:
+        """The coefficients of A q_j that the recurrence gives, with the basis vectors they belong to."""
         j = self.steps
         first = 0 if j == self.kept else j - 1  # all that is coupled to q_j: the arrow, or q_(j-1)
-        known = self.projected[j, first : j + 1]
-        if self.latest is None:
-            return known, self.basis[first : j + 1]
-        if first >= j - 1:
-            return known, self.latest[first - j - 1 :]
-        w.addcmul_(self.latest[1], known[-1].to(w.dtype), value=-1)
-        return known[:-1], self.basis[first:j]
+        return self.projected[j, first : j + 1], self.basis[first : j + 1]
 
     def _set_next(self, vector: Tensor, factor: Tensor | float = 1.0) -> None:
-        if self.latest is None:
-            torch.mul(vector, factor, out=self.basis[self.steps])
-            return
-        self.latest[0] = self.latest[1]
-        torch.mul(vector, factor, out=self.latest[1])
-        self.basis[self.steps] = self.latest[1]
+        torch.mul(vector, factor, out=self.basis[self.steps])
 
     def _lost_too_much(self, found: Tensor, left: Tensor) -> bool:
         """Whether a pass removed more than half of the squared norm; elsewhere than on the CPU the answer
@@ -188,7 +166,7 @@ class KrylovSpace:
         drawn = torch.randn(self.operator.size, dtype=torch.float32, generator=self.generator)
         vector = drawn.to(dtype=self.operator.dtype, device=self.operator.device)
         if count:
-            for _ in range(2 if self.latest is None else 3):
+            for _ in range(2):
                 orthogonalise(vector, self.basis[:count])
         return vector.mul_(1 / norm(vector))
 

@@ -91,7 +91,6 @@ def eigenpairs(
     seed: int = 0,
     start: Tensor | None = None,
     vectors: bool = True,
-    storage: torch.dtype | None = None,
     memory: int | None = None,
     checkpoint: str | Path | None = None,
 ) -> Eigenpairs:
@@ -99,9 +98,8 @@ def eigenpairs(
 
     Args: how many `largest`, `smallest` (by value) or by `magnitude`; `tolerance`, relative, and the error
     that it is for, `criterion` (see `Wanted`); `start` (size,) or (p, size), earlier vectors to warm-start
-    from; `storage`, the dtype of the basis (torch.bfloat16 halves it; arithmetic stays in the operator's
-    dtype); `memory`, a cap in bytes on the basis and the work vectors; `checkpoint`, a file from which a
-    killed run resumes.
+    from; `memory`, a cap in bytes on the basis and the work vectors; `checkpoint`, a file from which a killed run
+    resumes.
     Raises InvalidInput when a product is not finite or the memory is too small.
     """
     wanted = Wanted(largest, smallest, magnitude, tolerance, criterion)
@@ -113,7 +111,6 @@ def eigenpairs(
         max_products=max_products,
         seed=seed,
         start=start,
-        storage=storage,
         memory=memory,
         checkpoint=checkpoint,
     )
@@ -145,7 +142,6 @@ def run_lanczos(
     min_products: int = 0,
     seed: int = 0,
     start: Tensor | None = None,
-    storage: torch.dtype | None = None,
     memory: int | None = None,
     patience: Patience | None = None,
     checkpoint: str | Path | None = None,
@@ -160,8 +156,8 @@ def run_lanczos(
     """
     if max_products < 1:
         raise InvalidInput(f"max_products={max_products} was given; give at least 1.")
-    capacity = basis_capacity(operator, wanted, max_products, storage, memory, min_products)
-    space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed), storage)
+    capacity = basis_capacity(operator, wanted, max_products, memory, min_products)
+    space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
     progress = Progress(wanted, max_products, min_products, patience)
     file = None if checkpoint is None else Path(checkpoint)
     identity = _identity(space, progress, seed)
@@ -182,7 +178,6 @@ def _identity(space: KrylovSpace, progress: Progress, seed: int) -> dict[str, An
     return {
         "size": space.operator.size,
         "dtype": str(space.operator.dtype),
-        "storage": str(space.storage),
         "capacity": space.capacity,
         "seed": seed,
         "wanted": str(progress.wanted),
@@ -297,7 +292,6 @@ def basis_capacity(
     operator: LinearOperator,
     wanted: Wanted | None,
     max_products: int,
-    storage: torch.dtype | None,
     memory: int | None,
     min_products: int = 0,
 ) -> int:
@@ -307,7 +301,7 @@ def basis_capacity(
     capacity = min(max_products, max(DEFAULT_BASIS, 4 * count, min_products)) if wanted else max_products
     if memory is not None:
         work = 4 * operator.size * operator.dtype.itemsize
-        vector = operator.size * (storage or operator.dtype).itemsize
+        vector = operator.size * operator.dtype.itemsize
         fits = (memory - work) // vector - 1
         if fits < min(count + 3, operator.size):
             raise InvalidInput(

@@ -155,7 +155,6 @@ def spectral_measure(
     steps: int = 80,
     deflate: Tensor | None = None,
     seed: int = 0,
-    storage: torch.dtype | None = None,
     memory: int | None = None,
 ) -> SpectralMeasure:
     """The spectral measure from `num_probes` independent Gaussian start vectors, `steps` products each.
@@ -174,7 +173,7 @@ def spectral_measure(
     runs = []
     for _ in range(num_probes):
         start = gaussian_probe(target, generator)
-        runs.append(run_lanczos(target, None, max_products=steps, start=start, storage=storage, memory=memory))
+        runs.append(run_lanczos(target, None, max_products=steps, start=start, memory=memory))
     products = len(atoms) + sum(run.num_products for run in runs)
     return measure_of(runs, operator.size, seed, atoms, products)
 

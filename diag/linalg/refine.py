@@ -1,16 +1,13 @@
-"""Eigenpairs from approximate eigenvectors: block Rayleigh-Ritz with the exact operator, verified by it.
+"""Eigenpairs from approximate eigenvectors: block Rayleigh-Ritz, and the search for what a run has missed.
 
-Two levels: a cheap stand-in for the operator (bfloat16 products, a subsample of the data, an earlier step of
-training) finds the subspace, and the exact operator spends about one product on each wanted pair to correct
-the eigenvalues to second order and to measure true residuals |A x - theta x|. Pairs that are not within the
-tolerance yet extend the subspace by their residuals (block Davidson without a preconditioner; Davidson 1975,
-Knyazev 2001) until they are. What is reported rests on exact products alone.
+Residuals |A x - theta x| are measured, one product for each vector of the subspace. Pairs that are not within the
+tolerance yet extend it by their residuals (block Davidson without a preconditioner; Davidson 1975, Knyazev 2001)
+until they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,38 +18,6 @@ from diag.linalg.lanczos import Eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import combine, gram, norm
 from diag.linalg.ritz import Wanted, error_bounds
-
-
-def two_level_eigenpairs(
-    operator: LinearOperator,
-    cheap: LinearOperator,
-    *,
-    largest: int = 0,
-    smallest: int = 0,
-    magnitude: int = 0,
-    tolerance: float = 1e-3,
-    criterion: Literal["residual", "bound"] = "residual",
-    max_products: int = 200,
-    max_cheap_products: int = 1000,
-    seed: int = 0,
-) -> Eigenpairs:
-    """The wanted eigenpairs of `operator`, found with `cheap` (same size, dtype and device) and verified.
-
-    The cheap run stops by its residuals, as the bounds stop too early where eigenvalues are close; `criterion`
-    is for the exact pairs (see `Wanted`), which rest on what the cheap run has found. `max_products` bounds
-    the exact products; `num_products` of the result counts those alone.
-    """
-    if (cheap.size, cheap.dtype, cheap.device) != (operator.size, operator.dtype, operator.device):
-        raise InvalidInput(f"{cheap!r} cannot stand in for {operator!r}; give one of its size, dtype and device.")
-    wanted = Wanted(largest, smallest, magnitude, tolerance, criterion)
-    cheaply = dataclasses.replace(wanted, criterion="residual")
-    run = run_lanczos(cheap, cheaply, max_products=max_cheap_products, seed=seed)
-    chosen = wanted.select(run.ritz.values)
-    guess = combine(run.ritz.weights[chosen], run.space.basis[: run.space.steps], operator.dtype)
-    others = torch.ones(len(run.ritz.values), dtype=torch.bool)
-    others[chosen] = False
-    del run.space.basis
-    return refine(operator, guess, wanted, run.ritz.values[others], max_products=max_products, seed=seed)
 
 
 def refine(

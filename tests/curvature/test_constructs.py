@@ -443,13 +443,12 @@ def test_long_rows_under_max_norm_are_refused_untouched():
 
 
 def test_autocast_inside_the_model_is_left_out():
-    """The operator measures in float32 what the model would run in bf16; asked for bf16, it does that."""
+    """The operator measures in float32 what the model would run in bf16."""
     batches = batches_of(inputs)
     model = cases.build(autocasting)
     operator = Hessian(model, CE, batches)
     exact = Hessian(model.net, CE, batches).to_dense()
     assert cases.relative(operator.to_dense(), exact) < CLOSE
-    assert 1e-4 < cases.relative(operator.approximate("bf16").to_dense(), exact) < 0.1
 
 
 def test_autocast_around_the_caller_is_left_out():

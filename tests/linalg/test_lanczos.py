@@ -252,22 +252,13 @@ def decaying(size: int, dtype: torch.dtype = torch.float32) -> tuple[LinearOpera
     return FunctionOperator(lambda v: diagonal * v, size, dtype), spectrum
 
 
-def test_bfloat16_storage_keeps_eigenvalues_to_its_stated_bounds() -> None:
-    operator, spectrum = decaying(100_000)
-    pairs = eigenpairs(operator, largest=5, storage=torch.bfloat16)
-    check_against(pairs, spectrum[:5])
-    # The basis has 8 bits, the recurrence 24: values to 3e-5 (measured), vectors to the bits of the basis.
-    torch.testing.assert_close(pairs.values, spectrum[:5], rtol=2e-4, atol=0)
-
-
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
-def test_memory_cap_is_kept_by_thick_restarts(storage: torch.dtype) -> None:
+def test_memory_cap_is_kept_by_thick_restarts() -> None:
     operator, spectrum = decaying(20_000)
     vectors = 14
-    memory = 4 * 20_000 * 4 + vectors * 20_000 * storage.itemsize
-    run = run_lanczos(operator, Wanted(largest=5), max_products=500, memory=memory, storage=storage)
+    memory = 4 * 20_000 * 4 + vectors * 20_000 * 4
+    run = run_lanczos(operator, Wanted(largest=5), max_products=500, memory=memory)
     pairs = extract(run, Wanted(largest=5), seed=0)
-    assert run.space.basis.numel() * storage.itemsize <= memory - 4 * 20_000 * 4
+    assert run.space.basis.numel() * 4 <= memory - 4 * 20_000 * 4
     assert run.num_products > vectors, "the test must restart to mean anything"
     torch.testing.assert_close(pairs.values, spectrum[:5], rtol=1e-3, atol=0)
     assert run.satisfied

@@ -33,13 +33,10 @@ def test_quadrature_integrates_polynomials_exactly(planted: Planted, o6c: Tensor
 
 
 @pytest.mark.parametrize("deflated", [False, True])
-@pytest.mark.parametrize("storage", [None, torch.bfloat16])
-def test_distribution_function_and_mass(
-    planted: Planted, o6c: Tensor, deflated: bool, storage: torch.dtype | None
-) -> None:
+def test_distribution_function_and_mass(planted: Planted, o6c: Tensor, deflated: bool) -> None:
     operator = planted(o6c, torch.float32)
     known = eigenpairs(operator, largest=3).vectors if deflated else None
-    measure = spectral_measure(operator, num_probes=8, steps=40, deflate=known, storage=storage)
+    measure = spectral_measure(operator, num_probes=8, steps=40, deflate=known)
     grid = torch.linspace(-0.12, 11, 30, dtype=torch.float64)
     error = (measure.distribution(grid) - share_below(o6c, grid)).abs()
     assert (error <= 4 * measure.distribution_standard_error(grid) + 1e-3).all()

@@ -1,4 +1,4 @@
-"""Two levels, and the search for what was missed: what is reported rests on exact products."""
+"""Eigenpairs in a given subspace, and the search for what was missed."""
 
 from collections.abc import Callable
 
@@ -10,47 +10,10 @@ from diag.errors import InvalidInput
 from diag.linalg.deflation import DeflatedOperator, orthonormal
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import norm
-from diag.linalg.refine import complete, refine, two_level_eigenpairs
+from diag.linalg.refine import complete, refine
 from diag.linalg.ritz import Wanted
 
 Planted = Callable[..., LinearOperator]
-
-
-def disturbed(operator: LinearOperator, size: float, seed: int = 0) -> LinearOperator:
-    """A symmetric stand-in whose products are off by about `size`."""
-    square = torch.randn(operator.size, operator.size, generator=torch.Generator().manual_seed(seed))
-    noise = (square + square.T) * size / (2 * operator.size) ** 0.5 / 2
-    return LinearOperator.from_matrix(operator.to_dense() + noise.to(operator.dtype))
-
-
-@pytest.mark.parametrize("criterion", ["bound", "residual"])
-def test_cheap_products_find_exact_products_verify(planted: Planted, o6c: Tensor, criterion: str) -> None:
-    operator = planted(o6c, torch.float32)
-    cheap = disturbed(operator, 0.03)
-    operator.num_products = 0
-    pairs = two_level_eigenpairs(operator, cheap, largest=3, criterion=criterion)
-    assert pairs.converged.all()
-    assert ((pairs.values - o6c[:3]).abs() <= pairs.bounds).all()
-    assert pairs.num_products == operator.num_products
-    for value, vector, residual in zip(pairs.values, pairs.vectors, pairs.residuals, strict=True):
-        torch.testing.assert_close(
-            norm(operator.matvec(vector) - value.float() * vector), residual, rtol=1e-2, atol=1e-5
-        )
-
-
-def test_a_good_stand_in_costs_one_exact_product_a_pair(planted: Planted, o6c: Tensor) -> None:
-    operator = planted(o6c)
-    pairs = two_level_eigenpairs(operator, disturbed(operator, 1e-3), largest=3, criterion="bound")
-    assert pairs.num_products == 3
-    assert ((pairs.values - o6c[:3]).abs() <= 1e-5).all()
-
-
-def test_a_bad_stand_in_costs_products_and_not_accuracy(planted: Planted, o6c: Tensor) -> None:
-    operator = planted(o6c)
-    pairs = two_level_eigenpairs(operator, planted(o6c, seed=9), largest=3, tolerance=1e-6)
-    torch.testing.assert_close(pairs.values, o6c[:3], rtol=1e-6, atol=0)
-    assert pairs.num_products > 6
 
 
 def test_refine_stops_at_its_limit_and_says_so(planted: Planted, o6c: Tensor) -> None:
@@ -102,7 +65,5 @@ def test_deflated_operator_is_p_a_p(planted: Planted, o6c: Tensor) -> None:
 
 
 def test_refusals(planted: Planted, o6c: Tensor) -> None:
-    with pytest.raises(InvalidInput, match="cannot stand in for"):
-        two_level_eigenpairs(planted(o6c), planted([1.0, 2.0]), largest=1)
     with pytest.raises(InvalidInput, match="spans 1 dimensions and 3 eigenpairs are wanted"):
         refine(planted(o6c), torch.ones(2, 200, dtype=torch.float64), Wanted(largest=3))

@@ -82,15 +82,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dicts, in order."""
+    """Every tensor in nested tuples, lists and dicts, in order; what holds itself is gone through once."""
     found: list[Tensor] = []
-
-    def note(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    map_tensors(note, value)
+    _collect(value, found, set())
     return found
+
+
+def _collect(value: Any, found: list[Tensor], inside: set[int]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (Mapping, tuple, list)) and id(value) not in inside:
+        inside.add(id(value))
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _collect(item, found, inside)
+        inside.discard(id(value))
 
 
 def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Batch:

@@ -1,7 +1,12 @@
-"""What stands between the watch and the training loop: no exception passes, and the time is counted."""
+"""The one guard between torch and the watch: no exception passes, and the time is counted.
+
+Whatever torch or the training loop calls of ours goes through `guarded`, `safely` or `shielded`; these three hold
+nothing that can raise but what they call inside a `try`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -71,34 +76,65 @@ class Guarded:
     def __init__(self, clock: Clock, failed: Callable[[str, Exception], None]) -> None:
         self.clock, self._broke = clock, failed
 
+    def _call(self, part: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        clock = self.clock
+        if clock.closed or pause.is_measuring() or clock.broken.get(part, 0) >= GIVE_UP_AFTER:
+            return None
+        outermost = clock.enter()
+        try:
+            if torch.is_inference_mode_enabled():  # what is made there cannot be used in training afterwards
+                with torch.inference_mode(False):
+                    return method(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
+        finally:
+            if outermost:
+                clock.leave()
+
+    def _failed(self, part: str, error: Exception) -> None:
+        self.clock.broken[part] = self.clock.broken.get(part, 0) + 1
+        self._broke(part, error)
+
 
 def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a method of something `Guarded` safe to call from the training loop.
 
     It does nothing once the watch is closed or while an instrument measures; an exception in it is recorded and
-    not raised; after three, what belongs to `part` is no longer observed.
+    not raised, whatever fails in recording it; after three, what belongs to `part` is no longer observed.
     """
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(self: Guarded, *args: Any, **kwargs: Any) -> Any:
-            clock = self.clock
-            if clock.closed or pause.is_measuring() or clock.broken.get(part, 0) >= GIVE_UP_AFTER:
-                return None
-            outermost = clock.enter()
             try:
-                if torch.is_inference_mode_enabled():  # what is made there cannot be used in training afterwards
-                    with torch.inference_mode(False):
-                        return method(self, *args, **kwargs)
-                return method(self, *args, **kwargs)
+                return self._call(part, method, args, kwargs)
             except Exception as error:
-                clock.broken[part] = clock.broken.get(part, 0) + 1
-                self._broke(part, error)
+                with contextlib.suppress(Exception):
+                    self._failed(part, error)
                 return None
-            finally:
-                if outermost:
-                    clock.leave()
 
         return call
 
     return decorate
+
+
+def safely(function: Callable[..., Any], *args: Any, broke: Callable[[Exception], None] | None = None) -> Any:
+    """What `function(*args)` gives; None where it raises, which `broke` is told.
+
+    For what torch calls and that belongs to no watch, or to several.
+    """
+    try:
+        return function(*args)
+    except Exception as error:
+        if broke is not None:
+            with contextlib.suppress(Exception):
+                broke(error)
+        return None
+
+
+def shielded(function: Callable[..., Any], broke: Callable[[Exception], None] | None = None) -> Callable[..., Any]:
+    """The same function for torch to call: nothing that it raises gets there."""
+
+    def call(*args: Any) -> Any:
+        return safely(function, *args, broke=broke)
+
+    return call

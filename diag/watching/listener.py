@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.batch import tensors_in
-from diag.watching.guard import Clock, Guarded, guarded
+from diag.watching.guard import Clock, Guarded, guarded, safely
 from diag.watching.hooks.hub import HUB
 from diag.watching.hooks.model_hook import ModelHooks
 from diag.watching.measure.occasions import Occasions
@@ -47,14 +47,14 @@ class TrainingListener(Guarded):
 
     def begin(self, models: tuple[nn.Module, ...]) -> None:
         """Listen to the calls of these, the bare model last, and to the process."""
-        self._hooks = ModelHooks(models, self.forward_called)
+        self._hooks = ModelHooks(models, self.forward_called, self.broke)
         HUB.add(self)
 
     def remove(self) -> None:
         """Listen no more; nothing is left on the model or in torch."""
-        HUB.remove(self)
+        safely(HUB.remove, self, broke=self.broke)
         if self._hooks is not None:
-            self._hooks.remove()
+            safely(self._hooks.remove, broke=self.broke)
 
     def look_for_compiled(self) -> None:
         """After a step without a call of the model: it may have been compiled since."""
@@ -145,6 +145,10 @@ class TrainingListener(Guarded):
         return self._training.optimizer is None or optimizer is self._training.optimizer
 
     # The process
+
+    def broke(self, error: Exception) -> None:
+        """Something failed between torch and the methods above."""
+        self._broke("torch's calls", error)
 
     def close(self) -> None:
         """The process ends."""

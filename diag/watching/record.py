@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diag.errors import RunError
+from diag.errors import RunError, text_of
 from diag.result import Outcome
 from diag.run.rows import row_columns, row_dtype
 from diag.run.run import RunWriter
@@ -87,9 +87,9 @@ class Recorder:
         """Append, once for each part, that diag itself failed in it."""
         if f"error in {part}" not in self._noted:
             self._noted.add(f"error in {part}")
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(where.filename).name}:{where.lineno}"
-            what = f"{type(error).__name__}: {error}; {place}"
+            where = traceback.extract_tb(error.__traceback__)[-1:]
+            place = "".join(f"; {Path(w.filename).name}:{w.lineno}" for w in where)
+            what = f"{type(error).__name__}: {text_of(error)}{place}"
             self.event(step, "internal error", f"diag failed to observe {part} ({what}); training is not affected.")
 
     def cost(self, step: int, clock: Clock, at_least: float | None = None) -> None:

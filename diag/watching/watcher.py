@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,11 +17,12 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
+from diag.errors import InvalidInput, text_of
 from diag.run.run import Finding, Run, load
 from diag.snapshot.history import History
 from diag.watching.about import describe_run, distributed_rank, temporary_folder
 from diag.watching.arguments import Settings, check, checked_optimizer, given_probe, watched_parameters
-from diag.watching.guard import Clock, Guarded, guarded
+from diag.watching.guard import Clock, Guarded, guarded, safely
 from diag.watching.listener import TrainingListener
 from diag.watching.measure.findings import Findings
 from diag.watching.measure.live import LiveChecks
@@ -121,7 +123,9 @@ class Watcher(Guarded):
         self._findings = Findings(settings.on_finding, self._recorder.event, note)
         self._losses = LossObserver(settings.loss_fn, self._probe, note, info, list(parameters.values()))
         share = ALWAYS_ON_SHARE * min(settings.budget, 0.05)
-        self._steps = StepObserver(parameters, self._losses, self._row_finished, self.clock.elapsed, note, share)
+        self._steps = StepObserver(
+            parameters, self._losses, self._row_finished, self.clock.elapsed, note, share, self._step_broke
+        )
         self._training = Training(
             self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history
         )
@@ -181,20 +185,31 @@ class Watcher(Guarded):
 
         The time is recorded with the rest. Raises InvalidInput for an instrument that the watch does not have.
         """
-        self._measure_now(self._measurements.named(names))
+        try:
+            chosen = self._measurements.named(names)
+        except InvalidInput:
+            raise
+        except Exception as error:
+            safely(self._internal_error, "measurements", error)
+            return
+        self._measure_now(chosen)
 
     def close(self) -> None:
         """End the watch, after the last measurements that the budget allows. It may be called twice."""
-        self._end(measure=True)
+        safely(self._end, True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is not None and not self.clock.closed:
-            text = f"Training ended by {type(error).__name__}" + (f": {error}" if str(error) else "")
-            self._recorder.event(self.step, "exception", f"{text[:500]}.")
-        self._end(measure=error is None)
+            safely(self._ended_by, error)
+        safely(self._end, error is None)
+
+    def _ended_by(self, error: BaseException) -> None:
+        text = text_of(error)
+        sentence = f"Training ended by {type(error).__name__}" + (f": {text}" if text else "")
+        self._recorder.event(self.step, "exception", f"{sentence[:500]}.")
 
     def __repr__(self) -> str:
         state = "closed" if self.clock.closed else "watching" if self.active else "idle: not rank 0"
@@ -248,6 +263,9 @@ class Watcher(Guarded):
     def _history(self) -> History | None:
         return self.run.history
 
+    def _step_broke(self, error: Exception) -> None:
+        self._internal_error("optimizer steps", error)
+
     def _internal_error(self, part: str, error: Exception) -> None:
         """Something of ours broke in `part`: record it once."""
         self._recorder.internal_error(self.step, part, error)
@@ -259,18 +277,34 @@ class Watcher(Guarded):
             return
         try:
             if self.active:
-                self._last_words(measure)
+                self._last(measure)
         finally:
             self.clock.closed = True
-            self._let_go()
+            self._release()
 
-    @guarded("record")
-    def _last_words(self, measure: bool) -> None:
-        self._finish_rows()
+    def _last(self, measure: bool) -> None:
+        """What there is still to record; what fails in one part keeps no other from being recorded."""
+        self._finish_last()
         if measure:
-            self._occasions.last()
+            self._measure_last()
+        self._judge_last()
+        self._explain()
+
+    @guarded("the last steps")
+    def _finish_last(self) -> None:
+        self._finish_rows()
+
+    @guarded("the last measurements")
+    def _measure_last(self) -> None:
+        self._occasions.last()
+
+    @guarded("the last checks")
+    def _judge_last(self) -> None:
         self._live.judge(self.step, last=True)
         self._findings.tell()
+
+    @guarded("what was not measured")
+    def _explain(self) -> None:
         self._occasions.explain_unrun()
         for key, sentence in self._never_seen():
             self._recorder.note(key, sentence)
@@ -281,11 +315,17 @@ class Watcher(Guarded):
         elif self._training.calls == 0:
             yield "inputs", NO_CALL
 
-    def _let_go(self) -> None:
-        self._listener.remove()
-        self._own_step.disarm()
-        self._losses.close()
+    def _release(self) -> None:
+        """Nothing is left on the model or in torch, and the files are closed."""
+        broke = partial(self._internal_error, "the end")
+        for work in (self._listener.remove, self._own_step.disarm, self._losses.close, self._close_record):
+            safely(work, broke=broke)
+        safely(self._forget)
+
+    def _close_record(self) -> None:
         self._recorder.close(self.step, self.clock)
+
+    def _forget(self) -> None:
         if (known := _watchers.get(self.model)) is not None and known() is self:
             del _watchers[self.model]
 

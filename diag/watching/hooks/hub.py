@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from diag.watching.hooks.patches import Attribute, Body, Patch
+from diag.watching.guard import safely, shielded
+from diag.watching.hooks.patches import Attribute, Body, Changed, Look, Patch, plain_copy, read_twice
 
 LOSSES = (
     "cross_entropy",
@@ -69,6 +72,8 @@ class Listener(Protocol):
 
     def after_step(self, optimizer: Optimizer) -> None: ...
 
+    def broke(self, error: Exception) -> None: ...
+
     def close(self) -> None: ...
 
     def abandon(self) -> None: ...
@@ -81,20 +86,23 @@ class Hub:
         self._listeners: list[weakref.ref[Listener]] = []
         self._patches: list[Patch] = []
         self._handles: list[Any] = []
-        self._inside_loss = False
+        self._here = threading.local()  # how deep inside losses this thread is
+        self._lock = threading.RLock()
         self._registered = False
 
     def add(self, listener: Listener) -> None:
         """Start handing on what happens."""
-        self._listeners.append(weakref.ref(listener, self._gone))
-        if not self._handles:
-            self._install()
+        with self._lock:
+            self._listeners = [*self._listeners, weakref.ref(listener, shielded(self._gone))]
+            if not self._handles:
+                self._install()
 
     def remove(self, listener: Listener) -> None:
         """Stop; with the last listener torch is as it was."""
-        self._listeners = [r for r in self._listeners if r() is not None and r() is not listener]
-        if not self._listeners:
-            self._uninstall()
+        with self._lock:
+            self._listeners = [r for r in self._listeners if r() is not None and r() is not listener]
+            if not self._listeners:
+                self._uninstall()
 
     @property
     def listeners(self) -> list[Listener]:
@@ -102,31 +110,32 @@ class Hub:
         return [alive for r in self._listeners if (alive := r()) is not None]
 
     def _gone(self, reference: Any) -> None:
-        self._listeners = [r for r in self._listeners if r is not reference]
-        if not self._listeners:
-            self._uninstall()
+        with self._lock:
+            self._listeners = [r for r in self._listeners if r is not reference]
+            if not self._listeners:
+                self._uninstall()
 
     def _install(self) -> None:
         self._handles = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
+            register_optimizer_step_pre_hook(shielded(self._before_step, self._broke)),
+            register_optimizer_step_post_hook(shielded(self._after_step, self._broke)),
         ]
         self._patches = self._make_patches()
         for patch in self._patches:
             patch.apply()
         if not self._registered:
             self._registered = True
-            atexit.register(self._at_exit)
+            atexit.register(shielded(self._at_exit))
             if hasattr(os, "register_at_fork"):
-                os.register_at_fork(after_in_child=self._in_child)
+                os.register_at_fork(after_in_child=shielded(self._in_child))
 
     def _uninstall(self) -> None:
         handles, self._handles = self._handles, []
         patches, self._patches = self._patches, []
         for handle in handles:
-            handle.remove()
+            safely(handle.remove)
         for patch in patches:
-            patch.undo()
+            safely(patch.undo)
 
     def _make_patches(self) -> list[Patch]:
         clip, scaler = torch.nn.utils.clip_grad, torch.amp.grad_scaler.GradScaler
@@ -134,91 +143,105 @@ class Hub:
         # clip_grad_norm_ calls the first name through its module, however it was itself imported.
         scaling = [(clip, "_clip_grads_with_norm_"), (utils, "clip_grads_with_norm_")]
         clamping = [(clip, "clip_grad_value_"), (utils, "clip_grad_value_")]
+        zeroing: list[tuple[Any, str]] = [(Optimizer, "zero_grad"), (torch.nn.Module, "zero_grad")]
         return [
-            *(Body(f, self._around_loss) for name in LOSSES if (f := getattr(F, name, None)) is not None),
-            Attribute([(torch.autograd, "backward")], self._around_backward),
-            Attribute([(Optimizer, "zero_grad"), (torch.nn.Module, "zero_grad")], self._around_zero),
-            Attribute(scaling, self._around_clip),
-            Attribute(clamping, self._around_clamp),
-            Attribute([(scaler, "scale")], self._around_scale),
-            Attribute([(scaler, "unscale_")], self._around_unscale),
-            Attribute([(scaler, "step")], self._around_scaler_step),
+            *(Body(f, self._loss_look(f)) for name in LOSSES if (f := getattr(F, name, None)) is not None),
+            Attribute([(torch.autograd, "backward")], self._look(self._backward_begins, self._backward_done)),
+            Attribute(zeroing, self._look(self._zeroing)),
+            Attribute(scaling, self._look(self._scaling_gradients, self._clipped)),
+            Attribute(clamping, self._look(self._clamping_gradients, self._clipped)),
+            Attribute([(scaler, "scale")], self._look(None, self._scaled)),
+            Attribute([(scaler, "unscale_")], self._look(self._unscaling)),
+            Attribute([(scaler, "step")], self._look(self._scaler_steps, self._scaler_stepped)),
         ]
 
-    # What is seen. Each calls the original exactly once, with the arguments that it was given.
+    def _look(self, before: Any, after: Any = None) -> Look:
+        return Look(before, after, broke=self._broke)
 
-    def _around_loss(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._inside_loss or not self._listeners:
-            return original(*args, **kwargs)
-        self._inside_loss = True  # a loss that is made of other losses counts once
-        try:
-            value = original(*args, **kwargs)
-        finally:
-            self._inside_loss = False
+    def _loss_look(self, function: Callable[..., Any]) -> Look:
+        # The listeners are told of a copy of the function that is not looked at.
+        plain = plain_copy(function)
+        return Look(self._loss_begins, partial(self._loss_returned, plain), self._loss_over, self._broke)
+
+    def _broke(self, error: Exception) -> None:
+        """Something here failed, which is told to every listener."""
+        for listener in self.listeners:
+            listener.broke(error)
+
+    # What is seen, before and after the original.
+
+    def _loss_begins(self, args: Any, kwargs: Any) -> Any:
+        depth = getattr(self._here, "losses", 0)
+        self._here.losses = depth + 1
+        return depth
+
+    def _loss_over(self, depth: Any) -> None:
+        self._here.losses = depth
+
+    def _loss_returned(self, plain: Any, depth: Any, args: Any, kwargs: Any, value: Any) -> None:
+        if depth > 0 or not self._listeners:  # a loss that is made of other losses counts once
+            return
         if type(value) is torch.Tensor and value.requires_grad and not is_functorch_wrapped_tensor(value):
             for listener in self.listeners:
-                listener.loss_called(original, args, kwargs, value)
-        return value
+                listener.loss_called(plain, args, kwargs, value)
 
-    def _around_backward(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _backward_begins(self, args: Any, kwargs: Any) -> bool:
         if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own
-            return original(*args, **kwargs)
+            return False
         given = dict(zip(BACKWARD, args, strict=False)) | kwargs
         for listener in self.listeners:
             listener.backward_called(given.get("tensors"), given.get("grad_tensors"), given.get("inputs"))
-        result = original(*args, **kwargs)
-        for listener in self.listeners:
-            listener.backward_done()
-        return result
+        return True
 
-    def _around_zero(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _backward_done(self, seen: bool, args: Any, kwargs: Any, value: Any) -> None:
+        for listener in self.listeners if seen else ():
+            listener.backward_done()
+
+    def _zeroing(self, args: Any, kwargs: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # an optimizer that steps inside a pass clears what it has used
             for listener in self.listeners:
                 listener.zeroed(args[0])
-        return original(*args, **kwargs)
 
-    def _around_clip(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _scaling_gradients(self, args: Any, kwargs: Any) -> Changed:
         given = dict(zip(("parameters", "max_norm", "total_norm", "foreach"), args, strict=False)) | kwargs
-        return self._clipping(original, given, given.get("max_norm"), given.get("total_norm"))
+        return self._clipping(args, kwargs, given.get("max_norm"), given.get("total_norm"))
 
-    def _around_clamp(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        given = dict(zip(("parameters", "clip_value", "foreach"), args, strict=False)) | kwargs
-        return self._clipping(original, given, None, None)
+    def _clamping_gradients(self, args: Any, kwargs: Any) -> Changed:
+        return self._clipping(args, kwargs, None, None)
 
-    def _clipping(self, original: Callable[..., Any], given: dict[str, Any], max_norm: Any, total: Any) -> Any:
-        if isinstance(given.get("parameters"), Iterator):
+    def _clipping(self, args: Any, kwargs: Any, max_norm: Any, total: Any) -> Changed:
+        parameters = args[0] if args else kwargs.get("parameters")
+        if isinstance(parameters, Iterator):
             # A generator can be read once, and both the listeners and the original read it.
-            given["parameters"] = list(given["parameters"])
-        tokens = [
-            (listener, listener.before_clip(given.get("parameters"), max_norm, total))
-            for listener in self.listeners
-        ]
-        result = original(**given)
+            parameters, again = read_twice(parameters)
+            args, kwargs = ((again, *args[1:]), kwargs) if args else (args, kwargs | {"parameters": again})
+        try:
+            tokens = [(one, one.before_clip(parameters, max_norm, total)) for one in self.listeners]
+        except Exception as error:
+            self._broke(error)
+            tokens = []
+        return Changed(args, kwargs, tokens)
+
+    def _clipped(self, tokens: Any, args: Any, kwargs: Any, value: Any) -> None:
         for listener, token in tokens:
             listener.after_clip(token)
-        return result
 
-    def _around_scale(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        scaled = original(*args, **kwargs)
+    def _scaled(self, token: Any, args: Any, kwargs: Any, scaled: Any) -> None:
         losses = args[1] if len(args) > 1 else kwargs.get("outputs")
         for listener in self.listeners:
             listener.loss_scaled(losses, scaled)
-        return scaled
 
-    def _around_unscale(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        optimizer = args[1] if len(args) > 1 else kwargs.get("optimizer")
+    def _unscaling(self, args: Any, kwargs: Any) -> None:
         for listener in self.listeners:
-            listener.unscaling(optimizer, args[0])
-        return original(*args, **kwargs)
+            listener.unscaling(_optimizer(args, kwargs), args[0])
 
-    def _around_scaler_step(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        optimizer = args[1] if len(args) > 1 else kwargs.get("optimizer")
+    def _scaler_steps(self, args: Any, kwargs: Any) -> None:
         for listener in self.listeners:
-            listener.scaler_stepping(optimizer)
-        result = original(*args, **kwargs)
+            listener.scaler_stepping(_optimizer(args, kwargs))
+
+    def _scaler_stepped(self, token: Any, args: Any, kwargs: Any, value: Any) -> None:
         for listener in self.listeners:
-            listener.scaler_stepped(optimizer)
-        return result
+            listener.scaler_stepped(_optimizer(args, kwargs))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         changed = None
@@ -240,10 +263,15 @@ class Hub:
 
     def _in_child(self) -> None:
         # A forked worker (a DataLoader's) is not the training: it must neither record nor close the record.
+        self._lock = threading.RLock()  # another thread of the parent may hold it
         for listener in self.listeners:
             listener.abandon()
         self._listeners = []
         self._uninstall()
+
+
+def _optimizer(args: Any, kwargs: Any) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("optimizer")
 
 
 HUB = Hub()

@@ -21,22 +21,27 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from diag.checkpoints.unwrap import bare_model
 from diag.snapshot.batch import tensors_in
+from diag.watching.guard import safely
 
 # What our hooks become in a copy: `nullcontext().__exit__` takes anything, returns None, and needs no diag.
 INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
 
 Seen = Callable[[Any, Any, Any, nn.Module], None]
+Broke = Callable[[Exception], None]
 
 
 class ForwardHook:
-    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes."""
+    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes; broke(error): that it
+    could not."""
 
-    def __init__(self, model: nn.Module, seen: Seen) -> None:
-        self.model, self.seen = model, seen
+    def __init__(self, model: nn.Module, seen: Seen, broke: Broke) -> None:
+        self.model, self.seen, self.broke = model, seen, broke
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            safely(self._called, module, args, kwargs, outputs, broke=self.broke)
+
+    def _called(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         # A module that data-parallel replicas share hooks with is not the model; a pass inside backward is a
         # checkpoint's recomputation; inside torch.func the tensors are wrappers.
         if module is not self.model or torch._C._current_graph_task_id() != -1 or is_transformed(outputs):
@@ -50,8 +55,8 @@ class ForwardHook:
 class ModelHooks:
     """Every hook on the model and on its compiled wrappers; `remove` leaves none behind."""
 
-    def __init__(self, models: tuple[nn.Module, ...], seen: Seen) -> None:
-        self._bare, self._seen = models[-1], seen
+    def __init__(self, models: tuple[nn.Module, ...], seen: Seen, broke: Broke) -> None:
+        self._bare, self._seen, self._broke = models[-1], seen, broke
         self._handles: list[Any] = []
         self._hooked: list[nn.Module] = []
         self._in_place: tuple[Any, Any] | None = None
@@ -62,14 +67,14 @@ class ModelHooks:
     def _hook(self, model: nn.Module) -> None:
         if not any(m is model for m in self._hooked):
             self._hooked.append(model)
-            hook = ForwardHook(model, self._seen)
+            hook = ForwardHook(model, self._seen, self._broke)
             self._handles.append(model.register_forward_hook(hook, with_kwargs=True))
 
     def find_compiled(self) -> None:
         """Hook the wrappers that torch.compile has made of the model; it may do so after the watch starts."""
         compiled = getattr(self._bare, "_compiled_call_impl", None)
         if compiled is not None and self._in_place is None:
-            ours = _observed(compiled, self._bare, self._seen)
+            ours = _observed(compiled, ForwardHook(self._bare, self._seen, self._broke))
             self._bare._compiled_call_impl = ours
             self._in_place = (compiled, ours)
         for wrapper in compiled_wrappers(self._bare):
@@ -84,13 +89,11 @@ class ModelHooks:
         self._handles, self._hooked, self._in_place = [], [], None
 
 
-def _observed(compiled: Callable[..., Any], model: nn.Module, seen: Seen) -> Callable[..., Any]:
-    hook = ForwardHook(model, seen)
-
+def _observed(compiled: Callable[..., Any], hook: ForwardHook) -> Callable[..., Any]:
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         outputs = compiled(*args, **kwargs)
-        hook(model, args, kwargs, outputs)
+        hook(hook.model, args, kwargs, outputs)
         return outputs
 
     return call

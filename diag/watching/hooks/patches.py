@@ -11,12 +11,35 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+from diag.watching.guard import safely
+
+
+class Changed(NamedTuple):
+    """What a `before` may give: other arguments for the original, and its token."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    token: Any = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is done around each call of the original, which is made once whatever they do.
+
+    before(args, kwargs) gives a token, or `Changed`. after(token, args, kwargs, value): the original has returned.
+    over(token): it has returned or raised. broke(error): one of these has failed; a call is then not looked at.
+    """
+
+    before: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    after: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
+    over: Callable[[Any], None] | None = None
+    broke: Callable[[Exception], None] | None = None
 
 
 class Patch(Protocol):
@@ -32,10 +55,10 @@ def _detour(*args: Any, _diag_around: Callable[..., Any], **kwargs: Any) -> Any:
 
 
 class Body:
-    """Calls of the plain function `function` go through `around(original, args, kwargs)`."""
+    """Calls of the plain function `function` are looked at."""
 
-    def __init__(self, function: Any, around: Around) -> None:
-        self.function, self._around = function, around
+    def __init__(self, function: Any, look: Look) -> None:
+        self.function, self._look = function, look
         self._saved: tuple[Any, Any, Any] | None = None
 
     def apply(self) -> None:
@@ -43,10 +66,9 @@ class Body:
         if f.__closure__ is not None or self._saved is not None:
             return
         self._saved = (f.__code__, f.__defaults__, f.__kwdefaults__)
-        original = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__)
-        original.__kwdefaults__ = f.__kwdefaults__
+        original = plain_copy(f)
         f.__code__, f.__defaults__ = _detour.__code__, None
-        f.__kwdefaults__ = {"_diag_around": _detoured(original, self._around)}
+        f.__kwdefaults__ = {"_diag_around": _detoured(original, self._look)}
 
     def undo(self) -> None:
         if self._saved is not None and self.function.__code__ is _detour.__code__:
@@ -55,17 +77,17 @@ class Body:
 
 
 class Attribute:
-    """Calls through `owner.name`, for each of the owners, go through `around(original, args, kwargs)`."""
+    """Calls through `owner.name`, for each of the owners, are looked at."""
 
-    def __init__(self, places: Sequence[tuple[Any, str]], around: Around) -> None:
-        self.places, self._around = places, around
+    def __init__(self, places: Sequence[tuple[Any, str]], look: Look) -> None:
+        self.places, self._look = places, look
         self._put: list[tuple[Any, str, Any, Any]] = []
 
     def apply(self) -> None:
         for owner, name in self.places:
             original = getattr(owner, name, None)
             if original is not None:
-                ours = functools.wraps(original)(_detoured(original, self._around))
+                ours = functools.wraps(original)(_detoured(original, self._look))
                 setattr(owner, name, ours)
                 self._put.append((owner, name, original, ours))
 
@@ -77,10 +99,49 @@ class Attribute:
         self._put = []
 
 
-def _detoured(original: Callable[..., Any], around: Around) -> Callable[..., Any]:
+def _detoured(original: Callable[..., Any], look: Look) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        return around(original, args, kwargs)
+        token = None if look.before is None else safely(_begun, look.before, args, kwargs, broke=look.broke)
+        if type(token) is Changed:
+            args, kwargs, token = token
+        try:
+            value = original(*args, **kwargs)
+        finally:
+            if look.over is not None and token is not None:
+                safely(look.over, token, broke=look.broke)
+        if look.after is not None and (token is not None or look.before is None):
+            safely(look.after, token, args, kwargs, value, broke=look.broke)
+        return value
 
     return call
+
+
+def _begun(before: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    token = before(args, kwargs)
+    return True if token is None else token  # None says that it failed
+
+
+def plain_copy(function: Any) -> Any:
+    """The same plain function as another object, which keeps its body."""
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def read_twice(items: Iterator[Any]) -> tuple[list[Any], Iterator[Any]]:
+    """What an iterator gives, and an iterator that gives the same and raises where it raised."""
+    found: list[Any] = []
+    try:
+        found.extend(items)
+    except Exception as error:
+        return [], _again(found, error)
+    return found, iter(found)
+
+
+def _again(items: list[Any], error: Exception) -> Iterator[Any]:
+    yield from items
+    raise error

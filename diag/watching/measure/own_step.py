@@ -31,6 +31,7 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.own_tensors import hearing
 from diag.snapshot.parameters import trainable
 from diag.snapshot.snapshot import Snapshot
+from diag.watching.guard import safely
 from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_compiled, is_transformed
 from diag.watching.measure.step_check import as_clause, why_not_the_steps
 from diag.watching.observe.backwards import Backwards
@@ -251,6 +252,9 @@ class _Before:
         self.own = own
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        safely(self._begins, module, args, kwargs)
+
+    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         ours = module is self.own._model and not pause.is_measuring()
         plainly = torch._C._current_graph_task_id() == -1 and not is_transformed((args, kwargs))
         if ours and plainly and torch.is_grad_enabled():
@@ -265,7 +269,7 @@ class _After(_Before):
 
     def __call__(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if module is self.own._model:
-            self.own.forward_ends()
+            safely(self.own.forward_ends)
 
 
 def _asks_for_gradients_alone(instrument: Instrument) -> bool:

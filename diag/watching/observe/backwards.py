@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diag.errors import DiagError
 from diag.snapshot.batch import tensors_in
+from diag.watching.guard import shielded
 from diag.watching.observe.capture import ForwardCall, LossCall
 
 LONGEST = 64
@@ -47,7 +48,7 @@ class Backwards:
         """The model returned `outputs`."""
         tensor = next((t for t in tensors_in(outputs) if t.requires_grad and not t.is_leaf), None)
         if self.active and tensor is not None and self._forward is None:
-            tensor.register_hook(self._output_reached)  # returns None and so changes nothing
+            tensor.register_hook(shielded(self._output_reached))  # returns None and so changes nothing
             try:
                 self._forward = ForwardCall.of(args, kwargs, outputs)
             except (DiagError, LookupError):

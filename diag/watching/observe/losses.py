@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.batch import tensors_in
+from diag.watching.guard import safely, shielded
 from diag.watching.measure.probe import Probe
 from diag.watching.observe.capture import ForwardCall, LossCall, ObservedLoss, detached, losses_among, units_of
 from diag.watching.observe.learning import Learner, Note
@@ -102,7 +103,7 @@ class LossObserver:
             return False
         for tensor in found:
             # The hook tells whether a backward pass reaches this model; it returns None and so changes nothing.
-            tensor.register_hook(self._output_reached)
+            tensor.register_hook(shielded(self._output_reached))
             self._sources.append(number_of(tensor))
         self._called = True
         for place, loss in losses_among(outputs):
@@ -201,6 +202,8 @@ class LossObserver:
             self._forwards.append(ForwardCall.of(args, kwargs, outputs))
         except LookupError as error:
             self.learner.give_up(str(error))
+        except RecursionError:
+            self.learner.give_up("the model's outputs hold themselves")
 
     def _is_swapped(self, module: nn.Module | None) -> bool:
         """Whether the call that has just ended used tensors in place of the model's own parameters."""
@@ -288,7 +291,11 @@ class _ModuleHook:
         self._learner = learner
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._learner.active and len(args) > 1:
+        if not torch.compiler.is_compiling():
+            safely(self._called, args)
+
+    def _called(self, args: Any) -> None:
+        if self._learner.active and len(args) > 1:
             self._learner.user_targets = detached(args[1])
 
     def __reduce__(self) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.optimizer import describe
+from diag.watching.guard import safely
 from diag.watching.measure.schedule import Thinning
 from diag.watching.observe.gradients import GradientNorms, Members
 from diag.watching.observe.losses import LossObserver, Note
@@ -40,7 +41,7 @@ class StepObserver:
     """Makes a `Row` of every optimizer step that concerns the watched parameters.
 
     finished(row, in_step): a row is complete; in_step says that nothing of the training loop is half done.
-    clock(): seconds since training began.
+    clock(): seconds since training began. broke(error): something of ours failed inside a step.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class StepObserver:
         clock: Callable[[], float],
         note: Note,
         share: float,
+        broke: Callable[[Exception], None] | None = None,
     ) -> None:
         self.parameters = list(parameters.values())
         self._index = {id(p): i for i, p in enumerate(self.parameters)}
         self._losses, self._finished, self._clock, self._note = losses, finished, clock, note
+        self.broke = broke
         self.gradients = GradientNorms(self.parameters, self._index, note)
         self.start = self._start_copies()
         self.thinning, self.reading = Thinning(share), Thinning(READING_SHARE, free=READING_FREE)
@@ -232,11 +235,14 @@ class StepObserver:
             value = closure()
             if first:
                 first = False
-                self.gradients.read(row, optimizer, members)
-                self._losses.freeze()
+                safely(self._evaluated, row, optimizer, members, broke=self.broke)
             return value
 
         return wrapped
+
+    def _evaluated(self, row: Row, optimizer: Optimizer, members: Members) -> None:
+        self.gradients.read(row, optimizer, members)
+        self._losses.freeze()
 
     # Parameters
 

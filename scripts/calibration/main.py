@@ -56,10 +56,13 @@ def main(
 
 
 def run(chosen: list[Case], kept: Results, processes: int, resume: bool) -> None:
-    """Run the cases that are to be run, a line a case."""
-    todo = [case for case in chosen if not (resume and kept.done(case))]
+    """Run the cases that are to be run, a line a case, after the controls that they need and that have no row."""
     if not resume:
         kept.forget(chosen)
+    have = {(r["kind"], r["program"], r["seed"]) for side in split() for r in kept.rows(side)}
+    controls = dict.fromkeys(Case("plain", case.program, case.seed) for case in chosen if case.fault)
+    wanted = dict.fromkeys([*controls, *chosen])
+    todo = [case for case in wanted if (case.kind, case.program, case.seed) not in have]
     began, count = time.monotonic(), 0
     made = dict(versions())
 

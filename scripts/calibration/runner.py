@@ -62,10 +62,6 @@ class Results:
             kept = [r for r in self.rows(side) if (r["kind"], r["program"], r["seed"]) not in names]
             (self.folder / f"{side}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
 
-    def done(self, case: Case) -> bool:
-        rows = self.rows(case.side)
-        return any((r["kind"], r["program"], r["seed"]) == (case.kind, case.program, case.seed) for r in rows)
-
 
 def warm() -> None:
     """Do once what every run would do again."""

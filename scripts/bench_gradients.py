@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diag.gradients import Gram, ModelGradients, Sketch, SquaredNorms, StepGradients, plan_for_steps
+from diag.gradients import Gram, ModelGradients, SquaredNorms, StepGradients, plan_for_steps
 from diag.gradients.questions import Question
 from diag.snapshot.batch import Batch, as_batch
 
@@ -138,9 +138,7 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
         "diag: norms": lambda: fresh().norms(),
         "diag: norms and mean gradient": lambda: fresh().group_gram_by_layer(everyone),
         "diag: gram": lambda: fresh().gram(),
-        "diag: sketch k=16": lambda: fresh().sketch(16),
         "diag: a step's norms": step(SquaredNorms()),
-        "diag: a step's sketch k=16": step(Sketch(16)),
         "diag: a step's gram": step(Gram()),
         "diag: a step's norms, unasked": step(None),
         "vmap(grad)": vmapped,

@@ -110,12 +110,3 @@ def distance(first: State, second: State) -> float:
         if t.is_floating_point()
     )
     return math.sqrt(total)
-
-
-def cosine(first: State, second: State) -> float:
-    """The cosine of the angle between two networks seen from the origin."""
-    pairs = [(t.double().flatten(), second[n].double().flatten().to(t.device)) for n, t in first.items()
-             if t.is_floating_point()]  # fmt: skip
-    inner, a, b = (sum(float(u @ v) for u, v in chosen) for chosen in (
-        pairs, [(x, x) for x, _ in pairs], [(y, y) for _, y in pairs]))  # fmt: skip
-    return inner / math.sqrt(a * b) if a * b > 0 else math.nan

@@ -12,7 +12,7 @@ from __future__ import annotations
 from diag.gradients.engine import ModelGradients
 from diag.gradients.given import MatrixGradients, StackedGradients, as_gradients
 from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
-from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, Sketch, SquaredNorms
+from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, SquaredNorms
 from diag.gradients.step import StepGradients, plan_for_steps
 from diag.snapshot.snapshot import Snapshot
 
@@ -39,7 +39,6 @@ __all__ = [
     "ModelGradients",
     "PerExampleGradients",
     "Projection",
-    "Sketch",
     "SquaredNorms",
     "StackedGradients",
     "StepGradients",

@@ -23,7 +23,6 @@ from diag.gradients.questions import (
     GroupSums,
     Projection,
     Question,
-    Sketch,
     SquaredNorms,
 )
 from diag.gradients.rules.blocks import Block
@@ -155,20 +154,6 @@ class PerExampleGradients:
                 "one flat vector of all trainable parameters per row."
             )
         return self.ask(Projection(directions))[0]
-
-    def sketch(self, k: int = 16, seed: int = 0) -> Tensor:
-        """(n, d): random projections whose inner products estimate <g_i, g_j> without bias.
-
-        Each weight matrix G is sketched as R'GC with independent random signs in R and C (k columns each), so
-        d is at most k^2 per parameter. Parameters of at most k^2 numbers are kept exactly.
-        """
-        return torch.cat(list(self.sketch_by_layer(k, seed).values()), 1)
-
-    def sketch_by_layer(self, k: int = 16, seed: int = 0) -> dict[str, Tensor]:
-        """Per layer, (n, d_layer): see `sketch`."""
-        if k < 1:
-            raise InvalidInput(f"The sketch has k = {k} dimensions; expected a whole number of at least 1.")
-        return self.ask(Sketch(k, seed))[0]
 
     def dense(self) -> Tensor:
         """(n, P): all gradients in full. Only for small models: n times the parameters' memory."""

@@ -7,16 +7,14 @@ training step's hooks can answer those that were asked before it began.
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from diag.gradients.rules.blocks import Block, matrix_shape
+from diag.gradients.rules.blocks import Block
 from diag.snapshot.parameters import layer_of
 
 Group = tuple[int, ...]
@@ -197,56 +195,6 @@ class _Projection:
 
     def result(self) -> dict[str, Tensor]:
         return self._found
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """Per layer, (n, d_layer): see `PerExampleGradients.sketch`. Asked again, it has its random signs at hand."""
-
-    k: int = 16
-    seed: int = 0
-    _signs: dict[Any, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, compare=False, repr=False)
-
-    def begin(self, gradients: Asked) -> Answer:
-        return _Sketch(gradients, self)
-
-    def signs(self, name: str, block: Block) -> tuple[Tensor | None, Tensor | None]:
-        """Random sign matrices for the two sides of a weight; None where that side is small enough to keep."""
-        key = (name, block.shape, block.device, block.dtype)
-        if key not in self._signs:
-            self._signs[key] = self._make_signs(name, block)
-        return self._signs[key]
-
-    def _make_signs(self, name: str, block: Block) -> tuple[Tensor | None, Tensor | None]:
-        rows, columns = matrix_shape(block.shape)
-        if rows * columns <= self.k**2:
-            return None, None
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-
-        def signs(size: int, kept: int) -> Tensor | None:
-            if size <= kept:
-                return None
-            bits = torch.randint(0, 2, (size, kept), generator=generator)
-            return ((2 * bits - 1) / math.sqrt(kept)).to(block.device, block.dtype)
-
-        return signs(rows, self.k), signs(columns, max(self.k, self.k**2 // rows))
-
-
-class _Sketch:
-    def __init__(self, gradients: Asked, question: Sketch) -> None:
-        self._about, self._question = gradients, question
-        self._parts: dict[str, list[Tensor]] = {}
-
-    def consume(self, rows: slice, name: str, block: Block) -> None:
-        found = block.sketch(*self._question.signs(name, block)).flatten(1)
-        self._parts.setdefault(name, []).append(found)
-
-    def result(self) -> dict[str, Tensor]:
-        layers: dict[str, list[Tensor]] = {layer: [] for layer in self._about.layers}
-        for name in (name for name in self._about.shapes if name in self._parts):
-            layers[layer_of(name)].append(torch.cat(self._parts[name]))
-        empty = torch.zeros(self._about.num_examples, 0)
-        return {layer: torch.cat(found, 1) if found else empty for layer, found in layers.items()}
 
 
 @dataclass(frozen=True)

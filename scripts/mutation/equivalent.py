@@ -21,9 +21,6 @@ EQUIVALENT: dict[str, str] = {
     " * (1 + self.steps / self.n): :: constant 1 -> 0": SPEED,
     'diag/gradients/rules/blocks.py: if size < LARGE or self.groups > 1 or self.device.type != "cpu":'
     " :: boolean or -> and": SPEED,
-    "diag/gradients/per_example.py: def sketch(self, k: int = 16, seed: int = 0) -> Tensor:"
-    " :: constant 16 -> 17": DEFAULT,
-    "diag/gradients/questions.py: k: int = 16 :: constant 16 -> 15": DEFAULT,
     'diag/gradients/rules/convolution.py: if self.device.type != "cpu" or self.groups > 1:'
     " :: comparison > -> >=": SPEED,
     'diag/gradients/rules/norm_forms.py: if not is_argument(place, weight, "weight"):'

@@ -1,7 +1,7 @@
 """The per-example gradients of one weight from one use, in factors instead of n x P numbers.
 
 Every block stands for n matrices G_i of one shape and answers the same questions: squared norms, sums over
-groups of examples, products with given directions, a random sketch, and dense gradients for a slice of the
+groups of examples, products with given directions, and dense gradients for a slice of the
 examples. `Outer` is G_i = sum_t b_it a_it' (linear layers, a convolution's patches), `Dense` holds small
 gradients as they are, `Lazy` computes large ones a slice at a time.
 """
@@ -65,10 +65,6 @@ class Block:
         """(n, m): <G_i, V_j> for directions of shape (m, *shape)."""
         flat = directions.flatten(1).T
         return torch.cat([d.flatten(1) @ flat for _, d in self._dense_slices()])
-
-    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        """(n, k_r, k_c): R' G_i C for the matrix view (rows, columns) of `as_matrix`; None stands for identity."""
-        return torch.cat([_sandwich(as_matrix(d), rows, columns) for _, d in self._dense_slices()])
 
     def gram(self, other: Block) -> Tensor:
         """(n, n_other): <G_i, G'_j> with a block of the same shape."""
@@ -223,17 +219,6 @@ class Outer(Block):
             columns.append(torch.cat(parts))
         return torch.stack(columns, 1)
 
-    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        if self.groups > 1:
-            return super().sketch(rows, columns)
-        parts = []
-        for s in self.slices(self.steps * (self.p + self.q)):
-            a, b = (x[:, 0] for x in self.factors(s))
-            a = a if columns is None else a @ columns
-            b = b if rows is None else b @ rows
-            parts.append(b.transpose(-1, -2) @ a)
-        return torch.cat(parts)
-
     def gram(self, other: Block) -> Tensor:
         if not isinstance(other, Outer):
             return super().gram(other)
@@ -265,24 +250,6 @@ def _products(x: Tensor, start: int, stop: int) -> Tensor:
     return x[..., start:stop, :] @ x[..., :stop, :].transpose(-1, -2)
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of `as_matrix` for a parameter of this shape."""
-    if len(shape) > 1:
-        return shape[0], math.prod(shape[1:])
-    size = math.prod(shape)
-    return (1, size) if size <= 256 else (-(-size // 256), 256)
-
-
-def as_matrix(values: Tensor) -> Tensor:
-    """(n, rows, columns): the view in which gradients are sketched; vectors are folded into rows of 256."""
-    if values.ndim == 2:
-        width = values.shape[1]
-        if width <= 256:
-            return values[:, None, :]
-        return torch.nn.functional.pad(values, (0, -width % 256)).unflatten(1, (-1, 256))
-    return values.flatten(2) if values.ndim > 2 else values[:, None, None]
-
-
 def row_slices(shape: Sequence[int], n: int) -> Iterator[slice]:
     """Slices of the first axis of a weight whose n examples take 32 MB in float32, in steps of 16 where many."""
     if not shape:
@@ -292,11 +259,6 @@ def row_slices(shape: Sequence[int], n: int) -> Iterator[slice]:
     step -= step % 16 if step > 16 else 0  # kernels for convolutions like such a number of channels
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
-
-
-def _sandwich(matrices: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    result = matrices if columns is None else matrices @ columns
-    return result if rows is None else rows.T @ result
 
 
 def _all_pairs(x: Tensor, y: Tensor) -> Tensor:

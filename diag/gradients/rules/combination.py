@@ -52,12 +52,6 @@ class Rows(Block):
     def project(self, directions: Tensor) -> Tensor:
         return torch.stack([(v[self.index] * self.b).flatten(1).sum(1) for v in directions], 1)
 
-    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        if rows is None:
-            return super().sketch(rows, columns)
-        b = self.b if columns is None else self.b @ columns
-        return rows[self.index].transpose(-1, -2) @ b
-
     def gram(self, other: Block) -> Tensor:
         if not isinstance(other, Rows):
             return super().gram(other)
@@ -126,9 +120,6 @@ class Scaled(Block):
     def project(self, directions: Tensor) -> Tensor:
         return self.factor * self.block.project(directions)
 
-    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        return self.factor * self.block.sketch(rows, columns)
-
     def gram(self, other: Block) -> Tensor:
         inner = other.block if isinstance(other, Scaled) else other
         factor = self.factor * (other.factor if isinstance(other, Scaled) else 1.0)
@@ -154,9 +145,6 @@ class Sum(Block):
 
     def project(self, directions: Tensor) -> Tensor:
         return torch.stack([b.project(directions) for b in self.blocks]).sum(0)
-
-    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        return torch.stack([b.sketch(rows, columns) for b in self.blocks]).sum(0)
 
     def squared_norms(self) -> Tensor:
         total = torch.stack([b.squared_norms() for b in self.blocks]).sum(0)

@@ -2,7 +2,7 @@
 
 No patches are cut out where it can be helped, since they take as many times the input's memory as the kernel has
 elements. The gradients of a few examples are the weight gradient of one convolution in which every example is a
-group of its own; sums, projections and sketches are convolutions too; and the inner products of two patches are
+group of its own; sums and projections are convolutions too; and the inner products of two patches are
 sums of inner products of pixels.
 """
 
@@ -149,14 +149,6 @@ class Patches(Outer):
             return Block.project(self, directions)
         products = [(self._convolve(v) * self.b).flatten(1).sum(1) for v in directions]
         return torch.stack(products, 1)
-
-    def sketch(self, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        if self.groups > 1 or columns is None:
-            return Block.sketch(self, rows, columns)
-        a = self._convolve(columns.T.reshape(-1, *self.shape[1:])).flatten(2)
-        b = self.b.flatten(2)
-        b = b if rows is None else rows.T @ b
-        return b @ a.transpose(-1, -2)
 
 
 def weight_gradient(

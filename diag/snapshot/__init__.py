@@ -13,6 +13,7 @@ __all__ = [
     "glossary",
     "history",
     "hook_check",
+    "loop",
     "module_graph",
     "optimizer",
     "own_tensors",

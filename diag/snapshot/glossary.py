@@ -101,6 +101,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity(
             "history", "snapshot.history", None, "object", "none", "measure inside diag.watch, or give history="
         ),
+        Quantity("loop", "snapshot.loop.facts", None, "object", "none", "measure inside diag.watch"),
     )
 }
 

@@ -40,9 +40,9 @@ class Snapshot:
         (Hugging Face models given labels) or no instrument needs a loss.
     data: a DataLoader, any iterable of batches, or one batch. A batch is `(inputs, targets)`, a dict with
         labels, or what `unpack(batch) -> (inputs, targets)` makes of it. It is read once and kept.
-    held_out: data of the same kind that was not trained on.
-    previous, other: an earlier state and another network: a state dict or a Snapshot.
-    optimizer: the torch optimizer that trains the model. history: the record of a watched run.
+    held_out: data of the same kind that was not trained on. previous, other: an earlier state and another network:
+        a state dict or a Snapshot. optimizer: the torch optimizer that trains the model. history, loop: the record
+        of a watched run and the facts of its loop (or a function that gives them).
     carry: what earlier measurements of the same model left, to spare work (see `diag.curvature.carry`).
     seed: makes every estimate repeatable. device: where to measure; a copy of the model goes there if it is
         elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones.
@@ -62,6 +62,7 @@ class Snapshot:
         other: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
         history: Any = None,
+        loop: Any = None,
         carry: Any = None,
         unpack: Callable[[Any], tuple[Any, Any]] | None = None,
         seed: int = 0,
@@ -78,6 +79,7 @@ class Snapshot:
         self.model = _on_device(bare_model(model), device)
         self.loss_fn = loss_fn
         self.previous, self.other, self.optimizer, self.history = previous, other, optimizer, history
+        self.loop = loop
         self.carry, self.deadline = carry, deadline
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
@@ -230,7 +232,7 @@ class Snapshot:
 
     def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
         """The same model (or another) and the same loss on other data, without what belongs to this data's run."""
-        alone = {"held_out": None, "previous": None, "other": None, "history": None, "carry": None}
+        alone = {"held_out": None, "previous": None, "other": None, "history": None, "loop": None, "carry": None}
         return self.replace(data=data, model=model or self.model, **alone)
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ from diag.watching.hooks.model_hook import ModelHooks
 from diag.watching.measure.occasions import Occasions
 from diag.watching.measure.training import Training
 from diag.watching.measure.window import Windows
+from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
 
@@ -42,12 +43,14 @@ class TrainingListener(Guarded):
         self._losses: LossObserver = training.losses
         self._steps: StepObserver = training.steps
         self._examples, self._own_step = windows.examples, occasions.own_step
+        self._loop: LoopObserver = training.loop
+        self._evaluated: tuple[Any, int] = (None, 0)
         self._hooks: ModelHooks | None = None
         self._calls = self._silent = 0
 
     def begin(self, models: tuple[nn.Module, ...]) -> None:
         """Listen to the calls of these, the bare model last, and to the process."""
-        self._hooks = ModelHooks(models, self.forward_called, self.broke)
+        self._hooks = ModelHooks(models, self.forward_called, self.evaluated, self.broke)
         HUB.add(self)
 
     def remove(self) -> None:
@@ -77,15 +80,32 @@ class TrainingListener(Guarded):
             self._own_step.backwards.forward_called(args, kwargs, outputs)
             self._training.calls += 1
             self._training.examples += _length((args, kwargs))
+            self._facts("forward_called", args, kwargs, outputs)
+
+    def evaluated(self, outputs: Any, module: nn.Module) -> None:
+        """The model was called without gradients."""
+        last, self._evaluated = self._evaluated, (module, id(outputs))
+        if last[1] != id(outputs) or last[0] is module:  # a wrapper and the model in it are one call
+            self._facts("evaluated")
+
+    @guarded("facts of the loop")
+    def _facts(self, event: str, *args: Any) -> None:
+        getattr(self._loop, event)(*args)
 
     @guarded("loss")
     def loss_called(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
         self._losses.loss_called(function, args, kwargs, value)
         self._own_step.backwards.loss_called(function, args, kwargs, value)
+        self._facts("loss_called", function, args, kwargs, value)
+
+    def loss_evaluated(self) -> None:
+        """A loss function was called without gradients."""
+        self._facts("loss_evaluated")
 
     @guarded("loss")
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         self._losses.loss_scaled(losses, scaled)
+        self._facts("loss_scaled", losses, scaled)
 
     @guarded("loss")
     def zeroed(self, owner: Any) -> None:
@@ -98,10 +118,12 @@ class TrainingListener(Guarded):
         if self._own_step.armed:
             self._own_step.backwards.backward_called(roots)
             self._occasions.own_step_descends()
+        self._facts("backward_called", roots)
 
     @guarded("loss")
     def backward_done(self) -> None:
         self._losses.backward_done()
+        self._facts("backward_done")
         if self._own_step.reading:
             self._occasions.own_step_descended()
         self._steps.backward_done()
@@ -110,6 +132,7 @@ class TrainingListener(Guarded):
 
     @guarded("gradients before clipping")
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any:
+        self._facts("clipping", parameters, max_norm)
         return self._steps.gradients.before_clip(parameters, max_norm, total_norm)
 
     @guarded("gradients before clipping")
@@ -119,18 +142,23 @@ class TrainingListener(Guarded):
     @guarded("GradScaler")
     def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
         self._steps.unscaling(optimizer, scaler)
+        self._facts("unscaling", optimizer, scaler)
 
     @guarded("GradScaler")
     def scaler_stepping(self, optimizer: Optimizer) -> None:
         self._steps.scaler_stepping(optimizer)
+        self._facts("scaler_stepping", optimizer)
 
     @guarded("GradScaler")
     def scaler_stepped(self, optimizer: Optimizer) -> None:
+        self._facts("scaler_stepped", optimizer)
         if self._counts(optimizer):
             self._steps.scaler_stepped(optimizer)
 
     @guarded("optimizer steps")
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._facts("before_step", optimizer, callable(closure))
         if not self._counts(optimizer):
             return None
         self.clock.start()
@@ -138,11 +166,30 @@ class TrainingListener(Guarded):
 
     @guarded("optimizer steps")
     def after_step(self, optimizer: Optimizer) -> None:
+        self._facts("after_step", optimizer)
         if self._counts(optimizer):
             self._steps.after_step(optimizer)
 
     def _counts(self, optimizer: Optimizer) -> bool:
         return self._training.optimizer is None or optimizer is self._training.optimizer
+
+    # Zeroing, schedules, data
+
+    def has_zeroed(self, owner: Any) -> None:
+        """Gradients were zeroed."""
+        self._facts("zeroed", owner)
+
+    def scheduler_stepped(self, scheduler: Any) -> None:
+        """A learning-rate scheduler has stepped."""
+        self._facts("scheduler_stepped", scheduler)
+
+    def loader_started(self, loader: Any) -> None:
+        """An epoch of a DataLoader begins."""
+        self._facts("loader_started", loader)
+
+    def batch_fetched(self, batch: Any) -> None:
+        """A DataLoader gave a batch."""
+        self._facts("batch_fetched", batch)
 
     # The process
 

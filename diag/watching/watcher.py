@@ -30,6 +30,7 @@ from diag.watching.measure.measuring import Measurements, chosen_instruments
 from diag.watching.measure.occasions import Occasions
 from diag.watching.measure.schedule import Schedule
 from diag.watching.measure.training import Training
+from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.rows import Row, Rows
 from diag.watching.observe.steps import StepObserver
@@ -126,8 +127,9 @@ class Watcher(Guarded):
         self._steps = StepObserver(
             parameters, self._losses, self._row_finished, self.clock.elapsed, note, share, self._step_broke
         )
+        self._loop, self._ending = LoopObserver(self.model, self._recorder.last_step), False
         self._training = Training(
-            self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history
+            self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history, self._loop
         )
         self._measurements = Measurements(
             settings.instruments,
@@ -143,7 +145,7 @@ class Watcher(Guarded):
             settings.instruments,
             about["layers"],
             self._recorder.dtype,
-            dict,
+            lambda: {"loop": self._loop.facts(ended=self._ending)},
             self._recorder.outcome,
             self._findings.verdict,
         )
@@ -233,6 +235,7 @@ class Watcher(Guarded):
 
     def _row_finished(self, row: Row, in_step: bool) -> None:
         step = self._rows.add(row)
+        self._loop.step_ended(step)
         self._listener.look_for_compiled()
         self._occasions.step_ended(row, step, in_step)
         self._judge(step)
@@ -243,7 +246,7 @@ class Watcher(Guarded):
 
     @guarded("checks")
     def _judge(self, step: int) -> None:
-        self._live.step_ended(step, self.clock.elapsed(), urgent=False)
+        self._live.step_ended(step, self.clock.elapsed(), urgent=self._loop.changed)
         self._findings.tell()
 
     @guarded("measurements")
@@ -300,6 +303,7 @@ class Watcher(Guarded):
 
     @guarded("the last checks")
     def _judge_last(self) -> None:
+        self._ending = True
         self._live.judge(self.step, last=True)
         self._findings.tell()
 

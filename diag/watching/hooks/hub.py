@@ -18,7 +18,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.optim import lr_scheduler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from diag.watching.guard import safely, shielded
 from diag.watching.hooks.patches import Attribute, Body, Changed, Look, Patch, plain_copy, read_twice
@@ -71,6 +74,16 @@ class Listener(Protocol):
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any: ...
 
     def after_step(self, optimizer: Optimizer) -> None: ...
+
+    def loss_evaluated(self) -> None: ...
+
+    def has_zeroed(self, owner: Any) -> None: ...
+
+    def scheduler_stepped(self, scheduler: Any) -> None: ...
+
+    def loader_started(self, loader: Any) -> None: ...
+
+    def batch_fetched(self, batch: Any) -> None: ...
 
     def broke(self, error: Exception) -> None: ...
 
@@ -147,7 +160,10 @@ class Hub:
         return [
             *(Body(f, self._loss_look(f)) for name in LOSSES if (f := getattr(F, name, None)) is not None),
             Attribute([(torch.autograd, "backward")], self._look(self._backward_begins, self._backward_done)),
-            Attribute(zeroing, self._look(self._zeroing)),
+            Attribute(zeroing, self._look(self._zeroing, self._zeroed)),
+            *(Attribute([(k, "step")], self._scheduler_look()) for k in _with_own_step(lr_scheduler)),
+            Attribute([(DataLoader, "__iter__")], self._look(None, self._epoch_begun)),
+            Attribute([(_BaseDataLoaderIter, "__next__")], self._look(None, self._batch_fetched)),
             Attribute(scaling, self._look(self._scaling_gradients, self._clipped)),
             Attribute(clamping, self._look(self._clamping_gradients, self._clipped)),
             Attribute([(scaler, "scale")], self._look(None, self._scaled)),
@@ -162,6 +178,9 @@ class Hub:
         # The listeners are told of a copy of the function that is not looked at.
         plain = plain_copy(function)
         return Look(self._loss_begins, partial(self._loss_returned, plain), self._loss_over, self._broke)
+
+    def _scheduler_look(self) -> Look:
+        return Look(self._schedule_begins, self._scheduled, self._schedule_over, self._broke)
 
     def _broke(self, error: Exception) -> None:
         """Something here failed, which is told to every listener."""
@@ -184,6 +203,9 @@ class Hub:
         if type(value) is torch.Tensor and value.requires_grad and not is_functorch_wrapped_tensor(value):
             for listener in self.listeners:
                 listener.loss_called(plain, args, kwargs, value)
+        elif isinstance(value, torch.Tensor) and not value.requires_grad:
+            for listener in self.listeners:
+                listener.loss_evaluated()
 
     def _backward_begins(self, args: Any, kwargs: Any) -> bool:
         if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own
@@ -201,6 +223,30 @@ class Hub:
         if torch._C._current_graph_task_id() == -1:  # an optimizer that steps inside a pass clears what it has used
             for listener in self.listeners:
                 listener.zeroed(args[0])
+
+    def _zeroed(self, token: Any, args: Any, kwargs: Any, value: Any) -> None:
+        for listener in self.listeners:
+            listener.has_zeroed(args[0])
+
+    def _schedule_begins(self, args: Any, kwargs: Any) -> Any:
+        depth = getattr(self._here, "schedulers", 0)
+        self._here.schedulers = depth + 1
+        return depth
+
+    def _schedule_over(self, depth: Any) -> None:
+        self._here.schedulers = depth
+
+    def _scheduled(self, depth: Any, args: Any, kwargs: Any, value: Any) -> None:
+        for listener in self.listeners if depth == 0 else ():  # one that is made of others counts once
+            listener.scheduler_stepped(args[0])
+
+    def _epoch_begun(self, token: Any, args: Any, kwargs: Any, value: Any) -> None:
+        for listener in self.listeners:
+            listener.loader_started(args[0])
+
+    def _batch_fetched(self, token: Any, args: Any, kwargs: Any, batch: Any) -> None:
+        for listener in self.listeners:
+            listener.batch_fetched(batch)
 
     def _scaling_gradients(self, args: Any, kwargs: Any) -> Changed:
         given = dict(zip(("parameters", "max_norm", "total_norm", "foreach"), args, strict=False)) | kwargs
@@ -272,6 +318,12 @@ class Hub:
 
 def _optimizer(args: Any, kwargs: Any) -> Any:
     return args[1] if len(args) > 1 else kwargs.get("optimizer")
+
+
+def _with_own_step(module: Any) -> list[type]:
+    """The schedulers of torch that define `step` themselves."""
+    kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, lr_scheduler.LRScheduler)]
+    return [kind for kind in kinds if "step" in vars(kind)]
 
 
 HUB = Hub()

@@ -27,19 +27,24 @@ from diag.watching.guard import safely
 INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
 
 Seen = Callable[[Any, Any, Any, nn.Module], None]
+Evaluated = Callable[[Any, nn.Module], None]
 Broke = Callable[[Exception], None]
 
 
 class ForwardHook:
-    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes; broke(error): that it
-    could not."""
+    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes, `evaluated(outputs,
+    model)` of each without gradients; broke(error): that it could not."""
 
-    def __init__(self, model: nn.Module, seen: Seen, broke: Broke) -> None:
-        self.model, self.seen, self.broke = model, seen, broke
+    def __init__(self, model: nn.Module, seen: Seen, evaluated: Evaluated, broke: Broke) -> None:
+        self.model, self.seen, self.evaluated, self.broke = model, seen, evaluated, broke
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
             safely(self._called, module, args, kwargs, outputs, broke=self.broke)
+        elif module is self.model and torch._C._current_graph_task_id() == -1:
+            safely(self.evaluated, outputs, module, broke=self.broke)
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         # A module that data-parallel replicas share hooks with is not the model; a pass inside backward is a
@@ -55,8 +60,8 @@ class ForwardHook:
 class ModelHooks:
     """Every hook on the model and on its compiled wrappers; `remove` leaves none behind."""
 
-    def __init__(self, models: tuple[nn.Module, ...], seen: Seen, broke: Broke) -> None:
-        self._bare, self._seen, self._broke = models[-1], seen, broke
+    def __init__(self, models: tuple[nn.Module, ...], seen: Seen, evaluated: Evaluated, broke: Broke) -> None:
+        self._bare, self._tell = models[-1], (seen, evaluated, broke)
         self._handles: list[Any] = []
         self._hooked: list[nn.Module] = []
         self._in_place: tuple[Any, Any] | None = None
@@ -67,14 +72,14 @@ class ModelHooks:
     def _hook(self, model: nn.Module) -> None:
         if not any(m is model for m in self._hooked):
             self._hooked.append(model)
-            hook = ForwardHook(model, self._seen, self._broke)
+            hook = ForwardHook(model, *self._tell)
             self._handles.append(model.register_forward_hook(hook, with_kwargs=True))
 
     def find_compiled(self) -> None:
         """Hook the wrappers that torch.compile has made of the model; it may do so after the watch starts."""
         compiled = getattr(self._bare, "_compiled_call_impl", None)
         if compiled is not None and self._in_place is None:
-            ours = _observed(compiled, ForwardHook(self._bare, self._seen, self._broke))
+            ours = _observed(compiled, ForwardHook(self._bare, *self._tell))
             self._bare._compiled_call_impl = ours
             self._in_place = (compiled, ours)
         for wrapper in compiled_wrappers(self._bare):

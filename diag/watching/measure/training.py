@@ -17,6 +17,7 @@ from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.snapshot import Snapshot
 from diag.watching.about import is_sharded
 from diag.watching.measure.probe import Probe
+from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
 
@@ -25,7 +26,7 @@ class Training:
     """The model, the loss, the probe set and the steps so far.
 
     model: without wrappers. optimizer: the only one that counts, if the user named one. history(): the record of
-    the steps so far.
+    the steps so far. loop: gathers the facts of the loop.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Training:
         steps: StepObserver,
         held_out: list[Batch] | None,
         history: Callable[[], History | None],
+        loop: LoopObserver,
     ) -> None:
         self.model, self.optimizer, self.losses, self.steps = model, optimizer, losses, steps
+        self.loop = loop
         self.probe: Probe = losses.probe
         self.calls = self.examples = 0  # of the model in training, and how many examples they had
         self._held_out, self._history = held_out, history
@@ -59,6 +62,7 @@ class Training:
             previous=self._previous(),
             optimizer=self.optimizer or self.steps.optimizer,
             history=_LazyHistory(self._history),
+            loop=self.loop.facts,
             carry=self._carry if max_examples is None else None,
             max_examples=max_examples,
             deadline=Deadline(),

@@ -1,0 +1,62 @@
+"""Does training see new batches, and each epoch another order?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, judged
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import BatchFacts
+
+THRICE = 3
+EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchesRepeated(LoopCheck):
+    """Batches that come again as they were."""
+
+
+@instrument(source=SOURCE, title="Batches", kind="check")
+def batches_repeated(loop: Loop) -> BatchesRepeated:
+    """Whether the batches of training differ from step to step and from epoch to epoch.
+
+    Each training call's inputs are told apart by sixteen of their numbers, in order. The same batch at every step
+    is full-batch training unless a DataLoader gives others meanwhile. The same batches in the same order in every
+    epoch mean that nothing shuffles.
+
+    Raises nothing of its own.
+    """
+    b = loop.batches
+    enough = Precondition("several batches", b.calls >= THRICE, "fewer than three batches were seen.")
+    fine = f"{b.calls:,} batches were seen, and no order came again."
+    if b.lag == 1:
+        fine = f"The same batch is used at every step, as in full-batch training, for {b.repeats:,} steps."
+    return judged(BatchesRepeated, loop.step, list(_findings(b)), fine, preconditions=(enough,))
+
+
+def _findings(b: BatchFacts) -> Iterator[Finding]:
+    if b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched > b.repeats and b.loader_batches > 1:
+        yield Finding(
+            Level.ALARM,
+            Cause.BATCH_REPEATED,
+            f"The model is trained on the same batch at every one of the last {b.repeats + 1:,} steps, while the "
+            f"DataLoader has {b.loader_batches:,}.",
+            "Use the loop's own batch: next(iter(loader)) gives the first one each time it is written.",
+            "Inputs of the model that differ between steps.",
+            step=b.since,
+        )
+    elif b.lag >= EPOCH and b.repeats >= b.lag:
+        yield Finding(
+            Level.WARNING,
+            Cause.EPOCHS_NOT_RESHUFFLED,
+            f"Every epoch has the same {b.lag:,} batches in the same order: {b.repeats:,} batches in a row were "
+            "those of one epoch before.",
+            "Shuffle: DataLoader(..., shuffle=True), and set no seed inside the loop over epochs.",
+            "Batches that hold other rows in the next epoch.",
+            step=b.since,
+        )

@@ -1,0 +1,65 @@
+"""Are gradients clipped when they are there, and before they are used?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import ClippingFacts
+
+TWICE = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClippingOrder(LoopCheck):
+    """Clips that do nothing."""
+
+
+@instrument(source=SOURCE, title="Order of clipping", kind="check")
+def clipping_order(loop: Loop) -> ClippingOrder:
+    """Whether gradients are clipped between backward() and step(), all of them.
+
+    A clip before the first backward pass of a step, or after the step, acts on nothing; one that further backward
+    passes follow acts on a part. A generator of parameters that has been read once gives none to clip.
+
+    Raises nothing of its own.
+    """
+    c = loop.clipping
+    used = Precondition("clipping", bool(c.clips), "gradients are not clipped.")
+    fine = f"Gradients were clipped between backward() and step() at {counted(c.clips.times, 'step')}."
+    return judged(ClippingOrder, loop.step, list(_findings(c)), fine, preconditions=(used,))
+
+
+def _findings(c: ClippingFacts) -> Iterator[Finding]:
+    if c.empty.longest >= TWICE and c.empty.times >= c.clips.times:
+        yield _useless(c.empty.first, "on no gradient: it was given no parameter that has one", "list(parameters)")
+    elif c.early.longest >= TWICE:
+        yield _useless(
+            c.early.first, "before backward() or after optimizer.step(), where it does nothing", "between the two"
+        )
+    elif c.partial.longest >= TWICE:
+        yield Finding(
+            Level.WARNING,
+            Cause.CLIPPING_BEFORE_BACKWARD,
+            "Gradients are clipped before the last backward pass of a step, at "
+            f"{counted(c.partial.times, 'step')}: what is accumulated afterwards is not clipped.",
+            "Clip once, after the last backward pass and before optimizer.step().",
+            "No backward pass between the clip and the step.",
+            step=c.partial.first,
+        )
+
+
+def _useless(step: int, how: str, where: str) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.CLIPPING_BEFORE_BACKWARD,
+        f"Gradients are clipped {how}, since step {step:,}.",
+        f"Call clip_grad_norm_ after backward() and before optimizer.step() ({where}).",
+        "A gradient whose norm is below the threshold when optimizer.step() is called.",
+        step=step,
+    )

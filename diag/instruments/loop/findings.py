@@ -1,0 +1,87 @@
+"""What the checks of the loop share: findings, of which the worst is told, and the result that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diag.instruments.causes import Cause
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+
+SOURCE = "arithmetic on what the loop did"
+NO_STEP = Precondition("an optimizer step", False, "no optimizer step on the model's parameters was seen.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: the fields of its verdict."""
+
+    level: Level
+    cause: Cause
+    sentence: str
+    advice: str
+    refutation: str
+    step: int | None = None
+    layers: tuple[str, ...] = ()
+    explained_by: tuple[Cause, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return kept | {"level": str(self.level), "cause": str(self.cause)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoopCheck(Result):
+    """The findings of one check on the loop, the worst first."""
+
+    num_steps: int = measured("steps that the facts are of")
+    num_findings: int = measured("things found wrong")
+    found: tuple[Mapping[str, Any], ...] = measured("what was found wrong, the worst first")
+    fine: str = measured("what is said where nothing was found")
+
+    def verdict(self) -> Verdict:
+        unmet = self.unmet()
+        if unmet is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"Not judged: {unmet.detail}", source=SOURCE)
+        if not self.found:
+            return Verdict(Level.OK, self.fine, source=SOURCE, confidence=Confidence.ARITHMETIC)
+        return Verdict(**self.found[0], source=SOURCE, confidence=Confidence.ARITHMETIC)
+
+    def plot(self, ax: Any) -> None:
+        """How many things were found, by cause."""
+        causes = [str(f["cause"]).replace("_", " ") for f in self.found]
+        ax.barh(
+            list(dict.fromkeys(causes)) or ["nothing found"],
+            [causes.count(c) for c in dict.fromkeys(causes)] or [0],
+        )
+        ax.set(xlabel="findings", ylabel="cause")
+
+
+def judged(kind: type[LoopCheck], steps: int, findings: Iterable[Finding], fine: str, **about: Any) -> Any:
+    """A result of this kind with the findings in the order of their severity."""
+    ordered = sorted(findings, key=lambda f: f.level.severity)
+    return kind(
+        num_steps=steps,
+        num_findings=len(ordered),
+        found=tuple(f.plain() for f in ordered),
+        fine=fine,
+        notes=tuple(f.sentence for f in ordered[1:]),
+        **about,
+    )
+
+
+def named(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are: "a, b and 4 more"."""
+    shown = list(names[:most])
+    more = len(names) - len(shown)
+    if more:
+        return f"{', '.join(shown)} and {more} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
+
+
+def counted(number: int, thing: str) -> str:
+    """A number and its noun: "1 step", "2,000 steps"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

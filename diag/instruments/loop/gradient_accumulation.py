@@ -1,0 +1,89 @@
+"""Are the gradients of several micro-batches put together as was meant?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import OptimizerFacts, Pattern
+
+THRICE = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientAccumulation(LoopCheck):
+    """Gradients of micro-batches that are summed or lost."""
+
+
+@instrument(source=SOURCE, title="Accumulation of gradients", kind="check")
+def gradient_accumulation(loop: Loop) -> GradientAccumulation:
+    """Whether the backward passes of a step make up its gradient, as their mean.
+
+    Told are steps that several batches of a DataLoader lead to, each by its own call of the model and its own
+    backward pass from the undivided mean loss, and backward passes that are zeroed away before any step. Several
+    backward passes from one batch (the terms of a loss, a real and a generated half) add up as they should.
+
+    Raises nothing of its own.
+    """
+    about = {} if loop.training else {"preconditions": (NO_STEP,)}
+    passes = max((o.passes for o in loop.training), default=0)
+    fine = f"{counted(passes, 'backward pass')} a step." if passes < 2 else f"{passes:,} backward passes a step."
+    findings = list(_findings(loop)) if loop.training else []
+    return judged(GradientAccumulation, loop.step, findings, fine, **about)
+
+
+def _findings(loop: Loop) -> Iterator[Finding]:
+    for o in loop.training:
+        if o.lost.longest >= THRICE or (o.lost.times >= THRICE and 2 * o.lost.times > o.steps):
+            yield _lost(o)
+    summed = [p for p in loop.order if micro_batches(p) > 1]
+    steps = sum(p.count for p in summed)
+    total = sum(p.count for p in loop.order if "S" in p.letters)
+    means = [f for f in loop.losses if f.calls >= THRICE]
+    undivided = bool(means) and all(f.root and f.factor == 1 and f.reduction == "mean" for f in means)
+    if steps >= THRICE - 1 and 2 * steps > total and undivided and len(loop.training) == 1:
+        yield _summed(summed, steps)
+
+
+def micro_batches(pattern: Pattern) -> int:
+    """How many batches, each called, reduced and sent backward by itself, a step was made of."""
+    letters = pattern.letters
+    for middle in ("DFB", "FBD", "BDF"):
+        start = letters.find(f"({middle})")
+        if start >= 0:
+            number = letters[start + len(middle) + 2 :]
+            digits = number[: len(number) - len(number.lstrip("0123456789"))]
+            extra = letters[:start].endswith("DFB"[: len(letters[:start])]) and bool(letters[:start])
+            return int(digits) + int(extra and middle != "DFB")
+    return 1
+
+
+def _lost(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.ACCUMULATION_LOST,
+        f"Gradients are zeroed before they are used: at {counted(o.lost.times, 'step')} of {o.steps:,}, "
+        f"{o.passes_lost:,} earlier backward passes were thrown away and only the last one counted.",
+        "Call optimizer.zero_grad() after optimizer.step() only, not at every micro-batch.",
+        "A gradient that holds all backward passes since the step before.",
+        step=o.lost.first,
+    )
+
+
+def _summed(patterns: list[Pattern], steps: int) -> Finding:
+    number = max(micro_batches(p) for p in patterns)
+    return Finding(
+        Level.WARNING,
+        Cause.ACCUMULATION_NOT_DIVIDED,
+        f"The gradients of {number:,} batches are summed for each step, not averaged: the loss is the mean of each "
+        f"batch and is not divided by {number:,}, so the gradient is {number:,} times as large "
+        f"({counted(steps, 'step')}).",
+        f"Call (loss / {number}).backward() for each batch.",
+        f"A learning rate that was chosen for the sum of {number:,} batches.",
+        step=patterns[0].first,
+    )

@@ -1,0 +1,83 @@
+"""Are gradients reset between steps, and not between a backward pass and its step?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import OptimizerFacts
+
+TWICE = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientZeroing(LoopCheck):
+    """Where gradients were not reset, or were too early."""
+
+
+@instrument(source=SOURCE, title="Zeroing of gradients", kind="check")
+def gradient_zeroing(loop: Loop) -> GradientZeroing:
+    """Whether each step uses the gradient of its own backward passes, all of it and nothing else.
+
+    A gradient that is the same tensor at the same version when a backward pass begins as it was after the step
+    before was not reset, so backward() adds to it. One that is reset between backward() and step() is lost. Both
+    are seen on a few parameters of each optimizer.
+
+    Raises nothing of its own.
+    """
+    findings = [f for o in loop.training for f in _findings(o)]
+    fine = f"Gradients were reset before each of {counted(loop.step, 'step')}."
+    about = {} if loop.training else {"preconditions": (NO_STEP,)}
+    return judged(GradientZeroing, loop.step, findings, fine, **about)
+
+
+def _findings(o: OptimizerFacts) -> Iterator[Finding]:
+    if o.unzeroed.longest >= TWICE:
+        yield _not_zeroed(o)
+    if o.zeroed_before.longest >= TWICE:
+        yield _zeroed_before(o)
+    if o.stale_gradients and not o.unzeroed:
+        yield _stale(o)
+
+
+def _not_zeroed(o: OptimizerFacts) -> Finding:
+    possible, times = o.steps - 1, o.unzeroed.times
+    often = "at every one" if times >= possible else f"at {times:,}"
+    return Finding(
+        Level.ALARM,
+        Cause.GRADIENTS_NOT_ZEROED,
+        f"The gradients are not zeroed between steps: {often} of the {counted(possible, 'step')} after the first, "
+        "backward() added to the gradients of the step before.",
+        "Call optimizer.zero_grad() once in each step, before backward() or after step().",
+        "A gradient that is zero or None when backward() begins.",
+        step=o.unzeroed.first,
+    )
+
+
+def _zeroed_before(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.GRADIENTS_ZEROED_BEFORE_STEP,
+        "The gradients are zeroed between backward() and optimizer.step(): "
+        f"{counted(o.zeroed_before.times, 'step')} had nothing to use, so the weights do not learn.",
+        "Move optimizer.zero_grad() before backward(), or after optimizer.step().",
+        "A gradient that is not zero when optimizer.step() is called.",
+        step=o.zeroed_before.first,
+    )
+
+
+def _stale(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.STALE_GRADIENT,
+        f"{named(o.stale_gradients)} step on a gradient that is left over from an earlier step, while other "
+        "gradients are zeroed and computed again.",
+        "Zero all gradients of the optimizer: optimizer.zero_grad(), not a part of the model's parameters.",
+        "A backward pass in each step that reaches these parameters.",
+        layers=o.stale_gradients,
+    )

@@ -1,0 +1,152 @@
+"""Does a gradient come to every parameter that the optimizer is to train?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import ParameterFacts
+from diag.snapshot.parameters import layer_of
+
+LOOKS, LOOKS_UNUSED = 3, 4  # in a row without a gradient: of a module that is called, of one that is not
+MOST_FROZEN = 0.25  # of the layers; where more are frozen it is meant
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientsReach(LoopCheck):
+    """Parameters to which no gradient comes, and layers frozen between trained ones."""
+
+
+@instrument(source=SOURCE, title="Gradients reach the parameters", kind="check")
+def gradients_reach(loop: Loop) -> GradientsReach:
+    """Whether backward() gives every trainable parameter of a stepping optimizer a gradient.
+
+    A module without one is followed in one training call: if it ran, its output is cut off from the loss (detach,
+    no_grad, .item(), argmax); if it did not, it is unused. Parts that are copies of trained parts (a teacher) are
+    left out. Frozen layers are told where they are few and stand between trained ones of their kind.
+
+    Raises nothing of its own.
+    """
+    about = {} if loop.training else {"preconditions": (NO_STEP,)}
+    fine = f"Every trainable parameter got a gradient within {counted(loop.step, 'step')}."
+    return judged(GradientsReach, loop.step, list(_findings(loop)) if loop.training else [], fine, **about)
+
+
+def _findings(loop: Loop) -> Iterator[Finding]:
+    held = {name for o in loop.training for name in o.held}
+    silent = [
+        p for p in loop.parameters if p.trainable and not p.gradient and p.missing >= LOOKS and p.name in held
+    ]
+    trained = [p for p in loop.parameters if p.gradient]
+    silent = [p for p in silent if not is_copy(p.name, silent, trained)]
+    if silent and not trained and not loop.backwards:
+        yield _nothing(silent, loop)
+    elif trained:  # else gradients come, and are zeroed before they are used
+        yield from _parts(silent, loop)
+    yield from _stopped(loop, held)
+    yield from _frozen(loop)
+
+
+def _nothing(silent: list[ParameterFacts], loop: Loop) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.GRAPH_CUT,
+        f"No parameter gets a gradient: {counted(max(o.steps for o in loop.training), 'step')} changed nothing.",
+        "Call backward() on the loss itself: torch.tensor(loss), .item(), .detach() and .data cut its graph.",
+        "A gradient that is not None after backward().",
+        step=1,
+    )
+
+
+def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[Finding]:
+    cut = [p for p in silent if p.called]
+    unused = [p for p in silent if p.called is False and p.missing >= LOOKS_UNUSED]
+    unknown = [p for p in silent if p.called is None and p.missing >= LOOKS_UNUSED]
+    if cut:
+        without = all(p.with_graph is False for p in cut)
+        how = "run without a graph" if without else "run, and their outputs do not reach the loss"
+        yield Finding(
+            Level.ALARM,
+            Cause.GRAPH_CUT,
+            f"{_layers(cut)} {how}, so no gradient has come to them in {counted(loop.step, 'step')}.",
+            "Look for detach(), torch.no_grad(), .data, .item(), argmax or a rounding after them; freeze them with "
+            "requires_grad_(False) if they are not to be trained.",
+            "A gradient of these parameters that is not None after backward().",
+            layers=tuple(p.name for p in cut),
+        )
+    if unused:
+        yield _without(unused, loop, Cause.MODULE_UNUSED, "are not called in training")
+    if unknown:
+        yield _without(unknown, loop, Cause.GRADIENT_ABSENT, "get no gradient")
+
+
+def _without(parameters: list[ParameterFacts], loop: Loop, cause: Cause, how: str) -> Finding:
+    return Finding(
+        Level.WARNING,
+        cause,
+        f"{_layers(parameters)} {how}, so none of their parameters has changed in {counted(loop.step, 'step')}.",
+        "Use the layers in forward(), or take them out of the model.",
+        "A gradient of these parameters that is not None after backward().",
+        layers=tuple(p.name for p in parameters),
+    )
+
+
+def _layers(parameters: list[ParameterFacts]) -> str:
+    return named(list(dict.fromkeys(layer_of(p.name) for p in parameters)))
+
+
+def is_copy(name: str, silent: list[ParameterFacts], trained: list[ParameterFacts]) -> bool:
+    """Whether the top-level part that `name` lies in has a trained part beside it with the same parameters inside:
+    a teacher, a target network."""
+    top, _, _ = name.partition(".")
+    inside = {p.name.partition(".")[2]: p.shape for p in silent if p.name.partition(".")[0] == top}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for p in trained:
+        part, _, rest = p.name.partition(".")
+        parts.setdefault(part, {})[rest] = p.shape
+    return not top.isdigit() and any(
+        part != top and not part.isdigit() and all(there.get(rest) == shape for rest, shape in inside.items())
+        for part, there in parts.items()
+    )
+
+
+def _stopped(loop: Loop, held: set[str]) -> Iterator[Finding]:
+    """Layers that had gradients and are frozen since."""
+    stopped = [p for p in loop.parameters if not p.trainable and p.since and p.gradient and p.name in held]
+    if stopped:
+        first = min(p.since for p in stopped)
+        yield Finding(
+            Level.WARNING,
+            Cause.PARAMETER_FROZEN,
+            f"{_layers(stopped)} no longer train: requires_grad was set to False by step {first:,}.",
+            "Set requires_grad_(True) again, if the freezing was meant for something else (a discriminator's turn, "
+            "an evaluation).",
+            "requires_grad of these parameters.",
+            step=first,
+            layers=tuple(p.name for p in stopped),
+        )
+
+
+def _frozen(loop: Loop) -> Iterator[Finding]:
+    weights = [p for p in loop.parameters if p.name.endswith("weight") and len(p.shape) > 1]
+    frozen = [i for i, p in enumerate(weights) if not p.trainable and not p.since]
+    trained = [i for i, p in enumerate(weights) if p.trainable and p.gradient]
+    if not frozen or not trained or len(frozen) > MOST_FROZEN * len(weights):
+        return
+    between = [weights[i] for i in frozen if trained[0] < i < trained[-1]]
+    between = [p for p in between if any(len(weights[i].shape) == len(p.shape) for i in trained)]
+    if between:
+        yield Finding(
+            Level.WARNING,
+            Cause.PARAMETER_FROZEN,
+            f"{_layers(between)} have requires_grad=False and stand between trained layers, so they keep their "
+            "first values.",
+            "Set requires_grad_(True) on them, unless they are frozen on purpose.",
+            "requires_grad of these parameters.",
+            layers=tuple(p.name for p in between),
+        )

@@ -1,0 +1,171 @@
+"""Does the learning rate follow the schedule that was meant?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.history import History
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import SchedulerFacts
+
+NOTHING = 1e-6  # of the largest learning rate so far
+STILL, STILL_FALLING = 3, 10  # steps at a rate of exactly zero, and at one next to it
+TWICE, THRICE = 2, 3
+EPOCHS = 2  # without a step of the scheduler
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LearningRateSchedule(LoopCheck):
+    """Where the learning rate is not what the schedule was meant to give."""
+
+
+@instrument(source=SOURCE, title="Learning-rate schedule", kind="check")
+def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule:
+    """Whether the schedule's steps are those of the training: not twice, not over early, not another optimizer's.
+
+    A scheduler that steps several times for one step of its optimizer runs too fast; one whose optimizer never
+    steps changes nothing; a learning rate that has come down to zero while steps go on trains nothing. A rate of
+    zero at the very first step (warm-up) and at the last (a schedule that fits) are as they should be.
+
+    Raises nothing of its own.
+    """
+    findings = list(_findings(history, loop)) if loop.training else []
+    about = {} if loop.training else {"preconditions": (NO_STEP,)}
+    known = counted(len(loop.schedulers), "scheduler")
+    return judged(
+        LearningRateSchedule, loop.step, findings, f"The learning rate is above zero; {known} known.", **about
+    )
+
+
+def _findings(history: History, loop: Loop) -> Iterator[Finding]:
+    yield from _too_fast(loop)
+    yield from _ended(history, loop)
+    yield from _elsewhere(loop)
+    yield from _never(loop)
+    yield from _first(loop)
+
+
+def _too_fast(loop: Loop) -> Iterator[Finding]:
+    for s in loop.schedulers:
+        if s.repeated.longest >= TWICE:
+            yield _fast(s, s.repeated.times, s.repeated.first, "more than once after a step of the optimizer")
+        elif s.per_micro_batch.longest >= TWICE:
+            how = "at each backward pass, several times for a step of the optimizer that accumulates them"
+            yield _fast(s, s.per_micro_batch.times, s.per_micro_batch.first, how)
+
+
+def _fast(s: SchedulerFacts, times: int, first: int, how: str) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.SCHEDULE_TOO_FAST,
+        f"The scheduler ({s.kind}) steps {how}: at {counted(times, 'step')} so far, so the learning rate runs "
+        "ahead of its plan.",
+        "Call scheduler.step() once, where optimizer.step() is called.",
+        "One step of the scheduler for each of the optimizer.",
+        step=first,
+    )
+
+
+def _ended(history: History, loop: Loop) -> Iterator[Finding]:
+    rates = history.learning_rate
+    seen = numpy.flatnonzero(numpy.isfinite(rates))
+    if not len(seen) or not loop.training:
+        return
+    most = numpy.maximum.accumulate(rates[seen])
+    small = (rates[seen] <= NOTHING * most) & (most > 0)
+    tail = len(small) - 1 - (numpy.flatnonzero(~small)[-1] if (~small).any() else -1)
+    exact = bool((rates[seen][-tail:] == 0).all()) if tail else False
+    if tail >= (STILL if exact else STILL_FALLING):
+        since = int(history.steps[seen[-tail]])
+        now, at_most = rates[seen[-1]], most[-1]
+        yield Finding(
+            Level.ALARM,
+            Cause.SCHEDULE_ENDED_EARLY,
+            f"The learning rate has come down to {now:.2g} from {at_most:.2g} and has been there since step "
+            f"{since:,}, while training goes on and the weights stand still.",
+            "Make the schedule as long as the training: count its steps in the unit in which scheduler.step() is "
+            "called, batches or epochs.",
+            "A learning rate above zero.",
+            step=since,
+        )
+    elif not most[-1] and len(seen) >= STILL and not loop.schedulers:
+        yield Finding(
+            Level.ALARM,
+            Cause.LEARNING_RATE_ZERO,
+            f"The learning rate has been zero for all {counted(len(seen), 'step')}.",
+            "Give the optimizer a learning rate.",
+            "A learning rate above zero.",
+            step=1,
+        )
+    else:
+        yield from _past_its_end(loop)
+
+
+def _past_its_end(loop: Loop) -> Iterator[Finding]:
+    """A cosine that is stepped on after its half period climbs up again."""
+    for s in loop.schedulers:
+        if s.kind == "CosineAnnealingLR" and s.horizon and s.steps >= s.horizon + 2:
+            yield Finding(
+                Level.WARNING,
+                Cause.SCHEDULE_TOO_FAST,
+                f"The schedule ({s.kind}) was made for {counted(s.horizon, 'step')} and has been stepped "
+                f"{s.steps:,} times: the learning rate goes up again.",
+                "Set T_max to the number of calls of scheduler.step() in the whole training.",
+                "T_max that is not less than the number of its steps.",
+                step=s.last_step,
+            )
+
+
+def _elsewhere(loop: Loop) -> Iterator[Finding]:
+    scheduled = {s.optimizer for s in loop.schedulers if s.steps}
+    for s in loop.schedulers:
+        idle = s.optimizer >= 0 and not loop.optimizers[s.optimizer].steps
+        others = [o for i, o in enumerate(loop.optimizers) if i not in scheduled and o in loop.training]
+        if idle and s.steps >= TWICE and any(o.steps >= THRICE for o in others):
+            yield Finding(
+                Level.ALARM,
+                Cause.SCHEDULER_OF_ANOTHER_OPTIMIZER,
+                f"The scheduler ({s.kind}) changes an optimizer that never steps: {counted(s.steps, 'step')} of it "
+                "have left the learning rate of the one that trains as it is.",
+                "Make the scheduler from the optimizer that is stepped, after the last time that one is made.",
+                "A step of the scheduler's own optimizer.",
+                step=s.first_step,
+            )
+
+
+def _never(loop: Loop) -> Iterator[Finding]:
+    b = loop.batches
+    epochs = b.fetched // b.loader_batches if b.loader_batches else 0
+    for s in loop.schedulers:
+        if s.optimizer < 0 or loop.optimizers[s.optimizer] not in loop.training or s.steps:
+            continue
+        if epochs > EPOCHS or (loop.ended and loop.step >= 10 * TWICE):
+            yield Finding(
+                Level.WARNING,
+                Cause.SCHEDULER_NEVER_STEPPED,
+                f"The optimizer has a scheduler ({s.kind}), which has not been stepped in {loop.step:,} steps.",
+                "Call scheduler.step(), after each epoch or each step as its settings mean.",
+                "A step of the scheduler.",
+            )
+
+
+def _first(loop: Loop) -> Iterator[Finding]:
+    for s in loop.schedulers:
+        started = s.optimizer >= 0 and loop.optimizers[s.optimizer].steps >= TWICE
+        if s.before_optimizer and started and s.steps >= TWICE and s.first_step <= 1 and not loop.resumed:
+            yield Finding(
+                Level.WARNING,
+                Cause.SCHEDULER_BEFORE_OPTIMIZER,
+                f"scheduler.step() ({s.kind}) is called before optimizer.step(), so the first learning rate of the "
+                "schedule is skipped.",
+                "Call optimizer.step() first, then scheduler.step().",
+                "A step of the optimizer before the first of the scheduler.",
+                step=1,
+            )

@@ -1,0 +1,143 @@
+"""Is the loss function called on what it expects?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, judged
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import LossFacts
+
+CHECKED = 3  # calls whose numbers were looked at
+PADDED = 0.05  # of the targets
+LOG_INPUT = ("nll_loss", "kl_div")
+SOFTMAX_INSIDE = ("cross_entropy",)
+SIGMOID_INSIDE = ("binary_cross_entropy_with_logits",)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossCall(LoopCheck):
+    """A loss function that is called on the wrong kind of numbers or shapes."""
+
+
+@instrument(source=SOURCE, title="Call of the loss function", kind="check")
+def loss_call(loop: Loop) -> LossCall:
+    """Whether the loss function gets what it expects: logits or log-probabilities, shapes that fit, whole targets.
+
+    What made its input is read from the graph; the numbers of the first three calls are looked at besides, for rows
+    that are probabilities within rounding. log_softmax before cross_entropy changes nothing and is not told.
+
+    Raises nothing of its own.
+    """
+    seen = Precondition("a loss function", bool(loop.losses), "no call of a loss function of torch was seen.")
+    kinds = ", ".join(dict.fromkeys(f.function or "the loss" for f in loop.losses))
+    fine = f"{kinds} is called on what it expects."
+    findings = [finding for f in loop.losses for finding in _findings(f)]
+    return judged(LossCall, loop.step, findings, fine, preconditions=(seen,))
+
+
+def _findings(f: LossFacts) -> Iterator[Finding]:
+    always = f.checked >= min(CHECKED, f.calls) and f.checked > 0
+    probabilities = f.came_from == "softmax" or (always and f.probabilities == f.checked and f.checked >= CHECKED)
+    if f.broadcast:
+        yield _broadcast(f)
+    if f.function in SOFTMAX_INSIDE and (probabilities or f.came_from == "sigmoid"):
+        yield _double(f, Cause.DOUBLE_SOFTMAX, "softmax")
+    if f.function in SIGMOID_INSIDE and (f.came_from == "sigmoid" or probabilities):
+        yield _double(f, Cause.DOUBLE_SIGMOID, "the sigmoid")
+    if f.function in LOG_INPUT:
+        yield from _log_input(f, probabilities, always)
+    if f.truncated > 0:
+        yield _truncated(f)
+    if f.padded >= PADDED and f.padding is not None and f.ignored != f.padding:
+        yield _padding(f)
+
+
+def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[Finding]:
+    axis = 1 if f.function == "nll_loss" else len(f.input_shape) - 1
+    if f.came_from in ("softmax", "log_softmax") and f.over_axis is not None and f.over_axis != axis:
+        yield _axis(f, axis)
+    elif probabilities:
+        yield _logs(f, "probabilities")
+    elif f.function == "nll_loss" and always and f.checked >= CHECKED and not f.log_probabilities:
+        yield _logs(f, "raw outputs")
+
+
+def _broadcast(f: LossFacts) -> Finding:
+    what = f"{f.function} compares" if f.function else "The loss compares"
+    shapes = f"outputs {_shape(f.input_shape)} and targets {_shape(f.target_shape)}"
+    return Finding(
+        Level.ALARM,
+        Cause.TARGETS_BROADCAST,
+        f"{what} every output with every target: {shapes} are broadcast against each other.",
+        "Bring both to one shape: outputs.squeeze(1), or targets.unsqueeze(1).",
+        "Outputs and targets of equal shape.",
+        step=f.first_step,
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def _double(f: LossFacts, cause: Cause, inside: str) -> Finding:
+    return Finding(
+        Level.ALARM,
+        cause,
+        f"{f.function} is called on probabilities and applies {inside} to them once more, so its gradients shrink "
+        "and it cannot come near zero.",
+        f"Give {f.function} the raw outputs (logits): take the softmax or sigmoid out of the model.",
+        "Inputs of the loss that are negative or exceed one.",
+        step=f.first_step,
+    )
+
+
+def _logs(f: LossFacts, what: str) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.LOGITS_INTO_PROBABILITY_LOSS,
+        f"{f.function} expects log-probabilities and is called on {what}.",
+        f"Apply log_softmax before {f.function}, or use cross_entropy on the raw outputs.",
+        "Rows whose exponentials add up to one.",
+        step=f.first_step,
+    )
+
+
+def _axis(f: LossFacts, axis: int) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.WRONG_CLASS_AXIS,
+        f"{f.came_from} runs over axis {f.over_axis} of the outputs {_shape(f.input_shape)}, and {f.function} "
+        f"takes the classes from axis {axis}.",
+        f"Apply {f.came_from} over the classes: dim={axis}.",
+        "Rows over the classes whose probabilities add up to one.",
+        step=f.first_step,
+    )
+
+
+def _truncated(f: LossFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.TARGETS_CAST,
+        f"The targets are cut to whole numbers ({f.target_dtype}) before {f.function}: the data has fractions, and "
+        f"up to {f.truncated:.2g} is lost.",
+        "Keep the targets floating: .float() instead of .long() or .int().",
+        "Data whose targets are whole numbers.",
+        step=f.first_step,
+    )
+
+
+def _padding(f: LossFacts) -> Finding:
+    return Finding(
+        Level.WARNING,
+        Cause.IGNORED_LABELS_COUNTED,
+        f"Padding counts in the loss: up to {f.padded:.0%} of the targets of a batch are {f.padding}, the padding "
+        "index of the model's embedding.",
+        f"Give {f.function} ignore_index={f.padding}.",
+        "Targets in which this number stands for a real token.",
+        step=f.first_step,
+    )

@@ -1,0 +1,97 @@
+"""Is the gradient scaler used as it must be?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import ScalingFacts
+
+LOOKED = 3
+FOREVER = 17  # steps left out in a row: the scale, 65,536 at first, has fallen below one
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedPrecision(LoopCheck):
+    """A gradient scaler that is bypassed, idle or stuck."""
+
+
+@instrument(source=SOURCE, title="Mixed precision", kind="check")
+def mixed_precision(loop: Loop) -> MixedPrecision:
+    """Whether scaled gradients are unscaled before they are clipped and stepped on, and autocast runs where they
+    are.
+
+    Autocast is taken to be on where the model is called under it, where its parameters are of half precision, or
+    where a tensor of half precision is kept in the graph of the outputs.
+
+    Raises nothing of its own.
+    """
+    s = loop.scaling
+    used = Precondition("a GradScaler", s.scaled_losses > 0, "no GradScaler was used.")
+    fine = f"Gradients of {s.scaled_losses:,} scaled losses were unscaled before every clip and step."
+    return judged(MixedPrecision, loop.step, list(_findings(loop, s)), fine, preconditions=(used,))
+
+
+def _findings(loop: Loop, s: ScalingFacts) -> Iterator[Finding]:
+    for o in loop.training:
+        if o.scaled:
+            yield _still_scaled(o.scaled.times, o.scaled.first)
+    if s.clipped_scaled and s.scale != 1:
+        yield _clipped(s)
+    if s.skipped.running >= FOREVER:
+        yield _forever(s)
+    if s.scaled_losses >= LOOKED and s.looked >= LOOKED and not s.autocast and not s.half_parameters:
+        yield _off(s)
+
+
+def _still_scaled(times: int, first: int) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.GRADIENTS_STILL_SCALED,
+        f"The optimizer steps on gradients that still carry the loss scale: {counted(times, 'step')} by "
+        "optimizer.step() after scaler.scale(loss).backward().",
+        "Call scaler.step(optimizer) instead of optimizer.step(), then scaler.update().",
+        "A scale of one.",
+        step=first,
+    )
+
+
+def _clipped(s: ScalingFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.CLIPPING_BEFORE_UNSCALING,
+        "Gradients are clipped while they still carry the loss scale, at "
+        f"{counted(s.clipped_scaled.times, 'step')}: the threshold acts on values too large by that factor.",
+        "Call scaler.unscale_(optimizer) before clip_grad_norm_.",
+        "A scale of one.",
+        step=s.clipped_scaled.first,
+    )
+
+
+def _forever(s: ScalingFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.SCALER_SKIPS_FOREVER,
+        f"The GradScaler has left out the last {s.skipped.running:,} steps in a row: it finds a gradient that is "
+        "not finite each time, at any scale.",
+        "Find the first module whose gradient or output is NaN or infinite; compute that part in float32.",
+        "A step that is taken.",
+        step=s.skipped.last - s.skipped.running + 1,
+    )
+
+
+def _off(s: ScalingFacts) -> Finding:
+    return Finding(
+        Level.WARNING,
+        Cause.AUTOCAST_OFF,
+        f"A GradScaler scales the loss, and the model does not run under autocast: {s.looked:,} calls of it used "
+        "no half precision.",
+        "Call the model inside torch.autocast(device_type, dtype), or leave out the scaler.",
+        "A tensor of half precision in the forward pass.",
+        step=1,
+    )

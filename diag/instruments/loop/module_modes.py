@@ -1,0 +1,98 @@
+"""Are dropout and batch norm in the mode that belongs to what is done: training or evaluation?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import ModeFacts
+
+TWICE = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModuleModes(LoopCheck):
+    """Modules that train in eval mode, or evaluate in train mode."""
+
+
+@instrument(source=SOURCE, title="Train and eval mode", kind="check")
+def module_modes(loop: Loop) -> ModuleModes:
+    """Whether modules that act differently in training and evaluation (dropout, batch norm) are in the right mode.
+
+    A training call is one that a backward pass comes of; an evaluation is a loss without gradients, or several
+    calls of the model without them. Modules in frozen parts may be in eval mode, and so may batch norms alone that
+    have statistics from before (fine-tuning). A single call without gradients and without a loss (samples of a
+    generator, an agent that acts) is no evaluation.
+
+    Raises nothing of its own.
+    """
+    m = loop.modes
+    noisy = Precondition("dropout or batch norm", bool(m.noisy), "no module of the model depends on the mode.")
+    fine = f"{counted(len(m.noisy), 'module')} with dropout or batch norm trained in train mode."
+    return judged(ModuleModes, loop.step, list(_findings(m)), fine, preconditions=(noisy,))
+
+
+def _findings(m: ModeFacts) -> Iterator[Finding]:
+    if m.eval_steps.running >= TWICE and m.trained_parts:
+        finding = _training(m)
+        if finding is not None:
+            yield finding
+    if m.with_loss.times:
+        yield _evaluation(m, Level.ALARM, m.with_loss.first, "a loss was computed")
+    elif m.train_in_evaluation.times >= TWICE:
+        yield _evaluation(m, Level.WARNING, m.train_in_evaluation.first, "the model was called several times")
+
+
+def _training(m: ModeFacts) -> Finding | None:
+    since, names = m.eval_steps.last - m.eval_steps.running + 1, m.trained_parts
+    if m.left_by_evaluation:
+        since = m.left_by_evaluation
+        return _in_eval(m, since, f"since the evaluation before step {since:,}", Level.ALARM)
+    if m.root:
+        return _in_eval(m, since, f"from step {since:,} on", Level.ALARM)
+    untracked = [n for n in names if n in m.untracked]
+    if untracked:
+        return Finding(
+            Level.ALARM,
+            Cause.TRAINING_IN_EVAL_MODE,
+            f"{named(untracked)} train in eval mode and have never seen a batch, so they normalise with the mean 0 "
+            "and the variance 1 that they were made with.",
+            "Call model.train() before training; batch norms need statistics from pretraining to be in eval mode.",
+            "num_batches_tracked above zero.",
+            step=since,
+            layers=tuple(untracked),
+        )
+    return None
+
+
+def _in_eval(m: ModeFacts, since: int, when: str, level: Level) -> Finding:
+    names = m.trained_parts
+    return Finding(
+        level,
+        Cause.TRAINING_IN_EVAL_MODE,
+        f"Training runs with {named(names)} in eval mode {when}: dropout is off there, and batch norm uses running "
+        "statistics that stand still.",
+        "Call model.train() before the training batches, after each evaluation.",
+        f"{names[0]}.training is True in a training call.",
+        step=since,
+        layers=names,
+    )
+
+
+def _evaluation(m: ModeFacts, level: Level, step: int, how: str) -> Finding:
+    moving = " Its running statistics move with the held-out data." if m.moving_statistics else ""
+    return Finding(
+        level,
+        Cause.EVALUATION_IN_TRAIN_MODE,
+        f"The model is evaluated in train mode: before step {step:,} {how} without gradients while "
+        f"{named(m.noisy)} {'were' if len(m.noisy) > 1 else 'was'} in train mode.",
+        f"Call model.eval() before an evaluation and model.train() after it.{moving}",
+        "model.training is False in the calls under no_grad.",
+        step=step,
+        layers=m.noisy,
+    )

@@ -1,0 +1,72 @@
+"""Is the optimizer that steps the same one all along, with its moments?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import OptimizerFacts
+
+THRICE = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OptimizerKept(LoopCheck):
+    """An optimizer that is made again, or that lost its moments."""
+
+
+@instrument(source=SOURCE, title="The optimizer is kept", kind="check")
+def optimizer_kept(loop: Loop) -> OptimizerKept:
+    """Whether one optimizer trains the model all along.
+
+    Several optimizers of one class that hold the same parameters, each of which stops for good where the next
+    begins, are one that is made again; where it keeps moments, they start from zero each time. A second one
+    (another phase of training) is not told.
+
+    Raises nothing of its own.
+    """
+    about = {} if loop.training else {"preconditions": (NO_STEP,)}
+    findings = list(_findings(loop)) if loop.training else []
+    fine = f"{counted(len(loop.training), 'optimizer')} took {counted(loop.step, 'step')}."
+    return judged(OptimizerKept, loop.step, findings, fine, **about)
+
+
+def _findings(loop: Loop) -> Iterator[Finding]:
+    chains: dict[tuple[str, tuple[str, ...]], list[OptimizerFacts]] = {}
+    for o in sorted(loop.training, key=lambda o: o.first_step):
+        chain = chains.setdefault((o.kind, o.held), [])
+        if not chain or chain[-1].last_step < o.first_step:
+            chain.append(o)
+    for chain in chains.values():
+        if len(chain) >= THRICE and any(o.stateful for o in chain):
+            yield _again(chain)
+    lost = [o for o in loop.training if o.no_state and o.stateful]
+    if lost and loop.resumed:
+        yield Finding(
+            Level.WARNING,
+            Cause.OPTIMIZER_STATE_NOT_RESTORED,
+            f"The run goes on after step {loop.resumed:,} and its optimizer ({lost[0].kind}) has no moments.",
+            "Save optimizer.state_dict() with the model and load it when training is resumed.",
+            "An optimizer whose state is not empty at the first step.",
+            step=loop.resumed + 1,
+        )
+
+
+def _again(chain: list[OptimizerFacts]) -> Finding:
+    steps = [o.steps for o in chain[:-1]]
+    every = max(steps)
+    often = "at every step" if every == 1 else f"every {every:,} steps or fewer"
+    return Finding(
+        Level.ALARM if every == 1 else Level.WARNING,
+        Cause.OPTIMIZER_RECREATED,
+        f"The optimizer ({chain[0].kind}) is made again {often}, {len(chain):,} so far, so its moments start from "
+        "zero each time.",
+        "Make the optimizer once, before the loop.",
+        "One optimizer that takes all steps.",
+        step=chain[1].first_step,
+    )

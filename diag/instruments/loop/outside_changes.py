@@ -1,0 +1,99 @@
+"""Does anything but the optimizer change the weights?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import OutsideChange
+
+OFTEN = 0.5  # of the steps: a projection, a constraint or a decay of the user's own
+TWICE = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutsideChanges(LoopCheck):
+    """Weights that were not at a training call what the step before had left."""
+
+
+@instrument(source=SOURCE, title="Weights changed from outside", kind="check")
+def outside_changes(loop: Loop) -> OutsideChanges:
+    """Whether the weights at each training call are those that the optimizer's last step left.
+
+    A few numbers of a few parameters are compared, exactly. A change at most steps (weights that are clamped or
+    projected) is taken to be meant, and so is one of parameters that no optimizer trains (a teacher). A change that
+    was made before an evaluation and still stands after it is that of averaged weights which were not put back.
+
+    Raises nothing of its own.
+    """
+    about = {} if loop.training else {"preconditions": (NO_STEP,)}
+    fine = f"At each training call the weights were what the step before had left, in {counted(loop.step, 'step')}."
+    findings = list(_findings(loop)) if loop.training else []
+    return judged(OutsideChanges, loop.step, findings, fine, **about)
+
+
+def _findings(loop: Loop) -> Iterator[Finding]:
+    held = {name for o in loop.training for name in o.held}
+    changes = [c for c in loop.outside if set(c.names) & held]
+    if not changes or loop.outside_times > OFTEN * max(loop.step - 1, 1):
+        return
+    swapped = [c for c in changes if c.evaluated and c.returned_to is None]
+    back = [c for c in changes if c.returned_to is not None]
+    if swapped:
+        yield _swapped(swapped, loop)
+    elif back:
+        yield _back(back, loop)
+    else:
+        yield _changed(changes, loop)
+
+
+def _swapped(changes: list[OutsideChange], loop: Loop) -> Finding:
+    first = changes[0]
+    return Finding(
+        Level.ALARM,
+        Cause.AVERAGED_WEIGHTS_LEFT,
+        f"Other weights were put in for an evaluation and training goes on from them: before step {first.step:,} "
+        f"{named(first.names)} differ from what the last optimizer step left{_times(loop)}.",
+        "Put the training weights back after the evaluation (ema.restore()), or evaluate a copy of the model.",
+        "Weights that are equal before and after the evaluation.",
+        step=first.step,
+        layers=first.names,
+    )
+
+
+def _back(changes: list[OutsideChange], loop: Loop) -> Finding:
+    first, several = changes[0], len(changes) >= TWICE
+    to = "the start" if first.returned_to == 0 else f"step {first.returned_to:,}"
+    return Finding(
+        Level.ALARM if several else Level.WARNING,
+        Cause.WEIGHTS_CHANGED_OUTSIDE,
+        f"The weights are set back: before step {first.step:,} {named(first.names)} have the values of {to} "
+        f"again{_times(loop)}.",
+        "Load or initialise the weights once, before the loop.",
+        "Weights at a training call that are those of the last optimizer step.",
+        step=first.step,
+        layers=first.names,
+    )
+
+
+def _changed(changes: list[OutsideChange], loop: Loop) -> Finding:
+    first = changes[0]
+    return Finding(
+        Level.WARNING,
+        Cause.WEIGHTS_CHANGED_OUTSIDE,
+        f"Something other than the optimizer changed the weights before step {first.step:,}: {named(first.names)} "
+        f"differ from what the last optimizer step left{_times(loop)}.",
+        "Look for load_state_dict, an initialisation or an assignment of weights inside the loop.",
+        "Weights at a training call that are those of the last optimizer step.",
+        step=first.step,
+        layers=first.names,
+    )
+
+
+def _times(loop: Loop) -> str:
+    return f", {loop.outside_times:,} times so far" if loop.outside_times > 1 else ""

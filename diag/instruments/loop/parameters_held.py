@@ -1,0 +1,115 @@
+"""Is every parameter that gets a gradient in exactly one optimizer that steps?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import ParameterFacts
+from diag.snapshot.parameters import layer_of
+
+LOOKS = 2  # at which a parameter had a gradient and no optimizer
+STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParametersHeld(LoopCheck):
+    """Parameters that no optimizer holds, or that are not the ones that it holds."""
+
+
+@instrument(source=SOURCE, title="Parameters in the optimizers", kind="check")
+def parameters_held(loop: Loop) -> ParametersHeld:
+    """Whether every trainable parameter that gets a gradient is in an optimizer that steps.
+
+    Parameters without a gradient (a teacher, an unused head) are not counted. Where an optimizer holds tensors that
+    are not the model's, get no gradient and have the shapes of the parameters left out, it was made for an earlier
+    copy of them. A body that is left out as a whole, while the last layers are trained, may be meant.
+
+    Raises nothing of its own.
+    """
+    steps = max((o.steps for o in loop.optimizers), default=0)
+    seen = Precondition("an optimizer step", steps > 0, "no optimizer step was seen.")
+    fine = f"All {counted(len(loop.parameters), 'parameter')} with a gradient are in an optimizer that steps."
+    findings = list(_findings(loop, steps)) if steps else []
+    return judged(ParametersHeld, loop.step, findings, fine, preconditions=(seen,))
+
+
+def _findings(loop: Loop, steps: int) -> Iterator[Finding]:
+    left_out = [p for p in loop.parameters if p.trainable and p.ungathered >= LOOKS]
+    if not left_out:
+        return
+    stale = {name for o in loop.optimizers if o.steps for name in o.stale}
+    if any(p.name in stale for p in left_out):
+        yield _stale([p for p in left_out if p.name in stale], not loop.training)
+    elif loop.training:
+        yield _left_out(left_out, loop)
+    elif steps >= STEPS:
+        yield _foreign(left_out)
+
+
+def _stale(left_out: list[ParameterFacts], all_of_it: bool) -> Finding:
+    names = [p.name for p in left_out]
+    replaced = max((p.replaced for p in left_out), default=0)
+    what = "the model's parameters" if all_of_it else named(names)
+    since = f" since step {replaced:,}" if replaced else ""
+    return Finding(
+        Level.ALARM,
+        Cause.OPTIMIZER_HOLDS_STALE_PARAMETERS,
+        f"The optimizer updates tensors that the model no longer uses: {what} get gradients and are in no "
+        f"optimizer{since}, while it holds tensors of their shapes without gradients.",
+        "Make the optimizer after the last change of the model's layers (or add the new ones: "
+        "optimizer.add_param_group).",
+        "The parameters' ids in optimizer.param_groups.",
+        step=replaced or None,
+        layers=tuple(names),
+    )
+
+
+def _left_out(left_out: list[ParameterFacts], loop: Loop) -> Finding:
+    names = [p.name for p in left_out]
+    whole_body = is_body(names, [p.name for p in loop.parameters if p.trainable])
+    share = sum(_size(p) for p in left_out) / max(sum(_size(p) for p in loop.parameters if p.trainable), 1)
+    meant = (
+        " If only the last layers are meant to train, set requires_grad_(False) on the rest." if whole_body else ""
+    )
+    return Finding(
+        Level.WARNING if whole_body else Level.ALARM,
+        Cause.PARAMETER_IN_NO_OPTIMIZER,
+        f"{named(names)} get gradients and no optimizer holds them, so they stay as they are: "
+        f"{counted(len(names), 'parameter')}, {share:.1%} of the trainable numbers.",
+        f"Give the optimizer all of model.parameters(), or freeze what is not to be trained.{meant}",
+        "The parameters' ids in the param_groups of an optimizer that steps.",
+        layers=tuple(names),
+    )
+
+
+def _foreign(left_out: list[ParameterFacts]) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.PARAMETER_IN_NO_OPTIMIZER,
+        f"The optimizer that steps holds none of the model's parameters: {named([p.name for p in left_out])} get "
+        "gradients and stay as they are.",
+        "Make the optimizer from this model's parameters().",
+        "The parameters' ids in optimizer.param_groups.",
+        layers=tuple(p.name for p in left_out),
+    )
+
+
+def is_body(left_out: list[str], all_names: list[str]) -> bool:
+    """Whether what is left out is all of the model but its last layer or layers (in the order of the model)."""
+    layers = list(dict.fromkeys(layer_of(name) for name in all_names))
+    out = {layer_of(name) for name in left_out}
+    kept = [i for i, layer in enumerate(layers) if layer not in out]
+    return bool(kept) and kept == list(range(kept[0], len(layers))) and len(kept) <= max(len(layers) // 2, 1)
+
+
+def _size(p: ParameterFacts) -> int:
+    size = 1
+    for axis in p.shape:
+        size *= axis
+    return size

@@ -1,0 +1,107 @@
+"""Does each optimizer step follow a backward pass of its own?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import OptimizerFacts
+
+TWICE, THRICE = 2, 3
+MANY = 5  # backward passes without any step
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepOrder(LoopCheck):
+    """Steps that come at the wrong moment, more than once, or not at all."""
+
+
+@instrument(source=SOURCE, title="Order of the steps", kind="check")
+def step_order(loop: Loop) -> StepOrder:
+    """Whether every step comes after the backward pass that it should use, and once.
+
+    Read from the order of the calls: the model, backward(), zero_grad() and step(), and from the gradient's
+    version, which tells whether a backward pass has touched it since the step before.
+
+    Raises nothing of its own.
+    """
+    findings = [f for o in loop.training for f in _findings(o, loop)]
+    findings += list(_missing(loop))
+    fine = f"Each of {counted(loop.step, 'step')} followed a backward pass of its own."
+    about = {} if loop.training or findings else {"preconditions": (NO_STEP,)}
+    return judged(StepOrder, loop.step, findings, fine, **about)
+
+
+def _findings(o: OptimizerFacts, loop: Loop) -> Iterator[Finding]:
+    if o.before_backward.longest >= TWICE:
+        yield _before_backward(o, "the gradients had been zeroed and backward() was still to come")
+    elif o.late.longest >= TWICE:
+        yield _one_late(o)
+    if o.repeated.longest >= TWICE or o.repeated.times >= THRICE:
+        yield _repeated(o)
+    if o.doubled.longest >= TWICE or o.doubled.times >= THRICE:
+        yield _doubled(o)
+
+
+def _before_backward(o: OptimizerFacts, how: str) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.STEP_BEFORE_BACKWARD,
+        f"optimizer.step() is called before backward(): at {counted(o.before_backward.times, 'step')} {how}.",
+        "Order the calls: zero_grad(), loss.backward(), optimizer.step().",
+        "A backward pass between the call of the model and the step.",
+        step=o.before_backward.first,
+    )
+
+
+def _one_late(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.STEP_BEFORE_BACKWARD,
+        "optimizer.step() is called between the call of the model and backward(), so each step uses the gradient "
+        "of the batch before.",
+        "Order the calls: zero_grad(), loss.backward(), optimizer.step().",
+        "A backward pass between the call of the model and the step.",
+        step=o.late.first,
+    )
+
+
+def _repeated(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.STEP_REPEATED,
+        f"optimizer.step() is called again on the same gradient: {counted(o.repeated.times, 'step')} of "
+        f"{o.steps:,} had no backward pass since the step before.",
+        "Call optimizer.step() once for each backward pass (or set of accumulated ones).",
+        "A backward pass between the two steps.",
+        step=o.repeated.first,
+    )
+
+
+def _doubled(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.PARAMETER_IN_TWO_OPTIMIZERS,
+        f"Two optimizers step the same parameters on the same gradient: {counted(o.doubled.times, 'step')} of "
+        f"{o.kind} followed another optimizer's without a backward pass in between.",
+        "Give each parameter to one optimizer.",
+        "Two optimizers that share no parameter.",
+        step=o.doubled.first,
+    )
+
+
+def _missing(loop: Loop) -> Iterator[Finding]:
+    if not any(o.steps for o in loop.optimizers) and loop.zeroed_without_step >= MANY:
+        yield Finding(
+            Level.ALARM,
+            Cause.STEP_MISSING,
+            f"No optimizer has stepped: {loop.unstepped:,} backward passes were made and their "
+            "gradients zeroed again.",
+            "Call optimizer.step() after backward(), with parentheses.",
+            "An optimizer step.",
+        )

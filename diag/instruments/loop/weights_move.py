@@ -1,0 +1,95 @@
+"""Do the weights change by the steps that are taken?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.history import History
+from diag.snapshot.loop.facts import Loop
+
+STEPS = 3  # measured in a row
+HALVES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightsMove(LoopCheck):
+    """Parameters that steps with a gradient and a learning rate do not change."""
+
+
+@instrument(source=SOURCE, title="Weights move", kind="check")
+def weights_move(history: History, loop: Loop) -> WeightsMove:
+    """Whether each step changes every parameter that has a gradient and a learning rate.
+
+    The change of each parameter is measured exactly at some steps; a change of zero at the last three of them, with
+    a gradient that is not zero, needs a reason: a learning rate of zero, or numbers too coarse for the update.
+
+    Raises nothing of its own.
+    """
+    about = {} if loop.training else {"preconditions": (NO_STEP,)}
+    fine = f"All parameters with a gradient moved in the last of {counted(loop.step, 'step')}."
+    findings = list(_findings(history, loop)) if loop.training else []
+    return judged(WeightsMove, loop.step, findings, fine, **about)
+
+
+def _findings(history: History, loop: Loop) -> Iterator[Finding]:
+    rows = numpy.flatnonzero(~history.skipped)
+    update, gradient = history.update_norm[rows], history.gradient_norm[rows]
+    facts = {p.name: p for p in loop.parameters}
+    still: dict[Cause, list[str]] = {}
+    began: dict[Cause, int] = {}
+    for column, name in enumerate(history.layers):
+        p = facts.get(name)
+        seen = numpy.flatnonzero(numpy.isfinite(update[:, column]) & (gradient[:, column] > 0))
+        if p is None or not p.optimizers or len(seen) < STEPS or (update[seen[-STEPS:], column] != 0).any():
+            continue
+        zero_rate = p.rate is not None and p.rate == 0
+        moved = numpy.flatnonzero(update[seen, column] != 0)
+        since = int(history.steps[rows[seen[moved[-1] + 1 if len(moved) else 0]]])
+        cause = Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALVES else Cause.WEIGHTS_UNCHANGED
+        if zero_rate:
+            cause = Cause.SCHEDULE_ENDED_EARLY if len(moved) else Cause.LEARNING_RATE_ZERO
+        still.setdefault(cause, []).append(name)
+        began[cause] = min(began.get(cause, since), since)
+    for cause, names in still.items():
+        yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
+
+
+def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> Finding:
+    what = "No parameter has" if everything else f"{named(names)} have not"
+    why, advice = WHY[cause]
+    return Finding(
+        Level.ALARM,
+        cause,
+        f"{what} changed since step {since:,}, though steps are taken and gradients are not zero: {why}.",
+        advice,
+        "A parameter that differs before and after a step.",
+        step=since,
+        layers=tuple(names),
+    )
+
+
+WHY = {
+    Cause.UPDATES_ROUND_TO_NOTHING: (
+        "the updates are smaller than the spacing of its half-precision numbers",
+        "Keep the weights in float32 (autocast computes in half precision), or use stochastic rounding.",
+    ),
+    Cause.WEIGHTS_UNCHANGED: (
+        "the learning rate is not zero either",
+        "Look for an optimizer step that is replaced or masked, or for weights that are written back after it.",
+    ),
+    Cause.SCHEDULE_ENDED_EARLY: (
+        "the learning rate has come down to zero",
+        "Let the schedule last as long as the training: its number of steps must be that of all optimizer steps.",
+    ),
+    Cause.LEARNING_RATE_ZERO: (
+        "their learning rate is zero",
+        "Give the parameter group a learning rate, or freeze its parameters with requires_grad_(False).",
+    ),
+}

@@ -1,0 +1,6 @@
+"""What a watch saw of a training loop, as plain data.
+
+Rule of the folder: facts only; whatever judges them is an instrument.
+"""
+
+__all__ = ["facts", "parts"]

@@ -1,0 +1,72 @@
+"""Facts of a training loop: what a watch saw the loop do, as plain data that checks judge.
+
+Nothing here is a judgement and nothing needs a pass of the model: which parameters each optimizer holds, what was
+zeroed and when, in which order things happen, the modes of modules, the loss function's calls, the batches.
+`diag.watching` gathers them; the checks in `diag/instruments/loop/` read them. Steps are counted from 1 as in the
+record of the run. A name that starts with a module's path is a parameter or a module of the watched model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diag.errors import MissingQuantity
+from diag.snapshot.loop.parts import (
+    BatchFacts,
+    ClippingFacts,
+    LayerFacts,
+    LossFacts,
+    ModeFacts,
+    OptimizerFacts,
+    OutsideChange,
+    ParameterFacts,
+    Pattern,
+    ScalingFacts,
+    SchedulerFacts,
+)
+from diag.snapshot.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Loop:
+    """All that is known of the loop after `step` steps.
+
+    calls: of the model in training; backwards: backward passes that reached the model; unstepped: those since the
+    last step of an optimizer that holds its parameters, and zeroed_without_step how many of them were zeroed away.
+    ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not."""
+
+    step: int
+    ended: bool = False
+    resumed: int = 0
+    calls: int = 0
+    backwards: int = 0
+    unstepped: int = 0
+    zeroed_without_step: int = 0
+    order: tuple[Pattern, ...] = ()
+    optimizers: tuple[OptimizerFacts, ...] = ()
+    parameters: tuple[ParameterFacts, ...] = ()
+    schedulers: tuple[SchedulerFacts, ...] = ()
+    modes: ModeFacts = field(default_factory=ModeFacts)
+    batches: BatchFacts = field(default_factory=BatchFacts)
+    losses: tuple[LossFacts, ...] = ()
+    scaling: ScalingFacts = field(default_factory=ScalingFacts)
+    clipping: ClippingFacts = field(default_factory=ClippingFacts)
+    outside: tuple[OutsideChange, ...] = ()
+    outside_times: int = 0
+    layers: LayerFacts = field(default_factory=LayerFacts)
+
+    @property
+    def training(self) -> tuple[OptimizerFacts, ...]:
+        """The optimizers that step parameters of the model on their own."""
+        return tuple(o for o in self.optimizers if o.held and o.steps and not o.nested)
+
+
+def loop(snapshot: Snapshot) -> Loop:
+    """The facts of the loop that trains the model, seen by a watch.
+
+    Raises MissingQuantity for a snapshot that no watch made.
+    """
+    found = snapshot.loop() if callable(snapshot.loop) else snapshot.loop
+    if found is None:
+        raise MissingQuantity("measure inside diag.watch.")
+    return found

@@ -1,0 +1,151 @@
+"""Which batches training sees: a hash of a few numbers of each, in the order in which they come.
+
+On the host the numbers are hashed at once. On another device they stay there as they are, and are compared when the
+facts are asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.parts import BatchFacts
+from diag.watching.observe.loop.moment import Moment, due
+
+NUMBERS = 16  # of a batch that are hashed
+REMEMBERED = 1 << 16  # batches
+AWAY = 256  # batches on a device that wait to be hashed
+TELL = (2, 4)  # the same order for so many batches is news
+COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
+CLASSES = 4096  # more distinct targets than these are no classes
+
+
+class Batches:
+    """Follows the inputs of training calls, the labels of loss calls and the DataLoaders."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._calls = 0
+        self._first_at: dict[bytes, int] = {}
+        self._away: deque[Tensor] = deque(maxlen=AWAY)
+        self._lag = self._repeats = self._since = 0
+        self.fetched = 0
+        self._loaders = self._loader_batches = 0
+        self._shuffled: bool | None = None
+        self._labels: dict[int, int] = {}
+        self._counted = self._distinct = self._targets = 0
+        self._labels_away: list[Tensor] = []
+        self._label_calls = 0
+
+    # Inputs
+
+    def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """The model was called in training."""
+        tensor = next((a for a in args if isinstance(a, Tensor)), None)
+        if tensor is None:
+            tensor = next((t for t in tensors_in((args, dict(kwargs)))), None)
+        if tensor is None or not tensor.numel() or type(tensor) is not Tensor:
+            return
+        sample = sampled(tensor)
+        if sample.device.type != "cpu":
+            self._away.append(sample.clone() if sample.data_ptr() == tensor.data_ptr() else sample)
+            return
+        self._add(bytes_of(sample) + repr(tuple(tensor.shape)).encode())
+
+    def _add(self, key: bytes) -> None:
+        call = self._calls
+        self._calls += 1
+        before = self._first_at.get(key)
+        if len(self._first_at) < REMEMBERED or before is not None:
+            self._first_at[key] = call
+        lag = 0 if before is None else call - before
+        if lag and lag == self._lag:
+            self._repeats += 1
+        else:
+            self._lag, self._repeats, self._since = lag, int(lag > 0), self._moment.step
+        if self._repeats in TELL or (lag and self._repeats == lag):
+            self._moment.news(("same batches", lag, self._repeats >= lag))
+
+    # DataLoaders
+
+    def loader_started(self, loader: Any) -> None:
+        """An epoch of a DataLoader begins."""
+        self._loaders += 1
+        try:
+            self._loader_batches = len(loader)
+        except TypeError:  # of a stream nobody knows the length
+            self._loader_batches = 0
+        sampler = type(getattr(loader, "sampler", None)).__name__
+        self._shuffled = {"RandomSampler": True, "SequentialSampler": False}.get(sampler)
+
+    # Labels
+
+    def targets(self, targets: Any) -> None:
+        """A loss of a training call was computed with these targets, if they are class numbers."""
+        self._label_calls += 1
+        if self._label_calls > COUNTED_ALWAYS and not due(self._label_calls // COUNTED_ALWAYS):
+            return
+        if self._label_calls > COUNTED_ALWAYS and self._label_calls % COUNTED_ALWAYS:
+            return
+        if not isinstance(targets, Tensor) or targets.dtype.is_floating_point or targets.dtype.is_complex:
+            return
+        if targets.device.type == "cpu":
+            self._count(targets)
+        elif len(self._labels_away) < COUNTED_ALWAYS:
+            self._labels_away.append(targets.detach().reshape(-1)[:CLASSES].clone())
+
+    def _count(self, targets: Tensor) -> None:
+        values, counts = targets.detach().reshape(-1)[:CLASSES].unique(return_counts=True)
+        self._counted += 1
+        self._distinct += len(values)
+        self._targets += int(counts.sum())
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            if value in self._labels or len(self._labels) < CLASSES:
+                self._labels[value] = self._labels.get(value, 0) + count
+
+    # Facts
+
+    def facts(self) -> BatchFacts:
+        """As plain data; what is on a device is read now."""
+        while self._away:
+            sample = self._away.popleft()
+            self._add(bytes_of(sample.cpu()))
+        waiting, self._labels_away = self._labels_away, []
+        for targets in waiting:
+            self._count(targets.cpu())
+        n = max(self._counted, 1)
+        return BatchFacts(
+            calls=self._calls,
+            lag=self._lag,
+            repeats=self._repeats,
+            since=self._since,
+            fetched=self.fetched,
+            loaders=self._loaders,
+            loader_batches=self._loader_batches,
+            shuffled=self._shuffled,
+            label_counts=dict(sorted(self._labels.items())),
+            counted=self._counted,
+            distinct=self._distinct / n,
+            batch_size=self._targets / n,
+        )
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """A few entries of the tensor, evenly spaced, as a view where it can be one."""
+    detached = tensor.detach()
+    if detached.layout is not torch.strided:
+        detached = detached.coalesce().values() if detached.layout is torch.sparse_coo else detached.to_dense()
+    flat = detached.view(-1) if detached.is_contiguous() else detached.reshape(-1)
+    return flat[:: max(len(flat) // NUMBERS, 1)]
+
+
+def bytes_of(sample: Tensor) -> bytes:
+    """The bytes of a small tensor on the host."""
+    if sample.dtype is torch.bfloat16:
+        sample = sample.float()
+    return sample.numpy().tobytes()

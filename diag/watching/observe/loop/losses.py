@@ -1,0 +1,362 @@
+"""The calls of loss functions: shapes, types and reduction of all of them, and on a few a look at the numbers.
+
+What made the loss function's input is read from the autograd graph ("softmax" of the outputs), which is certain and
+costs nothing; whether its rows are probabilities is looked at besides, as a compiled model has no such graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.snapshot.loop.parts import LossFacts
+from diag.watching.observe.loop.moment import Moment, due
+
+KINDS = 16  # kinds of calls that are told apart
+CHECKED = 3  # calls whose numbers are looked at
+ROWS = 64
+WALK = 24
+# These neither change the numbers nor their order within a row.
+TRANSPARENT = (
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Clone",
+    "ToCopy",
+    "Squeeze",
+    "Unsqueeze",
+    "Alias",
+    "Contiguous",
+)
+MADE_BY = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "LogSigmoid": "log_sigmoid"}
+UNSIGNED = 1 << 63
+WITH_CLASSES = ("cross_entropy", "nll_loss")
+
+
+@dataclass
+class Kind:
+    """Calls of one function on one kind of tensors."""
+
+    function: str
+    reduction: str
+    arguments: Mapping[str, Any]
+    first_step: int
+    input: tuple[tuple[int, ...], str] = ((), "")
+    target: tuple[tuple[int, ...], str] = ((), "")
+    calls: int = 0
+    broadcast: bool = False
+    came_from: str = ""
+    over_axis: int | None = None
+    checked: int = 0
+    probabilities: int = 0
+    log_probabilities: int = 0
+    factor: float | None = None
+    root: bool = False
+    padded: float = 0.0
+    truncated: float = 0.0
+
+
+class Losses:
+    """Follows the loss functions that training calls."""
+
+    def __init__(self, model: nn.Module, moment: Moment) -> None:
+        self._moment = moment
+        self.kinds: dict[Any, Kind] = {}
+        self._last: tuple[int, Kind] | None = None
+        self._scaled: dict[int, Tensor] = {}
+        self._away: list[tuple[Kind, str, Tensor]] = []
+        self._padding = next(
+            (m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None),
+            None,
+        )
+        self.raw: tuple[Tensor, ...] = ()  # floating tensors of the batch that a DataLoader last gave
+        self.own: Kind | None = None
+
+    def called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], value: Tensor) -> None:
+        """A loss function of torch returned `value`, which has a graph."""
+        given, target = _first_two(args, kwargs)
+        if not isinstance(given, Tensor):
+            return
+        key: tuple[Any, ...] = (
+            function.__name__,
+            given.ndim,
+            given.shape[1:],
+            given.dtype,
+            kwargs.get("reduction"),
+        )
+        key += (target.shape[1:], target.dtype) if isinstance(target, Tensor) else ()
+        kind = self.kinds.get(key)
+        if kind is None:
+            if len(self.kinds) >= KINDS:
+                return
+            kind = self.kinds[key] = _kind(function, args, kwargs, self._moment.step)
+            self._moment.news(("loss", function.__name__, len(self.kinds)))
+        kind.calls += 1
+        kind.input = (tuple(given.shape), str(given.dtype).removeprefix("torch."))
+        if isinstance(target, Tensor):
+            kind.target = (tuple(target.shape), str(target.dtype).removeprefix("torch."))
+        self._last = (value.grad_fn._sequence_nr() if value.grad_fn is not None else -1, kind)
+        if kind.calls <= CHECKED or due(kind.calls):
+            self._look(kind, given, target)
+
+    def _look(self, kind: Kind, given: Tensor, target: Any) -> None:
+        kind.came_from, kind.over_axis = made_by(given)
+        if isinstance(target, Tensor):
+            kind.broadcast |= expands_both(given, target) and kind.function not in WITH_CLASSES
+            self._targets(kind, target)
+        axis = 1 if kind.function in WITH_CLASSES and given.ndim > 1 else -1
+        if given.ndim > 1 and given.shape[axis] > 1 and kind.checked < CHECKED:
+            rows = given.detach().movedim(axis, -1).reshape(-1, given.shape[axis])[:ROWS]
+            self._read(kind, "rows", rows)
+        news = (kind.came_from, kind.over_axis, kind.broadcast)
+        self._moment.news(("loss input", id(kind), news))
+
+    def _targets(self, kind: Kind, target: Tensor) -> None:
+        if self._padding is not None and not target.is_floating_point() and kind.function in WITH_CLASSES:
+            self._read(kind, "padding", (target == self._padding).float().mean())
+        if target.is_cpu:
+            for raw in self.raw:
+                if raw.shape == target.shape or raw.numel() == target.numel():
+                    kind.truncated = max(kind.truncated, _truncation(raw.reshape(target.shape), target))
+
+    def _read(self, kind: Kind, what: str, values: Tensor) -> None:
+        if values.is_cpu:
+            self._note(kind, what, values)
+        elif len(self._away) < 4 * KINDS:
+            self._away.append((kind, what, values.clone()))
+
+    def _note(self, kind: Kind, what: str, values: Tensor) -> None:
+        if what == "padding":
+            kind.padded = max(kind.padded, float(values))
+            return
+        kind.checked += 1
+        probabilities, logs = are_probabilities(values)
+        kind.probabilities += probabilities
+        kind.log_probabilities += logs
+        if kind.checked == CHECKED or probabilities:
+            self._moment.news(("loss rows", id(kind), kind.checked, probabilities, logs))
+
+    # What the loss was multiplied with
+
+    def scaled(self, losses: Any, scaled: Any) -> None:
+        """A GradScaler made `scaled` of `losses`."""
+        if isinstance(losses, Tensor) and isinstance(scaled, Tensor) and scaled.grad_fn is not None:
+            self._scaled = {scaled.grad_fn._sequence_nr(): losses.detach() if losses.grad_fn is None else losses}
+
+    def backward_called(self, roots: Any) -> None:
+        """A backward pass begins; how its root came from the loss function's value is read on a few."""
+        root = roots if isinstance(roots, Tensor) else next((r for r in roots or () if isinstance(r, Tensor)), None)
+        scaled, self._scaled = self._scaled, {}
+        if root is None or root.grad_fn is None:
+            return
+        unscaled = scaled.get(root.grad_fn._sequence_nr())
+        root = root if unscaled is None or unscaled.grad_fn is None else unscaled
+        if self._last is None:
+            self._own(root)
+            return
+        number, kind = self._last
+        self._last = None
+        if kind.calls <= CHECKED or due(kind.calls):
+            factor = factor_between(root.grad_fn, number)
+            kind.root = factor is not None
+            kind.factor = None if factor is None or math.isnan(factor) else factor
+
+    def _own(self, root: Tensor) -> None:
+        """No loss function of torch was called: the loss is the user's own arithmetic."""
+        if self.own is not None and not (self.own.calls < CHECKED):
+            return
+        if self.own is None:
+            self.own = Kind("", "", {}, self._moment.step)
+        self.own.calls += 1
+        shape, other = difference_shapes(root)
+        if shape and other:
+            self.own.input, self.own.target = (other, ""), (other_side(other), "")
+            self.own.broadcast = True
+            self._moment.news("own loss broadcasts")
+
+    # Facts
+
+    def facts(self) -> tuple[LossFacts, ...]:
+        """Each kind of call as plain data; what is on a device is read now."""
+        waiting, self._away = self._away, []
+        for kind, what, values in waiting:
+            self._note(kind, what, values.cpu())
+        kinds = list(self.kinds.values()) + ([self.own] if self.own is not None else [])
+        return tuple(self._facts(k) for k in kinds)
+
+    def _facts(self, k: Kind) -> LossFacts:
+        smoothing, ignored = k.arguments.get("label_smoothing"), k.arguments.get("ignore_index")
+        return LossFacts(
+            function=k.function,
+            reduction=k.reduction,
+            input_shape=k.input[0],
+            target_shape=k.target[0],
+            input_dtype=k.input[1],
+            target_dtype=k.target[1],
+            calls=k.calls,
+            first_step=k.first_step,
+            broadcast=k.broadcast,
+            came_from=k.came_from,
+            over_axis=k.over_axis,
+            checked=k.checked,
+            probabilities=k.probabilities,
+            log_probabilities=k.log_probabilities,
+            factor=k.factor,
+            root=k.root,
+            ignored=ignored if isinstance(ignored, int) else None,
+            padding=self._padding,
+            padded=k.padded,
+            truncated=k.truncated,
+            weighted=k.arguments.get("weight") is not None or k.arguments.get("pos_weight") is not None,
+            label_smoothing=float(smoothing) if isinstance(smoothing, (int, float)) else 0.0,
+        )
+
+
+def _kind(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], step: int) -> Kind:
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = {k: v for k, v in bound.arguments.items() if not isinstance(v, Tensor) or k.endswith("weight")}
+    except (TypeError, ValueError):
+        arguments = dict(kwargs)
+    arguments = {k: True if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    return Kind(function.__name__, str(arguments.get("reduction", "")), arguments, step)
+
+
+def _first_two(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    given = args[0] if args else kwargs.get("input")
+    return given, args[1] if len(args) > 1 else kwargs.get("target")
+
+
+def made_by(given: Tensor) -> tuple[str, int | None]:
+    """The function that made the tensor, and its axis from the front where nothing was rearranged since."""
+    node: Any = given.grad_fn
+    moved = False
+    for _ in range(WALK):
+        if node is None:
+            return "", None
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name in MADE_BY:
+            axis = getattr(node, "_saved_dim", None)
+            return MADE_BY[name], None if axis is None or moved else _from_front(axis, given)
+        if name not in TRANSPARENT:
+            return "", None
+        moved |= name not in ("Clone", "ToCopy", "Alias", "Contiguous")
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    return "", None
+
+
+def _from_front(axis: int, given: Tensor) -> int:
+    signed = axis - 2 * UNSIGNED if axis >= UNSIGNED else axis
+    return signed + given.ndim if signed < 0 else signed
+
+
+def expands_both(a: Tensor, b: Tensor) -> bool:
+    """Whether the two are broadcast to a shape that has more entries than either."""
+    if a.shape == b.shape:
+        return False
+    try:
+        return torch.broadcast_shapes(a.shape, b.shape).numel() > max(a.numel(), b.numel())
+    except RuntimeError:
+        return False
+
+
+def are_probabilities(rows: Tensor) -> tuple[bool, bool]:
+    """Whether every row (n, K) is a distribution, and whether every row is the logarithm of one."""
+    if not rows.is_floating_point():
+        return False, False
+    values = rows.double()
+    # K roundings of numbers up to one, in the type that they were computed in.
+    slack = 4 * values.shape[1] ** 0.5 * torch.finfo(rows.dtype).eps
+    inside = bool((values >= 0).all() and (values <= 1 + slack).all())
+    probabilities = inside and bool(((values.sum(1) - 1).abs() <= slack).all())
+    logs = bool((values <= slack).all()) and bool((values.logsumexp(1).abs() <= 64 * slack).all())
+    return probabilities, logs
+
+
+def factor_between(root: Any, number: int) -> float | None:
+    """What the graph node `number` was multiplied with on the way to `root`: NaN where that is not on the host,
+    None where there is anything else on the way."""
+    node, factor = root, 1.0
+    for _ in range(WALK):
+        if node is None:
+            return None
+        if node._sequence_nr() == number:
+            return factor
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        other = getattr(node, "_saved_other", None) if name in ("Div", "Mul") else None
+        if name in ("Div", "Mul"):
+            value = _number(other)
+            factor = factor / value if name == "Div" and value else factor * value
+        elif name not in TRANSPARENT:
+            return None
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    return None
+
+
+def _number(other: Any) -> float:
+    if isinstance(other, (int, float)):
+        return float(other)
+    on_host = isinstance(other, Tensor) and other.is_cpu and other.numel() == 1
+    return float(other) if on_host else math.nan
+
+
+def difference_shapes(root: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a loss that is the mean or sum of a function of one difference: the shape of the difference, and that of
+    the one of its sides with a graph where the other side has none and the two were broadcast against each
+    other."""
+    node: Any = root.grad_fn
+    shape: tuple[int, ...] = ()
+    for _ in range(WALK):
+        if node is None:
+            return (), ()
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name in ("Mean", "Sum"):
+            shape = tuple(getattr(node, "_saved_self_sym_sizes", ()))
+        elif name in ("Sub", "Rsub"):
+            return _sides(node, shape)
+        elif name not in ("Pow", "Abs", "Sqrt", "Div", "Mul", "Neg", *TRANSPARENT):
+            return (), ()
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    return (), ()
+
+
+def _sides(node: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    parents = [parent for parent, _ in node.next_functions if parent is not None]
+    if len(parents) != 1 or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 1:
+        return (), ()
+    side = _output_shape(parents[0])
+    expanded = side is not None and math.prod(side) == shape[0]
+    return (shape, side) if expanded and side is not None else ((), ())
+
+
+def other_side(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What broadcasts against (N, 1) or (N,) to (N, N)."""
+    return (shape[0],) if len(shape) == 2 else (shape[0], 1)
+
+
+def _output_shape(node: Any) -> tuple[int, ...] | None:
+    """The shape of what a linear layer or a squeeze of one gave: (N, 1) or (N,)."""
+    name = node.name().rstrip("0123456789").removesuffix("Backward")
+    if name == "Squeeze":
+        sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
+        return tuple(s for s in sizes if s != 1)
+    if name == "Addmm":
+        rows, columns = getattr(node, "_saved_mat1_sym_sizes", ()), getattr(node, "_saved_mat2_sym_sizes", ())
+        return (rows[0], columns[1]) if rows and columns else None
+    return None
+
+
+def _truncation(raw: Tensor, target: Tensor) -> float:
+    """The largest change where `target` is `raw` cut to whole numbers, 0 where it is not."""
+    if target.dtype == raw.dtype and not bool((target == target.trunc()).all()):
+        return 0.0
+    change = (raw - raw.trunc()).abs()
+    cut = bool((raw.trunc().to(torch.float64) == target.detach().to(torch.float64)).all())
+    return float(change.max()) if cut else 0.0

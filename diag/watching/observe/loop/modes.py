@@ -1,0 +1,151 @@
+"""The modes of modules that act differently in training and evaluation, seen at the model's calls."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from diag.snapshot.loop.parts import ModeFacts
+from diag.watching.observe.loop.moment import Counter, Moment
+
+LOOKED_AT = 6  # modules at a call where no evaluation came before it
+RUN = 2  # calls without gradients in a row that make an evaluation
+
+
+class Modes:
+    """Follows dropout, batch norm and the model's own mode."""
+
+    def __init__(self, model: nn.Module, moment: Moment) -> None:
+        self._model, self._moment = model, moment
+        self._named = [(n, m) for n, m in model.named_modules() if is_noisy(m)]
+        self._at = 0
+        self._pending: list[int] | None = None
+        self._was_training: set[int] = set()
+        self._in_eval: list[int] = []
+        self._eval_steps = Counter()
+        self._left_by = 0
+        self._root_in_eval = self._root_was_training = False
+        self._quiet_calls = self._evaluations = 0
+        self._evaluated_since = True
+        self._train_in_evaluation, self._with_loss = Counter(), Counter()
+        self._noisy_call = False
+
+    # Training calls
+
+    def training_call(self) -> None:
+        """The model was called in training; the call counts once a backward pass comes of it."""
+        self._quiet_calls, self._noisy_call = 0, False
+        if not self._named:
+            return
+        if self._evaluated_since or self._eval_steps.running or self._calls_all():
+            looked = range(len(self._named))
+        else:
+            looked = range(self._at, min(self._at + LOOKED_AT, len(self._named)))
+            self._at = looked.stop if looked.stop < len(self._named) else 0
+        self._pending = [i for i in looked if not self._named[i][1].training]
+        self._pending_root = not self._model.training
+        self._pending_all = len(looked) == len(self._named)
+
+    def _calls_all(self) -> bool:
+        return len(self._named) <= LOOKED_AT
+
+    def backward(self) -> None:
+        """A backward pass reached the model: what was seen at its call was training."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        step = self._moment.step
+        if pending:
+            self._found(pending, step)
+        elif self._pending_all or self._eval_steps.running:
+            self._eval_steps.miss()
+            self._in_eval = []
+        if self._pending_all:
+            self._was_training |= set(range(len(self._named))) - set(pending)
+            self._evaluated_since = False
+        self._root_was_training |= not self._pending_root
+
+    def _found(self, pending: list[int], step: int) -> None:
+        if self._eval_steps.last != step or not self._eval_steps.times:
+            running = self._eval_steps.hit(step)
+            if running == 1 and any(i in self._was_training for i in pending):
+                self._left_by = step
+            if running <= 3:
+                self._moment.news(("eval in training", running))
+        self._in_eval = sorted(set(self._in_eval) | set(pending))
+        self._root_in_eval = self._pending_root
+
+    # Calls without gradients
+
+    def quiet_call(self) -> None:
+        """The model was called without gradients."""
+        self._evaluated_since = True
+        self._quiet_calls += 1
+        self._noisy_call = bool(self._named) and self._model.training and any(m.training for _, m in self._named)
+        if self._quiet_calls == RUN:
+            self._evaluations += 1
+            if self._noisy_call:
+                self._hit(self._train_in_evaluation, "train mode in evaluation")
+
+    def quiet_loss(self) -> None:
+        """A loss without gradients was computed."""
+        if self._quiet_calls and self._noisy_call:
+            self._noisy_call = False
+            self._hit(self._with_loss, "train mode in evaluation, with loss")
+            if self._quiet_calls < RUN:
+                self._quiet_calls = RUN
+                self._evaluations += 1
+
+    def _hit(self, counter: Counter, kind: str) -> None:
+        if counter.last != self._moment.step or not counter.times:
+            counter.hit(self._moment.step)
+        self._moment.news((kind, min(counter.times, 3)))
+
+    # Facts
+
+    def facts(self) -> ModeFacts:
+        """As plain data."""
+        names = [self._named[i][0] for i in self._in_eval]
+        norms = [(n, m) for n, m in (self._named[i] for i in self._in_eval) if isinstance(m, _BatchNorm)]
+        parents = dict(self._model.named_modules())
+        return ModeFacts(
+            noisy=tuple(n for n, _ in self._named),
+            eval_in_training=tuple(names),
+            eval_steps=self._eval_steps.tally(),
+            left_by_evaluation=self._left_by,
+            root=self._root_in_eval,
+            trained_parts=tuple(n for n in names if is_trained(n, parents)),
+            untracked=tuple(n for n, m in norms if _is_untracked(m)),
+            norms=tuple(n for n, _ in norms),
+            evaluations=self._evaluations,
+            train_in_evaluation=self._train_in_evaluation.tally(),
+            with_loss=self._with_loss.tally(),
+            moving_statistics=any(isinstance(m, _BatchNorm) and m.track_running_stats for _, m in self._named),
+        )
+
+
+def is_noisy(module: nn.Module) -> bool:
+    """Whether the module's mode changes what it does."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, _BatchNorm):
+        return bool(module.track_running_stats)
+    rate = getattr(module, "dropout", None)
+    return isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and isinstance(rate, float) and rate > 0
+
+
+def is_trained(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the smallest module around `name` that has parameters has a trainable one."""
+    while True:
+        parameters = list(modules[name].parameters()) if name in modules else []
+        if parameters:
+            return any(p.requires_grad for p in parameters)
+        if not name:
+            return False
+        name = name.rpartition(".")[0]
+
+
+def _is_untracked(norm: _BatchNorm) -> bool:
+    seen = norm.num_batches_tracked
+    return seen is not None and seen.device.type == "cpu" and int(seen) == 0

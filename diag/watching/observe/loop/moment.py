@@ -1,0 +1,56 @@
+"""Where the training is, and whether something happened that no check has judged; counting in steps."""
+
+from __future__ import annotations
+
+from diag.snapshot.loop.parts import Tally
+
+OFTEN = (1, 2, 3)
+
+
+def due(times: int) -> bool:
+    """Whether the look number `times` is one at which everything is looked at: 1, 2, 3, 10, 30, 100, 300, ..."""
+    if times <= 3:
+        return True
+    digits = str(times)
+    return digits[0] in "13" and digits.strip("0") in ("1", "3")
+
+
+class Moment:
+    """The step under way, from 1; `changed` goes up with the first of each kind of news."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step + 1
+        self.changed = False
+        self._known: set[object] = set()
+
+    def news(self, kind: object) -> None:
+        """Something happened that checks may judge; only its first time counts."""
+        if kind not in self._known:
+            self._known.add(kind)
+            self.changed = True
+
+
+class Counter:
+    """A tally under way. `hit(step)`, or `miss()` where it could have happened and did not."""
+
+    __slots__ = ("first", "last", "longest", "running", "times")
+
+    def __init__(self) -> None:
+        self.times = self.first = self.last = self.running = self.longest = 0
+
+    def hit(self, step: int) -> int:
+        """It happened at `step`; the number of times in a row."""
+        self.times += 1
+        self.first = self.first or step
+        self.last = step
+        self.running += 1
+        self.longest = max(self.longest, self.running)
+        return self.running
+
+    def miss(self) -> None:
+        """It did not happen where it could have."""
+        self.running = 0
+
+    def tally(self) -> Tally:
+        """What was counted."""
+        return Tally(self.times, self.first, self.last, self.running, self.longest)

@@ -1,0 +1,238 @@
+"""Gathers the facts of the loop from what the listener hears: one method an event, each of a few microseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.facts import Loop
+from diag.watching.observe.loop.batches import Batches
+from diag.watching.observe.loop.layers import Layers
+from diag.watching.observe.loop.losses import Losses
+from diag.watching.observe.loop.modes import Modes
+from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.optimizers import Optimizers
+from diag.watching.observe.loop.order import Order
+from diag.watching.observe.loop.parameters import Parameters
+from diag.watching.observe.loop.scaling import Clipping, Scaling
+from diag.watching.observe.loop.schedulers import Schedulers
+from diag.watching.observe.loop.weights import Weights
+from diag.watching.observe.loop.zeroing import Gradients
+
+SEARCHED_AT = 3  # steps after which schedulers are searched that never stepped
+UNSTEPPED = (5, 50)  # backward passes without any step that are news
+
+
+class LoopObserver:
+    """Follows one model's training loop. `resumed`: the last step of the run that is gone on with, else 0."""
+
+    def __init__(self, model: nn.Module, resumed: int = 0) -> None:
+        self.moment = Moment(resumed)
+        self._resumed = resumed
+        self._order = Order(self.moment)
+        self._parameters = Parameters(model, self.moment)
+        trained = list(model.parameters())
+        self._gradients = Gradients(trained)
+        names = self._parameters.names
+        self._optimizers = Optimizers(self.moment, self._gradients, names, resumed > 0)
+        self._schedulers = Schedulers(self.moment, self._optimizers)
+        self._modes, self._batches = Modes(model, self.moment), Batches(self.moment)
+        self._losses = Losses(model, self.moment)
+        self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
+        self._weights = Weights(trained, names, self.moment)
+        self._layers = Layers(model, self.moment)
+        self._calls = self._backwards = self._unstepped = self._zeroed = 0
+        self._in_backward = self._any_step = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether something happened that checks have not judged."""
+        return self.moment.changed
+
+    def step_ended(self, step: int) -> None:
+        """The step with this number is over."""
+        self.moment.step = step + 1
+
+    # The model and its loss
+
+    def forward_called(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
+        """The model was called in training."""
+        self._calls += 1
+        self._order.add("F")
+        # A closure calls the model several times on one batch, at other parameters.
+        if not self._optimizers.inside:
+            self._weights.training_call()
+            self._batches.training_call(args, kwargs)
+        for w in self._gradients.watched:
+            w.forward = True
+        self._optimizers.forward_called()
+        if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            self._optimizers.adversarial = True
+        self._modes.training_call()
+        self._scaling.training_call(outputs)
+        self._parameters.called()
+
+    def evaluated(self) -> None:
+        """The model was called without gradients."""
+        self._order.add("E")
+        self._modes.quiet_call()
+        self._weights.evaluated()
+        self._parameters.evaluated()
+
+    def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
+        """A loss function returned a value that has a graph."""
+        self._losses.called(function, args, kwargs, value)
+        self._batches.targets(args[1] if len(args) > 1 else kwargs.get("target"))
+
+    def loss_evaluated(self) -> None:
+        """A loss function returned a value without a graph."""
+        self._modes.quiet_loss()
+
+    def loss_scaled(self, losses: Any, scaled: Any) -> None:
+        """A GradScaler made `scaled` of `losses`."""
+        self._losses.scaled(losses, scaled)
+        self._scaling.loss_scaled(losses, scaled)
+
+    # Backward passes
+
+    def backward_called(self, roots: Any) -> None:
+        """A backward pass begins."""
+        for w in self._gradients.watched:
+            w.look()
+        self._optimizers.backward_called()
+        self._losses.backward_called(roots)
+        self._scaling.backward_called(roots)
+        self._in_backward = True
+
+    def backward_done(self) -> None:
+        """It has ended."""
+        self._in_backward = False
+        reached = False
+        for w in self._gradients.watched:
+            reached |= w.passed()
+        self._order.add("B" if reached else "b")
+        if reached:
+            self._backwards += 1
+            self._unstepped += 1
+            self._modes.backward()
+            self._clipping.backward()
+
+    def clipping(self, parameters: Any, limit: Any) -> None:
+        """Gradients are about to be clipped."""
+        if self._clipping.clipped(parameters, limit, self._parameters.names, self._unstepped > 0):
+            self._order.add("C")
+            self._scaling.clipping()
+
+    def zeroed(self, owner: Any) -> None:
+        """`zero_grad` of an optimizer or a module has returned."""
+        record = self._optimizers.record(owner) if isinstance(owner, Optimizer) else None
+        if record is not None and not record.held:
+            return
+        self._order.add("Z")
+        before = sum(w.fresh for w in self._gradients.watched)
+        for w in self._gradients.watched:
+            w.look(zeroing=True)
+        if before and not any(w.fresh for w in self._gradients.watched):
+            self._scaling.zeroed()
+            if self._unstepped:
+                self._zeroed += 1
+                if self._unstepped in UNSTEPPED and not self._any_step:
+                    self.moment.news(("no step", self._unstepped))
+
+    # Steps
+
+    def unscaling(self, optimizer: Any, scaler: Any) -> None:
+        """A GradScaler divides an optimizer's gradients."""
+        self._order.add("U")
+        self._scaling.unscaling(optimizer, scaler)
+
+    def scaler_stepping(self, optimizer: Any) -> None:
+        """A GradScaler is about to step an optimizer."""
+        self._scaling.scaler_stepping(optimizer)
+
+    def scaler_stepped(self, optimizer: Any) -> None:
+        """It has done so, or left the step out."""
+        if self._scaling.scaler_stepped(optimizer):
+            self._order.add("s")
+            self._used()
+
+    def before_step(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer is about to step."""
+        record = self._optimizers.record(optimizer)
+        if record is not None and not self._optimizers.inside and due(record.steps + 1):
+            self._parameters.sweep(record, self._optimizers)
+            if record.held:
+                self._layers.sweep()
+        record = self._optimizers.before_step(optimizer, closure)
+        self._scaling.before_step(optimizer, record)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """It has stepped."""
+        record = self._optimizers.after_step(optimizer)
+        if record is None or not record.held:
+            return
+        self._order.add("S")
+        self._weights.stepped()
+        self._clipping.stepped()
+        self._used()
+        self._any_step = True
+        if record.steps == SEARCHED_AT:
+            self._schedulers.search(record)
+        if due(record.steps):
+            self._parameters.look_closer()
+
+    def _used(self) -> None:
+        self._optimizers.used()
+        self._unstepped = self._zeroed = 0
+
+    def scheduler_stepped(self, scheduler: Any) -> None:
+        """A learning-rate scheduler has stepped."""
+        if self._schedulers.stepped(scheduler, self._backwards):
+            self._order.add("L")
+
+    # Data
+
+    def loader_started(self, loader: Any) -> None:
+        """An epoch of a DataLoader begins."""
+        self._batches.loader_started(loader)
+
+    def batch_fetched(self, batch: Any) -> None:
+        """A DataLoader gave a batch."""
+        self._order.add("D")
+        self._batches.fetched += 1
+        if self._calls < 4:
+            self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)
+        else:
+            self._losses.raw = ()
+
+    # Facts
+
+    def facts(self, ended: bool = False) -> Loop:
+        """All of them, as plain data; what is on a device is waited for."""
+        self.moment.changed = False
+        outside = self._weights.facts()
+        return Loop(
+            step=self.moment.step - 1,
+            ended=ended,
+            resumed=self._resumed,
+            calls=self._calls,
+            backwards=self._backwards,
+            unstepped=self._unstepped,
+            zeroed_without_step=self._zeroed,
+            order=self._order.facts(),
+            optimizers=self._optimizers.facts(),
+            parameters=self._parameters.facts(self._optimizers),
+            schedulers=self._schedulers.facts(),
+            modes=self._modes.facts(),
+            batches=self._batches.facts(),
+            losses=self._losses.facts(),
+            scaling=self._scaling.facts(),
+            clipping=self._clipping.facts(),
+            outside=outside,
+            outside_times=self._weights.times,
+            layers=self._layers.facts(),
+        )

@@ -1,0 +1,194 @@
+"""Every parameter of the model, swept at an optimizer's steps 1, 2, 3, 10, 30, ...: who holds it, whether a
+gradient comes to it, whether it is trainable, and whether it is still the tensor that it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.snapshot.loop.parts import ParameterFacts
+from diag.watching.hooks.model_hook import frames_compiled
+from diag.watching.observe.loop.moment import Moment
+from diag.watching.observe.loop.optimizers import Optimizers, Record, plain
+
+ALONE = 3  # looks in a row without a gradient before a module is looked at closely
+
+
+@dataclass
+class Seen:
+    """What is known of one parameter."""
+
+    parameter: nn.Parameter
+    trainable: bool
+    since: int = 0
+    gradient: int = 0
+    missing: int = 0
+    replaced: int = 0
+    without_optimizer: int = 0
+    called: bool | None = None
+    with_graph: bool | None = None
+
+
+class Parameters:
+    """Sweeps the parameters of `model`. `names`: by id, kept as the model is now."""
+
+    def __init__(self, model: nn.Module, moment: Moment) -> None:
+        self._model, self._moment = model, moment
+        self.names: dict[int, str] = {}
+        self.seen: dict[str, Seen] = {}
+        self._closer: CloseLook | None = None
+        self._looked_at: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the model's parameters as they are now."""
+        step, started = self._moment.step, bool(self.seen)
+        for name, p in self._model.named_parameters():
+            known = self.seen.get(name)
+            if known is None:
+                self.seen[name] = Seen(p, p.requires_grad, replaced=step if started else 0)
+            elif known.parameter is not p:
+                self.seen[name] = Seen(p, p.requires_grad, since=known.since, replaced=step)
+                self._moment.news(("replaced", name.rpartition(".")[0]))
+        # The ids of tensors that are gone must not be taken for the model's.
+        self.names.clear()
+        self.names |= {id(s.parameter): name for name, s in self.seen.items()}
+
+    def sweep(self, record: Record, optimizers: Optimizers) -> None:
+        """An optimizer is about to take one of the steps at which everything is looked at."""
+        self.refresh()
+        optimizer = record.reference()
+        if optimizer is not None:
+            optimizers.refresh(record, optimizer)
+        held = {id(p) for p in record.held}
+        anywhere = {id(p) for r in optimizers.records if r.reference() is not None for p in r.held}
+        if any(s.parameter.grad is not None and id(s.parameter) not in anywhere for s in self.seen.values()):
+            # One of those that exist may hold it and not have stepped yet, as the other half's of a GAN.
+            optimizers.search()
+            anywhere = {id(p) for r in optimizers.records if r.reference() is not None for p in r.held}
+        for name, s in self.seen.items():
+            self._look(s, name, id(s.parameter) in held, id(s.parameter) in anywhere)
+        record.stale = self._stale(record, anywhere)
+
+    def _look(self, s: Seen, name: str, held: bool, anywhere: bool) -> None:
+        p, step = s.parameter, self._moment.step
+        if p.requires_grad != s.trainable and (held or not anywhere):
+            s.trainable, s.since = p.requires_grad, step
+            self._moment.news(("trainable", name.rpartition(".")[0], p.requires_grad))
+        if p.grad is not None:
+            s.gradient, s.missing = s.gradient or step, 0
+        elif held and p.requires_grad:
+            s.missing += 1
+            if s.missing == ALONE:
+                self._moment.news(("no gradient", name.rpartition(".")[0]))
+        s.without_optimizer = s.without_optimizer + 1 if p.grad is not None and not anywhere else 0
+        if s.without_optimizer in (1, 2):
+            self._moment.news(("no optimizer", s.without_optimizer))
+
+    def _stale(self, record: Record, anywhere: set[int]) -> tuple[str, ...]:
+        """Parameters outside all optimizers that have the shape of a tensor here which gets no gradient."""
+        idle = {tuple(p.shape) for p in record.foreign if p.grad is None}
+        if not idle:
+            return ()
+        return tuple(
+            name
+            for name, s in self.seen.items()
+            if tuple(s.parameter.shape) in idle and id(s.parameter) not in anywhere and s.trainable
+        )
+
+    # A closer look at modules whose parameters get no gradient
+
+    def look_closer(self) -> None:
+        """Between two steps: follow, in the next training call, the modules that got no gradient so far."""
+        silent = [n for n, s in self.seen.items() if s.missing and not s.gradient and s.called is None]
+        owners = {n.rpartition(".")[0] for n in silent} - self._looked_at
+        # A hook on a compiled model's module would have it compiled again.
+        if owners and self._closer is None and not frames_compiled():
+            self._closer = CloseLook(self._model, owners)
+
+    def evaluated(self) -> None:
+        """A call without gradients was made: what was followed in it does not count."""
+        if self._closer is not None:
+            self._closer.remove()
+            self._closer = None
+
+    def called(self) -> None:
+        """A training call was made."""
+        if self._closer is None:
+            return
+        closer, self._closer = self._closer, None
+        closer.remove()
+        self._looked_at |= closer.owners
+        for name, s in self.seen.items():
+            owner = name.rpartition(".")[0]
+            if owner in closer.owners:
+                s.called, s.with_graph = owner in closer.called, closer.called.get(owner)
+
+    # Facts
+
+    def facts(self, optimizers: Optimizers) -> tuple[ParameterFacts, ...]:
+        """Each parameter as plain data."""
+        holders: dict[int, int] = {}
+        rates: dict[int, float] = {}
+        for r in optimizers.records:
+            if r.steps and not r.nested:
+                for key in {id(p) for p in r.held}:
+                    holders[key] = holders.get(key, 0) + 1
+            if (optimizer := r.reference()) is not None and r.steps:
+                rates |= _rates(optimizer)
+        return tuple(self._facts(name, s, holders, rates) for name, s in self.seen.items())
+
+    def _facts(self, name: str, s: Seen, holders: dict[int, int], rates: dict[int, float]) -> ParameterFacts:
+        p = s.parameter
+        return ParameterFacts(
+            name=name,
+            shape=tuple(p.shape),
+            dtype=str(p.dtype).removeprefix("torch."),
+            trainable=p.requires_grad,
+            since=s.since,
+            optimizers=holders.get(id(p), 0),
+            rate=rates.get(id(p)),
+            gradient=s.gradient,
+            missing=s.missing,
+            replaced=s.replaced,
+            called=s.called,
+            with_graph=s.with_graph,
+            ungathered=s.without_optimizer,
+        )
+
+
+class CloseLook:
+    """Forward hooks on a few modules for one call of the model."""
+
+    def __init__(self, model: nn.Module, owners: set[str]) -> None:
+        self.owners = owners
+        self.called: dict[str, bool] = {}
+        modules = dict(model.named_modules())
+        self._handles = [
+            modules[name].register_forward_hook(self._hook(name)) for name in owners if name and name in modules
+        ]
+
+    def _hook(self, name: str) -> Any:
+        def called(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            graph = isinstance(first, Tensor) and first.requires_grad and torch.is_grad_enabled()
+            self.called[name] = self.called.get(name, False) or graph
+
+        return called
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _rates(optimizer: Any) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        rate = plain(group.get("lr"))
+        if isinstance(rate, (int, float)):
+            found |= {id(p): float(rate) for p in group["params"]}
+    return found

@@ -1,0 +1,141 @@
+"""The learning-rate schedulers that stepped, or that an optimizer carries without ever being stepped by them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from diag.snapshot.loop.parts import SchedulerFacts
+from diag.watching.observe.loop.moment import Counter, Moment
+from diag.watching.observe.loop.optimizers import Optimizers, Record
+
+MOST = 64
+# Attributes that say after how many of its steps a scheduler has run its course.
+HORIZONS = ("total_steps", "T_max", "total_iters")
+
+
+class Schedule:
+    """One scheduler and its steps."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.reference = weakref.ref(scheduler)
+        self.kind = type(scheduler).__name__
+        self.horizon = horizon_of(scheduler)
+        self.steps = self.first_step = self.last_step = 0
+        self.before_optimizer = False
+        self.repeated, self.per_micro_batch = Counter(), Counter()
+        self._at = self._passes = 0
+        self._optimizer_steps = -1
+        self._several = 0
+
+    def stepped(self, step: int, record: Record | None, backwards: int) -> bool:
+        """It stepped after `backwards` backward passes in all; whether it came again without a step of its
+        optimizer."""
+        steps = 0 if record is None else record.steps
+        again = steps == self._optimizer_steps and steps > 0
+        self.before_optimizer |= self.steps == 0 and steps == 0
+        if not again:
+            if self._several == 0:
+                self.repeated.miss()
+                self.per_micro_batch.miss()
+            self._several = 0
+        elif self._several == 0:
+            self._several = 1
+            (self.per_micro_batch if backwards > self._passes else self.repeated).hit(step)
+        self.steps += 1
+        self.first_step, self.last_step = self.first_step or step, step
+        self._optimizer_steps, self._passes = steps, backwards
+        return again
+
+
+class Schedulers:
+    """All schedulers that were seen."""
+
+    def __init__(self, moment: Moment, optimizers: Optimizers) -> None:
+        self._moment, self._optimizers = moment, optimizers
+        self.schedules: list[Schedule] = []
+        self._by_id: dict[int, Schedule] = {}
+        self._inside = 0
+        self._searched: set[int] = set()
+
+    def stepped(self, scheduler: Any, backwards: int) -> bool:
+        """A scheduler's `step` has returned; False where the call was another scheduler's own, or its first."""
+        optimizer = getattr(scheduler, "optimizer", None)
+        if getattr(scheduler, "_is_initial", False) or optimizer is None:
+            return False
+        record = self._optimizers.record(optimizer)
+        schedule = self._schedule(scheduler)
+        if schedule is None or record is None:
+            return False
+        again = schedule.stepped(max(self._moment.step - 1, 0), record, backwards)
+        if schedule.steps <= 3 or (again and schedule.repeated.running <= 3):
+            self._moment.news(("scheduler", id(schedule), min(schedule.steps, 3), schedule.repeated.running))
+        if schedule.horizon and schedule.steps == schedule.horizon + 2:
+            self._moment.news(("scheduler ended", id(schedule)))
+        return True
+
+    def _schedule(self, scheduler: Any) -> Schedule | None:
+        known = self._by_id.get(id(scheduler))
+        if known is not None and known.reference() is scheduler:
+            return known
+        if len(self.schedules) >= MOST:
+            return None
+        known = self._by_id[id(scheduler)] = Schedule(scheduler)
+        self.schedules.append(known)
+        return known
+
+    def search(self, record: Record) -> None:
+        """Look once for schedulers of an optimizer that carries the trace of one and was never scheduled."""
+        optimizer = record.reference()
+        if optimizer is None or id(record) in self._searched:
+            return
+        self._searched.add(id(record))
+        if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            return
+        for found in gc.get_objects():
+            if isinstance_of_scheduler(type(found)) and getattr(found, "optimizer", None) is optimizer:
+                self._schedule(found)
+
+    def facts(self) -> tuple[SchedulerFacts, ...]:
+        """Each as plain data."""
+        return tuple(f for s in self.schedules if (f := self._facts(s)) is not None)
+
+    def _facts(self, s: Schedule) -> SchedulerFacts | None:
+        scheduler = s.reference()
+        record = None if scheduler is None else self._optimizers.record(getattr(scheduler, "optimizer", None))
+        index = -1 if record is None else self._optimizers.records.index(record)
+        return SchedulerFacts(
+            kind=s.kind,
+            optimizer=index,
+            steps=s.steps,
+            first_step=s.first_step,
+            last_step=s.last_step,
+            horizon=s.horizon,
+            before_optimizer=s.before_optimizer,
+            repeated=s.repeated.tally(),
+            per_micro_batch=s.per_micro_batch.tally(),
+        )
+
+
+def isinstance_of_scheduler(kind: type) -> bool:
+    """Whether objects of this class are schedulers; asked of every object there is, so asked once a class."""
+    try:
+        return issubclass(kind, LRScheduler)
+    except TypeError:
+        return False
+
+
+def horizon_of(scheduler: Any) -> int:
+    """After how many of its steps the scheduler has run its course, by its own settings; 0 where it has no end."""
+    for name in HORIZONS:
+        value = vars(scheduler).get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    parts = vars(scheduler).get("_schedulers")
+    milestones = vars(scheduler).get("_milestones")
+    if parts and milestones and (last := horizon_of(parts[-1])):
+        return int(milestones[-1]) + last
+    return 0

@@ -1,0 +1,143 @@
+"""Weights that something other than an optimizer changes between a step and the next training call.
+
+A few entries of a few parameters are read after each step and at the next call: on the host from memory, without an
+operation of torch; elsewhere they are copied on the device and compared when the facts are asked for.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.snapshot.loop.parts import OutsideChange
+from diag.watching.observe.loop.moment import Moment
+from diag.watching.observe.loop.zeroing import spread
+
+SOME = 4  # parameters that are read
+NUMBERS = 4  # of each
+KEPT = 8  # changes that are told
+PAST = 512  # earlier states that are remembered, to tell where weights were set back to
+
+
+@dataclass
+class Sample:
+    """Some entries of one parameter, read by `read()`."""
+
+    parameter: nn.Parameter
+    address: int
+    read: Callable[[], Any]
+
+
+class Weights:
+    """Follows the values of a few parameters."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], names: dict[int, str], moment: Moment) -> None:
+        chosen = [p for p in spread([p for p in parameters if p.requires_grad], SOME) if p.numel()]
+        self._names, self._moment = names, moment
+        self._samples = [sample_of(p) for p in chosen]
+        self._on_host = all(p.is_cpu for p in chosen)
+        self._after: list[Any] | None = None
+        self._versions: list[int] = []
+        self._at_evaluation: list[Any] | None = None
+        self._past: OrderedDict[Any, int] = OrderedDict()
+        self._changes: list[OutsideChange] = []
+        self._times = 0
+        self._steps_since = 0
+        self._away: list[tuple[int, list[Any], list[Any], Any]] = []
+        if self._on_host:
+            self._past[tuple(self._values())] = 0
+
+    def _values(self) -> list[Any]:
+        for s in self._samples:
+            if s.parameter.data_ptr() != s.address:
+                s.address, s.read = sample_of(s.parameter).address, sample_of(s.parameter).read
+        return [s.read() for s in self._samples]
+
+    def stepped(self) -> None:
+        """An optimizer that holds the model's parameters has stepped."""
+        self._after, self._at_evaluation = self._values(), None
+        self._versions = [s.parameter._version for s in self._samples]
+        self._steps_since += 1
+        if self._on_host:
+            key = tuple(self._after)
+            self._past[key] = self._moment.step
+            if len(self._past) > PAST:
+                # The start is kept: weights that are initialised again are set back to it.
+                start = next(iter(self._past))
+                kept = self._past.pop(start)
+                self._past.popitem(last=False)
+                self._past[start] = kept
+                self._past.move_to_end(start, last=False)
+
+    def evaluated(self) -> None:
+        """The model was called without gradients."""
+        if self._after is not None and self._at_evaluation is None:
+            self._at_evaluation = self._values() if self._on_host else []
+
+    def training_call(self) -> None:
+        """The model is called in training: are the weights what the step left?"""
+        after, self._after = self._after, None
+        if after is None:
+            return
+        if self._on_host:
+            now = self._values()
+            if now != after:
+                self._changed(after, now)
+        elif [s.parameter._version for s in self._samples] != self._versions and len(self._away) < KEPT:
+            self._away.append((self._moment.step, after, self._values(), self._at_evaluation is not None))
+
+    def _changed(self, after: list[Any], now: list[Any]) -> None:
+        at_evaluation, names = self._at_evaluation, []
+        for s, before, value in zip(self._samples, after, now, strict=True):
+            if before != value:
+                names.append(self._names.get(id(s.parameter), ""))
+        back = self._past.get(tuple(now))
+        self._keep(self._moment.step, names, at_evaluation == now, back)
+
+    def _keep(self, step: int, names: list[str], evaluated: bool, back: int | None) -> None:
+        self._times += 1
+        change = OutsideChange(step, tuple(n for n in names if n), evaluated, back)
+        if len(self._changes) >= KEPT:
+            self._changes.pop(KEPT // 2)
+        self._changes.append(change)
+        if self._times <= 3:
+            self._moment.news(("weights changed", self._times))
+
+    @property
+    def times(self) -> int:
+        """How often weights were changed."""
+        return self._times
+
+    def facts(self) -> tuple[OutsideChange, ...]:
+        """The first and the last changes; what is on a device is compared now."""
+        waiting, self._away = self._away, []
+        for step, after, now, evaluated in waiting:
+            pairs = zip(self._samples, after, now, strict=True)
+            names = [self._names.get(id(s.parameter), "") for s, a, b in pairs if not torch.equal(a, b)]
+            if names:
+                self._keep(step, names, evaluated, None)
+        return tuple(self._changes)
+
+
+def sample_of(p: nn.Parameter) -> Sample:
+    """A reader of a few entries of the parameter, evenly spaced."""
+    detached = p.detach()
+    flat = detached.view(-1) if detached.is_contiguous() else None
+    if flat is None or not p.is_cpu or p.dtype is torch.bfloat16 or type(detached) is not Tensor:
+        return Sample(p, p.data_ptr(), _slow_reader(p))
+    strided = flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS].numpy()
+    return Sample(p, p.data_ptr(), strided.tobytes)
+
+
+def _slow_reader(p: nn.Parameter) -> Callable[[], Any]:
+    def read() -> Any:
+        flat = p.detach().reshape(-1)
+        some = flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS].clone()
+        return tuple(some.tolist()) if p.is_cpu else some
+
+    return read

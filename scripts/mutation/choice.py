@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-# Rooms of diag whose tests lie, for a part, elsewhere than in the folder of the same name.
-ALSO = {"run": ["tests/cli/test_runs.py"]}
+# Tests of a room that bear none of its modules' names.
+ALSO = {"run": ["tests/cli/test_runs.py"], "instruments": ["tests/instruments/test_thresholds.py"]}
 # Test files that look at no single module, or need other machines: they are not asked.
 NEVER = {
     "test_gpu.py",
@@ -31,8 +31,8 @@ class Choice:
         name = _name(self.root / path, self.root)
         close = [p for p, imported in self.tests.items() if name in imported or _mirrors(p, name)]
         room = name.split(".")[1]
+        close += [self.root / p for p in ALSO.get(room, [])]
         near = [p for p in self.tests if p.relative_to(self.root).parts[1] == room]
-        near += [self.root / p for p in ALSO.get(room, [])]
         far = self._of_importers({name})
         chosen = (close or far) if closest else []
         ordered = dict.fromkeys(chosen or [*close, *far, *near])

@@ -72,7 +72,7 @@ def judged(finding: Finding, gaps: Outcomes, in_time: bool) -> dict[str, Any]:
         "arrays": list(_arrays(last)),
         "settings": _settings(finding.instrument, last, verdict.threshold),
         "provenance": _provenance(last),
-        "examples": examples(last),
+        "examples": examples(finding.series),
         "charts": [],
     }
 

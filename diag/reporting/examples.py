@@ -1,6 +1,7 @@
 """The examples that a result speaks of: rows of the data, shown as thumbnails, texts or features, by group.
 
-A result offers them with a method `examples()` that returns dicts. Each has `row` (its index in the data) and
+A result offers them with a method `examples()` that returns dicts, or its class with `trend_examples(series)` for
+all results of a run, by step. Each dict has `row` (its index in the data) and
 may have `group`, `label`, `loss`, and one of `image` (array (H, W), (C, H, W) or (H, W, C)), `text`, or
 `features` (an array, or a dict of name -> standardised value).
 """
@@ -27,9 +28,11 @@ MAX_FEATURES = 6
 MAX_TEXT = 240
 
 
-def examples(result: Result) -> dict[str, Any] | None:
-    """The groups of examples of a result; None where it names none."""
-    offer = getattr(result, "examples", None)
+def examples(series: Sequence[tuple[int, Result]]) -> dict[str, Any] | None:
+    """The groups of examples that the last result names, or all of them together; None where there are none."""
+    last = series[-1][1]
+    course = getattr(type(last), "trend_examples", None)
+    offer = (lambda: course(series)) if course is not None else getattr(last, "examples", None)
     if not callable(offer):
         return None
     try:

@@ -30,13 +30,13 @@ def pixels(uri):
 
 
 def test_a_result_without_examples_has_none():
-    assert examples(Result()) is None
-    assert examples(Naming(items=())) is None
+    assert examples([(1, Result())]) is None
+    assert examples([(1, Naming(items=()))]) is None
 
 
 def test_groups_are_counted_and_cut():
     items = [{"row": i, "group": "a" if i % 3 else "b", "label": i % 10, "loss": 0.5} for i in range(60)]
-    found = examples(Naming(items=items))
+    found = examples([(1, Naming(items=items))])
     assert [(g["name"], g["count"], len(g["examples"])) for g in found["groups"]] == [("b", 20, 12), ("a", 40, 12)]
     first = found["groups"][0]["examples"][0]
     assert (first["row"], first["label"], first["loss"]["text"], first["image"]) == (0, "0", "0.5", "")
@@ -83,7 +83,7 @@ def test_texts_are_cut_and_features_ordered_by_magnitude():
     ],
 )
 def test_examples_that_cannot_be_shown_say_why(items, problem):
-    found = examples(Naming(items=items))
+    found = examples([(1, Naming(items=items))])
     assert found["groups"] == [] and problem in found["problem"]
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from diag.errors import text_of
-from diag.registry import Instrument, Kind
+from diag.registry import Instrument
 from diag.result import Level, Result, Verdict
 from diag.run.run import Finding
 from diag.run.stories import explains, stories
@@ -19,7 +19,8 @@ from diag.snapshot import pause
 
 TOLD = (Level.ALARM, Level.WARNING)
 MOST = 1000  # findings that are kept
-KEPT = 64  # results of a check that its course is judged by
+KEPT = 64  # results of an instrument that its course is judged by
+LARGE = 1 << 17  # bytes in the arrays of a result that is not kept
 LOGGER = logging.getLogger("diag")
 
 
@@ -47,7 +48,7 @@ class Findings:
         self.verdict(instrument, verdict, step)
 
     def _judged(self, instrument: Instrument, result: Result, step: int) -> Verdict:
-        if instrument.kind is not Kind.CHECK:  # what it holds may be large
+        if _size(result) > LARGE:
             return result.verdict()
         series = self._series.setdefault(instrument.name, [])
         series.append((step, result))
@@ -91,3 +92,7 @@ class Findings:
         except Exception as error:
             what = f"{type(error).__name__}: {text_of(error)}"
             self._note("on_finding", f"The function given as on_finding= raised {what}.")
+
+
+def _size(result: Result) -> int:
+    return sum(getattr(getattr(result, f.name), "nbytes", 0) for f in result.measured_fields())

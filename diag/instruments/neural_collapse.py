@@ -113,7 +113,7 @@ class NeuralCollapse(Result):
         else:
             return None
         return self._judged(
-            Level.WARNING,
+            Level.DESCRIPTION,
             f"Unusual geometry: {found}.",
             advice=advice,
             value=value,

@@ -105,7 +105,7 @@ class SoftmaxCollapse(Result):
         if self.collapsed > 0:
             alarm_at = self._setting("alarm_at", ALARM_AT)
             return Verdict(
-                Level.ALARM if self.collapsed >= alarm_at else Level.WARNING,
+                Level.ALARM if self.collapsed >= alarm_at else Level.DESCRIPTION,
                 f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
                 f"their true class, by {self.loss}: {self._meaning()}.",
                 advice=ADVICE,
@@ -146,7 +146,7 @@ class SoftmaxCollapse(Result):
         else:
             return None
         return Verdict(
-            Level.WARNING,
+            Level.DESCRIPTION,
             f"No example has collapsed, but collapse is near: {found}.",
             advice=ADVICE,
             source=SOURCE,

@@ -166,7 +166,7 @@ def test_warning_where_decisions_are_not_the_nearest_mean():
     result = neural_collapse(features=h, labels=y, classifier=(weight, torch.zeros(K)))
     assert result.train_accuracy == 1.0 and result.nc4 > 0.01
     verdict = result.verdict()
-    assert verdict.level is Level.WARNING and "are not the nearest class mean (NC4)" in verdict.sentence
+    assert verdict.level is Level.DESCRIPTION and "are not the nearest class mean (NC4)" in verdict.sentence
     assert (
         neural_collapse(features=h, labels=y, classifier=(weight, torch.zeros(K)), nc4_unusual=0.9).nc4
         == result.nc4
@@ -181,7 +181,7 @@ def test_warning_where_the_means_of_small_classes_merge():
     result = neural_collapse(features=means[LABELS], labels=LABELS, classifier=(weight, torch.zeros(K)))
     assert result.train_accuracy == 1.0 and result.nc2 > 0.8
     assert "the class means are far from a simplex" in result.verdict().sentence
-    assert result.verdict().level is Level.WARNING
+    assert result.verdict().level is Level.DESCRIPTION
 
 
 def test_coinciding_class_means_are_flagged_not_divided_by():

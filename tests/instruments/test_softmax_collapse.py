@@ -115,7 +115,7 @@ def test_alarm_when_most_examples_have_lost_their_gradient():
     assert verdict.level is Level.ALARM and result.collapsed == 0.6
     assert "60 % of the examples (6 of 10) have an exactly zero gradient" in verdict.sentence
     assert "stable_cross_entropy" in verdict.advice
-    assert softmax_collapse(logits=z, labels=y, alarm_at=0.7).verdict().level is Level.WARNING
+    assert softmax_collapse(logits=z, labels=y, alarm_at=0.7).verdict().level is Level.DESCRIPTION
     check_result(result)
 
 
@@ -138,7 +138,7 @@ def test_warning_before_collapse_by_the_zero_sum():
     result = softmax_collapse(logits=z, labels=y)
     verdict = result.verdict()
     assert result.collapsed == 0 and result.zero_sum_residual > 1e-3
-    assert verdict.level is Level.WARNING and "collapse is near" in verdict.sentence
+    assert verdict.level is Level.DESCRIPTION and "collapse is near" in verdict.sentence
     assert verdict.threshold_source == "our choice, uncalibrated"
 
 
@@ -147,7 +147,7 @@ def test_warning_before_collapse_by_the_headroom():
     z, y = at_margins([*torch.linspace(14.65, 14.9, 30), 0.0], classes=2)
     result = softmax_collapse(logits=z, labels=y)
     assert result.collapsed == 0 and result.zero_sum_residual < 1e-3 and 0 < result.headroom < 2
-    assert result.verdict().level is Level.WARNING
+    assert result.verdict().level is Level.DESCRIPTION
     assert "nats below float32's collapse margin" in result.verdict().sentence
 
 

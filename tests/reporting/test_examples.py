@@ -68,7 +68,7 @@ def test_a_picture_of_a_palette():
 
 def test_texts_are_cut_and_features_ordered_by_magnitude():
     found = examples(
-        Naming(items=[{"row": 1, "text": "x" * 999, "features": {"a": 0.1, "b": -3.0, "c": numpy.nan}}])
+        [(1, Naming(items=[{"row": 1, "text": "x" * 999, "features": {"a": 0.1, "b": -3.0, "c": numpy.nan}}]))]
     )
     (item,) = found["groups"][0]["examples"]
     assert len(item["text"]) == 241

@@ -37,6 +37,7 @@ SKIPPED_SHARE = 0.05
 STEPS_SHOWN = 96
 STEPS_NAMED = 100
 LAYERS_NAMED = 16
+SETTLED = 10  # steps; what starts at zero on purpose gets its gradient after the first ones
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +125,7 @@ class GradientFlow(Result):
         )
 
     def _idle(self) -> Verdict | None:
-        if not self.idle_layers:
+        if not self.idle_layers or self.num_steps < SETTLED:
             return None
         names = ", ".join(self.idle_layers[:3]) + (", ..." if len(self.idle_layers) > 3 else "")
         return Verdict(

@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
+from diag.instruments.optimization.course import update_ratios
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
+from diag.snapshot.history import History
 
 SOURCE = (
     "He et al. 2015, arXiv:1502.01852, and Roberts et al. 2022, arXiv:2106.10165, for the scale; thresholds as "
 )
 SOURCE += "the calibration table states"
 LARGE, SMALL = 3.0, 0.03
+MOVED = 0.15  # a step over the weights
 BEGINNING = 3  # steps; afterwards weights are no longer as they began
 FEW_LAYERS = 2
 
@@ -91,10 +94,13 @@ class InitialScale(Result):
 
 
 @instrument(source=SOURCE, title="Initial scale", kind=Kind.CHECK)
-def initial_scale(activations: Sequence[Activation], *, large: float = LARGE, small: float = SMALL) -> InitialScale:
+def initial_scale(
+    activations: Sequence[Activation], history: History | None = None, *, large: float = LARGE, small: float = SMALL
+) -> InitialScale:
     """How much each layer enlarges or shrinks what it is given.
 
-    activations: statistics of the forward pass (`diag.snapshot.activations`). The gain of a layer is the root mean
+    activations: statistics of the forward pass (`diag.snapshot.activations`). history: the record so far, to see
+    whether the first steps have already moved the weights. The gain of a layer is the root mean
     square of its output over that of its input. Judged is the median over the linear and convolutional layers, at
     the first measurement of a training and only within its first three steps: above `large` or below `small` is a
     warning. Networks of fewer than two such layers are not judged. Raises nothing of its own.
@@ -109,5 +115,15 @@ def initial_scale(activations: Sequence[Activation], *, large: float = LARGE, sm
         preconditions=(
             Precondition("layers", enough, f"the network calls fewer than {FEW_LAYERS} layers known here."),
             all_finite(activations),
+            _hardly_moved(history),
         ),
+    )
+
+
+def _hardly_moved(history: History | None) -> Precondition:
+    """That the weights are those that training began with, but for steps of an ordinary size."""
+    ratios = update_ratios(history)[0] if history is not None and len(history.steps) else numpy.zeros((0, 0))
+    largest = float(numpy.nanmax(ratios)) if ratios.size else 0.0
+    return Precondition(
+        "weights as they began", largest < MOVED, "the first steps have changed the weights by much."
     )

@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.optimization.course import fall, finite_losses, median, update_ratios
+from diag.instruments.optimization.course import SMALL, fall, finite_losses, median, update_ratios
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
 
 SOURCE = "arithmetic of the recorded steps; thresholds as the calibration table states"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
+CERTAIN = 0.23  # from here on a step is too large also where the loss has not risen
 WINDOW = 5
 ENOUGH_STEPS = 30
+ROSE = 1.1
 NOT_FALLEN = 0.1
 TIGHT, NOTHING_LEFT = 0.05, 0.005
 # With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one
@@ -48,6 +50,7 @@ class StepSize(Result):
     clip_factor: float = measured("norm of the applied over that of the true gradient, the median", unit="share")
     adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
     loss_rose: bool = measured("the loss of the five steps after that was well above the first one")
+    shrunk: bool = measured("the weights had less than half of their first norm then: decay or a penalty took it")
     optimizer: str = measured("the optimizer's kind")
     epsilon: float = measured("Adam's epsilon")
     steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
@@ -71,8 +74,10 @@ class StepSize(Result):
 
     def _too_high(self) -> Verdict | None:
         limit = self.provenance.settings.get("too_high", TOO_HIGH)
-        # A single layer that starts near zero takes steps of its own size until it has grown.
-        if not self.largest_ratio > limit or (self.tensors < 2 and not self.loss_rose):
+        # Layers that start near zero take steps of their own size until they have grown, and Adagrad's first steps
+        # are as large as its learning rate: there the loss must tell.
+        certain = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1 and not self.shrunk
+        if not self.largest_ratio > limit or not (certain or self.loss_rose):
             return None
         return Verdict(
             Level.ALARM,
@@ -192,6 +197,7 @@ def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = 
         clip_factor=_clip_factor(history),
         adam_share=_adam_share(history),
         loss_rose=_rose(history, at),
+        shrunk=_shrunk(history, at),
         optimizer=str(history.optimizer.get("kind", "")),
         epsilon=float(history.optimizer.get("eps", math.nan)),
         steps=steps[-512:],
@@ -228,14 +234,16 @@ def _adam_share(history: History) -> float:
     """The median over steps and tensors of (root mean square of the step's entries) / (learning rate); NaN for
     other optimizers, and where weight decay or several groups with rates of their own would be part of it."""
     about = history.optimizer
-    rates = {g.get("lr") for g in about.get("groups", ())}
-    if about.get("kind") not in ADAPTIVE or len(rates) > 1:
+    groups = {g.get("lr") for g in about.get("groups", ())}
+    if about.get("kind") not in ADAPTIVE or len(groups) > 1:
         return math.nan
     sizes = numpy.asarray(history.sizes, float)
     large = (sizes >= 64) & (numpy.nan_to_num(history.gradient_norm) > 0).any(0)
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        size = numpy.asarray(history.update_norm[:, large], float) / numpy.sqrt(sizes[large])
-        shares = size / numpy.asarray(history.learning_rate, float)[:, None]
+        rates = numpy.asarray(history.learning_rate, float)
+        high = rates >= numpy.nan_to_num(rates).max(initial=0.0) / 2  # late in a schedule, rounding shows
+        size = numpy.asarray(history.update_norm[high][:, large], float) / numpy.sqrt(sizes[large])
+        shares = size / rates[high][:, None]
     shares = shares[numpy.isfinite(shares)]
     return float(numpy.median(shares)) if len(shares) else math.nan
 
@@ -244,4 +252,17 @@ def _rose(history: History, at: int) -> bool:
     """Whether the median loss of the five steps after `at` lies well above the first."""
     losses, steps = finite_losses(history)
     after = losses[(steps > at) & (steps <= at + WINDOW)]
-    return bool(len(after) and numpy.median(after) > 1.5 * losses[0] > 0)
+    return bool(len(after) and numpy.median(after) > ROSE * losses[0] > 0)
+
+
+def _shrunk(history: History, at: int) -> bool:
+    """Whether the large tensors had less than half of their first norm at step `at` (the median tensor)."""
+    large = numpy.asarray(history.sizes) >= SMALL
+    norms = numpy.asarray(history.parameter_norm[:, large], float)
+    seen = numpy.isfinite(norms).any(1)
+    before = seen & (history.steps <= at)
+    if not before.any():
+        return False
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        kept = median(norms[before][-1] / norms[before][0])
+    return bool(kept < 0.5)

@@ -43,7 +43,7 @@ from diag.curvature.selftest import run_self_test
 from diag.curvature.values import Values
 from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.operator import LinearOperator
-from diag.snapshot.batch import Batch
+from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import subsampled
 from diag.snapshot.snapshot import Snapshot
@@ -128,6 +128,13 @@ class CurvatureOperator(LinearOperator):
             else:
                 self._plan = plan_memory(self._curvature(), self.objective, memory)
         return self._plan
+
+    def _details(self) -> tuple[Any, ...]:
+        loss = self.objective.loss_fn
+        name = getattr(loss, "__qualname__", type(loss).__qualname__)
+        batches = [batch.size for batch in self.objective.batches]
+        values = [f"{number:.9e}" for number in self._values.checksum]  # sums depend a little on the threads
+        return self.objective.precision, name, batches, fingerprint(self.objective.batches), values
 
     def subsample(self, num_examples: int, seed: int = 0) -> Self:
         """The same matrix on `num_examples` of the examples, drawn without replacement."""

@@ -208,6 +208,7 @@ def hessian_spectrum(
     overlap_above: float = OVERLAP,
     negative_above: float = NEGATIVE_ABOVE,
     memory: int | None = None,
+    checkpoint: str = "",
     seed: int = 0,
 ) -> HessianSpectrum:
     """Largest and smallest eigenvalues of the loss Hessian with error bounds, its density, trace and norm.
@@ -220,7 +221,8 @@ def hessian_spectrum(
     density (`num_probes` above 1: as many new start vectors), with the distribution function's error; the
     `trace_probes` products more give trace and norm with the reported eigenvalues taken out. `half_split` compares
     two halves of the data, `weight_decay` is added to every eigenvalue, `memory` caps the basis in bytes (None: a
-    quarter of what is free). All is in the loss's unit.
+    quarter of what is free). All is in the loss's unit. `checkpoint` names a folder in which a long run keeps where
+    it is, so that one that was killed goes on there when it is asked for again.
 
     In a watched run it starts from no earlier eigenvectors: a density needs a random start, and the `steps` that it
     takes find the largest eigenvalues by themselves (10 of an MLP within 30).
@@ -228,7 +230,8 @@ def hessian_spectrum(
     A smallest eigenvalue below -`negative_above` of the largest is a warning; that share and `overlap_above` are
     our choice, uncalibrated. Few data overstate the largest eigenvalues, so compare at equal n.
 
-    Raises InvalidInput where hessian is no LinearOperator, its products are not finite or a setting does not fit.
+    Raises InvalidInput where hessian is no LinearOperator, its products are not finite or a setting does not fit,
+    CheckpointError where the folder cannot be used.
     Source: Papyan 2020, arXiv:2008.11865; Ghorbani et al. 2019, arXiv:1901.10159.
     """
     _check(hessian, class_directions, num_eigenvalues)
@@ -242,6 +245,7 @@ def hessian_spectrum(
         max_products=max_products,
         memory=available_memory(hessian.device) if memory is None else memory,
         seed=seed,
+        checkpoint=checkpoint or None,
     )
     top, bottom = found.top, found.bottom
     # Where all eigenvalues were asked for, the smallest is the last of the largest.

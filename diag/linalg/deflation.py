@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import combine, dot, gram, orthogonalise
+from diag.linalg.reductions import combine, dot, gram, length, orthogonalise
 
 
 class DeflatedOperator(LinearOperator):
@@ -25,6 +27,9 @@ class DeflatedOperator(LinearOperator):
         for _ in range(2):
             orthogonalise(v, self.directions)
         return v
+
+    def _details(self) -> tuple[Any, ...]:
+        return length(self.directions), float(self.directions.sum())
 
     @property
     def parts(self) -> tuple[LinearOperator, ...]:

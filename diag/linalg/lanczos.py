@@ -21,9 +21,10 @@ from diag.errors import InvalidInput
 from diag.linalg.krylov import KrylovSpace
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import combine, norm
-from diag.linalg.resume import Stateful, load_run, save_run
+from diag.linalg.resume import Stateful, file_of, load_run, save_run
 from diag.linalg.ritz import Patience, Ritz, Wanted, ritz
 
+CHECKPOINT_EVERY = 10  # products
 DEFAULT_BASIS = 100  # vectors kept before a thick restart, where nothing else is said
 
 
@@ -77,6 +78,7 @@ class LanczosRun:
     satisfied: bool
     num_products: int
     rounding: float
+    file: Path | None = None  # where the run was kept
 
 
 def eigenpairs(
@@ -99,7 +101,7 @@ def eigenpairs(
     Args: how many `largest`, `smallest` (by value) or by `magnitude`; `tolerance`, relative, and the error
     that it is for, `criterion` (see `Wanted`); `start` (size,) or (p, size), earlier vectors to warm-start
     from; `memory`, a cap in bytes on the basis and the work vectors; `checkpoint`, a file from which a killed run
-    resumes.
+    resumes, or a folder for it.
     Raises InvalidInput when a product is not finite or the memory is too small.
     """
     wanted = Wanted(largest, smallest, magnitude, tolerance, criterion)
@@ -145,7 +147,6 @@ def run_lanczos(
     memory: int | None = None,
     patience: Patience | None = None,
     checkpoint: str | Path | None = None,
-    checkpoint_every: int = 10,
 ) -> LanczosRun:
     """Extends a Krylov space until the wanted pairs have converged (after `min_products` at the earliest), or
     until `max_products` are spent or the space is exhausted.
@@ -159,8 +160,8 @@ def run_lanczos(
     capacity = basis_capacity(operator, wanted, max_products, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
     progress = Progress(wanted, max_products, min_products, patience)
-    file = None if checkpoint is None else Path(checkpoint)
-    identity = _identity(space, progress, seed)
+    identity = _identity(space, progress, seed) if checkpoint is not None else {}
+    file = None if checkpoint is None else file_of(Path(checkpoint), identity)
     parts: dict[str, Stateful] = {"space": space, "progress": progress}
     if file is None or not load_run(file, identity, parts, space.basis.device):
         space.start(start)
@@ -168,16 +169,15 @@ def run_lanczos(
         while not progress.finished(space):
             space.extend()
             progress.advance(space)
-            if file is not None and progress.products % checkpoint_every == 0:
+            if file is not None and (progress.products % CHECKPOINT_EVERY == 0 or progress.finished(space)):
                 save_run(file, identity, parts)
-    return progress.result(space)
+    return replace(progress.result(space), file=file)
 
 
 def _identity(space: KrylovSpace, progress: Progress, seed: int) -> dict[str, Any]:
     """What a run was asked for, as far as its numbers depend on it."""
     return {
-        "size": space.operator.size,
-        "dtype": str(space.operator.dtype),
+        "operator": space.operator.identity,
         "capacity": space.capacity,
         "seed": seed,
         "wanted": str(progress.wanted),

@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
 from diag.linalg.deadline import NEVER, Deadline
+from diag.linalg.reductions import length
 
 Index = slice | Tensor
 
@@ -54,6 +56,15 @@ class LinearOperator(ABC):
     @property
     def parts(self) -> tuple[LinearOperator, ...]:
         """The operators that this one is made of."""
+        return ()
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells this operator from others, as far as it is known: plain values, the same in every process."""
+        return (repr(self), *self._details(), *(part.identity for part in self.parts))
+
+    def _details(self) -> tuple[Any, ...]:
+        """The plain values, besides its kind, size, dtype and device, that its products depend on."""
         return ()
 
     @contextmanager
@@ -142,6 +153,9 @@ class MatrixOperator(LinearOperator):
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         self.matrix = matrix
 
+    def _details(self) -> tuple[Any, ...]:
+        return length(self.matrix), float(self.matrix.sum())
+
     def _matvec(self, v: Tensor) -> Tensor:
         return self.matrix @ v
 
@@ -209,6 +223,9 @@ class ScaledOperator(_Derived):
         super().__init__(base)
         self.factor = float(factor)
 
+    def _details(self) -> tuple[Any, ...]:
+        return (self.factor,)
+
     def _matvec(self, v: Tensor) -> Tensor:
         return self.base.matvec(v) * self.factor
 
@@ -222,6 +239,9 @@ class ShiftedOperator(_Derived):
     def __init__(self, base: LinearOperator, shift: float):
         super().__init__(base)
         self.shift = float(shift)
+
+    def _details(self) -> tuple[Any, ...]:
+        return (self.shift,)
 
     def _matvec(self, v: Tensor) -> Tensor:
         return torch.add(self.base.matvec(v), v, alpha=self.shift)
@@ -237,6 +257,9 @@ class DiagonallyScaledOperator(_Derived):
         super().__init__(base)
         self.scale = scale.detach().to(dtype=base.dtype, device=base.device)
         self.check(self.scale, (self.size,))
+
+    def _details(self) -> tuple[Any, ...]:
+        return (length(self.scale),)
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self.base.matvec(v * self.scale) * self.scale
@@ -256,6 +279,9 @@ class BlockOperator(LinearOperator):
     @property
     def parts(self) -> tuple[LinearOperator, ...]:
         return (self.base,)
+
+    def _details(self) -> tuple[Any, ...]:
+        return (str(self.index) if isinstance(self.index, slice) else (len(self.index), int(self.index.sum())),)
 
     def _matvec(self, v: Tensor) -> Tensor:
         return self._matvecs(v[None])[0]

@@ -6,6 +6,7 @@ with the same operator, a run gives the numbers of the uninterrupted one, bit fo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -40,6 +41,21 @@ def save_run(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Statef
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def file_of(path: Path, identity: Mapping[str, Any]) -> Path:
+    """`path` where it names a file; in a folder (a name without an ending) each run has a file of its own.
+
+    Raises CheckpointError where there can be no folder.
+    """
+    if path.suffix and not path.is_dir():
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be made a folder ({error.strerror}); give another.") from None
+    name = hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=8).hexdigest()
+    return path / f"lanczos-{name}.pt"
 
 
 def load_run(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Stateful], device: torch.device) -> bool:

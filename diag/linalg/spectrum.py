@@ -9,6 +9,7 @@ the outliers are no noise in them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,17 +56,21 @@ def spectrum(
     max_products: int = 300,
     memory: int | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> Spectrum:
     """The `largest` eigenvalues and the smallest one, the density of the rest, trace and Frobenius norm.
 
     A pair is reported where its residual is within `tolerance` of the largest magnitude, and the largest ones only
     as far as no gap is left. The run takes at least `steps` products and at most `max_products`; `num_probes` above
     one draws as many new start vectors for the density, of `steps` products each; `trace_probes` (at least two) are
-    for the trace. `memory`: a cap in bytes on the basis. Raises InvalidInput where a product is not finite.
+    for the trace. `memory`: a cap in bytes on the basis. `checkpoint`: a folder in which the run is kept now and
+    then, so that one that was killed goes on where it was; its file goes when the spectrum is there.
+    Raises InvalidInput where a product is not finite, CheckpointError where the folder cannot be used.
     """
     wanted = Wanted(largest=min(largest, operator.size), tolerance=tolerance)
+    most = max(max_products, steps)
     run = run_lanczos(
-        operator, wanted, max_products=max(max_products, steps), min_products=steps, memory=memory, seed=seed
+        operator, wanted, max_products=most, min_products=steps, memory=memory, seed=seed, checkpoint=checkpoint
     )
     limit = tolerance * float(run.ritz.values.abs().max())
     top = extract(run, wanted, seed)
@@ -80,16 +85,17 @@ def spectrum(
         rest, trace, norm = _known_wholly(run, known, operator.size, seed)
     else:
         rest = _rest_of(run, known, operator.size, seed)
+        known_ones = known if len(known.values) else None
         if num_probes > 1:
+            options: dict[str, Any] = {"steps": steps, "memory": memory, "seed": seed + 1}
             deflate = known.vectors if len(known.values) else None
-            rest = spectral_measure(
-                operator, num_probes=num_probes, steps=steps, deflate=deflate, seed=seed + 1, memory=memory
-            )
+            rest = spectral_measure(operator, num_probes=num_probes, deflate=deflate, **options)
             products += rest.num_products
-        options: dict[str, Any] = {"deflate": known} if len(known.values) else {}
-        probed = trace_and_norm(operator, num_probes=trace_probes, seed=seed, **options)
+        probed = trace_and_norm(operator, num_probes=trace_probes, seed=seed, deflate=known_ones)
         trace, norm = probed.trace, probed.frobenius_norm
         products += probed.num_products
+    if run.file is not None:
+        run.file.unlink(missing_ok=True)
     return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)
 
 

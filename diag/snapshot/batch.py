@@ -7,6 +7,7 @@ Here it becomes a `Batch`: the positional and keyword arguments of the model, an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from diag.errors import InvalidInput
 
+FINGERPRINT_BYTES = 1 << 22
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
 
@@ -96,6 +98,23 @@ def _collect(value: Any, found: list[Tensor], inside: set[int]) -> None:
         for item in value.values() if isinstance(value, Mapping) else value:
             _collect(item, found, inside)
         inside.discard(id(value))
+
+
+def fingerprint(batches: Iterable[Batch]) -> str:
+    """A hash of the examples (of their first 4 MB), so that two measurements can be seen to be on the same ones."""
+    digest = hashlib.blake2b(digest_size=6)
+    budget = FINGERPRINT_BYTES
+
+    def add(t: Tensor) -> Tensor:
+        nonlocal budget
+        raw = t.detach().cpu().contiguous().flatten()[: max(budget, 0)].view(torch.uint8).numpy()
+        digest.update(str(tuple(t.shape)).encode() + raw.tobytes())
+        budget -= raw.nbytes
+        return t
+
+    for batch in batches:
+        map_tensors(add, (batch.args, batch.kwargs, batch.targets))
+    return digest.hexdigest()
 
 
 def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Batch:

@@ -8,7 +8,6 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.linalg.deadline import NEVER, Deadline
-from diag.snapshot.batch import Batch, as_batches, map_tensors
+from diag.snapshot.batch import Batch, as_batches, fingerprint
 from diag.snapshot.explain import try_out
 from diag.snapshot.foreign_hooks import is_silent
 from diag.snapshot.glossary import HELD_OUT, lookup
@@ -28,7 +27,6 @@ from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.preserve import generator_states, random_states
 from diag.snapshot.undisturbed import undisturbed
 
-FINGERPRINT_BYTES = 1 << 22
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 
 
@@ -159,19 +157,7 @@ class Snapshot:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the data, so that two measurements can be seen to be on the same examples."""
-        digest = hashlib.blake2b(digest_size=6)
-        budget = FINGERPRINT_BYTES
-
-        def add(t: Tensor) -> Tensor:
-            nonlocal budget
-            raw = t.detach().cpu().contiguous().flatten()[: max(budget, 0)].view(torch.uint8).numpy()
-            digest.update(str(tuple(t.shape)).encode() + raw.tobytes())
-            budget -= raw.nbytes
-            return t
-
-        for batch in self.batches:
-            map_tensors(add, (batch.args, batch.kwargs, batch.targets))
-        return digest.hexdigest()
+        return fingerprint(self.batches)
 
     def batch_loss(self, outputs: Any, targets: Any) -> Tensor:
         """The mean loss of a batch, by loss_fn or, without one, the outputs' own `.loss`.

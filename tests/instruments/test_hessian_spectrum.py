@@ -1,5 +1,6 @@
 """The spectrum against planted eigenvalues, dense Hessians, and what may be concluded from them."""
 
+import copy
 import math
 
 import numpy
@@ -9,6 +10,7 @@ from torch import nn
 
 import diag
 from diag.curvature.class_directions import class_directions
+from diag.curvature.operators import Hessian
 from diag.errors import InvalidInput, MissingQuantity
 from diag.instruments.hessian_spectrum import HessianSpectrum
 from diag.linalg.operator import FunctionOperator, LinearOperator
@@ -364,3 +366,35 @@ def test_a_model_without_right_products_is_skipped_with_the_reason():
 def test_the_self_test_is_in_the_notes():
     result = diag.hessian_spectrum(classification().snapshot(), num_eigenvalues=1)
     assert "Products agree with finite differences to" in result.notes[-1]
+
+
+def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
+    """At the same parameters on the same data, and at no others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    data, state = (torch.randn(30, 4), torch.arange(30) % 2), copy.deepcopy(model.state_dict())
+
+    def measure(**settings):
+        snapshot = diag.Snapshot(model, nn.CrossEntropyLoss(), data)
+        return diag.hessian_spectrum(snapshot, num_eigenvalues=3, steps=30, half_split=False, **settings)
+
+    whole, counted = measure(), []
+    plain = Hessian._matvec
+
+    def counting(self, v):
+        if len(counted) == 25:
+            raise KeyboardInterrupt
+        counted.append(1)
+        return plain(self, v)
+
+    monkeypatch.setattr(Hessian, "_matvec", counting)
+    with pytest.raises(KeyboardInterrupt):
+        measure(checkpoint=str(tmp_path))
+    monkeypatch.setattr(Hessian, "_matvec", plain)
+    with torch.no_grad():
+        model[0].bias.add_(0.1)
+    assert measure(checkpoint=str(tmp_path)).trace != whole.trace
+    assert len(list(tmp_path.iterdir())) == 1
+    model.load_state_dict(state)
+    resumed = measure(checkpoint=str(tmp_path))
+    assert numpy.allclose(resumed.eigenvalues, whole.eigenvalues, rtol=1e-5) and not list(tmp_path.iterdir())

@@ -11,7 +11,8 @@ import torch
 
 from diag.errors import CheckpointError
 from diag.linalg.lanczos import Eigenpairs, eigenpairs
-from diag.linalg.operator import FunctionOperator
+from diag.linalg.operator import FunctionOperator, MatrixOperator
+from diag.linalg.spectrum import spectrum
 
 # The same problem in this process and in the one that is killed; `die_at` counts products.
 PROBLEM = """
@@ -85,3 +86,41 @@ class Trap:
 def test_no_partial_file_is_left(tmp_path: Path) -> None:
     solve(tmp_path / "run.pt", None)
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("die_at", [25, 50])
+def test_a_spectrum_goes_on_in_its_folder_and_leaves_nothing_there(tmp_path: Path, die_at: int) -> None:
+    """Killed in the run itself, and in the probes after it; another operator in the same folder is another run."""
+    matrix = torch.diag(torch.linspace(0, 1, 300, dtype=torch.float64) ** 8)
+
+    class Dying(MatrixOperator):
+        def _matvec(self, v: torch.Tensor) -> torch.Tensor:
+            if self.num_products >= die_at:
+                raise Killed
+            return super()._matvec(v)
+
+        def __repr__(self) -> str:  # the same operator as the one that lives
+            return repr(MatrixOperator(self.matrix))
+
+    settings = {"largest": 4, "steps": 40, "checkpoint": tmp_path / "kept"}
+    with pytest.raises(Killed):
+        spectrum(Dying(matrix), **settings)
+    (file,) = (tmp_path / "kept").iterdir()
+    other = spectrum(MatrixOperator(2 * matrix), **settings)
+    assert file.exists() and float(other.top.values[0]) == pytest.approx(2.0, rel=1e-6)
+    operator = MatrixOperator(matrix)
+    resumed = spectrum(operator, **settings)
+    whole = spectrum(MatrixOperator(matrix), **settings | {"checkpoint": None})
+    assert torch.equal(resumed.top.values, whole.top.values) and resumed.trace == whole.trace
+    assert resumed.num_products == whole.num_products > operator.num_products
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be made a folder \(.*\); give another"):
+        spectrum(MatrixOperator(torch.eye(9)), checkpoint=tmp_path / "file")

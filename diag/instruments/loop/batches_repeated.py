@@ -25,7 +25,7 @@ class BatchesRepeated(LoopCheck):
 def batches_repeated(loop: Loop) -> BatchesRepeated:
     """Whether the batches of training differ from step to step and from epoch to epoch.
 
-    Each training call's inputs are told apart by sixteen of their numbers, in order. The same batch at every step
+    Each training call's inputs are told apart by some of their numbers, in order. The same batch at every step
     is full-batch training unless a DataLoader gives others meanwhile. The same batches in the same order in every
     epoch mean that nothing shuffles.
 

@@ -6,6 +6,9 @@ facts are asked for.
 
 from __future__ import annotations
 
+import functools
+import math
+import zlib
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +20,10 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import BatchFacts
 from diag.watching.observe.loop.moment import Moment, due
 
-NUMBERS = 16  # of a batch that are hashed
+NUMBERS = 64  # of a batch that are hashed
+DISTINCT = 16  # of them at least, else (pixels that are mostly zero, few words) the whole batch is hashed
+WHOLE = 1 << 19  # bytes of a batch up to which that is done
+LOOKED = 4  # batches by which it is decided
 REMEMBERED = 1 << 16  # batches
 AWAY = 256  # batches on a device that wait to be hashed
 TELL = (2, 4)  # the same order for so many batches is news
@@ -31,7 +37,8 @@ class Batches:
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._calls = 0
-        self._first_at: dict[bytes, int] = {}
+        self._first_at: dict[Any, int] = {}
+        self._whole, self._looked = False, 0
         self._away: deque[Tensor] = deque(maxlen=AWAY)
         self._lag = self._repeats = self._since = 0
         self.fetched = 0
@@ -49,15 +56,29 @@ class Batches:
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
         if tensor is None:
             tensor = next((t for t in tensors_in((args, dict(kwargs)))), None)
-        if tensor is None or not tensor.numel() or type(tensor) is not Tensor:
+        if tensor is None or type(tensor) is not Tensor or not tensor.numel() or tensor.layout is not torch.strided:
             return
-        sample = sampled(tensor)
-        if sample.device.type != "cpu":
-            self._away.append(sample.clone() if sample.data_ptr() == tensor.data_ptr() else sample)
+        if tensor.device.type != "cpu":
+            if self._calls + len(self._away) < AWAY:
+                self._away.append(sampled(tensor).clone())
             return
-        self._add(bytes_of(sample) + repr(tuple(tensor.shape)).encode())
+        if self._whole and tensor.numel() * tensor.element_size() > WHOLE:
+            return
+        sample = bytes_of(tensor if self._whole else sampled(tensor))
+        if self._looked < LOOKED and not self._whole:
+            self._look(tensor, sample)
+        self._add(zlib.crc32(sample), tensor.shape)
 
-    def _add(self, key: bytes) -> None:
+    def _look(self, tensor: Tensor, sample: bytes) -> None:
+        """Are the few numbers enough to tell batches apart?"""
+        self._looked += 1
+        size = 4 if tensor.dtype is torch.bfloat16 else tensor.element_size()
+        if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT:
+            self._whole, self._calls = True, 0
+            self._first_at.clear()
+
+    def _add(self, sample: int, shape: Any) -> None:
+        key = (sample, shape)
         call = self._calls
         self._calls += 1
         before = self._first_at.get(key)
@@ -114,7 +135,8 @@ class Batches:
         """As plain data; what is on a device is read now."""
         while self._away:
             sample = self._away.popleft()
-            self._add(bytes_of(sample.cpu()))
+            if len(sample.unique()) >= DISTINCT:
+                self._add(zlib.crc32(bytes_of(sample.cpu())), sample.shape)
         waiting, self._labels_away = self._labels_away, []
         for targets in waiting:
             self._count(targets.cpu())
@@ -136,16 +158,22 @@ class Batches:
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """A few entries of the tensor, evenly spaced, as a view where it can be one."""
+    """Some entries of the tensor, spread over it and over its columns, as a view where it can be one."""
     detached = tensor.detach()
-    if detached.layout is not torch.strided:
-        detached = detached.coalesce().values() if detached.layout is torch.sparse_coo else detached.to_dense()
     flat = detached.view(-1) if detached.is_contiguous() else detached.reshape(-1)
-    return flat[:: max(len(flat) // NUMBERS, 1)]
+    return flat[:: stride_of(len(flat))]
+
+
+@functools.lru_cache(maxsize=256)
+def stride_of(length: int) -> int:
+    """A step that shares no factor with the length, so that not always the same column is met."""
+    stride = max(length // NUMBERS, 1)
+    while math.gcd(stride, length) > 1:
+        stride += 1
+    return stride
 
 
 def bytes_of(sample: Tensor) -> bytes:
-    """The bytes of a small tensor on the host."""
-    if sample.dtype is torch.bfloat16:
-        sample = sample.float()
-    return sample.numpy().tobytes()
+    """The bytes of a tensor on the host."""
+    detached = sample.detach()
+    return (detached.float() if sample.dtype is torch.bfloat16 else detached).numpy().tobytes()

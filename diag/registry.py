@@ -31,8 +31,8 @@ from diag.conversion import converted
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import Quantity, lookup
-from diag.snapshot.own_tensors import hearing
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.tensors import hearing
 from diag.snapshot.validation import checked
 
 ENTRY_POINTS = "diag.instruments"

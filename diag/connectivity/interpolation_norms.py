@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from diag.snapshot.batch import Batch
+from diag.snapshot.state.python import kept_state
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -43,7 +44,8 @@ def norm_layers_in_training(model: nn.Module) -> Iterator[None]:
             module.reset_running_stats()
             module.momentum = None
             module.train()
-        yield
+        with kept_state(model, again=True):
+            yield
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum

@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from diag.curvature.shorter import SHORTER
 from diag.errors import Unsupported
 from diag.snapshot import pause
-from diag.snapshot.foreign_hooks import silent
+from diag.snapshot.state.hooks import silent
 from diag.snapshot.preserve import exact_arithmetic, preserved
 
 SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
@@ -65,7 +65,7 @@ def measured(model: nn.Module, shorter: bool = True) -> Iterator[None]:
 
     `shorter` allows the stand-ins of `shorter.py`, which are faster and no more.
     """
-    with preserved(model), _attributes_restored(model), twice_differentiable(model, shorter):
+    with preserved(model), twice_differentiable(model, shorter):
         yield
 
 
@@ -216,21 +216,3 @@ def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-@contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Plain attributes that a forward pass sets (a cached attention map, the old weight norm's weight)."""
-    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            _restore(module.__dict__, attributes)
-            _restore(module._buffers, buffers)
-
-
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
-        now.clear()
-        now.update(before)

@@ -58,6 +58,6 @@ def _compare(together: Tensor, alone: Tensor, again: Callable[[], Tensor], n: in
 def losses_of(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
     """(n,): each example's loss, without a graph."""
     with torch.no_grad():
-        inputs = map_tensors(torch.clone, (batch.args, batch.kwargs))  # the model may write into them
-        outputs = model(*inputs[0], **inputs[1])
+        args, kwargs = map_tensors(torch.clone, (batch.args, batch.kwargs))  # the model may write into them
+        outputs = Batch(args, kwargs, batch.targets, batch.size).forward(model)
         return example_losses(loss_fn, outputs, batch.targets, batch.size)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import InvalidInput
+from diag.snapshot.state.python import renew
 
 FINGERPRINT_BYTES = 1 << 22
 LABEL_KEYS = ("labels", "label", "targets", "target")
@@ -35,6 +36,8 @@ class Batch:
 
     def forward(self, model: nn.Module | Callable[..., Any]) -> Any:
         """The model's outputs on this batch."""
+        if isinstance(model, nn.Module):
+            renew(model)
         return model(*self.args, **self.kwargs)
 
     def to(self, device: torch.device | str | None) -> Batch:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import InvalidInput, Unsupported
+from diag.snapshot.state.python import renew
 
 
 class Place(NamedTuple):
@@ -36,6 +37,7 @@ def call_at(
     names is dropped; `values` stays as it is. Raises InvalidInput for a name that the model does not have, and
     for two names of one tensor with different values; Unsupported where the model is TorchScript.
     """
+    renew(model)
     with placed(model, values):
         return model(*args, **(kwargs or {}))
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from diag.errors import Unsupported
 from diag.snapshot.batch import Batch, tensors_in
-from diag.snapshot.foreign_hooks import doubtful_hooks, firing
-from diag.snapshot.own_tensors import own_tensors, same_bits
 from diag.snapshot.preserve import preserved
+from diag.snapshot.state.hooks import doubtful_hooks, firing
+from diag.snapshot.state.python import kept_state
+from diag.snapshot.state.tensors import own_tensors, same_bits
 
 FEW = 8  # examples (our choice)
 CLOSE = 1e-5  # relative: the same to rounding, where a kernel does not repeat its own bits
@@ -33,16 +34,19 @@ class HookCheck:
 
     def __init__(self) -> None:
         self._tried: list[tuple[list[Callable[..., Any]], str]] = []
+        self.lost = ""  # what a measurement changed and could not put back, as a sentence
 
     def refuse(self, model: nn.Module, batches: Callable[[], Sequence[Batch]]) -> None:
         """Raises Unsupported where silent hooks change the outputs on the first of `batches()`."""
+        if self.lost:
+            raise Unsupported(self.lost)
         doubtful = doubtful_hooks(model)
         if not doubtful:
             return
         hooks = [hook for _, hook in doubtful]
         known = next((reason for tried, reason in self._tried if _are(tried, hooks)), None)
         if known is None:
-            with own_tensors(model, values=True):
+            with own_tensors(model, values=True), kept_state(model, *hooks):
                 same = _same_without(model, batches()[0])
             known = "" if same else CHANGED.format(_listed(doubtful))
             self._tried.append((hooks, known))

@@ -2,8 +2,8 @@
 
 Everything that measures enters `preserved(model)` first. Inside it the model is in evaluation mode, autocast and
 TF32 are off, hooks of others are silent and diag's own are paused; on the way out, also when an exception passes
-through, the modes, buffers, `requires_grad` flags, `.grad` fields, random states and backend flags are what they
-were. Dropping any one of these changes the training that goes on afterwards.
+through, the modes, buffers, `requires_grad` flags, `.grad` fields, random states, backend flags and what the model
+keeps in Python are what they were. Dropping any one of these changes the training that goes on afterwards.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import nn
 
 from diag.checkpoints.unwrap import own_forward
 from diag.snapshot import pause
-from diag.snapshot.foreign_hooks import silent
-from diag.snapshot.own_tensors import own_tensors, same_bits
+from diag.snapshot.state.hooks import silent
+from diag.snapshot.state.python import restoring
+from diag.snapshot.state.tensors import own_tensors, same_bits
 
 
 @contextmanager
@@ -33,6 +34,7 @@ def preserved(*models: nn.Module, mode: str = "eval") -> Iterator[None]:
             stack.enter_context(_model_state(model))
             stack.enter_context(own_tensors(model))
             stack.enter_context(silent(model))
+            stack.enter_context(restoring(model))
             stack.enter_context(own_forward(model))
         for model in models:
             if mode != "keep":

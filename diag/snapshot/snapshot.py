@@ -8,8 +8,8 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +21,11 @@ from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, as_batches, fingerprint
 from diag.snapshot.explain import try_out
-from diag.snapshot.foreign_hooks import is_silent
 from diag.snapshot.glossary import HELD_OUT, lookup
 from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.preserve import generator_states, random_states
+from diag.snapshot.state.hooks import is_silent
+from diag.snapshot.state.python import StateLost
 from diag.snapshot.undisturbed import undisturbed
 
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
@@ -109,14 +110,21 @@ class Snapshot:
                 self._versions = _versions(self.model)
         return self._computed[name]
 
-    def undisturbed(self, called: bool = True) -> AbstractContextManager[None]:
+    @contextmanager
+    def undisturbed(self, called: bool = True) -> Iterator[None]:
         """What to measure inside of: the model and the loss are afterwards as they were (see `undisturbed`).
 
-        called: whether the model is; then Unsupported is raised where its hooks change what it gives.
+        called: whether the model is; then Unsupported is raised where its hooks change what it gives. Raises
+        Unsupported, too, where a call of the model changes what cannot be put back.
         """
         if called and self._given["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
-        return undisturbed(self.model, self.loss_fn)
+        try:
+            with undisturbed(self.model, self.loss_fn):
+                yield
+        except StateLost as error:
+            self.hook_check.lost = str(error)
+            raise
 
     @cached_property
     def hook_check(self) -> HookCheck:

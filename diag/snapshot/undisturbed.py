@@ -12,13 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from diag.snapshot.foreign_hooks import silent
-from diag.snapshot.own_tensors import own_tensors
+from diag.snapshot.state.hooks import silent
+from diag.snapshot.state.python import kept_state
+from diag.snapshot.state.tensors import own_tensors
 
 
 @contextmanager
 def undisturbed(model: nn.Module, loss_fn: Any = None) -> Iterator[None]:
-    """After the context the model's tensors are its own, with their values; inside, hooks of others are silent."""
+    """After the context the model's tensors are its own, with their values, and its Python state is what it was.
+
+    Inside, hooks of others are silent. Raises StateLost where something moved that cannot be put back.
+    """
     modules = [m for m in (model, loss_fn) if isinstance(m, nn.Module)]
-    with own_tensors(model, values=True), silent(*modules):
+    with own_tensors(model, values=True), silent(*modules), kept_state(model, loss_fn):
         yield

@@ -3,6 +3,7 @@ finite differences that say so, or are refused with what to do. The reference is
 of the gradient that `.backward()` gives in a copy of the model."""
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ Composed = cases.Composed
 # The reference is good to 1e-9 and float32 products to a few 1e-7 (see test_curvature.py).
 CLOSE = 3e-6
 N, T, D, K = 12, 3, 4, 3
+
+
+def count_elsewhere():
+    """A count of the calls where no one would look for the state of a network."""
+    os.environ["CALLS_IN_A_TEST"] = str(int(os.environ.get("CALLS_IN_A_TEST", 0)) + 1)
+    return int(os.environ["CALLS_IN_A_TEST"])
 
 
 def inputs():
@@ -249,8 +256,8 @@ REFUSED = {
         lambda: on_top_of(lambda self, h: h * h.detach()),
         "The gradient is not the derivative of the loss .* as with detached terms",
     ),
-    "a count of the calls": (
-        lambda: on_top_of(lambda self, h: (self.calls.append(1) or h) * len(self.calls), calls=[]),
+    "a count of the calls that is out of reach": (
+        lambda: on_top_of(lambda self, h: h * count_elsewhere()),
         "Two evaluations of the same gradient differ by .* the model keeps a state",
     ),
     "parameter changed by the forward pass": (

@@ -21,8 +21,8 @@ from diag.display import format_seconds
 from diag.errors import DiagError, InvalidInput
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
-from diag.snapshot.own_tensors import hearing
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.tensors import hearing
 from diag.watching.measure.floor import Floor
 from diag.watching.measure.own_step import OwnStep, Read
 from diag.watching.measure.schedule import Schedule

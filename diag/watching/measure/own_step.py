@@ -28,9 +28,9 @@ from diag.registry import Instrument
 from diag.result import Outcome
 from diag.snapshot import pause
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.own_tensors import hearing
 from diag.snapshot.parameters import trainable
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.tensors import hearing
 from diag.watching.guard import safely
 from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_compiled, is_transformed
 from diag.watching.measure.step_check import as_clause, why_not_the_steps

@@ -49,7 +49,7 @@ class OwnTensors:
         self._held = [_held(name, module) for name, module in model.named_modules()]
         tensors = [*model.named_parameters(), *model.named_buffers()] if values else []
         self._copies = sum(t.numel() * t.element_size() for _, t in tensors) <= KEPT_BYTES
-        self._values = [(n, t, _version(t), t.detach().clone() if self._copies else None) for n, t in tensors]
+        self._values = [(n, t, version_of(t), t.detach().clone() if self._copies else None) for n, t in tensors]
 
     def put_back(self) -> list[str]:
         """Put each tensor back in its place; the places that held another, by name, buffers left out: a forward
@@ -70,7 +70,7 @@ class OwnTensors:
     def rewrite(self) -> list[str]:
         """Put the values back that have changed in place, as far as they were kept; the tensors, by name."""
         written = [
-            v for v in self._values if (_version(v[1]) != v[2] if v[3] is None else not same_bits(v[1], v[3]))
+            v for v in self._values if (version_of(v[1]) != v[2] if v[3] is None else not same_bits(v[1], v[3]))
         ]
         with torch.no_grad():
             for _, parameter, _, value in written:
@@ -160,7 +160,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().view(integers), b.detach().view(integers))
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; -1 where that is not counted."""
     try:
         return tensor._version
     except RuntimeError:  # an inference tensor counts nothing

@@ -12,7 +12,7 @@ import diag
 from diag.errors import InvalidInput, Unsupported
 from diag.registry import attempt, instruments
 from diag.snapshot.call_at import call_at
-from diag.snapshot.own_tensors import hearing, own_tensors, same_bits
+from diag.snapshot.state.tensors import hearing, own_tensors, same_bits
 
 
 def data(n=48):
@@ -189,12 +189,12 @@ def accuracy(model):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("arguments", [{}, {"budget": math.inf, "probe": data(24)}], ids=["default", "endless"])
+@pytest.mark.parametrize("arguments", [{}, {"budget": math.inf, "probe": data(12)}], ids=["default", "endless"])
 def test_watching_does_not_take_a_parameter_from_the_optimizer(network, arguments):
     torch.manual_seed(0)
     models = [NETWORKS[network](), NETWORKS[network]()]
     models[1].load_state_dict(models[0].state_dict())
-    steps = 16 if arguments else 300
+    steps = 5 if arguments else 300
     accuracies = [train(models[0], steps)]
     with diag.watch(models[1], **arguments) as watcher:
         accuracies.append(train(models[1], steps))

@@ -13,8 +13,8 @@ from torch.nn.utils import prune
 import diag
 from diag.errors import Unsupported
 from diag.registry import attempt, instruments
-from diag.snapshot.foreign_hooks import FORWARD, doubtful_hooks, may_change, silent
 from diag.snapshot.preserve import preserved
+from diag.snapshot.state.hooks import FORWARD, doubtful_hooks, may_change, silent
 
 MANY = {"budget": math.inf, "instruments": ["softmax_collapse", "gradient_coherence", "hessian_spectrum"]}
 HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -119,12 +119,16 @@ class Snapshot:
         """
         if called and self._given["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
+        at_its_moment = _versions(self.model) == self._versions
         try:
             with undisturbed(self.model, self.loss_fn):
                 yield
         except StateLost as error:
             self.hook_check.lost = str(error)
             raise
+        finally:
+            if at_its_moment:  # putting a value back counts as a write
+                self._versions = _versions(self.model)
 
     @cached_property
     def hook_check(self) -> HookCheck:

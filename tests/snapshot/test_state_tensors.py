@@ -293,3 +293,15 @@ def test_bits_are_compared():
     assert same_bits(z, z.clone()) and not same_bits(z, z.conj())
     assert not same_bits(zero, zero.double()) and not same_bits(zero, torch.zeros(3))
     assert same_bits(zero.bool(), zero.bool()) and same_bits(torch.ones(3, 2).T, torch.ones(2, 3))
+
+
+def test_a_value_that_was_put_back_is_no_later_moment():
+    model = Renormalising(6, 3)
+    snapshot = diag.Snapshot(model, nn.CrossEntropyLoss(), data())
+    diag.softmax_collapse(snapshot)
+    diag.neural_collapse(snapshot)
+    with torch.no_grad():
+        model.weight.add_(1)
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match="parameters have changed since the snapshot was made"):
+            diag.hessian_spectrum(snapshot, num_eigenvalues=1)

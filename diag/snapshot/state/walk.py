@@ -61,7 +61,7 @@ _LIBRARIES = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib", "pur
 
 
 class Walk:
-    """Finds and keeps what can be reached from a model, whose own tensors are seen to elsewhere, and from others."""
+    """Finds and keeps what can be reached from a model, its own tensors left out, and from others."""
 
     def __init__(self, model: nn.Module, others: Iterable[Any] = ()) -> None:
         self.kept: list[tuple[str, Kept]] = []

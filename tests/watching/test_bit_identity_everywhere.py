@@ -1,8 +1,8 @@
 """Training is bit for bit the unwatched one, with every instrument measuring in mid-run: thirty networks and loops.
 
 Among them are networks that keep something in Python, hooks of others, tied and derived weights, and loops that
-step in unusual ways. Losses, weights, buffers, gradients, the optimizer's state, what modules keep, and the next draw
-of each generator of random numbers are compared.
+step in unusual ways. Losses, weights, buffers, gradients, the optimizer's state, what modules keep, and the next
+draw of each generator of random numbers are compared.
 """
 
 import copy

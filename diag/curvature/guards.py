@@ -33,8 +33,8 @@ from torch.overrides import TorchFunctionMode
 from diag.curvature.shorter import SHORTER
 from diag.errors import Unsupported
 from diag.snapshot import pause
-from diag.snapshot.state.hooks import silent
 from diag.snapshot.preserve import exact_arithmetic, preserved
+from diag.snapshot.state.hooks import silent
 
 SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 

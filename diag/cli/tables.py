@@ -31,6 +31,7 @@ STYLES = {
     "not_applicable": "dim",
 }
 PIPED_WIDTH = 160
+QUIET = ("ok", "not_applicable")  # listed by name only
 
 
 class Screen(Console):
@@ -78,18 +79,37 @@ def mark(level: str) -> Text:
 
 
 def verdicts(findings: Sequence[Finding]) -> RenderableType:
-    """The verdicts, worst first, each with what to try where something is wrong."""
+    """What went wrong, story by story with what to try and what follows; then what else was found, in short."""
+    from diag.run.stories import stories
+
     if not findings:
         return Text("Nothing was measured.", style="dim")
     table = _grid(2)
-    for finding in findings:
-        verdict = finding.verdict
-        table.add_row(mark(verdict.level), Text(finding.title, style="bold"))
-        table.add_row("", verdict.sentence)
-        if verdict.advice and verdict.level in ("alarm", "warning"):
-            table.add_row("", Text.assemble(("Try: ", "bold"), verdict.advice))
-        table.add_row("", Text(_where(finding), style="dim"))
-    return table
+    told = stories(findings)
+    for story in told:
+        _add(table, story.finding, str(story.level))
+        for consequence in story.consequences:
+            table.add_row("", Text.assemble(("Follows: ", "dim"), consequence.verdict.sentence))
+    shown = {id(f) for story in told for f in (story.finding, *story.consequences)}
+    rest = [f for f in findings if id(f) not in shown]
+    for finding in rest:
+        if finding.verdict.level not in QUIET:
+            _add(table, finding, str(finding.verdict.level))
+    quiet = _grid(2)
+    for level in QUIET:
+        names = [f.title for f in rest if f.verdict.level == level]
+        if names:
+            quiet.add_row(mark(level), Text(", ".join(names), style="dim"))
+    return Group(*(part for part in (table, quiet) if part.row_count))
+
+
+def _add(table: Table, finding: Finding, level: str) -> None:
+    verdict = finding.verdict
+    table.add_row(mark(level), Text(finding.title, style="bold"))
+    table.add_row("", verdict.sentence)
+    if verdict.advice and verdict.level in ("alarm", "warning"):
+        table.add_row("", Text.assemble(("Try: ", "bold"), verdict.advice))
+    table.add_row("", Text(_where(finding), style="dim"))
 
 
 def _where(finding: Finding) -> str:

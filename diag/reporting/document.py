@@ -23,6 +23,7 @@ from diag.reporting.method import facts, method
 from diag.reporting.plain import clean, counted, listed
 from diag.reporting.timeline import axis_of, timeline
 from diag.result import Level
+from diag.run.stories import stories
 
 FORMAT_VERSION = 1
 LEVELS = (*(str(level) for level in Level), "skipped", "failed")
@@ -50,11 +51,12 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "kind": evidence.kind,
         "title": name,
         "command": clean(command),
-        "verdict": verdict(counts, audits),
+        "verdict": verdict(counts, audits, _stories(evidence, audits)),
         "counts": counts,
         "facts": facts(evidence),
         "caveats": caveats(evidence, counts),
         "audits": audits,
+        "stories": _stories(evidence, audits),
         "timeline": axis and timeline(axis, history, in_time, evidence.events),
         "layers": None if history is None else layers(axis, history, evidence.findings),
         "method": method(evidence, audits),
@@ -76,6 +78,19 @@ def _audits(evidence: Evidence) -> list[dict[str, Any]]:
             audit["id"], n = f"{base}-{n}", n + 1
         taken.add(audit["id"])
     return made
+
+
+def _stories(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What went wrong, in the order in which it is told: the check that names the cause, and those that follow."""
+    ids = {audit["instrument"]: audit["id"] for audit in audits}
+    return [
+        {
+            "level": str(story.level),
+            "audit": ids[clean(story.finding.instrument)],
+            "consequences": [ids[clean(f.instrument)] for f in story.consequences],
+        }
+        for story in stories(evidence.findings)
+    ]
 
 
 def _draw(evidence: Evidence | None, audits: Sequence[dict[str, Any]], salt: str) -> dict[str, str]:
@@ -109,10 +124,13 @@ def _link(made: dict[str, Any]) -> None:
         row["findings"] = [ids.get(name, slug(name)) for name in row["findings"]]
 
 
-def verdict(counts: Mapping[str, int], audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The report in one sentence: how many checks need attention, and what the first says."""
+def verdict(
+    counts: Mapping[str, int], audits: Sequence[Mapping[str, Any]], told: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """The report in one sentence: how many checks need attention, and what the first story says."""
     could_judge = sum(counts[level] for level in ("alarm", "warning", "ok"))
-    worst = next((a for a in audits if a["level"] in NEEDS_ATTENTION), None)
+    first = told[0]["audit"] if told else None
+    worst = next((a for a in audits if a["level"] in NEEDS_ATTENTION and first in (None, a["id"])), None)
     if worst is None:
         return {
             "level": "ok" if could_judge else "unknown",

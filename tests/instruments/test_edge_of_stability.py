@@ -334,6 +334,8 @@ def test_the_course_of_a_run():
     assert beyond.level == Level.WARNING and beyond.advice and beyond.refutation
     assert "Linearly unstable for long: the median" in beyond.sentence
     assert kind.trend(course([0.2, 1.0, 1.0, 1.0, 1.0, 1.0, 1.4, 1.0, 1.0])).level == Level.OK  # a burst
+    third = kind.trend(course([0.2] * 8 + [1.0] * 4))
+    assert "at the edge of stability" in third.sentence and "over the last 4 measurements" in third.sentence
     below = kind.trend(course([0.2, 0.2, 0.5, 0.5]))
     assert below.level == Level.OK and below.sentence.startswith("Below the edge of stability")
 

@@ -218,6 +218,9 @@ def test_what_leaves_no_one_threshold_says_why():
     cases = {
         "differ in momentum": sgd([{"params": first, "momentum": 0.9}, {"params": second}], lr=0.1),
         "maximises": sgd(model.parameters(), lr=0.1, maximize=True),
+        "and stability is known here for minimising alone": sgd(
+            [{"params": first}, {"params": second, "maximize": True}], lr=0.1
+        ),
         "learning rate is zero": sgd(model.parameters(), lr=0.0),
         "does not hold parameter 2.weight": sgd(first, lr=0.1),
         "no state yet": adam(model.parameters()),

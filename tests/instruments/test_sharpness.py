@@ -162,7 +162,7 @@ def test_m_sharpness_is_never_below_that_of_the_whole():
         assert getattr(found[10], prefix + "m_worst_case") > whole
     assert [found[m].num_groups for m in (10, 45, 90, 128)] == [9, 2, 1, 1]
     assert (found[90].m, found[128].m) == (90, 90)
-    assert found[90].m_worst_case_standard_error == 0
+    assert found[90].m_worst_case_standard_error == found[90].m_one_step_standard_error == 0
     own = f"({format_number(found[10].m_worst_case)} for groups of m = 10 examples, each in its own)"
     assert own in found[10].verdict().sentence
     assert "for groups" not in found[90].verdict().sentence

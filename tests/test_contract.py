@@ -105,7 +105,7 @@ def test_hostile_inputs_get_one_clear_sentence(name, problem):
             outcome = attempt(snapshot, which)
         if isinstance(outcome, Result):
             assert is_one_sentence(outcome.verdict().sentence)
-            assert wrong not in REFUSED_BY_ALL_THAT_USE_DATA or which.cost == "none", f"{wrong}: {outcome}"
+            assert wrong not in REFUSED_BY_ALL_THAT_USE_DATA or not which.costs, f"{wrong}: {outcome}"
             looks_at_the_model = not {n.quantity.name for n in which.needs} <= {"inputs", "labels"}
             good = looks_at_the_model and outcome.verdict().level == Level.OK
             assert wrong != "NaN logits" or not good, f"NaN taken for good: {outcome}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.checkpoints.formats import SAVE_AGAIN, read
+from diag.checkpoints.formats import SAVE_AGAIN, Format, read
 from diag.errors import CheckpointError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
@@ -46,8 +46,12 @@ def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     contents, kind = read(path)
-    if kind.startswith("torch file") and isinstance(contents, Mapping) and "pytorch-lightning_version" in contents:
-        kind = "Lightning checkpoint"
+    if (
+        kind in (Format.TORCH, Format.TORCH_LEGACY)
+        and isinstance(contents, Mapping)
+        and "pytorch-lightning_version" in contents
+    ):
+        kind = Format.LIGHTNING
     state, notes = _state_dict(contents, key, path)
     step, source = _step(contents, path)
     clean, more = _without_prefixes(state)

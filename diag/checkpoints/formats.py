@@ -7,6 +7,7 @@ says what was found and how to save it again.
 from __future__ import annotations
 
 import argparse
+import enum
 import importlib
 import json
 import pathlib
@@ -30,7 +31,18 @@ LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 
 
-def read(path: Path) -> tuple[Any, str]:
+class Format(enum.StrEnum):
+    """What kind of file or folder a checkpoint is."""
+
+    TORCH = "torch file"
+    TORCH_LEGACY = "torch file (legacy)"
+    LIGHTNING = "Lightning checkpoint"
+    SAFETENSORS = "safetensors"
+    HUGGING_FACE = "Hugging Face folder"
+    DISTRIBUTED = "torch.distributed checkpoint"
+
+
+def read(path: Path) -> tuple[Any, Format]:
     """What the file or folder holds (dicts, tensors, numbers), and the name of its format.
 
     Raises CheckpointError where it is missing, damaged, of a format that is not read, or could run code.
@@ -43,15 +55,15 @@ def read(path: Path) -> tuple[Any, str]:
     return reader(path), kind
 
 
-def _kind(path: Path) -> tuple[str, Callable[[Path], Any]]:
+def _kind(path: Path) -> tuple[Format, Callable[[Path], Any]]:
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith(b"PK"):
         return _kind_of_zip(path)
     if LEGACY_MAGIC in start[:24]:
-        return "torch file (legacy)", read_torch
+        return Format.TORCH_LEGACY, read_torch
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return "safetensors", read_safetensors
+        return Format.SAFETENSORS, read_safetensors
     raise CheckpointError(f"{path} is {_stranger(path, start)}.")
 
 
@@ -76,7 +88,7 @@ def _stranger(path: Path, start: bytes) -> str:
     )
 
 
-def _kind_of_zip(path: Path) -> tuple[str, Callable[[Path], Any]]:
+def _kind_of_zip(path: Path) -> tuple[Format, Callable[[Path], Any]]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.split("/", 1)[-1] for name in archive.namelist()}
@@ -90,7 +102,7 @@ def _kind_of_zip(path: Path) -> tuple[str, Callable[[Path], Any]]:
     if "data.pkl" not in names:
         what = "a torch.export archive" if {"archive_format", "archive_version"} & names else "a zip archive"
         raise CheckpointError(f"{path} is {what} without a state dict; save the weights with {SAVE_AGAIN}.")
-    return "torch file", read_torch
+    return Format.TORCH, read_torch
 
 
 def read_torch(path: Path) -> Any:
@@ -151,10 +163,10 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def read_folder(path: Path) -> tuple[Any, str]:
+def read_folder(path: Path) -> tuple[Any, Format]:
     """The contents of a folder: Hugging Face weights, or a torch.distributed checkpoint."""
     if (path / METADATA).exists():
-        return read_distributed(path), "torch.distributed checkpoint"
+        return read_distributed(path), Format.DISTRIBUTED
     if any(path.glob("zero_to_fp32.py")) or any(path.glob("**/*_optim_states.pt")):
         raise CheckpointError(
             f"{path} is a DeepSpeed checkpoint in shards; join them with `python zero_to_fp32.py . weights` there "
@@ -172,7 +184,7 @@ def read_folder(path: Path) -> tuple[Any, str]:
             )
         whole = single[0]
     state = _state_of(whole) if whole is not None else _read_shards(path, index)  # type: ignore[arg-type]
-    return {"state_dict": state, **_trainer_state(path)}, "Hugging Face folder"
+    return {"state_dict": state, **_trainer_state(path)}, Format.HUGGING_FACE
 
 
 def _state_of(file: Path) -> dict[str, Any]:

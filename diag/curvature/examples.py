@@ -20,7 +20,7 @@ def curvature_shares(operator: CurvatureOperator, v: Tensor) -> Tensor:
     An example's share of the curvature along v is its value over n v^T G v. Raises Unsupported where the model
     cannot be differentiated twice, InvalidInput where its outputs do not have the examples along their first axis.
     """
-    if operator.self_test.method == "finite difference":
+    if operator.self_test.differenced:
         raise Unsupported(
             "Products with the Jacobian need a model that can be differentiated twice, and here "
             f"{operator.self_test.reason}; replace that operation for the measurement."

@@ -123,7 +123,7 @@ class CurvatureOperator(LinearOperator):
         """Whether graphs are kept between products, the micro-batches, and the bytes behind that choice."""
         if self._plan is None:
             memory = self._settings["memory"]
-            if self.self_test.method == "finite difference":
+            if self.self_test.differenced:
                 self._plan = MemoryPlan(False, self.objective.batches, 0, memory or 0)
             else:
                 self._plan = plan_memory(self._curvature(), self.objective, memory)
@@ -189,7 +189,7 @@ class CurvatureOperator(LinearOperator):
 
     def _rebuilt(self, vectors: Tensor) -> Tensor:
         """Products with several vectors from graphs that live for one micro-batch each."""
-        if self.self_test.method == "finite difference":
+        if self.self_test.differenced:
             return self._differenced(vectors)
         products = torch.zeros_like(vectors)
         with self.objective.measured():

@@ -33,7 +33,7 @@ from diag.curvature.probe import (
     rows_held_fixed,
 )
 from diag.curvature.products import Curvature
-from diag.curvature.record import WARN_ABOVE, SelfTest
+from diag.curvature.record import WARN_ABOVE, ProductMethod, SelfTest
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.linalg.reductions import length
 
@@ -63,7 +63,7 @@ def run_self_test(curvature: Curvature, objective: Objective, seed: int = 0) -> 
         curvature.check(trial, trial.parameters())
         examination = _Examination(curvature, trial, gradient, seed)
         record = examination.outcome()
-    if record.method == "finite difference" or objective.precision == trial.precision:
+    if record.differenced or objective.precision == trial.precision:
         return record
     true = examination.direction, examination.product
     return replace(record, rounding_error=_rounding_error(curvature, objective.on([probe]), *true))
@@ -200,7 +200,7 @@ class _Examination:
         name = next(reversed(directions))
         self.direction, self.product = directions[name], products[name]
         errors = {name: gap.total for name, gap in gaps.items()}
-        return self._record(method="double backward", errors=errors, asymmetry=asymmetry)
+        return self._record(method=ProductMethod.DOUBLE_BACKWARD, errors=errors, asymmetry=asymmetry)
 
     def _disagreement(self, direction: Tensor, product: Tensor) -> Gap:
         """The gap to a finite difference at the best of the steps.
@@ -253,7 +253,7 @@ class _Examination:
                 f"{worst:.0%}; replace that operation by one of plain torch functions for the measurement."
             )
         return self._record(
-            method="finite difference",
+            method=ProductMethod.FINITE_DIFFERENCE,
             errors=changes[best],
             asymmetry=asymmetry,
             step=steps[best],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.gradients.capture import Use
+from diag.gradients.methods import closed_form, replayed
 from diag.gradients.plan import Plan
 from diag.gradients.rules import fallback
 from diag.gradients.rules.blocks import Block, Dense, Outer
@@ -98,7 +99,7 @@ class Assembly:
         methods, names = self.plan.methods, call.use.slots[place].names
         try:
             block = FORMS[call.use.name](call, place)
-            methods.update(dict.fromkeys(names, call.use.name))
+            methods.update(dict.fromkeys(names, closed_form(call.use.name)))
             return block
         except (KeyError, NoClosedForm):
             block = fallback.replayed(call, place, self.deadline)
@@ -106,7 +107,7 @@ class Assembly:
             block.dense(slice(0, 1))  # fails here, if at all, where another method can still be chosen
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise NoClosedForm(str(error)) from error
-        methods.update(dict.fromkeys(names, f"{call.use.name}, replayed for each example"))
+        methods.update(dict.fromkeys(names, replayed(call.use.name)))
         self.plan.late.add(call.use.index)
         return block
 

@@ -22,6 +22,7 @@ from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.gradients.assembly import Assembly
 from diag.gradients.backward import backward
 from diag.gradients.coupling import check_independent, losses_of
+from diag.gradients.methods import NOT_MOVED
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.plan import PROBES, Forward, NotFinite, Plan, copied, forward, probe_of
 from diag.gradients.planning import make_plan
@@ -107,7 +108,7 @@ class ModelGradients(PerExampleGradients):
         assert self._plan is not None
         missing = tuple(n for n in self._trainable if n not in self._parameters)
         total = sum(p.numel() for p in self._trainable.values())
-        methods = {n: self._plan.methods.get(n, "no example moves it") for n in self._parameters}
+        methods = {n: self._plan.methods.get(n, NOT_MOVED) for n in self._parameters}
         return Coverage(self.num_parameters / total, self._squared_share(missing), methods, missing)
 
     def _squared_share(self, missing: Sequence[str]) -> float:

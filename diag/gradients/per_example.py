@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
+from diag.gradients.methods import Method
 from diag.gradients.questions import (
     Answer,
     Everything,
@@ -42,7 +43,7 @@ class Coverage:
 
     parameters: float
     squared_gradient: float
-    methods: Mapping[str, str]
+    methods: Mapping[str, Method]
     missing: tuple[str, ...] = ()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diag.errors import Unsupported
 from diag.gradients.capture import Capture, Use
+from diag.gradients.methods import Method
 from diag.gradients.rules.layout import Layout
 from diag.gradients.sources import Place
 from diag.snapshot.batch import Batch, map_tensors
@@ -35,7 +36,7 @@ class Plan:
     places: dict[int, list[Place]]
     graph_parameters: set[str]
     signature: tuple[tuple[Any, ...], ...]
-    methods: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
     unresolved: set[int] = field(default_factory=set)  # calls whose gradient was zero on the probe
     late: set[int] = field(default_factory=set)  # calls to read only after the backward pass
     first: set[int] | None = None  # calls upstream of all others, once they have been looked for

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diag.gradients.assembly import Assembly
 from diag.gradients.capture import Use, unexplained
+from diag.gradients.methods import WHOLE_GRAPH
 from diag.gradients.plan import NotFinite, Plan, copied, forward
 from diag.gradients.rules.blocks import Block, row_slices
 from diag.gradients.rules.closed_forms import FORMS
@@ -66,7 +67,7 @@ def make_plan(
         if name not in plan.graph_parameters and not _agrees(blocks.get(name), weights, gradient, total):
             plan.graph_parameters.add(name)
     for name in plan.graph_parameters:
-        plan.methods[name] = "through the whole graph, one example at a time"
+        plan.methods[name] = WHOLE_GRAPH
     return plan
 
 

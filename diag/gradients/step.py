@@ -47,7 +47,7 @@ def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Pla
     probe = probe_of(batch, PROBES[0], lambda: NotImplemented)
     with preserved(model, mode="train"):
         plan = make_plan(model, loss_fn, probe, trainable(model), unroll=False)
-    unread = plan.graph_parameters | {name for name, how in plan.methods.items() if "each example" in how}
+    unread = plan.graph_parameters | {n for n, method in plan.methods.items() if method.one_by_one}
     if unread or plan.late:
         raise Unsupported(
             f"The training step's own gradients cannot be told apart by example in {', '.join(sorted(unread)[:3])} "

@@ -281,7 +281,7 @@ def _notes(gradients: PerExampleGradients) -> tuple[str, ...]:
             f"{len(coverage.missing)} parameters were left out; the rest holds "
             f"{format_share(coverage.squared_gradient)} of the squared mean gradient."
         )
-    slow = sorted({n for n, method in coverage.methods.items() if "example" in method and "moves" not in method})
+    slow = sorted(n for n, method in coverage.methods.items() if method.one_by_one)
     if slow:
         notes.append(f"Computed one example at a time, for want of a closed form: {', '.join(slow[:5])}.")
     return tuple(notes)

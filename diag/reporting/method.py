@@ -59,7 +59,7 @@ def _probe(evidence: Evidence) -> str:
     """What the curves of a run are measured on: as its metadata or its events have it."""
     about = evidence.metadata.get("probe")
     if about in (None, "", {}):
-        return next((e.text.split(",")[0] for e in evidence.events if e.kind == "probe"), "")
+        return next((e.text.rstrip(".") for e in evidence.events if e.kind == "probe"), "")
     size = about.get("examples", about.get("size")) if isinstance(about, Mapping) else about
     return f"{size:,} examples" if isinstance(size, int) else shown(about)
 

@@ -28,7 +28,6 @@ from diag.run.run import Event, Record, Run
 from diag.snapshot.snapshot import Snapshot
 
 Progress = Callable[[int, int, str], None]
-ONE_LOOK = {"none", "one forward pass", "one gradient", "one traced forward pass"}
 
 
 def from_checkpoints(
@@ -141,7 +140,7 @@ class _Measuring:
 
 
 def _takes_one_look(instrument: Instrument) -> bool:
-    return instrument.passes is None and set(instrument.cost.split(", ")) <= ONE_LOOK
+    return instrument.passes is None and all(cost.one_look for cost in instrument.costs)
 
 
 def _mean_loss(snapshot: Snapshot, held_out: bool) -> float:

@@ -9,6 +9,7 @@ The prefix `held_out_` asks for a quantity on the snapshot's held-out data inste
 
 from __future__ import annotations
 
+import enum
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,32 @@ from typing import Any
 from diag.errors import InvalidInput
 
 HELD_OUT = "held_out_"
+
+
+class Cost(enum.Enum):
+    """What computing a quantity takes: in words, and in forward passes over the data.
+
+    For what is called again and again the passes are those of a usual number of calls; thirty products.
+    """
+
+    NONE = "none", 0.0
+    FORWARD = "one forward pass", 1.0
+    TRACED_FORWARD = "one traced forward pass", 10.0
+    FORWARD_A_CALL = "one forward pass a call", 10.0
+    FORWARD_A_POINT = "one forward pass a point", 30.0
+    FORWARD_A_STEP = "one forward pass a step", 30.0
+    GRADIENT = "one gradient", 3.0
+    TWO_GRADIENTS = "about two gradients", 6.0
+    BACKWARD_A_CLASS = "one backward pass a class", 30.0
+    PRODUCTS = "about three gradients a product", 300.0
+
+    def __init__(self, text: str, passes: float) -> None:
+        self.text, self.passes = text, passes
+
+    @property
+    def one_look(self) -> bool:
+        """Whether the data are gone through once at most."""
+        return self in (Cost.NONE, Cost.FORWARD, Cost.TRACED_FORWARD, Cost.GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -31,7 +58,7 @@ class Quantity:
     module: str
     shape: str | None
     kind: str
-    cost: str
+    cost: Cost
     how: str
 
     def function(self) -> Callable[[Any], Any]:
@@ -49,29 +76,29 @@ _HISTORY = "measure inside diag.watch, or give history="
 GLOSSARY: dict[str, Quantity] = {
     q.name: q
     for q in (
-        Quantity("inputs", "snapshot.forward", "n *", "object", "none", _DATA),
+        Quantity("inputs", "snapshot.forward", "n *", "object", Cost.NONE, _DATA),
         Quantity(
-            "labels", "snapshot.forward", "n", "integer", "none", _DATA + " where the targets are class numbers"
+            "labels", "snapshot.forward", "n", "integer", Cost.NONE, _DATA + " where the targets are class numbers"
         ),
-        Quantity("logits", "snapshot.forward", "n K", "floating", "one forward pass", _DATA),
-        Quantity("losses", "snapshot.forward", "n", "floating", "one forward pass", _LOSS),
-        Quantity("logit_gradients", "snapshot.forward", "n K", "floating", "one forward pass", _LOSS),
-        Quantity("features", "snapshot.forward", "n d", "floating", "one forward pass", _LAST),
-        Quantity("layer_features", "snapshot.forward", None, "object", "one forward pass", _DATA),
-        Quantity("activations", "snapshot.activations", None, "object", "one forward pass", _DATA),
-        Quantity("classifier", "snapshot.forward", None, "object", "one forward pass", _LAST),
-        Quantity("params", "snapshot.parameters", None, "object", "none", "give a model with trainable parameters"),
-        Quantity("gradient", "snapshot.parameters", None, "object", "one gradient", _LOSS),
-        Quantity("loss_at", "snapshot.parameters", None, "object", "one forward pass a call", _LOSS),
+        Quantity("logits", "snapshot.forward", "n K", "floating", Cost.FORWARD, _DATA),
+        Quantity("losses", "snapshot.forward", "n", "floating", Cost.FORWARD, _LOSS),
+        Quantity("logit_gradients", "snapshot.forward", "n K", "floating", Cost.FORWARD, _LOSS),
+        Quantity("features", "snapshot.forward", "n d", "floating", Cost.FORWARD, _LAST),
+        Quantity("layer_features", "snapshot.forward", None, "object", Cost.FORWARD, _DATA),
+        Quantity("activations", "snapshot.activations", None, "object", Cost.FORWARD, _DATA),
+        Quantity("classifier", "snapshot.forward", None, "object", Cost.FORWARD, _LAST),
         Quantity(
-            "losses_at", "curvature.neighbourhood.losses_at", None, "object", "one forward pass a call", _LOSS
+            "params", "snapshot.parameters", None, "object", Cost.NONE, "give a model with trainable parameters"
         ),
+        Quantity("gradient", "snapshot.parameters", None, "object", Cost.GRADIENT, _LOSS),
+        Quantity("loss_at", "snapshot.parameters", None, "object", Cost.FORWARD_A_CALL, _LOSS),
+        Quantity("losses_at", "curvature.neighbourhood.losses_at", None, "object", Cost.FORWARD_A_CALL, _LOSS),
         Quantity(
             "divergence_at",
             "curvature.neighbourhood.divergence_at",
             None,
             "object",
-            "one forward pass a call",
+            Cost.FORWARD_A_CALL,
             _DATA,
         ),
         Quantity(
@@ -79,29 +106,27 @@ GLOSSARY: dict[str, Quantity] = {
             "snapshot.history",
             None,
             "object",
-            "one forward pass a step",
+            Cost.FORWARD_A_STEP,
             _WATCHED,
         ),
-        Quantity("per_example_gradients", "gradients", None, "object", "about two gradients", _LOSS),
-        Quantity("hessian", "curvature.operators", None, "object", "about three gradients a product", _LOSS),
-        Quantity("gauss_newton", "curvature.operators", None, "object", "about three gradients a product", _LOSS),
+        Quantity("per_example_gradients", "gradients", None, "object", Cost.TWO_GRADIENTS, _LOSS),
+        Quantity("hessian", "curvature.operators", None, "object", Cost.PRODUCTS, _LOSS),
+        Quantity("gauss_newton", "curvature.operators", None, "object", Cost.PRODUCTS, _LOSS),
+        Quantity("class_directions", "curvature.class_directions", None, "object", Cost.BACKWARD_A_CLASS, _DATA),
+        Quantity("fisher", "curvature.operators", None, "object", Cost.PRODUCTS, _LOSS),
+        Quantity("interpolation", "connectivity.interpolation", None, "object", Cost.FORWARD_A_POINT, _DATA),
+        Quantity("other", "connectivity.interpolation", None, "object", Cost.NONE, "give the snapshot other="),
+        Quantity("ancestor", "connectivity.interpolation", None, "object", Cost.NONE, "give previous="),
+        Quantity("other_params", "snapshot.parameters", None, "object", Cost.NONE, "give the snapshot other="),
+        Quantity("previous_losses", "snapshot.forward", "n", "floating", Cost.FORWARD, "give previous="),
+        Quantity("symmetries", "connectivity.symmetries", None, "object", Cost.TRACED_FORWARD, _DATA),
+        Quantity("module_graph", "snapshot.module_graph", None, "object", Cost.TRACED_FORWARD, _DATA),
+        Quantity("optimizer", "snapshot.optimizer", None, "object", Cost.NONE, "give the snapshot optimizer="),
+        Quantity("update", "snapshot.optimizer", None, "object", Cost.NONE, "give the snapshot previous="),
         Quantity(
-            "class_directions", "curvature.class_directions", None, "object", "one backward pass a class", _DATA
+            "history", "snapshot.history", None, "object", Cost.NONE, "measure inside diag.watch, or give history="
         ),
-        Quantity("fisher", "curvature.operators", None, "object", "about three gradients a product", _LOSS),
-        Quantity("interpolation", "connectivity.interpolation", None, "object", "one forward pass a point", _DATA),
-        Quantity("other", "connectivity.interpolation", None, "object", "none", "give the snapshot other="),
-        Quantity("ancestor", "connectivity.interpolation", None, "object", "none", "give previous="),
-        Quantity("other_params", "snapshot.parameters", None, "object", "none", "give the snapshot other="),
-        Quantity("previous_losses", "snapshot.forward", "n", "floating", "one forward pass", "give previous="),
-        Quantity("symmetries", "connectivity.symmetries", None, "object", "one traced forward pass", _DATA),
-        Quantity("module_graph", "snapshot.module_graph", None, "object", "one traced forward pass", _DATA),
-        Quantity("optimizer", "snapshot.optimizer", None, "object", "none", "give the snapshot optimizer="),
-        Quantity("update", "snapshot.optimizer", None, "object", "none", "give the snapshot previous="),
-        Quantity(
-            "history", "snapshot.history", None, "object", "none", "measure inside diag.watch, or give history="
-        ),
-        Quantity("loop", "snapshot.loop.facts", None, "object", "none", "measure inside diag.watch"),
+        Quantity("loop", "snapshot.loop.facts", None, "object", Cost.NONE, "measure inside diag.watch"),
     )
 }
 

@@ -33,6 +33,7 @@ class LinearStability:
 
     learning_rate: the largest of the groups. unknown: why there is no threshold (which is then NaN), in a clause;
     the operator is then the Hessian itself. notes: what was taken into account.
+    plain: whether the step is the gradient times one rate, without momentum.
     """
 
     operator: LinearOperator
@@ -41,6 +42,7 @@ class LinearStability:
     learning_rate: float = nan
     unknown: str = ""
     notes: tuple[str, ...] = ()
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Rule:
     text: str
     threshold: Callable[[Group], float]
     preconditioned: bool = False
+    plain: bool = False  # the step is the gradient times the rate
 
 
 def linear_stability(hessian: LinearOperator, optimizer: OptimizerState) -> LinearStability:
@@ -68,7 +71,7 @@ def linear_stability(hessian: LinearOperator, optimizer: OptimizerState) -> Line
         operator, notes = _operator(hessian, optimizer, groups, rule, rate)
     except DiagError as error:
         return LinearStability(hessian, learning_rate=rate, unknown=str(error).rstrip("."))
-    return LinearStability(operator, rule.threshold(reference), rule.text, rate, notes=notes)
+    return LinearStability(operator, rule.threshold(reference), rule.text, rate, notes=notes, plain=rule.plain)
 
 
 def _rule(optimizer: OptimizerState, groups: Sequence[Group]) -> tuple[Rule | None, str]:
@@ -157,7 +160,7 @@ def _sgd(group: Group) -> Rule:
             lambda g: (2 + 2 * g["momentum"]) / ((1 + 2 * g["momentum"]) * g["lr"]),
         )
     if not group["momentum"]:
-        return Rule("2 / learning rate", lambda g: 2 / g["lr"])
+        return Rule("2 / learning rate", lambda g: 2 / g["lr"], plain=True)
     if group["dampening"]:
         return Rule(
             "(2 + 2 momentum) / ((1 - dampening) learning rate)",

@@ -107,7 +107,7 @@ def sgd_stability(
 
 def _plain_sgd(stability: LinearStability, optimizer: OptimizerState, batch_size: int | None, n: int) -> bool:
     """Whether plain SGD with batches of a known size is at work."""
-    return stability.rule == "2 / learning rate" and optimizer.kind == "SGD" and batch_size is not None and n > 1
+    return stability.plain and optimizer.kind == "SGD" and batch_size is not None and n > 1
 
 
 def trace_factor(stability: LinearStability, optimizer: OptimizerState, batch_size: int | None, n: int) -> float:

@@ -28,18 +28,6 @@ from diag.watching.measure.own_step import OwnStep, Read
 from diag.watching.measure.schedule import Schedule
 from diag.watching.measure.window import Windows
 
-# Forward passes over the probe set that one measurement is taken to cost before it has been timed, where the
-# instrument itself does not say (see registry.instrument); thirty curvature products.
-PASSES = {
-    "none": 0.0,
-    "one forward pass": 1.0,
-    "one forward pass a call": 10.0,
-    "one traced forward pass": 10.0,
-    "one gradient": 3.0,
-    "about two gradients": 6.0,
-    "about three gradients a product": 300.0,
-}
-UNKNOWN_PASSES = 30.0
 FIXED = 2e-3
 # Training steps that it is taken to cost to measure on a step's own gradients; measured on the CPU, with labels of
 # ten classes: 14 (a small convolutional net) to 155 (an MLP of 670,000 parameters), for the products of the groups'
@@ -142,7 +130,7 @@ class Measurements:
             instrument = self._instruments[name]
             passes = instrument.expected_passes(self._settings[name])
             if passes is None:
-                passes = sum(PASSES.get(cost, UNKNOWN_PASSES) for cost in instrument.cost.split(", "))
+                passes = sum(cost.passes for cost in instrument.costs)
             on_a_step = STEPS_READ * seconds_per_step
             self.schedule.estimate(name, FIXED + (on_a_step if self.own_step.reads(name) else passes * forward))
         self.windows.forward = self.windows.forward if again else FIXED + forward

@@ -5,6 +5,7 @@ Each method is called in the middle of the training loop: nothing raises into it
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class TrainingListener(Guarded):
         self._loop: LoopObserver = training.loop
         self._evaluated: tuple[Any, int] = (None, 0)
         self._hooks: ModelHooks | None = None
+        self._thread: int | None = None  # the one that trains, by its last call of the model
         self._calls = self._silent = 0
 
     def begin(self, models: tuple[nn.Module, ...]) -> None:
@@ -73,6 +75,7 @@ class TrainingListener(Guarded):
     @guarded("inputs and outputs")
     def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> None:
         """The model was called with gradients on."""
+        self._thread = threading.get_ident()
         if self._losses.forward_called(args, kwargs, outputs, module):
             self.clock.start()
             self._steps.training_pass()
@@ -92,8 +95,14 @@ class TrainingListener(Guarded):
     def _facts(self, event: str, *args: Any) -> None:
         getattr(self._loop, event)(*args)
 
+    def _is_here(self) -> bool:
+        """Whether this thread is the one that trains: losses and backward passes say nothing of their model."""
+        return self._thread is None or self._thread == threading.get_ident()
+
     @guarded("loss")
     def loss_called(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
+        if not self._is_here():
+            return
         self._losses.loss_called(function, args, kwargs, value)
         self._own_step.backwards.loss_called(function, args, kwargs, value)
         self._facts("loss_called", function, args, kwargs, value)
@@ -104,7 +113,8 @@ class TrainingListener(Guarded):
 
     @guarded("loss")
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
-        self._losses.loss_scaled(losses, scaled)
+        if self._is_here():
+            self._losses.loss_scaled(losses, scaled)
         self._facts("loss_scaled", losses, scaled)
 
     @guarded("loss")
@@ -113,6 +123,8 @@ class TrainingListener(Guarded):
 
     @guarded("loss")
     def backward_called(self, roots: Any, weight: Any = None, inputs: Any = None) -> None:
+        if not self._is_here():
+            return
         self._losses.backward_called(roots, weight, inputs)
         self._steps.backward_begins()
         if self._own_step.armed:
@@ -122,6 +134,8 @@ class TrainingListener(Guarded):
 
     @guarded("loss")
     def backward_done(self) -> None:
+        if not self._is_here():
+            return
         self._losses.backward_done()
         self._facts("backward_done")
         if self._own_step.reading:

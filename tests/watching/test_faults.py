@@ -39,7 +39,7 @@ class Injected(Exception):
 
 
 def functions():
-    """Every plain function of the rooms, by module and qualified name: methods, properties, what decorators wrap."""
+    """Every plain function of the rooms, by module and qualified name; methods, properties, what is decorated."""
     found = {}
     for room in ROOMS:
         package = importlib.import_module(room)
@@ -120,7 +120,7 @@ def train(model, watcher=None):
     assert all(p.requires_grad for p in model.parameters()) and model.training
 
 
-# One of each way of measuring: one forward pass, a step's own gradients, the record; and, slow, curvature, a window.
+# One of each way of measuring: a forward pass, a step's own gradients, the record; and, slow, curvature, a window.
 QUICK = {"softmax_collapse": {}, "gradient_coherence": {}, "gradient_flow": {}}
 ALL = QUICK | {"edge_of_stability": {}, "opposing_signals": {"k": 5}}
 

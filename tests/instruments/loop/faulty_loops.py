@@ -1087,6 +1087,24 @@ def plain_adam():
 
 
 @healthy
+def schedules_one_after_the_other():
+    model = mlp()
+    optimizer = adam(model)
+    up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 4)
+    down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 21)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[4])
+
+    def train():
+        for x, y in some(24):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+
+    return model, train
+
+
+@healthy
 def zeroed_through_the_data():
     model = mlp()
     optimizer = adam(model)

@@ -95,9 +95,12 @@ class Schedulers:
         self._searched.add(id(record))
         if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             return
-        for found in gc.get_objects():
-            if isinstance_of_scheduler(type(found)) and getattr(found, "optimizer", None) is optimizer:
-                self._schedule(found)
+        found = [o for o in gc.get_objects() if isinstance_of_scheduler(type(o))]
+        # SequentialLR and its like hold others, which they step in their own way.
+        held = {id(part) for o in found for part in getattr(o, "_schedulers", ())}
+        for scheduler in found:
+            if getattr(scheduler, "optimizer", None) is optimizer and id(scheduler) not in held:
+                self._schedule(scheduler)
 
     def facts(self) -> tuple[SchedulerFacts, ...]:
         """Each as plain data."""

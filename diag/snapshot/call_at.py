@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.state.python import renew
+from diag.snapshot.state.tensors import keeper_of
 
 
 class Place(NamedTuple):
@@ -49,6 +50,11 @@ def placed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         raise Unsupported(
             "The model is compiled to TorchScript, whose parameters cannot be moved; measure the Python module "
             "that it was made from."
+        )
+    if keeper := keeper_of(model):
+        raise Unsupported(
+            f"The model's parameters are put in place at each call by {keeper}; measure a copy of the model that "
+            "holds them itself."
         )
     given = _by_tensor(model, values)
     held = [(place, place.held[place.key]) for place in _places(model)]

@@ -305,3 +305,38 @@ def test_a_value_that_was_put_back_is_no_later_moment():
     for _ in range(2):
         with pytest.raises(InvalidInput, match="parameters have changed since the snapshot was made"):
             diag.hessian_spectrum(snapshot, num_eigenvalues=1)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_is_sharded_by_torch_keeps_count_of_its_own_tensors(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    losses = []
+    for measured in (False, True):
+        torch.manual_seed(0)
+        model, (x, y) = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), data()
+        fully_shard(model[0], mesh=one_process)
+        fully_shard(model, mesh=one_process)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if measured:
+                before = places(model)
+                snapshot = diag.Snapshot(model, nn.CrossEntropyLoss(), data(24))
+                assert snapshot.quantity("logits").shape == (24, 3)
+                assert places(model) == before
+                with pytest.raises(Unsupported, match="put in place at each call by torch's fully_shard"):
+                    snapshot.quantity("loss_at")({n: p.detach() for n, p in model.named_parameters()})
+    assert losses[:3] == losses[3:]

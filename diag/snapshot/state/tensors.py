@@ -47,6 +47,7 @@ class OwnTensors:
 
     def __init__(self, model: nn.Module, values: bool = False) -> None:
         self._held = [_held(name, module) for name, module in model.named_modules()]
+        self._keeper = keeper_of(model)
         tensors = [*model.named_parameters(), *model.named_buffers()] if values else []
         self._copies = sum(t.numel() * t.element_size() for _, t in tensors) <= KEPT_BYTES
         self._values = [(n, t, version_of(t), t.detach().clone() if self._copies else None) for n, t in tensors]
@@ -54,18 +55,27 @@ class OwnTensors:
     def put_back(self) -> list[str]:
         """Put each tensor back in its place; the places that held another, by name, buffers left out: a forward
         pass may bind a new tensor to one."""
+        if self._keeper and self._changed():
+            for held in self._held:
+                if hasattr(held.module, "_get_fsdp_state"):  # it counts on the tensors that it has put in place
+                    held.module.reshard()  # type: ignore[operator]
         foreign = []
-        for held in self._held:
-            for kind, own in held.dicts.items():
-                now, tensors = vars(held.module).get(kind), held.tensors[kind]
-                if now is own and _same_order(own, tensors):
-                    continue
-                if kind == "_parameters":
-                    foreign += [f"{held.name}.{key}".removeprefix(".") for key in _different(now or {}, tensors)]
-                own.clear()
-                own.update(tensors)
-                vars(held.module)[kind] = own
+        for held, kind in self._changed():
+            own, now, tensors = held.dicts[kind], vars(held.module).get(kind), held.tensors[kind]
+            if kind == "_parameters" and not self._keeper:
+                foreign += [f"{held.name}.{key}".removeprefix(".") for key in _different(now or {}, tensors)]
+            own.clear()
+            own.update(tensors)
+            vars(held.module)[kind] = own
         return foreign
+
+    def _changed(self) -> list[tuple[Held, str]]:
+        return [
+            (held, kind)
+            for held in self._held
+            for kind, own in held.dicts.items()
+            if vars(held.module).get(kind) is not own or not _same_order(own, held.tensors[kind])
+        ]
 
     def rewrite(self) -> list[str]:
         """Put the values back that have changed in place, as far as they were kept; the tensors, by name."""
@@ -136,6 +146,16 @@ def _held(name: str, module: nn.Module) -> Held:
         if isinstance(own, dict):  # TorchScript modules have none, and cannot bind another tensor
             held.dicts[kind], held.tensors[kind] = own, dict(own)
     return held
+
+
+def keeper_of(model: nn.Module) -> str:
+    """Who puts the parameters in place at each call and takes them out again, "" for no one."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            return "torch's fully_shard"
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            return "accelerate's offloading"
+    return ""
 
 
 def _different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -136,7 +136,7 @@ def sample_of(p: nn.Parameter) -> Sample:
 
 def _slow_reader(p: nn.Parameter) -> Callable[[], Any]:
     def read() -> Any:
-        flat = p.detach().reshape(-1)
+        flat = getattr(p, "to_local", p.detach)().detach().reshape(-1)  # of a sharded one its own part
         some = flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS].clone()
         return tuple(some.tolist()) if p.is_cpu else some
 

@@ -166,6 +166,20 @@ def test_private_names_stay_at_home(name):
     """No `from diag.x import _y`; `x._y` where `_y` is not the module's own is held to a table by test_foreign."""
     taken = [dotted for dotted in imported_names(name) if private(dotted.rpartition(".")[2])]
     assert not taken, f"{name} imports {taken}"
+    unknown = private_attributes(name) - foreign_names()
+    assert not unknown, (
+        f"{name} uses {sorted(unknown)}: take a public name, or add a row to FOREIGN in test_foreign"
+    )
+
+
+@functools.cache
+def foreign_names() -> set[str]:
+    """The keys of the table of others' private names that may be used."""
+    for node in ast.walk(ast.parse(Path(__file__).with_name("test_foreign.py").read_text())):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOREIGN":
+            assert isinstance(node.value, ast.Dict)
+            return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise AssertionError("test_foreign has no table FOREIGN")
 
 
 def private(name: str) -> bool:

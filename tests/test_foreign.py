@@ -1,7 +1,7 @@
 """The private names of torch (and of others) that diag uses: one table, and each is still there.
 
-A name that is not in the table may not be used (test_layers); one that a release has taken away fails here first, with the place
-that needs it. All were looked up in torch 2.13.0.
+A name that is not in the table may not be used (test_layers); one that a release has taken away fails here first,
+with what needs it. All were looked up in torch 2.13.0.
 """
 
 import importlib.util

@@ -1,0 +1,172 @@
+"""What diag replaces in the process for a time, and which of torch's private names it touches: one table of each.
+
+Nothing here does anything: the tables are for readers, and a test holds the code to them. `since` is the version of
+torch in which the name has been there at the latest; diag needs 2.11, and 2.13 is what it is tested on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Replaced(NamedTuple):
+    """What is exchanged while something is watched or measured, and put back afterwards.
+
+    where: owner and name. how: "body" (the code of a plain function), "attribute" or "flag". while_: "watching" or
+    "measuring". why: what it is for, and why nothing gentler does.
+    """
+
+    where: str
+    how: str
+    while_: str
+    since: str
+    why: str
+
+
+class Private(NamedTuple):
+    """A private name of torch's. of: the kind of object that has it (the key of a maker in the test)."""
+
+    name: str
+    of: str
+    since: str
+    why: str
+
+
+# Exchanging `__code__` sees a call of the function under every name that it was ever imported by, as by
+# `from torch.nn.functional import cross_entropy` at the top of a library. Nothing gentler sees the same calls: an
+# attribute of the module misses those names; a TorchFunctionMode costs 5 % of a step and breaks compiled graphs;
+# and the graph behind the root of backward() does not tell them, as many losses are several nodes there (label
+# smoothing, kl_div, l1_loss) that keep neither the settings nor, always, the targets.
+_BODY = "the loss, its arguments and its targets, by whatever name the function was imported"
+
+REPLACED = (
+    Replaced("torch.nn.functional.cross_entropy", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.nll_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.mse_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.l1_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.smooth_l1_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.huber_loss", "body", "watching", "1.9", _BODY),
+    Replaced("torch.nn.functional.binary_cross_entropy", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.binary_cross_entropy_with_logits", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.kl_div", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.poisson_nll_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.soft_margin_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.multi_margin_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.multilabel_margin_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.multilabel_soft_margin_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.nn.functional.hinge_embedding_loss", "body", "watching", "1.0", _BODY),
+    Replaced("torch.autograd.backward", "attribute", "watching", "1.0", "which number training descends"),
+    Replaced("torch.optim.Optimizer.zero_grad", "attribute", "watching", "1.0", "when gradients are thrown away"),
+    Replaced("torch.nn.Module.zero_grad", "attribute", "watching", "1.0", "when gradients are thrown away"),
+    *(
+        Replaced(f"torch.optim.lr_scheduler.{name}.step", "attribute", "watching", since, "when schedules step")
+        for name, since in (
+            ("LRScheduler", "2.0"),
+            ("SequentialLR", "1.10"),
+            ("ChainedScheduler", "1.10"),
+            ("ReduceLROnPlateau", "1.0"),
+            ("CosineAnnealingWarmRestarts", "1.1"),
+        )
+    ),
+    Replaced("torch.utils.data.DataLoader.__iter__", "attribute", "watching", "1.0", "where an epoch begins"),
+    Replaced(
+        "torch.utils.data.dataloader._BaseDataLoaderIter.__next__",
+        "attribute",
+        "watching",
+        "1.2",
+        "which batch comes when",
+    ),
+    Replaced(
+        "torch.nn.utils.clip_grad._clip_grads_with_norm_", "attribute", "watching", "2.6", "gradients before a clip"
+    ),
+    Replaced("torch.nn.utils.clip_grads_with_norm_", "attribute", "watching", "2.6", "gradients before a clip"),
+    Replaced(
+        "torch.nn.utils.clip_grad.clip_grad_value_", "attribute", "watching", "1.0", "gradients before a clip"
+    ),
+    Replaced("torch.nn.utils.clip_grad_value_", "attribute", "watching", "1.0", "gradients before a clip"),
+    Replaced("torch.amp.GradScaler.scale", "attribute", "watching", "2.3", "the loss before it is scaled"),
+    Replaced("torch.amp.GradScaler.unscale_", "attribute", "watching", "2.3", "whether a clip came before it"),
+    Replaced("torch.amp.GradScaler.step", "attribute", "watching", "2.3", "steps that the scaler leaves out"),
+    Replaced(
+        "torch.utils.checkpoint.CheckpointFunction",
+        "attribute",
+        "measuring",
+        "1.0",
+        "a reentrant checkpoint forbids autograd.grad",
+    ),
+    Replaced(
+        "torch.utils.checkpoint._checkpoint_without_reentrant_generator",
+        "attribute",
+        "measuring",
+        "2.1",
+        "it runs again with the module's own parameters instead of those that it is called at",
+    ),
+    Replaced("torch.backends.cuda.matmul.allow_tf32", "flag", "measuring", "1.7", "TF32 is noise of 1e-3"),
+    Replaced("torch.backends.cudnn.allow_tf32", "flag", "measuring", "1.7", "TF32 is noise of 1e-3"),
+    Replaced(
+        "torch.backends.cudnn.enabled", "flag", "measuring", "1.0", "its recurrent layers have no second derivative"
+    ),
+    Replaced("torch.backends.mha.get_fastpath_enabled", "flag", "measuring", "2.1", "nor has its attention"),
+    Replaced("torch.compiler.set_stance", "flag", "measuring", "2.6", "compiled code runs eagerly"),
+    Replaced("torch._C._set_mkldnn_enabled", "flag", "measuring", "2.0", "traced operations are the plain ones"),
+    Replaced("torch.set_rng_state", "flag", "measuring", "1.0", "random states are those from before"),
+)
+
+PRIVATE = (
+    Private("_version", "tensor", "1.0", "whether something was written to a tensor"),
+    Private("_base", "view", "1.0", "what a view is of"),
+    Private("_is_view", "tensor", "1.9", "whether a tensor is a view"),
+    Private("_cdata", "storage", "1.0", "whether two tensors share their memory"),
+    Private("_sequence_nr", "node", "2.1", "which node of the graph a tensor came from, without holding the graph"),
+    Private("_saved_dim", "LogSoftmax", "1.9", "repeating a log_softmax on other outputs"),
+    Private("_saved_result", "LogSoftmax", "1.9", "repeating a log_softmax on other outputs"),
+    Private("_saved_dim0", "Transpose", "1.9", "repeating a transposition"),
+    Private("_saved_dim1", "Transpose", "1.9", "repeating a transposition"),
+    Private("_saved_dims", "Permute", "1.9", "repeating a permutation"),
+    Private("_saved_dim", "Select", "1.9", "repeating a selection"),
+    Private("_saved_index", "Select", "1.9", "repeating a selection"),
+    Private("_saved_dim", "Slice", "1.9", "repeating a slice"),
+    Private("_saved_start", "Slice", "1.9", "repeating a slice"),
+    Private("_saved_end", "Slice", "1.9", "repeating a slice"),
+    Private("_saved_step", "Slice", "1.9", "repeating a slice"),
+    Private("_saved_self_sym_sizes", "Slice", "2.0", "how long the sliced axis was"),
+    Private("_saved_self_sym_sizes", "Mean", "2.0", "over how many numbers a mean was taken"),
+    Private("_saved_alpha", "Add", "1.9", "the factor of a term"),
+    Private("_saved_other", "Mul", "1.9", "the factor of a term"),
+    Private("_saved_self", "Mul", "1.9", "the factor of a term"),
+    Private("_saved_mat1", "Addmm", "1.9", "the values that meet in a linear layer"),
+    Private("_saved_mat2", "Addmm", "1.9", "the values that meet in a linear layer"),
+    Private("_saved_mat1_sym_sizes", "Addmm", "2.0", "the shapes that meet in a linear layer"),
+    Private("_saved_mat2_sym_sizes", "Addmm", "2.0", "the shapes that meet in a linear layer"),
+    Private("_saved_input", "Convolution", "1.9", "the values that a convolution sees"),
+    Private("_saved_weight", "Convolution", "1.9", "the values that a convolution sees"),
+    Private("_saved_query", "Attention", "2.0", "the queries of a fused attention"),
+    Private("_saved_result1", "LayerNorm", "1.9", "the mean that a norm has computed"),
+    Private("_saved_result2", "LayerNorm", "1.9", "the scale that a norm has computed"),
+    Private("_current_graph_task_id", "torch._C", "2.1", "whether a backward pass is going on in this thread"),
+    Private("_functorch", "torch._C", "2.0", "whether torch.func is at work"),
+    Private("is_functorch_wrapped_tensor", "torch._C._functorch", "2.0", "whether a tensor is one of torch.func's"),
+    Private("peek_interpreter_stack", "torch._C._functorch", "2.0", "whether torch.func is at work"),
+    Private("DisableTorchFunction", "torch._C", "1.7", "arithmetic of ours inside a step that is read"),
+    Private("_autograd", "torch._C", "1.0", "the holder of the next"),
+    Private("_top_saved_tensors_default_hooks", "torch._C._autograd", "2.1", "whether saved tensors are elsewhere"),
+    Private("_get_mkldnn_enabled", "torch._C", "2.0", "see _set_mkldnn_enabled"),
+    Private("_set_mkldnn_enabled", "torch._C", "2.0", "traced operations are the plain ones"),
+    Private("_foreach_norm", "torch", "1.13", "many norms on a GPU in one call"),
+    Private("_weight_norm", "torch", "1.0", "what is replaced by its plain form"),
+    Private("_compiled_call_impl", "module", "2.2", "a model that is compiled in place"),
+    Private("_modules", "module", "1.0", "a module's children, by name"),
+    Private("_parameters", "module", "1.0", "where a module keeps its parameters"),
+    Private("_buffers", "module", "1.0", "where a module keeps its buffers"),
+    Private("_forward_hooks", "module", "1.0", "hooks of others, which are silent while measuring"),
+    Private("_forward_pre_hooks", "module", "1.0", "hooks of others, which are silent while measuring"),
+    Private("_backward_hooks", "module", "1.0", "hooks of others, which are silent while measuring"),
+    Private("_backward_pre_hooks", "module", "2.0", "hooks of others, which are silent while measuring"),
+    Private("_post_accumulate_grad_hooks", "tensor", "2.1", "hooks of others, which are silent while measuring"),
+    Private("_schema", "operation", "1.8", "the arguments of a traced operation, by name"),
+    Private("_python_dispatch", "torch.utils", "1.12", "TorchDispatchMode, which traces a forward pass"),
+    Private("_pytree", "torch.utils", "1.8", "the tensors in a model's outputs"),
+    Private("_BatchNorm", "torch.nn.modules.batchnorm", "1.0", "the class of all batch norms"),
+    Private("_BaseDataLoaderIter", "torch.utils.data.dataloader", "1.2", "which batch comes when"),
+    Private("_scale", "scaler", "2.3", "the scale of a loss whose gradients were clipped with it"),
+)

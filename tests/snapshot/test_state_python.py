@@ -492,6 +492,18 @@ def test_the_trainer_and_the_optimizer_are_not_entered():
     assert model.optimizer.state["x"] == 1
 
 
+def test_what_does_not_let_itself_be_looked_at_is_left_alone():
+    class Shy:
+        def __getattribute__(self, name):
+            raise RuntimeError("not now")
+
+    model = nn.Linear(2, 2)
+    model.shy, model.log = Shy(), []
+    with preserved(model):
+        model.log.append(1)
+    assert model.log == []
+
+
 def test_parts_of_parameters_that_another_library_keeps_there():
     model = nn.Linear(2, 2)
     model.weight.grad_sample = torch.ones(3, 2, 2)

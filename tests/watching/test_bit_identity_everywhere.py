@@ -290,8 +290,6 @@ def with_hooks_of_all_modules(model, step):
 
 # name: (the network, the loop). Those of SLOW are left to the long run of the tests.
 FAST = {
-    "momentum": (mlp, loop),
-    "batch norm and dropout": (Convolutional, loop),
     "one module under several names": (Shared, loop),
     "an annealing counter": (lambda: Net(annealed, n=0), loop),
     "a memory bank in a list": (lambda: Net(bank_in_a_list, bank=[]), loop),
@@ -304,9 +302,11 @@ FAST = {
     "forward hooks": (lambda: hooked(mlp(), "forward"), loop),
     "what a hook kept in the loss": (lambda: hooked(mlp(), "keeping"), with_what_a_hook_kept),
     "tensor hooks": (lambda: hooked(mlp(), "tensor"), loop),
-    "weight norm, parametrized": (lambda: mlp(parametrizations.weight_norm(nn.Linear(6, 8))), loop),
 }  # fmt: skip
 SLOW = {
+    "weight norm, parametrized": (lambda: mlp(parametrizations.weight_norm(nn.Linear(6, 8))), loop),
+    "batch norm and dropout": (Convolutional, loop),
+    "momentum": (mlp, loop),
     "adam": (mlp, functools.partial(loop, optimizer=Adam)),
     "a memory bank in a buffer": (lambda: Net(bank_in_a_buffer, at=0, bank=torch.zeros(4, 8)), loop),
     "a buffer that is bound again": (lambda: Net(bound_again, count=torch.zeros(())), loop),

@@ -9,6 +9,7 @@ that a model that holds its trainer does not cost more than it is worth.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import random
@@ -78,7 +79,8 @@ class Walk:
         for _ in range(MOST):
             if not self._queue:
                 break
-            self._enter(*self._queue.popleft())
+            with contextlib.suppress(Exception):  # what does not let itself be looked at is left alone
+                self._enter(*self._queue.popleft())
 
     def _traits(self, kind: type) -> Traits:
         if kind not in self._types:

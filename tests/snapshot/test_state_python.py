@@ -498,7 +498,7 @@ def test_what_does_not_let_itself_be_looked_at_is_left_alone():
             raise RuntimeError("not now")
 
     model = nn.Linear(2, 2)
-    model.shy, model.log = Shy(), []
+    model.held, model.log = [Shy()], []
     with preserved(model):
         model.log.append(1)
     assert model.log == []

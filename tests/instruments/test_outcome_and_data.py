@@ -31,6 +31,7 @@ def rows():
         (lambda x: x[:1].expand_as(x), Cause.INPUTS_CONSTANT),
         (lambda x: torch.cat([x[:, :3], torch.ones(200, 9)], 1), Cause.INPUTS_CONSTANT),
         (lambda x: x.index_fill(0, torch.tensor([7]), math.nan), Cause.DATA_NOT_FINITE),
+        (lambda x: x.index_fill(0, torch.tensor([7, 90]), 1e4), Cause.BATCHES_POISONED),
         (lambda x: x.clamp_min(0), ""),  # images: much of them is zero
     ],
 )

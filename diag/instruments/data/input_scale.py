@@ -19,6 +19,7 @@ SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and eq
 SOURCE += "calibration table states"
 LARGE, SMALL, RATIO, CONSTANT = 20.0, 0.02, 300.0, 0.65
 FEW = 8
+OUTLIER = 100.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +34,7 @@ class InputScale(Result):
     scale_ratio: float = measured("that over the median feature's")
     widest_feature: int = measured("the feature with the largest scale, by its place in the flattened example")
     non_finite: int = measured("examples with entries that are not finite")
+    outliers: tuple[int, ...] = measured("examples whose size is a hundred times the median one's, or more")
     examples: int = measured("examples")
 
     def verdict(self) -> Verdict:
@@ -47,6 +49,16 @@ class InputScale(Result):
                 f"{self.non_finite:,} of {self.examples:,} inputs hold NaN or infinity.",
                 "Find these rows and leave them out or fill them in; one of them is enough to break every weight.",
                 float(self.non_finite), 0.0, Confidence.ARITHMETIC,
+            )  # fmt: skip
+        if self.outliers:
+            listed = ", ".join(map(str, self.outliers[:5]))
+            yield self._bad(
+                Level.WARNING, Cause.BATCHES_POISONED,
+                f"{len(self.outliers):,} of {self.examples:,} inputs are a hundred times as large as the "
+                f"others or more "
+                f"(rows {listed}).",
+                "Look at these rows: a wrong unit, a failed conversion, a placeholder such as 9999.",
+                float(len(self.outliers)), 0.0, Confidence.ARITHMETIC,
             )  # fmt: skip
         if self.constant >= self._limit("constant", CONSTANT):
             what = "All inputs are the same" if self.constant == 1.0 else f"{format_share(self.constant)} of the "
@@ -132,6 +144,10 @@ def input_scale(
     rows = inputs.detach().flatten(1).double() if floating else torch.zeros(1, 1, dtype=torch.float64)
     finite = rows.isfinite().all(1)
     good = rows[finite] if finite.any() else torch.zeros(1, rows.shape[1], dtype=torch.float64)
+    rows_size = rows.nan_to_num(0.0, 0.0, 0.0).square().mean(1).sqrt()
+    outliers = (rows_size > OUTLIER * rows_size.median()).nonzero().flatten()
+    few = len(outliers) <= len(rows) // 20 and float(rows_size.median()) > 0
+    good = good if not few else good[(good.square().mean(1).sqrt() <= OUTLIER * rows_size.median())]
     scales = good.square().mean(0).sqrt()
     varies = good.amax(0) > good.amin(0)
     widest, ratio_found = _ratio(scales[varies], varies) if floating and inputs.ndim == 2 else (0, math.nan)
@@ -144,6 +160,7 @@ def input_scale(
         scale_ratio=ratio_found,
         widest_feature=widest,
         non_finite=int((~finite).sum()),
+        outliers=tuple(outliers.tolist()) if few else (),
         examples=len(rows),
         preconditions=(
             Precondition(

@@ -19,7 +19,7 @@ from diag.snapshot.history import History
 SOURCE = "arithmetic of the recorded losses; thresholds as the calibration table states"
 TIMES = 5.0
 RECENT = 5
-HIGH_MOMENTUM = 0.99
+HIGH_MOMENTUM, SWUNG = 0.99, 2.0  # with such a momentum, a loss of twice its first value has been carried there
 ADVICE = "Lower the learning rate tenfold and warm it up; look at the batch of that step; clip the gradient."
 
 
@@ -47,7 +47,7 @@ class Divergence(Result):
         limit = self.provenance.settings.get("times", TIMES)
         if self.left_at:
             return self._left(limit)
-        if self.peak > limit * self.first and self.momentum >= HIGH_MOMENTUM:
+        if self.peak > SWUNG * self.first and self.momentum >= HIGH_MOMENTUM:
             return self._left(limit)
         higher = self.last > self.first
         return Verdict(

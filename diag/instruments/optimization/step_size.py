@@ -244,7 +244,9 @@ def _adam_share(history: History) -> float:
         high = rates >= numpy.nan_to_num(rates).max(initial=0.0) / 2  # late in a schedule, rounding shows
         size = numpy.asarray(history.update_norm[high][:, large], float) / numpy.sqrt(sizes[large])
         shares = size / rates[high][:, None]
-    shares = shares[numpy.isfinite(shares)]
+    # What is frozen for a while, or gets no gradient, takes no step whatever epsilon is.
+    pushed = numpy.nan_to_num(history.gradient_norm[high][:, large]) > 0
+    shares = shares[numpy.isfinite(shares) & (shares > 0) & pushed]
     return float(numpy.median(shares)) if len(shares) else math.nan
 
 

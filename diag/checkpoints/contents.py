@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from diag.checkpoints.formats import SAVE_AGAIN, Format, read
-from diag.errors import CheckpointError
+from diag.checkpoints.states import StateDicts
+from diag.errors import CheckpointError, first_line
 
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
+INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 STEP_KEYS = ("global_step", "step", "iteration", "iter", "iter_num", "epoch")
 # A number in a file name after one of these words is the step; else the last number is.
 STEP_IN_NAME = re.compile(r"(step|iter(?:ation)?|checkpoint|ckpt|epoch|ep)[=_-]?(\d+)", re.IGNORECASE)
+
+
+LAST_STEP = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
     Raises CheckpointError where the file is missing, damaged, could run code, or holds no state dict.
     """
     path = Path(path)
+    try:
+        return _load(path, key)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a hostile file can bring about
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {first_line(error)[:160]}); save or copy it again."
+        ) from None
+
+
+def _load(path: Path, key: str | None) -> Checkpoint:
     contents, kind = read(path)
     if (
         kind in (Format.TORCH, Format.TORCH_LEGACY)
@@ -54,23 +69,24 @@ def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
         kind = Format.LIGHTNING
     state, notes = _state_dict(contents, key, path)
     step, source = _step(contents, path)
-    clean, more = _without_prefixes(state)
+    clean, more = _without_wrappers(state)
     return Checkpoint(path, clean, kind, step, source, (*notes, *more))
 
 
 def _state_dict(contents: Any, key: str | None, path: Path) -> tuple[dict[str, Any], list[str]]:
     notes: list[str] = []
+    states = StateDicts(contents, path)
     found = _entry(contents, key, path) if key else contents
     if key is None:
-        while not _is_state(found):
-            inner = next((w for w in WRAPPERS if isinstance(found, Mapping) and _holds_state(found.get(w))), None)
+        while not states.is_one(found):
+            inner = states.wrapper(found)
             if inner is None:
-                raise CheckpointError(_no_state(contents, path))
-            averages = _averages(found)
+                raise CheckpointError(_no_state(contents, states, path))
+            averages = [str(k) for k, v in found.items() if "ema" in str(k).lower() and states.holds_one(v)]
             notes += [f"It also holds {k}, an average of the weights: key={k!r} loads that." for k in averages]
             found = found[inner]
-    elif not _is_state(found):
-        raise CheckpointError(f"{key!r} of {path} is no state dict; {_no_state(contents, path)}")
+    elif not states.is_one(found):
+        raise CheckpointError(f"{key!r} of {path} is no state dict; {_no_state(contents, states, path)}")
     state = {str(name): v for name, v in found.items() if _belongs(str(name), v)}
     left_out = [str(name) for name, v in found.items() if not _belongs(str(name), v)]
     if left_out:
@@ -82,60 +98,46 @@ def _belongs(name: str, value: Any) -> bool:
     return isinstance(value, Tensor) or name.endswith("_extra_state")
 
 
-def _is_state(value: Any) -> bool:
-    """A state dict maps names to tensors; few other entries may be among them."""
-    if not isinstance(value, Mapping):
-        return False
-    tensors = sum(isinstance(v, Tensor) for v in value.values())
-    return tensors > 0 and not any(isinstance(v, Mapping) and _is_state(v) for v in value.values())
-
-
-def _holds_state(value: Any) -> bool:
-    return _is_state(value) or (isinstance(value, Mapping) and any(_is_state(value.get(w)) for w in WRAPPERS))
-
-
-def _averages(contents: Mapping[str, Any]) -> list[str]:
-    return [str(k) for k, v in contents.items() if "ema" in str(k).lower() and _holds_state(v)]
-
-
 def _entry(contents: Any, key: str, path: Path) -> Any:
     if isinstance(contents, Mapping) and key in contents:
         return contents[key]
     for part in key.split("."):
         if not isinstance(contents, Mapping) or part not in contents:
-            known = ", ".join(map(str, list(contents)[:10])) if isinstance(contents, Mapping) else "nothing by name"
-            raise CheckpointError(f"{path} has no entry {key!r}; there are {known}.")
+            known = list(contents)[:10] if isinstance(contents, Mapping) else ["nothing by name"]
+            raise CheckpointError(
+                f"{path} has no entry {key!r}; there are {', '.join(str(k)[:80] for k in known)}."
+            )
         contents = contents[part]
     return contents
 
 
-def _no_state(contents: Any, path: Path) -> str:
+def _no_state(contents: Any, states: StateDicts, path: Path) -> str:
     if not isinstance(contents, Mapping):
         return f"{path} holds a {type(contents).__name__}; expected a state dict: {SAVE_AGAIN}."
-    states = list(_states(contents))
-    if states:
-        return f"{path} holds several states ({', '.join(states[:8])}); say which one with key={states[0]!r}."
-    keys = ", ".join(map(str, list(contents)[:8])) or "nothing"
+    found, optimizers = states.names()
+    if found:
+        return f"{path} holds several states ({', '.join(found[:8])}); say which one with key={found[0]!r}."
+    if optimizers:
+        return (
+            f"{path} holds the state of an optimizer and no weights of a model; give the file that has them, or "
+            f"save one with {SAVE_AGAIN}."
+        )
+    keys = ", ".join(str(key)[:80] for key in list(contents)[:8]) or "nothing"
     return f"{path} holds no state dict (its entries are {keys}); save one with {SAVE_AGAIN}."
 
 
-def _states(contents: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    for key, value in contents.items():
-        if _is_state(value):
-            yield f"{above}{key}"
-        elif isinstance(value, Mapping):
-            yield from _states(value, f"{above}{key}.")
-
-
-def _without_prefixes(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The state under the names of the bare model: without what DDP and torch.compile put in front."""
+def _without_wrappers(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The state under the names of the bare model: without what wrappers put before and into the names."""
     notes, clean = [], dict(state)
     while prefix := next((p for p in PREFIXES if clean and all(name.startswith(p) for name in clean)), None):
         clean = {name.removeprefix(prefix): value for name, value in clean.items()}
         notes.append(f"The prefix {prefix!r} was taken off every name.")
-    if any("._orig_mod." in name for name in clean):  # a compiled submodule
-        clean = {name.replace("._orig_mod.", "."): value for name, value in clean.items()}
-        notes.append("'_orig_mod.' was taken out of the names.")
+    for part in INSIDE:  # a compiled or wrapped submodule
+        if any(f".{part}" in name or name.startswith(part) for name in clean):
+            shorter = {name.removeprefix(part).replace(f".{part}", "."): value for name, value in clean.items()}
+            if len(shorter) == len(clean):
+                clean = shorter
+                notes.append(f"{part!r} was taken out of the names.")
     return clean, notes
 
 
@@ -144,15 +146,15 @@ def _step(contents: Any, path: Path) -> tuple[int | None, str]:
         value = contents.get(key) if isinstance(contents, Mapping) else None
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
             value = value.item()
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LAST_STEP:
             return value, key
     return _step_in_name(path)
 
 
 def _step_in_name(path: Path) -> tuple[int | None, str]:
     stem = path.name if path.is_dir() else path.stem
-    named = {word.lower(): int(digits) for word, digits in STEP_IN_NAME.findall(stem)}
+    named = {word.lower(): int(digits) for word, digits in STEP_IN_NAME.findall(stem) if len(digits) < 16}
     if named:
         return named.get("step", next(iter(named.values()))), "file name"
-    digits = re.findall(r"\d+", stem)
+    digits = [d for d in re.findall(r"\d+", stem) if len(d) < 16]
     return (int(digits[-1]), "file name") if digits else (None, "")

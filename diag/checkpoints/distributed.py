@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
+from diag.checkpoints.scan import Refused, scan
+from diag.checkpoints.sizes import check_torch_file
 from diag.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -91,7 +95,9 @@ def read_distributed(folder: Path) -> dict[str, Any]:
             if path[0] not in LEFT_OUT:
                 _put(state, path, _value(folder, name, about, places))
         return state
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(
             f"{folder / METADATA} does not describe the folder ({type(error).__name__}: {error}); save the "
             "checkpoint again with torch.distributed.checkpoint.save."
@@ -101,7 +107,11 @@ def read_distributed(folder: Path) -> dict[str, Any]:
 def _read_metadata(folder: Path) -> Any:
     file = folder / METADATA
     try:
-        metadata = _Restricted(io.BytesIO(file.read_bytes())).load()
+        data = file.read_bytes()
+        scan(io.BytesIO(data))
+        metadata = _Restricted(io.BytesIO(data)).load()
+    except Refused as reason:
+        raise CheckpointError(f"{file} {reason}; copy the folder again from where you trust it.") from None
     except CheckpointError as error:
         raise CheckpointError(
             f"{file} {error}; it is not opened: get the checkpoint from where you trust it, and save the weights "
@@ -124,33 +134,75 @@ def _value(folder: Path, name: str, about: Any, places: Mapping[tuple[str, tuple
     if not hasattr(about, "chunks"):
         return _slice(folder, places[name, ()])
     dtype = about.properties.arguments[0] if about.properties.arguments else about.properties.dtype
-    starts = {tuple(chunk.offsets): chunk.sizes for chunk in about.chunks}
-    covered, size = sum(torch.Size(sizes).numel() for sizes in starts.values()), torch.Size(about.size).numel()
-    if covered != size:
-        raise ValueError(f"the shards of {name} have {covered} of {size} elements")
-    whole = torch.empty(about.size, dtype=dtype)
+    size = _whole_numbers(about.size)
+    starts = {_whole_numbers(chunk.offsets): _whole_numbers(chunk.sizes) for chunk in about.chunks}
+    _check_cover(name, size, starts, len(about.chunks))
+    stored = sum(_length(folder, places[name, offsets]) for offsets in starts)
+    if math.prod(size) * dtype.itemsize > stored:
+        raise ValueError(f"{name} has {math.prod(size):,} elements, more than its {stored:,} bytes can hold")
+    whole = torch.empty(size, dtype=dtype)
     for offsets, sizes in starts.items():
         part = whole
         for axis, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
             part = part.narrow(axis, start, length)
         found = _slice(folder, places[name, offsets])
-        if not isinstance(found, Tensor) or found.shape != part.shape:
-            raise ValueError(f"the shard of {name} at {offsets} has another shape")
+        if not isinstance(found, Tensor) or found.shape != part.shape or found.is_meta:
+            raise ValueError(f"the shard of {name} at {offsets} has another shape, or no values")
         part.copy_(found)
     return whole
 
 
-def _slice(folder: Path, place: Any) -> Any:
-    """One item that torch.save wrote into a part of a shard."""
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    found = tuple(values)
+    if not all(type(n) is int and n >= 0 for n in found):
+        raise ValueError("a size that is no whole number")
+    return found
+
+
+def _check_cover(name: str, size: tuple[int, ...], starts: Mapping[tuple[int, ...], Any], count: int) -> None:
+    """Raise ValueError unless the chunks, boxes by their first corner, fill the tensor and do not overlap.
+
+    Boxes inside the tensor that have its number of elements together fill it exactly if no two of them overlap.
+    """
+    covered = sum(math.prod(sizes) for sizes in starts.values())
+    if covered != math.prod(size) or count != len(starts):
+        raise ValueError(f"the shards of {name} have {covered} of {math.prod(size)} elements")
+    low = numpy.array(list(starts), numpy.int64).reshape(count, len(size))
+    high = low + numpy.array(list(starts.values()), numpy.int64).reshape(count, len(size))
+    filled = (high > low).all(1)
+    low, high = low[filled], high[filled]
+    if (high > numpy.array(size, numpy.int64)).any():
+        raise ValueError(f"a shard of {name} reaches beyond it")
+    for i in range(len(low) - 1):
+        if ((low[i] < high[i + 1 :]) & (low[i + 1 :] < high[i])).all(1).any():
+            raise ValueError(f"shards of {name} overlap, so others are missing")
+
+
+def _length(folder: Path, place: Any) -> int:
+    """How many bytes of an item lie in its shard."""
+    file = _shard(folder, place)
+    if type(place.offset) is not int or type(place.length) is not int or min(place.offset, place.length) < 0:
+        raise ValueError("a place in a shard that is no whole number")
+    return max(0, min(place.length, file.stat().st_size - place.offset))
+
+
+def _shard(folder: Path, place: Any) -> Path:
     if getattr(place, "transform_descriptors", None):
         raise ValueError(f"it is stored with {place.transform_descriptors}, which is not read here")
-    file = folder / place.relative_path
+    file = folder / str(place.relative_path)
     if Path(place.relative_path).name != place.relative_path or not file.is_file():
         raise CheckpointError(f"{folder} lacks the shard {place.relative_path}; copy the whole folder.")
+    return file
+
+
+def _slice(folder: Path, place: Any) -> Any:
+    """One item that torch.save wrote into a part of a shard."""
+    file, length = _shard(folder, place), _length(folder, place)
     with open(file, "rb") as shard:
         shard.seek(place.offset)
-        data = io.BytesIO(shard.read(place.length))
+        data = io.BytesIO(shard.read(length))
     try:
+        check_torch_file(data)
         return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:
         first = str(error).split("\n")[0].split(". ")[0]

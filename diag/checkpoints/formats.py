@@ -13,7 +13,7 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ import torch
 
 from diag.checkpoints.distributed import METADATA, read_distributed
 from diag.checkpoints.numbers import NUMPY
+from diag.checkpoints.scan import Refused
+from diag.checkpoints.sizes import check_torch_file
 from diag.errors import CheckpointError, first_line
 
+GET_AGAIN = "copy it again from where you trust it"
 SAVE_AGAIN = 'torch.save(model.state_dict(), "weights.pt")'
 # Plain containers that hyper-parameters often hold (making one runs nothing), and stand-ins for NumPy's numbers.
 HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, *NUMPY]
 # A file that torch.save wrote before version 1.6 starts with this number, pickled.
 LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+DEEPSPEED = ("zero_to_fp32.py", "*_optim_states.pt", "*/*_optim_states.pt")
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 
 
@@ -107,6 +111,11 @@ def _kind_of_zip(path: Path) -> tuple[Format, Callable[[Path], Any]]:
 
 def read_torch(path: Path) -> Any:
     """The contents of a file that torch.save wrote, through the weights_only unpickler; tensors on the CPU."""
+    try:
+        with open(path, "rb") as file:
+            check_torch_file(file)
+    except Refused as refused:
+        raise CheckpointError(f"{path} {refused}; {GET_AGAIN}.") from None
     # A file of distributed tensors can only be read once their class is known to the unpickler.
     if any(name.startswith("torch.distributed") for name in _unsafe_globals(path)):
         importlib.import_module("torch.distributed.tensor")
@@ -135,6 +144,11 @@ def _why_refused(path: Path, error: Exception) -> str:
             f"is a whole pickled model (it names {shown}), which runs code when opened; if you trust it, save "
             'its weights with torch.save(torch.load(path, weights_only=False).state_dict(), "weights.pt")'
         )
+    if any("Uninitialized" in name for name in unsafe):
+        return (
+            f"was saved before its lazy layers had seen a batch (it names {shown}), so they have no weights in it; "
+            "run the model on one batch, and save it again"
+        )
     if unsafe:
         return (
             f"holds objects of {shown}, which could run code when they are opened; leave them out and save the "
@@ -155,7 +169,8 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = {k: int(v) for k, v in (file.metadata() or {}).items() if v.isdecimal()}
+            texts = file.metadata() or {}
+            about = {k: int(v) for k, v in texts.items() if v.isascii() and v.isdecimal() and len(v) < 16}
             return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}} | about  # noqa: SIM118
     except Exception as error:
         raise CheckpointError(
@@ -167,7 +182,7 @@ def read_folder(path: Path) -> tuple[Any, Format]:
     """The contents of a folder: Hugging Face weights, or a torch.distributed checkpoint."""
     if (path / METADATA).exists():
         return read_distributed(path), Format.DISTRIBUTED
-    if any(path.glob("zero_to_fp32.py")) or any(path.glob("**/*_optim_states.pt")):
+    if any(any(path.glob(name)) for name in DEEPSPEED):
         raise CheckpointError(
             f"{path} is a DeepSpeed checkpoint in shards; join them with `python zero_to_fp32.py . weights` there "
             "and give the result."
@@ -187,17 +202,24 @@ def read_folder(path: Path) -> tuple[Any, Format]:
     return {"state_dict": state, **_trainer_state(path)}, Format.HUGGING_FACE
 
 
-def _state_of(file: Path) -> dict[str, Any]:
+def _state_of(file: Path) -> Mapping[str, Any]:
     contents, _ = read(file)
-    return contents["state_dict"] if file.suffix == ".safetensors" else contents
+    state = contents.get("state_dict", contents) if isinstance(contents, Mapping) else contents
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{file} holds a {type(state).__name__} and no weights by name; copy the folder again."
+        )
+    return state
 
 
 def _read_shards(path: Path, index: Path) -> dict[str, Any]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({error}); copy it again.") from None
+    except Exception as error:
+        raise CheckpointError(
+            f"{index} is no index of shards ({first_line(error)[:160]}); copy it again."
+        ) from None
     missing = [name for name in names if name in outside or not (path / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -211,5 +233,5 @@ def _trainer_state(path: Path) -> dict[str, Any]:
     """The step that the Hugging Face trainer wrote beside the weights."""
     try:
         return {"global_step": int(json.loads((path / "trainer_state.json").read_bytes())["global_step"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # it is there to be used if it can be
         return {}

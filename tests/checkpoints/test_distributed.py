@@ -191,3 +191,91 @@ def test_distributed_tensors_in_a_torch_file(ranks, tmp_path):
             CheckpointError, match=r"weight is one shard of a distributed tensor; save the whole state"
         ):
             load_into(model, load_state(tmp_path / "a.pt"))
+
+
+def in_pieces(folder, whole, boxes, size=None):
+    """Write `whole` as these boxes (first corner, sizes), a file each, into the checkpoint."""
+    about = metadata(folder)
+    entry = about.state_dict_metadata["model.conv.weight"]
+    index = next(i for i in about.storage_data if i.fqn == "model.conv.weight")
+    place = about.storage_data.pop(index)
+    entry.size, entry.chunks = torch.Size(size or whole.shape), []
+    for rank, (start, sizes) in enumerate(boxes):
+        piece = torch.zeros(sizes)
+        inside = whole[tuple(slice(s, s + n) for s, n in zip(start, sizes, strict=True))]
+        if inside.shape == piece.shape:
+            piece = inside.clone()
+        name = f"__{rank + 1}_0.distcp"
+        torch.save(piece, folder / name)
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(start), torch.Size(sizes)))
+        where = type(index)("model.conv.weight", torch.Size(start))
+        about.storage_data[where] = type(place)(name, 0, (folder / name).stat().st_size)
+    replace(folder, about)
+
+
+WHOLE = torch.arange(24.0).reshape(4, 6)
+QUARTERS = [((0, 0), (2, 3)), ((0, 3), (2, 3)), ((2, 0), (2, 3)), ((2, 3), (2, 3))]
+
+
+UNEVEN = [((0, 0), (1, 6)), ((1, 0), (3, 2)), ((1, 2), (3, 4))]
+WITH_AN_EMPTY_ONE = [((0, 0), (4, 6)), ((4, 0), (0, 6))]
+
+
+@pytest.mark.parametrize("boxes", [QUARTERS, QUARTERS[::-1], UNEVEN, WITH_AN_EMPTY_ONE])
+def test_boxes_that_fill_a_tensor_give_it(boxes, folder):
+    in_pieces(folder, WHOLE, boxes)
+    assert torch.equal(load_state(folder).state["conv.weight"], WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "text"),
+    [
+        # As many elements as the tensor has, and some of it is never written.
+        ([((0, 0), (2, 6)), ((1, 0), (2, 6))], "shards of model.conv.weight overlap, so others are missing"),
+        ([((0, 0), (4, 3)), ((0, 2), (4, 3))], "shards of model.conv.weight overlap, so others are missing"),
+        ([*QUARTERS[:3], ((1, 2), (2, 3))], "shards of model.conv.weight overlap, so others are missing"),
+        ([*QUARTERS[:3], ((2, 4), (2, 3))], "a shard of model.conv.weight reaches beyond it"),
+        (QUARTERS[:3], "the shards of model.conv.weight have 18 of 24 elements"),
+        ([*QUARTERS, QUARTERS[0]], "the shards of model.conv.weight have 24 of 24 elements"),
+    ],
+)
+def test_shards_that_do_not_fill_a_tensor_are_refused(boxes, text, folder):
+    in_pieces(folder, WHOLE, boxes)
+    with pytest.raises(CheckpointError) as error:
+        load_state(folder)
+    assert text in str(error.value)
+
+
+def test_sizes_that_no_shard_fills_are_refused_before_there_is_memory_for_them(folder):
+    about = metadata(folder)
+    entry = about.state_dict_metadata["model.conv.weight"]
+    for size in (torch.Size([1 << 20, 1 << 14]), torch.Size([1 << 50])):
+        entry.size = entry.chunks[0].sizes = size
+        entry.chunks[0].offsets = torch.Size([0] * len(size))
+        index = next(i for i in about.storage_data if i.fqn == "model.conv.weight")
+        about.storage_data[type(index)("model.conv.weight", entry.chunks[0].offsets)] = about.storage_data[index]
+        replace(folder, about)
+        with pytest.raises(CheckpointError, match=r"more than its [\d,]+ bytes can hold"):
+            load_state(folder)
+
+
+@pytest.mark.parametrize("what", ["offset", "length"])
+@pytest.mark.parametrize("value", [-1, 1 << 60, "1", 1.5, None])
+def test_places_that_are_none_are_refused(what, value, folder):
+    about = metadata(folder)
+    for place in about.storage_data.values():
+        setattr(place, what, value)
+    replace(folder, about)
+    with pytest.raises(CheckpointError):
+        load_state(folder)
+
+
+def test_metadata_that_ask_for_memory_are_refused(folder):
+    for body, text in (
+        (b"\x80\x02Nr" + (1 << 28).to_bytes(4, "little") + b".", "asks for more memory than its file can fill"),
+        (b"\x80\x04\x8e" + (1 << 50).to_bytes(8, "little") + b"short.", "is damaged"),
+        (b"\x80\x02}" + b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns.", "take for ever"),
+    ):
+        (folder / ".metadata").write_bytes(body)
+        with pytest.raises(CheckpointError, match=text):
+            load_state(folder)

@@ -1,0 +1,74 @@
+"""One tensor of a checkpoint as the model has it: its values unchanged, or refused in one sentence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diag.errors import CheckpointError
+
+
+def converted(name: str, value: Tensor, own: Tensor | None) -> Tensor:
+    """`value` as a plain tensor of the dtype of `own` (None: of its own dtype).
+
+    Raises CheckpointError where it is not there as plain numbers (sparse, quantised, one shard, without values), or
+    where the other dtype would make other numbers of it: an imaginary part or an infinity, integers that stand for
+    something else, fractions that become whole.
+    """
+    given = plain(name, value)
+    if own is None or own.dtype == given.dtype:
+        return given
+    if given.is_complex() and not own.is_complex():
+        raise _refused(name, given, own, "would lose their imaginary part")
+    if isinstance(own, nn.Parameter) and not (given.is_floating_point() or given.is_complex()):
+        raise _refused(name, given, own, "may be the codes of a quantised model, which are no weights")
+    made = given.to(own.dtype)
+    if made.is_floating_point() or made.is_complex():
+        if not torch.equal(_finite(given), _finite(made)):
+            raise _refused(name, given, own, "are too large for it")
+    elif not torch.equal(made.to(given.dtype), given):
+        raise _refused(name, given, own, "would become other numbers")
+    return made
+
+
+def _finite(value: Tensor) -> Tensor:
+    narrow = value.is_floating_point() and value.itemsize == 1  # torch has no such question for these
+    return (value.float() if narrow else value).isfinite()
+
+
+def _refused(name: str, value: Tensor, own: Tensor, why: str) -> CheckpointError:
+    given, wanted = (str(t.dtype).removeprefix("torch.") for t in (value, own))
+    return CheckpointError(
+        f"{name} holds {given} values in the checkpoint that {why} as the model's {wanted}; build the model with "
+        "the dtypes that were saved."
+    )
+
+
+def plain(name: str, value: Tensor) -> Tensor:
+    """`value` as a plain tensor on the CPU. Raises CheckpointError where it is none, or one shard."""
+    kind = _kind(value)
+    if kind:
+        raise CheckpointError(f"{name} is {kind} in the checkpoint; save it as a plain tensor with all its values.")
+    if type(value) is Tensor:
+        return value
+    if isinstance(value, nn.Parameter):
+        return value.detach()
+    local = value.to_local() if hasattr(value, "to_local") else None
+    if local is None or local.shape != value.shape:
+        raise CheckpointError(
+            f"{name} is one shard of a distributed tensor; save the whole state with "
+            "torch.distributed.checkpoint, or call full_tensor() before saving."
+        )
+    return local
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_nested:
+        return "a nested tensor"
+    if value.device.type == "meta":
+        return "a tensor without values (of the device meta)"
+    if value.is_quantized:
+        return "a quantised tensor"
+    if value.layout is not torch.strided:
+        return f"a tensor of the layout {str(value.layout).removeprefix('torch.')}"
+    return ""

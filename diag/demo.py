@@ -28,11 +28,11 @@ BUDGET = 1.0  # the training takes seconds, so watching may take as long again
 AT_THE_END = ("hessian_spectrum", "opposing_signals")  # too dear for so short a training's budget
 CHECKPOINTS = "checkpoints"
 
-Progress = Callable[[int, int], Any]
+DemoProgress = Callable[[int, int], Any]
 
 
 @dataclass(frozen=True)
-class Setting:
+class DemoData:
     """The demo's data: what is trained on (with wrong labels), what is held out, and the truth.
 
     wrong: which training examples, bool (n,), have a wrong label. true_labels: (n,) int64.
@@ -44,7 +44,7 @@ class Setting:
     true_labels: Tensor
 
 
-def setting(seed: int = 0) -> Setting:
+def setting(seed: int = 0) -> DemoData:
     """scikit-learn's digits, shuffled and split by `seed`; 10 % of the training labels are made wrong."""
     train, held_out = datasets.load("digits").shuffled(seed).split(TRAINING_EXAMPLES)
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ def setting(seed: int = 0) -> Setting:
     shift = torch.randint(1, 10, (len(rows),), generator=generator)
     labels, wrong = train.labels.clone(), torch.zeros(len(train), dtype=torch.bool)
     labels[rows], wrong[rows] = (labels[rows] + shift) % 10, True
-    return Setting(Examples(train.inputs, labels), held_out, wrong, train.labels)
+    return DemoData(Examples(train.inputs, labels), held_out, wrong, train.labels)
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -82,7 +82,7 @@ def run(
     folder: str | Path,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: DemoProgress | None = None,
     epochs: int = EPOCHS,
     at_the_end: Sequence[str] = AT_THE_END,
 ) -> Run:
@@ -102,7 +102,7 @@ def run(
         torch.set_num_threads(threads)
 
 
-def _train(folder: Path, seed: int, epochs: int, progress: Progress, at_the_end: Sequence[str]) -> Run:
+def _train(folder: Path, seed: int, epochs: int, progress: DemoProgress, at_the_end: Sequence[str]) -> Run:
     made, model = setting(seed), network(seed)
     train, held_out = made.train, (made.held_out.inputs, made.held_out.labels)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)

@@ -30,7 +30,7 @@ from torch import nn
 from diag.conversion import converted
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
-from diag.snapshot.glossary import Cost, Quantity, lookup
+from diag.snapshot.glossary import Effort, Quantity, lookup
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.snapshot.validation import checked
@@ -150,7 +150,7 @@ class Instrument:
         return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
     @property
-    def costs(self) -> tuple[Cost, ...]:
+    def costs(self) -> tuple[Effort, ...]:
         """What measuring takes: each cost among the quantities that must be there, once."""
         return tuple(
             dict.fromkeys(n.quantity.cost for n in self.needs if not n.optional and n.quantity.cost.passes)
@@ -159,7 +159,7 @@ class Instrument:
     @property
     def cost(self) -> str:
         """The same in words."""
-        return ", ".join(cost.text for cost in self.costs) or Cost.NONE.text
+        return ", ".join(cost.text for cost in self.costs) or Effort.NONE.text
 
     def all_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """These settings, and the others at their defaults."""
@@ -251,7 +251,7 @@ class Instrument:
         if not isinstance(snapshot, Snapshot):
             return nullcontext()
         asked = [n.quantity for n in self.needs if given.get(n.name) is None]
-        return snapshot.undisturbed(called=any(quantity.cost is not Cost.NONE for quantity in asked))
+        return snapshot.undisturbed(called=any(quantity.cost is not Effort.NONE for quantity in asked))
 
     def _measured(self, snapshot: Measurable | None, arguments: Mapping[str, Any]) -> Result:
         try:

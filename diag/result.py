@@ -175,7 +175,7 @@ class Result:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.metadata.get("record", True) and not field.metadata.get("base"):
-                object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+                object.__setattr__(self, field.name, plain_data(getattr(self, field.name)))
 
     # What an author writes.
 
@@ -350,7 +350,7 @@ class Failed:
 Outcome = Result | Skipped | Failed
 
 
-def plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """`value` as immutable plain data: tensors and lists of numbers as NumPy arrays or tuples."""
     import numpy
     import torch
@@ -367,9 +367,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, numpy.generic):
         return value.item()
     if isinstance(value, Mapping):
-        return ReadOnly({str(k): plain(v) for k, v in value.items()})
+        return ReadOnly({str(k): plain_data(v) for k, v in value.items()})
     if isinstance(value, (tuple, list)):
-        return tuple(plain(v) for v in value)
+        return tuple(plain_data(v) for v in value)
     return value
 
 
@@ -414,7 +414,7 @@ def decode(value: Any, load_array: Callable[[str], Any] | None = None) -> Any:
                 raise InvalidInput(f"An array of dtype {dtype} cannot be read; expected numbers or texts.")
             # A text's dtype says how long it may be; that is left to the texts.
             array = numpy.array(flat, dtype=None if dtype.kind in "SU" and flat else dtype)
-            return plain(array.reshape(value["shape"]))
+            return plain_data(array.reshape(value["shape"]))
         return {k: decode(v, load_array) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return tuple(decode(v, load_array) for v in value)

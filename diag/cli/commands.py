@@ -53,7 +53,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
     echo(f"\nReport: {Path(page).resolve()}")
 
 
-@main.command()
+@main.command("report")
 @click.argument("sources", nargs=-1, required=True, type=PATHS, metavar="RUN|CKPT...")
 @click.option("--build", metavar="MODULE:FUNCTION", help="What gives (model, loss_fn, data) for checkpoints.")
 @click.option("-o", "--output", default="report.html", show_default=True, type=OUTPUT)
@@ -64,7 +64,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
 @click.option("--device", help="Where to measure: cpu, cuda, ...")
 @click.option("--every", is_flag=True, help="What takes long, too, on every checkpoint.")
 @click.option("--open", "open_it", is_flag=True, help="Show the report in the browser.")
-def report(
+def report_command(
     sources: Sequence[Path],
     build: str | None,
     output: Path,
@@ -191,12 +191,12 @@ def _type(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
-@main.command(short_help="Exit with status 1 where something is wrong, for CI.")
+@main.command("check", short_help="Exit with status 1 where something is wrong, for CI.")
 @click.argument("run", type=PATHS)
 @click.option(
     "--fail-on", type=click.Choice(LEVELS), default="alarm", show_default=True, help="The mildest failure."
 )
-def check(run: Path, fail_on: str) -> None:
+def check_command(run: Path, fail_on: str) -> None:
     """Exit with status 1 where a verdict on the run is an alarm (or a warning), for CI.
 
     Status 0: none is. Status 2: there is no run, or nothing was measured in it.
@@ -222,10 +222,10 @@ def check(run: Path, fail_on: str) -> None:
     sys.exit(1 if failing else 0)
 
 
-@main.command()
+@main.command("show")
 @click.argument("run", type=PATHS)
 @click.option("--instrument", "name", metavar="NAME", help="The numbers of this one, by step.")
-def show(run: Path, name: str | None) -> None:
+def show_command(run: Path, name: str | None) -> None:
     """Show a run in the terminal."""
     from diag.cli import tables
     from diag.registry import find
@@ -238,12 +238,12 @@ def show(run: Path, name: str | None) -> None:
         tables.show(tables.run_page(opened))
 
 
-@main.command(short_help="Two runs side by side.")
+@main.command("compare", short_help="Two runs side by side.")
 @click.argument("run_a", type=PATHS, metavar="A")
 @click.argument("run_b", type=PATHS, metavar="B")
 @click.option("-o", "--output", type=OUTPUT, help="Write the comparison as a page, too.")
 @click.option("--all", "everything", is_flag=True, help="Also the numbers that are equal.")
-def compare(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> None:
+def compare_command(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> None:
     """Two runs side by side: their verdicts and the last value of every scalar."""
     from diag.cli import tables
     from diag.run.run import load

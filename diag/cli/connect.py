@@ -72,7 +72,7 @@ def align_command(
 @POINTS
 @EXAMPLES
 @KEY
-def connect(
+def connect_command(
     checkpoints: Sequence[Path],
     build: str,
     output: Path | None,
@@ -152,4 +152,4 @@ def _save(state: dict[str, Any], output: Path) -> None:
     torch.save(state, output)
 
 
-COMMANDS = (align_command, connect)
+COMMANDS = (align_command, connect_command)

@@ -18,7 +18,7 @@ from diag.connectivity.alignment import Alignment, Ascent, result_of
 from diag.connectivity.fit import check_states_fit
 from diag.connectivity.matching import ActivationEvidence
 from diag.connectivity.symmetries.find import find_symmetries
-from diag.connectivity.symmetries.groups import Block, Capture, Group, Symmetries
+from diag.connectivity.symmetries.groups import Symmetries, UnitActivation, UnitBlock, UnitGroup
 from diag.connectivity.symmetries.tracing import operation_name, unfused
 from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.batch import Batch, tensors_in
@@ -62,7 +62,7 @@ def align_activations(
 class _Moments:
     """Sums over examples and positions from which the correlations of one activation's units follow."""
 
-    def __init__(self, capture: Capture, groups: Mapping[str, Group]) -> None:
+    def __init__(self, capture: UnitActivation, groups: Mapping[str, UnitGroup]) -> None:
         self.capture, self.groups = capture, groups
         names = capture.block.names
         wanted = {n for n in names if n in self.groups} | {
@@ -102,7 +102,7 @@ class _Moments:
         scale = torch.outer(*deviations)
         correlations = torch.where(scale > 0, (cross - torch.outer(sum_x, sum_y)) / scale.clamp_min(1e-300), 0.0)
         block = self.capture.block
-        kept = Block(
+        kept = UnitBlock(
             positions=(torch.arange(len(sum_x)),),
             names=tuple(block.names[i] for i in self.units),
             sizes=self.sizes,

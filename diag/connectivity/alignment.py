@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diag.connectivity.fit import check_states_fit
-from diag.connectivity.matching import Evidence, WeightEvidence
+from diag.connectivity.matching import Similarities, WeightEvidence
 from diag.connectivity.symmetries.groups import Element, Symmetries, permute_axis
 from diag.errors import InvalidInput
 from diag.linalg.assignment import best_assignment
@@ -70,7 +70,7 @@ def align_weights(
     check_states_fit(state_a, state_b, symmetries.shapes)
     counted = set(symmetries.parameters if names is None else names)
 
-    def evidence() -> list[Evidence]:
+    def evidence() -> list[Similarities]:
         return [
             WeightEvidence(
                 block, block.take(state_a[n].detach()), block.take(state_b[n].detach()), symmetries.groups
@@ -108,7 +108,7 @@ def _orders(symmetries: Symmetries, count: int, seed: int) -> list[list[str]]:
 
 def _best_of(
     symmetries: Symmetries,
-    evidence: Callable[[], list[Evidence]],
+    evidence: Callable[[], list[Similarities]],
     orders: Sequence[Sequence[str]],
     max_passes: int,
     seed: int,
@@ -144,7 +144,7 @@ def result_of(symmetries: Symmetries, best: Ascent, state_b: Mapping, orders: in
 class Ascent:
     """Coordinate ascent over the groups, on whatever evidence there is."""
 
-    def __init__(self, symmetries: Symmetries, evidence: list[Evidence]) -> None:
+    def __init__(self, symmetries: Symmetries, evidence: list[Similarities]) -> None:
         self.groups, self.evidence = symmetries.groups, evidence
         self.element = symmetries.identity()
         self.holds = {n: [e for e in evidence if n in e.block.names] for n in self.groups}
@@ -189,10 +189,10 @@ class Ascent:
             self.seen[name] = self._state(held)
         return True
 
-    def _state(self, held: list[Evidence]) -> list[int]:
+    def _state(self, held: list[Similarities]) -> list[int]:
         return [self.versions[id(e)] for e in held]
 
-    def _scores(self, name: str, held: list[Evidence]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _scores(self, name: str, held: list[Similarities]) -> tuple[Tensor, dict[str, Tensor]]:
         nested = self._nested(name)
         group = self.groups[name]
         scores = torch.zeros(*group.shape, group.size, dtype=torch.float64)
@@ -219,7 +219,7 @@ class Ascent:
             return set()
         return {d for d in self.children[name] if self.groups[d].parents == (name,)}
 
-    def _try(self, element: Element, held: list[Evidence]) -> float:
+    def _try(self, element: Element, held: list[Similarities]) -> float:
         """Move B's side by `element`; where that does not help, move it back. Returns the gain."""
         if all(torch.equal(p, torch.arange(p.shape[-1]).expand(p.shape)) for p in element.values()):
             return 0.0

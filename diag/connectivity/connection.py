@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diag.connectivity.activation_matching import align_activations
 from diag.connectivity.alignment import Alignment, align_weights
-from diag.connectivity.interpolation import Interpolation, State
+from diag.connectivity.interpolation import Interpolation, NetworkState
 from diag.connectivity.interpolation_bezier import bezier, train_control_point
 from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance, layer_barriers
 from diag.connectivity.interpolation_profile import Profile
@@ -68,7 +68,7 @@ class Connection:
 
 def connect(
     path: Interpolation,
-    end: State,
+    end: NetworkState,
     *,
     points: int = 11,
     refine: int = 2,
@@ -87,7 +87,7 @@ def connect(
     """
     grid = [i / (points - 1) for i in range(points)]
 
-    def both(state: State, **more: Any) -> tuple[Profile, Profile | None]:
+    def both(state: NetworkState, **more: Any) -> tuple[Profile, Profile | None]:
         line = path.profile(state, grid, refine=refine, norm_stats=norm_stats, **more)
         if path.held_out is None:
             return line, None
@@ -131,7 +131,7 @@ def align(snapshot: Snapshot, other: Any, *, by: str = "weights", points: int = 
     return connect(path, path.fit(other), align=by, points=points)
 
 
-def aligned_end(path: Interpolation, end: State, method: str, orders: int | None = None) -> dict[str, Any]:
+def aligned_end(path: Interpolation, end: NetworkState, method: str, orders: int | None = None) -> dict[str, Any]:
     """`end` aligned to `path.start`: the keys alignment, aligned_state and function_change of a Connection."""
     groups = path.symmetries
     if not groups.groups:
@@ -152,7 +152,7 @@ def aligned_end(path: Interpolation, end: State, method: str, orders: int | None
     return {"alignment": result, "aligned_state": result.state, "function_change": change}
 
 
-def _function_change(path: Interpolation, before: State, after: State) -> float:
+def _function_change(path: Interpolation, before: NetworkState, after: NetworkState) -> float:
     """max |f(x) - f'(x)| / max |f(x)| on the first batch."""
     batch, model = path.snapshot.batches[0], path.copy
     own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()]}
@@ -167,7 +167,7 @@ def _function_change(path: Interpolation, before: State, after: State) -> float:
     return float((old - new).abs().max()) / scale if scale else float((old - new).abs().max())
 
 
-def _reset_shift(path: Interpolation, end: State, line: Profile) -> float:
+def _reset_shift(path: Interpolation, end: NetworkState, line: Profile) -> float:
     own = [float(path.evaluate(s).losses.mean()) for s in (path.start, end)]
     return max(abs(own[0] - float(line.losses[0])), abs(own[1] - float(line.losses[-1])))
 

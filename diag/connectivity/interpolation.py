@@ -26,7 +26,7 @@ from diag.errors import InvalidInput, MissingQuantity, Unsupported, first_line
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-State = Mapping[str, Tensor]
+NetworkState = Mapping[str, Tensor]
 NORM_STATS = ("reset", "lerp", "keep")
 
 
@@ -62,7 +62,7 @@ class Interpolation:
         """The snapshot on held-out data, where there is such data."""
         return self.snapshot.held_out if self.snapshot.has_held_out else None
 
-    def starting_at(self, start: State) -> Interpolation:
+    def starting_at(self, start: NetworkState) -> Interpolation:
         """The paths from another state (as `fit` gives it), with the same working copy."""
         other = copy.copy(self)
         other.start = dict(start)
@@ -86,10 +86,10 @@ class Interpolation:
 
     def profile(
         self,
-        end: State,
+        end: NetworkState,
         alphas: Sequence[float],
         *,
-        start: State | None = None,
+        start: NetworkState | None = None,
         refine: int = 0,
         norm_stats: str = "reset",
         held_out: bool = False,
@@ -115,7 +115,7 @@ class Interpolation:
                     points.add(alpha)
         return points.profile()
 
-    def evaluate(self, state: State, *, held_out: bool = False) -> Scores:
+    def evaluate(self, state: NetworkState, *, held_out: bool = False) -> Scores:
         """The scores of one state as it is, with its own BatchNorm statistics."""
         with preserved(self.copy):
             return self._scores(0.0, straight(state, state), "lerp", held_out, lambda alpha: nullcontext())
@@ -162,14 +162,14 @@ def _without_ties(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
 
 
-def overwrite(model: nn.Module, state: State) -> None:
+def overwrite(model: nn.Module, state: NetworkState) -> None:
     """Write `state`'s entries into the model in place."""
     targets = _targets(model)
     for name, value in state.items():
         targets[name].copy_(value)
 
 
-def straight(start: State, end: State) -> Callable[[nn.Module, float], None]:
+def straight(start: NetworkState, end: NetworkState) -> Callable[[nn.Module, float], None]:
     """Writes (1-a) start + a end into a model: floating entries by lerp in at least float32, others start's.
 
     torch.lerp gives the ends exactly, and equal values at every a.

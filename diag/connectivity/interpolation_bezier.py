@@ -11,14 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diag.connectivity.interpolation import Interpolation, State, overwrite, straight
+from diag.connectivity.interpolation import Interpolation, NetworkState, overwrite, straight
 from diag.connectivity.interpolation_norms import BATCH_NORMS
 from diag.errors import InvalidInput
 from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
 
 
-def bezier(start: State, control: State, end: State) -> Callable[[nn.Module, float], None]:
+def bezier(start: NetworkState, control: NetworkState, end: NetworkState) -> Callable[[nn.Module, float], None]:
     """Writes the curve's point `alpha` into a model; entries without a control point follow the straight line."""
     line = straight(start, end)
 
@@ -33,7 +33,7 @@ def bezier(start: State, control: State, end: State) -> Callable[[nn.Module, flo
 
 def train_control_point(
     path: Interpolation,
-    end: State,
+    end: NetworkState,
     *,
     steps: int = 100,
     learning_rate: float = 1e-3,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from diag.connectivity.fit import check_states_fit
-from diag.connectivity.interpolation import Interpolation, State
+from diag.connectivity.interpolation import Interpolation, NetworkState
 from diag.connectivity.interpolation_profile import Profile
 from diag.errors import InvalidInput
 from diag.snapshot.parameters import layer_of
@@ -29,7 +29,7 @@ class LayerBarrier:
 
 def layer_barriers(
     path: Interpolation,
-    end: State,
+    end: NetworkState,
     *,
     alphas: Sequence[float] = (0.25, 0.5, 0.75),
     norm_stats: str = "reset",
@@ -40,7 +40,7 @@ def layer_barriers(
     whole = path.profile(end, [], norm_stats=norm_stats)
     first, last = float(whole.losses[0]), float(whole.losses[-1])
     found = {}
-    for layer, names in layers(path.copy).items():
+    for layer, names in parameters_by_layer(path.copy).items():
         forth = path.profile({**path.start, **{n: end[n] for n in names}}, alphas, norm_stats=norm_stats)
         hybrid = {**end, **{n: path.start[n] for n in names}}
         back = path.profile(end, alphas, norm_stats=norm_stats, start=hybrid)
@@ -53,7 +53,7 @@ def _excess(profile: Profile, first: float, last: float) -> float:
     return float((profile.losses - (first + profile.alphas * (last - first))).max())
 
 
-def layers(model: nn.Module) -> dict[str, list[str]]:
+def parameters_by_layer(model: nn.Module) -> dict[str, list[str]]:
     """Layer -> the names of its own parameters and buffers, for every layer that has parameters of its own."""
     kept = model.state_dict(keep_vars=True)
     found: dict[str, list[str]] = {}
@@ -102,7 +102,7 @@ def first_stable_step(steps: Sequence[int], instabilities: Sequence[float], limi
     return stable
 
 
-def distance(first: State, second: State) -> float:
+def distance(first: NetworkState, second: NetworkState) -> float:
     """The Euclidean distance over all floating entries, in float64."""
     total = sum(
         float((t.double() - second[n].double().to(t.device)).square().sum())

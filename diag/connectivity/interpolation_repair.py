@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.connectivity.interpolation import Interpolation, State, overwrite, straight
+from diag.connectivity.interpolation import Interpolation, NetworkState, overwrite, straight
 from diag.connectivity.interpolation_norms import norm_layers_in_training
 from diag.errors import Unsupported
 from diag.snapshot.preserve import preserved
@@ -50,7 +50,7 @@ class Repair:
     Raises Unsupported where the model calls no linear or convolutional layer but its last.
     """
 
-    def __init__(self, interpolation: Interpolation, end: State) -> None:
+    def __init__(self, interpolation: Interpolation, end: NetworkState) -> None:
         self.interpolation, self.end = interpolation, end
         self.layers = self._hidden_layers()
         self.goals = [self._statistics(state) for state in (interpolation.start, end)]
@@ -117,7 +117,7 @@ class Repair:
             )
         return found
 
-    def _statistics(self, state: State | None, alpha: float = 0.0) -> Statistics:
+    def _statistics(self, state: NetworkState | None, alpha: float = 0.0) -> Statistics:
         seen = Statistics()
         model, interpolation = self.interpolation.copy, self.interpolation
         with preserved(model), torch.no_grad():

@@ -1,6 +1,6 @@
 """What two networks' weights or activations say about which unit of one corresponds to which of the other.
 
-An `Evidence` is a sum of products over pairs of units: <A, B> for a pair of tensors. For one group it gives
+An `Similarities` is a sum of products over pairs of units: <A, B> for a pair of tensors. For one group it gives
 the score of pairing unit i of A with unit j of B while all other groups stay as they are; `move` then carries
 B's side along. `WeightEvidence` holds the tensors, `ActivationEvidence` only their units' correlations.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diag.connectivity.symmetries.groups import Block, Element, Group
+from diag.connectivity.symmetries.groups import Element, UnitBlock, UnitGroup
 
 CHUNK = 1 << 24  # entries converted to float64 at a time
 
@@ -22,10 +22,10 @@ CHUNK = 1 << 24  # entries converted to float64 at a time
 class WeightEvidence:
     """One block of a weight in network A and in B, as `Block.take` gives them."""
 
-    block: Block
+    block: UnitBlock
     a: Tensor
     b: Tensor
-    groups: Mapping[str, Group]
+    groups: Mapping[str, UnitGroup]
     _kept: Tensor | None = None  # scores that only their own group's moves can change: columns in another order
 
     def scores(self, k: int) -> Tensor:
@@ -86,9 +86,9 @@ def _products(a: Tensor, b: Tensor, parents: list[int], k: int) -> Tensor:
 class ActivationEvidence:
     """The correlations (units of A, units of B) of one activation whose units are products of symbols."""
 
-    block: Block  # its symbols are those of the units only
+    block: UnitBlock  # its symbols are those of the units only
     correlations: Tensor  # (*sizes, *sizes), float64
-    groups: Mapping[str, Group]
+    groups: Mapping[str, UnitGroup]
 
     def scores(self, k: int) -> Tensor:
         """(*parents, n, n): summed over the symbols that are neither k nor its parents."""
@@ -130,4 +130,4 @@ class ActivationEvidence:
         return float(self.correlations.numel() ** 0.5)
 
 
-Evidence = WeightEvidence | ActivationEvidence
+Similarities = WeightEvidence | ActivationEvidence

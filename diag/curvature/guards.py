@@ -60,7 +60,7 @@ def refuse_impossible(model: nn.Module) -> None:
 
 
 @contextmanager
-def measured(model: nn.Module, shorter: bool = True) -> Iterator[None]:
+def measured_model(model: nn.Module, shorter: bool = True) -> Iterator[None]:
     """Evaluation mode and twice-differentiable kernels, in exact arithmetic; afterwards no trace is left.
 
     `shorter` allows the stand-ins of `shorter.py`, which are faster and no more.
@@ -70,8 +70,8 @@ def measured(model: nn.Module, shorter: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def replayed(model: nn.Module) -> Iterator[None]:
-    """`measured` for backward passes over a kept graph: nothing is copied, so nothing waits for a device.
+def replayed_model(model: nn.Module) -> Iterator[None]:
+    """`measured_model` for backward passes over a kept graph: nothing is copied, so nothing waits for a device.
 
     A backward pass may run the model's code again (a checkpoint of another library), so modes and kernels matter
     here too; each is inside `PlainKernels`, which would slow down what is computed between two passes.

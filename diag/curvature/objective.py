@@ -70,15 +70,15 @@ class Objective:
         """The same function in another precision (a key of PRECISIONS)."""
         return replace(self, precision=precision)
 
-    # -- evaluation; the caller is inside guards.measured ------------------------------------------
+    # -- evaluation; the caller is inside guards.measured_model ------------------------------------------
 
     def measured(self, shorter: bool = True) -> AbstractContextManager[None]:
         """The context that every evaluation needs."""
-        return guards.measured(self.model, shorter)
+        return guards.measured_model(self.model, shorter)
 
     def replayed(self) -> AbstractContextManager[None]:
         """The cheaper context for backward passes over a graph that was kept, each inside `plain_kernels`."""
-        return guards.replayed(self.model)
+        return guards.replayed_model(self.model)
 
     def plain_kernels(self) -> AbstractContextManager[Any]:
         """What each of these passes is inside of."""

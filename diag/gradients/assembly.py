@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from diag.gradients.capture import Use
-from diag.gradients.methods import closed_form, replayed
+from diag.gradients.methods import by_closed_form, by_replay
 from diag.gradients.plan import Plan
 from diag.gradients.rules import fallback
 from diag.gradients.rules.blocks import Block, Dense, Outer
 from diag.gradients.rules.call import Call, NoClosedForm, single
 from diag.gradients.rules.closed_forms import FORMS
-from diag.gradients.rules.combination import Placed, combine
+from diag.gradients.rules.combination import Placed, combined
 from diag.gradients.sources import Source
 from diag.linalg.deadline import NEVER, Deadline
 
@@ -92,22 +92,22 @@ class Assembly:
     def _hand_on(self, name: str) -> None:
         parts = self._parts.pop(name)
         if name not in self.plan.graph_parameters:
-            self.consume(name, combine(parts))
+            self.consume(name, combined(parts))
 
     def _block(self, call: Call, place: Any) -> Block:
         """The closed form, or else the call replayed for each example."""
         methods, names = self.plan.methods, call.use.slots[place].names
         try:
             block = FORMS[call.use.name](call, place)
-            methods.update(dict.fromkeys(names, closed_form(call.use.name)))
+            methods.update(dict.fromkeys(names, by_closed_form(call.use.name)))
             return block
         except (KeyError, NoClosedForm):
-            block = fallback.replayed(call, place, self.deadline)
+            block = fallback.replayed_block(call, place, self.deadline)
         try:
             block.dense(slice(0, 1))  # fails here, if at all, where another method can still be chosen
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise NoClosedForm(str(error)) from error
-        methods.update(dict.fromkeys(names, replayed(call.use.name)))
+        methods.update(dict.fromkeys(names, by_replay(call.use.name)))
         self.plan.late.add(call.use.index)
         return block
 

@@ -30,7 +30,7 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
     hooks = []
     try:
         for i in calls.keys() - first:
-            hooks.append(calls[i].node.register_prehook(partial(take, assembly, i, calls[i].output_nr)))
+            hooks.append(calls[i].node.register_prehook(partial(take_gradient, assembly, i, calls[i].output_nr)))
         asked = sorted(first)
         seed = torch.full_like(run.loss, n)
         found = torch.autograd.grad(
@@ -44,7 +44,7 @@ def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: b
             assembly.add(i, delta)
 
 
-def take(assembly: Assembly, index: int, output: int, gradients: Sequence[Tensor | None]) -> None:
+def take_gradient(assembly: Assembly, index: int, output: int, gradients: Sequence[Tensor | None]) -> None:
     """A hook before a graph node: hand the gradient of one of its outputs to the assembly."""
     delta = gradients[output]
     if delta is not None:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from diag.errors import Unsupported
 from diag.gradients.rules.recurrent import UNROLLED, is_padded_call
-from diag.gradients.sources import Place, Source, item, rearranged
+from diag.gradients.sources import ArgumentPlace, Source, item, rearranged
 
 
 @dataclass(eq=False)
@@ -42,11 +42,11 @@ class Use:
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    slots: dict[Place, Source]
+    slots: dict[ArgumentPlace, Source]
     with_data: bool
     shape: torch.Size
     edge: GradientEdge
-    versions: dict[Place, int]
+    versions: dict[ArgumentPlace, int]
     inputs: list[Node | None]
     readable: bool = False
 
@@ -61,11 +61,11 @@ class Use:
         bare.__dict__.update(self.__dict__, args=(), kwargs={}, versions={})
         return bare
 
-    def argument(self, place: Place) -> Any:
+    def argument(self, place: ArgumentPlace) -> Any:
         value = self.kwargs[place[0]] if isinstance(place[0], str) else self.args[place[0]]
         return value[place[1]] if len(place) == 2 else value
 
-    def overwritten(self, place: Place) -> bool:
+    def overwritten(self, place: ArgumentPlace) -> bool:
         """True where the argument no longer holds what went into the call."""
         return self.argument(place)._version != self.versions[place]
 
@@ -169,7 +169,14 @@ class Capture(TorchFunctionMode):
                 tensor.diag_kind = (self._token, kind)  # type: ignore[attr-defined]
 
     def _derive(
-        self, name: str, func: Any, args: Any, kwargs: Any, slots: dict[Place, Source], output: Any, use: int | None
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        slots: dict[ArgumentPlace, Source],
+        output: Any,
+        use: int | None,
     ) -> None:
         """Tag what was computed from parameters alone with what it stands for."""
         names = tuple(dict.fromkeys(n for source in slots.values() for n in source.names))
@@ -243,7 +250,7 @@ def _overwrites(name: str) -> bool:
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
-def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[Place, Tensor]]:
+def _tensors(args: Any, kwargs: Any) -> Iterator[tuple[ArgumentPlace, Tensor]]:
     for key, value in (*enumerate(args), *kwargs.items()):
         if isinstance(value, Tensor):
             yield (key,), value

@@ -37,11 +37,11 @@ NOT_MOVED = Method("no example moves it", How.NOT_MOVED)
 WHOLE_GRAPH = Method("through the whole graph, one example at a time", How.WHOLE_GRAPH)
 
 
-def closed_form(call: str) -> Method:
+def by_closed_form(call: str) -> Method:
     """By the closed form of this call."""
     return Method(call, How.CLOSED_FORM)
 
 
-def replayed(call: str) -> Method:
+def by_replay(call: str) -> Method:
     """By replaying this call for each example."""
     return Method(f"{call}, replayed for each example", How.REPLAYED)

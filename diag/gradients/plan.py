@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from diag.errors import Unsupported
 from diag.gradients.capture import Capture, Use
 from diag.gradients.methods import Method
-from diag.gradients.rules.layout import Layout
-from diag.gradients.sources import Place
+from diag.gradients.rules.layout import ExampleLayout
+from diag.gradients.sources import ArgumentPlace
 from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.example_losses import LossFunction, batch_loss
 from diag.snapshot.picking import picked
@@ -32,8 +32,8 @@ class NotFinite(Exception):
 class Plan:
     """Layouts of the calls to read, by index, and which of their arguments; each parameter's method."""
 
-    layouts: dict[int, Layout]
-    places: dict[int, list[Place]]
+    layouts: dict[int, ExampleLayout]
+    places: dict[int, list[ArgumentPlace]]
     graph_parameters: set[str]
     signature: tuple[tuple[Any, ...], ...]
     methods: dict[str, Method] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from torch import Tensor
 from diag.gradients.rules.blocks import Block
 from diag.snapshot.parameters import layer_of
 
-Group = tuple[int, ...]
+ExampleGroup = tuple[int, ...]
 EXACT = 50_000_000  # numbers up to which sums are taken in float64, 400 MB
 
 
@@ -76,14 +76,14 @@ class _SquaredNorms:
 class GroupSums:
     """(number of groups, P): the sum of g_i over each group of examples."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[ExampleGroup, ...]
 
     def begin(self, gradients: Asked) -> Answer:
         return _GroupSums(gradients, self.groups)
 
 
 class _GroupSums:
-    def __init__(self, gradients: Asked, groups: Sequence[Group]) -> None:
+    def __init__(self, gradients: Asked, groups: Sequence[ExampleGroup]) -> None:
         self._about, self._groups = gradients, [torch.tensor(g, dtype=torch.long) for g in groups]
         self._exact = len(groups) * gradients.num_parameters <= EXACT
         self.sums: dict[str, Tensor] = {}
@@ -116,14 +116,14 @@ class GroupGram:
     With one micro-batch no more than one parameter's sums are held.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[ExampleGroup, ...]
 
     def begin(self, gradients: Asked) -> Answer:
         return _GroupGram(gradients, self.groups)
 
 
 class _GroupGram:
-    def __init__(self, gradients: Asked, groups: Sequence[Group]) -> None:
+    def __init__(self, gradients: Asked, groups: Sequence[ExampleGroup]) -> None:
         self._grams = {layer: zeros(len(groups), len(groups)) for layer in gradients.layers}
         self._sums, self._at_once = _GroupSums(gradients, groups), gradients.num_batches == 1
 

@@ -17,7 +17,7 @@ _VIEWS = {
     *("view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone"),
     *("__getitem__", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "diagonal"),
 }
-Place = tuple[Any, ...]  # of an argument: (position or keyword,) or (position or keyword, index in a list)
+ArgumentPlace = tuple[Any, ...]  # of an argument: (position or keyword,) or (position or keyword, index in a list)
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class Source:
 
 
 def rearranged(
-    name: str, func: Any, args: Any, kwargs: Any, slots: dict[Place, Source]
+    name: str, func: Any, args: Any, kwargs: Any, slots: dict[ArgumentPlace, Source]
 ) -> Callable[[], Any] | None:
     """Gives the same rearrangement of flat positions; None where this is none, or the source is none itself."""
     source = slots.get((0,))

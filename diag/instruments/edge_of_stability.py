@@ -26,7 +26,7 @@ from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.optimizer import OptimizerState, describe
+from diag.snapshot.optimizer import OptimizerState, described_optimizer
 
 SOURCE = (
     "Cohen et al. 2021, arXiv:2103.00065; Cohen et al. 2022, arXiv:2207.14484 (Adam); Mulayoff, Michaeli 2024, "
@@ -271,7 +271,7 @@ def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerS
             "LinearOperator.from_matrix."
         )
     if isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = describe(optimizer)
+        optimizer = described_optimizer(optimizer)
     if not isinstance(optimizer, OptimizerState):
         raise InvalidInput(f"optimizer is a {type(optimizer).__name__}; expected a torch optimizer.")
     if batch_size is not None and batch_size < 1:

@@ -31,7 +31,7 @@ from diag.linalg.softmax_rounding import (
     SIGNIFICAND_BITS,
     class_factors,
     collapse_margin,
-    compare,
+    compared_with_exact,
     counters,
     distance_from_softmax,
     float64_margins,
@@ -296,7 +296,7 @@ def softmax_collapse(
     margin = in_blocks(float64_margins, logits, labels)
     counted = {name: in_blocks(lambda z, y, d=name: counters(z, y, d), logits, labels) for name in SIGNIFICAND_BITS}
     shares = {name: shares_of(columns) for name, columns in counted.items()}
-    compared = in_blocks(compare, logits, labels, logit_gradients)
+    compared = in_blocks(compared_with_exact, logits, labels, logit_gradients)
     given = logits if logit_gradients is None else logit_gradients
     factor = class_factors(compared, labels, logits.shape[1], given.dtype)
     own = compared[:, GRADIENT]

@@ -159,7 +159,7 @@ def run_lanczos(
         raise InvalidInput(f"max_products={max_products} was given; give at least 1.")
     capacity = basis_capacity(operator, wanted, max_products, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
-    progress = Progress(wanted, max_products, min_products, patience)
+    progress = LanczosProgress(wanted, max_products, min_products, patience)
     identity = _identity(space, progress, seed) if checkpoint is not None else {}
     file = None if checkpoint is None else file_of(Path(checkpoint), identity)
     parts: dict[str, Stateful] = {"space": space, "progress": progress}
@@ -174,7 +174,7 @@ def run_lanczos(
     return replace(progress.result(space), file=file)
 
 
-def _identity(space: KrylovSpace, progress: Progress, seed: int) -> dict[str, Any]:
+def _identity(space: KrylovSpace, progress: LanczosProgress, seed: int) -> dict[str, Any]:
     """What a run was asked for, as far as its numbers depend on it."""
     return {
         "operator": space.operator.identity,
@@ -184,7 +184,7 @@ def _identity(space: KrylovSpace, progress: Progress, seed: int) -> dict[str, An
     }
 
 
-class Progress:
+class LanczosProgress:
     """Where a run stands: products done, when to look next, and what was seen when it last looked."""
 
     def __init__(

@@ -40,7 +40,7 @@ MAX_GAPS = 6
 Outcomes = Sequence[tuple[int, Skipped | Failed]]
 
 
-def judged(finding: Finding, gaps: Outcomes, in_time: bool) -> dict[str, Any]:
+def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool) -> dict[str, Any]:
     """The entry of a check that gave a verdict; `gaps` are the steps at which it gave none."""
     verdict, (_, last) = finding.verdict, finding.series[-1]
     level, details = str(verdict.level), _details(finding.series)

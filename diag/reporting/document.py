@@ -13,12 +13,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diag.reporting.audits import by_instrument, judged, slug, unjudged
+from diag.reporting.audits import by_instrument, judged_entry, slug, unjudged
 from diag.reporting.caveats import caveats
 from diag.reporting.charts import charts
 from diag.reporting.evidence import Evidence, gather
 from diag.reporting.examples import take_pictures
-from diag.reporting.layers import layers
+from diag.reporting.layers import layer_map
 from diag.reporting.method import facts, method
 from diag.reporting.plain import clean, counted, listed
 from diag.reporting.timeline import axis_of, timeline
@@ -58,7 +58,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "audits": audits,
         "stories": _stories(evidence, audits),
         "timeline": axis and timeline(axis, history, in_time, evidence.events),
-        "layers": None if history is None else layers(axis, history, evidence.findings),
+        "layers": None if history is None else layer_map(axis, history, evidence.findings),
         "method": method(evidence, audits),
         "drawings": _draw(evidence if drawings else None, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),
     }
@@ -69,7 +69,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
 def _audits(evidence: Evidence) -> list[dict[str, Any]]:
     """The checks with a verdict in the order of the findings, then those without; each has an id of its own."""
     gaps, in_time = by_instrument(evidence.outcomes), evidence.kind == "run"
-    made = [judged(f, gaps.pop(f.instrument, ()), in_time) for f in evidence.findings]
+    made = [judged_entry(f, gaps.pop(f.instrument, ()), in_time) for f in evidence.findings]
     made += [unjudged(outcomes, in_time) for _, outcomes in sorted(gaps.items())]
     taken: set[str] = set()
     for audit in made:

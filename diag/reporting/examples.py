@@ -19,7 +19,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.reporting.plain import clean, finite, number
-from diag.result import Result, plain
+from diag.result import Result, plain_data
 
 MAX_IN_GROUP = 12
 MAX_GROUPS = 4
@@ -62,9 +62,9 @@ def _group(name: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _example(item: Mapping[str, Any]) -> dict[str, Any]:
     text = clean(item.get("text") or "")
     return {
-        "row": finite(plain(item.get("row"))),
-        "label": clean(plain(item["label"])) if item.get("label") is not None else "",
-        "loss": number(plain(item["loss"])) if item.get("loss") is not None else None,
+        "row": finite(plain_data(item.get("row"))),
+        "label": clean(plain_data(item["label"])) if item.get("label") is not None else "",
+        "loss": number(plain_data(item["loss"])) if item.get("loss") is not None else None,
         "image": thumbnail(item["image"]) if item.get("image") is not None else "",
         "text": text[:MAX_TEXT] + ("…" if len(text) > MAX_TEXT else ""),
         "features": list(_features(item["features"])) if item.get("features") is not None else [],
@@ -73,7 +73,7 @@ def _example(item: Mapping[str, Any]) -> dict[str, Any]:
 
 def _features(values: Any) -> Iterable[dict[str, Any]]:
     """The features that stand out most, the largest magnitude first, each with its share of the largest."""
-    named = values if isinstance(values, Mapping) else dict(enumerate(numpy.ravel(plain(values)).tolist()))
+    named = values if isinstance(values, Mapping) else dict(enumerate(numpy.ravel(plain_data(values)).tolist()))
     found = [(clean(k), float(v)) for k, v in named.items() if math.isfinite(float(v))]
     found.sort(key=lambda item: -abs(item[1]))
     largest = max((abs(v) for _, v in found), default=0.0) or 1.0
@@ -83,7 +83,7 @@ def _features(values: Any) -> Iterable[dict[str, Any]]:
 
 def thumbnail(image: Any) -> str:
     """A picture as the data URI of a PNG of at most 48 pixels a side; values are stretched to black and white."""
-    pixels = _to_bytes(_height_width_channels(numpy.asarray(plain(image), numpy.float64)))
+    pixels = _to_bytes(_height_width_channels(numpy.asarray(plain_data(image), numpy.float64)))
     step = max(1, -(-max(pixels.shape[:2]) // MAX_SIDE))
     pixels = pixels[::step, ::step]
     return png_uri(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

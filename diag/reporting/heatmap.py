@@ -66,7 +66,7 @@ def _telling(part: Table) -> Table:
     part = numpy.where(numpy.isfinite(part), part, numpy.nan)
     if not len(part):
         return numpy.full(part.shape[1], numpy.nan)
-    centre = median(part)
+    centre = median_by_layer(part)
     low, high = numpy.fmin.reduce(part, axis=0), numpy.fmax.reduce(part, axis=0)
     above = _distance(high, centre) >= _distance(low, centre)
     farthest = numpy.asarray(numpy.where(above, high, low), numpy.float64)
@@ -84,7 +84,7 @@ def ratio(update: Table, size: Table) -> Table:
         return numpy.where(size > 0, update / size, numpy.nan)
 
 
-def median(table: Table) -> Table:
+def median_by_layer(table: Table) -> Table:
     """The median of each layer's finite values (T, L) -> (L,); NaN for a layer never observed."""
     usable = numpy.isfinite(table)
     if usable.all():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from diag.reporting.heatmap import evenly, heatmaps, log10, median, ratio
+from diag.reporting.heatmap import evenly, heatmaps, log10, median_by_layer, ratio
 from diag.reporting.plain import clean, rounded
 from diag.reporting.timeline import Axis
 from diag.run.run import Finding
@@ -29,7 +29,7 @@ COLUMNS = (
 )
 
 
-def layers(axis: Axis | None, history: History, findings: Iterable[Finding]) -> dict[str, Any]:
+def layer_map(axis: Axis | None, history: History, findings: Iterable[Finding]) -> dict[str, Any]:
     """Map and table of the layers; of very many, those that stand out (`left_out` says how many do not)."""
     named = _named(history, findings)
     columns = _columns(history)
@@ -76,10 +76,10 @@ def _columns(history: History) -> dict[str, NDArray[numpy.float64]]:
     low, high, broken = _extremes(history)
     return {
         "size": numpy.asarray(history.sizes, numpy.float64),
-        "gradient_median": median(gradient),
+        "gradient_median": median_by_layer(gradient),
         "gradient_lowest": low,
         "gradient_highest": high,
-        "ratio_median": median(ratio(update, size)),
+        "ratio_median": median_by_layer(ratio(update, size)),
         "parameter_last": _last(history.parameter_norm),
         "distance_last": _last(history.distance),
         "nonfinite": broken,

@@ -32,7 +32,7 @@ def built_arguments(build: Build) -> dict[str, Any]:
     Raises InvalidInput where there is no such function, it raises, or it returns something else.
     """
     name = build_name(build)
-    built = guarded(load_build(build) if isinstance(build, str) else build, f"The build function {name}")
+    built = called_safely(load_build(build) if isinstance(build, str) else build, f"The build function {name}")
     if isinstance(built, Snapshot):
         return built.arguments | {"history": None, "carry": None}  # of its run, which the checkpoints are not
     if isinstance(built, (tuple, list)) and len(built) == 3:
@@ -85,7 +85,7 @@ def _import_file(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles of its classes look there
     _with_path(file.parent)
-    guarded(lambda: spec.loader.exec_module(module), f"Importing {file}")  # type: ignore[union-attr]
+    called_safely(lambda: spec.loader.exec_module(module), f"Importing {file}")  # type: ignore[union-attr]
     return module
 
 
@@ -97,7 +97,7 @@ def _import_module(name: str) -> Any:
         missing = True
     if missing:
         raise InvalidInput(f"There is no module {name!r} here; {FORM}, seen from the current folder.")
-    return guarded(lambda: importlib.import_module(name), f"Importing {name}")
+    return called_safely(lambda: importlib.import_module(name), f"Importing {name}")
 
 
 def _with_path(folder: Path) -> None:
@@ -105,7 +105,7 @@ def _with_path(folder: Path) -> None:
         sys.path.insert(0, str(folder.resolve()))
 
 
-def guarded(call: Callable[[], Any], what: str) -> Any:
+def called_safely(call: Callable[[], Any], what: str) -> Any:
     """Call the user's code; what it raises becomes an InvalidInput of one sentence that says where."""
     try:
         return call()

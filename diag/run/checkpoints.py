@@ -22,7 +22,7 @@ from diag.checkpoints import load_into, load_state
 from diag.errors import CheckpointError, InvalidInput, first_line
 from diag.registry import Instrument, attempt, find, instruments
 from diag.result import Result
-from diag.run.build import Build, build_name, built_arguments, guarded
+from diag.run.build import Build, build_name, built_arguments, called_safely
 from diag.run.files import META
 from diag.run.run import Event, Record, Run
 from diag.snapshot.snapshot import Snapshot
@@ -164,7 +164,7 @@ def _read_once(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]
     """The data as batches, so that every checkpoint is measured on the same examples."""
     if arguments.get("data") is None:
         return {}
-    return {"data": guarded(lambda: Snapshot(model, **arguments).batches, "Reading the data")}
+    return {"data": called_safely(lambda: Snapshot(model, **arguments).batches, "Reading the data")}
 
 
 def _refuse_device(device: str | None) -> None:

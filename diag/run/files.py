@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import InvalidInput, RunError
-from diag.result import decode, encode, plain
+from diag.result import decode, encode, plain_data
 from diag.run.rows import check_columns
 
 FORMAT = "diag-run"
@@ -167,7 +167,7 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, (tuple, list, set)):
         return [jsonable(v) for v in value]
     try:
-        return encode(plain(value))
+        return encode(plain_data(value))
     except InvalidInput:
         return str(value)
 

@@ -17,7 +17,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.errors import InvalidInput, RunError
-from diag.result import Outcome, encode, plain
+from diag.result import Outcome, encode, plain_data
 from diag.run.arrays import save_array
 from diag.run.damage import missing
 from diag.run.files import (
@@ -205,7 +205,7 @@ class RunWriter:
             "always_on_seconds": always_on_seconds,
             "check_seconds": check_seconds,
         }
-        self._append_record({"type": "cost", "step": step, "instrument": instrument, **encode(plain(times))})
+        self._append_record({"type": "cost", "step": step, "instrument": instrument, **encode(plain_data(times))})
 
     @property
     def closed(self) -> bool:

@@ -20,7 +20,7 @@ from diag.errors import InvalidInput
 HELD_OUT = "held_out_"
 
 
-class Cost(enum.Enum):
+class Effort(enum.Enum):
     """What computing a quantity takes: in words, and in forward passes over the data.
 
     For what is called again and again the passes are those of a usual number of calls; thirty products.
@@ -43,7 +43,7 @@ class Cost(enum.Enum):
     @property
     def one_look(self) -> bool:
         """Whether the data are gone through once at most."""
-        return self in (Cost.NONE, Cost.FORWARD, Cost.TRACED_FORWARD, Cost.GRADIENT)
+        return self in (Effort.NONE, Effort.FORWARD, Effort.TRACED_FORWARD, Effort.GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Quantity:
     module: str
     shape: str | None
     kind: str
-    cost: Cost
+    cost: Effort
     how: str
 
     def function(self) -> Callable[[Any], Any]:
@@ -76,29 +76,39 @@ _HISTORY = "measure inside diag.watch, or give history="
 GLOSSARY: dict[str, Quantity] = {
     q.name: q
     for q in (
-        Quantity("inputs", "snapshot.forward", "n *", "object", Cost.NONE, _DATA),
+        Quantity("inputs", "snapshot.forward", "n *", "object", Effort.NONE, _DATA),
         Quantity(
-            "labels", "snapshot.forward", "n", "integer", Cost.NONE, _DATA + " where the targets are class numbers"
+            "labels",
+            "snapshot.forward",
+            "n",
+            "integer",
+            Effort.NONE,
+            _DATA + " where the targets are class numbers",
         ),
-        Quantity("logits", "snapshot.forward", "n K", "floating", Cost.FORWARD, _DATA),
-        Quantity("losses", "snapshot.forward", "n", "floating", Cost.FORWARD, _LOSS),
-        Quantity("logit_gradients", "snapshot.forward", "n K", "floating", Cost.FORWARD, _LOSS),
-        Quantity("features", "snapshot.forward", "n d", "floating", Cost.FORWARD, _LAST),
-        Quantity("layer_features", "snapshot.forward", None, "object", Cost.FORWARD, _DATA),
-        Quantity("activations", "snapshot.activations", None, "object", Cost.FORWARD, _DATA),
-        Quantity("classifier", "snapshot.forward", None, "object", Cost.FORWARD, _LAST),
+        Quantity("logits", "snapshot.forward", "n K", "floating", Effort.FORWARD, _DATA),
+        Quantity("losses", "snapshot.forward", "n", "floating", Effort.FORWARD, _LOSS),
+        Quantity("logit_gradients", "snapshot.forward", "n K", "floating", Effort.FORWARD, _LOSS),
+        Quantity("features", "snapshot.forward", "n d", "floating", Effort.FORWARD, _LAST),
+        Quantity("layer_features", "snapshot.forward", None, "object", Effort.FORWARD, _DATA),
+        Quantity("activations", "snapshot.activations", None, "object", Effort.FORWARD, _DATA),
+        Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),
         Quantity(
-            "params", "snapshot.parameters", None, "object", Cost.NONE, "give a model with trainable parameters"
+            "params",
+            "snapshot.parameters",
+            None,
+            "object",
+            Effort.NONE,
+            "give a model with trainable parameters",
         ),
-        Quantity("gradient", "snapshot.parameters", None, "object", Cost.GRADIENT, _LOSS),
-        Quantity("loss_at", "snapshot.parameters", None, "object", Cost.FORWARD_A_CALL, _LOSS),
-        Quantity("losses_at", "curvature.neighbourhood.losses_at", None, "object", Cost.FORWARD_A_CALL, _LOSS),
+        Quantity("gradient", "snapshot.parameters", None, "object", Effort.GRADIENT, _LOSS),
+        Quantity("loss_at", "snapshot.parameters", None, "object", Effort.FORWARD_A_CALL, _LOSS),
+        Quantity("losses_at", "curvature.neighbourhood.losses_at", None, "object", Effort.FORWARD_A_CALL, _LOSS),
         Quantity(
             "divergence_at",
             "curvature.neighbourhood.divergence_at",
             None,
             "object",
-            Cost.FORWARD_A_CALL,
+            Effort.FORWARD_A_CALL,
             _DATA,
         ),
         Quantity(
@@ -106,27 +116,32 @@ GLOSSARY: dict[str, Quantity] = {
             "snapshot.history",
             None,
             "object",
-            Cost.FORWARD_A_STEP,
+            Effort.FORWARD_A_STEP,
             _WATCHED,
         ),
-        Quantity("per_example_gradients", "gradients", None, "object", Cost.TWO_GRADIENTS, _LOSS),
-        Quantity("hessian", "curvature.operators", None, "object", Cost.PRODUCTS, _LOSS),
-        Quantity("gauss_newton", "curvature.operators", None, "object", Cost.PRODUCTS, _LOSS),
-        Quantity("class_directions", "curvature.class_directions", None, "object", Cost.BACKWARD_A_CLASS, _DATA),
-        Quantity("fisher", "curvature.operators", None, "object", Cost.PRODUCTS, _LOSS),
-        Quantity("interpolation", "connectivity.interpolation", None, "object", Cost.FORWARD_A_POINT, _DATA),
-        Quantity("other", "connectivity.interpolation", None, "object", Cost.NONE, "give the snapshot other="),
-        Quantity("ancestor", "connectivity.interpolation", None, "object", Cost.NONE, "give previous="),
-        Quantity("other_params", "snapshot.parameters", None, "object", Cost.NONE, "give the snapshot other="),
-        Quantity("previous_losses", "snapshot.forward", "n", "floating", Cost.FORWARD, "give previous="),
-        Quantity("symmetries", "connectivity.symmetries", None, "object", Cost.TRACED_FORWARD, _DATA),
-        Quantity("module_graph", "snapshot.module_graph", None, "object", Cost.TRACED_FORWARD, _DATA),
-        Quantity("optimizer", "snapshot.optimizer", None, "object", Cost.NONE, "give the snapshot optimizer="),
-        Quantity("update", "snapshot.optimizer", None, "object", Cost.NONE, "give the snapshot previous="),
+        Quantity("per_example_gradients", "gradients", None, "object", Effort.TWO_GRADIENTS, _LOSS),
+        Quantity("hessian", "curvature.operators", None, "object", Effort.PRODUCTS, _LOSS),
+        Quantity("gauss_newton", "curvature.operators", None, "object", Effort.PRODUCTS, _LOSS),
+        Quantity("class_directions", "curvature.class_directions", None, "object", Effort.BACKWARD_A_CLASS, _DATA),
+        Quantity("fisher", "curvature.operators", None, "object", Effort.PRODUCTS, _LOSS),
+        Quantity("interpolation", "connectivity.interpolation", None, "object", Effort.FORWARD_A_POINT, _DATA),
+        Quantity("other", "connectivity.interpolation", None, "object", Effort.NONE, "give the snapshot other="),
+        Quantity("ancestor", "connectivity.interpolation", None, "object", Effort.NONE, "give previous="),
+        Quantity("other_params", "snapshot.parameters", None, "object", Effort.NONE, "give the snapshot other="),
+        Quantity("previous_losses", "snapshot.forward", "n", "floating", Effort.FORWARD, "give previous="),
+        Quantity("symmetries", "connectivity.symmetries", None, "object", Effort.TRACED_FORWARD, _DATA),
+        Quantity("module_graph", "snapshot.module_graph", None, "object", Effort.TRACED_FORWARD, _DATA),
+        Quantity("optimizer", "snapshot.optimizer", None, "object", Effort.NONE, "give the snapshot optimizer="),
+        Quantity("update", "snapshot.optimizer", None, "object", Effort.NONE, "give the snapshot previous="),
         Quantity(
-            "history", "snapshot.history", None, "object", Cost.NONE, "measure inside diag.watch, or give history="
+            "history",
+            "snapshot.history",
+            None,
+            "object",
+            Effort.NONE,
+            "measure inside diag.watch, or give history=",
         ),
-        Quantity("loop", "snapshot.loop.facts", None, "object", Cost.NONE, "measure inside diag.watch"),
+        Quantity("loop", "snapshot.loop.facts", None, "object", Effort.NONE, "measure inside diag.watch"),
     )
 }
 

@@ -43,7 +43,7 @@ class OptimizerState:
         return rates.pop() if len(rates) == 1 else None
 
 
-def describe(torch_optimizer: torch_optim.Optimizer) -> OptimizerState:
+def described_optimizer(torch_optimizer: torch_optim.Optimizer) -> OptimizerState:
     """Read kind and hyperparameters from a torch optimizer."""
     groups = tuple(
         {k: _number(group[k]) for k in HYPERPARAMETERS if k in group} for group in torch_optimizer.param_groups
@@ -55,7 +55,7 @@ def optimizer(snapshot: Snapshot) -> OptimizerState:
     """The optimizer's kind and hyperparameters."""
     if snapshot.optimizer is None:
         raise MissingQuantity("the snapshot has no optimizer; give it optimizer=.")
-    return describe(snapshot.optimizer)
+    return described_optimizer(snapshot.optimizer)
 
 
 def update(snapshot: Snapshot) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, as_batches, fingerprint
 from diag.snapshot.explain import try_out
-from diag.snapshot.glossary import HELD_OUT, Cost, lookup
+from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.preserve import generator_states, random_states
 from diag.snapshot.state.hooks import is_silent
@@ -97,7 +97,7 @@ class Snapshot:
             source = self
             try:
                 source = self.held_out if name.startswith(HELD_OUT) else self
-                with source.undisturbed(called=row.cost is not Cost.NONE):
+                with source.undisturbed(called=row.cost is not Effort.NONE):
                     self._computed[name] = row.function()(source)
             except MissingQuantity as error:
                 raise MissingQuantity(f"{name} is missing: {error}") from None

@@ -33,7 +33,7 @@ class Settings:
     on_finding: Callable[[Any], object] | None = None
 
 
-def check(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
+def check_arguments(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
     """Raise InvalidInput where these are not of their kinds."""
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")

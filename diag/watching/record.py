@@ -19,7 +19,7 @@ from diag.run.rows import row_columns, row_dtype
 from diag.run.run import RunWriter
 from diag.watching.guard import Clock
 from diag.watching.observe.rows import Row
-from diag.watching.waiting import Waiting, say
+from diag.watching.waiting import Waiting, log_line
 
 COST_EVERY = 1.0  # seconds between two records of the time spent
 RECORD_BYTES = 500  # about what a short record takes in memory
@@ -111,7 +111,7 @@ class Recorder:
         unwritten = [part.sentence() for part in parts if not part.flush()]
         self._writer.close()
         if unwritten:
-            say(f"The record of the watched run is not complete: {' '.join(unwritten)}")
+            log_line(f"The record of the watched run is not complete: {' '.join(unwritten)}")
             with contextlib.suppress(UserWarning):  # where warnings are errors
                 warnings.warn(f"The record of the watched run is not complete: {' '.join(unwritten)}", stacklevel=2)
 
@@ -130,10 +130,10 @@ class Recorder:
     def _say_replaced(self) -> None:
         if not self._replaced and os.getpid() == self._process:
             self._replaced = True
-            say(REPLACED)
+            log_line(REPLACED)
 
     def _incomplete(self, step: int, sentence: str) -> None:
-        say(sentence)
+        log_line(sentence)
         self.event(step, "incomplete", sentence)
 
     def _look_after_files(self, step: int) -> None:
@@ -146,4 +146,4 @@ class Recorder:
         except RunError as error:
             if not self._removed:
                 self._removed = True
-                say(f"{error} What is recorded from now on is lost.")
+                log_line(f"{error} What is recorded from now on is lost.")

@@ -22,7 +22,7 @@ EVERY = 0.1  # seconds between two tries
 LOGGER = logging.getLogger("diag")
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """One line on the logger, whatever the user's handlers and filters do."""
     with contextlib.suppress(Exception):
         LOGGER.warning("%s", text)
@@ -96,7 +96,7 @@ class Waiting:
 
     def _begin(self, step: int, reason: str) -> None:
         self._reason, self._first, self._tried = reason, step, time.monotonic()
-        say(
+        log_line(
             f"The {self._part} of the watched run cannot be written since step {step:,} ({reason.rstrip('.')}); "
             f"they wait in memory, up to {LIMIT >> 20} MB, and are tried again. Training goes on."
         )

@@ -21,18 +21,18 @@ from diag.errors import InvalidInput, text_of
 from diag.run.run import Finding, Run, load
 from diag.snapshot.history import History
 from diag.watching.about import describe_run, distributed_rank, temporary_folder
-from diag.watching.arguments import Settings, check, checked_optimizer, given_probe, watched_parameters
+from diag.watching.arguments import Settings, check_arguments, checked_optimizer, given_probe, watched_parameters
 from diag.watching.guard import Clock, Guarded, guarded, safely
 from diag.watching.listener import TrainingListener
 from diag.watching.measure.findings import Findings
 from diag.watching.measure.live import LiveChecks
 from diag.watching.measure.measuring import Measurements, chosen_instruments
 from diag.watching.measure.occasions import Occasions
-from diag.watching.measure.schedule import Schedule
+from diag.watching.measure.schedule import MeasurementSchedule
 from diag.watching.measure.training import Training
 from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
-from diag.watching.observe.rows import Row, Rows
+from diag.watching.observe.rows import Row, RowQueue
 from diag.watching.observe.steps import StepObserver
 from diag.watching.record import Recorder
 
@@ -86,7 +86,7 @@ def watch(
     the training: there give a smaller budget=, or instruments without curvature.
     Raises InvalidInput for arguments that do not fit, RunError where the folder cannot be written.
     """
-    check(model, loss_fn, every, budget)
+    check_arguments(model, loss_fn, every, budget)
     bare = bare_model(model)
     parameters = watched_parameters(bare)
     settings = Settings(
@@ -118,7 +118,7 @@ class Watcher(Guarded):
         about = describe_run(self.model, parameters, settings.instruments, settings.budget, settings.every)
         self.path = settings.run if settings.run is not None else temporary_folder()
         self._recorder = Recorder(self.path if self.active else None, about, settings.resume)
-        self._rows = Rows(self._recorder.dtype, self._recorder.last_step, self._row_complete)
+        self._rows = RowQueue(self._recorder.dtype, self._recorder.last_step, self._row_complete)
         self._probe = settings.probe
         note, info = self._recorder.note, self._recorder.info
         self._findings = Findings(settings.on_finding, self._recorder.event, note)
@@ -133,7 +133,7 @@ class Watcher(Guarded):
         )
         self._measurements = Measurements(
             settings.instruments,
-            lambda names: Schedule(names, settings.budget, settings.every),
+            lambda names: MeasurementSchedule(names, settings.budget, settings.every),
             self._recorder.outcome,
             note,
             info,

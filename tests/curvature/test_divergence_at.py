@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 import diag
-from diag.curvature.neighbourhood.divergence_at import divergence
+from diag.curvature.neighbourhood.divergence_at import output_divergence
 from diag.errors import MissingQuantity
 from diag.testing import leaves_no_trace
 
@@ -38,7 +38,7 @@ def test_two_classes_by_hand():
     """p = 0.8 against q = 0.5: 0.8 ln 1.6 + 0.2 ln 0.4."""
     before, after = torch.tensor([[math.log(4.0), 0.0]]), torch.zeros(1, 2)
     expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
-    assert float(divergence(before, after, torch.tensor([0]))) == pytest.approx(expected, rel=1e-6)
+    assert float(output_divergence(before, after, torch.tensor([0]))) == pytest.approx(expected, rel=1e-6)
 
 
 def test_positions_without_a_label_and_classes_on_the_second_axis():
@@ -47,21 +47,21 @@ def test_positions_without_a_label_and_classes_on_the_second_axis():
     targets = torch.zeros(2, 5, dtype=torch.long)
     targets[:, 3:] = -100
     each = kl_divergence(Categorical(logits=before), Categorical(logits=after))
-    assert float(divergence(before, after, targets)) == pytest.approx(float(each[:, :3].mean()), rel=1e-12)
+    assert float(output_divergence(before, after, targets)) == pytest.approx(float(each[:, :3].mean()), rel=1e-12)
     images = (before.movedim(-1, 1), after.movedim(-1, 1))
-    assert float(divergence(*images, targets)) == pytest.approx(float(each[:, :3].mean()), rel=1e-12)
+    assert float(output_divergence(*images, targets)) == pytest.approx(float(each[:, :3].mean()), rel=1e-12)
 
 
 def test_a_class_that_is_masked_out_adds_nothing_and_nan_stays_nan():
     before, after = torch.tensor([[1.0, 0.0, -torch.inf]]), torch.tensor([[0.0, 0.0, -torch.inf]])
-    two = divergence(before[:, :2], after[:, :2], torch.tensor([0]))
-    assert float(divergence(before, after, torch.tensor([0]))) == pytest.approx(float(two), rel=1e-12)
-    assert math.isnan(divergence(before, after + torch.nan, torch.tensor([0])))
+    two = output_divergence(before[:, :2], after[:, :2], torch.tensor([0]))
+    assert float(output_divergence(before, after, torch.tensor([0]))) == pytest.approx(float(two), rel=1e-12)
+    assert math.isnan(output_divergence(before, after + torch.nan, torch.tensor([0])))
 
 
 def test_real_targets_make_a_gaussian():
     before, after = torch.zeros(2, 3), torch.ones(2, 3)
-    assert float(divergence(before, after, torch.zeros(2, 3))) == 1.5
+    assert float(output_divergence(before, after, torch.zeros(2, 3))) == 1.5
 
 
 def test_in_single_precision_the_divergence_is_right_down_to_its_rounding():

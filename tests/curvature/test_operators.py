@@ -338,8 +338,8 @@ def test_what_surrounds_products_is_entered_once_for_a_run_of_them(monkeypatch):
     operator = Hessian(model, F.cross_entropy, [as_batch((x, y))])
     expected = operator.to_dense()
     entered = []
-    plain = guards.replayed
-    monkeypatch.setattr(guards, "replayed", lambda model: entered.append(model) or plain(model))
+    plain = guards.replayed_model
+    monkeypatch.setattr(guards, "replayed_model", lambda model: entered.append(model) or plain(model))
     assert torch.equal(operator.shifted(1.0).block(slice(0, 20)).to_dense(), expected[:20, :20] + torch.eye(20))
     assert len(entered) == 1
     assert run_lanczos(operator, None, max_products=6).num_products == 6

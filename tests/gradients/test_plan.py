@@ -11,7 +11,7 @@ from torch import nn
 from diag.gradients import ModelGradients
 from diag.gradients.rules import closed_forms
 from diag.gradients.rules.blocks import Outer
-from diag.gradients.rules.layout import Layout, find_layout
+from diag.gradients.rules.layout import ExampleLayout, find_layout
 from diag.snapshot.batch import Batch, as_batch
 from diag.snapshot.picking import picked
 
@@ -42,7 +42,7 @@ def test_elements_that_examples_share_by_more_than_rounding_belong_to_none(dtype
     weighted = WEIGHTS[:, None] * own + shared * WEIGHTS.roll(1)[:, None] * others
     # The weights differ by 0.6 or 1.2, so what shows of it is 0.6 to 1.2 times `shared`.
     found = find_layout(gradient.to(dtype), weighted.to(dtype), WEIGHTS)
-    assert found == (Layout(0) if apart else None)
+    assert found == (ExampleLayout(0) if apart else None)
 
 
 def truth_of(model, batch):

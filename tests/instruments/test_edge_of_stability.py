@@ -10,7 +10,7 @@ import diag
 from diag.curvature.stability.optimizer import linear_stability
 from diag.linalg.operator import LinearOperator
 from diag.result import Level
-from diag.snapshot.optimizer import describe
+from diag.snapshot.optimizer import described_optimizer
 from diag.testing import check_result, planted_spectrum, refusal
 
 edge = diag.edge_of_stability
@@ -60,7 +60,7 @@ def test_sgd_diverges_exactly_above_its_threshold(form, rate):
     def make(params):
         return torch.optim.SGD(params, lr=rate, **settings)
 
-    threshold = linear_stability(DIAGONAL, describe(make([torch.ones(5, requires_grad=True)]))).threshold
+    threshold = linear_stability(DIAGONAL, described_optimizer(make([torch.ones(5, requires_grad=True)]))).threshold
     decay = settings.get("weight_decay", 0.0)  # part of the curvature that is compared
     assert not grows(make, 0.995 * threshold - decay)
     assert grows(make, 1.005 * threshold - decay)

@@ -7,7 +7,7 @@ import pytest
 import report_fakes
 
 from diag.reporting.heatmap import MAX_CELLS, heatmaps, ratio
-from diag.reporting.layers import layers
+from diag.reporting.layers import layer_map
 from diag.reporting.timeline import Axis
 from diag.result import Level
 
@@ -101,7 +101,7 @@ def test_the_table_holds_what_numpy_finds():
     history.gradient_finite[5:8, 1] = False
     history.gradient_norm[5:8, 1] = numpy.nan
     history.distance[-1, 2] = numpy.nan  # the last that was observed counts
-    got = layers(Axis(1, 3000), history, [])
+    got = layer_map(Axis(1, 3000), history, [])
     assert got["median_of"] == 2000
     for i, row in enumerate(got["rows"]):
         gradient = history.gradient_norm[:, i].astype(float)
@@ -122,7 +122,7 @@ def test_the_table_holds_what_numpy_finds():
 
 def test_the_median_of_a_short_run_is_exact():
     history = plain_history(101)
-    rows = layers(Axis(1, 101), history, [])["rows"]
+    rows = layer_map(Axis(1, 101), history, [])["rows"]
     expected = numpy.median(history.update_norm.astype(float) / history.parameter_norm, axis=0)
     numpy.testing.assert_allclose([r["ratio_median"] for r in rows], expected, rtol=1e-3)
 
@@ -135,7 +135,7 @@ def test_of_very_many_layers_those_that_stand_out_are_shown():
     history.gradient_finite[3, 800] = False
     finding = report_fakes.evidence().findings[0]
     named = dataclasses.replace(finding, verdict=dataclasses.replace(finding.verdict, layers=("block900",)))
-    got = layers(Axis(1, 20), history, [named])
+    got = layer_map(Axis(1, 20), history, [named])
     shown = [row["name"] for row in got["rows"]]
     assert len(shown) == 300 and got["left_out"] == 700
     assert {"block700.weight", "block800.weight", "block900.weight"} <= set(shown)
@@ -148,11 +148,11 @@ def test_only_what_is_wrong_is_named_beside_a_layer(level):
     """A verdict of ok, or of a measurement that says nothing, is no finding about the layers that it names."""
     finding = report_fakes.evidence().findings[0]
     verdict = dataclasses.replace(finding.verdict, level=level, layers=("layer3",))
-    rows = layers(Axis(1, 500), plain_history(), [dataclasses.replace(finding, verdict=verdict)])["rows"]
+    rows = layer_map(Axis(1, 500), plain_history(), [dataclasses.replace(finding, verdict=verdict)])["rows"]
     named = [row["name"] for row in rows if row["findings"]]
     assert named == (["layer3"] if level in (Level.ALARM, Level.WARNING) else [])
 
 
 def test_a_single_row_has_a_table_and_no_map():
-    got = layers(None, plain_history(1), [])
+    got = layer_map(None, plain_history(1), [])
     assert got["maps"] == [] and len(got["rows"]) == 6

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diag.connectivity.interpolation_layers import layers
+from diag.connectivity.interpolation_layers import parameters_by_layer
 from diag.curvature.operators import Hessian
 from diag.gradients import ModelGradients
 from diag.snapshot.batch import as_batch
@@ -42,7 +42,7 @@ def test_every_quantity_names_the_same_layers():
     model, batch = Scaled(), as_batch((torch.randn(6, 4), torch.arange(6) % 3))
     gradients = ModelGradients(model, F.cross_entropy, [batch])
     curvature = Hessian(model, F.cross_entropy, [batch]).layers
-    assert set(gradients.layers) == set(curvature) == set(layers(model)) == {"scale", "fc"}
+    assert set(gradients.layers) == set(curvature) == set(parameters_by_layer(model)) == {"scale", "fc"}
     for name in gradients.layers:  # and puts the same parameters into them
         part = curvature[name]
         assert gradients.columns_of(name).tolist() == list(range(part.start, part.stop))

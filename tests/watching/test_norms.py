@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from diag.run.rows import row_columns, row_dtype
 from diag.watching.measure.schedule import Thinning
 from diag.watching.observe.norms import copies, differences, norms
-from diag.watching.observe.rows import Readback, Row, Rows
+from diag.watching.observe.rows import Readback, Row, RowQueue
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000, (1 << 16) + 1, 3_000_000])
@@ -76,7 +76,7 @@ def row(value):
 
 def test_rows_are_written_in_order_once_their_numbers_have_arrived(monkeypatch):
     written = []
-    rows = Rows(row_dtype(row_columns(1)), 7, lambda table, row: written.append(table.copy()))
+    rows = RowQueue(row_dtype(row_columns(1)), 7, lambda table, row: written.append(table.copy()))
     polls = iter((2, 0, 0, 5))
 
     class Slow(Readback):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import diag
 from diag.watching.measure.measuring import FIXED, Measurements, chosen_instruments
-from diag.watching.measure.schedule import Schedule, next_due
+from diag.watching.measure.schedule import MeasurementSchedule, next_due
 
 
 def test_scheduled_steps_are_geometric_and_multiples():
@@ -23,7 +23,7 @@ def test_scheduled_steps_are_geometric_and_multiples():
 
 def simulate(costs, budget, steps, estimates=None, seconds=1.0, every=None):
     """Run a training of `steps` steps of `seconds` each; what each measurement took, and the steps it ran at."""
-    schedule = Schedule(costs, budget, every)
+    schedule = MeasurementSchedule(costs, budget, every)
     for name in costs:
         schedule.estimate(name, (estimates or costs)[name])
     clock, ran, spent = 0.0, {name: [] for name in costs}, 0.0
@@ -71,7 +71,7 @@ def test_the_time_that_is_not_used_is_not_lost():
 
 
 def test_an_infinite_budget_measures_at_every_scheduled_step():
-    schedule = Schedule(["a"], math.inf, every=2)
+    schedule = MeasurementSchedule(["a"], math.inf, every=2)
     steps = []
     for step in range(1, 21):
         schedule.earn(float(step))
@@ -79,11 +79,11 @@ def test_an_infinite_budget_measures_at_every_scheduled_step():
             steps.append(step)
             schedule.spent("a", step, 100.0)
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20]
-    assert Schedule(["a"], 0.0).affordable(1) == []
+    assert MeasurementSchedule(["a"], 0.0).affordable(1) == []
 
 
 def test_a_postponed_measurement_leaves_its_time_to_the_others():
-    schedule = Schedule(["a", "b"], 0.1)
+    schedule = MeasurementSchedule(["a", "b"], 0.1)
     schedule.estimate("a", 4.0)
     schedule.estimate("b", 5.0)
     schedule.earn(100.0)
@@ -103,7 +103,9 @@ def test_cheap_measurements_run_while_many_dear_ones_wait():
 
 def test_first_costs_are_estimated_from_the_training_step():
     names = ["softmax_collapse", "neural_collapse"]
-    runs = Measurements(chosen_instruments(names), lambda n: Schedule(n, 0.05), lambda *a: None, print, print)
+    runs = Measurements(
+        chosen_instruments(names), lambda n: MeasurementSchedule(n, 0.05), lambda *a: None, print, print
+    )
     runs.estimate(seconds_per_step=0.3, examples_per_step=64, probe_size=512, slower=1.0)
     forward = 0.1 * 512 / 64
     for name in names:

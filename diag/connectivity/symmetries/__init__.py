@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from diag.connectivity.symmetries.find import find_symmetries, verify
-from diag.connectivity.symmetries.groups import Block, Element, Group, Symmetries
+from diag.connectivity.symmetries.groups import Element, Symmetries, UnitBlock, UnitGroup
 from diag.snapshot.snapshot import Snapshot
 
 __all__ = [
-    "Block",
     "Element",
-    "Group",
     "Symmetries",
+    "UnitBlock",
+    "UnitGroup",
     "find",
     "find_symmetries",
     "groups",

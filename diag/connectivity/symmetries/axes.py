@@ -33,8 +33,8 @@ class Symbol:
     parent: Symbol | None = None
 
 
-Factors = tuple[Symbol, ...]  # one axis: row-major product of its symbols; () for an axis of size 1
-Labels = tuple[Factors, ...]  # one tensor
+AxisFactors = tuple[Symbol, ...]  # one axis: row-major product of its symbols; () for an axis of size 1
+Labels = tuple[AxisFactors, ...]  # one tensor
 
 
 class AxisAlgebra:
@@ -50,7 +50,7 @@ class AxisAlgebra:
         self._count += 1
         return Symbol(size, self._count, frozen)
 
-    def axis(self, size: int, frozen: str | None = None) -> Factors:
+    def axis(self, size: int, frozen: str | None = None) -> AxisFactors:
         """A fresh axis; an axis of size 1 has nothing to permute."""
         return () if size == 1 else (self.new(size, frozen),)
 
@@ -95,7 +95,7 @@ class AxisAlgebra:
         if root.frozen:
             self.freeze(parts, root.frozen)
 
-    def concatenate(self, axes: Sequence[Factors]) -> Factors:
+    def concatenate(self, axes: Sequence[AxisFactors]) -> AxisFactors:
         """The axis of a concatenation."""
         parts = [self._as_symbol(a) for a in axes]
         if len(parts) == 1:
@@ -112,7 +112,7 @@ class AxisAlgebra:
         whole.kind, whole.parts = "product", tuple(expanded)
         return whole
 
-    def slice(self, factors: Factors, start: int, stop: int) -> Factors:
+    def slice(self, factors: AxisFactors, start: int, stop: int) -> AxisFactors:
         """Units `start` to `stop` of an axis. Raises Mismatch where they cut through a block."""
         expanded = self.expand(factors)
         if stop - start == prod(s.size for s in expanded):
@@ -176,10 +176,10 @@ class AxisAlgebra:
             self.instances[rest, first, j] = part
         return first, rest
 
-    def regroup(self, factors: Iterable[Symbol], sizes: Sequence[int]) -> list[Factors]:
+    def regroup(self, factors: Iterable[Symbol], sizes: Sequence[int]) -> list[AxisFactors]:
         """The axes of a reshape to `sizes`. Raises Mismatch where a block would be cut."""
         rest = self.expand(factors)
-        axes: list[Factors] = []
+        axes: list[AxisFactors] = []
         for size in sizes:
             axis: list[Symbol] = []
             while size > 1:
@@ -251,7 +251,7 @@ class AxisAlgebra:
             self.instances[key] = self.new(symbol.size)
         return self.instances[key]
 
-    def stack(self, pieces: Sequence[Factors], along: Factors) -> Factors:
+    def stack(self, pieces: Sequence[AxisFactors], along: AxisFactors) -> AxisFactors:
         """The axis whose instances along a new axis are `pieces`."""
         symbols = [self._as_symbol(p) for p in pieces if p]
         if len(set(map(self.find, symbols))) <= 1:

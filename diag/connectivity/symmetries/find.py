@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from diag.connectivity.symmetries.axes import Labels, Symbol
-from diag.connectivity.symmetries.groups import Block, Capture, Group, Symmetries
+from diag.connectivity.symmetries.groups import Symmetries, UnitActivation, UnitBlock, UnitGroup
 from diag.connectivity.symmetries.solve import Solution, used_symbols
-from diag.connectivity.symmetries.tracing import Trace, main_outputs, trace_model, unfused
+from diag.connectivity.symmetries.tracing import AxisTrace, main_outputs, trace_model, unfused
 from diag.errors import Unsupported
 from diag.snapshot.batch import Batch, as_batch
 from diag.snapshot.call_at import call_at
@@ -59,7 +59,7 @@ def _on_device(model: nn.Module, example: Batch) -> Batch:
 # ---- from labels to groups
 
 
-def _build(trace: Trace, labels: dict[str, Labels], model: nn.Module) -> Symmetries:
+def _build(trace: AxisTrace, labels: dict[str, Labels], model: nn.Module) -> Symmetries:
     algebra = trace.algebra
     solution = Solution(algebra, trace.occurrences, labels.values())
     used = used_symbols(algebra, trace.used)
@@ -106,7 +106,7 @@ def _name_symbols(parts: dict[str, list]) -> tuple[dict[Symbol, str], dict[Symbo
     return names, places
 
 
-def _group(symbol: Symbol, names: dict[Symbol, str], places: dict, solution: Solution) -> Group:
+def _group(symbol: Symbol, names: dict[Symbol, str], places: dict, solution: Solution) -> UnitGroup:
     rank = {s: i for i, s in enumerate(names)}
     together = solution.together
     parents = [
@@ -114,15 +114,15 @@ def _group(symbol: Symbol, names: dict[Symbol, str], places: dict, solution: Sol
         if p in together[symbol] and (symbol not in together[p] or rank[p] < rank[symbol])
     ]  # fmt: skip
     parents.sort(key=lambda p: (len(together[p]), rank[p]))
-    return Group(
+    return UnitGroup(
         names[symbol], symbol.size, tuple(names[p] for p in parents), tuple(p.size for p in parents),
         tuple(places[symbol]),
     )  # fmt: skip
 
 
-def _block(parts: tuple, names: dict[Symbol, str]) -> Block:
+def _block(parts: tuple, names: dict[Symbol, str]) -> UnitBlock:
     atoms = [(atom, axis) for axis, (_, atoms) in enumerate(parts) for atom in atoms]
-    return Block(
+    return UnitBlock(
         positions=tuple(torch.from_numpy(p.reshape(-1).copy()) for p, _ in parts),
         names=tuple(names.get(a, "") for a, _ in atoms),
         sizes=tuple(a.size for a, _ in atoms),
@@ -130,13 +130,15 @@ def _block(parts: tuple, names: dict[Symbol, str]) -> Block:
     )
 
 
-def _captures(trace: Trace, solution: Solution, names: dict[Symbol, str], groups: dict) -> Iterable[Capture]:
+def _captures(
+    trace: AxisTrace, solution: Solution, names: dict[Symbol, str], groups: dict
+) -> Iterable[UnitActivation]:
     for index, (operation, outputs) in enumerate(trace.operations):
         if operation in CARRIERS:
             for block in solution.blocks(outputs[0]):
                 made = _block(block, names)
                 if any(n in groups for n in made.names):
-                    yield Capture(index, operation, 0, made)
+                    yield UnitActivation(index, operation, 0, made)
 
 
 def _tied(state: dict[str, Any]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Permutation groups of a network, and what an element of them does to a state dict.
 
-A group element is a dict of index tensors, one per `Group`: after it is applied, unit i of a group is the
+A group element is a dict of index tensors, one per `UnitGroup`: after it is applied, unit i of a group is the
 unit that was at `element[name][..., i]`. A group with parents (units within attention heads) has one
 permutation for each position of its parents, counted after the parents have moved.
 
@@ -23,7 +23,7 @@ Element = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Group:
+class UnitGroup:
     """`size` units that may be permuted; `axes` lists every (state entry, axis) that carries them."""
 
     name: str
@@ -38,7 +38,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Block:
+class UnitBlock:
     """A part of a tensor whose axes are products of symbols.
 
     `positions[k]` are the places on the tensor's axis k; `names` and `sizes` are its symbols, row-major over
@@ -66,17 +66,17 @@ class Block:
         places = [p.to(tensor.device).view(-1, *[1] * (len(shape) - 1 - k)) for k, p in enumerate(self.positions)]
         tensor[tuple(places)] = values.reshape(shape)
 
-    def permute(self, values: Tensor, groups: Mapping[str, Group], element: Element) -> Tensor:
+    def permute(self, values: Tensor, groups: Mapping[str, UnitGroup], element: Element) -> Tensor:
         """Move the units of every group in `element`, parents before what depends on them."""
         for k in sorted(range(len(self.names)), key=lambda i: len(self._parents(groups, i))):
             if self.names[k] in element:
                 values = permute_axis(values, k, self.parent_axes(groups, k), element[self.names[k]])
         return values
 
-    def _parents(self, groups: Mapping[str, Group], k: int) -> tuple[str, ...]:
+    def _parents(self, groups: Mapping[str, UnitGroup], k: int) -> tuple[str, ...]:
         return groups[self.names[k]].parents if self.names[k] in groups else ()
 
-    def parent_axes(self, groups: Mapping[str, Group], k: int) -> list[int]:
+    def parent_axes(self, groups: Mapping[str, UnitGroup], k: int) -> list[int]:
         """Where the parents of symbol k stand in this block: on its own axis if there, else anywhere."""
         found = []
         for parent in self._parents(groups, k):
@@ -103,13 +103,13 @@ def permute_axis(values: Tensor, k: int, parents: list[int], permutation: Tensor
 
 
 @dataclass(frozen=True)
-class Capture:
+class UnitActivation:
     """An activation that carries units: output number `output` of the `operation`-th operation."""
 
     operation: int
     name: str
     output: int
-    block: Block
+    block: UnitBlock
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ class Symmetries:
     may be, by the coarsest floating type in the forward pass.
     """
 
-    groups: dict[str, Group]
-    blocks: dict[str, tuple[Block, ...]]
+    groups: dict[str, UnitGroup]
+    blocks: dict[str, tuple[UnitBlock, ...]]
     frozen: dict[str, str]
     unknown: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     parameters: tuple[str, ...]
-    captures: tuple[Capture, ...] = ()
+    captures: tuple[UnitActivation, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
     deviation: float = float("nan")
     tolerance: float = 1e-4

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from diag.connectivity.symmetries.axes import AxisAlgebra, Factors, Labels, Mismatch
+from diag.connectivity.symmetries.axes import AxisAlgebra, AxisFactors, Labels, Mismatch
 
 
 class Labelling:
@@ -51,7 +51,7 @@ class Labelling:
 
     # ---- what the rules use
 
-    def one(self) -> Factors:
+    def one(self) -> AxisFactors:
         """An axis of size 1 as a symbol, for a concatenation."""
         return (self.algebra.new(1),)
 
@@ -64,12 +64,12 @@ class Labelling:
         gone = {d % len(labels) for d in dims} if labels else set()
         self.occur(tuple(axis for i, axis in enumerate(labels) if i not in gone))
 
-    def freeze_axes(self, groups: Iterable[Sequence[Factors]], reason: str) -> None:
+    def freeze_axes(self, groups: Iterable[Sequence[AxisFactors]], reason: str) -> None:
         for axes in groups:
             for axis in axes:
                 self.algebra.freeze(axis, reason)
 
-    def grouped(self, axis: Factors, groups: int) -> tuple[Factors, Factors] | None:
+    def grouped(self, axis: AxisFactors, groups: int) -> tuple[AxisFactors, AxisFactors] | None:
         """`axis` as (groups, units within a group), or None where blocks are in the way."""
         size = 1
         for symbol in axis:

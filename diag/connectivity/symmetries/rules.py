@@ -1,6 +1,6 @@
 """What each ATen operation does to the axes of its operands.
 
-`RULES` maps an operation's name to a function `(trace, args, outputs) -> None` that labels the outputs and
+`AXIS_RULES` maps an operation's name to a function `(trace, args, outputs) -> None` that labels the outputs and
 unifies or freezes symbols. Pointwise operations are recognised by PyTorch's own tag. An operation without a
 rule freezes every axis it touches: the symmetry found is then smaller than it could be, never wrong.
 """
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.connectivity.symmetries.axes import Factors, Labels
+from diag.connectivity.symmetries.axes import AxisFactors, Labels
 from diag.connectivity.symmetries.labelling import Labelling
 from diag.snapshot.batch import tensors_in
 
-Rule = Callable[[Labelling, dict[str, Any], Sequence[Any]], None]
-RULES: dict[str, Rule] = {}
+AxisRule = Callable[[Labelling, dict[str, Any], Sequence[Any]], None]
+AXIS_RULES: dict[str, AxisRule] = {}
 
 GENERAL_LINEAR = (
     "contracted between two activations (query and key): the symmetry there is general linear, not a permutation"
@@ -27,9 +27,9 @@ WINDOW = "a window slides over this axis"
 POSITION = "the operation depends on the position along this axis"
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+def rule(*names: str) -> Callable[[AxisRule], AxisRule]:
+    def register(function: AxisRule) -> AxisRule:
+        AXIS_RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -46,7 +46,7 @@ def pointwise(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
 
 
 def broadcast(trace: Labelling, operands: Sequence[Labels], ndim: int) -> Labels:
-    axes: list[Factors] = []
+    axes: list[AxisFactors] = []
     for i in range(1, ndim + 1):
         meeting = [labels[-i] for labels in operands if len(labels) >= i and labels[-i]]
         for other in meeting[1:]:
@@ -84,7 +84,7 @@ def mixes_along(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) 
 OPERANDS = ("mat1", "mat", "mat2", "vec", "tensor", "other")
 
 
-def contract(trace: Labelling, a: Tensor, a_axis: Factors, b: Tensor, b_axis: Factors) -> None:
+def contract(trace: Labelling, a: Tensor, a_axis: AxisFactors, b: Tensor, b_axis: AxisFactors) -> None:
     trace.algebra.unify(a_axis, b_axis)
     if trace.is_data(a) and trace.is_data(b):
         trace.algebra.freeze(a_axis, GENERAL_LINEAR)
@@ -119,7 +119,7 @@ def batched_matrix_product(trace: Labelling, args: dict[str, Any], outputs: Sequ
 
 
 @rule("convolution")
-def convolution(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+def convolved(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     algebra, groups, transposed = trace.algebra, args["groups"], args["transposed"]
     x, w = trace.labels(args["input"]), trace.labels(args["weight"])
     inside, outside = (w[0], w[1]) if transposed else (w[1], w[0])

@@ -21,7 +21,7 @@ from diag.errors import Unsupported
 from diag.snapshot.batch import tensors_in
 
 
-class Trace(TorchDispatchMode, Labelling):
+class AxisTrace(TorchDispatchMode, Labelling):
     """The labels of every tensor of a pass, and which operations there were."""
 
     def __init__(self) -> None:
@@ -55,8 +55,8 @@ class Trace(TorchDispatchMode, Labelling):
 
     def _apply(self, func: Any, bound: dict[str, Any], results: Sequence[Any]) -> None:
         name = operation_name(func)
-        if name in rules.RULES:
-            rules.RULES[name](self, bound, results)
+        if name in rules.AXIS_RULES:
+            rules.AXIS_RULES[name](self, bound, results)
         elif torch.Tag.pointwise in func.tags or torch.Tag.pointwise in _functional_tags(name):
             rules.pointwise(self, bound, results)
         elif spatial := _spatial_axes(name):
@@ -97,12 +97,12 @@ def _spatial_axes(name: str) -> int:
 # ---- tracing a model
 
 
-def trace_model(model: nn.Module, example: Any) -> tuple[Trace, dict[str, Labels]]:
+def trace_model(model: nn.Module, example: Any) -> tuple[AxisTrace, dict[str, Labels]]:
     """One forward pass of `model` on `example` (a Batch): the trace, and the labels of each state entry.
 
     Raises Unsupported, with the operation's name, where the forward pass fails or gives no floating output.
     """
-    trace = Trace()
+    trace = AxisTrace()
     labels: dict[str, Labels] = {}
     kept = set(model.state_dict(keep_vars=True))
     for name, tensor in [*model.named_parameters(remove_duplicate=False),
@@ -161,7 +161,7 @@ def unfused() -> Iterator[None]:
 
 
 @contextmanager
-def _module_names(model: nn.Module, trace: Trace) -> Iterator[None]:
+def _module_names(model: nn.Module, trace: AxisTrace) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             enter = module.register_forward_pre_hook(lambda *_, n=name: trace.modules.append(n))
@@ -171,5 +171,5 @@ def _module_names(model: nn.Module, trace: Trace) -> Iterator[None]:
         yield
 
 
-def _leave(trace: Trace) -> None:
+def _leave(trace: AxisTrace) -> None:
     trace.modules.pop()

@@ -44,7 +44,7 @@ class DivergenceAt:
         with torch.no_grad(), preserved(self._snapshot.model):
             for batch, before in zip(self._snapshot.batches, self._outputs_at_center, strict=True):
                 after = self._outputs(values, batch)
-                total += float(divergence(before, after, batch.targets)) * batch.size
+                total += float(output_divergence(before, after, batch.targets)) * batch.size
         return total / self._snapshot.num_examples
 
     @cached_property
@@ -63,7 +63,7 @@ class DivergenceAt:
         return output_tensor(outputs)
 
 
-def divergence(before: Tensor, after: Tensor, targets: Any) -> Tensor:
+def output_divergence(before: Tensor, after: Tensor, targets: Any) -> Tensor:
     """The mean KL divergence of one batch's distributions with the outputs `before` and `after`, float64."""
     before, after = before.double(), after.double()  # the difference of two near distributions needs the digits
     if likelihood_of(targets) == "gaussian":

@@ -34,7 +34,7 @@ class Ball:
 
     def steepest(self, slope: Tensor) -> Tensor:
         """The e of the ball with the largest <slope, e>; 0 where the slope is 0."""
-        return self.radius * (slope.sign() if self.norm == "linf" else unit(slope))
+        return self.radius * (slope.sign() if self.norm == "linf" else unit_vector(slope))
 
     def nearest(self, e: Tensor) -> Tensor:
         """The e of the ball that is nearest to the given one."""
@@ -44,7 +44,7 @@ class Ball:
         return e * (self.radius / length) if length > self.radius else e
 
 
-class Estimate(NamedTuple):
+class MeanEstimate(NamedTuple):
     """A mean and its standard error (0 where there is but one value to have)."""
 
     mean: float
@@ -55,8 +55,8 @@ class ByGroup(NamedTuple):
     """m-sharpness: means over so many groups of m examples of each group's own rises."""
 
     number: int
-    one_step: Estimate
-    worst_case: Estimate
+    one_step: MeanEstimate
+    worst_case: MeanEstimate
 
 
 class Measures(NamedTuple):
@@ -64,7 +64,7 @@ class Measures(NamedTuple):
 
     one_step: float
     worst_case: float
-    average: Estimate
+    average: MeanEstimate
     groups: ByGroup
     lambda_max: float
     converged: bool
@@ -137,7 +137,7 @@ class Surroundings:
         if m < self.losses_at.num_examples:
             groups = by_group(self, m, worst, steps, seed)
         else:
-            groups = ByGroup(1, Estimate(one_step, 0.0), Estimate(worst_case, 0.0))
+            groups = ByGroup(1, MeanEstimate(one_step, 0.0), MeanEstimate(worst_case, 0.0))
         average = self.average(sigma, draws, seed)
         found, converged = float(pairs.values[0]), bool(pairs.converged[0])
         return Measures(one_step, worst_case, average, groups, found, converged)
@@ -147,7 +147,7 @@ class Surroundings:
         whole, half = self.rise(self.ascent), self.rise(self.ascent / 2)
         return math.log2(whole / half) if abs(half) > self.rounding and whole * half > 0 else math.nan
 
-    def average(self, sigma: float, draws: int, seed: int) -> Estimate:
+    def average(self, sigma: float, draws: int, seed: int) -> MeanEstimate:
         """The mean rise over e ~ N(0, sigma^2) and its standard error.
 
         Draws come in pairs +-e, so that the part of first order in the gradient cancels.
@@ -176,17 +176,17 @@ def by_group(whole: Surroundings, m: int, worst: Tensor, steps: int, seed: int) 
     return ByGroup(len(sizes), weighted_mean(one_step, sizes), weighted_mean(worst_case, sizes))
 
 
-def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> Estimate:
+def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> MeanEstimate:
     """The weighted mean of independent values and its standard error."""
     x, w = torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
     mean = float((w * x).sum() / w.sum())
     if len(values) < 2:
-        return Estimate(mean, 0.0)
+        return MeanEstimate(mean, 0.0)
     spread = (w * (x - mean)).square().sum() * len(values) / (len(values) - 1)
-    return Estimate(mean, float(spread.sqrt() / w.sum()))
+    return MeanEstimate(mean, float(spread.sqrt() / w.sum()))
 
 
-def unit(v: Tensor) -> Tensor:
+def unit_vector(v: Tensor) -> Tensor:
     """v / |v|; 0 where v is 0."""
     length = norm(v)
     return v / length.to(v.dtype) if float(length) else v

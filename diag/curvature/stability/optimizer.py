@@ -24,7 +24,7 @@ from diag.snapshot.optimizer import OptimizerState
 
 SETTLED = 0.05  # beta1^t below which Adam's bias correction no longer matters (our choice)
 
-Group = Mapping[str, Any]
+ParameterGroup = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class LinearStability:
 
 
 @dataclass(frozen=True)
-class Rule:
+class StabilityRule:
     """threshold(group) of one optimizer for its learning rate; `preconditioned` where it divides its steps."""
 
     text: str
-    threshold: Callable[[Group], float]
+    threshold: Callable[[ParameterGroup], float]
     preconditioned: bool = False
     plain: bool = False  # the step is the gradient times the rate
 
@@ -74,10 +74,10 @@ def linear_stability(hessian: LinearOperator, optimizer: OptimizerState) -> Line
     return LinearStability(operator, rule.threshold(reference), rule.text, rate, notes=notes, plain=rule.plain)
 
 
-def _rule(optimizer: OptimizerState, groups: Sequence[Group]) -> tuple[Rule | None, str]:
+def _rule(optimizer: OptimizerState, groups: Sequence[ParameterGroup]) -> tuple[StabilityRule | None, str]:
     """The optimizer's rule, or why it has none."""
     kind = type(optimizer.torch_optimizer)
-    find = RULES.get(kind)
+    find = STABILITY_RULES.get(kind)
     if find is None:
         return None, f"the threshold of {kind.__name__} is not known here (known: {', '.join(_known())})"
     if any(group.get("maximize") for group in groups):
@@ -95,7 +95,11 @@ def _rule(optimizer: OptimizerState, groups: Sequence[Group]) -> tuple[Rule | No
 
 
 def _operator(
-    hessian: LinearOperator, optimizer: OptimizerState, groups: Sequence[Group], rule: Rule, rate: float
+    hessian: LinearOperator,
+    optimizer: OptimizerState,
+    groups: Sequence[ParameterGroup],
+    rule: StabilityRule,
+    rate: float,
 ) -> tuple[LinearOperator, tuple[str, ...]]:
     """The Hessian with the weight decay added, in the optimizer's own coordinates."""
     notes = []
@@ -153,43 +157,43 @@ def _groups(optimizer: OptimizerState) -> list[dict[str, Any]]:
 # The rules: s is the largest curvature that is stable at learning rate eta.
 
 
-def _sgd(group: Group) -> Rule:
+def _sgd(group: ParameterGroup) -> StabilityRule:
     if group.get("nesterov"):
-        return Rule(
+        return StabilityRule(
             "(2 + 2 momentum) / ((1 + 2 momentum) learning rate)",
             lambda g: (2 + 2 * g["momentum"]) / ((1 + 2 * g["momentum"]) * g["lr"]),
         )
     if not group["momentum"]:
-        return Rule("2 / learning rate", lambda g: 2 / g["lr"], plain=True)
+        return StabilityRule("2 / learning rate", lambda g: 2 / g["lr"], plain=True)
     if group["dampening"]:
-        return Rule(
+        return StabilityRule(
             "(2 + 2 momentum) / ((1 - dampening) learning rate)",
             lambda g: (2 + 2 * g["momentum"]) / ((1 - g["dampening"]) * g["lr"]),
         )
-    return Rule("(2 + 2 momentum) / learning rate", lambda g: (2 + 2 * g["momentum"]) / g["lr"])
+    return StabilityRule("(2 + 2 momentum) / learning rate", lambda g: (2 + 2 * g["momentum"]) / g["lr"])
 
 
-def _adam(group: Group) -> Rule:
+def _adam(group: ParameterGroup) -> StabilityRule:
     if group["decoupled_weight_decay"]:
-        return Rule(
+        return StabilityRule(
             "(1 + beta1) / (1 - beta1) (2 / learning rate - weight decay)",
             lambda g: (1 + g["betas"][0]) / (1 - g["betas"][0]) * (2 / g["lr"] - g["weight_decay"]),
             preconditioned=True,
         )
-    return Rule(
+    return StabilityRule(
         "(2 + 2 beta1) / ((1 - beta1) learning rate)",
         lambda g: (2 + 2 * g["betas"][0]) / ((1 - g["betas"][0]) * g["lr"]),
         preconditioned=True,
     )
 
 
-def _rmsprop(group: Group) -> Rule:
+def _rmsprop(group: ParameterGroup) -> StabilityRule:
     if group["momentum"]:
-        return Rule("(2 + 2 momentum) / learning rate", lambda g: (2 + 2 * g["momentum"]) / g["lr"], True)
-    return Rule("2 / learning rate", lambda g: 2 / g["lr"], True)
+        return StabilityRule("(2 + 2 momentum) / learning rate", lambda g: (2 + 2 * g["momentum"]) / g["lr"], True)
+    return StabilityRule("2 / learning rate", lambda g: 2 / g["lr"], True)
 
 
-RULES: dict[type, Callable[[Group], Rule]] = {
+STABILITY_RULES: dict[type, Callable[[ParameterGroup], StabilityRule]] = {
     torch.optim.SGD: _sgd,
     torch.optim.Adam: _adam,
     torch.optim.AdamW: _adam,
@@ -198,4 +202,4 @@ RULES: dict[type, Callable[[Group], Rule]] = {
 
 
 def _known() -> list[str]:
-    return [kind.__name__ for kind in RULES]
+    return [kind.__name__ for kind in STABILITY_RULES]

@@ -16,7 +16,7 @@ from diag.curvature.operators import CurvatureOperator
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.linalg.operator import LinearOperator
 
-State = Mapping[str, Any]
+OptimizerTensors = Mapping[str, Any]
 
 
 def preconditioned(operator: CurvatureOperator, optimizer: torch.optim.Optimizer) -> LinearOperator:
@@ -57,11 +57,11 @@ def divisor(operator: CurvatureOperator, optimizer: torch.optim.Optimizer) -> Te
     return flat
 
 
-def _none(state: State, group: State, parameter: Tensor) -> Tensor:
+def _none(state: OptimizerTensors, group: OptimizerTensors, parameter: Tensor) -> Tensor:
     return torch.ones_like(parameter)
 
 
-def _adam(state: State, group: State, parameter: Tensor) -> Tensor:
+def _adam(state: OptimizerTensors, group: OptimizerTensors, parameter: Tensor) -> Tensor:
     if "exp_avg_sq" not in state:
         return torch.full_like(parameter, torch.inf)
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
@@ -69,25 +69,25 @@ def _adam(state: State, group: State, parameter: Tensor) -> Tensor:
     return (second_moment / correction).sqrt() + group["eps"]
 
 
-def _rmsprop(state: State, group: State, parameter: Tensor) -> Tensor:
+def _rmsprop(state: OptimizerTensors, group: OptimizerTensors, parameter: Tensor) -> Tensor:
     if "square_avg" not in state:
         return torch.full_like(parameter, torch.inf)
     variance = state["square_avg"] - state["grad_avg"] ** 2 if group["centered"] else state["square_avg"]
     return variance.sqrt() + group["eps"]
 
 
-def _adagrad(state: State, group: State, parameter: Tensor) -> Tensor:
+def _adagrad(state: OptimizerTensors, group: OptimizerTensors, parameter: Tensor) -> Tensor:
     # Adagrad makes its state before the first step, so a step count tells whether it has moved.
     if not float(state.get("step", 0)):
         return torch.full_like(parameter, torch.inf)
     return state["sum"].sqrt() + group["eps"]
 
 
-def _adamax(state: State, group: State, parameter: Tensor) -> Tensor:
+def _adamax(state: OptimizerTensors, group: OptimizerTensors, parameter: Tensor) -> Tensor:
     return state["exp_inf"].clone() if "exp_inf" in state else torch.full_like(parameter, torch.inf)
 
 
-DIVISORS: dict[str, Callable[[State, State, Tensor], Tensor]] = {
+DIVISORS: dict[str, Callable[[OptimizerTensors, OptimizerTensors, Tensor], Tensor]] = {
     "SGD": _none,
     "Adam": _adam,
     "AdamW": _adam,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from diag.gradients.capture import Use
 from diag.gradients.rules.blocks import Block, Dense
-from diag.gradients.rules.layout import Layout
-from diag.gradients.sources import Place
+from diag.gradients.rules.layout import ExampleLayout
+from diag.gradients.sources import ArgumentPlace
 
 NORM_NODES = ("NativeLayerNormBackward0", "NativeGroupNormBackward0")
 
@@ -27,7 +27,7 @@ class Call:
 
     use: Use
     delta: Tensor
-    layout: Layout
+    layout: ExampleLayout
     n: int
 
     def get(self, index: int, name: str, default: Any = None) -> Any:
@@ -36,7 +36,7 @@ class Call:
             return self.at((name,))
         return self.at((index,)) if index < len(self.use.args) else default
 
-    def at(self, place: Place) -> Any:
+    def at(self, place: ArgumentPlace) -> Any:
         value = self.use.argument(place)
         if isinstance(value, Tensor) and self.use.overwritten(place):
             raise NoClosedForm(f"an argument of {self.use.name} was overwritten in place")
@@ -54,7 +54,7 @@ class Call:
 
     def steps(self, values: Tensor) -> Tensor:
         """(n, T, features): everything but the last axis folded into steps."""
-        if self.layout == Layout(0) and values.ndim > 1:
+        if self.layout == ExampleLayout(0) and values.ndim > 1:
             return values.reshape(self.n, -1, values.shape[-1])
         if self.layout.axis >= values.ndim - 1:
             raise NoClosedForm("the examples lie along the feature axis")
@@ -81,14 +81,14 @@ def single(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-Form = Callable[[Call, Place], Block]
+Form = Callable[[Call, ArgumentPlace], Block]
 
 
-def is_argument(place: Place, index: int, name: str) -> bool:
+def is_argument(place: ArgumentPlace, index: int, name: str) -> bool:
     return place in ((index,), (name,))
 
 
-def call_with(use: Use, tensors: dict[Place, Tensor]) -> Tensor:
+def call_with(use: Use, tensors: dict[ArgumentPlace, Tensor]) -> Tensor:
     """The recorded call made again, with other tensors in some of its places."""
     args: list[Any] = [list(a) if isinstance(a, (tuple, list)) else a for a in use.args]
     kwargs = dict(use.kwargs)

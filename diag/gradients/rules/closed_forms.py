@@ -14,13 +14,13 @@ from torch import Tensor
 
 from diag.gradients.rules.blocks import Block, Dense, Outer
 from diag.gradients.rules.call import Call, Form, NoClosedForm, call_with, is_argument
-from diag.gradients.rules.combination import Rows
+from diag.gradients.rules.combination import TableRows
 from diag.gradients.rules.convolution import convolution
 from diag.gradients.rules.norm_forms import NORM_FORMS
-from diag.gradients.sources import Place
+from diag.gradients.sources import ArgumentPlace
 
 
-def _linear(call: Call, place: Place) -> Block:
+def _linear(call: Call, place: ArgumentPlace) -> Block:
     delta = call.steps(call.delta)
     if is_argument(place, 2, "bias"):
         return Dense(delta.sum(1))
@@ -33,7 +33,7 @@ def _outer(a: Tensor, b: Tensor, shape: Sequence[int]) -> Outer:
     return Outer(a[:, None], b[:, None], shape)
 
 
-def _matmul(call: Call, place: Place) -> Block:
+def _matmul(call: Call, place: ArgumentPlace) -> Block:
     shape = call.use.slots[place].shape
     if place not in ((1,), ("other",), ("mat2",)):
         raise NoClosedForm
@@ -45,7 +45,7 @@ def _matmul(call: Call, place: Place) -> Block:
     return _outer(call.steps(call.delta), call.steps(x), shape)
 
 
-def _addmm(call: Call, place: Place) -> Block:
+def _addmm(call: Call, place: ArgumentPlace) -> Block:
     if call.get(3, "beta", 1) != 1 or call.get(4, "alpha", 1) != 1:
         raise NoClosedForm
     if is_argument(place, 0, "input"):
@@ -55,7 +55,7 @@ def _addmm(call: Call, place: Place) -> Block:
     return _outer(call.steps(call.delta), call.steps(call.get(1, "mat1")), call.use.slots[place].shape)
 
 
-def _embedding(call: Call, place: Place) -> Block:
+def _embedding(call: Call, place: ArgumentPlace) -> Block:
     if not is_argument(place, 0, "weight"):
         raise NoClosedForm
     index, padding = call.get(1, "indices"), call.get(2, "padding_idx", -1)
@@ -65,10 +65,10 @@ def _embedding(call: Call, place: Place) -> Block:
     delta = call.steps(call.delta)
     if padding >= 0:
         delta = delta * (index != padding)[..., None]
-    return Rows(index, delta, call.use.slots[place].shape[0])
+    return TableRows(index, delta, call.use.slots[place].shape[0])
 
 
-def _convolution(call: Call, place: Place) -> Block:
+def _convolution(call: Call, place: ArgumentPlace) -> Block:
     delta = call.channels(call.delta)
     if is_argument(place, 2, "bias"):
         return Dense(delta.sum(2))
@@ -82,7 +82,7 @@ def _convolution(call: Call, place: Place) -> Block:
     return convolution(call.get(0, "input"), call.delta, shape, stride, padding, dilation, groups)
 
 
-def _transposed_convolution(call: Call, place: Place) -> Block:
+def _transposed_convolution(call: Call, place: ArgumentPlace) -> Block:
     """The transpose of a convolution: input and output gradient change roles."""
     delta = call.channels(call.delta)
     if is_argument(place, 2, "bias"):
@@ -101,7 +101,7 @@ def _per_axis(value: Any, shape: torch.Size) -> tuple[int, ...]:
     return values * (len(shape) - 2) if len(values) == 1 else values
 
 
-def _prelu(call: Call, place: Place) -> Block:
+def _prelu(call: Call, place: ArgumentPlace) -> Block:
     x = call.get(0, "input")
     if not is_argument(place, 1, "weight"):
         raise NoClosedForm
@@ -109,7 +109,7 @@ def _prelu(call: Call, place: Place) -> Block:
     return Dense(per_channel if call.use.slots[place].shape.numel() > 1 else per_channel.sum(1, keepdim=True))
 
 
-def _expanded(call: Call, place: Place) -> Block:
+def _expanded(call: Call, place: ArgumentPlace) -> Block:
     shape = call.use.slots[place].shape
     lead = call.delta.ndim - len(shape)
     if any(size not in (1, call.delta.shape[lead + i]) for i, size in enumerate(shape)):
@@ -117,18 +117,18 @@ def _expanded(call: Call, place: Place) -> Block:
     return call.reduced(call.delta, shape)
 
 
-def _shifted(call: Call, place: Place) -> Block:
+def _shifted(call: Call, place: ArgumentPlace) -> Block:
     if call.get(2, "alpha", 1) != 1:
         raise NoClosedForm
     return call.reduced(call.delta, call.use.slots[place].shape)
 
 
-def _scaled(call: Call, place: Place) -> Block:
+def _scaled(call: Call, place: ArgumentPlace) -> Block:
     other = call.get(1, "other") if place == (0,) else call.get(0, "input")
     return call.reduced(call.delta * other, call.use.slots[place].shape)
 
 
-def _elementwise(call: Call, place: Place) -> Block:
+def _elementwise(call: Call, place: ArgumentPlace) -> Block:
     """Any broadcasting operation: pull the gradient back to the parameter as it was broadcast, then sum."""
     use, value = call.use, call.at(place)
     if value.ndim > len(use.shape):

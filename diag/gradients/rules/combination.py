@@ -1,7 +1,7 @@
 """Blocks of embeddings, of parts of a parameter, and of parameters that several calls use.
 
-`Rows` is an embedding's G_i = sum_t e(index_it) b_it', `Placed` puts a block into a slice or another order of
-a larger parameter, and `combine` adds the uses of one parameter, cross terms included.
+`TableRows` is an embedding's G_i = sum_t e(index_it) b_it', `Placed` puts a block into a slice or another order of
+a larger parameter, and `combined` adds the uses of one parameter, cross terms included.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diag.gradients.rules.accurate import squared_rows
 from diag.gradients.rules.blocks import Block, Dense, Outer
 
 
-class Rows(Block):
+class TableRows(Block):
     """An embedding's gradients: row index_it of G_i receives b_it; `index` (n, T), `b` (n, T, d)."""
 
     def __init__(self, index: Tensor, b: Tensor, num_rows: int) -> None:
@@ -53,11 +53,12 @@ class Rows(Block):
         return torch.stack([(v[self.index] * self.b).flatten(1).sum(1) for v in directions], 1)
 
     def gram(self, other: Block) -> Tensor:
-        if not isinstance(other, Rows):
+        if not isinstance(other, TableRows):
             return super().gram(other)
         used = torch.unique(torch.cat([self.index.flatten(), other.index.flatten()]))
         mine, theirs = (
-            Rows(torch.searchsorted(used, block.index.contiguous()), block.b, len(used)) for block in (self, other)
+            TableRows(torch.searchsorted(used, block.index.contiguous()), block.b, len(used))
+            for block in (self, other)
         )
         return Block.gram(mine, theirs)
 
@@ -163,9 +164,9 @@ def _cross(first: Block, second: Block) -> Tensor | None:
         # Slices of one parameter that do not meet (query, key and value): nothing in common.
         apart = not torch.isin(first.positions, second.positions).any()
         return torch.zeros(first.n, dtype=torch.float64, device=first.positions.device) if apart else None
-    if isinstance(first, Rows) and isinstance(second, Outer):
+    if isinstance(first, TableRows) and isinstance(second, Outer):
         first, second = second, first
-    if isinstance(first, Outer) and isinstance(second, Rows) and first.groups == 1:
+    if isinstance(first, Outer) and isinstance(second, TableRows) and first.groups == 1:
         parts = []
         for s in first.slices(3 * first.steps * second.steps):
             a, b = (x[:, 0] for x in first.factors(s))
@@ -176,17 +177,17 @@ def _cross(first: Block, second: Block) -> Tensor | None:
     return None
 
 
-def combine(blocks: Sequence[Block]) -> Block:
+def combined(blocks: Sequence[Block]) -> Block:
     """One block for all uses of a parameter: outer products join along time, the rest becomes a `Sum`."""
     outer = [b for b in blocks if type(b) is Outer]
-    rows = [b for b in blocks if type(b) is Rows]
-    rest = [b for b in blocks if type(b) not in (Outer, Rows)]
+    rows = [b for b in blocks if type(b) is TableRows]
+    rest = [b for b in blocks if type(b) not in (Outer, TableRows)]
     if len(outer) > 1:
         a, b = (torch.cat([getattr(o, x) for o in outer], 2) for x in "ab")
         outer = [Outer(a, b, outer[0].shape)]
     if len(rows) > 1:
         index, values = torch.cat([r.index for r in rows], 1), torch.cat([r.b for r in rows], 1)
-        rows = [Rows(index, values, rows[0].shape[0])]
+        rows = [TableRows(index, values, rows[0].shape[0])]
     dense = [b for b in rest if type(b) is Dense]
     if len(dense) > 1:
         rest = [b for b in rest if type(b) is not Dense]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from diag.gradients.capture import Use
 from diag.gradients.rules.blocks import Block, Lazy
 from diag.gradients.rules.call import Call, NoClosedForm, call_with
-from diag.gradients.sources import Place, Source
+from diag.gradients.sources import ArgumentPlace, Source
 from diag.linalg.deadline import NEVER, Deadline
 
 
-def replayed(call: Call, place: Place, deadline: Deadline = NEVER) -> Block:
+def replayed_block(call: Call, place: ArgumentPlace, deadline: Deadline = NEVER) -> Block:
     """The recorded call's vector-Jacobian product, one example at a time.
 
     Arguments whose first axis is the output's are taken to be cut along it; the self-test of the plan refuses a
@@ -40,7 +40,7 @@ def replayed(call: Call, place: Place, deadline: Deadline = NEVER) -> Block:
         if other != place and (tensor := _intact(use, other)).ndim and tensor.shape[0] in (n, total)
     }
 
-    def pulled(w: Tensor, pieces: dict[Place, Tensor], d: Tensor) -> Tensor:
+    def pulled(w: Tensor, pieces: dict[ArgumentPlace, Tensor], d: Tensor) -> Tensor:
         _, pull = torch.func.vjp(lambda w: call_with(use, {**pieces, place: w}), w)[:2]
         return pull(d)[0]
 
@@ -63,7 +63,7 @@ def replayed(call: Call, place: Place, deadline: Deadline = NEVER) -> Block:
     return Lazy(n, weight, compute)
 
 
-def _intact(use: Use, place: Place) -> Tensor:
+def _intact(use: Use, place: ArgumentPlace) -> Tensor:
     if use.overwritten(place):
         raise NoClosedForm(f"an argument of {use.name} was overwritten in place")
     return use.argument(place)

@@ -19,7 +19,7 @@ HALF_TOLERANCE = 3e-2  # the same in half precision, whose numbers are rounded t
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExampleLayout:
     """Examples lie along `axis`, whose length is a multiple c of their number n.
 
     `inner` is how many neighbours along it belong to one example: all c (None), 1, or a number between, as where
@@ -43,17 +43,17 @@ class Layout:
         return self.folded in (None, shape[self.axis] // n)
 
 
-def _candidates(shape: torch.Size, n: int) -> Iterator[Layout]:
+def _candidates(shape: torch.Size, n: int) -> Iterator[ExampleLayout]:
     for axis, size in enumerate(shape):
         if size and size % n == 0:
             count = size // n
-            yield Layout(axis)
+            yield ExampleLayout(axis)
             if count > 1:
-                yield Layout(axis, 1)
-            yield from (Layout(axis, inner, count) for inner in range(2, count) if count % inner == 0)
+                yield ExampleLayout(axis, 1)
+            yield from (ExampleLayout(axis, inner, count) for inner in range(2, count) if count % inner == 0)
 
 
-def find_layout(gradient: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None:
+def find_layout(gradient: Tensor, weighted: Tensor, weights: Tensor) -> ExampleLayout | None:
     """The arrangement under which `weighted` is `gradient` times the weight of each element's example.
 
     None where there is none. Raises ValueError where the gradient is zero everywhere and says nothing.
@@ -67,7 +67,7 @@ def find_layout(gradient: Tensor, weighted: Tensor, weights: Tensor) -> Layout |
     return None
 
 
-def _explains(layout: Layout, gradient: Tensor, weighted: Tensor, weights: Tensor) -> bool:
+def _explains(layout: ExampleLayout, gradient: Tensor, weighted: Tensor, weights: Tensor) -> bool:
     n = len(weights)
     first, second = layout.split(gradient, n).reshape(n, -1), layout.split(weighted, n).reshape(n, -1)
     error = torch.linalg.vector_norm(second - weights[:, None].to(first) * first, dim=1)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from diag.gradients.rules.blocks import Block, Dense
 from diag.gradients.rules.call import Call, Form, NoClosedForm, is_argument
-from diag.gradients.rules.layout import Layout
-from diag.gradients.sources import Place
+from diag.gradients.rules.layout import ExampleLayout
+from diag.gradients.sources import ArgumentPlace
 
 SMALL_NORM = 65_536  # numbers of one example in a norm's input, below which a call for each example does not pay
 
@@ -23,7 +23,7 @@ SMALL_NORM = 65_536  # numbers of one example in a norm's input, below which a c
 def _over_features(of_weight: Callable[[Call, torch.Size], Dense], weight: int, bias: int | None) -> Form:
     """Norms whose weight has the shape of the trailing axes (LayerNorm, RMSNorm)."""
 
-    def form(call: Call, place: Place) -> Block:
+    def form(call: Call, place: ArgumentPlace) -> Block:
         shape = call.use.slots[place].shape
         if bias is not None and is_argument(place, bias, "bias"):
             return call.reduced(call.delta, shape)
@@ -37,7 +37,7 @@ def _over_features(of_weight: Callable[[Call, torch.Size], Dense], weight: int, 
 def _over_channels(of_weight: Callable[[Call], Dense], weight: int, bias: int) -> Form:
     """Norms whose weight has one element per channel, the second axis (GroupNorm, BatchNorm, InstanceNorm)."""
 
-    def form(call: Call, place: Place) -> Block:
+    def form(call: Call, place: ArgumentPlace) -> Block:
         if is_argument(place, bias, "bias"):
             return Dense(call.channels(call.delta).sum(2))
         if not is_argument(place, weight, "weight"):
@@ -50,7 +50,7 @@ def _over_channels(of_weight: Callable[[Call], Dense], weight: int, bias: int) -
 def _layer_norm_weight(call: Call, shape: torch.Size) -> Dense:
     x, delta, eps = call.get(0, "input"), call.delta, call.get(4, "eps", 1e-5)
     mean, scale = call.statistics() or torch.native_layer_norm(x, list(shape), None, None, eps)[1:]
-    if call.layout != Layout(0) or delta.numel() < SMALL_NORM * call.n:
+    if call.layout != ExampleLayout(0) or delta.numel() < SMALL_NORM * call.n:
         return call.reduced((x - mean).mul_(scale).mul_(delta), shape)
     # One kernel that reads its inputs once: worth a call for each example where they are long.
     ones, size = x.new_ones(shape), list(shape)

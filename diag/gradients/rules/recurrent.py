@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Step = Callable[[Tensor, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, ...]]
+Timestep = Callable[[Tensor, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 def _lstm_step(gates_in: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -36,7 +36,7 @@ def _gru_step(gates_in: Tensor, state: tuple[Tensor, ...], weights: Sequence[Ten
     return (n + z * (h - n),)
 
 
-def _plain_step(activation: Callable[[Tensor], Tensor]) -> Step:
+def _plain_step(activation: Callable[[Tensor], Tensor]) -> Timestep:
     def step(gates_in: Tensor, state: tuple[Tensor, ...], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         w_hh, b_hh, _ = weights
         return (activation(gates_in + F.linear(state[0], w_hh, b_hh)),)
@@ -44,7 +44,7 @@ def _plain_step(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def _unrolled(step: Step) -> Callable[..., tuple[Tensor, ...]]:
+def _unrolled(step: Timestep) -> Callable[..., tuple[Tensor, ...]]:
     def run(
         inputs: Tensor, hx: Any, flat: Sequence[Tensor], biases: bool, num_layers: int, dropout: float,
         train: bool, bidirectional: bool, batch_first: bool,
@@ -83,7 +83,7 @@ def _weights(cell: Sequence[Tensor], biases: bool) -> tuple[Any, ...]:
     return w_ih, w_hh, b_ih, b_hh, (rest[0] if rest else None)
 
 
-def _cell(step: Step) -> Callable[..., Any]:
+def _cell(step: Timestep) -> Callable[..., Any]:
     def run(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Any:
         several = isinstance(hx, (tuple, list))
         state = step(F.linear(x, w_ih, b_ih), tuple(hx) if several else (hx,), (w_hh, b_hh, None))  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _cell(step: Step) -> Callable[..., Any]:
     return run
 
 
-STEPS: dict[str, Step] = {
+STEPS: dict[str, Timestep] = {
     "lstm": _lstm_step,
     "gru": _gru_step,
     "rnn_tanh": _plain_step(torch.tanh),

@@ -26,7 +26,7 @@ from diag.watching.guard import safely
 # What our hooks become in a copy: `nullcontext().__exit__` takes anything, returns None, and needs no diag.
 INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
 
-Seen = Callable[[Any, Any, Any, nn.Module], None]
+SeenCall = Callable[[Any, Any, Any, nn.Module], None]
 Evaluated = Callable[[Any, nn.Module], None]
 Broke = Callable[[Exception], None]
 
@@ -35,7 +35,7 @@ class ForwardHook:
     """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes, `evaluated(outputs,
     model)` of each without gradients; broke(error): that it could not."""
 
-    def __init__(self, model: nn.Module, seen: Seen, evaluated: Evaluated, broke: Broke) -> None:
+    def __init__(self, model: nn.Module, seen: SeenCall, evaluated: Evaluated, broke: Broke) -> None:
         self.model, self.seen, self.evaluated, self.broke = model, seen, evaluated, broke
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
@@ -60,7 +60,7 @@ class ForwardHook:
 class ModelHooks:
     """Every hook on the model and on its compiled wrappers; `remove` leaves none behind."""
 
-    def __init__(self, models: tuple[nn.Module, ...], seen: Seen, evaluated: Evaluated, broke: Broke) -> None:
+    def __init__(self, models: tuple[nn.Module, ...], seen: SeenCall, evaluated: Evaluated, broke: Broke) -> None:
         self._bare, self._tell = models[-1], (seen, evaluated, broke)
         self._handles: list[Any] = []
         self._hooked: list[nn.Module] = []

@@ -25,7 +25,7 @@ from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.watching.measure.floor import Floor
 from diag.watching.measure.own_step import OwnStep, Read
-from diag.watching.measure.schedule import Schedule
+from diag.watching.measure.schedule import MeasurementSchedule
 from diag.watching.measure.window import Windows
 
 FIXED = 2e-3
@@ -78,7 +78,7 @@ class Measurements:
     def __init__(
         self,
         chosen: Chosen,
-        schedule_of: Callable[[Iterable[str]], Schedule],
+        schedule_of: Callable[[Iterable[str]], MeasurementSchedule],
         record: Callable[[int, Outcome, float], None],
         note: Callable[[str, str], None],
         info: Callable[[str, str], None],

@@ -35,7 +35,7 @@ from diag.watching.guard import safely
 from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_compiled, is_transformed
 from diag.watching.measure.step_check import as_clause, why_not_the_steps
 from diag.watching.observe.backwards import Backwards
-from diag.watching.observe.capture import LossCall
+from diag.watching.observe.capture import SeenLossCall
 
 ATTEMPTS = 3  # steps in a row that could not be read, before the probe set is used for good
 LEAST = 8  # examples in a batch (our choice): fewer say little of an agreement
@@ -277,7 +277,7 @@ def _asks_for_gradients_alone(instrument: Instrument) -> bool:
     return GRADIENTS in needed and needed <= GIVEN
 
 
-def _quantities(step: StepGradients, call: LossCall) -> dict[str, Any]:
+def _quantities(step: StepGradients, call: SeenLossCall) -> dict[str, Any]:
     """What a step gives to measure on, by glossary name: its gradients, and labels where they are class numbers."""
     given, targets = {GRADIENTS: step}, call.targets
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (step.num_examples,):

@@ -45,7 +45,7 @@ class Account:
         return max(OVERRUN * self.estimate, LEAST)
 
 
-class Schedule:
+class MeasurementSchedule:
     """Which measurements run after a step. Times are in seconds."""
 
     def __init__(self, names: Iterable[str], budget: float, every: int | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from diag.registry import Instrument, StepRecording, StepWindow
 from diag.snapshot.snapshot import Snapshot
-from diag.watching.measure.schedule import Schedule
+from diag.watching.measure.schedule import MeasurementSchedule
 from diag.watching.observe.examples import StepExamples
 
 FAILURES = 2
@@ -50,7 +50,7 @@ class Windows:
         self,
         instruments: Mapping[str, Instrument],
         settings: Mapping[str, Mapping[str, Any]],
-        schedule: Schedule,
+        schedule: MeasurementSchedule,
         note: Callable[[str, str], None],
         info: Callable[[str, str], None],
         measuring: Callable[[Snapshot], AbstractContextManager[Any]],

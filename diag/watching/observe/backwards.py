@@ -15,7 +15,7 @@ from torch import Tensor
 from diag.errors import DiagError
 from diag.snapshot.batch import tensors_in
 from diag.watching.guard import shielded
-from diag.watching.observe.capture import ForwardCall, LossCall
+from diag.watching.observe.capture import ForwardCall, SeenLossCall
 
 LONGEST = 64
 
@@ -24,7 +24,7 @@ LONGEST = 64
 class SeenBackward:
     """One backward pass from a multiple of one loss function's value: that function's call, and the model's."""
 
-    call: LossCall
+    call: SeenLossCall
     forward: ForwardCall
 
 
@@ -34,8 +34,8 @@ class Backwards:
     def __init__(self) -> None:
         self.active = False
         self._forward: ForwardCall | None = None
-        self._calls: dict[int, LossCall] = {}
-        self._pending: LossCall | None = None
+        self._calls: dict[int, SeenLossCall] = {}
+        self._pending: SeenLossCall | None = None
         self._reached = False
 
     def look(self, active: bool) -> None:
@@ -57,7 +57,7 @@ class Backwards:
     def loss_called(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
         """A loss function returned `value`."""
         if self.active and isinstance(value, Tensor) and value.grad_fn is not None and value.numel() == 1:
-            self._calls[value.grad_fn._sequence_nr()] = LossCall.of(function, args, kwargs, value)
+            self._calls[value.grad_fn._sequence_nr()] = SeenLossCall.of(function, args, kwargs, value)
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass from `roots` begins."""
@@ -66,7 +66,7 @@ class Backwards:
         self._pending = _behind(roots[0], self._calls) if self.active and len(roots) == 1 else None
 
     @property
-    def descending(self) -> LossCall | None:
+    def descending(self) -> SeenLossCall | None:
         """The loss function's call that the backward pass which goes on leads back to."""
         return self._pending
 
@@ -81,7 +81,7 @@ class Backwards:
         self._reached = True
 
 
-def _behind(root: Tensor, calls: Mapping[int, LossCall]) -> LossCall | None:
+def _behind(root: Tensor, calls: Mapping[int, SeenLossCall]) -> SeenLossCall | None:
     """The call whose value `root` came from by functions of that one number alone: its gradient is a multiple."""
     node: Any = root.grad_fn if root.numel() == 1 else None
     for _ in range(LONGEST):

@@ -43,7 +43,7 @@ class ForwardCall:
 
 
 @dataclass(frozen=True)
-class LossCall:
+class SeenLossCall:
     """One call of a loss function: what it was given, how that came about, and what it returned."""
 
     function: Callable[..., Tensor]
@@ -55,7 +55,7 @@ class LossCall:
     moving_targets: bool = False
 
     @classmethod
-    def of(cls, function: Callable[..., Tensor], args: Any, kwargs: Any, value: Tensor) -> LossCall:
+    def of(cls, function: Callable[..., Tensor], args: Any, kwargs: Any, value: Tensor) -> SeenLossCall:
         """The call `function(input, target, ...)`."""
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -92,7 +92,7 @@ class ObservedLoss:
             and all(_equal(value, other.settings[name]) for name, value in self.settings.items())
         )
 
-    def targets(self, forward: ForwardCall, call: LossCall) -> Any:
+    def targets(self, forward: ForwardCall, call: SeenLossCall) -> Any:
         """The targets of `call` with the examples along the first axis, as `loss_fn` expects them."""
         targets = call.targets
         if not isinstance(targets, Tensor) or not self.route.flatten or len(targets) == len(forward.tensor):
@@ -177,7 +177,7 @@ def losses_among(outputs: Any) -> list[tuple[str | int, Tensor]]:
     return [(place, t) for place, t in items if isinstance(t, Tensor) and t.numel() == 1 and t.grad_fn is not None]
 
 
-def observed_loss(forward: ForwardCall, call: LossCall) -> ObservedLoss | str:
+def observed_loss(forward: ForwardCall, call: SeenLossCall) -> ObservedLoss | str:
     """The loss behind `call`, checked against the value that training saw, or why it cannot be had."""
     name = call.function.__name__
     if call.moving_targets:
@@ -213,7 +213,7 @@ def _mean_reduced(loss: ObservedLoss) -> ObservedLoss:
     return dataclasses.replace(loss, settings=loss.settings | {"reduction": "mean"}, notes=(note,))
 
 
-def _agrees(got: Tensor, call: LossCall) -> bool:
+def _agrees(got: Tensor, call: SeenLossCall) -> bool:
     rough = call.given.dtype in LOW_PRECISION or call.value.dtype in LOW_PRECISION
     tolerance = 2e-2 if rough else 1e-4
     return got.shape == call.value.shape and torch.allclose(

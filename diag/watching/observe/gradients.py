@@ -26,7 +26,7 @@ CLIPPED_SCALED = (
 
 
 @dataclass(frozen=True)
-class Members:
+class StepMembers:
     """The watched parameters that an optimizer holds, and their columns in the record."""
 
     columns: Columns
@@ -91,21 +91,21 @@ class GradientNorms:
         if clip is not None:
             clip.versions = [g._version for g in clip.gradients]
 
-    def unscaling(self, members: Members, scaler: Any) -> None:
+    def unscaling(self, members: StepMembers, scaler: Any) -> None:
         """A GradScaler is about to divide an optimizer's gradients by its scale."""
         for clip in self._clips:
             if clip.scale is None and numpy.isin(clip.columns, members.columns).any():
                 clip.scale, clip.measured_after = scaler._scale.detach().clone(), True
                 self._note("clipping", CLIPPED_SCALED)
 
-    def read(self, row: Row, optimizer: Optimizer, members: Members) -> None:
+    def read(self, row: Row, optimizer: Optimizer, members: StepMembers) -> None:
         """The optimizer is about to use the gradients: their norms go into the row."""
         if self.active and members.parameters:
             began = time.perf_counter()
             self._read(row, optimizer, members)
             self.cost += time.perf_counter() - began
 
-    def _read(self, row: Row, optimizer: Optimizer, members: Members) -> None:
+    def _read(self, row: Row, optimizer: Optimizer, members: StepMembers) -> None:
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             row.unscale.append((members.columns, scale.detach().clone()))

@@ -19,9 +19,9 @@ from diag.snapshot.batch import LABEL_KEYS, map_tensors
 from diag.watching.measure.probe import Probe
 from diag.watching.observe.capture import (
     ForwardCall,
-    LossCall,
     ModelLoss,
     ObservedLoss,
+    SeenLossCall,
     UnknownLoss,
     observed_loss,
 )
@@ -176,7 +176,7 @@ class Learner:
             return found, _labels(forward), True
         return found, None, False
 
-    def _found(self, seen: Pass, forward: ForwardCall, call: LossCall | None) -> Found | str:
+    def _found(self, seen: Pass, forward: ForwardCall, call: SeenLossCall | None) -> Found | str:
         observed = observed_loss(forward, call) if call is not None else None
         place = None if seen.seen is None else seen.seen.place
         if seen.reason:
@@ -188,7 +188,9 @@ class Learner:
             return ModelLoss(place, in_parts=COUNT in forward.kwargs)
         return observed or "no call of a loss function was seen"
 
-    def _targets_of_users_loss(self, seen: Pass, forward: ForwardCall, call: LossCall | None) -> tuple[Any, bool]:
+    def _targets_of_users_loss(
+        self, seen: Pass, forward: ForwardCall, call: SeenLossCall | None
+    ) -> tuple[Any, bool]:
         values = [v for v in (seen.value, seen.seen.value if seen.seen else None) if v is not None]
         candidates = [self.user_targets, call.targets if call is not None else None]
         for targets in [c for c in candidates if c is not None]:

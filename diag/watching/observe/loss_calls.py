@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diag.watching.observe.capture import LossCall
+from diag.watching.observe.capture import SeenLossCall
 from diag.watching.observe.terms import Term, product, terms_of
 
 WALK = 64  # nodes before an unknown term that are looked at
@@ -23,7 +23,7 @@ PART = "{} is only a part of it: something that is not known is added (a penalty
 CHANGED = "the value of {} is not passed on as it is, nor times a constant"
 
 
-class Seen(NamedTuple):
+class SeenValue(NamedTuple):
     """A value that was seen: a loss function's, or one that the model returned (`place`: where in its outputs).
 
     number: of its graph node. call: what is kept of it to learn from. count: what a summed loss is divided by to be
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     number: int
     value: Tensor
     name: str
-    call: LossCall | None = None
+    call: SeenLossCall | None = None
     count: Any = None
     place: Any = None
 
@@ -47,7 +47,7 @@ class Pass(NamedTuple):
     """
 
     value: Tensor | None
-    seen: Seen | None
+    seen: SeenValue | None
     reason: str
     factor: Any = 1.0
     others: int = 0
@@ -63,12 +63,12 @@ class LossCalls:
     """The values seen since the last step."""
 
     def __init__(self) -> None:
-        self._seen: deque[Seen] = deque(maxlen=MOST)
+        self._seen: deque[SeenValue] = deque(maxlen=MOST)
         self._scaled: dict[int, Tensor] = {}
         # Which terms of a loss are this model's, by what they are: finding out takes a walk through the graph.
         self._own: dict[tuple[str, ...], tuple[bool, ...]] = {}
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: SeenValue) -> None:
         """A value that has a graph. One that was seen before gains the place in the model's outputs."""
         for i, known in enumerate(self._seen):
             if known.number == seen.number:
@@ -93,7 +93,7 @@ class LossCalls:
             return own
         return found
 
-    def _behind(self, root: Tensor, whole: Tensor, among: list[Seen], concerns: Callable[[Any], Any]) -> Pass:
+    def _behind(self, root: Tensor, whole: Tensor, among: list[SeenValue], concerns: Callable[[Any], Any]) -> Pass:
         seen = {s.number: s for s in among}
         terms = terms_of(root, seen, self._scaled)
         own = self._own_of(terms, seen, concerns) if len(terms) > 1 else terms
@@ -119,13 +119,15 @@ class LossCalls:
         self._seen.clear()
         self._scaled.clear()
 
-    def _own_of(self, terms: list[Term], seen: dict[int, Seen], concerns: Callable[[Any], Any]) -> list[Term]:
+    def _own_of(self, terms: list[Term], seen: dict[int, SeenValue], concerns: Callable[[Any], Any]) -> list[Term]:
         key = tuple(seen[t.number].name if t.known else t.name for t in terms)
         if key not in self._own:
             self._own[key] = tuple(concerns(t.node) is not False for t in terms)
         return [term for term, own in zip(terms, self._own[key], strict=True) if own]
 
-    def _unknown(self, own: list[Term], known: dict[int, Seen], among: dict[int, Seen]) -> tuple[Seen | None, str]:
+    def _unknown(
+        self, own: list[Term], known: dict[int, SeenValue], among: dict[int, SeenValue]
+    ) -> tuple[SeenValue | None, str]:
         """The one known value behind terms that are not all known, and the reason why it is not all."""
         hidden = {s.number: s for t in own if not t.known for s in _before(t.node, among)}
         found = known | hidden
@@ -144,9 +146,9 @@ def number_of(tensor: Tensor) -> int:
     return -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
 
 
-def _before(node: Any, seen: dict[int, Seen]) -> list[Seen]:
+def _before(node: Any, seen: dict[int, SeenValue]) -> list[SeenValue]:
     """The values seen among the nodes before an unknown one."""
-    found: dict[int, Seen] = {}
+    found: dict[int, SeenValue] = {}
     front: list[Any] = [node]
     looked_at = 0
     while front and looked_at < WALK and len(found) < len(seen):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from diag.snapshot.batch import tensors_in
 from diag.watching.guard import safely, shielded
 from diag.watching.measure.probe import Probe
-from diag.watching.observe.capture import ForwardCall, LossCall, ObservedLoss, detached, losses_among, units_of
+from diag.watching.observe.capture import ForwardCall, ObservedLoss, SeenLossCall, detached, losses_among, units_of
 from diag.watching.observe.learning import Learner, Note
-from diag.watching.observe.loss_calls import LossCalls, Pass, Seen, number_of
+from diag.watching.observe.loss_calls import LossCalls, Pass, SeenValue, number_of
 from diag.watching.observe.route import source_of
 from diag.watching.observe.terms import reaches
 
@@ -107,7 +107,7 @@ class LossObserver:
             self._sources.append(number_of(tensor))
         self._called = True
         for place, loss in losses_among(outputs):
-            self._calls.add(Seen(number_of(loss), loss.detach().clone(), "", place=place))
+            self._calls.add(SeenValue(number_of(loss), loss.detach().clone(), "", place=place))
         self._foreign = OTHER_PARAMETERS if self._is_swapped(module) else ""
         if self.learner.active and not self._foreign:
             self._keep(args, kwargs, outputs)
@@ -122,8 +122,8 @@ class LossObserver:
         # Every loss module of torch gives its reduction by name.
         count = units_of(function, args, kwargs) if kwargs.get("reduction") == "sum" else None
         kept = value.detach().clone()  # the loop may scale it in place
-        call = LossCall.of(function, args, kwargs, kept) if self.learner.active else None
-        self._calls.add(Seen(number_of(value), kept, function.__name__, call, count))
+        call = SeenLossCall.of(function, args, kwargs, kept) if self.learner.active else None
+        self._calls.add(SeenValue(number_of(value), kept, function.__name__, call, count))
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         """A GradScaler made `scaled` of `losses`."""

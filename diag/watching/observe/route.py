@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 16
-Step = Callable[[Tensor], Tensor]
+RouteStep = Callable[[Tensor], Tensor]
 # These only rearrange memory or copy it; the final reshape accounts for them.
 TRANSPARENT = ("View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze", "Unsqueeze", "Alias", "_DDPSink")
 UNSIGNED = 1 << 63
@@ -27,7 +27,7 @@ class Node:
 
     name: str
     sequence: int
-    step: Step | None
+    step: RouteStep | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Route:
     second axis are kept, where the rest were cut off the end (a language model's shift), else None.
     """
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[RouteStep, ...] = ()
     tail: tuple[int, ...] = ()
     flatten: bool = False
     dtype: torch.dtype | None = None
@@ -129,7 +129,7 @@ def _signed(value: int) -> int:
     return value - 2 * UNSIGNED if value >= UNSIGNED else value
 
 
-def _step_of(node: Any) -> Step | None:
+def _step_of(node: Any) -> RouteStep | None:
     kind = node.name().rstrip("0123456789").removesuffix("Backward")
     if kind == "LogSoftmax":
         dim = _signed(node._saved_dim)
@@ -150,7 +150,7 @@ def _step_of(node: Any) -> Step | None:
     return None
 
 
-def _slice_step(node: Any) -> Step | None:
+def _slice_step(node: Any) -> RouteStep | None:
     dim, start, step = _signed(node._saved_dim), _signed(node._saved_start), _signed(node._saved_step)
     length, end = node._saved_self_sym_sizes[dim], _signed(node._saved_end)
     end = min(end if end >= 0 else end + length, length)

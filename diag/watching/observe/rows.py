@@ -86,7 +86,7 @@ class Readback:
         return result
 
 
-class Rows:
+class RowQueue:
     """Finished rows, in order, on their way to `write`, as one-row tables of the given dtype."""
 
     def __init__(self, dtype: numpy.dtype[Any], first_step: int, write: Callable[[Any, Row], None]) -> None:

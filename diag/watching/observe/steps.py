@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from diag.snapshot.optimizer import describe
+from diag.snapshot.optimizer import described_optimizer
 from diag.watching.guard import safely
 from diag.watching.measure.schedule import Thinning
-from diag.watching.observe.gradients import GradientNorms, Members
+from diag.watching.observe.gradients import GradientNorms, StepMembers
 from diag.watching.observe.losses import LossObserver, Note
 from diag.watching.observe.norms import BLOCK, copies, differences, norms
 from diag.watching.observe.rounds import Rounds
@@ -67,7 +67,7 @@ class StepObserver:
         self._scratch = torch.empty(BLOCK)
         self.optimizer: Optimizer | None = None
         self.steps = 0
-        self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, Members]] = weakref.WeakKeyDictionary()
+        self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, StepMembers]] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._row: Row | None = None
         self._rounds = Rounds()
@@ -173,7 +173,7 @@ class StepObserver:
         if not self.gradients.active:
             self._note("gradient norms", THINNED.format(len(self.parameters)))
 
-    def members(self, optimizer: Optimizer) -> Members | None:
+    def members(self, optimizer: Optimizer) -> StepMembers | None:
         """The watched parameters that the optimizer holds; None where it holds none."""
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._members.get(optimizer)
@@ -181,19 +181,19 @@ class StepObserver:
             known = self._members[optimizer] = (count, self._members_of(optimizer))
         return known[1] if len(known[1].columns) else None
 
-    def _members_of(self, optimizer: Optimizer) -> Members:
+    def _members_of(self, optimizer: Optimizer) -> StepMembers:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         columns = sorted({self._index[id(p)] for p in held if id(p) in self._index})
         if columns and len(columns) < len({id(p) for p in held}):
             self._note("parameters", FOREIGN)
-        return Members(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
+        return StepMembers(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
 
-    def _not_stepped_yet(self, members: Members) -> Members:
+    def _not_stepped_yet(self, members: StepMembers) -> StepMembers:
         """Those that no other optimizer has stepped in this round."""
         if not self._covered:
             return members
         columns = [c for c in members.columns.tolist() if c not in self._covered]
-        return Members(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
+        return StepMembers(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
 
     def _begins(self, optimizer: Optimizer) -> bool:
         """Whether its step belongs to the open row or to a new one, and not to one that has been handed over."""
@@ -214,7 +214,7 @@ class StepObserver:
         self.optimizer = self.optimizer if self.optimizer is not None else optimizer
         return self._row
 
-    def _close_round(self, optimizer: Optimizer, members: Members) -> None:
+    def _close_round(self, optimizer: Optimizer, members: StepMembers) -> None:
         alone = len(members.columns) >= len(self.parameters)
         if not alone:
             self._covered.update(members.columns.tolist())
@@ -227,7 +227,7 @@ class StepObserver:
         if complete and not self._inside_backward:
             self.finish(in_step=True)
 
-    def _first_evaluation(self, closure: Any, row: Row, optimizer: Optimizer, members: Members) -> Any:
+    def _first_evaluation(self, closure: Any, row: Row, optimizer: Optimizer, members: StepMembers) -> Any:
         first = True
 
         def wrapped() -> Any:
@@ -240,13 +240,13 @@ class StepObserver:
 
         return wrapped
 
-    def _evaluated(self, row: Row, optimizer: Optimizer, members: Members) -> None:
+    def _evaluated(self, row: Row, optimizer: Optimizer, members: StepMembers) -> None:
         self.gradients.read(row, optimizer, members)
         self._losses.freeze()
 
     # Parameters
 
-    def _remember(self, members: Members) -> None:
+    def _remember(self, members: StepMembers) -> None:
         if not (self._taken or self.keep_before):
             return
         began = time.perf_counter()
@@ -261,7 +261,7 @@ class StepObserver:
                 self._buffers[c] = kept
         self._cost += time.perf_counter() - began
 
-    def _measure_parameters(self, row: Row, members: Members) -> None:
+    def _measure_parameters(self, row: Row, members: StepMembers) -> None:
         if not self._taken or any(c not in self.before for c in members.columns.tolist()):
             return
         began = time.perf_counter()
@@ -285,7 +285,7 @@ def _either(skipped: Any, found_inf: Any) -> Any:
 
 
 def _described(optimizers: Iterable[Optimizer]) -> dict[str, Any]:
-    states = [describe(o) for o in optimizers]
+    states = [described_optimizer(o) for o in optimizers]
     groups: Sequence[Any] = [g for s in states for g in s.groups]
     first = dict(groups[0]) if groups else {}
     return first | {"kind": " and ".join(dict.fromkeys(s.kind for s in states)), "groups": tuple(groups)}

@@ -186,7 +186,7 @@ def test_a_wrong_group_is_caught_by_the_check_and_dropped(monkeypatch):
     def wrong(trace, args, outputs):
         trace.label(outputs[0], trace.labels(args["self"]))
 
-    monkeypatch.setitem(table.RULES, "cumsum", wrong)
+    monkeypatch.setitem(table.AXIS_RULES, "cumsum", wrong)
     parts = {"a": linear(3, 6), "b": linear(6, 2), "c": linear(3, 5), "d": linear(5, 2)}
     model = Net(lambda s, x: s.b(s.a(x).cumsum(1)) + s.d(s.c(x)), **parts)
     assert sizes(find_symmetries(model, vectors(4, 3), check=False)) == [(5, ()), (6, ())]
@@ -199,7 +199,7 @@ def test_a_wrong_group_is_caught_by_the_check_and_dropped(monkeypatch):
 def test_constant_weights_do_not_hide_a_wrong_group(monkeypatch):
     """With a norm's fresh ones and zeros, forgetting to move them changes nothing; perturbed weights show it."""
     wrong = lambda trace, args, outputs: trace.label(outputs[0], trace.labels(args["input"]))  # noqa: E731
-    monkeypatch.setitem(table.RULES, "native_layer_norm", wrong)
+    monkeypatch.setitem(table.AXIS_RULES, "native_layer_norm", wrong)
     model = nn.Sequential(linear(3, 6), nn.LayerNorm(6), linear(6, 2)).double()
     assert not find_symmetries(model, vectors(4, 3)).groups
 

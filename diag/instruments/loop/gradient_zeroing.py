@@ -46,12 +46,15 @@ def _findings(o: OptimizerFacts) -> Iterator[Finding]:
 
 
 def _not_zeroed(o: OptimizerFacts) -> Finding:
-    possible, times = o.steps - 1, o.unzeroed.times
-    often = "at every one" if times >= possible else f"at {times:,}"
+    times = o.unzeroed.times
+    if times >= o.steps - 1:
+        often = f"at every one of the {counted(times, 'step')} after the first"
+    else:
+        often = f"at {times:,} of the {counted(o.looked, 'step')} that were looked at"
     return Finding(
         Level.ALARM,
         Cause.GRADIENTS_NOT_ZEROED,
-        f"The gradients are not zeroed between steps: {often} of the {counted(possible, 'step')} after the first, "
+        f"The gradients are not zeroed between steps: {often}, "
         "backward() added to the gradients of the step before.",
         "Call optimizer.zero_grad() once in each step, before backward() or after step().",
         "A gradient that is zero or None when backward() begins.",

@@ -15,6 +15,7 @@ from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
 STEPS = 3  # measured in a row
+CONVERGED = 1e-2  # of the usual gradient: below it a step may well round to nothing
 HALVES = ("float16", "bfloat16")
 
 
@@ -47,6 +48,8 @@ def _findings(history: History, loop: Loop) -> Iterator[Finding]:
     for column, name in enumerate(history.layers):
         p = facts.get(name)
         seen = numpy.flatnonzero(numpy.isfinite(update[:, column]) & (gradient[:, column] > 0))
+        if len(seen) and gradient[seen[-STEPS:], column].max() < CONVERGED * numpy.median(gradient[seen, column]):
+            continue
         if p is None or not p.optimizers or len(seen) < STEPS or (update[seen[-STEPS:], column] != 0).any():
             continue
         zero_rate = p.rate is not None and p.rate == 0

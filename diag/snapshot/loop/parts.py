@@ -46,6 +46,7 @@ class OptimizerFacts:
     groups: hyperparameters by parameter group. held: names of the model's parameters in it; foreign: how many other
     tensors; stale: names of parameters that no optimizer holds and that have the shape of a foreign tensor here
     which gets no gradient. nested: its steps are taken inside another optimizer's. stateful: it keeps moments.
+    looked: how many of its steps were looked at closely; what is counted in the following is counted in these.
     unzeroed: steps on a gradient that was not reset since the step before. empty: steps without any gradient.
     zeroed_before: steps after the gradient of a backward pass was zeroed; before_backward: the same, and the model
     had been called in between, so that the step comes before its backward pass; late: steps between a call of the
@@ -64,6 +65,7 @@ class OptimizerFacts:
     nested: bool = False
     stateful: bool = False
     steps: int = 0
+    looked: int = 0
     first_step: int = 0
     last_step: int = 0
     unzeroed: Tally = Tally()
@@ -156,10 +158,11 @@ class BatchFacts:
     """What the batches were, by a hash of a few numbers of each training call's inputs.
 
     calls: how many were hashed; lag: after how many calls the same batch comes again, 0 where none does; repeats:
-    how many calls in a row were the batch of `lag` calls before. fetched: batches that DataLoaders gave; loaders:
-    their epochs begun; loader_batches: batches in an epoch of the one last begun. label_counts: of each class over
-    the batches that were counted (`counted` of them), and distinct: classes in a batch, on average; batch_size:
-    targets counted a batch on average."""
+    how many calls in a row were the batch of `lag` calls before. fetched: before how many of these calls a
+    DataLoader gave a batch; loaders: epochs of DataLoaders begun, epochs: those of one that were followed by
+    training calls, loader_batches: batches in such an epoch. label_counts: of each class over the batches that were
+    counted (`counted` of them), and distinct: classes in a batch, on average; batch_size: targets counted a batch
+    on average."""
 
     calls: int = 0
     lag: int = 0
@@ -167,6 +170,7 @@ class BatchFacts:
     since: int = 0
     fetched: int = 0
     loaders: int = 0
+    epochs: int = 0
     loader_batches: int = 0
     shuffled: bool | None = None
     label_counts: Mapping[int, int] = field(default_factory=dict)

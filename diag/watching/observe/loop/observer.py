@@ -14,7 +14,7 @@ from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
 from diag.watching.observe.loop.modes import Modes
-from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.moment import Moment, next_due
 from diag.watching.observe.loop.optimizers import Optimizers
 from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.parameters import Parameters
@@ -24,6 +24,7 @@ from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.loop.zeroing import Gradients
 
 SEARCHED_AT = 3  # steps after which schedulers are searched that never stepped
+AFTERWARDS = 4  # steps after an evaluation that are looked at closely
 UNSTEPPED = (5, 50)  # backward passes without any step that are news
 
 
@@ -46,7 +47,7 @@ class LoopObserver:
         self._weights = Weights(trained, names, self.moment)
         self._layers = Layers(model, self.moment)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
-        self._in_backward = self._any_step = False
+        self._any_step = False
 
     @property
     def changed(self) -> bool:
@@ -55,18 +56,34 @@ class LoopObserver:
 
     def step_ended(self, step: int) -> None:
         """The step with this number is over."""
-        self.moment.step = step + 1
+        if self.moment.ended(step):
+            self._begin()
+        if not self.moment.attentive and self._optimizers.unusual:
+            self.moment.attentive = True
+
+    def _begin(self) -> None:
+        """Attention begins: what was under way when it ended is over."""
+        for part in (self._optimizers, self._scaling, self._clipping):
+            part.begin()
+
+    @property
+    def attentive(self) -> bool:
+        """Whether all events are wanted now. Where not, calls of the model, steps and evaluations still are."""
+        return self.moment.attentive
 
     # The model and its loss
 
     def forward_called(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
         self._calls += 1
-        self._order.add("F")
         # A closure calls the model several times on one batch, at other parameters.
         if not self._optimizers.inside:
             self._weights.training_call()
             self._batches.training_call(args, kwargs)
+        self._parameters.called()
+        if not self.moment.attentive:
+            return
+        self._order.add("F")
         for w in self._gradients.watched:
             w.forward = True
         self._optimizers.forward_called()
@@ -74,12 +91,14 @@ class LoopObserver:
             self._optimizers.adversarial = True
         self._modes.training_call()
         self._scaling.training_call(outputs)
-        self._parameters.called()
 
     def evaluated(self) -> None:
         """The model was called without gradients."""
+        if self.moment.attend(AFTERWARDS):
+            self._begin()
         self._order.add("E")
         self._modes.quiet_call()
+        self._batches.fetched = False
         self._weights.evaluated()
         self._parameters.evaluated()
 
@@ -106,11 +125,9 @@ class LoopObserver:
         self._optimizers.backward_called()
         self._losses.backward_called(roots)
         self._scaling.backward_called(roots)
-        self._in_backward = True
 
     def backward_done(self) -> None:
         """It has ended."""
-        self._in_backward = False
         reached = False
         for w in self._gradients.watched:
             reached |= w.passed()
@@ -163,26 +180,30 @@ class LoopObserver:
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
         """An optimizer is about to step."""
         record = self._optimizers.record(optimizer)
-        if record is not None and not self._optimizers.inside and due(record.steps + 1):
+        if record is not None and not self._optimizers.inside and record.steps + 1 >= record.due:
+            record.due, record.swept = next_due(record.steps + 1), True
             self._parameters.sweep(record, self._optimizers)
             if record.held:
                 self._layers.sweep()
-        record = self._optimizers.before_step(optimizer, closure)
-        self._scaling.before_step(optimizer, record)
+        self._scaling.before_step(optimizer, self._optimizers.before_step(optimizer, closure))
 
     def after_step(self, optimizer: Optimizer) -> None:
         """It has stepped."""
+        self._scaling.stepped()
         record = self._optimizers.after_step(optimizer)
         if record is None or not record.held:
             return
-        self._order.add("S")
         self._weights.stepped()
+        if not self.moment.attentive:
+            self._unstepped = self._zeroed = 0
+            return
+        self._order.add("S")
         self._clipping.stepped()
         self._used()
         self._any_step = True
         if record.steps == SEARCHED_AT:
             self._schedulers.search(record)
-        if due(record.steps):
+        if record.steps <= SEARCHED_AT or record.just_swept:
             self._parameters.look_closer()
 
     def _used(self) -> None:
@@ -198,12 +219,14 @@ class LoopObserver:
 
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""
+        if self.moment.attend(AFTERWARDS):
+            self._begin()
         self._batches.loader_started(loader)
 
     def batch_fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""
         self._order.add("D")
-        self._batches.fetched += 1
+        self._batches.fetched = True
         if self._calls < 4:
             self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)
         else:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.loop.parts import OptimizerFacts
 from diag.snapshot.optimizer import HYPERPARAMETERS
-from diag.watching.observe.loop.moment import Counter, Moment, due
+from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.zeroing import Gradients, Watched, mark_of
 
 MOST = 64  # optimizers that are followed
@@ -27,6 +27,8 @@ class Record:
         self.reference = weakref.ref(optimizer)
         self.kind = kind
         self.size = -1
+        self.looked, self.due = 0, 1  # of its steps; the next at which everything is looked at
+        self.swept = self.just_swept = False  # the step under way, the one just taken, is one of them
         self.held: list[nn.Parameter] = []
         self.foreign: list[Tensor] = []
         self.watched: list[Watched] = []
@@ -62,7 +64,7 @@ class Optimizers:
         self.records: list[Record] = []
         self._by_id: dict[int, Record] = {}
         self._inside: list[Optimizer] = []
-        self._searched = self.called = False
+        self._searched = self.called = self.closures = False
         self.adversarial = False  # the inputs ask for a gradient: backward passes are made for them
 
     def record(self, optimizer: Any) -> Record | None:
@@ -115,31 +117,35 @@ class Optimizers:
         if len(self._inside) > 1:
             record.nested = True
             return None
+        self.closures |= closure
         if record.size != sum(len(g["params"]) for g in optimizer.param_groups):
             self.refresh(record, optimizer)
         if record.steps == 0:
             record.no_state = self._resumed and not optimizer.state and bool(record.held)
         if record.held and not closure:
+            record.looked += 1
             record.may_be_late = self.called
             self._judge(record)
         return record
 
     def after_step(self, optimizer: Optimizer) -> Record | None:
         """It has stepped; its record where the step counts by itself."""
-        if not self._inside or self._inside.pop() is not optimizer or self._inside:
+        if self._inside and (self._inside.pop() is not optimizer or self._inside):
             return None
         record = self._by_id.get(id(optimizer))
-        if record is None:
+        if record is None or record.nested:
             return None
-        step = self._moment.step
+        step, record.just_swept, record.swept = self._moment.step, record.swept, False
         record.steps += 1
         record.first_step, record.last_step = record.first_step or step, step
+        if not self._moment.attentive:
+            return record
         if record.steps == 1:
             record.stateful = bool(optimizer.state) and any(optimizer.state.values())
         for w in record.watched:
             w.stepped(id(record))
         self.used()
-        if due(record.steps):
+        if record.just_swept:
             # An id may be used again by the next gradient; a weak reference tells the two apart.
             record.marks = {
                 id(p): (weakref.ref(p.grad), p.grad._version) for p in record.held if p.grad is not None
@@ -163,6 +169,19 @@ class Optimizers:
             if record.may_be_late:
                 record.may_be_late = False
                 self._count(record.late, record.last_step, True, "late", record)
+
+    def begin(self) -> None:
+        """Attention begins."""
+        self._inside, self.called = [], False
+        for w in self._gradients.watched:
+            w.begin()
+        for record in self.records:
+            record.may_be_late, record.marks = False, {}
+
+    @property
+    def unusual(self) -> bool:
+        """Whether steps are made of other steps or of closures, so that every one must be looked at."""
+        return self.closures or any(r.nested for r in self.records)
 
     def used(self) -> None:
         """A step has made use of all backward passes so far, whichever parameters they reached."""
@@ -259,6 +278,7 @@ class Optimizers:
             nested=r.nested,
             stateful=r.stateful,
             steps=r.steps,
+            looked=r.looked,
             first_step=r.first_step,
             last_step=r.last_step,
             unzeroed=unzeroed.tally(),

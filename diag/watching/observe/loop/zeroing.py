@@ -50,6 +50,12 @@ class Watched:
         self.kept = self.forward = False
         self.zeros: list[Any] = []  # whether suspicious gradients held any number but zero; read when asked for
 
+    def begin(self) -> None:
+        """Attention begins, after a time in which nothing was seen."""
+        self.mark, self.version = mark_of(self.parameter), self.parameter._version
+        self.kept, self.fresh, self.unused, self.reached, self.thrown = False, 0, 0, 0, 0
+        self.stepper = 0
+
     def look(self, zeroing: bool = False) -> None:
         """A backward pass begins, or `zero_grad` was called: has the gradient been reset since the last look?"""
         mark = mark_of(self.parameter)

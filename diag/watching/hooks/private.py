@@ -167,6 +167,7 @@ PRIVATE = (
     Private("_python_dispatch", "torch.utils", "1.12", "TorchDispatchMode, which traces a forward pass"),
     Private("_pytree", "torch.utils", "1.8", "the tensors in a model's outputs"),
     Private("_BatchNorm", "torch.nn.modules.batchnorm", "1.0", "the class of all batch norms"),
+    Private("_DropoutNd", "torch.nn.modules.dropout", "1.0", "the class of all dropouts"),
     Private("_BaseDataLoaderIter", "torch.utils.data.dataloader", "1.2", "which batch comes when"),
     Private("_scale", "scaler", "2.3", "the scale of a loss whose gradients were clipped with it"),
 )

@@ -119,7 +119,7 @@ class StepObserver:
         if len(self._known):
             self._note("told", TOLD)
             return
-        everyone = Members(numpy.arange(len(self.parameters)), tuple(self.parameters))
+        everyone = StepMembers(numpy.arange(len(self.parameters)), tuple(self.parameters))
         self._row = row = Row()
         self._taken = bool(self.before)
         self.gradients.read(row, None, everyone)

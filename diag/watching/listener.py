@@ -85,11 +85,11 @@ class TrainingListener(Guarded):
             self._training.examples += _length((args, kwargs))
             self._facts("forward_called", args, kwargs, outputs)
 
-    def evaluated(self, outputs: Any, module: nn.Module) -> None:
+    def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
         """The model was called without gradients."""
         last, self._evaluated = self._evaluated, (module, id(outputs))
         if last[1] != id(outputs) or last[0] is module:  # a wrapper and the model in it are one call
-            self._facts("evaluated")
+            self._facts("evaluated", args, kwargs)
 
     def _closely(self, event: str, *args: Any) -> None:
         """An event that matters only at steps that are looked at closely."""
@@ -201,6 +201,10 @@ class TrainingListener(Guarded):
     def scheduler_stepped(self, scheduler: Any) -> None:
         """A learning-rate scheduler has stepped."""
         self._closely("scheduler_stepped", scheduler)
+
+    def seeded(self, seed: Any) -> None:
+        """`torch.manual_seed` was called."""
+        self._facts("seeded", seed)
 
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""

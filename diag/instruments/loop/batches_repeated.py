@@ -51,12 +51,13 @@ def _findings(b: BatchFacts) -> Iterator[Finding]:
             "Inputs of the model that differ between steps.",
             step=b.since,
         )
-    elif b.lag >= EPOCH and b.repeats >= min(b.lag, LOOKED):
+    each = f" every {b.loader_batches:,}" if b.loader_batches and b.lag % b.loader_batches == 0 else ""
+    if b.lag >= EPOCH and b.repeats >= min(b.lag, LOOKED):
         yield Finding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,
-            f"The batches come again in the same order every {b.lag:,}: {b.repeats:,} in a row that were looked at "
-            "were the same as one epoch before.",
+            f"The batches come again in the same order{each}: {b.repeats:,} that were looked at were those of one "
+            "epoch before.",
             "Shuffle: DataLoader(..., shuffle=True), and set no seed inside the loop over epochs.",
             "Batches that hold other rows in the next epoch.",
             step=b.since,

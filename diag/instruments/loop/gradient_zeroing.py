@@ -39,6 +39,8 @@ def gradient_zeroing(loop: Loop) -> GradientZeroing:
 def _findings(o: OptimizerFacts) -> Iterator[Finding]:
     if o.unzeroed.longest >= TWICE:
         yield _not_zeroed(o)
+    elif o.partly_zeroed.longest >= TWICE:
+        yield _partly(o)
     if o.zeroed_before.longest >= TWICE:
         yield _zeroed_before(o)
     if o.stale_gradients and not o.unzeroed:
@@ -59,6 +61,19 @@ def _not_zeroed(o: OptimizerFacts) -> Finding:
         "Call optimizer.zero_grad() once in each step, before backward() or after step().",
         "A gradient that is zero or None when backward() begins.",
         step=o.unzeroed.first,
+    )
+
+
+def _partly(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.GRADIENTS_NOT_ZEROED,
+        f"Some gradients are not zeroed between steps: backward() added to those of {named(o.not_zeroed)} from the "
+        f"step before, at {counted(o.partly_zeroed.times, 'step')}, while others were zeroed.",
+        "Zero all gradients of the optimizer: optimizer.zero_grad(), not a part of the model's.",
+        "A gradient that is zero or None when backward() begins.",
+        step=o.partly_zeroed.first,
+        layers=o.not_zeroed,
     )
 
 

@@ -38,6 +38,7 @@ class Batches:
         self._moment = moment
         self._calls = self._hashed = 0
         self._at: dict[Any, int] = {}
+        self._keys: dict[int, Any] = {}
         self._whole, self._looked = False, 0
         self._away: deque[tuple[int, Tensor]] = deque(maxlen=AWAY)
         self._lag = self._repeats = self._since = self._fetched = 0
@@ -85,23 +86,29 @@ class Batches:
         if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT:
             self._whole, self._hashed = True, 0
             self._at.clear()
+            self._keys.clear()
 
     def _add(self, call: int, sample: int, shape: Any) -> None:
         key = (sample, shape)
         self._hashed += 1
-        before = self._at.get(key)
-        if len(self._at) < REMEMBERED or before is not None:
-            self._at[key] = call
-        lag = 0 if before is None else call - before
         fetched, self.fetched = self.fetched, False
-        if lag and lag == self._lag:
+        before = self._at.get(key)
+        if len(self._at) < REMEMBERED:
+            self._at[key], self._keys[call] = call, key
+        self._compare(call, key, before, fetched)
+        if self._repeats in TELL or (self._lag and self._repeats == self._lag):
+            self._moment.news(("same batches", self._lag, self._repeats))
+
+    def _compare(self, call: int, key: Any, before: int | None, fetched: bool) -> None:
+        """Is this the batch of `lag` calls before? Not all calls are looked at, so often nobody knows."""
+        there = self._keys.get(call - self._lag) if self._lag else None
+        if there is not None and there == key:
             self._repeats += 1
             self._fetched += fetched
-        else:
-            self._lag, self._repeats, self._since = lag, int(lag > 0), self._moment.step
+        elif there is not None or (not self._lag and before is not None):
+            self._lag = 0 if before is None else call - before
+            self._repeats, self._since = int(before is not None), self._moment.step
             self._fetched = int(fetched)
-        if self._repeats in TELL or (lag and self._repeats == lag):
-            self._moment.news(("same batches", lag, self._repeats >= lag))
 
     # DataLoaders
 

@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.facts import Loop
 from diag.watching.observe.loop.batches import Batches
+from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
 from diag.watching.observe.loop.modes import Modes
@@ -20,6 +21,7 @@ from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
+from diag.watching.observe.loop.strangers import Strangers
 from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.loop.zeroing import Gradients
 
@@ -42,9 +44,11 @@ class LoopObserver:
         self._optimizers = Optimizers(self.moment, self._gradients, names, resumed > 0)
         self._schedulers = Schedulers(self.moment, self._optimizers)
         self._modes, self._batches = Modes(model, self.moment), Batches(self.moment)
+        self._chance = Chance(model, self.moment)
         self._losses = Losses(model, self.moment)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
+        self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
@@ -84,20 +88,25 @@ class LoopObserver:
         if not self.moment.attentive:
             return
         self._order.add("F")
-        for w in self._gradients.watched:
-            w.forward = True
+        self._chance.training_call()
         self._optimizers.forward_called()
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._optimizers.adversarial = True
         self._modes.training_call()
         self._scaling.training_call(outputs)
+        self._strangers.training_call(args, kwargs, outputs)
 
-    def evaluated(self) -> None:
+    def seeded(self, seed: Any) -> None:
+        """torch.manual_seed was called."""
+        self._chance.seeded(seed)
+
+    def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called without gradients."""
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._order.add("E")
         self._modes.quiet_call()
+        self._chance.evaluated(args, kwargs)
         self._batches.fetched = False
         self._weights.evaluated()
         self._parameters.evaluated()
@@ -185,6 +194,7 @@ class LoopObserver:
             self._parameters.sweep(record, self._optimizers)
             if record.held:
                 self._layers.sweep()
+                self._strangers.sweep(self._optimizers)
         self._scaling.before_step(optimizer, self._optimizers.before_step(optimizer, closure))
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -226,6 +236,7 @@ class LoopObserver:
     def batch_fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""
         self._order.add("D")
+        self._chance.fetched(batch)
         self._batches.fetched = True
         if self._calls < 4:
             self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)
@@ -248,9 +259,11 @@ class LoopObserver:
             zeroed_without_step=self._zeroed,
             order=self._order.facts(),
             optimizers=self._optimizers.facts(),
+            strangers=self._strangers.facts(),
             parameters=self._parameters.facts(self._optimizers),
             schedulers=self._schedulers.facts(),
             modes=self._modes.facts(),
+            chance=self._chance.facts(),
             batches=self._batches.facts(),
             losses=self._losses.facts(),
             scaling=self._scaling.facts(),

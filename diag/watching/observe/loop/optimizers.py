@@ -37,6 +37,8 @@ class Record:
         self.passes = self.passes_lost = 0
         self.unzeroed, self.empty, self.zeroed_before, self.before_backward = (Counter() for _ in range(4))
         self.repeated, self.doubled, self.lost, self.scaled, self.late = (Counter() for _ in range(5))
+        self.partly = Counter()
+        self.kept: tuple[str, ...] = ()
         self.may_be_late = False
         self.stale: tuple[str, ...] = ()
         self.stale_gradients: set[str] = set()
@@ -205,8 +207,7 @@ class Optimizers:
             self._without_backward(record, present, watched)
             return
         gone = not any(w.fresh for w in watched)
-        # Between the zeroing and the step the model was called: the backward pass is still to come.
-        called = any(w.forward for w in watched)
+        called = record.may_be_late  # the model was called since: the backward pass is still to come
         self._count(record.before_backward, step, gone and called, "before backward", record)
         self._count(record.zeroed_before, step, gone and not called, "zeroed before", record)
         if gone:
@@ -220,7 +221,7 @@ class Optimizers:
     def _without_backward(self, record: Record, present: Sequence[Watched], watched: Sequence[Watched]) -> None:
         step = self._moment.step
         if not present:
-            called = any(w.forward for w in watched)
+            called = record.may_be_late
             self._count(record.before_backward, step, called, "before backward", record)
             return
         same = all(w.fresh and mark_of(w.parameter) == w.mark for w in present)
@@ -232,6 +233,10 @@ class Optimizers:
     def _kept(self, record: Record, present: Sequence[Watched]) -> None:
         kept = all(w.kept for w in present) and not any(w.was_zero() for w in present)
         self._count(record.unzeroed, self._moment.step, kept, "not zeroed", record)
+        some = [] if kept else [w for w in present if w.kept and w.reached and not w.was_zero()]
+        self._count(record.partly, self._moment.step, bool(some), "partly zeroed", record)
+        if some:
+            record.kept = tuple(self._names.get(id(w.parameter), "") for w in some)
 
     def _lost(self, record: Record, watched: Sequence[Watched]) -> None:
         lost = max(w.thrown for w in watched)
@@ -292,6 +297,8 @@ class Optimizers:
             passes=r.passes,
             scaled=r.scaled.tally(),
             late=r.late.tally(),
+            partly_zeroed=r.partly.tally(),
+            not_zeroed=r.kept,
             stale_gradients=tuple(sorted(r.stale_gradients)),
             no_state=r.no_state,
         )

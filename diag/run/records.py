@@ -39,7 +39,6 @@ NEEDED: dict[str, dict[str, type]] = {
     "note": {"text": str},
     "optimizer": {"data": dict},
     "cost": {},
-    "metrics": {"values": dict},
 }
 
 

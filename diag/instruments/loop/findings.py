@@ -26,12 +26,11 @@ class Finding:
     step: int | None = None
     layers: tuple[str, ...] = ()
     explained_by: tuple[Cause, ...] = ()
-    confidence: Confidence = Confidence.ARITHMETIC
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
         kept = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return kept | {"level": str(self.level), "cause": str(self.cause), "confidence": str(self.confidence)}
+        return kept | {"level": str(self.level), "cause": str(self.cause)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +48,7 @@ class LoopCheck(Result):
             return Verdict(Level.NOT_APPLICABLE, f"Not judged: {unmet.detail}", source=SOURCE)
         if not self.found:
             return Verdict(Level.OK, self.fine, source=SOURCE, confidence=Confidence.ARITHMETIC)
-        return Verdict(**self.found[0], source=SOURCE)
+        return Verdict(**self.found[0], source=SOURCE, confidence=Confidence.ARITHMETIC)
 
     def plot(self, ax: Any) -> None:
         """How many things were found, by cause."""

@@ -25,7 +25,7 @@ EPOCHS = 60
 BATCH = 64
 LEARNING_RATE = 0.05
 BUDGET = 1.0  # the training takes seconds, so watching may take as long again
-AT_THE_END = ("hessian_spectrum", "opposing_signals")  # too dear for so short a training's budget
+AT_THE_END = ("hessian_spectrum", "opposing_signals")  # too expensive for so short a training's budget
 CHECKPOINTS = "checkpoints"
 
 DemoProgress = Callable[[int, int], Any]

@@ -239,3 +239,12 @@ def table_html(rows: Mapping[str, tuple[str, str]], caption: str = "") -> str:
     )
     title = f"<caption style='text-align:left;opacity:.75'>{html.escape(caption)}</caption>" if caption else ""
     return f"<table style='border-collapse:collapse;margin:.5em 0'>{title}<tbody>{body}</tbody></table>"
+
+
+def displayed(value: Any, describe: Callable[[Any], str] | None = None) -> dict[str, Any]:
+    """One input, a NumPy array, as text, image or features: what a report shows of an example."""
+    if describe is not None:
+        return {"text": describe(value)}
+    if value.dtype.kind in "iub":
+        return {"text": " ".join(map(str, value.ravel()[:64].tolist()))}
+    return {"image": value} if value.ndim in (2, 3) else {"features": value.ravel()}

@@ -85,7 +85,7 @@ class Setting:
 
 
 class StepRecording(Protocol):
-    """A record of consecutive steps in the making (see `StepWindow`)."""
+    """A record of consecutive steps that is growing (see `StepWindow`)."""
 
     @property
     def num_steps(self) -> int:
@@ -423,7 +423,7 @@ def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Out
         outcome = _attempted(snapshot, which, given)
     if said and isinstance(outcome, (Skipped, Failed)):  # a result has them among its notes
         outcome = dataclasses.replace(outcome, reason=" ".join([outcome.reason, *said]))
-    # Whoever caught the stop and went on by another way did not measure what was asked.
+    # Code that caught the stop and went on by another way did not measure what was asked.
     stop: str = getattr(getattr(snapshot, "deadline", None), "reason", "")
     return Skipped(which.name, stop) if stop else outcome
 

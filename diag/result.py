@@ -46,6 +46,11 @@ class Level(enum.StrEnum):
     NOT_APPLICABLE = "not_applicable"
 
     @property
+    def is_finding(self) -> bool:
+        """Whether something is wrong: an alarm or a warning."""
+        return self in (Level.ALARM, Level.WARNING)
+
+    @property
     def severity(self) -> int:
         """0 is the worst; sort by it to have the worst first."""
         return list(Level).index(self)

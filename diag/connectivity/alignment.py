@@ -213,7 +213,7 @@ class Ascent:
         return scores, choices
 
     def _nested(self, name: str) -> set[str]:
-        """Groups that depend on this one alone and are solved anew for every pair of its units."""
+        """Groups that depend on this one alone and are solved again for every pair of its units."""
         group = self.groups[name]
         if group.parents or group.size**2 > NESTED_LIMIT:
             return set()

@@ -34,7 +34,7 @@ class Interpolation:
     """The paths from a snapshot's model to other states of it, on the snapshot's data or held-out data.
 
     Everything is measured in evaluation mode. `norm_stats` says how BatchNorm statistics follow: "reset"
-    measures them anew on the data at every point, "lerp" interpolates them (a negative control: it is wrong
+    measures them again on the data at every point, "lerp" interpolates them (a negative control: it is wrong
     between networks), "keep" leaves the first network's.
     """
 

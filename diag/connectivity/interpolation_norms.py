@@ -1,4 +1,4 @@
-"""BatchNorm statistics of an interpolated network: neither end's are its own, so they are measured anew.
+"""BatchNorm statistics of an interpolated network: neither end's are its own, so they are measured again.
 
 Source: Jordan et al. 2023 (arXiv:2211.08403, section 3, "reset").
 """
@@ -23,7 +23,7 @@ def norm_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reset_norm_statistics(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Measure BatchNorm statistics anew: the plain average over the batches in train mode (REPAIR, section 3).
+    """Measure BatchNorm statistics again: the plain average over the batches in train mode (REPAIR, section 3).
 
     Only BatchNorm modules are put into train mode: dropout stays off. Batches of one example are left out,
     for they have no variance.

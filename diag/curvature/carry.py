@@ -1,6 +1,6 @@
 """What one measurement of curvature leaves for the next on the same model, so that a watched run pays less.
 
-    carry = Carry()                                     # whoever measures again and again owns it
+    carry = Carry()                                     # owned by the caller that measures repeatedly
     Snapshot(model, loss_fn, data, carry=carry)         # at every measurement
 
 Two things are carried: the record of the operator's self-test, which says whether products with this model are

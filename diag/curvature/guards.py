@@ -12,7 +12,7 @@ Several fused or stateful operations have no second derivative, or a wrong one t
 - recurrent layers do not use cuDNN on CUDA.
 
 Others are replaced by ones with a shorter second derivative (`shorter.py`). The self-test
-(`selftest.py`) catches what is not on this list, and a model that does not bear the replacements.
+(`selftest.py`) catches what is not on this list, and a model that does not work with the replacements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many bytes a graph holds, how many are to be had, and what follows: keep the graph, or rebuild it.
+"""How many bytes a graph holds, how many are available, and what follows: keep the graph, or rebuild it.
 
 The estimate is a measurement: graphs of a few examples are built and the distinct storages that they save are
 counted, at two sizes, so that what grows with the data is told from what does not.

@@ -132,7 +132,7 @@ class Objective:
     def constants(self) -> dict[str, Tensor]:
         """Buffers, and frozen parameters where their dtype differs: converted copies where it does.
 
-        Given in each call, a buffer that the forward pass binds anew is the old one in the next call.
+        Given in each call, a buffer that the forward pass binds again is the old one in the next call.
         """
         state = {**dict(self.model.named_buffers()), **_converted_state(self.model, self.dtype)}
         return {name: tensor for name, tensor in state.items() if name not in set(self.layout.names)}

@@ -76,7 +76,7 @@ class ModelGradients(PerExampleGradients):
     # ---- what comes with the gradients ---------------------------------------------------------
 
     def with_permuted_targets(self, seed: int = 0) -> ModelGradients:
-        """The same network and inputs with the targets dealt out anew among the examples."""
+        """The same network and inputs with the targets dealt out again among the examples."""
         return self._on(permuted_targets(self._batches, seed))
 
     def select(self, rows: Sequence[int]) -> ModelGradients:
@@ -142,7 +142,7 @@ class ModelGradients(PerExampleGradients):
                 start += batch.size
 
     def _stream_batch(self, batch: Batch, rows: slice, consume: Consumer) -> Tensor:
-        """One micro-batch; makes the plan at the first, and anew where it does not fit. Returns the losses."""
+        """One micro-batch; makes the plan at the first, and again where it does not fit. Returns the losses."""
         sizes = list(PROBES)
         while self._plan is not None or sizes:
             fresh = not self._independent

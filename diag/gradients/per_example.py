@@ -94,7 +94,7 @@ class PerExampleGradients:
     def ask(self, *questions: Question) -> tuple[Any, ...]:
         """The answers to several questions (`diag.gradients.questions`) from one pass.
 
-        Squared norms are kept for the next time; all else is computed anew.
+        Squared norms are kept for the next time; all else is computed again.
         """
         answers = {question: question.begin(self) for question in questions if question not in self._known}
         if answers:

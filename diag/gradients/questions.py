@@ -1,6 +1,6 @@
 """What can be asked of per-example gradients, each answered by one pass over their blocks.
 
-A question is a value: equal questions have equal answers. `begin` gives an answer in the making, which takes the
+A question is a value: equal questions have equal answers. `begin` gives an unfinished answer, which takes the
 blocks as they come and keeps none of them but where it says so. So one pass can answer several questions, and a
 training step's hooks can answer those that were asked before it began.
 """
@@ -35,7 +35,7 @@ class Asked(Protocol):
 
 
 class Answer(Protocol):
-    """An answer in the making."""
+    """An answer that is not finished."""
 
     def consume(self, rows: slice, name: str, block: Block) -> None:
         """Take the block of parameter `name` for the examples `rows`."""

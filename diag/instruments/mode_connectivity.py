@@ -80,7 +80,7 @@ class ModeConnectivity(Result):
     aligned_distance: float = measured("the same after alignment")
     angle: float = measured("angle between the two networks as seen from their common ancestor", unit="degrees")
     reset_shift: float = measured(
-        "largest change of an end's own loss by measuring BatchNorm statistics anew", unit="loss"
+        "largest change of an end's own loss by measuring BatchNorm statistics again", unit="loss"
     )
     variance_ratios: dict[str, float] = measured(
         "by layer, standard deviation at a = 1/2 over what the ends promise"
@@ -231,7 +231,7 @@ def mode_connectivity(
     Measured on the straight line from the snapshot's network to the other one. points: of the grid, with both
     ends; refine: rounds of bisection around the maximum. align: "weights" or "activations" to match the second
     network's units first; orders: of visiting the groups in weight matching. norm_stats: BatchNorm statistics
-    measured anew at each point ("reset"), interpolated ("lerp": a negative control, it gives no verdict) or the
+    measured again at each point ("reset"), interpolated ("lerp": a negative control, it gives no verdict) or the
     first network's ("keep"). repair: also with REPAIR. layers: also by layer. path="bezier": also along a curve
     trained for bezier_steps. connected_below, separated_above: error barriers at which the verdict's word changes.
 

@@ -11,8 +11,8 @@ search from a random vector as well. It may stop when
 - what is seen is not on its way up: the next Ritz value lies below the wanted by more than its residual.
 
 That is an estimate and no theorem: where the earlier eigenvectors stay exactly eigenvectors, a new eigenvalue that
-appears a few per cent above them and near the edge of the bulk can be missed. So whoever starts warm again and
-again has to start cold now and then. The gain is small for the same reason: most of a run for one pair is the
+appears a few per cent above them and near the edge of the bulk can be missed. So a caller that starts warm again
+and again has to start cold now and then. The gain is small for the same reason: most of a run for one pair is the
 search. scripts/bench_warm_start.py prints both.
 """
 

@@ -89,7 +89,7 @@ def _record(line: bytes) -> tuple[int, dict[str, Any] | None]:
         return 0, None
     try:
         record = _outcome(start, line) if start["kind"] in OUTCOME_BYTES else _other(line)
-    except Exception:  # whoever wrote it, it was not diag
+    except Exception:  # it was not written by diag
         return 0, None
     return int(start["n"]), record
 

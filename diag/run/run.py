@@ -19,7 +19,7 @@ import numpy
 from diag import display
 from diag.errors import RunError
 from diag.registry import Instrument, attempt, instruments
-from diag.result import Failed, Level, Outcome, Result, Skipped, Verdict, decode
+from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
 from diag.run.arrays import read_array
 from diag.run.damage import damaged, missing
 from diag.run.files import ARRAYS, DAMAGED, META, RECORDS, STEPS, read_metadata
@@ -300,10 +300,10 @@ class Run:
 def _began(instrument: Instrument, series: Sequence[tuple[int, Result]], verdict: Verdict) -> int:
     """The first step of the stretch, up to the last measurement, over which the instrument judged as it does
     now."""
-    if verdict.level not in (Level.ALARM, Level.WARNING):
+    if not verdict.level.is_finding:
         return series[0][0]
     for k in range(len(series) - 1, 0, -1):
-        if instrument.result.trend(series[:k]).level not in (Level.ALARM, Level.WARNING):
+        if not instrument.result.trend(series[:k]).level.is_finding:
             return series[k][0]
     return series[0][0]
 

@@ -13,7 +13,6 @@ from typing import Generic, Protocol, TypeVar
 
 from diag.result import Confidence, Level, Verdict
 
-TOLD = (Level.ALARM, Level.WARNING)
 # A finding that follows from arithmetic needs no threshold, so it is told before one that rests on a calibration.
 CERTAINTY = list(Confidence)
 
@@ -53,7 +52,7 @@ def stories(findings: Iterable[F]) -> list[Story[F]]:
     A finding is a consequence of another where its verdict names the other's cause in `explained_by` and did not
     begin before it; chains are followed to their root, and of two that explain each other the first is the root.
     """
-    told = sorted((f for f in findings if f.verdict.level in TOLD), key=_order)
+    told = sorted((f for f in findings if f.verdict.level.is_finding), key=_order)
     roots = {id(f): _root(f, told) for f in told}
     made = [
         Story(root, tuple(sorted((f for f in told if roots[id(f)] is root and f is not root), key=_began)))

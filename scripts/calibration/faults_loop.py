@@ -81,7 +81,7 @@ def body_in_no_optimizer(p: Program) -> None:
 
 @fault(LOOP, [C.OPTIMIZER_HOLDS_STALE_PARAMETERS, C.PARAMETER_IN_NO_OPTIMIZER], STILL, silent=True, without=NO_GAN)
 def head_replaced_after_optimizer(p: Program) -> None:
-    "The last layer was made anew after the optimizer had been given its parameters."
+    "The last layer was made again after the optimizer had been given its parameters."
 
     def prepare(old: Any) -> None:
         old()

@@ -1,4 +1,4 @@
-"""Healthy kinds: changes that leave a training sound, and look unusual to whoever expects the ordinary.
+"""Healthy kinds: changes that leave a training sound, and look unusual to a reader who expects the ordinary.
 
 Each is judged like a fault, only that nothing should be said: an alarm or a warning on one of these runs is false.
 """

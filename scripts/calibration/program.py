@@ -227,7 +227,7 @@ class Program:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What a script does at the beginning of its second life, with everything built anew."""
+        """What a script does at the beginning of its second life, with everything built again."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:

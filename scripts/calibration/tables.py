@@ -209,4 +209,5 @@ CHECKS_TEXT = """*Runs*: counted runs of the faults that this check has named an
 onset of the fault until the check named it. *False*: false statements on faulty runs. The last three: findings on
 healthy runs."""
 KINDS_TEXT = """*Steps*: from the onset until it was named (else until anything was said). *Loss shows*: from the
-onset until the loss differs by half of what the healthy training gains, for whoever knows the healthy curve."""
+onset until the loss differs by half of what the healthy training gains, for a reader who knows the healthy
+curve."""

@@ -39,7 +39,7 @@ class Choice:
         return [str(p.relative_to(self.root)) for p in ordered]
 
     def _of_importers(self, names: set[str]) -> list[Path]:
-        """The tests that bear the name of what imports these modules, or of what imports that, and so on."""
+        """The tests named after what imports these modules, or of what imports that, and so on."""
         users = {user for user, imported in self.modules.items() if imported & names} - names
         found = [p for p in self.tests if any(_mirrors(p, user) for user in users)]
         return found if found or not users else self._of_importers(names | users)

@@ -91,7 +91,7 @@ class Session:
         return found[: self.options.sample]
 
     def _survivors(self) -> list[Mutant]:
-        """Those that are still to be had: of code that has gone since, nothing survives."""
+        """Those that still exist: of code that has gone since, nothing survives."""
         known = {
             k for k, entry in self.record["mutants"].items() if entry["result"] != KILLED and k not in EQUIVALENT
         }

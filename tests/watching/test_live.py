@@ -39,10 +39,7 @@ def height(history: History) -> Height:
 def with_height(monkeypatch):
     from diag.registry import find
 
-    for module in ("measuring",):
-        monkeypatch.setattr(
-            f"diag.watching.measure.{module}.find", lambda name: height if name == "height" else find(name)
-        )
+    monkeypatch.setattr("diag.watching.measure.measuring.find", lambda n: height if n == "height" else find(n))
 
 
 def train(steps, factor, run=None):

@@ -1,6 +1,6 @@
 """What views, slices, concatenations and indexing do to the axes of their operands.
 
-The same kind of table as in `rules`, for the operations that lay units out anew or tell them apart.
+The same kind of table as in `rules`, for the operations that lay units out again or tell them apart.
 """
 
 from __future__ import annotations

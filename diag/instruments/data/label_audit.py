@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diag.display import format_share
+from diag.display import displayed, format_share
 from diag.instruments.causes import Cause
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -117,7 +117,7 @@ class LabelAudit(Result):
         answers = _usual_answers(series)
         for row in rows:
             item = {"row": row, "group": "labels that look wrong", "label": f"{last.labels[row]} ({answers[row]}?)"}
-            yield item | (_displayed(pictures[row]) if row in pictures else {})
+            yield item | (displayed(pictures[row]) if row in pictures else {})
 
     def plot(self, ax: Any) -> None:
         """The margins of all examples."""
@@ -171,12 +171,6 @@ def _usual_answers(series: Sequence[tuple[int, LabelAudit]]) -> list[int]:
         others = answers[:, row][answers[:, row] != label]
         found.append(int(numpy.bincount(others).argmax()) if len(others) else label)
     return found
-
-
-def _displayed(value: NDArray[Any]) -> dict[str, Any]:
-    if value.dtype.kind in "iub":
-        return {"text": " ".join(map(str, value.ravel()[:64].tolist()))}
-    return {"image": value} if value.ndim in (2, 3) else {"features": value.ravel()}
 
 
 @instrument(source=SOURCE, title="Labels that look wrong", passes=lambda settings: 1.0)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.optimization.course import SMALL
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -22,7 +23,6 @@ from diag.snapshot.history import History
 SOURCE = "arithmetic of the recorded norms; thresholds as the calibration table states"
 FACTOR = 1000.0
 FEW_LAYERS = 4
-SMALL = 64
 RECENT = 20
 EXPLAINED_BY = (
     Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.LEARNING_RATE_TOO_HIGH, Cause.INITIALIZATION_CONSTANT,

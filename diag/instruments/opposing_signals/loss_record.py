@@ -1,6 +1,6 @@
 """The losses of the same examples at consecutive optimizer steps, and how near the edge of stability they are.
 
-A watched run records them (`Recording`); whoever has such losses makes a `LossRecord` of them. Only where the
+A watched run records them (`Recording`); with such losses at hand, make a `LossRecord` of them. Only where the
 sharpness is near the optimizer's own threshold do losses oscillate along the sharpest direction, so a record knows
 both at its two ends. Where they do oscillate, the iterates jump across a valley and the sharpness at each is below
 that of the valley's floor (measured: 0.78 to 0.95 of the threshold at iterates, 1.02 to 1.06 halfway between two),
@@ -147,7 +147,7 @@ def edge_of(snapshot: Snapshot) -> Edge:
 
 
 class Recording:
-    """A record in the making: `Recording(snapshot, step)`, `add` after each further step, `finish` at the last.
+    """A record that is growing: `Recording(snapshot, step)`, `add` after each further step, `finish` at the last.
 
     Each snapshot is of the same model and data. It keeps two copies of the trainable parameters.
     """

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diag.display import displayed
 from diag.errors import InvalidInput
 from diag.instruments.opposing_signals.measuring import Groups
 
@@ -71,15 +72,6 @@ def draw_groups(ax: Any, steps: Sequence[int], trace: NDArray[numpy.float64]) ->
         ax.plot(steps, trace[:, column], marker="o", markersize=3, linestyle=style, label=name)
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     ax.set(xlabel="step", ylabel="mean loss of the group")
-
-
-def displayed(value: NDArray[Any], describe: Callable[[Any], str] | None) -> dict[str, Any]:
-    """One input as text, image or features, as `diag.report` shows them."""
-    if describe is not None:
-        return {"text": describe(value)}
-    if value.dtype.kind in "iub":
-        return {"text": " ".join(map(str, value.ravel()[:64].tolist()))}
-    return {"image": value} if value.ndim in (2, 3) else {"features": value.ravel()}
 
 
 def imported(name: str) -> Callable[[Any], str]:

@@ -131,7 +131,7 @@ def hearing() -> Iterator[list[str]]:
 
 
 def say(sentence: str) -> None:
-    """Tell whoever listens; where no one does it is a warning."""
+    """Tell the listeners; without one it becomes a warning."""
     said = _said.get()
     if said is None:
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)

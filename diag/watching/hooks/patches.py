@@ -93,7 +93,7 @@ class Attribute:
 
     def undo(self) -> None:
         for owner, name, original, ours in self._put:
-            # Whoever patched on top of us keeps their patch; ours then only passes calls on.
+            # A patch on top of ours stays; ours then only passes calls on.
             if getattr(owner, name, None) is ours:
                 setattr(owner, name, original)
         self._put = []

@@ -17,7 +17,6 @@ from diag.run.run import Finding
 from diag.run.stories import explains, stories
 from diag.snapshot import pause
 
-TOLD = (Level.ALARM, Level.WARNING)
 MOST = 1000  # findings that are kept
 KEPT = 64  # results of an instrument that its course is judged by
 LARGE = 1 << 17  # bytes in the arrays of a result that is not kept
@@ -60,7 +59,7 @@ class Findings:
         """An instrument judges so at `step`: say it where it is bad and new."""
         state = (str(verdict.level), verdict.cause)
         known, self._last[instrument.name] = self._last.get(instrument.name), state
-        if verdict.level not in TOLD or state == known or len(self.found) >= MOST:
+        if not verdict.level.is_finding or state == known or len(self.found) >= MOST:
             return
         self._new.append(Finding(instrument.name, instrument.title, instrument.source, verdict, (), step, step))
 

@@ -21,6 +21,7 @@ from diag.registry import Instrument, attempt
 from diag.result import Failed, Outcome, Result, Verdict
 from diag.run.rows import history_of
 from diag.snapshot.history import History
+from diag.watching.measure.floor import next_floor
 
 SHARE = 0.005  # of the time since training began
 FIRST = (1, 2, 3)
@@ -31,8 +32,7 @@ FAILURES = 3
 
 def is_floor(step: int) -> bool:
     """Whether the checks are judged at `step` whatever it costs: 1, 2, 3, 10, 30, 100, 300, ..."""
-    power = 10 ** (len(str(step)) - 1)
-    return step in FIRST or (step >= 10 and step in (power, 3 * power))
+    return step in FIRST or next_floor(step - 1) == step
 
 
 class Trace:

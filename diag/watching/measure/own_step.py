@@ -149,7 +149,7 @@ class OwnStep:
             self.refused = as_clause(Unsupported(said[0]))
 
     def _is_compiled(self, model: nn.Module) -> bool:
-        """Whether the model, a part or a wrapper of it is compiled: reading its calls would compile it anew."""
+        """Whether the model, a part or a wrapper of it is compiled: reading its calls would compile it again."""
         if frames_compiled() != self._frames:  # finding the wrappers takes a tenth of a second
             self._frames = frames_compiled()
             self._wrapped = bool(compiled_wrappers(model))

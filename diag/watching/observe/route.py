@@ -2,7 +2,7 @@
 
 A training loop rarely gives the outputs to the loss as they are: a language model's are flattened or shifted by
 one position, `log_softmax` is taken first, half precision is widened. A `Route` repeats these steps on other
-outputs. It claims nothing: whoever uses one checks that it gives the loss that was observed.
+outputs. It claims nothing: its user checks that it gives the loss that was observed.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Record:
 class Optimizers:
     """All optimizers that were seen to step, zero or be scheduled.
 
-    names: of the model's parameters by id, kept up to date by whoever sweeps the model.
+    names: of the model's parameters by id, kept up to date by the sweep over the model.
     """
 
     def __init__(self, moment: Moment, gradients: Gradients, names: dict[int, str], resumed: bool) -> None:

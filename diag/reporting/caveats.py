@@ -16,7 +16,8 @@ from diag.run.run import Event
 from diag.snapshot.history import History
 
 # How the run went and was measured, without anything in it to beware of; "info" is told in the method section.
-ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe")
+# A finding has a card of its own.
+ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe", "finding")
 MAX_EVENTS = 8
 
 

@@ -27,7 +27,7 @@ from diag.run.stories import stories
 
 FORMAT_VERSION = 1
 LEVELS = (*(str(level) for level in Level), "skipped", "failed")
-ROOM_FOR_DRAWINGS = 520_000  # bytes; what keeps a page of very many checks under a megabyte
+ROOM_FOR_DRAWINGS = 440_000  # bytes; what keeps a page of very many checks under a megabyte
 NEEDS_ATTENTION = tuple(str(level) for level in Level if level.is_finding)
 
 

@@ -47,10 +47,9 @@ def _facts(evidence: Evidence) -> Iterable[tuple[str, str]]:
             yield name.capitalize(), shown(about[name])
     if isinstance(about.get("seed"), int) and abs(about["seed"]) < DRAWN_SEED:
         yield "Seed", str(about["seed"])
-    wall, watch = spent(evidence)
+    wall, _ = spent(evidence)
     if wall and math.isfinite(wall):
         yield "Training time", format_seconds(wall)
-        yield "Spent measuring", f"{format_seconds(watch)} ({format_share(watch / wall)})"
     if about.get("created"):
         yield "Began", str(about["created"])[:16].replace("T", " ")
 

@@ -191,7 +191,7 @@ def test_method_tells_schedule_cost_settings_and_thresholds(made):
 def test_facts_come_from_metadata_and_history(made):
     facts = {f["name"]: f["text"] for f in made["facts"]}
     assert facts["Parameters"] == "10,026" and facts["Optimizer"] == "SGD, learning rate 0.1"
-    assert facts["Probe"] == "640 examples" and facts["Spent measuring"] == "3.1 s (6.46 %)"
+    assert facts["Probe"] == "640 examples" and made["method"]["share"] == "6.46 %"
 
 
 # Where a report comes from.

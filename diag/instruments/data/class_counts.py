@@ -15,7 +15,7 @@ from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
-SOURCE = "arithmetic of the labels; thresholds as the calibration table states"
+SOURCE = "arithmetic of the labels"
 COMMON = 5  # examples of each class that does occur
 EXPECTED = 20  # examples a class, were they equal, from which on an absent one is no accident
 RATIO = 20.0

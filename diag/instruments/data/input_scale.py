@@ -15,8 +15,7 @@ from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
-SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale); thresholds as the "
-SOURCE += "calibration table states"
+SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale)"
 LARGE, SMALL, RATIO, CONSTANT = 20.0, 0.02, 300.0, 0.65
 FEW = 8
 OUTLIER = 100.0

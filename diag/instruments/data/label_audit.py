@@ -22,7 +22,7 @@ from diag.instruments.causes import Cause
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
-SOURCE = "Pleiss et al. 2020, arXiv:2001.10528; thresholds as the calibration table states"
+SOURCE = "Pleiss et al. 2020, arXiv:2001.10528"
 LEARNED, KNOWN = 0.6, 0.97  # accuracies from which on margins are counted: of all, of what does not look wrong
 ENOUGH, LONG = 8, 18  # measurements; and how many where the accuracy is still rising
 RISING = 0.03

@@ -20,7 +20,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
 
-SOURCE = "arithmetic of one forward pass; thresholds as the calibration table states"
+SOURCE = "arithmetic of one forward pass"
 DEAD = 0.75
 FEW_UNITS = 4
 EXPLAINED_BY = (
@@ -60,8 +60,8 @@ class DeadUnits(Result):
         where = ", ".join(over[:3]) + (", ..." if len(over) > 3 else "")
         return Verdict(
             Level.ALARM,
-            f"{format_share(self.worst)} of the units of {where} are dead: they are zero on every example, so no "
-            "gradient reaches them and they cannot recover.",
+            f"{format_share(self.worst)} of the units of {where} are dead: they are zero on every one of the "
+            "examples looked at, and get no gradient from them.",
             advice="Start again from a state before they died, with a lower learning rate or a warm-up; or use an "
             "activation that is not flat below zero (GELU, leaky ReLU); look at large negative biases.",
             source=SOURCE,

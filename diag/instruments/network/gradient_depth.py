@@ -20,7 +20,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 
-SOURCE = "arithmetic of the recorded norms; thresholds as the calibration table states"
+SOURCE = "arithmetic of the recorded norms"
 FACTOR = 1000.0
 FEW_LAYERS = 4
 RECENT = 20

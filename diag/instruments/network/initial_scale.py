@@ -24,10 +24,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.activations import Activation
 from diag.snapshot.history import History
 
-SOURCE = (
-    "He et al. 2015, arXiv:1502.01852, and Roberts et al. 2022, arXiv:2106.10165, for the scale; thresholds as "
-)
-SOURCE += "the calibration table states"
+SOURCE = "He et al. 2015, arXiv:1502.01852; Roberts et al. 2022, arXiv:2106.10165"
 LARGE, SMALL = 3.0, 0.03
 MOVED = 0.15  # a step over the weights
 BEGINNING = 3  # steps; afterwards weights are no longer as they began
@@ -65,7 +62,7 @@ class InitialScale(Result):
             "torch.nn.init.kaiming_normal_ "
             "does.",
             source=SOURCE,
-            confidence=Confidence.STRONG_EMPIRICAL,
+            confidence=Confidence.WEAK_EMPIRICAL,
             refutation="With torch's default initial weights the same training is no better.",
             value=self.gain,
             threshold=large if too_large else small,

@@ -13,7 +13,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import OUTPUT, Activation
 
-SOURCE = "arithmetic of one forward pass; thresholds as the calibration table states"
+SOURCE = "arithmetic of one forward pass"
 SPREAD = 1e-3
 SETTLED = 10  # a last layer that starts at zero puts out a constant until it has been trained
 

@@ -16,7 +16,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import FLAT, Activation
 
-SOURCE = "arithmetic of one forward pass; thresholds as the calibration table states"
+SOURCE = "arithmetic of one forward pass"
 SATURATED = 0.5
 FEW_UNITS = 4
 

@@ -16,7 +16,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
 
-SOURCE = "arithmetic of the recorded losses; thresholds as the calibration table states"
+SOURCE = "arithmetic of the recorded losses"
 TIMES = 5.0
 RECENT = 5
 HIGH_MOMENTUM, SWUNG = 0.99, 2.0  # with such a momentum, a loss of twice its first value has been carried there
@@ -78,7 +78,7 @@ class Divergence(Result):
             f"The loss diverged: it began at {format_number(self.first)}, {course}.{why}",
             advice="Lower the momentum to 0.9." if by_momentum else ADVICE,
             source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
+            confidence=Confidence.WEAK_EMPIRICAL if by_momentum else Confidence.ARITHMETIC,
             refutation="The loss of the same batches, with the weights before that step, is as high.",
             value=self.last / self.first,
             threshold=limit,

@@ -1,7 +1,7 @@
 """Step size: how far each step moves the weights, compared with their size.
 
 The ratio ||step|| / ||weights|| of a layer has no unit and is much alike over architectures and optimizers: in
-trainings that work it lies between 1e-3 and 1e-1 after the first steps. Much above, a few steps replace the
+most trainings that work it lies between 1e-3 and 1e-1 after the first steps. Much above, a few steps replace the
 weights; far below, they do not move in the time given. Where steps are too small it is looked whether clipping or
 Adam's epsilon makes them so.
 """
@@ -23,7 +23,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
 
-SOURCE = "arithmetic of the recorded steps; thresholds as the calibration table states"
+SOURCE = "arithmetic of the recorded steps"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
 CERTAIN = 0.23  # from here on a step is too large also where the loss has not risen
 WINDOW = 5
@@ -48,6 +48,7 @@ class StepSize(Result):
     num_steps: int = measured("steps recorded", unit="steps")
     loss_fall: float = measured("fall of the loss from the first tenth of the steps to the last", unit="share")
     clip_factor: float = measured("norm of the applied over that of the true gradient, the median", unit="share")
+    gradient_size: float = measured("root mean square of the gradient's entries, the median tensor and step")
     adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
     loss_rose: bool = measured("the loss of the five steps after that was well above the first one")
     shrunk: bool = measured("the weights had less than half of their first norm then: decay or a penalty took it")
@@ -66,8 +67,8 @@ class StepSize(Result):
             yield Verdict(Level.NOT_APPLICABLE, "No step of the weights was measured.", source=SOURCE)
         yield Verdict(
             Level.OK,
-            f"A step moves a layer's weights by {format_number(self.ratio)} of their size (the median), which is "
-            "what trainings that work do.",
+            f"A step moves a layer's weights by {format_number(self.ratio)} of their size (the median), as in "
+            "most trainings that work.",
             source=SOURCE,
             value=self.ratio,
         )
@@ -83,8 +84,7 @@ class StepSize(Result):
             Level.ALARM,
             f"The steps are too large: one step moves the weights of a typical layer by "
             f"{format_share(self.largest_ratio)} of their size (around step {self.largest_at:,}); in "
-            f"trainings that "
-            f"work it is below {format_share(limit)}.",
+            f"most trainings that work it is below {format_share(limit)}.",
             advice="Lower the learning rate about tenfold, or warm it up; if it must stay, clip the gradient.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
@@ -102,7 +102,7 @@ class StepSize(Result):
 
     def _too_small(self) -> Verdict | None:
         limit = self.provenance.settings.get("too_low", TOO_LOW)
-        if self.adam_share < ADAM_SHARE and self.num_steps >= WINDOW:
+        if self.adam_share < ADAM_SHARE and self.epsilon > self.gradient_size and self.num_steps >= WINDOW:
             return self._by_epsilon()
         if self.clip_factor < NOTHING_LEFT and self.num_steps >= ENOUGH_STEPS and self.optimizer not in ADAPTIVE:
             return self._by_clipping()
@@ -163,7 +163,7 @@ class StepSize(Result):
         )
 
     def plot(self, ax: Any) -> None:
-        """The median ratio over the steps, with the range of trainings that work."""
+        """The median ratio over the steps, with the range of most trainings that work."""
         ax.loglog(self.steps, self.ratios, marker="o", markersize=3)
         for limit in (
             self.provenance.settings.get("too_high", TOO_HIGH),
@@ -195,6 +195,7 @@ def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = 
         num_steps=int(history.total_steps),
         loss_fall=fall(losses),
         clip_factor=_clip_factor(history),
+        gradient_size=_gradient_size(history),
         adam_share=_adam_share(history),
         loss_rose=_rose(history, at),
         shrunk=_shrunk(history, at),
@@ -228,6 +229,13 @@ def _clip_factor(history: History) -> float:
         factors = history.applied_gradient_norm / total
     factors = factors[numpy.isfinite(factors)]
     return float(numpy.median(factors)) if len(factors) else math.nan
+
+
+def _gradient_size(history: History) -> float:
+    sizes = numpy.asarray(history.sizes, float)
+    large = sizes >= SMALL
+    each = numpy.asarray(history.gradient_norm[:, large], float) / numpy.sqrt(sizes[large])
+    return float(median(numpy.where(numpy.isfinite(each) & (each > 0), each, numpy.nan)))
 
 
 def _adam_share(history: History) -> float:

@@ -20,7 +20,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
 
-SOURCE = "arithmetic of the recorded norms; thresholds as the calibration table states"
+SOURCE = "arithmetic of the recorded norms"
 SHRUNK, NEARLY_GONE = 0.5, 0.1
 LOST = 0.1
 
@@ -61,7 +61,7 @@ class WeightDecay(Result):
         )
         return Verdict(
             Level.ALARM if self.kept < NEARLY_GONE else Level.WARNING,
-            f"Weight decay ({format_number(self.decay)}) is shrinking the weights to nothing: a typical layer has "
+            f"Weight decay ({format_number(self.decay)}) is shrinking the weights: a typical layer has "
             f"{format_share(self.kept)} of the norm that it began with, and {course}.",
             advice="Lower the weight decay tenfold; leave biases, norms and embeddings out of it.",
             source=SOURCE,

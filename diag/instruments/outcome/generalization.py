@@ -18,7 +18,7 @@ from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 
-SOURCE = "arithmetic of the losses measured; thresholds as the calibration table states"
+SOURCE = "arithmetic of the losses measured"
 ERRORS = 3.0  # standard errors of a difference, both measured on the same examples
 WORSE = 0.2
 LEARNED = 0.2  # accuracy above chance on the training examples
@@ -98,7 +98,7 @@ class Generalization(Result):
             "without their inputs are learned by heart. Check, too, that held-out data is prepared as "
             "training data.",
             source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
+            confidence=Confidence.WEAK_EMPIRICAL,
             refutation="A linear model on the same training examples does better than chance on the held-out ones.",
             value=self.held_out_accuracy,
             threshold=self.held_out_chance,

@@ -72,7 +72,7 @@ class TrivialPredictor(Result):
             "without "
             "their inputs are the commonest cause where nothing else was found.",
             source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
+            confidence=Confidence.WEAK_EMPIRICAL,
             refutation="A linear model on the same batches does better than the class frequencies.",
             value=last.loss,
             threshold=last.entropy,

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diag
+from diag.watching.hooks.hub import HUB
 
 ROOMS = ("diag.watching", "diag.run", "diag.snapshot")
 # What torch or the user calls first. Each is a few lines that hand on to a function inside the guard.
@@ -142,11 +143,8 @@ def quiet():
         warnings.simplefilter("ignore")
         yield
     assert not any(f.__code__.co_filename == "<broken>" for f in FUNCTIONS.values())
-    for function in (F.cross_entropy, F.mse_loss):  # a watch whose end was broken may have left them
-        if function.__kwdefaults__ and "_diag_around" in function.__kwdefaults__:
-            from diag.watching.hooks.hub import HUB
-
-            HUB._uninstall()
+    HUB._uninstall()  # a watch whose end was broken may have left something
+    assert not any("_diag_around" in (f.__kwdefaults__ or {}) for f in vars(F).values() if inspect.isfunction(f))
 
 
 def test_the_functions_are_found():
@@ -187,3 +185,15 @@ def test_no_error_of_a_function_reaches_the_loop():
 @pytest.mark.parametrize("part", range(12))
 def test_no_error_of_any_function_reaches_the_loop(part):
     assert raised([name for i, name in enumerate(sorted(FUNCTIONS)) if i % 12 == part], ALL) == {}
+
+
+@pytest.mark.parametrize("name", ["Body.undo", "Attribute.undo", "_taken_away"])
+def test_what_could_not_be_taken_away_is_taken_away_the_next_time(name):
+    module = "hub" if name == "_taken_away" else "patches"
+    before = (F.cross_entropy.__code__, torch.autograd.backward)
+    watched_training(FUNCTIONS[f"diag.watching.hooks.{module}:{name}"])
+    assert (F.cross_entropy.__code__, torch.autograd.backward) != before
+    _, watcher = watched_training()
+    assert (F.cross_entropy.__code__, torch.autograd.backward) == before
+    assert not [e for e in watcher.run.events if e.kind == "internal error"]
+    assert watcher.run.history.loss_finite.all() and not [x for x in watcher.run.history.loss if x != x]

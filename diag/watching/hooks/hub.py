@@ -129,6 +129,7 @@ class Hub:
                 self._uninstall()
 
     def _install(self) -> None:
+        self._uninstall()
         self._handles = [
             register_optimizer_step_pre_hook(shielded(self._before_step, self._broke)),
             register_optimizer_step_post_hook(shielded(self._after_step, self._broke)),
@@ -147,8 +148,8 @@ class Hub:
         patches, self._patches = self._patches, []
         for handle in handles:
             safely(handle.remove)
-        for patch in patches:
-            safely(patch.undo)
+        # What could not be taken away stays known and is tried again, or it would be patched a second time.
+        self._patches = [patch for patch in patches if not safely(_taken_away, patch)]
 
     def _make_patches(self) -> list[Patch]:
         clip, scaler = torch.nn.utils.clip_grad, torch.amp.grad_scaler.GradScaler
@@ -324,6 +325,11 @@ def _with_own_step(module: Any) -> list[type]:
     """The schedulers of torch that define `step` themselves."""
     kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, lr_scheduler.LRScheduler)]
     return [kind for kind in kinds if "step" in vars(kind)]
+
+
+def _taken_away(patch: Patch) -> bool:
+    patch.undo()
+    return True
 
 
 HUB = Hub()

@@ -57,7 +57,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "caveats": caveats(evidence, counts),
         "audits": audits,
         "stories": _stories(evidence, audits),
-        "timeline": axis and timeline(axis, history, in_time, evidence.events),
+        "timeline": axis and timeline(axis, history, in_time, evidence.events, evidence.metrics),
         "layers": None if history is None else layer_map(axis, history, evidence.findings),
         "method": method(evidence, audits),
         "drawings": _draw(evidence if drawings else None, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),

@@ -34,6 +34,7 @@ class Evidence:
     history: History | None = None
     events: Sequence[Event] = ()
     costs: Sequence[Cost] = ()
+    metrics: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     torn: int = 0
     not_installed: Sequence[str] = ()
     last_step: int = 0
@@ -75,6 +76,7 @@ def _from_run(run: Run) -> Evidence:
         history=run.history or None,  # one without a step has no time course
         events=[event for event in run.events if event.text not in notes],
         costs=run.costs,
+        metrics=run.metrics,
         torn=run.torn,
         not_installed=tuple(run.unknown_instruments),
         last_step=run.last_step,

@@ -7,8 +7,9 @@ its width; step s of a run from a to b stands at (s - a + 1/2) / (b - a + 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -23,6 +24,7 @@ from diag.snapshot.history import History
 MAX_POINTS = 480
 MAX_EVENTS = 40
 MAX_DOTS = 60
+MAX_LOGGED = 12  # curves of the user's own
 LOG_SPAN = 30.0
 
 
@@ -62,14 +64,19 @@ def axis_of(history: History | None, findings: Sequence[Finding], last_step: int
 
 
 def timeline(
-    axis: Axis, history: History | None, findings: Iterable[Finding], events: Sequence[Event]
+    axis: Axis,
+    history: History | None,
+    findings: Iterable[Finding],
+    events: Sequence[Event],
+    metrics: Mapping[str, Sequence[tuple[int, float]]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The axis, the curves of the whole run, a lane for each finding and the events."""
+    """The axis, the curves of the whole run and of what the user logged, a lane for each finding and the events."""
+    curves = [] if history is None else list(_curves(axis, history))
     return {
         "first_step": axis.first,
         "last_step": axis.last,
         "ticks": step_ticks(axis),
-        "curves": [] if history is None else list(_curves(axis, history)),
+        "curves": [*curves, *_logged(axis, metrics)],
         "lanes": [_lane(axis, finding) for finding in findings],
         "events": [_event(axis, event) for event in events[:MAX_EVENTS]],
         "events_left_out": max(0, len(events) - MAX_EVENTS),
@@ -118,10 +125,19 @@ def _event(axis: Axis, event: Event) -> dict[str, Any]:
 
 
 def _curves(axis: Axis, history: History) -> Iterable[dict[str, Any]]:
-    yield from _curve(axis, history, "loss", "Training loss", history.loss, ~history.loss_finite)
+    steps = history.steps
+    yield from _curve(axis, steps, "loss", "Training loss", history.loss, ~history.loss_finite)
     norm = whole_norm(history.gradient_norm)
-    yield from _curve(axis, history, "gradient_norm", "Gradient norm", norm, broken_steps(history))
-    yield from _curve(axis, history, "learning_rate", "Learning rate", history.learning_rate, None)
+    yield from _curve(axis, steps, "gradient_norm", "Gradient norm", norm, broken_steps(history))
+    yield from _curve(axis, steps, "learning_rate", "Learning rate", history.learning_rate, None)
+
+
+def _logged(axis: Axis, metrics: Mapping[str, Sequence[tuple[int, float]]]) -> Iterable[dict[str, Any]]:
+    for name, course in list(metrics.items())[:MAX_LOGGED]:
+        steps, values = numpy.array([step for step, _ in course]), numpy.array([value for _, value in course])
+        order = numpy.argsort(steps, kind="stable")
+        steps, values = steps[order], values[order]
+        yield from _curve(axis, steps, f"logged {clean(name)}", clean(name), values, ~numpy.isfinite(values))
 
 
 def broken_steps(history: History) -> NDArray[numpy.bool_]:
@@ -143,9 +159,7 @@ def _sum_of_squares(part: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     return numpy.where(numpy.isnan(part).all(axis=1), numpy.nan, total)
 
 
-def _curve(
-    axis: Axis, history: History, name: str, label: str, values: Any, broken: Any
-) -> Iterable[dict[str, Any]]:
+def _curve(axis: Axis, steps: Any, name: str, label: str, values: Any, broken: Any) -> Iterable[dict[str, Any]]:
     """One curve, or none where nothing was observed."""
     values = numpy.asarray(values, numpy.float64)
     usable = values[numpy.isfinite(values)]
@@ -154,7 +168,7 @@ def _curve(
     # A learning rate that was observed but never changes needs no curve.
     if name == "learning_rate" and usable.min() == usable.max():
         return
-    series = decimate(axis, history.steps, values, broken)
+    series = decimate(axis, steps, values, broken)
     yield {
         "name": name,
         "label": label,

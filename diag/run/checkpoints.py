@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import diag
 from diag.checkpoints import load_into, load_state
 from diag.errors import CheckpointError, InvalidInput, first_line
-from diag.registry import Instrument, attempt, find, instruments
+from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Result
 from diag.run.build import Build, build_name, built_arguments, called_safely
 from diag.run.files import META
@@ -45,8 +45,8 @@ def from_checkpoints(
 
     paths: checkpoint files or folders, in any order if they tell their steps. build: the function that gives
     `(model, loss_fn, data)`, or its name (module:function, file.py:function); its model is loaded with each
-    checkpoint. names: the instruments, each then measured on every checkpoint; by default all that need more than
-    the steps of a watched run, the expensive ones on the first, the last and the best checkpoint. every: these,
+    checkpoint. names: the instruments, each then measured on every checkpoint; by default all that can judge a
+    network by itself, the expensive ones on the first, the last and the best checkpoint. every: these,
     too, on every checkpoint. settings: an instrument's name -> its settings. options: arguments of `Snapshot` in
     place of the build function's. key: the entry of the files that holds the state dict. progress: called with
     (measurements made, measurements in all, what comes next).
@@ -58,7 +58,7 @@ def from_checkpoints(
     arguments = built_arguments(build) | dict(options or {})
     model = arguments.pop("model")
     _refuse_device(arguments.get("device"))
-    chosen = [find(n) for n in names] or [i for i in instruments().values() if not i.from_history]
+    chosen = [find(n) for n in names] or [i for i in instruments().values() if _is_of_a_moment(i)]
     places, events = _in_order(files, key)
     arguments |= _read_once(model, arguments)
     measuring = _Measuring(model, arguments, places, key, settings or {}, progress)
@@ -139,8 +139,16 @@ class _Measuring:
         self._loaded = i
 
 
+def _is_of_a_moment(instrument: Instrument) -> bool:
+    """Whether it can judge a network by itself, without the steps and the loop that led there."""
+    asks = {need.quantity.name for need in instrument.needs}
+    return not asks & {"history", "loop"} and instrument.kind is not Kind.DESCRIPTION
+
+
 def _takes_one_look(instrument: Instrument) -> bool:
-    return instrument.passes is None and all(cost.one_look for cost in instrument.costs)
+    return instrument.kind is Kind.CHECK or (
+        instrument.passes is None and all(cost.one_look for cost in instrument.costs)
+    )
 
 
 def _mean_loss(snapshot: Snapshot, held_out: bool) -> float:

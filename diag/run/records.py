@@ -39,6 +39,7 @@ NEEDED: dict[str, dict[str, type]] = {
     "note": {"text": str},
     "optimizer": {"data": dict},
     "cost": {},
+    "metrics": {"values": dict},
 }
 
 

@@ -91,6 +91,7 @@ class Run:
         an instrument's name to its settings.
     history: the step-by-step record, memory-mapped where it was read from a file; None without a step.
     records, events, times: in the order in which they happened; `costs` has the records' times too.
+    metrics: what the user logged, by name: (step, value), in the order in which it came.
     torn: how many records a killed writer left unfinished (at most one a file and session).
     """
 
@@ -100,6 +101,7 @@ class Run:
     records: Sequence[Record] = ()
     events: Sequence[Event] = ()
     times: Sequence[Cost] = ()
+    metrics: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     torn: int = 0
 
     @cached_property
@@ -166,7 +168,8 @@ class Run:
 
     def to_frame(self) -> Any:
         """A pandas DataFrame of every scalar: a row a step, the columns `loss`, `learning_rate`, the norms of
-        the whole network, and `instrument.scalar`. What was not measured at a step is NaN."""
+        the whole network, `instrument.scalar`, and `logged.name` for the user's own. What was not measured at a
+        step is NaN."""
         import pandas
 
         columns: dict[str, Any] = {}
@@ -177,6 +180,7 @@ class Run:
             for step, result in self.series(name):
                 for scalar, value in result.scalars().items():
                     columns.setdefault(f"{name}.{scalar}", {})[step] = float(value)
+        columns |= {f"logged.{name}": dict(course) for name, course in self.metrics.items()}
         columns = {name: pandas.Series(values, dtype=float) for name, values in columns.items()}
         return pandas.DataFrame(columns).sort_index().rename_axis("step")
 
@@ -338,8 +342,18 @@ def load(path: str | Path) -> Run:
         ),
         events=(*events, *(Event(last, DAMAGED, sentence) for sentence in wrong)),
         times=tuple(_times(records)),
+        metrics=_metrics(records),
         torn=rows.torn + found.torn + torn_before,
     )
+
+
+def _metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for r in records:
+        if r["type"] == "metrics":
+            for name, value in decode(r["values"]).items():
+                found.setdefault(str(name), []).append((r["step"], float(value)))
+    return found
 
 
 def _times(records: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:

@@ -185,6 +185,10 @@ class RunWriter:
         """Append something that happened ("not observed", "skipped step", "exception"), in one sentence."""
         self._append_record({"type": "event", "step": step, "kind": kind, "text": text})
 
+    def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append numbers of the user's own at `step`, by name."""
+        self._append_record({"type": "metrics", "step": step, "values": encode(dict(values))})
+
     def append_cost(
         self,
         step: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +41,28 @@ def check_arguments(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
         raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
     if loss_fn is not None and not callable(loss_fn):
         raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
-    if every is not None and (not isinstance(every, int) or every < 1):
+    if every is not None and (not _is_whole(every) or every < 1):
         raise InvalidInput(f"every is {every!r}; expected a number of steps, 1 or more.")
-    if not isinstance(budget, (int, float)) or not budget >= 0:
-        raise InvalidInput(f"budget is {budget!r}; expected a share of wall time, such as 0.05.")
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not number or not (0 <= budget <= 1 or budget == math.inf):
+        raise InvalidInput(
+            f"budget is {budget!r}; expected a share of wall time from 0 to 1, such as 0.05, or math.inf to "
+            "measure at every scheduled step."
+        )
+
+
+def check_record(run: Any, resume: Any, on_finding: Any) -> None:
+    """Raise InvalidInput where these are not of their kinds."""
+    if run is not None and not isinstance(run, (str, os.PathLike)):
+        raise InvalidInput(f"run is a {type(run).__name__}; expected the path of a folder.")
+    if not isinstance(resume, bool) and (not _is_whole(resume) or resume < 0):
+        raise InvalidInput(f"resume is {resume!r}; expected True, False or the number of a step.")
+    if on_finding is not None and not callable(on_finding):
+        raise InvalidInput(f"on_finding is a {type(on_finding).__name__}; expected a function of one finding.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def watched_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -85,11 +85,16 @@ class TrainingListener(Guarded):
             self._training.examples += _length((args, kwargs))
             self._facts("forward_called", args, kwargs, outputs)
 
-    def evaluated(self, outputs: Any, module: nn.Module) -> None:
+    def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
         """The model was called without gradients."""
         last, self._evaluated = self._evaluated, (module, id(outputs))
         if last[1] != id(outputs) or last[0] is module:  # a wrapper and the model in it are one call
-            self._facts("evaluated")
+            self._facts("evaluated", args, kwargs)
+
+    def _closely(self, event: str, *args: Any) -> None:
+        """An event that matters only at steps that are looked at closely."""
+        if self._loop.attentive:
+            self._facts(event, *args)
 
     @guarded("facts of the loop")
     def _facts(self, event: str, *args: Any) -> None:
@@ -105,17 +110,17 @@ class TrainingListener(Guarded):
             return
         self._losses.loss_called(function, args, kwargs, value)
         self._own_step.backwards.loss_called(function, args, kwargs, value)
-        self._facts("loss_called", function, args, kwargs, value)
+        self._closely("loss_called", function, args, kwargs, value)
 
     def loss_evaluated(self) -> None:
         """A loss function was called without gradients."""
-        self._facts("loss_evaluated")
+        self._closely("loss_evaluated")
 
     @guarded("loss")
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         if self._is_here():
             self._losses.loss_scaled(losses, scaled)
-        self._facts("loss_scaled", losses, scaled)
+            self._closely("loss_scaled", losses, scaled)
 
     @guarded("loss")
     def zeroed(self, owner: Any) -> None:
@@ -130,14 +135,14 @@ class TrainingListener(Guarded):
         if self._own_step.armed:
             self._own_step.backwards.backward_called(roots)
             self._occasions.own_step_descends()
-        self._facts("backward_called", roots)
+        self._closely("backward_called", roots)
 
     @guarded("loss")
     def backward_done(self) -> None:
         if not self._is_here():
             return
         self._losses.backward_done()
-        self._facts("backward_done")
+        self._closely("backward_done")
         if self._own_step.reading:
             self._occasions.own_step_descended()
         self._steps.backward_done()
@@ -146,7 +151,7 @@ class TrainingListener(Guarded):
 
     @guarded("gradients before clipping")
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any:
-        self._facts("clipping", parameters, max_norm)
+        self._closely("clipping", parameters, max_norm)
         return self._steps.gradients.before_clip(parameters, max_norm, total_norm)
 
     @guarded("gradients before clipping")
@@ -156,7 +161,7 @@ class TrainingListener(Guarded):
     @guarded("GradScaler")
     def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
         self._steps.unscaling(optimizer, scaler)
-        self._facts("unscaling", optimizer, scaler)
+        self._closely("unscaling", optimizer, scaler)
 
     @guarded("GradScaler")
     def scaler_stepping(self, optimizer: Optimizer) -> None:
@@ -172,7 +177,7 @@ class TrainingListener(Guarded):
     @guarded("optimizer steps")
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        self._facts("before_step", optimizer, callable(closure))
+        self._closely("before_step", optimizer, callable(closure))
         if not self._counts(optimizer):
             return None
         self.clock.start()
@@ -191,11 +196,15 @@ class TrainingListener(Guarded):
 
     def has_zeroed(self, owner: Any) -> None:
         """Gradients were zeroed."""
-        self._facts("zeroed", owner)
+        self._closely("zeroed", owner)
 
     def scheduler_stepped(self, scheduler: Any) -> None:
         """A learning-rate scheduler has stepped."""
-        self._facts("scheduler_stepped", scheduler)
+        self._closely("scheduler_stepped", scheduler)
+
+    def seeded(self, seed: Any) -> None:
+        """`torch.manual_seed` was called."""
+        self._facts("seeded", seed)
 
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""
@@ -203,7 +212,7 @@ class TrainingListener(Guarded):
 
     def batch_fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""
-        self._facts("batch_fetched", batch)
+        self._closely("batch_fetched", batch)
 
     # The process
 

@@ -70,6 +70,10 @@ class Recorder:
         """Append something that happened."""
         self._append(self._others, step, RECORD_BYTES + len(text), "append_event", step, kind, text)
 
+    def metrics(self, values: Mapping[str, float]) -> None:
+        """Append numbers of the user's own, at the last step."""
+        self._append(self._others, self._step, RECORD_BYTES, "append_metrics", self._step, values)
+
     def note(self, key: str, sentence: str) -> None:
         """Append, once for each key, what a reader must know before relying on the run."""
         self._once("note", key, sentence)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
@@ -21,7 +21,14 @@ from diag.errors import InvalidInput, text_of
 from diag.run.run import Finding, Run, load
 from diag.snapshot.history import History
 from diag.watching.about import describe_run, distributed_rank, temporary_folder
-from diag.watching.arguments import Settings, check_arguments, checked_optimizer, given_probe, watched_parameters
+from diag.watching.arguments import (
+    Settings,
+    check_arguments,
+    check_record,
+    checked_optimizer,
+    given_probe,
+    watched_parameters,
+)
 from diag.watching.guard import Clock, Guarded, guarded, safely
 from diag.watching.listener import TrainingListener
 from diag.watching.measure.findings import Findings
@@ -39,8 +46,9 @@ from diag.watching.record import Recorder
 ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
 NO_STEP = (
     "No optimizer step on the model's parameters was seen; the optimizer must hold the parameters that the model "
-    "has."
+    "has. A loop that updates them by itself tells of its steps by watcher.step()."
 )
+NO_NUMBER = "What was given to watcher.log() as {}= is a {} and not one number, so it is not recorded."
 NO_CALL = (
     "No call of the model in training was seen (it may run inside a compiled function, or only its parts are "
     "called); watch the part that is called, or give probe= and loss_fn=."
@@ -87,6 +95,7 @@ def watch(
     Raises InvalidInput for arguments that do not fit, RunError where the folder cannot be written.
     """
     check_arguments(model, loss_fn, every, budget)
+    check_record(run, resume, on_finding)
     bare = bare_model(model)
     parameters = watched_parameters(bare)
     settings = Settings(
@@ -173,7 +182,7 @@ class Watcher(Guarded):
         return tuple(self._findings.found)
 
     @property
-    def step(self) -> int:
+    def last_step(self) -> int:
         """The number of the last recorded step."""
         return self._rows.step
 
@@ -181,6 +190,25 @@ class Watcher(Guarded):
     def loss(self, value: Any) -> None:
         """Tell the loss of the current micro-batch; it counts before any that is observed."""
         self._losses.give(value)
+
+    @guarded("steps")
+    def step(self) -> None:
+        """Tell that the loop has made a step, where it has no optimizer of torch's: after the parameters were
+        updated, while they still have their gradients."""
+        self.clock.start()
+        self._steps.told()
+
+    @guarded("logged numbers")
+    def log(self, **values: Any) -> None:
+        """Put numbers of your own on the record, at the last step: `watcher.log(accuracy=0.93)`.
+
+        Each is one number, or a tensor of one; what is not is left out, with a note.
+        """
+        numbers = {name: number for name, value in values.items() if (number := _number(value)) is not None}
+        for name in values.keys() - numbers.keys():
+            self._recorder.note(f"log {name}", NO_NUMBER.format(name, type(values[name]).__name__))
+        if numbers:
+            self._recorder.metrics(numbers)
 
     def measure(self, *names: str) -> None:
         """Measure now, whatever the budget: with the instruments named, else with all that this watch has.
@@ -211,11 +239,11 @@ class Watcher(Guarded):
     def _ended_by(self, error: BaseException) -> None:
         text = text_of(error)
         sentence = f"Training ended by {type(error).__name__}" + (f": {text}" if text else "")
-        self._recorder.event(self.step, "exception", f"{sentence[:500]}.")
+        self._recorder.event(self.last_step, "exception", f"{sentence[:500]}.")
 
     def __repr__(self) -> str:
         state = "closed" if self.clock.closed else "watching" if self.active else "idle: not rank 0"
-        return f"<Watcher of {type(self.model).__name__}, {self.step:,} steps, {state}>"
+        return f"<Watcher of {type(self.model).__name__}, {self.last_step:,} steps, {state}>"
 
     # How it begins
 
@@ -271,7 +299,7 @@ class Watcher(Guarded):
 
     def _internal_error(self, part: str, error: Exception) -> None:
         """Something of ours broke in `part`: record it once."""
-        self._recorder.internal_error(self.step, part, error)
+        self._recorder.internal_error(self.last_step, part, error)
 
     # How it ends
 
@@ -304,7 +332,7 @@ class Watcher(Guarded):
     @guarded("the last checks")
     def _judge_last(self) -> None:
         self._ending = True
-        self._live.judge(self.step, last=True)
+        self._live.judge(self.last_step, last=True)
         self._findings.tell()
 
     @guarded("what was not measured")
@@ -327,11 +355,20 @@ class Watcher(Guarded):
         safely(self._forget)
 
     def _close_record(self) -> None:
-        self._recorder.close(self.step, self.clock)
+        self._recorder.close(self.last_step, self.clock)
 
     def _forget(self) -> None:
         if (known := _watchers.get(self.model)) is not None and known() is self:
             del _watchers[self.model]
+
+
+def _number(value: Any) -> float | None:
+    """A number of Python, NumPy or torch as a float; None for anything else."""
+    try:
+        plain = value.detach() if isinstance(value, Tensor) else value
+        return None if isinstance(plain, (str, bytes)) else float(plain)
+    except Exception:
+        return None
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -37,6 +37,30 @@ def takes_long(losses) -> Mean:
     return Mean(value=float(losses.mean()))
 
 
+@instrument(source="a test", kind="check", passes=lambda settings: 50 * PRODUCT)
+def quick_check(losses) -> Mean:
+    """A check, whatever it says of its passes."""
+    return Mean(value=float(losses.mean()))
+
+
+@instrument(source="a test", kind="description")
+def described(losses) -> Mean:
+    """What judges nothing."""
+    return Mean(value=float(losses.mean()))
+
+
+@instrument(source="a test", kind="check")
+def of_the_steps(losses, history=None) -> Mean:
+    """What asks for the steps that led here."""
+    return Mean(value=float(losses.mean()))
+
+
+@instrument(source="a test", kind="check")
+def of_the_loop(loop) -> Mean:
+    """What asks for the facts of a loop."""
+    return Mean(value=0.0)
+
+
 def build():
     return nn.Sequential(nn.Linear(4, 4, bias=False)), nn.functional.cross_entropy, DATA
 
@@ -85,6 +109,15 @@ def test_everywhere_where_that_is_asked_for(paths):
     run = from_checkpoints(paths, build, names=["takes_long"])
     assert steps_of(run, "takes_long") == list(MARGINS) and not run.events
     assert steps_of(from_checkpoints(paths[:3], build), "takes_long") == [10, 20, 30]
+
+
+def test_checks_are_everywhere_and_what_cannot_judge_a_moment_nowhere(paths, monkeypatch):
+    known = {i.name: i for i in (one_look, takes_long, quick_check, described, of_the_steps, of_the_loop)}
+    for name in ("checkpoints", "run"):
+        monkeypatch.setattr(f"diag.run.{name}.instruments", lambda: known)
+    run = from_checkpoints(paths, build)
+    assert steps_of(run, "quick_check") == list(MARGINS) and steps_of(run, "takes_long") == [10, 30, 50]
+    assert {r.instrument for r in run.records} == {"one_look", "quick_check", "takes_long"}
 
 
 def test_where_no_loss_is_finite_the_best_is_left_out(paths):

@@ -3,6 +3,7 @@
 import collections
 import functools
 import itertools
+import math
 import random
 import types
 
@@ -429,7 +430,7 @@ def test_a_list_filled_by_a_hook_and_used_in_the_loss():
         torch.manual_seed(0)
         model, kept = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), []
         model[0].register_forward_hook(lambda module, args, output: kept.append(output))
-        watcher = diag.watch(model, budget=1e9) if watched else None
+        watcher = diag.watch(model, budget=math.inf) if watched else None
         optimizer, (x, y) = torch.optim.SGD(model.parameters(), 0.1), data()
         for _ in range(6):
             kept.clear()

@@ -32,7 +32,7 @@ def victim(path, progress):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-        os.write(progress, watcher.step.to_bytes(8, "little"))
+        os.write(progress, watcher.last_step.to_bytes(8, "little"))
 
 
 def killed_after(path, seconds):

@@ -39,6 +39,17 @@ def test_mistakes_are_told_at_construction(tiny, tmp_path):
         ((model,), {"every": 0}, InvalidInput, "every is 0; expected a number of steps, 1 or more"),
         ((model,), {"budget": -1}, InvalidInput, "budget is -1; expected a share of wall time"),
         ((model,), {"budget": math.nan}, InvalidInput, "budget is nan"),
+        ((model,), {"budget": 50}, InvalidInput, "budget is 50; expected a share of wall time from 0 to 1"),
+        ((model,), {"budget": True}, InvalidInput, "budget is True"),
+        ((model,), {"every": True}, InvalidInput, "every is True"),
+        (
+            (model,),
+            {"resume": "yes"},
+            InvalidInput,
+            "resume is 'yes'; expected True, False or",
+        ),
+        ((model,), {"on_finding": 3}, InvalidInput, "on_finding is a int; expected a function of one finding"),
+        ((model,), {"run": 3}, InvalidInput, "run is a int; expected the path of a folder"),
         ((model,), {"optimizer": 3}, InvalidInput, "optimizer is a int; expected a torch.optim.Optimizer"),
         ((model,), {"instruments": ["softmax_colapse"]}, InvalidInput, "did you mean softmax_collapse"),
         (
@@ -89,7 +100,7 @@ def test_nothing_is_left_behind(tiny, helpers):
     )
     assert not model._forward_hooks and not model._forward_hooks_with_kwargs
     step(model, x, y)
-    assert watcher.step == 1
+    assert watcher.last_step == 1
     watcher.close()
 
 
@@ -103,7 +114,7 @@ def test_a_second_watch_replaces_the_first(tiny, tmp_path):
     step(model, x, y)
     assert len(model._forward_hooks) == 1 and len(HUB.listeners) == 1
     assert "closed" in repr(first) and "closed" in repr(second) and "watching" in repr(again)
-    assert (first.step, second.step, again.step) == (1, 1, 1)
+    assert (first.last_step, second.last_step, again.last_step) == (1, 1, 1)
     again.close()
     assert not model._forward_hooks
 

@@ -13,6 +13,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import BatchFacts
 
 THRICE = 3
+LOOKED = 6  # batches in a row that were those of an epoch before
 EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose
 
 
@@ -40,7 +41,7 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
 
 
 def _findings(b: BatchFacts) -> Iterator[Finding]:
-    if b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched > b.repeats and b.loader_batches > 1:
+    if b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched >= THRICE - 1 and b.loader_batches > 1:
         yield Finding(
             Level.ALARM,
             Cause.BATCH_REPEATED,
@@ -50,12 +51,13 @@ def _findings(b: BatchFacts) -> Iterator[Finding]:
             "Inputs of the model that differ between steps.",
             step=b.since,
         )
-    elif b.lag >= EPOCH and b.repeats >= b.lag:
+    each = f" every {b.loader_batches:,}" if b.loader_batches and b.lag % b.loader_batches == 0 else ""
+    if b.lag >= EPOCH and b.repeats >= min(b.lag, LOOKED):
         yield Finding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,
-            f"Every epoch has the same {b.lag:,} batches in the same order: {b.repeats:,} batches in a row were "
-            "those of one epoch before.",
+            f"The batches come again in the same order{each}: {b.repeats:,} that were looked at were those of one "
+            "epoch before.",
             "Shuffle: DataLoader(..., shuffle=True), and set no seed inside the loop over epochs.",
             "Batches that hold other rows in the next epoch.",
             step=b.since,

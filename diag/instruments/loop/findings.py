@@ -26,11 +26,12 @@ class Finding:
     step: int | None = None
     layers: tuple[str, ...] = ()
     explained_by: tuple[Cause, ...] = ()
+    confidence: Confidence = Confidence.ARITHMETIC
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""
         kept = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return kept | {"level": str(self.level), "cause": str(self.cause)}
+        return kept | {"level": str(self.level), "cause": str(self.cause), "confidence": str(self.confidence)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +49,7 @@ class LoopCheck(Result):
             return Verdict(Level.NOT_APPLICABLE, f"Not judged: {unmet.detail}", source=SOURCE)
         if not self.found:
             return Verdict(Level.OK, self.fine, source=SOURCE, confidence=Confidence.ARITHMETIC)
-        return Verdict(**self.found[0], source=SOURCE, confidence=Confidence.ARITHMETIC)
+        return Verdict(**self.found[0], source=SOURCE)
 
     def plot(self, ax: Any) -> None:
         """How many things were found, by cause."""

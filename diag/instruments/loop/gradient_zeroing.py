@@ -39,6 +39,8 @@ def gradient_zeroing(loop: Loop) -> GradientZeroing:
 def _findings(o: OptimizerFacts) -> Iterator[Finding]:
     if o.unzeroed.longest >= TWICE:
         yield _not_zeroed(o)
+    elif o.partly_zeroed.longest >= TWICE:
+        yield _partly(o)
     if o.zeroed_before.longest >= TWICE:
         yield _zeroed_before(o)
     if o.stale_gradients and not o.unzeroed:
@@ -46,16 +48,32 @@ def _findings(o: OptimizerFacts) -> Iterator[Finding]:
 
 
 def _not_zeroed(o: OptimizerFacts) -> Finding:
-    possible, times = o.steps - 1, o.unzeroed.times
-    often = "at every one" if times >= possible else f"at {times:,}"
+    times = o.unzeroed.times
+    if times >= o.steps - 1:
+        often = f"at every one of the {counted(times, 'step')} after the first"
+    else:
+        often = f"at {times:,} of the {counted(o.looked, 'step')} that were looked at"
     return Finding(
         Level.ALARM,
         Cause.GRADIENTS_NOT_ZEROED,
-        f"The gradients are not zeroed between steps: {often} of the {counted(possible, 'step')} after the first, "
+        f"The gradients are not zeroed between steps: {often}, "
         "backward() added to the gradients of the step before.",
         "Call optimizer.zero_grad() once in each step, before backward() or after step().",
         "A gradient that is zero or None when backward() begins.",
         step=o.unzeroed.first,
+    )
+
+
+def _partly(o: OptimizerFacts) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.GRADIENTS_NOT_ZEROED,
+        f"Some gradients are not zeroed between steps: backward() added to those of {named(o.not_zeroed)} from the "
+        f"step before, at {counted(o.partly_zeroed.times, 'step')}, while others were zeroed.",
+        "Zero all gradients of the optimizer: optimizer.zero_grad(), not a part of the model's.",
+        "A gradient that is zero or None when backward() begins.",
+        step=o.partly_zeroed.first,
+        layers=o.not_zeroed,
     )
 
 

@@ -18,7 +18,7 @@ from diag.snapshot.loop.parts import SchedulerFacts
 NOTHING = 1e-6  # of the largest learning rate so far
 STILL, STILL_FALLING = 3, 10  # steps at a rate of exactly zero, and at one next to it
 TWICE, THRICE = 2, 3
-EPOCHS = 2  # without a step of the scheduler
+EPOCHS, MANY = 2, 20  # epochs, or steps without any, that end without a step of the scheduler
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,12 +141,12 @@ def _elsewhere(loop: Loop) -> Iterator[Finding]:
 
 
 def _never(loop: Loop) -> Iterator[Finding]:
-    b = loop.batches
-    epochs = b.fetched // b.loader_batches if b.loader_batches else 0
+    epochs = loop.batches.epochs
+    scheduled = {s.optimizer for s in loop.schedulers if s.steps}
     for s in loop.schedulers:
-        if s.optimizer < 0 or loop.optimizers[s.optimizer] not in loop.training or s.steps:
+        if s.optimizer < 0 or loop.optimizers[s.optimizer] not in loop.training or s.optimizer in scheduled:
             continue
-        if epochs > EPOCHS or (loop.ended and loop.step >= 10 * TWICE):
+        if epochs > EPOCHS or (loop.ended and epochs != 1 and loop.step >= MANY):
             yield Finding(
                 Level.WARNING,
                 Cause.SCHEDULER_NEVER_STEPPED,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, judged
 from diag.registry import instrument
-from diag.result import Level, Precondition
+from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import LossFacts
 
 CHECKED = 3  # calls whose numbers were looked at
 PADDED = 0.05  # of the targets
+STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is told of
+BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 LOG_INPUT = ("nll_loss", "kl_div")
 SOFTMAX_INSIDE = ("cross_entropy",)
 SIGMOID_INSIDE = ("binary_cross_entropy_with_logits",)
@@ -37,6 +39,7 @@ def loss_call(loop: Loop) -> LossCall:
     kinds = ", ".join(dict.fromkeys(f.function or "the loss" for f in loop.losses))
     fine = f"{kinds} is called on what it expects."
     findings = [finding for f in loop.losses for finding in _findings(f)]
+    findings += [_summed(f, loop) for f in loop.losses if _is_summed(f, loop)]
     return judged(LossCall, loop.step, findings, fine, preconditions=(seen,))
 
 
@@ -53,6 +56,10 @@ def _findings(f: LossFacts) -> Iterator[Finding]:
         yield from _log_input(f, probabilities, always)
     if f.truncated > 0:
         yield _truncated(f)
+    elif f.constant >= CHECKED and f.function in BINARY:
+        yield _constant(f)
+    if f.root and f.factor is not None and f.factor < 0:
+        yield _ascended(f)
     if f.padded >= PADDED and f.padding is not None and f.ignored != f.padding:
         yield _padding(f)
 
@@ -128,6 +135,53 @@ def _truncated(f: LossFacts) -> Finding:
         "Keep the targets floating: .float() instead of .long() or .int().",
         "Data whose targets are whole numbers.",
         step=f.first_step,
+    )
+
+
+def _constant(f: LossFacts) -> Finding:
+    return Finding(
+        Level.WARNING,
+        Cause.TARGETS_CAST,
+        f"All targets that {f.function} gets are one number, while those of the data differ: they lost their "
+        "values on the way.",
+        "Look for .int() or .long() after a scaling, or for a comparison that is never true.",
+        "A batch whose targets differ.",
+        step=f.first_step,
+    )
+
+
+def _ascended(f: LossFacts) -> Finding:
+    meant = f.function in BINARY  # as in the minimax game of a GAN
+    return Finding(
+        Level.WARNING if meant else Level.ALARM,
+        Cause.LOSS_ASCENDED,
+        f"Training goes up the loss: backward() is called on {f.function} times {f.factor:.3g}.",
+        "Call backward() on the loss itself, without the minus sign.",
+        "A loss that is meant to grow, as an adversary's.",
+        step=f.first_step,
+    )
+
+
+def _is_summed(f: LossFacts, loop: Loop) -> bool:
+    rates = [g.get("lr", 0.0) for o in loop.training if o.kind == "SGD" for g in o.groups]
+    whole = f.reduction == "sum" and f.root and f.factor == 1
+    return whole and bool(rates) and max(rates) * _examples(f) >= STEP_OF_A_SUM
+
+
+def _examples(f: LossFacts) -> int:
+    return f.input_shape[0] if f.input_shape else 1
+
+
+def _summed(f: LossFacts, loop: Loop) -> Finding:
+    return Finding(
+        Level.WARNING,
+        Cause.LOSS_SUMMED,
+        f"{f.function} is a sum over {_examples(f):,} examples where a mean is usual, so with SGD the step is that "
+        f"of a learning rate {_examples(f):,} times as large, and it grows with the batch.",
+        f"Use reduction='mean', or divide the learning rate by {_examples(f):,}.",
+        "A learning rate that was chosen for the sum.",
+        step=f.first_step,
+        confidence=Confidence.WEAK_EMPIRICAL,
     )
 
 

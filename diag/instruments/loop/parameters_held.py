@@ -40,6 +40,8 @@ def parameters_held(loop: Loop) -> ParametersHeld:
 
 
 def _findings(loop: Loop, steps: int) -> Iterator[Finding]:
+    if loop.strangers:
+        yield _unknown(loop)
     left_out = [p for p in loop.parameters if p.trainable and p.ungathered >= LOOKS]
     if not left_out:
         return
@@ -85,6 +87,17 @@ def _left_out(left_out: list[ParameterFacts], loop: Loop) -> Finding:
         f"Give the optimizer all of model.parameters(), or freeze what is not to be trained.{meant}",
         "The parameters' ids in the param_groups of an optimizer that steps.",
         layers=tuple(names),
+    )
+
+
+def _unknown(loop: Loop) -> Finding:
+    return Finding(
+        Level.ALARM,
+        Cause.PARAMETER_IN_NO_OPTIMIZER,
+        f"The model uses {counted(len(loop.strangers), 'parameter')} that it does not know and no optimizer holds, "
+        f"so they stay as they are: of the shapes {named([str(shape) for shape in loop.strangers])}.",
+        "Keep layers in nn.ModuleList, parameters in nn.ParameterList, not in a plain list or dict.",
+        "The parameters in model.named_parameters().",
     )
 
 

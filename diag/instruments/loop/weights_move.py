@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -15,6 +16,8 @@ from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
 STEPS = 3  # measured in a row
+ROUNDING = 1e-6
+CONVERGED = 1e-2  # of the usual gradient: below it a step may well round to nothing
 HALVES = ("float16", "bfloat16")
 
 
@@ -47,9 +50,14 @@ def _findings(history: History, loop: Loop) -> Iterator[Finding]:
     for column, name in enumerate(history.layers):
         p = facts.get(name)
         seen = numpy.flatnonzero(numpy.isfinite(update[:, column]) & (gradient[:, column] > 0))
+        if len(seen) and gradient[seen[-STEPS:], column].max() < CONVERGED * numpy.median(gradient[seen, column]):
+            continue
         if p is None or not p.optimizers or len(seen) < STEPS or (update[seen[-STEPS:], column] != 0).any():
             continue
         zero_rate = p.rate is not None and p.rate == 0
+        last = rows[seen[-STEPS:]]
+        if p.rate and p.dtype not in HALVES and _rounds(history, last, column, p.rate):
+            continue
         moved = numpy.flatnonzero(update[seen, column] != 0)
         since = int(history.steps[rows[seen[moved[-1] + 1 if len(moved) else 0]]])
         cause = Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALVES else Cause.WEIGHTS_UNCHANGED
@@ -59,6 +67,13 @@ def _findings(history: History, loop: Loop) -> Iterator[Finding]:
         began[cause] = min(began.get(cause, since), since)
     for cause, names in still.items():
         yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
+
+
+def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
+    """Whether the learning rate times the gradient is below what float32 keeps of the parameter: a bias in front
+    of a normalisation has such a gradient, made of rounding."""
+    step, size = rate * history.gradient_norm[last, column], history.parameter_norm[last, column]
+    return bool((step <= ROUNDING * numpy.nan_to_num(size)).all())
 
 
 def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> Finding:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from diag.errors import MissingQuantity
 from diag.snapshot.loop.parts import (
     BatchFacts,
+    ChanceFacts,
     ClippingFacts,
     LayerFacts,
     LossFacts,
@@ -33,6 +34,7 @@ class Loop:
 
     calls: of the model in training; backwards: backward passes that reached the model; unstepped: those since the
     last step of an optimizer that holds its parameters, and zeroed_without_step how many of them were zeroed away.
+    strangers: the shapes of parameters that the model uses and does not know, and no optimizer holds.
     ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not."""
 
     step: int
@@ -45,8 +47,10 @@ class Loop:
     order: tuple[Pattern, ...] = ()
     optimizers: tuple[OptimizerFacts, ...] = ()
     parameters: tuple[ParameterFacts, ...] = ()
+    strangers: tuple[tuple[int, ...], ...] = ()
     schedulers: tuple[SchedulerFacts, ...] = ()
     modes: ModeFacts = field(default_factory=ModeFacts)
+    chance: ChanceFacts = field(default_factory=ChanceFacts)
     batches: BatchFacts = field(default_factory=BatchFacts)
     losses: tuple[LossFacts, ...] = ()
     scaling: ScalingFacts = field(default_factory=ScalingFacts)

@@ -46,15 +46,17 @@ class OptimizerFacts:
     groups: hyperparameters by parameter group. held: names of the model's parameters in it; foreign: how many other
     tensors; stale: names of parameters that no optimizer holds and that have the shape of a foreign tensor here
     which gets no gradient. nested: its steps are taken inside another optimizer's. stateful: it keeps moments.
-    unzeroed: steps on a gradient that was not reset since the step before. empty: steps without any gradient.
-    zeroed_before: steps after the gradient of a backward pass was zeroed; before_backward: the same, and the model
-    had been called in between, so that the step comes before its backward pass; late: steps between a call of the
-    model and the backward pass of that call. repeated: steps without a backward pass since the last step, on the
-    same gradient. doubled: steps on a gradient that another optimizer had just stepped on. lost: steps before which
-    earlier backward passes were zeroed away, of `passes_lost` each. passes: backward passes that made up the last
-    step's gradient. scaled: steps on gradients that still carried a scaler's scale. stale_gradients: parameters
-    whose gradient was left over from the step before while others' was not. no_state: its first step in a run that
-    was resumed began without moments."""
+    looked: how many of its steps were looked at closely; what is counted in the following is counted in these.
+    unzeroed: steps on a gradient that was not reset since the step before; partly_zeroed: those where only some
+    were not, not_zeroed: some of these parameters. empty: steps without any gradient. zeroed_before: steps after
+    the gradient of a backward pass was zeroed; before_backward: the same, and the model had been called in between,
+    so that the step comes before its backward pass; late: steps between a call of the model and the backward pass
+    of that call. repeated: steps without a backward pass since the last step, on the same gradient. doubled: steps
+    on a gradient that another optimizer had just stepped on. lost: steps before which earlier backward passes were
+    zeroed away, of `passes_lost` each. passes: backward passes that made up the last step's gradient. scaled: steps
+    on gradients that still carried a scaler's scale. stale_gradients: parameters whose gradient was left over from
+    the step before while others' was not. no_state: its first step in a run that was resumed began without
+    moments."""
 
     kind: str
     groups: tuple[Mapping[str, Any], ...] = ()
@@ -64,9 +66,12 @@ class OptimizerFacts:
     nested: bool = False
     stateful: bool = False
     steps: int = 0
+    looked: int = 0
     first_step: int = 0
     last_step: int = 0
     unzeroed: Tally = Tally()
+    partly_zeroed: Tally = Tally()
+    not_zeroed: tuple[str, ...] = ()
     empty: Tally = Tally()
     zeroed_before: Tally = Tally()
     before_backward: Tally = Tally()
@@ -156,10 +161,11 @@ class BatchFacts:
     """What the batches were, by a hash of a few numbers of each training call's inputs.
 
     calls: how many were hashed; lag: after how many calls the same batch comes again, 0 where none does; repeats:
-    how many calls in a row were the batch of `lag` calls before. fetched: batches that DataLoaders gave; loaders:
-    their epochs begun; loader_batches: batches in an epoch of the one last begun. label_counts: of each class over
-    the batches that were counted (`counted` of them), and distinct: classes in a batch, on average; batch_size:
-    targets counted a batch on average."""
+    how many calls in a row were the batch of `lag` calls before. fetched: before how many of these calls a
+    DataLoader gave a batch; loaders: epochs of DataLoaders begun, epochs: those of one that were followed by
+    training calls, loader_batches: batches in such an epoch. label_counts: of each class over the batches that were
+    counted (`counted` of them), and distinct: classes in a batch, on average; batch_size: targets counted a batch
+    on average."""
 
     calls: int = 0
     lag: int = 0
@@ -167,6 +173,7 @@ class BatchFacts:
     since: int = 0
     fetched: int = 0
     loaders: int = 0
+    epochs: int = 0
     loader_batches: int = 0
     shuffled: bool | None = None
     label_counts: Mapping[int, int] = field(default_factory=dict)
@@ -186,7 +193,8 @@ class LossFacts:
     what the loss was multiplied with before backward(), None where not known; root: backward() was called on it, or
     a multiple of it. ignored, padding: the index that the loss ignores, and the padding index of the model's
     embedding; padded: the share of targets that are the latter. truncated: the targets are what a DataLoader gave,
-    cut to whole numbers, and the largest change that this made. weighted: class weights were given."""
+    cut to whole numbers, and the largest change that this made; constant: calls whose targets were all one number
+    where the DataLoader gave floating ones that differ. weighted: class weights were given."""
 
     function: str
     reduction: str = ""
@@ -208,6 +216,7 @@ class LossFacts:
     padding: int | None = None
     padded: float = 0.0
     truncated: float = 0.0
+    constant: int = 0
     weighted: bool = False
     label_smoothing: float = 0.0
 
@@ -272,3 +281,16 @@ class LayerFacts:
     still_equal: tuple[tuple[str, str], ...] = ()
     embedding_pairs: tuple[tuple[str, str], ...] = ()
     looks: int = 0
+
+
+@dataclass(frozen=True)
+class ChanceFacts:
+    """drawn: evaluation calls in eval mode in which random numbers were drawn; always_dropping: modules whose
+    forward calls dropout whatever the mode, looked for where numbers were drawn. differing: evaluations whose first
+    batch had the labels of an earlier one and other inputs. seeded: steps at which torch.manual_seed set the same
+    seed again."""
+
+    drawn: Tally = Tally()
+    always_dropping: tuple[str, ...] = ()
+    differing: Tally = Tally()
+    seeded: Tally = Tally()

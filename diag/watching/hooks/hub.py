@@ -81,6 +81,8 @@ class Listener(Protocol):
 
     def scheduler_stepped(self, scheduler: Any) -> None: ...
 
+    def seeded(self, seed: Any) -> None: ...
+
     def loader_started(self, loader: Any) -> None: ...
 
     def batch_fetched(self, batch: Any) -> None: ...
@@ -163,6 +165,7 @@ class Hub:
             Attribute([(torch.autograd, "backward")], self._look(self._backward_begins, self._backward_done)),
             Attribute(zeroing, self._look(self._zeroing, self._zeroed)),
             *(Attribute([(k, "step")], self._scheduler_look()) for k in _with_own_step(lr_scheduler)),
+            Attribute([(torch, "manual_seed"), (torch.random, "manual_seed")], self._look(None, self._seeded)),
             Attribute([(DataLoader, "__iter__")], self._look(None, self._epoch_begun)),
             Attribute([(_BaseDataLoaderIter, "__next__")], self._look(None, self._batch_fetched)),
             Attribute(scaling, self._look(self._scaling_gradients, self._clipped)),
@@ -240,6 +243,10 @@ class Hub:
     def _scheduled(self, depth: Any, args: Any, kwargs: Any, value: Any) -> None:
         for listener in self.listeners if depth == 0 else ():  # one that is made of others counts once
             listener.scheduler_stepped(args[0])
+
+    def _seeded(self, token: Any, args: Any, kwargs: Any, value: Any) -> None:
+        for listener in self.listeners:
+            listener.seeded(args[0] if args else kwargs.get("seed"))
 
     def _epoch_begun(self, token: Any, args: Any, kwargs: Any, value: Any) -> None:
         for listener in self.listeners:

@@ -27,13 +27,13 @@ from diag.watching.guard import safely
 INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
 
 SeenCall = Callable[[Any, Any, Any, nn.Module], None]
-Evaluated = Callable[[Any, nn.Module], None]
+Evaluated = Callable[[Any, Any, Any, nn.Module], None]
 Broke = Callable[[Exception], None]
 
 
 class ForwardHook:
-    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes, `evaluated(outputs,
-    model)` of each without gradients; broke(error): that it could not."""
+    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes, `evaluated(args,
+    kwargs, outputs, model)` of each without gradients; broke(error): that it could not."""
 
     def __init__(self, model: nn.Module, seen: SeenCall, evaluated: Evaluated, broke: Broke) -> None:
         self.model, self.seen, self.evaluated, self.broke = model, seen, evaluated, broke
@@ -44,7 +44,7 @@ class ForwardHook:
         if torch.is_grad_enabled():
             safely(self._called, module, args, kwargs, outputs, broke=self.broke)
         elif module is self.model and torch._C._current_graph_task_id() == -1:
-            safely(self.evaluated, outputs, module, broke=self.broke)
+            safely(self.evaluated, args, kwargs, outputs, module, broke=self.broke)
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         # A module that data-parallel replicas share hooks with is not the model; a pass inside backward is a

@@ -68,6 +68,8 @@ REPLACED = (
             ("CosineAnnealingWarmRestarts", "1.1"),
         )
     ),
+    Replaced("torch.manual_seed", "attribute", "watching", "1.0", "whether one seed is set again and again"),
+    Replaced("torch.random.manual_seed", "attribute", "watching", "1.0", "the same function by its other name"),
     Replaced("torch.utils.data.DataLoader.__iter__", "attribute", "watching", "1.0", "where an epoch begins"),
     Replaced(
         "torch.utils.data.dataloader._BaseDataLoaderIter.__next__",

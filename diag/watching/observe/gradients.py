@@ -98,14 +98,14 @@ class GradientNorms:
                 clip.scale, clip.measured_after = scaler._scale.detach().clone(), True
                 self._note("clipping", CLIPPED_SCALED)
 
-    def read(self, row: Row, optimizer: Optimizer, members: StepMembers) -> None:
+    def read(self, row: Row, optimizer: Optimizer | None, members: StepMembers) -> None:
         """The optimizer is about to use the gradients: their norms go into the row."""
         if self.active and members.parameters:
             began = time.perf_counter()
             self._read(row, optimizer, members)
             self.cost += time.perf_counter() - began
 
-    def _read(self, row: Row, optimizer: Optimizer, members: StepMembers) -> None:
+    def _read(self, row: Row, optimizer: Optimizer | None, members: StepMembers) -> None:
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             row.unscale.append((members.columns, scale.detach().clone()))

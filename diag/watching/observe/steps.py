@@ -31,6 +31,9 @@ THINNED = (
     "Reading the gradients of {:,} parameter tensors takes more than 2 % of a step, so their norms are recorded at "
     "some of the steps only; the loss is recorded at every one."
 )
+TOLD = (
+    "The steps of an optimizer are seen, so watcher.step() is not needed; calls of it make no step of the record."
+)
 FOREIGN = (
     "The optimizer also steps parameters that were not trainable parameters of the model when the watch began; "
     "they are not recorded."
@@ -110,6 +113,21 @@ class StepObserver:
         self._row.skipped = _either(self._row.skipped, getattr(optimizer, "found_inf", None))
         self._measure_parameters(self._row, members)
         self._close_round(optimizer, members)
+
+    def told(self) -> None:
+        """The loop says that it has made a step, without an optimizer of torch's."""
+        if len(self._known):
+            self._note("told", TOLD)
+            return
+        everyone = StepMembers(numpy.arange(len(self.parameters)), tuple(self.parameters))
+        self._row = row = Row()
+        self._taken = bool(self.before)
+        self.gradients.read(row, None, everyone)
+        self._measure_parameters(row, everyone)
+        self.finish(in_step=True)
+        # The next step is compared with what the parameters are now.
+        self._taken = self.thinning.take(self.steps + 1, self._clock())
+        self._remember(everyone)
 
     def scaler_stepping(self, optimizer: Optimizer) -> None:
         """A GradScaler is about to step an optimizer, or to leave the step out."""

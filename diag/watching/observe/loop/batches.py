@@ -26,7 +26,7 @@ WHOLE = 1 << 19  # bytes of a batch up to which that is done
 LOOKED = 4  # batches by which it is decided
 REMEMBERED = 1 << 16  # batches
 AWAY = 256  # batches on a device that wait to be hashed
-TELL = (2, 4)  # the same order for so many batches is news
+TELL = (2, 4, 6)  # the same order for so many batches is news
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
 CLASSES = 4096  # more distinct targets than these are no classes
 
@@ -36,14 +36,18 @@ class Batches:
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
-        self._calls = 0
-        self._first_at: dict[Any, int] = {}
+        self._calls = self._hashed = 0
+        self._at: dict[Any, int] = {}
+        self._keys: dict[int, Any] = {}
         self._whole, self._looked = False, 0
-        self._away: deque[Tensor] = deque(maxlen=AWAY)
-        self._lag = self._repeats = self._since = 0
-        self.fetched = 0
+        self._away: deque[tuple[int, Tensor]] = deque(maxlen=AWAY)
+        self._lag = self._repeats = self._since = self._fetched = 0
+        self.fetched = False  # a DataLoader gave a batch since the last call
         self._loaders = self._loader_batches = 0
         self._shuffled: bool | None = None
+        self._begun: int | None = None  # the loader whose epoch began last, until a training call
+        self._epochs: dict[int, int] = {}  # by loader, those with training calls
+        self._batches_each = 0
         self._labels: dict[int, int] = {}
         self._counted = self._distinct = self._targets = 0
         self._labels_away: list[Tensor] = []
@@ -53,50 +57,65 @@ class Batches:
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
+        self._calls += 1
+        if not self._moment.attentive:
+            return
+        if self._begun is not None:
+            self._epochs[self._begun] = self._epochs.get(self._begun, 0) + 1
+            self._batches_each, self._begun = self._loader_batches, None
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
         if tensor is None:
             tensor = next((t for t in tensors_in((args, dict(kwargs)))), None)
         if tensor is None or type(tensor) is not Tensor or not tensor.numel() or tensor.layout is not torch.strided:
             return
         if tensor.device.type != "cpu":
-            if self._calls + len(self._away) < AWAY:
-                self._away.append(sampled(tensor).clone())
+            if self._calls < AWAY:
+                self._away.append((self._calls, sampled(tensor).clone()))
             return
         if self._whole and tensor.numel() * tensor.element_size() > WHOLE:
             return
         sample = bytes_of(tensor if self._whole else sampled(tensor))
         if self._looked < LOOKED and not self._whole:
             self._look(tensor, sample)
-        self._add(zlib.crc32(sample), tensor.shape)
+        self._add(self._calls, zlib.crc32(sample), tensor.shape)
 
     def _look(self, tensor: Tensor, sample: bytes) -> None:
         """Are the few numbers enough to tell batches apart?"""
         self._looked += 1
         size = 4 if tensor.dtype is torch.bfloat16 else tensor.element_size()
         if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT:
-            self._whole, self._calls = True, 0
-            self._first_at.clear()
+            self._whole, self._hashed = True, 0
+            self._at.clear()
+            self._keys.clear()
 
-    def _add(self, sample: int, shape: Any) -> None:
+    def _add(self, call: int, sample: int, shape: Any) -> None:
         key = (sample, shape)
-        call = self._calls
-        self._calls += 1
-        before = self._first_at.get(key)
-        if len(self._first_at) < REMEMBERED or before is not None:
-            self._first_at[key] = call
-        lag = 0 if before is None else call - before
-        if lag and lag == self._lag:
+        self._hashed += 1
+        fetched, self.fetched = self.fetched, False
+        before = self._at.get(key)
+        if len(self._at) < REMEMBERED:
+            self._at[key], self._keys[call] = call, key
+        self._compare(call, key, before, fetched)
+        if self._repeats in TELL or (self._lag and self._repeats == self._lag):
+            self._moment.news(("same batches", self._lag, self._repeats))
+
+    def _compare(self, call: int, key: Any, before: int | None, fetched: bool) -> None:
+        """Is this the batch of `lag` calls before? Not all calls are looked at, so often nobody knows."""
+        there = self._keys.get(call - self._lag) if self._lag else None
+        if there is not None and there == key:
             self._repeats += 1
-        else:
-            self._lag, self._repeats, self._since = lag, int(lag > 0), self._moment.step
-        if self._repeats in TELL or (lag and self._repeats == lag):
-            self._moment.news(("same batches", lag, self._repeats >= lag))
+            self._fetched += fetched
+        elif there is not None or (not self._lag and before is not None):
+            self._lag = 0 if before is None else call - before
+            self._repeats, self._since = int(before is not None), self._moment.step
+            self._fetched = int(fetched)
 
     # DataLoaders
 
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""
         self._loaders += 1
+        self._begun = id(loader)
         try:
             self._loader_batches = len(loader)
         except TypeError:  # of a stream nobody knows the length
@@ -134,21 +153,22 @@ class Batches:
     def facts(self) -> BatchFacts:
         """As plain data; what is on a device is read now."""
         while self._away:
-            sample = self._away.popleft()
+            call, sample = self._away.popleft()
             if len(sample.unique()) >= DISTINCT:
-                self._add(zlib.crc32(bytes_of(sample.cpu())), sample.shape)
+                self._add(call, zlib.crc32(bytes_of(sample.cpu())), sample.shape)
         waiting, self._labels_away = self._labels_away, []
         for targets in waiting:
             self._count(targets.cpu())
         n = max(self._counted, 1)
         return BatchFacts(
-            calls=self._calls,
+            calls=self._hashed,
             lag=self._lag,
             repeats=self._repeats,
             since=self._since,
-            fetched=self.fetched,
+            fetched=self._fetched,
             loaders=self._loaders,
-            loader_batches=self._loader_batches,
+            epochs=max(self._epochs.values(), default=0),
+            loader_batches=self._batches_each or self._loader_batches,
             shuffled=self._shuffled,
             label_counts=dict(sorted(self._labels.items())),
             counted=self._counted,

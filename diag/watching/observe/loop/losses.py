@@ -60,6 +60,7 @@ class Kind:
     root: bool = False
     padded: float = 0.0
     truncated: float = 0.0
+    constant: int = 0
 
 
 class Losses:
@@ -124,6 +125,7 @@ class Losses:
             for raw in self.raw:
                 if raw.shape == target.shape or raw.numel() == target.numel():
                     kind.truncated = max(kind.truncated, _truncation(raw.reshape(target.shape), target))
+                    kind.constant += is_constant(target) and not is_constant(raw)
 
     def _read(self, kind: Kind, what: str, values: Tensor) -> None:
         if values.is_cpu:
@@ -213,6 +215,7 @@ class Losses:
             padding=self._padding,
             padded=k.padded,
             truncated=k.truncated,
+            constant=k.constant,
             weighted=k.arguments.get("weight") is not None or k.arguments.get("pos_weight") is not None,
             label_smoothing=float(smoothing) if isinstance(smoothing, (int, float)) else 0.0,
         )
@@ -291,7 +294,9 @@ def factor_between(root: Any, number: int) -> float | None:
             return factor
         name = node.name().rstrip("0123456789").removesuffix("Backward")
         other = getattr(node, "_saved_other", None) if name in ("Div", "Mul") else None
-        if name in ("Div", "Mul"):
+        if name == "Neg":
+            factor = -factor
+        elif name in ("Div", "Mul"):
             value = _number(other)
             factor = factor / value if name == "Div" and value else factor * value
         elif name not in TRANSPARENT:
@@ -351,6 +356,11 @@ def _output_shape(node: Any) -> tuple[int, ...] | None:
         rows, columns = getattr(node, "_saved_mat1_sym_sizes", ()), getattr(node, "_saved_mat2_sym_sizes", ())
         return (rows[0], columns[1]) if rows and columns else None
     return None
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether all numbers of it are one, and there are several."""
+    return tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 def _truncation(raw: Tensor, target: Tensor) -> float:

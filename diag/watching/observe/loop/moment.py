@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from diag.snapshot.loop.parts import Tally
 
-OFTEN = (1, 2, 3)
-
 
 def due(times: int) -> bool:
     """Whether the look number `times` is one at which everything is looked at: 1, 2, 3, 10, 30, 100, 300, ..."""
@@ -15,13 +13,42 @@ def due(times: int) -> bool:
     return digits[0] in "13" and digits.strip("0") in ("1", "3")
 
 
+def next_due(times: int) -> int:
+    """The first look after `times` that is due."""
+    if times < 3:
+        return times + 1
+    power = 10 ** (len(str(times)) - 1)
+    return next(n for n in (power, 3 * power, 10 * power) if n > times)
+
+
 class Moment:
-    """The step under way, from 1; `changed` goes up with the first of each kind of news."""
+    """The step under way, from 1; `changed` goes up with the first of each kind of news.
+
+    attentive: this step is looked at closely. The first steps are, then four in a row of every 32, and those
+    after something unusual (`attend`), so that a step costs an eighth of that.
+    """
+
+    FIRST, EVERY, IN_A_ROW = 32, 32, 4
 
     def __init__(self, step: int = 0) -> None:
+        self._began = step
         self.step = step + 1
-        self.changed = False
+        self.changed, self.attentive = False, True
+        self._until = 0
         self._known: set[object] = set()
+
+    def ended(self, step: int) -> bool:
+        """The step with this number is over; whether attention begins with the next."""
+        self.step = step + 1
+        n, before = step - self._began, self.attentive
+        self.attentive = n < self.FIRST or n % self.EVERY < self.IN_A_ROW or step < self._until
+        return self.attentive and not before
+
+    def attend(self, steps: int) -> bool:
+        """Look closely at the rest of this step and at so many after it; whether attention begins."""
+        self._until = max(self._until, self.step + steps)
+        before, self.attentive = self.attentive, True
+        return not before
 
     def news(self, kind: object) -> None:
         """Something happened that checks may judge; only its first time counts."""

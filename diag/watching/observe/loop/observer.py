@@ -11,19 +11,22 @@ from torch.optim.optimizer import Optimizer
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.facts import Loop
 from diag.watching.observe.loop.batches import Batches
+from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
 from diag.watching.observe.loop.modes import Modes
-from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.moment import Moment, next_due
 from diag.watching.observe.loop.optimizers import Optimizers
 from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
+from diag.watching.observe.loop.strangers import Strangers
 from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.loop.zeroing import Gradients
 
 SEARCHED_AT = 3  # steps after which schedulers are searched that never stepped
+AFTERWARDS = 4  # steps after an evaluation that are looked at closely
 UNSTEPPED = (5, 50)  # backward passes without any step that are news
 
 
@@ -41,12 +44,14 @@ class LoopObserver:
         self._optimizers = Optimizers(self.moment, self._gradients, names, resumed > 0)
         self._schedulers = Schedulers(self.moment, self._optimizers)
         self._modes, self._batches = Modes(model, self.moment), Batches(self.moment)
+        self._chance = Chance(model, self.moment)
         self._losses = Losses(model, self.moment)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
+        self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
-        self._in_backward = self._any_step = False
+        self._any_step = False
 
     @property
     def changed(self) -> bool:
@@ -55,31 +60,54 @@ class LoopObserver:
 
     def step_ended(self, step: int) -> None:
         """The step with this number is over."""
-        self.moment.step = step + 1
+        if self.moment.ended(step):
+            self._begin()
+        if not self.moment.attentive and self._optimizers.unusual:
+            self.moment.attentive = True
+
+    def _begin(self) -> None:
+        """Attention begins: what was under way when it ended is over."""
+        for part in (self._optimizers, self._scaling, self._clipping):
+            part.begin()
+
+    @property
+    def attentive(self) -> bool:
+        """Whether all events are wanted now. Where not, calls of the model, steps and evaluations still are."""
+        return self.moment.attentive
 
     # The model and its loss
 
     def forward_called(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
         self._calls += 1
-        self._order.add("F")
         # A closure calls the model several times on one batch, at other parameters.
         if not self._optimizers.inside:
             self._weights.training_call()
             self._batches.training_call(args, kwargs)
-        for w in self._gradients.watched:
-            w.forward = True
+        self._parameters.called()
+        if not self.moment.attentive:
+            return
+        self._order.add("F")
+        self._chance.training_call()
         self._optimizers.forward_called()
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._optimizers.adversarial = True
         self._modes.training_call()
         self._scaling.training_call(outputs)
-        self._parameters.called()
+        self._strangers.training_call(args, kwargs, outputs)
 
-    def evaluated(self) -> None:
+    def seeded(self, seed: Any) -> None:
+        """torch.manual_seed was called."""
+        self._chance.seeded(seed)
+
+    def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called without gradients."""
+        if self.moment.attend(AFTERWARDS):
+            self._begin()
         self._order.add("E")
         self._modes.quiet_call()
+        self._chance.evaluated(args, kwargs)
+        self._batches.fetched = False
         self._weights.evaluated()
         self._parameters.evaluated()
 
@@ -106,11 +134,9 @@ class LoopObserver:
         self._optimizers.backward_called()
         self._losses.backward_called(roots)
         self._scaling.backward_called(roots)
-        self._in_backward = True
 
     def backward_done(self) -> None:
         """It has ended."""
-        self._in_backward = False
         reached = False
         for w in self._gradients.watched:
             reached |= w.passed()
@@ -163,26 +189,31 @@ class LoopObserver:
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
         """An optimizer is about to step."""
         record = self._optimizers.record(optimizer)
-        if record is not None and not self._optimizers.inside and due(record.steps + 1):
+        if record is not None and not self._optimizers.inside and record.steps + 1 >= record.due:
+            record.due, record.swept = next_due(record.steps + 1), True
             self._parameters.sweep(record, self._optimizers)
             if record.held:
                 self._layers.sweep()
-        record = self._optimizers.before_step(optimizer, closure)
-        self._scaling.before_step(optimizer, record)
+                self._strangers.sweep(self._optimizers)
+        self._scaling.before_step(optimizer, self._optimizers.before_step(optimizer, closure))
 
     def after_step(self, optimizer: Optimizer) -> None:
         """It has stepped."""
+        self._scaling.stepped()
         record = self._optimizers.after_step(optimizer)
         if record is None or not record.held:
             return
-        self._order.add("S")
         self._weights.stepped()
+        if not self.moment.attentive:
+            self._unstepped = self._zeroed = 0
+            return
+        self._order.add("S")
         self._clipping.stepped()
         self._used()
         self._any_step = True
         if record.steps == SEARCHED_AT:
             self._schedulers.search(record)
-        if due(record.steps):
+        if record.steps <= SEARCHED_AT or record.just_swept:
             self._parameters.look_closer()
 
     def _used(self) -> None:
@@ -198,12 +229,15 @@ class LoopObserver:
 
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""
+        if self.moment.attend(AFTERWARDS):
+            self._begin()
         self._batches.loader_started(loader)
 
     def batch_fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""
         self._order.add("D")
-        self._batches.fetched += 1
+        self._chance.fetched(batch)
+        self._batches.fetched = True
         if self._calls < 4:
             self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)
         else:
@@ -225,9 +259,11 @@ class LoopObserver:
             zeroed_without_step=self._zeroed,
             order=self._order.facts(),
             optimizers=self._optimizers.facts(),
+            strangers=self._strangers.facts(),
             parameters=self._parameters.facts(self._optimizers),
             schedulers=self._schedulers.facts(),
             modes=self._modes.facts(),
+            chance=self._chance.facts(),
             batches=self._batches.facts(),
             losses=self._losses.facts(),
             scaling=self._scaling.facts(),

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.loop.parts import OptimizerFacts
 from diag.snapshot.optimizer import HYPERPARAMETERS
-from diag.watching.observe.loop.moment import Counter, Moment, due
+from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.zeroing import Gradients, Watched, mark_of
 
 MOST = 64  # optimizers that are followed
@@ -27,6 +27,8 @@ class Record:
         self.reference = weakref.ref(optimizer)
         self.kind = kind
         self.size = -1
+        self.looked, self.due = 0, 1  # of its steps; the next at which everything is looked at
+        self.swept = self.just_swept = False  # the step under way, the one just taken, is one of them
         self.held: list[nn.Parameter] = []
         self.foreign: list[Tensor] = []
         self.watched: list[Watched] = []
@@ -35,6 +37,8 @@ class Record:
         self.passes = self.passes_lost = 0
         self.unzeroed, self.empty, self.zeroed_before, self.before_backward = (Counter() for _ in range(4))
         self.repeated, self.doubled, self.lost, self.scaled, self.late = (Counter() for _ in range(5))
+        self.partly = Counter()
+        self.kept: tuple[str, ...] = ()
         self.may_be_late = False
         self.stale: tuple[str, ...] = ()
         self.stale_gradients: set[str] = set()
@@ -62,7 +66,7 @@ class Optimizers:
         self.records: list[Record] = []
         self._by_id: dict[int, Record] = {}
         self._inside: list[Optimizer] = []
-        self._searched = self.called = False
+        self._searched = self.called = self.closures = False
         self.adversarial = False  # the inputs ask for a gradient: backward passes are made for them
 
     def record(self, optimizer: Any) -> Record | None:
@@ -115,31 +119,35 @@ class Optimizers:
         if len(self._inside) > 1:
             record.nested = True
             return None
+        self.closures |= closure
         if record.size != sum(len(g["params"]) for g in optimizer.param_groups):
             self.refresh(record, optimizer)
         if record.steps == 0:
             record.no_state = self._resumed and not optimizer.state and bool(record.held)
         if record.held and not closure:
+            record.looked += 1
             record.may_be_late = self.called
             self._judge(record)
         return record
 
     def after_step(self, optimizer: Optimizer) -> Record | None:
         """It has stepped; its record where the step counts by itself."""
-        if not self._inside or self._inside.pop() is not optimizer or self._inside:
+        if self._inside and (self._inside.pop() is not optimizer or self._inside):
             return None
         record = self._by_id.get(id(optimizer))
-        if record is None:
+        if record is None or record.nested:
             return None
-        step = self._moment.step
+        step, record.just_swept, record.swept = self._moment.step, record.swept, False
         record.steps += 1
         record.first_step, record.last_step = record.first_step or step, step
+        if not self._moment.attentive:
+            return record
         if record.steps == 1:
             record.stateful = bool(optimizer.state) and any(optimizer.state.values())
         for w in record.watched:
             w.stepped(id(record))
         self.used()
-        if due(record.steps):
+        if record.just_swept:
             # An id may be used again by the next gradient; a weak reference tells the two apart.
             record.marks = {
                 id(p): (weakref.ref(p.grad), p.grad._version) for p in record.held if p.grad is not None
@@ -164,6 +172,19 @@ class Optimizers:
                 record.may_be_late = False
                 self._count(record.late, record.last_step, True, "late", record)
 
+    def begin(self) -> None:
+        """Attention begins."""
+        self._inside, self.called = [], False
+        for w in self._gradients.watched:
+            w.begin()
+        for record in self.records:
+            record.may_be_late, record.marks = False, {}
+
+    @property
+    def unusual(self) -> bool:
+        """Whether steps are made of other steps or of closures, so that every one must be looked at."""
+        return self.closures or any(r.nested for r in self.records)
+
     def used(self) -> None:
         """A step has made use of all backward passes so far, whichever parameters they reached."""
         for w in self._gradients.watched:
@@ -186,8 +207,7 @@ class Optimizers:
             self._without_backward(record, present, watched)
             return
         gone = not any(w.fresh for w in watched)
-        # Between the zeroing and the step the model was called: the backward pass is still to come.
-        called = any(w.forward for w in watched)
+        called = record.may_be_late  # the model was called since: the backward pass is still to come
         self._count(record.before_backward, step, gone and called, "before backward", record)
         self._count(record.zeroed_before, step, gone and not called, "zeroed before", record)
         if gone:
@@ -201,7 +221,7 @@ class Optimizers:
     def _without_backward(self, record: Record, present: Sequence[Watched], watched: Sequence[Watched]) -> None:
         step = self._moment.step
         if not present:
-            called = any(w.forward for w in watched)
+            called = record.may_be_late
             self._count(record.before_backward, step, called, "before backward", record)
             return
         same = all(w.fresh and mark_of(w.parameter) == w.mark for w in present)
@@ -213,6 +233,10 @@ class Optimizers:
     def _kept(self, record: Record, present: Sequence[Watched]) -> None:
         kept = all(w.kept for w in present) and not any(w.was_zero() for w in present)
         self._count(record.unzeroed, self._moment.step, kept, "not zeroed", record)
+        some = [] if kept else [w for w in present if w.kept and w.reached and not w.was_zero()]
+        self._count(record.partly, self._moment.step, bool(some), "partly zeroed", record)
+        if some:
+            record.kept = tuple(self._names.get(id(w.parameter), "") for w in some)
 
     def _lost(self, record: Record, watched: Sequence[Watched]) -> None:
         lost = max(w.thrown for w in watched)
@@ -259,6 +283,7 @@ class Optimizers:
             nested=r.nested,
             stateful=r.stateful,
             steps=r.steps,
+            looked=r.looked,
             first_step=r.first_step,
             last_step=r.last_step,
             unzeroed=unzeroed.tally(),
@@ -272,6 +297,8 @@ class Optimizers:
             passes=r.passes,
             scaled=r.scaled.tally(),
             late=r.late.tally(),
+            partly_zeroed=r.partly.tally(),
+            not_zeroed=r.kept,
             stale_gradients=tuple(sorted(r.stale_gradients)),
             no_state=r.no_state,
         )

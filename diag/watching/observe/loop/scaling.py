@@ -100,9 +100,17 @@ class Scaling:
         self._end()
         return skipped
 
+    def begin(self) -> None:
+        """Attention begins."""
+        self.carried = self._clipped = False
+        self._scaled.clear()
+
+    def stepped(self) -> None:
+        """An optimizer has stepped."""
+        self._fired = True
+
     def before_step(self, optimizer: Any, record: Record | None) -> None:
         """An optimizer is about to step."""
-        self._fired = True
         if record is None or not record.held:
             return
         by_scaler = id(optimizer) in self._stepping
@@ -148,6 +156,10 @@ class Clipping:
         self._threshold: float | None = None
         self._clips, self._early, self._partial, self._empty = (Counter() for _ in range(4))
         self._covered = self._trained = 0
+        self._this = self._before = self._after = False
+
+    def begin(self) -> None:
+        """Attention begins."""
         self._this = self._before = self._after = False
 
     def clipped(self, parameters: Any, limit: Any, names: Mapping[int, str], passes: bool) -> bool:

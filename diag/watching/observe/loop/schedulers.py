@@ -113,7 +113,7 @@ class Schedulers:
         return SchedulerFacts(
             kind=s.kind,
             optimizer=index,
-            steps=s.steps,
+            steps=max(s.steps, last if isinstance(last := getattr(scheduler, "last_epoch", 0), int) else 0),
             first_step=s.first_step,
             last_step=s.last_step,
             horizon=s.horizon,

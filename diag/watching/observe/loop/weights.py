@@ -47,23 +47,29 @@ class Weights:
         self._past: OrderedDict[Any, int] = OrderedDict()
         self._changes: list[OutsideChange] = []
         self._times = 0
-        self._steps_since = 0
+        self._read = SOME
         self._away: list[tuple[int, list[Any], list[Any], Any]] = []
         if self._on_host:
             self._past[tuple(self._values())] = 0
 
     def _values(self) -> list[Any]:
-        for s in self._samples:
+        """Of the parameters that the last step was read at: of one only where it was not looked at closely."""
+        values = []
+        for s in self._samples[: self._read]:
             if s.parameter.data_ptr() != s.address:
-                s.address, s.read = sample_of(s.parameter).address, sample_of(s.parameter).read
-        return [s.read() for s in self._samples]
+                again = sample_of(s.parameter)
+                s.address, s.read = again.address, again.read
+            values.append(s.read())
+        return values
 
     def stepped(self) -> None:
         """An optimizer that holds the model's parameters has stepped."""
+        close = self._moment.attentive
+        self._read = SOME if close else 1
         self._after, self._at_evaluation = self._values(), None
-        self._versions = [s.parameter._version for s in self._samples]
-        self._steps_since += 1
-        if self._on_host:
+        if not self._on_host:
+            self._versions = [s.parameter._version for s in self._samples]
+        elif close:
             key = tuple(self._after)
             self._past[key] = self._moment.step
             if len(self._past) > PAST:
@@ -93,7 +99,7 @@ class Weights:
 
     def _changed(self, after: list[Any], now: list[Any]) -> None:
         at_evaluation, names = self._at_evaluation, []
-        for s, before, value in zip(self._samples, after, now, strict=True):
+        for s, before, value in zip(self._samples, after, now, strict=False):
             if before != value:
                 names.append(self._names.get(id(s.parameter), ""))
         back = self._past.get(tuple(now))
@@ -117,7 +123,7 @@ class Weights:
         """The first and the last changes; what is on a device is compared now."""
         waiting, self._away = self._away, []
         for step, after, now, evaluated in waiting:
-            pairs = zip(self._samples, after, now, strict=True)
+            pairs = zip(self._samples, after, now, strict=False)
             names = [self._names.get(id(s.parameter), "") for s, a, b in pairs if not torch.equal(a, b)]
             if names:
                 self._keep(step, names, evaluated, None)

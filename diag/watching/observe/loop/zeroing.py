@@ -25,11 +25,10 @@ class Watched:
 
     fresh: backward passes that its gradient has in it since it was last reset; unused: those of them that no step
     has used. reached: passes since the last step of an optimizer that holds it. kept: it was not reset since then.
-    thrown: passes since then that were reset away unused. forward: the model was called since the last reset.
+    thrown: passes since then that were reset away unused.
     stepper: the optimizer that stepped on it last."""
 
     __slots__ = (
-        "forward",
         "fresh",
         "kept",
         "mark",
@@ -47,8 +46,14 @@ class Watched:
         self.mark: Mark = mark_of(parameter)
         self.fresh = self.unused = self.reached = self.thrown = self.stepper = 0
         self.version = parameter._version
-        self.kept = self.forward = False
+        self.kept = False
         self.zeros: list[Any] = []  # whether suspicious gradients held any number but zero; read when asked for
+
+    def begin(self) -> None:
+        """Attention begins, after a time in which nothing was seen."""
+        self.mark, self.version = mark_of(self.parameter), self.parameter._version
+        self.kept, self.fresh, self.unused, self.reached, self.thrown = False, 0, 0, 0, 0
+        self.stepper = 0
 
     def look(self, zeroing: bool = False) -> None:
         """A backward pass begins, or `zero_grad` was called: has the gradient been reset since the last look?"""
@@ -62,7 +67,6 @@ class Watched:
             if self.parameter._version == self.version:
                 self.thrown += self.unused
             self.fresh = self.unused = 0
-            self.forward = False
         self.kept = False
         self.mark = mark
 

@@ -1,0 +1,70 @@
+"""Is chance where it belongs: new in each training batch, and none in an evaluation?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.registry import instrument
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
+
+TWICE, THRICE = 2, 3
+CLASSIFYING = ("cross_entropy", "nll_loss")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RepeatedChance(LoopCheck):
+    """Random numbers that repeat in training, or that are drawn in an evaluation."""
+
+
+@instrument(source=SOURCE, title="Chance in training and evaluation", kind="check")
+def repeated_chance(loop: Loop) -> RepeatedChance:
+    """Whether dropout is off in evaluation, held-out rows stay the same, and training is not seeded at every step.
+
+    Dropout in eval mode is told where random numbers are drawn in evaluation calls and the source of a module's
+    forward calls dropout without its mode. Held-out rows are told where a first batch with the same labels has
+    other inputs in each of several evaluations of a classifier.
+
+    Raises nothing of its own.
+    """
+    fine = f"No seed was set again and again, in {counted(loop.step, 'step')}."
+    return judged(RepeatedChance, loop.step, list(_findings(loop)), fine)
+
+
+def _findings(loop: Loop) -> Iterator[Finding]:
+    c = loop.chance
+    if c.drawn.times >= TWICE and c.always_dropping:
+        yield Finding(
+            Level.ALARM,
+            Cause.DROPOUT_ALWAYS_ON,
+            f"Dropout acts in evaluation, too: {named(c.always_dropping)} calls it without regard to the mode, and "
+            f"random numbers are drawn in eval mode (before step {c.drawn.first:,}).",
+            "Pass the mode, F.dropout(x, p, training=self.training), or use nn.Dropout as a module of its own.",
+            "Two equal outputs for one input in eval mode.",
+            step=c.drawn.first,
+            layers=c.always_dropping,
+        )
+    classifier = any(f.function in CLASSIFYING for f in loop.losses)
+    if classifier and c.differing.longest >= TWICE:
+        yield Finding(
+            Level.WARNING,
+            Cause.AUGMENTATION_IN_EVALUATION,
+            f"Held-out rows differ between evaluations: the first batch had the same labels and other inputs in "
+            f"{c.differing.times + 1:,} evaluations.",
+            "Give the held-out data its own transform, without what is random.",
+            "Equal inputs for one held-out row in two evaluations.",
+            step=c.differing.first,
+        )
+    if c.seeded.longest >= THRICE:
+        yield Finding(
+            Level.WARNING,
+            Cause.AUGMENTATION_REPEATED,
+            f"torch.manual_seed sets the same seed at every step, {c.seeded.times + 1:,} times so far, so "
+            "augmentation and dropout draw the same numbers in every batch.",
+            "Set the seed once, before the loop.",
+            "Random numbers that differ between two steps.",
+            step=c.seeded.first,
+        )

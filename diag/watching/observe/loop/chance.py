@@ -1,0 +1,167 @@
+"""Chance where there should be none, or the same each time: random numbers drawn in evaluation mode, held-out rows
+that differ between evaluations, and one seed that is set again and again."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.parts import ChanceFacts
+from diag.watching.observe.loop.batches import bytes_of, sampled
+from diag.watching.observe.loop.moment import Counter, Moment
+
+LABELS, KINDS = 8, 3  # labels of a batch at least, and distinct ones, to know it again by
+KEPT = 64
+CALLS = 64  # evaluation calls that are looked at for random numbers
+SAME = (3, 10)  # times that one seed is set in a row of steps that are news
+
+
+class Chance:
+    """Follows evaluations in eval mode and the seeds that are set."""
+
+    def __init__(self, model: nn.Module, moment: Moment) -> None:
+        self._model, self._moment = model, moment
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._state: Any = None
+        self._calls = 0
+        self._drawn = Counter()
+        self._always: tuple[str, ...] | None = None
+        self._labels: Tensor | None = None
+        self._rows: dict[int, int] = {}
+        self._differing = Counter()
+        self._first = True
+        self._seed: tuple[Any, int] | None = None
+        self._seeded = Counter()
+
+    # Evaluations
+
+    def fetched(self, batch: Any) -> None:
+        """A DataLoader gave a batch: its labels tell it from others."""
+        labels = [t for t in tensors_in(batch) if t.ndim == 1 and not t.is_floating_point() and t.is_cpu]
+        self._labels = labels[-1] if labels else None
+
+    def training_call(self) -> None:
+        """The model was called in training."""
+        self._first, self._state = True, None
+
+    def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """The model was called without gradients."""
+        if not self._model.training and self._calls < CALLS:
+            self._draws()
+        labels, self._labels = self._labels, None
+        first, self._first = self._first, False
+        if first and labels is not None and not self._model.training:
+            self._same_rows(labels, args, kwargs)
+
+    def _same_rows(self, labels: Tensor, args: Any, kwargs: Mapping[str, Any]) -> None:
+        inputs = next((t for t in tensors_in((args, dict(kwargs)))), None)
+        if inputs is None or not inputs.is_floating_point() or not inputs.is_cpu or len(self._rows) >= KEPT:
+            return
+        if len(labels) < LABELS or len(labels.unique()) < KINDS or not inputs.numel():
+            return
+        rows, now = zlib.crc32(bytes_of(labels)), zlib.crc32(bytes_of(sampled(inputs)))
+        before = self._rows.get(rows)
+        self._rows[rows] = now
+        if before is not None:
+            if before != now:
+                self._differing.hit(self._moment.step)
+                self._moment.news(("rows differ", min(self._differing.times, 3)))
+            else:
+                self._differing.miss()
+
+    def _draws(self) -> None:
+        """Were random numbers drawn since the call before, in one evaluation?"""
+        self._calls += 1
+        state, self._state = self._state, random_state(self._device)
+        if state is None or torch.equal(state, self._state):
+            return
+        self._drawn.hit(self._moment.step)
+        if self._always is None:
+            self._always = always_dropping(self._model)
+            self._moment.news(("dropout in evaluation", self._always))
+
+    # Seeds
+
+    def seeded(self, seed: Any) -> None:
+        """`torch.manual_seed` was called."""
+        known, step = self._seed, self._moment.step
+        self._seed = (seed, step)
+        if known is not None and known[0] == seed and known[1] == step - 1:
+            if self._seeded.hit(step) in SAME:
+                self._moment.news(("seeded", self._seeded.running))
+        elif known is None or known[0] != seed or known[1] < step - 1:
+            self._seeded.miss()
+
+    def facts(self) -> ChanceFacts:
+        """As plain data."""
+        return ChanceFacts(
+            drawn=self._drawn.tally(),
+            always_dropping=self._always or (),
+            differing=self._differing.tally(),
+            seeded=self._seeded.tally(),
+        )
+
+
+def random_state(device: torch.device) -> Tensor:
+    """What changes when a random number is drawn on the device; nothing is waited for."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+        return torch.tensor([generator.initial_seed() % (1 << 62), generator.get_offset()])
+    return torch.default_generator.get_state()
+
+
+def always_dropping(model: nn.Module) -> tuple[str, ...]:
+    """The modules whose `forward` calls dropout without regard to the mode, read from their source."""
+    kinds: dict[type, bool] = {}
+    found = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("torch."):
+            continue
+        if kind not in kinds:
+            kinds[kind] = drops_always(kind)
+        if kinds[kind]:
+            found.append(name or "the model")
+    return tuple(found)
+
+
+def drops_always(kind: type) -> bool:
+    """Whether the source of the class's `forward` has a call of dropout that does not depend on the mode."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError, AttributeError):
+        return False
+    return any(isinstance(node, ast.Call) and _is_unconditional(node) for node in ast.walk(tree))
+
+
+def _is_unconditional(call: ast.Call) -> bool:
+    name = _name(call.func)
+    given = {k.arg: k.value for k in call.keywords}
+    if name == "scaled_dot_product_attention":
+        rate = given.get("dropout_p")
+        return isinstance(rate, ast.Constant) and bool(rate.value)
+    if name.endswith("dropout") and not _of_self(call.func):
+        training = given.get("training", call.args[2] if len(call.args) > 2 else None)
+        return training is None or (isinstance(training, ast.Constant) and bool(training.value))
+    return isinstance(call.func, ast.Call) and _name(call.func.func).startswith("Dropout")
+
+
+def _name(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+def _of_self(function: ast.expr) -> bool:
+    """`self.dropout(x)`: a module that knows its mode."""
+    while isinstance(function, ast.Attribute):
+        function = function.value
+    return isinstance(function, ast.Name) and function.id == "self"

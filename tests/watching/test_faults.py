@@ -143,7 +143,9 @@ def quiet():
         warnings.simplefilter("ignore")
         yield
     assert not any(f.__code__.co_filename == "<broken>" for f in FUNCTIONS.values())
-    HUB._uninstall()  # a watch whose end was broken may have left something
+    # A watch whose end was broken may still listen, and may have left something.
+    HUB._listeners = []
+    HUB._uninstall()
     assert not any("_diag_around" in (f.__kwdefaults__ or {}) for f in vars(F).values() if inspect.isfunction(f))
 
 

@@ -151,9 +151,8 @@ def _constant(f: LossFacts) -> Finding:
 
 
 def _ascended(f: LossFacts) -> Finding:
-    meant = f.function in BINARY  # as in the minimax game of a GAN
     return Finding(
-        Level.WARNING if meant else Level.ALARM,
+        Level.WARNING,  # an adversary, or unlearning, goes up a loss on purpose
         Cause.LOSS_ASCENDED,
         f"Training goes up the loss: backward() is called on {f.function} times {f.factor:.3g}.",
         "Call backward() on the loss itself, without the minus sign.",

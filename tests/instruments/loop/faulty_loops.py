@@ -1561,4 +1561,130 @@ def actor_and_critic_with_a_shared_body():
     return agent, train
 
 
+# Partial zeroing, unknown parameters, signs, sums, seeds, held-out data
+
+
+@fault(Cause.GRADIENTS_NOT_ZEROED, within=4)
+def only_the_last_layer_zeroed():
+    model = mlp()
+    optimizer = adam(model)
+
+    def train():
+        for x, y in some():
+            model[-1].zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    return model, train
+
+
+class InAList(nn.Module):
+    """Keeps its hidden layers where nn.Module does not look."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = [nn.Linear(6, 6), nn.Linear(6, 6)]
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for layer in self.hidden:
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+@fault(Cause.PARAMETER_IN_NO_OPTIMIZER, within=4)
+def layers_in_a_plain_list():
+    model = InAList()
+    optimizer = adam(model)
+    return model, lambda: plain(model, optimizer)
+
+
+@fault(Cause.LOSS_ASCENDED, within=3)
+def the_sign_is_wrong():
+    model = mlp()
+    optimizer = adam(model)
+    return model, lambda: plain(model, optimizer, loss=lambda z, y: -F.cross_entropy(z, y))
+
+
+@fault(Cause.LOSS_SUMMED, within=3)
+def a_sum_at_the_rate_of_a_mean():
+    model = mlp()
+    optimizer = sgd(model)
+    return model, lambda: plain(model, optimizer, loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+
+
+@healthy
+def a_sum_at_its_own_rate():
+    model = mlp()
+    optimizer = sgd(model, 0.002)
+    return model, lambda: plain(model, optimizer, loss=lambda z, y: F.cross_entropy(z, y, reduction="sum"))
+
+
+@fault(Cause.AUGMENTATION_REPEATED, within=8)
+def seeded_at_every_step():
+    model = noisy()
+    optimizer = adam(model)
+
+    def train():
+        for x, y in some():
+            torch.manual_seed(3)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x + 0.1 * torch.randn_like(x)), y).backward()
+            optimizer.step()
+
+    return model, train
+
+
+def evaluated_on(model, noise, loss=F.cross_entropy):
+    """Train epoch by epoch, and look at held-out rows to which `noise` is added."""
+    optimizer, held_out = adam(model), DataLoader(TensorDataset(*data(48, seed=1)), 16)
+
+    def train():
+        for _ in range(4):
+            model.train()
+            for x, y in batches():
+                optimizer.zero_grad()
+                loss(model(x), y).backward()
+                optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                for x, _ in held_out:
+                    model(x + noise * torch.randn_like(x))
+
+    return model, train
+
+
+@fault(Cause.AUGMENTATION_IN_EVALUATION)
+def held_out_rows_augmented():
+    return evaluated_on(mlp(), 0.1)
+
+
+@healthy
+def held_out_rows_as_they_are():
+    return evaluated_on(mlp(), 0.0)
+
+
+@healthy
+def views_of_self_supervision():
+    """The labels of the loader are in no loss, and each row is seen through random views."""
+    return evaluated_on(mlp(classes=16), 0.1, lambda z, y: F.cross_entropy(z @ z.T, torch.arange(len(z)).roll(1)))
+
+
+class AlwaysDropping(nn.Module):
+    """Calls dropout without regard to the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(F.dropout(x, 0.2))
+
+
+@fault(Cause.DROPOUT_ALWAYS_ON)
+def dropout_in_every_mode():
+    return evaluated_on(AlwaysDropping(), 0.0)
+
+
 CONSEQUENCES: dict[str, set[str]] = {}

@@ -19,6 +19,7 @@ from diag.watching.observe.loop.batches import bytes_of, sampled
 from diag.watching.observe.loop.moment import Counter, Moment
 
 LABELS, KINDS = 8, 3  # labels of a batch at least, and distinct ones, to know it again by
+COMPARED = 20  # losses whose targets are compared with the loader's labels
 KEPT = 64
 CALLS = 64  # evaluation calls that are looked at for random numbers
 SAME = (3, 10)  # times that one seed is set in a row of steps that are news
@@ -36,6 +37,7 @@ class Chance:
         self._always: tuple[str, ...] | None = None
         self._labels: Tensor | None = None
         self._rows: dict[int, int] = {}
+        self._supervised, self._compared = False, 0
         self._differing = Counter()
         self._first = True
         self._seed: tuple[Any, int] | None = None
@@ -51,6 +53,18 @@ class Chance:
     def training_call(self) -> None:
         """The model was called in training."""
         self._first, self._state = True, None
+
+    def loss_called(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A loss was called in training: are the loader's labels its targets? Where rows are told apart by labels
+        that nothing is trained on, as in self-supervised training, differing inputs are how it works."""
+        if self._supervised or self._labels is None or self._compared >= COMPARED:
+            return
+        self._compared += 1
+        labels = self._labels
+        self._supervised = any(
+            t.shape == labels.shape and t.is_cpu and torch.equal(t, labels)
+            for t in tensors_in((args, dict(kwargs)))
+        )
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called without gradients."""
@@ -71,7 +85,7 @@ class Chance:
         before = self._rows.get(rows)
         self._rows[rows] = now
         if before is not None:
-            if before != now:
+            if before != now and self._supervised:
                 self._differing.hit(self._moment.step)
                 self._moment.news(("rows differ", min(self._differing.times, 3)))
             else:

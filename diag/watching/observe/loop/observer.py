@@ -113,6 +113,7 @@ class LoopObserver:
 
     def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
         """A loss function returned a value that has a graph."""
+        self._chance.loss_called(args, kwargs)
         self._losses.called(function, args, kwargs, value)
         self._batches.targets(args[1] if len(args) > 1 else kwargs.get("target"))
 

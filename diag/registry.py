@@ -326,6 +326,7 @@ def instrument(
         if not inspect.getdoc(function):
             raise InvalidInput(f"{function.__name__} has no docstring; it becomes the help text and the report's.")
         needs, settings = _signature(function, hints)
+        result.setting_defaults = {s.name: s.default for s in settings}
         made = Instrument(
             function, source, title or _title(function.__name__), needs, settings, result, passes, when, window
         )

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from diag import display
 from diag.errors import InvalidInput
@@ -165,6 +165,8 @@ class Result:
     `preconditions` that fail make the verdict `not_applicable`; `notes` are caveats that the report shows.
     """
 
+    setting_defaults: ClassVar[Mapping[str, Any]] = {}  # of the instrument that gives it
+
     preconditions: tuple[Precondition, ...] = dataclasses.field(default=(), metadata={"base": True})
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"base": True})
     provenance: Provenance = dataclasses.field(default_factory=Provenance, compare=False, metadata={"base": True})
@@ -181,6 +183,11 @@ class Result:
         for field in dataclasses.fields(self):
             if field.metadata.get("record", True) and not field.metadata.get("base"):
                 object.__setattr__(self, field.name, plain_data(getattr(self, field.name)))
+
+    def setting(self, name: str) -> Any:
+        """The value that a setting had when this was measured; the instrument's default where that is not known."""
+        given = self.provenance.settings
+        return given[name] if name in given else self.setting_defaults[name]
 
     # What an author writes.
 

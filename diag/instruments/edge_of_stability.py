@@ -137,8 +137,7 @@ class EdgeOfStability(Result):
         )
 
     def _band(self) -> tuple[float, float]:
-        settings = self.provenance.settings
-        return settings.get("edge_begins", EDGE_BEGINS), settings.get("edge_ends", EDGE_ENDS)
+        return self.setting("edge_begins"), self.setting("edge_ends")
 
     def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
         # That Adam's divisor may be taken as constant is an observation; the rest is linear algebra.

@@ -105,7 +105,7 @@ class HessianSpectrum(Result):
                 f"The extreme eigenvalues did not converge within {self.num_products} products.",
                 advice="Give a larger max_products=, or ask for fewer num_eigenvalues=.",
             )
-        top, limit = float(self.eigenvalues[0]), self._setting("negative_above", NEGATIVE_ABOVE)
+        top, limit = float(self.eigenvalues[0]), self.setting("negative_above")
         ratio, slack = self._downwards()
         numbers = (
             f"largest eigenvalue {format_number(top)}, smallest {format_number(self.smallest)}, trace "
@@ -146,9 +146,6 @@ class HessianSpectrum(Result):
     def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
         more.setdefault("confidence", Confidence.STRONG_EMPIRICAL)
         return Verdict(level, sentence, source=SOURCE, **more)
-
-    def _setting(self, name: str, default: float) -> float:
-        return float(self.provenance.settings.get(name, default))
 
     def plot(self, ax: Any) -> None:
         """The density on symlog axes; a stem for each converged eigenvalue, of the height that one has in it."""

@@ -127,7 +127,7 @@ class ModeConnectivity(Result):
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation=REFUTATION + self._limit(),
             value=value,
-            threshold=self._setting("connected_below", CONNECTED_BELOW),
+            threshold=self.setting("connected_below"),
             threshold_source="Frankle et al. 2020 (2 %, there over the mean of the ends: the same where the ends "
             "agree)",
         )
@@ -136,8 +136,8 @@ class ModeConnectivity(Result):
         return self.aligned_barrier if self.align else self.barrier
 
     def _word(self, value: float, error: float) -> tuple[str, Level]:
-        connected = self._setting("connected_below", CONNECTED_BELOW)
-        separated = self._setting("separated_above", SEPARATED_ABOVE)
+        connected = self.setting("connected_below")
+        separated = self.setting("separated_above")
         if not math.isfinite(value):
             return "of unknown connection (the loss is not finite in between)", Level.UNKNOWN
         word = "connected" if value < connected else "partly connected" if value <= separated else "separated"
@@ -172,9 +172,6 @@ class ModeConnectivity(Result):
             confidence=Confidence.STRONG_EMPIRICAL,
             value=value,
         )
-
-    def _setting(self, name: str, default: float) -> float:
-        return float(self.provenance.settings.get(name, default))
 
     def plot(self, ax: Any) -> None:
         ax.plot(self.alphas, self.losses, marker="o", markersize=3, label="as they are")

@@ -82,9 +82,7 @@ class NeuralCollapse(Result):
     @property
     def is_collapsed(self) -> bool:
         return (
-            self.nc1 < self._setting("nc1_collapsed", NC1_COLLAPSED)
-            and self.nc2 < self._setting("nc2_collapsed", NC2_COLLAPSED)
-            and self.nc4 == 0
+            self.nc1 < self.setting("nc1_collapsed") and self.nc2 < self.setting("nc2_collapsed") and self.nc4 == 0
         )
 
     def verdict(self) -> Verdict:
@@ -94,8 +92,8 @@ class NeuralCollapse(Result):
         return self._unusual() or self._state()
 
     def _unusual(self) -> Verdict | None:
-        nc4_limit = self._setting("nc4_unusual", NC4_UNUSUAL)
-        nc2_limit = self._setting("nc2_unusual", NC2_UNUSUAL)
+        nc4_limit = self.setting("nc4_unusual")
+        nc2_limit = self.setting("nc2_unusual")
         if self.nc4 > nc4_limit:
             found = (
                 f"{format_share(self.nc4)} of the decisions are not the nearest class mean (NC4) although the "
@@ -103,7 +101,7 @@ class NeuralCollapse(Result):
             )
             value, threshold = self.nc4, nc4_limit
             advice = "Look at the examples whose decision differs: their features lie nearer to another class."
-        elif self.nc1 < self._setting("nc1_collapsed", NC1_COLLAPSED) and self.nc2 > nc2_limit:
+        elif self.nc1 < self.setting("nc1_collapsed") and self.nc2 > nc2_limit:
             found = (
                 f"the features have collapsed within classes (NC1 {format_number(self.nc1)}) but the class means "
                 f"are far from a simplex (NC2 {format_number(self.nc2)})"
@@ -134,14 +132,11 @@ class NeuralCollapse(Result):
             f"The features {word} ({numbers}).",
             advice=NOT_A_SCORE,
             value=self.nc1,
-            threshold=self._setting("nc1_collapsed", NC1_COLLAPSED),
+            threshold=self.setting("nc1_collapsed"),
         )
 
     def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
         return Verdict(level, sentence, source=SOURCE, threshold_source=OUR_CHOICE, **more)
-
-    def _setting(self, name: str, default: float) -> float:
-        return float(self.provenance.settings.get(name, default))
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:

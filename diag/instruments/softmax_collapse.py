@@ -103,7 +103,7 @@ class SoftmaxCollapse(Result):
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         count, n = round(self.collapsed * len(self.margins)), len(self.margins)
         if self.collapsed > 0:
-            alarm_at = self._setting("alarm_at", ALARM_AT)
+            alarm_at = self.setting("alarm_at")
             return Verdict(
                 Level.ALARM if self.collapsed >= alarm_at else Level.DESCRIPTION,
                 f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
@@ -131,8 +131,8 @@ class SoftmaxCollapse(Result):
 
     def _near(self) -> Verdict | None:
         """Collapse is near: by the residual of the gradients' zero sum, or by the median margin."""
-        limit = self._setting("near_residual", NEAR_RESIDUAL)
-        nats = self._setting("near_nats", NEAR_NATS)
+        limit = self.setting("near_residual")
+        nats = self.setting("near_nats")
         # Rounding alone leaves a residual of about u, so a low precision needs a higher limit.
         limit = max(limit, 4 * 2.0 ** -SIGNIFICAND_BITS[self.dtype])
         if self.zero_sum_residual > limit:
@@ -173,9 +173,6 @@ class SoftmaxCollapse(Result):
             value=self.collapsed,
             threshold=0.0,
         )
-
-    def _setting(self, name: str, default: float) -> float:
-        return float(self.provenance.settings.get(name, default))
 
     @classmethod
     def eta_to_collapse(cls, series: Sequence[tuple[int, Self]]) -> float:

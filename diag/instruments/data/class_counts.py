@@ -34,7 +34,7 @@ class ClassCounts(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        limit = self.provenance.settings.get("ratio", RATIO)
+        limit = self.setting("ratio")
         if self.missing:
             shown = ", ".join(map(str, self.missing[:5])) + (", ..." if len(self.missing) > 5 else "")
             return self._found(

@@ -59,16 +59,16 @@ class InputScale(Result):
                 "Look at these rows: a wrong unit, a failed conversion, a placeholder such as 9999.",
                 float(len(self.outliers)), 0.0, Confidence.ARITHMETIC,
             )  # fmt: skip
-        if self.constant >= self._limit("constant", CONSTANT):
+        if self.constant >= self.setting("constant"):
             what = "All inputs are the same" if self.constant == 1.0 else f"{format_share(self.constant)} of the "
             what += "" if self.constant == 1.0 else "input features are the same for every example"
             yield self._bad(
                 Level.ALARM if self.constant == 1.0 else Level.WARNING, Cause.INPUTS_CONSTANT, f"{what}.",
                 "Look at what the data set returns for two different rows, and at joins and fills that may "
                 "have failed.",
-                self.constant, self._limit("constant", CONSTANT), Confidence.ARITHMETIC,
+                self.constant, self.setting("constant"), Confidence.ARITHMETIC,
             )  # fmt: skip
-        if self.size > self._limit("large", LARGE):
+        if self.size > self.setting("large"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
                 f"The inputs are not normalised: their size is {format_number(self.size)} (mean "
@@ -76,34 +76,31 @@ class InputScale(Result):
                 f"is expected.",
                 "Subtract the mean and divide by the standard deviation of the training data (bytes: divide "
                 "by 255).",
-                self.size, self._limit("large", LARGE), Confidence.WEAK_EMPIRICAL,
+                self.size, self.setting("large"), Confidence.WEAK_EMPIRICAL,
             )  # fmt: skip
-        if self.scale_ratio > self._limit("ratio", RATIO):
+        if self.scale_ratio > self.setting("ratio"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
                 f"The input features differ in scale: feature {self.widest_feature} is "
                 f"{format_number(self.scale_ratio)} times as large as the median one, so that it drowns the "
                 f"others.",
                 "Standardise each feature on the training data.",
-                self.scale_ratio, self._limit("ratio", RATIO), Confidence.WEAK_EMPIRICAL,
+                self.scale_ratio, self.setting("ratio"), Confidence.WEAK_EMPIRICAL,
             )  # fmt: skip
-        if self.std < self._limit("small", SMALL):
+        if self.std < self.setting("small"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_TOO_SMALL,
                 f"The inputs hardly vary: their standard deviation is {format_number(self.std)}, where about 1 is "
                 "expected.",
                 "Look for a normalisation that is done twice (dividing by 255 where the data is in [0, 1] "
                 "already).",
-                self.std, self._limit("small", SMALL), Confidence.WEAK_EMPIRICAL,
+                self.std, self.setting("small"), Confidence.WEAK_EMPIRICAL,
             )  # fmt: skip
         yield Verdict(
             Level.OK,
             f"The inputs have mean {format_number(self.mean)} and standard deviation {format_number(self.std)}.",
             source=SOURCE,
         )
-
-    def _limit(self, name: str, default: float) -> float:
-        return float(self.provenance.settings.get(name, default))
 
     def _bad(
         self, level: Level, cause: Cause, sentence: str, advice: str, value: float, limit: float, sure: Confidence

@@ -74,7 +74,7 @@ class LabelAudit(Result):
             return last.verdict()
         suspicious = numpy.flatnonzero(area < -OPPOSED * median)
         share = len(suspicious) / len(area)
-        limit = last.provenance.settings.get("warn_at", SHARE)
+        limit = last.setting("warn_at")
         rows = suspicious[numpy.argsort(area[suspicious], kind="stable")]
         if share < limit:
             return Verdict(

@@ -145,7 +145,7 @@ class GradientFlow(Result):
         )
 
     def _many_skipped(self) -> Verdict | None:
-        limit = self.provenance.settings.get("skipped_share", SKIPPED_SHARE)
+        limit = self.setting("skipped_share")
         share = self.skipped_steps / max(self.num_steps, 1)
         if share <= limit:
             return None
@@ -166,7 +166,7 @@ class GradientFlow(Result):
         )
 
     def _vanishing(self) -> Verdict | None:
-        limit = self.provenance.settings.get("depth_factor", DEPTH_FACTOR)
+        limit = self.setting("depth_factor")
         strays = self.depth_factor < 1 / limit or self.depth_factor > limit
         if not (self.plain_network and strays):
             return None

@@ -37,7 +37,7 @@ class InitialLoss(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        limit = max(self.provenance.settings.get("times", TIMES) * self.even, self.even + ABOVE)
+        limit = max(self.setting("times") * self.even, self.even + ABOVE)
         if self.first <= limit:
             return Verdict(
                 Level.OK,

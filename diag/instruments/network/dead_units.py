@@ -42,7 +42,7 @@ class DeadUnits(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        limit = self.provenance.settings.get("alarm_at", DEAD)
+        limit = self.setting("alarm_at")
         if self.worst >= limit:
             return self._alarm(limit)
         return Verdict(

@@ -42,7 +42,7 @@ class GradientDepth(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        limit = self.provenance.settings.get("factor", FACTOR)
+        limit = self.setting("factor")
         if 1 / limit <= self.factor <= limit:
             return Verdict(
                 Level.OK,

@@ -42,7 +42,7 @@ class InitialScale(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        large, small = (self.provenance.settings.get(n, d) for n, d in (("large", LARGE), ("small", SMALL)))
+        large, small = self.setting("large"), self.setting("small")
         if small <= self.gain <= large:
             return Verdict(
                 Level.OK,

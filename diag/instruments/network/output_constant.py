@@ -30,7 +30,7 @@ class OutputConstant(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        limit = self.provenance.settings.get("alarm_below", SPREAD)
+        limit = self.setting("alarm_below")
         level = Level.UNKNOWN if self.spread < limit else Level.OK
         return Verdict(
             level,
@@ -46,7 +46,7 @@ class OutputConstant(Result):
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """An alarm once training is under way and the output still does not depend on the input."""
         step, last = series[-1]
-        limit = last.provenance.settings.get("alarm_below", SPREAD)
+        limit = last.setting("alarm_below")
         if last.unmet() is not None or step < SETTLED or last.spread >= limit:
             return last.verdict()
         began = next(s for i, (s, _) in enumerate(series) if all(r.spread < limit for _, r in series[i:]))

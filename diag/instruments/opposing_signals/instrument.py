@@ -134,16 +134,12 @@ class OpposingSignals(Result):
     def limit(self) -> float:
         """The share from which on the groups are outsized: more than their number, and than random steps."""
         null = 0.0 if math.isnan(self.null_share) else self.null_share
-        return max(self.setting("share_limit", SHARE), OVER_CHANCE * self.chance_share, null)
+        return max(self.setting("share_limit"), OVER_CHANCE * self.chance_share, null)
 
     @property
     def outsized(self) -> bool:
         """True where the two groups carry far more of the movement than chance explains."""
         return self.share > self.limit
-
-    def setting(self, name: str, default: float) -> float:
-        """The value of a setting, where one was given."""
-        return self.provenance.settings.get(name, default)
 
     # ---- showing
 
@@ -152,7 +148,7 @@ class OpposingSignals(Result):
 
         describe: makes text of one input (token numbers, say); else images, features or numbers are shown.
         """
-        named = self.provenance.settings.get("describe", "")
+        named = self.setting("describe")
         return two_groups(self, describe or (imported(named) if named else None))
 
     def graph(self, at_least: float = EDGE_OF_GRAPH) -> Any:

@@ -40,9 +40,7 @@ def of_a_kick(result: OpposingSignals) -> Verdict:
 def of_steps(result: OpposingSignals) -> Verdict:
     """Groups over consecutive steps: do they trade places, and dominate the movement?"""
     oscillates = (
-        result.swap >= result.setting("swap_limit", SWAP)
-        and result.persist <= PERSIST
-        and result.antiphase <= ANTIPHASE
+        result.swap >= result.setting("swap_limit") and result.persist <= PERSIST and result.antiphase <= ANTIPHASE
     )
     if result.persist > -ANTIPHASE and result.swap <= PERSIST:
         return _judged(

@@ -44,7 +44,7 @@ class Divergence(Result):
                 "The loss does not begin above zero, so that nothing can be said about its growth.",
                 source=SOURCE,
             )
-        limit = self.provenance.settings.get("times", TIMES)
+        limit = self.setting("times")
         if self.left_at:
             return self._left(limit)
         if self.peak > SWUNG * self.first and self.momentum >= HIGH_MOMENTUM:

@@ -74,7 +74,7 @@ class StepSize(Result):
         )
 
     def _too_high(self) -> Verdict | None:
-        limit = self.provenance.settings.get("too_high", TOO_HIGH)
+        limit = self.setting("too_high")
         # Layers that start near zero take steps of their own size until they have grown, and Adagrad's first steps
         # are as large as its learning rate: there the loss must tell.
         certain = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1 and not self.shrunk
@@ -101,7 +101,7 @@ class StepSize(Result):
         )  # fmt: skip
 
     def _too_small(self) -> Verdict | None:
-        limit = self.provenance.settings.get("too_low", TOO_LOW)
+        limit = self.setting("too_low")
         if self.adam_share < ADAM_SHARE and self.epsilon > self.gradient_size and self.num_steps >= WINDOW:
             return self._by_epsilon()
         if self.clip_factor < NOTHING_LEFT and self.num_steps >= ENOUGH_STEPS and self.optimizer not in ADAPTIVE:
@@ -166,8 +166,8 @@ class StepSize(Result):
         """The median ratio over the steps, with the range of most trainings that work."""
         ax.loglog(self.steps, self.ratios, marker="o", markersize=3)
         for limit in (
-            self.provenance.settings.get("too_high", TOO_HIGH),
-            self.provenance.settings.get("too_low", TOO_LOW),
+            self.setting("too_high"),
+            self.setting("too_low"),
         ):
             ax.axhline(limit, color="black", linewidth=0.8, linestyle=":")
         ax.set(xlabel="step", ylabel="step over weights")

@@ -40,7 +40,7 @@ class WeightDecay(Result):
     def verdict(self) -> Verdict:
         if not self.decay > 0 or not math.isfinite(self.kept):
             return Verdict(Level.NOT_APPLICABLE, "The optimizer has no weight decay.", source=SOURCE)
-        limit = self.provenance.settings.get("shrunk", SHRUNK)
+        limit = self.setting("shrunk")
         unlearned = self.loss_lost > LOST or self.loss_fall < LOST
         if self.kept < limit and (unlearned or self.kept < NEARLY_GONE):
             return self._won(limit)

@@ -1,6 +1,6 @@
 """Small real data sets by name, for the demo, the notebooks and the reproductions; nothing is downloaded.
 
-    train = datasets.load("digits")
+    train = datasets.load_dataset("digits")
     train.inputs, train.labels
 
 Each is looked for in the folder that the user gives, then where the packages that carry it put it.
@@ -61,11 +61,11 @@ class Examples:
 
 
 def names() -> tuple[str, ...]:
-    """The names that `load` knows."""
+    """The names that `load_dataset` knows."""
     return tuple(LOADERS)
 
 
-def load(name: str, *, folder: str | Path | None = None, part: str = "train", seed: int = 0) -> Examples:
+def load_dataset(name: str, *, folder: str | Path | None = None, part: str = "train", seed: int = 0) -> Examples:
     """The data set called `name`: "digits" (1,797 8x8), "mnist5k" (5,000 28x28) or "fashion-mnist" (28x28).
 
     folder: where to look first. part: "train" or "test", for fashion-mnist, which alone is split. seed: of the

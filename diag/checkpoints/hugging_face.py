@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.checkpoints.values import plain
+from diag.checkpoints.values import plain_tensor
 
 
 def read_by_its_class(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
     """The state as `model` has it, and a note; None where it is no model of transformers or lacks a weight."""
     if not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
         return None
-    given = {name: plain(name, value) for name, value in state.items() if isinstance(value, Tensor)}
+    given = {name: plain_tensor(name, value) for name, value in state.items() if isinstance(value, Tensor)}
     try:
         with _quiet(), torch.random.fork_rng():
             made, about = type(model).from_pretrained(  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 The unpickler of torch (`weights_only`) lets no code run, and it does what a file says of sizes: a few bytes can ask
 for gigabytes, for tensors beyond their storage (which then hold whatever lies in memory), or for keys that take for
 ever to hash. Here the opcodes are followed on stand-ins: numbers and texts are themselves, everything else is a
-`Call`, a `Global` or a `Stored`.
+`PickledCall`, a `Global` or a `Stored`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Pack(tuple):
     weight: int
 
 
-class Call(NamedTuple):
+class PickledCall(NamedTuple):
     """What a function or class would make of these arguments."""
 
     function: str
@@ -151,7 +151,7 @@ class _Machine:
         name = function.name if isinstance(function, Global) else ""
         if isinstance(arguments, Pack):
             self.check_call(name, arguments)
-        self.stack.append(Call(name, arguments, 1 + _weight(arguments)))
+        self.stack.append(PickledCall(name, arguments, 1 + _weight(arguments)))
 
     def check_call(self, name: str, arguments: Pack) -> None:
         if name == "builtins.bytearray" and arguments and isinstance(arguments[0], int):
@@ -205,7 +205,7 @@ def _check_view(storage: Any, view: Iterable[Any], dtype: Any) -> None:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, Call) and value.function == "torch.Size" and value.arguments:
+    if isinstance(value, PickledCall) and value.function == "torch.Size" and value.arguments:
         value = value.arguments[0]
     return value if isinstance(value, tuple | list) and all(type(n) is int for n in value) else None  # type: ignore
 
@@ -218,7 +218,7 @@ def _keys(arguments: Pack) -> Iterable[Any]:
 
 
 def _weight(value: Any) -> int:
-    return value.weight if isinstance(value, Pack | Call) else 1
+    return value.weight if isinstance(value, Pack | PickledCall) else 1
 
 
 def _refuse_heavy(key: Any) -> None:

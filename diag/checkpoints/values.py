@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from diag.errors import CheckpointError
 
 
-def converted(name: str, value: Tensor, own: Tensor | None) -> Tensor:
+def as_own_dtype(name: str, value: Tensor, own: Tensor | None) -> Tensor:
     """`value` as a plain tensor of the dtype of `own` (None: of its own dtype).
 
     Raises CheckpointError where it is not there as plain numbers (sparse, quantised, one shard, without values), or
     where the other dtype would make other numbers of it: an imaginary part or an infinity, integers that stand for
     something else, fractions that become whole.
     """
-    given = plain(name, value)
+    given = plain_tensor(name, value)
     if own is None or own.dtype == given.dtype:
         return given
     if given.is_complex() and not own.is_complex():
@@ -44,7 +44,7 @@ def _refused(name: str, value: Tensor, own: Tensor, why: str) -> CheckpointError
     )
 
 
-def plain(name: str, value: Tensor) -> Tensor:
+def plain_tensor(name: str, value: Tensor) -> Tensor:
     """`value` as a plain tensor on the CPU. Raises CheckpointError where it is none, or one shard."""
     kind = _kind(value)
     if kind:

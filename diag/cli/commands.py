@@ -103,10 +103,10 @@ def report_command(
 
 
 def _one_run(sources: Sequence[Path]) -> Run:
-    from diag.run.run import load
+    from diag.run.run import read_run
 
     if len(sources) == 1 and (sources[0] / "run.json").is_file():
-        return load(sources[0])
+        return read_run(sources[0])
     missing = next((s for s in sources if not s.exists()), None)
     if missing is not None:
         raise Mistake(f"There is no {missing}; give a run's folder, or checkpoints with --build.")
@@ -203,9 +203,9 @@ def check_command(run: Path, fail_on: str) -> None:
     """
     from diag.cli import tables
     from diag.run.files import DAMAGED
-    from diag.run.run import load
+    from diag.run.run import read_run
 
-    opened = load(run)
+    opened = read_run(run)
     findings = opened.findings()
     if not findings:
         raise Mistake(f"Nothing was measured in {run}, so there is nothing to check.")
@@ -229,9 +229,9 @@ def show_command(run: Path, name: str | None) -> None:
     """Show a run in the terminal."""
     from diag.cli import tables
     from diag.registry import find
-    from diag.run.run import load
+    from diag.run.run import read_run
 
-    opened = load(run)
+    opened = read_run(run)
     if name:
         tables.show(tables.series(_restricted(opened, [find(name).name], {}), name))
     else:
@@ -246,9 +246,9 @@ def show_command(run: Path, name: str | None) -> None:
 def compare_command(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> None:
     """Two runs side by side: their verdicts and the last value of every scalar."""
     from diag.cli import tables
-    from diag.run.run import load
+    from diag.run.run import read_run
 
-    runs = [load(run_a), load(run_b)]
+    runs = [read_run(run_a), read_run(run_b)]
     if output is not None:
         from diag.reporting.compare import compare as write_comparison
 

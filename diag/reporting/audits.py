@@ -10,7 +10,7 @@ from typing import Any
 
 from diag.registry import instruments
 from diag.reporting.examples import examples
-from diag.reporting.plain import clean, counted, number, shown
+from diag.reporting.plain import clean, count_in_words, number, shown
 from diag.result import OUR_CHOICE, Failed, Result, Skipped
 from diag.run.run import Finding
 
@@ -154,11 +154,11 @@ def _why_here(finding: Finding, in_time: bool) -> str:
             if one
             else f"over steps {finding.first_step:,} to {finding.last_step:,}"
         )
-        parts.append(f"Judged {when}, on {counted(len(finding.series), 'measurement')}")
+        parts.append(f"Judged {when}, on {count_in_words(len(finding.series), 'measurement')}")
     else:
         parts.append("Judged on one measurement")
     if last.provenance.num_examples:
-        parts.append(f" of {counted(last.provenance.num_examples, 'example')}")
+        parts.append(f" of {count_in_words(last.provenance.num_examples, 'example')}")
     unmet = last.unmet()
     if unmet is not None:
         detail = f" ({unmet.detail})" if unmet.detail else ""

@@ -10,7 +10,7 @@ import numpy
 
 from diag.display import format_share
 from diag.reporting.evidence import Evidence
-from diag.reporting.plain import clean, counted, listed
+from diag.reporting.plain import clean, count_in_words, listed
 from diag.reporting.timeline import broken_steps
 from diag.run.run import Event
 from diag.snapshot.history import History
@@ -38,10 +38,12 @@ Caveats = Iterable[tuple[str, str, str]]
 
 def _of_checks(counts: Mapping[str, int], not_installed: Sequence[str]) -> Caveats:
     if counts["skipped"]:
-        text = f"{counted(counts['skipped'], 'check was', 'checks were').capitalize()} skipped; each says why."
+        text = (
+            f"{count_in_words(counts['skipped'], 'check was', 'checks were').capitalize()} skipped; each says why."
+        )
         yield "skipped", text, "checks-skipped"
     if counts["failed"]:
-        text = f"{counted(counts['failed'], 'check').capitalize()} failed with an error and gave no verdict."
+        text = f"{count_in_words(counts['failed'], 'check').capitalize()} failed with an error and gave no verdict."
         yield "failed", text, "checks-failed"
     if not_installed:
         names = listed(list(not_installed))
@@ -68,13 +70,13 @@ def _of_history(evidence: Evidence) -> Caveats:
 def _of_losses(history: History) -> Caveats:
     steps, seen, bad = numpy.asarray(history.steps), numpy.isfinite(history.loss), ~history.loss_finite
     if bad.any():
-        text = f"At {counted(int(bad.sum()), 'step')} the training loss was infinite or not a number"
+        text = f"At {count_in_words(int(bad.sum()), 'step')} the training loss was infinite or not a number"
         yield "non-finite steps", f"{text}, {_range(steps[bad])}.", "timeline"
     missing = ~(seen | bad)
     if missing.all():
         yield "missing data", "The training loss was not observed.", ""
     elif missing.any():
-        text = f"The training loss was not observed at {counted(int(missing.sum()), 'step')}"
+        text = f"The training loss was not observed at {count_in_words(int(missing.sum()), 'step')}"
         yield "missing data", f"{text}, {_range(steps[missing])}.", "timeline"
 
 
@@ -84,14 +86,14 @@ def _of_gradients(history: History) -> Caveats:
         where = numpy.asarray(history.steps)[bad]
         row = int(numpy.flatnonzero(bad)[0])
         layer = history.layers[int(numpy.flatnonzero(~history.gradient_finite[row])[0])]
-        text = f"At {counted(len(where), 'step')} a gradient had infinite or NaN entries, {_range(where)}"
+        text = f"At {count_in_words(len(where), 'step')} a gradient had infinite or NaN entries, {_range(where)}"
         yield "non-finite steps", f"{text}; the first was in {layer}.", "layers"
     skipped = numpy.asarray(history.skipped)
     if skipped.any():
         where = numpy.asarray(history.steps)[skipped]
         yield (
             "skipped steps",
-            f"The GradScaler left out {counted(len(where), 'step')}, {_range(where)}.",
+            f"The GradScaler left out {count_in_words(len(where), 'step')}, {_range(where)}.",
             "timeline",
         )
 
@@ -107,10 +109,14 @@ def _of_events(events: Sequence[Event]) -> Caveats:
     first = {(e.kind, e.text): e.step for e in reversed(told)}
     for key, count in list(times.items())[:MAX_EVENTS]:
         kind, text = key
-        when = f"step {first[key]:,}" + (f" and {counted(count - 1, 'more time')}" if count > 1 else "")
+        when = f"step {first[key]:,}" + (f" and {count_in_words(count - 1, 'more time')}" if count > 1 else "")
         yield kind, f"{text.rstrip('.')} ({when}).", ""
     if len(times) > MAX_EVENTS:
-        yield "events", f"{counted(len(times) - MAX_EVENTS, 'more event')} of other kinds; see the data.", "data"
+        yield (
+            "events",
+            f"{count_in_words(len(times) - MAX_EVENTS, 'more event')} of other kinds; see the data.",
+            "data",
+        )
 
 
 def _of_cost(evidence: Evidence) -> Caveats:
@@ -128,7 +134,5 @@ def spent(evidence: Evidence) -> tuple[float, float]:
 
 def _of_files(torn: int) -> Caveats:
     if torn:
-        text = (
-            f"{counted(torn, 'record was', 'records were').capitalize()} torn and dropped: the writer was killed."
-        )
-        yield "torn records", text, ""
+        dropped = count_in_words(torn, "record was", "records were").capitalize()
+        yield "torn records", f"{dropped} torn and dropped: the writer was killed.", ""

@@ -12,7 +12,7 @@ from diag.reporting.document import document
 from diag.reporting.evidence import Evidence, gather
 from diag.reporting.files import Page
 from diag.reporting.overlay import SIDES, overlay
-from diag.reporting.plain import clean, counted, finite, listed, number
+from diag.reporting.plain import clean, count_in_words, finite, listed, number
 from diag.result import Level
 
 FORMAT_VERSION = 1
@@ -82,7 +82,9 @@ def _change(cells: list[dict[str, str] | None]) -> str:
 def _headline(checks: list[dict[str, Any]]) -> str:
     changes = [check["change"] for check in checks]
     words = {"worse": "worse", "better": "better", "same": "the same"}
-    parts = [f"{counted(changes.count(key), 'check')} {word}" for key, word in words.items() if key in changes]
+    parts = [
+        f"{count_in_words(changes.count(key), 'check')} {word}" for key, word in words.items() if key in changes
+    ]
     unlike = changes.count("")
     parts += [f"{unlike} not judged in both"] if unlike else []
     return f"B against A: {listed(parts)}" if checks else "Nothing was measured"

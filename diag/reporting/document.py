@@ -20,7 +20,7 @@ from diag.reporting.evidence import Evidence, gather
 from diag.reporting.examples import take_pictures
 from diag.reporting.layers import layer_map
 from diag.reporting.method import facts, method
-from diag.reporting.plain import clean, counted, listed
+from diag.reporting.plain import clean, count_in_words, listed
 from diag.reporting.timeline import axis_of, timeline
 from diag.result import Level
 from diag.run.stories import stories
@@ -138,8 +138,8 @@ def verdict(
             "name": "",
             **_quiet(could_judge, counts),
         }
-    parts = [counted(counts[level], level) for level in NEEDS_ATTENTION if counts[level]]
-    headline = f"{listed(parts)} in {counted(sum(counts.values()), 'check')}"
+    parts = [count_in_words(counts[level], level) for level in NEEDS_ATTENTION if counts[level]]
+    headline = f"{listed(parts)} in {count_in_words(sum(counts.values()), 'check')}"
     headline = headline[0].upper() + headline[1:]
     return {
         "level": worst["level"],
@@ -154,10 +154,10 @@ def _quiet(could_judge: int, counts: Mapping[str, int]) -> dict[str, str]:
     """The sentence where nothing raised a warning: it claims no more than what was judged."""
     if not could_judge:
         silent = sum(counts.values())
-        text = f"None of the {counted(silent, 'check')} could judge." if silent else "Nothing was measured."
+        text = f"None of the {count_in_words(silent, 'check')} could judge." if silent else "Nothing was measured."
         return {"headline": "No verdict", "sentence": text}
     others = [
-        counted(counts[level], f"check {words}", f"checks {words}")
+        count_in_words(counts[level], f"check {words}", f"checks {words}")
         for level, words in (
             ("unknown", "could not tell"),
             ("description", "only described"),

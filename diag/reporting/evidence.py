@@ -14,7 +14,7 @@ from typing import Any
 from diag.errors import InvalidInput
 from diag.registry import instruments, measure_all
 from diag.result import Failed, Outcome, Result, Skipped
-from diag.run.run import Cost, Event, Finding, Run, load
+from diag.run.run import Cost, Event, Finding, Run, read_run
 from diag.snapshot.history import History
 from diag.snapshot.snapshot import Snapshot
 
@@ -48,7 +48,7 @@ def gather(source: Any) -> Evidence:
     if isinstance(source, Evidence):
         return source
     if isinstance(source, (str, os.PathLike)):
-        source = load(Path(source))
+        source = read_run(Path(source))
     if isinstance(source, Run):
         return _from_run(source)
     if isinstance(source, Snapshot):

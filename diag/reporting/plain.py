@@ -55,7 +55,7 @@ def shown(value: Any) -> str:
     return clean(value)
 
 
-def counted(count: int, singular: str, plural: str = "") -> str:
+def count_in_words(count: int, singular: str, plural: str = "") -> str:
     """ "one alarm", "3 alarms": a count in words as people write it."""
     words = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
     return f"{words.get(count, f'{count:,}')} {singular if count == 1 else plural or singular + 's'}"

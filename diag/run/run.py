@@ -1,6 +1,6 @@
 """A run: everything that was recorded of one training, as plain data.
 
-`load` opens the folder that a watched training wrote; `RunWriter` writes it; `Run` can also be made in memory,
+`read_run` opens the folder that a watched training wrote; `RunWriter` writes it; `Run` can also be made in memory,
 from the outcomes of some checkpoints, say. A run judges itself: `findings()` has the verdicts, worst first.
 """
 
@@ -29,7 +29,7 @@ from diag.run.stories import Story, stories
 from diag.run.writer import RunWriter
 from diag.snapshot.history import History
 
-__all__ = ["Cost", "Event", "Finding", "Record", "Run", "RunWriter", "load"]
+__all__ = ["Cost", "Event", "Finding", "Record", "Run", "RunWriter", "read_run"]
 
 
 class Unread(NamedTuple):
@@ -312,7 +312,7 @@ def _began(instrument: Instrument, series: Sequence[tuple[int, Result]], verdict
     return series[0][0]
 
 
-def load(path: str | Path) -> Run:
+def read_run(path: str | Path) -> Run:
     """Open the run in the folder `path` (or the folder's run.json).
 
     A record that a killed writer left torn is dropped and counted in `torn`. What is not as it was written (a

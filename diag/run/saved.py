@@ -10,8 +10,8 @@ from typing import Any
 from diag.errors import RunError
 from diag.registry import instruments
 from diag.result import RESULT_FORMAT, Result
-from diag.run import run as runs
 from diag.run.files import META
+from diag.run.run import read_run
 
 LARGEST = 1 << 30  # bytes
 
@@ -22,7 +22,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises RunError where there is neither, or one that cannot be read.
     """
     file = Path(path)
-    return load_result(file) if file.is_file() and file.name != META else runs.load(file)
+    return load_result(file) if file.is_file() and file.name != META else read_run(file)
 
 
 def load_result(file: Path) -> Result:

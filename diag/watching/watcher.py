@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
 from diag.errors import InvalidInput, text_of
-from diag.run.run import Finding, Run, load
+from diag.run.run import Finding, Run, read_run
 from diag.snapshot.history import History
 from diag.watching.about import describe_run, distributed_rank, temporary_folder
 from diag.watching.arguments import (
@@ -174,7 +174,7 @@ class Watcher(Guarded):
             return Run()
         if not self.clock.closed:
             self._drain()
-        return load(self.path)
+        return read_run(self.path)
 
     @property
     def findings(self) -> tuple[Finding, ...]:

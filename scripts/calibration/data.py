@@ -26,7 +26,7 @@ def split_rows(tensors: tuple[Tensor, ...], held_out: int, seed: int = 0) -> Pai
 
 @functools.cache
 def _images(name: str) -> tuple[Tensor, Tensor]:
-    loaded = datasets.load(name)
+    loaded = datasets.load_dataset(name)
     return loaded.inputs, loaded.labels
 
 

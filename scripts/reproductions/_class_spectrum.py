@@ -21,7 +21,7 @@ NEAR_ZERO = 1e-3  # of the largest eigenvalue
 
 def trained(classes: int, hidden: int, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """An MLP 64-hidden-classes after 40 epochs of SGD on the digits 0 to classes - 1, in float64, and its data."""
-    digits = datasets.load("digits", seed=seed)
+    digits = datasets.load_dataset("digits", seed=seed)
     chosen = digits.labels < classes
     x, y = digits.inputs[chosen].flatten(1), digits.labels[chosen]
     torch.manual_seed(seed)

@@ -23,7 +23,7 @@ def labels_of(labels: Tensor, share: float) -> Tensor:
 
 def train_arm(lab: Lab, arm: str) -> dict[int, float]:
     """m-coherence of the 2,000 training examples at some epochs of SGD."""
-    train, _ = datasets.load("mnist5k", seed=SEED).split(EXAMPLES)
+    train, _ = datasets.load_dataset("mnist5k", seed=SEED).split(EXAMPLES)
     x, y = train.inputs.flatten(1), labels_of(train.labels, ARMS[arm])
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))

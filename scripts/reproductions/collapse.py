@@ -16,7 +16,7 @@ MEASURED = (0, 1, 5, 20, 66, 100, 150, 200)
 
 def train_arm(lab: Lab, arm: str, decay: float) -> dict[int, NeuralCollapse]:
     """SGD on 2,000 digits for 200 epochs; neural collapse on the training set at some epochs."""
-    train, rest = datasets.load("mnist5k", seed=SEED).balanced_split(PER_CLASS)
+    train, rest = datasets.load_dataset("mnist5k", seed=SEED).balanced_split(PER_CLASS)
     x, y = train.inputs.flatten(1), train.labels
     held_out = (rest.inputs.flatten(1), rest.labels)
     torch.manual_seed(SEED)

@@ -23,7 +23,7 @@ def network(width: int, norm: bool = False) -> nn.Sequential:
 
 def trained(width: int, init: int, order: int, norm: bool = False) -> nn.Sequential:
     """Adam on 4,000 digits, 30 epochs; `init` seeds the weights and `order` the batches."""
-    train, _ = datasets.load("mnist5k", seed=0).split(TRAIN)
+    train, _ = datasets.load_dataset("mnist5k", seed=0).split(TRAIN)
     x, y = train.inputs.flatten(1), train.labels
     torch.manual_seed(init)
     model = network(width, norm)
@@ -39,7 +39,7 @@ def trained(width: int, init: int, order: int, norm: bool = False) -> nn.Sequent
 
 def measured(lab: Lab, arm: str, first: nn.Module, second: nn.Module, **settings: object) -> ModeConnectivity:
     """Mode connectivity of the two, recorded as an arm of its own."""
-    train, test = datasets.load("mnist5k", seed=0).split(TRAIN)
+    train, test = datasets.load_dataset("mnist5k", seed=0).split(TRAIN)
     data, held_out = ((d.inputs.flatten(1), d.labels) for d in (train, test))
     snapshot = diag.Snapshot(first, nn.CrossEntropyLoss(), data, held_out=held_out, other=second.state_dict())
     result = diag.mode_connectivity(snapshot, **{"align": "weights", "refine": 0} | settings)

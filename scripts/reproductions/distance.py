@@ -35,7 +35,7 @@ EXPECTED_SLOPES = {
 def train_arm(lab: Lab, arm: str) -> GradientFlow:
     """SGD with momentum for 1,500 steps, watched; the distance law of its record."""
     batch, rate = ARMS[arm]
-    train, _ = datasets.load("mnist5k", seed=SEED).split(EXAMPLES)
+    train, _ = datasets.load_dataset("mnist5k", seed=SEED).split(EXAMPLES)
     x, y = train.inputs.flatten(1), train.labels
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))

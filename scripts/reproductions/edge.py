@@ -37,7 +37,7 @@ ARMS = {
 
 def data(planted: bool, seed: int) -> tuple[Tensor, Tensor]:
     """1,000 centred digits with 16 more inputs: 6 for 20 images of a 3 and 20 of an 8 where planted, else 0."""
-    digits = datasets.load("digits", seed=seed)
+    digits = datasets.load_dataset("digits", seed=seed)
     x, y = digits.inputs.flatten(1)[:EXAMPLES], digits.labels[:EXAMPLES]
     extra = torch.zeros(len(x), CHANNELS)
     if planted:

@@ -20,7 +20,7 @@ def precision(ranked: Tensor, flipped: Tensor) -> float:
 
 def train_arm(lab: Lab, seed: int) -> dict[int, dict[str, float]]:
     """SGD on 1,000 digits of which 50 have a wrong label; precision at 50 of each ranking at some epochs."""
-    data = datasets.load("digits").shuffled(seed)[slice(0, EXAMPLES)]
+    data = datasets.load_dataset("digits").shuffled(seed)[slice(0, EXAMPLES)]
     generator = torch.Generator().manual_seed(seed)
     flipped = torch.randperm(EXAMPLES, generator=generator)[:FLIPPED]
     x, y = data.inputs.flatten(1) - data.inputs.flatten(1).mean(0), data.labels.clone()

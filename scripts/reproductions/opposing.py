@@ -62,7 +62,7 @@ class Arm:
 
 def make(planted: bool, cross_entropy: bool = False) -> Arm:
     """The first 1,000 digits, centred; 20 of class 3 and 20 of class 8 share 16 extra channels of value 6."""
-    data = datasets.load("digits").shuffled(SEED)[slice(0, EXAMPLES)]
+    data = datasets.load_dataset("digits").shuffled(SEED)[slice(0, EXAMPLES)]
     x, y = data.inputs.flatten(1), data.labels
     rows = [(y == c).nonzero().flatten()[:GROUP] for c in CLASSES]
     extra = torch.zeros(EXAMPLES, CHANNELS)

@@ -81,7 +81,7 @@ def test_another_part_brings_its_commands(run_diag, monkeypatch):
 
 
 def test_the_demo_prints_the_verdicts_and_where_the_report_is(run_diag, make_run, monkeypatch, tmp_path):
-    from diag.run.run import load
+    from diag.run.run import read_run
 
     asked = {}
 
@@ -89,7 +89,7 @@ def test_the_demo_prints_the_verdicts_and_where_the_report_is(run_diag, make_run
         asked.update(folder=folder, seed=seed)
         for done in range(3):
             progress(done, 3, "Training")
-        return load(make_run("demo", 1000.0))
+        return read_run(make_run("demo", 1000.0))
 
     part = types.ModuleType("diag.demo")
     part.run = train

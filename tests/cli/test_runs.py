@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diag.result import Failed
-from diag.run.run import RunWriter, load
+from diag.run.run import RunWriter, read_run
 
 
 def test_check_fails_on_an_alarm_and_says_which(run_diag, make_run):
@@ -20,7 +20,7 @@ def test_check_fails_on_an_alarm_and_says_which(run_diag, make_run):
 
 def test_check_fails_on_a_warning_only_where_asked(run_diag, make_run, monkeypatch):
     folder = make_run("run", 1000.0)
-    run = load(folder)
+    run = read_run(folder)
     alarm = next(f for f in run.findings() if f.verdict.level == "alarm")
     milder = type(alarm.verdict)("warning", "It is a little collapsed.")
     monkeypatch.setattr(type(alarm.series[0][1]), "trend", classmethod(lambda cls, series: milder))
@@ -142,7 +142,7 @@ def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
     for command in (["report", folder], ["compare", folder, folder]):
         result = run_diag(*command, "-o", folder / "run.html")
         assert result.exit_code == 2 and "would be written over" in result.stderr
-    assert load(folder).instruments
+    assert read_run(folder).instruments
 
 
 @pytest.mark.parametrize(

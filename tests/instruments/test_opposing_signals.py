@@ -56,7 +56,7 @@ def test_two_groups_stay_below_one():
 
 
 def digits(planted, seed=0):
-    data = datasets.load("digits").shuffled(seed)[slice(0, 1000)]
+    data = datasets.load_dataset("digits").shuffled(seed)[slice(0, 1000)]
     x, y = data.inputs.flatten(1), data.labels
     extra = torch.zeros(len(x), 16)
     rows = [(y == c).nonzero().flatten()[:20] for c in (3, 8)]

@@ -19,7 +19,7 @@ from diag.reporting import document, render
 from diag.result import Provenance, Result, Skipped, Verdict, measured
 from diag.run.files import metadata_text
 from diag.run.records import record_line
-from diag.run.run import RunWriter, load
+from diag.run.run import RunWriter, read_run
 from diag.snapshot.history import empty_history
 
 LAYERS = {"body.weight": 600, "body.bias": 20, "head.weight": 40}
@@ -189,7 +189,7 @@ def look_at(run):
 def judge(folder, truth, draw, page=0.0):
     """Returns "refused", "told" or "whole"; fails where something differs in silence."""
     try:
-        run = load(folder)
+        run = read_run(folder)
     except RunError as error:
         assert str(error).rstrip().endswith((".", ")")) and "Traceback" not in str(error)
         return "refused"
@@ -209,7 +209,7 @@ def judge(folder, truth, draw, page=0.0):
 
 
 def fuzz(whole, tmp_path, number, page):
-    truth, found = truth_of(load(whole)), []
+    truth, found = truth_of(read_run(whole)), []
     for seed in range(number):
         draw = random.Random(seed)
         broken_copy(whole, tmp_path / "run", draw)
@@ -259,7 +259,7 @@ def test_run_json_with_any_value_is_told_or_refused(numbers, name, whole, tmp_pa
         for inside in (value, {"total": value}, [value]):
             (tmp_path / "run" / "run.json").write_text(metadata_text(about | {name: inside}))
             try:
-                run = load(tmp_path / "run")
+                run = read_run(tmp_path / "run")
             except RunError:
                 continue
             look_at(run)
@@ -280,7 +280,7 @@ def test_a_structure_of_any_kind_is_refused(name, whole, tmp_path):
             text = json.dumps(changed) if name == "check" else metadata_text(changed)
             (tmp_path / "run" / "run.json").write_text(text)
             try:
-                run = load(tmp_path / "run")
+                run = read_run(tmp_path / "run")
             except RunError:
                 continue
             assert told(run) or inside == about[name], (name, inside)
@@ -301,7 +301,7 @@ def test_text_that_is_no_number_and_very_deep_json_are_refused(whole, tmp_path):
         assert broken != text
         (tmp_path / "run" / "run.json").write_text(broken)
         try:
-            run = load(tmp_path / "run")
+            run = read_run(tmp_path / "run")
         except RunError:
             continue
         assert told(run)
@@ -331,5 +331,5 @@ def test_lines_with_any_value_are_left_out_or_told(numbers, kind, whole, tmp_pat
         lines = [base | {name: value} for name in base] + [base | {"data": {key: value}} for key in inside]
         for some in (lines[:4], lines[4:9], lines[9:]):
             file.write_bytes(b"".join(record_line(line, at) for at, line in enumerate(some)))
-            look_at(load(tmp_path / "run"))
-    render(document(load(tmp_path / "run")))
+            look_at(read_run(tmp_path / "run"))
+    render(document(read_run(tmp_path / "run")))

@@ -10,7 +10,7 @@ import pytest
 
 from diag.errors import RunError
 from diag.result import Provenance, Result, Verdict, measured
-from diag.run.run import RunWriter, load
+from diag.run.run import RunWriter, read_run
 from tests.run.killing import killed_at, operations
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -83,7 +83,7 @@ def torn_run(folder):
 def found(folder):
     """How many steps, results and events there are; None without a run. Fails where something is damaged."""
     try:
-        run = load(folder)
+        run = read_run(folder)
     except RunError as error:
         assert "holds no run" in str(error) or "being set aside" in str(error), error
         return None

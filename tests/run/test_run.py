@@ -16,7 +16,7 @@ from diag.errors import RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
 from diag.run.records import outcome_data, record_line
-from diag.run.run import Cost, Event, Record, Run, RunWriter, load
+from diag.run.run import Cost, Event, Record, Run, RunWriter, read_run
 from diag.snapshot.history import empty_history
 
 LAYERS = {"a.weight": 6, "a.bias": 2}
@@ -89,7 +89,7 @@ def test_everything_comes_back(tmp_path):
         w.append_outcome(3, Failed("height", "broke", "Traceback ..."))
         w.append_event(3, "exception", "training stopped: KeyboardInterrupt")
         w.append_cost(3, wall_seconds=10.0, watch_seconds=0.2)
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert run.metadata["model"] == "Net" and run.metadata["format_version"] == 2 and run.metadata["created"]
     for field in dataclasses.fields(rows):
         numpy.testing.assert_array_equal(getattr(run.history, field.name), getattr(rows, field.name))
@@ -109,7 +109,7 @@ def test_large_arrays_lie_beside_and_equal_ones_once(tmp_path):
         w.append_outcome(3, height_of(0.5, profile=numpy.arange(10.0)))
     assert len(list((tmp_path / "run" / "arrays").iterdir())) == 1
     assert (tmp_path / "run" / "records.jsonl").stat().st_size < 3000
-    assert len(load(tmp_path / "run").series("height")[1][1].profile) == 1000
+    assert len(read_run(tmp_path / "run").series("height")[1][1].profile) == 1000
 
 
 numbers = st.floats(allow_nan=True, allow_infinity=True, width=64)
@@ -130,7 +130,7 @@ def test_any_run_comes_back(tmp_path_factory, results, events, layers):
             w.append_outcome(step, height_of(value))
         for step, kind, text in events:
             w.append_event(step, kind, text)
-    run = load(folder)
+    run = read_run(folder)
     assert run.torn == 0 and list(run.events) == [Event(*e) for e in events]
     assert run.history.layers == tuple(layers) and run.history.sizes == tuple(layers.values())
     numpy.testing.assert_array_equal(run.history.distance, rows.distance)
@@ -143,7 +143,7 @@ def test_findings_have_the_worst_first_then_the_earliest(tmp_path):
         w.append_steps(steps(3, 9))
         w.append_outcome(5, height_of(0.5))
         w.append_outcome(8, height_of(2.0))
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     alarm, warning = run.findings()
     assert (alarm.instrument, alarm.title, alarm.source) == ("height", "Height", "a ruler")
     assert alarm.verdict.sentence == "The height is 2.0." and (alarm.first_step, alarm.last_step) == (5, 8)
@@ -154,10 +154,10 @@ def test_findings_have_the_worst_first_then_the_earliest(tmp_path):
 def test_settings_and_choice_of_history_instruments_come_from_the_metadata(tmp_path):
     with writer(tmp_path, settings={"count": {"times": 4, "gone": 1}}) as w:
         w.append_steps(steps(1, 2))
-    assert load(tmp_path / "run").series("count")[0][1].times == 4
+    assert read_run(tmp_path / "run").series("count")[0][1].times == 4
     with writer(tmp_path, instruments=["height"]) as w:
         w.append_steps(steps(1, 2))
-    assert load(tmp_path / "run").instruments == ()
+    assert read_run(tmp_path / "run").instruments == ()
 
 
 def test_a_verdict_that_breaks_is_a_failure_and_not_an_exception(monkeypatch):
@@ -186,7 +186,7 @@ def test_an_unknown_instrument_is_raw_and_listed(tmp_path, monkeypatch):
     with writer(tmp_path) as w:
         w.append_outcome(1, height_of(0.5, profile=numpy.arange(100.0)))
     monkeypatch.setattr("diag.run.run.instruments", dict)
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert run.unknown_instruments == ("height",) and run.findings() == [] and run.outcomes == ()
     [(step, raw)] = run.series("height")
     assert step == 1 and raw["height"] == 0.5 and raw["profile"].shape == (100,)
@@ -198,7 +198,7 @@ def test_a_result_that_cannot_be_rebuilt_is_a_failure_with_its_reason(tmp_path):
         w.append_outcome(1, height_of(0.5, profile=numpy.arange(100.0)))
         w.append_outcome(2, height_of(0.7))
     next((tmp_path / "run" / "arrays").iterdir()).unlink()
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert [step for step, _ in run.series("height")] == [2]
     [(step, failed)] = run.outcomes
     assert step == 1 and "cannot be read" in failed.reason and "No such file" in failed.reason
@@ -221,7 +221,7 @@ def test_an_array_outside_the_run_or_pickled_is_not_read(tmp_path):
     (tmp_path / "run" / "arrays" / name).write_bytes(data)
     worse = evil | {"step": 3, "data": {"height": {"__array__": name}}}
     append_lines(tmp_path / "run", record_line(evil, 1), record_line(worse, 2))
-    reasons = [failed.reason for _, failed in load(tmp_path / "run").outcomes]
+    reasons = [failed.reason for _, failed in read_run(tmp_path / "run").outcomes]
     assert len(reasons) == 2 and "not a plain file name" in reasons[0] and "Python objects" in reasons[1]
 
 
@@ -233,7 +233,7 @@ def test_a_torn_last_line_is_dropped_and_counted(tmp_path, torn):
         w.append_event(1, "kind", "text")
     with open(tmp_path / "run" / "records.jsonl", "ab") as file:
         file.write(torn)
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert list(run.events) == [Event(1, "kind", "text")] and run.torn == 1
     assert run.facts()["torn records dropped"] == "1"
 
@@ -270,7 +270,7 @@ def test_a_bad_line_in_the_middle_is_counted_and_not_fatal(tmp_path, bad):
         w.append_event(1, "kind", "before")
     after = {"type": "event", "step": 2, "kind": "kind", "text": "after"}
     append_lines(tmp_path / "run", bad + b"\n", record_line(after, 2))
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     told = "1 line of records.jsonl is damaged or gone, and left out."
     assert [e.text for e in run.events] == ["before", "after", told] and run.torn == 0
     assert run.events[-1].kind == "damaged" and run.facts() and run.costs == []
@@ -291,7 +291,7 @@ def test_lines_that_are_gone_moved_or_there_twice_are_told(tmp_path):
         (lines[:3], "012", "The last 2 lines of records.jsonl were cut off; restore it from a copy."),
     ):
         file.write_bytes(b"".join(changed))
-        *events, damage = load(tmp_path / "run").events
+        *events, damage = read_run(tmp_path / "run").events
         assert [e.text for e in events] == [f"event {step}" for step in kept] and damage.text == sentence
 
 
@@ -300,10 +300,10 @@ def test_a_torn_last_row_is_dropped_and_counted(tmp_path):
         w.append_steps(steps(1, 3))
     file = tmp_path / "run" / "steps.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert run.history.steps.tolist() == [1, 2] and run.torn == 1
     file.write_bytes(file.read_bytes()[:5])
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert run.history is None and run.torn == 1
 
 
@@ -320,7 +320,7 @@ def test_wherever_the_files_are_cut_what_was_whole_is_there(tmp_path):
         row = len(whole) // 4
         for cut in {*range(0, len(whole) + 1, 3), *(ends or ()), len(whole)}:
             file.write_bytes(whole[:cut])
-            run = load(tmp_path / "run")
+            run = read_run(tmp_path / "run")
             found = len([e for e in run.events if e.kind != "damaged"]) if ends else len(run.history or ())
             assert found == (sum(end <= cut for end in ends) if ends else cut // row)
             assert run.torn == (cut not in {0, *ends} if ends else cut % row > 0)
@@ -341,7 +341,7 @@ def test_one_changed_byte_anywhere_in_a_line_never_gives_another_record(tmp_path
             continue
         for flip in (1, 128):
             file.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
-            run = load(tmp_path / "run")
+            run = read_run(tmp_path / "run")
             assert len(run.events) + len(run.records) == 2 and run.outcomes == ()
             assert all(item == (1, height_of(0.5)) for item in run.series("height"))
             *events, damage = run.events
@@ -352,7 +352,7 @@ def test_instruments_with_any_name(tmp_path):
     with writer(tmp_path) as w:
         for name in ('a"b', "ü", "back\\slash", "plain"):
             w.append_outcome(1, Skipped(name, "no data"), 1e-7)
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert [o.instrument for _, o in run.outcomes] == ['a"b', "ü", "back\\slash", "plain"] and run.torn == 0
     assert [c.seconds for c in run.costs] == [1e-7] * 4
 
@@ -362,31 +362,31 @@ def test_rows_of_zeros_after_a_power_cut_are_dropped_and_counted(tmp_path):
         w.append_steps(steps(1, 3))
     file = tmp_path / "run" / "steps.bin"
     file.write_bytes(file.read_bytes() + bytes(file.stat().st_size // 3))
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert run.history.steps.tolist() == [1, 2, 3] and run.torn == 1
 
 
 def test_what_is_no_run_is_refused_with_one_sentence(tmp_path):
     with pytest.raises(RunError, match=r"nowhere holds no run \(there is no such folder\); expected a folder"):
-        load(tmp_path / "nowhere")
+        read_run(tmp_path / "nowhere")
     with pytest.raises(RunError, match=r"holds no run; expected a folder that diag.watch"):
-        load(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(RunError, match="was not written by diag"):
-        load(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json cannot be read"):
-        load(tmp_path)
+        read_run(tmp_path)
     for version in ("1", "null", "[2]", '"2"'):
         (tmp_path / "run.json").write_text(f'{{"format": "diag-run", "format_version": {version}}}')
         with pytest.raises(RunError, match=r"has run format .*, which has no checksums, and this diag reads"):
-            load(tmp_path)
+            read_run(tmp_path)
     (tmp_path / "run.json").write_text('{"format": "diag-run", "format_version": 2}')
     with pytest.raises(RunError, match=r"run\.json is damaged"):
-        load(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "run.json").write_text('{"a":' + "[" * 100_000)
     with pytest.raises(RunError, match=r"run\.json cannot be read"):
-        load(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_run_whose_files_cannot_be_read(tmp_path):
@@ -394,7 +394,7 @@ def test_a_run_whose_files_cannot_be_read(tmp_path):
     (tmp_path / "run" / "records.jsonl").unlink()
     (tmp_path / "run" / "records.jsonl").mkdir()
     with pytest.raises(RunError, match=r"run cannot be read \(Is a directory: .*records\.jsonl\)"):
-        load(tmp_path / "run")
+        read_run(tmp_path / "run")
 
 
 def test_a_newer_format_is_refused(tmp_path):
@@ -402,7 +402,7 @@ def test_a_newer_format_is_refused(tmp_path):
     file = tmp_path / "run" / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 3}))
     with pytest.raises(RunError, match="has run format 3 and this diag reads format 2; install a newer diag"):
-        load(tmp_path / "run")
+        read_run(tmp_path / "run")
 
 
 def test_a_run_draws_itself_with_every_text_escaped(tmp_path):
@@ -410,7 +410,7 @@ def test_a_run_draws_itself_with_every_text_escaped(tmp_path):
         w.append_steps(steps(1, 3, loss=numpy.array([2.0, 1.0, math.nan])))
         w.append_outcome(3, height_of(2.0), 1.0)
         w.append_cost(3, wall_seconds=10.0, watch_seconds=0.2)
-    page = load(tmp_path / "run")._repr_html_()
+    page = read_run(tmp_path / "run")._repr_html_()
     assert page.index("The height is 2.0") < page.index("There are 3 rows")
     assert "&lt;script&gt;" in page and "<script" not in page
     assert "10 s, of which diag 2 %" in page and ">1<" in page
@@ -457,7 +457,7 @@ def test_many_records_are_opened_without_building_their_results(tmp_path, monkey
             w.append_outcome(1, result)
         w.append_steps(steps(1, 20_000))
     built.clear()
-    run = load(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     assert len(run.records) == 20_000 and len(run.history) == 20_000 and not built
     assert len(diag.load(tmp_path / "run").records) == 20_000
-    assert load(tmp_path / "run" / "run.json").last_step == run.last_step
+    assert read_run(tmp_path / "run" / "run.json").last_step == run.last_step

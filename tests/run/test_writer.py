@@ -18,7 +18,7 @@ import pytest
 
 from diag.errors import InvalidInput, RunError
 from diag.result import Provenance, Result, Verdict, measured
-from diag.run.run import RunWriter, load
+from diag.run.run import RunWriter, read_run
 from diag.snapshot.history import empty_history
 
 LAYERS = {"a.weight": 6, "a.bias": 2}
@@ -79,7 +79,7 @@ def test_a_writer_of_the_same_process_is_taken_over(tmp_path):
     second.append_event(1, "kind", "text")
     first.close()
     second.append_event(2, "kind", "text")
-    assert len(load(tmp_path).events) == 2
+    assert len(read_run(tmp_path).events) == 2
 
 
 def test_a_forgotten_writer_lets_the_folder_go(tmp_path):
@@ -129,7 +129,7 @@ def test_a_new_run_keeps_the_one_before_aside_and_leaves_other_files_alone(tmp_p
             w.append_steps(steps(1, number))
             w.append_outcome(1, profile(numpy.arange(100.0) + number))
         (tmp_path / "mine.pt").write_text("mine")
-    assert len(load(tmp_path).history) == 3 and len(load(tmp_path / "previous-run").history) == 2
+    assert len(read_run(tmp_path).history) == 3 and len(read_run(tmp_path / "previous-run").history) == 2
     assert len(list((tmp_path / "arrays").iterdir())) == 1 and (tmp_path / "mine.pt").read_text() == "mine"
     assert not (tmp_path / "previous-run" / "previous-run").exists()
 
@@ -140,7 +140,7 @@ def test_being_killed_while_setting_aside_is_made_good_at_the_next_start(tmp_pat
     (tmp_path / "previous-run.moving").mkdir()
     (tmp_path / "run.json").rename(tmp_path / "previous-run.moving" / "run.json")
     open_run(tmp_path).close()
-    assert len(load(tmp_path / "previous-run").history) == 3 and load(tmp_path).history is None
+    assert len(read_run(tmp_path / "previous-run").history) == 3 and read_run(tmp_path).history is None
 
 
 @pytest.mark.parametrize("name", ["run.json", "records.jsonl", "steps.bin", "arrays"])
@@ -159,11 +159,11 @@ def test_a_start_that_came_to_nothing_takes_nobodys_place(tmp_path):
     for _ in range(3):
         with open_run(tmp_path) as w:
             w.append_event(0, "probe", "nothing was seen yet")
-    assert len(load(tmp_path / "previous-run").history) == 3
+    assert len(read_run(tmp_path / "previous-run").history) == 3
     with open_run(tmp_path) as w:
         w.append_outcome(1, profile(numpy.arange(3.0)))
     open_run(tmp_path).close()
-    assert len(load(tmp_path / "previous-run").records) == 1
+    assert len(read_run(tmp_path / "previous-run").records) == 1
 
 
 def test_a_previous_run_folder_of_somebody_else_is_not_removed(tmp_path):
@@ -205,7 +205,7 @@ def test_resume_goes_on_after_the_last_step_and_makes_good_torn_ends(tmp_path):
         assert w.last_step == 5
         w.append_steps(steps(6, 8))
         w.append_event(7, "kind", "after")
-    run = load(tmp_path)
+    run = read_run(tmp_path)
     assert run.history.steps.tolist() == list(range(1, 9)) and run.torn == 2
     assert [e.text for e in run.events] == ["before", "resumed after step 5", "after"]
     assert [s["after"] for s in run.metadata["sessions"]] == [5]
@@ -220,13 +220,13 @@ def test_resume_after_a_power_cut_cuts_the_rows_of_zeros_off(tmp_path):
     with open_run(tmp_path, resume=True) as w:
         assert w.last_step == 3
         w.append_steps(steps(4, 5))
-    assert load(tmp_path).history.steps.tolist() == [1, 2, 3, 4, 5] and load(tmp_path).torn == 3
+    assert read_run(tmp_path).history.steps.tolist() == [1, 2, 3, 4, 5] and read_run(tmp_path).torn == 3
 
 
 def test_resume_without_a_run_starts_one(tmp_path):
     with open_run(tmp_path / "new", resume=True) as w:
         assert w.last_step == 0
-    assert load(tmp_path / "new").events == ()
+    assert read_run(tmp_path / "new").events == ()
 
 
 def test_resume_continues_after_records_that_lie_beyond_the_steps(tmp_path):
@@ -246,7 +246,7 @@ def test_resume_from_an_earlier_step_supersedes_what_came_after(tmp_path):
     with open_run(tmp_path, resume=6) as w:
         w.append_steps(steps(7, 8))
         w.append_event(8, "kind", "second at 8")
-    run = load(tmp_path)
+    run = read_run(tmp_path)
     assert run.history.steps.tolist() == list(range(1, 9)) and run.history.total_steps == 8
     assert [e.text for e in run.events if e.kind == "kind"] == ["first at 4", "second at 8"]
     assert run.wall_seconds == 3.0, "time once spent stays spent"
@@ -260,7 +260,7 @@ def test_resume_from_a_step_that_is_not_there(tmp_path, step):
         w.append_steps(steps(1, 10))
     with pytest.raises(RunError, match=f"resume={step} is not a step of .*, which has steps up to 10"):
         open_run(tmp_path, resume=step)
-    assert len(load(tmp_path).history) == 10
+    assert len(read_run(tmp_path).history) == 10
 
 
 @pytest.mark.parametrize(
@@ -306,10 +306,10 @@ def test_metadata_must_name_the_layers(tmp_path):
 
 def test_metadata_that_json_cannot_hold_becomes_text(tmp_path):
     RunWriter(tmp_path, {"layers": LAYERS, "folder": tmp_path, "limit": float("inf"), "tags": {"a"}}).close()
-    about = load(tmp_path).metadata
+    about = read_run(tmp_path).metadata
     assert about["folder"] == str(tmp_path) and about["tags"] == ["a"] and about["limit"] == float("inf")
     with RunWriter(tmp_path, {"layers": LAYERS, "limit": float("nan")}, resume=True):
-        assert load(tmp_path).metadata["limit"] == float("inf")
+        assert read_run(tmp_path).metadata["limit"] == float("inf")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_whole_records(tmp_path, monkeypatch):
@@ -330,7 +330,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_records(tmp_path, monkeypa
         monkeypatch.undo()
         w.append_steps(steps(1, 2))
         w.append_event(3, "kind", "after")
-    run = load(tmp_path)
+    run = read_run(tmp_path)
     assert [e.text for e in run.events] == ["before", "after"] and run.torn == 0 and len(run.history) == 2
 
 
@@ -369,7 +369,7 @@ def test_killed_at_thirty_random_moments_nothing_completed_is_lost(tmp_path, mon
         os.close(receive)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL
-        run = load(folder)
+        run = read_run(folder)
         told = {kind: done.count(kind.encode()) for kind in "soe"}
         found = {"s": len(run.history), "o": len(run.series("profile")), "e": len(run.events)}
         # What was under way when the kill came may be there, whole, or not.

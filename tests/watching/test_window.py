@@ -291,7 +291,7 @@ def test_planted_digits_through_the_watch():
     """R2.1 of SCIENCE 2.5: at the edge of stability the planted rows dominate the steps and trade places."""
     from diag import datasets
 
-    data = datasets.load("digits").shuffled(0)[slice(0, 1000)]
+    data = datasets.load_dataset("digits").shuffled(0)[slice(0, 1000)]
     x, y = data.inputs.flatten(1), data.labels
     extra = torch.zeros(len(x), 16)
     rows = [(y == c).nonzero().flatten()[:20] for c in (3, 8)]

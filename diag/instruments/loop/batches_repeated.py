@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, judged
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -40,9 +40,9 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
     return judged(BatchesRepeated, loop.step, list(_findings(b)), fine, preconditions=(enough,))
 
 
-def _findings(b: BatchFacts) -> Iterator[Finding]:
+def _findings(b: BatchFacts) -> Iterator[LoopFinding]:
     if b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched >= THRICE - 1 and b.loader_batches > 1:
-        yield Finding(
+        yield LoopFinding(
             Level.ALARM,
             Cause.BATCH_REPEATED,
             f"The model is trained on the same batch at every one of the last {b.repeats + 1:,} steps, while the "
@@ -53,7 +53,7 @@ def _findings(b: BatchFacts) -> Iterator[Finding]:
         )
     each = f" every {b.loader_batches:,}" if b.loader_batches and b.lag % b.loader_batches == 0 else ""
     if b.lag >= EPOCH and b.repeats >= min(b.lag, LOOKED):
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,
             f"The batches come again in the same order{each}: {b.repeats:,} that were looked at were those of one "

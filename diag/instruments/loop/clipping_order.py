@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -35,7 +35,7 @@ def clipping_order(loop: Loop) -> ClippingOrder:
     return judged(ClippingOrder, loop.step, list(_findings(c)), fine, preconditions=(used,))
 
 
-def _findings(c: ClippingFacts) -> Iterator[Finding]:
+def _findings(c: ClippingFacts) -> Iterator[LoopFinding]:
     if c.empty.longest >= TWICE and c.empty.times >= c.clips.times:
         yield _useless(c.empty.first, "on no gradient: it was given no parameter that has one", "list(parameters)")
     elif c.early.longest >= TWICE:
@@ -43,7 +43,7 @@ def _findings(c: ClippingFacts) -> Iterator[Finding]:
             c.early.first, "before backward() or after optimizer.step(), where it does nothing", "between the two"
         )
     elif c.partial.longest >= TWICE:
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.CLIPPING_BEFORE_BACKWARD,
             "Gradients are clipped before the last backward pass of a step, at "
@@ -54,8 +54,8 @@ def _findings(c: ClippingFacts) -> Iterator[Finding]:
         )
 
 
-def _useless(step: int, how: str, where: str) -> Finding:
-    return Finding(
+def _useless(step: int, how: str, where: str) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.CLIPPING_BEFORE_BACKWARD,
         f"Gradients are clipped {how}, since step {step:,}.",

@@ -15,7 +15,7 @@ NO_STEP = Precondition("an optimizer step", False, "no optimizer step on the mod
 
 
 @dataclass(frozen=True)
-class Finding:
+class LoopFinding:
     """One thing that is wrong: the fields of its verdict."""
 
     level: Level
@@ -61,7 +61,7 @@ class LoopCheck(Result):
         ax.set(xlabel="findings", ylabel="cause")
 
 
-def judged(kind: type[LoopCheck], steps: int, findings: Iterable[Finding], fine: str, **about: Any) -> Any:
+def judged(kind: type[LoopCheck], steps: int, findings: Iterable[LoopFinding], fine: str, **about: Any) -> Any:
     """A result of this kind with the findings in the order of their severity."""
     ordered = sorted(findings, key=lambda f: f.level.severity)
     return kind(

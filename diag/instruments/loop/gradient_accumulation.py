@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -37,7 +37,7 @@ def gradient_accumulation(loop: Loop) -> GradientAccumulation:
     return judged(GradientAccumulation, loop.step, findings, fine, **about)
 
 
-def _findings(loop: Loop) -> Iterator[Finding]:
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
     for o in loop.training:
         if o.lost.longest >= THRICE or (o.lost.times >= THRICE and 2 * o.lost.times > o.steps):
             yield _lost(o)
@@ -63,8 +63,8 @@ def micro_batches(pattern: Pattern) -> int:
     return 1
 
 
-def _lost(o: OptimizerFacts) -> Finding:
-    return Finding(
+def _lost(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.ACCUMULATION_LOST,
         f"Gradients are zeroed before they are used: at {counted(o.lost.times, 'step')} of {o.steps:,}, "
@@ -75,9 +75,9 @@ def _lost(o: OptimizerFacts) -> Finding:
     )
 
 
-def _summed(patterns: list[Pattern], steps: int) -> Finding:
+def _summed(patterns: list[Pattern], steps: int) -> LoopFinding:
     number = max(micro_batches(p) for p in patterns)
-    return Finding(
+    return LoopFinding(
         Level.WARNING,
         Cause.ACCUMULATION_NOT_DIVIDED,
         f"The gradients of {number:,} batches are summed for each step, not averaged: the loss is the mean of each "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -36,7 +36,7 @@ def gradient_zeroing(loop: Loop) -> GradientZeroing:
     return judged(GradientZeroing, loop.step, findings, fine, **about)
 
 
-def _findings(o: OptimizerFacts) -> Iterator[Finding]:
+def _findings(o: OptimizerFacts) -> Iterator[LoopFinding]:
     if o.unzeroed.longest >= TWICE:
         yield _not_zeroed(o)
     elif o.partly_zeroed.longest >= TWICE:
@@ -47,13 +47,13 @@ def _findings(o: OptimizerFacts) -> Iterator[Finding]:
         yield _stale(o)
 
 
-def _not_zeroed(o: OptimizerFacts) -> Finding:
+def _not_zeroed(o: OptimizerFacts) -> LoopFinding:
     times = o.unzeroed.times
     if times >= o.steps - 1:
         often = f"at every one of the {counted(times, 'step')} after the first"
     else:
         often = f"at {times:,} of the {counted(o.looked, 'step')} that were looked at"
-    return Finding(
+    return LoopFinding(
         Level.ALARM,
         Cause.GRADIENTS_NOT_ZEROED,
         f"The gradients are not zeroed between steps: {often}, "
@@ -64,8 +64,8 @@ def _not_zeroed(o: OptimizerFacts) -> Finding:
     )
 
 
-def _partly(o: OptimizerFacts) -> Finding:
-    return Finding(
+def _partly(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.GRADIENTS_NOT_ZEROED,
         f"Some gradients are not zeroed between steps: backward() added to those of {named(o.not_zeroed)} from the "
@@ -77,8 +77,8 @@ def _partly(o: OptimizerFacts) -> Finding:
     )
 
 
-def _zeroed_before(o: OptimizerFacts) -> Finding:
-    return Finding(
+def _zeroed_before(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.GRADIENTS_ZEROED_BEFORE_STEP,
         "The gradients are zeroed between backward() and optimizer.step(): "
@@ -89,8 +89,8 @@ def _zeroed_before(o: OptimizerFacts) -> Finding:
     )
 
 
-def _stale(o: OptimizerFacts) -> Finding:
-    return Finding(
+def _stale(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.STALE_GRADIENT,
         f"{named(o.stale_gradients)} step on a gradient that is left over from an earlier step, while other "

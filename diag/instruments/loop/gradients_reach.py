@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -37,7 +37,7 @@ def gradients_reach(loop: Loop) -> GradientsReach:
     return judged(GradientsReach, loop.step, list(_findings(loop)) if loop.training else [], fine, **about)
 
 
-def _findings(loop: Loop) -> Iterator[Finding]:
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
     held = {name for o in loop.training for name in o.held}
     silent = [
         p for p in loop.parameters if p.trainable and not p.gradient and p.missing >= LOOKS and p.name in held
@@ -52,8 +52,8 @@ def _findings(loop: Loop) -> Iterator[Finding]:
     yield from _frozen(loop)
 
 
-def _nothing(silent: list[ParameterFacts], loop: Loop) -> Finding:
-    return Finding(
+def _nothing(silent: list[ParameterFacts], loop: Loop) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.GRAPH_CUT,
         f"No parameter gets a gradient: {counted(max(o.steps for o in loop.training), 'step')} changed nothing.",
@@ -63,14 +63,14 @@ def _nothing(silent: list[ParameterFacts], loop: Loop) -> Finding:
     )
 
 
-def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[Finding]:
+def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
     cut = [p for p in silent if p.called]
     unused = [p for p in silent if p.called is False and p.missing >= LOOKS_UNUSED]
     unknown = [p for p in silent if p.called is None and p.missing >= LOOKS_UNUSED]
     if cut:
         without = all(p.with_graph is False for p in cut)
         how = "run without a graph" if without else "run, and their outputs do not reach the loss"
-        yield Finding(
+        yield LoopFinding(
             Level.ALARM,
             Cause.GRAPH_CUT,
             f"{_layers(cut)} {how}, so no gradient has come to them in {counted(loop.step, 'step')}.",
@@ -85,8 +85,8 @@ def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[Finding]:
         yield _without(unknown, loop, Cause.GRADIENT_ABSENT, "get no gradient")
 
 
-def _without(parameters: list[ParameterFacts], loop: Loop, cause: Cause, how: str) -> Finding:
-    return Finding(
+def _without(parameters: list[ParameterFacts], loop: Loop, cause: Cause, how: str) -> LoopFinding:
+    return LoopFinding(
         Level.WARNING,
         cause,
         f"{_layers(parameters)} {how}, so none of their parameters has changed in {counted(loop.step, 'step')}.",
@@ -115,12 +115,12 @@ def is_copy(name: str, silent: list[ParameterFacts], trained: list[ParameterFact
     )
 
 
-def _stopped(loop: Loop, held: set[str]) -> Iterator[Finding]:
+def _stopped(loop: Loop, held: set[str]) -> Iterator[LoopFinding]:
     """Layers that had gradients and are frozen since."""
     stopped = [p for p in loop.parameters if not p.trainable and p.since and p.gradient and p.name in held]
     if stopped:
         first = min(p.since for p in stopped)
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.PARAMETER_FROZEN,
             f"{_layers(stopped)} no longer train: requires_grad was set to False by step {first:,}.",
@@ -132,7 +132,7 @@ def _stopped(loop: Loop, held: set[str]) -> Iterator[Finding]:
         )
 
 
-def _frozen(loop: Loop) -> Iterator[Finding]:
+def _frozen(loop: Loop) -> Iterator[LoopFinding]:
     weights = [p for p in loop.parameters if p.name.endswith("weight") and len(p.shape) > 1]
     frozen = [i for i, p in enumerate(weights) if not p.trainable and not p.since]
     trained = [i for i, p in enumerate(weights) if p.trainable and p.gradient]
@@ -141,7 +141,7 @@ def _frozen(loop: Loop) -> Iterator[Finding]:
     between = [weights[i] for i in frozen if trained[0] < i < trained[-1]]
     between = [p for p in between if any(len(weights[i].shape) == len(p.shape) for i in trained)]
     if between:
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.PARAMETER_FROZEN,
             f"{_layers(between)} have requires_grad=False and stand between trained layers, so they keep their "

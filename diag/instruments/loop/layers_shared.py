@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -31,10 +31,10 @@ def layers_shared(loop: Loop) -> LayersShared:
     return judged(LayersShared, loop.step, list(_findings(loop)), fine)
 
 
-def _findings(loop: Loop) -> Iterator[Finding]:
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
     facts = loop.layers
     for names in facts.shared:
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.LAYERS_SHARED,
             f"{named(names)} are one module with one set of weights: changing one changes all {len(names)}.",
@@ -43,7 +43,7 @@ def _findings(loop: Loop) -> Iterator[Finding]:
             layers=names,
         )
     for pair in (*facts.untied, *(p for p in facts.embedding_pairs if p not in facts.untied)):
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.LAYERS_UNTIED,
             f"{pair[0]} and {pair[1]} were meant to be tied and are two tensors, which drift apart.",
@@ -54,7 +54,7 @@ def _findings(loop: Loop) -> Iterator[Finding]:
     trained = {p.name for p in loop.parameters if p.gradient and p.optimizers}
     still = [pair for pair in facts.still_equal if set(pair) <= trained]
     if still:
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.LAYERS_START_EQUAL,
             f"{still[0][0]} and {still[0][1]} started with the same numbers and are still equal after "

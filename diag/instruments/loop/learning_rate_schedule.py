@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import History
@@ -44,7 +44,7 @@ def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule
     )
 
 
-def _findings(history: History, loop: Loop) -> Iterator[Finding]:
+def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
     yield from _too_fast(loop)
     yield from _ended(history, loop)
     yield from _elsewhere(loop)
@@ -52,7 +52,7 @@ def _findings(history: History, loop: Loop) -> Iterator[Finding]:
     yield from _first(loop)
 
 
-def _too_fast(loop: Loop) -> Iterator[Finding]:
+def _too_fast(loop: Loop) -> Iterator[LoopFinding]:
     for s in loop.schedulers:
         if s.repeated.longest >= TWICE:
             yield _fast(s, s.repeated.times, s.repeated.first, "more than once after a step of the optimizer")
@@ -61,8 +61,8 @@ def _too_fast(loop: Loop) -> Iterator[Finding]:
             yield _fast(s, s.per_micro_batch.times, s.per_micro_batch.first, how)
 
 
-def _fast(s: SchedulerFacts, times: int, first: int, how: str) -> Finding:
-    return Finding(
+def _fast(s: SchedulerFacts, times: int, first: int, how: str) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.SCHEDULE_TOO_FAST,
         f"The scheduler ({s.kind}) steps {how}: at {counted(times, 'step')} so far, so the learning rate runs "
@@ -73,7 +73,7 @@ def _fast(s: SchedulerFacts, times: int, first: int, how: str) -> Finding:
     )
 
 
-def _ended(history: History, loop: Loop) -> Iterator[Finding]:
+def _ended(history: History, loop: Loop) -> Iterator[LoopFinding]:
     rates = history.learning_rate
     seen = numpy.flatnonzero(numpy.isfinite(rates))
     if not len(seen) or not loop.training:
@@ -85,7 +85,7 @@ def _ended(history: History, loop: Loop) -> Iterator[Finding]:
     if tail >= (STILL if exact else STILL_FALLING):
         since = int(history.steps[seen[-tail]])
         now, at_most = rates[seen[-1]], most[-1]
-        yield Finding(
+        yield LoopFinding(
             Level.ALARM,
             Cause.SCHEDULE_ENDED_EARLY,
             f"The learning rate has come down to {now:.2g} from {at_most:.2g} and has been there since step "
@@ -96,7 +96,7 @@ def _ended(history: History, loop: Loop) -> Iterator[Finding]:
             step=since,
         )
     elif not most[-1] and len(seen) >= STILL and not loop.schedulers:
-        yield Finding(
+        yield LoopFinding(
             Level.ALARM,
             Cause.LEARNING_RATE_ZERO,
             f"The learning rate has been zero for all {counted(len(seen), 'step')}.",
@@ -108,11 +108,11 @@ def _ended(history: History, loop: Loop) -> Iterator[Finding]:
         yield from _past_its_end(loop)
 
 
-def _past_its_end(loop: Loop) -> Iterator[Finding]:
+def _past_its_end(loop: Loop) -> Iterator[LoopFinding]:
     """A cosine that is stepped on after its half period climbs up again."""
     for s in loop.schedulers:
         if s.kind == "CosineAnnealingLR" and s.horizon and s.steps >= s.horizon + 2:
-            yield Finding(
+            yield LoopFinding(
                 Level.WARNING,
                 Cause.SCHEDULE_TOO_FAST,
                 f"The schedule ({s.kind}) was made for {counted(s.horizon, 'step')} and has been stepped "
@@ -123,13 +123,13 @@ def _past_its_end(loop: Loop) -> Iterator[Finding]:
             )
 
 
-def _elsewhere(loop: Loop) -> Iterator[Finding]:
+def _elsewhere(loop: Loop) -> Iterator[LoopFinding]:
     scheduled = {s.optimizer for s in loop.schedulers if s.steps}
     for s in loop.schedulers:
         idle = s.optimizer >= 0 and not loop.optimizers[s.optimizer].steps
         others = [o for i, o in enumerate(loop.optimizers) if i not in scheduled and o in loop.training]
         if idle and s.steps >= TWICE and any(o.steps >= THRICE for o in others):
-            yield Finding(
+            yield LoopFinding(
                 Level.ALARM,
                 Cause.SCHEDULER_OF_ANOTHER_OPTIMIZER,
                 f"The scheduler ({s.kind}) changes an optimizer that never steps: {counted(s.steps, 'step')} of it "
@@ -140,14 +140,14 @@ def _elsewhere(loop: Loop) -> Iterator[Finding]:
             )
 
 
-def _never(loop: Loop) -> Iterator[Finding]:
+def _never(loop: Loop) -> Iterator[LoopFinding]:
     epochs = loop.batches.epochs
     scheduled = {s.optimizer for s in loop.schedulers if s.steps}
     for s in loop.schedulers:
         if s.optimizer < 0 or loop.optimizers[s.optimizer] not in loop.training or s.optimizer in scheduled:
             continue
         if epochs > EPOCHS or (loop.ended and epochs != 1 and loop.step >= MANY):
-            yield Finding(
+            yield LoopFinding(
                 Level.WARNING,
                 Cause.SCHEDULER_NEVER_STEPPED,
                 f"The optimizer has a scheduler ({s.kind}), which has not been stepped in {loop.step:,} steps.",
@@ -156,11 +156,11 @@ def _never(loop: Loop) -> Iterator[Finding]:
             )
 
 
-def _first(loop: Loop) -> Iterator[Finding]:
+def _first(loop: Loop) -> Iterator[LoopFinding]:
     for s in loop.schedulers:
         started = s.optimizer >= 0 and loop.optimizers[s.optimizer].steps >= TWICE
         if s.before_optimizer and started and s.steps >= TWICE and s.first_step <= 1 and not loop.resumed:
-            yield Finding(
+            yield LoopFinding(
                 Level.WARNING,
                 Cause.SCHEDULER_BEFORE_OPTIMIZER,
                 f"scheduler.step() ({s.kind}) is called before optimizer.step(), so the first learning rate of the "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, judged
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -43,7 +43,7 @@ def loss_call(loop: Loop) -> LossCall:
     return judged(LossCall, loop.step, findings, fine, preconditions=(seen,))
 
 
-def _findings(f: LossFacts) -> Iterator[Finding]:
+def _findings(f: LossFacts) -> Iterator[LoopFinding]:
     always = f.checked >= min(CHECKED, f.calls) and f.checked > 0
     probabilities = f.came_from == "softmax" or (always and f.probabilities == f.checked and f.checked >= CHECKED)
     if f.broadcast:
@@ -64,7 +64,7 @@ def _findings(f: LossFacts) -> Iterator[Finding]:
         yield _padding(f)
 
 
-def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[Finding]:
+def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[LoopFinding]:
     axis = 1 if f.function == "nll_loss" else len(f.input_shape) - 1
     if f.came_from in ("softmax", "log_softmax") and f.over_axis is not None and f.over_axis != axis:
         yield _axis(f, axis)
@@ -74,10 +74,10 @@ def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[Find
         yield _logs(f, "raw outputs")
 
 
-def _broadcast(f: LossFacts) -> Finding:
+def _broadcast(f: LossFacts) -> LoopFinding:
     what = f"{f.function} compares" if f.function else "The loss compares"
     shapes = f"outputs {_shape(f.input_shape)} and targets {_shape(f.target_shape)}"
-    return Finding(
+    return LoopFinding(
         Level.ALARM,
         Cause.TARGETS_BROADCAST,
         f"{what} every output with every target: {shapes} are broadcast against each other.",
@@ -91,8 +91,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
-def _double(f: LossFacts, cause: Cause, inside: str) -> Finding:
-    return Finding(
+def _double(f: LossFacts, cause: Cause, inside: str) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         cause,
         f"{f.function} is called on probabilities and applies {inside} to them once more, so its gradients shrink "
@@ -103,8 +103,8 @@ def _double(f: LossFacts, cause: Cause, inside: str) -> Finding:
     )
 
 
-def _logs(f: LossFacts, what: str) -> Finding:
-    return Finding(
+def _logs(f: LossFacts, what: str) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.LOGITS_INTO_PROBABILITY_LOSS,
         f"{f.function} expects log-probabilities and is called on {what}.",
@@ -114,8 +114,8 @@ def _logs(f: LossFacts, what: str) -> Finding:
     )
 
 
-def _axis(f: LossFacts, axis: int) -> Finding:
-    return Finding(
+def _axis(f: LossFacts, axis: int) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.WRONG_CLASS_AXIS,
         f"{f.came_from} runs over axis {f.over_axis} of the outputs {_shape(f.input_shape)}, and {f.function} "
@@ -126,8 +126,8 @@ def _axis(f: LossFacts, axis: int) -> Finding:
     )
 
 
-def _truncated(f: LossFacts) -> Finding:
-    return Finding(
+def _truncated(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.TARGETS_CAST,
         f"The targets are cut to whole numbers ({f.target_dtype}) before {f.function}: the data has fractions, and "
@@ -138,8 +138,8 @@ def _truncated(f: LossFacts) -> Finding:
     )
 
 
-def _constant(f: LossFacts) -> Finding:
-    return Finding(
+def _constant(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
         Level.WARNING,
         Cause.TARGETS_CAST,
         f"All targets that {f.function} gets are one number, while those of the data differ: they lost their "
@@ -150,8 +150,8 @@ def _constant(f: LossFacts) -> Finding:
     )
 
 
-def _ascended(f: LossFacts) -> Finding:
-    return Finding(
+def _ascended(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
         Level.WARNING,  # an adversary, or unlearning, goes up a loss on purpose
         Cause.LOSS_ASCENDED,
         f"Training goes up the loss: backward() is called on {f.function} times {f.factor:.3g}.",
@@ -171,8 +171,8 @@ def _examples(f: LossFacts) -> int:
     return f.input_shape[0] if f.input_shape else 1
 
 
-def _summed(f: LossFacts, loop: Loop) -> Finding:
-    return Finding(
+def _summed(f: LossFacts, loop: Loop) -> LoopFinding:
+    return LoopFinding(
         Level.WARNING,
         Cause.LOSS_SUMMED,
         f"{f.function} is a sum over {_examples(f):,} examples where a mean is usual, so with SGD the step is that "
@@ -184,8 +184,8 @@ def _summed(f: LossFacts, loop: Loop) -> Finding:
     )
 
 
-def _padding(f: LossFacts) -> Finding:
-    return Finding(
+def _padding(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
         Level.WARNING,
         Cause.IGNORED_LABELS_COUNTED,
         f"Padding counts in the loss: up to {f.padded:.0%} of the targets of a batch are {f.padding}, the padding "

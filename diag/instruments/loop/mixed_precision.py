@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -37,7 +37,7 @@ def mixed_precision(loop: Loop) -> MixedPrecision:
     return judged(MixedPrecision, loop.step, list(_findings(loop, s)), fine, preconditions=(used,))
 
 
-def _findings(loop: Loop, s: ScalingFacts) -> Iterator[Finding]:
+def _findings(loop: Loop, s: ScalingFacts) -> Iterator[LoopFinding]:
     for o in loop.training:
         if o.scaled:
             yield _still_scaled(o.scaled.times, o.scaled.first)
@@ -49,8 +49,8 @@ def _findings(loop: Loop, s: ScalingFacts) -> Iterator[Finding]:
         yield _off(s)
 
 
-def _still_scaled(times: int, first: int) -> Finding:
-    return Finding(
+def _still_scaled(times: int, first: int) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.GRADIENTS_STILL_SCALED,
         f"The optimizer steps on gradients that still carry the loss scale: {counted(times, 'step')} by "
@@ -61,8 +61,8 @@ def _still_scaled(times: int, first: int) -> Finding:
     )
 
 
-def _clipped(s: ScalingFacts) -> Finding:
-    return Finding(
+def _clipped(s: ScalingFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.CLIPPING_BEFORE_UNSCALING,
         "Gradients are clipped while they still carry the loss scale, at "
@@ -73,8 +73,8 @@ def _clipped(s: ScalingFacts) -> Finding:
     )
 
 
-def _forever(s: ScalingFacts) -> Finding:
-    return Finding(
+def _forever(s: ScalingFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.SCALER_SKIPS_FOREVER,
         f"The GradScaler has left out the last {s.skipped.running:,} steps in a row: it finds a gradient that is "
@@ -85,8 +85,8 @@ def _forever(s: ScalingFacts) -> Finding:
     )
 
 
-def _off(s: ScalingFacts) -> Finding:
-    return Finding(
+def _off(s: ScalingFacts) -> LoopFinding:
+    return LoopFinding(
         Level.WARNING,
         Cause.AUTOCAST_OFF,
         f"A GradScaler scales the loss, and the model does not run under autocast: {s.looked:,} calls of it used "

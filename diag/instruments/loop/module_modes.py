@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -37,7 +37,7 @@ def module_modes(loop: Loop) -> ModuleModes:
     return judged(ModuleModes, loop.step, list(_findings(m)), fine, preconditions=(noisy,))
 
 
-def _findings(m: ModeFacts) -> Iterator[Finding]:
+def _findings(m: ModeFacts) -> Iterator[LoopFinding]:
     if m.eval_steps.running >= TWICE and m.trained_parts:
         finding = _training(m)
         if finding is not None:
@@ -48,7 +48,7 @@ def _findings(m: ModeFacts) -> Iterator[Finding]:
         yield _evaluation(m, Level.WARNING, m.train_in_evaluation.first, "the model was called several times")
 
 
-def _training(m: ModeFacts) -> Finding | None:
+def _training(m: ModeFacts) -> LoopFinding | None:
     since, names = m.eval_steps.last - m.eval_steps.running + 1, m.trained_parts
     if m.left_by_evaluation:
         since = m.left_by_evaluation
@@ -57,7 +57,7 @@ def _training(m: ModeFacts) -> Finding | None:
         return _in_eval(m, since, f"from step {since:,} on", Level.ALARM)
     untracked = [n for n in names if n in m.untracked]
     if untracked:
-        return Finding(
+        return LoopFinding(
             Level.ALARM,
             Cause.TRAINING_IN_EVAL_MODE,
             f"{named(untracked)} train in eval mode and have never seen a batch, so they normalise with the mean 0 "
@@ -70,9 +70,9 @@ def _training(m: ModeFacts) -> Finding | None:
     return None
 
 
-def _in_eval(m: ModeFacts, since: int, when: str, level: Level) -> Finding:
+def _in_eval(m: ModeFacts, since: int, when: str, level: Level) -> LoopFinding:
     names = m.trained_parts
-    return Finding(
+    return LoopFinding(
         level,
         Cause.TRAINING_IN_EVAL_MODE,
         f"Training runs with {named(names)} in eval mode {when}: dropout is off there, and batch norm uses running "
@@ -84,9 +84,9 @@ def _in_eval(m: ModeFacts, since: int, when: str, level: Level) -> Finding:
     )
 
 
-def _evaluation(m: ModeFacts, level: Level, step: int, how: str) -> Finding:
+def _evaluation(m: ModeFacts, level: Level, step: int, how: str) -> LoopFinding:
     moving = " Its running statistics move with the held-out data." if m.moving_statistics else ""
-    return Finding(
+    return LoopFinding(
         level,
         Cause.EVALUATION_IN_TRAIN_MODE,
         f"The model is evaluated in train mode: before step {step:,} {how} without gradients while "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -36,7 +36,7 @@ def optimizer_kept(loop: Loop) -> OptimizerKept:
     return judged(OptimizerKept, loop.step, findings, fine, **about)
 
 
-def _findings(loop: Loop) -> Iterator[Finding]:
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
     chains: dict[tuple[str, tuple[str, ...]], list[OptimizerFacts]] = {}
     for o in sorted(loop.training, key=lambda o: o.first_step):
         chain = chains.setdefault((o.kind, o.held), [])
@@ -47,7 +47,7 @@ def _findings(loop: Loop) -> Iterator[Finding]:
             yield _again(chain)
     lost = [o for o in loop.training if o.no_state and o.stateful]
     if lost and loop.resumed:
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.OPTIMIZER_STATE_NOT_RESTORED,
             f"The run goes on after step {loop.resumed:,} and its optimizer ({lost[0].kind}) has no moments.",
@@ -57,11 +57,11 @@ def _findings(loop: Loop) -> Iterator[Finding]:
         )
 
 
-def _again(chain: list[OptimizerFacts]) -> Finding:
+def _again(chain: list[OptimizerFacts]) -> LoopFinding:
     steps = [o.steps for o in chain[:-1]]
     every = max(steps)
     often = "at every step" if every == 1 else f"every {every:,} steps or fewer"
-    return Finding(
+    return LoopFinding(
         Level.ALARM if every == 1 else Level.WARNING,
         Cause.OPTIMIZER_RECREATED,
         f"The optimizer ({chain[0].kind}) is made again {often}, {len(chain):,} so far, so its moments start from "

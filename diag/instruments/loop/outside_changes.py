@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -37,7 +37,7 @@ def outside_changes(loop: Loop) -> OutsideChanges:
     return judged(OutsideChanges, loop.step, findings, fine, **about)
 
 
-def _findings(loop: Loop) -> Iterator[Finding]:
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
     held = {name for o in loop.training for name in o.held}
     changes = [c for c in loop.outside if set(c.names) & held]
     if not changes or loop.outside_times > OFTEN * max(loop.step - 1, 1):
@@ -52,9 +52,9 @@ def _findings(loop: Loop) -> Iterator[Finding]:
         yield _changed(changes, loop)
 
 
-def _swapped(changes: list[OutsideChange], loop: Loop) -> Finding:
+def _swapped(changes: list[OutsideChange], loop: Loop) -> LoopFinding:
     first = changes[0]
-    return Finding(
+    return LoopFinding(
         Level.ALARM,
         Cause.AVERAGED_WEIGHTS_LEFT,
         f"Other weights were put in for an evaluation and training goes on from them: before step {first.step:,} "
@@ -66,10 +66,10 @@ def _swapped(changes: list[OutsideChange], loop: Loop) -> Finding:
     )
 
 
-def _back(changes: list[OutsideChange], loop: Loop) -> Finding:
+def _back(changes: list[OutsideChange], loop: Loop) -> LoopFinding:
     first, several = changes[0], len(changes) >= TWICE
     to = "the start" if first.returned_to == 0 else f"step {first.returned_to:,}"
-    return Finding(
+    return LoopFinding(
         Level.ALARM if several else Level.WARNING,
         Cause.WEIGHTS_CHANGED_OUTSIDE,
         f"The weights are set back: before step {first.step:,} {named(first.names)} have the values of {to} "
@@ -81,9 +81,9 @@ def _back(changes: list[OutsideChange], loop: Loop) -> Finding:
     )
 
 
-def _changed(changes: list[OutsideChange], loop: Loop) -> Finding:
+def _changed(changes: list[OutsideChange], loop: Loop) -> LoopFinding:
     first = changes[0]
-    return Finding(
+    return LoopFinding(
         Level.WARNING,
         Cause.WEIGHTS_CHANGED_OUTSIDE,
         f"Something other than the optimizer changed the weights before step {first.step:,}: {named(first.names)} "

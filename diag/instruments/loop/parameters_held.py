@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -39,7 +39,7 @@ def parameters_held(loop: Loop) -> ParametersHeld:
     return judged(ParametersHeld, loop.step, findings, fine, preconditions=(seen,))
 
 
-def _findings(loop: Loop, steps: int) -> Iterator[Finding]:
+def _findings(loop: Loop, steps: int) -> Iterator[LoopFinding]:
     if loop.strangers:
         yield _unknown(loop)
     left_out = [p for p in loop.parameters if p.trainable and p.ungathered >= LOOKS]
@@ -54,12 +54,12 @@ def _findings(loop: Loop, steps: int) -> Iterator[Finding]:
         yield _foreign(left_out)
 
 
-def _stale(left_out: list[ParameterFacts], all_of_it: bool) -> Finding:
+def _stale(left_out: list[ParameterFacts], all_of_it: bool) -> LoopFinding:
     names = [p.name for p in left_out]
     replaced = max((p.replaced for p in left_out), default=0)
     what = "the model's parameters" if all_of_it else named(names)
     since = f" since step {replaced:,}" if replaced else ""
-    return Finding(
+    return LoopFinding(
         Level.ALARM,
         Cause.OPTIMIZER_HOLDS_STALE_PARAMETERS,
         f"The optimizer updates tensors that the model no longer uses: {what} get gradients and are in no "
@@ -72,14 +72,14 @@ def _stale(left_out: list[ParameterFacts], all_of_it: bool) -> Finding:
     )
 
 
-def _left_out(left_out: list[ParameterFacts], loop: Loop) -> Finding:
+def _left_out(left_out: list[ParameterFacts], loop: Loop) -> LoopFinding:
     names = [p.name for p in left_out]
     whole_body = is_body(names, [p.name for p in loop.parameters if p.trainable])
     share = sum(_size(p) for p in left_out) / max(sum(_size(p) for p in loop.parameters if p.trainable), 1)
     meant = (
         " If only the last layers are meant to train, set requires_grad_(False) on the rest." if whole_body else ""
     )
-    return Finding(
+    return LoopFinding(
         Level.WARNING if whole_body else Level.ALARM,
         Cause.PARAMETER_IN_NO_OPTIMIZER,
         f"{named(names)} get gradients and no optimizer holds them, so they stay as they are: "
@@ -90,8 +90,8 @@ def _left_out(left_out: list[ParameterFacts], loop: Loop) -> Finding:
     )
 
 
-def _unknown(loop: Loop) -> Finding:
-    return Finding(
+def _unknown(loop: Loop) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.PARAMETER_IN_NO_OPTIMIZER,
         f"The model uses {counted(len(loop.strangers), 'parameter')} that it does not know and no optimizer holds, "
@@ -101,8 +101,8 @@ def _unknown(loop: Loop) -> Finding:
     )
 
 
-def _foreign(left_out: list[ParameterFacts]) -> Finding:
-    return Finding(
+def _foreign(left_out: list[ParameterFacts]) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.PARAMETER_IN_NO_OPTIMIZER,
         f"The optimizer that steps holds none of the model's parameters: {named([p.name for p in left_out])} get "

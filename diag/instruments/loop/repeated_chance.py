@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -34,10 +34,10 @@ def repeated_chance(loop: Loop) -> RepeatedChance:
     return judged(RepeatedChance, loop.step, list(_findings(loop)), fine)
 
 
-def _findings(loop: Loop) -> Iterator[Finding]:
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
     c = loop.chance
     if c.drawn.times >= TWICE and c.always_dropping:
-        yield Finding(
+        yield LoopFinding(
             Level.ALARM,
             Cause.DROPOUT_ALWAYS_ON,
             f"Dropout acts in evaluation, too: {named(c.always_dropping)} calls it without regard to the mode, and "
@@ -49,7 +49,7 @@ def _findings(loop: Loop) -> Iterator[Finding]:
         )
     classifier = any(f.function in CLASSIFYING for f in loop.losses)
     if classifier and c.differing.longest >= TWICE:
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.AUGMENTATION_IN_EVALUATION,
             f"Held-out rows differ between evaluations: the first batch had the same labels and other inputs in "
@@ -59,7 +59,7 @@ def _findings(loop: Loop) -> Iterator[Finding]:
             step=c.differing.first,
         )
     if c.seeded.longest >= THRICE:
-        yield Finding(
+        yield LoopFinding(
             Level.WARNING,
             Cause.AUGMENTATION_REPEATED,
             f"torch.manual_seed sets the same seed at every step, {c.seeded.times + 1:,} times so far, so "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -37,7 +37,7 @@ def step_order(loop: Loop) -> StepOrder:
     return judged(StepOrder, loop.step, findings, fine, **about)
 
 
-def _findings(o: OptimizerFacts, loop: Loop) -> Iterator[Finding]:
+def _findings(o: OptimizerFacts, loop: Loop) -> Iterator[LoopFinding]:
     if o.before_backward.longest >= TWICE:
         yield _before_backward(o, "the gradients had been zeroed and backward() was still to come")
     elif o.late.longest >= TWICE:
@@ -48,8 +48,8 @@ def _findings(o: OptimizerFacts, loop: Loop) -> Iterator[Finding]:
         yield _doubled(o)
 
 
-def _before_backward(o: OptimizerFacts, how: str) -> Finding:
-    return Finding(
+def _before_backward(o: OptimizerFacts, how: str) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.STEP_BEFORE_BACKWARD,
         f"optimizer.step() is called before backward(): at {counted(o.before_backward.times, 'step')} {how}.",
@@ -59,8 +59,8 @@ def _before_backward(o: OptimizerFacts, how: str) -> Finding:
     )
 
 
-def _one_late(o: OptimizerFacts) -> Finding:
-    return Finding(
+def _one_late(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.STEP_BEFORE_BACKWARD,
         "optimizer.step() is called between the call of the model and backward(), so each step uses the gradient "
@@ -71,8 +71,8 @@ def _one_late(o: OptimizerFacts) -> Finding:
     )
 
 
-def _repeated(o: OptimizerFacts) -> Finding:
-    return Finding(
+def _repeated(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.STEP_REPEATED,
         f"optimizer.step() is called again on the same gradient: {counted(o.repeated.times, 'step')} of "
@@ -83,8 +83,8 @@ def _repeated(o: OptimizerFacts) -> Finding:
     )
 
 
-def _doubled(o: OptimizerFacts) -> Finding:
-    return Finding(
+def _doubled(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
         Level.ALARM,
         Cause.PARAMETER_IN_TWO_OPTIMIZERS,
         f"Two optimizers step the same parameters on the same gradient: {counted(o.doubled.times, 'step')} of "
@@ -95,9 +95,9 @@ def _doubled(o: OptimizerFacts) -> Finding:
     )
 
 
-def _missing(loop: Loop) -> Iterator[Finding]:
+def _missing(loop: Loop) -> Iterator[LoopFinding]:
     if not any(o.steps for o in loop.optimizers) and loop.zeroed_without_step >= MANY:
-        yield Finding(
+        yield LoopFinding(
             Level.ALARM,
             Cause.STEP_MISSING,
             f"No optimizer has stepped: {loop.unstepped:,} backward passes were made and their "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, Finding, LoopCheck, counted, judged, named
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import History
@@ -41,7 +41,7 @@ def weights_move(history: History, loop: Loop) -> WeightsMove:
     return judged(WeightsMove, loop.step, findings, fine, **about)
 
 
-def _findings(history: History, loop: Loop) -> Iterator[Finding]:
+def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
     rows = numpy.flatnonzero(~history.skipped)
     update, gradient = history.update_norm[rows], history.gradient_norm[rows]
     facts = {p.name: p for p in loop.parameters}
@@ -76,10 +76,10 @@ def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
     return bool((step <= ROUNDING * numpy.nan_to_num(size)).all())
 
 
-def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> Finding:
+def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> LoopFinding:
     what = "No parameter has" if everything else f"{named(names)} have not"
     why, advice = WHY[cause]
-    return Finding(
+    return LoopFinding(
         Level.ALARM,
         cause,
         f"{what} changed since step {since:,}, though steps are taken and gradients are not zero: {why}.",

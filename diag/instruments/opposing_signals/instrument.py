@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.curvature.carry import carried_eigenpairs
@@ -24,9 +23,9 @@ from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number
 from diag.errors import Unsupported
 from diag.gradients import PerExampleGradients
+from diag.instruments.opposing_signals.fields import MeasuredSignals
 from diag.instruments.opposing_signals.judging import (
     DIRECTIONS,
-    OVER_CHANCE,
     SHARE,
     SOURCE,
     SWAP,
@@ -50,7 +49,7 @@ from diag.instruments.opposing_signals.movement import rank_auc
 from diag.instruments.opposing_signals.showing import draw_groups, imported, kept, two_groups
 from diag.instruments.opposing_signals.signed_graph import agreeing_parts, signed_graph
 from diag.registry import GRADIENT, PRODUCT, SELF_TEST, StepWindow, instrument
-from diag.result import Level, Provenance, Result, Verdict, measured
+from diag.result import Level, Provenance, Verdict
 
 NULLS = 5
 WINDOW = 20
@@ -58,60 +57,8 @@ EDGE_OF_GRAPH = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OpposingSignals(Result):
+class OpposingSignals(MeasuredSignals):
     """Two groups of rows, A and B, and how much of the loss's movement and curvature they carry."""
-
-    share: float = measured("movement |change of loss| in A and B together", unit="share")
-    swap: float = measured(
-        "examples that change ends from one step to the next; NaN for a static kick", unit="share"
-    )
-    persist: float = measured("examples that stay at their end; NaN for a static kick", unit="share")
-    antiphase: float = measured("correlation over the steps of A's and B's mean change; NaN for a static kick")
-    lag_one: float = measured("correlation of A's mean change with itself a step later; NaN for a static kick")
-    curvature_share: float = measured(
-        "Gauss-Newton curvature along the direction (the sharpest, for recorded steps) in A and B", unit="share"
-    )
-    chance_share: float = measured("2k/n, the share of as many random examples if all moved alike", unit="share")
-    null_share: float = measured("largest share after random steps of the same length", unit="share")
-    sharpness: float = measured("largest eigenvalue of the Hessian")
-    edge_first: float = measured("sharpness over the optimizer's threshold at the first recorded step; else NaN")
-    edge_last: float = measured("the same at the last recorded step")
-    spike: float = measured("largest mean loss after a step over that before it; NaN for a static kick")
-    slope_a: float = measured("mean slope of A's losses along the direction")
-    slope_b: float = measured("mean slope of B's losses along the direction")
-    slope_auc: float = measured("chance that a member's slope is larger in size than a non-member's")
-    norm_auc: float = measured("the same for the norm of the gradient alone (a null)")
-    loss_auc: float = measured("the same for the loss alone (a null)")
-    loss_correlation: float = measured("correlation of |change| with the loss (a null: hard examples move more)")
-    cosine: float = measured("cosine of the two groups' gradients (negative also by selection: proves nothing)")
-    norm_a: float = measured("norm of A's mean gradient")
-    norm_b: float = measured("norm of B's mean gradient")
-    norm_rest: float = measured("norm of the mean gradient of the rest")
-    direction: int = measured("which eigenvector separates the groups, 0 the sharpest; -1: not from a direction")
-    mode: str = measured("static, replay or online")
-    k: int = measured("examples in each group")
-    num_examples: int = measured("examples, n")
-    same_side: bool = measured("both groups' losses rise along the same side of the direction")
-    group_a: NDArray[numpy.int64] = measured("rows whose loss rises most, the largest first", shape="(k,)")
-    group_b: NDArray[numpy.int64] = measured("rows whose loss falls most, the largest first", shape="(k,)")
-    shares: NDArray[numpy.float64] = measured("share for each direction that was tried", shape="(directions,)")
-    eigenvalues: NDArray[numpy.float64] = measured("curvature along each", shape="(directions,)")
-    changes: NDArray[numpy.float64] = measured("mean change of A, B and the rest, per step", shape="(steps, 3)")
-    trace: NDArray[numpy.float64] = measured(
-        "mean loss of A, B and the rest at each step; empty for a static kick", shape="(steps + 1, 3)"
-    )
-    steps: tuple[int, ...] = measured("the steps of the trace; those of a replay count from 0")
-    cosines: NDArray[numpy.float64] = measured("cosines between the gradients of A, then B", shape="(2k, 2k)")
-    labels_a: tuple[int, ...] = measured("labels of A, in order; empty where there are none")
-    labels_b: tuple[int, ...] = measured("labels of B, in order; empty where there are none")
-    losses_a: NDArray[numpy.float64] = measured("losses of A, in order", shape="(k,)")
-    losses_b: NDArray[numpy.float64] = measured("losses of B, in order", shape="(k,)")
-    shown: NDArray[Any] = measured(
-        "inputs of the first 12 of A and of B, features standardised; empty without a tensor", shape="(rows, *)"
-    )
-    difference: NDArray[numpy.float64] = measured(
-        "mean input of A less that of B, in standard deviations; empty where there is none", shape="(*)"
-    )
 
     # ---- judging
 
@@ -129,17 +76,6 @@ class OpposingSignals(Result):
         if last.level == Level.WARNING or not warned:
             return last
         return replace(last, sentence=f"{last.sentence[:-1]}; two groups did dominate at step {warned[-1]:,}.")
-
-    @property
-    def limit(self) -> float:
-        """The share from which on the groups are outsized: more than their number, and than random steps."""
-        null = 0.0 if math.isnan(self.null_share) else self.null_share
-        return max(self.setting("share_limit"), OVER_CHANCE * self.chance_share, null)
-
-    @property
-    def outsized(self) -> bool:
-        """True where the two groups carry far more of the movement than chance explains."""
-        return self.share > self.limit
 
     # ---- showing
 

@@ -7,18 +7,17 @@ and random steps, and on whether they trade places from step to step. The thresh
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from diag.display import format_number, format_share
+from diag.instruments.opposing_signals.fields import MeasuredSignals
 from diag.result import OUR_CHOICE, Confidence, Level, Verdict
 
 SOURCE = "Rosenfeld, Risteski, ICLR 2024, arXiv:2311.04163"
 DIRECTIONS = 5
-OpposingSignals = Any  # the instrument's result, which lies a layer above
-SWAP, PERSIST, ANTIPHASE, SHARE, OVER_CHANCE, SPIKE = 0.6, 0.2, -0.7, 0.4, 5.0, 1.1
+SWAP, PERSIST, ANTIPHASE, SHARE, SPIKE = 0.6, 0.2, -0.7, 0.4, 1.1
 
 
-def of_a_kick(result: OpposingSignals) -> Verdict:
+def of_a_kick(result: MeasuredSignals) -> Verdict:
     """Groups at the two ends of a kick along a sharp direction: do they carry far more than chance explains?"""
     if not result.outsized or result.same_side:
         return _judged(
@@ -37,7 +36,7 @@ def of_a_kick(result: OpposingSignals) -> Verdict:
     )
 
 
-def of_steps(result: OpposingSignals) -> Verdict:
+def of_steps(result: MeasuredSignals) -> Verdict:
     """Groups over consecutive steps: do they trade places, and dominate the movement?"""
     oscillates = (
         result.swap >= result.setting("swap_limit") and result.persist <= PERSIST and result.antiphase <= ANTIPHASE
@@ -78,7 +77,7 @@ def of_steps(result: OpposingSignals) -> Verdict:
     )
 
 
-def _carried(result: OpposingSignals) -> str:
+def _carried(result: MeasuredSignals) -> str:
     chance = f"{format_share(result.chance_share)} by number"
     if not math.isnan(result.null_share):
         chance += f", {format_share(result.null_share)} after random steps"
@@ -91,7 +90,7 @@ def _carried(result: OpposingSignals) -> str:
 
 
 def _judged(
-    result: OpposingSignals,
+    result: MeasuredSignals,
     level: Level,
     sentence: str,
     advice: str = "",
@@ -114,7 +113,7 @@ def _judged(
     )
 
 
-def _labels_differ(result: OpposingSignals) -> bool:
+def _labels_differ(result: MeasuredSignals) -> bool:
     return bool(result.labels_a) and _commonest(result.labels_a) != _commonest(result.labels_b)
 
 

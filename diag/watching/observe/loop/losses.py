@@ -40,7 +40,7 @@ WITH_CLASSES = ("cross_entropy", "nll_loss")
 
 
 @dataclass
-class Kind:
+class LossKind:
     """Calls of one function on one kind of tensors."""
 
     function: str
@@ -68,16 +68,16 @@ class Losses:
 
     def __init__(self, model: nn.Module, moment: Moment) -> None:
         self._moment = moment
-        self.kinds: dict[Any, Kind] = {}
-        self._last: tuple[int, Kind] | None = None
+        self.kinds: dict[Any, LossKind] = {}
+        self._last: tuple[int, LossKind] | None = None
         self._scaled: dict[int, Tensor] = {}
-        self._away: list[tuple[Kind, str, Tensor]] = []
+        self._away: list[tuple[LossKind, str, Tensor]] = []
         self._padding = next(
             (m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None),
             None,
         )
         self.raw: tuple[Tensor, ...] = ()  # floating tensors of the batch that a DataLoader last gave
-        self.own: Kind | None = None
+        self.own: LossKind | None = None
 
     def called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], value: Tensor) -> None:
         """A loss function of torch returned `value`, which has a graph."""
@@ -106,7 +106,7 @@ class Losses:
         if kind.calls <= CHECKED or due(kind.calls):
             self._look(kind, given, target)
 
-    def _look(self, kind: Kind, given: Tensor, target: Any) -> None:
+    def _look(self, kind: LossKind, given: Tensor, target: Any) -> None:
         kind.came_from, kind.over_axis = made_by(given)
         if isinstance(target, Tensor):
             kind.broadcast |= expands_both(given, target) and kind.function not in WITH_CLASSES
@@ -118,7 +118,7 @@ class Losses:
         news = (kind.came_from, kind.over_axis, kind.broadcast)
         self._moment.news(("loss input", id(kind), news))
 
-    def _targets(self, kind: Kind, target: Tensor) -> None:
+    def _targets(self, kind: LossKind, target: Tensor) -> None:
         if self._padding is not None and not target.is_floating_point() and kind.function in WITH_CLASSES:
             self._read(kind, "padding", (target == self._padding).float().mean())
         if target.is_cpu:
@@ -127,13 +127,13 @@ class Losses:
                     kind.truncated = max(kind.truncated, _truncation(raw.reshape(target.shape), target))
                     kind.constant += is_constant(target) and not is_constant(raw)
 
-    def _read(self, kind: Kind, what: str, values: Tensor) -> None:
+    def _read(self, kind: LossKind, what: str, values: Tensor) -> None:
         if values.is_cpu:
             self._note(kind, what, values)
         elif len(self._away) < 4 * KINDS:
             self._away.append((kind, what, values.clone()))
 
-    def _note(self, kind: Kind, what: str, values: Tensor) -> None:
+    def _note(self, kind: LossKind, what: str, values: Tensor) -> None:
         if what == "padding":
             kind.padded = max(kind.padded, float(values))
             return
@@ -174,7 +174,7 @@ class Losses:
         if self.own is not None and not (self.own.calls < CHECKED):
             return
         if self.own is None:
-            self.own = Kind("", "", {}, self._moment.step)
+            self.own = LossKind("", "", {}, self._moment.step)
         self.own.calls += 1
         shape, other = difference_shapes(root)
         if shape and other:
@@ -192,7 +192,7 @@ class Losses:
         kinds = list(self.kinds.values()) + ([self.own] if self.own is not None else [])
         return tuple(self._facts(k) for k in kinds)
 
-    def _facts(self, k: Kind) -> LossFacts:
+    def _facts(self, k: LossKind) -> LossFacts:
         smoothing, ignored = k.arguments.get("label_smoothing"), k.arguments.get("ignore_index")
         return LossFacts(
             function=k.function,
@@ -221,7 +221,7 @@ class Losses:
         )
 
 
-def _kind(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], step: int) -> Kind:
+def _kind(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], step: int) -> LossKind:
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -229,7 +229,7 @@ def _kind(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], st
     except (TypeError, ValueError):
         arguments = dict(kwargs)
     arguments = {k: True if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    return Kind(function.__name__, str(arguments.get("reduction", "")), arguments, step)
+    return LossKind(function.__name__, str(arguments.get("reduction", "")), arguments, step)
 
 
 def _first_two(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

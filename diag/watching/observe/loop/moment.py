@@ -13,7 +13,7 @@ def due(times: int) -> bool:
     return digits[0] in "13" and digits.strip("0") in ("1", "3")
 
 
-def next_due(times: int) -> int:
+def next_look(times: int) -> int:
     """The first look after `times` that is due."""
     if times < 3:
         return times + 1

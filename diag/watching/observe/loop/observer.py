@@ -15,7 +15,7 @@ from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
 from diag.watching.observe.loop.modes import Modes
-from diag.watching.observe.loop.moment import Moment, next_due
+from diag.watching.observe.loop.moment import Moment, next_look
 from diag.watching.observe.loop.optimizers import Optimizers
 from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.parameters import Parameters
@@ -191,7 +191,7 @@ class LoopObserver:
         """An optimizer is about to step."""
         record = self._optimizers.record(optimizer)
         if record is not None and not self._optimizers.inside and record.steps + 1 >= record.due:
-            record.due, record.swept = next_due(record.steps + 1), True
+            record.due, record.swept = next_look(record.steps + 1), True
             self._parameters.sweep(record, self._optimizers)
             if record.held:
                 self._layers.sweep()

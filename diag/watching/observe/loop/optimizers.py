@@ -20,7 +20,7 @@ MOST = 64  # optimizers that are followed
 SURE = 2  # times in a row
 
 
-class Record:
+class OptimizerRecord:
     """One optimizer and its steps."""
 
     def __init__(self, optimizer: Optimizer, kind: str) -> None:
@@ -50,7 +50,7 @@ class Record:
         optimizer = self.reference()
         if optimizer is not None:
             self.groups = tuple(
-                {k: plain(g[k]) for k in HYPERPARAMETERS if k in g and plain(g[k]) is not None}
+                {k: plain_number(g[k]) for k in HYPERPARAMETERS if k in g and plain_number(g[k]) is not None}
                 for g in optimizer.param_groups
             )
 
@@ -63,13 +63,13 @@ class Optimizers:
 
     def __init__(self, moment: Moment, gradients: Gradients, names: dict[int, str], resumed: bool) -> None:
         self._moment, self._gradients, self._names, self._resumed = moment, gradients, names, resumed
-        self.records: list[Record] = []
-        self._by_id: dict[int, Record] = {}
+        self.records: list[OptimizerRecord] = []
+        self._by_id: dict[int, OptimizerRecord] = {}
         self._inside: list[Optimizer] = []
         self._searched = self.called = self.closures = False
         self.adversarial = False  # the inputs ask for a gradient: backward passes are made for them
 
-    def record(self, optimizer: Any) -> Record | None:
+    def record(self, optimizer: Any) -> OptimizerRecord | None:
         """What is known of it; of a wrapper (Accelerate's) that of the optimizer inside."""
         known = self._by_id.get(id(optimizer))
         if known is not None and known.reference() is optimizer:
@@ -82,13 +82,13 @@ class Optimizers:
             return self.record(inner) if isinstance(inner, Optimizer) else None
         if len(self.records) >= MOST:
             return None
-        known = Record(optimizer, type(optimizer).__name__)
+        known = OptimizerRecord(optimizer, type(optimizer).__name__)
         self.records.append(known)
         self._by_id[id(optimizer)] = known
         self.refresh(known, optimizer)
         return known
 
-    def refresh(self, record: Record, optimizer: Optimizer) -> None:
+    def refresh(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
         """Read again what it holds."""
         held = [p for group in optimizer.param_groups for p in group["params"]]
         record.size = len(held)
@@ -108,7 +108,7 @@ class Optimizers:
 
     # Steps
 
-    def before_step(self, optimizer: Optimizer, closure: bool) -> Record | None:
+    def before_step(self, optimizer: Optimizer, closure: bool) -> OptimizerRecord | None:
         """It is about to step; its record where the step counts by itself."""
         record = self.record(optimizer)
         if optimizer in self._inside:  # an exception left its last step
@@ -130,7 +130,7 @@ class Optimizers:
             self._judge(record)
         return record
 
-    def after_step(self, optimizer: Optimizer) -> Record | None:
+    def after_step(self, optimizer: Optimizer) -> OptimizerRecord | None:
         """It has stepped; its record where the step counts by itself."""
         if self._inside and (self._inside.pop() is not optimizer or self._inside):
             return None
@@ -195,7 +195,7 @@ class Optimizers:
         """Whether an optimizer is stepping."""
         return bool(self._inside)
 
-    def _judge(self, record: Record) -> None:
+    def _judge(self, record: OptimizerRecord) -> None:
         watched = [w for w in record.watched if w.parameter.requires_grad]
         step = self._moment.step
         if not watched or any(w.assigned() for w in watched):
@@ -218,7 +218,9 @@ class Optimizers:
         record.passes = max(w.fresh for w in watched)
         self._stale(record)
 
-    def _without_backward(self, record: Record, present: Sequence[Watched], watched: Sequence[Watched]) -> None:
+    def _without_backward(
+        self, record: OptimizerRecord, present: Sequence[Watched], watched: Sequence[Watched]
+    ) -> None:
         step = self._moment.step
         if not present:
             called = record.may_be_late
@@ -230,7 +232,7 @@ class Optimizers:
         mine = all(w.stepper == id(record) for w in present)
         self._count(record.repeated if mine else record.doubled, step, True, "used again", record)
 
-    def _kept(self, record: Record, present: Sequence[Watched]) -> None:
+    def _kept(self, record: OptimizerRecord, present: Sequence[Watched]) -> None:
         kept = all(w.kept for w in present) and not any(w.was_zero() for w in present)
         self._count(record.unzeroed, self._moment.step, kept, "not zeroed", record)
         some = [] if kept else [w for w in present if w.kept and w.reached and not w.was_zero()]
@@ -238,7 +240,7 @@ class Optimizers:
         if some:
             record.kept = tuple(self._names.get(id(w.parameter), "") for w in some)
 
-    def _lost(self, record: Record, watched: Sequence[Watched]) -> None:
+    def _lost(self, record: OptimizerRecord, watched: Sequence[Watched]) -> None:
         lost = max(w.thrown for w in watched)
         if self.adversarial:
             lost = 0
@@ -246,7 +248,7 @@ class Optimizers:
             record.passes_lost = lost
         self._count(record.lost, self._moment.step, lost > 0, "lost", record)
 
-    def _stale(self, record: Record) -> None:
+    def _stale(self, record: OptimizerRecord) -> None:
         """Gradients that neither a zeroing nor a backward pass has touched since the step before."""
         if not record.marks:
             return
@@ -259,7 +261,7 @@ class Optimizers:
                 self._moment.news(("stale gradients", id(record)))
             record.stale_gradients = names
 
-    def _count(self, counter: Counter, step: int, happened: bool, kind: str, record: Record) -> None:
+    def _count(self, counter: Counter, step: int, happened: bool, kind: str, record: OptimizerRecord) -> None:
         if not happened:
             counter.miss()
         elif counter.hit(step) in (SURE, SURE + 1) or counter.times == SURE:
@@ -271,7 +273,7 @@ class Optimizers:
         """Each of them as plain data."""
         return tuple(self._facts(r) for r in self.records)
 
-    def _facts(self, r: Record) -> OptimizerFacts:
+    def _facts(self, r: OptimizerRecord) -> OptimizerFacts:
         r.read_groups()
         unzeroed = Counter() if any(w.was_zero(wait=True) for w in r.watched) else r.unzeroed
         return OptimizerFacts(
@@ -308,10 +310,10 @@ def _is_at(mark: tuple[weakref.ref[Tensor], int] | None, gradient: Tensor) -> bo
     return mark is not None and mark[0]() is gradient and mark[1] == gradient._version
 
 
-def plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """A number, or a tuple of numbers, that is on the host; else None."""
     if isinstance(value, Tensor):
         return value.item() if value.device.type == "cpu" and value.numel() == 1 else None
     if isinstance(value, (tuple, list)):
-        return tuple(plain(v) for v in value)
+        return tuple(plain_number(v) for v in value)
     return value if isinstance(value, (bool, int, float, str)) else None

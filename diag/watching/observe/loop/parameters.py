@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diag.snapshot.loop.parts import ParameterFacts
 from diag.watching.hooks.model_hook import frames_compiled
 from diag.watching.observe.loop.moment import Moment
-from diag.watching.observe.loop.optimizers import Optimizers, Record, plain
+from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers, plain_number
 
 ALONE = 3  # looks in a row without a gradient before a module is looked at closely
 
@@ -57,7 +57,7 @@ class Parameters:
         self.names.clear()
         self.names |= {id(s.parameter): name for name, s in self.seen.items()}
 
-    def sweep(self, record: Record, optimizers: Optimizers) -> None:
+    def sweep(self, record: OptimizerRecord, optimizers: Optimizers) -> None:
         """An optimizer is about to take one of the steps at which everything is looked at."""
         self.refresh()
         optimizer = record.reference()
@@ -88,7 +88,7 @@ class Parameters:
         if s.without_optimizer in (1, 2):
             self._moment.news(("no optimizer", s.without_optimizer))
 
-    def _stale(self, record: Record, anywhere: set[int]) -> tuple[str, ...]:
+    def _stale(self, record: OptimizerRecord, anywhere: set[int]) -> tuple[str, ...]:
         """Parameters outside all optimizers that have the shape of a tensor here which gets no gradient."""
         idle = {tuple(p.shape) for p in record.foreign if p.grad is None}
         if not idle:
@@ -188,7 +188,7 @@ class CloseLook:
 def _rates(optimizer: Any) -> dict[int, float]:
     found: dict[int, float] = {}
     for group in optimizer.param_groups:
-        rate = plain(group.get("lr"))
+        rate = plain_number(group.get("lr"))
         if isinstance(rate, (int, float)):
             found |= {id(p): float(rate) for p in group["params"]}
     return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import ClippingFacts, ScalingFacts
 from diag.watching.observe.loop.moment import Counter, Moment
-from diag.watching.observe.loop.optimizers import Record
+from diag.watching.observe.loop.optimizers import OptimizerRecord
 
 HALVES = (torch.float16, torch.bfloat16)
 LOOKED = 3  # training calls whose graph is looked at
@@ -109,7 +109,7 @@ class Scaling:
         """An optimizer has stepped."""
         self._fired = True
 
-    def before_step(self, optimizer: Any, record: Record | None) -> None:
+    def before_step(self, optimizer: Any, record: OptimizerRecord | None) -> None:
         """An optimizer is about to step."""
         if record is None or not record.held:
             return

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diag.snapshot.loop.parts import SchedulerFacts
 from diag.watching.observe.loop.moment import Counter, Moment
-from diag.watching.observe.loop.optimizers import Optimizers, Record
+from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers
 
 MOST = 64
 # Attributes that say after how many of its steps a scheduler has run its course.
@@ -31,7 +31,7 @@ class Schedule:
         self._optimizer_steps = -1
         self._several = 0
 
-    def stepped(self, step: int, record: Record | None, backwards: int) -> bool:
+    def stepped(self, step: int, record: OptimizerRecord | None, backwards: int) -> bool:
         """It stepped after `backwards` backward passes in all; whether it came again without a step of its
         optimizer."""
         steps = 0 if record is None else record.steps
@@ -87,7 +87,7 @@ class Schedulers:
         self.schedules.append(known)
         return known
 
-    def search(self, record: Record) -> None:
+    def search(self, record: OptimizerRecord) -> None:
         """Look once for schedulers of an optimizer that carries the trace of one and was never scheduled."""
         optimizer = record.reference()
         if optimizer is None or id(record) in self._searched:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diag.cli.door import Door, Mistake
+from diag.cli.output import JSON, print_document
 from diag.cli.text import echo
 
 if TYPE_CHECKING:
     from diag.run.run import Run
 
-LEVELS = ("alarm", "warning")
 OUTPUT = click.Path(dir_okay=True, path_type=Path)
 PATHS = click.Path(path_type=Path)
 
@@ -33,7 +32,8 @@ def main() -> None:
 @click.option("--folder", default="runs/demo", show_default=True, type=PATHS, help="Where the run is written.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, another training.")
 @click.option("-o", "--output", type=OUTPUT, help="The report. [default: report.html in the folder]")
-def demo(folder: Path, seed: int, output: Path | None) -> None:
+@JSON
+def demo(folder: Path, seed: int, output: Path | None, as_json: bool) -> None:
     """Train a small network on real digits with wrong labels among them, watched, and write its report."""
     from diag import demo as demonstration
     from diag.cli import tables
@@ -49,8 +49,26 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
 
         run = demonstration.run(folder, seed=seed, progress=progress)
     page = write_report(run, output or folder / "report.html", command=_command_line())
+    _tell(run, page, as_json)
+
+
+def _tell(run: Run, page: Any, as_json: bool) -> None:
+    """The verdicts and where the page is, for people or for programs."""
+    from diag.cli import tables
+
+    if as_json:
+        _print_findings(run, report=str(Path(page).resolve()))
+        return
     tables.show(tables.verdicts(run.findings()))
+    if run.metadata.get("checkpoints") and run.outcomes:
+        tables.show("", tables.others(run.outcomes))
     echo(f"\nReport: {Path(page).resolve()}")
+
+
+def _print_findings(run: Run, **more: str) -> None:
+    from diag.reporting.machines.findings import findings_document
+
+    print_document(findings_document(run) | more)
 
 
 @main.command("report")
@@ -64,6 +82,7 @@ def demo(folder: Path, seed: int, output: Path | None) -> None:
 @click.option("--device", help="Where to measure: cpu, cuda, ...")
 @click.option("--every", is_flag=True, help="What takes long, too, on every checkpoint.")
 @click.option("--open", "open_it", is_flag=True, help="Show the report in the browser.")
+@JSON
 def report_command(
     sources: Sequence[Path],
     build: str | None,
@@ -75,6 +94,7 @@ def report_command(
     device: str | None,
     every: bool,
     open_it: bool,
+    as_json: bool,
 ) -> None:
     """Write the report of a run, or of checkpoints.
 
@@ -83,7 +103,6 @@ def report_command(
     function that returns (model, loss_fn, data). Each checkpoint is loaded into that model and becomes a step.
     What takes long is measured on the first, the last and the best of them.
     """
-    from diag.cli import tables
     from diag.cli.settings import read_settings
     from diag.reporting import report as write_report
 
@@ -94,10 +113,7 @@ def report_command(
         options = {k: v for k, v in {"max_examples": max_examples, "device": device}.items() if v is not None}
         run = _measured(sources, build, names=names, settings=chosen, options=options, key=key, every=every)
     page = write_report(run, output, command=_command_line())
-    tables.show(tables.verdicts(run.findings()))
-    if build is not None and run.outcomes:
-        tables.show("", tables.others(run.outcomes))
-    echo(f"\nReport: {Path(page).resolve()}")
+    _tell(run, page, as_json)
     if open_it:
         click.launch(os.fspath(page))
 
@@ -157,7 +173,7 @@ def _restricted(run: Run, names: Sequence[str], settings: dict[str, dict[str, An
 
 
 @main.command("list", short_help="The instruments: what each needs, costs and cites.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@JSON
 def list_instruments(as_json: bool) -> None:
     """The instruments: what each measures, needs, costs and cites, and its settings."""
     from diag.cli import tables
@@ -180,7 +196,7 @@ def list_instruments(as_json: bool) -> None:
         }
         for i in known
     ]
-    click.echo(json.dumps(rows, indent=1))
+    print_document({"format": "diag-instruments", "format_version": 1, "instruments": rows})
 
 
 def _plain(value: Any) -> Any:
@@ -191,41 +207,11 @@ def _type(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
-@main.command("check", short_help="Exit with status 1 where something is wrong, for CI.")
-@click.argument("run", type=PATHS)
-@click.option(
-    "--fail-on", type=click.Choice(LEVELS), default="alarm", show_default=True, help="The mildest failure."
-)
-def check_command(run: Path, fail_on: str) -> None:
-    """Exit with status 1 where a verdict on the run is an alarm (or a warning), for CI.
-
-    Status 0: none is. Status 2: there is no run, or nothing was measured in it.
-    """
-    from diag.cli import tables
-    from diag.run.files import DAMAGED
-    from diag.run.run import read_run
-
-    opened = read_run(run)
-    findings = opened.findings()
-    if not findings:
-        raise Mistake(f"Nothing was measured in {run}, so there is nothing to check.")
-    failing = [f for f in findings if f.verdict.level in LEVELS[: LEVELS.index(fail_on) + 1]]
-    if failing:
-        tables.show(tables.verdicts(failing))
-    echo(f"{'FAILED' if failing else 'passed'}: {tables.counts(findings)}")
-    for event in opened.events:
-        if event.kind == DAMAGED:
-            echo(event.text, err=True)
-    failed = sorted({o.instrument for _, o in opened.outcomes if type(o).__name__ == "Failed"})
-    if failed:
-        echo(f"Broke while measuring, so not judged: {', '.join(failed)}", err=True)
-    sys.exit(1 if failing else 0)
-
-
 @main.command("show")
 @click.argument("run", type=PATHS)
 @click.option("--instrument", "name", metavar="NAME", help="The numbers of this one, by step.")
-def show_command(run: Path, name: str | None) -> None:
+@JSON
+def show_command(run: Path, name: str | None, as_json: bool) -> None:
     """Show a run in the terminal."""
     from diag.cli import tables
     from diag.registry import find
@@ -233,9 +219,28 @@ def show_command(run: Path, name: str | None) -> None:
 
     opened = read_run(run)
     if name:
-        tables.show(tables.series(_restricted(opened, [find(name).name], {}), name))
+        chosen = _restricted(opened, [find(name).name], {})
+        if as_json:
+            print_document(_series(chosen, name))
+        else:
+            tables.show(tables.series(chosen, name))
+    elif as_json:
+        _print_findings(opened)
     else:
         tables.show(tables.run_page(opened))
+
+
+def _series(run: Run, name: str) -> dict[str, Any]:
+    from diag.reporting.machines.findings import json_number
+
+    found = run.series(name)
+    scalars = [result.scalars() for _, result in found]
+    values = {
+        n: [json_number(s[n]) if n in s else None for s in scalars]
+        for n in dict.fromkeys(n for s in scalars for n in s)
+    }
+    about = {"format": "diag-series", "format_version": 1, "instrument": name}
+    return about | {"steps": [step for step, _ in found], "values": values}
 
 
 @main.command("compare", short_help="Two runs side by side.")

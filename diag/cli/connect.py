@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diag.cli.output import JSON, print_document
 from diag.cli.text import echo
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ POINTS = click.option("--points", type=click.IntRange(3), default=11, show_defau
 @POINTS
 @EXAMPLES
 @KEY
+@JSON
 def align_command(
     first: Path,
     second: Path,
@@ -41,6 +43,7 @@ def align_command(
     points: int,
     max_examples: int | None,
     key: str | None,
+    as_json: bool,
 ) -> None:
     """Permute the units of checkpoint B so that they stand where the like units of A are.
 
@@ -55,9 +58,13 @@ def align_command(
     a, b = states.values()
     snapshot.model.load_state_dict(a)
     found = align(snapshot.replace(), b, by=by, points=points)
-    echo(found.sentence())
     if output is not None:
         _save(dict(found.aligned_state or {}), output)
+    if as_json:
+        _print("diag-alignment", found.sentence(), output, _numbers_of(found))
+        return
+    echo(found.sentence())
+    if output is not None:
         echo(f"Aligned: {output}")
 
 
@@ -72,6 +79,7 @@ def align_command(
 @POINTS
 @EXAMPLES
 @KEY
+@JSON
 def connect_command(
     checkpoints: Sequence[Path],
     build: str,
@@ -81,6 +89,7 @@ def connect_command(
     points: int,
     max_examples: int | None,
     key: str | None,
+    as_json: bool,
 ) -> None:
     """The barrier between every two checkpoints, the groups that are connected, and the cheapest tree over all.
 
@@ -97,6 +106,11 @@ def connect_command(
         )
     snapshot, states = _snapshot_and_states(checkpoints, build, max_examples, key)
     found = connection_map(snapshot, states, points=points, align=None if by == "none" else by, threshold=threshold)
+    if output is not None:
+        _draw(found, output)
+    if as_json:
+        _print("diag-connections", found.sentence(), output, found.to_dict())
+        return
     echo(found.sentence())
     for number, group in enumerate(found.components, 1):
         echo(f"  group {number}: {', '.join(group)}")
@@ -104,8 +118,24 @@ def connect_command(
     for a, b, barrier in sorted(found.spanning_tree.edges(data="barrier"), key=lambda e: e[2]):
         echo(f"  {a} - {b}: {barrier:.4g}")
     if output is not None:
-        _draw(found, output)
         echo(f"Map: {output}")
+
+
+def _print(name: str, sentence: str, output: Path | None, result: Any) -> None:
+    from diag.reporting.machines.findings import plain_json
+
+    about = {"format": name, "format_version": 1, "sentence": sentence}
+    print_document(about | {"output": None if output is None else str(output), "result": plain_json(result)})
+
+
+def _numbers_of(found: Any) -> dict[str, Any]:
+    """What an alignment measured, without the weights."""
+    lines = {name: getattr(found, name) for name in ("line", "aligned") if getattr(found, name) is not None}
+    measured = {
+        name: {n: getattr(line, n) for n in ("barrier", "error_barrier", "alphas", "losses", "errors")}
+        for name, line in lines.items()
+    }
+    return measured | {"moved_units": found.alignment.moved, "units": found.alignment.units}
 
 
 def _draw(found: Any, output: Path) -> None:

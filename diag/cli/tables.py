@@ -229,7 +229,7 @@ def _cell(finding: Finding | None) -> RenderableType:
 
 
 def _scalars(runs: Mapping[str, Run], everything: bool) -> RenderableType:
-    values = [dict(last_scalars(run)) for run in runs.values()]
+    values = [run.last_values() for run in runs.values()]
     names = list(dict.fromkeys(name for found in values for name in found))
     shown = [n for n in names if everything or not _alike(*(found.get(n) for found in values))]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -252,15 +252,6 @@ def _scalars(runs: Mapping[str, Run], everything: bool) -> RenderableType:
 def _alike(a: float | None, b: float | None) -> bool:
     """Equal, or undefined on both sides."""
     return a == b or (a is not None and b is not None and math.isnan(a) and math.isnan(b))
-
-
-def last_scalars(run: Run) -> Iterable[tuple[str, float]]:
-    """The last loss and the scalars of each instrument's last result."""
-    if run.history is not None:
-        yield "loss", float(run.history.loss[-1])
-    for name in run.instruments:
-        for scalar, value in run.series(name)[-1][1].scalars().items():
-            yield f"{name}.{scalar}", float(value)
 
 
 def _grid(columns: int) -> Table:

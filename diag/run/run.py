@@ -140,6 +140,16 @@ class Run:
         """What went wrong, each with what follows from it; the worst first, then the most certain and earliest."""
         return stories(self.findings())
 
+    def last_values(self) -> dict[str, float]:
+        """The last value of every number: `loss`, `instrument.scalar`, and `logged.name` for the user's own."""
+        values: dict[str, float] = {}
+        if self.history is not None and len(self.history):
+            values["loss"] = float(self.history.loss[-1])
+        for name in self.instruments:
+            for scalar, value in self.series(name)[-1][1].scalars().items():
+                values[f"{name}.{scalar}"] = float(value)
+        return values | {f"logged.{name}": float(course[-1][1]) for name, course in self.metrics.items() if course}
+
     @property
     def costs(self) -> list[Cost]:
         """Where time went: on the records' measurements, and the wall time and the watch's part of it."""

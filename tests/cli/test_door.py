@@ -38,7 +38,7 @@ def test_list_has_every_instrument_with_all_about_it(run_diag):
     for i in instruments().values():
         assert f"\n{i.name}\n" in "\n" + shown.stdout
         assert " ".join(i.summary.split()) in " ".join(shown.stdout.split())
-    known = {row["name"]: row for row in json.loads(run_diag("list", "--json").stdout)}
+    known = {row["name"]: row for row in json.loads(run_diag("list", "--json").stdout)["instruments"]}
     assert set(known) == set(instruments())
     softmax = known["softmax_collapse"]
     assert softmax["source"] == instruments()["softmax_collapse"].source

@@ -26,6 +26,7 @@ from diag.result import measured as measured
 from diag.reporting import report as report
 from diag.remedies import stable_cross_entropy as stable_cross_entropy
 from diag.watching.watcher import watch as watch
+from diag.instruments.attention import Attention as Attention
 from diag.instruments.loop.batches_repeated import BatchesRepeated as BatchesRepeated
 from diag.instruments.data.class_counts import ClassCounts as ClassCounts
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
@@ -73,6 +74,10 @@ from diag.instruments.loop.weights_move import WeightsMove as WeightsMove
 
 __version__: str
 
+@overload
+def attention(snapshot: Snapshot, /, *, attention_calls: Any = ..., one_hot: float = ..., uniform: float = ...) -> Attention: ...
+@overload
+def attention(attention_calls: Any, *, one_hot: float = ..., uniform: float = ...) -> Attention: ...
 @overload
 def batches_repeated(snapshot: Snapshot, /, *, loop: Any = ...) -> BatchesRepeated: ...
 @overload

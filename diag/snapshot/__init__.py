@@ -12,6 +12,7 @@ __all__ = [
     "glossary",
     "history",
     "hook_check",
+    "inside",
     "loop",
     "module_graph",
     "optimizer",

@@ -7,20 +7,20 @@ data: a unit is a channel of an image (axis 1 of four axes or more), else an ent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.forward import output_tensor
+from diag.snapshot.inside.names import module_names
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -134,7 +134,7 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
     """
     sums: dict[tuple[str, str, int], _Sums] = {}
     try:
-        with preserved(snapshot.model), torch.no_grad(), _module_names(snapshot.model) as inside:
+        with preserved(snapshot.model), torch.no_grad(), module_names(snapshot.model) as inside:
             for batch in snapshot.batches:
                 snapshot.deadline.check()
                 mode = _Listening(sums, inside)
@@ -181,21 +181,6 @@ class _Listening(TorchFunctionMode):
         known = self._sums[name, kind, number]
         if known.units == _units_of(values):  # sequences of another length put time where units are
             known.add(values, given)
-
-
-@contextmanager
-def _module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
-    """Inside the context the model's modules keep track of which of them runs; gives the name of the innermost."""
-    stack: list[str] = [""]
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(lambda m, a, o: (stack.pop(), None)[1], always_call=True))
-    try:
-        yield lambda: stack[-1]
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _outputs(outputs: Any) -> list[Tensor]:

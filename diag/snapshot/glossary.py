@@ -91,6 +91,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("features", "snapshot.forward", "n d", "floating", Effort.FORWARD, _LAST),
         Quantity("layer_features", "snapshot.forward", None, "object", Effort.FORWARD, _DATA),
         Quantity("activations", "snapshot.activations", None, "object", Effort.FORWARD, _DATA),
+        Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),
         Quantity(
             "params",

@@ -44,6 +44,7 @@ TOP = {"__main__", "cli", "demo", "datasets", "testing", "__init__"}
 QUANTITY_ROOMS = {"snapshot", "gradients", "curvature", "connectivity"}
 ONE_FILE_EACH = {"instruments"}  # a room that grows by a file for each new thing
 MOST_FILES = 20
+MOST_LINES = 40  # of a function
 OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}  # public, in spite of their names
 DISCOVERED = {"diag.registry": {"diag.instruments"}}  # a folder whose files are found when they are asked for
 PUBLIC = {
@@ -219,6 +220,24 @@ def private_attributes(name: str) -> set[str]:
     """The private attributes that a module takes of anything but `self`, and does not define."""
     attributes = {n.attr for n in ast.walk(tree(name)) if isinstance(n, ast.Attribute) and not of_self(n)}
     return {a for a in attributes if private(a)} - own_names(name) - OF_NAMED_TUPLES
+
+
+def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function from its name to its end, without its docstring, which is the help text."""
+    assert node.end_lineno is not None
+    first = node.body[0]
+    told = ast.get_docstring(node) is not None and first.end_lineno is not None
+    return node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if told else 0)
+
+
+def test_no_function_is_long():
+    long = {
+        f"{name}.{node.name}": lines
+        for name in MODULES
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (lines := code_lines(node)) > MOST_LINES
+    }
+    assert not long, f"Functions of more than {MOST_LINES} lines: {long}; split them"
 
 
 def test_no_level_of_a_room_is_crowded():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,14 +86,7 @@ def connect(
 
     Raises Unsupported where the model has no group of units to align, or alignment would change its function.
     """
-    grid = [i / (points - 1) for i in range(points)]
-
-    def both(state: NetworkState, **more: Any) -> tuple[Profile, Profile | None]:
-        line = path.profile(state, grid, refine=refine, norm_stats=norm_stats, **more)
-        if path.held_out is None:
-            return line, None
-        return line, path.profile(state, line.alphas.tolist(), norm_stats=norm_stats, held_out=True, **more)
-
+    both = partial(_on_both_sets, path, [i / (points - 1) for i in range(points)], refine, norm_stats)
     found: dict[str, Any] = {"distance": distance(path.start, end), "chance_error": chance_error(path)}
     found["line"], found["held_out"] = both(end)
     if norm_stats == "reset" and path.has_batch_norm:
@@ -111,12 +105,20 @@ def connect(
     if layers:
         found["layers"] = layer_barriers(path, end, norm_stats=norm_stats)
     if bezier_steps:
-        control = train_control_point(
-            path, end, steps=bezier_steps, learning_rate=bezier_learning_rate, norm_stats=norm_stats,
-            seed=path.snapshot.seed,
-        )  # fmt: skip
+        run: dict[str, Any] = {"norm_stats": norm_stats, "seed": path.snapshot.seed}
+        control = train_control_point(path, end, steps=bezier_steps, learning_rate=bezier_learning_rate, **run)
         found["curve"], _ = both(end, write=bezier(path.start, control, end))
     return Connection(**found)
+
+
+def _on_both_sets(
+    path: Interpolation, grid: list[float], refine: int, norm_stats: str, end: NetworkState, **more: Any
+) -> tuple[Profile, Profile | None]:
+    """The losses from the start to `end` on the data, and at the same points on the held-out data, if any."""
+    line = path.profile(end, grid, refine=refine, norm_stats=norm_stats, **more)
+    if path.held_out is None:
+        return line, None
+    return line, path.profile(end, line.alphas.tolist(), norm_stats=norm_stats, held_out=True, **more)
 
 
 def align(snapshot: Snapshot, other: Any, *, by: str = "weights", points: int = 11) -> Connection:

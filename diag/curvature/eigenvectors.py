@@ -18,13 +18,16 @@ from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import dot, gram
 
 
-def sampling_errors(hessian: Any, pairs: Eigenpairs, shift: float, seed: int) -> NDArray[numpy.float64]:
+def sampling_errors(
+    hessian: Any, pairs: Eigenpairs, shift: float, seed: int, wanted: bool = True
+) -> NDArray[numpy.float64]:
     """Half of |v^T H_A v - v^T H_B v| for each pair (k,), with A, B two halves of the data.
 
-    As H = (H_A + H_B) / 2 that is |v^T H_A v - lambda|. NaN where the data cannot be split; `shift` is in the
-    pairs' values and not in the Hessian.
+    As H = (H_A + H_B) / 2 that is |v^T H_A v - lambda|. NaN where they are not wanted or the data cannot be split;
+    `shift` is in the pairs' values and not in the Hessian.
     """
-    if not isinstance(hessian, CurvatureOperator) or hessian.num_examples < 2 or not len(pairs.values):
+    splits = isinstance(hessian, CurvatureOperator) and hessian.num_examples > 1
+    if not wanted or not splits or not len(pairs.values):
         return unknown(pairs)
     assert pairs.vectors is not None
     images = hessian.subsample(hessian.num_examples // 2, seed=seed).matvecs(pairs.vectors)

@@ -251,16 +251,23 @@ def edge_of_stability(
         trace_standard_error=traced.trace.standard_error,
         trace_ratio=noise * traced.trace.value,
         trace_ratio_standard_error=noise * traced.trace.standard_error,
-        scatter_ratio=sgd.scatter,
-        norm_ratio=sgd.norm,
-        norm_ratio_standard_error=sgd.norm_standard_error,
-        mean_square_ratio=sgd.exact,
         learning_rate=stability.learning_rate,
         optimizer_kind=state.kind,
         num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
         preconditions=_preconditions(hessian, stability, lambda_max, bool(seen.converged[0]), batch_size, sgd),
         notes=(*stability.notes, *sgd.notes, *_about(hessian)),
+        **_of_small_batches(sgd),
     )
+
+
+def _of_small_batches(sgd: SgdStability) -> dict[str, Any]:
+    """The fields that speak of SGD on small batches."""
+    return {
+        "scatter_ratio": sgd.scatter,
+        "norm_ratio": sgd.norm,
+        "norm_ratio_standard_error": sgd.norm_standard_error,
+        "mean_square_ratio": sgd.exact,
+    }
 
 
 def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerState:

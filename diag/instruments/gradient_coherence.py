@@ -203,8 +203,6 @@ def gradient_coherence(
         mean_loss=mean_loss,
         coverage=coverage.squared_gradient,
         parameter_coverage=coverage.parameters,
-        permuted=permuted.corrected if permuted else math.nan,
-        permuted_standard_error=permuted.standard_error if permuted else math.nan,
         by_layer={name: found.alpha for name, found in layers.items()},
         layer_energy={name: float(s.sum()) / energy if energy else math.nan for name, s in squares.items()},
         layer_standard_error={name: found.standard_error for name, found in layers.items()},
@@ -212,7 +210,14 @@ def gradient_coherence(
         class_coherence=between_groups(gram[num:, num:], [square[rows] for rows in groups.values()]).numpy(),
         preconditions=_preconditions(whole, permuted, mean_loss, fit_below),
         notes=_notes(gradients),
+        **_of_permuted_labels(permuted),
     )
+
+
+def _of_permuted_labels(found: Coherence | None) -> dict[str, Any]:
+    """The fields of the same network with permuted labels; NaN where that was not asked for."""
+    known = (found.corrected, found.standard_error) if found else (math.nan, math.nan)
+    return dict(zip(("permuted", "permuted_standard_error"), known, strict=True))
 
 
 def _largest_classes(labels: Tensor | None, m: int) -> dict[int, Tensor]:

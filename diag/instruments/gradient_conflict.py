@@ -158,13 +158,15 @@ def gradient_conflict(
         standard_errors=errors.numpy(),
         lowest_by_layer={name: _lowest(_cosines(found)) for name, found in layers.items()},
         length_kept_by_layer={name: _length_kept(found) for name, found in layers.items()},
-        preconditions=(
-            Precondition(
-                "gradients that are not zero",
-                not math.isnan(float(values[worst])),
-                "the mean gradients of all pairs vanish, so they have no direction.",
-            ),
-        ),
+        preconditions=(_not_zero(float(values[worst])),),
+    )
+
+
+def _not_zero(lowest: float) -> Precondition:
+    return Precondition(
+        "gradients that are not zero",
+        not math.isnan(lowest),
+        "the mean gradients of all pairs vanish, so they have no direction.",
     )
 
 

@@ -25,7 +25,7 @@ from diag.errors import InvalidInput
 from diag.linalg.operator import LinearOperator
 from diag.linalg.spectrum import Spectrum, spectrum
 from diag.registry import PRODUCT, SELF_TEST, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured, plain_data
 
 SOURCE = "Papyan 2020, arXiv:2008.11865; Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159"
 
@@ -92,6 +92,12 @@ class HessianSpectrum(Result):
     )
     num_parameters: int = measured("size of the Hessian")
     num_products: int = measured("Hessian-vector products spent; depends on the rounding of the dtype")
+    eigenvectors: NDArray[numpy.floating[Any]] | None = measured(
+        "the eigenvector of each eigenvalue, entries in the order of the parameters; None unless asked for",
+        shape="(k, P)",
+        record=False,
+        default=None,
+    )
 
     @property
     def largest_magnitude(self) -> float:
@@ -202,6 +208,7 @@ def hessian_spectrum(
     tolerance: float = 1e-3,
     half_split: bool = True,
     weight_decay: float = 0.0,
+    keep_eigenvectors: bool = False,
     overlap_above: float = OVERLAP,
     negative_above: float = NEGATIVE_ABOVE,
     memory: int | None = None,
@@ -218,8 +225,9 @@ def hessian_spectrum(
     density (`num_probes` above 1: as many new start vectors), with the distribution function's error; the
     `trace_probes` products more give trace and norm with the reported eigenvalues taken out. `half_split` compares
     two halves of the data, `weight_decay` is added to every eigenvalue, `memory` caps the basis in bytes (None: a
-    quarter of what is free). All is in the loss's unit. `checkpoint` names a folder in which a long run keeps where
-    it is, so that one that was killed goes on there when it is asked for again.
+    quarter of what is free). `keep_eigenvectors` keeps the vectors in the result, k times the parameters' size on
+    the CPU; runs and saved results leave them out. All is in the loss's unit. `checkpoint` names a folder in which
+    a long run keeps where it is, so that one that was killed goes on there when it is asked for again.
 
     In a watched run it starts from no earlier eigenvectors: a density needs a random start, and the `steps` that it
     takes find the largest eigenvalues by themselves (10 of an MLP within 30).
@@ -234,52 +242,62 @@ def hessian_spectrum(
     _check(hessian, class_directions, num_eigenvalues)
     found = spectrum(
         hessian.shifted(weight_decay) if weight_decay else hessian,
-        largest=num_eigenvalues,
-        tolerance=tolerance,
-        steps=steps,
-        num_probes=num_probes,
-        trace_probes=trace_probes,
-        max_products=max_products,
-        memory=available_memory(hessian.device) if memory is None else memory,
-        seed=seed,
+        largest=num_eigenvalues, tolerance=tolerance, steps=steps, num_probes=num_probes, trace_probes=trace_probes,
+        max_products=max_products, memory=available_memory(hessian.device) if memory is None else memory, seed=seed,
         checkpoint=checkpoint or None,
+    )  # fmt: skip
+    top = found.top
+    overlaps, dimension = eigenvectors.overlaps(top, class_directions)
+    inside = overlaps > overlap_above
+    return HessianSpectrum(
+        sampling_errors=eigenvectors.sampling_errors(hessian, top, weight_decay, seed, half_split),
+        num_outliers=float(eigenvectors.leading_run(inside)) if dimension else math.nan,
+        overlaps=overlaps,
+        num_class_directions=dimension,
+        layer_shares=eigenvectors.layer_shares(hessian, top),
+        eigenvectors=plain_data(top.vectors) if keep_eigenvectors else None,
+        notes=_notes(hessian, found, min(num_eigenvalues, hessian.size), inside),
+        **_extremes_and_sums(found, hessian.size),
+        **_of_the_density(found),
     )
+
+
+def _extremes_and_sums(found: Spectrum, size: int) -> dict[str, Any]:
+    """The eigenvalues that converged, the trace and the norm."""
     top, bottom = found.top, found.bottom
     # Where all eigenvalues were asked for, the smallest is the last of the largest.
-    last = bottom if len(bottom.values) or len(top.values) < hessian.size else top.subset(slice(-1, None))
+    last = bottom if len(bottom.values) or len(top.values) < size else top.subset(slice(-1, None))
+    return {
+        "eigenvalues": top.values.numpy(),
+        "residuals": (top.residuals + top.rounding).numpy(),
+        "smallest": float(last.values[0]) if len(last.values) else math.nan,
+        "smallest_residual": float(last.residuals[0]) + last.rounding if len(last.values) else math.nan,
+        "trace": found.trace.value,
+        "trace_standard_error": found.trace.standard_error,
+        "frobenius_norm": found.frobenius_norm.value,
+        "frobenius_norm_standard_error": found.frobenius_norm.standard_error,
+        "num_parameters": size,
+        "num_products": found.num_products,
+    }
+
+
+def _of_the_density(found: Spectrum) -> dict[str, Any]:
+    """The fields of the density and the distribution function, from the quadrature."""
     scale = NEAR_ZERO * found.magnitude or 1.0
     grid = _grid(found.extremes, scale)
     negative = torch.tensor([-scale], dtype=torch.float64)
     low, high = (side.numpy() for side in found.rest.distribution_bounds(grid))
-    overlaps, dimension = eigenvectors.overlaps(top, class_directions)
-    return HessianSpectrum(
-        eigenvalues=top.values.numpy(),
-        residuals=(top.residuals + top.rounding).numpy(),
-        sampling_errors=eigenvectors.sampling_errors(hessian, top, weight_decay, seed)
-        if half_split
-        else eigenvectors.unknown(top),
-        smallest=float(last.values[0]) if len(last.values) else math.nan,
-        smallest_residual=float(last.residuals[0]) + last.rounding if len(last.values) else math.nan,
-        trace=found.trace.value,
-        trace_standard_error=found.trace.standard_error,
-        frobenius_norm=found.frobenius_norm.value,
-        frobenius_norm_standard_error=found.frobenius_norm.standard_error,
-        negative_share=float(found.rest.distribution(negative)),
-        negative_share_standard_error=float(torch.stack(found.rest.distribution_bounds(negative)).diff(dim=0)) / 4,
-        num_outliers=float(eigenvectors.leading_run(overlaps > overlap_above)) if dimension else math.nan,
-        overlaps=overlaps,
-        num_class_directions=dimension,
-        layer_shares=eigenvectors.layer_shares(hessian, top),
-        density_grid=grid.numpy(),
-        density=found.rest.density(grid, SMOOTHING, atoms=False, scale=scale).numpy(),
-        distribution=found.rest.distribution(grid).numpy(),
-        distribution_low=low,
-        distribution_high=high,
-        distribution_error=float((high - low).max() / 2),
-        num_parameters=hessian.size,
-        num_products=found.num_products,
-        notes=_notes(hessian, found, min(num_eigenvalues, hessian.size), overlaps > overlap_above),
-    )
+    return {
+        "negative_share": float(found.rest.distribution(negative)),
+        "negative_share_standard_error": float(torch.stack(found.rest.distribution_bounds(negative)).diff(dim=0))
+        / 4,
+        "density_grid": grid.numpy(),
+        "density": found.rest.density(grid, SMOOTHING, atoms=False, scale=scale).numpy(),
+        "distribution": found.rest.distribution(grid).numpy(),
+        "distribution_low": low,
+        "distribution_high": high,
+        "distribution_error": float((high - low).max() / 2),
+    }
 
 
 def _check(hessian: Any, directions: Any, count: int) -> None:

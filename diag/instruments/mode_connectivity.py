@@ -260,9 +260,9 @@ def mode_connectivity(
 
 
 def _result(found: Connection, path: Interpolation, norm_stats: str, align: str | None) -> ModeConnectivity:
-    line, peak = found.line, found.line.peak
-    held, aligned, aligned_held = found.held_out, found.aligned, found.aligned_held_out
-    deciding = next(p for p in (aligned_held, aligned, held, line) if p is not None)
+    line, shown = found.line, found.aligned or found.line
+    ends = (found.aligned_held_out, found.aligned, found.held_out, line)
+    deciding = next(p for p in ends if p is not None)
     middle = int((line.alphas - 0.5).abs().argmin())
     return ModeConnectivity(
         barrier=line.barrier,
@@ -270,23 +270,11 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
         error_instability=line.instability,
         deciding_error_barrier=deciding.error_barrier,
         deciding_standard_error=deciding.error_standard_error,
-        barrier_standard_error=float((aligned or line).standard_errors[(aligned or line).peak]),
-        barrier_at=float(line.alphas[peak]),
+        barrier_standard_error=float(shown.standard_errors[shown.peak]),
+        barrier_at=float(line.alphas[line.peak]),
         lowest_excess=float(line.brackets.min()),
         mean_baseline_barrier=line.mean_baseline_barrier,
         midpoint_excess=float(line.brackets[middle]) if line.alphas[middle] == 0.5 else math.nan,
-        held_out_barrier=held.barrier if held else math.nan,
-        held_out_error_barrier=held.error_barrier if held else math.nan,
-        held_out_error_instability=held.instability if held else math.nan,
-        aligned_barrier=aligned.barrier if aligned else math.nan,
-        aligned_error_barrier=aligned.error_barrier if aligned else math.nan,
-        aligned_error_instability=aligned.instability if aligned else math.nan,
-        aligned_held_out_barrier=aligned_held.barrier if aligned_held else math.nan,
-        aligned_held_out_error_barrier=aligned_held.error_barrier if aligned_held else math.nan,
-        repaired_barrier=found.repaired.barrier if found.repaired else math.nan,
-        repaired_error_barrier=found.repaired.error_barrier if found.repaired else math.nan,
-        curve_barrier=found.curve.barrier if found.curve else math.nan,
-        curve_error_barrier=found.curve.error_barrier if found.curve else math.nan,
         units_moved=found.alignment.moved / found.alignment.units if found.alignment else math.nan,
         alignment_passes=float(found.alignment.passes) if found.alignment else math.nan,
         function_change=found.function_change,
@@ -308,6 +296,29 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
         align=align or "",
         aligned_state=found.aligned_state,
         preconditions=_preconditions(found, path, norm_stats),
+        **_barriers(found),
+    )
+
+
+def _barriers(found: Connection) -> dict[str, Any]:
+    """The barriers along every other path that was measured; NaN along those that were not."""
+    held, aligned = found.held_out, found.aligned
+    paths = {
+        "held_out": held,
+        "aligned": aligned,
+        "aligned_held_out": found.aligned_held_out,
+        "repaired": found.repaired,
+        "curve": found.curve,
+    }
+    barriers = {f"{n}_barrier": p.barrier if p else math.nan for n, p in paths.items()}
+    errors = {f"{n}_error_barrier": p.error_barrier if p else math.nan for n, p in paths.items()}
+    return (
+        barriers
+        | errors
+        | {
+            "held_out_error_instability": held.instability if held else math.nan,
+            "aligned_error_instability": aligned.instability if aligned else math.nan,
+        }
     )
 
 

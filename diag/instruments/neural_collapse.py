@@ -227,13 +227,7 @@ def neural_collapse(
     """
     h, y = features.double(), labels.to(features.device).long()
     by = class_means(h, y)
-    if len(by.classes) < 2:
-        raise InvalidInput(f"The labels hold one class ({int(y[0])}); neural collapse needs at least two.")
-    if len(by.classes) > MOST_CLASSES:
-        raise Unsupported(
-            f"The labels hold {len(by.classes):,} classes; neural collapse compares all pairs of classes, up to "
-            f"{MOST_CLASSES:,}: measure on the examples of some classes."
-        )
+    _check_classes(by.classes)
     weight, bias = _linear(classifier, h, int(by.classes[-1]))
     decided = _decisions(h, weight, bias, logits)
     accuracy = math.nan if decided is None else _share(decided == y)
@@ -247,17 +241,33 @@ def neural_collapse(
         nc2_norms=_quotient(lengths.std(correction=0), lengths.mean()),
         nc2_angle_spread=float(cosines.std(correction=0)),
         nc2_angles=float((cosines + 1 / (len(by.classes) - 1)).abs().mean()),
-        cdnv=distance_normalised_variance(by),
-        effective_rank=effective_rank(by.singular),
         feature_norm=float(h.norm(dim=1).mean()),
         train_accuracy=accuracy,
-        num_classes=len(by.classes),
         num_features=h.shape[1],
-        singular_values=by.singular.cpu().numpy(),
         preconditions=_preconditions(accuracy, terminal_accuracy, by, h.shape[1]),
+        **_of_the_means(by),
         **_of_the_classifier(weight, bias, by),
         **_held_out(held_out_features, held_out_labels, by, weight, bias),
     )
+
+
+def _of_the_means(by: ClassMeans) -> dict[str, Any]:
+    return {
+        "cdnv": distance_normalised_variance(by),
+        "effective_rank": effective_rank(by.singular),
+        "num_classes": len(by.classes),
+        "singular_values": by.singular.cpu().numpy(),
+    }
+
+
+def _check_classes(classes: Tensor) -> None:
+    if len(classes) < 2:
+        raise InvalidInput(f"The labels hold one class ({int(classes[0])}); neural collapse needs at least two.")
+    if len(classes) > MOST_CLASSES:
+        raise Unsupported(
+            f"The labels hold {len(classes):,} classes; neural collapse compares all pairs of classes, up to "
+            f"{MOST_CLASSES:,}: measure on the examples of some classes."
+        )
 
 
 def _linear(classifier: Any, h: Tensor, last_class: int) -> tuple[Tensor | None, Tensor | None]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diag.curvature.neighbourhood.divergence_at import DivergenceAt
 from diag.curvature.neighbourhood.losses_at import LossesAt
-from diag.curvature.neighbourhood.surroundings import NORMS, Ball, Surroundings
+from diag.curvature.neighbourhood.surroundings import NORMS, Ball, Measures, Surroundings
 from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
@@ -216,56 +216,62 @@ def sharpness(
     sigma = rho / math.sqrt(len(center) if norm == "l2" else 3) if sigma is None else sigma
     around = Surroundings(losses_at, torch.ones_like(center), Ball(rho, norm))
     plain = around.measures(hessian, sigma, m, steps, num_draws, tolerance, seed)
-    sizes = center.abs()
-    scaled = hessian.diagonally_scaled(sizes) if bool(sizes.any()) else hessian
-    adaptive = around.scaled(sizes).measures(scaled, sigma, m, steps, num_draws, tolerance, seed)
-    few = max(4, num_draws // 5)
-    whole, half = (around.average(sigma * part, few, seed).mean for part in (1.0, 0.5))
+    scaled = hessian.diagonally_scaled(center.abs()) if bool(center.any()) else hessian
+    adaptive = around.scaled(center.abs()).measures(scaled, sigma, m, steps, num_draws, tolerance, seed)
     return Sharpness(
         loss=around.base,
         gradient_norm=float(length(around.gradient)),
-        one_step=plain.one_step,
-        worst_case=plain.worst_case,
-        average=plain.average.mean,
-        average_standard_error=plain.average.standard_error,
         m=min(m, losses_at.num_examples),
         num_groups=plain.groups.number,
-        m_one_step=plain.groups.one_step.mean,
-        m_one_step_standard_error=plain.groups.one_step.standard_error,
-        m_worst_case=plain.groups.worst_case.mean,
-        m_worst_case_standard_error=plain.groups.worst_case.standard_error,
-        adaptive_one_step=adaptive.one_step,
-        adaptive_worst_case=adaptive.worst_case,
-        adaptive_average=adaptive.average.mean,
-        adaptive_average_standard_error=adaptive.average.standard_error,
-        adaptive_m_one_step=adaptive.groups.one_step.mean,
-        adaptive_m_one_step_standard_error=adaptive.groups.one_step.standard_error,
-        adaptive_m_worst_case=adaptive.groups.worst_case.mean,
-        adaptive_m_worst_case_standard_error=adaptive.groups.worst_case.standard_error,
-        lambda_max=plain.lambda_max,
-        adaptive_lambda_max=adaptive.lambda_max,
         function_space=_divergence(divergence_at, around.ascent),
         function_space_quadratic=_half_square(fisher, around.ascent),
-        quadratic_ratio=whole / half if abs(half) > around.rounding else math.nan,
+        quadratic_ratio=_quadratic_ratio(around, sigma, max(4, num_draws // 5), seed),
         slope=around.slope(),
         rho=rho,
         sigma=sigma,
         norm=norm,
         num_draws=num_draws,
-        preconditions=(
-            Precondition(
-                "rises above rounding",
-                abs(plain.worst_case) > around.rounding,
-                f"the largest rise found, {format_number(plain.worst_case)}, is to be above the rounding of the "
-                f"losses, {format_number(around.rounding, 2)}; give a larger rho.",
-            ),
-            Precondition(
-                "converged",
-                plain.converged and adaptive.converged,
-                "the sharpest direction has not converged; give a larger tolerance.",
-            ),
-        ),
+        preconditions=_preconditions(plain, adaptive, around.rounding),
         notes=(hessian.self_test.sentence(),) if isinstance(hessian, CurvatureOperator) else (),
+        **_rises(plain),
+        **{f"adaptive_{name}": rise for name, rise in _rises(adaptive).items()},
+    )
+
+
+def _quadratic_ratio(around: Surroundings, sigma: float, draws: int, seed: int) -> float:
+    """The average rise over that at half the deviation: 4 where the loss is quadratic."""
+    whole, half = (around.average(sigma * part, draws, seed).mean for part in (1.0, 0.5))
+    return whole / half if abs(half) > around.rounding else math.nan
+
+
+def _rises(found: Measures) -> dict[str, Any]:
+    """The fields that the plain and the adaptive forms have in common."""
+    return {
+        "one_step": found.one_step,
+        "worst_case": found.worst_case,
+        "average": found.average.mean,
+        "average_standard_error": found.average.standard_error,
+        "m_one_step": found.groups.one_step.mean,
+        "m_one_step_standard_error": found.groups.one_step.standard_error,
+        "m_worst_case": found.groups.worst_case.mean,
+        "m_worst_case_standard_error": found.groups.worst_case.standard_error,
+        "lambda_max": found.lambda_max,
+    }
+
+
+def _preconditions(plain: Measures, adaptive: Measures, rounding: float) -> tuple[Precondition, ...]:
+    return (
+        Precondition(
+            "rises above rounding",
+            abs(plain.worst_case) > rounding,
+            f"the largest rise found, {format_number(plain.worst_case)}, is to be above the rounding of the "
+            f"losses, {format_number(rounding, 2)}; give a larger rho.",
+        ),
+        Precondition(
+            "converged",
+            plain.converged and adaptive.converged,
+            "the sharpest direction has not converged; give a larger tolerance.",
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -292,15 +292,11 @@ def softmax_collapse(
     labels = labels.to(logits.device).long()
     margin = in_blocks(float64_margins, logits, labels)
     counted = {name: in_blocks(lambda z, y, d=name: counters(z, y, d), logits, labels) for name in SIGNIFICAND_BITS}
-    shares = {name: shares_of(columns) for name, columns in counted.items()}
     compared = in_blocks(compared_with_exact, logits, labels, logit_gradients)
     given = logits if logit_gradients is None else logit_gradients
     factor = class_factors(compared, labels, logits.shape[1], given.dtype)
-    own = compared[:, GRADIENT]
-    true = -torch.sigmoid(-margin) * factor
-    loss = (
-        "the loss of the run" if logit_gradients is not None else f"F.cross_entropy in {dtype} (taken as the loss)"
-    )
+    own, true = compared[:, GRADIENT], -torch.sigmoid(-margin) * factor
+    taken = f"F.cross_entropy in {dtype} (taken as the loss)"
     return SoftmaxCollapse(
         collapsed=float(((own == 0) & (factor != 0)).double().mean()),
         headroom=collapse_margin(dtype) - float(margin.median()),
@@ -311,15 +307,19 @@ def softmax_collapse(
         accuracy=_accuracy(logits, labels),
         held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
         collapsed_by_dtype={d: float((margin >= collapse_margin(d)).double().mean()) for d in SIGNIFICAND_BITS},
-        zero_loss_by_dtype={d: shares[d][0] for d in SIGNIFICAND_BITS},
-        paper_count_by_dtype={d: shares[d][1] for d in SIGNIFICAND_BITS},
-        repository_count_by_dtype={d: shares[d][2] for d in SIGNIFICAND_BITS},
-        zero_gradient_by_dtype={d: shares[d][3] for d in SIGNIFICAND_BITS},
         margins=margin.cpu().numpy(),
         dtype=dtype,
-        loss=loss,
+        loss=taken if logit_gradients is None else "the loss of the run",
         preconditions=(_softmax_loss(distance_from_softmax(compared, factor, given.dtype), factor),),
+        **_counts(counted),
     )
+
+
+def _counts(counted: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The shares that were counted in each dtype, by field."""
+    shares = {name: shares_of(columns) for name, columns in counted.items()}
+    fields = ("zero_loss_by_dtype", "paper_count_by_dtype", "repository_count_by_dtype", "zero_gradient_by_dtype")
+    return {field: {name: share[i] for name, share in shares.items()} for i, field in enumerate(fields)}
 
 
 def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:

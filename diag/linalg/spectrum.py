@@ -68,10 +68,8 @@ def spectrum(
     Raises InvalidInput where a product is not finite, CheckpointError where the folder cannot be used.
     """
     wanted = Wanted(largest=min(largest, operator.size), tolerance=tolerance)
-    most = max(max_products, steps)
-    run = run_lanczos(
-        operator, wanted, max_products=most, min_products=steps, memory=memory, seed=seed, checkpoint=checkpoint
-    )
+    limits: dict[str, Any] = {"max_products": max(max_products, steps), "min_products": steps, "memory": memory}
+    run = run_lanczos(operator, wanted, seed=seed, checkpoint=checkpoint, **limits)
     limit = tolerance * float(run.ritz.values.abs().max())
     top = extract(run, wanted, seed)
     bottom, more = _smallest(operator, run, wanted.count, limit, steps, memory, seed)
@@ -85,15 +83,13 @@ def spectrum(
         rest, trace, norm = _known_wholly(run, known, operator.size, seed)
     else:
         rest = _rest_of(run, known, operator.size, seed)
-        known_ones = known if len(known.values) else None
+        deflate = known if len(known.values) else None
         if num_probes > 1:
-            options: dict[str, Any] = {"steps": steps, "memory": memory, "seed": seed + 1}
-            deflate = known.vectors if len(known.values) else None
-            rest = spectral_measure(operator, num_probes=num_probes, deflate=deflate, **options)
-            products += rest.num_products
-        probed = trace_and_norm(operator, num_probes=trace_probes, seed=seed, deflate=known_ones)
+            probes: dict[str, Any] = {"num_probes": num_probes, "steps": steps, "memory": memory, "seed": seed + 1}
+            rest = spectral_measure(operator, deflate=deflate.vectors if deflate else None, **probes)
+        probed = trace_and_norm(operator, num_probes=trace_probes, seed=seed, deflate=deflate)
         trace, norm = probed.trace, probed.frobenius_norm
-        products += probed.num_products
+        products += rest.num_products + probed.num_products
     if run.file is not None:
         run.file.unlink(missing_ok=True)
     return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)

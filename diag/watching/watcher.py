@@ -140,24 +140,8 @@ class Watcher(Guarded):
         self._training = Training(
             self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history, self._loop
         )
-        self._measurements = Measurements(
-            settings.instruments,
-            lambda names: MeasurementSchedule(names, settings.budget, settings.every),
-            self._recorder.outcome,
-            note,
-            info,
-            self._findings.result,
-            self._recorder.last_step,
-        )
-        self._live = LiveChecks(
-            self._measurements.live,
-            settings.instruments,
-            about["layers"],
-            self._recorder.dtype,
-            lambda: {"loop": self._loop.facts(ended=self._ending)},
-            self._recorder.outcome,
-            self._findings.verdict,
-        )
+        self._measurements = self._measured(settings)
+        self._live = self._checked_live(settings, about["layers"])
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)
         self._occasions = Occasions(*guard, self._training, self._measurements, self._recorder)
@@ -166,6 +150,28 @@ class Watcher(Guarded):
         )
         if self.active:
             self._begin(model)
+
+    def _measured(self, settings: Settings) -> Measurements:
+        return Measurements(
+            settings.instruments,
+            lambda names: MeasurementSchedule(names, settings.budget, settings.every),
+            self._recorder.outcome,
+            self._recorder.note,
+            self._recorder.info,
+            self._findings.result,
+            self._recorder.last_step,
+        )
+
+    def _checked_live(self, settings: Settings, layers: Mapping[str, int]) -> LiveChecks:
+        return LiveChecks(
+            self._measurements.live,
+            settings.instruments,
+            layers,
+            self._recorder.dtype,
+            lambda: {"loop": self._loop.facts(ended=self._ending)},
+            self._recorder.outcome,
+            self._findings.verdict,
+        )
 
     @property
     def run(self) -> Run:

@@ -41,7 +41,17 @@ class InputScale(Result):
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         return next(v for v in self._verdicts() if v is not None)
 
-    def _verdicts(self) -> Iterator[Verdict | None]:
+    def _verdicts(self) -> Iterator[Verdict]:
+        yield from self._rows_that_are_wrong()
+        yield from self._inputs_that_do_not_vary()
+        yield from self._inputs_off_scale()
+        yield Verdict(
+            Level.OK,
+            f"The inputs have mean {format_number(self.mean)} and standard deviation {format_number(self.std)}.",
+            source=SOURCE,
+        )
+
+    def _rows_that_are_wrong(self) -> Iterator[Verdict]:
         if self.non_finite:
             yield self._bad(
                 Level.ALARM, Cause.DATA_NOT_FINITE,
@@ -59,6 +69,8 @@ class InputScale(Result):
                 "Look at these rows: a wrong unit, a failed conversion, a placeholder such as 9999.",
                 float(len(self.outliers)), 0.0, Confidence.ARITHMETIC,
             )  # fmt: skip
+
+    def _inputs_that_do_not_vary(self) -> Iterator[Verdict]:
         if self.constant >= self.setting("constant"):
             what = "All inputs are the same" if self.constant == 1.0 else f"{format_share(self.constant)} of the "
             what += "" if self.constant == 1.0 else "input features are the same for every example"
@@ -68,6 +80,8 @@ class InputScale(Result):
                 "have failed.",
                 self.constant, self.setting("constant"), Confidence.ARITHMETIC,
             )  # fmt: skip
+
+    def _inputs_off_scale(self) -> Iterator[Verdict]:
         if self.size > self.setting("large"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
@@ -96,11 +110,6 @@ class InputScale(Result):
                 "already).",
                 self.std, self.setting("small"), Confidence.WEAK_EMPIRICAL,
             )  # fmt: skip
-        yield Verdict(
-            Level.OK,
-            f"The inputs have mean {format_number(self.mean)} and standard deviation {format_number(self.std)}.",
-            source=SOURCE,
-        )
 
     def _bad(
         self, level: Level, cause: Cause, sentence: str, advice: str, value: float, limit: float, sure: Confidence

@@ -76,16 +76,15 @@ class LabelAudit(Result):
         share = len(suspicious) / len(area)
         limit = last.setting("warn_at")
         rows = suspicious[numpy.argsort(area[suspicious], kind="stable")]
+        about: dict[str, Any] = {
+            "value": share,
+            "threshold": limit,
+            "threshold_source": OUR_CHOICE,
+            "source": SOURCE,
+        }
         if share < limit:
-            return Verdict(
-                Level.OK,
-                f"{len(rows):,} of {len(area):,} labels look wrong by how their rows were learned.",
-                source=SOURCE,
-                value=share,
-                threshold=limit,
-                threshold_source=OUR_CHOICE,
-                examples=tuple(map(int, rows[:50])),
-            )
+            found = f"{len(rows):,} of {len(area):,} labels look wrong by how their rows were learned."
+            return Verdict(Level.OK, found, examples=tuple(map(int, rows[:50])), **about)
         listed = ", ".join(map(str, rows[:5].tolist()))
         return Verdict(
             Level.WARNING,
@@ -95,16 +94,13 @@ class LabelAudit(Result):
             "training, against what it is sure of elsewhere.",
             advice="Look at these rows and correct or leave out their labels; stop before they are learned "
             "by heart.",
-            source=SOURCE,
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="A person who sees these inputs agrees with their labels.",
-            value=share,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.LABELS_WRONG,
             step=1,
             explained_by=(Cause.LABELS_SHUFFLED, Cause.TARGETS_SHIFTED, Cause.TARGETS_CAST),
             examples=tuple(map(int, rows[:200])),
+            **about,
         )
 
     @classmethod

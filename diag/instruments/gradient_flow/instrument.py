@@ -258,27 +258,12 @@ def gradient_flow(
     bad_loss = numpy.asarray(~history.loss_finite | numpy.isinf(history.loss))
     broken = ~history.gradient_finite | numpy.isinf(history.gradient_norm)
     bad_gradient = broken.any(1)
-    weights = ~normalisation_layers(history)
-    distance = numpy.sqrt((history.distance[:, weights].astype(float) ** 2).sum(1))
-    fits, first, last = growth_of_distance(history, distance)
-    shown = _rows_shown(history, distance)
-    known = distance[numpy.isfinite(distance)]
-    start = norm_at_start(history, weights)
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        ratio = history.update_norm[shown] / history.parameter_norm[shown]
     return GradientFlow(
         non_finite_losses=int(bad_loss.sum()),
         non_finite_gradients=int(bad_gradient.sum()),
         non_finite_applied=int((bad_gradient & ~history.skipped).sum()),
         skipped_steps=int(history.skipped.sum()),
         num_steps=len(history),
-        growth_slope=fits["log"].slope if fits else math.nan,
-        growth_exponent=fits["power"].slope if fits else math.nan,
-        r2_by_law={law: fits[law].r2 if fits else math.nan for law in LAWS},
-        aic_by_law={law: fits[law].aic if fits else math.nan for law in LAWS},
-        first_fitted_step=first,
-        last_fitted_step=last,
-        relative_distance=float(known[-1] / start) if len(known) and start > 0 else math.nan,
         depth_factor=factor_over_depth(history),
         plain_network=plain_network,
         loss_steps=_numbers(history, bad_loss),
@@ -287,14 +272,36 @@ def gradient_flow(
         gradient_layers=most_often(history, broken.sum(0)),
         idle_layers=idle_layers(history),
         layers=history.layers,
-        steps=numpy.asarray(history.steps[shown]),
-        distance=distance[shown],
-        gradient_norm=numpy.asarray(history.gradient_norm[shown]),
-        parameter_norm=numpy.asarray(history.parameter_norm[shown]),
-        update_norm=numpy.asarray(history.update_norm[shown]),
-        update_ratio=ratio,
         notes=history.notes,
+        **_of_the_distance(history),
     )
+
+
+def _of_the_distance(history: History) -> dict[str, Any]:
+    """The distance from the start: its growth, and the norms at the steps that are shown."""
+    weights = ~normalisation_layers(history)
+    distance = numpy.sqrt((history.distance[:, weights].astype(float) ** 2).sum(1))
+    fits, first, last = growth_of_distance(history, distance)
+    known = distance[numpy.isfinite(distance)]
+    start = norm_at_start(history, weights)
+    shown = _rows_shown(history, distance)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        ratio = history.update_norm[shown] / history.parameter_norm[shown]
+    return {
+        "growth_slope": fits["log"].slope if fits else math.nan,
+        "growth_exponent": fits["power"].slope if fits else math.nan,
+        "r2_by_law": {law: fits[law].r2 if fits else math.nan for law in LAWS},
+        "aic_by_law": {law: fits[law].aic if fits else math.nan for law in LAWS},
+        "first_fitted_step": first,
+        "last_fitted_step": last,
+        "relative_distance": float(known[-1] / start) if len(known) and start > 0 else math.nan,
+        "steps": numpy.asarray(history.steps[shown]),
+        "distance": distance[shown],
+        "gradient_norm": numpy.asarray(history.gradient_norm[shown]),
+        "parameter_norm": numpy.asarray(history.parameter_norm[shown]),
+        "update_norm": numpy.asarray(history.update_norm[shown]),
+        "update_ratio": ratio,
+    }
 
 
 def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[numpy.int64]:

@@ -34,6 +34,7 @@ from diag.instruments.opposing_signals.judging import (
 )
 from diag.instruments.opposing_signals.loss_record import EDGE, LEAST_STEPS, Edge, LossRecord, Recording
 from diag.instruments.opposing_signals.measuring import (
+    Groups,
     about_gradients,
     about_record,
     check_request,
@@ -113,6 +114,29 @@ class OpposingSignals(MeasuredSignals):
             draw_groups(ax, self.steps, self.trace)
 
 
+def _grouped(
+    mode: str, record: LossRecord | None, losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int
+) -> tuple[str, Groups]:
+    """The mode that is taken, and the two groups of k that it finds."""
+    if record is not None:
+        return "online", groups_of_record(record.losses, k)
+    if mode == "replay":
+        return mode, replayed_groups(losses_at, vectors, values, k)
+    return "static", static_groups(losses_at, vectors, values, k)
+
+
+def _sharpest(hessian: CurvatureOperator, seed: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues on the CPU, and their eigenvectors as rows."""
+    pairs = carried_eigenpairs(hessian, "hessian", largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
+    values, vectors = pairs.values.cpu(), pairs.vectors
+    assert vectors is not None
+    if not float(values[0]) > 0:
+        raise Unsupported(
+            "The loss curves upwards in no direction here, so none is sharp; measure a trained network."
+        )
+    return values, vectors
+
+
 def _passes(settings: Mapping[str, Any]) -> float:
     return SELF_TEST + 16 * PRODUCT + 2 * (DIRECTIONS + NULLS) + 8 * GRADIENT  # 16 products find the directions
 
@@ -170,23 +194,12 @@ def opposing_signals(
     Unsupported for too few examples or a loss that curves nowhere upwards. Source: Rosenfeld and Risteski 2024,
     arXiv:2311.04163.
     """
-    check_request(mode, window, loss_record, losses_at.num_examples)
     n = losses_at.num_examples
+    check_request(mode, window, loss_record, n)
     k = group_size(k, n)
     record, why_not = chosen_record(mode, loss_record, k, swap_limit)
-    pairs = carried_eigenpairs(hessian, "hessian", largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
-    values, vectors = pairs.values.cpu(), pairs.vectors
-    assert vectors is not None
-    if not float(values[0]) > 0:
-        raise Unsupported(
-            "The loss curves upwards in no direction here, so none is sharp; measure a trained network."
-        )
-    if record is not None:
-        mode, groups = "online", groups_of_record(record.losses, k)
-    elif mode == "replay":
-        groups = replayed_groups(losses_at, vectors, values, k)
-    else:
-        mode, groups = "static", static_groups(losses_at, vectors, values, k)
+    values, vectors = _sharpest(hessian, seed)
+    mode, groups = _grouped(mode, record, losses_at, vectors, values, k)
     losses, u = losses_at(losses_at.center), vectors[max(groups.direction, 0)]
     carried, unknown = curvature_share(hessian, u, groups.rows)
     return OpposingSignals(

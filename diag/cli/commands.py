@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ import click
 
 from diag.cli.door import Door, Mistake
 from diag.cli.output import JSON, print_document
-from diag.cli.text import echo
+from diag.cli.text import command_line, echo
 
 if TYPE_CHECKING:
     from diag.run.run import Run
@@ -48,7 +46,7 @@ def demo(folder: Path, seed: int, output: Path | None, as_json: bool) -> None:
             bar.update(task, completed=done, total=total, description=text)
 
         run = demonstration.run(folder, seed=seed, progress=progress)
-    page = write_report(run, output or folder / "report.html", command=_command_line())
+    page = write_report(run, output or folder / "report.html", command=command_line())
     _tell(run, page, as_json)
 
 
@@ -112,7 +110,7 @@ def report_command(
     else:
         options = {k: v for k, v in {"max_examples": max_examples, "device": device}.items() if v is not None}
         run = _measured(sources, build, names=names, settings=chosen, options=options, key=key, every=every)
-    page = write_report(run, output, command=_command_line())
+    page = write_report(run, output, command=command_line())
     _tell(run, page, as_json)
     if open_it:
         click.launch(os.fspath(page))
@@ -241,33 +239,3 @@ def _series(run: Run, name: str) -> dict[str, Any]:
     }
     about = {"format": "diag-series", "format_version": 1, "instrument": name}
     return about | {"steps": [step for step, _ in found], "values": values}
-
-
-@main.command("compare", short_help="Two runs side by side.")
-@click.argument("run_a", type=PATHS, metavar="A")
-@click.argument("run_b", type=PATHS, metavar="B")
-@click.option("-o", "--output", type=OUTPUT, help="Write the comparison as a page, too.")
-@click.option("--all", "everything", is_flag=True, help="Also the numbers that are equal.")
-def compare_command(run_a: Path, run_b: Path, output: Path | None, everything: bool) -> None:
-    """Two runs side by side: their verdicts and the last value of every scalar."""
-    from diag.cli import tables
-    from diag.run.run import read_run
-
-    runs = [read_run(run_a), read_run(run_b)]
-    if output is not None:
-        from diag.reporting.compare import compare as write_comparison
-
-        page = write_comparison(runs[0], runs[1], output, command=_command_line())
-    tables.show(tables.side_by_side(dict(zip(_names(run_a, run_b), runs, strict=True)), everything))
-    if output is not None:
-        echo(f"\nComparison: {Path(page).resolve()}")
-
-
-def _names(a: Path, b: Path) -> tuple[str, str]:
-    """Short names for two runs: the folders' own where they differ, else the whole paths."""
-    short = (a.resolve().name, b.resolve().name)
-    return short if short[0] != short[1] else (f"A: {a}", f"B: {b}")
-
-
-def _command_line() -> str:
-    return shlex.join(["diag", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("diag", "__main__.py") else ""

@@ -222,6 +222,19 @@ def side_by_side(runs: Mapping[str, Run], everything: bool = False) -> Renderabl
     return Group(table, "", _scalars(runs, everything))
 
 
+def sweep(made: Mapping[str, Any]) -> RenderableType:
+    """Many runs: a row a run, with its state, how it ended and the settings that differ."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("run", "state", "steps", "last loss", "best held-out", *made["sweep"]["columns"]):
+        table.add_column(heading, overflow="fold")
+    for row in made["sweep"]["rows"]:
+        state = mark(row["level"]) + Text(f" {row['worst']}" if row["worst"] else "")
+        best = f"{row['best']['text']} (step {row['best']['step']:,})" if row["best"] else "–"
+        loss = row["loss"]["text"] if row["loss"] else "–"
+        table.add_row(f"{row['key']}: {row['title']}", state, f"{row['steps']:,}", loss, best, *row["settings"])
+    return Group(Text(made["verdict"]["headline"], style="bold"), "", table)
+
+
 def _cell(finding: Finding | None) -> RenderableType:
     if finding is None:
         return Text("not measured", style="dim")

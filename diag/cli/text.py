@@ -7,6 +7,9 @@ screen, change its title, hide text or turn its direction. They are shown as wha
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import click
 
@@ -22,3 +25,8 @@ def visible(text: str) -> str:
 def echo(text: str, err: bool = False) -> None:
     """Print a line."""
     click.echo(visible(text), err=err)
+
+
+def command_line() -> str:
+    """The command as it was called, to be shown in a page; "" where diag was called from Python."""
+    return shlex.join(["diag", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("diag", "__main__.py") else ""

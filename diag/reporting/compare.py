@@ -1,113 +1,165 @@
-"""Two runs side by side: their verdicts, their curves on one axis, and every scalar with its difference."""
+"""Runs side by side: which verdicts changed, their curves on one axis, every number with its difference.
+
+The first run is what the others are compared with. `healthy` runs are no columns of their own: they give the band
+in which the numbers of a run that is as it should be lie.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from diag.reporting.document import document
+from diag.errors import InvalidInput
+from diag.reporting.caveats import caveats
+from diag.reporting.compare_numbers import compared_numbers
+from diag.reporting.document import LEVELS, audits_of, stories_of, verdict
 from diag.reporting.evidence import Evidence, gather
 from diag.reporting.files import Page
-from diag.reporting.overlay import SIDES, overlay
-from diag.reporting.plain import clean, count_in_words, finite, listed, number
+from diag.reporting.method import facts
+from diag.reporting.overlay import overlay
+from diag.reporting.plain import clean, count_in_words, listed
+from diag.reporting.sweep import key_of, sweep_table
 from diag.result import Level
+from diag.run.checkpoints import from_checkpoints
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+JUDGING = [str(level) for level in (Level.ALARM, Level.WARNING, Level.OK)]
 
 
-def compare(run_a: Any, run_b: Any, output: str | os.PathLike[str] | None = None, *, command: str = "") -> Page:
-    """A page that compares two runs (or whatever else a report can be made of): A the first, B the second.
+def compare(
+    *sources: Any,
+    output: str | os.PathLike[str] | None = None,
+    names: Sequence[str] | None = None,
+    healthy: Sequence[Any] = (),
+    build: Any = None,
+    command: str = "",
+) -> Page:
+    """A page that compares two runs or more (or whatever else a report can be made of) with the first of them.
 
-    Raises as `diag.report` does.
+    With `build`, the function that gives `(model, loss_fn, data)` or its name, sources are checkpoints, each
+    measured by itself. names: short names, one a source. healthy: runs that are as they should be; numbers outside
+    their range are marked. output: where the page is written, with its document beside it as JSON.
+    Raises InvalidInput for fewer than two sources, and as `diag.report` does.
     """
-    page = Page(comparison(run_a, run_b, command=command))
+    page = Page(comparison(*sources, names=names, healthy=healthy, build=build, command=command))
     return page if output is None else page.save(output)
 
 
-def comparison(run_a: Any, run_b: Any, *, command: str = "") -> dict[str, Any]:
+def comparison(
+    *sources: Any,
+    names: Sequence[str] | None = None,
+    healthy: Sequence[Any] = (),
+    build: Any = None,
+    command: str = "",
+) -> dict[str, Any]:
     """The document of a comparison, strict JSON."""
-    sides = [gather(run_a), gather(run_b)]
-    documents = [document(side, drawings=False) for side in sides]
-    checks = list(_checks(*documents))
+    if len(sources) < 2:
+        raise InvalidInput(f"A comparison was asked of {count_in_words(len(sources), 'run')}; give two or more.")
+    if names is not None and len(names) != len(sources):
+        raise InvalidInput(f"There are {len(names)} names for {len(sources)} runs; give one a run.")
+    sides = [gather(_measured(source, build)) for source in sources]
+    accepted = [gather(_measured(source, build)) for source in healthy]
+    keys = [key_of(i) for i in range(len(sides))]
+    audits = [audits_of(side) for side in sides]
+    checks = list(_checks(audits))
+    titles = [clean(n) for n in names or _titles(sides)]
     made = {
         "format": "diag-comparison",
         "format_version": FORMAT_VERSION,
-        "title": f"{documents[0]['title']} and {documents[1]['title']}",
+        "title": " and ".join(titles) if len(titles) == 2 else f"{len(titles)} runs against {titles[0]}",
         "command": clean(command),
-        "verdict": {"headline": _headline(checks), "sentence": ""},
-        "sides": [{"name": n, **_side(d)} for n, d in zip(SIDES, documents, strict=True)],
-        "facts": list(_pairs(*({f["name"]: f["text"] for f in d["facts"]} for d in documents))),
+        "verdict": {"headline": _headline(checks, keys), "sentence": ""},
+        "sides": [
+            _side(key, title, side, made_of)
+            for key, title, side, made_of in zip(keys, titles, sides, audits, strict=True)
+        ],
+        "healthy": [clean(side.title) for side in accepted],
+        "facts": list(_facts(sides)),
         "checks": checks,
-        "curves": overlay(sides),
-        "scalars": list(_scalars(*sides)),
+        "curves": overlay(sides, keys, accepted),
+        "scalars": compared_numbers(sides, keys, accepted),
+        "sweep": sweep_table(sides, keys, titles, audits) if len(sides) > 2 else None,
     }
     return json.loads(json.dumps(made, allow_nan=False))
 
 
-def _side(made: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: made[key] for key in ("title", "verdict", "counts", "caveats")}
+def _measured(source: Any, build: Any) -> Any:
+    """A source as it is, or the run that measuring a checkpoint makes."""
+    if build is None or not isinstance(source, (str, os.PathLike)) or (Path(source) / "run.json").is_file():
+        return source
+    return from_checkpoints([Path(source)], build)
 
 
-def _pairs(a: Mapping[str, str], b: Mapping[str, str]) -> Iterable[dict[str, Any]]:
-    for name in dict.fromkeys([*a, *b]):
-        texts = [a.get(name, "–"), b.get(name, "–")]
-        yield {"name": name, "texts": texts, "differs": texts[0] != texts[1]}
+def _titles(sides: Sequence[Evidence]) -> list[str]:
+    return [clean(side.title) for side in sides]
 
 
-def _checks(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """One row a check: what each side found, and whether B is worse, better or the same."""
-    found = [{audit["instrument"]: audit for audit in d["audits"]} for d in (a, b)]
-    for name in dict.fromkeys([*found[0], *found[1]]):
-        audits = [side.get(name) for side in found]
-        cells = [
-            None if audit is None else {"level": audit["level"], "sentence": audit["sentence"]} for audit in audits
-        ]
-        title = next(audit["name"] for audit in audits if audit)
-        yield {"instrument": name, "name": title, "cells": cells, "change": _change(cells)}
+def _side(key: str, title: str, side: Evidence, audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    counts = {level: sum(a["level"] == level for a in audits) for level in LEVELS}
+    return {
+        "name": key,
+        "title": title,
+        "verdict": verdict(counts, audits, stories_of(side, audits)),
+        "counts": counts,
+        "caveats": caveats(side, counts),
+        "last_step": side.last_step,
+    }
 
 
-def _change(cells: list[dict[str, str] | None]) -> str:
+def _facts(sides: Sequence[Evidence]) -> Iterable[dict[str, Any]]:
+    found = [{f["name"]: f["text"] for f in facts(side)} for side in sides]
+    for name in dict.fromkeys(n for side in found for n in side):
+        texts = [side.get(name, "–") for side in found]
+        yield {"name": name, "texts": texts, "differs": len(set(texts)) > 1}
+
+
+def _checks(audits: Sequence[Sequence[Mapping[str, Any]]]) -> Iterable[dict[str, Any]]:
+    """One row a check: what each run found, and whether the others are worse, better or the same as the first."""
+    found = [{audit["instrument"]: audit for audit in side} for side in audits]
+    for name in dict.fromkeys(n for side in found for n in side):
+        rows = [side.get(name) for side in found]
+        cells = [None if a is None else {"level": a["level"], "sentence": a["sentence"]} for a in rows]
+        title = next(a["name"] for a in rows if a)
+        changes = [_change(cells[0], cell) for cell in cells[1:]]
+        yield {"instrument": name, "name": title, "cells": cells, "changes": changes, "change": _summed(changes)}
+
+
+def _change(first: Mapping[str, str] | None, other: Mapping[str, str] | None) -> str:
     """ "worse", "better" or "same" between levels that judge; "" where either side has no judgement."""
-    judging = [str(level) for level in (Level.ALARM, Level.WARNING, Level.OK)]
-    levels = [cell["level"] if cell else "" for cell in cells]
-    if any(level not in judging for level in levels):
+    levels = [cell["level"] if cell else "" for cell in (first, other)]
+    if any(level not in JUDGING for level in levels):
         return ""
-    before, after = (judging.index(level) for level in levels)
+    before, after = (JUDGING.index(level) for level in levels)
     return "same" if before == after else ("better" if after > before else "worse")
 
 
-def _headline(checks: list[dict[str, Any]]) -> str:
+def _summed(changes: Sequence[str]) -> str:
+    """The changes of several runs as one: "mixed" where some are worse and some better."""
+    found = {change for change in changes if change in ("worse", "better")}
+    if len(found) == 2:
+        return "mixed"
+    if found:
+        return found.pop()
+    return "same" if "same" in changes else ""
+
+
+def _headline(checks: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    if not checks:
+        return "Nothing was measured"
     changes = [check["change"] for check in checks]
-    words = {"worse": "worse", "better": "better", "same": "the same"}
+    words = {
+        "worse": "worse",
+        "better": "better",
+        "mixed": "better in some and worse in others",
+        "same": "the same",
+    }
     parts = [
         f"{count_in_words(changes.count(key), 'check')} {word}" for key, word in words.items() if key in changes
     ]
     unlike = changes.count("")
-    parts += [f"{unlike} not judged in both"] if unlike else []
-    return f"B against A: {listed(parts)}" if checks else "Nothing was measured"
-
-
-def _scalars(a: Evidence, b: Evidence) -> Iterable[dict[str, Any]]:
-    """Every scalar of the last results that both have, or one has: A, B, B - A and B / A."""
-    found = [{f.instrument: f for f in side.findings} for side in (a, b)]
-    for name in dict.fromkeys([*found[0], *found[1]]):
-        pair = [side.get(name) for side in found]
-        last = [f.series[-1][1] if f else None for f in pair]
-        about = next(r for r in last if r is not None)
-        units = {field.name: field.metadata["unit"] for field in about.measured_fields()}
-        values = [r.scalars() if r is not None else {} for r in last]
-        title = next(f.title for f in pair if f)
-        for scalar in dict.fromkeys([*values[0], *values[1]]):
-            unit = units.get(scalar.split("/")[0], "")
-            both = scalar in values[0] and scalar in values[1]
-            x, y = (float(v.get(scalar, math.nan)) for v in values)
-            yield {
-                "check": clean(title),
-                "name": clean(scalar.replace("_", " ").replace("/", ", ")),
-                "values": [number(v[scalar], unit) if scalar in v else None for v in values],
-                "difference": number(y - x, unit) if both else None,
-                "ratio": finite(y / x) if both and x else None,
-            }
+    parts += [f"{unlike} not judged in {'both' if len(keys) == 2 else 'all'}"] if unlike else []
+    others = keys[1] if len(keys) == 2 else f"{keys[1]} to {keys[-1]}"
+    return f"{others} against {keys[0]}: {listed(parts)}"

@@ -42,7 +42,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
     history = evidence.history
     in_time = evidence.findings if evidence.kind == "run" else ()
     axis = axis_of(history, in_time, evidence.last_step)
-    audits = _audits(evidence)
+    audits = audits_of(evidence)
     counts = {level: sum(a["level"] == level for a in audits) for level in LEVELS}
     name = clean(title or evidence.title)
     made = {
@@ -51,12 +51,12 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "kind": evidence.kind,
         "title": name,
         "command": clean(command),
-        "verdict": verdict(counts, audits, _stories(evidence, audits)),
+        "verdict": verdict(counts, audits, stories_of(evidence, audits)),
         "counts": counts,
         "facts": facts(evidence),
         "caveats": caveats(evidence, counts),
         "audits": audits,
-        "stories": _stories(evidence, audits),
+        "stories": stories_of(evidence, audits),
         "timeline": axis and timeline(axis, history, in_time, evidence.events, evidence.metrics),
         "layers": None if history is None else layer_map(axis, history, evidence.findings),
         "method": method(evidence, audits),
@@ -66,7 +66,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
     return json.loads(json.dumps(made, allow_nan=False))
 
 
-def _audits(evidence: Evidence) -> list[dict[str, Any]]:
+def audits_of(evidence: Evidence) -> list[dict[str, Any]]:
     """The checks with a verdict in the order of the findings, then those without; each has an id of its own."""
     gaps, in_time = by_instrument(evidence.outcomes), evidence.kind == "run"
     made = [judged_entry(f, gaps.pop(f.instrument, ()), in_time) for f in evidence.findings]
@@ -80,7 +80,7 @@ def _audits(evidence: Evidence) -> list[dict[str, Any]]:
     return made
 
 
-def _stories(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def stories_of(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What went wrong, in the order in which it is told: the check that names the cause, and those that follow."""
     ids = {audit["instrument"]: audit["id"] for audit in audits}
     return [

@@ -67,6 +67,32 @@ def test_numbers_of_one_check_by_step(run_diag, make_run):
     assert made["steps"] == [50, 100] and made["values"]["collapsed"] == [1.0, 1.0]
 
 
+def test_compare_has_a_document(run_diag, make_run, tmp_path):
+    names = [make_run(n, margin) for n, margin in (("a", 1000.0), ("b", 1.0), ("h1", 1.0), ("h2", 1.0))]
+    healthy = ("--healthy", names[2], "--healthy", names[3])
+    made = document(run_diag("compare", *names[:2], *healthy, "-o", "c.html", "--json"), "diag-compare")
+    assert made["output"] == str(tmp_path / "c.html") and made["healthy"] == ["Run h1", "Run h2"]
+    check = next(row for row in made["checks"] if row["instrument"] == "softmax_collapse")
+    assert check["levels"] == ["alarm", "ok"] and check["change"] == "better"
+    assert next(r for r in made["scalars"] if r["name"] == "collapsed")["outside"] == ["A"]
+    swept = run_diag("compare", *names, columns=160)
+    assert [line.split()[1] for line in swept.stdout.splitlines() if line[1:2] == ":"] == ["a", "b", "h1", "h2"]
+    document(run_diag("compare", *names, "--json"), "diag-compare")
+
+
+def test_checkpoints_are_measured_and_compared(run_diag, tmp_path):
+    (tmp_path / "job.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build():\n"
+        "    x = torch.linspace(-1, 1, 40).reshape(20, 2)\n"
+        "    return nn.Linear(2, 2), nn.CrossEntropyLoss(), (x, (x[:, 0] > 0).long())\n"
+    )
+    for name, factor in (("a.pt", 1.0), ("b.pt", 3.0)):
+        torch.save({"weight": factor * torch.eye(2), "bias": torch.zeros(2)}, tmp_path / name)
+    made = document(run_diag("compare", "a.pt", "b.pt", "--build", "job.py:build", "--json"), "diag-compare")
+    assert len(made["runs"]) == 2 and any(row["difference"] for row in made["scalars"])
+
+
 def test_list_has_a_document(run_diag):
     made = document(run_diag("list", "--json"), "diag-instruments")
     assert {row["name"] for row in made["instruments"]} >= {"softmax_collapse"}

@@ -64,13 +64,66 @@ def test_what_only_one_side_has_is_not_compared(pair):
     assert [line["side"] for line in made["curves"]["panels"][0]["lines"]] == ["A"]
 
 
+def test_a_difference_has_the_error_of_independent_measurements(pair):
+    row = next(row for row in comparison(*pair)["scalars"] if row["name"] == "headroom")
+    assert [e["number"] for e in row["errors"]] == [0.4, 0.4]
+    assert row["difference_error"]["number"] == pytest.approx(0.4 * 2**0.5, rel=1e-12) and row["clear"] is False
+    assert "headroom standard error" not in {r["name"] for r in comparison(*pair)["scalars"]}
+
+
+def test_healthy_runs_give_a_band(pair):
+    healthy = [side(f"Run h{i}", "ok", 0.04 + 0.01 * i) for i in range(4)]
+    made = comparison(*pair, healthy=healthy)
+    row = next(row for row in made["scalars"] if row["name"] == "collapsed")
+    assert (row["band"]["low"]["number"], row["band"]["high"]["number"]) == (0.04, pytest.approx(0.07))
+    assert row["outside"] == ["A"]
+    # Of five exchangeable runs, the fifth is the least or the greatest with probability 2 / 5.
+    assert row["band"]["chance"]["number"] == pytest.approx(0.4)
+    loss = made["curves"]["panels"][0]["band"]
+    assert all(a <= b for a, b in zip(loss["low"], loss["high"], strict=True) if a is not None)
+    one = comparison(*pair, healthy=healthy[:1])
+    assert all(row["band"] is None for row in one["scalars"]), "one run has no range"
+
+
+def test_three_runs_are_compared_with_the_first():
+    levels = {"x": "warning", "y": "alarm", "z": "ok"}
+    runs = [side(f"Run {n}", level, 0.1) for n, level in levels.items()]
+    made = comparison(*runs, names=list(levels))
+    check = made["checks"][0]
+    assert check["changes"] == ["worse", "better"] and check["change"] == "mixed"
+    assert made["title"] == "3 runs against x" and made["verdict"]["headline"].startswith("B to C against A: ")
+    assert [row["level"] for row in made["sweep"]["rows"]] == ["warning", "alarm", "ok"]
+
+
+def test_a_sweep_of_fifty_is_one_table_on_a_small_page():
+    history = report_fakes.history(300, seed=1)
+    runs = []
+    for i in range(50):
+        changed = dataclasses.replace(history, optimizer={"kind": "SGD", "lr": 0.01 * (1 + i % 5)})
+        runs.append(side(f"Run {i}", "alarm" if i % 7 == 0 else "ok", 0.01 * i, history=changed))
+    page = compare(*runs)
+    made = page.document
+    assert [row["key"] for row in made["sweep"]["rows"]][24:28] == ["Y", "Z", "AA", "AB"]
+    assert "lr" in made["sweep"]["columns"] and len(page.html) < 1_000_000
+    spread = next(row["spread"] for row in made["scalars"] if row["name"] == "collapsed")
+    assert (spread["low_of"], spread["high_of"]) == ("A", "AX")
+    assert spread["middle"]["number"] == pytest.approx(0.245)
+
+
+def test_too_few_runs_or_names_are_refused(pair):
+    with pytest.raises(InvalidInput, match="asked of one run; give two or more"):
+        compare(pair[0])
+    with pytest.raises(InvalidInput, match="There are 1 names for 2 runs"):
+        compare(*pair, names=["a"])
+
+
 def test_two_moments_have_no_curves():
     made = comparison({"bare": Bare(ratio=1.0)}, {"bare": Bare(ratio=2.0)})
     assert made["curves"] is None and made["scalars"][0]["difference"]["number"] == 1.0
 
 
 def test_the_page_of_a_comparison(pair, tmp_path):
-    page = compare(*pair, tmp_path / "compare.html", command="diag compare runs/a runs/b -o compare.html")
+    page = compare(*pair, output=tmp_path / "compare.html", command="diag compare runs/a runs/b -o compare.html")
     assert page.path.read_text() == page.html == compare(*pair, command=page.document["command"]).html
     assert "diag compare runs/a" in page.html and "<script>alert" not in page.html
     ids = re.findall(r'\sid="([^"]+)"', page.html)
@@ -81,7 +134,7 @@ def test_the_page_of_a_comparison(pair, tmp_path):
 
 def test_a_gallery_lists_every_report_with_the_command_that_makes_it(pair, tmp_path):
     report(pair[0], tmp_path / "one.html", title="The <first>", command="scripts/reproduce one")
-    compare(*pair, tmp_path / "deep" / "two.html", command="diag compare a b")
+    compare(*pair, output=tmp_path / "deep" / "two.html", command="diag compare a b")
     (tmp_path / "foreign.html").write_text("<p>not ours")
     (tmp_path / "foreign.json").write_text("[1]")
     index = gallery(tmp_path)
@@ -105,7 +158,9 @@ def test_a_folder_without_reports(tmp_path):
 
 def test_what_both_measured_over_time_is_drawn_over_each_other(pair):
     panels = {p["name"]: p for p in comparison(*pair)["curves"]["panels"]}
-    assert list(panels) == ["loss", "gradient_norm", "learning_rate", "collapse.collapsed", "bare.ratio"]
+    assert list(panels) == ["loss", "gradient_norm", "learning_rate", "collapse.collapsed"], (
+        "a number that no run moves has no panel"
+    )
     collapsed = panels["collapse.collapsed"]
     assert collapsed["label"] == "Softmax collapse: collapsed"
     assert [line["middle"] for line in collapsed["lines"]] == [[0.2, 0.2], [0.05, 0.05]]

@@ -3,4 +3,4 @@
 Rule of the room: a document says what the run says and nothing more; every document fits `schema()`.
 """
 
-__all__ = ["annotations", "checking", "findings", "policy", "schema"]
+__all__ = ["annotations", "checking", "comparing", "findings", "policy", "schema"]

@@ -18,9 +18,9 @@ from diag.connectivity.interpolation_bezier import bezier, train_control_point
 from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance, layer_barriers
 from diag.connectivity.interpolation_profile import Profile
 from diag.connectivity.interpolation_repair import Repair
-from diag.errors import InvalidInput, Unsupported
+from diag.errors import DiagError, InvalidInput, Unsupported
+from diag.snapshot.batch import tensors_in
 from diag.snapshot.call_at import call_at
-from diag.snapshot.forward import IGNORED_LABEL, output_tensor
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -160,13 +160,18 @@ def _function_change(path: Interpolation, before: NetworkState, after: NetworkSt
     own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()]}
     with preserved(model), torch.no_grad():
         old, new = (
-            output_tensor(
-                call_at(model, {n: t for n, t in s.items() if n in own}, batch.args, batch.kwargs)
-            ).double()
+            tensors_in(call_at(model, {n: t for n, t in s.items() if n in own}, batch.args, batch.kwargs))
             for s in (before, after)
         )
-    scale = float(old.abs().max())
-    return float((old - new).abs().max()) / scale if scale else float((old - new).abs().max())
+    return max((_relative_change(a, b) for a, b in zip(old, new, strict=True)), default=0.0)
+
+
+def _relative_change(old: Tensor, new: Tensor) -> float:
+    if not (old.is_floating_point() or old.is_complex()) or not old.numel():
+        return 0.0
+    wide = torch.complex128 if old.is_complex() else torch.float64
+    scale, change = float(old.abs().max()), float((old.to(wide) - new.to(wide)).abs().max())
+    return change / scale if scale else change
 
 
 def _reset_shift(path: Interpolation, end: NetworkState, line: Profile) -> float:
@@ -176,9 +181,8 @@ def _reset_shift(path: Interpolation, end: NetworkState, line: Profile) -> float
 
 def chance_error(path: Interpolation) -> float:
     """The error of always giving the commonest class; NaN where the targets are no class numbers."""
-    targets = [b.targets for b in path.snapshot.batches]
-    if not all(isinstance(t, Tensor) and not t.is_floating_point() and not t.is_complex() for t in targets):
+    try:
+        flat = path.snapshot.quantity("labels")
+    except DiagError:
         return float("nan")
-    flat = torch.cat([t.reshape(-1) for t in targets])
-    flat = flat[flat != IGNORED_LABEL]
     return 1 - float(flat.unique(return_counts=True)[1].max()) / len(flat) if len(flat) else float("nan")

@@ -15,6 +15,7 @@ from diag.connectivity.interpolation import Interpolation, NetworkState, overwri
 from diag.connectivity.interpolation_norms import BATCH_NORMS
 from diag.errors import InvalidInput
 from diag.snapshot.call_at import call_at
+from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.preserve import preserved
 
 
@@ -52,7 +53,7 @@ def train_control_point(
     control = {n: torch.lerp(path.start[n], end[n], 0.5).requires_grad_() for n in trained}
     optimizer = torch.optim.Adam(control.values(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    batches = path.snapshot.batches
+    batches = counted_batches(path.snapshot)
     with preserved(model):
         if norm_stats == "reset":
             _norms_in_training(model)

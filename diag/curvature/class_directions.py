@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import MissingQuantity
-from diag.snapshot.forward import labels
+from diag.snapshot.forward import look
 from diag.snapshot.parameters import trainable
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -22,10 +22,10 @@ MOST_CLASSES = 100  # one backward pass and one vector of the parameters' size e
 def class_directions(snapshot: Snapshot) -> Tensor:
     """d_c for each class that is present, (classes, P), in `named_parameters()` order.
 
-    Raises MissingQuantity where the outputs are not logits (n, K) with class numbers as targets, or there are
-    more than 100 classes.
+    Where an example has several labels, each of its positions counts. Raises MissingQuantity where the loss
+    compares no classes, or there are more than 100.
     """
-    present = labels(snapshot).unique(return_counts=True)
+    present = snapshot.quantity("labels").unique(return_counts=True)
     if len(present[0]) > MOST_CLASSES:
         raise MissingQuantity(
             f"the data hold {len(present[0])} classes; class directions are for up to {MOST_CLASSES}."
@@ -34,13 +34,11 @@ def class_directions(snapshot: Snapshot) -> Tensor:
     totals = [torch.zeros_like(p) for _ in present[0] for p in leaves]
     with preserved(snapshot.model), torch.enable_grad():
         for batch in snapshot.batches:
-            outputs = batch.forward(snapshot.model)
-            if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] <= int(present[0].max()):
-                raise MissingQuantity("the outputs are no logits (n, K) with one class each; give such a model.")
+            found = look(snapshot, snapshot.model, batch).compared()
             for row, (c, count) in enumerate(zip(*present, strict=True)):
-                chosen = batch.targets == c
-                weights = torch.where(chosen[:, None], _weights(outputs.detach(), int(c)) / count, 0)
-                parts = torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
+                chosen = found.counted & (found.labels == c)
+                weights = torch.where(chosen[:, None], _weights(found.logits.detach(), int(c)) / count, 0)
+                parts = torch.autograd.grad(found.logits, leaves, weights, retain_graph=True, allow_unused=True)
                 for total, part in zip(totals[row * len(leaves) :], parts, strict=False):
                     if part is not None:
                         total.add_(part.to_dense() if part.is_sparse else part)

@@ -11,20 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diag.curvature.objective import Objective, output_tensors
 from diag.curvature.products import GeneralisedGaussNewton, Pieces
 from diag.errors import InvalidInput, MissingQuantity
-from diag.snapshot.batch import Batch
+from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.example_losses import example_losses
-from diag.snapshot.forward import IGNORED_LABEL
+from diag.snapshot.forward import comparisons, forward_pass
+from diag.snapshot.objective.comparison import IGNORED_LABEL
+from diag.snapshot.objective.shares import Counted, plain_targets
+from diag.snapshot.snapshot import Snapshot
 
 LIKELIHOODS = ("categorical", "gaussian", "empirical")
 
 
-def curvature(likelihood: str, class_dim: int | None) -> GeneralisedGaussNewton:
-    """The curvature J^T S J of a likelihood."""
+def curvature(likelihood: str, class_dim: int | None, ignored: int = IGNORED_LABEL) -> GeneralisedGaussNewton:
+    """The curvature J^T S J of a likelihood; `ignored`: the label of positions that do not count."""
     if likelihood == "empirical":
         return GeneralisedGaussNewton(_mean_of_examples, losses_of_examples)
     if likelihood == "gaussian":
@@ -32,17 +36,49 @@ def curvature(likelihood: str, class_dim: int | None) -> GeneralisedGaussNewton:
 
     def softmax(objective: Objective, outputs: Sequence[Tensor], rebuilt: Any, batch: Batch) -> Pieces:
         logits = _logits(rebuilt(outputs), outputs)
-        dim = class_dim if class_dim is not None else class_axis(logits, batch.targets)
-        counted = counted_positions(batch.targets, logits, dim)
+        targets = plain_targets(batch.targets)
+        dim = class_dim if class_dim is not None else class_axis(logits, targets)
+        counted = counted_positions(targets, logits, dim, ignored)
+        positions: Any = counted.sum() if counted is not None else logits.numel() / logits.shape[dim]
+        if isinstance(batch.targets, Counted):
+            counted, positions = _weighed(counted, batch.targets.shares.to(logits), positions)
         probabilities = logits.softmax(dim) * (counted.unsqueeze(dim) if counted is not None else 1.0)
-        positions = counted.sum() if counted is not None else logits.numel() / logits.shape[dim]
         return [probabilities / positions if z is logits else None for z in outputs]
 
     return GeneralisedGaussNewton(softmax)
 
 
+def _weighed(counted: Tensor | None, shares: Tensor, positions: Any) -> tuple[Tensor | None, Any]:
+    """Which positions count how much, and what the batch's mean divides by, where examples have shares."""
+    if counted is None or counted.shape == shares.shape:  # one label each
+        return shares if counted is not None else None, len(shares)
+    return counted, positions / shares.mean()
+
+
+def shape_of_logits(snapshot: Snapshot) -> tuple[int, int]:
+    """The axis of the classes in the outputs, and the label that the snapshot's loss ignores.
+
+    Raises MissingQuantity where what the loss compares with classes is not the outputs, position by position.
+    """
+    found, outputs = comparisons(snapshot)[0], forward_pass(snapshot).looked[0].outputs
+    classes = found.logits.shape[1]
+    for z in tensors_in(outputs):
+        for dim in {-1: None, 1: None} if z.ndim > 2 else {-1: None}:
+            if z.ndim < 2 or z.shape[dim] != classes:
+                continue
+            rows = z.movedim(dim, -1).reshape(-1, classes)
+            if rows.shape == found.logits.shape and torch.equal(rows.double(), found.logits.double()):
+                ignored = IGNORED_LABEL if found.call is None else found.call.settings.get("ignore_index", -100)
+                return dim, ignored
+    raise MissingQuantity(
+        "the loss compares something else with the labels than the outputs, position by position (they are "
+        "shifted, scaled or normalised on the way); wrap the model so that it returns what enters the loss."
+    )
+
+
 def likelihood_of(targets: Any) -> str:
     """The model's own distribution: categorical where the targets are integers, else Gaussian of unit variance."""
+    targets = plain_targets(targets)
     integers = isinstance(targets, Tensor) and not targets.is_floating_point()
     return "categorical" if integers else "gaussian"
 
@@ -94,9 +130,9 @@ def _logits(rebuilt: Any, outputs: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def counted_positions(targets: Any, logits: Tensor, dim: int) -> Tensor | None:
+def counted_positions(targets: Any, logits: Tensor, dim: int, ignored: int = IGNORED_LABEL) -> Tensor | None:
     """Which positions count, where the targets are labels of the logits' positions: 1 or 0."""
     positions = logits.movedim(dim, -1).shape[:-1]
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != positions:
         return None
-    return (targets != IGNORED_LABEL).to(logits)
+    return (targets != ignored).to(logits)

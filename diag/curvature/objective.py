@@ -142,7 +142,7 @@ class Objective:
             return t.to(self.device, self.dtype) if t.is_floating_point() else t.to(self.device)
 
         args, kwargs, targets = (map_tensors(convert, x) for x in (batch.args, batch.kwargs, batch.targets))
-        return Batch(args, kwargs, targets, batch.size)
+        return replace(batch, args=args, kwargs=kwargs, targets=targets)
 
 
 def native_precision(model: nn.Module) -> str:

@@ -44,6 +44,9 @@ from diag.curvature.values import Values
 from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch, fingerprint
+from diag.snapshot.objective.comparison import IGNORED_LABEL
+from diag.snapshot.objective.counting import counted_batches
+from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import subsampled
 from diag.snapshot.snapshot import Snapshot
@@ -253,7 +256,7 @@ class Fisher(CurvatureOperator):
     cross-entropy, whatever loss_fn is), "gaussian" (S = I: unit variance), or "empirical" ((1/n) sum_i g_i
     g_i^T from the gradients of the examples' losses, which is not the Fisher: Kunstner et al., arXiv:1905.12558).
     class_dim: the axis of the classes in the outputs; by default 1 where the targets have the outputs' other
-    axes in that order (images), else the last one.
+    axes in that order (images), else the last one. ignored: the label of positions that do not count.
     """
 
     def __init__(
@@ -264,15 +267,17 @@ class Fisher(CurvatureOperator):
         *,
         likelihood: str = "categorical",
         class_dim: int | None = None,
+        ignored: int = IGNORED_LABEL,
         **settings: Any,
     ):
         super().__init__(model, loss_fn, batches, **settings)
         if likelihood not in fishers.LIKELIHOODS:
             raise InvalidInput(f"likelihood is {likelihood!r}; expected one of {', '.join(fishers.LIKELIHOODS)}.")
-        self._settings |= {"likelihood": likelihood, "class_dim": class_dim}
+        self._settings |= {"likelihood": likelihood, "class_dim": class_dim, "ignored": ignored}
 
     def _curvature(self) -> Curvature:
-        return fishers.curvature(self._settings["likelihood"], self._settings["class_dim"])
+        settings = self._settings
+        return fishers.curvature(settings["likelihood"], settings["class_dim"], settings["ignored"])
 
 
 def hessian(snapshot: Snapshot) -> Hessian:
@@ -282,7 +287,7 @@ def hessian(snapshot: Snapshot) -> Hessian:
 
 def gauss_newton(snapshot: Snapshot) -> GaussNewton:
     """The generalised Gauss-Newton matrix of the snapshot's mean loss over its data, self-tested."""
-    if snapshot.loss_fn is None:
+    if snapshot.loss_fn is None or is_models_own(snapshot.loss_fn):
         raise MissingQuantity(
             "the loss inside the model's outputs hides the logits; give loss_fn(outputs, targets)."
         )
@@ -290,15 +295,21 @@ def gauss_newton(snapshot: Snapshot) -> GaussNewton:
 
 
 def fisher(snapshot: Snapshot) -> Fisher:
-    """The Fisher information of the snapshot's model: categorical where the targets are integers, else Gaussian."""
-    return _of(snapshot, Fisher, likelihood=fishers.likelihood_of(snapshot.batches[0].targets))
+    """The Fisher information of the snapshot's model: categorical where the loss compares classes, else Gaussian.
+
+    Raises MissingQuantity where the targets are integers with which the loss compares the outputs as no classes.
+    """
+    if fishers.likelihood_of(snapshot.batches[0].targets) == "gaussian":
+        return _of(snapshot, Fisher, likelihood="gaussian")
+    class_dim, ignored = fishers.shape_of_logits(snapshot)
+    return _of(snapshot, Fisher, likelihood="categorical", class_dim=class_dim, ignored=ignored)
 
 
 def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
     carried = snapshot.carry.next(kind.__name__, snapshot) if snapshot.carry is not None else None
     known = carried.self_test if carried is not None else None
     settings |= {"seed": snapshot.seed, "checked": known}
-    operator = kind(snapshot.model, snapshot.batch_loss, snapshot.batches, **settings)
+    operator = kind(snapshot.model, snapshot.batch_loss, counted_batches(snapshot), **settings)
     operator.deadline = snapshot.deadline
     test = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle
     if carried is not None:

@@ -26,7 +26,8 @@ def probe_batch(objective: Objective) -> Batch:
 
     largest = max(objective.batches, key=elements)
     least, most = NUM_EXAMPLES
-    small = largest.slice(0, min(max(objective.num_examples // 16, least), most))
+    few = min(max(objective.num_examples // 16, least), most)
+    small = largest if largest.coupled else largest.slice(0, few)
     with objective.measured():
         theta = objective.parameters()
         try:
@@ -70,7 +71,7 @@ def _first_loss(objective: Objective, theta: Sequence[Tensor], batch: Batch) -> 
 
 def refuse_sums(objective: Objective, probe: Batch) -> None:
     """Raises InvalidInput where the loss of a batch is the sum of its halves' losses, not their mean."""
-    if probe.size < 2 or probe.size % 2:
+    if probe.size < 2 or probe.size % 2 or probe.coupled:
         return
     halves = [probe.slice(0, probe.size // 2), probe.slice(probe.size // 2, probe.size)]
     with objective.measured():

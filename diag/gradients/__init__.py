@@ -14,6 +14,7 @@ from diag.gradients.given import MatrixGradients, StackedGradients, as_gradients
 from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
 from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, SquaredNorms
 from diag.gradients.step import StepGradients, plan_for_steps
+from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -23,7 +24,7 @@ def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
     Raises InvalidInput where the loss is not a mean or not finite, Unsupported where examples depend on each
     other; what the first few examples do not show is raised when the gradients are first asked for something.
     """
-    gradients = ModelGradients(snapshot.model, snapshot.batch_loss, snapshot.batches)
+    gradients = ModelGradients(snapshot.model, snapshot.batch_loss, counted_batches(snapshot))
     gradients.deadline = snapshot.deadline
     gradients.prepare()
     return gradients

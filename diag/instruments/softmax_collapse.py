@@ -275,7 +275,8 @@ def softmax_collapse(
 
     logits (n, K), bfloat16, float16, float32 or float64, as the loss gets them; labels (n,) class numbers;
     logit_gradients (n, K): d loss_i / d logits_i by the loss that training uses, up to one factor per class.
-    Without them the loss is taken to be F.cross_entropy in the logits' dtype. Margins are computed in float64
+    Without them the loss is taken to be F.cross_entropy in the logits' dtype, and nothing is said of the run's own.
+    Margins are computed in float64
     (nats). held_out_logits and held_out_labels only add the accuracy on held-out data.
 
     Settings: `alarm_at`, the share from which collapse is an alarm; `near_nats` and `near_residual`, the headroom
@@ -297,6 +298,7 @@ def softmax_collapse(
     factor = class_factors(compared, labels, logits.shape[1], given.dtype)
     own, true = compared[:, GRADIENT], -torch.sigmoid(-margin) * factor
     taken = f"F.cross_entropy in {dtype} (taken as the loss)"
+    distance = distance_from_softmax(compared, factor, given.dtype)
     return SoftmaxCollapse(
         collapsed=float(((own == 0) & (factor != 0)).double().mean()),
         headroom=collapse_margin(dtype) - float(margin.median()),
@@ -310,7 +312,7 @@ def softmax_collapse(
         margins=margin.cpu().numpy(),
         dtype=dtype,
         loss=taken if logit_gradients is None else "the loss of the run",
-        preconditions=(_softmax_loss(distance_from_softmax(compared, factor, given.dtype), factor),),
+        preconditions=() if logit_gradients is None else (_softmax_loss(distance, factor),),
         **_counts(counted),
     )
 

@@ -15,6 +15,7 @@ __all__ = [
     "inside",
     "loop",
     "module_graph",
+    "objective",
     "optimizer",
     "parameters",
     "pause",

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
-from diag.snapshot.forward import output_tensor
 from diag.snapshot.inside.names import module_names
+from diag.snapshot.objective.comparison import output_tensor
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 

@@ -8,17 +8,22 @@ Here it becomes a `Batch`: the positional and keyword arguments of the model, an
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.state.python import renew
 
 FINGERPRINT_BYTES = 1 << 22
+COUPLED = (
+    "The loss compares the examples of a batch with each other, or weighs them in a way that could not be read, so "
+    "that no part of a batch has a loss of its own; give a loss that averages over examples."
+)
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
 
@@ -26,13 +31,15 @@ LABEL_KEYS = ("labels", "label", "targets", "target")
 class Batch:
     """The arguments of one model call and the targets its outputs are compared with.
 
-    `size` is the number of examples: the length of the targets' (else the inputs') first axis.
+    `size` is the number of examples: the length of the targets' (else the inputs') first axis. coupled: the loss
+    compares the examples with each other, so that the batch must stay whole.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: Any
     size: int
+    coupled: bool = False
 
     def forward(self, model: nn.Module | Callable[..., Any]) -> Any:
         """The model's outputs on this batch."""
@@ -40,16 +47,35 @@ class Batch:
             renew(model)
         return model(*self.args, **self.kwargs)
 
+    def with_targets(self, model: nn.Module) -> Batch:
+        """The same batch with the targets among the model's arguments too, where its `forward` takes them by name.
+
+        A model that computes its own loss needs them.
+        """
+        taken = inspect.signature(model.forward).parameters
+        named = {n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        name = next((key for key in LABEL_KEYS if key in named), None)
+        given = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        passed = {p.name for p in given[: len(self.args)]} | set(self.kwargs)
+        if name is None or name in passed or self.targets is None:
+            return self
+        return replace(self, kwargs=self.kwargs | {name: self.targets})
+
     def to(self, device: torch.device | str | None) -> Batch:
         """The same batch on `device` (unchanged where `device` is None)."""
         if device is None:
             return self
         move = lambda t: t.to(device)  # noqa: E731
         args, kwargs, targets = (map_tensors(move, x) for x in (self.args, self.kwargs, self.targets))
-        return Batch(args, kwargs, targets, self.size)
+        return replace(self, args=args, kwargs=kwargs, targets=targets)
 
     def slice(self, start: int, stop: int) -> Batch:
-        """Examples `start` to `stop` (exclusive). Tensors whose first axis is not the batch stay whole."""
+        """Examples `start` to `stop` (exclusive). Tensors whose first axis is not the batch stay whole.
+
+        Raises Unsupported for a part of a batch that must stay whole.
+        """
+        if self.coupled and (start > 0 or stop < self.size):
+            raise Unsupported(COUPLED)
 
         def cut(t: Tensor) -> Tensor:
             return t[start:stop] if t.ndim and t.shape[0] == self.size else t
@@ -58,7 +84,12 @@ class Batch:
         return Batch(args, kwargs, targets, min(stop, self.size) - start)
 
     def take(self, rows: Sequence[int]) -> Batch:
-        """The examples in these rows, in the order given. Tensors whose first axis is not the batch stay whole."""
+        """The examples in these rows, in the order given. Tensors whose first axis is not the batch stay whole.
+
+        Raises Unsupported for a part of a batch that must stay whole.
+        """
+        if self.coupled and sorted(rows) != list(range(self.size)):
+            raise Unsupported(COUPLED)
 
         def taken(t: Tensor) -> Tensor:
             return t[torch.tensor(rows, device=t.device)] if t.ndim and t.shape[0] == self.size else t
@@ -67,8 +98,8 @@ class Batch:
         return Batch(args, kwargs, targets, len(rows))
 
     def split(self, size: int | None) -> Iterator[Batch]:
-        """Micro-batches of at most `size` examples, in order."""
-        step = size or self.size
+        """Micro-batches of at most `size` examples, in order; one that must stay whole does."""
+        step = self.size if self.coupled else size or self.size
         for start in range(0, self.size, step):
             yield self.slice(start, start + step)
 
@@ -78,12 +109,22 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
+        return _like(value, {key: map_tensors(function, item) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(function, item) for item in value)
     return value
+
+
+def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """The items in a mapping of the same kind: the outputs of a Hugging Face model have attributes too."""
+    if type(value) is dict:
+        return items
+    try:
+        return type(value)(**items)
+    except (TypeError, ValueError):
+        return items
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -1,26 +1,28 @@
-"""What one forward pass over the data gives: logits, labels, losses, features and the final classifier.
+"""What one forward pass over the data gives: logits, labels, features and the final classifier.
 
-All quantities here come from one pass, which is made when the first of them is asked for. A sequence model's
-(n, T, K) outputs count each position whose label is not ignored as an example.
+All quantities here come from one pass, which is made when the first of them is asked for. What the logits and
+labels are is read from the user's own loss (see `comparison`); each position whose label is not ignored counts as
+an example.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diag.errors import MissingQuantity
-from diag.snapshot.example_losses import example_losses
+from diag.errors import DiagError, MissingQuantity
+from diag.snapshot.batch import Batch, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.objective.comparison import COUPLED, NO_CLASSES, Comparison, by_shape, compared, tried
+from diag.snapshot.objective.loss_spy import Call, LossSpy
+from diag.snapshot.objective.own_loss import is_models_own
+from diag.snapshot.objective.same_rows import matching_rows
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
-
-IGNORED_LABEL = -100  # the convention of torch's cross_entropy and of Hugging Face
 
 
 class Classifier(NamedTuple):
@@ -31,10 +33,32 @@ class Classifier(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ForwardPass:
-    """Everything that one pass gives; what could not be had is None, with the reason in `missing`."""
+class Looked:
+    """What a model and the loss did with one batch.
 
-    outputs: tuple[Any, ...]
+    value: the loss, None where there is none or it cannot be computed. calls: of loss functions of torch that led
+    to it. comparison: of logits with labels, or why there is none.
+    """
+
+    outputs: Any
+    value: Tensor | None
+    calls: tuple[Call, ...]
+    comparison: Comparison | str | DiagError
+
+    def compared(self) -> Comparison:
+        """The comparison. Raises MissingQuantity with the reason where there is none."""
+        if isinstance(self.comparison, DiagError):
+            raise self.comparison
+        if isinstance(self.comparison, str):
+            raise MissingQuantity(self.comparison)
+        return self.comparison
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Everything that one pass gives; features and the final layer are None where they could not be had."""
+
+    looked: tuple[Looked, ...]
     features: Tensor | None
     final_layer: nn.Linear | None
 
@@ -48,70 +72,32 @@ def inputs(snapshot: Snapshot) -> Any:
 
 
 def labels(snapshot: Snapshot) -> Tensor:
-    """Class numbers, integer tensor (n,). Raises MissingQuantity where the targets are not class numbers."""
-    flat = [b.targets for b in snapshot.batches]
-    if not all(isinstance(t, Tensor) and not t.is_floating_point() and not t.is_complex() for t in flat):
-        raise MissingQuantity("the targets are not class numbers (integers); this needs a classification task.")
-    values = torch.cat([t.reshape(-1) for t in flat])
-    return values[values != IGNORED_LABEL]
+    """Class numbers, integer tensor (n,): those that the loss counts.
+
+    Raises MissingQuantity where there are none.
+    """
+    return torch.cat([c.labels[c.counted] for c in comparisons(snapshot)])
 
 
 def logits(snapshot: Snapshot) -> Tensor:
-    """The outputs before the softmax, floating tensor (n, K), in the dtype in which the model gives them."""
-    parts = []
-    for outputs, batch in zip(_pass(snapshot).outputs, snapshot.batches, strict=True):
-        z = output_tensor(outputs)
-        parts.append(z.reshape(-1, z.shape[-1])[_kept(batch.targets, z)])
-    return torch.cat(parts)
-
-
-def losses(snapshot: Snapshot) -> Tensor:
-    """The loss of each example alone, floating tensor (n,), by the snapshot's own loss_fn.
-
-    Raises MissingQuantity without a loss_fn, and InvalidInput where loss_fn is not a mean over examples.
-    """
-    parts = []
-    with preserved(snapshot.model), torch.no_grad():
-        for outputs, batch in zip(_pass(snapshot).outputs, snapshot.batches, strict=True):
-            if snapshot.loss_fn is None:
-                snapshot.batch_loss(outputs, batch.targets)  # says so where there is none at all
-                raise MissingQuantity(
-                    "the model gives its own loss, a mean over the batch, which shows no single example's; give "
-                    "loss_fn= for that: loss_fn(outputs, targets)."
-                )
-            parts.append(example_losses(snapshot.batch_loss, outputs, batch.targets, batch.size))
-    return torch.cat(parts)
-
-
-def previous_losses(snapshot: Snapshot) -> Tensor:
-    """The losses (n,) of the snapshot's `previous` state on the same data."""
-    state = snapshot.previous
-    if state is None:
-        raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
-    earlier = copy.deepcopy(snapshot.model)
-    earlier.load_state_dict(getattr(getattr(state, "model", state), "state_dict", lambda: state)())
-    return losses(snapshot.with_data(snapshot.batches, model=earlier))
+    """What enters the softmax for each label, floating tensor (n, K), in the dtype in which it does."""
+    return torch.cat([c.logits[c.counted] for c in comparisons(snapshot)])
 
 
 def logit_gradients(snapshot: Snapshot) -> Tensor:
-    """d loss_i / d logits_i for each example alone, (n, K), in the dtype and by the loss that training uses."""
-    parts = []
-    for outputs, batch in zip(_pass(snapshot).outputs, snapshot.batches, strict=True):
-        if not isinstance(outputs, Tensor):
-            raise MissingQuantity("the outputs are no plain tensor, so the loss cannot be differentiated by them.")
-        z = outputs.detach().requires_grad_()
-        with torch.enable_grad():
-            total = snapshot.batch_loss(z, batch.targets)
-            (gradient,) = torch.autograd.grad(total, z)
-        kept = _kept(batch.targets, z)
-        # The batch's mean divides by the number of counted rows; undone, each row is its own loss's gradient.
-        parts.append(gradient.reshape(-1, z.shape[-1])[kept] * int(kept.sum()))
+    """d loss_i / d logits_i for each label alone, (n, K), in the dtype and by the loss that training uses."""
+    if snapshot.loss_fn is None and forward_pass(snapshot).looked[0].value is None:
+        raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
+    found = comparisons(snapshot)
+    looked = forward_pass(snapshot).looked
+    parts = [_gradients(snapshot, *row) for row in zip(looked, snapshot.batches, found, strict=True)]
     return torch.cat(parts)
 
 
 def features(snapshot: Snapshot) -> Tensor:
-    """The inputs of the final linear layer, floating tensor (n, d)."""
-    found = _pass(snapshot).features
+    """The inputs of the final linear layer for each label, floating tensor (n, d)."""
+    comparisons(snapshot)
+    found = forward_pass(snapshot).features
     if found is None:
         raise MissingQuantity(_NO_FINAL_LAYER)
     return found
@@ -119,10 +105,10 @@ def features(snapshot: Snapshot) -> Tensor:
 
 def classifier(snapshot: Snapshot) -> Classifier:
     """Weight (K, d) and bias (K) of the final linear layer."""
-    layer = _pass(snapshot).final_layer
+    layer = forward_pass(snapshot).final_layer
     if layer is None:
         raise MissingQuantity(_NO_FINAL_LAYER)
-    with preserved(snapshot.model):  # reading a weight under spectral norm advances it in training mode
+    with preserved(snapshot.model), torch.no_grad():  # reading a parametrized weight may change its buffers
         weight = layer.weight.detach()
         bias = layer.bias.detach() if layer.bias is not None else weight.new_zeros(len(weight))
     return Classifier(weight, bias)
@@ -144,71 +130,151 @@ def layer_features(snapshot: Snapshot) -> dict[str, Tensor]:
     leaves = [(n, m) for n, m in snapshot.model.named_modules() if not any(m.children())]
     hooks = [m.register_forward_hook(lambda *a, n=n: keep(n, *a)) for n, m in leaves]
     try:
-        _run(snapshot)
+        with preserved(snapshot.model), torch.no_grad():
+            for batch in snapshot.batches:
+                batch.forward(snapshot.model)
     finally:
         for hook in hooks:
             hook.remove()
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def output_tensor(outputs: Any) -> Tensor:
-    """The tensor of logits in whatever a model returns: a tensor, a tuple, or an object with `.logits`."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    if found is None and isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor):
-        found = outputs[0]
-    if not isinstance(found, Tensor):
-        raise MissingQuantity(
-            f"the model returns a {type(outputs).__name__} without logits; wrap it so that it returns a tensor."
-        )
-    return found
+# ---- the pass
 
 
-def _pass(snapshot: Snapshot) -> ForwardPass:
+def forward_pass(snapshot: Snapshot) -> ForwardPass:
+    """The one pass of the snapshot's model over its data."""
     return snapshot.once("forward pass", lambda: _run(snapshot))
 
 
+def comparisons(snapshot: Snapshot) -> list[Comparison]:
+    """What the loss compares in each batch. Raises MissingQuantity where that is not known or not of classes."""
+    looked = forward_pass(snapshot).looked
+    found = [seen.compared() for seen in looked]
+    snapshot.once("coupled labels", lambda: _refuse_coupled(snapshot, looked[0], snapshot.batches[0]))
+    return found
+
+
+def look(snapshot: Snapshot, model: nn.Module | Callable[..., Any], batch: Batch) -> Looked:
+    """Call `model` and the snapshot's loss on a batch, and look on. The caller is inside `preserved`."""
+    spy = LossSpy()
+    with spy:
+        outputs = batch.forward(model)
+    return look_at(snapshot, outputs, batch.targets, spy)
+
+
+def look_at(
+    snapshot: Snapshot, outputs: Any, targets: Any, spy: LossSpy | None = None, tries: bool = True
+) -> Looked:
+    """Call the snapshot's loss on outputs of the model, and look on.
+
+    spy: what saw the model's call. tries: whether to try what the loss compares where no call shows it.
+    """
+    spy, loss_fn = spy or LossSpy(), snapshot.loss_fn
+    inside = len(spy.calls)
+    whole = getattr(loss_fn, "part", None) or snapshot.batch_loss  # what is known of a loss that is not known whole
+    value: Tensor | None = None
+    try:
+        with spy:
+            value = whole(outputs, targets)
+    except MissingQuantity as error:
+        reason = str(error) if loss_fn is not None else by_shape(outputs, targets)
+        return Looked(outputs, None, (), reason)
+    except DiagError as error:
+        return Looked(outputs, None, (), error)
+    calls = tuple(spy.calls if loss_fn is None or is_models_own(loss_fn) else spy.calls[inside:])
+    found = compared(calls, value, float(getattr(loss_fn, "factor", 1.0)))
+    if isinstance(found, str | None) and tries and loss_fn is not None:
+        seen = tried(outputs, targets, whole)
+        found = seen if isinstance(seen, Comparison) or found is None else found
+    value = value if whole == snapshot.batch_loss else None
+    return Looked(outputs, value, calls, NO_CLASSES if found is None else found)
+
+
 def _run(snapshot: Snapshot) -> ForwardPass:
-    calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    linear: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         if args and isinstance(args[0], Tensor):
-            calls.append((module, args[0], output))  # type: ignore[arg-type]
+            linear.append((module, args[0], output))  # type: ignore[arg-type]
 
     hooks = [m.register_forward_hook(keep) for m in snapshot.model.modules() if isinstance(m, nn.Linear)]
-    outputs, features, final = [], [], None
+    looked, features, final = [], [], None
     try:
         with preserved(snapshot.model), torch.no_grad():
             for batch in snapshot.batches:
                 snapshot.deadline.check()
-                calls.clear()
-                outputs.append(batch.forward(snapshot.model))
-                final, feature = _final_layer(calls, outputs[-1], batch.targets)
+                linear.clear()
+                looked.append(_explained(snapshot, batch))
+                final, feature = _final_layer(linear, looked[-1])
                 features.append(feature)
-    except CALL_ERRORS as error:
-        raise explained(snapshot.model, snapshot.batches, error) from error
     finally:
         for hook in hooks:
             hook.remove()
     found = [f for f in features if f is not None]
-    return ForwardPass(tuple(outputs), torch.cat(found) if len(found) == len(features) else None, final)
+    return ForwardPass(tuple(looked), torch.cat(found) if len(found) == len(features) else None, final)
 
 
-def _final_layer(calls: list[Any], outputs: Any, targets: Any) -> tuple[nn.Linear | None, Tensor | None]:
-    # The final layer is the Linear whose output is, in the same memory, what the model returned.
+def _explained(snapshot: Snapshot, batch: Batch) -> Looked:
     try:
-        z = output_tensor(outputs)
-    except MissingQuantity:
+        return look(snapshot, snapshot.model, batch)
+    except CALL_ERRORS as error:
+        if isinstance(error, DiagError):
+            raise
+        raise explained(snapshot.model, snapshot.batches, error) from error
+
+
+def _final_layer(linear: list[Any], seen: Looked) -> tuple[nn.Linear | None, Tensor | None]:
+    """The last Linear whose outputs are, row by row, what enters the loss; and its inputs for the counted rows.
+
+    What the model returns may be changed on its way into the loss, as by a temperature.
+    """
+    found = seen.comparison
+    if not isinstance(found, Comparison):
         return None, None
-    for module, x, y in reversed(calls):
-        if y.data_ptr() == z.data_ptr() and y.numel() == z.numel():
-            return module, x.reshape(-1, x.shape[-1])[_kept(targets, z)]
+    returned = {(t.data_ptr(), t.numel()) for t in tensors_in(seen.outputs)}
+    for module, x, y in reversed(linear):
+        if y.shape[-1] != found.logits.shape[1]:
+            continue
+        rows = matching_rows(found.logits, y, changed=(y.data_ptr(), y.numel()) in returned)
+        if rows is not None:
+            return module, x.reshape(-1, x.shape[-1])[rows[found.counted]]
     return None, None
 
 
-def _kept(targets: Any, z: Tensor) -> Tensor:
-    rows = z.numel() // z.shape[-1]
-    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel() == rows:
-        return targets.reshape(-1) != IGNORED_LABEL
-    return torch.ones(rows, dtype=torch.bool, device=z.device)
+def _gradients(snapshot: Snapshot, looked: Looked, batch: Batch, found: Comparison) -> Tensor:
+    with torch.enable_grad():
+        if found.call is not None:
+            z = found.logits.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(found.row_losses(z).sum(), z)
+            return gradient[found.counted]
+        if not isinstance(looked.outputs, Tensor):
+            raise MissingQuantity("the outputs are no plain tensor, so the loss cannot be differentiated by them.")
+        z = looked.outputs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(snapshot.batch_loss(z, batch.targets), z)
+    classes = found.logits.shape[1]
+    axis = -1 if z.shape[-1] == classes and z.shape[:-1].numel() == len(found.labels) else 1
+    rows = gradient.movedim(axis, -1).reshape(-1, classes)[found.counted]
+    # The batch's mean divides by the number of counted rows; undone, each row is its own loss's gradient.
+    return rows * int(found.counted.sum())
+
+
+def _refuse_coupled(snapshot: Snapshot, looked: Looked, batch: Batch) -> None:
+    """Raises MissingQuantity where a batch of half the examples is compared with other classes, or other labels."""
+    whole = looked.compared()
+    rows, classes = len(whole.labels), whole.logits.shape[1]
+    arange = torch.equal(whole.labels, torch.arange(rows, device=whole.labels.device))
+    if whole.call is None or batch.size < 2 or not (arange or classes in (rows, rows - 1, batch.size)):
+        return
+    half = batch.slice(0, batch.size // 2)
+    cut = lambda t: t[: half.size] if t.ndim and t.shape[0] == batch.size else t  # noqa: E731
+    with preserved(snapshot.model), torch.no_grad():
+        try:
+            if snapshot.loss_fn is None or is_models_own(snapshot.loss_fn):
+                part = look(snapshot, snapshot.model, half).compared()
+            else:
+                part = look_at(snapshot, map_tensors(cut, looked.outputs), half.targets).compared()
+        except (DiagError, *CALL_ERRORS):
+            raise MissingQuantity(COUPLED) from None
+    if part.logits.shape[1] != classes or not torch.equal(part.labels, whole.labels[: len(part.labels)]):
+        raise MissingQuantity(COUPLED)

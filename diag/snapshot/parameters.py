@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.call_at import call_at
+from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -121,7 +122,7 @@ def gradient(snapshot: Snapshot) -> dict[str, Tensor]:
     leaves = trainable(model)
     sums = {name: torch.zeros_like(p) for name, p in leaves.items()}
     with preserved(model), torch.enable_grad():
-        for batch in snapshot.batches:
+        for batch in counted_batches(snapshot):
             loss = snapshot.batch_loss(batch.forward(model), batch.targets)
             parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, part in zip(leaves, parts, strict=True):
@@ -137,7 +138,7 @@ def loss_at(snapshot: Snapshot) -> Callable[[Mapping[str, Tensor]], float]:
     def loss(values: Mapping[str, Tensor]) -> float:
         total = 0.0
         with preserved(model), torch.no_grad():
-            for batch in snapshot.batches:
+            for batch in counted_batches(snapshot):
                 outputs = call_at(model, values, batch.args, batch.kwargs)
                 total += float(snapshot.batch_loss(outputs, batch.targets)) * batch.size
         return total / snapshot.num_examples

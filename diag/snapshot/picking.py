@@ -22,12 +22,17 @@ from diag.snapshot.batch import Batch, map_tensors, tensors_in
 def subsampled(batches: Sequence[Batch], num_examples: int, seed: int) -> list[Batch]:
     """`num_examples` of the examples, drawn without replacement, in their order.
 
-    Raises InvalidInput unless 1 <= num_examples <= the number of examples.
+    Batches that must stay whole are drawn as a whole, until there are as many examples. Raises InvalidInput unless
+    1 <= num_examples <= the number of examples.
     """
     total = sum(batch.size for batch in batches)
     if not 1 <= num_examples <= total:
         raise InvalidInput(f"{num_examples} examples were asked for; expected 1 to {total}, which the data holds.")
     generator = torch.Generator().manual_seed(seed)
+    if any(batch.coupled for batch in batches):
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        sizes = torch.tensor([batches[i].size for i in order]).cumsum(0)
+        return [batches[i] for i in sorted(order[: int((sizes < num_examples).sum()) + 1])]
     return picked(batches, torch.randperm(total, generator=generator)[:num_examples].sort().values.tolist())
 
 

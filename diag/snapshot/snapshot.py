@@ -8,7 +8,7 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,8 @@ from diag.snapshot.batch import Batch, as_batches, fingerprint
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.hook_check import HookCheck
+from diag.snapshot.objective.own_loss import own_loss
+from diag.snapshot.objective.shares import Counted
 from diag.snapshot.preserve import generator_states, random_states
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.python import StateLost
@@ -159,7 +161,8 @@ class Snapshot:
         data, unpack = self._given["data"], self._given["unpack"]
         if data is None:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
-        return _read(data, unpack, self.max_examples, self.micro_batch, self.device, self.seed)
+        batches = _read(data, unpack, self.max_examples, self.micro_batch, self.device, self.seed)
+        return tuple(b.with_targets(self.model) for b in batches) if self.loss_fn is None else batches
 
     @property
     def num_examples(self) -> int:
@@ -178,6 +181,8 @@ class Snapshot:
         where the deadline has passed: every pass over the data comes by here, and so does every example alone.
         """
         self.deadline.check()
+        if isinstance(targets, Counted):
+            return targets.share_of(self.batch_loss(outputs, targets.targets))
         if self.loss_fn is not None:
             try:
                 return self.loss_fn(outputs, targets)
@@ -186,7 +191,7 @@ class Snapshot:
                     f"loss_fn cannot be called on the model's outputs and the targets ({first_line(error)}); check "
                     "their shapes, types and ranges."
                 ) from error
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        loss = own_loss(outputs)
         if loss is None:
             raise MissingQuantity(
                 "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets)."

@@ -356,3 +356,64 @@ def test_parameters_that_are_moved_by_hand_are_not_called_sam():
                     p.sub_(p.grad, alpha=0.1)
     assert "as SAM does" not in texts(watcher.run)
     assert "No optimizer step on the model's parameters was seen" in texts(watcher.run)
+
+
+# Which outputs the loss is called on, and a loss that is computed inside the model.
+
+
+class Parts(nn.Module):
+    """Returns its features beside its logits; with labels its logits and its loss, or with a dict all by name."""
+
+    def __init__(self, form="features"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.form = nn.Linear(6, 16), nn.Linear(16, 3), form
+        self.double()
+
+    def forward(self, x, targets=None):
+        features = torch.tanh(self.body(x))
+        z = self.head(features)
+        if self.form == "features":
+            return features, z
+        if self.form == "dict":
+            return {"features": features, "scores": z}
+        return z, None if targets is None else F.cross_entropy(z, targets)
+
+
+LOSSES = {
+    "features": lambda m, x, y: F.cross_entropy(m(x)[1], y),
+    "dict": lambda m, x, y: F.cross_entropy(m(x)["scores"], y),
+    "loss inside": lambda m, x, y: m(x, y)[1],
+    "loss inside, times ten": lambda m, x, y: 10 * m(x, targets=y)[1],
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_found_among_the_outputs(name):
+    _, x, y = problem()
+    model = Parts(name)
+    names = ("hessian_spectrum", "softmax_collapse", "neural_collapse")
+    run, _ = watched(model, lambda m: LOSSES[name](m, x, y), instruments=names)
+    call = lambda v: torch.func.functional_call(model, v, (x,))  # noqa: E731
+    z = lambda v: list(call(v).values())[1] if name == "dict" else call(v)[name == "features"]  # noqa: E731
+    factor = 10 if name.endswith("ten") else 1
+    expected = factor * largest_eigenvalue(model, lambda v: F.cross_entropy(z(v), y))
+    assert run.series("hessian_spectrum")[-1][1].eigenvalues[0] == pytest.approx(expected, rel=2e-3)
+    accuracy = (z(dict(model.named_parameters())).argmax(1) == y).double().mean().item()
+    assert run.series("softmax_collapse")[-1][1].accuracy == pytest.approx(accuracy)
+    assert run.series("neural_collapse")
+    # A snapshot gives the targets to a model that takes them.
+    if name == "loss inside":
+        assert diag.softmax_collapse(diag.Snapshot(model, None, (x, y))).accuracy == pytest.approx(accuracy)
+        assert diag.Snapshot(model, None, (x, y)).quantity("losses").mean().item() == pytest.approx(
+            F.cross_entropy(z(dict(model.named_parameters())), y).item()
+        )
+
+
+def test_a_part_that_is_known_still_tells_which_labels_belong_to_which_logits():
+    """With a penalty the curvature is not known, the geometry of the features is."""
+    _, x, y = problem()
+    model = Parts()
+    step = lambda m: F.cross_entropy(m(x)[1], y) + 0.1 * m.head.weight.square().sum()  # noqa: E731
+    run, _ = watched(model, step, instruments=("hessian_spectrum", "neural_collapse"))
+    assert run.series("neural_collapse") and not run.series("hessian_spectrum")

@@ -1,7 +1,8 @@
 """How far the model's own distribution moves with the parameters: distance in the space of functions.
 
-Where the targets are classes the outputs are the logits of a categorical distribution, else the mean of a Gaussian
-of unit variance. To second order in a step d the divergence is 1/2 d^T F d with the Fisher F of that distribution.
+Where the loss compares classes, what enters it are the logits of a categorical distribution, else the outputs are
+the mean of a Gaussian of unit variance. To second order in a step d the divergence is 1/2 d^T F d with the Fisher F
+of that distribution.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 from diag.curvature.fisher import class_axis, counted_positions, likelihood_of
 from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
-from diag.snapshot.forward import output_tensor
+from diag.snapshot.forward import comparisons, look_at
+from diag.snapshot.objective.comparison import output_tensor
+from diag.snapshot.objective.loss_spy import LossSpy
 from diag.snapshot.parameters import FlatLayout, flat_of, params
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -27,12 +30,14 @@ ROUNDINGS = 100  # of the outputs: they must move by so many for their divergenc
 class DivergenceAt:
     """E_x KL(p_theta(.|x) || p_point(.|x)) as a function of the trainable parameters, in nats.
 
-    The mean is over the examples, or over all positions that have a label where each example has several.
-    `center`: the model's own parameters theta, flat (P,), in `named_parameters()` order.
+    The mean is over the examples, or over all positions whose label the loss counts where each example has
+    several, by the weights that they have in it. `center`: the model's own parameters theta, flat (P,), in
+    `named_parameters()` order.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self._categorical = likelihood_of(snapshot.batches[0].targets) == "categorical"
         self._values = params(snapshot)
         self._layout = FlatLayout.of({name: v.shape for name, v in self._values.items()})
         self.center = flat_of(self._values.values())
@@ -40,40 +45,59 @@ class DivergenceAt:
     def __call__(self, point: Tensor) -> float:
         """The mean divergence of the outputs at the flat parameters `point` (P,) from those at the centre."""
         values = self._layout.named_views(point)
-        total = 0.0
+        total = counted = 0.0
         with torch.no_grad(), preserved(self._snapshot.model):
-            for batch, before in zip(self._snapshot.batches, self._outputs_at_center, strict=True):
-                after = self._outputs(values, batch)
-                total += float(output_divergence(before, after, batch.targets)) * batch.size
-        return total / self._snapshot.num_examples
+            for batch, (before, weights) in zip(self._snapshot.batches, self._at_center, strict=True):
+                after, _ = self._compared(values, batch)
+                each = _categorical(before, after, -1) if self._categorical else _gaussian(before, after)
+                total += float((each * weights).sum())
+                counted += float(weights.sum())
+        return total / counted
 
     @cached_property
     def rounding(self) -> float:
         """The divergence of outputs that move by a hundred roundings of the largest: below it is no measurement."""
-        moved = [ROUNDINGS * torch.finfo(z.dtype).eps * _largest(z) for z in self._outputs_at_center]
+        moved = [ROUNDINGS * torch.finfo(z.dtype).eps * _largest(z) for z, _ in self._at_center]
         return max(moved) ** 2 / 2
 
     @cached_property
-    def _outputs_at_center(self) -> list[Tensor]:
+    def _at_center(self) -> list[tuple[Tensor, Tensor]]:
         with torch.no_grad(), preserved(self._snapshot.model):
-            return [self._outputs(self._values, batch).clone() for batch in self._snapshot.batches]
+            return [self._compared(self._values, batch) for batch in self._snapshot.batches]
 
-    def _outputs(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        outputs = call_at(self._snapshot.model, values, batch.args, batch.kwargs)
-        return output_tensor(outputs)
+    def _compared(self, values: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """The rows of outputs whose distributions are compared, and what each of them weighs."""
+        spy = LossSpy()
+        with spy:
+            outputs = call_at(self._snapshot.model, values, batch.args, batch.kwargs)
+        if not self._categorical:
+            z = output_tensor(outputs).clone()
+            return z, z.new_ones(len(z), dtype=torch.float64)
+        found = look_at(self._snapshot, outputs, batch.targets, spy).compared()
+        weights = found.counted.double() if found.weights is None else found.weights
+        return found.logits[found.counted].clone(), weights[found.counted]
 
 
 def output_divergence(before: Tensor, after: Tensor, targets: Any) -> Tensor:
     """The mean KL divergence of one batch's distributions with the outputs `before` and `after`, float64."""
-    before, after = before.double(), after.double()  # the difference of two near distributions needs the digits
     if likelihood_of(targets) == "gaussian":
-        return (after - before).square().sum() / (2 * len(before))
+        return _gaussian(before, after).mean()
     axis = class_axis(before, targets)
+    each, counted = _categorical(before, after, axis), counted_positions(targets, before, axis)
+    return each.mean() if counted is None else (each * counted).sum() / counted.sum()
+
+
+def _gaussian(before: Tensor, after: Tensor) -> Tensor:
+    """The divergence of each example, of unit variance."""
+    return (after.double() - before.double()).reshape(len(before), -1).square().sum(1) / 2
+
+
+def _categorical(before: Tensor, after: Tensor, axis: int) -> Tensor:
+    """The divergence at each position."""
+    before, after = before.double(), after.double()  # the difference of two near distributions needs the digits
     p, q = before.log_softmax(axis), after.log_softmax(axis)
     # A class that is masked out by a logit of minus infinity adds nothing.
-    each = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(axis)
-    counted = counted_positions(targets, before, axis)
-    return each.mean() if counted is None else (each * counted).sum() / counted.sum()
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(axis)
 
 
 def _largest(outputs: Tensor) -> float:
@@ -87,5 +111,7 @@ def divergence_at(snapshot: Snapshot) -> DivergenceAt:
     Raises MissingQuantity without data or trainable parameters, or where the outputs hold no logits.
     """
     found = DivergenceAt(snapshot)
+    if found._categorical:
+        comparisons(snapshot)
     _ = found.rounding
     return found

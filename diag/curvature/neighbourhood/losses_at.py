@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diag.snapshot.batch import Batch
+from diag.errors import Unsupported
+from diag.snapshot.batch import COUPLED, Batch
 from diag.snapshot.call_at import call_at
 from diag.snapshot.example_losses import example_losses
-from diag.snapshot.parameters import FlatLayout, flat_of, params
+from diag.snapshot.forward import look_at
+from diag.snapshot.objective.counting import counted_batches, refuse_coupled
+from diag.snapshot.objective.examples import shares_from_rows
+from diag.snapshot.objective.loss_spy import LossSpy
+from diag.snapshot.objective.shares import own_shares, plain_targets
+from diag.snapshot.parameters import FlatLayout, flat_of, loss_at, params
 from diag.snapshot.picking import partitioned
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -20,12 +27,13 @@ from diag.snapshot.snapshot import Snapshot
 class LossesAt:
     """Per-example losses as a function of the trainable parameters, on the snapshot's data.
 
-    `center`: the model's own parameters, flat (P,), in `named_parameters()` order.
+    Each is the example's share of the loss, so that their mean is the loss of all the data. `center`: the model's
+    own parameters, flat (P,), in `named_parameters()` order.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self._batches: Sequence[Batch] = snapshot.batches
+        self._batches: Sequence[Batch] = counted_batches(snapshot)
         self._values = params(snapshot)
         self._layout = FlatLayout.of({name: v.shape for name, v in self._values.items()})
         self.center = flat_of(self._values.values())
@@ -39,7 +47,7 @@ class LossesAt:
         """The same on disjoint random groups of `size` examples each; the last may be smaller."""
         for batches in partitioned(self._batches, size, seed):
             group = copy.copy(self)  # the centre is shared
-            group._batches = batches
+            group._batches = own_shares(batches)
             yield group
 
     def __call__(self, point: Tensor) -> Tensor:
@@ -60,22 +68,38 @@ class LossesAt:
         total = torch.zeros_like(self.center) if gradient else None
         with preserved(snapshot.model):
             for batch in self._batches:
-                outputs = call_at(snapshot.model, values, batch.args, batch.kwargs)
+                spy = LossSpy()
+                with spy:
+                    outputs = call_at(snapshot.model, values, batch.args, batch.kwargs)
                 with torch.no_grad():
-                    found.append(example_losses(snapshot.batch_loss, outputs, batch.targets, batch.size).double())
+                    found.append(self._losses(outputs, batch, spy).double().cpu())
                 if total is not None:
                     loss = snapshot.batch_loss(outputs, batch.targets) * (batch.size / self.num_examples)
                     parts = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
                     total += self._layout.flatten(parts, total)
-        return torch.cat(found).cpu(), total
+        return torch.cat(found), total
+
+    def _losses(self, outputs: Any, batch: Batch, spy: LossSpy) -> Tensor:
+        snapshot = self._snapshot
+        seen = look_at(snapshot, outputs, plain_targets(batch.targets), spy, tries=False)
+        values = shares_from_rows(seen, batch)
+        return example_losses(snapshot.batch_loss, outputs, batch.targets, batch.size) if values is None else values
+
+    def check(self) -> None:
+        """Raises Unsupported where the mean of the losses is not the loss of the data."""
+        if any(batch.coupled for batch in self._batches):
+            raise Unsupported(COUPLED)
+        with preserved(self._snapshot.model):
+            whole = loss_at(self._snapshot)(self._values)
+        refuse_coupled(whole, self(self.center))
 
 
 def losses_at(snapshot: Snapshot) -> LossesAt:
     """Per-example losses as a function of the parameters.
 
     Raises MissingQuantity without a loss_fn, data or trainable parameters; InvalidInput where the model or the
-    loss cannot be called on the data.
+    loss cannot be called on the data; Unsupported where the examples have no losses of their own.
     """
     found = LossesAt(snapshot)
-    found(found.center)
+    found.check()
     return found

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diag.errors import MissingQuantity
-from diag.snapshot.batch import map_tensors
-from diag.snapshot.forward import IGNORED_LABEL, output_tensor
+from diag.snapshot.batch import map_tensors, tensors_in
+from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.watching.observe.route import Node, Route, chain_of, route_between, source_of
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -27,19 +27,34 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """One call of the model in training, and the tensor of its outputs without its graph."""
+    """One call of the model in training, and the tensors of its outputs without their graph.
+
+    sources: of each tensor of the outputs the number of the graph node that made it.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: Any
-    tensor: Tensor
-    source: int | None
+    tensors: tuple[Tensor, ...]
+    sources: tuple[int | None, ...]
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> ForwardCall:
-        """Raises MissingQuantity where the outputs hold no tensor of logits."""
-        tensor = output_tensor(outputs)
-        return cls(args, kwargs, detached(outputs), tensor.detach(), source_of(tensor))
+        """Raises MissingQuantity where the outputs hold no tensor."""
+        found = tensors_in(outputs)
+        if not found:
+            raise MissingQuantity(
+                f"the model returns a {type(outputs).__name__} without a tensor in it; let it return tensors in "
+                "tuples, lists or dicts"
+            )
+        kept = tuple(t.detach() for t in found)
+        return cls(args, kwargs, detached(outputs), kept, tuple(source_of(t) for t in found))
+
+    def leads_to(self, call: LossCall) -> list[int]:
+        """The places of the tensors that the loss function was called on, or on what was made of them."""
+        numbers, memory = {node.sequence for node in call.nodes}, call.given.data_ptr()
+        pairs = enumerate(zip(self.tensors, self.sources, strict=True))
+        return [i for i, (t, source) in pairs if source in numbers or (t.data_ptr() == memory and t.numel())]
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,10 @@ class SeenLossCall:
 
 @dataclass(frozen=True)
 class ObservedLoss:
-    """The loss that training was seen to use, as a mean over examples: `loss_fn(outputs, targets)`."""
+    """The loss that training was seen to use, as a mean over examples: `loss_fn(outputs, targets)`.
+
+    tensor: which of the tensors in the outputs it is called on.
+    """
 
     function: Callable[..., Tensor]
     settings: dict[str, Any]
@@ -76,11 +94,13 @@ class ObservedLoss:
     target_tail: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     factor: float = 1.0
+    tensor: int = 0
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         if self.route.flatten and isinstance(targets, Tensor):
             targets = targets.reshape(-1, *self.target_tail)
-        loss = self.function(self.route(output_tensor(outputs)), targets, **self.settings)
+        given = outputs if isinstance(outputs, Tensor) else tensors_in(outputs)[self.tensor]
+        loss = self.function(self.route(given), targets, **self.settings)
         return loss if self.factor == 1 else self.factor * loss
 
     def is_like(self, other: Any) -> bool:
@@ -95,9 +115,10 @@ class ObservedLoss:
     def targets(self, forward: ForwardCall, call: SeenLossCall) -> Any:
         """The targets of `call` with the examples along the first axis, as `loss_fn` expects them."""
         targets = call.targets
-        if not isinstance(targets, Tensor) or not self.route.flatten or len(targets) == len(forward.tensor):
+        given = forward.tensors[self.tensor]
+        if not isinstance(targets, Tensor) or not self.route.flatten or len(targets) == len(given):
             return targets
-        lead = self.route.unflattened(forward.tensor).shape
+        lead = self.route.unflattened(given).shape
         lead = lead[: len(lead) - len(self.route.tail)]
         if self.route.positions is None:
             return targets.reshape(*lead, *self.target_tail)
@@ -182,8 +203,19 @@ def observed_loss(forward: ForwardCall, call: SeenLossCall) -> ObservedLoss | st
     name = call.function.__name__
     if call.moving_targets:
         return f"the targets of {name} are themselves computed from parameters, through which it is differentiated"
+    found: ObservedLoss | str = (
+        f"{name} is called on something that was computed from the model's outputs in a way diag cannot repeat"
+    )
+    for tensor in forward.leads_to(call):
+        found = _observed(forward, call, tensor, name)
+        if isinstance(found, ObservedLoss):
+            return found
+    return found
+
+
+def _observed(forward: ForwardCall, call: LossCall, tensor: int, name: str) -> ObservedLoss | str:
     try:
-        route = route_between(forward.tensor, forward.source, call.given, call.nodes)
+        route = route_between(forward.tensors[tensor], forward.sources[tensor], call.given, call.nodes)
     except Exception as error:
         return f"how {name} is called on the model's outputs could not be read ({error})"
     if route is None:
@@ -191,7 +223,7 @@ def observed_loss(forward: ForwardCall, call: SeenLossCall) -> ObservedLoss | st
             f"{name} is called on something that was computed from the model's outputs in a way diag cannot repeat"
         )
     tail = tuple(call.targets.shape[1:]) if isinstance(call.targets, Tensor) else ()
-    loss = ObservedLoss(call.function, _kept(call.settings), route, tail)
+    loss = ObservedLoss(call.function, _kept(call.settings), route, tail, tensor=tensor)
     try:
         with torch.no_grad():
             got = loss(forward.outputs, loss.targets(forward, call))

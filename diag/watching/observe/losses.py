@@ -219,9 +219,7 @@ class LossObserver:
         call = None if seen.seen is None else seen.seen.call
         if call is None:
             return self._forwards[-1]
-        numbers = {node.sequence for node in call.nodes}
-        memory = call.given.data_ptr()
-        behind = [f for f in self._forwards if f.source in numbers or f.tensor.data_ptr() == memory]
+        behind = [f for f in self._forwards if f.leads_to(call)]
         return behind[-1] if behind else self._forwards[-1]
 
     def _concerns(self, node: Any) -> bool | None:

@@ -1,0 +1,236 @@
+"""How much each example counts in a loss: by the labels it has that are not ignored, by their weights.
+
+A mean over tokens is no mean of the sequences' means, and a mean with class weights none of the examples' losses.
+With c_i what example i counts, the loss of all the data is sum_i c_i l_i / sum_i c_i, l_i its loss alone, whatever
+batches it is computed in. It is written as the mean over the examples of s_i l_i with the shares
+s_i = n c_i / sum c, which go with the targets of each batch. Where all examples count alike, nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.errors import DiagError, Unsupported
+from diag.snapshot.batch import COUPLED, Batch, map_tensors
+from diag.snapshot.explain import CALL_ERRORS
+from diag.snapshot.forward import Looked, forward_pass, look, look_at
+from diag.snapshot.objective.comparison import Comparison, is_whole
+from diag.snapshot.objective.loss_spy import BY_BATCH
+from diag.snapshot.objective.own_loss import is_models_own
+from diag.snapshot.objective.shares import Counted
+from diag.snapshot.preserve import preserved
+from diag.snapshot.snapshot import Snapshot
+
+ALIKE = 1e-4  # relative: counts that differ by no more are taken to be equal
+ADDS_UP = 1e-4  # relative: of the loss of a batch and that of its parts
+MICRO_BATCH = (
+    "The loss compares the examples of a batch with each other, so what it is depends on the batches; leave out "
+    "micro_batch=, and give the data in the batches that are meant."
+)
+
+
+def counted_batches(snapshot: Snapshot) -> tuple[Batch, ...]:
+    """The snapshot's batches to take the loss of: with each example its share, where they do not all count alike.
+
+    The mean of `batch_loss` over them, by their sizes, is the loss of all the data, however it is cut.
+    """
+    return snapshot.once("counted batches", lambda: _counted(snapshot))
+
+
+def _counted(snapshot: Snapshot) -> tuple[Batch, ...]:
+    counts = example_counts(snapshot)
+    if _couples(snapshot, counts):
+        if snapshot.micro_batch is not None:
+            raise Unsupported(MICRO_BATCH)
+        return tuple(replace(batch, coupled=True) for batch in snapshot.batches)
+    if counts is None:
+        return snapshot.batches
+    total = sum(float(c.sum()) for c in counts)
+    shares = [c * (snapshot.num_examples / total) for c in counts]
+    return tuple(
+        replace(batch, targets=Counted(batch.targets, s)) for batch, s in zip(snapshot.batches, shares, strict=True)
+    )
+
+
+def example_counts(snapshot: Snapshot) -> list[Tensor] | None:
+    """c_i of each example, one float64 tensor (n_b,) a batch; None where all count alike.
+
+    Examples of a loss that couples them count alike, so that batches weigh by their sizes.
+    """
+    looked, batches = forward_pass(snapshot).looked, snapshot.batches
+    if looked[0].value is None:
+        return None
+    factor = float(getattr(snapshot.loss_fn, "factor", 1.0))
+    counts = [_counts(seen, batch, factor) for seen, batch in zip(looked, batches, strict=True)]
+    known = [c for c in counts if c is not None]
+    if len(known) < len(counts):
+        known = _found_by_trying(snapshot) or []
+    if not known or not float(torch.cat(known).sum()) > 0:
+        return None
+    every = torch.cat(known)
+    alike = bool(((every - every[0]).abs() <= ALIKE * every[0].abs()).all())
+    return None if alike else known
+
+
+def refuse_coupled(whole: float, losses: Tensor) -> None:
+    """Raises Unsupported where the examples' own losses (with their shares) do not make up the loss of them all."""
+    mean, size = float(losses.double().mean()), float(losses.double().abs().mean())
+    if abs(mean - whole) > 10 * ADDS_UP * max(size, abs(whole)):
+        raise Unsupported(COUPLED)
+
+
+def _couples(snapshot: Snapshot, counts: list[Tensor] | None) -> bool:
+    """Whether the loss of a batch is not made up by those of its parts."""
+    looked, batches = forward_pass(snapshot).looked, snapshot.batches
+    own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
+    if looked[0].value is None or (own and (len(batches) == 1 or _is_of_rows(looked[0]))):
+        return False  # a model's own loss can only be cut by calling the model again
+    ones = [torch.ones(b.size, dtype=torch.float64) for b in batches]
+    return not _adds_up(snapshot, looked, batches, ones if counts is None else counts)
+
+
+def _is_of_rows(seen: Looked) -> bool:
+    """Whether the loss compares rows with classes, of which there are not as many as rows."""
+    found = seen.comparison
+    return isinstance(found, Comparison) and found.exact and found.logits.shape[1] not in (len(found.labels), 1)
+
+
+# ---- what a call of a loss function shows
+
+
+def _counts(seen: Looked, batch: Batch, factor: float) -> Tensor | None:
+    """What each example of one batch counts, where the loss is a call's mean; None where that does not tell."""
+    found = seen.comparison
+    if isinstance(found, Comparison) and found.exact and found.weights is not None:
+        return by_example(found.weights, batch.size)
+    if isinstance(found, Comparison) or len(seen.calls) != 1 or not seen.calls[0].is_mean:
+        return None
+    call = seen.calls[0]
+    if not is_whole(call, seen.value, factor):
+        return None
+    if call.name in BY_BATCH or call.settings.get("reduction") == "batchmean":
+        return torch.ones(batch.size, dtype=torch.float64)
+    elements = call.input.numel()  # of which each example has as many
+    return torch.full((batch.size,), elements / batch.size, dtype=torch.float64)
+
+
+def by_example(rows: Tensor, size: int) -> Tensor | None:
+    """Sums (n,) over each example's rows, which follow one another; None where the rows cannot be dealt out."""
+    if len(rows) % size:
+        return None
+    return rows.double().reshape(size, -1).sum(1).cpu()
+
+
+def _adds_up(snapshot: Snapshot, looked: tuple[Looked, ...], batches: tuple[Batch, ...], counts: Any) -> bool:
+    """Whether the first batch that can be cut has the loss that its two parts make up."""
+    for seen, batch, c in zip(looked, batches, counts, strict=True):
+        if batch.size < 2:
+            continue
+        parts = _parts(snapshot, seen, batch)
+        if parts is None:
+            return False
+        k = batch.size // 2
+        weights = torch.stack([c[:k].sum(), c[k:].sum()])
+        values = torch.tensor(parts, dtype=torch.float64)
+        made = float((torch.where(weights > 0, values, 0) * weights).sum() / weights.sum())
+        assert seen.value is not None
+        whole, size = float(seen.value.double().mean()), float(values.abs().nan_to_num().max())
+        within = max(ADDS_UP, 8 * torch.finfo(seen.value.dtype).eps) * max(abs(whole), size)
+        is_sum = abs(sum(parts) - whole) <= within  # which is said elsewhere
+        return abs(made - whole) <= within or is_sum
+    return True
+
+
+def _parts(snapshot: Snapshot, seen: Looked, batch: Batch) -> tuple[float, float] | None:
+    """The losses of the first and the second half of a batch; None where it cannot be cut."""
+    k = batch.size // 2
+    halves = [batch.slice(0, k), batch.slice(k, batch.size)]
+    own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
+    values = []
+    with preserved(snapshot.model), torch.no_grad():
+        for half, cut in zip(halves, (slice(0, k), slice(k, None)), strict=True):
+            try:
+                if own:
+                    found = look(snapshot, snapshot.model, half).value
+                else:
+                    found = look_at(snapshot, _cut(seen.outputs, cut, batch.size), half.targets).value
+            except (DiagError, *CALL_ERRORS):
+                return None
+            if found is None:
+                return None
+            values.append(float(found.double().mean()))
+    return values[0], values[1]
+
+
+def _cut(outputs: Any, rows: slice, size: int) -> Any:
+    return map_tensors(lambda t: t[rows] if t.ndim and t.shape[0] == size else t, outputs)
+
+
+# ---- by trying
+
+
+def _found_by_trying(snapshot: Snapshot) -> list[Tensor] | None:
+    """What each example counts, from the losses of single examples and of pairs, on random outputs.
+
+    Of examples i and j together the loss is (c_i l_i + c_j l_j) / (c_i + c_j), which gives c_i / c_j.
+    """
+    looked, batches = forward_pass(snapshot).looked, snapshot.batches
+    own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
+    if own and len(batches) == 1:
+        return None
+    ones = [torch.ones(b.size, dtype=torch.float64) for b in batches]
+    if _adds_up(snapshot, looked, batches, ones):
+        return ones
+    if own or len(batches) > 1:  # what examples of several batches count beside each other, pairs do not tell
+        return None
+    counts = _pairwise(snapshot, looked[0], batches[0])
+    return None if counts is None else [counts]
+
+
+def _pairwise(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor | None:
+    """c_i of one batch, with the largest 1; None where the loss is no such mean."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+
+    outputs = map_tensors(noise, seen.outputs)
+
+    def loss(rows: list[int]) -> float:
+        take = lambda t: t[rows] if t.ndim and t.shape[0] == batch.size else t  # noqa: E731
+        with torch.no_grad():
+            value = snapshot.batch_loss(map_tensors(take, outputs), map_tensors(take, batch.targets))
+        return float(value.double().mean())
+
+    try:
+        return _solved(loss, batch.size)
+    except (DiagError, *CALL_ERRORS):
+        return None
+
+
+def _solved(loss: Callable[[list[int]], float], size: int) -> Tensor | None:
+    alone = torch.tensor([loss([i]) for i in range(size)], dtype=torch.float64)
+    finite = torch.isfinite(alone).nonzero().flatten().tolist()
+    if len(finite) < 2:
+        return None
+    counts = torch.zeros(size, dtype=torch.float64)
+    first = finite[0]
+    # The example whose loss alone is farthest from the first one's tells the first one's ratio best.
+    other = max(finite, key=lambda i: abs(float(alone[i] - alone[first])))
+    counts[first] = 1.0
+    for i in [other, *(i for i in finite if i not in (first, other))]:
+        against = first if abs(float(alone[i] - alone[first])) > abs(float(alone[i] - alone[other])) else other
+        counts[i] = counts[against] * _ratio(float(alone[i]), float(alone[against]), loss(sorted((i, against))))
+    return counts if bool(torch.isfinite(counts).all() and (counts >= -ALIKE).all()) else None
+
+
+def _ratio(own: float, other: float, both: float) -> float:
+    """c_own / c_other from the losses of both alone and together."""
+    return (other - both) / (both - own) if both != own else float("inf")

@@ -1,0 +1,111 @@
+"""Look on while a loss is computed: which loss function of torch is called on what, and what it returns.
+
+The calls tell what the user's own code compares with what, however it was brought there: which tensor enters the
+loss, along which axis the classes lie, how labels were shifted, which are ignored and how they are weighed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+LOSSES = (
+    "cross_entropy",
+    "nll_loss",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "poisson_nll_loss",
+    "soft_margin_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "multilabel_soft_margin_loss",
+    "hinge_embedding_loss",
+)
+OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")  # where the targets are integers
+BY_BATCH = ("multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss")
+MOST = 64  # calls that are kept
+LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a loss function of torch: what it was given, by name, and what it returned.
+
+    logits: what `log_softmax` made the input of, where the loss was called on that.
+    """
+
+    name: str
+    input: Tensor
+    target: Any
+    settings: dict[str, Any]
+    value: Tensor
+    logits: Tensor | None = None
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether it compares scores of classes with class numbers."""
+        whole = isinstance(self.target, Tensor) and not self.target.is_floating_point()
+        return self.name in OF_CLASSES and whole and not self.target.is_complex()
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether what it returned is a mean over what counts."""
+        return self.settings.get("reduction", "mean") in ("mean", "batchmean")
+
+
+class LossSpy(TorchFunctionMode):
+    """Inside the context, `calls` has the calls of loss functions that code makes; those inside another not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._normalised: list[tuple[Tensor, Tensor]] = []  # what log_softmax gave, and of what
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = _NAMES.get(func)
+        if name is not None and isinstance(result, Tensor) and len(self.calls) < MOST:
+            self._note(name, args, kwargs or {}, result)
+        elif func in LOG_SOFTMAX and isinstance(result, Tensor) and len(self._normalised) < MOST:
+            self._normalised.append((result, args[0] if args else (kwargs or {})["input"]))
+        return result
+
+    def _note(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
+        bound = _SIGNATURES[name].bind(*args, **kwargs)
+        bound.apply_defaults()
+        settings = dict(bound.arguments)
+        given, target = settings.pop("input"), settings.pop("target")
+        for old in ("size_average", "reduce"):
+            settings.pop(old, None)
+        self.calls.append(Call(name, given, target, settings, result, self._before_log_softmax(name, given)))
+
+    def _before_log_softmax(self, name: str, given: Tensor) -> Tensor | None:
+        """What the input of nll_loss was made of, where it is log_softmax's result in another shape at most."""
+        if name != "nll_loss":
+            return None
+        for result, logits in self._normalised:
+            same = result.data_ptr() == given.data_ptr() and result.numel() == given.numel()
+            if same and result.shape == given.shape:
+                return logits
+            if same and given.ndim == 2 and logits.shape[-1] == given.shape[1]:
+                return logits.reshape(given.shape)
+        return None
+
+
+_NAMES = {function: name for name in LOSSES if (function := getattr(F, name, None)) is not None}
+# Read once, at import: a watch exchanges the bodies of these functions, and with them what they seem to take.
+_SIGNATURES = {name: inspect.signature(function) for function, name in _NAMES.items()}

@@ -1,0 +1,79 @@
+"""Find the rows of one matrix among those of another: which outputs of a layer enter the loss, and in what order.
+
+A loss gets rows of a layer's outputs as they are, scaled, through a softmax, without the first or the last position
+of each sequence, or picked by a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy
+import torch
+from torch import Tensor
+
+LOOKED_AT = 256  # rows that are compared
+COLUMNS = 16  # by which a row is recognised among many
+WITHIN = 1e-3
+
+
+def matching_rows(wanted: Tensor, outputs: Tensor, changed: bool = False) -> Tensor | None:
+    """For each row of `wanted` (R, K) the number of the row of `outputs` (..., K) it came from, (R,); None where
+    that cannot be told. changed: whether rows may have been shifted, scaled or normalised on the way.
+    """
+    rows = outputs.reshape(-1, outputs.shape[-1])
+    numbers = torch.arange(len(rows), device=rows.device).view(outputs.shape[:-1])
+    candidates = []
+    if len(wanted) == len(rows):
+        candidates.append(numbers)
+        if numbers.ndim == 2:
+            candidates.append(numbers.T)
+    elif numbers.ndim == 2 and len(wanted) < len(rows) and len(wanted) % len(numbers) == 0:
+        length = len(wanted) // len(numbers)  # positions of each sequence
+        candidates += [numbers[:, :length], numbers[:, numbers.shape[1] - length :]]
+    flat = [candidate.reshape(-1) for candidate in candidates]
+    exact = next((chosen for chosen in flat if _are_same(wanted, rows, chosen, torch.equal)), None)
+    exact = _by_value(wanted, rows) if exact is None else exact
+    if exact is not None or not changed:
+        return exact
+    return next((chosen for chosen in flat if _are_same(wanted, rows, chosen, _alike)), None)
+
+
+def _are_same(wanted: Tensor, rows: Tensor, chosen: Tensor, same: Callable[[Tensor, Tensor], bool]) -> bool:
+    if not len(wanted):
+        return True
+    at = torch.linspace(0, len(wanted) - 1, min(LOOKED_AT, len(wanted))).round().long().to(wanted.device)
+    return same(wanted[at].double(), rows[chosen[at]].double())
+
+
+def _alike(given: Tensor, found: Tensor) -> bool:
+    """Whether the rows are the same but for a shift and a scale, or for a softmax."""
+    normal = _normal(found)
+    forms = [given] + ([given.log()] if bool((given >= 0).all()) else [])
+    return any(torch.allclose(_normal(form), normal, rtol=0, atol=WITHIN, equal_nan=True) for form in forms)
+
+
+def _normal(rows: Tensor) -> Tensor:
+    """Rows without what a shift and a positive scale can change; entries that are not finite are zero."""
+    finite = torch.isfinite(rows)
+    kept = torch.where(finite, rows, 0)
+    centred = torch.where(finite, kept - kept.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp_min(1), 0)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-300)
+
+
+def _by_value(wanted: Tensor, rows: Tensor) -> Tensor | None:
+    """The rows with the same values, each taken as often as it is there."""
+    if len(wanted) > len(rows):
+        return None
+    columns = torch.linspace(0, rows.shape[1] - 1, min(COLUMNS, rows.shape[1])).round().long().to(rows.device)
+    keys, own = (m[:, columns].double().cpu().numpy() for m in (wanted, rows))
+    places: dict[bytes, list[int]] = {}
+    for number, row in enumerate(own[::-1]):
+        places.setdefault(numpy.ascontiguousarray(row).tobytes(), []).append(len(own) - 1 - number)
+    found = []
+    for row in keys:
+        left = places.get(numpy.ascontiguousarray(row).tobytes())
+        if not left:
+            return None
+        found.append(left.pop())
+    return torch.tensor(found, dtype=torch.long, device=rows.device)

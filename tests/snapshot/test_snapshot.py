@@ -237,19 +237,21 @@ def test_mistakes_get_one_sentence_and_leave_the_model_alone(problem, name):
     assert is_one_sentence(str(caught.value))
 
 
-def test_a_model_that_gives_its_own_loss_shows_no_single_examples_loss():
+def test_a_model_that_gives_its_own_loss_shows_each_examples_where_torch_computes_it():
     class OwnLoss(torch.nn.Module):
-        def __init__(self):
+        def __init__(self, by_hand):
             super().__init__()
-            self.layer = torch.nn.Linear(3, 2)
+            self.layer, self.by_hand = torch.nn.Linear(3, 2), by_hand
 
         def forward(self, x, labels=None):
             z = self.layer(x)
-            return {"loss": F.cross_entropy(z, labels), "logits": z}
+            own = -z.log_softmax(1)[torch.arange(3), labels].mean() if self.by_hand else F.cross_entropy(z, labels)
+            return {"loss": own, "logits": z}
 
     labels = torch.tensor([0, 1, 1])
-    snapshot = diag.Snapshot(
-        OwnLoss(), None, {"x": torch.randn(3, 3), "labels": labels}, unpack=lambda b: (b, b["labels"])
-    )
+    data = {"x": torch.randn(3, 3), "labels": labels}
+    seen, hidden = (diag.Snapshot(OwnLoss(b), None, data, unpack=lambda b: (b, b["labels"])) for b in (False, True))
+    each = F.cross_entropy(seen.model.layer(data["x"]), labels, reduction="none").detach()
+    torch.testing.assert_close(seen.quantity("losses"), each)
     with pytest.raises(MissingQuantity, match="the model gives its own loss, a mean over the batch"):
-        snapshot.quantity("losses")
+        hidden.quantity("losses")

@@ -15,7 +15,7 @@ from diag.snapshot.call_at import call_at
 from diag.snapshot.example_losses import example_losses
 from diag.snapshot.forward import look_at
 from diag.snapshot.objective.counting import counted_batches, refuse_coupled
-from diag.snapshot.objective.examples import shares_from_rows
+from diag.snapshot.objective.examples import loss_as_seen, shares_from_rows
 from diag.snapshot.objective.loss_spy import LossSpy
 from diag.snapshot.objective.shares import own_shares, plain_targets
 from diag.snapshot.parameters import FlatLayout, flat_of, loss_at, params
@@ -83,7 +83,9 @@ class LossesAt:
         snapshot = self._snapshot
         seen = look_at(snapshot, outputs, plain_targets(batch.targets), spy, tries=False)
         values = shares_from_rows(seen, batch)
-        return example_losses(snapshot.batch_loss, outputs, batch.targets, batch.size) if values is None else values
+        if values is None:
+            values = example_losses(loss_as_seen(snapshot), outputs, batch.targets, batch.size)
+        return values
 
     def check(self) -> None:
         """Raises Unsupported where the mean of the losses is not the loss of the data."""

@@ -25,6 +25,7 @@ from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.python import renew
 
 ALIKE = 1e-4  # relative: counts that differ by no more are taken to be equal
 ADDS_UP = 1e-4  # relative: of the loss of a batch and that of its parts
@@ -128,43 +129,53 @@ def by_example(rows: Tensor, size: int) -> Tensor | None:
 
 def _adds_up(snapshot: Snapshot, looked: tuple[Looked, ...], batches: tuple[Batch, ...], counts: Any) -> bool:
     """Whether the first batch that can be cut has the loss that its two parts make up."""
-    for seen, batch, c in zip(looked, batches, counts, strict=True):
-        if batch.size < 2:
-            continue
-        parts = _parts(snapshot, seen, batch)
-        if parts is None:
-            return False
-        k = batch.size // 2
-        weights = torch.stack([c[:k].sum(), c[k:].sum()])
-        values = torch.tensor(parts, dtype=torch.float64)
-        made = float((torch.where(weights > 0, values, 0) * weights).sum() / weights.sum())
-        assert seen.value is not None
-        whole, size = float(seen.value.double().mean()), float(values.abs().nan_to_num().max())
-        within = max(ADDS_UP, 8 * torch.finfo(seen.value.dtype).eps) * max(abs(whole), size)
-        is_sum = abs(sum(parts) - whole) <= within  # which is said elsewhere
-        return abs(made - whole) <= within or is_sum
-    return True
+    first = next((row for row in zip(looked, batches, counts, strict=True) if row[1].size > 1), None)
+    if first is None:
+        return True
+    # A loss that keeps something between calls is as it was only where that is put back.
+    return any(_made_up(snapshot, *first, renewed) for renewed in (False, True))
 
 
-def _parts(snapshot: Snapshot, seen: Looked, batch: Batch) -> tuple[float, float] | None:
+def _made_up(snapshot: Snapshot, seen: Looked, batch: Batch, counts: Tensor, renewed: bool) -> bool:
+    parts = _parts(snapshot, seen, batch, renewed)
+    if parts is None or seen.value is None:
+        return False
+    k = batch.size // 2
+    weights = torch.stack([counts[:k].sum(), counts[k:].sum()])
+    values = torch.tensor(parts, dtype=torch.float64)
+    made = float((torch.where(weights > 0, values, 0) * weights).sum() / weights.sum())
+    whole, size = float(seen.value.double().mean()), float(values.abs().nan_to_num().max())
+    within = max(ADDS_UP, 8 * torch.finfo(seen.value.dtype).eps) * max(abs(whole), size)
+    is_sum = abs(sum(parts) - whole) <= within  # which is said elsewhere
+    return abs(made - whole) <= within or is_sum
+
+
+def _parts(snapshot: Snapshot, seen: Looked, batch: Batch, renewed: bool) -> tuple[float, float] | None:
     """The losses of the first and the second half of a batch; None where it cannot be cut."""
     k = batch.size // 2
     halves = [batch.slice(0, k), batch.slice(k, batch.size)]
-    own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
     values = []
     with preserved(snapshot.model), torch.no_grad():
         for half, cut in zip(halves, (slice(0, k), slice(k, None)), strict=True):
             try:
-                if own:
-                    found = look(snapshot, snapshot.model, half).value
-                else:
-                    found = look_at(snapshot, _cut(seen.outputs, cut, batch.size), half.targets).value
+                found = _loss_of_part(snapshot, seen, half, cut, batch.size, renewed)
             except (DiagError, *CALL_ERRORS):
                 return None
             if found is None:
                 return None
             values.append(float(found.double().mean()))
     return values[0], values[1]
+
+
+def _loss_of_part(
+    snapshot: Snapshot, seen: Looked, part: Batch, rows: slice, size: int, renewed: bool
+) -> Tensor | None:
+    """The loss of some rows of a batch of this size."""
+    if snapshot.loss_fn is None or is_models_own(snapshot.loss_fn):
+        return look(snapshot, snapshot.model, part).value
+    if renewed:
+        renew(snapshot.model)
+    return look_at(snapshot, _cut(seen.outputs, rows, size), part.targets, tries=False).value
 
 
 def _cut(outputs: Any, rows: slice, size: int) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diag.errors import MissingQuantity, Unsupported
 from diag.snapshot.batch import COUPLED, Batch
@@ -17,6 +19,7 @@ from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.python import renew
 
 OWN_LOSS = (
     "the model gives its own loss, a mean over the batch, which shows no single example's; give loss_fn= for that: "
@@ -57,9 +60,22 @@ def shares_of(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor:
         return values.to(seen.value.dtype)
     if snapshot.loss_fn is None or is_models_own(snapshot.loss_fn):
         raise MissingQuantity(OWN_LOSS)
-    values = example_losses(snapshot.batch_loss, seen.outputs, batch.targets, batch.size)
-    refuse_coupled(float(snapshot.batch_loss(seen.outputs, batch.targets).double().mean()), values)
+    values = example_losses(loss_as_seen(snapshot), seen.outputs, batch.targets, batch.size)
+    share = float(batch.targets.shares.mean()) if isinstance(batch.targets, Counted) else 1.0
+    refuse_coupled(share * float(seen.value.double().mean()), values)
     return values
+
+
+def loss_as_seen(snapshot: Snapshot) -> Callable[[Any, Any], Tensor]:
+    """The loss of a batch, each time as at the first call: what a loss keeps between calls is put back."""
+    if not isinstance(snapshot.loss_fn, nn.Module):
+        return snapshot.batch_loss
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        renew(snapshot.model)
+        return snapshot.batch_loss(outputs, targets)
+
+    return loss
 
 
 def shares_from_rows(seen: Looked, batch: Batch) -> Tensor | None:

@@ -129,7 +129,9 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("other", "connectivity.interpolation", None, "object", Effort.NONE, "give the snapshot other="),
         Quantity("ancestor", "connectivity.interpolation", None, "object", Effort.NONE, "give previous="),
         Quantity("other_params", "snapshot.parameters", None, "object", Effort.NONE, "give the snapshot other="),
-        Quantity("previous_losses", "snapshot.objective.examples", "n", "floating", Effort.FORWARD, "give previous="),
+        Quantity(
+            "previous_losses", "snapshot.objective.examples", "n", "floating", Effort.FORWARD, "give previous="
+        ),
         Quantity("symmetries", "connectivity.symmetries", None, "object", Effort.TRACED_FORWARD, _DATA),
         Quantity("module_graph", "snapshot.module_graph", None, "object", Effort.TRACED_FORWARD, _DATA),
         Quantity("optimizer", "snapshot.optimizer", None, "object", Effort.NONE, "give the snapshot optimizer="),

@@ -50,7 +50,7 @@ class ForwardCall:
         kept = tuple(t.detach() for t in found)
         return cls(args, kwargs, detached(outputs), kept, tuple(source_of(t) for t in found))
 
-    def leads_to(self, call: LossCall) -> list[int]:
+    def leads_to(self, call: SeenLossCall) -> list[int]:
         """The places of the tensors that the loss function was called on, or on what was made of them."""
         numbers, memory = {node.sequence for node in call.nodes}, call.given.data_ptr()
         pairs = enumerate(zip(self.tensors, self.sources, strict=True))
@@ -213,7 +213,7 @@ def observed_loss(forward: ForwardCall, call: SeenLossCall) -> ObservedLoss | st
     return found
 
 
-def _observed(forward: ForwardCall, call: LossCall, tensor: int, name: str) -> ObservedLoss | str:
+def _observed(forward: ForwardCall, call: SeenLossCall, tensor: int, name: str) -> ObservedLoss | str:
     try:
         route = route_between(forward.tensors[tensor], forward.sources[tensor], call.given, call.nodes)
     except Exception as error:

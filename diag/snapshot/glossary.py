@@ -2,7 +2,8 @@
 
 An instrument's positional parameters are names from this table. A quantity is one documented function of a
 `Snapshot` in the module named here; the module is imported when the quantity is first asked for. Shapes are
-letters that one call must use consistently: n examples, K classes, d features.
+letters that one call must use consistently: m examples, n labels (one an example, or one a position of it that
+counts), K classes, d features.
 
 The prefix `held_out_` asks for a quantity on the snapshot's held-out data instead of its data.
 """
@@ -86,7 +87,7 @@ GLOSSARY: dict[str, Quantity] = {
             _DATA + " where the targets are class numbers",
         ),
         Quantity("logits", "snapshot.forward", "n K", "floating", Effort.FORWARD, _DATA),
-        Quantity("losses", "snapshot.objective.examples", "n", "floating", Effort.FORWARD, _LOSS),
+        Quantity("losses", "snapshot.objective.examples", "m", "floating", Effort.FORWARD, _LOSS),
         Quantity("logit_gradients", "snapshot.forward", "n K", "floating", Effort.FORWARD, _LOSS),
         Quantity("features", "snapshot.forward", "n d", "floating", Effort.FORWARD, _LAST),
         Quantity("layer_features", "snapshot.forward", None, "object", Effort.FORWARD, _DATA),
@@ -130,7 +131,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("ancestor", "connectivity.interpolation", None, "object", Effort.NONE, "give previous="),
         Quantity("other_params", "snapshot.parameters", None, "object", Effort.NONE, "give the snapshot other="),
         Quantity(
-            "previous_losses", "snapshot.objective.examples", "n", "floating", Effort.FORWARD, "give previous="
+            "previous_losses", "snapshot.objective.examples", "m", "floating", Effort.FORWARD, "give previous="
         ),
         Quantity("symmetries", "connectivity.symmetries", None, "object", Effort.TRACED_FORWARD, _DATA),
         Quantity("module_graph", "snapshot.module_graph", None, "object", Effort.TRACED_FORWARD, _DATA),

@@ -15,7 +15,7 @@ from torch import Tensor
 from diag.errors import InvalidInput
 from diag.snapshot.glossary import HELD_OUT, lookup
 
-AXES = {"n": "examples", "K": "classes", "d": "features"}
+AXES = {"m": "examples", "n": "examples", "K": "classes", "d": "features"}
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _check_axes(name: str, tensor: Tensor, axes: list[str], lengths: dict[str, t
             raise InvalidInput(f"{name} have no {AXES[axis]} (shape {tuple(tensor.shape)}); give at least one.")
         if axis == "K" and length < 2:
             raise InvalidInput(f"{name} have {length} class; expected at least 2.")
-        key = HELD_OUT + axis if axis == "n" and name.startswith(HELD_OUT) else axis
+        key = HELD_OUT + axis if axis in ("m", "n") and name.startswith(HELD_OUT) else axis
         known, owner = lengths.setdefault(key, (length, name))
         if known != length:
             raise InvalidInput(

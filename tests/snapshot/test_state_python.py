@@ -56,9 +56,17 @@ class Annealing(Base):
         return self.n
 
 
+class Made(collections.OrderedDict):
+    """Entries are classes, of which one gets instances, as in a table of activations."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)(3)
+
+
 class Containers(Base):
     def __init__(self):
         super().__init__()
+        self.made = Made(int=int, text=str)
         self.log, self.by_name, self.last = [], {"a": {"n": 0}}, collections.deque([1, 2], maxlen=3)
         self.seen, self.raw, self.ordered = {1}, bytearray(b"ab"), collections.OrderedDict(b=1, a=2)
         self.alias = self.log
@@ -72,6 +80,7 @@ class Containers(Base):
         self.raw[0] += 1
         self.ordered.move_to_end("b")
         self.counter["calls"] += 1
+        self.made.move_to_end("int")
         return len(self.log) + self.by_name["a"]["n"]
 
     def state(self):
@@ -79,7 +88,7 @@ class Containers(Base):
         same = self.alias is self.log
         return (
             list(self.log), dict(self.by_name["a"]), list(self.last), set(self.seen), bytes(self.raw), ordered,
-            same, dict(self.counter),
+            same, dict(self.counter), list(self.made.items()),
         )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def initial_loss(
 ) -> InitialLoss:
     """Whether the first loss is that of a network which knows nothing.
 
-    history: the record of a watched run from its start. logits (n, K), labels (n,), losses (n,): to see that the
+    history: the record of a watched run from its start. logits (n, K), labels (n,), losses (m,): to see that the
     loss is the cross-entropy of K classes. A first loss above `times` log K (and one nat above it) is a warning.
     Raises nothing of its own.
     """

@@ -28,7 +28,7 @@ OWN_LOSS = (
 
 
 def losses(snapshot: Snapshot) -> Tensor:
-    """Each example's share of the loss, floating tensor (n,), whose mean is the loss of all the data.
+    """Each example's share of the loss, floating tensor (m,), whose mean is the loss of all the data.
 
     That is the example's loss alone where all count alike. Raises MissingQuantity without a loss, InvalidInput
     where loss_fn gives no number, Unsupported where the examples have no losses of their own.
@@ -39,7 +39,7 @@ def losses(snapshot: Snapshot) -> Tensor:
 
 
 def previous_losses(snapshot: Snapshot) -> Tensor:
-    """The losses (n,) of the snapshot's `previous` state on the same data."""
+    """The losses (m,) of the snapshot's `previous` state on the same data."""
     state = snapshot.previous
     if state is None:
         raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
@@ -49,7 +49,7 @@ def previous_losses(snapshot: Snapshot) -> Tensor:
 
 
 def shares_of(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor:
-    """Each example's share of the loss (n,), of what was seen of a batch; raises what `losses` does."""
+    """Each example's share of the loss (m,), of what was seen of a batch; raises what `losses` does."""
     if seen.value is None:
         snapshot.batch_loss(seen.outputs, batch.targets)  # raises the reason
         raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
@@ -79,7 +79,7 @@ def loss_as_seen(snapshot: Snapshot) -> Callable[[Any, Any], Tensor]:
 
 
 def shares_from_rows(seen: Looked, batch: Batch) -> Tensor | None:
-    """Each example's share of the loss (n,) from the rows that a loss function's call compares, if it is that."""
+    """Each example's share of the loss (m,) from the rows that a loss function's call compares, if it is that."""
     found = seen.comparison
     if not isinstance(found, Comparison) or not found.exact or found.weights is None:
         return None

@@ -116,7 +116,11 @@ class Entries(Kept):
     skip: frozenset[Any] = frozenset()
 
     def read(self) -> Any:
-        return {k: v for k, v in dict.items(self.value) if k not in self.skip} if self.skip else dict(self.value)
+        if type(self.value) is dict and not self.skip:
+            return self.value.copy()
+        # A subclass may make something else of its entries when it is asked for them.
+        kind = OrderedDict if isinstance(self.value, OrderedDict) else dict
+        return {k: v for k, v in kind.items(self.value) if k not in self.skip}
 
     def same(self) -> bool:
         now = self.read()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diag.errors import DiagError
 from diag.snapshot.forward import look
 from diag.snapshot.objective.counting import counted_batches
-from diag.snapshot.objective.examples import errors_of, shares_of
+from diag.snapshot.objective.examples import errors_of, loss_shares
 from diag.snapshot.objective.shares import plain_targets
 from diag.snapshot.snapshot import Snapshot
 
@@ -39,7 +39,7 @@ def score_examples(model: nn.Module, source: Snapshot) -> Scores:
         source.deadline.check()
         seen = look(source, model, replace(batch, targets=plain_targets(batch.targets)))
         try:
-            values = shares_of(source, seen, batch)
+            values = loss_shares(source, seen, batch)
         except (DiagError, RuntimeError, ValueError):  # a loss that is defined on a whole batch only
             values, known = source.batch_loss(seen.outputs, batch.targets).detach().expand(batch.size), False
         losses.append(values.detach().double().cpu())

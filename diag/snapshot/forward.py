@@ -18,7 +18,7 @@ from diag.errors import DiagError, MissingQuantity
 from diag.snapshot.batch import Batch, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.objective.comparison import COUPLED, NO_CLASSES, Comparison, by_shape, compared, tried
-from diag.snapshot.objective.loss_spy import Call, LossSpy
+from diag.snapshot.objective.loss_spy import LossFunctionCall, LossSpy
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.same_rows import matching_rows
 from diag.snapshot.preserve import preserved
@@ -42,7 +42,7 @@ class Looked:
 
     outputs: Any
     value: Tensor | None
-    calls: tuple[Call, ...]
+    calls: tuple[LossFunctionCall, ...]
     comparison: Comparison | str | DiagError
 
     def compared(self) -> Comparison:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from diag.errors import DiagError, MissingQuantity
-from diag.snapshot.objective.loss_spy import Call
+from diag.snapshot.objective.loss_spy import LossFunctionCall
 
 IGNORED_LABEL = -100  # the convention of torch's cross_entropy and of Hugging Face
 EXACT = 1e-4  # relative: a loss is a call's value where they agree so far
@@ -58,7 +58,7 @@ class Comparison:
     labels: Tensor
     counted: Tensor
     weights: Tensor | None = None
-    call: Call | None = None
+    call: LossFunctionCall | None = None
     exact: bool = False
     factor: float = 1.0
 
@@ -68,7 +68,9 @@ class Comparison:
         return self.factor * _row_losses(self.call, logits, self.labels)
 
 
-def compared(calls: Sequence[Call], value: Tensor | None, factor: float = 1.0) -> Comparison | str | None:
+def compared(
+    calls: Sequence[LossFunctionCall], value: Tensor | None, factor: float = 1.0
+) -> Comparison | str | None:
     """The comparison that calls of loss functions show; why they show none; None where there was no call.
 
     value: of the loss that they belong to.
@@ -140,7 +142,7 @@ def output_tensor(outputs: Any) -> Tensor:
 # ---- from a call
 
 
-def _of_call(call: Call, whole: bool, factor: float) -> Comparison:
+def _of_call(call: LossFunctionCall, whole: bool, factor: float) -> Comparison:
     entered = call.input if call.logits is None else call.logits
     # Torch's losses have the classes on the second axis, or on the only one.
     logits, labels = _rows(entered if entered.ndim > 1 else entered[None], 1), call.target.reshape(-1).long()
@@ -150,7 +152,7 @@ def _of_call(call: Call, whole: bool, factor: float) -> Comparison:
     )
 
 
-def _weights(call: Call, labels: Tensor, counted: Tensor) -> Tensor:
+def _weights(call: LossFunctionCall, labels: Tensor, counted: Tensor) -> Tensor:
     """What the mean divides by, row by row."""
     weight = call.settings.get("weight")
     if weight is None or call.name == "multi_margin_loss":  # which divides by the number of rows
@@ -158,7 +160,7 @@ def _weights(call: Call, labels: Tensor, counted: Tensor) -> Tensor:
     return weight.double()[torch.where(counted, labels, 0)] * counted
 
 
-def _row_losses(call: Call, logits: Tensor, labels: Tensor) -> Tensor:
+def _row_losses(call: LossFunctionCall, logits: Tensor, labels: Tensor) -> Tensor:
     settings = call.settings | {"reduction": "none"}
     if (weight := settings.get("weight")) is not None:
         settings["weight"] = weight.to(logits.dtype)
@@ -167,7 +169,7 @@ def _row_losses(call: Call, logits: Tensor, labels: Tensor) -> Tensor:
     return getattr(F, call.name)(logits, labels, **settings)
 
 
-def is_whole(call: Call, value: Tensor | None, factor: float = 1.0) -> bool:
+def is_whole(call: LossFunctionCall, value: Tensor | None, factor: float = 1.0) -> bool:
     """Whether a loss is `factor` times what this call returned."""
     if value is None or call.value.numel() != 1 or value.numel() != 1:
         return False

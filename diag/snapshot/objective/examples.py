@@ -35,7 +35,7 @@ def losses(snapshot: Snapshot) -> Tensor:
     """
     with preserved(snapshot.model), torch.no_grad():
         rows = zip(forward_pass(snapshot).looked, counted_batches(snapshot), strict=True)
-        return torch.cat([shares_of(snapshot, seen, batch) for seen, batch in rows])
+        return torch.cat([loss_shares(snapshot, seen, batch) for seen, batch in rows])
 
 
 def previous_losses(snapshot: Snapshot) -> Tensor:
@@ -48,7 +48,7 @@ def previous_losses(snapshot: Snapshot) -> Tensor:
     return losses(snapshot.with_data(snapshot.batches, model=earlier))
 
 
-def shares_of(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor:
+def loss_shares(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor:
     """Each example's share of the loss (m,), of what was seen of a batch; raises what `losses` does."""
     if seen.value is None:
         snapshot.batch_loss(seen.outputs, batch.targets)  # raises the reason

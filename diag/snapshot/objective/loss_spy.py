@@ -40,7 +40,7 @@ LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
 
 
 @dataclass(frozen=True)
-class Call:
+class LossFunctionCall:
     """One call of a loss function of torch: what it was given, by name, and what it returned.
 
     logits: what `log_softmax` made the input of, where the loss was called on that.
@@ -70,7 +70,7 @@ class LossSpy(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[LossFunctionCall] = []
         self._normalised: list[tuple[Tensor, Tensor]] = []  # what log_softmax gave, and of what
 
     def __torch_function__(
@@ -91,7 +91,9 @@ class LossSpy(TorchFunctionMode):
         given, target = settings.pop("input"), settings.pop("target")
         for old in ("size_average", "reduce"):
             settings.pop(old, None)
-        self.calls.append(Call(name, given, target, settings, result, self._before_log_softmax(name, given)))
+        self.calls.append(
+            LossFunctionCall(name, given, target, settings, result, self._before_log_softmax(name, given))
+        )
 
     def _before_log_softmax(self, name: str, given: Tensor) -> Tensor | None:
         """What the input of nll_loss was made of, where it is log_softmax's result in another shape at most."""

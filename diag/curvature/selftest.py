@@ -36,6 +36,7 @@ from diag.curvature.products import Curvature
 from diag.curvature.record import WARN_ABOVE, ProductMethod, SelfTest
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.linalg.reductions import length
+from diag.snapshot.autograd_graph import nodes_before
 
 FAIL_ABOVE = {"float64": 0.03, "float32": 0.3}  # a float32 difference crosses kinks, so it can prove less
 FALLBACK_BELOW = 0.03
@@ -314,16 +315,7 @@ def _rounding_error(curvature: Curvature, own: Objective, direction: Tensor, pro
 def error_node(graph: object) -> bool:
     """True where a graph holds a node that stands for "cannot be differentiated again"."""
     roots = [t.grad_fn for name in ("gradient", "pulled") for t in getattr(graph, name, ()) if t is not None]
-    seen, stack = set(), [node for node in roots if node is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() in ("Error", "torch::autograd::Error", "NotImplemented"):
-            return True
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return False
+    return any(n.name() in ("Error", "torch::autograd::Error", "NotImplemented") for n in nodes_before(roots))
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

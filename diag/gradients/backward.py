@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from diag.gradients.assembly import Assembly
 from diag.gradients.plan import Forward, Plan
+from diag.snapshot.autograd_graph import parents_of
 
 
 def backward(run: Forward, plan: Plan, assembly: Assembly, n: int, keep_graph: bool) -> None:
@@ -61,7 +62,7 @@ def first_calls(calls: dict[int, GradientEdge]) -> set[int]:
         stack = [start]
         while stack:
             node = stack[-1]
-            following = [n for n, _ in node.next_functions if n is not None]
+            following = parents_of(node)
             waiting = [n for n in following if n not in reaches]
             if waiting and node not in reaches:
                 stack.extend(waiting)

@@ -5,6 +5,7 @@ Rule of the room: this is the only code that calls the user's model, and it leav
 
 __all__ = [
     "activations",
+    "autograd_graph",
     "batch",
     "call_at",
     "example_losses",

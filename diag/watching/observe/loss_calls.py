@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from diag.snapshot.autograd_graph import nodes_before
 from diag.watching.observe.capture import SeenLossCall
 from diag.watching.observe.terms import Term, product, terms_of
 
@@ -148,17 +149,5 @@ def number_of(tensor: Tensor) -> int:
 
 def _before(node: Any, seen: dict[int, SeenValue]) -> list[SeenValue]:
     """The values seen among the nodes before an unknown one."""
-    found: dict[int, SeenValue] = {}
-    front: list[Any] = [node]
-    looked_at = 0
-    while front and looked_at < WALK and len(found) < len(seen):
-        node = front.pop()
-        if node is None:
-            continue
-        looked_at += 1
-        number = node._sequence_nr()
-        if number in seen:
-            found[number] = seen[number]
-        else:
-            front.extend(parent for parent, _ in node.next_functions)
-    return list(found.values())
+    numbers = (n._sequence_nr() for n in nodes_before([node], WALK, lambda n: n._sequence_nr() in seen))
+    return [seen[number] for number in numbers if number in seen]

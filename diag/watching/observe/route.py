@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diag.snapshot.autograd_graph import first_arguments, kind_of, signed
+
 LONGEST = 16
 RouteStep = Callable[[Tensor], Tensor]
 # These only rearrange memory or copy it; the final reshape accounts for them.
 TRANSPARENT = ("View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze", "Unsqueeze", "Alias", "_DDPSink")
-UNSIGNED = 1 << 63
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node of the graph, with what it takes to do its step again (None where that is not known)."""
+    """A node of the graph by its operation, and what does its step again (None where that is not known)."""
 
     name: str
     sequence: int
@@ -81,12 +82,7 @@ def route_between(outputs: Tensor, source: int | None, given: Tensor, nodes: lis
 
 def chain_of(given: Tensor) -> list[Node]:
     """The graph nodes before `given`, the last first, along its first differentiable argument."""
-    nodes: list[Node] = []
-    node: Any = given.grad_fn
-    while node is not None and len(nodes) < LONGEST:
-        nodes.append(Node(node.name(), node._sequence_nr(), _step_of(node)))
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
-    return nodes
+    return [Node(kind_of(n), n._sequence_nr(), _step_of(n)) for n in first_arguments(given.grad_fn, LONGEST)]
 
 
 def source_of(outputs: Tensor) -> int | None:
@@ -94,9 +90,8 @@ def source_of(outputs: Tensor) -> int | None:
 
     Accelerate widens a model's outputs after the model itself has computed its loss from them.
     """
-    node = outputs.grad_fn
-    while node is not None and node.name().startswith(("ToCopyBackward", "_DDPSink")):
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    made = (n for n in first_arguments(outputs.grad_fn, LONGEST) if kind_of(n) not in ("ToCopy", "_DDPSink"))
+    node = next(made, None)
     return None if node is None else node._sequence_nr()
 
 
@@ -122,37 +117,33 @@ def _rearranged(outputs: Tensor, given: Tensor) -> Route | None:
 
 
 def _is_transparent(node: Node) -> bool:
-    return node.step is None and node.name.rstrip("0123456789").removesuffix("Backward") in TRANSPARENT
-
-
-def _signed(value: int) -> int:
-    return value - 2 * UNSIGNED if value >= UNSIGNED else value
+    return node.step is None and node.name in TRANSPARENT
 
 
 def _step_of(node: Any) -> RouteStep | None:
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
+    kind = kind_of(node)
     if kind == "LogSoftmax":
-        dim = _signed(node._saved_dim)
+        dim = signed(node._saved_dim)
         last = dim in (-1, node._saved_result.ndim - 1)
         return lambda x: x.log_softmax(-1 if last else dim)
     if kind == "Sigmoid":
         return torch.sigmoid
     if kind in ("Transpose", "Permute"):
         dims = [
-            _signed(d) for d in ((node._saved_dim0, node._saved_dim1) if kind == "Transpose" else node._saved_dims)
+            signed(d) for d in ((node._saved_dim0, node._saved_dim1) if kind == "Transpose" else node._saved_dims)
         ]
         return lambda x: x.transpose(*dims) if kind == "Transpose" else x.permute(dims)
     if kind == "Slice":
         return _slice_step(node)
     if kind == "Select":
-        dim, index = _signed(node._saved_dim), _signed(node._saved_index)
+        dim, index = signed(node._saved_dim), signed(node._saved_index)
         return (lambda x: x.select(dim, index)) if dim != 0 else None
     return None
 
 
 def _slice_step(node: Any) -> RouteStep | None:
-    dim, start, step = _signed(node._saved_dim), _signed(node._saved_start), _signed(node._saved_step)
-    length, end = node._saved_self_sym_sizes[dim], _signed(node._saved_end)
+    dim, start, step = signed(node._saved_dim), signed(node._saved_start), signed(node._saved_step)
+    length, end = node._saved_self_sym_sizes[dim], signed(node._saved_end)
     end = min(end if end >= 0 else end + length, length)
     if (start, step) == (0, 1) and end == length:
         return lambda x: x

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diag.snapshot.autograd_graph import kind_of, nodes_before
+
 MOST_NODES = 256  # near the root
 MOST_SEARCHED = 50_000  # of a network's graph
 # These pass one number on: the root is one number, so they can only change its shape or type.
@@ -70,26 +72,14 @@ def terms_of(root: Tensor, known: Container[int], unscaled: Container[int] = ())
     return found
 
 
-def kind_of(node: Any) -> str:
-    """The operation that a graph node stands for: "Mul", "NllLoss"."""
-    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
-
-
 def reaches(node: Any, numbers: Container[int], parameters: Container[int]) -> bool | None:
     """Whether the graph before `node` holds one of the nodes `numbers` or a parameter (by id); None where the graph
     is too large to tell."""
-    seen: set[Any] = set()
-    front = [node]
-    while front:
-        node = front.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if len(seen) > MOST_SEARCHED:
+    for count, before in enumerate(nodes_before([node], MOST_SEARCHED + 1), 1):
+        if count > MOST_SEARCHED:
             return None
-        if node._sequence_nr() in numbers or id(getattr(node, "variable", None)) in parameters:
+        if before._sequence_nr() in numbers or id(getattr(before, "variable", None)) in parameters:
             return True
-        front.extend(parent for parent, _ in node.next_functions)
     return False
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.snapshot.autograd_graph import first_arguments, kind_of, parents_of, signed
 from diag.snapshot.loop.parts import LossFacts
 from diag.watching.observe.loop.moment import Moment, due
 
@@ -35,7 +36,6 @@ TRANSPARENT = (
     "Contiguous",
 )
 MADE_BY = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "LogSigmoid": "log_sigmoid"}
-UNSIGNED = 1 << 63
 WITH_CLASSES = ("cross_entropy", "nll_loss")
 
 
@@ -239,25 +239,20 @@ def _first_two(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def made_by(given: Tensor) -> tuple[str, int | None]:
     """The function that made the tensor, and its axis from the front where nothing was rearranged since."""
-    node: Any = given.grad_fn
     moved = False
-    for _ in range(WALK):
-        if node is None:
-            return "", None
-        name = node.name().rstrip("0123456789").removesuffix("Backward")
+    for node in first_arguments(given.grad_fn, WALK):
+        name = kind_of(node)
         if name in MADE_BY:
             axis = getattr(node, "_saved_dim", None)
             return MADE_BY[name], None if axis is None or moved else _from_front(axis, given)
         if name not in TRANSPARENT:
             return "", None
         moved |= name not in ("Clone", "ToCopy", "Alias", "Contiguous")
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
     return "", None
 
 
 def _from_front(axis: int, given: Tensor) -> int:
-    signed = axis - 2 * UNSIGNED if axis >= UNSIGNED else axis
-    return signed + given.ndim if signed < 0 else signed
+    return signed(axis) + given.ndim if signed(axis) < 0 else signed(axis)
 
 
 def expands_both(a: Tensor, b: Tensor) -> bool:
@@ -286,13 +281,11 @@ def are_probabilities(rows: Tensor) -> tuple[bool, bool]:
 def factor_between(root: Any, number: int) -> float | None:
     """What the graph node `number` was multiplied with on the way to `root`: NaN where that is not on the host,
     None where there is anything else on the way."""
-    node, factor = root, 1.0
-    for _ in range(WALK):
-        if node is None:
-            return None
+    factor = 1.0
+    for node in first_arguments(root, WALK):
         if node._sequence_nr() == number:
             return factor
-        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        name = kind_of(node)
         other = getattr(node, "_saved_other", None) if name in ("Div", "Mul") else None
         if name == "Neg":
             factor = -factor
@@ -301,7 +294,6 @@ def factor_between(root: Any, number: int) -> float | None:
             factor = factor / value if name == "Div" and value else factor * value
         elif name not in TRANSPARENT:
             return None
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
     return None
 
 
@@ -316,24 +308,20 @@ def difference_shapes(root: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of a loss that is the mean or sum of a function of one difference: the shape of the difference, and that of
     the one of its sides with a graph where the other side has none and the two were broadcast against each
     other."""
-    node: Any = root.grad_fn
     shape: tuple[int, ...] = ()
-    for _ in range(WALK):
-        if node is None:
-            return (), ()
-        name = node.name().rstrip("0123456789").removesuffix("Backward")
+    for node in first_arguments(root.grad_fn, WALK):
+        name = kind_of(node)
         if name in ("Mean", "Sum"):
             shape = tuple(getattr(node, "_saved_self_sym_sizes", ()))
         elif name in ("Sub", "Rsub"):
             return _sides(node, shape)
         elif name not in ("Pow", "Abs", "Sqrt", "Div", "Mul", "Neg", *TRANSPARENT):
             return (), ()
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
     return (), ()
 
 
 def _sides(node: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    parents = [parent for parent, _ in node.next_functions if parent is not None]
+    parents = parents_of(node)
     if len(parents) != 1 or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 1:
         return (), ()
     side = _output_shape(parents[0])
@@ -348,7 +336,7 @@ def other_side(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _output_shape(node: Any) -> tuple[int, ...] | None:
     """The shape of what a linear layer or a squeeze of one gave: (N, 1) or (N,)."""
-    name = node.name().rstrip("0123456789").removesuffix("Backward")
+    name = kind_of(node)
     if name == "Squeeze":
         sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
         return tuple(s for s in sizes if s != 1)

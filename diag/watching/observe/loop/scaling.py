@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.snapshot.autograd_graph import nodes_before
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import ClippingFacts, ScalingFacts
 from diag.watching.observe.loop.moment import Counter, Moment
@@ -215,18 +216,15 @@ class Clipping:
 
 def has_half(node: Any) -> bool:
     """Whether a tensor of half precision is kept for the backward pass in the nodes nearest to `node`."""
-    front, looked = [node], 0
-    while front and looked < WALK:
-        node = front.pop(0)
-        if node is None:
+    return any(_keeps_half(before) for before in nodes_before([node], WALK))
+
+
+def _keeps_half(node: Any) -> bool:
+    for name in SAVED:
+        try:
+            saved = getattr(node, name, None)
+        except RuntimeError:  # freed, or kept by a hook
             continue
-        looked += 1
-        for name in SAVED:
-            try:
-                saved = getattr(node, name, None)
-            except RuntimeError:  # freed, or kept by a hook
-                continue
-            if isinstance(saved, Tensor) and saved.dtype in HALVES:
-                return True
-        front.extend(parent for parent, _ in node.next_functions)
+        if isinstance(saved, Tensor) and saved.dtype in HALVES:
+            return True
     return False

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diag.snapshot.autograd_graph import nodes_before
 from diag.snapshot.batch import tensors_in
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.optimizers import Optimizers
@@ -62,14 +63,5 @@ class Strangers:
 
 def leaves(starts: list[Any], ends: set[int]) -> list[Tensor]:
     """The leaf tensors of the graph from these nodes back, not beyond the nodes whose ids are `ends`."""
-    found, front, seen = [], list(starts), set(ends)
-    while front and len(seen) < NODES:
-        node = front.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        front.extend(parent for parent, _ in node.next_functions)
-    return found
+    nodes = nodes_before(starts, NODES, lambda node: id(node) in ends)
+    return [leaf for node in nodes if isinstance(leaf := getattr(node, "variable", None), Tensor)]

@@ -1,0 +1,49 @@
+"""Autograd's graph, read backwards: nodes before a node, the chain of first arguments, what a node stands for."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+UNSIGNED = 1 << 63  # saved integers are 64 bits without a sign
+
+
+def kind_of(node: Any) -> str:
+    """The operation that a node stands for, without autograd's ending: "Mul", "NllLoss"."""
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+
+
+def parents_of(node: Any) -> list[Any]:
+    """The nodes that made the arguments of a node's operation, those without a gradient left out."""
+    return [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def first_arguments(node: Any, at_most: int) -> Iterator[Any]:
+    """A node, the one that made its first differentiable argument, and so on."""
+    for _ in range(at_most):
+        if node is None:
+            return
+        yield node
+        node = next(iter(parents_of(node)), None)
+
+
+def nodes_before(
+    starts: Iterable[Any], at_most: float = math.inf, ends: Callable[[Any], bool] = lambda node: False
+) -> Iterator[Any]:
+    """The nodes of the graph from `starts` back, each once, the nearest first; nothing beyond one that `ends`."""
+    front, seen = deque(node for node in starts if node is not None), set[Any]()
+    while front and len(seen) < at_most:
+        node = front.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not ends(node):
+            front.extend(parents_of(node))
+
+
+def signed(value: int) -> int:
+    """An integer as it was before a node kept it without its sign."""
+    return value - 2 * UNSIGNED if value >= UNSIGNED else value

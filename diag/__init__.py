@@ -16,6 +16,7 @@ _HOMES = {
     "watch": "diag.watching.watcher",
     "Watcher": "diag.watching.watcher",
     "report": "diag.reporting",
+    "preflight": "diag.trial.preflight",
     "compare": "diag.reporting",
     "load": "diag.run.saved",
     "Run": "diag.run.run",

@@ -23,6 +23,7 @@ from diag.run.saved import load as load
 from diag.registry import measure as measure
 from diag.registry import measure_all as measure_all
 from diag.result import measured as measured
+from diag.trial.preflight import preflight as preflight
 from diag.reporting import report as report
 from diag.remedies import stable_cross_entropy as stable_cross_entropy
 from diag.watching.watcher import watch as watch
@@ -33,6 +34,7 @@ from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.network.dead_units import DeadUnits as DeadUnits
 from diag.instruments.optimization.divergence import Divergence as Divergence
 from diag.instruments.edge_of_stability import EdgeOfStability as EdgeOfStability
+from diag.instruments.trial.dependence import ExamplesApart as ExamplesApart
 from diag.instruments.network.finite import FiniteForward as FiniteForward
 from diag.instruments.outcome.generalization import Generalization as Generalization
 from diag.instruments.loop.gradient_accumulation import GradientAccumulation as GradientAccumulation
@@ -47,14 +49,17 @@ from diag.instruments.loss.initial_loss import InitialLoss as InitialLoss
 from diag.instruments.network.initial_scale import InitialScale as InitialScale
 from diag.instruments.input_magnitude import InputMagnitude as InputMagnitude
 from diag.instruments.data.input_scale import InputScale as InputScale
+from diag.instruments.trial.dependence import InputUsed as InputUsed
 from diag.instruments.data.label_audit import LabelAudit as LabelAudit
 from diag.instruments.loop.layers_shared import LayersShared as LayersShared
 from diag.instruments.loop.learning_rate_schedule import LearningRateSchedule as LearningRateSchedule
 from diag.instruments.loop.loss_call import LossCall as LossCall
 from diag.instruments.loop.mixed_precision import MixedPrecision as MixedPrecision
 from diag.instruments.mode_connectivity import ModeConnectivity as ModeConnectivity
+from diag.instruments.trial.modes_agree import ModesAgree as ModesAgree
 from diag.instruments.loop.module_modes import ModuleModes as ModuleModes
 from diag.instruments.neural_collapse import NeuralCollapse as NeuralCollapse
+from diag.instruments.trial.one_batch import OneBatch as OneBatch
 from diag.instruments.opposing_signals.instrument import OpposingSignals as OpposingSignals
 from diag.instruments.loop.optimizer_kept import OptimizerKept as OptimizerKept
 from diag.instruments.network.output_constant import OutputConstant as OutputConstant
@@ -102,6 +107,10 @@ def divergence(history: Any, *, times: float = ...) -> Divergence: ...
 def edge_of_stability(snapshot: Snapshot, /, *, hessian: Any = ..., optimizer: Any = ..., batch_size: int | None = ..., trace_probes: int = ..., tolerance: float = ..., max_products: int = ..., edge_begins: float = ..., edge_ends: float = ..., seed: int = ...) -> EdgeOfStability: ...
 @overload
 def edge_of_stability(hessian: Any, optimizer: Any, *, batch_size: int | None = ..., trace_probes: int = ..., tolerance: float = ..., max_products: int = ..., edge_begins: float = ..., edge_ends: float = ..., seed: int = ...) -> EdgeOfStability: ...
+@overload
+def examples_apart(snapshot: Snapshot, /, *, trial: Any = ...) -> ExamplesApart: ...
+@overload
+def examples_apart(trial: Any) -> ExamplesApart: ...
 @overload
 def finite_forward(snapshot: Snapshot, /, *, activations: Any = ...) -> FiniteForward: ...
 @overload
@@ -159,6 +168,10 @@ def input_scale(snapshot: Snapshot, /, *, inputs: Any = ..., large: float = ...,
 @overload
 def input_scale(inputs: Any, *, large: float = ..., small: float = ..., ratio: float = ..., constant: float = ...) -> InputScale: ...
 @overload
+def input_used(snapshot: Snapshot, /, *, trial: Any = ...) -> InputUsed: ...
+@overload
+def input_used(trial: Any) -> InputUsed: ...
+@overload
 def label_audit(snapshot: Snapshot, /, *, logits: Any = ..., labels: Any = ..., inputs: Any = ..., warn_at: float = ...) -> LabelAudit: ...
 @overload
 def label_audit(logits: Any, labels: Any, inputs: Any = None, *, warn_at: float = ...) -> LabelAudit: ...
@@ -183,6 +196,10 @@ def mode_connectivity(snapshot: Snapshot, /, *, interpolation: Any = ..., other:
 @overload
 def mode_connectivity(interpolation: Any, other: Any, ancestor: Any = None, *, points: int = ..., refine: int = ..., align: str | None = ..., norm_stats: str = ..., repair: bool = ..., layers: bool = ..., path: str = ..., bezier_steps: int = ..., bezier_learning_rate: float = ..., orders: int | None = ..., connected_below: float = ..., separated_above: float = ...) -> ModeConnectivity: ...
 @overload
+def modes_agree(snapshot: Snapshot, /, *, trial: Any = ...) -> ModesAgree: ...
+@overload
+def modes_agree(trial: Any) -> ModesAgree: ...
+@overload
 def module_modes(snapshot: Snapshot, /, *, loop: Any = ...) -> ModuleModes: ...
 @overload
 def module_modes(loop: Any) -> ModuleModes: ...
@@ -190,6 +207,10 @@ def module_modes(loop: Any) -> ModuleModes: ...
 def neural_collapse(snapshot: Snapshot, /, *, features: Any = ..., labels: Any = ..., classifier: Any = ..., held_out_features: Any = ..., held_out_labels: Any = ..., logits: Any = ..., terminal_accuracy: float = ..., nc1_collapsed: float = ..., nc2_collapsed: float = ..., nc2_unusual: float = ..., nc4_unusual: float = ...) -> NeuralCollapse: ...
 @overload
 def neural_collapse(features: Any, labels: Any, classifier: Any = None, held_out_features: Any = None, held_out_labels: Any = None, logits: Any = None, *, terminal_accuracy: float = ..., nc1_collapsed: float = ..., nc2_collapsed: float = ..., nc2_unusual: float = ..., nc4_unusual: float = ...) -> NeuralCollapse: ...
+@overload
+def one_batch(snapshot: Snapshot, /, *, trial: Any = ...) -> OneBatch: ...
+@overload
+def one_batch(trial: Any) -> OneBatch: ...
 @overload
 def opposing_signals(snapshot: Snapshot, /, *, hessian: Any = ..., losses_at: Any = ..., per_example_gradients: Any = ..., inputs: Any = ..., labels: Any = ..., loss_record: Any = ..., mode: str = ..., k: int = ..., window: int = ..., share_limit: float = ..., swap_limit: float = ..., describe: str = ..., seed: int = ...) -> OpposingSignals: ...
 @overload

@@ -52,6 +52,14 @@ class Kind(enum.Enum):
     DESCRIPTION = "description"  # judges nothing: only by name or with instruments="all"
 
 
+class BeforeTraining(enum.Enum):
+    """Whether a preflight, which trains on one batch again and again, asks a check."""
+
+    NEVER = "never"  # it judges what a whole training does: epochs, schedules, held-out data
+    ALWAYS = "always"
+    WITH_OPTIMIZER = "with optimizer"  # it judges the optimizer, so only where that is the user's
+
+
 @runtime_checkable
 class Measurable(Protocol):
     """What an instrument can be called on: a `Snapshot`, or anything that gives quantities by name."""
@@ -139,6 +147,7 @@ class Instrument:
     passes: Callable[[Mapping[str, Any]], float] | None = None
     kind: Kind = Kind.MEASUREMENT
     window: StepWindow | None = None
+    before_training: BeforeTraining = BeforeTraining.NEVER
 
     @property
     def name(self) -> str:
@@ -304,6 +313,7 @@ def instrument(
     passes: Callable[[Mapping[str, Any]], float] | None = None,
     kind: str | Kind = Kind.MEASUREMENT,
     window: StepWindow | None = None,
+    before_training: str | BeforeTraining = BeforeTraining.NEVER,
 ) -> Callable[[Callable[..., Result]], Instrument]:
     """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read.
 
@@ -312,11 +322,12 @@ def instrument(
 
     `kind` says when a watch runs it: "check" at scheduled steps whatever the budget, "measurement" as the budget
     allows, "description" only when it is asked for. `window`: consecutive steps that it wants recorded there.
+    `before_training`: whether a preflight asks it ("never", "always", "with optimizer").
 
     Raises InvalidInput where a positional parameter is not in the glossary, a keyword-only one has no
     default, the docstring is missing, the return annotation is no Result, or the kind is none of the three.
     """
-    when = _kind(kind)
+    when, before = _kind(kind), BeforeTraining(before_training)
 
     def declare(function: Callable[..., Result]) -> Instrument:
         hints = typing.get_type_hints(function)
@@ -327,9 +338,8 @@ def instrument(
             raise InvalidInput(f"{function.__name__} has no docstring; it becomes the help text and the report's.")
         needs, settings = _signature(function, hints)
         result.setting_defaults = {s.name: s.default for s in settings}
-        made = Instrument(
-            function, source, title or _title(function.__name__), needs, settings, result, passes, when, window
-        )
+        called = title or _title(function.__name__)
+        made = Instrument(function, source, called, needs, settings, result, passes, when, window, before)
         functools.update_wrapper(typing.cast(Any, made), function)  # name, docstring, module
         return made
 

@@ -38,6 +38,7 @@ ALLOWED["instruments"] = ALLOWED["connectivity"] | GROUND | {"connectivity", "re
 ALLOWED["run"] = {"errors", "display", "result", "checkpoints", "snapshot", "registry"}
 ALLOWED["watching"] = ALLOWED["instruments"] | {"instruments", "run"}
 ALLOWED["reporting"] = ALLOWED["run"] | {"run", "conversion"}
+ALLOWED["trial"] = ALLOWED["watching"] | {"watching"}
 ALLOWED["integrations"] = ALLOWED["watching"] | {"watching", "reporting"}
 # The top floor: the command line, the demo, and what helps authors of instruments and tests.
 TOP = {"__main__", "cli", "demo", "datasets", "testing", "__init__"}
@@ -52,6 +53,7 @@ PUBLIC = {
     "diag.watching.watcher",
     "diag.run.run",
     "diag.run.saved",
+    "diag.trial.preflight",
 }  # reached as names of `diag`
 
 

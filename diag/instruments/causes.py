@@ -147,6 +147,7 @@ class Cause(enum.StrEnum):
     ATTENTION_LOGITS_GROW = "attention_logits_grow", Theme.NETWORK, "Attention logits grow without bound."
     NORMALIZATION_MISSING = "normalization_missing", Theme.NETWORK, "A deep network without normalisation has signals that grow or shrink over depth."
     NORMALIZATION_STATISTICS_BAD = "normalization_statistics_bad", Theme.NETWORK, "Running statistics do not fit the data: train and eval mode disagree."
+    EXAMPLES_MIXED = "examples_mixed", Theme.NETWORK, "The answer to an example depends on the others of its batch: a reshape or an axis mixes them."
     MODE_COLLAPSE = "mode_collapse", Theme.NETWORK, "A generator or a policy gives the same output whatever its input."
 
     # Outcome
@@ -154,6 +155,7 @@ class Cause(enum.StrEnum):
     UNDERFITTING = "underfitting", Theme.OUTCOME, "The network does not even fit its training data: it is too small or too constrained."
     WORSE_THAN_TRIVIAL = "worse_than_trivial", Theme.OUTCOME, "The result is no better than predicting the class frequencies or the mean."
     INPUT_IGNORED = "input_ignored", Theme.OUTCOME, "Predictions are as good without the input as with it."
+    BATCH_NOT_LEARNED = "batch_not_learned", Theme.OUTCOME, "Not even one batch can be learned by heart; why is not known."
 
     # Numerics
     NOT_FINITE = "not_finite", Theme.NUMERICS, "A loss, gradient, weight or activation is NaN or infinite."

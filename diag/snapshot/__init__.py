@@ -24,5 +24,6 @@ __all__ = [
     "preserve",
     "snapshot",
     "state",
+    "trial",
     "validation",
 ]

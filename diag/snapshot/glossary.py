@@ -146,6 +146,7 @@ GLOSSARY: dict[str, Quantity] = {
             "measure inside diag.watch, or give history=",
         ),
         Quantity("loop", "snapshot.loop.facts", None, "object", Effort.NONE, "measure inside diag.watch"),
+        Quantity("trial", "snapshot.trial", None, "object", Effort.NONE, "call diag.preflight"),
     )
 }
 

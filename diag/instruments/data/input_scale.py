@@ -134,7 +134,7 @@ class InputScale(Result):
         ax.set(xlabel="all entries", ylabel="value")
 
 
-@instrument(source=SOURCE, title="Scale of the inputs", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Scale of the inputs", kind=Kind.CHECK, before_training="always")
 def input_scale(
     inputs: Any, *, large: float = LARGE, small: float = SMALL, ratio: float = RATIO, constant: float = CONSTANT
 ) -> InputScale:

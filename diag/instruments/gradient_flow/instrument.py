@@ -228,7 +228,7 @@ class GradientFlow(Result):
         series[-1][1].plot(ax)
 
 
-@instrument(source=SOURCE, title="Gradient flow")
+@instrument(source=SOURCE, title="Gradient flow", before_training="always")
 def gradient_flow(
     history: History,
     *,

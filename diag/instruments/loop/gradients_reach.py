@@ -22,7 +22,7 @@ class GradientsReach(LoopCheck):
     """Parameters to which no gradient comes, and layers frozen between trained ones."""
 
 
-@instrument(source=SOURCE, title="Gradients reach the parameters", kind="check")
+@instrument(source=SOURCE, title="Gradients reach the parameters", kind="check", before_training="always")
 def gradients_reach(loop: Loop) -> GradientsReach:
     """Whether backward() gives every trainable parameter of a stepping optimizer a gradient.
 

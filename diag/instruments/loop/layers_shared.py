@@ -17,7 +17,7 @@ class LayersShared(LoopCheck):
     """Layers that share their parameters, or no longer do."""
 
 
-@instrument(source=SOURCE, title="Shared and tied layers", kind="check")
+@instrument(source=SOURCE, title="Shared and tied layers", kind="check", before_training="always")
 def layers_shared(loop: Loop) -> LayersShared:
     """Whether layers share parameters as they are meant to.
 

@@ -26,7 +26,7 @@ class LossCall(LoopCheck):
     """A loss function that is called on the wrong kind of numbers or shapes."""
 
 
-@instrument(source=SOURCE, title="Call of the loss function", kind="check")
+@instrument(source=SOURCE, title="Call of the loss function", kind="check", before_training="always")
 def loss_call(loop: Loop) -> LossCall:
     """Whether the loss function gets what it expects: logits or log-probabilities, shapes that fit, whole targets.
 

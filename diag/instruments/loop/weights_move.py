@@ -26,7 +26,7 @@ class WeightsMove(LoopCheck):
     """Parameters that steps with a gradient and a learning rate do not change."""
 
 
-@instrument(source=SOURCE, title="Weights move", kind="check")
+@instrument(source=SOURCE, title="Weights move", kind="check", before_training="with optimizer")
 def weights_move(history: History, loop: Loop) -> WeightsMove:
     """Whether each step changes every parameter that has a gradient and a learning rate.
 

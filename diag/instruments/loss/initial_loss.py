@@ -74,7 +74,7 @@ class InitialLoss(Result):
         ax.set(xlabel="the run, and a network that knows nothing", ylabel="loss (nats)")
 
 
-@instrument(source=SOURCE, title="First loss", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="First loss", kind=Kind.CHECK, before_training="always")
 def initial_loss(
     history: History, logits: Tensor, labels: Tensor, losses: Tensor, *, times: float = TIMES
 ) -> InitialLoss:

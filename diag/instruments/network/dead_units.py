@@ -81,7 +81,7 @@ class DeadUnits(Result):
         ax.set(xlabel="rectifier, in the order of the forward pass", ylabel="dead units (%)", ylim=(0, 100))
 
 
-@instrument(source=SOURCE, title="Dead units", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Dead units", kind=Kind.CHECK, before_training="always")
 def dead_units(activations: Sequence[Activation], *, alarm_at: float = DEAD) -> DeadUnits:
     """Which rectified units are zero on every example, so that no gradient reaches them.
 

@@ -72,7 +72,7 @@ class FiniteForward(Result):
         ax.set(xlabel="the first layer with such values", ylabel="entries that are not finite")
 
 
-@instrument(source=SOURCE, title="Finite values", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Finite values", kind=Kind.CHECK, before_training="always")
 def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
     """Which module is the first to put out values that are infinite or not a number.
 

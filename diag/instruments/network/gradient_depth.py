@@ -77,7 +77,7 @@ class GradientDepth(Result):
         ax.set(xlabel="weight, in the model's order", ylabel="gradient per entry (root mean square)")
 
 
-@instrument(source=SOURCE, title="Gradients over the depth", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Gradients over the depth", kind=Kind.CHECK, before_training="always")
 def gradient_depth(history: History, *, factor: float = FACTOR) -> GradientDepth:
     """Whether gradients shrink or grow by orders of magnitude over the depth of the network.
 

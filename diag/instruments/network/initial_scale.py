@@ -90,7 +90,7 @@ class InitialScale(Result):
         ax.set(xlabel="layer, in the order of the forward pass", ylabel="size of its output over its input")
 
 
-@instrument(source=SOURCE, title="Initial scale", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Initial scale", kind=Kind.CHECK, before_training="always")
 def initial_scale(
     activations: Sequence[Activation], history: History | None = None, *, large: float = LARGE, small: float = SMALL
 ) -> InitialScale:

@@ -83,7 +83,7 @@ class OutputConstant(Result):
         ax.set(xlabel="what the network returns", ylabel="spread over its size", yscale="log")
 
 
-@instrument(source=SOURCE, title="Constant output", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Constant output", kind=Kind.CHECK, before_training="always")
 def output_constant(activations: Sequence[Activation], *, alarm_below: float = SPREAD) -> OutputConstant:
     """Whether what the network puts out depends on its input.
 

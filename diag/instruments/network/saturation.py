@@ -70,7 +70,7 @@ class Saturation(Result):
         ax.set(xlabel="function, in the order of the forward pass", ylabel="at the flat ends (%)", ylim=(0, 100))
 
 
-@instrument(source=SOURCE, title="Saturation", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Saturation", kind=Kind.CHECK, before_training="always")
 def saturation(activations: Sequence[Activation], *, alarm_at: float = SATURATED) -> Saturation:
     """How many units lie where their activation function is flat.
 

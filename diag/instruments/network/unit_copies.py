@@ -81,7 +81,7 @@ class UnitCopies(Result):
         ax.set(xlabel="layers", ylabel="number")
 
 
-@instrument(source=SOURCE, title="Copies of units", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Copies of units", kind=Kind.CHECK, before_training="always")
 def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
     """Whether the units of whole layers have the same weights.
 

@@ -99,7 +99,7 @@ class Divergence(Result):
         ax.set(xlabel="step", ylabel="loss")
 
 
-@instrument(source=SOURCE, title="Divergence", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Divergence", kind=Kind.CHECK, before_training="with optimizer")
 def divergence(history: History, *, times: float = TIMES) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 

@@ -173,7 +173,7 @@ class StepSize(Result):
         ax.set(xlabel="step", ylabel="step over weights")
 
 
-@instrument(source=SOURCE, title="Step size", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Step size", kind=Kind.CHECK, before_training="with optimizer")
 def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = TOO_LOW) -> StepSize:
     """How far each step moves the weights, as a share of their size, and what makes it too far or too little.
 

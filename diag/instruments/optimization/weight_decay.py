@@ -80,7 +80,7 @@ class WeightDecay(Result):
         ax.set(xlabel="step", ylabel="norm over the start's", ylim=(0, None))
 
 
-@instrument(source=SOURCE, title="Weight decay", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Weight decay", kind=Kind.CHECK, before_training="with optimizer")
 def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
     """Whether weight decay shrinks the weights faster than gradients rebuild them.
 

@@ -1,0 +1,2 @@
+"""Checks of a trial before training (`diag.preflight`): what became of one batch, and what the answers depend
+on."""

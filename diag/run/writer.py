@@ -58,6 +58,8 @@ class RunWriter:
         starts a new run where there is none. A step number continues after that step: what was recorded
         beyond it is superseded (training restarted from an older checkpoint).
 
+    rates_before: the first and the last learning rate of the run that is gone on with, empty where there is none.
+
     Raises RunError where another process writes to the folder, where the folder's run has other layers
     (naming the first difference) or cannot be read. A writer of the same process is closed and replaced.
     """
@@ -72,6 +74,7 @@ class RunWriter:
             )
         self.layers: dict[str, int] = {str(k): int(v) for k, v in metadata["layers"].items()}
         self.last_step = 0
+        self.rates_before: tuple[float, ...] = ()
         self._notes: set[str] = set()
         self._optimizer: Any = None
         self._dtype = row_dtype(row_columns(len(self.layers)))
@@ -122,7 +125,8 @@ class RunWriter:
         self._dtype = row_dtype(before["row"])
         rows, records = read_rows(self.path / STEPS, before["row"]), read_records(self.path / RECORDS)
         wrong += missing(self.path, before, rows, records)  # what could not be told any more, once it is written to
-        last_row = kept_rows(rows, records.all)["steps"][-1:].tolist()
+        kept = kept_rows(rows, records.all)
+        last_row = kept["steps"][-1:].tolist()
         self.last_step = max([0, *last_row, *(r["step"] for r in kept_records(records.all))])
         if resume is not True:
             if resume < 0 or resume > self.last_step:
@@ -131,6 +135,8 @@ class RunWriter:
                     "give one of these, or resume=True to go on after the last."
                 )
             self.last_step = int(resume)
+        rates = kept["learning_rate"][kept["steps"] <= self.last_step]
+        self.rates_before = tuple(rates[[0, -1]].tolist()) if len(rates) else ()
         changed = {k: v for k, v in jsonable(metadata).items() if before.get(k) != v}
         before["sessions"] = [*before.get("sessions", []), {"resumed": _now(), "after": self.last_step, **changed}]
         count = len(rows.all)

@@ -52,6 +52,7 @@ class TrainingListener(Guarded):
 
     def begin(self, models: tuple[nn.Module, ...]) -> None:
         """Listen to the calls of these, the bare model last, and to the process."""
+        self._loop.wrapped_by(models)
         self._hooks = ModelHooks(models, self.forward_called, self.evaluated, self.broke)
         HUB.add(self)
 
@@ -76,6 +77,8 @@ class TrainingListener(Guarded):
     def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> None:
         """The model was called with gradients on."""
         self._thread = threading.get_ident()
+        if module is not self._training.model and module is not None:
+            self._loop.wrapper_called(module)
         if self._losses.forward_called(args, kwargs, outputs, module):
             self.clock.start()
             self._steps.training_pass()

@@ -38,6 +38,7 @@ class Recorder:
     def __init__(self, path: Path | None, about: Mapping[str, Any], resume: bool | int) -> None:
         self._writer = None if path is None else RunWriter(path, about, resume)
         self.last_step = 0 if self._writer is None else self._writer.last_step
+        self.rates_before = () if self._writer is None else self._writer.rates_before
         self._dtype = row_dtype(row_columns(len(about["layers"]))) if self._writer is None else self._writer.dtype
         self._step = self.last_step
         self._noted: set[str] = set()

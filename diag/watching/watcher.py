@@ -136,7 +136,8 @@ class Watcher(Guarded):
         self._steps = StepObserver(
             parameters, self._losses, self._row_finished, self.clock.elapsed, note, share, self._step_broke
         )
-        self._loop, self._ending = LoopObserver(self.model, self._recorder.last_step), False
+        self._loop = LoopObserver(self.model, self._recorder.last_step, self._recorder.rates_before)
+        self._ending = False
         self._training = Training(
             self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history, self._loop
         )

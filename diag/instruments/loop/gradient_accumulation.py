@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import OptimizerFacts, Pattern
 
 THRICE = 3
+REPEATED = re.compile(r"(?:\(([A-Za-z]+)\)|([A-Za-z]))(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,21 +48,22 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     total = sum(p.count for p in loop.order if "S" in p.letters)
     means = [f for f in loop.losses if f.calls >= THRICE]
     undivided = bool(means) and all(f.root and f.factor == 1 and f.reduction == "mean" for f in means)
+    undivided |= loop.roots.looked >= THRICE and loop.roots.undivided == loop.roots.looked
     if steps >= THRICE - 1 and 2 * steps > total and undivided and len(loop.training) == 1:
         yield _summed(summed, steps)
 
 
 def micro_batches(pattern: Pattern) -> int:
-    """How many batches, each called, reduced and sent backward by itself, a step was made of."""
-    letters = pattern.letters
-    for middle in ("DFB", "FBD", "BDF"):
-        start = letters.find(f"({middle})")
-        if start >= 0:
-            number = letters[start + len(middle) + 2 :]
-            digits = number[: len(number) - len(number.lstrip("0123456789"))]
-            extra = letters[:start].endswith("DFB"[: len(letters[:start])]) and bool(letters[:start])
-            return int(digits) + int(extra and middle != "DFB")
-    return 1
+    """How many batches, each called, reduced and sent backward by itself, a step was made of; 1 where it was made
+    otherwise."""
+    letters = "".join(letter for letter in written_out(pattern.letters).partition("S")[0] if letter in "DFB")
+    number = letters.count("B")
+    return number if number and letters in ("DFB" * number, "FBD" * number, "BDF" * number) else 1
+
+
+def written_out(letters: str) -> str:
+    """An order without its brackets: "(DFB)2S" becomes "DFBDFBS"."""
+    return REPEATED.sub(lambda found: (found[1] or found[2]) * int(found[3]), letters)
 
 
 def _lost(o: OptimizerFacts) -> LoopFinding:

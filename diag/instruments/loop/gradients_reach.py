@@ -133,20 +133,22 @@ def _stopped(loop: Loop, held: set[str]) -> Iterator[LoopFinding]:
 
 
 def _frozen(loop: Loop) -> Iterator[LoopFinding]:
-    weights = [p for p in loop.parameters if p.name.endswith("weight") and len(p.shape) > 1]
+    """One layer, or few of many, that never trained and stand between trained layers of their kind."""
+    weights = [p for p in loop.parameters if p.name.endswith("weight")]
     frozen = [i for i, p in enumerate(weights) if not p.trainable and not p.since]
     trained = [i for i, p in enumerate(weights) if p.trainable and p.gradient]
-    if not frozen or not trained or len(frozen) > MOST_FROZEN * len(weights):
+    if not frozen or not trained or len(frozen) > max(MOST_FROZEN * len(weights), 1):
         return
     between = [weights[i] for i in frozen if trained[0] < i < trained[-1]]
     between = [p for p in between if any(len(weights[i].shape) == len(p.shape) for i in trained)]
     if between:
+        one = len({layer_of(p.name) for p in between}) == 1
         yield LoopFinding(
             Level.WARNING,
             Cause.PARAMETER_FROZEN,
-            f"{_layers(between)} have requires_grad=False and stand between trained layers, so they keep their "
-            "first values.",
-            "Set requires_grad_(True) on them, unless they are frozen on purpose.",
+            f"{_layers(between)} {'has' if one else 'have'} requires_grad=False and {'stands' if one else 'stand'} "
+            f"between trained layers, so {'it keeps its' if one else 'they keep their'} first values.",
+            "Set requires_grad_(True) there, unless that part is frozen on purpose.",
             "requires_grad of these parameters.",
             layers=tuple(p.name for p in between),
         )

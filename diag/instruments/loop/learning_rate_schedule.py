@@ -18,6 +18,8 @@ from diag.snapshot.loop.parts import SchedulerFacts
 NOTHING = 1e-6  # of the largest learning rate so far
 STILL, STILL_FALLING = 3, 10  # steps at a rate of exactly zero, and at one next to it
 TWICE, THRICE = 2, 3
+RARELY = 5  # steps of the optimizer for one of the scheduler
+HALF, NEAR, SAME = 0.5, 0.1, 1e-4
 EPOCHS, MANY = 2, 20  # epochs, or steps without any, that end without a step of the scheduler
 
 
@@ -32,7 +34,10 @@ def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule
 
     A scheduler that steps several times for one step of its optimizer runs too fast; one whose optimizer never
     steps changes nothing; a learning rate that has come down to zero while steps go on trains nothing. A rate of
-    zero at the very first step (warm-up) and at the last (a schedule that fits) are as they should be.
+    zero at the very first step (warm-up) and at the last (a schedule that fits) are as they should be. One that
+    steps once for many steps of the optimizer is too slow where training ends while the rate still rises, below
+    half of what it leads up to, or where it was made for as many steps as the optimizer took. A run that is gone
+    on with (resume=) starts its schedule over where the rate is again that of its first step and had changed since.
 
     Raises nothing of its own.
     """
@@ -50,6 +55,8 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
     yield from _elsewhere(loop)
     yield from _never(loop)
     yield from _first(loop)
+    yield from _too_slow(history, loop)
+    yield from _started_over(history, loop)
 
 
 def _too_fast(loop: Loop) -> Iterator[LoopFinding]:
@@ -169,3 +176,51 @@ def _first(loop: Loop) -> Iterator[LoopFinding]:
                 "A step of the optimizer before the first of the scheduler.",
                 step=1,
             )
+
+
+def _too_slow(history: History, loop: Loop) -> Iterator[LoopFinding]:
+    """At the end of a training in which the scheduler stepped once for many steps of the optimizer."""
+    if not loop.ended or loop.resumed:
+        return
+    rates = history.learning_rate[numpy.isfinite(history.learning_rate)]
+    for s in loop.schedulers:
+        steps = loop.optimizers[s.optimizer].steps if s.optimizer >= 0 else 0
+        if not 1 <= s.steps * RARELY <= steps:
+            continue
+        rising = len(rates) > 1 and bool((numpy.diff(rates) >= 0).all()) and rates[-1] > rates[0]
+        if rising and rates[-1] <= HALF * s.peak:
+            how = (
+                f"the learning rate was still rising when training ended, at {rates[-1]:.2g} of the "
+                f"{s.peak:.2g} that it leads up to"
+            )
+        elif abs(s.horizon - steps) <= NEAR * steps:
+            how = f"it was made for {counted(s.horizon, 'step')}, about as many as the optimizer took"
+        else:
+            continue
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.SCHEDULE_TOO_SLOW,
+            f"The scheduler ({s.kind}) stepped {s.steps:,} times in {counted(steps, 'step')} of the optimizer, and "
+            f"{how}.",
+            "Call scheduler.step() after each step of the optimizer, or count the schedule in epochs.",
+            "Settings of the schedule that are meant in epochs, for a longer training than this.",
+        )
+
+
+def _started_over(history: History, loop: Loop) -> Iterator[LoopFinding]:
+    """The first rate of what goes on is that of the very first step, and the schedule had moved on from it."""
+    after = history.learning_rate[(history.steps > loop.resumed) & numpy.isfinite(history.learning_rate)]
+    if not loop.resumed or len(loop.rates_before) != TWICE or not len(after):
+        return
+    first, last = loop.rates_before
+    moved = abs(last - first) > NEAR * max(abs(first), abs(last))
+    if moved and abs(after[0] - first) <= SAME * abs(first):
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.SCHEDULE_JUMPED,
+            f"The schedule started over where training was resumed: the learning rate went from {last:.2g} at step "
+            f"{loop.resumed:,} back to {first:.2g}, that of the first step.",
+            "Save and load scheduler.state_dict() with the model's and the optimizer's.",
+            "A schedule that is meant to begin again there.",
+            step=loop.resumed + 1,
+        )

@@ -27,7 +27,7 @@ def module_modes(loop: Loop) -> ModuleModes:
     A training call is one that a backward pass comes of; an evaluation is a loss without gradients, or several
     calls of the model without them. Modules in frozen parts may be in eval mode, and so may batch norms alone that
     have statistics from before (fine-tuning). A single call without gradients and without a loss (samples of a
-    generator, an agent that acts) is no evaluation.
+    generator, an agent that acts) is no evaluation, but for one on the inputs of the training call just made.
 
     Raises nothing of its own.
     """
@@ -46,6 +46,9 @@ def _findings(m: ModeFacts) -> Iterator[LoopFinding]:
         yield _evaluation(m, Level.ALARM, m.with_loss.first, "a loss was computed")
     elif m.train_in_evaluation.times >= TWICE:
         yield _evaluation(m, Level.WARNING, m.train_in_evaluation.first, "the model was called several times")
+    elif m.same_inputs.times >= TWICE:
+        how = "the model was called again on what it had just been trained on,"
+        yield _evaluation(m, Level.WARNING, m.same_inputs.first, how)
 
 
 def _training(m: ModeFacts) -> LoopFinding | None:

@@ -22,8 +22,10 @@ from diag.snapshot.loop.parts import (
     OutsideChange,
     ParameterFacts,
     Pattern,
+    RootFacts,
     ScalingFacts,
     SchedulerFacts,
+    WrapperFacts,
 )
 from diag.snapshot.snapshot import Snapshot
 
@@ -35,11 +37,13 @@ class Loop:
     calls: of the model in training; backwards: backward passes that reached the model; unstepped: those since the
     last step of an optimizer that holds its parameters, and zeroed_without_step how many of them were zeroed away.
     strangers: the shapes of parameters that the model uses and does not know, and no optimizer holds.
-    ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not."""
+    ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not; rates_before: the
+    first and the last learning rate of what came before."""
 
     step: int
     ended: bool = False
     resumed: int = 0
+    rates_before: tuple[float, ...] = ()
     calls: int = 0
     backwards: int = 0
     unstepped: int = 0
@@ -53,6 +57,8 @@ class Loop:
     chance: ChanceFacts = field(default_factory=ChanceFacts)
     batches: BatchFacts = field(default_factory=BatchFacts)
     losses: tuple[LossFacts, ...] = ()
+    roots: RootFacts = field(default_factory=RootFacts)
+    wrapper: WrapperFacts = field(default_factory=WrapperFacts)
     scaling: ScalingFacts = field(default_factory=ScalingFacts)
     clipping: ClippingFacts = field(default_factory=ClippingFacts)
     outside: tuple[OutsideChange, ...] = ()

@@ -5,6 +5,7 @@ model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,8 +118,9 @@ class ParameterFacts:
 class SchedulerFacts:
     """One learning-rate scheduler: its class, its steps, and the optimizer that it changes (an index into
     `Loop.optimizers`). horizon: after how many of its steps it has run its course, 0 where it has no end.
-    before_optimizer: its first step came before any of the optimizer's. per_step: how often it stepped at the last
-    step of the optimizer; repeated: steps at which it stepped more than once."""
+    before_optimizer: its first step came before any of the optimizer's. repeated: steps at which it stepped more
+    than once; per_micro_batch: those at which it stepped with each backward pass. peak: the learning rate that its
+    settings lead up to (the optimizer's own, or max_lr), NaN where that is not on the host."""
 
     kind: str
     optimizer: int
@@ -129,6 +131,7 @@ class SchedulerFacts:
     before_optimizer: bool = False
     repeated: Tally = Tally()
     per_micro_batch: Tally = Tally()
+    peak: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,9 @@ class ModeFacts:
     calls' steps; the same from the start, or since an evaluation (`left_by_evaluation`, the step). root: the model
     itself was in eval mode. Of eval_in_training: trained_parts, those in a part with trainable parameters; norms,
     the batch norms; untracked, the batch norms that have never seen a batch. evaluations: runs of calls without
-    gradients; train_in_evaluation: those with noisy modules in train mode, and with_loss of them followed by a loss
-    without gradients."""
+    gradients; train_in_evaluation: those with noisy modules in train mode, with_loss: of them followed by a loss
+    without gradients, same_inputs: single calls on the very tensor of the training call before, after its backward
+    pass."""
 
     noisy: tuple[str, ...] = ()
     eval_in_training: tuple[str, ...] = ()
@@ -153,6 +157,7 @@ class ModeFacts:
     evaluations: int = 0
     train_in_evaluation: Tally = Tally()
     with_loss: Tally = Tally()
+    same_inputs: Tally = Tally()
     moving_statistics: bool = False
 
 
@@ -219,6 +224,25 @@ class LossFacts:
     constant: int = 0
     weighted: bool = False
     label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class RootFacts:
+    """What backward() was called on: of `looked` that could be read from their graphs, `undivided` had a term that
+    is a mean over the batch with the factor one, so that the whole was not divided."""
+
+    looked: int = 0
+    undivided: int = 0
+
+
+@dataclass(frozen=True)
+class WrapperFacts:
+    """The data-parallel wrapper that the model is in: its class, "" for none; its calls in training, and the
+    processes that train together."""
+
+    kind: str = ""
+    calls: int = 0
+    processes: int = 1
 
 
 @dataclass(frozen=True)

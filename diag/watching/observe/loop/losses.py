@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from diag.snapshot.autograd_graph import first_arguments, kind_of, parents_of, signed
 from diag.snapshot.loop.parts import LossFacts
 from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.roots import undivided
 
 KINDS = 16  # kinds of calls that are told apart
 CHECKED = 3  # calls whose numbers are looked at
+ROOTS = 8
 ROWS = 64
 WALK = 24
 # These neither change the numbers nor their order within a row.
@@ -63,6 +65,23 @@ class LossKind:
     constant: int = 0
 
 
+@dataclass
+class Roots:
+    """What backward() was called on, looked at a few times."""
+
+    calls: int = 0
+    looked: int = 0
+    undivided: int = 0
+
+    def look(self, root: Tensor) -> None:
+        """Is it the mean over the batch, or a fraction of it?"""
+        self.calls += 1
+        if self.calls <= ROOTS or due(self.calls):
+            whole = undivided(root)
+            self.looked += whole is not None
+            self.undivided += whole is True
+
+
 class Losses:
     """Follows the loss functions that training calls."""
 
@@ -71,6 +90,7 @@ class Losses:
         self.kinds: dict[Any, LossKind] = {}
         self._last: tuple[int, LossKind] | None = None
         self._scaled: dict[int, Tensor] = {}
+        self.roots = Roots()
         self._away: list[tuple[LossKind, str, Tensor]] = []
         self._padding = next(
             (m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None),
@@ -159,6 +179,7 @@ class Losses:
             return
         unscaled = scaled.get(root.grad_fn._sequence_nr())
         root = root if unscaled is None or unscaled.grad_fn is None else unscaled
+        self.roots.look(root)
         if self._last is None:
             self._own(root)
             return

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+import weakref
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import ModeFacts
 from diag.watching.observe.loop.moment import Counter, Moment
 
@@ -30,12 +35,16 @@ class Modes:
         self._evaluated_since = True
         self._train_in_evaluation, self._with_loss = Counter(), Counter()
         self._noisy_call = False
+        self._inputs: Any = None  # of the last training call, while somebody else holds them
+        self._descended = False
+        self._same_inputs = Counter()
 
     # Training calls
 
-    def training_call(self) -> None:
+    def training_call(self, args: Any = (), kwargs: Any = MappingProxyType({})) -> None:
         """The model was called in training; the call counts once a backward pass comes of it."""
-        self._quiet_calls, self._noisy_call = 0, False
+        self._quiet_calls, self._noisy_call, self._descended = 0, False, False
+        self._inputs = _reference(args, kwargs)
         if not self._named:
             return
         if self._evaluated_since or self._eval_steps.running or self._calls_all():
@@ -52,6 +61,7 @@ class Modes:
 
     def backward(self) -> None:
         """A backward pass reached the model: what was seen at its call was training."""
+        self._descended = True
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -78,15 +88,22 @@ class Modes:
 
     # Calls without gradients
 
-    def quiet_call(self) -> None:
+    def quiet_call(self, args: Any = (), kwargs: Any = MappingProxyType({})) -> None:
         """The model was called without gradients."""
         self._evaluated_since = True
         self._quiet_calls += 1
         self._noisy_call = bool(self._named) and self._model.training and any(m.training for _, m in self._named)
+        if self._noisy_call and self._quiet_calls == 1 and self._descended and self._is_same(args, kwargs):
+            # Nothing is learned of a batch after its backward pass: this asks how well it is answered.
+            self._hit(self._same_inputs, "train mode, same inputs")
         if self._quiet_calls == RUN:
             self._evaluations += 1
             if self._noisy_call:
                 self._hit(self._train_in_evaluation, "train mode in evaluation")
+
+    def _is_same(self, args: Any, kwargs: Any) -> bool:
+        now = first_tensor(args, kwargs)
+        return now is not None and self._inputs is not None and self._inputs() is now
 
     def quiet_loss(self) -> None:
         """A loss without gradients was computed."""
@@ -121,8 +138,19 @@ class Modes:
             evaluations=self._evaluations,
             train_in_evaluation=self._train_in_evaluation.tally(),
             with_loss=self._with_loss.tally(),
+            same_inputs=self._same_inputs.tally(),
             moving_statistics=any(isinstance(m, _BatchNorm) and m.track_running_stats for _, m in self._named),
         )
+
+
+def first_tensor(args: Any, kwargs: Any) -> Tensor | None:
+    """The first tensor that the model is given."""
+    return next((t for t in tensors_in((args, dict(kwargs)))), None)
+
+
+def _reference(args: Any, kwargs: Any) -> Any:
+    tensor = first_tensor(args, kwargs)
+    return None if tensor is None else weakref.ref(tensor)
 
 
 def is_noisy(module: nn.Module) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import RootFacts, WrapperFacts
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.layers import Layers
@@ -27,15 +29,23 @@ from diag.watching.observe.loop.zeroing import Gradients
 
 SEARCHED_AT = 3  # steps after which schedulers are searched that never stepped
 AFTERWARDS = 4  # steps after an evaluation that are looked at closely
+DATA_PARALLEL = "DistributedDataParallel"
 UNSTEPPED = (5, 50)  # backward passes without any step that are news
 
 
-class LoopObserver:
-    """Follows one model's training loop. `resumed`: the last step of the run that is gone on with, else 0."""
+def processes() -> int:
+    """How many processes train together."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
 
-    def __init__(self, model: nn.Module, resumed: int = 0) -> None:
+
+class LoopObserver:
+    """Follows one model's training loop. `resumed`: the last step of the run that is gone on with, else 0;
+    `rates`: the first and the last learning rate of that run."""
+
+    def __init__(self, model: nn.Module, resumed: int = 0, rates: tuple[float, ...] = ()) -> None:
         self.moment = Moment(resumed)
-        self._resumed = resumed
+        self._resumed, self._rates = resumed, rates
         self._order = Order(self.moment)
         self._parameters = Parameters(model, self.moment)
         trained = list(model.parameters())
@@ -52,6 +62,7 @@ class LoopObserver:
         self._layers = Layers(model, self.moment)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
+        self._wrapper, self._wrapped = "", 0
 
     @property
     def changed(self) -> bool:
@@ -92,9 +103,17 @@ class LoopObserver:
         self._optimizers.forward_called()
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._optimizers.adversarial = True
-        self._modes.training_call()
+        self._modes.training_call(args, kwargs)
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
+
+    def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
+        """The watch was given these, the bare model last."""
+        self._wrapper = next((type(m).__name__ for m in models if type(m).__name__ == DATA_PARALLEL), "")
+
+    def wrapper_called(self, module: Any) -> None:
+        """A wrapper of the model was called in training."""
+        self._wrapped += type(module).__name__ == DATA_PARALLEL
 
     def seeded(self, seed: Any) -> None:
         """torch.manual_seed was called."""
@@ -105,7 +124,7 @@ class LoopObserver:
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._order.add("E")
-        self._modes.quiet_call()
+        self._modes.quiet_call(args, kwargs)
         self._chance.evaluated(args, kwargs)
         self._batches.fetched = False
         self._weights.evaluated()
@@ -254,6 +273,7 @@ class LoopObserver:
             step=self.moment.step - 1,
             ended=ended,
             resumed=self._resumed,
+            rates_before=self._rates,
             calls=self._calls,
             backwards=self._backwards,
             unstepped=self._unstepped,
@@ -267,6 +287,8 @@ class LoopObserver:
             chance=self._chance.facts(),
             batches=self._batches.facts(),
             losses=self._losses.facts(),
+            wrapper=WrapperFacts(self._wrapper, self._wrapped, processes()),
+            roots=RootFacts(self._losses.roots.looked, self._losses.roots.undivided),
             scaling=self._scaling.facts(),
             clipping=self._clipping.facts(),
             outside=outside,

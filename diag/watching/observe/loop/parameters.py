@@ -110,10 +110,9 @@ class Parameters:
             self._closer = CloseLook(self._model, owners)
 
     def evaluated(self) -> None:
-        """A call without gradients was made: what was followed in it does not count."""
+        """A call without gradients was made: what ran in it does not count."""
         if self._closer is not None:
-            self._closer.remove()
-            self._closer = None
+            self._closer.called.clear()
 
     def called(self) -> None:
         """A training call was made."""

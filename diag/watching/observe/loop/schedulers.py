@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from typing import Any
 
@@ -23,7 +24,7 @@ class Schedule:
     def __init__(self, scheduler: Any) -> None:
         self.reference = weakref.ref(scheduler)
         self.kind = type(scheduler).__name__
-        self.horizon = horizon_of(scheduler)
+        self.horizon, self.peak = horizon_of(scheduler), peak_of(scheduler)
         self.steps = self.first_step = self.last_step = 0
         self.before_optimizer = False
         self.repeated, self.per_micro_batch = Counter(), Counter()
@@ -120,6 +121,7 @@ class Schedulers:
             before_optimizer=s.before_optimizer,
             repeated=s.repeated.tally(),
             per_micro_batch=s.per_micro_batch.tally(),
+            peak=s.peak,
         )
 
 
@@ -129,6 +131,14 @@ def isinstance_of_scheduler(kind: type) -> bool:
         return issubclass(kind, LRScheduler)
     except TypeError:
         return False
+
+
+def peak_of(scheduler: Any) -> float:
+    """The learning rate that the scheduler leads up to in the first parameter group: max_lr where the group has one
+    (OneCycleLR, CyclicLR), else the one that the optimizer was made with; NaN where that is not on the host."""
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None) or [{}]
+    rates = [r for r in (groups[0].get("max_lr"), groups[0].get("initial_lr")) if isinstance(r, (int, float))]
+    return max(map(float, rates), default=math.nan)
 
 
 def horizon_of(scheduler: Any) -> int:

@@ -17,7 +17,8 @@ from diag.result import Verdict as Verdict
 from diag.watching.watcher import Watcher as Watcher
 from diag.connectivity.connection import align as align
 from diag.reporting import compare as compare
-from diag.connectivity.connection import connect as connect
+from diag.connectivity.connection_map import connect as connect
+from diag.connectivity.connection_map import fork_stability as fork_stability
 from diag.registry import instrument as instrument
 from diag.run.saved import load as load
 from diag.registry import measure as measure

@@ -11,6 +11,7 @@ the entry point group `diag.instruments`. No line of the core names one.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import functools
 import importlib
@@ -288,9 +289,12 @@ class Instrument:
         known = [n.name for n in self.needs]
         for name in given:
             if name not in known:
+                settings = [s.name for s in self.settings]
+                near = difflib.get_close_matches(name, [*known, *settings], n=1)
+                meant = f"did you mean {near[0]}? " if near else ""
                 raise InvalidInput(
-                    f"{self.name} has no setting or quantity {name!r}; its quantities are {', '.join(known)} and "
-                    f"its settings {', '.join(s.name for s in self.settings) or 'none'}."
+                    f"{self.name} has no setting or quantity {name!r}; {meant}its quantities are "
+                    f"{', '.join(known)} and its settings {', '.join(settings) or 'none'}."
                 )
 
     def __repr__(self) -> str:
@@ -409,8 +413,6 @@ def _load(entry: importlib.metadata.EntryPoint) -> list[Instrument]:
 
 def find(name: str) -> Instrument:
     """The instrument called `name`; raises InvalidInput with the nearest names where there is none."""
-    import difflib
-
     known = instruments()
     if name in known:
         return known[name]

@@ -96,7 +96,7 @@ def connect_command(
     A barrier is in the share of wrong answers where the targets are classes, else in the loss. The default
     threshold of 2 % is Frankle et al. 2020's (arXiv:1912.05671).
     """
-    from diag.connectivity.connection_map import connection_map
+    from diag.connectivity.connection_map import connect
 
     if len(checkpoints) < 2:
         raise click.UsageError(f"There is {len(checkpoints)} checkpoint; give at least two.")
@@ -105,7 +105,7 @@ def connect_command(
             f"{output} ends in {output.suffix or 'nothing'}; expected .png, .svg, .pdf or .json."
         )
     snapshot, states = _snapshot_and_states(checkpoints, build, max_examples, key)
-    found = connection_map(snapshot, states, points=points, align=None if by == "none" else by, threshold=threshold)
+    found = connect(snapshot, states, points=points, align=None if by == "none" else by, threshold=threshold)
     if output is not None:
         _draw(found, output)
     if as_json:

@@ -27,9 +27,9 @@ from diag.snapshot.snapshot import Snapshot
 ALIGN = ("weights", "activations")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Connection:
-    """What `connect` found; parts that were not asked for are None or empty.
+    """What `measure_connection` found; parts that were not asked for are None or empty.
 
     line, held_out: the networks as they are. aligned, aligned_held_out: after alignment. repaired: the aligned
     (else plain) line with REPAIR. curve: along the Bezier curve to the aligned (else plain) state.
@@ -52,9 +52,13 @@ class Connection:
     variance_ratios: dict[str, float] = field(default_factory=dict)
     layers: dict[str, LayerBarrier] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<Connection: {self.sentence()}>"
+
     def sentence(self) -> str:
-        """What alignment did, in one sentence. Only where the networks were aligned."""
-        assert self.aligned is not None and self.alignment is not None
+        """The barrier and what alignment did to it, in one sentence."""
+        if self.aligned is None or self.alignment is None:
+            return f"The barrier of the loss on the straight line is {self.line.barrier:.3g}."
         errors = self.line.error_barrier, self.aligned.error_barrier
         known = not any(map(math.isnan, errors))
         before, after = errors if known else (self.line.barrier, self.aligned.barrier)
@@ -67,7 +71,7 @@ class Connection:
         )
 
 
-def connect(
+def measure_connection(
     path: Interpolation,
     end: NetworkState,
     *,
@@ -122,15 +126,17 @@ def _on_both_sets(
 
 
 def align(snapshot: Snapshot, other: Any, *, by: str = "weights", points: int = 11) -> Connection:
-    """The units of `other` (a state dict, a module or a Snapshot) moved to where the like units of the snapshot's
-    network are: `aligned_state`, with the line between the two before and after, on `points` points.
+    """The units of `other` moved to where the like units of the snapshot's network are.
 
-    by: "weights" or "activations". Raises InvalidInput where `other` does not fit, Unsupported as `connect` does.
+    other: a state dict, a module, a Snapshot or a checkpoint's path. What comes back has `aligned_state`, and the
+    line between the two before and after, on `points` points.
+    by: "weights" or "activations". Raises InvalidInput where `other` does not fit, Unsupported where the
+    model has no group of units to align, or alignment would change its function.
     """
     if by not in ALIGN:
         raise InvalidInput(f"by is {by!r}; expected {' or '.join(map(repr, ALIGN))}.")
     path = Interpolation(snapshot)
-    return connect(path, path.fit(other), align=by, points=points)
+    return measure_connection(path, path.fit(other), align=by, points=points)
 
 
 def aligned_end(path: Interpolation, end: NetworkState, method: str, orders: int | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +14,14 @@ from numpy.typing import NDArray
 from diag.connectivity.connection import aligned_end
 from diag.connectivity.interpolation import Interpolation
 from diag.connectivity.interpolation_layers import first_stable_step
-from diag.errors import InvalidInput
+from diag.errors import CheckpointError, InvalidInput
 from diag.snapshot.snapshot import Snapshot
 
 if TYPE_CHECKING:
     import networkx
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConnectionMap:
     """Barriers between N networks; arrays (N, N), symmetric, with zeros on the diagonal.
 
@@ -35,6 +36,9 @@ class ConnectionMap:
     error_standard_errors: NDArray[numpy.float64]
     threshold: float
     align: str
+
+    def __repr__(self) -> str:
+        return f"<ConnectionMap: {self.sentence()}>"
 
     @property
     def barriers(self) -> NDArray[numpy.float64]:
@@ -127,9 +131,9 @@ def _plain(values: NDArray[numpy.float64]) -> list[list[float | None]]:
     return [[float(x) if numpy.isfinite(x) else None for x in row] for row in values]
 
 
-def connection_map(
+def connect(
     snapshot: Snapshot,
-    states: Mapping[str, Any],
+    states: Mapping[str, Any] | Sequence[Any],
     *,
     points: int = 11,
     align: str | None = None,
@@ -137,16 +141,20 @@ def connection_map(
     threshold: float = 0.02,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> ConnectionMap:
-    """The barriers between every two of `states` (state dicts by name) on the snapshot's data.
+    """The barriers between every two of `states` on the snapshot's data, and who is connected with whom.
 
-    With `align` the later of the two is aligned to the earlier first. Costs N (N-1) / 2 profiles of `points`
-    passes. Raises InvalidInput for fewer than 2 states, or where one does not fit, naming the first difference.
+    states: state dicts, modules, Snapshots or paths of checkpoints, by name or one after another. With `align` the
+    later of two is aligned to the earlier first. Costs N (N-1) / 2 profiles of `points` passes.
+
+    Raises InvalidInput for fewer than 2 states, or where one does not fit, naming the first difference, and
+    CheckpointError where a file cannot be read or does not fit.
     """
     if len(states) < 2:
         raise InvalidInput(f"There are {len(states)} networks; expected at least 2 to compare.")
     path = Interpolation(snapshot)
-    names = tuple(states)
-    fitted = [_named(path, name, state) for name, state in states.items()]
+    named = states if isinstance(states, Mapping) else _with_names(states)
+    names = tuple(named)
+    fitted = [_named(path, name, state) for name, state in named.items()]
     loss, error, spread = (numpy.zeros((len(names), len(names))) for _ in range(3))
     pairs: Sequence[tuple[int, int]] = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     for done, (i, j) in enumerate(pairs):
@@ -164,8 +172,14 @@ def connection_map(
 def _named(path: Interpolation, name: str, state: Any) -> dict[str, Any]:
     try:
         return path.fit(state)
-    except InvalidInput as error:
-        raise InvalidInput(f"{name}: {error}") from None
+    except (InvalidInput, CheckpointError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _with_names(states: Sequence[Any]) -> dict[str, Any]:
+    """Paths by themselves, other states by their place."""
+    known = [str(s) if isinstance(s, (str, os.PathLike)) else f"network {i}" for i, s in enumerate(states, 1)]
+    return dict(zip(known, states, strict=True))
 
 
 @dataclass(frozen=True)
@@ -191,9 +205,9 @@ def fork_stability(
 ) -> ForkStability:
     """The step from which forks of one run stay connected (Frankle et al. 2020, arXiv:1912.05671, figure 3).
 
-    forks: step -> the end states of two runs that continued from it with different noise. Measured on the
-    snapshot's held-out data where it has such data, else on its data; 30 points as in the paper. Raises
-    InvalidInput where a state does not fit.
+    forks: step -> the end states (as `connect` takes them) of two runs that continued from it with different noise.
+    Measured on the snapshot's held-out data where it has such data, else on its data; 30 points as in the paper.
+    Raises InvalidInput or CheckpointError where a state does not fit.
     """
     path = Interpolation(snapshot)
     steps = sorted(forks)

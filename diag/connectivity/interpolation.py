@@ -10,6 +10,7 @@ Sources: Entezari et al. 2022 (arXiv:2110.06296, eq. 1) for the barrier; Frankle
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.checkpoints import load_into, load_state
 from diag.connectivity.example_scores import Scores, score_examples
 from diag.connectivity.fit import check_states_fit
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
@@ -75,14 +77,20 @@ class Interpolation:
         return self.snapshot.quantity("symmetries")
 
     def fit(self, other: Any) -> dict[str, Tensor]:
-        """`other` (a state dict, a module or a Snapshot) as a state that paths can lead to.
+        """`other` (a state dict, a module, a Snapshot or a checkpoint's path) as a state that paths can lead to.
 
-        Raises InvalidInput, in one sentence with the first difference, where it is not of this network.
+        Raises InvalidInput, in one sentence with the first difference, where it is not of this network, and
+        CheckpointError where a file cannot be read or does not fit.
         """
         self.snapshot.refuse_a_later_moment()  # the start is the model itself, not a copy of it
-        state = state_of(other)
+        state = self._read(other) if isinstance(other, (str, os.PathLike)) else state_of(other)
         check_states_fit(_without_ties(self.snapshot.model), state, names=("the model", "other"))
         return {n: state[n].detach().to(t.device, t.dtype) for n, t in self.start.items()}
+
+    def _read(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+        model = copy.deepcopy(self.snapshot.model)
+        load_into(model, load_state(os.fspath(path)))
+        return state_of(model)
 
     def profile(
         self,

@@ -18,7 +18,7 @@ import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diag.connectivity.connection import ALIGN, Connection, connect
+from diag.connectivity.connection import ALIGN, Connection, measure_connection
 from diag.connectivity.interpolation import Interpolation
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
@@ -242,7 +242,7 @@ def mode_connectivity(
         raise InvalidInput(f"align is {align!r}; expected None, {' or '.join(map(repr, ALIGN))}.")
     if path not in ("line", "bezier"):
         raise InvalidInput(f"path is {path!r}; expected 'line' or 'bezier'.")
-    found = connect(
+    found = measure_connection(
         interpolation,
         interpolation.fit(other),
         points=points,

@@ -12,9 +12,9 @@ from torch import nn
 
 import diag
 from diag.cli import main
-from diag.connectivity.connection_map import connection_map, fork_stability
+from diag.connectivity.connection_map import connect, fork_stability
 from diag.connectivity.symmetries import find_symmetries
-from diag.errors import InvalidInput
+from diag.errors import CheckpointError, InvalidInput
 
 BUILD = """
 import torch
@@ -103,7 +103,7 @@ def test_the_matrix_is_that_of_the_instrument_and_the_tree_is_minimal():
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     data = (x, (x[:, 0] > 0).long())
     snapshot = diag.Snapshot(models[0], F.cross_entropy, data)
-    found = connection_map(snapshot, {f"m{i}": m.state_dict() for i, m in enumerate(models)}, points=5)
+    found = connect(snapshot, {f"m{i}": m.state_dict() for i, m in enumerate(models)}, points=5)
     for i in range(4):
         for j in range(4):
             pair = diag.Snapshot(models[i], F.cross_entropy, data, other=models[j])
@@ -115,9 +115,9 @@ def test_the_matrix_is_that_of_the_instrument_and_the_tree_is_minimal():
     least = sum(w - 1e-9 for *_, w in networkx.minimum_spanning_tree(full).edges(data="weight"))
     assert sum(b for *_, b in found.spanning_tree.edges(data="barrier")) == pytest.approx(least, abs=1e-9)
     with pytest.raises(InvalidInput, match="There are 1 networks; expected at least 2"):
-        connection_map(snapshot, {"a": models[0].state_dict()})
+        connect(snapshot, {"a": models[0].state_dict()})
     with pytest.raises(InvalidInput, match=r"^b: The two checkpoints do not fit: '0.weight'"):
-        connection_map(snapshot, {"a": models[0].state_dict(), "b": nn.Linear(3, 2).state_dict()})
+        connect(snapshot, {"a": models[0].state_dict(), "b": nn.Linear(3, 2).state_dict()})
 
 
 def test_forks_that_stay_connected_from_a_step_on(folder):
@@ -137,3 +137,25 @@ def test_forks_that_stay_connected_from_a_step_on(folder):
     assert diag.mode_connectivity(other, refine=0).held_out_error_instability == pytest.approx(
         found.instabilities[0]
     )
+
+
+def test_align_connect_and_forks_take_what_the_command_line_takes(folder):
+    """Paths of checkpoints give what their state dicts give, and one sentence where they do not fit."""
+    space = {}
+    exec(BUILD, space)
+    model, loss, data = space["build"]()
+    paths = [folder / f"{n}.pt" for n in ("a", "near", "moved")]
+    states = [torch.load(path, weights_only=True) for path in paths]
+    model.load_state_dict(states[0])
+    snapshot = diag.Snapshot(model, loss, data)
+    of_paths, of_states = diag.connect(snapshot, paths, points=5), diag.connect(snapshot, states, points=5)
+    assert of_paths.names == tuple(map(str, paths)) and of_states.names == ("network 1", "network 2", "network 3")
+    assert numpy.array_equal(of_paths.barriers, of_states.barriers)
+    assert repr(of_paths) == f"<ConnectionMap: {of_paths.sentence()}>"
+    found = diag.align(snapshot, paths[2])
+    assert found.aligned.barrier == diag.align(snapshot, states[2]).aligned.barrier
+    assert repr(found) == f"<Connection: {found.sentence()}>"
+    assert diag.fork_stability(snapshot, {0: tuple(paths[:2])}, points=5).steps == (0,)
+    torch.save(nn.Linear(3, 2).state_dict(), folder / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other.pt: "):
+        diag.connect(snapshot, [paths[0], folder / "other.pt"])

@@ -63,15 +63,20 @@ def stories(findings: Iterable[F]) -> list[Story[F]]:
 
 
 def _root(finding: F, told: Sequence[F]) -> F:
-    seen = [finding]
-    while True:
-        cause = next((g for g in told if explains(g, seen[-1])), None)
-        if cause is None:
-            return seen[-1]
-        if any(cause is s for s in seen):  # they explain each other
-            circle = seen[next(i for i, s in enumerate(seen) if s is cause) :]
-            return min(circle, key=_order)
-        seen.append(cause)
+    """What it follows from in the end. Of findings that explain each other, and that nothing else explains, the
+    first in order."""
+    before = {id(f): _before(f, told) for f in _before(finding, told)}
+    own = {key: {id(g) for g in all_of} for key, all_of in before.items()}
+    ends = [f for f in before[id(finding)] if all(id(f) in own[id(g)] for g in before[id(f)])]
+    return min(ends, key=_order)
+
+
+def _before(finding: F, told: Sequence[F]) -> list[F]:
+    """The finding and all that it can follow from, at any remove."""
+    found = [finding]
+    for f in found:  # grows while it is gone through
+        found += [g for g in told if explains(g, f) and not any(g is known for known in found)]
+    return found
 
 
 def explains(cause: Told, finding: Told) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from diag.instruments.causes import Cause
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -38,6 +38,7 @@ class LoopFinding:
 class LoopCheck(Result):
     """The findings of one check on the loop, the worst first."""
 
+    cites: ClassVar[str] = SOURCE
     num_steps: int = measured("steps that the facts are of")
     num_findings: int = measured("things found wrong")
     found: tuple[Mapping[str, Any], ...] = measured("what was found wrong, the worst first")
@@ -46,10 +47,10 @@ class LoopCheck(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"Not judged: {unmet.detail}", source=SOURCE)
+            return Verdict(Level.NOT_APPLICABLE, f"Not judged: {unmet.detail}", source=self.cites)
         if not self.found:
-            return Verdict(Level.OK, self.fine, source=SOURCE, confidence=Confidence.ARITHMETIC)
-        return Verdict(**self.found[0], source=SOURCE)
+            return Verdict(Level.OK, self.fine, source=self.cites, confidence=Confidence.ARITHMETIC)
+        return Verdict(**self.found[0], source=self.cites)
 
     def plot(self, ax: Any) -> None:
         """How many things were found, by cause."""

@@ -308,6 +308,19 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class StartingWeight:
+    """One weight of a layer when the watch began. gain: root mean square times the root of the number of inputs of a
+    unit: what the layer makes of inputs of size one that vary independently. constant: all its entries are one
+    number, `value` (else the smallest)."""
+
+    name: str
+    gain: float
+    constant: bool
+    value: float
+    trainable: bool
+
+
+@dataclass(frozen=True)
 class ChanceFacts:
     """drawn: evaluation calls in eval mode in which random numbers were drawn; always_dropping: modules whose
     forward calls dropout whatever the mode, looked for where numbers were drawn. differing: evaluations whose first

@@ -23,6 +23,7 @@ from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
+from diag.watching.observe.loop.start import starting_weights
 from diag.watching.observe.loop.strangers import Strangers
 from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.loop.zeroing import Gradients
@@ -60,6 +61,7 @@ class LoopObserver:
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
+        self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
         self._wrapper, self._wrapped = "", 0
@@ -294,4 +296,5 @@ class LoopObserver:
             outside=outside,
             outside_times=self._weights.times,
             layers=self._layers.facts(),
+            start=self._start,
         )

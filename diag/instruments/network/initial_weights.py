@@ -1,0 +1,87 @@
+"""The initial weights: whether they start at one number everywhere, or far too large or too small.
+
+Units that start alike get gradients that are alike. A weight of root mean square s makes s sqrt(fan-in) of an input
+of size one: 1 keeps signals at their size, torch's own default is .58, He's for rectifiers 1.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import Finding, LoopCheck, judged, named
+from diag.registry import instrument
+from diag.result import Confidence, Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import StartingWeight
+
+SOURCE = "He et al. 2015, arXiv:1502.01852; arithmetic: units with equal weights have equal gradients"
+LARGE, SMALL = 3.0, 0.03
+FEW = 2
+# The ends of branches start at zero on purpose: one of two matrices of a branch, one of three of a low-rank update.
+MOST_CONSTANT = 1 / 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InitialWeights(LoopCheck):
+    """Weights of linear, convolutional, recurrent and attention layers when the watch began."""
+
+    cites = SOURCE
+
+
+@instrument(source=SOURCE, title="Initial weights", kind="check")
+def initial_weights(loop: Loop, *, large: float = LARGE, small: float = SMALL) -> InitialWeights:
+    """Whether the weights that training begins with let it begin.
+
+    Told is where more than half of the weights (trained or not, at least two) hold one number everywhere, and where
+    the median over the others of root mean square times the root of the fan-in is above `large` or below `small`.
+    A run that is resumed is not judged. Raises nothing of its own.
+    """
+    start = loop.start
+    fine = f"{len(start):,} weights start at random numbers of a usual size."
+    known = Precondition("the start", len(start) >= FEW, "the start of fewer than two layers was seen.")
+    found = list(_findings(start, large, small)) if len(start) >= FEW else []
+    return judged(InitialWeights, loop.step, found, fine, preconditions=(known,))
+
+
+def _findings(start: Sequence[StartingWeight], large: float, small: float) -> Iterator[Finding]:
+    constant = [w for w in start if w.constant]
+    if len(constant) >= FEW and len(constant) > MOST_CONSTANT * len(start):
+        yield _constant(constant, len(start))
+    gains = [w.gain for w in start if not w.constant]
+    gain = float(numpy.median(gains)) if len(gains) >= FEW else 1.0
+    if not small <= gain <= large:
+        yield _scale(gain, gain > large)
+
+
+def _constant(constant: Sequence[StartingWeight], of: int) -> Finding:
+    zero = all(w.value == 0 for w in constant)
+    names = tuple(w.name for w in constant)
+    return Finding(
+        Level.ALARM,
+        Cause.INITIALIZATION_CONSTANT,
+        f"{len(constant)} of {of} weights start {'at zero' if zero else 'with one number everywhere'}: "
+        f"{named(names)}. All units of such a layer get the same gradient, so that they do the work of one"
+        + (", and layers before it get none at first." if zero else "."),
+        "Start the weights at random (torch.nn.init.kaiming_normal_); zeros are for biases and the ends of branches.",
+        "Weights of two units of such a layer that differ before the first step.",
+        step=1,
+        layers=names[:8],
+    )
+
+
+def _scale(gain: float, too_large: bool) -> Finding:
+    return Finding(
+        Level.WARNING,
+        Cause.INITIALIZATION_SCALE,
+        f"The weights start too {'large' if too_large else 'small'}: a typical layer makes {format_number(gain)} of an "
+        "input of size one, where 0.5 to 1.5 keeps signals alive over the depth.",
+        "Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as torch.nn.init.kaiming_normal_ does.",
+        "With torch's default initial weights the same training is no better.",
+        step=1,
+        confidence=Confidence.STRONG_EMPIRICAL,
+    )

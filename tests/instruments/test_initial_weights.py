@@ -1,5 +1,7 @@
 """The weights that training begins with: constant, too large, too small, and the starts that are meant."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from diag.watching.observe.loop.start import starting_weights
 
 def mlp(*widths):
     torch.manual_seed(0)
-    layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 

@@ -67,7 +67,7 @@ def _constant(constant: Sequence[StartingWeight], of: int) -> Finding:
         f"{len(constant)} of {of} weights start {'at zero' if zero else 'with one number everywhere'}: "
         f"{named(names)}. All units of such a layer get the same gradient, so that they do the work of one"
         + (", and layers before it get none at first." if zero else "."),
-        "Start the weights at random (torch.nn.init.kaiming_normal_); zeros are for biases and the ends of branches.",
+        "Start the weights at random (torch.nn.init.kaiming_normal_); zeros are for biases and ends of branches.",
         "Weights of two units of such a layer that differ before the first step.",
         step=1,
         layers=names[:8],
@@ -78,8 +78,8 @@ def _scale(gain: float, too_large: bool) -> Finding:
     return Finding(
         Level.WARNING,
         Cause.INITIALIZATION_SCALE,
-        f"The weights start too {'large' if too_large else 'small'}: a typical layer makes {format_number(gain)} of an "
-        "input of size one, where 0.5 to 1.5 keeps signals alive over the depth.",
+        f"The weights start too {'large' if too_large else 'small'}: a typical layer makes {format_number(gain)} of "
+        "an input of size one, where 0.5 to 1.5 keeps signals alive over the depth.",
         "Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as torch.nn.init.kaiming_normal_ does.",
         "With torch's default initial weights the same training is no better.",
         step=1,

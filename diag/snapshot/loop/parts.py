@@ -309,8 +309,8 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class StartingWeight:
-    """One weight of a layer when the watch began. gain: root mean square times the root of the number of inputs of a
-    unit: what the layer makes of inputs of size one that vary independently. constant: all its entries are one
+    """One weight of a layer when the watch began. gain: root mean square times the root of the number of inputs of
+    a unit: what the layer makes of inputs of size one that vary independently. constant: all its entries are one
     number, `value` (else the smallest)."""
 
     name: str

@@ -29,6 +29,7 @@ from diag.reporting import report as report
 from diag.remedies import stable_cross_entropy as stable_cross_entropy
 from diag.watching.watcher import watch as watch
 from diag.instruments.attention import Attention as Attention
+from diag.instruments.network.attention_heads import AttentionHeads as AttentionHeads
 from diag.instruments.loop.batches_repeated import BatchesRepeated as BatchesRepeated
 from diag.instruments.data.class_counts import ClassCounts as ClassCounts
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
@@ -86,6 +87,10 @@ __version__: str
 def attention(snapshot: Snapshot, /, *, attention_calls: Any = ..., one_hot: float = ..., uniform: float = ...) -> Attention: ...
 @overload
 def attention(attention_calls: Any, *, one_hot: float = ..., uniform: float = ...) -> Attention: ...
+@overload
+def attention_heads(snapshot: Snapshot, /, *, attention_calls: Any = ..., history: Any = ..., sharp: float = ..., even: float = ...) -> AttentionHeads: ...
+@overload
+def attention_heads(attention_calls: Any, history: Any = None, *, sharp: float = ..., even: float = ...) -> AttentionHeads: ...
 @overload
 def batches_repeated(snapshot: Snapshot, /, *, loop: Any = ...) -> BatchesRepeated: ...
 @overload

@@ -13,7 +13,7 @@ import numpy
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import Finding, LoopCheck, judged, named
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged, named
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -48,7 +48,7 @@ def initial_weights(loop: Loop, *, large: float = LARGE, small: float = SMALL) -
     return judged(InitialWeights, loop.step, found, fine, preconditions=(known,))
 
 
-def _findings(start: Sequence[StartingWeight], large: float, small: float) -> Iterator[Finding]:
+def _findings(start: Sequence[StartingWeight], large: float, small: float) -> Iterator[LoopFinding]:
     constant = [w for w in start if w.constant]
     if len(constant) >= FEW and len(constant) > MOST_CONSTANT * len(start):
         yield _constant(constant, len(start))
@@ -58,10 +58,10 @@ def _findings(start: Sequence[StartingWeight], large: float, small: float) -> It
         yield _scale(gain, gain > large)
 
 
-def _constant(constant: Sequence[StartingWeight], of: int) -> Finding:
+def _constant(constant: Sequence[StartingWeight], of: int) -> LoopFinding:
     zero = all(w.value == 0 for w in constant)
     names = tuple(w.name for w in constant)
-    return Finding(
+    return LoopFinding(
         Level.ALARM,
         Cause.INITIALIZATION_CONSTANT,
         f"{len(constant)} of {of} weights start {'at zero' if zero else 'with one number everywhere'}: "
@@ -74,12 +74,12 @@ def _constant(constant: Sequence[StartingWeight], of: int) -> Finding:
     )
 
 
-def _scale(gain: float, too_large: bool) -> Finding:
-    return Finding(
+def _scale(gain: float, too_large: bool) -> LoopFinding:
+    return LoopFinding(
         Level.WARNING,
         Cause.INITIALIZATION_SCALE,
-        f"The weights start too {'large' if too_large else 'small'}: a typical layer makes {format_number(gain)} of "
-        "an input of size one, where 0.5 to 1.5 keeps signals alive over the depth.",
+        f"The weights start too {'large' if too_large else 'small'}: a typical layer makes "
+        f"{format_number(gain)} of an input of size one, where 0.5 to 1.5 keeps signals alive over the depth.",
         "Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as torch.nn.init.kaiming_normal_ does.",
         "With torch's default initial weights the same training is no better.",
         step=1,

@@ -9,11 +9,13 @@ gradients.coverage          # how much of the gradient this speaks for, and by w
 
 from __future__ import annotations
 
+from diag.errors import Unsupported
 from diag.gradients.engine import ModelGradients
 from diag.gradients.given import MatrixGradients, StackedGradients, as_gradients
 from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
 from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, SquaredNorms
 from diag.gradients.step import StepGradients, plan_for_steps
+from diag.snapshot.batch import COUPLED
 from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.snapshot import Snapshot
 
@@ -24,7 +26,10 @@ def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
     Raises InvalidInput where the loss is not a mean or not finite, Unsupported where examples depend on each
     other; what the first few examples do not show is raised when the gradients are first asked for something.
     """
-    gradients = ModelGradients(snapshot.model, snapshot.batch_loss, counted_batches(snapshot))
+    batches = counted_batches(snapshot)
+    if any(batch.coupled for batch in batches):
+        raise Unsupported(COUPLED)
+    gradients = ModelGradients(snapshot.model, snapshot.batch_loss, batches)
     gradients.deadline = snapshot.deadline
     gradients.prepare()
     return gradients

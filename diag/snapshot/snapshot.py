@@ -182,7 +182,7 @@ class Snapshot:
         """
         self.deadline.check()
         if isinstance(targets, Counted):
-            return targets.share_of(self.batch_loss(outputs, targets.targets))
+            return targets.share_of(self.batch_loss(targets.cut_off(outputs), targets.targets))
         if self.loss_fn is not None:
             try:
                 return self.loss_fn(outputs, targets)

@@ -8,14 +8,14 @@ s_i = n c_i / sum c, which go with the targets of each batch. Where all examples
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diag.errors import DiagError, Unsupported
+from diag.errors import DiagError, InvalidInput, Unsupported
 from diag.snapshot.batch import COUPLED, Batch, map_tensors
 from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.forward import Looked, forward_pass, look, look_at
@@ -23,6 +23,7 @@ from diag.snapshot.objective.comparison import Comparison, is_whole
 from diag.snapshot.objective.loss_spy import BY_BATCH
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.shares import Counted
+from diag.snapshot.objective.trying import joined_rows, tried_counts
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.python import renew
@@ -53,9 +54,9 @@ def _counted(snapshot: Snapshot) -> tuple[Batch, ...]:
         return snapshot.batches
     total = sum(float(c.sum()) for c in counts)
     shares = [c * (snapshot.num_examples / total) for c in counts]
-    return tuple(
-        replace(batch, targets=Counted(batch.targets, s)) for batch, s in zip(snapshot.batches, shares, strict=True)
-    )
+    empty = bool((torch.cat(shares) == 0).any())
+    rows = zip(snapshot.batches, shares, strict=True)
+    return tuple(replace(batch, targets=Counted(batch.targets, s, empty)) for batch, s in rows)
 
 
 def example_counts(snapshot: Snapshot) -> list[Tensor] | None:
@@ -127,13 +128,22 @@ def by_example(rows: Tensor, size: int) -> Tensor | None:
     return rows.double().reshape(size, -1).sum(1).cpu()
 
 
-def _adds_up(snapshot: Snapshot, looked: tuple[Looked, ...], batches: tuple[Batch, ...], counts: Any) -> bool:
-    """Whether the first batch that can be cut has the loss that its two parts make up."""
-    first = next((row for row in zip(looked, batches, counts, strict=True) if row[1].size > 1), None)
-    if first is None:
-        return True
+def _adds_up(
+    snapshot: Snapshot, looked: tuple[Looked, ...], batches: tuple[Batch, ...], counts: Sequence[Tensor]
+) -> bool:
+    """Whether each batch that can be cut has the loss that its two parts make up.
+
+    Of a loss function of torch that is known to be one, one batch shows it for all.
+    """
+    rows = [row for row in zip(looked, batches, counts, strict=True) if row[1].size > 1]
+    if all(_is_known(seen) for seen in looked):
+        rows = rows[:1]
     # A loss that keeps something between calls is as it was only where that is put back.
-    return any(_made_up(snapshot, *first, renewed) for renewed in (False, True))
+    return all(any(_made_up(snapshot, *row, renewed) for renewed in (False, True)) for row in rows)
+
+
+def _is_known(seen: Looked) -> bool:
+    return isinstance(seen.comparison, Comparison) and seen.comparison.exact
 
 
 def _made_up(snapshot: Snapshot, seen: Looked, batch: Batch, counts: Tensor, renewed: bool) -> bool:
@@ -186,62 +196,16 @@ def _cut(outputs: Any, rows: slice, size: int) -> Any:
 
 
 def _found_by_trying(snapshot: Snapshot) -> list[Tensor] | None:
-    """What each example counts, from the losses of single examples and of pairs, on random outputs.
-
-    Of examples i and j together the loss is (c_i l_i + c_j l_j) / (c_i + c_j), which gives c_i / c_j.
-    """
+    """What each example counts in a loss of which no call of torch tells it; None where it couples the examples."""
     looked, batches = forward_pass(snapshot).looked, snapshot.batches
-    own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
-    if own and len(batches) == 1:
-        return None
     ones = [torch.ones(b.size, dtype=torch.float64) for b in batches]
-    if _adds_up(snapshot, looked, batches, ones):
-        return ones
-    if own or len(batches) > 1:  # what examples of several batches count beside each other, pairs do not tell
-        return None
-    counts = _pairwise(snapshot, looked[0], batches[0])
-    return None if counts is None else [counts]
-
-
-def _pairwise(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor | None:
-    """c_i of one batch, with the largest 1; None where the loss is no such mean."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(t: Tensor) -> Tensor:
-        if not t.is_floating_point():
-            return t
-        return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
-
-    outputs = map_tensors(noise, seen.outputs)
-
-    def loss(rows: list[int]) -> float:
-        take = lambda t: t[rows] if t.ndim and t.shape[0] == batch.size else t  # noqa: E731
-        with torch.no_grad():
-            value = snapshot.batch_loss(map_tensors(take, outputs), map_tensors(take, batch.targets))
-        return float(value.double().mean())
-
+    if snapshot.loss_fn is None or is_models_own(snapshot.loss_fn):
+        return ones if len(batches) > 1 and _adds_up(snapshot, looked, batches, ones) else None
+    rows = [(seen.outputs, batch) for seen, batch in zip(looked, batches, strict=True)]
     try:
-        return _solved(loss, batch.size)
-    except (DiagError, *CALL_ERRORS):
-        return None
-
-
-def _solved(loss: Callable[[list[int]], float], size: int) -> Tensor | None:
-    alone = torch.tensor([loss([i]) for i in range(size)], dtype=torch.float64)
-    finite = torch.isfinite(alone).nonzero().flatten().tolist()
-    if len(finite) < 2:
-        return None
-    counts = torch.zeros(size, dtype=torch.float64)
-    first = finite[0]
-    # The example whose loss alone is farthest from the first one's tells the first one's ratio best.
-    other = max(finite, key=lambda i: abs(float(alone[i] - alone[first])))
-    counts[first] = 1.0
-    for i in [other, *(i for i in finite if i not in (first, other))]:
-        against = first if abs(float(alone[i] - alone[first])) > abs(float(alone[i] - alone[other])) else other
-        counts[i] = counts[against] * _ratio(float(alone[i]), float(alone[against]), loss(sorted((i, against))))
-    return counts if bool(torch.isfinite(counts).all() and (counts >= -ALIKE).all()) else None
-
-
-def _ratio(own: float, other: float, both: float) -> float:
-    """c_own / c_other from the losses of both alone and together."""
-    return (other - both) / (both - own) if both != own else float("inf")
+        joined = tried_counts(snapshot.batch_loss, [joined_rows(rows)])
+        return None if joined is None else list(joined[0].split([b.size for b in batches]))
+    except InvalidInput:  # batches of several shapes: what an example counts in one is told, beside another's not
+        found = tried_counts(snapshot.batch_loss, rows)
+        alike = found is not None and all(bool((c - c[0]).abs().max() <= ALIKE) for c in found)
+        return ones if alike else None

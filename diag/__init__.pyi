@@ -33,6 +33,7 @@ from diag.instruments.network.attention_heads import AttentionHeads as Attention
 from diag.instruments.loop.batches_repeated import BatchesRepeated as BatchesRepeated
 from diag.instruments.data.class_counts import ClassCounts as ClassCounts
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
+from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
 from diag.instruments.network.dead_units import DeadUnits as DeadUnits
 from diag.instruments.optimization.divergence import Divergence as Divergence
 from diag.instruments.edge_of_stability import EdgeOfStability as EdgeOfStability
@@ -69,6 +70,7 @@ from diag.instruments.network.output_constant import OutputConstant as OutputCon
 from diag.instruments.loop.outside_changes import OutsideChanges as OutsideChanges
 from diag.instruments.loop.parameters_held import ParametersHeld as ParametersHeld
 from diag.instruments.loop.repeated_chance import RepeatedChance as RepeatedChance
+from diag.instruments.representation import Representation as Representation
 from diag.instruments.network.saturation import Saturation as Saturation
 from diag.instruments.sharpness import Sharpness as Sharpness
 from diag.instruments.softmax_collapse import SoftmaxCollapse as SoftmaxCollapse
@@ -103,6 +105,10 @@ def class_counts(logits: Any, labels: Any, inputs: Any, *, ratio: float = ...) -
 def clipping_order(snapshot: Snapshot, /, *, loop: Any = ...) -> ClippingOrder: ...
 @overload
 def clipping_order(loop: Any) -> ClippingOrder: ...
+@overload
+def collapse_by_layer(snapshot: Snapshot, /, *, layer_outputs: Any = ..., labels: Any = ..., held_out_layer_outputs: Any = ..., held_out_labels: Any = ..., separated: float = ...) -> CollapseByLayer: ...
+@overload
+def collapse_by_layer(layer_outputs: Any, labels: Any, held_out_layer_outputs: Any = None, held_out_labels: Any = None, *, separated: float = ...) -> CollapseByLayer: ...
 @overload
 def dead_units(snapshot: Snapshot, /, *, activations: Any = ..., alarm_at: float = ...) -> DeadUnits: ...
 @overload
@@ -247,6 +253,10 @@ def parameters_held(loop: Any) -> ParametersHeld: ...
 def repeated_chance(snapshot: Snapshot, /, *, loop: Any = ...) -> RepeatedChance: ...
 @overload
 def repeated_chance(loop: Any) -> RepeatedChance: ...
+@overload
+def representation(snapshot: Snapshot, /, *, layer_outputs: Any = ..., previous_layer_outputs: Any = ..., noise: float = ..., compared: int = ...) -> Representation: ...
+@overload
+def representation(layer_outputs: Any, previous_layer_outputs: Any = None, *, noise: float = ..., compared: int = ...) -> Representation: ...
 @overload
 def saturation(snapshot: Snapshot, /, *, activations: Any = ..., alarm_at: float = ...) -> Saturation: ...
 @overload

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput, Unsupported
-from diag.linalg.class_geometry import (
+from diag.linalg.geometry.class_geometry import (
     ClassMeans,
-    class_means,
     deviation_angle,
     distance_normalised_variance,
     effective_rank,
     pairwise_cosines,
     simplex_distance,
     unit,
-    within_over_between,
 )
+from diag.linalg.geometry.class_stream import streamed
+from diag.linalg.softmax_rounding import in_blocks
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -225,23 +225,24 @@ def neural_collapse(
     arXiv:2008.08186; Tirer et al. 2022, arXiv:2210.16658 (Eq. 3); Zhu et al. 2021, arXiv:2105.02375 (NC3 by the
     product).
     """
-    h, y = features.double(), labels.to(features.device).long()
-    by = class_means(h, y)
+    h, y = features, labels.to(features.device).long()
+    stream = streamed(h, y)
+    by = stream.finished()
     _check_classes(by.classes)
     weight, bias = _linear(classifier, h, int(by.classes[-1]))
     decided = _decisions(h, weight, bias, logits)
     accuracy = math.nan if decided is None else _share(decided == y)
     lengths, cosines = by.centred.norm(dim=1), pairwise_cosines(by.centred)
     return NeuralCollapse(
-        nc1=math.nan if by.degenerate else within_over_between(h, y, by),
+        nc1=stream.within_over_between(),
         nc1_ratio=_quotient(by.within.mean(), by.centred.square().sum() / len(by.classes)),
         nc2=simplex_distance(by.centred @ by.centred.T),
-        nc4=math.nan if decided is None else _share(by.nearest(h) != decided),
+        nc4=math.nan if decided is None else _share(_nearest(h, by) != decided),
         degenerate=by.degenerate,
         nc2_norms=_quotient(lengths.std(correction=0), lengths.mean()),
         nc2_angle_spread=float(cosines.std(correction=0)),
         nc2_angles=float((cosines + 1 / (len(by.classes) - 1)).abs().mean()),
-        feature_norm=float(h.norm(dim=1).mean()),
+        feature_norm=stream.mean_length,
         train_accuracy=accuracy,
         num_features=h.shape[1],
         preconditions=_preconditions(accuracy, terminal_accuracy, by, h.shape[1]),
@@ -273,7 +274,7 @@ def _check_classes(classes: Tensor) -> None:
 def _linear(classifier: Any, h: Tensor, last_class: int) -> tuple[Tensor | None, Tensor | None]:
     if classifier is None:
         return None, None
-    weight, bias = (torch.as_tensor(part).detach().to(h) for part in classifier)
+    weight, bias = (torch.as_tensor(part).detach().to(h.device).double() for part in classifier)
     if weight.ndim != 2 or weight.shape[1] != h.shape[1] or bias.shape != weight.shape[:1]:
         raise InvalidInput(
             f"The classifier has a weight of shape {tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}; "
@@ -338,12 +339,11 @@ def _held_out(
     nc1 = nc4 = math.nan
     if h is not None and labels is not None:
         known = torch.isin(labels.to(by.classes), by.classes)
-        h, y = h.to(by.means)[known], labels.to(by.classes)[known]
-        if len(h) and not by.degenerate:
-            nc1 = within_over_between(h, y, by)
+        h, y = h.to(by.means.device)[known], labels.to(by.classes)[known]
+        nc1 = streamed(h, y, by).within_over_between() if len(h) else math.nan
         decided = _decisions(h, weight, bias)
         if len(h) and decided is not None:
-            nc4 = _share(by.nearest(h) != decided)
+            nc4 = _share(_nearest(h, by) != decided)
     return {"held_out_nc1": nc1, "held_out_nc4": nc4}
 
 
@@ -352,7 +352,11 @@ def _decisions(
 ) -> Tensor | None:
     if weight is None or bias is None:
         return None if logits is None else logits.argmax(1).to(h.device)
-    return (h @ weight.T + bias).argmax(1)
+    return in_blocks(lambda rows: (rows.double() @ weight.T + bias).argmax(1), h)
+
+
+def _nearest(h: Tensor, by: ClassMeans) -> Tensor:
+    return in_blocks(lambda rows: by.nearest(rows.double()), h)
 
 
 def _share(hits: Tensor) -> float:

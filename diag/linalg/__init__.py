@@ -5,10 +5,10 @@ Rule of the room: it imports nothing but the errors, and knows no model.
 
 __all__ = [
     "assignment",
-    "class_geometry",
     "coherence",
     "deadline",
     "deflation",
+    "geometry",
     "growth",
     "lanczos",
     "margins",

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diag.errors import InvalidInput, MissingQuantity
+from diag.errors import MissingQuantity
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.inside.layers import floating
 from diag.snapshot.inside.names import module_names
 from diag.snapshot.objective.comparison import output_tensor
 from diag.snapshot.preserve import preserved
@@ -141,7 +142,7 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
                 with mode:
                     outputs = batch.forward(snapshot.model)
                 for tensor in _outputs(outputs):
-                    mode.add(OUTPUT, OUTPUT, _floating(tensor))
+                    mode.add(OUTPUT, OUTPUT, floating(tensor))
     except CALL_ERRORS as error:
         raise explained(snapshot.model, snapshot.batches, error) from error
     if not sums:
@@ -188,12 +189,6 @@ def _outputs(outputs: Any) -> list[Tensor]:
         return [output_tensor(outputs)]
     except MissingQuantity:
         return [t for t in tensors_in(outputs) if t.ndim > 1][:1]
-
-
-def _floating(output: Tensor) -> Tensor:
-    if output.is_floating_point() or output.is_complex():
-        return output
-    raise InvalidInput(f"The model returns a tensor of type {output.dtype}; expected floating-point outputs.")
 
 
 def _by_unit(values: Tensor) -> Tensor:

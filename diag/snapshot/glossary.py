@@ -92,6 +92,15 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("features", "snapshot.forward", "n d", "floating", Effort.FORWARD, _LAST),
         Quantity("layer_features", "snapshot.forward", None, "object", Effort.FORWARD, _DATA),
         Quantity("activations", "snapshot.activations", None, "object", Effort.FORWARD, _DATA),
+        Quantity("layer_outputs", "snapshot.inside.layers", None, "object", Effort.FORWARD_A_CALL, _DATA),
+        Quantity(
+            "previous_layer_outputs",
+            "snapshot.inside.layers",
+            None,
+            "object",
+            Effort.FORWARD_A_CALL,
+            "give previous=",
+        ),
         Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),
         Quantity(

@@ -1,6 +1,6 @@
-"""What passes inside a model in a forward pass: which module runs, the scores of its attention.
+"""What passes inside a model in a forward pass: which module runs, what layers put out, the scores of attention.
 
 Rule of the room: functions are heard as they are called and never replaced; what is kept is bounded.
 """
 
-__all__ = ["attention", "names", "scores"]
+__all__ = ["attention", "layers", "names", "scores"]

@@ -39,10 +39,6 @@ class ClassMeans:
         """Two class means coincide, or the centred means span fewer directions than they could."""
         return not bool(self.singular[-1] > DEGENERATE * self.singular[0])
 
-    def rows(self, labels: Tensor) -> Tensor:
-        """The row of each label among `classes`; every label must be one of them."""
-        return torch.searchsorted(self.classes, labels)
-
     def nearest(self, points: Tensor) -> Tensor:
         """The class number (n,) of the nearest mean."""
         # |h|^2 is the same for all classes, so the (n, K, d) differences are not needed.
@@ -50,30 +46,17 @@ class ClassMeans:
         return self.classes[distances.argmin(1)]
 
 
-def class_means(points: Tensor, labels: Tensor) -> ClassMeans:
-    """The class means of `points` (n, d) with class numbers `labels` (n,)."""
-    classes, own = labels.unique(return_inverse=True)
-    counts = torch.bincount(own).to(points)
-    means = points.new_zeros(len(classes), points.shape[1]).index_add_(0, own, points) / counts[:, None]
+def means_of_sums(classes: Tensor, counts: Tensor, sums: Tensor) -> ClassMeans:
+    """The class means from the sums (K, d) of the points of each class; `within` is not known yet and NaN."""
+    means = sums / counts[:, None]
     centre = means.mean(0)
-    squares = (points - means[own]).square().sum(1)
-    within = points.new_zeros(len(classes)).index_add_(0, own, squares) / counts
-    _, singular, axes = torch.linalg.svd(means - centre, full_matrices=False)
-    rank = min(len(classes) - 1, points.shape[1])
+    rank = min(len(classes) - 1, sums.shape[1])
+    if bool(torch.isfinite(means).all()):
+        _, singular, axes = torch.linalg.svd(means - centre, full_matrices=False)
+    else:
+        singular, axes = means.new_full((rank,), math.nan), means.new_zeros(rank, sums.shape[1])
+    within = torch.full_like(counts, math.nan)
     return ClassMeans(classes, counts, means, centre, means - centre, within, singular[:rank], axes[:rank])
-
-
-def within_over_between(points: Tensor, labels: Tensor, by: ClassMeans) -> float:
-    """Tr(S_W S_B^+) / K of the points around the means `by`, averaged over the classes that are present.
-
-    With the singular values s_j and axes v_j of the centred means this is sum_j mean (v_j . (h - mean))^2 / s_j^2.
-    """
-    own = by.rows(labels)
-    squares = ((points - by.means[own]) @ by.axes.T).square()
-    counts = torch.bincount(own, minlength=len(by.classes)).to(points)
-    sums = squares.new_zeros(len(counts), len(by.singular)).index_add_(0, own, squares)
-    spread = (sums[counts > 0] / counts[counts > 0, None]).mean(0)
-    return float((spread / by.singular.square()).sum())
 
 
 def simplex_distance(gram: Tensor) -> float:

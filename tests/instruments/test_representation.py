@@ -1,0 +1,214 @@
+"""Representations over depth: closed forms on planted features, brute force for the U-statistic, memory of
+streams."""
+
+import copy
+import itertools
+import math
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import diag
+from diag.instruments.collapse_by_layer import collapse_by_layer
+from diag.instruments.representation import representation
+from diag.linalg.geometry.class_stream import ClassStream
+from diag.linalg.geometry.similarity import centred_gram, unbiased_cka, unbiased_hsic
+from diag.result import Level
+from diag.testing import check_result, classification, leaves_no_trace, refusal, simplex_etf
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- representation
+# -------------------------------------------------------------------------------------------------
+
+
+def test_independent_dimensions_have_no_redundancy_beyond_chance():
+    """Mean of 2016 squared correlations of variance 2/n^2: standard error 2/n/sqrt(2016) * ... < 5e-5; 4 of
+    them."""
+    found = representation(normal(1000, 64))
+    assert abs(found.redundancy) < 2e-4 and found.dead == 0 and found.duplicates[0] == 0
+    assert 58 < found.effective_rank < 64  # Marchenko-Pastur with ratio .064 costs a few per cent
+
+
+def test_planted_rank_duplicates_and_dead_dimensions():
+    low = normal(500, 3) @ normal(3, 20, seed=1)
+    found = representation(low)
+    assert found.effective_rank <= 3 + 1e-9
+    x = normal(800, 6)
+    x = torch.cat([x, 3 * x[:, :2] - 1, torch.full((800, 2), 7.0, dtype=torch.float64)], 1)
+    found = representation(x)
+    assert found.dead == pytest.approx(0.2) and found.duplicates[0] == pytest.approx(2 / 8)
+    # Two of 28 pairs have correlation 1; the others are within chance, whose mean is subtracted.
+    assert found.redundancy == pytest.approx(2 / 28, abs=0.002)
+    check_result(found)
+
+
+def test_equal_variances_have_full_rank_and_unequal_ones_the_entropy():
+    """An orthogonal design makes the covariance exactly diagonal; rounding of float64 sums."""
+    basis = torch.linalg.qr(torch.cat([torch.ones(64, 1, dtype=torch.float64), normal(64, 4)], 1))[0][:, 1:]
+    assert representation(basis).effective_rank == pytest.approx(4, abs=1e-9)
+    p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
+    entropy = float(-(p * p.log()).sum())
+    assert representation(basis * p.sqrt()).effective_rank == pytest.approx(math.exp(entropy), abs=1e-9)
+
+
+def test_constant_features_are_degenerate():
+    verdict = representation(torch.full((50, 4), 3.3)).verdict()
+    assert verdict.level is Level.NOT_APPLICABLE and "degenerate" in verdict.sentence
+
+
+def hsic_by_tuples(k, m):
+    """The U-statistic as the mean over all ordered 4-tuples of distinct examples (Song et al. 2012, Eq. 2)."""
+    values = [
+        k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in itertools.permutations(range(len(k)), 4)
+    ]
+    return float(sum(values) / len(values))
+
+
+def test_hsic_is_the_mean_over_all_tuples():
+    k, m = centred_gram(normal(6, 3)), centred_gram(normal(6, 4, seed=2))
+    assert unbiased_hsic(k, m) == pytest.approx(hsic_by_tuples(k, m), abs=1e-12)
+
+
+def test_cka_is_one_for_a_rotation_and_zero_for_independent_features():
+    """200 draws of independent features, wide for their number: mean 0 within four standard errors, where the
+    biased estimate is about d/(d + n)."""
+    x = normal(40, 5)
+    q = torch.linalg.qr(normal(5, 5, seed=3))[0]
+    assert unbiased_cka(centred_gram(x), centred_gram(2.5 * x @ q + 1)) == pytest.approx(1, abs=1e-12)
+    draws = [
+        unbiased_cka(centred_gram(normal(20, 30, seed=i)), centred_gram(normal(20, 30, seed=1000 + i)))
+        for i in range(200)
+    ]
+    assert abs(numpy.mean(draws)) < 4 * numpy.std(draws) / math.sqrt(200)
+
+
+def test_jackknife_covers_the_spread_between_draws():
+    """The ratio of an error from ten blocks to the spread of 60 draws: within a factor of 1.6."""
+    mix = normal(4, 6, seed=9)
+
+    def draw(i):
+        x = normal(200, 4, seed=i)
+        return representation({"a": x, "b": x @ mix + 2 * normal(200, 6, seed=500 + i)}, compared=200)
+
+    found = [draw(i) for i in range(60)]
+    spread = numpy.std([f.cka[0, 1] for f in found])
+    assert 1 / 1.6 < numpy.mean([f.cka_errors[0, 1] for f in found]) / spread < 1.6
+
+
+def test_on_a_snapshot_with_an_earlier_state():
+    problem = classification()
+    with leaves_no_trace(problem.model):
+        found = representation(problem.snapshot())
+    assert found.layers == ("input", "0", "1", "2", "3", "4") and found.widths == (8, 12, 12, 10, 10, 3)
+    assert numpy.allclose(numpy.diag(found.cka), 1) and found.previous_cka > 0.9
+    assert 0.9 < found.invariance < 1 and found.invariances[0] == pytest.approx(1 / math.sqrt(1.01), abs=0.02)
+    same = representation(problem.snapshot(previous=copy.deepcopy(problem.model.state_dict())))
+    assert same.previous_cka == pytest.approx(1, abs=1e-9)
+
+
+# -- neural collapse by layer
+# ---------------------------------------------------------------------------------------
+
+K, N = 5, 30
+LABELS = torch.arange(K).repeat_interleave(N)
+
+
+def test_planted_noise_has_the_closed_form_at_every_layer():
+    """NC1~ = d sigma^2 (n-1)/n over Tr S_B, to which the noise of the means adds (K-1)/K d sigma^2/n.
+
+    Within four standard errors: sqrt(2 / (K n d)) of the numerator, 2 sigma / sqrt(K n) of the denominator.
+    """
+    d, each = 16, 200
+    labels = torch.arange(K).repeat_interleave(each)
+    frame = simplex_etf(K, d)
+    sigmas = (1.0, 0.3, 0.05)
+    layers = {f"l{i}": frame[labels] + s * normal(len(labels), d, seed=i) + 2 for i, s in enumerate(sigmas)}
+    found = collapse_by_layer(layers, labels)
+    for s, ratio in zip(sigmas, found.nc1_ratio, strict=True):
+        between = 1 + d * s**2 / each * (K - 1) / K
+        error = 4 * (math.sqrt(2 / (K * each * d)) + 2 * s / math.sqrt(K * each))
+        assert ratio == pytest.approx(d * s**2 * (1 - 1 / each) / between, rel=error)
+    assert found.falling == 1 and found.mistakes[-1] == 0 and found.first_separated == 1
+    check_result(found)
+    assert found.verdict().level is Level.DESCRIPTION
+
+
+def test_an_exact_simplex_is_zero_at_every_width():
+    frame = simplex_etf(K, 8)
+    found = collapse_by_layer({"a": frame[LABELS] + 0.3, "b": 7 * frame[LABELS]}, LABELS)
+    zeros = [found.nc1, found.nc1_ratio, found.nc2, found.mistakes]
+    assert max(float(abs(z).max()) for z in zeros) < 1e-12
+
+
+def test_imbalance_does_not_decide_and_blocks_do_not_matter():
+    """The mean over classes, against the dense definition; the same from blocks of 7 rows."""
+    sizes = [100, 40, 10, 5]
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
+    h = normal(len(labels), 6) + 3 * torch.eye(4, 6, dtype=torch.float64)[labels]
+    means = torch.stack([h[labels == k].mean(0) for k in range(4)])
+    within = torch.stack([(h[labels == k] - means[k]).square().sum(1).mean() for k in range(4)]).mean()
+    between = (means - means.mean(0)).square().sum() / 4
+    found = collapse_by_layer({"a": h}, labels)
+    assert found.nc1_ratio[0] == pytest.approx(float(within / between), rel=1e-12)
+    assert (found.smallest_class, found.largest_class) == (5, 100)
+    stream = ClassStream(labels)
+    for work in (stream.add, stream.add_spread):
+        for i in range(0, len(h), 7):
+            work(h[i : i + 7], i)
+        if work == stream.add:
+            stream.means()
+    assert stream.within_over_between() == pytest.approx(found.nc1[0], rel=1e-12)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.out = nn.Embedding(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(self.embedding(x))
+
+
+def test_tokens_are_examples_where_labels_are_one_each():
+    """A layer that depends on the token alone has collapsed exactly onto the tokens' classes."""
+    x = torch.randint(4, (10, 7), generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    y[:, 0] = -100
+    found = collapse_by_layer(diag.Snapshot(Tokens(), None, (x, y)))
+    assert found.layers == ("embedding", "out") and found.nc1_ratio.max() < 1e-12 and found.smallest_class > 0
+
+
+def test_held_out_examples_are_measured_around_the_training_means():
+    problem = classification()
+    with leaves_no_trace(problem.model):
+        found = collapse_by_layer(problem.snapshot())
+    assert found.layers[0] == "input" and len(found.held_out_nc1_ratio) == len(found.layers)
+    again = collapse_by_layer(problem.snapshot(held_out=problem.data))
+    assert again.held_out_nc1_ratio == pytest.approx(again.nc1_ratio, rel=1e-9)
+    assert again.held_out_mistakes == pytest.approx(again.mistakes)
+
+
+def test_convolutions_are_averaged_over_positions_and_sequences_too():
+    torch.manual_seed(0)
+    images = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 2))
+    x, y = torch.randn(8, 1, 6, 6), torch.arange(8) % 2
+    assert representation(diag.Snapshot(images, None, (x, y))).widths == (1, 3, 3, 2)
+    waves = nn.Sequential(nn.Conv1d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    assert representation(diag.Snapshot(waves, None, (torch.randn(8, 1, 6), y))).widths[1:] == (3, 3, 2)
+    recurrent = nn.LSTM(3, 5, batch_first=True)
+    assert representation(diag.Snapshot(recurrent, None, (torch.randn(8, 4, 3), y))).widths == (3, 5)
+
+
+def test_refusals():
+    assert "one class" in refusal(
+        collapse_by_layer, layer_outputs={"a": normal(4, 2)}, labels=torch.zeros(4).long()
+    )
+    wrong = {"layer_outputs": {"a": normal(5, 2)}, "labels": torch.arange(4) % 2}
+    assert "no layer puts out one row" in refusal(collapse_by_layer, **wrong)

@@ -138,6 +138,7 @@ class TrainingListener(Guarded):
         if self._own_step.armed:
             self._own_step.backwards.backward_called(roots)
             self._occasions.own_step_descends()
+        self._facts("root_seen", roots)
         self._closely("backward_called", roots)
 
     @guarded("loss")

@@ -15,6 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
 from diag.instruments.gradient_flow.statistics import (
     factor_over_depth,
     growth_of_distance,
@@ -122,6 +123,9 @@ class GradientFlow(Result):
             threshold=0.0,
             threshold_source="any step at all",
             layers=self.gradient_layers[:5],
+            cause=Cause.NOT_FINITE,
+            explained_by=(Cause.NOT_FINITE, Cause.DATA_NOT_FINITE),
+            step=self.loss_steps[0] if self.loss_steps else None,
         )
 
     def _idle(self) -> Verdict | None:

@@ -308,6 +308,18 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class OriginFacts:
+    """The first loss that was not finite: its step, whether the batch and the model's outputs were finite (None:
+    not known), and what in the computation of the loss left the numbers, in words, empty where that is not
+    known."""
+
+    step: int
+    batch_finite: bool | None
+    outputs_finite: bool | None
+    operation: str = ""
+
+
+@dataclass(frozen=True)
 class StartingWeight:
     """One weight of a layer when the watch began. gain: root mean square times the root of the number of inputs of
     a unit: what the layer makes of inputs of size one that vary independently. constant: all its entries are one

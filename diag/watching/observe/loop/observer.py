@@ -20,6 +20,7 @@ from diag.watching.observe.loop.modes import Modes
 from diag.watching.observe.loop.moment import Moment, next_look
 from diag.watching.observe.loop.optimizers import Optimizers
 from diag.watching.observe.loop.order import Order
+from diag.watching.observe.loop.origin import Origin
 from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
@@ -61,6 +62,7 @@ class LoopObserver:
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
+        self._origin = Origin(self.moment)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
@@ -98,6 +100,7 @@ class LoopObserver:
             self._weights.training_call()
             self._batches.training_call(args, kwargs)
         self._parameters.called()
+        self._origin.training_call(args, kwargs, outputs)
         if not self.moment.attentive:
             return
         self._order.add("F")
@@ -148,6 +151,10 @@ class LoopObserver:
         self._scaling.loss_scaled(losses, scaled)
 
     # Backward passes
+
+    def root_seen(self, roots: Any) -> None:
+        """A backward pass is about to begin, at any step."""
+        self._origin.backward_called(roots)
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
@@ -297,4 +304,5 @@ class LoopObserver:
             outside_times=self._weights.times,
             layers=self._layers.facts(),
             start=self._start,
+            origin=self._origin.found,
         )

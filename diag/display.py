@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import math
 import re
 import warnings
@@ -135,7 +136,29 @@ def _draw(draw: Callable[[Any], None], size: tuple[float, float], salt: str, ras
         buffer = io.StringIO()
         metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches=tight, dpi=110, metadata=metadata)
-    return buffer.getvalue()
+        about = _readable(figure.axes[0], size) if tight is None else ""
+    return buffer.getvalue().replace("<svg ", f"<svg {about}", 1)
+
+
+def _readable(ax: Any, size: tuple[float, float]) -> str:
+    """What a script needs to read values off the drawing: where the axes stand, their ends, scales and labels."""
+    at, (width, height) = ax.get_position(), (72 * size[0], 72 * size[1])
+    box = [width * at.x0, height * (1 - at.y1), width * at.x1, height * (1 - at.y0)]
+    ends = {
+        name: [float(f"{end:.6g}") for end in limits] + [scale if _has_numbers(axis) else "names"]
+        for name, limits, scale, axis in (
+            ("x", ax.get_xlim(), ax.get_xscale(), ax.xaxis),
+            ("y", ax.get_ylim(), ax.get_yscale(), ax.yaxis),
+        )
+    }
+    labels = [ax.get_xlabel(), ax.get_ylabel()]
+    about = json.dumps({"box": [round(b, 1) for b in box], **ends, "labels": labels})
+    return f'data-plot="{html.escape(about)}" '
+
+
+def _has_numbers(axis: Any) -> bool:
+    """Whether the axis measures: not where its ticks are names or have been given by hand."""
+    return type(axis.get_major_formatter()).__name__ not in ("FixedFormatter", "StrCategoryFormatter")
 
 
 def _fit(figure: Any) -> None:
@@ -172,10 +195,12 @@ def _svg_tag(tag: str, label: str) -> str:
     box = re.search(r'viewBox="([^"]+)"', tag)
     view = box.group(1) if box else "0 0 1 1"
     width = float(view.split()[2])
+    readable = re.search(r'data-plot="[^"]*"', tag)
+    read = f" {readable[0]}" if readable else ""
     named = f' role="img" aria-label="{html.escape(label)}"' if label else ""
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{view}" fill="currentColor" stroke-linejoin="round" stroke-linecap="butt"{named} '
+        f'viewBox="{view}" fill="currentColor" stroke-linejoin="round" stroke-linecap="butt"{named}{read} '
         f'style="width:100%;max-width:{width * 4 / 3:.0f}px;height:auto">'
     )
 

@@ -56,6 +56,11 @@ def test_the_same_seed_trains_to_the_same_bits(short, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_its_page_is_under_a_megabyte(short):
+    run, _, _ = short
+    assert len(diag.report(run).html.encode()) < 1_000_000
+
+
 def test_its_checkpoints_fit_what_build_gives(short):
     _, folder, _ = short
     model, loss_fn, data = demo.build()

@@ -35,7 +35,7 @@ def compare_command(
     runs are marked. Three runs or more are shown as a table with one row a run.
     """
     from diag.cli import tables
-    from diag.reporting.compare import compare as write_comparison
+    from diag.reporting.comparison.compare import compare as write_comparison
     from diag.reporting.machines.comparing import compared_document
 
     if len(sources) < TWO:
@@ -68,7 +68,7 @@ def _opened(paths: Sequence[Path], build: str | None) -> list:
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
     """Short names for runs: the folders' own where they all differ, else the whole paths, with a letter."""
-    from diag.reporting.sweep import key_of
+    from diag.reporting.comparison.sweep import key_of
 
     short = [path.resolve().name for path in paths]
     if len(set(short)) == len(short):

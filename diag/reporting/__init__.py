@@ -9,13 +9,13 @@ import os
 from typing import Any
 
 from diag.errors import InvalidInput
-from diag.reporting.compare import compare
+from diag.reporting.comparison.compare import compare
 from diag.reporting.document import document
 from diag.reporting.files import Page
 from diag.reporting.page import render
 from diag.run.checkpoints import from_checkpoints
 
-__all__ = ["Page", "compare", "machines", "render", "report", "sweep"]
+__all__ = ["Page", "compare", "comparison", "machines", "render", "report"]
 
 
 def report(

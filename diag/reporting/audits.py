@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diag.registry import instruments
+from diag.reporting.evidence import is_old
 from diag.reporting.examples import examples
 from diag.reporting.plain import clean, count_in_words, number, shown
 from diag.result import OUR_CHOICE, Failed, Result, Skipped
@@ -40,7 +41,7 @@ MAX_GAPS = 6
 Outcomes = Sequence[tuple[int, Skipped | Failed]]
 
 
-def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool) -> dict[str, Any]:
+def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool, last_step: int = 0) -> dict[str, Any]:
     """The entry of a check that gave a verdict; `gaps` are the steps at which it gave none."""
     verdict, (_, last) = finding.verdict, finding.series[-1]
     level, details = str(verdict.level), _details(finding.series)
@@ -57,6 +58,7 @@ def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool) -> dict[str, A
         "uncalibrated": verdict.threshold_source.strip().rstrip(".") == OUR_CHOICE,
         "first_step": finding.first_step if in_time else None,
         "last_step": finding.last_step if in_time else None,
+        "old": in_time and is_old(finding.last_step, last_step),
         "measurements": len(finding.series),
         "layers": [clean(layer) for layer in verdict.layers],
         "advice": clean(verdict.advice),
@@ -89,6 +91,7 @@ def unjudged(outcomes: Outcomes, in_time: bool) -> dict[str, Any]:
         "source": clean(known.source) if known else "",
         "first_step": outcomes[0][0] if in_time else None,
         "last_step": outcomes[-1][0] if in_time else None,
+        "old": False,
         "times": len(outcomes),
         "traceback": clean(last.traceback)[-6000:] if isinstance(last, Failed) else "",
     }

@@ -18,6 +18,20 @@ SIZE = (4.4, 2.55)
 Chart = dict[str, Any]
 
 
+def tells_by_a_chart(finding: Finding) -> bool:
+    """Whether a chart of a check that found nothing wrong shows more than its sentence: not where it would be the
+    number of steps that were looked at, or one value all along."""
+    last = finding.series[-1][1]
+    scalars = last.scalars()
+    first = next(iter(scalars), "")
+    if first.startswith("num_"):
+        return False
+    own = type(last).plot_trend.__func__ is not Result.plot_trend.__func__  # type: ignore[attr-defined]
+    if own or len(finding.series) == 1:
+        return True
+    return len({result.scalars().get(first) for _, result in finding.series}) > 1
+
+
 def charts(finding: Finding, salt: str, at_most: int) -> tuple[list[Chart], dict[str, str]]:
     """The charts of a finding (name, caption, problem) and their drawings by name.
 

@@ -15,19 +15,24 @@ from typing import Any
 
 from diag.reporting.audits import by_instrument, judged_entry, slug, unjudged
 from diag.reporting.caveats import caveats
-from diag.reporting.charts import charts
+from diag.reporting.charts import charts, tells_by_a_chart
 from diag.reporting.evidence import Evidence, gather
 from diag.reporting.examples import take_pictures
 from diag.reporting.layers import layer_map
 from diag.reporting.method import facts, method
+from diag.reporting.outcome import outcome
 from diag.reporting.plain import clean, count_in_words, listed
+from diag.reporting.state import run_state
 from diag.reporting.timeline import axis_of, timeline
+from diag.reporting.words import words_of
 from diag.result import Level
 from diag.run.stories import stories
 
 FORMAT_VERSION = 1
 LEVELS = (*(str(level) for level in Level), "skipped", "failed")
-ROOM_FOR_DRAWINGS = 440_000  # bytes; what keeps a page of very many checks under a megabyte
+ROOM_FOR_DRAWINGS = 400_000  # bytes; what keeps a page of very many checks under a megabyte
+ROOM_FOR_THE_REST = 120_000  # of it, for checks that found nothing wrong
+SMALL = 25_000  # a drawing of a check that found nothing wrong
 NEEDS_ATTENTION = tuple(str(level) for level in Level if level.is_finding)
 
 
@@ -44,6 +49,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
     axis = axis_of(history, in_time, evidence.last_step)
     audits = audits_of(evidence)
     counts = {level: sum(a["level"] == level for a in audits) for level in LEVELS}
+    told = stories_of(evidence, audits)
     name = clean(title or evidence.title)
     made = {
         "format": "diag-report",
@@ -51,14 +57,17 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "kind": evidence.kind,
         "title": name,
         "command": clean(command),
-        "verdict": verdict(counts, audits, stories_of(evidence, audits)),
+        "verdict": verdict(counts, audits, told),
+        "state": run_state(evidence, audits, told),
+        "outcome": outcome(axis, evidence) if evidence.kind == "run" else None,
         "counts": counts,
         "facts": facts(evidence),
         "caveats": caveats(evidence, counts),
         "audits": audits,
-        "stories": stories_of(evidence, audits),
+        "stories": told,
         "timeline": axis and timeline(axis, history, in_time, evidence.events, evidence.metrics),
         "layers": None if history is None else layer_map(axis, history, evidence.findings),
+        "words": words_of(audits),
         "method": method(evidence, audits),
         "drawings": _draw(evidence if drawings else None, audits, hashlib.sha1(name.encode()).hexdigest()[:6]),
     }
@@ -69,7 +78,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
 def audits_of(evidence: Evidence) -> list[dict[str, Any]]:
     """The checks with a verdict in the order of the findings, then those without; each has an id of its own."""
     gaps, in_time = by_instrument(evidence.outcomes), evidence.kind == "run"
-    made = [judged_entry(f, gaps.pop(f.instrument, ()), in_time) for f in evidence.findings]
+    made = [judged_entry(f, gaps.pop(f.instrument, ()), in_time, evidence.last_step) for f in evidence.findings]
     made += [unjudged(outcomes, in_time) for _, outcomes in sorted(gaps.items())]
     taken: set[str] = set()
     for audit in made:
@@ -97,21 +106,31 @@ def _draw(evidence: Evidence | None, audits: Sequence[dict[str, Any]], salt: str
     """The charts (the course and the last measurement where attention is needed, else the first of these) and the
     pictures of examples, by name; the worst checks first, as long as the page has room. None draws nothing."""
     drawings: dict[str, str] = {}
-    room = ROOM_FOR_DRAWINGS if evidence else 0
+    room = {True: ROOM_FOR_DRAWINGS if evidence else 0, False: ROOM_FOR_THE_REST if evidence else 0}
     findings = evidence.findings if evidence else ()
     for audit, finding in itertools.zip_longest(audits, findings):
-        if finding is not None:
-            audit["charts"], drawn = charts(finding, salt, 2 if audit["level"] in NEEDS_ATTENTION else 1)
+        wrong = audit["level"] in NEEDS_ATTENTION
+        if finding is not None and (wrong or tells_by_a_chart(finding)):
+            audit["charts"], drawn = charts(finding, salt, 2 if wrong else 1)
             for chart in audit["charts"]:
-                room -= len(drawn.get(chart["key"], ""))
-                if room < 0 and drawn.pop(chart["key"], ""):
+                size = len(drawn.get(chart["key"], ""))
+                fits = size <= room[True] and (wrong or size <= min(room[False], SMALL))
+                if not fits and drawn.pop(chart["key"], ""):
                     chart["problem"] = "No chart: the page has no room left for it."
+                else:
+                    _take(room, wrong, size)
             drawings |= drawn
         for name, picture in take_pictures(audit.get("examples"), f"{salt}-{audit['id']}"):
-            room -= len(picture)
-            if room > 0:
+            _take(room, True, len(picture))
+            if room[True] > 0:
                 drawings[name] = picture
     return drawings
+
+
+def _take(room: dict[bool, int], wrong: bool, size: int) -> None:
+    """What the rest takes is taken from the whole, too."""
+    for kind in {True, wrong}:
+        room[kind] -= size
 
 
 def _link(made: dict[str, Any]) -> None:

@@ -18,6 +18,13 @@ from diag.run.run import Cost, Event, Finding, Run, read_run
 from diag.snapshot.history import History
 from diag.snapshot.snapshot import Snapshot
 
+OLD = 0.75  # a verdict measured before this share of the run speaks of another network than the last one
+
+
+def is_old(measured_at: int, last_step: int) -> bool:
+    """Whether a verdict was measured so long before the run's last step that it may no longer hold."""
+    return last_step > 0 and measured_at < OLD * last_step
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:

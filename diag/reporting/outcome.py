@@ -38,13 +38,17 @@ class Course:
         return self.role == "held_out"
 
 
-def measured_course(findings: Iterable[Finding], field: str) -> list[tuple[int, float]]:
-    """(step, value) of the scalar `field`, by the check that measured it at most steps."""
+def measured_course(findings: Iterable[Finding], field: str, beside: str = "") -> list[tuple[int, float]]:
+    """(step, value) of the scalar `field`, by the check that measured it at most steps; one that measures `beside`,
+    too, comes first, so that the numbers on a page are of the same examples."""
     best: list[tuple[int, float]] = []
+    kept = False
     for finding in findings:
         found = [(step, float(r.scalars()[field])) for step, r in finding.series if field in r.scalars()]
         found = [(step, value) for step, value in found if math.isfinite(value)]
-        best = found if len(found) > len(best) else best
+        has_both = bool(found) and beside in finding.series[-1][1].scalars()
+        if (has_both, len(found)) > (kept, len(best)):
+            best, kept = found, has_both
     return best
 
 
@@ -60,7 +64,7 @@ def outcome_courses(evidence: Evidence) -> dict[str, list[Course]]:
         ("accuracy", "training", "accuracy"),
         ("accuracy", "held_out", "held_out_accuracy"),
     ):
-        found = measured_course(evidence.findings, field)
+        found = measured_course(evidence.findings, field, "held_out_loss")
         if found:
             label = "held-out" if role == "held_out" else "training examples"
             made[panel].append(Course(role, label, *zip(*found, strict=True)))

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -19,9 +19,13 @@ from markupsafe import Markup, escape
 
 from diag.display import LEVEL_MARKS, format_number
 from diag.reporting.examples import png_uri
+from diag.reporting.words import PATTERN, WORDS, word_id, words_in
 
 MARKS = {level: mark for level, (mark, _, _) in LEVEL_MARKS.items()} | {"skipped": "»", "failed": "!"}
-WORDS = {level: word for level, (_, _, word) in LEVEL_MARKS.items()} | {"skipped": "skipped", "failed": "failed"}
+LEVEL_WORDS = {level: word for level, (_, _, word) in LEVEL_MARKS.items()} | {
+    "skipped": "skipped",
+    "failed": "failed",
+}
 FOLDED = (
     ("unknown", "Could not tell", "The uncertainty of the measurement straddles the threshold."),
     ("ok", "Passed", "The check could judge, and its number is on the good side of its threshold."),
@@ -43,7 +47,7 @@ NOTHING, BROKEN, COLOURS = 0, 1, 254  # palette: unobserved, not finite, then th
 
 def render(document: Mapping[str, Any]) -> str:
     """The page of `document` (see `diag.reporting.document`) as HTML."""
-    return _template(TEMPLATES.get(document["format"], "page.html")).render(doc=document)
+    return _template(TEMPLATES.get(document["format"], "page.html")).render(doc=document, glossary=True)
 
 
 def render_notebook(document: Mapping[str, Any], path: str = "") -> str:
@@ -71,6 +75,8 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "embed": embed,
         "linked": linked,
+        "explained": with_meanings,
+        "height": height,
         "num": lambda value: "–" if value is None else format_number(value),
         "percent": lambda share: f"{100 * share:.2f}%",
         "line": line_path,
@@ -79,7 +85,7 @@ def _environment() -> jinja2.Environment:
         "power": lambda exponent: format_number(10.0**exponent),
         "every": every,
     }
-    environment.globals |= {"MARKS": MARKS, "WORDS": WORDS, "FOLDED": FOLDED, "include": _raw}
+    environment.globals |= {"MARKS": MARKS, "WORDS": LEVEL_WORDS, "FOLDED": FOLDED, "include": _raw}
     environment.globals["gradient"] = ", ".join(f"#{colour}" for colour in VIRIDIS)
     return environment
 
@@ -100,16 +106,47 @@ def embed(document: Mapping[str, Any]) -> Markup:
     return Markup(text)
 
 
+LINK = r"arXiv:\s?(\d{4}\.\d{4,5}(?:v\d+)?)|(https?://[^\s<>\"']+[^\s<>\"'.,;)])"
+
+EXPLAINED = re.compile(f"{LINK}|{PATTERN.pattern}", re.IGNORECASE)
+
+
 def linked(text: str) -> Markup:
     """A text in which arXiv identifiers and web addresses are links."""
-    pattern = r"arXiv:\s?(\d{4}\.\d{4,5}(?:v\d+)?)|(https?://[^\s<>\"']+[^\s<>\"'.,;)])"
+    return _marked(text, re.compile(LINK), _link_of)
+
+
+def _link_of(match: re.Match[str]) -> Markup:
+    address = f"https://arxiv.org/abs/{match[1]}" if match[1] else match[2]
+    return Markup('<a href="{}" rel="noreferrer">{}</a>').format(address, match[0])
+
+
+def _marked(text: str, pattern: re.Pattern[str], mark: Callable[[re.Match[str]], Markup]) -> Markup:
+    """A text, escaped, with what matches as markup."""
     parts, end = [], 0
-    for match in re.finditer(pattern, text):
-        address = f"https://arxiv.org/abs/{match[1]}" if match[1] else match[2]
-        link = Markup('<a href="{}" rel="noreferrer">{}</a>').format(address, match[0])
-        parts += [escape(text[end : match.start()]), link]
+    for match in pattern.finditer(text):
+        parts += [escape(text[end : match.start()]), mark(match)]
         end = match.end()
     return Markup("").join([*parts, escape(text[end:])])
+
+
+@jinja2.pass_context
+def with_meanings(context: jinja2.runtime.Context, text: str) -> Markup:
+    """A text with its links, in which a word that the page explains leads there where it first stands."""
+    known = {row["word"] for row in context["doc"].get("words", ())} if context.get("glossary") else set()
+    seen: set[str] = set()
+
+    def mark(match: re.Match[str]) -> Markup:
+        if match[1] or match[2]:
+            return _link_of(match)
+        (word,) = words_in(match[0])
+        if word not in known or word in seen:
+            return escape(match[0])
+        seen.add(word)
+        link = Markup('<a class="term" href="#word-{}" title="{}">{}</a>')
+        return link.format(word_id(word), WORDS[word], match[0])
+
+    return _marked(text, EXPLAINED, mark)
 
 
 def every(count: int, at_most: int) -> int:

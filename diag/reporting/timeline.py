@@ -217,7 +217,9 @@ def scale(usable: NDArray[numpy.float64]) -> dict[str, Any]:
     low, high = float(usable.min()), float(usable.max())
     positive = low > 0 and high / low > LOG_SPAN
     low, high = (math.log10(low), math.log10(high)) if positive else (low, high)
-    pad = 0.04 * (high - low) or max(1e-12, 0.1 * abs(high))
+    # A span that rounding makes is no span.
+    span = high - low if high - low > 1e-6 * max(abs(low), abs(high)) else 0.0
+    pad = 0.04 * span or 0.1 * abs(high) or 1.0
     low, high = low - pad, high + pad
     marks = _log_marks(low, high) if positive else _linear_marks(low, high)
     ticks = [{"at": round((m - low) / (high - low), 4), "text": text} for m, text in marks]
@@ -235,4 +237,8 @@ def _linear_marks(low: float, high: float) -> list[tuple[float, str]]:
     unit = 10.0 ** math.floor(math.log10(raw))
     width = next(f for f in (1, 2, 5, 10) if f * unit >= raw) * unit
     first = math.ceil(low / width)
-    return [(i * width, format_number(i * width)) for i in range(first, math.floor(high / width) + 1)]
+    marks = [i * width for i in range(first, math.floor(high / width) + 1)]
+    # As many digits as tell two marks apart.
+    largest = max(map(abs, marks), default=0.0)
+    digits = max(3, math.ceil(math.log10(largest / width)) + 1) if largest > 0 else 3
+    return [(mark, format_number(mark, digits)) for mark in marks]

@@ -1,6 +1,7 @@
 """The page in a real headless Chromium, with and without scripts, light and dark, on paper and on a phone."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_every_link_within_the_page_leads_to_something_visible(visit, scripts):
 def test_following_a_link_unfolds_what_it_leads_to(visit):
     page = visit()
     assert not page.locator("#check-bare").is_visible()
+    page.locator("details.lanes > summary").click()
     page.locator("a.span[href='#check-bare']").click()
     page.locator("#check-bare").wait_for(state="visible")
 
@@ -163,29 +165,84 @@ def test_text_has_the_contrast_that_wcag_asks(visit, scheme):
     assert page.evaluate(CONTRAST) == []
 
 
-FOLDED = """() => [...document.querySelectorAll("details > :not(summary), .heat")]
+FOLDED = """() => [...document.querySelectorAll("#findings details.follows > :not(summary)")]
   .filter((e) => !e.checkVisibility() || !e.getBoundingClientRect().height).length"""
 
 
 @pytest.mark.parametrize("scripts", [True, False])
-def test_paper_unfolds_everything_and_is_light(visit, scripts):
+def test_paper_has_what_matters_and_is_light(visit, scripts):
     page = visit(java_script_enabled=scripts, color_scheme="dark")
-    assert page.evaluate(FOLDED) > 10
     page.emulate_media(media="print")
     assert page.evaluate(FOLDED) == 0
+    for shown in ("h1", ".told", ".outcome", "#check-collapse .claim", ".timeline .curve", "#checks-ok .names"):
+        assert page.locator(shown).first.is_visible(), shown
+    for left_out in ("nav", "#check-bare", "#data", "#check-collapse .more", "#method table"):
+        assert not page.locator(left_out).first.is_visible(), left_out
     # The tokens are light: near-black ink.
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(30, 31, 36)"
-    assert not page.locator("nav").first.is_visible()
 
 
-def test_printing_opens_and_closes_what_is_folded(visit):
+def test_the_print_has_at_most_eight_pages(visit):
+    pdf = visit().pdf(format="A4", prefer_css_page_size=False)
+    assert 1 <= len(re.findall(rb"/Type\s*/Page[^s]", pdf)) <= 8
+
+
+def test_printing_opens_what_follows_and_closes_it(visit):
     page = visit()
-    closed = page.locator("details:not([open])").count()
+    page.evaluate("document.querySelector('#findings').insertAdjacentHTML('beforeend', "
+                  "'<details class=follows><summary>s</summary>t</details>')")  # fmt: skip
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert closed > 0 and page.locator("details:not([open])").count() == 0
+    assert page.locator("details.follows:not([open])").count() == 0
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.locator("details:not([open])").count() == closed
-    assert len(page.pdf()) > 10_000
+    assert page.locator("details.follows:not([open])").count() > 0
+
+
+def test_a_stretch_of_steps_can_be_looked_at_closely(visit):
+    page = visit()
+    curve, box = page.locator(".timeline .curve").first, None
+    curve.scroll_into_view_if_needed()
+    box = curve.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.25 * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle, steps=3)
+    page.mouse.up()
+    views = page.eval_on_selector_all("[data-axis] .curve svg", "all => all.map((e) => e.getAttribute('viewBox'))")
+    assert len(set(views)) == 1, "all curves show the same steps"
+    x, _, width, _ = map(float, views[0].split())
+    assert abs(x - 250) < 8 and abs(width - 250) < 8  # of 1000, to a pixel or two
+    ticks = page.locator(".timeline > .shared .axis span").all_text_contents()
+    assert all(225 <= int(t.replace(",", "")) <= 455 for t in ticks) and len(ticks) > 2
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle)
+    step = int(re.match(r"step (\d+)", page.locator(".timeline .readout").text_content())[1])
+    assert abs(step - 338) < 8  # the middle of the middle quarter of 900 steps
+    page.locator("[data-zoom='all']").focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".timeline .curve svg").first.get_attribute("viewBox") == "0 0 1000 100"
+    page.locator("[data-zoom='in']").click()
+    assert page.locator(".timeline .curve svg").first.get_attribute("viewBox") == "250 0 500 100"
+
+
+def test_a_finding_lights_its_steps_and_layers(visit):
+    page = visit()
+    page.locator(".told li").first.hover()
+    assert page.locator(".timeline .curve > .lit").count() > 0
+    assert page.locator("#layers-table tr.lit").count() == 3  # head.weight, head.bias and one more
+    page.mouse.move(0, 0)
+    assert page.locator(".lit").count() == 0
+
+
+def test_a_drawing_says_the_value_under_the_pointer(visit):
+    page = visit()
+    chart = page.locator("#check-collapse svg[data-plot]").first
+    chart.scroll_into_view_if_needed()
+    chart.hover()
+    box = chart.bounding_box()
+    for share in (0.2, 0.35, 0.5, 0.65, 0.8):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+        if page.locator(".tip").is_visible():
+            break
+    assert re.match(r"step \d", page.locator(".tip").text_content())
 
 
 def test_readable_with_scripts_off(visit):
@@ -209,7 +266,7 @@ def test_no_width_makes_the_page_scroll_sideways(visit, width):
 
 def test_the_pointer_reads_the_curves_and_the_map(visit):
     page = visit()
-    curve, heat = page.locator(".curve").first, page.locator(".map").first
+    curve, heat = page.locator(".timeline .curve").first, page.locator(".map").first
     curve.hover()
     assert "step 4" in page.locator(".timeline .readout").text_content()
     assert "training loss" in page.locator(".timeline .readout").text_content()
@@ -262,7 +319,7 @@ def test_a_comparison_and_a_gallery_work_as_well(browser, evidence, tmp_path):
     from diag.reporting.gallery import gallery
 
     report(evidence, tmp_path / "one.html", command="diag demo")
-    compare(evidence, evidence, tmp_path / "two.html")
+    compare(evidence, evidence, output=tmp_path / "two.html")
     page = browser.new_page(viewport={"width": 390, "height": 800})
     problems = []
     page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
@@ -272,7 +329,7 @@ def test_a_comparison_and_a_gallery_work_as_well(browser, evidence, tmp_path):
     page.get_by_role("link", name="Run mine and Run mine").click()
     page.locator("#scalars thead button").nth(1).click()
     assert page.locator("#scalars th[aria-sort='descending']").count() == 1
-    assert page.locator(".curve path.of-B").first.is_visible()
+    assert page.locator(".curve path.of-1").first.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert problems == []
     page.close()

@@ -11,7 +11,7 @@ from report_fakes import Bare, Collapse, Inapplicable, finding, series
 
 from diag.errors import InvalidInput
 from diag.reporting import compare, report
-from diag.reporting.compare import comparison
+from diag.reporting.comparison.compare import comparison
 from diag.reporting.gallery import gallery
 
 
@@ -67,7 +67,7 @@ def test_what_only_one_side_has_is_not_compared(pair):
 def test_a_difference_has_the_error_of_independent_measurements(pair):
     row = next(row for row in comparison(*pair)["scalars"] if row["name"] == "headroom")
     assert [e["number"] for e in row["errors"]] == [0.4, 0.4]
-    assert row["difference_error"]["number"] == pytest.approx(0.4 * 2**0.5, rel=1e-12) and row["clear"] is False
+    assert row["difference_error"]["number"] == pytest.approx(0.4 * 2**0.5, rel=1e-12) and row["is_clear"] is False
     assert "headroom standard error" not in {r["name"] for r in comparison(*pair)["scalars"]}
 
 

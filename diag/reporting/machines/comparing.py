@@ -9,7 +9,7 @@ FORMAT, FORMAT_VERSION = "diag-compare", 1
 
 
 def compared_document(made: Mapping[str, Any], output: str | None = None) -> dict[str, Any]:
-    """The document of `diag compare --json` from the page's (`diag.reporting.compare.comparison`)."""
+    """The document of `diag compare --json` from the page's (`diag.reporting.comparison.compare.comparison`)."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from diag.reporting.evidence import is_old
 from diag.reporting.plain import clean
 from diag.result import Failed, Level, Skipped
 from diag.run.files import DAMAGED
@@ -17,7 +18,6 @@ from diag.run.run import Finding, Run
 from diag.run.stories import stories
 
 FORMAT, FORMAT_VERSION = "diag-findings", 1
-OLD = 0.75  # a verdict measured before this share of the run speaks of another network than the last one
 
 
 def findings_document(run: Run) -> dict[str, Any]:
@@ -100,11 +100,6 @@ def finding_entry(finding: Finding, last_step: int) -> dict[str, Any]:
         "old": is_old(finding.last_step, last_step),
         "values": {clean(k): json_number(v) for k, v in finding.series[-1][1].scalars().items()},
     }
-
-
-def is_old(measured_at: int, last_step: int) -> bool:
-    """Whether a verdict was measured so long before the run's last step that it may no longer hold."""
-    return last_step > 0 and measured_at < OLD * last_step
 
 
 def json_number(value: Any) -> float | int | str:

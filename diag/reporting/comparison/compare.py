@@ -14,14 +14,14 @@ from typing import Any
 
 from diag.errors import InvalidInput
 from diag.reporting.caveats import caveats
-from diag.reporting.compare_numbers import compared_numbers
+from diag.reporting.comparison.numbers import compared_numbers
+from diag.reporting.comparison.overlay import overlay
+from diag.reporting.comparison.sweep import key_of, sweep_table
 from diag.reporting.document import LEVELS, audits_of, stories_of, verdict
 from diag.reporting.evidence import Evidence, gather
 from diag.reporting.files import Page
 from diag.reporting.method import facts
-from diag.reporting.overlay import overlay
 from diag.reporting.plain import clean, count_in_words, listed
-from diag.reporting.sweep import key_of, sweep_table
 from diag.result import Level
 from diag.run.checkpoints import from_checkpoints
 

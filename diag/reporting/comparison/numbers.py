@@ -68,7 +68,7 @@ def _row(
         "differs": len({repr(v) for v in given}) > 1,
         "difference": number(difference, unit) if both else None,
         "difference_error": number(error, unit) if known else None,
-        "clear": bool(abs(difference) > 2 * error) if known else None,
+        "is_clear": bool(abs(difference) > 2 * error) if known else None,
         "ratio": finite(difference / float(first) + 1) if both and first else None,
         "spread": _spread(given, keys, unit),
         "band": band,

@@ -31,6 +31,7 @@ from diag.watching.watcher import watch as watch
 from diag.instruments.attention import Attention as Attention
 from diag.instruments.network.attention_heads import AttentionHeads as AttentionHeads
 from diag.instruments.loop.batches_repeated import BatchesRepeated as BatchesRepeated
+from diag.instruments.boundary_tilting import BoundaryTilting as BoundaryTilting
 from diag.instruments.data.class_counts import ClassCounts as ClassCounts
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
@@ -98,6 +99,10 @@ def attention_heads(attention_calls: Any, history: Any = None, *, sharp: float =
 def batches_repeated(snapshot: Snapshot, /, *, loop: Any = ...) -> BatchesRepeated: ...
 @overload
 def batches_repeated(loop: Any) -> BatchesRepeated: ...
+@overload
+def boundary_tilting(snapshot: Snapshot, /, *, features: Any = ..., labels: Any = ..., classifier: Any = ...) -> BoundaryTilting: ...
+@overload
+def boundary_tilting(features: Any, labels: Any, classifier: Any) -> BoundaryTilting: ...
 @overload
 def class_counts(snapshot: Snapshot, /, *, logits: Any = ..., labels: Any = ..., inputs: Any = ..., ratio: float = ...) -> ClassCounts: ...
 @overload

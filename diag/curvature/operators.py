@@ -48,7 +48,7 @@ from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.parameters import FlatLayout
-from diag.snapshot.picking import subsampled
+from diag.snapshot.picking import dealt_out, subsampled
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -141,7 +141,16 @@ class CurvatureOperator(LinearOperator):
 
     def subsample(self, num_examples: int, seed: int = 0) -> Self:
         """The same matrix on `num_examples` of the examples, drawn without replacement."""
-        batches = subsampled(self.objective.batches, num_examples, seed)
+        return self._on(subsampled(self.objective.batches, num_examples, seed))
+
+    def blocks(self, count: int, seed: int = 0) -> list[Self]:
+        """The same matrix on `count` disjoint random blocks of the examples.
+
+        Raises InvalidInput where there are fewer examples than blocks.
+        """
+        return [self._on(block) for block in dealt_out(self.objective.batches, count, seed)]
+
+    def _on(self, batches: list[Batch]) -> Self:
         settings = self._settings | {"precision": self.objective.precision, "checked": self.self_test}
         other = type(self)(self.objective.model, self.objective.loss_fn, batches, **settings)
         other.deadline = self.deadline

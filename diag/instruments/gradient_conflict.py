@@ -23,6 +23,7 @@ from diag.display import format_number, format_share
 from diag.errors import MissingQuantity
 from diag.gradients import PerExampleGradients, StackedGradients, as_gradients
 from diag.linalg.coherence import random_blocks
+from diag.linalg.student import factor
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -37,7 +38,9 @@ class GradientConflict(Result):
 
     lowest: float = measured("smallest cosine of two groups' mean gradients, as measured")
     lowest_corrected: float = measured("the same pair's cosine with the lengths freed of noise; NaN: within noise")
-    lowest_standard_error: float = measured("jackknife standard error of the cosine of that pair")
+    lowest_standard_error: float = measured(
+        "jackknife standard error of the cosine of that pair, such that two of them hold for all pairs at once"
+    )
     conflicting_pairs: float = measured("pairs with a cosine below 0 by two standard errors", unit="share")
     length_kept: float = measured("length of the summed gradient over the sum of the groups' lengths")
     num_groups: int = measured("groups compared")
@@ -147,7 +150,7 @@ def gradient_conflict(
     return GradientConflict(
         lowest=float(values[worst]),
         lowest_corrected=_corrected(gram, sizes, squares, a, b),
-        lowest_standard_error=float(errors[a, b]),
+        lowest_standard_error=float(errors[a, b]) * factor(BLOCKS, len(values)) / factor(BLOCKS),
         conflicting_pairs=float(conflicts.double().mean()),
         length_kept=_length_kept(_mean_products(gram, sizes)),
         num_groups=len(members),
@@ -218,16 +221,17 @@ def _with_errors(gram: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The cosines and their jackknife errors; a block that empties a group leaves the error unknown."""
     blocks = sizes.shape[1]
     left_out = torch.stack([_cosines(_mean_products(gram, sizes, b)) for b in range(blocks)])
-    errors = ((blocks - 1) * (left_out - left_out.mean(0)).square().mean(0)).sqrt()
+    errors = ((blocks - 1) * (left_out - left_out.mean(0)).square().mean(0)).sqrt() * factor(blocks)
     return _cosines(_mean_products(gram, sizes)), errors
 
 
 def _corrected(gram: Tensor, sizes: Tensor, squares: Tensor, a: int, b: int) -> float:
-    """The cosine with squared lengths from products of different examples; NaN where one is not positive."""
+    """The cosine with squared lengths from products of different examples; NaN where noise leaves no cosine."""
     products, counts = _mean_products(gram, sizes), sizes.sum(1)
     own = (products.diag() * counts.square() - squares) / (counts * (counts - 1))
     size = float(own[a]) * float(own[b])
-    return float(products[a, b]) / math.sqrt(size) if float(own[a]) > 0 and float(own[b]) > 0 else math.nan
+    found = float(products[a, b]) / math.sqrt(size) if float(own[a]) > 0 and float(own[b]) > 0 else math.nan
+    return found if abs(found) <= 1 else math.nan
 
 
 def _length_kept(products: Tensor) -> float:

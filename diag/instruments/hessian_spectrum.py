@@ -46,8 +46,8 @@ class HessianSpectrum(Result):
         "|H v - lambda v|: an eigenvalue lies within this of each one given", shape="(k,)"
     )
     sampling_errors: NDArray[numpy.float64] = measured(
-        "half the difference of the curvature along each eigenvector between two halves of the data; NaN where "
-        "the data cannot be split",
+        "how far the curvature along each eigenvector may be off for other data of the same kind: two of them hold "
+        "it in about 95 of 100 cases; NaN where the data cannot be split",
         shape="(k,)",
     )
     smallest: float = measured("smallest eigenvalue; NaN where it has not converged")
@@ -60,7 +60,7 @@ class HessianSpectrum(Result):
         "eigenvalues below -0.001 of the largest magnitude, by the quadrature", unit="share"
     )
     negative_share_standard_error: float = measured(
-        "a quarter of the interval that holds that share in about 95 of 100 cases", unit="share"
+        "a quarter of the interval that holds that share in at least 95 of 100 cases", unit="share"
     )
     num_outliers: float = measured(
         "outliers: leading eigenvectors in the span of the class directions; NaN without class directions"
@@ -87,7 +87,8 @@ class HessianSpectrum(Result):
         "largest share up to each point, likewise", shape="(400,)", unit="share"
     )
     distribution_error: float = measured(
-        "how far the share of eigenvalues up to a value can be off, at the worst value, in about 95 of 100 cases",
+        "how far the share of eigenvalues up to a value can be off, at the worst value, in at least 95 of "
+        "100 cases",
         unit="share",
     )
     num_parameters: int = measured("size of the Hessian")
@@ -224,7 +225,7 @@ def hessian_spectrum(
     one whose residual is not within `tolerance` of the largest magnitude is not reported. The same run gives the
     density (`num_probes` above 1: as many new start vectors), with the distribution function's error; the
     `trace_probes` products more give trace and norm with the reported eigenvalues taken out. `half_split` compares
-    two halves of the data, `weight_decay` is added to every eigenvalue, `memory` caps the basis in bytes (None: a
+    blocks of half the data, `weight_decay` is added to every eigenvalue, `memory` caps the basis in bytes (None: a
     quarter of what is free). `keep_eigenvectors` keeps the vectors in the result, k times the parameters' size on
     the CPU; runs and saved results leave them out. All is in the loss's unit. `checkpoint` names a folder in which
     a long run keeps where it is, so that one that was killed goes on there when it is asked for again.

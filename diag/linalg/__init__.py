@@ -17,6 +17,7 @@ __all__ = [
     "reductions",
     "softmax_rounding",
     "spectrum",
+    "student",
     "trace",
     "warm",
 ]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diag.linalg.student import covering
+
 
 @dataclass(frozen=True)
 class Coherence:
@@ -51,7 +53,7 @@ def _corrected(total: float, energy: float, m: int) -> float:
 
 
 def _jackknife(gram: Tensor, squares: Tensor, blocks: Sequence[Tensor], total: float, energy: float) -> float:
-    """Standard error of the corrected coherence from leaving out one block at a time."""
+    """Standard error of the corrected coherence from leaving out one block at a time (widened: see `student`)."""
     left_out = [
         _corrected(
             total - 2 * float(gram[b].sum()) + float(gram[b, b]),
@@ -63,7 +65,7 @@ def _jackknife(gram: Tensor, squares: Tensor, blocks: Sequence[Tensor], total: f
     values = torch.tensor(left_out, dtype=torch.float64)
     if len(values) < 2 or bool(values.isnan().any()):
         return math.nan
-    return float(((len(values) - 1) * (values - values.mean()).square().mean()).sqrt())
+    return covering(float(((len(values) - 1) * (values - values.mean()).square().mean()).sqrt()), len(values))
 
 
 def between_groups(gram: Tensor, squares: Sequence[Tensor]) -> Tensor:

@@ -81,7 +81,7 @@ class SpectralMeasure:
         """The least and the largest share of eigenvalues <= each point of `grid` (g,), two of (g,), float64.
 
         What the rules cannot resolve, and beyond it so many standard `deviations` of the chance of the probes: two
-        hold the true share at a point in about 95 of 100 cases.
+        hold the true share at a point in at least 95 of 100 cases.
         """
         if self.exact:
             return self.distribution(grid), self.distribution(grid)

@@ -8,7 +8,8 @@ the outliers are no noise in them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
 from diag.linalg.refine import complete
 from diag.linalg.ritz import Wanted
-from diag.linalg.trace import trace_and_norm
+from diag.linalg.trace import TraceAndNorm, trace_and_norm
 
 MOST = 11.0  # the 99.9 % quantile of chi-squared with one degree of freedom
 
@@ -88,11 +89,27 @@ def spectrum(
             probes: dict[str, Any] = {"num_probes": num_probes, "steps": steps, "memory": memory, "seed": seed + 1}
             rest = spectral_measure(operator, deflate=deflate.vectors if deflate else None, **probes)
         probed = trace_and_norm(operator, num_probes=trace_probes, seed=seed, deflate=deflate)
-        trace, norm = probed.trace, probed.frobenius_norm
+        trace, norm = _at_least(rest, probed)
         products += rest.num_products + probed.num_products
     if run.file is not None:
         run.file.unlink(missing_ok=True)
     return Spectrum(top, bottom, rest, trace, norm, run.ritz.values[[0, -1]], products)
+
+
+def _at_least(rest: SpectralMeasure, probed: TraceAndNorm) -> tuple[Estimate, Estimate]:
+    """Trace and norm with errors not below what the rest of the spectrum says: few probes may happen to agree.
+
+    Of k normal probes the trace has the variance 2 tr A^2 / k, and |A|_F^2 has 2 tr A^4 / k.
+    """
+    trace, norm = probed.trace, probed.frobenius_norm
+    alone = SpectralMeasure(rest.nodes, rest.weights, rest.atoms[:0], rest.size, rest.seed, 0)
+    second, fourth = (max(alone.moment(power).value, 0.0) for power in (2, 4))
+    known = math.sqrt(2 * second / trace.num_probes)
+    of_norm = math.sqrt(2 * fourth / norm.num_probes) / (2 * norm.value) if norm.value else 0.0
+    return (
+        replace(trace, standard_error=max(trace.standard_error, known)),
+        replace(norm, standard_error=max(norm.standard_error, of_norm)),
+    )
 
 
 def _within(pairs: Eigenpairs, limit: float) -> list[bool]:

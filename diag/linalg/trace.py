@@ -3,7 +3,8 @@
 Hutchinson (1990): for v with independent entries +-1, E v^T A v = tr A and E |A v|^2 = |A|_F^2, one product
 each. Known eigenvectors U are deflated: tr A = tr U A U^T + tr P A P with P = I - U^T U (and the squared
 norms likewise, with the cross term), and only the second is estimated, so that outliers no longer make the
-noise. The trace of a Hessian may well be negative.
+noise. Errors are widened for the small number of probes (`diag.linalg.student`). The trace of a Hessian may well
+be negative.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate
 from diag.linalg.reductions import dot
+from diag.linalg.student import covering
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,12 @@ def trace_and_norm(
         spent += len(known)
     samples = _probe(target, num_probes, torch.Generator().manual_seed(seed))
     trace, square = samples.mean(0) + torch.stack([known.sum(), known.square().sum() + 2 * cross])
-    trace_error, square_error = samples.std(0) / math.sqrt(num_probes)
+    spread = samples.std(0) / math.sqrt(num_probes)
+    trace_error, square_error = (covering(float(error), num_probes) for error in spread)
     norm = math.sqrt(float(square))
     return TraceAndNorm(
-        trace=Estimate(float(trace), float(trace_error), num_probes, seed),
-        frobenius_norm=Estimate(norm, float(square_error) / (2 * norm) if norm else 0.0, num_probes, seed),
+        trace=Estimate(float(trace), trace_error, num_probes, seed),
+        frobenius_norm=Estimate(norm, square_error / (2 * norm) if norm else 0.0, num_probes, seed),
         num_products=spent,
     )
 

@@ -43,6 +43,23 @@ def partitioned(batches: Sequence[Batch], size: int, seed: int) -> Iterator[list
     return (picked(batches, numbers.sort().values.tolist()) for numbers in shuffled.split(size))
 
 
+def dealt_out(batches: Sequence[Batch], count: int, seed: int) -> list[list[Batch]]:
+    """`count` disjoint random blocks of nearly as many examples each; a few examples may be left over.
+
+    Batches that must stay whole are dealt out whole. Raises InvalidInput where there are fewer of them, or fewer
+    examples, than blocks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whole = any(batch.coupled for batch in batches)
+    units = len(batches) if whole else sum(batch.size for batch in batches)
+    if units < count:
+        raise InvalidInput(f"{count} blocks of {units} were asked for; expected at most one for each.")
+    dealt = (
+        torch.randperm(units, generator=generator)[: units - units % count].view(count, -1).sort(1).values.tolist()
+    )
+    return [[batches[i] for i in block] if whole else picked(batches, block) for block in dealt]
+
+
 def picked(batches: Sequence[Batch], numbers: Sequence[int]) -> list[Batch]:
     """The examples with these numbers, in the order given.
 

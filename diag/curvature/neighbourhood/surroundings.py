@@ -20,6 +20,7 @@ from diag.curvature.neighbourhood.losses_at import LossesAt
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import norm
+from diag.linalg.student import covering
 
 ROUNDINGS = 100  # of the loss: a rise below so many is no measurement (1e-5 in float32; our choice)
 NORMS = ("l2", "linf")
@@ -177,13 +178,13 @@ def by_group(whole: Surroundings, m: int, worst: Tensor, steps: int, seed: int) 
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> MeanEstimate:
-    """The weighted mean of independent values and its standard error."""
+    """The weighted mean of independent values and its standard error (widened for few: see `student`)."""
     x, w = torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
     mean = float((w * x).sum() / w.sum())
     if len(values) < 2:
         return MeanEstimate(mean, 0.0)
     spread = (w * (x - mean)).square().sum() * len(values) / (len(values) - 1)
-    return MeanEstimate(mean, float(spread.sqrt() / w.sum()))
+    return MeanEstimate(mean, covering(float(spread.sqrt() / w.sum()), len(values)))
 
 
 def unit_vector(v: Tensor) -> Tensor:

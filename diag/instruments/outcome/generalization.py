@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.linalg.student import covering
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 
@@ -176,7 +177,7 @@ def generalization(
 
 
 def _standard_error(values: Tensor) -> float:
-    return float(values.double().std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+    return covering(float(values.double().std()) / len(values) ** 0.5, len(values))
 
 
 def _commonest(labels: Tensor | None) -> float:

@@ -6,7 +6,6 @@ the class frequencies and nothing else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.linalg.student import covering
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -105,7 +105,7 @@ def trivial_predictor(logits: Tensor, labels: Tensor, losses: Tensor) -> Trivial
     is_cross_entropy = len(losses) == len(own) and abs(mean - float(own.mean())) <= AGREES * max(abs(mean), 1.0)
     return TrivialPredictor(
         loss=mean,
-        loss_standard_error=float(losses.double().std() / len(losses) ** 0.5) if len(losses) > 1 else math.nan,
+        loss_standard_error=covering(float(losses.double().std()) / len(losses) ** 0.5, len(losses)),
         entropy=float(-(shares * shares.log()).sum()),
         classes=len(shares),
         examples=len(labels),

@@ -1,0 +1,1 @@
+"""Simulations with a known truth for every error that diag states."""

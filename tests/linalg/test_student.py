@@ -1,0 +1,33 @@
+"""Errors from few values cover as often as is said."""
+
+import math
+
+import pytest
+import torch
+
+from diag.linalg.student import covering
+
+# 97.5 % points of Student's distribution, from printed tables.
+TABLE = {2: 12.706, 5: 2.776, 10: 2.262, 31: 2.042, 1_000_001: 1.960}
+
+
+@pytest.mark.parametrize(("values", "point"), TABLE.items())
+def test_against_the_printed_table(values, point):
+    assert covering(1.0, values) == pytest.approx(point / 2, abs=5e-4)
+
+
+def test_one_value_has_no_error():
+    assert math.isnan(covering(0.0, 1))
+
+
+def test_several_at_once_are_wider():
+    """Bonferroni: ten at 95 % are one at 99.5 %, whose point with nine degrees of freedom is 3.690."""
+    assert covering(1.0, 10, of=10) == pytest.approx(3.690 / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("values", [3, 10, 40])
+def test_normal_means_are_covered(values):
+    """5,000 means of normal numbers: 95 % within four counting errors (.0031 each)."""
+    x = torch.randn(5_000, values, generator=torch.Generator().manual_seed(values), dtype=torch.float64)
+    error = torch.tensor([covering(float(s), values) for s in x.std(1) / math.sqrt(values)])
+    assert float((x.mean(1).abs() <= 2 * error).double().mean()) == pytest.approx(0.95, abs=4 * 0.0031)

@@ -33,6 +33,7 @@ from diag.snapshot.example_losses import LossFunction, check_finite, check_mean,
 from diag.snapshot.parameters import trainable
 from diag.snapshot.picking import permuted_targets, picked
 from diag.snapshot.preserve import preserved
+from diag.snapshot.state.moment import bits_of
 
 
 class ModelGradients(PerExampleGradients):
@@ -70,7 +71,7 @@ class ModelGradients(PerExampleGradients):
         self._plan: Plan | None = None
         self._independent = False  # examples were seen not to influence each other
         self._losses: dict[int, Tensor] = {}  # by first row
-        self._versions: tuple[int, ...] = ()  # of the parameters that the losses and norms were taken at
+        self._values: tuple[Any, ...] = ()  # of the parameters that the losses and norms were taken at
         self._share: float | None = None
 
     # ---- what comes with the gradients ---------------------------------------------------------
@@ -183,9 +184,9 @@ class ModelGradients(PerExampleGradients):
         return losses
 
     def _forget_other_states(self) -> None:
-        versions = tuple(p._version for p in self._parameters.values())
-        if versions != self._versions:
-            self._losses, self._known, self._versions = {}, {}, versions
+        values = tuple(bits_of(p) for p in self._parameters.values())
+        if values != self._values:
+            self._losses, self._known, self._values = {}, {}, values
 
     def ask(self, *questions: Question) -> tuple[Any, ...]:
         self._forget_other_states()

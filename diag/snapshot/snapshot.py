@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.linalg.deadline import NEVER, Deadline
-from diag.snapshot.batch import Batch, as_batches, fingerprint
+from diag.snapshot.batch import Batch, as_batches, fingerprint, tensors_in
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.hook_check import HookCheck
@@ -27,9 +27,22 @@ from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.preserve import generator_states, random_states
 from diag.snapshot.state.hooks import is_silent
+from diag.snapshot.state.moment import Moment, bits_of
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.undisturbed import undisturbed
 
+MOVED = (
+    "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new "
+    "Snapshot (of a "
+    "copy of the model, to keep it while training goes on)."
+)
+DATA_MOVED = (
+    "The data have changed since the snapshot read them, by other code or by a model that writes into its "
+    "inputs, so "
+    "its quantities would mix two moments; give it a copy of the data, and a model that leaves its inputs "
+    "as they are."
+)
+DATA = "bits of the data"
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 
 
@@ -85,7 +98,7 @@ class Snapshot:
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
         self._computed: dict[str, Any] = {}
-        self._versions = _versions(self.model)
+        self._moment = Moment(self.model, loss_fn)
 
     def quantity(self, name: str) -> Any:
         """The value of a glossary quantity; `held_out_` before a name asks for it on the held-out data.
@@ -108,8 +121,6 @@ class Snapshot:
             except Exception:
                 source.explain()
                 raise
-            finally:
-                self._versions = _versions(self.model)
         return self._computed[name]
 
     @contextmanager
@@ -121,16 +132,12 @@ class Snapshot:
         """
         if called and self._given["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
-        at_its_moment = _versions(self.model) == self._versions
         try:
             with undisturbed(self.model, self.loss_fn):
                 yield
         except StateLost as error:
             self.hook_check.lost = str(error)
             raise
-        finally:
-            if at_its_moment:  # putting a value back counts as a write
-                self._versions = _versions(self.model)
 
     @cached_property
     def hook_check(self) -> HookCheck:
@@ -148,12 +155,14 @@ class Snapshot:
         return self._computed[name]
 
     def refuse_a_later_moment(self) -> None:
-        """Raise InvalidInput where the parameters have changed since the snapshot was made."""
-        if _versions(self.model) != self._versions:
-            raise InvalidInput(
-                "The model's parameters have changed since the snapshot was made, so its quantities would mix two "
-                "moments; make a new Snapshot (of a copy of the model, to keep it while training goes on)."
-            )
+        """Raise InvalidInput where the model, the loss or the data have changed since the snapshot was made."""
+        if name := self._moment.changed():
+            raise InvalidInput(MOVED.format(name[0].upper() + name[1:]))
+        if "batches" in self.__dict__ and self._data_moved():
+            raise InvalidInput(DATA_MOVED)
+
+    def _data_moved(self) -> bool:
+        return bits_of_batches(self.batches) != self.once(DATA, lambda: bits_of_batches(self.batches))
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
@@ -162,7 +171,9 @@ class Snapshot:
         if data is None:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
         batches = _read(data, unpack, self.max_examples, self.micro_batch, self.device, self.seed)
-        return tuple(b.with_targets(self.model) for b in batches) if self.loss_fn is None else batches
+        batches = tuple(b.with_targets(self.model) for b in batches) if self.loss_fn is None else batches
+        self._computed[DATA] = bits_of_batches(batches)
+        return batches
 
     @property
     def num_examples(self) -> int:
@@ -231,6 +242,7 @@ class Snapshot:
         other = Snapshot(**self._given | changes)
         if "batches" in self.__dict__ and not set(changes) & _READING:
             other.__dict__["batches"] = self.batches
+            other._computed[DATA] = self._computed[DATA]
         return other
 
     def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
@@ -243,8 +255,9 @@ class Snapshot:
         return f"<Snapshot of {type(self.model).__name__}{known}>"
 
 
-def _versions(model: nn.Module) -> tuple[int, ...]:
-    return tuple(p._version for p in model.parameters())
+def bits_of_batches(batches: tuple[Batch, ...]) -> list[Any]:
+    """What tells the tensors of the batches from others (see `bits_of`)."""
+    return [bits_of(t) for b in batches for t in tensors_in((b.args, b.kwargs, b.targets))]
 
 
 def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:

@@ -243,7 +243,7 @@ def test_errors_say_what_to_do():
     moved = path(network(1))
     with torch.no_grad():
         moved.snapshot.model[0].weight.add_(1.0)
-    with pytest.raises(InvalidInput, match="have changed since the snapshot was made"):
+    with pytest.raises(InvalidInput, match="has changed since the snapshot was made"):
         moved.fit(network(2))
     end = found.fit(network(2))
     with pytest.raises(InvalidInput, match="norm_stats is 'mean'; expected one of reset, lerp, keep"):

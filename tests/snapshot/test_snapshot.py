@@ -181,7 +181,7 @@ def test_two_moments_are_never_mixed():
     model(torch.randn(4, 2)).sum().backward()
     optimizer.step()
     assert snapshot.quantity("logits") is logits
-    with pytest.raises(InvalidInput, match="parameters have changed since the snapshot was made"):
+    with pytest.raises(InvalidInput, match="has changed since the snapshot was made"):
         snapshot.quantity("gradient")
 
 

@@ -1,10 +1,14 @@
-"""Whether two state dicts are of one network: the first difference, in one sentence, and how many more."""
+"""Whether two state dicts are of one network: the first difference, in one sentence, and how many more.
+
+What fits is taken over without loss of more than the digits that the network itself does not keep.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
@@ -30,6 +34,55 @@ def check_states_fit(
         raise InvalidInput(
             f"The two checkpoints do not fit: {found[0]}{more}; expected two trained copies of one architecture."
         )
+
+
+def taken_over(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the dtype and on the device of `like`.
+
+    Raises InvalidInput where that makes something else of it: of codes weights, of complex numbers real ones, of
+    large numbers infinite ones, of whole numbers others.
+    """
+    if _kind(value) != _kind(like):
+        raise InvalidInput(
+            f"'{name}' is {_short(value)} in the other network and {_short(like)} in the model; expected one "
+            f"kind of "
+            "numbers: give a state of the same format (dequantized, for instance)."
+        )
+    found = value.detach().to(like.device, like.dtype)
+    if value.dtype == like.dtype:
+        return found
+    here = value.detach().to(like.device)
+    if value.is_floating_point() or value.is_complex():
+        kept = torch.isfinite(here) == torch.isfinite(found)
+    else:
+        kept = found.to(here.dtype) == here
+    if not bool(kept.all()):
+        raise InvalidInput(
+            f"'{name}' holds numbers in {_short(value)} that {_short(like)}, the dtype of the model, cannot; "
+            f"give the "
+            "model in the wider dtype."
+        )
+    return found
+
+
+def check_ties(state: Mapping[str, Tensor], ties: Mapping[str, str]) -> None:
+    """Raise InvalidInput where two names of one tensor hold different values. ties: name -> the name it goes by."""
+    for name, first in ties.items():
+        if name in state and first in state and not torch.equal(state[name], state[first].to(state[name].device)):
+            raise InvalidInput(
+                f"'{name}' and '{first}' are one tensor in the model and two in the other network, with different "
+                "values; expected two trained copies of one architecture."
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_quantized:
+        return "quantized"
+    return "floating" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 class _Shape:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diag.checkpoints import load_into, load_state
 from diag.connectivity.example_scores import Scores, score_examples
-from diag.connectivity.fit import check_states_fit
+from diag.connectivity.fit import check_states_fit, check_ties, taken_over
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
 from diag.connectivity.interpolation_profile import Points, Profile
 from diag.connectivity.symmetries import Symmetries
@@ -84,8 +84,10 @@ class Interpolation:
         """
         self.snapshot.refuse_a_later_moment()  # the start is the model itself, not a copy of it
         state = self._read(other) if isinstance(other, (str, os.PathLike)) else state_of(other)
-        check_states_fit(_without_ties(self.snapshot.model), state, names=("the model", "other"))
-        return {n: state[n].detach().to(t.device, t.dtype) for n, t in self.start.items()}
+        model = self.snapshot.model
+        check_states_fit(_without_ties(model), state, names=("the model", "other"))
+        check_ties(state, _ties(model))
+        return {n: taken_over(n, state[n], t) for n, t in self.start.items()}
 
     def _read(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
         model = copy.deepcopy(self.snapshot.model)
@@ -168,6 +170,13 @@ def _targets(model: nn.Module) -> dict[str, Tensor]:
 
 def _without_ties(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """The other names of tensors that have several -> the first."""
+    first: dict[int, str] = {}
+    named = model.state_dict(keep_vars=True).items()
+    return {n: first[id(t)] for n, t in named if isinstance(t, Tensor) and first.setdefault(id(t), n) != n}
 
 
 def overwrite(model: nn.Module, state: NetworkState) -> None:

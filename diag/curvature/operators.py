@@ -136,8 +136,7 @@ class CurvatureOperator(LinearOperator):
         loss = self.objective.loss_fn
         name = getattr(loss, "__qualname__", type(loss).__qualname__)
         batches = [batch.size for batch in self.objective.batches]
-        values = [f"{number:.9e}" for number in self._values.checksum]  # sums depend a little on the threads
-        return self.objective.precision, name, batches, fingerprint(self.objective.batches), values
+        return self.objective.precision, name, batches, fingerprint(self.objective.batches), self._values.digest
 
     def subsample(self, num_examples: int, seed: int = 0) -> Self:
         """The same matrix on `num_examples` of the examples, drawn without replacement."""

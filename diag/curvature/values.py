@@ -21,6 +21,11 @@ class Values:
         self._moment = Moment(model)
         self._versions = self._read()
 
+    @property
+    def digest(self) -> str:
+        """A hash of the values."""
+        return self._moment.digest
+
     def were_rewritten(self) -> bool:
         """True where tensors were written with the same values. Raises InvalidInput where values changed."""
         if self._moment.changed():

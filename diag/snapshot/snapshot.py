@@ -29,6 +29,7 @@ from diag.snapshot.preserve import generator_states, random_states
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.moment import Moment, bits_of
 from diag.snapshot.state.python import StateLost
+from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.undisturbed import undisturbed
 
 MOVED = (
@@ -98,7 +99,7 @@ class Snapshot:
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
         self._computed: dict[str, Any] = {}
-        self._moment = Moment(self.model, loss_fn)
+        self._moment, self._moved = Moment(self.model, loss_fn), ""  # what had moved when a measurement began
 
     def quantity(self, name: str) -> Any:
         """The value of a glossary quantity; `held_out_` before a name asks for it on the held-out data.
@@ -132,6 +133,8 @@ class Snapshot:
         """
         if called and self._given["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
+        if not is_checked(self.model):  # what is written to from here on is put back
+            self._moved = self._moment.changed()
         try:
             with undisturbed(self.model, self.loss_fn):
                 yield
@@ -156,7 +159,7 @@ class Snapshot:
 
     def refuse_a_later_moment(self) -> None:
         """Raise InvalidInput where the model, the loss or the data have changed since the snapshot was made."""
-        if name := self._moment.changed():
+        if name := self._moved if is_checked(self.model) else self._moment.changed():
             raise InvalidInput(MOVED.format(name[0].upper() + name[1:]))
         if "batches" in self.__dict__ and self._data_moved():
             raise InvalidInput(DATA_MOVED)

@@ -6,6 +6,7 @@ in the place of others: only the bits tell.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,9 +38,14 @@ class Moment:
             return ""
         return next(n for n in dict.fromkeys([*self._seen, *now]) if self._seen.get(n) != now.get(n))
 
+    @property
+    def digest(self) -> str:
+        """One hash of all, equal for equal bits in another process, too."""
+        return hashlib.blake2b(repr(sorted(self._seen.items())).encode(), digest_size=12).hexdigest()
+
     def _read(self) -> dict[str, Any]:
         read = version_of if self._kept_by_others else bits_of
-        found = {}
+        found: dict[str, Any] = {}
         for whose, module in self._modules.items():
             tensors: Named = (*module.named_parameters(), *module.named_buffers())
             found |= {f"{whose} {name}": (t.requires_grad, read(t)) for name, t in tensors}

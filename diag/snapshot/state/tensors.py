@@ -115,6 +115,11 @@ def own_tensors(model: nn.Module, values: bool = False) -> Iterator[None]:
         own.restore()
 
 
+def is_checked(model: nn.Module) -> bool:
+    """Whether the values of the model's tensors will be put back, as a measurement of it is going on."""
+    return id(model) in _checked.get()
+
+
 @contextmanager
 def hearing() -> Iterator[list[str]]:
     """The sentences said inside the context, each once; after an exception the next listener is told."""

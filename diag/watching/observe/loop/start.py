@@ -73,5 +73,5 @@ def _is_plain(p: Tensor) -> bool:
 def _numbers(p: Tensor) -> Tensor:
     """Root mean square, smallest and largest entry."""
     low, high = torch.aminmax(p.detach())
-    norm = torch.linalg.vector_norm(p.detach(), dtype=torch.float32)
-    return torch.stack([norm / math.sqrt(p.numel()), low.float(), high.float()])
+    norm = torch.linalg.vector_norm(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32))
+    return torch.stack([norm.double() / math.sqrt(p.numel()), low.double(), high.double()])

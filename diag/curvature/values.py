@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from diag.errors import InvalidInput
-from diag.snapshot.state.moment import Moment
+from diag.snapshot.state.bits import TensorBits
 from diag.snapshot.state.tensors import version_of
 
 
@@ -18,7 +18,7 @@ class Values:
 
     def __init__(self, model: nn.Module) -> None:
         self._tensors = [*model.parameters(), *model.buffers()]
-        self._moment = Moment(model)
+        self._moment = TensorBits(model)
         self._versions = self._read()
 
     @property

@@ -33,7 +33,7 @@ from diag.snapshot.example_losses import LossFunction, check_finite, check_mean,
 from diag.snapshot.parameters import trainable
 from diag.snapshot.picking import permuted_targets, picked
 from diag.snapshot.preserve import preserved
-from diag.snapshot.state.moment import bits_of
+from diag.snapshot.state.bits import bits_of
 
 
 class ModelGradients(PerExampleGradients):

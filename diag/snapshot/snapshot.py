@@ -26,8 +26,8 @@ from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.preserve import generator_states, random_states
+from diag.snapshot.state.bits import TensorBits, bits_of
 from diag.snapshot.state.hooks import is_silent
-from diag.snapshot.state.moment import Moment, bits_of
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.undisturbed import undisturbed
@@ -99,7 +99,7 @@ class Snapshot:
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
         self._computed: dict[str, Any] = {}
-        self._moment, self._moved = Moment(self.model, loss_fn), ""  # what had moved when a measurement began
+        self._moment, self._moved = TensorBits(self.model, loss_fn), ""  # what had moved when a measurement began
 
     def quantity(self, name: str) -> Any:
         """The value of a glossary quantity; `held_out_` before a name asks for it on the held-out data.

@@ -8,7 +8,7 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
-from diag.snapshot.state.moment import ROW, SMALL, Moment, bits_of
+from diag.snapshot.state.bits import ROW, SMALL, TensorBits, bits_of
 from diag.testing import is_one_sentence
 
 
@@ -160,4 +160,4 @@ def test_tensors_without_bits_go_by_their_version():
     sparse = torch.eye(3).to_sparse()
     assert bits_of(sparse) == sparse._version
     assert bits_of(torch.empty(3, device="meta")) == 0
-    assert Moment(nn.LazyLinear(3)).changed() == ""
+    assert TensorBits(nn.LazyLinear(3)).changed() == ""

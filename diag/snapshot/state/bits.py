@@ -21,7 +21,7 @@ ROW = 1 << 10  # integers of a larger tensor that are summed up
 Named = Iterable[tuple[str, Tensor]]
 
 
-class Moment:
+class TensorBits:
     """The bits of a model's tensors, and of its loss function's where that has any."""
 
     def __init__(self, model: nn.Module, loss_fn: Any = None) -> None:

@@ -74,6 +74,7 @@ from diag.instruments.loop.parameters_held import ParametersHeld as ParametersHe
 from diag.instruments.loop.repeated_chance import RepeatedChance as RepeatedChance
 from diag.instruments.representation import Representation as Representation
 from diag.instruments.network.saturation import Saturation as Saturation
+from diag.instruments.optimization.second_moment import SecondMoment as SecondMoment
 from diag.instruments.sharpness import Sharpness as Sharpness
 from diag.instruments.softmax_collapse import SoftmaxCollapse as SoftmaxCollapse
 from diag.instruments.loop.step_order import StepOrder as StepOrder
@@ -271,6 +272,10 @@ def representation(layer_outputs: Any, previous_layer_outputs: Any = None, *, no
 def saturation(snapshot: Snapshot, /, *, activations: Any = ..., alarm_at: float = ...) -> Saturation: ...
 @overload
 def saturation(activations: Any, *, alarm_at: float = ...) -> Saturation: ...
+@overload
+def second_moment(snapshot: Snapshot, /, *, history: Any = ..., stale: float = ...) -> SecondMoment: ...
+@overload
+def second_moment(history: Any, *, stale: float = ...) -> SecondMoment: ...
 @overload
 def sharpness(snapshot: Snapshot, /, *, losses_at: Any = ..., hessian: Any = ..., fisher: Any = ..., divergence_at: Any = ..., rho: float = ..., sigma: float | None = ..., norm: str = ..., m: int = ..., steps: int = ..., num_draws: int = ..., tolerance: float = ..., seed: int = ...) -> Sharpness: ...
 @overload

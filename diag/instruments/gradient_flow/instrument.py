@@ -35,6 +35,7 @@ SOURCE = (
 )
 DEPTH_FACTOR = 100.0
 SKIPPED_SHARE = 0.05
+LEFT = 5.0  # times the first loss
 STEPS_SHOWN = 96
 STEPS_NAMED = 100
 LAYERS_NAMED = 16
@@ -68,6 +69,7 @@ class GradientFlow(Result):
     skipped_step_numbers: tuple[int, ...] = measured("the first of the steps that were left out")
     gradient_layers: tuple[str, ...] = measured("tensors whose gradient was not finite, most often first")
     idle_layers: tuple[str, ...] = measured("tensors whose gradient was exactly zero at every step")
+    loss_growth: float = measured("median of the last five losses over the first; NaN where that is not above zero")
     layers: tuple[str, ...] = measured("parameter tensors, in the order of named_parameters()")
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
     distance: NDArray[numpy.float64] = measured("distance of all weights from the start", shape="(steps,)")
@@ -87,8 +89,9 @@ class GradientFlow(Result):
         yield self._idle()
         yield self._many_skipped()
         yield self._vanishing()
+        left = self.loss_growth > LEFT  # whether training went well is not judged here, and is not to seem so
         yield Verdict(
-            Level.OK,
+            Level.DESCRIPTION if left else Level.OK,
             f"Losses and gradients were finite {self._span()}{self._skips()}{self._growth()}.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
@@ -275,10 +278,16 @@ def gradient_flow(
         skipped_step_numbers=_numbers(history, history.skipped),
         gradient_layers=most_often(history, broken.sum(0)),
         idle_layers=idle_layers(history),
+        loss_growth=_growth_of_the_loss(history),
         layers=history.layers,
         notes=history.notes,
         **_of_the_distance(history),
     )
+
+
+def _growth_of_the_loss(history: History) -> float:
+    losses = history.loss[numpy.isfinite(history.loss)]
+    return float(numpy.median(losses[-5:]) / losses[0]) if len(losses) and losses[0] > 0 else math.nan
 
 
 def _of_the_distance(history: History) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Divergence(Result):
                           Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_ASCENDED, Cause.DATA_NOT_FINITE,
                           Cause.BATCHES_POISONED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.GRADIENTS_STILL_SCALED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
-                          Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE),
+                          Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE,
+                          Cause.SECOND_MOMENT_STALE, Cause.INITIALIZATION_CONSTANT),
             step=self.left_at or None,
         )  # fmt: skip
 

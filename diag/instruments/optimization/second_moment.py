@@ -1,0 +1,166 @@
+"""Adam's second moment: whether the gradients outgrew it, so that steps were far larger than the learning rate.
+
+Adam divides by the root of a running mean of squared gradients. Where gradients grow tenfold within few steps, that
+mean still holds the small ones, and for about 1 / (1 - beta2) steps the division is by too little. The ratio of a
+tensor's gradient to the root of its second moment is computed again from the recorded norms; noise keeps it near
+one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.optimization.course import SMALL, median
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.history import History
+
+SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second moment is out of date)"
+STALE = 5.0
+STAYED = 2.0  # times the gradients of before, in the five steps after: one odd batch does not count
+BEFORE, AFTER = 20, 5  # steps
+ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam")
+EXPLAINED_BY = (
+    Cause.LEARNING_RATE_TOO_HIGH, Cause.DATA_NOT_FINITE, Cause.BATCHES_POISONED, Cause.GRADIENTS_NOT_ZEROED,
+    Cause.NOT_FINITE, Cause.LOSS_ASCENDED, Cause.INPUTS_NOT_NORMALIZED, Cause.WARMUP_MISSING,
+    Cause.WEIGHTS_CHANGED_OUTSIDE, Cause.TRAINING_IN_EVAL_MODE, Cause.SCHEDULE_JUMPED,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SecondMoment(Result):
+    """Ratios are medians over the tensors of at least 64 entries."""
+
+    largest: float = measured(
+        "gradient over the root of the second moment, the largest of all steps that stayed up"
+    )
+    at: int = measured("the step of that; 0 where there is none")
+    growth: float = measured("gradients of the five steps from there over those of the twenty before")
+    beta2: float = measured("how much of the second moment a step keeps")
+    steps: NDArray[numpy.int64] = measured("the steps", shape="(steps,)")
+    ratios: NDArray[numpy.float64] = measured("the ratio at each", shape="(steps,)")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        limit = self.setting("stale")
+        if not self.largest > limit:
+            return Verdict(
+                Level.OK,
+                "Adam's second moment kept up with the gradients.",
+                source=SOURCE,
+                value=self.largest,
+                threshold=limit,
+                threshold_source=OUR_CHOICE,
+            )
+        return Verdict(
+            Level.WARNING,
+            f"Adam's second moment was out of date from step {self.at:,}: gradients became "
+            f"{format_number(self.growth)} times as large and stayed so, and the step was made as if for gradients "
+            f"{format_number(self.largest)} times as small (beta2 = {self.beta2:g}).",
+            advice="Look at what changed at that step (the loss's scale, the data, what is trained); lower beta2 "
+            "(0.95 to 0.99), clip the gradient, or warm the learning rate up again there.",
+            source=SOURCE,
+            confidence=Confidence.STRONG_EMPIRICAL,
+            refutation="The same change does no harm with beta2 = 0.9.",
+            value=self.largest,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.SECOND_MOMENT_STALE,
+            explained_by=EXPLAINED_BY,
+            step=self.at,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The ratio at every step."""
+        ax.semilogy(self.steps, self.ratios)
+        ax.axhline(self.setting("stale"), color="black", linewidth=0.8, linestyle=":")
+        ax.set(xlabel="step", ylabel="gradient over the root of the second moment")
+
+
+@instrument(source=SOURCE, title="Second moment", kind=Kind.CHECK)
+def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
+    """Whether gradients outgrew Adam's second moment, so that steps were far larger than usual.
+
+    history: the record of a watched run. The second moment of each tensor is the running mean of its squared
+    gradient norms with the optimizer's beta2, corrected for its start, gradients as they were after clipping; a
+    tensor counts from its first gradient on. A median ratio above `stale` is a warning where the gradients of the
+    five steps from there are at least twice those of the twenty before: an odd batch is none. For other
+    optimizers, and before step 25, it is not judged. Raises nothing of its own.
+    """
+    beta2, known = _beta2(history), len(history.steps) >= BEFORE + AFTER
+    usable = beta2 is not None and known
+    gradients = _applied(history) if usable else numpy.zeros((0, 0))
+    ratios = _ratios(gradients, history.steps, beta2 or 0.0) if usable else numpy.zeros(0)
+    largest, place, growth = _largest(ratios, gradients)
+    return SecondMoment(
+        largest=largest,
+        at=int(history.steps[place]) if place >= 0 else 0,
+        growth=growth,
+        beta2=beta2 if beta2 is not None else math.nan,
+        steps=numpy.asarray(history.steps[-len(ratios) :][-512:]) if usable else numpy.zeros(0, numpy.int64),
+        ratios=ratios[-512:],
+        preconditions=(
+            Precondition("Adam", beta2 is not None, "the optimizer keeps no second moment that is known here."),
+            Precondition("steps", known, f"fewer than {BEFORE + AFTER} steps were recorded."),
+        ),
+    )
+
+
+def _beta2(history: History) -> float | None:
+    about = history.optimizer
+    betas = about.get("betas")
+    return float(betas[1]) if about.get("kind") in ADAPTIVE and betas else None
+
+
+def _applied(history: History) -> NDArray[numpy.float64]:
+    """The gradient norms (steps, tensors) of the large tensors as the optimizer used them."""
+    norms = numpy.asarray(history.gradient_norm, float)
+    total = numpy.sqrt(numpy.nansum(norms**2, axis=1))
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        factor = numpy.asarray(history.applied_gradient_norm, float) / total
+    factor[~numpy.isfinite(factor)] = 1.0
+    norms = norms * factor[:, None]
+    norms[numpy.asarray(history.skipped, bool)] = numpy.nan
+    norms[~(norms > 0) | ~numpy.isfinite(norms)] = numpy.nan
+    return numpy.asarray(norms[:, numpy.asarray(history.sizes) >= SMALL])
+
+
+def _ratios(gradients: NDArray[numpy.float64], steps: Any, beta2: float) -> NDArray[numpy.float64]:
+    """The median over tensors of gradient over the root of its corrected second moment, NaN where none was seen."""
+    moment, weight = numpy.zeros(gradients.shape[1]), numpy.zeros(gradients.shape[1])
+    found = numpy.full(gradients.shape, numpy.nan)
+    before = int(steps[0]) - 1
+    for i, step in enumerate(steps):
+        kept = beta2 ** (int(step) - before)  # a row may stand for several steps
+        before = int(step)
+        seen = numpy.isfinite(gradients[i])
+        started = weight > 0
+        moment = numpy.where(seen | started, kept * moment, 0.0)
+        weight = numpy.where(seen | started, kept * weight, 0.0)
+        moment[seen] += (1 - kept) * gradients[i, seen] ** 2
+        weight[seen] += 1 - kept
+        weight[started & ~seen] += 1 - kept  # its gradient was zero
+        with numpy.errstate(divide="ignore", invalid="ignore"):
+            found[i, seen] = gradients[i, seen] / numpy.sqrt(moment[seen] / weight[seen])
+    return numpy.asarray(median(found, axis=1)) if found.size else numpy.zeros(len(gradients))
+
+
+def _largest(ratios: NDArray[numpy.float64], gradients: NDArray[numpy.float64]) -> tuple[float, int, float]:
+    """The largest ratio from which on gradients stayed up, its place and how much they grew; (0, -1, 1) for
+    none."""
+    size = numpy.asarray(median(gradients, axis=1)) if gradients.size else numpy.zeros(len(ratios))
+    best = (0.0, -1, 1.0)
+    for i in range(BEFORE, len(ratios) - AFTER + 1):
+        if ratios[i] > max(best[0], 1.0):
+            after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
+            if after > STAYED * before > 0:
+                best = (float(ratios[i]), i, after / before)
+    return best

@@ -6,7 +6,7 @@ A watched run writes it. For a model without one, `history` measures a single ro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from diag.errors import MissingQuantity
 from diag.snapshot import parameters
 from diag.snapshot.snapshot import Snapshot
+
+CELLS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,19 @@ class History:
             if isinstance(getattr(self, f.name), numpy.ndarray)
         }
         return dataclasses.replace(self, **series)
+
+
+def parts(history: History) -> Iterator[History]:
+    """The record in consecutive parts of about `CELLS` numbers a column (one at least, which may have no row), so
+    that a long record of many layers never lies in memory as a whole."""
+    step = max(1, CELLS // max(1, len(history.layers)))
+    for at in range(0, max(len(history), 1), step):
+        yield history.rows(slice(at, at + step))
+
+
+def by_rows(history: History, function: Callable[[History], Any]) -> NDArray[Any]:
+    """`function`, which gives one value a row, of the whole record, computed part by part."""
+    return numpy.concatenate([function(part) for part in parts(history)])
 
 
 def empty_history(layers: Mapping[str, int], length: int = 0) -> History:

@@ -27,7 +27,7 @@ from diag.instruments.gradient_flow.statistics import (
 from diag.linalg.growth import LAWS
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows, parts
 
 SOURCE = (
     "arithmetic for what is not finite; Hoffer, Hubara, Soudry 2017, arXiv:1705.08741, for the distance; Roberts, "
@@ -263,8 +263,7 @@ def gradient_flow(
     arXiv:1705.08741 (distance); Roberts, Yaida, Hanin 2022, arXiv:2106.10165 (depth).
     """
     bad_loss = numpy.asarray(~history.loss_finite | numpy.isinf(history.loss))
-    broken = ~history.gradient_finite | numpy.isinf(history.gradient_norm)
-    bad_gradient = broken.any(1)
+    bad_gradient = by_rows(history, lambda part: _broken(part).any(1))
     return GradientFlow(
         non_finite_losses=int(bad_loss.sum()),
         non_finite_gradients=int(bad_gradient.sum()),
@@ -276,7 +275,7 @@ def gradient_flow(
         loss_steps=_numbers(history, bad_loss),
         gradient_steps=_numbers(history, bad_gradient),
         skipped_step_numbers=_numbers(history, history.skipped),
-        gradient_layers=most_often(history, broken.sum(0)),
+        gradient_layers=most_often(history, numpy.sum([_broken(part).sum(0) for part in parts(history)], 0)),
         idle_layers=idle_layers(history),
         loss_growth=_growth_of_the_loss(history),
         layers=history.layers,
@@ -293,7 +292,7 @@ def _growth_of_the_loss(history: History) -> float:
 def _of_the_distance(history: History) -> dict[str, Any]:
     """The distance from the start: its growth, and the norms at the steps that are shown."""
     weights = ~normalisation_layers(history)
-    distance = numpy.sqrt((history.distance[:, weights].astype(float) ** 2).sum(1))
+    distance = by_rows(history, lambda h: numpy.sqrt((h.distance[:, weights].astype(float) ** 2).sum(1)))
     fits, first, last = growth_of_distance(history, distance)
     known = distance[numpy.isfinite(distance)]
     start = norm_at_start(history, weights)
@@ -315,6 +314,11 @@ def _of_the_distance(history: History) -> dict[str, Any]:
         "update_norm": numpy.asarray(history.update_norm[shown]),
         "update_ratio": ratio,
     }
+
+
+def _broken(history: History) -> NDArray[numpy.bool_]:
+    """Which gradients were not finite: (steps, layers)."""
+    return numpy.asarray(~history.gradient_finite | numpy.isinf(history.gradient_norm))
 
 
 def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[numpy.int64]:

@@ -9,7 +9,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.linalg.growth import Fit, fit_growth, log_spaced
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows, parts
 
 FIRST_STEP = 10  # the laws of growth are fitted from here on, after what a warm-up or the first steps do
 DECADES = 2.0  # and only over this many decades of steps at one learning rate
@@ -63,13 +63,13 @@ def factor_over_depth(history: History) -> float:
 
 def norm_at_start(history: History, weights: NDArray[numpy.bool_]) -> float:
     """The parameters' norm at the first step at which it was observed; NaN where it never was."""
-    norms = numpy.sqrt((history.parameter_norm[:, weights].astype(float) ** 2).sum(1))
+    norms = by_rows(history, lambda h: numpy.sqrt((h.parameter_norm[:, weights].astype(float) ** 2).sum(1)))
     known = norms[numpy.isfinite(norms)]
     return float(known[0]) if len(known) else math.nan
 
 
 def idle_layers(history: History) -> tuple[str, ...]:
-    idle = (history.gradient_norm == 0).all(0)
+    idle = numpy.logical_and.reduce([(part.gradient_norm == 0).all(0) for part in parts(history)])
     return tuple(name for name, zero in zip(history.layers, idle, strict=True) if zero)
 
 

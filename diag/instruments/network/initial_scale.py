@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
-from diag.instruments.optimization.course import update_ratios
+from diag.instruments.optimization.course import largest_update_ratio
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
@@ -119,8 +119,7 @@ def initial_scale(
 
 def _hardly_moved(history: History | None) -> Precondition:
     """That the weights are those that training began with, but for steps of an ordinary size."""
-    ratios = update_ratios(history)[0] if history is not None and len(history.steps) else numpy.zeros((0, 0))
-    largest = float(numpy.nanmax(ratios)) if ratios.size else 0.0
+    largest = 0.0 if history is None else largest_update_ratio(history)
     return Precondition(
         "weights as they began", largest < MOVED, "the first steps have changed the weights by much."
     )

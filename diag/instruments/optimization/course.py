@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows, parts
 
 SMALL = 64
 Floats = NDArray[numpy.float64]
@@ -31,19 +31,38 @@ def median(values: Any, axis: int | None = None) -> Any:
         return numpy.nanmedian(numpy.asarray(values, float), axis=axis)
 
 
-def update_ratios(history: History) -> tuple[Floats, NDArray[Any]]:
-    """||step|| / ||weights|| of each large tensor at the steps at which both were taken: (steps, tensors), steps.
+def update_ratios(history: History) -> tuple[Floats, NDArray[Any], int]:
+    """||step|| / ||weights|| over the large tensors, at the steps at which both were taken.
 
+    Returns its median over the tensors at each of these steps (T,), the steps (T,), and how many tensors there are.
     The weights are those after the step. Tensors that did not move at any of these steps are left out.
     """
-    large = numpy.asarray(history.sizes) >= SMALL
+    large = numpy.flatnonzero(numpy.asarray(history.sizes) >= SMALL)
+    moved = numpy.zeros(len(large), bool)
+
+    def seen(part: History) -> NDArray[Any]:
+        ratios = _ratios(part, large)
+        rows = numpy.isfinite(ratios).any(1) & ~part.skipped
+        numpy.logical_or(moved, (numpy.nan_to_num(ratios[rows]) > 0).any(0), out=moved)
+        return rows
+
+    rows = by_rows(history, seen)
+    medians = by_rows(history, lambda part: median(_ratios(part, large[moved]), axis=1))
+    return medians[rows], numpy.asarray(history.steps[rows]), int(moved.sum())
+
+
+def largest_update_ratio(history: History) -> float:
+    """The largest of ||step|| / ||weights|| over the large tensors and all steps; 0 where none was taken."""
+    large = numpy.flatnonzero(numpy.asarray(history.sizes) >= SMALL)
+    found = (numpy.nan_to_num(_ratios(part, large)[~part.skipped]).max(initial=0.0) for part in parts(history))
+    return float(max(found))
+
+
+def _ratios(history: History, tensors: NDArray[Any]) -> Floats:
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        ratios = numpy.asarray(history.update_norm[:, large], float) / history.parameter_norm[:, large]
+        ratios = numpy.asarray(history.update_norm[:, tensors], float) / history.parameter_norm[:, tensors]
     ratios[~numpy.isfinite(ratios)] = numpy.nan
-    rows = numpy.isfinite(ratios).any(1) & ~history.skipped
-    ratios = ratios[rows]
-    moved = (numpy.nan_to_num(ratios) > 0).any(0) if len(ratios) else numpy.zeros(ratios.shape[1], bool)
-    return ratios[:, moved], numpy.asarray(history.steps[rows])
+    return ratios
 
 
 def fall(losses: Floats) -> float:

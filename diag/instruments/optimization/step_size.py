@@ -21,12 +21,13 @@ from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import SMALL, fall, finite_losses, median, update_ratios
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows
 
 SOURCE = "arithmetic of the recorded steps"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
 CERTAIN = 0.23  # from here on a step is too large also where the loss has not risen
 WINDOW = 5
+MOST_SHARES = 4 << 20  # steps times tensors over which the median share of Adam's step is taken
 ENOUGH_STEPS = 30
 ROSE = 1.1
 NOT_FALLEN = 0.1
@@ -183,15 +184,14 @@ def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = 
     (how large its step per entry is beside the learning rate) before it names the learning rate. Raises nothing of
     its own.
     """
-    ratios, steps = update_ratios(history)
-    medians = median(ratios, axis=1) if len(ratios) else numpy.zeros(0)
+    medians, steps, tensors = update_ratios(history)
     losses, _ = finite_losses(history)
     largest, at = _largest_of_five(medians, steps)
     return StepSize(
         largest_ratio=largest,
         largest_at=at,
         ratio=_ratio_before_decay(history, medians, steps),
-        tensors=ratios.shape[1],
+        tensors=tensors,
         num_steps=int(history.total_steps),
         loss_fall=fall(losses),
         clip_factor=_clip_factor(history),
@@ -224,7 +224,7 @@ def _ratio_before_decay(history: History, medians: NDArray[numpy.float64], steps
 
 
 def _clip_factor(history: History) -> float:
-    total = numpy.sqrt(numpy.nansum(numpy.square(history.gradient_norm, dtype=float), axis=1))
+    total = by_rows(history, lambda h: numpy.sqrt(numpy.nansum(numpy.square(h.gradient_norm, dtype=float), axis=1)))
     with numpy.errstate(divide="ignore", invalid="ignore"):
         factors = history.applied_gradient_norm / total
     factors = factors[numpy.isfinite(factors)]
@@ -240,11 +240,13 @@ def _gradient_size(history: History) -> float:
 
 def _adam_share(history: History) -> float:
     """The median over steps and tensors of (root mean square of the step's entries) / (learning rate); NaN for
-    other optimizers, and where weight decay or several groups with rates of their own would be part of it."""
+    other optimizers, and where weight decay or several groups with rates of their own would be part of it. Of a
+    long record of many layers, evenly spaced steps are taken."""
     about = history.optimizer
     groups = {g.get("lr") for g in about.get("groups", ())}
     if about.get("kind") not in ADAPTIVE or len(groups) > 1:
         return math.nan
+    history = history.rows(slice(None, None, max(1, len(history) * len(history.layers) // MOST_SHARES)))
     sizes = numpy.asarray(history.sizes, float)
     large = (sizes >= 64) & (numpy.nan_to_num(history.gradient_norm) > 0).any(0)
     with numpy.errstate(divide="ignore", invalid="ignore"):
@@ -268,11 +270,11 @@ def _rose(history: History, at: int) -> bool:
 def _shrunk(history: History, at: int) -> bool:
     """Whether the large tensors had less than half of their first norm at step `at` (the median tensor)."""
     large = numpy.asarray(history.sizes) >= SMALL
-    norms = numpy.asarray(history.parameter_norm[:, large], float)
-    seen = numpy.isfinite(norms).any(1)
-    before = seen & (history.steps <= at)
-    if not before.any():
+    seen = by_rows(history, lambda h: numpy.isfinite(h.parameter_norm[:, large]).any(1))
+    before = numpy.flatnonzero(seen & (history.steps <= at))
+    if not len(before):
         return False
+    first, last = numpy.asarray(history.parameter_norm[before[[0, -1]]][:, large], float)
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        kept = median(norms[before][-1] / norms[before][0])
+        kept = median(last / first)
     return bool(kept < 0.5)

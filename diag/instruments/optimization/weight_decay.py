@@ -18,7 +18,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import SMALL, finite_losses, median
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows
 
 SOURCE = "arithmetic of the recorded norms"
 SHRUNK, NEARLY_GONE = 0.5, 0.1
@@ -90,12 +90,8 @@ def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
     nothing of its own.
     """
     large = numpy.asarray(history.sizes) >= SMALL
-    norms = numpy.asarray(history.parameter_norm[:, large], float)
-    rows = numpy.isfinite(norms).any(1)
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        course = norms[rows] / norms[rows][:1]
-    course[~numpy.isfinite(course)] = numpy.nan
-    medians = median(course, axis=1) if rows.any() else numpy.zeros(0)
+    rows = by_rows(history, lambda part: numpy.isfinite(part.parameter_norm[:, large]).any(1))
+    medians = _over_first(history, large, int(rows.argmax()))[rows] if rows.any() else numpy.zeros(0)
     losses, _ = finite_losses(history)
     fell, lost = _fall_and_loss(losses)
     groups = history.optimizer.get("groups", ())
@@ -108,6 +104,19 @@ def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
         steps=numpy.asarray(history.steps[rows])[-512:],
         norms=medians[-512:],
     )
+
+
+def _over_first(history: History, large: NDArray[Any], row: int) -> NDArray[numpy.float64]:
+    """The median over the tensors of each row's norms over those of the given row."""
+    first = numpy.asarray(history.parameter_norm[row, large], float)
+
+    def medians(part: History) -> NDArray[numpy.float64]:
+        with numpy.errstate(divide="ignore", invalid="ignore"):
+            course = part.parameter_norm[:, large] / first
+        course[~numpy.isfinite(course)] = numpy.nan
+        return median(course, axis=1)
+
+    return by_rows(history, medians)
 
 
 def _fall_and_loss(losses: NDArray[numpy.float64]) -> tuple[float, float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 from diag.errors import InvalidInput
 from diag.reporting.page import render, render_notebook
 
+PARTIAL = ".partial"
+FORGOTTEN = 3600.0  # seconds
 FORMATS = ("diag-report", "diag-comparison")
 
 
@@ -48,8 +53,7 @@ class Page:
         data = json.dumps(self.document, allow_nan=False, indent=1) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(beside, data)
-            write(path, self.html)
+            write_together({path: self.html, beside: data})
         except OSError as error:
             raise InvalidInput(
                 f"The report cannot be written to {path} ({error.strerror}); give another output."
@@ -72,9 +76,36 @@ class Page:
 
 def write(path: Path, text: str) -> None:
     """Write a file at once, so that no reader sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    write_together({path: text})
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write files that belong together, the most important first, so that no kill leaves parts of two reports.
+
+    All are written beside their places before the first takes its own. What would not fit the first one is removed
+    before it: at any moment the first is whole, and each of the others fits it or is not there.
+    """
+    partial = {path: path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}") for path in texts}
+    _remove_left_over(texts)
+    try:
+        for path, text in texts.items():
+            partial[path].write_text(text, encoding="utf-8", newline="\n")
+        for path in list(texts)[1:]:
+            path.unlink(missing_ok=True)
+        for path in texts:
+            partial[path].replace(path)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def _remove_left_over(paths: Iterable[Path]) -> None:
+    """What writers left that were killed; a file of the last hour may be another writer's."""
+    for path in paths:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+            with contextlib.suppress(OSError):
+                if left.stat().st_mtime < time.time() - FORGOTTEN:
+                    left.unlink()
 
 
 def _is_document(path: Path) -> bool:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diag.reporting.plain import rounded
 from diag.reporting.timeline import Axis
-from diag.snapshot.history import History
+from diag.snapshot.history import CELLS, History, let_go, taken
 
 MAX_CELLS = 12_000
 MIN_COLUMNS, MAX_COLUMNS = 40, 160
@@ -30,16 +30,15 @@ def heatmaps(axis: Axis, history: History, chosen: list[int]) -> list[dict[str, 
     columns = [rows for _, _, rows in bins]
 
     def gradient(rows: Any) -> Table:
-        return numpy.asarray(history.gradient_norm[rows], numpy.float64)[:, chosen]
+        return _part(history.gradient_norm, rows, chosen)
 
     def update_ratio(rows: Any) -> Table:
-        update, size = history.update_norm[rows], history.parameter_norm[rows]
-        return ratio(numpy.asarray(update, numpy.float64), numpy.asarray(size, numpy.float64))[:, chosen]
+        return ratio(_part(history.update_norm, rows, chosen), _part(history.parameter_norm, rows, chosen))
 
     broken = [
         [int(layer), column]
         for column, rows in enumerate(columns)
-        for layer in numpy.flatnonzero((~history.gradient_finite[rows][:, chosen]).any(axis=0))
+        for layer in numpy.flatnonzero((_part(history.gradient_finite, rows, chosen) == 0).any(axis=0))
     ]
     made = [
         _map("gradient_norm", "Gradient norm", gradient, columns),
@@ -47,6 +46,13 @@ def heatmaps(axis: Axis, history: History, chosen: list[int]) -> list[dict[str, 
     ]
     about = {"starts": [a for a, _, _ in bins], "ends": [b for _, b, _ in bins], "nonfinite": broken}
     return [m | about for m in made if m is not None]
+
+
+def _part(table: Any, rows: slice, chosen: list[int]) -> Table:
+    """Some rows of the chosen columns; what was read of a mapped file does not stay in memory."""
+    part = numpy.asarray(table[rows][:, chosen], numpy.float64)
+    let_go(table)
+    return part
 
 
 def _map(name: str, label: str, read: Callable[[Any], Table], columns: list[slice]) -> dict[str, Any] | None:
@@ -84,8 +90,18 @@ def ratio(update: Table, size: Table) -> Table:
         return numpy.where(size > 0, update / size, numpy.nan)
 
 
-def median_by_layer(table: Table) -> Table:
-    """The median of each layer's finite values (T, L) -> (L,); NaN for a layer never observed."""
+def median_by_layer(table: Any, over: Any = None) -> Table:
+    """The median of each layer's finite values (T, L) -> (L,), or of their ratio to `over`; NaN for a layer never
+    observed."""
+    width = max(1, CELLS // max(1, len(table)))
+    found = []
+    for some in (slice(i, i + width) for i in range(0, table.shape[1], width)):
+        part = numpy.asarray(table[:, some], numpy.float64)
+        found.append(_median(part if over is None else ratio(part, numpy.asarray(over[:, some], numpy.float64))))
+    return numpy.concatenate(found) if found else numpy.empty(0)
+
+
+def _median(table: Table) -> Table:
     usable = numpy.isfinite(table)
     if usable.all():
         return numpy.asarray(numpy.median(table, axis=0))
@@ -100,8 +116,8 @@ def log10(values: Any) -> Any:
         return numpy.log10(values)
 
 
-def evenly(count: int, at_most: int) -> Any:
-    """Rows to read of `count`: all, or `at_most` spread evenly."""
-    if count <= at_most:
-        return slice(None)
-    return numpy.unique(numpy.linspace(0, count - 1, at_most).round().astype(int))
+def evenly(history: History, at_most: int) -> History:
+    """The record itself, or `at_most` rows of it spread evenly."""
+    if len(history) <= at_most:
+        return history
+    return taken(history, numpy.unique(numpy.linspace(0, len(history) - 1, at_most).round().astype(int)))

@@ -8,11 +8,11 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from diag.reporting.heatmap import evenly, heatmaps, log10, median_by_layer, ratio
+from diag.reporting.heatmap import evenly, heatmaps, log10, median_by_layer
 from diag.reporting.plain import clean, rounded
 from diag.reporting.timeline import Axis
 from diag.run.run import Finding
-from diag.snapshot.history import History
+from diag.snapshot.history import CELLS, History, parts
 
 MAX_LAYERS = 300
 MEDIAN_ROWS = 2_000
@@ -46,7 +46,7 @@ def layer_map(axis: Axis | None, history: History, findings: Iterable[Finding]) 
         "columns": [{"key": key, "title": title, "description": text} for key, title, text in COLUMNS],
         "rows": rows,
         "left_out": len(history.layers) - len(chosen),
-        "median_of": min(len(history), MEDIAN_ROWS),
+        "median_of": min(len(history), _median_rows(history)),
         "maps": [] if axis is None else heatmaps(axis, history, chosen),
     }
 
@@ -69,34 +69,37 @@ def _named(history: History, findings: Iterable[Finding]) -> dict[str, list[str]
 
 def _columns(history: History) -> dict[str, NDArray[numpy.float64]]:
     """A value a layer for each column of the table, (L,) each."""
-    sample = evenly(len(history), MEDIAN_ROWS)
-    gradient = numpy.asarray(history.gradient_norm[sample], numpy.float64)
-    update = numpy.asarray(history.update_norm[sample], numpy.float64)
-    size = numpy.asarray(history.parameter_norm[sample], numpy.float64)
+    sample = evenly(history, _median_rows(history))
     low, high, broken = _extremes(history)
     return {
         "size": numpy.asarray(history.sizes, numpy.float64),
-        "gradient_median": median_by_layer(gradient),
+        "gradient_median": median_by_layer(sample.gradient_norm),
         "gradient_lowest": low,
         "gradient_highest": high,
-        "ratio_median": median_by_layer(ratio(update, size)),
+        "ratio_median": median_by_layer(sample.update_norm, sample.parameter_norm),
         "parameter_last": _last(history.parameter_norm),
         "distance_last": _last(history.distance),
         "nonfinite": broken,
     }
 
 
+def _median_rows(history: History) -> int:
+    """Of how many rows the medians are taken: fewer where there are very many layers."""
+    return max(MEDIAN_ROWS // 10, min(MEDIAN_ROWS, CELLS // max(1, len(history.layers))))
+
+
 def _extremes(history: History) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Least and greatest finite gradient norm of each layer, and the number of steps where it was not finite."""
     width = len(history.layers)
     low, high, broken = numpy.full(width, numpy.nan), numpy.full(width, numpy.nan), numpy.zeros(width)
-    for start in range(0, len(history), 2048):  # a memory-mapped record of any length passes through once
-        rows = slice(start, start + 2048)
-        part = numpy.asarray(history.gradient_norm[rows], numpy.float64)
+    for rows in parts(history):
+        if not len(rows):
+            break
+        part = numpy.asarray(rows.gradient_norm, numpy.float64)
         part = numpy.where(numpy.isfinite(part), part, numpy.nan)
         low = numpy.fmin(low, numpy.fmin.reduce(part, axis=0))
         high = numpy.fmax(high, numpy.fmax.reduce(part, axis=0))
-        broken += (~history.gradient_finite[rows]).sum(axis=0)
+        broken += (~rows.gradient_finite).sum(axis=0)
     return low, high, broken
 
 

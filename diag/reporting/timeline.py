@@ -19,7 +19,7 @@ from diag.display import format_number
 from diag.reporting.plain import clean, rounded
 from diag.result import Result
 from diag.run.run import Event, Finding
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows
 
 MAX_POINTS = 480
 MAX_EVENTS = 40
@@ -127,7 +127,7 @@ def _event(axis: Axis, event: Event) -> dict[str, Any]:
 def _curves(axis: Axis, history: History) -> Iterable[dict[str, Any]]:
     steps = history.steps
     yield from _curve(axis, steps, "loss", "Training loss", history.loss, ~history.loss_finite)
-    norm = whole_norm(history.gradient_norm)
+    norm = by_rows(history, lambda part: whole_norm(part.gradient_norm))
     yield from _curve(axis, steps, "gradient_norm", "Gradient norm", norm, broken_steps(history))
     yield from _curve(axis, steps, "learning_rate", "Learning rate", history.learning_rate, None)
 
@@ -142,21 +142,15 @@ def _logged(axis: Axis, metrics: Mapping[str, Sequence[tuple[int, float]]]) -> I
 
 def broken_steps(history: History) -> NDArray[numpy.bool_]:
     """(T,) the steps at which a gradient had infinite or NaN entries."""
-    parts = [~history.gradient_finite[i : i + 4096].all(axis=1) for i in range(0, len(history), 4096)]
-    return numpy.concatenate(parts) if parts else numpy.zeros(0, bool)
+    return by_rows(history, lambda part: ~part.gradient_finite.all(axis=1))
 
 
 def whole_norm(table: Any) -> NDArray[numpy.float64]:
     """The norm of the whole network at each step: root of the sum of the layers' squares (T, L) -> (T,)."""
-    parts = [table[i : i + 4096] for i in range(0, len(table), 4096)]
-    norms = [numpy.sqrt(_sum_of_squares(numpy.asarray(part, numpy.float64))) for part in parts]
-    return numpy.concatenate(norms) if norms else numpy.empty(0)
-
-
-def _sum_of_squares(part: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+    table = numpy.asarray(table, numpy.float64)
     # A layer that was not observed counts for nothing, unless none was.
-    total = numpy.nansum(numpy.square(part), axis=1)
-    return numpy.where(numpy.isnan(part).all(axis=1), numpy.nan, total)
+    total = numpy.nansum(numpy.square(table), axis=1)
+    return numpy.sqrt(numpy.where(numpy.isnan(table).all(axis=1), numpy.nan, total))
 
 
 def _curve(axis: Axis, steps: Any, name: str, label: str, values: Any, broken: Any) -> Iterable[dict[str, Any]]:

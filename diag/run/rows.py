@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.result import decode
-from diag.snapshot.history import History, empty_history
+from diag.snapshot.history import History, empty_history, let_go
 
 CRC = "crc"
 CRC_BYTES = 4
@@ -114,10 +115,40 @@ def _whole(file: Path, dtype: numpy.dtype[Any], count: int) -> Iterator[NDArray[
 
 def kept_rows(rows: Rows, records: Iterable[Mapping[str, Any]]) -> NDArray[Any]:
     """The whole rows that no resumption from an earlier step superseded; the memory map where that is all."""
-    keep = rows.whole.copy()
-    for record in (r for r in records if r["type"] == "resume"):
-        keep[: record["rows"]] &= rows.all["steps"][: record["rows"]] <= record["step"]
-    return rows.all if keep.all() else rows.all[keep]
+    keep, resumed = rows.whole.copy(), [r for r in records if r["type"] == "resume"]
+    steps = _columns(rows.all, ["steps"])["steps"] if resumed else rows.all[:0]
+    for record in resumed:
+        keep[: record["rows"]] &= steps[: record["rows"]] <= record["step"]
+    return rows.all if keep.all() else _picked(rows.all, keep)
+
+
+def _picked(rows: NDArray[Any], keep: NDArray[numpy.bool_]) -> NDArray[Any]:
+    """These rows: in memory or, where they are many, in a file without a name."""
+    if rows.nbytes <= 16 * BLOCK:
+        return rows[keep]
+    with tempfile.TemporaryFile() as file:
+        for part, kept in zip(_blocks(rows), _blocks(keep, _at_once(rows)), strict=True):
+            file.write(part[kept].tobytes())
+        file.flush()
+        return numpy.memmap(file, rows.dtype, "r") if keep.any() else rows[:0]
+
+
+def _columns(rows: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Copies of some columns. To read one from the map would bring nearly all of the file into memory, for good."""
+    parts = [{name: numpy.array(part[name]) for name in names} for part in _blocks(rows)]
+    return {name: numpy.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _blocks(rows: NDArray[Any], at_once: int = 0) -> Iterator[NDArray[Any]]:
+    """Consecutive parts (one at least, which may be empty) of at most `BLOCK` bytes or so many rows."""
+    at_once = at_once or _at_once(rows)
+    for at in range(0, max(1, len(rows)), at_once):
+        yield rows[at : at + at_once]
+        let_go(rows)
+
+
+def _at_once(rows: NDArray[Any]) -> int:
+    return max(1, BLOCK // rows.dtype.itemsize)
 
 
 def history_of(metadata: Mapping[str, Any], rows: Any, records: Iterable[Mapping[str, Any]]) -> History | None:
@@ -126,8 +157,10 @@ def history_of(metadata: Mapping[str, Any], rows: Any, records: Iterable[Mapping
         return None
     empty = empty_history(metadata["layers"])
     optimizer = [r["data"] for r in records if r["type"] == "optimizer"]
-    # Columns are views into the memory map: nothing is read before it is used.
-    columns: dict[str, Any] = {n: numpy.asarray(rows[n]) for n in rows.dtype.names if hasattr(empty, n)}
+    # Columns with a value a layer are views into the memory map: nothing is read before it is used.
+    names = [n for n in rows.dtype.names if hasattr(empty, n)]
+    wide = {n: numpy.asarray(rows[n]) for n in names if rows.dtype[n].shape}
+    columns: dict[str, Any] = wide | _columns(rows, [n for n in names if n not in wide])
     columns["total_steps"] = int(rows["total_steps"][-1])
     notes = tuple(dict.fromkeys(r["text"] for r in records if "note" in (r["type"], r.get("kind"))))
     return dataclasses.replace(empty, **columns, optimizer=decode(optimizer[-1]) if optimizer else {}, notes=notes)

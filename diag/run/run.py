@@ -10,7 +10,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from diag.run.records import OUTCOMES, kept_records, outcome_data, read_records
 from diag.run.rows import history_of, kept_rows, read_rows
 from diag.run.stories import Story, stories
 from diag.run.writer import RunWriter
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows
 
 __all__ = ["Cost", "Event", "Finding", "Record", "Run", "RunWriter", "read_run"]
 
@@ -376,8 +376,12 @@ def _totals(history: History) -> dict[str, Any]:
     """The scalars of each step: the loss and the norms of the whole network."""
     line = {"loss": history.loss, "learning_rate": history.learning_rate}
     for name in ("gradient_norm", "parameter_norm", "update_norm", "distance"):
-        line[name] = numpy.sqrt(numpy.square(getattr(history, name), dtype=float).sum(1))
+        line[name] = by_rows(history, partial(_norm_of_all, name))
     return line
+
+
+def _norm_of_all(name: str, history: History) -> Any:
+    return numpy.sqrt(numpy.square(getattr(history, name), dtype=float).sum(1))
 
 
 def _fact(name: str, value: Any) -> str:

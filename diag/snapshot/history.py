@@ -6,6 +6,7 @@ A watched run writes it. For a model without one, `history` measures a single ro
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -76,11 +77,37 @@ def parts(history: History) -> Iterator[History]:
     step = max(1, CELLS // max(1, len(history.layers)))
     for at in range(0, max(len(history), 1), step):
         yield history.rows(slice(at, at + step))
+        let_go(history.gradient_norm)
+
+
+def let_go(array: Any) -> None:
+    """Give back the memory that the read parts of a memory-mapped file take; they can be read again at any time."""
+    while isinstance(array, numpy.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def by_rows(history: History, function: Callable[[History], Any]) -> NDArray[Any]:
     """`function`, which gives one value a row, of the whole record, computed part by part."""
     return numpy.concatenate([function(part) for part in parts(history)])
+
+
+def taken(history: History, rows: NDArray[numpy.int64]) -> History:
+    """A copy of these rows (in order) of the record, read part by part."""
+    kept, at = [], 0
+    for part in parts(history):
+        kept.append(part.rows(rows[(rows >= at) & (rows < at + len(part))] - at))
+        at += len(part)
+    names = [name for name, a in vars(history).items() if isinstance(a, numpy.ndarray)]
+    series: dict[str, Any] = {name: numpy.concatenate([getattr(k, name) for k in kept]) for name in names}
+    return dataclasses.replace(history, **series)
+
+
+def thinned(history: History, cells: int) -> History:
+    """The record itself, or evenly spaced rows of it that have at most about `cells` numbers a column."""
+    stride = 1 + len(history) * len(history.layers) // cells
+    return history if stride == 1 else taken(history, numpy.arange(0, len(history), stride))
 
 
 def empty_history(layers: Mapping[str, int], length: int = 0) -> History:

@@ -27,7 +27,7 @@ from diag.instruments.gradient_flow.statistics import (
 from diag.linalg.growth import LAWS
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
-from diag.snapshot.history import History, by_rows, parts
+from diag.snapshot.history import History, by_rows, parts, taken
 
 SOURCE = (
     "arithmetic for what is not finite; Hoffer, Hubara, Soudry 2017, arXiv:1705.08741, for the distance; Roberts, "
@@ -296,9 +296,10 @@ def _of_the_distance(history: History) -> dict[str, Any]:
     fits, first, last = growth_of_distance(history, distance)
     known = distance[numpy.isfinite(distance)]
     start = norm_at_start(history, weights)
-    shown = _rows_shown(history, distance)
+    rows = _rows_shown(history, distance)
+    shown = taken(history, rows)
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        ratio = history.update_norm[shown] / history.parameter_norm[shown]
+        ratio = shown.update_norm / shown.parameter_norm
     return {
         "growth_slope": fits["log"].slope if fits else math.nan,
         "growth_exponent": fits["power"].slope if fits else math.nan,
@@ -307,11 +308,11 @@ def _of_the_distance(history: History) -> dict[str, Any]:
         "first_fitted_step": first,
         "last_fitted_step": last,
         "relative_distance": float(known[-1] / start) if len(known) and start > 0 else math.nan,
-        "steps": numpy.asarray(history.steps[shown]),
-        "distance": distance[shown],
-        "gradient_norm": numpy.asarray(history.gradient_norm[shown]),
-        "parameter_norm": numpy.asarray(history.parameter_norm[shown]),
-        "update_norm": numpy.asarray(history.update_norm[shown]),
+        "steps": shown.steps,
+        "distance": distance[rows],
+        "gradient_norm": shown.gradient_norm,
+        "parameter_norm": shown.parameter_norm,
+        "update_norm": shown.update_norm,
         "update_ratio": ratio,
     }
 

@@ -12,7 +12,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
-from diag.snapshot.history import History
+from diag.snapshot.history import CELLS, History, parts
 from diag.snapshot.loop.facts import Loop
 
 STEPS = 3  # measured in a row
@@ -43,22 +43,22 @@ def weights_move(history: History, loop: Loop) -> WeightsMove:
 
 def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
     rows = numpy.flatnonzero(~history.skipped)
-    update, gradient = history.update_norm[rows], history.gradient_norm[rows]
     facts = {p.name: p for p in loop.parameters}
     still: dict[Cause, list[str]] = {}
     began: dict[Cause, int] = {}
-    for column, name in enumerate(history.layers):
+    for column, update, gradient in _once_still(history, rows):
+        name = history.layers[column]
         p = facts.get(name)
-        seen = numpy.flatnonzero(numpy.isfinite(update[:, column]) & (gradient[:, column] > 0))
-        if len(seen) and gradient[seen[-STEPS:], column].max() < CONVERGED * numpy.median(gradient[seen, column]):
+        seen = numpy.flatnonzero(numpy.isfinite(update) & (gradient > 0))
+        if len(seen) and gradient[seen[-STEPS:]].max() < CONVERGED * numpy.median(gradient[seen]):
             continue
-        if p is None or not p.optimizers or len(seen) < STEPS or (update[seen[-STEPS:], column] != 0).any():
+        if p is None or not p.optimizers or len(seen) < STEPS or (update[seen[-STEPS:]] != 0).any():
             continue
         zero_rate = p.rate is not None and p.rate == 0
         last = rows[seen[-STEPS:]]
         if p.rate and p.dtype not in HALVES and _rounds(history, last, column, p.rate):
             continue
-        moved = numpy.flatnonzero(update[seen, column] != 0)
+        moved = numpy.flatnonzero(update[seen] != 0)
         since = int(history.steps[rows[seen[moved[-1] + 1 if len(moved) else 0]]])
         cause = Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALVES else Cause.WEIGHTS_UNCHANGED
         if zero_rate:
@@ -67,6 +67,19 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         began[cause] = min(began.get(cause, since), since)
     for cause, names in still.items():
         yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
+
+
+def _once_still(history: History, rows: Any) -> Iterator[tuple[int, Any, Any]]:
+    """The layers that some step left as they were: column, norms of the steps in `rows`, norms of the gradients."""
+    still = [(part.update_norm == 0).any(0) for part in parts(history)]
+    columns = numpy.flatnonzero(numpy.logical_or.reduce(still))
+    width = 1 + CELLS // max(1, len(rows))
+    for some in (columns[i : i + width] for i in range(0, len(columns), width)):
+        update, gradient = (
+            numpy.concatenate([getattr(part, name)[:, some] for part in parts(history)])[rows]
+            for name in ("update_norm", "gradient_norm")
+        )
+        yield from zip(some.tolist(), update.T, gradient.T, strict=True)
 
 
 def _rounds(history: History, last: Any, column: int, rate: float) -> bool:

@@ -21,13 +21,13 @@ from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import SMALL, fall, finite_losses, median, update_ratios
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
-from diag.snapshot.history import History, by_rows
+from diag.snapshot.history import History, by_rows, thinned
 
 SOURCE = "arithmetic of the recorded steps"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
 CERTAIN = 0.23  # from here on a step is too large also where the loss has not risen
 WINDOW = 5
-MOST_SHARES = 4 << 20  # steps times tensors over which the median share of Adam's step is taken
+MOST_NORMS = 1 << 20  # steps times tensors over which a median is taken
 ENOUGH_STEPS = 30
 ROSE = 1.1
 NOT_FALLEN = 0.1
@@ -232,6 +232,7 @@ def _clip_factor(history: History) -> float:
 
 
 def _gradient_size(history: History) -> float:
+    history = thinned(history, MOST_NORMS)
     sizes = numpy.asarray(history.sizes, float)
     large = sizes >= SMALL
     each = numpy.asarray(history.gradient_norm[:, large], float) / numpy.sqrt(sizes[large])
@@ -240,13 +241,12 @@ def _gradient_size(history: History) -> float:
 
 def _adam_share(history: History) -> float:
     """The median over steps and tensors of (root mean square of the step's entries) / (learning rate); NaN for
-    other optimizers, and where weight decay or several groups with rates of their own would be part of it. Of a
-    long record of many layers, evenly spaced steps are taken."""
+    other optimizers, and where weight decay or several groups with rates of their own would be part of it."""
     about = history.optimizer
     groups = {g.get("lr") for g in about.get("groups", ())}
     if about.get("kind") not in ADAPTIVE or len(groups) > 1:
         return math.nan
-    history = history.rows(slice(None, None, max(1, len(history) * len(history.layers) // MOST_SHARES)))
+    history = thinned(history, MOST_NORMS)
     sizes = numpy.asarray(history.sizes, float)
     large = (sizes >= 64) & (numpy.nan_to_num(history.gradient_norm) > 0).any(0)
     with numpy.errstate(divide="ignore", invalid="ignore"):

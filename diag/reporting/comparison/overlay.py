@@ -27,6 +27,7 @@ from diag.reporting.timeline import (
     step_ticks,
     whole_norm,
 )
+from diag.snapshot.history import by_rows
 
 MAX_PANELS = 12
 MANY_PANELS = 5  # where there are many runs
@@ -92,7 +93,7 @@ def _recorded(side: Evidence) -> Iterable[tuple[str, Curve]]:
         return
     steps, none = numpy.asarray(history.steps), numpy.zeros(len(history), bool)
     loss, rate = (numpy.asarray(v, numpy.float64) for v in (history.loss, history.learning_rate))
-    norm = whole_norm(history.gradient_norm)
+    norm = by_rows(history, lambda part: whole_norm(part.gradient_norm))
     yield "loss", Curve("Training loss", steps, loss, ~numpy.asarray(history.loss_finite))
     yield "gradient_norm", Curve("Gradient norm", steps, norm, broken_steps(history))
     yield "learning_rate", Curve("Learning rate", steps, rate, none)

@@ -104,7 +104,7 @@ def taken(history: History, rows: NDArray[numpy.int64]) -> History:
     return dataclasses.replace(history, **series)
 
 
-def thinned(history: History, cells: int) -> History:
+def thinned_record(history: History, cells: int) -> History:
     """The record itself, or evenly spaced rows of it that have at most about `cells` numbers a column."""
     stride = 1 + len(history) * len(history.layers) // cells
     return history if stride == 1 else taken(history, numpy.arange(0, len(history), stride))

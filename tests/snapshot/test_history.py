@@ -11,7 +11,7 @@ import pytest
 import diag
 from diag.run.rows import Rows, kept_rows
 from diag.run.run import RunWriter
-from diag.snapshot.history import by_rows, empty_history, let_go, parts, taken, thinned
+from diag.snapshot.history import by_rows, empty_history, let_go, parts, taken, thinned_record
 
 LAYERS = {f"layer{i}.{kind}": size for i in range(6) for kind, size in (("weight", 600), ("bias", 20))}
 
@@ -58,8 +58,8 @@ def test_rows_are_taken_part_by_part(monkeypatch):
     monkeypatch.setattr("diag.snapshot.history.CELLS", 50)
     assert taken(history, numpy.array([0, 7, 8, 39])).steps.tolist() == [1, 8, 9, 40]
     numpy.testing.assert_array_equal(taken(history, numpy.array([5])).distance, history.distance[[5]])
-    assert thinned(history, 40 * 12 + 1) is history
-    assert thinned(history, 20 * 12).steps.tolist() == list(range(1, 41, 3))
+    assert thinned_record(history, 40 * 12 + 1) is history
+    assert thinned_record(history, 20 * 12).steps.tolist() == list(range(1, 41, 3))
 
 
 def test_what_was_let_go_can_be_read_again(tmp_path):

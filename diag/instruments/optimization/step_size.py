@@ -21,7 +21,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import SMALL, fall, finite_losses, median, update_ratios
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
-from diag.snapshot.history import History, by_rows, thinned
+from diag.snapshot.history import History, by_rows, thinned_record
 
 SOURCE = "arithmetic of the recorded steps"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
@@ -232,7 +232,7 @@ def _clip_factor(history: History) -> float:
 
 
 def _gradient_size(history: History) -> float:
-    history = thinned(history, MOST_NORMS)
+    history = thinned_record(history, MOST_NORMS)
     sizes = numpy.asarray(history.sizes, float)
     large = sizes >= SMALL
     each = numpy.asarray(history.gradient_norm[:, large], float) / numpy.sqrt(sizes[large])
@@ -246,7 +246,7 @@ def _adam_share(history: History) -> float:
     groups = {g.get("lr") for g in about.get("groups", ())}
     if about.get("kind") not in ADAPTIVE or len(groups) > 1:
         return math.nan
-    history = thinned(history, MOST_NORMS)
+    history = thinned_record(history, MOST_NORMS)
     sizes = numpy.asarray(history.sizes, float)
     large = (sizes >= 64) & (numpy.nan_to_num(history.gradient_norm) > 0).any(0)
     with numpy.errstate(divide="ignore", invalid="ignore"):

@@ -35,6 +35,10 @@ _HOMES = {
     "Failed": "diag.result",
     "measured": "diag.result",
     "stable_cross_entropy": "diag.remedies",
+    "stable_binary_cross_entropy": "diag.remedies",
+    "stablemax": "diag.remedies",
+    "stablemax_cross_entropy": "diag.remedies",
+    "perp_grad": "diag.remedies",
 }
 # Parts that are reached by their own name: `diag.errors.InvalidInput`.
 _PARTS = ("errors", "datasets", "testing")

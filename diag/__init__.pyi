@@ -24,9 +24,13 @@ from diag.run.saved import load as load
 from diag.registry import measure as measure
 from diag.registry import measure_all as measure_all
 from diag.result import measured as measured
+from diag.remedies import perp_grad as perp_grad
 from diag.trial.preflight import preflight as preflight
 from diag.reporting import report as report
+from diag.remedies import stable_binary_cross_entropy as stable_binary_cross_entropy
 from diag.remedies import stable_cross_entropy as stable_cross_entropy
+from diag.remedies import stablemax as stablemax
+from diag.remedies import stablemax_cross_entropy as stablemax_cross_entropy
 from diag.watching.watcher import watch as watch
 from diag.instruments.attention import Attention as Attention
 from diag.instruments.network.attention_heads import AttentionHeads as AttentionHeads
@@ -64,6 +68,7 @@ from diag.instruments.loop.mixed_precision import MixedPrecision as MixedPrecisi
 from diag.instruments.mode_connectivity import ModeConnectivity as ModeConnectivity
 from diag.instruments.trial.modes_agree import ModesAgree as ModesAgree
 from diag.instruments.loop.module_modes import ModuleModes as ModuleModes
+from diag.instruments.naive_loss_minimization import NaiveLossMinimization as NaiveLossMinimization
 from diag.instruments.neural_collapse import NeuralCollapse as NeuralCollapse
 from diag.instruments.trial.one_batch import OneBatch as OneBatch
 from diag.instruments.opposing_signals.instrument import OpposingSignals as OpposingSignals
@@ -232,6 +237,10 @@ def modes_agree(trial: Any) -> ModesAgree: ...
 def module_modes(snapshot: Snapshot, /, *, loop: Any = ...) -> ModuleModes: ...
 @overload
 def module_modes(loop: Any) -> ModuleModes: ...
+@overload
+def naive_loss_minimization(snapshot: Snapshot, /, *, params: Any = ..., gradient: Any = ..., logits: Any = ..., previous_logits: Any = ...) -> NaiveLossMinimization: ...
+@overload
+def naive_loss_minimization(params: Any, gradient: Any, logits: Any = None, previous_logits: Any = None) -> NaiveLossMinimization: ...
 @overload
 def neural_collapse(snapshot: Snapshot, /, *, features: Any = ..., labels: Any = ..., classifier: Any = ..., held_out_features: Any = ..., held_out_labels: Any = ..., logits: Any = ..., terminal_accuracy: float = ..., nc1_collapsed: float = ..., nc2_collapsed: float = ..., nc2_unusual: float = ..., nc4_unusual: float = ...) -> NeuralCollapse: ...
 @overload

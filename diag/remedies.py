@@ -1,20 +1,30 @@
-"""Cross-entropy by the log-odds margin: right in any floating type, where log_softmax loses its small terms.
+"""Remedies for a softmax that rounds: an exact cross-entropy, StableMax, and gradients without their scaling part.
 
-With m_i = z_{i,y} - logsumexp_{k != y} z_{i,k} the cross-entropy of example i is exactly softplus(-m_i). This
-form never adds a small number to 1, so a confident example keeps its gradient (Prieto et al. 2025,
-arXiv:2501.04697, describe what is lost otherwise). Train with it as a control: if training goes on as before,
-rounding in the softmax was not what held it.
+Each is a control to train with, not a recommendation: if training goes on as before, what it takes away was not
+what held it.
+
+Cross-entropy by the log-odds margin is right in any floating type, where log_softmax loses its small terms. With
+m_i = z_{i,y} - logsumexp_{k != y} z_{i,k} the cross-entropy of example i is exactly softplus(-m_i). This form
+never adds a small number to 1, so a confident example keeps its gradient (Prieto et al. 2025, arXiv:2501.04697,
+describe what is lost otherwise). StableMax replaces exp by a function that grows linearly (Definition 4), and
+`perp_grad` takes from the gradient its part along the weights (Definition 7).
 """
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from diag.errors import InvalidInput
 from diag.linalg.margins import margins
 
 REDUCTIONS = ("mean", "sum", "none")
+ELEMENTS_AT_ONCE = 1 << 24  # logits: 64 MB of float32
 
 
 def stable_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -32,5 +42,110 @@ def stable_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "me
     if reduction not in REDUCTIONS:
         raise InvalidInput(f"The reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}.")
     # softplus(-m) = -logsigmoid(m); torch's softplus drops exp(-x) above its threshold, logsigmoid does not.
-    losses = -F.logsigmoid(margins(logits, labels))
+    losses = _in_chunks(lambda z, y: -F.logsigmoid(margins(z, y)), logits, labels)
     return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def stable_binary_cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Binary cross-entropy of logits with targets 0 or 1 of the same shape, whose gradient never rounds away.
+
+    The gradient of `F.binary_cross_entropy_with_logits` is sigmoid(z) - y: of a target 1 it is exactly 0 from z = b
+    ln 2 on for b significand bits (16.6 in float32), while a target 0 keeps its gradient down to z = -103. Here
+    both are -logsigmoid of a logit of their own sign, which keeps it. Multi-label targets are many binary ones.
+    Raises InvalidInput for shapes that differ, targets other than 0 and 1, or an unknown reduction.
+    """
+    if logits.shape != targets.shape or bool(((targets != 0) & (targets != 1)).any()):
+        raise InvalidInput(
+            f"stable_binary_cross_entropy got logits of shape {tuple(logits.shape)} and targets of shape "
+            f"{tuple(targets.shape)}; expected one shape, and targets 0 or 1."
+        )
+    if reduction not in REDUCTIONS:
+        raise InvalidInput(f"The reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}.")
+    losses = -F.logsigmoid(torch.where(targets == 1, logits, -logits))
+    return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def _in_chunks(loss: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """Losses (n,) of blocks of rows, each computed again in the backward pass where one block is not all."""
+    rows = max(1, ELEMENTS_AT_ONCE // logits.shape[1])
+    if len(logits) <= rows:
+        return loss(logits, labels)
+    blocks = zip(logits.split(rows), labels.split(rows), strict=True)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return torch.cat([loss(z, y) for z, y in blocks])
+    return torch.cat([checkpoint(loss, z, y, use_reentrant=False) for z, y in blocks])
+
+
+def stablemax(logits: Tensor, dim: int = -1) -> Tensor:
+    """Probabilities s(z_k) / sum s(z_j) with s(z) = z + 1 for z >= 0 and 1 / (1 - z) below (Definition 4).
+
+    The same as a softmax of sign(z) log(1 + |z|) (Proposition 1), by which it is computed.
+    """
+    return (logits.sign() * logits.abs().log1p()).softmax(dim)
+
+
+def stablemax_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+    """-log of the StableMax probability of the label: logits (n, K), labels (n,), for training as a control.
+
+    The authors' code evaluates it in float64 and adds 1e-30 to the probabilities; here it is the exact
+    cross-entropy of the transformed logits, in their own type. Raises InvalidInput as `stable_cross_entropy`.
+    """
+    return stable_cross_entropy(logits.sign() * logits.abs().log1p(), labels, reduction=reduction)
+
+
+class Removable(Protocol):
+    """What takes a hook away again."""
+
+    def remove(self) -> None: ...
+
+
+def perp_grad(optimizer: Optimizer, *, whole: bool = False) -> Removable:
+    """From now on the optimizer's gradients lose their part along the weights before each step (perpGrad).
+
+    whole=True: along the whole vector of its parameters, as Definition 7 of the paper says. By default each
+    tensor's gradient loses its part along that tensor and is brought back to its old length, as the authors' code
+    does; the two differ. Any torch optimizer: the gradients are changed in place by a hook before the step, so
+    schedulers and scalers go on as they are; clip before. Returns a handle whose `remove()` ends it.
+
+    Raises InvalidInput, at the step, for a sparse gradient or for an optimizer that is given a closure, which
+    computes gradients after the hook (LBFGS).
+    """
+
+    def before_step(_: Optimizer, args: Any, kwargs: Any) -> None:
+        if any(callable(a) for a in (*args[1:], kwargs.get("closure"))):
+            raise InvalidInput(
+                "perp_grad cannot change gradients that a closure computes inside the step; use step()."
+            )
+        tensors = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if any(p.grad.layout != torch.strided for p in tensors):
+            raise InvalidInput("perp_grad met a sparse gradient; expected dense ones.")
+        with torch.no_grad():
+            _project_whole(tensors) if whole else _project_each(tensors)
+
+    return optimizer.register_step_pre_hook(before_step)
+
+
+def _project_each(tensors: list[Tensor]) -> None:
+    for p in tensors:
+        g = p.grad
+        assert g is not None
+        tiny = torch.finfo(g.dtype).tiny
+        before = g.norm()
+        g.addcmul_(p, -_dot(p, g) / _dot(p, p).clamp_min(tiny))
+        g.mul_(before / g.norm().clamp_min(tiny))
+
+
+def _project_whole(tensors: list[Tensor]) -> None:
+    pairs = [(p, p.grad) for p in tensors if p.grad is not None]
+    along, length = (
+        sum(_dot(p, g).double().cpu() for p, g in pairs),
+        sum(_dot(p, p).double().cpu() for p, _ in pairs),
+    )
+    part = -float(along) / max(float(length), 1e-300)
+    for p, g in pairs:
+        g.add_(p, alpha=part)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Their inner product, without a product as large as they are."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -7,7 +7,6 @@ each.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -20,6 +19,7 @@ from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.forward import comparisons, forward_pass
 from diag.snapshot.forward import labels as labels_of
+from diag.snapshot.inside.earlier import earlier
 from diag.snapshot.objective.comparison import Comparison, output_tensor
 from diag.snapshot.objective.same_rows import matching_rows
 from diag.snapshot.preserve import preserved
@@ -54,12 +54,7 @@ def layer_outputs(snapshot: Snapshot) -> LayerOutputs:
 
 def previous_layer_outputs(snapshot: Snapshot) -> LayerOutputs:
     """The same for the snapshot's `previous` state, on the same data."""
-    state = snapshot.previous
-    if state is None:
-        raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
-    earlier = copy.deepcopy(snapshot.model)
-    earlier.load_state_dict(getattr(getattr(state, "model", state), "state_dict", lambda: state)())
-    return layer_outputs(snapshot.with_data(snapshot.batches, model=earlier))
+    return layer_outputs(earlier(snapshot))
 
 
 def outputs_given(

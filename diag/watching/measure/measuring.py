@@ -304,7 +304,7 @@ def _once(snapshot: Snapshot) -> AbstractContextManager[Any]:
 
 
 def _asks_for_previous(instrument: Instrument) -> bool:
-    return any(n.quantity.name in ("update", "previous_losses") for n in instrument.needs)
+    return any(n.quantity.name == "update" or n.name.startswith("previous_") for n in instrument.needs)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

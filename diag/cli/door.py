@@ -13,7 +13,7 @@ import click
 from diag.cli.text import visible
 
 # Modules that bring commands of their own, in a list named COMMANDS, where they are installed.
-OTHER_PARTS = ("diag.cli.check", "diag.cli.compare", "diag.cli.connect", "diag.cli.preflight")
+OTHER_PARTS = tuple(f"diag.cli.{part}" for part in ("check", "compare", "connect", "imports", "preflight"))
 
 
 class Mistake(click.ClickException):

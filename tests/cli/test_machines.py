@@ -93,6 +93,16 @@ def test_checkpoints_are_measured_and_compared(run_diag, tmp_path):
     assert len(made["runs"]) == 2 and any(row["difference"] for row in made["scalars"])
 
 
+def test_a_log_becomes_a_run(run_diag, tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss\n" + "".join(f"{i},{1 / i}\n" for i in range(1, 60)))
+    made = document(run_diag("import", "log.csv", "--json"), "diag-findings")
+    assert made["run"]["last_step"] == 59 and (tmp_path / "diag-run" / "run.json").exists()
+    assert "Run: " in run_diag("import", "log.csv", "-o", "other").stdout
+    assert run_diag("check", "other").exit_code == 0
+    nothing = run_diag("import", "nowhere.csv")
+    assert nothing.exit_code == 2 and "There is no nowhere.csv" in nothing.stderr
+
+
 def test_list_has_a_document(run_diag):
     made = document(run_diag("list", "--json"), "diag-instruments")
     assert {row["name"] for row in made["instruments"]} >= {"softmax_collapse"}

@@ -52,7 +52,7 @@ def normalisation_layers(history: History) -> NDArray[numpy.bool_]:
 
 def factor_over_depth(history: History) -> float:
     """exp of the log-linear fit's change from the last layer to the first in the first step's bias gradients."""
-    biases = numpy.array([name.endswith("bias") for name in history.layers]) & ~normalisation_layers(history)
+    biases = numpy.array([name.endswith("bias") for name in history.layers], bool) & ~normalisation_layers(history)
     norms = history.gradient_norm[0, biases].astype(float)
     if len(norms) < 3 or not (numpy.isfinite(norms) & (norms > 0)).all():
         return math.nan

@@ -76,7 +76,9 @@ from diag.instruments.loop.optimizer_kept import OptimizerKept as OptimizerKept
 from diag.instruments.network.output_constant import OutputConstant as OutputConstant
 from diag.instruments.loop.outside_changes import OutsideChanges as OutsideChanges
 from diag.instruments.loop.parameters_held import ParametersHeld as ParametersHeld
+from diag.instruments.distributed.ranks_data import RanksData as RanksData
 from diag.instruments.loop.repeated_chance import RepeatedChance as RepeatedChance
+from diag.instruments.distributed.replicas_equal import ReplicasEqual as ReplicasEqual
 from diag.instruments.representation import Representation as Representation
 from diag.instruments.network.saturation import Saturation as Saturation
 from diag.instruments.optimization.second_moment import SecondMoment as SecondMoment
@@ -270,9 +272,17 @@ def parameters_held(snapshot: Snapshot, /, *, loop: Any = ...) -> ParametersHeld
 @overload
 def parameters_held(loop: Any) -> ParametersHeld: ...
 @overload
+def ranks_data(snapshot: Snapshot, /, *, loop: Any = ...) -> RanksData: ...
+@overload
+def ranks_data(loop: Any) -> RanksData: ...
+@overload
 def repeated_chance(snapshot: Snapshot, /, *, loop: Any = ...) -> RepeatedChance: ...
 @overload
 def repeated_chance(loop: Any) -> RepeatedChance: ...
+@overload
+def replicas_equal(snapshot: Snapshot, /, *, loop: Any = ...) -> ReplicasEqual: ...
+@overload
+def replicas_equal(loop: Any) -> ReplicasEqual: ...
 @overload
 def representation(snapshot: Snapshot, /, *, layer_outputs: Any = ..., previous_layer_outputs: Any = ..., noise: float = ..., compared: int = ...) -> Representation: ...
 @overload

@@ -63,6 +63,9 @@ FOREIGN = {
     "_saved_result1": (node(lambda t: torch.native_layer_norm(t, [3], None, None, 1e-5)[0]), "a norm's statistics"),
     "_saved_result2": (node(lambda t: torch.native_layer_norm(t, [3], None, None, 1e-5)[0]), "a norm's statistics"),
     "_get_renderer": (matplotlib.figure.Figure(), "the size of a drawing's texts"),
+    "_get_backend": (torch.distributed.ProcessGroup, "the timeout of the training's process group"),
+    "_device_types": (torch.distributed.ProcessGroup, "the timeout of the training's process group"),
+    "_timeout": (torch.distributed.ProcessGroupGloo._Options, "the timeout of the training's process group"),
     "_DummyThread": (threading, "whether a thread is one of autograd's"),
 }
 
@@ -79,6 +82,7 @@ def test_the_name_is_still_there(name):
 
 def test_modules_that_are_imported_from_private_places():
     from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack  # noqa: F401
+    from torch.distributed.distributed_c10d import _get_default_group, _get_default_store  # noqa: F401
     from torch.utils import _pytree  # noqa: F401
     from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401
 

@@ -27,7 +27,8 @@ ALLOWED = {
     "linalg": {"errors"},
     "remedies": {"errors", "linalg"},
     "checkpoints": {"errors"},
-    "snapshot": {"errors", "linalg", "checkpoints"},
+    "distributed": {"errors"},
+    "snapshot": {"errors", "linalg", "checkpoints", "distributed"},
 }
 ALLOWED["gradients"] = ALLOWED["snapshot"] | {"snapshot"}
 ALLOWED["curvature"] = ALLOWED["gradients"] | {"gradients"}

@@ -43,13 +43,6 @@ def describe_run(
     }
 
 
-def distributed_rank() -> int:
-    """The rank of this process; 0 where training is not distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", 0) or 0)
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether the parameters are spread over processes (FSDP, tensor parallelism)."""
     return any(hasattr(p, "to_local") for p in model.parameters()) or any(
@@ -71,8 +64,5 @@ def _device(device: torch.device) -> str:
 def _gradient_label() -> str:
     text = "2-norms of the gradients before clipping by torch.nn.utils, without a GradScaler's scale"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        local = (
-            "as rank 0 has them at the step: averaged over ranks under DistributedDataParallel, of its own shard"
-        )
-        return f"{text}; {local} where parameters are sharded"
+        return f"{text}; of the whole tensors, put together over ranks where they are sharded"
     return text

@@ -22,6 +22,7 @@ from diag.watching.measure.window import Windows
 from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
+from diag.watching.ranks.company import Company
 
 
 class TrainingListener(Guarded):
@@ -37,9 +38,11 @@ class TrainingListener(Guarded):
         training: Training,
         windows: Windows,
         occasions: Occasions,
+        company: Company,
         end: Callable[[], None],
     ) -> None:
         super().__init__(clock, failed)
+        self._company = company
         self._training, self._occasions, self._end = training, occasions, end
         self._losses: LossObserver = training.losses
         self._steps: StepObserver = training.steps
@@ -79,6 +82,7 @@ class TrainingListener(Guarded):
         self._thread = threading.get_ident()
         if module is not self._training.model and module is not None:
             self._loop.wrapper_called(module)
+        self._company.called(args, kwargs)
         if self._losses.forward_called(args, kwargs, outputs, module):
             self.clock.start()
             self._steps.training_pass()
@@ -91,8 +95,13 @@ class TrainingListener(Guarded):
     def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
         """The model was called without gradients."""
         last, self._evaluated = self._evaluated, (module, id(outputs))
+        self._paused()
         if last[1] != id(outputs) or last[0] is module:  # a wrapper and the model in it are one call
             self._facts("evaluated", args, kwargs)
+
+    @guarded("other ranks")
+    def _paused(self) -> None:
+        self._company.paused()
 
     def _closely(self, event: str, *args: Any) -> None:
         """An event that matters only at steps that are looked at closely."""
@@ -112,6 +121,7 @@ class TrainingListener(Guarded):
         if not self._is_here():
             return
         self._losses.loss_called(function, args, kwargs, value)
+        self._company.loss_called(args, kwargs)
         self._own_step.backwards.loss_called(function, args, kwargs, value)
         self._closely("loss_called", function, args, kwargs, value)
 
@@ -212,6 +222,7 @@ class TrainingListener(Guarded):
 
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""
+        self._paused()
         self._facts("loader_started", loader)
 
     def batch_fetched(self, batch: Any) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
+from diag.distributed.meeting import rank_here
 from diag.errors import InvalidInput, text_of
 from diag.run.run import Finding, Run, read_run
 from diag.snapshot.history import History
-from diag.watching.about import describe_run, distributed_rank, temporary_folder
+from diag.watching.about import describe_run, temporary_folder
 from diag.watching.arguments import (
     Settings,
     check_arguments,
@@ -40,7 +41,8 @@ from diag.watching.measure.training import Training
 from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.rows import Row, RowQueue
-from diag.watching.observe.steps import StepObserver
+from diag.watching.observe.steps import Followed, StepObserver
+from diag.watching.ranks.company import Company, is_whole
 from diag.watching.record import Recorder
 
 ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
@@ -89,8 +91,9 @@ def watch(
     resume: go on with the run in the folder, after its last step or after the given one.
     on_finding: called with each finding when it is first seen; what it raises is noted, and training goes on.
 
-    What cannot be observed is recorded once, with the reason. In a distributed run only rank 0 records. The other
-    processes wait while it measures, and a measurement that takes longer than the process group's timeout aborts
+    What cannot be observed is recorded once, with the reason. Where several processes train, call it on every rank:
+    norms, losses and flags are put together over ranks, replicas are compared, and rank 0 records. Rank 0 measures
+    replicated models while the others wait; a measurement that takes longer than the process group's timeout aborts
     the training: there give a smaller budget=, or instruments without curvature.
     Raises InvalidInput for arguments that do not fit, RunError where the folder cannot be written.
     """
@@ -122,22 +125,25 @@ class Watcher(Guarded):
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], settings: Settings) -> None:
         super().__init__(Clock(), self._internal_error)
         self.model, self.optimizer = bare_model(model), settings.optimizer
-        self.active = distributed_rank() == 0
         self._end_others(settings.run)
         about = describe_run(self.model, parameters, settings.instruments, settings.budget, settings.every)
         self.path = settings.run if settings.run is not None else temporary_folder()
-        self._recorder = Recorder(self.path if self.active else None, about, settings.resume)
+        leads = rank_here() == 0
+        self._recorder = Recorder(self.path if leads else None, about, settings.resume)
+        note, info = self._recorder.note, self._recorder.info
+        self._company = Company(self.model, parameters, note, info)
         self._rows = RowQueue(self._recorder.dtype, self._recorder.last_step, self._row_complete)
         self._probe = settings.probe
-        note, info = self._recorder.note, self._recorder.info
         self._findings = Findings(settings.on_finding, self._recorder.event, note)
         self._losses = LossObserver(settings.loss_fn, self._probe, note, info, list(parameters.values()))
         share = ALWAYS_ON_SHARE * min(settings.budget, 0.05)
+        followed = Followed(share, by_this_rank=leads, whole=is_whole(parameters))
         self._steps = StepObserver(
-            parameters, self._losses, self._row_finished, self.clock.elapsed, note, share, self._step_broke
+            parameters, self._losses, self._row_finished, self.clock.elapsed, note, followed, self._step_broke
         )
         self._loop = LoopObserver(self.model, self._recorder.last_step, self._recorder.rates_before)
         self._ending = False
+        self._loop.ranks = self._company.facts
         self._training = Training(
             self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history, self._loop
         )
@@ -147,10 +153,11 @@ class Watcher(Guarded):
         guard = (self.clock, self._internal_error)
         self._occasions = Occasions(*guard, self._training, self._measurements, self._recorder)
         self._listener = TrainingListener(
-            *guard, self._training, self._measurements.windows, self._occasions, self.close
+            *guard, self._training, self._measurements.windows, self._occasions, self._company, self.close
         )
-        if self.active:
-            self._begin(model)
+        self._why_ended = "its watch was closed"
+        self._counted = 0  # examples of the steps that are over
+        self._begin(model)
 
     def _measured(self, settings: Settings) -> Measurements:
         return Measurements(
@@ -177,7 +184,7 @@ class Watcher(Guarded):
     @property
     def run(self) -> Run:
         """What has been recorded so far."""
-        if not self.active:
+        if not self._company.leads:
             return Run()
         if not self.clock.closed:
             self._drain()
@@ -247,9 +254,12 @@ class Watcher(Guarded):
         text = text_of(error)
         sentence = f"Training ended by {type(error).__name__}" + (f": {text}" if text else "")
         self._recorder.event(self.last_step, "exception", f"{sentence[:500]}.")
+        self._why_ended = f"its training ended by {type(error).__name__} at step {self.last_step:,}"
 
     def __repr__(self) -> str:
-        state = "closed" if self.clock.closed else "watching" if self.active else "idle: not rank 0"
+        state = "closed" if self.clock.closed else "watching"
+        if not self._company.leads:
+            state += f", rank {self._company.rank} (rank 0 records)"
         return f"<Watcher of {type(self.model).__name__}, {self.last_step:,} steps, {state}>"
 
     # How it begins
@@ -269,11 +279,27 @@ class Watcher(Guarded):
     # How it goes on
 
     def _row_finished(self, row: Row, in_step: bool) -> None:
+        row.examples, self._counted = self._training.examples - self._counted, self._training.examples
+        self._meet()
+        self._compare(row)
         step = self._rows.add(row)
         self._loop.step_ended(step)
         self._listener.look_for_compiled()
-        self._occasions.step_ended(row, step, in_step)
-        self._judge(step)
+        if self._company.leads:
+            self._occasions.step_ended(row, step, in_step)
+            self._judge(step)
+        elif not self._company.together:
+            self._end(measure=False)
+
+    @guarded("other ranks")
+    def _meet(self) -> None:
+        self._company.meet()
+        self._rows.sharing, self._company.send = self._company.sharing, self._rows.drain
+
+    @guarded("other ranks")
+    def _compare(self, row: Row) -> None:
+        if self._company.step_ended(row, self._steps.optimizers):
+            self._loop.moment.changed = True
 
     def _row_complete(self, table: Any, row: Row) -> None:
         self._recorder.row(table, row)
@@ -314,8 +340,7 @@ class Watcher(Guarded):
         if self.clock.closed:
             return
         try:
-            if self.active:
-                self._last(measure)
+            self._last(measure and self._company.leads)
         finally:
             self.clock.closed = True
             self._release()
@@ -325,8 +350,9 @@ class Watcher(Guarded):
         self._finish_last()
         if measure:
             self._measure_last()
-        self._judge_last()
-        self._explain()
+        if self._company.leads:
+            self._judge_last()
+            self._explain()
 
     @guarded("the last steps")
     def _finish_last(self) -> None:
@@ -357,7 +383,8 @@ class Watcher(Guarded):
     def _release(self) -> None:
         """Nothing is left on the model or in torch, and the files are closed."""
         broke = partial(self._internal_error, "the end")
-        for work in (self._listener.remove, self._own_step.disarm, self._losses.close, self._close_record):
+        leave = partial(self._company.leave, self._why_ended)
+        for work in (self._listener.remove, self._own_step.disarm, self._losses.close, self._close_record, leave):
             safely(work, broke=broke)
         safely(self._forget)
 

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: rank 0 records and measures, and every rank trains as it would unwatched."""
+"""DistributedDataParallel: rank 0 measures and records for all, and every rank trains as it would unwatched."""
 
 import json
 import os
@@ -99,9 +99,10 @@ def test_two_ranks(tmp_path):
         for rank in (first, second):
             assert rank[how]["state"] == rank["unwatched"]["state"]
             assert rank[how]["calls"] == rank["unwatched"]["calls"] == 24
-        recorded = [(a + b) / 2 for a, b in zip(*[iter(first["unwatched"]["losses"])] * 2, strict=True)]
+        both = [(a + b) / 2 for a, b in zip(first[how]["losses"], second[how]["losses"], strict=True)]
+        recorded = [(a + b) / 2 for a, b in zip(*[iter(both)] * 2, strict=True)]
         assert first[how]["recorded"] == pytest.approx(recorded, rel=1e-6)
         assert first[how]["measured"].keys() == {"sharpness", "softmax_collapse", "gradient_coherence"}
         assert first[how]["errors"] == []
-        assert second[how]["repr"] == "<Watcher of Net, 0 steps, closed>"
+        assert second[how]["repr"] == "<Watcher of Net, 12 steps, closed, rank 1 (rank 0 records)>"
         assert second[how]["measured"] == {} and second[how]["recorded"] == []

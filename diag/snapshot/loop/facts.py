@@ -29,6 +29,7 @@ from diag.snapshot.loop.parts import (
     StartingWeight,
     WrapperFacts,
 )
+from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -70,6 +71,7 @@ class Loop:
     layers: LayerFacts = field(default_factory=LayerFacts)
     start: tuple[StartingWeight, ...] = ()
     origin: OriginFacts | None = None
+    ranks: RankFacts = field(default_factory=RankFacts)
 
     @property
     def training(self) -> tuple[OptimizerFacts, ...]:

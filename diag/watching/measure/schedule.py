@@ -152,3 +152,17 @@ class Thinning:
         """What one step's norms took."""
         self._spent += seconds
         self._costs.append(seconds)
+
+
+class Regular:
+    """Steps that are the same on all ranks: the first three and every so many."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def take(self, step: int, elapsed: float) -> bool:
+        """Whether to measure at `step`, however long it takes."""
+        return step % self._every == 0 or step <= 3
+
+    def spent(self, seconds: float) -> None:
+        """What one step took is of no concern."""

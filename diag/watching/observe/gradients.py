@@ -74,6 +74,8 @@ class GradientNorms:
         columns = [self._index[id(p)] for p in given if id(p) in self._index and p.grad is not None]
         if not columns:
             return None
+        # Of a sharded total this process has a part only; the whole is made of the reduced norms (see `ranks`).
+        total_norm = total_norm.to_local() if hasattr(total_norm, "to_local") else total_norm
         limit = None if max_norm is None else (float(max_norm), total_norm)
         for clip in self._clips:
             if clip.columns.tolist() == columns and clip.untouched():

@@ -29,8 +29,8 @@ def norms(tensors: Sequence[Tensor]) -> Norms:
     """The 2-norms (len,) of dense, sparse, complex or sharded tensors: a float64 array where the tensors are on
     the CPU, a float32 tensor on their device elsewhere.
 
-    A sharded tensor (DTensor) gives the norm of this process's shard. Tensors of several devices give a
-    result on the first one's.
+    A sharded tensor (DTensor) gives the norm of this process's shard (see `ranks`). Tensors of several devices
+    give a result on the first one's.
     """
     local = [_dense(t) for t in tensors]
     if all(t.is_cpu for t in local):

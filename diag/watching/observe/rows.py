@@ -2,7 +2,8 @@
 
 While a step is observed its numbers are tensors. On the CPU they are read at once. On another device they are
 gathered into one vector and copied to pinned memory in the background; the row is written once the copy has
-arrived, a step or two later, and in order.
+arrived, a step or two later, and in order. Where several processes train, the numbers are then put together over
+the ranks (`Sharing`), and the row is written once the answer has come.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -27,7 +28,8 @@ class Row:
     """What has been observed of one step; every number may still be a tensor on the device.
 
     norms: (field, columns, values); applied: norms after clipping where they had to be measured; clips:
-    (columns, max_norm, total_norm); unscale: (columns, what the scaler had multiplied them with).
+    (columns, max_norm, total_norm); unscale: (columns, what the scaler had multiplied them with). examples: how
+    many this process trained on; partial: other ranks' parts of some gradients are not in the norms.
     """
 
     losses: list[Any] = field(default_factory=list)
@@ -38,6 +40,8 @@ class Row:
     unscale: list[tuple[Columns, Any]] = field(default_factory=list)
     skipped: Any = False
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    examples: int = 0
+    partial: bool = False
 
     def numbers(self) -> list[Any]:
         """Every number of the row, in a fixed order."""
@@ -50,6 +54,33 @@ class Row:
             *(scale for _, scale in self.unscale),
             self.skipped,
         ]
+
+    def take(self, numbers: Iterator[Any]) -> None:
+        """Put plain values in the places of the row's numbers, in their order."""
+        self.losses = [next(numbers) for _ in self.losses]
+        self.learning_rate = next(numbers)
+        self.norms = [(name, columns, next(numbers)) for name, columns, _ in self.norms]
+        self.applied = [(columns, next(numbers)) for columns, _ in self.applied]
+        self.clips = [(columns, limit, next(numbers)) for columns, limit, _ in self.clips]
+        self.unscale = [(columns, next(numbers)) for columns, _ in self.unscale]
+        self.skipped = next(numbers)
+
+
+class Answer(Protocol):
+    """What the ranks make of a row together, on its way."""
+
+    def ready(self) -> bool:
+        """Whether taking it would not wait."""
+
+
+class Sharing(Protocol):
+    """Puts a row's numbers together over the ranks, in the order of the rows."""
+
+    def ask(self, row: Row) -> Answer:
+        """Tell the other ranks of this row of plain numbers."""
+
+    def merge(self, row: Row, answer: Answer) -> None:
+        """Replace the row's numbers by what the ranks have in common; waits for the answer."""
 
 
 class Readback:
@@ -92,6 +123,8 @@ class RowQueue:
     def __init__(self, dtype: numpy.dtype[Any], first_step: int, write: Callable[[Any, Row], None]) -> None:
         self._write, self.step = write, first_step
         self._waiting: deque[tuple[int, Row, Readback]] = deque()
+        self._asked: deque[tuple[int, Row, Answer]] = deque()
+        self.sharing: Sharing | None = None
         self._table, empty = _unobserved(dtype), _unobserved(dtype)
         # Every row is written from the one table, through views of its bytes and of its columns.
         self._bytes, self._empty = self._table.view(numpy.uint8), empty.view(numpy.uint8)
@@ -101,7 +134,8 @@ class RowQueue:
         """Give the row the next step number and write it as soon as its numbers are on the host."""
         self.step += 1
         numbers = row.numbers()
-        if not self._waiting and all(not isinstance(n, Tensor) or n.is_cpu for n in numbers):
+        alone = self.sharing is None and not self._waiting
+        if alone and all(not isinstance(n, Tensor) or n.is_cpu for n in numbers):
             self._finish(self.step, row, map(_read, numbers))
         else:
             self._waiting.append((self.step, row, Readback(numbers)))
@@ -112,7 +146,16 @@ class RowQueue:
         """Write the rows whose numbers have arrived; with `wait` all of them."""
         while self._waiting and (wait or self._waiting[0][2].ready()):
             step, row, numbers = self._waiting.popleft()
-            self._finish(step, row, iter(numbers.values()))
+            if self.sharing is None:
+                self._finish(step, row, iter(numbers.values()))
+            else:
+                row.take(iter(numbers.values()))
+                self._asked.append((step, row, self.sharing.ask(row)))
+        while self._asked and (wait or self._asked[0][2].ready()):
+            step, row, answer = self._asked.popleft()
+            if self.sharing is not None:
+                self.sharing.merge(row, answer)
+            self._finish(step, row, iter(row.numbers()))
 
     def _finish(self, step: int, row: Row, numbers: Iterator[Any]) -> None:
         fields = self._fields
@@ -134,7 +177,7 @@ class RowQueue:
         for columns, values in gradients:
             self._put("gradient_norm", columns, values)
             fields["gradient_finite"][columns] = numpy.isfinite(values)
-        if gradients and not skipped:
+        if gradients and not (skipped or row.partial):
             fields["applied_gradient_norm"][0] = math.sqrt(sum(float(v @ v) for v in applied))
         self._write(self._table, row)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.optimizer import described_optimizer
 from diag.watching.guard import safely
-from diag.watching.measure.schedule import Thinning
+from diag.watching.measure.schedule import Regular, Thinning
 from diag.watching.observe.gradients import GradientNorms, StepMembers
 from diag.watching.observe.losses import LossObserver, Note
 from diag.watching.observe.norms import BLOCK, copies, differences, norms
@@ -27,6 +27,7 @@ from diag.watching.observe.rows import Row
 
 # Reading the gradients at every step is worth this share of its time, and in any case so many seconds.
 READING_SHARE, READING_FREE = 0.02, 2e-4
+SHARDED_EVERY = 10  # steps between the parameter norms of sharded parameters
 THINNED = (
     "Reading the gradients of {:,} parameter tensors takes more than 2 % of a step, so their norms are recorded at "
     "some of the steps only; the loss is recorded at every one."
@@ -38,6 +39,27 @@ FOREIGN = (
     "The optimizer also steps parameters that were not trainable parameters of the model when the watch began; "
     "they are not recorded."
 )
+
+
+class Followed(NamedTuple):
+    """How the parameters are followed: up to a share of the time, by this rank or not, whole or sharded."""
+
+    share: float
+    by_this_rank: bool = True
+    whole: bool = True
+
+    @property
+    def any(self) -> bool:
+        """Whether this rank looks at parameters: all must where they are sharded, else rank 0 does."""
+        return self.by_this_rank or not self.whole
+
+    def thinning(self) -> Thinning | Regular:
+        """At which steps; where they are sharded, at the same on all ranks."""
+        return Thinning(self.share) if self.whole else Regular(SHARDED_EVERY)
+
+    def reading(self) -> Thinning | Regular:
+        """At which steps gradients are read."""
+        return Thinning(READING_SHARE, free=READING_FREE) if self.whole else Regular(1)
 
 
 class StepObserver:
@@ -54,7 +76,7 @@ class StepObserver:
         finished: Callable[[Row, bool], None],
         clock: Callable[[], float],
         note: Note,
-        share: float,
+        followed: Followed,
         broke: Callable[[Exception], None] | None = None,
     ) -> None:
         self.parameters = list(parameters.values())
@@ -62,8 +84,9 @@ class StepObserver:
         self._losses, self._finished, self._clock, self._note = losses, finished, clock, note
         self.broke = broke
         self.gradients = GradientNorms(self.parameters, self._index, note)
-        self.start = self._start_copies()
-        self.thinning, self.reading = Thinning(share), Thinning(READING_SHARE, free=READING_FREE)
+        self._follows = followed.any
+        self.start = self._start_copies() if followed.any else []
+        self.thinning, self.reading = followed.thinning(), followed.reading()
         self.before: dict[int, Tensor] = {}
         self.keep_before = False
         self._buffers: dict[int, Tensor] = {}
@@ -84,6 +107,11 @@ class StepObserver:
         # The copy for the distance from the start must not take the memory that training needs.
         away = any(p.device.type != "cpu" for p in self.parameters)
         return copies(self.parameters, torch.device("cpu") if away else None)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that have stepped, in the order of their first steps."""
+        return list(self._known)
 
     # Steps
 
@@ -126,7 +154,7 @@ class StepObserver:
         self._measure_parameters(row, everyone)
         self.finish(in_step=True)
         # The next step is compared with what the parameters are now.
-        self._taken = self.thinning.take(self.steps + 1, self._clock())
+        self._taken = self._follows and self.thinning.take(self.steps + 1, self._clock())
         self._remember(everyone)
 
     def scaler_stepping(self, optimizer: Optimizer) -> None:
@@ -223,7 +251,7 @@ class StepObserver:
         if self._row is None:
             rate = optimizer.param_groups[0].get("lr", numpy.nan)
             self._row = Row(learning_rate=rate)
-            self._taken = self.thinning.take(self.steps + 1, self._clock())
+            self._taken = self._follows and self.thinning.take(self.steps + 1, self._clock())
         if optimizer not in self._known:
             self._known[optimizer] = None
         if self._described != len(self._known):

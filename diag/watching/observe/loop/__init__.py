@@ -4,4 +4,4 @@ Rule of the folder: what runs at every step looks at a bounded number of things,
 parameters are swept at steps 1, 2, 3, 10, 30, 100, ... only. Nothing waits for a device. Nothing is judged here.
 """
 
-__all__ = ["observer"]
+__all__ = ["moment", "observer"]

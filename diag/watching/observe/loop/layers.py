@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diag.distributed.placement import own_part
 from diag.snapshot.loop.parts import LayerFacts
 from diag.watching.observe.loop.moment import Moment
 
@@ -46,7 +47,7 @@ class Layers:
             self._still = tuple(
                 (a, b)
                 for a, b in self._equal
-                if a in parameters and b in parameters and is_equal(parameters[a], parameters[b])
+                if a in parameters and b in parameters and is_equal(*(own_part(parameters[n]) for n in (a, b)))
             )
             if self._still:
                 self._moment.news("still equal")
@@ -82,7 +83,8 @@ def tied_names(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 def equal_parameters(model: nn.Module) -> tuple[Pair, ...]:
     """Pairs of separate trainable parameters that hold equal numbers which are not all the same number."""
     groups: dict[Any, list[str]] = defaultdict(list)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and p.numel() > 4}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    parameters = {n: own for n, p in trained.items() if (own := own_part(p)).numel() > 4}
     for name, p in parameters.items():
         groups[(tuple(p.shape), p.dtype)].append(name)
     pairs: list[Pair] = []
@@ -98,8 +100,8 @@ def equal_parameters(model: nn.Module) -> tuple[Pair, ...]:
     return tuple((a, b) for a, b in pairs[:MOST] if is_equal(parameters[a], parameters[b]))
 
 
-def _some(p: nn.Parameter) -> torch.Tensor:
-    flat = p.detach().reshape(-1)
+def _some(p: torch.Tensor) -> torch.Tensor:
+    flat = p.reshape(-1)
     return flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS]
 
 

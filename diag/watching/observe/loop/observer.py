@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import RootFacts, WrapperFacts
+from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.layers import Layers
@@ -67,6 +68,7 @@ class LoopObserver:
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
         self._wrapper, self._wrapped = "", 0
+        self.ranks: Callable[[], RankFacts] = RankFacts
 
     @property
     def changed(self) -> bool:
@@ -305,4 +307,5 @@ class LoopObserver:
             layers=self._layers.facts(),
             start=self._start,
             origin=self._origin.found,
+            ranks=self.ranks(),
         )

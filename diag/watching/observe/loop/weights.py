@@ -133,8 +133,8 @@ class Weights:
 def sample_of(p: nn.Parameter) -> Sample:
     """A reader of a few entries of the parameter, evenly spaced."""
     detached = p.detach()
-    flat = detached.view(-1) if detached.is_contiguous() else None
-    if flat is None or not p.is_cpu or p.dtype is torch.bfloat16 or type(detached) is not Tensor:
+    flat = detached.view(-1) if type(detached) is Tensor and detached.is_contiguous() else None
+    if flat is None or not p.is_cpu or p.dtype is torch.bfloat16:
         return Sample(p, p.data_ptr(), _slow_reader(p))
     strided = flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS].numpy()
     return Sample(p, p.data_ptr(), strided.tobytes)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diag.distributed.placement import own_part
+
 Mark = tuple[int, int] | None
 
 
@@ -96,7 +98,7 @@ class Watched:
         """It seems not to have been reset; `.data.zero_()` leaves no trace but the zeros."""
         gradient = self.parameter.grad
         if gradient is not None:
-            values = gradient.detach()
+            values = own_part(gradient)
             values = values.coalesce().values() if values.is_sparse else values
             self.zeros.append(values.ne(0).any())
 

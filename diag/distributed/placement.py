@@ -1,0 +1,86 @@
+"""How a parameter is spread over the ranks, and how many of them hold the same part of it.
+
+A tensor without a placement is taken to be the same on all ranks, as under DistributedDataParallel; a DTensor says
+itself how it lies. What another library shards in ways of its own is unknown, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Marks that libraries put on plain tensors which are parts of something: their own names for it.
+OWN_MARKS = {"ds_id": "DeepSpeed", "tensor_model_parallel": "Megatron", "expert_model_parallel": "Megatron"}
+FLAT = (
+    "The parameters are flattened and sharded by FullyShardedDataParallel (FSDP1), so that no rank holds whole "
+    "tensors: norms are not recorded. Use fully_shard (FSDP2) to have them."
+)
+PARTIAL = "{} is a partial sum on each rank (placement {}), so that its norm cannot be put together from theirs."
+OUTSIDE = "{} lies on a device mesh that does not have all the ranks, so that its norm is not recorded."
+LIBRARY = "{} is sharded by {} in a way of its own, so that its norm is not recorded."
+IGNORED = "{} is left out of DistributedDataParallel, so that each rank has its own; its norm is not recorded."
+
+
+@dataclass(frozen=True)
+class Placement:
+    """copies: how many ranks hold the same part of the tensor; 0 where that is unknown, with the reason `why`."""
+
+    copies: int
+    world: int
+    why: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether the ranks' numbers can be put together."""
+        return self.copies > 0
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds all of it."""
+        return self.copies == self.world
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks hold different parts."""
+        return 0 < self.copies < self.world
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether the tensor is a DTensor."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it, without its graph; operations on that never wait for another process."""
+    plain = tensor.detach()
+    return plain.to_local() if is_spread(plain) else plain  # type: ignore[attr-defined]
+
+
+def placement_of(name: str, tensor: Tensor, world: int) -> Placement:
+    """How `tensor`, called `name`, is spread over `world` ranks."""
+    for mark, library in OWN_MARKS.items():
+        if getattr(tensor, mark, False):
+            return Placement(0, world, LIBRARY.format(name, library))
+    if not is_spread(tensor):
+        return Placement(world, world)
+    mesh, parts = tensor.device_mesh, 1  # type: ignore[attr-defined]
+    if world % mesh.size() or mesh.get_coordinate() is None:
+        return Placement(0, world, OUTSIDE.format(name))
+    for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+        if placement.is_partial():
+            return Placement(0, world, PARTIAL.format(name, placement))
+        if not placement.is_replicate():
+            parts *= mesh.size(axis)
+    return Placement(world // parts, world)
+
+
+def placements_of(model: nn.Module, parameters: dict[str, nn.Parameter], world: int) -> dict[str, Placement]:
+    """How each of the model's parameters is spread."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        return {name: Placement(0, world, FLAT) for name in parameters}
+    ignored: Collection[str] = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    found = {name: placement_of(name, p, world) for name, p in parameters.items()}
+    return found | {n: Placement(0, world, IGNORED.format(n)) for n in ignored if n in found}

@@ -1,0 +1,199 @@
+"""Several ranks watch one training: what they record together, what they compare, and how they part.
+
+All trainings of two ranks run in one start of two processes (see `trainings`). The reference for norms and losses
+is one process that trains on all the rows: with equal batches the mean of the ranks' gradients is its gradient.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+import diag
+
+SCRIPT = Path(__file__).with_name("trainings.py")
+SPEC = importlib.util.spec_from_file_location("trainings", SCRIPT)
+trainings = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(trainings)
+
+WAYS = ("as_ddp", "as_fsdp", "as_tensor_parallel")
+FAULTS = {
+    "start_apart": "replicas_differ",
+    "drift": "replicas_differ",
+    "past_the_wrapper": "gradients_not_reduced",
+    "not_averaged": "gradients_not_reduced",
+    "same_rows": "ranks_see_same_data",
+    "uneven": "ranks_uneven",
+    "other_rate": "rank_settings_differ",
+    "other_buffer": "replicas_differ",
+}
+PARTINGS = ("watched_alone", "closes_early", "breaks_inside", "raises")
+NAMES = (*WAYS, "as_fsdp1", "accumulated", "not_finite_ddp", "not_finite_shard", *FAULTS, *PARTINGS)
+
+
+def start(world, folder, names):
+    """Run the trainings; what the ranks found, by rank."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(rank), str(world), folder, *names],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        errors = [process.communicate(timeout=150)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world, errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return start(2, folder, NAMES)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The history of one process that trains on all rows."""
+    trainings.train(trainings.mlp(), trainings.rows(), watch=folder / "alone")
+    return diag.load(folder / "alone").history
+
+
+def findings(folder, name):
+    run = diag.load(folder / name)
+    return {f.verdict.cause: f.verdict for f in run.findings() if f.verdict.level.is_finding}
+
+
+def notes(folder, name):
+    return [e.text for e in diag.load(folder / name).events if e.kind == "note"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_bit_identical_on_every_rank_and_nothing_of_ours_breaks(ranks, folder, name):
+    for found in ranks:
+        unwatched, watched = found[name]
+        assert unwatched == watched
+    broken = [e.text for e in diag.load(folder / name).events if e.kind == "internal error"]
+    assert not broken
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_ranks_record_what_one_process_would(ranks, alone, folder, way):
+    """float32 gradients that are summed in another order differ by some 1e-7; the steps add these up."""
+    check_history(diag.load(folder / way).history, alone)
+    assert "the loss is the mean over ranks" in " ".join(e.text for e in diag.load(folder / way).events)
+
+
+def check_history(history, alone):
+    assert len(history) == len(alone) == trainings.STEPS
+    numpy.testing.assert_allclose(history.loss, alone.loss, rtol=1e-6)
+    for name in ("gradient_norm", "parameter_norm", "update_norm", "distance", "applied_gradient_norm"):
+        ours, theirs = getattr(history, name), getattr(alone, name)
+        seen = numpy.isfinite(ours)
+        assert seen[:3].all() and (seen.all() or name not in ("gradient_norm", "applied_gradient_norm"))
+        seen &= numpy.isfinite(theirs)  # parameters are looked at as time allows
+        numpy.testing.assert_allclose(ours[seen], theirs[seen], rtol=3e-6, err_msg=name)
+    assert (history.applied_gradient_norm < trainings.LIMIT * 1.001).all()
+    assert history.gradient_finite.all() and history.loss_finite.all()
+
+
+def test_flat_parameters_are_not_recorded_as_norms(ranks, folder):
+    history = diag.load(folder / "as_fsdp1").history
+    assert len(history) == trainings.STEPS and numpy.isfinite(history.loss).all()
+    for name in ("gradient_norm", "parameter_norm", "applied_gradient_norm"):
+        assert numpy.isnan(getattr(history, name)).all()
+    assert any("FSDP1" in text for text in notes(folder, "as_fsdp1"))
+
+
+@pytest.mark.parametrize("name", ["not_finite_ddp", "not_finite_shard"])
+def test_what_is_not_finite_on_another_rank_is_seen_at_its_step(ranks, folder, name):
+    history = diag.load(folder / name).history
+    finite = history.gradient_finite.all(1)
+    assert finite[:4].all() and not finite[4]
+    if name == "not_finite_ddp":
+        assert history.loss_finite[:4].all() and not history.loss_finite[4]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_only_several_ranks_get_wrong_is_named(ranks, folder, name):
+    """What follows from it is told with it, and nothing else is said."""
+    assert {story.finding.verdict.cause for story in diag.load(folder / name).stories()} == {FAULTS[name]}
+
+
+def test_sentences_say_which_rank_since_when_and_where(ranks, folder):
+    assert findings(folder, "start_apart")["replicas_differ"].sentence == (
+        "Rank 1 has other parameters than rank 0 since step 1 at the latest, first in 0.weight (4 tensors now)."
+    )
+    drift = findings(folder, "drift")["replicas_differ"]
+    assert "since step 10 at the latest" in drift.sentence and "first in 2.bias (1 tensor now)" in drift.sentence
+    assert (
+        "Each rank steps on its own gradient" in findings(folder, "not_averaged")["gradients_not_reduced"].sentence
+    )
+    assert "Rank 1 steps with lr 0.2 in parameter group 0, rank 0 with 0.1" in (
+        findings(folder, "other_rate")["rank_settings_differ"].sentence
+    )
+    assert "Rank 1 has another constant buffer than rank 0: mix" in (
+        findings(folder, "other_buffer")["replicas_differ"].sentence
+    )
+
+
+@pytest.mark.parametrize("name", [*WAYS, "as_fsdp1", "accumulated"])
+def test_nothing_is_said_of_a_healthy_training(ranks, folder, name):
+    """Batch normalisation's running means differ between ranks, and under tensor parallelism all read one batch."""
+    assert not findings(folder, name)
+
+
+def test_tensor_parallel_ranks_are_not_asked_for_rows_of_their_own(ranks, folder):
+    run = diag.load(folder / "as_tensor_parallel")
+    (verdict,) = [f.verdict for f in run.findings() if f.instrument == "ranks_data"]
+    assert str(verdict.level) == "not_applicable" and "tensor parallelism" in verdict.sentence
+
+
+def test_rank_0_watched_alone_says_so_and_waits_for_nobody(ranks, folder):
+    assert len(diag.load(folder / "watched_alone").history) == trainings.STEPS
+    assert any(
+        "only rank 0 is watched (rank 1 does not watch it)" in text for text in notes(folder, "watched_alone")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "from_step"),
+    [("closes_early", "its watch was closed", 6), ("breaks_inside", "no room for the step", 4),
+     ("raises", "its training ended by ZeroDivisionError at step 4", 5)],
+)  # fmt: skip
+def test_a_rank_that_leaves_is_told_and_nothing_else_stops(ranks, folder, name, reason, from_step):
+    """Rank 0 keeps all steps; what it cannot know alone is left out from there on."""
+    history = diag.load(folder / name).history
+    assert len(history) == trainings.STEPS
+    assert numpy.isfinite(history.loss[: from_step - 1]).all() and numpy.isnan(history.loss[from_step - 1 :]).all()
+    assert numpy.isfinite(history.gradient_norm).all()
+    (note,) = [text for text in notes(folder, name) if "not put together any more" in text]
+    assert (f"From step {from_step} on" in note and f"rank 1: {reason}" in note) or reason in note
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path, alone):
+    found = start(4, tmp_path, [*WAYS, "accumulated", "start_apart", "past_the_wrapper", "same_rows", *PARTINGS])
+    assert all(unwatched == watched for rank in found for unwatched, watched in rank.values())
+    for way in WAYS:
+        check_history(diag.load(tmp_path / way).history, alone)
+        assert not findings(tmp_path, way)
+    for name in ("start_apart", "past_the_wrapper", "same_rows"):
+        assert {story.finding.verdict.cause for story in diag.load(tmp_path / name).stories()} == {FAULTS[name]}
+    assert math.isnan(diag.load(tmp_path / "raises").history.loss[-1])

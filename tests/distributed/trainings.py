@@ -1,0 +1,284 @@
+"""Trainings on several ranks, each watched; a script for every rank: `trainings.py RANK WORLD FOLDER NAME...`.
+
+What a rank found goes to FOLDER/RANK.json: for each training hashes of the weights, unwatched and watched.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import diag
+from diag.watching.ranks.shared_rows import SharedRows
+
+CHECKS = ["replicas_equal", "ranks_data", "wrapper_called"]
+STEPS, ROWS, LIMIT = 12, 64, 0.5
+RANK, WORLD = 0, 1
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, 12, generator=generator)
+    return x, x[:, :3].argmax(1)
+
+
+def own_rows():
+    x, y = rows()
+    part = slice(RANK * ROWS // WORLD, (RANK + 1) * ROWS // WORLD)
+    return x[part], y[part]
+
+
+def mlp(*more):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), *more, nn.Linear(16, 3))
+
+
+def ddp(net):
+    return nn.parallel.DistributedDataParallel(net)
+
+
+def train(
+    model, data, *, watch=None, lr=0.1, limit=LIMIT, steps=STEPS, optimizer=None, before_step=None, close_at=0
+):
+    """Plain SGD with clipping; watch: where the record goes, None for none; before_step(k) may break something."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    watcher = None if watch is None else diag.watch(model, run=watch, instruments=CHECKS)
+    with watcher or contextlib.nullcontext():
+        for k in range(1, steps + 1):
+            x, y = data[k % len(data)] if isinstance(data, list) else data
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if limit is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), limit)
+            if before_step is not None:
+                before_step(k)
+            optimizer.step()
+            if watcher is not None and k == close_at:
+                watcher.close()
+    return model
+
+
+# Ways to spread a network
+
+
+def as_ddp(watch):
+    return train(ddp(mlp()), own_rows(), watch=watch)
+
+
+def as_fsdp(watch):
+    """The last layer has three rows on two ranks, so that shards are uneven."""
+    from torch.distributed.fsdp import fully_shard
+
+    net = mlp()
+    for layer in (net[0], net[2], net):
+        fully_shard(layer)
+    return train(net, own_rows(), watch=watch)
+
+
+def as_tensor_parallel(watch):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    net = parallelize_module(
+        mlp(), init_device_mesh("cpu", (WORLD,)), {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    )
+    return train(net, rows(), watch=watch)
+
+
+def as_fsdp1(watch):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return train(
+        FullyShardedDataParallel(mlp(), device_id=torch.device("cpu")), own_rows(), watch=watch, limit=None
+    )
+
+
+def accumulated(watch):
+    """Dropout, batch normalisation, two micro-batches a step, and Adam."""
+    net = ddp(mlp(nn.BatchNorm1d(16), nn.Dropout(0.3)))
+    torch.manual_seed(RANK)
+    optimizer, (x, y) = torch.optim.Adam(net.parameters(), 0.01), own_rows()
+    with contextlib.nullcontext() if watch is None else diag.watch(net, run=watch, instruments=CHECKS):
+        for _ in range(STEPS):
+            with net.no_sync():
+                (F.cross_entropy(net(x[:16]), y[:16]) / 2).backward()
+            (F.cross_entropy(net(x[16:]), y[16:]) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return net
+
+
+# Numbers that are not finite
+
+
+def not_finite_ddp(watch):
+    """The last rank's inputs are infinite at step 5."""
+    x, y = own_rows()
+    bad = x.clone()
+    bad[0] = float("inf") if RANK == WORLD - 1 else bad[0]
+    batches = [(bad if k == 5 else x, y) for k in range(STEPS)]
+    return train(ddp(mlp()), batches, watch=watch, limit=None)
+
+
+def not_finite_shard(watch):
+    """The last rank's shard of one gradient is not a number at step 5."""
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(mlp())
+
+    def spoil(k):
+        if k == 5 and RANK == WORLD - 1:
+            next(net.parameters()).grad.to_local().view(-1)[0] = float("nan")
+
+    return train(net, own_rows(), watch=watch, limit=None, before_step=spoil)
+
+
+# What only several ranks can get wrong
+
+
+def averaged(net):
+    for p in net.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= WORLD
+
+
+def start_apart(watch):
+    net = mlp()
+    for p in net.parameters():
+        p.data.mul_(1 + 0.1 * RANK)
+    return train(net, own_rows(), watch=watch, before_step=lambda k: averaged(net))
+
+
+def drift(watch):
+    """The last rank changes the second layer after step 4."""
+    net = mlp()
+    wrapped = ddp(net)
+
+    def shift(k):
+        if k == 4 and RANK == WORLD - 1:
+            net[2].bias.data.add_(0.1)
+
+    return train(wrapped, own_rows(), watch=watch, before_step=shift)
+
+
+def past_the_wrapper(watch):
+    wrapped = ddp(mlp())
+    optimizer, (x, y) = torch.optim.SGD(wrapped.parameters(), 0.1), own_rows()
+    with contextlib.nullcontext() if watch is None else diag.watch(wrapped, run=watch, instruments=CHECKS):
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(wrapped.module(x), y).backward()
+            optimizer.step()
+    return wrapped
+
+
+def not_averaged(watch):
+    return train(mlp(), own_rows(), watch=watch)
+
+
+def same_rows(watch):
+    return train(ddp(mlp()), rows(), watch=watch)
+
+
+def uneven(watch):
+    x, y = own_rows()
+    return train(ddp(mlp()), (x[: 32 - 16 * RANK], y[: 32 - 16 * RANK]), watch=watch)
+
+
+def other_rate(watch):
+    return train(ddp(mlp()), own_rows(), watch=watch, lr=0.1 * (1 + RANK))
+
+
+class Mixed(nn.Module):
+    """A network with a constant random buffer."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("mix", torch.randn(12, 12, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, x):
+        return self.net(x @ self.mix)
+
+
+def other_buffer(watch):
+    net = Mixed(RANK)
+    return train(net, own_rows(), watch=watch, before_step=lambda k: averaged(net))
+
+
+# Ranks that do not go on together
+
+
+def watched_alone(watch):
+    return train(ddp(mlp()), own_rows(), watch=watch if RANK == 0 else None)
+
+
+def closes_early(watch):
+    return train(ddp(mlp()), own_rows(), watch=watch, close_at=5 if RANK == WORLD - 1 else 0)
+
+
+def breaks_inside(watch):
+    """Our own code raises on the last rank at its fourth step."""
+    old = SharedRows._vector
+
+    def vector(self, row):
+        if self._sent == 4 and RANK == WORLD - 1:
+            raise MemoryError("no room for the step")
+        return old(self, row)
+
+    SharedRows._vector = vector
+    try:
+        return train(ddp(mlp()), own_rows(), watch=watch)
+    finally:
+        SharedRows._vector = old
+
+
+def raises(watch):
+    """The last rank's training raises at step 5, and the others, which wait for it, go on alone."""
+    net = mlp()
+
+    def stop(k):
+        if k == 5 and RANK == WORLD - 1:
+            raise ZeroDivisionError("the loop's own")
+
+    with contextlib.suppress(ZeroDivisionError):
+        train(net, own_rows(), watch=watch, before_step=stop)
+    return net
+
+
+def state_of(model):
+    parts = [
+        getattr(v, "to_local", lambda v=v: v)().detach().double().flatten() for v in model.state_dict().values()
+    ]
+    return hashlib.sha256(torch.cat([*parts, torch.rand(3).double()]).numpy().tobytes()).hexdigest()
+
+
+def main(rank, world, folder, names):
+    global RANK, WORLD
+    RANK, WORLD = rank, world
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit
+    )
+    found = {}
+    for name in names:
+        states = []
+        for watch in (None, f"{folder}/{name}"):
+            torch.manual_seed(0)
+            states.append(state_of(globals()[name](watch)))
+            dist.barrier()
+        found[name] = states
+        with open(f"{folder}/{rank}.json", "w") as file:
+            json.dump(found, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -259,7 +259,7 @@ class Watcher(Guarded):
     def __repr__(self) -> str:
         state = "closed" if self.clock.closed else "watching"
         if not self._company.leads:
-            state += f", rank {self._company.rank} (rank 0 records)"
+            state += f", rank {self._company.rank}, not rank 0, which records"
         return f"<Watcher of {type(self.model).__name__}, {self.last_step:,} steps, {state}>"
 
     # How it begins

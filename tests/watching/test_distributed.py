@@ -104,5 +104,5 @@ def test_two_ranks(tmp_path):
         assert first[how]["recorded"] == pytest.approx(recorded, rel=1e-6)
         assert first[how]["measured"].keys() == {"sharpness", "softmax_collapse", "gradient_coherence"}
         assert first[how]["errors"] == []
-        assert second[how]["repr"] == "<Watcher of Net, 12 steps, closed, rank 1 (rank 0 records)>"
+        assert second[how]["repr"] == "<Watcher of Net, 12 steps, closed, rank 1, not rank 0, which records>"
         assert second[how]["measured"] == {} and second[how]["recorded"] == []

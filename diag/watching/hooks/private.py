@@ -115,6 +115,12 @@ REPLACED = (
 )
 
 PRIVATE = (
+    Private("_get_default_store", "torch.distributed.distributed_c10d", "1.7", "where the ranks' watches meet"),
+    Private(
+        "_get_default_group", "torch.distributed.distributed_c10d", "1.7", "the timeout of the training's group"
+    ),
+    Private("_get_backend", "torch.distributed.ProcessGroup", "2.0", "the timeout of the training's group"),
+    Private("_device_types", "torch.distributed.ProcessGroup", "2.1", "the timeout of the training's group"),
     Private("_version", "tensor", "1.0", "whether something was written to a tensor"),
     Private("_base", "view", "1.0", "what a view is of"),
     Private("_is_view", "tensor", "1.9", "whether a tensor is a view"),

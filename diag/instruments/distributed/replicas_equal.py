@@ -52,9 +52,8 @@ def replicas_equal(loop: Loop) -> ReplicasEqual:
 
 def _findings(ranks: RankFacts, past_wrapper: bool) -> Iterator[LoopFinding]:
     apart = ranks.equal_gradients == 0 and any(d.times >= LOOKS for d in ranks.gradients)
-    if apart:
-        if not past_wrapper:  # which `wrapper_called` says
-            yield _not_reduced(ranks)
+    if apart and not past_wrapper:  # which `wrapper_called` says
+        yield _not_reduced(ranks)
     if ranks.settings:
         yield _settings(ranks)
     if ranks.parameters:

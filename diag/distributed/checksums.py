@@ -11,7 +11,7 @@ BLOCK = 1 << 14
 LIMIT = 1 << 20  # entries of a batch's tensor
 
 
-def checksum(tensor: Tensor, limit: int | None = None) -> Tensor:
+def checksum_of(tensor: Tensor, limit: int | None = None) -> Tensor:
     """The checksum of this process's part of `tensor`, of its first `limit` entries: int64, without dimensions.
 
     The entries' bits are summed in blocks, and the blocks with odd weights, in integers that wrap around.

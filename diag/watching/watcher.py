@@ -42,7 +42,7 @@ from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.rows import Row, RowQueue
 from diag.watching.observe.steps import Followed, StepObserver
-from diag.watching.ranks.company import Company, is_whole
+from diag.watching.ranks.company import Company, hold_whole
 from diag.watching.record import Recorder
 
 ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
@@ -137,7 +137,7 @@ class Watcher(Guarded):
         self._findings = Findings(settings.on_finding, self._recorder.event, note)
         self._losses = LossObserver(settings.loss_fn, self._probe, note, info, list(parameters.values()))
         share = ALWAYS_ON_SHARE * min(settings.budget, 0.05)
-        followed = Followed(share, by_this_rank=leads, whole=is_whole(parameters))
+        followed = Followed(share, by_this_rank=leads, whole=hold_whole(parameters))
         self._steps = StepObserver(
             parameters, self._losses, self._row_finished, self.clock.elapsed, note, followed, self._step_broke
         )

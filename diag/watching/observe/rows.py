@@ -66,7 +66,7 @@ class Row:
         self.skipped = next(numbers)
 
 
-class Answer(Protocol):
+class FromRanks(Protocol):
     """What the ranks make of a row together, on its way."""
 
     def ready(self) -> bool:
@@ -76,10 +76,10 @@ class Answer(Protocol):
 class Sharing(Protocol):
     """Puts a row's numbers together over the ranks, in the order of the rows."""
 
-    def ask(self, row: Row) -> Answer:
+    def ask(self, row: Row) -> FromRanks:
         """Tell the other ranks of this row of plain numbers."""
 
-    def merge(self, row: Row, answer: Answer) -> None:
+    def merge(self, row: Row, answer: FromRanks) -> None:
         """Replace the row's numbers by what the ranks have in common; waits for the answer."""
 
 
@@ -123,7 +123,7 @@ class RowQueue:
     def __init__(self, dtype: numpy.dtype[Any], first_step: int, write: Callable[[Any, Row], None]) -> None:
         self._write, self.step = write, first_step
         self._waiting: deque[tuple[int, Row, Readback]] = deque()
-        self._asked: deque[tuple[int, Row, Answer]] = deque()
+        self._asked: deque[tuple[int, Row, FromRanks]] = deque()
         self.sharing: Sharing | None = None
         self._table, empty = _unobserved(dtype), _unobserved(dtype)
         # Every row is written from the one table, through views of its bytes and of its columns.

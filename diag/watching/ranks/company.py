@@ -17,7 +17,7 @@ from diag.watching.guard import safely
 from diag.watching.observe.loop.moment import due
 from diag.watching.observe.rows import Row, Sharing
 from diag.watching.ranks import comparison, shared_rows
-from diag.watching.ranks.comparison import BatchSums, Comparison
+from diag.watching.ranks.comparison import BatchSums, RankComparison
 from diag.watching.ranks.shared_rows import SharedRows
 
 ALONE = (
@@ -40,7 +40,7 @@ class Company:
         self.sharing: Sharing | None = None
         self.send: Callable[[], None] | None = None  # sends what waits for the device
         self._link: Link | None = None
-        self._comparison: Comparison | None = None
+        self._comparison: RankComparison | None = None
         self._met = False
         self._meeting: Meeting | None = safely(self._announce)
 
@@ -90,7 +90,7 @@ class Company:
             self._note("ranks", ALONE.format(world, why))
             return
         self._info("ranks", TOGETHER.format(world))
-        self._comparison = Comparison(link, self._parameters, placements, self._model)
+        self._comparison = RankComparison(link, self._parameters, placements, self._model)
 
     # What happens
 
@@ -141,6 +141,6 @@ class Company:
             self._link.leave(why)
 
 
-def is_whole(parameters: Mapping[str, nn.Parameter]) -> bool:
+def hold_whole(parameters: Mapping[str, nn.Parameter]) -> bool:
     """Whether each parameter is held whole by this process."""
     return not any(hasattr(p, "placements") for p in parameters.values())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from diag.distributed.checksums import LIMIT, checksum
+from diag.distributed.checksums import LIMIT, checksum_of
 from diag.distributed.link import Link, Message
 from diag.distributed.placement import Placement, is_spread, own_part
 from diag.snapshot.batch import tensors_in
@@ -34,7 +34,7 @@ PRIME = 1_000_003
 ROUNDING = 1e-5  # of a norm: below it two tensors differ in their last bits
 
 
-class Comparison:
+class RankComparison:
     """Compares the ranks. parameters, buffers: those that every rank holds whole, by name."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Comparison:
         settings = _padded(self._names).view(torch.int64)
         parameters, buffers = list(self._parameters.values()), list(self._buffers.values())
         sums = [_sum(p) for p in parameters]
-        checksums = [checksum(t).reshape(1) for t in (*parameters, *buffers)]
+        checksums = [checksum_of(t).reshape(1) for t in (*parameters, *buffers)]
         return [*numbers, settings, *checksums, *(s.view(torch.int64) for s in sums), self._gradients(row)]
 
     def _gradients(self, row: Row) -> Tensor:
@@ -245,7 +245,7 @@ class BatchSums:
 def _added(before: Any, batch: Any) -> Any:
     tensors = [batch] if isinstance(batch, Tensor) else tensors_in(batch)
     for t in [t for t in tensors if type(t) is Tensor and t.numel()][:TENSORS]:
-        before = before * PRIME + checksum(t, LIMIT)
+        before = before * PRIME + checksum_of(t, LIMIT)
     return before
 
 

@@ -57,8 +57,8 @@ def test_quantities_by_position_are_quantities_by_name(tensors):
     assert by_position == by_name
     with pytest.raises(InvalidInput, match="logits by position and by name"):
         diag.class_counts(logits, logits=logits)
-    with pytest.raises(InvalidInput, match=r"called on 4 values .*; expected a diag.Snapshot, or the quantities"):
-        diag.class_counts(logits, labels, logits, labels)
+    with pytest.raises(InvalidInput, match=r"called on 5 values .*; expected a diag.Snapshot, or the quantities"):
+        diag.class_counts(logits, labels, logits, None, labels)
 
 
 def test_after_a_snapshot_everything_has_a_name(snapshot, tensors):
@@ -81,7 +81,7 @@ def test_a_setting_of_another_kind_is_refused_in_one_sentence(snapshot, given):
 
 def test_signatures_name_the_snapshot_and_the_settings():
     signature = inspect.signature(diag.class_counts)
-    assert list(signature.parameters) == ["logits", "labels", "inputs", "ratio"]
+    assert list(signature.parameters) == ["logits", "labels", "inputs", "loop", "ratio"]
     assert "Snapshot" in str(signature.parameters["logits"].annotation)
 
 

@@ -225,8 +225,13 @@ class TrainingListener(Guarded):
         self._paused()
         self._facts("loader_started", loader)
 
-    def batch_fetched(self, batch: Any) -> None:
+    def indices_drawn(self, iterator: Any, indices: Any) -> None:
+        """A DataLoader has drawn the places of a batch."""
+        self._facts("indices_drawn", iterator, indices)
+
+    def batch_fetched(self, batch: Any, iterator: Any) -> None:
         """A DataLoader gave a batch."""
+        self._facts("drawn_fetched", iterator)
         self._closely("batch_fetched", batch)
 
     # The process

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.data.label_order import in_order
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "arithmetic of the labels"
 COMMON = 5  # examples of each class that does occur
 EXPECTED = 20  # examples a class, were they equal, from which on an absent one is no accident
-RATIO = 20.0
+RATIO = 10.0  # the default of SageMaker Debugger's rule ClassImbalance
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +28,7 @@ class ClassCounts(Result):
 
     classes: int = measured("classes that the network can answer with")
     missing: tuple[int, ...] = measured("classes that do not occur")
-    ratio: float = measured("examples of the commonest class over those of the rarest that occurs")
+    ratio: float = measured("examples of the commonest class over those of the rarest, with a standard error more")
     rarest: int = measured("the rarest class that occurs")
     counts: NDArray[numpy.int64] = measured("examples of each class", shape="(classes,)")
 
@@ -48,7 +49,7 @@ class ClassCounts(Result):
         if self.ratio > limit:
             return self._found(
                 Cause.CLASS_IMBALANCE,
-                f"Classes differ {format_number(self.ratio)}-fold in number: class {self.rarest} has "
+                f"Classes differ in number, {format_number(self.ratio)}-fold or more: class {self.rarest} has "
                 f"{int(self.counts[self.rarest])} of {int(self.counts.sum()):,} examples.",
                 "Judge by the accuracy of each class; sample rare classes more often or weight the loss.",
                 self.ratio,
@@ -87,17 +88,22 @@ class ClassCounts(Result):
 
 
 @instrument(source=SOURCE, title="Classes", kind=Kind.CHECK)
-def class_counts(logits: Tensor, labels: Tensor, inputs: Any, *, ratio: float = RATIO) -> ClassCounts:
+def class_counts(
+    logits: Tensor, labels: Tensor, inputs: Any, loop: Any = None, *, ratio: float = RATIO
+) -> ClassCounts:
     """Whether every class that the network can answer with occurs in training, and how unequal they are.
 
     logits (n, K), labels (n,) class numbers; inputs: to tell examples from tokens, of which some are rare by
     nature. Judged where there would be twenty examples a class if all were equal. A class that does not occur while
-    the others are common, or one that is `ratio` times rarer than the commonest, is a warning.
-    Raises nothing of its own.
+    the others are common, or one that is `ratio` times rarer than the commonest (by a standard error fewer
+    examples of it than that), is a warning. In a watched run the labels of all batches that were counted are taken
+    where they are more (`loop`), and classes that the loss weights are taken to be evened out. Labels that come
+    class by class are not judged: the first ones say nothing of the rest. Raises nothing of its own.
     """
     classes = logits.shape[1]
-    counts = torch.bincount(labels.cpu(), minlength=classes)
-    present, enough = counts[counts > 0], len(labels) >= EXPECTED * classes
+    counts, ordered = _counts(labels.cpu(), classes, loop), in_order(labels) or _may_be_sorted(labels, loop)
+    present, total = counts[counts > 0], int(counts.sum())
+    enough = total >= EXPECTED * classes
     one_each = isinstance(inputs, Tensor) and len(inputs) == len(labels)
     rarest = int(torch.where(counts > 0, counts, counts.max() + 1).argmin())
     return ClassCounts(
@@ -105,7 +111,7 @@ def class_counts(logits: Tensor, labels: Tensor, inputs: Any, *, ratio: float = 
         missing=tuple((counts == 0).nonzero().flatten().tolist())
         if enough and int(present.min()) >= COMMON
         else (),
-        ratio=float(counts.max() / present.min()),
+        ratio=1.0 if _weighted(loop) else _at_least(int(counts.max()), int(present.min())),
         rarest=rarest,
         counts=counts.numpy(),
         preconditions=(
@@ -113,7 +119,32 @@ def class_counts(logits: Tensor, labels: Tensor, inputs: Any, *, ratio: float = 
             Precondition(
                 "examples",
                 enough,
-                f"there are {len(labels)} examples of {classes} classes; {EXPECTED} a class would tell.",
+                f"there are {total} examples of {classes} classes; {EXPECTED} a class would tell.",
             ),
+            Precondition("random order", not ordered, "the labels come one class after the other."),
         ),
     )
+
+
+def _counts(labels: Tensor, classes: int, loop: Any) -> Tensor:
+    """Examples of each class, in the batches of the loop where these were more."""
+    counts = torch.bincount(labels, minlength=classes)
+    seen = loop.batches.label_counts if loop is not None else {}
+    if sum(seen.values()) <= len(labels) or min(seen) < 0 or max(seen) >= classes:
+        return counts
+    return torch.tensor([seen.get(k, 0) for k in range(classes)])
+
+
+def _may_be_sorted(labels: Tensor, loop: Any) -> bool:
+    """Labels of one class, from a loader that is not known to shuffle."""
+    return loop is not None and len(labels.unique()) == 1 and loop.batches.shuffled is False
+
+
+def _weighted(loop: Any) -> bool:
+    """Whether the loss weights the classes."""
+    return loop is not None and any(loss.weighted for loss in loop.losses)
+
+
+def _at_least(common: int, rare: int) -> float:
+    """How many times rarer the one is, were there a standard error more of it than were counted."""
+    return common / (rare + rare**0.5)

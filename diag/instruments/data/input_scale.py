@@ -125,6 +125,7 @@ class InputScale(Result):
             threshold=limit,
             threshold_source=OUR_CHOICE,
             cause=cause,
+            explained_by=(cause,),  # the rows of all batches say more than those of the probe set
             step=1,
         )
 

@@ -10,7 +10,6 @@ from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judge
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import BatchFacts
 
 THRICE = 3
 LOOKED = 6  # batches in a row that were those of an epoch before
@@ -37,11 +36,13 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
     fine = f"{b.calls:,} batches were seen, and no order came again."
     if b.lag == 1:
         fine = f"The same batch is used at every step, as in full-batch training, for {b.repeats:,} steps."
-    return judged(BatchesRepeated, loop.step, list(_findings(b)), fine, preconditions=(enough,))
+    return judged(BatchesRepeated, loop.step, list(_findings(loop)), fine, preconditions=(enough,))
 
 
-def _findings(b: BatchFacts) -> Iterator[LoopFinding]:
-    if b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched >= THRICE - 1 and b.loader_batches > 1:
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
+    b = loop.batches
+    alike = loop.contents.raw > 0 and loop.contents.alike == loop.contents.raw
+    if not alike and b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched >= THRICE - 1 and b.loader_batches > 1:
         yield LoopFinding(
             Level.ALARM,
             Cause.BATCH_REPEATED,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.data.label_order import in_order
 from diag.linalg.student import covering
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -111,6 +112,7 @@ def trivial_predictor(logits: Tensor, labels: Tensor, losses: Tensor) -> Trivial
         examples=len(labels),
         preconditions=(
             Precondition("cross-entropy", is_cross_entropy, "the loss is not the cross-entropy of the logits."),
+            Precondition("random order", not in_order(labels), "the labels come one class after the other."),
             Precondition("examples", enough, "there are fewer than ten examples of a class, or one class only."),
         ),
     )

@@ -15,6 +15,8 @@ from diag.snapshot.loop.parts import (
     BatchFacts,
     ChanceFacts,
     ClippingFacts,
+    ContentFacts,
+    DrawFacts,
     LayerFacts,
     LossFacts,
     ModeFacts,
@@ -27,6 +29,7 @@ from diag.snapshot.loop.parts import (
     ScalingFacts,
     SchedulerFacts,
     StartingWeight,
+    TargetFacts,
     WrapperFacts,
 )
 from diag.snapshot.loop.ranks import RankFacts
@@ -61,9 +64,12 @@ class Loop:
     modes: ModeFacts = field(default_factory=ModeFacts)
     chance: ChanceFacts = field(default_factory=ChanceFacts)
     batches: BatchFacts = field(default_factory=BatchFacts)
+    contents: ContentFacts = field(default_factory=ContentFacts)
+    drawn: DrawFacts = field(default_factory=DrawFacts)
     losses: tuple[LossFacts, ...] = ()
     roots: RootFacts = field(default_factory=RootFacts)
     wrapper: WrapperFacts = field(default_factory=WrapperFacts)
+    targets: TargetFacts = field(default_factory=TargetFacts)
     scaling: ScalingFacts = field(default_factory=ScalingFacts)
     clipping: ClippingFacts = field(default_factory=ClippingFacts)
     outside: tuple[OutsideChange, ...] = ()

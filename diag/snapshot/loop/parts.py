@@ -170,7 +170,7 @@ class BatchFacts:
     DataLoader gave a batch; loaders: epochs of DataLoaders begun, epochs: those of one that were followed by
     training calls, loader_batches: batches in such an epoch. label_counts: of each class over the batches that were
     counted (`counted` of them), and distinct: classes in a batch, on average; batch_size: targets counted a batch
-    on average."""
+    on average; continued: the share of batches that have a class of the batch just before."""
 
     calls: int = 0
     lag: int = 0
@@ -185,6 +185,58 @@ class BatchFacts:
     counted: int = 0
     distinct: float = 0.0
     batch_size: float = 0.0
+    continued: float = 0.0
+
+
+@dataclass(frozen=True)
+class OddRow:
+    """A row of a batch whose largest entry is `size` times that of the median row (not finite where it is not):
+    the step and its place in the batch where it was first seen, and its place in the data set, -1 where the loader
+    does not show it."""
+
+    step: int
+    row: int
+    index: int = -1
+    size: float = math.nan
+
+
+@dataclass(frozen=True)
+class ContentFacts:
+    """What the inputs of training held, in `batches` that were looked at, with `rows` rows: how many were a hundred
+    times as large as the median one and ten times as large as any nearer to it (large) or not finite (broken), and
+    the first of them that differ (odd). Of the first `raw` batches that a DataLoader gave, in `alike` all rows
+    were one."""
+
+    batches: int = 0
+    rows: int = 0
+    large: int = 0
+    broken: int = 0
+    odd: tuple[OddRow, ...] = ()
+    raw: int = 0
+    alike: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluatedRows:
+    """Of one data set whose rows a DataLoader gave to calls without gradients: how many rows, how many of them
+    training has used, and whether training reads this very data set."""
+
+    rows: int
+    trained: int
+    of_training: bool = False
+
+
+@dataclass(frozen=True)
+class DrawFacts:
+    """Which rows DataLoaders drew. In the training epoch with the most draws: draws, how many different places
+    (distinct), and how many of them once; rows: of the data set that the loader's is a part of, 0 where not
+    known."""
+
+    draws: int = 0
+    distinct: int = 0
+    once: int = 0
+    rows: int = 0
+    evaluated: tuple[EvaluatedRows, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -243,6 +295,23 @@ class WrapperFacts:
     kind: str = ""
     calls: int = 0
     processes: int = 1
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What the first losses were asked for. Of losses between numbers (`function`), `looked` of them: root mean
+    square, mean and standard deviation of the targets, and the root mean square of what the network first put out.
+    Of targets that are whole numbers where the model is given sequences of tokens: `aligned` were compared, and
+    shifts says in how many of them every target was the token so many positions on in the input."""
+
+    function: str = ""
+    looked: int = 0
+    size: float = math.nan
+    mean: float = math.nan
+    deviation: float = math.nan
+    first_output: float = math.nan
+    aligned: int = 0
+    shifts: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,9 @@ class Listener(Protocol):
 
     def loader_started(self, loader: Any) -> None: ...
 
-    def batch_fetched(self, batch: Any) -> None: ...
+    def indices_drawn(self, iterator: Any, indices: Any) -> None: ...
+
+    def batch_fetched(self, batch: Any, iterator: Any) -> None: ...
 
     def broke(self, error: Exception) -> None: ...
 
@@ -149,6 +151,7 @@ class Hub:
             *(Attribute([(k, "step")], self._scheduler_look()) for k in _with_own_step(lr_scheduler)),
             Attribute([(torch, "manual_seed"), (torch.random, "manual_seed")], self._look(None, self._seeded)),
             Attribute([(DataLoader, "__iter__")], self._look(None, self._epoch_begun)),
+            Attribute([(_BaseDataLoaderIter, "_next_index")], self._look(None, self._indices_drawn)),
             Attribute([(_BaseDataLoaderIter, "__next__")], self._look(None, self._batch_fetched)),
             Attribute(scaling, self._look(self._scaling_gradients, self._clipped)),
             Attribute(clamping, self._look(self._clamping_gradients, self._clipped)),
@@ -236,7 +239,11 @@ class Hub:
 
     def _batch_fetched(self, token: Any, args: Any, kwargs: Any, batch: Any) -> None:
         for listener in self.listeners:
-            listener.batch_fetched(batch)
+            listener.batch_fetched(batch, args[0])
+
+    def _indices_drawn(self, token: Any, args: Any, kwargs: Any, indices: Any) -> None:
+        for listener in self.listeners:
+            listener.indices_drawn(args[0], indices)
 
     def _scaling_gradients(self, args: Any, kwargs: Any) -> Changed:
         given = dict(zip(("parameters", "max_norm", "total_norm", "foreach"), args, strict=False)) | kwargs

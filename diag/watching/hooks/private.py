@@ -79,6 +79,13 @@ REPLACED = (
         "which batch comes when",
     ),
     Replaced(
+        "torch.utils.data.dataloader._BaseDataLoaderIter._next_index",
+        "attribute",
+        "watching",
+        "1.2",
+        "which rows of the data set a batch holds",
+    ),
+    Replaced(
         "torch.nn.utils.clip_grad._clip_grads_with_norm_", "attribute", "watching", "2.6", "gradients before a clip"
     ),
     Replaced("torch.nn.utils.clip_grads_with_norm_", "attribute", "watching", "2.6", "gradients before a clip"),

@@ -28,6 +28,7 @@ REMEMBERED = 1 << 16  # batches
 AWAY = 256  # batches on a device that wait to be hashed
 TELL = (2, 4, 6)  # the same order for so many batches is news
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
+CLASSES_NEWS = (6, 12, 16)  # batches counted after which checks look at the classes
 CLASSES = 4096  # more distinct targets than these are no classes
 
 
@@ -51,7 +52,8 @@ class Batches:
         self._labels: dict[int, int] = {}
         self._counted = self._distinct = self._targets = 0
         self._labels_away: list[Tensor] = []
-        self._label_calls = 0
+        self._label_calls = self._continued = self._followed = 0
+        self._last_classes: tuple[int, set[int]] = (-1, set())
 
     # Inputs
 
@@ -144,6 +146,14 @@ class Batches:
         self._counted += 1
         self._distinct += len(values)
         self._targets += int(counts.sum())
+        call, before = self._last_classes
+        now = set(values.tolist())
+        if self._label_calls == call + 1 and targets.is_cpu:
+            self._followed += 1
+            self._continued += bool(now & before)
+        self._last_classes = (self._label_calls, now)
+        if self._counted in CLASSES_NEWS:
+            self._moment.news(("classes", self._counted))
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             if value in self._labels or len(self._labels) < CLASSES:
                 self._labels[value] = self._labels.get(value, 0) + count
@@ -174,6 +184,7 @@ class Batches:
             counted=self._counted,
             distinct=self._distinct / n,
             batch_size=self._targets / n,
+            continued=self._continued / max(self._followed, 1),
         )
 
 

@@ -15,6 +15,8 @@ from diag.snapshot.loop.parts import RootFacts, WrapperFacts
 from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
+from diag.watching.observe.loop.contents import Contents
+from diag.watching.observe.loop.drawn import NONE, Drawn
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
 from diag.watching.observe.loop.modes import Modes
@@ -27,6 +29,7 @@ from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
 from diag.watching.observe.loop.start import starting_weights
 from diag.watching.observe.loop.strangers import Strangers
+from diag.watching.observe.loop.targets import Targets
 from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.loop.zeroing import Gradients
 
@@ -57,8 +60,9 @@ class LoopObserver:
         self._optimizers = Optimizers(self.moment, self._gradients, names, resumed > 0)
         self._schedulers = Schedulers(self.moment, self._optimizers)
         self._modes, self._batches = Modes(model, self.moment), Batches(self.moment)
+        self._contents, self._drawn = Contents(self.moment), Drawn(self.moment)
         self._chance = Chance(model, self.moment)
-        self._losses = Losses(model, self.moment)
+        self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)
@@ -96,11 +100,12 @@ class LoopObserver:
 
     def forward_called(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
-        self._calls += 1
+        self._calls, places = self._calls + 1, NONE
         # A closure calls the model several times on one batch, at other parameters.
         if not self._optimizers.inside:
             self._weights.training_call()
             self._batches.training_call(args, kwargs)
+            places = self._drawn.training_call()
         self._parameters.called()
         self._origin.training_call(args, kwargs, outputs)
         if not self.moment.attentive:
@@ -111,6 +116,8 @@ class LoopObserver:
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._optimizers.adversarial = True
         self._modes.training_call(args, kwargs)
+        self._targets.training_call(args, kwargs)
+        self._contents.training_call(args, kwargs, places)
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
 
@@ -131,6 +138,7 @@ class LoopObserver:
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._order.add("E")
+        self._drawn.evaluated()
         self._modes.quiet_call(args, kwargs)
         self._chance.evaluated(args, kwargs)
         self._batches.fetched = False
@@ -141,6 +149,7 @@ class LoopObserver:
         """A loss function returned a value that has a graph."""
         self._chance.loss_called(args, kwargs)
         self._losses.called(function, args, kwargs, value)
+        self._targets.loss_called(function.__name__, args, kwargs)
         self._batches.targets(args[1] if len(args) > 1 else kwargs.get("target"))
 
     def loss_evaluated(self) -> None:
@@ -263,10 +272,20 @@ class LoopObserver:
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._batches.loader_started(loader)
+        self._drawn.epoch_begins()
+
+    def indices_drawn(self, iterator: Any, indices: Any) -> None:
+        """A DataLoader has drawn the places of a batch."""
+        self._drawn.indices_drawn(iterator, indices)
+
+    def drawn_fetched(self, iterator: Any) -> None:
+        """The places that were drawn are those of the batch now given."""
+        self._drawn.fetched(iterator)
 
     def batch_fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""
         self._order.add("D")
+        self._contents.fetched(batch)
         self._chance.fetched(batch)
         self._batches.fetched = True
         if self._calls < 4:
@@ -299,6 +318,9 @@ class LoopObserver:
             batches=self._batches.facts(),
             losses=self._losses.facts(),
             wrapper=WrapperFacts(self._wrapper, self._wrapped, processes()),
+            targets=self._targets.facts(),
+            contents=self._contents.facts(),
+            drawn=self._drawn.facts(),
             roots=RootFacts(self._losses.roots.looked, self._losses.roots.undivided),
             scaling=self._scaling.facts(),
             clipping=self._clipping.facts(),

@@ -1,0 +1,85 @@
+"""Do the batches of training hold rows that are broken, far larger than the others, or all one?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, counted, judged
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import ContentFacts, OddRow
+
+SOURCE = "arithmetic of the inputs of training"
+FEW = 0.05  # of the rows: where more are large, that is how the data is
+TWICE = 2
+SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchRows(LoopCheck):
+    """Rows that are not like the others, or no different from them at all."""
+
+
+@instrument(source=SOURCE, title="Rows of the batches", kind="check")
+def batch_rows(loop: Loop) -> BatchRows:
+    """Whether rows of the training batches hold NaN or infinity, are far larger than the others, or are all one.
+
+    Looked at are floating inputs of the model, in the first batches and then some of all. A row is large where its
+    largest entry is a hundred times that of the median row, and ten times that of any row nearer to it. Rows are
+    named by their place in the data set where a DataLoader shows it, else by step and place in the batch. Whether
+    all rows of a batch are one is asked of the first batches as a DataLoader gives them, before the loop changes
+    them.
+
+    Raises nothing of its own.
+    """
+    c = loop.contents
+    seen = Precondition("inputs", c.batches + c.raw > 0, "no batch of floating-point inputs was seen.")
+    fine = f"{counted(c.rows, 'row')} of {c.batches:,} batches: none is a hundred times as large as is usual."
+    return judged(BatchRows, loop.step, list(_findings(c)), fine, preconditions=(seen,))
+
+
+def _findings(c: ContentFacts) -> Iterator[LoopFinding]:
+    if c.raw >= TWICE and c.alike == c.raw:
+        yield LoopFinding(
+            Level.ALARM,
+            Cause.INPUTS_CONSTANT,
+            f"All rows of a batch are the same, in each of the first {c.raw:,} batches that the DataLoader gave.",
+            "Look at what the data set returns for two different places.",
+            "Two rows of one batch that differ.",
+            step=1,
+        )
+    broken = [row for row in c.odd if not abs(row.size) < float("inf")]
+    large = [row for row in c.odd if abs(row.size) < float("inf")]
+    if broken:
+        yield LoopFinding(
+            Level.ALARM,
+            Cause.DATA_NOT_FINITE,
+            f"Inputs hold NaN or infinity: {_named(broken)}.",
+            "Find these rows and leave them out or fill them in; one of them is enough to break every weight.",
+            "Rows that are finite as the data set has them: then something between it and the model breaks them.",
+            step=1,
+        )
+    if large and c.large <= FEW * c.rows:
+        most = max(row.size for row in large)
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.BATCHES_POISONED,
+            f"A few inputs are a hundred times as large as is usual or more, up to {format_number(most)} times: "
+            f"{_named(large)}.",
+            "Look at these rows: a wrong unit, a failed conversion, a placeholder such as 9999.",
+            "Values that belong there.",
+            step=1,
+        )
+
+
+def _named(rows: list[OddRow]) -> str:
+    """Rows by their places in the data set, else by step and place in the batch."""
+    more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+    if all(row.index >= 0 for row in rows):
+        places = ", ".join(f"{row.index:,}" for row in rows[:SHOWN])
+        return f"row{'s' if len(rows) > 1 else ''} {places}{more} of the data set (first at step {rows[0].step:,})"
+    return "; ".join(f"row {row.row:,} of the batch at step {row.step:,}" for row in rows[:SHOWN]) + more

@@ -1,0 +1,58 @@
+"""The scale of the targets of a regression beside what the network puts out at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
+from diag.registry import instrument
+from diag.result import Confidence, Level, Precondition
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import TargetFacts
+
+SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.5 (targets within the range of the outputs)"
+LARGE, APART = 20.0, 10.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TargetScale(LoopCheck):
+    """Targets far larger than what the network puts out."""
+
+
+@instrument(source=SOURCE, title="Scale of the targets", kind="check")
+def target_scale(loop: Loop, *, large: float = LARGE) -> TargetScale:
+    """Whether the targets of a regression are of a size that the network can reach soon.
+
+    A network starts with outputs near one and below. Targets whose root mean square is above `large`, and ten times
+    that of the network's first outputs, have to be reached by growing the last layer, and their squared error gives
+    gradients that are larger by as much. Judged for the losses of numbers of torch (mse_loss, l1_loss, ...).
+
+    Raises nothing of its own.
+    """
+    t = loop.targets
+    seen = Precondition("a regression", t.looked > 0, "no loss between numbers (mse_loss, l1_loss) was seen.")
+    fine = (
+        f"Targets have a mean of {format_number(t.mean)} and a standard deviation of {format_number(t.deviation)}."
+    )
+    findings = list(_findings(t, large)) if t.looked else []
+    return judged(TargetScale, loop.step, findings, fine, preconditions=(seen,))
+
+
+def _findings(t: TargetFacts, large: float) -> Iterator[LoopFinding]:
+    if t.size > large and t.size > APART * t.first_output:
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.TARGETS_NOT_NORMALIZED,
+            f"The targets are not normalised: their mean is {format_number(t.mean)} and their standard deviation "
+            f"{format_number(t.deviation)}, while the network starts with outputs of "
+            f"{format_number(t.first_output)}.",
+            "Subtract the training targets' mean and divide by their standard deviation; undo it on what "
+            "the network "
+            "predicts.",
+            "The training goes no better with targets of zero mean and unit scale.",
+            step=1,
+            confidence=Confidence.WEAK_EMPIRICAL,
+        )

@@ -1,0 +1,65 @@
+"""Are the tokens that a language model is asked for the next ones?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+
+TWICE, NEXT = 2, 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenTargets(LoopCheck):
+    """Targets that are tokens of the input, at another place than the next."""
+
+
+@instrument(source=SOURCE, title="Targets of tokens", kind="check")
+def token_targets(loop: Loop) -> TokenTargets:
+    """Which of the input's tokens the targets are, where the model reads sequences of tokens.
+
+    The targets of the first losses are compared with the inputs of the call before, position by position. Where all
+    of them are the token one place on, the next one is asked for. Where all are the token at the same place, the
+    answer stands in the input, as is meant in an autoencoder only; where they are some other number of places on,
+    they are shifted. Targets that are not tokens of the input are not judged.
+
+    Raises nothing of its own.
+    """
+    t = loop.targets
+    known = Precondition("tokens", bool(t.shifts), "the targets are not tokens of the model's input.")
+    fine = "Each target is the token after the one at its place in the input."
+    findings = list(_findings(loop)) if t.shifts else []
+    return judged(TokenTargets, loop.step, findings, fine, preconditions=(known,))
+
+
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
+    t = loop.targets
+    if NEXT in t.shifts or sum(t.shifts.values()) < TWICE:
+        return
+    shift = max(t.shifts, key=lambda s: t.shifts[s])
+    if shift == 0:
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.ANSWER_IN_INPUT,
+            f"Each target is the token that the model is given at the same place, in the {t.aligned:,} "
+            f"batches that "
+            "were compared: the answer can be copied from the input.",
+            "Shift the targets by one: model(tokens[:, :-1]) is asked for tokens[:, 1:].",
+            "An autoencoder, which is meant to give back its input.",
+            step=1,
+        )
+        return
+    where = f"{abs(shift)} places {'on' if shift > 0 else 'back'}" if abs(shift) > 1 else "one place back"
+    yield LoopFinding(
+        Level.WARNING,
+        Cause.TARGETS_SHIFTED,
+        f"Each target is the token {where} in the input, not the next one.",
+        "Take inputs and targets from one window: tokens[:, :-1] and tokens[:, 1:].",
+        f"A model that is meant to tell the token {where}.",
+        step=1,
+    )

@@ -15,8 +15,9 @@ from diag.snapshot.loop.parts import RootFacts, WrapperFacts
 from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
-from diag.watching.observe.loop.contents import Contents
-from diag.watching.observe.loop.drawn import NONE, Drawn
+from diag.watching.observe.loop.data.contents import Contents
+from diag.watching.observe.loop.data.drawn import NONE, Drawn
+from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
 from diag.watching.observe.loop.modes import Modes
@@ -29,7 +30,6 @@ from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
 from diag.watching.observe.loop.start import starting_weights
 from diag.watching.observe.loop.strangers import Strangers
-from diag.watching.observe.loop.targets import Targets
 from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.loop.zeroing import Gradients
 

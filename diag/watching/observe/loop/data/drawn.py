@@ -34,7 +34,7 @@ class Drawn:
         self._dataset: Any = None
         self._fresh = self._quiet = False  # no call of the model has used the batch; it was fetched under no_grad
         self._batches = 0
-        self._sets: dict[int, Rows] = {}
+        self._sets: dict[int, TrainedRows] = {}
         self._known: dict[int, tuple[Any, Any]] = {}
         self._epoch = Epoch()
         self._evaluated: dict[int, tuple[Any, dict[int, set[int]]]] = {}  # kept, so that an id is one data set's
@@ -99,10 +99,10 @@ class Drawn:
             if self._rows_of(base) is not None:
                 found.setdefault(id(base), set()).update(rows.tolist())
 
-    def _rows_of(self, base: Any) -> Rows | None:
+    def _rows_of(self, base: Any) -> TrainedRows | None:
         known = self._sets.get(id(base))
         if known is None and len(self._sets) < SETS and 0 < (size := _size(base)) <= LARGEST:
-            known = self._sets[id(base)] = Rows(base, numpy.zeros(size, bool))
+            known = self._sets[id(base)] = TrainedRows(base, numpy.zeros(size, bool))
         return known
 
     def _beneath(self, dataset: Any, places: NDArray[numpy.int64]) -> list[tuple[Any, NDArray[numpy.int64]]]:
@@ -149,7 +149,7 @@ class Drawn:
         return EvaluatedRows(sum(map(len, found.values())), trained, dataset in self._training)
 
 
-class Rows:
+class TrainedRows:
     """The rows of a data set, and which of them training has used. It is kept, so that its id is its own."""
 
     def __init__(self, dataset: Any, trained: NDArray[numpy.bool_]) -> None:

@@ -208,13 +208,18 @@ def _type(annotation: Any) -> str:
 @main.command("show")
 @click.argument("run", type=PATHS)
 @click.option("--instrument", "name", metavar="NAME", help="The numbers of this one, by step.")
+@click.option("--follow", "go_on", is_flag=True, help="Tell of steps and findings until the run has ended.")
 @JSON
-def show_command(run: Path, name: str | None, as_json: bool) -> None:
+def show_command(run: Path, name: str | None, go_on: bool, as_json: bool) -> None:
     """Show a run in the terminal."""
     from diag.cli import tables
+    from diag.cli.live import follow
     from diag.registry import find
     from diag.run.run import read_run
 
+    if go_on:
+        follow(run)
+        return
     opened = read_run(run)
     if name:
         chosen = _restricted(opened, [find(name).name], {})

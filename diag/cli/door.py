@@ -13,7 +13,7 @@ import click
 from diag.cli.text import visible
 
 # Modules that bring commands of their own, in a list named COMMANDS, where they are installed.
-OTHER_PARTS = tuple(f"diag.cli.{part}" for part in ("check", "compare", "connect", "imports", "preflight"))
+OTHER_PARTS = tuple(f"diag.cli.{part}" for part in ("check", "compare", "connect", "imports", "live", "preflight"))
 
 
 class Mistake(click.ClickException):

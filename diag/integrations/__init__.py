@@ -4,4 +4,4 @@ Rule of the room: thin. A callback starts `diag.watch` and hands on what it is g
 a library is imported by the module that bears its name and by no other.
 """
 
-__all__ = ["logs"]
+__all__ = ["logs", "mcp"]

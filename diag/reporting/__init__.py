@@ -15,7 +15,7 @@ from diag.reporting.files import Page
 from diag.reporting.page import render
 from diag.run.checkpoints import from_checkpoints
 
-__all__ = ["Page", "compare", "comparison", "machines", "render", "report"]
+__all__ = ["Page", "compare", "comparison", "machines", "render", "report", "serving"]
 
 
 def report(

@@ -43,6 +43,22 @@ def take(descriptor: int, path: Path) -> None:
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
 
+def is_being_written(path: Path) -> bool:
+    """Whether a process that lives holds the run's lock; where there are no locks, whether it was not closed."""
+    try:
+        import fcntl
+    except ImportError:
+        return "closed" not in read_metadata(path)[0]
+    try:
+        with open(path / LOCK, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False
+
+
 def set_aside(folder: Path) -> None:
     """Move a run that lies in `folder` to `previous-run/`, replacing the one kept there; one that has neither a
     step nor a result is removed, so that a start that failed takes nobody's place.

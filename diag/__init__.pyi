@@ -60,6 +60,7 @@ from diag.instruments.hessian_spectrum import HessianSpectrum as HessianSpectrum
 from diag.instruments.loss.initial_loss import InitialLoss as InitialLoss
 from diag.instruments.network.initial_scale import InitialScale as InitialScale
 from diag.instruments.network.initial_weights import InitialWeights as InitialWeights
+from diag.instruments.initialization import Initialization as Initialization
 from diag.instruments.input_magnitude import InputMagnitude as InputMagnitude
 from diag.instruments.data.input_scale import InputScale as InputScale
 from diag.instruments.trial.dependence import InputUsed as InputUsed
@@ -213,6 +214,10 @@ def initial_scale(activations: Any, history: Any = None, *, large: float = ..., 
 def initial_weights(snapshot: Snapshot, /, *, loop: Any = ..., large: float = ..., small: float = ...) -> InitialWeights: ...
 @overload
 def initial_weights(loop: Any, *, large: float = ..., small: float = ...) -> InitialWeights: ...
+@overload
+def initialization(snapshot: Snapshot, /, *, layer_chain: Any = ..., factor: float = ...) -> Initialization: ...
+@overload
+def initialization(layer_chain: Any, *, factor: float = ...) -> Initialization: ...
 @overload
 def input_magnitude(snapshot: Snapshot, /, *, per_example_gradients: Any = ..., inputs: Any = ..., layer: str = ...) -> InputMagnitude: ...
 @overload

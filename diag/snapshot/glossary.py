@@ -101,6 +101,7 @@ GLOSSARY: dict[str, Quantity] = {
             Effort.FORWARD_A_CALL,
             "give previous=",
         ),
+        Quantity("layer_chain", "snapshot.inside.chain", None, "object", Effort.TWO_GRADIENTS, _DATA),
         Quantity("previous_logits", "snapshot.inside.earlier", "n K", "floating", Effort.FORWARD, "give previous="),
         Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diag.connectivity.activation_matching import align_activations
 from diag.connectivity.alignment import Alignment, align_weights
+from diag.connectivity.ends import Ends, check_same_ends, checked_ends
 from diag.connectivity.interpolation import Interpolation, NetworkState
 from diag.connectivity.interpolation_bezier import bezier, train_control_point
 from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance, layer_barriers
@@ -31,8 +32,9 @@ ALIGN = ("weights", "activations")
 class Connection:
     """What `measure_connection` found; parts that were not asked for are None or empty.
 
-    line, held_out: the networks as they are. aligned, aligned_held_out: after alignment. repaired: the aligned
-    (else plain) line with REPAIR. curve: along the Bezier curve to the aligned (else plain) state.
+    line, held_out: the networks as they are. ends: their own losses. aligned, aligned_held_out: after alignment.
+    repaired: the aligned (else plain) line with REPAIR. curve: along the Bezier curve to the aligned (else plain)
+    state.
     """
 
     line: Profile
@@ -47,7 +49,7 @@ class Connection:
     distance: float = float("nan")
     aligned_distance: float = float("nan")
     angle: float = float("nan")
-    reset_shift: float = float("nan")
+    ends: Ends | None = None
     chance_error: float = float("nan")
     variance_ratios: dict[str, float] = field(default_factory=dict)
     layers: dict[str, LayerBarrier] = field(default_factory=dict)
@@ -93,14 +95,15 @@ def measure_connection(
     both = partial(_on_both_sets, path, [i / (points - 1) for i in range(points)], refine, norm_stats)
     found: dict[str, Any] = {"distance": distance(path.start, end), "chance_error": chance_error(path)}
     found["line"], found["held_out"] = both(end)
-    if norm_stats == "reset" and path.has_batch_norm:
-        found["reset_shift"] = _reset_shift(path, end, found["line"])
+    blended = norm_stats == "lerp" or not path.has_batch_norm
+    found["ends"] = checked_ends(path, end, found["line"], blended)
     if ancestor is not None:
         found["angle"] = angle(path.start, end, ancestor)
     if align is not None:
         found |= aligned_end(path, end, align, orders)
         end = path.fit(found["aligned_state"])
         found["aligned"], found["aligned_held_out"] = both(end)
+        check_same_ends(found["line"], found["aligned"])
         found["aligned_distance"] = distance(path.start, end)
     if repair:
         fixed = Repair(path, end)
@@ -112,6 +115,7 @@ def measure_connection(
         run: dict[str, Any] = {"norm_stats": norm_stats, "seed": path.snapshot.seed}
         control = train_control_point(path, end, steps=bezier_steps, learning_rate=bezier_learning_rate, **run)
         found["curve"], _ = both(end, write=bezier(path.start, control, end))
+        check_same_ends(found["aligned"] if align else found["line"], found["curve"])
     return Connection(**found)
 
 
@@ -178,11 +182,6 @@ def _relative_change(old: Tensor, new: Tensor) -> float:
     wide = torch.complex128 if old.is_complex() else torch.float64
     scale, change = float(old.abs().max()), float((old.to(wide) - new.to(wide)).abs().max())
     return change / scale if scale else change
-
-
-def _reset_shift(path: Interpolation, end: NetworkState, line: Profile) -> float:
-    own = [float(path.evaluate(s).losses.mean()) for s in (path.start, end)]
-    return max(abs(own[0] - float(line.losses[0])), abs(own[1] - float(line.losses[-1])))
 
 
 def chance_error(path: Interpolation) -> float:

@@ -130,6 +130,11 @@ class Interpolation:
         with preserved(self.copy):
             return self._scores(0.0, straight(state, state), "lerp", held_out, lambda alpha: nullcontext())
 
+    def on_line(self, end: NetworkState, alpha: float) -> Scores:
+        """The scores on the straight line to `end`, all floating entries blended."""
+        with preserved(self.copy):
+            return self._scores(alpha, straight(self.start, end), "lerp", False, lambda alpha: nullcontext())
+
     def _scores(
         self,
         alpha: float,
@@ -189,7 +194,7 @@ def overwrite(model: nn.Module, state: NetworkState) -> None:
 def straight(start: NetworkState, end: NetworkState) -> Callable[[nn.Module, float], None]:
     """Writes (1-a) start + a end into a model: floating entries by lerp in at least float32, others start's.
 
-    torch.lerp gives the ends exactly, and equal values at every a.
+    The ends are given exactly, and equal values at every a.
     """
 
     def write(model: nn.Module, alpha: float) -> None:
@@ -201,12 +206,16 @@ def straight(start: NetworkState, end: NetworkState) -> Callable[[nn.Module, flo
 
 
 def _write_lerp(target: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    if not (a.is_floating_point() or a.is_complex()):
+    if not (a.is_floating_point() or a.is_complex()) or alpha == 0:
         target.copy_(a)
-    elif a.dtype in (torch.float16, torch.bfloat16):
-        target.copy_(torch.lerp(a.float(), b.float(), alpha))
+    elif alpha == 1:
+        target.copy_(b)
     else:
-        torch.lerp(a, b, alpha, out=target)
+        wide = a.dtype in (torch.float16, torch.bfloat16)
+        between = torch.lerp(a.float(), b.float(), alpha) if wide else torch.lerp(a, b, alpha)
+        target.copy_(
+            torch.where(a == b, a.to(between.dtype), between)
+        )  # equal infinities (a mask) have no difference
 
 
 # ---- from a snapshot

@@ -31,6 +31,7 @@ RE_BASIN = "Ainsworth et al. 2023, arXiv:2209.04836"
 
 CONNECTED_BELOW = 0.02  # Frankle et al.'s line for the error instability
 SEPARATED_ABOVE = 0.1
+SHOWN_SHIFT = 0.05  # in nats and of the larger loss (our choice), from which on the verdict tells it
 
 ADVICE_PLAIN = (
     'Do not average these weights as they are; measure again with align="weights", or ensemble the outputs instead.'
@@ -82,6 +83,11 @@ class ModeConnectivity(Result):
     reset_shift: float = measured(
         "largest change of an end's own loss by measuring BatchNorm statistics again", unit="loss"
     )
+    own_losses: NDArray[numpy.float64] = measured(
+        "losses of the two networks as they are, before BatchNorm statistics are measured again",
+        unit="loss",
+        shape="(2,)",
+    )
     variance_ratios: dict[str, float] = measured(
         "by layer, standard deviation at a = 1/2 over what the ends promise"
     )
@@ -121,7 +127,7 @@ class ModeConnectivity(Result):
             level,
             f"The two networks are {word} by the straight line{self._alignment()}: on {where} the error rises by "
             f"{_points(value)} over the chord{_plus_minus(error)}, and the training loss by "
-            f"{format_number(self._loss_barrier())}.",
+            f"{format_number(self._loss_barrier())}{self._shifted()}.",
             advice="" if level is Level.OK else ADVICE_ALIGNED if self.align else ADVICE_PLAIN,
             source=f"{FRANKLE}; {RE_BASIN}" if self.align else FRANKLE,
             confidence=Confidence.STRONG_EMPIRICAL,
@@ -130,6 +136,16 @@ class ModeConnectivity(Result):
             threshold=self.setting("connected_below"),
             threshold_source="Frankle et al. 2020 (2 %, there over the mean of the ends: the same where the ends "
             "agree)",
+        )
+
+    def _shifted(self) -> str:
+        if not self.reset_shift > SHOWN_SHIFT * max(1.0, *self.own_losses):
+            return ""
+        own, there = ((format_number(x[0]), format_number(x[-1])) for x in (self.own_losses, self.losses))
+        return (
+            f", all with BatchNorm statistics measured again on the data, by which the losses of the two "
+            f"themselves go "
+            f"from {own[0]} and {own[1]} to {there[0]} and {there[1]}"
         )
 
     def _loss_barrier(self) -> float:
@@ -162,7 +178,7 @@ class ModeConnectivity(Result):
         return Verdict(
             Level.OK if flat else Level.UNKNOWN,
             f"The loss rises by {format_number(value)}{_plus_minus(error, False)} over the chord between the two "
-            "networks: "
+            f"networks{self._shifted()}: "
             + (
                 "no barrier beyond the noise of the examples."
                 if flat
@@ -264,6 +280,7 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
     ends = (found.aligned_held_out, found.aligned, found.held_out, line)
     deciding = next(p for p in ends if p is not None)
     middle = int((line.alphas - 0.5).abs().argmin())
+    reset = path.has_batch_norm and norm_stats == "reset"
     return ModeConnectivity(
         barrier=line.barrier,
         error_barrier=line.error_barrier,
@@ -281,7 +298,8 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
         distance=found.distance,
         aligned_distance=found.aligned_distance,
         angle=found.angle,
-        reset_shift=found.reset_shift,
+        reset_shift=_shift(found.ends.losses, line.losses) if found.ends and reset else math.nan,
+        own_losses=numpy.array(found.ends.losses if found.ends else (math.nan, math.nan)),
         variance_ratios=found.variance_ratios,
         layer_barriers={n: b.from_first for n, b in found.layers.items()},
         layer_barriers_back={n: b.from_second for n, b in found.layers.items()},
@@ -338,15 +356,23 @@ def _curves(found: Connection) -> dict[str, NDArray[numpy.float64]]:
 
 
 def _preconditions(found: Connection, path: Interpolation, norm_stats: str) -> tuple[Precondition, ...]:
+    line = found.line
     control = path.has_batch_norm and norm_stats == "lerp"
-    worst = max(float(found.line.errors[0]), float(found.line.errors[-1]))
+    worst = max(float(line.errors[0]), float(line.errors[-1]))
     learned = math.isnan(worst) or worst < found.chance_error
+    finite = [math.isfinite(float(x)) for x in (line.losses[0], line.losses[-1])]
     return (
+        Precondition(
+            "both losses are finite",
+            all(finite),
+            f"the loss of the {'second' if finite[0] else 'first'} network is not finite.",
+        ),
         Precondition(
             "BatchNorm statistics fit the interpolated weights",
             not control,
             'the BatchNorm statistics were interpolated, which is a negative control: set norm_stats="reset".',
         ),
+        _same_networks(found),
         Precondition(
             "both networks have learned",
             learned,
@@ -354,3 +380,24 @@ def _preconditions(found: Connection, path: Interpolation, norm_stats: str) -> t
             f"commonest answer on {format_share(found.chance_error)}; a line to an untrained network says nothing.",
         ),
     )
+
+
+def _same_networks(found: Connection) -> Precondition:
+    """Whether BatchNorm statistics that are measured again leave the two networks what they are."""
+    ends, line = found.ends, found.line
+    known = ends is not None and not math.isnan(max(ends.errors))
+    moved = _shift(ends.errors, line.errors) if ends and known else 0.0
+    wrong = [*(ends.errors if ends else (0.0, 0.0)), float(line.errors[0]), float(line.errors[-1])]
+    shares = [format_share(share) for share in wrong]
+    return Precondition(
+        "statistics measured again leave the two networks as they are",
+        moved <= CONNECTED_BELOW,
+        f"measuring BatchNorm statistics again makes other networks of the two: they are wrong on {shares[0]} and "
+        f"{shares[1]} of the examples, and then on {shares[2]} and {shares[3]}; measure on the data that they were "
+        "trained on, and check that their own statistics fit it.",
+    )
+
+
+def _shift(own: tuple[float, float], line: Tensor) -> float:
+    """The larger change of a number of the two networks at the ends of a line."""
+    return max(abs(own[0] - float(line[0])), abs(own[1] - float(line[-1])))

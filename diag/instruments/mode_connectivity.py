@@ -280,7 +280,6 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
     ends = (found.aligned_held_out, found.aligned, found.held_out, line)
     deciding = next(p for p in ends if p is not None)
     middle = int((line.alphas - 0.5).abs().argmin())
-    reset = path.has_batch_norm and norm_stats == "reset"
     return ModeConnectivity(
         barrier=line.barrier,
         error_barrier=line.error_barrier,
@@ -298,8 +297,6 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
         distance=found.distance,
         aligned_distance=found.aligned_distance,
         angle=found.angle,
-        reset_shift=_shift(found.ends.losses, line.losses) if found.ends and reset else math.nan,
-        own_losses=numpy.array(found.ends.losses if found.ends else (math.nan, math.nan)),
         variance_ratios=found.variance_ratios,
         layer_barriers={n: b.from_first for n, b in found.layers.items()},
         layer_barriers_back={n: b.from_second for n, b in found.layers.items()},
@@ -314,8 +311,19 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
         align=align or "",
         aligned_state=found.aligned_state,
         preconditions=_preconditions(found, path, norm_stats),
+        **_own(found, path.has_batch_norm and norm_stats == "reset"),
         **_barriers(found),
     )
+
+
+def _own(found: Connection, reset: bool) -> dict[str, Any]:
+    """The two networks' own losses, and how far measuring BatchNorm statistics again moves them."""
+    assert found.ends is not None
+    own = found.ends.losses
+    return {
+        "own_losses": numpy.array(own),
+        "reset_shift": _shift(own, found.line.losses) if reset else math.nan,
+    }
 
 
 def _barriers(found: Connection) -> dict[str, Any]:

@@ -87,7 +87,6 @@ class TrainingListener(Guarded):
             self.clock.start()
             self._steps.training_pass()
             self._examples.forward_called(args, kwargs)
-            self._own_step.backwards.forward_called(args, kwargs, outputs)
             self._training.calls += 1
             self._training.examples += _length((args, kwargs))
             self._facts("forward_called", args, kwargs, outputs)
@@ -122,7 +121,6 @@ class TrainingListener(Guarded):
             return
         self._losses.loss_called(function, args, kwargs, value)
         self._company.loss_called(args, kwargs)
-        self._own_step.backwards.loss_called(function, args, kwargs, value)
         self._closely("loss_called", function, args, kwargs, value)
 
     def loss_evaluated(self) -> None:
@@ -146,7 +144,6 @@ class TrainingListener(Guarded):
         self._losses.backward_called(roots, weight, inputs)
         self._steps.backward_begins()
         if self._own_step.armed:
-            self._own_step.backwards.backward_called(roots)
             self._occasions.own_step_descends()
         self._facts("root_seen", roots)
         self._closely("backward_called", roots)

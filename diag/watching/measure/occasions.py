@@ -150,6 +150,7 @@ class Occasions(Guarded):
             snapshot = self._training.snapshot()
             snapshot.deadline.restart(self.own_step.limit)
             seconds = self.own_step.arm(names, snapshot)
+            self._losses.closely = self.own_step.armed
             self.clock.measuring += seconds
             self._schedule.pay(seconds)
             self._estimate_again()
@@ -157,7 +158,7 @@ class Occasions(Guarded):
     @guarded("measurements")
     def own_step_descends(self) -> None:
         """The backward pass of a step that is to be read begins."""
-        seconds = self.own_step.backward_begins()
+        seconds = self.own_step.backward_begins(self._losses.descending)
         self.clock.measuring += seconds
         self._schedule.pay(seconds)
 
@@ -165,7 +166,8 @@ class Occasions(Guarded):
     def own_step_descended(self) -> None:
         """The backward pass of a step that was to be read has ended."""
         names = self.own_step.names
-        read = self.own_step.backward_ends(self._losses.loss_fn)
+        read = self.own_step.backward_ends(self._losses.seen, self._losses.loss_fn)
+        self._losses.closely, self._losses.seen = False, None
         self.own_step.names = []
         if read is not None:
             self.clock.measuring += self._measurements.measure_step(read, names)

@@ -34,8 +34,7 @@ from diag.snapshot.state.tensors import hearing
 from diag.watching.guard import safely
 from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_compiled, is_transformed
 from diag.watching.measure.step_check import as_clause, why_not_the_steps
-from diag.watching.observe.backwards import Backwards
-from diag.watching.observe.capture import SeenLossCall
+from diag.watching.observe.capture import SeenBackward, SeenLossCall
 
 ATTEMPTS = 3  # steps in a row that could not be read, before the probe set is used for good
 LEAST = 8  # examples in a batch (our choice): fewer say little of an agreement
@@ -77,7 +76,6 @@ class OwnStep:
         self._reasons: dict[str, str] = {}  # the same, of one instrument
         self._measure = measure
         self._unforeseen: set[str] = set()  # those that ask more than they did in rehearsal
-        self.backwards = Backwards()
         self._plan: Any = None
         self._step: StepGradients | None = None
         self._clean = self._seen = False
@@ -135,7 +133,6 @@ class OwnStep:
             self.refused = f"a few examples could not be run through the model ({first_line(error)})"
         if not self.refused:
             self.names, self._seen, self.touched = names, False, True
-            self.backwards.look(True)
             self._handles = [
                 self._model.register_forward_pre_hook(_Before(self), prepend=True, with_kwargs=True),
                 self._model.register_forward_hook(_After(self), prepend=True, always_call=True),
@@ -184,8 +181,8 @@ class OwnStep:
         """Whether the forward pass of an armed step has been seen."""
         return self._seen
 
-    def backward_begins(self) -> float:
-        """A backward pass begins; gives the time taken, in seconds."""
+    def backward_begins(self, call: SeenLossCall | None) -> float:
+        """A backward pass begins; gives the time taken, in seconds. call: what it is a multiple of, if known."""
         began = time.perf_counter()
         if self._step is not None:
             self._step.deadline.restart(self.limit)
@@ -193,12 +190,11 @@ class OwnStep:
             grads = [p.grad for p in self._parameters() if p.grad is not None]
             self._clean = not any(bool(g.any()) for g in grads)
             if self._unforeseen.isdisjoint(self.names):  # else all is kept, and asked afterwards
-                self._step.ask_only(self._questions(self._step))
+                self._step.ask_only(self._questions(self._step, call))
         return time.perf_counter() - began
 
-    def _questions(self, step: StepGradients) -> list[Question]:
+    def _questions(self, step: StepGradients, call: SeenLossCall | None) -> list[Question]:
         """All that will be asked of the step, so that the backward pass can answer it and nothing need be kept."""
-        call = self.backwards.descending
         if call is None or not self._clean:
             return []  # it will not be used
         given = _quantities(step, call)
@@ -210,9 +206,9 @@ class OwnStep:
     def _rehearse(self, name: str, given: Mapping[str, Any], gradients: PerExampleGradients) -> None:
         self._measure(name, {**given, GRADIENTS: gradients})
 
-    def backward_ends(self, loss_fn: Any) -> Read | None:
-        """It has ended: what the step gave, or None."""
-        seen, step = self.backwards.backward_done(), self._step
+    def backward_ends(self, seen: SeenBackward | None, loss_fn: Any) -> Read | None:
+        """It has ended: what the step gave, or None. seen: the calls that it came from, if they are known."""
+        step = self._step
         self._step, self._seen = None, False
         self.disarm(keep_names=True)
         reason = f"no call with a batch of at least {LEAST} examples could be recorded" if step is None else ""
@@ -240,7 +236,6 @@ class OwnStep:
         for handle in self._handles:
             handle.remove()
         self._handles, self._step = [], None
-        self.backwards.look(False)
         if not keep_names:
             self.names = []
 

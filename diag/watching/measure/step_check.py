@@ -15,8 +15,7 @@ from torch import nn
 
 from diag.errors import DiagError
 from diag.gradients import StepGradients
-from diag.watching.observe.backwards import SeenBackward
-from diag.watching.observe.capture import LOW_PRECISION, observed_loss
+from diag.watching.observe.capture import LOW_PRECISION, SeenBackward, observed_loss
 
 TOLERANCE = 1e-3
 LOW_TOLERANCE = 3e-2  # where the step computes in half precision

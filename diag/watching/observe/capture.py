@@ -82,6 +82,14 @@ class SeenLossCall:
 
 
 @dataclass(frozen=True)
+class SeenBackward:
+    """One backward pass from a multiple of one loss function's value: that function's call, and the model's."""
+
+    call: SeenLossCall
+    forward: ForwardCall
+
+
+@dataclass(frozen=True)
 class ObservedLoss:
     """The loss that training was seen to use, as a mean over examples: `loss_fn(outputs, targets)`.
 

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from diag.snapshot.batch import tensors_in
 from diag.watching.guard import safely, shielded
 from diag.watching.measure.probe import Probe
-from diag.watching.observe.capture import ForwardCall, ObservedLoss, SeenLossCall, detached, losses_among, units_of
+from diag.watching.observe.capture import (
+    ForwardCall,
+    ObservedLoss,
+    SeenBackward,
+    SeenLossCall,
+    detached,
+    losses_among,
+    units_of,
+)
 from diag.watching.observe.learning import Learner, Note
 from diag.watching.observe.loss_calls import LossCalls, Pass, SeenValue, number_of
 from diag.watching.observe.route import source_of
@@ -62,6 +70,8 @@ class LossObserver:
         self._pending: Pass | None = None
         self._called = self._reached = False
         self._passes: list[Pass] = []
+        self.closely = False  # whether the calls of this step are kept whole, since its gradients are read
+        self.seen: SeenBackward | None = None  # of the last backward pass of such a step
         self.descended: list[tuple[Tensor, Tensor]] = []  # of the last step: losses, and what was descended
         self._given: list[Any] = []
         self._zeroed: list[Any] = []  # what has thrown gradients away since the last backward pass
@@ -109,7 +119,7 @@ class LossObserver:
         for place, loss in losses_among(outputs):
             self._calls.add(SeenValue(number_of(loss), loss.detach().clone(), "", place=place))
         self._foreign = OTHER_PARAMETERS if self._is_swapped(module) else ""
-        if self.learner.active and not self._foreign:
+        if (self.learner.active or self.closely) and not self._foreign:
             self._keep(args, kwargs, outputs)
         source, before = source_of(found[0]), self._source
         self._source = source
@@ -122,7 +132,8 @@ class LossObserver:
         # Every loss module of torch gives its reduction by name.
         count = units_of(function, args, kwargs) if kwargs.get("reduction") == "sum" else None
         kept = value.detach().clone()  # the loop may scale it in place
-        call = SeenLossCall.of(function, args, kwargs, kept) if self.learner.active else None
+        whole = self.learner.active or self.closely
+        call = SeenLossCall.of(function, args, kwargs, kept) if whole else None
         self._calls.add(SeenValue(number_of(value), kept, function.__name__, call, count))
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
@@ -138,7 +149,7 @@ class LossObserver:
     def backward_called(self, roots: Any, weight: Any = None, inputs: Any = None) -> None:
         """A backward pass from `roots` begins, in the direction of `weight`, to `inputs` alone if there are any."""
         roots = [roots] if isinstance(roots, Tensor) else [r for r in roots or () if isinstance(r, Tensor)]
-        self._reached, self._pending = False, None
+        self._reached, self._pending, self.seen = False, None, None
         self._leave_out_what_belongs_elsewhere()
         if not roots or self._leaves_out_this_model(inputs):
             return
@@ -148,11 +159,17 @@ class LossObserver:
         found = self._calls.behind(roots[0], self._concerns)
         self._pending = _weighted(found, weight)
 
+    @property
+    def descending(self) -> SeenLossCall | None:
+        """The loss function's call that the backward pass which goes on is a multiple of, where it was kept."""
+        return None if self._pending is None else _call_of(self._pending)
+
     def backward_done(self) -> None:
         """The backward pass has ended; it counts if it reached this model."""
         pending, self._pending = self._pending, None
         if pending is None or (self._called and not self._reached):
             return
+        self.seen = self._seen_whole(pending)
         if pending.value is None:
             self._note("loss root", NOT_A_NUMBER)
         elif pending.reason:
@@ -188,7 +205,7 @@ class LossObserver:
         if self._hook is not None:
             self._hook.remove()
         self.learner.forget()
-        self.learner.user_targets = self._pending = None
+        self.learner.user_targets = self._pending = self.seen = None
         self._passes = []
         self._forget_the_step()
 
@@ -221,6 +238,13 @@ class LossObserver:
             return self._forwards[-1]
         behind = [f for f in self._forwards if f.leads_to(call)]
         return behind[-1] if behind else self._forwards[-1]
+
+    def _seen_whole(self, done: Pass) -> SeenBackward | None:
+        """Of a step that is looked at closely: the loss function's call, and the model's if it is the first."""
+        call = _call_of(done) if self.closely else None
+        if call is None or not self._forwards or self._forward_behind(done) is not self._forwards[0]:
+            return None
+        return SeenBackward(call, self._forwards[0])
 
     def _concerns(self, node: Any) -> bool | None:
         return reaches(node, set(self._sources), self._own)
@@ -271,6 +295,11 @@ def _weighted(found: Pass, weight: Any) -> Pass:
     number = weight.detach().reshape(())
     factor = found.factor * (float(number) if number.device.type == "cpu" else number)
     return found._replace(value=found.value * number, factor=factor)
+
+
+def _call_of(seen: Pass) -> SeenLossCall | None:
+    """The loss function's call that a pass descends a constant multiple of."""
+    return None if seen.reason or seen.seen is None else seen.seen.call
 
 
 def _unmultiplied(seen: Pass) -> Tensor:

@@ -322,7 +322,7 @@ def _number(other: Any) -> float:
     if isinstance(other, (int, float)):
         return float(other)
     on_host = isinstance(other, Tensor) and other.is_cpu and other.numel() == 1
-    return float(other) if on_host else math.nan
+    return float(other.detach()) if on_host else math.nan
 
 
 def difference_shapes(root: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -37,6 +37,11 @@ def test_the_stub_is_what_the_registry_gives():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_picture_of_the_rooms_is_what_the_code_gives():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "rooms", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_star_import_brings_the_instruments():
     code = "from diag import *; print(softmax_collapse.name, Snapshot.__name__, watch.__name__, Level.OK, Skipped)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -131,7 +131,7 @@ def _in_package(package: str, inside: str) -> Iterator[Path]:
 
 
 def _first(given: list[Path], installed: Iterator[Path] | list[Path], how: str) -> Path:
-    found = next((path for path in (*given, *installed) if path.is_file()), None)
+    found: Path | None = next((path for path in (*given, *installed) if path.is_file()), None)
     if found is None:
         raise MissingData(f"The files were not found; {how}.")
     return found

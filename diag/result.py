@@ -107,7 +107,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe dict; `from_dict` brings the verdict back."""
-        return encode(dataclasses.asdict(self))
+        data: dict[str, Any] = encode(dataclasses.asdict(self))
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
@@ -257,7 +258,8 @@ class Result:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("record", True)}
         data["preconditions"] = [dataclasses.asdict(p) for p in self.preconditions]
         data["provenance"] = dataclasses.asdict(self.provenance)
-        return encode(data, save_array)
+        encoded: dict[str, Any] = encode(data, save_array)
+        return encoded
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], load_array: Callable[[str], Any] | None = None) -> Self:
@@ -446,4 +448,4 @@ def equal(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    return bool(a == b)

@@ -65,7 +65,8 @@ def simplex_etf(classes: int, dimension: int, *, seed: int = 0) -> Tensor:
     frame = torch.randn(dimension, classes, generator=generator, dtype=torch.float64)
     basis, _ = torch.linalg.qr(frame)
     centred = torch.eye(classes, dtype=torch.float64) - 1 / classes
-    return (centred @ basis.T) * (classes / (classes - 1)) ** 0.5
+    vertices: Tensor = (centred @ basis.T) * (classes / (classes - 1)) ** 0.5
+    return vertices
 
 
 _HYPERPARAMETERS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}

@@ -61,7 +61,7 @@ class Stored(NamedTuple):
     numel: int
 
 
-class Pack(tuple):
+class Pack(tuple[Any, ...]):
     """A tuple, with the number of parts that hashing it would visit."""
 
     weight: int

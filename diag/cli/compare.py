@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -56,7 +57,7 @@ def compare_command(
         echo(f"\nComparison: {page.path.resolve()}")
 
 
-def _opened(paths: Sequence[Path], build: str | None) -> list:
+def _opened(paths: Sequence[Path], build: str | None) -> list[Any]:
     from diag.run.checkpoints import from_checkpoints
     from diag.run.run import read_run
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diag.connectivity.fit import check_states_fit
 from diag.connectivity.matching import Similarities, WeightEvidence
-from diag.connectivity.symmetries.groups import Element, Symmetries, permute_axis
+from diag.connectivity.symmetries.groups import Element, Symmetries, UnitGroup, permute_axis
 from diag.errors import InvalidInput
 from diag.linalg.assignment import best_assignment
 
@@ -125,7 +125,9 @@ def _best_of(
     return best
 
 
-def result_of(symmetries: Symmetries, best: Ascent, state_b: Mapping, orders: int, method: str) -> Alignment:
+def result_of(
+    symmetries: Symmetries, best: Ascent, state_b: Mapping[str, Tensor], orders: int, method: str
+) -> Alignment:
     places = [(e, torch.arange(e.shape[-1])) for e in best.element.values()]
     return Alignment(
         element=best.element,
@@ -237,7 +239,7 @@ class Ascent:
         return gain
 
 
-def compose(groups: Mapping, first: Element, then: Element) -> Element:
+def compose(groups: Mapping[str, UnitGroup], first: Element, then: Element) -> Element:
     """The element that does `first` and then `then` (which may name only some of the groups)."""
     out = dict(first)
     for name, p in then.items():

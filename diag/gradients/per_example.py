@@ -110,7 +110,8 @@ class PerExampleGradients:
 
     def squared_norms_by_layer(self) -> dict[str, Tensor]:
         """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters. Computed once."""
-        return self.ask(SquaredNorms())[0]
+        found: dict[str, Tensor] = self.ask(SquaredNorms())[0]
+        return found
 
     def mean(self) -> Tensor:
         """(P,): the gradient of the mean loss."""
@@ -121,14 +122,16 @@ class PerExampleGradients:
 
         Costs about one ordinary parameter gradient for each time that an example occurs in a group.
         """
-        return self.ask(GroupSums(as_groups(groups)))[0]
+        found: Tensor = self.ask(GroupSums(as_groups(groups)))[0]
+        return found
 
     def group_gram_by_layer(self, groups: Sequence[Tensor]) -> dict[str, Tensor]:
         """Per layer, (G, G) float64: inner products of the groups' summed gradients.
 
         The norms are taken in the same pass. With one micro-batch no more than one parameter's sums are held.
         """
-        return self.ask(GroupGram(as_groups(groups)), SquaredNorms())[0]
+        found: dict[str, Tensor] = self.ask(GroupGram(as_groups(groups)), SquaredNorms())[0]
+        return found
 
     def gram(self) -> Tensor:
         """(n, n) float64: <g_i, g_j>. Keeps the factors of all micro-batches while it runs."""
@@ -136,7 +139,8 @@ class PerExampleGradients:
 
     def gram_by_layer(self) -> dict[str, Tensor]:
         """Per layer, (n, n) float64: inner products over that layer's parameters."""
-        return self.ask(Gram())[0]
+        found: dict[str, Tensor] = self.ask(Gram())[0]
+        return found
 
     def project(self, directions: Tensor) -> Tensor:
         """(n, m): <g_i, v_j> for flat directions (m, P) or one direction (P,).
@@ -154,11 +158,13 @@ class PerExampleGradients:
                 f"The directions have the shape {tuple(directions.shape)}; expected (m, {self.num_parameters}), "
                 "one flat vector of all trainable parameters per row."
             )
-        return self.ask(Projection(directions))[0]
+        found: dict[str, Tensor] = self.ask(Projection(directions))[0]
+        return found
 
     def dense(self) -> Tensor:
         """(n, P): all gradients in full. Only for small models: n times the parameters' memory."""
-        return self.ask(Everything())[0]
+        found: Tensor = self.ask(Everything())[0]
+        return found
 
     def select(self, rows: Sequence[int]) -> PerExampleGradients:
         """The gradients of some examples only, in the order given."""

@@ -197,7 +197,7 @@ class EdgeOfStability(Result):
 
 
 def _passes(settings: Mapping[str, Any]) -> float:
-    return SELF_TEST + PRODUCT * (12 + settings["trace_probes"])  # a dozen products find the eigenvalue
+    return float(SELF_TEST + PRODUCT * (12 + settings["trace_probes"]))  # a dozen products find the eigenvalue
 
 
 @instrument(source=SOURCE, title="Edge of stability", passes=_passes)

@@ -193,7 +193,7 @@ def _decades(low: float, high: float, scale: float) -> list[float]:
 def _passes(settings: Mapping[str, Any]) -> float:
     count, steps, probes = (settings[name] for name in ("num_eigenvalues", "steps", "num_probes"))
     products = max(steps, 3 * count) + COMPLETION + settings["trace_probes"] + settings["half_split"] * count / 2
-    return SELF_TEST + PRODUCT * (products + (probes > 1) * probes * steps)
+    return float(SELF_TEST + PRODUCT * (products + (probes > 1) * probes * steps))
 
 
 @instrument(source=SOURCE, title="Hessian spectrum", passes=_passes)

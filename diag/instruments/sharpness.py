@@ -174,7 +174,7 @@ class Sharpness(Result):
 
 def _passes(settings: Mapping[str, Any]) -> float:
     climbs = 2 * GRADIENT * (settings["steps"] + 2)  # of all the data, and of its groups
-    return SELF_TEST + 2 * (8 * PRODUCT + climbs + 1.4 * settings["num_draws"])
+    return float(SELF_TEST + 2 * (8 * PRODUCT + climbs + 1.4 * settings["num_draws"]))
 
 
 @instrument(source=SOURCE, title="Sharpness", passes=_passes)

@@ -67,7 +67,7 @@ def load_build(target: str) -> Callable[[], Any]:
     if not (colon and place and name):
         raise InvalidInput(f"The build {target} names no function; {FORM}.")
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    function = getattr(module, name, None)
+    function: Callable[[], Any] | None = getattr(module, name, None)
     if not callable(function):
         known = [
             n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__

@@ -123,7 +123,8 @@ def _other(line: bytes) -> dict[str, Any] | None:
     seconds = record.get("seconds")
     if seconds is not None and not (isinstance(seconds, (int, float)) and math.isfinite(seconds)):
         return None
-    return record | {"data": line} if kind in OUTCOMES else record
+    checked: dict[str, Any] = record | {"data": line} if kind in OUTCOMES else record
+    return checked
 
 
 def _times(record: Mapping[str, Any]) -> dict[str, float]:

@@ -107,7 +107,7 @@ class Run:
     @cached_property
     def last_step(self) -> int:
         """The last step of which anything is known."""
-        known = [] if self.history is None else self.history.steps[-1:].tolist()
+        known: list[int] = [] if self.history is None else self.history.steps[-1:].tolist()
         return max([0, *known, *(r.step for r in self.records), *(e.step for e in self.events)])
 
     @cached_property

@@ -138,7 +138,8 @@ def history(snapshot: Snapshot) -> History:
     the distance come from `previous=` where it is given.
     """
     if snapshot.history is not None:
-        return snapshot.history
+        known: History = snapshot.history
+        return known
     values, gradient = snapshot.quantity("params"), snapshot.quantity("gradient")
     row = empty_history({name: p.numel() for name, p in values.items()}, 1)
     norms = numpy.array([[float(g.double().norm()) for g in gradient.values()]], numpy.float32)

@@ -86,7 +86,7 @@ def _build(trace: AxisTrace, labels: dict[str, Labels], model: nn.Module) -> Sym
     )
 
 
-def _name_symbols(parts: dict[str, list]) -> tuple[dict[Symbol, str], dict[Symbol, list[tuple[str, int]]]]:
+def _name_symbols(parts: dict[str, list[Any]]) -> tuple[dict[Symbol, str], dict[Symbol, list[tuple[str, int]]]]:
     """A name for each atom, after the entry and axis where it is met first, and all places of it."""
     names: dict[Symbol, str] = {}
     places: dict[Symbol, list[tuple[str, int]]] = {}
@@ -106,7 +106,7 @@ def _name_symbols(parts: dict[str, list]) -> tuple[dict[Symbol, str], dict[Symbo
     return names, places
 
 
-def _group(symbol: Symbol, names: dict[Symbol, str], places: dict, solution: Solution) -> UnitGroup:
+def _group(symbol: Symbol, names: dict[Symbol, str], places: dict[Any, Any], solution: Solution) -> UnitGroup:
     rank = {s: i for i, s in enumerate(names)}
     together = solution.together
     parents = [
@@ -120,7 +120,7 @@ def _group(symbol: Symbol, names: dict[Symbol, str], places: dict, solution: Sol
     )  # fmt: skip
 
 
-def _block(parts: tuple, names: dict[Symbol, str]) -> UnitBlock:
+def _block(parts: tuple[Any, ...], names: dict[Symbol, str]) -> UnitBlock:
     atoms = [(atom, axis) for axis, (_, atoms) in enumerate(parts) for atom in atoms]
     return UnitBlock(
         positions=tuple(torch.from_numpy(p.reshape(-1).copy()) for p, _ in parts),
@@ -131,7 +131,7 @@ def _block(parts: tuple, names: dict[Symbol, str]) -> UnitBlock:
 
 
 def _captures(
-    trace: AxisTrace, solution: Solution, names: dict[Symbol, str], groups: dict
+    trace: AxisTrace, solution: Solution, names: dict[Symbol, str], groups: dict[str, Any]
 ) -> Iterable[UnitActivation]:
     for index, (operation, outputs) in enumerate(trace.operations):
         if operation in CARRIERS:
@@ -170,7 +170,9 @@ def _deviation(symmetries: Symmetries, model: nn.Module, example: Batch, seed: i
     return max(_change(symmetries, element, model, example, s) for s in (state, _perturbed(state, seed)))
 
 
-def _change(symmetries: Symmetries, element: dict, model: nn.Module, example: Batch, state: dict) -> float:
+def _change(
+    symmetries: Symmetries, element: dict[str, Any], model: nn.Module, example: Batch, state: dict[str, Any]
+) -> float:
     before = _outputs(model, example, state)
     after = _outputs(model, example, symmetries.apply(element, _with_tied(symmetries, state)))
     worst = 0.0

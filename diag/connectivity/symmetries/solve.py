@@ -108,7 +108,7 @@ class Solution:
 
     # ---- co-occurrence
 
-    def _together(self, families: dict) -> dict[Symbol, set[Symbol]]:
+    def _together(self, families: dict[tuple[Symbol, Symbol], list[Symbol]]) -> dict[Symbol, set[Symbol]]:
         """For each atom, the atoms without which it never occurs."""
         self.families = families
         result: dict[Symbol, set[Symbol]] = {}

@@ -326,7 +326,8 @@ def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[n
     """Evenly spaced rows, among those whose parameters were observed where there are some."""
     observed = numpy.flatnonzero(numpy.isfinite(distance))
     rows = observed if len(observed) > 1 else numpy.arange(len(history))
-    return rows[numpy.unique(numpy.linspace(0, len(rows) - 1, STEPS_SHOWN).round().astype(int))]
+    shown = numpy.unique(numpy.linspace(0, len(rows) - 1, STEPS_SHOWN).round().astype(int))
+    return numpy.asarray(rows[shown])
 
 
 def _numbers(history: History, which: Any) -> tuple[int, ...]:

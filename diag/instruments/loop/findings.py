@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from diag.instruments.causes import Cause
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -62,7 +62,10 @@ class LoopCheck(Result):
         ax.set(xlabel="findings", ylabel="cause")
 
 
-def judged(kind: type[LoopCheck], steps: int, findings: Iterable[LoopFinding], fine: str, **about: Any) -> Any:
+Check = TypeVar("Check", bound=LoopCheck)
+
+
+def judged(kind: type[Check], steps: int, findings: Iterable[LoopFinding], fine: str, **about: Any) -> Check:
     """A result of this kind with the findings in the order of their severity."""
     ordered = sorted(findings, key=lambda f: f.level.severity)
     return kind(

@@ -74,7 +74,7 @@ class MeasuredSignals(Result):
     def limit(self) -> float:
         """The share from which on the groups are outsized: more than their number, and than random steps."""
         null = 0.0 if math.isnan(self.null_share) else self.null_share
-        return max(self.setting("share_limit"), OVER_CHANCE * self.chance_share, null)
+        return max(float(self.setting("share_limit")), OVER_CHANCE * self.chance_share, null)
 
     @property
     def outsized(self) -> bool:

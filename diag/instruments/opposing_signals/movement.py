@@ -48,7 +48,8 @@ def leading_mode(changes: Tensor) -> Tensor:
     mode = changes.T @ vectors[:, -1]
     norm = torch.linalg.vector_norm(mode)
     mode = mode / norm if float(norm) > 0 else mode
-    return mode * torch.sign(mode[mode.abs().argmax()])
+    signed: Tensor = mode * torch.sign(mode[mode.abs().argmax()])
+    return signed
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

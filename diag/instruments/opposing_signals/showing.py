@@ -78,7 +78,8 @@ def imported(name: str) -> Callable[[Any], str]:
     """The function that "module:function" names. Raises InvalidInput where there is none."""
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found: Callable[[Any], str] = getattr(importlib.import_module(module), function)
+        return found
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidInput(
             f"describe is {name!r}, which cannot be imported ({error}); give 'module:function'."

@@ -20,7 +20,8 @@ from diag.snapshot.optimizer import described_optimizer
 from diag.watching.guard import safely
 from diag.watching.measure.schedule import Regular, Thinning
 from diag.watching.observe.gradients import GradientNorms, StepMembers
-from diag.watching.observe.losses import LossObserver, Note
+from diag.watching.observe.learning import Note
+from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.norms import BLOCK, copies, differences, norms
 from diag.watching.observe.rounds import Rounds
 from diag.watching.observe.rows import Row

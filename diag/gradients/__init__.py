@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from diag.errors import Unsupported
 from diag.gradients.engine import ModelGradients
-from diag.gradients.given import MatrixGradients, StackedGradients, as_gradients
+from diag.gradients.from_matrix import MatrixGradients, StackedGradients, as_gradients
 from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
-from diag.gradients.questions import Gram, GroupGram, GroupSums, Projection, SquaredNorms
+from diag.gradients.queries import Gram, GroupGram, GroupSums, Projection, SquaredNorms
 from diag.gradients.step import StepGradients, plan_for_steps
 from diag.snapshot.batch import COUPLED
 from diag.snapshot.objective.counting import counted_batches
@@ -49,8 +49,8 @@ __all__ = [
     "StackedGradients",
     "StepGradients",
     "as_gradients",
-    "foreseen",
+    "dry_run",
     "per_example_gradients",
     "plan_for_steps",
-    "questions",
+    "queries",
 ]

@@ -26,7 +26,7 @@ from diag.gradients.methods import NOT_MOVED
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.plan import PROBES, Forward, NotFinite, Plan, copied, forward, probe_of
 from diag.gradients.planning import make_plan
-from diag.gradients.questions import Question
+from diag.gradients.queries import Query
 from diag.gradients.rules.blocks import Block
 from diag.snapshot.batch import Batch
 from diag.snapshot.example_losses import LossFunction, check_finite, check_mean, example_losses
@@ -90,7 +90,7 @@ class ModelGradients(PerExampleGradients):
         return other
 
     def prepare(self) -> None:
-        """Make the plan for the first batch, with its self-test; otherwise the first question does."""
+        """Make the plan for the first batch, with its self-test; otherwise the first query does."""
         if self._plan is None:
             with preserved(self.model, mode=self.mode), _eager():
                 self._plan = self._make_plan(self._batches[0], slice(0, self._batches[0].size), PROBES[0])
@@ -188,9 +188,9 @@ class ModelGradients(PerExampleGradients):
         if values != self._values:
             self._losses, self._known, self._values = {}, {}, values
 
-    def ask(self, *questions: Question) -> tuple[Any, ...]:
+    def ask(self, *queries: Query) -> tuple[Any, ...]:
         self._forget_other_states()
-        return super().ask(*questions)
+        return super().ask(*queries)
 
     def _make_plan(self, batch: Batch, rows: slice, size: int) -> Plan:
         probe = probe_of(batch, size, lambda: losses_of(self.model, self.loss_fn, batch))

@@ -1,7 +1,7 @@
 """The quantity `per_example_gradients`: what can be asked of n gradients without ever holding n x P numbers.
 
 `PerExampleGradients` answers from a stream of blocks, one micro-batch at a time. `ModelGradients` gets them from a
-model (`diag.gradients.engine`), `MatrixGradients` from a matrix (`diag.gradients.given`).
+model (`diag.gradients.engine`), `MatrixGradients` from a matrix (`diag.gradients.from_matrix`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from diag.errors import InvalidInput
 from diag.gradients.methods import Method
-from diag.gradients.questions import (
-    Answer,
+from diag.gradients.queries import (
+    Accumulator,
     Everything,
     Gram,
     GroupGram,
     GroupSums,
     Projection,
-    Question,
+    Query,
     SquaredNorms,
 )
 from diag.gradients.rules.blocks import Block
@@ -63,7 +63,7 @@ class PerExampleGradients:
         self.num_examples = num_examples
         flat = FlatLayout.of(self.shapes)
         self.columns, self.num_parameters = flat.columns, flat.size
-        self._known: dict[Question, Any] = {}  # answers that are kept
+        self._known: dict[Query, Any] = {}  # answers that are kept
 
     @property
     def coverage(self) -> Coverage:
@@ -91,18 +91,18 @@ class PerExampleGradients:
 
     # ---- answers -------------------------------------------------------------------------------
 
-    def ask(self, *questions: Question) -> tuple[Any, ...]:
-        """The answers to several questions (`diag.gradients.questions`) from one pass.
+    def ask(self, *queries: Query) -> tuple[Any, ...]:
+        """The answers to several queries (`diag.gradients.queries`) from one pass.
 
         Squared norms are kept for the next time; all else is computed again.
         """
-        answers = {question: question.begin(self) for question in questions if question not in self._known}
-        if answers:
-            self.stream(partial(_hand_on, self.deadline, list(answers.values())))
-        found = {question: answer.result() for question, answer in answers.items()}
+        accumulators = {query: query.begin(self) for query in queries if query not in self._known}
+        if accumulators:
+            self.stream(partial(_hand_on, self.deadline, list(accumulators.values())))
+        found = {query: accumulator.result() for query, accumulator in accumulators.items()}
         if SquaredNorms() in found:
             self._known[SquaredNorms()] = found[SquaredNorms()]
-        return tuple((found | self._known)[question] for question in questions)
+        return tuple((found | self._known)[query] for query in queries)
 
     def norms(self) -> Tensor:
         """(n,) float64: ||g_i||."""
@@ -171,7 +171,7 @@ class PerExampleGradients:
         raise NotImplementedError
 
     def by_layer(self) -> dict[str, LayerGradients]:
-        """Each layer's own gradients, with the same questions."""
+        """Each layer's own gradients, with the same queries."""
         return {layer: LayerGradients(self, layer) for layer in self.layers}
 
 
@@ -201,10 +201,10 @@ class LayerGradients(PerExampleGradients):
         return {self.layer: self.whole.squared_norms_by_layer()[self.layer]}
 
 
-def _hand_on(deadline: Deadline, answers: Sequence[Answer], rows: slice, name: str, block: Block) -> None:
-    for answer in answers:
+def _hand_on(deadline: Deadline, accumulators: Sequence[Accumulator], rows: slice, name: str, block: Block) -> None:
+    for accumulator in accumulators:
         deadline.check()
-        answer.consume(rows, name, block)
+        accumulator.consume(rows, name, block)
 
 
 def as_groups(groups: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

@@ -9,7 +9,7 @@ The step itself stays as it is, bit for bit: the recorded calls run unchanged, a
 the backward pass makes anyway. What was asked beforehand is answered inside these hooks, layer by layer, and
 nothing is kept; without `ask`, the step's activations are held until the object is dropped, and anything can be
 asked. Where only hooks around the forward pass can be had, `end_forward` ends the recording, and `ask_only` takes
-questions up to the backward pass. What the loss was scaled by (accumulation, a GradScaler) scales the gradients
+queries up to the backward pass. What the loss was scaled by (accumulation, a GradScaler) scales the gradients
 here too; ratios such as coherence do not feel it.
 """
 
@@ -29,7 +29,7 @@ from diag.gradients.capture import Capture, Use
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.plan import PROBES, Plan, probe_of
 from diag.gradients.planning import make_plan
-from diag.gradients.questions import Answer, Question
+from diag.gradients.queries import Accumulator, Query
 from diag.gradients.rules.blocks import Block
 from diag.gradients.rules.combination import Scaled
 from diag.snapshot.batch import Batch
@@ -97,21 +97,19 @@ class _Once:
 class StepGradients(PerExampleGradients):
     """The gradients of the step that ran inside `with`.
 
-    `ask`: the only questions (`diag.gradients.questions`) that there will be. Nothing that goes wrong
-    in reading the step reaches it: questions raise Unsupported where no whole step was seen, or one that made
+    `ask`: the only queries (`diag.gradients.queries`) that there will be. Nothing that goes wrong
+    in reading the step reaches it: queries raise Unsupported where no whole step was seen, or one that made
     other calls than the plan's.
     """
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, batch_size: int, ask: Sequence[Question] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, batch_size: int, ask: Sequence[Query] | None = None) -> None:
         self._parameters = trainable(model)
         super().__init__({name: tuple(p.shape) for name, p in self._parameters.items()}, batch_size)
         self._plan, self._blocks, self._hooks = plan, dict[str, Block](), list[Any]()
-        self._answers: dict[Question, Answer] | None = None
+        self._answers: dict[Query, Accumulator] | None = None
         if ask is not None:
             self.ask_only(ask)
-        self.unforeseen = False  # whether something else was asked than what had been asked beforehand
+        self.unplanned = False  # whether something else was asked than what had been asked beforehand
         self._capture = _Undisturbing(model, self._parameters, unroll=False, on_use=self._hook)
         self._assembly = Assembly(plan, self._capture.uses, batch_size, self._parameters, self._consume)
         self._on_cpu = all(p.device.type == "cpu" for p in self._parameters.values())
@@ -119,9 +117,9 @@ class StepGradients(PerExampleGradients):
         self._trouble: str | None = "there was no backward pass"  # why the step cannot be spoken for
         self._recording = False
 
-    def ask_only(self, questions: Iterable[Question]) -> None:
-        """These are the only questions that there will be; to be said before the backward pass begins."""
-        self._answers = {question: question.begin(self) for question in questions}
+    def ask_only(self, queries: Iterable[Query]) -> None:
+        """These are the only queries that there will be; to be said before the backward pass begins."""
+        self._answers = {query: query.begin(self) for query in queries}
 
     def __enter__(self) -> Self:
         self._trouble, self._recording = None, True
@@ -150,7 +148,7 @@ class StepGradients(PerExampleGradients):
         self._check_calls()
         self._assembly.finish(None)
         if self._answers is not None:
-            self._known |= {question: answer.result() for question, answer in self._answers.items()}
+            self._known |= {query: accumulator.result() for query, accumulator in self._answers.items()}
 
     def _check_calls(self) -> None:
         if not self._plan.fits(self._capture.uses, self.num_examples):
@@ -200,9 +198,9 @@ class StepGradients(PerExampleGradients):
         if self._answers is None:
             self._blocks[name] = block
             return
-        for answer in self._answers.values():
+        for accumulator in self._answers.values():
             self.deadline.check()
-            answer.consume(slice(0, self.num_examples), name, block)
+            accumulator.consume(slice(0, self.num_examples), name, block)
 
     @property
     def coverage(self) -> Coverage:
@@ -211,17 +209,17 @@ class StepGradients(PerExampleGradients):
     def stream(self, consume: Consumer) -> None:
         self._check()
         if self._answers is not None:
-            self.unforeseen = True
+            self.unplanned = True
             raise Unsupported(
-                "This was not among the questions asked before the step, and it is over; add the question to ask=."
+                "This was not among the queries asked before the step, and it is over; add the query to ask=."
             )
         with torch.no_grad(), self._exact():
             for name, block in self._blocks.items():
                 consume(slice(0, self.num_examples), name, block)
 
-    def ask(self, *questions: Question) -> tuple[Any, ...]:
+    def ask(self, *queries: Query) -> tuple[Any, ...]:
         self._check()
-        return super().ask(*questions)
+        return super().ask(*queries)
 
     def _check(self) -> None:
         if self._trouble is not None:

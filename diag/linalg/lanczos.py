@@ -22,7 +22,7 @@ from diag.linalg.krylov import KrylovSpace
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import combine, norm
 from diag.linalg.resume import Stateful, file_of, load_run, save_run
-from diag.linalg.ritz import Patience, Ritz, Wanted, ritz
+from diag.linalg.ritz import Ritz, StoppingRule, Which, ritz
 
 CHECKPOINT_EVERY = 10  # products
 DEFAULT_BASIS = 100  # vectors kept before a thick restart, where nothing else is said
@@ -99,29 +99,29 @@ def eigenpairs(
     """The wanted extreme eigenpairs, by Lanczos with full reorthogonalisation, stopped when they converged.
 
     Args: how many `largest`, `smallest` (by value) or by `magnitude`; `tolerance`, relative, and the error
-    that it is for, `criterion` (see `Wanted`); `start` (size,) or (p, size), earlier vectors to warm-start
+    that it is for, `criterion` (see `Which`); `start` (size,) or (p, size), earlier vectors to warm-start
     from; `memory`, a cap in bytes on the basis and the work vectors; `checkpoint`, a file from which a killed run
     resumes, or a folder for it.
     Raises InvalidInput when a product is not finite or the memory is too small.
     """
-    wanted = Wanted(largest, smallest, magnitude, tolerance, criterion)
+    which = Which(largest, smallest, magnitude, tolerance, criterion)
     if start is not None:
         start = warm_start(start, torch.Generator().manual_seed(seed))
     run = run_lanczos(
         operator,
-        wanted,
+        which,
         max_products=max_products,
         seed=seed,
         start=start,
         memory=memory,
         checkpoint=checkpoint,
     )
-    return extract(run, wanted, seed, vectors)
+    return extract(run, which, seed, vectors)
 
 
-def extract(run: LanczosRun, wanted: Wanted, seed: int, vectors: bool = True) -> Eigenpairs:
+def extract(run: LanczosRun, which: Which, seed: int, vectors: bool = True) -> Eigenpairs:
     """The wanted pairs of a run."""
-    chosen = wanted.select(run.ritz.values)
+    chosen = which.select(run.ritz.values)
     values = run.ritz.values[chosen]
     used = run.space.basis[: run.space.steps]
     return Eigenpairs(
@@ -129,7 +129,7 @@ def extract(run: LanczosRun, wanted: Wanted, seed: int, vectors: bool = True) ->
         vectors=combine(run.ritz.weights[chosen], used, run.space.operator.dtype) if vectors else None,
         residuals=run.ritz.residuals[chosen],
         bounds=run.ritz.bounds[chosen] + run.rounding,
-        converged=wanted.converged(values, wanted.error(run.ritz)[chosen] + run.rounding),
+        converged=which.converged(values, which.error(run.ritz)[chosen] + run.rounding),
         num_products=run.num_products,
         rounding=run.rounding,
         seed=seed,
@@ -138,28 +138,28 @@ def extract(run: LanczosRun, wanted: Wanted, seed: int, vectors: bool = True) ->
 
 def run_lanczos(
     operator: LinearOperator,
-    wanted: Wanted | None,
+    which: Which | None,
     *,
     max_products: int,
     min_products: int = 0,
     seed: int = 0,
     start: Tensor | None = None,
     memory: int | None = None,
-    patience: Patience | None = None,
+    stopping_rule: StoppingRule | None = None,
     checkpoint: str | Path | None = None,
 ) -> LanczosRun:
     """Extends a Krylov space until the wanted pairs have converged (after `min_products` at the earliest), or
     until `max_products` are spent or the space is exhausted.
 
     The basis holds the `min_products` without a restart, which would end the quadrature rule, where the memory
-    does. `patience`: another rule for stopping than `Patience(wanted)`. Raises InvalidInput where no product is
-    allowed, one is not finite, or the memory is too small.
+    does. `stopping_rule`: another than `StoppingRule(which)`. Raises InvalidInput where no product is allowed, one
+    is not finite, or the memory is too small.
     """
     if max_products < 1:
         raise InvalidInput(f"max_products={max_products} was given; give at least 1.")
-    capacity = basis_capacity(operator, wanted, max_products, memory, min_products)
+    capacity = basis_capacity(operator, which, max_products, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
-    progress = LanczosProgress(wanted, max_products, min_products, patience)
+    progress = LanczosProgress(which, max_products, min_products, stopping_rule)
     identity = _identity(space, progress, seed) if checkpoint is not None else {}
     file = None if checkpoint is None else file_of(Path(checkpoint), identity)
     parts: dict[str, Stateful] = {"space": space, "progress": progress}
@@ -180,7 +180,7 @@ def _identity(space: KrylovSpace, progress: LanczosProgress, seed: int) -> dict[
         "operator": space.operator.identity,
         "capacity": space.capacity,
         "seed": seed,
-        "wanted": str(progress.wanted),
+        "which": str(progress.which),
     }
 
 
@@ -188,14 +188,14 @@ class LanczosProgress:
     """Where a run stands: products done, when to look next, and what was seen when it last looked."""
 
     def __init__(
-        self, wanted: Wanted | None, max_products: int, min_products: int, patience: Patience | None = None
+        self, which: Which | None, max_products: int, min_products: int, stopping_rule: StoppingRule | None = None
     ):
-        self.wanted = wanted
+        self.which = which
         self.max_products = max_products
         self.min_products = min_products
-        self.patience = patience or (Patience(wanted) if wanted else None)
+        self.stopping_rule = stopping_rule or (StoppingRule(which) if which else None)
         self.products = 0
-        self.next_look = 1 + max(min_products, wanted.count) if wanted else 4
+        self.next_look = 1 + max(min_products, which.count) if which else 4
         self.satisfied = False
         self.first_cycle: Tensor | None = None
 
@@ -217,34 +217,41 @@ class LanczosProgress:
 
     def _look(self, space: KrylovSpace, bordered: Tensor) -> None:
         """Asks whether what is wanted has converged, and plans when to ask again."""
-        sparing = self.products // 32 if self.patience else 1  # without a question only breakdowns are looked for
+        sparing = (
+            self.products // 32 if self.stopping_rule else 1
+        )  # without a question only breakdowns are looked for
         self.next_look = self.products + max(1, sparing) * (1 if looks_every_step(space.basis.device) else 4)
-        if self.patience:
+        if self.stopping_rule:
             pairs = ritz(bordered)
-            self.satisfied = self.patience.satisfied(self.products, pairs, bordered, space.blocks, space.exhausted)
+            self.satisfied = self.stopping_rule.satisfied(
+                self.products, pairs, bordered, space.blocks, space.exhausted
+            )
 
     def _restart(self, space: KrylovSpace, bordered: Tensor) -> None:
         if self.first_cycle is None:
             self.first_cycle = bordered
         pairs = ritz(bordered)
-        space.compress(pairs.weights[restart_set(pairs.values, self.wanted, space.capacity)])
+        space.compress(pairs.weights[restart_set(pairs.values, self.which, space.capacity)])
 
     def state_dict(self) -> dict[str, Any]:
-        patience = self.patience and (self.patience.values, self.patience.since)
+        stopping_rule = self.stopping_rule and (self.stopping_rule.values, self.stopping_rule.since)
         return {
             "products": self.products,
             "next_look": self.next_look,
             "satisfied": self.satisfied,
             "first_cycle": self.first_cycle,
-            "patience": patience,
+            "stopping_rule": stopping_rule,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.products, self.next_look = state["products"], state["next_look"]
         self.satisfied = state["satisfied"]
         self.first_cycle = _on_host(state["first_cycle"])
-        if self.patience:
-            self.patience.values, self.patience.since = _on_host(state["patience"][0]), state["patience"][1]
+        if self.stopping_rule:
+            self.stopping_rule.values, self.stopping_rule.since = (
+                _on_host(state["stopping_rule"][0]),
+                state["stopping_rule"][1],
+            )
 
     def result(self, space: KrylovSpace) -> LanczosRun:
         bordered = space.settle()
@@ -276,29 +283,29 @@ def rounding_of(space: KrylovSpace, bordered: Tensor) -> float:
     return space.drift.item() + unit * bordered.abs().max().item()
 
 
-def restart_set(values: Tensor, wanted: Wanted | None, capacity: int) -> Tensor:
+def restart_set(values: Tensor, which: Which | None, capacity: int) -> Tensor:
     """The Ritz pairs that a thick restart keeps: the wanted, and half of the room that is left."""
-    wanted = wanted or Wanted(magnitude=1)
-    extra = (capacity - wanted.count) // 2
-    ends = [wanted.largest > 0, wanted.smallest > 0, wanted.magnitude > 0]
+    which = which or Which(magnitude=1)
+    extra = (capacity - which.count) // 2
+    ends = [which.largest > 0, which.smallest > 0, which.magnitude > 0]
     share = extra // sum(ends)
     counts = [
-        n + share * end for n, end in zip((wanted.largest, wanted.smallest, wanted.magnitude), ends, strict=True)
+        n + share * end for n, end in zip((which.largest, which.smallest, which.magnitude), ends, strict=True)
     ]
-    return Wanted(largest=counts[0], smallest=counts[1], magnitude=counts[2]).select(values)
+    return Which(largest=counts[0], smallest=counts[1], magnitude=counts[2]).select(values)
 
 
 def basis_capacity(
     operator: LinearOperator,
-    wanted: Wanted | None,
+    which: Which | None,
     max_products: int,
     memory: int | None,
     min_products: int = 0,
 ) -> int:
     """How many basis vectors to hold: all that a run of fixed length needs, otherwise DEFAULT_BASIS, four times the
     wanted or `min_products`; fewer where `memory` (bytes) is given, of which four vectors go to the work space."""
-    count = wanted.count if wanted else 1
-    capacity = min(max_products, max(DEFAULT_BASIS, 4 * count, min_products)) if wanted else max_products
+    count = which.count if which else 1
+    capacity = min(max_products, max(DEFAULT_BASIS, 4 * count, min_products)) if which else max_products
     if memory is not None:
         work = 4 * operator.size * operator.dtype.itemsize
         vector = operator.size * operator.dtype.itemsize

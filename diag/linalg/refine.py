@@ -17,13 +17,13 @@ from diag.linalg.deflation import DeflatedOperator, orthonormal
 from diag.linalg.lanczos import Eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import combine, gram, norm
-from diag.linalg.ritz import Wanted, error_bounds
+from diag.linalg.ritz import Which, error_bounds
 
 
 def refine(
     operator: LinearOperator,
     guess: Tensor,
-    wanted: Wanted,
+    which: Which,
     others: Tensor | None = None,
     *,
     max_products: int = 200,
@@ -35,13 +35,13 @@ def refine(
     for the gaps. Raises InvalidInput when the guess has fewer independent rows than eigenpairs are wanted.
     """
     basis = orthonormal(guess)
-    if len(basis) < min(wanted.count, operator.size):
+    if len(basis) < min(which.count, operator.size):
         raise InvalidInput(
-            f"the guess spans {len(basis)} dimensions and {wanted.count} eigenpairs are wanted; give more vectors."
+            f"the guess spans {len(basis)} dimensions and {which.count} eigenpairs are wanted; give more vectors."
         )
     images = operator.matvecs(basis)
     while True:
-        pairs, residual_vectors = rayleigh_ritz(basis, images, wanted, others, seed)
+        pairs, residual_vectors = rayleigh_ritz(basis, images, which, others, seed)
         room = min(max_products, operator.size) - len(basis)
         extension = residual_vectors[~pairs.converged.to(basis.device)][: max(room, 0)]
         if len(extension):
@@ -53,7 +53,7 @@ def refine(
 
 
 def rayleigh_ritz(
-    basis: Tensor, images: Tensor, wanted: Wanted, others: Tensor | None, seed: int
+    basis: Tensor, images: Tensor, which: Which, others: Tensor | None, seed: int
 ) -> tuple[Eigenpairs, Tensor]:
     """The wanted Ritz pairs in the span of an orthonormal `basis` (p, size), with their residual vectors.
 
@@ -69,14 +69,14 @@ def rayleigh_ritz(
     residuals = torch.stack([norm(r) for r in residual_vectors]).cpu()
     bounds = error_bounds(values, residuals, others, residuals[:, None])
     rounding = asymmetry + torch.finfo(basis.dtype).eps * float(values.abs().max())
-    chosen = wanted.select(values)
-    errors = (bounds if wanted.criterion == "bound" else residuals)[chosen] + rounding
+    chosen = which.select(values)
+    errors = (bounds if which.criterion == "bound" else residuals)[chosen] + rounding
     pairs = Eigenpairs(
         values=values[chosen],
         vectors=vectors[chosen],
         residuals=residuals[chosen],
         bounds=bounds[chosen] + rounding,
-        converged=wanted.converged(values[chosen], errors),
+        converged=which.converged(values[chosen], errors),
         num_products=len(basis),
         rounding=rounding,
         seed=seed,
@@ -85,7 +85,7 @@ def rayleigh_ritz(
 
 
 def complete(
-    operator: LinearOperator, pairs: Eigenpairs, wanted: Wanted, *, steps: int = 8, max_rounds: int = 5
+    operator: LinearOperator, pairs: Eigenpairs, which: Which, *, steps: int = 8, max_rounds: int = 5
 ) -> Eigenpairs:
     """Looks for eigenvalues that a run has missed, and adds them.
 
@@ -104,11 +104,11 @@ def complete(
         everything = torch.cat(
             [pairs.values, search.ritz.values - search.ritz.residuals.copysign(search.ritz.values)]
         )
-        found = wanted.select(everything)
+        found = which.select(everything)
         found = found[found >= len(pairs.values)] - len(pairs.values)
         if not len(found):
             break
         rows = combine(search.ritz.weights[found], search.space.basis[: search.space.steps], operator.dtype)
-        pairs = refine(operator, torch.cat([pairs.vectors, rows]), wanted, seed=pairs.seed)
+        pairs = refine(operator, torch.cat([pairs.vectors, rows]), which, seed=pairs.seed)
         products += pairs.num_products
     return dataclasses.replace(pairs, num_products=products)

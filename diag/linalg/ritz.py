@@ -3,7 +3,7 @@
 For a Ritz pair with residual r there is an eigenvalue within r of the Ritz value; and where the rest of the
 spectrum is at least `gap` away, within r^2 / gap (Parlett, The Symmetric Eigenvalue Problem, 11.7; Kato and
 Temple). The second bound takes the gap from the other Ritz intervals: it presumes that the run has not
-missed an eigenvalue altogether, which is what `Patience` guards against.
+missed an eigenvalue altogether, which is what `StoppingRule` guards against.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diag.errors import InvalidInput
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Which:
     """Which eigenvalues are asked for: the `largest` and `smallest` by value, or by `magnitude`.
 
     A pair counts as converged when its error is at most `tolerance` times its own magnitude, or times a
@@ -104,7 +104,7 @@ def error_bounds(
     return torch.where(gap > residuals, residuals.square() / gap, residuals)
 
 
-class Patience:
+class StoppingRule:
     """Decides that a run may stop: the wanted pairs have converged, and stay so.
 
     Converged once is not enough: a Ritz value can rest for a step on its way to another eigenvalue. The
@@ -113,8 +113,8 @@ class Patience:
     that it has nothing better to offer: its own best pair has converged and is not among the wanted.
     """
 
-    def __init__(self, wanted: Wanted):
-        self.wanted = wanted
+    def __init__(self, which: Which):
+        self.which = which
         self.values: Tensor | None = None
         self.since = 0
 
@@ -126,20 +126,20 @@ class Patience:
         if not self._all_converged(pairs) or not self._nothing_pending(pairs, bordered, blocks):
             self.values = None
             return False
-        chosen = pairs.values[self.wanted.select(pairs.values)]
+        chosen = pairs.values[self.which.select(pairs.values)]
         if self.values is None or not self._unchanged(chosen):
             self.values, self.since = chosen, products
             return False
         return products - self.since >= max(1, self.since // 20)
 
     def _all_converged(self, pairs: Ritz) -> bool:
-        chosen = self.wanted.select(pairs.values)
-        enough = len(pairs.values) > self.wanted.count
-        return enough and bool(self.wanted.converged(pairs.values[chosen], self.wanted.error(pairs)[chosen]).all())
+        chosen = self.which.select(pairs.values)
+        enough = len(pairs.values) > self.which.count
+        return enough and bool(self.which.converged(pairs.values[chosen], self.which.error(pairs)[chosen]).all())
 
     def _unchanged(self, chosen: Tensor) -> bool:
         assert self.values is not None
-        return bool(self.wanted.converged(chosen, (chosen - self.values).abs()).all())
+        return bool(self.which.converged(chosen, (chosen - self.values).abs()).all())
 
     def _nothing_pending(self, pairs: Ritz, bordered: Tensor, blocks: list[int]) -> bool:
         started = [start for start in blocks if start < len(pairs.values)]
@@ -148,11 +148,11 @@ class Patience:
         if len(started) == 1:
             return False
         fresh = ritz(bordered[started[-1] :, started[-1] :])
-        slack = self.wanted.tolerance * float(pairs.values.abs().max())
+        slack = self.which.tolerance * float(pairs.values.abs().max())
         ends = [
-            (self.wanted.largest, pairs.values, fresh.values),
-            (self.wanted.smallest, -pairs.values, -fresh.values),
-            (self.wanted.magnitude, pairs.values.abs(), fresh.values.abs()),
+            (self.which.largest, pairs.values, fresh.values),
+            (self.which.smallest, -pairs.values, -fresh.values),
+            (self.which.magnitude, pairs.values.abs(), fresh.values.abs()),
         ]
         return all(
             bool(fresh.bounds[ranked.argmax()] <= slack) and _spare(everything, ranked.max(), count, slack)

@@ -20,7 +20,7 @@ from diag.linalg.lanczos import Eigenpairs, LanczosRun, eigenpairs, extract, run
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate, SpectralMeasure, quadrature_rule, spectral_measure
 from diag.linalg.refine import complete
-from diag.linalg.ritz import Wanted
+from diag.linalg.ritz import Which
 from diag.linalg.trace import TraceAndNorm, trace_and_norm
 
 MOST = 11.0  # the 99.9 % quantile of chi-squared with one degree of freedom
@@ -68,15 +68,15 @@ def spectrum(
     then, so that one that was killed goes on where it was; its file goes when the spectrum is there.
     Raises InvalidInput where a product is not finite, CheckpointError where the folder cannot be used.
     """
-    wanted = Wanted(largest=min(largest, operator.size), tolerance=tolerance)
+    which = Which(largest=min(largest, operator.size), tolerance=tolerance)
     limits: dict[str, Any] = {"max_products": max(max_products, steps), "min_products": steps, "memory": memory}
-    run = run_lanczos(operator, wanted, seed=seed, checkpoint=checkpoint, **limits)
+    run = run_lanczos(operator, which, seed=seed, checkpoint=checkpoint, **limits)
     limit = tolerance * float(run.ritz.values.abs().max())
-    top = extract(run, wanted, seed)
-    bottom, more = _smallest(operator, run, wanted.count, limit, steps, memory, seed)
+    top = extract(run, which, seed)
+    bottom, more = _smallest(operator, run, which.count, limit, steps, memory, seed)
     products = run.num_products + more
     if run.satisfied and not run.space.exhausted:  # one start vector shows one copy of a multiple eigenvalue
-        top = complete(operator, top, wanted)
+        top = complete(operator, top, which)
         products += top.num_products - run.num_products
     top = top.subset(slice(0, [*_within(top, limit), False].index(False)))
     known = top.joined(bottom)
@@ -124,7 +124,7 @@ def _smallest(
 
     It is not waited for in the main run: to its own tiny size it converges late, which can double the cost.
     """
-    one = Wanted(smallest=1)
+    one = Which(smallest=1)
     pair = extract(run, one, seed)
     if len(run.ritz.values) <= largest:
         return pair.subset(slice(0, 0)), 0

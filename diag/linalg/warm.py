@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diag.linalg.lanczos import Eigenpairs, extract, run_lanczos, warm_start
 from diag.linalg.operator import LinearOperator
-from diag.linalg.ritz import Patience, Ritz, Wanted
+from diag.linalg.ritz import Ritz, StoppingRule, Which
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,24 @@ def warm_eigenpairs(
     unchanged, that it was of this very operator, where no search is due. Raises InvalidInput when a product is not
     finite.
     """
-    wanted = Wanted(largest=largest, tolerance=tolerance)
+    which = Which(largest=largest, tolerance=tolerance)
     if earlier is None:
-        run = run_lanczos(operator, wanted, max_products=max_products, seed=seed)
-        pairs = extract(run, wanted, seed)
+        run = run_lanczos(operator, which, max_products=max_products, seed=seed)
+        pairs = extract(run, which, seed)
         return pairs, Earlier(_sum(pairs), run.num_products)
     least = 0 if unchanged else search_length(operator.size, earlier.cold_products, largest, tolerance)
-    patience = Patience(wanted) if unchanged else Wary(wanted)
+    stopping_rule = StoppingRule(which) if unchanged else CautiousStoppingRule(which)
     start = warm_start(earlier.direction.to(operator.dtype), torch.Generator().manual_seed(seed))
     run = run_lanczos(
         operator,
-        wanted,
+        which,
         max_products=max_products,
         min_products=min(least, max_products),
         start=start,
-        patience=patience,
+        stopping_rule=stopping_rule,
         seed=seed,
     )
-    pairs = extract(run, wanted, seed)
+    pairs = extract(run, which, seed)
     return pairs, Earlier(_sum(pairs), earlier.cold_products)
 
 
@@ -82,7 +82,7 @@ def search_length(size: int, cold_products: int, count: int, tolerance: float) -
     return min(count + 1 + math.ceil(share * max(cold_products - count, 0)), size)
 
 
-class Wary(Patience):
+class CautiousStoppingRule(StoppingRule):
     """Stops only where the next Ritz value cannot be on its way up among the wanted: it lies below them by more
     than its residual, or has converged."""
 
@@ -90,9 +90,9 @@ class Wary(Patience):
         if not super()._all_converged(pairs):
             return False
         order = pairs.values.argsort(descending=True)
-        last, following = order[self.wanted.largest - 1], order[self.wanted.largest]
+        last, following = order[self.which.largest - 1], order[self.which.largest]
         above = pairs.values[following] + pairs.residuals[following]
-        limit = self.wanted.tolerance * pairs.values.abs().max()
+        limit = self.which.tolerance * pairs.values.abs().max()
         return bool(above < pairs.values[last] or pairs.residuals[following] <= limit)
 
 

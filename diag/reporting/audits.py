@@ -11,7 +11,7 @@ from typing import Any
 from diag.registry import instruments
 from diag.reporting.evidence import is_old
 from diag.reporting.examples import examples
-from diag.reporting.plain import clean, count_in_words, number, shown
+from diag.reporting.plain import as_text, clean, count_in_words, number
 from diag.result import OUR_CHOICE, Failed, Result, Skipped
 from diag.run.run import Finding
 
@@ -227,7 +227,7 @@ def _arrays(result: Result) -> Iterable[dict[str, str]]:
         shape = getattr(value, "shape", None)
         if not field.metadata.get("record", True) or (shape is None and not isinstance(value, (tuple, str))):
             continue
-        size = f"{value.dtype} {list(shape)}" if shape is not None else shown(value)
+        size = f"{value.dtype} {list(shape)}" if shape is not None else as_text(value)
         yield {
             "name": clean(field.name.replace("_", " ")),
             "shape": clean(size)[:200],
@@ -243,7 +243,7 @@ def _settings(instrument: str, result: Result, threshold: float | None) -> list[
     return [
         {
             "name": clean(name),
-            "text": shown(value),
+            "text": as_text(value),
             "changed": name in defaults and defaults[name] != value,
             "decided": threshold is not None and not isinstance(value, bool) and value == threshold,
         }

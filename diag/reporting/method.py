@@ -13,7 +13,7 @@ from diag.display import format_number, format_seconds, format_share
 from diag.registry import instruments
 from diag.reporting.caveats import spent
 from diag.reporting.evidence import Evidence
-from diag.reporting.plain import clean, shown
+from diag.reporting.plain import as_text, clean
 
 # A seed that nobody chose is a random number of twenty digits: it stands in the metadata only.
 DRAWN_SEED = 10**10
@@ -30,7 +30,7 @@ def facts(evidence: Evidence) -> list[dict[str, str]]:
 def _facts(evidence: Evidence) -> Iterable[tuple[str, str]]:
     about, history = evidence.metadata, evidence.history
     if about.get("model"):
-        yield "Model", shown(about["model"])
+        yield "Model", as_text(about["model"])
     if isinstance(about.get("parameters"), int):
         yield "Parameters", format_number(about["parameters"])
     optimizer = (history.optimizer if history is not None else {}) or about.get("optimizer")
@@ -44,7 +44,7 @@ def _facts(evidence: Evidence) -> Iterable[tuple[str, str]]:
     yield "Probe", _probe(evidence)
     for name in ("examples", "device"):
         if about.get(name) not in (None, "", {}):
-            yield name.capitalize(), shown(about[name])
+            yield name.capitalize(), as_text(about[name])
     if isinstance(about.get("seed"), int) and abs(about["seed"]) < DRAWN_SEED:
         yield "Seed", str(about["seed"])
     wall, _ = spent(evidence)
@@ -60,17 +60,17 @@ def _probe(evidence: Evidence) -> str:
     if about in (None, "", {}):
         return next((e.text.rstrip(".") for e in evidence.events if e.kind == "probe"), "")
     size = about.get("examples", about.get("size")) if isinstance(about, Mapping) else about
-    return f"{size:,} examples" if isinstance(size, int) else shown(about)
+    return f"{size:,} examples" if isinstance(size, int) else as_text(about)
 
 
 def _optimizer(about: Any) -> str:
     if not isinstance(about, Mapping):
-        return shown(about)
+        return as_text(about)
     kind = about.get("kind") or about.get("name") or about.get("class")
     rate = about.get("lr", about.get("learning_rate"))
     if kind is None:
-        return shown(about)
-    return f"{kind}, learning rate {shown(rate)}" if isinstance(rate, (int, float)) else str(kind)
+        return as_text(about)
+    return f"{kind}, learning rate {as_text(rate)}" if isinstance(rate, (int, float)) else str(kind)
 
 
 def method(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def method(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _pairs(values: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [{"name": clean(k).replace("_", " "), "text": shown(v)} for k, v in values.items()]
+    return [{"name": clean(k).replace("_", " "), "text": as_text(v)} for k, v in values.items()]
 
 
 def _schedule(evidence: Evidence) -> Iterable[dict[str, Any]]:

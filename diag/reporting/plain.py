@@ -28,10 +28,10 @@ def finite(value: Any) -> float | int | None:
 def number(value: Any, unit: str = "") -> dict[str, Any]:
     """A number with its unit, and as people read it; a share is read as a percentage."""
     if unit == "share" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        shown = {"text": format_number(100.0 * value), "unit": "%" if math.isfinite(value) else ""}
+        as_text = {"text": format_number(100.0 * value), "unit": "%" if math.isfinite(value) else ""}
     else:
-        shown = {"text": format_number(value), "unit": unit}
-    return {"number": finite(value), **shown}
+        as_text = {"text": format_number(value), "unit": unit}
+    return {"number": finite(value), **as_text}
 
 
 def rounded(values: Any, digits: int = DIGITS) -> list[float | None]:
@@ -39,7 +39,7 @@ def rounded(values: Any, digits: int = DIGITS) -> list[float | None]:
     return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in values]
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Any plain value as a short text: settings, metadata."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
@@ -48,9 +48,9 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return format_number(value, 6)
     if isinstance(value, Mapping):
-        return ", ".join(f"{clean(k)}: {shown(v)}" for k, v in value.items()) or "–"
+        return ", ".join(f"{clean(k)}: {as_text(v)}" for k, v in value.items()) or "–"
     if isinstance(value, (list, tuple)):
-        listed = ", ".join(shown(v) for v in value[:20])
+        listed = ", ".join(as_text(v) for v in value[:20])
         return listed + (f", ... ({len(value)} in all)" if len(value) > 20 else "") or "–"
     return clean(value)
 

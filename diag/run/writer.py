@@ -327,10 +327,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _let_go_in_child() -> None:
+def _close_in_child() -> None:
     for writer in list(_open_writers.values()):
         writer.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
+    os.register_at_fork(after_in_child=_close_in_child)

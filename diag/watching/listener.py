@@ -16,7 +16,7 @@ from diag.snapshot.batch import tensors_in
 from diag.watching.guard import Clock, Guarded, guarded, safely
 from diag.watching.hooks.hub import HUB
 from diag.watching.hooks.model_hook import ModelHooks
-from diag.watching.measure.occasions import Occasions
+from diag.watching.measure.runner import MeasurementRunner
 from diag.watching.measure.training import Training
 from diag.watching.measure.window import Windows
 from diag.watching.observe.loop.observer import LoopObserver
@@ -37,16 +37,16 @@ class TrainingListener(Guarded):
         failed: Callable[[str, Exception], None],
         training: Training,
         windows: Windows,
-        occasions: Occasions,
+        runner: MeasurementRunner,
         company: Company,
         end: Callable[[], None],
     ) -> None:
         super().__init__(clock, failed)
         self._company = company
-        self._training, self._occasions, self._end = training, occasions, end
+        self._training, self._runner, self._end = training, runner, end
         self._losses: LossObserver = training.losses
         self._steps: StepObserver = training.steps
-        self._examples, self._own_step = windows.examples, occasions.own_step
+        self._examples, self._own_step = windows.examples, runner.own_step
         self._loop: LoopObserver = training.loop
         self._evaluated: tuple[Any, int] = (None, 0)
         self._hooks: ModelHooks | None = None
@@ -144,7 +144,7 @@ class TrainingListener(Guarded):
         self._losses.backward_called(roots, weight, inputs)
         self._steps.backward_begins()
         if self._own_step.armed:
-            self._occasions.own_step_descends()
+            self._runner.own_step_descends()
         self._facts("root_seen", roots)
         self._closely("backward_called", roots)
 
@@ -155,7 +155,7 @@ class TrainingListener(Guarded):
         self._losses.backward_done()
         self._closely("backward_done")
         if self._own_step.reading:
-            self._occasions.own_step_descended()
+            self._runner.own_step_descended()
         self._steps.backward_done()
 
     # Gradients and optimizer steps

@@ -35,7 +35,7 @@ from diag.watching.listener import TrainingListener
 from diag.watching.measure.findings import Findings
 from diag.watching.measure.live import LiveChecks
 from diag.watching.measure.measuring import Measurements, chosen_instruments
-from diag.watching.measure.occasions import Occasions
+from diag.watching.measure.runner import MeasurementRunner
 from diag.watching.measure.schedule import MeasurementSchedule
 from diag.watching.measure.training import Training
 from diag.watching.observe.loop.observer import LoopObserver
@@ -151,9 +151,9 @@ class Watcher(Guarded):
         self._live = self._checked_live(settings, about["layers"])
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)
-        self._occasions = Occasions(*guard, self._training, self._measurements, self._recorder)
+        self._runner = MeasurementRunner(*guard, self._training, self._measurements, self._recorder)
         self._listener = TrainingListener(
-            *guard, self._training, self._measurements.windows, self._occasions, self._company, self.close
+            *guard, self._training, self._measurements.windows, self._runner, self._company, self.close
         )
         self._why_ended = "its watch was closed"
         self._counted = 0  # examples of the steps that are over
@@ -268,7 +268,7 @@ class Watcher(Guarded):
         models = (model, self.model) if model is not self.model else (self.model,)
         self._listener.begin(models)
         _watchers[self.model] = weakref.ref(self)
-        self._occasions.announce_probe()
+        self._runner.announce_probe()
 
     def _end_others(self, run: Path | None) -> None:
         """A model has one watch, and a folder one that writes to it: the last that was begun."""
@@ -286,7 +286,7 @@ class Watcher(Guarded):
         self._loop.step_ended(step)
         self._listener.look_for_compiled()
         if self._company.leads:
-            self._occasions.step_ended(row, step, in_step)
+            self._runner.step_ended(row, step, in_step)
             self._judge(step)
         elif not self._company.together:
             self._end(measure=False)
@@ -313,7 +313,7 @@ class Watcher(Guarded):
     @guarded("measurements")
     def _measure_now(self, names: list[str]) -> None:
         self._finish_rows()
-        self._occasions.now(names)
+        self._runner.now(names)
         self._findings.tell()
 
     def _finish_rows(self) -> None:
@@ -360,7 +360,7 @@ class Watcher(Guarded):
 
     @guarded("the last measurements")
     def _measure_last(self) -> None:
-        self._occasions.last()
+        self._runner.last()
 
     @guarded("the last checks")
     def _judge_last(self) -> None:
@@ -370,7 +370,7 @@ class Watcher(Guarded):
 
     @guarded("what was not measured")
     def _explain(self) -> None:
-        self._occasions.explain_unrun()
+        self._runner.explain_unrun()
         for key, sentence in self._never_seen():
             self._recorder.note(key, sentence)
 

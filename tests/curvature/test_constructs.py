@@ -500,7 +500,7 @@ def test_parameters_used_past_the_forward_pass_are_refused():
         Hessian(listed, CE, batches).to_dense()
 
 
-class Answer:
+class Accumulator:
     """An output that hides its tensor from everyone."""
 
     def __init__(self, logits):
@@ -510,10 +510,10 @@ class Answer:
 def test_outputs_that_hide_their_tensors_have_a_hessian_and_no_gauss_newton_matrix():
     batches = batches_of(inputs)
     net = cases.build(plain_net)
-    hiding = Composed(lambda self, x: Answer(self.net(x)), net=net)
-    half = Composed(lambda self, x: (self.net(x), Answer(self.net(x))), net=net)
-    loss_fn = lambda answer, t: CE(answer.logits, t)  # noqa: E731
-    both = lambda answer, t: CE(answer[0], t) + CE(answer[1].logits, t)  # noqa: E731
+    hiding = Composed(lambda self, x: Accumulator(self.net(x)), net=net)
+    half = Composed(lambda self, x: (self.net(x), Accumulator(self.net(x))), net=net)
+    loss_fn = lambda accumulator, t: CE(accumulator.logits, t)  # noqa: E731
+    both = lambda accumulator, t: CE(accumulator[0], t) + CE(accumulator[1].logits, t)  # noqa: E731
     exact = Hessian(net, CE, batches).to_dense()
     assert cases.relative(Hessian(hiding, loss_fn, batches).to_dense(), exact) < CLOSE
     assert cases.relative(Hessian(half, both, batches).to_dense(), 2 * exact) < CLOSE

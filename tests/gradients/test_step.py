@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diag.gradients.planned import queries_of
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -21,7 +22,6 @@ from diag.gradients import (
     StepGradients,
     plan_for_steps,
 )
-from diag.gradients.foreseen import questions_of
 from diag.snapshot.batch import as_batch
 from diag.testing import leaves_no_trace
 
@@ -61,12 +61,12 @@ def test_what_is_asked_beforehand_is_answered_on_the_way(name):
     model, loss_fn, batch = cases.problem(name)
     model.eval()
     groups = ((0, 1, 2), (3, 1))
-    questions = [SquaredNorms(), Gram(), GroupGram(groups)]
-    expected = ModelGradients(model, loss_fn, [batch]).ask(*questions)
+    queries = [SquaredNorms(), Gram(), GroupGram(groups)]
+    expected = ModelGradients(model, loss_fn, [batch]).ask(*queries)
     plan = plan_for_steps(model, loss_fn, batch)
-    with StepGradients(model, plan, batch.size, ask=questions) as step:
+    with StepGradients(model, plan, batch.size, ask=queries) as step:
         loss_fn(batch.forward(model), batch.targets).backward()
-    for found, truth in zip(step.ask(*questions), expected, strict=True):
+    for found, truth in zip(step.ask(*queries), expected, strict=True):
         assert found.keys() == truth.keys()
         for layer in found:  # the same arithmetic, but for the factor 1/n of the loss
             scale = truth[layer].abs().max()
@@ -103,22 +103,22 @@ def test_the_forward_pass_alone_can_be_recorded():
     """What follows it is not looked at, and questions can be told up to the backward pass."""
     model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
     model.eval()
-    questions = [GroupGram(((0, 1), (2,))), SquaredNorms()]
-    expected = ModelGradients(model, loss_fn, [batch]).ask(*questions)
+    queries = [GroupGram(((0, 1), (2,))), SquaredNorms()]
+    expected = ModelGradients(model, loss_fn, [batch]).ask(*queries)
     step = StepGradients(model, plan_for_steps(model, loss_fn, batch), batch.size)
     with step:
         outputs = batch.forward(model)
         step.end_forward()
         penalty = model.out.bias.square().sum()  # a call of a parameter that is not in the plan
-        step.ask_only(questions)
+        step.ask_only(queries)
         loss_fn(outputs, batch.targets).backward()
-    for found, truth in zip(step.ask(*questions), expected, strict=True):
+    for found, truth in zip(step.ask(*queries), expected, strict=True):
         for layer in truth:
             torch.testing.assert_close(found[layer], truth[layer], rtol=1e-10, atol=1e-14)
-    assert penalty.requires_grad and not step.unforeseen
+    assert penalty.requires_grad and not step.unplanned
     with pytest.raises(Unsupported, match="not among the questions asked before the step"):
         step.gram()
-    assert step.unforeseen
+    assert step.unplanned
 
 
 def test_an_error_of_the_recording_does_not_reach_the_forward_pass(monkeypatch):
@@ -168,7 +168,7 @@ def test_an_error_of_the_model_passes_the_recording():
 
 
 @pytest.mark.parametrize("name", ["gradient_coherence", "gradient_conflict"])
-def test_the_questions_of_an_instrument_are_foreseen(name):
+def test_the_questions_of_an_instrument_are_found_by_a_dry_run(name):
     """With those found in rehearsal asked beforehand, the instrument gives the same as on a step that is kept."""
     model, loss_fn, batch = cases.problem("conv2d, groups, dilation, same")
     model.eval()
@@ -178,9 +178,9 @@ def test_the_questions_of_an_instrument_are_foreseen(name):
     for foresee in (True, False):
         step = StepGradients(model, plan, batch.size)
         if foresee:
-            questions = questions_of(lambda g: getattr(diag, name)(per_example_gradients=g, labels=labels), step)
-            assert {type(q) for q in questions} == {GroupGram, SquaredNorms}
-            step.ask_only(questions)
+            queries = queries_of(lambda g: getattr(diag, name)(per_example_gradients=g, labels=labels), step)
+            assert {type(q) for q in queries} == {GroupGram, SquaredNorms}
+            step.ask_only(queries)
         with step:
             loss_fn(batch.forward(model), batch.targets).backward()
         found.append(getattr(diag, name)(per_example_gradients=step, labels=labels))
@@ -286,7 +286,7 @@ def test_trouble_stays_with_the_questions(sentence):
     model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
     model.eval()
     plan = plan_for_steps(model, loss_fn, batch)
-    question = Failing() if "room" in sentence else SquaredNorms()
+    query = Failing() if "room" in sentence else SquaredNorms()
 
     def step():
         model.zero_grad()
@@ -294,10 +294,10 @@ def test_trouble_stays_with_the_questions(sentence):
         return [p.grad for p in model.parameters()]
 
     expected = step()
-    with StepGradients(model, plan, batch.size, ask=[question]) as seen:
+    with StepGradients(model, plan, batch.size, ask=[query]) as seen:
         found = step()
     with pytest.raises(Unsupported, match=f"No whole training step was seen.*{sentence}"):
-        seen.ask(question)
+        seen.ask(query)
     for a, b in zip(found, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 

@@ -13,7 +13,7 @@ from diag.linalg.lanczos import Eigenpairs, eigenpairs, extract, run_lanczos
 from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.linalg.reductions import norm
 from diag.linalg.refine import complete
-from diag.linalg.ritz import Wanted, error_bounds
+from diag.linalg.ritz import Which, error_bounds
 
 Planted = Callable[..., LinearOperator]
 
@@ -82,7 +82,7 @@ def test_o6e_rescaled_parameters_have_another_spectrum(planted: Planted, o6c: Te
 def test_o6f_a_positive_semidefinite_matrix_shows_no_negative_eigenvalue() -> None:
     jacobian = torch.randn(12, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     operator = LinearOperator.from_matrix(jacobian.T @ jacobian)
-    pairs = complete(operator, eigenpairs(operator, smallest=3, vectors=True), Wanted(smallest=3))
+    pairs = complete(operator, eigenpairs(operator, smallest=3, vectors=True), Which(smallest=3))
     assert (pairs.values.abs() < 1e-8).all(), "the 48 zeros come with their multiplicity"
 
 
@@ -223,8 +223,8 @@ def test_no_products_are_refused_and_one_is_a_rayleigh_quotient(planted: Planted
     with pytest.raises(InvalidInput, match=r"max_products=0 was given; give at least 1\."):
         eigenpairs(operator, largest=1, max_products=0)
     start = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64) / 3
-    wanted = Wanted(largest=1)
-    pairs = extract(run_lanczos(operator, wanted, max_products=1, start=start), wanted, seed=0)
+    which = Which(largest=1)
+    pairs = extract(run_lanczos(operator, which, max_products=1, start=start), which, seed=0)
     assert pairs.values.tolist() == pytest.approx([float(start @ operator.matvec(start))])
     assert not pairs.converged.any() and pairs.num_products == 1
 
@@ -256,8 +256,8 @@ def test_memory_cap_is_kept_by_thick_restarts() -> None:
     operator, spectrum = decaying(20_000)
     vectors = 14
     memory = 4 * 20_000 * 4 + vectors * 20_000 * 4
-    run = run_lanczos(operator, Wanted(largest=5), max_products=500, memory=memory)
-    pairs = extract(run, Wanted(largest=5), seed=0)
+    run = run_lanczos(operator, Which(largest=5), max_products=500, memory=memory)
+    pairs = extract(run, Which(largest=5), seed=0)
     assert run.space.basis.numel() * 4 <= memory - 4 * 20_000 * 4
     assert run.num_products > vectors, "the test must restart to mean anything"
     torch.testing.assert_close(pairs.values, spectrum[:5], rtol=1e-3, atol=0)

@@ -11,14 +11,14 @@ from diag.linalg.deflation import DeflatedOperator, orthonormal
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.refine import complete, refine
-from diag.linalg.ritz import Wanted
+from diag.linalg.ritz import Which
 
 Planted = Callable[..., LinearOperator]
 
 
 def test_refine_stops_at_its_limit_and_says_so(planted: Planted, o6c: Tensor) -> None:
     guess = torch.randn(3, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pairs = refine(planted(o6c), guess, Wanted(largest=3), max_products=5)
+    pairs = refine(planted(o6c), guess, Which(largest=3), max_products=5)
     assert pairs.num_products == 5
     assert not pairs.converged.all()
 
@@ -29,7 +29,7 @@ def test_missed_copies_of_a_multiple_outlier_are_found(planted: Planted, dtype: 
     operator = planted(spectrum, dtype)
     first = eigenpairs(operator, largest=3)
     assert first.values[1] < 4.5, "one start vector sees one copy; else this test says nothing"
-    pairs = complete(operator, first, Wanted(largest=3))
+    pairs = complete(operator, first, Which(largest=3))
     torch.testing.assert_close(pairs.values, torch.full((3,), 5.0, dtype=torch.float64), rtol=1e-4, atol=0)
     assert pairs.num_products == operator.num_products
 
@@ -37,7 +37,7 @@ def test_missed_copies_of_a_multiple_outlier_are_found(planted: Planted, dtype: 
 def test_nothing_missed_costs_only_the_search(planted: Planted, o6c: Tensor) -> None:
     operator = planted(o6c)
     first = eigenpairs(operator, largest=3)
-    pairs = complete(operator, first, Wanted(largest=3), steps=5)
+    pairs = complete(operator, first, Which(largest=3), steps=5)
     assert pairs.num_products == first.num_products + 5
     assert torch.equal(pairs.values, first.values)
 
@@ -66,4 +66,4 @@ def test_deflated_operator_is_p_a_p(planted: Planted, o6c: Tensor) -> None:
 
 def test_refusals(planted: Planted, o6c: Tensor) -> None:
     with pytest.raises(InvalidInput, match="spans 1 dimensions and 3 eigenpairs are wanted"):
-        refine(planted(o6c), torch.ones(2, 200, dtype=torch.float64), Wanted(largest=3))
+        refine(planted(o6c), torch.ones(2, 200, dtype=torch.float64), Which(largest=3))

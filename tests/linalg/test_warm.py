@@ -6,8 +6,8 @@ import torch
 from diag.errors import InvalidInput
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import FunctionOperator, LinearOperator
-from diag.linalg.ritz import Ritz, Wanted
-from diag.linalg.warm import Wary, search_length, warm_eigenpairs
+from diag.linalg.ritz import Ritz, Which
+from diag.linalg.warm import CautiousStoppingRule, search_length, warm_eigenpairs
 
 SIZE = 2000
 # A bulk like a network's: most of it near zero, a tail up to 1.
@@ -91,7 +91,7 @@ def test_a_run_waits_for_a_next_value_that_may_still_rise_above(following, resid
     values = torch.tensor([0.5, following, 2.0, 3.0], dtype=torch.float64)
     residuals = torch.tensor([0.5, residual, 1e-5, 1e-5], dtype=torch.float64)
     pairs = Ritz(values, torch.eye(4, dtype=torch.float64), residuals, residuals)
-    rule = Wary(Wanted(largest=2, tolerance=1e-3))
+    rule = CautiousStoppingRule(Which(largest=2, tolerance=1e-3))
     checks = [rule.satisfied(products, pairs, torch.zeros(5, 5), [0], False) for products in (10, 11)]
     assert checks == [False, stops]
 

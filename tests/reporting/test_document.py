@@ -12,7 +12,7 @@ from report_fakes import HOSTILE, Bare, Collapse, Uncertain, finding, series
 import diag
 from diag.errors import InvalidInput, RunError
 from diag.reporting import document, render
-from diag.reporting.plain import clean, count_in_words, listed, number, rounded, shown
+from diag.reporting.plain import as_text, clean, count_in_words, listed, number, rounded
 from diag.result import Failed, Skipped, Verdict
 from diag.run.run import Cost, Event, Run, RunWriter
 
@@ -300,7 +300,7 @@ def test_numbers_and_texts_are_json_safe():
     assert number(True)["text"] == "yes"
     assert rounded([1.23456, float("inf"), float("nan")]) == [1.235, None, None]
     assert clean("a\x00b\ud800") == "a\N{REPLACEMENT CHARACTER}b?"
-    assert shown({"lr": 0.1, "betas": (0.9, 0.999), "foreach": None}) == "lr: 0.1, betas: 0.9, 0.999, foreach: –"
+    assert as_text({"lr": 0.1, "betas": (0.9, 0.999), "foreach": None}) == "lr: 0.1, betas: 0.9, 0.999, foreach: –"
     assert (count_in_words(1, "alarm"), count_in_words(12, "alarm"), count_in_words(2, "one", "ones")) == (
         "one alarm",
         "12 alarms",

@@ -57,8 +57,8 @@ def with_ours(monkeypatch):
     """Our instruments, and time enough for a look on a machine that does other things as well."""
     from diag.registry import find
 
-    monkeypatch.setattr("diag.watching.measure.occasions.LEAST_LOOK", 60.0)
-    monkeypatch.setattr("diag.watching.measure.occasions.SPARE", 60.0)
+    monkeypatch.setattr("diag.watching.measure.runner.LEAST_LOOK", 60.0)
+    monkeypatch.setattr("diag.watching.measure.runner.SPARE", 60.0)
     monkeypatch.setattr(MEASURING, lambda name: OURS.get(name) or find(name))
 
 
@@ -142,7 +142,7 @@ def test_a_measurement_is_stopped_at_twice_its_estimate_and_says_so():
 
 
 def test_a_check_that_takes_too_long_is_given_up(monkeypatch):
-    monkeypatch.setattr("diag.watching.measure.occasions.LEAST_LOOK", 0.02)
+    monkeypatch.setattr("diag.watching.measure.runner.LEAST_LOOK", 0.02)
     model = nn.Linear(4, 3)
     watcher, _ = train(diag.watch(model, instruments=["slow_check"]), model, steps=300)
     reasons = [outcome.reason for _, outcome in watcher.run.outcomes]

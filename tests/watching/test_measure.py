@@ -104,7 +104,7 @@ def trained(watched, model, x, y, steps=6):
 
 def test_what_the_budget_never_allowed_is_said(tiny, monkeypatch):
     model, x, y = tiny
-    monkeypatch.setattr("diag.watching.measure.occasions.SPARE", 0.0)
+    monkeypatch.setattr("diag.watching.measure.runner.SPARE", 0.0)
     run = trained(diag.watch(model, instruments=["sharpness"], budget=1e-9), model, x, y)
     ((step, skipped),) = run.outcomes
     assert (step, skipped.instrument) == (6, "sharpness")
@@ -114,7 +114,7 @@ def test_what_the_budget_never_allowed_is_said(tiny, monkeypatch):
 
 def test_measuring_at_once_needs_no_budget(tiny, monkeypatch):
     model, x, y = tiny
-    monkeypatch.setattr("diag.watching.measure.occasions.SPARE", 0.0)
+    monkeypatch.setattr("diag.watching.measure.runner.SPARE", 0.0)
     optimizer = torch.optim.SGD(model.parameters(), 0.03)
     with diag.watch(model, instruments=["softmax_collapse", "sharpness"], budget=1e-9) as watcher:
         for _ in range(6):

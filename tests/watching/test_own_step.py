@@ -302,13 +302,13 @@ def test_an_error_of_the_recording_stays_ours(where, monkeypatch, helpers):
     assert results(run)
 
 
-@pytest.mark.parametrize("foreseen", [True, False])
-def test_no_activation_is_held_after_the_backward_pass(foreseen, monkeypatch):
-    """What the instruments ask is answered on the way; where that is not foreseen, the activations are kept."""
+@pytest.mark.parametrize("planned", [True, False])
+def test_no_activation_is_held_after_the_backward_pass(planned, monkeypatch):
+    """What the instruments ask is answered on the way; where that is not planned, the activations are kept."""
     from diag.gradients import StepGradients
 
-    if not foreseen:
-        monkeypatch.setattr(StepGradients, "ask_only", lambda self, questions: None)
+    if not planned:
+        monkeypatch.setattr(StepGradients, "ask_only", lambda self, queries: None)
     torch.manual_seed(0)
     model, alive, held = mlp(), [], []
     model[3].register_forward_hook(
@@ -323,7 +323,7 @@ def test_no_activation_is_held_after_the_backward_pass(foreseen, monkeypatch):
 
         monkeypatch.setattr(watcher._measurements, "measure_step", measuring)
         train(model)
-    assert held == [not foreseen] * 3
+    assert held == [not planned] * 3
     for name in ("gradient_coherence", "gradient_conflict"):
         assert [r.num_examples for _, r in results(watcher.run, name)] == [BATCH] * 3
 

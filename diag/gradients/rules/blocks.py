@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from diag.gradients.rules.accurate import row_norms, squared, squared_rows, sums, sums_of_squares
+from diag.gradients.rules.float64_sums import row_norms, squared, squared_rows, sums, sums_of_squares
 
 # Numbers that one temporary may hold (float32: 4 MB, which stays in a cache); larger work goes in slices.
 SCRATCH = 1_000_000

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diag.gradients.rules.accurate import squared, sums, sums_of_squares
 from diag.gradients.rules.blocks import SCRATCH, Block, Outer
+from diag.gradients.rules.float64_sums import squared, sums, sums_of_squares
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ADDITION = 16  # multiplications in a matrix product that take as long as one addition of T x T products

@@ -3,4 +3,4 @@
 Rule of the room: it is the only caller of instruments in a watch.
 """
 
-__all__ = ["findings", "live", "measuring", "occasions", "probe", "schedule", "training", "window"]
+__all__ = ["findings", "live", "measuring", "probe", "runner", "schedule", "training", "window"]

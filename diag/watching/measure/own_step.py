@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from diag.errors import DiagError, Unsupported, first_line
 from diag.gradients import GroupSums, PerExampleGradients, StepGradients, plan_for_steps
-from diag.gradients.foreseen import questions_of
-from diag.gradients.questions import Question
+from diag.gradients.planned import queries_of
+from diag.gradients.queries import Query
 from diag.linalg.deadline import Deadline
 from diag.registry import Instrument
 from diag.result import Outcome
@@ -75,7 +75,7 @@ class OwnStep:
         self.refused = ""  # why no step is read any more
         self._reasons: dict[str, str] = {}  # the same, of one instrument
         self._measure = measure
-        self._unforeseen: set[str] = set()  # those that ask more than they did in rehearsal
+        self._unplanned: set[str] = set()  # those that ask more than they did in rehearsal
         self._plan: Any = None
         self._step: StepGradients | None = None
         self._clean = self._seen = False
@@ -106,9 +106,9 @@ class OwnStep:
 
     def leave(self, name: str, reason: str, read: Read) -> None:
         """This instrument gave nothing on a step's gradients: from now on it is measured on the probe set, but
-        where it asked something that was not foreseen, which the next step will be kept for."""
-        if read.gradients.unforeseen and name not in self._unforeseen:
-            self._unforeseen.add(name)
+        where it asked something that was not planned, which the next step will be kept for."""
+        if read.gradients.unplanned and name not in self._unplanned:
+            self._unplanned.add(name)
         else:
             self._reasons[name] = reason.rstrip(".")
 
@@ -189,18 +189,18 @@ class OwnStep:
             # Gradients of earlier passes must not be in the way.
             grads = [p.grad for p in self._parameters() if p.grad is not None]
             self._clean = not any(bool(g.any()) for g in grads)
-            if self._unforeseen.isdisjoint(self.names):  # else all is kept, and asked afterwards
-                self._step.ask_only(self._questions(self._step, call))
+            if self._unplanned.isdisjoint(self.names):  # else all is kept, and asked afterwards
+                self._step.ask_only(self._queries(self._step, call))
         return time.perf_counter() - began
 
-    def _questions(self, step: StepGradients, call: SeenLossCall | None) -> list[Question]:
+    def _queries(self, step: StepGradients, call: SeenLossCall | None) -> list[Query]:
         """All that will be asked of the step, so that the backward pass can answer it and nothing need be kept."""
         if call is None or not self._clean:
             return []  # it will not be used
         given = _quantities(step, call)
         asked = [_everyone(step)]
         for name in self.names:
-            asked += questions_of(partial(self._rehearse, name, given), step)
+            asked += queries_of(partial(self._rehearse, name, given), step)
         return asked
 
     def _rehearse(self, name: str, given: Mapping[str, Any], gradients: PerExampleGradients) -> None:
@@ -280,6 +280,6 @@ def _quantities(step: StepGradients, call: SeenLossCall) -> dict[str, Any]:
     return given | {"labels": targets.detach()} if int(targets.min()) >= 0 else given
 
 
-def _everyone(step: StepGradients) -> Question:
+def _everyone(step: StepGradients) -> Query:
     """What the mean gradient comes from."""
     return GroupSums((tuple(range(step.num_examples)),))

@@ -1,5 +1,5 @@
-"""The occasions on which a model is measured while it trains: after an optimizer step, on a step's own backward
-pass, over a window of steps, when the user asks, and at the end.
+"""Runs the measurements of a watched training, each when it can be made: after an optimizer step, on a step's own
+backward pass, over a window of steps, when the user asks, and at the end.
 
 `Schedule` says what is due and paid for; here it is decided what can be had from the step at hand.
 """
@@ -32,7 +32,7 @@ SHARDED = (
 )
 
 
-class Occasions(Guarded):
+class MeasurementRunner(Guarded):
     """Measures a training when the schedule and the state of the step allow."""
 
     def __init__(

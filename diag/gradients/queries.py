@@ -1,7 +1,7 @@
 """What can be asked of per-example gradients, each answered by one pass over their blocks.
 
-A question is a value: equal questions have equal answers. `begin` gives an unfinished answer, which takes the
-blocks as they come and keeps none of them but where it says so. So one pass can answer several questions, and a
+A query is a value: equal queries have equal answers. `begin` gives an unfinished answer, which takes the
+blocks as they come and keeps none of them but where it says so. So one pass can answer several queries, and a
 training step's hooks can answer those that were asked before it began.
 """
 
@@ -22,7 +22,7 @@ EXACT = 50_000_000  # numbers up to which sums are taken in float64, 400 MB
 
 
 class Asked(Protocol):
-    """What a question needs to know of the gradients that it is asked of (see `PerExampleGradients`)."""
+    """What a query needs to know of the gradients that it is asked of (see `PerExampleGradients`)."""
 
     num_examples: int
     num_parameters: int
@@ -34,7 +34,7 @@ class Asked(Protocol):
     def layers(self) -> Iterable[str]: ...
 
 
-class Answer(Protocol):
+class Accumulator(Protocol):
     """An answer that is not finished."""
 
     def consume(self, rows: slice, name: str, block: Block) -> None:
@@ -44,17 +44,17 @@ class Answer(Protocol):
         """The answer, once all blocks were there."""
 
 
-class Question(Hashable, Protocol):
+class Query(Hashable, Protocol):
     """Something to ask of gradients."""
 
-    def begin(self, gradients: Asked) -> Answer: ...
+    def begin(self, gradients: Asked) -> Accumulator: ...
 
 
 @dataclass(frozen=True)
 class SquaredNorms:
     """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters."""
 
-    def begin(self, gradients: Asked) -> Answer:
+    def begin(self, gradients: Asked) -> Accumulator:
         return _SquaredNorms(gradients)
 
 
@@ -78,7 +78,7 @@ class GroupSums:
 
     groups: tuple[ExampleGroup, ...]
 
-    def begin(self, gradients: Asked) -> Answer:
+    def begin(self, gradients: Asked) -> Accumulator:
         return _GroupSums(gradients, self.groups)
 
 
@@ -118,7 +118,7 @@ class GroupGram:
 
     groups: tuple[ExampleGroup, ...]
 
-    def begin(self, gradients: Asked) -> Answer:
+    def begin(self, gradients: Asked) -> Accumulator:
         return _GroupGram(gradients, self.groups)
 
 
@@ -147,7 +147,7 @@ class _GroupGram:
 class Gram:
     """Per layer, (n, n) float64: <g_i, g_j>. Of several micro-batches it keeps the factors while it runs."""
 
-    def begin(self, gradients: Asked) -> Answer:
+    def begin(self, gradients: Asked) -> Accumulator:
         return _Gram(gradients)
 
 
@@ -179,7 +179,7 @@ class Projection:
 
     directions: Tensor
 
-    def begin(self, gradients: Asked) -> Answer:
+    def begin(self, gradients: Asked) -> Accumulator:
         return _Projection(gradients, self.directions)
 
 
@@ -201,7 +201,7 @@ class _Projection:
 class Everything:
     """(n, P): all gradients in full."""
 
-    def begin(self, gradients: Asked) -> Answer:
+    def begin(self, gradients: Asked) -> Accumulator:
         return _Everything(gradients)
 
 

@@ -1,6 +1,6 @@
-"""Which questions somebody asks of per-example gradients, found out before the gradients are there.
+"""Which queries somebody asks of per-example gradients, found out before the gradients are there.
 
-    questions = questions_of(lambda g: diag.gradient_coherence(per_example_gradients=g), step)
+    queries = questions_of(lambda g: diag.gradient_coherence(per_example_gradients=g), step)
 
 A rehearsal on gradients that are all zero costs no pass. So a training step's hooks can answer on the way whatever
 an instrument asks, and the step's activations need not be held for it.
@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
-from diag.gradients.questions import Question
+from diag.gradients.queries import Query
 
 
-def questions_of(asks: Callable[[PerExampleGradients], Any], about: PerExampleGradients) -> list[Question]:
+def queries_of(asks: Callable[[PerExampleGradients], Any], about: PerExampleGradients) -> list[Query]:
     """What `asks` wants to know of gradients shaped like `about`, as far as it does not depend on the answers."""
     rehearsal = _ZeroGradients(about)
     # It may refuse gradients that vanish, or ask what nobody can answer; of the step it will then say so itself.
@@ -30,7 +30,7 @@ class _ZeroGradients(PerExampleGradients):
 
     def __init__(self, about: PerExampleGradients) -> None:
         super().__init__(about.shapes, about.num_examples)
-        self.asked: dict[Question, None] = {}
+        self.asked: dict[Query, None] = {}
 
     @property
     def coverage(self) -> Coverage:
@@ -39,6 +39,6 @@ class _ZeroGradients(PerExampleGradients):
     def stream(self, consume: Consumer) -> None:
         """There is no block."""
 
-    def ask(self, *questions: Question) -> tuple[Any, ...]:
-        self.asked |= dict.fromkeys(questions)
-        return super().ask(*questions)
+    def ask(self, *queries: Query) -> tuple[Any, ...]:
+        self.asked |= dict.fromkeys(queries)
+        return super().ask(*queries)

@@ -19,6 +19,7 @@ _HOMES = {
     "preflight": "diag.trial.preflight",
     "compare": "diag.reporting",
     "load": "diag.run.saved",
+    "gradient_rule": "diag.gradients.layer_rules",
     "Run": "diag.run.run",
     "align": "diag.connectivity.connection",
     "connect": "diag.connectivity.connection_map",

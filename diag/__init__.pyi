@@ -19,6 +19,7 @@ from diag.connectivity.connection import align as align
 from diag.reporting import compare as compare
 from diag.connectivity.connection_map import connect as connect
 from diag.connectivity.connection_map import fork_stability as fork_stability
+from diag.gradients.layer_rules import gradient_rule as gradient_rule
 from diag.registry import instrument as instrument
 from diag.run.saved import load as load
 from diag.registry import measure as measure

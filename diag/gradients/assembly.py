@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from diag.gradients.capture import Use
-from diag.gradients.methods import by_closed_form, by_replay
+from diag.gradients.methods import by_closed_form, by_replay, by_rule
 from diag.gradients.plan import Plan
 from diag.gradients.rules import fallback
 from diag.gradients.rules.blocks import Block, Dense, Outer
+from diag.gradients.rules.by_user import RuleAnswer
 from diag.gradients.rules.call import Call, NoClosedForm, single
 from diag.gradients.rules.closed_forms import FORMS
 from diag.gradients.rules.combination import Placed, combined
@@ -71,12 +72,13 @@ class Assembly:
         use = self.uses[index]
         self.uses[index] = use.bare()
         call = Call(use, single(delta), self.plan.layouts[index], self.n)
+        answer = None if use.rule is None else RuleAnswer(call)
         for place in self.plan.places[index]:
             source = use.slots[place]
             if set(source.names) <= self.plan.graph_parameters:
                 continue
             try:
-                block = self._block(call, place)
+                block = self._block(call, place, answer)
             except NoClosedForm:
                 self.plan.graph_parameters |= set(source.names)
                 continue
@@ -94,9 +96,13 @@ class Assembly:
         if name not in self.plan.graph_parameters:
             self.consume(name, combined(parts))
 
-    def _block(self, call: Call, place: Any) -> Block:
-        """The closed form, or else the call replayed for each example."""
+    def _block(self, call: Call, place: Any, answer: RuleAnswer | None) -> Block:
+        """What the layer's own rule answers; the closed form, or else the call replayed for each example."""
         methods, names = self.plan.methods, call.use.slots[place].names
+        if answer is not None:
+            block = answer.block(place)
+            methods.update(dict.fromkeys(names, by_rule(call.use.name)))
+            return block
         try:
             block = FORMS[call.use.name](call, place)
             methods.update(dict.fromkeys(names, by_closed_form(call.use.name)))

@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from diag.errors import Unsupported
+from diag.gradients.layer_rules import PARAMETER, Rule, followed
 from diag.gradients.rules.recurrent import UNROLLED, is_padded_call
 from diag.gradients.sources import ArgumentPlace, Source, item, rearranged
 
@@ -49,6 +50,7 @@ class Use:
     versions: dict[ArgumentPlace, int]
     inputs: list[Node | None]
     readable: bool = False
+    rule: tuple[nn.Module, Rule] | None = None  # of the layer that was called, where its user gave one
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -92,9 +94,52 @@ class Capture(TorchFunctionMode):
         self._changed: dict[int, Any] = {}  # what the model's own tensors have become by being written into
         self._token = object()
         self._running: set[Any] = set()
+        self._model, self._hooks, self._entered = model, list[Any](), 0
+        self._inside: list[dict[ArgumentPlace, int]] = []  # layers with rules that are being called
+
+    def __enter__(self) -> Self:
+        if not self._entered:  # it is entered again for each function of torch's that it steps into
+            self._hooks = followed(self._model, self)
+        self._entered += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entered -= 1
+        if not self._entered:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks, self._inside = [], []
+
+    def layer_begins(self, args: Any, kwargs: Any) -> None:
+        """A layer whose user gave a rule is about to be called: its own calls are not looked at."""
+        self._inside.append({place: tensor._version for place, tensor in _tensors(args, kwargs)})
+
+    def layer_ends(self, layer: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> None:
+        """It has returned."""
+        versions = self._inside.pop()
+        known = isinstance(output, Tensor) and output.grad_fn is not None and torch.is_grad_enabled()
+        own = {PARAMETER + n: p for n, p in layer.named_parameters() if id(p) in self._parameters}
+        if self._inside or not known or not own:
+            return
+        slots: dict[ArgumentPlace, Source] = {(name,): self._parameters[id(p)] for name, p in own.items()}
+        versions |= {(name,): p._version for name, p in own.items()}
+        nodes = [tensor.grad_fn for _, tensor in _tensors(args, kwargs)]
+        self._use(
+            Use(len(self.uses), type(layer).__name__, layer, args, {**kwargs, **own}, slots, True, output.shape,
+                get_gradient_edge(output), versions, nodes, rule=(layer, rule))
+        )  # fmt: skip
+
+    def _use(self, use: Use) -> None:
+        self.uses.append(use)
+        if self._on_use is not None:
+            self._on_use(use)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._inside:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if self._unroll and name in UNROLLED and is_padded_call(name, args):
             with self:
@@ -134,12 +179,10 @@ class Capture(TorchFunctionMode):
         index = None
         if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
             index = len(self.uses)
-            self.uses.append(
+            self._use(
                 Use(index, name, func, args, kwargs, slots, with_data, output.shape,
                     get_gradient_edge(output), versions, nodes, not _saving_hooks(True))
             )  # fmt: skip
-            if self._on_use is not None:
-                self._on_use(self.uses[-1])
         if not with_data:
             self._derive(name, func, args, kwargs, slots, output, index)
             if isinstance(output, (tuple, list)):
@@ -193,37 +236,6 @@ class Capture(TorchFunctionMode):
                 where = cache(partial(item, positions, i))
             edge = None if where is not None else get_gradient_edge(tensor)
             self._tag(tensor, Source(names, tensor.shape, where, edge, made_by))
-
-
-def unexplained(capture: Capture, roots: list[GradientEdge], parameters: dict[str, nn.Parameter]) -> set[str]:
-    """Names of the parameters that the graph reaches by a way that no recorded call explains.
-
-    Custom autograd functions and scripted modules call kernels without asking the mode: their parameters
-    need another method. Walks the graph from `roots` once.
-    """
-    accumulators = {get_gradient_edge(p).node: name for name, p in parameters.items()}
-    explained: set[tuple[Node, int]] = set()
-    calls = [([use.edge.node], use.inputs) for use in capture.uses] + capture.several
-    for outputs, inputs in calls:
-        explained |= {edge for edge, _ in _edges(outputs, accumulators, {n for n in inputs if n is not None})}
-    found = _edges([root.node for root in roots], accumulators, set())
-    return {name for edge, name in found if edge not in explained}
-
-
-def _edges(
-    start: list[Node], accumulators: dict[Node, str], stop: set[Node]
-) -> Iterator[tuple[tuple[Node, int], str]]:
-    stack, seen = list(start), set(start)
-    while stack:
-        node = stack.pop()
-        for i, (following, _) in enumerate(node.next_functions):
-            if following is None:
-                continue
-            if following in accumulators:
-                yield (node, i), accumulators[following]
-            elif following not in seen and following not in stop:
-                seen.add(following)
-                stack.append(following)
 
 
 def _refuse(name: str, args: Any) -> None:

@@ -12,6 +12,7 @@ class How(enum.Enum):
     GIVEN = enum.auto()  # by the user, as numbers
     NOT_MOVED = enum.auto()  # no example moves the parameter
     CLOSED_FORM = enum.auto()
+    RULE = enum.auto()  # that the layer's user gave
     REPLAYED = enum.auto()  # the call, for each example
     WHOLE_GRAPH = enum.auto()  # back from each example's loss
 
@@ -40,6 +41,11 @@ WHOLE_GRAPH = Method("through the whole graph, one example at a time", How.WHOLE
 def by_closed_form(call: str) -> Method:
     """By the closed form of this call."""
     return Method(call, How.CLOSED_FORM)
+
+
+def by_rule(layer: str) -> Method:
+    """By the rule that was given for this class of layers."""
+    return Method(f"the rule of {layer}", How.RULE)
 
 
 def by_replay(call: str) -> Method:

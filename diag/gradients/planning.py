@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.errors import InvalidInput
 from diag.gradients.assembly import Assembly
-from diag.gradients.capture import Use, unexplained
-from diag.gradients.methods import WHOLE_GRAPH
+from diag.gradients.capture import Use
+from diag.gradients.methods import WHOLE_GRAPH, How, Method
 from diag.gradients.plan import NotFinite, Plan, copied, forward
 from diag.gradients.rules.blocks import Block, row_slices
 from diag.gradients.rules.closed_forms import FORMS
 from diag.gradients.rules.layout import find_layout
+from diag.gradients.unexplained import unexplained
 from diag.linalg.deadline import NEVER, Deadline
 from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch, tensors_in
@@ -65,10 +67,20 @@ def make_plan(
     for name, gradient in dense.items():
         deadline.check()
         if name not in plan.graph_parameters and not _agrees(blocks.get(name), weights, gradient, total):
+            _refuse_rule(name, plan.methods.get(name))
             plan.graph_parameters.add(name)
     for name in plan.graph_parameters:
         plan.methods[name] = WHOLE_GRAPH
     return plan
+
+
+def _refuse_rule(name: str, method: Method | None) -> None:
+    """A rule that its user has to mend is not passed over in silence."""
+    if method is not None and method.how is How.RULE:
+        raise InvalidInput(
+            f"By {method} the per-example gradients of {name} do not add up to autograd's gradient when the "
+            "examples are weighted; correct the rule."
+        )
 
 
 def _read_calls(uses: list[Use], plain: Any, weighted: Any, weights: Tensor) -> Plan:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from diag.errors import Unsupported, first_line
 from diag.gradients.assembly import Assembly
 from diag.gradients.capture import Capture, Use
+from diag.gradients.layer_rules import Rule
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.plan import PROBES, Plan, probe_of
 from diag.gradients.planning import make_plan
@@ -77,6 +78,13 @@ class _Undisturbing(Capture):
         for use in self.uses[index:]:
             use.func = func
         return result
+
+    def layer_ends(self, layer: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> None:
+        try:
+            super().layer_ends(layer, rule, args, kwargs, output)
+        except Exception:
+            self._broken = True
+            self.uses.clear()
 
 
 class _Once:

@@ -180,7 +180,7 @@ def _identity(space: KrylovSpace, progress: LanczosProgress, seed: int) -> dict[
         "operator": space.operator.identity,
         "capacity": space.capacity,
         "seed": seed,
-        "which": str(progress.which),
+        "choice of eigenvalues": str(progress.which),
     }
 
 

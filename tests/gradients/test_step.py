@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diag.gradients.planned import queries_of
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -22,6 +21,7 @@ from diag.gradients import (
     StepGradients,
     plan_for_steps,
 )
+from diag.gradients.dry_run import queries_of
 from diag.snapshot.batch import as_batch
 from diag.testing import leaves_no_trace
 
@@ -72,7 +72,7 @@ def test_what_is_asked_beforehand_is_answered_on_the_way(name):
             scale = truth[layer].abs().max()
             torch.testing.assert_close(found[layer], truth[layer].to(found[layer]), rtol=1e-10, atol=1e-12 * scale)
     assert step.norms().tolist() == pytest.approx(sum(expected[0].values()).sqrt().tolist(), rel=1e-10)
-    with pytest.raises(Unsupported, match="not among the questions asked before the step"):
+    with pytest.raises(Unsupported, match="not among the queries asked before the step"):
         step.mean()
 
 
@@ -116,7 +116,7 @@ def test_the_forward_pass_alone_can_be_recorded():
         for layer in truth:
             torch.testing.assert_close(found[layer], truth[layer], rtol=1e-10, atol=1e-14)
     assert penalty.requires_grad and not step.unplanned
-    with pytest.raises(Unsupported, match="not among the questions asked before the step"):
+    with pytest.raises(Unsupported, match="not among the queries asked before the step"):
         step.gram()
     assert step.unplanned
 

@@ -62,7 +62,9 @@ def test_killed_and_resumed_gives_the_same_numbers(tmp_path: Path, memory: int |
 def test_another_question_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     solve(path, None)
-    with pytest.raises(CheckpointError, match="another wanted; give the same settings or delete the file"):
+    with pytest.raises(
+        CheckpointError, match="another choice of eigenvalues; give the same settings or delete the file"
+    ):
         solve(path, None, largest=3)
 
 

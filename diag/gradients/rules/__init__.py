@@ -1,3 +1,3 @@
 """How the per-example gradients of one kind of layer are found from its inputs and output gradients."""
 
-__all__ = ["blocks", "call", "closed_forms", "combination", "fallback", "layout", "recurrent"]
+__all__ = ["blocks", "by_user", "call", "closed_forms", "combination", "fallback", "layout", "recurrent"]

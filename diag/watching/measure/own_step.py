@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diag.errors import DiagError, Unsupported, first_line
 from diag.gradients import GroupSums, PerExampleGradients, StepGradients, plan_for_steps
-from diag.gradients.planned import queries_of
+from diag.gradients.dry_run import queries_of
 from diag.gradients.queries import Query
 from diag.linalg.deadline import Deadline
 from diag.registry import Instrument

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diag.gradients import Gram, ModelGradients, SquaredNorms, StepGradients, plan_for_steps
-from diag.gradients.questions import Question
+from diag.gradients.queries import Query
 from diag.snapshot.batch import Batch, as_batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -115,7 +115,7 @@ def contenders(model: nn.Module, loss_fn: Loss, batch: Batch, opacus: bool) -> d
 
     plan = plan_for_steps(model, loss_fn, batch)
 
-    def step(ask: Question | None) -> Callable[[], Any]:
+    def step(ask: Query | None) -> Callable[[], Any]:
         """The ordinary pass with this question answered on its way, or with all kept and the norms asked after."""
 
         def call() -> Any:

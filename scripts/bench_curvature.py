@@ -170,7 +170,7 @@ def build(name: str, steps: int = 100) -> Problem:
 
 
 @dataclass
-class Accumulator:
+class Answer:
     """Eigenvalues by descending magnitude (empty for a density), and the products that they took."""
 
     values: Tensor
@@ -183,11 +183,11 @@ class Contender:
     """One way to the answer; `run` starts from nothing but the problem."""
 
     name: str
-    run: Callable[[Problem], Accumulator]
+    run: Callable[[Problem], Answer]
     density: bool = False
     slow: bool = False
     seconds: list[float] = field(default_factory=list)
-    accumulator: Accumulator | None = None
+    answer: Answer | None = None
     megabytes: float = math.nan
 
 
@@ -211,21 +211,21 @@ def hessian(problem: Problem) -> Hessian:
     return Snapshot(problem.model, problem.loss, (problem.inputs, problem.targets)).quantity("hessian")
 
 
-def ours(problem: Problem, tested: dict[str, Any]) -> Accumulator:
+def ours(problem: Problem, tested: dict[str, Any]) -> Answer:
     operator = hessian_again(problem, tested)
     pairs = eigenpairs(operator, magnitude=COUNT, tolerance=TOLERANCE, vectors=False)
-    return Accumulator(pairs.values, pairs.num_products, "" if pairs.converged.all() else "not all converged")
+    return Answer(pairs.values, pairs.num_products, "" if pairs.converged.all() else "not all converged")
 
 
-def ours_by_bounds(problem: Problem, tested: dict[str, Any]) -> Accumulator:
+def ours_by_bounds(problem: Problem, tested: dict[str, Any]) -> Answer:
     operator = hessian_again(problem, tested)
     pairs = eigenpairs(operator, magnitude=COUNT, tolerance=TOLERANCE, criterion="bound", vectors=False)
-    return Accumulator(pairs.values, pairs.num_products, "" if pairs.converged.all() else "not all converged")
+    return Answer(pairs.values, pairs.num_products, "" if pairs.converged.all() else "not all converged")
 
 
-def ours_density(problem: Problem, tested: dict[str, Any]) -> Accumulator:
+def ours_density(problem: Problem, tested: dict[str, Any]) -> Answer:
     run = run_lanczos(hessian_again(problem, tested), None, max_products=80)
-    return Accumulator(run.ritz.values[:0], run.num_products)
+    return Answer(run.ritz.values[:0], run.num_products)
 
 
 def hessian_again(problem: Problem, tested: dict[str, Any]) -> Hessian:
@@ -236,7 +236,7 @@ def hessian_again(problem: Problem, tested: dict[str, Any]) -> Hessian:
     return Hessian(problem.model, problem.loss, known.objective.batches, checked=known.self_test)
 
 
-def curvlinops_eigsh(problem: Problem) -> Accumulator:
+def curvlinops_eigsh(problem: Problem) -> Answer:
     import curvlinops
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
     from scipy.sparse.linalg import eigsh
@@ -254,18 +254,18 @@ def curvlinops_eigsh(problem: Problem) -> Accumulator:
 
     counted = ScipyOperator(operator.shape, matvec=product, dtype=operator.dtype)
     values = eigsh(counted, k=COUNT, which="LM", tol=TOLERANCE, return_eigenvectors=False)
-    return Accumulator(by_magnitude(values), count)
+    return Answer(by_magnitude(values), count)
 
 
-def pyhessian_top(problem: Problem) -> Accumulator:
+def pyhessian_top(problem: Problem) -> Answer:
     import pyhessian
 
     computer = pyhessian.hessian(problem.model, problem.loss, data=(problem.inputs, problem.targets), cuda=False)
     values, _ = computer.eigenvalues(maxIter=100, tol=TOLERANCE, top_n=COUNT)
-    return Accumulator(by_magnitude(values), math.nan)
+    return Answer(by_magnitude(values), math.nan)
 
 
-def eigenthings(problem: Problem) -> Accumulator:
+def eigenthings(problem: Problem) -> Answer:
     from hessian_eigenthings import HessianOperator, lanczos
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -273,7 +273,7 @@ def eigenthings(problem: Problem) -> Accumulator:
 
     operator = HessianOperator(problem.model, [(problem.inputs, problem.targets)], loss)
     found = lanczos(operator, k=COUNT, which="LM", tol=TOLERANCE, seed=0)
-    return Accumulator(by_magnitude(found.eigenvalues), float(getattr(found, "iterations", math.nan)))
+    return Answer(by_magnitude(found.eigenvalues), float(getattr(found, "iterations", math.nan)))
 
 
 def by_magnitude(values: Any) -> Tensor:
@@ -289,7 +289,7 @@ def timed(contender: Contender, problem: Problem) -> None:
     watch = PeakMemory()
     start = time.process_time()
     with watch:
-        contender.accumulator = contender.run(problem)
+        contender.answer = contender.run(problem)
     contender.seconds.append(time.process_time() - start)
     contender.megabytes = watch.megabytes
 
@@ -333,12 +333,12 @@ def reference(operator: LinearOperator) -> tuple[Tensor, int, int]:
     from diag.linalg.ritz import ritz
 
     run = run_lanczos(operator, Which(magnitude=COUNT + 2, tolerance=1e-6), max_products=300)
-    which = Which(magnitude=COUNT, tolerance=TOLERANCE)
-    true = run.ritz.values[which.select(run.ritz.values)]
+    wanted = Which(magnitude=COUNT, tolerance=TOLERANCE)
+    true = run.ritz.values[wanted.select(run.ritz.values)]
     oracle = verified = 0
     for steps in range(COUNT + 1, len(run.first_cycle)):
         pairs = ritz(run.first_cycle[: steps + 1, : steps + 1])
-        chosen = which.select(pairs.values)
+        chosen = wanted.select(pairs.values)
         values = pairs.values[chosen]
         if not oracle and bool(((values - true).abs() <= TOLERANCE * true.abs()).all()):
             oracle = steps
@@ -400,14 +400,14 @@ def table(field_: list[Contender], true: Tensor, gradient: float, product: float
     heads = f"{'gradients':>10}{'products':>9}{'/ exact':>8}{'right':>6}{'/ (n x bare)':>13}{'MB':>7}{'x peer':>8}"
     print(f"  {'':22}{heads}")
     for c in field_:
-        assert c.accumulator is not None
-        seconds, n = statistics.median(c.seconds), c.accumulator.products
-        marks = "" if c.density else f"{right(c.accumulator.values, true)}/{COUNT}"
+        assert c.answer is not None
+        seconds, n = statistics.median(c.seconds), c.answer.products
+        marks = "" if c.density else f"{right(c.answer.values, true)}/{COUNT}"
         ratio = "" if c.density else f"{peer / seconds:.2f}"
         share = "" if c.density else f"{n / verified:.2f}"
         print(
             f"  {c.name:22}{seconds / gradient:10.1f}{n:9.0f}{share:>8}{marks:>6}{seconds / (n * product):13.2f}"
-            f"{c.megabytes:7.0f}{ratio:>8}  {c.accumulator.note}"
+            f"{c.megabytes:7.0f}{ratio:>8}  {c.answer.note}"
         )
 
 

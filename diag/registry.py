@@ -152,6 +152,7 @@ class Instrument:
 
     @property
     def name(self) -> str:
+        """The name of its function, by which it is called everywhere."""
         return self.function.__name__
 
     @property

@@ -112,6 +112,7 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        """The verdict that `to_dict` gave."""
         return cls(**decode(data))
 
     def __str__(self) -> str:

@@ -38,6 +38,7 @@ class Quadratic(nn.Module):
         self.constant = constant
 
     def forward(self, x: Tensor) -> Tensor:
+        """The parameters moved through the planted curvature, for each row of x."""
         matrix = torch.as_tensor(self.matrix)
         value = 0.5 * self.weight @ (matrix @ self.weight) + self.constant
         return value.expand(len(x))

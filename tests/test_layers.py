@@ -8,7 +8,9 @@ import ast
 import functools
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import networkx
 import pytest
@@ -241,6 +243,35 @@ def test_no_function_is_long():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (lines := code_lines(node)) > MOST_LINES
     }
     assert not long, f"Functions of more than {MOST_LINES} lines: {long}; split them"
+
+
+def public_definitions(body: Iterable[ast.AST], where: str, owner: ast.ClassDef | None = None) -> Iterator[Any]:
+    """(name, definition, class that it is in) of all public classes, functions and methods."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield f"{where}.{node.name}", node, owner
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node.body, f"{where}.{node.name}", node)
+
+
+def test_everything_public_says_what_it_is():
+    """By a docstring of its own, or that of the method it overrides."""
+    classes = {n.name: n for name in MODULES for n in ast.walk(tree(name)) if isinstance(n, ast.ClassDef)}
+
+    def inherited(owner, method):
+        for base in (classes.get(ast.unparse(b).partition("[")[0]) for b in owner.bases):
+            if base is not None:
+                yield from (n for n in base.body if isinstance(n, ast.FunctionDef) and n.name == method)
+                yield from inherited(base, method)
+
+    silent = [
+        where
+        for name in MODULES
+        for where, node, owner in public_definitions(tree(name).body, name)
+        if ast.get_docstring(node) is None
+        and not any(ast.get_docstring(n) for n in (inherited(owner, node.name) if owner else ()))
+    ]
+    assert not silent, f"Public names without a docstring: {silent}"
 
 
 def test_no_level_of_a_room_is_crowded():

@@ -37,9 +37,14 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 class Readable(Protocol):
     """A file in memory: reading more than there is gives what there is."""
 
-    def read(self, size: int = -1, /) -> bytes: ...
-    def readline(self) -> bytes: ...
-    def tell(self) -> int: ...
+    def read(self, size: int = -1, /) -> bytes:
+        """The next `size` bytes, fewer at the end."""
+
+    def readline(self) -> bytes:
+        """The bytes up to the next line feed, included."""
+
+    def tell(self) -> int:
+        """How many bytes have been read."""
 
 
 class Refused(ValueError):

@@ -22,6 +22,7 @@ class Mistake(click.ClickException):
     exit_code = 2
 
     def format_message(self) -> str:
+        """The sentence, with what to do at its end."""
         return visible(self.message)
 
 
@@ -29,6 +30,7 @@ class Door(click.Group):
     """A group whose commands may raise DiagError."""
 
     def invoke(self, context: click.Context) -> Any:
+        """Run the command; errors of diag's own become one sentence."""
         with contextlib.suppress(AttributeError):  # a terminal that lacks a character shows a question mark
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
         try:
@@ -41,9 +43,11 @@ class Door(click.Group):
             raise
 
     def list_commands(self, context: click.Context) -> list[str]:
+        """The names of all commands."""
         return [*super().list_commands(context), *_others()]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of this name, or None."""
         return super().get_command(context, name) or _others().get(name)
 
 

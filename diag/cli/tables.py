@@ -38,10 +38,12 @@ class Screen(Console):
     """A console for which no text is markup, and that shows what would steer a terminal instead of obeying it."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The lines as the terminal shows them."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     def render_str(self, text: str, **options: Any) -> Text:
+        """Text taken as it is, without markup."""
         return super().render_str(visible(text), **options)
 
 

@@ -128,6 +128,7 @@ def _best_of(
 def result_of(
     symmetries: Symmetries, best: Ascent, state_b: Mapping[str, Tensor], orders: int, method: str
 ) -> Alignment:
+    """The best of several ascents, with B's state moved by it."""
     places = [(e, torch.arange(e.shape[-1])) for e in best.element.values()]
     return Alignment(
         element=best.element,

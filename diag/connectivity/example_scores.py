@@ -29,6 +29,7 @@ class Scores:
 
     @property
     def size(self) -> int:
+        """How many examples were scored."""
         return len(self.losses)
 
 

@@ -83,6 +83,7 @@ class Points:
         return [self.score(0.0), self.score(1.0)]
 
     def add(self, alpha: float) -> None:
+        """Score the network at `alpha`, once."""
         if alpha in self.rows:
             return
         scores = self.ends[int(alpha)] if alpha in (0.0, 1.0) else self.score(alpha)
@@ -96,12 +97,14 @@ class Points:
         )  # fmt: skip
 
     def around_the_peak(self) -> list[float]:
+        """The middles between the highest point so far and its neighbours."""
         alphas = sorted(self.rows)
         k = max(range(len(alphas)), key=lambda i: self.rows[alphas[i]][2])
         neighbours = [alphas[i] for i in (k - 1, k + 1) if 0 <= i < len(alphas)]
         return [(alphas[k] + other) / 2 for other in neighbours]
 
     def profile(self) -> Profile:
+        """All points, in order."""
         alphas = sorted(self.rows)
         columns = torch.tensor([self.rows[a] for a in alphas], dtype=torch.float64).T
         losses, errors, brackets, se, error_brackets, error_se = columns

@@ -33,6 +33,7 @@ class Statistics:
     square: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, rows: Tensor) -> None:
+        """Take rows (n, features) of a layer's outputs into the running means."""
         n, before = len(rows), self.count.get(name, 0)
         share = n / (n + before)
         for store, value in ((self.mean, rows.mean(0)), (self.square, rows.square().mean(0))):
@@ -41,6 +42,7 @@ class Statistics:
         self.count[name] = before + n
 
     def deviation(self, name: str) -> Tensor:
+        """The standard deviation of each of a layer's features."""
         return (self.square[name] - self.mean[name].square()).clamp_min(0).sqrt()
 
 

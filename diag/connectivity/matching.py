@@ -55,9 +55,11 @@ class WeightEvidence:
         return self.b, self._kept
 
     def restore(self, state: tuple[Tensor, Tensor | None]) -> None:
+        """Put B's side back to what `state` gave."""
         self.b, self._kept = state
 
     def total(self) -> float:
+        """The inner product of A's side and B's as it is moved now."""
         return sum(float(x.double() @ y.double()) for x, y in zip(_chunks(self.a), _chunks(self.b), strict=True))
 
     def scale(self) -> float:
@@ -110,6 +112,7 @@ class ActivationEvidence:
         return self.correlations
 
     def restore(self, state: Tensor) -> None:
+        """Put B's side back to what `state` gave."""
         self.correlations = state
 
     def move(self, element: Element) -> None:
@@ -123,10 +126,12 @@ class ActivationEvidence:
             self.correlations = torch.stack(moved).reshape(self.correlations.shape)
 
     def total(self) -> float:
+        """The sum of the correlations of units that stand at the same place."""
         n = int(self.correlations.numel() ** 0.5)
         return float(self.correlations.reshape(n, n).trace())
 
     def scale(self) -> float:
+        """The largest value that `total` could have."""
         return float(self.correlations.numel() ** 0.5)
 
 

@@ -26,6 +26,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the derivatives need."""
         x, w, ctx.settings = inputs
         ctx.save_for_backward(x, w)
 
@@ -46,6 +47,7 @@ class ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the derivatives need."""
         g, x, w, ctx.settings, _ = inputs
         ctx.save_for_backward(g, x, w)
         ctx.set_materialize_grads(False)
@@ -76,6 +78,7 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the derivatives need."""
         x, ctx.f = inputs
         ctx.first = None  # f'(x), once the backward pass has been differentiated
         ctx.save_for_backward(x)
@@ -122,6 +125,7 @@ class Rectified(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the derivatives need."""
         ctx.save_for_backward(output)
 
     @staticmethod

@@ -64,6 +64,7 @@ class Use:
         return bare
 
     def argument(self, place: ArgumentPlace) -> Any:
+        """The argument at this place."""
         value = self.kwargs[place[0]] if isinstance(place[0], str) else self.args[place[0]]
         return value[place[1]] if len(place) == 2 else value
 

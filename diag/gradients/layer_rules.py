@@ -68,9 +68,11 @@ def rule_of(layer: nn.Module) -> Rule | None:
 class LayerFollower(Protocol):
     """What is told of the calls of layers with rules."""
 
-    def layer_begins(self, args: Any, kwargs: Any) -> None: ...
+    def layer_begins(self, args: Any, kwargs: Any) -> None:
+        """A layer with a rule is about to be called."""
 
-    def layer_ends(self, layer: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> None: ...
+    def layer_ends(self, layer: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> None:
+        """It has returned `output`, or raised."""
 
 
 def followed(model: nn.Module, recorder: LayerFollower) -> list[Any]:

@@ -67,6 +67,7 @@ class PerExampleGradients:
 
     @property
     def coverage(self) -> Coverage:
+        """How much of the gradient this speaks for, and by which methods."""
         raise NotImplementedError
 
     def stream(self, consume: Consumer) -> None:
@@ -82,6 +83,7 @@ class PerExampleGradients:
         return tuple(dict.fromkeys(map(layer_of, self.shapes)))
 
     def parameters_of(self, layer: str) -> list[str]:
+        """The names of the parameters in this layer."""
         return [name for name in self.shapes if layer_of(name) == layer]
 
     def columns_of(self, layer: str) -> Tensor:

@@ -63,6 +63,7 @@ class Forward:
 
     @property
     def uses(self) -> list[Use]:
+        """The calls in which parameters took part, in order."""
         return self.capture.uses
 
 

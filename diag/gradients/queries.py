@@ -31,7 +31,8 @@ class Asked(Protocol):
     columns: dict[str, slice]
 
     @property
-    def layers(self) -> Iterable[str]: ...
+    def layers(self) -> Iterable[str]:
+        """The names of the layers."""
 
 
 class Accumulator(Protocol):
@@ -47,7 +48,8 @@ class Accumulator(Protocol):
 class Query(Hashable, Protocol):
     """Something to ask of gradients."""
 
-    def begin(self, gradients: Asked) -> Accumulator: ...
+    def begin(self, gradients: Asked) -> Accumulator:
+        """An accumulator that takes the blocks of these gradients."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class SquaredNorms:
     """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters."""
 
     def begin(self, gradients: Asked) -> Accumulator:
+        """Its accumulator."""
         return _SquaredNorms(gradients)
 
 
@@ -79,6 +82,7 @@ class GroupSums:
     groups: tuple[ExampleGroup, ...]
 
     def begin(self, gradients: Asked) -> Accumulator:
+        """Its accumulator."""
         return _GroupSums(gradients, self.groups)
 
 
@@ -119,6 +123,7 @@ class GroupGram:
     groups: tuple[ExampleGroup, ...]
 
     def begin(self, gradients: Asked) -> Accumulator:
+        """Its accumulator."""
         return _GroupGram(gradients, self.groups)
 
 
@@ -148,6 +153,7 @@ class Gram:
     """Per layer, (n, n) float64: <g_i, g_j>. Of several micro-batches it keeps the factors while it runs."""
 
     def begin(self, gradients: Asked) -> Accumulator:
+        """Its accumulator."""
         return _Gram(gradients)
 
 
@@ -180,6 +186,7 @@ class Projection:
     directions: Tensor
 
     def begin(self, gradients: Asked) -> Accumulator:
+        """Its accumulator."""
         return _Projection(gradients, self.directions)
 
 
@@ -202,6 +209,7 @@ class Everything:
     """(n, P): all gradients in full."""
 
     def begin(self, gradients: Asked) -> Accumulator:
+        """Its accumulator."""
         return _Everything(gradients)
 
 
@@ -220,4 +228,5 @@ class _Everything:
 
 
 def zeros(*shape: int) -> Tensor:
+    """Zeros of this shape in float64."""
     return torch.zeros(shape, dtype=torch.float64)

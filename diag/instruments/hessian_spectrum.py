@@ -102,6 +102,7 @@ class HessianSpectrum(Result):
 
     @property
     def largest_magnitude(self) -> float:
+        """The largest magnitude of an eigenvalue that is known."""
         known = [*numpy.abs(self.eigenvalues), abs(self.smallest), float(numpy.abs(self.density_grid).max())]
         return next((float(v) for v in known if math.isfinite(v) and v > 0), 1.0)
 

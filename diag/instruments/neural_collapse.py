@@ -81,6 +81,7 @@ class NeuralCollapse(Result):
 
     @property
     def is_collapsed(self) -> bool:
+        """Whether NC1, NC2 and NC4 are all below their cut-offs."""
         return (
             self.nc1 < self.setting("nc1_collapsed") and self.nc2 < self.setting("nc2_collapsed") and self.nc4 == 0
         )

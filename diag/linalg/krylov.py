@@ -139,6 +139,7 @@ class KrylovSpace:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.basis[: len(state["basis"])] = state["basis"]
         self.projected, self.drift = state["projected"], state["drift"]
         self.generator.set_state(state["generator"].cpu())

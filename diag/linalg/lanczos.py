@@ -200,6 +200,7 @@ class LanczosProgress:
         self.first_cycle: Tensor | None = None
 
     def finished(self, space: KrylovSpace) -> bool:
+        """Whether no further product is needed, possible or allowed."""
         return self.satisfied or space.exhausted or self.products >= self.max_products
 
     def advance(self, space: KrylovSpace) -> None:
@@ -234,6 +235,7 @@ class LanczosProgress:
         space.compress(pairs.weights[restart_set(pairs.values, self.which, space.capacity)])
 
     def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, as plain data and tensors."""
         stopping_rule = self.stopping_rule and (self.stopping_rule.values, self.stopping_rule.since)
         return {
             "products": self.products,
@@ -244,6 +246,7 @@ class LanczosProgress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.products, self.next_look = state["products"], state["next_look"]
         self.satisfied = state["satisfied"]
         self.first_cycle = _on_host(state["first_cycle"])
@@ -254,6 +257,7 @@ class LanczosProgress:
             )
 
     def result(self, space: KrylovSpace) -> LanczosRun:
+        """What the run has found so far."""
         bordered = space.settle()
         rounding = rounding_of(space, bordered)
         return LanczosRun(

@@ -59,6 +59,7 @@ class SpectralMeasure:
 
     @property
     def num_probes(self) -> int:
+        """How many start vectors the rules are of."""
         return len(self.nodes)
 
     def distribution(self, grid: Tensor) -> Tensor:

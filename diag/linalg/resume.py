@@ -23,9 +23,11 @@ RUN_FORMAT = 1
 class Stateful(Protocol):
     """A part of a run that can be put on disk and back."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, as plain data and tensors."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 def save_run(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Stateful]) -> None:

@@ -48,6 +48,7 @@ class Which:
 
     @property
     def count(self) -> int:
+        """How many eigenvalues are asked for."""
         return self.largest + self.smallest + self.magnitude
 
     def select(self, values: Tensor) -> Tensor:

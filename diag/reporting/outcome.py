@@ -35,6 +35,7 @@ class Course:
 
     @property
     def is_held_out(self) -> bool:
+        """Whether it was measured on held-out data."""
         return self.role == "held_out"
 
 

@@ -37,6 +37,7 @@ class Axis:
 
     @property
     def span(self) -> int:
+        """The length of the axis, in steps."""
         return self.last - self.first + 1
 
     def position(self, step: float) -> float:

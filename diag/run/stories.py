@@ -21,13 +21,20 @@ class Told(Protocol):
     """What a story is made of: a verdict, and the steps that it was measured at."""
 
     @property
-    def verdict(self) -> Verdict: ...
+    def verdict(self) -> Verdict:
+        """What was judged last."""
+
     @property
-    def first_step(self) -> int: ...
+    def first_step(self) -> int:
+        """Where it was first measured."""
+
     @property
-    def began(self) -> int | None: ...
+    def began(self) -> int | None:
+        """Where it began, if that is known."""
+
     @property
-    def instrument(self) -> str: ...
+    def instrument(self) -> str:
+        """The name of the instrument that judged."""
 
 
 F = TypeVar("F", bound=Told)

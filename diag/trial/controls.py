@@ -22,6 +22,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 @contextmanager
 def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """The model in this mode and without gradients; afterwards it is as it was."""
     with preserved(model, mode=mode), torch.no_grad():
         yield
 

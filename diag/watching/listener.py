@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.batch import tensors_in
 from diag.watching.guard import Clock, Guarded, guarded, safely
-from diag.watching.hooks.hub import HUB
+from diag.watching.hooks.hub import HUB, Listener
 from diag.watching.hooks.model_hook import ModelHooks
 from diag.watching.measure.runner import MeasurementRunner
 from diag.watching.measure.training import Training
@@ -25,7 +25,7 @@ from diag.watching.observe.steps import StepObserver
 from diag.watching.ranks.company import Company
 
 
-class TrainingListener(Guarded):
+class TrainingListener(Guarded, Listener):
     """Hears of the model's calls and of what the hub sees, and picks what concerns this training.
 
     end(): the process ends.

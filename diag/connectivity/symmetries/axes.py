@@ -47,6 +47,7 @@ class AxisAlgebra:
     # ---- making and reading symbols
 
     def new(self, size: int, frozen: str | None = None) -> Symbol:
+        """A fresh symbol; `frozen` says why its units cannot move."""
         self._count += 1
         return Symbol(size, self._count, frozen)
 
@@ -55,6 +56,7 @@ class AxisAlgebra:
         return () if size == 1 else (self.new(size, frozen),)
 
     def find(self, symbol: Symbol) -> Symbol:
+        """The symbol that stands for all that it was unified with."""
         root = symbol
         while root.parent is not None:
             root = root.parent
@@ -83,6 +85,7 @@ class AxisAlgebra:
     # ---- refining
 
     def freeze(self, factors: Iterable[Symbol], reason: str) -> None:
+        """The units along these factors cannot move, for this reason."""
         for factor in factors:
             root = self.find(factor)
             if root.frozen is None:

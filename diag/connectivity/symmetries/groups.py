@@ -34,6 +34,7 @@ class UnitGroup:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """How many permutations the group has, by the units of its parents, and the units of each."""
         return (*self.parent_sizes, self.size)
 
 

@@ -33,6 +33,7 @@ class Labelling:
         return self._labels[tensor]
 
     def label(self, tensor: Tensor, labels: Labels) -> None:
+        """Write down the axes of `tensor`."""
         self._labels[tensor] = labels
         self.occurrences.append(labels)
 
@@ -41,6 +42,7 @@ class Labelling:
         return tensor in self._labels
 
     def is_data(self, tensor: Tensor) -> bool:
+        """Whether `tensor` depends on the inputs."""
         return tensor in self._data or tensor.untyped_storage()._cdata in self._data_storages
 
     def mark_data(self, tensor: Tensor, in_place: bool = False) -> None:
@@ -65,6 +67,7 @@ class Labelling:
         self.occur(tuple(axis for i, axis in enumerate(labels) if i not in gone))
 
     def freeze_axes(self, groups: Iterable[Sequence[AxisFactors]], reason: str) -> None:
+        """The units along all of these axes cannot move, for this reason."""
         for axes in groups:
             for axis in axes:
                 self.algebra.freeze(axis, reason)

@@ -28,6 +28,8 @@ POSITION = "the operation depends on the position along this axis"
 
 
 def rule(*names: str) -> Callable[[AxisRule], AxisRule]:
+    """Decorate the rule of the operations with these names."""
+
     def register(function: AxisRule) -> AxisRule:
         AXIS_RULES.update(dict.fromkeys(names, function))
         return function
@@ -46,6 +48,7 @@ def pointwise(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
 
 
 def broadcast(trace: Labelling, operands: Sequence[Labels], ndim: int) -> Labels:
+    """The axes of what the operands broadcast to; those that meet carry the same units."""
     axes: list[AxisFactors] = []
     for i in range(1, ndim + 1):
         meeting = [labels[-i] for labels in operands if len(labels) >= i and labels[-i]]
@@ -60,6 +63,7 @@ def broadcast(trace: Labelling, operands: Sequence[Labels], ndim: int) -> Labels
       "where", "fill_", "zero_", "nan_to_num", "_conj", "alias_copy", "prelu", "_prelu_kernel", "hardswish",
       "hardswish_", "log_sigmoid_forward", "rrelu_with_noise", "rrelu_with_noise_functional")  # fmt: skip
 def same_axes(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """One tensor in, one of the same axes out."""
     pointwise(trace, args, outputs)
 
 
@@ -85,6 +89,7 @@ OPERANDS = ("mat1", "mat", "mat2", "vec", "tensor", "other")
 
 
 def contract(trace: Labelling, a: Tensor, a_axis: AxisFactors, b: Tensor, b_axis: AxisFactors) -> None:
+    """Two axes are summed over together. Between two tensors of data any linear map could stand there."""
     trace.algebra.unify(a_axis, b_axis)
     if trace.is_data(a) and trace.is_data(b):
         trace.algebra.freeze(a_axis, GENERAL_LINEAR)
@@ -92,6 +97,7 @@ def contract(trace: Labelling, a: Tensor, a_axis: AxisFactors, b: Tensor, b_axis
 
 @rule("mm", "addmm", "mv", "addmv", "dot", "vdot", "addmm_", "_addmm_activation")
 def matrix_product(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Rows of the first, columns of the second."""
     names = [n for n in OPERANDS if n in args]
     a, b = (args["self"], args[names[0]]) if len(names) == 1 else (args[n] for n in _operand_order(names))
     left, right = trace.labels(a), trace.labels(b)
@@ -108,6 +114,7 @@ def _operand_order(names: Sequence[str]) -> Sequence[str]:
 
 @rule("bmm", "baddbmm")
 def batched_matrix_product(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """The same for each matrix of a batch."""
     a, b = (args["batch1"], args["batch2"]) if "batch1" in args else (args["self"], args["mat2"])
     left, right = trace.labels(a), trace.labels(b)
     trace.algebra.unify(left[0], right[0])
@@ -120,6 +127,7 @@ def batched_matrix_product(trace: Labelling, args: dict[str, Any], outputs: Sequ
 
 @rule("convolution")
 def convolved(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Channels are contracted, by groups; a window slides over the rest."""
     algebra, groups, transposed = trace.algebra, args["groups"], args["transposed"]
     x, w = trace.labels(args["input"]), trace.labels(args["weight"])
     inside, outside = (w[0], w[1]) if transposed else (w[1], w[0])
@@ -147,6 +155,7 @@ def convolved(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
       "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
       "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
 def fused_attention(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Softmax(query key) value, in one kernel."""
     q, k, v = (trace.labels(args[n]) for n in ("query", "key", "value"))
     for i in (0, 1):
         trace.algebra.unify(q[i], k[i])
@@ -163,6 +172,7 @@ def fused_attention(trace: Labelling, args: dict[str, Any], outputs: Sequence[An
       "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_with_update",
       "_batch_norm_no_update")  # fmt: skip
 def batch_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Statistics of each channel."""
     labels = trace.labels(args["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(args.get(name), Tensor):
@@ -172,6 +182,7 @@ def batch_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -
 
 @rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Statistics over the last axes."""
     labels = trace.labels(args["input"])
     operands = [labels] + [trace.labels(args[n]) for n in ("weight", "bias") if args.get(n) is not None]
     trace.label(outputs[0], broadcast(trace, operands, len(labels)))
@@ -208,6 +219,7 @@ def group_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "any", "all",
       "linalg_vector_norm", "norm", "max", "min", "aminmax", "count_nonzero")  # fmt: skip
 def reduction(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Sums and the like: the axes `dim` go."""
     labels = trace.labels(args["self"])
     if args.get("other") is not None:  # the two-operand form of max and min
         pointwise(trace, args, outputs)

@@ -162,4 +162,5 @@ class Solution:
 
 
 def used_symbols(algebra: AxisAlgebra, used: Iterable[Labels]) -> set[Symbol]:
+    """The symbols that occur in these layouts."""
     return {leaf for labels in used for axis in labels for leaf in algebra.leaves(axis)}

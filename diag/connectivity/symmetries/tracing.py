@@ -70,6 +70,7 @@ class AxisTrace(TorchDispatchMode, Labelling):
 
 
 def operation_name(func: Any) -> str:
+    """The name of an operation of aten, without its overload."""
     return func._schema.name.split("::")[-1]
 
 

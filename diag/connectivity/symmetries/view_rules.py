@@ -21,6 +21,7 @@ from diag.snapshot.batch import tensors_in
 
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape", "_reshape_copy", "view_copy")
 def reshape(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """The same entries in row-major order under another shape."""
     flat = [symbol for axis in trace.labels(args["self"]) for symbol in axis]
     try:
         trace.label(outputs[0], tuple(trace.algebra.regroup(flat, outputs[0].shape)))
@@ -42,12 +43,14 @@ def restride(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> 
 
 @rule("permute", "permute_copy")
 def permute(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """The axes in another order."""
     labels = trace.labels(args["self"])
     trace.label(outputs[0], tuple(labels[d] for d in args["dims"]))
 
 
 @rule("transpose", "t", "numpy_T", "transpose_copy", "t_copy", "transpose_")
 def transpose(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Two axes change places."""
     labels = list(trace.labels(args["self"]))
     i, j = (args["dim0"], args["dim1"]) if "dim0" in args else (0, -1)
     if labels:
@@ -57,6 +60,7 @@ def transpose(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
 
 @rule("unsqueeze", "unsqueeze_copy")
 def unsqueeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """A new axis of size 1."""
     labels = list(trace.labels(args["self"]))
     labels.insert(args["dim"] % outputs[0].ndim, ())
     trace.label(outputs[0], tuple(labels))
@@ -64,6 +68,7 @@ def unsqueeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
 
 @rule("squeeze", "squeeze_copy")
 def squeeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Axes of size 1 go."""
     x, dims = args["self"], args.get("dim")
     dims = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % x.ndim for d in dims if x.ndim and x.shape[d] == 1}
@@ -81,6 +86,7 @@ def expand(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> No
 
 @rule("repeat")
 def repeat(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Each axis is repeated: the repetitions are an axis in front of it."""
     labels, repeats = trace.labels(args["self"]), args["repeats"]
     labels = ((),) * (len(repeats) - len(labels)) + labels
     new = (trace.algebra.axis(r) + a for a, r in zip(labels, repeats, strict=True))
@@ -89,16 +95,19 @@ def repeat(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> No
 
 @rule("select", "select_copy")
 def select(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """One position along an axis."""
     trace.label(outputs[0], selected(trace, args["self"], args["dim"], args["index"]))
 
 
 @rule("unbind", "unbind_copy")
 def unbind(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Each position along an axis by itself."""
     for j, output in enumerate(tensors_in(outputs)):
         trace.label(output, selected(trace, args["self"], args.get("dim", 0), j))
 
 
 def selected(trace: Labelling, x: Tensor, dim: int, position: int) -> Labels:
+    """The axes of one position along `dim`: an instance of every symbol of the others."""
     labels, algebra = list(trace.labels(x)), trace.algebra
     along = algebra.expand(labels.pop(dim % x.ndim))
     algebra.freeze(along, "single positions are selected")
@@ -111,6 +120,7 @@ def selected(trace: Labelling, x: Tensor, dim: int, position: int) -> Labels:
 
 @rule("slice", "narrow", "slice_copy")
 def slice_(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Positions from `start` to `end`."""
     size = args["self"].shape[args.get("dim", 0)]
     start, stop, step = args.get("start") or 0, args.get("end"), args.get("step", 1)
     start = max(start + size, 0) if start < 0 else min(start, size)
@@ -124,6 +134,7 @@ def slice_(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> No
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk",
       "split_copy", "split_with_sizes_copy", "tensor_split")  # fmt: skip
 def split(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """An axis cut into pieces."""
     start, dim = 0, args.get("dim", 0)
     for output in tensors_in(outputs):
         stop = start + output.shape[dim]
@@ -132,6 +143,7 @@ def split(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> Non
 
 
 def sliced(trace: Labelling, x: Tensor, dim: int, start: int, stop: int | None, output: Tensor) -> Labels:
+    """The axes of the positions [start, stop) along `dim`; None where they are not next to each other."""
     labels = list(trace.labels(x))
     try:
         if stop is None:
@@ -146,6 +158,7 @@ def sliced(trace: Labelling, x: Tensor, dim: int, start: int, stop: int | None, 
 
 @rule("cat", "concatenate")
 def concatenate(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Pieces one after another along `dim`."""
     pieces = [trace.labels(t) for t in args["tensors"] if t.numel() or t.ndim > 1]
     dim = args.get("dim", 0) % outputs[0].ndim
     joined = trace.algebra.concatenate([p[dim] or trace.one() for p in pieces])
@@ -174,6 +187,7 @@ def gated(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> Non
 
 @rule("view_as_complex", "view_as_complex_copy")
 def as_complex(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Pairs along the last axis become complex numbers."""
     labels = trace.labels(args["self"])
     trace.algebra.freeze(labels[-1], "real and imaginary parts")
     trace.label(outputs[0], labels[:-1])
@@ -181,6 +195,7 @@ def as_complex(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -
 
 @rule("view_as_real", "view_as_real_copy")
 def as_real(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Complex numbers become pairs along a new last axis."""
     labels = trace.labels(args["self"])
     trace.label(outputs[0], (*labels, trace.algebra.axis(2, "real and imaginary parts")))
 
@@ -190,6 +205,7 @@ def as_real(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> N
 
 @rule("cumsum", "cumprod", "flip", "roll", "sort", "topk", "cumsum_", "logcumsumexp")
 def ordered(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """What depends on the order along `dim`."""
     labels = trace.labels(args["self"])
     dims = args.get("dims", args.get("dim", -1))
     dims = [dims] if isinstance(dims, int) else (dims or range(len(labels)))
@@ -203,6 +219,7 @@ def ordered(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> N
 
 @rule("tril", "triu", "tril_", "triu_")
 def triangle(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Entries on one side of the diagonal."""
     labels = trace.labels(args["self"])
     trace.freeze_axes((labels[-2:],), POSITION)
     trace.label(outputs[0], labels)
@@ -210,6 +227,7 @@ def triangle(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> 
 
 @rule("embedding")
 def embedding(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """The table's rows, looked up."""
     weight = trace.labels(args["weight"])
     trace.algebra.freeze(weight[0], "rows are looked up by index")
     trace.label(outputs[0], trace.labels(args["indices"]) + weight[1:])
@@ -217,6 +235,7 @@ def embedding(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Sums or means of the table's rows."""
     weight = trace.labels(args["weight"])
     trace.algebra.freeze(weight[0], "rows are looked up by index")
     trace.label(outputs[0], (trace.algebra.axis(outputs[0].shape[0], "one bag each"), weight[1]))
@@ -264,6 +283,7 @@ def index(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> Non
 
 @rule("index_select")
 def index_select(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
+    """Positions along `dim`, looked up."""
     labels, dim = list(trace.labels(args["self"])), args["dim"]
     trace.algebra.freeze(labels[dim], "looked up by index")
     trace.mixed(tuple(labels), [dim])

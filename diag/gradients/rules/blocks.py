@@ -32,6 +32,7 @@ class Block:
 
     @property
     def size(self) -> int:
+        """How many numbers one gradient has."""
         return math.prod(self.shape)
 
     def dense(self, examples: slice) -> Tensor:
@@ -126,6 +127,7 @@ class Outer(Block):
         self.device, self.dtype = b.device, b.dtype
 
     def factors(self, examples: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """The two factors of some of the examples."""
         return self.a[examples], self.b[examples]
 
     def dense(self, examples: slice) -> Tensor:

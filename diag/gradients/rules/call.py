@@ -37,6 +37,7 @@ class Call:
         return self.at((index,)) if index < len(self.use.args) else default
 
     def at(self, place: ArgumentPlace) -> Any:
+        """The argument at this place without its graph. Raises NoClosedForm where it has been overwritten since."""
         value = self.use.argument(place)
         if isinstance(value, Tensor) and self.use.overwritten(place):
             raise NoClosedForm(f"an argument of {self.use.name} was overwritten in place")
@@ -85,6 +86,7 @@ Form = Callable[[Call, ArgumentPlace], Block]
 
 
 def is_argument(place: ArgumentPlace, index: int, name: str) -> bool:
+    """Whether a place is this argument, given by position or by name."""
     return place in ((index,), (name,))
 
 

@@ -38,6 +38,7 @@ class ExampleLayout:
         return apart.flatten(self.axis + 1, self.axis + 2)
 
     def fits(self, shape: torch.Size, n: int) -> bool:
+        """Whether n examples can lie so in a tensor of this shape."""
         if self.axis >= len(shape) or shape[self.axis] == 0 or shape[self.axis] % n:
             return False
         return self.folded in (None, shape[self.axis] // n)

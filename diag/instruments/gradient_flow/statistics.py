@@ -69,10 +69,12 @@ def norm_at_start(history: History, weights: NDArray[numpy.bool_]) -> float:
 
 
 def idle_layers(history: History) -> tuple[str, ...]:
+    """The layers whose gradient was zero at every step."""
     idle = numpy.logical_and.reduce([(part.gradient_norm == 0).all(0) for part in parts(history)])
     return tuple(name for name, zero in zip(history.layers, idle, strict=True) if zero)
 
 
 def most_often(history: History, counts: NDArray[numpy.int64]) -> tuple[str, ...]:
+    """The layers with a count, the largest first."""
     order = numpy.argsort(-counts, kind="stable")
     return tuple(history.layers[i] for i in order if counts[i])

@@ -46,6 +46,7 @@ class Edge:
 
     @property
     def ratio(self) -> float:
+        """The sharpness over the optimizer's threshold."""
         return self.sharpness / self.threshold
 
 
@@ -85,6 +86,7 @@ class LossRecord:
 
     @property
     def num_examples(self) -> int:
+        """How many examples the losses are of."""
         return self.losses.shape[1]
 
     def preconditions(self, edge: tuple[float, float] = EDGE) -> tuple[Precondition, ...]:
@@ -164,6 +166,7 @@ class Recording:
 
     @property
     def last_step(self) -> int:
+        """The last step that was recorded."""
         return self._steps[-1]
 
     @property

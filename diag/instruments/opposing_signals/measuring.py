@@ -49,6 +49,7 @@ class Groups:
 
     @property
     def rows(self) -> Tensor:
+        """The rows of A, then those of B."""
         return torch.cat([self.a, self.b])
 
     def members(self, n: int) -> Tensor:

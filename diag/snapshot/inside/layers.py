@@ -42,6 +42,7 @@ class LayerOutputs:
         self._visit, self.labels = visit, labels
 
     def visit(self, take: Take, noise: float = 0.0) -> None:
+        """Hand the outputs of every layer on each batch to `take`, with noise of this size on the inputs."""
         self._visit(take, noise)
 
 

@@ -31,9 +31,11 @@ class Kept:
         self.saved = self.read()
 
     def read(self) -> Any:
+        """What is in the object now."""
         raise NotImplementedError
 
     def put_back(self) -> None:
+        """Make it hold again what it held."""
         raise NotImplementedError
 
     def same(self) -> bool:

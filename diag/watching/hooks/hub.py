@@ -33,49 +33,70 @@ BACKWARD = ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_var
 class Listener(Protocol):
     """What a watcher hears of the process. None of these may raise."""
 
-    def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None: ...
+    def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
+        """A loss function returned `value`, with a graph."""
 
-    def backward_called(self, roots: Any, weight: Any, inputs: Any) -> None: ...
+    def backward_called(self, roots: Any, weight: Any, inputs: Any) -> None:
+        """A backward pass from `roots` begins."""
 
-    def backward_done(self) -> None: ...
+    def backward_done(self) -> None:
+        """It has ended."""
 
-    def loss_scaled(self, losses: Any, scaled: Any) -> None: ...
+    def loss_scaled(self, losses: Any, scaled: Any) -> None:
+        """A GradScaler made `scaled` of `losses`."""
 
-    def zeroed(self, owner: Any) -> None: ...
+    def zeroed(self, owner: Any) -> None:
+        """An optimizer or a module throws its gradients away."""
 
-    def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any: ...
+    def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any:
+        """Gradients are about to be clipped; what is returned comes back in `after_clip`."""
 
-    def after_clip(self, token: Any) -> None: ...
+    def after_clip(self, token: Any) -> None:
+        """They have been clipped."""
 
-    def unscaling(self, optimizer: Optimizer, scaler: Any) -> None: ...
+    def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
+        """A GradScaler is about to divide an optimizer's gradients by its scale."""
 
-    def scaler_stepping(self, optimizer: Optimizer) -> None: ...
+    def scaler_stepping(self, optimizer: Optimizer) -> None:
+        """A GradScaler is about to step the optimizer, or to leave the step out."""
 
-    def scaler_stepped(self, optimizer: Optimizer) -> None: ...
+    def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """It has."""
 
-    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any: ...
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """An optimizer is about to step."""
 
-    def after_step(self, optimizer: Optimizer) -> None: ...
+    def after_step(self, optimizer: Optimizer) -> None:
+        """It has stepped."""
 
-    def loss_evaluated(self) -> None: ...
+    def loss_evaluated(self) -> None:
+        """A loss function was called without gradients."""
 
-    def has_zeroed(self, owner: Any) -> None: ...
+    def has_zeroed(self, owner: Any) -> None:
+        """The gradients are gone."""
 
-    def scheduler_stepped(self, scheduler: Any) -> None: ...
+    def scheduler_stepped(self, scheduler: Any) -> None:
+        """A learning rate scheduler stepped."""
 
-    def seeded(self, seed: Any) -> None: ...
+    def seeded(self, seed: Any) -> None:
+        """torch's generator was seeded."""
 
-    def loader_started(self, loader: Any) -> None: ...
+    def loader_started(self, loader: Any) -> None:
+        """A DataLoader begins to give batches."""
 
     def indices_drawn(self, iterator: Any, indices: Any) -> None: ...
 
-    def batch_fetched(self, batch: Any, iterator: Any) -> None: ...
+    def batch_fetched(self, batch: Any, iterator: Any) -> None:
+        """It gave this batch."""
 
-    def broke(self, error: Exception) -> None: ...
+    def broke(self, error: Exception) -> None:
+        """Something went wrong in telling it of an event."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The process ends."""
 
-    def abandon(self) -> None: ...
+    def abandon(self) -> None:
+        """Stop without closing: this is a forked child."""
 
 
 class Hub:

@@ -45,9 +45,11 @@ class Look:
 class Patch(Protocol):
     """Something that can be put in place and taken away again."""
 
-    def apply(self) -> None: ...
+    def apply(self) -> None:
+        """Put our own in its place."""
 
-    def undo(self) -> None: ...
+    def undo(self) -> None:
+        """Put back what was there."""
 
 
 def _detour(*args: Any, _diag_around: Callable[..., Any], **kwargs: Any) -> Any:
@@ -62,6 +64,7 @@ class Body:
         self._saved: tuple[Any, Any, Any] | None = None
 
     def apply(self) -> None:
+        """Exchange the code of the function."""
         f = self.function
         if f.__closure__ is not None or self._saved is not None:
             return
@@ -71,6 +74,7 @@ class Body:
         f.__kwdefaults__ = {"_diag_around": _detoured(original, self._look)}
 
     def undo(self) -> None:
+        """Give the function its own code again."""
         if self._saved is not None and self.function.__code__ is _detour.__code__:
             self.function.__code__, self.function.__defaults__, self.function.__kwdefaults__ = self._saved
         self._saved = None
@@ -84,6 +88,7 @@ class Attribute:
         self._put: list[tuple[Any, str, Any, Any]] = []
 
     def apply(self) -> None:
+        """Set our wrapper in each place."""
         for owner, name in self.places:
             original = getattr(owner, name, None)
             if original is not None:
@@ -92,6 +97,7 @@ class Attribute:
                 self._put.append((owner, name, original, ours))
 
     def undo(self) -> None:
+        """Set back what was in each place, where ours still stands."""
         for owner, name, original, ours in self._put:
             # A patch on top of ours stays; ours then only passes calls on.
             if getattr(owner, name, None) is ours:

@@ -46,6 +46,7 @@ class Clipped:
     scale: Any = None
 
     def untouched(self) -> bool:
+        """Whether nothing has written to the gradients since."""
         return all(g._version == v for g, v in zip(self.gradients, self.versions, strict=True))
 
 

@@ -12,6 +12,7 @@ describe what is lost otherwise). StableMax replaces exp by a function that grow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +66,7 @@ def stable_binary_cross_entropy(logits: Tensor, targets: Tensor, *, reduction: s
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
-def _in_chunks(loss: Any, logits: Tensor, labels: Tensor) -> Tensor:
+def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
     """Losses (n,) of blocks of rows, each computed again in the backward pass where one block is not all."""
     rows = max(1, ELEMENTS_AT_ONCE // logits.shape[1])
     if len(logits) <= rows:

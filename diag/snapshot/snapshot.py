@@ -165,7 +165,7 @@ class Snapshot:
             raise InvalidInput(DATA_MOVED)
 
     def _data_moved(self) -> bool:
-        return bits_of_batches(self.batches) != self.once(DATA, lambda: bits_of_batches(self.batches))
+        return bool(bits_of_batches(self.batches) != self.once(DATA, lambda: bits_of_batches(self.batches)))
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:

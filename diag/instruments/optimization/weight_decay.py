@@ -114,7 +114,7 @@ def _over_first(history: History, large: NDArray[Any], row: int) -> NDArray[nump
         with numpy.errstate(divide="ignore", invalid="ignore"):
             course = part.parameter_norm[:, large] / first
         course[~numpy.isfinite(course)] = numpy.nan
-        return median(course, axis=1)
+        return numpy.asarray(median(course, axis=1))
 
     return by_rows(history, medians)
 

@@ -97,7 +97,8 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = 
 class Removable(Protocol):
     """What takes a hook away again."""
 
-    def remove(self) -> None: ...
+    def remove(self) -> None:
+        """Take the hook away."""
 
 
 def perp_grad(optimizer: Optimizer, *, whole: bool = False) -> Removable:

@@ -46,4 +46,5 @@ class AccelerateTracker(GeneralTracker):
         self._watching.log(values)
 
     def finish(self) -> None:
+        """Accelerate ends training: the watch is closed."""
         self._watching.end()

@@ -33,6 +33,7 @@ class LightningCallback(Callback):
 
     @property
     def watcher(self) -> Any:
+        """The watch, once training has begun."""
         return self._watching.watcher
 
     def on_validation_batch_start(
@@ -44,27 +45,34 @@ class LightningCallback(Callback):
             self._held_out.append((batch[0].detach().clone(), batch[1].detach().clone()))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The watch begins."""
         held_out = {"held_out": self._held_out} if self._held_out else {}
         self._watching.begin(pl_module, self._resumed_at, **held_out)
         self._held_out = []
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """The metrics of the trainer are recorded."""
         self._watching.log(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """The metrics of the trainer are recorded."""
         if not trainer.sanity_checking:
             self._watching.log(trainer.callback_metrics)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The watch is closed."""
         self._watching.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The watch is closed."""
         self._watching.end()
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of the trainer keeps of the watch."""
         return {"step": self._watching.last_step or self._resumed_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self._resumed_at = int(state_dict.get("step", 0))
 
 

@@ -47,9 +47,11 @@ class Sink:
                 self.text(f"{PREFIX}/{finding.instrument}", finding_text(finding), finding.last_step)
 
     def text(self, name: str, text: str, step: int) -> None:
+        """Write a text at this step."""
         raise NotImplementedError(f"{type(self).__name__} must define text().")
 
     def scalar(self, name: str, value: float, step: int) -> None:
+        """Write a number at this step."""
         raise NotImplementedError(f"{type(self).__name__} must define scalar().")
 
 

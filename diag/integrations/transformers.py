@@ -22,13 +22,17 @@ class HuggingFaceCallback(TrainerCallback):
 
     @property
     def watcher(self) -> Any:
+        """The watch, once training has begun."""
         return self._watching.watcher
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        """The watch begins."""
         self._watching.begin(model, int(state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """What the trainer logs is recorded."""
         self._watching.log(logs or {})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """The watch is closed."""
         self._watching.end()

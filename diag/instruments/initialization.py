@@ -102,7 +102,7 @@ class Initialization(Result):
 
 def relative_variance(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     """Variance over the first axis over the squared mean."""
-    return values.var(axis=0, ddof=1) / values.mean(axis=0) ** 2
+    return numpy.asarray(values.var(axis=0, ddof=1) / values.mean(axis=0) ** 2)
 
 
 def width_slopes(

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.batch import tensors_in
 from diag.watching.guard import Clock, Guarded, guarded, safely
-from diag.watching.hooks.hub import HUB, Listener
+from diag.watching.hooks.hub import HUB
 from diag.watching.hooks.model_hook import ModelHooks
 from diag.watching.measure.runner import MeasurementRunner
 from diag.watching.measure.training import Training
@@ -25,7 +25,7 @@ from diag.watching.observe.steps import StepObserver
 from diag.watching.ranks.company import Company
 
 
-class TrainingListener(Guarded, Listener):
+class TrainingListener(Guarded):
     """Hears of the model's calls and of what the hub sees, and picks what concerns this training.
 
     end(): the process ends.
@@ -117,6 +117,7 @@ class TrainingListener(Guarded, Listener):
 
     @guarded("loss")
     def loss_called(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
+        """A loss function returned `value`, with a graph."""
         if not self._is_here():
             return
         self._losses.loss_called(function, args, kwargs, value)
@@ -129,16 +130,19 @@ class TrainingListener(Guarded, Listener):
 
     @guarded("loss")
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
+        """A GradScaler made `scaled` of `losses`."""
         if self._is_here():
             self._losses.loss_scaled(losses, scaled)
             self._closely("loss_scaled", losses, scaled)
 
     @guarded("loss")
     def zeroed(self, owner: Any) -> None:
+        """An optimizer or a module throws its gradients away."""
         self._losses.zeroed(owner)
 
     @guarded("loss")
     def backward_called(self, roots: Any, weight: Any = None, inputs: Any = None) -> None:
+        """A backward pass from `roots` begins."""
         if not self._is_here():
             return
         self._losses.backward_called(roots, weight, inputs)
@@ -150,6 +154,7 @@ class TrainingListener(Guarded, Listener):
 
     @guarded("loss")
     def backward_done(self) -> None:
+        """It has ended."""
         if not self._is_here():
             return
         self._losses.backward_done()
@@ -162,31 +167,37 @@ class TrainingListener(Guarded, Listener):
 
     @guarded("gradients before clipping")
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any:
+        """Gradients are about to be clipped; what is returned comes back in `after_clip`."""
         self._closely("clipping", parameters, max_norm)
         return self._steps.gradients.before_clip(parameters, max_norm, total_norm)
 
     @guarded("gradients before clipping")
     def after_clip(self, token: Any) -> None:
+        """They have been clipped."""
         self._steps.gradients.after_clip(token)
 
     @guarded("GradScaler")
     def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
+        """A GradScaler is about to divide an optimizer's gradients by its scale."""
         self._steps.unscaling(optimizer, scaler)
         self._closely("unscaling", optimizer, scaler)
 
     @guarded("GradScaler")
     def scaler_stepping(self, optimizer: Optimizer) -> None:
+        """A GradScaler is about to step the optimizer, or to leave the step out."""
         self._steps.scaler_stepping(optimizer)
         self._facts("scaler_stepping", optimizer)
 
     @guarded("GradScaler")
     def scaler_stepped(self, optimizer: Optimizer) -> None:
+        """It has."""
         self._facts("scaler_stepped", optimizer)
         if self._counts(optimizer):
             self._steps.scaler_stepped(optimizer)
 
     @guarded("optimizer steps")
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """An optimizer is about to step."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._closely("before_step", optimizer, callable(closure))
         if not self._counts(optimizer):
@@ -196,6 +207,7 @@ class TrainingListener(Guarded, Listener):
 
     @guarded("optimizer steps")
     def after_step(self, optimizer: Optimizer) -> None:
+        """It has stepped."""
         self._facts("after_step", optimizer)
         if self._counts(optimizer):
             self._steps.after_step(optimizer)

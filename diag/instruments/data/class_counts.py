@@ -147,4 +147,4 @@ def _weighted(loop: Any) -> bool:
 
 def _at_least(common: int, rare: int) -> float:
     """How many times rarer the one is, were there a standard error more of it than were counted."""
-    return common / (rare + rare**0.5)
+    return float(common / (rare + rare**0.5))

@@ -84,7 +84,8 @@ class Listener(Protocol):
     def loader_started(self, loader: Any) -> None:
         """A DataLoader begins to give batches."""
 
-    def indices_drawn(self, iterator: Any, indices: Any) -> None: ...
+    def indices_drawn(self, iterator: Any, indices: Any) -> None:
+        """A sampler gave these indices of the data."""
 
     def batch_fetched(self, batch: Any, iterator: Any) -> None:
         """It gave this batch."""

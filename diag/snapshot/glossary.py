@@ -102,6 +102,7 @@ GLOSSARY: dict[str, Quantity] = {
             "give previous=",
         ),
         Quantity("layer_chain", "snapshot.inside.chain", None, "object", Effort.TWO_GRADIENTS, _DATA),
+        Quantity("residual_stack", "snapshot.inside.residual", None, "object", Effort.TRACED_FORWARD, _DATA),
         Quantity("previous_logits", "snapshot.inside.earlier", "n K", "floating", Effort.FORWARD, "give previous="),
         Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),

@@ -55,6 +55,7 @@ from diag.instruments.gradient_coherence import GradientCoherence as GradientCoh
 from diag.instruments.gradient_conflict import GradientConflict as GradientConflict
 from diag.instruments.network.gradient_depth import GradientDepth as GradientDepth
 from diag.instruments.gradient_flow.instrument import GradientFlow as GradientFlow
+from diag.instruments.optimization.gradient_underflow import GradientUnderflow as GradientUnderflow
 from diag.instruments.loop.gradient_zeroing import GradientZeroing as GradientZeroing
 from diag.instruments.loop.gradients_reach import GradientsReach as GradientsReach
 from diag.instruments.data.held_out_rows import HeldOutRows as HeldOutRows
@@ -70,6 +71,7 @@ from diag.instruments.data.label_audit import LabelAudit as LabelAudit
 from diag.instruments.loop.layers_shared import LayersShared as LayersShared
 from diag.instruments.loop.learning_rate_schedule import LearningRateSchedule as LearningRateSchedule
 from diag.instruments.loop.loss_call import LossCall as LossCall
+from diag.instruments.loss.loss_terms import LossTerms as LossTerms
 from diag.instruments.loop.mixed_precision import MixedPrecision as MixedPrecision
 from diag.instruments.mode_connectivity import ModeConnectivity as ModeConnectivity
 from diag.instruments.trial.modes_agree import ModesAgree as ModesAgree
@@ -193,6 +195,10 @@ def gradient_flow(snapshot: Snapshot, /, *, history: Any = ..., plain_network: b
 @overload
 def gradient_flow(history: Any, *, plain_network: bool = ..., depth_factor: float = ..., skipped_share: float = ...) -> GradientFlow: ...
 @overload
+def gradient_underflow(snapshot: Snapshot, /, *, history: Any = ..., loop: Any = ..., tiny: float = ...) -> GradientUnderflow: ...
+@overload
+def gradient_underflow(history: Any, loop: Any, *, tiny: float = ...) -> GradientUnderflow: ...
+@overload
 def gradient_zeroing(snapshot: Snapshot, /, *, loop: Any = ...) -> GradientZeroing: ...
 @overload
 def gradient_zeroing(loop: Any) -> GradientZeroing: ...
@@ -252,6 +258,10 @@ def learning_rate_schedule(history: Any, loop: Any) -> LearningRateSchedule: ...
 def loss_call(snapshot: Snapshot, /, *, loop: Any = ...) -> LossCall: ...
 @overload
 def loss_call(loop: Any) -> LossCall: ...
+@overload
+def loss_terms(snapshot: Snapshot, /, *, history: Any = ..., loop: Any = ..., times: float = ...) -> LossTerms: ...
+@overload
+def loss_terms(history: Any, loop: Any, *, times: float = ...) -> LossTerms: ...
 @overload
 def mixed_precision(snapshot: Snapshot, /, *, loop: Any = ...) -> MixedPrecision: ...
 @overload

@@ -149,6 +149,12 @@ class GradientFlow(Result):
             threshold=0.0,
             threshold_source="any tensor at all",
             layers=self.idle_layers,
+            explained_by=(
+                Cause.GRADIENT_UNDERFLOW,
+                Cause.UNITS_DEAD,
+                Cause.GRAPH_CUT,
+                Cause.INITIALIZATION_CONSTANT,
+            ),
         )
 
     def _many_skipped(self) -> Verdict | None:

@@ -127,7 +127,8 @@ class StepSize(Result):
             cause=Cause.LEARNING_RATE_TOO_LOW,
             explained_by=(Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY,
                           Cause.GRADIENTS_VANISH, Cause.UNITS_DEAD, Cause.INITIALIZATION_SCALE,
-                          Cause.UPDATES_ROUND_TO_NOTHING, Cause.INITIALIZATION_CONSTANT),
+                          Cause.UPDATES_ROUND_TO_NOTHING, Cause.INITIALIZATION_CONSTANT,
+                          Cause.GRADIENT_UNDERFLOW),
         )  # fmt: skip
 
     def _by_epsilon(self) -> Verdict:
@@ -144,7 +145,12 @@ class StepSize(Result):
             threshold=ADAM_SHARE,
             threshold_source="noise alone gives 0.1 to 0.3",
             cause=Cause.ADAM_EPSILON_TOO_LARGE,
-            explained_by=(Cause.GRADIENTS_VANISH, Cause.UNITS_DEAD, Cause.INITIALIZATION_CONSTANT),
+            explained_by=(
+                Cause.GRADIENTS_VANISH,
+                Cause.UNITS_DEAD,
+                Cause.INITIALIZATION_CONSTANT,
+                Cause.GRADIENT_UNDERFLOW,
+            ),
         )
 
     def _by_clipping(self) -> Verdict:

@@ -25,6 +25,7 @@ from diag.snapshot.loop.parts import (
     OutsideChange,
     ParameterFacts,
     Pattern,
+    PenaltyFacts,
     RootFacts,
     ScalingFacts,
     SchedulerFacts,
@@ -78,6 +79,7 @@ class Loop:
     start: tuple[StartingWeight, ...] = ()
     origin: OriginFacts | None = None
     ranks: RankFacts = field(default_factory=RankFacts)
+    penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
 
     @property
     def training(self) -> tuple[OptimizerFacts, ...]:

@@ -318,13 +318,15 @@ class TargetFacts:
 class ScalingFacts:
     """Mixed precision: scaled_losses counts the losses that a GradScaler multiplied; autocast the training calls
     under autocast or with tensors of half precision in their graph, of `looked` that were looked at. scale: the
-    last that is known. skipped: steps that the scaler left out. clipped_scaled: clips of gradients that still
+    last that is known. float16: a call of the model computed in it. skipped: steps that the
+    scaler left out. clipped_scaled: clips of gradients that still
     carried the scale."""
 
     scaled_losses: int = 0
     looked: int = 0
     autocast: int = 0
     half_parameters: bool = False
+    float16: bool = False
     scale: float | None = None
     skipped: Tally = Tally()
     clipped_scaled: Tally = Tally()
@@ -386,6 +388,16 @@ class OriginFacts:
     batch_finite: bool | None
     outputs_finite: bool | None
     operation: str = ""
+
+
+@dataclass(frozen=True)
+class PenaltyFacts:
+    """Terms on the weights alone that are added to the loss: their sum, and the value of the loss functions beside
+    it, at the steps of a few backward passes that had such a term."""
+
+    steps: tuple[int, ...] = ()
+    penalties: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from diag.watching.observe.loop.optimizers import Optimizers
 from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.origin import Origin
 from diag.watching.observe.loop.parameters import Parameters
+from diag.watching.observe.loop.penalty import Penalty
 from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
 from diag.watching.observe.loop.start import starting_weights
@@ -68,6 +69,7 @@ class LoopObserver:
         self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
         self._origin = Origin(self.moment)
+        self._penalty = Penalty(self.moment)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
@@ -120,6 +122,7 @@ class LoopObserver:
         self._contents.training_call(args, kwargs, places)
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
+        self._penalty.training_call(outputs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -150,6 +153,7 @@ class LoopObserver:
         self._chance.loss_called(args, kwargs)
         self._losses.called(function, args, kwargs, value)
         self._targets.loss_called(function.__name__, args, kwargs)
+        self._penalty.loss_called(value)
         self._batches.targets(args[1] if len(args) > 1 else kwargs.get("target"))
 
     def loss_evaluated(self) -> None:
@@ -160,6 +164,7 @@ class LoopObserver:
         """A GradScaler made `scaled` of `losses`."""
         self._losses.scaled(losses, scaled)
         self._scaling.loss_scaled(losses, scaled)
+        self._penalty.loss_scaled(losses, scaled)
 
     # Backward passes
 
@@ -173,6 +178,7 @@ class LoopObserver:
             w.look()
         self._optimizers.backward_called()
         self._losses.backward_called(roots)
+        self._penalty.backward_called(roots)
         self._scaling.backward_called(roots)
 
     def backward_done(self) -> None:
@@ -330,4 +336,5 @@ class LoopObserver:
             start=self._start,
             origin=self._origin.found,
             ranks=self.ranks(),
+            penalty=self._penalty.facts(),
         )

@@ -35,6 +35,7 @@ class Scaling:
     def __init__(self, model: nn.Module, moment: Moment) -> None:
         self._moment = moment
         self._half = any(p.dtype in HALVES for p in model.parameters())
+        self._sixteen = any(p.dtype == torch.float16 for p in model.parameters())
         self._scaled_losses = self._looked = self._autocast = 0
         self._skipped, self._clipped_scaled = Counter(), Counter()
         self._scaled: set[int] = set()  # graph nodes of scaled losses since the last backward pass
@@ -54,6 +55,8 @@ class Scaling:
         tensor = next((t for t in found if t.requires_grad), None)
         device = "cpu" if tensor is None else tensor.device.type
         on = torch.is_autocast_enabled(device) or any(t.dtype in HALVES for t in found)
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        self._sixteen |= autocast or any(t.dtype == torch.float16 for t in found)
         self._autocast += on or (tensor is not None and has_half(tensor.grad_fn))
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
@@ -143,6 +146,7 @@ class Scaling:
             looked=self._looked,
             autocast=self._autocast,
             half_parameters=self._half,
+            float16=self._sixteen,
             scale=float(scale) if known else None,
             skipped=self._skipped.tally(),
             clipped_scaled=self._clipped_scaled.tally(),

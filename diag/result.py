@@ -355,7 +355,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Failed:
-    """An instrument that raised an error nobody foresaw; the traceback is kept."""
+    """An instrument that raised an unexpected error; the traceback is kept."""
 
     instrument: str
     reason: str

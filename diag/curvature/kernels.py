@@ -21,7 +21,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        """C(x, w)."""
+        """The convolution C(x, w)."""
         return torch.convolution(x, w, None, *settings)
 
     @staticmethod
@@ -73,7 +73,7 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """f(x)."""
+        """The function f(x), entry by entry."""
         return f(x)
 
     @staticmethod
@@ -85,7 +85,7 @@ class Elementwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """g f'(x)."""
+        """Its derivative, g f'(x)."""
         (x,), (g,) = ctx.saved_tensors, grads
         if torch.is_grad_enabled():  # this derivative will itself be differentiated
             ctx.first, second = _two_derivatives(ctx.f, x)
@@ -98,7 +98,7 @@ class ElementwiseBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, first: Tensor, second: Tensor, f: Callable[..., Tensor]) -> Tensor:
-        """g f'(x)."""
+        """Its derivative, g f'(x)."""
         ctx.f = f
         ctx.save_for_backward(g, x, first, g * second)
         return g * first
@@ -120,7 +120,7 @@ class Rectified(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        """max(x, 0)."""
+        """The rectifier max(x, 0)."""
         return x.relu()
 
     @staticmethod

@@ -50,7 +50,7 @@ class Objective:
 
     @cached_property
     def num_examples(self) -> int:
-        """n."""
+        """The number of examples, n."""
         return sum(batch.size for batch in self.batches)
 
     @cached_property
@@ -115,7 +115,7 @@ class Objective:
         return self.loss_of(self.outputs(parameters, batch), batch)
 
     def value(self, parameters: Sequence[Tensor]) -> float:
-        """L(theta)."""
+        """The loss L(theta) over all the data."""
         # With gradients on: a model may differentiate by its inputs on the way (forces from an energy).
         return sum(self.weight(b) * float(self.loss(parameters, b).detach()) for b in self.batches)
 

@@ -33,7 +33,7 @@ class Convolved:
     settings: tuple[Any, ...]
 
     def output(self) -> Tensor:
-        """The convolution."""
+        """The convolution of x with w, which the products differentiate."""
         output = Convolution.apply(self.input, self.weight, self.settings)
         return output if self.bias is None else output + self.bias.view(_channels(output))
 

@@ -57,7 +57,7 @@ class SquaredNorms:
     """Per layer, (n,) float64: ||g_i||^2 over that layer's parameters."""
 
     def begin(self, gradients: Asked) -> Accumulator:
-        """Its accumulator."""
+        """An accumulator of this query's answer."""
         return _SquaredNorms(gradients)
 
 
@@ -82,7 +82,7 @@ class GroupSums:
     groups: tuple[ExampleGroup, ...]
 
     def begin(self, gradients: Asked) -> Accumulator:
-        """Its accumulator."""
+        """An accumulator of this query's answer."""
         return _GroupSums(gradients, self.groups)
 
 
@@ -123,7 +123,7 @@ class GroupGram:
     groups: tuple[ExampleGroup, ...]
 
     def begin(self, gradients: Asked) -> Accumulator:
-        """Its accumulator."""
+        """An accumulator of this query's answer."""
         return _GroupGram(gradients, self.groups)
 
 
@@ -153,7 +153,7 @@ class Gram:
     """Per layer, (n, n) float64: <g_i, g_j>. Of several micro-batches it keeps the factors while it runs."""
 
     def begin(self, gradients: Asked) -> Accumulator:
-        """Its accumulator."""
+        """An accumulator of this query's answer."""
         return _Gram(gradients)
 
 
@@ -186,7 +186,7 @@ class Projection:
     directions: Tensor
 
     def begin(self, gradients: Asked) -> Accumulator:
-        """Its accumulator."""
+        """An accumulator of this query's answer."""
         return _Projection(gradients, self.directions)
 
 
@@ -209,7 +209,7 @@ class Everything:
     """(n, P): all gradients in full."""
 
     def begin(self, gradients: Asked) -> Accumulator:
-        """Its accumulator."""
+        """An accumulator of this query's answer."""
         return _Everything(gradients)
 
 

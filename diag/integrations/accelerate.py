@@ -27,7 +27,7 @@ class AccelerateTracker(GeneralTracker):
 
     @property
     def tracker(self) -> Any:
-        """The watch."""
+        """The watch, as Accelerate asks for it."""
         return self._watching.watcher
 
     def start(self) -> None:

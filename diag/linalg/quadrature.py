@@ -126,7 +126,7 @@ class SpectralMeasure:
         return Estimate(value, self._moment_error(sums, power), self.num_probes, self.seed)
 
     def trace(self) -> Estimate:
-        """tr A."""
+        """The trace of A, as the quadrature has it."""
         return self.moment(1)
 
     def frobenius_norm(self) -> Estimate:

@@ -190,7 +190,7 @@ class TrainingListener(Guarded):
 
     @guarded("GradScaler")
     def scaler_stepped(self, optimizer: Optimizer) -> None:
-        """It has."""
+        """The step was made, or left out."""
         self._facts("scaler_stepped", optimizer)
         if self._counts(optimizer):
             self._steps.scaler_stepped(optimizer)

@@ -25,7 +25,7 @@ EQUIVALENT: dict[str, str] = {
     " :: comparison > -> >=": SPEED,
     'diag/gradients/rules/norm_forms.py: if not is_argument(place, weight, "weight"):'
     ' :: branch not is_argument(place, weight, "weight") -> False #1': SAFE,
-    "diag/gradients/rules/norm_forms.py: if call.layout != Layout(0) or delta.numel() < SMALL_NORM * call.n:"
+    "diag/gradients/rules/norm_forms.py: if call.layout != ExampleLayout(0) or delta.numel() < SMALL_NORM * call.n:"
     " :: boolean or -> and": SPEED,
     "diag/gradients/rules/convolution.py: parts = [self._settled(s, *self._pixel_sums(s)) for s in"
     " Block.slices(self, pixels**2 + 2 * square)] :: sign + -> -": SPEED,

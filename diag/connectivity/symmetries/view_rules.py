@@ -38,7 +38,7 @@ def restride(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> 
     if compact and len(trace.labels(args["self"])) == x.ndim:
         trace.label(x, trace.labels(args["self"]))
     else:
-        trace.freeze_axes((trace.labels(args["self"]),), "laid out anew by strides")
+        trace.freeze_axes((trace.labels(args["self"]),), "laid out again by strides")
 
 
 @rule("permute", "permute_copy")

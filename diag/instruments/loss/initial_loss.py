@@ -27,7 +27,7 @@ AGREES = 1e-2
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitialLoss(Result):
-    """In nats."""
+    """The first losses beside those of guesses, in nats."""
 
     first: float = measured("the first recorded loss", unit="nats")
     even: float = measured("log K, the loss of K equally likely classes", unit="nats")

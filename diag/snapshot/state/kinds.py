@@ -57,7 +57,7 @@ class Kept:
 
 
 class Items(Kept):
-    """A list."""
+    """A list and its items."""
 
     def read(self) -> Any:
         return list(self.value)
@@ -71,7 +71,7 @@ class Items(Kept):
 
 
 class Queue(Kept):
-    """A deque."""
+    """A deque and its items."""
 
     def read(self) -> Any:
         return list(self.value)
@@ -99,7 +99,7 @@ class Fixed(Kept):
 
 
 class Members(Kept):
-    """A set."""
+    """A set and its members."""
 
     def read(self) -> Any:
         return set(self.value)

@@ -61,7 +61,7 @@ class Listener(Protocol):
         """A GradScaler is about to step the optimizer, or to leave the step out."""
 
     def scaler_stepped(self, optimizer: Optimizer) -> None:
-        """It has."""
+        """The step was made, or left out."""
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to step."""

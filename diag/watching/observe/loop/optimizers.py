@@ -173,7 +173,7 @@ class Optimizers:
                 self._count(record.late, record.last_step, True, "late", record)
 
     def begin(self) -> None:
-        """Attention begins."""
+        """A stretch of steps that are looked at closely begins."""
         self._inside, self.called = [], False
         for w in self._gradients.watched:
             w.begin()

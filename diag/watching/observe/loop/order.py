@@ -22,7 +22,7 @@ class Order:
         self._patterns: dict[str, list[int]] = {}
 
     def add(self, letter: str) -> None:
-        """Something happened."""
+        """Note one event in the order of the step."""
         now = self._now
         if letter in "FD" and self._stepped:
             self._close()

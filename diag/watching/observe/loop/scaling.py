@@ -105,7 +105,7 @@ class Scaling:
         return skipped
 
     def begin(self) -> None:
-        """Attention begins."""
+        """A stretch of steps that are looked at closely begins."""
         self.carried = self._clipped = False
         self._scaled.clear()
 
@@ -164,7 +164,7 @@ class Clipping:
         self._this = self._before = self._after = False
 
     def begin(self) -> None:
-        """Attention begins."""
+        """A stretch of steps that are looked at closely begins."""
         self._this = self._before = self._after = False
 
     def clipped(self, parameters: Any, limit: Any, names: Mapping[int, str], passes: bool) -> bool:

@@ -60,7 +60,7 @@ def test_each_change_is_in_one_place_of_code_that_still_parses(tmp_path):
 def test_the_tests_nearest_to_a_module_come_first():
     asked = Choice(ROOT).of("diag/linalg/krylov.py")
     assert asked[0] == "tests/linalg/test_krylov.py" and "tests/linalg/test_lanczos.py" in asked
-    assert "tests/instruments/test_neural_collapse.py" in Choice(ROOT).of("diag/linalg/class_geometry.py")
+    assert "tests/instruments/test_neural_collapse.py" in Choice(ROOT).of("diag/linalg/geometry/class_geometry.py")
 
 
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.what)

@@ -64,7 +64,11 @@ LARGE_SVG = 120_000
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, as people write it: 1,797; 0.0312; 1.2e-07."""
+    """`value` with `digits` significant digits, as people write it.
+
+    >>> format_number(1797), format_number(0.031234), format_number(1.2e-7), format_number(float("nan"))
+    ('1,797', '0.0312', '1.20e-07', 'undefined')
+    """
     if value is None or value != value:
         return "undefined"
     if isinstance(value, bool):
@@ -82,12 +86,20 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_share(value: float) -> str:
-    """A share in [0, 1] as a percentage: 0.1234 is "12.3 %"."""
+    """A share in [0, 1] as a percentage.
+
+    >>> format_share(0.1234)
+    '12.3 %'
+    """
     return "undefined" if math.isnan(value) else f"{format_number(100 * value)} %"
 
 
 def format_seconds(value: float) -> str:
-    """A duration as people say it: 3.2 ms; 48.1 s; 12 min 5 s; 3 h 20 min."""
+    """A duration as people say it.
+
+    >>> format_seconds(0.0032), format_seconds(48.1), format_seconds(725), format_seconds(12_000)
+    ('3.2 ms', '48.1 s', '12 min 5 s', '3 h 20 min')
+    """
     if value < 1:
         return f"{format_number(1000 * value)} ms"
     if value < 60:

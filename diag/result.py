@@ -36,6 +36,11 @@ class Level(enum.StrEnum):
 
     `unknown`: the uncertainty straddles the threshold. `description`: measured, and no paper or calibration
     licenses a judgement; never counted as passed, never shown as a finding. `not_applicable`: a precondition fails.
+
+    >>> Level("warning").is_finding, Level.UNKNOWN.is_finding
+    (True, False)
+    >>> sorted([Level.OK, Level.ALARM, Level.WARNING], key=lambda level: level.severity)[0].value
+    'alarm'
     """
 
     ALARM = "alarm"

@@ -62,5 +62,9 @@ def count_in_words(count: int, singular: str, plural: str = "") -> str:
 
 
 def listed(parts: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Parts in a row, as people write them.
+
+    >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
+    ('a', 'a and b', 'a, b and c')
+    """
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

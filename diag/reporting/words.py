@@ -27,7 +27,11 @@ def word_id(word: str) -> str:
 
 
 def words_in(text: str) -> list[str]:
-    """The words of the list that a text uses, in the order in which they first stand in it."""
+    """The words of the list that a text uses, in the order in which they first stand in it.
+
+    >>> words_in("The gradient norm grew; the Hessian did not.")
+    ['gradient norm', 'Hessian']
+    """
     return list(dict.fromkeys(BY_LOWER[match[0].lower()] for match in PATTERN.finditer(text)))
 
 

@@ -19,7 +19,11 @@ NOT_SETTINGS = ("created", "layers", "row", "versions", "sessions", "closed", "f
 
 
 def key_of(number: int) -> str:
-    """A, B, ... Z, AA, AB, ...: a short name for the run of this number."""
+    """A short name for the run of this number.
+
+    >>> [key_of(i) for i in (0, 1, 25, 26, 27)]
+    ['A', 'B', 'Z', 'AA', 'AB']
+    """
     text = ""
     number += 1
     while number:

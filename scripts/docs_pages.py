@@ -1,0 +1,208 @@
+"""What the documentation site is given by the code: a page an instrument, the commands, the public names.
+
+A hook of mkdocs: `on_config` sets the order of the pages, `on_files` adds those that are written here. Tests call
+`pages()` without mkdocs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+THEMES = {
+    "loop": "The training loop",
+    "loss": "The loss",
+    "data": "The data",
+    "optimization": "Optimization",
+    "network": "The network",
+    "outcome": "The outcome",
+    "distributed": "Several processes",
+    "trial": "Before training",
+}
+KINDS = {"check": "Checks", "measurement": "Measurements", "description": "Descriptions"}
+PAGES = [
+    {"Home": "index.md"},
+    {"Tutorial": "tutorial.md"},
+    {
+        "How to, by symptom": [
+            {"My loss spiked, or went up for good": "howto/spike.md"},
+            {"My loss is flat": "howto/flat.md"},
+            {"NaN": "howto/nan.md"},
+            {"Validation is bad": "howto/validation.md"},
+            {"Which labels are wrong": "howto/labels.md"},
+            {"Can I average these checkpoints": "howto/average.md"},
+            {"Compare runs, or a sweep": "howto/compare.md"},
+            {"Check every run in CI": "howto/ci.md"},
+            {"With Lightning, transformers, W&B": "howto/tools.md"},
+            {"A run that goes on": "howto/live.md"},
+            {"Yesterday's logs": "howto/logs.md"},
+        ]
+    },
+    {
+        "Reference": [
+            {"Instruments": "reference/instruments.md"},
+            {"Commands": "reference/commands.md"},
+            {"Public names": "reference/api.md"},
+            {"Findings as JSON": "reference/json.md"},
+            {"SageMaker Debugger's rules": "reference/sagemaker.md"},
+        ]
+    },
+    {
+        "Why a number can be trusted": [
+            {"Verdicts": "explanation/verdicts.md"},
+            {"Curvature": "explanation/curvature.md"},
+            {"Watching changes nothing": "explanation/watching.md"},
+        ]
+    },
+]
+ABOUT_INSTRUMENTS = """Checks say what is wrong with a run and cost nothing or one look; measurements are
+expensive; descriptions judge nothing and run by name."""
+ABOUT_COMMANDS = """Every command says more by `--help`. Exit status: 0 fine, 1 a check failed, 2 nothing could be
+done: the call, the configuration or the run is not as it must be."""
+CALIBRATION = "calibration.md"  # written by scripts/calibrate --page
+
+
+def pages() -> dict[str, str]:
+    """The pages that are written from the code, by their path in the site."""
+    from diag.registry import instruments
+
+    known = {n: i for n, i in sorted(instruments().items()) if i.function.__module__.startswith("diag.")}
+    made = {f"reference/instruments/{name}.md": instrument_page(i) for name, i in known.items()}
+    made["reference/instruments.md"] = index_page(known)
+    made["reference/commands.md"] = commands_page()
+    made["reference/api.md"] = api_page()
+    made["llms.txt"] = llms_page(known)
+    return made
+
+
+def instrument_page(instrument: Any) -> str:
+    """One instrument: what it says, needs and costs, its settings and what it returns."""
+    lines = [f"# {instrument.title}", "", f"`diag.{instrument.name}`", ""]
+    lines += [tidy(inspect.getdoc(instrument.function) or ""), ""]
+    rows = {
+        "kind": instrument.kind.value,
+        "needs": ", ".join(f"`{n.name}`" + (" (optional)" if n.optional else "") for n in instrument.needs),
+        "cost": instrument.cost,
+        "source": instrument.source,
+    }
+    lines += ["| | |", "|---|---|", *(f"| {name} | {cell(text)} |" for name, text in rows.items() if text), ""]
+    if instrument.settings:
+        lines += ["## Settings", "", "| setting | default |", "|---|---|"]
+        lines += [f"| `{s.name}` | `{cell(repr(s.default))}` |" for s in instrument.settings] + [""]
+    lines += ["## What it returns", "", f"`{instrument.result.__name__}`: {summary(instrument.result)}", ""]
+    lines += ["| field | unit | what it is |", "|---|---|---|"]
+    for field in instrument.result.measured_fields():
+        about = field.metadata
+        lines.append(f"| `{field.name}` | {cell(about['unit'])} | {cell(about['description'])} |")
+    lines += [
+        "",
+        "How often it is wrong, on programs that chose no threshold, is counted by `scripts/calibrate`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def index_page(known: dict[str, Any]) -> str:
+    """All instruments by kind and theme."""
+    lines = ["# Instruments", "", ABOUT_INSTRUMENTS, ""]
+    for kind, heading in KINDS.items():
+        chosen = [i for i in known.values() if i.kind.value == kind]
+        lines += [f"## {heading}", ""]
+        for theme in dict.fromkeys(theme_of(i) for i in chosen):
+            lines += [f"### {theme}", ""] if kind == "check" else []
+            lines += [
+                f"- [{i.title}](instruments/{i.name}.md): {i.summary}" for i in chosen if theme_of(i) == theme
+            ]
+            lines += [""]
+    return "\n".join(lines)
+
+
+def theme_of(instrument: Any) -> str:
+    """The theme of a check: the folder that it stands in."""
+    parts = instrument.function.__module__.split(".")
+    return THEMES.get(parts[2], "Others") if len(parts) > 3 else "Others"
+
+
+def commands_page() -> str:
+    """Every command with its help."""
+    import click
+
+    from diag.cli import main
+
+    lines = ["# Commands", "", ABOUT_COMMANDS, ""]
+    context = click.Context(main, info_name="diag")
+    for name in sorted(main.list_commands(context)):
+        command = main.get_command(context, name)
+        assert command is not None
+        text = command.get_help(click.Context(command, info_name=f"diag {name}", max_content_width=96))
+        lines += [f"## diag {name}", "", "```text", text, "```", ""]
+    return "\n".join(lines)
+
+
+def api_page() -> str:
+    """The public names that are no instruments, from their docstrings."""
+    import diag
+
+    homes: dict[str, str] = vars(diag)["_HOMES"]
+    lines = ["# Public names", "", "Instruments have [pages of their own](instruments.md).", ""]
+    return "\n".join([*lines, *(f"::: {homes[n]}.{n}\n" for n in sorted(homes))])
+
+
+def llms_page(known: dict[str, Any]) -> str:
+    """What a language model needs to use diag: https://llmstxt.org."""
+    lines = [
+        "# diag",
+        "",
+        "> Tells what state a PyTorch network is in, while it trains and afterwards, with evidence.",
+        "",
+    ]
+    lines += ["## Documentation", "", "- [Tutorial](tutorial.html): from nothing to the first page"]
+    lines += [
+        "- [Commands](reference/commands.html)",
+        "- [Findings as JSON](reference/json.html): --json and the schema",
+    ]
+    lines += ["", "## Instruments", ""]
+    lines += [f"- [{n}](reference/instruments/{n}.html): {i.summary}" for n, i in known.items()]
+    return "\n".join(lines) + "\n"
+
+
+def tidy(text: str) -> str:
+    """A docstring as Markdown: lists and indented parts stay as they are."""
+    return re.sub(r"`(\S[^`]*)`", r"`\1`", text)
+
+
+def cell(text: str) -> str:
+    """A text in a table's cell."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def summary(thing: Any) -> str:
+    return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+
+
+# What mkdocs calls.
+
+
+def on_config(config: Any) -> Any:
+    """The order of the pages; the calibration table where it has been written."""
+    nav = [dict(part) for part in PAGES]
+    if (Path(config["docs_dir"]) / CALIBRATION).is_file():
+        (title, listed), *_ = nav[-1].items()
+        nav[-1] = {title: [*listed, {"How often checks are wrong": CALIBRATION}]}
+    config["nav"] = nav
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """The pages that are written from the code."""
+    from mkdocs.structure.files import File
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files

@@ -178,13 +178,27 @@ def test_private_names_stay_at_home(name):
     )
 
 
+def names_defined(node: ast.stmt) -> list[str]:
+    """What a statement of a module gives a name to."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = (
+        node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    )
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
 def test_different_things_bear_different_names():
-    """A public function or class has a name of its own in the whole of `diag`, so that a name says which it is."""
+    """A public function, class or type has a name of its own in the whole of `diag`, so that it says which it is.
+
+    Constants, all in capitals, are read beside what they are for, and may be called alike elsewhere (`SOURCE`).
+    """
     homes: dict[str, list[str]] = {}
     for name in MODULES:
         for node in tree(name).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                homes.setdefault(node.name, []).append(name)
+            for found in names_defined(node):
+                if not found.startswith("_") and not found.isupper():
+                    homes.setdefault(found, []).append(name)
     doubles = {name: found for name, found in homes.items() if len(found) > 1}
     assert not doubles, f"Public names that more than one module defines: {doubles}"
 

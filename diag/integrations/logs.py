@@ -26,7 +26,7 @@ RATE = ("learning_rate", "lr", "train/learning_rate", "train/lr")
 LARGEST = 1 << 28  # bytes of a log
 THIN = "The loss was logged at {} of {:,} steps, so what happened between them is not known."
 
-Row = tuple[int, dict[str, float]]
+LoggedRow = tuple[int, dict[str, float]]
 
 
 def run_of_log(path: str | Path) -> Run:
@@ -88,7 +88,7 @@ def _log_file(path: Path) -> Path:
     raise InvalidInput(f"There is no {path}; give a log file or a folder with one.")
 
 
-def _read(file: Path) -> Iterable[Row]:
+def _read(file: Path) -> Iterable[LoggedRow]:
     if file.stat().st_size > LARGEST:
         raise InvalidInput(f"{file} is larger than {LARGEST >> 20} MiB; give a part of the log.")
     if "tfevents" in file.name:
@@ -107,7 +107,7 @@ def _read(file: Path) -> Iterable[Row]:
         ) from None
 
 
-def _json(file: Path) -> Iterable[Row]:
+def _json(file: Path) -> Iterable[LoggedRow]:
     """The log_history of transformers' trainer_state.json, or a list of such rows."""
     data = json.loads(file.read_text(encoding="utf-8"))
     rows = data.get("log_history") if isinstance(data, Mapping) else data
@@ -116,12 +116,12 @@ def _json(file: Path) -> Iterable[Row]:
     return _rows(rows)
 
 
-def _csv(file: Path) -> Iterable[Row]:
+def _csv(file: Path) -> Iterable[LoggedRow]:
     with open(file, newline="", encoding="utf-8-sig") as opened:
         yield from _rows(csv.DictReader(opened))
 
 
-def _jsonl(file: Path) -> Iterable[Row]:
+def _jsonl(file: Path) -> Iterable[LoggedRow]:
     with open(file, encoding="utf-8") as lines:
         # A log that is still written may end in half a line.
         yield from _rows(row for line in lines if line.strip() and isinstance(row := _parsed(line), Mapping))
@@ -134,7 +134,7 @@ def _parsed(line: str) -> Any:
         return None
 
 
-def _tensorboard(file: Path) -> Iterable[Row]:
+def _tensorboard(file: Path) -> Iterable[LoggedRow]:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
@@ -146,7 +146,7 @@ def _tensorboard(file: Path) -> Iterable[Row]:
             yield int(event.step), {name: float(event.value)}
 
 
-def _rows(rows: Iterable[Mapping[str, Any]]) -> Iterable[Row]:
+def _rows(rows: Iterable[Mapping[str, Any]]) -> Iterable[LoggedRow]:
     """(step, numbers) of each row that has a step."""
     for row in rows:
         numbers = {str(k).strip(): v for k, value in row.items() if (v := _number(value)) is not None}
@@ -165,7 +165,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _merged(rows: Iterable[Row]) -> list[Row]:
+def _merged(rows: Iterable[LoggedRow]) -> list[LoggedRow]:
     """One row a step, in step order; of a number that was logged twice at a step the last counts."""
     merged: dict[int, dict[str, float]] = {}
     for step, values in rows:
@@ -173,7 +173,7 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
     return sorted(merged.items())
 
 
-def _renumbered(rows: list[Row], source: str) -> list[Row]:
+def _renumbered(rows: list[LoggedRow], source: str) -> list[LoggedRow]:
     """Steps count from 1; a log that begins with 0 counts from there."""
     if not any(values for _, values in rows):
         raise InvalidInput(f"{source} has no row with a step ({', '.join(STEP[:4])}) and a number.")
@@ -181,13 +181,13 @@ def _renumbered(rows: list[Row], source: str) -> list[Row]:
     return [(step + 1, values) for step, values in rows] if first == 0 else rows
 
 
-def _column(rows: list[Row], names: tuple[str, ...]) -> str | None:
+def _column(rows: list[LoggedRow], names: tuple[str, ...]) -> str | None:
     """The first of these names that a row has, whatever its case; for the loss also a name that ends in it."""
     known = {name.lower(): name for _, values in rows for name in values}
     return next((known[name] for name in names if name in known), None)
 
 
-def _history(rows: list[Row]) -> History | None:
+def _history(rows: list[LoggedRow]) -> History | None:
     loss, rate = _column(rows, LOSS), _column(rows, RATE)
     told = [(step, values) for step, values in rows if loss in values]
     if not told:

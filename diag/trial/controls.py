@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 
 from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.example_losses import LossFunction
 from diag.snapshot.preserve import preserved
 
 SETTLING = 30  # calls in training mode without a step, so that running statistics can follow
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 @contextmanager
@@ -39,7 +37,7 @@ def input_change(model: nn.Module, batch: Batch) -> float:
         return _change(answers(model, batch), answers(model, exchanged(batch)))
 
 
-def exchanged_loss(model: nn.Module, batch: Batch, batch_loss: Loss) -> float:
+def exchanged_loss(model: nn.Module, batch: Batch, batch_loss: LossFunction) -> float:
     """The mean loss where each example is given the answer to another; NaN where the loss is made in the model."""
     with in_mode(model, "eval"):
         outputs = exchanged(batch).forward(model)
@@ -64,7 +62,7 @@ def mixing(model: nn.Module, batch: Batch) -> float:
         return _change([t[:1] for t in one], [t[:1] for t in other])
 
 
-def both_modes(model: nn.Module, batch: Batch, batch_loss: Loss) -> tuple[float, float]:
+def both_modes(model: nn.Module, batch: Batch, batch_loss: LossFunction) -> tuple[float, float]:
     """The loss of the batch in training and in evaluation mode, after the running statistics have seen it."""
     model.train()
     with torch.no_grad():

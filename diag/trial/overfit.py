@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch.optim.optimizer import Optimizer
 
 from diag.errors import InvalidInput, first_line
 from diag.snapshot.batch import Batch
+from diag.snapshot.example_losses import LossFunction
 from diag.snapshot.trial import Attempt
 
 FITTED = 0.02  # of the first loss: there is no more to see
-Loss = Callable[[Any, Any], Tensor]
 
 
 def twin_of(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
@@ -48,7 +47,13 @@ def _with_all(twin: Optimizer, original: Optimizer, known: dict[int, Any]) -> Op
 
 
 def fit(
-    model: nn.Module, batch: Batch, batch_loss: Loss, optimizer: Optimizer, name: str, steps: int, seconds: float
+    model: nn.Module,
+    batch: Batch,
+    batch_loss: LossFunction,
+    optimizer: Optimizer,
+    name: str,
+    steps: int,
+    seconds: float,
 ) -> Attempt:
     """Train `model` on `batch` until its loss has nearly gone, `steps` are made or `seconds` are over."""
     began, losses, stopped = time.perf_counter(), [], ""
@@ -71,11 +76,11 @@ def fit(
         return Attempt(name, tuple(losses), float(_loss(model, batch, batch_loss)), stopped)
 
 
-def _loss(model: nn.Module, batch: Batch, batch_loss: Loss) -> Tensor:
+def _loss(model: nn.Module, batch: Batch, batch_loss: LossFunction) -> Tensor:
     return batch_loss(batch.forward(model), batch.targets)
 
 
-def _step(model: nn.Module, batch: Batch, batch_loss: Loss, optimizer: Optimizer, loss: Tensor) -> None:
+def _step(model: nn.Module, batch: Batch, batch_loss: LossFunction, optimizer: Optimizer, loss: Tensor) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         again = _loss(model, batch, batch_loss)

@@ -41,7 +41,7 @@ ONLY_IN_A_RUN = frozenset(
 SHARE = 0.25  # of the time, for one attempt
 NO_TIME = "It would take about {}, which the {} of a preflight did not leave; in a watch it waits for its turn."
 
-Progress = Callable[[str], None]
+StageProgress = Callable[[str], None]
 
 
 def preflight(
@@ -53,7 +53,7 @@ def preflight(
     steps: int = 200,
     seconds: float = 60.0,
     unpack: Callable[[Any], tuple[Any, Any]] | None = None,
-    progress: Progress = lambda text: None,
+    progress: StageProgress = lambda text: None,
 ) -> Run:
     """Try out a training before it begins: `run = diag.preflight(model, loss_fn, loader, optimizer)`.
 

@@ -9,11 +9,10 @@ from typing import Any
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
-from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.trial import Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): input-independent baseline, batch dependencies"
-OUR_CHOICE = "our choice, uncalibrated"
 SAME = 1e-6  # of the outputs' size: what float32 rounds
 MIXED = 1e-3
 

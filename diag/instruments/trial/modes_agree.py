@@ -13,7 +13,6 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 from diag.snapshot.trial import Trial
 
 SOURCE = "arithmetic: the loss of one batch in both modes"
-OUR_CHOICE = "our choice, uncalibrated"
 LEARNED = 0.5  # of the first loss gone
 
 

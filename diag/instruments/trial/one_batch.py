@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.instruments.causes import Cause, Theme
 from diag.registry import Kind, instrument
-from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.trial import Attempt, Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): overfit one batch"
-OUR_CHOICE = "our choice, uncalibrated"
 LEARNED, NOT_LEARNED = 0.5, 0.1  # of the first loss gone
 CLEARLY = 0.5  # of what another optimizer takes away of the loss
 KNOWS = 1.5  # times the loss with exchanged answers: the network has learned already

@@ -15,22 +15,21 @@ from torch.utils import _pytree as pytree
 
 from diag.errors import DiagError, InvalidInput
 from diag.snapshot.batch import Batch, map_tensors
-from diag.snapshot.example_losses import example_losses
+from diag.snapshot.example_losses import LossFunction, example_losses
 from diag.snapshot.explain import CALL_ERRORS
 
 WITHIN = 1e-4  # relative: of the loss of all examples and what the counts make of the examples' own
-Loss = Callable[[Any, Any], Tensor]
-Row = tuple[Any, Batch]  # a model's outputs on a batch
+TriedBatch = tuple[Any, Batch]  # a model's outputs on a batch
 
 
-def tried_counts(loss: Loss, rows: Sequence[Row]) -> list[Tensor] | None:
+def tried_counts(loss: LossFunction, rows: Sequence[TriedBatch]) -> list[Tensor] | None:
     """c_i of the examples of each batch, float64 (n_b,); None where the loss is no weighted mean of theirs."""
     found = [_counts(loss, outputs, batch) for outputs, batch in rows]
     known = [counts for counts in found if counts is not None]
     return known if len(known) == len(found) else None
 
 
-def joined_rows(rows: Sequence[Row]) -> Row:
+def joined_rows(rows: Sequence[TriedBatch]) -> TriedBatch:
     """The outputs and targets of several batches as those of one. Raises InvalidInput where they do not fit."""
     size = sum(batch.size for _, batch in rows)
     trees = [pytree.tree_flatten((outputs, batch.targets)) for outputs, batch in rows]
@@ -52,7 +51,7 @@ def _joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
     return torch.cat(list(parts))
 
 
-def _counts(loss: Loss, outputs: Any, batch: Batch) -> Tensor | None:
+def _counts(loss: LossFunction, outputs: Any, batch: Batch) -> Tensor | None:
     for given in _random(outputs):
         with torch.no_grad():
             try:
@@ -79,7 +78,7 @@ def _random(outputs: Any) -> Iterator[Any]:
     yield outputs
 
 
-def _of_outputs(loss: Loss, outputs: Any, batch: Batch) -> Tensor | None:
+def _of_outputs(loss: LossFunction, outputs: Any, batch: Batch) -> Tensor | None:
     whole = float(loss(outputs, batch.targets).double().mean())
     alone = _alone(loss, outputs, batch)
     ones = torch.ones(batch.size, dtype=torch.float64)
@@ -94,7 +93,7 @@ def _of_outputs(loss: Loss, outputs: Any, batch: Batch) -> Tensor | None:
     return counts if counts is not None and _makes_up(counts, alone, whole) else None
 
 
-def _alone(loss: Loss, outputs: Any, batch: Batch) -> Tensor:
+def _alone(loss: LossFunction, outputs: Any, batch: Batch) -> Tensor:
     return example_losses(loss, outputs, batch.targets, batch.size).double().cpu()
 
 

@@ -14,6 +14,7 @@ from diag.distributed.meeting import Meeting, announce, initialized, rank_here, 
 from diag.distributed.placement import placements_of
 from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.guard import safely
+from diag.watching.observe.learning import Note
 from diag.watching.observe.loop.moment import due
 from diag.watching.observe.rows import Row, Sharing
 from diag.watching.ranks import comparison, shared_rows
@@ -25,8 +26,6 @@ ALONE = (
     "are left out, and the ranks are not compared. Call diag.watch on every rank."
 )
 TOGETHER = "All {} ranks are watched: the loss is the mean over ranks, and norms are those of the whole tensors."
-
-Note = Callable[[str, str], None]
 
 
 class Company:

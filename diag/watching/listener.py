@@ -65,14 +65,16 @@ class TrainingListener(Guarded):
         if self._hooks is not None:
             safely(self._hooks.remove, broke=self.broke)
 
-    def look_for_compiled(self) -> None:
-        """After a step without a call of the model: it may have been compiled since."""
+    def look_for_calls(self) -> bool:
+        """After a step without a call of the model: it may have been compiled since, or other code may have taken
+        the hook away. True where that is so, and the hook is back."""
         silent = self._training.calls == self._calls
         self._calls = self._training.calls
         self._silent += silent
         # Looking goes through all objects of the process, so it is done ever more rarely.
         if silent and self._silent & (self._silent - 1) == 0 and self._hooks is not None:
             self._hooks.find_compiled()
+        return silent and self._hooks is not None and self._hooks.put_back()
 
     # The model and its loss
 

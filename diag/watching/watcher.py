@@ -46,6 +46,10 @@ from diag.watching.ranks.company import Company, hold_whole
 from diag.watching.record import Recorder
 
 ALWAYS_ON_SHARE = 0.1  # of the budget, for the norms that need a copy of the parameters
+HOOKS_TAKEN = (
+    "Other code has taken away the hook by which calls of the model are seen, as by clearing all of its hooks: the "
+    "losses of the steps in between are not recorded; the hook is put back each time."
+)
 NO_STEP = (
     "No optimizer step on the model's parameters was seen; the optimizer must hold the parameters that the model "
     "has. A loop that updates them by itself tells of its steps by watcher.step()."
@@ -284,7 +288,8 @@ class Watcher(Guarded):
         self._compare(row)
         step = self._rows.add(row)
         self._loop.step_ended(step)
-        self._listener.look_for_compiled()
+        if self._listener.look_for_calls():
+            self._recorder.note("hooks", HOOKS_TAKEN)
         if self._company.leads:
             self._runner.step_ended(row, step, in_step)
             self._judge(step)

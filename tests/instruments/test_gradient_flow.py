@@ -66,7 +66,45 @@ def test_alarm_on_a_loss_that_is_not_finite(bad):
 
 def test_a_loss_that_was_not_seen_is_no_alarm():
     result = gradient_flow(history=record(loss=numpy.full(50, math.nan)))
-    assert result.non_finite_losses == 0 and result.verdict().level is Level.OK
+    assert result.non_finite_losses == 0 and result.verdict().level is Level.UNKNOWN
+    assert "losses at 0 and gradients at 50 were seen" in result.verdict().sentence
+
+
+def unseen(**columns):
+    history = record()
+    for name, rows in columns.items():
+        getattr(history, name)[rows] = math.nan
+    return gradient_flow(history=history).verdict()
+
+
+def test_finite_is_only_said_of_what_was_seen():
+    hooks_gone = unseen(loss=slice(20, None))
+    assert hooks_gone.level is Level.UNKNOWN
+    assert hooks_gone.sentence == (
+        "Of 50 steps recorded, losses at 20 and gradients at 50 were seen, and these were finite."
+    )
+    one_missing = unseen(loss=slice(3, 4))
+    assert one_missing.level is Level.OK and "losses at 49 and gradients at 50" in one_missing.sentence
+    half_cut = unseen(gradient_norm=(slice(None), [0, 1, 2, 3]))
+    assert half_cut.level is Level.UNKNOWN
+    assert "of 4 of the 8 parameter tensors no gradient was ever seen (a.weight, a.bias, b.weight, ...)" in (
+        half_cut.sentence
+    )
+    none = unseen(gradient_norm=slice(None))
+    assert none.level is Level.UNKNOWN
+    assert none.sentence == "No gradient was seen at any of the 50 steps recorded."
+
+
+def test_warning_where_no_weight_moves():
+    zero = numpy.zeros((50, len(LAYERS)), numpy.float32)
+    still = gradient_flow(history=record(update_norm=zero, distance=zero)).verdict()
+    assert still.level is Level.WARNING and still.sentence == "No weight moved at any of the 50 steps recorded."
+    late = zero.copy()
+    late[-1] = 1
+    assert gradient_flow(history=record(update_norm=late, distance=late)).verdict().level is Level.OK
+    few = numpy.full((50, len(LAYERS)), numpy.nan, numpy.float32)
+    few[:3] = 0  # a warm-up from zero, looked at in its first steps only
+    assert gradient_flow(history=record(update_norm=few, distance=few)).verdict().level is Level.OK
 
 
 def test_alarm_on_gradients_that_were_applied_and_not_on_those_that_were_skipped():

@@ -21,8 +21,10 @@ from diag.instruments.gradient_flow.statistics import (
     growth_of_distance,
     idle_layers,
     most_often,
+    never_moved,
     norm_at_start,
     normalisation_layers,
+    unseen_layers,
 )
 from diag.linalg.growth import LAWS
 from diag.registry import instrument
@@ -39,6 +41,7 @@ LEFT = 5.0  # times the first loss
 STEPS_SHOWN = 96
 STEPS_NAMED = 100
 LAYERS_NAMED = 16
+SEEN_SHARE = 0.95  # of the steps (our choice), from which on what was seen speaks for all
 SETTLED = 10  # steps; what starts at zero on purpose gets its gradient after the first ones
 
 
@@ -69,6 +72,10 @@ class GradientFlow(Result):
     skipped_step_numbers: tuple[int, ...] = measured("the first of the steps that were left out")
     gradient_layers: tuple[str, ...] = measured("tensors whose gradient was not finite, most often first")
     idle_layers: tuple[str, ...] = measured("tensors whose gradient was exactly zero at every step")
+    losses_seen: int = measured("steps at which a loss was seen", unit="steps")
+    gradients_seen: int = measured("steps at which a gradient was seen", unit="steps")
+    unseen_layers: tuple[str, ...] = measured("tensors of which no gradient was ever seen")
+    still: bool = measured("the weights were looked at, and never moved")
     loss_growth: float = measured("median of the last five losses over the first; NaN where that is not above zero")
     layers: tuple[str, ...] = measured("parameter tensors, in the order of named_parameters()")
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
@@ -86,13 +93,15 @@ class GradientFlow(Result):
     def _verdicts(self) -> Iterator[Verdict | None]:
         """Worst first: arithmetic before theory, and a description at the end."""
         yield self._non_finite()
+        yield self._unseen()
         yield self._idle()
         yield self._many_skipped()
         yield self._vanishing()
         left = self.loss_growth > LEFT  # whether training went well is not judged here, and is not to seem so
+        whole = self._is_seen(self.losses_seen) and self._is_seen(self.gradients_seen) and not self.unseen_layers
         yield Verdict(
-            Level.DESCRIPTION if left else Level.OK,
-            f"Losses and gradients were finite {self._span()}{self._skips()}{self._growth()}.",
+            (Level.DESCRIPTION if left else Level.OK) if whole else Level.UNKNOWN,
+            f"{self._finite()}{self._skips()}{self._growth()}.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             value=0.0,
@@ -199,6 +208,49 @@ class GradientFlow(Result):
             threshold_source=OUR_CHOICE,
         )
 
+    def _unseen(self) -> Verdict | None:
+        """No gradient at all, or weights that never moved: that nothing was infinite then says nothing."""
+        if self.num_steps < SETTLED or (self.gradients_seen and not self.still):
+            return None
+        nothing = not self.gradients_seen
+        found = "No gradient was seen" if nothing else "No weight moved"
+        return Verdict(
+            Level.UNKNOWN if nothing else Level.WARNING,
+            f"{found} at any of the {self.num_steps:,} steps recorded.",
+            advice="Call backward() on the loss itself, zero gradients before it and not between it and the step, "
+            "and look at the learning rate and at the run's notes.",
+            source="arithmetic",
+            confidence=Confidence.ARITHMETIC,
+            refutation="A gradient at a step of the optimizer, and a weight that is another after it.",
+            explained_by=(Cause.GRAPH_CUT, Cause.GRADIENTS_ZEROED_BEFORE_STEP, Cause.LEARNING_RATE_ZERO,
+                          Cause.WEIGHTS_UNCHANGED),
+        )  # fmt: skip
+
+    def _is_seen(self, steps: int) -> bool:
+        """Whether what was seen at so many steps speaks for all."""
+        return steps >= SEEN_SHARE * self.num_steps
+
+    def _finite(self) -> str:
+        """What was finite: only what was seen."""
+        if not self.gradients_seen and not self.losses_seen:
+            return f"No loss and no gradient was seen at any of the {self.num_steps:,} steps recorded"
+        seen = self.losses_seen, self.gradients_seen
+        if seen == (self.num_steps, self.num_steps):
+            found = f"Losses and gradients were finite {self._span()}"
+        else:
+            found = (
+                f"Of {self.num_steps:,} steps recorded, losses at {seen[0]:,} and gradients at {seen[1]:,} were "
+                "seen, and these were finite"
+            )
+        if not self.unseen_layers or not self.gradients_seen:
+            return found
+        names = ", ".join(self.unseen_layers[:3]) + (", ..." if len(self.unseen_layers) > 3 else "")
+        return (
+            f"{found}; of {len(self.unseen_layers)} of the {len(self.layers)} parameter tensors no gradient "
+            f"was ever "
+            f"seen ({names})"
+        )
+
     def _span(self) -> str:
         if len(self.steps) <= 1:
             return "at the one state measured"
@@ -284,6 +336,10 @@ def gradient_flow(
         gradient_layers=most_often(history, numpy.sum([_broken(part).sum(0) for part in parts(history)], 0)),
         idle_layers=idle_layers(history),
         loss_growth=_growth_of_the_loss(history),
+        losses_seen=int((~numpy.isnan(history.loss) | ~history.loss_finite).sum()),
+        gradients_seen=int(by_rows(history, lambda part: _seen(part).any(1)).sum()),
+        unseen_layers=unseen_layers(history),
+        still=never_moved(history, SETTLED),
         layers=history.layers,
         notes=history.notes,
         **_of_the_distance(history),
@@ -326,6 +382,11 @@ def _of_the_distance(history: History) -> dict[str, Any]:
 def _broken(history: History) -> NDArray[numpy.bool_]:
     """Which gradients were not finite: (steps, layers)."""
     return numpy.asarray(~history.gradient_finite | numpy.isinf(history.gradient_norm))
+
+
+def _seen(history: History) -> NDArray[numpy.bool_]:
+    """Which gradients were seen: (steps, layers)."""
+    return numpy.asarray(~numpy.isnan(history.gradient_norm) | ~history.gradient_finite)
 
 
 def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[numpy.int64]:

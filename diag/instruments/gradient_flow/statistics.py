@@ -74,6 +74,22 @@ def idle_layers(history: History) -> tuple[str, ...]:
     return tuple(name for name, zero in zip(history.layers, idle, strict=True) if zero)
 
 
+def unseen_layers(history: History) -> tuple[str, ...]:
+    """The tensors of which no gradient was seen at any step."""
+    unseen = [(numpy.isnan(part.gradient_norm) & part.gradient_finite).all(0) for part in parts(history)]
+    return tuple(n for n, none in zip(history.layers, numpy.logical_and.reduce(unseen), strict=True) if none)
+
+
+def never_moved(history: History, at_least: int) -> bool:
+    """Whether the weights were looked at after so many steps that were taken, and stood where they began."""
+    looked, moved = 0, False
+    for part in parts(history):
+        seen = ~numpy.isnan(part.distance).all(1) & ~part.skipped
+        looked += int(seen.sum())
+        moved = moved or bool((numpy.nan_to_num(part.distance[seen]) > 0).any())
+    return looked >= at_least and not moved
+
+
 def most_often(history: History, counts: NDArray[numpy.int64]) -> tuple[str, ...]:
     """The layers with a count, the largest first."""
     order = numpy.argsort(-counts, kind="stable")

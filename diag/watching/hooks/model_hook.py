@@ -85,6 +85,15 @@ class ModelHooks:
         for wrapper in compiled_wrappers(self._bare):
             self._hook(wrapper)
 
+    def put_back(self) -> bool:
+        """Hook again what other code has taken the hook from, as by clearing all; whether there was any."""
+        gone = [i for i, (m, h) in enumerate(zip(self._hooked, self._handles, strict=True)) if not _holds(m, h)]
+        for i in gone:
+            hook = ForwardHook(self._hooked[i], *self._tell)
+            self._handles[i].remove()
+            self._handles[i] = self._hooked[i].register_forward_hook(hook, with_kwargs=True)
+        return bool(gone)
+
     def remove(self) -> None:
         """Take every hook off again."""
         for handle in self._handles:
@@ -92,6 +101,10 @@ class ModelHooks:
         if self._in_place is not None and self._bare._compiled_call_impl is self._in_place[1]:
             self._bare._compiled_call_impl = self._in_place[0]
         self._handles, self._hooked, self._in_place = [], [], None
+
+
+def _holds(model: nn.Module, handle: Any) -> bool:
+    return handle.id in model._forward_hooks
 
 
 def _observed(compiled: Callable[..., Any], hook: ForwardHook) -> Callable[..., Any]:

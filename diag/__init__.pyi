@@ -43,6 +43,7 @@ from diag.instruments.data.classes_mixed import ClassesMixed as ClassesMixed
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
 from diag.instruments.network.dead_units import DeadUnits as DeadUnits
+from diag.instruments.denoising import Denoising as Denoising
 from diag.instruments.depth_use import DepthUse as DepthUse
 from diag.instruments.optimization.divergence import Divergence as Divergence
 from diag.instruments.edge_of_stability import EdgeOfStability as EdgeOfStability
@@ -147,6 +148,10 @@ def collapse_by_layer(layer_outputs: Any, labels: Any, held_out_layer_outputs: A
 def dead_units(snapshot: Snapshot, /, *, activations: Any = ..., alarm_at: float = ...) -> DeadUnits: ...
 @overload
 def dead_units(activations: Any, *, alarm_at: float = ...) -> DeadUnits: ...
+@overload
+def denoising(snapshot: Snapshot, /, *, denoiser: Any = ..., sigma: float = ..., probes: int = ..., eigenvectors: int = ..., seed: int = ...) -> Denoising: ...
+@overload
+def denoising(denoiser: Any, *, sigma: float = ..., probes: int = ..., eigenvectors: int = ..., seed: int = ...) -> Denoising: ...
 @overload
 def depth_use(snapshot: Snapshot, /, *, residual_stack: Any = ...) -> DepthUse: ...
 @overload

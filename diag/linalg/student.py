@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 COVERED = 0.95
 
@@ -20,6 +21,24 @@ def covering(standard_error: float, values: int, of: int = 1) -> float:
     fewer than two values were had.
     """
     return standard_error * factor(values, of) if values > 1 else math.nan
+
+
+def covering_skewed(samples: Sequence[float]) -> float:
+    """The same for the mean of these samples, whose distribution may be skewed, as those of squares are.
+
+    Johnson (1978, J. Am. Stat. Assoc. 73, 536): with skewness g of k samples of standard deviation s the upper end
+    of the interval lies g s (1 + 2 t^2) / (6 k) further out; half of that is added here.
+    """
+    k = len(samples)
+    if k < 2:
+        return math.nan
+    mean = sum(samples) / k
+    second, third = (sum((x - mean) ** power for x in samples) / k for power in (2, 3))
+    if not second > 0:
+        return 0.0
+    deviation, skewness = math.sqrt(second * k / (k - 1)), third / second**1.5
+    t = 2 * factor(k)
+    return covering(deviation / math.sqrt(k), k) + abs(skewness) * deviation * (1 + 2 * t * t) / (6 * k) / 2
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.quadrature import Estimate
 from diag.linalg.reductions import dot
-from diag.linalg.student import covering
+from diag.linalg.student import covering_skewed
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def trace_and_norm(
         spent += len(known)
     samples = _probe(target, num_probes, torch.Generator().manual_seed(seed))
     trace, square = samples.mean(0) + torch.stack([known.sum(), known.square().sum() + 2 * cross])
-    spread = samples.std(0) / math.sqrt(num_probes)
-    trace_error, square_error = (covering(float(error), num_probes) for error in spread)
+    trace_error, square_error = (covering_skewed(column.tolist()) for column in samples.T)
     norm = math.sqrt(float(square))
     return TraceAndNorm(
         trace=Estimate(float(trace), trace_error, num_probes, seed),

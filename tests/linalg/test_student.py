@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diag.linalg.student import covering
+from diag.linalg.student import covering, covering_skewed
 
 # 97.5 % points of Student's distribution, from printed tables.
 TABLE = {2: 12.706, 5: 2.776, 10: 2.262, 31: 2.042, 1_000_001: 1.960}
@@ -31,3 +31,19 @@ def test_normal_means_are_covered(values):
     x = torch.randn(5_000, values, generator=torch.Generator().manual_seed(values), dtype=torch.float64)
     error = torch.tensor([covering(float(s), values) for s in x.std(1) / math.sqrt(values)])
     assert float((x.mean(1).abs() <= 2 * error).double().mean()) == pytest.approx(0.95, abs=4 * 0.0031)
+
+
+def test_skewed_means_are_covered():
+    """5,000 means of sixteen exponential numbers (skewness 2): 93 to 97 % within two errors, where Student's alone
+    covers some 90."""
+    x = torch.empty(5_000, 16, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(1))
+    error = torch.tensor([covering_skewed(row.tolist()) for row in x])
+    alone = torch.tensor([covering(float(s) / 4, 16) for s in x.std(1)])
+    share = [float(((x.mean(1) - 1).abs() <= 2 * e).double().mean()) for e in (error, alone)]
+    assert 0.93 <= share[0] <= 0.97 and share[1] < 0.93
+
+
+def test_without_skewness_the_two_agree():
+    """Samples that lie evenly around their mean."""
+    assert covering_skewed([1.0, 2.0, 3.0, 4.0]) == pytest.approx(covering(math.sqrt(5 / 3) / 2, 4))
+    assert covering_skewed([2.0, 2.0]) == 0.0 and math.isnan(covering_skewed([2.0]))

@@ -33,11 +33,13 @@ from diag.remedies import stable_cross_entropy as stable_cross_entropy
 from diag.remedies import stablemax as stablemax
 from diag.remedies import stablemax_cross_entropy as stablemax_cross_entropy
 from diag.watching.watcher import watch as watch
+from diag.instruments.loss.answers_seen import AnswersSeen as AnswersSeen
 from diag.instruments.attention import Attention as Attention
 from diag.instruments.network.attention_heads import AttentionHeads as AttentionHeads
 from diag.instruments.data.batch_rows import BatchRows as BatchRows
 from diag.instruments.loop.batches_repeated import BatchesRepeated as BatchesRepeated
 from diag.instruments.boundary_tilting import BoundaryTilting as BoundaryTilting
+from diag.instruments.network.capacity import Capacity as Capacity
 from diag.instruments.data.class_counts import ClassCounts as ClassCounts
 from diag.instruments.data.classes_mixed import ClassesMixed as ClassesMixed
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
@@ -109,6 +111,10 @@ from diag.instruments.loop.wrapper_called import WrapperCalled as WrapperCalled
 __version__: str
 
 @overload
+def answers_seen(snapshot: Snapshot, /, *, later_tokens: Any = ..., loop: Any = ...) -> AnswersSeen: ...
+@overload
+def answers_seen(later_tokens: Any, loop: Any) -> AnswersSeen: ...
+@overload
 def attention(snapshot: Snapshot, /, *, attention_calls: Any = ..., one_hot: float = ..., uniform: float = ...) -> Attention: ...
 @overload
 def attention(attention_calls: Any, *, one_hot: float = ..., uniform: float = ...) -> Attention: ...
@@ -128,6 +134,10 @@ def batches_repeated(loop: Any) -> BatchesRepeated: ...
 def boundary_tilting(snapshot: Snapshot, /, *, features: Any = ..., labels: Any = ..., classifier: Any = ...) -> BoundaryTilting: ...
 @overload
 def boundary_tilting(features: Any, labels: Any, classifier: Any) -> BoundaryTilting: ...
+@overload
+def capacity(snapshot: Snapshot, /, *, loop: Any = ..., dropped: float = ...) -> Capacity: ...
+@overload
+def capacity(loop: Any, *, dropped: float = ...) -> Capacity: ...
 @overload
 def class_counts(snapshot: Snapshot, /, *, logits: Any = ..., labels: Any = ..., inputs: Any = ..., loop: Any = ..., ratio: float = ...) -> ClassCounts: ...
 @overload

@@ -64,7 +64,7 @@ class InitialLoss(Result):
             threshold_source=OUR_CHOICE,
             cause=Cause.INITIAL_LOSS_HIGH,
             explained_by=(Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE, Cause.LOSS_SUMMED,
-                          Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES),
+                          Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES, Cause.UNDERFITTING),
             step=self.first_step,
         )  # fmt: skip
 

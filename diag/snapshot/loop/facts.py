@@ -29,6 +29,7 @@ from diag.snapshot.loop.parts import (
     RootFacts,
     ScalingFacts,
     SchedulerFacts,
+    ShapeFacts,
     StartingWeight,
     TargetFacts,
     WrapperFacts,
@@ -80,6 +81,7 @@ class Loop:
     origin: OriginFacts | None = None
     ranks: RankFacts = field(default_factory=RankFacts)
     penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
+    shape: ShapeFacts = field(default_factory=ShapeFacts)
 
     @property
     def training(self) -> tuple[OptimizerFacts, ...]:

@@ -401,6 +401,17 @@ class PenaltyFacts:
 
 
 @dataclass(frozen=True)
+class ShapeFacts:
+    """The model's last linear layer when the watch began (its name, inputs and outputs; zero where it has none),
+    and its dropout modules with their rates."""
+
+    head: str = ""
+    head_inputs: int = 0
+    head_outputs: int = 0
+    dropouts: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class StartingWeight:
     """One weight of a layer when the watch began. gain: root mean square times the root of the number of inputs of
     a unit: what the layer makes of inputs of size one that vary independently. constant: all its entries are one

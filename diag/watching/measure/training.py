@@ -98,6 +98,9 @@ class _LazyHistory:
     def __init__(self, history: Callable[[], History | None]) -> None:
         self._history = weakref.WeakMethod(history)  # what a snapshot is kept by must not keep the watch
 
+    def __len__(self) -> int:
+        return len(self.steps)
+
     def __getattr__(self, name: str) -> Any:
         read = self._history()
         if read is None or name.startswith("__"):

@@ -29,7 +29,7 @@ from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.penalty import Penalty
 from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
-from diag.watching.observe.loop.start import starting_weights
+from diag.watching.observe.loop.start import shape_of, starting_weights
 from diag.watching.observe.loop.strangers import Strangers
 from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.loop.zeroing import Gradients
@@ -70,6 +70,7 @@ class LoopObserver:
         self._layers = Layers(model, self.moment)
         self._origin = Origin(self.moment)
         self._penalty = Penalty(self.moment)
+        self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
@@ -334,6 +335,7 @@ class LoopObserver:
             outside_times=self._weights.times,
             layers=self._layers.facts(),
             start=self._start,
+            shape=self._shape,
             origin=self._origin.found,
             ranks=self.ranks(),
             penalty=self._penalty.facts(),

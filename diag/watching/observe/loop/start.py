@@ -1,4 +1,5 @@
-"""The weights that training begins with: how large they are, and whether a tensor holds one number everywhere."""
+"""The weights that training begins with: how large they are, and whether a tensor holds one number everywhere; and
+what the model's shape allows."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.loop.parts import StartingWeight
+from diag.snapshot.loop.parts import ShapeFacts, StartingWeight
 
 FEW = 16  # entries; smaller tensors are left out
 # Modules that multiply by these weights as they are. What computes its weight first says nothing by its parameter.
@@ -44,6 +45,14 @@ def starting_weights(model: nn.Module) -> tuple[StartingWeight, ...]:
         )
         for (name, p), (rms, low, high) in zip(found, numbers, strict=True)
     )
+
+
+def shape_of(model: nn.Module) -> ShapeFacts:
+    """The last linear layer and the dropout modules, as they are now."""
+    modules = list(model.named_modules())
+    head, layer = next(((n, m) for n, m in reversed(modules) if isinstance(m, nn.Linear)), ("", None))
+    dropouts = tuple((n, float(m.p)) for n, m in modules if isinstance(m, nn.modules.dropout._DropoutNd))
+    return ShapeFacts(head, layer.in_features if layer else 0, layer.out_features if layer else 0, dropouts)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,73 @@
+"""Capacity: whether so little of the signal is let through that the network cannot fit its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.display import format_share
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged, named
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+
+SOURCE = "arithmetic on the model's modules"
+DROPPED = 0.9
+CLASSIFYING = ("cross_entropy", "nll_loss")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Capacity(LoopCheck):
+    """Layers that let hardly anything through."""
+
+    cites = SOURCE
+
+
+@instrument(source=SOURCE, title="Capacity", kind="check")
+def capacity(loop: Loop, *, dropped: float = DROPPED) -> Capacity:
+    """Whether dropout leaves nearly no units, or a classifier gets a single number to tell its classes by.
+
+    loop: the facts of the loop, with the model's last linear layer and dropout modules. A warning where a dropout
+    module has a rate of `dropped` or more, and where the last linear layer, which gives the logits of a
+    classification loss, has one input. Raises nothing of its own.
+    """
+    shape = loop.shape
+    known = Precondition("layers", bool(shape.head or shape.dropouts), "no linear layer and no dropout was seen.")
+    fine = "Neither dropout nor the last layer cuts off nearly all of the signal."
+    return judged(Capacity, loop.step, list(_findings(loop, dropped)), fine, preconditions=(known,))
+
+
+def _findings(loop: Loop, dropped: float) -> Iterator[LoopFinding]:
+    shape = loop.shape
+    high = [(name, rate) for name, rate in shape.dropouts if rate >= dropped]
+    if high:
+        worst = max(rate for _, rate in high)
+        rest = f"multiplies them by {1 / (1 - worst):.0f}" if worst < 1 else "nothing is left"
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.UNDERFITTING,
+            f"Dropout of {worst:g} ({named([name for name, _ in high])}) leaves {format_share(1 - worst)} of "
+            f"the units "
+            f"in each training step and {rest}: the network can hardly fit anything.",
+            "Use a rate of 0.1 to 0.5; p is the share that is dropped, not kept.",
+            "At a rate of 0.5 the training loss falls no lower.",
+            step=1,
+            layers=tuple(name for name, _ in high),
+        )
+    classifies = any(
+        f.function in CLASSIFYING and len(f.input_shape) > 1 and f.input_shape[1] == shape.head_outputs
+        for f in loop.losses
+    )
+    if shape.head_inputs == 1 and shape.head_outputs > 1 and classifies:
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.UNDERFITTING,
+            f"The last layer ({shape.head}) tells {shape.head_outputs:,} classes by a single number: the "
+            f"layer before "
+            "it has one unit.",
+            "Make the layer before it wider: at least as wide as there are classes.",
+            "With a wider layer the training loss falls no lower.",
+            step=1,
+            layers=(shape.head,),
+        )

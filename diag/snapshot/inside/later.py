@@ -1,0 +1,79 @@
+"""Whether what a model says of a position depends on later positions of its input, tried on a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.errors import MissingQuantity
+from diag.snapshot.batch import Batch, map_tensors, tensors_in
+from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.objective.comparison import output_tensor
+from diag.snapshot.preserve import preserved
+from diag.snapshot.snapshot import Snapshot
+
+ROWS, SHORTEST = 8, 4
+
+
+@dataclass(frozen=True)
+class LaterTokens:
+    """What the first half of the output became when the second half of the tokens was that of other rows.
+
+    change: the largest change, over the standard deviation of those outputs. positions: the length of the
+    sequences. rows: how many were tried.
+    """
+
+    change: float
+    positions: int
+    rows: int
+
+
+def later_tokens(snapshot: Snapshot) -> LaterTokens:
+    """Replace later tokens of a few rows and see what becomes of the outputs before them, in evaluation mode.
+
+    The last integer tensor (rows, positions) among the inputs is taken for the tokens that are predicted: a decoder
+    has the source before them. Raises MissingQuantity for a model that reads no tokens, or whose output has no axis
+    of their positions.
+    """
+    first = snapshot.batches[0]
+    rows = first.slice(0, min(ROWS, first.size))
+    tokens = _tokens(rows)
+    if tokens is None or rows.size < 2:
+        raise MissingQuantity(f"the model reads no sequences of {SHORTEST} tokens or more.")
+    changed = map_tensors(lambda t: _mixed(t) if t is tokens else t, (rows.args, rows.kwargs))
+    other = Batch(changed[0], changed[1], rows.targets, rows.size)
+    snapshot.deadline.check()
+    try:
+        with preserved(snapshot.model), torch.no_grad():
+            before, after = (output_tensor(b.forward(snapshot.model)) for b in (rows, other))
+    except CALL_ERRORS as error:
+        raise explained(snapshot.model, snapshot.batches, error) from error
+    half = tokens.shape[1] // 2
+    axis = next((a for a in range(1, before.ndim) if before.shape[a] == tokens.shape[1]), None)
+    if axis is None or before.ndim < 3 or before.shape != after.shape:
+        raise MissingQuantity("the model's output has no axis of the tokens' positions.")
+    before, after = (t.narrow(axis, 0, half).double() for t in (before, after))
+    spread = float(before.std())
+    change = float((after - before).abs().max())
+    return LaterTokens(change / spread if spread > 0 else change, tokens.shape[1], rows.size)
+
+
+def _tokens(batch: Batch) -> Tensor | None:
+    found = list(_sequences(batch.args)) + list(_sequences(batch.kwargs))
+    return found[-1] if found else None
+
+
+def _sequences(value: Any) -> Iterator[Tensor]:
+    for t in tensors_in(value):
+        if t.ndim == 2 and t.shape[1] >= SHORTEST and t.dtype in (torch.int64, torch.int32):
+            yield t
+
+
+def _mixed(tokens: Tensor) -> Tensor:
+    """Each row goes on as the next one does, from its middle on."""
+    half = tokens.shape[1] // 2
+    return torch.cat([tokens[:, :half], tokens.roll(1, 0)[:, half:]], 1)

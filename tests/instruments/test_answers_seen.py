@@ -1,0 +1,59 @@
+"""A language model that can see the next token is told, a causal one is not, and nothing else is judged."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diag
+from diag.instruments.causes import Cause
+
+
+class Reader(nn.Module):
+    """A recurrent reader of tokens, one way (causal) or both."""
+
+    def __init__(self, both_ways, tokens=11):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(tokens, 16)
+        self.gru = nn.GRU(16, 16, batch_first=True, bidirectional=both_ways)
+        self.head = nn.Linear(32 if both_ways else 16, tokens)
+
+    def forward(self, tokens):
+        return self.head(self.gru(self.embedding(tokens))[0])
+
+
+def findings(model, shift=1, flat=True, steps=12):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with diag.watch(model, instruments=["answers_seen"]) as watcher:
+        for _ in range(steps):
+            text = torch.randint(11, (12, 20))
+            x, y = text[:, : 20 - shift], text[:, shift:]
+            z = model(x)
+            loss = F.cross_entropy(z.flatten(0, 1), y.flatten()) if flat else F.cross_entropy(z.transpose(1, 2), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return [f.verdict for f in watcher.findings], watcher.run.series("answers_seen")
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_model_that_sees_later_tokens_is_told_at_the_first_step(flat):
+    (verdict,), _ = findings(Reader(both_ways=True), flat=flat)
+    assert verdict.cause == Cause.ANSWER_IN_INPUT and verdict.level == "alarm" and verdict.step == 1
+
+
+def test_a_causal_model_is_fine():
+    told, series = findings(Reader(both_ways=False))
+    assert not told and series[-1][1].change == 0.0
+
+
+def test_other_targets_are_not_judged():
+    told, series = findings(Reader(both_ways=True), shift=3)
+    assert not told and series[-1][1].verdict().level == "not_applicable"
+
+
+def test_a_model_without_tokens_is_refused():
+    snapshot = diag.Snapshot(nn.Linear(4, 3), F.cross_entropy, (torch.randn(6, 4), torch.zeros(6).long()))
+    with pytest.raises(diag.errors.MissingQuantity, match="reads no sequences"):
+        snapshot.quantity("later_tokens")

@@ -81,6 +81,7 @@ from diag.instruments.trial.modes_agree import ModesAgree as ModesAgree
 from diag.instruments.loop.module_modes import ModuleModes as ModuleModes
 from diag.instruments.naive_loss_minimization import NaiveLossMinimization as NaiveLossMinimization
 from diag.instruments.neural_collapse import NeuralCollapse as NeuralCollapse
+from diag.instruments.network.normalization_statistics import NormalizationStatistics as NormalizationStatistics
 from diag.instruments.trial.one_batch import OneBatch as OneBatch
 from diag.instruments.opposing_signals.instrument import OpposingSignals as OpposingSignals
 from diag.instruments.loop.optimizer_kept import OptimizerKept as OptimizerKept
@@ -302,6 +303,10 @@ def naive_loss_minimization(params: Any, gradient: Any, logits: Any = None, prev
 def neural_collapse(snapshot: Snapshot, /, *, features: Any = ..., labels: Any = ..., classifier: Any = ..., held_out_features: Any = ..., held_out_labels: Any = ..., logits: Any = ..., terminal_accuracy: float = ..., nc1_collapsed: float = ..., nc2_collapsed: float = ..., nc2_unusual: float = ..., nc4_unusual: float = ...) -> NeuralCollapse: ...
 @overload
 def neural_collapse(features: Any, labels: Any, classifier: Any = None, held_out_features: Any = None, held_out_labels: Any = None, logits: Any = None, *, terminal_accuracy: float = ..., nc1_collapsed: float = ..., nc2_collapsed: float = ..., nc2_unusual: float = ..., nc4_unusual: float = ...) -> NeuralCollapse: ...
+@overload
+def normalization_statistics(snapshot: Snapshot, /, *, running_statistics: Any = ..., factor: float = ...) -> NormalizationStatistics: ...
+@overload
+def normalization_statistics(running_statistics: Any, *, factor: float = ...) -> NormalizationStatistics: ...
 @overload
 def one_batch(snapshot: Snapshot, /, *, trial: Any = ...) -> OneBatch: ...
 @overload

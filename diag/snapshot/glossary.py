@@ -112,6 +112,7 @@ GLOSSARY: dict[str, Quantity] = {
             "give data= with (noisy inputs, clean targets)",
         ),
         Quantity("previous_logits", "snapshot.inside.earlier", "n K", "floating", Effort.FORWARD, "give previous="),
+        Quantity("running_statistics", "snapshot.inside.normalization", None, "object", Effort.FORWARD, _DATA),
         Quantity("later_tokens", "snapshot.inside.later", None, "object", Effort.FORWARD, _DATA),
         Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),

@@ -3,4 +3,4 @@
 Rule of the room: functions are heard as they are called and never replaced; what is kept is bounded.
 """
 
-__all__ = ["attention", "chain", "denoiser", "earlier", "later", "layers", "names", "residual", "scores"]
+__all__ = ["attention", "chain", "denoiser", "earlier", "later", "layers", "names", "normalization", "residual", "scores"]

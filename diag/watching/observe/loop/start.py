@@ -13,6 +13,7 @@ from diag.snapshot.loop.parts import ShapeFacts, StartingWeight
 
 FEW = 16  # entries; smaller tensors are left out
 # Modules that multiply by these weights as they are. What computes its weight first says nothing by its parameter.
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KINDS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Linear, ("weight",)),
@@ -51,7 +52,7 @@ def shape_of(model: nn.Module) -> ShapeFacts:
     """The last linear layer and the dropout modules, as they are now."""
     modules = list(model.named_modules())
     head, layer = next(((n, m) for n, m in reversed(modules) if isinstance(m, nn.Linear)), ("", None))
-    dropouts = tuple((n, float(m.p)) for n, m in modules if isinstance(m, nn.modules.dropout._DropoutNd))
+    dropouts = tuple((n, float(m.p)) for n, m in modules if isinstance(m, DROPOUTS))
     return ShapeFacts(head, layer.in_features if layer else 0, layer.out_features if layer else 0, dropouts)
 
 

@@ -1,0 +1,91 @@
+"""What enters each batch normalisation in evaluation mode, beside the running statistics that it is divided by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diag.errors import MissingQuantity
+from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.preserve import preserved
+from diag.snapshot.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class RunningStatistics:
+    """One batch normalisation with running statistics, over all examples.
+
+    factor: by how much the variance of what enters differs from the running one, as a factor above one, the median
+    channel. shift: distance of the means over the running standard deviation, the median channel. momentum: of the
+    running statistics, 0 where they are plain averages; batches: how many they have seen. unseen: the share of them
+    that is still what they began with, (1 - momentum)^batches.
+    """
+
+    name: str
+    factor: float
+    shift: float
+    momentum: float
+    batches: int
+
+    @property
+    def unseen(self) -> float:
+        """The share of the running statistics that no batch has had a part in."""
+        return (1 - self.momentum) ** self.batches if self.momentum else float(self.batches == 0)
+
+
+class _Entering:
+    """Adds up what enters one module, in float64."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.count, self.total, self.squares = 0, 0.0, 0.0
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        x = args[0].detach()
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if x.ndim > 1 else x[:, None]
+        rows = rows.to(torch.float32 if x.device.type == "mps" else torch.float64)
+        self.count += len(rows)
+        self.total = self.total + rows.sum(0)
+        self.squares = self.squares + rows.square().sum(0)
+
+    def statistics(self, name: str) -> RunningStatistics:
+        m, total, squares = self.module, torch.as_tensor(self.total), torch.as_tensor(self.squares)
+        mean = total / self.count
+        variance = (squares / self.count - mean.square()).clamp_min(0) + m.eps
+        running: Tensor = m.running_var.to(mean) + m.eps
+        return RunningStatistics(
+            name,
+            float((variance / running).log().abs().median().exp()),
+            float(((mean - m.running_mean.to(mean)).abs() / running.sqrt()).median()),
+            float(m.momentum or 0.0),
+            int(m.num_batches_tracked) if m.num_batches_tracked is not None else 0,
+        )
+
+
+def running_statistics(snapshot: Snapshot) -> tuple[RunningStatistics, ...]:
+    """Each batch normalisation of the model that the data reaches, in the order of `named_modules()`.
+
+    The model is in evaluation mode. Raises MissingQuantity for a model that has none with running statistics.
+    """
+    found = {
+        name: _Entering(m)
+        for name, m in snapshot.model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
+    }
+    if not found:
+        raise MissingQuantity("the model has no batch normalisation with running statistics.")
+    hooks = [entering.module.register_forward_pre_hook(entering) for entering in found.values()]
+    try:
+        with preserved(snapshot.model), torch.no_grad():
+            for batch in snapshot.batches:
+                snapshot.deadline.check()
+                batch.forward(snapshot.model)
+    except CALL_ERRORS as error:
+        raise explained(snapshot.model, snapshot.batches, error) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(e.statistics(name) for name, e in found.items() if e.count)

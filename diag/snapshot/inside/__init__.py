@@ -3,4 +3,15 @@
 Rule of the room: functions are heard as they are called and never replaced; what is kept is bounded.
 """
 
-__all__ = ["attention", "chain", "denoiser", "earlier", "later", "layers", "names", "normalization", "residual", "scores"]
+__all__ = [
+    "attention",
+    "chain",
+    "denoiser",
+    "earlier",
+    "later",
+    "layers",
+    "names",
+    "normalization",
+    "residual",
+    "scores",
+]

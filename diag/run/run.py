@@ -18,6 +18,7 @@ import numpy
 
 from diag import display
 from diag.errors import RunError
+from diag.rates import with_rates
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
 from diag.run.arrays import read_array
@@ -238,7 +239,7 @@ class Run:
             first, last = self._range(name, series)
             instrument = instruments()[name]
             try:
-                verdict = instrument.result.trend(series)
+                verdict = with_rates(name, instrument.result.trend(series))
             except Exception as error:
                 failures.append((last, Failed(name, f"Its verdict failed: {type(error).__name__}: {error}")))
                 continue

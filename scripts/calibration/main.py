@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from calibration.suite import Case, cases, matching, short_cases
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent.parent / "docs" / "calibration.md"
+RATES = Path(__file__).parent.parent.parent / "diag" / "rates.json"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,7 +108,8 @@ def write_page(kept: Results) -> None:
     PAGE.write_text(
         tables.page({side: score(rows) for side, rows in sides.items()}, sides["score"][-1]["versions"])
     )
-    click.echo(f"Wrote {PAGE}.")
+    RATES.write_text(json.dumps(tables.rates(score(sides["score"])), indent=1) + "\n")
+    click.echo(f"Wrote {PAGE} and {RATES}.")
 
 
 if __name__ == "__main__":

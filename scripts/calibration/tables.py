@@ -60,6 +60,23 @@ def checks(scores: Scores) -> list[Sequence[str]]:
     return found
 
 
+def rates(scores: Scores) -> dict[str, dict[str, int]]:
+    """The counts of every check, by name (see `diag.rates`)."""
+    found = {}
+    for c in by_check(scores):
+        disturbed = {(a.row["kind"], a.row["program"], a.row["seed"]) for a in c.alarms}
+        named = sum(
+            bool({f["cause"] for f in told(j.row) if f["check"] == c.check} & j.fault.names) for j in c.targets
+        )
+        found[c.check] = {
+            "broken": len(c.targets),
+            "named": named,
+            "sound": len(scores.healthy),
+            "disturbed": len(disturbed),
+        }
+    return found
+
+
 KINDS = ("fault", "theme", "runs", "detected", "right cause", "first", "steps", "loss shows", "instead or besides")
 
 

@@ -79,6 +79,18 @@ def labels(snapshot: Snapshot) -> Tensor:
     return torch.cat([c.labels[c.counted] for c in comparisons(snapshot)])
 
 
+def targets(snapshot: Snapshot) -> Tensor:
+    """What a regression asks for, floating tensor (n, ...).
+
+    Raises MissingQuantity where the targets are no floating-point numbers, one or several an example.
+    """
+    found = [batch.targets for batch in snapshot.batches]
+    for t, batch in zip(found, snapshot.batches, strict=True):
+        if not isinstance(t, Tensor) or not t.is_floating_point() or not t.ndim or len(t) != batch.size:
+            raise MissingQuantity("the targets are not floating-point numbers, one or several an example.")
+    return torch.cat(found)
+
+
 def logits(snapshot: Snapshot) -> Tensor:
     """What enters the softmax for each label, floating tensor (n, K), in the dtype in which it does."""
     return torch.cat([c.logits[c.counted] for c in comparisons(snapshot)])

@@ -191,6 +191,7 @@ REFUSALS = {
     "held_out_logits": (lambda p: diag.Snapshot(p.model, p.loss_fn, p.data), "no held-out data; give held_out="),
     "features": (lambda p: diag.Snapshot(Headless(), p.loss_fn, p.data), "do not come from a final Linear layer"),
     "labels": (lambda p: diag.Snapshot(p.model, None, (p.data[0], p.data[0])), "targets are not class numbers"),
+    "targets": (lambda p: diag.Snapshot(p.model, None, p.data), "targets are not floating-point numbers"),
     "optimizer": (lambda p: diag.Snapshot(p.model), "no optimizer; give it optimizer="),
     "previous_losses": (lambda p: diag.Snapshot(p.model, p.loss_fn, p.data), "give it previous="),
     "other_params": (lambda p: diag.Snapshot(p.model), "give it other="),

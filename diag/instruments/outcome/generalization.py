@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diag.display import format_number, format_share
@@ -24,6 +26,14 @@ ERRORS = 3.0  # standard errors of a difference, both measured on the same examp
 WORSE = 0.2
 LEARNED = 0.2  # accuracy above chance on the training examples
 FEW = 3
+SETTLED = 100  # steps
+SURE, ANY = 4.0, 2.0  # standard errors: of a difference between gains, and of a gain that there may be
+APART = 0.25  # of the examples: more of the training examples than of the held-out ones are answered right
+EXPLAINED_BY = (
+    Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE,
+    Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
+    Cause.NORMALIZATION_STATISTICS_BAD, Cause.CLASS_MISSING, Cause.CLASSES_SORTED, Cause.INPUTS_CONSTANT,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +47,12 @@ class Generalization(Result):
     held_out_accuracy: float = measured("held-out examples answered right; NaN without classes", unit="share")
     held_out_chance: float = measured("held-out examples of the commonest class; NaN without classes", unit="share")
     held_out_examples: int = measured("held-out examples")
+    gain: float = measured(
+        "training loss below that of an answer without the inputs; NaN where not known", default=math.nan
+    )
+    gain_standard_error: float = measured("standard error of that difference, example by example", default=math.nan)
+    held_out_gain: float = measured("the same of the held-out examples", default=math.nan)
+    held_out_gain_standard_error: float = measured("standard error of that difference", default=math.nan)
 
     def verdict(self) -> Verdict:
         if not math.isnan(self.held_out_accuracy):
@@ -60,12 +76,15 @@ class Generalization(Result):
         by_accuracy = not math.isnan(last.held_out_accuracy)
         if by_accuracy and _carries_nothing_over(series):
             return last._learned_by_heart()
+        if _never_gains(series):
+            return last._gains_nothing()
         best_step, best = (max if by_accuracy else min)(
             series[:-1], key=lambda item: item[1].held_out_accuracy if by_accuracy else item[1].held_out_loss
         )
         lost, limit, unit = _lost(best, last, by_accuracy)
         if not (lost > limit and last.loss < best.loss):
-            return last.verdict()
+            apart = _parted(series) if by_accuracy else None
+            return last.verdict() if apart is None else last._parts(*apart)
         return Verdict(
             Level.WARNING,
             f"The best step is past: since step {best_step:,} the {unit} on held-out data has gone from "
@@ -80,20 +99,51 @@ class Generalization(Result):
             threshold=limit,
             threshold_source=f"{ERRORS:g} standard errors, and {format_share(WORSE)} for a loss",
             cause=Cause.OVERFITTING,
-            explained_by=(
-                Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE,
-                Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
-                Cause.NORMALIZATION_STATISTICS_BAD,
-            ),
+            explained_by=EXPLAINED_BY,
             step=best_step,
         )  # fmt: skip
 
-    def _learned_by_heart(self) -> Verdict:
+    def _parts(self, step: int, best: Generalization) -> Verdict:
         return Verdict(
             Level.WARNING,
-            f"Nothing of what is learned carries over: {format_share(self.accuracy)} of the training examples are "
-            f"answered right and {format_share(self.held_out_accuracy)} of the held-out ones, no more than the "
-            f"commonest class gives ({format_share(self.held_out_chance)}).",
+            f"Training and held-out data part: {format_share(self.accuracy)} of the training examples are answered "
+            f"right and {format_share(self.held_out_accuracy)} of the held-out ones, whose loss has gone from "
+            f"{format_number(best.held_out_loss)} at step {step:,} to {format_number(self.held_out_loss)}.",
+            advice="More data, augmentation, weight decay or dropout; look for wrong labels, which are learned by "
+            "heart last.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="Other held-out examples are answered as well as the training examples.",
+            value=self.accuracy - self.held_out_accuracy,
+            threshold=APART,
+            threshold_source=f"{format_share(APART)} of the examples, and {ERRORS:g} standard errors",
+            cause=Cause.OVERFITTING,
+            explained_by=EXPLAINED_BY,
+            step=step,
+        )
+
+    def _gains_nothing(self) -> Verdict:
+        what = "class frequencies" if not math.isnan(self.accuracy) else "mean of the targets"
+        return self._no_carrying_over(
+            f"training examples have a loss {format_number(self.gain)} below that of answering with the {what}, "
+            f"and held-out ones {format_number(abs(self.held_out_gain))} above it",
+            self.held_out_gain,
+            0.0,
+        )
+
+    def _learned_by_heart(self) -> Verdict:
+        return self._no_carrying_over(
+            f"{format_share(self.accuracy)} of the training examples are answered right and "
+            f"{format_share(self.held_out_accuracy)} of the held-out ones, no more than the commonest class gives "
+            f"({format_share(self.held_out_chance)})",
+            self.held_out_accuracy,
+            self.held_out_chance,
+        )
+
+    def _no_carrying_over(self, how: str, value: float, threshold: float) -> Verdict:
+        return Verdict(
+            Level.WARNING,
+            f"Nothing of what is learned carries over: {how}.",
             advice="Look at ten training examples with their labels as the loop sees them: labels that were "
             "shuffled "
             "without their inputs are learned by heart. Check, too, that held-out data is prepared as "
@@ -101,9 +151,9 @@ class Generalization(Result):
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
             refutation="A linear model on the same training examples does better than chance on the held-out ones.",
-            value=self.held_out_accuracy,
-            threshold=self.held_out_chance,
-            threshold_source=f"the commonest class, and {ERRORS:g} standard errors",
+            value=value,
+            threshold=threshold,
+            threshold_source="what is answered without the inputs, and the standard errors of both",
             cause=Cause.LABELS_SHUFFLED,
             explained_by=(
                 Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
@@ -136,6 +186,33 @@ def _carries_nothing_over(series: Sequence[tuple[int, Generalization]]) -> bool:
     return never and last.accuracy >= chance + max(LEARNED, 2 * error)
 
 
+def _never_gains(series: Sequence[tuple[int, Generalization]]) -> bool:
+    """Whether training examples are answered better than without their inputs and held-out ones are not, which is
+    no chance, and held-out ones were not at any time, by two standard errors."""
+    step, last = series[-1]
+    apart, error = (
+        last.gain - last.held_out_gain,
+        math.hypot(last.gain_standard_error, last.held_out_gain_standard_error),
+    )
+    if step < SETTLED or not last.gain > 0 or not last.held_out_gain <= 0 or not apart > SURE * error:
+        return False
+    n, chance = max(last.held_out_examples, 1), last.held_out_chance
+    above = chance + ERRORS * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
+    answered = any(r.held_out_accuracy > above for _, r in series)
+    return not answered and all(r.held_out_gain <= ANY * r.held_out_gain_standard_error for _, r in series)
+
+
+def _parted(series: Sequence[tuple[int, Generalization]]) -> tuple[int, Generalization] | None:
+    """The best moment by the held-out loss, where that is past and far fewer held-out examples are answered right
+    than training examples."""
+    _, last = series[-1]
+    step, best = min(series[:-1], key=lambda item: item[1].held_out_loss)
+    lost, limit, _ = _lost(best, last, by_accuracy=False)
+    a, n = last.held_out_accuracy, max(last.held_out_examples, 1)
+    apart = last.accuracy - a > max(APART, ERRORS * math.sqrt(a * (1 - a) / n))
+    return (step, best) if apart and lost > limit and last.loss < best.loss else None
+
+
 def _lost(best: Generalization, last: Generalization, by_accuracy: bool) -> tuple[float, float, str]:
     """(how much worse it has become, what counts as more than chance, of what)."""
     if by_accuracy:
@@ -157,14 +234,22 @@ def generalization(
     labels: Tensor | None = None,
     held_out_logits: Tensor | None = None,
     held_out_labels: Tensor | None = None,
+    targets: Tensor | None = None,
+    held_out_targets: Tensor | None = None,
+    loop: Any = None,
 ) -> Generalization:
     """Training beside held-out loss and accuracy, and whether the best step is past.
 
     losses, held_out_losses (n,), (m,): of each example, by the training's own loss. logits, labels: where the task
     is a classification, for the share of right answers. Over a run it warns where held-out data has become worse
-    than it was by three standard errors (for a loss by a fifth at least) while the training loss fell. Raises
-    nothing of its own.
+    than it was by three standard errors (for a loss by a fifth at least) while the training loss fell; where the
+    held-out loss did and a quarter of the examples fewer are answered right than in training; and where nothing
+    carries over: training examples are answered better than by the class frequencies (targets: by their mean, where
+    loop says that the loss is mse_loss), and held-out ones never were. Raises nothing of its own.
     """
+    known = labels if labels is not None and logits is not None else _of_squares(targets, loop)
+    gain = _gain(losses, logits, labels, targets, known)
+    held_out_gain = _gain(held_out_losses, held_out_logits, held_out_labels, held_out_targets, known)
     return Generalization(
         loss=float(losses.double().mean()),
         held_out_loss=float(held_out_losses.double().mean()),
@@ -173,7 +258,40 @@ def generalization(
         held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
         held_out_chance=_commonest(held_out_labels),
         held_out_examples=len(held_out_losses),
+        gain=gain[0],
+        gain_standard_error=gain[1],
+        held_out_gain=held_out_gain[0],
+        held_out_gain_standard_error=held_out_gain[1],
     )
+
+
+def _of_squares(targets: Tensor | None, loop: Any) -> Tensor | None:
+    """The targets, where the loss of the loop is their mean squared error and nothing else."""
+    losses = () if loop is None else loop.losses
+    squares = all(f.function == "mse_loss" and f.reduction == "mean" and f.root and f.factor == 1 for f in losses)
+    return targets if losses and squares else None
+
+
+def _gain(
+    losses: Tensor, logits: Tensor | None, labels: Tensor | None, targets: Tensor | None, known: Tensor | None
+) -> tuple[float, float]:
+    """How far the loss is below that of an answer without the inputs: the class frequencies, or the mean, of the
+    `known` labels or targets; with its standard error."""
+    nothing = math.nan, math.nan
+    if known is None or len(known) < 2:
+        return nothing
+    if known.is_floating_point():
+        if targets is None or len(targets) != len(losses):
+            return nothing
+        apart = (targets.double() - known.double().mean(0)).reshape(len(targets), -1)
+        difference = apart.square().mean(1) - losses.double()
+    else:
+        if logits is None or labels is None or len(logits) != len(labels):
+            return nothing
+        counts = torch.bincount(known, minlength=logits.shape[1]).double() + 1.0
+        own = F.cross_entropy(logits.double(), labels, reduction="none")
+        difference = -(counts / counts.sum()).log()[labels] - own
+    return float(difference.mean()), _standard_error(difference)
 
 
 def _standard_error(values: Tensor) -> float:

@@ -21,6 +21,7 @@ from diag.display import format_seconds
 from diag.errors import DiagError, InvalidInput
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
+from diag.snapshot.glossary import HELD_OUT
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.watching.measure.floor import Floor
@@ -148,14 +149,15 @@ class Measurements:
             self._measure(self._instruments[name], step, snapshot, given, before)
         return time.perf_counter() - began
 
-    def look(self, step: int, snapshot: Snapshot, at_most: float) -> float:
-        """The checks that look at the probe set, recording each outcome; gives the time taken in seconds."""
+    def look(self, step: int, snapshot: Snapshot, at_most: float, waiting: bool = False) -> float:
+        """The checks that look at the probe set, recording each outcome; gives the time taken in seconds. waiting:
+        those that need held-out data wait for it."""
         began = time.perf_counter()
         self.floor.looked(step)
         with self._undisturbed(snapshot), _once(snapshot):
             for name in list(self.floor.names):
                 left = at_most - (time.perf_counter() - began)
-                if left > 0:
+                if left > 0 and not (waiting and needs_held_out(self._instruments[name])):
                     snapshot.deadline.restart(left, why="the time of the checks")
                     self._measure(self._instruments[name], step, snapshot, {})
         seconds = time.perf_counter() - began
@@ -293,6 +295,11 @@ class Measurements:
             self.schedule.postpone(name, step)
         elif step == inf:
             self.floor.give_up(name)
+
+
+def needs_held_out(instrument: Instrument) -> bool:
+    """Whether it gives nothing without held-out data."""
+    return any(need.name.startswith(HELD_OUT) and not need.optional for need in instrument.needs)
 
 
 def _once(snapshot: Snapshot) -> AbstractContextManager[Any]:

@@ -26,6 +26,9 @@ LOOK_EVERY = 0.01  # seconds
 LEAST_LOOK = 1.0  # seconds that the checks may take in any case: a garbage collection may come in between
 LOOK_SHARE = 2.0  # of the time that training takes for as many examples: a forward pass is a third of it
 PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
+HELD_OUT_SEEN = (
+    "The first {:,} rows that the loop evaluates on serve as held-out data; held_out= would give others."
+)
 SHARDED = (
     "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is "
     "measured on it."
@@ -102,13 +105,19 @@ class MeasurementRunner(Guarded):
     # At the floor
 
     @guarded("checks")
-    def _look(self, step: int, at_most: float) -> None:
+    def _look(self, step: int, at_most: float, last: bool = False) -> None:
         if self._training.sharded:
             self._recorder.note("measurements", SHARDED)
             return
-        seconds = self._measurements.look(step, self._training.snapshot(floor.EXAMPLES), at_most)
+        self._tell_of_held_out()
+        waiting = self._training.held_out_may_come and not last
+        seconds = self._measurements.look(step, self._training.snapshot(floor.EXAMPLES), at_most, waiting)
         self.clock.measuring += seconds
         self.clock.checking += seconds
+
+    def _tell_of_held_out(self) -> None:
+        if seen := self._training.held_out_seen:
+            self._recorder.info("held out", HELD_OUT_SEEN.format(seen))
 
     def _time_to_look(self) -> float:
         """Seconds that the checks may take: one pass over some of the probe set takes about these steps."""
@@ -212,7 +221,7 @@ class MeasurementRunner(Guarded):
         # A short run earns little, and a run without a number helps nobody.
         end = time.perf_counter() + max(self._schedule.left, 0.0) + SPARE
         if self._measurements.floor.is_new(self._step):
-            self._look(self._step, end - time.perf_counter())
+            self._look(self._step, end - time.perf_counter(), last=True)
         if self._schedule.budget == 0:
             return
         self._windows.end()

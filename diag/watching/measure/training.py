@@ -58,7 +58,7 @@ class Training:
             self.model,
             self.losses.objective,
             self.probe.batches,
-            held_out=self._held_out,
+            held_out=self._held_out_for(max_examples),
             previous=self._previous(),
             optimizer=self.optimizer or self.steps.optimizer,
             history=_LazyHistory(self._history),
@@ -72,6 +72,22 @@ class Training:
             snapshot.__dict__["fingerprint"] = self.fingerprint
         snapshot.__dict__["hook_check"] = self._hook_check
         return snapshot
+
+    def _held_out_for(self, max_examples: int | None) -> list[Batch] | None:
+        """The user's held-out data; for checks without any, the rows that the loop is seen to evaluate on."""
+        seen = self.loop.evaluated_data.batches if max_examples is not None else None
+        return self._held_out or seen
+
+    @property
+    def held_out_seen(self) -> int:
+        """How many rows of the loop's evaluation serve as held-out data."""
+        seen = None if self._held_out else self.loop.evaluated_data.batches
+        return sum(batch.size for batch in seen or ())
+
+    @property
+    def held_out_may_come(self) -> bool:
+        """Whether there is no held-out data, and the loop may still show some."""
+        return self._held_out is None and self.loop.evaluated_data.may_come
 
     def _previous(self) -> dict[str, Any] | None:
         before = self.steps.before

@@ -17,6 +17,7 @@ from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.data.contents import Contents
 from diag.watching.observe.loop.data.drawn import NONE, Drawn
+from diag.watching.observe.loop.data.evaluated import EvaluatedData
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
@@ -61,6 +62,7 @@ class LoopObserver:
         self._optimizers = Optimizers(self.moment, self._gradients, names, resumed > 0)
         self._schedulers = Schedulers(self.moment, self._optimizers)
         self._modes, self._batches = Modes(model, self.moment), Batches(self.moment)
+        self.evaluated_data = EvaluatedData()
         self._contents, self._drawn = Contents(self.moment), Drawn(self.moment)
         self._chance = Chance(model, self.moment)
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
@@ -114,6 +116,7 @@ class LoopObserver:
         if not self.moment.attentive:
             return
         self._order.add("F")
+        self.evaluated_data.training_call()
         self._chance.training_call()
         self._optimizers.forward_called()
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -142,7 +145,7 @@ class LoopObserver:
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._order.add("E")
-        self._drawn.evaluated()
+        self.evaluated_data.evaluated(args, kwargs, self._drawn.evaluated())
         self._modes.quiet_call(args, kwargs)
         self._chance.evaluated(args, kwargs)
         self._batches.fetched = False
@@ -153,6 +156,7 @@ class LoopObserver:
         """A loss function returned a value that has a graph."""
         self._chance.loss_called(args, kwargs)
         self._losses.called(function, args, kwargs, value)
+        self.evaluated_data.loss_called(args, kwargs)
         self._targets.loss_called(function.__name__, args, kwargs)
         self._penalty.loss_called(value)
         self._batches.targets(args[1] if len(args) > 1 else kwargs.get("target"))
@@ -293,6 +297,7 @@ class LoopObserver:
         """A DataLoader gave a batch."""
         self._order.add("D")
         self._contents.fetched(batch)
+        self.evaluated_data.fetched(batch)
         self._chance.fetched(batch)
         self._batches.fetched = True
         if self._calls < 4:

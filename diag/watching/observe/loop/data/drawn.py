@@ -87,17 +87,21 @@ class Drawn:
             self._moment.news("few rows")
         return places
 
-    def evaluated(self) -> None:
-        """The model was called without gradients."""
+    def evaluated(self) -> bool:
+        """The model was called without gradients; whether on rows of a loader that training does not use."""
         places, dataset, fresh = self.current, self._dataset, self._fresh
         self._fresh = False
         known = id(dataset) in self._evaluated or len(self._evaluated) < SETS
-        if not fresh or not len(places) or dataset is None or not known:
-            return
+        if not fresh or dataset is None:
+            return False
+        if not len(places) or not known:
+            return id(dataset) not in self._training
         _, found = self._evaluated.setdefault(id(dataset), (dataset, {}))
         for base, rows in self._beneath(dataset, places):
             if self._rows_of(base) is not None:
                 found.setdefault(id(base), set()).update(rows.tolist())
+        overlap = self._overlap(id(dataset), found)
+        return not overlap.trained and not overlap.of_training
 
     def _rows_of(self, base: Any) -> TrainedRows | None:
         known = self._sets.get(id(base))

@@ -70,3 +70,31 @@ def test_the_first_investigation_finds_the_same_on_a_whole_run(tmp_path, monkeyp
     precision, recall = (int(n) for n in re.search(r"precision (\d+)%, recall (\d+)%", said).groups())
     # Another BLAS may train to other bits; seeds 0 to 2 were all within these bounds.
     assert best > 85 and end < best - 20 and precision > 70 and recall > 70
+
+
+def said_by(name):
+    return printed(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
+
+
+def test_the_spike_is_traced_to_its_rows():
+    said = said_by("why_is_training_spiking")
+    assert "rows 17, 230 of the data set" in said and "Rows of the batches: warning -> ok" in said
+    before, after = (float(n) for n in re.search(r"last loss ([\d.]+) -> ([\d.]+)", said).groups())
+    assert after < 0.05 < before
+
+
+def test_half_precision_rounds_the_updates_away():
+    said = said_by("why_did_half_precision_stall")
+    assert "float32: ok." in said and "bfloat16: alarm." in said and "changes the weight: False" in said
+
+
+def test_aligning_makes_the_average_of_use():
+    said = said_by("can_i_average_these_two")
+    plain, aligned = (float(n) for n in re.findall(r"mean .*?: +([\d.]+)%", said))
+    assert aligned > 90 > plain
+
+
+def test_the_instrument_of_ones_own_keeps_the_contract():
+    assert "0.5 2" in said_by("write_your_own_instrument") and "It keeps the contract." in said_by(
+        "write_your_own_instrument"
+    )

@@ -8,15 +8,18 @@
 The matrices act on flat vectors of the trainable parameters in `named_parameters()` order. Products are exact
 sums over all batches, in evaluation mode, in float32 unless the model is float64. Before its first product an
 operator tests itself on the model (curvature_selftest.py); what cannot be right raises Unsupported. A model
-wrapped in torch.compile, DataParallel or DistributedDataParallel is measured bare, on this process's data alone.
+wrapped in torch.compile, DataParallel or DistributedDataParallel is measured bare. Where the data are split over
+ranks (`Snapshot(..., ranks=True)`), each product is the mean over all ranks' data by one all_reduce; vectors are
+whole on every rank and equal bit for bit, so that the algorithms of `linalg` take the same decisions on each.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -26,7 +29,7 @@ from diag.checkpoints.unwrap import bare_model
 from diag.curvature import fisher as fishers
 from diag.curvature.carry import Carried
 from diag.curvature.layout import layout_of
-from diag.curvature.memory import MemoryPlan, plan_memory
+from diag.curvature.memory import MemoryPlan, available_memory, plan_memory
 from diag.curvature.objective import PRECISIONS, LossFn, Objective, native_precision
 from diag.curvature.probe import hold_fixed, rows_held_fixed
 from diag.curvature.products import (
@@ -41,12 +44,14 @@ from diag.curvature.products import (
 from diag.curvature.record import SelfTest
 from diag.curvature.selftest import run_self_test
 from diag.curvature.values import Values
-from diag.errors import InvalidInput, MissingQuantity
+from diag.distributed.together import Together
+from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.objective.own_loss import is_models_own
+from diag.snapshot.over_ranks import together_of, weight_of
 from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import dealt_out, subsampled
 from diag.snapshot.snapshot import Snapshot
@@ -59,6 +64,8 @@ class CurvatureOperator(LinearOperator):
     precision: "float32" or "float64"; by default the model's own, float32 where that is a half precision.
     memory: the bytes that graphs may hold; by default a quarter of what is free. The graph of all the data is
         kept between products where it fits, else it is rebuilt for each in micro-batches that fit.
+    ranks: the ranks that share the data, `batches` being this one's; all make the same products. weight: what its
+        share counts (by default the number of its examples).
     micro_batch: the most examples per pass. seed: of the self-test's random direction. checked: a self-test of
         the same model, to spare a second one.
 
@@ -76,6 +83,8 @@ class CurvatureOperator(LinearOperator):
         micro_batch: int | None = None,
         seed: int = 0,
         checked: SelfTest | None = None,
+        ranks: Together | None = None,
+        weight: float | None = None,
     ):
         model = bare_model(model)
         precision = native_precision(model) if precision is None else precision
@@ -86,7 +95,8 @@ class CurvatureOperator(LinearOperator):
             raise InvalidInput("There is no batch to measure curvature on; give at least one.")
         self.objective = Objective(model, loss_fn, parts, layout_of(model), precision)
         super().__init__(self.objective.layout.size, self.objective.dtype, self.objective.device)
-        self._settings: dict[str, Any] = {"memory": memory, "seed": seed}
+        self._settings: dict[str, Any] = {"memory": memory, "seed": seed, "ranks": ranks}
+        self._weight = weight
         self._self_test = checked
         self._plan: MemoryPlan | None = None
         self._graph: Graph | None = None
@@ -112,14 +122,30 @@ class CurvatureOperator(LinearOperator):
     @property
     def num_examples(self) -> int:
         """The number of examples that the mean is over."""
-        return self.objective.num_examples
+        return self._all_examples if self._settings["ranks"] is not None else self.objective.num_examples
+
+    @cached_property
+    def _all_examples(self) -> int:
+        return round(self._settings["ranks"].total(self.objective.num_examples))
+
+    @property
+    def free_memory(self) -> int:
+        """The bytes that an algorithm may take for its vectors, the same on all ranks."""
+        own, ranks = available_memory(self.device), self._settings["ranks"]
+        return own if ranks is None else int(ranks.least(own))
 
     @property
     def self_test(self) -> SelfTest:
         """The record of the self-test, which runs when first needed. Raises Unsupported where it fails."""
-        if self._self_test is None:
-            self._self_test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
+        if self._self_test is None and self._settings["ranks"] is not None:
+            self._settings["ranks"].all_succeed(self._run_self_test)
+        elif self._self_test is None:
+            self._run_self_test()
+        assert self._self_test is not None
         return self._self_test
+
+    def _run_self_test(self) -> None:
+        self._self_test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -140,6 +166,8 @@ class CurvatureOperator(LinearOperator):
 
     def subsample(self, num_examples: int, seed: int = 0) -> Self:
         """The same matrix on `num_examples` of the examples, drawn without replacement."""
+        if self._settings["ranks"] is not None:
+            raise Unsupported("A matrix over ranks is not subsampled; give each rank fewer examples.")
         return self._on(subsampled(self.objective.batches, num_examples, seed))
 
     def blocks(self, count: int, seed: int = 0) -> list[Self]:
@@ -147,10 +175,16 @@ class CurvatureOperator(LinearOperator):
 
         Raises InvalidInput where there are fewer examples than blocks.
         """
+        ranks = self._settings["ranks"]
+        if ranks is not None and (least := int(ranks.least(self.objective.num_examples))) < count:
+            raise InvalidInput(f"A rank has {least} examples, fewer than {count} blocks; give each rank more.")
         return [self._on(block) for block in dealt_out(self.objective.batches, count, seed)]
 
     def _on(self, batches: list[Batch]) -> Self:
         settings = self._settings | {"precision": self.objective.precision, "checked": self.self_test}
+        if (ranks := self._settings["ranks"]) is not None:
+            part = self._share * sum(batch.size for batch in batches) / self.objective.num_examples
+            settings["weight"] = part / ranks.total(part)
         other = type(self)(self.objective.model, self.objective.loss_fn, batches, **settings)
         other.deadline = self.deadline
         return other
@@ -158,6 +192,21 @@ class CurvatureOperator(LinearOperator):
     # -- products ------------------------------------------------------------------------------------
 
     def _matvec(self, v: Tensor) -> Tensor:
+        return self._over_ranks(lambda: self._own_product(v), v)
+
+    def _over_ranks(self, product: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """The mean over the ranks' shares of the data of this rank's product."""
+        ranks = self._settings["ranks"]
+        if ranks is None:
+            return product()
+        weight, _ = self._share, self.self_test  # what all ranks do together comes before what one does alone
+        return ranks.sum(lambda: product() * weight, like)
+
+    @cached_property
+    def _share(self) -> float:
+        return self.objective.num_examples / self._all_examples if self._weight is None else self._weight
+
+    def _own_product(self, v: Tensor) -> Tensor:
         graph = self._kept_graph()
         if graph is None:
             return self._rebuilt(v[None])[0]
@@ -180,9 +229,15 @@ class CurvatureOperator(LinearOperator):
             self._entered_in = before
 
     def _matvecs(self, vectors: Tensor) -> Tensor:
-        if self._kept_graph() is not None:
-            return super()._matvecs(vectors)
-        return self._rebuilt(vectors)
+        if self._settings["ranks"] is not None:  # one sum for all of them
+            return self._over_ranks(lambda: self._own_products(vectors), vectors)
+        return super()._matvecs(vectors) if self._kept_graph() is not None else self._rebuilt(vectors)
+
+    def _own_products(self, vectors: Tensor) -> Tensor:
+        if self._kept_graph() is None:
+            return self._rebuilt(vectors)
+        with self.many_products():
+            return torch.stack([self._own_product(v) for v in vectors])
 
     def _kept_graph(self) -> Graph | None:
         """The graph of all the data where the plan keeps one, rebuilt after a write to the parameters."""
@@ -316,7 +371,9 @@ def fisher(snapshot: Snapshot) -> Fisher:
 def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
     carried = snapshot.carry.next(kind.__name__, snapshot) if snapshot.carry is not None else None
     known = carried.self_test if carried is not None else None
-    settings |= {"seed": snapshot.seed, "checked": known}
+    settings |= {"seed": snapshot.seed, "checked": known, "ranks": together_of(snapshot)}
+    if settings["ranks"] is not None:
+        settings["weight"] = weight_of(snapshot, settings["ranks"])
     operator = kind(snapshot.model, snapshot.batch_loss, counted_batches(snapshot), **settings)
     operator.deadline = snapshot.deadline
     test = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle

@@ -4,4 +4,4 @@ Rule of the room: nothing here waits without a limit, and what fails is a reason
 uses torch.distributed and knows no model, no watch and no file.
 """
 
-__all__ = ["checksums", "link", "meeting", "placement"]
+__all__ = ["checksums", "link", "meeting", "placement", "together"]

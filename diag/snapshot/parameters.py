@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.distributed.together import Together
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.call_at import call_at
 from diag.snapshot.objective.counting import counted_batches
+from diag.snapshot.over_ranks import together_of, weight_of
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -118,6 +120,11 @@ def params(snapshot: Snapshot) -> dict[str, Tensor]:
 
 def gradient(snapshot: Snapshot) -> dict[str, Tensor]:
     """The gradient of the mean loss over the data, by parameter name; zeros where a parameter is unused."""
+    together = together_of(snapshot)
+    return _own_gradient(snapshot) if together is None else _gradient_over_ranks(snapshot, together)
+
+
+def _own_gradient(snapshot: Snapshot) -> dict[str, Tensor]:
     model, total = snapshot.model, snapshot.num_examples
     leaves = trainable(model)
     sums = {name: torch.zeros_like(p) for name, p in leaves.items()}
@@ -129,6 +136,16 @@ def gradient(snapshot: Snapshot) -> dict[str, Tensor]:
                 if part is not None:
                     sums[name].add_(part.to_dense() if part.is_sparse else part, alpha=batch.size / total)
     return sums
+
+
+def _gradient_over_ranks(snapshot: Snapshot, together: Together) -> dict[str, Tensor]:
+    weight = weight_of(snapshot, together)
+    leaves = trainable(snapshot.model)
+    layout = FlatLayout.of({name: tuple(p.shape) for name, p in leaves.items()})
+    like = torch.zeros(layout.size, dtype=torch.float64, device=next(iter(leaves.values())).device)
+    flat = together.sum(lambda: weight * layout.flatten(_own_gradient(snapshot).values(), like), like)
+    views = layout.named_views(flat)
+    return {name: views[name].to(p.dtype) for name, p in leaves.items()}
 
 
 def loss_at(snapshot: Snapshot) -> Callable[[Mapping[str, Tensor]], float]:
@@ -143,7 +160,12 @@ def loss_at(snapshot: Snapshot) -> Callable[[Mapping[str, Tensor]], float]:
                 total += float(snapshot.batch_loss(outputs, batch.targets)) * batch.size
         return total / snapshot.num_examples
 
-    return loss
+    together = together_of(snapshot)
+    if together is None:
+        return loss
+    weight = weight_of(snapshot, together)
+    one = torch.zeros(1, dtype=torch.float64, device=together.device)
+    return lambda values: float(together.sum(lambda: (weight * loss(values)) * torch.ones_like(one), one))
 
 
 def other_params(snapshot: Snapshot) -> dict[str, Tensor]:

@@ -44,6 +44,8 @@ DATA_MOVED = (
     "as they are."
 )
 DATA = "bits of the data"
+OVER_RANKS = {"params", "loss_at", "gradient", "hessian", "gauss_newton", "optimizer", "module_graph"}
+NOT_OVER_RANKS = "{} is not put together over ranks; measure it in one process on all the data, without ranks=."
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 
 
@@ -61,6 +63,8 @@ class Snapshot:
     carry: what earlier measurements of the same model left, to spare work (see `diag.curvature.carry`).
     seed: makes every estimate repeatable. device: where to measure; a copy of the model goes there if it is
         elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones.
+    ranks: the data are this rank's share, and every rank of torch.distributed makes the same snapshot on its own
+        share: loss, gradient and curvature are those of all the data. What is not put together is refused.
     deadline: what measuring may take, asked between batches, products and examples (see `diag.linalg.deadline`).
 
     Raises InvalidInput where model, loss_fn or data are not of these kinds.
@@ -85,6 +89,7 @@ class Snapshot:
         micro_batch: int | None = None,
         max_examples: int | None = None,
         deadline: Deadline = NEVER,
+        ranks: bool = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(model, nn.Module):
@@ -95,7 +100,11 @@ class Snapshot:
         self.loss_fn = loss_fn
         self.previous, self.other, self.optimizer, self.history = previous, other, optimizer, history
         self.loop = loop
-        self.carry, self.deadline = carry, deadline
+        self.carry, self.deadline, self.ranks = carry, deadline, ranks
+        if ranks and deadline is not NEVER:
+            raise InvalidInput(
+                "A snapshot over ranks= takes no deadline=, which the ranks would meet at other times."
+            )
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
         self._computed: dict[str, Any] = {}
@@ -107,6 +116,8 @@ class Snapshot:
         Raises MissingQuantity, in one sentence with what to give, where the snapshot cannot give it.
         """
         row = lookup(name)
+        if self.ranks and name not in OVER_RANKS:
+            raise MissingQuantity(NOT_OVER_RANKS.format(name))
         self.deadline.check()
         if name not in self._computed:
             self.refuse_a_later_moment()

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+from torch.nn import functional as F
 
 import diag
+from diag.errors import InvalidInput
+from diag.linalg.deadline import Deadline
 
 SCRIPT = Path(__file__).with_name("trainings.py")
 SPEC = importlib.util.spec_from_file_location("trainings", SCRIPT)
@@ -65,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return start(2, folder, NAMES)
+    return start(2, folder, [*NAMES, "curvature"])
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +190,59 @@ def test_a_rank_that_leaves_is_told_and_nothing_else_stops(ranks, folder, name, 
     assert (f"From step {from_step} on" in note and f"rank 1: {reason}" in note) or reason in note
 
 
+def check_curvature(found, name, loss_fn):
+    """float64 sums over shares differ from those over all rows by their rounding."""
+    model, data = trainings.networks()["mlp" if name == "weighted" else name], trainings.rows()
+    alone = trainings.curvature_of(model, loss_fn, (data[0].double(), data[1]))
+    assert found["examples"] == trainings.ROWS
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-12)
+    assert found["gradient"] == pytest.approx(alone["gradient"], rel=1e-10)
+    assert found["eigenvalues"] == pytest.approx(alone["eigenvalues"], rel=1e-8)
+    assert max(found["residuals"]) < 1e-3 * found["eigenvalues"][0]
+    assert found["trace"] == pytest.approx(alone["trace"], rel=1e-8)
+    assert len(found["half"]) == len(alone["half"])
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_fn"),
+    [("mlp", F.cross_entropy), ("conv", F.cross_entropy), ("weighted", trainings.weighted_loss)],
+)
+def test_curvature_over_ranks_is_that_of_all_the_data(ranks, name, loss_fn):
+    """Shares of 40 and 24 rows; with class weights, what they count differs again."""
+    assert ranks[0]["curvature"][name] == ranks[1]["curvature"][name]
+    check_curvature(ranks[0]["curvature"][name], name, loss_fn)
+
+
+def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
+    first, last = (rank["curvature"]["refused"] for rank in ranks)
+    assert "is not put together over ranks; measure it in one process" in first["coherence"] == last["coherence"]
+    assert "The ranks hold other values of 2.bias" in first["apart"] == last["apart"]
+    assert (
+        first["one rank"].startswith("Rank 1 could not compute its share")
+        and "loss_fn cannot be called" in last["one rank"]
+    )
+    assert "DTensor with placement (Shard(dim=0),)" in first["sharded"] == last["sharded"]
+
+
+def test_one_process_has_no_ranks_to_share_the_data_with():
+    snapshot = diag.Snapshot(trainings.mlp(), F.cross_entropy, trainings.rows(), ranks=True)
+    with pytest.raises(InvalidInput, match="There is one process"):
+        snapshot.quantity("hessian")
+    with pytest.raises(InvalidInput, match="takes no deadline="):
+        diag.Snapshot(trainings.mlp(), ranks=True, deadline=Deadline())
+
+
 @pytest.mark.slow
 def test_four_ranks(tmp_path, alone):
-    found = start(4, tmp_path, [*WAYS, "accumulated", "start_apart", "past_the_wrapper", "same_rows", *PARTINGS])
+    faults = ("start_apart", "past_the_wrapper", "same_rows")
+    found = start(4, tmp_path, [*WAYS, "accumulated", *faults, *PARTINGS, "curvature"])
+    curvature = [rank.pop("curvature") for rank in found]
     assert all(unwatched == watched for rank in found for unwatched, watched in rank.values())
+    assert all(c["mlp"] == curvature[0]["mlp"] for c in curvature)
+    check_curvature(curvature[0]["mlp"], "mlp", F.cross_entropy)
     for way in WAYS:
         check_history(diag.load(tmp_path / way).history, alone)
         assert not findings(tmp_path, way)
-    for name in ("start_apart", "past_the_wrapper", "same_rows"):
+    for name in faults:
         assert {story.finding.verdict.cause for story in diag.load(tmp_path / name).stories()} == {FAULTS[name]}
     assert math.isnan(diag.load(tmp_path / "raises").history.loss[-1])

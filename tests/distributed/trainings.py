@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diag
+from diag.errors import DiagError
 from diag.watching.ranks.shared_rows import SharedRows
 
 CHECKS = ["replicas_equal", "ranks_data", "wrapper_called"]
@@ -252,6 +253,83 @@ def raises(watch):
     return net
 
 
+# Curvature of data that are split over the ranks, in unequal shares
+
+
+class Conv(nn.Module):
+    """A convolution with batch normalisation, in float64 as everything here."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3), nn.Linear(30, 3)
+
+    def forward(self, x):
+        return self.fc(torch.tanh(self.norm(self.conv(x[:, None]))).flatten(1))
+
+
+def networks():
+    torch.manual_seed(5)
+    found = {"mlp": mlp().double(), "conv": Conv().double()}
+    found["conv"].norm.running_mean.normal_(0, 0.1)
+    return found
+
+
+def share():
+    """This rank's rows, of which rank 0 has more."""
+    x, y = rows()
+    cut = [0, *(40 + (ROWS - 40) * r // max(WORLD - 1, 1) for r in range(WORLD))]
+    return x[cut[RANK] : cut[RANK + 1]].double(), y[cut[RANK] : cut[RANK + 1]]
+
+
+def curvature_of(model, loss_fn, data, **given):
+    """What is compared: loss, gradient, eigenvalues and their residuals, trace, and how the product was tested."""
+    snapshot = diag.Snapshot(model, loss_fn, data, **given)
+    found = diag.hessian_spectrum(snapshot, num_eigenvalues=5, trace_probes=4)
+    return {
+        "loss": snapshot.quantity("loss_at")(snapshot.quantity("params")),
+        "gradient": [float(g.norm()) for g in snapshot.quantity("gradient").values()],
+        "eigenvalues": found.eigenvalues.tolist(),
+        "residuals": found.residuals.tolist(),
+        "trace": float(found.trace),
+        "examples": snapshot.quantity("hessian").num_examples,
+        "half": found.sampling_errors.tolist(),
+    }
+
+
+def refusal(call):
+    """The sentence with which it is refused."""
+    try:
+        call()
+    except DiagError as error:
+        return str(error)
+    return "not refused"
+
+
+def weighted_loss(outputs, targets):
+    return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 2.0, 4.0], dtype=outputs.dtype))
+
+
+def curvature():
+    """On every rank the same numbers; and what is refused, on all of them."""
+    found = {n: curvature_of(ddp(m), F.cross_entropy, share(), ranks=True) for n, m in networks().items()}
+    found["weighted"] = curvature_of(networks()["mlp"], weighted_loss, share(), ranks=True)
+    snapshot = diag.Snapshot(networks()["mlp"], F.cross_entropy, share(), ranks=True)
+    apart = networks()["mlp"]
+    apart[2].bias.data += RANK
+    bad = (share()[0], share()[1] + (7 if RANK == WORLD - 1 else 0))
+    broken = diag.Snapshot(networks()["mlp"], F.cross_entropy, bad, ranks=True)
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(mlp())
+    found["refused"] = {
+        "coherence": refusal(lambda: diag.gradient_coherence(snapshot)),
+        "apart": refusal(lambda: diag.Snapshot(apart, F.cross_entropy, share(), ranks=True).quantity("hessian")),
+        "one rank": refusal(lambda: broken.quantity("hessian")),
+        "sharded": refusal(lambda: diag.Snapshot(sharded, F.cross_entropy, rows(), ranks=True).quantity("hessian")),
+    }
+    return found
+
+
 def state_of(model):
     parts = [
         getattr(v, "to_local", lambda v=v: v)().detach().double().flatten() for v in model.state_dict().values()
@@ -269,14 +347,17 @@ def main(rank, world, folder, names):
     )
     found = {}
     for name in names:
+        if name == "curvature":
+            found[name] = curvature()
+            continue
         states = []
         for watch in (None, f"{folder}/{name}"):
             torch.manual_seed(0)
             states.append(state_of(globals()[name](watch)))
             dist.barrier()
         found[name] = states
-        with open(f"{folder}/{rank}.json", "w") as file:
-            json.dump(found, file)
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(found, file)
     dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "module_graph",
     "objective",
     "optimizer",
+    "over_ranks",
     "parameters",
     "pause",
     "picking",

@@ -18,6 +18,7 @@ from diag.curvature.objective import Objective
 from diag.curvature.probe import probe_batch
 from diag.curvature.products import Curvature
 from diag.errors import InvalidInput
+from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch, tensors_in
 
 # What a product holds beyond the graph, as a share of the graph: the derivatives that are on their way. Measured
@@ -81,6 +82,11 @@ def plan_memory(curvature: Curvature, objective: Objective, memory: int | None) 
         count = math.ceil(batch.size / max(1, min(batch.size, int(fit))))
         pieces += batch.split(math.ceil(batch.size / count))
     return MemoryPlan(False, tuple(pieces), whole, allowed)
+
+
+def memory_beside(operator: LinearOperator) -> int:
+    """The bytes that an algorithm may take for its vectors; the same on all ranks that share an operator's data."""
+    return getattr(operator, "free_memory", None) or available_memory(operator.device)
 
 
 def available_memory(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.curvature import eigenvectors
-from diag.curvature.memory import available_memory
+from diag.curvature.memory import memory_beside
 from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
@@ -242,11 +242,10 @@ def hessian_spectrum(
     Source: Papyan 2020, arXiv:2008.11865; Ghorbani et al. 2019, arXiv:1901.10159.
     """
     _check(hessian, class_directions, num_eigenvalues)
-    free = getattr(hessian, "free_memory", None) or available_memory(hessian.device)
     found = spectrum(
         hessian.shifted(weight_decay) if weight_decay else hessian,
         largest=num_eigenvalues, tolerance=tolerance, steps=steps, num_probes=num_probes, trace_probes=trace_probes,
-        max_products=max_products, memory=free if memory is None else memory, seed=seed,
+        max_products=max_products, memory=memory_beside(hessian) if memory is None else memory, seed=seed,
         checkpoint=checkpoint or None,
     )  # fmt: skip
     top = found.top

@@ -50,8 +50,8 @@ from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.counting import counted_batches
+from diag.snapshot.objective.over_ranks import together_of, weight_of
 from diag.snapshot.objective.own_loss import is_models_own
-from diag.snapshot.over_ranks import together_of, weight_of
 from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import dealt_out, subsampled
 from diag.snapshot.snapshot import Snapshot

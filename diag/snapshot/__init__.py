@@ -18,7 +18,6 @@ __all__ = [
     "module_graph",
     "objective",
     "optimizer",
-    "over_ranks",
     "parameters",
     "pause",
     "picking",

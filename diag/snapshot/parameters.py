@@ -18,7 +18,7 @@ from diag.distributed.together import Together
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.call_at import call_at
 from diag.snapshot.objective.counting import counted_batches
-from diag.snapshot.over_ranks import together_of, weight_of
+from diag.snapshot.objective.over_ranks import together_of, weight_of
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 

@@ -119,6 +119,7 @@ GLOSSARY: dict[str, Quantity] = {
             Effort.FORWARD_A_CALL,
             "give data= with (noisy inputs, clean targets)",
         ),
+        Quantity("quantised_weights", "snapshot.inside.quantised", None, "object", Effort.GRADIENT, _LOSS),
         Quantity("previous_logits", "snapshot.inside.earlier", "n K", "floating", Effort.FORWARD, "give previous="),
         Quantity("running_statistics", "snapshot.inside.normalization", None, "object", Effort.FORWARD, _DATA),
         Quantity("later_tokens", "snapshot.inside.later", None, "object", Effort.FORWARD, _DATA),

@@ -12,6 +12,7 @@ __all__ = [
     "layers",
     "names",
     "normalization",
+    "quantised",
     "residual",
     "scores",
 ]

@@ -130,9 +130,14 @@ class PerExampleGradients:
     def group_gram_by_layer(self, groups: Sequence[Tensor]) -> dict[str, Tensor]:
         """Per layer, (G, G) float64: inner products of the groups' summed gradients.
 
-        The norms are taken in the same pass. With one micro-batch no more than one parameter's sums are held.
+        The norms are taken in the same pass. With one micro-batch no more than one parameter's sums are held; with
+        several, those of all parameters, or of as many as fit into memory, in a pass over the data for each part.
         """
-        found: dict[str, Tensor] = self.ask(GroupGram(as_groups(groups)), SquaredNorms())[0]
+        first, *more = GroupGram(as_groups(groups)).parts(self)
+        found: dict[str, Tensor] = self.ask(first, SquaredNorms())[0]
+        for part in more:
+            for layer, gram in self.ask(part)[0].items():
+                found[layer] = found[layer] + gram
         return found
 
     def gram(self) -> Tensor:

@@ -19,6 +19,9 @@ from diag.snapshot.parameters import layer_of
 
 ExampleGroup = tuple[int, ...]
 EXACT = 50_000_000  # numbers up to which sums are taken in float64, 400 MB
+AT_ONCE = 1 << 26  # numbers of one parameter's sums that are held at once, 256 MB in float32
+IN_ALL = 1 << 28  # and of all parameters' sums, where several micro-batches add to them
+CHUNK = 1 << 20
 
 
 class Asked(Protocol):
@@ -117,35 +120,89 @@ class _GroupSums:
 class GroupGram:
     """Per layer, (G, G) float64: inner products of the groups' summed gradients.
 
-    With one micro-batch no more than one parameter's sums are held.
+    With one micro-batch no more than one parameter's sums are held, and of these no more than `AT_ONCE` numbers.
+    parameters: those that count, where not all do.
     """
 
     groups: tuple[ExampleGroup, ...]
+    parameters: frozenset[str] | None = None
+
+    def parts(self, gradients: Asked) -> list[GroupGram]:
+        """The same question in parts whose sums fit into memory: the sum of the answers is the answer."""
+        room = IN_ALL // max(1, sum(map(bool, self.groups)))
+        if gradients.num_batches == 1 or gradients.num_parameters <= room:
+            return [self]
+        sets, left = list[list[str]](), 0
+        for name, columns in gradients.columns.items():
+            size = columns.stop - columns.start
+            if size > left:
+                sets.append([])
+                left = room
+            sets[-1].append(name)
+            left -= size
+        return [GroupGram(self.groups, frozenset(names)) for names in sets]
 
     def begin(self, gradients: Asked) -> Accumulator:
         """An accumulator of this query's answer."""
-        return _GroupGram(gradients, self.groups)
+        return _GroupGram(gradients, self)
 
 
 class _GroupGram:
-    def __init__(self, gradients: Asked, groups: Sequence[ExampleGroup]) -> None:
-        self._grams = {layer: zeros(len(groups), len(groups)) for layer in gradients.layers}
-        self._sums, self._at_once = _GroupSums(gradients, groups), gradients.num_batches == 1
+    def __init__(self, gradients: Asked, asked: GroupGram) -> None:
+        count = len(asked.groups)
+        self._grams = {layer: zeros(count, count) for layer in gradients.layers}
+        self._some = [i for i, group in enumerate(asked.groups) if group]  # nothing is held for empty ones
+        self._gradients, self._groups = gradients, [asked.groups[i] for i in self._some]
+        self._parameters = asked.parameters
+        self._sums, self._at_once = _GroupSums(gradients, self._groups), gradients.num_batches == 1
 
     def consume(self, rows: slice, name: str, block: Block) -> None:
-        if self._at_once:
+        if self._parameters is not None and name not in self._parameters:
+            return
+        if not self._at_once:
+            self._sums.consume(rows, name, block)
+        elif len(self._groups) * block.size <= AT_ONCE:
             self._add(name, self._sums.of_block(rows, block))
         else:
-            self._sums.consume(rows, name, block)
+            self._in_tiles(name, rows, block)
+
+    def _in_tiles(self, name: str, rows: slice, block: Block) -> None:
+        """A few groups against a few at a time, their sums formed again for each such pair."""
+        width = max(1, AT_ONCE // 2 // block.size)
+        starts = range(0, len(self._groups), width)
+        for first in starts:
+            left = self._of_groups(first, width, rows, block)
+            self._put(name, first, first, _products(left, left))
+            for second in (s for s in starts if s > first):
+                product = _products(left, self._of_groups(second, width, rows, block))
+                self._put(name, first, second, product)
+                self._put(name, second, first, product.T)
+
+    def _of_groups(self, start: int, width: int, rows: slice, block: Block) -> Tensor:
+        return _GroupSums(self._gradients, self._groups[start : start + width]).of_block(rows, block)
 
     def _add(self, name: str, sums: Tensor) -> None:
-        sums = sums.double()
-        self._grams[layer_of(name)] += (sums @ sums.T).to("cpu")
+        self._put(name, 0, 0, _products(sums, sums))
+
+    def _put(self, name: str, first: int, second: int, product: Tensor) -> None:
+        rows = torch.tensor(self._some[first : first + len(product)])
+        columns = torch.tensor(self._some[second : second + product.shape[1]])
+        self._grams[layer_of(name)][rows[:, None], columns] += product.to("cpu")
 
     def result(self) -> dict[str, Tensor]:
         while self._sums.sums:
             self._add(*self._sums.sums.popitem())
         return self._grams
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """(G, H) float64: `left @ right.T`, a part of the columns at a time."""
+    width = max(1, CHUNK // max(1, len(left)))
+    found = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):
+        a = a.double()
+        found += a @ (a if right is left else b.double()).T
+    return found
 
 
 @dataclass(frozen=True)

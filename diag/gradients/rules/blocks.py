@@ -51,7 +51,10 @@ class Block:
 
     def group_sums(self, groups: Sequence[Tensor]) -> Tensor:
         """(number of groups, *shape): the sum of G_i over each group's examples (index tensors)."""
-        return torch.stack([self._sum(group) for group in groups])
+        found = torch.empty(len(groups), *self.shape, dtype=self.dtype, device=self.device)
+        for i, group in enumerate(groups):
+            found[i] = self._sum(group)
+        return found
 
     def _sum(self, group: Tensor) -> Tensor:
         weights = torch.bincount(group, minlength=self.n)

@@ -104,8 +104,10 @@ def _from_snapshot(snapshot: Snapshot) -> Evidence:
     }
     known = {name: value for name, value in metadata.items() if value not in (None, "")}
     title = f"Snapshot of a {type(model).__name__}"
+    outcomes = measure_all(snapshot)
+    cut = [Event(0, "data", snapshot.cut_short)] if snapshot.cut_short else []
     return _from_outcomes(
-        measure_all(snapshot), kind="moment", title=title, metadata=known, history=snapshot.history or None
+        outcomes, kind="moment", title=title, metadata=known, history=snapshot.history or None, events=cut
     )
 
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
 from diag.linalg.deadline import NEVER, Deadline
-from diag.snapshot.batch import Batch, as_batches, fingerprint, tensors_in
+from diag.snapshot.batch import Batch, fingerprint, tensors_in
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
-from diag.snapshot.preserve import generator_states, random_states
+from diag.snapshot.reading import read_batches
 from diag.snapshot.state.bits import TensorBits, bits_of
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.python import StateLost
@@ -62,7 +62,10 @@ class Snapshot:
         of a watched run and the facts of its loop (or a function that gives them).
     carry: what earlier measurements of the same model left, to spare work (see `diag.curvature.carry`).
     seed: makes every estimate repeatable. device: where to measure; a copy of the model goes there if it is
-        elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones.
+        elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones (of data
+        without a length, which may never end, the first 8,192 are used where this is not given, and a warning
+        says so).
+es.
     ranks: the data are this rank's share, and every rank of torch.distributed makes the same snapshot on its own
         share: loss, gradient and curvature are those of all the data. What is not put together is refused.
     deadline: what measuring may take, asked between batches, products and examples (see `diag.linalg.deadline`).
@@ -107,6 +110,7 @@ class Snapshot:
             )
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
+        self.cut_short = ""  # in one sentence, where not all of the data was read
         self._computed: dict[str, Any] = {}
         self._moment, self._moved = TensorBits(self.model, loss_fn), ""  # what had moved when a measurement began
 
@@ -184,7 +188,9 @@ class Snapshot:
         data, unpack = self._given["data"], self._given["unpack"]
         if data is None:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
-        batches = _read(data, unpack, self.max_examples, self.micro_batch, self.device, self.seed)
+        batches, self.cut_short = read_batches(
+            data, unpack, self.max_examples, self.micro_batch, self.device, self.seed
+        )
         batches = tuple(b.with_targets(self.model) for b in batches) if self.loss_fn is None else batches
         self._computed[DATA] = bits_of_batches(batches)
         return batches
@@ -256,7 +262,7 @@ class Snapshot:
         other = Snapshot(**self._given | changes)
         if "batches" in self.__dict__ and not set(changes) & _READING:
             other.__dict__["batches"] = self.batches
-            other._computed[DATA] = self._computed[DATA]
+            other._computed[DATA], other.cut_short = self._computed[DATA], self.cut_short
         return other
 
     def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
@@ -279,27 +285,3 @@ def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module
     if device is None or here is None or here == torch.device(device):
         return model
     return copy.deepcopy(model).to(device)
-
-
-def _read(
-    data: Any,
-    unpack: Any,
-    limit: int | None,
-    micro_batch: int | None,
-    device: torch.device | str | None,
-    seed: int,
-) -> tuple[Batch, ...]:
-    batches: list[Batch] = []
-    left = limit if limit is not None else float("inf")
-    # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
-    with random_states(), generator_states(data):
-        torch.manual_seed(seed)
-        for batch in as_batches(data, unpack):
-            batch = batch if batch.size <= left else batch.slice(0, int(left))
-            batches.extend(part.to(device) for part in batch.split(micro_batch))
-            left -= batch.size
-            if left <= 0:
-                break
-    if not batches:
-        raise InvalidInput("The data holds no batch; give at least one example.")
-    return tuple(batches)

@@ -5,6 +5,7 @@ descent multiplies w by 1 - eta s^2: above eta s^2 = 1 the two halves trade plac
 """
 
 import math
+import time
 
 import pytest
 import torch
@@ -229,10 +230,22 @@ def test_several_optimizers_have_no_one_threshold():
     assert "the optimizer does not hold parameter" in run_sentence(last(watcher.run)[1])
 
 
+class Ticks:
+    """A clock that each look at it puts forward, so that nothing depends on how busy the machine is."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds = 0.0, seconds
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
+
+
 def test_a_budget_pays_for_the_window(monkeypatch):
     """Nothing can be afforded: one measurement at the end, in the mode that needs no record."""
     monkeypatch.setattr("diag.watching.measure.runner.SPARE", 60.0)
     monkeypatch.setattr("diag.watching.measure.schedule.LEAST", 60.0)
+    monkeypatch.setattr(time, "perf_counter", Ticks(1e-3))
     run = watched(1.95, steps=30, budget=1e-9)
     assert [result.mode for _, result in run.series("opposing_signals")] == ["static"]
     # Its steps are so short that no share of them pays for a window.

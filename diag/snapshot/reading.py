@@ -1,0 +1,85 @@
+"""The data of a snapshot, read once: in micro-batches, without a trace in the random states, and not for ever."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from diag.errors import InvalidInput
+from diag.snapshot.batch import Batch, as_batches, tensors_in
+from diag.snapshot.preserve import generator_states, random_states
+
+# What is read of data that may never end: as many examples, or as many bytes.
+EXAMPLES, BYTES = 8_192, 1 << 28
+CUT = (
+    "The data does not say where it ends, so only its first {:,} examples were read; give max_examples= for "
+    "another number of them."
+)
+
+
+def read_batches(
+    data: Any,
+    unpack: Callable[[Any], tuple[Any, Any]] | None,
+    limit: int | None,
+    micro_batch: int | None,
+    device: torch.device | str | None,
+    seed: int,
+) -> tuple[tuple[Batch, ...], str]:
+    """The first `limit` examples of `data` as micro-batches, and a sentence where there may be more of them.
+
+    Data without a length, or that goes on beyond it, may never end: where no limit is given, it is cut, with a
+    warning. Raises InvalidInput where there is no batch.
+    """
+    read = _Read(_length(data) if limit is None else None, limit)
+    batches: list[Batch] = []
+    # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
+    with random_states(), generator_states(data):
+        torch.manual_seed(seed)
+        for batch in read.wanted(as_batches(data, unpack)):
+            batches.extend(part.to(device) for part in batch.split(micro_batch))
+    if not batches:
+        raise InvalidInput("The data holds no batch; give at least one example.")
+    if read.cut:
+        warnings.warn(read.cut, stacklevel=2)
+    return tuple(batches), read.cut
+
+
+class _Read:
+    """length: batches that the data says it has; None where it does not, or where it does not matter."""
+
+    def __init__(self, length: int | None, limit: int | None) -> None:
+        self._length, self._limit = length, limit
+        self._batches = self._examples = self._bytes = 0
+        self.cut = ""
+
+    def wanted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self._limit is None and self._is_endless():
+                self.cut = CUT.format(self._examples)
+                return
+            if self._limit is not None and self._examples + batch.size > self._limit:
+                batch = batch.slice(0, self._limit - self._examples)
+            self._count(batch)
+            yield batch
+            if self._limit is not None and self._examples >= self._limit:
+                return
+
+    def _count(self, batch: Batch) -> None:
+        self._batches += 1
+        self._examples += batch.size
+        self._bytes += sum(t.nbytes for t in tensors_in((batch.args, batch.kwargs, batch.targets)))
+
+    def _is_endless(self) -> bool:
+        beyond = self._length is None or self._batches >= self._length
+        return beyond and (self._examples >= EXAMPLES or self._bytes >= BYTES)
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return operator.index(len(data))
+    except Exception:  # a loader may fail in any way where its data set has no length
+        return None

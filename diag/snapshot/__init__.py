@@ -12,7 +12,6 @@ __all__ = [
     "forward",
     "glossary",
     "history",
-    "hook_check",
     "inside",
     "loop",
     "module_graph",

@@ -22,11 +22,11 @@ from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, fingerprint, tensors_in
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
-from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.reading import read_batches
 from diag.snapshot.state.bits import TensorBits, bits_of
+from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked

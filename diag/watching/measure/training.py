@@ -13,8 +13,8 @@ from diag.curvature.carry import Carry
 from diag.linalg.deadline import Deadline
 from diag.snapshot.batch import Batch
 from diag.snapshot.history import History
-from diag.snapshot.hook_check import HookCheck
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.hook_check import HookCheck
 from diag.watching.about import is_sharded
 from diag.watching.measure.probe import Probe
 from diag.watching.observe.loop.observer import LoopObserver

@@ -65,7 +65,6 @@ class Snapshot:
         elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones (of data
         without a length, which may never end, the first 8,192 are used where this is not given, and a warning
         says so).
-es.
     ranks: the data are this rank's share, and every rank of torch.distributed makes the same snapshot on its own
         share: loss, gradient and curvature are those of all the data. What is not put together is refused.
     deadline: what measuring may take, asked between batches, products and examples (see `diag.linalg.deadline`).

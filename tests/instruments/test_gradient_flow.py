@@ -128,13 +128,21 @@ def test_alarm_on_gradients_that_were_applied_and_not_on_those_that_were_skipped
 
 
 def test_warning_when_many_steps_are_skipped():
-    history = record(40)
-    history.skipped[:4] = True
+    history = record(200)
+    history.skipped[:200:10] = True
     assert gradient_flow(history=history).verdict().level is Level.WARNING
     assert (
-        "left out 10 % of the steps (4 of 40), first at step 1" in gradient_flow(history=history).verdict().sentence
+        "left out 10 % of the steps (20 of 200), first at step 1"
+        in gradient_flow(history=history).verdict().sentence
     )
     assert gradient_flow(history=history, skipped_share=0.2).verdict().level is Level.OK
+
+
+@pytest.mark.parametrize(("steps", "first"), [(1, 1), (10, 3), (40, 16)])
+def test_a_scaler_that_finds_its_scale_is_no_finding(steps, first):
+    history = record(steps)
+    history.skipped[:first] = True
+    assert gradient_flow(history=history).verdict().level is Level.OK
 
 
 def test_warning_on_a_layer_that_never_gets_a_gradient():

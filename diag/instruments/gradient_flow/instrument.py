@@ -37,6 +37,7 @@ SOURCE = (
 )
 DEPTH_FACTOR = 100.0
 SKIPPED_SHARE = 0.05
+HALVINGS = 16  # by which a GradScaler's first scale, 2^16, comes down to one: so it is found
 LEFT = 5.0  # times the first loss
 STEPS_SHOWN = 96
 STEPS_NAMED = 100
@@ -169,7 +170,7 @@ class GradientFlow(Result):
     def _many_skipped(self) -> Verdict | None:
         limit = self.setting("skipped_share")
         share = self.skipped_steps / max(self.num_steps, 1)
-        if share <= limit:
+        if share <= limit or self.skipped_steps <= HALVINGS:
             return None
         return Verdict(
             Level.WARNING,
@@ -315,7 +316,8 @@ def gradient_flow(
     connections, recorded from its initialisation: only then is a gradient that changes by more than
     `depth_factor` over the depth (in the order of named_parameters()) called vanishing or exploding. It is read
     off the biases: in a ReLU network without them <W, dL/dW> is the same for every layer, so the weights'
-    gradients cannot tell. `skipped_share`: from here on skipped steps are a warning (our choice, uncalibrated).
+    gradients cannot tell. `skipped_share`: from here on skipped steps are a warning, where there are more
+    than the sixteen in which a scale of 2^16 comes down to one (our choice, uncalibrated).
 
     Raises InvalidInput for settings it does not know. Sources: arithmetic; Hoffer, Hubara, Soudry 2017,
     arXiv:1705.08741 (distance); Roberts, Yaida, Hanin 2022, arXiv:2106.10165 (depth).

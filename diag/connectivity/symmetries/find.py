@@ -194,7 +194,7 @@ def _with_tied(symmetries: Symmetries, state: dict[str, Tensor]) -> dict[str, Te
 def _outputs(model: nn.Module, example: Batch, state: dict[str, Tensor]) -> list[Tensor]:
     own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()]}
     values = {n: t for n, t in state.items() if n in own}
-    with torch.no_grad(), unfused():
+    with torch.inference_mode(False), torch.no_grad(), unfused():
         outputs = call_at(model, values, example.args, example.kwargs)
     return [t.double() for t in main_outputs(outputs) if not t.dtype.is_complex]
 

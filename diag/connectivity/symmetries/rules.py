@@ -60,8 +60,8 @@ def broadcast(trace: Labelling, operands: Sequence[Labels], ndim: int) -> Labels
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "contiguous", "dropout", "native_dropout", "copy_",
       "bernoulli", "zeros_like", "ones_like", "full_like", "empty_like", "to", "masked_fill", "masked_fill_",
-      "where", "fill_", "zero_", "nan_to_num", "_conj", "alias_copy", "prelu", "_prelu_kernel", "hardswish",
-      "hardswish_", "log_sigmoid_forward", "rrelu_with_noise", "rrelu_with_noise_functional")  # fmt: skip
+      "where", "fill_", "zero_", "nan_to_num", "_conj", "prelu", "_prelu_kernel", "hardswish", "hardswish_",
+      "log_sigmoid_forward", "rrelu_with_noise", "rrelu_with_noise_functional")  # fmt: skip
 def same_axes(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """One tensor in, one of the same axes out."""
     pointwise(trace, args, outputs)
@@ -151,26 +151,11 @@ def convolved(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
     trace.label(outputs[0], (x[0], channels_out, *spatial))
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-      "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
-def fused_attention(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
-    """Softmax(query key) value, in one kernel."""
-    q, k, v = (trace.labels(args[n]) for n in ("query", "key", "value"))
-    for i in (0, 1):
-        trace.algebra.unify(q[i], k[i])
-        trace.algebra.unify(q[i], v[i])
-    contract(trace, args["query"], q[3], args["key"], k[3])
-    trace.algebra.unify(k[2], v[2])
-    trace.label(outputs[0], (q[0], q[1], q[2], v[3]))
-
-
 # ---- normalisation and reduction
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-      "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_with_update",
-      "_batch_norm_no_update")  # fmt: skip
+      "batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
 def batch_norm(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Statistics of each channel."""
     labels = trace.labels(args["input"])

@@ -117,7 +117,7 @@ def trace_model(model: nn.Module, example: Any) -> tuple[AxisTrace, dict[str, La
     for tensor in tensors_in([example.args, example.kwargs]):
         trace.label(tensor, tuple(trace.algebra.axis(n, "an axis of the input") for n in tensor.shape))
         trace.mark_data(tensor)
-    with torch.no_grad(), unfused(), _module_names(model, trace):
+    with torch.inference_mode(False), torch.no_grad(), unfused(), _module_names(model, trace):
         try:
             with trace:
                 outputs = example.forward(model)

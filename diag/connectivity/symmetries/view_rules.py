@@ -19,7 +19,7 @@ from diag.snapshot.batch import tensors_in
 # ---- views
 
 
-@rule("view", "_unsafe_view", "_reshape_alias", "reshape", "_reshape_copy", "view_copy")
+@rule("view", "_unsafe_view", "_reshape_alias", "reshape")
 def reshape(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """The same entries in row-major order under another shape."""
     flat = [symbol for axis in trace.labels(args["self"]) for symbol in axis]
@@ -41,14 +41,14 @@ def restride(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> 
         trace.freeze_axes((trace.labels(args["self"]),), "laid out again by strides")
 
 
-@rule("permute", "permute_copy")
+@rule("permute")
 def permute(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """The axes in another order."""
     labels = trace.labels(args["self"])
     trace.label(outputs[0], tuple(labels[d] for d in args["dims"]))
 
 
-@rule("transpose", "t", "numpy_T", "transpose_copy", "t_copy", "transpose_")
+@rule("transpose", "t", "numpy_T", "transpose_")
 def transpose(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Two axes change places."""
     labels = list(trace.labels(args["self"]))
@@ -58,7 +58,7 @@ def transpose(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
     trace.label(outputs[0], tuple(labels))
 
 
-@rule("unsqueeze", "unsqueeze_copy")
+@rule("unsqueeze")
 def unsqueeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """A new axis of size 1."""
     labels = list(trace.labels(args["self"]))
@@ -66,7 +66,7 @@ def unsqueeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
     trace.label(outputs[0], tuple(labels))
 
 
-@rule("squeeze", "squeeze_copy")
+@rule("squeeze")
 def squeeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Axes of size 1 go."""
     x, dims = args["self"], args.get("dim")
@@ -75,7 +75,7 @@ def squeeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> N
     trace.label(outputs[0], tuple(a for i, a in enumerate(trace.labels(x)) if i not in gone))
 
 
-@rule("expand", "expand_copy", "broadcast_to")
+@rule("expand", "broadcast_to")
 def expand(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """A copied axis: its entries are all alike until something tells them apart."""
     labels, shape = trace.labels(args["self"]), outputs[0].shape
@@ -93,13 +93,13 @@ def repeat(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> No
     trace.label(outputs[0], tuple(new))
 
 
-@rule("select", "select_copy")
+@rule("select")
 def select(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """One position along an axis."""
     trace.label(outputs[0], selected(trace, args["self"], args["dim"], args["index"]))
 
 
-@rule("unbind", "unbind_copy")
+@rule("unbind")
 def unbind(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Each position along an axis by itself."""
     for j, output in enumerate(tensors_in(outputs)):
@@ -118,7 +118,7 @@ def selected(trace: Labelling, x: Tensor, dim: int, position: int) -> Labels:
     return tuple(tuple(algebra.instance(s, along[0], j) for s in algebra.expand(axis)) for axis in labels)
 
 
-@rule("slice", "narrow", "slice_copy")
+@rule("slice", "narrow")
 def slice_(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Positions from `start` to `end`."""
     size = args["self"].shape[args.get("dim", 0)]
@@ -132,7 +132,7 @@ def slice_(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> No
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk",
-      "split_copy", "split_with_sizes_copy", "tensor_split")  # fmt: skip
+      "tensor_split")  # fmt: skip
 def split(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """An axis cut into pieces."""
     start, dim = 0, args.get("dim", 0)
@@ -185,7 +185,7 @@ def gated(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> Non
     trace.label(outputs[0], broadcast(trace, [first, second], x.ndim))
 
 
-@rule("view_as_complex", "view_as_complex_copy")
+@rule("view_as_complex")
 def as_complex(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Pairs along the last axis become complex numbers."""
     labels = trace.labels(args["self"])
@@ -193,7 +193,7 @@ def as_complex(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -
     trace.label(outputs[0], labels[:-1])
 
 
-@rule("view_as_real", "view_as_real_copy")
+@rule("view_as_real")
 def as_real(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Complex numbers become pairs along a new last axis."""
     labels = trace.labels(args["self"])

@@ -116,6 +116,29 @@ OTHERS = {
                     p=nn.Parameter(torch.randn(3, 6))),
         (4, 4), [(6, ())],
     ),
+    "pixel shuffle": (
+        lambda: Net(lambda s, x: s.b(F.pixel_shuffle(s.a(x), 2).relu()).mean((2, 3)),
+                    a=nn.Conv2d(2, 8, 1), b=nn.Conv2d(2, 3, 1)),
+        (4, 2, 3, 3), [(2, ())],
+    ),
+    "repeated": (
+        lambda: Net(lambda s, x: s.b(s.a(x).relu().repeat(1, 2)), a=linear(4, 6), b=linear(12, 2)),
+        (4, 4), [(2, (6,)), (6, ())],  # the copies of a unit are alike, so they may change places, too
+    ),
+    "complex numbers": (
+        lambda: Net(lambda s, x: s.b(_doubled_as_complex(s.a(x))),
+                    a=linear(4, 6), b=linear(6, 2)),
+        (4, 4), [(3, ())],
+    ),
+    "patches": (
+        lambda: Net(lambda s, x: s.b(F.unfold(s.a(x).relu(), 2).mean(2)), a=nn.Conv2d(2, 4, 1), b=linear(16, 2)),
+        (4, 2, 3, 3), [(4, ())],
+    ),
+    "pooling with channels last": (
+        lambda: Net(lambda s, x: s.b(F.adaptive_avg_pool2d(s.a(_channels_last(x)), 1).flatten(1)),
+                    a=nn.Conv2d(2, 4, 1).to(memory_format=torch.channels_last), b=linear(4, 2)),
+        (4, 2, 3, 3), [(4, ())],
+    ),
 }  # fmt: skip
 
 
@@ -125,11 +148,27 @@ def _filled(out, a, b):
     return out
 
 
+def _doubled_as_complex(h):
+    return torch.view_as_real(2 * torch.view_as_complex(h.view(-1, 3, 2))).flatten(1)
+
+
+def _channels_last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_constructs(name):
     build, shape, groups = OTHERS[name]
     found = find_symmetries(build().double(), vectors(*shape))
     assert sizes(found) == sorted(groups) and found.deviation < 1e-10
+
+
+def test_a_bag_of_embeddings():
+    ids = torch.randint(0, 10, (4, 3), generator=torch.Generator().manual_seed(0))
+    model = Net(lambda s, x: s.b(s.a(x).relu()), a=nn.EmbeddingBag(10, 6, mode="sum"), b=linear(6, 2))
+    found = find_symmetries(model, (ids, torch.zeros(4)))
+    assert sizes(found) == [(6, ())] and found.deviation < 1e-10
+    assert found.frozen["a.weight[0]"] == "rows are looked up by index"
 
 
 @pytest.mark.parametrize(
@@ -139,6 +178,7 @@ def test_other_constructs(name):
         (lambda h: h.flip(1), "depends on the position"),
         (lambda h: h.sort(1).values, "depends on the position"),
         (lambda h: h[:, [2, 0, 1, 3, 5, 4]], "looked up by index"),
+        (lambda h: h.index_select(1, torch.tensor([2, 0, 1])), "looked up by index"),
         (lambda h: torch.fft.rfft(h).abs(), "aten._fft_r2c in 'inner' has no rule here"),
         (lambda h: h * torch.arange(6.0).double(), "gives an axis of its own|a constant in the code"),
         (lambda h: h[:, ::2], "sliced through a block"),
@@ -246,3 +286,12 @@ def test_errors_say_where_and_what():
     broken[0].weight.data.fill_(torch.nan)
     with pytest.raises(Unsupported, match="outputs on the example are not finite"):
         find_symmetries(broken, vectors(4, 3))
+
+
+@pytest.mark.parametrize("name", ["resnet", "gpt, split", "llama"])
+def test_inside_inference_mode_the_groups_are_the_same(network, name):
+    """There torch would show composite operations whole, for which there are no rules: it is left for the trace."""
+    net = network(name)
+    with torch.inference_mode():
+        found = find_symmetries(net.model, net.batch)
+    assert sizes(found) == sorted(net.groups) and not found.unknown and found.deviation < 1e-10

@@ -40,6 +40,7 @@ _HOMES = {
     "stablemax": "diag.remedies",
     "stablemax_cross_entropy": "diag.remedies",
     "perp_grad": "diag.remedies",
+    "loss_conflict": "diag.instruments.gradient_conflict",
 }
 # Parts that are reached by their own name: `diag.errors.InvalidInput`.
 _PARTS = ("errors", "datasets", "testing")

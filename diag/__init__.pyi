@@ -22,6 +22,7 @@ from diag.connectivity.connection_map import fork_stability as fork_stability
 from diag.gradients.layer_rules import gradient_rule as gradient_rule
 from diag.registry import instrument as instrument
 from diag.run.saved import load as load
+from diag.instruments.gradient_conflict import loss_conflict as loss_conflict
 from diag.registry import measure as measure
 from diag.registry import measure_all as measure_all
 from diag.result import measured as measured

@@ -8,9 +8,10 @@ been tried on what it predicts, so it describes and gives no verdict.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
-from diag.errors import MissingQuantity
+from diag.errors import InvalidInput, MissingQuantity
 from diag.gradients import PerExampleGradients, StackedGradients, as_gradients
 from diag.linalg.coherence import random_blocks
 from diag.linalg.student import factor
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.snapshot import Snapshot
 
 SOURCE = "Yu et al. 2020, arXiv:2001.06782 (gradient conflict: a negative cosine)"
 BLOCKS, MAX_GROUPS = 10, 20
@@ -181,6 +183,26 @@ def stack_losses(losses: Mapping[str, PerExampleGradients]) -> tuple[StackedGrad
     stacked = StackedGradients(list(losses.values()))
     sizes = torch.tensor([gradients.num_examples for gradients in losses.values()])
     return stacked, torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+
+
+def loss_conflict(
+    snapshot: Snapshot, losses: Mapping[str, Callable[[Any, Any], Tensor]], *, seed: int = 0
+) -> GradientConflict:
+    """Conflict between named losses on the same examples: groups 0, 1, ... are the losses in the order given.
+
+    losses: at least two `loss_fn(outputs, targets)` by name, each the mean over examples. The examples are the
+    snapshot's own, so the losses share their noise, which the errors do not see: to know what noise alone does,
+    give one loss under two names on halves of the data. Raises InvalidInput for fewer than two losses, and what
+    per-example gradients raise.
+    """
+    if len(losses) < 2:
+        raise InvalidInput(f"loss_conflict got {len(losses)} losses; expected two or more, by name.")
+    found = {n: snapshot.replace(loss_fn=f).quantity("per_example_gradients") for n, f in losses.items()}
+    stacked, labels = stack_losses(found)
+    result = gradient_conflict(per_example_gradients=stacked, labels=labels, seed=seed)
+    assert isinstance(result, GradientConflict)
+    names = ", ".join(f"{i} is {name}" for i, name in enumerate(losses))
+    return dataclasses.replace(result, notes=(*result.notes, f"The groups are losses: {names}."))
 
 
 def _groups(labels: Tensor, n: int) -> tuple[tuple[int, ...], list[Tensor]]:

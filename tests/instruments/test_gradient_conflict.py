@@ -142,3 +142,42 @@ def test_refusals():
     assert "name at least two" in refusal(conflict, labels=torch.zeros(6, dtype=torch.long), **given)
     with pytest.raises(InvalidInput, match="not of the same parameters"):
         stack_losses({"a": MatrixGradients(matrix), "b": MatrixGradients(matrix[:, :2])})
+
+
+# -- named losses on the same examples
+# --------------------------------------------------------------------------------
+
+
+def pulled_to(target):
+    """1/2 |w - target|^2 of a weight that the model gives for every example: gradient w - target."""
+    return lambda outputs, targets: 0.5 * (outputs - target).square().sum(1).mean()
+
+
+class Weight(nn.Module):
+    def __init__(self, w):
+        super().__init__()
+        self.weight = nn.Parameter(w)
+
+    def forward(self, x):
+        return self.weight.expand(len(x), -1) * torch.ones_like(x[:, :1])
+
+
+def test_named_losses_have_the_cosine_of_their_pulls():
+    """Quadratics with minima a and b at w: cos(w - a, w - b), and w + w - a - b over the lengths; float64."""
+    w, a, b = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2.0, 0.0], [0.0, 3.0, 1.0], [2.0, 0.5, 0.5]))
+    given = diag.Snapshot(Weight(w.clone()), None, (torch.randn(20, 2).double(), torch.zeros(20)))
+    found = diag.loss_conflict(given, {"a": pulled_to(a), "b": pulled_to(b)})
+    u, v = w - a, w - b
+    assert found.lowest == pytest.approx(float(u @ v / u.norm() / v.norm()), rel=1e-9)
+    assert found.length_kept == pytest.approx(float((u + v).norm() / (u.norm() + v.norm())), rel=1e-9)
+    assert found.groups == (0, 1) and "0 is a, 1 is b" in found.notes[-1]
+
+
+def test_a_loss_and_itself_and_its_opposite():
+    problem = diag.testing.classification()
+    plain, given = F.cross_entropy, problem.snapshot()
+    assert diag.loss_conflict(given, {"one": plain, "two": plain}).lowest == pytest.approx(1, abs=1e-6)
+    opposite = diag.loss_conflict(given, {"one": plain, "two": lambda z, y: -plain(z, y)})
+    assert opposite.lowest == pytest.approx(-1, abs=1e-6) and opposite.length_kept < 1e-3
+    with pytest.raises(InvalidInput, match="expected two or more"):
+        diag.loss_conflict(given, {"one": plain})

@@ -13,7 +13,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.instruments.data.label_order import in_order
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import BatchFacts, TargetFacts
+from diag.snapshot.loop.parts import BatchFacts, DrawFacts, EvaluatedRows, TargetFacts
 from diag.watching.observe.loop.data.targets import shift_of
 
 WATCHED = ["batch_rows", "rows_drawn", "held_out_rows", "classes_mixed", "token_targets", "target_scale"]
@@ -167,6 +167,13 @@ def test_batches_cut_by_hand_are_not_taken_for_those_of_the_last_evaluation():
     train, rest = held_out()
     x, y = train.tensors
     assert not told([(x[i : i + 24], y[i : i + 24]) for i in range(0, 192, 24)], DataLoader(rest, 24))
+
+
+@pytest.mark.parametrize(("comparable", "level"), [(0, diag.Level.NOT_APPLICABLE), (48, diag.Level.OK)])
+def test_rows_of_other_data_sets_are_not_said_to_be_others(comparable, level):
+    """Two objects may hold the same rows: only places in one data set can be compared."""
+    drawn = DrawFacts(evaluated=(EvaluatedRows(rows=48, trained=0, comparable=comparable),))
+    assert diag.held_out_rows(loop=Loop(step=9, drawn=drawn)).verdict().level == level
 
 
 # Classes

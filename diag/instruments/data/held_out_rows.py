@@ -34,12 +34,18 @@ def held_out_rows(loop: Loop) -> HeldOutRows:
     """
     d = loop.drawn
     seen = Precondition("evaluations", any(e.rows for e in d.evaluated), "no DataLoader was seen in an evaluation.")
-    rows = sum(e.rows for e in d.evaluated if not e.of_training)
-    fine = f"None of the {rows:,} rows that the model was evaluated on was trained on."
+    others = [e for e in d.evaluated if not e.of_training]
+    comparable = Precondition(
+        "rows of one data set",
+        not others or any(e.comparable for e in others),
+        "evaluations read other data sets than training; whether these hold the same rows is not known.",
+    )
+    rows = sum(e.comparable for e in others)
+    fine = f"None of the {rows:,} rows that the model was evaluated on and that can be compared was trained on."
     findings = list(_findings(d))
     if not findings and any(e.trained for e in d.evaluated):
         fine = "The model was evaluated on the data set that it is trained on, and on other rows or none."
-    return judged(HeldOutRows, loop.step, findings, fine, preconditions=(seen,))
+    return judged(HeldOutRows, loop.step, findings, fine, preconditions=(seen, comparable))
 
 
 def _findings(d: DrawFacts) -> Iterator[LoopFinding]:

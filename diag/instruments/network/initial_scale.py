@@ -55,7 +55,7 @@ class InitialScale(Result):
         too_large = self.gain > large
         return Verdict(
             Level.WARNING,
-            f"The weights start too {'large' if too_large else 'small'}: a typical layer puts out "
+            f"The network's signals start too {'large' if too_large else 'small'}: a typical layer puts out "
             f"{format_number(self.gain)} times what it takes in, where 0.5 to 1.5 keeps signals alive over "
             f"the depth.",
             advice="Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as "

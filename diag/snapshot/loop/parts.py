@@ -219,11 +219,13 @@ class ContentFacts:
 @dataclass(frozen=True)
 class EvaluatedRows:
     """Of one data set whose rows a DataLoader gave to calls without gradients: how many rows, how many of them
-    training has used, and whether training reads this very data set."""
+    training has used, and whether training reads this very data set. comparable: how many lie in a data set of
+    which training reads some rows; of the others nothing is known but that they are other objects."""
 
     rows: int
     trained: int
     of_training: bool = False
+    comparable: int = 0
 
 
 @dataclass(frozen=True)

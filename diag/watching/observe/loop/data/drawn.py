@@ -144,13 +144,15 @@ class Drawn:
         )
 
     def _overlap(self, dataset: int, found: dict[int, set[int]]) -> EvaluatedRows:
-        trained = 0
-        for base, rows in found.items():
+        trained = comparable = 0
+        for base, places_of in found.items():
             known = self._sets.get(base)
             if known is not None:
-                places = numpy.fromiter(rows, numpy.int64, len(rows))
+                comparable += len(places_of) if known.trained.any() else 0
+                places = numpy.fromiter(places_of, numpy.int64, len(places_of))
                 trained += int(known.trained[places[places < len(known.trained)]].sum())
-        return EvaluatedRows(sum(map(len, found.values())), trained, dataset in self._training)
+        rows = sum(map(len, found.values()))
+        return EvaluatedRows(rows, trained, dataset in self._training, comparable)
 
 
 class TrainedRows:

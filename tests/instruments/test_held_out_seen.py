@@ -179,3 +179,10 @@ def test_the_place_of_the_targets_in_a_batch():
     assert place_of(z.clone(), [x, y, z]) == 2
     assert place_of(y + 5, [x, y, z]) is None
     assert place_of(y.clone(), [x, y, y.clone()]) is None
+
+
+def test_answering_with_the_commonest_class_of_unequal_training_classes_is_not_learned_by_heart():
+    course = [result(10**i, accuracy=0.97, held_out_accuracy=0.1, chance=0.95, gain=-1.0) for i in range(3)]
+    assert Generalization.trend(course).cause != Cause.LABELS_SHUFFLED
+    equal = [result(10**i, accuracy=0.97, held_out_accuracy=0.1, chance=0.1, gain=-1.0) for i in range(3)]
+    assert Generalization.trend(equal).cause == Cause.LABELS_SHUFFLED

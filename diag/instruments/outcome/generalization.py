@@ -33,6 +33,7 @@ EXPLAINED_BY = (
     Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE,
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
     Cause.NORMALIZATION_STATISTICS_BAD, Cause.CLASS_MISSING, Cause.CLASSES_SORTED, Cause.INPUTS_CONSTANT,
+    Cause.CLASS_IMBALANCE,
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Generalization(Result):
     held_out_accuracy: float = measured("held-out examples answered right; NaN without classes", unit="share")
     held_out_chance: float = measured("held-out examples of the commonest class; NaN without classes", unit="share")
     held_out_examples: int = measured("held-out examples")
+    chance: float = measured("training examples of the commonest class", unit="share", default=math.nan)
     gain: float = measured(
         "training loss below that of an answer without the inputs; NaN where not known", default=math.nan
     )
@@ -183,7 +185,9 @@ def _carries_nothing_over(series: Sequence[tuple[int, Generalization]]) -> bool:
     chance = last.held_out_chance
     error = ERRORS * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
     never = all(r.held_out_accuracy <= chance + error for _, r in series)
-    return never and last.accuracy >= chance + max(LEARNED, 2 * error)
+    # What training's own commonest class gives is not learned either, where classes are unequal there alone.
+    guessed = chance if math.isnan(last.chance) else max(chance, last.chance)
+    return never and last.accuracy >= guessed + max(LEARNED, 2 * error)
 
 
 def _never_gains(series: Sequence[tuple[int, Generalization]]) -> bool:
@@ -258,6 +262,7 @@ def generalization(
         held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
         held_out_chance=_commonest(held_out_labels),
         held_out_examples=len(held_out_losses),
+        chance=_commonest(labels),
         gain=gain[0],
         gain_standard_error=gain[1],
         held_out_gain=held_out_gain[0],

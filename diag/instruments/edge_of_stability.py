@@ -26,6 +26,7 @@ from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.loop.facts import Loop
 from diag.snapshot.optimizer import OptimizerState, described_optimizer
 
 SOURCE = (
@@ -204,6 +205,7 @@ def _passes(settings: Mapping[str, Any]) -> float:
 def edge_of_stability(
     hessian: LinearOperator,
     optimizer: OptimizerState,
+    loop: Loop | None = None,
     *,
     batch_size: int | None = None,
     trace_probes: int = 10,
@@ -220,17 +222,19 @@ def edge_of_stability(
     Hessian is preconditioned as D^(-1/2) H D^(-1/2); another optimizer gets numbers and no verdict. Weight decay
     that is added to the gradient shifts the curvature, and learning rates that differ between groups scale it.
 
-    `batch_size` is that of training, None where it is not known. Where it covers all the data given, the statement
-    is about full-batch steps: below the threshold nothing is proved, at it training hovers, a ratio above
-    `edge_ends` is a warning; that band is our choice, uncalibrated. With smaller batches there is a verdict for
-    plain SGD on a squared loss that is fitted: two necessary conditions, and on small data the exact threshold. At
-    most `max_products` go into the eigenvalue, to `tolerance`, and `trace_probes` into the trace.
+    `batch_size` is that of training; where it is None the facts of a watched `loop` tell. Where it covers all the
+    data given, the statement is about full-batch steps: below the threshold nothing is proved, at it training
+    hovers, a ratio above `edge_ends` is a warning; that band is our choice, uncalibrated. With smaller batches
+    there is a verdict for plain SGD on a squared loss that is fitted: two necessary conditions, and on small data
+    the exact threshold. At most `max_products` go into the eigenvalue, to `tolerance`, and `trace_probes` into the
+    trace.
 
     Raises InvalidInput where hessian or optimizer are not of these kinds, or products are not finite. Source: Cohen
     et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for small batches Mulayoff and Michaeli 2024, theorem
     1 and equations 15 and 16 (for the trace with examples of rank one).
     """
     state = _checked(hessian, optimizer, batch_size)
+    batch_size = _of_training(hessian, batch_size, loop)
     stability = linear_stability(hessian, state)
     run: dict[str, Any] = {"largest": 1, "tolerance": tolerance, "max_products": max_products, "seed": seed}
     plain = carried_eigenpairs(hessian, "hessian", **run)
@@ -254,7 +258,7 @@ def edge_of_stability(
         learning_rate=stability.learning_rate,
         optimizer_kind=state.kind,
         num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
-        preconditions=_preconditions(hessian, stability, lambda_max, bool(seen.converged[0]), batch_size, sgd),
+        preconditions=_preconditions(stability, lambda_max, seen, _batch(hessian, batch_size, loop), sgd),
         notes=(*stability.notes, *sgd.notes, *_about(hessian)),
         **_of_small_batches(sgd),
     )
@@ -287,30 +291,46 @@ def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerS
     return optimizer
 
 
+def _of_training(hessian: LinearOperator, batch_size: int | None, loop: Loop | None) -> int | None:
+    if batch_size is None and loop is not None and loop.full_batch:
+        return int(getattr(hessian, "num_examples", 1))
+    return batch_size
+
+
+def _batch(hessian: LinearOperator, batch_size: int | None, loop: Loop | None) -> tuple[bool, str]:
+    """Whether a step uses all the data, and what is known of that, in a clause."""
+    n = getattr(hessian, "num_examples", 1)
+    if batch_size is not None:
+        return batch_size >= n, f"training sees {batch_size} of {n:,} examples a step"
+    if loop is not None and loop.batches.calls > 2:
+        return False, "the batches of training differ from step to step"
+    return False, "give batch_size= of training"
+
+
 def _preconditions(
-    hessian: LinearOperator,
     stability: LinearStability,
     lambda_max: float,
-    converged: bool,
-    batch_size: int | None,
+    seen: Any,
+    batch: tuple[bool, str],
     own: SgdStability,
 ) -> tuple[Precondition, ...]:
-    n = getattr(hessian, "num_examples", 1)
+    whole, told = batch
     found = f"the largest eigenvalue is {format_number(lambda_max)}"
     if math.isfinite(stability.threshold):
         found += f", {format_number(lambda_max / stability.threshold)} of the threshold"
-    batch = f"training sees {batch_size} of {n:,} examples a step" if batch_size else "give batch_size= of training"
     both = (
         Precondition("a known threshold", not stability.unknown, f"{stability.unknown}; {found}."),
-        Precondition("convergence", converged, f"{found}, and has not converged; give a larger max_products."),
+        Precondition(
+            "convergence", bool(seen.converged[0]), f"{found}, and has not converged; give a larger max_products."
+        ),
     )
     if not math.isnan(own.scatter):
-        return *both, _fitted(own, f"{batch}, and {found}")
+        return *both, _fitted(own, f"{told}, and {found}")
     why = f"; SGD's own threshold for small batches does not apply: {own.not_squared}" if own.not_squared else ""
     return *both, Precondition(
         "full-batch steps",
-        batch_size is not None and batch_size >= n,
-        f"the threshold is for full-batch steps ({batch}), and {found}, which describes and judges nothing{why}.",
+        whole,
+        f"the threshold is for full-batch steps ({told}), and {found}, which describes and judges nothing{why}.",
     )
 
 

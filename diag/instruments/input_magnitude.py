@@ -110,12 +110,23 @@ def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, 
         layer=layer,
         input_norms=sizes.numpy(),
         gradient_norms=squares.sqrt().numpy(),
-        preconditions=(
-            Precondition(
-                "inputs of different sizes",
-                varied,
-                f"the norms of the inputs differ by {format_share(spread)} only, so there is no slope to see.",
-            ),
+        preconditions=_preconditions(len(log_x), n, layer, spread),
+    )
+
+
+def _preconditions(seen: int, n: int, layer: str, spread: float) -> tuple[Precondition, ...]:
+    """seen: examples of n with a gradient in the layer and an input other than zero."""
+    return (
+        Precondition(
+            "gradients in the layer",
+            seen > 1,
+            f"{seen} of {n:,} examples {'has' if seen == 1 else 'have'} a gradient other than zero in {layer}, so "
+            "there is nothing to compare sizes with.",
+        ),
+        Precondition(
+            "inputs of different sizes",
+            spread >= SPREAD,
+            f"the norms of the inputs differ by {format_share(spread)} only, so there is no slope to see.",
         ),
     )
 

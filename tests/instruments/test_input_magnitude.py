@@ -58,6 +58,16 @@ def test_inputs_of_one_size_have_no_slope():
     assert "no slope to see" in result.verdict().sentence
 
 
+def test_without_a_gradient_in_the_layer_it_says_that_and_nothing_of_the_inputs():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    model[0].bias.data.fill_(-100)
+    x = directions() * torch.logspace(-1, 1, 200, dtype=torch.float64)[:, None]
+    result = magnitude(diag.Snapshot(model, lambda o, t: o.mean(), (x, torch.zeros(len(x)))))
+    sentence = result.verdict().sentence
+    assert sentence.startswith("No verdict: 0 of 200 examples have a gradient other than zero in 0")
+    assert "differ" not in sentence
+
+
 def test_condition_of_a_known_spectrum():
     x = torch.diag(torch.tensor([3.0, 1.0, 1.0, 0.0], dtype=torch.float64))
     assert linear(x).condition == pytest.approx(9 / (11 / 3))

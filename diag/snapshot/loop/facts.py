@@ -37,6 +37,8 @@ from diag.snapshot.loop.parts import (
 from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.snapshot import Snapshot
 
+REPEATED = 2  # repetitions of a batch (our choice) from which on it is taken to be the only one
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -82,6 +84,18 @@ class Loop:
     ranks: RankFacts = field(default_factory=RankFacts)
     penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether every step so far used the same examples: one batch, or the same batches in each step."""
+        batches, steps = self.batches, max(self.step - self.resumed, 1)
+        a_step = round(self.calls / steps)
+        whole = batches.lag > 0 and a_step > 0 and a_step % batches.lag == 0 and self.calls == a_step * steps
+        return (
+            whole
+            and batches.repeats >= max(REPEATED, batches.lag)
+            and batches.repeats == batches.calls - batches.lag
+        )
 
     @property
     def training(self) -> tuple[OptimizerFacts, ...]:

@@ -233,8 +233,7 @@ def edge_of_stability(
     et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for small batches Mulayoff and Michaeli 2024, theorem
     1 and equations 15 and 16 (for the trace with examples of rank one).
     """
-    state = _checked(hessian, optimizer, batch_size)
-    batch_size = _of_training(hessian, batch_size, loop)
+    state, batch_size = _checked(hessian, optimizer, batch_size), _of_training(hessian, batch_size, loop)
     stability = linear_stability(hessian, state)
     run: dict[str, Any] = {"largest": 1, "tolerance": tolerance, "max_products": max_products, "seed": seed}
     plain = carried_eigenpairs(hessian, "hessian", **run)

@@ -1,5 +1,4 @@
 """Whether steps use all examples is known to a watch, which judges the edge of stability or says why not."""
-said."""
 
 import math
 

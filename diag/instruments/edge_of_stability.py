@@ -222,12 +222,11 @@ def edge_of_stability(
     Hessian is preconditioned as D^(-1/2) H D^(-1/2); another optimizer gets numbers and no verdict. Weight decay
     that is added to the gradient shifts the curvature, and learning rates that differ between groups scale it.
 
-    `batch_size` is that of training; where it is None the facts of a watched `loop` tell. Where it covers all the
-    data given, the statement is about full-batch steps: below the threshold nothing is proved, at it training
-    hovers, a ratio above `edge_ends` is a warning; that band is our choice, uncalibrated. With smaller batches
-    there is a verdict for plain SGD on a squared loss that is fitted: two necessary conditions, and on small data
-    the exact threshold. At most `max_products` go into the eigenvalue, to `tolerance`, and `trace_probes` into the
-    trace.
+    `batch_size` is that of training (None: a watched `loop` tells). Where it covers all the data given, the
+    statement is about full-batch steps: below the threshold nothing is proved, at it training hovers, a ratio above
+    `edge_ends` is a warning; that band is our choice, uncalibrated. With smaller batches there is a verdict for
+    plain SGD on a squared loss that is fitted: two necessary conditions, and on small data the exact threshold. At
+    most `max_products` go into the eigenvalue, to `tolerance`, and `trace_probes` into the trace.
 
     Raises InvalidInput where hessian or optimizer are not of these kinds, or products are not finite. Source: Cohen
     et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for small batches Mulayoff and Michaeli 2024, theorem
@@ -237,12 +236,11 @@ def edge_of_stability(
     stability = linear_stability(hessian, state)
     run: dict[str, Any] = {"largest": 1, "tolerance": tolerance, "max_products": max_products, "seed": seed}
     plain = carried_eigenpairs(hessian, "hessian", **run)
-    # Preconditioned, earlier vectors save nothing: the preconditioner turns them (scripts/bench_warm_start.py).
+    # Preconditioned, earlier vectors save nothing: the preconditioner turns them.
     seen = plain if stability.operator is hessian else eigenpairs(stability.operator, **run)
     traced = trace_and_norm(hessian, num_probes=trace_probes, deflate=plain, seed=seed)
     lambda_max = float(seen.values[0])
     sgd = small_batches(hessian, stability, state, batch_size, plain, traced, seed)
-    noise = trace_factor(stability, state, batch_size, getattr(hessian, "num_examples", 1))
     return EdgeOfStability(
         ratio=lambda_max / stability.threshold,
         lambda_max=lambda_max,
@@ -252,8 +250,7 @@ def edge_of_stability(
         sharpness=float(plain.values[0]),
         trace=traced.trace.value,
         trace_standard_error=traced.trace.standard_error,
-        trace_ratio=noise * traced.trace.value,
-        trace_ratio_standard_error=noise * traced.trace.standard_error,
+        **_of_noise(traced, trace_factor(stability, state, batch_size, getattr(hessian, "num_examples", 1))),
         learning_rate=stability.learning_rate,
         optimizer_kind=state.kind,
         num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
@@ -288,6 +285,14 @@ def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerS
             f"batch_size is {batch_size}; expected the size of training's batches, or None (not known)."
         )
     return optimizer
+
+
+def _of_noise(traced: Any, factor: float) -> dict[str, float]:
+    """The trace against what SGD's noise allows."""
+    return {
+        "trace_ratio": factor * traced.trace.value,
+        "trace_ratio_standard_error": factor * traced.trace.standard_error,
+    }
 
 
 def _of_training(hessian: LinearOperator, batch_size: int | None, loop: Loop | None) -> int | None:

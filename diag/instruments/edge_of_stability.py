@@ -287,7 +287,7 @@ def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerS
     return optimizer
 
 
-def _of_noise(traced: Any, factor: float) -> dict[str, float]:
+def _of_noise(traced: Any, factor: float) -> dict[str, Any]:
     """The trace against what SGD's noise allows."""
     return {
         "trace_ratio": factor * traced.trace.value,

@@ -211,6 +211,10 @@ def test_a_stretch_of_steps_can_be_looked_at_closely(visit):
     assert len(set(views)) == 1, "all curves show the same steps"
     x, _, width, _ = map(float, views[0].split())
     assert abs(x - 250) < 8 and abs(width - 250) < 8  # of 1000, to a pixel or two
+    other = "[data-axis] .plot:not(.curve, .axis)"
+    clipped = page.eval_on_selector_all(other, "all => all.map((e) => getComputedStyle(e).overflowX)")
+    assert set(clipped) == {"clip"} and page.evaluate("document.documentElement.scrollWidth") <= 1280
+    assert page.locator(".timeline .curve svg").first.evaluate("(e) => getComputedStyle(e).overflow") == "hidden"
     ticks = page.locator(".timeline > .shared .axis span").all_text_contents()
     assert all(225 <= int(t.replace(",", "")) <= 455 for t in ticks) and len(ticks) > 2
     page.mouse.move(box["x"] + 0.5 * box["width"], middle)

@@ -113,9 +113,9 @@ def _outcome(side: Evidence) -> Iterable[tuple[str, Curve]]:
 
 
 def _measured(side: Evidence) -> Iterable[tuple[str, Curve]]:
-    """The first scalar of each check that measured more than once."""
+    """The first scalar of each check that measured more than once; how many were measured is none."""
     for finding in side.findings:
-        name = next(iter(finding.series[-1][1].scalars()), None)
+        name = next((n for n in finding.series[-1][1].scalars() if not n.startswith("num_")), None)
         if name is None or len(finding.series) < 2 or side.kind != "run":
             continue
         steps = numpy.array([step for step, _ in finding.series])

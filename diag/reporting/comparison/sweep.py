@@ -10,6 +10,7 @@ import numpy
 
 from diag.display import format_number
 from diag.reporting.evidence import Evidence
+from diag.reporting.method import DRAWN_SEED
 from diag.reporting.outcome import best_step, outcome_courses
 from diag.reporting.plain import as_text, clean, finite
 from diag.result import Level
@@ -80,4 +81,10 @@ def _settings(side: Evidence) -> dict[str, str]:
     about = {k: v for k, v in side.metadata.items() if k not in NOT_SETTINGS and not isinstance(v, Mapping)}
     optimizer = (side.history.optimizer if side.history is not None else {}) or {}
     known = about | {k: v for k, v in dict(optimizer).items() if not isinstance(v, (Mapping, list, tuple))}
-    return {clean(k).replace("_", " "): clean(as_text(v)) for k, v in known.items() if v not in (None, "")}
+    chosen = {k: v for k, v in known.items() if v not in (None, "") and not _was_drawn(v)}
+    return {clean(k).replace("_", " "): clean(as_text(v)) for k, v in chosen.items()}
+
+
+def _was_drawn(value: Any) -> bool:
+    """Whether it is a seed of twenty digits that nobody chose."""
+    return isinstance(value, int) and abs(value) >= DRAWN_SEED

@@ -118,7 +118,7 @@
       const left = within(e.dataset.at / 100), wide = e.dataset.wide ? e.dataset.wide / 100 / (view.to - view.from) : 0;
       e.style.left = `${100 * left}%`;
       if (e.dataset.wide) e.style.width = `${100 * wide}%`;
-      e.style.visibility = left + wide < -1e-9 || left > 1 + 1e-9 ? "hidden" : "";
+      e.style.display = left + wide < -1e-9 || left > 1 + 1e-9 ? "none" : "";
     };
     const ticks = (a, b) => {
       const raw = (b - a) / 6, unit = 10 ** Math.floor(Math.log10(Math.max(raw, 1)));
@@ -133,7 +133,7 @@
       view.from = Math.min(1 - wide, Math.max(0, from));
       view.to = view.from + wide;
       const all_of_it = wide > 1 - 1e-9;
-      html.classList.toggle("zoomed", !all_of_it);
+      document.body.classList.toggle("zoomed", !all_of_it);
       const steps = all_of_it ? time.ticks.map((t) => first + t.at * span - 0.5) : ticks(first + view.from * span, first - 1 + view.to * span);
       for (const plot of plots) {
         all(":scope > .grid-x", plot).forEach((e) => e.remove());
@@ -148,7 +148,7 @@
           continue;
         }
         if (!plot.classList.contains("map")) plot.prepend(...steps.map((s) => make("grid-x", { left: `${100 * within(position(s))}%` })));
-        all(":scope > [style*='left']:not(.grid-x):not(.cursor):not(.picked)", plot).forEach(place);
+        all(":scope > [style*='left']:not(.grid-x):not(.cursor):not(.picked):not(.lit)", plot).forEach(place);
         const svg = find(":scope > svg", plot);
         if (svg) svg.setAttribute("viewBox", `${1000 * view.from} 0 ${1000 * wide} 100`);
         const img = find(":scope > img", plot);
@@ -218,9 +218,8 @@
       const lane = lanes.get(id);
       if (lane) {
         for (const plot of plots.filter((p) => !p.classList.contains("axis"))) {
-          const mark = make("lit", { left: `${100 * lane.start}%`, width: `${100 * (lane.end - lane.start)}%` });
-          plot.append(mark);
-          place(mark);
+          const a = Math.max(0, within(lane.start)), b = Math.min(1, within(lane.end));
+          if (b > a) plot.append(make("lit", { left: `${100 * a}%`, width: `${100 * (b - a)}%` }));
         }
       }
       all("#layers-table .flag").filter((f) => f.hash === `#check-${id}`).forEach((f) => f.closest("tr").classList.add("lit"));

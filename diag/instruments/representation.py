@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import MissingQuantity
-from diag.linalg.geometry.similarity import centred_gram, cka_with_error, covariance_rank
+from diag.linalg.geometry.similarity import centred_gram, cka_between, cka_with_error, covariance_rank
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.layers import LayerOutputs, outputs_given
@@ -230,14 +230,12 @@ def _gathered(outputs: LayerOutputs, compared: int, noise: float = 0.0) -> dict[
 
 
 def _between(grams: list[Tensor]) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
-    """CKA between all pairs of layers, and its standard errors; NaN where the rows are not the same."""
+    """CKA between all pairs of layers, and its standard errors; NaN for layers whose rows are others."""
     cka = numpy.full((len(grams), len(grams)), math.nan)
     errors = cka.copy()
-    for i, a in enumerate(grams):
-        for j, b in enumerate(grams[: i + 1]):
-            if a.shape == b.shape:
-                cka[i, j], errors[i, j] = cka_with_error(a, b)
-                cka[j, i], errors[j, i] = cka[i, j], errors[i, j]
+    same = [i for i, g in enumerate(grams) if g.shape == grams[-1].shape]
+    values, spread = cka_between([grams[i] for i in same])
+    cka[numpy.ix_(same, same)], errors[numpy.ix_(same, same)] = values.numpy(), spread.numpy()
     return cka, errors
 
 

@@ -14,7 +14,13 @@ import diag
 from diag.instruments.collapse_by_layer import collapse_by_layer
 from diag.instruments.representation import representation
 from diag.linalg.geometry.class_stream import ClassStream
-from diag.linalg.geometry.similarity import centred_gram, unbiased_cka, unbiased_hsic
+from diag.linalg.geometry.similarity import (
+    centred_gram,
+    cka_between,
+    cka_with_error,
+    unbiased_cka,
+    unbiased_hsic,
+)
 from diag.result import Level
 from diag.testing import check_result, classification, leaves_no_trace, refusal, simplex_etf
 
@@ -86,6 +92,13 @@ def test_cka_is_one_for_a_rotation_and_zero_for_independent_features():
         for i in range(200)
     ]
     assert abs(numpy.mean(draws)) < 4 * numpy.std(draws) / math.sqrt(200)
+
+
+def test_all_pairs_at_once_are_the_pairs_one_by_one():
+    grams = [centred_gram(normal(60, d, seed=d) + normal(60, 1, seed=1)) for d in (3, 5, 80)]
+    cka, errors = cka_between(grams)
+    for i, j in itertools.product(range(3), repeat=2):
+        assert (cka[i, j], errors[i, j]) == pytest.approx(cka_with_error(grams[i], grams[j]), rel=1e-9, abs=1e-12)
 
 
 def test_jackknife_covers_the_spread_between_draws():

@@ -57,3 +57,38 @@ def cka_with_error(k: Tensor, m: Tensor, blocks: int = BLOCKS) -> tuple[float, f
     without = torch.tensor([unbiased_cka(k[r][:, r], m[r][:, r]) for r in rest], dtype=torch.float64)
     spread = (without - without.mean()).square().sum() * (blocks - 1) / blocks
     return unbiased_cka(k, m), float(spread.sqrt())
+
+
+def cka_between(grams: list[Tensor], blocks: int = BLOCKS) -> tuple[Tensor, Tensor]:
+    """`cka_with_error` of all pairs of Gram matrices (n, n) of the same examples: (L, L) each.
+
+    With U-centred matrices the U-statistic is an inner product, so all pairs are one product of matrices.
+    """
+    n, device = len(grams[0]), grams[0].device
+    if n < 4:
+        unknown = torch.full((len(grams), len(grams)), math.nan, dtype=torch.float64)
+        return unknown, unknown.clone()
+    whole = _cka_of(grams, torch.ones(n, dtype=torch.bool, device=device))
+    if n < 4 * blocks:
+        return whole, torch.full_like(whole, math.nan)
+    rest = [torch.arange(n, device=device) % blocks != b for b in range(blocks)]
+    without = torch.stack([_cka_of(grams, r) for r in rest])
+    spread = (without - without.mean(0)).square().sum(0) * (blocks - 1) / blocks
+    return whole, spread.sqrt()
+
+
+def _cka_of(grams: list[Tensor], rows: Tensor) -> Tensor:
+    centred = torch.stack([_u_centred(g[rows][:, rows]).flatten() for g in grams])
+    products = centred @ centred.T
+    own = products.diagonal()
+    scale = torch.stack([g[rows][:, rows].square().sum() for g in grams])
+    own = torch.where(own > 1e-12 * scale, own, math.nan)  # constant features
+    return (products / (own[:, None] * own[None]).sqrt()).cpu()
+
+
+def _u_centred(k: Tensor) -> Tensor:
+    n = len(k)
+    k = k - torch.diag(k.diagonal())
+    rows = k.sum(0)
+    centred = k - (rows[:, None] + rows[None]) / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
+    return centred - torch.diag(centred.diagonal())

@@ -26,6 +26,7 @@ SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second 
 STALE = 5.0
 STAYED = 2.0  # times the gradients of before, in the five steps after: one odd batch does not count
 BEFORE, AFTER = 20, 5  # steps
+CANDIDATE, MOST = 2.0, 64  # ratios that are looked at more closely, and how many of them
 ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam")
 EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.DATA_NOT_FINITE, Cause.BATCHES_POISONED, Cause.GRADIENTS_NOT_ZEROED,
@@ -136,31 +137,28 @@ def _applied(history: History) -> NDArray[numpy.float64]:
 def _ratios(gradients: NDArray[numpy.float64], steps: Any, beta2: float) -> NDArray[numpy.float64]:
     """The median over tensors of gradient over the root of its corrected second moment, NaN where none was seen."""
     moment, weight = numpy.zeros(gradients.shape[1]), numpy.zeros(gradients.shape[1])
-    found = numpy.full(gradients.shape, numpy.nan)
+    moments, weights = numpy.zeros(gradients.shape), numpy.zeros(gradients.shape)
     before = int(steps[0]) - 1
+    squares = numpy.nan_to_num(gradients) ** 2  # a gradient of zero, once there was one, counts as such
     for i, step in enumerate(steps):
         kept = beta2 ** (int(step) - before)  # a row may stand for several steps
         before = int(step)
-        seen = numpy.isfinite(gradients[i])
-        started = weight > 0
-        moment = numpy.where(seen | started, kept * moment, 0.0)
-        weight = numpy.where(seen | started, kept * weight, 0.0)
-        moment[seen] += (1 - kept) * gradients[i, seen] ** 2
-        weight[seen] += 1 - kept
-        weight[started & ~seen] += 1 - kept  # its gradient was zero
-        with numpy.errstate(divide="ignore", invalid="ignore"):
-            found[i, seen] = gradients[i, seen] / numpy.sqrt(moment[seen] / weight[seen])
+        counted = (squares[i] > 0) | (weight > 0)
+        moment = kept * moment + (1 - kept) * squares[i]
+        weight = kept * weight + (1 - kept) * counted
+        moments[i], weights[i] = moment, weight
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        found = gradients / numpy.sqrt(moments / weights)
     return numpy.asarray(median(found, axis=1)) if found.size else numpy.zeros(len(gradients))
 
 
 def _largest(ratios: NDArray[numpy.float64], gradients: NDArray[numpy.float64]) -> tuple[float, int, float]:
-    """The largest ratio from which on gradients stayed up, its place and how much they grew; (0, -1, 1) for
-    none."""
+    """The largest ratio from which on gradients stayed up, its place, how much they grew; (0, -1, 1) for none."""
     size = numpy.asarray(median(gradients, axis=1)) if gradients.size else numpy.zeros(len(ratios))
-    best = (0.0, -1, 1.0)
-    for i in range(BEFORE, len(ratios) - AFTER + 1):
-        if ratios[i] > max(best[0], 1.0):
-            after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
-            if after > STAYED * before > 0:
-                best = (float(ratios[i]), i, after / before)
-    return best
+    inside = numpy.arange(BEFORE, len(ratios) - AFTER + 1)
+    candidates = inside[numpy.nan_to_num(ratios[inside]) > CANDIDATE]
+    for i in candidates[numpy.argsort(-ratios[candidates])][:MOST]:
+        after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
+        if after > STAYED * before > 0:
+            return float(ratios[i]), int(i), after / before
+    return 0.0, -1, 1.0

@@ -58,6 +58,7 @@ PAGES = [
             {"Verdicts": "explanation/verdicts.md"},
             {"Curvature": "explanation/curvature.md"},
             {"Watching changes nothing": "explanation/watching.md"},
+            {"Do the stated errors cover?": "coverage.md"},
         ]
     },
 ]

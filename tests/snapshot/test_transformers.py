@@ -200,7 +200,8 @@ def test_watching_and_a_snapshot_agree(transformers, name):
 def test_every_instrument_measures_or_says_what_to_do(transformers, name):
     model, batch, _ = made(transformers, name)
     before = {n: p.detach().clone() for n, p in model.state_dict().items()}
-    other = {n: p + 0.05 * torch.randn_like(p) if p.is_floating_point() else p for n, p in before.items()}
+    noise = {p.data_ptr(): 0.05 * torch.randn_like(p) for p in model.parameters()}  # one for tied names
+    other = {n: p + noise.get(p.data_ptr(), 0) for n, p in model.state_dict().items()}
     snapshot = diag.Snapshot(
         model, None, batch, other=other, previous=before, optimizer=torch.optim.SGD(model.parameters(), 0.1)
     )

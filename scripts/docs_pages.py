@@ -66,7 +66,6 @@ ABOUT_INSTRUMENTS = """Checks say what is wrong with a run and cost nothing or o
 expensive; descriptions judge nothing and run by name."""
 ABOUT_COMMANDS = """Every command says more by `--help`. Exit status: 0 fine, 1 a check failed, 2 nothing could be
 done: the call, the configuration or the run is not as it must be."""
-CALIBRATION = "calibration.md"  # written by scripts/calibrate --page
 
 
 def pages() -> dict[str, str]:
@@ -187,15 +186,26 @@ def summary(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
 
 
+def further(docs: Path) -> list[Path]:
+    """Pages at the top that other scripts write, for the last section of the site."""
+    known = {value for part in PAGES for value in part.values() if isinstance(value, str)}
+    return [file for file in sorted(docs.glob("*.md")) if file.name not in known]
+
+
+def heading(file: Path) -> str:
+    """A page's title: its first heading."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), file.stem)
+
+
 # What mkdocs calls.
 
 
 def on_config(config: Any) -> Any:
-    """The order of the pages; the calibration table where it has been written."""
+    """The order of the pages."""
     nav = [dict(part) for part in PAGES]
-    if (Path(config["docs_dir"]) / CALIBRATION).is_file():
-        (title, listed), *_ = nav[-1].items()
-        nav[-1] = {title: [*listed, {"How often checks are wrong": CALIBRATION}]}
+    (title, listed), *_ = nav[-1].items()
+    nav[-1] = {title: [*listed, *({heading(file): file.name} for file in further(Path(config["docs_dir"])))]}
     config["nav"] = nav
     return config
 

@@ -90,12 +90,13 @@ def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
 
 
 def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> LoopFinding:
-    what = "No parameter has" if everything else f"{named(names)} have not"
+    what = "No parameter was" if everything else f"{named(names)} were not"
     why, advice = WHY[cause]
     return LoopFinding(
         Level.ALARM,
         cause,
-        f"{what} changed since step {since:,}, though steps are taken and gradients are not zero: {why}.",
+        f"{what} changed by any step that was looked at since step {since:,}, though gradients are not zero: "
+        f"{why}.",
         advice,
         "A parameter that differs before and after a step.",
         step=since,

@@ -73,7 +73,7 @@ class GradientConflict(Result):
             "" if math.isnan(self.lowest_standard_error) else f" ± {format_number(self.lowest_standard_error, 2)}"
         )
         return (
-            f"the smallest cosine, {format_number(self.lowest)}{error}, is between {self.pair[0]} and "
+            f"the smallest cosine, {format_number(self.lowest)}{error}, is between the groups {self.pair[0]} and "
             f"{self.pair[1]}; {format_share(self.conflicting_pairs)} of the pairs conflict beyond the noise and "
             f"the groups' sum keeps {format_share(self.length_kept)} of their lengths; what that leads to has not "
             "been tested."

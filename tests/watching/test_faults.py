@@ -199,3 +199,11 @@ def test_what_could_not_be_taken_away_is_taken_away_the_next_time(name):
     assert (F.cross_entropy.__code__, torch.autograd.backward) == before
     assert not [e for e in watcher.run.events if e.kind == "internal error"]
     assert watcher.run.history.loss_finite.all() and not [x for x in watcher.run.history.loss if x != x]
+
+
+@pytest.mark.parametrize("name", ["Hub._loss_over", "Hub._schedule_over"])
+def test_a_call_whose_end_was_not_seen_is_over_for_the_next_watch(name):
+    watched_training(FUNCTIONS[f"diag.watching.hooks.hub:{name}"])
+    _, watcher = watched_training()
+    assert watcher.run.series("softmax_collapse")
+    assert not any("no loss function of torch" in e.text for e in watcher.run.events)

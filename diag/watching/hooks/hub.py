@@ -138,6 +138,7 @@ class Hub:
 
     def _install(self) -> None:
         self._uninstall()
+        self._here = threading.local()  # a depth that a broken end left would keep every later loss from being seen
         self._handles = [
             register_optimizer_step_pre_hook(shielded(self._before_step, self._broke)),
             register_optimizer_step_post_hook(shielded(self._after_step, self._broke)),

@@ -11,6 +11,8 @@ import functools
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 COVERED = 0.95
 
 
@@ -21,6 +23,12 @@ def covering(standard_error: float, values: int, of: int = 1) -> float:
     fewer than two values were had.
     """
     return standard_error * factor(values, of) if values > 1 else math.nan
+
+
+def error_of_mean(values: Tensor) -> float:
+    """The same for the mean of these values (n,), in float64; NaN for one."""
+    n = len(values)
+    return covering(float(values.double().std()) / math.sqrt(n), n) if n > 1 else math.nan
 
 
 def covering_skewed(samples: Sequence[float]) -> float:

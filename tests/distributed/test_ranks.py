@@ -106,13 +106,16 @@ def test_the_ranks_record_what_one_process_would(ranks, alone, folder, way):
 def check_history(history, alone):
     assert len(history) == len(alone) == trainings.STEPS
     numpy.testing.assert_allclose(history.loss, alone.loss, rtol=1e-6)
+    # On a machine that has little time the norms of some steps are left out, and the record says so.
+    left_out = any("recorded at some of the steps only" in note for note in history.notes)
     for name in ("gradient_norm", "parameter_norm", "update_norm", "distance", "applied_gradient_norm"):
         ours, theirs = getattr(history, name), getattr(alone, name)
         seen = numpy.isfinite(ours)
-        assert seen[:3].all() and (seen.all() or name not in ("gradient_norm", "applied_gradient_norm"))
+        assert seen[:3].all() and (seen.all() or left_out or name not in ("gradient_norm", "applied_gradient_norm"))
         seen &= numpy.isfinite(theirs)  # parameters are looked at as time allows
         numpy.testing.assert_allclose(ours[seen], theirs[seen], rtol=3e-6, err_msg=name)
-    assert (history.applied_gradient_norm < trainings.LIMIT * 1.001).all()
+    applied = history.applied_gradient_norm
+    assert (applied[numpy.isfinite(applied)] < trainings.LIMIT * 1.001).all()
     assert history.gradient_finite.all() and history.loss_finite.all()
 
 

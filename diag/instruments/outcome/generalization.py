@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.linalg.student import covering
+from diag.linalg.student import error_of_mean
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 
@@ -257,7 +257,7 @@ def generalization(
     return Generalization(
         loss=float(losses.double().mean()),
         held_out_loss=float(held_out_losses.double().mean()),
-        held_out_loss_standard_error=_standard_error(held_out_losses),
+        held_out_loss_standard_error=error_of_mean(held_out_losses),
         accuracy=_accuracy(logits, labels),
         held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
         held_out_chance=_commonest(held_out_labels),
@@ -296,11 +296,7 @@ def _gain(
         counts = torch.bincount(known, minlength=logits.shape[1]).double() + 1.0
         own = F.cross_entropy(logits.double(), labels, reduction="none")
         difference = -(counts / counts.sum()).log()[labels] - own
-    return float(difference.mean()), _standard_error(difference)
-
-
-def _standard_error(values: Tensor) -> float:
-    return covering(float(values.double().std()) / len(values) ** 0.5, len(values))
+    return float(difference.mean()), error_of_mean(difference)
 
 
 def _commonest(labels: Tensor | None) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.data.label_order import in_order
-from diag.linalg.student import covering
+from diag.linalg.student import error_of_mean
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -106,7 +106,7 @@ def trivial_predictor(logits: Tensor, labels: Tensor, losses: Tensor) -> Trivial
     is_cross_entropy = len(losses) == len(own) and abs(mean - float(own.mean())) <= AGREES * max(abs(mean), 1.0)
     return TrivialPredictor(
         loss=mean,
-        loss_standard_error=covering(float(losses.double().std()) / len(losses) ** 0.5, len(losses)),
+        loss_standard_error=error_of_mean(losses),
         entropy=float(-(shares * shares.log()).sum()),
         classes=len(shares),
         examples=len(labels),

@@ -260,3 +260,17 @@ def test_the_short_cut_runs_from_the_door_and_resumes(tmp_path):
 
     wrong = subprocess.run([*door[:2], "--only", "nonsense"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "No case matches 'nonsense'; --list names them all." in wrong.stderr
+
+
+def test_published_rows_are_read_and_later_ones_replace_them(tmp_path):
+    kept = Results(tmp_path)
+    kept.add("choose", {"kind": "plain", "program": "mlp", "seed": 0, "steps": 1})
+    kept.pack(tmp_path)
+    packed = (tmp_path / "choose.jsonl.gz").read_bytes()
+    (tmp_path / "choose.jsonl").unlink()
+    assert kept.rows("choose")[0]["steps"] == 1
+    kept.add("choose", {"kind": "plain", "program": "mlp", "seed": 0, "steps": 2})
+    assert [r["steps"] for r in kept.rows("choose")] == [2]
+    (tmp_path / "choose.jsonl").unlink()
+    kept.pack(tmp_path)
+    assert (tmp_path / "choose.jsonl.gz").read_bytes() == packed  # no time of writing in it

@@ -108,8 +108,10 @@ def write_page(kept: Results) -> None:
     PAGE.write_text(
         tables.page({side: score(rows) for side, rows in sides.items()}, sides["score"][-1]["versions"])
     )
+    RESULTS.mkdir(exist_ok=True)
+    kept.pack(RESULTS)
     RATES.write_text(json.dumps(tables.rates(score(sides["score"])), indent=1) + "\n")
-    click.echo(f"Wrote {PAGE} and {RATES}.")
+    click.echo(f"Wrote {PAGE}, {RATES} and the rows in {RESULTS}.")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ go to `results/choose.jsonl` or `results/score.jsonl`; a killed calibration goes
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import multiprocessing
@@ -22,6 +23,7 @@ import torch
 from calibration import data, programs_transfer
 from calibration.observe import observe
 from calibration.programs import programs
+from calibration.split import split
 from calibration.suite import Case
 from diag.registry import instruments
 
@@ -31,7 +33,7 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The rows of a folder: one file a side, a line a row."""
+    """The rows of a folder: one file a side, a line a row; what is published is packed beside it (`pack`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,9 +41,10 @@ class Results:
 
     def rows(self, side: str) -> list[Row]:
         """The rows of a side, the last of each case; a torn line is left out."""
-        path = self.folder / f"{side}.jsonl"
+        path, packed = self.folder / f"{side}.jsonl", self.folder / f"{side}.jsonl.gz"
         found: dict[tuple[Any, ...], Row] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
+        text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else ""
+        for line in (text + (path.read_text() if path.exists() else "")).splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
@@ -61,6 +64,13 @@ class Results:
         for side, names in dropped.items():
             kept = [r for r in self.rows(side) if (r["kind"], r["program"], r["seed"]) not in names]
             (self.folder / f"{side}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+            (self.folder / f"{side}.jsonl.gz").unlink(missing_ok=True)
+
+    def pack(self, folder: Path) -> None:
+        """Write all rows into the folder as they are published, each the same whenever it is written."""
+        for side in split():
+            text = "".join(json.dumps(r) + "\n" for r in self.rows(side))
+            (folder / f"{side}.jsonl.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 def warm() -> None:

@@ -4,7 +4,7 @@
     scripts/bench_watch.py [--model mlp conv transformer] [--steps 400] [--mode always-on everything]
 
 The two trainings run in two processes (torch's hooks belong to a process), one block of steps at a time in turn,
-in an order that alternates. `always-on` is the ratio of the median step times, with no dear measurement;
+in an order that alternates. `always-on` is the ratio of the median step times, with no expensive measurement;
 `everything` is the ratio of the whole run's times with every instrument at budget=0.05, the end of the watch
 included. Both are given by wall time and by processor time; always-on also by the first decile of the step times,
 which other programs on the machine disturb least.

@@ -15,7 +15,7 @@ ARMS = {"real": 0.0, "half-random": 0.5, "random": 1.0}
 
 
 def labels_of(labels: Tensor, share: float) -> Tensor:
-    """`labels` with this share of them drawn anew, uniformly over the classes."""
+    """`labels` with this share of them drawn again, uniformly over the classes."""
     generator = torch.Generator().manual_seed(SEED)
     drawn = torch.randint(0, 10, (len(labels),), generator=generator)
     return torch.where(torch.rand(len(labels), generator=generator) < share, drawn, labels)

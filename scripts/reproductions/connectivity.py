@@ -119,7 +119,7 @@ CARD = Card(
     claim=(
         "On the straight line between two independently trained networks the loss has a barrier; permuting the "
         "hidden units of one of them, without data, removes most of it, and the more the wider they are. Two runs "
-        "from one start need no permutation. With BatchNorm the statistics must be measured anew on the line."
+        "from one start need no permutation. With BatchNorm the statistics must be measured again on the line."
     ),
     takes="3 minutes",
     run=run,

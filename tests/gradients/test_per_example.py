@@ -288,7 +288,7 @@ def test_half_precision_models(dtype):
 
 
 def test_batches_of_other_lengths_get_the_same_treatment():
-    """Windows folded into the batch: their number changes with the length, so the plan must be made anew."""
+    """Windows folded into the batch: their number changes with the length, so the plan must be made again."""
 
     class Windows(nn.Module):
         def __init__(self):

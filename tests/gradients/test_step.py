@@ -333,7 +333,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("backward", [torch.Tensor.backward, torch.autograd.backward])
 def test_checkpointed_layers_let_the_step_pass(backward):
-    """What a checkpoint computes anew may be read once only: by the step, and not by us."""
+    """What a checkpoint computes again may be read once only: by the step, and not by us."""
     torch.manual_seed(0)
     model = Checkpointed()
     batch = as_batch((cases.flat().float(), torch.randint(cases.CLASSES, (cases.N,))))

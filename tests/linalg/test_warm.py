@@ -1,4 +1,4 @@
-"""Warm starts against planted spectra: as right as a cold run, also where the top has moved or arisen anew."""
+"""Warm starts against planted spectra: as right as a cold run, also where the top has moved or arisen since."""
 
 import pytest
 import torch

@@ -97,15 +97,16 @@ class NeuralCollapse(Result):
         nc2_limit = self.setting("nc2_unusual")
         if self.nc4 > nc4_limit:
             found = (
-                f"{format_share(self.nc4)} of the decisions are not the nearest class mean (NC4) although the "
-                f"training accuracy is {format_share(self.train_accuracy)}"
+                f"For {format_share(self.nc4)} of the examples the network decides for another class than the one "
+                f"whose mean features are nearest (NC4), although its training accuracy is "
+                f"{format_share(self.train_accuracy)}"
             )
             value, threshold = self.nc4, nc4_limit
             advice = "Look at the examples whose decision differs: their features lie nearer to another class."
         elif self.nc1 < self.setting("nc1_collapsed") and self.nc2 > nc2_limit:
             found = (
-                f"the features have collapsed within classes (NC1 {format_number(self.nc1)}) but the class means "
-                f"are far from a simplex (NC2 {format_number(self.nc2)})"
+                f"The features of each class have shrunk to their mean (NC1 {format_number(self.nc1)}), but the "
+                f"class means are not spread evenly, as the corners of a simplex (NC2 {format_number(self.nc2)})"
             )
             value, threshold = self.nc2, nc2_limit
             advice = "Look at the class sizes: with a few dominant classes the means of the small ones merge."
@@ -113,7 +114,7 @@ class NeuralCollapse(Result):
             return None
         return self._judged(
             Level.DESCRIPTION,
-            f"Unusual geometry: {found}.",
+            f"{found}.",
             advice=advice,
             value=value,
             threshold=threshold,

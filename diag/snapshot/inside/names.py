@@ -1,4 +1,4 @@
-"""Which module of a model is running, for whoever hears a function being called."""
+"""Which module of a model is running, for an observer that hears a function being called."""
 
 from __future__ import annotations
 

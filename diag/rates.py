@@ -37,8 +37,7 @@ def with_rates(check: str, verdict: Verdict) -> Verdict:
     if verdict.threshold_source != OUR_CHOICE or counted is None or not counted["named"]:
         return verdict
     told = (
-        f"our choice, calibrated: the cause named in {counted['named']} of {counted['broken']} broken "
-        f"trainings of its "
-        f"kinds, something said in {counted['disturbed']} of {counted['sound']} sound ones"
+        f"our choice, calibrated: the cause named in {counted['named']} of {counted['broken']} broken trainings of "
+        f"its kinds, something said in {counted['disturbed']} of {counted['sound']} sound ones"
     )
     return dataclasses.replace(verdict, threshold_source=told)

@@ -219,9 +219,8 @@ class Instrument:
         if values and (values[0] is None or isinstance(values[0], Measurable)):
             if len(values) > 1:
                 raise InvalidInput(
-                    f"{self.name} was called on a snapshot and {_kinds(values[1:])} by position; expected "
-                    f"what follows "
-                    "a snapshot by name."
+                    f"{self.name} was called on a snapshot and {_kinds(values[1:])} by position; expected what "
+                    "follows a snapshot by name."
                 )
             return values[0], found
         if len(values) > len(names) or (values and isinstance(values[0], nn.Module)):

@@ -44,9 +44,8 @@ def taken_over(name: str, value: Tensor, like: Tensor) -> Tensor:
     """
     if _kind(value) != _kind(like):
         raise InvalidInput(
-            f"'{name}' is {_short(value)} in the other network and {_short(like)} in the model; expected one "
-            f"kind of "
-            "numbers: give a state of the same format (dequantized, for instance)."
+            f"'{name}' is {_short(value)} in the other network and {_short(like)} in the model; expected one kind "
+            "of numbers: give a state of the same format (dequantized, for instance)."
         )
     found = value.detach().to(like.device, like.dtype)
     if value.dtype == like.dtype:
@@ -58,9 +57,8 @@ def taken_over(name: str, value: Tensor, like: Tensor) -> Tensor:
         kept = found.to(here.dtype) == here
     if not bool(kept.all()):
         raise InvalidInput(
-            f"'{name}' holds numbers in {_short(value)} that {_short(like)}, the dtype of the model, cannot; "
-            f"give the "
-            "model in the wider dtype."
+            f"'{name}' holds numbers in {_short(value)} that {_short(like)}, the dtype of the model, cannot; give "
+            "the model in the wider dtype."
         )
     return found
 

@@ -131,9 +131,8 @@ def _means(features: Tensor, labels: Tensor) -> ClassMeans:
         raise InvalidInput("The labels hold one class; a boundary needs two.")
     if len(stream.classes) > MOST_CLASSES:
         raise Unsupported(
-            f"The labels hold {len(stream.classes):,} classes; all pairs are compared, up to "
-            f"{MOST_CLASSES:,} classes: "
-            "measure on the examples of some classes."
+            f"The labels hold {len(stream.classes):,} classes; all pairs are compared, up to {MOST_CLASSES:,} "
+            "classes: measure on the examples of some classes."
         )
     for start, block in row_blocks(features):
         stream.add(block, start)

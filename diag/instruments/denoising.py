@@ -53,9 +53,8 @@ class Denoising(Result):
             other = f"; its outputs and another network's have a cosine of {format_number(self.agreement)}"
         return Verdict(
             Level.DESCRIPTION,
-            f"The denoiser keeps about {format_number(self.effective_dimension)} of {self.dimension} "
-            f"directions, its "
-            f"Jacobian is {format_share(self.asymmetry)} asymmetric and explains the output up to "
+            f"The denoiser keeps about {format_number(self.effective_dimension)} of {self.dimension} directions, "
+            f"its Jacobian is {format_share(self.asymmetry)} asymmetric and explains the output up to "
             f"{format_share(self.nonlinearity)}; the estimated squared error is {format_number(self.sure)} against "
             f"{format_number(self.sigma**2)} of the noise{other}.",
             advice="Train a second network on other data: where the two disagree, they remember their own data.",

@@ -61,8 +61,7 @@ class GradientConflict(Result):
             Level.NOT_APPLICABLE,
             f"No verdict: {detail}",
             advice="Negative cosines say that a step for one group costs the other; compare before and after a "
-            "change of "
-            "loss weights, not one value by itself.",
+            "change of loss weights, not one value by itself.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
             value=self.lowest,

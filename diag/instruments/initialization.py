@@ -69,8 +69,7 @@ class Initialization(Result):
             Level.WARNING,
             f"Signals or gradients {word} over the depth: {found}.",
             advice="Scale the weights for the activation (variance 2 / fan-in for ReLU, 1 / fan-in for "
-            "tanh), or add "
-            "normalisation or skip connections.",
+            "tanh), or add normalisation or skip connections.",
             refutation="The gradient norms of the first and the last layer are alike in the first steps.",
             value=off[-1],
             threshold=limit,

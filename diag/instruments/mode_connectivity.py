@@ -143,9 +143,8 @@ class ModeConnectivity(Result):
             return ""
         own, there = ((format_number(x[0]), format_number(x[-1])) for x in (self.own_losses, self.losses))
         return (
-            f", all with BatchNorm statistics measured again on the data, by which the losses of the two "
-            f"themselves go "
-            f"from {own[0]} and {own[1]} to {there[0]} and {there[1]}"
+            ", all with BatchNorm statistics measured again on the data, by which the losses of the two themselves "
+            f"go from {own[0]} and {own[1]} to {there[0]} and {there[1]}"
         )
 
     def _loss_barrier(self) -> float:

@@ -33,15 +33,13 @@ from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.undisturbed import undisturbed
 
 MOVED = (
-    "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new "
-    "Snapshot (of a "
-    "copy of the model, to keep it while training goes on)."
+    "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "
+    "a copy of the model, to keep it while training goes on)."
 )
 DATA_MOVED = (
-    "The data have changed since the snapshot read them, by other code or by a model that writes into its "
-    "inputs, so "
-    "its quantities would mix two moments; give it a copy of the data, and a model that leaves its inputs "
-    "as they are."
+    "The data have changed since the snapshot read them, by other code or by a model that writes into its inputs, "
+    "so its quantities would mix two moments; give it a copy of the data, and a model that leaves its inputs as "
+    "they are."
 )
 DATA = "bits of the data"
 OVER_RANKS = {"params", "loss_at", "gradient", "hessian", "gauss_newton", "optimizer", "module_graph"}

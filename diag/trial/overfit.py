@@ -31,8 +31,7 @@ def twin_of(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, O
     except Exception as error:
         raise InvalidInput(
             f"{type(model).__name__} and its optimizer cannot be copied ({first_line(error)}), and preflight "
-            f"trains a "
-            "copy; give a freshly built model that has not been called yet."
+            "trains a copy; give a freshly built model that has not been called yet."
         ) from None
     return twin, held
 

@@ -63,9 +63,8 @@ class InputScale(Result):
             listed = ", ".join(map(str, self.outliers[:5]))
             yield self._bad(
                 Level.WARNING, Cause.BATCHES_POISONED,
-                f"{len(self.outliers):,} of {self.examples:,} inputs are a hundred times as large as the "
-                f"others or more "
-                f"(rows {listed}).",
+                f"{len(self.outliers):,} of {self.examples:,} inputs are a hundred times as large as the others or "
+                f"more (rows {listed}).",
                 "Look at these rows: a wrong unit, a failed conversion, a placeholder such as 9999.",
                 float(len(self.outliers)), 0.0, Confidence.ARITHMETIC,
             )  # fmt: skip

@@ -88,10 +88,9 @@ class LabelAudit(Result):
         listed = ", ".join(map(str, rows[:5].tolist()))
         return Verdict(
             Level.WARNING,
-            f"The labels of about {format_share(share)} of the examples look wrong ({len(rows):,} of "
-            f"{len(area):,} in "
-            f"the probe set, rows {listed}, ... first): the network held another answer for them for most of the "
-            "training, against what it is sure of elsewhere.",
+            f"The labels of about {format_share(share)} of the examples look wrong ({len(rows):,} of {len(area):,} "
+            f"in the probe set, rows {listed}, ... first): the network held another answer for them for most of "
+            "the training, against what it is sure of elsewhere.",
             advice="Look at these rows and correct or leave out their labels; stop before they are learned "
             "by heart.",
             confidence=Confidence.STRONG_EMPIRICAL,

@@ -49,9 +49,8 @@ def _findings(t: TargetFacts, large: float) -> Iterator[LoopFinding]:
             f"The targets are not normalised: their mean is {format_number(t.mean)} and their standard deviation "
             f"{format_number(t.deviation)}, while the network starts with outputs of "
             f"{format_number(t.first_output)}.",
-            "Subtract the training targets' mean and divide by their standard deviation; undo it on what "
-            "the network "
-            "predicts.",
+            "Subtract the training targets' mean and divide by their standard deviation; undo it on what the "
+            "network predicts.",
             "The training goes no better with targets of zero mean and unit scale.",
             step=1,
             confidence=Confidence.WEAK_EMPIRICAL,

@@ -125,13 +125,11 @@ class GradientFlow(Result):
             Level.ALARM,
             f"{text[0].upper()}{text[1:]} (of {self.num_steps:,} recorded).",
             advice="Look at the batch of the first such step; then lower the learning rate, warm it up, or clip "
-            "the "
-            "gradient; under float16 use a GradScaler.",
+            "the gradient; under float16 use a GradScaler.",
             source="arithmetic",
             confidence=Confidence.ARITHMETIC,
             refutation="Compute the loss of that batch again in float64 from the state before the step: if it is "
-            "finite, the "
-            "precision is to blame, not the batch.",
+            "finite, the precision is to blame, not the batch.",
             value=float(self.non_finite_losses + self.non_finite_applied),
             threshold=0.0,
             threshold_source="any step at all",
@@ -150,8 +148,7 @@ class GradientFlow(Result):
             f"The gradient of {len(self.idle_layers)} of {len(self.layers)} parameter tensors was exactly zero "
             f"{self._span()}: {names}.",
             advice="Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, "
-            "or "
-            "labels that mask it leave a layer without a gradient.",
+            "or labels that mask it leave a layer without a gradient.",
             source="arithmetic",
             confidence=Confidence.ARITHMETIC,
             refutation="A single step on other data with a gradient other than zero in these tensors.",
@@ -177,8 +174,7 @@ class GradientFlow(Result):
             f"The GradScaler left out {format_share(share)} of the steps ({self.skipped_steps} of "
             f"{self.num_steps:,}), first at step {self.skipped_step_numbers[0]:,}.",
             advice="A few skips are how the scale is found; so many say that gradients overflow float16 again and "
-            "again: "
-            "use bfloat16, or look for the layer whose gradient is not finite.",
+            "again: use bfloat16, or look for the layer whose gradient is not finite.",
             source="torch.amp.GradScaler",
             confidence=Confidence.ARITHMETIC,
             refutation="A run in bfloat16 or float32 whose gradients are as large.",
@@ -199,8 +195,7 @@ class GradientFlow(Result):
             f"The gradient {word} over the depth at initialisation: by a factor of "
             f"{format_number(self.depth_factor)} from the last layer's bias to the first's.",
             advice="Scale the initial weights for the activation (variance 2 / fan-in for ReLU, 1 / fan-in for "
-            "tanh), or "
-            "add normalisation or skip connections.",
+            "tanh), or add normalisation or skip connections.",
             source="Roberts, Yaida, Hanin 2022, arXiv:2106.10165",
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="The factor over several seeds: in a narrow, deep network a single draw fluctuates.",
@@ -247,9 +242,8 @@ class GradientFlow(Result):
             return found
         names = ", ".join(self.unseen_layers[:3]) + (", ..." if len(self.unseen_layers) > 3 else "")
         return (
-            f"{found}; of {len(self.unseen_layers)} of the {len(self.layers)} parameter tensors no gradient "
-            f"was ever "
-            f"seen ({names})"
+            f"{found}; of {len(self.unseen_layers)} of the {len(self.layers)} parameter tensors no gradient was "
+            f"ever seen ({names})"
         )
 
     def _span(self) -> str:

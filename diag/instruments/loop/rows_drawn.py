@@ -46,9 +46,8 @@ def _findings(d: DrawFacts) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.ROWS_DUPLICATED,
-            f"An epoch draws the same rows again and again: {d.draws:,} draws were of {d.distinct:,} "
-            f"different rows, "
-            f"each {d.draws / d.distinct:.1f} times on average, of a data set of {d.rows:,}.",
+            f"An epoch draws the same rows again and again: {d.draws:,} draws were of {d.distinct:,} different "
+            f"rows, each {d.draws / d.distinct:.1f} times on average, of a data set of {d.rows:,}.",
             "Look at the sampler's range and length, and at the Subset that the loader reads.",
             "A sampler that is meant to draw from these rows alone.",
         )

@@ -42,8 +42,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             Level.ALARM,
             Cause.GRADIENTS_NOT_REDUCED,
             f"Training calls the module inside {loop.wrapper.kind} and never the wrapper, which so averages no "
-            f"gradients: "
-            f"{counted(loop.calls, 'call')} in one of {loop.wrapper.processes:,} processes.",
+            f"gradients: {counted(loop.calls, 'call')} in one of {loop.wrapper.processes:,} processes.",
             "Call the wrapper itself, model(x), not model.module(x).",
             "Gradients that something else averages over the processes before each step.",
             step=1,

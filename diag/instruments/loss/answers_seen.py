@@ -42,8 +42,7 @@ class AnswersSeen(Result):
             "The model can look at what it is asked for: each target is the next token of the input, and what the "
             f"model says of a position changes with later tokens (by {format_number(self.change)} of its spread).",
             advice="Mask what comes later in every attention (is_causal=True, or tgt_mask), and look for "
-            "pooling or "
-            "normalisation over positions.",
+            "pooling or normalisation over positions.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="Outputs before a position that stay the same when the tokens from it on are others.",

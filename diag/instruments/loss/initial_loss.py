@@ -41,9 +41,8 @@ class InitialLoss(Result):
         if self.first <= limit:
             return Verdict(
                 Level.OK,
-                f"The first loss was {format_number(self.first)} nats; guessing evenly among "
-                f"{self.classes:,} classes "
-                f"gives {format_number(self.even)}.",
+                f"The first loss was {format_number(self.first)} nats; guessing evenly among {self.classes:,} "
+                f"classes gives {format_number(self.even)}.",
                 source=SOURCE,
                 value=self.first,
                 threshold=limit,
@@ -52,8 +51,7 @@ class InitialLoss(Result):
         return Verdict(
             Level.WARNING,
             f"The network begins sure and wrong: its first loss is {format_number(self.first)} nats, where "
-            f"guessing "
-            f"evenly among {self.classes:,} classes gives {format_number(self.even)}.",
+            f"guessing evenly among {self.classes:,} classes gives {format_number(self.even)}.",
             advice="Start the last layer's weights smaller (or at zero); check that inputs are normalised and that "
             "labels run from 0 to K - 1.",
             source=SOURCE,

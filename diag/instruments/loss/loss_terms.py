@@ -52,8 +52,7 @@ class LossTerms(Result):
             f"{format_number(self.loss)}, and the weights have shrunk to {format_share(self.kept)} of their first "
             "norm.",
             advice="Lower the penalty's factor a hundred- to a thousandfold, and look at whether a mean or "
-            "a sum over "
-            "the weights is meant; or use the optimizer's weight decay.",
+            "a sum over the weights is meant; or use the optimizer's weight decay.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="Without the penalty the weights shrink as far.",

@@ -46,9 +46,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.ANSWER_IN_INPUT,
-            f"Each target is the token that the model is given at the same place, in the {t.aligned:,} "
-            f"batches that "
-            "were compared: the answer can be copied from the input.",
+            f"Each target is the token that the model is given at the same place, in the {t.aligned:,} batches "
+            "that were compared: the answer can be copied from the input.",
             "Shift the targets by one: model(tokens[:, :-1]) is asked for tokens[:, 1:].",
             "An autoencoder, which is meant to give back its input.",
             step=1,

@@ -47,9 +47,8 @@ def _findings(loop: Loop, dropped: float) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.UNDERFITTING,
-            f"Dropout of {worst:g} ({named([name for name, _ in high])}) leaves {format_share(1 - worst)} of "
-            f"the units "
-            f"in each training step and {rest}: the network can hardly fit anything.",
+            f"Dropout of {worst:g} ({named([name for name, _ in high])}) leaves {format_share(1 - worst)} of the "
+            f"units in each training step and {rest}: the network can hardly fit anything.",
             "Use a rate of 0.1 to 0.5; p is the share that is dropped, not kept.",
             "At a rate of 0.5 the training loss falls no lower.",
             step=1,
@@ -63,9 +62,8 @@ def _findings(loop: Loop, dropped: float) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.UNDERFITTING,
-            f"The last layer ({shape.head}) tells {shape.head_outputs:,} classes by a single number: the "
-            f"layer before "
-            "it has one unit.",
+            f"The last layer ({shape.head}) tells {shape.head_outputs:,} classes by a single number: the layer "
+            "before it has one unit.",
             "Make the layer before it wider: at least as wide as there are classes.",
             "With a wider layer the training loss falls no lower.",
             step=1,

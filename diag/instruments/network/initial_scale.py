@@ -59,8 +59,7 @@ class InitialScale(Result):
             f"{format_number(self.gain)} times what it takes in, where 0.5 to 1.5 keeps signals alive over "
             f"the depth.",
             advice="Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as "
-            "torch.nn.init.kaiming_normal_ "
-            "does.",
+            "torch.nn.init.kaiming_normal_ does.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
             refutation="With torch's default initial weights the same training is no better.",

@@ -56,8 +56,7 @@ class OutputConstant(Result):
             f"The network gives the same output whatever the input: over the examples it varies by "
             f"{format_number(last.spread)} of its size{where}.",
             advice="Look for dead or saturated units in that layer, for inputs that are constant, and for a "
-            "bias that "
-            "outweighs everything else.",
+            "bias that outweighs everything else.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="Two different inputs that give clearly different outputs.",

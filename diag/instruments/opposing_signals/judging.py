@@ -103,8 +103,7 @@ def _judged(
         source=SOURCE,
         confidence=confidence,
         refutation="Take the named rows out and measure again: the direction should lose its curvature. Late in "
-        "training "
-        "with cross-entropy a few plain hard examples can do the same."
+        "training with cross-entropy a few plain hard examples can do the same."
         if level == Level.WARNING
         else "",
         value=result.share,

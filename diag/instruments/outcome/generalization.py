@@ -147,8 +147,7 @@ class Generalization(Result):
             Level.WARNING,
             f"Nothing of what is learned carries over: {how}.",
             advice="Look at ten training examples with their labels as the loop sees them: labels that were "
-            "shuffled "
-            "without their inputs are learned by heart. Check, too, that held-out data is prepared as "
+            "shuffled without their inputs are learned by heart. Check, too, that held-out data is prepared as "
             "training data.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,

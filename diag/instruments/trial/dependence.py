@@ -31,9 +31,8 @@ class InputUsed(Result):
         if most > SAME:
             return Verdict(
                 Level.OK,
-                f"The outputs depend on the input: with another example's input they move by "
-                f"{format_number(most)} of "
-                "their size.",
+                f"The outputs depend on the input: with another example's input they move by {format_number(most)} "
+                "of their size.",
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
                 value=most,

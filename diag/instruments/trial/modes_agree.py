@@ -28,9 +28,8 @@ class ModesAgree(Result):
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         told = (
-            f"training mode gives a loss of {format_number(self.train_loss)} on the batch that was fitted "
-            f"(at first "
-            f"{format_number(self.start)}), evaluation mode {format_number(self.eval_loss)}"
+            f"training mode gives a loss of {format_number(self.train_loss)} on the batch that was fitted (at "
+            f"first {format_number(self.start)}), evaluation mode {format_number(self.eval_loss)}"
         )
         if self.eval_loss < self.start or self.eval_loss <= self.train_loss:
             return Verdict(Level.OK, f"The modes agree: {told}.", source=SOURCE, confidence=Confidence.ARITHMETIC)

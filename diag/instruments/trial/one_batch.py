@@ -92,9 +92,8 @@ class OneBatch(Result):
         too_high = not math.isfinite(self.final) or self.final > self.start
         return Verdict(
             Level.ALARM if self.fall < NOT_LEARNED or too_high else Level.WARNING,
-            f"With {self.first} {self._course}; {self.best} takes it to {format_number(self.best_final)} in "
-            f"as many "
-            "steps at most, so the network and the loss are able to learn.",
+            f"With {self.first} {self._course}; {self.best} takes it to {format_number(self.best_final)} in as "
+            "many steps at most, so the network and the loss are able to learn.",
             advice=f"Look at the optimizer's settings first: its learning rate is probably too "
             f"{'large' if too_high else 'small'} for this network.",
             source=SOURCE,
@@ -114,8 +113,7 @@ class OneBatch(Result):
             + (f" ({self.stopped})" if self.stopped else "")
             + ".",
             advice="Follow one example by hand from the input to the loss: is the answer in what the "
-            "network sees, does "
-            "the loss compare it with the right output, does every layer get a gradient?",
+            "network sees, does the loss compare it with the right output, does every layer get a gradient?",
             source=SOURCE,
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="Another optimizer that fits this batch.",

@@ -14,9 +14,8 @@ from diag.snapshot.objective.counting import counted_batches, example_counts
 from diag.snapshot.snapshot import Snapshot
 
 UNLIKE = (
-    "On some ranks all examples count alike and on others they do not, or examples have other numbers of "
-    "targets on "
-    "some ranks, so that the weights of the shares are not known; give every rank data of one kind."
+    "On some ranks all examples count alike and on others they do not, or examples have other numbers of targets "
+    "on some ranks, so that the weights of the shares are not known; give every rank data of one kind."
 )
 COUPLED_SHARES = (
     "The loss compares the examples of a batch with each other, so that shares of the data do not add up."

@@ -71,11 +71,11 @@ def load_dataset(name: str, *, folder: str | Path | None = None, part: str = "tr
     folder: where to look first. part: "train" or "test", for fashion-mnist, which alone is split. seed: of the
     order of mnist5k, whose file is sorted by label; the others keep the order of their files.
 
-    Raises InvalidInput for a name or part that there is none of, MissingData where the files are not found; the
-    text says how to get them.
+    Raises InvalidInput for an unknown name or part, MissingData where the files are not found; the text says how to
+    get them.
     """
     if name not in LOADERS:
-        raise InvalidInput(f"There is no data set {name!r}; known are {', '.join(LOADERS)}.")
+        raise InvalidInput(f"There is no data set {name!r}; expected one of {', '.join(LOADERS)}.")
     if part not in ("train", "test") or (part == "test" and name != "fashion-mnist"):
         raise InvalidInput(f"{name} has no part {part!r}; fashion-mnist has train and test, the others only train.")
     return LOADERS[name](Path(folder) if folder is not None else None, part, seed)

@@ -24,7 +24,7 @@ WRONG_SHARE = 0.1
 EPOCHS = 60
 BATCH = 64
 LEARNING_RATE = 0.05
-BUDGET = 1.0  # the training takes seconds, so watching may take as long again
+BUDGET = 1.0  # the training takes seconds, so watching may take as long as the training
 AT_THE_END = ("hessian_spectrum", "opposing_signals")  # too expensive for so short a training's budget
 CHECKPOINTS = "checkpoints"
 

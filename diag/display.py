@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Mark, colour and word: no level is ever told by its colour alone. The colours keep a contrast of at least
+# Mark, colour and word: no level is ever shown by its colour alone. The colours keep a contrast of at least
 # 4.5 on white and 3.5 on near-black, because a fragment in a notebook does not know which it stands on.
 LEVEL_MARKS = {
     "alarm": ("✖", "#d13b31", "alarm"),
@@ -190,7 +190,8 @@ def _fit(figure: Any) -> None:
 
 
 def _embeddable(svg: str, salt: str, label: str = "") -> str:
-    """Make matplotlib's document a fragment: small, without global style, ids its own, colours the page's."""
+    """Make matplotlib's document a fragment: small, without global style, with unique ids and the page's
+    colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>|<defs>\s*</defs>", "", svg, flags=re.S)
     referenced = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", svg))
@@ -234,7 +235,7 @@ def _clean_tag(tag: str, prefix: str, referenced: set[str]) -> str:
 
 
 def _page_colour(colour: str) -> str:
-    """A colour as CSS: black, white, series and levels become what the page around says, if it says."""
+    """A colour as CSS: black, white, series and levels take the surrounding page's own, where it sets them."""
     if colour == "#000000":
         return "currentColor"
     if colour == "#ffffff":

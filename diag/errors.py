@@ -41,7 +41,7 @@ def text_of(error: BaseException) -> str:
     try:
         return str(error)
     except Exception:
-        return f"{type(error).__name__}, whose text cannot be had"
+        return f"{type(error).__name__}, whose text is unavailable"
 
 
 def first_line(error: BaseException) -> str:

@@ -32,7 +32,7 @@ def rates() -> dict[str, Rates]:
 
 
 def with_rates(check: str, verdict: Verdict) -> Verdict:
-    """The verdict with its threshold's source told by its rates, where the threshold is ours and was counted."""
+    """The verdict with the counted rates as its threshold's source, where the threshold is ours and was counted."""
     counted = rates().get(check)
     if verdict.threshold_source != OUR_CHOICE or counted is None or not counted["named"]:
         return verdict

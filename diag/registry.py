@@ -54,7 +54,7 @@ class Kind(enum.Enum):
 
 
 class BeforeTraining(enum.Enum):
-    """Whether a preflight, which trains on one batch again and again, asks a check."""
+    """Whether a preflight, which trains on one batch again and again, runs a check."""
 
     NEVER = "never"  # it judges what a whole training does: epochs, schedules, held-out data
     ALWAYS = "always"
@@ -122,8 +122,8 @@ class StepWindow:
 
     quantity: the parameter that takes the record. length(settings): how many steps, 0 for none.
     required(settings): whether it measures nothing without a record. least: fewer steps cannot be judged.
-    begin(snapshot, step): starts a record. insist, shorten: how a user asks for a record all the same, and for a
-    shorter one, for sentences.
+    begin(snapshot, step): starts a record. insist, shorten: how a user asks for a record in spite of a reason
+    against it, and for a shorter one, for sentences.
     """
 
     quantity: str
@@ -326,7 +326,7 @@ def instrument(
 
     `kind` says when a watch runs it: "check" at scheduled steps whatever the budget, "measurement" as the budget
     allows, "description" only when it is asked for. `window`: consecutive steps that it wants recorded there.
-    `before_training`: whether a preflight asks it ("never", "always", "with optimizer").
+    `before_training`: whether a preflight runs it ("never", "always", "with optimizer").
 
     Raises InvalidInput where a positional parameter is not in the glossary, a keyword-only one has no
     default, the docstring is missing, the return annotation is no Result, or the kind is none of the three.
@@ -355,7 +355,7 @@ def _kind(given: str | Kind) -> Kind:
         return Kind(given)
     except ValueError:
         raise InvalidInput(
-            f"kind={given!r} is no kind of instrument; expected {', '.join(repr(k.value) for k in Kind)}."
+            f"kind={given!r} is not a kind of instrument; expected {', '.join(repr(k.value) for k in Kind)}."
         ) from None
 
 
@@ -417,7 +417,7 @@ def find(name: str) -> Instrument:
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
+    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}."
     raise InvalidInput(f"There is no instrument {name!r}; {hint}")
 
 
@@ -429,8 +429,8 @@ def measure(snapshot: Measurable, name: str, **settings: Any) -> Result:
 def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Outcome:
     """Measure without ever raising. `given` are settings and, as in a call of the instrument, quantities.
 
-    What is missing, for which no right number can be had or no time was left becomes Skipped; what breaks becomes
-    Failed.
+    It becomes Skipped where a quantity is missing, no correct number is available or no time was left; Failed where
+    something breaks.
     """
     with hearing() as said:
         outcome = _attempted(snapshot, which, given)

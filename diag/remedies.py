@@ -1,7 +1,7 @@
 """Remedies for a softmax that rounds: an exact cross-entropy, StableMax, and gradients without their scaling part.
 
-Each is a control to train with, not a recommendation: if training goes on as before, what it takes away was not
-what held it.
+Each is a control to train with, not a recommendation: if training behaves as before, what it removes was not the
+cause.
 
 Cross-entropy by the log-odds margin is right in any floating type, where log_softmax loses its small terms. With
 m_i = z_{i,y} - logsumexp_{k != y} z_{i,k} the cross-entropy of example i is exactly softplus(-m_i). This form
@@ -155,5 +155,5 @@ def _project_whole(tensors: list[Tensor]) -> None:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Their inner product, without a product as large as they are."""
+    """Their inner product, without an elementwise product in memory."""
     return torch.dot(a.reshape(-1), b.reshape(-1))

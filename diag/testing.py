@@ -149,7 +149,7 @@ def check_instrument(which: Instrument, problem: Classification | None = None) -
         outcome = attempt(problem.snapshot(), which)
     if isinstance(outcome, Skipped):
         assert is_one_sentence(outcome.reason), (
-            f"{which.name} is skipped for a reason that is no sentence: {outcome}"
+            f"{which.name} is skipped for a reason that is not a sentence: {outcome}"
         )
         return
     assert isinstance(outcome, Result), f"{which.name} failed on a small classifier: {outcome.reason}"

@@ -75,7 +75,7 @@ def test_splits():
 @pytest.mark.parametrize(
     ("name", "more", "text"),
     [
-        ("cifar", {}, "There is no data set 'cifar'; known are digits, mnist5k, fashion-mnist"),
+        ("cifar", {}, "There is no data set 'cifar'; expected one of digits, mnist5k, fashion-mnist"),
         ("digits", {"part": "test"}, "digits has no part 'test'; fashion-mnist has train and test"),
         ("fashion-mnist", {"part": "valid"}, "fashion-mnist has no part 'valid'"),
     ],

@@ -83,7 +83,7 @@ def test_what_is_missing_and_what_breaks_become_records():
         (lambda: mean_logit(), "needs logits; pass logits=..., or a snapshot"),
         (lambda: mean_logit(nn.Linear(1, 1)), "called on a Linear; expected a diag.Snapshot, or the quantities"),
         (lambda: mean_logit(logits=torch.ones(2, 2), size=3), "has no setting or quantity 'size'; its quantities"),
-        (lambda: find("mean_lgit"), "There is no instrument 'mean_lgit'; known are|did you mean"),
+        (lambda: find("mean_lgit"), "There is no instrument 'mean_lgit'; expected one of|did you mean"),
     ],
 )
 def test_mistakes_get_one_sentence(call, text):
@@ -226,6 +226,6 @@ def test_an_instrument_says_when_a_watch_runs_it():
     assert instrument(source="none")(looks).kind is Kind.MEASUREMENT
     assert instrument(source="none", kind="check")(looks).kind is Kind.CHECK
     with pytest.raises(
-        InvalidInput, match="kind='chek' is no kind of instrument; expected 'check', 'measurement', "
+        InvalidInput, match="kind='chek' is not a kind of instrument; expected 'check', 'measurement', "
     ):
         instrument(source="none", kind="chek")

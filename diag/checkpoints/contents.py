@@ -28,8 +28,9 @@ LAST_STEP = 1 << 53
 class Checkpoint:
     """A state dict and where it comes from.
 
-    state: name -> tensor on the CPU (and a module's `_extra_state`). step: when it was saved, None where nothing
-    tells; step_source: what told ("global_step", "epoch", "file name"). notes: what was unwrapped or left out.
+    state: name -> tensor on the CPU (and a module's `_extra_state`). step: when it was saved, None where that is
+    not known; step_source: where it stands ("global_step", "epoch", "file name"). notes: what was unwrapped or left
+    out.
     """
 
     path: Path
@@ -44,7 +45,7 @@ def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
     """Read a checkpoint without running any code from it.
 
     path: .pt, .pth, .bin, .ckpt or .safetensors, or a folder of Hugging Face or torch.distributed.checkpoint.
-    key: which entry holds the state dict (`ema`, say), where the usual names do not tell; dots go deeper.
+    key: which entry holds the state dict (`ema`, say), where it has none of the usual names; dots go deeper.
 
     Raises CheckpointError where the file is missing, damaged, could run code, or holds no state dict.
     """
@@ -53,7 +54,7 @@ def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
         return _load(path, key)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a hostile file can bring about
+    except Exception as error:  # a hostile file may raise anything
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {first_line(error)[:160]}); save or copy it again."
         ) from None
@@ -86,11 +87,11 @@ def _state_dict(contents: Any, key: str | None, path: Path) -> tuple[dict[str, A
             notes += [f"It also holds {k}, an average of the weights: key={k!r} loads that." for k in averages]
             found = found[inner]
     elif not states.is_one(found):
-        raise CheckpointError(f"{key!r} of {path} is no state dict; {_no_state(contents, states, path)}")
+        raise CheckpointError(f"{key!r} of {path} is not a state dict; {_no_state(contents, states, path)}")
     state = {str(name): v for name, v in found.items() if _belongs(str(name), v)}
     left_out = [str(name) for name, v in found.items() if not _belongs(str(name), v)]
     if left_out:
-        notes.append(f"Entries that are no tensors were left out: {', '.join(left_out[:5])}.")
+        notes.append(f"Entries that are not tensors were left out: {', '.join(left_out[:5])}.")
     return state, notes
 
 
@@ -127,7 +128,7 @@ def _no_state(contents: Any, states: StateDicts, path: Path) -> str:
 
 
 def _without_wrappers(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The state under the names of the bare model: without what wrappers put before and into the names."""
+    """The state under the names of the bare model: without the parts that wrappers add to the names."""
     notes, clean = [], dict(state)
     while prefix := next((p for p in PREFIXES if clean and all(name.startswith(p) for name in clean)), None):
         clean = {name.removeprefix(prefix): value for name, value in clean.items()}

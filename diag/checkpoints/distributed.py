@@ -155,7 +155,7 @@ def _value(folder: Path, name: str, about: Any, places: Mapping[tuple[str, tuple
 def _whole_numbers(values: Any) -> tuple[int, ...]:
     found = tuple(values)
     if not all(type(n) is int and n >= 0 for n in found):
-        raise ValueError("a size that is no whole number")
+        raise ValueError("a size that is not a whole number")
     return found
 
 
@@ -182,7 +182,7 @@ def _length(folder: Path, place: Any) -> int:
     """How many bytes of an item lie in its shard."""
     file = _shard(folder, place)
     if type(place.offset) is not int or type(place.length) is not int or min(place.offset, place.length) < 0:
-        raise ValueError("a place in a shard that is no whole number")
+        raise ValueError("a place in a shard that is not a whole number")
     return max(0, min(place.length, file.stat().st_size - place.offset))
 
 

@@ -26,7 +26,7 @@ RENAMED = ((".gamma", ".weight"), (".beta", ".bias"))
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Copy the checkpoint's state into `model`; return notes on names or dtypes that differed.
 
-    The names may carry a prefix that the model has not (Lightning's `model.`, a backbone's name) or lack one.
+    The names may carry a prefix that the model does not have (Lightning's `model.`, a backbone's name) or lack one.
     Tied weights may be there once, BatchNorm's `num_batches_tracked` may be missing, and names that a Hugging Face
     model declares as not its own may be there. Lazy layers take the sizes that the checkpoint has.
 
@@ -37,7 +37,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
         return _load_into(model, checkpoint)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever a hostile file can bring about
+    except Exception as error:  # a hostile file may raise anything
         raise CheckpointError(
             f"{checkpoint.path} cannot be loaded into {type(model).__name__} ({type(error).__name__}: "
             f"{first_line(error)[:160]}); save the plain tensors of its state_dict() again."
@@ -68,7 +68,7 @@ def _load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 class _Wanted:
-    """What the model's state has, and what it does without or leaves aside."""
+    """What the model's state has, which entries of it may be missing, and which of a checkpoint it ignores."""
 
     def __init__(self, model: nn.Module) -> None:
         self.values: dict[str, Any] = model.state_dict(keep_vars=True)
@@ -121,7 +121,7 @@ def _readings(state: Mapping[str, Any], wanted: _Wanted) -> Iterator[_Reading]:
 
 
 def _with_new_names(state: Mapping[str, Any], wanted: _Wanted) -> Mapping[str, Any]:
-    """The state with `gamma` and `beta` under their names of today, where the model has none of the old."""
+    """The state with `gamma` and `beta` under their present names, where the model has none of the old."""
     for old, new in RENAMED:
         if any(name.endswith(old) for name in state) and not any(name.endswith(old) for name in wanted.values):
             state = {name[: -len(old)] + new if name.endswith(old) else name: v for name, v in state.items()}

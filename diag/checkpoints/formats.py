@@ -1,4 +1,4 @@
-"""What a checkpoint file is, told by its first bytes, and how it is read without running code from it.
+"""What a checkpoint file is, recognised by its first bytes, and how it is read without running code from it.
 
 Pickles are read by torch's `weights_only` unpickler alone. What that cannot open is refused with a sentence that
 says what was found and how to save it again.
@@ -218,7 +218,7 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
         outside = [name for name in names if Path(name).name != name]
     except Exception as error:
         raise CheckpointError(
-            f"{index} is no index of shards ({first_line(error)[:160]}); copy it again."
+            f"{index} is not an index of shards ({first_line(error)[:160]}); copy it again."
         ) from None
     missing = [name for name in names if name in outside or not (path / name).is_file()]
     if missing:
@@ -233,5 +233,5 @@ def _trainer_state(path: Path) -> dict[str, Any]:
     """The step that the Hugging Face trainer wrote beside the weights."""
     try:
         return {"global_step": int(json.loads((path / "trainer_state.json").read_bytes())["global_step"])}
-    except Exception:  # it is there to be used if it can be
+    except Exception:  # the step is optional
         return {}

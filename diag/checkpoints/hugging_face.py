@@ -19,7 +19,7 @@ from diag.checkpoints.values import plain_tensor
 
 
 def read_by_its_class(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
-    """The state as `model` has it, and a note; None where it is no model of transformers or lacks a weight."""
+    """The state as `model` has it, and a note; None where it is not a model of transformers or lacks a weight."""
     if not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
         return None
     given = {name: plain_tensor(name, value) for name, value in state.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""What a pickle would make, told without making it, so that its sizes are known before anything is read.
+"""What a pickle would make, found without making it, so that its sizes are known before anything is read.
 
 The unpickler of torch (`weights_only`) lets no code run, and it does what a file says of sizes: a few bytes can ask
 for gigabytes, for tensors beyond their storage (which then hold whatever lies in memory), or for keys that take for
@@ -95,7 +95,7 @@ class Scan(NamedTuple):
 def scan(source: Readable) -> Scan:
     """Follow the pickle that begins where `source` stands, to its end.
 
-    Raises Refused where it asks for memory that its file does not fill, or is no whole pickle.
+    Raises Refused where it asks for memory that its file does not fill, or is not a whole pickle.
     """
     machine = _Machine()
     try:
@@ -179,7 +179,7 @@ class _Machine:
 
 def _stored(identity: Any) -> Stored:
     if not (isinstance(identity, Pack) and len(identity) in (5, 6) and _text(identity[0]) == "storage"):
-        raise Refused("holds a pickle that names something outside it that is no storage")
+        raise Refused("holds a pickle that names something outside it that is not a storage")
     kind, key, location, numel = identity[1:5]
     size = _itemsize(kind.name) if isinstance(kind, Global) else None
     if size is None or type(numel) is not int or numel < 0:
@@ -228,7 +228,7 @@ def _weight(value: Any) -> int:
 
 def _refuse_heavy(key: Any) -> None:
     if _weight(key) > HEAVY:
-        raise Refused("holds a dict whose keys would take for ever to read")
+        raise Refused("holds a dict whose keys would take forever to read")
 
 
 def _text(value: Any) -> str:

@@ -61,7 +61,7 @@ def _check_entries(entries: Iterable[zipfile.ZipInfo], size: int) -> None:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise Refused("is a zip archive with compressed entries, which torch never writes")
         if entry.filename in names or total > size:
-            raise Refused("is a zip archive whose entries lie over one another")
+            raise Refused("is a zip archive whose entries overlap")
         names.add(entry.filename)
         if entry.filename.endswith("data.pkl") and entry.file_size > LARGEST_PICKLE:
             raise Refused("holds a pickle too large to be the description of a checkpoint")
@@ -109,7 +109,7 @@ def _check_legacy(file: BinaryIO) -> None:
         sizes: dict[str, int] = {}
         for stored in found.stored:  # torch takes the first description of a storage
             if sizes.setdefault(stored.key, stored.numel * stored.itemsize) != stored.numel * stored.itemsize:
-                raise Refused(f"says two things of the size of its storage {stored.key[:40]}")
+                raise Refused(f"gives two sizes for its storage {stored.key[:40]}")
         if found.bytes_made > size or sum(sizes.values()) > size - data.tell():
             raise Refused("asks for more memory than its file can fill")
         if not isinstance(keys, list) or not set(sizes) <= {k for k in keys if isinstance(k, str)}:

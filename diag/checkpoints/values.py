@@ -11,9 +11,9 @@ from diag.errors import CheckpointError
 def as_own_dtype(name: str, value: Tensor, own: Tensor | None) -> Tensor:
     """`value` as a plain tensor of the dtype of `own` (None: of its own dtype).
 
-    Raises CheckpointError where it is not there as plain numbers (sparse, quantised, one shard, without values), or
-    where the other dtype would make other numbers of it: an imaginary part or an infinity, integers that stand for
-    something else, fractions that become whole.
+    Raises CheckpointError where it is not stored as plain numbers (sparse, quantised, one shard, without values),
+    or where the other dtype would change the numbers: an imaginary part lost, a number made infinite, integers that
+    are codes, fractions that become whole.
     """
     given = plain_tensor(name, value)
     if own is None or own.dtype == given.dtype:
@@ -21,7 +21,7 @@ def as_own_dtype(name: str, value: Tensor, own: Tensor | None) -> Tensor:
     if given.is_complex() and not own.is_complex():
         raise _refused(name, given, own, "would lose their imaginary part")
     if isinstance(own, nn.Parameter) and not (given.is_floating_point() or given.is_complex()):
-        raise _refused(name, given, own, "may be the codes of a quantised model, which are no weights")
+        raise _refused(name, given, own, "may be the codes of a quantised model, which are not weights")
     made = given.to(own.dtype)
     if made.is_floating_point() or made.is_complex():
         if not torch.equal(_finite(given), _finite(made)):
@@ -32,7 +32,7 @@ def as_own_dtype(name: str, value: Tensor, own: Tensor | None) -> Tensor:
 
 
 def _finite(value: Tensor) -> Tensor:
-    narrow = value.is_floating_point() and value.itemsize == 1  # torch has no such question for these
+    narrow = value.is_floating_point() and value.itemsize == 1  # torch.isfinite does not take these
     return (value.float() if narrow else value).isfinite()
 
 

@@ -23,7 +23,12 @@ IN_GITHUB = "GITHUB_ACTIONS"
 @click.argument("run", type=PATHS)
 @click.option("--fail-on", type=click.Choice(LEVELS), help="The mildest failure. [default: alarm]")
 @click.option(
-    "--baseline", "baselines", multiple=True, type=PATHS, metavar="RUN", help="Only what is worse than here fails."
+    "--baseline",
+    "baselines",
+    multiple=True,
+    type=PATHS,
+    metavar="RUN",
+    help="Fail only on what is worse than there.",
 )
 @click.option("--last", type=click.IntRange(1), metavar="N", help="The last N healthy runs beside it as baseline.")
 @click.option("--config", type=FILES, help="Levels, limits, settings. [default: [tool.diag] of pyproject.toml]")

@@ -71,14 +71,14 @@ def _print_findings(run: Run, **more: str) -> None:
 
 @main.command("report")
 @click.argument("sources", nargs=-1, required=True, type=PATHS, metavar="RUN|CKPT...")
-@click.option("--build", metavar="MODULE:FUNCTION", help="What gives (model, loss_fn, data) for checkpoints.")
+@click.option("--build", metavar="MODULE:FUNCTION", help="For checkpoints: returns (model, loss_fn, data).")
 @click.option("-o", "--output", default="report.html", show_default=True, type=OUTPUT)
 @click.option("--instrument", "names", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
 @click.option("--set", "settings", multiple=True, metavar="INSTRUMENT.SETTING=VALUE", help="May be repeated.")
 @click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")
 @click.option("--max-examples", type=click.IntRange(1), help="Measure on the first examples only.")
 @click.option("--device", help="Where to measure: cpu, cuda, ...")
-@click.option("--every", is_flag=True, help="What takes long, too, on every checkpoint.")
+@click.option("--every", is_flag=True, help="Measure the expensive instruments, too, on every checkpoint.")
 @click.option("--open", "open_it", is_flag=True, help="Show the report in the browser.")
 @JSON
 def report_command(
@@ -208,7 +208,7 @@ def _type(annotation: Any) -> str:
 @main.command("show")
 @click.argument("run", type=PATHS)
 @click.option("--instrument", "name", metavar="NAME", help="The numbers of this one, by step.")
-@click.option("--follow", "go_on", is_flag=True, help="Tell of steps and findings until the run has ended.")
+@click.option("--follow", "go_on", is_flag=True, help="Print steps and findings until the run has ended.")
 @JSON
 def show_command(run: Path, name: str | None, go_on: bool, as_json: bool) -> None:
     """Show a run in the terminal."""

@@ -18,8 +18,8 @@ TWO = 2
 @click.command("compare", short_help="Runs or checkpoints side by side; a sweep in one table.")
 @click.argument("sources", nargs=-1, required=True, type=PATHS, metavar="A B [...]")
 @click.option("-o", "--output", type=PATHS, help="Write the comparison as a page, too.")
-@click.option("--healthy", multiple=True, type=PATHS, metavar="RUN", help="As it should be: gives the band.")
-@click.option("--build", metavar="MODULE:FUNCTION", help="What gives (model, loss_fn, data) for checkpoints.")
+@click.option("--healthy", multiple=True, type=PATHS, metavar="RUN", help="A run that went well: gives the range.")
+@click.option("--build", metavar="MODULE:FUNCTION", help="For checkpoints: returns (model, loss_fn, data).")
 @click.option("--all", "everything", is_flag=True, help="Also the numbers that are equal.")
 @JSON
 def compare_command(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diag.snapshot.snapshot import Snapshot
 
 PATHS = click.Path(exists=True, path_type=Path)
-BUILD = click.option("--build", required=True, metavar="MODULE:FUNCTION", help="What gives (model, loss_fn, data).")
+BUILD = click.option("--build", required=True, metavar="MODULE:FUNCTION", help="Returns (model, loss_fn, data).")
 EXAMPLES = click.option("--max-examples", type=click.IntRange(1), help="Measure on the first examples only.")
 KEY = click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")
 POINTS = click.option("--points", type=click.IntRange(3), default=11, show_default=True, help="Of the grid.")
@@ -45,10 +45,10 @@ def align_command(
     key: str | None,
     as_json: bool,
 ) -> None:
-    """Permute the units of checkpoint B so that they stand where the like units of A are.
+    """Permute the units of checkpoint B so that they stand where the matching units of A are.
 
-    B's function stays what it is (checked); afterwards the two can be averaged where the barrier between them has
-    gone. The file written holds B's state dict.
+    B's function stays what it is (checked); afterwards the two can be averaged if no barrier is left between them.
+    The file written holds B's state dict.
     """
     from diag.connectivity.connection import align
 

@@ -1,4 +1,5 @@
-"""The command group: turns diag's errors into one sentence and status 2, and finds commands of other parts."""
+"""The command group: turns diag's errors into one sentence and status 2, and finds the commands of other
+modules."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def mcp_command(folder: Path) -> None:
 def follow(
     run: Path, show: Callable[[str], None] = echo, seconds: float = 2.0, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Tell of a run until nobody writes to it any more: a line where steps were added, and each finding once."""
+    """Print a run's progress until no process writes to it: a line where steps were added, and each finding
+    once."""
     from diag.display import format_number
     from diag.run.folder import is_being_written
     from diag.run.run import read_run

@@ -13,13 +13,13 @@ from diag.result import Level
 
 
 @click.command("preflight", short_help="Before training: what will not work.")
-@click.option("--build", required=True, metavar="MODULE:FUNCTION", help="What gives (model, loss_fn, data).")
+@click.option("--build", required=True, metavar="MODULE:FUNCTION", help="Returns (model, loss_fn, data).")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the page, too.")
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="On one batch, at most.")
 @click.option("--seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="For all of it, about.")
 @JSON
 def preflight_command(build: str, output: Path | None, steps: int, seconds: float, as_json: bool) -> None:
-    """Try out a training before it begins: one batch is learned by a copy of the model, and what fails is told.
+    """Try out a training before it begins: a copy of the model learns one batch, and what fails is reported.
 
     The function that --build names returns (model, loss_fn, data), or a dict of diag.Snapshot's arguments, in which
     `optimizer` is the one that will train. Status 1 where something is an alarm.

@@ -35,7 +35,7 @@ QUIET = ("ok", "not_applicable")  # listed by name only
 
 
 class Screen(Console):
-    """A console for which no text is markup, and that shows what would steer a terminal instead of obeying it."""
+    """A console for which no text is markup, and that shows control sequences instead of obeying them."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """The lines as the terminal shows them."""
@@ -63,7 +63,7 @@ def show(*parts: RenderableType) -> None:
 
 
 def progress_bar() -> Progress:
-    """A progress bar on standard error; silent where that is no terminal."""
+    """A progress bar on standard error; silent where that is not a terminal."""
     screen = console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),

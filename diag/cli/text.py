@@ -1,4 +1,4 @@
-"""Text on its way to the terminal: what a file holds may be shown, and must not steer.
+"""Text for the terminal: what a file holds may be shown, and must not control the terminal.
 
 A run or a checkpoint of somebody else can hold escape sequences in its names and sentences, which would clear the
 screen, change its title, hide text or turn its direction. They are shown as what they are: `\\x1b[2J`.

@@ -1,4 +1,4 @@
-"""Activation matching: pair the units of two networks whose pre-activations go together on a probe set.
+"""Activation matching: pair the units of two networks whose pre-activations correlate on a probe set.
 
 The correlation of every unit of A with every unit of B is accumulated in float64 over the probe set, for each
 operation whose output carries units (linear maps and convolutions; a residual stream has several). One linear

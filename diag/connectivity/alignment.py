@@ -1,4 +1,4 @@
-"""Alignment: move the units of network B so that they stand where the like units of network A are.
+"""Alignment: permute the units of network B so that they stand where the matching units of network A are.
 
 Weight matching needs no data: coordinate ascent of <theta_A, P(theta_B)> over the permutation groups, each
 step one linear assignment. Activation matching pairs units by the correlation of their pre-activations on a

@@ -130,7 +130,7 @@ def _on_both_sets(
 
 
 def align(snapshot: Snapshot, other: Any, *, by: str = "weights", points: int = 11) -> Connection:
-    """The units of `other` moved to where the like units of the snapshot's network are.
+    """The units of `other` permuted to where the matching units of the snapshot's network are.
 
     other: a state dict, a module, a Snapshot or a checkpoint's path. What comes back has `aligned_state`, and the
     line between the two before and after, on `points` points.
@@ -185,7 +185,7 @@ def _relative_change(old: Tensor, new: Tensor) -> float:
 
 
 def chance_error(path: Interpolation) -> float:
-    """The error of always giving the commonest class; NaN where the targets are no class numbers."""
+    """The error of always predicting the most frequent class; NaN where the targets are not class numbers."""
     try:
         flat = path.snapshot.quantity("labels")
     except DiagError:

@@ -26,7 +26,7 @@ class ConnectionMap:
     """Barriers between N networks; arrays (N, N), symmetric, with zeros on the diagonal.
 
     loss_barriers: over the chord. error_barriers: the same in the share of wrong answers, and
-    error_standard_errors, paired over examples; NaN where targets are no class numbers. threshold: two networks
+    error_standard_errors, paired over examples; NaN where targets are not class numbers. threshold: two networks
     are connected where their error barrier (else their loss barrier) is below it.
     """
 

@@ -1,4 +1,4 @@
-"""The ends of a path held to the two networks themselves: their losses as they are, not as the path has them.
+"""The ends of a path compared with the two networks themselves: their own losses, not those that the path has.
 
 A line blends floating-point entries only. What else a network holds (codes, masks, attributes, buffers that its
 state dict leaves out) stays the first one's, and BatchNorm statistics that are measured again are not the

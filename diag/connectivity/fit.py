@@ -1,6 +1,6 @@
 """Whether two state dicts are of one network: the first difference, in one sentence, and how many more.
 
-What fits is taken over without loss of more than the digits that the network itself does not keep.
+What fits is converted to the network's dtype, and refused where that would lose more than digits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def check_states_fit(
 def taken_over(name: str, value: Tensor, like: Tensor) -> Tensor:
     """`value` in the dtype and on the device of `like`.
 
-    Raises InvalidInput where that makes something else of it: of codes weights, of complex numbers real ones, of
-    large numbers infinite ones, of whole numbers others.
+    Raises InvalidInput where the conversion changes what it is: codes to weights, complex numbers to real ones,
+    large numbers to infinity, whole numbers to others.
     """
     if _kind(value) != _kind(like):
         raise InvalidInput(

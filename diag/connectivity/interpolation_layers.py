@@ -1,4 +1,4 @@
-"""Which layers stand between two networks: one layer on the path, all others at one end, in both orders.
+"""Which layers make the barrier between two networks: one layer on the path, all others at one end, both ways.
 
 Also the angle at which two networks left a common ancestor. Sources: Singh et al. 2024 for layer-wise
 barriers and the angle; the 0-1 form of a layer's barrier is not theirs.

@@ -22,7 +22,7 @@ class Profile:
     """What was measured along a path; k points, all arrays float64 on the CPU.
 
     alphas (k,), ascending, with 0 and 1. losses, errors (k,): means over the examples (errors are shares of
-    wrong answers, NaN where targets are no class numbers). brackets, error_brackets (k,): excess over the
+    wrong answers, NaN where targets are not class numbers). brackets, error_brackets (k,): excess over the
     chord; standard_errors, error_standard_errors (k,): of the brackets, paired over the examples.
     num_examples: how many.
     """

@@ -1,4 +1,4 @@
-"""REPAIR: give every unit of an interpolated network the mean and spread that its endpoints promise.
+"""REPAIR: give every unit of an interpolated network the mean and spread interpolated between its endpoints.
 
 Between two networks the pre-activations of the interpolated one lose variance, the more the deeper ("variance
 collapse"). At each point the pre-activation of every unit is rescaled to mean (1-a) mu_0 + a mu_1 and standard

@@ -1,6 +1,6 @@
 """What two networks' weights or activations say about which unit of one corresponds to which of the other.
 
-An `Similarities` is a sum of products over pairs of units: <A, B> for a pair of tensors. For one group it gives
+A `Similarities` is a sum of products over pairs of units: <A, B> for a pair of tensors. For one group it gives
 the score of pairing unit i of A with unit j of B while all other groups stay as they are; `move` then carries
 B's side along. `WeightEvidence` holds the tensors, `ActivationEvidence` only their units' correlations.
 """

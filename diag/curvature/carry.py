@@ -99,7 +99,7 @@ def carried_eigenpairs(
 
 
 def construction(snapshot: Snapshot) -> Hashable:
-    """All but the values on which the truth of a product rests, so far as it can be seen from outside.
+    """All that decides whether a product is right, but for the values, as far as it can be seen from outside.
 
     The modules with their types, modes, hooks and plain settings (so a changed dropout rate, flag or wrapped layer
     counts), the shapes, dtypes, devices and requires_grad of parameters and buffers, the loss, the data's shapes.

@@ -25,13 +25,13 @@ BLOCKS, TAKEN = 10, 5  # of the data, and those of them that are looked at: half
 def sampling_errors(
     hessian: Any, pairs: Eigenpairs, shift: float, seed: int, wanted: bool = True
 ) -> NDArray[numpy.float64]:
-    """How far v^T H v may be off for other data of the same kind, for each pair (k,): two of them hold the
-    population's curvature along v in about 95 of 100 cases.
+    """How far v^T H v may be off for other data of the same kind, for each pair (k,): an interval of two of them
+    covers the population's curvature along v in about 95 of 100 cases.
 
     The standard error over blocks of the data, and S, by how much the choice of v on these very data overstates
     it. By perturbation of the second order v^T H v - v^T E[H] v has the mean 2 S with
     S = sum_j E (v_j^T (H - E[H]) v)^2 / (lambda - lambda_j), which the blocks' images of v tell; directions that
-    are not among the pairs count with an eigenvalue of zero. NaN where they are not wanted or there are fewer
+    are not among the pairs count with an eigenvalue of zero. NaN where they are not asked for or there are fewer
     examples than blocks; `shift` is in the pairs' values and not in the Hessian.
     """
     splits = isinstance(hessian, CurvatureOperator) and hessian.num_examples >= BLOCKS

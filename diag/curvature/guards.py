@@ -40,7 +40,7 @@ SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def refuse_impossible(model: nn.Module) -> None:
-    """Raises Unsupported where the loss is no mean over examples in evaluation mode, or is sharded."""
+    """Raises Unsupported where the loss is not a mean over examples in evaluation mode, or is sharded."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise Unsupported(
@@ -63,7 +63,7 @@ def refuse_impossible(model: nn.Module) -> None:
 def measured_model(model: nn.Module, shorter: bool = True) -> Iterator[None]:
     """Evaluation mode and twice-differentiable kernels, in exact arithmetic; afterwards no trace is left.
 
-    `shorter` allows the stand-ins of `shorter.py`, which are faster and no more.
+    `shorter` allows the stand-ins of `shorter.py`, which only save time.
     """
     with preserved(model), twice_differentiable(model, shorter):
         yield

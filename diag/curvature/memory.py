@@ -1,4 +1,4 @@
-"""How many bytes a graph holds, how many are available, and what follows: keep the graph, or rebuild it.
+"""How many bytes a graph holds, how many are available, and so whether to keep the graph or rebuild it.
 
 The estimate is a measurement: graphs of a few examples are built and the distinct storages that they save are
 counted, at two sizes, so that what grows with the data is told from what does not.
@@ -58,7 +58,7 @@ def plan_memory(curvature: Curvature, objective: Objective, memory: int | None) 
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
-        # torch.func at work inside the model lets nobody count what is saved: nothing is kept.
+        # Inside torch.func what is saved cannot be counted: nothing is kept.
         return MemoryPlan(False, objective.batches, 0, allowed)
     elements = sum(_elements(b) for b in objective.batches)
     vectors = WORKING_VECTORS * objective.layout.size * objective.dtype.itemsize

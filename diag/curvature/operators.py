@@ -7,7 +7,7 @@
 
 The matrices act on flat vectors of the trainable parameters in `named_parameters()` order. Products are exact
 sums over all batches, in evaluation mode, in float32 unless the model is float64. Before its first product an
-operator tests itself on the model (curvature_selftest.py); what cannot be right raises Unsupported. A model
+operator tests itself on the model (selftest.py); what cannot be right raises Unsupported. A model
 wrapped in torch.compile, DataParallel or DistributedDataParallel is measured bare. Where the data are split over
 ranks (`Snapshot(..., ranks=True)`), each product is the mean over all ranks' data by one all_reduce; vectors are
 whole on every rank and equal bit for bit, so that the algorithms of `linalg` take the same decisions on each.
@@ -53,7 +53,7 @@ from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.objective.over_ranks import together_of, weight_of
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.parameters import FlatLayout
-from diag.snapshot.picking import dealt_out, subsampled
+from diag.snapshot.picking import random_blocks_of, subsampled
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -178,7 +178,7 @@ class CurvatureOperator(LinearOperator):
         ranks = self._settings["ranks"]
         if ranks is not None and (least := int(ranks.least(self.objective.num_examples))) < count:
             raise InvalidInput(f"A rank has {least} examples, fewer than {count} blocks; give each rank more.")
-        return [self._on(block) for block in dealt_out(self.objective.batches, count, seed)]
+        return [self._on(block) for block in random_blocks_of(self.objective.batches, count, seed)]
 
     def _on(self, batches: list[Batch]) -> Self:
         settings = self._settings | {"precision": self.objective.precision, "checked": self.self_test}
@@ -376,7 +376,7 @@ def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
         settings["weight"] = weight_of(snapshot, settings["ranks"])
     operator = kind(snapshot.model, snapshot.batch_loss, counted_batches(snapshot), **settings)
     operator.deadline = snapshot.deadline
-    test = operator.self_test  # now, so that what cannot be measured is said here and not in an algorithm's middle
+    test = operator.self_test  # now, so that what cannot be measured is refused here, before an algorithm begins
     if carried is not None:
         carried.self_test = replace(test, earlier=True)
         operator.carried = carried

@@ -1,7 +1,7 @@
 """Graphs from which curvature products are read: double backward for the Hessian, two passes for J^T S J.
 
 A graph is built once for a list of batches and gives as many products as are asked for. Keeping it costs
-memory and saves the forward and backward pass that every product would else repeat. The second half of the
+memory and saves the forward and backward pass that every product would repeat otherwise. The second half of the
 file holds the finite differences that the self-test compares with, and that stand in where they must.
 """
 

@@ -54,7 +54,7 @@ def run_self_test(curvature: Curvature, objective: Objective, seed: int = 0) -> 
     """Test the product of `curvature` with a few of the objective's examples.
 
     Raises InvalidInput where the loss cannot be computed or is not finite, and Unsupported, with the reason
-    and what to do, where no right product can be had.
+    and what to do, where no correct product is available.
     """
     refuse_impossible(objective.model)
     probe = probe_batch(objective)
@@ -250,7 +250,7 @@ class _Examination:
         worst = max(*changes[best].values(), asymmetry)
         if not worst <= FALLBACK_BELOW:
             raise Unsupported(
-                f"No right curvature product can be had: {reason}, and finite differences are no better than "
+                f"No correct curvature product is available: {reason}, and finite differences are no better than "
                 f"{worst:.0%}; replace that operation by one of plain torch functions for the measurement."
             )
         return self._record(

@@ -1,7 +1,7 @@
 """Whether a model's values are still those that an operator was made for.
 
-Their bits tell; a version counter tells that a tensor was written to with the same ones, since a state dict may be
-loaded and put back in between.
+Their bits show it; a version counter shows that a tensor was written to with the same ones, since a state dict may
+be loaded and put back in between.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Messages between the watches of one training: sums over ranks and what each has, in the background.
 
 It has process groups of its own (gloo, on the CPU), so that its messages never come between those of the training,
-and one group for each kind of message, so that all messages of a group have one size: ranks that should ever send
-in another order get wrong numbers, which the number in each message shows, and never a crash of gloo. Whatever
-fails breaks the link, with the reason; then every message is lost and the training goes on.
+and one group for each kind of message, so that all messages of a group have one size: ranks that send in different
+orders get wrong numbers, which the number in each message reveals, and never a crash of gloo. Whatever fails breaks
+the link, with the reason; then every message is lost and the training goes on.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Link:
         return self._send(kind, lambda group: (group.allreduce([vector]), lambda: vector))
 
     def gather(self, kind: str, vector: Tensor) -> Message:
-        """The ranks' vectors, (world, len), which must have one size."""
+        """The ranks' vectors, (world, size), which must have one size."""
         table = torch.empty(self.world, len(vector), dtype=vector.dtype)
         return self._send(kind, lambda group: (group.allgather([list(table)], [vector]), lambda: table))
 
@@ -99,7 +99,7 @@ class Link:
     # How it ends
 
     def broke(self, error: Exception | str) -> None:
-        """It holds no more: what the rank that left said of it is the reason, if one did."""
+        """The link is broken: what the rank that left said is the reason, where one left; else this error."""
         if self.reason:
             return
         text = str(error) if isinstance(error, str) else _plain(error)

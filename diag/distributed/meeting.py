@@ -28,7 +28,7 @@ def initialized() -> bool:
 
 
 def rank_here() -> int:
-    """The rank of this process; 0 where there is but one."""
+    """The rank of this process; 0 where there is only one."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", 0) or 0)

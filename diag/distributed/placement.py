@@ -1,7 +1,7 @@
-"""How a parameter is spread over the ranks, and how many of them hold the same part of it.
+"""How a parameter is placed on the ranks, and how many of them hold the same part of it.
 
-A tensor without a placement is taken to be the same on all ranks, as under DistributedDataParallel; a DTensor says
-itself how it lies. What another library shards in ways of its own is unknown, with the reason.
+A tensor without a placement is taken to be the same on all ranks, as under DistributedDataParallel; a DTensor has
+its placements. What another library shards in ways of its own is unknown, with the reason.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def is_spread(tensor: Any) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of it, without its graph; operations on that never wait for another process."""
+    """The part that this process holds, without its graph; operations on it never wait for another process."""
     plain = tensor.detach()
     return plain.to_local() if is_spread(plain) else plain  # type: ignore[attr-defined]
 

@@ -4,7 +4,7 @@ gradients = ModelGradients(model, loss_fn, batches)
 gradients.norms()           # (n,)
 gradients.gram()            # (n, n)
 gradients.by_layer()["encoder.0"].mean()
-gradients.coverage          # how much of the gradient this speaks for, and by which methods
+gradients.coverage          # how much of the gradient this covers, and by which methods
 """
 
 from __future__ import annotations

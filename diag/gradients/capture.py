@@ -58,7 +58,7 @@ class Use:
         return self.name, *self.slots
 
     def bare(self) -> Use:
-        """The same without the tensors, so that an activation is let go as soon as the backward pass allows."""
+        """The same without the tensors, so that an activation is freed as soon as the backward pass allows."""
         bare = object.__new__(Use)  # a tenth of what copy.copy takes, for every call of every step
         bare.__dict__.update(self.__dict__, args=(), kwargs={}, versions={})
         return bare
@@ -76,7 +76,7 @@ class Use:
 class Capture(TorchFunctionMode):
     """While active, appends a `Use` for each call that one of `parameters` takes part in.
 
-    `unroll`: write recurrent kernels out step by step, which rounds differently. `on_use` is told of each use.
+    `unroll`: write recurrent kernels out step by step, which rounds differently. `on_use` is called with each use.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Capture(TorchFunctionMode):
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             if not isinstance(tensor, Tensor) or id(tensor) in self._parameters:
                 continue
-            if id(tensor) in self._constants:  # the model's own: it must not carry our mark when it is saved
+            if id(tensor) in self._constants:  # the model's own: it must not carry our tag when it is saved
                 self._changed[id(tensor)] = kind
             else:
                 tensor.diag_kind = (self._token, kind)  # type: ignore[attr-defined]

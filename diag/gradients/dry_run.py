@@ -1,9 +1,9 @@
-"""Which queries somebody asks of per-example gradients, found out before the gradients are there.
+"""Which queries a caller asks of per-example gradients, found out before there are any gradients.
 
-    queries = questions_of(lambda g: diag.gradient_coherence(per_example_gradients=g), step)
+    queries = queries_of(lambda g: diag.gradient_coherence(per_example_gradients=g), step)
 
-A rehearsal on gradients that are all zero costs no pass. So a training step's hooks can answer on the way whatever
-an instrument asks, and the step's activations need not be held for it.
+A dry run on gradients that are all zero costs no pass. With its result the hooks of a training step can answer
+whatever an instrument asks while the step runs, and the step's activations need not be held for it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from diag.gradients.queries import Query
 
 def queries_of(asks: Callable[[PerExampleGradients], Any], about: PerExampleGradients) -> list[Query]:
     """What `asks` wants to know of gradients shaped like `about`, as far as it does not depend on the answers."""
-    rehearsal = _ZeroGradients(about)
-    # It may refuse gradients that vanish, or ask what nobody can answer; of the step it will then say so itself.
+    zeros = _ZeroGradients(about)
+    # It may refuse gradients that vanish, or ask what cannot be answered; on the real step it will say so itself.
     with suppress(Exception):
-        asks(rehearsal)
-    return list(rehearsal.asked)
+        asks(zeros)
+    return list(zeros.asked)
 
 
 class _ZeroGradients(PerExampleGradients):
-    """No parameter is moved by any example; keeps what it is asked."""
+    """No parameter is moved by any example; records the queries."""
 
     def __init__(self, about: PerExampleGradients) -> None:
         super().__init__(about.shapes, about.num_examples)

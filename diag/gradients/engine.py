@@ -77,7 +77,7 @@ class ModelGradients(PerExampleGradients):
     # ---- what comes with the gradients ---------------------------------------------------------
 
     def with_permuted_targets(self, seed: int = 0) -> ModelGradients:
-        """The same network and inputs with the targets dealt out again among the examples."""
+        """The same network and inputs with the targets permuted among the examples."""
         return self._on(permuted_targets(self._batches, seed))
 
     def select(self, rows: Sequence[int]) -> ModelGradients:
@@ -151,7 +151,7 @@ class ModelGradients(PerExampleGradients):
             run = forward(
                 self.model, self.loss_fn, copied(batch) if plan.overwrites_inputs else batch, self._parameters
             )
-            alive = self._dead_and_yet_alive(plan, run)
+            alive = self._revived_calls(plan, run)
             if alive and not sizes:
                 plan.give_up(alive, run.uses)
             elif alive or not plan.fits(run.uses, batch.size):
@@ -210,7 +210,7 @@ class ModelGradients(PerExampleGradients):
                 "division by a batch statistic."
             ) from None
 
-    def _dead_and_yet_alive(self, plan: Plan, run: Forward) -> set[int]:
+    def _revived_calls(self, plan: Plan, run: Forward) -> set[int]:
         """Calls whose gradient was zero on the plan's few examples and is not here."""
         calls = sorted(i for i in plan.unresolved if i < len(run.uses))
         if not calls:

@@ -26,7 +26,7 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 
 
 class LayerRule(NamedTuple):
-    """A rule and the `forward` that it speaks of: a subclass with another one needs another rule."""
+    """A rule and the `forward` that it was written for: a subclass with another one needs another rule."""
 
     function: Rule
     forward: Any
@@ -38,12 +38,12 @@ def gradient_rule(layer_type: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
     The rule is called as `rule(layer, inputs, output_gradient)`: `inputs` are the positional arguments of the
     layer's `forward`, `output_gradient` is the gradient of the examples' summed loss at its output; tensors have
     no graph, and examples along the first axis. It returns each trainable parameter's gradients (n, *shape of the
-    parameter) by the parameter's name in the layer. It is kept on the class; a later one takes its place, and a
+    parameter) by the parameter's name in the layer. It is kept on the class; a later one replaces it, and a
     subclass that keeps `forward` inherits it.
 
     Used where the layer is called with positional arguments and returns one tensor. Raises InvalidInput where
-    `layer_type` is no class of modules, and when gradients are asked for where the rule gives something else than
-    autograd does.
+    `layer_type` is not a class of modules, and when gradients are asked for where the rule gives something else
+    than autograd does.
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise InvalidInput(
@@ -58,7 +58,7 @@ def gradient_rule(layer_type: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
 
 
 def rule_of(layer: nn.Module) -> Rule | None:
-    """The rule that was given for this layer's class, where the layer's `forward` is the one it speaks of."""
+    """The rule that was given for this layer's class, where the layer's `forward` is the one it was written for."""
     found: LayerRule | None = getattr(type(layer), RULE, None)
     if found is None or "forward" in vars(layer) or type(layer).forward is not found.forward:
         return None
@@ -66,7 +66,7 @@ def rule_of(layer: nn.Module) -> Rule | None:
 
 
 class LayerFollower(Protocol):
-    """What is told of the calls of layers with rules."""
+    """An observer of the calls of layers with rules."""
 
     def layer_begins(self, args: Any, kwargs: Any) -> None:
         """A layer with a rule is about to be called."""

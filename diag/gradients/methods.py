@@ -7,7 +7,7 @@ from typing import Self
 
 
 class How(enum.Enum):
-    """The kinds of methods, the quickest first."""
+    """The kinds of methods, the fastest first."""
 
     GIVEN = enum.auto()  # by the user, as numbers
     NOT_MOVED = enum.auto()  # no example moves the parameter

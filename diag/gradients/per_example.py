@@ -35,7 +35,7 @@ Consumer = Callable[[slice, str, Block], None]  # the examples' rows, the parame
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of the gradient the numbers speak for.
+    """How much of the gradient the numbers cover.
 
     `parameters`: share of the trainable parameters. `squared_gradient`: share of the squared norm of the
     mean gradient. `methods`: how each parameter's gradients were computed. `missing`: parameters left out.
@@ -67,11 +67,11 @@ class PerExampleGradients:
 
     @property
     def coverage(self) -> Coverage:
-        """How much of the gradient this speaks for, and by which methods."""
+        """How much of the gradient this covers, and by which methods."""
         raise NotImplementedError
 
     def stream(self, consume: Consumer) -> None:
-        """Call `consume(rows, name, block)` for each parameter of each micro-batch, in no certain order.
+        """Call `consume(rows, name, block)` for each parameter of each micro-batch, in any order.
 
         A block is good for as long as it is kept; parameters that no example moves are left out.
         """

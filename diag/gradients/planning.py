@@ -75,7 +75,8 @@ def make_plan(
 
 
 def _refuse_rule(name: str, method: Method | None) -> None:
-    """A rule that its user has to mend is not passed over in silence."""
+    """Raise InvalidInput where the method is a user's rule: its user has to correct it, so no other takes its
+    place."""
     if method is not None and method.how is How.RULE:
         raise InvalidInput(
             f"By {method} the per-example gradients of {name} do not add up to autograd's gradient when the "

@@ -1,7 +1,7 @@
 """What can be asked of per-example gradients, each answered by one pass over their blocks.
 
-A query is a value: equal queries have equal answers. `begin` gives an unfinished answer, which takes the
-blocks as they come and keeps none of them but where it says so. So one pass can answer several queries, and a
+A query is a value: equal queries have equal answers. `begin` gives an accumulator, which takes the blocks as they
+come and keeps none of them but where it says so. So one pass can answer several queries, and a
 training step's hooks can answer those that were asked before it began.
 """
 
@@ -39,13 +39,13 @@ class Asked(Protocol):
 
 
 class Accumulator(Protocol):
-    """An answer that is not finished."""
+    """An answer in the making: it takes one block after the other."""
 
     def consume(self, rows: slice, name: str, block: Block) -> None:
         """Take the block of parameter `name` for the examples `rows`."""
 
     def result(self) -> Any:
-        """The answer, once all blocks were there."""
+        """The answer, once it has taken all blocks."""
 
 
 class Query(Hashable, Protocol):

@@ -8,9 +8,9 @@
 The step itself stays as it is, bit for bit: the recorded calls run unchanged, and hooks read output gradients that
 the backward pass makes anyway. What was asked beforehand is answered inside these hooks, layer by layer, and
 nothing is kept; without `ask`, the step's activations are held until the object is dropped, and anything can be
-asked. Where only hooks around the forward pass can be had, `end_forward` ends the recording, and `ask_only` takes
-queries up to the backward pass. What the loss was scaled by (accumulation, a GradScaler) scales the gradients
-here too; ratios such as coherence do not feel it.
+asked. Where only hooks around the forward pass are available, `end_forward` ends the recording, and `ask_only`
+takes queries up to the backward pass. What the loss was scaled by (accumulation, a GradScaler) scales the gradients
+here too; ratios such as coherence do not change.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Undisturbing(Capture):
 
 
 class _Once:
-    """A call that remembers what it gave; without a list for the `results` it only passes on."""
+    """A call that remembers its result; without a list for the `results` it only passes on."""
 
     def __init__(self, func: Any) -> None:
         self.func, self.called = func, False
@@ -122,11 +122,11 @@ class StepGradients(PerExampleGradients):
         self._assembly = Assembly(plan, self._capture.uses, batch_size, self._parameters, self._consume)
         self._on_cpu = all(p.device.type == "cpu" for p in self._parameters.values())
         self._taken: set[int] = set()
-        self._trouble: str | None = "there was no backward pass"  # why the step cannot be spoken for
+        self._trouble: str | None = "there was no backward pass"  # why the step was not seen whole
         self._recording = False
 
     def ask_only(self, queries: Iterable[Query]) -> None:
-        """These are the only queries that there will be; to be said before the backward pass begins."""
+        """Announce the only queries that there will be, before the backward pass begins."""
         self._answers = {query: query.begin(self) for query in queries}
 
     def __enter__(self) -> Self:
@@ -147,7 +147,7 @@ class StepGradients(PerExampleGradients):
         if kind is not None:
             self._trouble = f"the step raised {kind.__name__}"
         self._read(self._finish)
-        # They hold this object and the activations, and it them: let go, or all would wait for the collector.
+        # They and this object hold each other, and the activations: freed here, they do not wait for the collector.
         del self._capture, self._assembly, self._hooks
 
     def _finish(self) -> None:

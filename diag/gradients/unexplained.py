@@ -1,4 +1,4 @@
-"""Ways from the loss to a parameter that no recorded call explains."""
+"""Paths in the graph from the loss to a parameter that no recorded call explains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diag.gradients.capture import Capture
 
 
 def unexplained(capture: Capture, roots: list[GradientEdge], parameters: dict[str, nn.Parameter]) -> set[str]:
-    """Names of the parameters that the graph reaches by a way that no recorded call explains.
+    """Names of the parameters that the graph reaches by a path that no recorded call explains.
 
     Custom autograd functions and scripted modules call kernels without asking the mode: their parameters
     need another method. Walks the graph from `roots` once.

@@ -77,7 +77,7 @@ def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, 
 
     Settings: `layer`, the layer that takes the inputs; by default the first in `named_parameters()` order.
 
-    Raises MissingQuantity where the inputs are no floating tensor, InvalidInput for a layer that is not there.
+    Raises MissingQuantity where the inputs are not a floating tensor, InvalidInput for a layer that is not there.
     Source: Petersen et al. 2024, arXiv:2410.23970.
     """
     n = per_example_gradients.num_examples

@@ -45,7 +45,7 @@ NC4_UNUSUAL = 0.01
 SNAPSHOTS_FOR_A_TREND = 3
 MOST_CLASSES = 5000
 
-NOT_A_SCORE = "Neural collapse appears with random labels too, so it is no score of generalisation."
+NOT_A_SCORE = "Neural collapse appears with random labels too, so it is not a score of generalisation."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,5 +1,4 @@
-"""What the callbacks of all trainers share: begin a watch, go on with it after a restart, hand on numbers, end
-it."""
+"""What the callbacks of all trainers share: begin a watch, resume it after a restart, pass on numbers, end it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A callback for Lightning: `Trainer(callbacks=[LightningCallback("runs/mine")])`.
 
 It watches the module from the start of the fit to its end, takes the first validation batches of the sanity check
-as held-out data, records what is logged, and goes on with the run when the fit is resumed from a checkpoint.
+as held-out data, records what is logged, and continues the run when the fit is resumed from a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Yesterday's logs as a run: trainer_state.json, Lightning's CSV, TensorBoard events, W&B exports, CSV and JSONL.
+"""Logs of other tools as a run: trainer_state.json, Lightning's CSV, TensorBoard events, W&B exports, CSV and
+JSONL.
 
 What was logged is all there is: the loss at the steps at which it was logged, a learning rate, and the user's other
 numbers. The checks of the loss's course judge it; what needs more says that it is missing.
@@ -30,7 +31,7 @@ LoggedRow = tuple[int, dict[str, float]]
 
 
 def run_of_log(path: str | Path) -> Run:
-    """The run that the log at `path` tells of, in memory.
+    """The run that the log at `path` records, in memory.
 
     A file (trainer_state.json; .csv; .jsonl, .ndjson; a TensorBoard events file), or a folder that holds one.
     Raises InvalidInput, in one sentence, where there is no log, or one without steps.

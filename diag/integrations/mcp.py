@@ -20,7 +20,7 @@ MOST_RUNS = 200
 MOST_STEPS = 200
 ABOUT = """Verdicts of diag on trainings of neural networks, recorded in folders. Begin with list_runs; findings has
 what is wrong with one run and what to try; evidence has the numbers behind one check by step. A level `unknown` or
-`description` is no pass."""
+`description` is not a pass."""
 
 
 class Runs:
@@ -88,7 +88,7 @@ def mcp_server(folder: str | Path) -> Any:
 
 
 def _spoken(tool: Any) -> Any:
-    """The tool, whose mistakes are answers: {"error": one sentence}."""
+    """The tool, which answers an error of diag with {"error": one sentence}."""
 
     @functools.wraps(tool)
     def call(*args: Any, **kwargs: Any) -> Any:

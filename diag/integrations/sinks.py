@@ -25,13 +25,13 @@ PREFIX = "diag"
 
 
 class Sink:
-    """What is told of findings; a subclass writes `text` and `scalar`."""
+    """A destination of findings; a subclass writes `text` and `scalar`."""
 
     def __init__(self) -> None:
         self.counts = {"alarm": 0, "warning": 0}
 
     def __call__(self, finding: Finding) -> None:
-        """Tell of one finding: its sentence as text, and how many there are of its level as a number."""
+        """Log one finding: its sentence as text, and how many there are of its level as a number."""
         level, step = str(finding.verdict.level), finding.last_step
         self.text(f"{PREFIX}/{finding.instrument}", finding_text(finding), step)
         if level in self.counts:
@@ -177,7 +177,7 @@ def _append(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[Any, ...]
 
 
 def every_sink(*sinks: Callable[[Finding], object]) -> Callable[[Finding], None]:
-    """One callable for `on_finding=` that tells all of these; one that raises does not keep the others from it."""
+    """One callable for `on_finding=` that calls all of these; one that raises does not stop the others."""
 
     def tell(finding: Finding) -> None:
         errors = []

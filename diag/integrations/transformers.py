@@ -1,7 +1,7 @@
 """A callback for the Trainer of transformers: `Trainer(..., callbacks=[HuggingFaceCallback("runs/mine")])`.
 
 It watches the model from the start of the training to its end, records what the trainer logs and evaluates, and
-goes on with the run when the training is resumed from a checkpoint.
+continues the run when the training is resumed from a checkpoint.
 """
 
 from __future__ import annotations

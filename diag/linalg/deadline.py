@@ -25,7 +25,7 @@ LOOK_EVERY = 0.01  # seconds between two looks at the memory, which take some mi
 class Deadline:
     """A limit of `seconds` and of `memory` bytes, both counted from now; without them it never stops anything.
 
-    why: where the limit of time comes from, to be told in the reason. reason: what a check has raised, if one has.
+    why: where the time limit comes from, for the message. reason: the message that a check has raised, if any.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Deadline:
         return self._clock() - self._began
 
     def check(self) -> None:
-        """Raise Stopped where the time is over, or where too much memory is held."""
+        """Raise Stopped where the time is up, or where too much memory is held."""
         if self.seconds == inf and self.memory == inf:
             return
         now = self._clock()
@@ -79,7 +79,8 @@ class Deadline:
 
 
 def used_memory() -> float:
-    """Bytes that this process holds: of the machine's memory where that can be told, and of the current GPU's."""
+    """Bytes that this process holds: of the machine's memory where the system reports that, and of the current
+    GPU's."""
     on_device = torch.cuda.memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else 0
     try:
         with open("/proc/self/statm", "rb") as pages:

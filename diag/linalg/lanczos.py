@@ -4,7 +4,7 @@
     pairs.values, pairs.bounds
 
 `run_lanczos` is the loop that everything shares: extend the space, look whether what is wanted has
-converged, restart thick when the memory is full, write a checkpoint now and then.
+converged, restart thick when the memory is full, write a checkpoint every few products.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ class SpectralMeasure:
         return (self.weights[..., None] * below).sum(1).mean(0) + self._atoms_below(grid)
 
     def distribution_standard_error(self, grid: Tensor) -> Tensor:
-        """Standard error of `distribution` (g,) from the chance of the probes: the larger of what theory and what
-        their spread say. What a rule cannot resolve is not in it: see `distribution_bounds`."""
+        """Standard error of `distribution` (g,) from the random draw of the probes: the larger of what theory and
+        what their spread say. What a rule cannot resolve is not in it: see `distribution_bounds`."""
         if self.exact:
             return torch.zeros(len(grid), dtype=torch.float64)
         shares = (self.weights[..., None] * (self.nodes[..., None] <= grid).double()).sum(1)
@@ -81,8 +81,8 @@ class SpectralMeasure:
     def distribution_bounds(self, grid: Tensor, deviations: float = 2.0) -> tuple[Tensor, Tensor]:
         """The least and the largest share of eigenvalues <= each point of `grid` (g,), two of (g,), float64.
 
-        What the rules cannot resolve, and beyond it so many standard `deviations` of the chance of the probes: two
-        hold the true share at a point in at least 95 of 100 cases.
+        What the rules cannot resolve, and beyond it so many standard `deviations` of the random draw of the probes:
+        two cover the true share at a point in at least 95 of 100 cases.
         """
         if self.exact:
             return self.distribution(grid), self.distribution(grid)

@@ -1,4 +1,4 @@
-"""A Lanczos run on disk: written atomically now and then, so that a killed run goes on where it was.
+"""A Lanczos run on disk: written atomically every few products, so that a killed run resumes where it was.
 
 The file holds tensors and numbers only and is read with `weights_only=True`. Resumed on the same machine
 with the same operator, a run gives the numbers of the uninterrupted one, bit for bit.

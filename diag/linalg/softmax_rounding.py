@@ -94,18 +94,19 @@ def class_factors(compared: Tensor, labels: Tensor, classes: int, dtype: torch.d
     dtype: of the gradients; where the probabilities may have underflowed in it, the factor is taken to be 1.
     """
     sums = compared.new_zeros(classes, 2).index_add_(0, labels, compared[:, [GP, PP]])
-    known = sums[:, 1].sqrt() > smallest_telling(dtype)
+    known = sums[:, 1].sqrt() > underflow_limit(dtype)
     return torch.where(known, sums[:, 0] / sums[:, 1].clamp_min(1e-300), 1.0)[labels]
 
 
 def distance_from_softmax(compared: Tensor, factor: Tensor, dtype: torch.dtype) -> float:
-    """Mean over the examples of |G - factor P| / max(|G|, factor |P|); NaN where no example can tell."""
+    """Mean over the examples of |G - factor P| / max(|G|, factor |P|); NaN where all of them may have
+    underflowed."""
     gg, gp, pp = compared[:, GG], compared[:, GP], factor**2 * compared[:, PP]
     squared = (gg - 2 * factor * gp + pp).clamp_min(0) / torch.maximum(gg, pp)
-    telling = torch.maximum(gg, pp).sqrt() > smallest_telling(dtype)
-    return float(squared[telling].sqrt().mean())
+    measurable = torch.maximum(gg, pp).sqrt() > underflow_limit(dtype)
+    return float(squared[measurable].sqrt().mean())
 
 
-def smallest_telling(dtype: torch.dtype) -> float:
-    """The size from which a vector of gradients in `dtype` is not just what underflow has left of it."""
+def underflow_limit(dtype: torch.dtype) -> float:
+    """The norm above which a vector of gradients in `dtype` is not just what underflow has left of it."""
     return 1000 * torch.finfo(dtype).tiny

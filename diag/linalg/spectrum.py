@@ -2,8 +2,8 @@
 
 The start vector is Gaussian, so the run that finds the extreme pairs is a quadrature rule of the density, too.
 The pairs that have converged are taken out of that rule: their weight at its nodes is dropped, and what is left
-stands for the rest of the spectrum. Trace and norm come from further probes that do not see those pairs, so that
-the outliers are no noise in them.
+stands for the rest of the spectrum. Trace and norm come from further probes that are orthogonal to those pairs, so
+that the outliers add no noise to them.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def spectrum(
     """The `largest` eigenvalues and the smallest one, the density of the rest, trace and Frobenius norm.
 
     A pair is reported where its residual is within `tolerance` of the largest magnitude, and the largest ones only
-    as far as no gap is left. The run takes at least `steps` products and at most `max_products`; `num_probes` above
-    one draws as many new start vectors for the density, of `steps` products each; `trace_probes` (at least two) are
-    for the trace. `memory`: a cap in bytes on the basis. `checkpoint`: a folder in which the run is kept now and
-    then, so that one that was killed goes on where it was; its file goes when the spectrum is there.
+    up to the first that has not converged. The run takes at least `steps` products and at most `max_products`;
+    `num_probes` above one draws as many new start vectors for the density, of `steps` products each; `trace_probes`
+    (at least two) are for the trace. `memory`: a cap in bytes on the basis. `checkpoint`: a folder in which the run
+    is saved every few products, so that a killed one resumes there; its file is removed with the run's end.
     Raises InvalidInput where a product is not finite, CheckpointError where the folder cannot be used.
     """
     which = Which(largest=min(largest, operator.size), tolerance=tolerance)
@@ -81,7 +81,7 @@ def spectrum(
     top = top.subset(slice(0, [*_within(top, limit), False].index(False)))
     known = top.joined(bottom)
     if run.space.exhausted:
-        rest, trace, norm = _known_wholly(run, known, operator.size, seed)
+        rest, trace, norm = _exact_rest(run, known, operator.size, seed)
     else:
         rest = _rest_of(run, known, operator.size, seed)
         deflate = known if len(known.values) else None
@@ -122,7 +122,7 @@ def _smallest(
     """The smallest pair of the run, or of a short run of its own where that has not come within `limit`; none where
     it is one of the largest or does not converge. Beside it the products that were spent.
 
-    It is not waited for in the main run: to its own tiny size it converges late, which can double the cost.
+    The main run does not wait for it: relative to its own tiny size it converges late, which can double the cost.
     """
     one = Which(smallest=1)
     pair = extract(run, one, seed)
@@ -137,7 +137,7 @@ def _smallest(
     return pair.subset(slice(0, int(_within(pair, limit)[0]))), spent
 
 
-def _known_wholly(
+def _exact_rest(
     run: LanczosRun, known: Eigenpairs, size: int, seed: int
 ) -> tuple[SpectralMeasure, Estimate, Estimate]:
     """Where the run has spanned the whole space: each other eigenvalue weighs 1 / size, and sums are exact."""
@@ -152,8 +152,8 @@ def _rest_of(run: LanczosRun, known: Eigenpairs, size: int, seed: int) -> Spectr
     nodes, weights = quadrature_rule(run.first_cycle)
     near = (nodes[:, None] - known.values).abs() <= known.residuals + known.rounding
     one = near.sum(1) / size  # what the known eigenvalues at a node weigh on average
-    # A single eigenvalue's weight is chi-squared over size. More than MOST of that is a crowd on one spot, such as
-    # the zeros of a matrix of low rank, of which one start vector shows one: the others stay.
+    # A single eigenvalue's weight is chi-squared over size. More than MOST of that is a multiple eigenvalue, such
+    # as the zeros of a matrix of low rank, of which one start vector shows one copy: the others stay.
     weights = torch.where(near.any(1), torch.where(weights > MOST * one, weights - one, 0), weights)
     weights = weights / weights.sum().clamp_min(1e-300) * (size - len(known.values)) / size
     return SpectralMeasure(nodes[None], weights[None], known.values, size, seed, 0)

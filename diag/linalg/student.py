@@ -1,8 +1,8 @@
-"""Standard errors from few values, widened so that two of them hold the truth as often as is said.
+"""Standard errors from few values, widened so that an interval of two of them covers the truth in 95 of 100 cases.
 
 With k values the standard error is uncertain itself: the mean lies within t of them in 95 of 100 cases, t being the
 97.5 % point of Student's distribution with k - 1 degrees of freedom (Student 1908): 2.26 for ten, 2.78 for five.
-What is stated here is t / 2 of them, so that "two standard errors" is right whatever their number.
+What is returned here is t / 2 of them, so that "two standard errors" is right for any number of values.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ COVERED = 0.95
 
 
 def covering(standard_error: float, values: int, of: int = 1) -> float:
-    """The standard error of `values` independent ones, such that twice it holds the truth in 95 of 100 cases.
+    """A standard error from so many independent `values`, widened so that twice it covers the truth in 95 of 100
+    cases.
 
-    of: how many such errors are to hold at once, where one of them is chosen by looking (Bonferroni). NaN where
-    fewer than two values were had.
+    of: how many such intervals must hold at once, where one of them is chosen by looking (Bonferroni). NaN for
+    fewer than two values.
     """
     return standard_error * factor(values, of) if values > 1 else math.nan
 

@@ -2,9 +2,9 @@
 
 Hutchinson (1990): for v with independent entries +-1, E v^T A v = tr A and E |A v|^2 = |A|_F^2, one product
 each. Known eigenvectors U are deflated: tr A = tr U A U^T + tr P A P with P = I - U^T U (and the squared
-norms likewise, with the cross term), and only the second is estimated, so that outliers no longer make the
-noise. Errors are widened for the small number of probes (`diag.linalg.student`). The trace of a Hessian may well
-be negative.
+norms likewise, with the cross term), and only the second is estimated, so that outliers no longer dominate
+the noise. Errors are widened for the small number of probes (`diag.linalg.student`). The trace of a Hessian may
+well be negative.
 """
 
 from __future__ import annotations

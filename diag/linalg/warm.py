@@ -1,6 +1,6 @@
 """Largest eigenpairs of an operator that has moved a little since they were last found.
 
-Lanczos that starts near the earlier eigenvectors has them again within fewer steps, and would stop before it has
+Lanczos that starts near the earlier eigenvectors finds them again in fewer steps, and would stop before it has
 seen an eigenvalue that has arisen elsewhere. So the start vector holds a tenth of noise, which makes the run a
 search from a random vector as well. It may stop when
 
@@ -10,7 +10,7 @@ search from a random vector as well. It may stop when
   half; an eigenvalue that is now among the largest is as far from the bulk as those that were;
 - what is seen is not on its way up: the next Ritz value lies below the wanted by more than its residual.
 
-That is an estimate and no theorem: where the earlier eigenvectors stay exactly eigenvectors, a new eigenvalue that
+That is an estimate, not a theorem: where the earlier eigenvectors stay exactly eigenvectors, a new eigenvalue that
 appears a few per cent above them and near the edge of the bulk can be missed. So a caller that starts warm again
 and again has to start cold now and then. The gain is small for the same reason: most of a run for one pair is the
 search. scripts/bench_warm_start.py prints both.
@@ -32,7 +32,7 @@ from diag.linalg.ritz import Ritz, StoppingRule, Which
 @dataclass(frozen=True)
 class Earlier:
     """What a run leaves for the next: `direction` (size,), the sum of the eigenvectors that it found, in bfloat16
-    (noise is added to it anyway), and the `cold_products` that the last run without such help took."""
+    (noise is added to it anyway), and the `cold_products` that the last run without a warm start took."""
 
     direction: Tensor
     cold_products: int

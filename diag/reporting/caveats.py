@@ -15,8 +15,7 @@ from diag.reporting.timeline import broken_steps
 from diag.run.run import Event
 from diag.snapshot.history import History
 
-# How the run went and was measured, without anything in it to beware of; "info" is told in the method section.
-# A finding has a card of its own.
+# Events that are no reason for caution; "info" is shown in the method section, and a finding has its own card.
 ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe", "finding")
 MAX_EVENTS = 8
 

@@ -20,7 +20,7 @@ Chart = dict[str, Any]
 
 def tells_by_a_chart(finding: Finding) -> bool:
     """Whether a chart of a check that found nothing wrong shows more than its sentence: not where it would be the
-    number of steps that were looked at, or one value all along."""
+    number of steps that were looked at, or one value throughout."""
     last = finding.series[-1][1]
     scalars = last.scalars()
     first = next(iter(scalars), "")

@@ -1,6 +1,6 @@
-"""What a report is made of, whatever it was asked about: a run, a run's folder, a snapshot or some results.
+"""What a report is made of, whatever its source: a run, a run's folder, a snapshot or some results.
 
-Nothing is judged here that has judged itself: a run brings its findings, a result its verdict.
+Nothing is judged here: a run brings its findings, a result its verdict.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diag.run.run import Cost, Event, Finding, Run, read_run
 from diag.snapshot.history import History
 from diag.snapshot.snapshot import Snapshot
 
-OLD = 0.75  # a verdict measured before this share of the run speaks of another network than the last one
+OLD = 0.75  # a verdict measured before this share of the run may not hold for the last step's network
 
 
 def is_old(measured_at: int, last_step: int) -> bool:
@@ -71,7 +71,7 @@ def gather(source: Any) -> Evidence:
 
 
 def _from_run(run: Run) -> Evidence:
-    # A note of the history is also among the events; it is told once.
+    # A note of the history is also among the events; it is shown once.
     notes = run.history.notes if run.history is not None else ()
     name = run.metadata.get("name") or (run.path.resolve().name if run.path else "in memory")
     return Evidence(

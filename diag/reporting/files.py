@@ -48,7 +48,8 @@ class Page:
         beside = path.with_suffix(".json")
         if beside.exists() and not _is_document(beside):
             raise InvalidInput(
-                f"The report's data would be written over {beside}, which is no report's; give another output."
+                f"The report's data would be written over {beside}, which was not written with a report; "
+                f"give another output."
             )
         data = json.dumps(self.document, allow_nan=False, indent=1) + "\n"
         try:
@@ -82,8 +83,9 @@ def write(path: Path, text: str) -> None:
 def write_together(texts: Mapping[Path, str]) -> None:
     """Write files that belong together, the most important first, so that no kill leaves parts of two reports.
 
-    All are written beside their places before the first takes its own. What would not fit the first one is removed
-    before it: at any moment the first is whole, and each of the others fits it or is not there.
+    All are written to partial files before the first is moved to its place. Old files that would not fit the new
+    first one are removed before that: at any moment the first is whole, and each of the others fits it or is
+    absent.
     """
     partial = {path: path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}") for path in texts}
     _remove_left_over(texts)
@@ -100,7 +102,7 @@ def write_together(texts: Mapping[Path, str]) -> None:
 
 
 def _remove_left_over(paths: Iterable[Path]) -> None:
-    """What writers left that were killed; a file of the last hour may be another writer's."""
+    """Remove partial files of killed writers; one of the last hour may be a living writer's."""
     for path in paths:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
             with contextlib.suppress(OSError):

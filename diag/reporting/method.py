@@ -120,7 +120,7 @@ def _schedule(evidence: Evidence) -> Iterable[dict[str, Any]]:
         known = instruments().get(finding.instrument)
         computed = in_time and known is not None and known.from_history
         own = [r.provenance.seconds for _, r in finding.series if r.provenance.seconds is not None]
-        # What is computed from the record when the run is opened took another time each time.
+        # What is computed from the record when the run is opened takes a different time at each opening.
         times = [] if computed else seconds.get(finding.instrument) or own
         steps = [step for step, _ in finding.series]
         yield {

@@ -46,7 +46,7 @@ class LivePage:
         self.folder, self.seconds = folder, seconds
         self._lock = threading.Lock()
         self._version, self._html, self._data = "", "", ""
-        read_run(folder)  # a mistake is told before anything is served
+        read_run(folder)  # a mistake is reported before anything is served
 
     def version(self) -> str:
         """What the files of the run are now: it changes with every record."""
@@ -135,4 +135,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Requests are not told."""
+        """Requests are not logged."""

@@ -1,4 +1,4 @@
-"""The user's build function: found by its name, called, and its answer as the arguments of a `Snapshot`.
+"""The user's build function: found by its name, called, and its result as the arguments of a `Snapshot`.
 
 `build` is a function, or names one as `module:function` or `file.py:function`. It returns `(model, loss_fn, data)`,
 a dict of a Snapshot's arguments, or a Snapshot. What it raises becomes one sentence that says where.
@@ -44,7 +44,9 @@ def built_arguments(build: Build) -> dict[str, Any]:
     known = inspect.signature(Snapshot).parameters
     unknown = [str(n) for n in built if n not in known]
     if unknown:
-        raise InvalidInput(f"The build function {name} returned {unknown[0]!r}; known are {', '.join(known)}.")
+        raise InvalidInput(
+            f"The build function {name} returned {unknown[0]!r}; expected one of {', '.join(known)}."
+        )
     return dict(built)
 
 
@@ -79,7 +81,7 @@ def load_build(target: str) -> Callable[[], Any]:
 def _import_file(file: Path) -> Any:
     if not file.is_file():
         raise InvalidInput(f"There is no file {file}; {FORM}.")
-    name = file.stem if file.stem not in sys.modules else f"build_{file.stem}"  # not in the way of another module
+    name = file.stem if file.stem not in sys.modules else f"build_{file.stem}"  # so that no other module is hidden
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)

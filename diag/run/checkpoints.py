@@ -155,7 +155,7 @@ def _mean_loss(snapshot: Snapshot, held_out: bool) -> float:
     """The mean loss, on the held-out data where there is some; NaN where there is none."""
     try:
         return float(snapshot.quantity("held_out_losses" if held_out else "losses").double().mean())
-    except Exception:  # whatever the user's model or loss raises is told by the instruments
+    except Exception:  # whatever the user's model or loss raises is reported by the instruments
         return math.nan
 
 

@@ -1,4 +1,4 @@
-"""What is not as it was written in a run's files, in sentences: nothing is left out in silence."""
+"""What is missing or damaged in a run's files, in sentences: nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diag.run.rows import Rows
 
 
 def missing(folder: Path, metadata: Mapping[str, Any], rows: Rows, records: Records) -> list[str]:
-    """What has been there and is gone: files, and what was cut off at their ends."""
+    """What is lost: files, and what was cut off at their ends."""
     return list(_missing(folder, metadata, rows, records))
 
 
@@ -31,7 +31,7 @@ def _missing(folder: Path, metadata: Mapping[str, Any], rows: Rows, records: Rec
 
 
 def damaged(rows: Rows, records: Records) -> Iterator[str]:
-    """What is there and is not as it was written."""
+    """What is there and does not fit its checksum."""
     if number := rows.damaged:
         yield f"{_counted(number, 'row')} of {STEPS} {_are(number)} damaged and left out."
     if number := records.damaged:

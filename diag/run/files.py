@@ -7,8 +7,8 @@
     writer.lock     held (flock) by the process that writes (`folder`)
     previous-run/   the run that was in this folder before, if any
 
-What was written is told from what lies there now: a reader leaves out what a checksum does not fit and says so. The
-two files that grow are made before run.json is, so that one that is missing beside it has been lost.
+Damage is detected: a reader leaves out what does not fit its checksum and says so. The two files that grow are made
+before run.json is, so that one that is missing beside it has been lost.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FORMAT = "diag-run"
 FORMAT_VERSION = 2
 META, STEPS, RECORDS, ARRAYS = "run.json", "steps.bin", "records.jsonl", "arrays"
 LOCK, PREVIOUS = "writer.lock", "previous-run"
-DAMAGED = "damaged"  # the kind of event that tells what is not as it was written
+DAMAGED = "damaged"  # the kind of event that reports what does not fit its checksum
 
 LARGEST = 1 << 62  # of a step, a count or a size
 STRUCTURE = ("format", "format_version", "row", "layers")  # without these no row can be read
-# The types of what others read in the metadata; an entry of another type is left out and told.
+# The types of what others read in the metadata; an entry of another type is left out and reported.
 TYPES: dict[str, type | tuple[type, ...]] = {
     "created": str,
     "model": str,
@@ -154,7 +154,7 @@ def _why(error: BaseException) -> str:
 
 
 def _with_floats(value: Any) -> Any:
-    """What `encode` made of numbers that JSON has not (infinity), as numbers again."""
+    """What `encode` made of numbers that JSON does not have (infinity), as numbers again."""
     if isinstance(value, dict):
         return decode(value) if "__float__" in value else {k: _with_floats(v) for k, v in value.items()}
     return [_with_floats(v) for v in value] if isinstance(value, list) else value

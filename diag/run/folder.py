@@ -1,7 +1,7 @@
 """A run's folder: who may write to it, and making room for a new run, which can be killed at any moment.
 
 A run that lies in the folder is moved to `previous-run/` (one generation), run.json first: from then on the folder
-holds no run, and the next start goes on where this one stopped. What is removed is renamed before, so that a half
+holds no run, and the next start continues where this one stopped. What is removed is renamed first, so that a half
 removed folder is never taken for somebody else's.
 """
 
@@ -61,9 +61,9 @@ def is_being_written(path: Path) -> bool:
 
 def set_aside(folder: Path) -> None:
     """Move a run that lies in `folder` to `previous-run/`, replacing the one kept there; one that has neither a
-    step nor a result is removed, so that a start that failed takes nobody's place.
+    step nor a result is removed, so that a failed start does not replace a run.
 
-    Raises RunError where something that diag did not write bears one of the names; nothing is moved then.
+    Raises RunError where something that diag did not write has one of the names; nothing is moved then.
     """
     ours = [folder / name for name in OURS if name != LOCK and (folder / name).exists()]
     moving, kept = folder / MOVING, folder / PREVIOUS
@@ -92,7 +92,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether there is a step or a result in the run, or may have been before something was damaged."""
+    """Whether the run has a step or a result, or may have had one before it was damaged."""
     try:
         metadata, _ = read_metadata(folder)
         if (folder / STEPS).stat().st_size >= row_dtype(metadata["row"]).itemsize:

@@ -27,7 +27,7 @@ class Growing:
         """How many records the file holds: the number of the next one."""
         at = os.lseek(self.descriptor, 0, os.SEEK_CUR)
         if at != self._now[0]:
-            if at == self._next[0]:  # an interrupt came between the write and its being noted
+            if at == self._next[0]:  # an interrupt came between the write and the count of it
                 self._now = self._next
             else:
                 os.lseek(self.descriptor, self._now[0], os.SEEK_SET)
@@ -71,5 +71,5 @@ class Growing:
         self.descriptor = new
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         os.close(self.descriptor)

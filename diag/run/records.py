@@ -1,7 +1,7 @@
 """The lines of records.jsonl: what a line holds, its number and checksum, and which lines still count.
 
 A line is {"crc": checksum of all that follows, "n": its number, "type": ..., "step": ..., ...}. A gap in the
-numbers tells of lines that are gone; a number that came before, of one that was put in twice or moved.
+numbers shows that lines are lost; a repeated number, that one was inserted twice or moved.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NEEDED: dict[str, dict[str, type]] = {
 class Records(NamedTuple):
     """The records in order, and the state of their file.
 
-    damaged: how many lines are not as they were written, or are gone. torn: whether the last is (0 or 1).
+    damaged: how many lines do not fit their checksums, or are gone. torn: whether the last is (0 or 1).
     next: the number of the next line. bytes: the size of the file without the torn end.
     """
 
@@ -64,9 +64,9 @@ def record_line(record: Mapping[str, Any], number: int) -> bytes:
 
 
 def read_records(file: Path) -> Records:
-    """The records of records.jsonl that are as they were written. Raises OSError where it cannot be read.
+    """The records of records.jsonl that fit their checksums. Raises OSError where it cannot be read.
 
-    The `data` of an outcome is left as the bytes of its line (`outcome_data` reads them): its checksum tells that
+    The `data` of an outcome is left as the bytes of its line (`outcome_data` reads them): its checksum shows that
     they are whole, and parsing a hundred thousand results would take many times as long.
     """
     data = file.read_bytes() if file.exists() else b""
@@ -150,10 +150,10 @@ def outcome_record(step: int, outcome: Outcome, seconds: float | None, save_arra
 
 
 def outcome_data(line: bytes) -> dict[str, Any]:
-    """The `data` of an outcome that `read_records` left as its line. Raises ValueError where it is no dict."""
+    """The `data` of an outcome that `read_records` left as its line. Raises ValueError where it is not a dict."""
     data = json.loads(line)["data"]
     if not isinstance(data, dict):
-        raise ValueError("its data are no dict")
+        raise ValueError("its data are not a dict")
     return data
 
 

@@ -1,7 +1,7 @@
 """The rows of steps.bin: what a row holds, its checksum, and the history that rows make.
 
 A row ends in a checksum of its bytes that starts from its place in the file, so that a row that was changed, moved
-or put in twice is told from one that was written. Every row is one write to the operating system.
+or inserted twice is detected. Every row is one write to the operating system.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
 
     @property
     def damaged(self) -> int:
-        """How many rows are not as they were written."""
+        """How many rows do not fit their checksums."""
         return int((~self.whole).sum())
 
 

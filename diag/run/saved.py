@@ -39,4 +39,6 @@ def load_result(file: Path) -> Result:
             f"{file} holds neither a run nor a result ({type(error).__name__}); expected a run's folder, or a file "
             "that result.save wrote."
         ) from None
-    raise RunError(f"{file} holds a result of {name!r}, which is not installed here; known are `diag list`.")
+    raise RunError(
+        f"{file} holds a result of {name!r}, which is not installed here; expected one that `diag list` shows."
+    )

@@ -18,7 +18,7 @@ CERTAINTY = list(Confidence)
 
 
 class Told(Protocol):
-    """What a story is made of: a verdict, and the steps that it was measured at."""
+    """One item of a story: a verdict, and the steps that it was measured at."""
 
     @property
     def verdict(self) -> Verdict:
@@ -79,7 +79,7 @@ def _root(finding: F, told: Sequence[F]) -> F:
 
 
 def _before(finding: F, told: Sequence[F]) -> list[F]:
-    """The finding and all that it can follow from, at any remove."""
+    """The finding and all that it can follow from, directly or through others."""
     found = [finding]
     for f in found:  # grows while it is gone through
         found += [g for g in told if explains(g, f) and not any(g is known for known in found)]

@@ -58,7 +58,7 @@ class RunWriter:
         starts a new run where there is none. A step number continues after that step: what was recorded
         beyond it is superseded (training restarted from an older checkpoint).
 
-    rates_before: the first and the last learning rate of the run that is gone on with, empty where there is none.
+    rates_before: the first and the last learning rate of the run that is continued, empty where there is none.
 
     Raises RunError where another process writes to the folder, where the folder's run has other layers
     (naming the first difference) or cannot be read. A writer of the same process is closed and replaced.
@@ -124,7 +124,7 @@ class RunWriter:
         _refuse_other_layers(before["layers"], self.layers, self.path)
         self._dtype = row_dtype(before["row"])
         rows, records = read_rows(self.path / STEPS, before["row"]), read_records(self.path / RECORDS)
-        wrong += missing(self.path, before, rows, records)  # what could not be told any more, once it is written to
+        wrong += missing(self.path, before, rows, records)  # read now: it cannot be known once more is written
         kept = kept_rows(rows, records.all)
         last_row = kept["steps"][-1:].tolist()
         self.last_step = max([0, *last_row, *(r["step"] for r in kept_records(records.all))])
@@ -243,7 +243,7 @@ class RunWriter:
         return True
 
     def close(self) -> None:
-        """Note how much the run holds, close the files and let the folder go; may be called twice."""
+        """Record how much the run holds, close the files and release the folder; may be called twice."""
         if self._files:
             counts = {"rows": self._files[STEPS].count(), "records": self._files[RECORDS].count()}
             with contextlib.suppress(Exception):  # without it, rows that are cut off later are not missed
@@ -251,7 +251,7 @@ class RunWriter:
         self.release()
 
     def release(self) -> None:
-        """Close the files and let the folder go, without a word in it."""
+        """Close the files and release the folder, without writing anything to it."""
         files, self._files = self._files, {}
         for file in files.values():
             file.close()
@@ -280,7 +280,9 @@ class RunWriter:
         try:
             return save_array(self.path / ARRAYS, array)
         except OSError as error:
-            raise Unwritten(f"{self.path / ARRAYS} cannot be written ({error.strerror}); see to it.") from None
+            raise Unwritten(
+                f"{self.path / ARRAYS} cannot be written ({error.strerror}); free some space."
+            ) from None
 
     def _file(self, name: str) -> Growing:
         if name not in self._files:

@@ -1,4 +1,4 @@
-"""Statistics of what the nonlinearities and the layers of a model put out on the data, in one forward pass.
+"""Statistics of the outputs of a model's nonlinearities and layers on the data, in one forward pass.
 
 Functions are watched and not modules, so that `F.relu(x)` in a forward method counts as `nn.ReLU()` does; each call
 is named after the module that it was made in. Sums are kept for each unit, so that memory does not grow with the
@@ -80,7 +80,7 @@ class Activation:
 
 
 class _Sums:
-    """What is added up of one call over the batches: for each unit, and in all."""
+    """Sums over the batches of one call's outputs: for each unit, and in all."""
 
     def __init__(self, function: str, units: int, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -151,7 +151,7 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
 
 
 class _Listening(TorchFunctionMode):
-    """Hears of every function that is called, and adds up what comes out of those in the two tables."""
+    """Intercepts every function that is called, and sums up the outputs of those in the two tables."""
 
     def __init__(self, sums: dict[tuple[str, str, int], _Sums], inside: Callable[[], str]) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class _Listening(TorchFunctionMode):
         kind = NONLINEARITIES.get(func) or LAYERS.get(func)
         if kind is None or self._nested:
             return func(*args, **(kwargs or {}))
-        self._nested = True  # one of these calls another, and it is one call of the user's
+        self._nested = True  # where one of these calls another, the user made one call
         try:
             value = func(*args, **(kwargs or {}))
         finally:

@@ -45,5 +45,5 @@ def nodes_before(
 
 
 def signed(value: int) -> int:
-    """An integer as it was before a node kept it without its sign."""
+    """The integer that a node stored as unsigned, with its sign."""
     return value - 2 * UNSIGNED if value >= UNSIGNED else value

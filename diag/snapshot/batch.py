@@ -98,7 +98,7 @@ class Batch:
         return Batch(args, kwargs, targets, len(rows))
 
     def split(self, size: int | None) -> Iterator[Batch]:
-        """Micro-batches of at most `size` examples, in order; one that must stay whole does."""
+        """Micro-batches of at most `size` examples, in order; a batch that must stay whole is not cut."""
         step = self.size if self.coupled else size or self.size
         for start in range(0, self.size, step):
             yield self.slice(start, start + step)
@@ -128,7 +128,7 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dicts, in order; what holds itself is gone through once."""
+    """Every tensor in nested tuples, lists and dicts, in order; a container that holds itself is visited once."""
     found: list[Tensor] = []
     _collect(value, found, set())
     return found

@@ -34,9 +34,10 @@ def call_at(
 ) -> Any:
     """What `model(*args, **kwargs)` gives with `values` (by parameter or buffer name) in place of its own tensors.
 
-    A tied tensor is replaced under all of its names, whichever of them is given. What the call binds to these
-    names is dropped; `values` stays as it is. Raises InvalidInput for a name that the model does not have, and
-    for two names of one tensor with different values; Unsupported where the model is TorchScript.
+    A tied tensor is replaced under all of its names, whichever of them is given. A tensor that the call itself
+    binds to one of these names is dropped; `values` is not changed. Raises InvalidInput for a name that the model
+    does not have, and for two names of one tensor with different values; Unsupported where the model is
+    TorchScript.
     """
     renew(model)
     with placed(model, values):

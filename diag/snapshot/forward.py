@@ -34,7 +34,7 @@ class Classifier(NamedTuple):
 
 @dataclass(frozen=True)
 class Looked:
-    """What a model and the loss did with one batch.
+    """What one call of a model and of the loss showed on one batch.
 
     value: the loss, None where there is none or it cannot be computed. calls: of loss functions of torch that led
     to it. comparison: of logits with labels, or why there is none.
@@ -56,7 +56,7 @@ class Looked:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Everything that one pass gives; features and the final layer are None where they could not be had."""
+    """Everything that one pass gives; features and the final layer are None where the model has no final layer."""
 
     looked: tuple[Looked, ...]
     features: Tensor | None
@@ -82,7 +82,7 @@ def labels(snapshot: Snapshot) -> Tensor:
 def targets(snapshot: Snapshot) -> Tensor:
     """What a regression asks for, floating tensor (n, ...).
 
-    Raises MissingQuantity where the targets are no floating-point numbers, one or several an example.
+    Raises MissingQuantity where the targets are not floating-point numbers, one or several an example.
     """
     found = [batch.targets for batch in snapshot.batches]
     for t, batch in zip(found, snapshot.batches, strict=True):
@@ -168,7 +168,7 @@ def comparisons(snapshot: Snapshot) -> list[Comparison]:
 
 
 def look(snapshot: Snapshot, model: nn.Module | Callable[..., Any], batch: Batch) -> Looked:
-    """Call `model` and the snapshot's loss on a batch, and look on. The caller is inside `preserved`."""
+    """Call `model` and the snapshot's loss on a batch, and observe both. The caller is inside `preserved`."""
     spy = LossSpy()
     with spy:
         outputs = batch.forward(model)
@@ -178,7 +178,7 @@ def look(snapshot: Snapshot, model: nn.Module | Callable[..., Any], batch: Batch
 def look_at(
     snapshot: Snapshot, outputs: Any, targets: Any, spy: LossSpy | None = None, tries: bool = True
 ) -> Looked:
-    """Call the snapshot's loss on outputs of the model, and look on.
+    """Call the snapshot's loss on outputs of the model, and observe it.
 
     spy: what saw the model's call. tries: whether to try what the loss compares where no call shows it.
     """
@@ -261,7 +261,9 @@ def _gradients(snapshot: Snapshot, looked: Looked, batch: Batch, found: Comparis
             (gradient,) = torch.autograd.grad(found.row_losses(z).sum(), z)
             return gradient[found.counted]
         if not isinstance(looked.outputs, Tensor):
-            raise MissingQuantity("the outputs are no plain tensor, so the loss cannot be differentiated by them.")
+            raise MissingQuantity(
+                "the outputs are not a plain tensor, so the loss cannot be differentiated by them."
+            )
         z = looked.outputs.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(snapshot.batch_loss(z, batch.targets), z)
     classes = found.logits.shape[1]

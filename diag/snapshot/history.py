@@ -28,7 +28,7 @@ class History:
     steps (T,) int64: the number of the optimizer step, from 1; strictly increasing.
     layers, sizes: the L parameter names in `named_parameters()` order, and their numbers of elements.
     loss (T,): what the step descended: the sum over its micro-batches of what backward() was called on, unscaled,
-        or what the user told of each. `loss_finite` (T,) bool is False where the loss was seen and was infinite or
+        or what the user gave for each. `loss_finite` (T,) bool is False where the loss was seen and was infinite or
         not a number; True where it was not observed.
     learning_rate (T,): of the first parameter group.
     gradient_norm (T, L): 2-norms before clipping, true (unscaled) values; inf or NaN entries of a gradient

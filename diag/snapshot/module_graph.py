@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import networkx
 
 INPUT, OUTPUT = "input", "output"
-# Operations that only lay a tensor out again: they are no nodes of their own.
+# Operations that only rearrange a tensor: they are not nodes.
 TRANSPARENT = {
     "view", "unsafe_view", "reshape", "reshape_alias", "permute", "transpose", "t", "expand", "squeeze",
     "unsqueeze", "select", "slice", "split", "split_with_sizes", "unbind", "clone", "detach", "alias", "to_copy",

@@ -1,4 +1,4 @@
-"""A flag that says "diag is measuring": the watch's own hooks stay silent while it is up.
+"""A flag that says "diag is measuring": the watch's own hooks do nothing while it is raised.
 
 Hooks that ran while an instrument calls the model would record the instrument's passes as training steps.
 The flag is a context variable, so it belongs to the thread or task that measures and to no other.

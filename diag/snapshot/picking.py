@@ -43,10 +43,10 @@ def partitioned(batches: Sequence[Batch], size: int, seed: int) -> Iterator[list
     return (picked(batches, numbers.sort().values.tolist()) for numbers in shuffled.split(size))
 
 
-def dealt_out(batches: Sequence[Batch], count: int, seed: int) -> list[list[Batch]]:
+def random_blocks_of(batches: Sequence[Batch], count: int, seed: int) -> list[list[Batch]]:
     """`count` disjoint random blocks of nearly as many examples each; a few examples may be left over.
 
-    Batches that must stay whole are dealt out whole. Raises InvalidInput where there are fewer of them, or fewer
+    Batches that must stay whole are assigned whole. Raises InvalidInput where there are fewer of them, or fewer
     examples, than blocks.
     """
     generator = torch.Generator().manual_seed(seed)

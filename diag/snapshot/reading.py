@@ -1,4 +1,4 @@
-"""The data of a snapshot, read once: in micro-batches, without a trace in the random states, and not for ever."""
+"""The data of a snapshot, read once: in micro-batches, without a trace in the random states, and with an end."""
 
 from __future__ import annotations
 

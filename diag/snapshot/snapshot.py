@@ -103,7 +103,9 @@ class Snapshot:
         self.carry, self.deadline, self.ranks = carry, deadline, ranks
         if ranks and deadline is not NEVER:
             raise InvalidInput(
-                "A snapshot over ranks= takes no deadline=, which the ranks would meet at other times."
+                "A snapshot over ranks= takes no deadline=, which the ranks would reach at different times; "
+                "leave it "
+                "out."
             )
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
@@ -234,7 +236,7 @@ class Snapshot:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the snapshot was made with, by name: `Snapshot(**snapshot.arguments)` is its like."""
+        """What the snapshot was made with, by name: `Snapshot(**snapshot.arguments)` makes another like it."""
         return dict(self._given)
 
     @property
@@ -250,7 +252,7 @@ class Snapshot:
         return self.with_data(self._given["held_out"])
 
     def replace(self, **changes: Any) -> Snapshot:
-        """A snapshot with the same arguments but for `changes`; data that was read is not read again.
+        """A snapshot with the same arguments except `changes`; data that was read is not read again.
 
         Raises InvalidInput for a name that `Snapshot` does not take.
         """

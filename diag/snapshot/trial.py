@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Attempt:
     """One attempt to fit the batch.
 
-    optimizer: how it is called in a sentence. losses: before each step, (steps,). final: the loss after the last
+    optimizer: its name in a sentence. losses: before each step, (steps,). final: the loss after the last
     step, in training mode. stopped: what ended it early; empty: nothing did.
     """
 
@@ -44,7 +44,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Trial:
-    """What `diag.preflight` tried on copies of a model; numbers that could not be had are NaN.
+    """What `diag.preflight` tried on copies of a model; numbers that are unavailable are NaN.
 
     examples: how many the batch holds. attempts: with the user's optimizer (`own`) or with Adam; the first
     attempt is the one that was watched. exchanged_loss: the mean loss, before training, where each example has the
@@ -52,7 +52,7 @@ class Trial:
     how far the outputs move when the inputs of the examples are exchanged, before and after it, over their size.
     mixing: how far the answers to one example move in evaluation mode when the others of the batch are replaced,
     over their size. train_loss, eval_loss: of the batch after the best attempt, in both modes, once the running
-    statistics have seen the batch `SETTLING` times. unsure: why a number could not be had, by its name.
+    statistics have seen the batch `SETTLING` times. unsure: why a number is unavailable, by its name.
     """
 
     examples: int

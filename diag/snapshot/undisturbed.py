@@ -1,7 +1,7 @@
 """What a whole measurement leaves as it was: an instrument's call, one quantity, one look in a watch.
 
-`preserved` is around each pass and restores what a pass moves as a matter of course. This is around all of them: it
-sees to what no pass should move.
+`preserved` is around each pass and restores what every pass moves. This is around all of them: it restores, or
+reports, what no pass should move.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Before training: one batch is tried out on copies of the model, and what will not work is told.
+"""Before training: one batch is tried out on copies of the model, and what will not work is reported.
 
-`diag.preflight` is the whole of it. Nothing here touches the user's model, optimizer or random numbers.
+`diag.preflight` is its only entry. Nothing here touches the user's model, optimizer or random numbers.
 """
 
 __all__ = ["preflight"]

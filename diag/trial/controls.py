@@ -1,4 +1,4 @@
-"""What the answers of a network depend on: its input, the other examples of the batch, the mode it is in."""
+"""What the outputs of a network depend on: its input, the other examples of the batch, the mode it is in."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def both_modes(model: nn.Module, batch: Batch, batch_loss: LossFunction) -> tupl
 
 
 def answers(model: nn.Module, batch: Batch) -> list[Tensor]:
-    """The floating tensors that the network puts out with one entry or more for each example.
+    """The floating tensors among the network's outputs that have one entry or more for each example.
 
     Called with the same random numbers every time, as some networks add noise in evaluation, too; `in_mode` puts
     the user's back.

@@ -37,8 +37,8 @@ def twin_of(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, O
 
 
 def _with_all(twin: Optimizer, original: Optimizer, known: dict[int, Any]) -> Optimizer:
-    """A copied optimizer with what copying leaves out (the parameter list of LBFGS), and without what reaches back
-    to the original: the wrapper that a schedule puts around its step."""
+    """A copied optimizer with what copying leaves out (the parameter list of LBFGS), and without what refers to the
+    original: the wrapper that a schedule puts around its step."""
     for name in vars(original).keys() - vars(twin).keys() - {"step"}:
         setattr(twin, name, {} if name.endswith("_hooks") else copy.deepcopy(vars(original)[name], known))
     twin.__dict__.pop("step", None)
@@ -54,7 +54,7 @@ def fit(
     steps: int,
     seconds: float,
 ) -> Attempt:
-    """Train `model` on `batch` until its loss has nearly gone, `steps` are made or `seconds` are over."""
+    """Train `model` on `batch` until its loss is nearly zero, or `steps` or `seconds` are used up."""
     began, losses, stopped = time.perf_counter(), [], ""
     model.train()
     for _ in range(steps):
@@ -67,7 +67,7 @@ def fit(
         elif 0 <= losses[-1] <= FITTED * losses[0]:
             stopped = "it was fitted"
         elif time.perf_counter() - began > seconds:
-            stopped = "the time was over"
+            stopped = "the time was up"
         if stopped:
             break
         _step(model, batch, batch_loss, optimizer, loss)

@@ -1,4 +1,4 @@
-"""`preflight`: what of a training will not work, told before it begins, in about a minute.
+"""`preflight`: what of a training will not work, found before it begins, in about a minute.
 
 One batch is trained on with a copy of the model, watched; then the copies are asked what their answers depend on,
 and what else there is to measure is measured as far as the time allows.
@@ -140,7 +140,7 @@ def _tried(
 
 
 def _prepared(model: nn.Module, plan: Optimizer | float) -> tuple[nn.Module, Optimizer, str]:
-    """A copy of the model, the optimizer that trains it, and how that is called in a sentence."""
+    """A copy of the model, the optimizer that trains it, and the optimizer's name in a sentence."""
     twin, held = twin_of(model, plan if isinstance(plan, Optimizer) else None)
     if held is not None:
         return twin, held, f"the given {type(held).__name__}"
@@ -156,7 +156,7 @@ def _checks(plan: Optimizer | float) -> list[str]:
 
 
 def _controls(snapshot: Snapshot, batch: Batch, fitted: nn.Module) -> dict[str, Any]:
-    """What the answers depend on, before and after the best attempt; what cannot be had stays NaN, with why."""
+    """What the outputs depend on, before and after the best attempt; what is unavailable stays NaN, with why."""
     model, loss = snapshot.model, snapshot.batch_loss
     found: dict[str, Any] = {}
     unsure: dict[str, str] = {}
@@ -201,8 +201,8 @@ def _measured(snapshot: Snapshot, step: int, seconds: float, began: float) -> tu
             runs.append(f"{i.name} ({format_seconds(outcome.provenance.seconds or 0.0)})")
         else:
             records.append(Record(step, i.name, outcome))
-    told = f"On this model, {snapshot.num_examples} examples and this machine run: {', '.join(runs) or 'none'}."
-    return records, Event(step, "info", told)
+    text = f"On this model, {snapshot.num_examples} examples and this machine run: {', '.join(runs) or 'none'}."
+    return records, Event(step, "info", text)
 
 
 def _asks_for_a_run(i: Instrument) -> bool:
@@ -211,8 +211,8 @@ def _asks_for_a_run(i: Instrument) -> bool:
 
 
 def _passes(i: Instrument) -> float:
-    told = i.expected_passes({})
-    return sum(cost.passes for cost in i.costs) if told is None else told
+    expected = i.expected_passes({})
+    return sum(cost.passes for cost in i.costs) if expected is None else expected
 
 
 def _forward_seconds(snapshot: Snapshot) -> float:
@@ -226,7 +226,7 @@ def _forward_seconds(snapshot: Snapshot) -> float:
 def _finished(run: Run, records: list[Record], ready: Event, model: nn.Module, seconds: float) -> Run:
     """The run of the watched attempt with what was tried besides."""
     about = dict(run.metadata) | {"name": f"preflight of {type(model).__name__}", "checked": "before training"}
-    told = Event(
+    summary = Event(
         run.last_step, "info", f"Preflight took {format_seconds(seconds)}; copies of the model were trained."
     )
-    return replace(run, metadata=about, records=[*run.records, *records], events=[*run.events, ready, told])
+    return replace(run, metadata=about, records=[*run.records, *records], events=[*run.events, ready, summary])

@@ -1,4 +1,4 @@
-"""Checkpoints that run code, ask for memory that they do not hold, or take for ever to look at.
+"""Checkpoints that run code, ask for memory that they do not hold, or take forever to look at.
 
 Each generator yields the name of a file and its bytes.
 """
@@ -156,7 +156,7 @@ def overlapping(data):
 
 
 def structures():
-    """Files that hold themselves, or what takes for ever to look at."""
+    """Files that hold themselves, or what takes forever to look at."""
     nested = b"".join(b"}" + text("a") for _ in range(3000)) + b"N" + b"s" * 3000
     tower = b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
     dicts = b"}q\x00" + b"".join(

@@ -62,7 +62,7 @@ def test_all_hostile_checkpoints(tmp_path):
         ("legacy storage of 2 GB.pt", "asks for more memory than its file can fill"),
         ("legacy storage not written.pt", "names storages that do not lie in it"),
         ("deflated pickle.pt", "is a zip archive with compressed entries, which torch never writes"),
-        ("entries over one another.pt", "is a zip archive whose entries lie over one another"),
+        ("entries over one another.pt", "is a zip archive whose entries overlap"),
         ("a comment.pt", "is damaged or was not written to its end"),
     ],
 )
@@ -78,8 +78,8 @@ def test_a_file_that_asks_for_too_much(name, text, tmp_path):
     [
         ("holds itself.pt", "holds no state dict (its entries are a)"),
         ("nested 3000 deep.pt", "a.pt holds dicts nested more than 60 deep"),
-        ("a key of 2^60 parts.pt", "holds a dict whose keys would take for ever to read"),
-        ("a set of 2^60 parts.pt", "holds a dict whose keys would take for ever to read"),
+        ("a key of 2^60 parts.pt", "holds a dict whose keys would take forever to read"),
+        ("a set of 2^60 parts.pt", "holds a dict whose keys would take forever to read"),
         ("dicts that double sixty times.pt", "holds no state dict"),
     ],
 )

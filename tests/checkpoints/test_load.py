@@ -169,7 +169,7 @@ def test_several_states_ask_for_a_key(net, tmp_path):
     assert set(load_state(tmp_path / "a.pt", key="gan.critic").state) == set(net.state_dict())
     with pytest.raises(CheckpointError, match=r"has no entry 'gna'; there are gan"):
         load_state(tmp_path / "a.pt", key="gna")
-    with pytest.raises(CheckpointError, match=r"'gan' of .* is no state dict; .* holds several states"):
+    with pytest.raises(CheckpointError, match=r"'gan' of .* is not a state dict; .* holds several states"):
         load_state(tmp_path / "a.pt", key="gan")
 
 
@@ -336,7 +336,7 @@ def test_a_folder_whose_shards_are_missing_or_elsewhere(net, tmp_path):
     with pytest.raises(CheckpointError, match=re.escape("lacks ../elsewhere.safetensors")):
         load_state(folder)
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="is no index of shards"):
+    with pytest.raises(CheckpointError, match="is not an index of shards"):
         load_state(folder)
 
 

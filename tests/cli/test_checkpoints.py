@@ -187,7 +187,7 @@ def test_another_entry_of_the_checkpoint(task, run_diag):
         (["net_0.pt", "--build", "syntax.py:build"], "Importing syntax.py raised SyntaxError"),
         (["net_0.pt", "--build", "task:gives_a_number"], "returned int; expected (model, loss_fn, data), a dict"),
         (["net_0.pt", "--build", "task:gives_no_model"], "returned int as its model; expected (model"),
-        (["net_0.pt", "--build", "task:gives_a_typo"], "returned 'dat'; known are model, loss_fn, data"),
+        (["net_0.pt", "--build", "task:gives_a_typo"], "returned 'dat'; expected one of model, loss_fn, data"),
         (["nowhere.pt", "--build", "task:build"], "There is no checkpoint nowhere.pt"),
         (["run", "--build", "task:build"], "run is a run and not a checkpoint; leave build out"),
         (

@@ -189,7 +189,7 @@ def test_settings_of_checks_of_the_record(make_run, tmp_path):
     [
         (
             "[check]\nfail_on = 'alarm'",
-            "has an unknown key in [check], 'fail_on'; known are fail-on, ",
+            "has an unknown key in [check], 'fail_on'; expected one of fail-on, ",
         ),
         ("[check]\nfail-on = 'ok'", "fail-on is 'ok'; expected alarm, warning."),
         ("[check.levels]\nsoftmax_colapse = 'warning'", "There is no instrument 'softmax_colapse'; did you mean"),
@@ -200,8 +200,8 @@ def test_settings_of_checks_of_the_record(make_run, tmp_path):
         ("[settings.softmax_collapse]\nalarm_at = 1", "softmax_collapse measures during the training"),
         ("[settings.gradient_flow]\nx = 1", "gradient_flow has no setting 'x'; it has"),
         ("[settings.gradient_flow]\ndepth_factor = 'x'", "gradient_flow.depth_factor takes a number"),
-        ("[chek]", "has an unknown table, 'chek'; known are check, settings."),
-        ("[check", "is no TOML ("),
+        ("[chek]", "has an unknown table, 'chek'; expected one of check, settings."),
+        ("[check", "is not valid TOML ("),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_sentence(text, said, run_diag, make_run, tmp_path):

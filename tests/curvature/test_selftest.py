@@ -99,7 +99,7 @@ def test_a_finite_difference_that_is_not_good_enough_is_refused():
     model = cases.build(lambda: wide_relu(lambda h: StoredDerivative.apply(Float32Only.apply((1000 * h).sin()))))
     with pytest.raises(
         Unsupported,
-        match=r"No right curvature product can be had: double backward differs .* no better than .* replace that",
+        match=r"No correct curvature product is available: double backward differs .* no better .* replace that",
     ):
         Hessian(model, F.cross_entropy, batches()).self_test.sentence()
 

@@ -186,7 +186,7 @@ class Recurrent(nn.Module):
 
 
 def test_a_model_without_attention_is_refused():
-    assert "calls no attention that can be heard" in refusal(measure, snapshot(Recurrent()))
+    assert "calls no attention that is recognised" in refusal(measure, snapshot(Recurrent()))
     assert "no attention among what was given" in refusal(measure, attention_calls=[])
 
 

@@ -547,11 +547,11 @@ def test_where_sgds_own_threshold_does_not_hold_it_is_refused():
         "SGD's own threshold is for a loss that is fitted": (fitted(off=1.0), 4),
         "does not apply: the optimizer is not plain SGD": (fitted(momentum=0.9), 4),
         "one learning rate and no decay": (fitted(weight_decay=0.1), 4),
-        "does not apply: the loss is no squared loss": (
+        "does not apply: the loss is not a squared loss": (
             fitted(0.3, loss=lambda z, t: (z - t).abs().pow(3).mean()),
             4,
         ),
-        "loss is no squared": (fitted(loss=lambda z, t: nn.functional.cross_entropy(z, t.softmax(1))), 4),
+        "loss is not a squared": (fitted(loss=lambda z, t: nn.functional.cross_entropy(z, t.softmax(1))), 4),
     }
     for reason, (snapshot, size) in cases.items():
         result = edge(snapshot, batch_size=size)

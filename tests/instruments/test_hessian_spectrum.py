@@ -144,7 +144,8 @@ def test_negative_curvature_warns():
     verdict = diag.hessian_spectrum(hessian=operator, num_eigenvalues=2).verdict()
     assert verdict.level is Level.WARNING
     assert (
-        "This is no minimum of the loss: it curves downwards by 30 % of its largest curvature" in verdict.sentence
+        "This is not a minimum of the loss: it curves downwards by 30 % of its largest curvature"
+        in verdict.sentence
     )
     assert verdict.value == pytest.approx(0.3, rel=1e-4) and verdict.threshold == 0.05
     # The threshold is a setting.

@@ -227,7 +227,9 @@ def test_a_notebook_gets_scoped_style_and_no_script(evidence, made):
 
 def test_the_data_of_another_thing_is_not_written_over(tmp_path, made):
     (tmp_path / "run.json").write_text('{"format_version": 1}')
-    with pytest.raises(InvalidInput, match=r"would be written over .*run\.json, which is no report's"):
+    with pytest.raises(
+        InvalidInput, match=r"would be written over .*run\.json, which was not written with a report"
+    ):
         Page(made).save(tmp_path / "run.html")
     assert (tmp_path / "run.json").read_text() == '{"format_version": 1}'
     assert not (tmp_path / "run.html").exists()

@@ -432,7 +432,7 @@ def test_what_json_has_no_word_for_is_not_written():
 
 @pytest.mark.parametrize("data", ["[]", '"text"', "3", "null"])
 def test_the_data_of_an_outcome_are_a_dict(data):
-    with pytest.raises(ValueError, match="its data are no dict"):
+    with pytest.raises(ValueError, match="its data are not a dict"):
         outcome_data(b'{"data": ' + data.encode() + b"}")
 
 

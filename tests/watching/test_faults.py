@@ -33,7 +33,7 @@ OUTERMOST = {
 
 
 class Injected(Exception):
-    """Its text cannot be had either."""
+    """Its text is unavailable, too."""
 
     def __str__(self):
         raise RuntimeError("no text")
@@ -161,7 +161,7 @@ def test_a_broken_function_is_said_and_the_training_goes_on():
     model, watcher = watched_training(FUNCTIONS["diag.watching.observe.steps:StepObserver.before_step"])
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plainly.parameters(), strict=True))
     (event,) = [e for e in watcher.run.events if e.kind == "internal error"]
-    assert "diag failed to observe optimizer steps (Injected: Injected, whose text cannot be had" in event.text
+    assert "diag failed to observe optimizer steps (Injected: Injected, whose text is unavailable" in event.text
 
 
 def raised(names, instruments=QUICK):

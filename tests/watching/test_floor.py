@@ -175,5 +175,5 @@ def test_an_error_that_cannot_tell_its_text():
         def __str__(self):
             raise RuntimeError
 
-    assert text_of(Mute()) == "Mute, whose text cannot be had"
+    assert text_of(Mute()) == "Mute, whose text is unavailable"
     assert text_of(ValueError("a")) == "a"

@@ -1,4 +1,4 @@
-"""The axes of every tensor of a forward pass, as symbols: what the rules of the operations write down.
+"""The axes of every tensor of a forward pass, as symbols, which the rules of the operations assign.
 
 `diag.connectivity.symmetries.tracing` follows a pass with one of these.
 """
@@ -33,12 +33,12 @@ class Labelling:
         return self._labels[tensor]
 
     def label(self, tensor: Tensor, labels: Labels) -> None:
-        """Write down the axes of `tensor`."""
+        """Assign the axes of `tensor`."""
         self._labels[tensor] = labels
         self.occurrences.append(labels)
 
     def is_labelled(self, tensor: Tensor) -> bool:
-        """Whether the axes of `tensor` have been written down."""
+        """Whether the axes of `tensor` have been assigned."""
         return tensor in self._labels
 
     def is_data(self, tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What views, slices, concatenations and indexing do to the axes of their operands.
 
-The same kind of table as in `rules`, for the operations that lay units out again or tell them apart.
+The same kind of table as in `rules`, for the operations that rearrange units or distinguish them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def unsqueeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
 
 @rule("squeeze")
 def squeeze(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
-    """Axes of size 1 go."""
+    """Axes of size 1 are removed."""
     x, dims = args["self"], args.get("dim")
     dims = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % x.ndim for d in dims if x.ndim and x.shape[d] == 1}

@@ -56,7 +56,7 @@ class DivergenceAt:
 
     @cached_property
     def rounding(self) -> float:
-        """The divergence of outputs that move by a hundred roundings of the largest: below it is no measurement."""
+        """The divergence of outputs that move by a hundred roundings of the largest: what is below it is noise."""
         moved = [ROUNDINGS * torch.finfo(z.dtype).eps * _largest(z) for z, _ in self._at_center]
         return max(moved) ** 2 / 2
 

@@ -22,7 +22,7 @@ from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import norm
 from diag.linalg.student import covering
 
-ROUNDINGS = 100  # of the loss: a rise below so many is no measurement (1e-5 in float32; our choice)
+ROUNDINGS = 100  # of the loss: a rise below so many is noise (1e-5 in float32; our choice)
 NORMS = ("l2", "linf")
 
 
@@ -46,7 +46,7 @@ class Ball:
 
 
 class MeanEstimate(NamedTuple):
-    """A mean and its standard error (0 where there is but one value to have)."""
+    """A mean and its standard error (0 for a quantity that has one value only)."""
 
     mean: float
     standard_error: float
@@ -99,7 +99,7 @@ class Surroundings:
 
     @property
     def rounding(self) -> float:
-        """What rises must exceed to be a measurement."""
+        """What rises must exceed to be more than rounding."""
         return ROUNDINGS * torch.finfo(self.losses_at.center.dtype).eps * abs(self.base)
 
     def rise(self, e: Tensor) -> float:

@@ -40,8 +40,8 @@ class SgdStability:
 
     scatter: equation 15. norm and its standard error: equation 16. exact: over the mean-square threshold.
     unexplained: squared residuals over the spread of the outputs. mismatch: |v^T G v / v^T H v - 1| for the top
-    eigenvector v. not_squared: why the loss is no squared loss, in a clause; the rest is then NaN. notes: what was
-    left out, and why.
+    eigenvector v. not_squared: why the loss is not a squared loss, in a clause; the rest is then NaN. notes: what
+    was left out, and why.
     """
 
     scatter: float = math.nan
@@ -126,7 +126,7 @@ def small_batches(
     traced: TraceAndNorm,
     seed: int,
 ) -> SgdStability:
-    """SGD's thresholds for small batches, where they are defined; weight decay is no part of them."""
+    """SGD's thresholds for small batches, where they are defined; weight decay is not a part of them."""
     if not isinstance(hessian, CurvatureOperator) or batch_size is None or batch_size >= hessian.num_examples:
         return SgdStability()
     plain = _plain_sgd(stability, optimizer, batch_size, hessian.num_examples)
@@ -157,8 +157,8 @@ class SquaredLoss:
 
     @classmethod
     def of(cls, operator: CurvatureOperator) -> SquaredLoss | str:
-        """The operator's loss, or why it is none, in a clause: its gradient in the outputs must be linear in them,
-        with one slope for all."""
+        """The operator's loss, or why it is not squared, in a clause: its gradient in the outputs must be linear
+        in them, with one slope for all."""
         objective = operator.objective
         outputs, residuals, slopes = [], [], []
         with objective.measured():
@@ -176,9 +176,9 @@ class SquaredLoss:
                     change = gradient(z + d) - base
                     slope = float((change * d).sum() / (d * d).sum())
                     if not float((change - slope * d).norm()) <= QUADRATIC_WITHIN * abs(slope) * float(d.norm()):
-                        return "the loss is no squared loss"
+                        return "the loss is not a squared loss"
                     if not slope > 0:
-                        return "the loss is no squared loss"
+                        return "the loss is not a squared loss"
                     slopes.append(slope * batch.size)
                 outputs.append(z.reshape(len(z), -1).double())
                 residuals.append(
@@ -186,7 +186,7 @@ class SquaredLoss:
                 )
         scale = slopes[0]
         if max(abs(s - scale) for s in slopes) > 10 * QUADRATIC_WITHIN * scale:
-            return "the loss is no squared loss with one scale for all examples"
+            return "the loss is not a squared loss with one scale for all examples"
         every = torch.cat(outputs)
         spread = float((every - every.mean(0)).square().sum())
         left = float(torch.cat(residuals).square().sum())

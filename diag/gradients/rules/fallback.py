@@ -111,7 +111,7 @@ def _batched_gradient(output: Any, parameter: nn.Parameter, rows: Tensor, deadli
 
 @contextmanager
 def _without_slow_path_warnings() -> Iterator[None]:
-    """Silence vmap where it loops over an operation without a batching rule: that is what is wanted here."""
+    """Silence vmap where it loops over an operation without a batching rule, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         yield

@@ -165,7 +165,7 @@ def one_batch(trial: Trial) -> OneBatch:
 
 
 def _number(value: float) -> str:
-    return format_number(value) if math.isfinite(value) else "a value that is no number"
+    return format_number(value) if math.isfinite(value) else "a value that is not a number"
 
 
 def _known(attempt: Attempt) -> float:

@@ -1,4 +1,5 @@
-"""The geometry of points in feature space: class means and their spread, shared directions, likeness of two spaces.
+"""The geometry of points in feature space: class means and their spread, shared directions, similarity of two
+spaces.
 
 Rule of the room: sums in float64, over blocks of rows, so that memory does not grow with the number of points.
 """

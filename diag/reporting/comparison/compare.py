@@ -1,7 +1,7 @@
 """Runs side by side: which verdicts changed, their curves on one axis, every number with its difference.
 
-The first run is what the others are compared with. `healthy` runs are no columns of their own: they give the band
-in which the numbers of a run that is as it should be lie.
+The first run is what the others are compared with. `healthy` runs are not columns: they give the range in which the
+numbers of a run that went well lie.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def compare(
     """A page that compares two runs or more (or whatever else a report can be made of) with the first of them.
 
     With `build`, the function that gives `(model, loss_fn, data)` or its name, sources are checkpoints, each
-    measured by itself. names: short names, one a source. healthy: runs that are as they should be; numbers outside
-    their range are marked. output: where the page is written, with its document beside it as JSON.
+    measured by itself. names: short names, one a source. healthy: runs that went well; numbers outside their range
+    are marked. output: where the page is written, with its document beside it as JSON.
     Raises InvalidInput for fewer than two sources, and as `diag.report` does.
     """
     page = Page(comparison(*sources, names=names, healthy=healthy, build=build, command=command))

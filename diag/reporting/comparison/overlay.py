@@ -67,7 +67,7 @@ def overlay(
 
 
 def _moves(curves: Sequence[Curve]) -> bool:
-    """Whether anything is to be seen: not where every run has one and the same value all along."""
+    """Whether the panel shows anything: not where every run has one and the same value throughout."""
     values = numpy.concatenate([_finite(c.values) for c in curves])
     return len(values) == 1 or bool(values.min() < values.max())
 

@@ -88,7 +88,7 @@ def _runs_beside(path: Path) -> Iterable[Run]:
         if folder != here and (folder / "run.json").is_file():
             try:
                 yield read_run(folder)
-            except RunError:  # of another version, or damaged: it is no baseline
+            except RunError:  # of another version, or damaged: it is not a baseline
                 continue
 
 

@@ -1,6 +1,6 @@
 """The findings of a run as one JSON document of the published schema.
 
-Strict JSON: a number that JSON has not is the text "NaN", "Infinity" or "-Infinity".
+Strict JSON: a number that JSON does not have is the text "NaN", "Infinity" or "-Infinity".
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidInput(f"The configuration {path} cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} is no TOML ({error}).") from None
+        raise InvalidInput(f"{path} is not valid TOML ({error}).") from None
 
 
 def _tables(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,4 +137,4 @@ def _refuse_unknown(path: Path, what: str, given: Any, known: tuple[str, ...]) -
         raise InvalidInput(f"{path}: expected a table with {', '.join(known)}, and found {given!r}.")
     for name in given:
         if name not in known:
-            raise InvalidInput(f"{path} has an unknown {what}, {name!r}; known are {', '.join(known)}.")
+            raise InvalidInput(f"{path} has an unknown {what}, {name!r}; expected one of {', '.join(known)}.")

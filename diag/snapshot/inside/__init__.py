@@ -1,6 +1,6 @@
-"""What passes inside a model in a forward pass: which module runs, what layers put out, the scores of attention.
+"""What happens inside a model in a forward pass: which module runs, the outputs of layers, the scores of attention.
 
-Rule of the room: functions are heard as they are called and never replaced; what is kept is bounded.
+Rule of the room: calls of functions are intercepted and never replaced; what is kept is bounded.
 """
 
 __all__ = [

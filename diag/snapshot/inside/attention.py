@@ -1,9 +1,9 @@
-"""The scores of every attention in a model, heard in a forward pass and boiled down to a few numbers a head.
+"""The scores of every attention in a model, seen in a forward pass and reduced to a few numbers a head.
 
-Heard are `nn.MultiheadAttention`, `F.scaled_dot_product_attention` wherever it is called, and attention written by
-hand: a softmax over the last axis whose result goes into a matrix product. The model's own call stays as it is, so
-fused kernels stay in use; the scores are computed again for a few examples and queries. Not heard: attention
-inside a compiled kernel that is called by another name (flex_attention, flash-attn).
+Recognised are `nn.MultiheadAttention`, `F.scaled_dot_product_attention` wherever it is called, and attention
+written by hand: a softmax over the last axis whose result goes into a matrix product. The model's own call stays
+as it is, so fused kernels stay in use; the scores are computed again for a few examples and queries. Not
+recognised: attention inside a compiled kernel that is called by another name (flex_attention, flash-attn).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AttentionCall:
 def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
     """Every attention of the model, in the order of the forward pass, on at most 256 examples.
 
-    Raises MissingQuantity for a model that calls none that can be heard.
+    Raises MissingQuantity for a model that calls none that is recognised.
     """
     heard: dict[tuple[str, int], _Call] = {}
     seen = 0
@@ -70,7 +70,7 @@ def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
         raise explained(snapshot.model, snapshot.batches, error) from error
     if not heard:
         raise MissingQuantity(
-            "the model calls no attention that can be heard (nn.MultiheadAttention, "
+            "the model calls no attention that is recognised (nn.MultiheadAttention, "
             "F.scaled_dot_product_attention, or a softmax whose result goes into a matrix product)."
         )
     return tuple(call.summary(name, number) for (name, number), call in heard.items())
@@ -90,7 +90,7 @@ class _Call:
 
 
 class _Hearing(TorchFunctionMode):
-    """Hears attention in the functions that the model calls, for one batch."""
+    """Recognises attention in the functions that the model calls, for one batch."""
 
     def __init__(self, heard: dict[tuple[str, int], _Call], inside: Callable[[], str]) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Hearing(TorchFunctionMode):
         return None
 
     def _norms(self, q: Tensor, k: Tensor) -> tuple[float, ...]:
-        """|W_Q^T W_K| a head, where queries and keys are views of what linear layers put out."""
+        """|W_Q^T W_K| a head, where queries and keys are views of the outputs of linear layers."""
         if q.ndim != 4 or k.ndim != 4:
             return ()
         group = max(q.shape[1] // k.shape[1], 1)
@@ -230,7 +230,7 @@ class _SoftmaxInputs(TorchDispatchMode):
 def _mha_scores(given: dict[str, Any]) -> Tensor:
     """The scores (examples, heads, queries, keys) of F.multi_head_attention_forward, for the first examples.
 
-    It is called again with the weights asked for, which it computes by a softmax that can be heard.
+    It is called again with the weights asked for, which it computes by a softmax that can be intercepted.
     """
     few = dict(given) | {"need_weights": True, "average_attn_weights": False}
     heads, mask = given["num_heads"], given.get("attn_mask")

@@ -1,4 +1,4 @@
-"""What a model gave at an earlier state, on the same data."""
+"""The outputs of a model at an earlier state, on the same data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what a model says of a position depends on later positions of its input, tried on a few rows."""
+"""Whether a model's output at a position depends on later positions of its input, tried on a few rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every layer puts out, example by example, pass by pass: for sums over all layers that keep no features.
+"""The output of every layer, example by example, pass by pass: for sums over all layers that keep no features.
 
 A row is an example; where the labels are one a token it is a token, those with an ignored label left out. Features
 at several positions of one example (pixels, tokens) are averaged over the positions, unless the labels are one
@@ -31,7 +31,7 @@ CHANNELS_FIRST = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d, nn.Adap
 
 
 class LayerOutputs:
-    """The outputs of the layers on the data, gone through by `visit` as often as asked.
+    """The outputs of the layers on the data; each call of `visit` passes over them once.
 
     visit(take, noise=0): one forward pass, in which `take(layer, rows (b, d), first row)` is called for every layer
     and batch, in order; `noise` is added to floating inputs, in units of their own standard deviation. labels: the

@@ -1,4 +1,4 @@
-"""Which module of a model is running, for an observer that hears a function being called."""
+"""Which module of a model is running, for an observer that intercepts the call of a function."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class RunningStatistics:
 
     @property
     def unseen(self) -> float:
-        """The share of the running statistics that no batch has had a part in."""
+        """The share of the initial values that is left in the running statistics."""
         return (1 - self.momentum) ** self.batches if self.momentum else float(self.batches == 0)
 
 

@@ -1,7 +1,7 @@
 """Weights that a layer quantises on the way: what it holds, what it computes with, and the gradients of both.
 
-Found by hearing the linear and convolutional functions: a weight that is no parameter, has the shape of a parameter
-of the module that makes the call, and takes few values.
+Found by intercepting the linear and convolutional functions: a weight that is not a parameter, has the shape of a
+parameter of the module that makes the call, and takes few values.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _add_scales(totals: dict[str, float], loss: Tensor, module: nn.Module) -> No
 
 
 class _Weights(TorchFunctionMode):
-    """Hears which weights the layers compute with."""
+    """Records which weights the layers compute with."""
 
     def __init__(
         self,

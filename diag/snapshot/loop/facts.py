@@ -47,7 +47,7 @@ class Loop:
     calls: of the model in training; backwards: backward passes that reached the model; unstepped: those since the
     last step of an optimizer that holds its parameters, and zeroed_without_step how many of them were zeroed away.
     strangers: the shapes of parameters that the model uses and does not know, and no optimizer holds.
-    start: weights of layers when the watch began; empty where a run was gone on with. origin: of the first loss
+    start: weights of layers when the watch began; empty where a run was resumed. origin: of the first loss
     that was not finite, where it could be read without waiting.
     ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not; rates_before: the
     first and the last learning rate of what came before."""

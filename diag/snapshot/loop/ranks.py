@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Difference:
-    """What one rank has otherwise than rank 0. rank; names: of the tensors that differ at the last look, in the
+    """What differs on one rank from rank 0. rank; names: of the tensors that differ at the last look, in the
     model's order; since: the first look at which one differed without a look between at which none did; times: how
     many looks in a row, up to the last. size: the largest difference, in units of the tensor's own norm; NaN where
     only the bits are known to differ."""
@@ -36,7 +36,7 @@ class RankSetting:
 
 @dataclass(frozen=True)
 class SameRows:
-    """Ranks that had the same inputs and targets at each of so many looks."""
+    """Ranks that had the same inputs and targets at each of so many comparisons."""
 
     ranks: tuple[int, ...]
     looks: int

@@ -4,7 +4,7 @@ Three ways, in this order. A call of a loss function of torch shows it (see `los
 are tried: where all outputs are equal a loss of classes pulls one entry of each row up, the label's own, and treats
 all others alike; on random logits a loss of the softmax pulls the label's own up and all else down, by as much.
 Without a loss, shapes that fit in one way only are taken. Where none of this gives an answer there is none, with
-the reason.
+the reason is returned instead.
 """
 
 from __future__ import annotations

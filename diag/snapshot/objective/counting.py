@@ -1,9 +1,10 @@
 """How much each example counts in a loss: by the labels it has that are not ignored, by their weights.
 
-A mean over tokens is no mean of the sequences' means, and a mean with class weights none of the examples' losses.
-With c_i what example i counts, the loss of all the data is sum_i c_i l_i / sum_i c_i, l_i its loss alone, whatever
-batches it is computed in. It is written as the mean over the examples of s_i l_i with the shares
-s_i = n c_i / sum c, which go with the targets of each batch. Where all examples count alike, nothing is changed.
+A mean over tokens is not the mean of the sequences' means, and a mean with class weights is not that of the
+examples' losses. With c_i what example i counts, the loss of all the data is sum_i c_i l_i / sum_i c_i, l_i its
+loss alone, whatever batches it is computed in. It is written as the mean over the examples of s_i l_i with the
+shares s_i = n c_i / sum c, which go with the targets of each batch. Where all examples count alike, nothing is
+changed.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _adds_up(
     rows = [row for row in zip(looked, batches, counts, strict=True) if row[1].size > 1]
     if all(_is_known(seen) for seen in looked):
         rows = rows[:1]
-    # A loss that keeps something between calls is as it was only where that is put back.
+    # A loss that keeps something between calls gives the same value only once that is put back.
     return all(any(_made_up(snapshot, *row, renewed) for renewed in (False, True)) for row in rows)
 
 
@@ -205,7 +206,7 @@ def _found_by_trying(snapshot: Snapshot) -> list[Tensor] | None:
     try:
         joined = tried_counts(snapshot.batch_loss, [joined_rows(rows)])
         return None if joined is None else list(joined[0].split([b.size for b in batches]))
-    except InvalidInput:  # batches of several shapes: what an example counts in one is told, beside another's not
+    except InvalidInput:  # batches of several shapes: counts are known within a batch, not between batches
         found = tried_counts(snapshot.batch_loss, rows)
         alike = found is not None and all(bool((c - c[0]).abs().max() <= ALIKE) for c in found)
         return ones if alike else None

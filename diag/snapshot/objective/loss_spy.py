@@ -1,6 +1,6 @@
-"""Look on while a loss is computed: which loss function of torch is called on what, and what it returns.
+"""Observe a loss being computed: which loss function of torch is called on what, and what it returns.
 
-The calls tell what the user's own code compares with what, however it was brought there: which tensor enters the
+The calls show what the user's own code compares with what, however it got there: which tensor enters the
 loss, along which axis the classes lie, how labels were shifted, which are ignored and how they are weighed.
 """
 

@@ -1,4 +1,4 @@
-"""A snapshot whose data are split over the ranks of torch.distributed: what is right of it, and how it is summed.
+"""A snapshot whose data are split over the ranks of torch.distributed: how its loss is summed over them.
 
 The loss of all the data is the mean of the ranks' losses with the weights of their shares: by the number of
 examples, or by what the examples count where they do not count alike (see `counting`).

@@ -23,7 +23,7 @@ TriedBatch = tuple[Any, Batch]  # a model's outputs on a batch
 
 
 def tried_counts(loss: LossFunction, rows: Sequence[TriedBatch]) -> list[Tensor] | None:
-    """c_i of the examples of each batch, float64 (n_b,); None where the loss is no weighted mean of theirs."""
+    """c_i of the examples of each batch, float64 (n_b,); None where the loss is not a weighted mean of theirs."""
     found = [_counts(loss, outputs, batch) for outputs, batch in rows]
     known = [counts for counts in found if counts is not None]
     return known if len(known) == len(found) else None
@@ -71,7 +71,7 @@ def _random(outputs: Any) -> Iterator[Any]:
         def noise(t: Tensor, draw: Any = draw, generator: Any = generator) -> Tensor:
             if not t.is_floating_point():
                 return t
-            kept = t.dtype if t.dtype.itemsize >= 4 else torch.float32  # half precision tells no ratio
+            kept = t.dtype if t.dtype.itemsize >= 4 else torch.float32  # half precision is too coarse for a ratio
             return draw(t.shape, generator=generator, dtype=torch.float64).to(t.device, kept)
 
         yield map_tensors(noise, outputs)

@@ -1,4 +1,4 @@
-"""What a model is besides its function, and how each part of it is as it was after a measurement.
+"""The state of a model (tensors, hooks, Python objects), and how each part of it is restored after a measurement.
 
 Rule of the room: what is put back is put back in place, to the bit, and what cannot be is said.
 """

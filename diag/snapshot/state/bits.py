@@ -1,7 +1,7 @@
 """What tensors held at one moment, by their bits, so that any later change is seen.
 
 A write through `.data` or NumPy counts no version, statistics move in a forward pass, and averaged weights are put
-in the place of others: only the bits tell.
+in the place of others: only the bits show all of it.
 """
 
 from __future__ import annotations

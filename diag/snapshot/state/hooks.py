@@ -1,4 +1,4 @@
-"""Hooks that are not ours do not fire while measuring, and are there again afterwards.
+"""Hooks that are not ours do not fire while measuring, and are put back afterwards.
 
 A user's hook counts, keeps activations or writes a log; another library's (Opacus) keeps what a training step
 needs. A measurement calls the model many times, and each call would be taken for the training's own. So every hook

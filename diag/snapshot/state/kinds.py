@@ -276,7 +276,7 @@ class Numbers(Plain):
 
 
 class TensorValue(Plain):
-    """A tensor that is no parameter or buffer of the model: its values, and the memory that they are in."""
+    """A tensor that is not a parameter or buffer of the model: its values, and the memory that they are in."""
 
     def read(self) -> Any:
         return self.value.detach().clone(), self.value.detach(), version_of(self.value)

@@ -3,7 +3,7 @@
 An iterator goes one way: a copy of it is advanced instead, and where there is none the model is refused when it
 asks for the next item. A `functools.lru_cache` cannot be told to forget one entry: what it holds is read, and what
 is new is kept apart. A tensor that training computed, with its graph, is a constant: a backward pass of ours
-through that graph would leave none to training.
+through that graph would free it before training's own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _is_iterator(kind: type) -> bool:
 
 
 def _was_computed(value: Tensor) -> bool:
-    """Whether a tensor hangs on a graph that is more than a view of a leaf: such a view has nothing to lose."""
+    """Whether a tensor has a graph that is more than a view of a leaf: of such a view no backward pass is lost."""
     if value.grad_fn is None:
         return False
     base = value._base if value._is_view() else None

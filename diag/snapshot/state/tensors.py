@@ -1,8 +1,8 @@
-"""Which tensor a model holds in each place, so that it can be seen afterwards that it still does.
+"""Which tensor a model holds in each place, so that it can be checked afterwards that it still does.
 
 A measurement calls the model at other values of its tensors, and a network may bind tensors of its own while it
-runs. A parameter that is not the one that the optimizer holds would never be trained again, without a word.
-What is not as it was is put back, and said in one sentence.
+runs. A parameter that is not the one that the optimizer holds would silently never be trained again.
+What has changed is put back, and reported in one sentence.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class OwnTensors:
 def own_tensors(model: nn.Module, values: bool = False) -> Iterator[None]:
     """After the context each place of `model` holds the tensor that it held; what was put back is said.
 
-    values: each tensor has its value again, too; inside another such context for the model that one sees to it.
+    values: each tensor has its value again, too; inside another such context for the model the outer one restores
+    it.
     """
     values = values and id(model) not in _checked.get()
     own, token = OwnTensors(model, values), _checked.set(_checked.get() | ({id(model)} if values else set()))
@@ -122,7 +123,7 @@ def is_checked(model: nn.Module) -> bool:
 
 @contextmanager
 def hearing() -> Iterator[list[str]]:
-    """The sentences said inside the context, each once; after an exception the next listener is told."""
+    """The sentences said inside the context, each once; after an exception they go on to the next listener."""
     said: list[str] = []
     token = _said.set(said)
     try:

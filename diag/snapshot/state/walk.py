@@ -38,7 +38,7 @@ ATOMS = (
     property, torch.dtype,
     torch.device, torch.Size, torch.layout, torch.memory_format, numpy.generic, numpy.dtype,
 )  # fmt: skip
-# What these keep is no part of what a network computes, and much of it: they are not entered.
+# What these keep is not a part of what a network computes, and there is much of it: they are not entered.
 CLOSED = (
     "torch.optim", "torch.utils", "torch.distributed", "torch.fx", "torch.cuda", "torch.autograd",
     "torch.jit", "logging", "threading", "_thread", "asyncio", "concurrent", "multiprocessing", "diag", "importlib",
@@ -145,7 +145,7 @@ class Walk:
         self._keep(name, kinds.Attributes(vars(value), skip))
         self._meet(name, vars(value).get("forward"), "forward")
         for tensor in (*value._parameters.values(), *value._buffers.values()):
-            if tensor is not None and vars(tensor):  # what is put on a parameter
+            if tensor is not None and vars(tensor):  # attributes that were set on a parameter
                 self._meet(name, tensor)
         self._class(type(value))
 

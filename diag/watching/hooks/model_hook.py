@@ -132,6 +132,6 @@ def frames_compiled() -> int:
 
 
 def is_transformed(outputs: Any) -> bool:
-    """Whether the first tensor is a wrapper of torch.func, so that this is no plain call."""
+    """Whether the first tensor is a wrapper of torch.func, so that this is not a plain call."""
     first = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)[:1]
     return any(is_functorch_wrapped_tensor(t) for t in first)

@@ -62,7 +62,7 @@ class Examples:
 
 def names() -> tuple[str, ...]:
     """The names that `load_dataset` knows."""
-    return tuple(LOADERS)
+    return tuple(DATA_SETS)
 
 
 def load_dataset(name: str, *, folder: str | Path | None = None, part: str = "train", seed: int = 0) -> Examples:
@@ -74,11 +74,11 @@ def load_dataset(name: str, *, folder: str | Path | None = None, part: str = "tr
     Raises InvalidInput for an unknown name or part, MissingData where the files are not found; the text says how to
     get them.
     """
-    if name not in LOADERS:
-        raise InvalidInput(f"There is no data set {name!r}; expected one of {', '.join(LOADERS)}.")
+    if name not in DATA_SETS:
+        raise InvalidInput(f"There is no data set {name!r}; expected one of {', '.join(DATA_SETS)}.")
     if part not in ("train", "test") or (part == "test" and name != "fashion-mnist"):
         raise InvalidInput(f"{name} has no part {part!r}; fashion-mnist has train and test, the others only train.")
-    return LOADERS[name](Path(folder) if folder is not None else None, part, seed)
+    return DATA_SETS[name](Path(folder) if folder is not None else None, part, seed)
 
 
 def _digits(folder: Path | None, part: str, seed: int) -> Examples:
@@ -116,7 +116,7 @@ def _fashion_mnist(folder: Path | None, part: str, seed: int) -> Examples:
     return Examples(pixels[:, None].float() / 255, _idx(labels).long())
 
 
-LOADERS: dict[str, Callable[[Path | None, str, int], Examples]] = {
+DATA_SETS: dict[str, Callable[[Path | None, str, int], Examples]] = {
     "digits": _digits,
     "mnist5k": _mnist5k,
     "fashion-mnist": _fashion_mnist,

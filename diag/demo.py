@@ -21,7 +21,7 @@ from diag.watching.watcher import watch
 
 TRAINING_EXAMPLES = 1297  # of 1,797
 WRONG_SHARE = 0.1
-EPOCHS = 60
+DEMO_EPOCHS = 60
 BATCH = 64
 LEARNING_RATE = 0.05
 BUDGET = 1.0  # the training takes seconds, so watching may take as long as the training
@@ -83,7 +83,7 @@ def run(
     *,
     seed: int = 0,
     progress: DemoProgress | None = None,
-    epochs: int = EPOCHS,
+    epochs: int = DEMO_EPOCHS,
     at_the_end: Sequence[str] = AT_THE_END,
 ) -> Run:
     """Train the demo's network by SGD with momentum, watched into `folder`; the record of the run.

@@ -61,6 +61,7 @@ DRAWING_STYLE: dict[Any, Any] = {
 }
 
 LARGE_SVG = 120_000
+LARGEST_INPUT_SHOWN = 3 * 64 * 64  # numbers of an input that is kept so that a page can show it
 
 
 def format_number(value: float | None, digits: int = 3) -> str:

@@ -25,7 +25,7 @@ from diag.errors import InvalidInput
 from diag.linalg.margins import margins
 
 REDUCTIONS = ("mean", "sum", "none")
-ELEMENTS_AT_ONCE = 1 << 24  # logits: 64 MB of float32
+LOGITS_AT_ONCE = 1 << 24  # logits: 64 MB of float32
 
 
 def stable_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -74,7 +74,7 @@ def stable_binary_cross_entropy(logits: Tensor, targets: Tensor, *, reduction: s
 
 def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
     """Losses (n,) of blocks of rows, each computed again in the backward pass where one block is not all."""
-    rows = max(1, ELEMENTS_AT_ONCE // logits.shape[1])
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[1])
     if len(logits) <= rows:
         return loss(logits, labels)
     blocks = zip(logits.split(rows), labels.split(rows), strict=True)

@@ -50,6 +50,8 @@ QUANTITY_ROOMS = {"snapshot", "gradients", "curvature", "connectivity"}
 ONE_FILE_EACH = {"instruments"}  # a room that grows by a file for each new thing
 MOST_FILES = 20
 MOST_LINES = 40  # of a function
+DECLARED = {"SOURCE", "EXPLAINED_BY", "COMMANDS"}  # by an instrument or a module of commands, of itself
+DECLARED |= {"ADAPTIVE", "MOST", "SAME", "TWICE", "THRICE", "WINDOW"}  # to be named apart
 OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}  # public, in spite of their names
 DISCOVERED = {"diag.registry": {"diag.instruments"}}  # a folder whose files are found when they are asked for
 PUBLIC = {
@@ -186,19 +188,17 @@ def names_defined(node: ast.stmt) -> list[str]:
     targets = (
         node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     )
-    return [t.id for t in targets if isinstance(t, ast.Name)]
+    return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
 
 
 def test_different_things_bear_different_names():
-    """A public function, class or type has a name of its own in the whole of `diag`, so that it says which it is.
-
-    Constants, all in capitals, are read beside what they are for, and may be called alike elsewhere (`SOURCE`).
-    """
+    """A public function, class, type or constant has a name of its own in the whole of `diag`, so that it says
+    which it is; only what each of several modules declares of itself bears one name in all of them."""
     homes: dict[str, list[str]] = {}
     for name in MODULES:
         for node in tree(name).body:
             for found in names_defined(node):
-                if not found.startswith("_") and not found.isupper():
+                if not found.startswith("_") and found not in DECLARED:
                     homes.setdefault(found, []).append(name)
     doubles = {name: found for name, found in homes.items() if len(found) > 1}
     assert not doubles, f"Public names that more than one module defines: {doubles}"

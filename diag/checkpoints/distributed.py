@@ -41,7 +41,7 @@ class Inert:
             self.arguments = state
 
 
-RECORDS = {
+STAND_INS = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
         "Metadata",
@@ -69,7 +69,7 @@ RECORDS = {
 
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in RECORDS:
+        if (module, name) in STAND_INS:
             return Inert
         if (module, name) == ("torch", "Size"):
             return torch.Size

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-PLAIN = re.compile(r"[fiub][1248]")
+PLAIN_DTYPE = re.compile(r"[fiub][1248]")
 
 
 class Dtype:
@@ -27,7 +27,7 @@ class Dtype:
 
 def scalar(dtype: Any = None, data: Any = None, *_: Any) -> bool | int | float | None:
     """The number that `numpy.float64(...)` and its like were pickled as."""
-    if not (isinstance(dtype, Dtype) and isinstance(data, bytes) and PLAIN.fullmatch(dtype.kind)):
+    if not (isinstance(dtype, Dtype) and isinstance(data, bytes) and PLAIN_DTYPE.fullmatch(dtype.kind)):
         return None
     kind = numpy.dtype(dtype.order + dtype.kind)
     return numpy.frombuffer(data, kind)[0].item() if len(data) == kind.itemsize else None

@@ -18,7 +18,7 @@ from diag.checkpoints.scan import Refused, Scan, scan
 
 END_OF_ZIP, END_BYTES = b"PK\x05\x06", 22
 LARGEST_PICKLE = 1 << 30
-CHUNK = 1 << 20
+CHECKSUM_CHUNK = 1 << 20
 LEGACY_PICKLES = 3  # the magic number, the protocol and facts about the machine, before the object itself
 
 
@@ -76,7 +76,7 @@ def _check_sums(archive: zipfile.ZipFile, entries: Iterable[zipfile.ZipInfo]) ->
     for entry in (e for e in entries if e.file_size):
         try:
             with archive.open(entry) as data:
-                while data.read(CHUNK):
+                while data.read(CHECKSUM_CHUNK):
                     pass
             fits[entry.filename] = True
         except zipfile.BadZipFile:

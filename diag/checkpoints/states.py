@@ -15,7 +15,7 @@ from diag.errors import CheckpointError
 
 DEEPEST = 60
 # How a file that many programs write names what holds the model's state; in order of preference.
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
+STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights")
 
 
 class StateDicts:
@@ -43,7 +43,7 @@ class StateDicts:
 
     @staticmethod
     def _usual(value: Any, test: Callable[[Any], bool]) -> str | None:
-        return next((w for w in WRAPPERS if test(value.get(w))), None) if isinstance(value, Mapping) else None
+        return next((w for w in STATE_KEYS if test(value.get(w))), None) if isinstance(value, Mapping) else None
 
     def names(self) -> tuple[list[str], list[str]]:
         """Where the state dicts are, with dots between the keys, and where optimizers' states are."""

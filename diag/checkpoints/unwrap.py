@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule")
+WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel", "OptimizedModule")
 
 
 def bare_model(model: nn.Module) -> nn.Module:
     """`model` without its wrappers."""
-    while type(model).__name__ in WRAPPERS:
+    while type(model).__name__ in WRAPPER_CLASSES:
         inner = getattr(model, "_orig_mod", None)
         model = inner if inner is not None else model.module  # type: ignore[assignment]
     return model

@@ -10,18 +10,17 @@ from typing import Any
 
 import click
 
-from diag.cli.output import JSON, print_document
+from diag.cli.output import JSON, PATHS, print_document
 from diag.cli.text import echo
 
-LEVELS = ("alarm", "warning")
-PATHS = click.Path(path_type=Path)
+FAILING_LEVELS = ("alarm", "warning")
 FILES = click.Path(dir_okay=False, path_type=Path)
 IN_GITHUB = "GITHUB_ACTIONS"
 
 
 @click.command("check", short_help="Exit with status 1 where something is wrong, for CI.")
 @click.argument("run", type=PATHS)
-@click.option("--fail-on", type=click.Choice(LEVELS), help="The mildest failure. [default: alarm]")
+@click.option("--fail-on", type=click.Choice(FAILING_LEVELS), help="The mildest failure. [default: alarm]")
 @click.option(
     "--baseline",
     "baselines",

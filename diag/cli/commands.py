@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diag.cli.door import Door, Mistake
-from diag.cli.output import JSON, print_document
+from diag.cli.output import JSON, PATHS, print_document
 from diag.cli.text import command_line, echo
 
 if TYPE_CHECKING:
     from diag.run.run import Run
 
-OUTPUT = click.Path(dir_okay=True, path_type=Path)
-PATHS = click.Path(path_type=Path)
+OUTPUT_PATH = click.Path(dir_okay=True, path_type=Path)
 
 
 @click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -29,7 +28,7 @@ def main() -> None:
 @main.command(short_help="Train a small network, watched, and write its report.")
 @click.option("--folder", default="runs/demo", show_default=True, type=PATHS, help="Where the run is written.")
 @click.option("--seed", default=0, show_default=True, help="Another seed, another training.")
-@click.option("-o", "--output", type=OUTPUT, help="The report. [default: report.html in the folder]")
+@click.option("-o", "--output", type=OUTPUT_PATH, help="The report. [default: report.html in the folder]")
 @JSON
 def demo(folder: Path, seed: int, output: Path | None, as_json: bool) -> None:
     """Train a small network on real digits with wrong labels among them, watched, and write its report."""
@@ -72,7 +71,7 @@ def _print_findings(run: Run, **more: str) -> None:
 @main.command("report")
 @click.argument("sources", nargs=-1, required=True, type=PATHS, metavar="RUN|CKPT...")
 @click.option("--build", metavar="MODULE:FUNCTION", help="For checkpoints: returns (model, loss_fn, data).")
-@click.option("-o", "--output", default="report.html", show_default=True, type=OUTPUT)
+@click.option("-o", "--output", default="report.html", show_default=True, type=OUTPUT_PATH)
 @click.option("--instrument", "names", multiple=True, metavar="NAME", help="Only this one; may be repeated.")
 @click.option("--set", "settings", multiple=True, metavar="INSTRUMENT.SETTING=VALUE", help="May be repeated.")
 @click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from diag.cli.output import JSON, print_document
+from diag.cli.output import JSON, PATHS, print_document
 from diag.cli.text import command_line, echo
 
-PATHS = click.Path(path_type=Path)
 TWO = 2
 
 

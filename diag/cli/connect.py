@@ -17,22 +17,24 @@ if TYPE_CHECKING:
 
     from diag.snapshot.snapshot import Snapshot
 
-PATHS = click.Path(exists=True, path_type=Path)
-BUILD = click.option("--build", required=True, metavar="MODULE:FUNCTION", help="Returns (model, loss_fn, data).")
-EXAMPLES = click.option("--max-examples", type=click.IntRange(1), help="Measure on the first examples only.")
-KEY = click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")
-POINTS = click.option("--points", type=click.IntRange(3), default=11, show_default=True, help="Of the grid.")
+EXISTING_PATHS = click.Path(exists=True, path_type=Path)
+BUILD_OPTION = click.option(
+    "--build", required=True, metavar="MODULE:FUNCTION", help="Returns (model, loss_fn, data)."
+)
+EXAMPLES_OPTION = click.option("--max-examples", type=click.IntRange(1), help="Measure on the first examples only.")
+KEY_OPTION = click.option("--key", help="The checkpoints' entry that holds the state dict (`ema`, say).")
+POINTS_OPTION = click.option("--points", type=click.IntRange(3), default=11, show_default=True, help="Of the grid.")
 
 
 @click.command("align", short_help="Move the units of one checkpoint to where another has them.")
-@click.argument("first", type=PATHS, metavar="A")
-@click.argument("second", type=PATHS, metavar="B")
-@BUILD
+@click.argument("first", type=EXISTING_PATHS, metavar="A")
+@click.argument("second", type=EXISTING_PATHS, metavar="B")
+@BUILD_OPTION
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the aligned B (.pt or .safetensors).")
 @click.option("--by", type=click.Choice(["weights", "activations"]), default="weights", show_default=True)
-@POINTS
-@EXAMPLES
-@KEY
+@POINTS_OPTION
+@EXAMPLES_OPTION
+@KEY_OPTION
 @JSON
 def align_command(
     first: Path,
@@ -69,16 +71,16 @@ def align_command(
 
 
 @click.command(short_help="Barriers between every two checkpoints: who is connected with whom.")
-@click.argument("checkpoints", nargs=-1, required=True, type=PATHS, metavar="CKPT...")
-@BUILD
+@click.argument("checkpoints", nargs=-1, required=True, type=EXISTING_PATHS, metavar="CKPT...")
+@BUILD_OPTION
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A heat map (.png, .svg, .pdf), or .json.")
 @click.option(
     "--align", "by", type=click.Choice(["none", "weights", "activations"]), default="none", show_default=True
 )
 @click.option("--threshold", type=float, default=0.02, show_default=True, help="Connected below this barrier.")
-@POINTS
-@EXAMPLES
-@KEY
+@POINTS_OPTION
+@EXAMPLES_OPTION
+@KEY_OPTION
 @JSON
 def connect_command(
     checkpoints: Sequence[Path],

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 
-from diag.cli.output import JSON, print_document
+from diag.cli.output import JSON, PATHS, print_document
 from diag.cli.text import echo
-
-PATHS = click.Path(path_type=Path)
 
 
 @click.command("import", short_help="A log of another tool becomes a run.")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import click
 
+from diag.cli.output import PATHS
 from diag.cli.text import echo
-
-PATHS = click.Path(path_type=Path)
 
 
 @click.command("live", short_help="The page of a run, renewed while training goes on.")

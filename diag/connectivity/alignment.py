@@ -22,7 +22,7 @@ from diag.connectivity.symmetries.groups import Element, Symmetries, UnitGroup, 
 from diag.errors import InvalidInput
 from diag.linalg.assignment import best_assignment
 
-TOLERANCE = 1e-12  # of the objective's largest possible value: a smaller gain is rounding
+SMALLEST_GAIN = 1e-12  # of the objective's largest possible value: a smaller gain is rounding
 MAX_PASSES = 100
 NESTED_LIMIT = 4096  # inner assignments per outer one; beyond it, inner units keep their present order
 CHEAP, EXPENSIVE = 1e9, 1e11  # multiplications a pass: up to which ten orders are tried, and beyond which only one
@@ -119,7 +119,7 @@ def _best_of(
         if number > 1:  # the same start in another order often ends at the same local optimum
             ascent.begin_at(symmetries.random(seed + number))
         ascent.run(order, max_passes)
-        if best is None or ascent.objective > best.objective + TOLERANCE * ascent.limit:
+        if best is None or ascent.objective > best.objective + SMALLEST_GAIN * ascent.limit:
             best = ascent
     assert best is not None
     return best
@@ -183,7 +183,7 @@ class Ascent:
         for child, choices in nested.items():
             element[child] = choices[torch.arange(len(choices)), element[name]]
         gain = self._try(element, held)
-        if gain <= TOLERANCE * self.limit:
+        if gain <= SMALLEST_GAIN * self.limit:
             self.seen[name] = self._state(held)
             return False
         self.objective += gain
@@ -231,7 +231,7 @@ class Ascent:
         for e in held:
             e.move(element)
         gain = sum(e.total() for e in held) - old
-        if gain <= TOLERANCE * self.limit:
+        if gain <= SMALLEST_GAIN * self.limit:
             for e, state in zip(held, before, strict=True):
                 e.restore(state)  # type: ignore[arg-type]
             return 0.0

@@ -22,12 +22,12 @@ from diag.errors import Unsupported
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-WITHIN = 1e-3  # relative: of a loss at an end and the network's own
+SAME_LOSS_AT_END = 1e-3  # relative: of a loss at an end and the network's own
 NOT_THERE = (
     "The path does not {} at the {} network: there the loss is {:.4g}, and {:.4g} is the network's own, as the two "
     "differ in {}; give two networks that differ in floating-point entries of their state dicts only."
 )
-ELSEWHERE = "what their state dicts do not hold (attributes, buffers that are not saved)"
+NOT_IN_STATE_DICTS = "what their state dicts do not hold (attributes, buffers that are not saved)"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def check_same_ends(line: Profile, other: Profile) -> None:
     for which, verb, place in (("first", "begin", 0), ("second", "end", -1)):
         there, itself = float(other.losses[place]), float(line.losses[place])
         if not _agree(there, itself):
-            raise Unsupported(NOT_THERE.format(verb, which, there, itself, ELSEWHERE))
+            raise Unsupported(NOT_THERE.format(verb, which, there, itself, NOT_IN_STATE_DICTS))
 
 
 def _own_scores_of_second(path: Interpolation, end: NetworkState) -> Scores:
@@ -87,7 +87,7 @@ def _mean(values: Tensor) -> float:
 
 def _agree(a: float, b: float) -> bool:
     x, y = torch.tensor([a, b], dtype=torch.float64)
-    return bool(torch.isclose(x, y, rtol=WITHIN, atol=1e-6, equal_nan=True))
+    return bool(torch.isclose(x, y, rtol=SAME_LOSS_AT_END, atol=1e-6, equal_nan=True))
 
 
 def _differing(start: Mapping[str, Tensor], end: NetworkState) -> str:
@@ -96,4 +96,4 @@ def _differing(start: Mapping[str, Tensor], end: NetworkState) -> str:
     names = [n for n in whole if not torch.equal(start[n], end[n].to(start[n].device))]
     names = [n for n in names if not n.endswith("num_batches_tracked")]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"entries that cannot be blended ({', '.join(names[:3])}{more})" if names else ELSEWHERE
+    return f"entries that cannot be blended ({', '.join(names[:3])}{more})" if names else NOT_IN_STATE_DICTS

@@ -21,7 +21,15 @@ from diag.errors import Unsupported
 from diag.snapshot.preserve import preserved
 
 EPSILON = 1e-5  # added to variances, as BatchNorm does
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+REPAIRED_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 @dataclass
@@ -103,7 +111,7 @@ class Repair:
         """Linear and convolutional modules that run exactly once a pass, less the last: it gives the answer."""
         calls: list[str] = []
         model = self.interpolation.copy
-        modules = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, REPAIRED_LAYERS)}
         hooks = [m.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, m in modules.items()]
         try:
             with preserved(model), torch.no_grad():

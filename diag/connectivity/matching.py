@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diag.connectivity.symmetries.groups import Element, UnitBlock, UnitGroup
 
-CHUNK = 1 << 24  # entries converted to float64 at a time
+ENTRIES_AT_ONCE = 1 << 24  # entries converted to float64 at a time
 
 
 @dataclass
@@ -69,14 +69,14 @@ class WeightEvidence:
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.reshape(-1).split(CHUNK)
+    return tensor.reshape(-1).split(ENTRIES_AT_ONCE)
 
 
 def _products(a: Tensor, b: Tensor, parents: list[int], k: int) -> Tensor:
     front = [*parents, k]
     shape = [a.shape[i] for i in front]
     rows = [t.movedim(front, list(range(len(front)))).reshape(*shape, -1) for t in (a, b)]
-    step = max(1, CHUNK // max(1, a.numel() // max(1, rows[0].shape[-1])))
+    step = max(1, ENTRIES_AT_ONCE // max(1, a.numel() // max(1, rows[0].shape[-1])))
     parts = zip(rows[0].split(step, -1), rows[1].split(step, -1), strict=True)
     out = torch.zeros(*shape, shape[-1], dtype=torch.float64, device=a.device)
     for x, y in parts:

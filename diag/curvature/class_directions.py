@@ -16,7 +16,7 @@ from diag.snapshot.parameters import trainable
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-MOST_CLASSES = 100  # one backward pass and one vector of the parameters' size each
+MOST_DIRECTIONS = 100  # one backward pass and one vector of the parameters' size each
 
 
 def class_directions(snapshot: Snapshot) -> Tensor:
@@ -26,9 +26,9 @@ def class_directions(snapshot: Snapshot) -> Tensor:
     compares no classes, or there are more than 100.
     """
     present = snapshot.quantity("labels").unique(return_counts=True)
-    if len(present[0]) > MOST_CLASSES:
+    if len(present[0]) > MOST_DIRECTIONS:
         raise MissingQuantity(
-            f"the data hold {len(present[0])} classes; class directions are for up to {MOST_CLASSES}."
+            f"the data hold {len(present[0])} classes; class directions are for up to {MOST_DIRECTIONS}."
         )
     leaves = list(trainable(snapshot.model).values())
     totals = [torch.zeros_like(p) for _ in present[0] for p in leaves]

@@ -46,7 +46,7 @@ SMALLEST_PART = {"float64": 0.01, "float32": 1.0}
 REPEATABLE_WITHIN = 1e-3
 # Steps relative to the length of the parameter vector. No single one is good: the smallest avoids kinks, the
 # largest drowns the rounding of models that compute a part in float32 whatever their weights are.
-STEPS = {"float64": (1e-10, 1e-8, 1e-6, 1e-4, 1e-3), "float32": (1e-5, 1e-4, 1e-3)}
+DIFFERENCE_STEPS = {"float64": (1e-10, 1e-8, 1e-6, 1e-4, 1e-3), "float32": (1e-5, 1e-4, 1e-3)}
 FALLBACK_STEPS = {"float64": (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4), "float32": (1e-5, 1e-4, 1e-3, 1e-2)}
 
 
@@ -144,7 +144,7 @@ class _Examination:
         slope = float(self.gradient.double() @ direction.double())
         views = self.trial.layout.views(direction)
         errors = []
-        for relative in STEPS[self.precision]:
+        for relative in DIFFERENCE_STEPS[self.precision]:
             step = relative * self.scale
             ahead, behind = (self.trial.value(self.trial.shifted(self.theta, views, s)) for s in (step, -step))
             noise = 100 * torch.finfo(self.trial.dtype).eps * abs(ahead) / step
@@ -211,7 +211,7 @@ class _Examination:
         """
         found: list[Gap] = []
         unseen = Gap(0.0, 0.0, "")
-        for relative in STEPS[self.precision]:
+        for relative in DIFFERENCE_STEPS[self.precision]:
             step = relative * self.scale
             difference, noise = self._difference(direction, step), self.rounding * (2 / step)
             size = max(length(product), length(difference))

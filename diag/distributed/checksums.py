@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-BLOCK = 1 << 14
-LIMIT = 1 << 20  # entries of a batch's tensor
+CHECKSUM_BLOCK = 1 << 14
+CHECKSUM_ENTRIES = 1 << 20  # entries of a batch's tensor
 
 
 def checksum_of(tensor: Tensor, limit: int | None = None) -> Tensor:
@@ -25,8 +25,10 @@ def checksum_of(tensor: Tensor, limit: int | None = None) -> Tensor:
         local = torch.view_as_real(local.resolve_conj())
     flat = local.contiguous().reshape(-1)[:limit]
     bits = flat.view(torch.uint8) if flat.dtype is torch.bool else flat.view(INTEGERS[flat.element_size()])
-    whole = bits[: len(bits) // BLOCK * BLOCK].reshape(-1, BLOCK).sum(1, dtype=torch.int64)
+    whole = (
+        bits[: len(bits) // CHECKSUM_BLOCK * CHECKSUM_BLOCK].reshape(-1, CHECKSUM_BLOCK).sum(1, dtype=torch.int64)
+    )
     weights = torch.arange(len(whole), device=whole.device) * 2 + 1
-    rest = bits[len(whole) * BLOCK :].to(torch.int64)
+    rest = bits[len(whole) * CHECKSUM_BLOCK :].to(torch.int64)
     places = torch.arange(len(rest), device=rest.device) * 2 + 1
     return (whole * weights).sum() + (rest * places).sum() + flat.numel() * 0x9E3779B9

@@ -21,7 +21,7 @@ from torch import Tensor
 from diag.distributed.meeting import Meeting, group_timeout
 
 CONNECT = 20.0  # seconds
-SHARE, MOST = 0.5, 300.0  # of the training's own timeout, and at most so many seconds
+SHARE_OF_TIMEOUT, LONGEST_TIMEOUT = 0.5, 300.0  # of the training's own timeout, and at most so many seconds
 LEAVE = 5.0  # seconds that a rank which ends waits for its last messages
 
 
@@ -57,7 +57,7 @@ class Link:
     def __init__(self, meeting: Meeting) -> None:
         self.rank, self.world, self.reason = meeting.rank, meeting.world, ""
         self._store, self._groups = meeting.shared, dict[str, Any]()
-        self._timeout = min(SHARE * group_timeout(), MOST)
+        self._timeout = min(SHARE_OF_TIMEOUT * group_timeout(), LONGEST_TIMEOUT)
         self._last: dict[str, Message] = {}
 
     def connect(self, kind: str) -> None:

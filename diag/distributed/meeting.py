@@ -18,8 +18,8 @@ from typing import Any
 import torch.distributed as dist
 
 GRACE = 3.0  # seconds that a rank waits for the others at its first step
-LOOK_EVERY = 2e-3
-ALONE = "alone"
+STORE_EVERY = 2e-3
+WATCHES_ALONE = "alone"
 
 
 def initialized() -> bool:
@@ -73,15 +73,15 @@ class Meeting:
             self.place.set(f"gone/{self.rank}", str(self.number))
             return "rank 0 does not watch this model"
         said = self._read(word)
-        if said != ALONE:
+        if said != WATCHES_ALONE:
             self.number = int(said)
-        return "" if said != ALONE else "not all ranks watch this model"
+        return "" if said != WATCHES_ALONE else "not all ranks watch this model"
 
     def _decide(self, grace: float) -> str:
         others = range(1, self.world)
         _until(lambda: all(self._new(r) for r in others), grace)
         here = {r: number for r in others if (number := self._new(r))}
-        word = str(self.number) if len(here) == len(others) else ALONE
+        word = str(self.number) if len(here) == len(others) else WATCHES_ALONE
         for r, number in here.items():
             self.place.set(f"used/{r}", number)
             self.place.set(f"word/{r}/{number}", word)
@@ -119,7 +119,7 @@ def _until(holds: Callable[[], bool], seconds: float) -> bool:
     while not holds():
         if time.monotonic() > end:
             return False
-        time.sleep(LOOK_EVERY)
+        time.sleep(STORE_EVERY)
     return True
 
 

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 # Marks that libraries put on plain tensors which are parts of something: their own names for it.
 OWN_MARKS = {"ds_id": "DeepSpeed", "tensor_model_parallel": "Megatron", "expert_model_parallel": "Megatron"}
-FLAT = (
+FLAT_PARAMETERS = (
     "The parameters are flattened and sharded by FullyShardedDataParallel (FSDP1), so that no rank holds whole "
     "tensors: norms are not recorded. Use fully_shard (FSDP2) to have them."
 )
-PARTIAL = "{} is a partial sum on each rank (placement {}), so that its norm cannot be put together from theirs."
+PARTIAL_SUM = (
+    "{} is a partial sum on each rank (placement {}), so that its norm cannot be put together from theirs."
+)
 OUTSIDE = "{} lies on a device mesh that does not have all the ranks, so that its norm is not recorded."
 LIBRARY = "{} is sharded by {} in a way of its own, so that its norm is not recorded."
-IGNORED = "{} is left out of DistributedDataParallel, so that each rank has its own; its norm is not recorded."
+LEFT_OUT_OF_DDP = (
+    "{} is left out of DistributedDataParallel, so that each rank has its own; its norm is not recorded."
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def placement_of(name: str, tensor: Tensor, world: int) -> Placement:
         return Placement(0, world, OUTSIDE.format(name))
     for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
         if placement.is_partial():
-            return Placement(0, world, PARTIAL.format(name, placement))
+            return Placement(0, world, PARTIAL_SUM.format(name, placement))
         if not placement.is_replicate():
             parts *= mesh.size(axis)
     return Placement(world // parts, world)
@@ -80,7 +84,7 @@ def placement_of(name: str, tensor: Tensor, world: int) -> Placement:
 def placements_of(model: nn.Module, parameters: dict[str, nn.Parameter], world: int) -> dict[str, Placement]:
     """How each of the model's parameters is spread."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        return {name: Placement(0, world, FLAT) for name in parameters}
+        return {name: Placement(0, world, FLAT_PARAMETERS) for name in parameters}
     ignored: Collection[str] = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     found = {name: placement_of(name, p, world) for name, p in parameters.items()}
-    return found | {n: Placement(0, world, IGNORED.format(n)) for n in ignored if n in found}
+    return found | {n: Placement(0, world, LEFT_OUT_OF_DDP.format(n)) for n in ignored if n in found}

@@ -15,7 +15,7 @@ from diag.gradients.from_matrix import MatrixGradients, StackedGradients, as_gra
 from diag.gradients.per_example import Coverage, LayerGradients, PerExampleGradients
 from diag.gradients.queries import Gram, GroupGram, GroupSums, Projection, SquaredNorms
 from diag.gradients.step import StepGradients, plan_for_steps
-from diag.snapshot.batch import COUPLED
+from diag.snapshot.batch import COUPLED_EXAMPLES
 from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.snapshot import Snapshot
 
@@ -28,7 +28,7 @@ def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
     """
     batches = counted_batches(snapshot)
     if any(batch.coupled for batch in batches):
-        raise Unsupported(COUPLED)
+        raise Unsupported(COUPLED_EXAMPLES)
     gradients = ModelGradients(snapshot.model, snapshot.batch_loss, batches)
     gradients.deadline = snapshot.deadline
     gradients.prepare()

@@ -165,13 +165,13 @@ class Capture(TorchFunctionMode):
         tensors = dict(_tensors(args, kwargs))
         kinds = {place: self._kind(tensor) for place, tensor in tensors.items()}
         slots = {place: kind for place, kind in kinds.items() if isinstance(kind, Source)}
-        with_data = any(kind is _DATA for kind in kinds.values())
+        with_data = any(kind is _OF_DATA for kind in kinds.values())
         if not slots:
             result = func(*args, **kwargs)
             output = args[0] if name == "__setitem__" else result
             # An untagged tensor counts as data, so only what differs from that needs a tag.
             if not with_data or _overwrites(name):
-                self._tag(output, _DATA if with_data else _CONSTANT)
+                self._tag(output, _OF_DATA if with_data else _CONSTANT)
             return result
         versions = {place: tensor._version for place, tensor in tensors.items()}
         nodes = [tensor.grad_fn for tensor in tensors.values()]
@@ -190,7 +190,7 @@ class Capture(TorchFunctionMode):
                 made = [t.grad_fn for t in output if isinstance(t, Tensor) and t.grad_fn is not None]
                 self.several.append((made, nodes))
         elif _overwrites(name):
-            self._tag(output, _DATA)
+            self._tag(output, _OF_DATA)
         return result
 
     def _kind(self, tensor: Tensor) -> Any:
@@ -200,7 +200,7 @@ class Capture(TorchFunctionMode):
         if id(tensor) in self._constants:
             return self._changed.get(id(tensor), _CONSTANT)
         token, kind = getattr(tensor, "diag_kind", (None, None))
-        return kind if token is self._token else _DATA
+        return kind if token is self._token else _OF_DATA
 
     def _tag(self, value: Any, kind: Any) -> None:
         # An attribute lives exactly as long as its tensor; by id, a new tensor could be taken for a freed one.
@@ -256,7 +256,7 @@ class _Marker:
 
 
 _CONSTANT = _Marker()  # no example has any influence on it
-_DATA = _Marker()
+_OF_DATA = _Marker()
 
 
 def _overwrites(name: str) -> bool:

@@ -24,7 +24,7 @@ from diag.gradients.backward import backward
 from diag.gradients.coupling import check_independent, losses_of
 from diag.gradients.methods import NOT_MOVED
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
-from diag.gradients.plan import PROBES, Forward, NotFinite, Plan, copied, forward, probe_of
+from diag.gradients.plan import PROBE_SIZES, Forward, NotFinite, Plan, copied, forward, probe_of
 from diag.gradients.planning import make_plan
 from diag.gradients.queries import Query
 from diag.gradients.rules.blocks import Block
@@ -93,7 +93,7 @@ class ModelGradients(PerExampleGradients):
         """Make the plan for the first batch, with its self-test; otherwise the first query does."""
         if self._plan is None:
             with preserved(self.model, mode=self.mode), _eager():
-                self._plan = self._make_plan(self._batches[0], slice(0, self._batches[0].size), PROBES[0])
+                self._plan = self._make_plan(self._batches[0], slice(0, self._batches[0].size), PROBE_SIZES[0])
 
     def losses(self) -> Tensor:
         """(n,): each example's loss."""
@@ -144,7 +144,7 @@ class ModelGradients(PerExampleGradients):
 
     def _stream_batch(self, batch: Batch, rows: slice, consume: Consumer) -> Tensor:
         """One micro-batch; makes the plan at the first, and again where it does not fit. Returns the losses."""
-        sizes = list(PROBES)
+        sizes = list(PROBE_SIZES)
         while self._plan is not None or sizes:
             fresh = not self._independent
             plan = self._plan = self._plan or self._make_plan(batch, rows, sizes.pop(0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput
-from diag.gradients.methods import GIVEN
+from diag.gradients.methods import GIVEN_AS_NUMBERS
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.rules.blocks import Block, Dense
 
@@ -42,7 +42,7 @@ class MatrixGradients(PerExampleGradients):
 
     @property
     def coverage(self) -> Coverage:
-        return Coverage(1.0, 1.0, dict.fromkeys(self.shapes, GIVEN))
+        return Coverage(1.0, 1.0, dict.fromkeys(self.shapes, GIVEN_AS_NUMBERS))
 
     def stream(self, consume: Consumer) -> None:
         for name, columns in self.columns.items():

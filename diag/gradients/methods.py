@@ -33,7 +33,7 @@ class Method(str):
         return self.how in (How.REPLAYED, How.WHOLE_GRAPH)
 
 
-GIVEN = Method("given", How.GIVEN)
+GIVEN_AS_NUMBERS = Method("given", How.GIVEN)
 NOT_MOVED = Method("no example moves it", How.NOT_MOVED)
 WHOLE_GRAPH = Method("through the whole graph, one example at a time", How.WHOLE_GRAPH)
 

@@ -21,7 +21,7 @@ from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.example_losses import LossFunction, batch_loss
 from diag.snapshot.picking import picked
 
-PROBES = (3, 16, 128)  # examples in a probe, and in the next where something looked dead in it
+PROBE_SIZES = (3, 16, 128)  # examples in a probe, and in the next where something looked dead in it
 
 
 class NotFinite(Exception):
@@ -97,8 +97,8 @@ def probe_of(batch: Batch, size: int, losses: Callable[[], Tensor]) -> Batch:
     if batch.size == 1:
         args, kwargs, targets = (map_tensors(_doubled, x) for x in (batch.args, batch.kwargs, batch.targets))
         return Batch(args, kwargs, targets, 2)
-    if size <= PROBES[0] or batch.size <= PROBES[0]:
-        return batch.slice(0, min(PROBES[0], batch.size))
+    if size <= PROBE_SIZES[0] or batch.size <= PROBE_SIZES[0]:
+        return batch.slice(0, min(PROBE_SIZES[0], batch.size))
     hardest = losses().argsort(descending=True)[: size // 2].tolist()
     spaced = torch.linspace(0, batch.size - 1, min(size - size // 2, batch.size)).round().int().tolist()
     return picked([batch], sorted({*hardest, *spaced}))[0]

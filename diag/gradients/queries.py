@@ -18,10 +18,10 @@ from diag.gradients.rules.blocks import Block
 from diag.snapshot.parameters import layer_of
 
 ExampleGroup = tuple[int, ...]
-EXACT = 50_000_000  # numbers up to which sums are taken in float64, 400 MB
-AT_ONCE = 1 << 26  # numbers of one parameter's sums that are held at once, 256 MB in float32
+MOST_FLOAT64_SUMS = 50_000_000  # numbers up to which sums are taken in float64, 400 MB
+SUMS_AT_ONCE = 1 << 26  # numbers of one parameter's sums that are held at once, 256 MB in float32
 IN_ALL = 1 << 28  # and of all parameters' sums, where several micro-batches add to them
-CHUNK = 1 << 20
+COLUMNS_AT_ONCE = 1 << 20
 
 
 class Asked(Protocol):
@@ -92,7 +92,7 @@ class GroupSums:
 class _GroupSums:
     def __init__(self, gradients: Asked, groups: Sequence[ExampleGroup]) -> None:
         self._about, self._groups = gradients, [torch.tensor(g, dtype=torch.long) for g in groups]
-        self._exact = len(groups) * gradients.num_parameters <= EXACT
+        self._exact = len(groups) * gradients.num_parameters <= MOST_FLOAT64_SUMS
         self.sums: dict[str, Tensor] = {}
 
     def of_block(self, rows: slice, block: Block) -> Tensor:
@@ -120,8 +120,8 @@ class _GroupSums:
 class GroupGram:
     """Per layer, (G, G) float64: inner products of the groups' summed gradients.
 
-    With one micro-batch no more than one parameter's sums are held, and of these no more than `AT_ONCE` numbers.
-    parameters: those that count, where not all do.
+    With one micro-batch no more than one parameter's sums are held, and of these no more than `SUMS_AT_ONCE`
+    numbers. parameters: those that count, where not all do.
     """
 
     groups: tuple[ExampleGroup, ...]
@@ -161,14 +161,14 @@ class _GroupGram:
             return
         if not self._at_once:
             self._sums.consume(rows, name, block)
-        elif len(self._groups) * block.size <= AT_ONCE:
+        elif len(self._groups) * block.size <= SUMS_AT_ONCE:
             self._add(name, self._sums.of_block(rows, block))
         else:
             self._in_tiles(name, rows, block)
 
     def _in_tiles(self, name: str, rows: slice, block: Block) -> None:
         """A few groups against a few at a time, their sums formed again for each such pair."""
-        width = max(1, AT_ONCE // 2 // block.size)
+        width = max(1, SUMS_AT_ONCE // 2 // block.size)
         starts = range(0, len(self._groups), width)
         for first in starts:
             left = self._of_groups(first, width, rows, block)
@@ -197,7 +197,7 @@ class _GroupGram:
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """(G, H) float64: `left @ right.T`, a part of the columns at a time."""
-    width = max(1, CHUNK // max(1, len(left)))
+    width = max(1, COLUMNS_AT_ONCE // max(1, len(left)))
     found = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for a, b in zip(left.split(width, 1), right.split(width, 1), strict=True):
         a = a.double()

@@ -28,7 +28,7 @@ from diag.gradients.assembly import Assembly
 from diag.gradients.capture import Capture, Use
 from diag.gradients.layer_rules import Rule
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
-from diag.gradients.plan import PROBES, Plan, probe_of
+from diag.gradients.plan import PROBE_SIZES, Plan, probe_of
 from diag.gradients.planning import make_plan
 from diag.gradients.queries import Accumulator, Query
 from diag.gradients.rules.blocks import Block
@@ -45,7 +45,7 @@ def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Pla
     Raises Unsupported where a step cannot be read: BatchNorm on batch statistics ties examples together, and calls
     without a closed form, or recurrent kernels, would need passes of their own.
     """
-    probe = probe_of(batch, PROBES[0], lambda: NotImplemented)
+    probe = probe_of(batch, PROBE_SIZES[0], lambda: NotImplemented)
     with preserved(model, mode="train"):
         plan = make_plan(model, loss_fn, probe, trainable(model), unroll=False)
     unread = plan.graph_parameters | {n for n, method in plan.methods.items() if method.one_by_one}

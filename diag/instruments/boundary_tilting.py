@@ -26,7 +26,7 @@ from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Tanay, Griffin 2016, arXiv:1608.07690"
-MOST_CLASSES = 2000
+MOST_CLASSES_IN_PAIRS = 2000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,9 +129,10 @@ def _means(features: Tensor, labels: Tensor) -> ClassMeans:
     stream = ClassStream(labels.to(features.device).long())
     if len(stream.classes) < 2:
         raise InvalidInput("The labels hold one class; a boundary needs two.")
-    if len(stream.classes) > MOST_CLASSES:
+    if len(stream.classes) > MOST_CLASSES_IN_PAIRS:
         raise Unsupported(
-            f"The labels hold {len(stream.classes):,} classes; all pairs are compared, up to {MOST_CLASSES:,} "
+            f"The labels hold {len(stream.classes):,} classes; all pairs are compared, up to "
+            f"{MOST_CLASSES_IN_PAIRS:,} "
             "classes: measure on the examples of some classes."
         )
     for start, block in row_blocks(features):

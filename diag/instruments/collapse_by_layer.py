@@ -26,7 +26,7 @@ from diag.snapshot.inside.layers import LayerOutputs, outputs_given
 
 SOURCE = "Papyan, Han, Donoho 2020, arXiv:2008.08186; Tirer, Huang, Niles-Weed 2022, arXiv:2210.16658"
 SEPARATED = 0.01
-MOST_NUMBERS = 1 << 26  # float64 numbers of class means that are kept, all layers together
+MOST_MEAN_NUMBERS = 1 << 26  # float64 numbers of class means that are kept, all layers together
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +140,7 @@ def _train(outputs: LayerOutputs, labels: Tensor) -> dict[str, ClassStream]:
     """Both passes over the training data."""
     streams: dict[str, ClassStream] = {}
     rows: dict[str, int] = {}
-    room = MOST_NUMBERS
+    room = MOST_MEAN_NUMBERS
 
     def add(name: str, block: Tensor, start: int) -> None:
         nonlocal room

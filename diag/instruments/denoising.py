@@ -23,7 +23,7 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 from diag.snapshot.inside.denoiser import DenoiserAt
 
 SOURCE = "Kadkhodaie, Guth, Simoncelli, Mallat 2024, arXiv:2310.02557"
-PROBES, EIGENVECTORS = 16, 8
+TRACE_PROBES, EIGENVECTORS = 16, 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +89,7 @@ def denoising(
     denoiser: DenoiserAt,
     *,
     sigma: float = 0.0,
-    probes: int = PROBES,
+    probes: int = TRACE_PROBES,
     eigenvectors: int = EIGENVECTORS,
     seed: int = 0,
 ) -> Denoising:

@@ -23,13 +23,13 @@ from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.gradients import PerExampleGradients, as_gradients
 from diag.linalg.coherence import Coherence, between_groups, coherence, noise_scale, random_blocks
+from diag.linalg.student import STANDARD_ERRORS
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Chatterjee, Zielinski 2022, arXiv:2203.10036; Chatterjee, Zielinski 2020, arXiv:2008.01217"
-BLOCKS = 10
+JACKKNIFE_BLOCKS = 10
 MAX_CLASSES = 20
-STANDARD_ERRORS = 2.0
 FIT_BELOW = 0.05
 NO_VERDICT = "Compare runs only at equal m, or by the corrected value, and early in training."
 
@@ -181,7 +181,7 @@ def gradient_coherence(
     Raises InvalidInput where the gradients are neither. Source: Chatterjee and Zielinski 2022, arXiv:2203.10036.
     """
     gradients = as_gradients(per_example_gradients)
-    blocks = random_blocks(gradients.num_examples, BLOCKS, seed)
+    blocks = random_blocks(gradients.num_examples, JACKKNIFE_BLOCKS, seed)
     groups = _largest_classes(labels, gradients.num_examples)
     grams = gradients.group_gram_by_layer([*blocks, *groups.values()])
     squares = gradients.squared_norms_by_layer()
@@ -239,7 +239,7 @@ def _permuted(gradients: PerExampleGradients, seed: int) -> Coherence:
             "gradient_coherence on a Snapshot."
         )
     other = permute(seed)
-    blocks = random_blocks(other.num_examples, BLOCKS, seed)
+    blocks = random_blocks(other.num_examples, JACKKNIFE_BLOCKS, seed)
     gram = torch.stack(list(other.group_gram_by_layer(blocks).values())).sum(0)
     return coherence(gram, torch.stack(list(other.squared_norms_by_layer().values())).sum(0), blocks)
 

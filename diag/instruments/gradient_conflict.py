@@ -24,14 +24,13 @@ from diag.display import format_number, format_share
 from diag.errors import InvalidInput, MissingQuantity
 from diag.gradients import PerExampleGradients, StackedGradients, as_gradients
 from diag.linalg.coherence import random_blocks
-from diag.linalg.student import factor
+from diag.linalg.student import STANDARD_ERRORS, factor
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.snapshot import Snapshot
 
 SOURCE = "Yu et al. 2020, arXiv:2001.06782 (gradient conflict: a negative cosine)"
-BLOCKS, MAX_GROUPS = 10, 20
-STANDARD_ERRORS = 2.0
+ERROR_BLOCKS, MOST_GROUPS = 10, 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,7 +134,7 @@ def gradient_conflict(
     per_example_gradients = as_gradients(per_example_gradients)
     n = per_example_gradients.num_examples
     names, members = _groups(labels, n)
-    blocks = random_blocks(n, BLOCKS, seed)
+    blocks = random_blocks(n, ERROR_BLOCKS, seed)
     parts = [_within(group, block) for group in members for block in blocks]
     grams = per_example_gradients.group_gram_by_layer(parts)
     gram = torch.stack(list(grams.values())).sum(0)
@@ -151,7 +150,7 @@ def gradient_conflict(
     return GradientConflict(
         lowest=float(values[worst]),
         lowest_corrected=_corrected(gram, sizes, squares, a, b),
-        lowest_standard_error=float(errors[a, b]) * factor(BLOCKS, len(values)) / factor(BLOCKS),
+        lowest_standard_error=float(errors[a, b]) * factor(ERROR_BLOCKS, len(values)) / factor(ERROR_BLOCKS),
         conflicting_pairs=float(conflicts.double().mean()),
         length_kept=_length_kept(_mean_products(gram, sizes)),
         num_groups=len(members),
@@ -213,7 +212,7 @@ def _groups(labels: Tensor, n: int) -> tuple[tuple[int, ...], list[Tensor]]:
     values, counts = labels.unique(return_counts=True)
     if len(values) < 2:
         raise MissingQuantity("All examples are in one group; give labels that name at least two.")
-    kept = values[counts.argsort(descending=True, stable=True)[:MAX_GROUPS]].sort().values
+    kept = values[counts.argsort(descending=True, stable=True)[:MOST_GROUPS]].sort().values
     return tuple(int(v) for v in kept), [(labels == v).nonzero().flatten() for v in kept]
 
 

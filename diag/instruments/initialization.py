@@ -22,8 +22,8 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.inside.chain import LayerChain
 
 SOURCE = "Roberts, Yaida, Hanin 2022, arXiv:2106.10165"
-FACTOR = 100.0
-FEW_LAYERS = 3
+EXPLODES_BY = 100.0
+FEWEST_LAYERS = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,7 +125,7 @@ def width_slopes(
 
 
 @instrument(source=SOURCE, title="Initialisation", kind="description")
-def initialization(layer_chain: LayerChain, *, factor: float = FACTOR) -> Initialization:
+def initialization(layer_chain: LayerChain, *, factor: float = EXPLODES_BY) -> Initialization:
     """Kernels, susceptibilities, gradients and the depth-to-width ratio of the layers, meant for fresh weights.
 
     layer_chain: measured on at most 64 examples (`diag.snapshot.inside.chain`). chi_perp is the mean squared
@@ -184,8 +184,10 @@ def _geometric_mean(values: NDArray[numpy.float64]) -> float:
 
 def _preconditions(kernels: NDArray[numpy.float64]) -> tuple[Precondition, ...]:
     finite = bool(numpy.isfinite(kernels).all() and (kernels > 0).all())
-    few = f"there are {len(kernels)} linear or convolutional layers; growth over depth needs {FEW_LAYERS} or more."
+    few = (
+        f"there are {len(kernels)} linear or convolutional layers; growth over depth needs {FEWEST_LAYERS} or more."
+    )
     return (
-        Precondition("three layers or more", len(kernels) >= FEW_LAYERS, few),
+        Precondition("three layers or more", len(kernels) >= FEWEST_LAYERS, few),
         Precondition("finite outputs that are not zero", finite, "a layer's outputs are all zero or not finite."),
     )

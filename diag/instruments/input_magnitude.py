@@ -24,9 +24,9 @@ from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Petersen et al. 2024, TrAct: Making First-layer Pre-Activations Trainable, arXiv:2410.23970"
-SPREAD = 0.01  # of the log of the inputs' norms: below it they are all of one size
+SPREAD_OF_NORMS = 0.01  # of the log of the inputs' norms: below it they are all of one size
 TOP = 0.01
-MAX_FEATURES = 2048
+MOST_COLUMNS_COMPARED = 2048
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +95,7 @@ def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, 
     seen = (sizes > 0) & (squares > 0)
     log_x, log_g = sizes[seen].log(), squares[seen].sqrt().log()
     spread = float(log_x.std()) if len(log_x) > 1 else 0.0
-    varied = spread >= SPREAD
+    varied = spread >= SPREAD_OF_NORMS
     r = correlation(log_x, log_g) if varied else math.nan
     top = sizes.argsort(descending=True)[: max(1, math.ceil(TOP * n))]
     total = float(squares.sum())
@@ -125,14 +125,14 @@ def _preconditions(seen: int, n: int, layer: str, spread: float) -> tuple[Precon
         ),
         Precondition(
             "inputs of different sizes",
-            spread >= SPREAD,
+            spread >= SPREAD_OF_NORMS,
             f"the norms of the inputs differ by {format_share(spread)} only, so there is no slope to see.",
         ),
     )
 
 
 def _condition(x: Tensor) -> float:
-    if x.shape[1] > MAX_FEATURES or not len(x):
+    if x.shape[1] > MOST_COLUMNS_COMPARED or not len(x):
         return math.nan
     eigenvalues = torch.linalg.svdvals(x).square()
     kept = eigenvalues[eigenvalues > 1e-12 * eigenvalues.max()] if float(eigenvalues.max()) > 0 else eigenvalues

@@ -39,7 +39,7 @@ ADVICE_PLAIN = (
 ADVICE_ALIGNED = (
     "Do not average these weights; ensemble the outputs, try wider layers, or start both from a common checkpoint."
 )
-REFUTATION = (
+LOWER_PATH = (
     "Measure on more held-out examples and a finer grid (points=25): if the error barrier falls below the line, "
     "the two are connected."
 )
@@ -131,7 +131,7 @@ class ModeConnectivity(Result):
             advice="" if level is Level.OK else ADVICE_ALIGNED if self.align else ADVICE_PLAIN,
             source=f"{FRANKLE}; {RE_BASIN}" if self.align else FRANKLE,
             confidence=Confidence.STRONG_EMPIRICAL,
-            refutation=REFUTATION + self._limit(),
+            refutation=LOWER_PATH + self._limit(),
             value=value,
             threshold=self.setting("connected_below"),
             threshold_source="Frankle et al. 2020 (2 %, there over the mean of the ends: the same where the ends "

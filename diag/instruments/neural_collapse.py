@@ -43,9 +43,9 @@ NC2_COLLAPSED = 0.3
 NC2_UNUSUAL = 0.8
 NC4_UNUSUAL = 0.01
 SNAPSHOTS_FOR_A_TREND = 3
-MOST_CLASSES = 5000
+MOST_CLASSES_MEASURED = 5000
 
-NOT_A_SCORE = "Neural collapse appears with random labels too, so it is not a score of generalisation."
+COLLAPSE_IS_NO_SCORE = "Neural collapse appears with random labels too, so it is not a score of generalisation."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +132,7 @@ class NeuralCollapse(Result):
         return self._judged(
             Level.OK,
             f"The features {word} ({numbers}).",
-            advice=NOT_A_SCORE,
+            advice=COLLAPSE_IS_NO_SCORE,
             value=self.nc1,
             threshold=self.setting("nc1_collapsed"),
         )
@@ -159,7 +159,7 @@ class NeuralCollapse(Result):
             Level.OK,
             f"The features are collapsing: from step {recent[0][0]:,} to {recent[-1][0]:,} {parts}; "
             f"{last.sentence[0].lower()}{last.sentence[1:]}",
-            advice=NOT_A_SCORE,
+            advice=COLLAPSE_IS_NO_SCORE,
             source=SOURCE,
             confidence=Confidence.STRONG_EMPIRICAL,
             value=last.value,
@@ -266,10 +266,10 @@ def _of_the_means(by: ClassMeans) -> dict[str, Any]:
 def _check_classes(classes: Tensor) -> None:
     if len(classes) < 2:
         raise InvalidInput(f"The labels hold one class ({int(classes[0])}); neural collapse needs at least two.")
-    if len(classes) > MOST_CLASSES:
+    if len(classes) > MOST_CLASSES_MEASURED:
         raise Unsupported(
             f"The labels hold {len(classes):,} classes; neural collapse compares all pairs of classes, up to "
-            f"{MOST_CLASSES:,}: measure on the examples of some classes."
+            f"{MOST_CLASSES_MEASURED:,}: measure on the examples of some classes."
         )
 
 

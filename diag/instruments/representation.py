@@ -25,8 +25,8 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 from diag.snapshot.inside.layers import LayerOutputs, outputs_given
 
 SOURCE = "Zbontar et al. 2021, Barlow Twins, arXiv:2103.03230; Kornblith et al. 2019, arXiv:1905.00414 (CKA)"
-DEAD, SAME = 1e-4, 0.999
-MOST_FEATURES, COMPARED = 2048, 512
+DEAD_FEATURE, SAME_FEATURE = 1e-4, 0.999
+MOST_FEATURES, EXAMPLES_COMPARED = 2048, 512
 NOISE = 0.1
 
 
@@ -98,7 +98,7 @@ def representation(
     previous_layer_outputs: LayerOutputs | Mapping[str, Tensor] | Tensor | None = None,
     *,
     noise: float = NOISE,
-    compared: int = COMPARED,
+    compared: int = EXAMPLES_COMPARED,
 ) -> Representation:
     """Effective rank, dead, duplicate and redundant dimensions, invariance and debiased CKA of every layer.
 
@@ -187,7 +187,7 @@ class _Sums:
         """Which dimensions are not dead."""
         std = self.covariance().diagonal().clamp_min(0).sqrt()
         small = 1e-12 * float(self.shift.abs().max())  # what rounding leaves of a constant
-        return std > max(DEAD * float(std.median()), small)
+        return std > max(DEAD_FEATURE * float(std.median()), small)
 
     def covariance(self) -> Tensor:
         mean = self.total / self.count
@@ -205,7 +205,7 @@ class _Sums:
             return rank, dead, 0.0, math.nan
         std = live.diagonal().sqrt()
         r = live / std[:, None] / std
-        duplicate = (r.abs() > SAME).triu(1).any(0)
+        duplicate = (r.abs() > SAME_FEATURE).triu(1).any(0)
         off = r.square().sum() - r.diagonal().square().sum()
         redundancy = float(off) / (len(r) * (len(r) - 1)) - 1 / (self.count - 1)
         return rank, dead, float(duplicate.double().mean()), redundancy

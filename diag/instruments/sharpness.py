@@ -34,7 +34,7 @@ RADIUS = 0.05
 GROUP = 128  # examples in a group of m-sharpness, as in the evaluations of Andriushchenko et al.
 EQUAL_LOSSES = 0.05  # relative: runs may be compared within it (our choice)
 
-NOT_A_SCORE = (
+SHARPNESS_IS_NO_SCORE = (
     "Compare it with runs of the same architecture at the same training loss and radius only: it changes with the "
     "parametrisation, and neither flat nor sharp says how well a network generalises."
 )
@@ -100,7 +100,9 @@ class Sharpness(Result):
             f"draws of sigma = {format_number(self.sigma)} (adaptive: {format_number(self.adaptive_worst_case)}, "
             f"{format_number(self.adaptive_average, 2)}); this describes and judges nothing."
         )
-        return Verdict(Level.OK, sentence, advice=NOT_A_SCORE, source=SOURCE, confidence=Confidence.CONTESTED)
+        return Verdict(
+            Level.OK, sentence, advice=SHARPNESS_IS_NO_SCORE, source=SOURCE, confidence=Confidence.CONTESTED
+        )
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
@@ -113,7 +115,7 @@ class Sharpness(Result):
             f"From step {first_step:,} to {last_step:,} the worst rise within rho = {format_number(last.rho)} went "
             f"from {format_number(first.worst_case)} to {format_number(last.worst_case)} while the loss went from "
             f"{format_number(first.loss)} to {format_number(last.loss)}.",
-            advice=NOT_A_SCORE,
+            advice=SHARPNESS_IS_NO_SCORE,
             source=SOURCE,
             confidence=Confidence.CONTESTED,
         )
@@ -126,7 +128,7 @@ class Sharpness(Result):
         unmet = self.unmet() or other.unmet()
         if unmet is not None:
             return Verdict(
-                Level.NOT_APPLICABLE, f"No comparison: {unmet.detail}", advice=NOT_A_SCORE, source=SOURCE
+                Level.NOT_APPLICABLE, f"No comparison: {unmet.detail}", advice=SHARPNESS_IS_NO_SCORE, source=SOURCE
             )
         pair = f"{format_number(self.loss)} and {format_number(other.loss)}"
         if (self.rho, self.sigma, self.norm) != (other.rho, other.sigma, other.norm):
@@ -143,7 +145,7 @@ class Sharpness(Result):
             f"At losses of {pair} the adaptive average rises {told}: {format_number(self.adaptive_average)} "
             f"against {format_number(other.adaptive_average)}, a difference of {format_number(gap)} ± "
             f"{format_number(error, 2)}.",
-            advice=NOT_A_SCORE,
+            advice=SHARPNESS_IS_NO_SCORE,
             source=SOURCE,
             confidence=Confidence.CONTESTED,
             value=gap,

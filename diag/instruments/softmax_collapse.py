@@ -24,8 +24,8 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.softmax_rounding import (
-    GRADIENT,
-    LOSS,
+    EXAMPLE_LOSS,
+    LABEL_GRADIENT,
     ROW_SIZE,
     ROW_SUM,
     SIGNIFICAND_BITS,
@@ -53,11 +53,11 @@ ROUNDED_AWAY = 1e-3  # relative error of the median gradient from which the loss
 # "Low and flat" held-out accuracy, beside a fitted training set: our choice, uncalibrated.
 STALLED_FOR, STALLED_WITHIN, STALLED_BELOW = 3, 0.01, 0.5
 
-ADVICE = (
+CONTROLS = (
     "If training is to go on, use diag.stable_cross_entropy or compute the loss in float64 as a control; weight "
     "decay or label smoothing keep the margins from growing."
 )
-REFUTATION = (
+CONTROL_WITHOUT_EFFECT = (
     "Train on from here with diag.stable_cross_entropy: if the margins and the held-out accuracy go on as they do "
     "now, rounding was not what held them."
 )
@@ -108,10 +108,10 @@ class SoftmaxCollapse(Result):
                 Level.ALARM if self.collapsed >= alarm_at else Level.DESCRIPTION,
                 f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
                 f"their true class, by {self.loss}: {self._meaning()}.",
-                advice=ADVICE,
+                advice=CONTROLS,
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
-                refutation=REFUTATION,
+                refutation=CONTROL_WITHOUT_EFFECT,
                 value=self.collapsed,
                 threshold=alarm_at if self.collapsed >= alarm_at else 0.0,
                 threshold_source=OUR_CHOICE if self.collapsed >= alarm_at else "any example at all",
@@ -148,10 +148,10 @@ class SoftmaxCollapse(Result):
         return Verdict(
             Level.DESCRIPTION,
             f"No example has collapsed, but collapse is near: {found}.",
-            advice=ADVICE,
+            advice=CONTROLS,
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
-            refutation=REFUTATION,
+            refutation=CONTROL_WITHOUT_EFFECT,
             value=value,
             threshold=threshold,
             threshold_source=OUR_CHOICE,
@@ -296,7 +296,7 @@ def softmax_collapse(
     compared = in_blocks(compared_with_exact, logits, labels, logit_gradients)
     given = logits if logit_gradients is None else logit_gradients
     factor = class_factors(compared, labels, logits.shape[1], given.dtype)
-    own, true = compared[:, GRADIENT], -torch.sigmoid(-margin) * factor
+    own, true = compared[:, LABEL_GRADIENT], -torch.sigmoid(-margin) * factor
     taken = f"F.cross_entropy in {dtype} (taken as the loss)"
     distance = distance_from_softmax(compared, factor, given.dtype)
     return SoftmaxCollapse(
@@ -305,7 +305,7 @@ def softmax_collapse(
         median_margin=float(margin.median()),
         zero_sum_residual=float(compared[:, ROW_SUM].sum() / compared[:, ROW_SIZE].sum()),
         gradient_error=float(((own - true).abs() / true.abs()).nanmedian()),
-        loss_underestimate=-float(F.logsigmoid(margin).mean() + counted[dtype][:, LOSS].mean()),
+        loss_underestimate=-float(F.logsigmoid(margin).mean() + counted[dtype][:, EXAMPLE_LOSS].mean()),
         accuracy=_accuracy(logits, labels),
         held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
         collapsed_by_dtype={d: float((margin >= collapse_margin(d)).double().mean()) for d in SIGNIFICAND_BITS},

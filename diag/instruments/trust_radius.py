@@ -22,7 +22,7 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 
 SOURCE = "Semenov, Jaggi, Doikov 2025, arXiv:2506.13710"
 REACH = 10.0  # in lengths of the parameters: beyond it nothing is looked for
-STEPS, FACTOR, BISECTIONS = 12, 4.0, 10
+RADII_TRIED, RADIUS_FACTOR, BISECTIONS = 12, 4.0, 10
 NEWTON_PRODUCTS = 20
 
 
@@ -142,9 +142,9 @@ def _radius(
         deviations = [float((gradient(center + s * d) - g - s * linear).norm()) for s in (t, -t)]
         return not max(deviations) < limit
 
-    low, high = 0.0, reach / FACTOR**STEPS
+    low, high = 0.0, reach / RADIUS_FACTOR**RADII_TRIED
     while high <= reach and not off(high):
-        low, high = high, high * FACTOR
+        low, high = high, high * RADIUS_FACTOR
     if high > reach:
         return math.inf
     for _ in range(BISECTIONS):

@@ -21,10 +21,18 @@ from diag.errors import InvalidInput
 from diag.run.run import Run, RunWriter, read_run
 from diag.snapshot.history import History, empty_history
 
-STEP = ("step", "global_step", "_step", "trainer/global_step", "iteration", "iter", "epoch")
-LOSS = ("loss", "train_loss", "train/loss", "training_loss", "train_loss_step", "loss/train", "train_loss_epoch")
-RATE = ("learning_rate", "lr", "train/learning_rate", "train/lr")
-LARGEST = 1 << 28  # bytes of a log
+STEP_NAMES = ("step", "global_step", "_step", "trainer/global_step", "iteration", "iter", "epoch")
+LOSS_NAMES = (
+    "loss",
+    "train_loss",
+    "train/loss",
+    "training_loss",
+    "train_loss_step",
+    "loss/train",
+    "train_loss_epoch",
+)
+RATE_NAMES = ("learning_rate", "lr", "train/learning_rate", "train/lr")
+LARGEST_LOG = 1 << 28  # bytes of a log
 THIN = "The loss was logged at {} of {:,} steps, so what happened between them is not known."
 
 LoggedRow = tuple[int, dict[str, float]]
@@ -40,7 +48,7 @@ def run_of_log(path: str | Path) -> Run:
     rows = _renumbered(_merged(_read(file)), str(file))
     history = _history(rows)
     metrics: dict[str, list[tuple[int, float]]] = {}
-    used = {_column(rows, LOSS), _column(rows, RATE), *STEP}
+    used = {_column(rows, LOSS_NAMES), _column(rows, RATE_NAMES), *STEP_NAMES}
     for step, values in rows:
         for name, value in values.items():
             if name not in used:
@@ -90,8 +98,8 @@ def _log_file(path: Path) -> Path:
 
 
 def _read(file: Path) -> Iterable[LoggedRow]:
-    if file.stat().st_size > LARGEST:
-        raise InvalidInput(f"{file} is larger than {LARGEST >> 20} MiB; give a part of the log.")
+    if file.stat().st_size > LARGEST_LOG:
+        raise InvalidInput(f"{file} is larger than {LARGEST_LOG >> 20} MiB; give a part of the log.")
     if "tfevents" in file.name:
         return _tensorboard(file)
     readers = {".json": _json, ".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl}
@@ -152,9 +160,9 @@ def _rows(rows: Iterable[Mapping[str, Any]]) -> Iterable[LoggedRow]:
     for row in rows:
         numbers = {str(k).strip(): v for k, value in row.items() if (v := _number(value)) is not None}
         lower = {name.lower(): name for name in numbers}
-        step = next((numbers[lower[name]] for name in STEP if name in lower), None)
+        step = next((numbers[lower[name]] for name in STEP_NAMES if name in lower), None)
         if step is not None and math.isfinite(step) and step >= 0:
-            yield int(step), {name: v for name, v in numbers.items() if name.lower() not in STEP}
+            yield int(step), {name: v for name, v in numbers.items() if name.lower() not in STEP_NAMES}
 
 
 def _number(value: Any) -> float | None:
@@ -177,7 +185,7 @@ def _merged(rows: Iterable[LoggedRow]) -> list[LoggedRow]:
 def _renumbered(rows: list[LoggedRow], source: str) -> list[LoggedRow]:
     """Steps count from 1; a log that begins with 0 counts from there."""
     if not any(values for _, values in rows):
-        raise InvalidInput(f"{source} has no row with a step ({', '.join(STEP[:4])}) and a number.")
+        raise InvalidInput(f"{source} has no row with a step ({', '.join(STEP_NAMES[:4])}) and a number.")
     first = rows[0][0]
     return [(step + 1, values) for step, values in rows] if first == 0 else rows
 
@@ -189,7 +197,7 @@ def _column(rows: list[LoggedRow], names: tuple[str, ...]) -> str | None:
 
 
 def _history(rows: list[LoggedRow]) -> History | None:
-    loss, rate = _column(rows, LOSS), _column(rows, RATE)
+    loss, rate = _column(rows, LOSS_NAMES), _column(rows, RATE_NAMES)
     told = [(step, values) for step, values in rows if loss in values]
     if not told:
         return None

@@ -20,7 +20,7 @@ from typing import Any
 from diag.errors import InvalidInput
 from diag.run.run import Finding, Run
 
-COLUMNS = ("step", "level", "instrument", "title", "sentence", "advice", "source")
+FINDING_COLUMNS = ("step", "level", "instrument", "title", "sentence", "advice", "source")
 PREFIX = "diag"
 
 
@@ -154,7 +154,7 @@ class CsvSink(Sink):
             verdict.sentence,
             verdict.advice,
         )
-        _append(self.path, COLUMNS, [(*row, verdict.source or finding.source)])
+        _append(self.path, FINDING_COLUMNS, [(*row, verdict.source or finding.source)])
 
     def export(self, run: Run) -> None:
         """The findings as lines, and every number in a file of its own: step, name, value."""

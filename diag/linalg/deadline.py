@@ -19,7 +19,7 @@ import torch
 
 from diag.errors import Stopped
 
-LOOK_EVERY = 0.01  # seconds between two looks at the memory, which take some microseconds
+MEMORY_EVERY = 0.01  # seconds between two looks at the memory, which take some microseconds
 
 
 class Deadline:
@@ -60,7 +60,7 @@ class Deadline:
         unit, self._last = now - self._last, now
         if now - self._began + unit / 2 > self.seconds:
             self._stop(f"after {_seconds(now - self._began)}; it may take {_seconds(self.seconds)}{self._because}")
-        if self.memory < inf and now - self._looked >= LOOK_EVERY:
+        if self.memory < inf and now - self._looked >= MEMORY_EVERY:
             self._looked = now
             added = self._used() - self._held
             if added > self.memory:

@@ -20,6 +20,7 @@ BLOCK_ELSEWHERE = 1 << 24
 # A basis does not fit in the cache anyway: longer rows are read a tenth faster. What is taken out of a vector with
 # them is small already, so their rounding, relative to it, is smaller still.
 ROWS_ON_CPU = 1 << 17
+ELEMENTS_AT_ONCE = 1 << 22  # of a matrix that is read in blocks of rows: 32 MB in float64
 
 
 def blocks(size: int, device: torch.device, on_cpu: int = BLOCK_ON_CPU) -> Iterator[slice]:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diag.linalg.margins import margins
+from diag.linalg.reductions import ELEMENTS_AT_ONCE
 
 SIGNIFICAND_BITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
-ELEMENTS_AT_ONCE = 1 << 22
 
 
 def collapse_margin(dtype: str) -> float:
@@ -41,7 +41,7 @@ def float64_margins(z: Tensor, y: Tensor) -> Tensor:
     return torch.where(z.gather(1, y[:, None])[:, 0] == -torch.inf, -torch.inf, m)
 
 
-LOSS, ZERO_LOSS, PAPER, REPOSITORY, ZERO_GRADIENT = range(5)
+EXAMPLE_LOSS, ZERO_LOSS, PAPER, REPOSITORY, ZERO_GRADIENT = range(5)
 
 
 def counters(z: Tensor, y: Tensor, dtype: str) -> Tensor:
@@ -74,7 +74,7 @@ def _gradients(z: Tensor, y: Tensor) -> Tensor:
         return torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), z)[0]
 
 
-GRADIENT, ROW_SUM, ROW_SIZE, GG, GP, PP = range(6)
+LABEL_GRADIENT, ROW_SUM, ROW_SIZE, GG, GP, PP = range(6)
 
 
 def compared_with_exact(z: Tensor, y: Tensor, given: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from diag.linalg.refine import complete
 from diag.linalg.ritz import Which
 from diag.linalg.trace import TraceAndNorm, trace_and_norm
 
-MOST = 11.0  # the 99.9 % quantile of chi-squared with one degree of freedom
+SINGLE_WEIGHT = 11.0  # the 99.9 % quantile of chi-squared with one degree of freedom
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,9 @@ def _rest_of(run: LanczosRun, known: Eigenpairs, size: int, seed: int) -> Spectr
     nodes, weights = quadrature_rule(run.first_cycle)
     near = (nodes[:, None] - known.values).abs() <= known.residuals + known.rounding
     one = near.sum(1) / size  # what the known eigenvalues at a node weigh on average
-    # A single eigenvalue's weight is chi-squared over size. More than MOST of that is a multiple eigenvalue, such
-    # as the zeros of a matrix of low rank, of which one start vector shows one copy: the others stay.
-    weights = torch.where(near.any(1), torch.where(weights > MOST * one, weights - one, 0), weights)
+    # A single eigenvalue's weight is chi-squared over size. More than SINGLE_WEIGHT of that is a multiple
+    # eigenvalue, such as the zeros of a matrix of low rank, of which one start vector shows one copy: the others
+    # stay.
+    weights = torch.where(near.any(1), torch.where(weights > SINGLE_WEIGHT * one, weights - one, 0), weights)
     weights = weights / weights.sum().clamp_min(1e-300) * (size - len(known.values)) / size
     return SpectralMeasure(nodes[None], weights[None], known.values, size, seed, 0)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 COVERED = 0.95
+STANDARD_ERRORS = 2.0  # so many of those returned here on either side make an interval with that coverage
 
 
 def covering(standard_error: float, values: int, of: int = 1) -> float:

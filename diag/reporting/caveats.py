@@ -17,7 +17,7 @@ from diag.snapshot.history import History
 
 # Events that are no reason for caution; "info" is shown in the method section, and a finding has its own card.
 ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe", "finding")
-MAX_EVENTS = 8
+MOST_EVENTS_LISTED = 8
 
 
 def caveats(evidence: Evidence, counts: Mapping[str, int]) -> list[dict[str, str]]:
@@ -106,14 +106,14 @@ def _of_events(events: Sequence[Event]) -> Caveats:
     told = [e for e in events if e.kind not in ROUTINE_EVENTS]
     times = Counter((e.kind, e.text) for e in told)
     first = {(e.kind, e.text): e.step for e in reversed(told)}
-    for key, count in list(times.items())[:MAX_EVENTS]:
+    for key, count in list(times.items())[:MOST_EVENTS_LISTED]:
         kind, text = key
         when = f"step {first[key]:,}" + (f" and {count_in_words(count - 1, 'more time')}" if count > 1 else "")
         yield kind, f"{text.rstrip('.')} ({when}).", ""
-    if len(times) > MAX_EVENTS:
+    if len(times) > MOST_EVENTS_LISTED:
         yield (
             "events",
-            f"{count_in_words(len(times) - MAX_EVENTS, 'more event')} of other kinds; see the data.",
+            f"{count_in_words(len(times) - MOST_EVENTS_LISTED, 'more event')} of other kinds; see the data.",
             "data",
         )
 

@@ -11,7 +11,7 @@ from diag.reporting.plain import clean
 from diag.result import Result
 from diag.run.run import Finding
 
-MAX_POINTS = 120
+SERIES_POINTS = 120
 MAX_SVG = 160_000
 SIZE = (4.4, 2.55)
 
@@ -68,7 +68,7 @@ def _try(draw: Callable[[Any], None], salt: str, label: str) -> tuple[str, str]:
     return svg, ""
 
 
-def thinned(series: Sequence[tuple[int, Result]], at_most: int = MAX_POINTS) -> list[tuple[int, Result]]:
+def thinned(series: Sequence[tuple[int, Result]], at_most: int = SERIES_POINTS) -> list[tuple[int, Result]]:
     """At most `at_most` points of a long series: the first, the last, and of each part in between the ones
     where the first scalar is least and greatest."""
     if len(series) <= at_most:

@@ -28,11 +28,11 @@ from diag.reporting.words import words_of
 from diag.result import Level
 from diag.run.stories import stories
 
-FORMAT_VERSION = 1
-LEVELS = (*(str(level) for level in Level), "skipped", "failed")
+REPORT_VERSION = 1
+SHOWN_LEVELS = (*(str(level) for level in Level), "skipped", "failed")
 ROOM_FOR_DRAWINGS = 400_000  # bytes; what keeps a page of very many checks under a megabyte
 ROOM_FOR_THE_REST = 120_000  # of it, for checks that found nothing wrong
-SMALL = 25_000  # a drawing of a check that found nothing wrong
+SMALL_DRAWING = 25_000  # a drawing of a check that found nothing wrong
 NEEDS_ATTENTION = tuple(str(level) for level in Level if level.is_finding)
 
 
@@ -48,12 +48,12 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
     in_time = evidence.findings if evidence.kind == "run" else ()
     axis = axis_of(history, in_time, evidence.last_step)
     audits = audits_of(evidence)
-    counts = {level: sum(a["level"] == level for a in audits) for level in LEVELS}
+    counts = {level: sum(a["level"] == level for a in audits) for level in SHOWN_LEVELS}
     told = stories_of(evidence, audits)
     name = clean(title or evidence.title)
     made = {
         "format": "diag-report",
-        "format_version": FORMAT_VERSION,
+        "format_version": REPORT_VERSION,
         "kind": evidence.kind,
         "title": name,
         "command": clean(command),
@@ -114,7 +114,7 @@ def _draw(evidence: Evidence | None, audits: Sequence[dict[str, Any]], salt: str
             audit["charts"], drawn = charts(finding, salt, 2 if wrong else 1)
             for chart in audit["charts"]:
                 size = len(drawn.get(chart["key"], ""))
-                fits = size <= room[True] and (wrong or size <= min(room[False], SMALL))
+                fits = size <= room[True] and (wrong or size <= min(room[False], SMALL_DRAWING))
                 if not fits and drawn.pop(chart["key"], ""):
                     chart["problem"] = "No chart: the page has no room left for it."
                 else:

@@ -22,9 +22,9 @@ from diag.reporting.plain import clean, finite, number
 from diag.result import Result, plain_data
 
 MAX_IN_GROUP = 12
-MAX_GROUPS = 4
+MOST_GROUPS_SHOWN = 4
 MAX_SIDE = 48
-MAX_FEATURES = 6
+MOST_FEATURES_SHOWN = 6
 MAX_TEXT = 240
 
 
@@ -40,7 +40,7 @@ def examples(series: Sequence[tuple[int, Result]]) -> dict[str, Any] | None:
         groups: dict[str, list[dict[str, Any]]] = {}
         for item in given:
             groups.setdefault(clean(item.get("group", "")), []).append(item)
-        shown = [_group(name, items) for name, items in list(groups.items())[:MAX_GROUPS]]
+        shown = [_group(name, items) for name, items in list(groups.items())[:MOST_GROUPS_SHOWN]]
     except Exception as error:
         return {"groups": [], "problem": clean(f"No examples: {type(error).__name__}: {error}")}
     return {"groups": shown, "problem": ""} if shown else None
@@ -77,7 +77,7 @@ def _features(values: Any) -> Iterable[dict[str, Any]]:
     found = [(clean(k), float(v)) for k, v in named.items() if math.isfinite(float(v))]
     found.sort(key=lambda item: -abs(item[1]))
     largest = max((abs(v) for _, v in found), default=0.0) or 1.0
-    for name, value in found[:MAX_FEATURES]:
+    for name, value in found[:MOST_FEATURES_SHOWN]:
         yield {"name": name, "value": number(value), "share": round(value / largest, 3)}
 
 

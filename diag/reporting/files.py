@@ -16,7 +16,7 @@ from typing import Any
 from diag.errors import InvalidInput
 from diag.reporting.page import render, render_notebook
 
-PARTIAL = ".partial"
+PARTIAL_ENDING = ".partial"
 FORGOTTEN = 3600.0  # seconds
 FORMATS = ("diag-report", "diag-comparison")
 
@@ -87,7 +87,7 @@ def write_together(texts: Mapping[Path, str]) -> None:
     first one are removed before that: at any moment the first is whole, and each of the others fits it or is
     absent.
     """
-    partial = {path: path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}") for path in texts}
+    partial = {path: path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_ENDING}") for path in texts}
     _remove_left_over(texts)
     try:
         for path, text in texts.items():
@@ -104,7 +104,7 @@ def write_together(texts: Mapping[Path, str]) -> None:
 def _remove_left_over(paths: Iterable[Path]) -> None:
     """Remove partial files of killed writers; one of the last hour may be a living writer's."""
     for path in paths:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL_ENDING}"):
             with contextlib.suppress(OSError):
                 if left.stat().st_mtime < time.time() - FORGOTTEN:
                     left.unlink()

@@ -14,7 +14,7 @@ from diag.reporting.timeline import Axis
 from diag.snapshot.history import CELLS, History, let_go, taken
 
 MAX_CELLS = 12_000
-MIN_COLUMNS, MAX_COLUMNS = 40, 160
+FEWEST_HEAT_COLUMNS, MOST_HEAT_COLUMNS = 40, 160
 FAR = 1.0  # in log10
 
 Table = NDArray[numpy.float64]
@@ -26,7 +26,9 @@ def heatmaps(axis: Axis, history: History, chosen: list[int]) -> list[dict[str, 
     A cell shows the median of its steps or, where one of them lies more than a factor of ten from it, the
     farthest: neither a spike nor a collapse is averaged away, and noise does not flicker.
     """
-    bins = axis.bins(history.steps, max(MIN_COLUMNS, min(MAX_COLUMNS, MAX_CELLS // max(1, len(chosen)))))
+    bins = axis.bins(
+        history.steps, max(FEWEST_HEAT_COLUMNS, min(MOST_HEAT_COLUMNS, MAX_CELLS // max(1, len(chosen))))
+    )
     columns = [rows for _, _, rows in bins]
 
     def gradient(rows: Any) -> Table:

@@ -17,7 +17,7 @@ from diag.snapshot.history import CELLS, History, parts
 MAX_LAYERS = 300
 MEDIAN_ROWS = 2_000
 
-COLUMNS = (
+LAYER_COLUMNS = (
     ("size", "Elements", ""),
     ("gradient_median", "Gradient norm, median", "2-norm before clipping"),
     ("gradient_lowest", "Lowest", "of the finite gradient norms"),
@@ -38,12 +38,12 @@ def layer_map(axis: Axis | None, history: History, findings: Iterable[Finding]) 
         {
             "name": clean(history.layers[i]),
             "findings": named.get(history.layers[i], []),
-            **{key: _cell(float(columns[key][i])) for key, _, _ in COLUMNS},
+            **{key: _cell(float(columns[key][i])) for key, _, _ in LAYER_COLUMNS},
         }
         for i in chosen
     ]
     return {
-        "columns": [{"key": key, "title": title, "description": text} for key, title, text in COLUMNS],
+        "columns": [{"key": key, "title": title, "description": text} for key, title, text in LAYER_COLUMNS],
         "rows": rows,
         "left_out": len(history.layers) - len(chosen),
         "median_of": min(len(history), _median_rows(history)),

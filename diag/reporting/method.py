@@ -19,7 +19,16 @@ from diag.reporting.plain import as_text, clean
 DRAWN_SEED = 10**10
 
 # What a run's metadata hold besides facts about the training.
-ELSEWHERE = ("layers", "row", "settings", "versions", "format", "sessions", "instruments", "parameters_by_layer")
+SHOWN_ELSEWHERE = (
+    "layers",
+    "row",
+    "settings",
+    "versions",
+    "format",
+    "sessions",
+    "instruments",
+    "parameters_by_layer",
+)
 
 
 def facts(evidence: Evidence) -> list[dict[str, str]]:
@@ -101,7 +110,7 @@ def method(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> dict[str,
             if a.get("threshold")
         ],
         "versions": _pairs(about.get("versions") or {}),
-        "run": _pairs({k: v for k, v in about.items() if k not in ELSEWHERE and v not in (None, "", {}, [])}),
+        "run": _pairs({k: v for k, v in about.items() if k not in SHOWN_ELSEWHERE and v not in (None, "", {}, [])}),
     }
 
 

@@ -19,7 +19,7 @@ from diag.reporting.plain import clean
 from diag.reporting.timeline import Axis, decimate, scale
 from diag.run.run import Finding
 
-HELD_OUT = ("held_out", "val", "valid", "validation", "eval", "test", "dev")
+HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "eval", "test", "dev")
 LARGE_IS_GOOD = ("accuracy", "acc", "f1", "auc", "auroc", "precision", "recall", "score", "bleu", "iou", "r2")
 PANELS = (("loss", "Loss"), ("accuracy", "Accuracy"))
 
@@ -80,7 +80,7 @@ def _of_the_user(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> Iterable
         panel = "loss" if "loss" in words else "accuracy" if {"acc", "accuracy"} & set(words) else ""
         finite = sorted((s, v) for s, v in pairs if math.isfinite(v))
         if panel and finite:
-            role = "held_out" if any(w in words or w in name.lower() for w in HELD_OUT) else "training"
+            role = "held_out" if any(w in words or w in name.lower() for w in HELD_OUT_NAMES) else "training"
             yield panel, Course(role, clean(name), *zip(*finite, strict=True))
 
 

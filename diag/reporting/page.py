@@ -42,7 +42,7 @@ FOLDED = (
 # Viridis at nine equal steps (Smith and van der Walt, 2015; public domain): even in lightness, so that it also
 # reads in grey and to the colour-blind.
 VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
-NOTHING, BROKEN, COLOURS = 0, 1, 254  # palette: unobserved, not finite, then the scale
+UNOBSERVED, NOT_FINITE, COLOURS = 0, 1, 254  # palette: unobserved, not finite, then the scale
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -207,9 +207,9 @@ def heat_image(heat: Mapping[str, Any]) -> str:
     with numpy.errstate(divide="ignore"):
         share = (numpy.log10(values) - heat["low"]) / (heat["high"] - heat["low"])
     scaled = 2 + numpy.nan_to_num(share.clip(0, 1) * (COLOURS - 1), nan=0.0)
-    pixels = numpy.where(numpy.isnan(values), NOTHING, scaled.round()).astype(numpy.uint8)
+    pixels = numpy.where(numpy.isnan(values), UNOBSERVED, scaled.round()).astype(numpy.uint8)
     for layer, column in heat["nonfinite"]:
-        pixels[layer, column] = BROKEN
+        pixels[layer, column] = NOT_FINITE
     return png_uri(pixels, [(0, 0, 0, 0), (224, 36, 36, 255), *_palette()])
 
 

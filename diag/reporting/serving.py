@@ -15,7 +15,7 @@ from typing import Any
 from diag.errors import InvalidInput
 from diag.reporting.document import document
 from diag.reporting.page import render
-from diag.run.files import RECORDS, STEPS
+from diag.run.files import RECORDS_FILE, STEPS_FILE
 from diag.run.run import read_run
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -50,7 +50,7 @@ class LivePage:
 
     def version(self) -> str:
         """What the files of the run are now: it changes with every record."""
-        sizes = [(self.folder / name).stat().st_size for name in (STEPS, RECORDS)]
+        sizes = [(self.folder / name).stat().st_size for name in (STEPS_FILE, RECORDS_FILE)]
         return "-".join(map(str, sizes))
 
     def html(self) -> str:

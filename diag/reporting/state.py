@@ -19,7 +19,7 @@ from diag.reporting.plain import clean, count_in_words
 from diag.result import Level
 
 MOST_STORIES = 3
-LONG = 260  # characters: what a story on the first screen may take
+LONGEST_STORY = 260  # characters: what a story on the first screen may take
 
 
 def run_state(
@@ -74,7 +74,7 @@ def _story(story: Mapping[str, Any], by_id: Mapping[str, Any], last_step: int) -
     }
 
 
-def shortened(text: str, most: int = LONG) -> str:
+def shortened(text: str, most: int = LONGEST_STORY) -> str:
     """The first sentences of a text, as many as have room; a long first one is cut at a word."""
     if len(text) <= most:
         return text

@@ -21,8 +21,8 @@ from diag.result import Result
 from diag.run.run import Event, Finding
 from diag.snapshot.history import History, by_rows
 
-MAX_POINTS = 480
-MAX_EVENTS = 40
+CURVE_POINTS = 480
+MOST_EVENTS_DRAWN = 40
 MAX_DOTS = 60
 MAX_LOGGED = 12  # curves of the user's own
 LOG_SPAN = 30.0
@@ -79,8 +79,8 @@ def timeline(
         "ticks": step_ticks(axis),
         "curves": [*curves, *_logged(axis, metrics)],
         "lanes": [_lane(axis, finding) for finding in findings],
-        "events": [_event(axis, event) for event in events[:MAX_EVENTS]],
-        "events_left_out": max(0, len(events) - MAX_EVENTS),
+        "events": [_event(axis, event) for event in events[:MOST_EVENTS_DRAWN]],
+        "events_left_out": max(0, len(events) - MOST_EVENTS_DRAWN),
     }
 
 
@@ -176,7 +176,7 @@ def _curve(axis: Axis, steps: Any, name: str, label: str, values: Any, broken: A
 
 
 def decimate(
-    axis: Axis, steps: Any, values: NDArray[numpy.float64], broken: Any = None, at_most: int = MAX_POINTS
+    axis: Axis, steps: Any, values: NDArray[numpy.float64], broken: Any = None, at_most: int = CURVE_POINTS
 ) -> dict[str, Any]:
     """A series as at most `at_most` points: per point its position, and the least, middle and greatest value.
 

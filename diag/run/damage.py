@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diag.run.files import RECORDS, STEPS
+from diag.run.files import RECORDS_FILE, STEPS_FILE
 from diag.run.records import Records
 from diag.run.rows import Rows
 
@@ -20,8 +20,8 @@ def _missing(folder: Path, metadata: Mapping[str, Any], rows: Rows, records: Rec
     closed = metadata.get("closed") or {}
     resumed = max((r["rows"] for r in records.all if r["type"] == "resume"), default=0)
     counts = {
-        STEPS: (len(rows.all), max(_count(closed.get("rows")), resumed), "row"),
-        RECORDS: (records.next, _count(closed.get("records")), "line"),
+        STEPS_FILE: (len(rows.all), max(_count(closed.get("rows")), resumed), "row"),
+        RECORDS_FILE: (records.next, _count(closed.get("records")), "line"),
     }
     for name, (found, expected, what) in counts.items():
         if not (folder / name).exists():
@@ -33,9 +33,9 @@ def _missing(folder: Path, metadata: Mapping[str, Any], rows: Rows, records: Rec
 def damaged(rows: Rows, records: Records) -> Iterator[str]:
     """What is there and does not fit its checksum."""
     if number := rows.damaged:
-        yield f"{_counted(number, 'row')} of {STEPS} {_are(number)} damaged and left out."
+        yield f"{_counted(number, 'row')} of {STEPS_FILE} {_are(number)} damaged and left out."
     if number := records.damaged:
-        yield f"{_counted(number, 'line')} of {RECORDS} {_are(number)} damaged or gone, and left out."
+        yield f"{_counted(number, 'line')} of {RECORDS_FILE} {_are(number)} damaged or gone, and left out."
 
 
 def _count(value: Any) -> int:

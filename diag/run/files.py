@@ -25,13 +25,13 @@ from diag.errors import InvalidInput, RunError
 from diag.result import decode, encode, plain_data
 from diag.run.rows import check_columns
 
-FORMAT = "diag-run"
-FORMAT_VERSION = 2
-META, STEPS, RECORDS, ARRAYS = "run.json", "steps.bin", "records.jsonl", "arrays"
+RUN_FOLDER_FORMAT = "diag-run"
+RUN_FOLDER_VERSION = 2
+META, STEPS_FILE, RECORDS_FILE, ARRAYS = "run.json", "steps.bin", "records.jsonl", "arrays"
 LOCK, PREVIOUS = "writer.lock", "previous-run"
 DAMAGED = "damaged"  # the kind of event that reports what does not fit its checksum
 
-LARGEST = 1 << 62  # of a step, a count or a size
+LARGEST_NUMBER = 1 << 62  # of a step, a count or a size
 STRUCTURE = ("format", "format_version", "row", "layers")  # without these no row can be read
 # The types of what others read in the metadata; an entry of another type is left out and reported.
 TYPES: dict[str, type | tuple[type, ...]] = {
@@ -54,7 +54,9 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "closed": dict,
     "checkpoints": list,
 }
-CHANGED = "run.json is not as it was written, so what it says of the run (model, settings, versions) may be wrong."
+METADATA_CHANGED = (
+    "run.json is not as it was written, so what it says of the run (model, settings, versions) may be wrong."
+)
 
 
 def read_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -70,14 +72,14 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], list[str]]:
         data = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} cannot be read ({_why(error)}); expected the run.json of a diag run.") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != RUN_FOLDER_FORMAT:
         raise RunError(f"{file} was not written by diag; give another folder.")
     _refuse_other_version(folder, data.get("format_version"))
     check = data.pop("check", None)
     expected = check if isinstance(check, dict) else {}
     try:
         _refuse_structure(data, expected.get("structure"))
-        damage = [] if expected.get("all") == checksum(data) else [CHANGED]
+        damage = [] if expected.get("all") == checksum(data) else [METADATA_CHANGED]
         clean = _with_floats(data)
     except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise RunError(f"{file} is damaged (its row or layers: {_why(error)}); restore it from a copy.") from None
@@ -98,21 +100,22 @@ def _no_run(folder: Path) -> str:
 
 
 def _refuse_other_version(folder: Path, version: Any) -> None:
-    if version == FORMAT_VERSION:
+    if version == RUN_FOLDER_VERSION:
         return
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > RUN_FOLDER_VERSION:
         raise RunError(
-            f"{folder} has run format {version} and this diag reads format {FORMAT_VERSION}; install a newer diag."
+            f"{folder} has run format {version} and this diag reads format {RUN_FOLDER_VERSION}; install a "
+            f"newer diag."
         )
     raise RunError(
         f"{folder} has run format {str(version)[:20]}, which has no checksums, and this diag reads format "
-        f"{FORMAT_VERSION}; install the diag that wrote it."
+        f"{RUN_FOLDER_VERSION}; install the diag that wrote it."
     )
 
 
 def _refuse_structure(data: Mapping[str, Any], expected: Any) -> None:
     layers = data["layers"]
-    if not isinstance(layers, dict) or not all(type(n) is int and 0 <= n < LARGEST for n in layers.values()):
+    if not isinstance(layers, dict) or not all(type(n) is int and 0 <= n < LARGEST_NUMBER for n in layers.values()):
         raise ValueError("layers are not numbers of elements by name")
     if not isinstance(data["row"], list):
         raise ValueError("no list of columns")

@@ -16,11 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import RunError
-from diag.run.files import ARRAYS, FORMAT, FORMAT_VERSION, LOCK, META, PREVIOUS, RECORDS, STEPS, read_metadata
+from diag.run.files import (
+    ARRAYS,
+    LOCK,
+    META,
+    PREVIOUS,
+    RECORDS_FILE,
+    RUN_FOLDER_FORMAT,
+    RUN_FOLDER_VERSION,
+    STEPS_FILE,
+    read_metadata,
+)
 from diag.run.records import OUTCOMES, read_records
 from diag.run.rows import row_dtype
 
-OURS = (META, STEPS, RECORDS, ARRAYS, LOCK)
+OURS = (META, STEPS_FILE, RECORDS_FILE, ARRAYS, LOCK)
 MOVING, REMOVING = f"{PREVIOUS}.moving", f"{PREVIOUS}.removing"
 
 
@@ -72,7 +82,7 @@ def set_aside(folder: Path) -> None:
         if all(_is_empty(file) for file in ours):  # of a start that was killed, or nothing
             return
         version = _refuse_foreign(folder, ours[0])
-        if version == FORMAT_VERSION and not _has_begun(folder):
+        if version == RUN_FOLDER_VERSION and not _has_begun(folder):
             for file in ours:
                 _remove(file)
             return
@@ -95,9 +105,9 @@ def _has_begun(folder: Path) -> bool:
     """Whether the run has a step or a result, or may have had one before it was damaged."""
     try:
         metadata, _ = read_metadata(folder)
-        if (folder / STEPS).stat().st_size >= row_dtype(metadata["row"]).itemsize:
+        if (folder / STEPS_FILE).stat().st_size >= row_dtype(metadata["row"]).itemsize:
             return True
-        records = read_records(folder / RECORDS)
+        records = read_records(folder / RECORDS_FILE)
     except (OSError, RunError):
         return True
     return bool(records.damaged or any(r["type"] in OUTCOMES for r in records.all))
@@ -136,6 +146,6 @@ def _refuse_foreign(folder: Path, what: Path) -> Any:
         data = json.loads((folder / META).read_bytes())
     except (OSError, ValueError, RecursionError):
         data = None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") != RUN_FOLDER_FORMAT:
         raise RunError(f"{what} was not written by diag and is in the way; give another run folder.")
     return data.get("format_version")

@@ -9,7 +9,7 @@ import contextlib
 import os
 from pathlib import Path
 
-CHUNK = 1 << 20
+COPY_CHUNK = 1 << 20
 
 
 class Growing:
@@ -61,8 +61,8 @@ class Growing:
         """Write the file again at its path, with all that it held. Raises OSError where that cannot be done."""
         new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            for at in range(0, self._now[0], CHUNK):
-                os.write(new, os.pread(self.descriptor, min(CHUNK, self._now[0] - at), at))
+            for at in range(0, self._now[0], COPY_CHUNK):
+                os.write(new, os.pread(self.descriptor, min(COPY_CHUNK, self._now[0] - at), at))
         except OSError:
             os.close(new)
             self.path.unlink(missing_ok=True)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from diag.errors import InvalidInput
 from diag.result import Failed, Outcome, Result, decode
+from diag.run.files import LARGEST_NUMBER
 
 OUTCOMES = ("result", "skipped", "failed")
 OUTCOME_BYTES = {name.encode() for name in OUTCOMES}
-LARGEST = 1 << 62
 # How every line begins, and an outcome's line up to its data. An instrument's name that needs escapes is left to
 # the JSON parser.
 START = re.compile(
@@ -132,7 +132,7 @@ def _times(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < LARGEST
+    return type(value) is int and 0 <= value < LARGEST_NUMBER
 
 
 def outcome_record(step: int, outcome: Outcome, seconds: float | None, save_array: Any = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from diag.snapshot.history import History, empty_history, let_go
 
 CRC = "crc"
 CRC_BYTES = 4
-BLOCK = 1 << 22  # bytes that are read at a time
+ROW_BYTES_AT_ONCE = 1 << 22  # bytes that are read at a time
 DTYPE = re.compile(r"<[fiu][248]|\|[biu]1")
 MOST_LAYERS = 1 << 24
 
@@ -100,7 +100,7 @@ def read_rows(file: Path, columns: Iterable[Iterable[Any]]) -> Rows:
 def _whole(file: Path, dtype: numpy.dtype[Any], count: int) -> Iterator[NDArray[numpy.bool_]]:
     """For each row, whether its checksum fits; read in blocks, so that no file fills the memory."""
     size, at = dtype.itemsize, 0
-    body, step = size - CRC_BYTES, max(1, BLOCK // size)
+    body, step = size - CRC_BYTES, max(1, ROW_BYTES_AT_ONCE // size)
     with open(file, "rb") as source:
         while at < count:
             data = memoryview(source.read(size * min(step, count - at)))
@@ -124,7 +124,7 @@ def kept_rows(rows: Rows, records: Iterable[Mapping[str, Any]]) -> NDArray[Any]:
 
 def _picked(rows: NDArray[Any], keep: NDArray[numpy.bool_]) -> NDArray[Any]:
     """These rows: in memory or, where they are many, in a file without a name."""
-    if rows.nbytes <= 16 * BLOCK:
+    if rows.nbytes <= 16 * ROW_BYTES_AT_ONCE:
         return rows[keep]
     with tempfile.TemporaryFile() as file:
         for part, kept in zip(_blocks(rows), _blocks(keep, _at_once(rows)), strict=True):
@@ -140,7 +140,7 @@ def _columns(rows: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[Any]
 
 
 def _blocks(rows: NDArray[Any], at_once: int = 0) -> Iterator[NDArray[Any]]:
-    """Consecutive parts (one at least, which may be empty) of at most `BLOCK` bytes or so many rows."""
+    """Consecutive parts (one at least, which may be empty) of at most `ROW_BYTES_AT_ONCE` bytes or so many rows."""
     at_once = at_once or _at_once(rows)
     for at in range(0, max(1, len(rows)), at_once):
         yield rows[at : at + at_once]
@@ -148,7 +148,7 @@ def _blocks(rows: NDArray[Any], at_once: int = 0) -> Iterator[NDArray[Any]]:
 
 
 def _at_once(rows: NDArray[Any]) -> int:
-    return max(1, BLOCK // rows.dtype.itemsize)
+    return max(1, ROW_BYTES_AT_ONCE // rows.dtype.itemsize)
 
 
 def history_of(metadata: Mapping[str, Any], rows: Any, records: Iterable[Mapping[str, Any]]) -> History | None:

@@ -23,7 +23,7 @@ from diag.registry import Instrument, attempt, instruments
 from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
 from diag.run.arrays import read_array
 from diag.run.damage import damaged, missing
-from diag.run.files import ARRAYS, DAMAGED, META, RECORDS, STEPS, read_metadata
+from diag.run.files import ARRAYS, DAMAGED, META, RECORDS_FILE, STEPS_FILE, read_metadata
 from diag.run.records import OUTCOMES, kept_records, outcome_data, read_records
 from diag.run.rows import history_of, kept_rows, read_rows
 from diag.run.stories import Story, stories
@@ -333,8 +333,8 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path).parent if Path(path).name == META else Path(path)
     metadata, wrong = read_metadata(folder)
     try:
-        rows = read_rows(folder / STEPS, metadata["row"])
-        found = read_records(folder / RECORDS)
+        rows = read_rows(folder / STEPS_FILE, metadata["row"])
+        found = read_records(folder / RECORDS_FILE)
     except OSError as error:
         raise RunError(f"The run {folder} cannot be read ({error.strerror}: {error.filename}).") from None
     wrong += [*missing(folder, metadata, rows, found), *damaged(rows, found)]

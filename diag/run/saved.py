@@ -13,7 +13,7 @@ from diag.result import RESULT_FORMAT, Result
 from diag.run.files import META
 from diag.run.run import read_run
 
-LARGEST = 1 << 30  # bytes
+LARGEST_RESULT = 1 << 30  # bytes
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -27,7 +27,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def load_result(file: Path) -> Result:
     """The result in the JSON file that `Result.save` wrote."""
-    if file.stat().st_size > LARGEST:
+    if file.stat().st_size > LARGEST_RESULT:
         raise RunError(f"{file} is larger than any result; expected a file that result.save wrote.")
     try:
         data = json.loads(file.read_text())

@@ -23,12 +23,12 @@ from diag.run.damage import missing
 from diag.run.files import (
     ARRAYS,
     DAMAGED,
-    FORMAT,
-    FORMAT_VERSION,
     LOCK,
     META,
-    RECORDS,
-    STEPS,
+    RECORDS_FILE,
+    RUN_FOLDER_FORMAT,
+    RUN_FOLDER_VERSION,
+    STEPS_FILE,
     jsonable,
     metadata_text,
     read_metadata,
@@ -112,8 +112,8 @@ class RunWriter:
     def _begin(self, metadata: Mapping[str, Any]) -> None:
         set_aside(self.path)
         # run.json comes last: a folder that has it has the other files, or has lost them.
-        self._files = {name: Growing(self.path / name) for name in (STEPS, RECORDS)}
-        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": _now()}
+        self._files = {name: Growing(self.path / name) for name in (STEPS_FILE, RECORDS_FILE)}
+        about = {"format": RUN_FOLDER_FORMAT, "format_version": RUN_FOLDER_VERSION, "created": _now()}
         row = {"row": row_columns(len(self.layers))}
         self._about = jsonable(metadata) | about | row | {"layers": self.layers}
         write_atomically(self.path / META, metadata_text(self._about))
@@ -123,7 +123,7 @@ class RunWriter:
         before, wrong = read_metadata(self.path)
         _refuse_other_layers(before["layers"], self.layers, self.path)
         self._dtype = row_dtype(before["row"])
-        rows, records = read_rows(self.path / STEPS, before["row"]), read_records(self.path / RECORDS)
+        rows, records = read_rows(self.path / STEPS_FILE, before["row"]), read_records(self.path / RECORDS_FILE)
         wrong += missing(self.path, before, rows, records)  # read now: it cannot be known once more is written
         kept = kept_rows(rows, records.all)
         last_row = kept["steps"][-1:].tolist()
@@ -141,8 +141,8 @@ class RunWriter:
         before["sessions"] = [*before.get("sessions", []), {"resumed": _now(), "after": self.last_step, **changed}]
         count = len(rows.all)
         self._files = {
-            STEPS: Growing(self.path / STEPS, count * self._dtype.itemsize, count),
-            RECORDS: Growing(self.path / RECORDS, records.bytes, records.next),
+            STEPS_FILE: Growing(self.path / STEPS_FILE, count * self._dtype.itemsize, count),
+            RECORDS_FILE: Growing(self.path / RECORDS_FILE, records.bytes, records.next),
         }
         text = f"resumed after step {self.last_step}"
         torn = rows.torn + records.torn
@@ -172,7 +172,7 @@ class RunWriter:
 
     def append_table(self, table: NDArray[Any]) -> None:
         """Append rows that are in this form (`dtype`) already: the quick way, for every step of a watched run."""
-        file = self._file(STEPS)
+        file = self._file(STEPS_FILE)
         self._write(file, sealed(table.tobytes(), self._dtype.itemsize, file.count()), len(table))
         self.last_step = int(table["steps"][-1])
 
@@ -245,7 +245,7 @@ class RunWriter:
     def close(self) -> None:
         """Record how much the run holds, close the files and release the folder; may be called twice."""
         if self._files:
-            counts = {"rows": self._files[STEPS].count(), "records": self._files[RECORDS].count()}
+            counts = {"rows": self._files[STEPS_FILE].count(), "records": self._files[RECORDS_FILE].count()}
             with contextlib.suppress(Exception):  # without it, rows that are cut off later are not missed
                 write_atomically(self.path / META, metadata_text(self._about | {"closed": counts}))
         self.release()
@@ -271,7 +271,7 @@ class RunWriter:
         self.close()
 
     def _append_record(self, record: Mapping[str, Any]) -> None:
-        file = self._file(RECORDS)
+        file = self._file(RECORDS_FILE)
         self._write(file, record_line(record, file.count()))
 
     def _save_array(self, array: NDArray[Any]) -> str:

@@ -26,7 +26,7 @@ from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
 # Where a function's derivative is at most about 1 % of its largest, as the absolute value of what comes out.
-FLAT = {"tanh": 0.995, "sigmoid": 0.0025, "hardtanh": 1.0, "softsign": 0.9}
+FLAT_ABOVE = {"tanh": 0.995, "sigmoid": 0.0025, "hardtanh": 1.0, "softsign": 0.9}
 NONLINEARITIES: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), "relu"),
     **dict.fromkeys((F.relu6, F.hardtanh), "hardtanh"),
@@ -36,13 +36,13 @@ NONLINEARITIES: dict[Any, str] = {
         (F.gelu, F.silu, F.elu, F.selu, F.celu, F.softplus, F.mish, F.leaky_relu, F.hardswish), "smooth"
     ),
 }
-LAYERS: dict[Any, str] = {
+LAYER_FUNCTIONS: dict[Any, str] = {
     F.linear: "linear",
     **dict.fromkeys(
         (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.conv_transpose2d), "convolution"
     ),
 }
-OUTPUT = "output"
+MODEL_OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
                 with mode:
                     outputs = batch.forward(snapshot.model)
                 for tensor in _outputs(outputs):
-                    mode.add(OUTPUT, OUTPUT, floating(tensor))
+                    mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
     except CALL_ERRORS as error:
         raise explained(snapshot.model, snapshot.batches, error) from error
     if not sums:
@@ -160,7 +160,7 @@ class _Listening(TorchFunctionMode):
         self._nested = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = NONLINEARITIES.get(func) or LAYERS.get(func)
+        kind = NONLINEARITIES.get(func) or LAYER_FUNCTIONS.get(func)
         if kind is None or self._nested:
             return func(*args, **(kwargs or {}))
         self._nested = True  # where one of these calls another, the user made one call
@@ -203,7 +203,7 @@ def _units_of(values: Tensor) -> int:
 
 
 def _is_flat(function: str, rows: Tensor) -> Tensor:
-    limit = FLAT.get(function)
+    limit = FLAT_ABOVE.get(function)
     if limit is None:
         return torch.zeros((), device=rows.device)
     if function == "sigmoid":

@@ -7,6 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+# Operations that neither change the numbers nor their order.
+PASSING_ON = (
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Clone",
+    "ToCopy",
+    "Squeeze",
+    "Unsqueeze",
+    "Alias",
+    "Contiguous",
+)
 UNSIGNED = 1 << 63  # saved integers are 64 bits without a sign
 
 

@@ -20,7 +20,7 @@ from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.state.python import renew
 
 FINGERPRINT_BYTES = 1 << 22
-COUPLED = (
+COUPLED_EXAMPLES = (
     "The loss compares the examples of a batch with each other, or weighs them in a way that could not be read, so "
     "that no part of a batch has a loss of its own; give a loss that averages over examples."
 )
@@ -75,7 +75,7 @@ class Batch:
         Raises Unsupported for a part of a batch that must stay whole.
         """
         if self.coupled and (start > 0 or stop < self.size):
-            raise Unsupported(COUPLED)
+            raise Unsupported(COUPLED_EXAMPLES)
 
         def cut(t: Tensor) -> Tensor:
             return t[start:stop] if t.ndim and t.shape[0] == self.size else t
@@ -89,7 +89,7 @@ class Batch:
         Raises Unsupported for a part of a batch that must stay whole.
         """
         if self.coupled and sorted(rows) != list(range(self.size)):
-            raise Unsupported(COUPLED)
+            raise Unsupported(COUPLED_EXAMPLES)
 
         def taken(t: Tensor) -> Tensor:
             return t[torch.tensor(rows, device=t.device)] if t.ndim and t.shape[0] == self.size else t

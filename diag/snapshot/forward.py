@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diag.errors import DiagError, MissingQuantity
 from diag.snapshot.batch import Batch, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
-from diag.snapshot.objective.comparison import COUPLED, NO_CLASSES, Comparison, by_shape, compared, tried
+from diag.snapshot.objective.comparison import COMPARES_EXAMPLES, NO_CLASSES, Comparison, by_shape, compared, tried
 from diag.snapshot.objective.loss_spy import LossFunctionCall, LossSpy
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.same_rows import matching_rows
@@ -289,6 +289,6 @@ def _refuse_coupled(snapshot: Snapshot, looked: Looked, batch: Batch) -> None:
             else:
                 part = look_at(snapshot, map_tensors(cut, looked.outputs), half.targets).compared()
         except (DiagError, *CALL_ERRORS):
-            raise MissingQuantity(COUPLED) from None
+            raise MissingQuantity(COMPARES_EXAMPLES) from None
     if part.logits.shape[1] != classes or not torch.equal(part.labels, whole.labels[: len(part.labels)]):
-        raise MissingQuantity(COUPLED)
+        raise MissingQuantity(COMPARES_EXAMPLES)

@@ -14,7 +14,7 @@ from diag.snapshot.batch import Batch, as_batches, tensors_in
 from diag.snapshot.preserve import generator_states, random_states
 
 # What is read of data that may never end: as many examples, or as many bytes.
-EXAMPLES, BYTES = 8_192, 1 << 28
+MOST_EXAMPLES_READ, MOST_BYTES_READ = 8_192, 1 << 28
 CUT = (
     "The data does not say where it ends, so only its first {:,} examples were read; give max_examples= for "
     "another number of them."
@@ -75,7 +75,7 @@ class _Read:
 
     def _is_endless(self) -> bool:
         beyond = self._length is None or self._batches >= self._length
-        return beyond and (self._examples >= EXAMPLES or self._bytes >= BYTES)
+        return beyond and (self._examples >= MOST_EXAMPLES_READ or self._bytes >= MOST_BYTES_READ)
 
 
 def _length(data: Any) -> int | None:

@@ -32,7 +32,7 @@ from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.undisturbed import undisturbed
 
-MOVED = (
+MODEL_MOVED = (
     "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "
     "a copy of the model, to keep it while training goes on)."
 )
@@ -103,9 +103,7 @@ class Snapshot:
         self.carry, self.deadline, self.ranks = carry, deadline, ranks
         if ranks and deadline is not NEVER:
             raise InvalidInput(
-                "A snapshot over ranks= takes no deadline=, which the ranks would reach at different times; "
-                "leave it "
-                "out."
+                "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."
             )
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
         self._given = arguments | {"model": self.model}
@@ -174,7 +172,7 @@ class Snapshot:
     def refuse_a_later_moment(self) -> None:
         """Raise InvalidInput where the model, the loss or the data have changed since the snapshot was made."""
         if name := self._moved if is_checked(self.model) else self._moment.changed():
-            raise InvalidInput(MOVED.format(name[0].upper() + name[1:]))
+            raise InvalidInput(MODEL_MOVED.format(name[0].upper() + name[1:]))
         if "batches" in self.__dict__ and self._data_moved():
             raise InvalidInput(DATA_MOVED)
 

@@ -31,14 +31,14 @@ from diag.trial import controls
 from diag.trial.overfit import fit, twin_of
 from diag.watching.watcher import watch
 
-EXAMPLES = 64  # of the batch that is fitted
+FITTED_EXAMPLES = 64  # of the batch that is fitted
 MEASURED = 256  # examples that the instruments are tried on
 RATES = (1e-3, 1e-2, 1e-4)  # of Adam, where there is no optimizer or the given one does not get the loss down
-LEARNED = 0.5  # of the first loss gone: the batch can be learned
+ENOUGH_FALL = 0.5  # of the first loss gone: the batch can be learned
 ONLY_IN_A_RUN = frozenset(
     {"history", "loop", "loss_record", "update", "other", "interpolation", "ancestor", "previous_losses"}
 )
-SHARE = 0.25  # of the time, for one attempt
+SHARE_OF_AN_ATTEMPT = 0.25  # of the time, for one attempt
 NO_TIME = "It would take about {}, which the {} of a preflight did not leave; in a watch it waits for its turn."
 
 StageProgress = Callable[[str], None]
@@ -84,7 +84,7 @@ def preflight(
         snapshot.explain()
         batch = _batch(snapshot)
         progress("Fitting one batch")
-        trial, run = _tried(snapshot, batch, optimizer, steps, SHARE * seconds)
+        trial, run = _tried(snapshot, batch, optimizer, steps, SHARE_OF_AN_ATTEMPT * seconds)
         records = _judged(trial, run.last_step)
         progress("Trying the instruments")
         others, ready = _measured(snapshot, run.last_step, seconds, began)
@@ -101,9 +101,9 @@ def _refuse_without_parameters(model: nn.Module) -> None:
 def _batch(snapshot: Snapshot) -> Batch:
     """The first examples of the data; the whole first batch where a part of it gives another answer."""
     whole = snapshot.batches[0]
-    if whole.size <= EXAMPLES:
+    if whole.size <= FITTED_EXAMPLES:
         return whole
-    part = whole.slice(0, EXAMPLES)
+    part = whole.slice(0, FITTED_EXAMPLES)
     try:
         with controls.in_mode(snapshot.model, "eval"):
             snapshot.batch_loss(part.forward(snapshot.model), part.targets)
@@ -133,7 +133,7 @@ def _tried(
             run = watcher.run
         attempts.append(made)
         models.append(model)
-        if made.fall >= LEARNED:
+        if made.fall >= ENOUGH_FALL:
             break
     trial = Trial(examples=batch.size, attempts=tuple(attempts), own=optimizer is not None)
     return replace(trial, **_controls(snapshot, batch, models[attempts.index(trial.best)])), run

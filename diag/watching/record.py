@@ -27,7 +27,7 @@ REMOVED = (
     "The run's files were removed while it was being written and were made again from what was still open; arrays "
     "of results that had been written before are gone."
 )
-REPLACED = (
+RUN_REPLACED = (
     "The folder of the watched run was taken over by another watch of this process, so this one records no more."
 )
 
@@ -135,7 +135,7 @@ class Recorder:
     def _say_replaced(self) -> None:
         if not self._replaced and os.getpid() == self._process:
             self._replaced = True
-            log_line(REPLACED)
+            log_line(RUN_REPLACED)
 
     def _incomplete(self, step: int, sentence: str) -> None:
         log_line(sentence)

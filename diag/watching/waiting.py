@@ -17,7 +17,7 @@ import numpy
 
 from diag.errors import RunError
 
-LIMIT = 64 << 20  # bytes that wait for one file
+BYTES_WAITING = 64 << 20  # bytes that wait for one file
 EVERY = 0.1  # seconds between two tries
 LOGGER = logging.getLogger("diag")
 
@@ -98,12 +98,14 @@ class Waiting:
         self._reason, self._first, self._tried = reason, step, time.monotonic()
         log_line(
             f"The {self._part} of the watched run cannot be written since step {step:,} ({reason.rstrip('.')}); "
-            f"they wait in memory, up to {LIMIT >> 20} MB, and are tried again. Training goes on."
+            f"they wait in memory, up to {BYTES_WAITING >> 20} MB, and are tried again. Training goes on."
         )
 
     def _keep(self, append: Append) -> None:
         self._last = append.step
-        if self._size + append.size <= LIMIT and not self._lost:  # once one did not fit, what follows is lost, too
+        if (
+            self._size + append.size <= BYTES_WAITING and not self._lost
+        ):  # once one did not fit, what follows is lost, too
             self._queue.append(append)
             self._size += append.size
             return

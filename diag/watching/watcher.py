@@ -50,11 +50,11 @@ HOOKS_TAKEN = (
     "Other code has taken away the hook by which calls of the model are seen, as by clearing all of its hooks: the "
     "losses of the steps in between are not recorded; the hook is put back each time."
 )
-NO_STEP = (
+NO_STEP_SEEN = (
     "No optimizer step on the model's parameters was seen; the optimizer must hold the parameters that the model "
     "has. A loop that updates them by itself tells of its steps by watcher.step()."
 )
-NO_NUMBER = "What was given to watcher.log() as {}= is a {} and not one number, so it is not recorded."
+LOGGED_NO_NUMBER = "What was given to watcher.log() as {}= is a {} and not one number, so it is not recorded."
 NO_CALL = (
     "No call of the model in training was seen (it may run inside a compiled function, or only its parts are "
     "called); watch the part that is called, or give probe= and loss_fn=."
@@ -224,7 +224,7 @@ class Watcher(Guarded):
         """
         numbers = {name: number for name, value in values.items() if (number := _number(value)) is not None}
         for name in values.keys() - numbers.keys():
-            self._recorder.note(f"log {name}", NO_NUMBER.format(name, type(values[name]).__name__))
+            self._recorder.note(f"log {name}", LOGGED_NO_NUMBER.format(name, type(values[name]).__name__))
         if numbers:
             self._recorder.metrics(numbers)
 
@@ -381,7 +381,7 @@ class Watcher(Guarded):
 
     def _never_seen(self) -> Iterable[tuple[str, str]]:
         if self._steps.steps == 0:
-            yield "steps", NO_STEP
+            yield "steps", NO_STEP_SEEN
         elif self._training.calls == 0:
             yield "inputs", NO_CALL
 

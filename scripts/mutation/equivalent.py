@@ -19,7 +19,7 @@ EQUIVALENT: dict[str, str] = {
     " :: constant 3 -> 4": "three examples show what four do",
     "diag/gradients/rules/blocks.py: if pairs > 1 and pairs * (self.p + self.q) > self.p * self.q"
     " * (1 + self.steps / self.n): :: constant 1 -> 0": SPEED,
-    'diag/gradients/rules/blocks.py: if size < LARGE or self.groups > 1 or self.device.type != "cpu":'
+    'diag/gradients/rules/blocks.py: if size < LARGE_GRADIENT or self.groups > 1 or self.device.type != "cpu":'
     " :: boolean or -> and": SPEED,
     'diag/gradients/rules/convolution.py: if self.device.type != "cpu" or self.groups > 1:'
     " :: comparison > -> >=": SPEED,

@@ -34,8 +34,8 @@ GUARDS = [
     Guard(
         "examples that share half an element count as apart",
         "diag/gradients/rules/layout.py",
-        "TOLERANCE = 1e-3  #",
-        "TOLERANCE = 0.5  #",
+        "LAYOUT_TOLERANCE = 1e-3  #",
+        "LAYOUT_TOLERANCE = 0.5  #",
         "tests/gradients/test_plan.py::test_elements_that_examples_share_by_more_than_rounding_belong_to_none",
     ),
     Guard(

@@ -382,9 +382,9 @@ def test_several_questions_take_one_pass(monkeypatch):
 @pytest.mark.parametrize("room", [1, 40, 1 << 28])
 def test_the_sums_of_many_groups_are_formed_in_parts_that_fit_the_memory(room, micro_batch, monkeypatch):
     model, loss_fn, batch = cases.problem("linear over time, LayerNorm")
-    monkeypatch.setattr("diag.gradients.queries.AT_ONCE", room)
+    monkeypatch.setattr("diag.gradients.queries.SUMS_AT_ONCE", room)
     monkeypatch.setattr("diag.gradients.queries.IN_ALL", room)
-    monkeypatch.setattr("diag.gradients.queries.CHUNK", min(room, 7))
+    monkeypatch.setattr("diag.gradients.queries.COLUMNS_AT_ONCE", min(room, 7))
     gradients = ModelGradients(model, loss_fn, [batch], micro_batch=micro_batch)
     truth = cases.loop(model, loss_fn, batch)
     groups = [torch.tensor(g, dtype=torch.long) for g in ([0, 4], [], [1, 2, 3], [2, 2], [])]

@@ -10,8 +10,17 @@ from torch import nn
 import diag
 from diag.instruments.attention import attention as measure
 from diag.result import Level
-from diag.snapshot.inside.attention import EXAMPLES, AttentionCall, _chosen, attention_calls
-from diag.snapshot.inside.scores import ENTROPY, GAP, KEYS, LOGIT, MARGIN, SPREAD, WEIGHT, row_statistics
+from diag.snapshot.inside.attention import EXAMPLES_OF_A_CALL, AttentionCall, _chosen, attention_calls
+from diag.snapshot.inside.scores import (
+    ENTROPY,
+    GAP,
+    KEYS,
+    LOGIT,
+    MARGIN,
+    SPREAD,
+    WEIGHT,
+    row_statistics,
+)
 from diag.testing import check_result, leaves_no_trace, refusal
 
 WIDTH, HEADS, LENGTH = 12, 3, 7
@@ -173,7 +182,7 @@ def test_padding_and_encoder_layers():
 def test_what_is_looked_at_is_bounded_and_holds_the_last_query():
     assert _chosen(1000)[-1] == 999 and len(_chosen(1000)) <= 64 and _chosen(5) == [0, 1, 2, 3, 4]
     (found,) = attention_calls(snapshot(Written("function"), n=100))
-    assert found.rows.shape == (HEADS, EXAMPLES * LENGTH, 7)
+    assert found.rows.shape == (HEADS, EXAMPLES_OF_A_CALL * LENGTH, 7)
 
 
 class Recurrent(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 import diag
 from diag.errors import InvalidInput
 from diag.gradients import MatrixGradients
-from diag.instruments.gradient_coherence import BLOCKS
+from diag.instruments.gradient_coherence import JACKKNIFE_BLOCKS
 from diag.result import Level
 from diag.testing import refusal
 
@@ -168,7 +168,7 @@ def test_blocks_are_seeded():
     matrix = torch.randn(50, 6)
     assert measure(matrix, seed=3) == measure(matrix, seed=3)
     assert measure(matrix, seed=3).standard_error != measure(matrix, seed=4).standard_error
-    assert BLOCKS == 10
+    assert JACKKNIFE_BLOCKS == 10
 
 
 # Verdicts: only the paired contrast, only early, only with something to compare.

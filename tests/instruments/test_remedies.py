@@ -37,7 +37,7 @@ def test_a_large_vocabulary_goes_in_chunks_with_the_same_loss_and_gradient(monke
     z, y = normal(64, 500, dtype=torch.float32), torch.arange(64)
     whole = z.clone().requires_grad_()
     remedies.stable_cross_entropy(whole, y).backward()
-    monkeypatch.setattr(remedies, "ELEMENTS_AT_ONCE", 500 * 10)
+    monkeypatch.setattr(remedies, "LOGITS_AT_ONCE", 500 * 10)
     parts = z.clone().requires_grad_()
     loss = remedies.stable_cross_entropy(parts, y)
     loss.backward()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diag
-from diag.snapshot.activations import OUTPUT
+from diag.snapshot.activations import MODEL_OUTPUT
 
 
 class Mixed(nn.Module):
@@ -41,7 +41,7 @@ def test_every_statistic_is_that_of_the_values(mixed, micro_batch):
     expected = [
         ("conv", "convolution", conv), ("act", "relu", F.relu(conv)), ("", "relu", F.relu(F.relu(conv) - 0.5)),
         ("", "tanh", h.tanh()), ("", "sigmoid", h.tanh().sigmoid()), ("head", "linear", model(x)),
-        (OUTPUT, OUTPUT, model(x)),
+        (MODEL_OUTPUT, MODEL_OUTPUT, model(x)),
     ]  # fmt: skip
     assert [(a.name, a.function) for a in found] == [(n, f) for n, f, _ in expected]
     for a, (_, _, values) in zip(found, expected, strict=True):

@@ -73,7 +73,7 @@ def test_what_was_let_go_can_be_read_again(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 22])
 def test_superseded_rows_are_left_out_in_memory_and_in_a_file(block, monkeypatch):
-    monkeypatch.setattr("diag.run.rows.BLOCK", block)
+    monkeypatch.setattr("diag.run.rows.ROW_BYTES_AT_ONCE", block)
     rows = numpy.zeros(30, [("steps", "<i8"), ("value", "<f8")])
     rows["steps"], rows["value"] = [*range(1, 21), *range(16, 26)], range(30)
     whole = numpy.ones(30, bool)

@@ -8,7 +8,7 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
-from diag.snapshot.state.bits import ROW, SMALL, TensorBits, bits_of
+from diag.snapshot.state.bits import BYTES_KEPT_WHOLE, ROW, TensorBits, bits_of
 from diag.testing import is_one_sentence
 
 
@@ -136,7 +136,7 @@ def test_an_operator_and_gradients_notice_writes_that_count_no_version():
     torch.testing.assert_close(gradients.norms(), fresh)
 
 
-@pytest.mark.parametrize("size", [1, SMALL // 4, SMALL // 4 + 1, 5 * 2 * ROW, 40_001])
+@pytest.mark.parametrize("size", [1, BYTES_KEPT_WHOLE // 4, BYTES_KEPT_WHOLE // 4 + 1, 5 * 2 * ROW, 40_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool])
 def test_every_bit_counts(size, dtype):
     tensor = torch.zeros(size + 1, dtype=dtype)[1:]  # not at the beginning of its memory

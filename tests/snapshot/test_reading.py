@@ -41,7 +41,7 @@ def snapshot(data, **more):
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr(reading, "EXAMPLES", 40)
+    monkeypatch.setattr(reading, "MOST_EXAMPLES_READ", 40)
 
 
 ENDLESS = {
@@ -69,8 +69,8 @@ def test_the_report_says_so():
 
 
 def test_large_batches_are_counted_in_bytes(monkeypatch):
-    monkeypatch.setattr(reading, "BYTES", 3 * (X.nbytes + Y.nbytes))
-    monkeypatch.setattr(reading, "EXAMPLES", 10**9)
+    monkeypatch.setattr(reading, "MOST_BYTES_READ", 3 * (X.nbytes + Y.nbytes))
+    monkeypatch.setattr(reading, "MOST_EXAMPLES_READ", 10**9)
     with pytest.warns(UserWarning, match="first 24"):
         assert snapshot(Again()).num_examples == 24
 

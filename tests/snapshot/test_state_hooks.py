@@ -14,7 +14,7 @@ import diag
 from diag.errors import Unsupported
 from diag.registry import attempt, instruments
 from diag.snapshot.preserve import preserved
-from diag.snapshot.state.hooks import FORWARD, doubtful_hooks, may_change, silent
+from diag.snapshot.state.hooks import FORWARD_HOOKS, doubtful_hooks, may_change, silent
 
 MANY = {"budget": math.inf, "instruments": ["softmax_collapse", "gradient_coherence", "hessian_spectrum"]}
 HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -265,7 +265,7 @@ def test_a_hook_that_only_looks_is_not_tried():
     assert doubtful_hooks(layer) == []
     layer.register_forward_hook(keeping)
     assert doubtful_hooks(layer) == [("", keeping)]
-    assert FORWARD == ("_forward_pre_hooks", "_forward_hooks")
+    assert FORWARD_HOOKS == ("_forward_pre_hooks", "_forward_hooks")
 
 
 def test_a_doubtful_hook_that_changes_nothing_is_tried_once(model):

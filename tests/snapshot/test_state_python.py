@@ -19,7 +19,7 @@ from diag.registry import attempt, instruments
 from diag.snapshot.preserve import preserved
 from diag.snapshot.state.python import State, kept_state
 from diag.snapshot.state.standins import CacheApart, entries_of
-from diag.snapshot.state.walk import MOST
+from diag.snapshot.state.walk import MOST_OBJECTS
 
 calls = 0
 history = []
@@ -486,7 +486,7 @@ def test_what_is_found_is_bounded():
     model.log = [[i] for i in range(50_000)]
     model.numbers = list(range(200_000))
     state = State(model)
-    assert len(state._kept) <= MOST
+    assert len(state._kept) <= MOST_OBJECTS
     model.numbers.append(1)
     state.put_back()
     assert len(model.numbers) == 200_000

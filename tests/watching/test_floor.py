@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import diag
 from diag import Result, Verdict, instrument, measured
 from diag.errors import text_of
-from diag.watching.measure.floor import EXAMPLES, Floor, next_floor
+from diag.watching.measure.floor import FLOOR_EXAMPLES, Floor, next_floor
 
 MEASURING = "diag.watching.measure.measuring.find"
 
@@ -111,7 +111,7 @@ def test_at_most_256_examples_are_looked_at(monkeypatch):
     model = nn.Linear(4, 3)
     train(diag.watch(model, instruments=["large_outputs"]), model, steps=45)
     # One batch at step 1, ten of them at step 10, then the first 256.
-    assert seen == [16, 160, EXAMPLES, EXAMPLES]
+    assert seen == [16, 160, FLOOR_EXAMPLES, FLOOR_EXAMPLES]
 
 
 def test_a_finding_is_said_once_at_once_and_to_the_users_function(caplog):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import diag
 from diag.watching.hooks.hub import HUB, LOSSES
 from diag.watching.hooks.patches import Attribute, Body
-from diag.watching.hooks.private import PRIVATE, REPLACED
+from diag.watching.hooks.private import PRIVATE, REPLACED_FUNCTIONS
 
 ROOT = Path(diag.__file__).parent
 # Private names of other packages, and of Python's own.
@@ -71,7 +71,7 @@ def test_each_private_name_exists(row):
     assert hasattr(owner, row.name) and row.why and row.since
 
 
-@pytest.mark.parametrize("row", REPLACED, ids=lambda row: row.where)
+@pytest.mark.parametrize("row", REPLACED_FUNCTIONS, ids=lambda row: row.where)
 def test_each_replaced_name_exists(row):
     what = found(row.where)
     assert row.how in ("body", "attribute", "flag") and row.while_ in ("watching", "measuring") and row.why
@@ -86,15 +86,15 @@ def test_the_table_is_what_a_watch_replaces():
             replaced.add((id(F), patch.function.__name__))
         elif isinstance(patch, Attribute):
             replaced |= {(id(owner), name) for owner, name in patch.places if hasattr(owner, name)}
-    places = (row.where.rpartition(".") for row in REPLACED if row.while_ == "watching")
+    places = (row.where.rpartition(".") for row in REPLACED_FUNCTIONS if row.while_ == "watching")
     assert replaced == {(id(found(owner)), name) for owner, _, name in places}
-    assert {row.where.split(".")[-1] for row in REPLACED if row.how == "body"} == set(LOSSES)
+    assert {row.where.split(".")[-1] for row in REPLACED_FUNCTIONS if row.how == "body"} == set(LOSSES)
 
 
 def test_no_private_name_of_torch_is_touched_that_is_not_in_the_table():
     trees = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
     ours = {name for tree in trees.values() for name in defined(tree)}
-    known = {row.name for row in PRIVATE} | {row.where.split(".")[-1] for row in REPLACED} | OF_OTHERS
+    known = {row.name for row in PRIVATE} | {row.where.split(".")[-1] for row in REPLACED_FUNCTIONS} | OF_OTHERS
     for path, tree in trees.items():
         touched = {name for name in accessed(tree) if name not in ours}
         assert touched <= known, f"{path.relative_to(ROOT)} touches {sorted(touched - known)}"

@@ -93,7 +93,7 @@ def test_more_than_the_memory_may_hold_is_counted(tmp_path, monkeypatch):
         if not size:
             row = (tmp_path / "run" / "steps.bin").stat().st_size // step
             size.append(row)
-            monkeypatch.setattr(waiting, "LIMIT", 6 * (row + 500))  # six rows
+            monkeypatch.setattr(waiting, "BYTES_WAITING", 6 * (row + 500))  # six rows
         disk.full = 10 <= step < 30
 
     train(between, tmp_path / "run")

@@ -23,7 +23,7 @@ from diag.snapshot.batch import Batch, as_batch
 from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+SAME_FUNCTION_WITHIN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 # Operations whose outputs are pre-activations.
 CARRIERS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "embedding")
 UNUSED = "not used on the example given"
@@ -82,7 +82,7 @@ def _build(trace: AxisTrace, labels: dict[str, Labels], model: nn.Module) -> Sym
         parameters=tuple(n for n, t in state.items() if isinstance(t, nn.Parameter)),
         captures=tuple(_captures(trace, solution, names, groups)),
         tied=_tied(state),
-        tolerance=max((TOLERANCE.get(d, 1e-4) for d in trace.dtypes), default=1e-4),
+        tolerance=max((SAME_FUNCTION_WITHIN.get(d, 1e-4) for d in trace.dtypes), default=1e-4),
     )
 
 

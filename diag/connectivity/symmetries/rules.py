@@ -23,7 +23,7 @@ AXIS_RULES: dict[str, AxisRule] = {}
 GENERAL_LINEAR = (
     "contracted between two activations (query and key): the symmetry there is general linear, not a permutation"
 )
-WINDOW = "a window slides over this axis"
+UNDER_A_WINDOW = "a window slides over this axis"
 POSITION = "the operation depends on the position along this axis"
 
 
@@ -146,8 +146,8 @@ def convolved(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) ->
         algebra.unify(channels_in, inside)
     if args["bias"] is not None:
         algebra.unify(channels_out, trace.labels(args["bias"])[0])
-    trace.freeze_axes((x[2:], w[2:]), WINDOW)
-    spatial = tuple(algebra.axis(n, WINDOW) for n in outputs[0].shape[2:])
+    trace.freeze_axes((x[2:], w[2:]), UNDER_A_WINDOW)
+    spatial = tuple(algebra.axis(n, UNDER_A_WINDOW) for n in outputs[0].shape[2:])
     trace.label(outputs[0], (x[0], channels_out, *spatial))
 
 

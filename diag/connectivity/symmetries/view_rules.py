@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diag.connectivity.symmetries.axes import Labels, Mismatch
 from diag.connectivity.symmetries.labelling import Labelling
-from diag.connectivity.symmetries.rules import POSITION, WINDOW, broadcast, rule
+from diag.connectivity.symmetries.rules import POSITION, UNDER_A_WINDOW, broadcast, rule
 from diag.snapshot.batch import tensors_in
 
 # ---- views
@@ -245,10 +245,10 @@ def embedding_bag(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]
 def unfold(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]) -> None:
     """Patches: (batch, channels, height, width) to (batch, channels x window, places)."""
     labels = trace.labels(args["self"])
-    trace.freeze_axes((labels[2:],), WINDOW)
+    trace.freeze_axes((labels[2:],), UNDER_A_WINDOW)
     window = outputs[0].shape[1] // args["self"].shape[1]
-    channels = (*labels[1], *trace.algebra.axis(window, WINDOW))
-    trace.label(outputs[0], (labels[0], channels, trace.algebra.axis(outputs[0].shape[2], WINDOW)))
+    channels = (*labels[1], *trace.algebra.axis(window, UNDER_A_WINDOW))
+    trace.label(outputs[0], (labels[0], channels, trace.algebra.axis(outputs[0].shape[2], UNDER_A_WINDOW)))
 
 
 @rule("pixel_shuffle")
@@ -256,12 +256,12 @@ def pixel_shuffle(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any]
     """Channels x r x r become channels and finer places."""
     labels, r = trace.labels(args["self"]), args["upscale_factor"]
     split = trace.grouped(labels[1], outputs[0].shape[1])
-    trace.freeze_axes((labels[2:],), WINDOW)
+    trace.freeze_axes((labels[2:],), UNDER_A_WINDOW)
     if split is None:
-        trace.algebra.freeze(labels[1], WINDOW)
+        trace.algebra.freeze(labels[1], UNDER_A_WINDOW)
         return
     trace.algebra.freeze(split[1], f"the {r * r} places of a pixel shuffle")
-    spatial = (trace.algebra.axis(n, WINDOW) for n in outputs[0].shape[2:])
+    spatial = (trace.algebra.axis(n, UNDER_A_WINDOW) for n in outputs[0].shape[2:])
     trace.label(outputs[0], (labels[0], split[0], *spatial))
 
 
@@ -294,10 +294,10 @@ def index_select(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any])
 def windowed(trace: Labelling, args: dict[str, Any], outputs: Sequence[Any], spatial: int) -> None:
     """Pooling and resampling: the last `spatial` axes are read through windows, all others pass."""
     labels = trace.labels(args["self"])
-    trace.freeze_axes((labels[-spatial:],), WINDOW)
+    trace.freeze_axes((labels[-spatial:],), UNDER_A_WINDOW)
     trace.mixed(labels, range(-spatial, 0))
     for output in tensors_in(outputs):
-        new = (trace.algebra.axis(n, WINDOW) for n in output.shape[-spatial:])
+        new = (trace.algebra.axis(n, UNDER_A_WINDOW) for n in output.shape[-spatial:])
         trace.label(output, (*labels[:-spatial], *new))
 
 

@@ -24,7 +24,9 @@ from diag.snapshot.parameters import FlatLayout, flat_of, params
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-ROUNDINGS = 100  # of the outputs: they must move by so many for their divergence to be a measurement (our choice)
+OUTPUT_ROUNDINGS = (
+    100  # of the outputs: they must move by so many for their divergence to be a measurement (our choice)
+)
 
 
 class DivergenceAt:
@@ -57,7 +59,7 @@ class DivergenceAt:
     @cached_property
     def rounding(self) -> float:
         """The divergence of outputs that move by a hundred roundings of the largest: what is below it is noise."""
-        moved = [ROUNDINGS * torch.finfo(z.dtype).eps * _largest(z) for z, _ in self._at_center]
+        moved = [OUTPUT_ROUNDINGS * torch.finfo(z.dtype).eps * _largest(z) for z, _ in self._at_center]
         return max(moved) ** 2 / 2
 
     @cached_property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import Unsupported
-from diag.snapshot.batch import COUPLED, Batch
+from diag.snapshot.batch import COUPLED_EXAMPLES, Batch
 from diag.snapshot.call_at import call_at
 from diag.snapshot.example_losses import example_losses
 from diag.snapshot.forward import look_at
@@ -90,7 +90,7 @@ class LossesAt:
     def check(self) -> None:
         """Raises Unsupported where the mean of the losses is not the loss of the data."""
         if any(batch.coupled for batch in self._batches):
-            raise Unsupported(COUPLED)
+            raise Unsupported(COUPLED_EXAMPLES)
         with preserved(self._snapshot.model):
             whole = loss_at(self._snapshot)(self._values)
         refuse_coupled(whole, self(self.center))

@@ -22,7 +22,7 @@ from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import norm
 from diag.linalg.student import covering
 
-ROUNDINGS = 100  # of the loss: a rise below so many is noise (1e-5 in float32; our choice)
+LOSS_ROUNDINGS = 100  # of the loss: a rise below so many is noise (1e-5 in float32; our choice)
 NORMS = ("l2", "linf")
 
 
@@ -100,7 +100,7 @@ class Surroundings:
     @property
     def rounding(self) -> float:
         """What rises must exceed to be more than rounding."""
-        return ROUNDINGS * torch.finfo(self.losses_at.center.dtype).eps * abs(self.base)
+        return LOSS_ROUNDINGS * torch.finfo(self.losses_at.center.dtype).eps * abs(self.base)
 
     def rise(self, e: Tensor) -> float:
         """L(theta + T e) - L(theta)."""

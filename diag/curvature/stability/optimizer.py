@@ -22,7 +22,7 @@ from diag.errors import DiagError, Unsupported
 from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.snapshot.optimizer import OptimizerState
 
-SETTLED = 0.05  # beta1^t below which Adam's bias correction no longer matters (our choice)
+BIAS_CORRECTION_GONE = 0.05  # beta1^t below which Adam's bias correction no longer matters (our choice)
 
 ParameterGroup = Mapping[str, Any]
 
@@ -89,7 +89,7 @@ def _rule(optimizer: OptimizerState, groups: Sequence[ParameterGroup]) -> tuple[
         return None, "the learning rate is zero"
     steps = [float(s["step"]) for s in optimizer.torch_optimizer.state.values() if "step" in s]
     beta = groups[0].get("betas", (0.0,))[0]
-    if steps and beta ** min(steps) > SETTLED:
+    if steps and beta ** min(steps) > BIAS_CORRECTION_GONE:
         return None, f"after {min(steps):.0f} steps the bias correction still changes the step length"
     return find(groups[0]), ""
 

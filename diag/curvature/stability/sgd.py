@@ -27,10 +27,10 @@ from diag.snapshot.batch import Batch
 from diag.snapshot.optimizer import OptimizerState
 
 MOST_ROWS = 256  # outputs of all examples together, for the exact threshold: a matrix of its square per vector
-MOST_NUMBERS = 1 << 26  # in the rows of the Jacobian that are held at once
+MOST_JACOBIAN_NUMBERS = 1 << 26  # in the rows of the Jacobian that are held at once
 FITTED_WITHIN = 0.01  # of the spread of the outputs, by squares; our choice, uncalibrated
 SAME_WITHIN = 0.05  # between the curvature of the loss and of the linearised network; our choice, uncalibrated
-STEPS = (0.5, 2.0)  # at which the loss is asked whether it is quadratic, in units of the outputs' spread
+QUADRATIC_STEPS = (0.5, 2.0)  # at which the loss is asked whether it is quadratic, in units of the outputs' spread
 QUADRATIC_WITHIN = 1e-3
 
 
@@ -171,7 +171,7 @@ class SquaredLoss:
                 z, gradient = found
                 spread = float(z.std()) if z.numel() > 1 and float(z.std()) > 0 else 1.0
                 base = gradient(z)
-                for step in STEPS:
+                for step in QUADRATIC_STEPS:
                     d = step * spread * torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
                     change = gradient(z + d) - base
                     slope = float((change * d).sum() / (d * d).sum())
@@ -226,7 +226,7 @@ def _loss_gradient(operator: CurvatureOperator, parameters: list[Tensor], batch:
 def _examples_to_take(hessian: CurvatureOperator, outputs: int) -> tuple[int, str]:
     """How many examples' rows can be held, and what is left out for it ("" where all can)."""
     n = hessian.num_examples
-    fit = min(MOST_ROWS, MOST_NUMBERS // hessian.size) // outputs
+    fit = min(MOST_ROWS, MOST_JACOBIAN_NUMBERS // hessian.size) // outputs
     if fit >= n:
         return n, ""
     if fit < 2:

@@ -18,7 +18,7 @@ from diag.gradients.rules.float64_sums import row_norms, squared, squared_rows, 
 
 # Numbers that one temporary may hold (float32: 4 MB, which stays in a cache); larger work goes in slices.
 SCRATCH = 1_000_000
-LARGE = 16_384  # numbers of a gradient from which on a call for each example costs nothing on a CPU
+LARGE_GRADIENT = 16_384  # numbers of a gradient from which on a call for each example costs nothing on a CPU
 GHOST_STRIP = 128  # steps whose products with all others are formed at a time: they are symmetric, so half suffice
 
 
@@ -158,7 +158,7 @@ class Outer(Block):
     def _materialised_norms(self) -> Tensor:
         """||G_i||^2 with each G_i formed: small ones several at a time, large ones a piece at a time."""
         size = self.groups * self.p * self.q
-        if size < LARGE or self.groups > 1 or self.device.type != "cpu":
+        if size < LARGE_GRADIENT or self.groups > 1 or self.device.type != "cpu":
             return torch.cat([squared(self.dense(s)) for s in self.slices(size)])
         a, b = (x[:, 0] for x in self.factors(slice(None)))
         a, b = (a, b) if self.p > self.q else (b, a)  # long rows multiply faster

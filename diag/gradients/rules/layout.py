@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-3  # of an example's gradient; rounding stays near 1e-6 in float32
+LAYOUT_TOLERANCE = 1e-3  # of an example's gradient; rounding stays near 1e-6 in float32
 HALF_TOLERANCE = 3e-2  # the same in half precision, whose numbers are rounded to 4e-3
 
 
@@ -74,5 +74,5 @@ def _explains(layout: ExampleLayout, gradient: Tensor, weighted: Tensor, weights
     error = torch.linalg.vector_norm(second - weights[:, None].to(first) * first, dim=1)
     # Below this scale a row's gradient is rounding; judged by itself it would refuse a row that is right.
     floor = 1e-5 * torch.linalg.vector_norm(first) / n
-    tolerance = TOLERANCE if gradient.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
+    tolerance = LAYOUT_TOLERANCE if gradient.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
     return bool((error <= tolerance * torch.linalg.vector_norm(first, dim=1) + floor).all())

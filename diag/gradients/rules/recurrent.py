@@ -92,14 +92,14 @@ def _cell(step: Timestep) -> Callable[..., Any]:
     return run
 
 
-STEPS: dict[str, Timestep] = {
+TIMESTEPS: dict[str, Timestep] = {
     "lstm": _lstm_step,
     "gru": _gru_step,
     "rnn_tanh": _plain_step(torch.tanh),
     "rnn_relu": _plain_step(torch.relu),
 }
-UNROLLED: dict[str, Callable[..., Any]] = {name: _unrolled(step) for name, step in STEPS.items()}
-UNROLLED |= {f"{name}_cell": _cell(step) for name, step in STEPS.items()}
+UNROLLED: dict[str, Callable[..., Any]] = {name: _unrolled(step) for name, step in TIMESTEPS.items()}
+UNROLLED |= {f"{name}_cell": _cell(step) for name, step in TIMESTEPS.items()}
 
 
 def is_padded_call(name: str, args: Sequence[Any]) -> bool:

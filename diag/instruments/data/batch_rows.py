@@ -14,9 +14,9 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import ContentFacts, OddRow
 
 SOURCE = "arithmetic of the inputs of training"
-FEW = 0.05  # of the rows: where more are large, that is how the data is
-TWICE = 2
-SHOWN = 4
+SHARE_OF_ROWS = 0.05  # of the rows: where more are large, that is how the data is
+BATCHES_AT_LEAST = 2
+ROWS_NAMED = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +43,7 @@ def batch_rows(loop: Loop) -> BatchRows:
 
 
 def _findings(c: ContentFacts) -> Iterator[LoopFinding]:
-    if c.raw >= TWICE and c.alike == c.raw:
+    if c.raw >= BATCHES_AT_LEAST and c.alike == c.raw:
         yield LoopFinding(
             Level.ALARM,
             Cause.INPUTS_CONSTANT,
@@ -63,7 +63,7 @@ def _findings(c: ContentFacts) -> Iterator[LoopFinding]:
             "Rows that are finite as the data set has them: then something between it and the model breaks them.",
             step=1,
         )
-    if large and c.large <= FEW * c.rows:
+    if large and c.large <= SHARE_OF_ROWS * c.rows:
         most = max(row.size for row in large)
         yield LoopFinding(
             Level.WARNING,
@@ -78,8 +78,8 @@ def _findings(c: ContentFacts) -> Iterator[LoopFinding]:
 
 def _named(rows: list[OddRow]) -> str:
     """Rows by their places in the data set, else by step and place in the batch."""
-    more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+    more = f" and {len(rows) - ROWS_NAMED:,} more" if len(rows) > ROWS_NAMED else ""
     if all(row.index >= 0 for row in rows):
-        places = ", ".join(f"{row.index:,}" for row in rows[:SHOWN])
+        places = ", ".join(f"{row.index:,}" for row in rows[:ROWS_NAMED])
         return f"row{'s' if len(rows) > 1 else ''} {places}{more} of the data set (first at step {rows[0].step:,})"
-    return "; ".join(f"row {row.row:,} of the batch at step {row.step:,}" for row in rows[:SHOWN]) + more
+    return "; ".join(f"row {row.row:,} of the batch at step {row.step:,}" for row in rows[:ROWS_NAMED]) + more

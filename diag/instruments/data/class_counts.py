@@ -19,7 +19,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 SOURCE = "arithmetic of the labels"
 COMMON = 5  # examples of each class that does occur
 EXPECTED = 20  # examples a class, were they equal, from which on an absent one is no accident
-RATIO = 10.0  # the default of SageMaker Debugger's rule ClassImbalance
+CLASS_RATIO = 10.0  # the default of SageMaker Debugger's rule ClassImbalance
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +89,7 @@ class ClassCounts(Result):
 
 @instrument(source=SOURCE, title="Classes", kind=Kind.CHECK)
 def class_counts(
-    logits: Tensor, labels: Tensor, inputs: Any, loop: Any = None, *, ratio: float = RATIO
+    logits: Tensor, labels: Tensor, inputs: Any, loop: Any = None, *, ratio: float = CLASS_RATIO
 ) -> ClassCounts:
     """Whether every class that the network can answer with occurs in training, and how unequal they are.
 

@@ -13,8 +13,8 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import BatchFacts
 
 SOURCE = "arithmetic of the labels in batches"
-BATCHES, LABELS = 6, 8  # counted; and labels in each
-HALF = 0.5
+BATCHES_COUNTED, LABELS_OF_A_BATCH = 6, 8  # counted; and labels in each
+HALF_OF_EXPECTED = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,9 +33,9 @@ def classes_mixed(loop: Loop) -> ClassesMixed:
     Raises nothing of its own.
     """
     b = loop.batches
-    enough = b.counted >= BATCHES and b.batch_size >= LABELS and len(b.label_counts) > 1
+    enough = b.counted >= BATCHES_COUNTED and b.batch_size >= LABELS_OF_A_BATCH and len(b.label_counts) > 1
     known = Precondition(
-        "labels", enough, f"fewer than {BATCHES} batches of class numbers were seen, or one class."
+        "labels", enough, f"fewer than {BATCHES_COUNTED} batches of class numbers were seen, or one class."
     )
     fine = f"{b.distinct:.3g} classes a batch; rows drawn at random would have {expected(b):.3g}."
     return judged(ClassesMixed, loop.step, list(_findings(b)) if enough else [], fine, preconditions=(known,))
@@ -49,7 +49,7 @@ def expected(b: BatchFacts) -> float:
 
 def _findings(b: BatchFacts) -> Iterator[LoopFinding]:
     at_random = expected(b)
-    if b.distinct <= HALF * at_random and b.continued >= HALF:
+    if b.distinct <= HALF_OF_EXPECTED * at_random and b.continued >= HALF_OF_EXPECTED:
         yield LoopFinding(
             Level.ALARM,
             Cause.CLASSES_SORTED,

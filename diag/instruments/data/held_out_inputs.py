@@ -12,11 +12,11 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.loop.parts import OUTLIER_ROW
 
 SOURCE = "arithmetic of the inputs"
-RATIO, SHIFT = 2.0, 2.0
-ENOUGH = 32
-OUTLIER = 100.0
+SPREAD_RATIO, MEAN_SHIFT = 2.0, 2.0
+FEWEST_INPUTS = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,8 +48,8 @@ class HeldOutInputs(Result):
             f"{format_number(self.held_out_deviation)}, training inputs {format_number(self.mean)} and "
             f"{format_number(self.deviation)}"
         )
-        limit = float(self.provenance.settings.get("ratio", RATIO))
-        if self.ratio <= limit and self.shift <= SHIFT:
+        limit = float(self.provenance.settings.get("ratio", SPREAD_RATIO))
+        if self.ratio <= limit and self.shift <= MEAN_SHIFT:
             return Verdict(Level.OK, f"Held-out inputs have {numbers}.", source=SOURCE)
         return Verdict(
             Level.WARNING,
@@ -73,7 +73,7 @@ class HeldOutInputs(Result):
 
 
 @instrument(source=SOURCE, title="Held-out inputs", kind=Kind.CHECK)
-def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = RATIO) -> HeldOutInputs:
+def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = SPREAD_RATIO) -> HeldOutInputs:
     """Whether held-out inputs have the mean and the scale of training inputs.
 
     inputs (n, ...), held_out_inputs (m, ...): floating tensors of the same shape but for the examples, as the model
@@ -83,7 +83,7 @@ def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = R
     """
     ours, theirs = _rows(inputs), _rows(held_out_inputs)
     alike = ours is not None and theirs is not None and ours.shape[1] == theirs.shape[1]
-    enough = alike and min(len(ours), len(theirs)) >= ENOUGH  # type: ignore[arg-type]
+    enough = alike and min(len(ours), len(theirs)) >= FEWEST_INPUTS  # type: ignore[arg-type]
     a, b = (ours, theirs) if alike else (torch.zeros(1, 1), torch.zeros(1, 1))
     assert a is not None and b is not None
     return HeldOutInputs(
@@ -93,7 +93,7 @@ def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = R
         held_out_deviation=float(b.std(correction=0)),
         preconditions=(
             Precondition("floating inputs", alike, "the inputs are not floating tensors of one shape."),
-            Precondition("examples", enough, f"there are fewer than {ENOUGH} examples of a side."),
+            Precondition("examples", enough, f"there are fewer than {FEWEST_INPUTS} examples of a side."),
         ),
     )
 
@@ -104,5 +104,5 @@ def _rows(inputs: Any) -> Tensor | None:
         return None
     rows = inputs.detach().flatten(1).double()
     sizes = rows.abs().amax(1)
-    usual = sizes <= OUTLIER * sizes.nanmedian()  # not so where it is not a number
+    usual = sizes <= OUTLIER_ROW * sizes.nanmedian()  # not so where it is not a number
     return rows[usual] if usual.any() else None

@@ -14,7 +14,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import DrawFacts
 
 SOURCE = "arithmetic of the rows that DataLoaders drew"
-ENOUGH = 8  # rows in both
+FEWEST_ROWS_IN_BOTH = 8  # rows in both
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +51,7 @@ def held_out_rows(loop: Loop) -> HeldOutRows:
 def _findings(d: DrawFacts) -> Iterator[LoopFinding]:
     others = [e for e in d.evaluated if not e.of_training and e.rows]
     clean = any(not e.trained for e in others)
-    shared = [e for e in others if e.trained >= ENOUGH and not (clean and e.trained == e.rows)]
+    shared = [e for e in others if e.trained >= FEWEST_ROWS_IN_BOTH and not (clean and e.trained == e.rows)]
     if shared:
         worst = max(shared, key=lambda e: e.trained)
         yield LoopFinding(

@@ -14,11 +14,11 @@ from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.loop.parts import OUTLIER_ROW
 
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale)"
-LARGE, SMALL, RATIO, CONSTANT = 20.0, 0.02, 300.0, 0.65
-FEW = 8
-OUTLIER = 100.0
+LARGE_INPUTS, SMALL_INPUTS, FEATURE_RATIO, CONSTANT_SHARE = 20.0, 0.02, 300.0, 0.65
+FEWEST_EXAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,7 +136,12 @@ class InputScale(Result):
 
 @instrument(source=SOURCE, title="Scale of the inputs", kind=Kind.CHECK, before_training="always")
 def input_scale(
-    inputs: Any, *, large: float = LARGE, small: float = SMALL, ratio: float = RATIO, constant: float = CONSTANT
+    inputs: Any,
+    *,
+    large: float = LARGE_INPUTS,
+    small: float = SMALL_INPUTS,
+    ratio: float = FEATURE_RATIO,
+    constant: float = CONSTANT_SHARE,
 ) -> InputScale:
     """Whether the inputs are near zero mean and unit scale, vary from example to example, and are alike in scale.
 
@@ -145,14 +150,14 @@ def input_scale(
     (of inputs with one axis of features); `constant`: share of features that never vary. Beyond each it warns.
     Raises nothing of its own.
     """
-    floating = isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1 and len(inputs) >= FEW
+    floating = _are_rows_of_numbers(inputs)
     rows = inputs.detach().flatten(1).double() if floating else torch.zeros(1, 1, dtype=torch.float64)
     finite = rows.isfinite().all(1)
     good = rows[finite] if finite.any() else torch.zeros(1, rows.shape[1], dtype=torch.float64)
     rows_size = rows.nan_to_num(0.0, 0.0, 0.0).square().mean(1).sqrt()
-    outliers = (rows_size > OUTLIER * rows_size.median()).nonzero().flatten()
+    outliers = (rows_size > OUTLIER_ROW * rows_size.median()).nonzero().flatten()
     few = len(outliers) <= len(rows) // 20 and float(rows_size.median()) > 0
-    good = good if not few else good[(good.square().mean(1).sqrt() <= OUTLIER * rows_size.median())]
+    good = good if not few else good[(good.square().mean(1).sqrt() <= OUTLIER_ROW * rows_size.median())]
     scales = good.square().mean(0).sqrt()
     varies = good.amax(0) > good.amin(0)
     widest, ratio_found = _ratio(scales[varies], varies) if floating and inputs.ndim == 2 else (0, math.nan)
@@ -169,10 +174,17 @@ def input_scale(
         examples=len(rows),
         preconditions=(
             Precondition(
-                "floating inputs", floating, f"the inputs are not {FEW} or more rows of floating-point numbers."
+                "floating inputs",
+                floating,
+                f"the inputs are not {FEWEST_EXAMPLES} or more rows of floating-point numbers.",
             ),
         ),
     )
+
+
+def _are_rows_of_numbers(inputs: Any) -> bool:
+    floating = isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1
+    return floating and len(inputs) >= FEWEST_EXAMPLES
 
 
 def _ratio(scales: Tensor, varies: Tensor) -> tuple[int, float]:

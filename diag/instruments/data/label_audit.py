@@ -17,20 +17,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diag.display import displayed, format_share
+from diag.display import LARGEST_INPUT_SHOWN, displayed, format_share
 from diag.instruments.causes import Cause
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Pleiss et al. 2020, arXiv:2001.10528"
-LEARNED, KNOWN = 0.6, 0.97  # accuracies from which on margins are counted: of all, of what does not look wrong
-ENOUGH, LONG = 8, 18  # measurements; and how many where the accuracy is still rising
+ACCURACY_OF_ALL, ACCURACY_OF_THE_REST = (
+    0.6,
+    0.97,
+)  # accuracies from which on margins are counted: of all, of what does not look wrong
+FEWEST_COURSES, FEWEST_WHILE_RISING = 8, 18  # measurements; and how many where the accuracy is still rising
 RISING = 0.03
-SURE = 1.5  # nats: the median margin of what is answered right, below which ambiguity explains as much
+SURE_MARGIN = 1.5  # nats: the median margin of what is answered right, below which ambiguity explains as much
 OPPOSED = 0.25  # of that median
-SHARE = 0.03
-SHOWN = 12
-LARGEST_SHOWN = 3 * 64 * 64
+SHARE_OF_WRONG_LABELS = 0.03
+ROWS_SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +61,7 @@ class LabelAudit(Result):
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """A warning where some rows' margins stayed negative while the others were learned with certainty; what was
         seen once is not taken back when the network has learned these rows by heart."""
-        judged = [cls._judged(series[:k]) for k in range(len(series), min(ENOUGH, len(series)) - 1, -1)]
+        judged = [cls._judged(series[:k]) for k in range(len(series), min(FEWEST_COURSES, len(series)) - 1, -1)]
         warned = [verdict for verdict in judged if verdict.level is Level.WARNING]
         return max(warned, key=lambda verdict: verdict.value or 0.0) if warned else judged[0]
 
@@ -67,10 +69,10 @@ class LabelAudit(Result):
     def _judged(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         last = series[-1][1]
         area, median, counted = area_under_the_margin(series)
-        if last.unmet() is not None or counted < ENOUGH or not median >= SURE:
+        if last.unmet() is not None or counted < FEWEST_COURSES or not median >= SURE_MARGIN:
             return last.verdict()
         earlier = series[-min(6, len(series))][1].accuracy
-        if counted < LONG and last.accuracy - earlier >= RISING:
+        if counted < FEWEST_WHILE_RISING and last.accuracy - earlier >= RISING:
             return last.verdict()
         suspicious = numpy.flatnonzero(area < -OPPOSED * median)
         share = len(suspicious) / len(area)
@@ -105,7 +107,7 @@ class LabelAudit(Result):
     @classmethod
     def trend_examples(cls, series: Sequence[tuple[int, Self]]) -> Iterator[dict[str, Any]]:
         """The rows whose labels look most wrong, with label, the network's answer and input."""
-        last, rows = series[-1][1], cls.trend(series).examples[:SHOWN]
+        last, rows = series[-1][1], cls.trend(series).examples[:ROWS_SHOWN]
         pictures = {
             int(r): x for _, result in series for r, x in zip(result.shown_rows, result.shown, strict=False)
         }
@@ -132,20 +134,22 @@ class LabelAudit(Result):
 def area_under_the_margin(series: Sequence[tuple[int, LabelAudit]]) -> tuple[NDArray[numpy.float64], float, int]:
     """(mean margin of each example, the median of the positive ones, measurements that count).
 
-    Counted are measurements since the network answered `LEARNED` of the examples right, and of these the ones since
-    it answered `KNOWN` of those that do not look wrong: what is only learned late is no wrong label. Measurements
-    on another number of examples than the last are left out.
+    Counted are measurements since the network answered `ACCURACY_OF_ALL` of the examples right, and of these the
+    ones since it answered `ACCURACY_OF_THE_REST` of those that do not look wrong: what is only learned late is no
+    wrong label. Measurements on another number of examples than the last are left out.
     """
     n = len(series[-1][1].margins)
     results = [r for _, r in series if len(r.margins) == n]
-    since = next((i for i, r in enumerate(results) if r.accuracy >= LEARNED), None)
+    since = next((i for i, r in enumerate(results) if r.accuracy >= ACCURACY_OF_ALL), None)
     if since is None or not n:
         return numpy.zeros(n), math.nan, 0
     margins = numpy.stack([r.margins for r in results[since:]]).astype(float)
     area, median = _area(margins)
     others = area >= -OPPOSED * median if math.isfinite(median) else numpy.ones(n, bool)
     known = (margins[:, others] > 0).mean(1) if others.any() else numpy.zeros(len(margins))
-    first = int(numpy.argmax(known >= KNOWN)) if (known >= KNOWN).any() else len(margins)
+    first = (
+        int(numpy.argmax(known >= ACCURACY_OF_THE_REST)) if (known >= ACCURACY_OF_THE_REST).any() else len(margins)
+    )
     if first == len(margins):
         return area, math.nan, 0
     return (*_area(margins[first:]), len(margins) - first)
@@ -169,7 +173,9 @@ def _usual_answers(series: Sequence[tuple[int, LabelAudit]]) -> list[int]:
 
 
 @instrument(source=SOURCE, title="Labels that look wrong", passes=lambda settings: 1.0)
-def label_audit(logits: Tensor, labels: Tensor, inputs: Any = None, *, warn_at: float = SHARE) -> LabelAudit:
+def label_audit(
+    logits: Tensor, labels: Tensor, inputs: Any = None, *, warn_at: float = SHARE_OF_WRONG_LABELS
+) -> LabelAudit:
     """Which rows' labels look wrong, from the course of their margins while the network learns.
 
     logits (n, K), labels (n,) of the probe set; inputs: to show the rows. One measurement describes; over a run the
@@ -185,8 +191,8 @@ def label_audit(logits: Tensor, labels: Tensor, inputs: Any = None, *, warn_at: 
     others = z.scatter(1, y[:, None], -torch.inf).amax(1)
     margins = (own - others).clamp(-1e30, 1e30)
     one_each = isinstance(inputs, Tensor) and len(inputs) == len(y)
-    rows, shown = margins.argsort(stable=True)[:SHOWN], torch.zeros(0)
-    if one_each and inputs[0].numel() <= LARGEST_SHOWN:
+    rows, shown = margins.argsort(stable=True)[:ROWS_SHOWN], torch.zeros(0)
+    if one_each and inputs[0].numel() <= LARGEST_INPUT_SHOWN:
         shown = inputs.detach().cpu()[rows]
     return LabelAudit(
         accuracy=float((margins > 0).double().mean()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-ENOUGH = 32
+FEWEST_LABELS_IN_ORDER = 32
 HALFWAY = 0.5
 
 
@@ -14,7 +14,7 @@ def in_order(labels: Tensor) -> bool:
     labels (n,). In random order two neighbours agree with the probability sum(p^2) of the class shares p; sorted
     ones nearly always do. In order are labels that agree more than halfway from the one to the other.
     """
-    if len(labels) < ENOUGH:
+    if len(labels) < FEWEST_LABELS_IN_ORDER:
         return False
     shares = labels.unique(return_counts=True)[1].double() / len(labels)
     at_random = float(shares.square().sum())

@@ -14,7 +14,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import TargetFacts
 
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.5 (targets within the range of the outputs)"
-LARGE, APART = 20.0, 10.0
+LARGE_TARGETS, OUTPUTS_APART = 20.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,7 +23,7 @@ class TargetScale(LoopCheck):
 
 
 @instrument(source=SOURCE, title="Scale of the targets", kind="check")
-def target_scale(loop: Loop, *, large: float = LARGE) -> TargetScale:
+def target_scale(loop: Loop, *, large: float = LARGE_TARGETS) -> TargetScale:
     """Whether the targets of a regression are of a size that the network can reach soon.
 
     A network starts with outputs near one and below. Targets whose root mean square is above `large`, and ten times
@@ -42,7 +42,7 @@ def target_scale(loop: Loop, *, large: float = LARGE) -> TargetScale:
 
 
 def _findings(t: TargetFacts, large: float) -> Iterator[LoopFinding]:
-    if t.size > large and t.size > APART * t.first_output:
+    if t.size > large and t.size > OUTPUTS_APART * t.first_output:
         yield LoopFinding(
             Level.WARNING,
             Cause.TARGETS_NOT_NORMALIZED,

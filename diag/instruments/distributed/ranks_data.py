@@ -14,7 +14,7 @@ from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.ranks import RankFacts, SameRows
 
-LOOKS = 3  # steps that must be compared before anything is said
+STEPS_COMPARED = 3  # steps that must be compared before anything is said
 UNEVEN = 1.1  # ratio of the examples of two ranks, at every look
 NOT_KNOWN = Precondition(
     "the batches of several ranks", False, "one process trains or is watched, or too few batches were compared."
@@ -41,7 +41,7 @@ def ranks_data(loop: Loop) -> RanksData:
     Raises nothing of its own.
     """
     ranks = loop.ranks
-    if not ranks.together or len(ranks.looks) < LOOKS:
+    if not ranks.together or len(ranks.looks) < STEPS_COMPARED:
         return judged(RanksData, loop.step, [], "", preconditions=(NOT_KNOWN,))
     if not ranks.data_apart:
         return judged(RanksData, loop.step, [], "", preconditions=(BY_DESIGN,))
@@ -50,7 +50,7 @@ def ranks_data(loop: Loop) -> RanksData:
 
 
 def _findings(ranks: RankFacts) -> Iterator[LoopFinding]:
-    same = [s for s in ranks.rows if s.looks >= LOOKS]
+    same = [s for s in ranks.rows if s.looks >= STEPS_COMPARED]
     if same:
         yield _same(max(same, key=lambda s: len(s.ranks)), ranks)
     if uneven := _uneven(ranks):
@@ -73,7 +73,7 @@ def _same(found: SameRows, ranks: RankFacts) -> LoopFinding:
 
 def _uneven(ranks: RankFacts) -> LoopFinding | None:
     counts = numpy.array(ranks.examples, float)
-    if len(counts) < LOOKS or not (counts > 0).all():
+    if len(counts) < STEPS_COMPARED or not (counts > 0).all():
         return None
     ratios = counts[:, :, None] / counts[:, None, :]
     least = ratios.min(0)  # of each pair, over the looks

@@ -12,9 +12,9 @@ from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.ranks import Difference, RankFacts
 
-LOOKS = 2  # in a row at which gradients must differ
-ROUNDING = 1e-4  # of a tensor's norm: a difference below it may be rounding
-ONE_PROCESS = Precondition("several ranks that are all watched", False, "one process trains, or is watched.")
+LOOKS_THAT_DIFFER = 2  # in a row at which gradients must differ
+MAY_BE_ROUNDING = 1e-4  # of a tensor's norm: a difference below it may be rounding
+SEVERAL_RANKS = Precondition("several ranks that are all watched", False, "one process trains, or is watched.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +35,7 @@ def replicas_equal(loop: Loop) -> ReplicasEqual:
     """
     ranks = loop.ranks
     if not ranks.together or not ranks.looks:
-        return judged(ReplicasEqual, loop.step, [], "", preconditions=(ONE_PROCESS,))
+        return judged(ReplicasEqual, loop.step, [], "", preconditions=(SEVERAL_RANKS,))
     what = (
         "Parameters, constant buffers, gradients and hyperparameters"
         if ranks.replicated
@@ -51,7 +51,7 @@ def replicas_equal(loop: Loop) -> ReplicasEqual:
 
 
 def _findings(ranks: RankFacts, past_wrapper: bool) -> Iterator[LoopFinding]:
-    apart = ranks.equal_gradients == 0 and any(d.times >= LOOKS for d in ranks.gradients)
+    apart = ranks.equal_gradients == 0 and any(d.times >= LOOKS_THAT_DIFFER for d in ranks.gradients)
     if apart and not past_wrapper:  # which `wrapper_called` says
         yield _not_reduced(ranks)
     if ranks.settings:
@@ -82,7 +82,7 @@ def _parameters(ranks: RankFacts, explained: bool) -> LoopFinding:
     first = min(ranks.parameters, key=lambda d: (d.since, d.rank))
     others = [d.rank for d in ranks.parameters if d.rank != first.rank]
     also = f" (and rank{'s' if len(others) > 1 else ''} {named([str(r) for r in others])})" if others else ""
-    small = all(d.size < ROUNDING for d in ranks.parameters)
+    small = all(d.size < MAY_BE_ROUNDING for d in ranks.parameters)
     from_start = first.since == ranks.looks[0] and not explained
     return LoopFinding(
         Level.WARNING if small else Level.ALARM,

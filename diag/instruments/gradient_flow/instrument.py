@@ -43,7 +43,7 @@ STEPS_SHOWN = 96
 STEPS_NAMED = 100
 LAYERS_NAMED = 16
 SEEN_SHARE = 0.95  # of the steps (our choice), from which on what was seen speaks for all
-SETTLED = 10  # steps; what starts at zero on purpose gets its gradient after the first ones
+STEPS_BEFORE_ZERO_GRADIENT = 10  # steps; what starts at zero on purpose gets its gradient after the first ones
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +140,7 @@ class GradientFlow(Result):
         )
 
     def _idle(self) -> Verdict | None:
-        if not self.idle_layers or self.num_steps < SETTLED:
+        if not self.idle_layers or self.num_steps < STEPS_BEFORE_ZERO_GRADIENT:
             return None
         names = ", ".join(self.idle_layers[:3]) + (", ..." if len(self.idle_layers) > 3 else "")
         return Verdict(
@@ -206,7 +206,7 @@ class GradientFlow(Result):
 
     def _unseen(self) -> Verdict | None:
         """No gradient at all, or weights that never moved: that nothing was infinite then says nothing."""
-        if self.num_steps < SETTLED or (self.gradients_seen and not self.still):
+        if self.num_steps < STEPS_BEFORE_ZERO_GRADIENT or (self.gradients_seen and not self.still):
             return None
         nothing = not self.gradients_seen
         found = "No gradient was seen" if nothing else "No weight moved"
@@ -335,7 +335,7 @@ def gradient_flow(
         losses_seen=int((~numpy.isnan(history.loss) | ~history.loss_finite).sum()),
         gradients_seen=int(by_rows(history, lambda part: _seen(part).any(1)).sum()),
         unseen_layers=unseen_layers(history),
-        still=never_moved(history, SETTLED),
+        still=never_moved(history, STEPS_BEFORE_ZERO_GRADIENT),
         layers=history.layers,
         notes=history.notes,
         **_of_the_distance(history),

@@ -11,6 +11,7 @@ from diag.instruments.causes import Cause
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "arithmetic on what the loop did"
+TWICE, THRICE = 2, 3  # how often something must happen before it is a finding: once may be chance
 NO_STEP = Precondition("an optimizer step", False, "no optimizer step on the model's parameters was seen.")
 
 

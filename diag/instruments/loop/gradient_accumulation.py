@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import OptimizerFacts, Pattern
 
-THRICE = 3
-REPEATED = re.compile(r"(?:\(([A-Za-z]+)\)|([A-Za-z]))(\d+)")
+REPEATED_EVENTS = re.compile(r"(?:\(([A-Za-z]+)\)|([A-Za-z]))(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +62,7 @@ def micro_batches(pattern: Pattern) -> int:
 
 def written_out(letters: str) -> str:
     """An order without its brackets: "(DFB)2S" becomes "DFBDFBS"."""
-    return REPEATED.sub(lambda found: (found[1] or found[2]) * int(found[3]), letters)
+    return REPEATED_EVENTS.sub(lambda found: (found[1] or found[2]) * int(found[3]), letters)
 
 
 def _lost(o: OptimizerFacts) -> LoopFinding:

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
+from diag.instruments.loop.findings import NO_STEP, SOURCE, TWICE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import OptimizerFacts
-
-TWICE = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,7 +13,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import ParameterFacts
 from diag.snapshot.parameters import layer_of
 
-LOOKS, LOOKS_UNUSED = 3, 4  # in a row without a gradient: of a module that is called, of one that is not
+LOOKS_CALLED, LOOKS_UNUSED = 3, 4  # in a row without a gradient: of a module that is called, of one that is not
 MOST_FROZEN = 0.25  # of the layers; where more are frozen it is meant
 
 
@@ -40,7 +40,9 @@ def gradients_reach(loop: Loop) -> GradientsReach:
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
     held = {name for o in loop.training for name in o.held}
     silent = [
-        p for p in loop.parameters if p.trainable and not p.gradient and p.missing >= LOOKS and p.name in held
+        p
+        for p in loop.parameters
+        if p.trainable and not p.gradient and p.missing >= LOOKS_CALLED and p.name in held
     ]
     trained = [p for p in loop.parameters if p.gradient]
     silent = [p for p in silent if not is_copy(p.name, silent, trained)]

@@ -12,7 +12,7 @@ from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import LossFacts
 
-CHECKED = 3  # calls whose numbers were looked at
+CALLS_NEEDED = 3  # calls whose numbers were looked at
 PADDED = 0.05  # of the targets
 STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is told of
 BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
@@ -44,8 +44,10 @@ def loss_call(loop: Loop) -> LossCall:
 
 
 def _findings(f: LossFacts) -> Iterator[LoopFinding]:
-    always = f.checked >= min(CHECKED, f.calls) and f.checked > 0
-    probabilities = f.came_from == "softmax" or (always and f.probabilities == f.checked and f.checked >= CHECKED)
+    always = f.checked >= min(CALLS_NEEDED, f.calls) and f.checked > 0
+    probabilities = f.came_from == "softmax" or (
+        always and f.probabilities == f.checked and f.checked >= CALLS_NEEDED
+    )
     if f.broadcast:
         yield _broadcast(f)
     if f.function in SOFTMAX_INSIDE and (probabilities or f.came_from == "sigmoid"):
@@ -56,7 +58,7 @@ def _findings(f: LossFacts) -> Iterator[LoopFinding]:
         yield from _log_input(f, probabilities, always)
     if f.truncated > 0:
         yield _truncated(f)
-    elif f.constant >= CHECKED and f.function in BINARY:
+    elif f.constant >= CALLS_NEEDED and f.function in BINARY:
         yield _constant(f)
     if f.root and f.factor is not None and f.factor < 0:
         yield _ascended(f)
@@ -70,7 +72,7 @@ def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[Loop
         yield _axis(f, axis)
     elif probabilities:
         yield _logs(f, "probabilities")
-    elif f.function == "nll_loss" and always and f.checked >= CHECKED and not f.log_probabilities:
+    elif f.function == "nll_loss" and always and f.checked >= CALLS_NEEDED and not f.log_probabilities:
         yield _logs(f, "raw outputs")
 
 

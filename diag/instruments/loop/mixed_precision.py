@@ -12,7 +12,7 @@ from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import ScalingFacts
 
-LOOKED = 3
+CALLS_LOOKED_AT_LEAST = 3
 FOREVER = 17  # steps left out in a row: the scale, 65,536 at first, has fallen below one
 
 
@@ -45,7 +45,12 @@ def _findings(loop: Loop, s: ScalingFacts) -> Iterator[LoopFinding]:
         yield _clipped(s)
     if s.skipped.running >= FOREVER:
         yield _forever(s)
-    if s.scaled_losses >= LOOKED and s.looked >= LOOKED and not s.autocast and not s.half_parameters:
+    if (
+        s.scaled_losses >= CALLS_LOOKED_AT_LEAST
+        and s.looked >= CALLS_LOOKED_AT_LEAST
+        and not s.autocast
+        and not s.half_parameters
+    ):
         yield _off(s)
 
 

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import OptimizerFacts
-
-THRICE = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

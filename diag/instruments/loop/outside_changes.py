@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
+from diag.instruments.loop.findings import NO_STEP, SOURCE, TWICE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import OutsideChange
 
 OFTEN = 0.5  # of the steps: a projection, a constraint or a decay of the user's own
-TWICE = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,8 +13,8 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import ParameterFacts
 from diag.snapshot.parameters import layer_of
 
-LOOKS = 2  # at which a parameter had a gradient and no optimizer
-STEPS = 3
+LOOKS_UNHELD = 2  # at which a parameter had a gradient and no optimizer
+STEPS_BEFORE_UNHELD = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +42,7 @@ def parameters_held(loop: Loop) -> ParametersHeld:
 def _findings(loop: Loop, steps: int) -> Iterator[LoopFinding]:
     if loop.strangers:
         yield _unknown(loop)
-    left_out = [p for p in loop.parameters if p.trainable and p.ungathered >= LOOKS]
+    left_out = [p for p in loop.parameters if p.trainable and p.ungathered >= LOOKS_UNHELD]
     if not left_out:
         return
     stale = {name for o in loop.optimizers if o.steps for name in o.stale}
@@ -50,7 +50,7 @@ def _findings(loop: Loop, steps: int) -> Iterator[LoopFinding]:
         yield _stale([p for p in left_out if p.name in stale], not loop.training)
     elif loop.training:
         yield _left_out(left_out, loop)
-    elif steps >= STEPS:
+    elif steps >= STEPS_BEFORE_UNHELD:
         yield _foreign(left_out)
 
 

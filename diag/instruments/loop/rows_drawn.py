@@ -12,9 +12,9 @@ from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import DrawFacts
 
-ENOUGH = 100  # draws
-AGAIN = 3.0  # draws of a row on average
-PART = 0.5  # of the rows
+FEWEST_DRAWS = 100  # draws
+DRAWS_OF_A_ROW = 3.0  # draws of a row on average
+SHARE_DRAWN = 0.5  # of the rows
 NEW = 0.02
 
 
@@ -35,13 +35,15 @@ def rows_drawn(loop: Loop) -> RowsDrawn:
     Raises nothing of its own.
     """
     d = loop.drawn
-    seen = Precondition("draws", d.draws >= ENOUGH and d.rows > 0, "no DataLoader was seen to draw many rows.")
+    seen = Precondition(
+        "draws", d.draws >= FEWEST_DRAWS and d.rows > 0, "no DataLoader was seen to draw many rows."
+    )
     fine = f"{d.draws:,} draws of an epoch were of {d.distinct:,} different rows."
     return judged(RowsDrawn, loop.step, list(_findings(d)), fine, preconditions=(seen,))
 
 
 def _findings(d: DrawFacts) -> Iterator[LoopFinding]:
-    few = d.draws >= max(ENOUGH, AGAIN * d.distinct) and d.distinct < PART * d.rows
+    few = d.draws >= max(FEWEST_DRAWS, DRAWS_OF_A_ROW * d.distinct) and d.distinct < SHARE_DRAWN * d.rows
     if few and d.once <= NEW * d.draws:
         yield LoopFinding(
             Level.WARNING,

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import OptimizerFacts
 
-TWICE, THRICE = 2, 3
-MANY = 5  # backward passes without any step
+BACKWARDS_WITHOUT_STEP = 5  # backward passes without any step
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +95,7 @@ def _doubled(o: OptimizerFacts) -> LoopFinding:
 
 
 def _missing(loop: Loop) -> Iterator[LoopFinding]:
-    if not any(o.steps for o in loop.optimizers) and loop.zeroed_without_step >= MANY:
+    if not any(o.steps for o in loop.optimizers) and loop.zeroed_without_step >= BACKWARDS_WITHOUT_STEP:
         yield LoopFinding(
             Level.ALARM,
             Cause.STEP_MISSING,

@@ -13,8 +13,8 @@ from diag.snapshot.inside.later import LaterTokens
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of two forward passes, and of the targets beside the inputs"
-ROUNDING = 1e-2  # of the outputs' spread; half precision may round two batches differently
-NEXT = 1
+ROUNDING_OF_OUTPUTS = 1e-2  # of the outputs' spread; half precision may round two batches differently
+NEXT_POSITION = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,14 +28,14 @@ class AnswersSeen(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        if not self.change > ROUNDING:
+        if not self.change > ROUNDING_OF_OUTPUTS:
             return Verdict(
                 Level.OK,
                 "What the model says of a position does not depend on later tokens.",
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
                 value=self.change,
-                threshold=ROUNDING,
+                threshold=ROUNDING_OF_OUTPUTS,
             )
         return Verdict(
             Level.ALARM,
@@ -47,7 +47,7 @@ class AnswersSeen(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="Outputs before a position that stay the same when the tokens from it on are others.",
             value=self.change,
-            threshold=ROUNDING,
+            threshold=ROUNDING_OF_OUTPUTS,
             cause=Cause.ANSWER_IN_INPUT,
             step=1,
         )
@@ -66,7 +66,7 @@ def answers_seen(later_tokens: LaterTokens, loop: Loop) -> AnswersSeen:
     others (`diag.snapshot.inside.later`). loop: the facts of the loop, which say that the targets are the next
     tokens of the input. Where both hold it is an alarm. Raises nothing of its own.
     """
-    compared = loop.targets.shifts.get(NEXT, 0)
+    compared = loop.targets.shifts.get(NEXT_POSITION, 0)
     asked = compared > 0 and compared == max(loop.targets.shifts.values())
     return AnswersSeen(
         change=later_tokens.change,

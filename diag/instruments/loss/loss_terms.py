@@ -17,9 +17,9 @@ from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic: what is descended, less the loss function's value"
-TIMES = 3.0
-KEPT = 0.5  # of the norm of the weights at the start
-FIRST = 3  # looks
+PENALTY_OVER_LOSS = 3.0
+NORM_KEPT = 0.5  # of the norm of the weights at the start
+FIRST_LOOKS = 3  # looks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +36,7 @@ class LossTerms(Result):
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         limit = self.setting("times") * abs(self.loss)
-        if not (self.penalty > limit and self.kept < KEPT):
+        if not (self.penalty > limit and self.kept < NORM_KEPT):
             return Verdict(
                 Level.OK,
                 f"The penalty on the weights ({format_number(self.penalty)} beside a loss of "
@@ -72,7 +72,7 @@ class LossTerms(Result):
 
 
 @instrument(source=SOURCE, title="Terms of the loss", kind=Kind.CHECK)
-def loss_terms(history: History, loop: Loop, *, times: float = TIMES) -> LossTerms:
+def loss_terms(history: History, loop: Loop, *, times: float = PENALTY_OVER_LOSS) -> LossTerms:
     """Whether a penalty on the weights outweighs the loss.
 
     history: the record of a watched run. loop: the facts of its loop, with the value of the terms that depend on
@@ -83,8 +83,8 @@ def loss_terms(history: History, loop: Loop, *, times: float = TIMES) -> LossTer
     facts = loop.penalty
     seen = len(facts.steps) > 0
     return LossTerms(
-        penalty=float(numpy.median(facts.penalties[:FIRST])) if seen else math.nan,
-        loss=float(numpy.median(facts.losses[:FIRST])) if seen else math.nan,
+        penalty=float(numpy.median(facts.penalties[:FIRST_LOOKS])) if seen else math.nan,
+        loss=float(numpy.median(facts.losses[:FIRST_LOOKS])) if seen else math.nan,
         last_penalty=facts.penalties[-1] if seen else math.nan,
         last_loss=facts.losses[-1] if seen else math.nan,
         kept=_kept(history),

@@ -11,7 +11,7 @@ from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
 
-TWICE, NEXT = 2, 1
+BATCHES_ALIGNED, ONE_AHEAD = 2, 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +39,7 @@ def token_targets(loop: Loop) -> TokenTargets:
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
     t = loop.targets
-    if NEXT in t.shifts or sum(t.shifts.values()) < TWICE:
+    if ONE_AHEAD in t.shifts or sum(t.shifts.values()) < BATCHES_ALIGNED:
         return
     shift = max(t.shifts, key=lambda s: t.shifts[s])
     if shift == 0:

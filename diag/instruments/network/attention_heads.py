@@ -26,10 +26,10 @@ from diag.snapshot.inside.scores import ENTROPY, KEYS, LOGIT
 
 SOURCE = "Zhai et al. 2023, arXiv:2303.06296 (entropy collapse); arithmetic of one forward pass"
 SHARP, EVEN = 0.1, 0.999  # entropy over that of an even spread; logits that vary by .08 give .999 for 32 keys
-SHARE = 0.5  # of the heads
-BEGINNING, SETTLED = 3, 100  # steps
-LARGE = 100.0  # logits: where QK-Clip (Kimi K2) begins to cut
-MOVED = 0.1  # of the weights' size, before an even spread is more than a start
+SHARE_OF_HEADS = 0.5  # of the heads
+FIRST_STEPS, STEPS_BEFORE_UNIFORM = 3, 100  # steps
+LARGE_LOGITS = 100.0  # logits: where QK-Clip (Kimi K2) begins to cut
+WEIGHTS_MOVED = 0.1  # of the weights' size, before an even spread is more than a start
 FEW_KEYS = 4
 EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE,
@@ -53,7 +53,7 @@ class AttentionHeads(Result):
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         return Verdict(
-            Level.UNKNOWN if self._sharp().mean() >= SHARE else Level.OK,
+            Level.UNKNOWN if self._sharp().mean() >= SHARE_OF_HEADS else Level.OK,
             f"A typical head spreads its weight with {format_number(float(numpy.median(self.entropy)))} of the "
             f"entropy of an even spread; the largest logit is {format_number(float(self.largest.max()))}.",
             source=SOURCE,
@@ -70,12 +70,15 @@ class AttentionHeads(Result):
         if not judged:
             return series[-1][1].verdict()
         (step, first), (now, last) = judged[0], judged[-1]
-        if first._sharp().mean() >= SHARE and step <= BEGINNING:
+        if first._sharp().mean() >= SHARE_OF_HEADS and step <= FIRST_STEPS:
             return first._on_one_key(step, from_the_start=True)
-        if last._sharp().mean() >= SHARE and float(numpy.median(last.largest[last._sharp()])) > LARGE:
+        if (
+            last._sharp().mean() >= SHARE_OF_HEADS
+            and float(numpy.median(last.largest[last._sharp()])) > LARGE_LOGITS
+        ):
             return last._on_one_key(now, from_the_start=False)
         even = last.provenance.settings.get("even", EVEN)
-        if now >= SETTLED and last.moved > MOVED and float(last.entropy.min()) > even:
+        if now >= STEPS_BEFORE_UNIFORM and last.moved > WEIGHTS_MOVED and float(last.entropy.min()) > even:
             return last._even(now, even)
         return last.verdict()
 

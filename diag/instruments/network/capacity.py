@@ -14,7 +14,6 @@ from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic on the model's modules"
 DROPPED = 0.9
-CLASSIFYING = ("cross_entropy", "nll_loss")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +54,7 @@ def _findings(loop: Loop, dropped: float) -> Iterator[LoopFinding]:
             layers=tuple(name for name, _ in high),
         )
     classifies = any(
-        f.function in CLASSIFYING and len(f.input_shape) > 1 and f.input_shape[1] == shape.head_outputs
+        f.of_log_probabilities and len(f.input_shape) > 1 and f.input_shape[1] == shape.head_outputs
         for f in loop.losses
     )
     if shape.head_inputs == 1 and shape.head_outputs > 1 and classifies:

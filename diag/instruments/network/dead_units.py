@@ -21,8 +21,8 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.activations import Activation
 
 SOURCE = "arithmetic of one forward pass"
-DEAD = 0.75
-FEW_UNITS = 4
+SHARE_DEAD = 0.75
+FEWEST_UNITS = 4
 EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_NOT_NORMALIZED, Cause.INPUTS_CONSTANT,
     Cause.INITIALIZATION_SCALE, Cause.INITIALIZATION_CONSTANT, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE,
@@ -82,14 +82,14 @@ class DeadUnits(Result):
 
 
 @instrument(source=SOURCE, title="Dead units", kind=Kind.CHECK, before_training="always")
-def dead_units(activations: Sequence[Activation], *, alarm_at: float = DEAD) -> DeadUnits:
+def dead_units(activations: Sequence[Activation], *, alarm_at: float = SHARE_DEAD) -> DeadUnits:
     """Which rectified units are zero on every example, so that no gradient reaches them.
 
     activations: statistics of the outputs of nonlinearities (`diag.snapshot.activations`). A layer is a call of
     ReLU, wherever it is made; layers of fewer than four units are left out. From a share of `alarm_at` dead units
     in one layer on it is an alarm. Raises nothing of its own.
     """
-    rectified = [a for a in activations if a.function == "relu" and a.units >= FEW_UNITS]
+    rectified = [a for a in activations if a.function == "relu" and a.units >= FEWEST_UNITS]
     units = numpy.array([a.units for a in rectified], float)
     dead = numpy.array([a.dead for a in rectified], float)
     known = Precondition("rectifiers", bool(rectified), "the network has no rectified units.")

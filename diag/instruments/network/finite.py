@@ -10,7 +10,7 @@ from typing import Any
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.activations import OUTPUT, Activation
+from diag.snapshot.activations import MODEL_OUTPUT, Activation
 
 SOURCE = "arithmetic of one forward pass"
 
@@ -81,7 +81,7 @@ def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
     minus infinity that masks a class is the one exception: what the model returns is not looked at where the layers
     before are finite. Raises nothing of its own.
     """
-    hidden = [a for a in activations if a.function != OUTPUT]
+    hidden = [a for a in activations if a.function != MODEL_OUTPUT]
     first = next((i for i, a in enumerate(hidden) if a.non_finite), None)
     bad = hidden[first] if first is not None else None
     return FiniteForward(

@@ -21,9 +21,9 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.history import History
 
 SOURCE = "arithmetic of the recorded norms"
-FACTOR = 1000.0
-FEW_LAYERS = 4
-RECENT = 20
+GRADIENT_RATIO = 1000.0
+FEWEST_LAYERS_IN_DEPTH = 4
+RECENT_STEPS = 20
 EXPLAINED_BY = (
     Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.LEARNING_RATE_TOO_HIGH, Cause.INITIALIZATION_CONSTANT,
     Cause.INITIALIZATION_SCALE, Cause.TRAINING_DIVERGED, Cause.GRAPH_CUT, Cause.WEIGHT_DECAY_TOO_STRONG,
@@ -78,7 +78,7 @@ class GradientDepth(Result):
 
 
 @instrument(source=SOURCE, title="Gradients over the depth", kind=Kind.CHECK, before_training="always")
-def gradient_depth(history: History, *, factor: float = FACTOR) -> GradientDepth:
+def gradient_depth(history: History, *, factor: float = GRADIENT_RATIO) -> GradientDepth:
     """Whether gradients shrink or grow by orders of magnitude over the depth of the network.
 
     history: the record of a watched run. Compared are the medians of the first and the last quarter of the weights
@@ -87,13 +87,13 @@ def gradient_depth(history: History, *, factor: float = FACTOR) -> GradientDepth
     """
     sizes, names = numpy.asarray(history.sizes, float), history.layers
     chosen = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1] and sizes[i] >= SMALL]
-    norms = numpy.asarray(history.gradient_norm[-RECENT:][:, chosen], float) / numpy.sqrt(sizes[chosen])
+    norms = numpy.asarray(history.gradient_norm[-RECENT_STEPS:][:, chosen], float) / numpy.sqrt(sizes[chosen])
     norms[~numpy.isfinite(norms)] = numpy.nan
     seen = (
         numpy.isfinite(norms).any(0) & (numpy.nan_to_num(norms) > 0).any(0) if len(norms) else numpy.zeros(0, bool)
     )
     medians = numpy.nanmedian(norms[:, seen], axis=0) if seen.any() else numpy.zeros(0)
-    enough = len(medians) >= FEW_LAYERS
+    enough = len(medians) >= FEWEST_LAYERS_IN_DEPTH
     quarter = max(len(medians) // 4, 1)
     first, last = (float(numpy.median(m)) if enough else math.nan for m in (medians[:quarter], medians[-quarter:]))
     return GradientDepth(
@@ -102,7 +102,9 @@ def gradient_depth(history: History, *, factor: float = FACTOR) -> GradientDepth
         sizes=medians if enough else numpy.zeros(0),
         preconditions=(
             Precondition(
-                "depth", enough and last > 0, f"fewer than {FEW_LAYERS} weights were seen to get a gradient."
+                "depth",
+                enough and last > 0,
+                f"fewer than {FEWEST_LAYERS_IN_DEPTH} weights were seen to get a gradient.",
             ),
         ),
     )

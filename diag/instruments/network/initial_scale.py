@@ -25,10 +25,10 @@ from diag.snapshot.activations import Activation
 from diag.snapshot.history import History
 
 SOURCE = "He et al. 2015, arXiv:1502.01852; Roberts et al. 2022, arXiv:2106.10165"
-LARGE, SMALL = 3.0, 0.03
-MOVED = 0.15  # a step over the weights
-BEGINNING = 3  # steps; afterwards weights are no longer as they began
-FEW_LAYERS = 2
+LARGE_GAIN, SMALL_GAIN = 3.0, 0.03
+STEP_OVER_WEIGHTS = 0.15  # a step over the weights
+STILL_INITIAL = 3  # steps; afterwards weights are no longer as they began
+FEWEST_LAYERS_OFF = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +75,7 @@ class InitialScale(Result):
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """What was measured first, where training had just begun."""
         step, first = series[0]
-        if step <= BEGINNING:
+        if step <= STILL_INITIAL:
             return first.verdict()
         return Verdict(
             Level.NOT_APPLICABLE,
@@ -91,7 +91,11 @@ class InitialScale(Result):
 
 @instrument(source=SOURCE, title="Initial scale", kind=Kind.CHECK, before_training="always")
 def initial_scale(
-    activations: Sequence[Activation], history: History | None = None, *, large: float = LARGE, small: float = SMALL
+    activations: Sequence[Activation],
+    history: History | None = None,
+    *,
+    large: float = LARGE_GAIN,
+    small: float = SMALL_GAIN,
 ) -> InitialScale:
     """How much each layer enlarges or shrinks what it is given.
 
@@ -103,13 +107,13 @@ def initial_scale(
     """
     layers = [a for a in activations if a.function in ("linear", "convolution") and math.isfinite(a.gain)]
     gains = numpy.array([a.gain for a in layers], float)
-    enough = len(layers) >= FEW_LAYERS
+    enough = len(layers) >= FEWEST_LAYERS_OFF
     return InitialScale(
         gain=float(numpy.median(gains)) if enough else math.nan,
         layers=tuple(a.name or "the model itself" for a in layers),
         gains=gains,
         preconditions=(
-            Precondition("layers", enough, f"the network calls fewer than {FEW_LAYERS} layers known here."),
+            Precondition("layers", enough, f"the network calls fewer than {FEWEST_LAYERS_OFF} layers known here."),
             all_finite(activations),
             _hardly_moved(history),
         ),
@@ -120,5 +124,5 @@ def _hardly_moved(history: History | None) -> Precondition:
     """That the weights are those that training began with, but for steps of an ordinary size."""
     largest = 0.0 if history is None else largest_update_ratio(history)
     return Precondition(
-        "weights as they began", largest < MOVED, "the first steps have changed the weights by much."
+        "weights as they began", largest < STEP_OVER_WEIGHTS, "the first steps have changed the weights by much."
     )

@@ -20,8 +20,8 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import StartingWeight
 
 SOURCE = "He et al. 2015, arXiv:1502.01852; arithmetic: units with equal weights have equal gradients"
-LARGE, SMALL = 3.0, 0.03
-FEW = 2
+LARGE_WEIGHTS, SMALL_WEIGHTS = 3.0, 0.03
+FEWEST_LAYERS_AFFECTED = 2
 # The ends of branches start at zero on purpose: one of two matrices of a branch, one of three of a low-rank update.
 MOST_CONSTANT = 1 / 2
 
@@ -34,7 +34,7 @@ class InitialWeights(LoopCheck):
 
 
 @instrument(source=SOURCE, title="Initial weights", kind="check")
-def initial_weights(loop: Loop, *, large: float = LARGE, small: float = SMALL) -> InitialWeights:
+def initial_weights(loop: Loop, *, large: float = LARGE_WEIGHTS, small: float = SMALL_WEIGHTS) -> InitialWeights:
     """Whether the weights that training begins with let it begin.
 
     Told is where more than half of the weights (trained or not, at least two) hold one number everywhere, and where
@@ -43,17 +43,19 @@ def initial_weights(loop: Loop, *, large: float = LARGE, small: float = SMALL) -
     """
     start = loop.start
     fine = f"{len(start):,} weights start at random numbers of a usual size."
-    known = Precondition("the start", len(start) >= FEW, "the start of fewer than two layers was seen.")
-    found = list(_findings(start, large, small)) if len(start) >= FEW else []
+    known = Precondition(
+        "the start", len(start) >= FEWEST_LAYERS_AFFECTED, "the start of fewer than two layers was seen."
+    )
+    found = list(_findings(start, large, small)) if len(start) >= FEWEST_LAYERS_AFFECTED else []
     return judged(InitialWeights, loop.step, found, fine, preconditions=(known,))
 
 
 def _findings(start: Sequence[StartingWeight], large: float, small: float) -> Iterator[LoopFinding]:
     constant = [w for w in start if w.constant]
-    if len(constant) >= FEW and len(constant) > MOST_CONSTANT * len(start):
+    if len(constant) >= FEWEST_LAYERS_AFFECTED and len(constant) > MOST_CONSTANT * len(start):
         yield _constant(constant, len(start))
     gains = [w.gain for w in start if not w.constant]
-    gain = float(numpy.median(gains)) if len(gains) >= FEW else 1.0
+    gain = float(numpy.median(gains)) if len(gains) >= FEWEST_LAYERS_AFFECTED else 1.0
     if not small <= gain <= large:
         yield _scale(gain, gain > large)
 

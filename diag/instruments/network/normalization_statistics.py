@@ -17,7 +17,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.inside.normalization import RunningStatistics
 
 SOURCE = "arithmetic of running averages and of one forward pass"
-FACTOR = 3.0
+VARIANCE_RATIO = 3.0
 # Steps from which on so much of the running statistics may no longer be their start. With torch's own momentum a
 # thousandth is left after 66, with one of 0.01 half after 69.
 SLOW = ((30, 0.9), (100, 0.5))
@@ -82,7 +82,7 @@ class NormalizationStatistics(Result):
 
 @instrument(source=SOURCE, title="Statistics of normalisation", kind=Kind.CHECK)
 def normalization_statistics(
-    running_statistics: Sequence[RunningStatistics], *, factor: float = FACTOR
+    running_statistics: Sequence[RunningStatistics], *, factor: float = VARIANCE_RATIO
 ) -> NormalizationStatistics:
     """Whether batch normalisation's running statistics have taken in the data.
 

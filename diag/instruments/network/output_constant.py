@@ -11,11 +11,11 @@ from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.activations import OUTPUT, Activation
+from diag.snapshot.activations import MODEL_OUTPUT, Activation
 
 SOURCE = "arithmetic of one forward pass"
-SPREAD = 1e-3
-SETTLED = 10  # a last layer that starts at zero puts out a constant until it has been trained
+CONSTANT_SPREAD = 1e-3
+STEPS_BEFORE_CONSTANT = 10  # a last layer that starts at zero puts out a constant until it has been trained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +47,7 @@ class OutputConstant(Result):
         """An alarm once training is under way and the output still does not depend on the input."""
         step, last = series[-1]
         limit = last.setting("alarm_below")
-        if last.unmet() is not None or step < SETTLED or last.spread >= limit:
+        if last.unmet() is not None or step < STEPS_BEFORE_CONSTANT or last.spread >= limit:
             return last.verdict()
         began = next(s for i, (s, _) in enumerate(series) if all(r.spread < limit for _, r in series[i:]))
         where = f"; {last.first_constant} is the first layer for which it is so" if last.first_constant else ""
@@ -84,7 +84,7 @@ class OutputConstant(Result):
 
 
 @instrument(source=SOURCE, title="Constant output", kind=Kind.CHECK, before_training="always")
-def output_constant(activations: Sequence[Activation], *, alarm_below: float = SPREAD) -> OutputConstant:
+def output_constant(activations: Sequence[Activation], *, alarm_below: float = CONSTANT_SPREAD) -> OutputConstant:
     """Whether what the network puts out depends on its input.
 
     activations: statistics of the forward pass (`diag.snapshot.activations`). The spread of an output is the
@@ -92,9 +92,11 @@ def output_constant(activations: Sequence[Activation], *, alarm_below: float = S
     in a training that is under way (step 10 or later) it is an alarm; before, a last layer that starts at zero may
     be the reason. Raises nothing of its own.
     """
-    outputs = [a for a in activations if a.function == OUTPUT]
+    outputs = [a for a in activations if a.function == MODEL_OUTPUT]
     output = outputs[0] if outputs else None
-    constant = (a.name for a in activations if a.function != OUTPUT and a.units > 1 and a.spread < alarm_below)
+    constant = (
+        a.name for a in activations if a.function != MODEL_OUTPUT and a.units > 1 and a.spread < alarm_below
+    )
     return OutputConstant(
         spread=output.spread if output else 1.0,
         constant_units=output.constant if output else 0.0,

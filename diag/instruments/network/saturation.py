@@ -14,11 +14,11 @@ from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.activations import FLAT, Activation
+from diag.snapshot.activations import FLAT_ABOVE, Activation
 
 SOURCE = "arithmetic of one forward pass"
 SATURATED = 0.5
-FEW_UNITS = 4
+FEWEST_SATURATED = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +79,7 @@ def saturation(activations: Sequence[Activation], *, alarm_at: float = SATURATED
     1, and is not judged. From a share of `alarm_at` in one layer on it is an alarm. Raises nothing of
     its own.
     """
-    chosen = [a for a, last in _hidden(activations) if not last and a.units >= FEW_UNITS]
+    chosen = [a for a, last in _hidden(activations) if not last and a.units >= FEWEST_SATURATED]
     flat = numpy.array([a.flat for a in chosen], float)
     known = Precondition(
         "bounded functions", bool(chosen), "no hidden layer ends in tanh or another bounded function."
@@ -96,5 +96,5 @@ def _hidden(activations: Sequence[Activation]) -> list[tuple[Activation, bool]]:
     """The calls of functions with flat ends, and whether no layer follows."""
     layers = [i for i, a in enumerate(activations) if a.function in ("linear", "convolution")]
     last = max(layers, default=-1)
-    bounded = [(i, a) for i, a in enumerate(activations) if a.function in FLAT and a.function != "sigmoid"]
+    bounded = [(i, a) for i, a in enumerate(activations) if a.function in FLAT_ABOVE and a.function != "sigmoid"]
     return [(a, i > last) for i, a in bounded]

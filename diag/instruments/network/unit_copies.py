@@ -18,12 +18,14 @@ from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "arithmetic: units with equal weights have equal gradients"
-SETTLED = 10  # a layer that starts at zero on purpose (the last one, the end of a branch) has been trained by then
-FEW_UNITS = 4
-ALIKE = 1e-4  # of the layer's largest weight
-LARGE = 1 << 22  # entries of which no more are compared
+STEPS_BEFORE_COPIES = (
+    10  # a layer that starts at zero on purpose (the last one, the end of a branch) has been trained by then
+)
+FEWEST_UNITS_COMPARED = 4
+SAME_WEIGHTS_WITHIN = 1e-4  # of the layer's largest weight
+MOST_ENTRIES_COMPARED = 1 << 22  # entries of which no more are compared
 # One layer of copies may be an untrained branch; two, or a third of them all, is how the network began.
-SHARE, COUNT = 1 / 3, 2
+SHARE_OF_COPIES, FEWEST_COPIES = 1 / 3, 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,17 +48,17 @@ class UnitCopies(Result):
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             value=self.share,
-            threshold=SHARE,
+            threshold=SHARE_OF_COPIES,
         )
 
     def _many(self) -> bool:
-        return len(self.layers) >= COUNT and self.share >= SHARE
+        return len(self.layers) >= FEWEST_COPIES and self.share >= SHARE_OF_COPIES
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """An alarm once training is under way and units are copies still."""
         step, last = series[-1]
-        if last.unmet() is not None or step < SETTLED or not last._many():
+        if last.unmet() is not None or step < STEPS_BEFORE_COPIES or not last._many():
             return last.verdict()
         where = ", ".join(last.layers[:3]) + (", ..." if len(last.layers) > 3 else "")
         return Verdict(
@@ -68,7 +70,7 @@ class UnitCopies(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="Two units of such a layer that differ.",
             value=last.share,
-            threshold=SHARE,
+            threshold=SHARE_OF_COPIES,
             layers=last.layers,
             cause=Cause.INITIALIZATION_CONSTANT,
             explained_by=(Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE),
@@ -89,7 +91,9 @@ def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
     the largest entry; of very large ones the first rows. An alarm where at step 10 or later at least two layers,
     and a third of all, consist of copies. Raises nothing of its own.
     """
-    weights = {n: p for n, p in params.items() if p.ndim >= 2 and len(p) >= FEW_UNITS and p.numel() > len(p)}
+    weights = {
+        n: p for n, p in params.items() if p.ndim >= 2 and len(p) >= FEWEST_UNITS_COMPARED and p.numel() > len(p)
+    }
     copies = tuple(name for name, weight in weights.items() if _all_alike(weight))
     finite = all(bool(p.isfinite().all()) for p in weights.values())
     return UnitCopies(
@@ -98,7 +102,7 @@ def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
         compared=len(weights),
         preconditions=(
             Precondition(
-                "layers", len(weights) >= COUNT, "the network has fewer than two layers of several units."
+                "layers", len(weights) >= FEWEST_COPIES, "the network has fewer than two layers of several units."
             ),
             Precondition("finite weights", finite, "some weights are not finite."),
         ),
@@ -107,8 +111,8 @@ def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
 
 def _all_alike(weight: Tensor) -> bool:
     rows = weight.detach().flatten(1)
-    rows = rows[: max(FEW_UNITS, LARGE // rows.shape[1])]
+    rows = rows[: max(FEWEST_UNITS_COMPARED, MOST_ENTRIES_COMPARED // rows.shape[1])]
     # Rounding parts units that are alike, as a product of matrices treats its rows differently.
-    near = ALIKE * rows.abs().max()
+    near = SAME_WEIGHTS_WITHIN * rows.abs().max()
     first = rows[:, : min(rows.shape[1], 8)]  # most weights differ in their first entries
     return bool(((first - first[:1]).abs() <= near).all()) and bool(((rows - rows[:1]).abs() <= near).all())

@@ -25,8 +25,8 @@ from diag.errors import Unsupported
 from diag.gradients import PerExampleGradients
 from diag.instruments.opposing_signals.fields import MeasuredSignals
 from diag.instruments.opposing_signals.judging import (
+    CURVATURE_SHARE,
     DIRECTIONS,
-    SHARE,
     SOURCE,
     SWAP,
     of_a_kick,
@@ -164,7 +164,7 @@ def opposing_signals(
     mode: str = "auto",
     k: int = 0,
     window: int = WINDOW,
-    share_limit: float = SHARE,
+    share_limit: float = CURVATURE_SHARE,
     swap_limit: float = SWAP,
     describe: str = "",
     seed: int = 0,

@@ -14,7 +14,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Verdict
 
 SOURCE = "Rosenfeld, Risteski, ICLR 2024, arXiv:2311.04163"
 DIRECTIONS = 5
-SWAP, PERSIST, ANTIPHASE, SHARE, SPIKE = 0.6, 0.2, -0.7, 0.4, 1.1
+SWAP, PERSIST, ANTIPHASE, CURVATURE_SHARE, SPIKE = 0.6, 0.2, -0.7, 0.4, 1.1
 
 
 def of_a_kick(result: MeasuredSignals) -> Verdict:

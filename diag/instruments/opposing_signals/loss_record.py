@@ -29,7 +29,7 @@ from diag.snapshot.snapshot import Snapshot
 
 LEAST_STEPS = 4
 EDGE = (0.95, 1.5)  # of sharpness over threshold: learning rate times sharpness in [1.9, 3] for gradient descent
-TOLERANCE = 1e-2  # relative, of the sharpness
+SHARPNESS_TOLERANCE = 1e-2  # relative, of the sharpness
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def edge_of(snapshot: Snapshot) -> Edge:
         unknown = stability.unknown
     except MissingQuantity:
         operator, threshold, rule, unknown = hessian, nan, "", "the optimizer is not known"
-    values = eigenpairs(operator, largest=1, tolerance=TOLERANCE, seed=snapshot.seed, vectors=False).values
+    values = eigenpairs(
+        operator, largest=1, tolerance=SHARPNESS_TOLERANCE, seed=snapshot.seed, vectors=False
+    ).values
     return Edge(float(values[0]), threshold, rule, unknown)
 
 

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diag.display import displayed
+from diag.display import LARGEST_INPUT_SHOWN, displayed
 from diag.errors import InvalidInput
 from diag.instruments.opposing_signals.measuring import Groups
 
-SHOWN = 12  # rows of each group whose inputs are kept
-LARGEST_SHOWN = 3 * 64 * 64
+ROWS_OF_A_GROUP = 12  # rows of each group whose inputs are kept
 
 
 def kept(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None) -> dict[str, Any]:
@@ -24,14 +23,16 @@ def kept(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None) -> 
     n, a, b = len(losses), groups.a, groups.b
     names = labels.tolist() if labels is not None and labels.shape == (n,) else []
     shown, difference = torch.zeros(0), torch.zeros(0)
-    if isinstance(inputs, Tensor) and len(inputs) == n and inputs[0].numel() <= LARGEST_SHOWN:
+    if isinstance(inputs, Tensor) and len(inputs) == n and inputs[0].numel() <= LARGEST_INPUT_SHOWN:
         inputs = inputs.detach().cpu()
-        shown = inputs[torch.cat([a[:SHOWN], b[:SHOWN]])]
+        shown = inputs[torch.cat([a[:ROWS_OF_A_GROUP], b[:ROWS_OF_A_GROUP]])]
         if inputs.is_floating_point():
             x = inputs.double()
             x = (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
             difference = x[a].mean(0) - x[b].mean(0)
-            shown = shown if inputs.ndim > 2 else x[torch.cat([a[:SHOWN], b[:SHOWN]])]  # features: standardised
+            shown = (
+                shown if inputs.ndim > 2 else x[torch.cat([a[:ROWS_OF_A_GROUP], b[:ROWS_OF_A_GROUP]])]
+            )  # features: standardised
     return {
         "group_a": a.numpy(),
         "group_b": b.numpy(),
@@ -54,7 +55,7 @@ def two_groups(result: Any, describe: Callable[[Any], str] | None = None) -> Ite
         ("A: the loss rises", result.group_a, result.labels_a, result.losses_a),
         ("B: the loss falls", result.group_b, result.labels_b, result.losses_b),
     ):
-        for i, row in enumerate(rows[:SHOWN]):
+        for i, row in enumerate(rows[:ROWS_OF_A_GROUP]):
             item: dict[str, Any] = {"row": int(row), "group": group, "loss": float(losses[i])}
             if labels:
                 item["label"] = labels[i]

@@ -1,7 +1,8 @@
 """What the record of the steps says of a training's course, for the checks of this folder.
 
-Losses are compared by medians, so that a single bad batch decides nothing. Tensors of fewer than `SMALL` entries
-are left out where sizes are compared: biases start at zero and scales at one, so a ratio to their norm says little.
+Losses are compared by medians, so that a single bad batch decides nothing. Tensors of fewer than `SMALL`
+entries are left out where sizes are compared: biases start at zero and scales at one, so a ratio to their norm
+says little.
 """
 
 from __future__ import annotations

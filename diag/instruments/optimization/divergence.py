@@ -17,10 +17,12 @@ from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
 
 SOURCE = "arithmetic of the recorded losses"
-TIMES = 5.0
-RECENT = 5
+LOSS_RATIO = 5.0
+RECENT_LOSSES = 5
 HIGH_MOMENTUM, SWUNG = 0.99, 2.0  # with such a momentum, a loss of twice its first value has been carried there
-ADVICE = "Lower the learning rate tenfold and warm it up; look at the batch of that step; clip the gradient."
+AFTER_DIVERGENCE = (
+    "Lower the learning rate tenfold and warm it up; look at the batch of that step; clip the gradient."
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,7 +78,7 @@ class Divergence(Result):
         return Verdict(
             Level.ALARM,
             f"The loss diverged: it began at {format_number(self.first)}, {course}.{why}",
-            advice="Lower the momentum to 0.9." if by_momentum else ADVICE,
+            advice="Lower the momentum to 0.9." if by_momentum else AFTER_DIVERGENCE,
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL if by_momentum else Confidence.ARITHMETIC,
             refutation="The loss of the same batches, with the weights before that step, is as high.",
@@ -101,7 +103,7 @@ class Divergence(Result):
 
 
 @instrument(source=SOURCE, title="Divergence", kind=Kind.CHECK, before_training="with optimizer")
-def divergence(history: History, *, times: float = TIMES) -> Divergence:
+def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
     history: the record of a watched run. Judged on the median of the last five losses, so that a single bad batch
@@ -130,9 +132,9 @@ def divergence(history: History, *, times: float = TIMES) -> Divergence:
 
 def _medians_of_five(losses: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     """The median of each loss and the four before it; of all of them where there are fewer."""
-    if len(losses) <= RECENT:
+    if len(losses) <= RECENT_LOSSES:
         return numpy.atleast_1d(median(losses)) if len(losses) else losses
-    return numpy.asarray(numpy.median(numpy.lib.stride_tricks.sliding_window_view(losses, RECENT), axis=1))
+    return numpy.asarray(numpy.median(numpy.lib.stride_tricks.sliding_window_view(losses, RECENT_LOSSES), axis=1))
 
 
 def _left_at(smooth: NDArray[numpy.float64], steps: NDArray[Any], limit: float) -> int:

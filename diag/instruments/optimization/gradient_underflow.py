@@ -22,9 +22,9 @@ from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic: float16's smallest number is 6e-8; Micikevicius et al. 2018, arXiv:1710.03740"
-TINY = 3e-6  # entries; a twentieth of float16's smallest normal number
+TINY_GRADIENT = 3e-6  # entries; a twentieth of float16's smallest normal number
 ZERO_STEPS = 0.9  # of the steps at which a tensor's gradient was seen
-ENOUGH = 5  # steps
+FEWEST_STEPS_OBSERVED = 5  # steps
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +75,7 @@ class GradientUnderflow(Result):
 
 
 @instrument(source=SOURCE, title="Gradient underflow", kind=Kind.CHECK)
-def gradient_underflow(history: History, loop: Loop, *, tiny: float = TINY) -> GradientUnderflow:
+def gradient_underflow(history: History, loop: Loop, *, tiny: float = TINY_GRADIENT) -> GradientUnderflow:
     """Whether gradients become zero because float16 is too coarse for them.
 
     history: the record of a watched run. loop: the facts of its loop, which say whether the model computes in
@@ -99,6 +99,10 @@ def gradient_underflow(history: History, loop: Loop, *, tiny: float = TINY) -> G
         preconditions=(
             Precondition("float16", scaling.float16, "the model was not seen to compute in float16."),
             Precondition("no scaler", not scaling.scaled_losses, "a GradScaler is used."),
-            Precondition("steps", len(history.steps) >= ENOUGH, f"fewer than {ENOUGH} steps were recorded."),
+            Precondition(
+                "steps",
+                len(history.steps) >= FEWEST_STEPS_OBSERVED,
+                f"fewer than {FEWEST_STEPS_OBSERVED} steps were recorded.",
+            ),
         ),
     )

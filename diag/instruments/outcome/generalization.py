@@ -22,13 +22,18 @@ from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 
 SOURCE = "arithmetic of the losses measured"
-ERRORS = 3.0  # standard errors of a difference, both measured on the same examples
+ERRORS_OF_DIFFERENCE = 3.0  # standard errors of a difference, both measured on the same examples
 WORSE = 0.2
-LEARNED = 0.2  # accuracy above chance on the training examples
-FEW = 3
-SETTLED = 100  # steps
-SURE, ANY = 4.0, 2.0  # standard errors: of a difference between gains, and of a gain that there may be
-APART = 0.25  # of the examples: more of the training examples than of the held-out ones are answered right
+LEARNED_ABOVE_CHANCE = 0.2  # accuracy above chance on the training examples
+FEWEST_MEASUREMENTS = 3
+STEPS_BEFORE_GENERALIZATION = 100  # steps
+SURE_ERRORS, ANY_ERRORS = (
+    4.0,
+    2.0,
+)  # standard errors: of a difference between gains, and of a gain that there may be
+GAP_IN_ACCURACY = (
+    0.25  # of the examples: more of the training examples than of the held-out ones are answered right
+)
 EXPLAINED_BY = (
     Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE,
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
@@ -73,7 +78,7 @@ class Generalization(Result):
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """A warning where the best moment on held-out data is past by more than chance, and training went on."""
         _, last = series[-1]
-        if len(series) < FEW:
+        if len(series) < FEWEST_MEASUREMENTS:
             return last.verdict()
         by_accuracy = not math.isnan(last.held_out_accuracy)
         if by_accuracy and _carries_nothing_over(series):
@@ -99,7 +104,7 @@ class Generalization(Result):
             refutation="Other held-out examples do not get worse.",
             value=lost,
             threshold=limit,
-            threshold_source=f"{ERRORS:g} standard errors, and {format_share(WORSE)} for a loss",
+            threshold_source=f"{ERRORS_OF_DIFFERENCE:g} standard errors, and {format_share(WORSE)} for a loss",
             cause=Cause.OVERFITTING,
             explained_by=EXPLAINED_BY,
             step=best_step,
@@ -117,8 +122,9 @@ class Generalization(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="Other held-out examples are answered as well as the training examples.",
             value=self.accuracy - self.held_out_accuracy,
-            threshold=APART,
-            threshold_source=f"{format_share(APART)} of the examples, and {ERRORS:g} standard errors",
+            threshold=GAP_IN_ACCURACY,
+            threshold_source=f"{format_share(GAP_IN_ACCURACY)} of the examples, and {ERRORS_OF_DIFFERENCE:g} "
+            f"standard errors",
             cause=Cause.OVERFITTING,
             explained_by=EXPLAINED_BY,
             step=step,
@@ -182,11 +188,11 @@ def _carries_nothing_over(series: Sequence[tuple[int, Generalization]]) -> bool:
     """Whether training examples are learned, and held-out ones were never answered better than by chance."""
     last, n = series[-1][1], max(series[-1][1].held_out_examples, 1)
     chance = last.held_out_chance
-    error = ERRORS * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
+    error = ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
     never = all(r.held_out_accuracy <= chance + error for _, r in series)
     # What training's own commonest class gives is not learned either, where classes are unequal there alone.
     guessed = chance if math.isnan(last.chance) else max(chance, last.chance)
-    return never and last.accuracy >= guessed + max(LEARNED, 2 * error)
+    return never and last.accuracy >= guessed + max(LEARNED_ABOVE_CHANCE, 2 * error)
 
 
 def _never_gains(series: Sequence[tuple[int, Generalization]]) -> bool:
@@ -197,12 +203,17 @@ def _never_gains(series: Sequence[tuple[int, Generalization]]) -> bool:
         last.gain - last.held_out_gain,
         math.hypot(last.gain_standard_error, last.held_out_gain_standard_error),
     )
-    if step < SETTLED or not last.gain > 0 or not last.held_out_gain <= 0 or not apart > SURE * error:
+    if (
+        step < STEPS_BEFORE_GENERALIZATION
+        or not last.gain > 0
+        or not last.held_out_gain <= 0
+        or not apart > SURE_ERRORS * error
+    ):
         return False
     n, chance = max(last.held_out_examples, 1), last.held_out_chance
-    above = chance + ERRORS * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
+    above = chance + ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
     answered = any(r.held_out_accuracy > above for _, r in series)
-    return not answered and all(r.held_out_gain <= ANY * r.held_out_gain_standard_error for _, r in series)
+    return not answered and all(r.held_out_gain <= ANY_ERRORS * r.held_out_gain_standard_error for _, r in series)
 
 
 def _parted(series: Sequence[tuple[int, Generalization]]) -> tuple[int, Generalization] | None:
@@ -212,7 +223,7 @@ def _parted(series: Sequence[tuple[int, Generalization]]) -> tuple[int, Generali
     step, best = min(series[:-1], key=lambda item: item[1].held_out_loss)
     lost, limit, _ = _lost(best, last, by_accuracy=False)
     a, n = last.held_out_accuracy, max(last.held_out_examples, 1)
-    apart = last.accuracy - a > max(APART, ERRORS * math.sqrt(a * (1 - a) / n))
+    apart = last.accuracy - a > max(GAP_IN_ACCURACY, ERRORS_OF_DIFFERENCE * math.sqrt(a * (1 - a) / n))
     return (step, best) if apart and lost > limit and last.loss < best.loss else None
 
 
@@ -220,9 +231,13 @@ def _lost(best: Generalization, last: Generalization, by_accuracy: bool) -> tupl
     """(how much worse it has become, what counts as more than chance, of what)."""
     if by_accuracy:
         a, b, n = best.held_out_accuracy, last.held_out_accuracy, max(last.held_out_examples, 1)
-        return a - b, ERRORS * math.sqrt((a * (1 - a) + b * (1 - b)) / n), "accuracy"
+        return a - b, ERRORS_OF_DIFFERENCE * math.sqrt((a * (1 - a) + b * (1 - b)) / n), "accuracy"
     error = math.hypot(best.held_out_loss_standard_error, last.held_out_loss_standard_error)
-    return last.held_out_loss - best.held_out_loss, max(ERRORS * error, WORSE * abs(best.held_out_loss)), "loss"
+    return (
+        last.held_out_loss - best.held_out_loss,
+        max(ERRORS_OF_DIFFERENCE * error, WORSE * abs(best.held_out_loss)),
+        "loss",
+    )
 
 
 def _shown(result: Generalization, by_accuracy: bool) -> str:

@@ -22,9 +22,9 @@ from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "arithmetic: the entropy of the labels is the loss of the class frequencies"
-SETTLED = 100  # steps
-ERRORS = 2.0
-AGREES = 1e-2
+STEPS_BEFORE_TRIVIAL = 100  # steps
+ERRORS_BELOW_ENTROPY = 2.0
+CROSS_ENTROPY_WITHIN = 1e-2
 # What a network that learns nothing may be the consequence of: whatever was found is a better answer than this.
 EXPLAINED_BY = tuple(
     c for c in Cause if c not in (Cause.LABELS_SHUFFLED, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING)
@@ -55,14 +55,14 @@ class TrivialPredictor(Result):
         )
 
     def _no_better(self) -> bool:
-        return self.loss >= self.entropy - ERRORS * self.loss_standard_error
+        return self.loss >= self.entropy - ERRORS_BELOW_ENTROPY * self.loss_standard_error
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """A warning where a hundred steps and more have not brought the loss below that of the class
         frequencies."""
         step, last = series[-1]
-        if last.unmet() is not None or step < SETTLED or not all(r._no_better() for _, r in series):
+        if last.unmet() is not None or step < STEPS_BEFORE_TRIVIAL or not all(r._no_better() for _, r in series):
             return last.verdict()
         return Verdict(
             Level.WARNING,
@@ -102,7 +102,9 @@ def trivial_predictor(logits: Tensor, labels: Tensor, losses: Tensor) -> Trivial
     counts = torch.bincount(labels).double()
     shares = counts[counts > 0] / len(labels)
     enough = len(labels) >= 10 * len(shares) and len(shares) > 1
-    is_cross_entropy = len(losses) == len(own) and abs(mean - float(own.mean())) <= AGREES * max(abs(mean), 1.0)
+    is_cross_entropy = len(losses) == len(own) and abs(mean - float(own.mean())) <= CROSS_ENTROPY_WITHIN * max(
+        abs(mean), 1.0
+    )
     return TrivialPredictor(
         loss=mean,
         loss_standard_error=error_of_mean(losses),

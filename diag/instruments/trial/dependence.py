@@ -13,7 +13,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.trial import Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): input-independent baseline, batch dependencies"
-SAME = 1e-6  # of the outputs' size: what float32 rounds
+SAME_OUTPUTS_WITHIN = 1e-6  # of the outputs' size: what float32 rounds
 MIXED = 1e-3
 
 
@@ -28,7 +28,7 @@ class InputUsed(Result):
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
         most = max(self.change, self.fitted_change)
-        if most > SAME:
+        if most > SAME_OUTPUTS_WITHIN:
             return Verdict(
                 Level.OK,
                 f"The outputs depend on the input: with another example's input they move by {format_number(most)} "
@@ -36,7 +36,7 @@ class InputUsed(Result):
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
                 value=most,
-                threshold=SAME,
+                threshold=SAME_OUTPUTS_WITHIN,
                 threshold_source=OUR_CHOICE,
             )
         return Verdict(
@@ -49,7 +49,7 @@ class InputUsed(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="Two different inputs that give clearly different outputs.",
             value=most,
-            threshold=SAME,
+            threshold=SAME_OUTPUTS_WITHIN,
             threshold_source=OUR_CHOICE,
             cause=Cause.INPUT_IGNORED,
             explained_by=(Cause.INPUTS_CONSTANT, Cause.UNITS_DEAD, Cause.INITIALIZATION_CONSTANT, Cause.NOT_FINITE),

@@ -13,7 +13,7 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 from diag.snapshot.trial import Trial
 
 SOURCE = "arithmetic: the loss of one batch in both modes"
-LEARNED = 0.5  # of the first loss gone
+FALL_BEFORE_MODES = 0.5  # of the first loss gone
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +61,7 @@ def modes_agree(trial: Trial) -> ModesAgree:
     warning where the batch was learned and evaluation mode is worse than before. Raises nothing of its own.
     """
     start = trial.best.start
-    learned = trial.train_loss <= (1 - LEARNED) * start
+    learned = trial.train_loss <= (1 - FALL_BEFORE_MODES) * start
     known = math.isfinite(trial.eval_loss) or trial.eval_loss == math.inf
     why = trial.unsure.get("modes", "the loss in evaluation mode is not a number")
     return ModesAgree(

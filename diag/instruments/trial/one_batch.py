@@ -17,7 +17,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.trial import Attempt, Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): overfit one batch"
-LEARNED, NOT_LEARNED = 0.5, 0.1  # of the first loss gone
+LEARNED_FALL, NOT_LEARNED_FALL = 0.5, 0.1  # of the first loss gone
 CLEARLY = 0.5  # of what another optimizer takes away of the loss
 KNOWS = 1.5  # times the loss with exchanged answers: the network has learned already
 EXPLAINED_BY = tuple(
@@ -49,11 +49,11 @@ class OneBatch(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        if self.fall >= LEARNED or self._knows:
+        if self.fall >= LEARNED_FALL or self._knows:
             return self._fine()
-        if self.best_fall >= LEARNED and self.fall < CLEARLY * self.best_fall:
+        if self.best_fall >= LEARNED_FALL and self.fall < CLEARLY * self.best_fall:
             return self._optimizer_at_fault()
-        return self._undecided() if self.best_fall >= NOT_LEARNED else self._not_learned()
+        return self._undecided() if self.best_fall >= NOT_LEARNED_FALL else self._not_learned()
 
     @property
     def _knows(self) -> bool:
@@ -74,7 +74,7 @@ class OneBatch(Result):
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             value=self.fall,
-            threshold=LEARNED,
+            threshold=LEARNED_FALL,
             threshold_source=OUR_CHOICE,
         )
 
@@ -84,14 +84,14 @@ class OneBatch(Result):
             f"With {self.first} {self._course}; whether it would go on falling was not seen.",
             source=SOURCE,
             value=self.best_fall,
-            threshold=LEARNED,
+            threshold=LEARNED_FALL,
             threshold_source=OUR_CHOICE,
         )
 
     def _optimizer_at_fault(self) -> Verdict:
         too_high = not math.isfinite(self.final) or self.final > self.start
         return Verdict(
-            Level.ALARM if self.fall < NOT_LEARNED or too_high else Level.WARNING,
+            Level.ALARM if self.fall < NOT_LEARNED_FALL or too_high else Level.WARNING,
             f"With {self.first} {self._course}; {self.best} takes it to {format_number(self.best_final)} in as "
             "many steps at most, so the network and the loss are able to learn.",
             advice=f"Look at the optimizer's settings first: its learning rate is probably too "
@@ -100,7 +100,7 @@ class OneBatch(Result):
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="The same optimizer fits one batch when it is given some more steps.",
             value=self.fall,
-            threshold=LEARNED,
+            threshold=LEARNED_FALL,
             threshold_source=OUR_CHOICE,
             cause=Cause.LEARNING_RATE_TOO_HIGH if too_high else Cause.LEARNING_RATE_TOO_LOW,
         )
@@ -118,7 +118,7 @@ class OneBatch(Result):
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="Another optimizer that fits this batch.",
             value=self.best_fall,
-            threshold=NOT_LEARNED,
+            threshold=NOT_LEARNED_FALL,
             threshold_source=OUR_CHOICE,
             cause=Cause.BATCH_NOT_LEARNED,
             explained_by=EXPLAINED_BY,

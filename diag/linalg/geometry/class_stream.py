@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from diag.linalg.geometry.class_geometry import ClassMeans, means_of_sums
-
-ELEMENTS_AT_ONCE = 1 << 22
+from diag.linalg.reductions import ELEMENTS_AT_ONCE
 
 
 def row_blocks(points: Tensor) -> Iterator[tuple[int, Tensor]]:

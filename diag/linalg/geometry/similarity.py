@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-BLOCKS = 10
+CKA_BLOCKS = 10
 
 
 def covariance_rank(eigenvalues: Tensor) -> float:
@@ -48,7 +48,7 @@ def unbiased_cka(k: Tensor, m: Tensor) -> float:
     return unbiased_hsic(k, m) / math.sqrt(own[0] * own[1])
 
 
-def cka_with_error(k: Tensor, m: Tensor, blocks: int = BLOCKS) -> tuple[float, float]:
+def cka_with_error(k: Tensor, m: Tensor, blocks: int = CKA_BLOCKS) -> tuple[float, float]:
     """CKA and its jackknife standard error, one block of examples left out at a time; NaN from too few examples."""
     n = len(k)
     if n < 4 * blocks:
@@ -59,7 +59,7 @@ def cka_with_error(k: Tensor, m: Tensor, blocks: int = BLOCKS) -> tuple[float, f
     return unbiased_cka(k, m), float(spread.sqrt())
 
 
-def cka_between(grams: list[Tensor], blocks: int = BLOCKS) -> tuple[Tensor, Tensor]:
+def cka_between(grams: list[Tensor], blocks: int = CKA_BLOCKS) -> tuple[Tensor, Tensor]:
     """`cka_with_error` of all pairs of Gram matrices (n, n) of the same examples: (L, L) each.
 
     With U-centred matrices the U-statistic is an inner product, so all pairs are one product of matrices.

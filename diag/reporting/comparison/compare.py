@@ -17,7 +17,7 @@ from diag.reporting.caveats import caveats
 from diag.reporting.comparison.numbers import compared_numbers
 from diag.reporting.comparison.overlay import overlay
 from diag.reporting.comparison.sweep import key_of, sweep_table
-from diag.reporting.document import LEVELS, audits_of, stories_of, verdict
+from diag.reporting.document import SHOWN_LEVELS, audits_of, stories_of, verdict
 from diag.reporting.evidence import Evidence, gather
 from diag.reporting.files import Page
 from diag.reporting.method import facts
@@ -25,7 +25,7 @@ from diag.reporting.plain import clean, count_in_words, listed
 from diag.result import Level
 from diag.run.checkpoints import from_checkpoints
 
-FORMAT_VERSION = 2
+COMPARISON_VERSION = 2
 JUDGING = [str(level) for level in (Level.ALARM, Level.WARNING, Level.OK)]
 
 
@@ -68,7 +68,7 @@ def comparison(
     titles = [clean(n) for n in names or _titles(sides)]
     made = {
         "format": "diag-comparison",
-        "format_version": FORMAT_VERSION,
+        "format_version": COMPARISON_VERSION,
         "title": " and ".join(titles) if len(titles) == 2 else f"{len(titles)} runs against {titles[0]}",
         "command": clean(command),
         "verdict": {"headline": _headline(checks, keys), "sentence": ""},
@@ -98,7 +98,7 @@ def _titles(sides: Sequence[Evidence]) -> list[str]:
 
 
 def _side(key: str, title: str, side: Evidence, audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    counts = {level: sum(a["level"] == level for a in audits) for level in LEVELS}
+    counts = {level: sum(a["level"] == level for a in audits) for level in SHOWN_LEVELS}
     return {
         "name": key,
         "title": title,

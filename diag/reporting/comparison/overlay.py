@@ -18,7 +18,7 @@ from diag.reporting.evidence import Evidence
 from diag.reporting.outcome import outcome_courses
 from diag.reporting.plain import clean
 from diag.reporting.timeline import (
-    MAX_POINTS,
+    CURVE_POINTS,
     Axis,
     axis_of,
     broken_steps,
@@ -31,7 +31,7 @@ from diag.snapshot.history import by_rows
 
 MAX_PANELS = 12
 MANY_PANELS = 5  # where there are many runs
-MANY = 6
+MANY_RUNS = 6
 POINTS_IN_ALL = 3_000  # a panel
 MAX_DRAWN = 60
 
@@ -58,7 +58,7 @@ def overlay(
     curves = [dict(_curves(side)) for side in sides]
     accepted = [dict(_curves(side)) for side in healthy]
     names = [name for name in dict.fromkeys(n for side in curves for n in side) if _moves(_of(curves, name))]
-    chosen = names[: MAX_PANELS if len(sides) <= MANY else MANY_PANELS]
+    chosen = names[: MAX_PANELS if len(sides) <= MANY_RUNS else MANY_PANELS]
     panels = [
         _panel(axis, name, dict(zip(keys, (c.get(name) for c in curves), strict=True)), _of(accepted, name))
         for name in chosen
@@ -128,7 +128,7 @@ def _panel(axis: Axis, name: str, curves: Mapping[str, Curve | None], healthy: S
     present = [(key, c) for key, c in curves.items() if c is not None]
     usable = [c.values[numpy.isfinite(c.values)] for _, c in present]
     about: Mapping[str, Any] = scale(numpy.concatenate([*usable, *(_finite(c.values) for c in healthy)]))
-    points = max(40, min(MAX_POINTS, POINTS_IN_ALL // max(1, len(present))))
+    points = max(40, min(CURVE_POINTS, POINTS_IN_ALL // max(1, len(present))))
     lines = [
         {
             "side": key,
@@ -151,6 +151,6 @@ def _band(axis: Axis, healthy: Sequence[Curve]) -> dict[str, Any]:
     steps = numpy.concatenate([c.steps for c in healthy])
     order = numpy.argsort(steps, kind="stable")
     values = numpy.concatenate([c.values for c in healthy])[order]
-    most = min(MAX_POINTS // 4, max(2, len(order) // len(healthy)), len(order) - 1)
+    most = min(CURVE_POINTS // 4, max(2, len(order) // len(healthy)), len(order) - 1)
     made = decimate(axis, steps[order], values, at_most=max(1, most))
     return {"low": made["middle"], "high": made["middle"], **made}

@@ -15,7 +15,7 @@ from diag.reporting.outcome import best_step, outcome_courses
 from diag.reporting.plain import as_text, clean, finite
 from diag.result import Level
 
-MAX_COLUMNS = 8
+MOST_SETTINGS = 8
 NOT_SETTINGS = ("created", "layers", "row", "versions", "sessions", "closed", "format", "format_version", "name")
 
 
@@ -39,7 +39,7 @@ def sweep_table(
     """The table: `columns` are the settings and logged numbers that differ between the runs."""
     settings = [_settings(side) for side in sides]
     names = dict.fromkeys(name for found in settings for name in found)
-    differ = [n for n in names if len({found.get(n, "") for found in settings}) > 1][:MAX_COLUMNS]
+    differ = [n for n in names if len({found.get(n, "") for found in settings}) > 1][:MOST_SETTINGS]
     rows = [
         {
             "key": key,

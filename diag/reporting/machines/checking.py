@@ -19,7 +19,7 @@ from diag.reporting.plain import clean, listed
 from diag.result import Failed, Level
 from diag.run.run import Finding, Run, read_run
 
-FORMAT, FORMAT_VERSION = "diag-check", 1
+CHECK_FORMAT, CHECK_VERSION = "diag-check", 1
 
 
 def check(run: Run, policy: Policy | None = None, baseline: Sequence[Run] = ()) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def check(run: Run, policy: Policy | None = None, baseline: Sequence[Run] = ()) 
     limits = list(_limit_entries(run, policy))
     failed = any(row["outcome"] == "failed" for row in (*checks, *limits))
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format": CHECK_FORMAT,
+        "format_version": CHECK_VERSION,
         "run": run_entry(run),
         "fail_on": policy.fail_on,
         "passed": not failed,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT, FORMAT_VERSION = "diag-compare", 1
+COMPARE_FORMAT, COMPARE_VERSION = "diag-compare", 1
 
 
 def compared_document(made: Mapping[str, Any], output: str | None = None) -> dict[str, Any]:
     """The document of `diag compare --json` from the page's (`diag.reporting.comparison.compare.comparison`)."""
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format": COMPARE_FORMAT,
+        "format_version": COMPARE_VERSION,
         "title": made["title"],
         "output": output,
         "runs": [

@@ -17,7 +17,7 @@ from diag.run.files import DAMAGED
 from diag.run.run import Finding, Run
 from diag.run.stories import stories
 
-FORMAT, FORMAT_VERSION = "diag-findings", 1
+FINDINGS_FORMAT, FINDINGS_VERSION = "diag-findings", 1
 
 
 def findings_document(run: Run) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def findings_document(run: Run) -> dict[str, Any]:
     found = run.findings()
     levels = [str(f.verdict.level) for f in found]
     return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format": FINDINGS_FORMAT,
+        "format_version": FINDINGS_VERSION,
         "run": run_entry(run),
         "level": str(run_level(found)),
         "counts": {str(level): levels.count(str(level)) for level in Level},

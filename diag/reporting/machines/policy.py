@@ -27,10 +27,10 @@ from diag.registry import find
 
 FAIL_ON = ("alarm", "warning")
 IGNORE = "ignore"
-LEVELS = (*FAIL_ON, IGNORE)
+POLICY_LEVELS = (*FAIL_ON, IGNORE)
 PYPROJECT = "pyproject.toml"
 TABLES = ("check", "settings")
-KEYS = ("fail-on", "levels", "limits")
+CHECK_KEYS = ("fail-on", "levels", "limits")
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def _tables(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _policy(path: Path, tables: Mapping[str, Any]) -> Policy:
     check = tables.get("check", {})
-    _refuse_unknown(path, "key in [check]", check, KEYS)
+    _refuse_unknown(path, "key in [check]", check, CHECK_KEYS)
     fail_on = _one_of(path, "fail-on", check.get("fail-on", "alarm"), FAIL_ON)
-    levels = {find(n).name: _one_of(path, n, v, LEVELS) for n, v in check.get("levels", {}).items()}
+    levels = {find(n).name: _one_of(path, n, v, POLICY_LEVELS) for n, v in check.get("levels", {}).items()}
     limits = tuple(_limits(path, check.get("limits", {})))
     settings = {name: dict(_settings(path, name, given)) for name, given in tables.get("settings", {}).items()}
     return Policy(fail_on, levels, limits, settings, path)

@@ -29,7 +29,11 @@ from diag.snapshot.inside.scores import product_norm, row_statistics
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-EXAMPLES, QUERIES, MOST_EXAMPLES = 32, 64, 256  # of a call, of an example, and of the data
+EXAMPLES_OF_A_CALL, QUERIES_OF_AN_EXAMPLE, ATTENTION_EXAMPLES = (
+    32,
+    64,
+    256,
+)  # of a call, of an example, and of the data
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, F.dropout, torch.dropout}
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum}
@@ -64,7 +68,7 @@ def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
                 with _Hearing(heard, inside):
                     batch.forward(snapshot.model)
                 seen += batch.size
-                if seen >= MOST_EXAMPLES:
+                if seen >= ATTENTION_EXAMPLES:
                     break
     except CALL_ERRORS as error:
         raise explained(snapshot.model, snapshot.batches, error) from error
@@ -155,7 +159,7 @@ class _Hearing(TorchFunctionMode):
         name = self._inside()
         number = self._numbers[name] = self._numbers.get(name, -1) + 1
         call = self._heard.setdefault((name, number), _Call(dtype, norms))
-        rows = row_statistics(_few(scores[:EXAMPLES], scores.shape[-2]))
+        rows = row_statistics(_few(scores[:EXAMPLES_OF_A_CALL], scores.shape[-2]))
         if not call.rows or len(call.rows[0]) == len(rows):
             call.rows.append(rows)
 
@@ -179,8 +183,8 @@ def _four(scores: Tensor) -> tuple[int, ...]:
 
 
 def _chosen(queries: int) -> list[int]:
-    """Positions of at most QUERIES queries, evenly spaced, the last one among them."""
-    step = max(1, math.ceil(queries / QUERIES))
+    """Positions of at most QUERIES_OF_AN_EXAMPLE queries, evenly spaced, the last one among them."""
+    step = max(1, math.ceil(queries / QUERIES_OF_AN_EXAMPLE))
     return list(range(queries - 1, -1, -step))[::-1]
 
 
@@ -200,8 +204,8 @@ def _sdpa_scores(
 ) -> Tensor:
     """The scores (examples, heads, queries, keys) of a call, for the first examples and some of the queries."""
     rows, keys = _chosen(query.shape[-2]), key.shape[-2]
-    q = query.reshape(-1, *_four(query))[:EXAMPLES, :, rows].float()
-    k = key.reshape(-1, *_four(key))[:EXAMPLES].float()
+    q = query.reshape(-1, *_four(query))[:EXAMPLES_OF_A_CALL, :, rows].float()
+    k = key.reshape(-1, *_four(key))[:EXAMPLES_OF_A_CALL].float()
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -209,7 +213,9 @@ def _sdpa_scores(
         allowed = torch.arange(keys, device=q.device) <= torch.tensor(rows, device=q.device)[:, None]
         scores = scores.masked_fill(~allowed, -torch.inf)
     if attn_mask is not None:
-        mask = attn_mask.expand(*query.shape[:-1], keys).reshape(-1, *_four(query)[:-1], keys)[:EXAMPLES, :, rows]
+        mask = attn_mask.expand(*query.shape[:-1], keys).reshape(-1, *_four(query)[:-1], keys)[
+            :EXAMPLES_OF_A_CALL, :, rows
+        ]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores
 
@@ -235,11 +241,11 @@ def _mha_scores(given: dict[str, Any]) -> Tensor:
     few = dict(given) | {"need_weights": True, "average_attn_weights": False}
     heads, mask = given["num_heads"], given.get("attn_mask")
     if given["query"].ndim == 3:  # (positions, examples, width)
-        few |= {name: given[name][:, :EXAMPLES] for name in ("query", "key", "value")}
+        few |= {name: given[name][:, :EXAMPLES_OF_A_CALL] for name in ("query", "key", "value")}
         if given.get("key_padding_mask") is not None:
-            few["key_padding_mask"] = given["key_padding_mask"][:EXAMPLES]
+            few["key_padding_mask"] = given["key_padding_mask"][:EXAMPLES_OF_A_CALL]
         if mask is not None and mask.ndim == 3:
-            few["attn_mask"] = mask[: EXAMPLES * heads]
+            few["attn_mask"] = mask[: EXAMPLES_OF_A_CALL * heads]
     with _SoftmaxInputs() as heard:
         F.multi_head_attention_forward(**few)
     scores = heard.given[-1]

@@ -18,9 +18,9 @@ from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-EXAMPLES, PROBES = 64, 8
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SAME = 1e-3  # relative: a gradient that comes through the next layer alone
+CHAIN_EXAMPLES, CHAIN_PROBES = 64, 8
+CHAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SAME_GRADIENT_WITHIN = 1e-3  # relative: a gradient that comes through the next layer alone
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def layer_chain(snapshot: Snapshot) -> LayerChain:
     hooks = [
         m.register_forward_hook(lambda m, a, o, n=n: keep(n, m, o))
         for n, m in model.named_modules()
-        if isinstance(m, LAYERS)
+        if isinstance(m, CHAIN_LAYERS)
     ]
     try:
         with preserved(model), torch.enable_grad():
-            batch.slice(0, min(batch.size, EXAMPLES)).forward(model)
+            batch.slice(0, min(batch.size, CHAIN_EXAMPLES)).forward(model)
             if len(calls) < 2:
                 raise MissingQuantity("the model calls fewer than two linear or convolutional layers.")
             return LayerChain(_measured(calls, snapshot.seed), _is_normalised(model))
@@ -127,7 +127,7 @@ def _product(after: Tensor, before: Tensor, v: Tensor) -> Tensor | None:
 
 def _susceptibilities(z: Tensor, after: Tensor, generator: torch.Generator) -> tuple[float, float]:
     squares = []
-    for _ in range(PROBES):
+    for _ in range(CHAIN_PROBES):
         v = _signs(after, generator)
         squares.append(_share(_product(after, z, v), v))
     back = _product(after, z, after.detach())
@@ -147,7 +147,7 @@ def _is_direct(z: Tensor, after: Tensor, total: Tensor | None, from_after: Tenso
     if total is None or from_after is None:
         return False
     through = _product(after, z, from_after)
-    return through is not None and bool((total - through).norm() <= SAME * total.norm())
+    return through is not None and bool((total - through).norm() <= SAME_GRADIENT_WITHIN * total.norm())
 
 
 def _correlation(z: Tensor) -> float:

@@ -14,7 +14,7 @@ from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-EXAMPLES = 32
+DENOISED_EXAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def denoiser(snapshot: Snapshot) -> DenoiserAt:
     Raises MissingQuantity where inputs and outputs are not floating tensors of one shape.
     """
     model, batch = snapshot.model, snapshot.batches[0]
-    batch = batch.slice(0, min(batch.size, EXAMPLES))
+    batch = batch.slice(0, min(batch.size, DENOISED_EXAMPLES))
     y = batch.args[0] if len(batch.args) == 1 and not batch.kwargs else None
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise MissingQuantity("the inputs are not one floating tensor of noisy data.")

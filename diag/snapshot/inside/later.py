@@ -16,7 +16,7 @@ from diag.snapshot.objective.comparison import output_tensor
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-ROWS, SHORTEST = 8, 4
+ROWS_TRIED, SHORTEST = 8, 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def later_tokens(snapshot: Snapshot) -> LaterTokens:
     of their positions.
     """
     first = snapshot.batches[0]
-    rows = first.slice(0, min(ROWS, first.size))
+    rows = first.slice(0, min(ROWS_TRIED, first.size))
     tokens = _tokens(rows)
     if tokens is None or rows.size < 2:
         raise MissingQuantity(f"the model reads no sequences of {SHORTEST} tokens or more.")

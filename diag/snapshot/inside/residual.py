@@ -24,7 +24,7 @@ from diag.snapshot.module_graph import TRANSPARENT
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-EXAMPLES = 32
+RESIDUAL_EXAMPLES = 32
 SUMS = {"add", "add_", "sub", "sub_"}
 
 
@@ -59,7 +59,7 @@ def residual_stack(snapshot: Snapshot) -> ResidualStack:
     model, batch = snapshot.model, snapshot.batches[0]
     try:
         with preserved(model), torch.no_grad():
-            calls = _traced(model, lambda: batch.slice(0, min(batch.size, EXAMPLES)).forward(model))
+            calls = _traced(model, lambda: batch.slice(0, min(batch.size, RESIDUAL_EXAMPLES)).forward(model))
             chain = _longest(calls)
             if len(chain) < 2:
                 raise MissingQuantity(

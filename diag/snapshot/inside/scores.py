@@ -1,7 +1,7 @@
 """Rows of attention scores as numbers: tensors in, tensors out, in float64.
 
-A row holds the scores of one query with its keys, before the softmax; a score of -inf is a key that is masked out.
-Rows with fewer than two keys choose nothing and are left out.
+A row is what one query says to its keys before the softmax; a score of -inf is a key that it may not see. Rows that
+see fewer than two keys choose nothing and are left out.
 """
 
 from __future__ import annotations

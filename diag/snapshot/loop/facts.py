@@ -37,7 +37,7 @@ from diag.snapshot.loop.parts import (
 from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.snapshot import Snapshot
 
-REPEATED = 2  # repetitions of a batch (our choice) from which on it is taken to be the only one
+SAME_BATCH_AGAIN = 2  # repetitions of a batch (our choice) from which on it is taken to be the only one
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Loop:
         whole = batches.lag > 0 and a_step > 0 and a_step % batches.lag == 0 and self.calls == a_step * steps
         return (
             whole
-            and batches.repeats >= max(REPEATED, batches.lag)
+            and batches.repeats >= max(SAME_BATCH_AGAIN, batches.lag)
             and batches.repeats == batches.calls - batches.lag
         )
 

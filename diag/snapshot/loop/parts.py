@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+OUTLIER_ROW = 100.0  # times the size of the median row, from which on a row of the inputs is an outlier
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -278,6 +280,11 @@ class LossFacts:
     constant: int = 0
     weighted: bool = False
     label_smoothing: float = 0.0
+
+    @property
+    def of_log_probabilities(self) -> bool:
+        """Whether the loss is minus the log-probability of one class among several."""
+        return self.function in ("cross_entropy", "nll_loss")
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from diag.errors import DiagError, MissingQuantity
 from diag.snapshot.objective.loss_spy import LossFunctionCall
 
 IGNORED_LABEL = -100  # the convention of torch's cross_entropy and of Hugging Face
-EXACT = 1e-4  # relative: a loss is a call's value where they agree so far
+SAME_VALUE_WITHIN = 1e-4  # relative: a loss is a call's value where they agree so far
 NO_CLASSES = "the targets are not class numbers (integers); this needs a classification task."
 OTHER_LOSS = (
     "the loss is {}, which compares the outputs with other things than class numbers; this needs a classification "
     "task."
 )
-SEVERAL = (
+SEVERAL_COMPARISONS = (
     "the loss is made of several comparisons with labels ({}), so which tensor holds the logits is not known; pass "
     "logits= and labels= yourself."
 )
@@ -40,7 +40,9 @@ AMBIGUOUS = (
     "the outputs of shape {} and the targets of shape {} do not tell along which axis the classes lie; give "
     "loss_fn=."
 )
-COUPLED = "the loss compares the examples with each other and not with classes; this needs a classification task."
+COMPARES_EXAMPLES = (
+    "the loss compares the examples with each other and not with classes; this needs a classification task."
+)
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -82,7 +84,7 @@ def compared(
         whole = [c for c in of_classes if is_whole(c, value, factor)]
         if len(whole) != 1:
             names = ", ".join(dict.fromkeys(c.name for c in of_classes))
-            return SEVERAL.format(names)
+            return SEVERAL_COMPARISONS.format(names)
         of_classes = whole
     return _of_call(of_classes[0], is_whole(of_classes[0], value, factor), factor)
 
@@ -174,7 +176,7 @@ def is_whole(call: LossFunctionCall, value: Tensor | None, factor: float = 1.0) 
     if value is None or call.value.numel() != 1 or value.numel() != 1:
         return False
     a, b = factor * call.value.detach().double().reshape(()), value.detach().double().reshape(())
-    return bool(torch.isclose(a, b.to(a.device), rtol=EXACT, atol=1e-12, equal_nan=True))
+    return bool(torch.isclose(a, b.to(a.device), rtol=SAME_VALUE_WITHIN, atol=1e-12, equal_nan=True))
 
 
 # ---- by trying

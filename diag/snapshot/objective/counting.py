@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import DiagError, InvalidInput, Unsupported
-from diag.snapshot.batch import COUPLED, Batch, map_tensors
+from diag.snapshot.batch import COUPLED_EXAMPLES, Batch, map_tensors
 from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.forward import Looked, forward_pass, look, look_at
 from diag.snapshot.objective.comparison import Comparison, is_whole
@@ -29,7 +29,7 @@ from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.python import renew
 
-ALIKE = 1e-4  # relative: counts that differ by no more are taken to be equal
+EQUAL_COUNTS_WITHIN = 1e-4  # relative: counts that differ by no more are taken to be equal
 ADDS_UP = 1e-4  # relative: of the loss of a batch and that of its parts
 MICRO_BATCH = (
     "The loss compares the examples of a batch with each other, so what it is depends on the batches; leave out "
@@ -76,7 +76,7 @@ def example_counts(snapshot: Snapshot) -> list[Tensor] | None:
     if not known or not float(torch.cat(known).sum()) > 0:
         return None
     every = torch.cat(known)
-    alike = bool(((every - every[0]).abs() <= ALIKE * every[0].abs()).all())
+    alike = bool(((every - every[0]).abs() <= EQUAL_COUNTS_WITHIN * every[0].abs()).all())
     return None if alike else known
 
 
@@ -84,7 +84,7 @@ def refuse_coupled(whole: float, losses: Tensor) -> None:
     """Raises Unsupported where the examples' own losses (with their shares) do not make up the loss of them all."""
     mean, size = float(losses.double().mean()), float(losses.double().abs().mean())
     if abs(mean - whole) > 10 * ADDS_UP * max(size, abs(whole)):
-        raise Unsupported(COUPLED)
+        raise Unsupported(COUPLED_EXAMPLES)
 
 
 def _couples(snapshot: Snapshot, counts: list[Tensor] | None) -> bool:
@@ -208,5 +208,5 @@ def _found_by_trying(snapshot: Snapshot) -> list[Tensor] | None:
         return None if joined is None else list(joined[0].split([b.size for b in batches]))
     except InvalidInput:  # batches of several shapes: counts are known within a batch, not between batches
         found = tried_counts(snapshot.batch_loss, rows)
-        alike = found is not None and all(bool((c - c[0]).abs().max() <= ALIKE) for c in found)
+        alike = found is not None and all(bool((c - c[0]).abs().max() <= EQUAL_COUNTS_WITHIN) for c in found)
         return ones if alike else None

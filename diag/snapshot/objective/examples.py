@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import MissingQuantity, Unsupported
-from diag.snapshot.batch import COUPLED, Batch
+from diag.snapshot.batch import COUPLED_EXAMPLES, Batch
 from diag.snapshot.example_losses import example_losses
 from diag.snapshot.forward import Looked, forward_pass
 from diag.snapshot.objective.comparison import Comparison
@@ -54,7 +54,7 @@ def loss_shares(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor:
         snapshot.batch_loss(seen.outputs, batch.targets)  # raises the reason
         raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
     if batch.coupled:
-        raise Unsupported(COUPLED)
+        raise Unsupported(COUPLED_EXAMPLES)
     values = shares_from_rows(seen, batch)
     if values is not None:
         return values.to(seen.value.dtype)

@@ -35,7 +35,7 @@ LOSSES = (
 )
 OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")  # where the targets are integers
 BY_BATCH = ("multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss")
-MOST = 64  # calls that are kept
+MOST_CALLS = 64  # calls that are kept
 LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
 
 
@@ -78,9 +78,9 @@ class LossSpy(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = _NAMES.get(func)
-        if name is not None and isinstance(result, Tensor) and len(self.calls) < MOST:
+        if name is not None and isinstance(result, Tensor) and len(self.calls) < MOST_CALLS:
             self._note(name, args, kwargs or {}, result)
-        elif func in LOG_SOFTMAX and isinstance(result, Tensor) and len(self._normalised) < MOST:
+        elif func in LOG_SOFTMAX and isinstance(result, Tensor) and len(self._normalised) < MOST_CALLS:
             self._normalised.append((result, args[0] if args else (kwargs or {})["input"]))
         return result
 

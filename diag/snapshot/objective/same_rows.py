@@ -12,9 +12,9 @@ import numpy
 import torch
 from torch import Tensor
 
-LOOKED_AT = 256  # rows that are compared
-COLUMNS = 16  # by which a row is recognised among many
-WITHIN = 1e-3
+ROWS_COMPARED = 256  # rows that are compared
+COLUMNS_COMPARED = 16  # by which a row is recognised among many
+SAME_ROW_WITHIN = 1e-3
 
 
 def matching_rows(wanted: Tensor, outputs: Tensor, changed: bool = False) -> Tensor | None:
@@ -42,7 +42,7 @@ def matching_rows(wanted: Tensor, outputs: Tensor, changed: bool = False) -> Ten
 def _are_same(wanted: Tensor, rows: Tensor, chosen: Tensor, same: Callable[[Tensor, Tensor], bool]) -> bool:
     if not len(wanted):
         return True
-    at = torch.linspace(0, len(wanted) - 1, min(LOOKED_AT, len(wanted))).round().long().to(wanted.device)
+    at = torch.linspace(0, len(wanted) - 1, min(ROWS_COMPARED, len(wanted))).round().long().to(wanted.device)
     return same(wanted[at].double(), rows[chosen[at]].double())
 
 
@@ -50,7 +50,9 @@ def _alike(given: Tensor, found: Tensor) -> bool:
     """Whether the rows are the same but for a shift and a scale, or for a softmax."""
     normal = _normal(found)
     forms = [given] + ([given.log()] if bool((given >= 0).all()) else [])
-    return any(torch.allclose(_normal(form), normal, rtol=0, atol=WITHIN, equal_nan=True) for form in forms)
+    return any(
+        torch.allclose(_normal(form), normal, rtol=0, atol=SAME_ROW_WITHIN, equal_nan=True) for form in forms
+    )
 
 
 def _normal(rows: Tensor) -> Tensor:
@@ -65,7 +67,9 @@ def _by_value(wanted: Tensor, rows: Tensor) -> Tensor | None:
     """The rows with the same values, each taken as often as it is there."""
     if len(wanted) > len(rows):
         return None
-    columns = torch.linspace(0, rows.shape[1] - 1, min(COLUMNS, rows.shape[1])).round().long().to(rows.device)
+    columns = (
+        torch.linspace(0, rows.shape[1] - 1, min(COLUMNS_COMPARED, rows.shape[1])).round().long().to(rows.device)
+    )
     keys, own = (m[:, columns].double().cpu().numpy() for m in (wanted, rows))
     places: dict[bytes, list[int]] = {}
     for number, row in enumerate(own[::-1]):

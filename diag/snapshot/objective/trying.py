@@ -18,7 +18,7 @@ from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.example_losses import LossFunction, example_losses
 from diag.snapshot.explain import CALL_ERRORS
 
-WITHIN = 1e-4  # relative: of the loss of all examples and what the counts make of the examples' own
+COUNTS_FIT_WITHIN = 1e-4  # relative: of the loss of all examples and what the counts make of the examples' own
 TriedBatch = tuple[Any, Batch]  # a model's outputs on a batch
 
 
@@ -100,7 +100,7 @@ def _alone(loss: LossFunction, outputs: Any, batch: Batch) -> Tensor:
 def _makes_up(counts: Tensor, alone: Tensor, whole: float) -> bool:
     mean = float((torch.where(counts > 0, alone, 0) * counts).sum() / counts.sum())
     size = float(torch.where(torch.isfinite(alone), alone, 0).abs().max())
-    return abs(mean - whole) <= WITHIN * max(abs(whole), size)
+    return abs(mean - whole) <= COUNTS_FIT_WITHIN * max(abs(whole), size)
 
 
 def _solved(loss: Callable[[list[int]], float], alone: Tensor) -> Tensor | None:
@@ -116,7 +116,7 @@ def _solved(loss: Callable[[list[int]], float], alone: Tensor) -> Tensor | None:
     for i in [other, *(i for i in finite if i not in (first, other))]:
         against = first if abs(float(alone[i] - alone[first])) > abs(float(alone[i] - alone[other])) else other
         counts[i] = counts[against] * _ratio(float(alone[i]), float(alone[against]), loss(sorted((i, against))))
-    return counts if bool(torch.isfinite(counts).all() and (counts >= -WITHIN).all()) else None
+    return counts if bool(torch.isfinite(counts).all() and (counts >= -COUNTS_FIT_WITHIN).all()) else None
 
 
 def _ratio(own: float, other: float, both: float) -> float:

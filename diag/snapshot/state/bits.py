@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diag.snapshot.state.tensors import keeper_of, version_of
 
-SMALL = 1 << 14  # bytes that are kept as they are
+BYTES_KEPT_WHOLE = 1 << 14  # bytes that are kept as they are
 ROW = 1 << 10  # integers of a larger tensor that are summed up
 
 Named = Iterable[tuple[str, Tensor]]
@@ -58,7 +58,7 @@ def bits_of(tensor: Tensor) -> Any:
     with torch.no_grad():
         try:
             raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            if raw.numel() <= SMALL:
+            if raw.numel() <= BYTES_KEPT_WHOLE:
                 return tuple(tensor.shape), str(tensor.dtype), raw.cpu().numpy().tobytes()
             return tuple(tensor.shape), str(tensor.dtype), *_sums(raw)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):  # sparse, meta, sharded, without a shape

@@ -20,13 +20,13 @@ from diag.snapshot.state.hooks import doubtful_hooks, firing
 from diag.snapshot.state.python import kept_state
 from diag.snapshot.state.tensors import own_tensors, same_bits
 
-FEW = 8  # examples (our choice)
+EXAMPLES_TRIED = 8  # examples (our choice)
 CLOSE = 1e-5  # relative: the same to rounding, where a kernel does not repeat its own bits
-CHANGED = (
+HOOKS_CHANGE_OUTPUTS = (
     "Hooks that are not diag's do not fire while measuring, and without {} the model gives something else; move "
     "what such a hook does into the module's forward."
 )
-SHOWN = 3
+HOOKS_NAMED = 3
 
 
 class HookCheck:
@@ -48,7 +48,7 @@ class HookCheck:
         if known is None:
             with own_tensors(model, values=True), kept_state(model, *hooks):
                 same = _same_without(model, batches()[0])
-            known = "" if same else CHANGED.format(_listed(doubtful))
+            known = "" if same else HOOKS_CHANGE_OUTPUTS.format(_listed(doubtful))
             self._tried.append((hooks, known))
         if known:
             raise Unsupported(known)
@@ -60,8 +60,8 @@ def _are(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def _listed(hooks: Sequence[tuple[str, Callable[..., Any]]]) -> str:
     names = [f"{_name(hook)} of {owner or 'the model'}" for owner, hook in hooks]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - HOOKS_NAMED} more" if len(names) > HOOKS_NAMED else ""
+    return ", ".join(names[:HOOKS_NAMED]) + more
 
 
 def _name(hook: Callable[..., Any]) -> str:
@@ -69,7 +69,7 @@ def _name(hook: Callable[..., Any]) -> str:
 
 
 def _same_without(model: nn.Module, batch: Batch) -> bool:
-    few = batch.slice(0, min(FEW, batch.size))
+    few = batch.slice(0, min(EXAMPLES_TRIED, batch.size))
     for mode in ("eval", "train"):
         for examples in (few, batch):  # a model may be written for one batch size
             without = _outputs(model, examples, mode, fire=False)

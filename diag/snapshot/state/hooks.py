@@ -27,8 +27,8 @@ from diag.snapshot import pause
 
 Hooks = MutableMapping[int, Callable[..., Any]]
 
-FORWARD = ("_forward_pre_hooks", "_forward_hooks")
-BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
+FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Of torch's own hooks these only look on.
 LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
@@ -84,7 +84,7 @@ def _dicts(modules: Iterable[nn.Module]) -> Iterator[Hooks]:
     seen: set[int] = set()
     for module in modules:
         for part in module.modules():
-            for hooks in (vars(part).get(name) for name in (*FORWARD, *BACKWARD)):
+            for hooks in (vars(part).get(name) for name in (*FORWARD_HOOKS, *BACKWARD_HOOKS)):
                 yield from _once(hooks, seen)
         for tensor in (*module.parameters(), *module.buffers()):
             for hooks in (getattr(tensor, name, None) for name in OF_TENSORS):
@@ -178,7 +178,7 @@ def _gated() -> Iterator[None]:
 
 
 def _of_all_modules() -> list[Hooks]:
-    return [getattr(all_modules, f"_global{name}", {}) for name in (*FORWARD, *BACKWARD)]
+    return [getattr(all_modules, f"_global{name}", {}) for name in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]
 
 
 def _is_alone() -> bool:
@@ -191,8 +191,8 @@ def _is_alone() -> bool:
 
 def doubtful_hooks(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
     """The forward hooks that `silent` silences and that may change the outputs, with the names of their modules."""
-    named = [(name, vars(part).get(kind)) for name, part in model.named_modules() for kind in FORWARD]
-    named += [("all modules", getattr(all_modules, f"_global{kind}", None)) for kind in FORWARD]
+    named = [(name, vars(part).get(kind)) for name, part in model.named_modules() for kind in FORWARD_HOOKS]
+    named += [("all modules", getattr(all_modules, f"_global{kind}", None)) for kind in FORWARD_HOOKS]
     every = [
         (name, hook.hook if isinstance(hook, _Gate) else hook)
         for name, hooks in named

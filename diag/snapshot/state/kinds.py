@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diag.snapshot.state.tensors import same_bits, version_of
 
-LARGE = 1 << 14  # elements of a tensor (our choice) that is not compared after each pass
+LARGE_TENSOR = 1 << 14  # elements of a tensor (our choice) that is not compared after each pass
 
 
 class Kept:
@@ -287,7 +287,7 @@ class TensorValue(Plain):
 
     def looks_the_same(self) -> bool:
         unwritten = version_of(self.value) == self.saved[2] and _memory(self.value) == _memory(self.saved[1])
-        return unwritten if self.value.numel() > LARGE else self.same()
+        return unwritten if self.value.numel() > LARGE_TENSOR else self.same()
 
     def put_back(self) -> None:
         copy, alias, _ = self.saved

@@ -20,7 +20,7 @@ from diag.snapshot.state.kinds import Kept
 from diag.snapshot.state.standins import may_have_stand_in, stand_in
 from diag.snapshot.state.walk import Walk
 
-MOVED = (
+CANNOT_PUT_BACK = (
     "A call of the model changes {}, which measuring cannot put back ({}); keep it in a list, a dict or a buffer "
     "of the model, or leave it out."
 )
@@ -54,7 +54,9 @@ class State:
                 if not (kept.looks_the_same() if after_a_pass else kept.same()):
                     kept.put_back()
             except Exception as error:
-                self.lost = self.lost or MOVED.format(name, str(error).rstrip(".") or type(error).__name__)
+                self.lost = self.lost or CANNOT_PUT_BACK.format(
+                    name, str(error).rstrip(".") or type(error).__name__
+                )
 
 
 def _replaced(every: Iterable[Kept]) -> Iterator[tuple[Kept, Any, Any]]:

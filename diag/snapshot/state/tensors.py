@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-REPLACED = "While measuring, {} of the model {} replaced by {}; {} put back, and what was measured may be wrong."
+TENSOR_REPLACED = (
+    "While measuring, {} of the model {} replaced by {}; {} put back, and what was measured may be wrong."
+)
 WRITTEN = (
     "While measuring, {} of the model {} written to in place, by the model's own forward pass or by an instrument; "
     "{}."
@@ -26,7 +28,7 @@ WRITTEN = (
 WAS_KEPT = "the values are put back, and what was measured may be wrong"
 NOT_KEPT = "the model is too large for a copy, so training is no longer what it would have been without measuring"
 KEPT_BYTES = 1 << 28  # of parameters and buffers, copied for the time of a measurement (our choice)
-SHOWN = 3
+TENSORS_NAMED = 3
 
 _said: ContextVar[list[str] | None] = ContextVar("diag_said", default=None)
 _checked: ContextVar[frozenset[int]] = ContextVar("diag_checked", default=frozenset())
@@ -94,7 +96,7 @@ class OwnTensors:
         if foreign:
             several = len(foreign) > 1
             others, they = ("other tensors", "they are") if several else ("another tensor", "it is")
-            say(REPLACED.format(_listed(foreign), "were" if several else "was", others, they))
+            say(TENSOR_REPLACED.format(_listed(foreign), "were" if several else "was", others, they))
         if written:
             was = "were" if len(written) > 1 else "was"
             say(WRITTEN.format(_listed(written), was, WAS_KEPT if self._copies else NOT_KEPT))
@@ -195,6 +197,6 @@ def version_of(tensor: Tensor) -> int:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = list(names[:SHOWN])
-    last = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else [shown.pop()]
+    shown = list(names[:TENSORS_NAMED])
+    last = [f"{len(names) - TENSORS_NAMED} more"] if len(names) > TENSORS_NAMED else [shown.pop()]
     return " and ".join([", ".join(shown), *last] if shown else last)

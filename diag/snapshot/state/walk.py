@@ -3,8 +3,8 @@
 That is what its modules hold besides parameters and buffers, deeply: attributes, lists, dicts, sets, deques,
 arrays, tensors, generators of random numbers, helper objects, the variables of functions; the attributes of the
 classes that it is made of; and of the user's own code the globals that its functions name. Code of installed
-packages is taken to keep nothing in its globals. The search goes from near to far and ends at `MOST` objects, so
-that a model that holds its trainer does not cost more than it is worth.
+packages is taken to keep nothing in its globals. The search goes from near to far and ends at `MOST_OBJECTS`
+objects, so that a model that holds its trainer does not cost more than it is worth.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from diag.snapshot.state import kinds
 from diag.snapshot.state.kinds import Kept
 from diag.snapshot.state.standins import LruCache, entries_of
 
-MOST = 5_000  # objects (our choice)
-LONG = 10_000  # items of a list (our choice), from which on the types are looked at first
+MOST_OBJECTS = 5_000  # objects (our choice)
+LONG_LIST = 10_000  # items of a list (our choice), from which on the types are looked at first
 COPIED_BYTES = 1 << 26  # of tensors and arrays (our choice)
 ATOMS = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type, types.ModuleType,
@@ -45,7 +45,7 @@ CLOSED = (
     "lightning", "pytorch_lightning", "accelerate", "wandb", "tensorboard", "typing", "abc", "re", "inspect",
 )  # fmt: skip
 # Of a module these are seen to elsewhere: tensors by place, hooks, modes, a replaced `forward`.
-ELSEWHERE = frozenset({
+RESTORED_ELSEWHERE = frozenset({
     "_parameters", "_buffers", "training", "forward", "_backward_pre_hooks", "_backward_hooks", "_forward_hooks",
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
@@ -76,7 +76,7 @@ class Walk:
             self._meet(type(part).__name__, part)
         for other in others:
             self._meet(getattr(other, "__name__", type(other).__name__), other)
-        for _ in range(MOST):
+        for _ in range(MOST_OBJECTS):
             if not self._queue:
                 break
             with contextlib.suppress(Exception):  # what does not let itself be looked at is left alone
@@ -95,11 +95,11 @@ class Walk:
 
     def _keep(self, name: str, kept: Kept) -> None:
         self.kept.append((name, kept))
-        long = isinstance(kept.saved, list) and len(kept.saved) > LONG
+        long = isinstance(kept.saved, list) and len(kept.saved) > LONG_LIST
         if long and all(self._traits(kind).atom for kind in set(map(type, kept.saved))):
             return
         for place, item in kept.items():
-            if len(self._queue) < MOST:
+            if len(self._queue) < MOST_OBJECTS:
                 self._meet(name, item, place)
 
     def _enter(self, name: str, value: Any) -> None:
@@ -141,7 +141,11 @@ class Walk:
     def _module(self, name: str, value: nn.Module) -> None:
         if isinstance(value, torch.jit.ScriptModule):
             return
-        skip = ELSEWHERE if id(value) in self._own else ELSEWHERE - {"_parameters", "_buffers", "training"}
+        skip = (
+            RESTORED_ELSEWHERE
+            if id(value) in self._own
+            else RESTORED_ELSEWHERE - {"_parameters", "_buffers", "training"}
+        )
         self._keep(name, kinds.Attributes(vars(value), skip))
         self._meet(name, vars(value).get("forward"), "forward")
         for tensor in (*value._parameters.values(), *value._buffers.values()):

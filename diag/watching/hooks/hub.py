@@ -27,7 +27,7 @@ from diag.snapshot.objective.loss_spy import LOSSES
 from diag.watching.guard import safely, shielded
 from diag.watching.hooks.patches import Attribute, Body, Changed, Look, Patch, plain_copy, read_twice
 
-BACKWARD = ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
+BACKWARD_ARGUMENTS = ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
 
 
 class Listener(Protocol):
@@ -222,7 +222,7 @@ class Hub:
     def _backward_begins(self, args: Any, kwargs: Any) -> bool:
         if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own
             return False
-        given = dict(zip(BACKWARD, args, strict=False)) | kwargs
+        given = dict(zip(BACKWARD_ARGUMENTS, args, strict=False)) | kwargs
         for listener in self.listeners:
             listener.backward_called(given.get("tensors"), given.get("grad_tensors"), given.get("inputs"))
         return True

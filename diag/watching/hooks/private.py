@@ -39,7 +39,7 @@ class Private(NamedTuple):
 # smoothing, kl_div, l1_loss) that keep neither the settings nor, always, the targets.
 _BODY = "the loss, its arguments and its targets, by whatever name the function was imported"
 
-REPLACED = (
+REPLACED_FUNCTIONS = (
     Replaced("torch.nn.functional.cross_entropy", "body", "watching", "1.0", _BODY),
     Replaced("torch.nn.functional.nll_loss", "body", "watching", "1.0", _BODY),
     Replaced("torch.nn.functional.mse_loss", "body", "watching", "1.0", _BODY),

@@ -16,11 +16,11 @@ from diag.result import Level, Result, Verdict
 from diag.run.run import Finding
 from diag.run.stories import explains, stories
 from diag.snapshot import pause
+from diag.watching.waiting import LOGGER
 
-MOST = 1000  # findings that are kept
-KEPT = 64  # results of an instrument that its course is judged by
-LARGE = 1 << 17  # bytes in the arrays of a result that is not kept
-LOGGER = logging.getLogger("diag")
+MOST_FINDINGS = 1000  # findings that are kept
+RESULTS_KEPT = 64  # results of an instrument that its course is judged by
+LARGE_RESULT = 1 << 17  # bytes in the arrays of a result that is not kept
 
 
 class Findings:
@@ -47,11 +47,11 @@ class Findings:
         self.verdict(instrument, verdict, step)
 
     def _judged(self, instrument: Instrument, result: Result, step: int) -> Verdict:
-        if _size(result) > LARGE:
+        if _size(result) > LARGE_RESULT:
             return result.verdict()
         series = self._series.setdefault(instrument.name, [])
         series.append((step, result))
-        if len(series) > KEPT:
+        if len(series) > RESULTS_KEPT:
             del series[1]  # the first is where the course began
         return instrument.result.trend(series)
 
@@ -59,7 +59,7 @@ class Findings:
         """An instrument judges so at `step`: say it where it is bad and new."""
         state = (str(verdict.level), verdict.cause)
         known, self._last[instrument.name] = self._last.get(instrument.name), state
-        if not verdict.level.is_finding or state == known or len(self.found) >= MOST:
+        if not verdict.level.is_finding or state == known or len(self.found) >= MOST_FINDINGS:
             return
         self._new.append(Finding(instrument.name, instrument.title, instrument.source, verdict, (), step, step))
 

@@ -1,16 +1,17 @@
 """Checks that look at the probe set with one forward pass: at set steps and the last, whatever the budget.
 
-The steps are 1, 10, 30, 100, 300, 1000, ... (`is_floor` has two more, for what costs no pass). At most `EXAMPLES`
-of the probe set are looked at, fewer where training has not shown as many yet. The time that it takes is taken from
-the budget, so that the expensive measurements have what is left.
+The steps are 1, 10, 30, 100, 300, 1000, ... (`is_floor` has two more, for what costs no pass). At most
+`FLOOR_EXAMPLES` of the probe set are looked at, fewer where training has not shown as many yet. The time that it
+takes is taken from the budget, so that the expensive measurements have what is left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-EXAMPLES = 256
-STOPS = 3  # times that a check may be stopped before it is given up
+from diag.watching.measure.schedule import MOST_STOPS
+
+FLOOR_EXAMPLES = 256
 
 
 def next_floor(step: int) -> int:
@@ -51,5 +52,5 @@ class Floor:
     def stopped(self, name: str) -> None:
         """It took too long."""
         self._stops[name] = self._stops.get(name, 0) + 1
-        if self._stops[name] >= STOPS:
+        if self._stops[name] >= MOST_STOPS:
             self.give_up(name)

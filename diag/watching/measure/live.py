@@ -2,9 +2,9 @@
 
 They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
 measurements: they are judged at the floor (steps 1, 2, 3, 10, 30, 100, ... and the last), at once when something
-happened that none of them has judged (`urgent`), and between as far as `SHARE` of the time pays for them. A finding
-is announced the first time that it is seen; what is computed from the record alone is not kept, as opening the run
-computes it again.
+happened that none of them has judged (`urgent`), and between as far as `SHARE_FOR_PAGES` of the time pays for
+them. A finding is announced the first time that it is seen; what is computed from the record alone is not kept, as
+opening the run computes it again.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from diag.run.rows import history_of
 from diag.snapshot.history import History
 from diag.watching.measure.floor import next_floor
 
-SHARE = 0.005  # of the time since training began
-FIRST = (1, 2, 3)
-RECENT, EARLIER = 512, 512  # rows kept in memory: all of the last ones, every 2^k-th of those before
+SHARE_FOR_PAGES = 0.005  # of the time since training began
+FIRST_PAGES = (1, 2, 3)
+RECENT_ROWS, EARLIER_ROWS = 512, 512  # rows kept in memory: all of the last ones, every 2^k-th of those before
 MEMORY = 16 << 20  # bytes that these rows may take
-FAILURES = 3
+PAGE_FAILURES = 3
 
 
 def is_floor(step: int) -> bool:
     """Whether the checks are judged at `step` whatever it costs: 1, 2, 3, 10, 30, 100, 300, ..."""
-    return step in FIRST or next_floor(step - 1) == step
+    return step in FIRST_PAGES or next_floor(step - 1) == step
 
 
 class Trace:
     """The rows of the record in bounded memory: the last ones whole, and the earlier ones thinned evenly."""
 
     def __init__(self, dtype: numpy.dtype[Any]) -> None:
-        rows = max(min(RECENT, MEMORY // (2 * dtype.itemsize)), 16)
+        rows = max(min(RECENT_ROWS, MEMORY // (2 * dtype.itemsize)), 16)
         self._recent: deque[NDArray[Any]] = deque(maxlen=rows)
         self._earlier: list[NDArray[Any]] = []
         self._room, self._stride, self._passed = rows, 1, 0
@@ -98,7 +98,7 @@ class LiveChecks:
 
     def step_ended(self, step: int, elapsed: float, urgent: bool) -> None:
         """Judge where it is due; `elapsed`: seconds since training began; urgent: do not wait for a due step."""
-        paid = self._spent + self._cost <= SHARE * elapsed
+        paid = self._spent + self._cost <= SHARE_FOR_PAGES * elapsed
         if self._chosen and (urgent or paid or is_floor(step)):
             self.judge(step)
 
@@ -110,7 +110,7 @@ class LiveChecks:
         self._judged = step
         given = {"history": self._history(), **self._facts()}
         for name, instrument in self._chosen.items():
-            if self._failures.get(name, 0) < FAILURES:
+            if self._failures.get(name, 0) < PAGE_FAILURES:
                 self._judge(instrument, step, given, last)
         self._cost = time.perf_counter() - began
         self._spent += self._cost

@@ -36,16 +36,16 @@ from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_comp
 from diag.watching.measure.step_check import as_clause, why_not_the_steps
 from diag.watching.observe.capture import SeenBackward, SeenLossCall
 
-ATTEMPTS = 3  # steps in a row that could not be read, before the probe set is used for good
-LEAST = 8  # examples in a batch (our choice): fewer say little of an agreement
+UNREADABLE_STEPS = 3  # steps in a row that could not be read, before the probe set is used for good
+FEWEST_IN_BATCH = 8  # examples in a batch (our choice): fewer say little of an agreement
 GRADIENTS = "per_example_gradients"
-GIVEN = {GRADIENTS, "labels"}
+FROM_OWN_STEP = {GRADIENTS, "labels"}
 ON_THE_STEP = (
     "Measured on the training batch of {:,} examples as the step saw it (dropout and augmentation included), at "
     "the parameters before its update, from its own backward pass."
 )
 ON_THE_PROBE = "Measured on the probe set: the training steps' own gradients are not used, because {}."
-AT_ONCE = "Measured on the probe set, as no training step was at hand."
+NO_STEP_AT_HAND = "Measured on the probe set, as no training step was at hand."
 
 Measure = Callable[[str, Mapping[str, Any]], Outcome]
 
@@ -117,7 +117,7 @@ class OwnStep:
         if name not in self._able:
             return ""
         reason = self.refused or self._reasons.get(name, "")
-        return ON_THE_PROBE.format(reason) if reason else AT_ONCE
+        return ON_THE_PROBE.format(reason) if reason else NO_STEP_AT_HAND
 
     def arm(self, names: list[str], snapshot: Snapshot) -> float:
         """Read the next step for these, unless it is refused; gives the time taken, in seconds."""
@@ -161,7 +161,7 @@ class OwnStep:
         """The model is about to be called in training: record its calls."""
         size = next((t.shape[0] for t in tensors_in(inputs) if t.ndim), 0)
         seen, self._seen = self._seen, True
-        if seen or size < LEAST or self._model is None:
+        if seen or size < FEWEST_IN_BATCH or self._model is None:
             return
         try:
             step = StepGradients(self._model, self._plan, size)
@@ -211,7 +211,9 @@ class OwnStep:
         step = self._step
         self._step, self._seen = None, False
         self.disarm(keep_names=True)
-        reason = f"no call with a batch of at least {LEAST} examples could be recorded" if step is None else ""
+        reason = (
+            f"no call with a batch of at least {FEWEST_IN_BATCH} examples could be recorded" if step is None else ""
+        )
         if step is not None:
             step.__exit__(None, None, None)
             reason = why_not_the_steps(step, seen, loss_fn, self._clean, self._parameters())
@@ -227,7 +229,7 @@ class OwnStep:
     def _failed(self, reason: str) -> None:
         self._failures += 1
         self._plan = None  # perhaps it was made for another kind of batch
-        if self._failures >= ATTEMPTS:
+        if self._failures >= UNREADABLE_STEPS:
             self.refused = reason
 
     def disarm(self, keep_names: bool = False) -> None:
@@ -269,7 +271,7 @@ class _After(_Before):
 
 def _asks_for_gradients_alone(instrument: Instrument) -> bool:
     needed = {need.quantity.name for need in instrument.needs if not need.optional}
-    return GRADIENTS in needed and needed <= GIVEN
+    return GRADIENTS in needed and needed <= FROM_OWN_STEP
 
 
 def _quantities(step: StepGradients, call: SeenLossCall) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from diag.snapshot.batch import Batch, map_tensors, tensors_in
 
-EXAMPLES = 512
+PROBE_EXAMPLES = 512
 # Inputs and outputs are held for all examples at once, so a language model's vocabulary bounds their number.
-BYTES = 1 << 28
+PROBE_BYTES = 1 << 28
 
 
 class Probe:
     """Collects up to `limit` examples, fewer where inputs and outputs would take more than `limit_bytes`."""
 
-    def __init__(self, limit: int = EXAMPLES, limit_bytes: int = BYTES) -> None:
+    def __init__(self, limit: int = PROBE_EXAMPLES, limit_bytes: int = PROBE_BYTES) -> None:
         self.batches: list[Batch] = []
         self.complete = False
         self._limit, self._limit_bytes = limit, limit_bytes

@@ -20,16 +20,16 @@ from diag.watching.measure.training import Training
 from diag.watching.observe.rows import Row
 from diag.watching.record import Recorder
 
-WARM_UP, AGAIN = 3, 4  # costs are estimated after so many steps, and again after so many times as many
+WARM_UP, NEXT_ESTIMATE_AT = 3, 4  # costs are estimated after so many steps, and again after so many times as many
 SPARE = 0.25  # seconds that the last measurements may take beyond the budget
-LOOK_EVERY = 0.01  # seconds
+CLOCK_EVERY = 0.01  # seconds
 LEAST_LOOK = 1.0  # seconds that the checks may take in any case: a garbage collection may come in between
 LOOK_SHARE = 2.0  # of the time that training takes for as many examples: a forward pass is a third of it
 PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
 HELD_OUT_SEEN = (
     "The first {:,} rows that the loop evaluates on serve as held-out data; held_out= would give others."
 )
-SHARDED = (
+SHARDED_PARAMETERS = (
     "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is "
     "measured on it."
 )
@@ -81,7 +81,7 @@ class MeasurementRunner(Guarded):
         elapsed = self.clock.elapsed()
         if elapsed < self._look_again and self._schedule.budget != math.inf:
             return  # what could be earned since the last look is not worth the look
-        self._look_again = elapsed + LOOK_EVERY
+        self._look_again = elapsed + CLOCK_EVERY
         self._estimate()
         self._schedule.earn(self.clock.elapsed())
         names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
@@ -98,7 +98,7 @@ class MeasurementRunner(Guarded):
     @guarded("measurements")
     def _measure(self, names: list[str], step: int, at_most: float | None = math.inf) -> None:
         if self._training.sharded:
-            self._recorder.note("measurements", SHARDED)
+            self._recorder.note("measurements", SHARDED_PARAMETERS)
             return
         self.clock.measuring += self._measurements.run(names, step, self._training.snapshot(), at_most)
 
@@ -107,11 +107,11 @@ class MeasurementRunner(Guarded):
     @guarded("checks")
     def _look(self, step: int, at_most: float, last: bool = False) -> None:
         if self._training.sharded:
-            self._recorder.note("measurements", SHARDED)
+            self._recorder.note("measurements", SHARDED_PARAMETERS)
             return
         self._tell_of_held_out()
         waiting = self._training.held_out_may_come and not last
-        seconds = self._measurements.look(step, self._training.snapshot(floor.EXAMPLES), at_most, waiting)
+        seconds = self._measurements.look(step, self._training.snapshot(floor.FLOOR_EXAMPLES), at_most, waiting)
         self.clock.measuring += seconds
         self.clock.checking += seconds
 
@@ -124,7 +124,7 @@ class MeasurementRunner(Guarded):
         steps = max(self._steps.steps, 1)
         each = max(self.clock.elapsed() - self.clock.ours(), 0.0) / steps
         examples = self._training.examples / steps
-        batches = min(self._probe.size, floor.EXAMPLES) / max(examples, 1.0)
+        batches = min(self._probe.size, floor.FLOOR_EXAMPLES) / max(examples, 1.0)
         return max(LOOK_SHARE * each * max(batches, 1.0), LEAST_LOOK)
 
     # What it is expected to take
@@ -132,7 +132,7 @@ class MeasurementRunner(Guarded):
     def _estimate(self) -> None:
         if self._steps.steps < self._estimate_at:
             return
-        self._estimate_at = AGAIN * self._steps.steps
+        self._estimate_at = NEXT_ESTIMATE_AT * self._steps.steps
         # The measurements are made in float32, which is several times slower on a GPU made for half precision.
         slower = 4.0 if torch.is_autocast_enabled("cuda") else 1.0
         self.announce_probe()

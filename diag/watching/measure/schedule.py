@@ -14,16 +14,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, inf
 
-RATIO = 1.1
+SPACING_RATIO = 1.1
 SAFETY = 1.1
-ALIKE = 4.0
-LONG, RARELY = 2e-3, 2.0  # norms that take so many seconds have steps this much further apart
+SIMILAR_COST = 4.0
+EXPENSIVE_NORM_SECONDS, EXPENSIVE_NORM_SPACING = (
+    2e-3,
+    2.0,
+)  # norms that take so many seconds have steps this much further apart
 OVERRUN = 2.0  # a measurement is stopped at so many times its estimate,
-LEAST = 0.25  # and not before so many seconds, as the first estimates of short ones are rough
-STOPS = 3  # times that a measurement may be stopped before it is given up
+FIRST_SPACING_SECONDS = 0.25  # and not before so many seconds, as the first estimates of short ones are rough
+MOST_STOPS = 3  # times that a measurement may be stopped before it is given up
 
 
-def next_due(step: int, every: int | None, ratio: float = RATIO) -> int:
+def next_due(step: int, every: int | None, ratio: float = SPACING_RATIO) -> int:
     """The next scheduled step after `step`: geometric with the given ratio, or a multiple of `every`."""
     geometric = max(step + 1, ceil(step * ratio - 1e-9))
     return geometric if every is None else min(geometric, (step // every + 1) * every)
@@ -42,7 +45,7 @@ class Account:
     @property
     def limit(self) -> float:
         """Seconds after which it is stopped."""
-        return max(OVERRUN * self.estimate, LEAST)
+        return max(OVERRUN * self.estimate, FIRST_SPACING_SECONDS)
 
 
 class MeasurementSchedule:
@@ -75,7 +78,7 @@ class MeasurementSchedule:
         chosen, left, kept_for = [], self._quick, inf
         for account in waiting:
             # One that was made less often and takes about as long goes first, also where it has to wait for it.
-            if account.estimate <= left and account.estimate * ALIKE <= kept_for:
+            if account.estimate <= left and account.estimate * SIMILAR_COST <= kept_for:
                 chosen.append(account)
                 left -= account.estimate
             else:
@@ -98,7 +101,7 @@ class MeasurementSchedule:
         self._charge(name, seconds)
         account.stops += 1
         account.estimate = max(account.estimate, OVERRUN * limit)
-        account.due = next_due(step, self.every) if account.stops < STOPS else inf
+        account.due = next_due(step, self.every) if account.stops < MOST_STOPS else inf
 
     def _charge(self, name: str, seconds: float) -> None:
         if name in self._from_savings:
@@ -144,7 +147,9 @@ class Thinning:
         """Whether to measure them at `step`, `elapsed` seconds after the start."""
         cost = min(self._costs) if len(self._costs) == self._costs.maxlen else 0.0
         if step >= self._due:
-            self._due = next_due(step, None, self._ratio if cost <= LONG else RARELY)
+            self._due = next_due(
+                step, None, self._ratio if cost <= EXPENSIVE_NORM_SECONDS else EXPENSIVE_NORM_SPACING
+            )
             return True
         return cost <= self.free or self._spent + cost <= self.share * elapsed
 

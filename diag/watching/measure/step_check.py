@@ -15,9 +15,10 @@ from torch import nn
 
 from diag.errors import DiagError
 from diag.gradients import StepGradients
-from diag.watching.observe.capture import LOW_PRECISION, SeenBackward, observed_loss
+from diag.watching.observe.capture import SeenBackward, observed_loss
+from diag.watching.observe.norms import HALF_PRECISION
 
-TOLERANCE = 1e-3
+SAME_GRADIENT = 1e-3
 LOW_TOLERANCE = 3e-2  # where the step computes in half precision
 
 
@@ -50,9 +51,11 @@ def _disagreement(step: StepGradients, parameters: Sequence[nn.Parameter], seen:
     )
     if not bool(torch.isfinite(expected).all()):
         return "its gradient is not finite"
-    low = seen.call.given.dtype in LOW_PRECISION or any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    low = seen.call.given.dtype in HALF_PRECISION or any(
+        torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")
+    )
     gap = torch.linalg.vector_norm(step.mean().to(expected) - expected)
-    if not bool(gap <= (LOW_TOLERANCE if low else TOLERANCE) * torch.linalg.vector_norm(expected)):
+    if not bool(gap <= (LOW_TOLERANCE if low else SAME_GRADIENT) * torch.linalg.vector_norm(expected)):
         return "its examples' gradients do not add up to its gradient (an added term, or several processes)"
     return ""
 

@@ -8,7 +8,7 @@ from collections import deque
 
 from diag.watching.guard import Clock
 
-USUAL = 9  # steps that tell what a step takes
+STEPS_FOR_TIME = 9  # steps that tell what a step takes
 
 
 class StepTime:
@@ -16,7 +16,7 @@ class StepTime:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._usual: deque[float] = deque(maxlen=USUAL)
+        self._usual: deque[float] = deque(maxlen=STEPS_FOR_TIME)
         self._last: float | None = None
         self._shortest = math.inf
 

@@ -20,13 +20,13 @@ from diag.snapshot.snapshot import Snapshot
 from diag.watching.measure.schedule import MeasurementSchedule
 from diag.watching.observe.examples import StepExamples
 
-FAILURES = 2
+WINDOW_FAILURES = 2
 STEADY = 1e-2  # relative (our choice): a term that is added to the loss moves their ratio by more
 MINI_BATCHES = (
     "Steps are taken on different mini-batches, so {} judges no oscillation from step to step; {} records the "
     "steps all the same."
 )
-BROKEN = "The window of steps that {} was recording was given up at step {:,} ({})."
+WINDOW_GIVEN_UP = "The window of steps that {} was recording was given up at step {:,} ({})."
 
 
 @dataclass
@@ -202,8 +202,8 @@ class Windows:
 
     def _failed(self, name: str, step: int, error: Exception | str) -> None:
         self._failures[name] = self._failures.get(name, 0) + 1
-        self._note(f"window of {name}", BROKEN.format(name, step, str(error).rstrip(".")))
-        if self._failures[name] >= FAILURES:
+        self._note(f"window of {name}", WINDOW_GIVEN_UP.format(name, step, str(error).rstrip(".")))
+        if self._failures[name] >= WINDOW_FAILURES:
             self._give_up(name)
 
     def _give_up(self, name: str, why: str = "") -> None:

@@ -1,3 +1,3 @@
 """What a training loop shows of itself: micro-batches, losses, gradients, optimizer steps."""
 
-__all__ = ["capture", "examples", "learning", "loop", "losses", "rows", "steps"]
+__all__ = ["capture", "examples", "learning", "loop", "losses", "norms", "rows", "steps"]

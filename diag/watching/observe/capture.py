@@ -20,9 +20,8 @@ from torch import Tensor
 from diag.errors import MissingQuantity
 from diag.snapshot.batch import map_tensors, tensors_in
 from diag.snapshot.objective.comparison import IGNORED_LABEL
+from diag.watching.observe.norms import HALF_PRECISION
 from diag.watching.observe.route import Node, Route, chain_of, route_between, source_of
-
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ def _mean_reduced(loss: ObservedLoss) -> ObservedLoss:
 
 
 def _agrees(got: Tensor, call: SeenLossCall) -> bool:
-    rough = call.given.dtype in LOW_PRECISION or call.value.dtype in LOW_PRECISION
+    rough = call.given.dtype in HALF_PRECISION or call.value.dtype in HALF_PRECISION
     tolerance = 2e-2 if rough else 1e-4
     return got.shape == call.value.shape and torch.allclose(
         got.double(), call.value.double(), rtol=tolerance, atol=1e-7, equal_nan=True

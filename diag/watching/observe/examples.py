@@ -18,7 +18,7 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.preserve import exact_arithmetic
 
 RELATIVE = 1e-5  # two different batches of 60,000 examples differ by about 1e-2, another order by roundings
-KEPT = 256
+EXAMPLES_KEPT = 256
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -29,8 +29,8 @@ class StepExamples:
     def __init__(self) -> None:
         self.looking = False
         self._now: list[tuple[int, Tensor]] = []
-        self._steps: deque[list[tuple[int, Tensor]]] = deque(maxlen=KEPT)
-        self._losses: deque[Pairs] = deque(maxlen=KEPT)
+        self._steps: deque[list[tuple[int, Tensor]]] = deque(maxlen=EXAMPLES_KEPT)
+        self._losses: deque[Pairs] = deque(maxlen=EXAMPLES_KEPT)
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
 
     def look(self, wanted: bool) -> None:

@@ -27,18 +27,18 @@ from diag.watching.observe.capture import (
 )
 from diag.watching.observe.loss_calls import Pass
 
-ATTEMPTS = 5
+LEARNING_ATTEMPTS = 5
 SAME_FACTOR = 1e-3  # relative: below it a factor is taken to be the one that it was
 # What Hugging Face models divide a summed loss by, a count for the whole step, is wrong for any other examples;
 # without it they take the mean.
-COUNT = "num_items_in_batch"
+ITEMS_IN_BATCH = "num_items_in_batch"
 OBJECTIVE = (
     "The loss cannot be measured again: {}; give loss_fn=, from outputs and targets all that is descended, without "
     "which nothing is measured that needs the loss."
 )
 NOT_LIKE = "backward() is called on more than one kind of loss in a step"
 OTHERWISE = "backward() was called on another loss than before"
-FACTOR = "Training descends {:.6g} times the mean of this loss, and measurements take the factor over."
+LOSS_FACTOR = "Training descends {:.6g} times the mean of this loss, and measurements take the factor over."
 FACTOR_MOVES = "The factor by which training multiplies its loss changes; measurements use that of the last step."
 OTHER_TERMS = (
     "The loss that backward() is called on has {} more of which this model has no part; its own part is recorded."
@@ -98,7 +98,7 @@ class Learner:
             self._staged.append(Staged(forward, (), {}, None, None, False))
             return
         found, targets, known = self._look(seen, forward)
-        kwargs = {name: value for name, value in forward.kwargs.items() if name != COUNT}
+        kwargs = {name: value for name, value in forward.kwargs.items() if name != ITEMS_IN_BATCH}
         if known and not self.probe.complete:  # the loop may use its buffers again before the step
             args, kwargs, targets = (map_tensors(_copied, x) for x in (forward.args, kwargs, targets))
             sizes = map_tensors(_sized, forward.outputs)
@@ -159,7 +159,7 @@ class Learner:
             if before != 1:
                 self._note("factor moves", FACTOR_MOVES)
             elif not getattr(self.loss, "notes", ()):  # a summed loss has said so
-                self._info("factor", FACTOR.format(now))
+                self._info("factor", LOSS_FACTOR.format(now))
 
     # What is behind one pass
 
@@ -185,7 +185,7 @@ class Learner:
         if isinstance(observed, ObservedLoss):
             return observed
         if place is not None:
-            return ModelLoss(place, in_parts=COUNT in forward.kwargs)
+            return ModelLoss(place, in_parts=ITEMS_IN_BATCH in forward.kwargs)
         return observed or "no call of a loss function was seen"
 
     def _targets_of_users_loss(
@@ -236,14 +236,14 @@ class Learner:
 
     def _try_again(self, reason: str) -> None:
         self._attempts += 1
-        if self._attempts >= ATTEMPTS:
+        if self._attempts >= LEARNING_ATTEMPTS:
             self.give_up(reason)
 
     def _watch_for_changes(self, passes: list[Pass]) -> None:
         """A loss that was learned is given up where a step descends something else."""
         if self.given is not None:
             self._attempts += self.active and not self.probe.batches
-            if self.active and self._attempts >= ATTEMPTS:
+            if self.active and self._attempts >= LEARNING_ATTEMPTS:
                 self._note(
                     "probe", "The targets that belong to loss_fn= were not seen; give probe=(inputs, targets)."
                 )

@@ -16,12 +16,12 @@ from diag.snapshot.autograd_graph import nodes_before
 from diag.watching.observe.capture import SeenLossCall
 from diag.watching.observe.terms import Term, product, terms_of
 
-WALK = 64  # nodes before an unknown term that are looked at
-MOST = 8  # calls that are kept
-WHY = {0: "no loss function of torch was seen to lead to it", 1: "the loss is reduced after its call"}
-SEVERAL = "several loss functions lead to it"
-PART = "{} is only a part of it: something that is not known is added (a penalty, say)"
-CHANGED = "the value of {} is not passed on as it is, nor times a constant"
+NODES_BEFORE_TERM = 64  # nodes before an unknown term that are looked at
+MOST_LOSS_CALLS = 8  # calls that are kept
+WHY_NO_CALL = {0: "no loss function of torch was seen to lead to it", 1: "the loss is reduced after its call"}
+SEVERAL_LOSSES = "several loss functions lead to it"
+ONLY_A_PART = "{} is only a part of it: something that is not known is added (a penalty, say)"
+VALUE_CHANGED = "the value of {} is not passed on as it is, nor times a constant"
 
 
 class SeenValue(NamedTuple):
@@ -64,7 +64,7 @@ class LossCalls:
     """The values seen since the last step."""
 
     def __init__(self) -> None:
-        self._seen: deque[SeenValue] = deque(maxlen=MOST)
+        self._seen: deque[SeenValue] = deque(maxlen=MOST_LOSS_CALLS)
         self._scaled: dict[int, Tensor] = {}
         # Which terms of a loss are this model's, by what they are: finding out takes a walk through the graph.
         self._own: dict[tuple[str, ...], tuple[bool, ...]] = {}
@@ -105,7 +105,7 @@ class LossCalls:
             return Pass(whole, part, reason, 1.0, others)
         (found,) = known.values()
         if found.value.numel() != 1:
-            return Pass(whole, found, WHY[1], 1.0, others)
+            return Pass(whole, found, WHY_NO_CALL[1], 1.0, others)
         factor: Any = 0.0
         for term in own:
             factor = factor + product(term.factors)
@@ -113,7 +113,7 @@ class LossCalls:
 
     def forget_contents(self) -> None:
         """Keep of the calls no more than their values: nothing is learned from them any more."""
-        self._seen = deque((seen._replace(call=None) for seen in self._seen), maxlen=MOST)
+        self._seen = deque((seen._replace(call=None) for seen in self._seen), maxlen=MOST_LOSS_CALLS)
 
     def clear(self) -> None:
         """The step is over."""
@@ -133,13 +133,13 @@ class LossCalls:
         hidden = {s.number: s for t in own if not t.known for s in _before(t.node, among)}
         found = known | hidden
         if len(found) > 1:
-            return None, SEVERAL
+            return None, SEVERAL_LOSSES
         if not found:
-            return None, WHY[0]
+            return None, WHY_NO_CALL[0]
         (seen,) = found.values()
         if seen.value.numel() != 1:
-            return seen, WHY[1]
-        return seen, (PART if known else CHANGED).format(seen.name)
+            return seen, WHY_NO_CALL[1]
+        return seen, (ONLY_A_PART if known else VALUE_CHANGED).format(seen.name)
 
 
 def number_of(tensor: Tensor) -> int:
@@ -149,5 +149,7 @@ def number_of(tensor: Tensor) -> int:
 
 def _before(node: Any, seen: dict[int, SeenValue]) -> list[SeenValue]:
     """The values seen among the nodes before an unknown one."""
-    numbers = (n._sequence_nr() for n in nodes_before([node], WALK, lambda n: n._sequence_nr() in seen))
+    numbers = (
+        n._sequence_nr() for n in nodes_before([node], NODES_BEFORE_TERM, lambda n: n._sequence_nr() in seen)
+    )
     return [seen[number] for number in numbers if number in seen]

@@ -31,18 +31,18 @@ from diag.watching.observe.loss_calls import LossCalls, Pass, SeenValue, number_
 from diag.watching.observe.route import source_of
 from diag.watching.observe.terms import reaches
 
-CALLS = 8  # of the model that are kept while the loss is learned
+MODEL_CALLS_KEPT = 8  # of the model that are kept while the loss is learned
 OUTPUTS = 4  # of a call that are listened to
 NOT_A_NUMBER = (
     "backward() is called on something other than one number, so its loss is not recorded; give it by "
     "watcher.loss(value)."
 )
-NO_NUMBER = "backward() is called on something other than one number"
+NOT_ONE_NUMBER = "backward() is called on something other than one number"
 FROM_BACKWARD = (
     "The recorded loss is what backward() was called on, for {reason}; give watcher.loss(value) if something "
     "else is meant."
 )
-MOVED = (
+LOSS_MOVED = (
     "The parameters were moved between two backward passes of one step, as SAM does: the recorded loss is that "
     "before the move, the recorded gradient the one that the optimizer was given."
 )
@@ -64,8 +64,8 @@ class LossObserver:
         self.probe, self._note, self._info, self._parameters = probe, note, info, tuple(parameters)
         self._own = {id(p) for p in self._parameters}
         self._calls = LossCalls()
-        self._forwards: deque[ForwardCall] = deque(maxlen=CALLS)
-        self._sources: deque[int] = deque(maxlen=CALLS * OUTPUTS)
+        self._forwards: deque[ForwardCall] = deque(maxlen=MODEL_CALLS_KEPT)
+        self._sources: deque[int] = deque(maxlen=MODEL_CALLS_KEPT * OUTPUTS)
         self._foreign = ""  # why the last call of the model is none to learn from
         self._pending: Pass | None = None
         self._called = self._reached = False
@@ -154,7 +154,7 @@ class LossObserver:
         if not roots or self._leaves_out_this_model(inputs):
             return
         if len(roots) != 1 or roots[0].numel() != 1:
-            self._pending = Pass(None, None, NO_NUMBER)
+            self._pending = Pass(None, None, NOT_ONE_NUMBER)
             return
         found = self._calls.behind(roots[0], self._concerns)
         self._pending = _weighted(found, weight)
@@ -190,7 +190,7 @@ class LossObserver:
         """The losses of the step that has been made: one for what it descended, or those that the user told."""
         passes, self._passes = self._passes, []
         if self._moved:
-            self._note("moved", MOVED)
+            self._note("moved", LOSS_MOVED)
         values = [p.value for p in passes if p.value is not None]
         whole = [sum(values)] if values and len(values) == len(passes) else []
         losses, self._given = self._given or whole, []

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-SMALL = 1 << 13
-PUT_TOGETHER, MANY = 1 << 8, 64
-BLOCK = 1 << 17
-TINY = 1e-28  # of a sum of squares
-HALVES = (torch.float16, torch.bfloat16)
-PLAIN = (Tensor, nn.Parameter)
+SMALL_TENSOR = 1 << 13
+PUT_TOGETHER, MANY_TENSORS = 1 << 8, 64
+NORM_BLOCK = 1 << 17
+TINY_SUM = 1e-28  # of a sum of squares
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 Norms = NDArray[numpy.float64] | Tensor
 
@@ -44,12 +44,13 @@ def norms(tensors: Sequence[Tensor]) -> Norms:
 
 
 def differences(after: Sequence[Tensor], before: Sequence[Tensor], scratch: Tensor | None = None) -> Norms:
-    """The norms of `after - before`. On the CPU, `scratch` (BLOCK float32 elements) saves touching new memory."""
+    """The norms of `after - before`. On the CPU, `scratch` (NORM_BLOCK float32 elements) saves touching new
+    memory."""
     local = [_dense(a) for a in after]
     if all(a.is_cpu for a in local):
         return numpy.array([_distance(a, b, scratch) for a, b in zip(local, before, strict=True)])
     # The difference of two half-precision numbers need not be one.
-    wide = [a.float() if a.dtype in HALVES else a for a in local]
+    wide = [a.float() if a.dtype in HALF_PRECISION else a for a in local]
     parts = [norms([a - b.to(a.device, non_blocking=True)]) for a, b in zip(wide, before, strict=True)]
     return torch.cat([torch.as_tensor(p, device=local[0].device) for p in parts])
 
@@ -62,7 +63,7 @@ def copies(tensors: Sequence[Tensor], device: torch.device | None = None) -> lis
 def _dense(t: Tensor) -> Tensor:
     if t.requires_grad:
         t = t.detach()
-    if type(t) not in PLAIN and hasattr(t, "to_local"):
+    if type(t) not in PLAIN_TENSORS and hasattr(t, "to_local"):
         t = t.to_local()
     if t.layout is not torch.strided:
         # Duplicate entries of a sparse gradient add up, so they must be merged before they are squared.
@@ -74,7 +75,7 @@ def _norms_on_cpu(tensors: Sequence[Tensor]) -> NDArray[numpy.float64]:
     """One by one, but for many small ones, which are put together: a call for each would take ten times as long."""
     together = [0 < t.numel() <= PUT_TOGETHER and t.dtype is torch.float32 for t in tensors]
     small = [t.reshape(-1) for t, is_small in zip(tensors, together, strict=True) if is_small]
-    if len(small) < MANY:
+    if len(small) < MANY_TENSORS:
         return numpy.array([_norm(t) for t in tensors])
     starts = numpy.cumsum([0] + [t.numel() for t in small[:-1]])
     squares = numpy.square(torch.cat(small).numpy(), dtype=numpy.float64)
@@ -90,37 +91,39 @@ def _norm(t: Tensor) -> float:
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
     square = sum(_squares(t))
-    if TINY <= square < math.inf or t.dtype is torch.float64:
+    if TINY_SUM <= square < math.inf or t.dtype is torch.float64:
         return math.sqrt(square)
     # In float32 the squares leave its range beyond 1e19 and below 1e-19, where the norm itself does not.
-    scale = 1e20 if square < TINY else 1e-30
+    scale = 1e20 if square < TINY_SUM else 1e-30
     return math.sqrt(sum(_squares(t.float() * scale))) / scale
 
 
 def _squares(t: Tensor) -> Iterator[float]:
-    if t.dtype in HALVES:
+    if t.dtype in HALF_PRECISION:
         t = t.float()
-    if t.numel() <= SMALL:  # BLAS uses more than one thread only beyond this
+    if t.numel() <= SMALL_TENSOR:  # BLAS uses more than one thread only beyond this
         array = t.numpy()
         yield float(numpy.vdot(array, array))
     else:
-        yield from (float(torch.dot(b, b)) for b in t.reshape(-1).split(BLOCK))
+        yield from (float(torch.dot(b, b)) for b in t.reshape(-1).split(NORM_BLOCK))
 
 
 def _distance(a: Tensor, b: Tensor, scratch: Tensor | None) -> float:
     # The difference of two half-precision numbers need not be one.
-    a, b = (a.float(), b.float()) if a.dtype in HALVES else (a, b)
-    if a.numel() <= SMALL or scratch is None or a.dtype is not scratch.dtype:
+    a, b = (a.float(), b.float()) if a.dtype in HALF_PRECISION else (a, b)
+    if a.numel() <= SMALL_TENSOR or scratch is None or a.dtype is not scratch.dtype:
         return _norm(a - b)
-    pairs = zip(a.reshape(-1).split(BLOCK), b.reshape(-1).split(BLOCK), strict=True)
+    pairs = zip(a.reshape(-1).split(NORM_BLOCK), b.reshape(-1).split(NORM_BLOCK), strict=True)
     blocks = (torch.sub(x, y, out=scratch[: len(x)]) for x, y in pairs)
     square = sum(float(torch.dot(d, d)) for d in blocks)
-    return math.sqrt(square) if TINY <= square < math.inf else _norm(a - b)
+    return math.sqrt(square) if TINY_SUM <= square < math.inf else _norm(a - b)
 
 
 def _norms_on_device(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     kinds = {t.dtype for t in tensors}
-    half = not kinds.isdisjoint(HALVES)
+    half = not kinds.isdisjoint(HALF_PRECISION)
     if any(k.is_complex for k in kinds) or (half and len(kinds) > 1):
-        return [torch.linalg.vector_norm(t, dtype=torch.float32 if t.dtype in HALVES else None) for t in tensors]
+        return [
+            torch.linalg.vector_norm(t, dtype=torch.float32 if t.dtype in HALF_PRECISION else None) for t in tensors
+        ]
     return torch._foreach_norm(list(tensors), 2, dtype=torch.float32 if half else None)

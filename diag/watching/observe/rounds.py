@@ -7,8 +7,8 @@ then is nothing of the loop half done; which that is, the rounds before tell.
 
 from __future__ import annotations
 
-REMEMBERED = 50  # rounds for which it counts that more optimizers took part
-KINDS = 64  # different sets of optimizers that are remembered
+ROUNDS_REMEMBERED = 50  # rounds for which it counts that more optimizers took part
+KINDS_OF_ROUNDS = 64  # different sets of optimizers that are remembered
 
 
 class Rounds:
@@ -36,7 +36,7 @@ class Rounds:
         """This optimizer has stepped; everything: all parameters have been stepped. Whether the round is over."""
         self.stepped.add(optimizer)
         now = frozenset(self.stepped)
-        recent = [kind for kind, when in self._seen.items() if self._count - when <= REMEMBERED]
+        recent = [kind for kind, when in self._seen.items() if self._count - when <= ROUNDS_REMEMBERED]
         return (everything or now in recent) and not any(now < kind for kind in recent)
 
     def close(self) -> None:
@@ -52,5 +52,5 @@ class Rounds:
 
     def _remember(self, kind: set[int]) -> None:
         self._seen[frozenset(kind)] = self._count
-        if len(self._seen) > KINDS:
+        if len(self._seen) > KINDS_OF_ROUNDS:
             del self._seen[min(self._seen, key=self._seen.__getitem__)]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import first_arguments, kind_of, signed
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, signed
 
-LONGEST = 16
+LONGEST_ROUTE = 16
 RouteStep = Callable[[Tensor], Tensor]
 # These only rearrange memory or copy it; the final reshape accounts for them.
-TRANSPARENT = ("View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze", "Unsqueeze", "Alias", "_DDPSink")
+REARRANGING = (*PASSING_ON, "_DDPSink")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def route_between(outputs: Tensor, source: int | None, given: Tensor, nodes: lis
 
 def chain_of(given: Tensor) -> list[Node]:
     """The graph nodes before `given`, the last first, along its first differentiable argument."""
-    return [Node(kind_of(n), n._sequence_nr(), _step_of(n)) for n in first_arguments(given.grad_fn, LONGEST)]
+    return [Node(kind_of(n), n._sequence_nr(), _step_of(n)) for n in first_arguments(given.grad_fn, LONGEST_ROUTE)]
 
 
 def source_of(outputs: Tensor) -> int | None:
@@ -90,7 +90,7 @@ def source_of(outputs: Tensor) -> int | None:
 
     Accelerate widens a model's outputs after the model itself has computed its loss from them.
     """
-    made = (n for n in first_arguments(outputs.grad_fn, LONGEST) if kind_of(n) not in ("ToCopy", "_DDPSink"))
+    made = (n for n in first_arguments(outputs.grad_fn, LONGEST_ROUTE) if kind_of(n) not in ("ToCopy", "_DDPSink"))
     node = next(made, None)
     return None if node is None else node._sequence_nr()
 
@@ -117,7 +117,7 @@ def _rearranged(outputs: Tensor, given: Tensor) -> Route | None:
 
 
 def _is_transparent(node: Node) -> bool:
-    return node.step is None and node.name in TRANSPARENT
+    return node.step is None and node.name in REARRANGING
 
 
 def _step_of(node: Any) -> RouteStep | None:

@@ -22,7 +22,7 @@ from diag.watching.measure.schedule import Regular, Thinning
 from diag.watching.observe.gradients import GradientNorms, StepMembers
 from diag.watching.observe.learning import Note
 from diag.watching.observe.losses import LossObserver
-from diag.watching.observe.norms import BLOCK, copies, differences, norms
+from diag.watching.observe.norms import NORM_BLOCK, copies, differences, norms
 from diag.watching.observe.rounds import Rounds
 from diag.watching.observe.rows import Row
 
@@ -91,7 +91,7 @@ class StepObserver:
         self.before: dict[int, Tensor] = {}
         self.keep_before = False
         self._buffers: dict[int, Tensor] = {}
-        self._scratch = torch.empty(BLOCK)
+        self._scratch = torch.empty(NORM_BLOCK)
         self.optimizer: Optimizer | None = None
         self.steps = 0
         self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, StepMembers]] = weakref.WeakKeyDictionary()

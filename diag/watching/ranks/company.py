@@ -21,11 +21,11 @@ from diag.watching.ranks import comparison, shared_rows
 from diag.watching.ranks.comparison import BatchSums, RankComparison
 from diag.watching.ranks.shared_rows import SharedRows
 
-ALONE = (
+ONLY_RANK_0 = (
     "Of {} ranks only rank 0 is watched ({}): the loss is that of rank 0's examples, the norms of what is sharded "
     "are left out, and the ranks are not compared. Call diag.watch on every rank."
 )
-TOGETHER = "All {} ranks are watched: the loss is the mean over ranks, and norms are those of the whole tensors."
+ALL_RANKS = "All {} ranks are watched: the loss is the mean over ranks, and norms are those of the whole tensors."
 
 
 class Company:
@@ -73,8 +73,8 @@ class Company:
         link = None
         if why == "":
             link = Link(self._meeting)
-            link.connect(shared_rows.KIND)
-            link.connect(comparison.KIND)
+            link.connect(shared_rows.STEP_MESSAGES)
+            link.connect(comparison.COMPARISON_MESSAGES)
             why = link.reason
         self._begin(self._meeting.world, None if why != "" else link, why or "they could not be reached")
 
@@ -86,9 +86,9 @@ class Company:
         parameters = list(self._parameters.values())
         self.sharing = SharedRows(link, list(placements.values()), parameters, self._note)
         if link is None:
-            self._note("ranks", ALONE.format(world, why))
+            self._note("ranks", ONLY_RANK_0.format(world, why))
             return
-        self._info("ranks", TOGETHER.format(world))
+        self._info("ranks", ALL_RANKS.format(world))
         self._comparison = RankComparison(link, self._parameters, placements, self._model)
 
     # What happens

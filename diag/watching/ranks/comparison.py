@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from diag.distributed.checksums import LIMIT, checksum_of
+from diag.distributed.checksums import CHECKSUM_ENTRIES, checksum_of
 from diag.distributed.link import Link, Message
 from diag.distributed.placement import Placement, is_spread, own_part
 from diag.snapshot.batch import tensors_in
@@ -25,13 +25,13 @@ from diag.snapshot.loop.ranks import Difference, RankFacts, RankSetting, SameRow
 from diag.watching.observe.loop.moment import due
 from diag.watching.observe.rows import Row
 
-KIND = "comparison"
-HEAD = 4  # number of the look, examples, checksum of the inputs, of the targets (0: not seen)
+COMPARISON_MESSAGES = "comparison"
+COMPARISON_HEAD = 4  # number of the look, examples, checksum of the inputs, of the targets (0: not seen)
 GROUPS = 8
 SETTINGS = 12  # of a group
 TENSORS = 4  # of a batch
 PRIME = 1_000_003
-ROUNDING = 1e-5  # of a norm: below it two tensors differ in their last bits
+LAST_BITS = 1e-5  # of a norm: below it two tensors differ in their last bits
 
 
 class RankComparison:
@@ -94,7 +94,7 @@ class RankComparison:
         """Go on with what has come, without waiting; whether something new was found."""
         while self._waiting and (self._waiting[0][2] is None or self._waiting[0][2].query()):
             step, host, _ = self._waiting.popleft()
-            self._asked.append((step, self._link.gather(KIND, host)))
+            self._asked.append((step, self._link.gather(COMPARISON_MESSAGES, host)))
         new = False
         while self._asked and self._asked[0][1].ready():
             step, message = self._asked.popleft()
@@ -111,9 +111,9 @@ class RankComparison:
             return False
         self._looks.append(step)
         self._examples = [*self._examples[-15:], tuple(table[:, 1].tolist())]
-        at = HEAD + GROUPS * SETTINGS
+        at = COMPARISON_HEAD + GROUPS * SETTINGS
         self._compare_rows(table[:, 2], table[:, 3])
-        self._compare_settings(step, table[:, HEAD:at].view(numpy.float64))
+        self._compare_settings(step, table[:, COMPARISON_HEAD:at].view(numpy.float64))
         many, few = len(self._parameters), len(self._buffers)
         bits, static = table[:, at : at + many], table[:, at + many : at + many + few]
         sums = table[:, at + many + few : at + 2 * many + few].view(numpy.float64)
@@ -164,9 +164,9 @@ class RankComparison:
         if not known.any():
             return
         apart = numpy.abs(norms - norms[0]) / numpy.where(known, norms[0], 1.0)
-        self._equal_gradients += bool((apart[:, known] <= ROUNDING).all())
+        self._equal_gradients += bool((apart[:, known] <= LAST_BITS).all())
         for rank in range(1, len(norms)):
-            differ = numpy.flatnonzero(known & (apart[rank] > ROUNDING))
+            differ = numpy.flatnonzero(known & (apart[rank] > LAST_BITS))
             size = float(apart[rank][differ].max()) if len(differ) else math.nan
             self._keep("gradients", rank, step, [self._columns[i] for i in differ], size)
 
@@ -245,7 +245,7 @@ class BatchSums:
 def _added(before: Any, batch: Any) -> Any:
     tensors = [batch] if isinstance(batch, Tensor) else tensors_in(batch)
     for t in [t for t in tensors if type(t) is Tensor and t.numel()][:TENSORS]:
-        before = before * PRIME + checksum_of(t, LIMIT)
+        before = before * PRIME + checksum_of(t, CHECKSUM_ENTRIES)
     return before
 
 

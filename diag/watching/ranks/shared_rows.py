@@ -22,8 +22,10 @@ from diag.distributed.placement import Placement, is_spread
 from diag.watching.observe.rows import Columns, Row
 
 FIELDS = ("gradient_norm", "parameter_norm", "update_norm", "distance", "applied")
-HEAD = 5  # number of the message; examples; loss x examples; ranks that saw a loss; ranks that skipped the step
-KIND = "steps"
+STEP_HEAD = (
+    5  # number of the message; examples; loss x examples; ranks that saw a loss; ranks that skipped the step
+)
+STEP_MESSAGES = "steps"
 GRADIENTS_LOOKED = 3  # steps at which the placement of gradients is looked at
 BEHIND_STEPS, BEHIND_SECONDS = 16, 60.0  # the others are this far behind: they make other steps than this rank
 CLOSING = 5.0  # seconds
@@ -72,7 +74,7 @@ class SharedRows:
             self._look_at_gradients()
         if self._sent - self._taken > BEHIND_STEPS and time.monotonic() - self._since > BEHIND_SECONDS:
             link.broke("the ranks do not make the same steps: another is far behind")
-        return link.sum(KIND, torch.from_numpy(self._vector(row)))
+        return link.sum(STEP_MESSAGES, torch.from_numpy(self._vector(row)))
 
     def merge(self, row: Row, answer: Any) -> None:
         """Put the ranks' numbers into the row."""
@@ -92,12 +94,12 @@ class SharedRows:
 
     def _vector(self, row: Row) -> NDArray[numpy.float64]:
         width = len(self._parameters)
-        vector = numpy.zeros(HEAD + 2 * len(FIELDS) * width)
+        vector = numpy.zeros(STEP_HEAD + 2 * len(FIELDS) * width)
         examples = max(row.examples, 1)
         vector[0], vector[1], vector[4] = self._sent, examples, float(bool(row.skipped))
         if row.losses:
             vector[2], vector[3] = examples * sum(row.losses) / len(row.losses), 1.0
-        table = vector[HEAD:].reshape(len(FIELDS), 2, width)
+        table = vector[STEP_HEAD:].reshape(len(FIELDS), 2, width)
         for name, columns, values in self._named(row):
             known = self._known_of(name)[columns]
             mine = columns[known]
@@ -130,7 +132,7 @@ class SharedRows:
             row.losses = [] if math.isfinite(total[2]) else [math.nan]
             self._note("loss over ranks", LOSS_NOT_SEEN)
         row.skipped = total[4] > 0
-        table = total[HEAD:].reshape(len(FIELDS), 2, len(self._parameters))
+        table = total[STEP_HEAD:].reshape(len(FIELDS), 2, len(self._parameters))
         common = {name: self._norms(table[i, 0], table[i, 1], world) for i, name in enumerate(FIELDS)}
         row.norms = [(name, *self._covered(row, name, columns, common[name])) for name, columns, _ in row.norms]
         row.applied = [self._covered(row, "applied", columns, common["applied"]) for columns, _ in row.applied]

@@ -20,11 +20,11 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import BatchFacts
 from diag.watching.observe.loop.moment import Moment, due
 
-NUMBERS = 64  # of a batch that are hashed
-DISTINCT = 16  # of them at least, else (pixels that are mostly zero, few words) the whole batch is hashed
+NUMBERS_HASHED = 64  # of a batch that are hashed
+DISTINCT_NUMBERS = 16  # of them at least, else (pixels that are mostly zero, few words) the whole batch is hashed
 WHOLE = 1 << 19  # bytes of a batch up to which that is done
-LOOKED = 4  # batches by which it is decided
-REMEMBERED = 1 << 16  # batches
+BATCHES_LOOKED_AT = 4  # batches by which it is decided
+BATCHES_REMEMBERED = 1 << 16  # batches
 AWAY = 256  # batches on a device that wait to be hashed
 TELL = (2, 4, 6)  # the same order for so many batches is news
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
@@ -77,7 +77,7 @@ class Batches:
         if self._whole and tensor.numel() * tensor.element_size() > WHOLE:
             return
         sample = bytes_of(tensor if self._whole else sampled(tensor))
-        if self._looked < LOOKED and not self._whole:
+        if self._looked < BATCHES_LOOKED_AT and not self._whole:
             self._look(tensor, sample)
         self._add(self._calls, zlib.crc32(sample), tensor.shape)
 
@@ -85,7 +85,7 @@ class Batches:
         """Are the few numbers enough to tell batches apart?"""
         self._looked += 1
         size = 4 if tensor.dtype is torch.bfloat16 else tensor.element_size()
-        if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT:
+        if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT_NUMBERS:
             self._whole, self._hashed = True, 0
             self._at.clear()
             self._keys.clear()
@@ -95,7 +95,7 @@ class Batches:
         self._hashed += 1
         fetched, self.fetched = self.fetched, False
         before = self._at.get(key)
-        if len(self._at) < REMEMBERED:
+        if len(self._at) < BATCHES_REMEMBERED:
             self._at[key], self._keys[call] = call, key
         self._compare(call, key, before, fetched)
         if self._repeats in TELL or (self._lag and self._repeats == self._lag):
@@ -164,7 +164,7 @@ class Batches:
         """As plain data; what is on a device is read now."""
         while self._away:
             call, sample = self._away.popleft()
-            if len(sample.unique()) >= DISTINCT:
+            if len(sample.unique()) >= DISTINCT_NUMBERS:
                 self._add(call, zlib.crc32(bytes_of(sample.cpu())), sample.shape)
         waiting, self._labels_away = self._labels_away, []
         for targets in waiting:
@@ -198,7 +198,7 @@ def sampled(tensor: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def stride_of(length: int) -> int:
     """A step that shares no factor with the length, so that not always the same column is met."""
-    stride = max(length // NUMBERS, 1)
+    stride = max(length // NUMBERS_HASHED, 1)
     while math.gcd(stride, length) > 1:
         stride += 1
     return stride

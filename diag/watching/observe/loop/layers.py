@@ -12,9 +12,9 @@ from diag.distributed.placement import own_part
 from diag.snapshot.loop.parts import LayerFacts
 from diag.watching.observe.loop.moment import Moment
 
-NUMBERS = 32  # entries that are compared first
-STEPS = 3  # after which equal parameters are compared again
-MOST = 64
+ENTRIES_COMPARED_FIRST = 32  # entries that are compared first
+STEPS_BEFORE_COMPARISON = 3  # after which equal parameters are compared again
+MOST_PAIRS = 64
 
 Pair = tuple[str, str]
 
@@ -42,7 +42,7 @@ class Layers:
             if names not in now:
                 self._untied = tuple({*self._untied, (names[0], names[1])})
                 self._moment.news("untied")
-        if self._looks > STEPS and self._equal:
+        if self._looks > STEPS_BEFORE_COMPARISON and self._equal:
             parameters = dict(self._model.named_parameters())
             self._still = tuple(
                 (a, b)
@@ -97,12 +97,12 @@ def equal_parameters(model: nn.Module) -> tuple[Pair, ...]:
             if bool((row != row[0]).any()):
                 kinds[row.double().numpy().tobytes()].append(name)
         pairs += [(same[0], other) for same in kinds.values() for other in same[1:]]
-    return tuple((a, b) for a, b in pairs[:MOST] if is_equal(parameters[a], parameters[b]))
+    return tuple((a, b) for a, b in pairs[:MOST_PAIRS] if is_equal(parameters[a], parameters[b]))
 
 
 def _some(p: torch.Tensor) -> torch.Tensor:
     flat = p.reshape(-1)
-    return flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS]
+    return flat[:: max(len(flat) // ENTRIES_COMPARED_FIRST, 1)][:ENTRIES_COMPARED_FIRST]
 
 
 def is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -15,28 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.autograd_graph import first_arguments, kind_of, parents_of, signed
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, parents_of, signed
 from diag.snapshot.loop.parts import LossFacts
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
 
-KINDS = 16  # kinds of calls that are told apart
-CHECKED = 3  # calls whose numbers are looked at
+MOST_KINDS_OF_CALLS = 16  # kinds of calls that are told apart
+CALLS_CHECKED = 3  # calls whose numbers are looked at
 ROOTS = 8
-ROWS = 64
-WALK = 24
-# These neither change the numbers nor their order within a row.
-TRANSPARENT = (
-    "View",
-    "UnsafeView",
-    "ReshapeAlias",
-    "Clone",
-    "ToCopy",
-    "Squeeze",
-    "Unsqueeze",
-    "Alias",
-    "Contiguous",
-)
+ROWS_CHECKED = 64
+NODES_TO_INPUT = 24
 MADE_BY = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "LogSigmoid": "log_sigmoid"}
 WITH_CLASSES = ("cross_entropy", "nll_loss")
 
@@ -114,7 +102,7 @@ class Losses:
         key += (target.shape[1:], target.dtype) if isinstance(target, Tensor) else ()
         kind = self.kinds.get(key)
         if kind is None:
-            if len(self.kinds) >= KINDS:
+            if len(self.kinds) >= MOST_KINDS_OF_CALLS:
                 return
             kind = self.kinds[key] = _kind(function, args, kwargs, self._moment.step)
             self._moment.news(("loss", function.__name__, len(self.kinds)))
@@ -123,7 +111,7 @@ class Losses:
         if isinstance(target, Tensor):
             kind.target = (tuple(target.shape), str(target.dtype).removeprefix("torch."))
         self._last = (value.grad_fn._sequence_nr() if value.grad_fn is not None else -1, kind)
-        if kind.calls <= CHECKED or due(kind.calls):
+        if kind.calls <= CALLS_CHECKED or due(kind.calls):
             self._look(kind, given, target)
 
     def _look(self, kind: LossKind, given: Tensor, target: Any) -> None:
@@ -132,8 +120,8 @@ class Losses:
             kind.broadcast |= expands_both(given, target) and kind.function not in WITH_CLASSES
             self._targets(kind, target)
         axis = 1 if kind.function in WITH_CLASSES and given.ndim > 1 else -1
-        if given.ndim > 1 and given.shape[axis] > 1 and kind.checked < CHECKED:
-            rows = given.detach().movedim(axis, -1).reshape(-1, given.shape[axis])[:ROWS]
+        if given.ndim > 1 and given.shape[axis] > 1 and kind.checked < CALLS_CHECKED:
+            rows = given.detach().movedim(axis, -1).reshape(-1, given.shape[axis])[:ROWS_CHECKED]
             self._read(kind, "rows", rows)
         news = (kind.came_from, kind.over_axis, kind.broadcast)
         self._moment.news(("loss input", id(kind), news))
@@ -150,7 +138,7 @@ class Losses:
     def _read(self, kind: LossKind, what: str, values: Tensor) -> None:
         if values.is_cpu:
             self._note(kind, what, values)
-        elif len(self._away) < 4 * KINDS:
+        elif len(self._away) < 4 * MOST_KINDS_OF_CALLS:
             self._away.append((kind, what, values.clone()))
 
     def _note(self, kind: LossKind, what: str, values: Tensor) -> None:
@@ -161,7 +149,7 @@ class Losses:
         probabilities, logs = are_probabilities(values)
         kind.probabilities += probabilities
         kind.log_probabilities += logs
-        if kind.checked == CHECKED or probabilities:
+        if kind.checked == CALLS_CHECKED or probabilities:
             self._moment.news(("loss rows", id(kind), kind.checked, probabilities, logs))
 
     # What the loss was multiplied with
@@ -185,14 +173,14 @@ class Losses:
             return
         number, kind = self._last
         self._last = None
-        if kind.calls <= CHECKED or due(kind.calls):
+        if kind.calls <= CALLS_CHECKED or due(kind.calls):
             factor = factor_between(root.grad_fn, number)
             kind.root = factor is not None
             kind.factor = None if factor is None or math.isnan(factor) else factor
 
     def _own(self, root: Tensor) -> None:
         """No loss function of torch was called: the loss is the user's own arithmetic."""
-        if self.own is not None and not (self.own.calls < CHECKED):
+        if self.own is not None and not (self.own.calls < CALLS_CHECKED):
             return
         if self.own is None:
             self.own = LossKind("", "", {}, self._moment.step)
@@ -261,12 +249,12 @@ def _first_two(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
 def made_by(given: Tensor) -> tuple[str, int | None]:
     """The function that made the tensor, and its axis from the front where nothing was rearranged since."""
     moved = False
-    for node in first_arguments(given.grad_fn, WALK):
+    for node in first_arguments(given.grad_fn, NODES_TO_INPUT):
         name = kind_of(node)
         if name in MADE_BY:
             axis = getattr(node, "_saved_dim", None)
             return MADE_BY[name], None if axis is None or moved else _from_front(axis, given)
-        if name not in TRANSPARENT:
+        if name not in PASSING_ON:
             return "", None
         moved |= name not in ("Clone", "ToCopy", "Alias", "Contiguous")
     return "", None
@@ -303,7 +291,7 @@ def factor_between(root: Any, number: int) -> float | None:
     """What the graph node `number` was multiplied with on the way to `root`: NaN where that is not on the host,
     None where there is anything else on the way."""
     factor = 1.0
-    for node in first_arguments(root, WALK):
+    for node in first_arguments(root, NODES_TO_INPUT):
         if node._sequence_nr() == number:
             return factor
         name = kind_of(node)
@@ -313,7 +301,7 @@ def factor_between(root: Any, number: int) -> float | None:
         elif name in ("Div", "Mul"):
             value = _number(other)
             factor = factor / value if name == "Div" and value else factor * value
-        elif name not in TRANSPARENT:
+        elif name not in PASSING_ON:
             return None
     return None
 
@@ -330,13 +318,13 @@ def difference_shapes(root: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     the one of its sides with a graph where the other side has none and the two were broadcast against each
     other."""
     shape: tuple[int, ...] = ()
-    for node in first_arguments(root.grad_fn, WALK):
+    for node in first_arguments(root.grad_fn, NODES_TO_INPUT):
         name = kind_of(node)
         if name in ("Mean", "Sum"):
             shape = tuple(getattr(node, "_saved_self_sym_sizes", ()))
         elif name in ("Sub", "Rsub"):
             return _sides(node, shape)
-        elif name not in ("Pow", "Abs", "Sqrt", "Div", "Mul", "Neg", *TRANSPARENT):
+        elif name not in ("Pow", "Abs", "Sqrt", "Div", "Mul", "Neg", *PASSING_ON):
             return (), ()
     return (), ()
 

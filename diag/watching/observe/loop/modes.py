@@ -14,7 +14,7 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import ModeFacts
 from diag.watching.observe.loop.moment import Counter, Moment
 
-LOOKED_AT = 6  # modules at a call where no evaluation came before it
+MODULES_A_CALL = 6  # modules at a call where no evaluation came before it
 RUN = 2  # calls without gradients in a row that make an evaluation
 
 
@@ -50,14 +50,14 @@ class Modes:
         if self._evaluated_since or self._eval_steps.running or self._calls_all():
             looked = range(len(self._named))
         else:
-            looked = range(self._at, min(self._at + LOOKED_AT, len(self._named)))
+            looked = range(self._at, min(self._at + MODULES_A_CALL, len(self._named)))
             self._at = looked.stop if looked.stop < len(self._named) else 0
         self._pending = [i for i in looked if not self._named[i][1].training]
         self._pending_root = not self._model.training
         self._pending_all = len(looked) == len(self._named)
 
     def _calls_all(self) -> bool:
-        return len(self._named) <= LOOKED_AT
+        return len(self._named) <= MODULES_A_CALL
 
     def backward(self) -> None:
         """A backward pass reached the model: what was seen at its call was training."""

@@ -16,8 +16,8 @@ from diag.snapshot.optimizer import HYPERPARAMETERS
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.zeroing import Gradients, Watched, mark_of
 
-MOST = 64  # optimizers that are followed
-SURE = 2  # times in a row
+MOST_OPTIMIZERS = 64  # optimizers that are followed
+TIMES_IN_A_ROW = 2  # times in a row
 
 
 class OptimizerRecord:
@@ -80,7 +80,7 @@ class Optimizers:
             and getattr(optimizer, "param_groups", None) is getattr(inner, "param_groups", ())
         ):
             return self.record(inner) if isinstance(inner, Optimizer) else None
-        if len(self.records) >= MOST:
+        if len(self.records) >= MOST_OPTIMIZERS:
             return None
         known = OptimizerRecord(optimizer, type(optimizer).__name__)
         self.records.append(known)
@@ -264,7 +264,7 @@ class Optimizers:
     def _count(self, counter: Counter, step: int, happened: bool, kind: str, record: OptimizerRecord) -> None:
         if not happened:
             counter.miss()
-        elif counter.hit(step) in (SURE, SURE + 1) or counter.times == SURE:
+        elif counter.hit(step) in (TIMES_IN_A_ROW, TIMES_IN_A_ROW + 1) or counter.times == TIMES_IN_A_ROW:
             self._moment.news((kind, id(record), counter.running))
 
     # Facts

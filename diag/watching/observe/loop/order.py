@@ -7,8 +7,8 @@ import functools
 from diag.snapshot.loop.parts import Pattern
 from diag.watching.observe.loop.moment import Moment
 
-LONGEST = 96  # letters of one step that are kept
-KEPT = 24  # distinct orders
+LONGEST_ORDER = 96  # letters of one step that are kept
+ORDERS_KEPT = 24  # distinct orders
 ONCE = frozenset("SZLUCE")  # several in a row are written once: one for each optimizer, or for each parameter
 
 
@@ -29,7 +29,7 @@ class Order:
             now = self._now
         if now and now[-1] == letter and letter in ONCE:
             return
-        if len(now) < LONGEST:
+        if len(now) < LONGEST_ORDER:
             now.append(letter)
         if letter in "Ss":
             self._stepped = True
@@ -41,7 +41,7 @@ class Order:
         if known is not None:
             known[1], known[2] = step, known[2] + 1
             return
-        if len(self._patterns) >= KEPT:
+        if len(self._patterns) >= ORDERS_KEPT:
             del self._patterns[min(self._patterns, key=lambda k: self._patterns[k][1])]
         self._patterns[letters] = [step, step, 1]
         if len(self._patterns) <= 4:

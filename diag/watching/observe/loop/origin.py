@@ -19,7 +19,7 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import OriginFacts
 from diag.watching.observe.loop.moment import Moment
 
-NODES = 256  # of the graph before the loss
+NODES_BEFORE_LOSS = 256  # of the graph before the loss
 # What an operation kept of its argument or its result where it left the numbers, and in words.
 SINGULAR = (
     ("Log", "_saved_self", lambda t: t <= 0, "the logarithm of zero, or of a negative number"),
@@ -78,7 +78,7 @@ def _all_finite(found: list[Tensor]) -> bool | None:
 def _singular(root: Any, ends: set[int]) -> str:
     """The operation nearest to the network's outputs that left the numbers; empty where none is known."""
     found = ""
-    for node in nodes_before([root], NODES, lambda n: n._sequence_nr() in ends):
+    for node in nodes_before([root], NODES_BEFORE_LOSS, lambda n: n._sequence_nr() in ends):
         for kind, saved, bad, words in SINGULAR:
             kept = getattr(node, saved, None) if kind_of(node) == kind else None
             if isinstance(kept, Tensor) and bool(bad(kept.detach()).any()):

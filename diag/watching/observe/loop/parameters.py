@@ -14,7 +14,7 @@ from diag.watching.hooks.model_hook import frames_compiled
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers, plain_number
 
-ALONE = 3  # looks in a row without a gradient before a module is looked at closely
+LOOKS_BEFORE_CLOSER = 3  # looks in a row without a gradient before a module is looked at closely
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Parameters:
             s.gradient, s.missing = s.gradient or step, 0
         elif held and p.requires_grad:
             s.missing += 1
-            if s.missing == ALONE:
+            if s.missing == LOOKS_BEFORE_CLOSER:
                 self._moment.news(("no gradient", name.rpartition(".")[0]))
         s.without_optimizer = s.without_optimizer + 1 if p.grad is not None and not anywhere else 0
         if s.without_optimizer in (1, 2):

@@ -15,7 +15,7 @@ from diag.snapshot.loop.parts import PenaltyFacts
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.terms import product, reaches, terms_of
 
-MOST = 24  # looks that are kept
+PENALTY_LOOKS = 24  # looks that are kept
 
 
 class Penalty:
@@ -31,7 +31,7 @@ class Penalty:
 
     @property
     def _looking(self) -> bool:
-        return due(self._passes + 1) and len(self._looks) < MOST
+        return due(self._passes + 1) and len(self._looks) < PENALTY_LOOKS
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""

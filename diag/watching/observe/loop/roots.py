@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import kind_of, parents_of
+from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
 
-NODES = 64  # of a graph that are visited
-TRANSPARENT = ("View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze", "Alias", "Contiguous")
+NODES_VISITED = 64  # of a graph that are visited
 MEAN_REDUCTION = 1
 
 
@@ -22,7 +21,7 @@ def undivided(root: Tensor) -> bool | None:
     """Whether a term of the root is a mean over a batch, times one; None where no term's factor is known."""
     waiting: list[tuple[Any, float]] = [(root.grad_fn, 1.0)]
     factors: list[float] = []
-    for _ in range(NODES):
+    for _ in range(NODES_VISITED):
         if not waiting:
             break
         node, factor = waiting.pop()
@@ -33,7 +32,7 @@ def undivided(root: Tensor) -> bool | None:
             waiting += [(parent, factor) for parent in parents_of(node)]
         elif name in ("Div", "Mul"):
             waiting += [(parent, _scaled(name, node, factor)) for parent in parents_of(node)]
-        elif name in TRANSPARENT:
+        elif name in PASSING_ON:
             waiting += [(parent, factor) for parent in parents_of(node)]
         else:
             factors.append(_of_mean(name, node, factor))

@@ -13,10 +13,10 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import ClippingFacts, ScalingFacts
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord
+from diag.watching.observe.norms import HALF_PRECISION
 
-HALVES = (torch.float16, torch.bfloat16)
-LOOKED = 3  # training calls whose graph is looked at
-WALK = 64  # nodes of the graph
+GRAPHS_LOOKED_AT = 3  # training calls whose graph is looked at
+NODES_OF_GRAPH = 64  # nodes of the graph
 SAVED = (
     "_saved_self",
     "_saved_mat1",
@@ -34,7 +34,7 @@ class Scaling:
 
     def __init__(self, model: nn.Module, moment: Moment) -> None:
         self._moment = moment
-        self._half = any(p.dtype in HALVES for p in model.parameters())
+        self._half = any(p.dtype in HALF_PRECISION for p in model.parameters())
         self._sixteen = any(p.dtype == torch.float16 for p in model.parameters())
         self._scaled_losses = self._looked = self._autocast = 0
         self._skipped, self._clipped_scaled = Counter(), Counter()
@@ -48,13 +48,13 @@ class Scaling:
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""
-        if self._looked >= LOOKED or self._half:
+        if self._looked >= GRAPHS_LOOKED_AT or self._half:
             return
         self._looked += 1
         found = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
         tensor = next((t for t in found if t.requires_grad), None)
         device = "cpu" if tensor is None else tensor.device.type
-        on = torch.is_autocast_enabled(device) or any(t.dtype in HALVES for t in found)
+        on = torch.is_autocast_enabled(device) or any(t.dtype in HALF_PRECISION for t in found)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         self._sixteen |= autocast or any(t.dtype == torch.float16 for t in found)
         self._autocast += on or (tensor is not None and has_half(tensor.grad_fn))
@@ -65,7 +65,7 @@ class Scaling:
             return
         self._scaled_losses += 1
         self._scaled.add(scaled.grad_fn._sequence_nr())
-        if self._scaled_losses == LOOKED:
+        if self._scaled_losses == GRAPHS_LOOKED_AT:
             self._moment.news("loss scaled")
 
     def backward_called(self, roots: Any) -> None:
@@ -220,7 +220,7 @@ class Clipping:
 
 def has_half(node: Any) -> bool:
     """Whether a tensor of half precision is kept for the backward pass in the nodes nearest to `node`."""
-    return any(_keeps_half(before) for before in nodes_before([node], WALK))
+    return any(_keeps_half(before) for before in nodes_before([node], NODES_OF_GRAPH))
 
 
 def _keeps_half(node: Any) -> bool:
@@ -229,6 +229,6 @@ def _keeps_half(node: Any) -> bool:
             saved = getattr(node, name, None)
         except RuntimeError:  # freed, or kept by a hook
             continue
-        if isinstance(saved, Tensor) and saved.dtype in HALVES:
+        if isinstance(saved, Tensor) and saved.dtype in HALF_PRECISION:
             return True
     return False

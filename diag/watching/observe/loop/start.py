@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from diag.snapshot.loop.parts import ShapeFacts, StartingWeight
 
-FEW = 16  # entries; smaller tensors are left out
+FEWEST_ENTRIES = 16  # entries; smaller tensors are left out
 # Modules that multiply by these weights as they are. What computes its weight first says nothing by its parameter.
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-KINDS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+LAYERS_WITH_WEIGHTS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Linear, ("weight",)),
     *((kind, ("weight",)) for kind in CONVOLUTIONS),
     (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
@@ -28,8 +28,8 @@ KINDS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 def starting_weights(model: nn.Module) -> tuple[StartingWeight, ...]:
     """Of each weight of a linear, convolutional, recurrent or attention layer of torch, as it is now.
 
-    Left out are tensors that are an embedding's too, that a parametrization or a hook makes, of fewer than `FEW`
-    entries, and of which this process holds a part only.
+    Left out are tensors that are an embedding's too, that a parametrization or a hook makes, of fewer than
+    `FEWEST_ENTRIES` entries, and of which this process holds a part only.
     """
     found = list(_weights(model))
     if not found:
@@ -69,7 +69,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _names(module: nn.Module) -> list[str]:
     """The names of the module's weights that it multiplies by as they are."""
-    starts = next((names for kind, names in KINDS if type(module).forward is kind.forward), ())
+    starts = next((names for kind, names in LAYERS_WITH_WEIGHTS if type(module).forward is kind.forward), ())
     if not starts or module._forward_pre_hooks:  # the old weight_norm and spectral_norm make the weight in a hook
         return []
     return [name for name in module._parameters if name.startswith(starts)]
@@ -77,7 +77,13 @@ def _names(module: nn.Module) -> list[str]:
 
 def _is_plain(p: Tensor) -> bool:
     whole = not nn.parameter.is_lazy(p) and not hasattr(p, "to_local") and p.device.type != "meta"
-    return whole and p.is_floating_point() and p.ndim >= 2 and p.numel() >= FEW and p.layout is torch.strided
+    return (
+        whole
+        and p.is_floating_point()
+        and p.ndim >= 2
+        and p.numel() >= FEWEST_ENTRIES
+        and p.layout is torch.strided
+    )
 
 
 def _numbers(p: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from diag.snapshot.batch import tensors_in
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.optimizers import Optimizers
 
-CALLS = 2
-NODES = 20_000
-LOOKS = 2  # at which they had a gradient and no optimizer
+CALLS_LOOKED_AT = 2
+NODES_SEARCHED = 20_000
+LOOKS_WITH_GRADIENT = 2  # at which they had a gradient and no optimizer
 
 
 class Strangers:
@@ -32,7 +32,7 @@ class Strangers:
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
-        if self._calls >= CALLS:
+        if self._calls >= CALLS_LOOKED_AT:
             return
         self._calls += 1
         ends = {id(t.grad_fn) for t in tensors_in((args, dict(kwargs))) if t.grad_fn is not None}
@@ -53,15 +53,15 @@ class Strangers:
         alone = [p for p in alive if id(p) not in held and id(p) not in self._names]
         self._looks = self._looks + 1 if alone else 0
         self._alone = tuple(tuple(p.shape) for p in alone)
-        if self._looks == LOOKS:
+        if self._looks == LOOKS_WITH_GRADIENT:
             self._moment.news("strangers")
 
     def facts(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of those that had a gradient and no optimizer at the last looks."""
-        return self._alone if self._looks >= LOOKS else ()
+        return self._alone if self._looks >= LOOKS_WITH_GRADIENT else ()
 
 
 def leaves(starts: list[Any], ends: set[int]) -> list[Tensor]:
     """The leaf tensors of the graph from these nodes back, not beyond the nodes whose ids are `ends`."""
-    nodes = nodes_before(starts, NODES, lambda node: id(node) in ends)
+    nodes = nodes_before(starts, NODES_SEARCHED, lambda node: id(node) in ends)
     return [leaf for node in nodes if isinstance(leaf := getattr(node, "variable", None), Tensor)]

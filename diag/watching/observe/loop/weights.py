@@ -19,8 +19,8 @@ from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.zeroing import spread
 
 SOME = 4  # parameters that are read
-NUMBERS = 4  # of each
-KEPT = 8  # changes that are told
+NUMBERS_OF_EACH = 4  # of each
+CHANGES_KEPT = 8  # changes that are told
 PAST = 512  # earlier states that are remembered, to tell where weights were set back to
 
 
@@ -94,7 +94,7 @@ class Weights:
             now = self._values()
             if now != after:
                 self._changed(after, now)
-        elif [s.parameter._version for s in self._samples] != self._versions and len(self._away) < KEPT:
+        elif [s.parameter._version for s in self._samples] != self._versions and len(self._away) < CHANGES_KEPT:
             self._away.append((self._moment.step, after, self._values(), self._at_evaluation is not None))
 
     def _changed(self, after: list[Any], now: list[Any]) -> None:
@@ -108,8 +108,8 @@ class Weights:
     def _keep(self, step: int, names: list[str], evaluated: bool, back: int | None) -> None:
         self._times += 1
         change = OutsideChange(step, tuple(n for n in names if n), evaluated, back)
-        if len(self._changes) >= KEPT:
-            self._changes.pop(KEPT // 2)
+        if len(self._changes) >= CHANGES_KEPT:
+            self._changes.pop(CHANGES_KEPT // 2)
         self._changes.append(change)
         if self._times <= 3:
             self._moment.news(("weights changed", self._times))
@@ -136,14 +136,14 @@ def sample_of(p: nn.Parameter) -> Sample:
     flat = detached.view(-1) if type(detached) is Tensor and detached.is_contiguous() else None
     if flat is None or not p.is_cpu or p.dtype is torch.bfloat16:
         return Sample(p, p.data_ptr(), _slow_reader(p))
-    strided = flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS].numpy()
+    strided = flat[:: max(len(flat) // NUMBERS_OF_EACH, 1)][:NUMBERS_OF_EACH].numpy()
     return Sample(p, p.data_ptr(), strided.tobytes)
 
 
 def _slow_reader(p: nn.Parameter) -> Callable[[], Any]:
     def read() -> Any:
         flat = getattr(p, "to_local", p.detach)().detach().reshape(-1)  # of a sharded one its own part
-        some = flat[:: max(len(flat) // NUMBERS, 1)][:NUMBERS].clone()
+        some = flat[:: max(len(flat) // NUMBERS_OF_EACH, 1)][:NUMBERS_OF_EACH].clone()
         return tuple(some.tolist()) if p.is_cpu else some
 
     return read

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import ContentFacts, OddRow
+from diag.snapshot.loop.parts import OUTLIER_ROW, ContentFacts, OddRow
 from diag.watching.observe.loop.moment import Moment
 
-NUMBERS = 1 << 16  # of a batch that are looked at
-TOGETHER = 16  # batches that are read at once
+NUMBERS_OF_A_BATCH = 1 << 16  # of a batch that are looked at
+BATCHES_READ_AT_ONCE = 16  # batches that are read at once
 MOST_AWAY = 256  # batches on a device that wait
-OUTLIER = 100.0  # times the median row
-GAP = 10.0  # times the largest row that is within that
-USUAL = 1024  # rows of which the median is taken
-ENOUGH = 48  # rows before any is judged
-KEPT = 16
+GAP_TO_OTHERS = 10.0  # times the largest row that is within that
+ROWS_FOR_MEDIAN = 1024  # rows of which the median is taken
+ROWS_BEFORE_JUDGING = 48  # rows before any is judged
+ODD_ROWS_KEPT = 16
 RAW = 8  # of a DataLoader's first batches whose rows are compared
 
 
@@ -48,7 +47,7 @@ class Contents:
         if x is None or not x.is_floating_point() or not x.is_cpu or x.ndim < 2 or len(x) < 2:
             return
         self._raw += 1
-        self._alike += bool((x[: NUMBERS // max(x[0].numel(), 1) + 2] == x[:1]).all())
+        self._alike += bool((x[: NUMBERS_OF_A_BATCH // max(x[0].numel(), 1) + 2] == x[:1]).all())
         if self._alike in (2, RAW):
             self._moment.news(("rows alike", self._alike))
 
@@ -58,30 +57,30 @@ class Contents:
         if x is None or type(x) is not Tensor or x.ndim < 2 or len(x) < 2 or not x.numel():
             return
         rows = x.detach().flatten(1)
-        if rows.numel() > NUMBERS:
-            rows = rows[:, :: -(-rows.numel() // NUMBERS)]
+        if rows.numel() > NUMBERS_OF_A_BATCH:
+            rows = rows[:, :: -(-rows.numel() // NUMBERS_OF_A_BATCH)]
         self._batches += 1
         self._waiting.append((self._moment.step, indices if len(indices) == len(x) else (), rows.abs().amax(1)))
-        if x.is_cpu and (len(self._waiting) >= TOGETHER or self._batches <= 3):
+        if x.is_cpu and (len(self._waiting) >= BATCHES_READ_AT_ONCE or self._batches <= 3):
             self._read()
 
     def _read(self) -> None:
-        if len(self._usual) + sum(len(s) for _, _, s in self._waiting) < ENOUGH:
+        if len(self._usual) + sum(len(s) for _, _, s in self._waiting) < ROWS_BEFORE_JUDGING:
             return  # they wait until it is known what is usual
         waiting, self._waiting = list(self._waiting), deque(maxlen=MOST_AWAY)
         if not waiting:
             return
         sizes = torch.cat([s.float() for _, _, s in waiting]).cpu()
         finite = sizes.isfinite()
-        if len(self._usual) < USUAL:
-            self._usual += sizes[finite].tolist()[: USUAL - len(self._usual)]
+        if len(self._usual) < ROWS_FOR_MEDIAN:
+            self._usual += sizes[finite].tolist()[: ROWS_FOR_MEDIAN - len(self._usual)]
         self._rows += len(sizes)
         known = torch.tensor(self._usual)
         usual = float(known.median()) if self._usual else math.nan
         odd = ~finite
         if usual > 0:  # a heavy tail reaches far too, without a gap
-            body = float(known[known <= OUTLIER * usual].max())
-            odd |= sizes > max(OUTLIER * usual, GAP * body)
+            body = float(known[known <= OUTLIER_ROW * usual].max())
+            odd |= sizes > max(OUTLIER_ROW * usual, GAP_TO_OTHERS * body)
         if odd.any():
             self._keep(odd.nonzero().flatten().tolist(), sizes, waiting, usual)
 
@@ -98,7 +97,7 @@ class Contents:
             self._broken += not math.isfinite(size)
             index = int(indices[row]) if len(indices) else -1
             key = index if len(indices) else (step, row)
-            if key not in self._odd and len(self._odd) < KEPT:
+            if key not in self._odd and len(self._odd) < ODD_ROWS_KEPT:
                 self._odd[key] = OddRow(step, row, index, size)
                 self._moment.news(("odd rows", len(self._odd)))
 

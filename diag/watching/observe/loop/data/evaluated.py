@@ -15,7 +15,7 @@ from torch import Tensor
 from diag.snapshot.batch import Batch, tensors_in
 from diag.watching.measure.probe import Probe
 
-ROWS, BYTES = 256, 1 << 26
+ROWS_HELD, BYTES_HELD = 256, 1 << 26
 TRIED = 8  # losses whose targets are looked for in the batch
 
 
@@ -23,7 +23,7 @@ class EvaluatedData:
     """Collects the rows of the first evaluation."""
 
     def __init__(self) -> None:
-        self._probe = Probe(ROWS, BYTES)
+        self._probe = Probe(ROWS_HELD, BYTES_HELD)
         self._batch: list[Tensor] = []
         self._place: int | None = None
         self._tried = 0

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import TargetFacts
+from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.watching.observe.loop.moment import Moment
 
-LOOKED = 3  # calls
-ROWS, NUMBERS = 8, 4096  # of a call that are read
+TARGET_CALLS = 3  # calls
+TARGET_ROWS, TARGET_NUMBERS = 8, 4096  # of a call that are read
 FARTHEST = 32  # positions by which targets are looked for
-COMPARED, DISTINCT = 48, 6  # tokens at least that agree, and distinct ones among them
+TOKENS_COMPARED, DISTINCT_TOKENS = 48, 6  # tokens at least that agree, and distinct ones among them
 OF_NUMBERS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
-IGNORED = -100
 
 
 class Targets:
@@ -38,7 +38,7 @@ class Targets:
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
-        if self._looks < LOOKED:
+        if self._looks < TARGET_CALLS:
             self._tokens = [t for t in tensors_in((args, dict(kwargs))) if is_tokens(t)][:4]
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -47,14 +47,14 @@ class Targets:
         given = args[0] if args else kwargs.get("input")
         if not isinstance(target, Tensor) or not isinstance(given, Tensor):
             return
-        if self._tokens and not target.is_floating_point() and self._looks < LOOKED:
+        if self._tokens and not target.is_floating_point() and self._looks < TARGET_CALLS:
             self._looks += 1
-            ignored = kwargs.get("ignore_index", IGNORED)
-            self._read("tokens", target, self._tokens, ignored if isinstance(ignored, int) else IGNORED)
-        elif target.is_floating_point() and name in OF_NUMBERS and self._numbers < LOOKED:
+            ignored = kwargs.get("ignore_index", IGNORED_LABEL)
+            self._read("tokens", target, self._tokens, ignored if isinstance(ignored, int) else IGNORED_LABEL)
+        elif target.is_floating_point() and name in OF_NUMBERS and self._numbers < TARGET_CALLS:
             self._numbers += 1
             self._function = name
-            self._read("numbers", target.reshape(-1)[:NUMBERS], [given.reshape(-1)[:NUMBERS]], 0)
+            self._read("numbers", target.reshape(-1)[:TARGET_NUMBERS], [given.reshape(-1)[:TARGET_NUMBERS]], 0)
 
     def _read(self, what: str, target: Tensor, others: list[Tensor], ignored: int) -> None:
         if target.is_cpu:
@@ -110,7 +110,7 @@ def shift_of(tokens: Tensor, target: Tensor, ignored: int) -> int | None:
         target = target.reshape(tokens.shape)
     if target.shape != tokens.shape:
         return None
-    tokens, target = tokens[:ROWS], target[:ROWS]
+    tokens, target = tokens[:TARGET_ROWS], target[:TARGET_ROWS]
     length = tokens.shape[1]
     for distance in range(min(FARTHEST, length - 2) + 1):
         for s in {distance, -distance}:
@@ -122,4 +122,4 @@ def shift_of(tokens: Tensor, target: Tensor, ignored: int) -> int | None:
 
 
 def _enough(values: Tensor) -> bool:
-    return values.numel() >= COMPARED and len(values.unique()) >= DISTINCT
+    return values.numel() >= TOKENS_COMPARED and len(values.unique()) >= DISTINCT_TOKENS

@@ -51,7 +51,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def temporary_folder() -> Path:
-    """A folder for a run without one; it goes when the process ends."""
+    """A folder for a run without one; it is removed when the process ends."""
     folder, owner = tempfile.mkdtemp(prefix="diag-"), os.getpid()
     atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
     return Path(folder)

@@ -1,7 +1,7 @@
 """The one guard between torch and the watch: no exception passes, and the time is counted.
 
-Whatever torch or the training loop calls of ours goes through `guarded`, `safely` or `shielded`; these three hold
-nothing that can raise but what they call inside a `try`.
+Whatever torch or the training loop calls of ours goes through `guarded`, `safely` or `shielded`; in these three
+nothing can raise except what they call inside a `try`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GIVE_UP_AFTER = 3
 
 
 class Clock:
-    """Seconds since training began, those of them that the watch took, and what of it has broken how often.
+    """Seconds since training began, how many of them the watch took, and how often each of its parts has failed.
 
     measuring: seconds spent in measurements and checks on the probe set; checking: in the latter alone.
     """
@@ -52,12 +52,12 @@ class Clock:
         return max(self.ours() - self.measuring, 0.0)
 
     def charge(self, seconds: float) -> None:
-        """Seconds of the training's own that a measurement made it longer by."""
+        """Count seconds by which a measurement made the training's own work longer."""
         self._ours += seconds
         self.measuring += seconds
 
     def enter(self) -> bool:
-        """The watch is called; False where it is at work already."""
+        """The watch is called; False where it is running already."""
         if self._entered is not None:
             return False
         self._entered = time.perf_counter()
@@ -118,9 +118,9 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def safely(function: Callable[..., Any], *args: Any, broke: Callable[[Exception], None] | None = None) -> Any:
-    """What `function(*args)` gives; None where it raises, which `broke` is told.
+    """What `function(*args)` returns; None where it raises, after `broke(error)` was called.
 
-    For what torch calls and that belongs to no watch, or to several.
+    For what torch calls that belongs to no watch, or to several.
     """
     try:
         return function(*args)

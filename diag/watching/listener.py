@@ -1,4 +1,4 @@
-"""What the process shows of a training, handed to those who observe it (see `hub.Listener`).
+"""The events of one training, passed on to those who observe it (see `hub.Listener`).
 
 Each method is called in the middle of the training loop: nothing raises into it, and the time is counted.
 """
@@ -26,7 +26,7 @@ from diag.watching.ranks.company import Company
 
 
 class TrainingListener(Guarded):
-    """Hears of the model's calls and of what the hub sees, and picks what concerns this training.
+    """Receives the model's calls and the events of the hub, and picks what concerns this training.
 
     end(): the process ends.
     """

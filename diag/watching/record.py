@@ -1,6 +1,6 @@
 """What a watcher writes; where writing fails it says so at once, keeps what it can, and tries again.
 
-The training goes on meanwhile, and the run tells afterwards what of it is incomplete.
+Meanwhile the training continues, and the run says afterwards which part of it is incomplete.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Recorder:
         self._once("note", key, sentence)
 
     def info(self, key: str, sentence: str) -> None:
-        """Append, once for each key, how the run is observed and measured where that is as it should be."""
+        """Append, once for each key, how the run is observed and measured where nothing is wrong with that."""
         self._once("info", key, sentence)
 
     def _once(self, kind: str, key: str, sentence: str) -> None:
@@ -142,7 +142,7 @@ class Recorder:
         self.event(step, "incomplete", sentence)
 
     def _look_after_files(self, step: int) -> None:
-        """Make files again that somebody has removed while they are open."""
+        """Write files again that were removed while they are open."""
         if self._writer is None or self._writer.closed:
             return
         try:

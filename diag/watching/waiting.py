@@ -1,4 +1,4 @@
-"""What could not be written waits in memory, is tried again, and what is missing in the end is told.
+"""What could not be written waits in memory and is tried again; what is missing in the end is reported.
 
 A disk that is full for a while, a folder that lost its permissions or a file that is gone must not end the record,
 and what fails in one file must not keep the others waiting.

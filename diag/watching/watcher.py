@@ -52,7 +52,7 @@ HOOKS_TAKEN = (
 )
 NO_STEP_SEEN = (
     "No optimizer step on the model's parameters was seen; the optimizer must hold the parameters that the model "
-    "has. A loop that updates them by itself tells of its steps by watcher.step()."
+    "has. A loop that updates them by itself reports its steps by watcher.step()."
 )
 LOGGED_NO_NUMBER = "What was given to watcher.log() as {}= is a {} and not one number, so it is not recorded."
 NO_CALL = (
@@ -92,7 +92,7 @@ def watch(
         descriptions.
     every: measure every so many steps, besides the geometrically spaced ones.
     budget: the share of wall time that watching may take; `math.inf` measures at every scheduled step.
-    resume: go on with the run in the folder, after its last step or after the given one.
+    resume: continue the run in the folder, after its last step or after the given one.
     on_finding: called with each finding when it is first seen; what it raises is noted, and training goes on.
 
     What cannot be observed is recorded once, with the reason. Where several processes train, call it on every rank:
@@ -206,12 +206,12 @@ class Watcher(Guarded):
 
     @guarded("loss")
     def loss(self, value: Any) -> None:
-        """Tell the loss of the current micro-batch; it counts before any that is observed."""
+        """Give the loss of the current micro-batch; it takes precedence over what is observed."""
         self._losses.give(value)
 
     @guarded("steps")
     def step(self) -> None:
-        """Tell that the loop has made a step, where it has no optimizer of torch's: after the parameters were
+        """Report that the loop has made a step, where it has no optimizer of torch's: after the parameters were
         updated, while they still have their gradients."""
         self.clock.start()
         self._steps.told()
@@ -275,7 +275,7 @@ class Watcher(Guarded):
         self._runner.announce_probe()
 
     def _end_others(self, run: Path | None) -> None:
-        """A model has one watch, and a folder one that writes to it: the last that was begun."""
+        """End earlier watches: a model has one, and a folder has one that writes to it, the last that was begun."""
         for other in [w for reference in _watchers.values() if (w := reference()) is not None]:
             if other.model is self.model or (run is not None and _same(other.path, run)):
                 other._end(measure=False)

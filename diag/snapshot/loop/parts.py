@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+OF_LOG_PROBABILITIES = ("cross_entropy", "nll_loss")
 OUTLIER_ROW = 100.0  # times the size of the median row, from which on a row of the inputs is an outlier
 
 
@@ -284,7 +285,7 @@ class LossFacts:
     @property
     def of_log_probabilities(self) -> bool:
         """Whether the loss is minus the log-probability of one class among several."""
-        return self.function in ("cross_entropy", "nll_loss")
+        return self.function in OF_LOG_PROBABILITIES
 
 
 @dataclass(frozen=True)

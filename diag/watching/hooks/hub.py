@@ -31,7 +31,7 @@ BACKWARD_ARGUMENTS = ("tensors", "grad_tensors", "retain_graph", "create_graph",
 
 
 class Listener(Protocol):
-    """What a watcher hears of the process. None of these may raise."""
+    """The events of the process, one method each. None of these may raise."""
 
     def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
         """A loss function returned `value`, with a graph."""
@@ -43,10 +43,10 @@ class Listener(Protocol):
         """It has ended."""
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
-        """A GradScaler made `scaled` of `losses`."""
+        """A GradScaler multiplied `losses`, which gave `scaled`."""
 
     def zeroed(self, owner: Any) -> None:
-        """An optimizer or a module throws its gradients away."""
+        """`zero_grad` of an optimizer or a module begins."""
 
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Any:
         """Gradients are about to be clipped; what is returned comes back in `after_clip`."""
@@ -73,7 +73,7 @@ class Listener(Protocol):
         """A loss function was called without gradients."""
 
     def has_zeroed(self, owner: Any) -> None:
-        """The gradients are gone."""
+        """`zero_grad` has returned."""
 
     def scheduler_stepped(self, scheduler: Any) -> None:
         """A learning rate scheduler stepped."""
@@ -91,7 +91,7 @@ class Listener(Protocol):
         """It gave this batch."""
 
     def broke(self, error: Exception) -> None:
-        """Something went wrong in telling it of an event."""
+        """Passing on an event failed."""
 
     def close(self) -> None:
         """The process ends."""
@@ -101,7 +101,7 @@ class Listener(Protocol):
 
 
 class Hub:
-    """Hands what happens in the process to the listeners; holds them weakly, so a forgotten one can go."""
+    """Passes the events of the process on to the listeners; holds them weakly, so that a forgotten one is freed."""
 
     def __init__(self) -> None:
         self._listeners: list[weakref.ref[Listener]] = []
@@ -112,7 +112,7 @@ class Hub:
         self._registered = False
 
     def add(self, listener: Listener) -> None:
-        """Start handing on what happens."""
+        """Start passing events on to it."""
         with self._lock:
             self._listeners = [*self._listeners, weakref.ref(listener, shielded(self._gone))]
             if not self._handles:
@@ -187,7 +187,7 @@ class Hub:
         return Look(before, after, broke=self._broke)
 
     def _loss_look(self, function: Callable[..., Any]) -> Look:
-        # The listeners are told of a copy of the function that is not looked at.
+        # The listeners get a copy of the function that is not patched.
         plain = plain_copy(function)
         return Look(self._loss_begins, partial(self._loss_returned, plain), self._loss_over, self._broke)
 
@@ -195,7 +195,7 @@ class Hub:
         return Look(self._schedule_begins, self._scheduled, self._schedule_over, self._broke)
 
     def _broke(self, error: Exception) -> None:
-        """Something here failed, which is told to every listener."""
+        """Something here failed: report it to every listener."""
         for listener in self.listeners:
             listener.broke(error)
 

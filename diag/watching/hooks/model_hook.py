@@ -32,8 +32,8 @@ Broke = Callable[[Exception], None]
 
 
 class ForwardHook:
-    """Tells `seen(args, kwargs, outputs, model)` of each call of `model` that training makes, `evaluated(args,
-    kwargs, outputs, model)` of each without gradients; broke(error): that it could not."""
+    """Calls `seen(args, kwargs, outputs, model)` at each call of `model` that training makes, `evaluated(args,
+    kwargs, outputs, model)` at each without gradients, and `broke(error)` where that fails."""
 
     def __init__(self, model: nn.Module, seen: SeenCall, evaluated: Evaluated, broke: Broke) -> None:
         self.model, self.seen, self.evaluated, self.broke = model, seen, evaluated, broke
@@ -86,7 +86,7 @@ class ModelHooks:
             self._hook(wrapper)
 
     def put_back(self) -> bool:
-        """Hook again what other code has taken the hook from, as by clearing all; whether there was any."""
+        """Hook again where other code has removed the hook, as by clearing all; whether there was any."""
         gone = [i for i, (m, h) in enumerate(zip(self._hooked, self._handles, strict=True)) if not _holds(m, h)]
         for i in gone:
             hook = ForwardHook(self._hooked[i], *self._tell)

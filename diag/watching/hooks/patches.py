@@ -1,4 +1,4 @@
-"""Look in on functions of torch while something is being watched, and put them back afterwards.
+"""Intercept functions of torch while something is being watched, and put them back afterwards.
 
 Two ways. `Body` exchanges the body of a plain function and leaves the function object what it was: code that
 imported it earlier is seen too, tables keyed by it still find it, and what refers to it can be pickled.

@@ -1,8 +1,8 @@
 """What a watch has found so far: each finding is said once, when it is first seen.
 
 It goes to `watcher.findings`, to the run's events, to the `diag` logger and to the user's own function. An
-instrument finds something again where its verdict's level or cause has changed. What is found at one step is told
-together, the cause before what follows from it; on the logger only the cause is an error or a warning.
+instrument finds something again where its verdict's level or cause has changed. What is found at one step is
+reported together, the cause before what follows from it; on the logger only the cause is an error or a warning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGE_RESULT = 1 << 17  # bytes in the arrays of a result that is not kept
 
 
 class Findings:
-    """Says what instruments find. event(step, kind, sentence) and note(key, sentence): keep in the record."""
+    """Reports what instruments find. event(step, kind, sentence) and note(key, sentence): keep it in the record."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Findings:
         if self._on_finding is None:
             return
         try:
-            with pause.measuring():  # what the user's function does is no training
+            with pause.measuring():  # what the user's function does is not training
                 self._on_finding(finding)
         except Exception as error:
             what = f"{type(error).__name__}: {text_of(error)}"

@@ -46,7 +46,7 @@ class Floor:
         self._due, self._last = next_floor(step), step
 
     def give_up(self, name: str) -> None:
-        """What the run could not give this check now it will not give later."""
+        """Leave this check out from now on: what the run does not have for it now it will not have later."""
         self.names = [n for n in self.names if n != name]
 
     def stopped(self, name: str) -> None:

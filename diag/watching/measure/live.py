@@ -64,7 +64,7 @@ class Trace:
 
 
 class LiveChecks:
-    """Judges the checks that live on the record, and tells of each finding once.
+    """Judges the checks that need the record alone, and reports each finding once.
 
     settings: the chosen instruments' settings by name. layers: names and sizes of the parameter tensors. facts():
     the quantities besides the history, by name (the facts of the loop). record(step, outcome, seconds): keep a

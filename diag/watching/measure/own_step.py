@@ -2,9 +2,9 @@
 
 What asks for nothing but per-example gradients and labels (coherence, conflict) needs no passes of its own: the
 step makes these gradients anyway. For one step the model's calls are recorded and its output gradients read; the
-step itself runs as it is. What will be asked is found out when the backward pass begins and answered on its way, so
-that no activation is held longer than training holds it. What comes out is used only where it can be checked (see
-`step_check`). Else the probe set is measured, with the reason.
+step itself runs as it is. Which queries will be asked is found by a dry run when the backward pass begins, and they
+are answered while it runs, so that no activation is held longer than training holds it. What comes out is used
+only where it can be checked (see `step_check`). Else the probe set is measured, with the reason.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OwnStep:
         self.refused = ""  # why no step is read any more
         self._reasons: dict[str, str] = {}  # the same, of one instrument
         self._measure = measure
-        self._unplanned: set[str] = set()  # those that ask more than they did in rehearsal
+        self._unplanned: set[str] = set()  # those that ask more than they did in the dry run
         self._plan: Any = None
         self._step: StepGradients | None = None
         self._clean = self._seen = False
@@ -113,7 +113,7 @@ class OwnStep:
             self._reasons[name] = reason.rstrip(".")
 
     def note(self, name: str) -> str:
-        """What a result on the probe set has to say for itself."""
+        """The note of a result on the probe set: why it is not from a training step."""
         if name not in self._able:
             return ""
         reason = self.refused or self._reasons.get(name, "")

@@ -47,7 +47,7 @@ class Probe:
             self.batches.append(_selected(Batch(args, dict(kwargs), targets, size), rows))
 
     def _new_rows(self, batch: Batch) -> list[int]:
-        # A small data set comes round again while the set is being filled; twice the same example is no example.
+        # A small data set comes round again while the set is being filled; an example is taken once.
         columns = [
             t.detach().cpu() for t in tensors_in((batch.args, batch.kwargs, batch.targets)) if _by_row(t, batch)
         ]

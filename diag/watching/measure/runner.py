@@ -1,7 +1,7 @@
 """Runs the measurements of a watched training, each when it can be made: after an optimizer step, on a step's own
 backward pass, over a window of steps, when the user asks, and at the end.
 
-`Schedule` says what is due and paid for; here it is decided what can be had from the step at hand.
+`MeasurementSchedule` says what is due and paid for; here it is decided what the step at hand can be used for.
 """
 
 from __future__ import annotations

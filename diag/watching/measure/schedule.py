@@ -1,9 +1,9 @@
 """When to measure: at geometrically spaced steps and every N steps, as far as the budget of time allows.
 
 Time spent is measured; time to be spent is estimated before anything runs. What training time earns for measuring
-(`budget` times the time that passes) goes half to whatever is due and can be had at once, those measured least
+(`budget` times the time that passes) goes half to whatever is due and affordable at once, those measured least
 often first, and half into savings for the first of those that are too expensive for that; so the cheap ones do not
-wait and the expensive ones are reached in the end. A measurement that takes twice its estimate is stopped and
+wait and the expensive ones are measured in the end. A measurement that takes twice its estimate is stopped and
 planned with a larger one. An infinite budget measures at every scheduled step and stops nothing.
 """
 
@@ -110,7 +110,8 @@ class MeasurementSchedule:
             self._quick -= seconds
 
     def pay(self, seconds: float) -> None:
-        """Part of a measurement that is made over several steps took `seconds`: the fuller purse pays."""
+        """Part of a measurement that is made over several steps took `seconds`: the larger of the two halves
+        pays."""
         if self._saved >= self._quick:
             self._saved -= seconds
         else:
@@ -136,7 +137,7 @@ class MeasurementSchedule:
 
 class Thinning:
     """Which steps get norms that take time: geometric ones, and others up to a share of the time. Small models so
-    have them at every step. `free`: seconds a step that are not worth a thought."""
+    have them at every step. `free`: seconds a step that are not counted."""
 
     def __init__(self, share: float, ratio: float = 1.1, free: float = 0.0) -> None:
         self.share, self.free, self._ratio = share, free, ratio
@@ -170,4 +171,4 @@ class Regular:
         return step % self._every == 0 or step <= 3
 
     def spent(self, seconds: float) -> None:
-        """What one step took is of no concern."""
+        """Nothing: the steps do not depend on what one took."""

@@ -62,5 +62,5 @@ def _disagreement(step: StepGradients, parameters: Sequence[nn.Parameter], seen:
 
 def as_clause(error: DiagError) -> str:
     """What was found, as the end of a sentence."""
-    text = str(error).split("; ")[0].rstrip(".")  # what to do about it is no part of the reason
+    text = str(error).split("; ")[0].rstrip(".")  # without what to do about it
     return text[0].lower() + text[1:]

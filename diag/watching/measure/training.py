@@ -1,4 +1,4 @@
-"""The training as it stands, from what has been observed of it: what a measurement is made on."""
+"""The present state of the training as observed: what a measurement is made on."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class Windows:
         return self._declared[name].shorten
 
     def close(self, snapshot: Snapshot) -> tuple[dict[str, Any], float]:
-        """The record of the open window as a quantity by name (none where it cannot be had) and the seconds that
+        """The record of the open window as a quantity by name (none where it is unavailable) and the seconds that
         all of it took."""
         window, began = self.open, time.perf_counter()
         assert window is not None

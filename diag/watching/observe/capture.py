@@ -206,7 +206,7 @@ def losses_among(outputs: Any) -> list[tuple[str | int, Tensor]]:
 
 
 def observed_loss(forward: ForwardCall, call: SeenLossCall) -> ObservedLoss | str:
-    """The loss behind `call`, checked against the value that training saw, or why it cannot be had."""
+    """The loss behind `call`, checked against the value that training saw, or why it is unavailable."""
     name = call.function.__name__
     if call.moving_targets:
         return f"the targets of {name} are themselves computed from parameters, through which it is differentiated"

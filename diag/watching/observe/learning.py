@@ -2,7 +2,7 @@
 
 A backward pass counts once the optimizer has stepped after it: another network's pass goes through this one too.
 What is descended is taken for a multiple of one loss only where the graph says so; where something is added to it,
-or it is multiplied by what is no constant, that is said once and no loss is given to measure with.
+or it is multiplied by something that is not constant, that is said once and no loss is given to measure with.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What leads to a backward pass: which loss function's call or returned loss, by which factor, and what else.
 
-They are told by the numbers that autograd gives its nodes. No graph is held on to: of each call its number and its
-value are kept until the step is over.
+They are identified by the numbers that autograd gives its nodes. No graph is kept alive: of each call its number
+and its value are kept until the step is over.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Pass(NamedTuple):
     """A backward pass: the value that it descends, and what that is a constant multiple of.
 
     value: None where backward() was not called on one number. seen: the one value behind it, if it is known at all;
-    reason: why the loss is no constant multiple of it, in a clause, else empty. factor: that constant. others: how
-    many more terms there are of which this model has no part.
+    reason: why the loss is not a constant multiple of it, in a clause, else empty. factor: that constant. others:
+    how many more terms there are of which this model has no part.
     """
 
     value: Tensor | None

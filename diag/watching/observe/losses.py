@@ -2,7 +2,7 @@
 
 A micro-batch is a call of the model in training followed by a backward pass that reaches it. The loss of a step is
 what it descends: the sum over its micro-batches of what `backward()` was called on, before a GradScaler scaled it,
-and of that only the terms in which this model has a part. The user's own word, `watcher.loss(value)`, counts first.
+and of that only the terms that depend on this model. A value given by `watcher.loss(value)` comes before it.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class LossObserver:
             self.learner.stage(pending, self._foreign or self._forward_behind(pending))
 
     def give(self, value: Any) -> None:
-        """The user's own word for the loss of this micro-batch."""
+        """The user gives the loss of this micro-batch."""
         self._given.append(value.detach() if isinstance(value, Tensor) else float(value))
 
     def freeze(self) -> None:
@@ -187,7 +187,7 @@ class LossObserver:
         self._frozen = True
 
     def take(self) -> list[Any]:
-        """The losses of the step that has been made: one for what it descended, or those that the user told."""
+        """The losses of the step that has been made: one for what it descended, or those that the user gave."""
         passes, self._passes = self._passes, []
         if self._moved:
             self._note("moved", LOSS_MOVED)

@@ -2,7 +2,7 @@
 
 The steps of several optimizers with no training pass of the model between them are one round; the same optimizer
 stepping again begins the next. A round should be handed over as soon as its last optimizer has stepped, since only
-then is nothing of the loop half done; which that is, the rounds before tell.
+then is nothing of the loop half done; which optimizer is the last is known from the rounds before.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class StepObserver:
         self._close_round(optimizer, members)
 
     def told(self) -> None:
-        """The loop says that it has made a step, without an optimizer of torch's."""
+        """The loop reports that it has made a step, without an optimizer of torch's."""
         if len(self._known):
             self._note("told", TOLD)
             return

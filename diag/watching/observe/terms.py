@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import kind_of, nodes_before
+from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before
 
 MOST_NODES = 256  # near the root
 MOST_SEARCHED = 50_000  # of a network's graph
 # These pass one number on: the root is one number, so they can only change its shape or type.
-PASSED_ON = ("View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Squeeze", "Unsqueeze", "Alias", "_DDPSink")
+ONE_NUMBER = (*PASSING_ON, "_DDPSink")
 
 Factors = tuple[Any, ...]
 
@@ -48,7 +48,7 @@ class Term:
 
 def terms_of(root: Tensor, known: Container[int], unscaled: Container[int] = ()) -> list[Term]:
     """The terms of `root`. known: the numbers of nodes where a term ends; unscaled: of products with the scale of a
-    GradScaler, which is no factor of the loss."""
+    GradScaler, which is not a factor of the loss."""
     found: list[Term] = []
     front: list[tuple[Any, Factors]] = [(root.grad_fn, ())]
     looked_at = 0
@@ -95,7 +95,7 @@ def _inside(node: Any) -> list[tuple[Any, Factors]] | None:
     """The parents whose linear combination the node's value is, with their factors; None for anything else."""
     kind, parents = kind_of(node), [parent for parent, _ in node.next_functions]
     here = [parent for parent in parents if parent is not None]
-    if kind in PASSED_ON and len(here) == 1:
+    if kind in ONE_NUMBER and len(here) == 1:
         return [(here[0], ())]
     if kind in ("Mul", "Div") and len(here) == 1:
         return _multiple(node, kind, parents)
@@ -110,7 +110,7 @@ def _inside(node: Any) -> list[tuple[Any, Factors]] | None:
 
 def _multiple(node: Any, kind: str, parents: list[Any]) -> list[tuple[Any, Factors]] | None:
     first = parents[0] is not None
-    if kind == "Div":  # something over the loss is no multiple of it
+    if kind == "Div":  # something over the loss is not a multiple of it
         other = node._saved_other if first else None
         return [(parents[0], (1.0 / _number(other),))] if _is_constant(other) else None
     other = node._saved_other if first else node._saved_self

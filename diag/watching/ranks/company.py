@@ -1,4 +1,4 @@
-"""This rank's watch among the others': they meet at the first step, and from then on their numbers go together."""
+"""This rank's watch among the others': they meet at the first step; from then on their numbers are put together."""
 
 from __future__ import annotations
 

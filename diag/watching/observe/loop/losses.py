@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, parents_of, signed
-from diag.snapshot.loop.parts import LossFacts
+from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES, LossFacts
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
 
@@ -26,7 +26,6 @@ ROOTS = 8
 ROWS_CHECKED = 64
 NODES_TO_INPUT = 24
 MADE_BY = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "LogSigmoid": "log_sigmoid"}
-WITH_CLASSES = ("cross_entropy", "nll_loss")
 
 
 @dataclass
@@ -117,9 +116,9 @@ class Losses:
     def _look(self, kind: LossKind, given: Tensor, target: Any) -> None:
         kind.came_from, kind.over_axis = made_by(given)
         if isinstance(target, Tensor):
-            kind.broadcast |= expands_both(given, target) and kind.function not in WITH_CLASSES
+            kind.broadcast |= expands_both(given, target) and kind.function not in OF_LOG_PROBABILITIES
             self._targets(kind, target)
-        axis = 1 if kind.function in WITH_CLASSES and given.ndim > 1 else -1
+        axis = 1 if kind.function in OF_LOG_PROBABILITIES and given.ndim > 1 else -1
         if given.ndim > 1 and given.shape[axis] > 1 and kind.checked < CALLS_CHECKED:
             rows = given.detach().movedim(axis, -1).reshape(-1, given.shape[axis])[:ROWS_CHECKED]
             self._read(kind, "rows", rows)
@@ -127,7 +126,7 @@ class Losses:
         self._moment.news(("loss input", id(kind), news))
 
     def _targets(self, kind: LossKind, target: Tensor) -> None:
-        if self._padding is not None and not target.is_floating_point() and kind.function in WITH_CLASSES:
+        if self._padding is not None and not target.is_floating_point() and kind.function in OF_LOG_PROBABILITIES:
             self._read(kind, "padding", (target == self._padding).float().mean())
         if target.is_cpu:
             for raw in self.raw:

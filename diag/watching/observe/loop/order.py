@@ -59,7 +59,7 @@ class Order:
 
 @functools.lru_cache(maxsize=256)
 def compressed(letters: str) -> str:
-    """Parts that come again at once are written once: "DFBDFBSZ" becomes "(DFB)2SZ"."""
+    """Parts that repeat at once are written once: "DFBDFBSZ" becomes "(DFB)2SZ"."""
     shown, i = "", 0
     while i < len(letters):
         size, times = _repetition(letters, i)
@@ -70,7 +70,7 @@ def compressed(letters: str) -> str:
 
 
 def _repetition(letters: str, start: int) -> tuple[int, int]:
-    """The length of the part at `start` that comes again most, and how often it does."""
+    """The length of the part at `start` that repeats most, and how often it does."""
     best = (1, 1)
     for size in range(1, min(8, (len(letters) - start) // 2) + 1):
         part, times = letters[start : start + size], 1

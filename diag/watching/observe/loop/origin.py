@@ -1,7 +1,7 @@
 """Where the first loss that is not finite came from: the batch, the network, or the computation of the loss.
 
-Asked is the number that backward() is called on, where reading it waits for no device. The first time that it is
-not finite, the batch and the outputs of the model's last call are looked at, and the graph before the loss for the
+The number that backward() is called on is read where that waits for no device. The first time that it is not
+finite, the batch and the outputs of the model's last call are looked at, and the graph before the loss for the
 operation that made it so.
 """
 

@@ -1,4 +1,4 @@
-"""Parameters that the model's forward pass uses and the model does not know: layers kept in a plain list or dict.
+"""Parameters that the model's forward pass uses and that are not registered: layers kept in a plain list or dict.
 
 They are found in the graph between the model's outputs and its inputs, at its first two training calls.
 """

@@ -1,4 +1,4 @@
-"""What becomes of gradients between steps, seen on a few parameters: reset, kept, thrown away, used again.
+"""What happens to gradients between steps, seen on a few parameters: reset, kept, discarded, used again.
 
 Autograd adds to a gradient in place and the optimizer leaves it alone, so a gradient that is the same object at the
 same version at the start of a backward pass as after the step before was not reset. A gradient that is None, or

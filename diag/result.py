@@ -135,6 +135,10 @@ class Precondition:
     holds: bool
     detail: str = ""
 
+    def verdict(self, source: str, advice: str = "") -> Verdict:
+        """The verdict on a result for which this does not hold: not applicable, and why."""
+        return Verdict(Level.NOT_APPLICABLE, f"No verdict: {self.detail}", advice=advice, source=source)
+
 
 @dataclass(frozen=True)
 class Provenance:

@@ -50,9 +50,9 @@ class Coverage:
 class PerExampleGradients:
     """Gradients g_1 ... g_n of the examples' losses at one set of parameters.
 
-    Flat vectors follow `named_parameters()` order, trainable parameters only, tied ones once. A layer is
-    what `parameters.layer_of` says. Norms and inner products come in
-    float64. `deadline` is asked between parameters and examples. Subclasses give `stream` and `coverage`.
+    Flat vectors follow `named_parameters()` order, trainable parameters only, tied ones once. A layer is what
+    `parameters.layer_of` says. Norms and inner products come in float64. `deadline` is checked between parameters
+    and examples. Subclasses give `stream` and `coverage`.
     """
 
     num_batches = 1

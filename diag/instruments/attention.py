@@ -59,7 +59,7 @@ class Attention(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return self._described(
             f"{self.num_heads} heads spread their weight with an entropy of {format_number(self.lowest_entropy)} "
             f"to {format_number(self.highest_entropy)} of the largest possible, {self._extremes()}, and "
@@ -125,13 +125,12 @@ def attention(
 ) -> Attention:
     """Entropy, largest weight, scores, margins and weight norms of every attention head.
 
-    attention_calls: those heard in a forward pass over at most 256 examples (`diag.snapshot.inside.attention`),
+    attention_calls: those seen in a forward pass over at most 256 examples (`diag.snapshot.inside.attention`),
     each with some of its queries. Entropy is that of a query's weights over the log of the number of keys that it
-    may
-    see: 1 is uniform, 0 one-hot; queries that see one key are left out. The gap is s_1 - s_2 of the sorted scores,
-    the separation margin of the selected key, min over the others of s_selected - s_j. With keys as classes, a
-    softmax rounds to a single key exactly when s_1 - logsumexp of the others is at least b ln 2 for b significand
-    bits; fused kernels may use a wider type than that of the queries, by which `collapsed` counts.
+    may see: 1 is uniform, 0 one-hot; queries that see one key are left out. The gap is s_1 - s_2 of the sorted
+    scores, the separation margin of the selected key, min over the others of s_selected - s_j. With keys as
+    classes, a softmax rounds to a single key exactly when s_1 - logsumexp of the others is at least b ln 2 for b
+    significand bits; fused kernels may use a wider type than that of the queries, by which `collapsed` counts.
 
     Settings: `one_hot` and `uniform`, the mean entropies below and above which a head counts as such (our choice,
     uncalibrated). Raises InvalidInput where no attention is given. Source: Tarzanagh et al. 2023, arXiv:2308.16898;

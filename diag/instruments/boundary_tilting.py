@@ -54,7 +54,7 @@ class BoundaryTilting(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return Verdict(
             Level.DESCRIPTION,
             f"The boundaries are tilted by {format_number(self.mean_angle)} degrees on average from those of the "

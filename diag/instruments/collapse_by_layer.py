@@ -58,7 +58,7 @@ class CollapseByLayer(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         begins = self.layers[self.first_separated] if self.first_separated >= 0 else "no layer"
         held_out = self.held_out_mistakes[-1]
         more = "" if math.isnan(held_out) else f" ({format_share(held_out)} held out)"

@@ -47,7 +47,7 @@ class Denoising(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         other = ""
         if not math.isnan(self.agreement):
             other = f"; its outputs and another network's have a cosine of {format_number(self.agreement)}"

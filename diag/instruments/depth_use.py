@@ -38,7 +38,7 @@ class DepthUse(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return Verdict(
             Level.DESCRIPTION,
             f"Of what the {self.num_blocks} blocks from {self.blocks[0]} to {self.blocks[-1]} add, "

@@ -78,9 +78,7 @@ class EdgeOfStability(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(
-                Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", advice=PROVES_NOTHING, source=SOURCE
-            )
+            return unmet.verdict(SOURCE, PROVES_NOTHING)
         if not math.isnan(self.scatter_ratio):
             return self._under_small_batches()
         begins, ends = self._band()

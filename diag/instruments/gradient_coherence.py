@@ -74,7 +74,7 @@ class GradientCoherence(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", advice=NO_VERDICT, source=SOURCE)
+            return unmet.verdict(SOURCE, NO_VERDICT)
         gap = self.corrected - self.permuted
         error = math.hypot(self.standard_error, self.permuted_standard_error)
         limit = STANDARD_ERRORS * error

@@ -50,7 +50,7 @@ class Initialization(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("factor")
         found = (
             f"over {len(self.layers)} layers the squared signal changes by a factor of "

@@ -107,7 +107,7 @@ class ModeConnectivity(Result):
     curves: dict[str, NDArray[numpy.float64]] = measured(
         'by curve ("held-out", "aligned", ...): rows a, loss, error', shape="(3, points)"
     )
-    chance_error: float = measured("error of always giving the commonest answer", unit="share")
+    chance_error: float = measured("error of always giving the most frequent answer", unit="share")
     norm_stats: str = measured("how BatchNorm statistics followed the line")
     align: str = measured("what the second network was aligned by")
     aligned_state: Mapping[str, Tensor] | None = measured(
@@ -117,7 +117,7 @@ class ModeConnectivity(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=FRANKLE)
+            return unmet.verdict(FRANKLE)
         if math.isnan(self.error_barrier):
             return self._loss_only()
         value, error = self.deciding_error_barrier, self.deciding_standard_error
@@ -384,7 +384,8 @@ def _preconditions(found: Connection, path: Interpolation, norm_stats: str) -> t
             "both networks have learned",
             learned,
             f"one of the two networks is wrong on {format_share(worst)} of the examples and always giving the "
-            f"commonest answer on {format_share(found.chance_error)}; a line to an untrained network says nothing.",
+            f"most frequent answer on {format_share(found.chance_error)}; a line to an untrained network "
+            f"says nothing.",
         ),
     )
 

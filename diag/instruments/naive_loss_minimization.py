@@ -43,7 +43,7 @@ class NaiveLossMinimization(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         space = ""
         if not math.isnan(self.logit_cosine):
             space = (

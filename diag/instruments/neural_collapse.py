@@ -89,7 +89,7 @@ class NeuralCollapse(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return self._unusual() or self._state()
 
     def _unusual(self) -> Verdict | None:

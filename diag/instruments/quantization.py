@@ -44,7 +44,7 @@ class Quantization(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         curve = ""
         if numpy.isfinite(self.errors).all():
             curve = (

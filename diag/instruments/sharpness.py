@@ -91,7 +91,7 @@ class Sharpness(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         own = f" ({format_number(self.m_worst_case)} for groups of m = {self.m:,} examples, each in its own)"
         sentence = (
             f"The loss of {format_number(self.loss)} rises by at least {format_number(self.worst_case)} in the "

@@ -42,7 +42,7 @@ class TrustRadius(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         share = format_number(self.radius / self.parameter_norm) if self.parameter_norm else "an unknown number of"
         step = ""
         if not math.isnan(self.update_length):

@@ -1,9 +1,9 @@
 """The examples that a result speaks of: rows of the data, shown as thumbnails, texts or features, by group.
 
 A result offers them with a method `examples()` that returns dicts, or its class with `trend_examples(series)` for
-all results of a run, by step. Each dict has `row` (its index in the data) and
-may have `group`, `label`, `loss`, and one of `image` (array (H, W), (C, H, W) or (H, W, C)), `text`, or
-`features` (an array, or a dict of name -> standardised value).
+all results of a run, by step. Each dict has `row` (its index in the data) and may have `group`, `label`, `loss`,
+and one of `image` (array (H, W), (C, H, W) or (H, W, C)), `text`, or `features` (an array, or a dict of name ->
+standardised value).
 """
 
 from __future__ import annotations

@@ -28,13 +28,15 @@ class ClassCounts(Result):
 
     classes: int = measured("classes that the network can answer with")
     missing: tuple[int, ...] = measured("classes that do not occur")
-    ratio: float = measured("examples of the commonest class over those of the rarest, with a standard error more")
+    ratio: float = measured(
+        "examples of the most frequent class over those of the rarest, with a standard error more"
+    )
     rarest: int = measured("the rarest class that occurs")
     counts: NDArray[numpy.int64] = measured("examples of each class", shape="(classes,)")
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("ratio")
         if self.missing:
             shown = ", ".join(map(str, self.missing[:5])) + (", ..." if len(self.missing) > 5 else "")
@@ -95,7 +97,7 @@ def class_counts(
 
     logits (n, K), labels (n,) class numbers; inputs: to tell examples from tokens, of which some are rare by
     nature. Judged where there would be twenty examples a class if all were equal. A class that does not occur while
-    the others are common, or one that is `ratio` times rarer than the commonest (by a standard error fewer
+    the others are common, or one that is `ratio` times rarer than the most frequent (by a standard error fewer
     examples of it than that), is a warning. In a watched run the labels of all batches that were counted are taken
     where they are more (`loop`), and classes that the loss weights are taken to be evened out. Labels that come
     class by class are not judged: the first ones say nothing of the rest. Raises nothing of its own.

@@ -42,7 +42,7 @@ class HeldOutInputs(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         numbers = (
             f"a mean of {format_number(self.held_out_mean)} and a standard deviation of "
             f"{format_number(self.held_out_deviation)}, training inputs {format_number(self.mean)} and "

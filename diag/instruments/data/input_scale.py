@@ -38,7 +38,7 @@ class InputScale(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return next(v for v in self._verdicts() if v is not None)
 
     def _verdicts(self) -> Iterator[Verdict]:

@@ -49,7 +49,7 @@ class LabelAudit(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return Verdict(
             Level.DESCRIPTION,
             f"{format_share(self.negative)} of the {len(self.margins):,} examples are not answered as their label "

@@ -48,7 +48,7 @@ class LoopCheck(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"Not judged: {unmet.detail}", source=self.cites)
+            return unmet.verdict(self.cites)
         if not self.found:
             return Verdict(Level.OK, self.fine, source=self.cites, confidence=Confidence.ARITHMETIC)
         return Verdict(**self.found[0], source=self.cites)

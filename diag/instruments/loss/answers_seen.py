@@ -27,7 +27,7 @@ class AnswersSeen(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         if not self.change > ROUNDING_OF_OUTPUTS:
             return Verdict(
                 Level.OK,

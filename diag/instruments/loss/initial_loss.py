@@ -36,7 +36,7 @@ class InitialLoss(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = max(self.setting("times") * self.even, self.even + ABOVE)
         if self.first <= limit:
             return Verdict(

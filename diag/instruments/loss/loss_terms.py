@@ -34,7 +34,7 @@ class LossTerms(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("times") * abs(self.loss)
         if not (self.penalty > limit and self.kept < NORM_KEPT):
             return Verdict(

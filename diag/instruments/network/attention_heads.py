@@ -51,7 +51,7 @@ class AttentionHeads(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return Verdict(
             Level.UNKNOWN if self._sharp().mean() >= SHARE_OF_HEADS else Level.OK,
             f"A typical head spreads its weight with {format_number(float(numpy.median(self.entropy)))} of the "

@@ -41,7 +41,7 @@ class DeadUnits(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("alarm_at")
         if self.worst >= limit:
             return self._alarm(limit)

@@ -41,7 +41,7 @@ class GradientDepth(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("factor")
         if 1 / limit <= self.factor <= limit:
             return Verdict(

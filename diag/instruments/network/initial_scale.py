@@ -41,7 +41,7 @@ class InitialScale(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         large, small = self.setting("large"), self.setting("small")
         if small <= self.gain <= large:
             return Verdict(

@@ -35,7 +35,7 @@ class NormalizationStatistics(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return Verdict(
             Level.UNKNOWN if self.factor > self.setting("factor") else Level.OK,
             f"The running variance of {self.layer} fits what enters it to a factor of "

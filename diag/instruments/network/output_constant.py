@@ -29,7 +29,7 @@ class OutputConstant(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("alarm_below")
         level = Level.UNKNOWN if self.spread < limit else Level.OK
         return Verdict(

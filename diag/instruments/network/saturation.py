@@ -31,7 +31,7 @@ class Saturation(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("alarm_at")
         over = tuple(name for name, share in zip(self.layers, self.flat, strict=True) if share >= limit)
         if not over:

@@ -38,7 +38,7 @@ class UnitCopies(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         found = f"{len(self.layers)} of {self.compared} layers"
         level = Level.UNKNOWN if self._many() else Level.OK
         return Verdict(

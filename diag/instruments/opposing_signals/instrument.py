@@ -66,7 +66,7 @@ class OpposingSignals(MeasuredSignals):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return of_a_kick(self) if self.mode == "static" else of_steps(self)
 
     @classmethod

@@ -44,7 +44,7 @@ class FiniteSteps(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         if not self.loss_step and not self.gradient_step:
             return Verdict(
                 Level.OK,

@@ -38,7 +38,7 @@ class GradientUnderflow(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("tiny")
         if not (self.zero and self.size < limit):
             return Verdict(

@@ -51,9 +51,11 @@ class Generalization(Result):
     held_out_loss_standard_error: float = measured("standard error of that mean")
     accuracy: float = measured("training examples answered right; NaN without classes", unit="share")
     held_out_accuracy: float = measured("held-out examples answered right; NaN without classes", unit="share")
-    held_out_chance: float = measured("held-out examples of the commonest class; NaN without classes", unit="share")
+    held_out_chance: float = measured(
+        "held-out examples of the most frequent class; NaN without classes", unit="share"
+    )
     held_out_examples: int = measured("held-out examples")
-    chance: float = measured("training examples of the commonest class", unit="share", default=math.nan)
+    chance: float = measured("training examples of the most frequent class", unit="share", default=math.nan)
     gain: float = measured(
         "training loss below that of an answer without the inputs; NaN where not known", default=math.nan
     )
@@ -142,7 +144,8 @@ class Generalization(Result):
     def _learned_by_heart(self) -> Verdict:
         return self._no_carrying_over(
             f"{format_share(self.accuracy)} of the training examples are answered right and "
-            f"{format_share(self.held_out_accuracy)} of the held-out ones, no more than the commonest class gives "
+            f"{format_share(self.held_out_accuracy)} of the held-out ones, no more than the most frequent "
+            f"class gives "
             f"({format_share(self.held_out_chance)})",
             self.held_out_accuracy,
             self.held_out_chance,
@@ -190,7 +193,7 @@ def _carries_nothing_over(series: Sequence[tuple[int, Generalization]]) -> bool:
     chance = last.held_out_chance
     error = ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
     never = all(r.held_out_accuracy <= chance + error for _, r in series)
-    # What training's own commonest class gives is not learned either, where classes are unequal there alone.
+    # What training's own most frequent class gives is not learned either, where classes are unequal there alone.
     guessed = chance if math.isnan(last.chance) else max(chance, last.chance)
     return never and last.accuracy >= guessed + max(LEARNED_ABOVE_CHANCE, 2 * error)
 

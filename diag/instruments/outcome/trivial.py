@@ -43,7 +43,7 @@ class TrivialPredictor(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         return Verdict(
             Level.UNKNOWN if self._no_better() else Level.OK,
             f"The loss is {format_number(self.loss)} nats; answering with the class frequencies gives "
@@ -70,7 +70,7 @@ class TrivialPredictor(Result):
             f"{format_number(last.loss)} nats, class frequencies {format_number(last.entropy)}): as far as it can "
             "tell, the labels have nothing to do with the inputs.",
             advice="Look at ten examples with their labels as the loop sees them: labels that were shuffled "
-            "without their inputs are the commonest cause where nothing else was found.",
+            "without their inputs are the most frequent cause where nothing else was found.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
             refutation="A linear model on the same batches does better than the class frequencies.",

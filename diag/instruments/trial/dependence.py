@@ -26,7 +26,7 @@ class InputUsed(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         most = max(self.change, self.fitted_change)
         if most > SAME_OUTPUTS_WITHIN:
             return Verdict(
@@ -69,7 +69,7 @@ class ExamplesApart(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         if self.mixing <= MIXED:
             return Verdict(
                 Level.OK,

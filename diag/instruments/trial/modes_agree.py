@@ -26,7 +26,7 @@ class ModesAgree(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         told = (
             f"training mode gives a loss of {format_number(self.train_loss)} on the batch that was fitted (at "
             f"first {format_number(self.start)}), evaluation mode {format_number(self.eval_loss)}"

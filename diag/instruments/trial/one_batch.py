@@ -48,7 +48,7 @@ class OneBatch(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         if self.fall >= LEARNED_FALL or self._knows:
             return self._fine()
         if self.best_fall >= LEARNED_FALL and self.fall < CLEARLY * self.best_fall:

@@ -328,9 +328,8 @@ class TargetFacts:
 class ScalingFacts:
     """Mixed precision: scaled_losses counts the losses that a GradScaler multiplied; autocast the training calls
     under autocast or with tensors of half precision in their graph, of `looked` that were looked at. scale: the
-    last that is known. float16: a call of the model computed in it. skipped: steps that the
-    scaler left out. clipped_scaled: clips of gradients that still
-    carried the scale."""
+    last that is known. float16: a call of the model computed in it. skipped: steps that the scaler left out.
+    clipped_scaled: clips of gradients that still carried the scale."""
 
     scaled_losses: int = 0
     looked: int = 0

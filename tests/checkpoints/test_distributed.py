@@ -274,7 +274,7 @@ def test_metadata_that_ask_for_memory_are_refused(folder):
     for body, text in (
         (b"\x80\x02Nr" + (1 << 28).to_bytes(4, "little") + b".", "asks for more memory than its file can fill"),
         (b"\x80\x04\x8e" + (1 << 50).to_bytes(8, "little") + b"short.", "is damaged"),
-        (b"\x80\x02}" + b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns.", "take for ever"),
+        (b"\x80\x02}" + b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns.", "take forever"),
     ):
         (folder / ".metadata").write_bytes(body)
         with pytest.raises(CheckpointError, match=text):

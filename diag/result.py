@@ -301,7 +301,9 @@ class Result:
         try:
             target.write_text(json.dumps(data, allow_nan=False))
         except OSError as error:
-            raise InvalidInput(f"The result cannot be written to {target} ({error.strerror}).") from None
+            raise InvalidInput(
+                f"The result cannot be written to {target} ({error.strerror}); give another path."
+            ) from None
         return target
 
     def __repr__(self) -> str:

@@ -143,7 +143,7 @@ def test_a_report_of_checkpoints_from_python(tmp_path):
         torch.save(nn.Linear(4, 3).state_dict(), paths[-1])
     page = diag.report(paths, tmp_path / "page.html", build=build, names=["neural_collapse"])
     assert "Neural collapse" in Path(page).read_text()
-    with pytest.raises(InvalidInput, match="only with build="):
+    with pytest.raises(InvalidInput, match="for checkpoints only"):
         diag.report(tmp_path, names=["neural_collapse"])
 
 

@@ -154,7 +154,10 @@ def _train(outputs: LayerOutputs, labels: Tensor) -> dict[str, ClassStream]:
     outputs.visit(add)
     whole = {name: s for name, s in streams.items() if rows.get(name) == len(labels)}
     if not whole:
-        raise MissingQuantity(f"no layer puts out one row of features for each of the {len(labels):,} labels.")
+        raise MissingQuantity(
+            f"no layer gives one row of features for each of the {len(labels):,} labels; pass layer_outputs= "
+            f"yourself."
+        )
     for stream in whole.values():
         stream.means()
     outputs.visit(lambda name, block, start: whole[name].add_spread(block, start) if name in whole else None)

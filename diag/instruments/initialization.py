@@ -95,7 +95,10 @@ class Initialization(Result):
         To compare: (1 + 2 / n)^L - 1 for L linear layers of width n, (1 + 5 / n)^L - 1 for ReLU (after the ReLU).
         """
         if len(draws) < 2 or len({d.layers for d in draws}) > 1:
-            raise InvalidInput("The fluctuation needs results of two draws or more of one architecture.")
+            raise InvalidInput(
+                f"The fluctuation was asked of {len(draws)} results; give two or more, of draws of one "
+                f"architecture."
+            )
         return relative_variance(numpy.array([d.kernels for d in draws]))
 
 
@@ -116,7 +119,11 @@ def width_slopes(
     """
     x = numpy.log([float(width) for width, draws in sizes.items() for _ in draws])
     if len(set(x)) < 2 or len(x) < 3:
-        raise InvalidInput("The slope over widths needs two widths or more, and three measurements.")
+        raise InvalidInput(
+            f"The sizes are of {len(set(x))} widths, {len(x)} measurements in all; give two widths or more, "
+            f"and three "
+            "measurements."
+        )
     y = numpy.log([values for draws in sizes.values() for values in draws])
     x = x - x.mean()
     slope = x @ (y - y.mean(0)) / (x @ x)

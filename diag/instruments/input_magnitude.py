@@ -83,7 +83,7 @@ def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, 
     n = per_example_gradients.num_examples
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or len(inputs) != n:
         raise MissingQuantity(
-            "The inputs are not one floating tensor (n, ...), so they have no magnitudes to compare."
+            "The inputs are not one floating tensor (n, ...), so they have no magnitudes to compare; pass inputs=."
         )
     names = per_example_gradients.layers
     if layer and layer not in names:

@@ -225,7 +225,9 @@ def _gathered(outputs: LayerOutputs, compared: int, noise: float = 0.0) -> dict[
 
     outputs.visit(add, noise)
     if not sums:
-        raise MissingQuantity("no layer puts out rows of features, one for each example or token.")
+        raise MissingQuantity(
+            "no layer gives rows of features, one for each example or token; pass layer_outputs= yourself."
+        )
     return sums
 
 

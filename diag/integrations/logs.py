@@ -112,7 +112,8 @@ def _read(file: Path) -> Iterable[LoggedRow]:
         return list(reader(file))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise InvalidInput(
-            f"{file} cannot be read as {file.suffix[1:]} ({str(error).splitlines()[0][:120]})."
+            f"{file} cannot be read as {file.suffix[1:]} ({str(error).splitlines()[0][:120]}); give a log that is "
+            "whole."
         ) from None
 
 

@@ -64,7 +64,7 @@ class KrylovSpace:
             return
         length = norm(vector)
         if not 0 < length.item() < float("inf"):
-            raise InvalidInput("the start vector is zero or not finite; give another, or none.")
+            raise InvalidInput("The start vector is zero or not finite; give another, or none.")
         self._set_next(vector, 1 / length)
 
     def extend(self) -> None:
@@ -97,7 +97,7 @@ class KrylovSpace:
         bordered = self.projected[: self.steps + 1, : self.steps + 1].cpu()
         if not bordered.isfinite().all():
             raise InvalidInput(
-                f"a product of {self.operator!r} within the first {self.steps} steps is not finite; check the "
+                f"A product of {self.operator!r} within the first {self.steps} steps is not finite; check the "
                 "loss and the parameters for NaN and overflow."
             )
         coupling = bordered.diagonal(1)[: self.operator.size - 1]

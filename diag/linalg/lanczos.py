@@ -156,7 +156,7 @@ def run_lanczos(
     is not finite, or the memory is too small.
     """
     if max_products < 1:
-        raise InvalidInput(f"max_products={max_products} was given; give at least 1.")
+        raise InvalidInput(f"max_products is {max_products}; expected at least 1.")
     capacity = basis_capacity(operator, which, max_products, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
     progress = LanczosProgress(which, max_products, min_products, stopping_rule)

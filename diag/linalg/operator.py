@@ -34,7 +34,7 @@ class LinearOperator(ABC):
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str):
         if size < 1:
-            raise InvalidInput(f"an operator of size {size} was asked for; give a size of at least 1.")
+            raise InvalidInput(f"The operator's size is {size}; expected at least 1.")
         self.size = size
         self.dtype = dtype
         self.device = torch.device(device)
@@ -97,7 +97,7 @@ class LinearOperator(ABC):
         """Raises InvalidInput where `v` has another shape, dtype or device."""
         if v.shape != shape or v.dtype != self.dtype or v.device.type != self.device.type:
             raise InvalidInput(
-                f"a vector of shape {tuple(v.shape)}, {v.dtype}, on {v.device} was given to an operator that "
+                f"A vector of shape {tuple(v.shape)}, {v.dtype}, on {v.device} was given to an operator that "
                 f"takes shape {shape}, {self.dtype}, on {self.device}; convert the vector first."
             )
 
@@ -298,13 +298,13 @@ def _check_symmetric(matrix: Tensor) -> None:
     """Raises InvalidInput unless the matrix is square, floating point and symmetric to rounding."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
         raise InvalidInput(
-            f"a tensor of shape {tuple(matrix.shape)} and {matrix.dtype} was given; "
-            "give a square floating-point matrix."
+            f"The matrix has shape {tuple(matrix.shape)} and dtype {matrix.dtype}; expected a square "
+            f"floating-point one."
         )
     asymmetry = (matrix - matrix.T).abs().max().item()
     if not asymmetry <= 1e3 * torch.finfo(matrix.dtype).eps * matrix.abs().max().item():
         raise InvalidInput(
-            f"the matrix is not symmetric (largest |A - A^T| is {asymmetry:.3g}); give (A + A^T) / 2 if that "
+            f"The matrix is not symmetric (largest |A - A^T| is {asymmetry:.3g}); give (A + A^T) / 2 if that "
             "is what you mean."
         )
 
@@ -316,10 +316,10 @@ def _as_index(index: Index, base: LinearOperator) -> Index:
     if positions.dtype == torch.bool:
         if positions.shape != (base.size,):
             raise InvalidInput(
-                f"a mask of shape {tuple(positions.shape)} was given for a block of an operator of size "
+                f"A mask of shape {tuple(positions.shape)} was given for a block of an operator of size "
                 f"{base.size}; give one entry for each position."
             )
         positions = positions.nonzero().flatten()
     if positions.unique().numel() != positions.numel():
-        raise InvalidInput("the positions of a block repeat; give each position once.")
+        raise InvalidInput("The positions of a block repeat; give each position once.")
     return positions

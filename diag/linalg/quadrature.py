@@ -164,7 +164,7 @@ def spectral_measure(
     Rayleigh quotients, and the probes see only what is orthogonal to them.
     """
     if num_probes < 1 or steps < 1:
-        raise InvalidInput(f"num_probes={num_probes} and steps={steps} were given; give at least 1 of each.")
+        raise InvalidInput(f"num_probes is {num_probes} and steps is {steps}; expected at least 1 of each.")
     target: LinearOperator = operator
     atoms = torch.zeros(0, dtype=torch.float64)
     if deflate is not None:

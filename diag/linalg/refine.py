@@ -37,7 +37,8 @@ def refine(
     basis = orthonormal(guess)
     if len(basis) < min(which.count, operator.size):
         raise InvalidInput(
-            f"the guess spans {len(basis)} dimensions and {which.count} eigenpairs are wanted; give more vectors."
+            f"The guess spans {len(basis)} dimensions and {which.count} eigenpairs are asked for; give more "
+            f"vectors."
         )
     images = operator.matvecs(basis)
     while True:

@@ -38,13 +38,14 @@ class Which:
         counts = (self.largest, self.smallest, self.magnitude)
         if min(counts) < 0 or sum(counts) < 1 or (self.magnitude and self.largest + self.smallest):
             raise InvalidInput(
-                f"largest={self.largest}, smallest={self.smallest}, magnitude={self.magnitude} were asked for; "
-                "give largest and smallest, or magnitude, with at least one eigenvalue in all."
+                f"largest={self.largest}, smallest={self.smallest}, magnitude={self.magnitude} were given; "
+                f"expected "
+                "largest and smallest, or magnitude, with at least one eigenvalue in all."
             )
         if self.criterion not in ("bound", "residual"):
-            raise InvalidInput(f"criterion={self.criterion!r} was given; give 'bound' or 'residual'.")
+            raise InvalidInput(f"criterion is {self.criterion!r}; expected 'bound' or 'residual'.")
         if not 0 < self.tolerance < 1:
-            raise InvalidInput(f"a tolerance of {self.tolerance} was given; give one between 0 and 1.")
+            raise InvalidInput(f"tolerance is {self.tolerance}; expected a number between 0 and 1.")
 
     @property
     def count(self) -> int:

@@ -47,7 +47,7 @@ def trace_and_norm(
     Raises InvalidInput for fewer than two probes: one probe has no standard error.
     """
     if num_probes < 2:
-        raise InvalidInput(f"num_probes={num_probes} was given; at least 2 are needed for a standard error.")
+        raise InvalidInput(f"num_probes is {num_probes}; expected at least 2, which a standard error needs.")
     target: LinearOperator = operator
     known, cross = torch.zeros(0, dtype=torch.float64), 0.0
     spent = num_probes

@@ -42,6 +42,8 @@ def report(
         paths = [source] if isinstance(source, (str, os.PathLike)) else source
         source = from_checkpoints(paths, build, **measuring)
     elif measuring:
-        raise InvalidInput(f"report takes {', '.join(measuring)} only with build=, for checkpoints.")
+        raise InvalidInput(
+            f"report takes {', '.join(measuring)} for checkpoints only; give build=, or leave it out."
+        )
     page = Page(document(source, title=title, command=command))
     return page if output is None else page.save(output)

@@ -53,7 +53,9 @@ def read_array(folder: Path, name: str) -> NDArray[Any]:
             raise ValueError("it is not as it was written: its hash does not fit its name")
         return _parsed(data)
     except Exception as error:  # a hostile header may raise anything
-        raise RunError(f"The array {name[:60]!r} of {folder.parent} cannot be read ({error}).") from None
+        raise RunError(
+            f"The array {name[:60]!r} of {folder.parent} cannot be read ({error}); restore it from a copy."
+        ) from None
 
 
 def _hash(data: bytes) -> str:

@@ -289,7 +289,9 @@ class Run:
 
     def _load_array(self, name: str) -> Any:
         if self.path is None:
-            raise RunError(f"The array {name!r} lies in a run folder, and this run has none.")
+            raise RunError(
+                f"The array {name!r} lies in a run folder, and this run has none; open it from its folder."
+            )
         return read_array(self.path / ARRAYS, name)
 
     # How it looks

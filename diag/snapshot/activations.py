@@ -146,7 +146,9 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
     except CALL_ERRORS as error:
         raise explained(snapshot.model, snapshot.batches, error) from error
     if not sums:
-        raise MissingQuantity("the model calls no layer and no nonlinearity that is known here.")
+        raise MissingQuantity(
+            "the model calls no layer and no nonlinearity of torch.nn.functional that is known here."
+        )
     return tuple(s.statistics(name) for (name, _, _), s in sums.items())
 
 

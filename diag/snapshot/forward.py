@@ -87,7 +87,9 @@ def targets(snapshot: Snapshot) -> Tensor:
     found = [batch.targets for batch in snapshot.batches]
     for t, batch in zip(found, snapshot.batches, strict=True):
         if not isinstance(t, Tensor) or not t.is_floating_point() or not t.ndim or len(t) != batch.size:
-            raise MissingQuantity("the targets are not floating-point numbers, one or several an example.")
+            raise MissingQuantity(
+                "the targets are not floating-point numbers, one or several an example; pass targets= yourself."
+            )
     return torch.cat(found)
 
 

@@ -97,7 +97,7 @@ def test_fluctuation_of_measured_networks():
     """32 draws of three linear layers of width 50 on one input: 2 L / n to a factor of 1.8, as 32 draws tell."""
     draws = [measure(stack(50, 3, 1.0, nn.Identity, seed=s), n=1) for s in range(32)]
     assert pytest.approx(Initialization.fluctuation(draws)[-1], rel=0.8) == (1 + 2 / 50) ** 3 - 1
-    with pytest.raises(InvalidInput, match="two draws or more"):
+    with pytest.raises(InvalidInput, match="give two or more, of draws"):
         Initialization.fluctuation(draws[:1])
 
 

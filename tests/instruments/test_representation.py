@@ -224,4 +224,4 @@ def test_refusals():
         collapse_by_layer, layer_outputs={"a": normal(4, 2)}, labels=torch.zeros(4).long()
     )
     wrong = {"layer_outputs": {"a": normal(5, 2)}, "labels": torch.arange(4) % 2}
-    assert "no layer puts out one row" in refusal(collapse_by_layer, **wrong)
+    assert "no layer gives one row" in refusal(collapse_by_layer, **wrong)

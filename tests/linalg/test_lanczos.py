@@ -220,7 +220,7 @@ def test_criteria_agree_on_values_and_residual_takes_longer(planted: Planted) ->
 
 def test_no_products_are_refused_and_one_is_a_rayleigh_quotient(planted: Planted) -> None:
     operator = planted([3.0, 2.0, 1.0])
-    with pytest.raises(InvalidInput, match=r"max_products=0 was given; give at least 1\."):
+    with pytest.raises(InvalidInput, match=r"max_products is 0; expected at least 1\."):
         eigenpairs(operator, largest=1, max_products=0)
     start = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64) / 3
     which = Which(largest=1)

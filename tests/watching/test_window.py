@@ -227,7 +227,7 @@ def test_several_optimizers_have_no_one_threshold():
             F.mse_loss(model(x), y).backward()
             first.step()
             second.step()
-    assert "the optimizer does not hold parameter" in run_sentence(last(watcher.run)[1])
+    assert "The optimizer does not hold parameter" in run_sentence(last(watcher.run)[1])
 
 
 class Ticks:

@@ -130,7 +130,7 @@ def _operator(
 def _each(hessian: LinearOperator, optimizer: OptimizerState, values: Sequence[float]) -> Tensor:
     """One value for each entry of the flat vectors (P,), from one for each parameter group."""
     if not isinstance(hessian, CurvatureOperator):
-        raise _needs_model("the parameter groups differ")
+        raise _needs_model("The parameter groups differ")
     owner = {
         id(p): v for g, v in zip(optimizer.torch_optimizer.param_groups, values, strict=True) for p in g["params"]
     }
@@ -138,14 +138,14 @@ def _each(hessian: LinearOperator, optimizer: OptimizerState, values: Sequence[f
     foreign = [name for name in hessian.layout.names if id(named[name]) not in owner]
     if foreign:
         raise Unsupported(
-            f"the optimizer does not hold parameter {foreign[0]}; give the one that trains this model"
+            f"The optimizer does not hold parameter {foreign[0]}; give the one that trains this model."
         )
     pieces = [torch.full((named[name].numel(),), owner[id(named[name])]) for name in hessian.layout.names]
     return torch.cat(pieces).to(dtype=hessian.dtype, device=hessian.device)
 
 
 def _needs_model(why: str) -> Unsupported:
-    return Unsupported(f"{why}, which a bare matrix does not show; measure on a Snapshot with optimizer=")
+    return Unsupported(f"{why}, which a bare matrix does not show; measure on a Snapshot with optimizer=.")
 
 
 def _groups(optimizer: OptimizerState) -> list[dict[str, Any]]:

@@ -191,7 +191,10 @@ class Recording:
         """
         now = trainable(snapshot.model).values()
         if not all(torch.equal(p, kept) for p, kept in zip(now, self._now, strict=True)):
-            raise InvalidInput("The model's parameters have changed since the last recorded step.")
+            raise InvalidInput(
+                "The model's parameters have changed since the last recorded step; finish the record before "
+                "the next."
+            )
         last = _edge_between(snapshot, self._before)
         return LossRecord(self.losses, self._first or last, last, tuple(self._steps), same_examples, loss_scale)
 

@@ -81,9 +81,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidInput(f"The configuration {path} cannot be read ({error.strerror}).") from None
+        raise InvalidInput(
+            f"The configuration {path} cannot be read ({error.strerror}); give another file."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} is not valid TOML ({error}).") from None
+        raise InvalidInput(f"{path} is not valid TOML ({error}); correct it there.") from None
 
 
 def _tables(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:

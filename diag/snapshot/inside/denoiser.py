@@ -42,7 +42,9 @@ def denoiser(snapshot: Snapshot) -> DenoiserAt:
     batch = batch.slice(0, min(batch.size, DENOISED_EXAMPLES))
     y = batch.args[0] if len(batch.args) == 1 and not batch.kwargs else None
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise MissingQuantity("the inputs are not one floating tensor of noisy data.")
+        raise MissingQuantity(
+            "the inputs are not one floating tensor; give data= with (noisy inputs, clean targets)."
+        )
 
     def called(which: nn.Module, given: Tensor) -> Tensor:
         try:

@@ -343,7 +343,7 @@ def test_refusals():
     assert "num_eigenvalues is 0; expected at least 1" in refusal(measure, hessian=operator, num_eigenvalues=0)
     assert "expected (classes, 300)" in refusal(measure, hessian=operator, class_directions=torch.ones(2, 4))
     assert "tolerance is 2" in refusal(measure, hessian=operator, tolerance=2.0)
-    assert "at least 2 are needed" in refusal(measure, hessian=operator, trace_probes=1)
+    assert "expected at least 2, which" in refusal(measure, hessian=operator, trace_probes=1)
 
 
 class StraightThrough(nn.Module):

@@ -72,7 +72,7 @@ def test_refusals_say_what_was_found_and_expected() -> None:
         first.matvec(torch.ones(6, dtype=torch.float64))
     with pytest.raises(InvalidInput, match=r"torch.float32.*torch.float64"):
         first.matvec(torch.ones(7))
-    with pytest.raises(InvalidInput, match="give a square floating-point matrix"):
+    with pytest.raises(InvalidInput, match="expected a square floating-point one"):
         LinearOperator.from_matrix(torch.ones(3, 4))
     with pytest.raises(InvalidInput, match="not symmetric"):
         LinearOperator.from_matrix(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))

@@ -224,7 +224,7 @@ def test_the_chance_of_one_probe_is_beta_distributed() -> None:
 
 
 def test_refusals(planted: Planted, o6c: Tensor) -> None:
-    with pytest.raises(InvalidInput, match="at least 2 are needed for a standard error"):
+    with pytest.raises(InvalidInput, match="expected at least 2, which a standard error needs"):
         trace_and_norm(planted(o6c), num_probes=1)
-    with pytest.raises(InvalidInput, match="give at least 1 of each"):
+    with pytest.raises(InvalidInput, match="expected at least 1 of each"):
         spectral_measure(planted(o6c), num_probes=0)

@@ -45,6 +45,7 @@ SOURCE = "Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697"
 LOW_PRECISION = ("bfloat16", "float16")
 
 ALARM_AT = 0.5
+CARRIED_OVER = 0.2  # held-out accuracy this close to that of the examples: what is fitted is learned, too
 NEAR_NATS = 2.0
 NEAR_RESIDUAL = 1e-3
 SAME_LOSS = 0.05  # how far wrong-class gradients may be from the softmax's before the loss counts as another one
@@ -104,8 +105,11 @@ class SoftmaxCollapse(Result):
         count, n = round(self.collapsed * len(self.margins)), len(self.margins)
         if self.collapsed > 0:
             alarm_at = self.setting("alarm_at")
+            # Without gradients nothing more is learned: a loss where there is more to learn on held-out data.
+            learned = self.accuracy - self.held_out_accuracy <= CARRIED_OVER
+            alarming = self.collapsed >= alarm_at and not learned
             return Verdict(
-                Level.ALARM if self.collapsed >= alarm_at else Level.DESCRIPTION,
+                Level.ALARM if alarming else Level.DESCRIPTION,
                 f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
                 f"their true class, by {self.loss}: {self._meaning()}.",
                 advice=CONTROLS,
@@ -276,8 +280,8 @@ def softmax_collapse(
     logits (n, K), bfloat16, float16, float32 or float64, as the loss gets them; labels (n,) class numbers;
     logit_gradients (n, K): d loss_i / d logits_i by the loss that training uses, up to one factor per class.
     Without them the loss is taken to be F.cross_entropy in the logits' dtype, and nothing is said of the run's own.
-    Margins are computed in float64
-    (nats). held_out_logits and held_out_labels only add the accuracy on held-out data.
+    Margins are computed in float64 (nats). held_out_logits and held_out_labels add the accuracy on held-out data;
+    where it is within a fifth of that on the examples, what is fitted is learned, and collapse is no alarm.
 
     Settings: `alarm_at`, the share from which collapse is an alarm; `near_nats` and `near_residual`, the headroom
     and the zero-sum residual at which collapse counts as near (our choice, uncalibrated).

@@ -22,6 +22,7 @@ HYPERPARAMETERS = (
     "eps",
     "weight_decay",
     "maximize",
+    "initial_lr",  # what a scheduler began from
 )
 
 

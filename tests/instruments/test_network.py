@@ -89,6 +89,24 @@ def test_units_that_are_copies(data, start, level):
     assert UnitCopies.trend([(3, result)]).level == ("ok" if level == "ok" else "unknown")
 
 
+def test_copies_that_no_step_was_taken_on_are_ends_of_branches(data):
+    model = mlp(depth=4)
+    for layer in list(model)[::2][:3]:
+        nn.init.zeros_(layer.weight)
+    names = dict(model.named_parameters())
+    made = empty_history({name: p.numel() for name, p in names.items()}, 20)
+    pushed = numpy.ones((20, len(names)), numpy.float32)
+
+    def copies(**record):
+        found = diag.unit_copies(params=names, history=dataclasses.replace(made, gradient_norm=pushed, **record))
+        return UnitCopies.trend([(20, found)]).level
+
+    assert copies() == "alarm"  # no step was measured, so nothing speaks against it
+    assert copies(skipped=numpy.ones(20, bool)) == "ok"  # a gradient scaler left all steps out
+    assert copies(update_norm=numpy.zeros_like(pushed)) == "ok"  # gradients are zeroed before each step
+    assert copies(update_norm=pushed) == "alarm"
+
+
 def test_a_branch_that_starts_at_zero_is_no_copy(data):
     model = mlp(depth=4)
     nn.init.zeros_(model[-1].weight)

@@ -1,5 +1,6 @@
 """Step size, divergence and weight decay on records whose course is known, and on small trainings."""
 
+import dataclasses
 import importlib.util
 import math
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import StartingWeight
 
 _path = Path(__file__).with_name("optimization_histories.py")
 _spec = importlib.util.spec_from_file_location("optimization_histories", _path)
@@ -99,6 +102,32 @@ def test_decay_that_wins(losses, norm, decay, level):
     verdict = diag.weight_decay(history=record(losses, norm=norm, weight_decay=decay)).verdict()
     assert verdict.level == level
     assert (verdict.cause == Cause.WEIGHT_DECAY_TOO_STRONG) == (level in ("alarm", "warning"))
+
+
+def test_steps_of_weights_that_begin_next_to_nothing_are_large_for_any_learning_rate():
+    usual, small = (Loop(step=100, start=2 * (StartingWeight("w", g, False, 0.0, True),)) for g in (0.6, 0.01))
+    assert (
+        diag.step_size(history=record(falling(), 0.4), loop=usual).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
+    )
+    assert diag.step_size(history=record(falling(), 0.4), loop=small).verdict().cause == ""
+    rising = record(falling()[::-1], 0.4)
+    assert diag.step_size(history=rising, loop=small).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
+
+
+def test_a_gradient_of_zero_says_nothing_of_steps_and_decay():
+    history = record(FLAT, 1e-5, norm=numpy.geomspace(4, 0.01, 100), weight_decay=0.5)
+    nothing = dataclasses.replace(history, gradient_norm=0 * history.gradient_norm)
+    assert diag.step_size(history=nothing).verdict().level == "not_applicable"
+    assert diag.weight_decay(history=nothing).verdict().level == "description"
+    assert diag.step_size(history=history).verdict().cause == Cause.LEARNING_RATE_TOO_LOW
+
+
+@pytest.mark.parametrize(("decay", "level"), [(1e-3, "description"), (0.5, "alarm")])
+def test_decay_inside_the_gradient_wins_only_with_a_penalty_of_the_size_of_the_loss(decay, level):
+    history = record(FLAT, norm=numpy.geomspace(4, 0.01, 100), kind="Adam", weight_decay=decay)
+    result = diag.weight_decay(history=history)
+    assert result.penalty == pytest.approx(decay / 2 * 4 * 4**2 / 2.3, rel=1e-6)
+    assert result.verdict().level == level
 
 
 def watched(lr, optimizer=torch.optim.Adam, **settings):

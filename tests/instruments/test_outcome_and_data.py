@@ -13,6 +13,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.outcome.generalization import Generalization
 from diag.instruments.outcome.trivial import TrivialPredictor
 from diag.snapshot.history import empty_history
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import LossFacts
 
 
 @pytest.fixture
@@ -76,6 +78,8 @@ def test_the_first_loss_beside_guessing_evenly(first, cause):
     assert result.verdict().cause == cause and result.even == pytest.approx(math.log(10))
     other = diag.initial_loss(history=history, **given | {"losses": given["losses"] * 2})
     assert other.verdict().level == "not_applicable"
+    summed = Loop(step=3, losses=(LossFacts("cross_entropy", reduction="sum"),))
+    assert diag.initial_loss(history=history, loop=summed, **given).verdict().level == "not_applicable"
 
 
 def predictor(loss):

@@ -12,7 +12,7 @@ from diag.instruments.causes import Cause
 from diag.snapshot.history import empty_history
 
 
-def history(norms, beta2=0.999, kind="Adam", tensors=4):
+def history(norms, beta2=0.999, kind="Adam", tensors=4, loss=None):
     norms = numpy.asarray(norms, numpy.float32)
     table = numpy.tile(norms[:, None], (1, tensors))
     made = empty_history({f"{i}.weight": 100 for i in range(tensors)}, len(norms))
@@ -21,6 +21,7 @@ def history(norms, beta2=0.999, kind="Adam", tensors=4):
         gradient_norm=table,
         applied_gradient_norm=numpy.sqrt(numpy.nansum(table.astype(float) ** 2, 1)),
         optimizer={"kind": kind, "betas": (0.9, beta2)},
+        loss=made.loss if loss is None else loss,
     )
 
 
@@ -33,6 +34,7 @@ def noisy(n, size=1.0, seed=0):
     [
         (numpy.concatenate([noisy(100), noisy(50, 100.0)]), Cause.SECOND_MOMENT_STALE),
         (numpy.concatenate([noisy(100), noisy(1, 100.0), noisy(50)]), ""),  # one odd batch
+        (numpy.concatenate([noisy(100), noisy(5, 100.0), noisy(50)]), ""),  # a stretch of odd ones
         (numpy.concatenate([noisy(100), noisy(50, 3.0)]), ""),
         (noisy(300), ""),
         (noisy(200) * numpy.geomspace(1, 100, 200), ""),  # grows slowly enough to be followed
@@ -43,6 +45,13 @@ def test_gradients_that_grow_and_stay_large(norms, cause):
     verdict = diag.second_moment(history=history(norms)).verdict()
     assert verdict.cause == cause
     assert verdict.step == (101 if cause else None)
+
+
+@pytest.mark.parametrize(("after", "cause"), [(0.5, ""), (2.0, Cause.SECOND_MOMENT_STALE)])
+def test_gradients_that_grow_as_the_loss_falls_are_training_that_takes_off(after, cause):
+    norms = numpy.concatenate([noisy(100), noisy(50, 100.0)])
+    course = history(norms, loss=numpy.repeat([1.0, after], [100, 50]))
+    assert diag.second_moment(history=course).verdict().cause == cause
 
 
 def test_the_ratio_is_that_of_torchs_own_second_moment():

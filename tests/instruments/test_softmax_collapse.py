@@ -119,6 +119,14 @@ def test_alarm_when_most_examples_have_lost_their_gradient():
     check_result(result)
 
 
+def test_no_alarm_where_what_is_fitted_carries_over_to_held_out_data():
+    z, y = at_margins([20.0] * 6 + [3.0] * 4)
+    good = softmax_collapse(logits=z, labels=y, held_out_logits=z, held_out_labels=y)
+    assert good.verdict().level is Level.DESCRIPTION and good.collapsed == 0.6
+    poor = softmax_collapse(logits=z, labels=y, held_out_logits=z, held_out_labels=(y + 1) % 10)
+    assert poor.verdict().level is Level.ALARM
+
+
 def test_low_precision_is_called_routine():
     z, y = at_margins([9.0] * 4, dtype=torch.bfloat16)
     assert "usually harmless at the end of training" in softmax_collapse(logits=z, labels=y).verdict().sentence

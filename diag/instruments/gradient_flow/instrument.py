@@ -161,6 +161,9 @@ class GradientFlow(Result):
                 Cause.UNITS_DEAD,
                 Cause.GRAPH_CUT,
                 Cause.INITIALIZATION_CONSTANT,
+                Cause.OUTPUT_CONSTANT,
+                Cause.INPUTS_CONSTANT,
+                Cause.GRADIENTS_ZEROED_BEFORE_STEP,
             ),
         )
 
@@ -182,6 +185,7 @@ class GradientFlow(Result):
             threshold=limit,
             threshold_source=OUR_CHOICE,
             layers=self.gradient_layers[:5],
+            explained_by=(Cause.SCALER_SKIPS_FOREVER, Cause.NOT_FINITE, Cause.DATA_NOT_FINITE),
         )
 
     def _vanishing(self) -> Verdict | None:
@@ -219,7 +223,8 @@ class GradientFlow(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="A gradient at a step of the optimizer, and a weight that is another after it.",
             explained_by=(Cause.GRAPH_CUT, Cause.GRADIENTS_ZEROED_BEFORE_STEP, Cause.LEARNING_RATE_ZERO,
-                          Cause.WEIGHTS_UNCHANGED),
+                          Cause.WEIGHTS_UNCHANGED, Cause.UNITS_DEAD, Cause.OUTPUT_CONSTANT,
+                          Cause.SCALER_SKIPS_FOREVER, Cause.GRADIENT_UNDERFLOW, Cause.STEP_BEFORE_BACKWARD),
         )  # fmt: skip
 
     def _is_seen(self, steps: int) -> bool:

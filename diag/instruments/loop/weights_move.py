@@ -14,6 +14,7 @@ from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import CELLS, History, parts
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import ParameterFacts
 
 STEPS = 3  # measured in a row
 ROUNDING = 1e-6
@@ -54,19 +55,33 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
             continue
         if p is None or not p.optimizers or len(seen) < STEPS or (update[seen[-STEPS:]] != 0).any():
             continue
-        zero_rate = p.rate is not None and p.rate == 0
         last = rows[seen[-STEPS:]]
-        if p.rate and p.dtype not in HALVES and _rounds(history, last, column, p.rate):
+        rate = p.rate or numpy.nan_to_num(history.learning_rate[last]).max()
+        if p.dtype not in HALVES and p.rate != 0 and _rounds(history, last, column, rate):
             continue
         moved = numpy.flatnonzero(update[seen] != 0)
         since = int(history.steps[rows[seen[moved[-1] + 1 if len(moved) else 0]]])
-        cause = Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALVES else Cause.WEIGHTS_UNCHANGED
-        if zero_rate:
-            cause = Cause.SCHEDULE_ENDED_EARLY if len(moved) else Cause.LEARNING_RATE_ZERO
+        cause = _cause(p, bool(len(moved)), _came_down(history, loop))
         still.setdefault(cause, []).append(name)
         began[cause] = min(began.get(cause, since), since)
     for cause, names in still.items():
         yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
+
+
+def _cause(p: ParameterFacts, moved: bool, came_down: bool) -> Cause:
+    if p.rate is not None and p.rate == 0 and (moved or not came_down):
+        return Cause.SCHEDULE_ENDED_EARLY if moved else Cause.LEARNING_RATE_ZERO
+    return Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALVES else Cause.WEIGHTS_UNCHANGED
+
+
+def _came_down(history: History, loop: Loop) -> bool:
+    """Whether a learning rate of zero may be the end of a schedule, above which it was before: then it is no reason
+    for weights that never moved."""
+    stopped = [g for o in loop.training for g in o.groups if g.get("lr") == 0]
+    if any("initial_lr" in g for g in stopped):  # a scheduler holds them
+        return all(g.get("initial_lr") != 0 for g in stopped)
+    rates = history.learning_rate[numpy.isfinite(history.learning_rate)]
+    return bool(len(rates) and rates[-1] == 0 and rates.max() > 0)
 
 
 def _once_still(history: History, rows: Any) -> Iterator[tuple[int, Any, Any]]:
@@ -110,7 +125,7 @@ WHY = {
         "Keep the weights in float32 (autocast computes in half precision), or use stochastic rounding.",
     ),
     Cause.WEIGHTS_UNCHANGED: (
-        "the learning rate is not zero either",
+        "the learning rate was not zero either",
         "Look for an optimizer step that is replaced or masked, or for weights that are written back after it.",
     ),
     Cause.SCHEDULE_ENDED_EARLY: (

@@ -19,6 +19,7 @@ from diag.instruments.optimization.course import finite_losses
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
+from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic: the loss of K equally likely classes is log K"
 TIMES, ABOVE = 2.0, 1.0
@@ -74,12 +75,19 @@ class InitialLoss(Result):
 
 @instrument(source=SOURCE, title="First loss", kind=Kind.CHECK, before_training="always")
 def initial_loss(
-    history: History, logits: Tensor, labels: Tensor, losses: Tensor, *, times: float = TIMES
+    history: History,
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    loop: Loop | None = None,
+    *,
+    times: float = TIMES,
 ) -> InitialLoss:
     """Whether the first loss is that of a network which knows nothing.
 
     history: the record of a watched run from its start. logits (n, K), labels (n,), losses (m,): to see that the
-    loss is the cross-entropy of K classes. A first loss above `times` log K (and one nat above it) is a warning.
+    loss is the cross-entropy of K classes. loop: to see that it is a mean, as the sum over a batch begins far above
+    log K however unsure the network is. A first loss above `times` log K (and one nat above it) is a warning.
     Raises nothing of its own.
     """
     own = float(F.cross_entropy(logits.double(), labels))
@@ -97,6 +105,16 @@ def initial_loss(
                 abs(mean - own) <= AGREES * max(abs(mean), 1.0),
                 "the loss is not the cross-entropy of the logits.",
             ),
+            Precondition("a mean", _is_mean(loop), "the recorded loss is not the mean of one an example."),
             Precondition("from the start", began, "the record does not begin with the training."),
         ),
     )
+
+
+def _is_mean(loop: Loop | None) -> bool:
+    """Whether no loss of the loop is known to be a sum, or to be multiplied (other than by a gradient scaler)."""
+    if loop is None:
+        return True
+    multiplied = any(f.factor is not None and f.factor > 1 for f in loop.losses)
+    summed = any(f.reduction == "sum" for f in loop.losses)
+    return not summed and not (multiplied and not loop.scaling.scaled_losses)

@@ -6,16 +6,19 @@ effect one unit, and no training changes that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.history import History, parts
 
 SOURCE = "arithmetic: units with equal weights have equal gradients"
 STEPS_BEFORE_COPIES = (
@@ -84,17 +87,22 @@ class UnitCopies(Result):
 
 
 @instrument(source=SOURCE, title="Copies of units", kind=Kind.CHECK, before_training="always")
-def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
+def unit_copies(params: Mapping[str, Tensor], history: History | None = None) -> UnitCopies:
     """Whether the units of whole layers have the same weights.
 
-    params: the parameters by name. Compared are weights of two or more axes with at least four rows, up to 1e-4 of
-    the largest entry; of very large ones the first rows. An alarm where at step 10 or later at least two layers,
-    and a third of all, consist of copies. Raises nothing of its own.
+    params: the parameters by name. history: the record of a watched run, for which weights have been trained at
+    all: the ends of branches start at zero on purpose, and where no step is taken they stay so for another reason.
+    Compared are weights of two or more axes with at least four rows, up to 1e-4 of the largest entry; of very
+    large ones the first rows. An alarm where at step 10 or later at least two layers, and a third of all, consist
+    of copies. Raises nothing of its own.
     """
     weights = {
         n: p for n, p in params.items() if p.ndim >= 2 and len(p) >= FEWEST_UNITS_COMPARED and p.numel() > len(p)
     }
     copies = tuple(name for name, weight in weights.items() if _all_alike(weight))
+    if history is not None:
+        untrained = _untrained(history)
+        copies = tuple(name for name in copies if name not in untrained)
     finite = all(bool(p.isfinite().all()) for p in weights.values())
     return UnitCopies(
         share=len(copies) / max(len(weights), 1),
@@ -107,6 +115,23 @@ def unit_copies(params: Mapping[str, Tensor]) -> UnitCopies:
             Precondition("finite weights", finite, "some weights are not finite."),
         ),
     )
+
+
+def _untrained(history: History) -> set[str]:
+    """Parameters that no step has moved for a reason other than a gradient of zero: all steps were left out,
+    nothing moved in any that was measured, or theirs is not zero and they stood still."""
+    if len(history) and history.skipped.all():
+        return set(history.layers)
+    seen = _any(numpy.isfinite(p.update_norm) for p in parts(history))
+    moved = _any(numpy.nan_to_num(p.update_norm) > 0 for p in parts(history))
+    pushed = _any(numpy.nan_to_num(p.gradient_norm) > 0 for p in parts(history))
+    still = seen & ~moved & (pushed | ~moved.any())
+    return {name for name, stood in zip(history.layers, still, strict=True) if stood}
+
+
+def _any(tables: Iterable[NDArray[numpy.bool_]]) -> NDArray[numpy.bool_]:
+    """Which columns hold True in any row of any table."""
+    return numpy.asarray(numpy.logical_or.reduce([table.any(0) for table in tables]), bool)
 
 
 def _all_alike(weight: Tensor) -> bool:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from diag.snapshot.history import History, by_rows, parts
+from diag.snapshot.history import History, by_rows, parts, thinned_record
 
 SMALL = 64
+MOST_NORMS = 1 << 20  # steps times tensors over which a median is taken
 Floats = NDArray[numpy.float64]
 
 
@@ -64,6 +65,15 @@ def _ratios(history: History, tensors: NDArray[Any]) -> Floats:
         ratios = numpy.asarray(history.update_norm[:, tensors], float) / history.parameter_norm[:, tensors]
     ratios[~numpy.isfinite(ratios)] = numpy.nan
     return ratios
+
+
+def unpushed(history: History) -> bool:
+    """Whether the gradient of a typical large tensor is exactly zero at a typical step (medians): not a small one,
+    but none, as nothing reaches it or it is zeroed before the step."""
+    history = thinned_record(history, MOST_NORMS)
+    large = numpy.asarray(history.sizes) >= SMALL
+    sizes = median(history.gradient_norm[:, large], axis=1) if large.any() else numpy.zeros(0)
+    return bool(numpy.isfinite(sizes).any() and median(sizes) == 0)
 
 
 def fall(losses: Floats) -> float:

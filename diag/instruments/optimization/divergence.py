@@ -66,7 +66,7 @@ class Divergence(Result):
         by_momentum = self.momentum >= HIGH_MOMENTUM
         reached = format_number(self.last) if math.isfinite(self.last) else "what is no longer a finite number"
         course = (
-            f"left for good at step {self.left_at:,} and has reached {reached}"
+            f"has been above {limit:g} times that since step {self.left_at:,} and has reached {reached}"
             if self.left_at
             else f"rose to {format_number(self.peak)} in between"
         )
@@ -91,7 +91,8 @@ class Divergence(Result):
                           Cause.BATCHES_POISONED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.GRADIENTS_STILL_SCALED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
                           Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE,
-                          Cause.SECOND_MOMENT_STALE, Cause.INITIALIZATION_CONSTANT),
+                          Cause.SECOND_MOMENT_STALE, Cause.INITIALIZATION_CONSTANT, Cause.INPUTS_TOO_SMALL,
+                          Cause.INPUTS_CONSTANT, Cause.MOMENTUM_TOO_HIGH),
             step=self.left_at or None,
         )  # fmt: skip
 

@@ -24,8 +24,10 @@ from diag.snapshot.history import History
 
 SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second moment is out of date)"
 STALE = 5.0
-STAYED = 2.0  # times the gradients of before, in the five steps after: one odd batch does not count
-BEFORE, AFTER = 20, 5  # steps
+# Times the gradients of before, in the five steps after and the fifteen that follow: neither one odd batch nor a
+# stretch of them counts.
+STAYED = 2.0
+BEFORE, AFTER, LONGER = 20, 5, 20  # steps
 CANDIDATE, MOST = 2.0, 64  # ratios that are looked at more closely, and how many of them
 ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam")
 EXPLAINED_BY = (
@@ -93,14 +95,16 @@ def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
     history: the record of a watched run. The second moment of each tensor is the running mean of its squared
     gradient norms with the optimizer's beta2, corrected for its start, gradients as they were after clipping; a
     tensor counts from its first gradient on. A median ratio above `stale` is a warning where the gradients of the
-    five steps from there are at least twice those of the twenty before: an odd batch is none. For other
-    optimizers, and before step 25, it is not judged. Raises nothing of its own.
+    five steps from there, and of the fifteen after them, are at least twice those of the twenty before (a stretch
+    of odd batches is none) and the loss of these steps, where it is known, is higher than before: gradients that
+    grow as the loss falls are a training that takes off. For other optimizers, and before step 40, it is not
+    judged. Raises nothing of its own.
     """
-    beta2, known = _beta2(history), len(history.steps) >= BEFORE + AFTER
+    beta2, known = _beta2(history), len(history.steps) >= BEFORE + LONGER
     usable = beta2 is not None and known
     gradients = _applied(history) if usable else numpy.zeros((0, 0))
     ratios = _ratios(gradients, history.steps, beta2 or 0.0) if usable else numpy.zeros(0)
-    largest, place, growth = _largest(ratios, gradients)
+    largest, place, growth = _largest(ratios, gradients, history.loss)
     return SecondMoment(
         largest=largest,
         at=int(history.steps[place]) if place >= 0 else 0,
@@ -110,7 +114,7 @@ def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
         ratios=ratios[-512:],
         preconditions=(
             Precondition("Adam", beta2 is not None, "the optimizer keeps no second moment that is known here."),
-            Precondition("steps", known, f"fewer than {BEFORE + AFTER} steps were recorded."),
+            Precondition("steps", known, f"fewer than {BEFORE + LONGER} steps were recorded."),
         ),
     )
 
@@ -152,13 +156,17 @@ def _ratios(gradients: NDArray[numpy.float64], steps: Any, beta2: float) -> NDAr
     return numpy.asarray(median(found, axis=1)) if found.size else numpy.zeros(len(gradients))
 
 
-def _largest(ratios: NDArray[numpy.float64], gradients: NDArray[numpy.float64]) -> tuple[float, int, float]:
+def _largest(
+    ratios: NDArray[numpy.float64], gradients: NDArray[numpy.float64], losses: NDArray[numpy.float64]
+) -> tuple[float, int, float]:
     """The largest ratio from which on gradients stayed up, its place, how much they grew; (0, -1, 1) for none."""
     size = numpy.asarray(median(gradients, axis=1)) if gradients.size else numpy.zeros(len(ratios))
-    inside = numpy.arange(BEFORE, len(ratios) - AFTER + 1)
+    inside = numpy.arange(BEFORE, len(ratios) - LONGER + 1)
     candidates = inside[numpy.nan_to_num(ratios[inside]) > CANDIDATE]
     for i in candidates[numpy.argsort(-ratios[candidates])][:MOST]:
         after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
-        if after > STAYED * before > 0:
+        later = float(median(size[i + AFTER : i + LONGER]))
+        harmed = not median(losses[i : i + LONGER]) <= median(losses[i - BEFORE : i])  # or not known
+        if after > STAYED * before > 0 and later > STAYED * before and harmed:
             return float(ratios[i]), int(i), after / before
     return 0.0, -1, 1.0

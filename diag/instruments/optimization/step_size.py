@@ -18,16 +18,24 @@ from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.optimization.course import SMALL, fall, finite_losses, median, update_ratios
+from diag.instruments.optimization.course import (
+    MOST_NORMS,
+    SMALL,
+    fall,
+    finite_losses,
+    median,
+    unpushed,
+    update_ratios,
+)
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows, thinned_record
+from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of the recorded steps"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
 CERTAIN = 0.23  # from here on a step is too large also where the loss has not risen
 WINDOW = 5
-MOST_NORMS = 1 << 20  # steps times tensors over which a median is taken
 ENOUGH_STEPS = 30
 ROSE = 1.1
 NOT_FALLEN = 0.1
@@ -35,6 +43,7 @@ TIGHT, NOTHING_LEFT = 0.05, 0.005
 # With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one
 # scale. A hundredth means that epsilon, or a second moment of long ago, stands in the denominator.
 ADAM_SHARE = 0.02
+FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
 ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
 
 
@@ -44,6 +53,7 @@ class StepSize(Result):
 
     largest_ratio: float = measured("step over weights: the largest median of five consecutive measurements")
     largest_at: int = measured("the step at which these five measurements ended; 0 where there are fewer")
+    began_at: int = measured("where the first five measurements ended whose median was too high; 0: none")
     ratio: float = measured("step over weights: the median while the learning rate was above half of its largest")
     tensors: int = measured("tensors with at least 64 entries that moved")
     num_steps: int = measured("steps recorded", unit="steps")
@@ -53,6 +63,8 @@ class StepSize(Result):
     adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
     loss_rose: bool = measured("the loss of the five steps after that was well above the first one")
     shrunk: bool = measured("the weights had less than half of their first norm then: decay or a penalty took it")
+    from_nothing: bool = measured("a typical layer of weights began next to zero, or all alike")
+    unpushed: bool = measured("the gradient of a typical tensor was zero at a typical step")
     optimizer: str = measured("the optimizer's kind")
     epsilon: float = measured("Adam's epsilon")
     steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
@@ -64,6 +76,9 @@ class StepSize(Result):
     def _verdicts(self) -> Iterator[Verdict | None]:
         yield self._too_high()
         yield self._too_small()
+        if self.unpushed:
+            nothing = "The gradient of a typical layer is zero: its steps say nothing of the learning rate."
+            yield Verdict(Level.NOT_APPLICABLE, nothing, source=SOURCE)
         if not math.isfinite(self.ratio):
             yield Verdict(Level.NOT_APPLICABLE, "No step of the weights was measured.", source=SOURCE)
         yield Verdict(
@@ -78,7 +93,8 @@ class StepSize(Result):
         limit = self.setting("too_high")
         # Layers that start near zero take steps of their own size until they have grown, and Adagrad's first steps
         # are as large as its learning rate: there the loss must tell.
-        certain = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1 and not self.shrunk
+        certain = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1
+        certain = certain and not self.shrunk and not self.from_nothing
         if not self.largest_ratio > limit or not (certain or self.loss_rose):
             return None
         return Verdict(
@@ -97,8 +113,9 @@ class StepSize(Result):
             explained_by=(Cause.GRADIENTS_NOT_ZEROED, Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_SUMMED,
                           Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
-                          Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG),
-            step=self.largest_at,
+                          Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.INPUTS_TOO_SMALL,
+                          Cause.INPUTS_CONSTANT),
+            step=self.began_at or self.largest_at,
         )  # fmt: skip
 
     def _too_small(self) -> Verdict | None:
@@ -107,7 +124,7 @@ class StepSize(Result):
             return self._by_epsilon()
         if self.clip_factor < NOTHING_LEFT and self.num_steps >= ENOUGH_STEPS and self.optimizer not in ADAPTIVE:
             return self._by_clipping()
-        small = self.ratio < limit and self.num_steps >= ENOUGH_STEPS
+        small = self.ratio < limit and self.num_steps >= ENOUGH_STEPS and not self.unpushed
         if not small or not (self.loss_fall < NOT_FALLEN):
             return None
         if self.clip_factor < TIGHT and self.optimizer not in ADAPTIVE:
@@ -181,21 +198,24 @@ class StepSize(Result):
 
 
 @instrument(source=SOURCE, title="Step size", kind=Kind.CHECK, before_training="with optimizer")
-def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = TOO_LOW) -> StepSize:
+def step_size(
+    history: History, loop: Loop | None = None, *, too_high: float = TOO_HIGH, too_low: float = TOO_LOW
+) -> StepSize:
     """How far each step moves the weights, as a share of their size, and what makes it too far or too little.
 
-    history: the record of a watched run. The ratio of a step is the median over tensors of at least 64 entries;
-    `too_high` is compared with the median of five consecutive measurements, `too_low` with the median of all. Where
-    the ratio is too low, the verdict looks at clipping (how much of the gradient is left) and at Adam's epsilon
-    (how large its step per entry is beside the learning rate) before it names the learning rate. Raises nothing of
-    its own.
+    history: the record of a watched run; loop: for what the weights began with. The ratio of a step is the median
+    over tensors of at least 64 entries; `too_high` is compared with the median of five consecutive measurements,
+    `too_low` with the median of all. Where the ratio is too low, the verdict looks at clipping (how much of the
+    gradient is left) and at Adam's epsilon (how large its step per entry is beside the learning rate) before it
+    names the learning rate. Raises nothing of its own.
     """
     medians, steps, tensors = update_ratios(history)
     losses, _ = finite_losses(history)
-    largest, at = _largest_of_five(medians, steps)
+    largest, at, began = _largest_of_five(medians, steps, too_high)
     return StepSize(
         largest_ratio=largest,
         largest_at=at,
+        began_at=began,
         ratio=_ratio_before_decay(history, medians, steps),
         tensors=tensors,
         num_steps=int(history.total_steps),
@@ -205,6 +225,8 @@ def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = 
         adam_share=_adam_share(history),
         loss_rose=_rose(history, at),
         shrunk=_shrunk(history, at),
+        from_nothing=_from_nothing(loop),
+        unpushed=unpushed(history),
         optimizer=str(history.optimizer.get("kind", "")),
         epsilon=float(history.optimizer.get("eps", math.nan)),
         steps=steps[-512:],
@@ -212,12 +234,16 @@ def step_size(history: History, *, too_high: float = TOO_HIGH, too_low: float = 
     )
 
 
-def _largest_of_five(medians: NDArray[numpy.float64], steps: NDArray[Any]) -> tuple[float, int]:
+def _largest_of_five(medians: NDArray[numpy.float64], steps: NDArray[Any], limit: float) -> tuple[float, int, int]:
+    """The largest median of five consecutive measurements, the step at which these ended, and the step at which the
+    first five whose median is above the limit ended."""
     if len(medians) < WINDOW:
-        return math.nan, 0
+        return math.nan, 0, 0
     windows = median(numpy.lib.stride_tricks.sliding_window_view(medians, WINDOW), axis=1)
     best = int(numpy.nanargmax(windows)) if numpy.isfinite(windows).any() else 0
-    return float(windows[best]), int(steps[best + WINDOW - 1])
+    above = numpy.flatnonzero(numpy.nan_to_num(windows) > limit)
+    began = int(steps[above[0] + WINDOW - 1]) if len(above) else 0
+    return float(windows[best]), int(steps[best + WINDOW - 1]), began
 
 
 def _ratio_before_decay(history: History, medians: NDArray[numpy.float64], steps: NDArray[Any]) -> float:
@@ -284,3 +310,10 @@ def _shrunk(history: History, at: int) -> bool:
     with numpy.errstate(divide="ignore", invalid="ignore"):
         kept = median(last / first)
     return bool(kept < 0.5)
+
+
+def _from_nothing(loop: Loop | None) -> bool:
+    """Whether the median layer's weights began next to zero or all alike: it takes steps of its own size until it
+    has grown, whatever the learning rate is."""
+    start = () if loop is None else loop.start
+    return len(start) > 0 and bool(numpy.median([0.0 if w.constant else w.gain for w in start]) < FROM_NOTHING)

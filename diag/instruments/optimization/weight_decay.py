@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.optimization.course import SMALL, finite_losses, median
+from diag.instruments.optimization.course import SMALL, finite_losses, median, unpushed
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows
@@ -23,6 +23,11 @@ from diag.snapshot.history import History, by_rows
 SOURCE = "arithmetic of the recorded norms"
 SHRUNK, NEARLY_GONE = 0.5, 0.1
 LOST = 0.1
+# Decay that is a part of the gradient pulls towards a minimum of loss and penalty together. A penalty that is a
+# small part of the loss does not outweigh it; in Adam it moves the weights all the same where their own gradient
+# is none.
+PENALTY = 0.2
+SCALED_WITH_THE_LOSS = ("Adam", "NAdam", "RAdam", "Adagrad", "Adadelta", "Adamax", "RMSprop", "Rprop", "ASGD")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +38,12 @@ class WeightDecay(Result):
     kept: float = measured("norm of the weights at the end over that at the start, the median tensor", unit="share")
     loss_lost: float = measured("how much of its fall the loss has given back since its best tenth", unit="share")
     loss_fall: float = measured("best median loss of a tenth of the record, as a fall from the first", unit="share")
+    penalty: float = measured(
+        "half the decay times the squared norm of the weights at the start, over the first loss; NaN: not a "
+        "part of "
+        "the gradient"
+    )
+    pushed: bool = measured("the gradient of a typical tensor was not zero at a typical step")
     num_steps: int = measured("steps recorded", unit="steps")
     steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
     norms: NDArray[numpy.float64] = measured("norm over that at the start, the median tensor", shape="(steps,)")
@@ -41,12 +52,33 @@ class WeightDecay(Result):
         if not self.decay > 0 or not math.isfinite(self.kept):
             return Verdict(Level.NOT_APPLICABLE, "The optimizer has no weight decay.", source=SOURCE)
         limit = self.setting("shrunk")
+        if self.kept < limit and not self.pushed:
+            return self._alone(limit, "the gradient of a typical layer is zero")
+        if self.kept < limit and self.penalty < PENALTY:
+            share = format_share(self.penalty)
+            return self._alone(
+                limit, f"its penalty was {share} of the first loss, and gradients were smaller still"
+            )
         unlearned = self.loss_lost > LOST or self.loss_fall < LOST
         if self.kept < limit and (unlearned or self.kept < NEARLY_GONE):
             return self._won(limit)
         return Verdict(
             Level.OK,
             f"Weight decay leaves the weights at {format_share(self.kept)} of the norm that they began with.",
+            source=SOURCE,
+            value=self.kept,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
+        )
+
+    def _alone(self, limit: float, why: str) -> Verdict:
+        """Decay moves the weights because nothing else does: what is wrong is found where gradients are looked
+        at."""
+        return Verdict(
+            Level.DESCRIPTION,
+            f"Weight decay has brought a typical layer to {format_share(self.kept)} of the norm that it "
+            f"began with, "
+            f"and that is not the decay's strength: {why}.",
             source=SOURCE,
             value=self.kept,
             threshold=limit,
@@ -71,7 +103,7 @@ class WeightDecay(Result):
             threshold=limit,
             threshold_source=OUR_CHOICE,
             cause=Cause.WEIGHT_DECAY_TOO_STRONG,
-            explained_by=(Cause.LOSS_TERM_DOMINATES,),
+            explained_by=(Cause.LOSS_TERM_DOMINATES, Cause.GRADIENT_UNDERFLOW),
         )
 
     def plot(self, ax: Any) -> None:
@@ -86,8 +118,9 @@ def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
 
     history: the record of a watched run. It alarms where the median tensor (of at least 64 entries) has less than
     `shrunk` of its first norm and the loss shows it: it has not fallen, or has given back a tenth of its fall.
-    Weights that shrink while the loss keeps falling are regularised, as in a long training with decay. Raises
-    nothing of its own.
+    Weights that shrink while the loss keeps falling are regularised, as in a long training with decay; where
+    gradients are zero, or an adaptive optimizer scales up a penalty that is a small part of the loss, decay only
+    moves what nothing else does, and no cause is named. Raises nothing of its own.
     """
     large = numpy.asarray(history.sizes) >= SMALL
     rows = by_rows(history, lambda part: numpy.isfinite(part.parameter_norm[:, large]).any(1))
@@ -100,6 +133,8 @@ def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
         kept=float(medians[-1]) if len(medians) > 1 else math.nan,
         loss_lost=lost,
         loss_fall=fell,
+        penalty=_penalty(history, losses, groups),
+        pushed=not unpushed(history),
         num_steps=int(history.total_steps),
         steps=numpy.asarray(history.steps[rows])[-512:],
         norms=medians[-512:],
@@ -128,3 +163,19 @@ def _fall_and_loss(losses: NDArray[numpy.float64]) -> tuple[float, float]:
     first = max(first, float(losses[0]))
     fell = (first - best) / abs(first) if first else math.nan
     return fell, (last - best) / (first - best) if first > best else math.nan
+
+
+def _penalty(history: History, losses: NDArray[numpy.float64], groups: Any) -> float:
+    """The penalty of the first recorded weights over the first loss, where the optimizer scales its gradient as it
+    does the loss's; NaN for others."""
+    decays = {float(g.get("weight_decay") or 0.0) for g in groups}
+    if (
+        history.optimizer.get("kind") not in SCALED_WITH_THE_LOSS
+        or len(decays) != 1
+        or not len(losses)
+        or not losses[0] > 0
+    ):
+        return math.nan
+    squares = by_rows(history, lambda part: numpy.nansum(numpy.square(part.parameter_norm, dtype=float), axis=1))
+    seen = numpy.flatnonzero(squares > 0)
+    return float(decays.pop() / 2 * squares[seen[0]] / losses[0]) if len(seen) else math.nan

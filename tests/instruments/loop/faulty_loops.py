@@ -465,6 +465,40 @@ def updates_round_to_nothing():
     return model, lambda: half(model, optimizer)
 
 
+@fault(Cause.UPDATES_ROUND_TO_NOTHING, within=3)
+def updates_round_to_nothing_until_the_schedule_ends():
+    model = mlp().to(torch.bfloat16)
+    optimizer = sgd(model, 1e-7)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: max(0.0, 1 - s / 10))
+
+    def train():
+        for x, y in some(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.bfloat16()).float(), y).backward()
+            optimizer.step()
+            schedule.step()
+
+    return model, train
+
+
+@fault(Cause.LEARNING_RATE_ZERO, within=3)
+def a_group_without_learning_rate_under_a_schedule_to_zero():
+    model = mlp()
+    optimizer = torch.optim.SGD(
+        [{"params": list(model.parameters())[2:]}, {"params": model[0].parameters(), "lr": 0.0}], 0.05
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: max(0.0, 1 - s / 10))
+
+    def train():
+        for x, y in some(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            schedule.step()
+
+    return model, train
+
+
 # Schedules
 
 

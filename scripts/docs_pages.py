@@ -33,6 +33,7 @@ PAGES = [
         "How to, by symptom": [
             {"My loss spiked, or went up for good": "howto/spike.md"},
             {"My loss is flat": "howto/flat.md"},
+            {"Is the network initialised well": "howto/initial.md"},
             {"NaN": "howto/nan.md"},
             {"Validation is bad": "howto/validation.md"},
             {"Which labels are wrong": "howto/labels.md"},
@@ -40,7 +41,7 @@ PAGES = [
             {"Compare runs, or a sweep": "howto/compare.md"},
             {"Check every run in CI": "howto/ci.md"},
             {"With Lightning, transformers, W&B": "howto/tools.md"},
-            {"A run that goes on": "howto/live.md"},
+            {"Follow a run while it trains": "howto/live.md"},
             {"Yesterday's logs": "howto/logs.md"},
         ]
     },

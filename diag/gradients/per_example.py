@@ -86,11 +86,6 @@ class PerExampleGradients:
         """The names of the parameters in this layer."""
         return [name for name in self.shapes if layer_of(name) == layer]
 
-    def columns_of(self, layer: str) -> Tensor:
-        """(P_layer,): where a layer's parameters lie in flat vectors."""
-        slices = [self.columns[name] for name in self.parameters_of(layer)]
-        return torch.cat([torch.arange(part.start, part.stop) for part in slices])
-
     # ---- answers -------------------------------------------------------------------------------
 
     def ask(self, *queries: Query) -> tuple[Any, ...]:

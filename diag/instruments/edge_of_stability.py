@@ -2,7 +2,7 @@
 
 On a quadratic, gradient descent is stable exactly when the learning rate times the largest eigenvalue is at most 2;
 momentum and preconditioning move that threshold. Full-batch training drives the largest eigenvalue up to the
-threshold and hovers there: the edge of stability, which is no fault. Staying far beyond it is. Small batches add
+threshold and hovers there: the edge of stability. That is not a fault; staying far beyond it is. Small batches add
 noise, under which a minimum that is fitted exactly is left at a lower curvature: SGD has thresholds of its own.
 """
 
@@ -57,9 +57,9 @@ class EdgeOfStability(Result):
     trace: float = measured("trace of the Hessian of the loss")
     trace_standard_error: float = measured("standard error of the trace")
     trace_ratio: float = measured(
-        "learning rate x trace / 2 x (n - B) / (B (n - 1)): above 1 the point is no linearly stable minimum of a "
-        "squared loss under SGD with batches of B; 0 for full batches; NaN where B is not given or the optimizer "
-        "is not plain SGD"
+        "learning rate x trace / 2 x (n - B) / (B (n - 1)): above 1 the point is not a linearly stable minimum "
+        "of a squared loss under SGD with batches of B; 0 for full batches; NaN where B is not given or the "
+        "optimizer is not plain SGD"
     )
     trace_ratio_standard_error: float = measured("standard error of the trace ratio")
     scatter_ratio: float = measured(
@@ -220,7 +220,7 @@ def edge_of_stability(
     Hessian is preconditioned as D^(-1/2) H D^(-1/2); another optimizer gets numbers and no verdict. Weight decay
     that is added to the gradient shifts the curvature, and learning rates that differ between groups scale it.
 
-    `batch_size` is that of training (None: a watched `loop` tells). Where it covers all the data given, the
+    `batch_size` is that of training (None: that of the watched `loop`). Where it covers all the data given, the
     statement is about full-batch steps: below the threshold nothing is proved, at it training hovers, a ratio above
     `edge_ends` is a warning; that band is our choice, uncalibrated. With smaller batches there is a verdict for
     plain SGD on a squared loss that is fitted: two necessary conditions, and on small data the exact threshold. At
@@ -316,7 +316,7 @@ def _preconditions(
     batch: tuple[bool, str],
     own: SgdStability,
 ) -> tuple[Precondition, ...]:
-    whole, told = batch
+    whole, of_batch = batch
     found = f"the largest eigenvalue is {format_number(lambda_max)}"
     if math.isfinite(stability.threshold):
         found += f", {format_number(lambda_max / stability.threshold)} of the threshold"
@@ -327,12 +327,13 @@ def _preconditions(
         ),
     )
     if not math.isnan(own.scatter):
-        return *both, _fitted(own, f"{told}, and {found}")
+        return *both, _fitted(own, f"{of_batch}, and {found}")
     why = f"; SGD's own threshold for small batches does not apply: {own.not_squared}" if own.not_squared else ""
     return *both, Precondition(
         "full-batch steps",
         whole,
-        f"the threshold is for full-batch steps ({told}), and {found}, which describes and judges nothing{why}.",
+        f"the threshold is for full-batch steps ({of_batch}), and {found}, which describes and judges "
+        f"nothing{why}.",
     )
 
 

@@ -288,5 +288,5 @@ def _notes(gradients: PerExampleGradients) -> tuple[str, ...]:
         )
     slow = sorted(n for n, method in coverage.methods.items() if method.one_by_one)
     if slow:
-        notes.append(f"Computed one example at a time, for want of a closed form: {', '.join(slow[:5])}.")
+        notes.append(f"Computed one example at a time, as no closed form is known: {', '.join(slow[:5])}.")
     return tuple(notes)

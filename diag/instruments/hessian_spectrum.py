@@ -29,7 +29,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 
 SOURCE = "Papyan 2020, arXiv:2008.11865; Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159"
 
-NEGATIVE_ABOVE = 0.05  # of the largest eigenvalue: a smallest one below that is no rounding of a minimum
+NEGATIVE_ABOVE = 0.05  # of the largest eigenvalue: the smallest may lie so far below zero at a minimum, by rounding
 OVERLAP = 0.5
 NEAR_ZERO = 1e-3  # of the largest magnitude: what lies below counts as zero
 GRID_POINTS = 400
@@ -225,12 +225,12 @@ def hessian_spectrum(
 
     One Lanczos run of `steps` to `max_products` products gives the `num_eigenvalues` largest and the smallest;
     one whose residual is not within `tolerance` of the largest magnitude is not reported. The same run gives the
-    density (`num_probes` above 1: as many new start vectors), with the distribution function's error; the
+    density (`num_probes` above 1: from so many start vectors), with the distribution function's error; the
     `trace_probes` products more give trace and norm with the reported eigenvalues taken out. `half_split` compares
     blocks of half the data, `weight_decay` is added to every eigenvalue, `memory` caps the basis in bytes (None: a
     quarter of what is free). `keep_eigenvectors` keeps the vectors in the result, k times the parameters' size on
     the CPU; runs and saved results leave them out. All is in the loss's unit. `checkpoint` names a folder in which
-    a long run keeps where it is, so that one that was killed goes on there when it is asked for again.
+    the iteration is saved as it goes, so that a call that was killed continues from there when it is repeated.
 
     In a watched run it starts from no earlier eigenvectors: a density needs a random start, and the `steps` that it
     takes find the largest eigenvalues by themselves (10 of an MLP within 30).

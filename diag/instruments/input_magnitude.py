@@ -87,7 +87,7 @@ def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, 
         )
     names = per_example_gradients.layers
     if layer and layer not in names:
-        raise InvalidInput(f"There is no layer {layer!r}; layers are {', '.join(names[:8])}.")
+        raise InvalidInput(f"There is no layer {layer!r}; the layers are {', '.join(names[:8])}.")
     layer = layer or names[0]
     x = inputs.detach().cpu().double().flatten(1)
     sizes = torch.linalg.vector_norm(x, dim=1)
@@ -126,7 +126,7 @@ def _preconditions(seen: int, n: int, layer: str, spread: float) -> tuple[Precon
         Precondition(
             "inputs of different sizes",
             spread >= SPREAD_OF_NORMS,
-            f"the norms of the inputs differ by {format_share(spread)} only, so there is no slope to see.",
+            f"the norms of the inputs differ by {format_share(spread)} only, too little to fit a slope.",
         ),
     )
 

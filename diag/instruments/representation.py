@@ -1,5 +1,5 @@
-"""Representation: how many directions each layer uses, which of its dimensions are dead or said twice, and how
-alike layers are to each other, to themselves under small noise, and to an earlier snapshot.
+"""Representation: how many directions each layer uses, which of its dimensions are dead or duplicates, and
+how alike layers are to each other, to themselves under small noise, and to an earlier snapshot.
 
 Redundancy is the mean squared correlation of two dimensions (Barlow Twins' second term) above what chance gives.
 None of these numbers has been tried as a judgement, so they describe.
@@ -104,12 +104,12 @@ def representation(
 
     layer_outputs: the outputs of the layers, or features (n, d), or a mapping from names to features; the same of
     an earlier snapshot, for CKA between the two. Covariances are over all rows, in float64; of layers wider than
-    2,048 every so manieth dimension is measured. A dimension is dead below 1e-4 of the median standard deviation
+    2,048, evenly spaced dimensions are measured. A dimension is dead below 1e-4 of the median standard deviation
     (or where all are constant). CKA is the U-statistic for a linear kernel on `compared` rows, evenly spaced, with
     a jackknife error over ten blocks. Invariance compares two passes, one with `noise` (in standard deviations of
     the inputs) added; features that are given have no second pass, and NaN.
 
-    Raises MissingQuantity where no layer puts out rows of features. Sources: Zbontar et al. 2021, arXiv:2103.03230
+    Raises MissingQuantity where no layer outputs rows of features. Sources: Zbontar et al. 2021, arXiv:2103.03230
     (C_ii and C_ij); Kornblith et al. 2019, arXiv:1905.00414; Song et al. 2012 (the U-statistic).
     """
     outputs = outputs_given(layer_outputs)

@@ -139,10 +139,10 @@ class Sharpness(Result):
             return Verdict(Level.NOT_APPLICABLE, sentence, advice="Compare at equal training loss.", source=SOURCE)
         gap = self.adaptive_average - other.adaptive_average
         error = math.hypot(self.adaptive_average_standard_error, other.adaptive_average_standard_error)
-        told = "are not told apart" if abs(gap) <= 2 * error else "differ"
+        found = "do not differ by more than chance" if abs(gap) <= 2 * error else "differ"
         return Verdict(
             Level.UNKNOWN if abs(gap) <= 2 * error else Level.OK,
-            f"At losses of {pair} the adaptive average rises {told}: {format_number(self.adaptive_average)} "
+            f"At losses of {pair} the adaptive average rises {found}: {format_number(self.adaptive_average)} "
             f"against {format_number(other.adaptive_average)}, a difference of {format_number(gap)} ± "
             f"{format_number(error, 2)}.",
             advice=SHARPNESS_IS_NO_SCORE,

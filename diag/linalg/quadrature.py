@@ -67,17 +67,6 @@ class SpectralMeasure:
         below = (self.nodes[..., None] <= grid).double()
         return (self.weights[..., None] * below).sum(1).mean(0) + self._atoms_below(grid)
 
-    def distribution_standard_error(self, grid: Tensor) -> Tensor:
-        """Standard error of `distribution` (g,) from the random draw of the probes: the larger of what theory and
-        what their spread say. What a rule cannot resolve is not in it: see `distribution_bounds`."""
-        if self.exact:
-            return torch.zeros(len(grid), dtype=torch.float64)
-        shares = (self.weights[..., None] * (self.nodes[..., None] <= grid).double()).sum(1)
-        rest = self._rest
-        p = (shares.mean(0) / rest).clamp(0, 1)
-        theory = rest * (2 * p * (1 - p) / (rest * self.size + 2) / self.num_probes).sqrt()
-        return torch.maximum(theory, _spread(shares)) if self.num_probes > 1 else theory
-
     def distribution_bounds(self, grid: Tensor, deviations: float = 2.0) -> tuple[Tensor, Tensor]:
         """The least and the largest share of eigenvalues <= each point of `grid` (g,), two of (g,), float64.
 

@@ -55,7 +55,7 @@ def test_scaled_inputs_scale_the_gradient():
 def test_inputs_of_one_size_have_no_slope():
     result = linear(directions())
     assert math.isnan(result.slope) and math.isnan(result.correlation)
-    assert "no slope to see" in result.verdict().sentence
+    assert "too little to fit a slope" in result.verdict().sentence
 
 
 def test_without_a_gradient_in_the_layer_it_says_that_and_nothing_of_the_inputs():

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diag.curvature.fisher import class_axis, counted_positions, likelihood_of
+from diag.curvature.fisher import likelihood_of
 from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
 from diag.snapshot.forward import comparisons, look_at
@@ -51,7 +50,7 @@ class DivergenceAt:
         with torch.no_grad(), preserved(self._snapshot.model):
             for batch, (before, weights) in zip(self._snapshot.batches, self._at_center, strict=True):
                 after, _ = self._compared(values, batch)
-                each = _categorical(before, after, -1) if self._categorical else _gaussian(before, after)
+                each = _categorical(before, after) if self._categorical else _gaussian(before, after)
                 total += float((each * weights).sum())
                 counted += float(weights.sum())
         return total / counted
@@ -80,26 +79,17 @@ class DivergenceAt:
         return found.logits[found.counted].clone(), weights[found.counted]
 
 
-def output_divergence(before: Tensor, after: Tensor, targets: Any) -> Tensor:
-    """The mean KL divergence of one batch's distributions with the outputs `before` and `after`, float64."""
-    if likelihood_of(targets) == "gaussian":
-        return _gaussian(before, after).mean()
-    axis = class_axis(before, targets)
-    each, counted = _categorical(before, after, axis), counted_positions(targets, before, axis)
-    return each.mean() if counted is None else (each * counted).sum() / counted.sum()
-
-
 def _gaussian(before: Tensor, after: Tensor) -> Tensor:
     """The divergence of each example, of unit variance."""
     return (after.double() - before.double()).reshape(len(before), -1).square().sum(1) / 2
 
 
-def _categorical(before: Tensor, after: Tensor, axis: int) -> Tensor:
-    """The divergence at each position."""
+def _categorical(before: Tensor, after: Tensor) -> Tensor:
+    """The divergence of each row of logits."""
     before, after = before.double(), after.double()  # the difference of two near distributions needs the digits
-    p, q = before.log_softmax(axis), after.log_softmax(axis)
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
     # A class that is masked out by a logit of minus infinity adds nothing.
-    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(axis)
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
 
 def _largest(outputs: Tensor) -> float:

@@ -18,7 +18,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 
 SOURCE = "arithmetic of the labels"
 COMMON = 5  # examples of each class that does occur
-EXPECTED = 20  # examples a class, were they equal, from which on an absent one is no accident
+EXPECTED = 20  # examples a class, were they equal, from which on an absent one is not there by chance
 CLASS_RATIO = 10.0  # the default of SageMaker Debugger's rule ClassImbalance
 
 
@@ -121,7 +121,7 @@ def class_counts(
             Precondition(
                 "examples",
                 enough,
-                f"there are {total} examples of {classes} classes; {EXPECTED} a class would tell.",
+                f"there are {total} examples of {classes} classes; expected {EXPECTED} a class or more.",
             ),
             Precondition("random order", not ordered, "the labels come one class after the other."),
         ),

@@ -54,7 +54,7 @@ def _findings(b: BatchFacts) -> Iterator[LoopFinding]:
             Level.ALARM,
             Cause.CLASSES_SORTED,
             f"The classes come one after the other: {b.distinct:.2g} classes a batch, where rows of these classes "
-            f"in random order would have {at_random:.2g}, and each batch goes on with the classes of the one "
+            f"in random order would have {at_random:.2g}, and each batch continues with the classes of the one "
             f"before.",
             "Shuffle the data: DataLoader(..., shuffle=True).",
             "Batches that hold all classes.",

@@ -1,4 +1,4 @@
-"""Held-out inputs beside those of training: whether they have been prepared in the same way."""
+"""Held-out inputs against those of training: whether they have been prepared in the same way."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class LabelAudit(Result):
         return Verdict(
             Level.DESCRIPTION,
             f"{format_share(self.negative)} of the {len(self.margins):,} examples are not answered as their label "
-            "says; which labels look wrong is told by the course over training.",
+            "says; which labels look wrong follows from the course over training.",
             source=SOURCE,
         )
 

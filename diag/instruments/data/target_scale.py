@@ -1,4 +1,4 @@
-"""The scale of the targets of a regression beside what the network puts out at its start."""
+"""The scale of a regression's targets against the scale of the network's first outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGE_TARGETS, OUTPUTS_APART = 20.0, 10.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TargetScale(LoopCheck):
-    """Targets far larger than what the network puts out."""
+    """Targets far larger than what the network outputs."""
 
 
 @instrument(source=SOURCE, title="Scale of the targets", kind="check")

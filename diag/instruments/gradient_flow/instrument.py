@@ -75,7 +75,7 @@ class GradientFlow(Result):
     idle_layers: tuple[str, ...] = measured("tensors whose gradient was exactly zero at every step")
     losses_seen: int = measured("steps at which a loss was seen", unit="steps")
     gradients_seen: int = measured("steps at which a gradient was seen", unit="steps")
-    unseen_layers: tuple[str, ...] = measured("tensors of which no gradient was ever seen")
+    unseen_layers: tuple[str, ...] = measured("tensors that had no gradient at any step")
     still: bool = measured("the weights were looked at, and never moved")
     loss_growth: float = measured("median of the last five losses over the first; NaN where that is not above zero")
     layers: tuple[str, ...] = measured("parameter tensors, in the order of named_parameters()")
@@ -247,8 +247,8 @@ class GradientFlow(Result):
             return found
         names = ", ".join(self.unseen_layers[:3]) + (", ..." if len(self.unseen_layers) > 3 else "")
         return (
-            f"{found}; of {len(self.unseen_layers)} of the {len(self.layers)} parameter tensors no gradient was "
-            f"ever seen ({names})"
+            f"{found}; {len(self.unseen_layers)} of the {len(self.layers)} parameter tensors had no gradient at "
+            f"any step ({names})"
         )
 
     def _span(self) -> str:
@@ -315,7 +315,7 @@ def gradient_flow(
     connections, recorded from its initialisation: only then is a gradient that changes by more than
     `depth_factor` over the depth (in the order of named_parameters()) called vanishing or exploding. It is read
     off the biases: in a ReLU network without them <W, dL/dW> is the same for every layer, so the weights'
-    gradients cannot tell. `skipped_share`: from here on skipped steps are a warning, where there are more
+    gradients cannot show. `skipped_share`: from here on skipped steps are a warning, where there are more
     than the sixteen in which a scale of 2^16 comes down to one (our choice, uncalibrated).
 
     Raises InvalidInput for settings it does not know. Sources: arithmetic; Hoffer, Hubara, Soudry 2017,

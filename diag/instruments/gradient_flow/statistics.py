@@ -75,7 +75,7 @@ def idle_layers(history: History) -> tuple[str, ...]:
 
 
 def unseen_layers(history: History) -> tuple[str, ...]:
-    """The tensors of which no gradient was seen at any step."""
+    """The tensors that had no gradient at any step."""
     unseen = [(numpy.isnan(part.gradient_norm) & part.gradient_finite).all(0) for part in parts(history)]
     return tuple(n for n, none in zip(history.layers, numpy.logical_and.reduce(unseen), strict=True) if none)
 

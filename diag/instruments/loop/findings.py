@@ -1,4 +1,4 @@
-"""What the checks of the loop share: findings, of which the worst is told, and the result that holds them."""
+"""What the checks of the loop share: findings, of which the worst is reported, and the result that holds them."""
 
 from __future__ import annotations
 

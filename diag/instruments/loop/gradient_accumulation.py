@@ -25,8 +25,8 @@ class GradientAccumulation(LoopCheck):
 def gradient_accumulation(loop: Loop) -> GradientAccumulation:
     """Whether the backward passes of a step make up its gradient, as their mean.
 
-    Told are steps that several batches of a DataLoader lead to, each by its own call of the model and its own
-    backward pass from the undivided mean loss, and backward passes that are zeroed away before any step. Several
+    Reported are steps that follow several batches of a DataLoader, each with its own call of the model and its own
+    backward pass from the undivided mean loss, and gradients that are zeroed before any step uses them. Several
     backward passes from one batch (the terms of a loss, a real and a generated half) add up as they should.
 
     Raises nothing of its own.

@@ -28,7 +28,7 @@ def gradients_reach(loop: Loop) -> GradientsReach:
 
     A module without one is followed in one training call: if it ran, its output is cut off from the loss (detach,
     no_grad, .item(), argmax); if it did not, it is unused. Parts that are copies of trained parts (a teacher) are
-    left out. Frozen layers are told where they are few and stand between trained ones of their kind.
+    left out. Frozen layers are reported where they are few and lie between trained ones of their kind.
 
     Raises nothing of its own.
     """

@@ -23,7 +23,7 @@ def layers_shared(loop: Loop) -> LayersShared:
 
     One module at several places of one list ([layer] * n) has one set of weights. An embedding and an output layer
     that start with equal numbers and are two tensors were meant to be tied. Separate layers that start equal are
-    told only if they are still equal after steps, as their gradients then always are, too.
+    reported only if they are still equal after steps, as their gradients then always are, too.
 
     Raises nothing of its own.
     """

@@ -36,8 +36,8 @@ def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule
     steps changes nothing; a learning rate that has come down to zero while steps go on trains nothing. A rate of
     zero at the very first step (warm-up) and at the last (a schedule that fits) are as they should be. One that
     steps once for many steps of the optimizer is too slow where training ends while the rate still rises, below
-    half of what it leads up to, or where it was made for as many steps as the optimizer took. A run that is gone
-    on with (resume=) starts its schedule over where the rate is again that of its first step and had changed since.
+    half of what it leads up to, or where it was made for as many steps as the optimizer took. A resumed run
+    starts its schedule over where the rate is again that of its first step and had changed since.
 
     Raises nothing of its own.
     """

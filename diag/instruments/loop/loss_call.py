@@ -14,7 +14,7 @@ from diag.snapshot.loop.parts import LossFacts
 
 CALLS_NEEDED = 3  # calls whose numbers were looked at
 PADDED = 0.05  # of the targets
-STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is told of
+STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
 BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 LOG_INPUT = ("nll_loss", "kl_div")
 SOFTMAX_INSIDE = ("cross_entropy",)
@@ -31,7 +31,7 @@ def loss_call(loop: Loop) -> LossCall:
     """Whether the loss function gets what it expects: logits or log-probabilities, shapes that fit, whole targets.
 
     What made its input is read from the graph; the numbers of the first three calls are looked at besides, for rows
-    that are probabilities within rounding. log_softmax before cross_entropy changes nothing and is not told.
+    that are probabilities within rounding. log_softmax before cross_entropy changes nothing and is not reported.
 
     Raises nothing of its own.
     """
@@ -97,7 +97,7 @@ def _double(f: LossFacts, cause: Cause, inside: str) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         cause,
-        f"{f.function} is called on probabilities and applies {inside} to them once more, so its gradients shrink "
+        f"{f.function} is called on probabilities and applies {inside} to them again, so its gradients shrink "
         "and it cannot come near zero.",
         f"Give {f.function} the raw outputs (logits): take the softmax or sigmoid out of the model.",
         "Inputs of the loss that are negative or exceed one.",

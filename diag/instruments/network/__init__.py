@@ -1,1 +1,1 @@
-"""Checks of the network: what its units put out, and how signals and gradients fare over its depth."""
+"""Checks of the network: the outputs of its units, and how signals and gradients grow or vanish over its depth."""

@@ -95,7 +95,7 @@ class AttentionHeads(Result):
             "normalise queries and keys (QK-norm) where logits grow.",
             source=SOURCE,
             confidence=Confidence.STRONG_EMPIRICAL,
-            refutation="With logits divided by ten the training is no better.",
+            refutation="With logits divided by ten the training is not better.",
             value=float(numpy.median(self.entropy)),
             threshold=SHARP,
             threshold_source=OUR_CHOICE,

@@ -25,7 +25,7 @@ class Capacity(LoopCheck):
 
 @instrument(source=SOURCE, title="Capacity", kind="check")
 def capacity(loop: Loop, *, dropped: float = DROPPED) -> Capacity:
-    """Whether dropout leaves nearly no units, or a classifier gets a single number to tell its classes by.
+    """Whether dropout leaves nearly no units, or a classifier has a single number to separate its classes by.
 
     loop: the facts of the loop, with the model's last linear layer and dropout modules. A warning where a dropout
     module has a rate of `dropped` or more, and where the last linear layer, which gives the logits of a

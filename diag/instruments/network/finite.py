@@ -1,4 +1,4 @@
-"""Finite values: which module is the first to put out infinity or NaN, on the probe's examples and weights of
+"""Finite values: which module is the first to output infinity or NaN, on the probe's examples and weights of
 now."""
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ def all_finite(activations: Sequence[Activation]) -> Precondition:
     """That everything in the forward pass is finite, for checks whose numbers mean nothing otherwise."""
     bad = next((a for a in activations if a.non_finite), None)
     where = f"{bad.name or 'the model itself'} ({bad.function})" if bad else ""
-    return Precondition(
-        "finite values", bad is None, f"{where} puts out values that are not finite." if bad else ""
-    )
+    return Precondition("finite values", bad is None, f"{where} outputs values that are not finite." if bad else "")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +27,7 @@ class FiniteForward(Result):
     """Counts over all examples; a layer is a call of a known function, or the output."""
 
     entries: int = measured("entries that are infinite or not a number, in the first layer that has some")
-    layer: str = measured("the first layer that puts out such entries; empty: none")
+    layer: str = measured("the first layer that outputs such entries; empty: none")
     function: str = measured("what it computes")
     largest_before: float = measured("the largest absolute value in the layers before it")
     layers: int = measured("layers looked at")
@@ -38,7 +36,7 @@ class FiniteForward(Result):
         if not self.entries:
             return Verdict(
                 Level.OK,
-                f"All {self.layers} layers put out finite values only.",
+                f"All {self.layers} layers output finite values only.",
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
                 value=0.0,
@@ -47,7 +45,7 @@ class FiniteForward(Result):
         large = self.largest_before > 1e4
         return Verdict(
             Level.ALARM,
-            f"The network puts out values that are not finite: the first is {self.layer} ({self.function}), with "
+            f"The network outputs values that are not finite: the first is {self.layer} ({self.function}), with "
             f"{self.entries:,} of them"
             + (f", after values of up to {self.largest_before:.1e} in the layers before." if large else "."),
             advice="Go back to a state before that step. Look at the inputs of this layer for values that are too "
@@ -75,7 +73,7 @@ class FiniteForward(Result):
 
 @instrument(source=SOURCE, title="Finite values", kind=Kind.CHECK, before_training="always")
 def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
-    """Which module is the first to put out values that are infinite or not a number.
+    """Which module is the first to output values that are infinite or not a number.
 
     activations: statistics of the forward pass (`diag.snapshot.activations`), in the order of the calls. A logit of
     minus infinity that masks a class is the one exception: what the model returns is not looked at where the layers

@@ -1,7 +1,7 @@
 """The scale of the initial weights: how much each layer enlarges or shrinks what it is given, when training begins.
 
-Weights of variance 1 / fan-in put out numbers of the size that they take in, torch's own default .58 times that,
-those for rectifiers 1.4 times. Far from these, outputs and gradients grow or vanish with every layer, or
+Weights of variance 1 / fan-in give outputs of the size of their inputs, torch's own default .58 times that, those
+for rectifiers 1.4 times. Far from these, outputs and gradients grow or vanish with every layer, or
 normalisation layers hide it and take the learning rate down with it.
 """
 
@@ -46,7 +46,7 @@ class InitialScale(Result):
         if small <= self.gain <= large:
             return Verdict(
                 Level.OK,
-                f"A typical layer puts out {format_number(self.gain)} times what it takes in.",
+                f"A typical layer's outputs are {format_number(self.gain)} times the size of its inputs.",
                 source=SOURCE,
                 value=self.gain,
                 threshold=large,
@@ -55,14 +55,14 @@ class InitialScale(Result):
         too_large = self.gain > large
         return Verdict(
             Level.WARNING,
-            f"The network's signals start too {'large' if too_large else 'small'}: a typical layer puts out "
+            f"The network's signals start too {'large' if too_large else 'small'}: a typical layer outputs "
             f"{format_number(self.gain)} times what it takes in, where 0.5 to 1.5 keeps signals alive over "
             f"the depth.",
             advice="Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as "
             "torch.nn.init.kaiming_normal_ does.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
-            refutation="With torch's default initial weights the same training is no better.",
+            refutation="With torch's default initial weights the same training is not better.",
             value=self.gain,
             threshold=large if too_large else small,
             threshold_source=OUR_CHOICE,

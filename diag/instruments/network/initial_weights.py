@@ -37,9 +37,9 @@ class InitialWeights(LoopCheck):
 def initial_weights(loop: Loop, *, large: float = LARGE_WEIGHTS, small: float = SMALL_WEIGHTS) -> InitialWeights:
     """Whether the weights that training begins with let it begin.
 
-    Told is where more than half of the weights (trained or not, at least two) hold one number everywhere, and where
-    the median over the others of root mean square times the root of the fan-in is above `large` or below `small`.
-    A run that is resumed is not judged. Raises nothing of its own.
+    A warning where more than half of the weights (trained or not, at least two) hold one number everywhere, or
+    where the median over the others of root mean square times the root of the fan-in is above `large` or below
+    `small`. A run that is resumed is not judged. Raises nothing of its own.
     """
     start = loop.start
     fine = f"{len(start):,} weights start at random numbers of a usual size."
@@ -83,7 +83,7 @@ def _scale(gain: float, too_large: bool) -> LoopFinding:
         f"The weights start too {'large' if too_large else 'small'}: a typical layer makes "
         f"{format_number(gain)} of an input of size one, where 0.5 to 1.5 keeps signals alive over the depth.",
         "Start weights with variance 1 / fan-in (2 / fan-in before a ReLU), as torch.nn.init.kaiming_normal_ does.",
-        "With torch's default initial weights the same training is no better.",
+        "With torch's default initial weights the same training is not better.",
         step=1,
         confidence=Confidence.STRONG_EMPIRICAL,
     )

@@ -1,4 +1,4 @@
-"""Constant output: whether what the network puts out depends on its input at all."""
+"""Constant output: whether the network's output depends on its input at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diag.snapshot.activations import MODEL_OUTPUT, Activation
 
 SOURCE = "arithmetic of one forward pass"
 CONSTANT_SPREAD = 1e-3
-STEPS_BEFORE_CONSTANT = 10  # a last layer that starts at zero puts out a constant until it has been trained
+STEPS_BEFORE_CONSTANT = 10  # the output of a last layer that starts at zero is constant until it has been trained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,7 +85,7 @@ class OutputConstant(Result):
 
 @instrument(source=SOURCE, title="Constant output", kind=Kind.CHECK, before_training="always")
 def output_constant(activations: Sequence[Activation], *, alarm_below: float = CONSTANT_SPREAD) -> OutputConstant:
-    """Whether what the network puts out depends on its input.
+    """Whether the network's output depends on its input.
 
     activations: statistics of the forward pass (`diag.snapshot.activations`). The spread of an output is the
     standard deviation over examples (and positions), over the root mean square of all entries. Below `alarm_below`

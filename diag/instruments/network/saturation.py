@@ -46,7 +46,7 @@ class Saturation(Result):
             )
         return Verdict(
             Level.ALARM,
-            f"{format_share(self.worst)} of the values that {', '.join(over[:3])} puts out lie at the flat ends "
+            f"{format_share(self.worst)} of the values that {', '.join(over[:3])} outputs lie at the flat ends "
             "of the activation function, where its derivative is next to nothing: hardly any gradient passes.",
             advice="Scale the weights before it for the function (variance 1 / fan-in for tanh), normalise the "
             "inputs, or put a normalisation layer in front.",

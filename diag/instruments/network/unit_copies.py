@@ -26,7 +26,7 @@ STEPS_BEFORE_COPIES = (
 )
 FEWEST_UNITS_COMPARED = 4
 SAME_WEIGHTS_WITHIN = 1e-4  # of the layer's largest weight
-MOST_ENTRIES_COMPARED = 1 << 22  # entries of which no more are compared
+MOST_ENTRIES_COMPARED = 1 << 22  # no more entries are compared
 # One layer of copies may be an untrained branch; two, or a third of them all, is how the network began.
 SHARE_OF_COPIES, FEWEST_COPIES = 1 / 3, 2
 

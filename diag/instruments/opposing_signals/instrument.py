@@ -3,7 +3,7 @@
 Training is stable while steps along the sharpest direction shrink. Where two groups share one large feature and
 need opposite responses to it, that direction is theirs: a step that helps one hurts the other, and at the edge
 of stability their losses rise and fall in turn. Opposite gradients alone show nothing, since any step sorts
-the examples into those it helps and those it hurts; what tells is how much of all movement two groups carry,
+the examples into those it helps and those it hurts; the evidence is how much of all movement two groups carry,
 and whether they trade places from step to step.
 """
 

@@ -95,8 +95,8 @@ class LossRecord:
             Precondition(
                 "a known threshold of stability",
                 not self.unknown,
-                f"how sharp a loss the optimizer can descend is not known ({self.unknown}), so nobody can say "
-                "whether it is at the edge of stability.",
+                f"how sharp a loss the optimizer can descend is not known ({self.unknown}), and so is whether "
+                "it is at the edge of stability.",
             ),
             Precondition(
                 "the edge of stability",

@@ -55,7 +55,7 @@ class Divergence(Result):
         return Verdict(
             Level.UNKNOWN if higher else Level.OK,
             f"The loss began at {format_number(self.first)} and is at {format_number(self.last)}, "
-            + (f"higher, but by less than {limit:g} times." if higher else "which is no higher."),
+            + (f"higher, but by less than {limit:g} times." if higher else "which is not higher."),
             source=SOURCE,
             value=self.last / self.first,
             threshold=limit,
@@ -108,8 +108,8 @@ def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
     history: the record of a watched run. Judged on the median of the last five losses, so that a single bad batch
-    is no divergence; a loss that begins at zero or below is not judged. A momentum of 0.99 or more is named as the
-    cause. Raises nothing of its own.
+    is not called divergence; a loss that begins at zero or below is not judged. A momentum of 0.99 or more is named
+    as the cause. Raises nothing of its own.
     """
     losses = numpy.where(history.loss_finite, numpy.asarray(history.loss, float), math.inf)
     seen = ~numpy.isnan(losses)

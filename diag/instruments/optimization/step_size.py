@@ -105,7 +105,7 @@ class StepSize(Result):
             advice="Lower the learning rate about tenfold, or warm it up; if it must stay, clip the gradient.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
-            refutation="The same training at a tenth of the learning rate ends with a loss that is no lower.",
+            refutation="The same training at a tenth of the learning rate ends with a loss that is not lower.",
             value=self.largest_ratio,
             threshold=limit,
             threshold_source=OUR_CHOICE,

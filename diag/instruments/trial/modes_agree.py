@@ -27,15 +27,15 @@ class ModesAgree(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
-        told = (
+        found = (
             f"training mode gives a loss of {format_number(self.train_loss)} on the batch that was fitted (at "
             f"first {format_number(self.start)}), evaluation mode {format_number(self.eval_loss)}"
         )
         if self.eval_loss < self.start or self.eval_loss <= self.train_loss:
-            return Verdict(Level.OK, f"The modes agree: {told}.", source=SOURCE, confidence=Confidence.ARITHMETIC)
+            return Verdict(Level.OK, f"The modes agree: {found}.", source=SOURCE, confidence=Confidence.ARITHMETIC)
         return Verdict(
             Level.WARNING,
-            f"What training learns is not there in evaluation: {told}.",
+            f"What training learns is not there in evaluation: {found}.",
             advice="Look at normalisation layers (momentum, statistics of tiny batches, shared between different "
             "inputs) and at whatever else asks for self.training.",
             source=SOURCE,

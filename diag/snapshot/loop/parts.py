@@ -310,7 +310,7 @@ class WrapperFacts:
 @dataclass(frozen=True)
 class TargetFacts:
     """What the first losses were asked for. Of losses between numbers (`function`), `looked` of them: root mean
-    square, mean and standard deviation of the targets, and the root mean square of what the network first put out.
+    square, mean and standard deviation of the targets, and the root mean square of the network's first outputs.
     Of targets that are whole numbers where the model is given sequences of tokens: `aligned` were compared, and
     shifts says in how many of them every target was the token so many positions on in the input."""
 

@@ -94,6 +94,14 @@ def test_cka_is_one_for_a_rotation_and_zero_for_independent_features():
     assert abs(numpy.mean(draws)) < 4 * numpy.std(draws) / math.sqrt(200)
 
 
+def test_cka_of_three_examples_is_unknown_and_of_four_is_not():
+    """The U-statistic divides by n (n - 3)."""
+    grams = [centred_gram(normal(4, 5, seed=i)) for i in range(2)]
+    assert all(map(math.isnan, cka_with_error(grams[0][:3, :3], grams[1][:3, :3])))
+    cka, error = cka_with_error(*grams)
+    assert math.isfinite(cka) and math.isnan(error)
+
+
 def test_all_pairs_at_once_are_the_pairs_one_by_one():
     grams = [centred_gram(normal(60, d, seed=d) + normal(60, 1, seed=1)) for d in (3, 5, 80)]
     cka, errors = cka_between(grams)

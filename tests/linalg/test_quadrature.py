@@ -135,8 +135,8 @@ def test_breakdown_leaves_the_quadrature_of_the_start_vector(planted: Planted) -
     measure = spectral_measure(planted([2.0] * 10 + [0.0] * 30), num_probes=30, steps=10)
     assert torch.allclose(measure.weights.sum(1), torch.ones(30, dtype=torch.float64))
     middle = torch.tensor([1.0], dtype=torch.float64)
-    low, high = measure.distribution_bounds(middle, deviations=4)
-    assert low <= 0.75 <= high and high - low < 0.35
+    error = (2 * 0.75 * 0.25 / 42 / 30) ** 0.5
+    assert abs(float(measure.distribution(middle)) - 0.75) < 4 * error
 
 
 # How far the distribution function can be off, with one probe too.

@@ -108,10 +108,10 @@ def test_a_spectrum_goes_on_in_its_folder_and_leaves_nothing_there(tmp_path: Pat
         def __repr__(self) -> str:  # the same operator as the one that lives
             return repr(MatrixOperator(self.matrix))
 
-    settings = {"largest": 4, "steps": 40, "checkpoint": tmp_path / "kept"}
+    settings = {"largest": 4, "steps": 40, "checkpoint": tmp_path / "runs" / "kept"}
     with pytest.raises(Killed):
         spectrum(Dying(matrix), **settings)
-    (file,) = (tmp_path / "kept").iterdir()
+    (file,) = (tmp_path / "runs" / "kept").iterdir()
     other = spectrum(MatrixOperator(2 * matrix), **settings)
     assert file.exists() and float(other.top.values[0]) == pytest.approx(2.0, rel=1e-6)
     operator = MatrixOperator(matrix)
@@ -119,7 +119,7 @@ def test_a_spectrum_goes_on_in_its_folder_and_leaves_nothing_there(tmp_path: Pat
     whole = spectrum(MatrixOperator(matrix), **settings | {"checkpoint": None})
     assert torch.equal(resumed.top.values, whole.top.values) and resumed.trace == whole.trace
     assert resumed.num_products == whole.num_products > operator.num_products
-    assert not list((tmp_path / "kept").iterdir())
+    assert not list((tmp_path / "runs" / "kept").iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -96,3 +96,14 @@ def test_more_probes_bound_the_distribution_more_tightly():
 def test_products_that_are_not_finite_are_refused():
     with pytest.raises(InvalidInput, match="is not finite; check the loss"):
         spectrum(LinearOperator.from_matrix(torch.eye(5)) * float("inf"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_probes_that_agree_by_chance_do_not_state_too_small_an_error(seed):
+    """Of k normal probes the trace has the variance 2 tr A^2 / k, and |A|_F^2 has 2 tr A^4 / k."""
+    values = torch.linspace(-5, 5, 300, dtype=torch.float64)
+    found = spectrum(rotated(values), largest=1, steps=40, trace_probes=2, num_probes=8, seed=seed)
+    of_trace = float(values.square().sum().sqrt())
+    of_norm = float(values.pow(4).sum().sqrt() / (2 * values.norm()))
+    assert found.trace.standard_error > 0.9 * of_trace
+    assert found.frobenius_norm.standard_error > 0.9 * of_norm

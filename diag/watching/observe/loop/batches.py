@@ -19,12 +19,13 @@ from torch import Tensor
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import BatchFacts
 from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.recent import Recent
 
 NUMBERS_HASHED = 64  # of a batch that are hashed
 DISTINCT_NUMBERS = 16  # of them at least, else (pixels that are mostly zero, few words) the whole batch is hashed
 WHOLE = 1 << 19  # bytes of a batch up to which that is done
 BATCHES_LOOKED_AT = 4  # batches by which it is decided
-BATCHES_REMEMBERED = 1 << 16  # batches
+BATCHES_REMEMBERED = 1 << 14  # batches that were looked at, an eighth of all in a long training
 AWAY = 256  # batches on a device that wait to be hashed
 TELL = (2, 4, 6)  # the same order for so many batches is news
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
@@ -38,8 +39,7 @@ class Batches:
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._calls = self._hashed = 0
-        self._at: dict[Any, int] = {}
-        self._keys: dict[int, Any] = {}
+        self._at, self._keys = Recent(BATCHES_REMEMBERED), Recent(BATCHES_REMEMBERED)  # calls by batch, batches by call
         self._whole, self._looked = False, 0
         self._away: deque[tuple[int, Tensor]] = deque(maxlen=AWAY)
         self._lag = self._repeats = self._since = self._fetched = 0
@@ -91,17 +91,17 @@ class Batches:
             self._keys.clear()
 
     def _add(self, call: int, sample: int, shape: Any) -> None:
-        key = (sample, shape)
+        key = hash((sample, *shape))
         self._hashed += 1
         fetched, self.fetched = self.fetched, False
         before = self._at.get(key)
-        if len(self._at) < BATCHES_REMEMBERED:
-            self._at[key], self._keys[call] = call, key
+        self._at.set(key, call)
+        self._keys.set(call, key)
         self._compare(call, key, before, fetched)
         if self._repeats in TELL or (self._lag and self._repeats == self._lag):
             self._moment.news(("same batches", self._lag, self._repeats))
 
-    def _compare(self, call: int, key: Any, before: int | None, fetched: bool) -> None:
+    def _compare(self, call: int, key: int, before: int | None, fetched: bool) -> None:
         """Is this the batch of `lag` calls before? Not all calls are looked at, so often nobody knows."""
         there = self._keys.get(call - self._lag) if self._lag else None
         if there is not None and there == key:

@@ -125,7 +125,7 @@ def attention(
 ) -> Attention:
     """Entropy, largest weight, scores, margins and weight norms of every attention head.
 
-    attention_calls: those seen in a forward pass over at most 256 examples (`diag.snapshot.inside.attention`),
+    attention_calls: those seen in a forward pass over some 64 examples (`diag.snapshot.inside.attention`),
     each with some of its queries. Entropy is that of a query's weights over the log of the number of keys that it
     may see: 1 is uniform, 0 one-hot; queries that see one key are left out. The gap is s_1 - s_2 of the sorted
     scores, the separation margin of the selected key, min over the others of s_selected - s_j. With keys as

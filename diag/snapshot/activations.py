@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from diag.errors import MissingQuantity
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.inside.blocks import blocks, number_true
 from diag.snapshot.inside.layers import floating
 from diag.snapshot.inside.names import module_names
 from diag.snapshot.objective.comparison import output_tensor
@@ -95,17 +96,29 @@ class _Sums:
     def add(self, values: Tensor, given: Tensor | None) -> None:
         if given is not None and given.is_floating_point():
             self.taken += given.numel()
-            self.taken_squares += float(given.detach().to(self.total.dtype).square().nansum())
-        rows = _by_unit(values.detach()).to(self.total.dtype)
-        finite = torch.isfinite(rows)
-        self.bad += int((~finite).sum())
-        rows = torch.where(finite, rows, 0.0)
-        self.count += len(rows)
-        self.zeros += float((rows == 0).sum())
-        self.flat += float(_is_flat(self.function, rows).sum())
-        self.total += rows.sum(0)
-        self.squares += rows.square().sum(0)
-        self.low, self.high = torch.minimum(self.low, rows.amin(0)), torch.maximum(self.high, rows.amax(0))
+            self.taken_squares += sum(self._squares(part) for part in blocks(given.detach()))
+        for part in blocks(values.detach()):
+            self._add(part.to(self.total.dtype))
+
+    def _squares(self, part: Tensor) -> float:
+        return float(part.to(self.total.dtype).square().nansum())
+
+    def _add(self, part: Tensor) -> None:
+        axes = (0, *range(2, part.ndim)) if part.ndim >= 4 else tuple(range(part.ndim - 1))
+        squares = part.square().sum(axes)
+        if not bool(torch.isfinite(squares).all()):
+            finite = torch.isfinite(part)
+            self.bad += number_true(~finite)
+            part = torch.where(finite, part, 0.0)
+            squares = part.square().sum(axes)
+        self.count += part.numel() // self.units
+        self.zeros += number_true(part == 0)
+        if self.function in FLAT_ABOVE:
+            self.flat += number_true(_is_flat(self.function, part))
+        self.total += part.sum(axes)
+        self.squares += squares
+        self.low = torch.minimum(self.low, part.amin(axes))
+        self.high = torch.maximum(self.high, part.amax(axes))
 
     def statistics(self, name: str) -> Activation:
         entries = self.count * self.units
@@ -193,21 +206,12 @@ def _outputs(outputs: Any) -> list[Tensor]:
         return [t for t in tensors_in(outputs) if t.ndim > 1][:1]
 
 
-def _by_unit(values: Tensor) -> Tensor:
-    """(rows, units): a channel of an image is a unit, else an entry of the last axis."""
-    if values.ndim >= 4:
-        return values.movedim(1, -1).reshape(-1, values.shape[1])
-    return values.reshape(-1, values.shape[-1])
-
-
 def _units_of(values: Tensor) -> int:
     return values.shape[1] if values.ndim >= 4 else values.shape[-1]
 
 
-def _is_flat(function: str, rows: Tensor) -> Tensor:
-    limit = FLAT_ABOVE.get(function)
-    if limit is None:
-        return torch.zeros((), device=rows.device)
+def _is_flat(function: str, entries: Tensor) -> Tensor:
+    limit = FLAT_ABOVE[function]
     if function == "sigmoid":
-        return (rows < limit) | (rows > 1 - limit)
-    return rows.abs() >= limit
+        return (entries < limit) | (entries > 1 - limit)
+    return entries.abs() >= limit

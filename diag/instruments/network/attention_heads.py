@@ -40,7 +40,7 @@ EXPLAINED_BY = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionHeads(Result):
-    """Of all heads, in the order of the forward pass, on at most 32 examples of a batch and 64 queries of each."""
+    """Of all heads, in the order of the forward pass, on some 64 examples and 64 queries of each."""
 
     layers: tuple[str, ...] = measured("the module of each head")
     entropy: NDArray[numpy.float64] = measured(

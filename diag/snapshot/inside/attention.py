@@ -29,11 +29,8 @@ from diag.snapshot.inside.scores import product_norm, row_statistics
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-EXAMPLES_OF_A_CALL, QUERIES_OF_AN_EXAMPLE, ATTENTION_EXAMPLES = (
-    32,
-    64,
-    256,
-)  # of a call, of an example, and of the data
+EXAMPLES_OF_A_CALL, QUERIES_OF_AN_EXAMPLE = 32, 64
+ATTENTION_EXAMPLES = 64  # of the data are enough
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, F.dropout, torch.dropout}
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum}
@@ -55,7 +52,8 @@ class AttentionCall:
 
 
 def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
-    """Every attention of the model, in the order of the forward pass, on at most 256 examples.
+    """Every attention of the model, in the order of the forward pass, on the first batches that hold 64
+    examples, and at most 32 examples of each.
 
     Raises MissingQuantity for a model that calls none that is recognised.
     """
@@ -67,7 +65,7 @@ def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
                 snapshot.deadline.check()
                 with _Hearing(heard, inside):
                     batch.forward(snapshot.model)
-                seen += batch.size
+                seen += min(batch.size, EXAMPLES_OF_A_CALL)
                 if seen >= ATTENTION_EXAMPLES:
                     break
     except CALL_ERRORS as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diag.errors import MissingQuantity
 from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.inside.blocks import blocks
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -41,15 +42,19 @@ class _Entering:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.count, self.total, self.squares = 0, 0.0, 0.0
+        self.count = 0
+        self.total: Any = 0.0
+        self.squares: Any = 0.0
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         x = args[0].detach()
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if x.ndim > 1 else x[:, None]
-        rows = rows.to(torch.float32 if x.device.type == "mps" else torch.float64)
-        self.count += len(rows)
-        self.total = self.total + rows.sum(0)
-        self.squares = self.squares + rows.square().sum(0)
+        x = x if x.ndim > 1 else x[:, None]
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        self.count += x.numel() // x.shape[1]
+        for part in blocks(x):
+            wide = part.to(torch.float32 if x.device.type == "mps" else torch.float64)
+            self.total = self.total + wide.sum(others)
+            self.squares = self.squares + wide.square().sum(others)
 
     def statistics(self, name: str) -> RunningStatistics:
         m, total, squares = self.module, torch.as_tensor(self.total), torch.as_tensor(self.squares)

@@ -5,6 +5,7 @@ Rule of the room: calls of functions are intercepted and never replaced; what is
 
 __all__ = [
     "attention",
+    "blocks",
     "chain",
     "denoiser",
     "earlier",

@@ -39,10 +39,8 @@ class Batches:
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._calls = self._hashed = 0
-        self._at, self._keys = (
-            Recent(BATCHES_REMEMBERED),
-            Recent(BATCHES_REMEMBERED),
-        )  # calls by batch, batches by call
+        self._at = Recent(BATCHES_REMEMBERED)  # calls by batch
+        self._keys = Recent(BATCHES_REMEMBERED)  # batches by call
         self._whole, self._looked = False, 0
         self._away: deque[tuple[int, Tensor]] = deque(maxlen=AWAY)
         self._lag = self._repeats = self._since = self._fetched = 0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 COVERED = 0.95
 STANDARD_ERRORS = 2.0  # so many of those returned here on either side make an interval with that coverage
-CLOSED = 200  # degrees of freedom up to which the distribution is summed up
+SUMMED_UP = 200  # degrees of freedom up to which the distribution is summed up
 
 
 def covering(standard_error: float, values: int, of: int = 1) -> float:
@@ -59,7 +59,7 @@ def factor(values: int, of: int = 1) -> float:
     """Half the two-sided point of Student's distribution with values - 1 degrees of freedom."""
     tail = (1 - COVERED) / (2 * of)
     start = -NormalDist().inv_cdf(tail)
-    return (_expanded(start, values - 1) if values > CLOSED else _searched(tail, values - 1, start)) / 2
+    return (_expanded(start, values - 1) if values > SUMMED_UP else _searched(tail, values - 1, start)) / 2
 
 
 def _expanded(x: float, freedom: int) -> float:

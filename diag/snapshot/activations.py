@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from diag.errors import MissingQuantity
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
-from diag.snapshot.inside.blocks import blocks, number_true
+from diag.snapshot.inside.blocks import example_blocks, number_true
 from diag.snapshot.inside.layers import floating
 from diag.snapshot.inside.names import module_names
 from diag.snapshot.objective.comparison import output_tensor
@@ -96,8 +96,8 @@ class _Sums:
     def add(self, values: Tensor, given: Tensor | None) -> None:
         if given is not None and given.is_floating_point():
             self.taken += given.numel()
-            self.taken_squares += sum(self._squares(part) for part in blocks(given.detach()))
-        for part in blocks(values.detach()):
+            self.taken_squares += sum(self._squares(part) for part in example_blocks(given.detach()))
+        for part in example_blocks(values.detach()):
             self._add(part.to(self.total.dtype))
 
     def _squares(self, part: Tensor) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diag.linalg.student import CLOSED, covering, covering_skewed
+from diag.linalg.student import SUMMED_UP, covering, covering_skewed
 
 # 97.5 % points of Student's distribution, from printed tables.
 TABLE = {2: 12.706, 5: 2.776, 10: 2.262, 31: 2.042, 1_000_001: 1.960}
@@ -16,7 +16,7 @@ def test_against_the_printed_table(values, point):
     assert covering(1.0, values) == pytest.approx(point / 2, abs=5e-4)
 
 
-@pytest.mark.parametrize("values", [2, 3, 4, 7, 50, CLOSED, CLOSED + 1, CLOSED + 2, 5000])
+@pytest.mark.parametrize("values", [2, 3, 4, 7, 50, SUMMED_UP, SUMMED_UP + 1, SUMMED_UP + 2, 5000])
 @pytest.mark.parametrize("of", [1, 20, 10_000])
 def test_against_scipy(values, of):
     """The first power of 1 / freedom that is left out is the fifth: 2e-9 of the point where it is used first."""

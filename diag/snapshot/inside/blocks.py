@@ -10,7 +10,7 @@ from torch import Tensor
 BLOCK = 1 << 16  # entries
 
 
-def blocks(values: Tensor) -> Iterable[Tensor]:
+def example_blocks(values: Tensor) -> Iterable[Tensor]:
     """Parts of `values` along the first axis, of at most BLOCK entries where an example has no more; the whole on a
     device, where each part would be waited for."""
     if not values.is_cpu or not values.numel() or not values.ndim:

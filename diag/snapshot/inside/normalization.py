@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diag.errors import MissingQuantity
 from diag.snapshot.explain import CALL_ERRORS, explained
-from diag.snapshot.inside.blocks import blocks
+from diag.snapshot.inside.blocks import example_blocks
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -51,7 +51,7 @@ class _Entering:
         x = x if x.ndim > 1 else x[:, None]
         others = [axis for axis in range(x.ndim) if axis != 1]
         self.count += x.numel() // x.shape[1]
-        for part in blocks(x):
+        for part in example_blocks(x):
             wide = part.to(torch.float32 if x.device.type == "mps" else torch.float64)
             self.total = self.total + wide.sum(others)
             self.squares = self.squares + wide.square().sum(others)

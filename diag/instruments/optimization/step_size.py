@@ -110,7 +110,7 @@ class StepSize(Result):
                           Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
                           Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.INPUTS_TOO_SMALL,
-                          Cause.INPUTS_CONSTANT),
+                          Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED),
             step=self.began_at or self.largest_at,
         )  # fmt: skip
 

@@ -11,12 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.instruments.outcome.gain import (
+    commonest_share,
+    gain_of_classes,
+    gain_of_numbers,
+    loss_of_numbers,
+    share_right,
+)
 from diag.linalg.student import error_of_mean
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
@@ -155,18 +160,18 @@ class Generalization(Result):
         return Verdict(
             Level.WARNING,
             f"Nothing of what is learned carries over: {how}.",
-            advice="Look at ten training examples with their labels as the loop sees them: labels that were "
-            "shuffled without their inputs are learned by heart. Check, too, that held-out data is prepared as "
-            "training data.",
+            advice="Check that held-out data is prepared as training data, and look at ten training examples with "
+            "their labels as the loop sees them; then more data, augmentation or a smaller network.",
             source=SOURCE,
-            confidence=Confidence.WEAK_EMPIRICAL,
+            confidence=Confidence.ARITHMETIC,
             refutation="A linear model on the same training examples does better than chance on the held-out ones.",
             value=value,
             threshold=threshold,
             threshold_source="what is answered without the inputs, and the standard errors of both",
-            cause=Cause.LABELS_SHUFFLED,
+            cause=Cause.WORSE_THAN_TRIVIAL,
             explained_by=(
-                Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
+                Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.OVERFITTING, Cause.HELD_OUT_DIFFERS,
+                Cause.EVALUATION_IN_TRAIN_MODE, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
                 Cause.NORMALIZATION_STATISTICS_BAD, Cause.LEARNING_RATE_TOO_HIGH, Cause.INPUTS_CONSTANT,
                 Cause.ANSWER_IN_INPUT, Cause.EVALUATED_MODEL_IS_ANOTHER, Cause.CLASSES_SORTED,
             ),
@@ -266,61 +271,27 @@ def generalization(
     than it was by three standard errors (for a loss by a fifth at least) while the training loss fell; where the
     held-out loss did and a quarter of the examples fewer are answered right than in training; and where nothing
     carries over: training examples are answered better than by the class frequencies (targets: by their mean, where
-    loop says that the loss is mse_loss), and held-out ones never were. Raises nothing of its own.
+    loop says that the loss is the squared error or Huber's), and held-out ones never were. Raises
+    nothing of its own.
     """
-    known = labels if labels is not None and logits is not None else _of_squares(targets, loop)
-    gain = _gain(losses, logits, labels, targets, known)
-    held_out_gain = _gain(held_out_losses, held_out_logits, held_out_labels, held_out_targets, known)
+    if labels is not None and logits is not None:
+        gain = gain_of_classes(logits, labels, labels)
+        held_out_gain = gain_of_classes(held_out_logits, held_out_labels, labels)
+    else:
+        function = loss_of_numbers(loop)
+        gain = gain_of_numbers(losses, targets, targets, function)
+        held_out_gain = gain_of_numbers(held_out_losses, held_out_targets, targets, function)
     return Generalization(
         loss=float(losses.double().mean()),
         held_out_loss=float(held_out_losses.double().mean()),
         held_out_loss_standard_error=error_of_mean(held_out_losses),
-        accuracy=_accuracy(logits, labels),
-        held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
-        held_out_chance=_commonest(held_out_labels),
+        accuracy=share_right(logits, labels),
+        held_out_accuracy=share_right(held_out_logits, held_out_labels),
+        held_out_chance=commonest_share(held_out_labels),
         held_out_examples=len(held_out_losses),
-        chance=_commonest(labels),
+        chance=commonest_share(labels),
         gain=gain[0],
         gain_standard_error=gain[1],
         held_out_gain=held_out_gain[0],
         held_out_gain_standard_error=held_out_gain[1],
     )
-
-
-def _of_squares(targets: Tensor | None, loop: Any) -> Tensor | None:
-    """The targets, where the loss of the loop is their mean squared error and nothing else."""
-    losses = () if loop is None else loop.losses
-    squares = all(f.function == "mse_loss" and f.reduction == "mean" and f.root and f.factor == 1 for f in losses)
-    return targets if losses and squares else None
-
-
-def _gain(
-    losses: Tensor, logits: Tensor | None, labels: Tensor | None, targets: Tensor | None, known: Tensor | None
-) -> tuple[float, float]:
-    """How far the loss is below that of an answer without the inputs: the class frequencies, or the mean, of the
-    `known` labels or targets; with its standard error."""
-    nothing = math.nan, math.nan
-    if known is None or len(known) < 2:
-        return nothing
-    if known.is_floating_point():
-        if targets is None or len(targets) != len(losses):
-            return nothing
-        apart = (targets.double() - known.double().mean(0)).reshape(len(targets), -1)
-        difference = apart.square().mean(1) - losses.double()
-    else:
-        if logits is None or labels is None or len(logits) != len(labels):
-            return nothing
-        counts = torch.bincount(known, minlength=logits.shape[1]).double() + 1.0
-        own = F.cross_entropy(logits.double(), labels, reduction="none")
-        difference = -(counts / counts.sum()).log()[labels] - own
-    return float(difference.mean()), error_of_mean(difference)
-
-
-def _commonest(labels: Tensor | None) -> float:
-    return math.nan if labels is None else float(labels.bincount().max() / len(labels))
-
-
-def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:
-    if logits is None or labels is None or len(logits) != len(labels):
-        return math.nan
-    return float((logits.argmax(1) == labels).double().mean())

@@ -27,7 +27,7 @@ ERRORS_BELOW_ENTROPY = 2.0
 CROSS_ENTROPY_WITHIN = 1e-2
 # What a network that learns nothing may be the consequence of: whatever was found is a better answer than this.
 EXPLAINED_BY = tuple(
-    c for c in Cause if c not in (Cause.LABELS_SHUFFLED, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING)
+    c for c in Cause if c not in (Cause.WORSE_THAN_TRIVIAL, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING)
 )
 
 
@@ -66,18 +66,21 @@ class TrivialPredictor(Result):
             return last.verdict()
         return Verdict(
             Level.WARNING,
-            f"After {step:,} steps the network knows no more than how often each class occurs (loss "
-            f"{format_number(last.loss)} nats, class frequencies {format_number(last.entropy)}): as far as it can "
-            "tell, the labels have nothing to do with the inputs.",
-            advice="Look at ten examples with their labels as the loop sees them: labels that were shuffled "
-            "without their inputs are the most frequent cause where nothing else was found.",
+            f"After {step:,} steps the network does not do measurably better than an answer with how often "
+            f"each class "
+            f"occurs: its loss is {format_number(last.loss)} nats, with a standard error of "
+            f"{format_number(last.loss_standard_error, 2)}, and class frequencies give "
+            f"{format_number(last.entropy)}.",
+            advice="Try to overfit one batch: if that fails, look at the loss and the network; if it works, "
+            "look at "
+            "ten examples with their labels as the loop sees them.",
             source=SOURCE,
-            confidence=Confidence.WEAK_EMPIRICAL,
-            refutation="A linear model on the same batches does better than the class frequencies.",
+            confidence=Confidence.ARITHMETIC,
+            refutation="A loss below that of the class frequencies on the same examples.",
             value=last.loss,
             threshold=last.entropy,
             threshold_source="the entropy of the labels, less two standard errors",
-            cause=Cause.LABELS_SHUFFLED,
+            cause=Cause.WORSE_THAN_TRIVIAL,
             explained_by=EXPLAINED_BY,
             step=step,
         )

@@ -1,0 +1,204 @@
+"""Whether labels belong to their inputs, or were shuffled without them.
+
+A network that learns nothing has many reasons. Two things together speak for the labels: a test that knows no
+network finds no dependence between inputs and labels either, and training works as far as it can (examples are
+learned by heart, or steps of ordinary size move outputs that differ) while held-out data gains nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diag.display import format_number
+from diag.instruments.causes import Cause
+from diag.instruments.data.dependence import independence_p_value
+from diag.instruments.data.label_order import in_order
+from diag.instruments.optimization.course import finite_losses, unpushed, update_ratios
+from diag.instruments.outcome.gain import gain_of_classes, gain_of_numbers, loss_of_numbers
+from diag.registry import Kind, instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.history import History
+from diag.snapshot.loop.facts import Loop
+
+SOURCE = "Gretton et al. 2008, NIPS 20 (the test of independence), and arithmetic of the losses measured"
+FROM_STEP, WHOLE_EPOCHS = 100, 2
+FEWEST_COMPARED, MOST_COMPARED = 100, 256
+INDEPENDENT = 0.05  # p-value above which nothing speaks for a dependence
+ANYTHING, CERTAINLY = 2.0, 4.0  # standard errors
+USUAL_STEP = (2e-4, 0.15)  # of the weights' size
+LEFT_FOR_GOOD = 1.5  # times the first loss: training that has gone wrong says nothing of the labels
+WHAT_ELSE = tuple(
+    c
+    for c in Cause
+    if c not in (Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING,
+                 Cause.WORSE_THAN_TRIVIAL, Cause.OUTPUT_CONSTANT)
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelsBelong(Result):
+    """Of the examples measured; gains are over an answer without the inputs. NaN: not known."""
+
+    p_value: float = measured(
+        "how often labels dealt out at random fit the inputs as well as theirs; NaN before 100"
+    )
+    gain: float = measured("training loss below that of an answer without the inputs")
+    gain_standard_error: float = measured("standard error of that difference")
+    held_out_gain: float = measured("the same of the held-out examples")
+    held_out_gain_standard_error: float = measured("standard error of that difference")
+    works: bool = measured("steps have an ordinary size, gradients are not zero and the loss has not left")
+    pairs: int = measured("examples compared")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        limit = self.setting("independent")
+        related = self.p_value <= limit
+        return Verdict(
+            Level.OK if related else Level.UNKNOWN,
+            f"Labels dealt out at random fit the inputs of {self.pairs:,} examples as well as their own with "
+            f"p = {format_number(self.p_value)}"
+            + (": they have to do with the inputs." if related else ", which says little by itself."),
+            source=SOURCE,
+            value=self.p_value,
+            threshold=limit,
+        )
+
+    @property
+    def nowhere_better(self) -> bool:
+        """Whether what should gain from learning does not: held-out examples, else training examples."""
+        if math.isnan(self.held_out_gain):
+            return self.gain <= ANYTHING * self.gain_standard_error
+        return self.held_out_gain <= ANYTHING * self.held_out_gain_standard_error
+
+    @property
+    def by_heart(self) -> bool:
+        """Whether training examples are answered better than without inputs, and held-out ones are not."""
+        apart = math.hypot(self.gain_standard_error, self.held_out_gain_standard_error)
+        surely = self.gain > CERTAINLY * self.gain_standard_error
+        return surely and self.held_out_gain <= 0 and self.gain - self.held_out_gain > CERTAINLY * apart
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """A warning where nothing but memory is gained, and inputs and labels look independent of each other."""
+        step, last = series[-1]
+        independent = last.unmet() is None and last.p_value > last.setting("independent")
+        if not independent or not all(r.nowhere_better for _, r in series if r.unmet() is None):
+            return last.verdict()
+        if not (last.by_heart or last.works):
+            return last.verdict()
+        return last._shuffled(step)
+
+    def _shuffled(self, step: int) -> Verdict:
+        held_out = not math.isnan(self.held_out_gain)
+        who = "held-out examples are" if held_out else "training examples are"
+        how = ", while training examples are learned by heart" if self.by_heart else ""
+        return Verdict(
+            Level.WARNING,
+            f"The labels do not seem to belong to their inputs: after {step:,} steps {who} answered no better than "
+            f"without their inputs{how}, and labels dealt out at random fit the inputs of {self.pairs:,} training "
+            f"examples as well as their own (p = {format_number(self.p_value)}).",
+            advice="Look at ten training examples with their labels as the loop sees them: one of the two may have "
+            "been shuffled, sorted or filtered without the other.",
+            source=SOURCE,
+            confidence=Confidence.WEAK_EMPIRICAL,
+            refutation="A linear model or nearest neighbours on the same examples answer held-out ones better than "
+            "the class frequencies.",
+            value=self.p_value,
+            threshold=self.setting("independent"),
+            threshold_source="one in twenty independent data sets is below it",
+            cause=Cause.LABELS_SHUFFLED,
+            explained_by=WHAT_ELSE,
+            step=1,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """The gains over an answer without inputs."""
+        gains, errors = (
+            [self.gain, self.held_out_gain],
+            [self.gain_standard_error, self.held_out_gain_standard_error],
+        )
+        ax.bar(["training", "held out"], gains, yerr=errors)
+        ax.set(xlabel="examples", ylabel="loss gained over no inputs")
+
+
+@instrument(source=SOURCE, title="Labels and inputs", kind=Kind.CHECK)
+def labels_belong(
+    history: History,
+    inputs: Any,
+    losses: Tensor,
+    logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    targets: Tensor | None = None,
+    held_out_losses: Tensor | None = None,
+    held_out_logits: Tensor | None = None,
+    held_out_labels: Tensor | None = None,
+    held_out_targets: Tensor | None = None,
+    loop: Loop | None = None,
+    *,
+    independent: float = INDEPENDENT,
+) -> LabelsBelong:
+    """Whether labels (or the targets of a regression) have to do with their inputs.
+
+    inputs (n, ...), with labels (n,) or targets (n, ...): tested for independence by HSIC over permutations, on the
+    first 256. losses, logits and their held-out twins give what is gained over an answer without the inputs;
+    history and loop whether training works: size of steps, course of the loss, whole epochs. From step 100 on it
+    warns where the test's p-value is above `independent`, no held-out example (without held-out data: no training
+    example) was ever answered better than without its input, and training examples are learned by heart or training
+    works. Raises nothing of its own.
+    """
+    answers = labels if labels is not None else targets
+    late = int(history.total_steps) >= FROM_STEP
+    usable = late and answers is not None and _pairs(inputs, answers)
+    function = loss_of_numbers(loop)
+    if labels is not None:
+        gain = gain_of_classes(logits, labels, labels)
+        held_out_gain = gain_of_classes(held_out_logits, held_out_labels, labels)
+    else:
+        gain = gain_of_numbers(losses, targets, targets, function)
+        held_out_gain = gain_of_numbers(held_out_losses, held_out_targets, targets, function)
+    return LabelsBelong(
+        p_value=_p_value(inputs, answers) if usable and answers is not None else math.nan,
+        gain=gain[0],
+        gain_standard_error=gain[1],
+        held_out_gain=held_out_gain[0],
+        held_out_gain_standard_error=held_out_gain[1],
+        works=_works(history, loop),
+        pairs=min(MOST_COMPARED, len(answers)) if answers is not None else 0,
+        preconditions=(
+            Precondition("steps", late, f"fewer than {FROM_STEP} steps were taken."),
+            Precondition("pairs", bool(usable), "there are no hundred inputs that vary, with an answer each."),
+        ),
+    )
+
+
+def _p_value(inputs: Tensor, answers: Tensor) -> float:
+    return independence_p_value(inputs[:MOST_COMPARED], answers[:MOST_COMPARED])
+
+
+def _pairs(inputs: Any, answers: Tensor) -> bool:
+    """Whether there are enough inputs that vary, finite, each with an answer; answers vary, in no order."""
+    if not isinstance(inputs, Tensor) or len(inputs) != len(answers) or len(answers) < FEWEST_COMPARED:
+        return False
+    some, theirs = inputs[:MOST_COMPARED], answers[:MOST_COMPARED]
+    finite = bool(torch.isfinite(some).all() and torch.isfinite(theirs).all())
+    varied = bool((some != some[:1]).any()) and bool((theirs != theirs[:1]).any())
+    return finite and varied and (theirs.is_floating_point() or not in_order(theirs))
+
+
+def _works(history: History, loop: Loop | None) -> bool:
+    """Whether training goes on as one that learns would: steps of ordinary size, gradients, a loss that has not
+    left, and all rows seen twice where the loader shows it."""
+    losses, _ = finite_losses(history)
+    ratios, _, _ = update_ratios(history)
+    if not len(losses) or not len(ratios) or unpushed(history):
+        return False
+    usual = USUAL_STEP[0] <= float(sorted(ratios)[len(ratios) // 2]) <= USUAL_STEP[1]
+    again = loop is None or not loop.batches.loader_batches or loop.batches.epochs >= WHOLE_EPOCHS
+    return usual and again and not float(losses[-10:].mean()) > LEFT_FOR_GOOD * abs(float(losses[0]))

@@ -32,7 +32,7 @@ from diag.conversion import converted
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import Effort, Quantity, lookup
-from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import OVER_RANKS, Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.snapshot.validation import checked
 
@@ -424,6 +424,17 @@ def find(name: str) -> Instrument:
 def measure(snapshot: Measurable, name: str, **settings: Any) -> Result:
     """Measure with the instrument called `name`: the same as calling it on the snapshot."""
     return find(name)(snapshot, **settings)
+
+
+def is_put_together(instrument: Instrument) -> bool:
+    """Whether an instrument is measured on the data of several ranks at once: all that it needs is put together.
+
+    What it takes besides, where it is there, it goes without; but what a loop tells differs between ranks, so that
+    they might not do the same.
+    """
+    needs = {need.name for need in instrument.needs if not need.optional}
+    optional = {need.name for need in instrument.needs if need.optional}
+    return "hessian" in needs and needs <= OVER_RANKS and not optional & {"loop", "history"}
 
 
 def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Outcome:

@@ -29,7 +29,7 @@ ALLOWED = {
     "linalg": {"errors"},
     "remedies": {"errors", "linalg"},
     "checkpoints": {"errors"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "linalg"},
     "snapshot": {"errors", "linalg", "checkpoints", "distributed"},
 }
 ALLOWED["gradients"] = ALLOWED["snapshot"] | {"snapshot"}
@@ -40,6 +40,7 @@ ALLOWED["registry"] = {"conversion", "errors", "result", "snapshot"}
 ALLOWED["instruments"] = ALLOWED["connectivity"] | GROUND | {"connectivity", "registry", "remedies"}
 ALLOWED["rates"] = {"result"}
 ALLOWED["run"] = {"errors", "display", "result", "rates", "checkpoints", "snapshot", "registry"}
+ALLOWED["run"] |= {"distributed", "linalg"}
 ALLOWED["watching"] = ALLOWED["instruments"] | {"instruments", "run"}
 ALLOWED["reporting"] = ALLOWED["run"] | {"run", "conversion"}
 ALLOWED["trial"] = ALLOWED["watching"] | {"watching"}
@@ -51,7 +52,7 @@ ONE_FILE_EACH = {"instruments"}  # a room that grows by a file for each new thin
 MOST_FILES = 20
 MOST_LINES = 40  # of a function
 DECLARED = {"SOURCE", "EXPLAINED_BY", "COMMANDS"}  # by an instrument or a module of commands, of itself
-DECLARED |= {"SAME", "TWICE", "THRICE", "WINDOW"}  # to be named apart
+DECLARED |= {"ADAPTIVE", "MOST", "SAME", "TWICE", "THRICE", "WINDOW"}  # to be named apart
 OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}  # public, in spite of their names
 DISCOVERED = {"diag.registry": {"diag.instruments"}}  # a folder whose files are found when they are asked for
 PUBLIC = {

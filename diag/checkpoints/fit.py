@@ -165,13 +165,24 @@ def _load(model: nn.Module, state: Mapping[str, Any], wanted: Mapping[str, Any])
     for name, value in state.items():
         own = wanted[name]
         if isinstance(value, Tensor) and isinstance(own, Tensor):
-            whole[name] = as_own_dtype(name, value, None if is_lazy(own) else own)
-            if not is_lazy(own) and value.dtype != own.dtype:
-                changed.add((str(value.dtype), str(own.dtype)))
+            given = value.dtype
+            value = whole[name] = as_own_dtype(name, value, None if is_lazy(own) else own)
+            whole[name] = own_share(value, own)
+            if not is_lazy(own) and given != own.dtype:
+                changed.add((str(given), str(own.dtype)))
     with torch.no_grad():
         model.load_state_dict(whole, strict=False)
     _settle_lazy(model)
     return tuple(f"Values stored as {given} were read as the model's {own}." for given, own in sorted(changed))
+
+
+def own_share(value: Tensor, own: Tensor) -> Tensor:
+    """The value as the model's own tensor lies: where that is spread over processes, this one's part of it."""
+    if not hasattr(own, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def _settle_lazy(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import click
 
 from diag.cli.door import Door, Mistake
 from diag.cli.output import JSON, PATHS, print_document
+from diag.cli.ranks import is_first, started_ranks
 from diag.cli.text import command_line, echo
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def report_command(
     A run is the folder that diag.watch(model, run=...) wrote. Checkpoints (.pt, .safetensors, .ckpt, folders of
     Hugging Face or torch.distributed.checkpoint) need --build: module:function or file.py:function names a
     function that returns (model, loss_fn, data). Each checkpoint is loaded into that model and becomes a step.
-    What takes long is measured on the first, the last and the best of them.
+    What takes long is measured on the first, the last and the best of them. Under torchrun (torchrun
+    --nproc-per-node 4 -m diag report ...) the ranks share the data, and one page is written.
     """
     from diag.cli.settings import read_settings
     from diag.reporting import report as write_report
@@ -108,7 +110,11 @@ def report_command(
         run = _restricted(_one_run(sources), names, chosen)
     else:
         options = {k: v for k, v in {"max_examples": max_examples, "device": device}.items() if v is not None}
-        run = _measured(sources, build, names=names, settings=chosen, options=options, key=key, every=every)
+        with started_ranks(device) as ranks:
+            measuring = {"names": names, "settings": chosen, "options": options, "key": key, "every": every}
+            run = _measured(sources, build, ranks=ranks, **measuring)
+    if not is_first():
+        return
     page = write_report(run, output, command=command_line())
     _tell(run, page, as_json)
     if open_it:
@@ -142,7 +148,7 @@ def _measured(sources: Sequence[Path], build: str, **chosen: Any) -> Run:
             bar.update(task, completed=done, total=total, description=text)
 
         run = from_checkpoints(sources, build, progress=progress, **chosen)
-    for event in run.events:
+    for event in run.events if is_first() else ():
         echo(event.text, err=True)
     return run
 

@@ -16,7 +16,7 @@ from diag.errors import InvalidInput
 from diag.linalg.deflation import orthonormal
 from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import dot, gram
+from diag.linalg.reductions import IN_ONE_PROCESS, Spread, dot, gram
 from diag.linalg.student import covering
 
 BLOCKS, TAKEN = 10, 5  # of the data, and those of them that are looked at: half a product for each pair
@@ -42,25 +42,28 @@ def sampling_errors(
         parts = hessian.blocks(BLOCKS, seed)[:TAKEN]
     except InvalidInput:
         return unknown(pairs)
-    images = [part.matvecs(pairs.vectors) for part in parts]
+    images = [part.applies(pairs.vectors) for part in parts]
     values = (pairs.values - shift).numpy()
     errors = []
     for k, v in enumerate(pairs.vectors):
-        seen = torch.stack([dot(v, image[k]) for image in images]).cpu()
+        seen = torch.stack([dot(v, image[k], hessian.spread) for image in images]).cpu()
         chance = covering(float(seen.std()) / math.sqrt(BLOCKS), TAKEN)
-        errors.append(chance + _overstated(k, values, pairs.vectors, [image[k] for image in images]))
+        errors.append(chance + _overstated(k, values, pairs.vectors, [i[k] for i in images], hessian.spread))
     return numpy.array(errors)
 
 
-def _overstated(k: int, values: NDArray[numpy.float64], vectors: Tensor, images: list[Tensor]) -> float:
+def _overstated(
+    k: int, values: NDArray[numpy.float64], vectors: Tensor, images: list[Tensor], spread: Spread
+) -> float:
     """S of the pair k, from the blocks' images of its vector."""
     gaps = values[k] - values
     total = 0.0
     for image in images:
         change = image - values[k] * vectors[k]
-        along = gram(change[None], vectors)[0].cpu().double().numpy() ** 2
+        along = gram(change[None], vectors, spread)[0].cpu().double().numpy() ** 2
         along[k] = 0.0
-        rest = max(float(dot(change, change)) - float(dot(change, vectors[k])) ** 2 - along.sum(), 0.0)
+        own = float(dot(change, vectors[k], spread))
+        rest = max(float(dot(change, change, spread)) - own**2 - along.sum(), 0.0)
         others = numpy.divide(along, gaps, out=numpy.zeros_like(along), where=gaps != 0)
         total += float(others.sum()) + (rest / values[k] if values[k] else 0.0)
     return abs(total) / len(images) / (BLOCKS - 1)
@@ -71,9 +74,11 @@ def unknown(pairs: Eigenpairs) -> NDArray[numpy.float64]:
     return numpy.full(len(pairs.values), math.nan)
 
 
-def overlaps(pairs: Eigenpairs, directions: Tensor | None) -> tuple[NDArray[numpy.float64], int]:
+def overlaps(
+    pairs: Eigenpairs, directions: Tensor | None, spread: Spread = IN_ONE_PROCESS
+) -> tuple[NDArray[numpy.float64], int]:
     """The squared length of each eigenvector in the span of the directions (those that do not vanish), (k,), and
-    the span's dimension."""
+    the span's dimension. The directions are whole, the eigenvectors this process's parts."""
     if directions is None or not len(pairs.values):
         return unknown(pairs), 0
     assert pairs.vectors is not None
@@ -82,8 +87,8 @@ def overlaps(pairs: Eigenpairs, directions: Tensor | None) -> tuple[NDArray[nump
     rows = rows[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
     if not len(rows):
         return unknown(pairs), 0
-    span = orthonormal(rows)
-    return gram(pairs.vectors, span).square().sum(1).cpu().numpy(), len(span)
+    span = orthonormal(spread.part(rows), spread=spread)
+    return gram(pairs.vectors, span, spread).square().sum(1).cpu().numpy(), len(span)
 
 
 def leading_run(inside: NDArray[numpy.bool_]) -> int:
@@ -96,4 +101,4 @@ def layer_shares(hessian: LinearOperator, pairs: Eigenpairs) -> dict[str, float]
     if not isinstance(hessian, CurvatureOperator) or not len(pairs.values):
         return {}
     assert pairs.vectors is not None
-    return participation(hessian.layout, pairs.vectors[0])
+    return participation(hessian.layout, hessian.whole_rows(pairs.vectors[:1])[0])

@@ -1,7 +1,7 @@
 """How many bytes a graph holds, how many are available, and so whether to keep the graph or rebuild it.
 
 The estimate is a measurement: graphs of a few examples are built and the distinct storages that they save are
-counted, at two sizes, so that what grows with the data is separated from what does not.
+counted, at two sizes, so that what grows with the data is told from what does not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from diag.curvature.objective import Objective
 from diag.curvature.probe import probe_batch
 from diag.curvature.products import Curvature
 from diag.errors import InvalidInput
+from diag.linalg.deadline import free_memory
 from diag.linalg.operator import LinearOperator
 from diag.snapshot.batch import Batch, tensors_in
 
@@ -91,14 +92,8 @@ def memory_beside(operator: LinearOperator) -> int:
 
 def available_memory(device: torch.device) -> int:
     """The share of the device's free memory that a kept graph may take when no cap is given, in bytes."""
-    if device.type == "cuda":
-        return int(DEFAULT_SHARE * torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = UNKNOWN_MEMORY
-    return int(DEFAULT_SHARE * min(free, _control_group_memory()))
+    free = free_memory(device)
+    return int(DEFAULT_SHARE * (free if free < math.inf else UNKNOWN_MEMORY))
 
 
 def saved_bytes(build: Callable[[Objective], object], objective: Objective) -> int:
@@ -146,14 +141,6 @@ def _graph_size(build: Callable[[Objective], object], objective: Objective, prob
 
 def _elements(batch: Batch) -> int:
     return max(sum(t.numel() for t in tensors_in((batch.args, batch.kwargs))), batch.size)
-
-
-def _control_group_memory() -> float:
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            return int(limit.read()) - int(used.read())
-    except (OSError, ValueError):
-        return float("inf")
 
 
 def _storage(tensor: Tensor) -> int:

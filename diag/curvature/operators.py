@@ -9,8 +9,9 @@ The matrices act on flat vectors of the trainable parameters in `named_parameter
 sums over all batches, in evaluation mode, in float32 unless the model is float64. Before its first product an
 operator tests itself on the model (selftest.py); what cannot be right raises Unsupported. A model
 wrapped in torch.compile, DataParallel or DistributedDataParallel is measured bare. Where the data are split over
-ranks (`Snapshot(..., ranks=True)`), each product is the mean over all ranks' data by one all_reduce; vectors are
-whole on every rank and equal bit for bit, so that the algorithms of `linalg` take the same decisions on each.
+ranks (`Snapshot(..., ranks=True)`), each product is the mean over all ranks' data by one all_reduce. Products take
+whole vectors, equal on every rank bit for bit; the algorithms of `linalg` keep 1/W of each vector on a rank
+(`apply`), and take the same decisions on each.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from diag.curvature.values import Values
 from diag.distributed.together import Together
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.linalg.operator import LinearOperator
+from diag.linalg.reductions import SpreadOver
 from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.counting import counted_batches
@@ -96,6 +98,8 @@ class CurvatureOperator(LinearOperator):
         self.objective = Objective(model, loss_fn, parts, layout_of(model), precision)
         super().__init__(self.objective.layout.size, self.objective.dtype, self.objective.device)
         self._settings: dict[str, Any] = {"memory": memory, "seed": seed, "ranks": ranks}
+        if ranks is not None:
+            self.spread = SpreadOver(ranks.rank, ranks.world, ranks.totals, ranks.joined)
         self._weight = weight
         self._self_test = checked
         self._plan: MemoryPlan | None = None
@@ -211,13 +215,21 @@ class CurvatureOperator(LinearOperator):
         if graph is None:
             return self._rebuilt(v[None])[0]
         views = self.layout.views(v)
-        with self.many_products(), self.objective.plain_kernels():
+        with self._replayed(), self.objective.plain_kernels():
             pieces = graph.product(views, True)
         return self.layout.flatten(pieces, v)
 
     @contextmanager
     def many_products(self) -> Iterator[None]:
         """Enters what surrounds products from a kept graph once; the others each call the model and stand alone."""
+        if (ranks := self._settings["ranks"]) is not None:
+            _ = self.self_test  # what all ranks do together comes before what each does alone
+            ranks.all_succeed(self._kept_graph)
+        with self._replayed():
+            yield
+
+    @contextmanager
+    def _replayed(self) -> Iterator[None]:
         if self._entered_in == threading.get_ident() or self._kept_graph() is None:
             yield
             return
@@ -236,7 +248,7 @@ class CurvatureOperator(LinearOperator):
     def _own_products(self, vectors: Tensor) -> Tensor:
         if self._kept_graph() is None:
             return self._rebuilt(vectors)
-        with self.many_products():
+        with self._replayed():
             return torch.stack([self._own_product(v) for v in vectors])
 
     def _kept_graph(self) -> Graph | None:

@@ -3,7 +3,7 @@
 It has process groups of its own (gloo, on the CPU), so that its messages never come between those of the training,
 and one group for each kind of message, so that all messages of a group have one size: ranks that send in different
 orders get wrong numbers, which the number in each message reveals, and never a crash of gloo. Whatever fails breaks
-the link, with the reason; then every message is lost and the training continues.
+the link, with the reason; then every message is lost and the training goes on.
 """
 
 from __future__ import annotations
@@ -72,6 +72,27 @@ class Link:
         except Exception as error:
             self.broke(error)
 
+    def group(self, kind: str) -> Any:
+        """The group of this kind, for what waits for its messages itself; None where the link does not hold."""
+        return self._groups.get(kind)
+
+    def drop(self, kind: str) -> None:
+        """This rank sends nothing more of this kind, which those that wait for it see at once."""
+        group = self._groups.pop(kind, None)
+        threading.Thread(target=lambda held: held.clear(), args=([group],), name="diag: last messages").start()
+
+    def tell(self, what: str) -> None:
+        """Leave a sentence about this rank for the others."""
+        with contextlib.suppress(Exception):
+            self._store.set(f"told/{self.rank}", what[:300])
+
+    def told(self, rank: int) -> str:
+        """The last such sentence of a rank, "" where there is none."""
+        with contextlib.suppress(Exception):
+            key = f"told/{rank}"
+            return self._store.get(key).decode() if self._store.check([key]) else ""
+        return ""
+
     def sum(self, kind: str, vector: Tensor) -> Message:
         """The sum of the ranks' vectors, which must have one size; the vector is overwritten."""
         return self._send(kind, lambda group: (group.allreduce([vector]), lambda: vector))
@@ -102,7 +123,7 @@ class Link:
         """The link is broken: what the rank that left said is the reason, where one left; else this error."""
         if self.reason:
             return
-        text = str(error) if isinstance(error, str) else _plain(error)
+        text = str(error) if isinstance(error, str) else plain_reason(error)
         self.reason = "; ".join(self._farewells()) or text
         self._farewell(self.reason if self.rank == 0 else f"lost the others ({text})")
         self._let_go()
@@ -138,7 +159,8 @@ class Link:
             threading.Thread(target=groups.clear, name="diag: last messages").start()
 
 
-def _plain(error: Exception) -> str:
+def plain_reason(error: Exception) -> str:
+    """What became of a message, in a few words."""
     text = " ".join(str(error).split())
     if "closed by peer" in text or "reset by peer" in text:
         return "another rank has gone"

@@ -63,6 +63,29 @@ def own_part(tensor: Tensor) -> Tensor:
     return plain.to_local() if is_spread(plain) else plain  # type: ignore[attr-defined]
 
 
+def data_apart(model: nn.Module) -> bool:
+    """Whether ranks are meant to train on other data: under tensor parallelism they are not."""
+    spread = [p for p in model.parameters() if is_spread(p)]
+    axes = max((sum(not q.is_replicate() for q in p.placements) for p in spread), default=0)  # type: ignore[attr-defined]
+    fully = any(hasattr(m, "_get_fsdp_state") for m in model.modules())
+    return not spread or (fully and axes <= 1)
+
+
+def block_of(tensor: Any) -> tuple[slice, ...] | None:
+    """Where this process's part of a DTensor lies in the whole; None where another rank, that holds the same part,
+    stands for it, or where the part is empty."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as local
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    own = mesh.get_coordinate()
+    first = own is not None and all(c == 0 or not p.is_replicate() for c, p in zip(own, placements, strict=True))
+    if not first or int(mesh.mesh.min()) != 0:
+        return None
+    shape, start = local(tensor.shape, mesh, placements)
+    block = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+    return block if all(shape) else None
+
+
 def placement_of(name: str, tensor: Tensor, world: int) -> Placement:
     """How `tensor`, called `name`, is spread over `world` ranks."""
     for mark, library in OWN_MARKS.items():

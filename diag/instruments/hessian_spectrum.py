@@ -22,6 +22,7 @@ from diag.curvature.memory import memory_beside
 from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
+from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.spectrum import Spectrum, spectrum
 from diag.registry import PRODUCT, SELF_TEST, instrument
@@ -250,7 +251,7 @@ def hessian_spectrum(
         checkpoint=checkpoint or None,
     )  # fmt: skip
     top = found.top
-    overlaps, dimension = eigenvectors.overlaps(top, class_directions)
+    overlaps, dimension = eigenvectors.overlaps(top, class_directions, hessian.spread)
     inside = overlaps > overlap_above
     return HessianSpectrum(
         sampling_errors=eigenvectors.sampling_errors(hessian, top, weight_decay, seed, half_split),
@@ -258,11 +259,16 @@ def hessian_spectrum(
         overlaps=overlaps,
         num_class_directions=dimension,
         layer_shares=eigenvectors.layer_shares(hessian, top),
-        eigenvectors=plain_data(top.vectors) if keep_eigenvectors else None,
+        eigenvectors=plain_data(_whole_vectors(hessian, top)) if keep_eigenvectors else None,
         notes=_notes(hessian, found, min(num_eigenvalues, hessian.size), inside),
         **_extremes_and_sums(found, hessian.size),
         **_of_the_density(found),
     )
+
+
+def _whole_vectors(hessian: LinearOperator, pairs: Eigenpairs) -> Tensor:
+    assert pairs.vectors is not None
+    return hessian.whole_rows(pairs.vectors)
 
 
 def _extremes_and_sums(found: Spectrum, size: int) -> dict[str, Any]:

@@ -89,6 +89,26 @@ def used_memory() -> float:
         return on_device
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device, of those that this process may take; infinity where that cannot be told."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return inf
+    return min(free, _control_group_memory())
+
+
+def _control_group_memory() -> float:
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            return int(limit.read()) - int(used.read())
+    except (OSError, ValueError):
+        return inf
+
+
 def _page_size() -> int:
     import os
 

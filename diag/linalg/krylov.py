@@ -30,8 +30,8 @@ class KrylovSpace:
 
     Attributes: `steps` (vectors in the basis, m), `kept` (those that came from the last thick restart),
     `blocks` (where each part of the basis that grew from a vector of its own begins), `exhausted`
-    (the basis spans everything), `basis` (capacity + 1, size), `projected` (capacity + 1
-    square, float64: T bordered by t), `drift` (float64: the largest norm of what should have been zero in
+    (the basis spans everything), `basis` (capacity + 1, part of the size that is held here), `projected` (capacity
+    + 1 square, float64: T bordered by t), `drift` (float64: the largest norm of what should have been zero in
     Q A q_j; it measures the rounding and the asymmetry of the products).
     """
 
@@ -47,7 +47,7 @@ class KrylovSpace:
         self.capacity = min(capacity, operator.size)
         self.generator = generator
         rows = min(self.capacity + 1, operator.size)
-        self.basis = torch.empty(rows, operator.size, dtype=operator.dtype, device=operator.device)
+        self.basis = torch.empty(rows, operator.part_size, dtype=operator.dtype, device=operator.device)
         side = self.capacity + 1
         self.projected = torch.zeros(side, side, dtype=torch.float64, device=operator.device)
         self.drift = torch.zeros((), dtype=torch.float64, device=operator.device)
@@ -58,11 +58,11 @@ class KrylovSpace:
     # -- growing ---------------------------------------------------------------------------------
 
     def start(self, vector: Tensor | None = None) -> None:
-        """Begins at `vector` (size,), or at a Gaussian one."""
+        """Begins at `vector` (its part here), or at a Gaussian one."""
         if vector is None:
             self._set_next(self._fresh_vector(0))
             return
-        length = norm(vector)
+        length = norm(vector, self.operator.spread)
         if not 0 < length.item() < float("inf"):
             raise InvalidInput("The start vector is zero or not finite; give another, or none.")
         self._set_next(vector, 1 / length)
@@ -71,14 +71,14 @@ class KrylovSpace:
         """One Lanczos step: one product, one (or two) passes of reorthogonalisation; no synchronisation
         with the host on devices other than the CPU."""
         j, projected = self.steps, self.projected
-        q = self.basis[j]
-        w = self.operator.matvec(q)
-        projected[j, j] = dot(q, w)
-        found, left = orthogonalise(w, self.basis[: j + 1], *self._known_part())
+        q, spread = self.basis[j], self.operator.spread
+        w = self.operator.apply(q)
+        projected[j, j] = dot(q, w, spread)
+        found, left = orthogonalise(w, self.basis[: j + 1], *self._known_part(), spread)
         self.drift = torch.maximum(self.drift, found.norm())
         projected[j, j] += found[j]
         if self._lost_too_much(found, left):
-            found, left = orthogonalise(w, self.basis[: j + 1])
+            found, left = orthogonalise(w, self.basis[: j + 1], spread=spread)
             projected[j, j] += found[j]
         self.steps = j + 1
         if self.steps == self.operator.size:
@@ -91,7 +91,7 @@ class KrylovSpace:
     def settle(self) -> Tensor:
         """The bordered T, (m + 1, m + 1) float64 on the host; a breakdown that it shows is repaired first.
 
-        At a breakdown the basis spans an invariant subspace: the run continues from a fresh random vector,
+        At a breakdown the basis spans an invariant subspace: the run goes on from a fresh random vector,
         decoupled from the rest, which is how multiple eigenvalues come out with their multiplicity.
         """
         bordered = self.projected[: self.steps + 1, : self.steps + 1].cpu()
@@ -164,12 +164,13 @@ class KrylovSpace:
 
     def _fresh_vector(self, count: int) -> Tensor:
         """A unit Gaussian vector orthogonal to the first `count` of the basis."""
-        drawn = torch.randn(self.operator.size, dtype=torch.float32, generator=self.generator)
-        vector = drawn.to(dtype=self.operator.dtype, device=self.operator.device)
+        operator = self.operator
+        drawn = operator.spread.part(torch.randn(operator.size, dtype=torch.float32, generator=self.generator))
+        vector = drawn.to(dtype=operator.dtype, device=operator.device)
         if count:
             for _ in range(2):
-                orthogonalise(vector, self.basis[:count])
-        return vector.mul_(1 / norm(vector))
+                orthogonalise(vector, self.basis[:count], spread=operator.spread)
+        return vector.mul_(1 / norm(vector, operator.spread))
 
     def _restart_fresh(self, steps: int) -> None:
         self.steps, self.exhausted = steps, False

@@ -33,7 +33,8 @@ class Eigenpairs:
     """Eigenvalues with how far they can be trusted.
 
     `values` (k,) float64, descending (by magnitude where that was asked for); `vectors` (k, size), one unit
-    eigenvector in each row, on the operator's device, or None when not asked for; `residuals` (k,), the norms
+    eigenvector in each row (this process's part of it, where processes share the vectors: `operator.spread`), on
+    the operator's device, or None when not asked for; `residuals` (k,), the norms
     |A v - value v|: each interval value +- residual holds an eigenvalue; `bounds` (k,), min(residual,
     residual^2 / gap) plus the rounding of the products; `converged` (k,) bool; `num_products`; `rounding`,
     the error of the products as seen by the run; `seed` of the start vector.
@@ -106,7 +107,7 @@ def eigenpairs(
     """
     which = Which(largest, smallest, magnitude, tolerance, criterion)
     if start is not None:
-        start = warm_start(start, torch.Generator().manual_seed(seed))
+        start = warm_start(start, operator, torch.Generator().manual_seed(seed))
     run = run_lanczos(
         operator,
         which,
@@ -160,6 +161,10 @@ def run_lanczos(
     capacity = basis_capacity(operator, which, max_products, memory, min_products)
     space = KrylovSpace(operator, capacity, torch.Generator().manual_seed(seed))
     progress = LanczosProgress(which, max_products, min_products, stopping_rule)
+    if checkpoint is not None and not operator.spread.alone:
+        raise InvalidInput(
+            "A run of several processes cannot be kept on disk; leave checkpoint= out, or use one process."
+        )
     identity = _identity(space, progress, seed) if checkpoint is not None else {}
     file = None if checkpoint is None else file_of(Path(checkpoint), identity)
     parts: dict[str, Stateful] = {"space": space, "progress": progress}
@@ -312,7 +317,7 @@ def basis_capacity(
     capacity = min(max_products, max(DEFAULT_BASIS, 4 * count, min_products)) if which else max_products
     if memory is not None:
         work = 4 * operator.size * operator.dtype.itemsize
-        vector = operator.size * operator.dtype.itemsize
+        vector = operator.part_size * operator.dtype.itemsize
         fits = (memory - work) // vector - 1
         if fits < min(count + 3, operator.size):
             raise InvalidInput(
@@ -323,11 +328,11 @@ def basis_capacity(
     return capacity
 
 
-def warm_start(start: Tensor, generator: torch.Generator) -> Tensor:
+def warm_start(start: Tensor, operator: LinearOperator, generator: torch.Generator) -> Tensor:
     """One start vector from earlier eigenvectors, (size,) or (p, size): their sum, with a little of
-    everything else so that a direction that has arisen since can be found."""
-    rows = torch.atleast_2d(start)
-    total = sum(row * (1 / norm(row)) for row in rows)
+    everything else so that a direction that has arisen since can be found. In and out go parts."""
+    rows, spread = torch.atleast_2d(start), operator.spread
+    total = sum(row * (1 / norm(row, spread)) for row in rows)
     assert isinstance(total, Tensor)
-    noise = torch.randn(total.numel(), dtype=torch.float32, generator=generator).to(total)
-    return total * (1 / norm(total)) + 0.1 * noise * (1 / norm(noise))
+    noise = spread.part(torch.randn(operator.size, dtype=torch.float32, generator=generator)).to(total)
+    return total * (1 / norm(total, spread)) + 0.1 * noise * (1 / norm(noise, spread))

@@ -2,7 +2,8 @@
 
 Hessians of networks are never formed; everything in `diag.linalg` needs products `A v` alone. A subclass
 gives `_matvec`; the public `matvec` checks what goes in and comes out and counts the products, which are
-what an algorithm costs. Vectors are flat, of shape (size,); several at once are rows of (count, size).
+what an algorithm costs. Vectors are flat, of shape (size,); several at once are rows of (count, size). Where
+processes share the vectors (`spread`), algorithms hold parts of them and call `apply`; `matvec` takes whole ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from diag.errors import InvalidInput
 from diag.linalg.deadline import NEVER, Deadline
-from diag.linalg.reductions import length
+from diag.linalg.reductions import IN_ONE_PROCESS, Spread, length
 
 Index = slice | Tensor
 
@@ -27,10 +28,11 @@ class LinearOperator(ABC):
 
     Attributes: `size` (length of the vectors), `dtype` and `device` (of the vectors that go in and come
     out), `num_products` (single products done so far; `matvecs` of k rows counts k), `deadline` (asked before each
-    product; by default none).
+    product; by default none), `spread` (how processes share the vectors; by default each has all of them).
     """
 
     deadline: Deadline = NEVER
+    spread: Spread = IN_ONE_PROCESS
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str):
         if size < 1:
@@ -92,6 +94,23 @@ class LinearOperator(ABC):
         self.deadline.check()
         self.num_products += vectors.shape[0]
         return self._matvecs(vectors)
+
+    @property
+    def part_size(self) -> int:
+        """Entries of a vector that this process holds."""
+        return self.spread.length(self.size)
+
+    def apply(self, part: Tensor) -> Tensor:
+        """This process's part of A v, from its part of v."""
+        return self.spread.part(self.matvec(self.spread.whole(part, self.size)))
+
+    def applies(self, parts: Tensor) -> Tensor:
+        """The same for each row."""
+        return self.matvecs(parts) if self.spread.alone else torch.stack([self.apply(part) for part in parts])
+
+    def whole_rows(self, parts: Tensor) -> Tensor:
+        """Whole vectors, as rows, from the processes' parts of them."""
+        return parts if self.spread.alone else torch.stack([self.spread.whole(p, self.size) for p in parts])
 
     def check(self, v: Tensor, shape: tuple[int, ...]) -> None:
         """Raises InvalidInput where `v` has another shape, dtype or device."""
@@ -192,6 +211,7 @@ class SumOperator(LinearOperator):
             )
         super().__init__(first.size, first.dtype, first.device)
         self.first, self.second = first, second
+        self.spread = second.spread if first.spread.alone else first.spread
 
     @property
     def parts(self) -> tuple[LinearOperator, ...]:
@@ -209,7 +229,7 @@ class _Derived(LinearOperator):
 
     def __init__(self, base: LinearOperator):
         super().__init__(base.size, base.dtype, base.device)
-        self.base = base
+        self.base, self.spread = base, base.spread
 
     @property
     def parts(self) -> tuple[LinearOperator, ...]:

@@ -170,7 +170,7 @@ def spectral_measure(
 
 def gaussian_probe(operator: LinearOperator, generator: torch.Generator) -> Tensor:
     """A Gaussian vector of the operator's kind; inside the complement where directions are deflated."""
-    v = torch.randn(operator.size, dtype=torch.float32, generator=generator)
+    v = operator.spread.part(torch.randn(operator.size, dtype=torch.float32, generator=generator))
     v = v.to(dtype=operator.dtype, device=operator.device)
     return operator.project(v) if isinstance(operator, DeflatedOperator) else v
 

@@ -4,11 +4,16 @@ A float32 reduction on the CPU is off by 1e-5 at a million entries and by 7e-4 a
 above what an eigenvalue to 1e-6 needs. Here short blocks are summed in the vectors' own precision, which is
 good to 1e-8 for float32, and the blocks in float64; a block stays in the cache, and nothing is copied. A basis
 holds one vector in each row.
+
+Where processes share the vectors, each holds a part, and sums over entries are sums over parts (`Spread`). The
+parts are consecutive pieces of equal length (the last may be shorter), so that a basis of k vectors takes k / W of
+their size on each of W processes. All make the same calls in the same order; a total is the same on all of them,
+bit for bit, so that they take the same decisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +28,74 @@ ROWS_ON_CPU = 1 << 17
 ELEMENTS_AT_ONCE = 1 << 22  # of a matrix that is read in blocks of rows: 32 MB in float64
 
 
+class Spread:
+    """One process that holds whole vectors. Subclasses say how several share them."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether parts are whole vectors."""
+        return True
+
+    def length(self, size: int) -> int:
+        """Entries that this process holds of a vector of `size`."""
+        return size
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of a vector (size,) or of rows of them (k, size)."""
+        return whole
+
+    def whole(self, part: Tensor, size: int) -> Tensor:
+        """The vector of `size` entries from the processes' parts."""
+        return part
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over processes of a small float64 tensor."""
+        return numbers
+
+
+class SpreadOver(Spread):
+    """rank: this process's number of `world`. total(numbers): their sum over processes. joined(part, size): the
+    processes' parts, one after the other."""
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        total: Callable[[Tensor], Tensor],
+        joined: Callable[[Tensor, int], Tensor],
+    ) -> None:
+        self._rank, self._world, self._total, self._joined = rank, world, total, joined
+
+    @property
+    def alone(self) -> bool:
+        """Whether parts are whole vectors."""
+        return self._world == 1
+
+    def _slice(self, size: int) -> slice:
+        each = -(-size // self._world)
+        return slice(min(self._rank * each, size), min((self._rank + 1) * each, size))
+
+    def length(self, size: int) -> int:
+        """Entries that this process holds of a vector of `size`."""
+        own = self._slice(size)
+        return own.stop - own.start
+
+    def part(self, whole: Tensor) -> Tensor:
+        """A copy of this process's part, so that the whole can go."""
+        return whole[..., self._slice(whole.shape[-1])].clone()
+
+    def whole(self, part: Tensor, size: int) -> Tensor:
+        """The vector of `size` entries from the processes' parts."""
+        return self._joined(part, size)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over processes of a small float64 tensor."""
+        return self._total(numbers)
+
+
+IN_ONE_PROCESS = Spread()
+
+
 def blocks(size: int, device: torch.device, on_cpu: int = BLOCK_ON_CPU) -> Iterator[slice]:
     """Consecutive slices that cover range(size)."""
     length = on_cpu if device.type == "cpu" else BLOCK_ELSEWHERE
@@ -30,19 +103,19 @@ def blocks(size: int, device: torch.device, on_cpu: int = BLOCK_ON_CPU) -> Itera
         yield slice(start, min(start + length, size))
 
 
-def dot(x: Tensor, y: Tensor) -> Tensor:
+def dot(x: Tensor, y: Tensor, spread: Spread = IN_ONE_PROCESS) -> Tensor:
     """<x, y> of two flat vectors, a float64 scalar on their device."""
-    return _total([x[block] @ y[block] for block in blocks(x.numel(), x.device)])
+    return _total([x[block] @ y[block] for block in blocks(x.numel(), x.device)], x.new_zeros(()), spread)
 
 
-def _total(parts: list[Tensor]) -> Tensor:
-    """The float64 sum of scalars, or of vectors of one length, in the order given."""
-    return torch.stack(parts).sum(0, dtype=torch.float64)
+def _total(parts: list[Tensor], nothing: Tensor, spread: Spread) -> Tensor:
+    """The float64 sum of scalars, or of vectors of one length, in the order given; `nothing`: that of none."""
+    return spread.total(torch.stack(parts or [nothing]).sum(0, dtype=torch.float64))
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x: Tensor, spread: Spread = IN_ONE_PROCESS) -> Tensor:
     """|x| of a flat vector, a float64 scalar on its device."""
-    return dot(x, x).sqrt()
+    return dot(x, x, spread).sqrt()
 
 
 def length(tensors: Tensor | Sequence[Tensor]) -> float:
@@ -53,7 +126,11 @@ def length(tensors: Tensor | Sequence[Tensor]) -> float:
 
 
 def orthogonalise(
-    v: Tensor, basis: Tensor, known: Tensor | None = None, known_basis: Tensor | None = None
+    v: Tensor,
+    basis: Tensor,
+    known: Tensor | None = None,
+    known_basis: Tensor | None = None,
+    spread: Spread = IN_ONE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
     """Takes the rows of `basis` (k, size) out of v, in place: one pass of classical Gram-Schmidt.
 
@@ -63,9 +140,9 @@ def orthogonalise(
     if known is not None and known_basis is not None:
         subtract(v, known_basis, known)
     parts = [basis[:, block].to(v.dtype) @ v[block] for block in _blocks_of_rows(v, basis)]
-    found = _total(parts)
+    found = _total(parts, v.new_zeros(len(basis)), spread)
     subtract(v, basis, found)
-    return found, dot(v, v)
+    return found, dot(v, v, spread)
 
 
 def subtract(v: Tensor, basis: Tensor, weights: Tensor) -> None:
@@ -99,9 +176,9 @@ def rotate(weights: Tensor, basis: Tensor) -> None:
         basis[:kept, block] = (weights @ basis[:used, block].to(arithmetic)).to(basis.dtype)
 
 
-def gram(first: Tensor, second: Tensor) -> Tensor:
+def gram(first: Tensor, second: Tensor, spread: Spread = IN_ONE_PROCESS) -> Tensor:
     """<first_i, second_j> for two sets of rows (p, size) and (q, size): float64 (p, q)."""
     result = torch.zeros(first.shape[0], second.shape[0], dtype=torch.float64, device=first.device)
     for block in blocks(first.shape[1], first.device):
         result += first[:, block].double() @ second[:, block].double().T
-    return result
+    return spread.total(result)

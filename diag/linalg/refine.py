@@ -16,7 +16,7 @@ from diag.errors import InvalidInput
 from diag.linalg.deflation import DeflatedOperator, orthonormal
 from diag.linalg.lanczos import Eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import combine, gram, norm
+from diag.linalg.reductions import IN_ONE_PROCESS, Spread, combine, gram, norm
 from diag.linalg.ritz import Which, error_bounds
 
 
@@ -31,30 +31,31 @@ def refine(
 ) -> Eigenpairs:
     """Improves approximate eigenvectors until the bounds of the wanted pairs are within the tolerance.
 
-    Args: guess (p, size), p at least the number wanted; others, what is known of the remaining eigenvalues,
-    for the gaps. Raises InvalidInput when the guess has fewer independent rows than eigenpairs are wanted.
+    Args: guess (p, size, or this process's part of it), p at least the number wanted; others, what is known of the
+    remaining eigenvalues, for the gaps. Raises InvalidInput when the guess has fewer independent rows than
+    eigenpairs are wanted.
     """
-    basis = orthonormal(guess)
+    basis, spread = orthonormal(guess, spread=operator.spread), operator.spread
     if len(basis) < min(which.count, operator.size):
         raise InvalidInput(
             f"The guess spans {len(basis)} dimensions and {which.count} eigenpairs are asked for; give more "
             f"vectors."
         )
-    images = operator.matvecs(basis)
+    images = operator.applies(basis)
     while True:
-        pairs, residual_vectors = rayleigh_ritz(basis, images, which, others, seed)
+        pairs, residual_vectors = rayleigh_ritz(basis, images, which, others, seed, spread)
         room = min(max_products, operator.size) - len(basis)
         extension = residual_vectors[~pairs.converged.to(basis.device)][: max(room, 0)]
         if len(extension):
-            extension = orthonormal(extension, against=basis)
+            extension = orthonormal(extension, against=basis, spread=spread)
         if not len(extension):
             return pairs
         basis = torch.cat([basis, extension])
-        images = torch.cat([images, operator.matvecs(extension)])
+        images = torch.cat([images, operator.applies(extension)])
 
 
 def rayleigh_ritz(
-    basis: Tensor, images: Tensor, which: Which, others: Tensor | None, seed: int
+    basis: Tensor, images: Tensor, which: Which, others: Tensor | None, seed: int, spread: Spread = IN_ONE_PROCESS
 ) -> tuple[Eigenpairs, Tensor]:
     """The wanted Ritz pairs in the span of an orthonormal `basis` (p, size), with their residual vectors.
 
@@ -62,12 +63,12 @@ def rayleigh_ritz(
     the spectrum is known from elsewhere (`others`) is taken to be as wrong as the pair that it is compared
     with.
     """
-    projected = gram(basis, images).cpu()
+    projected = gram(basis, images, spread).cpu()
     asymmetry = float((projected - projected.T).norm()) / 2
     values, columns = torch.linalg.eigh((projected + projected.T) / 2)
     vectors = combine(columns.T, basis, basis.dtype)
     residual_vectors = combine(columns.T, images, basis.dtype) - values.to(vectors)[:, None] * vectors
-    residuals = torch.stack([norm(r) for r in residual_vectors]).cpu()
+    residuals = torch.stack([norm(r, spread) for r in residual_vectors]).cpu()
     bounds = error_bounds(values, residuals, others, residuals[:, None])
     rounding = asymmetry + torch.finfo(basis.dtype).eps * float(values.abs().max())
     chosen = which.select(values)

@@ -76,9 +76,9 @@ def _probe(operator: LinearOperator, count: int, generator: torch.Generator) -> 
     with operator.many_products():
         for _ in range(count):
             bits = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-            v = (2 * bits - 1).to(dtype=operator.dtype, device=operator.device)
+            v = (2 * operator.spread.part(bits) - 1).to(dtype=operator.dtype, device=operator.device)
             if isinstance(operator, DeflatedOperator):
                 operator.project(v)
-            product = operator.matvec(v)
-            samples.append(torch.stack([dot(v, product), dot(product, product)]))
+            product = operator.apply(v)
+            samples.append(torch.stack([dot(a, product, operator.spread) for a in (v, product)]))
     return torch.stack(samples).cpu()

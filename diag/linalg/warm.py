@@ -61,7 +61,7 @@ def warm_eigenpairs(
         return pairs, Earlier(_sum(pairs), run.num_products)
     least = 0 if unchanged else search_length(operator.size, earlier.cold_products, largest, tolerance)
     stopping_rule = StoppingRule(which) if unchanged else CautiousStoppingRule(which)
-    start = warm_start(earlier.direction.to(operator.dtype), torch.Generator().manual_seed(seed))
+    start = warm_start(earlier.direction.to(operator.dtype), operator, torch.Generator().manual_seed(seed))
     run = run_lanczos(
         operator,
         which,

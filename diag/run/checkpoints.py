@@ -20,10 +20,11 @@ from torch import Tensor, nn
 import diag
 from diag.checkpoints import load_into, load_state
 from diag.errors import CheckpointError, InvalidInput, first_line
-from diag.registry import Instrument, Kind, attempt, find, instruments
+from diag.registry import Instrument, Kind, find, instruments
 from diag.result import Result
 from diag.run.build import Build, build_name, built_arguments, called_safely
 from diag.run.files import META
+from diag.run.over_ranks import AllRanks, OneProcess
 from diag.run.run import Event, Record, Run
 from diag.snapshot.snapshot import Snapshot
 
@@ -39,6 +40,7 @@ def from_checkpoints(
     options: Mapping[str, Any] | None = None,
     key: str | None = None,
     every: bool = False,
+    ranks: bool = False,
     progress: Progress = lambda done, total, text: None,
 ) -> Run:
     """A run in memory with one step a checkpoint; its events say how the checkpoints were read.
@@ -48,8 +50,9 @@ def from_checkpoints(
     checkpoint. names: the instruments, each then measured on every checkpoint; by default all that can judge a
     network by itself, the expensive ones on the first, the last and the best checkpoint. every: these,
     too, on every checkpoint. settings: an instrument's name -> its settings. options: arguments of `Snapshot` in
-    place of the build function's. key: the entry of the files that holds the state dict. progress: called with
-    (measurements made, measurements in all, what comes next).
+    place of the build function's. key: the entry of the files that holds the state dict. ranks: every rank of
+    torch.distributed makes this call; they share the data (see `over_ranks`), and rank 0's run has the results.
+    progress: called with (measurements made, measurements in all, what comes next).
 
     Each checkpoint has the one before it as its `previous`.
     Raises CheckpointError where one cannot be read or does not fit, InvalidInput where the build function fails.
@@ -61,7 +64,8 @@ def from_checkpoints(
     chosen = [find(n) for n in names] or [i for i in instruments().values() if _is_of_a_moment(i)]
     places, events = _in_order(files, key)
     arguments |= _read_once(model, arguments)
-    measuring = _Measuring(model, arguments, places, key, settings or {}, progress)
+    by = AllRanks(model, arguments) if ranks else OneProcess(model, arguments)
+    measuring = _Measuring(model, by, arguments.get("previous"), places, key, settings or {}, progress)
     cheap = chosen if names or every or len(places) <= 3 else [i for i in chosen if _takes_one_look(i)]
     expensive = [i for i in chosen if i not in cheap]
     measuring.total = len(places) * len(cheap) + 3 * len(expensive)
@@ -90,13 +94,14 @@ class _Measuring:
     def __init__(
         self,
         model: nn.Module,
-        arguments: Mapping[str, Any],
+        by: OneProcess,
+        previous: Any,
         places: Sequence[_Place],
         key: str | None,
         settings: Mapping[str, Mapping[str, Any]],
         progress: Progress,
     ) -> None:
-        self._model, self._arguments, self._places, self._key = model, arguments, places, key
+        self._model, self._by, self._previous, self._places, self._key = model, by, previous, places, key
         self._settings, self._progress = settings, progress
         self.total = 0
         self.records: list[Record] = []
@@ -108,16 +113,18 @@ class _Measuring:
         """Measure these checkpoints with these instruments; `losses`: note the mean loss of each as well."""
         for i in which:
             step, path, _ = self._places[i]
-            previous = self._state(i - 1) if i else self._arguments.get("previous")
+            previous = self._state(i - 1) if i else self._previous
             self._load(i)
-            snapshot = Snapshot(self._model, **{**self._arguments, "previous": previous})
+            self._by.begin(previous)
             for instrument in chosen:
                 self._progress(len(self.records), self.total, f"{path.name}: {instrument.title}")
-                outcome = attempt(snapshot, instrument, **self._settings.get(instrument.name, {}))
+                outcome = self._by.measure(instrument, self._settings.get(instrument.name, {}))
+                if outcome is None:
+                    continue
                 seconds = outcome.provenance.seconds if isinstance(outcome, Result) else None
                 self.records.append(Record(step, instrument.name, outcome, seconds))
             if losses:
-                self._losses[i] = _mean_loss(snapshot, self._arguments.get("held_out") is not None)
+                self._losses[i] = self._by.loss()
 
     def first_last_best(self) -> list[int]:
         """The first and the last checkpoint and, where a loss is known, the one of the lowest."""
@@ -149,14 +156,6 @@ def _takes_one_look(instrument: Instrument) -> bool:
     return instrument.kind is Kind.CHECK or (
         instrument.passes is None and all(cost.one_look for cost in instrument.costs)
     )
-
-
-def _mean_loss(snapshot: Snapshot, held_out: bool) -> float:
-    """The mean loss, on the held-out data where there is some; NaN where there is none."""
-    try:
-        return float(snapshot.quantity("held_out_losses" if held_out else "losses").double().mean())
-    except Exception:  # whatever the user's model or loss raises is reported by the instruments
-        return math.nan
 
 
 def _told(some: Sequence[int], places: Sequence[_Place], expensive: Sequence[Instrument]) -> Event:

@@ -21,6 +21,8 @@ __all__ = [
     "pause",
     "picking",
     "preserve",
+    "reading",
+    "sharded",
     "snapshot",
     "state",
     "trial",

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from diag.distributed.checksums import checksum_of
+from diag.distributed.together import Together
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch, as_batches, tensors_in
 from diag.snapshot.preserve import generator_states, random_states
@@ -46,6 +48,32 @@ def read_batches(
     if read.cut:
         warnings.warn(read.cut, stacklevel=2)
     return tuple(batches), read.cut
+
+
+def all_alike(batches: tuple[Batch, ...], ranks: Together) -> bool:
+    """Whether every rank was given the same batches."""
+    sums = [checksum_of(t).cpu() for b in batches for t in tensors_in((b.args, b.kwargs, b.targets))]
+    own = sum((place * s for place, s in enumerate(sums, 1)), torch.zeros((), dtype=torch.int64))
+    return bool(ranks.same(own.reshape(1)))
+
+
+def shared_out(batches: tuple[Batch, ...], ranks: Together) -> tuple[Batch, ...]:
+    """This rank's share: all of its batches, or its part of them where every rank was given the same ones.
+
+    Raises InvalidInput where there are fewer examples than ranks.
+    """
+    if not all_alike(batches, ranks):
+        return batches
+    size = sum(batch.size for batch in batches)
+    if size < ranks.world:
+        raise InvalidInput(f"There are {size} examples for {ranks.world} ranks; give at least one for each.")
+    first, last = (size * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
+    found, start = [], 0
+    for batch in batches:
+        a, b = max(first - start, 0), min(last - start, batch.size)
+        found += [batch.slice(a, b)] if a < b else []
+        start += batch.size
+    return tuple(found)
 
 
 class _Read:

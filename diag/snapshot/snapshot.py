@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from diag.checkpoints.unwrap import bare_model
-from diag.errors import DiagError, InvalidInput, MissingQuantity, first_line
-from diag.linalg.deadline import NEVER, Deadline
+from diag.distributed.together import Together
+from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line
+from diag.linalg.deadline import NEVER, Deadline, free_memory
 from diag.snapshot.batch import Batch, fingerprint, tensors_in
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
-from diag.snapshot.reading import read_batches
+from diag.snapshot.reading import read_batches, shared_out
+from diag.snapshot.sharded.whole import is_sharded, refuse_another_function, sharded_as, whole_copy, whole_optimizer
 from diag.snapshot.state.bits import TensorBits, bits_of
 from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
@@ -43,7 +45,16 @@ DATA_MOVED = (
 )
 DATA = "bits of the data"
 OVER_RANKS = {"params", "loss_at", "gradient", "hessian", "gauss_newton", "optimizer", "module_graph"}
-NOT_OVER_RANKS = "{} is not put together over ranks; measure it in one process on all the data, without ranks=."
+NOT_OVER_RANKS = (
+    "{} is not put together over ranks, of which each has a share of the data{}; measure it in one process "
+    "on all the "
+    "data, without ranks=."
+)
+SHARDED = (
+    "The parameters are sharded over processes ({}), so that no process alone has the network; make the "
+    "snapshot with "
+    "ranks=True on every rank, or load a full state dict into an unsharded copy of the model."
+)
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 
 
@@ -64,7 +75,9 @@ class Snapshot:
         without a length, which may never end, the first 8,192 are used where this is not given, and a warning
         says so).
     ranks: the data are this rank's share, and every rank of torch.distributed makes the same snapshot on its own
-        share: loss, gradient and curvature are those of all the data. What is not put together is refused.
+        share (or all of them on the same data, which they then share out): loss, gradient and curvature are those
+        of all the data. Of a model that is sharded (fully_shard, tensor parallel) each rank takes a whole copy.
+        What is not put together is refused.
     deadline: what measuring may take, asked between batches, products and examples (see `diag.linalg.deadline`).
 
     Raises InvalidInput where model, loss_fn or data are not of these kinds.
@@ -89,27 +102,28 @@ class Snapshot:
         micro_batch: int | None = None,
         max_examples: int | None = None,
         deadline: Deadline = NEVER,
-        ranks: bool = False,
+        ranks: bool | Together = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        if not isinstance(model, nn.Module):
-            raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
-        if loss_fn is not None and not callable(loss_fn):
-            raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
-        self.model = _on_device(bare_model(model), device)
+        _check_kinds(model, loss_fn, ranks, deadline)
+        self.ranks = ranks if isinstance(ranks, Together) else Together(_device_of(model)) if ranks else None
+        self._placement = sharded_as(bare_model(model))
+        self._sharded = bare_model(model) if self.ranks is not None and self._placement else None
+        self.model, self.optimizer = _measured(bare_model(model), optimizer, device, self.ranks)
         self.loss_fn = loss_fn
-        self.previous, self.other, self.optimizer, self.history = previous, other, optimizer, history
+        self.previous, self.other, self.history = previous, other, history
         self.loop = loop
-        self.carry, self.deadline, self.ranks = carry, deadline, ranks
-        if ranks and deadline is not NEVER:
-            raise InvalidInput(
-                "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."
-            )
+        self.carry, self.deadline = carry, deadline
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
-        self._given = arguments | {"model": self.model}
+        self._given = arguments | {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
         self.cut_short = ""  # in one sentence, where not all of the data was read
         self._computed: dict[str, Any] = {}
         self._moment, self._moved = TensorBits(self.model, loss_fn), ""  # what had moved when a measurement began
+
+    @property
+    def limit(self) -> Deadline:
+        """What measuring may take: of a snapshot over ranks, the deadline that they have in common."""
+        return self.deadline if self.ranks is None else self.ranks.deadline
 
     def quantity(self, name: str) -> Any:
         """The value of a glossary quantity; `held_out_` before a name asks for it on the held-out data.
@@ -118,7 +132,10 @@ class Snapshot:
         """
         row = lookup(name)
         if self.ranks and name not in OVER_RANKS:
-            raise MissingQuantity(NOT_OVER_RANKS.format(name))
+            lies = f" (and whose parameters are sharded: {self._placement})" if self._placement else ""
+            raise MissingQuantity(NOT_OVER_RANKS.format(name, lies))
+        if self.ranks is None and self._placement and row.cost is not Effort.NONE:
+            raise Unsupported(SHARDED.format(self._placement))  # a forward pass would wait for the other ranks
         self.deadline.check()
         if name not in self._computed:
             self.refuse_a_later_moment()
@@ -188,6 +205,10 @@ class Snapshot:
         batches, self.cut_short = read_batches(
             data, unpack, self.max_examples, self.micro_batch, self.device, self.seed
         )
+        if self._sharded is not None and self.ranks is not None:
+            refuse_another_function(self._sharded, self.model, batches[0], self.ranks)
+            self._sharded = None
+        batches = batches if self.ranks is None else shared_out(batches, self.ranks)
         batches = tuple(b.with_targets(self.model) for b in batches) if self.loss_fn is None else batches
         self._computed[DATA] = bits_of_batches(batches)
         return batches
@@ -196,6 +217,11 @@ class Snapshot:
     def num_examples(self) -> int:
         """The number of examples in the data."""
         return sum(batch.size for batch in self.batches)
+
+    @cached_property
+    def all_examples(self) -> int:
+        """The same over all ranks that share the data."""
+        return self.num_examples if self.ranks is None else round(self.ranks.total(self.num_examples))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -230,7 +256,7 @@ class Snapshot:
         """What results record about where they come from."""
         if self._given["data"] is None:
             return {"seed": self.seed}
-        return {"num_examples": self.num_examples, "data_fingerprint": self.fingerprint, "seed": self.seed}
+        return {"num_examples": self.all_examples, "data_fingerprint": self.fingerprint, "seed": self.seed}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -275,6 +301,32 @@ class Snapshot:
 def bits_of_batches(batches: tuple[Batch, ...]) -> list[Any]:
     """What tells the tensors of the batches from others (see `bits_of`)."""
     return [bits_of(t) for b in batches for t in tensors_in((b.args, b.kwargs, b.targets))]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _check_kinds(model: Any, loss_fn: Any, ranks: Any, deadline: Deadline) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
+    if ranks and deadline is not NEVER:
+        raise InvalidInput(
+            "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."
+        )
+
+
+def _measured(
+    model: nn.Module, optimizer: Any, device: torch.device | str | None, ranks: Together | None
+) -> tuple[nn.Module, Any]:
+    """The model to measure, whole and on the device asked for, and its optimizer."""
+    if ranks is None or not is_sharded(model):
+        return _on_device(model, device), optimizer
+    copied = whole_copy(model, ranks, free_memory(_device_of(model)))
+    optimizer = None if optimizer is None else whole_optimizer(optimizer, copied.tensors, ranks)
+    return _on_device(copied.model, device), optimizer
 
 
 def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:

@@ -43,13 +43,6 @@ def describe_run(
     }
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are spread over processes (FSDP, tensor parallelism)."""
-    return any(hasattr(p, "to_local") for p in model.parameters()) or any(
-        type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
-    )
-
-
 def temporary_folder() -> Path:
     """A folder for a run without one; it is removed when the process ends."""
     folder, owner = tempfile.mkdtemp(prefix="diag-"), os.getpid()

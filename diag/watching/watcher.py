@@ -96,9 +96,10 @@ def watch(
     on_finding: called with each finding when it is first seen; what it raises is noted, and training goes on.
 
     What cannot be observed is recorded once, with the reason. Where several processes train, call it on every rank:
-    norms, losses and flags are put together over ranks, replicas are compared, and rank 0 records. Rank 0 measures
-    replicated models while the others wait; a measurement that takes longer than the process group's timeout aborts
-    the training: there give a smaller budget=, or instruments without curvature.
+    norms, losses and flags are put together over ranks, replicas are compared, and rank 0 records. The Hessian's
+    spectrum is measured by all ranks on all of their probe sets; sharded models (fully_shard, tensor parallel) are
+    put together for it on every rank, at the scheduled steps. What else is measured rank 0 measures while the
+    others wait, at most half of the process group's timeout.
     Raises InvalidInput for arguments that do not fit, RunError where the folder cannot be written.
     """
     check_arguments(model, loss_fn, every, budget)
@@ -155,7 +156,7 @@ class Watcher(Guarded):
         self._live = self._checked_live(settings, about["layers"])
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)
-        self._runner = MeasurementRunner(*guard, self._training, self._measurements, self._recorder)
+        self._runner = MeasurementRunner(*guard, self._training, self._measurements, self._recorder, settings.every)
         self._listener = TrainingListener(
             *guard, self._training, self._measurements.windows, self._runner, self._company, self.close
         )
@@ -295,11 +296,14 @@ class Watcher(Guarded):
             self._judge(step)
         elif not self._company.together:
             self._end(measure=False)
+        else:
+            self._runner.follow(step, in_step)
 
     @guarded("other ranks")
     def _meet(self) -> None:
         self._company.meet()
         self._rows.sharing, self._company.send = self._company.sharing, self._rows.drain
+        self._runner.over_ranks.agreement = self._company.agreement
 
     @guarded("other ranks")
     def _compare(self, row: Row) -> None:

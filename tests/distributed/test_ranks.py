@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from torch.nn import functional as F
 
 import diag
@@ -37,7 +38,19 @@ FAULTS = {
     "other_buffer": "replicas_differ",
 }
 PARTINGS = ("watched_alone", "closes_early", "breaks_inside", "raises")
-NAMES = (*WAYS, "as_fsdp1", "accumulated", "not_finite_ddp", "not_finite_shard", *FAULTS, *PARTINGS)
+MEASURED = ("measured_ddp", "measured_fsdp", "measured_columns")
+NAMES = (
+    *WAYS,
+    *MEASURED,
+    "measured_norm",
+    "out_of_memory",
+    "as_fsdp1",
+    "accumulated",
+    "not_finite_ddp",
+    "not_finite_shard",
+    *FAULTS,
+    *PARTINGS,
+)
 
 
 def start(world, folder, names):
@@ -193,11 +206,50 @@ def test_a_rank_that_leaves_is_told_and_nothing_else_stops(ranks, folder, name, 
     assert (f"From step {from_step} on" in note and f"rank 1: {reason}" in note) or reason in note
 
 
+@pytest.fixture(scope="module")
+def measured_alone(folder):
+    """The spectra of one process that trains on all rows, by step."""
+    torch.manual_seed(0)
+    trainings.measured(trainings.mlp(), trainings.rows(), folder / "measured alone")
+    return dict(diag.load(folder / "measured alone").series("hessian_spectrum"))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_watched_training_measures_all_the_ranks_data(ranks, folder, measured_alone, name):
+    """The Hessian is float32, and the sums of the ranks' shares round in another order."""
+    run = diag.load(folder / name)
+    series = run.series("hessian_spectrum")
+    assert series[-1][0] == trainings.MEASURED_STEPS and len(series) >= 4
+    compared = [(found, measured_alone[step]) for step, found in series if step in measured_alone]
+    assert len(compared) >= 3
+    for found, alone in compared:
+        assert found.provenance.num_examples == trainings.ROWS
+        numpy.testing.assert_allclose(found.eigenvalues, alone.eigenvalues, rtol=1e-4)
+        assert found.trace == pytest.approx(alone.trace, rel=1e-4)
+    assert run.series("softmax_collapse") and run.series("neural_collapse")
+
+
+def test_running_means_are_those_of_rank_0(ranks, folder):
+    run = diag.load(folder / "measured_norm")
+    series = run.series("hessian_spectrum")
+    assert len(series) >= 4 and not run.outcomes
+    assert all(found.provenance.num_examples == trainings.ROWS for _, found in series)
+
+
+def test_a_rank_without_memory_stops_one_measurement_and_says_why(ranks, folder):
+    run = diag.load(folder / "out_of_memory")
+    (reason,) = {outcome.reason for _, outcome in run.outcomes}
+    assert "Rank 1 could not compute its share (MemoryError: no room)" in reason
+    assert run.series("hessian_spectrum")
+
+
 def check_curvature(found, name, loss_fn):
     """float64 sums over shares differ from those over all rows by their rounding."""
-    model, data = trainings.networks()["mlp" if name == "weighted" else name], trainings.rows()
-    alone = trainings.curvature_of(model, loss_fn, (data[0].double(), data[1]))
-    assert found["examples"] == trainings.ROWS
+    kind = "mlp" if name == "weighted" else name.split()[0]
+    model, data = trainings.networks()[kind], trainings.texts() if kind == "gpt" else trainings.rows()
+    data = data if kind == "gpt" else (data[0].double(), data[1])
+    alone = trainings.curvature_of(model, loss_fn, data)
+    assert found["examples"] == len(data[0])
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-12)
     assert found["gradient"] == pytest.approx(alone["gradient"], rel=1e-10)
     assert found["eigenvalues"] == pytest.approx(alone["eigenvalues"], rel=1e-8)
@@ -206,31 +258,44 @@ def check_curvature(found, name, loss_fn):
     assert len(found["half"]) == len(alone["half"])
 
 
-@pytest.mark.parametrize(
-    ("name", "loss_fn"),
-    [("mlp", F.cross_entropy), ("conv", F.cross_entropy), ("weighted", trainings.weighted_loss)],
-)
+CURVATURES = [("mlp", F.cross_entropy), ("conv", F.cross_entropy), ("weighted", trainings.weighted_loss)]
+SHARDED = [(name, trainings.token_loss if "gpt" in name else F.cross_entropy) for name in trainings.SHARDED]
+
+
+@pytest.mark.parametrize(("name", "loss_fn"), CURVATURES + SHARDED)
 def test_curvature_over_ranks_is_that_of_all_the_data(ranks, name, loss_fn):
-    """Shares of 40 and 24 rows; with class weights, what they count differs again."""
+    """Shares of 40 and 24 rows; with class weights, what they count differs again. Under tensor parallelism all
+    ranks read the same rows, which they share out."""
     assert ranks[0]["curvature"][name] == ranks[1]["curvature"][name]
     check_curvature(ranks[0]["curvature"][name], name, loss_fn)
+    assert all(rank["curvature"][name].get("untouched", True) for rank in ranks)
+
+
+def test_each_rank_holds_its_part_of_the_basis(ranks):
+    """Four vectors of work are whole on every rank, beside them each holds half of all others."""
+    for found in ranks:
+        held, alone = found["curvature"]["held"]
+        assert held <= 1.1 * alone / 2
 
 
 def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
     first, last = (rank["curvature"]["refused"] for rank in ranks)
-    assert "is not put together over ranks; measure it in one process" in first["coherence"] == last["coherence"]
+    assert "is not put together over ranks, of which each has a share" in first["coherence"] == last["coherence"]
+    for name in ("alone", "collapse"):
+        assert "0.weight has placement (Shard(dim=0),)" in first[name] == last[name]
     assert "The ranks hold other values of 2.bias" in first["apart"] == last["apart"]
     assert (
         first["one rank"].startswith("Rank 1 could not compute its share")
         and "loss_fn cannot be called" in last["one rank"]
     )
-    assert "DTensor with placement (Shard(dim=0),)" in first["sharded"] == last["sharded"]
+    assert "FullyShardedDataParallel (FSDP1)" in first["flat"] == last["flat"]
+    assert "give other outputs" in first["heads"] and "give other outputs" in last["heads"]
+    assert "fewer than" not in first["heads"]
 
 
 def test_one_process_has_no_ranks_to_share_the_data_with():
-    snapshot = diag.Snapshot(trainings.mlp(), F.cross_entropy, trainings.rows(), ranks=True)
     with pytest.raises(InvalidInput, match="There is one process"):
-        snapshot.quantity("hessian")
+        diag.Snapshot(trainings.mlp(), F.cross_entropy, trainings.rows(), ranks=True)
     with pytest.raises(InvalidInput, match="takes no deadline="):
         diag.Snapshot(trainings.mlp(), ranks=True, deadline=Deadline())
 

@@ -115,6 +115,67 @@ def accumulated(watch):
     return net
 
 
+# Measured while training goes on: on the probe sets of all ranks
+
+MEASURED_STEPS = 6
+MEASURED = {
+    "hessian_spectrum": {"num_eigenvalues": 3, "steps": 12, "trace_probes": 4, "half_split": False},
+    "softmax_collapse": {},
+    "neural_collapse": {},
+}
+
+
+def measured(net, data, watch):
+    watched = {"instruments": MEASURED, "every": 4, "budget": float("inf")}
+    optimizer, (x, y) = torch.optim.Adam(net.parameters(), 0.01), data
+    with contextlib.nullcontext() if watch is None else diag.watch(net, run=watch, **watched):
+        for _ in range(MEASURED_STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    return net
+
+
+def measured_ddp(watch):
+    return measured(ddp(mlp()), own_rows(), watch)
+
+
+def measured_norm(watch):
+    """Running means that differ between the ranks."""
+    return measured(ddp(mlp(nn.BatchNorm1d(16))), own_rows(), watch)
+
+
+def measured_fsdp(watch):
+    return measured(fully(mlp()), own_rows(), watch)
+
+
+def measured_columns(watch):
+    return measured(in_columns(mlp()), rows(), watch)
+
+
+@contextlib.contextmanager
+def failing(error):
+    """On the last rank the 30th derivative that a measurement takes fails: training calls another function."""
+    plain, calls = torch.autograd.grad, iter(range(1, 1 << 30))
+
+    def grad(*args, **kwargs):
+        if RANK == WORLD - 1 and next(calls) == 30:
+            raise error
+        return plain(*args, **kwargs)
+
+    torch.autograd.grad = grad
+    try:
+        yield
+    finally:
+        torch.autograd.grad = plain
+
+
+def out_of_memory(watch):
+    """In a measurement, on one rank."""
+    with failing(MemoryError("no room")):
+        return measured(fully(mlp()), own_rows(), watch)
+
+
 # Numbers that are not finite
 
 
@@ -271,7 +332,113 @@ def networks():
     torch.manual_seed(5)
     found = {"mlp": mlp().double(), "conv": Conv().double()}
     found["conv"].norm.running_mean.normal_(0, 0.1)
+    found["gpt"] = SmallGPT().double()
     return found
+
+
+class Heads(nn.Module):
+    """Causal attention over the heads that this rank holds; `heads`: None where that is told by the shapes."""
+
+    def __init__(self, width, size, heads=None):
+        super().__init__()
+        self.size, self.heads = size, heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        heads = self.heads or -1
+        q, k, v = (p(x).unflatten(-1, (heads, self.size if heads < 0 else -1)).transpose(1, 2)
+                   for p in (self.query, self.key, self.value))  # fmt: skip
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads=None):
+        super().__init__()
+        self.attend, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Heads(width, 4, heads)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        x = x + self.attention(self.attend(x))
+        return x + self.down(F.gelu(self.up(self.mlp(x))))
+
+
+class SmallGPT(nn.Module):
+    """A language model whose first and last weight are one."""
+
+    def __init__(self, words=11, length=6, width=8, heads=None):
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+        self.block, self.norm = Block(width, heads), nn.LayerNorm(width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.words.weight
+        nn.init.normal_(self.words.weight, std=0.3)
+
+    def forward(self, tokens):
+        x = self.words(tokens) + self.places.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.block(x)))
+
+
+def texts():
+    tokens = torch.randint(0, 11, (24, 7), generator=torch.Generator().manual_seed(4))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def token_loss(outputs, targets):
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+# Networks whose parameters are sharded
+
+
+def fully(net):
+    """FSDP2, layer by layer where the network has blocks."""
+    from torch.distributed.fsdp import fully_shard
+
+    for part in reversed(list(net.modules())):
+        if part is not net and isinstance(part, (nn.Linear, Block)) and part is not getattr(net, "head", None):
+            fully_shard(part)
+    return fully_shard(net)
+
+
+def in_columns(net):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    attention = {f"block.attention.{n}": ColwiseParallel() for n in ("query", "key", "value")}
+    plans = {
+        "mlp": {"0": ColwiseParallel(), "2": RowwiseParallel()},
+        "gpt": attention | {"block.attention.out": RowwiseParallel(), "block.up": ColwiseParallel(),
+                            "block.down": RowwiseParallel()},
+    }  # fmt: skip
+    plan = plans["gpt" if isinstance(net, SmallGPT) else "mlp"]
+    return parallelize_module(net, init_device_mesh("cpu", (WORLD,)), plan)
+
+
+SHARDED = {
+    "mlp fsdp": fully,
+    "conv fsdp": fully,
+    "gpt fsdp": fully,
+    "mlp columns": in_columns,
+    "gpt columns": in_columns,
+}
+
+
+def sharded_curvature(name):
+    """Of a sharded network; under tensor parallelism every rank has all the rows."""
+    kind, _, way = name.partition(" ")
+    net = SHARDED[name](networks()[kind])
+    data = texts() if kind == "gpt" else rows()
+    data = data if kind == "gpt" else (data[0].double(), data[1])
+    if way == "fsdp":
+        cut = [0, *(len(data[0]) * (r + 1) // WORLD - (r < WORLD - 1) for r in range(WORLD))]
+        data = tuple(t[cut[RANK] : cut[RANK + 1]] for t in data)
+    torch.manual_seed(0)
+    before = state_of(net)
+    found = curvature_of(net, token_loss if kind == "gpt" else F.cross_entropy, data, ranks=True)
+    torch.manual_seed(0)
+    return found | {"untouched": state_of(net) == before}
 
 
 def share():
@@ -296,6 +463,19 @@ def curvature_of(model, loss_fn, data, **given):
     }
 
 
+def basis_held():
+    """The largest number of entries in a basis of 40 vectors and the pairs that it gave: here, and in one
+    process."""
+    from diag.linalg.spectrum import spectrum
+
+    found = []
+    for given in ({"ranks": True}, {}):
+        hessian = diag.Snapshot(networks()["mlp"], F.cross_entropy, share(), **given).quantity("hessian")
+        pairs = spectrum(hessian, steps=40, largest=5, trace_probes=2).top
+        found.append((41 + 5) * pairs.vectors.shape[1] + 4)
+    return found
+
+
 def refusal(call):
     """The sentence with which it is refused."""
     try:
@@ -311,21 +491,32 @@ def weighted_loss(outputs, targets):
 
 def curvature():
     """On every rank the same numbers; and what is refused, on all of them."""
-    found = {n: curvature_of(ddp(m), F.cross_entropy, share(), ranks=True) for n, m in networks().items()}
+    found = {
+        n: curvature_of(ddp(m), F.cross_entropy, share(), ranks=True) for n, m in networks().items() if n != "gpt"
+    }
+    found |= {name: sharded_curvature(name) for name in SHARDED}
+    found["held"] = basis_held()
     found["weighted"] = curvature_of(networks()["mlp"], weighted_loss, share(), ranks=True)
     snapshot = diag.Snapshot(networks()["mlp"], F.cross_entropy, share(), ranks=True)
     apart = networks()["mlp"]
     apart[2].bias.data += RANK
     bad = (share()[0], share()[1] + (7 if RANK == WORLD - 1 else 0))
     broken = diag.Snapshot(networks()["mlp"], F.cross_entropy, bad, ranks=True)
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    sharded = fully_shard(mlp())
+    flat = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
+    heads = in_columns(SmallGPT(heads=2))
+    heads.block.attention.heads = 1
     found["refused"] = {
         "coherence": refusal(lambda: diag.gradient_coherence(snapshot)),
         "apart": refusal(lambda: diag.Snapshot(apart, F.cross_entropy, share(), ranks=True).quantity("hessian")),
         "one rank": refusal(lambda: broken.quantity("hessian")),
-        "sharded": refusal(lambda: diag.Snapshot(sharded, F.cross_entropy, rows(), ranks=True).quantity("hessian")),
+        "alone": refusal(lambda: diag.neural_collapse(diag.Snapshot(fully(mlp()), F.cross_entropy, rows()))),
+        "collapse": refusal(
+            lambda: diag.neural_collapse(diag.Snapshot(fully(mlp()), F.cross_entropy, rows(), ranks=True))
+        ),
+        "flat": refusal(lambda: diag.Snapshot(flat, F.cross_entropy, rows(), ranks=True).quantity("hessian")),
+        "heads": refusal(lambda: diag.Snapshot(heads, token_loss, texts(), ranks=True).quantity("hessian")),
     }
     return found
 

@@ -132,7 +132,7 @@ class Surroundings:
         """All of them; curvature: T H T with the loss's Hessian H."""
         pairs = eigenpairs(curvature, largest=1, tolerance=tolerance, seed=seed)
         assert pairs.vectors is not None
-        sharpest = self.ball.steepest(pairs.vectors[0].to(self.scale))
+        sharpest = self.ball.steepest(curvature.whole_rows(pairs.vectors[:1])[0].to(self.scale))
         one_step = self.rise(self.ascent)
         worst_case, worst = self.worst_case([self.ascent, sharpest, -sharpest], steps)
         if m < self.losses_at.num_examples:

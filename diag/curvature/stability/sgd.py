@@ -132,6 +132,8 @@ def small_batches(
     plain = _plain_sgd(stability, optimizer, batch_size, hessian.num_examples)
     if not plain or stability.operator is not hessian or not float(top.values[0]) > 0:
         return SgdStability(not_squared="the optimizer is not plain SGD with one learning rate and no decay")
+    if not hessian.spread.alone:
+        return SgdStability(not_squared="it needs each example's curvature, which is not put together over ranks")
     assert top.vectors is not None
     trace, norm = traced.trace, traced.frobenius_norm
     return sgd_stability(

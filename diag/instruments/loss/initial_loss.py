@@ -15,16 +15,15 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses
 from diag.registry import Kind, instrument
-from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic: the loss of K equally likely classes is log K"
-TIMES_GUESSING, NATS_ABOVE_GUESSING = 2.0, 1.0
-SAME_LOSS_WITHIN = 1e-2
+TIMES, ABOVE = 2.0, 1.0
+AGREES = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,22 +38,29 @@ class InitialLoss(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
-        limit = max(self.setting("times") * self.even, self.even + NATS_ABOVE_GUESSING)
-        verdict = graded(SOURCE, self.first, limit)
+        limit = max(self.setting("times") * self.even, self.even + ABOVE)
         if self.first <= limit:
-            return verdict(
+            return Verdict(
                 Level.OK,
                 f"The first loss was {format_number(self.first)} nats; guessing evenly among {self.classes:,} "
                 f"classes gives {format_number(self.even)}.",
+                source=SOURCE,
+                value=self.first,
+                threshold=limit,
+                threshold_source=OUR_CHOICE,
             )
-        return verdict(
+        return Verdict(
             Level.WARNING,
             f"The network begins sure and wrong: its first loss is {format_number(self.first)} nats, where "
             f"guessing evenly among {self.classes:,} classes gives {format_number(self.even)}.",
             advice="Start the last layer's weights smaller (or at zero); check that inputs are normalised and that "
             "labels run from 0 to K - 1.",
+            source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="With a last layer that starts at zero the training goes no better.",
+            value=self.first,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
             cause=Cause.INITIAL_LOSS_HIGH,
             explained_by=(Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE, Cause.LOSS_SUMMED,
                           Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES, Cause.UNDERFITTING),
@@ -75,7 +81,7 @@ def initial_loss(
     losses: Tensor,
     loop: Loop | None = None,
     *,
-    times: float = TIMES_GUESSING,
+    times: float = TIMES,
 ) -> InitialLoss:
     """Whether the first loss is that of a network which knows nothing.
 
@@ -96,10 +102,10 @@ def initial_loss(
         preconditions=(
             Precondition(
                 "cross-entropy",
-                abs(mean - own) <= SAME_LOSS_WITHIN * max(abs(mean), 1.0),
+                abs(mean - own) <= AGREES * max(abs(mean), 1.0),
                 "the loss is not the cross-entropy of the logits.",
             ),
-            Precondition("a mean", _is_mean(loop), "the recorded loss is not a mean over the examples."),
+            Precondition("a mean", _is_mean(loop), "the recorded loss is not the mean of one an example."),
             Precondition("from the start", began, "the record does not begin with the training."),
         ),
     )

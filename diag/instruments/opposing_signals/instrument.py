@@ -134,7 +134,7 @@ def _sharpest(hessian: CurvatureOperator, seed: int) -> tuple[Tensor, Tensor]:
         raise Unsupported(
             "The loss curves upwards in no direction here, so none is sharp; measure a trained network."
         )
-    return values, vectors
+    return values, hessian.whole_rows(vectors)
 
 
 def _passes(settings: Mapping[str, Any]) -> float:

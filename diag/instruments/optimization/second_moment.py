@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, median
 from diag.registry import Kind, instrument
-from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 
 SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second moment is out of date)"
@@ -29,8 +28,8 @@ STALE = 5.0
 # stretch of them counts.
 STAYED = 2.0
 BEFORE, AFTER, LONGER = 20, 5, 20  # steps
-CANDIDATE, MOST_CANDIDATES = 2.0, 64  # ratios that are looked at more closely, and how many of them
-WITH_SECOND_MOMENT = ("Adam", "AdamW", "NAdam", "RAdam")
+CANDIDATE, MOST = 2.0, 64  # ratios that are looked at more closely, and how many of them
+ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam")
 EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.DATA_NOT_FINITE, Cause.BATCHES_POISONED, Cause.GRADIENTS_NOT_ZEROED,
     Cause.NOT_FINITE, Cause.LOSS_ASCENDED, Cause.INPUTS_NOT_NORMALIZED, Cause.WARMUP_MISSING,
@@ -55,21 +54,28 @@ class SecondMoment(Result):
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
         limit = self.setting("stale")
-        verdict = graded(SOURCE, self.largest, limit)
         if not self.largest > limit:
-            return verdict(
+            return Verdict(
                 Level.OK,
                 "Adam's second moment kept up with the gradients.",
+                source=SOURCE,
+                value=self.largest,
+                threshold=limit,
+                threshold_source=OUR_CHOICE,
             )
-        return verdict(
+        return Verdict(
             Level.WARNING,
             f"Adam's second moment was out of date from step {self.at:,}: gradients became "
             f"{format_number(self.growth)} times as large and stayed so, and the step was made as if for gradients "
             f"{format_number(self.largest)} times as small (beta2 = {self.beta2:g}).",
             advice="Look at what changed at that step (the loss's scale, the data, what is trained); lower beta2 "
             "(0.95 to 0.99), clip the gradient, or warm the learning rate up again there.",
+            source=SOURCE,
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="The same change does no harm with beta2 = 0.9.",
+            value=self.largest,
+            threshold=limit,
+            threshold_source=OUR_CHOICE,
             cause=Cause.SECOND_MOMENT_STALE,
             explained_by=EXPLAINED_BY,
             step=self.at,
@@ -116,7 +122,7 @@ def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
 def _beta2(history: History) -> float | None:
     about = history.optimizer
     betas = about.get("betas")
-    return float(betas[1]) if about.get("kind") in WITH_SECOND_MOMENT and betas else None
+    return float(betas[1]) if about.get("kind") in ADAPTIVE and betas else None
 
 
 def _applied(history: History) -> NDArray[numpy.float64]:
@@ -157,7 +163,7 @@ def _largest(
     size = numpy.asarray(median(gradients, axis=1)) if gradients.size else numpy.zeros(len(ratios))
     inside = numpy.arange(BEFORE, len(ratios) - LONGER + 1)
     candidates = inside[numpy.nan_to_num(ratios[inside]) > CANDIDATE]
-    for i in candidates[numpy.argsort(-ratios[candidates])][:MOST_CANDIDATES]:
+    for i in candidates[numpy.argsort(-ratios[candidates])][:MOST]:
         after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
         later = float(median(size[i + AFTER : i + LONGER]))
         harmed = not median(losses[i : i + LONGER]) <= median(losses[i - BEFORE : i])  # or not known

@@ -6,7 +6,7 @@ examples, or by what the examples count where they do not count alike (see `coun
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diag.distributed.together import Together
 from diag.errors import Unsupported
@@ -24,12 +24,15 @@ COUPLED_SHARES = (
 
 def together_of(snapshot: Snapshot) -> Together | None:
     """The ranks that a snapshot's data are split over; None where it is this process's own."""
-    if not snapshot.ranks:
+    together = snapshot.ranks
+    if together is None:
         return None
-    model = snapshot.model
-    device = next(model.parameters()).device
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return snapshot.once("ranks", lambda: Together(state, device))
+    return snapshot.once("checked ranks", lambda: _checked(snapshot.model, together))
+
+
+def _checked(model: nn.Module, together: Together) -> Together:
+    together.refuse_different({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    return together
 
 
 def weight_of(snapshot: Snapshot, together: Together) -> float:

@@ -116,15 +116,15 @@ def _taken_out(hooks: Hooks) -> Iterator[None]:
 
 def stays(hook: Callable[..., Any]) -> bool:
     """Whether a hook fires while measuring: ours, and those of torch that are a part of the network."""
-    home = _home(hook)
+    home = home_of(hook)
     return _is_ours(hook) or (home.split(".")[0] == "torch" and not home.startswith(LOOKING_ON))
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:
-    return _home(hook).split(".")[0] == "diag"
+    return home_of(hook).split(".")[0] == "diag"
 
 
-def _home(hook: Callable[..., Any]) -> str:
+def home_of(hook: Callable[..., Any]) -> str:
     """The module that a hook's code is in."""
     hook = _unbound(hook)
     home = getattr(hook, "__module__", None) if hasattr(hook, "__code__") else type(hook).__module__

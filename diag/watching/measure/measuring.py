@@ -90,9 +90,9 @@ class Measurements:
         found = {n: find(n) for n in chosen}
         # What needs nothing but the record and the facts of the loop is judged live (see `live`).
         self.live = {n: i for n, i in found.items() if i.from_record}
-        self._instruments = {n: i for n, i in found.items() if n not in self.live}
-        self.floor = Floor((n for n, i in self._instruments.items() if i.kind is Kind.CHECK), last_step)
-        measurements = {n: i for n, i in self._instruments.items() if i.kind is not Kind.CHECK}
+        self.chosen = {n: i for n, i in found.items() if n not in self.live}
+        self.floor = Floor((n for n, i in self.chosen.items() if i.kind is Kind.CHECK), last_step)
+        measurements = {n: i for n, i in self.chosen.items() if i.kind is not Kind.CHECK}
         self.schedule = schedule_of(measurements)
         self.windows = Windows(measurements, chosen, self.schedule, note, info, self._undisturbed)
         self.own_step = OwnStep(measurements, self._measured_on)
@@ -102,6 +102,7 @@ class Measurements:
         self._last: dict[str, int] = {}
         self._given: set[str] = set()  # those that have given a result
         self._failures: dict[str, int] = {}
+        self.last_outcome: Outcome | None = None  # of the last measurement
         self.estimated = False
 
     def affordable(self, step: int, with_previous: bool = True) -> list[str]:
@@ -128,7 +129,7 @@ class Measurements:
         for name, account in self.schedule.accounts.items():
             if account.times or account.stops:
                 continue
-            instrument = self._instruments[name]
+            instrument = self.chosen[name]
             passes = instrument.expected_passes(self._settings[name])
             if passes is None:
                 passes = sum(cost.passes for cost in instrument.costs)
@@ -146,7 +147,7 @@ class Measurements:
             if at_most is not None:
                 self._limit(name, snapshot, at_most - (time.perf_counter() - began))
             given, before = self._recorded(name, snapshot)
-            self._measure(self._instruments[name], step, snapshot, given, before)
+            self._measure(self.chosen[name], step, snapshot, given, before)
         return time.perf_counter() - began
 
     def look(self, step: int, snapshot: Snapshot, at_most: float, waiting: bool = False) -> float:
@@ -157,9 +158,9 @@ class Measurements:
         with self._undisturbed(snapshot), _once(snapshot):
             for name in list(self.floor.names):
                 left = at_most - (time.perf_counter() - began)
-                if left > 0 and not (waiting and needs_held_out(self._instruments[name])):
+                if left > 0 and not (waiting and needs_held_out(self.chosen[name])):
                     snapshot.deadline.restart(left, why="the time of the checks")
-                    self._measure(self._instruments[name], step, snapshot, {})
+                    self._measure(self.chosen[name], step, snapshot, {})
         seconds = time.perf_counter() - began
         self.schedule.pay(seconds)
         return seconds
@@ -170,7 +171,7 @@ class Measurements:
         about = format_seconds(estimate) if estimate < inf else "not known"
         why = (TOO_LONG if own <= at_most else NO_MORE).format(about)
         memory = available_memory(next(snapshot.model.parameters()).device)
-        snapshot.deadline.restart(min(own, at_most), memory, why)
+        snapshot.limit.restart(min(own, at_most), memory, why)
 
     def measure_step(self, read: Read, names: Iterable[str]) -> float:
         """Measure with these on the gradients of the step that is going on; gives the time taken in seconds."""
@@ -189,7 +190,7 @@ class Measurements:
 
     def _measured_on(self, name: str, given: Mapping[str, Any]) -> Outcome:
         """What an instrument gives on what it needs of these quantities."""
-        instrument = self._instruments[name]
+        instrument = self.chosen[name]
         wanted = {need.quantity.name for need in instrument.needs}
         return attempt(
             None, instrument, **self._settings[name], **{n: value for n, value in given.items() if n in wanted}
@@ -223,10 +224,10 @@ class Measurements:
         """The names, all where there is none. Raises InvalidInput for one that this watch does not have."""
         names = list(names)
         for name in names:
-            if name not in self._instruments:
-                known = ", ".join(self._instruments) or "no instrument"
+            if name not in self.chosen:
+                known = ", ".join(self.chosen) or "no instrument"
                 raise InvalidInput(f"This watch does not measure {name!r}; it has {known}.")
-        return names or list(self._instruments)
+        return names or list(self.chosen)
 
     def explain_unrun(self, step: int) -> None:
         """Record, of each instrument that never ran, that the budget was too small for it."""
@@ -243,14 +244,14 @@ class Measurements:
     ) -> None:
         """`given`: quantities by name. `before`: seconds that making them took, which have been paid."""
         began = time.perf_counter()
-        with self._undisturbed(snapshot):
-            outcome = attempt(snapshot, instrument, **self._settings[instrument.name], **given)
+        outcome = self.attempted(instrument.name, snapshot, given)
         note = self.own_step.note(instrument.name)
         if note and isinstance(outcome, Result):
             outcome = dataclasses.replace(outcome, notes=(*outcome.notes, note))
         _wait(snapshot)
         seconds = time.perf_counter() - began
-        name, deadline = instrument.name, snapshot.deadline
+        name, deadline = instrument.name, snapshot.limit
+        self.last_outcome = outcome
         if deadline.reason:
             self._stopped(name, step, seconds, min(deadline.seconds, seconds))
             if name not in self._given:  # else there is a result, of an earlier step
@@ -260,6 +261,11 @@ class Measurements:
         if name in self.schedule.accounts:
             self.schedule.spent(name, step, seconds)
         self._keep(name, step, outcome, before + seconds)
+
+    def attempted(self, name: str, snapshot: Snapshot, given: Mapping[str, Any] | None = None) -> Outcome:
+        """What an instrument gives, with its settings; nothing is recorded."""
+        with self._undisturbed(snapshot):
+            return attempt(snapshot, self.chosen[name], **self._settings[name], **given or {})
 
     def _stopped(self, name: str, step: int, seconds: float, limit: float) -> None:
         """It took longer than it might, or more memory; it is tried again, a few times."""
@@ -280,7 +286,7 @@ class Measurements:
             self._failures[name] = 0
             self._given.add(name)
             if self._tell is not None:
-                self._tell(self._instruments[name], outcome, step)
+                self._tell(self.chosen[name], outcome, step)
         elif isinstance(outcome, Skipped) and not self.windows.needs_record(name):
             # What the run cannot give now it will not give later: say so once.
             self._postpone(name, inf)

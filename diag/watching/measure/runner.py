@@ -12,12 +12,15 @@ from collections.abc import Callable
 
 import torch
 
+from diag.distributed.meeting import group_timeout, initialized
 from diag.watching.guard import Clock, Guarded, guarded
 from diag.watching.measure import floor
 from diag.watching.measure.measuring import Measurements
+from diag.watching.measure.over_ranks import OverRanks
 from diag.watching.measure.step_time import StepTime
 from diag.watching.measure.training import Training
 from diag.watching.observe.rows import Row
+from diag.watching.ranks.agreement import Agreed
 from diag.watching.record import Recorder
 
 WARM_UP, NEXT_ESTIMATE_AT = 3, 4  # costs are estimated after so many steps, and again after so many times as many
@@ -30,9 +33,11 @@ HELD_OUT_SEEN = (
     "The first {:,} rows that the loop evaluates on serve as held-out data; held_out= would give others."
 )
 SHARDED_PARAMETERS = (
-    "The parameters are sharded over processes, so that one process alone cannot run the model; nothing is "
-    "measured on it."
+    "The parameters are sharded over processes, so that one process alone cannot run the model; they are measured "
+    "where all ranks are watched, at the steps that all of them know, and neither at once nor at the end."
 )
+OVER_STEPS = "{} records consecutive steps, which is not done on sharded parameters: it is not measured."
+MOST_OF_TIMEOUT = 0.5  # of the training's own group, which gives up where rank 0 keeps the others waiting longer
 
 
 class MeasurementRunner(Guarded):
@@ -45,9 +50,13 @@ class MeasurementRunner(Guarded):
         training: Training,
         measurements: Measurements,
         recorder: Recorder,
+        every: int | None = None,
     ) -> None:
         super().__init__(clock, failed)
         self._training, self._measurements, self._recorder = training, measurements, recorder
+        tell = (recorder.note, recorder.info)
+        self.over_ranks = OverRanks(training, measurements, every, *tell, recorder.last_step)
+        self._most = MOST_OF_TIMEOUT * group_timeout() if initialized() else math.inf
         self._losses, self._steps, self._probe = training.losses, training.steps, training.probe
         self._windows, self._schedule = measurements.windows, measurements.schedule
         self.own_step = measurements.own_step
@@ -69,22 +78,78 @@ class MeasurementRunner(Guarded):
         self._windows.examples.stepped(self._losses.descended, row.skipped)
         if self._windows.open is not None:
             self._record_losses(row, step, in_step)
+        ready = self._is_ready(in_step)
+        if self.over_ranks.due(step):
+            self._with_all_ranks(step, ready)
+        elif ready and not self._training.sharded:
+            self._with_this_rank(step)
+        elif ready and not self.over_ranks.holds:
+            self._recorder.note("measurements", SHARDED_PARAMETERS)
+
+    def _is_ready(self, in_step: bool) -> bool:
         # An instrument that lacked the loss would not be asked again; with a compiled model it takes some steps.
         settled = self._losses.settled or self._steps.steps >= PROBE_STEPS
-        if in_step and self._probe.batches and settled:
-            if self._measurements.floor.is_due(step):
-                self._look(step, self._time_to_look())
-            if self._probe.complete and self._schedule.budget > 0:
-                self._measure_if_due(step)
+        return in_step and bool(self._probe.batches) and settled
+
+    def _with_this_rank(self, step: int) -> None:
+        if self._measurements.floor.is_due(step):
+            self._look(step, self._time_to_look())
+        if self._probe.complete and self._schedule.budget > 0:
+            self._measure_if_due(step)
+
+    # With all ranks
+
+    @guarded("measurements")
+    def _with_all_ranks(self, step: int, ready: bool) -> None:
+        """Rank 0 says what is due, and all ranks enter it, or none."""
+        common, sharded = self.over_ranks, self._training.sharded
+        due = self._due(step) if ready and self._probe.complete and self._schedule.budget > 0 else []
+        limits = {n: min(self._schedule.limit(n), self._most) for n in due if common.able(n)}
+        look = ready and self._measurements.floor.is_due(step)
+        gather = (sharded and (look or bool(due))) or (bool(limits) and common.apart)
+        agreed = common.settle(ready, Agreed(gather, limits))
+        own = [n for n in due if n not in limits]
+        if agreed is not None:
+            with common.whole(agreed.gather) as done:
+                self.clock.measuring += common.lead(agreed, step) if done else 0.0
+                if done and sharded:
+                    self._on_the_copy(step, look, own)
+        if ready and not sharded:
+            self._with_this_rank(step)
+
+    def _on_the_copy(self, step: int, look: bool, names: list[str]) -> None:
+        """What rank 0 measures on its whole copy, with its own probe set."""
+        if look:
+            self._look(step, self._time_to_look())
+        for name in names:
+            if self._windows.needs_record(name):
+                self._recorder.note(f"window of {name}", OVER_STEPS.format(name))
+                self._schedule.postpone(name, math.inf)
+        self._measure([n for n in names if not self._windows.needs_record(n)], step)
+
+    def follow(self, step: int, in_step: bool) -> None:
+        """Another rank than 0 has ended a step: where rank 0 wants all of them, it goes along."""
+        if self._steps.steps >= PROBE_STEPS:
+            self._probe.complete = True
+        if self.over_ranks.due(step):
+            self._follow(self._is_ready(in_step))
+
+    @guarded("measurements")
+    def _follow(self, ready: bool) -> None:
+        began = time.perf_counter()
+        agreed = self.over_ranks.settle(ready)
+        if agreed is not None:
+            self.over_ranks.follow(agreed)
+        self.clock.measuring += time.perf_counter() - began
+
+    # Of this rank
 
     def _measure_if_due(self, step: int) -> None:
         elapsed = self.clock.elapsed()
         if elapsed < self._look_again and self._schedule.budget != math.inf:
             return  # what could be earned since the last look is not worth the look
         self._look_again = elapsed + CLOCK_EVERY
-        self._estimate()
-        self._schedule.earn(self.clock.elapsed())
-        names = self._measurements.affordable(step, with_previous=bool(self._steps.before))
+        names = [name for name in self._due(step) if not self.over_ranks.able(name)]
         names, window = self._windows.choose(names)
         names, later = self.own_step.choose(names)
         if later and self._time.known:  # what a step takes must be known, to tell what reading one adds
@@ -95,12 +160,19 @@ class MeasurementRunner(Guarded):
             self._begin_window(window, step)
         self._steps.keep_before = self._measurements.wants_previous(step + 1)
 
+    def _due(self, step: int) -> list[str]:
+        """What is due and paid for."""
+        self._estimate()
+        self._schedule.earn(self.clock.elapsed())
+        return self._measurements.affordable(step, with_previous=bool(self._steps.before))
+
     @guarded("measurements")
     def _measure(self, names: list[str], step: int, at_most: float | None = math.inf) -> None:
         if self._training.sharded:
             self._recorder.note("measurements", SHARDED_PARAMETERS)
             return
-        self.clock.measuring += self._measurements.run(names, step, self._training.snapshot(), at_most)
+        most = at_most if at_most is None else min(at_most, self._most)
+        self.clock.measuring += self._measurements.run(names, step, self._training.snapshot(), most)
 
     # At the floor
 
@@ -195,7 +267,7 @@ class MeasurementRunner(Guarded):
     @guarded("measurements")
     def _record_losses(self, row: Row, step: int, in_step: bool) -> None:
         if not in_step:
-            self._windows.drop(step, "the loop went on before the step was seen to be over")
+            self._windows.drop(step, "the loop goes on before the step is seen to be over")
             return
         if bool(row.skipped):
             return  # a GradScaler left the update out: nothing moved
@@ -218,7 +290,7 @@ class MeasurementRunner(Guarded):
         if not self._ready_without_a_step():
             return
         self._schedule.earn(self.clock.elapsed())
-        # The budget of a short run is small, and a run without any number is of no use.
+        # A short run earns little, and a run without a number helps nobody.
         end = time.perf_counter() + max(self._schedule.left, 0.0) + SPARE
         if self._measurements.floor.is_new(self._step):
             self._look(self._step, end - time.perf_counter(), last=True)
@@ -227,6 +299,8 @@ class MeasurementRunner(Guarded):
         self._windows.end()
         for name in self._measurements.unfinished(self._step):
             account = self._schedule.accounts[name]
+            if name in self.over_ranks.measured:
+                continue  # another probe set than that of all ranks would be another measure of it
             if account.times and self.own_step.has_course(name):
                 continue  # the steps tell its course; the probe set would be another measure of it
             if self._windows.is_enough(name):

@@ -10,12 +10,13 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.curvature.carry import Carry
-from diag.linalg.deadline import Deadline
+from diag.distributed.together import Together
+from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch
 from diag.snapshot.history import History
+from diag.snapshot.sharded.whole import is_sharded
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.hook_check import HookCheck
-from diag.watching.about import is_sharded
 from diag.watching.measure.probe import Probe
 from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
@@ -42,6 +43,7 @@ class Training:
         self.model, self.optimizer, self.losses, self.steps = model, optimizer, losses, steps
         self.loop = loop
         self.probe: Probe = losses.probe
+        self.copied: tuple[nn.Module, Optimizer | None] | None = None  # a whole copy of a sharded model, for now
         self.calls = self.examples = 0  # of the model in training, and how many examples they had
         self._held_out, self._history = held_out, history
         self._carry, self._hook_check = Carry(), HookCheck()
@@ -50,27 +52,38 @@ class Training:
     @property
     def sharded(self) -> bool:
         """Whether this process alone cannot run the model."""
-        return is_sharded(self.model)
+        return self.copied is None and is_sharded(self.model)
 
-    def snapshot(self, max_examples: int | None = None) -> Snapshot:
-        """The training now, on the probe set, or on its first examples; with a deadline of its own."""
+    @property
+    def torch_optimizer(self) -> Optimizer | None:
+        """The optimizer that counts."""
+        return self.optimizer or self.steps.optimizer
+
+    def snapshot(self, max_examples: int | None = None, ranks: Together | None = None) -> Snapshot:
+        """The training now, on the probe set, or on its first examples; with a deadline of its own.
+
+        ranks: on the probe sets of all ranks.
+        """
+        model, optimizer = self.copied or (self.model, self.torch_optimizer)
         snapshot = Snapshot(
-            self.model,
+            model,
             self.losses.objective,
             self.probe.batches,
             held_out=self._held_out_for(max_examples),
-            previous=self._previous(),
-            optimizer=self.optimizer or self.steps.optimizer,
+            previous=self._previous() if self.copied is None else None,
+            optimizer=optimizer,
             history=_LazyHistory(self._history),
             loop=self.loop.facts,
-            carry=self._carry if max_examples is None else None,
+            carry=self._carry if max_examples is None and ranks is None and self.copied is None else None,
             max_examples=max_examples,
-            deadline=Deadline(),
+            deadline=Deadline() if ranks is None else NEVER,
+            ranks=ranks or False,
         )
         # The probe set does not change, so it need not be hashed at every measurement.
-        if max_examples is None:
+        if max_examples is None and ranks is None:
             snapshot.__dict__["fingerprint"] = self.fingerprint
-        snapshot.__dict__["hook_check"] = self._hook_check
+        if self.copied is None:
+            snapshot.__dict__["hook_check"] = self._hook_check
         return snapshot
 
     def _held_out_for(self, max_examples: int | None) -> list[Batch] | None:

@@ -3,4 +3,4 @@
 Rule of the folder: a rank never waits for another inside a step; messages are sent and taken up when they come.
 """
 
-__all__ = ["company"]
+__all__ = ["agreement", "company"]

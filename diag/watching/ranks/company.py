@@ -11,13 +11,15 @@ from torch.optim.optimizer import Optimizer
 
 from diag.distributed.link import Link
 from diag.distributed.meeting import Meeting, announce, initialized, rank_here, signature_of
-from diag.distributed.placement import placements_of
+from diag.distributed.placement import data_apart, placements_of
+from diag.registry import instruments
 from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.guard import safely
 from diag.watching.observe.learning import Note
 from diag.watching.observe.loop.moment import due
 from diag.watching.observe.rows import Row, Sharing
 from diag.watching.ranks import comparison, shared_rows
+from diag.watching.ranks.agreement import Agreement
 from diag.watching.ranks.comparison import BatchSums, RankComparison
 from diag.watching.ranks.shared_rows import SharedRows
 
@@ -39,6 +41,7 @@ class Company:
         self.sharing: Sharing | None = None
         self.send: Callable[[], None] | None = None  # sends what waits for the device
         self._link: Link | None = None
+        self.agreement: Agreement | None = None
         self._comparison: RankComparison | None = None
         self._met = False
         self._meeting: Meeting | None = safely(self._announce)
@@ -90,6 +93,7 @@ class Company:
             return
         self._info("ranks", ALL_RANKS.format(world))
         self._comparison = RankComparison(link, self._parameters, placements, self._model)
+        self.agreement = Agreement(link, list(instruments()), parameters[0].device)
 
     # What happens
 
@@ -123,14 +127,7 @@ class Company:
     def facts(self) -> RankFacts:
         """What is known of the ranks."""
         found = RankFacts() if self._comparison is None else self._comparison.facts()
-        return dataclasses.replace(found, data_apart=self._data_apart())
-
-    def _data_apart(self) -> bool:
-        """Whether ranks are meant to train on other data: under tensor parallelism they are not."""
-        spread = [p for p in self._parameters.values() if hasattr(p, "placements")]
-        axes = max((sum(not q.is_replicate() for q in p.placements) for p in spread), default=0)
-        fully = any(hasattr(m, "_get_fsdp_state") for m in self._model.modules())
-        return not spread or (fully and axes <= 1)
+        return dataclasses.replace(found, data_apart=data_apart(self._model))
 
     def leave(self, why: str) -> None:
         """This rank's watch ends."""

@@ -1,0 +1,90 @@
+"""Who measures a checkpoint: one process all of it, or the ranks of torch.distributed their shares.
+
+Under torchrun every rank builds the same model and data, and loads the same checkpoint. What is put together over
+ranks (curvature) they measure together, each on its share of the data. All else rank 0 measures alone on all the
+data; where the build function gave each rank other data, it is refused with that reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from diag.distributed.together import Together
+from diag.linalg.deadline import free_memory
+from diag.registry import Instrument, attempt, is_put_together
+from diag.result import Outcome, Skipped
+from diag.snapshot.reading import all_alike
+from diag.snapshot.sharded.whole import is_sharded, whole_copy
+from diag.snapshot.snapshot import Snapshot
+
+APART = (
+    "Each rank was given other data, and this is not put together over ranks; let the build function give "
+    "every rank "
+    "all of the data, which the ranks share out themselves."
+)
+
+
+class OneProcess:
+    """Measures everything by itself. arguments: of `Snapshot`, without the model."""
+
+    leads = True  # whether what is found is this process's to tell
+
+    def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        self._model, self._arguments = model, dict(arguments)
+        self._snapshot: Snapshot | None = None
+
+    def begin(self, previous: Any) -> None:
+        """A checkpoint has been loaded into the model; previous: the state before it."""
+        self._snapshot = Snapshot(self._model, **{**self._arguments, "previous": previous})
+
+    def measure(self, instrument: Instrument, settings: Mapping[str, Any]) -> Outcome | None:
+        """What an instrument gives on that checkpoint; None where it is another rank's to tell."""
+        return attempt(self._snapshot, instrument, **settings)
+
+    def loss(self) -> float:
+        """The mean loss, on the held-out data where there is some; NaN where there is none."""
+        quantity = "held_out_losses" if self._arguments.get("held_out") is not None else "losses"
+        try:
+            assert self._snapshot is not None
+            return float(self._snapshot.quantity(quantity).double().mean())
+        except Exception:  # whatever the user's model or loss raises is told by the instruments
+            return math.nan
+
+
+class AllRanks(OneProcess):
+    """Every rank makes the same calls."""
+
+    def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        super().__init__(model, arguments)
+        device = torch.device(arguments.get("device") or next(p.device for p in model.parameters()))
+        self._together = Together(device)
+        self.leads = self._together.rank == 0
+        self._apart = not all_alike(Snapshot(model, **arguments).batches, self._together)
+        self._shared: Snapshot | None = None
+
+    def begin(self, previous: Any) -> None:
+        """A checkpoint has been loaded on every rank."""
+        model, together = self._model, self._together
+        if is_sharded(model):
+            model = whole_copy(model, together, free_memory(together.device)).model
+        arguments = {**self._arguments, "previous": previous}
+        self._snapshot = Snapshot(model, **arguments)
+        self._shared = Snapshot(model, **arguments, ranks=together)
+
+    def measure(self, instrument: Instrument, settings: Mapping[str, Any]) -> Outcome | None:
+        """What an instrument gives; None on all ranks but the first."""
+        if is_put_together(instrument):
+            outcome = attempt(self._shared, instrument, **settings)
+            return outcome if self.leads else None
+        if self._apart:
+            return Skipped(instrument.name, APART) if self.leads else None
+        return super().measure(instrument, settings) if self.leads else None
+
+    def loss(self) -> float:
+        """Rank 0's, on every rank."""
+        return self._together.total(super().loss() if self.leads else 0.0)

@@ -1,0 +1,64 @@
+"""`torchrun -m diag report`: one page of all ranks, with the numbers of one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+BUILD = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+def build():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    if dist.is_initialized():
+        from torch.distributed.fsdp import fully_shard
+        fully_shard(net)
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
+    return net, F.cross_entropy, (x, x[:, :3].argmax(1))
+"""
+NAMES = ("hessian_spectrum", "softmax_collapse", "neural_collapse")
+PER_RANK = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def numbers_of(folder, starter, output):
+    chosen = [part for name in NAMES for part in ("--instrument", name)]
+    command = [*starter, "-m", "diag", "report", folder / "model.pt", "--build", f"{folder}/task.py:build", *chosen]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, "-o", folder / output], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((folder / output).with_suffix(".json").read_text())
+    return document, done
+
+
+def found(document):
+    """What each check says, with its value: sentences hold the numbers to three digits or four."""
+    values = {a["id"]: a["value"]["number"] for a in document["audits"] if a.get("value") is not None}
+    return {a["id"]: (a["level"], a["title"]) for a in document["audits"]}, values
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "task.py").write_text(BUILD)
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net[1].running_mean.normal_(0, 0.1)
+    torch.save(net.state_dict(), folder / "model.pt")
+    return folder
+
+
+def test_one_page_of_all_ranks_with_the_numbers_of_one_process(folder):
+    """Sums over shares differ from those over all rows by float64 rounding."""
+    together, done = numbers_of(folder, PER_RANK, "ranks.html")
+    alone, _ = numbers_of(folder, [sys.executable], "alone.html")
+    assert done.stdout.count("Report:") == 1
+    (ours, values), (theirs, expected) = found(together), found(alone)
+    assert len(ours) >= len(NAMES) and ours == theirs
+    assert values == pytest.approx(expected, rel=1e-6, nan_ok=True)

@@ -1,0 +1,66 @@
+"""Other people's trainers under two processes; each is skipped where its package is not installed.
+
+pip install diag[trainers]
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diag
+
+SCRIPT = Path(__file__).with_name("trainers.py")
+WORLD, ROWS = 2, 64
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def start(name, folder):
+    """Run the trainer on every rank; the hashes that each found."""
+    common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+                           "WORLD_SIZE": str(WORLD), "PYTHONPATH": os.pathsep.join(sys.path),
+                           "TORCH_CPP_LOG_LEVEL": "ERROR", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, name, str(rank), str(WORLD), folder],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, errors
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", ["accelerate", "transformers", "lightning", "lightning_fsdp"])
+def test_a_trainer_on_two_ranks_trains_as_it_would_and_is_recorded_as_one(tmp_path, name):
+    package = name.partition("_")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    for unwatched, watched in start(name, tmp_path):
+        assert unwatched == watched
+    run = diag.load(tmp_path / name)
+    assert len(run.history) == 2 * ROWS // 8 // WORLD
+    assert not [e.text for e in run.events if e.kind == "internal error"]
+    assert any("All 2 ranks are watched" in e.text for e in run.events)
+    assert not [f.verdict.sentence for f in run.findings() if f.instrument in ("replicas_equal", "ranks_data")
+                and f.verdict.level.is_finding]  # fmt: skip
+    spectra = run.series("hessian_spectrum")
+    assert spectra and spectra[-1][1].provenance.num_examples > 8

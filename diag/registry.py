@@ -192,6 +192,11 @@ class Instrument:
         needed = {n.quantity.name for n in self.needs if not n.optional}
         return bool(needed) and needed <= {"history", "loop"}
 
+    @property
+    def of_a_snapshot(self) -> bool:
+        """False for what only other parts of `diag` can be asked: a trial before training, a checkpoint file."""
+        return not any(n.quantity.given for n in self.needs if not n.optional)
+
     def __call__(self, /, *positional: Any, **given: Any) -> Result:
         """Measure on a `Snapshot`, or on the quantities, by position or by name.
 

@@ -24,6 +24,7 @@ THEMES = {
     "outcome": "The outcome",
     "distributed": "Several processes",
     "trial": "Before training",
+    "saved": "Checkpoint files, by themselves",
 }
 KINDS = {"check": "Checks", "measurement": "Measurements", "description": "Descriptions"}
 PAGES = [
@@ -38,6 +39,7 @@ PAGES = [
             {"Validation is bad": "howto/validation.md"},
             {"Which labels are wrong": "howto/labels.md"},
             {"Can I average these checkpoints": "howto/average.md"},
+            {"What is in this checkpoint": "howto/checkpoints.md"},
             {"Compare runs, or a sweep": "howto/compare.md"},
             {"Check every run in CI": "howto/ci.md"},
             {"With Lightning, transformers, W&B": "howto/tools.md"},

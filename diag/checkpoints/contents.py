@@ -41,6 +41,19 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class SavedFile:
+    """A checkpoint with what else its file holds.
+
+    optimizers: what `optimizer.state_dict()` gave, by where it stands in the file. shapes: of every tensor outside
+    them.
+    """
+
+    checkpoint: Checkpoint
+    optimizers: Mapping[str, Any]
+    shapes: frozenset[tuple[int, ...]]
+
+
 def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
     """Read a checkpoint without running any code from it.
 
@@ -49,6 +62,11 @@ def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
 
     Raises CheckpointError where the file is missing, damaged, could run code, or holds no state dict.
     """
+    return load_saved(path, key).checkpoint
+
+
+def load_saved(path: str | Path, key: str | None = None) -> SavedFile:
+    """The same with the states of optimizers that lie in the file. Raises CheckpointError as `load_state` does."""
     path = Path(path)
     try:
         return _load(path, key)
@@ -60,7 +78,7 @@ def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
         ) from None
 
 
-def _load(path: Path, key: str | None) -> Checkpoint:
+def _load(path: Path, key: str | None) -> SavedFile:
     contents, kind = read(path)
     if (
         kind in (Format.TORCH, Format.TORCH_LEGACY)
@@ -68,15 +86,16 @@ def _load(path: Path, key: str | None) -> Checkpoint:
         and "pytorch-lightning_version" in contents
     ):
         kind = Format.LIGHTNING
-    state, notes = _state_dict(contents, key, path)
+    states = StateDicts(contents, path)
+    state, notes = _state_dict(contents, states, key, path)
     step, source = _step(contents, path)
     clean, more = _without_wrappers(state)
-    return Checkpoint(path, clean, kind, step, source, (*notes, *more))
+    checkpoint = Checkpoint(path, clean, kind, step, source, (*notes, *more))
+    return SavedFile(checkpoint, states.optimizers(), states.shapes())
 
 
-def _state_dict(contents: Any, key: str | None, path: Path) -> tuple[dict[str, Any], list[str]]:
+def _state_dict(contents: Any, states: StateDicts, key: str | None, path: Path) -> tuple[dict[str, Any], list[str]]:
     notes: list[str] = []
-    states = StateDicts(contents, path)
     found = _entry(contents, key, path) if key else contents
     if key is None:
         while not states.is_one(found):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from diag.errors import CheckpointError
 
@@ -54,6 +55,14 @@ class StateDicts:
             (optimizers if is_optimizer(value) else states).append(name)
         return states, optimizers
 
+    def optimizers(self) -> dict[str, Any]:
+        """The optimizers' states by where they are."""
+        return dict(_optimizers(self._contents, "", set()))
+
+    def shapes(self) -> frozenset[tuple[int, ...]]:
+        """The shapes of all tensors that are no part of an optimizer's state."""
+        return frozenset(_shapes(self._contents, set()))
+
     def _walk(self, value: Mapping[Any, Any], above: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         if id(value) in seen:
             return
@@ -80,6 +89,26 @@ class StateDicts:
             tensors = any(isinstance(v, Tensor) and isinstance(k, str) for k, v in value.items())
             self._known[id(value)] = tensors and not any(inside) and not is_optimizer(value)
         return self._known[id(value)]
+
+
+def _optimizers(value: Any, above: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Optimizers' states in dicts, lists and tuples, by the keys that lead there."""
+    if is_optimizer(value):
+        yield above.rstrip(".") or "the file", value
+    elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen and above.count(".") <= DEEPEST:
+        seen.add(id(value))
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _optimizers(inner, f"{above}{str(key)[:80]}.", seen)
+
+
+def _shapes(value: Any, seen: set[int]) -> Iterator[tuple[int, ...]]:
+    if isinstance(value, Tensor):
+        if not (is_lazy(value) or value.is_nested):  # these have no shape
+            yield tuple(value.shape)
+    elif isinstance(value, Mapping) and id(value) not in seen and not is_optimizer(value):
+        seen.add(id(value))
+        for inner in value.values():
+            yield from _shapes(inner, seen)
 
 
 def is_optimizer(value: Any) -> bool:

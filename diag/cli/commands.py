@@ -97,17 +97,19 @@ def report_command(
     """Write the report of a run, or of checkpoints.
 
     A run is the folder that diag.watch(model, run=...) wrote. Checkpoints (.pt, .safetensors, .ckpt, folders of
-    Hugging Face or torch.distributed.checkpoint) need --build: module:function or file.py:function names a
-    function that returns (model, loss_fn, data). Each checkpoint is loaded into that model and becomes a step.
-    What takes long is measured on the first, the last and the best of them. Under torchrun (torchrun
-    --nproc-per-node 4 -m diag report ...) the ranks share the data, and one page is written.
+    Hugging Face or torch.distributed.checkpoint) are measured with --build: module:function or file.py:function
+    names a function that returns (model, loss_fn, data). Each checkpoint is loaded into that model and becomes a
+    step. What takes long is measured on the first, the last and the best of them. Under torchrun (torchrun
+    --nproc-per-node 4 -m diag report ...) the ranks share the data, and one page is written. Without --build the
+    files are looked at by themselves: NaN, rows that are zero or repeated, number formats, what changed from one to
+    the next, whether the optimizer's state fits.
     """
     from diag.cli.settings import read_settings
     from diag.reporting import report as write_report
 
     chosen = read_settings(settings)
     if build is None:
-        run = _restricted(_one_run(sources), names, chosen)
+        run = _restricted(_without_build(sources, key), names, chosen)
     else:
         options = {k: v for k, v in {"max_examples": max_examples, "device": device}.items() if v is not None}
         with started_ranks(device) as ranks:
@@ -121,20 +123,25 @@ def report_command(
         click.launch(os.fspath(page))
 
 
-def _one_run(sources: Sequence[Path]) -> Run:
+def _without_build(sources: Sequence[Path], key: str | None = None) -> Run:
+    """A run's folder, or checkpoint files looked at by themselves."""
     from diag.run.run import read_run
+    from diag.run.state_files import from_state_files
 
-    if len(sources) == 1 and (sources[0] / "run.json").is_file():
+    runs = [(s / "run.json").is_file() for s in sources]
+    if runs == [True]:
         return read_run(sources[0])
     missing = next((s for s in sources if not s.exists()), None)
     if missing is not None:
-        raise Mistake(f"There is no {missing}; give a run's folder, or checkpoints with --build.")
-    if all((s / "run.json").is_file() for s in sources):
+        raise Mistake(f"There is no {missing}; give a run's folder, or checkpoints.")
+    if all(runs):
         raise Mistake("A report is of one run; give one, or use diag compare for two.")
-    raise Mistake(
-        f"{next(s for s in sources if not (s / 'run.json').is_file())} is not a run; for checkpoints, give --build "
-        "module:function, which returns (model, loss_fn, data)."
-    )
+    if any(runs):
+        raise Mistake("Runs and checkpoints were given together; give one run, or checkpoints alone.")
+    run = from_state_files(sources, key=key)
+    for event in run.events:
+        echo(event.text, err=True)
+    return run
 
 
 def _measured(sources: Sequence[Path], build: str, **chosen: Any) -> Run:
@@ -213,12 +220,12 @@ def _type(annotation: Any) -> str:
 
 
 @main.command("show")
-@click.argument("run", type=PATHS)
+@click.argument("run", type=PATHS, metavar="RUN|CKPT")
 @click.option("--instrument", "name", metavar="NAME", help="The numbers of this one, by step.")
 @click.option("--follow", "go_on", is_flag=True, help="Print steps and findings until the run has ended.")
 @JSON
 def show_command(run: Path, name: str | None, go_on: bool, as_json: bool) -> None:
-    """Show a run in the terminal."""
+    """Show a run, or what a checkpoint file holds, in the terminal."""
     from diag.cli import tables
     from diag.cli.live import follow
     from diag.registry import find
@@ -227,7 +234,7 @@ def show_command(run: Path, name: str | None, go_on: bool, as_json: bool) -> Non
     if go_on:
         follow(run)
         return
-    opened = read_run(run)
+    opened = _without_build([run]) if run.is_file() else read_run(run)
     if name:
         chosen = _restricted(opened, [find(name).name], {})
         if as_json:

@@ -14,6 +14,7 @@ from diag.reporting.document import document
 from diag.reporting.files import Page
 from diag.reporting.page import render
 from diag.run.checkpoints import from_checkpoints
+from diag.run.state_files import from_state_files
 
 __all__ = ["Page", "compare", "comparison", "machines", "render", "report", "serving"]
 
@@ -31,7 +32,8 @@ def report(
 
     With `build`, the function that gives `(model, loss_fn, data)` or its name, `source` is one checkpoint or
     several: `diag.report(["a.pt", "b.pt"], build=build)`. `measuring` are then arguments of
-    `diag.run.checkpoints`: names, settings, options, key, every, progress.
+    `diag.run.checkpoints`: names, settings, options, key, every, progress. A list of checkpoints without `build` is
+    looked at by itself, with no model: what the files hold and what changed.
 
     With `output` the page is written there, and its document beside it with the ending .json. title: in place
     of the run's name. command: the command line that makes this report, to be shown in it.
@@ -41,6 +43,8 @@ def report(
     if build is not None:
         paths = [source] if isinstance(source, (str, os.PathLike)) else source
         source = from_checkpoints(paths, build, **measuring)
+    elif isinstance(source, (list, tuple)) and not measuring:
+        source = from_state_files(source)
     elif measuring:
         raise InvalidInput(
             f"report takes {', '.join(measuring)} for checkpoints only; give build=, or leave it out."

@@ -76,7 +76,7 @@ def _from_run(run: Run) -> Evidence:
     name = run.metadata.get("name") or (run.path.resolve().name if run.path else "in memory")
     return Evidence(
         kind="run",
-        title=f"Run {name}",
+        title=str(name) if run.metadata.get("checkpoints") else f"Run {name}",
         metadata=run.metadata,
         findings=run.findings(),
         outcomes=run.outcomes,

@@ -55,8 +55,8 @@ def _headline(level: str, told: Sequence[Mapping[str, Any]], kind: str) -> str:
     return "Nothing wrong was found" if level == Level.OK else "Nothing could be judged"
 
 
-def _many(count: int) -> str:
-    text = count_in_words(count, "thing")
+def _many(count: int, what: str = "thing") -> str:
+    text = count_in_words(count, what)
     return text[0].upper() + text[1:]
 
 
@@ -90,6 +90,10 @@ def shortened(text: str, most: int = LONGEST_STORY) -> str:
 def _course(evidence: Evidence) -> Iterable[str]:
     """How training went, in sentences."""
     if evidence.kind != "run":
+        return
+    files = evidence.metadata.get("checkpoints")
+    if files:
+        yield f"{_many(len(files), 'checkpoint')}."
         return
     wall, _ = spent(evidence)
     took = f" in {format_seconds(wall)}" if wall and numpy.isfinite(wall) else ""

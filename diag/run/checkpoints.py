@@ -57,12 +57,12 @@ def from_checkpoints(
     Each checkpoint has the one before it as its `previous`.
     Raises CheckpointError where one cannot be read or does not fit, InvalidInput where the build function fails.
     """
-    files = _files(paths)
+    files = checkpoint_files(paths)
     arguments = built_arguments(build) | dict(options or {})
     model = arguments.pop("model")
     _refuse_device(arguments.get("device"))
     chosen = [find(n) for n in names] or [i for i in instruments().values() if _is_of_a_moment(i)]
-    places, events = _in_order(files, key)
+    places, events = by_step_order(files, key)
     arguments |= _read_once(model, arguments)
     by = AllRanks(model, arguments) if ranks else OneProcess(model, arguments)
     measuring = _Measuring(model, by, arguments.get("previous"), places, key, settings or {}, progress)
@@ -149,7 +149,7 @@ class _Measuring:
 def _is_of_a_moment(instrument: Instrument) -> bool:
     """Whether it can judge a network by itself, without the steps and the loop that led there."""
     asks = {need.quantity.name for need in instrument.needs}
-    return not asks & {"history", "loop"} and instrument.kind is not Kind.DESCRIPTION
+    return instrument.of_a_snapshot and not asks & {"history", "loop"} and instrument.kind is not Kind.DESCRIPTION
 
 
 def _takes_one_look(instrument: Instrument) -> bool:
@@ -181,7 +181,8 @@ def _refuse_device(device: str | None) -> None:
         raise InvalidInput(f"The device {device!r} cannot be used ({first_line(error)}); give another.") from None
 
 
-def _files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def checkpoint_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The paths, none of which is a run. Raises InvalidInput for none, CheckpointError for a run."""
     files = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     if not files:
         raise InvalidInput("No checkpoint was given; give at least one path.")
@@ -191,7 +192,7 @@ def _files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return files
 
 
-def _in_order(paths: Sequence[Path], key: str | None) -> tuple[list[_Place], list[Event]]:
+def by_step_order(paths: Sequence[Path], key: str | None) -> tuple[list[_Place], list[Event]]:
     """The checkpoints by step; in the order given where their steps are unknown, mixed or equal.
 
     Each is read to its end, so that one that is damaged is refused before the first is measured.

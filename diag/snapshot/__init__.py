@@ -10,6 +10,7 @@ __all__ = [
     "call_at",
     "example_losses",
     "forward",
+    "given",
     "glossary",
     "history",
     "inside",
@@ -25,6 +26,5 @@ __all__ = [
     "sharded",
     "snapshot",
     "state",
-    "trial",
     "validation",
 ]

@@ -62,6 +62,11 @@ class Quantity:
     cost: Effort
     how: str
 
+    @property
+    def given(self) -> bool:
+        """Whether no snapshot can have it."""
+        return self.module.startswith("snapshot.given.")
+
     def function(self) -> Callable[[Any], Any]:
         """The documented function that computes it from a snapshot."""
         return getattr(importlib.import_module(f"diag.{self.module}"), self.name)
@@ -177,7 +182,8 @@ GLOSSARY: dict[str, Quantity] = {
             "measure inside diag.watch, or give history=",
         ),
         Quantity("loop", "snapshot.loop.facts", None, "object", Effort.NONE, "measure inside diag.watch"),
-        Quantity("trial", "snapshot.trial", None, "object", Effort.NONE, "call diag.preflight"),
+        Quantity("trial", "snapshot.given.trial", None, "object", Effort.NONE, "call diag.preflight"),
+        Quantity("saved", "snapshot.given.saved", None, "object", Effort.NONE, "call diag report FILE"),
     )
 }
 

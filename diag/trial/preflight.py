@@ -24,9 +24,9 @@ from diag.registry import BeforeTraining, Instrument, Kind, attempt, instruments
 from diag.result import Result, Skipped
 from diag.run.run import Event, Record, Run
 from diag.snapshot.batch import Batch
+from diag.snapshot.given.trial import Attempt, Trial
 from diag.snapshot.preserve import random_states
 from diag.snapshot.snapshot import Snapshot
-from diag.snapshot.trial import Attempt, Trial
 from diag.trial import controls
 from diag.trial.overfit import fit, twin_of
 from diag.watching.watcher import watch

@@ -148,8 +148,11 @@ def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["report", "nowhere"], "There is no nowhere; give a run's folder, or checkpoints with --build."),
-        (["report", "net.pt"], "net.pt is not a run; for checkpoints, give --build module:function"),
+        (["report", "nowhere"], "There is no nowhere; give a run's folder, or checkpoints."),
+        (
+            ["report", "net.pt", "run"],
+            "Runs and checkpoints were given together; give one run, or checkpoints alone.",
+        ),
         (["report", "run", "run"], "A report is of one run; give one, or use diag compare for two."),
         (["report", "run", "-o", "page.pdf"], "expected a name that ends in .html"),
         (["report", "run", "--instrument", "gradient_flo"], "There is no instrument 'gradient_flo'; did you mean"),

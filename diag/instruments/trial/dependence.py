@@ -10,7 +10,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.trial import Trial
+from diag.snapshot.given.trial import Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): input-independent baseline, batch dependencies"
 SAME_OUTPUTS_WITHIN = 1e-6  # of the outputs' size: what float32 rounds

@@ -58,7 +58,8 @@ def chosen_instruments(
     if isinstance(given, str) and given != "all":
         given = [given]
     wanted: Mapping[str, Mapping[str, Any]]
-    by_default = [n for n, i in instruments().items() if given == "all" or i.kind is not Kind.DESCRIPTION]
+    here = {n: i for n, i in instruments().items() if i.of_a_snapshot}
+    by_default = [n for n, i in here.items() if given == "all" or i.kind is not Kind.DESCRIPTION]
     names = by_default if given is None or isinstance(given, str) else given
     wanted = given if isinstance(given, Mapping) else {name: {} for name in names}
     for name, settings in wanted.items():

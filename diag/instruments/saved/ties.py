@@ -1,0 +1,93 @@
+"""Tied weights: names that shared one tensor in the checkpoint before and do not any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diag.registry import Kind, instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
+
+SOURCE = "arithmetic of the two files"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedTies(Result):
+    """Pairs of names; weights are tied where the file keeps one tensor under both."""
+
+    earlier: str = measured("the file before this one")
+    tied: tuple[str, ...] = measured("pairs of names that are one tensor in this file")
+    broken: tuple[str, ...] = measured("pairs that were one tensor in the file before and hold other numbers now")
+    layers: tuple[str, ...] = measured("the names in the broken pairs")
+
+    def verdict(self) -> Verdict:
+        """A warning for a tie that broke."""
+        if (unmet := self.unmet()) is not None:
+            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+        about: dict[str, Any] = {"source": SOURCE, "confidence": Confidence.ARITHMETIC}
+        about |= {"value": float(len(self.broken)), "threshold": 0.0, "threshold_source": "any tie that broke"}
+        if not self.broken:
+            kept = f"{len(self.tied)} of weights tied: {'; '.join(self.tied[:3])}"
+            return Verdict(Level.OK, f"The file keeps pairs of weights tied as before ({kept}).", **about)
+        return Verdict(
+            Level.WARNING,
+            f"Weights that were one tensor in {self.earlier} now hold different numbers: "
+            f"{'; '.join(self.broken[:3])}.",
+            advice="Tie them again after the model is built or loaded; a model that was converted, copied "
+            "part by part "
+            "or wrapped may have lost it.",
+            refutation="Both names hold the same numbers when the file is loaded again.",
+            layers=self.layers,
+            **about,
+        )
+
+    def plot(self, ax: Any) -> None:
+        """How many pairs are tied and how many broke."""
+        ax.bar(["tied", "broken"], [len(self.tied), len(self.broken)])
+        ax.set(xlabel="pairs of weights", ylabel="number")
+
+
+@instrument(source=SOURCE, title="Tied weights in the files", kind=Kind.CHECK)
+def saved_ties(saved: Saved) -> SavedTies:
+    """Whether weights that shared one tensor in the checkpoint before still hold the same numbers.
+
+    saved: the checkpoint file, with the state of the one before. Only a file that keeps the sharing (torch.save;
+    not safetensors, which keeps one of the names) tells that weights are tied; copies that are equal by chance of
+    the start (an average, a target network) are none. A tie that broke is a warning. Raises nothing of its own.
+    """
+    before, after = numbers_in(saved.previous or {}), saved.weights()
+    now, then = _shared(after), _shared(before)
+    both = [(a, b) for a, b in then if a in after and b in after]
+    broken = [(a, b) for a, b in both if (a, b) not in now and not _equal(after[a], after[b])]
+    some = bool(both) or bool(now and saved.previous is None)
+    return SavedTies(
+        earlier=saved.previous_name,
+        tied=tuple(map(_pair, now)),
+        broken=tuple(map(_pair, broken)),
+        layers=tuple(dict.fromkeys(name for pair in broken for name in pair)),
+        preconditions=(Precondition("tied weights", some, "no two names of the files share a tensor."),),
+    )
+
+
+def _pair(names: tuple[str, str]) -> str:
+    return f"{names[0]} and {names[1]}"
+
+
+def _shared(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The first name and each other name of every tensor that is there more than once."""
+    first: dict[Any, str] = {}
+    pairs = []
+    for name, value in state.items():
+        place = (value.data_ptr(), tuple(value.shape), tuple(value.stride()), value.dtype)
+        if place in first:
+            pairs.append((first[place], name))
+        first.setdefault(place, name)
+    return pairs
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and all(bool((x == y).all()) for x, y in entry_blocks(a, b))

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from diag.display import format_share
+from diag.instruments.saved.wording import NAMED, first_named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
 
 SOURCE = "arithmetic of the two files"
-SHOWN = 3
 BARS = 16
 
 
@@ -49,13 +49,13 @@ class SavedChanges(Result):
                 **about,
             )
         worst = sorted(self.changes, key=self._order, reverse=True)
-        most = ", ".join(f"{name} ({format_share(self.changes[name])})" for name in worst[:SHOWN])
+        most = ", ".join(f"{name} ({format_share(self.changes[name])})" for name in worst[:NAMED])
         still = f" {len(self.unchanged)} of {len(self.changes)} did not change: " if self.unchanged else ""
         return Verdict(
             Level.DESCRIPTION,
             f"Since {self.earlier} the weights moved by {format_share(self.change)} of their norm, most of "
-            f"all {most}." + (f"{still}{_named(self.unchanged)}." if still else "") + self._others(),
-            layers=tuple(worst[:SHOWN]),
+            f"all {most}." + (f"{still}{first_named(self.unchanged)}." if still else "") + self._others(),
+            layers=tuple(worst[:NAMED]),
             **about,
         )
 
@@ -65,7 +65,7 @@ class SavedChanges(Result):
 
     def _others(self) -> str:
         parts = (("New", self.added), ("Gone", self.removed), ("Of another shape", self.reshaped))
-        return "".join(f" {what}: {_named(names)}." for what, names in parts if names)
+        return "".join(f" {what}: {first_named(names)}." for what, names in parts if names)
 
     def plot(self, ax: Any) -> None:
         """The weights that changed most."""
@@ -73,11 +73,6 @@ class SavedChanges(Result):
         names = sorted(finite, key=finite.__getitem__)[-BARS:]
         ax.barh(names or ["none"], [100 * finite[n] for n in names] or [0])
         ax.set(xlabel="change (% of the norm before)", ylabel="weight")
-
-
-def _named(names: tuple[str, ...]) -> str:
-    left = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {left:,} more" if left > 0 else "")
 
 
 @instrument(source=SOURCE, title="Changes between the files", kind=Kind.CHECK)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from diag.instruments.causes import Cause
+from diag.instruments.saved.wording import first_named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
 
 SOURCE = "arithmetic of the file"
-SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +34,7 @@ class SavedFinite(Result):
         about |= {"value": float(self.entries + self.optimizer_entries), "threshold_source": "any entry at all"}
         if not self.entries and not self.optimizer_entries:
             return Verdict(Level.OK, f"All numbers in {self.looked_at:,} weights are finite.", **about)
-        where = ", ".join(self.tensors[:SHOWN]) + (", ..." if len(self.tensors) > SHOWN else "")
+        where = first_named(self.tensors)
         weights = f"{self.entries:,} entries in {len(self.tensors)} of {self.looked_at} weights ({where})"
         states = f"{self.optimizer_entries:,} entries of the optimizer's state"
         found = " and ".join(text for text, n in ((weights, self.entries), (states, self.optimizer_entries)) if n)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from diag.instruments.saved.wording import first_named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
@@ -30,7 +31,6 @@ OF_THE_SHAPE = frozenset(
     ]
 )
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf")
-SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,23 +72,18 @@ class SavedOptimizer(Result):
         )
 
     def _impossible(self) -> str:
-        parts = [f"no group lists the parameters {_named(self.strangers)}"] if self.strangers else []
-        parts += [f"means of squares are negative ({_named(self.negative)})"] if self.negative else []
+        parts = [f"no group lists the parameters {first_named(self.strangers)}"] if self.strangers else []
+        parts += [f"means of squares are negative ({first_named(self.negative)})"] if self.negative else []
         return "; ".join(parts)
 
     def _unfit(self) -> str:
-        return f"no weight in the file has the shape of {_named(self.misfits)}" if self.misfits else ""
+        return f"no weight in the file has the shape of {first_named(self.misfits)}" if self.misfits else ""
 
     def plot(self, ax: Any) -> None:
         """How many parameters have a state, and how many states do not fit."""
         bad = len(self.strangers) + len(self.misfits) + len(self.negative)
         ax.bar(["listed", "with a state", "do not fit"], [self.parameters, self.states, bad])
         ax.set(xlabel="parameters of the optimizers", ylabel="number")
-
-
-def _named(texts: Sequence[str]) -> str:
-    left = len(texts) - SHOWN
-    return ", ".join(texts[:SHOWN]) + (f" and {left:,} more" if left > 0 else "")
 
 
 @instrument(source=SOURCE, title="Optimizer's state in the file", kind=Kind.CHECK)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
+from diag.instruments.saved.wording import first_named
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import BLOCK, Saved
@@ -17,8 +18,7 @@ from diag.snapshot.given.saved import BLOCK, Saved
 SOURCE = "arithmetic of the file: units with equal weights compute the same"
 FEW_ROWS = 4
 SHARE, COUNT = 1 / 3, 2  # of the weights: copies throughout are how the network began, and no single branch
-SHOWN = 3
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class SavedRows(Result):
                 Level.WARNING,
                 f"In {len(self.uniform)} of {self.looked_at} weights ({format_share(share)}) all rows are "
                 f"the same: "
-                f"{_named(self.uniform)}; such units compute the same, and training keeps them alike.",
+                f"{first_named(self.uniform)}; such units compute the same, and training keeps them alike.",
                 advice="If this network has been trained, start its weights at random; if it has not, this "
                 "is how it "
                 "starts.",
@@ -60,8 +60,8 @@ class SavedRows(Result):
         return Verdict(Level.OK, f"No two of the {self.rows:,} rows are the same, and none is zero.", **about)
 
     def _told(self) -> str:
-        zero = f"{self.zero:,} are zero throughout (in {_named(tuple(self.with_zero))})"
-        repeated = f"{self.repeated:,} are the same as another (in {_named(tuple(self.with_repeated))})"
+        zero = f"{self.zero:,} are zero throughout (in {first_named(tuple(self.with_zero))})"
+        repeated = f"{self.repeated:,} are the same as another (in {first_named(tuple(self.with_repeated))})"
         found = " and ".join(text for text, n in ((zero, self.zero), (repeated, self.repeated)) if n)
         return f"Of {self.rows:,} rows {found}."
 
@@ -73,10 +73,6 @@ class SavedRows(Result):
 
     def _many(self, name: str) -> int:
         return self.with_zero.get(name, 0) + self.with_repeated.get(name, 0)
-
-
-def _named(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 @instrument(source=SOURCE, title="Rows of the weights in the file", kind=Kind.CHECK)
@@ -117,7 +113,7 @@ def zero_and_repeated(rows: Tensor) -> tuple[int, int]:
     factors = _odd_numbers(rows.shape[1])
     for part in rows.split(step):
         whole = part + 0.0 if part.itemsize > 1 else part  # minus zero becomes zero
-        bits = whole.contiguous().view(INTEGERS[part.itemsize]).to(torch.int64)
+        bits = whole.contiguous().view(BIT_TYPES[part.itemsize]).to(torch.int64)
         hashes.append((bits * factors).sum(1))  # wraps around, exactly
         zero.append((bits == 0).all(1))
         finite.append((part if part.itemsize > 1 else part.float()).isfinite().all(1))

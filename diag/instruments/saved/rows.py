@@ -13,7 +13,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.saved.wording import first_named
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.saved import ENTRIES_AT_ONCE, Saved
+from diag.snapshot.given.saved import SAVED_ENTRIES_AT_ONCE, Saved
 
 SOURCE = "arithmetic of the file: units with equal weights compute the same"
 FEW_ROWS = 4
@@ -109,7 +109,7 @@ def zero_and_repeated(rows: Tensor) -> tuple[int, int]:
     """How many rows of a matrix are zero, and how many others are the same as an earlier row; NaN is like
     nothing."""
     hashes, zero, finite = [], [], []
-    step = max(1, ENTRIES_AT_ONCE // rows.shape[1])
+    step = max(1, SAVED_ENTRIES_AT_ONCE // rows.shape[1])
     factors = _odd_numbers(rows.shape[1])
     for part in rows.split(step):
         whole = part + 0.0 if part.itemsize > 1 else part  # minus zero becomes zero

@@ -17,7 +17,7 @@ from diag.errors import MissingQuantity
 if TYPE_CHECKING:
     from diag.snapshot.snapshot import Snapshot
 
-ENTRIES_AT_ONCE = (
+SAVED_ENTRIES_AT_ONCE = (
     1 << 22
 )  # entries that are looked at together, so that a large file needs little more than its own memory
 
@@ -60,8 +60,8 @@ def _plain(value: Tensor) -> bool:
 def entry_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same entries of tensors of one shape, in float64, some million at a time."""
     flat = [t.detach().reshape(-1) for t in tensors]
-    for start in range(0, flat[0].numel(), ENTRIES_AT_ONCE):
-        yield tuple(f[start : start + ENTRIES_AT_ONCE].to(torch.float64) for f in flat)
+    for start in range(0, flat[0].numel(), SAVED_ENTRIES_AT_ONCE):
+        yield tuple(f[start : start + SAVED_ENTRIES_AT_ONCE].to(torch.float64) for f in flat)
 
 
 def square_sum(value: Tensor) -> float:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
@@ -39,28 +40,21 @@ class InitialLoss(Result):
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
         limit = max(self.setting("times") * self.even, self.even + ABOVE)
+        verdict = graded(SOURCE, self.first, limit)
         if self.first <= limit:
-            return Verdict(
+            return verdict(
                 Level.OK,
                 f"The first loss was {format_number(self.first)} nats; guessing evenly among {self.classes:,} "
                 f"classes gives {format_number(self.even)}.",
-                source=SOURCE,
-                value=self.first,
-                threshold=limit,
-                threshold_source=OUR_CHOICE,
             )
-        return Verdict(
+        return verdict(
             Level.WARNING,
             f"The network begins sure and wrong: its first loss is {format_number(self.first)} nats, where "
             f"guessing evenly among {self.classes:,} classes gives {format_number(self.even)}.",
             advice="Start the last layer's weights smaller (or at zero); check that inputs are normalised and that "
             "labels run from 0 to K - 1.",
-            source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="With a last layer that starts at zero the training goes no better.",
-            value=self.first,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.INITIAL_LOSS_HIGH,
             explained_by=(Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE, Cause.LOSS_SUMMED,
                           Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES, Cause.UNDERFITTING),

@@ -10,9 +10,10 @@ import numpy
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, median
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
@@ -36,29 +37,22 @@ class LossTerms(Result):
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
         limit = self.setting("times") * abs(self.loss)
+        verdict = graded(SOURCE, self.penalty, limit)
         if not (self.penalty > limit and self.kept < NORM_KEPT):
-            return Verdict(
+            return verdict(
                 Level.OK,
                 f"The penalty on the weights ({format_number(self.penalty)} beside a loss of "
                 f"{format_number(self.loss)}) leaves them at {format_share(self.kept)} of their norm.",
-                source=SOURCE,
-                value=self.penalty,
-                threshold=limit,
-                threshold_source=OUR_CHOICE,
             )
-        return Verdict(
+        return verdict(
             Level.ALARM,
             f"A penalty on the weights outweighs the loss: it was {format_number(self.penalty)} where the loss was "
             f"{format_number(self.loss)}, and the weights have shrunk to {format_share(self.kept)} of their first "
             "norm.",
             advice="Lower the penalty's factor a hundred- to a thousandfold, and look at whether a mean or "
             "a sum over the weights is meant; or use the optimizer's weight decay.",
-            source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="Without the penalty the weights shrink as far.",
-            value=self.penalty,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.LOSS_TERM_DOMINATES,
             step=1,
         )

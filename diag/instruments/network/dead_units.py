@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
 
 SOURCE = "arithmetic of one forward pass"
@@ -43,33 +44,21 @@ class DeadUnits(Result):
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
         limit = self.setting("alarm_at")
-        if self.worst >= limit:
-            return self._alarm(limit)
-        return Verdict(
-            Level.OK,
-            f"In the worst layer {format_share(self.worst)} of the rectified units are zero on every example.",
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
-            value=self.worst,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
-        )
-
-    def _alarm(self, limit: float) -> Verdict:
+        verdict = graded(SOURCE, self.worst, limit, confidence=Confidence.ARITHMETIC)
+        if self.worst < limit:
+            return verdict(
+                Level.OK,
+                f"In the worst layer {format_share(self.worst)} of the rectified units are zero on every example.",
+            )
         over = [name for name, share in zip(self.layers, self.dead, strict=True) if share >= limit]
         where = ", ".join(over[:3]) + (", ..." if len(over) > 3 else "")
-        return Verdict(
+        return verdict(
             Level.ALARM,
             f"{format_share(self.worst)} of the units of {where} are dead: they are zero on every one of the "
             "examples looked at, and get no gradient from them.",
             advice="Start again from a state before they died, with a lower learning rate or a warm-up; or use an "
             "activation that is not flat below zero (GELU, leaky ReLU); look at large negative biases.",
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
             refutation="The same units are active on other examples.",
-            value=self.worst,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             layers=tuple(over),
             cause=Cause.UNITS_DEAD,
             explained_by=EXPLAINED_BY,

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.network.finite import all_finite
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import FLAT_ABOVE, Activation
 
 SOURCE = "arithmetic of one forward pass"
@@ -34,28 +35,19 @@ class Saturation(Result):
             return unmet.verdict(SOURCE)
         limit = self.setting("alarm_at")
         over = tuple(name for name, share in zip(self.layers, self.flat, strict=True) if share >= limit)
+        verdict = graded(SOURCE, self.worst, limit, confidence=Confidence.ARITHMETIC)
         if not over:
-            return Verdict(
+            return verdict(
                 Level.OK,
                 f"At most {format_share(self.worst)} of a layer's units lie at the flat ends of their function.",
-                source=SOURCE,
-                confidence=Confidence.ARITHMETIC,
-                value=self.worst,
-                threshold=limit,
-                threshold_source=OUR_CHOICE,
             )
-        return Verdict(
+        return verdict(
             Level.ALARM,
             f"{format_share(self.worst)} of the values that {', '.join(over[:3])} outputs lie at the flat ends "
             "of the activation function, where its derivative is next to nothing: hardly any gradient passes.",
             advice="Scale the weights before it for the function (variance 1 / fan-in for tanh), normalise the "
             "inputs, or put a normalisation layer in front.",
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
             refutation="The gradient's norm before and after this layer is alike.",
-            value=self.worst,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             layers=over,
             cause=Cause.UNITS_SATURATED,
             explained_by=(

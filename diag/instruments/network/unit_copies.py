@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History, parts
@@ -44,15 +46,15 @@ class UnitCopies(Result):
             return unmet.verdict(SOURCE)
         found = f"{len(self.layers)} of {self.compared} layers"
         level = Level.UNKNOWN if self._many() else Level.OK
-        return Verdict(
+        return self._graded(
             level,
             f"In {found} all units have the same weights"
             + (", which a network that has not been trained may do." if level is Level.UNKNOWN else "."),
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
-            value=self.share,
-            threshold=SHARE_OF_COPIES,
         )
+
+    @property
+    def _graded(self) -> partial[Verdict]:
+        return graded(SOURCE, self.share, SHARE_OF_COPIES, confidence=Confidence.ARITHMETIC)
 
     def _many(self) -> bool:
         return len(self.layers) >= FEWEST_COPIES and self.share >= SHARE_OF_COPIES
@@ -64,16 +66,12 @@ class UnitCopies(Result):
         if last.unmet() is not None or step < STEPS_BEFORE_COPIES or not last._many():
             return last.verdict()
         where = ", ".join(last.layers[:3]) + (", ..." if len(last.layers) > 3 else "")
-        return Verdict(
+        return last._graded(
             Level.ALARM,
             f"In {len(last.layers)} of {last.compared} layers ({format_share(last.share)}) all units have the same "
             f"weights: {where}. They started alike, so they stay copies of one another.",
             advice="Start the weights at random (torch.nn.init.kaiming_normal_); zeros are for biases only.",
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
             refutation="Two units of such a layer that differ.",
-            value=last.share,
-            threshold=SHARE_OF_COPIES,
             layers=last.layers,
             cause=Cause.INITIALIZATION_CONSTANT,
             explained_by=(Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE),

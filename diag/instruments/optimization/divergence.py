@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses, median
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
 
 SOURCE = "arithmetic of the recorded losses"
@@ -47,19 +48,13 @@ class Divergence(Result):
                 source=SOURCE,
             )
         limit = self.setting("times")
-        if self.left_at:
-            return self._left(limit)
-        if self.peak > SWUNG * self.first and self.momentum >= HIGH_MOMENTUM:
+        if self.left_at or (self.peak > SWUNG * self.first and self.momentum >= HIGH_MOMENTUM):
             return self._left(limit)
         higher = self.last > self.first
-        return Verdict(
+        return graded(SOURCE, self.last / self.first, limit)(
             Level.UNKNOWN if higher else Level.OK,
             f"The loss began at {format_number(self.first)} and is at {format_number(self.last)}, "
             + (f"higher, but by less than {limit:g} times." if higher else "which is not higher."),
-            source=SOURCE,
-            value=self.last / self.first,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
         )
 
     def _left(self, limit: float) -> Verdict:
@@ -75,16 +70,12 @@ class Divergence(Result):
             if by_momentum
             else ""
         )
-        return Verdict(
+        return graded(SOURCE, self.last / self.first, limit)(
             Level.ALARM,
             f"The loss diverged: it began at {format_number(self.first)}, {course}.{why}",
             advice="Lower the momentum to 0.9." if by_momentum else AFTER_DIVERGENCE,
-            source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL if by_momentum else Confidence.ARITHMETIC,
             refutation="The loss of the same batches, with the weights before that step, is as high.",
-            value=self.last / self.first,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.MOMENTUM_TOO_HIGH if by_momentum else Cause.TRAINING_DIVERGED,
             explained_by=(Cause.LEARNING_RATE_TOO_HIGH, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED,
                           Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_ASCENDED, Cause.DATA_NOT_FINITE,

@@ -14,10 +14,11 @@ import numpy
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.loop.findings import named
 from diag.instruments.optimization.course import SMALL, median
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
@@ -40,28 +41,21 @@ class GradientUnderflow(Result):
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
         limit = self.setting("tiny")
+        verdict = graded(SOURCE, self.size, limit)
         if not (self.zero and self.size < limit):
-            return Verdict(
+            return verdict(
                 Level.OK,
                 f"Gradient entries are about {format_number(self.size)}, which float16 can hold.",
-                source=SOURCE,
-                value=self.size,
-                threshold=limit,
-                threshold_source=OUR_CHOICE,
             )
-        return Verdict(
+        return verdict(
             Level.ALARM,
             f"Gradients are too small for float16 and become zero: that of {len(self.zero)} of {self.tensors} "
             f"tensors ({named(self.zero)}) was exactly zero at nearly every step, the entries of the others are "
             f"about {format_number(self.size)}, and no GradScaler lifts them.",
             advice="Use torch.amp.GradScaler with float16, or bfloat16; and look at what the loss is "
             "multiplied with.",
-            source=SOURCE,
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="The same gradients in float32 are exactly zero, too: then it is dead units or a cut graph.",
-            value=self.size,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             layers=self.zero[:8],
             cause=Cause.GRADIENT_UNDERFLOW,
             explained_by=(Cause.GRAPH_CUT, Cause.UNITS_DEAD),

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, median
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 
 SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second moment is out of date)"
@@ -54,28 +55,21 @@ class SecondMoment(Result):
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
         limit = self.setting("stale")
+        verdict = graded(SOURCE, self.largest, limit)
         if not self.largest > limit:
-            return Verdict(
+            return verdict(
                 Level.OK,
                 "Adam's second moment kept up with the gradients.",
-                source=SOURCE,
-                value=self.largest,
-                threshold=limit,
-                threshold_source=OUR_CHOICE,
             )
-        return Verdict(
+        return verdict(
             Level.WARNING,
             f"Adam's second moment was out of date from step {self.at:,}: gradients became "
             f"{format_number(self.growth)} times as large and stayed so, and the step was made as if for gradients "
             f"{format_number(self.largest)} times as small (beta2 = {self.beta2:g}).",
             advice="Look at what changed at that step (the loss's scale, the data, what is trained); lower beta2 "
             "(0.95 to 0.99), clip the gradient, or warm the learning rate up again there.",
-            source=SOURCE,
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="The same change does no harm with beta2 = 0.9.",
-            value=self.largest,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.SECOND_MOMENT_STALE,
             explained_by=EXPLAINED_BY,
             step=self.at,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.optimization.course import (
     MOST_NORMS,
     SMALL,
@@ -28,7 +29,7 @@ from diag.instruments.optimization.course import (
     update_ratios,
 )
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows, thinned_record
 from diag.snapshot.loop.facts import Loop
 
@@ -97,18 +98,13 @@ class StepSize(Result):
         certain = certain and not self.shrunk and not self.from_nothing
         if not self.largest_ratio > limit or not (certain or self.loss_rose):
             return None
-        return Verdict(
+        return graded(SOURCE, self.largest_ratio, limit)(
             Level.ALARM,
             f"The steps are too large: one step moves the weights of a typical layer by "
             f"{format_share(self.largest_ratio)} of their size (around step {self.largest_at:,}); in "
             f"most trainings that work it is below {format_share(limit)}.",
             advice="Lower the learning rate about tenfold, or warm it up; if it must stay, clip the gradient.",
-            source=SOURCE,
-            confidence=Confidence.WEAK_EMPIRICAL,
             refutation="The same training at a tenth of the learning rate ends with a loss that is not lower.",
-            value=self.largest_ratio,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.LEARNING_RATE_TOO_HIGH,
             explained_by=(Cause.GRADIENTS_NOT_ZEROED, Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_SUMMED,
                           Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
@@ -129,18 +125,13 @@ class StepSize(Result):
             return None
         if self.clip_factor < TIGHT and self.optimizer not in ADAPTIVE:
             return self._by_clipping()
-        return Verdict(
+        return graded(SOURCE, self.ratio, limit)(
             Level.WARNING,
             f"The steps are too small to train: one step moves the weights of a typical layer by "
             f"{format_number(self.ratio)} of their size, and in {self.num_steps:,} steps the loss has fallen by "
             f"{format_share(max(self.loss_fall, 0.0))}.",
             advice="Raise the learning rate ten- to a hundredfold; check that the schedule's warm-up is over.",
-            source=SOURCE,
-            confidence=Confidence.WEAK_EMPIRICAL,
             refutation="The loss does not fall faster at ten times the learning rate.",
-            value=self.ratio,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.LEARNING_RATE_TOO_LOW,
             explained_by=(Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY,
                           Cause.GRADIENTS_VANISH, Cause.UNITS_DEAD, Cause.INITIALIZATION_SCALE,
@@ -171,17 +162,13 @@ class StepSize(Result):
         )
 
     def _by_clipping(self) -> Verdict:
-        return Verdict(
+        return graded(SOURCE, self.clip_factor, TIGHT)(
             Level.WARNING,
             f"Clipping cuts the gradient to {format_share(self.clip_factor)} of its length at a typical step, "
             f"and the loss has fallen by {format_share(max(self.loss_fall, 0.0))} in {self.num_steps:,} steps.",
             advice="Raise the clipping threshold to about the median norm of the gradient, or the learning rate.",
-            source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="The loss falls no faster without clipping.",
-            value=self.clip_factor,
-            threshold=TIGHT,
-            threshold_source=OUR_CHOICE,
             cause=Cause.CLIPPING_TOO_TIGHT,
             explained_by=(Cause.CLIPPING_BEFORE_UNSCALING,),
         )

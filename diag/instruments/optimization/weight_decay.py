@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, finite_losses, median, unpushed
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.result import Level, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows
 
 SOURCE = "arithmetic of the recorded norms"
@@ -51,57 +53,45 @@ class WeightDecay(Result):
     def verdict(self) -> Verdict:
         if not self.decay > 0 or not math.isfinite(self.kept):
             return Verdict(Level.NOT_APPLICABLE, "The optimizer has no weight decay.", source=SOURCE)
-        limit = self.setting("shrunk")
-        if self.kept < limit and not self.pushed:
-            return self._alone(limit, "the gradient of a typical layer is zero")
-        if self.kept < limit and self.penalty < PENALTY:
+        shrunk = self.kept < self.setting("shrunk")
+        if shrunk and not self.pushed:
+            return self._alone("the gradient of a typical layer is zero")
+        if shrunk and self.penalty < PENALTY:
             share = format_share(self.penalty)
-            return self._alone(
-                limit, f"its penalty was {share} of the first loss, and gradients were smaller still"
-            )
+            return self._alone(f"its penalty was {share} of the first loss, and gradients were smaller still")
         unlearned = self.loss_lost > LOST or self.loss_fall < LOST
-        if self.kept < limit and (unlearned or self.kept < NEARLY_GONE):
-            return self._won(limit)
-        return Verdict(
+        if shrunk and (unlearned or self.kept < NEARLY_GONE):
+            return self._won()
+        return self._graded(
             Level.OK,
             f"Weight decay leaves the weights at {format_share(self.kept)} of the norm that they began with.",
-            source=SOURCE,
-            value=self.kept,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
         )
 
-    def _alone(self, limit: float, why: str) -> Verdict:
-        """Decay moves the weights because nothing else does: what is wrong is found where gradients are looked
-        at."""
-        return Verdict(
+    @property
+    def _graded(self) -> partial[Verdict]:
+        return graded(SOURCE, self.kept, self.setting("shrunk"))
+
+    def _alone(self, why: str) -> Verdict:
+        """Decay moves the weights because nothing else does: the checks of the gradients find what is wrong."""
+        return self._graded(
             Level.DESCRIPTION,
             f"Weight decay has brought a typical layer to {format_share(self.kept)} of the norm that it "
             f"began with, "
             f"and that is not the decay's strength: {why}.",
-            source=SOURCE,
-            value=self.kept,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
         )
 
-    def _won(self, limit: float) -> Verdict:
+    def _won(self) -> Verdict:
         course = (
             f"the loss has given back {format_share(min(self.loss_lost, 1.0))} of what it had gained"
             if self.loss_lost > LOST
             else f"the loss has fallen by {format_share(max(self.loss_fall, 0.0))} at best"
         )
-        return Verdict(
+        return self._graded(
             Level.ALARM if self.kept < NEARLY_GONE else Level.WARNING,
             f"Weight decay ({format_number(self.decay)}) is shrinking the weights: a typical layer has "
             f"{format_share(self.kept)} of the norm that it began with, and {course}.",
             advice="Lower the weight decay tenfold; leave biases, norms and embeddings out of it.",
-            source=SOURCE,
-            confidence=Confidence.WEAK_EMPIRICAL,
             refutation="Without weight decay the norms fall as far.",
-            value=self.kept,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             cause=Cause.WEIGHT_DECAY_TOO_STRONG,
             explained_by=(Cause.LOSS_TERM_DOMINATES, Cause.GRADIENT_UNDERFLOW),
         )

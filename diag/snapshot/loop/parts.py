@@ -244,9 +244,10 @@ class DrawFacts:
     evaluated: tuple[EvaluatedRows, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossFacts:
-    """The calls of one loss function with inputs and targets of one kind.
+    """The calls of one loss function with inputs and targets of one kind; counted up in place, so a `Loop` has
+    copies.
 
     function and reduction; input_shape, target_shape and their dtypes, of the last call; calls: how many.
     broadcast: both were expanded against each other. came_from: the function that made the input, read from its

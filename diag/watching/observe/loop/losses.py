@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,30 +26,6 @@ ROOTS = 8
 ROWS_CHECKED = 64
 NODES_TO_INPUT = 24
 MADE_BY = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "LogSigmoid": "log_sigmoid"}
-
-
-@dataclass
-class LossKind:
-    """Calls of one function on one kind of tensors."""
-
-    function: str
-    reduction: str
-    arguments: Mapping[str, Any]
-    first_step: int
-    input: tuple[tuple[int, ...], str] = ((), "")
-    target: tuple[tuple[int, ...], str] = ((), "")
-    calls: int = 0
-    broadcast: bool = False
-    came_from: str = ""
-    over_axis: int | None = None
-    checked: int = 0
-    probabilities: int = 0
-    log_probabilities: int = 0
-    factor: float | None = None
-    root: bool = False
-    padded: float = 0.0
-    truncated: float = 0.0
-    constant: int = 0
 
 
 @dataclass
@@ -74,17 +50,17 @@ class Losses:
 
     def __init__(self, model: nn.Module, moment: Moment) -> None:
         self._moment = moment
-        self.kinds: dict[Any, LossKind] = {}
-        self._last: tuple[int, LossKind] | None = None
+        self.kinds: dict[Any, LossFacts] = {}
+        self._last: tuple[int, LossFacts] | None = None
         self._scaled: dict[int, Tensor] = {}
         self.roots = Roots()
-        self._away: list[tuple[LossKind, str, Tensor]] = []
+        self._away: list[tuple[LossFacts, str, Tensor]] = []
         self._padding = next(
             (m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None),
             None,
         )
         self.raw: tuple[Tensor, ...] = ()  # floating tensors of the batch that a DataLoader last gave
-        self.own: LossKind | None = None
+        self.own: LossFacts | None = None
 
     def called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], value: Tensor) -> None:
         """A loss function of torch returned `value`, which has a graph."""
@@ -103,17 +79,17 @@ class Losses:
         if kind is None:
             if len(self.kinds) >= MOST_KINDS_OF_CALLS:
                 return
-            kind = self.kinds[key] = _kind(function, args, kwargs, self._moment.step)
+            kind = self.kinds[key] = self._begun(function, args, kwargs)
             self._moment.news(("loss", function.__name__, len(self.kinds)))
         kind.calls += 1
-        kind.input = (tuple(given.shape), str(given.dtype).removeprefix("torch."))
+        kind.input_shape, kind.input_dtype = _form(given)
         if isinstance(target, Tensor):
-            kind.target = (tuple(target.shape), str(target.dtype).removeprefix("torch."))
+            kind.target_shape, kind.target_dtype = _form(target)
         self._last = (value.grad_fn._sequence_nr() if value.grad_fn is not None else -1, kind)
         if kind.calls <= CALLS_CHECKED or due(kind.calls):
             self._look(kind, given, target)
 
-    def _look(self, kind: LossKind, given: Tensor, target: Any) -> None:
+    def _look(self, kind: LossFacts, given: Tensor, target: Any) -> None:
         kind.came_from, kind.over_axis = made_by(given)
         if isinstance(target, Tensor):
             kind.broadcast |= expands_both(given, target) and kind.function not in OF_LOG_PROBABILITIES
@@ -125,7 +101,7 @@ class Losses:
         news = (kind.came_from, kind.over_axis, kind.broadcast)
         self._moment.news(("loss input", id(kind), news))
 
-    def _targets(self, kind: LossKind, target: Tensor) -> None:
+    def _targets(self, kind: LossFacts, target: Tensor) -> None:
         if self._padding is not None and not target.is_floating_point() and kind.function in OF_LOG_PROBABILITIES:
             self._read(kind, "padding", (target == self._padding).float().mean())
         if target.is_cpu:
@@ -134,13 +110,13 @@ class Losses:
                     kind.truncated = max(kind.truncated, _truncation(raw.reshape(target.shape), target))
                     kind.constant += is_constant(target) and not is_constant(raw)
 
-    def _read(self, kind: LossKind, what: str, values: Tensor) -> None:
+    def _read(self, kind: LossFacts, what: str, values: Tensor) -> None:
         if values.is_cpu:
             self._note(kind, what, values)
         elif len(self._away) < 4 * MOST_KINDS_OF_CALLS:
             self._away.append((kind, what, values.clone()))
 
-    def _note(self, kind: LossKind, what: str, values: Tensor) -> None:
+    def _note(self, kind: LossFacts, what: str, values: Tensor) -> None:
         if what == "padding":
             kind.padded = max(kind.padded, float(values))
             return
@@ -182,11 +158,11 @@ class Losses:
         if self.own is not None and not (self.own.calls < CALLS_CHECKED):
             return
         if self.own is None:
-            self.own = LossKind("", "", {}, self._moment.step)
+            self.own = LossFacts("", first_step=self._moment.step, padding=self._padding)
         self.own.calls += 1
         shape, other = difference_shapes(root)
         if shape and other:
-            self.own.input, self.own.target = (other, ""), (other_side(other), "")
+            self.own.input_shape, self.own.target_shape = other, other_side(other)
             self.own.broadcast = True
             self._moment.news("own loss broadcasts")
 
@@ -198,46 +174,35 @@ class Losses:
         for kind, what, values in waiting:
             self._note(kind, what, values.cpu())
         kinds = list(self.kinds.values()) + ([self.own] if self.own is not None else [])
-        return tuple(self._facts(k) for k in kinds)
+        return tuple(map(replace, kinds))
 
-    def _facts(self, k: LossKind) -> LossFacts:
-        smoothing, ignored = k.arguments.get("label_smoothing"), k.arguments.get("ignore_index")
+    def _begun(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> LossFacts:
+        """What the arguments of the first call say."""
+        given = _arguments(function, args, kwargs)
+        smoothing, ignored = given.get("label_smoothing"), given.get("ignore_index")
         return LossFacts(
-            function=k.function,
-            reduction=k.reduction,
-            input_shape=k.input[0],
-            target_shape=k.target[0],
-            input_dtype=k.input[1],
-            target_dtype=k.target[1],
-            calls=k.calls,
-            first_step=k.first_step,
-            broadcast=k.broadcast,
-            came_from=k.came_from,
-            over_axis=k.over_axis,
-            checked=k.checked,
-            probabilities=k.probabilities,
-            log_probabilities=k.log_probabilities,
-            factor=k.factor,
-            root=k.root,
+            function.__name__,
+            str(given.get("reduction", "")),
+            first_step=self._moment.step,
             ignored=ignored if isinstance(ignored, int) else None,
             padding=self._padding,
-            padded=k.padded,
-            truncated=k.truncated,
-            constant=k.constant,
-            weighted=k.arguments.get("weight") is not None or k.arguments.get("pos_weight") is not None,
+            weighted=given.get("weight") is not None or given.get("pos_weight") is not None,
             label_smoothing=float(smoothing) if isinstance(smoothing, (int, float)) else 0.0,
         )
 
 
-def _kind(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], step: int) -> LossKind:
+def _arguments(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
-        bound.apply_defaults()
-        arguments = {k: v for k, v in bound.arguments.items() if not isinstance(v, Tensor) or k.endswith("weight")}
     except (TypeError, ValueError):
-        arguments = dict(kwargs)
-    arguments = {k: True if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    return LossKind(function.__name__, str(arguments.get("reduction", "")), arguments, step)
+        return kwargs
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype."""
+    return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
 def _first_two(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

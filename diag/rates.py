@@ -36,8 +36,8 @@ def with_rates(check: str, verdict: Verdict) -> Verdict:
     counted = rates().get(check)
     if verdict.threshold_source != OUR_CHOICE or counted is None or not counted["named"]:
         return verdict
-    told = (
+    counted_as = (
         f"our choice, calibrated: the cause named in {counted['named']} of {counted['broken']} broken trainings of "
         f"its kinds, something said in {counted['disturbed']} of {counted['sound']} sound ones"
     )
-    return dataclasses.replace(verdict, threshold_source=told)
+    return dataclasses.replace(verdict, threshold_source=counted_as)

@@ -1,4 +1,4 @@
-"""The commands `diag live`, the page of a run while it goes on, and `diag mcp`, the runs for an assistant."""
+"""The commands `diag live`, the page of a run as it grows, and `diag mcp`, the runs for an assistant."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def follow(
     from diag.run.folder import is_being_written
     from diag.run.run import read_run
 
-    told: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str]] = set()
     last = -1
     while True:
         written = is_being_written(run)  # asked first: what it wrote until then is read below
@@ -66,8 +66,8 @@ def follow(
             show(f"step {last:,}" + ("" if loss is None else f" · loss {format_number(loss)}"))
         for finding in opened.findings():
             key = (finding.instrument, str(finding.verdict.level))
-            if finding.verdict.level.is_finding and key not in told:
-                told.add(key)
+            if finding.verdict.level.is_finding and key not in printed:
+                printed.add(key)
                 advice = f" Try: {finding.verdict.advice}" if finding.verdict.advice else ""
                 show(f"{finding.verdict.level}: {finding.title}. {finding.verdict.sentence}{advice}")
         if not written:

@@ -87,12 +87,12 @@ def verdicts(findings: Sequence[Finding]) -> RenderableType:
     if not findings:
         return Text("Nothing was measured.", style="dim")
     table = _grid(2)
-    told = stories(findings)
-    for story in told:
+    all_stories = stories(findings)
+    for story in all_stories:
         _add(table, story.finding, str(story.level))
         for consequence in story.consequences:
             table.add_row("", Text.assemble(("Follows: ", "dim"), consequence.verdict.sentence))
-    shown = {id(f) for story in told for f in (story.finding, *story.consequences)}
+    shown = {id(f) for story in all_stories for f in (story.finding, *story.consequences)}
     rest = [f for f in findings if id(f) not in shown]
     for finding in rest:
         if finding.verdict.level not in QUIET:

@@ -1,7 +1,7 @@
 """How many bytes a graph holds, how many are available, and so whether to keep the graph or rebuild it.
 
 The estimate is a measurement: graphs of a few examples are built and the distinct storages that they save are
-counted, at two sizes, so that what grows with the data is told from what does not.
+counted, at two sizes, so that what grows with the data is separated from what does not.
 """
 
 from __future__ import annotations

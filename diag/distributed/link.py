@@ -3,7 +3,7 @@
 It has process groups of its own (gloo, on the CPU), so that its messages never come between those of the training,
 and one group for each kind of message, so that all messages of a group have one size: ranks that send in different
 orders get wrong numbers, which the number in each message reveals, and never a crash of gloo. Whatever fails breaks
-the link, with the reason; then every message is lost and the training goes on.
+the link, with the reason; then every message is lost and the training continues.
 """
 
 from __future__ import annotations

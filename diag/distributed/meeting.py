@@ -1,8 +1,8 @@
 """Whether all ranks watch the same model: they meet once, through the store that torch.distributed began with.
 
 A rank that watches announces itself. Where all have done so within a short time, rank 0 says so and a link is
-made; else each goes on alone. No collective is entered before all are known to enter it, so that a script in which
-rank 0 alone watches does not hang.
+made; else each continues alone. No collective is entered before all are known to enter it, so that a script in
+which rank 0 alone watches does not hang.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Meeting:
     number: int
 
     def all_here(self, grace: float = GRACE) -> str:
-        """Wait for the others and for rank 0's word; "" where all watch, else why this rank goes on alone."""
+        """Wait for the others and for rank 0's word; "" where all watch, else why this rank continues alone."""
         if self.rank == 0:
             return self._decide(grace)
         word = f"word/{self.rank}/{self.number}"

@@ -151,7 +151,7 @@ class Cause(enum.StrEnum):
     MODE_COLLAPSE = "mode_collapse", Theme.NETWORK, "A generator or a policy gives the same output whatever its input."
 
     # Outcome
-    OVERFITTING = "overfitting", Theme.OUTCOME, "Training goes on improving and held-out data gets worse: the best step is past."
+    OVERFITTING = "overfitting", Theme.OUTCOME, "The training loss still falls and held-out data gets worse: the best step is past."
     UNDERFITTING = "underfitting", Theme.OUTCOME, "The network does not even fit its training data: it is too small or too constrained."
     WORSE_THAN_TRIVIAL = "worse_than_trivial", Theme.OUTCOME, "The result is no better than predicting the class frequencies or the mean."
     INPUT_IGNORED = "input_ignored", Theme.OUTCOME, "Predictions are as good without the input as with it."

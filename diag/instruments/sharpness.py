@@ -266,7 +266,7 @@ def _preconditions(plain: Measures, adaptive: Measures, rounding: float) -> tupl
         Precondition(
             "rises above rounding",
             abs(plain.worst_case) > rounding,
-            f"the largest rise found, {format_number(plain.worst_case)}, is to be above the rounding of the "
+            f"the largest rise found, {format_number(plain.worst_case)}, must be above the rounding of the "
             f"losses, {format_number(rounding, 2)}; give a larger rho.",
         ),
         Precondition(

@@ -180,7 +180,7 @@ class SoftmaxCollapse(Result):
 
     @classmethod
     def eta_to_collapse(cls, series: Sequence[tuple[int, Self]]) -> float:
-        """Steps until the median margin reaches b ln 2, if it goes on as over the last five snapshots.
+        """Steps until the median margin reaches b ln 2, if it continues as over the last five snapshots.
 
         0 where it is there already, infinity where it does not grow, NaN from a single snapshot.
         """
@@ -281,7 +281,7 @@ def softmax_collapse(
     logit_gradients (n, K): d loss_i / d logits_i by the loss that training uses, up to one factor per class.
     Without them the loss is taken to be F.cross_entropy in the logits' dtype, and nothing is said of the run's own.
     Margins are computed in float64 (nats). held_out_logits and held_out_labels add the accuracy on held-out data;
-    where it is within a fifth of that on the examples, what is fitted is learned, and collapse is no alarm.
+    where it is within a fifth of that on the examples, what is fitted is learned, and collapse is not an alarm.
 
     Settings: `alarm_at`, the share from which collapse is an alarm; `near_nats` and `near_residual`, the headroom
     and the zero-sum residual at which collapse counts as near (our choice, uncalibrated).

@@ -22,7 +22,7 @@ HELD_OUT_EXAMPLES = 256
 class LightningCallback(Callback):
     """Watches the fit into the folder `run`; `options` are those of `diag.watch`.
 
-    watcher: the watch while it goes on; afterwards `diag.load(run)` has the record.
+    watcher: the watch while it runs; afterwards `diag.load(run)` has the record.
     """
 
     def __init__(self, run: str | Path | None = None, **options: Any) -> None:

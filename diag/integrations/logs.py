@@ -199,17 +199,17 @@ def _column(rows: list[LoggedRow], names: tuple[str, ...]) -> str | None:
 
 def _history(rows: list[LoggedRow]) -> History | None:
     loss, rate = _column(rows, LOSS_NAMES), _column(rows, RATE_NAMES)
-    told = [(step, values) for step, values in rows if loss in values]
-    if not told:
+    logged = [(step, values) for step, values in rows if loss in values]
+    if not logged:
         return None
-    made = empty_history({}, len(told))
-    losses = numpy.array([values[loss] for _, values in told])  # type: ignore[index]
-    rates = numpy.array([values.get(rate, math.nan) if rate else math.nan for _, values in told])
+    made = empty_history({}, len(logged))
+    losses = numpy.array([values[loss] for _, values in logged])  # type: ignore[index]
+    rates = numpy.array([values.get(rate, math.nan) if rate else math.nan for _, values in logged])
     last = rows[-1][0]
-    thin = (THIN.format(len(told), last),) if len(told) < last else ()
+    thin = (THIN.format(len(logged), last),) if len(logged) < last else ()
     return dataclasses.replace(
         made,
-        steps=numpy.array([step for step, _ in told]),
+        steps=numpy.array([step for step, _ in logged]),
         loss=losses,
         loss_finite=numpy.isfinite(losses),
         learning_rate=rates,

@@ -91,7 +91,7 @@ class KrylovSpace:
     def settle(self) -> Tensor:
         """The bordered T, (m + 1, m + 1) float64 on the host; a breakdown that it shows is repaired first.
 
-        At a breakdown the basis spans an invariant subspace: the run goes on from a fresh random vector,
+        At a breakdown the basis spans an invariant subspace: the run continues from a fresh random vector,
         decoupled from the rest, which is how multiple eigenvalues come out with their multiplicity.
         """
         bordered = self.projected[: self.steps + 1, : self.steps + 1].cpu()

@@ -61,7 +61,7 @@ def file_of(path: Path, identity: Mapping[str, Any]) -> Path:
 
 
 def load_run(path: Path, identity: Mapping[str, Any], parts: Mapping[str, Stateful], device: torch.device) -> bool:
-    """Restores a run in place; False when there is no file. Raises CheckpointError when the file is not one
+    """Restore a run in place; False when there is no file. Raises CheckpointError when the file is not one
     of ours or belongs to a run that was asked for something else."""
     if not path.exists():
         return False

@@ -15,7 +15,7 @@ from diag.reporting.timeline import broken_steps
 from diag.run.run import Event
 from diag.snapshot.history import History
 
-# Events that are no reason for caution; "info" is shown in the method section, and a finding has its own card.
+# Events that give no reason for caution; "info" is shown in the method section, and a finding has its own card.
 ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe", "finding")
 MOST_EVENTS_LISTED = 8
 
@@ -103,9 +103,9 @@ def _range(steps: Any) -> str:
 
 def _of_events(events: Sequence[Event]) -> Caveats:
     """What happened, the repetitions of one kind and text together."""
-    told = [e for e in events if e.kind not in ROUTINE_EVENTS]
-    times = Counter((e.kind, e.text) for e in told)
-    first = {(e.kind, e.text): e.step for e in reversed(told)}
+    noted = [e for e in events if e.kind not in ROUTINE_EVENTS]
+    times = Counter((e.kind, e.text) for e in noted)
+    first = {(e.kind, e.text): e.step for e in reversed(noted)}
     for key, count in list(times.items())[:MOST_EVENTS_LISTED]:
         kind, text = key
         when = f"step {first[key]:,}" + (f" and {count_in_words(count - 1, 'more time')}" if count > 1 else "")

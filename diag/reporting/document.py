@@ -49,7 +49,7 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
     axis = axis_of(history, in_time, evidence.last_step)
     audits = audits_of(evidence)
     counts = {level: sum(a["level"] == level for a in audits) for level in SHOWN_LEVELS}
-    told = stories_of(evidence, audits)
+    stories = stories_of(evidence, audits)
     name = clean(title or evidence.title)
     made = {
         "format": "diag-report",
@@ -57,14 +57,14 @@ def document(source: Any, *, title: str = "", command: str = "", drawings: bool 
         "kind": evidence.kind,
         "title": name,
         "command": clean(command),
-        "verdict": verdict(counts, audits, told),
-        "state": run_state(evidence, audits, told),
+        "verdict": verdict(counts, audits, stories),
+        "state": run_state(evidence, audits, stories),
         "outcome": outcome(axis, evidence) if evidence.kind == "run" else None,
         "counts": counts,
         "facts": facts(evidence),
         "caveats": caveats(evidence, counts),
         "audits": audits,
-        "stories": told,
+        "stories": stories,
         "timeline": axis and timeline(axis, history, in_time, evidence.events, evidence.metrics),
         "layers": None if history is None else layer_map(axis, history, evidence.findings),
         "words": words_of(audits),
@@ -90,7 +90,7 @@ def audits_of(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def stories_of(evidence: Evidence, audits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What went wrong, in the order in which it is told: the check that names the cause, and those that follow."""
+    """What went wrong, in order: the check that names the cause, and those that follow."""
     ids = {audit["instrument"]: audit["id"] for audit in audits}
     return [
         {
@@ -144,11 +144,11 @@ def _link(made: dict[str, Any]) -> None:
 
 
 def verdict(
-    counts: Mapping[str, int], audits: Sequence[Mapping[str, Any]], told: Sequence[Mapping[str, Any]] = ()
+    counts: Mapping[str, int], audits: Sequence[Mapping[str, Any]], stories: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
     """The report in one sentence: how many checks need attention, and what the first story says."""
     could_judge = sum(counts[level] for level in ("alarm", "warning", "ok"))
-    first = told[0]["audit"] if told else None
+    first = stories[0]["audit"] if stories else None
     worst = next((a for a in audits if a["level"] in NEEDS_ATTENTION and first in (None, a["id"])), None)
     if worst is None:
         return {

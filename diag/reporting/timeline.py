@@ -212,7 +212,7 @@ def scale(usable: NDArray[numpy.float64]) -> dict[str, Any]:
     low, high = float(usable.min()), float(usable.max())
     positive = low > 0 and high / low > LOG_SPAN
     low, high = (math.log10(low), math.log10(high)) if positive else (low, high)
-    # A span of rounding size is no span.
+    # A span of the size of rounding is empty.
     span = high - low if high - low > 1e-6 * max(abs(low), abs(high)) else 0.0
     pad = 0.04 * span or 0.1 * abs(high) or 1.0
     low, high = low - pad, high + pad

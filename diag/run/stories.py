@@ -1,4 +1,4 @@
-"""One story, told once: a finding with the findings that follow from it.
+"""A story is a finding with the findings that follow from it, reported once.
 
 A learning rate that is too high makes the loss diverge, then units die, then gradients vanish. Four checks see it
 and the reader needs one sentence. Which finding can follow from which is said by the verdicts themselves
@@ -13,11 +13,11 @@ from typing import Generic, Protocol, TypeVar
 
 from diag.result import Confidence, Level, Verdict
 
-# A finding that follows from arithmetic needs no threshold, so it is told before one that rests on a calibration.
+# A finding that follows from arithmetic needs no threshold, so it comes before one that rests on a calibration.
 CERTAINTY = list(Confidence)
 
 
-class Told(Protocol):
+class Flagged(Protocol):
     """One item of a story: a verdict, and the steps that it was measured at."""
 
     @property
@@ -37,7 +37,7 @@ class Told(Protocol):
         """The name of the instrument that judged."""
 
 
-F = TypeVar("F", bound=Told)
+F = TypeVar("F", bound=Flagged)
 
 
 @dataclass(frozen=True)
@@ -59,47 +59,47 @@ def stories(findings: Iterable[F]) -> list[Story[F]]:
     A finding is a consequence of another where its verdict names the other's cause in `explained_by` and did not
     begin before it; chains are followed to their root, and of two that explain each other the first is the root.
     """
-    told = sorted((f for f in findings if f.verdict.level.is_finding), key=_order)
-    roots = {id(f): _root(f, told) for f in told}
+    flagged = sorted((f for f in findings if f.verdict.level.is_finding), key=_order)
+    roots = {id(f): _root(f, flagged) for f in flagged}
     made = [
-        Story(root, tuple(sorted((f for f in told if roots[id(f)] is root and f is not root), key=_began)))
-        for root in told
+        Story(root, tuple(sorted((f for f in flagged if roots[id(f)] is root and f is not root), key=_began)))
+        for root in flagged
         if roots[id(root)] is root
     ]
     return sorted(made, key=lambda story: (story.level.severity, *_order(story.finding)[1:]))
 
 
-def _root(finding: F, told: Sequence[F]) -> F:
+def _root(finding: F, flagged: Sequence[F]) -> F:
     """What it follows from in the end. Of findings that explain each other, and that nothing else explains, the
     first in order."""
-    before = {id(f): _before(f, told) for f in _before(finding, told)}
+    before = {id(f): _before(f, flagged) for f in _before(finding, flagged)}
     own = {key: {id(g) for g in all_of} for key, all_of in before.items()}
     ends = [f for f in before[id(finding)] if all(id(f) in own[id(g)] for g in before[id(f)])]
     return min(ends, key=_order)
 
 
-def _before(finding: F, told: Sequence[F]) -> list[F]:
+def _before(finding: F, flagged: Sequence[F]) -> list[F]:
     """The finding and all that it can follow from, directly or through others."""
     found = [finding]
     for f in found:  # grows while it is gone through
-        found += [g for g in told if explains(g, f) and not any(g is known for known in found)]
+        found += [g for g in flagged if explains(g, f) and not any(g is known for known in found)]
     return found
 
 
-def explains(cause: Told, finding: Told) -> bool:
+def explains(cause: Flagged, finding: Flagged) -> bool:
     """Whether `finding` can follow from `cause`: its verdict names it, and it did not begin before."""
     named = cause is not finding and cause.verdict.cause and cause.verdict.cause in finding.verdict.explained_by
     return bool(named) and _began(cause) <= _began(finding)
 
 
-def _began(finding: Told) -> int:
+def _began(finding: Flagged) -> int:
     """The step at which it began, as far as that is known: said by the verdict, seen in the course, or the
     first."""
     known = (finding.verdict.step, finding.began, finding.first_step)
     return next(step for step in known if step is not None)
 
 
-def _order(finding: Told) -> tuple[int, int, int, str]:
+def _order(finding: Flagged) -> tuple[int, int, int, str]:
     verdict = finding.verdict
     certainty = CERTAINTY.index(verdict.confidence)
     return verdict.level.severity, certainty, _began(finding), finding.instrument

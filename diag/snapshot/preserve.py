@@ -3,7 +3,7 @@
 Everything that measures enters `preserved(model)` first. Inside it the model is in evaluation mode, autocast and
 TF32 are off, hooks of others are silent and diag's own are paused; on the way out, also when an exception passes
 through, the modes, buffers, `requires_grad` flags, `.grad` fields, random states, backend flags and what the model
-keeps in Python are what they were. Dropping any one of these changes the training that goes on afterwards.
+keeps in Python are what they were. Dropping any one of these changes the training that follows.
 """
 
 from __future__ import annotations

@@ -40,12 +40,12 @@ class Append(NamedTuple):
 class Waiting:
     """The appends to one part of a run, in order; each is tried until it does not raise RunError.
 
-    part: what is appended, for the sentences ("steps", "results"). told: takes (step, sentence) once all that could
-    wait has been written.
+    part: what is appended, for the sentences ("steps", "results"). report: takes (step, sentence) once
+    all that had to wait has been written.
     """
 
-    def __init__(self, part: str, told: Callable[[int, str], None]) -> None:
-        self._part, self._told = part, told
+    def __init__(self, part: str, report: Callable[[int, str], None]) -> None:
+        self._part, self._report = part, report
         self._queue: deque[Append] = deque()
         self._size, self._tried = 0, 0.0
         self._first = self._last = 0
@@ -81,7 +81,7 @@ class Waiting:
             return False
         if self._reason:
             sentence, self._reason, self._lost = self.sentence(), "", 0
-            self._told(self._last, sentence)
+            self._report(self._last, sentence)
         return True
 
     def sentence(self) -> str:

@@ -99,7 +99,7 @@ def initial_loss(
                 abs(mean - own) <= AGREES * max(abs(mean), 1.0),
                 "the loss is not the cross-entropy of the logits.",
             ),
-            Precondition("a mean", _is_mean(loop), "the recorded loss is not the mean of one an example."),
+            Precondition("a mean", _is_mean(loop), "the recorded loss is not a mean over the examples."),
             Precondition("from the start", began, "the record does not begin with the training."),
         ),
     )

@@ -1,4 +1,4 @@
-"""Generalisation: whether training goes on improving while data that is not trained on gets worse.
+"""Generalisation: whether the training loss still falls while data that is not trained on gets worse.
 
 A rising loss on held-out data alone says little about a classifier: it grows ever more sure of what it gets right
 and wrong. So the share of right answers decides where there are classes, and the loss elsewhere.

@@ -110,10 +110,10 @@ def github(made: Mapping[str, Any]) -> str:
     rows = [(row["counts_as"], row["title"], " ".join(filter(None, [row["sentence"], _try(row)])), row["outcome"])
             for row in made["checks"]]  # fmt: skip
     rows += [(row["level"], f"limit on {row['name']}", row["sentence"], row["outcome"]) for row in made["limits"]]
-    told = [(level, title, text) for level, title, text, outcome in rows if outcome in ("failed", "tolerated")]
+    reported = [(level, title, text) for level, title, text, outcome in rows if outcome in ("failed", "tolerated")]
     return "".join(
         f"::{GITHUB_LEVELS[level]} title={_property(f'diag: {title}')}::{_data(text)}\n"
-        for level, title, text in told
+        for level, title, text in reported
     )
 
 

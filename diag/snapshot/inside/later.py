@@ -74,6 +74,6 @@ def _sequences(value: Any) -> Iterator[Tensor]:
 
 
 def _mixed(tokens: Tensor) -> Tensor:
-    """Each row goes on as the next one does, from its middle on."""
+    """Each row takes its second half from the next one."""
     half = tokens.shape[1] // 2
     return torch.cat([tokens[:, :half], tokens.roll(1, 0)[:, half:]], 1)

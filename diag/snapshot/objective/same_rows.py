@@ -19,7 +19,7 @@ SAME_ROW_WITHIN = 1e-3
 
 def matching_rows(wanted: Tensor, outputs: Tensor, changed: bool = False) -> Tensor | None:
     """For each row of `wanted` (R, K) the number of the row of `outputs` (..., K) it came from, (R,); None where
-    that cannot be told. changed: whether rows may have been shifted, scaled or normalised on the way.
+    that is not known. changed: whether rows may have been shifted, scaled or normalised on the way.
     """
     rows = outputs.reshape(-1, outputs.shape[-1])
     numbers = torch.arange(len(rows), device=rows.device).view(outputs.shape[:-1])

@@ -240,7 +240,7 @@ class Cell(Kept):
 
 
 class Plain(Kept):
-    """An object whose contents are no objects: bytes, numbers, the state of a generator of random numbers."""
+    """An object that refers to no others: bytes, numbers, the state of a random number generator."""
 
     def same(self) -> bool:
         return bool(self.read() == self.saved)

@@ -1,4 +1,4 @@
-"""Checks that need nothing but the record of the steps and the facts of the loop, judged while training goes on.
+"""Checks that need nothing but the record of the steps and the facts of the loop, judged during training.
 
 They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
 measurements: they are judged at the floor (steps 1, 2, 3, 10, 30, 100, ... and the last), at once when something

@@ -267,7 +267,7 @@ class MeasurementRunner(Guarded):
     @guarded("measurements")
     def _record_losses(self, row: Row, step: int, in_step: bool) -> None:
         if not in_step:
-            self._windows.drop(step, "the loop goes on before the step is seen to be over")
+            self._windows.drop(step, "the loop went on before the step was seen to be over")
             return
         if bool(row.skipped):
             return  # a GradScaler left the update out: nothing moved
@@ -290,7 +290,7 @@ class MeasurementRunner(Guarded):
         if not self._ready_without_a_step():
             return
         self._schedule.earn(self.clock.elapsed())
-        # A short run earns little, and a run without a number helps nobody.
+        # The budget of a short run is small, and a run without any number is of no use.
         end = time.perf_counter() + max(self._schedule.left, 0.0) + SPARE
         if self._measurements.floor.is_new(self._step):
             self._look(self._step, end - time.perf_counter(), last=True)

@@ -206,7 +206,7 @@ class Learner:
                 return targets, True
         return None, False
 
-    # What is made of a step
+    # What follows from a step
 
     def _settle_on(self, staged: list[Staged], passes: list[Pass]) -> None:
         found = [s.found for s in staged]

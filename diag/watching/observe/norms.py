@@ -2,7 +2,7 @@
 
 On the CPU the arithmetic is right to about 1e-6 at any size: a float32 `vector_norm` is off by 4e-4 at ten
 million entries, sums over blocks are not. Where the squares leave the range of float32 the numbers are scaled
-first. On another device the norms stay there until somebody has time to read them (see `rows`).
+first. On another device the norms stay there until they are read (see `rows`).
 """
 
 from __future__ import annotations

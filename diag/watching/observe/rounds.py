@@ -45,7 +45,7 @@ class Rounds:
         self._count += 1
 
     def gone_on(self) -> None:
-        """The training has gone on, by a call of the model or a backward pass: what was handed over is over."""
+        """A call of the model or a backward pass has followed, which ends the round that was handed over."""
         if self._closed:
             self._remember(self._closed)
             self._closed = set()

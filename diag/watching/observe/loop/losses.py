@@ -20,7 +20,7 @@ from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES, LossFacts
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
 
-MOST_KINDS_OF_CALLS = 16  # kinds of calls that are told apart
+MOST_KINDS_OF_CALLS = 16  # kinds of calls that are distinguished
 CALLS_CHECKED = 3  # calls whose numbers are looked at
 ROOTS = 8
 ROWS_CHECKED = 64

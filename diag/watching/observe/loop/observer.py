@@ -48,7 +48,7 @@ def processes() -> int:
 
 
 class LoopObserver:
-    """Follows one model's training loop. `resumed`: the last step of the run that is gone on with, else 0;
+    """Follows one model's training loop. `resumed`: the last step of the run that is continued, else 0;
     `rates`: the first and the last learning rate of that run."""
 
     def __init__(self, model: nn.Module, resumed: int = 0, rates: tuple[float, ...] = ()) -> None:

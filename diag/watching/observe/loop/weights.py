@@ -20,7 +20,7 @@ from diag.watching.observe.loop.zeroing import spread
 
 SOME = 4  # parameters that are read
 NUMBERS_OF_EACH = 4  # of each
-CHANGES_KEPT = 8  # changes that are told
+CHANGES_KEPT = 8  # changes that are reported
 PAST = 512  # earlier states that are remembered, to tell where weights were set back to
 
 

@@ -16,10 +16,10 @@ from diag.snapshot.history import CELLS, History, parts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import ParameterFacts
 
-STEPS = 3  # measured in a row
-ROUNDING = 1e-6
+STEPS_IN_A_ROW = 3  # measured in a row
+ROUNDING_OF_NORM = 1e-6
 CONVERGED = 1e-2  # of the usual gradient: below it a step may well round to nothing
-HALVES = ("float16", "bfloat16")
+HALF_PRECISION_TYPES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,13 +51,18 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         name = history.layers[column]
         p = facts.get(name)
         seen = numpy.flatnonzero(numpy.isfinite(update) & (gradient > 0))
-        if len(seen) and gradient[seen[-STEPS:]].max() < CONVERGED * numpy.median(gradient[seen]):
+        if len(seen) and gradient[seen[-STEPS_IN_A_ROW:]].max() < CONVERGED * numpy.median(gradient[seen]):
             continue
-        if p is None or not p.optimizers or len(seen) < STEPS or (update[seen[-STEPS:]] != 0).any():
+        if (
+            p is None
+            or not p.optimizers
+            or len(seen) < STEPS_IN_A_ROW
+            or (update[seen[-STEPS_IN_A_ROW:]] != 0).any()
+        ):
             continue
-        last = rows[seen[-STEPS:]]
+        last = rows[seen[-STEPS_IN_A_ROW:]]
         rate = p.rate or numpy.nan_to_num(history.learning_rate[last]).max()
-        if p.dtype not in HALVES and p.rate != 0 and _rounds(history, last, column, rate):
+        if p.dtype not in HALF_PRECISION_TYPES and p.rate != 0 and _rounds(history, last, column, rate):
             continue
         moved = numpy.flatnonzero(update[seen] != 0)
         since = int(history.steps[rows[seen[moved[-1] + 1 if len(moved) else 0]]])
@@ -71,7 +76,7 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
 def _cause(p: ParameterFacts, moved: bool, came_down: bool) -> Cause:
     if p.rate is not None and p.rate == 0 and (moved or not came_down):
         return Cause.SCHEDULE_ENDED_EARLY if moved else Cause.LEARNING_RATE_ZERO
-    return Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALVES else Cause.WEIGHTS_UNCHANGED
+    return Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALF_PRECISION_TYPES else Cause.WEIGHTS_UNCHANGED
 
 
 def _came_down(history: History, loop: Loop) -> bool:
@@ -101,12 +106,12 @@ def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
     """Whether the learning rate times the gradient is below what float32 keeps of the parameter: a bias in front
     of a normalisation has such a gradient, made of rounding."""
     step, size = rate * history.gradient_norm[last, column], history.parameter_norm[last, column]
-    return bool((step <= ROUNDING * numpy.nan_to_num(size)).all())
+    return bool((step <= ROUNDING_OF_NORM * numpy.nan_to_num(size)).all())
 
 
 def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> LoopFinding:
     what = "No parameter was" if everything else f"{named(names)} were not"
-    why, advice = WHY[cause]
+    why, advice = WHY_NOTHING_MOVES[cause]
     return LoopFinding(
         Level.ALARM,
         cause,
@@ -119,7 +124,7 @@ def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop:
     )
 
 
-WHY = {
+WHY_NOTHING_MOVES = {
     Cause.UPDATES_ROUND_TO_NOTHING: (
         "the updates are smaller than the spacing of its half-precision numbers",
         "Keep the weights in float32 (autocast computes in half precision), or use stochastic rounding.",

@@ -23,8 +23,8 @@ from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic: the loss of K equally likely classes is log K"
-TIMES, ABOVE = 2.0, 1.0
-AGREES = 1e-2
+TIMES_GUESSING, NATS_ABOVE_GUESSING = 2.0, 1.0
+SAME_LOSS_WITHIN = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +39,7 @@ class InitialLoss(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
-        limit = max(self.setting("times") * self.even, self.even + ABOVE)
+        limit = max(self.setting("times") * self.even, self.even + NATS_ABOVE_GUESSING)
         verdict = graded(SOURCE, self.first, limit)
         if self.first <= limit:
             return verdict(
@@ -75,7 +75,7 @@ def initial_loss(
     losses: Tensor,
     loop: Loop | None = None,
     *,
-    times: float = TIMES,
+    times: float = TIMES_GUESSING,
 ) -> InitialLoss:
     """Whether the first loss is that of a network which knows nothing.
 
@@ -96,7 +96,7 @@ def initial_loss(
         preconditions=(
             Precondition(
                 "cross-entropy",
-                abs(mean - own) <= AGREES * max(abs(mean), 1.0),
+                abs(mean - own) <= SAME_LOSS_WITHIN * max(abs(mean), 1.0),
                 "the loss is not the cross-entropy of the logits.",
             ),
             Precondition("a mean", _is_mean(loop), "the recorded loss is not a mean over the examples."),

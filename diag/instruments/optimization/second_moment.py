@@ -29,8 +29,8 @@ STALE = 5.0
 # stretch of them counts.
 STAYED = 2.0
 BEFORE, AFTER, LONGER = 20, 5, 20  # steps
-CANDIDATE, MOST = 2.0, 64  # ratios that are looked at more closely, and how many of them
-ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam")
+CANDIDATE, MOST_CANDIDATES = 2.0, 64  # ratios that are looked at more closely, and how many of them
+WITH_SECOND_MOMENT = ("Adam", "AdamW", "NAdam", "RAdam")
 EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.DATA_NOT_FINITE, Cause.BATCHES_POISONED, Cause.GRADIENTS_NOT_ZEROED,
     Cause.NOT_FINITE, Cause.LOSS_ASCENDED, Cause.INPUTS_NOT_NORMALIZED, Cause.WARMUP_MISSING,
@@ -116,7 +116,7 @@ def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
 def _beta2(history: History) -> float | None:
     about = history.optimizer
     betas = about.get("betas")
-    return float(betas[1]) if about.get("kind") in ADAPTIVE and betas else None
+    return float(betas[1]) if about.get("kind") in WITH_SECOND_MOMENT and betas else None
 
 
 def _applied(history: History) -> NDArray[numpy.float64]:
@@ -157,7 +157,7 @@ def _largest(
     size = numpy.asarray(median(gradients, axis=1)) if gradients.size else numpy.zeros(len(ratios))
     inside = numpy.arange(BEFORE, len(ratios) - LONGER + 1)
     candidates = inside[numpy.nan_to_num(ratios[inside]) > CANDIDATE]
-    for i in candidates[numpy.argsort(-ratios[candidates])][:MOST]:
+    for i in candidates[numpy.argsort(-ratios[candidates])][:MOST_CANDIDATES]:
         after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
         later = float(median(size[i + AFTER : i + LONGER]))
         harmed = not median(losses[i : i + LONGER]) <= median(losses[i - BEFORE : i])  # or not known

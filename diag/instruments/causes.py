@@ -101,6 +101,7 @@ class Cause(enum.StrEnum):
     TARGETS_CAST = "targets_cast", Theme.LOSS, "Targets lose their values in a conversion: truncated to integers, or rounded."
     LOSS_ASCENDED = "loss_ascended", Theme.LOSS, "Training goes up the loss: a sign is wrong."
     LOSS_TERM_DOMINATES = "loss_term_dominates", Theme.LOSS, "One term of the loss outweighs the others so far that they do not count."
+    OUTPUT_RANGE = "output_range", Theme.LOSS, "The function after the last layer keeps the outputs in a range in which the targets do not lie."
     INITIAL_LOSS_HIGH = "initial_loss_high", Theme.LOSS, "The first loss is far above that of guessing evenly: the network starts sure and wrong."
 
     # Data
@@ -108,6 +109,7 @@ class Cause(enum.StrEnum):
     LABELS_WRONG = "labels_wrong", Theme.DATA, "A part of the labels is wrong."
     CLASSES_SORTED = "classes_sorted", Theme.DATA, "Batches hold one or few classes each: the data is sorted and not shuffled."
     CLASS_MISSING = "class_missing", Theme.DATA, "A class that the network can output never occurs in training."
+    TARGETS_ALL_EQUAL = "targets_all_equal", Theme.DATA, "All examples have the same target."
     CLASS_IMBALANCE = "class_imbalance", Theme.DATA, "Classes differ in number so much that the rare ones are not learned."
     INPUTS_NOT_NORMALIZED = "inputs_not_normalized", Theme.DATA, "Inputs are far from zero mean and unit scale, or features differ in scale by orders of magnitude."
     INPUTS_TOO_SMALL = "inputs_too_small", Theme.DATA, "Inputs hardly vary: normalised twice, or divided once too often."

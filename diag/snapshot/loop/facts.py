@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diag.errors import MissingQuantity
+from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.parts import (
     BatchFacts,
     ChanceFacts,
@@ -74,6 +75,7 @@ class Loop:
     roots: RootFacts = field(default_factory=RootFacts)
     wrapper: WrapperFacts = field(default_factory=WrapperFacts)
     targets: TargetFacts = field(default_factory=TargetFacts)
+    asked: tuple[AskedFacts, ...] = ()
     scaling: ScalingFacts = field(default_factory=ScalingFacts)
     clipping: ClippingFacts = field(default_factory=ClippingFacts)
     outside: tuple[OutsideChange, ...] = ()

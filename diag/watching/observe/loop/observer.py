@@ -15,6 +15,7 @@ from diag.snapshot.loop.parts import RootFacts, WrapperFacts
 from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
+from diag.watching.observe.loop.data.asked import Asked
 from diag.watching.observe.loop.data.contents import Contents
 from diag.watching.observe.loop.data.drawn import NONE, Drawn
 from diag.watching.observe.loop.data.evaluated import EvaluatedData
@@ -66,6 +67,7 @@ class LoopObserver:
         self._contents, self._drawn = Contents(self.moment), Drawn(self.moment)
         self._chance = Chance(model, self.moment)
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
+        self._asked = Asked(self.moment)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)
@@ -123,6 +125,7 @@ class LoopObserver:
             self._optimizers.adversarial = True
         self._modes.training_call(args, kwargs)
         self._targets.training_call(args, kwargs)
+        self._asked.training_call(args, kwargs)
         self._contents.training_call(args, kwargs, places)
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
@@ -158,6 +161,7 @@ class LoopObserver:
         self._losses.called(function, args, kwargs, value)
         self.evaluated_data.loss_called(args, kwargs)
         self._targets.loss_called(function.__name__, args, kwargs)
+        self._asked.loss_called(function.__name__, args, kwargs)
         self._penalty.loss_called(value)
         self._batches.targets(args[1] if len(args) > 1 else kwargs.get("target"))
 
@@ -297,6 +301,7 @@ class LoopObserver:
         """A DataLoader gave a batch."""
         self._order.add("D")
         self._contents.fetched(batch)
+        self._asked.fetched(batch)
         self.evaluated_data.fetched(batch)
         self._chance.fetched(batch)
         self._batches.fetched = True
@@ -331,6 +336,7 @@ class LoopObserver:
             losses=self._losses.facts(),
             wrapper=WrapperFacts(self._wrapper, self._wrapped, processes()),
             targets=self._targets.facts(),
+            asked=self._asked.facts(),
             contents=self._contents.facts(),
             drawn=self._drawn.facts(),
             roots=RootFacts(self._losses.roots.looked, self._losses.roots.undivided),

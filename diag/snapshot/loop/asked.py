@@ -1,0 +1,50 @@
+"""What a loss function is asked to bring together, as plain data: the targets' numbers, the outputs' range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AskedFacts:
+    """The calls of one loss function of torch that were looked at.
+
+    function, its reduction; looked: calls; first_step: of the first; targets: how many numbers were counted in all.
+    low, high, mean: of these targets; binary: they are all zero or one. constant_loss: the mean loss of the best
+    answer that is the same for every example (the class frequencies for classes, the share of ones for binary
+    targets, the mean of each output for squared errors, the median for absolute ones; of these targets), and its
+    standard error; NaN where that is not known. weighted: classes are weighted, smoothed, or the loss is a sum.
+    activation: the function that made the outputs ("relu", "tanh", "clamp", "" for none that bounds them), with
+    the range in which it holds them; outside: the share of targets beyond this range by more than a hundredth of
+    the targets' own.
+    copied: the feature of the input, by its place in the flattened example, of which the target is an affine
+    function on all rows of `copied_looks` calls; -1 where there is none. rows: of these calls; features: of the
+    input. outputs_a_row: numbers that the loss function gets of each example (classes, where there is one label).
+    from_data: where a DataLoader gave a batch before these calls, the targets were a tensor of it.
+    one_a_row: every example had one target."""
+
+    function: str
+    reduction: str = ""
+    looked: int = 0
+    first_step: int = 0
+    targets: int = 0
+    classes: int = 0
+    low: float = math.nan
+    high: float = math.nan
+    mean: float = math.nan
+    binary: bool = False
+    constant_loss: float = math.nan
+    constant_error: float = math.nan
+    weighted: bool = False
+    activation: str = ""
+    lower: float = -math.inf
+    upper: float = math.inf
+    outside: float = 0.0
+    copied: int = -1
+    copied_looks: int = 0
+    rows: int = 0
+    features: int = 0
+    outputs_a_row: int = 0
+    from_data: bool = False
+    one_a_row: bool = False

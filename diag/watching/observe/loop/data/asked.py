@@ -1,0 +1,264 @@
+"""What a loss function is asked to bring together: the numbers of the targets, the range of the outputs, and
+whether a feature of the inputs already holds the targets.
+
+A few calls of each loss function are looked at. What is on a device is kept there and read when the facts are asked
+for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.asked import AskedFacts
+from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES
+from diag.snapshot.objective.comparison import IGNORED_LABEL
+from diag.watching.observe.loop.moment import Moment, due
+
+LOOKS, KINDS = 6, 8  # calls of a function that are looked at, then ever fewer; and functions
+NUMBERS, FEATURES = 1 << 14, 1 << 12  # of a call that are read; and of an example
+ROWS, EQUAL = 8, 1e-6  # rows at least; and how far from one a correlation may be to be told from none
+OF_NUMBERS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+OF_BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
+RANGES = {
+    "Relu": ("relu", 0.0, math.inf),
+    "Tanh": ("tanh", -1.0, 1.0),
+    "Sigmoid": ("sigmoid", 0.0, 1.0),
+    "Softmax": ("softmax", 0.0, 1.0),
+    "Softplus": ("softplus", 0.0, math.inf),
+}
+
+
+@dataclass
+class _Kind:
+    """Calls of one function so far."""
+
+    function: str
+    reduction: str
+    first_step: int
+    calls: int = 0
+    looked: int = 0
+    weighted: bool = False
+    ignored: int = IGNORED_LABEL
+    activation: tuple[str, float, float] = ("", -math.inf, math.inf)
+    numbers: list[Tensor] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)
+    outputs: int = 0
+    one_a_row: bool = True
+    given: int = 0  # calls before which a DataLoader gave a batch
+    from_data: int = 0  # of these, those whose targets were in it
+    copied: set[int] | None = None
+    copied_looks: int = 0
+    rows: int = 0
+    features: int = 0
+
+
+class Asked:
+    """Follows the loss functions of training and the inputs before them."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._kinds: dict[str, _Kind] = {}
+        self._inputs: Tensor | None = None
+        self._calls = 0
+        self._batch: list[Tensor] = []
+        self._waiting: list[tuple[_Kind, Tensor, Tensor | None]] = []
+
+    def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """The model was called in training."""
+        self._calls += 1
+        self._inputs = None
+        if self._calls <= LOOKS or due(self._calls):
+            floating = (t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point() and t.ndim > 1)
+            self._inputs = next(floating, None)
+
+    def fetched(self, batch: Any) -> None:
+        """A DataLoader gave a batch."""
+        self._batch = list(tensors_in(batch))[:8] if self._calls < LOOKS or due(self._calls + 1) else []
+
+    def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A loss function of torch returned a value that has a graph."""
+        target = args[1] if len(args) > 1 else kwargs.get("target")
+        given = args[0] if args else kwargs.get("input")
+        if name not in (*OF_NUMBERS, *OF_BINARY, *OF_LOG_PROBABILITIES):
+            return
+        kind = self._kinds.get(name)
+        if kind is None:
+            if len(self._kinds) >= KINDS:
+                return
+            kind = self._kinds[name] = _Kind(name, str(kwargs.get("reduction", "mean")), self._moment.step)
+        kind.calls += 1
+        if (kind.calls <= LOOKS or due(kind.calls)) and isinstance(target, Tensor) and isinstance(given, Tensor):
+            self._look(kind, given, target.detach(), kwargs)
+
+    def _look(self, kind: _Kind, given: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> None:
+        kind.weighted |= any(kwargs.get(k) is not None for k in ("weight", "pos_weight"))
+        kind.weighted |= bool(kwargs.get("label_smoothing"))
+        ignored = kwargs.get("ignore_index")
+        kind.ignored = ignored if isinstance(ignored, int) else kind.ignored
+        kind.activation = bounded_by(given) if kind.looked == 0 or kind.activation[0] else kind.activation
+        axis = 1 if kind.function in OF_LOG_PROBABILITIES and given.ndim > 1 else -1
+        kind.outputs = given.shape[axis] if given.ndim else 0
+        kind.given += bool(self._batch)
+        kind.from_data += any(same_numbers(t, target) for t in self._batch)
+        rows = len(target) if target.ndim else 0
+        kind.one_a_row &= rows == target.numel() and (self._inputs is None or len(self._inputs) == rows)
+        inputs, self._inputs = self._inputs, None
+        fits = inputs is not None and len(inputs) == rows == target.numel() >= ROWS
+        self._batch = []
+        small = fits and inputs is not None and inputs.numel() <= rows * FEATURES
+        inputs = inputs.detach().reshape(rows, -1) if small and inputs is not None else None
+        target = target.reshape(rows, -1)[: max(NUMBERS // max(target.numel() // max(rows, 1), 1), 2)]
+        if target.is_cpu:
+            self._note(kind, target, inputs)
+        elif len(self._waiting) < 4 * LOOKS:
+            self._waiting.append((kind, target.clone(), None if inputs is None else inputs.clone()))
+
+    def _note(self, kind: _Kind, target: Tensor, inputs: Tensor | None) -> None:
+        kind.looked += 1
+        if target.is_floating_point():
+            kind.numbers.append(target.double())
+        else:
+            values, counts = target[target != kind.ignored].unique(return_counts=True)
+            for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+                kind.counts[value] = kind.counts.get(value, 0) + count
+        if inputs is not None and len(inputs) == len(target):
+            found = set(copies(inputs.double(), target.reshape(-1)).tolist())
+            kind.copied = found if kind.copied is None else kind.copied & found
+            kind.copied_looks, kind.rows = kind.copied_looks + 1, kind.rows + len(inputs)
+            kind.features = inputs.shape[1]
+        self._moment.news(("asked", kind.function, kind.looked))
+
+    def facts(self) -> tuple[AskedFacts, ...]:
+        """Each function's as plain data; what is on a device is read now."""
+        waiting, self._waiting = self._waiting, []
+        for kind, target, inputs in waiting:
+            self._note(kind, target.cpu(), None if inputs is None else inputs.cpu())
+        return tuple(_facts(k) for k in self._kinds.values() if k.looked)
+
+
+def same_numbers(given: Tensor, target: Tensor) -> bool:
+    """Whether the two hold the same numbers, on the host; elsewhere whether they have as many."""
+    if given.numel() != target.numel():
+        return False
+    on_host = given.is_cpu and target.is_cpu
+    return not on_host or bool((given.reshape(-1) == target.reshape(-1)).all())
+
+
+def bounded_by(given: Tensor) -> tuple[str, float, float]:
+    """The function that made the tensor, if it holds it within a range, and the range."""
+    for node in first_arguments(given.grad_fn, 8):
+        name = kind_of(node)
+        if name in RANGES:
+            return RANGES[name]
+        if name in ("Clamp", "Hardtanh"):
+            ends = [
+                getattr(node, f"_saved_{end}{'_val' if name == 'Hardtanh' else ''}", None) for end in ("min", "max")
+            ]
+            low, high = (float(e) if isinstance(e, (int, float)) else None for e in ends)
+            made = bounded_by_parent(node)
+            return (made or "clamp", -math.inf if low is None else low, math.inf if high is None else high)
+        if name not in PASSING_ON:
+            break
+    return "", -math.inf, math.inf
+
+
+def bounded_by_parent(node: Any) -> str:
+    """The name of what bounds the argument of a node already, as a sigmoid before a clamp; "" for nothing."""
+    chain = list(first_arguments(node, 8))[1:]
+    for before in chain:
+        name = kind_of(before)
+        if name in RANGES:
+            return RANGES[name][0]
+        if name not in PASSING_ON:
+            return ""
+    return ""
+
+
+def copies(inputs: Tensor, target: Tensor) -> Tensor:
+    """The features (columns) of the inputs (n, d) of which the targets (n,) are an affine function: for class
+    numbers, of which one class against the others is."""
+    none = torch.zeros(0, dtype=torch.int64)
+    if target.is_floating_point():
+        wanted = target.double().unsqueeze(1)
+    else:
+        classes = target.unique()
+        if not 2 <= len(classes) <= 64:
+            return none
+        wanted = torch.cat([(target[:, None] == classes).double(), target.double().unsqueeze(1)], 1)
+    x, y = inputs - inputs.mean(0), wanted - wanted.mean(0)
+    enough = (y != 0).any(0)
+    x_size, y_size = x.norm(dim=0), y.norm(dim=0)
+    varies = x_size > 1e-6 * inputs.norm(dim=0)
+    products = (x.T @ y).abs() / (x_size[:, None] * y_size).clamp_min(1e-300)
+    found = ((products >= 1 - EQUAL) & varies[:, None] & enough).any(1)
+    return found.nonzero().flatten() if bool(inputs.isfinite().all()) else none
+
+
+def _facts(k: _Kind) -> AskedFacts:
+    numbers = torch.cat([n.reshape(-1) for n in k.numbers]) if k.numbers else torch.zeros(0, dtype=torch.float64)
+    binary = len(numbers) > 0 and bool(((numbers == 0) | (numbers == 1)).all())
+    low, high = (float(numbers.min()), float(numbers.max())) if len(numbers) else (math.nan, math.nan)
+    loss, error = _constant_loss(k, numbers, binary)
+    name, lower, upper = k.activation
+    slack = 0.01 * (high - low) if len(numbers) else 0.0
+    beyond = (numbers < lower - slack) | (numbers > upper + slack)
+    return AskedFacts(
+        function=k.function,
+        reduction=k.reduction,
+        looked=k.looked,
+        first_step=k.first_step,
+        targets=len(numbers) + sum(k.counts.values()),
+        classes=len(k.counts),
+        low=low,
+        high=high,
+        mean=float(numbers.mean()) if len(numbers) else math.nan,
+        binary=binary,
+        constant_loss=loss,
+        constant_error=error,
+        weighted=k.weighted or k.reduction != "mean",
+        activation=name,
+        lower=lower,
+        upper=upper,
+        outside=float(beyond.double().mean()) if len(numbers) else 0.0,
+        copied=min(k.copied) if k.copied else -1,
+        copied_looks=k.copied_looks if k.copied else 0,
+        rows=k.rows,
+        features=k.features,
+        outputs_a_row=k.outputs,
+        one_a_row=k.one_a_row,
+        from_data=0 < k.given == k.from_data,
+    )
+
+
+def _constant_loss(k: _Kind, numbers: Tensor, binary: bool) -> tuple[float, float]:
+    """The mean loss of the best constant answer and its standard error, from the targets that were read."""
+    if k.function in OF_LOG_PROBABILITIES and k.counts:
+        shares = torch.tensor(list(k.counts.values())).double()
+        return _entropy(shares / shares.sum(), float(shares.sum()))
+    if k.function in OF_BINARY and binary:
+        ones = float(numbers.mean())
+        return _entropy(torch.tensor([ones, 1 - ones]).double(), len(numbers))
+    if k.function == "l1_loss" and numbers.numel() == sum(len(n) for n in k.numbers) > 8:
+        away = (numbers - numbers.median()).abs()
+        return float(away.mean()), float(away.std() / len(away) ** 0.5)
+    if k.function == "mse_loss" and k.numbers and len({n.shape[1:] for n in k.numbers}) == 1:
+        rows = torch.cat(k.numbers)
+        if len(rows) > 8:
+            each = (rows - rows.mean(0)).square().mean(1) * len(rows) / (len(rows) - 1)
+            return float(each.mean()), float(each.std() / len(rows) ** 0.5)
+    return math.nan, math.nan
+
+
+def _entropy(shares: Tensor, count: float) -> tuple[float, float]:
+    shares = shares[shares > 0]
+    logs = -shares.log()
+    mean = float((shares * logs).sum())
+    return mean, float(((shares * logs.square()).sum() - mean**2).clamp_min(0).sqrt()) / count**0.5

@@ -45,6 +45,7 @@ from diag.instruments.data.class_counts import ClassCounts as ClassCounts
 from diag.instruments.data.classes_mixed import ClassesMixed as ClassesMixed
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
+from diag.instruments.outcome.constant_answer import ConstantAnswer as ConstantAnswer
 from diag.instruments.network.dead_units import DeadUnits as DeadUnits
 from diag.instruments.denoising import Denoising as Denoising
 from diag.instruments.depth_use import DepthUse as DepthUse
@@ -89,6 +90,7 @@ from diag.instruments.trial.one_batch import OneBatch as OneBatch
 from diag.instruments.opposing_signals.instrument import OpposingSignals as OpposingSignals
 from diag.instruments.loop.optimizer_kept import OptimizerKept as OptimizerKept
 from diag.instruments.network.output_constant import OutputConstant as OutputConstant
+from diag.instruments.loss.output_range import OutputRange as OutputRange
 from diag.instruments.loop.outside_changes import OutsideChanges as OutsideChanges
 from diag.instruments.loop.parameters_held import ParametersHeld as ParametersHeld
 from diag.instruments.quantization import Quantization as Quantization
@@ -111,6 +113,7 @@ from diag.instruments.loop.step_order import StepOrder as StepOrder
 from diag.instruments.optimization.step_size import StepSize as StepSize
 from diag.instruments.symmetry_groups import SymmetryGroups as SymmetryGroups
 from diag.instruments.data.target_scale import TargetScale as TargetScale
+from diag.instruments.data.target_values import TargetValues as TargetValues
 from diag.instruments.loss.token_targets import TokenTargets as TokenTargets
 from diag.instruments.outcome.trivial import TrivialPredictor as TrivialPredictor
 from diag.instruments.trust_radius import TrustRadius as TrustRadius
@@ -165,6 +168,10 @@ def clipping_order(loop: Any) -> ClippingOrder: ...
 def collapse_by_layer(snapshot: Snapshot, /, *, layer_outputs: Any = ..., labels: Any = ..., held_out_layer_outputs: Any = ..., held_out_labels: Any = ..., separated: float = ...) -> CollapseByLayer: ...
 @overload
 def collapse_by_layer(layer_outputs: Any, labels: Any, held_out_layer_outputs: Any = None, held_out_labels: Any = None, *, separated: float = ...) -> CollapseByLayer: ...
+@overload
+def constant_answer(snapshot: Snapshot, /, *, history: Any = ..., loop: Any = ...) -> ConstantAnswer: ...
+@overload
+def constant_answer(history: Any, loop: Any) -> ConstantAnswer: ...
 @overload
 def dead_units(snapshot: Snapshot, /, *, activations: Any = ..., alarm_at: float = ...) -> DeadUnits: ...
 @overload
@@ -342,6 +349,10 @@ def output_constant(snapshot: Snapshot, /, *, activations: Any = ..., alarm_belo
 @overload
 def output_constant(activations: Any, *, alarm_below: float = ...) -> OutputConstant: ...
 @overload
+def output_range(snapshot: Snapshot, /, *, loop: Any = ...) -> OutputRange: ...
+@overload
+def output_range(loop: Any) -> OutputRange: ...
+@overload
 def outside_changes(snapshot: Snapshot, /, *, loop: Any = ...) -> OutsideChanges: ...
 @overload
 def outside_changes(loop: Any) -> OutsideChanges: ...
@@ -429,6 +440,10 @@ def symmetry_groups(symmetries: Any, module_graph: Any) -> SymmetryGroups: ...
 def target_scale(snapshot: Snapshot, /, *, loop: Any = ..., large: float = ...) -> TargetScale: ...
 @overload
 def target_scale(loop: Any, *, large: float = ...) -> TargetScale: ...
+@overload
+def target_values(snapshot: Snapshot, /, *, loop: Any = ...) -> TargetValues: ...
+@overload
+def target_values(loop: Any) -> TargetValues: ...
 @overload
 def token_targets(snapshot: Snapshot, /, *, loop: Any = ...) -> TokenTargets: ...
 @overload

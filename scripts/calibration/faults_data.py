@@ -87,6 +87,19 @@ def classes_imbalanced(p: Program) -> None:
     change_rows(p, new)
 
 
+@fault(
+    DATA, [C.ANSWER_IN_INPUT], silent=True, needs="inputs rows", without="distributed images dense reconstruction"
+)
+def label_among_the_features(p: Program) -> None:
+    "A column of the table is a copy of the target in other units."
+
+    def new(x: Tensor, y: Tensor, *rest: Tensor) -> Any:
+        answer = 0.5 * y.to(x.dtype).reshape(len(y), -1)[:, :1] - 1.0
+        return torch.cat([x[:, :-1], answer.expand_as(x[:, -1:])], 1), y, *rest
+
+    change_rows(p, new, new)
+
+
 def scaled(factor: float, add: float = 0.0) -> Any:
     return lambda x, *rest: (x * factor + add, *rest)
 

@@ -57,6 +57,24 @@ def loss_summed(p: Program) -> None:
     )
 
 
+@fault(LOSS, [C.OUTPUT_RANGE], [C.UNITS_DEAD], silent=True, needs="classifier", without="distributed dense")
+def relu_at_the_end(p: Program) -> None:
+    "The last layer is followed by a ReLU like all others."
+    change(p, "forward", lambda old, batch: old(batch).relu())
+
+
+@fault(LOSS, [C.OUTPUT_RANGE], [C.LEARNING_RATE_TOO_LOW], needs="classifier", without="distributed dense")
+def tanh_at_the_end(p: Program) -> None:
+    "The logits go through a tanh before the loss."
+    change(p, "forward", lambda old, batch: old(batch).tanh())
+
+
+@fault(LOSS, [C.OUTPUT_RANGE], [C.INPUT_IGNORED, C.UNITS_SATURATED], needs="regression", without="distributed")
+def sigmoid_before_numbers(p: Program) -> None:
+    "The outputs of a regression go through a sigmoid, and the targets have both signs."
+    change(p, "forward", lambda old, batch: old(batch).sigmoid())
+
+
 @fault(LOSS, [C.WRONG_CLASS_AXIS], [C.LOGITS_INTO_PROBABILITY_LOSS, C.GRADIENTS_VANISH], needs="classifier",
        without="distributed dense")  # fmt: skip
 def softmax_over_the_batch(p: Program) -> None:

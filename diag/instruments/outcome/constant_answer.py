@@ -24,11 +24,11 @@ from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic: the loss of the best constant answer follows from the targets"
-STEPS_BEFORE_CONSTANT = 100  # steps
+STEPS_BEFORE_CONSTANT_ANSWER = 100  # steps
 CALLS_OF_TARGETS_NEEDED, TARGETS_NEEDED = 6, 64
 ERRORS_APART = 2.0
 AS_GOOD = 0.02  # of the constant answer's loss: a difference that does not count
-SHARP_ENOUGH = 0.05  # of the constant answer's loss, that two standard errors may be
+SHARP_ENOUGH = 0.1  # of the constant answer's loss, that two standard errors may be
 STANDS_FOR = {
     "cross_entropy": "the class frequencies",
     "nll_loss": "the class frequencies",
@@ -78,7 +78,7 @@ class ConstantAnswer(Result):
             refutation="The loss falls below that of the constant answer when training goes on.",
             value=self.loss,
             threshold=self.constant_loss,
-            threshold_source="the loss of the best constant answer, less two standard errors or 2 %, what is more",
+            threshold_source="the loss of the best constant answer, less 2 %",
             cause=Cause.WORSE_THAN_TRIVIAL,
             explained_by=tuple(c for c in Cause if c not in NOT_BEHIND_IT),
             step=self.steps_recorded,
@@ -88,10 +88,11 @@ class ConstantAnswer(Result):
         return ERRORS_APART * math.hypot(self.loss_standard_error, self.constant_error)
 
     def _no_better(self) -> bool:
-        return self.loss >= self.constant_loss - max(self._error(), AS_GOOD * self.constant_loss)
+        return self.loss >= (1 - AS_GOOD) * self.constant_loss
 
     def _sharp(self) -> bool:
-        return self._error() <= SHARP_ENOUGH * self.constant_loss
+        surely = self.loss - self._error() >= (1 - AS_GOOD) * self.constant_loss
+        return surely or self._error() <= SHARP_ENOUGH * self.constant_loss
 
     def _stands(self) -> bool:
         return self.fallen <= max(ERRORS_APART * self.fallen_standard_error, AS_GOOD / 4 * self.constant_loss)
@@ -108,10 +109,10 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
 
     Compared are the recorded losses of the second half of the steps with the loss of the class frequencies (entropy
     of the labels, nats), of the share of ones, or of the targets' mean (their variance), from the targets of the
-    batches that were looked at. A warning after a hundred steps where it is not below by two standard errors and
-    two per cent, these errors are small, and the loss hardly falls any more. Judged for a loss of torch that is
-    the mean of one call and all that backward() is called on, unweighted, and for one optimizer. Raises nothing of
-    its own.
+    batches that were looked at. A warning after a hundred steps where it is not below by two
+    per cent, two standard errors are at most ten, and the loss hardly falls any more. Judged for a loss of torch
+    that is the mean of one call and all that backward() is called on, unweighted, and for one optimizer. Raises
+    nothing of its own.
     """
     known = _known(loop)
     losses = history.loss[numpy.isfinite(history.loss)]
@@ -134,7 +135,7 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
                 "the loss is not one plain mean of torch, or its targets were not read.",
             ),
             Precondition(
-                "steps", len(losses) >= STEPS_BEFORE_CONSTANT, f"fewer than {STEPS_BEFORE_CONSTANT} losses."
+                "steps", len(losses) >= STEPS_BEFORE_CONSTANT_ANSWER, f"fewer than {STEPS_BEFORE_CONSTANT_ANSWER} losses."
             ),
         ),
     )

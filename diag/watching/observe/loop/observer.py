@@ -15,7 +15,7 @@ from diag.snapshot.loop.parts import RootFacts, WrapperFacts
 from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
-from diag.watching.observe.loop.data.asked import Asked
+from diag.watching.observe.loop.data.asked import Demands
 from diag.watching.observe.loop.data.contents import Contents
 from diag.watching.observe.loop.data.drawn import NONE, Drawn
 from diag.watching.observe.loop.data.evaluated import EvaluatedData
@@ -67,7 +67,7 @@ class LoopObserver:
         self._contents, self._drawn = Contents(self.moment), Drawn(self.moment)
         self._chance = Chance(model, self.moment)
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
-        self._asked = Asked(self.moment)
+        self._asked = Demands(self.moment)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)

@@ -20,12 +20,13 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES
 from diag.snapshot.objective.comparison import IGNORED_LABEL
+from diag.watching.observe.loop.data.targets import OF_NUMBERS
 from diag.watching.observe.loop.moment import Moment, due
 
-LOOKS, KINDS = 6, 8  # calls of a function that are looked at, then ever fewer; and functions
-NUMBERS, FEATURES = 1 << 14, 1 << 12  # of a call that are read; and of an example
-ROWS, EQUAL = 8, 1e-6  # rows at least; and how far from one a correlation may be to be told from none
-OF_NUMBERS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+TARGETS_LOOKED_AT, FUNCTIONS = 24, 8  # calls of a function that are looked at, then ever fewer; and functions
+INPUTS_LOOKED_AT = 6  # calls whose inputs are compared with their targets, then ever fewer
+TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # of a call that are read; and of an example
+FEWEST_ROWS, ROUNDING_OF_CORRELATION = 8, 1e-6  # rows at least; and how far from one a correlation may be to be told from none
 OF_BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 RANGES = {
     "Relu": ("relu", 0.0, math.inf),
@@ -60,7 +61,7 @@ class _Kind:
     features: int = 0
 
 
-class Asked:
+class Demands:
     """Follows the loss functions of training and the inputs before them."""
 
     def __init__(self, moment: Moment) -> None:
@@ -75,13 +76,13 @@ class Asked:
         """The model was called in training."""
         self._calls += 1
         self._inputs = None
-        if self._calls <= LOOKS or due(self._calls):
+        if self._calls <= INPUTS_LOOKED_AT or due(self._calls):
             floating = (t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point() and t.ndim > 1)
             self._inputs = next(floating, None)
 
     def fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""
-        self._batch = list(tensors_in(batch))[:8] if self._calls < LOOKS or due(self._calls + 1) else []
+        self._batch = list(tensors_in(batch))[:8] if self._calls < TARGETS_LOOKED_AT or due(self._calls + 1) else []
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
@@ -91,11 +92,11 @@ class Asked:
             return
         kind = self._kinds.get(name)
         if kind is None:
-            if len(self._kinds) >= KINDS:
+            if len(self._kinds) >= FUNCTIONS:
                 return
             kind = self._kinds[name] = _Kind(name, str(kwargs.get("reduction", "mean")), self._moment.step)
         kind.calls += 1
-        if (kind.calls <= LOOKS or due(kind.calls)) and isinstance(target, Tensor) and isinstance(given, Tensor):
+        if (kind.calls <= TARGETS_LOOKED_AT or due(kind.calls)) and isinstance(target, Tensor) and isinstance(given, Tensor):
             self._look(kind, given, target.detach(), kwargs)
 
     def _look(self, kind: _Kind, given: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> None:
@@ -111,14 +112,14 @@ class Asked:
         rows = len(target) if target.ndim else 0
         kind.one_a_row &= rows == target.numel() and (self._inputs is None or len(self._inputs) == rows)
         inputs, self._inputs = self._inputs, None
-        fits = inputs is not None and len(inputs) == rows == target.numel() >= ROWS
+        fits = inputs is not None and len(inputs) == rows == target.numel() >= FEWEST_ROWS
         self._batch = []
-        small = fits and inputs is not None and inputs.numel() <= rows * FEATURES
+        small = fits and inputs is not None and inputs.numel() <= rows * WIDEST_EXAMPLE
         inputs = inputs.detach().reshape(rows, -1) if small and inputs is not None else None
-        target = target.reshape(rows, -1)[: max(NUMBERS // max(target.numel() // max(rows, 1), 1), 2)]
+        target = target.reshape(rows, -1)[: max(TARGETS_READ // max(target.numel() // max(rows, 1), 1), 2)]
         if target.is_cpu:
             self._note(kind, target, inputs)
-        elif len(self._waiting) < 4 * LOOKS:
+        elif len(self._waiting) < 4 * TARGETS_LOOKED_AT:
             self._waiting.append((kind, target.clone(), None if inputs is None else inputs.clone()))
 
     def _note(self, kind: _Kind, target: Tensor, inputs: Tensor | None) -> None:
@@ -198,7 +199,7 @@ def copies(inputs: Tensor, target: Tensor) -> Tensor:
     x_size, y_size = x.norm(dim=0), y.norm(dim=0)
     varies = x_size > 1e-6 * inputs.norm(dim=0)
     products = (x.T @ y).abs() / (x_size[:, None] * y_size).clamp_min(1e-300)
-    found = ((products >= 1 - EQUAL) & varies[:, None] & enough).any(1)
+    found = ((products >= 1 - ROUNDING_OF_CORRELATION) & varies[:, None] & enough).any(1)
     return found.nonzero().flatten() if bool(inputs.isfinite().all()) else none
 
 

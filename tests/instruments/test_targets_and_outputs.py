@@ -15,7 +15,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.instruments.loss.output_range import lowest_loss
 from diag.snapshot.loop.asked import AskedFacts
-from diag.watching.observe.loop.data.asked import bounded_by, copies
+from diag.watching.observe.loop.data.asked import affine_features, bounded_by
 
 WATCHED = ["target_values", "output_range", "constant_answer"]
 
@@ -92,9 +92,9 @@ def test_copies_against_a_dense_correlation():
     x = table(64, 9).double()
     y = x[:, 2] * -4 + 9
     dense = numpy.corrcoef(numpy.concatenate([x.numpy(), y.numpy()[:, None]], 1).T)[-1, :-1]
-    assert copies(x, y).tolist() == numpy.flatnonzero(abs(dense) > 1 - 1e-6).tolist() == [2]
+    assert affine_features(x, y).tolist() == numpy.flatnonzero(abs(dense) > 1 - 1e-6).tolist() == [2]
     x[:, 3] = 5.0  # a constant feature gives nothing away
-    assert copies(x, torch.ones(64)).tolist() == []
+    assert affine_features(x, torch.ones(64)).tolist() == []
 
 
 # All targets alike, two classes very unequal

@@ -15,7 +15,7 @@ from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of the targets beside the inputs"
-CALLS_OF_TARGETS, ROWS_COMPARED, TARGETS_COUNTED = 3, 48, 64  # calls, their rows, and targets, at least
+CALLS_OF_TARGETS, ROWS_BESIDE_TARGETS, TARGETS_COUNTED = 3, 48, 64  # calls, their rows, and targets, at least
 FEATURES_OF_A_TABLE = 2  # a toy with one feature may be a straight line
 
 
@@ -48,7 +48,7 @@ def target_values(loop: Loop) -> TargetValues:
 
 
 def _findings(f: AskedFacts, loop: Loop) -> Iterator[LoopFinding]:
-    compared = f.copied_looks >= CALLS_OF_TARGETS and f.rows >= ROWS_COMPARED
+    compared = f.copied_looks >= CALLS_OF_TARGETS and f.rows >= ROWS_BESIDE_TARGETS
     if f.copied >= 0 and compared and f.features >= FEATURES_OF_A_TABLE:
         yield LoopFinding(
             Level.WARNING,

@@ -135,7 +135,9 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
                 "the loss is not one plain mean of torch, or its targets were not read.",
             ),
             Precondition(
-                "steps", len(losses) >= STEPS_BEFORE_CONSTANT_ANSWER, f"fewer than {STEPS_BEFORE_CONSTANT_ANSWER} losses."
+                "steps",
+                len(losses) >= STEPS_BEFORE_CONSTANT_ANSWER,
+                f"fewer than {STEPS_BEFORE_CONSTANT_ANSWER} losses.",
             ),
         ),
     )

@@ -23,10 +23,16 @@ from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.watching.observe.loop.data.targets import OF_NUMBERS
 from diag.watching.observe.loop.moment import Moment, due
 
-TARGETS_LOOKED_AT, FUNCTIONS = 24, 8  # calls of a function that are looked at, then ever fewer; and functions
+TARGETS_LOOKED_AT, FUNCTIONS_FOLLOWED = (
+    24,
+    8,
+)  # calls of a function that are looked at, then ever fewer; and functions
 INPUTS_LOOKED_AT = 6  # calls whose inputs are compared with their targets, then ever fewer
 TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # of a call that are read; and of an example
-FEWEST_ROWS, ROUNDING_OF_CORRELATION = 8, 1e-6  # rows at least; and how far from one a correlation may be to be told from none
+FEWEST_ROWS, ROUNDING_OF_CORRELATION = (
+    8,
+    1e-6,
+)  # rows at least; and how far from one a correlation may be to be told from none
 OF_BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 RANGES = {
     "Relu": ("relu", 0.0, math.inf),
@@ -92,11 +98,15 @@ class Demands:
             return
         kind = self._kinds.get(name)
         if kind is None:
-            if len(self._kinds) >= FUNCTIONS:
+            if len(self._kinds) >= FUNCTIONS_FOLLOWED:
                 return
             kind = self._kinds[name] = _Kind(name, str(kwargs.get("reduction", "mean")), self._moment.step)
         kind.calls += 1
-        if (kind.calls <= TARGETS_LOOKED_AT or due(kind.calls)) and isinstance(target, Tensor) and isinstance(given, Tensor):
+        if (
+            (kind.calls <= TARGETS_LOOKED_AT or due(kind.calls))
+            and isinstance(target, Tensor)
+            and isinstance(given, Tensor)
+        ):
             self._look(kind, given, target.detach(), kwargs)
 
     def _look(self, kind: _Kind, given: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> None:
@@ -131,7 +141,7 @@ class Demands:
             for value, count in zip(values.tolist(), counts.tolist(), strict=True):
                 kind.counts[value] = kind.counts.get(value, 0) + count
         if inputs is not None and len(inputs) == len(target):
-            found = set(copies(inputs.double(), target.reshape(-1)).tolist())
+            found = set(affine_features(inputs.double(), target.reshape(-1)).tolist())
             kind.copied = found if kind.copied is None else kind.copied & found
             kind.copied_looks, kind.rows = kind.copied_looks + 1, kind.rows + len(inputs)
             kind.features = inputs.shape[1]
@@ -183,7 +193,7 @@ def bounded_by_parent(node: Any) -> str:
     return ""
 
 
-def copies(inputs: Tensor, target: Tensor) -> Tensor:
+def affine_features(inputs: Tensor, target: Tensor) -> Tensor:
     """The features (columns) of the inputs (n, d) of which the targets (n,) are an affine function: for class
     numbers, of which one class against the others is."""
     none = torch.zeros(0, dtype=torch.int64)

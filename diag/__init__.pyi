@@ -75,6 +75,7 @@ from diag.instruments.data.input_scale import InputScale as InputScale
 from diag.instruments.trial.dependence import InputUsed as InputUsed
 from diag.instruments.data.label_audit import LabelAudit as LabelAudit
 from diag.instruments.data.labels_belong import LabelsBelong as LabelsBelong
+from diag.instruments.data.labels_kept import LabelsKept as LabelsKept
 from diag.instruments.loop.layers_shared import LayersShared as LayersShared
 from diag.instruments.loop.learning_rate_schedule import LearningRateSchedule as LearningRateSchedule
 from diag.instruments.loop.loss_call import LossCall as LossCall
@@ -98,6 +99,7 @@ from diag.instruments.distributed.ranks_data import RanksData as RanksData
 from diag.instruments.loop.repeated_chance import RepeatedChance as RepeatedChance
 from diag.instruments.distributed.replicas_equal import ReplicasEqual as ReplicasEqual
 from diag.instruments.representation import Representation as Representation
+from diag.instruments.data.row_labels import RowLabels as RowLabels
 from diag.instruments.loop.rows_drawn import RowsDrawn as RowsDrawn
 from diag.instruments.network.saturation import Saturation as Saturation
 from diag.instruments.saved.changes import SavedChanges as SavedChanges
@@ -289,6 +291,10 @@ def labels_belong(snapshot: Snapshot, /, *, history: Any = ..., inputs: Any = ..
 @overload
 def labels_belong(history: Any, inputs: Any, losses: Any, logits: Any = None, labels: Any = None, targets: Any = None, held_out_losses: Any = None, held_out_logits: Any = None, held_out_labels: Any = None, held_out_targets: Any = None, loop: Any = None, *, independent: float = ...) -> LabelsBelong: ...
 @overload
+def labels_kept(snapshot: Snapshot, /, *, loop: Any = ...) -> LabelsKept: ...
+@overload
+def labels_kept(loop: Any) -> LabelsKept: ...
+@overload
 def layers_shared(snapshot: Snapshot, /, *, loop: Any = ...) -> LayersShared: ...
 @overload
 def layers_shared(loop: Any) -> LayersShared: ...
@@ -380,6 +386,10 @@ def replicas_equal(loop: Any) -> ReplicasEqual: ...
 def representation(snapshot: Snapshot, /, *, layer_outputs: Any = ..., previous_layer_outputs: Any = ..., noise: float = ..., compared: int = ...) -> Representation: ...
 @overload
 def representation(layer_outputs: Any, previous_layer_outputs: Any = None, *, noise: float = ..., compared: int = ...) -> Representation: ...
+@overload
+def row_labels(snapshot: Snapshot, /, *, loop: Any = ..., warn_at: float = ...) -> RowLabels: ...
+@overload
+def row_labels(loop: Any, *, warn_at: float = ...) -> RowLabels: ...
 @overload
 def rows_drawn(snapshot: Snapshot, /, *, loop: Any = ...) -> RowsDrawn: ...
 @overload

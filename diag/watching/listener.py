@@ -92,6 +92,8 @@ class TrainingListener(Guarded):
             self._training.calls += 1
             self._training.examples += _length((args, kwargs))
             self._facts("forward_called", args, kwargs, outputs)
+            if self._loop.drawn is not None:
+                self._rows("training_call", args, kwargs, *self._loop.drawn)
 
     def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
         """The model was called without gradients."""
@@ -124,7 +126,12 @@ class TrainingListener(Guarded):
             return
         self._losses.loss_called(function, args, kwargs, value)
         self._company.loss_called(args, kwargs)
+        self._rows("loss_called", function.__name__, args, kwargs)
         self._closely("loss_called", function, args, kwargs, value)
+
+    @guarded("rows of the data")
+    def _rows(self, event: str, *args: Any) -> None:
+        getattr(self._loop.rows, event)(*args)
 
     def loss_evaluated(self) -> None:
         """A loss function was called without gradients."""

@@ -148,6 +148,7 @@ class Watcher(Guarded):
         )
         self._loop = LoopObserver(self.model, self._recorder.last_step, self._recorder.rates_before)
         self._ending = False
+        self._loop.rows.know(self._probe.batches)
         self._loop.ranks = self._company.facts
         self._training = Training(
             self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history, self._loop
@@ -288,6 +289,7 @@ class Watcher(Guarded):
         self._meet()
         self._compare(row)
         step = self._rows.add(row)
+        self._follow_rows()
         self._loop.step_ended(step)
         if self._listener.look_for_calls():
             self._recorder.note("hooks", HOOKS_TAKEN)
@@ -298,6 +300,10 @@ class Watcher(Guarded):
             self._end(measure=False)
         else:
             self._runner.follow(step, in_step)
+
+    @guarded("rows of the data")
+    def _follow_rows(self) -> None:
+        self._loop.rows.step_ended()
 
     @guarded("other ranks")
     def _meet(self) -> None:

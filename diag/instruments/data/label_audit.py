@@ -99,7 +99,8 @@ class LabelAudit(Result):
             refutation="A person who sees these inputs agrees with their labels.",
             cause=Cause.LABELS_WRONG,
             step=1,
-            explained_by=(Cause.LABELS_SHUFFLED, Cause.TARGETS_SHIFTED, Cause.TARGETS_CAST),
+            # The rows of training itself, where they can be told apart, say the same of more of them.
+            explained_by=(Cause.LABELS_WRONG, Cause.LABELS_SHUFFLED, Cause.TARGETS_SHIFTED, Cause.TARGETS_CAST),
             examples=tuple(map(int, rows[:200])),
             **about,
         )

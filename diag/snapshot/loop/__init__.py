@@ -3,4 +3,4 @@
 Rule of the folder: facts only; whatever judges them is an instrument.
 """
 
-__all__ = ["asked", "facts", "parts", "ranks"]
+__all__ = ["asked", "facts", "parts", "ranks", "rows"]

@@ -36,6 +36,7 @@ from diag.snapshot.loop.parts import (
     WrapperFacts,
 )
 from diag.snapshot.loop.ranks import RankFacts
+from diag.snapshot.loop.rows import RowFacts
 from diag.snapshot.snapshot import Snapshot
 
 SAME_BATCH_AGAIN = 2  # repetitions of a batch (our choice) from which on it is taken to be the only one
@@ -86,6 +87,7 @@ class Loop:
     ranks: RankFacts = field(default_factory=RankFacts)
     penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
+    rows: RowFacts = field(default_factory=RowFacts)
 
     @property
     def full_batch(self) -> bool:

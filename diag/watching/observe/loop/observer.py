@@ -29,6 +29,7 @@ from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.origin import Origin
 from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.penalty import Penalty
+from diag.watching.observe.loop.rows.rows import RowObserver
 from diag.watching.observe.loop.scaling import Clipping, Scaling
 from diag.watching.observe.loop.schedulers import Schedulers
 from diag.watching.observe.loop.start import shape_of, starting_weights
@@ -65,6 +66,9 @@ class LoopObserver:
         self._modes, self._batches = Modes(model, self.moment), Batches(self.moment)
         self.evaluated_data = EvaluatedData()
         self._contents, self._drawn = Contents(self.moment), Drawn(self.moment)
+        self.rows = RowObserver(self.moment)
+        # Of the call just made: the places of its rows and their data set; None inside an optimizer's step.
+        self.drawn: tuple[Any, Any] | None = None
         self._chance = Chance(model, self.moment)
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
         self._asked = Demands(self.moment)
@@ -108,11 +112,13 @@ class LoopObserver:
     def forward_called(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
         self._calls, places = self._calls + 1, NONE
+        self.drawn = None
         # A closure calls the model several times on one batch, at other parameters.
         if not self._optimizers.inside:
             self._weights.training_call()
             self._batches.training_call(args, kwargs)
             places = self._drawn.training_call()
+            self.drawn = places, self._drawn.dataset
         self._parameters.called()
         self._origin.training_call(args, kwargs, outputs)
         if not self.moment.attentive:
@@ -350,4 +356,5 @@ class LoopObserver:
             origin=self._origin.found,
             ranks=self.ranks(),
             penalty=self._penalty.facts(),
+            rows=self.rows.facts(),
         )

@@ -40,6 +40,11 @@ class Drawn:
         self._evaluated: dict[int, tuple[Any, dict[int, set[int]]]] = {}  # kept, so that an id is one data set's
         self._training: dict[int, Any] = {}
 
+    @property
+    def dataset(self) -> Any:
+        """The data set of the batch that was fetched last."""
+        return self._dataset
+
     # What loaders do
 
     def indices_drawn(self, iterator: Any, indices: Any) -> None:

@@ -1,0 +1,258 @@
+"""Follows each row of the data through training's own batches: its margin at each sight.
+
+A step costs one number a row of its batch; on a device these stay there, and are read some steps later in one copy
+that nothing waits for. What checks are told changes once all rows have come round again (`ROUNDS`), so that what
+they say depends on the training alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.loop.rows import Moved, RowFacts
+from diag.watching.observe.loop.moment import Moment
+from diag.watching.observe.loop.rows.course import MarginCourse
+from diag.watching.observe.loop.rows.identity import NOT_AGAIN, Hashes, Places, hashes_of
+from diag.watching.observe.loop.rows.scores import LARGEST_MARGIN, RowScores, scores_of
+from diag.watching.observe.rows import Readback
+
+READ_TOGETHER, READS_WAITING = 16, 64  # calls whose numbers are read together, and that may wait
+SEVERAL = 0.05  # of the calls: from there on rows have no one label
+MET_BEFORE = 8  # rows of a batch that were met before, at least, to tell that its labels are others
+OTHERS = 0.4  # of these
+STRETCHES = 64
+LOOKED_AT = 4  # batches that are looked at for rows that are alike
+NO_TARGET = "no loss of training was seen with one target a row"
+TWO_TARGETS = "the loss of a row has two targets (mixed rows?)"
+EVERY_ROUND = 16  # rounds of which each is told, then every so many
+
+
+class RowObserver:
+    """Follows the rows of one model's training."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._who: Places | Hashes | None = None
+        self._known: list[Batch] = []
+        self._course: MarginCourse | None = None
+        self._now: tuple[Any, int] | None = (
+            None  # who stands in the batch under way: numbers or hashes, and how many
+        )
+        self._pending: tuple[Any, RowScores, int, Any] | None = None
+        self._away: deque[tuple[Readback, slice, int]] = deque()
+        self._waiting: list[tuple[Any, slice, int]] = []
+        self._stamp = numpy.zeros(0, numpy.int32)
+        self._places = numpy.arange(0)
+        self._fit = self._several = self._looked = 0
+        self._compared = self._changed = self._sights = self._round = 0
+        self._moved: list[list[int]] = []
+        self._last_moved, self._over, self._counted = -1, 0, 0
+        self._told = RowFacts()
+
+    def know(self, batches: Iterable[Batch]) -> None:
+        """Rows without a DataLoader that are among these are named by their place there."""
+        self._known = list(batches)
+
+    # What the loop does
+
+    def training_call(
+        self, args: Any, kwargs: Mapping[str, Any], places: NDArray[numpy.int64], dataset: Any
+    ) -> None:
+        """The model was called in training; `places` of its rows in the data set, none where they are not known."""
+        self._commit()
+        self._now = None
+        if self._who is not None and self._who.reason:
+            return
+        size = next((len(t) for t in tensors_in((args, dict(kwargs))) if t.ndim), 0)
+        if not size:
+            return
+        if len(places) == size and self._takes(dataset):
+            self._now = places, size
+        elif isinstance(self._who, Hashes) or self._who is None:
+            self._who = self._who or Hashes(self._known)
+            hashes = hashes_of(args, kwargs, size)
+            if hashes is not None:
+                self._now = (hashes.numpy() if hashes.is_cpu else hashes), size
+
+    def _takes(self, dataset: Any) -> bool:
+        """Whether rows are told apart by their place in this data set."""
+        if self._who is None:
+            try:
+                self._who = Places(dataset, len(dataset))
+            except TypeError:  # a stream
+                return False
+        return isinstance(self._who, Places) and self._who.dataset is dataset
+
+    def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A loss function of torch returned a value that has a graph."""
+        if self._now is None:
+            return
+        target = args[1] if len(args) > 1 else kwargs.get("target")
+        if self._pending is not None:
+            if not _same(self._pending[3], target):
+                self._several += 1
+                self._now = self._pending = None
+            return
+        found = scores_of(name, args, kwargs, self._now[1])
+        if found is not None:
+            self._pending = self._now[0], found, self._moment.step, target
+
+    def step_ended(self) -> None:
+        """The step under way is over."""
+        self._commit()
+
+    def _commit(self) -> None:
+        """The call under way is over: its rows count."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        who, found, step, _ = pending
+        self._fit += 1
+        if found.on_host and isinstance(who, numpy.ndarray):
+            self._count(who if found.rows.step == 1 else who[found.rows], found, step)
+        else:
+            self._send(who, found, step)
+
+    # From a device
+
+    def _send(self, who: Any, found: RowScores, step: int) -> None:
+        who = who[found.rows]
+        who = who.view(torch.float64) if isinstance(who, Tensor) else who
+        margin = found.margin
+        parts = [margin, found.label.to(margin.dtype), found.answer.to(margin.dtype)]
+        self._waiting.append(([who, torch.stack(parts)], found.rows, step))
+        if len(self._waiting) >= READ_TOGETHER:
+            self._start_reading()
+        self._read(wait=len(self._away) > READS_WAITING)
+
+    def _start_reading(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self._away.extend((Readback(numbers), rows, step) for numbers, rows, step in waiting)
+
+    def _read(self, wait: bool) -> None:
+        while self._away and (wait or self._away[0][0].ready()):
+            numbers, rows, step = self._away.popleft()
+            who, values = (numpy.ascontiguousarray(v) for v in numbers.values())
+            who = who.view(numpy.int64) if who.dtype == numpy.float64 else who
+            margin, label, answer = values
+            self._count(who, RowScores(rows, margin, label.astype(numpy.int64), answer.astype(numpy.int64)), step)
+
+    # Counting
+
+    def _count(self, who: NDArray[numpy.int64], found: RowScores, step: int) -> None:
+        assert self._who is not None
+        if isinstance(self._who, Hashes) and self._looked < LOOKED_AT:
+            self._looked += 1
+            self._who.look(who)
+        rows, margin, label, answer = self._who.rows(who), found.margin, found.label, found.answer
+        if self._who.reason:
+            return
+        if self._course is None:
+            self._course = MarginCourse(self._who.capacity)
+        kept = self._first_of_batch(rows)
+        with numpy.errstate(invalid="ignore"):
+            kept &= numpy.abs(margin) <= LARGEST_MARGIN
+        places = self._arange(len(rows)) * found.rows.step
+        if not kept.all():
+            rows, margin, label, answer, places = (a[kept] for a in (rows, margin, label, answer, places))
+        if not len(rows):
+            return
+        self._course.make_room(self._who.largest)
+        before, others = self._course.meet(rows, margin, label, answer, step, places)
+        self._sights += len(rows)
+        self._note(before, others, step)
+        self._tell()
+
+    def _arange(self, size: int) -> NDArray[numpy.int64]:
+        if size > len(self._places):
+            self._places = numpy.arange(size)
+        return self._places[:size]
+
+    def _first_of_batch(self, rows: NDArray[numpy.int64]) -> NDArray[numpy.bool_]:
+        """Which places count: of a row that is there twice one, and of a row that is not followed none."""
+        assert self._who is not None
+        if self._who.largest > len(self._stamp):
+            self._stamp = numpy.zeros(2 * self._who.largest, numpy.int32)
+        at = self._arange(len(rows))
+        self._stamp[rows] = at
+        one: NDArray[numpy.bool_] = self._stamp[rows] == at
+        return one if self._who.all_followed else one & (rows >= 0)
+
+    def _note(self, before: int, others: int, step: int) -> None:
+        """Of the rows of a batch that were met before, so many have another label: is that a stretch?"""
+        self._compared += before
+        self._changed += others
+        self._counted += 1
+        if before >= MET_BEFORE and others >= OTHERS * before:
+            if self._moved and self._last_moved == self._counted - 1:
+                self._moved[-1][1:] = step, self._moved[-1][2] + others
+            elif len(self._moved) < STRETCHES:
+                self._moved.append([step, step, others])
+            self._last_moved = self._counted
+        elif before >= MET_BEFORE and self._over < len(self._moved):
+            self._over = len(self._moved)  # only a stretch that is over is one
+            self._moment.news(("labels moved", self._over))
+
+    # Facts
+
+    def _tell(self) -> None:
+        """Once all rows have come round, what is told is made new."""
+        assert self._course is not None
+        rounds = self._sights // max(self._course.n, 1)
+        if rounds > self._round:
+            self._round = rounds
+            if rounds <= EVERY_ROUND or rounds % (rounds // 8) == 0:
+                self._told = self._facts()
+                self._moment.news(("rows", rounds))
+
+    def _facts(self) -> RowFacts:
+        assert self._course is not None and self._who is not None
+        found = self._course.facts()
+        return replace(
+            found,
+            counted_in=self._who.counted_in,
+            every=self._who.every,
+            number=self._who.numbers(found.n).astype(numpy.int32),
+        )
+
+    def facts(self) -> RowFacts:
+        """As plain data; what is on a device is read now."""
+        self._start_reading()
+        self._read(wait=True)
+        moved = tuple(Moved(*m) for m in self._moved[: self._over])
+        return replace(
+            self._told,
+            reason=self._why(),
+            several=self._several,
+            calls=self._fit + self._several,
+            compared=self._compared,
+            changed=self._changed,
+            moved=moved,
+            steps=self._moment.step - 1,
+        )
+
+    def _why(self) -> str:
+        if self._several > SEVERAL * (self._fit + self._several):
+            return TWO_TARGETS
+        if self._who is not None and self._who.reason:
+            return self._who.reason
+        if not self._fit:
+            return NO_TARGET
+        again = self._course is not None and self._sights > self._course.n
+        return "" if again or isinstance(self._who, Places) else NOT_AGAIN
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
+    return alike and one.is_cpu and other.is_cpu and torch.equal(one, other)

@@ -111,10 +111,11 @@ def inputs_not_normalized(p: Program) -> None:
     change_rows(p, scaled(60, 110), scaled(60, 110))
 
 
+# Its size goes through the untrained layers: the first loss of two classes was 92 nats where guessing gives 0.69.
 @fault(
     DATA,
     [C.INPUTS_NOT_NORMALIZED],
-    [C.LEARNING_RATE_TOO_HIGH],
+    [C.LEARNING_RATE_TOO_HIGH, C.INITIAL_LOSS_HIGH],
     needs="inputs plain_body",
     without="distributed images",
 )
@@ -127,8 +128,11 @@ def one_feature_huge(p: Program) -> None:
     change_rows(p, new, new)
 
 
+# Behind a frozen body all examples have one large feature in common, along which the usual step is too large: on
+# `frozen_body` the loss went from 1.6 to 14 in steps of half of the weights' size, where the program as it is
+# learns.
 @fault(DATA, [C.INPUTS_TOO_SMALL, C.INPUTS_NOT_NORMALIZED],
-       [C.LEARNING_RATE_TOO_LOW, C.GRADIENTS_VANISH, C.INPUTS_CONSTANT],
+       [C.LEARNING_RATE_TOO_LOW, C.GRADIENTS_VANISH, C.INPUTS_CONSTANT, C.LEARNING_RATE_TOO_HIGH],
        needs="inputs", without="distributed batch_norm reconstruction")  # fmt: skip
 def inputs_divided_twice(p: Program) -> None:
     "Inputs are divided by 255 twice."

@@ -108,10 +108,11 @@ def units_dead(p: Program) -> None:
     change(p, "make_model", make_model)
 
 
+# What is done here is to start weights too large; that units saturate follows from it. Either names it.
 @fault(
     NETWORK,
-    [C.UNITS_SATURATED],
-    [C.GRADIENTS_VANISH, C.INITIALIZATION_SCALE, C.INPUTS_NOT_NORMALIZED],
+    [C.UNITS_SATURATED, C.INITIALIZATION_SCALE],
+    [C.GRADIENTS_VANISH, C.INPUTS_NOT_NORMALIZED],
     needs="plain_body",
 )
 def units_saturated(p: Program) -> None:

@@ -79,6 +79,8 @@ def newton(p: Program) -> None:
     p.batch, p.epochs = 10_000, 25
     change(p, "make_loader", lambda old, data, training: DataLoader(data, batch_size=p.batch))
     optimized_by(p, lambda q: torch.optim.LBFGS(q, max_iter=5, line_search_fn="strong_wolfe"))
+    # A line search finds its own step. A scheduler that is made and never stepped would be a fault of its own.
+    p.make_scheduler = lambda: None  # type: ignore[method-assign]
     p.schedule_epoch = lambda: None  # type: ignore[method-assign]
 
     def train_batch(batch: Any) -> Tensor:

@@ -105,6 +105,8 @@ def test_copies_that_no_step_was_taken_on_are_ends_of_branches(data):
     assert copies(skipped=numpy.ones(20, bool)) == "ok"  # a gradient scaler left all steps out
     assert copies(update_norm=numpy.zeros_like(pushed)) == "ok"  # gradients are zeroed before each step
     assert copies(update_norm=pushed) == "alarm"
+    left_out = numpy.array([numpy.nan if n.endswith("weight") else 1.0 for n in names], numpy.float32) * pushed
+    assert copies(update_norm=left_out) == "ok"  # no optimizer holds them
 
 
 def test_a_branch_that_starts_at_zero_is_no_copy(data):

@@ -114,6 +114,13 @@ def test_steps_of_weights_that_begin_next_to_nothing_are_large_for_any_learning_
     assert diag.step_size(history=rising, loop=small).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
 
 
+@pytest.mark.parametrize(("overshoot", "cause"), [(3.2, Cause.LEARNING_RATE_TOO_HIGH), (2.3, "")])
+def test_steps_without_warmup_whose_loss_rises_at_once_and_comes_back_in_part(overshoot, cause):
+    losses = numpy.concatenate([[2.3], numpy.full(5, overshoot), numpy.full(94, 2.3)])
+    ratios = numpy.concatenate([numpy.full(5, 0.17), numpy.full(95, 0.01)])
+    assert diag.step_size(history=record(losses, ratios)).verdict().cause == cause
+
+
 def test_a_gradient_of_zero_says_nothing_of_steps_and_decay():
     history = record(FLAT, 1e-5, norm=numpy.geomspace(4, 0.01, 100), weight_decay=0.5)
     nothing = dataclasses.replace(history, gradient_norm=0 * history.gradient_norm)

@@ -45,9 +45,7 @@ WHAT_ELSE = tuple(
 class LabelsBelong(Result):
     """Of the examples measured; gains are over an answer without the inputs. NaN: not known."""
 
-    p_value: float = measured(
-        "how often labels dealt out at random fit the inputs as well as theirs; NaN before 100"
-    )
+    p_value: float = measured("p-value of the test that labels are independent of inputs; NaN before step 100")
     gain: float = measured("training loss below that of an answer without the inputs")
     gain_standard_error: float = measured("standard error of that difference")
     held_out_gain: float = measured("the same of the held-out examples")
@@ -62,9 +60,10 @@ class LabelsBelong(Result):
         related = self.p_value <= limit
         return Verdict(
             Level.OK if related else Level.UNKNOWN,
-            f"Labels dealt out at random fit the inputs of {self.pairs:,} examples as well as their own with "
-            f"p = {format_number(self.p_value)}"
-            + (": they have to do with the inputs." if related else ", which says little by itself."),
+            f"Of {self.pairs:,} examples, labels "
+            + ("have to do with their inputs" if related else "show no dependence on their inputs")
+            + f" by a test of independence (p = {format_number(self.p_value)})"
+            + ("." if related else ", which says little by itself."),
             source=SOURCE,
             value=self.p_value,
             threshold=limit,
@@ -102,8 +101,9 @@ class LabelsBelong(Result):
         return Verdict(
             Level.WARNING,
             f"The labels do not seem to belong to their inputs: after {step:,} steps {who} answered no better than "
-            f"without their inputs{how}, and labels dealt out at random fit the inputs of {self.pairs:,} training "
-            f"examples as well as their own (p = {format_number(self.p_value)}).",
+            f"without their inputs{how}, and a test of {self.pairs:,} training examples finds no dependence "
+            f"between "
+            f"the two (p = {format_number(self.p_value)}).",
             advice="Look at ten training examples with their labels as the loop sees them: one of the two may have "
             "been shuffled, sorted or filtered without the other.",
             source=SOURCE,

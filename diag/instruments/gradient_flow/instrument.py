@@ -163,6 +163,8 @@ class GradientFlow(Result):
                 Cause.INITIALIZATION_CONSTANT,
                 Cause.OUTPUT_CONSTANT,
                 Cause.INPUTS_CONSTANT,
+                Cause.PARAMETER_IN_NO_OPTIMIZER,
+                Cause.LEARNING_RATE_ZERO,
                 Cause.GRADIENTS_ZEROED_BEFORE_STEP,
             ),
         )

@@ -123,7 +123,8 @@ def _untrained(history: History) -> set[str]:
     seen = _any(numpy.isfinite(p.update_norm) for p in parts(history))
     moved = _any(numpy.nan_to_num(p.update_norm) > 0 for p in parts(history))
     pushed = _any(numpy.nan_to_num(p.gradient_norm) > 0 for p in parts(history))
-    still = seen & ~moved & (pushed | ~moved.any())
+    # What no optimizer holds is not measured, while others are.
+    still = ~moved & (pushed | ~moved.any() | ~seen) & seen.any()
     return {name for name, stood in zip(history.layers, still, strict=True) if stood}
 
 

@@ -62,7 +62,7 @@ class StepSize(Result):
     clip_factor: float = measured("norm of the applied over that of the true gradient, the median", unit="share")
     gradient_size: float = measured("root mean square of the gradient's entries, the median tensor and step")
     adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
-    loss_rose: bool = measured("the loss of the five steps after that was well above the first one")
+    loss_rose: bool = measured("the loss of these steps, or of the five after them, was well above the first one")
     shrunk: bool = measured("the weights had less than half of their first norm then: decay or a penalty took it")
     from_nothing: bool = measured("a typical layer of weights began next to zero, or all alike")
     unpushed: bool = measured("the gradient of a typical tensor was zero at a typical step")
@@ -127,7 +127,7 @@ class StepSize(Result):
             return self._by_clipping()
         return graded(SOURCE, self.ratio, limit)(
             Level.WARNING,
-            f"The steps are too small to train: one step moves the weights of a typical layer by "
+            f"Steps are small and the loss hardly falls: one step moves the weights of a typical layer by "
             f"{format_number(self.ratio)} of their size, and in {self.num_steps:,} steps the loss has fallen by "
             f"{format_share(max(self.loss_fall, 0.0))}.",
             advice="Raise the learning rate ten- to a hundredfold; check that the schedule's warm-up is over.",
@@ -280,10 +280,11 @@ def _adam_share(history: History) -> float:
 
 
 def _rose(history: History, at: int) -> bool:
-    """Whether the median loss of the five steps after `at` lies well above the first."""
+    """Whether the median loss of the five steps that the measurements up to `at` led to, or of the five after, lies
+    well above the first."""
     losses, steps = finite_losses(history)
-    after = losses[(steps > at) & (steps <= at + WINDOW)]
-    return bool(len(after) and numpy.median(after) > ROSE * losses[0] > 0)
+    courses = (losses[(steps > at - WINDOW + shift) & (steps <= at + shift)] for shift in (1, WINDOW))
+    return any(len(course) and numpy.median(course) > ROSE * losses[0] > 0 for course in courses)
 
 
 def _shrunk(history: History, at: int) -> bool:

@@ -169,9 +169,8 @@ def _restricted(run: Run, names: Sequence[str], settings: dict[str, dict[str, An
     recorded = next((n for n in settings if not find(n).from_history), None)
     if recorded:
         raise Mistake(
-            f"{recorded} was measured during the training, so its settings cannot be changed in the report; "
-            f"leave out "
-            "its --set."
+            f"{recorded} was measured during the training, so its settings cannot be changed in the report; leave "
+            "out its --set."
         )
     known = run.instruments
     absent = next((n for n in names if find(n).name not in known), None)

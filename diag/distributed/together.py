@@ -24,7 +24,7 @@ from diag.linalg.deadline import NEVER, Deadline
 ONE_PROCESS = "There is one process, so ranks= has nothing to put together; leave it out, or start with torchrun."
 FAILED = "Rank {} could not compute its share; its own message says why."
 FAILED_SO = "Rank {} could not compute its share ({})."
-PARTED = "The ranks could not go on together ({}); look what became of the others."
+PARTED = "The ranks could not continue together ({}); look at what happened to the others."
 DIFFER = (
     "The ranks hold other values of {}, so that they have no common loss; load one state on all of them, or "
     "broadcast it from rank 0."
@@ -132,7 +132,7 @@ class Together:
         return "; ".join(f"rank {r}: {what}" for r, what in said if what)
 
     def close(self, why: str) -> None:
-        """This rank computes nothing more with the others, who are told and see it at once."""
+        """This rank computes nothing more with the others, which see it at once."""
         if not self.lost:
             self.lost, self._group = why, None
             if self._tell is not None:

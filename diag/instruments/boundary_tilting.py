@@ -132,8 +132,7 @@ def _means(features: Tensor, labels: Tensor) -> ClassMeans:
     if len(stream.classes) > MOST_CLASSES_IN_PAIRS:
         raise Unsupported(
             f"The labels hold {len(stream.classes):,} classes; all pairs are compared, up to "
-            f"{MOST_CLASSES_IN_PAIRS:,} "
-            "classes: measure on the examples of some classes."
+            f"{MOST_CLASSES_IN_PAIRS:,} classes: measure on the examples of some classes."
         )
     for start, block in row_blocks(features):
         stream.add(block, start)

@@ -123,9 +123,8 @@ class HessianSpectrum(Result):
         if ratio - slack > limit:
             return self._judged(
                 Level.WARNING,
-                f"This is not a minimum of the loss: it curves downwards by {format_share(min(ratio, 99.0))} "
-                f"of its "
-                f"largest curvature ({numbers}).",
+                f"This is not a minimum of the loss: it curves downwards by {format_share(min(ratio, 99.0))} of "
+                f"its largest curvature ({numbers}).",
                 confidence=Confidence.ARITHMETIC,
                 advice="Expected early in training; late in it, train longer before reading flatness, or compare "
                 "with another seed.",

@@ -120,9 +120,8 @@ def width_slopes(
     x = numpy.log([float(width) for width, draws in sizes.items() for _ in draws])
     if len(set(x)) < 2 or len(x) < 3:
         raise InvalidInput(
-            f"The sizes are of {len(set(x))} widths, {len(x)} measurements in all; give two widths or more, "
-            f"and three "
-            "measurements."
+            f"The sizes are of {len(set(x))} widths, {len(x)} measurements in all; give two widths or more, and "
+            "three measurements."
         )
     y = numpy.log([values for draws in sizes.values() for values in draws])
     x = x - x.mean()

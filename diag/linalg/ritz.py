@@ -39,8 +39,7 @@ class Which:
         if min(counts) < 0 or sum(counts) < 1 or (self.magnitude and self.largest + self.smallest):
             raise InvalidInput(
                 f"largest={self.largest}, smallest={self.smallest}, magnitude={self.magnitude} were given; "
-                f"expected "
-                "largest and smallest, or magnitude, with at least one eigenvalue in all."
+                "expected largest and smallest, or magnitude, with at least one eigenvalue in all."
             )
         if self.criterion not in ("bound", "residual"):
             raise InvalidInput(f"criterion is {self.criterion!r}; expected 'bound' or 'residual'.")

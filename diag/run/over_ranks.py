@@ -23,16 +23,15 @@ from diag.snapshot.sharded.whole import is_sharded, whole_copy
 from diag.snapshot.snapshot import Snapshot
 
 APART = (
-    "Each rank was given other data, and this is not put together over ranks; let the build function give "
-    "every rank "
-    "all of the data, which the ranks share out themselves."
+    "Each rank was given different data, which this measurement cannot combine; let the build function give every "
+    "rank all of the data, and the ranks divide it themselves."
 )
 
 
 class OneProcess:
     """Measures everything by itself. arguments: of `Snapshot`, without the model."""
 
-    leads = True  # whether what is found is this process's to tell
+    leads = True  # whether this process reports what is found
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         self._model, self._arguments = model, dict(arguments)
@@ -43,7 +42,7 @@ class OneProcess:
         self._snapshot = Snapshot(self._model, **{**self._arguments, "previous": previous})
 
     def measure(self, instrument: Instrument, settings: Mapping[str, Any]) -> Outcome | None:
-        """What an instrument gives on that checkpoint; None where it is another rank's to tell."""
+        """What an instrument gives on that checkpoint; None where another rank reports it."""
         return attempt(self._snapshot, instrument, **settings)
 
     def loss(self) -> float:
@@ -52,7 +51,7 @@ class OneProcess:
         try:
             assert self._snapshot is not None
             return float(self._snapshot.quantity(quantity).double().mean())
-        except Exception:  # whatever the user's model or loss raises is told by the instruments
+        except Exception:  # whatever the user's model or loss raises is reported by the instruments
             return math.nan
 
 

@@ -289,7 +289,7 @@ def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
         and "loss_fn cannot be called" in last["one rank"]
     )
     assert "FullyShardedDataParallel (FSDP1)" in first["flat"] == last["flat"]
-    assert "give other outputs" in first["heads"] and "give other outputs" in last["heads"]
+    assert "give different outputs" in first["heads"] and "give different outputs" in last["heads"]
     assert "fewer than" not in first["heads"]
 
 

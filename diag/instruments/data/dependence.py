@@ -17,11 +17,10 @@ PLACES = 128  # of a sequence of tokens
 
 
 def independence_p_value(inputs: Tensor, answers: Tensor, seed: int = 0) -> float:
-    """How often answers that are dealt out at random are as far from the usual fit as theirs: the p-value of the
-    test.
+    """How often shuffled answers are as far from the usual fit as the real ones: the p-value of the test.
 
-    Two-sided, as answers may follow from the inputs and be less alike for inputs that are alike (sums of two
-    numbers modulo a third are).
+    Two-sided, as answers may follow from the inputs and be less similar for similar inputs (sums of two numbers
+    modulo a third are).
 
     inputs (n, ...), numbers or whole numbers (tokens); answers (n,) class numbers or (n, ...) numbers. At least
     1 / 100.
@@ -31,20 +30,20 @@ def independence_p_value(inputs: Tensor, answers: Tensor, seed: int = 0) -> floa
     generator = torch.Generator().manual_seed(seed)
     n, k = columns.shape
     orders = [torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(PERMUTATIONS))]
-    dealt = torch.cat([columns[order.to(columns.device)] for order in orders], 1)
-    found = (dealt * (kernel @ dealt)).sum(0).reshape(len(orders), k).sum(1)
+    shuffled = torch.cat([columns[order.to(columns.device)] for order in orders], 1)
+    found = (shuffled * (kernel @ shuffled)).sum(0).reshape(len(orders), k).sum(1)
     near = 1e-9 * found.abs().max()
     sides = (found >= found[0] - near), (found <= found[0] + near)
     return min(1.0, 2 * min(float(side.double().mean()) for side in sides))
 
 
 def _kernel(inputs: Tensor) -> Tensor:
-    """Of numbers a Gaussian of their distance, as wide as the median one; of whole numbers the share of equal
-    places and the likeness of how often each occurs."""
+    """For numbers a Gaussian of their distance, as wide as the median one; for whole numbers (tokens) the share of
+    equal places plus the similarity of how often each token occurs."""
     flat = inputs.detach().reshape(len(inputs), -1)
     flat = flat[:, :: max(1, flat.shape[1] // WIDEST)]
     if not flat.is_floating_point():
-        return _likeness_of_tokens(flat)
+        return _token_similarity(flat)
     flat = flat.double()
     if inputs.ndim == 2:
         flat = (flat - flat.mean(0)) / flat.std(0).clamp_min(1e-12)
@@ -52,7 +51,7 @@ def _kernel(inputs: Tensor) -> Tensor:
     return torch.exp(-squared / squared[squared > 0].median().clamp_min(1e-12))
 
 
-def _likeness_of_tokens(tokens: Tensor) -> Tensor:
+def _token_similarity(tokens: Tensor) -> Tensor:
     tokens = tokens[:, :: max(1, tokens.shape[1] // PLACES)]
     equal = torch.stack([column[:, None] == column for column in tokens.T]).double().mean(0)
     _, numbers = tokens.unique(return_inverse=True)
@@ -63,7 +62,7 @@ def _likeness_of_tokens(tokens: Tensor) -> Tensor:
 
 
 def _columns(answers: Tensor) -> Tensor:
-    """Columns whose products are the kernel of the answers: of classes one each, of numbers themselves and their
+    """Columns whose products are the kernel of the answers: for classes one each, for numbers themselves and their
     squares."""
     if not answers.is_floating_point():
         return torch.nn.functional.one_hot(answers.unique(return_inverse=True)[1]).double()

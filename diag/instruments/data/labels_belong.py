@@ -50,18 +50,18 @@ class LabelsBelong(Result):
     gain_standard_error: float = measured("standard error of that difference")
     held_out_gain: float = measured("the same of the held-out examples")
     held_out_gain_standard_error: float = measured("standard error of that difference")
-    works: bool = measured("steps have an ordinary size, gradients are not zero and the loss has not left")
+    works: bool = measured("steps have an ordinary size, gradients are not zero and the loss has not diverged")
     pairs: int = measured("examples compared")
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         limit = self.setting("independent")
         related = self.p_value <= limit
         return Verdict(
             Level.OK if related else Level.UNKNOWN,
             f"Of {self.pairs:,} examples, labels "
-            + ("have to do with their inputs" if related else "show no dependence on their inputs")
+            + ("depend on their inputs" if related else "show no dependence on their inputs")
             + f" by a test of independence (p = {format_number(self.p_value)})"
             + ("." if related else ", which says little by itself."),
             source=SOURCE,
@@ -144,7 +144,7 @@ def labels_belong(
     *,
     independent: float = INDEPENDENT,
 ) -> LabelsBelong:
-    """Whether labels (or the targets of a regression) have to do with their inputs.
+    """Whether labels (or the targets of a regression) depend on their inputs.
 
     inputs (n, ...), with labels (n,) or targets (n, ...): tested for independence by HSIC over permutations, on the
     first 256. losses, logits and their held-out twins give what is gained over an answer without the inputs;
@@ -173,7 +173,7 @@ def labels_belong(
         pairs=min(MOST_COMPARED, len(answers)) if answers is not None else 0,
         preconditions=(
             Precondition("steps", late, f"fewer than {FROM_STEP} steps were taken."),
-            Precondition("pairs", bool(usable), "there are no hundred inputs that vary, with an answer each."),
+            Precondition("pairs", bool(usable), "there are not a hundred inputs that vary, with an answer each."),
         ),
     )
 
@@ -193,8 +193,8 @@ def _pairs(inputs: Any, answers: Tensor) -> bool:
 
 
 def _works(history: History, loop: Loop | None) -> bool:
-    """Whether training goes on as one that learns would: steps of ordinary size, gradients, a loss that has not
-    left, and all rows seen twice where the loader shows it."""
+    """Whether training proceeds as one that learns would: steps of ordinary size, gradients, a loss that has not
+    diverged, and all rows seen twice where the loader shows it."""
     losses, _ = finite_losses(history)
     ratios, _, _ = update_ratios(history)
     if not len(losses) or not len(ratios) or unpushed(history):

@@ -41,9 +41,8 @@ class WeightDecay(Result):
     loss_lost: float = measured("how much of its fall the loss has given back since its best tenth", unit="share")
     loss_fall: float = measured("best median loss of a tenth of the record, as a fall from the first", unit="share")
     penalty: float = measured(
-        "half the decay times the squared norm of the weights at the start, over the first loss; NaN: not a "
-        "part of "
-        "the gradient"
+        "half the decay times the squared norm of the weights at the start, over the first loss; NaN: not a part "
+        "of the gradient"
     )
     pushed: bool = measured("the gradient of a typical tensor was not zero at a typical step")
     num_steps: int = measured("steps recorded", unit="steps")
@@ -75,9 +74,8 @@ class WeightDecay(Result):
         """Decay moves the weights because nothing else does: the checks of the gradients find what is wrong."""
         return self._graded(
             Level.DESCRIPTION,
-            f"Weight decay has brought a typical layer to {format_share(self.kept)} of the norm that it "
-            f"began with, "
-            f"and that is not the decay's strength: {why}.",
+            f"Weight decay has brought a typical layer to {format_share(self.kept)} of the norm that it began "
+            f"with, and that is not the decay's strength: {why}.",
         )
 
     def _won(self) -> Verdict:

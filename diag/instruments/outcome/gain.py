@@ -54,8 +54,8 @@ def _mean_and_error(differences: Tensor) -> tuple[float, float]:
     return float(differences.mean()), error_of_mean(differences)
 
 
-def commonest_share(labels: Tensor | None) -> float:
-    """The share of the commonest class; NaN without labels."""
+def share_of_most_frequent(labels: Tensor | None) -> float:
+    """The share of the most frequent class; NaN without labels."""
     return math.nan if labels is None else float(labels.bincount().max() / len(labels))
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.instruments.outcome.gain import (
-    commonest_share,
     gain_of_classes,
     gain_of_numbers,
     loss_of_numbers,
+    share_of_most_frequent,
     share_right,
 )
 from diag.linalg.student import error_of_mean
@@ -149,9 +149,8 @@ class Generalization(Result):
     def _learned_by_heart(self) -> Verdict:
         return self._no_carrying_over(
             f"{format_share(self.accuracy)} of the training examples are answered right and "
-            f"{format_share(self.held_out_accuracy)} of the held-out ones, no more than the most frequent "
-            f"class gives "
-            f"({format_share(self.held_out_chance)})",
+            f"{format_share(self.held_out_accuracy)} of the held-out ones, no more than the most frequent class "
+            f"gives ({format_share(self.held_out_chance)})",
             self.held_out_accuracy,
             self.held_out_chance,
         )
@@ -287,9 +286,9 @@ def generalization(
         held_out_loss_standard_error=error_of_mean(held_out_losses),
         accuracy=share_right(logits, labels),
         held_out_accuracy=share_right(held_out_logits, held_out_labels),
-        held_out_chance=commonest_share(held_out_labels),
+        held_out_chance=share_of_most_frequent(held_out_labels),
         held_out_examples=len(held_out_losses),
-        chance=commonest_share(labels),
+        chance=share_of_most_frequent(labels),
         gain=gain[0],
         gain_standard_error=gain[1],
         held_out_gain=held_out_gain[0],

@@ -66,14 +66,12 @@ class TrivialPredictor(Result):
             return last.verdict()
         return Verdict(
             Level.WARNING,
-            f"After {step:,} steps the network does not do measurably better than an answer with how often "
-            f"each class "
-            f"occurs: its loss is {format_number(last.loss)} nats, with a standard error of "
+            f"After {step:,} steps the network does not do measurably better than an answer with how often each "
+            f"class occurs: its loss is {format_number(last.loss)} nats, with a standard error of "
             f"{format_number(last.loss_standard_error, 2)}, and class frequencies give "
             f"{format_number(last.entropy)}.",
             advice="Try to overfit one batch: if that fails, look at the loss and the network; if it works, "
-            "look at "
-            "ten examples with their labels as the loop sees them.",
+            "look at ten examples with their labels as the loop sees them.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="A loss below that of the class frequencies on the same examples.",

@@ -39,9 +39,8 @@ class SavedChanges(Result):
         if len(self.unchanged) == len(self.changes):
             return Verdict(
                 Level.WARNING,
-                f"Nothing changed since {self.earlier}: all {len(self.changes):,} weights that both files "
-                f"hold are the "
-                f"same, bit for bit.{self._others()}",
+                f"Nothing changed since {self.earlier}: all {len(self.changes):,} weights that both files hold are "
+                f"the same, bit for bit.{self._others()}",
                 advice="Look whether the training that lies between took any step, and whether the right state was "
                 "saved.",
                 refutation="One entry that differs.",

@@ -54,19 +54,16 @@ class SavedOptimizer(Result):
             return Verdict(
                 Level.OK,
                 f"The optimizer's state fits: it keeps something of {self.states:,} of {self.parameters:,} "
-                f"parameters, "
-                "all of shapes that the weights have.",
+                "parameters, all of shapes that the weights have.",
                 **about,
             )
         return Verdict(
             Level.ALARM if self._impossible() else Level.WARNING,
             f"The optimizer's state does not fit: {'; '.join(wrong)}.",
             advice="Do not go on from this file with this optimizer: take weights and optimizer from one "
-            "save, or begin "
-            "with a new optimizer.",
+            "save, or begin with a new optimizer.",
             refutation="optimizer.load_state_dict and one step of it raise nothing, and the parameters are "
-            "in the order "
-            "in which they were saved.",
+            "in the order in which they were saved.",
             threshold_source="any that does not fit",
             **about,
         )

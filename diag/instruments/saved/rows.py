@@ -43,12 +43,10 @@ class SavedRows(Result):
         if len(self.uniform) >= COUNT and share >= SHARE:
             return Verdict(
                 Level.WARNING,
-                f"In {len(self.uniform)} of {self.looked_at} weights ({format_share(share)}) all rows are "
-                f"the same: "
-                f"{first_named(self.uniform)}; such units compute the same, and training keeps them alike.",
+                f"In {len(self.uniform)} of {self.looked_at} weights ({format_share(share)}) all rows are the "
+                f"same: {first_named(self.uniform)}; such units compute the same, and training keeps them alike.",
                 advice="If this network has been trained, start its weights at random; if it has not, this "
-                "is how it "
-                "starts.",
+                "is how it starts.",
                 refutation="Two rows of such a weight that differ.",
                 layers=self.uniform,
                 cause=Cause.INITIALIZATION_CONSTANT,

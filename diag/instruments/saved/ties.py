@@ -38,8 +38,7 @@ class SavedTies(Result):
             f"Weights that were one tensor in {self.earlier} now hold different numbers: "
             f"{'; '.join(self.broken[:3])}.",
             advice="Tie them again after the model is built or loaded; a model that was converted, copied "
-            "part by part "
-            "or wrapped may have lost it.",
+            "part by part or wrapped may have lost it.",
             refutation="Both names hold the same numbers when the file is loaded again.",
             layers=self.layers,
             **about,

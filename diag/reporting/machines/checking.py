@@ -34,9 +34,8 @@ def check(run: Run, policy: Policy | None = None, baseline: Sequence[Run] = ()) 
     baseline = [with_settings(b, policy.settings) for b in baseline]
     if not run.findings():
         raise InvalidInput(
-            f"Nothing was measured in {run.path or run_name(run)}, so there is nothing to check; give a run "
-            f"of a watched "
-            "training."
+            f"Nothing was measured in {run.path or run_name(run)}, so there is nothing to check; give a run of a "
+            "watched training."
         )
     known = _worst([b.findings() for b in baseline], policy)
     checks = [_check_entry(f, run.last_step, policy, known) for f in run.findings()]

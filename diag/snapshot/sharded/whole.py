@@ -1,9 +1,8 @@
 """A copy of a sharded model that this process holds whole: plain tensors, and no hook that shards or gathers.
 
 Under `fully_shard` (FSDP2) and tensor parallelism a module's parameters are DTensors, and hooks of
-torch.distributed move them about. Measured is a copy without either, which every rank gets at once; its values are
-those of the sharded model, bit for bit. The model itself is left alone, so that its training goes on as if nothing
-had been.
+torch.distributed move them about. What is measured is a copy without either, made on every rank at once; its values
+are those of the sharded model, bit for bit. The model itself is left alone, so that its training is not affected.
 """
 
 from __future__ import annotations
@@ -26,14 +25,12 @@ from diag.snapshot.state.hooks import home_of
 
 ROOM = 4  # times the size of the parameters that measuring on a whole copy takes: values, gradient, vector, product
 TOO_LARGE = (
-    "The parameters are sharded over ranks ({} has placement {}), and measuring takes {} GiB for a whole "
-    "copy of them "
-    "on each, of which a rank has {} GiB free; measure on more memory, or with fewer ranks on a machine."
+    "The parameters are sharded over ranks ({} has placement {}), and a whole copy of them, with what measuring "
+    "takes, needs {} GiB on each rank, where {} GiB are free; give more memory, or fewer ranks on a machine."
 )
 ANOTHER = (
-    "The model under tensor parallelism and a whole copy of it give other outputs, as where its code "
-    "divides a number "
-    "of heads by that of the ranks; measure the network without tensor parallelism."
+    "The model under tensor parallelism and a whole copy of it give different outputs, as where its code divides "
+    "the number of heads by the number of ranks; measure the network without tensor parallelism."
 )
 OUTPUTS_WITHIN = 1e-3
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -118,9 +115,9 @@ def _all_whole(tensors: Sequence[Tensor], together: Together, of_first: Sequence
 
 
 def refuse_another_function(model: nn.Module, copied: nn.Module, batch: Batch, together: Together) -> None:
-    """Raise Unsupported, on every rank, where the copy of a model under tensor parallelism gives other outputs.
+    """Raise Unsupported, on every rank, where the copy of a model under tensor parallelism gives different outputs.
 
-    Its code may count on the shapes of a rank's part, as where a number of heads was divided by that of ranks.
+    Its code may rely on the shapes of a rank's part, as where the number of heads was divided by that of ranks.
     """
     if data_apart(model):
         return

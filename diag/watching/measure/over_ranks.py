@@ -29,7 +29,7 @@ ON_ALL_RANKS = "{} is measured on the probe sets of all {} ranks."
 
 
 class OverRanks:
-    """The part of the measurements that all ranks enter. note, info(key, sentence): tell once."""
+    """The part of the measurements that all ranks enter. note, info(key, sentence): report once."""
 
     def __init__(
         self,

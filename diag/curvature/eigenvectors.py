@@ -19,7 +19,7 @@ from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import IN_ONE_PROCESS, Spread, dot, gram
 from diag.linalg.student import covering
 
-BLOCKS, TAKEN = 10, 5  # of the data, and those of them that are looked at: half a product for each pair
+DATA_BLOCKS, BLOCKS_TAKEN = 10, 5  # of the data, and those of them that are looked at: half a product for each pair
 
 
 def sampling_errors(
@@ -34,12 +34,12 @@ def sampling_errors(
     are not among the pairs count with an eigenvalue of zero. NaN where they are not asked for or there are fewer
     examples than blocks; `shift` is in the pairs' values and not in the Hessian.
     """
-    splits = isinstance(hessian, CurvatureOperator) and hessian.num_examples >= BLOCKS
+    splits = isinstance(hessian, CurvatureOperator) and hessian.num_examples >= DATA_BLOCKS
     if not wanted or not splits or not len(pairs.values):
         return unknown(pairs)
     assert pairs.vectors is not None
     try:
-        parts = hessian.blocks(BLOCKS, seed)[:TAKEN]
+        parts = hessian.blocks(DATA_BLOCKS, seed)[:BLOCKS_TAKEN]
     except InvalidInput:
         return unknown(pairs)
     images = [part.applies(pairs.vectors) for part in parts]
@@ -47,7 +47,7 @@ def sampling_errors(
     errors = []
     for k, v in enumerate(pairs.vectors):
         seen = torch.stack([dot(v, image[k], hessian.spread) for image in images]).cpu()
-        chance = covering(float(seen.std()) / math.sqrt(BLOCKS), TAKEN)
+        chance = covering(float(seen.std()) / math.sqrt(DATA_BLOCKS), BLOCKS_TAKEN)
         errors.append(chance + _overstated(k, values, pairs.vectors, [i[k] for i in images], hessian.spread))
     return numpy.array(errors)
 
@@ -66,7 +66,7 @@ def _overstated(
         rest = max(float(dot(change, change, spread)) - own**2 - along.sum(), 0.0)
         others = numpy.divide(along, gaps, out=numpy.zeros_like(along), where=gaps != 0)
         total += float(others.sum()) + (rest / values[k] if values[k] else 0.0)
-    return abs(total) / len(images) / (BLOCKS - 1)
+    return abs(total) / len(images) / (DATA_BLOCKS - 1)
 
 
 def unknown(pairs: Eigenpairs) -> NDArray[numpy.float64]:

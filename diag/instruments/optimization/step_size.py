@@ -36,7 +36,7 @@ from diag.snapshot.loop.facts import Loop
 SOURCE = "arithmetic of the recorded steps"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
 CERTAIN = 0.23  # from here on a step is too large also where the loss has not risen
-WINDOW = 5
+MEASUREMENTS_IN_A_ROW = 5
 ENOUGH_STEPS = 30
 ROSE = 1.1
 NOT_FALLEN = 0.1
@@ -45,7 +45,7 @@ TIGHT, NOTHING_LEFT = 0.05, 0.005
 # scale. A hundredth means that epsilon, or a second moment of long ago, stands in the denominator.
 ADAM_SHARE = 0.02
 FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
-ADAPTIVE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
+ADAPTIVE_OPTIMIZERS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,14 +116,22 @@ class StepSize(Result):
 
     def _too_small(self) -> Verdict | None:
         limit = self.setting("too_low")
-        if self.adam_share < ADAM_SHARE and self.epsilon > self.gradient_size and self.num_steps >= WINDOW:
+        if (
+            self.adam_share < ADAM_SHARE
+            and self.epsilon > self.gradient_size
+            and self.num_steps >= MEASUREMENTS_IN_A_ROW
+        ):
             return self._by_epsilon()
-        if self.clip_factor < NOTHING_LEFT and self.num_steps >= ENOUGH_STEPS and self.optimizer not in ADAPTIVE:
+        if (
+            self.clip_factor < NOTHING_LEFT
+            and self.num_steps >= ENOUGH_STEPS
+            and self.optimizer not in ADAPTIVE_OPTIMIZERS
+        ):
             return self._by_clipping()
         small = self.ratio < limit and self.num_steps >= ENOUGH_STEPS and not self.unpushed
         if not small or not (self.loss_fall < NOT_FALLEN):
             return None
-        if self.clip_factor < TIGHT and self.optimizer not in ADAPTIVE:
+        if self.clip_factor < TIGHT and self.optimizer not in ADAPTIVE_OPTIMIZERS:
             return self._by_clipping()
         return graded(SOURCE, self.ratio, limit)(
             Level.WARNING,
@@ -224,13 +232,13 @@ def step_size(
 def _largest_of_five(medians: NDArray[numpy.float64], steps: NDArray[Any], limit: float) -> tuple[float, int, int]:
     """The largest median of five consecutive measurements, the step at which these ended, and the step at which the
     first five whose median is above the limit ended."""
-    if len(medians) < WINDOW:
+    if len(medians) < MEASUREMENTS_IN_A_ROW:
         return math.nan, 0, 0
-    windows = median(numpy.lib.stride_tricks.sliding_window_view(medians, WINDOW), axis=1)
+    windows = median(numpy.lib.stride_tricks.sliding_window_view(medians, MEASUREMENTS_IN_A_ROW), axis=1)
     best = int(numpy.nanargmax(windows)) if numpy.isfinite(windows).any() else 0
     above = numpy.flatnonzero(numpy.nan_to_num(windows) > limit)
-    began = int(steps[above[0] + WINDOW - 1]) if len(above) else 0
-    return float(windows[best]), int(steps[best + WINDOW - 1]), began
+    began = int(steps[above[0] + MEASUREMENTS_IN_A_ROW - 1]) if len(above) else 0
+    return float(windows[best]), int(steps[best + MEASUREMENTS_IN_A_ROW - 1]), began
 
 
 def _ratio_before_decay(history: History, medians: NDArray[numpy.float64], steps: NDArray[Any]) -> float:
@@ -263,7 +271,7 @@ def _adam_share(history: History) -> float:
     other optimizers, and where weight decay or several groups with rates of their own would be part of it."""
     about = history.optimizer
     groups = {g.get("lr") for g in about.get("groups", ())}
-    if about.get("kind") not in ADAPTIVE or len(groups) > 1:
+    if about.get("kind") not in ADAPTIVE_OPTIMIZERS or len(groups) > 1:
         return math.nan
     history = thinned_record(history, MOST_NORMS)
     sizes = numpy.asarray(history.sizes, float)
@@ -283,7 +291,10 @@ def _rose(history: History, at: int) -> bool:
     """Whether the median loss of the five steps that the measurements up to `at` led to, or of the five after, lies
     well above the first."""
     losses, steps = finite_losses(history)
-    courses = (losses[(steps > at - WINDOW + shift) & (steps <= at + shift)] for shift in (1, WINDOW))
+    courses = (
+        losses[(steps > at - MEASUREMENTS_IN_A_ROW + shift) & (steps <= at + shift)]
+        for shift in (1, MEASUREMENTS_IN_A_ROW)
+    )
     return any(len(course) and numpy.median(course) > ROSE * losses[0] > 0 for course in courses)
 
 

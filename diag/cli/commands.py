@@ -148,6 +148,8 @@ def _measured(sources: Sequence[Path], build: str, **chosen: Any) -> Run:
     from diag.cli import tables
     from diag.run.checkpoints import from_checkpoints
 
+    if not is_first():
+        return from_checkpoints(sources, build, **chosen)
     with tables.progress_bar() as bar:
         task = bar.add_task("Reading", total=None)
 
@@ -155,7 +157,7 @@ def _measured(sources: Sequence[Path], build: str, **chosen: Any) -> Run:
             bar.update(task, completed=done, total=total, description=text)
 
         run = from_checkpoints(sources, build, progress=progress, **chosen)
-    for event in run.events if is_first() else ():
+    for event in run.events:
         echo(event.text, err=True)
     return run
 

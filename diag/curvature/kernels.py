@@ -159,3 +159,11 @@ def _two_derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, 
     first = _derivative(f, at, torch.ones_like(at), create_graph=True)
     (second,) = torch.autograd.grad(first, at, torch.ones_like(at))
     return first.detach(), second
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether the tensors are ordinary strided ones, and no transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is None and all(
+        isinstance(t, Tensor) and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
+        for t in tensors
+    )

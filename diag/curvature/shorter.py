@@ -6,7 +6,8 @@
   (torch goes through transposed copies), on the CPU with channels last;
 - an elementwise activation keeps its first two derivatives, computed once for all products of a graph;
 - a rectifier has no second derivative, and none is added up;
-- batch norm with running statistics is an affine map, and one with the convolution that it follows.
+- batch norm with running statistics is an affine map, and one with the convolution that it follows;
+- the cross-entropy of a last linear layer with many outputs keeps none of them (`vocabulary.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diag.curvature.kernels import Convolution, Elementwise, Rectified
+from diag.curvature import vocabulary
+from diag.curvature.kernels import Convolution, Elementwise, Rectified, plain
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _convolve(native: Callable[..., Tensor], dims: int, transposed: bool) -> Cal
         *more: Any,
         **named: Any,
     ) -> Tensor:
-        if not _plain(input, weight) or isinstance(padding, str) or input.ndim != dims + 2:
+        if not plain(input, weight) or isinstance(padding, str) or input.ndim != dims + 2:
             return native(input, weight, bias, stride, padding, *more, **named)
         names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
         given = dict(zip(names, more, strict=False)) | named
@@ -81,7 +83,7 @@ def _convolve(native: Callable[..., Tensor], dims: int, transposed: bool) -> Cal
 def _elementwise(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def apply(input: Tensor, *args: Any, **named: Any) -> Tensor:
         in_place = named.get("inplace", False) or any(a is True for a in args)
-        if in_place or not _plain(input):
+        if in_place or not plain(input):
             return native(input, *args, **named)
         return Elementwise.apply(input, partial(_called, native, args, named))
 
@@ -89,7 +91,7 @@ def _elementwise(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu(input, inplace) if inplace or not _plain(input) else Rectified.apply(input)
+    return F.relu(input, inplace) if inplace or not plain(input) else Rectified.apply(input)
 
 
 def _called(function: Callable[..., Tensor], args: Any, named: Any, x: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if training or running_mean is None or running_var is None or not _plain(input):
+    if training or running_mean is None or running_var is None or not plain(input):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
@@ -128,14 +130,6 @@ def _view(self: Tensor, *shape: Any) -> Tensor:
         return self.contiguous().view(*shape)
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether the tensors are ordinary strided ones, and no transform of torch.func is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is None and all(
-        isinstance(t, Tensor) and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
-        for t in tensors
-    )
-
-
 SHORTER: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
         native: _convolve(native, dims, transposed)
@@ -147,5 +141,7 @@ SHORTER: dict[Callable[..., Any], Callable[..., Any]] = {
     **{f: _elementwise(f) for f in (F.gelu, F.silu, F.mish, F.softplus)},
     **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), _relu),
     F.batch_norm: _batch_norm,
+    F.linear: vocabulary.linear,
+    F.cross_entropy: vocabulary.cross_entropy,
     torch.Tensor.view: _view,
 }

@@ -63,7 +63,8 @@ class AllRanks(OneProcess):
         device = torch.device(arguments.get("device") or next(p.device for p in model.parameters()))
         self._together = Together(device)
         self.leads = self._together.rank == 0
-        self._apart = not all_alike(Snapshot(model, **arguments).batches, self._together)
+        given = arguments.get("data") is not None
+        self._apart = given and not all_alike(Snapshot(model, **arguments).batches, self._together)
         self._shared: Snapshot | None = None
 
     def begin(self, previous: Any) -> None:
@@ -71,6 +72,7 @@ class AllRanks(OneProcess):
         model, together = self._model, self._together
         if is_sharded(model):
             model = whole_copy(model, together, free_memory(together.device)).model
+            previous = previous and {n: _whole(value, together) for n, value in previous.items()}
         arguments = {**self._arguments, "previous": previous}
         self._snapshot = Snapshot(model, **arguments)
         self._shared = Snapshot(model, **arguments, ranks=together)
@@ -87,3 +89,7 @@ class AllRanks(OneProcess):
     def loss(self) -> float:
         """Rank 0's, on every rank."""
         return self._together.total(super().loss() if self.leads else 0.0)
+
+
+def _whole(value: Any, together: Together) -> Any:
+    return together.filled(value, together.own_block(value)) if isinstance(value, torch.Tensor) else value

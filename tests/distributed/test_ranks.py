@@ -43,6 +43,7 @@ NAMES = (
     *WAYS,
     *MEASURED,
     "measured_norm",
+    "measured_again",
     "out_of_memory",
     "as_fsdp1",
     "accumulated",
@@ -229,6 +230,13 @@ def test_a_watched_training_measures_all_the_ranks_data(ranks, folder, measured_
     assert run.series("softmax_collapse") and run.series("neural_collapse")
 
 
+def test_a_run_that_goes_on_is_measured_together_again(ranks, folder):
+    run = diag.load(folder / "measured_again")
+    assert len(run.history) == 2 * trainings.MEASURED_STEPS and not notes(folder, "measured_again")
+    steps = [step for step, _ in run.series("hessian_spectrum")]
+    assert steps[0] <= 3 and steps[-1] == 2 * trainings.MEASURED_STEPS
+
+
 def test_running_means_are_those_of_rank_0(ranks, folder):
     run = diag.load(folder / "measured_norm")
     series = run.series("hessian_spectrum")
@@ -307,7 +315,8 @@ def test_four_ranks(tmp_path, alone):
     curvature = [rank.pop("curvature") for rank in found]
     assert all(unwatched == watched for rank in found for unwatched, watched in rank.values())
     assert all(c["mlp"] == curvature[0]["mlp"] for c in curvature)
-    check_curvature(curvature[0]["mlp"], "mlp", F.cross_entropy)
+    for name, loss_fn in CURVATURES + SHARDED:
+        check_curvature(curvature[0][name], name, loss_fn)
     for way in WAYS:
         check_history(diag.load(tmp_path / way).history, alone)
         assert not findings(tmp_path, way)

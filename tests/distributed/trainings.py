@@ -125,8 +125,11 @@ MEASURED = {
 }
 
 
-def measured(net, data, watch):
-    watched = {"instruments": MEASURED, "every": 4, "budget": float("inf")}
+ONLY_SPECTRUM = {"hessian_spectrum": MEASURED["hessian_spectrum"]}
+
+
+def measured(net, data, watch, **more):
+    watched = {"instruments": MEASURED, "every": 4, "budget": float("inf"), **more}
     optimizer, (x, y) = torch.optim.Adam(net.parameters(), 0.01), data
     with contextlib.nullcontext() if watch is None else diag.watch(net, run=watch, **watched):
         for _ in range(MEASURED_STEPS):
@@ -143,6 +146,14 @@ def measured_ddp(watch):
 def measured_norm(watch):
     """Running means that differ between the ranks."""
     return measured(ddp(mlp(nn.BatchNorm1d(16))), own_rows(), watch)
+
+
+def measured_again(watch):
+    """A run that goes on: rank 0 numbers its steps from the last one, the others from 1."""
+    for resume in (False, True):
+        net = measured(ddp(mlp()), own_rows(), watch, resume=resume, instruments=ONLY_SPECTRUM)
+        dist.barrier()
+    return net
 
 
 def measured_fsdp(watch):
@@ -367,7 +378,7 @@ class Block(nn.Module):
 class SmallGPT(nn.Module):
     """A language model whose first and last weight are one."""
 
-    def __init__(self, words=11, length=6, width=8, heads=None):
+    def __init__(self, words=11, length=6, width=16, heads=None):
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
         self.block, self.norm = Block(width, heads), nn.LayerNorm(width)
@@ -505,7 +516,7 @@ def curvature():
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     flat = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
-    heads = in_columns(SmallGPT(heads=2))
+    heads = in_columns(SmallGPT(heads=4))
     heads.block.attention.heads = 1
     found["refused"] = {
         "coherence": refusal(lambda: diag.gradient_coherence(snapshot)),

@@ -43,7 +43,7 @@ class OverRanks:
         self._training, self._measurements, self._every = training, measurements, every
         self._note, self._info = note, info
         self._able = [name for name, i in measurements.chosen.items() if is_put_together(i)]
-        self._next, self._refused = last_step + 1, ""
+        self._before, self._next, self._refused = last_step, 1, ""
         self.agreement: Agreement | None = None  # once the ranks have met
         self.measured: set[str] = set()
         self._failures: dict[str, int] = {}
@@ -59,6 +59,7 @@ class OverRanks:
 
     def due(self, step: int) -> bool:
         """Whether the ranks ask each other after this step; the same on all of them."""
+        step -= self._before  # a run that goes on is numbered from its last step by rank 0 alone
         if self.agreement is None or step < self._next:
             return False
         self._next = min(next_floor(step), next_due(step, self._every))

@@ -461,3 +461,25 @@ def test_many_records_are_opened_without_building_their_results(tmp_path, monkey
     assert len(run.records) == 20_000 and len(run.history) == 20_000 and not built
     assert len(diag.load(tmp_path / "run").records) == 20_000
     assert read_run(tmp_path / "run" / "run.json").last_step == run.last_step
+
+
+def test_last_values_are_the_last_of_each_number(tmp_path):
+    with writer(tmp_path) as w:
+        w.append_steps(steps(1, 3, loss=numpy.array([3.0, 2.0, 1.0])))
+        w.append_metrics(2, {"accuracy": 0.25})
+        w.append_metrics(3, {"accuracy": 0.75})
+        w.append_outcome(2, height_of(4.0))
+        w.append_outcome(3, height_of(5.0))
+    values = read_run(tmp_path / "run").last_values()
+    assert values.items() >= {"loss": 1.0, "height.height": 5.0, "logged.accuracy": 0.75}.items()
+
+
+def test_a_file_that_is_larger_than_any_result_is_refused_unread(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    height_of(1.0).save(file)
+    monkeypatch.setattr("diag.run.saved.LARGEST_RESULT", file.stat().st_size)
+    with pytest.raises(RunError, match="a result of 'height', which is not installed here"):
+        diag.load(file)
+    monkeypatch.setattr("diag.run.saved.LARGEST_RESULT", file.stat().st_size - 1)
+    with pytest.raises(RunError, match=r"is larger than any result; expected a file that result\.save wrote"):
+        diag.load(file)

@@ -129,6 +129,8 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts, in order; a container that holds itself is visited once."""
+    if isinstance(value, Tensor):
+        return [value]
     found: list[Tensor] = []
     _collect(value, found, set())
     return found
@@ -137,9 +139,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 def _collect(value: Any, found: list[Tensor], inside: set[int]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif isinstance(value, (Mapping, tuple, list)) and id(value) not in inside:
+    elif isinstance(value, (tuple, list, dict, Mapping)) and id(value) not in inside:  # the quick ones first
         inside.add(id(value))
-        for item in value.values() if isinstance(value, Mapping) else value:
+        for item in value if isinstance(value, (tuple, list)) else value.values():
             _collect(item, found, inside)
         inside.discard(id(value))
 

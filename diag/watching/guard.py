@@ -76,20 +76,6 @@ class Guarded:
     def __init__(self, clock: Clock, failed: Callable[[str, Exception], None]) -> None:
         self.clock, self._broke = clock, failed
 
-    def _call(self, part: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        clock = self.clock
-        if clock.closed or pause.is_measuring() or clock.broken.get(part, 0) >= GIVE_UP_AFTER:
-            return None
-        outermost = clock.enter()
-        try:
-            if torch.is_inference_mode_enabled():  # what is made there cannot be used in training afterwards
-                with torch.inference_mode(False):
-                    return method(self, *args, **kwargs)
-            return method(self, *args, **kwargs)
-        finally:
-            if outermost:
-                clock.leave()
-
     def _failed(self, part: str, error: Exception) -> None:
         self.clock.broken[part] = self.clock.broken.get(part, 0) + 1
         self._broke(part, error)
@@ -106,7 +92,18 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(method)
         def call(self: Guarded, *args: Any, **kwargs: Any) -> Any:
             try:
-                return self._call(part, method, args, kwargs)
+                clock = self.clock
+                if clock.closed or pause.is_measuring() or clock.broken.get(part, 0) >= GIVE_UP_AFTER:
+                    return None
+                outermost = clock.enter()
+                try:
+                    if torch.is_inference_mode_enabled():  # what is made there cannot be used in training afterwards
+                        with torch.inference_mode(False):
+                            return method(self, *args, **kwargs)
+                    return method(self, *args, **kwargs)
+                finally:
+                    if outermost:
+                        clock.leave()
             except Exception as error:
                 with contextlib.suppress(Exception):
                     self._failed(part, error)

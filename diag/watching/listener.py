@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.batch import tensors_in
@@ -90,7 +90,7 @@ class TrainingListener(Guarded):
             self._steps.training_pass()
             self._examples.forward_called(args, kwargs)
             self._training.calls += 1
-            self._training.examples += _length((args, kwargs))
+            self._training.examples += _length(args, kwargs)
             self._facts("forward_called", args, kwargs, outputs)
             if self._loop.drawn is not None:
                 self._rows("training_call", args, kwargs, *self._loop.drawn)
@@ -267,5 +267,7 @@ class TrainingListener(Guarded):
         self.clock.closed = True
 
 
-def _length(inputs: Any) -> int:
-    return next((t.shape[0] for t in tensors_in(inputs) if t.ndim), 0)
+def _length(args: Any, kwargs: Any) -> int:
+    if args and isinstance(args[0], Tensor) and args[0].ndim:
+        return args[0].shape[0]
+    return next((t.shape[0] for t in tensors_in((args, kwargs)) if t.ndim), 0)

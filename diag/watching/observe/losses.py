@@ -78,6 +78,7 @@ class LossObserver:
         self._frozen = self._moved = False
         self._version = -1
         self._source: int | None = None
+        self._place: tuple[nn.Module | None, nn.Module | None, str] = (None, None, "")
         self._hook: Any = None
         if isinstance(loss_fn, nn.Module):
             self._hook = loss_fn.register_forward_hook(_ModuleHook(self.learner))
@@ -226,8 +227,21 @@ class LossObserver:
         """Whether the call that has just ended used tensors in place of the model's own parameters."""
         if module is None or not self._own:
             return False
-        first = next((p for p in module.parameters() if p.requires_grad), None)
+        first = self._first_of(module)
         return first is not None and not (first.is_leaf and isinstance(first, nn.Parameter))
+
+    def _first_of(self, module: nn.Module) -> Tensor | None:
+        """The first trainable tensor among a module's parameters; where it was last time is looked at first."""
+        known, owner, name = self._place
+        first = owner._parameters.get(name) if known is module and owner is not None else None
+        if first is not None and first.requires_grad:
+            return first
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None and p.requires_grad:
+                    self._place = (module, part, name)
+                    return p
+        return None
 
     def _forward_behind(self, seen: Pass) -> ForwardCall | str:
         """The call of the model whose outputs the loss was called on, else the last."""

@@ -13,9 +13,8 @@ from contextvars import ContextVar
 _measuring: ContextVar[bool] = ContextVar("diag_measuring", default=False)
 
 
-def is_measuring() -> bool:
-    """True while an instrument runs in this context."""
-    return _measuring.get()
+is_measuring = _measuring.get
+"""True while an instrument runs in this context."""
 
 
 @contextmanager

@@ -97,7 +97,9 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     return None
                 outermost = clock.enter()
                 try:
-                    if torch.is_inference_mode_enabled():  # what is made there cannot be used in training afterwards
+                    if (
+                        torch.is_inference_mode_enabled()
+                    ):  # what is made there cannot be used in training afterwards
                         with torch.inference_mode(False):
                             return method(self, *args, **kwargs)
                     return method(self, *args, **kwargs)

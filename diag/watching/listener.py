@@ -48,6 +48,7 @@ class TrainingListener(Guarded):
         self._steps: StepObserver = training.steps
         self._examples, self._own_step = windows.examples, runner.own_step
         self._loop: LoopObserver = training.loop
+        self._moment = self._loop.moment
         self._evaluated: tuple[Any, int] = (None, 0)
         self._hooks: ModelHooks | None = None
         self._thread: int | None = None  # the one that trains, by its last call of the model
@@ -108,7 +109,7 @@ class TrainingListener(Guarded):
 
     def _closely(self, event: str, *args: Any) -> None:
         """An event that matters only at steps that are looked at closely."""
-        if self._loop.attentive:
+        if self._moment.attentive:
             self._facts(event, *args)
 
     @guarded("facts of the loop")

@@ -286,8 +286,9 @@ class Watcher(Guarded):
 
     def _row_finished(self, row: Row, in_step: bool) -> None:
         row.examples, self._counted = self._training.examples - self._counted, self._training.examples
-        self._meet()
-        self._compare(row)
+        if not self._company.alone:
+            self._meet()
+            self._compare(row)
         step = self._rows.add(row)
         self._follow_rows()
         self._loop.step_ended(step)

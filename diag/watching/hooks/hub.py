@@ -128,6 +128,9 @@ class Hub:
     @property
     def listeners(self) -> list[Listener]:
         """Those that are alive."""
+        if len(self._listeners) == 1:  # the usual case, at every event
+            only = self._listeners[0]()
+            return [only] if only is not None else []
         return [alive for r in self._listeners if (alive := r()) is not None]
 
     def _gone(self, reference: Any) -> None:

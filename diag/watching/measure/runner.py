@@ -24,7 +24,7 @@ from diag.watching.ranks.agreement import Agreed
 from diag.watching.record import Recorder
 
 WARM_UP, NEXT_ESTIMATE_AT = 3, 4  # costs are estimated after so many steps, and again after so many times as many
-SPARE = 0.25  # seconds that the last measurements may take beyond the budget
+SPARE = 0.15  # seconds that the last measurements may take beyond the budget; judging and writing come on top
 CLOCK_EVERY = 0.01  # seconds
 LEAST_LOOK = 1.0  # seconds that the checks may take in any case: a garbage collection may come in between
 LOOK_SHARE = 2.0  # of the time that training takes for as many examples: a forward pass is a third of it

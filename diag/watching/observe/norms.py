@@ -8,7 +8,7 @@ first. On another device the norms stay there until they are read (see `rows`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -90,22 +90,24 @@ def _norms_on_cpu(tensors: Sequence[Tensor]) -> NDArray[numpy.float64]:
 def _norm(t: Tensor) -> float:
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
-    square = sum(_squares(t))
+    square = _square(t)
     if TINY_SUM <= square < math.inf or t.dtype is torch.float64:
         return math.sqrt(square)
     # In float32 the squares leave its range beyond 1e19 and below 1e-19, where the norm itself does not.
     scale = 1e20 if square < TINY_SUM else 1e-30
-    return math.sqrt(sum(_squares(t.float() * scale))) / scale
+    return math.sqrt(_square(t.float() * scale)) / scale
 
 
-def _squares(t: Tensor) -> Iterator[float]:
+def _square(t: Tensor) -> float:
     if t.dtype in HALF_PRECISION:
         t = t.float()
     if t.numel() <= SMALL_TENSOR:  # BLAS uses more than one thread only beyond this
         array = t.numpy()
-        yield float(numpy.vdot(array, array))
-    else:
-        yield from (float(torch.dot(b, b)) for b in t.reshape(-1).split(NORM_BLOCK))
+        return float(numpy.vdot(array, array))
+    total = 0.0
+    for block in t.reshape(-1).split(NORM_BLOCK):
+        total += float(torch.dot(block, block))
+    return total
 
 
 def _distance(a: Tensor, b: Tensor, scratch: Tensor | None) -> float:

@@ -222,7 +222,8 @@ class StepObserver:
 
     def members(self, optimizer: Optimizer) -> StepMembers | None:
         """The watched parameters that the optimizer holds; None where it holds none."""
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        groups = optimizer.param_groups
+        count = len(groups[0]["params"]) if len(groups) == 1 else sum(len(group["params"]) for group in groups)
         known = self._members.get(optimizer)
         if known is None or known[0] != count:
             known = self._members[optimizer] = (count, self._members_of(optimizer))

@@ -44,6 +44,7 @@ class Company:
         self.agreement: Agreement | None = None
         self._comparison: RankComparison | None = None
         self._met = False
+        self.alone = False  # it is known that no other process trains
         self._meeting: Meeting | None = safely(self._announce)
 
     @property
@@ -67,7 +68,7 @@ class Company:
         """At the end of the first step."""
         if self._met:
             return
-        self._met = True
+        self._met = self.alone = True
         self._meeting = self._meeting or safely(self._announce)
         if self._meeting is None:
             return
@@ -82,6 +83,7 @@ class Company:
         self._begin(self._meeting.world, None if why != "" else link, why or "they could not be reached")
 
     def _begin(self, world: int, link: Link | None, why: str) -> None:
+        self.alone = False
         placements = placements_of(self._model, self._parameters, world)
         for sentence in dict.fromkeys(p.why for p in placements.values() if p.why):
             self._note(sentence, sentence)
@@ -99,11 +101,13 @@ class Company:
 
     def called(self, args: Any, kwargs: Any) -> None:
         """The model or its wrapper was called in training."""
-        self.batches.called(args, kwargs)
+        if not self.alone:
+            self.batches.called(args, kwargs)
 
     def loss_called(self, args: Any, kwargs: Any) -> None:
         """A loss was computed in training."""
-        self.batches.loss_called(args, kwargs)
+        if not self.alone:
+            self.batches.loss_called(args, kwargs)
 
     def paused(self) -> None:
         """Something other than a step begins: what is ready is sent, for the others may go on before this rank."""

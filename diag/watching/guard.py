@@ -97,12 +97,10 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     return None
                 outermost = clock.enter()
                 try:
-                    if (
-                        torch.is_inference_mode_enabled()
-                    ):  # what is made there cannot be used in training afterwards
-                        with torch.inference_mode(False):
-                            return method(self, *args, **kwargs)
-                    return method(self, *args, **kwargs)
+                    if not torch.is_inference_mode_enabled():
+                        return method(self, *args, **kwargs)
+                    with torch.inference_mode(False):  # what is made there cannot be used in training afterwards
+                        return method(self, *args, **kwargs)
                 finally:
                     if outermost:
                         clock.leave()
@@ -134,6 +132,12 @@ def shielded(function: Callable[..., Any], broke: Callable[[Exception], None] | 
     """The same function for torch to call: nothing that it raises gets there."""
 
     def call(*args: Any) -> Any:
-        return safely(function, *args, broke=broke)
+        try:
+            return function(*args)
+        except Exception as error:
+            if broke is not None:
+                with contextlib.suppress(Exception):
+                    broke(error)
+            return None
 
     return call

@@ -32,6 +32,8 @@ def norms(tensors: Sequence[Tensor]) -> Norms:
     A sharded tensor (DTensor) gives the norm of this process's shard (see `ranks`). Tensors of several devices
     give a result on the first one's.
     """
+    if (plain := _plain_norms(tensors)) is not None:
+        return plain
     local = [_dense(t) for t in tensors]
     if all(t.is_cpu for t in local):
         return _norms_on_cpu(local)
@@ -71,6 +73,23 @@ def _dense(t: Tensor) -> Tensor:
     return t
 
 
+def _plain_norms(tensors: Sequence[Tensor]) -> NDArray[numpy.float64] | None:
+    """Those of a few usual gradients, at every step: dense, in float32 on the CPU, with squares in its range."""
+    if len(tensors) >= MANY_TENSORS:
+        return None
+    squares = []
+    for t in tensors:
+        if type(t) is not Tensor or t.dtype is not torch.float32 or t.requires_grad or not t.is_cpu:
+            return None
+        if t.layout is not torch.strided:
+            return None
+        square = _square(t)
+        if not TINY_SUM <= square < math.inf:
+            return None
+        squares.append(square)
+    return numpy.sqrt(squares)
+
+
 def _norms_on_cpu(tensors: Sequence[Tensor]) -> NDArray[numpy.float64]:
     """One by one, but for many small ones, which are put together: a call for each would take ten times as long."""
     together = [0 < t.numel() <= PUT_TOGETHER and t.dtype is torch.float32 for t in tensors]
@@ -102,8 +121,8 @@ def _square(t: Tensor) -> float:
     if t.dtype in HALF_PRECISION:
         t = t.float()
     if t.numel() <= SMALL_TENSOR:  # BLAS uses more than one thread only beyond this
-        array = t.numpy()
-        return float(numpy.vdot(array, array))
+        array = t.reshape(-1).numpy()
+        return float(array.dot(array))
     total = 0.0
     for block in t.reshape(-1).split(NORM_BLOCK):
         total += float(torch.dot(block, block))

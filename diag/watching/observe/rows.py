@@ -135,8 +135,8 @@ class RowQueue:
         self.step += 1
         numbers = row.numbers()
         alone = self.sharing is None and not self._waiting
-        if alone and all(not isinstance(n, Tensor) or n.is_cpu for n in numbers):
-            self._finish(self.step, row, map(_read, numbers))
+        if alone and (here := _read_at_once(numbers)) is not None:
+            self._finish(self.step, row, iter(here))
         else:
             self._waiting.append((self.step, row, Readback(numbers)))
             self.drain()
@@ -216,6 +216,18 @@ def _unobserved(dtype: numpy.dtype[Any]) -> NDArray[Any]:
         elif name.endswith("_finite"):
             table[name] = True
     return table
+
+
+def _read_at_once(numbers: list[Any]) -> list[Any] | None:
+    """Plain values where nothing is on a device, else None."""
+    found = []
+    for number in numbers:
+        if isinstance(number, Tensor):
+            if not number.is_cpu:
+                return None
+            number = _read(number)
+        found.append(number)
+    return found
 
 
 def _read(number: Any) -> Any:

@@ -95,6 +95,7 @@ class StepObserver:
         self.optimizer: Optimizer | None = None
         self.steps = 0
         self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, StepMembers]] = weakref.WeakKeyDictionary()
+        self._last: tuple[weakref.ref[Optimizer], int, StepMembers | None] | None = None  # asked for
         self._known: weakref.WeakKeyDictionary[Optimizer, None] = weakref.WeakKeyDictionary()
         self._row: Row | None = None
         self._rounds = Rounds()
@@ -224,10 +225,14 @@ class StepObserver:
         """The watched parameters that the optimizer holds; None where it holds none."""
         groups = optimizer.param_groups
         count = len(groups[0]["params"]) if len(groups) == 1 else sum(len(group["params"]) for group in groups)
+        if self._last is not None and self._last[0]() is optimizer and self._last[1] == count:
+            return self._last[2]
         known = self._members.get(optimizer)
         if known is None or known[0] != count:
             known = self._members[optimizer] = (count, self._members_of(optimizer))
-        return known[1] if len(known[1].columns) else None
+        found = known[1] if len(known[1].columns) else None
+        self._last = (weakref.ref(optimizer), count, found)
+        return found
 
     def _members_of(self, optimizer: Optimizer) -> StepMembers:
         held = [p for group in optimizer.param_groups for p in group["params"]]

@@ -182,6 +182,8 @@ class Result:
     notes: tuple[str, ...] = dataclasses.field(default=(), metadata={"base": True})
     provenance: Provenance = dataclasses.field(default_factory=Provenance, compare=False, metadata={"base": True})
 
+    _made_plain: ClassVar[tuple[str, ...]]
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # The dataclass decorator would write an __eq__ that compares arrays with == and so raises, and a __repr__
@@ -191,9 +193,8 @@ class Result:
             cls.plot = _with_an_axis(vars(cls)["plot"])  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.metadata.get("record", True) and not field.metadata.get("base"):
-                object.__setattr__(self, field.name, plain_data(getattr(self, field.name)))
+        for name in _names_made_plain(type(self)):
+            object.__setattr__(self, name, plain_data(getattr(self, name)))
 
     def setting(self, name: str) -> Any:
         """The value that a setting had when this was measured; the instrument's default where that is not known."""
@@ -376,8 +377,20 @@ class Failed:
 Outcome = Result | Skipped | Failed
 
 
+def _names_made_plain(kind: type[Result]) -> tuple[str, ...]:
+    """The fields of a result that become plain data, found once for a class."""
+    known: tuple[str, ...] | None = vars(kind).get("_made_plain")
+    if known is None:
+        fields = dataclasses.fields(kind)
+        known = tuple(f.name for f in fields if f.metadata.get("record", True) and not f.metadata.get("base"))
+        kind._made_plain = known
+    return known
+
+
 def plain_data(value: Any) -> Any:
     """`value` as immutable plain data: tensors and lists of numbers as NumPy arrays or tuples."""
+    if value is None or type(value) in (float, int, bool, str):
+        return value
     import numpy
     import torch
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import warnings
 from pathlib import Path
 
 import numpy
@@ -13,6 +14,7 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
+from diag.instruments.optimization.course import median
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import StartingWeight
 
@@ -165,3 +167,17 @@ def watched(lr, optimizer=torch.optim.Adam, **settings):
 )
 def test_on_a_small_training(settings, causes):
     assert watched(**settings) == causes
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_the_median_leaves_out_what_is_not_a_number(axis):
+    """To the bit that of numpy.nanmedian, also of infinite values, of none, and of nothing but NaN."""
+    random = numpy.random.default_rng(0)
+    for rows, columns in [(1, 1), (2, 5), (7, 4), (6, 6), (0, 3), (3, 0)]:
+        x = random.normal(size=(rows, columns))
+        x[random.random(x.shape) < 0.4] = math.nan
+        x[random.random(x.shape) < 0.2] = math.inf
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            expected = numpy.nanmedian(x, axis=axis)
+        assert numpy.array_equal(median(x, axis), expected, equal_nan=True)

@@ -7,7 +7,6 @@ says little.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy
@@ -28,9 +27,16 @@ def finite_losses(history: History) -> tuple[Floats, NDArray[Any]]:
 
 def median(values: Any, axis: int | None = None) -> Any:
     """The median over what is not NaN; NaN where there is nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return numpy.nanmedian(numpy.asarray(values, float), axis=axis)
+    # numpy.nanmedian goes by masked arrays where there are few values, which takes ten times as long.
+    x = numpy.asarray(values, float)
+    x = numpy.sort(x.reshape(-1) if axis is None else numpy.moveaxis(x, axis, -1), axis=-1)  # NaNs come last
+    if not x.shape[-1]:
+        return numpy.full(x.shape[:-1], numpy.nan)[()]
+    seen = numpy.count_nonzero(~numpy.isnan(x), axis=-1, keepdims=True)
+    places = (numpy.maximum(seen - 1, 0) // 2, numpy.minimum(seen // 2, x.shape[-1] - 1))
+    middle = [numpy.take_along_axis(x, place, -1) for place in places]
+    with numpy.errstate(invalid="ignore", over="ignore"):
+        return numpy.mean(middle, axis=0)[..., 0][()]
 
 
 def update_ratios(history: History) -> tuple[Floats, NDArray[Any], int]:

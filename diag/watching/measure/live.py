@@ -60,7 +60,8 @@ class Trace:
     def rows(self) -> NDArray[Any] | None:
         """The rows kept, by step; None where there is none."""
         kept = [*self._earlier, *self._recent]
-        return numpy.concatenate(kept) if kept else None
+        # Their bytes: numpy.concatenate would find out for each row anew that its columns are those of the others.
+        return numpy.frombuffer(bytearray(b"".join(row.tobytes() for row in kept)), kept[0].dtype) if kept else None
 
 
 class LiveChecks:

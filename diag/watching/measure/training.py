@@ -131,9 +131,14 @@ class _LazyHistory:
         return len(self.steps)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if (known := self.__dict__.get("_record")) is not None:
+            return getattr(known, name)  # a method: the fields are here
         read = self._history()
-        if read is None or name.startswith("__"):
+        if read is None:
             raise AttributeError(name)
         history = read()
-        self.__dict__.update({f: getattr(history, f) for f in history.__dataclass_fields__} if history else {})
+        if history is not None:
+            self.__dict__.update({f: getattr(history, f) for f in history.__dataclass_fields__}, _record=history)
         return getattr(history, name)

@@ -13,7 +13,10 @@ import diag
 from diag.errors import InvalidInput
 from diag.registry import find, instrument
 from diag.result import Level, Result, Verdict, measured
+from diag.run.rows import history_of, row_columns, row_dtype
+from diag.snapshot.history import parts
 from diag.watching.measure.measuring import chosen_instruments
+from diag.watching.measure.training import _LazyHistory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,3 +166,20 @@ def test_every_instrument_on_curvature_says_what_it_takes():
     for one in diag.registry.instruments().values():
         if any(need.quantity.name in ("hessian", "gauss_newton") and not need.optional for need in one.needs):
             assert one.expected_passes({}) > 100, one.name
+
+
+def test_a_snapshot_reads_the_record_once():
+    """Fields and methods alike: reading a long record takes longer than a check does."""
+
+    class Source:
+        times = 0
+
+        def history(self):
+            self.times += 1
+            return history_of({"layers": {"w": 3}}, numpy.zeros(4, row_dtype(row_columns(1))), [])
+
+    source = Source()
+    record = _LazyHistory(source.history)
+    assert len(record) == 4 and record.layers == ("w",)
+    assert len(record.rows(slice(0, 2))) == 2 and [len(part) for part in parts(record)] == [4]
+    assert source.times == 1

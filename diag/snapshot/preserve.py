@@ -61,6 +61,17 @@ def random_states() -> Iterator[None]:
         random.setstate(python_state)
 
 
+def seed_generators(seed: int) -> None:
+    """Seed what `random_states` restores of torch.
+
+    `torch.manual_seed` would also have every device that is not in use yet seeded once it is: another state than
+    training would find there, and one more call, with the stack it came from, kept for each time.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """No autocast and no TF32: TF32 alone puts noise of 1e-3 into curvature products."""

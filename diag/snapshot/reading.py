@@ -13,7 +13,7 @@ from diag.distributed.checksums import checksum_of
 from diag.distributed.together import Together
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch, as_batches, tensors_in
-from diag.snapshot.preserve import generator_states, random_states
+from diag.snapshot.preserve import generator_states, random_states, seed_generators
 
 # What is read of data that may never end: as many examples, or as many bytes.
 MOST_EXAMPLES_READ, MOST_BYTES_READ = 8_192, 1 << 28
@@ -40,7 +40,7 @@ def read_batches(
     batches: list[Batch] = []
     # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
     with random_states(), generator_states(data):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         for batch in read.wanted(as_batches(data, unpack)):
             batches.extend(part.to(device) for part in batch.split(micro_batch))
     if not batches:

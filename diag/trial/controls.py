@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.example_losses import LossFunction
-from diag.snapshot.preserve import preserved
+from diag.snapshot.preserve import preserved, seed_generators
 
 SETTLING = 30  # calls in training mode without a step, so that running statistics can follow
 
@@ -77,7 +77,7 @@ def answers(model: nn.Module, batch: Batch) -> list[Tensor]:
     Called with the same random numbers every time, as some networks add noise in evaluation, too; `in_mode` puts
     the user's back.
     """
-    torch.manual_seed(0)
+    seed_generators(0)
     numpy.random.seed(0)
     random.seed(0)
     outputs = batch.forward(model)

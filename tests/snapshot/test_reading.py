@@ -92,3 +92,15 @@ def test_what_ends_or_has_a_limit_is_read_as_asked(data, more, count):
         warnings.simplefilter("error")
         whole = snapshot(data, **more)
         assert whole.num_examples == count and not whole.cut_short
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what waits for a device that is not there")
+def test_reading_leaves_nothing_to_be_done_once_a_device_is_in_use():
+    """torch.manual_seed leaves a call for each kind of device, with the stack that it came from."""
+    waiting = len(torch.cuda._queued_calls)
+    x = torch.randn(6, 2)
+    assert (
+        len(diag.Snapshot(nn.Linear(2, 2), nn.CrossEntropyLoss(), (x, torch.zeros(6, dtype=torch.long))).batches)
+        == 1
+    )
+    assert len(torch.cuda._queued_calls) == waiting

@@ -121,8 +121,8 @@ def _square(t: Tensor) -> float:
     if t.dtype in HALF_PRECISION:
         t = t.float()
     if t.numel() <= SMALL_TENSOR:  # BLAS uses more than one thread only beyond this
-        array = t.reshape(-1).numpy()
-        return float(array.dot(array))
+        array = t.numpy()
+        return float(numpy.vdot(array, array))  # which says nothing of squares beyond the range
     total = 0.0
     for block in t.reshape(-1).split(NORM_BLOCK):
         total += float(torch.dot(block, block))

@@ -57,9 +57,11 @@ def test_two_trainings_in_two_threads_do_not_disturb_each_other(budget):
         model = network(seed)
         alone[seed] = (train(model, seed), [p.detach().clone() for p in model.parameters()])
 
+    models = {seed: network(seed) for seed in (1, 2)}  # here: two threads that seed one generator would mix
+
     def work(seed):
         try:
-            model = network(seed)
+            model = models[seed]
             instruments = ["softmax_collapse", "gradient_coherence"]
             with diag.watch(model, instruments=instruments, budget=budget) as watcher:
                 losses = train(model, seed, barrier)

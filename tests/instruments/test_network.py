@@ -129,6 +129,16 @@ def test_gradients_over_the_depth(factor, cause):
     assert result.factor == pytest.approx(factor ** (6 / 7), rel=0.6)
 
 
+def test_gradients_that_vanish_since_a_step():
+    layers = {f"{i}.weight": 256 for i in range(8)}
+    norms = numpy.ones((60, 8), numpy.float32)
+    norms[40:] *= numpy.geomspace(1e-6, 1, 8)
+    history = dataclasses.replace(empty_history(layers, 60), gradient_norm=norms)
+    verdict = diag.gradient_depth(history=history).verdict()
+    assert verdict.cause == Cause.GRADIENTS_VANISH and abs(verdict.step - 41) <= 2  # medians of five steps
+    assert Cause.OUTPUT_CONSTANT not in verdict.explained_by  # it is what a vanished signal looks like
+
+
 def test_a_shallow_network_is_not_judged_by_its_depth():
     history = empty_history({"0.weight": 256, "1.weight": 256}, 5)
     assert diag.gradient_depth(history=history).verdict().level == "not_applicable"

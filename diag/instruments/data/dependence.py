@@ -37,11 +37,16 @@ def independence_p_value(inputs: Tensor, answers: Tensor, seed: int = 0) -> floa
     return min(1.0, 2 * min(float(side.double().mean()) for side in sides))
 
 
+def columns_compared(inputs: Tensor) -> Tensor:
+    """The inputs flat (n, d), of wide ones evenly spaced columns."""
+    flat = inputs.detach().reshape(len(inputs), -1)
+    return flat[:, :: max(1, flat.shape[1] // WIDEST)]
+
+
 def _kernel(inputs: Tensor) -> Tensor:
     """For numbers a Gaussian of their distance, as wide as the median one; for whole numbers (tokens) the share of
     equal places plus the similarity of how often each token occurs."""
-    flat = inputs.detach().reshape(len(inputs), -1)
-    flat = flat[:, :: max(1, flat.shape[1] // WIDEST)]
+    flat = columns_compared(inputs)
     if not flat.is_floating_point():
         return _token_similarity(flat)
     flat = flat.double()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.data.dependence import independence_p_value
+from diag.instruments.data.dependence import columns_compared, independence_p_value
 from diag.instruments.data.label_order import in_order
 from diag.instruments.optimization.course import finite_losses, unpushed, update_ratios
 from diag.instruments.outcome.gain import gain_of_classes, gain_of_numbers, loss_of_numbers
@@ -186,7 +186,7 @@ def _pairs(inputs: Any, answers: Tensor) -> bool:
     """Whether there are enough inputs that vary, finite, each with an answer; answers vary, in no order."""
     if not isinstance(inputs, Tensor) or len(inputs) != len(answers) or len(answers) < FEWEST_COMPARED:
         return False
-    some, theirs = inputs[:MOST_COMPARED], answers[:MOST_COMPARED]
+    some, theirs = columns_compared(inputs[:MOST_COMPARED]), answers[:MOST_COMPARED]
     finite = bool(torch.isfinite(some).all() and torch.isfinite(theirs).all())
     varied = bool((some != some[:1]).any()) and bool((theirs != theirs[:1]).any())
     return finite and varied and (theirs.is_floating_point() or not in_order(theirs))

@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.optimization.course import SMALL
+from diag.instruments.optimization.course import SMALL, median
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.history import History
+from diag.snapshot.history import History, by_rows
 
 SOURCE = "arithmetic of the recorded norms"
 GRADIENT_RATIO = 1000.0
 FEWEST_LAYERS_IN_DEPTH = 4
 RECENT_STEPS = 20
+SMOOTHED = 5  # steps
 EXPLAINED_BY = (
     Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.LEARNING_RATE_TOO_HIGH, Cause.INITIALIZATION_CONSTANT,
     Cause.INITIALIZATION_SCALE, Cause.TRAINING_DIVERGED, Cause.GRAPH_CUT, Cause.WEIGHT_DECAY_TOO_STRONG,
@@ -38,6 +39,9 @@ class GradientDepth(Result):
     factor: float = measured("gradient of the first quarter of the layers over that of the last quarter")
     layers: tuple[str, ...] = measured("the weights, in the model's order")
     sizes: NDArray[numpy.float64] = measured("root mean square of each one's gradient", shape="(layers,)")
+    since: int = measured(
+        "the step from which the factor has been beyond the limit up to now; 0: it is not", default=0
+    )
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
@@ -69,6 +73,7 @@ class GradientDepth(Result):
             layers=(self.layers[int(smallest)],),
             cause=Cause.GRADIENTS_VANISH if vanish else Cause.GRADIENTS_EXPLODE,
             explained_by=EXPLAINED_BY,
+            step=self.since or None,
         )
 
     def plot(self, ax: Any) -> None:
@@ -96,8 +101,10 @@ def gradient_depth(history: History, *, factor: float = GRADIENT_RATIO) -> Gradi
     enough = len(medians) >= FEWEST_LAYERS_IN_DEPTH
     quarter = max(len(medians) // 4, 1)
     first, last = (float(numpy.median(m)) if enough else math.nan for m in (medians[:quarter], medians[-quarter:]))
+    found = first / last if enough and last > 0 else math.nan
     return GradientDepth(
-        factor=first / last if enough and last > 0 else math.nan,
+        factor=found,
+        since=_since(history, numpy.asarray(chosen)[seen], found, factor) if enough else 0,
         layers=tuple(numpy.asarray(names)[chosen][seen].tolist()) if enough else (),
         sizes=medians if enough else numpy.zeros(0),
         preconditions=(
@@ -108,3 +115,24 @@ def gradient_depth(history: History, *, factor: float = GRADIENT_RATIO) -> Gradi
             ),
         ),
     )
+
+
+def _since(history: History, columns: NDArray[Any], found: float, limit: float) -> int:
+    """The first step of the stretch up to now over which the factor, as a median of five steps, was beyond the
+    limit on the side where it is now; 0 where it is within."""
+    if not (found < 1 / limit or found > limit):
+        return 0
+    scale, quarter = numpy.sqrt(numpy.asarray(history.sizes, float)[columns]), max(len(columns) // 4, 1)
+
+    def factors(part: History) -> NDArray[Any]:
+        each = numpy.asarray(part.gradient_norm[:, columns], float) / scale
+        with numpy.errstate(divide="ignore", invalid="ignore"):
+            return numpy.asarray(median(each[:, :quarter], axis=1) / median(each[:, -quarter:], axis=1))
+
+    course = by_rows(history, factors)
+    steps, course = history.steps[numpy.isfinite(course)], course[numpy.isfinite(course)]
+    if len(course) > SMOOTHED:
+        course = median(numpy.lib.stride_tricks.sliding_window_view(course, SMOOTHED), axis=1)
+    within = numpy.flatnonzero(course >= 1 / limit if found < 1 else course <= limit)
+    start = int(within[-1]) + 1 if len(within) else 0
+    return int(steps[start]) if start < len(course) else 0

@@ -25,7 +25,7 @@ from diag.watching.observe.loop.rows.identity import NOT_AGAIN, Hashes, Places, 
 from diag.watching.observe.loop.rows.scores import LARGEST_MARGIN, RowScores, scores_of
 from diag.watching.observe.rows import Readback
 
-READ_TOGETHER, READS_WAITING = 16, 64  # calls whose numbers are read together, and that may wait
+READ_TOGETHER, READS_WAITING = 16, 4  # calls whose numbers are read together, and copies that may be under way
 SEVERAL = 0.05  # of the calls: from there on rows have no one label
 MET_BEFORE = 8  # rows of a batch that were met before, at least, to tell that its labels are others
 OTHERS = 0.4  # of these
@@ -48,8 +48,8 @@ class RowObserver:
             None  # who stands in the batch under way: numbers or hashes, and how many
         )
         self._pending: tuple[Any, RowScores, int, Any] | None = None
-        self._away: deque[tuple[Readback, slice, int]] = deque()
-        self._waiting: list[tuple[Any, slice, int]] = []
+        self._away: deque[tuple[Readback, list[tuple[slice, int]]]] = deque()
+        self._waiting: list[tuple[Any, Tensor, slice, int]] = []
         self._stamp = numpy.zeros(0, numpy.int32)
         self._places = numpy.arange(0)
         self._fit = self._several = self._looked = 0
@@ -80,7 +80,7 @@ class RowObserver:
         elif isinstance(self._who, Hashes) or self._who is None:
             self._who = self._who or Hashes(self._known)
             hashes = hashes_of(args, kwargs, size)
-            if hashes is not None:
+            if hashes is not None and hashes.device.type != "mps":  # it has no numbers of 64 bits to send
                 self._now = (hashes.numpy() if hashes.is_cpu else hashes), size
 
     def _takes(self, dataset: Any) -> bool:
@@ -129,22 +129,29 @@ class RowObserver:
         who = who.view(torch.float64) if isinstance(who, Tensor) else who
         margin = found.margin
         parts = [margin, found.label.to(margin.dtype), found.answer.to(margin.dtype)]
-        self._waiting.append(([who, torch.stack(parts)], found.rows, step))
+        self._waiting.append((who, torch.stack(parts), found.rows, step))
         if len(self._waiting) >= READ_TOGETHER:
             self._start_reading()
         self._read(wait=len(self._away) > READS_WAITING)
 
     def _start_reading(self) -> None:
+        """One copy of all that waits is begun."""
         waiting, self._waiting = self._waiting, []
-        self._away.extend((Readback(numbers), rows, step) for numbers, rows, step in waiting)
+        if waiting:
+            numbers = [n for who, scores, _, _ in waiting for n in (who, scores)]
+            self._away.append((Readback(numbers), [(rows, step) for _, _, rows, step in waiting]))
 
     def _read(self, wait: bool) -> None:
         while self._away and (wait or self._away[0][0].ready()):
-            numbers, rows, step = self._away.popleft()
-            who, values = (numpy.ascontiguousarray(v) for v in numbers.values())
-            who = who.view(numpy.int64) if who.dtype == numpy.float64 else who
-            margin, label, answer = values
-            self._count(who, RowScores(rows, margin, label.astype(numpy.int64), answer.astype(numpy.int64)), step)
+            numbers, calls = self._away.popleft()
+            values = numbers.values()
+            for (rows, step), who, scores in zip(calls, values[::2], values[1::2], strict=True):
+                # Hashes travel as the bits of a float64.
+                who = numpy.ascontiguousarray(who)
+                who = who.view(numpy.int64) if who.dtype == numpy.float64 else who
+                margin, label, answer = numpy.reshape(scores, (3, -1))
+                found = RowScores(rows, margin, label.astype(numpy.int64), answer.astype(numpy.int64))
+                self._count(who, found, step)
 
     # Counting
 

@@ -128,6 +128,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("previous_logits", "snapshot.inside.earlier", "n K", "floating", Effort.FORWARD, "give previous="),
         Quantity("running_statistics", "snapshot.inside.normalization", None, "object", Effort.FORWARD, _DATA),
         Quantity("later_tokens", "snapshot.inside.later", None, "object", Effort.FORWARD, _DATA),
+        Quantity("other_examples", "snapshot.inside.apart", None, "object", Effort.FORWARD, _DATA),
         Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),
         Quantity(

@@ -25,6 +25,7 @@ from diag.result import Result, Skipped
 from diag.run.run import Event, Record, Run
 from diag.snapshot.batch import Batch
 from diag.snapshot.given.trial import Attempt, Trial
+from diag.snapshot.inside import apart
 from diag.snapshot.preserve import random_states
 from diag.snapshot.snapshot import Snapshot
 from diag.trial import controls
@@ -105,7 +106,7 @@ def _batch(snapshot: Snapshot) -> Batch:
         return whole
     part = whole.slice(0, FITTED_EXAMPLES)
     try:
-        with controls.in_mode(snapshot.model, "eval"):
+        with apart.in_mode(snapshot.model, "eval"):
             snapshot.batch_loss(part.forward(snapshot.model), part.targets)
     except Exception:  # one example's inputs are not rows of the batch, as in a graph
         return whole
@@ -165,7 +166,7 @@ def _controls(snapshot: Snapshot, batch: Batch, fitted: nn.Module) -> dict[str, 
         "fitted_exchanged_loss": lambda: controls.exchanged_loss(fitted, batch, loss),
         "input_change": lambda: controls.input_change(model, batch),
         "fitted_input_change": lambda: controls.input_change(fitted, batch),
-        "mixing": lambda: controls.mixing(model, batch),
+        "mixing": lambda: apart.mixing(model, batch),
         "modes": lambda: controls.both_modes(fitted, batch, loss),
     }.items():
         try:
@@ -217,7 +218,7 @@ def _passes(i: Instrument) -> float:
 
 def _forward_seconds(snapshot: Snapshot) -> float:
     began = time.perf_counter()
-    with controls.in_mode(snapshot.model, "eval"):
+    with apart.in_mode(snapshot.model, "eval"):
         for batch in snapshot.batches:
             batch.forward(snapshot.model)
     return time.perf_counter() - began

@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from functools import partial
 
 import numpy
 import pytest
@@ -217,3 +218,21 @@ def test_a_loss_that_is_not_the_plain_mean_is_not_judged(change):
     found, run = told(x, torch.arange(240) % 3, losses[change], out=3, epochs=11, lr=0.01)
     assert Cause.WORSE_THAN_TRIVIAL not in found
     assert last(run, "constant_answer").verdict().level == "not_applicable"
+
+
+# Logits that dropout zeroes, classes that do not count
+
+
+def test_dropout_on_the_logits_is_told_and_dropout_before_the_last_layer_is_not():
+    x = table()
+    found, _ = told(x, x[:, :3].argmax(1), F.cross_entropy, end=nn.Dropout(0.5), out=3)
+    assert found[Cause.OUTPUT_RANGE].level == "warning" and "zero" in found[Cause.OUTPUT_RANGE].sentence
+    found, _ = told(x, x[:, :3].argmax(1), F.cross_entropy, out=3)
+    assert Cause.OUTPUT_RANGE not in found
+
+
+def test_a_class_with_a_weight_of_zero_is_told():
+    x = table()
+    for weights, told_of in (([1.0, 0.0, 1.0], True), ([1.0, 0.1, 1.0], False)):
+        found, _ = told(x, x[:, :3].argmax(1), partial(F.cross_entropy, weight=torch.tensor(weights)), out=3)
+        assert (Cause.CLASS_MISSING in found) is told_of

@@ -11,11 +11,14 @@ from diag.instruments.loop.findings import LoopCheck, LoopFinding, counted, judg
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.inputs import InputFacts
 from diag.snapshot.loop.parts import ContentFacts, OddRow
 
 SOURCE = "arithmetic of the inputs of training"
 SHARE_OF_ROWS = 0.05  # of the rows: where more are large, that is how the data is
 BATCHES_AT_LEAST = 2
+CALLS_OF_ROWS, ROWS_MARKED = 3, 24  # training calls, and rows in them, at least
+SHARE_THAT_DIFFERS = 0.3  # of the rows of a batch: below, most of it is repetition
 ROWS_NAMED = 4
 
 
@@ -34,12 +37,42 @@ def batch_rows(loop: Loop) -> BatchRows:
     all rows of a batch are one is asked of the first batches as a DataLoader gives them, before the loop changes
     them.
 
+    Rows that repeat within a batch are told of where at most three of ten differ and other batches have others.
+
     Raises nothing of its own.
     """
     c = loop.contents
-    seen = Precondition("inputs", c.batches + c.raw > 0, "no batch of floating-point inputs was seen.")
+    seen = Precondition("inputs", c.batches + c.raw + loop.inputs.looked > 0, "no batch of inputs was seen.")
     fine = f"{counted(c.rows, 'row')} of {c.batches:,} batches: none is a hundred times as large as is usual."
-    return judged(BatchRows, loop.step, list(_findings(c)), fine, preconditions=(seen,))
+    return judged(BatchRows, loop.step, [*_findings(c), *_repeated(loop.inputs)], fine, preconditions=(seen,))
+
+
+def _repeated(i: InputFacts) -> Iterator[LoopFinding]:
+    if i.looked < CALLS_OF_ROWS or i.rows < ROWS_MARKED:
+        return
+    each, differ = i.rows / i.looked, i.distinct / i.looked
+    if i.different == 1:
+        yield LoopFinding(
+            Level.ALARM,
+            Cause.INPUTS_CONSTANT,
+            f"All inputs are the same: {i.rows:,} rows in the {i.looked} batches that were looked at do not "
+            f"differ.",
+            "Look at what the data set returns for two different places, and at the tokenizer or the transform.",
+            "Two inputs that differ.",
+            step=1,
+        )
+    elif i.distinct <= SHARE_THAT_DIFFERS * i.rows and i.different >= 2 * differ:
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.ROWS_DUPLICATED,
+            f"A batch holds the same rows several times: of {each:.3g} rows {differ:.3g} differ, while other "
+            f"batches "
+            "hold others.",
+            "Look at how batches are put together: a sampler that draws a place again and again, a repeat or an "
+            "expand along the batch axis.",
+            "Rows that are meant to be repeated in a batch.",
+            step=1,
+        )
 
 
 def _findings(c: ContentFacts) -> Iterator[LoopFinding]:

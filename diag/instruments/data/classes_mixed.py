@@ -38,7 +38,18 @@ def classes_mixed(loop: Loop) -> ClassesMixed:
         "labels", enough, f"fewer than {BATCHES_COUNTED} batches of class numbers were seen, or one class."
     )
     fine = f"{b.distinct:.3g} classes a batch; rows drawn at random would have {expected(b):.3g}."
-    return judged(ClassesMixed, loop.step, list(_findings(b)) if enough else [], fine, preconditions=(known,))
+    return judged(
+        ClassesMixed,
+        loop.step,
+        list(_findings(b)) if enough and not _repeats(loop) else [],
+        fine,
+        preconditions=(known,),
+    )
+
+
+def _repeats(loop: Loop) -> bool:
+    """Whether most rows of a batch are repetitions, which says why it holds few classes."""
+    return loop.inputs.distinct < HALF_OF_EXPECTED * loop.inputs.rows
 
 
 def expected(b: BatchFacts) -> float:

@@ -42,6 +42,7 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
     b = loop.batches
     alike = loop.contents.raw > 0 and loop.contents.alike == loop.contents.raw
+    alike |= loop.inputs.looked > 0 and loop.inputs.different == 1
     if not alike and b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched >= THRICE - 1 and b.loader_batches > 1:
         yield LoopFinding(
             Level.ALARM,

@@ -89,7 +89,8 @@ def _ended(history: History, loop: Loop) -> Iterator[LoopFinding]:
     small = (rates[seen] <= NOTHING * most) & (most > 0)
     tail = len(small) - 1 - (numpy.flatnonzero(~small)[-1] if (~small).any() else -1)
     exact = bool((rates[seen][-tail:] == 0).all()) if tail else False
-    if tail >= (STILL if exact else STILL_FALLING):
+    falls = tail >= (STILL if exact else STILL_FALLING)
+    if falls and _highest(loop) <= NOTHING * most[-1]:
         since = int(history.steps[seen[-tail]])
         now, at_most = rates[seen[-1]], most[-1]
         yield LoopFinding(
@@ -102,7 +103,7 @@ def _ended(history: History, loop: Loop) -> Iterator[LoopFinding]:
             "A learning rate above zero.",
             step=since,
         )
-    elif not most[-1] and len(seen) >= STILL and not loop.schedulers:
+    elif not most[-1] and len(seen) >= STILL and not loop.schedulers and _highest(loop) == 0:
         yield LoopFinding(
             Level.ALARM,
             Cause.LEARNING_RATE_ZERO,
@@ -113,6 +114,12 @@ def _ended(history: History, loop: Loop) -> Iterator[LoopFinding]:
         )
     else:
         yield from _past_its_end(loop)
+
+
+def _highest(loop: Loop) -> float:
+    """The largest learning rate of any group that trains; rates that are not on the host are taken to be none."""
+    rates = (group.get("lr") for o in loop.training for group in o.groups)
+    return max((float(r) for r in rates if isinstance(r, (int, float))), default=0.0)
 
 
 def _past_its_end(loop: Loop) -> Iterator[LoopFinding]:

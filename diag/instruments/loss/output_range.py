@@ -21,6 +21,8 @@ SQUASHED = ("tanh", "clamp")  # a bounded logit; sigmoid and softmax before such
 OF_LOGITS = ("cross_entropy", "binary_cross_entropy_with_logits")
 OF_PROBABILITIES = "binary_cross_entropy"
 NOT_PROBABILITIES = ("relu", "softplus", "clamp")
+SHARE_OF_ZEROS = 0.05  # of the logits
+OF_CLASSES = ("cross_entropy", "nll_loss")
 CLEARLY_ABOVE_ZERO = 0.1  # nats
 
 
@@ -50,7 +52,11 @@ def output_range(loop: Loop) -> OutputRange:
 
 
 def _findings(f: AskedFacts) -> Iterator[LoopFinding]:
+    if f.uncounted and f.function in OF_CLASSES:
+        yield _uncounted(f)
     if not f.activation:
+        if f.zeros >= SHARE_OF_ZEROS and f.function in OF_LOGITS:
+            yield _zeroed(f)
         return
     if f.function in OF_LOGITS:
         yield from _logits(f)
@@ -94,6 +100,31 @@ def lowest_loss(f: AskedFacts) -> float:
     if f.function == OF_LOGITS[0]:
         return math.log1p(max(f.outputs_a_row - 1, 1) * math.exp(-width))
     return min(math.log1p(math.exp(-f.upper)), math.log1p(math.exp(f.lower)))
+
+
+def _zeroed(f: AskedFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.OUTPUT_RANGE,
+        f"{format_share(f.zeros)} or more of the logits that {f.function} gets are exactly zero: dropout or a mask "
+        "acts on what the network puts out.",
+        "Put dropout before the last layer, not after it.",
+        "Logits that are set to zero on purpose.",
+        step=f.first_step,
+    )
+
+
+def _uncounted(f: AskedFacts) -> LoopFinding:
+    shown = ", ".join(map(str, f.uncounted[:5])) + (", ..." if len(f.uncounted) > 5 else "")
+    return LoopFinding(
+        Level.WARNING,
+        Cause.CLASS_MISSING,
+        f"{f.function} weights {'class' if len(f.uncounted) == 1 else 'classes'} {shown} with zero, so that their "
+        "examples teach nothing.",
+        "Look at how weight= is made: a class that was not counted, a division that rounded.",
+        "A class that is left out on purpose.",
+        step=f.first_step,
+    )
 
 
 def _no_probabilities(f: AskedFacts) -> LoopFinding:

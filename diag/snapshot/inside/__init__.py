@@ -4,6 +4,7 @@ Rule of the room: calls of functions are intercepted and never replaced; what is
 """
 
 __all__ = [
+    "apart",
     "attention",
     "blocks",
     "chain",

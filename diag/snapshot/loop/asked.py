@@ -22,7 +22,8 @@ class AskedFacts:
     function on all rows of `copied_looks` calls; -1 where there is none. rows: of these calls; features: of the
     input. outputs_a_row: numbers that the loss function gets of each example (classes, where there is one label).
     from_data: where a DataLoader gave a batch before these calls, the targets were a tensor of it.
-    one_a_row: every example had one target."""
+    one_a_row: every example had one target. zeros: the share of the
+    function's inputs that are exactly zero. uncounted: classes whose weight is zero."""
 
     function: str
     reduction: str = ""
@@ -48,3 +49,5 @@ class AskedFacts:
     outputs_a_row: int = 0
     from_data: bool = False
     one_a_row: bool = False
+    zeros: float = 0.0
+    uncounted: tuple[int, ...] = ()

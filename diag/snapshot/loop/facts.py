@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from diag.errors import MissingQuantity
 from diag.snapshot.loop.asked import AskedFacts
+from diag.snapshot.loop.inputs import InputFacts
 from diag.snapshot.loop.parts import (
     BatchFacts,
     ChanceFacts,
@@ -77,6 +78,7 @@ class Loop:
     wrapper: WrapperFacts = field(default_factory=WrapperFacts)
     targets: TargetFacts = field(default_factory=TargetFacts)
     asked: tuple[AskedFacts, ...] = ()
+    inputs: InputFacts = field(default_factory=InputFacts)
     scaling: ScalingFacts = field(default_factory=ScalingFacts)
     clipping: ClippingFacts = field(default_factory=ClippingFacts)
     outside: tuple[OutsideChange, ...] = ()

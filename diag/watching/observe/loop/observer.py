@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from diag.watching.observe.loop.data.asked import Demands
 from diag.watching.observe.loop.data.contents import Contents
 from diag.watching.observe.loop.data.drawn import NONE, Drawn
 from diag.watching.observe.loop.data.evaluated import EvaluatedData
+from diag.watching.observe.loop.data.inputs import Inputs
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
@@ -71,7 +73,8 @@ class LoopObserver:
         self.drawn: tuple[Any, Any] | None = None
         self._chance = Chance(model, self.moment)
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
-        self._asked = Demands(self.moment)
+        self._asked, self._inputs = Demands(self.moment), Inputs(self.moment)
+        self._model = weakref.ref(model)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)
@@ -132,6 +135,7 @@ class LoopObserver:
         self._modes.training_call(args, kwargs)
         self._targets.training_call(args, kwargs)
         self._asked.training_call(args, kwargs)
+        self._inputs.training_call(args, kwargs)
         self._contents.training_call(args, kwargs, places)
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
@@ -156,6 +160,8 @@ class LoopObserver:
         self._order.add("E")
         self.evaluated_data.evaluated(args, kwargs, self._drawn.evaluated())
         self._modes.quiet_call(args, kwargs)
+        model = self._model()
+        self._inputs.evaluated(args, kwargs, model is None or model.training)
         self._chance.evaluated(args, kwargs)
         self._batches.fetched = False
         self._weights.evaluated()
@@ -343,6 +349,7 @@ class LoopObserver:
             wrapper=WrapperFacts(self._wrapper, self._wrapped, processes()),
             targets=self._targets.facts(),
             asked=self._asked.facts(),
+            inputs=self._inputs.facts(),
             contents=self._contents.facts(),
             drawn=self._drawn.facts(),
             roots=RootFacts(self._losses.roots.looked, self._losses.roots.undivided),

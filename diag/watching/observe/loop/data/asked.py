@@ -58,6 +58,8 @@ class _Kind:
     numbers: list[Tensor] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
     outputs: int = 0
+    given_zeros: list[Tensor] = field(default_factory=list)
+    weights: Tensor | None = None
     one_a_row: bool = True
     given: int = 0  # calls before which a DataLoader gave a batch
     from_data: int = 0  # of these, those whose targets were in it
@@ -110,6 +112,10 @@ class Demands:
             self._look(kind, given, target.detach(), kwargs)
 
     def _look(self, kind: _Kind, given: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> None:
+        weights = kwargs.get("weight")
+        kind.weights = weights.detach() if isinstance(weights, Tensor) else kind.weights
+        if kind.looked < INPUTS_LOOKED_AT:
+            kind.given_zeros.append((given.detach().reshape(-1)[:TARGETS_READ] == 0).float().mean())
         kind.weighted |= any(kwargs.get(k) is not None for k in ("weight", "pos_weight"))
         kind.weighted |= bool(kwargs.get("label_smoothing"))
         ignored = kwargs.get("ignore_index")
@@ -245,8 +251,15 @@ def _facts(k: _Kind) -> AskedFacts:
         features=k.features,
         outputs_a_row=k.outputs,
         one_a_row=k.one_a_row,
+        zeros=min((float(z) for z in k.given_zeros), default=0.0),
+        uncounted=uncounted(k.weights),
         from_data=0 < k.given == k.from_data,
     )
+
+
+def uncounted(weights: Tensor | None) -> tuple[int, ...]:
+    """The classes with a weight of zero."""
+    return () if weights is None or weights.ndim != 1 else tuple((weights == 0).nonzero().flatten().tolist())
 
 
 def _constant_loss(k: _Kind, numbers: Tensor, binary: bool) -> tuple[float, float]:

@@ -1,0 +1,122 @@
+"""The inputs of a few training calls and evaluations: how many rows differ, their mean and their spread.
+
+What is on a device is left alone: telling rows apart would wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.inputs import InputFacts
+from diag.watching.observe.loop.moment import Moment, due
+
+INPUT_CALLS, EVALUATION_CALLS = 6, 4  # calls that are looked at, of training then ever fewer
+WIDTH, MOST_ROWS = 4096, 128  # numbers of an example, and examples of a call, that are read
+FEWEST = 8  # examples of a call
+
+
+class Inputs:
+    """Follows the first tensor that the model is called with."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._calls = self._looked = self._rows = self._distinct = 0
+        self._different: set[float] = set()
+        self._sums, self._evaluated_sums = Sums(), Sums()
+        self._evaluated = self._evaluated_rows = 0
+        self._shape: tuple[int, ...] | None = None
+        self._alike = True
+
+    def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """The model was called in training."""
+        self._calls += 1
+        if not (self._calls <= INPUT_CALLS or due(self._calls)):
+            return
+        rows = rows_of(args, kwargs)
+        if rows is None:
+            return
+        marks = marks_of(rows)
+        self._looked, self._rows = self._looked + 1, self._rows + len(rows)
+        self._distinct += len(set(marks))
+        self._different |= set(marks) if len(self._different) < 1 << 14 else set()
+        self._sums.add(rows)
+        self._shape = tuple(rows.shape[1:])
+        self._moment.news(("inputs", self._looked))
+
+    def evaluated(self, args: Any, kwargs: Mapping[str, Any], training: bool) -> None:
+        """The model was called without gradients; training: in training mode."""
+        if training or self._shape is None or self._evaluated >= EVALUATION_CALLS:
+            return
+        rows = rows_of(args, kwargs)
+        if rows is None:
+            return
+        self._evaluated, self._evaluated_rows = self._evaluated + 1, self._evaluated_rows + len(rows)
+        self._alike &= tuple(rows.shape[1:]) == self._shape
+        self._evaluated_sums.add(rows)
+        self._moment.news(("evaluated inputs", self._evaluated))
+
+    def facts(self) -> InputFacts:
+        """As plain data."""
+        return InputFacts(
+            looked=self._looked,
+            rows=self._rows,
+            distinct=self._distinct,
+            different=len(self._different),
+            mean=self._sums.mean,
+            deviation=self._sums.deviation,
+            evaluated=self._evaluated,
+            evaluated_rows=self._evaluated_rows,
+            evaluated_mean=self._evaluated_sums.mean,
+            evaluated_deviation=self._evaluated_sums.deviation,
+            shape_alike=self._alike,
+        )
+
+
+class Sums:
+    """Count, sum and sum of squares of floating numbers, in double precision."""
+
+    def __init__(self) -> None:
+        self.count, self.sum, self.squares = 0, 0.0, 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """The numbers of these rows as well."""
+        if rows.is_floating_point():
+            numbers = rows.double()
+            self.count += numbers.numel()
+            self.sum += float(numbers.sum())
+            self.squares += float(numbers.square().sum())
+
+    @property
+    def mean(self) -> float:
+        """The mean, NaN of none."""
+        return self.sum / self.count if self.count else math.nan
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, NaN of none."""
+        if not self.count:
+            return math.nan
+        return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0))
+
+
+def rows_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor of a call, (rows, numbers), if it is on the host and may hold examples."""
+    tensor = next(iter(tensors_in((args, dict(kwargs)))), None)
+    fits = tensor is not None and tensor.is_cpu and tensor.ndim > 1 and tensor.layout is torch.strided
+    if tensor is None or not fits or len(tensor) < FEWEST or tensor.is_complex() or not tensor.numel():
+        return None
+    return tensor.detach()[:MOST_ROWS].reshape(min(len(tensor), MOST_ROWS), -1)[:, :WIDTH]
+
+
+def marks_of(rows: Tensor) -> list[float]:
+    """A number for each row (n, d) that rows of equal entries share and others do not."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(rows.shape[1], generator=generator, dtype=torch.float64) + 0.5
+    # One dot product a row, each in the same order, so that equal rows give equal sums.
+    return [float(torch.dot(row, weights)) for row in rows.double()]

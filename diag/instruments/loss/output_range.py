@@ -22,7 +22,7 @@ OF_LOGITS = ("cross_entropy", "binary_cross_entropy_with_logits")
 OF_PROBABILITIES = "binary_cross_entropy"
 NOT_PROBABILITIES = ("relu", "softplus", "clamp")
 SHARE_OF_ZEROS = 0.05  # of the logits
-OF_CLASSES = ("cross_entropy", "nll_loss")
+WITH_CLASS_WEIGHTS = ("cross_entropy", "nll_loss")
 CLEARLY_ABOVE_ZERO = 0.1  # nats
 
 
@@ -52,7 +52,7 @@ def output_range(loop: Loop) -> OutputRange:
 
 
 def _findings(f: AskedFacts) -> Iterator[LoopFinding]:
-    if f.uncounted and f.function in OF_CLASSES:
+    if f.uncounted and f.function in WITH_CLASS_WEIGHTS:
         yield _uncounted(f)
     if not f.activation:
         if f.zeros >= SHARE_OF_ZEROS and f.function in OF_LOGITS:

@@ -18,7 +18,7 @@ from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.preserve import preserved, seed_generators
 from diag.snapshot.snapshot import Snapshot
 
-EXAMPLES_TRIED = 7  # a number that axes of a network seldom have
+EXAMPLES_TOGETHER = 7  # a number that axes of a network seldom have
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class OtherExamples:
 
 
 def other_examples(snapshot: Snapshot) -> OtherExamples:
-    """Try it on the first examples of the probe set: four passes of `EXAMPLES_TRIED` of them.
+    """Try it on the first examples of the probe set: four passes of `EXAMPLES_TOGETHER` of them.
 
     Raises MissingQuantity where an input does not belong to single examples, where the network gives another answer
     each time, or where it cannot be called on so few.
     """
     first = snapshot.batches[0]
-    rows = first.slice(0, min(EXAMPLES_TRIED, first.size))
+    rows = first.slice(0, min(EXAMPLES_TOGETHER, first.size))
     snapshot.deadline.check()
     try:
         found = mixing(snapshot.model, rows)

@@ -17,8 +17,8 @@ from diag.snapshot.loop.inputs import InputFacts
 from diag.watching.observe.loop.moment import Moment, due
 
 INPUT_CALLS, EVALUATION_CALLS = 6, 4  # calls that are looked at, of training then ever fewer
-WIDTH, MOST_ROWS = 4096, 128  # numbers of an example, and examples of a call, that are read
-FEWEST = 8  # examples of a call
+WIDTH, MOST_ROWS_READ = 4096, 128  # numbers of an example, and examples of a call, that are read
+FEWEST_OF_A_CALL = 8  # examples of a call
 
 
 class Inputs:
@@ -109,9 +109,9 @@ def rows_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The first tensor of a call, (rows, numbers), if it is on the host and may hold examples."""
     tensor = next(iter(tensors_in((args, dict(kwargs)))), None)
     fits = tensor is not None and tensor.is_cpu and tensor.ndim > 1 and tensor.layout is torch.strided
-    if tensor is None or not fits or len(tensor) < FEWEST or tensor.is_complex() or not tensor.numel():
+    if tensor is None or not fits or len(tensor) < FEWEST_OF_A_CALL or tensor.is_complex() or not tensor.numel():
         return None
-    return tensor.detach()[:MOST_ROWS].reshape(min(len(tensor), MOST_ROWS), -1)[:, :WIDTH]
+    return tensor.detach()[:MOST_ROWS_READ].reshape(min(len(tensor), MOST_ROWS_READ), -1)[:, :WIDTH]
 
 
 def marks_of(rows: Tensor) -> list[float]:

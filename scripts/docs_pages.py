@@ -6,9 +6,12 @@ A hook of mkdocs: `on_config` sets the order of the pages, `on_files` adds those
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ PAGES = [
             {"Compare runs, or a sweep": "howto/compare.md"},
             {"Check every run in CI": "howto/ci.md"},
             {"With Lightning, transformers, W&B": "howto/tools.md"},
+            {"Find your way on the page": "howto/page.md"},
             {"Follow a run while it trains": "howto/live.md"},
             {"Yesterday's logs": "howto/logs.md"},
         ]
@@ -67,6 +71,8 @@ PAGES = [
 ]
 ABOUT_INSTRUMENTS = """Checks say what is wrong with a run and cost nothing or one look; measurements are
 expensive; descriptions judge nothing and run by name."""
+COUNTS = "../../calibration.md"
+NOT_COUNTED = f"no program of the [calibration]({COUNTS}) is broken in a way that it names"
 ABOUT_COMMANDS = """Every command says more by `--help`. Exit status: 0 fine, 1 a check failed, 2 nothing could be
 done: the call, the configuration or the run is not as it must be."""
 
@@ -103,12 +109,58 @@ def instrument_page(instrument: Any) -> str:
     for field in instrument.result.measured_fields():
         about = field.metadata
         lines.append(f"| `{field.name}` | {cell(about['unit'])} | {cell(about['description'])} |")
-    lines += [
+    lines += ["", "## When it is silent", "", *silence(instrument), ""]
+    lines += ["## How often it is right", "", how_often(instrument), ""]
+    lines += picture(instrument)
+    return "\n".join(lines)
+
+
+def silence(instrument: Any) -> list[str]:
+    """What must be there, and how to give it where it is not."""
+    must = [n for n in instrument.needs if not n.optional]
+    lines = [f"- Without `{n.name}` it is skipped: {n.quantity.how}." for n in must]
+    lines += [f"- Without `{n.name}` it says less: {n.quantity.how}." for n in instrument.needs if n.optional]
+    return [*lines, "- Where a precondition does not hold it gives no verdict and says which one."]
+
+
+def how_often(instrument: Any) -> str:
+    """The counts of the calibration, on programs that chose no threshold."""
+    from diag.rates import rates
+
+    counted = rates().get(instrument.name)
+    if counted is None:
+        return f"It has not been counted: {NOT_COUNTED}."
+    said = f"it said something in {counted['disturbed']} of {counted['sound']} sound trainings (false alarms)"
+    named, broken = counted["named"], counted["broken"]
+    missed = f"(missed: {broken - named})"
+    found = f"it named the cause in {named} of {broken} trainings that are broken in its ways {missed}"
+    told = f"{found}, and {said}" if broken else f"{said}; none of them is broken in a way that it names"
+    return f"On programs that chose no threshold {told}. Counted by `scripts/calibrate`: [all]({COUNTS})."
+
+
+@functools.cache
+def drawings() -> dict[str, str]:
+    """A drawing of each instrument that the reports in the repository have, by the instrument's name."""
+    found: dict[str, str] = {}
+    for file in [ROOT / "reports" / "demo" / "report.json", *sorted((ROOT / "reports").glob("*/*.json"))]:
+        made = json.loads(file.read_text(encoding="utf-8"))
+        for key, svg in (made.get("drawings") or {}).items():
+            if svg.startswith("<svg"):
+                found.setdefault(key.rpartition("-")[0], svg)
+    return found
+
+
+def picture(instrument: Any) -> list[str]:
+    """How the report draws it, from a run in the repository; nothing where no run has it."""
+    svg = drawings().get(instrument.name)
+    if svg is None:
+        return []
+    return [
+        "## Picture",
         "",
-        "How often it is wrong, on programs that chose no threshold, is counted by `scripts/calibrate`.",
+        f"<figure>{svg}<figcaption>{instrument.title}, in a report.</figcaption></figure>",
         "",
     ]
-    return "\n".join(lines)
 
 
 def index_page(known: dict[str, Any]) -> str:
@@ -189,9 +241,16 @@ def summary(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
 
 
+def _listed(nav: list[dict[str, Any]]) -> Iterator[str]:
+    """The files that the order of the pages names."""
+    for part in nav:
+        for value in part.values():
+            yield from [value] if isinstance(value, str) else _listed(value)
+
+
 def further(docs: Path) -> list[Path]:
     """Pages at the top that other scripts write, for the last section of the site."""
-    known = {value for part in PAGES for value in part.values() if isinstance(value, str)}
+    known = set(_listed(PAGES))
     return [file for file in sorted(docs.glob("*.md")) if file.name not in known]
 
 

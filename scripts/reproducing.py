@@ -204,6 +204,9 @@ def write_page(
     (folder / "README.md").write_text("\n".join(lines) + "\n")
     data = {
         "name": name,
+        "title": card.title,
+        "claim": card.claim,
+        "source": card.source,
         "seconds": round(seconds, 1),
         "versions": versions(),
         "expectations": [

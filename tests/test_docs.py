@@ -15,6 +15,7 @@ import pytest
 
 import diag
 from diag.cli import main
+from diag.rates import rates
 from diag.registry import instruments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,16 @@ def test_every_instrument_has_a_page_with_what_it_returns(site):
         assert instrument.source.split(",")[0] in page
         assert all(f"`{f.name}`" in page for f in instrument.result.measured_fields())
         assert f"(instruments/{name}.md)" in site["reference/instruments.md"]
+        assert all(f"Without `{n.name}` it" in page for n in instrument.needs)
+
+
+def test_the_counts_of_a_check_are_on_its_page(site):
+    counted = rates()["batches_repeated"]
+    assert (
+        f"{counted['named']} of {counted['broken']} trainings" in site["reference/instruments/batches_repeated.md"]
+    )
+    assert "It has not been counted" in site["reference/instruments/saved_rows.md"]
+    assert "<figure><svg" in site["reference/instruments/hessian_spectrum.md"]
 
 
 def test_names_in_backticks_of_the_rules_are_instruments():
@@ -96,6 +107,16 @@ def test_every_command_that_is_shown_exists(path):
         assert command is not None, line
         known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
         assert {w for w in words if w.startswith("-")} <= known, line
+
+
+@pytest.mark.parametrize("path", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.stem)
+def test_every_script_that_is_named_is_there_with_its_options(path):
+    for name, rest in re.findall(r"`?(scripts/[\w/.]*\w)((?: [^\s`|]+)*)", path.read_text()):
+        script = ROOT / name
+        assert script.exists(), name
+        source = script.read_text() if script.is_file() else ""
+        helped = source + "".join(f.read_text() for f in (ROOT / "scripts").glob("*.py"))
+        assert all(f'"{o}"' in helped or o in source for o in re.findall(r"--[a-z-]+", rest)), (name, rest)
 
 
 def test_the_tutorial_runs(tmp_path):

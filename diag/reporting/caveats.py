@@ -52,7 +52,7 @@ def _of_checks(counts: Mapping[str, int], not_installed: Sequence[str]) -> Cavea
 def _of_history(evidence: Evidence) -> Caveats:
     history = evidence.history
     if history is None:
-        if evidence.kind == "run":
+        if evidence.kind == "run" and not evidence.metadata.get("checkpoints"):
             yield "missing data", "No optimizer step was recorded, so there is no time course.", ""
         return
     if history.total_steps > len(history):

@@ -22,14 +22,17 @@ def tells_by_a_chart(finding: Finding) -> bool:
     """Whether a chart of a check that found nothing wrong shows more than its sentence: not where it would be the
     number of steps that were looked at, or one value throughout."""
     last = finding.series[-1][1]
-    scalars = last.scalars()
-    first = next(iter(scalars), "")
-    if first.startswith("num_"):
+    if _only_counts_steps(last):
         return False
+    first = next(iter(last.scalars()), "")
     own = type(last).plot_trend.__func__ is not Result.plot_trend.__func__  # type: ignore[attr-defined]
     if own or len(finding.series) == 1:
         return True
     return len({result.scalars().get(first) for _, result in finding.series}) > 1
+
+
+def _only_counts_steps(result: Result) -> bool:
+    return next(iter(result.scalars()), "").startswith("num_")
 
 
 def charts(finding: Finding, salt: str, at_most: int) -> tuple[list[Chart], dict[str, str]]:
@@ -38,6 +41,8 @@ def charts(finding: Finding, salt: str, at_most: int) -> tuple[list[Chart], dict
     The course over the steps comes first, where there is one, then the last measurement.
     """
     last_step, last = finding.series[-1]
+    if _only_counts_steps(last):  # the sentence has all that a drawing would show
+        return [], {}
     wanted: list[tuple[str, str, Callable[[Any], None]]] = []
     if len(finding.series) > 1:
         series = thinned(finding.series)

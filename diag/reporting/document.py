@@ -176,12 +176,12 @@ def _quiet(could_judge: int, counts: Mapping[str, int]) -> dict[str, str]:
         text = f"None of the {count_in_words(silent, 'check')} could judge." if silent else "Nothing was measured."
         return {"headline": "No verdict", "sentence": text}
     others = [
-        count_in_words(counts[level], f"check {words}", f"checks {words}")
+        count_in_words(counts[level], words.replace("were", "was"), words)
         for level, words in (
             ("unknown", "could not tell"),
             ("description", "only described"),
             ("not_applicable", "did not apply"),
-            ("skipped", "skipped"),
+            ("skipped", "were skipped"),
             ("failed", "failed"),
         )
         if counts[level]
@@ -190,6 +190,6 @@ def _quiet(could_judge: int, counts: Mapping[str, int]) -> dict[str, str]:
     passed = (
         "The one check that could judge passed"
         if could_judge == 1
-        else f"All {could_judge} that could judge passed"
+        else f"All {could_judge} checks that could judge passed"
     )
     return {"headline": "No check raised a warning", "sentence": f"{passed}{rest}."}

@@ -52,7 +52,7 @@ def layer_map(axis: Axis | None, history: History, findings: Iterable[Finding]) 
 
 
 def _cell(value: float) -> float | int | None:
-    return int(value) if value.is_integer() else rounded([value])[0]
+    return int(value) if value.is_integer() and abs(value) < 1e7 else rounded([value])[0]
 
 
 def _named(history: History, findings: Iterable[Finding]) -> dict[str, list[str]]:

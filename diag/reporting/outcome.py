@@ -117,7 +117,8 @@ def outcome(axis: Axis | None, evidence: Evidence) -> dict[str, Any] | None:
     if axis is None:
         return None
     courses = outcome_courses(evidence)
-    panels = [_panel(axis, name, title, courses[name]) for name, title in PANELS if courses[name]]
+    over_time = {name: [c for c in of if len(c.steps) > 1] for name, of in courses.items()}
+    panels = [_panel(axis, name, title, over_time[name]) for name, title in PANELS if over_time[name]]
     best = best_step(courses)
     if best is not None:
         best["at"] = axis.position(best["step"])
@@ -140,4 +141,12 @@ def _panel(axis: Axis, name: str, title: str, courses: Sequence[Course]) -> dict
         }
         for c, a in zip(courses, arrays, strict=True)
     ]
-    return {"name": name, "label": title, "lines": lines, **about}
+    whole = {"name": name, "label": title, "lines": lines, **about}
+    if name == "accuracy" and together.max() <= 1:  # there is none above it
+        whole["ticks"] = [t for t in about["ticks"] if about["low_end"] + t["at"] * _span(about) < 1 + 1e-6]
+    return whole
+
+
+def _span(about: Mapping[str, Any]) -> float:
+    span: float = about["high_end"] - about["low_end"]
+    return span

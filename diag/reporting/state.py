@@ -14,11 +14,13 @@ import numpy
 from diag.display import format_number, format_seconds
 from diag.reporting.caveats import spent
 from diag.reporting.evidence import Evidence
-from diag.reporting.outcome import best_step, outcome_courses
+from diag.reporting.outcome import Course, best_step, outcome_courses, shown_value
 from diag.reporting.plain import clean, count_in_words
 from diag.result import Level
+from diag.snapshot.history import History
 
 MOST_STORIES = 3
+FEW_CHECKS = 5  # that passed: the headline says how few
 LONGEST_STORY = 260  # characters: what a story on the first screen may take
 
 
@@ -30,7 +32,7 @@ def run_state(
     by_id = {audit["id"]: audit for audit in audits}
     return {
         "level": level,
-        "headline": _headline(level, told, evidence.kind),
+        "headline": _headline(level, told, evidence.kind, sum(a["level"] == Level.OK for a in audits)),
         "sentence": clean(" ".join(_course(evidence))),
         "stories": [_story(story, by_id, evidence.last_step) for story in told[:MOST_STORIES]],
         "more": max(0, len(told) - MOST_STORIES),
@@ -43,7 +45,7 @@ def _level(audits: Sequence[Mapping[str, Any]], told: Sequence[Mapping[str, Any]
     return str(Level.OK if any(a["level"] == Level.OK for a in audits) else Level.UNKNOWN)
 
 
-def _headline(level: str, told: Sequence[Mapping[str, Any]], kind: str) -> str:
+def _headline(level: str, told: Sequence[Mapping[str, Any]], kind: str, passed: int) -> str:
     what = "run" if kind == "run" else "network"
     if level == Level.ALARM:
         alarms = sum(story["level"] == Level.ALARM for story in told)
@@ -52,7 +54,10 @@ def _headline(level: str, told: Sequence[Mapping[str, Any]], kind: str) -> str:
         )
     if level == Level.WARNING:
         return "One thing to look at" if len(told) == 1 else f"{_many(len(told))} to look at"
-    return "Nothing wrong was found" if level == Level.OK else "Nothing could be judged"
+    if level != Level.OK:
+        return "Nothing could be judged"
+    few = f" by the {count_in_words(passed, 'check')} that could judge" if passed < FEW_CHECKS else ""
+    return f"Nothing wrong was found{few}"
 
 
 def _many(count: int, what: str = "thing") -> str:
@@ -106,10 +111,31 @@ def _course(evidence: Evidence) -> Iterable[str]:
         usable = usable[numpy.isfinite(usable)]
         if len(usable) > 1:
             first, last = (format_number(float(v)) for v in (usable[0], usable[-1]))
-            yield f"The training loss went from {first} to {last}."
-    best = best_step(outcome_courses(evidence))
+            yield f"The training loss went from {first} to {last}{_not_finite_since(history)}."
+    courses = outcome_courses(evidence)
+    yield from _measured_once(courses)
+    best = best_step(courses)
     if best is not None:
         yield _held_out(best)
+    elif history is not None:
+        yield "No held-out data were seen, so nothing is known of how it does on new examples."
+
+
+def _not_finite_since(history: History) -> str:
+    """Where the loss ends without a number: since when."""
+    finite = numpy.isfinite(numpy.asarray(history.loss, float))
+    if finite[-1] or not finite.any():
+        return ""
+    since = int(numpy.asarray(history.steps)[int(numpy.flatnonzero(finite)[-1]) + 1])
+    return f" and is infinite or no number from step {since:,} on"
+
+
+def _measured_once(courses: Mapping[str, Sequence[Course]]) -> Iterable[str]:
+    """An accuracy of which there is no course to be drawn."""
+    for course in courses["accuracy"]:
+        if len(course.steps) == 1 and not course.is_held_out:
+            value = shown_value("accuracy", course.values[0])
+            yield f"The accuracy on {course.label} is {value} at step {course.steps[0]:,}."
 
 
 def _held_out(best: Mapping[str, Any]) -> str:

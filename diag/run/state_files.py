@@ -64,7 +64,7 @@ def _name(path: Path) -> str:
 def _metadata(last: SavedFile) -> dict[str, Any]:
     state = Saved("", last.checkpoint.state).weights()
     return {
-        "model": f"{last.checkpoint.format} file",
+        "model": str(last.checkpoint.format),
         "parameters": sum(w.numel() for w in state.values()),
         "layers": {},
         "versions": {"diag": diag.__version__, "torch": str(torch.__version__)},

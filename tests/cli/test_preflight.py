@@ -1,8 +1,12 @@
 """`diag preflight`: exit status, what is printed, the page."""
 
+import json
 import textwrap
 
+import jsonschema
 import pytest
+
+from diag.reporting.machines.schema import schema
 
 TASK = """
     import torch
@@ -37,9 +41,12 @@ def test_sound(run_diag, task, tmp_path):
 
 
 def test_broken(run_diag, task):
-    found = run_diag("preflight", "--build", task("slow"), "--steps", 60, "--seconds", 20)
+    found = run_diag("preflight", "--build", task("slow"), "--steps", 60, "--seconds", 20, "--json")
     assert found.exit_code == 1, found.output
-    assert "learning rate is probably too small" in " ".join(found.output.split())
+    made = json.loads(found.stdout)
+    jsonschema.validate(made, schema())
+    assert made["level"] == "alarm" and made["run"]["last_step"] > 0
+    assert any("learning rate is probably too small" in f["sentence"] for f in made["findings"])
 
 
 @pytest.mark.parametrize(("name", "words"), [("no_loss", "has no loss"), ("nothing", "has no function 'nothing'")])

@@ -224,7 +224,7 @@ def scale(usable: NDArray[numpy.float64]) -> dict[str, Any]:
 def _log_marks(low: float, high: float) -> list[tuple[float, str]]:
     every = max(1, math.ceil((high - low) / 4))
     whole = range(math.ceil(low), math.floor(high) + 1, every)
-    return [(float(e), format_number(10.0**e)) for e in whole]
+    return [(float(e), format_number(10.0**e, 1)) for e in whole]
 
 
 def _linear_marks(low: float, high: float) -> list[tuple[float, str]]:

@@ -7,12 +7,12 @@ import re
 import numpy
 import pytest
 import report_fakes
-from report_fakes import HOSTILE, Bare, Collapse, series
+from report_fakes import HOSTILE, Bare, Collapse, finding, series
 
 from diag.display import LEVEL_MARKS, figure_svg
 from diag.reporting import document
 from diag.reporting.charts import charts, thinned
-from diag.result import Result
+from diag.result import Result, Verdict, measured
 
 
 def scalar_series(values):
@@ -25,6 +25,19 @@ def test_a_course_and_a_last_measurement():
     assert [c["key"] for c in made] == ["collapse-course", "collapse-last"]
     assert made[1]["caption"] == "Softmax collapse, at step 900"
     assert all(drawn[c["key"]].startswith("<svg") and not c["problem"] for c in made)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counted(Result):
+    num_steps: int = measured("steps looked at")
+
+    def verdict(self):
+        return Verdict("alarm", "Something was found in the loop.")
+
+
+def test_a_count_of_steps_is_not_drawn():
+    found = finding("counted", "Counted", series(Counted, [1, 2], num_steps=3))
+    assert charts(found, "salt", 2) == ([], {})
 
 
 def test_one_measurement_has_no_course():

@@ -151,6 +151,31 @@ def test_a_gallery_lists_every_report_with_the_command_that_makes_it(pair, tmp_p
     assert "foreign" not in html
 
 
+def test_a_reproduced_paper_is_one_card_with_its_claim_and_numbers(pair, tmp_path):
+    folder = tmp_path / "claim"
+    report(pair[0], folder / "arm-a.html", title="Arm a")
+    report(pair[1], folder / "arm-b.html", title="Arm b")
+    rows = [{"what": "margin", "expected": "16.6", "measured": "16.8 nats", "band": "15 to 17", "holds": "yes"}]
+    rows += [{"what": "growth", "expected": "0", "measured": "3", "band": "-2 to 2", "holds": "NO"}]
+    about = {"name": "claim", "title": "A <claim>", "claim": "It stops.", "source": "arXiv:2501.04697"}
+    (folder / "measured.json").write_text(json.dumps(about | {"expectations": rows}))
+    html = gallery(tmp_path).read_text()
+    for text in ("A &lt;claim&gt;", "It stops.", "16.8 nats", "Did not hold", "1 of 2 numbers in their bands"):
+        assert text in html
+    assert 'href="claim/arm-a.html"' in html and 'href="claim/arm-b.html"' in html and "<svg" in html
+    assert html.count("<article") == 1
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_what_found_most_opens_the_gallery(pair, tmp_path):
+    quiet = report_fakes.evidence(findings=[], title="Quiet")
+    report(quiet, tmp_path / "a.html", title="Quiet")
+    report(pair[0], tmp_path / "b.html", title="Loud")
+    html = gallery(tmp_path).read_text()
+    assert html.index("Loud") < html.index("Quiet")
+
+
 def test_a_folder_without_reports(tmp_path):
     with pytest.raises(InvalidInput, match=r"holds no report; make one with diag report RUN"):
         gallery(tmp_path)

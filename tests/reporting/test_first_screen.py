@@ -61,6 +61,41 @@ def test_a_best_step_at_the_end_is_said_so():
     assert "The held-out accuracy is at its best at the end: 90 %." in made["state"]["sentence"]
 
 
+def test_a_single_value_is_said_and_not_drawn():
+    made = document(with_outcome([0.7]), drawings=False)
+    assert [panel["name"] for panel in made["outcome"]["panels"]] == ["loss"]
+    assert "The held-out accuracy is at its best at the end: 70 %." in made["state"]["sentence"]
+
+
+def test_no_accuracy_above_one_is_marked():
+    made = document(with_outcome([0.97, 0.98, 1.0]), drawings=False)
+    (panel,) = (p for p in made["outcome"]["panels"] if p["name"] == "accuracy")
+    marks = [panel["low_end"] + t["at"] * (panel["high_end"] - panel["low_end"]) for t in panel["ticks"]]
+    assert marks and max(marks) < 1 + 1e-6
+
+
+def test_since_when_the_loss_is_no_number_is_in_the_headline_sentence():
+    history = report_fakes.history(steps=100)
+    history.loss[60:], history.loss_finite[60:] = numpy.nan, False
+    said = document(report_fakes.evidence(history=history), drawings=False)["state"]["sentence"]
+    assert f"and is infinite or no number from step {history.steps[60]:,} on." in said
+    assert "No held-out data were seen" in said
+    assert "no number" not in document(report_fakes.evidence(), drawings=False)["state"]["sentence"]
+
+
+def test_the_headline_says_how_few_checks_could_judge():
+    passed = finding("bare", "Bare", series(report_fakes.Bare, [1, 2], ratio=1.0))
+    made = document(report_fakes.evidence(findings=[passed], outcomes=[]), drawings=False)
+    assert made["state"]["headline"] == "Nothing wrong was found by the one check that could judge"
+
+
+def test_checkpoint_files_are_called_that():
+    about = {"name": "2 checkpoints", "checkpoints": [{"step": 0}, {"step": 1}]}
+    made = document(report_fakes.evidence(history=None, metadata=about, metrics={}), drawings=False)
+    assert made["state"]["sentence"] == "Two checkpoints."
+    assert not any("No optimizer step" in caveat["text"] for caveat in made["caveats"])
+
+
 def test_numbers_that_the_user_logged_are_shown_by_their_names():
     metrics = {"val/loss": [(10, 2.0), (20, 1.0), (30, 3.0)], "train_acc": [(10, 0.1)], "temperature": [(10, 1.0)]}
     courses = outcome_courses(report_fakes.evidence(findings=[], metrics=metrics))

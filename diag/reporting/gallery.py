@@ -18,8 +18,8 @@ from diag.reporting.files import write
 from diag.reporting.page import render
 from diag.result import Level
 
-MEASURED = "measured.json"  # beside the reports of a reproduced paper: the claim and the numbers
-HELD = "yes"
+CARD_NUMBERS = "measured.json"  # beside the reports of a reproduced paper: the claim and the numbers
+HOLDS = "yes"
 
 
 def gallery(folder: str | Path = "reports") -> Path:
@@ -57,12 +57,12 @@ def _json(file: Path) -> Any:
 def _entries(folder: Path, reports: Sequence[tuple[Path, dict[str, Any]]]) -> Iterable[dict[str, Any]]:
     arms: dict[Path, list[tuple[Path, dict[str, Any]]]] = {}
     for page, made in reports:
-        if (page.parent / MEASURED).is_file():
+        if (page.parent / CARD_NUMBERS).is_file():
             arms.setdefault(page.parent, []).append((page, made))
         else:
             yield _single(folder, page, made)
     for place, found in arms.items():
-        measured = _json(place / MEASURED)
+        measured = _json(place / CARD_NUMBERS)
         yield _card(folder, place, measured if isinstance(measured, dict) else {}, found)
 
 
@@ -93,7 +93,7 @@ def _card(
         "claim": str(measured.get("claim") or ""),
         "source": str(measured.get("source") or ""),
         "rows": rows,
-        "held": sum(row.get("holds") == HELD for row in rows),
+        "held": sum(row.get("holds") == HOLDS for row in rows),
         "arms": [{"href": p.relative_to(folder).as_posix(), "name": p.stem} for p, _ in found],
         "command": f"scripts/reproduce {measured.get('name') or place.name}",
         "picture": picture(found[worst][1]),

@@ -191,7 +191,7 @@ def inject(run: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"run": run, "fault": str(fault), "status": status, "seconds": round(seconds, 1)}
     try:
         record = diag.load(f"{folder}/run")
-        found["steps"] = len(record.history)
+        found["steps"] = 0 if record.history is None else len(record.history)
         found["measured"] = len(record.series("hessian_spectrum"))
         found["not measured"] = sorted({outcome.reason[:160] for _, outcome in record.outcomes})
         found["notes"] = [e.text[:160] for e in record.events if e.kind == "note"]

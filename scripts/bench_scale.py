@@ -122,7 +122,7 @@ def one_rank(asked: argparse.Namespace) -> None:
         times.append(time.perf_counter() - began)
     del v
     found = spectrum(
-        hessian, steps=asked.products, max_products=asked.products, largest=1, tolerance=1.0, trace_probes=2
+        hessian, steps=asked.products, max_products=asked.products, largest=1, tolerance=0.5, trace_probes=2
     )
     _, peak = memory()
     basis = (asked.products + 1) * hessian.part_size * 4

@@ -291,7 +291,7 @@ class Watcher(Guarded):
             self._compare(row)
         step = self._rows.add(row)
         self._follow_rows()
-        self._loop.step_ended(step)
+        self._loop.step_ended(step, row.learning_rate)
         if self._listener.look_for_calls():
             self._recorder.note("hooks", HOOKS_TAKEN)
         if self._company.leads:

@@ -9,6 +9,10 @@
 besides (consequences, or the same thing told less precisely): a finding that carries one is no false statement, and
 does not count as naming. Every other warning or alarm on the run, that the whole program does not draw too, is a
 false statement.
+
+The onset of a fault is the first step at which the loop does what a sound one would not, as far as that can be told
+from all that happened: step 1 unless the fault marks a later one (`Program.mark`), such as the first evaluation for
+what is done wrong in evaluations, or the second epoch for an order that never changes.
 """
 
 from __future__ import annotations

@@ -52,13 +52,13 @@ def never_in_training_mode(p: Program) -> None:
        without=NO_GAN)  # fmt: skip
 def evaluated_in_training_mode(p: Program) -> None:
     "model.eval() was forgotten before the evaluation (dropout)."
-    p.evaluation_mode = lambda: None  # type: ignore[method-assign]
+    p.evaluation_mode = p.mark  # type: ignore[method-assign]
 
 
 @fault(LOOP, [C.EVALUATION_IN_TRAIN_MODE], silent=True, needs="batch_norm", without=NO_GAN + " dropout")
 def statistics_moved_by_evaluation(p: Program) -> None:
     "model.eval() was forgotten before the evaluation, so running statistics move on held-out data."
-    p.evaluation_mode = lambda: None  # type: ignore[method-assign]
+    p.evaluation_mode = p.mark  # type: ignore[method-assign]
 
 
 @fault(LOOP, [C.DROPOUT_ALWAYS_ON], [C.EVALUATION_IN_TRAIN_MODE], silent=True, needs="dropout sequential")
@@ -79,11 +79,24 @@ def dropout_in_evaluation(p: Program) -> None:
 
     change(p, "make_model", make_model)
 
+    def evaluation_mode(old: Any) -> None:
+        p.mark()
+        old()
+
+    change(p, "evaluation_mode", evaluation_mode)
+
 
 @fault(LOOP, [C.AUGMENTATION_IN_EVALUATION], silent=True, needs="images classifier", without="distributed dense")
 def augmentation_in_evaluation(p: Program) -> None:
     "Held-out images are shifted at random as training images are."
+
+    def evaluation_mode(old: Any) -> None:
+        if p.metrics:  # of one evaluation nobody can tell that the images are not as they are
+            p.mark()
+        old()
+
     p.transform = lambda batch, training: [shifted(batch[0]), batch[1]]  # type: ignore[method-assign]
+    change(p, "evaluation_mode", evaluation_mode)
 
 
 @fault(LOOP, [C.AUGMENTATION_REPEATED], [C.BATCH_REPEATED], silent=True, needs="images classifier",
@@ -94,6 +107,8 @@ def augmentation_drawn_alike(p: Program) -> None:
     def transform(batch: Any, training: bool) -> Any:
         if not training:
             return batch
+        if p.number:  # a seed before the first batch is how trainings begin
+            p.mark()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return [shifted(batch[0]), batch[1]]
@@ -110,6 +125,8 @@ def same_batch_always(p: Program) -> None:
 
     def batches() -> Any:
         for _ in range(len(p.loader)):  # type: ignore[arg-type]
+            if p.number:  # the first batch is as good as any
+                p.mark()
             yield p.transform(next(iter(p.loader)), training=True)
 
     change(p, "make_loader", make_loader)
@@ -121,16 +138,29 @@ def never_shuffled(p: Program) -> None:
     "The training loader was made without shuffle=True."
     in_order(p)
 
+    def begin(old: Any) -> None:
+        mark_second_epoch(p)
+        old()
+
+    change(p, "begin_epoch", begin)
+
 
 @fault(LOOP, [C.EPOCHS_NOT_RESHUFFLED], silent=True, needs="epochs", without=NO_GAN + " full_batch")
 def shuffled_alike(p: Program) -> None:
     "The loader's generator is seeded again at every epoch, so that all epochs have one order."
 
     def begin(old: Any) -> None:
+        mark_second_epoch(p)
         p.loader = p.make_loader(p.train_set, True)
         old()
 
     change(p, "begin_epoch", begin)
+
+
+def mark_second_epoch(p: Program) -> None:
+    """One epoch in any order is as it should be; that they all have it begins with the second."""
+    if p.epoch:
+        p.mark()
 
 
 def in_order(p: Program) -> None:

@@ -33,6 +33,7 @@ def give_schedule(p: Program, make: Any, each: str = "schedule_step") -> None:
        without=NO_GAN + " full_batch accumulation")  # fmt: skip
 def schedule_stepped_each_batch(p: Program) -> None:
     "A schedule over epochs is stepped after every batch."
+    p.onset = 2  # the first step is at the rate that it should have
     give_schedule(p, lambda o: lr_scheduler.ExponentialLR(o, 0.5))
 
 
@@ -41,6 +42,13 @@ def schedule_too_short(p: Program) -> None:
     "The schedule was made for a quarter of the steps that are trained."
     total = lambda: max(2, p.total_steps // 4)  # noqa: E731
     give_schedule(p, lambda o: lr_scheduler.LambdaLR(o, lambda s: max(0.0, 1 - s / total())))
+
+    def step(old: Any) -> None:
+        if p.optimizer.param_groups[0]["lr"] == 0:  # until then nobody can know for how long training goes on
+            p.mark()
+        old()
+
+    change(p, "step", step)
 
 
 @fault(LOOP, [C.SCHEDULE_TOO_FAST, C.SCHEDULE_ENDED_EARLY], [C.SCHEDULE_JUMPED, *LOW], silent=True,

@@ -12,7 +12,7 @@ from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
 
 THRICE = 3
-LOOKED = 6  # batches in a row that were those of an epoch before
+CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
 EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose
 
 
@@ -54,7 +54,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             step=b.since,
         )
     each = f" every {b.loader_batches:,}" if b.loader_batches and b.lag % b.loader_batches == 0 else ""
-    if b.lag >= EPOCH and b.repeats >= min(b.lag, LOOKED):
+    if b.lag >= EPOCH and b.repeats >= (THRICE if b.by_rows else beyond_chance(b.lag)):
         yield LoopFinding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,
@@ -64,3 +64,13 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             "Batches that hold other rows in the next epoch.",
             step=b.since,
         )
+
+
+def beyond_chance(batches: int) -> int:
+    """How many batches in a row must be those of the epoch before, of so many, that a shuffle of whole batches
+    (another order of the same ones) would not give that in `CHANCE` epochs. Rows that are shuffled never do."""
+    orders, number = 1.0, 0
+    while orders < CHANCE:
+        orders *= max(batches - number % batches, 1)
+        number += 1
+    return max(number, THRICE)

@@ -67,7 +67,7 @@ def _nothing(silent: list[ParameterFacts], loop: Loop) -> LoopFinding:
 
 def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
     cut = [p for p in silent if p.called]
-    unused = [p for p in silent if p.called is False and p.missing >= LOOKS_UNUSED]
+    unused = [p for p in silent if p.called is False and (p.forgotten or p.missing >= LOOKS_UNUSED)]
     unknown = [p for p in silent if p.called is None and p.missing >= LOOKS_UNUSED]
     if cut:
         without = all(p.with_graph is False for p in cut)

@@ -20,6 +20,7 @@ STILL, STILL_FALLING = 3, 10  # steps at a rate of exactly zero, and at one next
 TWICE, THRICE = 2, 3
 RARELY = 5  # steps of the optimizer for one of the scheduler
 HALF, NEAR, SAME = 0.5, 0.1, 1e-4
+STEEP, HUNDREDTH = 0.8, 1e-2  # a schedule for batches decays more slowly than that
 EPOCHS, MANY = 2, 20  # epochs, or steps without any, that end without a step of the scheduler
 
 
@@ -51,7 +52,8 @@ def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule
 
 def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
     yield from _too_fast(loop)
-    yield from _ended(history, loop)
+    if not any(is_for_epochs(s, loop) for s in loop.schedulers):
+        yield from _ended(history, loop)
     yield from _elsewhere(loop)
     yield from _never(loop)
     yield from _first(loop)
@@ -66,6 +68,8 @@ def _too_fast(loop: Loop) -> Iterator[LoopFinding]:
         elif s.per_micro_batch.longest >= TWICE:
             how = "at each backward pass, several times for a step of the optimizer that accumulates them"
             yield _fast(s, s.per_micro_batch.times, s.per_micro_batch.first, how)
+        elif is_for_epochs(s, loop):
+            yield _within_an_epoch(s, steps_an_epoch(loop))
 
 
 def _fast(s: SchedulerFacts, times: int, first: int, how: str) -> LoopFinding:
@@ -77,6 +81,31 @@ def _fast(s: SchedulerFacts, times: int, first: int, how: str) -> LoopFinding:
         "Call scheduler.step() once, where optimizer.step() is called.",
         "One step of the scheduler for each of the optimizer.",
         step=first,
+    )
+
+
+def is_for_epochs(s: SchedulerFacts, loop: Loop) -> bool:
+    """Whether the scheduler steps with each batch, and divides the learning rate by a hundred within one epoch."""
+    steps = loop.optimizers[s.optimizer].steps if s.optimizer >= 0 else 0
+    each = s.steps >= THRICE and abs(s.steps - steps) <= 1
+    return each and s.decay <= STEEP and s.decay ** steps_an_epoch(loop) <= HUNDREDTH
+
+
+def steps_an_epoch(loop: Loop) -> float:
+    """Steps of the optimizer in an epoch of the loader; several calls of the model may make one."""
+    return loop.batches.loader_batches / max(loop.calls / max(loop.step, 1), 1.0)
+
+
+def _within_an_epoch(s: SchedulerFacts, batches: float) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.SCHEDULE_TOO_FAST,
+        f"The scheduler ({s.kind}) steps after every batch and multiplies the learning rate by {s.decay:.3g} each "
+        f"time, so that it is {s.decay**batches:.1g} of what it was when the {batches:,.0f} steps of one epoch are "
+        "over.",
+        "Call scheduler.step() after each epoch, or let it decay as slowly as batches need.",
+        "A training that is meant to end within an epoch.",
+        step=s.first_step,
     )
 
 

@@ -23,7 +23,8 @@ def module_modes(loop: Loop) -> ModuleModes:
     """Whether modules that act differently in training and evaluation (dropout, batch norm) are in the right mode.
 
     A training call is one that a backward pass comes of; an evaluation is a loss without gradients, or several
-    calls of the model without them. Modules in frozen parts may be in eval mode, and so may batch norms alone that
+    calls of the model without them: the first where a DataLoader gave them rows that training does not use, else
+    the second. Modules in frozen parts may be in eval mode, and so may batch norms alone that
     have statistics from before (fine-tuning). A single call without gradients and without a loss (samples of a
     generator, an agent that acts) is no evaluation, but for one on the inputs of the training call just made.
 
@@ -42,6 +43,8 @@ def _findings(m: ModeFacts) -> Iterator[LoopFinding]:
             yield finding
     if m.with_loss.times:
         yield _evaluation(m, Level.ALARM, m.with_loss.first, "a loss was computed")
+    elif m.held_out.times:
+        yield _evaluation(m, Level.WARNING, m.held_out.first, "held-out rows were given to the model")
     elif m.train_in_evaluation.times >= TWICE:
         yield _evaluation(m, Level.WARNING, m.train_in_evaluation.first, "the model was called several times")
     elif m.same_inputs.times >= TWICE:

@@ -23,8 +23,9 @@ def optimizer_kept(loop: Loop) -> OptimizerKept:
     """Whether one optimizer trains the model all along.
 
     Several optimizers of one class that hold the same parameters, each of which stops for good where the next
-    begins, are one that is made again; where it keeps moments, they start from zero each time. A second one
-    (another phase of training) is not told.
+    begins, are one that is made again; where it keeps moments, they start from zero each time. A second one is told
+    only where it has the settings of the first and begins with the second epoch of a DataLoader, until it goes on
+    for longer than an epoch: else it may be another phase of training.
 
     Raises nothing of its own.
     """
@@ -41,7 +42,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         if not chain or chain[-1].last_step < o.first_step:
             chain.append(o)
     for chain in chains.values():
-        if len(chain) >= THRICE and any(o.stateful for o in chain):
+        if (len(chain) >= THRICE or each_epoch(chain, loop)) and any(o.stateful for o in chain):
             yield _again(chain)
     lost = [o for o in loop.training if o.no_state and o.stateful]
     if lost and loop.resumed:
@@ -53,6 +54,21 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             "An optimizer whose state is not empty at the first step.",
             step=loop.resumed + 1,
         )
+
+
+def each_epoch(chain: list[OptimizerFacts], loop: Loop) -> bool:
+    """Whether one was made again for the second epoch of a DataLoader, as the first was made, and nothing else
+    changed there."""
+    if len(chain) != len(("first", "second")):
+        return False
+    first, second = chain
+    elsewhere = any(c.step == second.first_step for c in loop.outside)
+    return (
+        second.first_step == loop.batches.again
+        and loop.batches.epochs == len(chain)
+        and first.made_with == second.made_with
+        and not elsewhere
+    )
 
 
 def _again(chain: list[OptimizerFacts]) -> LoopFinding:

@@ -11,7 +11,7 @@ from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 
-TWICE, THRICE = 2, 3
+THRICE = 3
 CLASSIFYING = ("cross_entropy", "nll_loss")
 
 
@@ -25,8 +25,9 @@ def repeated_chance(loop: Loop) -> RepeatedChance:
     """Whether dropout is off in evaluation, held-out rows stay the same, and training is not seeded at every step.
 
     Dropout in eval mode is told where random numbers are drawn in evaluation calls and the source of a module's
-    forward calls dropout without its mode. Held-out rows are told where a first batch with the same labels has
-    other inputs in each of several evaluations of a classifier.
+    forward calls dropout without its mode. Held-out rows are told where the first batch of an evaluation of a
+    classifier has the labels of an earlier one and other inputs, and random numbers were drawn for them or the
+    loader gave other ones.
 
     Raises nothing of its own.
     """
@@ -36,7 +37,7 @@ def repeated_chance(loop: Loop) -> RepeatedChance:
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
     c = loop.chance
-    if c.drawn.times >= TWICE and c.always_dropping:
+    if c.drawn.times and c.always_dropping:
         yield LoopFinding(
             Level.ALARM,
             Cause.DROPOUT_ALWAYS_ON,
@@ -48,7 +49,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             layers=c.always_dropping,
         )
     classifier = any(f.function in CLASSIFYING for f in loop.losses)
-    if classifier and c.differing.longest >= TWICE:
+    if classifier and c.differing.times:
         yield LoopFinding(
             Level.WARNING,
             Cause.AUGMENTATION_IN_EVALUATION,

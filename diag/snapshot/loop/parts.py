@@ -47,23 +47,24 @@ class Pattern:
 class OptimizerFacts:
     """One optimizer that stepped, or that was zeroed or scheduled.
 
-    groups: hyperparameters by parameter group. held: names of the model's parameters in it; foreign: how many other
-    tensors; stale: names of parameters that no optimizer holds and that have the shape of a foreign tensor here
-    which gets no gradient. nested: its steps are taken inside another optimizer's. stateful: it keeps moments.
-    looked: how many of its steps were looked at closely; what is counted in the following is counted in these.
-    unzeroed: steps on a gradient that was not reset since the step before; partly_zeroed: those where only some
-    were not, not_zeroed: some of these parameters. empty: steps without any gradient. zeroed_before: steps after
-    the gradient of a backward pass was zeroed; before_backward: the same, and the model had been called in between,
-    so that the step comes before its backward pass; late: steps between a call of the model and the backward pass
-    of that call. repeated: steps without a backward pass since the last step, on the same gradient. doubled: steps
-    on a gradient that another optimizer had just stepped on. lost: steps before which earlier backward passes were
-    zeroed away, of `passes_lost` each. passes: backward passes that made up the last step's gradient. scaled: steps
-    on gradients that still carried a scaler's scale. stale_gradients: parameters whose gradient was left over from
-    the step before while others' was not. no_state: its first step in a run that was resumed began without
-    moments."""
+    groups: hyperparameters by parameter group, made_with: the same at its first step. held: names of the model's
+    parameters in it; foreign: how many other tensors; stale: names of parameters that no optimizer holds and that
+    have the shape of a foreign tensor here which gets no gradient. nested: its steps are taken inside another
+    optimizer's. stateful: it keeps moments. looked: how many of its steps were looked at closely; what is counted
+    in the following is counted in these. unzeroed: steps on a gradient that was not reset since the step before;
+    partly_zeroed: those where only some were not, not_zeroed: some of these parameters. empty: steps without any
+    gradient. zeroed_before: steps after the gradient of a backward pass was zeroed; before_backward: the same, and
+    the model had been called in between, so that the step comes before its backward pass; late: steps between a
+    call of the model and the backward pass of that call. repeated: steps without a backward pass since the last
+    step, on the same gradient. doubled: steps on a gradient that another optimizer had just stepped on. lost: steps
+    before which earlier backward passes were zeroed away, of `passes_lost` each. passes: backward passes that made
+    up the last step's gradient. scaled: steps on gradients that still carried a scaler's scale. stale_gradients:
+    parameters whose gradient was left over from the step before while others' was not. no_state: its first step in
+    a run that was resumed began without moments."""
 
     kind: str
     groups: tuple[Mapping[str, Any], ...] = ()
+    made_with: tuple[Mapping[str, Any], ...] = ()
     held: tuple[str, ...] = ()
     foreign: int = 0
     stale: tuple[str, ...] = ()
@@ -100,7 +101,8 @@ class ParameterFacts:
     none although an optimizer that holds it stepped. replaced: since which step it stands where another tensor
     stood. ungathered: at how many looks in a row, up to now, it had a gradient and no optimizer held it. called:
     whether its module was called in the forward pass that was looked at closely for it, None where none was;
-    with_graph: whether that call's output carried a graph (False: it ran under no_grad)."""
+    with_graph: whether that call's output carried a graph (False: it ran under no_grad); forgotten: it was not
+    called, and no method of the module around it names it."""
 
     name: str
     shape: tuple[int, ...]
@@ -114,6 +116,7 @@ class ParameterFacts:
     replaced: int = 0
     called: bool | None = None
     with_graph: bool | None = None
+    forgotten: bool = False
     ungathered: int = 0
 
 
@@ -123,7 +126,8 @@ class SchedulerFacts:
     `Loop.optimizers`). horizon: after how many of its steps it has run its course, 0 where it has no end.
     before_optimizer: its first step came before any of the optimizer's. repeated: steps at which it stepped more
     than once; per_micro_batch: those at which it stepped with each backward pass. peak: the learning rate that its
-    settings lead up to (the optimizer's own, or max_lr), NaN where that is not on the host."""
+    settings lead up to (the optimizer's own, or max_lr), NaN where that is not on the host. decay: what each of its
+    steps multiplies the rate with, on average over many, 1 where it has another form."""
 
     kind: str
     optimizer: int
@@ -135,6 +139,7 @@ class SchedulerFacts:
     repeated: Tally = Tally()
     per_micro_batch: Tally = Tally()
     peak: float = math.nan
+    decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,9 @@ class ModeFacts:
     itself was in eval mode. Of eval_in_training: trained_parts, those in a part with trainable parameters; norms,
     the batch norms; untracked, the batch norms that have never seen a batch. evaluations: runs of calls without
     gradients; train_in_evaluation: those with noisy modules in train mode, with_loss: of them followed by a loss
-    without gradients, same_inputs: single calls on the very tensor of the training call before, after its backward
-    pass."""
+    without gradients, held_out: of them those on several batches, or the only one, of a DataLoader whose rows
+    training does not use, each batch called once; same_inputs: single calls on the very tensor of the training call
+    before, after its backward pass."""
 
     noisy: tuple[str, ...] = ()
     eval_in_training: tuple[str, ...] = ()
@@ -160,6 +166,7 @@ class ModeFacts:
     evaluations: int = 0
     train_in_evaluation: Tally = Tally()
     with_loss: Tally = Tally()
+    held_out: Tally = Tally()
     same_inputs: Tally = Tally()
     moving_statistics: bool = False
 
@@ -171,7 +178,9 @@ class BatchFacts:
     calls: how many were hashed; lag: after how many calls the same batch comes again, 0 where none does; repeats:
     how many calls in a row were the batch of `lag` calls before. fetched: before how many of these calls a
     DataLoader gave a batch; loaders: epochs of DataLoaders begun, epochs: those of one that were followed by
-    training calls, loader_batches: batches in such an epoch. label_counts: of each class over the batches that were
+    training calls, again: the step at which the last of these that was not its first began; loader_batches: batches
+    in such an epoch; by_rows: its sampler orders rows, so that no two epochs have the same batches by chance.
+    label_counts: of each class over the batches that were
     counted (`counted` of them), and distinct: classes in a batch, on average; batch_size: targets counted a batch
     on average; continued: the share of batches that have a class of the batch just before."""
 
@@ -182,7 +191,9 @@ class BatchFacts:
     fetched: int = 0
     loaders: int = 0
     epochs: int = 0
+    again: int = 0
     loader_batches: int = 0
+    by_rows: bool = False
     shuffled: bool | None = None
     label_counts: Mapping[int, int] = field(default_factory=dict)
     counted: int = 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import BatchFacts
@@ -27,9 +28,10 @@ WHOLE = 1 << 19  # bytes of a batch up to which that is done
 BATCHES_LOOKED_AT = 4  # batches by which it is decided
 BATCHES_REMEMBERED = 1 << 14  # batches that were looked at, an eighth of all in a long training
 AWAY = 256  # batches on a device that wait to be hashed
-TELL = (2, 4, 6)  # the same order for so many batches is news
+TELL = (2, 3, 4, 5, 6, 8, 12)  # the same order for so many batches is news
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
 CLASSES_NEWS = (6, 12, 16)  # batches counted after which checks look at the classes
+ROWS = ("RandomSampler", "SequentialSampler", "DistributedSampler", "WeightedRandomSampler")  # order rows
 CLASSES = 4096  # more distinct targets than these are no classes
 
 
@@ -42,14 +44,16 @@ class Batches:
         self._at = Recent(BATCHES_REMEMBERED)  # calls by batch
         self._keys = Recent(BATCHES_REMEMBERED)  # batches by call
         self._whole, self._looked = False, 0
-        self._away: deque[tuple[int, Tensor]] = deque(maxlen=AWAY)
+        self._early: list[tuple[int, int, Any, bool]] = []  # the first batches, by all of their numbers
+        self._away: deque[tuple[int, Tensor, bool]] = deque(maxlen=AWAY)
         self._lag = self._repeats = self._since = self._fetched = 0
         self.fetched = False  # a DataLoader gave a batch since the last call
         self._loaders = self._loader_batches = 0
         self._shuffled: bool | None = None
         self._begun: int | None = None  # the loader whose epoch began last, until a training call
         self._epochs: dict[int, int] = {}  # by loader, those with training calls
-        self._batches_each = 0
+        self._batches_each = self._again = 0
+        self._by_rows = self._begun_by_rows = False
         self._labels: dict[int, int] = {}
         self._counted = self._distinct = self._targets = 0
         self._labels_away: list[Tensor] = []
@@ -64,7 +68,9 @@ class Batches:
         if not self._moment.attentive:
             return
         if self._begun is not None:
-            self._epochs[self._begun] = self._epochs.get(self._begun, 0) + 1
+            epochs = self._epochs[self._begun] = self._epochs.get(self._begun, 0) + 1
+            self._again = self._moment.step if epochs > 1 else self._again
+            self._by_rows = self._begun_by_rows
             self._batches_each, self._begun = self._loader_batches, None
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
         if tensor is None:
@@ -73,28 +79,34 @@ class Batches:
             return
         if tensor.device.type != "cpu":
             if self._calls < AWAY:
-                self._away.append((self._calls, sampled(tensor).clone()))
+                fetched, self.fetched = self.fetched, False
+                self._away.append((self._calls, sampled(tensor).clone(), fetched))
             return
         if self._whole and tensor.numel() * tensor.element_size() > WHOLE:
             return
-        sample = bytes_of(tensor if self._whole else sampled(tensor))
         if self._looked < BATCHES_LOOKED_AT and not self._whole:
-            self._look(tensor, sample)
-        self._add(self._calls, zlib.crc32(sample), tensor.shape)
+            self._look(tensor)
+        sample = bytes_of(tensor if self._whole else sampled(tensor))
+        fetched, self.fetched = self.fetched, False
+        self._add(self._calls, zlib.crc32(sample), tensor.shape, fetched)
 
-    def _look(self, tensor: Tensor, sample: bytes) -> None:
-        """Are the few numbers enough to tell batches apart?"""
+    def _look(self, tensor: Tensor) -> None:
+        """Are the few numbers enough to tell batches apart? Where not, all numbers count, of those before too."""
         self._looked += 1
+        sample = bytes_of(sampled(tensor))
         size = 4 if tensor.dtype is torch.bfloat16 else tensor.element_size()
         if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT_NUMBERS:
-            self._whole, self._hashed = True, 0
+            self._whole, self._hashed, self._lag, self._repeats = True, 0, 0, 0
             self._at.clear()
             self._keys.clear()
+            for early in self._early:
+                self._add(*early)
+        elif tensor.numel() * tensor.element_size() <= WHOLE:
+            self._early.append((self._calls, zlib.crc32(bytes_of(tensor)), tensor.shape, self.fetched))
 
-    def _add(self, call: int, sample: int, shape: Any) -> None:
+    def _add(self, call: int, sample: int, shape: Any, fetched: bool) -> None:
         key = hash((sample, *shape))
         self._hashed += 1
-        fetched, self.fetched = self.fetched, False
         before = self._at.get(key)
         self._at.set(key, call)
         self._keys.set(call, key)
@@ -124,7 +136,14 @@ class Batches:
         except TypeError:  # of a stream nobody knows the length
             self._loader_batches = 0
         sampler = type(getattr(loader, "sampler", None)).__name__
+        whole = type(getattr(loader, "batch_sampler", None)) is BatchSampler and loader.batch_size > 1
+        self._begun_by_rows = whole and sampler in ROWS
         self._shuffled = {"RandomSampler": True, "SequentialSampler": False}.get(sampler)
+
+    @property
+    def loader_batches(self) -> int:
+        """How many batches the loader has whose epoch began last, 0 where that is not known."""
+        return self._loader_batches
 
     # Labels
 
@@ -164,9 +183,9 @@ class Batches:
     def facts(self) -> BatchFacts:
         """As plain data; what is on a device is read now."""
         while self._away:
-            call, sample = self._away.popleft()
+            call, sample, fetched = self._away.popleft()
             if len(sample.unique()) >= DISTINCT_NUMBERS:
-                self._add(call, zlib.crc32(bytes_of(sample.cpu())), sample.shape)
+                self._add(call, zlib.crc32(bytes_of(sample.cpu())), sample.shape, fetched)
         waiting, self._labels_away = self._labels_away, []
         for targets in waiting:
             self._count(targets.cpu())
@@ -179,7 +198,9 @@ class Batches:
             fetched=self._fetched,
             loaders=self._loaders,
             epochs=max(self._epochs.values(), default=0),
+            again=self._again,
             loader_batches=self._batches_each or self._loader_batches,
+            by_rows=self._by_rows,
             shuffled=self._shuffled,
             label_counts=dict(sorted(self._labels.items())),
             counted=self._counted,

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import random
 import textwrap
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,11 @@ class Chance:
         self._drawn = Counter()
         self._always: tuple[str, ...] | None = None
         self._labels: Tensor | None = None
-        self._rows: dict[int, int] = {}
+        self._dataset = 0
+        self._rows: dict[tuple[int, int], tuple[int, int]] = {}
+        self._raw = 0
+        self._before: tuple[Any, ...] | None = None
+        self._given = True  # the model's inputs are data, not what another network makes of it
         self._supervised, self._compared = False, 0
         self._differing = Counter()
         self._first = True
@@ -45,14 +51,21 @@ class Chance:
 
     # Evaluations
 
-    def fetched(self, batch: Any) -> None:
-        """A DataLoader gave a batch: its labels tell it from others."""
-        labels = [t for t in tensors_in(batch) if t.ndim == 1 and not t.is_floating_point() and t.is_cpu]
-        self._labels = labels[-1] if labels else None
+    def fetched(self, batch: Any, dataset: int = 0) -> None:
+        """A DataLoader gave a batch of this data set: its labels tell it from others."""
+        tensors = tensors_in(batch)
+        labels = [t for t in tensors if t.ndim == 1 and not t.is_floating_point() and t.is_cpu]
+        self._labels, self._dataset = labels[-1] if labels else None, dataset
+        if torch.is_grad_enabled() or self._model.training or not self._first:
+            return
+        raw = next((t for t in tensors if t.is_floating_point() and t.is_cpu and t.numel()), None)
+        self._raw = 0 if raw is None else zlib.crc32(bytes_of(sampled(raw)))
+        self._state, self._before = random_state(self._device), random_numbers()
 
-    def training_call(self) -> None:
+    def training_call(self, args: Any = ()) -> None:
         """The model was called in training."""
-        self._first, self._state = True, None
+        self._first, self._state, self._before = True, None, None
+        self._given &= not any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
     def loss_called(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss was called in training: are the loader's labels its targets? Where rows are told apart by labels
@@ -68,39 +81,43 @@ class Chance:
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called without gradients."""
+        drawn = self._before is not None and self._before != random_numbers()
         if not self._model.training and self._calls < CALLS:
-            self._draws()
+            drawn |= self._draws()
         labels, self._labels = self._labels, None
         first, self._first = self._first, False
         if first and labels is not None and not self._model.training:
-            self._same_rows(labels, args, kwargs)
+            self._same_rows(labels, args, kwargs, drawn)
 
-    def _same_rows(self, labels: Tensor, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _same_rows(self, labels: Tensor, args: Any, kwargs: Mapping[str, Any], drawn: bool) -> None:
+        """Have rows with these labels other inputs than before, and by chance? `drawn`: random numbers were, since
+        the loader gave the batch."""
         inputs = next((t for t in tensors_in((args, dict(kwargs)))), None)
         if inputs is None or not inputs.is_floating_point() or not inputs.is_cpu or len(self._rows) >= KEPT:
             return
         if len(labels) < LABELS or len(labels.unique()) < KINDS or not inputs.numel():
             return
         rows, now = zlib.crc32(bytes_of(labels)), zlib.crc32(bytes_of(sampled(inputs)))
-        before = self._rows.get(rows)
-        self._rows[rows] = now
+        before = self._rows.get((self._dataset, rows))
+        self._rows[self._dataset, rows] = now, self._raw
         if before is not None:
-            if before != now and self._supervised:
+            if before[0] != now and self._supervised and self._given and (drawn or before[1] != self._raw):
                 self._differing.hit(self._moment.step)
                 self._moment.news(("rows differ", min(self._differing.times, 3)))
             else:
                 self._differing.miss()
 
-    def _draws(self) -> None:
-        """Were random numbers drawn since the call before, in one evaluation?"""
+    def _draws(self) -> bool:
+        """Were random numbers drawn since the call or the batch before, in one evaluation?"""
         self._calls += 1
         state, self._state = self._state, random_state(self._device)
         if state is None or torch.equal(state, self._state):
-            return
+            return False
         self._drawn.hit(self._moment.step)
         if self._always is None:
             self._always = always_dropping(self._model)
             self._moment.news(("dropout in evaluation", self._always))
+        return True
 
     # Seeds
 
@@ -130,6 +147,12 @@ def random_state(device: torch.device) -> Tensor:
         generator = torch.cuda.default_generators[device.index or 0]
         return torch.tensor([generator.initial_seed() % (1 << 62), generator.get_offset()])
     return torch.default_generator.get_state()
+
+
+def random_numbers() -> tuple[Any, ...]:
+    """What changes when Python or NumPy draw a random number of their own generators."""
+    of_numpy: Any = numpy.random.get_state()
+    return random.getstate(), of_numpy[1].tobytes(), of_numpy[2:]
 
 
 def always_dropping(model: nn.Module) -> tuple[str, ...]:

@@ -31,9 +31,11 @@ class Modes:
         self._eval_steps = Counter()
         self._left_by = 0
         self._root_in_eval = self._root_was_training = False
-        self._quiet_calls = self._evaluations = 0
+        self._quiet_calls = self._evaluations = self._held_out_calls = 0
+        self._only_batch = self._sampled = False
+        self._quiet_inputs: Any = None
         self._evaluated_since = True
-        self._train_in_evaluation, self._with_loss = Counter(), Counter()
+        self._train_in_evaluation, self._with_loss, self._held_out = Counter(), Counter(), Counter()
         self._noisy_call = False
         self._inputs: Any = None  # of the last training call, while somebody else holds them
         self._descended = False
@@ -43,7 +45,9 @@ class Modes:
 
     def training_call(self, args: Any = (), kwargs: Any = MappingProxyType({})) -> None:
         """The model was called in training; the call counts once a backward pass comes of it."""
-        self._quiet_calls, self._noisy_call, self._descended = 0, False, False
+        if self._quiet_calls:
+            self._evaluation_over()
+        self._noisy_call = self._descended = False
         self._inputs = _reference(args, kwargs)
         if not self._named:
             return
@@ -88,11 +92,24 @@ class Modes:
 
     # Calls without gradients
 
-    def quiet_call(self, args: Any = (), kwargs: Any = MappingProxyType({})) -> None:
-        """The model was called without gradients."""
+    def quiet_call(
+        self,
+        args: Any = (),
+        kwargs: Any = MappingProxyType({}),
+        untrained: bool = False,
+        only_batch: bool = False,
+    ) -> None:
+        """The model was called without gradients; untrained: on a new batch of a DataLoader whose rows training
+        does not use; only_batch: that loader has no other."""
         self._evaluated_since = True
         self._quiet_calls += 1
         self._noisy_call = bool(self._named) and self._model.training and any(m.training for _, m in self._named)
+        self._held_out_calls += untrained and self._noisy_call
+        self._only_batch = only_batch
+        now = first_tensor(args, kwargs)
+        again = now is not None and self._quiet_inputs is not None and self._quiet_inputs() is now
+        self._sampled = again or (self._sampled and self._quiet_calls > 1)
+        self._quiet_inputs = None if now is None else weakref.ref(now)
         if self._noisy_call and self._quiet_calls == 1 and self._descended and self._is_same(args, kwargs):
             # Nothing is learned of a batch after its backward pass: this asks how well it is answered.
             self._hit(self._same_inputs, "train mode, same inputs")
@@ -100,6 +117,14 @@ class Modes:
             self._evaluations += 1
             if self._noisy_call:
                 self._hit(self._train_in_evaluation, "train mode in evaluation")
+
+    def _evaluation_over(self) -> None:
+        """Training goes on. A batch that was called several times (dropout left on to sample answers), or one of
+        many that came alone (pseudo-labels for a step), is no evaluation."""
+        calls, self._quiet_calls = self._quiet_calls, 0
+        held_out, self._held_out_calls = self._held_out_calls, 0
+        if held_out and not self._sampled and (calls >= RUN or self._only_batch):
+            self._hit(self._held_out, "train mode on held-out rows")
 
     def _is_same(self, args: Any, kwargs: Any) -> bool:
         now = first_tensor(args, kwargs)
@@ -138,6 +163,7 @@ class Modes:
             evaluations=self._evaluations,
             train_in_evaluation=self._train_in_evaluation.tally(),
             with_loss=self._with_loss.tally(),
+            held_out=self._held_out.tally(),
             same_inputs=self._same_inputs.tally(),
             moving_statistics=any(isinstance(m, _BatchNorm) and m.track_running_stats for _, m in self._named),
         )

@@ -93,8 +93,10 @@ class LoopObserver:
         """Whether something happened that checks have not judged."""
         return self.moment.changed
 
-    def step_ended(self, step: int) -> None:
-        """The step with this number is over."""
+    def step_ended(self, step: int, rate: Any = None) -> None:
+        """The step with this number is over; rate: its learning rate, where that is on the host."""
+        if type(rate) is float:
+            self._schedulers.rate(rate)
         if self.moment.ended(step):
             self._begin()
         if not self.moment.attentive and self._optimizers.unusual:
@@ -128,7 +130,7 @@ class LoopObserver:
             return
         self._order.add("F")
         self.evaluated_data.training_call()
-        self._chance.training_call()
+        self._chance.training_call(args)
         self._optimizers.forward_called()
         if any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._optimizers.adversarial = True
@@ -158,8 +160,9 @@ class LoopObserver:
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._order.add("E")
-        self.evaluated_data.evaluated(args, kwargs, self._drawn.evaluated())
-        self._modes.quiet_call(args, kwargs)
+        untrained = self._drawn.evaluated()
+        self.evaluated_data.evaluated(args, kwargs, untrained)
+        self._modes.quiet_call(args, kwargs, untrained, self._batches.loader_batches == 1)
         model = self._model()
         self._inputs.evaluated(args, kwargs, model is None or model.training)
         self._chance.evaluated(args, kwargs)
@@ -262,6 +265,8 @@ class LoopObserver:
             if record.held:
                 self._layers.sweep()
                 self._strangers.sweep(self._optimizers)
+        else:
+            self._parameters.look_for_gradients()
         self._scaling.before_step(optimizer, self._optimizers.before_step(optimizer, closure))
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -315,7 +320,7 @@ class LoopObserver:
         self._contents.fetched(batch)
         self._asked.fetched(batch)
         self.evaluated_data.fetched(batch)
-        self._chance.fetched(batch)
+        self._chance.fetched(batch, self._drawn.dataset)
         self._batches.fetched = True
         if self._calls < 4:
             self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)

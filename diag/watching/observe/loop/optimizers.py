@@ -44,6 +44,7 @@ class OptimizerRecord:
         self.stale_gradients: set[str] = set()
         self.marks: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.groups: tuple[Mapping[str, Any], ...] = ()
+        self.made_with: tuple[Mapping[str, Any], ...] = ()
 
     def read_groups(self) -> None:
         """Keep the hyperparameters as they are now; what is not on the host is left out."""
@@ -123,6 +124,8 @@ class Optimizers:
         if record.size != sum(len(g["params"]) for g in optimizer.param_groups):
             self.refresh(record, optimizer)
         if record.steps == 0:
+            record.read_groups()
+            record.made_with = record.groups
             record.no_state = self._resumed and not optimizer.state and bool(record.held)
         if record.held and not closure:
             record.looked += 1
@@ -279,6 +282,7 @@ class Optimizers:
         return OptimizerFacts(
             kind=r.kind,
             groups=r.groups,
+            made_with=r.made_with,
             held=tuple(dict.fromkeys(self._names[id(p)] for p in r.held if id(p) in self._names)),
             foreign=len(r.foreign),
             stale=r.stale,

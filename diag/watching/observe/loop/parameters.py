@@ -13,6 +13,7 @@ from diag.snapshot.loop.parts import ParameterFacts
 from diag.watching.hooks.model_hook import frames_compiled
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers, plain_number
+from diag.watching.observe.loop.source import is_forgotten
 
 LOOKS_BEFORE_CLOSER = 3  # looks in a row without a gradient before a module is looked at closely
 
@@ -30,6 +31,7 @@ class Seen:
     without_optimizer: int = 0
     called: bool | None = None
     with_graph: bool | None = None
+    forgotten: bool = False
 
 
 class Parameters:
@@ -41,6 +43,7 @@ class Parameters:
         self.seen: dict[str, Seen] = {}
         self._closer: CloseLook | None = None
         self._looked_at: set[str] = set()
+        self._silent: list[Seen] = []  # those that no gradient has come to
         self.refresh()
 
     def refresh(self) -> None:
@@ -72,6 +75,13 @@ class Parameters:
         for name, s in self.seen.items():
             self._look(s, name, id(s.parameter) in held, id(s.parameter) in anywhere)
         record.stale = self._stale(record, anywhere)
+        self._silent = [s for s in self.seen.values() if s.missing and not s.gradient]
+
+    def look_for_gradients(self) -> None:
+        """Before a step between two sweeps: has a gradient come where none had? Chance may leave layers out."""
+        for s in self._silent:
+            if s.parameter.grad is not None:
+                s.gradient, s.missing = s.gradient or self._moment.step, 0
 
     def _look(self, s: Seen, name: str, held: bool, anywhere: bool) -> None:
         p, step = s.parameter, self._moment.step
@@ -125,6 +135,7 @@ class Parameters:
             owner = name.rpartition(".")[0]
             if owner in closer.owners:
                 s.called, s.with_graph = owner in closer.called, closer.called.get(owner)
+                s.forgotten = not s.called and is_forgotten(self._model, owner)
 
     # Facts
 
@@ -155,6 +166,7 @@ class Parameters:
             replaced=s.replaced,
             called=s.called,
             with_graph=s.with_graph,
+            forgotten=s.forgotten,
             ungathered=s.without_optimizer,
         )
 

@@ -7,13 +7,15 @@ import math
 import weakref
 from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
 
 from diag.snapshot.loop.parts import SchedulerFacts
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers
 
 MOST = 64
+NOTHING = 1e-6  # of the largest learning rate so far
+LOW = (3, 10)  # steps at such a rate that are news
 # Attributes that say after how many of its steps a scheduler has run its course.
 HORIZONS = ("total_steps", "T_max", "total_iters")
 
@@ -61,6 +63,7 @@ class Schedulers:
         self._by_id: dict[int, Schedule] = {}
         self._inside = 0
         self._searched: set[int] = set()
+        self._most, self._low = 0.0, 0
 
     def stepped(self, scheduler: Any, backwards: int) -> bool:
         """A scheduler's `step` has returned; False where the call was another scheduler's own, or its first."""
@@ -77,6 +80,15 @@ class Schedulers:
         if schedule.horizon and schedule.steps == schedule.horizon + 2:
             self._moment.news(("scheduler ended", id(schedule)))
         return True
+
+    def rate(self, rate: float) -> None:
+        """A step was taken at this learning rate: has it come down to nothing for a number of steps?"""
+        if rate > NOTHING * self._most:
+            self._most, self._low = max(rate, self._most), 0
+        else:
+            self._low += 1
+            if self._low in LOW:
+                self._moment.news(("learning rate is gone", self._low))
 
     def _schedule(self, scheduler: Any) -> Schedule | None:
         known = self._by_id.get(id(scheduler))
@@ -122,6 +134,7 @@ class Schedulers:
             repeated=s.repeated.tally(),
             per_micro_batch=s.per_micro_batch.tally(),
             peak=s.peak,
+            decay=decay_of(scheduler),
         )
 
 
@@ -139,6 +152,15 @@ def peak_of(scheduler: Any) -> float:
     groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None) or [{}]
     rates = [r for r in (groups[0].get("max_lr"), groups[0].get("initial_lr")) if isinstance(r, (int, float))]
     return max(map(float, rates), default=math.nan)
+
+
+def decay_of(scheduler: Any) -> float:
+    """What the scheduler multiplies the learning rate with at each of its steps, on average over many: of one that
+    multiplies by `gamma` again and again; else 1."""
+    if not isinstance(scheduler, (ExponentialLR, StepLR)) or not isinstance(scheduler.gamma, float):
+        return 1.0
+    each = scheduler.step_size if isinstance(scheduler, StepLR) else 1
+    return scheduler.gamma ** (1 / each) if scheduler.gamma > 0 and each > 0 else 1.0
 
 
 def horizon_of(scheduler: Any) -> int:

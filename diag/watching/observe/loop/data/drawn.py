@@ -20,6 +20,7 @@ from diag.watching.observe.loop.moment import Moment
 
 ALWAYS = 4096  # batches of which each is counted, then those that are looked at closely
 LOADERS, SETS = 8, 8
+AGAIN, ENOUGH = 3, 100  # draws of each row that came, and draws in all, from which on checks look
 LARGEST = 1 << 24  # rows of a data set that is followed
 NONE: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
@@ -72,6 +73,11 @@ class Drawn:
         """A DataLoader begins an epoch."""
         self._epoch.close()
 
+    @property
+    def dataset(self) -> int:
+        """The id of the data set that the last batch is from."""
+        return id(self._dataset)
+
     # What the batch is used for
 
     def training_call(self) -> NDArray[numpy.int64]:
@@ -88,8 +94,8 @@ class Drawn:
             known = self._rows_of(base)
             if known is not None:
                 known.trained[rows[rows < len(known.trained)]] = True
-        if self._epoch.news:
-            self._moment.news("few rows")
+        if self._epoch.again >= AGAIN:
+            self._moment.news(("few rows", min(self._epoch.again, 2 * AGAIN)))
         return places
 
     def evaluated(self) -> bool:
@@ -173,27 +179,29 @@ class Epoch:
     def __init__(self) -> None:
         self.dataset: Any = None
         self.times: NDArray[numpy.int32] = numpy.zeros(0, numpy.int32)
-        self.draws = self.distinct = self.once = 0
-        self.news = False
+        self.draws = self.seen = self.distinct = self.once = 0
+        self.again = 0
         self._best: Epoch | None = None
 
     def add(self, places: NDArray[numpy.int64], dataset: Any) -> None:
         """These places were drawn for training."""
         if dataset is not self.dataset:
             size = _size(dataset)
-            self.dataset, self.draws = dataset, 0
+            self.dataset, self.draws, self.seen = dataset, 0, 0
             self.times = numpy.zeros(size if size <= LARGEST else 0, numpy.int32)
         if len(self.times) and places.max() < len(self.times):
+            new = int((self.times[places] == 0).sum())  # a row twice in a batch counts twice
+            self.seen = min(self.seen + new, len(self.times))
             numpy.add.at(self.times, places, 1)
             self.draws += len(places)
-            self.news = self.draws >= 3 * len(self.times)
+            self.again = self.draws // max(self.seen, 1) if self.draws >= ENOUGH else 0
 
     def close(self) -> None:
         """The epoch is over."""
         if self.draws and (self._best is None or self.draws > self._best.draws):
             self._best = self._summed()
         self.times[:] = 0
-        self.draws = 0
+        self.draws = self.seen = 0
 
     def largest(self) -> Epoch:
         """The epoch with the most draws."""

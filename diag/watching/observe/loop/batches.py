@@ -1,34 +1,21 @@
-"""Which batches training sees: a hash of a few numbers of each, in the order in which they come.
-
-On the host the numbers are hashed at once. On another device they stay there as they are, and are compared when the
-facts are asked for.
-"""
+"""Which batches training sees, and in which order: the model's inputs, what DataLoaders give, and the labels."""
 
 from __future__ import annotations
 
-import functools
-import math
-import zlib
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import BatchFacts
 from diag.watching.observe.loop.moment import Moment, due
-from diag.watching.observe.loop.recent import Recent
+from diag.watching.observe.loop.stream import Stream, key_of, sampled
 
-NUMBERS_HASHED = 64  # of a batch that are hashed
-DISTINCT_NUMBERS = 16  # of them at least, else (pixels that are mostly zero, few words) the whole batch is hashed
-WHOLE = 1 << 19  # bytes of a batch up to which that is done
-BATCHES_LOOKED_AT = 4  # batches by which it is decided
-BATCHES_REMEMBERED = 1 << 14  # batches that were looked at, an eighth of all in a long training
-AWAY = 256  # batches on a device that wait to be hashed
-TELL = (2, 3, 4, 5, 6, 8, 12)  # the same order for so many batches is news
+PARTS, SMALL_PART = 4, 1 << 14  # tensors of a batch that are told apart, and bytes up to which by all numbers
+PENDING = 64  # calls of the model before a backward pass that are kept
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
 CLASSES_NEWS = (6, 12, 16)  # batches counted after which checks look at the classes
 ROWS = ("RandomSampler", "SequentialSampler", "DistributedSampler", "WeightedRandomSampler")  # order rows
@@ -38,15 +25,13 @@ CLASSES = 4096  # more distinct targets than these are no classes
 class Batches:
     """Follows the inputs of training calls, the labels of loss calls and the DataLoaders."""
 
-    def __init__(self, moment: Moment) -> None:
-        self._moment = moment
-        self._calls = self._hashed = 0
-        self._at = Recent(BATCHES_REMEMBERED)  # calls by batch
-        self._keys = Recent(BATCHES_REMEMBERED)  # batches by call
-        self._whole, self._looked = False, 0
-        self._early: list[tuple[int, int, Any, bool]] = []  # the first batches, by all of their numbers
-        self._away: deque[tuple[int, Tensor, bool]] = deque(maxlen=AWAY)
-        self._lag = self._repeats = self._since = self._fetched = 0
+    def __init__(self, model: nn.Module, moment: Moment) -> None:
+        self._model, self._moment = model, moment
+        self._calls = 0
+        self._inputs, self._raw = Stream(moment), Stream(moment)  # of the model, and as loaders give them
+        self._raw_key: int | None = None
+        self._pending: list[tuple[int, int | Tensor, bool, int | None, Any]] = []  # until a backward pass
+        self._loader = 0  # the one whose epoch began last
         self.fetched = False  # a DataLoader gave a batch since the last call
         self._loaders = self._loader_batches = 0
         self._shuffled: bool | None = None
@@ -75,62 +60,35 @@ class Batches:
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
         if tensor is None:
             tensor = next((t for t in tensors_in((args, dict(kwargs)))), None)
-        if tensor is None or type(tensor) is not Tensor or not tensor.numel() or tensor.layout is not torch.strided:
-            return
-        if tensor.device.type != "cpu":
-            if self._calls < AWAY:
-                fetched, self.fetched = self.fetched, False
-                self._away.append((self._calls, sampled(tensor).clone(), fetched))
-            return
-        if self._whole and tensor.numel() * tensor.element_size() > WHOLE:
-            return
-        if self._looked < BATCHES_LOOKED_AT and not self._whole:
-            self._look(tensor)
-        sample = bytes_of(tensor if self._whole else sampled(tensor))
+        key = None if tensor is None else self._inputs.key(self._calls, tensor)
         fetched, self.fetched = self.fetched, False
-        self._add(self._calls, zlib.crc32(sample), tensor.shape, fetched)
+        raw, self._raw_key = self._raw_key, None
+        if key is not None and len(self._pending) < PENDING:
+            self._pending.append((self._calls, key, fetched, raw, (self._model.training, self._loader)))
 
-    def _look(self, tensor: Tensor) -> None:
-        """Are the few numbers enough to tell batches apart? Where not, all numbers count, of those before too."""
-        self._looked += 1
-        sample = bytes_of(sampled(tensor))
-        size = 4 if tensor.dtype is torch.bfloat16 else tensor.element_size()
-        if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT_NUMBERS:
-            self._whole, self._hashed, self._lag, self._repeats = True, 0, 0, 0
-            self._at.clear()
-            self._keys.clear()
-            for early in self._early:
-                self._add(*early)
-        elif tensor.numel() * tensor.element_size() <= WHOLE:
-            self._early.append((self._calls, zlib.crc32(bytes_of(tensor)), tensor.shape, self.fetched))
+    def backward(self) -> None:
+        """A backward pass reached the model: the calls before it were training. Those in another mode, or on
+        another loader's batches, were not: an evaluation that keeps graphs without using them."""
+        pending, self._pending = self._pending, []
+        for call, key, fetched, raw, kind in pending:
+            if kind == pending[-1][-1]:
+                self._inputs.add(call, key, fetched)
+                if raw is not None:
+                    self._raw.add(call, raw, fetched)
 
-    def _add(self, call: int, sample: int, shape: Any, fetched: bool) -> None:
-        key = hash((sample, *shape))
-        self._hashed += 1
-        before = self._at.get(key)
-        self._at.set(key, call)
-        self._keys.set(call, key)
-        self._compare(call, key, before, fetched)
-        if self._repeats in TELL or (self._lag and self._repeats == self._lag):
-            self._moment.news(("same batches", self._lag, self._repeats))
-
-    def _compare(self, call: int, key: int, before: int | None, fetched: bool) -> None:
-        """Is this the batch of `lag` calls before? Not all calls are looked at, so often nobody knows."""
-        there = self._keys.get(call - self._lag) if self._lag else None
-        if there is not None and there == key:
-            self._repeats += 1
-            self._fetched += fetched
-        elif there is not None or (not self._lag and before is not None):
-            self._lag = 0 if before is None else call - before
-            self._repeats, self._since = int(before is not None), self._moment.step
-            self._fetched = int(fetched)
+    def batch_fetched(self, batch: Any) -> None:
+        """A DataLoader gave this batch; what the loop makes of it may differ each time."""
+        self.fetched = True
+        parts = tensors_in(batch)[:PARTS] if torch.is_grad_enabled() else []
+        usual = all(type(t) is Tensor and t.is_cpu and t.numel() and t.layout is torch.strided for t in parts)
+        self._raw_key = hash(tuple(_key(t) for t in parts)) if parts and usual else None
 
     # DataLoaders
 
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""
         self._loaders += 1
-        self._begun = id(loader)
+        self._begun = self._loader = id(loader)
         try:
             self._loader_batches = len(loader)
         except TypeError:  # of a stream nobody knows the length
@@ -182,20 +140,18 @@ class Batches:
 
     def facts(self) -> BatchFacts:
         """As plain data; what is on a device is read now."""
-        while self._away:
-            call, sample, fetched = self._away.popleft()
-            if len(sample.unique()) >= DISTINCT_NUMBERS:
-                self._add(call, zlib.crc32(bytes_of(sample.cpu())), sample.shape, fetched)
+        self._inputs.wait()
+        stream = max((self._inputs, self._raw), key=lambda kept: kept.repeats)
         waiting, self._labels_away = self._labels_away, []
         for targets in waiting:
             self._count(targets.cpu())
         n = max(self._counted, 1)
         return BatchFacts(
-            calls=self._hashed,
-            lag=self._lag,
-            repeats=self._repeats,
-            since=self._since,
-            fetched=self._fetched,
+            calls=self._inputs.hashed,
+            lag=stream.lag,
+            repeats=stream.repeats,
+            since=stream.since,
+            fetched=stream.fetched,
             loaders=self._loaders,
             epochs=max(self._epochs.values(), default=0),
             again=self._again,
@@ -210,23 +166,6 @@ class Batches:
         )
 
 
-def sampled(tensor: Tensor) -> Tensor:
-    """Some entries of the tensor, spread over it and over its columns, as a view where it can be one."""
-    detached = tensor.detach()
-    flat = detached.view(-1) if detached.is_contiguous() else detached.reshape(-1)
-    return flat[:: stride_of(len(flat))]
-
-
-@functools.lru_cache(maxsize=256)
-def stride_of(length: int) -> int:
-    """A step that shares no factor with the length, so that not always the same column is met."""
-    stride = max(length // NUMBERS_HASHED, 1)
-    while math.gcd(stride, length) > 1:
-        stride += 1
-    return stride
-
-
-def bytes_of(sample: Tensor) -> bytes:
-    """The bytes of a tensor on the host."""
-    detached = sample.detach()
-    return (detached.float() if sample.dtype is torch.bfloat16 else detached).numpy().tobytes()
+def _key(tensor: Tensor) -> int:
+    small = tensor.numel() * tensor.element_size() <= SMALL_PART
+    return key_of(tensor if small else sampled(tensor), tensor.shape)

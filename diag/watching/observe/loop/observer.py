@@ -65,7 +65,7 @@ class LoopObserver:
         names = self._parameters.names
         self._optimizers = Optimizers(self.moment, self._gradients, names, resumed > 0)
         self._schedulers = Schedulers(self.moment, self._optimizers)
-        self._modes, self._batches = Modes(model, self.moment), Batches(self.moment)
+        self._modes, self._batches = Modes(model, self.moment), Batches(model, self.moment)
         self.evaluated_data = EvaluatedData()
         self._contents, self._drawn = Contents(self.moment), Drawn(self.moment)
         self.rows = RowObserver(self.moment)
@@ -215,6 +215,7 @@ class LoopObserver:
             self._backwards += 1
             self._unstepped += 1
             self._modes.backward()
+            self._batches.backward()
             self._clipping.backward()
 
     def clipping(self, parameters: Any, limit: Any) -> None:
@@ -321,7 +322,7 @@ class LoopObserver:
         self._asked.fetched(batch)
         self.evaluated_data.fetched(batch)
         self._chance.fetched(batch, self._drawn.dataset)
-        self._batches.fetched = True
+        self._batches.batch_fetched(batch)
         if self._calls < 4:
             self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)
         else:

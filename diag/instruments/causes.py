@@ -75,6 +75,7 @@ class Cause(enum.StrEnum):
     SCHEDULER_NEVER_STEPPED = "scheduler_never_stepped", Theme.LOOP, "A scheduler exists and is never stepped."
     SCHEDULER_BEFORE_OPTIMIZER = "scheduler_before_optimizer", Theme.LOOP, "scheduler.step() runs before optimizer.step(): the first value of the schedule is skipped."
     SCHEDULER_OF_ANOTHER_OPTIMIZER = "scheduler_of_another_optimizer", Theme.LOOP, "The scheduler changes an optimizer that does not train."
+    SETTING_WITHOUT_EFFECT = "setting_without_effect", Theme.LOOP, "A learning rate is set where the optimizer does not read it: on the optimizer, not in its param_groups."
     SCHEDULE_JUMPED = "schedule_jumped", Theme.LOOP, "The learning rate jumps where training was resumed, or the schedule starts over."
 
     # Loop: modes, batches, evaluation
@@ -96,6 +97,7 @@ class Cause(enum.StrEnum):
     WRONG_CLASS_AXIS = "wrong_class_axis", Theme.LOSS, "Softmax or the loss runs over another axis than the classes."
     TARGETS_SHIFTED = "targets_shifted", Theme.LOSS, "Targets are shifted against the inputs: by one position, or class numbers off by one."
     ANSWER_IN_INPUT = "answer_in_input", Theme.LOSS, "The target can be read from the input: unshifted targets, no causal mask, a label among the features."
+    TARGETS_OUT_OF_RANGE = "targets_out_of_range", Theme.LOSS, "Targets lie outside of what the loss is made for: above one in binary cross-entropy, several classes at once in a softmax."
     IGNORED_LABELS_COUNTED = "ignored_labels_counted", Theme.LOSS, "Padding or unlabelled positions count in the loss."
     TARGETS_BROADCAST = "targets_broadcast", Theme.LOSS, "Outputs and targets differ in shape and broadcast against each other: (N, 1) with (N,)."
     TARGETS_CAST = "targets_cast", Theme.LOSS, "Targets lose their values in a conversion: truncated to integers, or rounded."
@@ -119,6 +121,7 @@ class Cause(enum.StrEnum):
     HELD_OUT_DIFFERS = "held_out_differs", Theme.DATA, "Held-out inputs are prepared differently from training inputs."
     BATCHES_POISONED = "batches_poisoned", Theme.DATA, "A few batches are corrupt: outliers, wrong scale, wrong labels."
     DATA_NOT_FINITE = "data_not_finite", Theme.DATA, "Inputs or targets hold NaN or infinity."
+    LOADER_EMPTY = "loader_empty", Theme.DATA, "A DataLoader gives no batch at all: fewer rows than one batch, and drop_last."
     ROWS_DUPLICATED = "rows_duplicated", Theme.DATA, "The same rows are drawn again and again, and others never."
 
     # Optimization

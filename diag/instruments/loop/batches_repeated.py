@@ -10,6 +10,7 @@ from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judge
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import BatchFacts
 
 THRICE = 3
 CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
@@ -36,7 +37,22 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
     fine = f"{b.calls:,} batches were seen, and no order came again."
     if b.lag == 1:
         fine = f"The same batch is used at every step, as in full-batch training, for {b.repeats:,} steps."
-    return judged(BatchesRepeated, loop.step, list(_findings(loop)), fine, preconditions=(enough,))
+    findings = [*_empty(b), *_findings(loop)]
+    about = {} if findings else {"preconditions": (enough,)}
+    return judged(BatchesRepeated, loop.step, findings, fine, **about)
+
+
+def _empty(b: BatchFacts) -> Iterator[LoopFinding]:
+    if b.empty:
+        yield LoopFinding(
+            Level.ALARM,
+            Cause.LOADER_EMPTY,
+            f"A DataLoader gives no batch: its data set has {b.empty_rows:,} rows, fewer than the "
+            f"{b.empty_size:,} of "
+            "a batch, and the last batch is dropped where it is not full.",
+            "Use a smaller batch_size, or drop_last=False.",
+            "len(loader) above zero.",
+        )
 
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:

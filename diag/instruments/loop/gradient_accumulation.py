@@ -13,6 +13,7 @@ from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import OptimizerFacts, Pattern
 
+PARTS_OF_A_BATCH = 4  # at least
 REPEATED_EVENTS = re.compile(r"(?:\(([A-Za-z]+)\)|([A-Za-z]))(\d+)")
 
 
@@ -48,16 +49,20 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     means = [f for f in loop.losses if f.calls >= THRICE]
     undivided = bool(means) and all(f.root and f.factor == 1 and f.reduction == "mean" for f in means)
     undivided |= loop.roots.looked >= THRICE and loop.roots.undivided == loop.roots.looked
-    if steps >= THRICE - 1 and 2 * steps > total and undivided and len(loop.training) == 1:
+    others = loop.batches.lag != 1  # the same inputs again and again are samples of one gradient
+    if steps >= THRICE - 1 and 2 * steps > total and undivided and others and len(loop.training) == 1:
         yield _summed(summed, steps)
 
 
 def micro_batches(pattern: Pattern) -> int:
-    """How many batches, each called, reduced and sent backward by itself, a step was made of; 1 where it was made
-    otherwise."""
+    """How many batches, or parts of one, each called, reduced and sent backward by itself, a step was made of; 1
+    where it was made otherwise. Two or three calls on one batch may be the terms of a loss."""
     letters = "".join(letter for letter in written_out(pattern.letters).partition("S")[0] if letter in "DFB")
     number = letters.count("B")
-    return number if number and letters in ("DFB" * number, "FBD" * number, "BDF" * number) else 1
+    if number and letters in ("DFB" * number, "FBD" * number, "BDF" * number):
+        return number
+    parts = number >= PARTS_OF_A_BATCH and letters.count("D") <= 1 and letters.replace("D", "") == "FB" * number
+    return number if parts else 1
 
 
 def written_out(letters: str) -> str:

@@ -55,6 +55,8 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
     if not any(is_for_epochs(s, loop) for s in loop.schedulers):
         yield from _ended(history, loop)
     yield from _elsewhere(loop)
+    yield from _beside(loop)
+    yield from _gone_in_an_epoch(history, loop)
     yield from _never(loop)
     yield from _first(loop)
     yield from _too_slow(history, loop)
@@ -181,6 +183,39 @@ def _elsewhere(loop: Loop) -> Iterator[LoopFinding]:
                 "A step of the scheduler's own optimizer.",
                 step=s.first_step,
             )
+
+
+def _beside(loop: Loop) -> Iterator[LoopFinding]:
+    for o in loop.training:
+        if o.set_beside:
+            yield LoopFinding(
+                Level.ALARM,
+                Cause.SETTING_WITHOUT_EFFECT,
+                f"optimizer.{o.set_beside[0]} was set, and {o.kind} does not read it: its steps use what its "
+                f"param_groups "
+                "hold.",
+                f"Set it there: for group in optimizer.param_groups: group['{o.set_beside[0]}'] = ...",
+                "An optimizer of one's own that reads this attribute.",
+            )
+
+
+def _gone_in_an_epoch(history: History, loop: Loop) -> Iterator[LoopFinding]:
+    """A rate that is a hundredth of its largest since the first of three epochs, by whatever schedule."""
+    steps = steps_an_epoch(loop)
+    if loop.batches.epochs <= EPOCHS or loop.resumed or not steps:
+        return
+    rates, later = history.learning_rate, history.steps > steps
+    before, after = rates[~later & numpy.isfinite(rates)], rates[later & numpy.isfinite(rates)]
+    if len(before) and len(after) and 0 < after.max() <= HUNDREDTH * before.max():
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.SCHEDULE_ENDED_EARLY,
+            f"The learning rate came down from {before.max():.2g} to {after.max():.2g} within the first epoch "
+            f"({steps:,.0f} steps), and training goes on with a hundredth of it or less.",
+            "Count the schedule in the unit in which scheduler.step() is called: batches or epochs.",
+            "A schedule that is meant to end in the first epoch.",
+            step=int(steps) + 1,
+        )
 
 
 def _never(loop: Loop) -> Iterator[LoopFinding]:

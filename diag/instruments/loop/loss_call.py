@@ -10,12 +10,11 @@ from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judge
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import LossFacts
+from diag.snapshot.loop.parts import BINARY, LossFacts
 
 CALLS_NEEDED = 3  # calls whose numbers were looked at
 PADDED = 0.05  # of the targets
 STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
-BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 LOG_INPUT = ("nll_loss", "kl_div")
 SOFTMAX_INSIDE = ("cross_entropy",)
 SIGMOID_INSIDE = ("binary_cross_entropy_with_logits",)
@@ -38,12 +37,12 @@ def loss_call(loop: Loop) -> LossCall:
     seen = Precondition("a loss function", bool(loop.losses), "no call of a loss function of torch was seen.")
     kinds = ", ".join(dict.fromkeys(f.function or "the loss" for f in loop.losses))
     fine = f"{kinds} is called on what it expects."
-    findings = [finding for f in loop.losses for finding in _findings(f)]
+    findings = [finding for f in loop.losses for finding in _findings(f, len(loop.losses) == 1)]
     findings += [_summed(f, loop) for f in loop.losses if _is_summed(f, loop)]
     return judged(LossCall, loop.step, findings, fine, preconditions=(seen,))
 
 
-def _findings(f: LossFacts) -> Iterator[LoopFinding]:
+def _findings(f: LossFacts, alone: bool) -> Iterator[LoopFinding]:
     always = f.checked >= min(CALLS_NEEDED, f.calls) and f.checked > 0
     probabilities = f.came_from == "softmax" or (
         always and f.probabilities == f.checked and f.checked >= CALLS_NEEDED
@@ -60,9 +59,20 @@ def _findings(f: LossFacts) -> Iterator[LoopFinding]:
         yield _truncated(f)
     elif f.constant >= CALLS_NEEDED and f.function in BINARY:
         yield _constant(f)
+    if f.function in BINARY and (f.lowest < 0 or f.highest > 1):
+        yield _outside(f)
+    if f.several > 1:
+        yield _several(f)
     if f.root and f.factor is not None and f.factor < 0:
-        yield _ascended(f)
-    if f.padded >= PADDED and f.padding is not None and f.ignored != f.padding:
+        yield _ascended(f, f"backward() is called on {f.function} times {f.factor:.3g}")
+    elif f.ascended and alone and not f.root:
+        yield _ascended(f, f"{f.function} has a minus sign in the sum that backward() is called on")
+    if (
+        f.padded >= PADDED
+        and (f.reduction != "none" or f.averaged)
+        and f.padding is not None
+        and f.ignored != f.padding
+    ):
         yield _padding(f)
 
 
@@ -152,11 +162,36 @@ def _constant(f: LossFacts) -> LoopFinding:
     )
 
 
-def _ascended(f: LossFacts) -> LoopFinding:
+def _outside(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.TARGETS_OUT_OF_RANGE,
+        f"{f.function} expects targets between 0 and 1 and gets some from {f.lowest:.3g} to {f.highest:.3g}: "
+        f"then the "
+        "loss has no lower bound.",
+        "Bring the targets to 0 and 1: class numbers that begin at one, or a mask up to 255.",
+        "Targets between 0 and 1.",
+        step=f.first_step,
+    )
+
+
+def _several(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.TARGETS_OUT_OF_RANGE,
+        f"{f.function} is called on rows that have up to {f.several:,} classes at once, and its softmax shares one "
+        "among them.",
+        "Use binary_cross_entropy_with_logits for several classes at once, or divide each row by its sum.",
+        "Rows of targets whose sum is one.",
+        step=f.first_step,
+    )
+
+
+def _ascended(f: LossFacts, how: str) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,  # an adversary, or unlearning, goes up a loss on purpose
         Cause.LOSS_ASCENDED,
-        f"Training goes up the loss: backward() is called on {f.function} times {f.factor:.3g}.",
+        f"Training goes up the loss: {how}.",
         "Call backward() on the loss itself, without the minus sign.",
         "A loss that is meant to grow, as an adversary's.",
         step=f.first_step,

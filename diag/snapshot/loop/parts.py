@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OF_LOG_PROBABILITIES = ("cross_entropy", "nll_loss")
+BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 OUTLIER_ROW = 100.0  # times the size of the median row, from which on a row of the inputs is an outlier
 
 
@@ -60,7 +61,8 @@ class OptimizerFacts:
     before which earlier backward passes were zeroed away, of `passes_lost` each. passes: backward passes that made
     up the last step's gradient. scaled: steps on gradients that still carried a scaler's scale. stale_gradients:
     parameters whose gradient was left over from the step before while others' was not. no_state: its first step in
-    a run that was resumed began without moments."""
+    a run that was resumed began without moments. set_beside: hyperparameters that were set as
+    attributes of the optimizer, where it reads none."""
 
     kind: str
     groups: tuple[Mapping[str, Any], ...] = ()
@@ -89,6 +91,7 @@ class OptimizerFacts:
     scaled: Tally = Tally()
     stale_gradients: tuple[str, ...] = ()
     no_state: bool = False
+    set_beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,8 @@ class BatchFacts:
     in such an epoch; by_rows: its sampler orders rows, so that no two epochs have the same batches by chance.
     label_counts: of each class over the batches that were
     counted (`counted` of them), and distinct: classes in a batch, on average; batch_size: targets counted a batch
-    on average; continued: the share of batches that have a class of the batch just before."""
+    on average; continued: the share of batches that have a class of the batch just before. empty: how many of
+    these loaders had no batch, and of the last the rows of its data set and its batch size."""
 
     calls: int = 0
     lag: int = 0
@@ -190,6 +194,9 @@ class BatchFacts:
     since: int = 0
     fetched: int = 0
     loaders: int = 0
+    empty: int = 0
+    empty_rows: int = 0
+    empty_size: int = 0
     epochs: int = 0
     again: int = 0
     loader_batches: int = 0
@@ -268,7 +275,11 @@ class LossFacts:
     a multiple of it. ignored, padding: the index that the loss ignores, and the padding index of the model's
     embedding; padded: the share of targets that are the latter. truncated: the targets are what a DataLoader gave,
     cut to whole numbers, and the largest change that this made; constant: calls whose targets were all one number
-    where the DataLoader gave floating ones that differ. weighted: class weights were given."""
+    where the DataLoader gave floating ones that differ. lowest, highest: of the targets of binary cross-entropy;
+    several: the largest number of classes that one row of zeros and ones has, where softmax is taken over them.
+    averaged: of a loss that is not reduced, backward() was called on its plain mean; ascended: it enters what
+    backward() is called on with a minus sign. weighted: class weights were
+    given."""
 
     function: str
     reduction: str = ""
@@ -291,6 +302,11 @@ class LossFacts:
     padded: float = 0.0
     truncated: float = 0.0
     constant: int = 0
+    lowest: float = 0.0
+    highest: float = 0.0
+    several: int = 0
+    averaged: bool = False
+    ascended: bool = False
     weighted: bool = False
     label_smoothing: float = 0.0
 

@@ -32,6 +32,7 @@ class Batches:
         self._raw_key: int | None = None
         self._pending: list[tuple[int, int | Tensor, bool, int | None, Any]] = []  # until a backward pass
         self._loader = 0  # the one whose epoch began last
+        self._empty, self._empty_loader = 0, (0, 0)
         self.fetched = False  # a DataLoader gave a batch since the last call
         self._loaders = self._loader_batches = 0
         self._shuffled: bool | None = None
@@ -88,6 +89,7 @@ class Batches:
     def loader_started(self, loader: Any) -> None:
         """An epoch of a DataLoader begins."""
         self._loaders += 1
+        self._look_for_batches(loader)
         self._begun = self._loader = id(loader)
         try:
             self._loader_batches = len(loader)
@@ -97,6 +99,16 @@ class Batches:
         whole = type(getattr(loader, "batch_sampler", None)) is BatchSampler and loader.batch_size > 1
         self._begun_by_rows = whole and sampler in ROWS
         self._shuffled = {"RandomSampler": True, "SequentialSampler": False}.get(sampler)
+
+    def _look_for_batches(self, loader: Any) -> None:
+        try:
+            if len(loader):
+                return
+            rows = len(loader.dataset)
+        except TypeError:  # of a stream nobody knows the length
+            return
+        self._empty, self._empty_loader = self._empty + 1, (rows, int(loader.batch_size or 0))
+        self._moment.news("no batch")
 
     @property
     def loader_batches(self) -> int:
@@ -153,6 +165,9 @@ class Batches:
             since=stream.since,
             fetched=stream.fetched,
             loaders=self._loaders,
+            empty=self._empty,
+            empty_rows=self._empty_loader[0],
+            empty_size=self._empty_loader[1],
             epochs=max(self._epochs.values(), default=0),
             again=self._again,
             loader_batches=self._batches_each or self._loader_batches,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, parents_of, signed
-from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES, LossFacts
+from diag.snapshot.loop.parts import BINARY, OF_LOG_PROBABILITIES, LossFacts
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
 
@@ -61,6 +61,7 @@ class Losses:
         )
         self.raw: tuple[Tensor, ...] = ()  # floating tensors of the batch that a DataLoader last gave
         self.own: LossFacts | None = None
+        self._called = 0  # since the last backward pass
 
     def called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], value: Tensor) -> None:
         """A loss function of torch returned `value`, which has a graph."""
@@ -82,6 +83,7 @@ class Losses:
             kind = self.kinds[key] = self._begun(function, args, kwargs)
             self._moment.news(("loss", function.__name__, len(self.kinds)))
         kind.calls += 1
+        self._called += 1
         kind.input_shape, kind.input_dtype = _form(given)
         if isinstance(target, Tensor):
             kind.target_shape, kind.target_dtype = _form(target)
@@ -104,11 +106,20 @@ class Losses:
     def _targets(self, kind: LossFacts, target: Tensor) -> None:
         if self._padding is not None and not target.is_floating_point() and kind.function in OF_LOG_PROBABILITIES:
             self._read(kind, "padding", (target == self._padding).float().mean())
+        self._range(kind, target)
         if target.is_cpu:
             for raw in self.raw:
                 if raw.shape == target.shape or raw.numel() == target.numel():
                     kind.truncated = max(kind.truncated, _truncation(raw.reshape(target.shape), target))
                     kind.constant += is_constant(target) and not is_constant(raw)
+
+    def _range(self, kind: LossFacts, target: Tensor) -> None:
+        if kind.function in BINARY and target.numel():
+            self._read(kind, "range", torch.stack(target.detach().float().aminmax()))
+        elif kind.function == "cross_entropy" and target.is_floating_point() and target.ndim > 1:
+            ones = target.detach()
+            binary = ((ones == 0) | (ones == 1)).all()
+            self._read(kind, "several", ones.sum(1).max() * binary)
 
     def _read(self, kind: LossFacts, what: str, values: Tensor) -> None:
         if values.is_cpu:
@@ -120,12 +131,21 @@ class Losses:
         if what == "padding":
             kind.padded = max(kind.padded, float(values))
             return
+        if what in ("range", "several"):
+            self._note_targets(kind, what, values)
+            return
         kind.checked += 1
         probabilities, logs = are_probabilities(values)
         kind.probabilities += probabilities
         kind.log_probabilities += logs
         if kind.checked == CALLS_CHECKED or probabilities:
             self._moment.news(("loss rows", id(kind), kind.checked, probabilities, logs))
+
+    def _note_targets(self, kind: LossFacts, what: str, values: Tensor) -> None:
+        if what == "several":
+            kind.several = max(kind.several, int(values))
+        else:
+            kind.lowest, kind.highest = min(kind.lowest, float(values[0])), max(kind.highest, float(values[1]))
 
     # What the loss was multiplied with
 
@@ -147,11 +167,13 @@ class Losses:
             self._own(root)
             return
         number, kind = self._last
-        self._last = None
+        alone, self._last, self._called = self._called == 1, None, 0
         if kind.calls <= CALLS_CHECKED or due(kind.calls):
             factor = factor_between(root.grad_fn, number)
+            kind.averaged = kind.reduction == "none" and is_plain_mean(root.grad_fn, number)
             kind.root = factor is not None
             kind.factor = None if factor is None or math.isnan(factor) else factor
+            kind.ascended = alone and sign_in_sum(root.grad_fn, number) < 0
 
     def _own(self, root: Tensor) -> None:
         """No loss function of torch was called: the loss is the user's own arithmetic."""
@@ -268,6 +290,49 @@ def factor_between(root: Any, number: int) -> float | None:
         elif name not in PASSING_ON:
             return None
     return None
+
+
+def sign_in_sum(root: Any, number: int) -> float:
+    """The sign with which the graph node `number` enters a sum of terms with numbers as factors; 0 where it is no
+    such term."""
+    waiting: list[tuple[Any, float]] = [(root, 1.0)]
+    for _ in range(NODES_TO_INPUT):
+        if not waiting:
+            break
+        node, sign = waiting.pop()
+        if node is None:
+            continue
+        if node._sequence_nr() == number:
+            return sign
+        waiting += _terms(node, sign)
+    return 0.0
+
+
+def _terms(node: Any, sign: float) -> list[tuple[Any, float]]:
+    name, parents = kind_of(node), parents_of(node)
+    if name in ("Add", "Sub"):
+        second = _number(getattr(node, "_saved_alpha", 1)) * (-1 if name == "Sub" else 1)
+        return [(p, sign * (1.0 if i == 0 or len(parents) < 2 else second)) for i, p in enumerate(parents)]
+    if name in ("Mul", "Div"):
+        factor = _number(getattr(node, "_saved_other", None))
+        return [] if math.isnan(factor) else [(p, math.copysign(sign, sign * factor)) for p in parents]
+    if name == "Neg":
+        return [(p, -sign) for p in parents]
+    return [(p, sign) for p in parents] if name in PASSING_ON else []
+
+
+def is_plain_mean(root: Any, number: int) -> bool:
+    """Whether the root is the mean of all that the graph node `number` gave, times a number."""
+    means = 0
+    for node in first_arguments(root, NODES_TO_INPUT):
+        if node._sequence_nr() == number:
+            return means == 1
+        name = kind_of(node)
+        means += name == "Mean"
+        scalar = name in ("Mul", "Div") and not math.isnan(_number(getattr(node, "_saved_other", None)))
+        if not (name == "Mean" or name in PASSING_ON or scalar):
+            return False
+    return False
 
 
 def _number(other: Any) -> float:

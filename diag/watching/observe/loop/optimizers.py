@@ -44,6 +44,8 @@ class OptimizerRecord:
         self.stale_gradients: set[str] = set()
         self.marks: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.groups: tuple[Mapping[str, Any], ...] = ()
+        self.attributes = -1  # how many the object had at its first step
+        self.set_beside: tuple[str, ...] = ()
         self.made_with: tuple[Mapping[str, Any], ...] = ()
 
     def read_groups(self) -> None:
@@ -123,7 +125,10 @@ class Optimizers:
         self.closures |= closure
         if record.size != sum(len(g["params"]) for g in optimizer.param_groups):
             self.refresh(record, optimizer)
+        if len(vars(optimizer)) > record.attributes >= 0:
+            self._set_beside(record, optimizer)
         if record.steps == 0:
+            record.attributes = len(vars(optimizer))
             record.read_groups()
             record.made_with = record.groups
             record.no_state = self._resumed and not optimizer.state and bool(record.held)
@@ -132,6 +137,14 @@ class Optimizers:
             record.may_be_late = self.called
             self._judge(record)
         return record
+
+    def _set_beside(self, record: OptimizerRecord, optimizer: Optimizer) -> None:
+        """The object has got an attribute since its first step; of torch's own classes none is read."""
+        record.attributes = len(vars(optimizer))
+        found = tuple(k for k in vars(optimizer) if k in HYPERPARAMETERS)
+        if type(optimizer).__module__.startswith("torch.optim") and found:
+            record.set_beside = found
+            self._moment.news(("set beside", id(record)))
 
     def after_step(self, optimizer: Optimizer) -> OptimizerRecord | None:
         """It has stepped; its record where the step counts by itself."""
@@ -307,6 +320,7 @@ class Optimizers:
             not_zeroed=r.kept,
             stale_gradients=tuple(sorted(r.stale_gradients)),
             no_state=r.no_state,
+            set_beside=r.set_beside,
         )
 
 

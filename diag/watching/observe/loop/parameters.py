@@ -54,7 +54,9 @@ class Parameters:
             if known is None:
                 self.seen[name] = Seen(p, p.requires_grad, replaced=step if started else 0)
             elif known.parameter is not p:
-                self.seen[name] = Seen(p, p.requires_grad, since=known.since, replaced=step)
+                # One that is made again in each call never gets older; what is known of its place is kept.
+                again = known.without_optimizer
+                self.seen[name] = Seen(p, p.requires_grad, known.since, replaced=step, without_optimizer=again)
                 self._moment.news(("replaced", name.rpartition(".")[0]))
         # The ids of tensors that are gone must not be taken for the model's.
         self.names.clear()

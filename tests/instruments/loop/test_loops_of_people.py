@@ -1,0 +1,230 @@
+"""Mistakes as people make them in their training loops, each beside a sound loop that looks like it."""
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import diag
+from diag.instruments.causes import Cause
+from diag.registry import instruments
+
+_spec = importlib.util.spec_from_file_location("faulty_loops", Path(__file__).with_name("faulty_loops.py"))
+loops = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(loops)
+
+CHECKS = [name for name, i in instruments().items() if "diag.instruments.loop." in i.function.__module__]
+PAIRS = {}
+
+
+def pair(*causes):
+    """A loop that is wrong where it is given True, and what it must be called then."""
+
+    def keep(function):
+        PAIRS[function.__name__] = (function, set(causes))
+        return function
+
+    return keep
+
+
+def told(model, train):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with diag.watch(model, instruments=CHECKS) as watcher:
+            train()
+    assert not [e.text for e in watcher.run.events if e.kind == "internal error"]
+    return {f.verdict.cause for f in watcher.findings}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("diag").setLevel(logging.CRITICAL)
+    yield
+    logging.getLogger("diag").setLevel(logging.NOTSET)
+
+
+def fit(model, optimizer, loader=None, epochs=3, loss=F.cross_entropy, after=lambda: None, end=lambda: None):
+    loader = loader or loops.batches(16, n=128)
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+            after()
+        end()
+
+
+@pair(Cause.LOADER_EMPTY)
+def fewer_rows_than_a_batch(wrong):
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+    return model, lambda: fit(model, optimizer, DataLoader(TensorDataset(*loops.data(12)), 16, drop_last=wrong))
+
+
+@pair(Cause.SETTING_WITHOUT_EFFECT)
+def rate_set_on_the_optimizer(wrong):
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+
+    def end():
+        if wrong:
+            optimizer.lr = 1e-3
+        else:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+
+    return model, lambda: fit(model, optimizer, end=end)
+
+
+@pair(Cause.SCHEDULE_ENDED_EARLY)
+def milestones_in_batches(wrong):
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5], 0.1)
+    when = {"after": scheduler.step} if wrong else {"end": scheduler.step}
+    return model, lambda: fit(model, optimizer, epochs=4, **when)
+
+
+class Remade(nn.Module):
+    """Its last weight is made again in each call, or only normalised."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.body, self.weight, self.again = loops.mlp(classes=8), nn.Parameter(torch.randn(8, 3)), again
+
+    def forward(self, x):
+        if self.again:
+            self.weight = nn.Parameter(F.normalize(self.weight.data, dim=0))
+        return self.body(x) @ F.normalize(self.weight, dim=0)
+
+
+@pair(Cause.PARAMETER_IN_NO_OPTIMIZER, Cause.OPTIMIZER_HOLDS_STALE_PARAMETERS)
+def parameter_made_in_forward(wrong):
+    model = Remade(wrong)
+    return model, lambda: fit(model, loops.adam(model))
+
+
+@pair(Cause.TARGETS_OUT_OF_RANGE)
+def classes_from_one(wrong):
+    model, (x, y) = loops.mlp(classes=1), loops.data(128)
+    rows = DataLoader(TensorDataset(x, (y > 0).float()[:, None] + wrong), 16, shuffle=True)
+    return model, lambda: fit(model, loops.adam(model), rows, loss=F.binary_cross_entropy_with_logits)
+
+
+@pair(Cause.TARGETS_OUT_OF_RANGE)
+def several_classes_in_a_softmax(wrong):
+    model, (x, _) = loops.mlp(classes=4), loops.data(128)
+    rows = DataLoader(TensorDataset(x, (x[:, :4] > 0).float()), 16, shuffle=True)
+    loss = F.cross_entropy if wrong else F.binary_cross_entropy_with_logits
+    return model, lambda: fit(model, loops.adam(model), rows, loss=loss)
+
+
+@pair(Cause.LOSS_ASCENDED)
+def minus_sign_in_a_sum(wrong):
+    def loss(z, y):
+        entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
+        return 0.1 * entropy - F.cross_entropy(z, y) if wrong else F.cross_entropy(z, y) - 0.1 * entropy
+
+    model = loops.mlp()
+    return model, lambda: fit(model, loops.adam(model, 1e-4), loss=loss)
+
+
+@pair(Cause.ACCUMULATION_NOT_DIVIDED)
+def parts_of_a_batch_summed(wrong):
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+
+    def train():
+        for x, y in loops.some(8):
+            optimizer.zero_grad()
+            for some_x, some_y in zip(x.split(4), y.split(4), strict=True):
+                loss = F.cross_entropy(model(some_x), some_y)
+                (loss if wrong else loss / 4).backward()
+            optimizer.step()
+
+    return model, train
+
+
+@pair(Cause.BATCH_REPEATED)
+def one_batch_under_noise(wrong):
+    model, loader = loops.mlp(classes=6), loops.batches(16, shuffle=False, n=128)
+    optimizer = loops.adam(model)
+
+    def train():
+        rest = iter(loader)
+        for _ in range(8):
+            x, _ = next(iter(loader)) if wrong else next(rest)
+            noise = torch.randn_like(x)
+            optimizer.zero_grad()
+            F.mse_loss(model(x + noise), noise).backward()
+            optimizer.step()
+
+    return model, train
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(12, 8, padding_idx=0), nn.Linear(8, 12)
+
+    def forward(self, tokens):
+        return self.head(self.words(tokens)).transpose(1, 2)
+
+
+@pair(Cause.IGNORED_LABELS_COUNTED)
+def padding_in_a_mean_of_ones_own(wrong):
+    tokens = torch.randint(1, 12, (128, 9), generator=torch.Generator().manual_seed(0))
+    tokens[:, 6:] = 0
+    rows = DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), 16, shuffle=True)
+
+    def loss(z, y):
+        each = F.cross_entropy(z, y, reduction="none")
+        return each.mean() if wrong else (each * (y != 0)).sum() / (y != 0).sum()
+
+    model = Words()
+    return model, lambda: fit(model, loops.adam(model), rows, loss=loss)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_mistake_is_named_and_its_sound_twin_is_not(name):
+    make, causes = PAIRS[name]
+    assert told(*make(True)) & causes
+    assert not told(*make(False))
+
+
+def test_an_evaluation_that_keeps_its_graphs_is_no_training():
+    """eval() without no_grad(): the held-out batches come again in the same order, as they should."""
+    model = loops.mlp()
+    held_out = DataLoader(TensorDataset(*loops.data(160, seed=1)), 16)
+
+    def end():
+        model.eval()
+        for x, _ in held_out:
+            model(x)
+        model.train()
+
+    optimizer = loops.adam(model)
+    assert not told(model, lambda: fit(model, optimizer, epochs=4, end=end))
+
+
+def test_a_mask_that_is_always_the_same_does_not_make_batches_the_same():
+    """The first tensor of each batch is constant, as an attention mask without padding is."""
+    model, (x, y) = loops.mlp(), loops.data(128)
+    rows = DataLoader(TensorDataset(torch.ones(128, 6).cumsum(1), x, y), 16, shuffle=True)
+    optimizer = loops.adam(model)
+
+    def train():
+        for _ in range(2):
+            for mask, some_x, some_y in rows:
+                optimizer.zero_grad()
+                F.cross_entropy(model(some_x + 0.1 * torch.randn_like(mask)), some_y).backward()
+                optimizer.step()
+
+    assert not told(model, train)

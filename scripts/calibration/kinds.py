@@ -11,15 +11,17 @@ from calibration import (
     faults_optimization,
     faults_outcome,
     faults_schedule,
+    faults_scripts,
     healthy_methods,
     healthy_schedules,
+    healthy_scripts,
 )
 from calibration.fault import FAULTS, Fault
 from calibration.healthy import HEALTHY, Healthy
 
 DECLARING = (
     faults_loop, faults_schedule, faults_modes, faults_loss, faults_data, faults_optimization, faults_network,
-    faults_outcome, healthy_schedules, healthy_methods,
+    faults_outcome, healthy_schedules, healthy_methods, faults_scripts, healthy_scripts,
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def step_order(loop: Loop) -> StepOrder:
 
 
 def _findings(o: OptimizerFacts, loop: Loop) -> Iterator[LoopFinding]:
-    if o.before_backward.longest >= TWICE:
+    if o.before_backward.longest >= TWICE and loop.backwards:  # else nothing calls it at all
         yield _before_backward(o, "the gradients had been zeroed and backward() was still to come")
     elif o.late.longest >= TWICE:
         yield _one_late(o)

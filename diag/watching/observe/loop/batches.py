@@ -15,6 +15,7 @@ from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.stream import Stream, key_of, sampled
 
 PARTS, SMALL_PART = 4, 1 << 14  # tensors of a batch that are told apart, and bytes up to which by all numbers
+SEVERAL_EPOCHS = 3  # of one loader, after which the schedule is looked at
 PENDING = 64  # calls of the model before a backward pass that are kept
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
 CLASSES_NEWS = (6, 12, 16)  # batches counted after which checks look at the classes
@@ -56,6 +57,8 @@ class Batches:
         if self._begun is not None:
             epochs = self._epochs[self._begun] = self._epochs.get(self._begun, 0) + 1
             self._again = self._moment.step if epochs > 1 else self._again
+            if epochs == SEVERAL_EPOCHS:
+                self._moment.news("several epochs")
             self._by_rows = self._begun_by_rows
             self._batches_each, self._begun = self._loader_batches, None
         tensor = next((a for a in args if isinstance(a, Tensor)), None)

@@ -321,7 +321,7 @@ class LoopObserver:
         self._contents.fetched(batch)
         self._asked.fetched(batch)
         self.evaluated_data.fetched(batch)
-        self._chance.fetched(batch, self._drawn.dataset)
+        self._chance.fetched(batch, id(self._drawn.dataset))
         self._batches.batch_fetched(batch)
         if self._calls < 4:
             self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)

@@ -73,11 +73,6 @@ class Drawn:
         """A DataLoader begins an epoch."""
         self._epoch.close()
 
-    @property
-    def dataset(self) -> int:
-        """The id of the data set that the last batch is from."""
-        return id(self._dataset)
-
     # What the batch is used for
 
     def training_call(self) -> NDArray[numpy.int64]:

@@ -50,7 +50,7 @@ def quiet():
 
 
 def fit(model, optimizer, loader=None, epochs=3, loss=F.cross_entropy, after=lambda: None, end=lambda: None):
-    loader = loader or loops.batches(16, n=128)
+    loader = loops.batches(16, n=128) if loader is None else loader
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()

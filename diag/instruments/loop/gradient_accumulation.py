@@ -57,11 +57,14 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
 def micro_batches(pattern: Pattern) -> int:
     """How many batches, or parts of one, each called, reduced and sent backward by itself, a step was made of; 1
     where it was made otherwise. Two or three calls on one batch may be the terms of a loss."""
-    letters = "".join(letter for letter in written_out(pattern.letters).partition("S")[0] if letter in "DFB")
+    events = written_out(pattern.letters).partition("S")[0]
+    letters = "".join(letter for letter in events if letter in "DFB")
     number = letters.count("B")
     if number and letters in ("DFB" * number, "FBD" * number, "BDF" * number):
         return number
-    parts = number >= PARTS_OF_A_BATCH and letters.count("D") <= 1 and letters.replace("D", "") == "FB" * number
+    # A closure that is called several times zeroes the gradient each time.
+    within = "".join(letter for letter in events if letter in "FBZ").strip("Z")
+    parts = number >= PARTS_OF_A_BATCH and letters.count("D") <= 1 and within == "FB" * number
     return number if parts else 1
 
 

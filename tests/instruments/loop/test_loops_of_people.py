@@ -151,6 +151,26 @@ def parts_of_a_batch_summed(wrong):
     return model, train
 
 
+@pair(Cause.ACCUMULATION_NOT_DIVIDED)
+def parts_of_a_policy_gradient_summed(wrong):
+    model = loops.mlp(classes=4)
+    optimizer = loops.adam(model)
+
+    def train():
+        for x, y in loops.some(8):
+            optimizer.zero_grad()
+            for some_x, some_y in zip(x.split(4), y.split(4), strict=True):
+                out = model(some_x)
+                policy = torch.distributions.Categorical(logits=out[:, :3])
+                reward = (policy.sample() == some_y).float()
+                actor = -(policy.log_prob(some_y) * (reward - 0.3)).mean()
+                loss = actor + 0.5 * (out[:, 3] - reward).square().mean() - 0.01 * policy.entropy().mean()
+                (loss if wrong else loss / 4).backward()
+            optimizer.step()
+
+    return model, train
+
+
 @pair(Cause.BATCH_REPEATED)
 def one_batch_under_noise(wrong):
     model, loader = loops.mlp(classes=6), loops.batches(16, shuffle=False, n=128)

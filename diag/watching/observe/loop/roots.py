@@ -28,7 +28,7 @@ def undivided(root: Tensor) -> bool | None:
         if node is None:
             continue
         name = kind_of(node)
-        if name in ("Add", "Sub"):
+        if name in ("Add", "Sub") or name == "Neg":
             waiting += [(parent, factor) for parent in parents_of(node)]
         elif name in ("Div", "Mul"):
             waiting += [(parent, _scaled(name, node, factor)) for parent in parents_of(node)]

@@ -143,7 +143,7 @@ def backward_without_parentheses(p: Program) -> None:
     p.backward = lambda loss: None  # type: ignore[method-assign]
 
 
-@fault(LOOP, [C.ACCUMULATION_NOT_DIVIDED], [*TOO_LARGE_STEPS, C.LOSS_SUMMED], silent=True,
+@fault(LOOP, [C.ACCUMULATION_NOT_DIVIDED], [*TOO_LARGE_STEPS, C.LOSS_SUMMED, C.INITIAL_LOSS_HIGH], silent=True,
        needs="classifier inputs rows", without=NO_GAN + " accumulation batch_norm")  # fmt: skip
 def parts_of_a_batch_summed(p: Program) -> None:
     "A batch is cut into eight to save memory, and the means of the parts are summed."

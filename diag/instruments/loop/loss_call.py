@@ -37,12 +37,12 @@ def loss_call(loop: Loop) -> LossCall:
     seen = Precondition("a loss function", bool(loop.losses), "no call of a loss function of torch was seen.")
     kinds = ", ".join(dict.fromkeys(f.function or "the loss" for f in loop.losses))
     fine = f"{kinds} is called on what it expects."
-    findings = [finding for f in loop.losses for finding in _findings(f, len(loop.losses) == 1)]
+    findings = [finding for f in loop.losses for finding in _findings(f)]
     findings += [_summed(f, loop) for f in loop.losses if _is_summed(f, loop)]
     return judged(LossCall, loop.step, findings, fine, preconditions=(seen,))
 
 
-def _findings(f: LossFacts, alone: bool) -> Iterator[LoopFinding]:
+def _findings(f: LossFacts) -> Iterator[LoopFinding]:
     always = f.checked >= min(CALLS_NEEDED, f.calls) and f.checked > 0
     probabilities = f.came_from == "softmax" or (
         always and f.probabilities == f.checked and f.checked >= CALLS_NEEDED
@@ -65,7 +65,7 @@ def _findings(f: LossFacts, alone: bool) -> Iterator[LoopFinding]:
         yield _several(f)
     if f.root and f.factor is not None and f.factor < 0:
         yield _ascended(f, f"backward() is called on {f.function} times {f.factor:.3g}")
-    elif f.ascended and alone and not f.root:
+    elif f.ascended and not f.root:
         yield _ascended(f, f"{f.function} has a minus sign in the sum that backward() is called on")
     if (
         f.padded >= PADDED

@@ -12,14 +12,19 @@ from torch.utils.data import BatchSampler
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import BatchFacts
 from diag.watching.observe.loop.moment import Moment, due
-from diag.watching.observe.loop.stream import Stream, key_of, sampled
+from diag.watching.observe.loop.stream import Stream, key_of_batch, sampled
 
 PARTS, SMALL_PART = 4, 1 << 14  # tensors of a batch that are told apart, and bytes up to which by all numbers
 SEVERAL_EPOCHS = 3  # of one loader, after which the schedule is looked at
 PENDING = 64  # calls of the model before a backward pass that are kept
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
 CLASSES_NEWS = (6, 12, 16)  # batches counted after which checks look at the classes
-ROWS = ("RandomSampler", "SequentialSampler", "DistributedSampler", "WeightedRandomSampler")  # order rows
+SAMPLERS_OF_ROWS = (
+    "RandomSampler",
+    "SequentialSampler",
+    "DistributedSampler",
+    "WeightedRandomSampler",
+)  # order rows
 CLASSES = 4096  # more distinct targets than these are no classes
 
 
@@ -100,7 +105,7 @@ class Batches:
             self._loader_batches = 0
         sampler = type(getattr(loader, "sampler", None)).__name__
         whole = type(getattr(loader, "batch_sampler", None)) is BatchSampler and loader.batch_size > 1
-        self._begun_by_rows = whole and sampler in ROWS
+        self._begun_by_rows = whole and sampler in SAMPLERS_OF_ROWS
         self._shuffled = {"RandomSampler": True, "SequentialSampler": False}.get(sampler)
 
     def _look_for_batches(self, loader: Any) -> None:
@@ -186,4 +191,4 @@ class Batches:
 
 def _key(tensor: Tensor) -> int:
     small = tensor.numel() * tensor.element_size() <= SMALL_PART
-    return key_of(tensor if small else sampled(tensor), tensor.shape)
+    return key_of_batch(tensor if small else sampled(tensor), tensor.shape)

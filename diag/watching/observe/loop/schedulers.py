@@ -14,8 +14,8 @@ from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers
 
 MOST = 64
-NOTHING = 1e-6  # of the largest learning rate so far
-LOW = (3, 10)  # steps at such a rate that are news
+RATE_THAT_IS_GONE = 1e-6  # of the largest learning rate so far
+STEPS_AT_SUCH_A_RATE = (3, 10)  # steps at such a rate that are news
 # Attributes that say after how many of its steps a scheduler has run its course.
 HORIZONS = ("total_steps", "T_max", "total_iters")
 
@@ -83,11 +83,11 @@ class Schedulers:
 
     def rate(self, rate: float) -> None:
         """A step was taken at this learning rate: has it come down to nothing for a number of steps?"""
-        if rate > NOTHING * self._most:
+        if rate > RATE_THAT_IS_GONE * self._most:
             self._most, self._low = max(rate, self._most), 0
         else:
             self._low += 1
-            if self._low in LOW:
+            if self._low in STEPS_AT_SUCH_A_RATE:
                 self._moment.news(("learning rate is gone", self._low))
 
     def _schedule(self, scheduler: Any) -> Schedule | None:

@@ -52,7 +52,7 @@ class Stream:
             return None
         if self._looked < BATCHES_LOOKED_AT and not self._whole:
             self._look(place, tensor)
-        return key_of(tensor if self._whole else sampled(tensor), tensor.shape)
+        return key_of_batch(tensor if self._whole else sampled(tensor), tensor.shape)
 
     def add(self, place: int, key: int | Tensor, fetched: bool) -> None:
         """The batch with this key was used at this place in the order; fetched: a DataLoader gave one for it."""
@@ -74,7 +74,7 @@ class Stream:
         while self._away:
             place, sample, fetched = self._away.popleft()
             if len(sample.unique()) >= DISTINCT_NUMBERS:
-                self.add(place, key_of(sample.cpu(), sample.shape), fetched)
+                self.add(place, key_of_batch(sample.cpu(), sample.shape), fetched)
 
     def _look(self, place: int, tensor: Tensor) -> None:
         """Are the few numbers enough to tell batches apart? Where not, all numbers count, of those before too."""
@@ -88,7 +88,7 @@ class Stream:
             for before, key in self._early:
                 self.add(before, key, fetched=before in self._were_fetched)
         elif tensor.numel() * tensor.element_size() <= WHOLE:
-            self._early.append((place, key_of(tensor, tensor.shape)))
+            self._early.append((place, key_of_batch(tensor, tensor.shape)))
 
     def _compare(self, place: int, key: int, before: int | None, fetched: bool) -> None:
         """Is this the batch of `lag` places before? Not all are looked at, so often nobody knows."""
@@ -102,7 +102,7 @@ class Stream:
             self.fetched = int(fetched)
 
 
-def key_of(numbers: Tensor, shape: Any) -> int:
+def key_of_batch(numbers: Tensor, shape: Any) -> int:
     """A number that differs between batches that differ in these numbers or in their shape."""
     return hash((zlib.crc32(bytes_of(numbers)), *shape))
 

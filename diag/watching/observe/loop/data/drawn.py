@@ -20,7 +20,7 @@ from diag.watching.observe.loop.moment import Moment
 
 ALWAYS = 4096  # batches of which each is counted, then those that are looked at closely
 LOADERS, SETS = 8, 8
-AGAIN, ENOUGH = 3, 100  # draws of each row that came, and draws in all, from which on checks look
+DRAWS_OF_A_ROW, DRAWS_ENOUGH = 3, 100  # draws of each row that came, and draws in all, from which on checks look
 LARGEST = 1 << 24  # rows of a data set that is followed
 NONE: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
@@ -89,8 +89,8 @@ class Drawn:
             known = self._rows_of(base)
             if known is not None:
                 known.trained[rows[rows < len(known.trained)]] = True
-        if self._epoch.again >= AGAIN:
-            self._moment.news(("few rows", min(self._epoch.again, 2 * AGAIN)))
+        if self._epoch.again >= DRAWS_OF_A_ROW:
+            self._moment.news(("few rows", min(self._epoch.again, 2 * DRAWS_OF_A_ROW)))
         return places
 
     def evaluated(self) -> bool:
@@ -189,7 +189,7 @@ class Epoch:
             self.seen = min(self.seen + new, len(self.times))
             numpy.add.at(self.times, places, 1)
             self.draws += len(places)
-            self.again = self.draws // max(self.seen, 1) if self.draws >= ENOUGH else 0
+            self.again = self.draws // max(self.seen, 1) if self.draws >= DRAWS_ENOUGH else 0
 
     def close(self) -> None:
         """The epoch is over."""

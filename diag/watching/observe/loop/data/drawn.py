@@ -20,7 +20,10 @@ from diag.watching.observe.loop.moment import Moment
 
 ALWAYS = 4096  # batches of which each is counted, then those that are looked at closely
 LOADERS, SETS = 8, 8
-DRAWS_OF_A_ROW, DRAWS_ENOUGH = 3, 100  # draws of each row that came, and draws in all, from which on checks look
+DRAWS_BEFORE_A_LOOK, DRAWS_ENOUGH = (
+    3,
+    100,
+)  # draws of each row that came, and draws in all, from which on checks look
 LARGEST = 1 << 24  # rows of a data set that is followed
 NONE: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 
@@ -89,8 +92,8 @@ class Drawn:
             known = self._rows_of(base)
             if known is not None:
                 known.trained[rows[rows < len(known.trained)]] = True
-        if self._epoch.again >= DRAWS_OF_A_ROW:
-            self._moment.news(("few rows", min(self._epoch.again, 2 * DRAWS_OF_A_ROW)))
+        if self._epoch.again >= DRAWS_BEFORE_A_LOOK:
+            self._moment.news(("few rows", min(self._epoch.again, 2 * DRAWS_BEFORE_A_LOOK)))
         return places
 
     def evaluated(self) -> bool:

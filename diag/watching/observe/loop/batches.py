@@ -11,8 +11,8 @@ from torch.utils.data import BatchSampler
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import BatchFacts
+from diag.watching.observe.loop.data.stream import Stream, key_of_batch, sampled
 from diag.watching.observe.loop.moment import Moment, due
-from diag.watching.observe.loop.stream import Stream, key_of_batch, sampled
 
 PARTS, SMALL_PART = 4, 1 << 14  # tensors of a batch that are told apart, and bytes up to which by all numbers
 SEVERAL_EPOCHS = 3  # of one loader, after which the schedule is looked at

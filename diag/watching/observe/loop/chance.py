@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import ChanceFacts
+from diag.watching.observe.loop.data.stream import bytes_of, sampled
 from diag.watching.observe.loop.moment import Counter, Moment
-from diag.watching.observe.loop.stream import bytes_of, sampled
 
 LABELS, KINDS = 8, 3  # labels of a batch at least, and distinct ones, to know it again by
 COMPARED = 20  # losses whose targets are compared with the loader's labels

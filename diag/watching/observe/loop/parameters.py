@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diag.snapshot.loop.parts import ParameterFacts
 from diag.watching.hooks.model_hook import frames_compiled
+from diag.watching.observe.loop.data.source import is_forgotten
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers, plain_number
-from diag.watching.observe.loop.source import is_forgotten
 
 LOOKS_BEFORE_CLOSER = 3  # looks in a row without a gradient before a module is looked at closely
 

@@ -71,8 +71,8 @@ class Measurable(Protocol):
     def provenance(self) -> dict[str, Any]:
         """num_examples, data_fingerprint and seed, as far as they are known."""
 
-    def explain(self) -> None:
-        """Called after something broke: raise a DiagError if the reason lies in what the user gave."""
+    def explain(self, error: Exception | None = None) -> None:
+        """Called after `error` broke something: raise a DiagError if the reason lies in what the user gave."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +273,9 @@ class Instrument:
             return self.function(**arguments)
         except DiagError:
             raise
-        except Exception:
+        except Exception as error:
             if snapshot is not None:
-                snapshot.explain()
+                snapshot.explain(error)
             raise
 
     def _value(self, need: Need, snapshot: Measurable | None, given: Mapping[str, Any]) -> Any:

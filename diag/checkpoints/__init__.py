@@ -7,7 +7,7 @@
 the state dict and the step in what was read, and `fit` matches it with a model.
 """
 
-from diag.checkpoints.contents import Checkpoint, SavedFile, load_saved, load_state
+from diag.checkpoints.contents import Checkpoint, SavedFile, as_checkpoint, load_saved, load_state
 from diag.checkpoints.fit import load_into
 
-__all__ = ["Checkpoint", "SavedFile", "load_into", "load_saved", "load_state", "unwrap"]
+__all__ = ["Checkpoint", "SavedFile", "as_checkpoint", "load_into", "load_saved", "load_state", "unwrap"]

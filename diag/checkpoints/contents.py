@@ -78,6 +78,13 @@ def load_saved(path: str | Path, key: str | None = None) -> SavedFile:
         ) from None
 
 
+def as_checkpoint(state: Mapping[str, Any], name: str) -> Checkpoint:
+    """A state dict that is in memory, under the names of the bare model, as `load_state` gives that of a file."""
+    found, notes = _state_dict(state, StateDicts(state, Path(name)), None, Path(name))
+    clean, more = _without_wrappers(found)
+    return Checkpoint(Path(name), clean, "in memory", notes=(*notes, *more))
+
+
 def _load(path: Path, key: str | None) -> SavedFile:
     contents, kind = read(path)
     if (

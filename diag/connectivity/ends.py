@@ -68,11 +68,12 @@ def _own_scores_of_second(path: Interpolation, end: NetworkState) -> Scores:
     given = given.model if isinstance(given, Snapshot) else given
     if isinstance(given, nn.Module):
         return _scores_of(path, bare_model(given))
-    extra = isinstance(given, Mapping) and any(not isinstance(value, Tensor) for value in given.values())
-    if not extra:
+    own = path.copy.state_dict()
+    kept = {n: v for n, v in given.items() if n in own} if isinstance(given, Mapping) else {}
+    if all(isinstance(value, Tensor) for value in kept.values()):
         return path.evaluate(end)
     second = copy.deepcopy(path.copy)  # what a module keeps in its state dict besides tensors is a part of it
-    second.load_state_dict({**second.state_dict(), **given})
+    second.load_state_dict({**own, **kept})
     return _scores_of(path, second)
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.checkpoints import load_into, load_state
+from diag.checkpoints import Checkpoint, as_checkpoint, load_into, load_state
 from diag.connectivity.example_scores import Scores, score_examples
 from diag.connectivity.fit import check_states_fit, check_ties, taken_over
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
 from diag.connectivity.interpolation_profile import Points, Profile
 from diag.connectivity.symmetries import Symmetries
-from diag.errors import InvalidInput, MissingQuantity, Unsupported, first_line
+from diag.errors import CheckpointError, InvalidInput, MissingQuantity, Unsupported, first_line
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -79,19 +79,31 @@ class Interpolation:
     def fit(self, other: Any) -> dict[str, Tensor]:
         """`other` (a state dict, a module, a Snapshot or a checkpoint's path) as a state that paths can lead to.
 
-        Raises InvalidInput, in one sentence with the first difference, where it is not of this network, and
-        CheckpointError where a file cannot be read or does not fit.
+        Names that carry a wrapper's prefix are read as those of a file are. Raises InvalidInput, in one sentence
+        with the first difference, where it is not of this network, and CheckpointError where a file cannot be read
+        or does not fit.
         """
         self.snapshot.refuse_a_later_moment()  # the start is the model itself, not a copy of it
-        state = self._read(other) if isinstance(other, (str, os.PathLike)) else state_of(other)
-        model = self.snapshot.model
-        check_states_fit(_without_ties(model), state, names=("the model", "other"))
-        check_ties(state, _ties(model))
+        is_file = isinstance(other, (str, os.PathLike))
+        state = self._read(load_state(os.fspath(other))) if is_file else self._fitting(state_of(other))
+        check_ties(state, _ties(self.snapshot.model))
         return {n: taken_over(n, state[n], t) for n, t in self.start.items()}
 
-    def _read(self, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    def _fitting(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state as it is, or under the names of the model."""
+        try:
+            check_states_fit(_without_ties(self.snapshot.model), state, names=("the model", "other"))
+        except InvalidInput:
+            try:
+                return self._read(as_checkpoint(state, "other"))
+            except CheckpointError:
+                pass
+            raise
+        return state
+
+    def _read(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         model = copy.deepcopy(self.snapshot.model)
-        load_into(model, load_state(os.fspath(path)))
+        load_into(model, checkpoint)
         return state_of(model)
 
     def profile(
@@ -229,7 +241,10 @@ def state_of(other: Any) -> dict[str, Tensor]:
         raise InvalidInput(
             f"other is a {type(other).__name__}; expected a state dict, a module or a Snapshot of the same network."
         )
-    return {n: t for n, t in state.items() if isinstance(t, Tensor)}
+    tensors = {n: t for n, t in state.items() if isinstance(t, Tensor)}
+    if not tensors and any(isinstance(value, Mapping) for value in state.values()):
+        return {n: t for n, t in as_checkpoint(state, "other").state.items() if isinstance(t, Tensor)}
+    return tensors
 
 
 def interpolation(snapshot: Snapshot) -> Interpolation:

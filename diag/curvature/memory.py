@@ -129,7 +129,7 @@ class _Saved:
 
 def _graph_size(build: Callable[[Objective], object], objective: Objective, probe: Batch) -> tuple[float, float]:
     """(bytes that do not grow with the data, bytes per element of the inputs)."""
-    sizes = [probe] if probe.size == 1 else [probe.slice(0, probe.size // 2), probe]
+    sizes = [probe] if probe.size == 1 or probe.coupled else [probe.slice(0, probe.size // 2), probe]
     with objective.measured():
         counted = [saved_bytes(build, objective.on([b])) for b in sizes]
     elements = [_elements(b) for b in sizes]

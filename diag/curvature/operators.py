@@ -386,7 +386,7 @@ def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
     settings |= {"seed": snapshot.seed, "checked": known, "ranks": together_of(snapshot)}
     if settings["ranks"] is not None:
         settings["weight"] = weight_of(snapshot, settings["ranks"])
-    operator = kind(snapshot.model, snapshot.batch_loss, counted_batches(snapshot), **settings)
+    operator = kind(snapshot.model, snapshot.batch_loss, snapshot.cuttable(counted_batches(snapshot)), **settings)
     operator.deadline = snapshot.deadline
     test = operator.self_test  # now, so that what cannot be measured is refused here, before an algorithm begins
     if carried is not None:

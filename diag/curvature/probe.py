@@ -14,6 +14,7 @@ from diag.curvature.objective import Objective
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.unmade import refuse_unusual
 
 NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
 
@@ -63,6 +64,7 @@ def _first_loss(objective: Objective, theta: Sequence[Tensor], batch: Batch) -> 
     except DiagError:
         raise
     except Exception as error:
+        refuse_unusual(objective.model, error)
         raise InvalidInput(
             f"The loss could not be computed on a batch ({type(error).__name__}: {first_line(error)}); check "
             "that loss_fn(model(inputs), targets) runs on this data."

@@ -26,9 +26,9 @@ def per_example_gradients(snapshot: Snapshot) -> ModelGradients:
     Raises InvalidInput where the loss is not a mean or not finite, Unsupported where examples depend on each
     other; what the first few examples do not show is raised when the gradients are first asked for something.
     """
-    batches = counted_batches(snapshot)
-    if any(batch.coupled for batch in batches):
-        raise Unsupported(COUPLED_EXAMPLES)
+    batches = snapshot.cuttable(counted_batches(snapshot))
+    if whole := [batch for batch in batches if batch.coupled]:
+        raise Unsupported(whole[0].why or COUPLED_EXAMPLES)
     gradients = ModelGradients(snapshot.model, snapshot.batch_loss, batches)
     gradients.deadline = snapshot.deadline
     gradients.prepare()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diag.errors import Unsupported, first_line
-from diag.snapshot.batch import Batch, map_tensors
+from diag.snapshot.batch import Batch, map_tensors, tensors_in
+from diag.snapshot.cutting import what_ties
 from diag.snapshot.example_losses import LossFunction, example_losses
+
+TIED = "The loss of example {} is {}, so examples influence each other and have no gradients of their own: {}."
 
 
 def check_independent(
@@ -34,30 +39,50 @@ def check_independent(
                 f"The model cannot be run on fewer examples ({first_line(error)}), so they are not independent and "
                 "have no gradients of their own: use running statistics (eval mode) or another norm."
             ) from error
-        _compare(losses[:size], found, lambda part=part: losses_of(model, loss_fn, part), batch.size)  # type: ignore[misc]
+        row = _differing(losses[:size], found, lambda part=part: losses_of(model, loss_fn, part))  # type: ignore[misc]
+        if row is not None:
+            seen = (
+                f"{float(losses[row]):.6g} in a batch of {batch.size} and {float(found[row]):.6g} in one of {size}"
+            )
+            raise Unsupported(TIED.format(row, seen, _what_ties(model, batch, part)))
 
 
-def _compare(together: Tensor, alone: Tensor, again: Callable[[], Tensor], n: int) -> None:
+def _differing(together: Tensor, alone: Tensor, again: Callable[[], Tensor]) -> int | None:
+    """The example whose loss differs most, if any does by more than rounding.
+
+    Raises Unsupported where a second pass gives other losses, too.
+    """
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(together.dtype, 5e-2)
     scale = together.abs().max().clamp_min(1e-6)
     if bool(((together - alone).abs() <= tolerance * scale).all()):
-        return
+        return None
     if bool(((alone - again()).abs() > tolerance * scale).any()):
         raise Unsupported(
             "The same example gave two different losses in two forward passes, so the model draws random numbers "
             "even in evaluation mode; switch dropout and sampling off while measuring."
         )
-    row = int((together - alone).abs().argmax())
-    raise Unsupported(
-        f"The loss of example {row} is {float(together[row]):.6g} in a batch of {n} and {float(alone[row]):.6g} in "
-        f"a batch of {len(alone)}, so examples influence each other (BatchNorm on batch statistics, a comparison "
-        "across the batch) and have no gradients of their own: use running statistics (eval mode) or another norm."
-    )
+    return int((together - alone).abs().argmax())
+
+
+def _what_ties(model: nn.Module, batch: Batch, part: Batch) -> str:
+    """What ties the examples, and what to do, in a clause."""
+    with torch.no_grad():
+        whole, few = (tensors_in(_outputs(model, b)) for b in (batch, part))
+    of_all = [(a, b) for a, b in zip(whole, few, strict=False) if not a.ndim or len(a) != batch.size]
+    if any(a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in of_all):
+        return (
+            "the model's outputs hold a number of the whole batch (a loss or a mean that it computes itself); give "
+            "loss_fn=, the mean over examples of what each one's own outputs give"
+        )
+    return what_ties(model)
+
+
+def _outputs(model: nn.Module, batch: Batch) -> Any:
+    args, kwargs = map_tensors(torch.clone, (batch.args, batch.kwargs))  # the model may write into them
+    return replace(batch, args=args, kwargs=kwargs).forward(model)
 
 
 def losses_of(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
     """(n,): each example's loss, without a graph."""
     with torch.no_grad():
-        args, kwargs = map_tensors(torch.clone, (batch.args, batch.kwargs))  # the model may write into them
-        outputs = Batch(args, kwargs, batch.targets, batch.size).forward(model)
-        return example_losses(loss_fn, outputs, batch.targets, batch.size)
+        return example_losses(loss_fn, _outputs(model, batch), batch.targets, batch.size)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,8 +95,7 @@ def probe_of(batch: Batch, size: int, losses: Callable[[], Tensor]) -> Batch:
     is doubled, so that there are two to tell apart.
     """
     if batch.size == 1:
-        args, kwargs, targets = (map_tensors(_doubled, x) for x in (batch.args, batch.kwargs, batch.targets))
-        return Batch(args, kwargs, targets, 2)
+        return batch.take([0, 0])
     if size <= PROBE_SIZES[0] or batch.size <= PROBE_SIZES[0]:
         return batch.slice(0, min(PROBE_SIZES[0], batch.size))
     hardest = losses().argsort(descending=True)[: size // 2].tolist()
@@ -104,11 +103,7 @@ def probe_of(batch: Batch, size: int, losses: Callable[[], Tensor]) -> Batch:
     return picked([batch], sorted({*hardest, *spaced}))[0]
 
 
-def _doubled(t: Tensor) -> Tensor:
-    return torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t
-
-
 def copied(batch: Batch) -> Batch:
     """The batch with inputs of its own."""
     args, kwargs = map_tensors(torch.clone, (batch.args, batch.kwargs))
-    return Batch(args, kwargs, batch.targets, batch.size)
+    return replace(batch, args=args, kwargs=kwargs)

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from diag.errors import Unsupported, first_line
 from diag.gradients.assembly import Assembly
@@ -50,9 +51,12 @@ def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Pla
         plan = make_plan(model, loss_fn, probe, trainable(model), unroll=False)
     unread = plan.graph_parameters | {n for n, method in plan.methods.items() if method.one_by_one}
     if unread or plan.late:
+        batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+        why = "BatchNorm on batch statistics" if batch_norm else "a call whose rule is not known here"
+        where = f" in {', '.join(sorted(unread)[:3])}" if unread else ""
         raise Unsupported(
-            f"The training step's own gradients cannot be told apart by example in {', '.join(sorted(unread)[:3])} "
-            "(BatchNorm on batch statistics, or a call without a closed form); measure on a snapshot instead."
+            f"The training step's own gradients cannot be told apart by example{where} ({why}); measure on a "
+            "snapshot instead."
         )
     return plan
 

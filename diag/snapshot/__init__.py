@@ -8,6 +8,7 @@ __all__ = [
     "autograd_graph",
     "batch",
     "call_at",
+    "cutting",
     "example_losses",
     "forward",
     "given",
@@ -26,5 +27,6 @@ __all__ = [
     "sharded",
     "snapshot",
     "state",
+    "unmade",
     "validation",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.state.python import renew
@@ -24,6 +25,7 @@ COUPLED_EXAMPLES = (
     "The loss compares the examples of a batch with each other, or weighs them in a way that could not be read, so "
     "that no part of a batch has a loss of its own; give a loss that averages over examples."
 )
+Rows = slice | Tensor  # from one to another, or their numbers
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
 
@@ -31,8 +33,9 @@ LABEL_KEYS = ("labels", "label", "targets", "target")
 class Batch:
     """The arguments of one model call and the targets its outputs are compared with.
 
-    `size` is the number of examples: the length of the targets' (else the inputs') first axis. coupled: the loss
-    compares the examples with each other, so that the batch must stay whole.
+    `size` is the number of examples: the length of the targets' (else the inputs') first axis. coupled: the batch
+    must stay whole, as the loss compares its examples with each other, or for the reason `why`. shared: the numbers
+    of the inputs' tensors, in order, that all examples share although their first axis is as long.
     """
 
     args: tuple[Any, ...]
@@ -40,6 +43,9 @@ class Batch:
     targets: Any
     size: int
     coupled: bool = False
+    why: str = ""
+    shared: frozenset[int] = frozenset()
+    label_key: str = ""  # what a dict held the targets under
 
     def forward(self, model: nn.Module | Callable[..., Any]) -> Any:
         """The model's outputs on this batch."""
@@ -57,6 +63,8 @@ class Batch:
         name = next((key for key in LABEL_KEYS if key in named), None)
         given = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         passed = {p.name for p in given[: len(self.args)]} | set(self.kwargs)
+        if name is None and any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            name = self.label_key or None
         if name is None or name in passed or self.targets is None:
             return self
         return replace(self, kwargs=self.kwargs | {name: self.targets})
@@ -75,13 +83,15 @@ class Batch:
         Raises Unsupported for a part of a batch that must stay whole.
         """
         if self.coupled and (start > 0 or stop < self.size):
-            raise Unsupported(COUPLED_EXAMPLES)
+            raise Unsupported(self.why or COUPLED_EXAMPLES)
+        stop = min(stop, self.size)
+        if start == 0 and stop == self.size:
+            return self
+        return self._picked(slice(start, stop), stop - start)
 
-        def cut(t: Tensor) -> Tensor:
-            return t[start:stop] if t.ndim and t.shape[0] == self.size else t
-
-        args, kwargs, targets = (map_tensors(cut, x) for x in (self.args, self.kwargs, self.targets))
-        return Batch(args, kwargs, targets, min(stop, self.size) - start)
+    def few(self, most: int) -> Batch:
+        """The first examples, `most` at most; all of a batch that must stay whole."""
+        return self if self.coupled or self.size <= most else self.slice(0, most)
 
     def take(self, rows: Sequence[int]) -> Batch:
         """The examples in these rows, in the order given. Tensors whose first axis is not the batch stay whole.
@@ -89,13 +99,31 @@ class Batch:
         Raises Unsupported for a part of a batch that must stay whole.
         """
         if self.coupled and sorted(rows) != list(range(self.size)):
-            raise Unsupported(COUPLED_EXAMPLES)
+            raise Unsupported(self.why or COUPLED_EXAMPLES)
+        return self._picked(torch.tensor(rows), len(rows))
 
-        def taken(t: Tensor) -> Tensor:
-            return t[torch.tensor(rows, device=t.device)] if t.ndim and t.shape[0] == self.size else t
+    def _picked(self, rows: Rows, size: int) -> Batch:
+        of_all = self.ids_of_shared()
 
-        args, kwargs, targets = (map_tensors(taken, x) for x in (self.args, self.kwargs, self.targets))
-        return Batch(args, kwargs, targets, len(rows))
+        def pick(value: Any) -> Any:
+            if isinstance(value, PackedSequence):
+                return picked_sequences(value, rows)
+            if id(value) in of_all or not value.ndim or value.shape[0] != self.size:
+                return value
+            return value[rows if isinstance(rows, slice) else rows.to(value.device)]
+
+        args, kwargs, targets = (map_tensors(pick, x, packed=True) for x in (self.args, self.kwargs, self.targets))
+        return replace(self, args=args, kwargs=kwargs, targets=targets, size=size)
+
+    def ids_of_shared(self) -> set[int]:
+        """The ids of the tensors that all examples share, of those whose first axis is as long as the batch."""
+        found = tensors_in((self.args, self.kwargs)) if self.shared else []
+        return {id(t) for number, t in enumerate(found) if number in self.shared}
+
+    def is_by_row(self, part: Any) -> bool:
+        """Whether this part of the batch is a tensor with the examples along its first axis."""
+        by_shape = isinstance(part, Tensor) and part.ndim > 0 and part.shape[0] == self.size
+        return by_shape and id(part) not in self.ids_of_shared()
 
     def split(self, size: int | None) -> Iterator[Batch]:
         """Micro-batches of at most `size` examples, in order; a batch that must stay whole is not cut."""
@@ -104,17 +132,31 @@ class Batch:
             yield self.slice(start, start + step)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply `function` to every tensor in nested tuples, lists and dicts; all else stays."""
-    if isinstance(value, Tensor):
+def map_tensors(function: Callable[[Any], Any], value: Any, packed: bool = False) -> Any:
+    """Apply `function` to every tensor in nested tuples, lists and dicts; all else stays.
+
+    packed: a PackedSequence is given to it as one; else its data are, as its other parts say where they belong.
+    """
+    if isinstance(value, Tensor) or (packed and isinstance(value, PackedSequence)):
         return function(value)
+    if isinstance(value, PackedSequence):
+        data = function(value.data)
+        order = (t if t is None else t.to(data.device) for t in (value.sorted_indices, value.unsorted_indices))
+        return PackedSequence(data, value.batch_sizes, *order)
     if isinstance(value, Mapping):
-        return _like(value, {key: map_tensors(function, item) for key, item in value.items()})
+        return _like(value, {key: map_tensors(function, item, packed) for key, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
+        return type(value)(*(map_tensors(function, item, packed) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, item) for item in value)
+        return type(value)(map_tensors(function, item, packed) for item in value)
     return value
+
+
+def picked_sequences(value: PackedSequence, rows: Rows) -> PackedSequence:
+    """The sequences with these numbers, packed again."""
+    sequences = unpack_sequence(value)
+    numbers = range(len(sequences))[rows] if isinstance(rows, slice) else rows.tolist()
+    return pack_sequence([sequences[i] for i in numbers], enforce_sorted=False)
 
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
@@ -171,14 +213,16 @@ def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) 
     if isinstance(item, Batch):
         return item
     inputs, targets = unpack(item) if unpack else _split_item(item)
+    several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     if isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
     else:
-        args, kwargs = (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-    size = _batch_size(targets, (args, kwargs))
+        args, kwargs = (tuple(inputs) if several else (inputs,)), {}
+    size = batch_size(targets, (args, kwargs))
     if size == 0:
         raise InvalidInput("The data holds a batch with no examples; give at least one example.")
-    return Batch(args, kwargs, targets, size)
+    keys = [] if unpack or not isinstance(item, Mapping) else [key for key in LABEL_KEYS if key in item]
+    return Batch(args, kwargs, targets, size, label_key=keys[0] if keys else "")
 
 
 def as_batches(data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Iterator[Batch]:
@@ -210,10 +254,12 @@ def _is_one_batch(data: Any) -> bool:
 
 
 def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, PackedSequence):
+        return True
     if isinstance(value, Mapping):
         return any(_holds_tensor(item) for item in value.values())
     if isinstance(value, (tuple, list)):
-        return any(isinstance(item, Tensor) for item in value)
+        return any(isinstance(item, Tensor | PackedSequence) for item in value)
     return isinstance(value, Tensor)
 
 
@@ -236,9 +282,21 @@ def _split_item(item: Any) -> tuple[Any, Any]:
     )
 
 
-def _batch_size(targets: Any, inputs: Any) -> int:
+def batch_size(targets: Any, inputs: Any) -> int:
+    """The number of examples. Raises InvalidInput where there is no tensor."""
+    packed = _packed_in((targets, inputs))
+    if packed is not None:
+        return int(packed.batch_sizes[0])
     for value in (targets, inputs):
         sizes = [t.shape[0] for t in tensors_in(value) if t.ndim]
         if sizes:
             return sizes[0]
     raise InvalidInput("A batch holds no tensor; expected tensors for the inputs and the targets.")
+
+
+def _packed_in(value: Any) -> PackedSequence | None:
+    """The first PackedSequence in nested tuples, lists and dicts."""
+    if isinstance(value, PackedSequence):
+        return value
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for item in inner if (found := _packed_in(item)) is not None), None)

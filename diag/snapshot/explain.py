@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput, first_line
+from diag.errors import DiagError, InvalidInput, first_line
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
 
-CALL_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
+CALL_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 
 
 def try_out(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: Sequence[Batch]) -> None:
@@ -26,8 +26,10 @@ def try_out(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: Seque
             loss(outputs, batch.targets)
 
 
-def explained(model: nn.Module, batches: Sequence[Batch], error: Exception) -> InvalidInput:
-    """What `error`, raised by a call of the model on one of the batches, comes from."""
+def explained(model: nn.Module, batches: Sequence[Batch], error: Exception) -> DiagError:
+    """What `error`, raised by a call of the model on one of the batches, comes from; diag's own are as they are."""
+    if isinstance(error, DiagError):
+        return error
     model_device = next((p.device for p in model.parameters()), None)
     devices = {t.device for b in batches[:1] for t in tensors_in((b.args, b.kwargs))}
     if model_device is not None and devices - {model_device}:

@@ -30,8 +30,8 @@ TRANSPARENT = {
 
 def module_graph(snapshot: Snapshot) -> networkx.DiGraph:
     """The snapshot's model as a graph: see `trace_modules`. Raises MissingQuantity without data."""
-    batch = snapshot.batches[0]
-    return trace_modules(snapshot.model, batch.slice(0, min(batch.size, 2)))
+    (batch,) = snapshot.cuttable(snapshot.batches[:1])
+    return trace_modules(snapshot.model, batch.few(2))
 
 
 def trace_modules(model: nn.Module, batch: Batch) -> networkx.DiGraph:

@@ -5,6 +5,7 @@ The order is that of `named_parameters()`: a tied tensor counts once, a frozen o
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.checkpoints import as_checkpoint, load_into
 from diag.distributed.together import Together
-from diag.errors import InvalidInput, MissingQuantity
+from diag.errors import CheckpointError, InvalidInput, MissingQuantity
 from diag.snapshot.call_at import call_at
 from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.objective.over_ranks import together_of, weight_of
@@ -182,7 +184,9 @@ def values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor
         raise MissingQuantity(f"the snapshot has none; give it {argument}= a state dict or a Snapshot.")
     values = getattr(getattr(state, "model", state), "state_dict", lambda: state)()
     wanted = params(snapshot)
-    wrong = [n for n, p in wanted.items() if n not in values or values[n].shape != p.shape]
+    wrong = _differing(values, wanted)
+    if wrong and not _differing(named := _without_wrappers(values, argument), wanted):
+        values, wrong = named, []
     if wrong:
         name = wrong[0]
         found = f"has shape {tuple(values[name].shape)}" if name in values else "is missing"
@@ -192,3 +196,24 @@ def values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor
             "same architecture."
         )
     return {name: values[name].detach() for name in wanted}
+
+
+def copy_with(model: nn.Module, state: Any, argument: str) -> nn.Module:
+    """A copy of the model with a state: a state dict, a module or a Snapshot. Raises CheckpointError where it does
+    not fit."""
+    found = copy.deepcopy(model)
+    values = getattr(getattr(state, "model", state), "state_dict", lambda: state)()
+    load_into(found, as_checkpoint(values, argument))
+    return found
+
+
+def _differing(values: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]:
+    return [n for n, p in wanted.items() if n not in values or values[n].shape != p.shape]
+
+
+def _without_wrappers(state: Any, argument: str) -> Mapping[str, Any]:
+    """The state under the names of the bare model; empty where it holds no tensors by name."""
+    try:
+        return as_checkpoint(state, argument).state
+    except CheckpointError:
+        return {}

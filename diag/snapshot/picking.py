@@ -8,11 +8,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from diag.errors import InvalidInput
@@ -88,11 +90,11 @@ def joined(batches: Sequence[Batch], at_most: int) -> list[Batch]:
 
 
 def _parts(batch: Batch) -> tuple[list[Any], Any]:
-    return pytree.tree_flatten((batch.args, batch.kwargs, batch.targets))
+    return pytree.tree_flatten((batch.args, batch.kwargs, batch.targets), is_leaf=_is_packed)
 
 
-def _of_examples(part: Any, batch: Batch) -> bool:
-    return isinstance(part, Tensor) and part.ndim > 0 and part.shape[0] == batch.size
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _fit(first: Batch, second: Batch) -> bool:
@@ -102,9 +104,9 @@ def _fit(first: Batch, second: Batch) -> bool:
 
 
 def _alike(x: Any, first: Batch, y: Any, second: Batch) -> bool:
-    if _of_examples(x, first) and _of_examples(y, second):
+    if first.is_by_row(x) and second.is_by_row(y):
         return x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
-    if isinstance(x, Tensor) or isinstance(y, Tensor):
+    if isinstance(x, Tensor | PackedSequence) or isinstance(y, Tensor | PackedSequence):
         return x is y  # a tensor that all examples share, such as a mask
     return type(x) is type(y) and bool(x is y or x == y)
 
@@ -112,9 +114,9 @@ def _alike(x: Any, first: Batch, y: Any, second: Batch) -> bool:
 def _joined(group: Sequence[Batch]) -> Batch:
     spec = _parts(group[0])[1]
     columns = zip(*(_parts(batch)[0] for batch in group), strict=True)
-    parts = [torch.cat(column) if _of_examples(column[0], group[0]) else column[0] for column in columns]
+    parts = [torch.cat(column) if group[0].is_by_row(column[0]) else column[0] for column in columns]
     args, kwargs, targets = pytree.tree_unflatten(parts, spec)
-    return Batch(args, kwargs, targets, sum(batch.size for batch in group))
+    return replace(group[0], args=args, kwargs=kwargs, targets=targets, size=sum(batch.size for batch in group))
 
 
 def permuted_targets(batches: Sequence[Batch], seed: int) -> list[Batch]:
@@ -127,7 +129,7 @@ def permuted_targets(batches: Sequence[Batch], seed: int) -> list[Batch]:
     for batch in batches:
         pieces = iter([column[start : start + batch.size] for column in mixed])
         targets = map_tensors(partial(_next, pieces), batch.targets)
-        result.append(Batch(batch.args, batch.kwargs, targets, batch.size))
+        result.append(replace(batch, targets=targets))
         start += batch.size
     return result
 

@@ -30,19 +30,20 @@ def read_batches(
     micro_batch: int | None,
     device: torch.device | str | None,
     seed: int,
+    settled: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> tuple[tuple[Batch, ...], str]:
     """The first `limit` examples of `data` as micro-batches, and a sentence where there may be more of them.
 
-    Data without a length, or that goes on beyond it, may never end: where no limit is given, it is cut, with a
-    warning. Raises InvalidInput where there is no batch.
+    settled: says of a batch on the device how it is cut. Data without a length, or that goes on beyond it, may
+    never end: where no limit is given, it is cut, with a warning. Raises InvalidInput where there is no batch.
     """
     read = _Read(_length(data) if limit is None else None, limit)
     batches: list[Batch] = []
     # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
     with random_states(), generator_states(data):
         seed_generators(seed)
-        for batch in read.wanted(as_batches(data, unpack)):
-            batches.extend(part.to(device) for part in batch.split(micro_batch))
+        for batch in read.wanted(settled(b.to(device)) for b in as_batches(data, unpack)):
+            batches.extend(batch.split(micro_batch))
     if not batches:
         raise InvalidInput("The data holds no batch; give at least one example.")
     if read.cut:
@@ -89,7 +90,7 @@ class _Read:
             if self._limit is None and self._is_endless():
                 self.cut = CUT.format(self._examples)
                 return
-            if self._limit is not None and self._examples + batch.size > self._limit:
+            if self._limit is not None and self._examples + batch.size > self._limit and not batch.coupled:
                 batch = batch.slice(0, self._limit - self._examples)
             self._count(batch)
             yield batch

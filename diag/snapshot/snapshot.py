@@ -8,7 +8,7 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from diag.distributed.together import Together
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line
 from diag.linalg.deadline import NEVER, Deadline, free_memory
 from diag.snapshot.batch import Batch, fingerprint, tensors_in
+from diag.snapshot.cutting import Cutting
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.objective.own_loss import own_loss
@@ -33,6 +34,7 @@ from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.undisturbed import undisturbed
+from diag.snapshot.unmade import refuse_unmade, refuse_unusual
 
 MODEL_MOVED = (
     "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "
@@ -150,8 +152,8 @@ class Snapshot:
                 raise MissingQuantity(f"{name} is missing: {error}") from None
             except DiagError:
                 raise
-            except Exception:
-                source.explain()
+            except Exception as error:
+                source.explain(error)
                 raise
         return self._computed[name]
 
@@ -162,6 +164,8 @@ class Snapshot:
         called: whether the model is; then Unsupported is raised where its hooks change what it gives. Raises
         Unsupported, too, where a call of the model changes what cannot be put back.
         """
+        if called:
+            refuse_unmade(self.model)
         if called and self._given["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
         if not is_checked(self.model):  # what is written to from here on is put back
@@ -178,9 +182,12 @@ class Snapshot:
         """Which of the model's hooks have been tried."""
         return HookCheck()
 
-    def explain(self) -> None:
-        """After something broke: raise InvalidInput if the model or the loss cannot be called on the data."""
+    def explain(self, error: Exception | None = None) -> None:
+        """After something broke: raise InvalidInput if the model or the loss cannot be called on the data, and
+        Unsupported where the model is of a kind that the error may come from."""
         try_out(self.model, self.batch_loss, self.batches)
+        if error is not None:
+            refuse_unusual(self.model, error)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make()` gives, computed when it is first asked for under `name` and kept with the snapshot."""
@@ -204,16 +211,43 @@ class Snapshot:
         data, unpack = self._given["data"], self._given["unpack"]
         if data is None:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
+        whole = self.max_examples is None and self.micro_batch is None
+        settled = self._named if whole else lambda batch: self.cuttable((batch,))[0]
         batches, self.cut_short = read_batches(
-            data, unpack, self.max_examples, self.micro_batch, self.device, self.seed
+            data, unpack, self.max_examples, self.micro_batch, self.device, self.seed, settled
         )
         if self._sharded is not None and self.ranks is not None:
             refuse_another_function(self._sharded, self.model, batches[0], self.ranks)
             self._sharded = None
         batches = batches if self.ranks is None else shared_out(batches, self.ranks)
-        batches = tuple(b.with_targets(self.model) for b in batches) if self.loss_fn is None else batches
         self._computed[DATA] = bits_of_batches(batches)
         return batches
+
+    @cached_property
+    def cutting(self) -> Cutting:
+        """How batches are cut into examples, once it has been tried."""
+        return Cutting()
+
+    def _named(self, batch: Batch) -> Batch:
+        """The batch with the targets where a model that computes its own loss finds them."""
+        return batch.with_targets(self.model) if self.loss_fn is None else batch
+
+    def cuttable(self, batches: Iterable[Batch]) -> tuple[Batch, ...]:
+        """The batches for what takes examples out of them: which inputs hold these is tried on the model.
+
+        Raises InvalidInput where the examples lie along the second axis.
+        """
+        named = tuple(map(self._named, batches))
+        if self.ranks is not None or self._placement:  # a call of the model would wait for the other ranks
+            return named
+        try:
+            refuse_unmade(self.model)
+            with self.undisturbed(called=False):
+                return tuple(self.cutting.settled(self.model, batch) for batch in named)
+        except InvalidInput:
+            raise
+        except DiagError:  # the model is refused where it is measured; its data can be looked at
+            return named
 
     @property
     def num_examples(self) -> int:
@@ -285,6 +319,8 @@ class Snapshot:
         if unknown := set(changes) - set(self._given):
             raise InvalidInput(f"A Snapshot has no {sorted(unknown)[0]!r}; it takes {', '.join(self._given)}.")
         other = Snapshot(**self._given | changes)
+        if other.model is self.model:
+            other.__dict__["cutting"] = self.cutting
         if "batches" in self.__dict__ and not set(changes) & _READING:
             other.__dict__["batches"] = self.batches
             other._computed[DATA], other.cut_short = self._computed[DATA], self.cut_short

@@ -15,7 +15,8 @@ from torch.optim.optimizer import Optimizer
 
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch
-from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.reading import read_batches
+from diag.snapshot.unmade import NO_VALUES
 from diag.watching.measure.probe import Probe
 
 
@@ -73,6 +74,8 @@ def watched_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, p in found.items():
         if torch.nn.parameter.is_lazy(p):
             raise InvalidInput(f"{name} has no shape yet; call the model once before it is watched.")
+        if p.is_meta:
+            raise InvalidInput(NO_VALUES.format(name))
     return found
 
 
@@ -95,6 +98,7 @@ def given_probe(model: nn.Module, probe: Any) -> Probe:
     result = Probe()
     if probe is not None:
         device = next(model.parameters()).device
-        result.batches = [batch.to(device) for batch in Snapshot(model, None, probe).batches]
+        batches, _ = read_batches(probe, None, None, None, device, seed=0)
+        result.batches = [batch.with_targets(model) for batch in batches]
         result.complete = True
     return result

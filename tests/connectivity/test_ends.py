@@ -197,3 +197,18 @@ def test_a_curve_and_an_aligned_line_have_the_same_ends():
     result = between(first, second, align="weights", path="bezier", bezier_steps=5)
     for curve in result.curves.values():
         assert curve[1, [0, -1]].tolist() == pytest.approx([own(first), own(second)], rel=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model._orig_mod.module.", "net."])
+def test_names_with_a_wrappers_prefix_are_read_as_those_of_a_file(prefix):
+    torch.manual_seed(0)
+    model, other = (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2))
+    plain = other.state_dict()
+    named = {prefix + name: value for name, value in plain.items()}
+    expected = diag.mode_connectivity(diag.Snapshot(model, CE, data(), other=plain))
+    for given in (named, {"state_dict": named}, {"model_state_dict": plain}):
+        found = diag.mode_connectivity(diag.Snapshot(model, CE, data(), other=given))
+        numpy.testing.assert_array_equal(found.losses, expected.losses)
+    before = diag.Snapshot(model, CE, data(), previous=named).quantity("update")
+    for name, value in before.items():
+        torch.testing.assert_close(value, (model.state_dict()[name] - plain[name]).to(value))

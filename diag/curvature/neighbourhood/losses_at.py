@@ -33,7 +33,7 @@ class LossesAt:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self._batches: Sequence[Batch] = counted_batches(snapshot)
+        self._batches: Sequence[Batch] = snapshot.cuttable(counted_batches(snapshot))
         self._values = params(snapshot)
         self._layout = FlatLayout.of({name: v.shape for name, v in self._values.items()})
         self.center = flat_of(self._values.values())
@@ -89,11 +89,11 @@ class LossesAt:
 
     def check(self) -> None:
         """Raises Unsupported where the mean of the losses is not the loss of the data."""
-        if any(batch.coupled for batch in self._batches):
+        if any(batch.coupled and not batch.why for batch in self._batches):
             raise Unsupported(COUPLED_EXAMPLES)
         with preserved(self._snapshot.model):
             whole = loss_at(self._snapshot)(self._values)
-        refuse_coupled(whole, self(self.center))
+        refuse_coupled(whole, self(self.center), self._snapshot.model)
 
 
 def losses_at(snapshot: Snapshot) -> LossesAt:

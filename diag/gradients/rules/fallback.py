@@ -103,10 +103,10 @@ def _batched_gradient(output: Any, parameter: nn.Parameter, rows: Tensor, deadli
     try:
         with _without_slow_path_warnings():
             found = gradient(rows, True)[0]
-        return parameter.new_zeros(len(rows), *parameter.shape) if found is None else found
+        return parameter.new_zeros(len(rows), *parameter.shape) if found is None else found.to_dense()
     except (RuntimeError, NotImplementedError):
         each = [gradient(row, False)[0] for row in rows]
-        return torch.stack([torch.zeros_like(parameter) if g is None else g for g in each])
+        return torch.stack([torch.zeros_like(parameter) if g is None else g.to_dense() for g in each])
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def layer_chain(snapshot: Snapshot) -> LayerChain:
 
     Raises MissingQuantity for a model that calls fewer than two.
     """
-    model, batch = snapshot.model, snapshot.batches[0]
+    model, (batch,) = snapshot.model, snapshot.cuttable(snapshot.batches[:1])
     calls: list[tuple[str, Any, Tensor]] = []
 
     def keep(name: str, module: nn.Module, output: Any) -> Tensor | None:
@@ -76,7 +76,7 @@ def layer_chain(snapshot: Snapshot) -> LayerChain:
     ]
     try:
         with preserved(model), torch.enable_grad():
-            batch.slice(0, min(batch.size, CHAIN_EXAMPLES)).forward(model)
+            batch.few(CHAIN_EXAMPLES).forward(model)
             if len(calls) < 2:
                 raise MissingQuantity("the model calls fewer than two linear or convolutional layers.")
             return LayerChain(_measured(calls, snapshot.seed), _is_normalised(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from diag.errors import MissingQuantity
 from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.parameters import copy_with
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -38,8 +38,8 @@ def denoiser(snapshot: Snapshot) -> DenoiserAt:
 
     Raises MissingQuantity where inputs and outputs are not floating tensors of one shape.
     """
-    model, batch = snapshot.model, snapshot.batches[0]
-    batch = batch.slice(0, min(batch.size, DENOISED_EXAMPLES))
+    model, (batch,) = snapshot.model, snapshot.cuttable(snapshot.batches[:1])
+    batch = batch.few(DENOISED_EXAMPLES)
     y = batch.args[0] if len(batch.args) == 1 and not batch.kwargs else None
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise MissingQuantity(
@@ -78,7 +78,6 @@ def _others(snapshot: Snapshot, called: Callable[[nn.Module, Tensor], Tensor], y
     state = snapshot.other
     if state is None:
         return None
-    other = copy.deepcopy(snapshot.model)
-    other.load_state_dict(getattr(getattr(state, "model", state), "state_dict", lambda: state)())
+    other = copy_with(snapshot.model, state, "other")
     with torch.no_grad():
         return called(other, y)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor
 
 from diag.errors import MissingQuantity
 from diag.snapshot.forward import logits
+from diag.snapshot.parameters import copy_with
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -18,8 +17,7 @@ def earlier(snapshot: Snapshot) -> Snapshot:
         raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
 
     def made() -> Snapshot:
-        model = copy.deepcopy(snapshot.model)
-        model.load_state_dict(getattr(getattr(state, "model", state), "state_dict", lambda: state)())
+        model = copy_with(snapshot.model, state, "previous")
         return snapshot.with_data(snapshot.batches, model=model)
 
     return snapshot.once("earlier snapshot", made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,13 +39,13 @@ def later_tokens(snapshot: Snapshot) -> LaterTokens:
     has the source before them. Raises MissingQuantity for a model that reads no tokens, or whose output has no axis
     of their positions.
     """
-    first = snapshot.batches[0]
-    rows = first.slice(0, min(ROWS_TRIED, first.size))
+    (first,) = snapshot.cuttable(snapshot.batches[:1])
+    rows = first.few(ROWS_TRIED)
     tokens = _tokens(rows)
     if tokens is None or rows.size < 2:
         raise MissingQuantity(f"the model reads no sequences of {SHORTEST} tokens or more.")
     changed = map_tensors(lambda t: _mixed(t) if t is tokens else t, (rows.args, rows.kwargs))
-    other = Batch(changed[0], changed[1], rows.targets, rows.size)
+    other = replace(rows, args=changed[0], kwargs=changed[1])
     snapshot.deadline.check()
     try:
         with preserved(snapshot.model), torch.no_grad():

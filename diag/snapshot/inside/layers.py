@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _with_noise(batch: Batch, noise: float, generator: torch.Generator) -> Batch
         drawn = torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t)
         return t + noise * t.std() * drawn
 
-    return Batch(map_tensors(add, batch.args), map_tensors(add, batch.kwargs), batch.targets, batch.size)
+    return replace(batch, args=map_tensors(add, batch.args), kwargs=map_tensors(add, batch.kwargs))
 
 
 def _listening(model: nn.Module, rows: _Rows, take: Take, first: int) -> ExitStack:

@@ -56,10 +56,10 @@ def residual_stack(snapshot: Snapshot) -> ResidualStack:
 
     Raises MissingQuantity where no two modules that add to what they are given follow each other.
     """
-    model, batch = snapshot.model, snapshot.batches[0]
+    model, (batch,) = snapshot.model, snapshot.cuttable(snapshot.batches[:1])
     try:
         with preserved(model), torch.no_grad():
-            calls = _traced(model, lambda: batch.slice(0, min(batch.size, RESIDUAL_EXAMPLES)).forward(model))
+            calls = _traced(model, lambda: batch.few(RESIDUAL_EXAMPLES).forward(model))
             chain = _longest(calls)
             if len(chain) < 2:
                 raise MissingQuantity(

@@ -98,7 +98,7 @@ class Loop:
         a_step = round(self.calls / steps)
         whole = batches.lag > 0 and a_step > 0 and a_step % batches.lag == 0 and self.calls == a_step * steps
         return (
-            whole
+            (whole or batches.lag == 1)  # a closure may be called any number of times in a step
             and batches.repeats >= max(SAME_BATCH_AGAIN, batches.lag)
             and batches.repeats == batches.calls - batches.lag
         )

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diag.errors import DiagError, InvalidInput, Unsupported
 from diag.snapshot.batch import COUPLED_EXAMPLES, Batch, map_tensors
@@ -47,7 +47,8 @@ def counted_batches(snapshot: Snapshot) -> tuple[Batch, ...]:
 
 def _counted(snapshot: Snapshot) -> tuple[Batch, ...]:
     counts = example_counts(snapshot)
-    if _couples(snapshot, counts):
+    tied = any(batch.why for batch in snapshot.batches)  # which micro_batch= has left whole
+    if not tied and _couples(snapshot, counts):
         if snapshot.micro_batch is not None:
             raise Unsupported(MICRO_BATCH)
         return tuple(replace(batch, coupled=True) for batch in snapshot.batches)
@@ -80,10 +81,16 @@ def example_counts(snapshot: Snapshot) -> list[Tensor] | None:
     return None if alike else known
 
 
-def refuse_coupled(whole: float, losses: Tensor) -> None:
-    """Raises Unsupported where the examples' own losses (with their shares) do not make up the loss of them all."""
+def refuse_coupled(whole: float, losses: Tensor, model: nn.Module | None = None) -> None:
+    """Raises Unsupported where the examples' own losses (with their shares) do not make up the loss of them all.
+
+    model: what they were computed by, in the precision of its parameters.
+    """
     mean, size = float(losses.double().mean()), float(losses.double().abs().mean())
-    if abs(mean - whole) > 10 * ADDS_UP * max(size, abs(whole)):
+    kinds = [losses.dtype, *(p.dtype for p in model.parameters())] if model is not None else [losses.dtype]
+    coarsest = max(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point)
+    within = max(10 * ADDS_UP, 8 * coarsest)
+    if abs(mean - whole) > within * max(size, abs(whole)):
         raise Unsupported(COUPLED_EXAMPLES)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from diag.snapshot.objective.comparison import Comparison
 from diag.snapshot.objective.counting import by_example, counted_batches, refuse_coupled
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.shares import Counted
+from diag.snapshot.parameters import copy_with
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.python import renew
@@ -43,8 +43,7 @@ def previous_losses(snapshot: Snapshot) -> Tensor:
     state = snapshot.previous
     if state is None:
         raise MissingQuantity("the snapshot has no earlier state; give it previous= a state dict or a Snapshot.")
-    earlier = copy.deepcopy(snapshot.model)
-    earlier.load_state_dict(getattr(getattr(state, "model", state), "state_dict", lambda: state)())
+    earlier = copy_with(snapshot.model, state, "previous")
     return losses(snapshot.with_data(snapshot.batches, model=earlier))
 
 
@@ -53,7 +52,7 @@ def loss_shares(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor:
     if seen.value is None:
         snapshot.batch_loss(seen.outputs, batch.targets)  # raises the reason
         raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
-    if batch.coupled:
+    if batch.coupled and not batch.why:
         raise Unsupported(COUPLED_EXAMPLES)
     values = shares_from_rows(seen, batch)
     if values is not None:

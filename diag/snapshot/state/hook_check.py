@@ -69,7 +69,7 @@ def _name(hook: Callable[..., Any]) -> str:
 
 
 def _same_without(model: nn.Module, batch: Batch) -> bool:
-    few = batch.slice(0, min(EXAMPLES_TRIED, batch.size))
+    few = batch.few(EXAMPLES_TRIED)
     for mode in ("eval", "train"):
         for examples in (few, batch):  # a model may be written for one batch size
             without = _outputs(model, examples, mode, fire=False)

@@ -141,7 +141,7 @@ class OwnStep:
 
     def _plan_for(self, model: nn.Module, snapshot: Snapshot) -> None:
         with hearing() as said, snapshot.undisturbed():
-            self._plan = plan_for_steps(model, snapshot.batch_loss, snapshot.batches[0])
+            self._plan = plan_for_steps(model, snapshot.batch_loss, *snapshot.cuttable(snapshot.batches[:1]))
         if said:
             self.refused = as_clause(Unsupported(said[0]))
 

@@ -6,12 +6,15 @@ By default these are the first examples that training saw, each once, as it saw 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from diag.snapshot.batch import Batch, map_tensors, tensors_in
+from diag.errors import InvalidInput
+from diag.snapshot.batch import Batch, batch_size, map_tensors, tensors_in
 
 PROBE_EXAMPLES = 512
 # Inputs and outputs are held for all examples at once, so a language model's vocabulary bounds their number.
@@ -37,14 +40,28 @@ class Probe:
         size = _examples(args, kwargs, targets)
         if size is None or self.complete:
             return
+        batch = Batch(args, dict(kwargs), targets, size)
+        if not _may_be_cut(batch):
+            self._add_whole(batch)
+            return
         each = sum(t.numel() * t.element_size() for t in tensors_in((args, kwargs, targets, outputs))) / size
         limit = min(self._limit, max(1, int(self._limit_bytes / max(each, 1))))
-        rows = self._new_rows(Batch(args, dict(kwargs), targets, size))
+        rows = self._new_rows(batch)
         # Nothing new: the data has been seen once. Too much: the set is full.
         self.complete = not rows or self.size + len(rows) >= limit
         rows = rows[: max(limit - self.size, 0)]
         if rows:
-            self.batches.append(_selected(Batch(args, dict(kwargs), targets, size), rows))
+            self.batches.append(_selected(batch, rows))
+
+    def _add_whole(self, batch: Batch) -> None:
+        """Of batches that may not be cut one is enough, of whatever size."""
+        held = tensors_in((batch.args, batch.kwargs, batch.targets))
+        self.complete = True
+        if not self.batches and sum(t.nbytes for t in held) <= self._limit_bytes:
+            args, kwargs, targets = (
+                map_tensors(lambda t: t.detach().clone(), x) for x in (batch.args, batch.kwargs, batch.targets)
+            )
+            self.batches.append(replace(batch, args=args, kwargs=kwargs, targets=targets))
 
     def _new_rows(self, batch: Batch) -> list[int]:
         # A small data set comes round again while the set is being filled; an example is taken once.
@@ -66,6 +83,19 @@ def _by_row(t: Tensor, batch: Batch) -> bool:
     return t.ndim > 0 and t.shape[0] == batch.size
 
 
+def _may_be_cut(batch: Batch) -> bool:
+    """Whether the shapes leave no doubt that the first axis of the inputs holds the examples, and of which."""
+    inputs = tensors_in((batch.args, batch.kwargs))
+    rows = [t for t in inputs if _by_row(t, batch)]
+    square = any(t.ndim > 1 and t.shape[1] == batch.size for t in rows)
+    packed = any(isinstance(value, PackedSequence) for value in (*batch.args, *batch.kwargs.values()))
+    return bool(rows) and not packed and (not square or len(inputs) == 1 == sum(map(_is_flat, inputs)))
+
+
+def _is_flat(t: Tensor) -> bool:
+    return t.ndim == 2
+
+
 def _selected(batch: Batch, rows: list[int]) -> Batch:
     def take(t: Tensor) -> Tensor:
         return t.detach()[rows] if _by_row(t, batch) else t.detach().clone()
@@ -75,5 +105,7 @@ def _selected(batch: Batch, rows: list[int]) -> Batch:
 
 
 def _examples(args: Any, kwargs: Any, targets: Any) -> int | None:
-    tensors = [t for t in tensors_in((args, kwargs, targets)) if t.ndim]
-    return tensors[0].shape[0] or None if tensors else None
+    try:
+        return batch_size(targets, (args, kwargs)) or None
+    except InvalidInput:
+        return None

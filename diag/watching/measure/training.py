@@ -12,7 +12,8 @@ from torch.optim.optimizer import Optimizer
 from diag.curvature.carry import Carry
 from diag.distributed.together import Together
 from diag.linalg.deadline import NEVER, Deadline
-from diag.snapshot.batch import Batch
+from diag.snapshot.batch import Batch, fingerprint
+from diag.snapshot.cutting import Cutting
 from diag.snapshot.history import History
 from diag.snapshot.sharded.whole import is_sharded
 from diag.snapshot.snapshot import Snapshot
@@ -46,7 +47,7 @@ class Training:
         self.copied: tuple[nn.Module, Optimizer | None] | None = None  # a whole copy of a sharded model, for now
         self.calls = self.examples = 0  # of the model in training, and how many examples they had
         self._held_out, self._history = held_out, history
-        self._carry, self._hook_check = Carry(), HookCheck()
+        self._carry, self._hook_check, self._cutting = Carry(), HookCheck(), Cutting()
         self.fingerprint = ""  # of the probe set
 
     @property
@@ -84,6 +85,7 @@ class Training:
             snapshot.__dict__["fingerprint"] = self.fingerprint
         if self.copied is None:
             snapshot.__dict__["hook_check"] = self._hook_check
+            snapshot.__dict__["cutting"] = self._cutting
         return snapshot
 
     def _held_out_for(self, max_examples: int | None) -> list[Batch] | None:
@@ -117,7 +119,7 @@ class Training:
         """What the probe set is, once it is complete; nothing the next time."""
         if self.fingerprint or not self.probe.batches or not self.probe.complete:
             return ""
-        self.fingerprint = Snapshot(self.model, None, self.probe.batches).fingerprint
+        self.fingerprint = fingerprint(batch.with_targets(self.model) for batch in self.probe.batches)
         return f"{self.probe.size} examples, fingerprint {self.fingerprint}."
 
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diag
 from diag.registry import instruments
+from tests.watching.more_trainings import MORE
 
 STEPS = 5
 
@@ -330,7 +331,7 @@ SLOW = {
     "autocast and a scaler": (mlp, scaled),
 }
 CASES = [pytest.param(*v, id=k) for k, v in FAST.items()] + [
-    pytest.param(*v, id=k, marks=pytest.mark.slow) for k, v in SLOW.items()
+    pytest.param(*v, id=k, marks=pytest.mark.slow) for k, v in (SLOW | MORE).items()
 ]
 
 

@@ -129,11 +129,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Precondition:
-    """Something that must hold for the verdict to mean anything, and whether it does."""
+    """Something that must hold for the verdict to mean anything, and whether it does.
+
+    detail: why it does not, in a clause. Where it holds the detail is left out, so that it cannot be read as a
+    failure.
+    """
 
     name: str
     holds: bool
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.holds:
+            object.__setattr__(self, "detail", "")
 
     def verdict(self, source: str, advice: str = "") -> Verdict:
         """The verdict on a result for which this does not hold: not applicable, and why."""

@@ -25,6 +25,8 @@ from torch import nn
 from diag.curvature.record import SelfTest
 from diag.linalg.lanczos import Eigenpairs, eigenpairs
 from diag.linalg.operator import LinearOperator
+from diag.linalg.refine import complete
+from diag.linalg.ritz import Which
 from diag.linalg.warm import Earlier, warm_eigenpairs
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.snapshot import Snapshot
@@ -88,14 +90,19 @@ def carried_eigenpairs(
 ) -> Eigenpairs:
     """The `largest` eigenpairs of `operator`, as by `eigenpairs`; in a watched run started from the last ones.
 
-    Args: name, for what the operator is, under which its vectors are kept. Where the operator is not one of a
-    snapshot with a carry, nothing is carried.
+    Several are completed by a search from another start vector, as one vector shows one copy of a multiple
+    eigenvalue. Args: name, for what the operator is, under which its vectors are kept. Where the operator is not
+    one of a snapshot with a carry, nothing is carried.
     """
     settings: dict[str, Any] = {"tolerance": tolerance, "max_products": max_products, "seed": seed}
     carried: Carried | None = getattr(operator, "carried", None)
     if carried is None:
-        return eigenpairs(operator, largest=largest, **settings)
-    return carried.eigenpairs(operator, name, largest, **settings)
+        pairs = eigenpairs(operator, largest=largest, **settings)
+    else:
+        pairs = carried.eigenpairs(operator, name, largest, **settings)
+    if largest == 1 or not bool(pairs.converged.all()) or len(pairs.values) == operator.size:
+        return pairs
+    return complete(operator, pairs, Which(largest=largest, tolerance=tolerance))
 
 
 def construction(snapshot: Snapshot) -> Hashable:

@@ -158,9 +158,7 @@ def _told_apart(angles: Tensor) -> Precondition:
     return Precondition(
         "pairs whose means and rows differ",
         known,
-        "each pair has two means and two rows."
-        if known
-        else "two class means or two rows of the classifier coincide.",
+        "two class means or two rows of the classifier coincide.",
     )
 
 

@@ -193,7 +193,5 @@ def _finite(ratio: NDArray[numpy.float64]) -> Precondition:
     return Precondition(
         "finite features whose class means differ",
         known,
-        "the features of the first or the last layer are not finite, or their class means coincide."
-        if not known
-        else "the features are finite and their class means differ.",
+        "the features of the first or the last layer are not finite, or their class means coincide.",
     )

@@ -18,6 +18,7 @@ import torch
 
 from diag.curvature.carry import carried_eigenpairs
 from diag.curvature.stability.optimizer import LinearStability, linear_stability
+from diag.curvature.stability.preconditioner import DIVISORS
 from diag.curvature.stability.sgd import SgdStability, small_batches, trace_factor
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
@@ -130,7 +131,7 @@ class EdgeOfStability(Result):
 
     def _compared(self) -> str:
         return (
-            f"the largest eigenvalue is {format_number(self.lambda_max)}, {format_number(self.ratio)} of the "
+            f"{_largest(self.lambda_max, self.sharpness, self.optimizer_kind)}, {format_number(self.ratio)} of the "
             f"threshold {format_number(self.threshold)} of {self.optimizer_kind} at learning rate "
             f"{format_number(self.learning_rate)}"
         )
@@ -195,6 +196,20 @@ class EdgeOfStability(Result):
         ax.legend()
 
 
+def _largest(seen: float, plain: float, kind: str) -> str:
+    """Which largest eigenvalue it is, and what it is: that of the Hessian itself has another value."""
+    if seen == plain:
+        return f"the largest eigenvalue of the Hessian is {format_number(seen)}"
+    which = "preconditioned Hessian" if kind in DIVISORS.keys() - {"SGD"} else f"Hessian as {kind} sees it"
+    return (
+        f"the largest eigenvalue of the {which} is {format_number(seen)} (of the Hessian: {format_number(plain)})"
+    )
+
+
+def _of_threshold(seen: float, threshold: float) -> str:
+    return f", {format_number(seen / threshold)} of the threshold" if math.isfinite(threshold) else ""
+
+
 def _passes(settings: Mapping[str, Any]) -> float:
     return float(SELF_TEST + PRODUCT * (12 + settings["trace_probes"]))  # a dozen products find the eigenvalue
 
@@ -252,7 +267,14 @@ def edge_of_stability(
         learning_rate=stability.learning_rate,
         optimizer_kind=state.kind,
         num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
-        preconditions=_preconditions(stability, lambda_max, seen, _batch(hessian, batch_size, loop), sgd),
+        preconditions=_preconditions(
+            stability,
+            _largest(lambda_max, float(plain.values[0]), state.kind)
+            + _of_threshold(lambda_max, stability.threshold),
+            bool(seen.converged[0]),
+            _batch(hessian, batch_size, loop),
+            sgd,
+        ),
         notes=(*stability.notes, *sgd.notes, *_about(hessian)),
         **_of_small_batches(sgd),
     )
@@ -311,20 +333,15 @@ def _batch(hessian: LinearOperator, batch_size: int | None, loop: Loop | None) -
 
 def _preconditions(
     stability: LinearStability,
-    lambda_max: float,
-    seen: Any,
+    found: str,
+    converged: bool,
     batch: tuple[bool, str],
     own: SgdStability,
 ) -> tuple[Precondition, ...]:
     whole, of_batch = batch
-    found = f"the largest eigenvalue is {format_number(lambda_max)}"
-    if math.isfinite(stability.threshold):
-        found += f", {format_number(lambda_max / stability.threshold)} of the threshold"
     both = (
         Precondition("a known threshold", not stability.unknown, f"{stability.unknown}; {found}."),
-        Precondition(
-            "convergence", bool(seen.converged[0]), f"{found}, and has not converged; give a larger max_products."
-        ),
+        Precondition("convergence", converged, f"{found}, and has not converged; give a larger max_products."),
     )
     if not math.isnan(own.scatter):
         return *both, _fitted(own, f"{of_batch}, and {found}")

@@ -294,9 +294,8 @@ def _preconditions(accuracy: float, terminal: float, by: ClassMeans, features: i
         Precondition(
             "terminal phase of training",
             reached,
-            f"the training accuracy is {format_share(accuracy)}, {'at least' if reached else 'below'} the "
-            f"{format_share(terminal)} at which the terminal phase of training begins"
-            f"{'.' if reached else '; the numbers only describe.'}"
+            f"the training accuracy is {format_share(accuracy)}, below the {format_share(terminal)} at which the "
+            "terminal phase of training begins; the numbers only describe."
             if known
             else "the training accuracy is not known; give classifier= or logits= too.",
         ),
@@ -308,14 +307,12 @@ def _preconditions(accuracy: float, terminal: float, by: ClassMeans, features: i
         Precondition(
             "at least two examples a class",
             fewest >= 2,
-            f"the smallest class has {fewest} examples."
-            if fewest >= 2
-            else "the smallest class has 1 example, which is its own mean; give more data.",
+            "the smallest class has 1 example, which is its own mean; give more data.",
         ),
         Precondition(
             "distinct class means",
             not by.degenerate,
-            "two class means coincide, so NC1 is not defined." if by.degenerate else "no two class means coincide.",
+            "two class means coincide, so NC1 is not defined.",
         ),
     )
 

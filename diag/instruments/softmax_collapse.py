@@ -179,33 +179,18 @@ class SoftmaxCollapse(Result):
         )
 
     @classmethod
-    def eta_to_collapse(cls, series: Sequence[tuple[int, Self]]) -> float:
-        """Steps until the median margin reaches b ln 2, if it continues as over the last five snapshots.
-
-        0 where it is there already, infinity where it does not grow, NaN from a single snapshot.
-        """
-        recent = series[-5:]
-        headroom = series[-1][1].headroom
-        if headroom <= 0:
-            return 0.0
-        if len(recent) < 2:
-            return math.nan
-        steps = numpy.array([step for step, _ in recent], float)
-        median = numpy.array([result.median_margin for _, result in recent])
-        slope = float(numpy.polyfit(steps - steps[0], median, 1)[0])
-        return headroom / slope if slope > 0 else math.inf
-
-    @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         last = series[-1][1].verdict()
         if last.level is Level.NOT_APPLICABLE:
             return last
         first = next((step for step, result in series if result.collapsed > 0), None)
-        eta = cls.eta_to_collapse(series)
+        # When the rest of the way will be gone is not said: margins grow by other laws under other optimizers.
+        since, before = series[-5:][0]
+        grown = series[-1][1].median_margin - before.median_margin
         if series[-1][1].collapsed > 0:
             more = f"; first seen at step {first:,}."
-        elif 0 < eta < math.inf:
-            more = f"; at the present rate the median example gets there in about {format_number(eta, 2)} steps."
+        elif grown > 0 and series[-1][1].headroom > 0:
+            more = f"; it has grown by {format_number(grown)} nats since step {since:,}."
         else:
             more = "."
         advice = last.advice + cls._stalled(series)
@@ -343,8 +328,6 @@ def _softmax_loss(distance: float, factor: Tensor) -> Precondition:
     return Precondition(
         "the loss is a cross-entropy of the softmax",
         holds,
-        f"the loss is a cross-entropy of the softmax ({found})."
-        if holds
-        else f"the loss is not a plain cross-entropy of the softmax ({found}), so the margins say nothing about "
+        f"the loss is not a plain cross-entropy of the softmax ({found}), so the margins say nothing about "
         "its rounding.",
     )

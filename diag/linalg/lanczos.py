@@ -99,6 +99,8 @@ def eigenpairs(
 ) -> Eigenpairs:
     """The wanted extreme eigenpairs, by Lanczos with full reorthogonalisation, stopped when they converged.
 
+    One start vector shows one copy of an eigenvalue that is exactly multiple, and the next one in the place of the
+    other copies: where that matters, `refine.complete` looks for them.
     Args: how many `largest`, `smallest` (by value) or by `magnitude`; `tolerance`, relative, and the error
     that it is for, `criterion` (see `Which`); `start` (size,) or (p, size), earlier vectors to warm-start
     from; `memory`, a cap in bytes on the basis and the work vectors; `checkpoint`, a file from which a killed run

@@ -11,6 +11,7 @@ import diag
 from diag.curvature import operators as curvature
 from diag.curvature.carry import RENEW_EVERY, Carry, carried_eigenpairs, construction
 from diag.errors import Unsupported
+from diag.linalg.operator import LinearOperator
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -181,3 +182,18 @@ def test_a_watched_run_carries(tests_run):
     taken = ["at an earlier measurement" in " ".join(result.notes) for _, result in series]
     assert taken == [i % RENEW_EVERY != 0 for i in range(6)]
     assert len(tests_run) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_multiple_eigenvalue_comes_with_its_multiplicity(dtype, seed):
+    """{5, 5, 4, ...}: one start vector sees one copy of 5, and 4 would stand in the place of the other."""
+    spectrum = torch.cat([torch.tensor([5.0, 5.0, 4.0]), torch.linspace(-1, 1, 57)]).double()
+    turn = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(7)).double())[0]
+    matrix = ((turn * spectrum) @ turn.T).to(dtype)
+    operator = LinearOperator.from_matrix((matrix + matrix.T) / 2)
+    pairs = carried_eigenpairs(operator, "hessian", largest=2, tolerance=1e-3, seed=seed)
+    assert pairs.values.tolist() == pytest.approx([5.0, 5.0], rel=2e-3)
+    assert pairs.vectors is not None and float((pairs.vectors[0] @ pairs.vectors[1]).abs()) < 1e-3
+    residual = matrix @ pairs.vectors.T - pairs.vectors.T * pairs.values.to(dtype)
+    assert float(residual.norm(dim=0).max()) < 2e-2

@@ -208,3 +208,22 @@ def test_the_result_describes_and_says_how_it_moved():
     assert "From step 1 to 9 the median entropy went from" in type(last).trend([(1, first), (9, last)]).sentence
     broken = measure(attention_calls=[call(torch.full((1, 1, 2, 3), torch.nan))])
     assert broken.verdict().level is Level.NOT_APPLICABLE and "0 of 1 heads" in broken.verdict().sentence
+
+
+# -- masks that are added
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, float(torch.finfo(torch.float32).min), -65504.0])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_large_negative_number_is_a_mask(mask, added):
+    scores = 3 * torch.randn(2, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0))
+    future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    masked = scores + future * mask if added else scores.masked_fill(future, mask)
+    expected = row_statistics(scores.masked_fill(future, -torch.inf))
+    torch.testing.assert_close(row_statistics(masked), expected, rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert row_statistics(masked)[0, -1, KEYS] == LENGTH and row_statistics(masked)[0, 1, KEYS] == 2
+
+
+def test_scores_that_have_grown_large_are_no_mask():
+    scores = 8000 * torch.randn(2, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert (row_statistics(scores)[0, :, KEYS] == 20).all()

@@ -172,10 +172,11 @@ def test_learning_rates_and_decays_of_groups_scale_and_shift_the_curvature(rates
         (
             0.3,
             Level.OK,
-            "Below the edge of stability: the largest eigenvalue is 4, 0.6 of the threshold 6.67 of SGD",
+            "Below the edge of stability: the largest eigenvalue of the Hessian is 4, 0.6 of the threshold 6.67 of "
+            "SGD",
         ),
         (0.5, Level.OK, "At the edge of stability, where training hovers"),
-        (0.7, Level.WARNING, "Linearly unstable: the largest eigenvalue is 4, 1.4 of the threshold"),
+        (0.7, Level.WARNING, "Linearly unstable: the largest eigenvalue of the Hessian is 4, 1.4 of the threshold"),
     ],
 )
 def test_full_batch_descent_is_judged(rate, level, says):

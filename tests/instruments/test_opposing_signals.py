@@ -1,5 +1,6 @@
 """Opposing signals: the scalar oracle, planted groups on real digits, and data without any."""
 
+import dataclasses
 import functools
 import math
 
@@ -291,3 +292,12 @@ def test_refusals():
     flat = diag.Snapshot(Concave(), lambda o, t: o.mean(), (torch.ones(60, 1), torch.zeros(60)))
     with pytest.raises(Unsupported, match="curves upwards in no direction"):
         opposing(flat)
+
+
+def test_groups_stand_out_by_a_margin_over_random_steps():
+    """.436 beside .426 after random steps is nothing: the odds must be doubled."""
+    result = opposing_signals_online(record_of(True, True), **AT_EDGE)
+    beside = dataclasses.replace(result, share=0.436, null_share=0.426, chance_share=0.02)
+    assert not beside.outsized and beside.limit == pytest.approx(2 * 0.426 / 1.426)
+    assert dataclasses.replace(beside, share=0.7).outsized
+    assert dataclasses.replace(beside, null_share=0.05).outsized  # the limit of .4 decides

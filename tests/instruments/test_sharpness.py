@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch import nn
 import diag
 from diag.display import format_number
 from diag.errors import InvalidInput
-from diag.instruments.sharpness import Sharpness
-from diag.result import Level, Precondition
+from diag.instruments.sharpness import Sharpness, _preconditions
+from diag.result import Level
 from diag.testing import Quadratic, check_result, classification, leaves_no_trace
 
 
@@ -359,5 +360,6 @@ def test_two_networks_are_compared_at_equal_loss_only():
 
 def test_an_eigenvalue_that_has_not_converged_is_not_judged():
     result = diag.sharpness(quadratic([1.0, 2.0], [1.0, 1.0]))
-    unmet = tuple(Precondition(p.name, p.name != "converged", p.detail) for p in result.preconditions)
+    stopped = SimpleNamespace(worst_case=1.0, converged=False)
+    unmet = _preconditions(stopped, stopped, rounding=1e-9)
     assert "has not converged" in type(result)(**{**vars(result), "preconditions": unmet}).verdict().sentence

@@ -53,3 +53,28 @@ def test_batches_in_the_same_order_in_every_epoch_are_not_full_batches():
     x, y = data(100)
     result = run_of(lambda step: parts(x, y, 50)[step % 2 : step % 2 + 1])
     assert result.verdict().level is Level.NOT_APPLICABLE
+
+
+def test_a_closure_that_is_called_again_makes_no_mini_batches():
+    """Line searches call it more often in one step than in another, always on all the data."""
+    torch.manual_seed(0)
+    x, y = data(96)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=6, tolerance_change=1e-2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    names = ["edge_of_stability", "opposing_signals"]
+    with diag.watch(model, budget=math.inf, every=4, instruments=names) as watcher:
+        for _ in range(30):
+            optimizer.step(closure)
+    run = watcher.run
+    said = [*(e.text for e in run.events), *(o.reason for _, o in run.outcomes)]
+    said += [note for name in names for _, result in run.series(name) for note in result.notes]
+    said += [result.verdict().sentence for name in names for _, result in run.series(name)]
+    assert not [text for text in said if "mini-batch" in text or "differ from step to step" in text]
+    assert "LBFGS" in run.series("edge_of_stability")[-1][1].verdict().sentence

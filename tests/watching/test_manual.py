@@ -90,3 +90,37 @@ def test_the_users_own_numbers_are_on_the_record_and_the_timeline(tmp_path):
     assert run.to_frame()["logged.epoch"].tolist() == [0, 1, 1, 2, 2, 3]
     curves = {curve["name"]: curve for curve in document(run, drawings=False)["timeline"]["curves"]}
     assert curves["logged epoch"]["label"] == "epoch" and curves["logged epoch"]["last"] == "3"
+
+
+@pytest.mark.parametrize("how", ["data", "no_grad", "told"])
+def test_a_manual_loop_is_not_described_as_another(how):
+    """Neither as one that never steps, nor as SAM; where it does not tell of its steps, how to is said."""
+    model, x, y = model_and_data()
+    with diag.watch(model, budget=math.inf) as watcher:
+        for _ in range(30):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if how == "data":
+                for p in model.parameters():
+                    p.data -= 0.1 * p.grad
+            else:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p -= 0.1 * p.grad
+            if how == "told":
+                watcher.step()
+    run = watcher.run
+    said = " ".join(e.text for e in run.events)
+    assert "No optimizer has stepped" not in said and "SAM" not in said
+    assert ("watcher.step()" in said) == (how != "told")
+    assert watcher.last_step == (30 if how == "told" else 0)
+
+
+def test_a_loop_that_never_moves_the_parameters_is_found():
+    model, x, y = model_and_data()
+    torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, budget=math.inf) as watcher:
+        for _ in range(30):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+    assert "No optimizer has stepped" in " ".join(f.verdict.sentence for f in watcher.findings)

@@ -183,3 +183,16 @@ def test_a_snapshot_reads_the_record_once():
     assert len(record) == 4 and record.layers == ("w",)
     assert len(record.rows(slice(0, 2))) == 2 and [len(part) for part in parts(record)] == [4]
     assert source.times == 1
+
+
+def test_what_a_run_cannot_have_is_named_and_not_its_length(tiny):
+    model, x, y = tiny
+    optimizer = torch.optim.SGD(model.parameters(), 0.03)
+    with diag.watch(model, budget=1e-6, probe=(x, y), instruments=["mode_connectivity", "sharpness"]) as watcher:
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    skipped = {outcome.instrument: outcome.reason for _, outcome in watcher.run.outcomes}
+    assert "no second network" in skipped["mode_connectivity"]
+    assert "too short" in skipped["sharpness"]

@@ -19,7 +19,7 @@ def all_finite(activations: Sequence[Activation]) -> Precondition:
     """That everything in the forward pass is finite, for checks whose numbers mean nothing otherwise."""
     bad = next((a for a in activations if a.non_finite), None)
     where = f"{bad.name or 'the model itself'} ({bad.function})" if bad else ""
-    return Precondition("finite values", bad is None, f"{where} outputs values that are not finite." if bad else "")
+    return Precondition("finite values", bad is None, f"{where} outputs values that are not finite.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from diag.result import Result, measured
 
 OVER_CHANCE = 5.0
+OVER_NULL = 2.0  # by which the odds of the groups' movement exceed the largest after random steps; our choice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,9 +73,10 @@ class MeasuredSignals(Result):
 
     @property
     def limit(self) -> float:
-        """The share from which on the groups are outsized: more than their number, and than random steps."""
+        """The share from which on the groups are outsized: far more than their number, and than random steps."""
         null = 0.0 if math.isnan(self.null_share) else self.null_share
-        return max(float(self.setting("share_limit")), OVER_CHANCE * self.chance_share, null)
+        over_null = OVER_NULL * null / (1 + (OVER_NULL - 1) * null)
+        return max(float(self.setting("share_limit")), OVER_CHANCE * self.chance_share, over_null)
 
     @property
     def outsized(self) -> bool:

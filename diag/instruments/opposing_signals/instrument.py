@@ -52,7 +52,7 @@ from diag.instruments.opposing_signals.signed_graph import agreeing_parts, signe
 from diag.registry import GRADIENT, PRODUCT, SELF_TEST, StepWindow, instrument
 from diag.result import Level, Provenance, Verdict
 
-NULLS = 5
+NULLS = 20  # random steps; the margin beyond them is in `fields`
 WINDOW = 20
 EDGE_OF_GRAPH = 0.3
 
@@ -138,7 +138,8 @@ def _sharpest(hessian: CurvatureOperator, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _passes(settings: Mapping[str, Any]) -> float:
-    return SELF_TEST + 16 * PRODUCT + 2 * (DIRECTIONS + NULLS) + 8 * GRADIENT  # 16 products find the directions
+    # 16 products find the directions, 8 more look for those that a run from one vector cannot see.
+    return SELF_TEST + 24 * PRODUCT + 2 * (DIRECTIONS + NULLS) + 8 * GRADIENT
 
 
 _STEPS = StepWindow(

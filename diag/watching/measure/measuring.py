@@ -18,10 +18,10 @@ import torch
 
 from diag.curvature.memory import available_memory
 from diag.display import format_seconds
-from diag.errors import DiagError, InvalidInput
+from diag.errors import DiagError, InvalidInput, MissingQuantity
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
-from diag.snapshot.glossary import HELD_OUT
+from diag.snapshot.glossary import HELD_OUT, Effort
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.watching.measure.floor import Floor
@@ -230,10 +230,14 @@ class Measurements:
                 raise InvalidInput(f"This watch does not measure {name!r}; it has {known}.")
         return names or list(self.chosen)
 
-    def explain_unrun(self, step: int) -> None:
-        """Record, of each instrument that never ran, that the budget was too small for it."""
+    def explain_unrun(self, step: int, snapshot: Snapshot) -> None:
+        """Record, of each instrument that never ran, what a run does not have for it, or that the budget was too
+        small."""
         for name, account in self.schedule.accounts.items():
             if account.times == 0 and name not in self._last:
+                if missing := _never_given(self.chosen[name], snapshot):
+                    self._record(step, Skipped(name, missing), 0.0)
+                    continue
                 if self.windows.needs_record(name) and account.estimate <= self.schedule.left:
                     self._record(step, Skipped(name, NO_WINDOW.format(self.windows.shorten(name))), 0.0)
                     continue
@@ -307,6 +311,18 @@ class Measurements:
 def needs_held_out(instrument: Instrument) -> bool:
     """Whether it gives nothing without held-out data."""
     return any(need.name.startswith(HELD_OUT) and not need.optional for need in instrument.needs)
+
+
+def _never_given(instrument: Instrument, snapshot: Snapshot) -> str:
+    """Why it gives nothing on this snapshot however long the run, as without a second network; else nothing."""
+    for need in instrument.needs:
+        if need.optional or need.quantity.cost is not Effort.NONE:
+            continue
+        try:
+            snapshot.quantity(need.name)
+        except MissingQuantity as error:
+            return str(error)
+    return ""
 
 
 def _once(snapshot: Snapshot) -> AbstractContextManager[Any]:

@@ -58,17 +58,17 @@ class StepExamples:
         """Whether the last `count` steps used the same examples; None where fewer have been looked at."""
         if len(self._steps) < count:
             return None
-        last = list(self._steps)[-count:]
+        last = [_distinct(step) for step in list(self._steps)[-count:]]
         sizes = {sum(n for n, _ in step) for step in last}
         if len(sizes) > 1 or 0 in sizes:
             return False
-        numbers = torch.tensor([sum(float(number) for _, number in step) for step in last], dtype=torch.float64)
+        numbers = torch.tensor([sum(number for _, number in step) for step in last], dtype=torch.float64)
         return bool((numbers - numbers[0]).abs().max() <= RELATIVE * numbers[0].abs())
 
     @property
     def per_step(self) -> int:
         """Examples in the last step that was looked at."""
-        return sum(n for n, _ in self._steps[-1]) if self._steps else 0
+        return sum(n for n, _ in _distinct(self._steps[-1])) if self._steps else 0
 
     def losses(self, count: int) -> Tensor:
         """(count, 2) float64: of each of the last steps the mean loss, and the sum that was descended; NaN where
@@ -95,3 +95,12 @@ class StepExamples:
             generator = torch.Generator().manual_seed(0)
             self._directions[key] = torch.rand(key[0], generator=generator).add(0.5).to(flat.device)
         return self._directions[key]
+
+
+def _distinct(step: Sequence[tuple[int, Tensor]]) -> list[tuple[int, float]]:
+    """The calls of a step, each batch once: an optimizer with a closure comes back to it as often as it likes."""
+    found: list[tuple[int, float]] = []
+    for n, number in ((n, float(number)) for n, number in step):
+        if not any(n == m and abs(number - known) <= RELATIVE * abs(known) for m, known in found):
+            found.append((n, number))
+    return found

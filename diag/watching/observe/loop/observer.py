@@ -85,6 +85,7 @@ class LoopObserver:
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
         self._any_step = False
+        self._before: list[Tensor] = []  # how the parameters began at the last backward pass, before any step
         self._wrapper, self._wrapped = "", 0
         self.ranks: Callable[[], RankFacts] = RankFacts
 
@@ -211,6 +212,8 @@ class LoopObserver:
         for w in self._gradients.watched:
             reached |= w.passed()
         self._order.add("B" if reached else "b")
+        if reached and not self._any_step:
+            self._before = self._gradients.glance()
         if reached:
             self._backwards += 1
             self._unstepped += 1
@@ -235,10 +238,14 @@ class LoopObserver:
             w.look(zeroing=True)
         if before and not any(w.fresh for w in self._gradients.watched):
             self._scaling.zeroed()
-            if self._unstepped:
+            if self._unstepped and not self._moved_by_hand():
                 self._zeroed += 1
                 if self._unstepped in UNSTEPPED and not self._any_step:
                     self.moment.news(("no step", self._unstepped))
+
+    def _moved_by_hand(self) -> bool:
+        """Whether the parameters have changed since the backward pass, in a loop without an optimizer's steps."""
+        return not self._any_step and not self._gradients.same(self._before)
 
     # Steps
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diag.distributed.placement import own_part
+
+GLANCED = 8  # numbers of each parameter
 
 Mark = tuple[int, int] | None
 
@@ -128,6 +131,16 @@ class Gradients:
             self.watched += found
             self.by_id |= {id(w.parameter): w for w in found}
         return found
+
+    def glance(self) -> list[Tensor]:
+        """The first few numbers of each, to see by whether they have been moved, also where that leaves no mark."""
+        with torch.no_grad():
+            return [own_part(w.parameter).detach().reshape(-1)[:GLANCED].clone() for w in self.watched]
+
+    def same(self, before: Sequence[Tensor]) -> bool:
+        """Whether they still begin with these numbers."""
+        now = self.glance()
+        return len(now) == len(before) and all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Stop following these."""

@@ -14,7 +14,7 @@ from diag.curvature.objective import Objective
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch, tensors_in
-from diag.snapshot.unmade import refuse_unusual
+from diag.snapshot.state.unmade import refuse_unusual
 
 NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
 

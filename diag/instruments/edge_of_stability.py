@@ -196,14 +196,14 @@ class EdgeOfStability(Result):
         ax.legend()
 
 
-def _largest(seen: float, plain: float, kind: str) -> str:
+def _largest(seen: float, plain: float, kind: str, threshold: float = math.inf) -> str:
     """Which largest eigenvalue it is, and what it is: that of the Hessian itself has another value."""
+    share = _of_threshold(seen, threshold)
     if seen == plain:
-        return f"the largest eigenvalue of the Hessian is {format_number(seen)}"
+        return f"the largest eigenvalue of the Hessian is {format_number(seen)}{share}"
     which = "preconditioned Hessian" if kind in DIVISORS.keys() - {"SGD"} else f"Hessian as {kind} sees it"
-    return (
-        f"the largest eigenvalue of the {which} is {format_number(seen)} (of the Hessian: {format_number(plain)})"
-    )
+    both = f"{format_number(seen)} (of the Hessian: {format_number(plain)})"
+    return f"the largest eigenvalue of the {which} is {both}{share}"
 
 
 def _of_threshold(seen: float, threshold: float) -> str:
@@ -258,19 +258,15 @@ def edge_of_stability(
         ratio=lambda_max / stability.threshold,
         lambda_max=lambda_max,
         residual=float(seen.residuals[0]) + seen.rounding,
-        threshold=stability.threshold,
-        rule=stability.rule,
         sharpness=float(plain.values[0]),
         trace=traced.trace.value,
         trace_standard_error=traced.trace.standard_error,
         **_of_noise(traced, trace_factor(stability, state, batch_size, getattr(hessian, "num_examples", 1))),
-        learning_rate=stability.learning_rate,
-        optimizer_kind=state.kind,
+        **_of_steps(stability, state),
         num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
         preconditions=_preconditions(
             stability,
-            _largest(lambda_max, float(plain.values[0]), state.kind)
-            + _of_threshold(lambda_max, stability.threshold),
+            _largest(lambda_max, float(plain.values[0]), state.kind, stability.threshold),
             bool(seen.converged[0]),
             _batch(hessian, batch_size, loop),
             sgd,
@@ -278,6 +274,16 @@ def edge_of_stability(
         notes=(*stability.notes, *sgd.notes, *_about(hessian)),
         **_of_small_batches(sgd),
     )
+
+
+def _of_steps(stability: LinearStability, state: OptimizerState) -> dict[str, Any]:
+    """The fields that speak of the optimizer's steps."""
+    return {
+        "threshold": stability.threshold,
+        "rule": stability.rule,
+        "learning_rate": stability.learning_rate,
+        "optimizer_kind": state.kind,
+    }
 
 
 def _of_small_batches(sgd: SgdStability) -> dict[str, Any]:

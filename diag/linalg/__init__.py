@@ -15,6 +15,7 @@ __all__ = [
     "mean_square",
     "operator",
     "reductions",
+    "refine",
     "softmax_rounding",
     "spectrum",
     "student",

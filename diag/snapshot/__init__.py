@@ -27,6 +27,5 @@ __all__ = [
     "sharded",
     "snapshot",
     "state",
-    "unmade",
     "validation",
 ]

@@ -147,9 +147,10 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
     The model is in evaluation mode. Raises MissingQuantity for a model whose calls differ from batch to batch.
     """
     sums: dict[tuple[str, str, int], _Sums] = {}
+    batches = snapshot.batches  # which may call the model, before anything listens
     try:
         with preserved(snapshot.model), torch.no_grad(), module_names(snapshot.model) as inside:
-            for batch in snapshot.batches:
+            for batch in batches:
                 snapshot.deadline.check()
                 mode = _Listening(sums, inside)
                 with mode:

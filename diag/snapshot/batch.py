@@ -25,7 +25,7 @@ COUPLED_EXAMPLES = (
     "The loss compares the examples of a batch with each other, or weighs them in a way that could not be read, so "
     "that no part of a batch has a loss of its own; give a loss that averages over examples."
 )
-Rows = slice | Tensor  # from one to another, or their numbers
+RowChoice = slice | Tensor  # from one to another, or their numbers
 LABEL_KEYS = ("labels", "label", "targets", "target")
 
 
@@ -102,7 +102,7 @@ class Batch:
             raise Unsupported(self.why or COUPLED_EXAMPLES)
         return self._picked(torch.tensor(rows), len(rows))
 
-    def _picked(self, rows: Rows, size: int) -> Batch:
+    def _picked(self, rows: RowChoice, size: int) -> Batch:
         of_all = self.ids_of_shared()
 
         def pick(value: Any) -> Any:
@@ -152,7 +152,7 @@ def map_tensors(function: Callable[[Any], Any], value: Any, packed: bool = False
     return value
 
 
-def picked_sequences(value: PackedSequence, rows: Rows) -> PackedSequence:
+def picked_sequences(value: PackedSequence, rows: RowChoice) -> PackedSequence:
     """The sequences with these numbers, packed again."""
     sequences = unpack_sequence(value)
     numbers = range(len(sequences))[rows] if isinstance(rows, slice) else rows.tolist()

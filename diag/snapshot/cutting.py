@@ -23,8 +23,10 @@ from diag.snapshot.objective.shares import plain_targets
 from diag.snapshot.preserve import preserved
 
 MOST_WAYS = 16
-TIED = "The outputs for an example depend on the others of its batch, so examples influence each other and have no "
-TIED += "gradients of their own: {}."
+EXAMPLES_TIED = (
+    "The outputs for an example depend on the others of its batch, so examples influence each other and have no "
+)
+EXAMPLES_TIED += "gradients of their own: {}."
 TIME_MAJOR = (
     "The examples lie along the second axis of the inputs and the targets (time first); wrap the model so that it "
     "takes and gives batches with the examples first."
@@ -58,7 +60,7 @@ class Cutting:
             return batch
         targets = [t for t in tensors_in(plain_targets(batch.targets)) if t.ndim]
         if targets and not any(_is_row(t, batch.size) for t in targets):
-            return replace(batch, coupled=True, why=TIED.format(MANY_TARGETS))
+            return replace(batch, coupled=True, why=EXAMPLES_TIED.format(MANY_TARGETS))
         form = _form(batch)
         if form not in self._known:
             self._known[form] = _tried(model, batch)
@@ -104,7 +106,7 @@ def _tried(model: nn.Module, batch: Batch) -> tuple[frozenset[int], str]:
         if _is_time_major(model, batch, together):
             raise InvalidInput(TIME_MAJOR)
         found = any(_is_row(t, batch.size) for t in tensors_in((batch.args, batch.kwargs)))
-        return frozenset(), TIED.format(what_ties(model) if found else WITHOUT_EXAMPLES)
+        return frozenset(), EXAMPLES_TIED.format(what_ties(model) if found else WITHOUT_EXAMPLES)
 
 
 def _ways(batch: Batch) -> Iterator[frozenset[int]]:

@@ -136,6 +136,7 @@ _NO_FINAL_LAYER = (
 def layer_features(snapshot: Snapshot) -> dict[str, Tensor]:
     """The outputs of every leaf module on the data, flattened per example: name -> (n, size)."""
     parts: dict[str, list[Tensor]] = {}
+    batches = snapshot.batches  # which may call the model, before anything listens
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -145,7 +146,7 @@ def layer_features(snapshot: Snapshot) -> dict[str, Tensor]:
     hooks = [m.register_forward_hook(lambda *a, n=n: keep(n, *a)) for n, m in leaves]
     try:
         with preserved(snapshot.model), torch.no_grad():
-            for batch in snapshot.batches:
+            for batch in batches:
                 batch.forward(snapshot.model)
     finally:
         for hook in hooks:
@@ -207,6 +208,7 @@ def look_at(
 
 def _run(snapshot: Snapshot) -> ForwardPass:
     linear: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    batches = snapshot.batches  # which may call the model, before anything listens
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         if args and isinstance(args[0], Tensor):
@@ -216,7 +218,7 @@ def _run(snapshot: Snapshot) -> ForwardPass:
     looked, features, final = [], [], None
     try:
         with preserved(snapshot.model), torch.no_grad():
-            for batch in snapshot.batches:
+            for batch in batches:
                 snapshot.deadline.check()
                 linear.clear()
                 looked.append(_explained(snapshot, batch))

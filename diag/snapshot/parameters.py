@@ -185,7 +185,7 @@ def values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor
     values = getattr(getattr(state, "model", state), "state_dict", lambda: state)()
     wanted = params(snapshot)
     wrong = _differing(values, wanted)
-    if wrong and not _differing(named := _without_wrappers(values, argument), wanted):
+    if wrong and not _differing(named := _as_loaded(snapshot.model, values, argument), wanted):
         values, wrong = named, []
     if wrong:
         name = wrong[0]
@@ -211,9 +211,10 @@ def _differing(values: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[
     return [n for n, p in wanted.items() if n not in values or values[n].shape != p.shape]
 
 
-def _without_wrappers(state: Any, argument: str) -> Mapping[str, Any]:
-    """The state under the names of the bare model; empty where it holds no tensors by name."""
+def _as_loaded(model: nn.Module, state: Any, argument: str) -> Mapping[str, Any]:
+    """The state under the names of the model, as a file with a wrapper's prefixes is read; empty where none
+    fits."""
     try:
-        return as_checkpoint(state, argument).state
+        return dict(copy_with(model, state, argument).named_parameters())
     except CheckpointError:
         return {}

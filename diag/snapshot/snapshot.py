@@ -33,8 +33,8 @@ from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
+from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
 from diag.snapshot.undisturbed import undisturbed
-from diag.snapshot.unmade import refuse_unmade, refuse_unusual
 
 MODEL_MOVED = (
     "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch
 from diag.snapshot.reading import read_batches
-from diag.snapshot.unmade import NO_VALUES
+from diag.snapshot.state.unmade import NO_VALUES
 from diag.watching.measure.probe import Probe
 
 

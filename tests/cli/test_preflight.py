@@ -46,7 +46,7 @@ def test_broken(run_diag, task):
     made = json.loads(found.stdout)
     jsonschema.validate(made, schema())
     assert made["level"] == "alarm" and made["run"]["last_step"] > 0
-    assert any("learning rate is probably too small" in f["sentence"] for f in made["findings"])
+    assert any(f["cause"] == "learning_rate_too_low" for f in made["findings"])
 
 
 @pytest.mark.parametrize(("name", "words"), [("no_loss", "has no loss"), ("nothing", "has no function 'nothing'")])

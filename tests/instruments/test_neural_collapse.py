@@ -58,7 +58,7 @@ def test_an_exact_simplex_has_only_zeros():
     verdict = result.verdict()
     assert verdict.level is Level.OK and result.is_collapsed
     assert "The features have collapsed to their class means (NC1 " in verdict.sentence
-    assert "no score of generalisation" in verdict.advice
+    assert "not a score of generalisation" in verdict.advice
     assert verdict.threshold_source == "our choice, uncalibrated"
     check_result(result)
 

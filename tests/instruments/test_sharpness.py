@@ -290,7 +290,7 @@ def test_the_verdict_only_describes_and_the_trend_only_compares():
 def test_no_verdict_below_the_rounding_of_the_losses():
     result = diag.sharpness(quadratic([1e-9, 1e-9], [1.0, 1.0], constant=1e6))
     assert result.verdict().level is Level.NOT_APPLICABLE
-    assert "is to be above the rounding of the losses, 2.2e-08; give a larger rho." in result.verdict().sentence
+    assert "must be above the rounding of the losses, 2.2e-08; give a larger rho." in result.verdict().sentence
     check_result(result)
 
 

@@ -333,10 +333,10 @@ def test_an_asymmetric_operator_shows_in_its_bounds(planted: Planted, o6c: Tenso
     ("asked", "text"),
     [
         ({}, "with at least one eigenvalue"),
-        ({"largest": -1}, "give largest and smallest, or magnitude"),
-        ({"largest": 1, "magnitude": 1}, "give largest and smallest, or magnitude"),
-        ({"largest": 1, "tolerance": 0.0}, "give one between 0 and 1"),
-        ({"largest": 1, "criterion": "luck"}, "give 'bound' or 'residual'"),
+        ({"largest": -1}, "expected largest and smallest, or magnitude"),
+        ({"largest": 1, "magnitude": 1}, "expected largest and smallest, or magnitude"),
+        ({"largest": 1, "tolerance": 0.0}, "expected a number between 0 and 1"),
+        ({"largest": 1, "criterion": "luck"}, "expected 'bound' or 'residual'"),
         ({"largest": 1, "start": torch.zeros(200, dtype=torch.float64)}, "start vector is zero or not finite"),
     ],
 )

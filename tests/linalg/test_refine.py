@@ -65,5 +65,5 @@ def test_deflated_operator_is_p_a_p(planted: Planted, o6c: Tensor) -> None:
 
 
 def test_refusals(planted: Planted, o6c: Tensor) -> None:
-    with pytest.raises(InvalidInput, match="spans 1 dimensions and 3 eigenpairs are wanted"):
+    with pytest.raises(InvalidInput, match="spans 1 dimensions and 3 eigenpairs are asked for"):
         refine(planted(o6c), torch.ones(2, 200, dtype=torch.float64), Which(largest=3))

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import diag
 from diag.watching.measure import live
-from diag.watching.observe.loop import batches, weights
+from diag.watching.observe.loop import weights
+from diag.watching.observe.loop.data import stream as batch_stream
 from diag.watching.observe.loop.recent import Recent
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "soak"
@@ -53,7 +54,11 @@ def blocks_after(steps, stream, model, optimizer):
 def test_objects_do_not_grow_in_number_with_the_steps(stream, monkeypatch, tmp_path):
     """What is remembered up to a bound is kept short here, so that the bounds are reached soon. One object kept at
     each of the eighth of the steps that are looked at closely would be 375; the tolerance is half of that."""
-    for room, name, size in [(batches, "BATCHES_REMEMBERED", 16), (weights, "PAST", 16), (live, "RECENT_ROWS", 16)]:
+    for room, name, size in [
+        (batch_stream, "BATCHES_REMEMBERED", 16),
+        (weights, "PAST", 16),
+        (live, "RECENT_ROWS", 16),
+    ]:
         monkeypatch.setattr(room, name, size)
     torch.manual_seed(0)
     model = nn.Linear(4, 2)

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -36,7 +36,7 @@ def other_examples(snapshot: Snapshot) -> OtherExamples:
     Raises MissingQuantity where an input does not belong to single examples, where the network gives another answer
     each time, or where it cannot be called on so few.
     """
-    first = snapshot.batches[0]
+    first = replace(snapshot.batches[0], coupled=False, why="")
     rows = first.slice(0, min(EXAMPLES_TOGETHER, first.size))
     snapshot.deadline.check()
     try:
@@ -65,6 +65,7 @@ def mixing(model: nn.Module, batch: Batch) -> float:
     apart = all(t.ndim and t.shape[0] == batch.size and t.shape[1:2] != (batch.size,) for t in inputs)
     if batch.size < 2 or not inputs or not apart:
         return math.nan
+    batch = replace(batch, coupled=False, why="")  # that examples see each other is what is asked
     with in_mode(model, "eval"):
         one, again = answers(model, batch), answers(model, batch)
         if largest_change(one, again) > 0:

@@ -58,10 +58,10 @@ def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
     Raises MissingQuantity for a model that calls none that is recognised.
     """
     heard: dict[tuple[str, int], _Call] = {}
-    seen = 0
+    seen, batches = 0, snapshot.batches  # which may call the model, before anything listens
     try:
         with preserved(snapshot.model), torch.no_grad(), module_names(snapshot.model) as inside:
-            for batch in snapshot.batches:
+            for batch in batches:
                 snapshot.deadline.check()
                 with _Hearing(heard, inside):
                     batch.forward(snapshot.model)

@@ -82,10 +82,11 @@ def running_statistics(snapshot: Snapshot) -> tuple[RunningStatistics, ...]:
     }
     if not found:
         raise MissingQuantity("the model has no batch normalisation with running statistics.")
+    batches = snapshot.batches  # which may call the model, before anything listens
     hooks = [entering.module.register_forward_pre_hook(entering) for entering in found.values()]
     try:
         with preserved(snapshot.model), torch.no_grad():
-            for batch in snapshot.batches:
+            for batch in batches:
                 snapshot.deadline.check()
                 batch.forward(snapshot.model)
     except CALL_ERRORS as error:

@@ -46,14 +46,14 @@ def quantised_weights(snapshot: Snapshot) -> tuple[QuantisedWeight, ...]:
 
     Raises MissingQuantity where no layer quantises its weight.
     """
-    model = snapshot.model
+    model, batches = snapshot.model, snapshot.batches
     modules = dict(model.named_modules())
     sums: dict[str, list[Tensor]] = {}
     scales: dict[str, dict[str, float]] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     try:
         with preserved(model), torch.enable_grad(), module_names(model) as inside:
-            for batch in snapshot.batches:
+            for batch in batches:
                 snapshot.deadline.check()
                 heard: dict[str, tuple[nn.Parameter, Tensor]] = {}
                 with _Weights(heard, inside, modules):

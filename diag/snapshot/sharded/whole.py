@@ -48,7 +48,7 @@ def is_sharded(model: nn.Module) -> bool:
 def sharded_as(model: nn.Module) -> str:
     """The first parameter that is sharded and how it lies, "" where each is whole."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_spread(tensor):
+        if is_spread(tensor) and tensor.device_mesh.size() > 1:  # type: ignore[attr-defined]
             return f"{name} has placement {tensor.placements}"  # type: ignore[attr-defined]
     flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     return "FullyShardedDataParallel (FSDP1) holds flat pieces of them" if flat else ""

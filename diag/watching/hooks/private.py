@@ -126,6 +126,7 @@ PRIVATE = (
     Private(
         "_get_default_group", "torch.distributed.distributed_c10d", "1.7", "the timeout of the training's group"
     ),
+    Private("_utils", "torch.distributed.tensor", "2.5", "which part of a tensor a rank holds"),
     Private("_get_backend", "torch.distributed.ProcessGroup", "2.0", "the timeout of the training's group"),
     Private("_device_types", "torch.distributed.ProcessGroup", "2.1", "the timeout of the training's group"),
     Private("_version", "tensor", "1.0", "whether something was written to a tensor"),

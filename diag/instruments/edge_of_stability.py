@@ -254,6 +254,8 @@ def edge_of_stability(
     traced = trace_and_norm(hessian, num_probes=trace_probes, deflate=plain, seed=seed)
     lambda_max = float(seen.values[0])
     sgd = small_batches(hessian, stability, state, batch_size, plain, traced, seed)
+    found = _largest(lambda_max, float(plain.values[0]), state.kind, stability.threshold)
+    batch = _batch(hessian, batch_size, loop)
     return EdgeOfStability(
         ratio=lambda_max / stability.threshold,
         lambda_max=lambda_max,
@@ -264,13 +266,7 @@ def edge_of_stability(
         **_of_noise(traced, trace_factor(stability, state, batch_size, getattr(hessian, "num_examples", 1))),
         **_of_steps(stability, state),
         num_products=seen.num_products + traced.num_products + (plain.num_products if plain is not seen else 0),
-        preconditions=_preconditions(
-            stability,
-            _largest(lambda_max, float(plain.values[0]), state.kind, stability.threshold),
-            bool(seen.converged[0]),
-            _batch(hessian, batch_size, loop),
-            sgd,
-        ),
+        preconditions=_preconditions(stability, found, bool(seen.converged[0]), batch, sgd),
         notes=(*stability.notes, *sgd.notes, *_about(hessian)),
         **_of_small_batches(sgd),
     )

@@ -16,6 +16,7 @@ __all__ = [
     "operator",
     "reductions",
     "refine",
+    "ritz",
     "softmax_rounding",
     "spectrum",
     "student",

@@ -101,7 +101,7 @@ def _refuse_without_parameters(model: nn.Module) -> None:
 
 def _batch(snapshot: Snapshot) -> Batch:
     """The first examples of the data; the whole first batch where a part of it gives another answer."""
-    whole = snapshot.batches[0]
+    whole = replace(snapshot.batches[0], coupled=False, why="")  # that examples see each other is found out
     if whole.size <= FITTED_EXAMPLES:
         return whole
     part = whole.slice(0, FITTED_EXAMPLES)

@@ -52,7 +52,6 @@ ONE_FILE_EACH = {"instruments"}  # a room that grows by a file for each new thin
 MOST_FILES = 20
 MOST_LINES = 40  # of a function
 DECLARED = {"SOURCE", "EXPLAINED_BY", "COMMANDS"}  # by an instrument or a module of commands, of itself
-DECLARED |= {"SAME", "TWICE", "THRICE"}  # to be named apart
 OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}  # public, in spite of their names
 DISCOVERED = {"diag.registry": {"diag.instruments"}}  # a folder whose files are found when they are asked for
 PUBLIC = {

@@ -175,11 +175,11 @@ def raised(names, instruments=QUICK):
     return found
 
 
-SAMPLE = [name for i, name in enumerate(sorted(FUNCTIONS)) if i % 16 == 0]
+SAMPLE = [name for i, name in enumerate(sorted(FUNCTIONS)) if i % 32 == 0]
 
 
 def test_no_error_of_a_function_reaches_the_loop():
-    """A sixteenth of them here, all of them in the test below."""
+    """A few of them here, all of them in the test below."""
     assert raised(SAMPLE) == {}
 
 

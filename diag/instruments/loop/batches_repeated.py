@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import BatchFacts
 
-THRICE = 3
 CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
 EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose
 

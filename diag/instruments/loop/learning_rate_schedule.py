@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import History
@@ -17,9 +17,8 @@ from diag.snapshot.loop.parts import SchedulerFacts
 
 NOTHING = 1e-6  # of the largest learning rate so far
 STILL, STILL_FALLING = 3, 10  # steps at a rate of exactly zero, and at one next to it
-TWICE, THRICE = 2, 3
 RARELY = 5  # steps of the optimizer for one of the scheduler
-HALF, NEAR, SAME = 0.5, 0.1, 1e-4
+HALF, NEAR, SAME_RATE_WITHIN = 0.5, 0.1, 1e-4
 STEEP, HUNDREDTH = 0.8, 1e-2  # a schedule for batches decays more slowly than that
 EPOCHS, MANY = 2, 20  # epochs, or steps without any, that end without a step of the scheduler
 
@@ -285,7 +284,7 @@ def _started_over(history: History, loop: Loop) -> Iterator[LoopFinding]:
         return
     first, last = loop.rates_before
     moved = abs(last - first) > NEAR * max(abs(first), abs(last))
-    if moved and abs(after[0] - first) <= SAME * abs(first):
+    if moved and abs(after[0] - first) <= SAME_RATE_WITHIN * abs(first):
         yield LoopFinding(
             Level.WARNING,
             Cause.SCHEDULE_JUMPED,

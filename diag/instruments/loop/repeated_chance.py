@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged, named
+from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, counted, judged, named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 
-THRICE = 3
 CLASSIFYING = ("cross_entropy", "nll_loss")
 
 

@@ -24,7 +24,7 @@ LABELS, KINDS = 8, 3  # labels of a batch at least, and distinct ones, to know i
 COMPARED = 20  # losses whose targets are compared with the loader's labels
 KEPT = 64
 CALLS = 64  # evaluation calls that are looked at for random numbers
-SAME = (3, 10)  # times that one seed is set in a row of steps that are news
+SEEDS_REPORTED = (3, 10)  # times that one seed is set in a row of steps that are news
 
 
 class Chance:
@@ -126,7 +126,7 @@ class Chance:
         known, step = self._seed, self._moment.step
         self._seed = (seed, step)
         if known is not None and known[0] == seed and known[1] == step - 1:
-            if self._seeded.hit(step) in SAME:
+            if self._seeded.hit(step) in SEEDS_REPORTED:
                 self._moment.news(("seeded", self._seeded.running))
         elif known is None or known[0] != seed or known[1] < step - 1:
             self._seeded.miss()

@@ -84,7 +84,7 @@ def _on_host(z: Any, y: Any, rows: slice) -> RowScores:
     own = z[at, inside]
     others[at, inside] = -numpy.inf
     answer = others.argmax(1)
-    with numpy.errstate(invalid="ignore"):
+    with numpy.errstate(invalid="ignore", over="ignore"):
         margin = own - others[at, answer]
     if none is not None:
         margin[none] = numpy.nan

@@ -130,7 +130,8 @@ def units_saturated(p: Program) -> None:
     change(p, "make_model", make_model)
 
 
-@fault(NETWORK, [C.OUTPUT_CONSTANT, C.UNITS_DEAD], [C.GRADIENTS_VANISH, C.GRADIENT_ABSENT],
+# That the model ends in a ReLU is the fault itself: OUTPUT_RANGE says so in these words.
+@fault(NETWORK, [C.OUTPUT_CONSTANT, C.UNITS_DEAD, C.OUTPUT_RANGE], [C.GRADIENTS_VANISH, C.GRADIENT_ABSENT],
        needs="inputs sequential", without="distributed frozen dense reconstruction batch_norm")  # fmt: skip
 def output_behind_relu(p: Program) -> None:
     "The model ends in a ReLU whose units are all at zero."

@@ -30,7 +30,9 @@ def clipping_order(loop: Loop) -> ClippingOrder:
     c = loop.clipping
     used = Precondition("clipping", bool(c.clips), "gradients are not clipped.")
     fine = f"Gradients were clipped between backward() and step() at {counted(c.clips.times, 'step')}."
-    return judged(ClippingOrder, loop.step, list(_findings(c)), fine, preconditions=(used,))
+    return judged(
+        ClippingOrder, loop.step, list(_findings(c)) if loop.backwards else [], fine, preconditions=(used,)
+    )
 
 
 def _findings(c: ClippingFacts) -> Iterator[LoopFinding]:

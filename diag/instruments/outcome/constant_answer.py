@@ -24,7 +24,7 @@ from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic: the loss of the best constant answer follows from the targets"
-STEPS_BEFORE_CONSTANT_ANSWER = 100  # steps
+STEPS_BEFORE_CONSTANT_ANSWER, WHILE_TRAINING = 100, 300  # steps: once training has ended, and before
 CALLS_OF_TARGETS_NEEDED, TARGETS_NEEDED = 6, 64
 ERRORS_APART = 2.0
 AS_GOOD = 0.02  # of the constant answer's loss: a difference that does not count
@@ -109,12 +109,12 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
 
     Compared are the recorded losses of the second half of the steps with the loss of the class frequencies (entropy
     of the labels, nats), of the share of ones, or of the targets' mean (their variance), from the targets of the
-    batches that were looked at. A warning after a hundred steps where it is not below by two
-    per cent, two standard errors are at most ten, and the loss hardly falls any more. Judged for a loss of torch
-    that is the mean of one call and all that backward() is called on, unweighted, and where one optimizer steps
-    (of two networks against each other neither need win). Raises nothing of its own.
+    batches that were looked at. A warning after a hundred steps (three hundred while training lasts) where it is
+    not below by two per cent, two standard errors are at most ten, and the loss hardly falls any more. Judged for
+    a loss of torch that is the mean of one call and all that backward() is called on, unweighted, and where one
+    optimizer steps (of two networks against each other neither need win). Raises nothing of its own.
     """
-    known = _known(loop)
+    known, needed = _known(loop), STEPS_BEFORE_CONSTANT_ANSWER if loop.ended else WHILE_TRAINING
     losses = history.loss[numpy.isfinite(history.loss)]
     half = losses[len(losses) // 2 :]
     quarters = half[: len(half) // 2], half[len(half) // 2 :]
@@ -136,8 +136,8 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
             ),
             Precondition(
                 "steps",
-                len(losses) >= STEPS_BEFORE_CONSTANT_ANSWER,
-                f"fewer than {STEPS_BEFORE_CONSTANT_ANSWER} losses.",
+                len(losses) >= needed,
+                f"fewer than {needed} losses.",
             ),
         ),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.inputs import InputFacts
+from diag.snapshot.loop.parts import OUTLIER_ROW
 from diag.watching.observe.loop.moment import Moment, due
 
 INPUT_CALLS, EVALUATION_CALLS = 6, 4  # calls that are looked at, of training then ever fewer
@@ -87,7 +88,7 @@ class Sums:
     def add(self, rows: Tensor) -> None:
         """The numbers of these rows as well."""
         if rows.is_floating_point():
-            numbers = rows.double()
+            numbers = usual(rows.double())
             self.count += numbers.numel()
             self.sum += float(numbers.sum())
             self.squares += float(numbers.square().sum())
@@ -103,6 +104,12 @@ class Sums:
         if not self.count:
             return math.nan
         return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0))
+
+
+def usual(rows: Tensor) -> Tensor:
+    """The rows without those that are not finite or far larger than the median one."""
+    sizes = rows.abs().amax(1)
+    return rows[sizes <= OUTLIER_ROW * sizes.nanmedian()]  # not so where a number is none
 
 
 def rows_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -175,7 +175,7 @@ def raised(names, instruments=QUICK):
     return found
 
 
-SAMPLE = [name for i, name in enumerate(sorted(FUNCTIONS)) if i % 32 == 0]
+SAMPLE = [name for i, name in enumerate(sorted(FUNCTIONS)) if i % 64 == 0]
 
 
 def test_no_error_of_a_function_reaches_the_loop():

@@ -33,7 +33,7 @@ STRETCHES = 64
 LOOKED_AT = 4  # batches that are looked at for rows that are alike
 NO_TARGET = "no loss of training was seen with one target a row"
 TWO_TARGETS = "the loss of a row has two targets (mixed rows?)"
-EVERY_ROUND = 16  # rounds of which each is told, then every so many
+EVERY_ROUND = 16  # rounds of which each is told, then ever fewer
 
 
 class RowObserver:
@@ -53,7 +53,8 @@ class RowObserver:
         self._stamp = numpy.zeros(0, numpy.int32)
         self._places = numpy.arange(0)
         self._fit = self._several = self._looked = 0
-        self._compared = self._changed = self._sights = self._round = 0
+        self._compared = self._changed = self._sights = 0
+        self._next_round = 1
         self._moved: list[list[int]] = []
         self._last_moved, self._over, self._counted = -1, 0, 0
         self._told = RowFacts()
@@ -215,11 +216,12 @@ class RowObserver:
         """Once all rows have come round, what is told is made new."""
         assert self._course is not None
         rounds = self._sights // max(self._course.n, 1)
-        if rounds > self._round:
-            self._round = rounds
-            if rounds <= EVERY_ROUND or rounds % (rounds // 8) == 0:
-                self._told = self._facts()
-                self._moment.news(("rows", rounds))
+        if rounds >= self._next_round:
+            # Each of the first, then ever fewer: what is told and remembered grows with the logarithm of their
+            # number.
+            self._next_round = rounds + (1 if rounds < EVERY_ROUND else max(1, rounds // 8))
+            self._told = self._facts()
+            self._moment.news(("rows", rounds))
 
     def _facts(self) -> RowFacts:
         assert self._course is not None and self._who is not None

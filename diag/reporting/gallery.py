@@ -101,9 +101,8 @@ def _card(
 
 
 def _severity(made: Mapping[str, Any]) -> int:
-    level = made["verdict"].get("level")
-    known = level in [str(known) for known in Level]
-    return Level(level).severity if known else len(Level)
+    severities = {str(level): level.severity for level in Level}
+    return severities.get(made["verdict"].get("level", ""), len(Level))
 
 
 def picture(made: Mapping[str, Any]) -> str:

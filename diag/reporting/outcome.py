@@ -128,7 +128,8 @@ def outcome(axis: Axis | None, evidence: Evidence) -> dict[str, Any] | None:
 def _panel(axis: Axis, name: str, title: str, courses: Sequence[Course]) -> dict[str, Any]:
     arrays = [numpy.array(c.values, float) for c in courses]
     together = numpy.concatenate([a[numpy.isfinite(a)] for a in arrays])
-    about = scale(together)
+    is_share = name == "accuracy" and together.max() <= 1
+    about = scale(together, highest=1.0 if is_share else math.inf)
     lines = [
         {
             "role": c.role,
@@ -141,12 +142,4 @@ def _panel(axis: Axis, name: str, title: str, courses: Sequence[Course]) -> dict
         }
         for c, a in zip(courses, arrays, strict=True)
     ]
-    whole = {"name": name, "label": title, "lines": lines, **about}
-    if name == "accuracy" and together.max() <= 1:  # there is none above it
-        whole["ticks"] = [t for t in about["ticks"] if about["low_end"] + t["at"] * _span(about) < 1 + 1e-6]
-    return whole
-
-
-def _span(about: Mapping[str, Any]) -> float:
-    span: float = about["high_end"] - about["low_end"]
-    return span
+    return {"name": name, "label": title, "lines": lines, **about}

@@ -122,12 +122,12 @@ def _course(evidence: Evidence) -> Iterable[str]:
 
 
 def _not_finite_since(history: History) -> str:
-    """Where the loss ends without a number: since when."""
+    """Since when the loss is NaN or infinite; empty where its last value is finite."""
     finite = numpy.isfinite(numpy.asarray(history.loss, float))
     if finite[-1] or not finite.any():
         return ""
     since = int(numpy.asarray(history.steps)[int(numpy.flatnonzero(finite)[-1]) + 1])
-    return f" and is infinite or no number from step {since:,} on"
+    return f" and is NaN or infinite from step {since:,} on"
 
 
 def _measured_once(courses: Mapping[str, Sequence[Course]]) -> Iterable[str]:

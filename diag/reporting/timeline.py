@@ -207,8 +207,9 @@ def decimate(
     return {"at": at, "middle": rounded(middle), "broken": not_finite, **bounds}
 
 
-def scale(usable: NDArray[numpy.float64]) -> dict[str, Any]:
-    """Linear, or logarithmic where positive values span more than a factor of 30; with three or four ticks."""
+def scale(usable: NDArray[numpy.float64], highest: float = math.inf) -> dict[str, Any]:
+    """Linear, or logarithmic where positive values span more than a factor of 30; with three or four ticks, none of
+    them above `highest`."""
     low, high = float(usable.min()), float(usable.max())
     positive = low > 0 and high / low > LOG_SPAN
     low, high = (math.log10(low), math.log10(high)) if positive else (low, high)
@@ -217,7 +218,8 @@ def scale(usable: NDArray[numpy.float64]) -> dict[str, Any]:
     pad = 0.04 * span or 0.1 * abs(high) or 1.0
     low, high = low - pad, high + pad
     marks = _log_marks(low, high) if positive else _linear_marks(low, high)
-    ticks = [{"at": round((m - low) / (high - low), 4), "text": text} for m, text in marks]
+    limit = math.log10(highest) if positive else highest
+    ticks = [{"at": round((m - low) / (high - low), 4), "text": text} for m, text in marks if m <= limit]
     return {"log": positive, "low_end": low, "high_end": high, "ticks": ticks}
 
 

@@ -168,6 +168,14 @@ def test_a_reproduced_paper_is_one_card_with_its_claim_and_numbers(pair, tmp_pat
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.parametrize("recorded", ["{}", "[]", "torn", '{"expectations": []}'])
+def test_a_card_without_numbers_is_not_said_to_hold(recorded, pair, tmp_path):
+    report(pair[0], tmp_path / "claim" / "arm.html", title="Arm")
+    (tmp_path / "claim" / "measured.json").write_text(recorded)
+    html = gallery(tmp_path).read_text()
+    assert "of which no numbers are recorded" in html and "Held</b>" not in html and "Did not hold" not in html
+
+
 def test_what_found_most_opens_the_gallery(pair, tmp_path):
     quiet = report_fakes.evidence(findings=[], title="Quiet")
     report(quiet, tmp_path / "a.html", title="Quiet")

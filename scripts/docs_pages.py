@@ -241,16 +241,16 @@ def summary(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def _listed(nav: list[dict[str, Any]]) -> Iterator[str]:
+def listed(nav: list[dict[str, Any]]) -> Iterator[str]:
     """The files that the order of the pages names."""
     for part in nav:
         for value in part.values():
-            yield from [value] if isinstance(value, str) else _listed(value)
+            yield from [value] if isinstance(value, str) else listed(value)
 
 
 def further(docs: Path) -> list[Path]:
     """Pages at the top that other scripts write, for the last section of the site."""
-    known = set(_listed(PAGES))
+    known = set(listed(PAGES))
     return [file for file in sorted(docs.glob("*.md")) if file.name not in known]
 
 
@@ -266,8 +266,8 @@ def heading(file: Path) -> str:
 def on_config(config: Any) -> Any:
     """The order of the pages."""
     nav = [dict(part) for part in PAGES]
-    (title, listed), *_ = nav[-1].items()
-    nav[-1] = {title: [*listed, *({heading(file): file.name} for file in further(Path(config["docs_dir"])))]}
+    (title, pages_there), *_ = nav[-1].items()
+    nav[-1] = {title: [*pages_there, *({heading(file): file.name} for file in further(Path(config["docs_dir"])))]}
     config["nav"] = nav
     return config
 

@@ -39,7 +39,7 @@ class Asked(Protocol):
 
 
 class Accumulator(Protocol):
-    """An answer in the making: it takes one block after the other."""
+    """Accumulates the answer to one query, block by block."""
 
     def consume(self, rows: slice, name: str, block: Block) -> None:
         """Take the block of parameter `name` for the examples `rows`."""

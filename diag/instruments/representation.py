@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import MissingQuantity
-from diag.linalg.geometry.similarity import centred_gram, cka_between, cka_with_error, covariance_rank
+from diag.linalg.geometry.similarity import centred_gram, cka_between, covariance_rank
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.layers import LayerOutputs, outputs_given
@@ -121,7 +121,7 @@ def representation(
     grams = [centred_gram(s.kept()) for s in sums.values()]
     cka, errors = _between(grams)
     earlier = [
-        cka_with_error(g, centred_gram(before[n].kept()))
+        tuple(float(x[0, 1]) for x in cka_between([g, centred_gram(before[n].kept())]))
         if n in before and before[n].count == sums[n].count
         else (math.nan,) * 2
         for n, g in zip(sums, grams, strict=True)

@@ -101,7 +101,7 @@ class SoftmaxCollapse(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         if unmet is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         count, n = round(self.collapsed * len(self.margins)), len(self.margins)
         if self.collapsed > 0:
             alarm_at = self.setting("alarm_at")

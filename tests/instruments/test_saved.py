@@ -75,6 +75,7 @@ def test_a_sound_pair_of_files_is_left_in_peace(saved, model, optimizer):
     assert set(found) == LEVELS and not set(found.values()) & {"warning", "alarm"}
     assert found["saved_finite"] == found["saved_rows"] == found["saved_optimizer"] == found["saved_ties"] == "ok"
     assert "Since step1.pt the weights moved by" in said(run, "saved_changes")
+    assert said(run, "saved_ties") == "Weights are tied, and no tie broke: embedding.weight and head.weight."
     assert not run.outcomes and run.last_step == 2
 
 
@@ -138,6 +139,9 @@ def test_what_changed_is_the_norm_of_the_difference(saved):
     assert result.changes == {"a": 0.5, "b": 0.0} and result.unchanged == ("b",)
     assert result.change == pytest.approx(1.0 / math.sqrt(7), rel=1e-12)  # |a' - a| = 1, |(a, b)|^2 = 4 + 3
     assert (result.added, result.removed, result.reshaped) == (("new",), ("gone",), ("c",))
+    assert said(run, "saved_changes").endswith(
+        "1 of 2 did not change: b. New: new. Gone: gone. Of another shape: c."
+    )
 
 
 def test_two_equal_files_are_a_warning(saved, model):

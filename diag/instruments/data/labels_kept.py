@@ -32,7 +32,7 @@ def labels_kept(loop: Loop) -> LabelsKept:
     Rows are known by their place in a DataLoader's data set, else by their inputs. A batch counts where two fifths
     of its rows and more, of those that were met before, have another label than at their first sight; it is a
     finding where that is so at some steps only (a fifth of all sights at most), and at the other steps hardly any
-    label changes, as it does where labels are drawn or made anew on purpose.
+    label changes, as it does where labels are drawn or computed again on purpose.
 
     Raises nothing of its own.
     """
@@ -58,8 +58,7 @@ def _findings(r: RowFacts) -> Iterator[LoopFinding]:
         f"At {shown}{more} nearly all rows of a batch had another label than at their first sight ({rows:,} rows); "
         "elsewhere rows keep their labels.",
         "Look at what makes the labels of these batches: a shifted join, a corrupt shard, an order that was "
-        "changed "
-        "for inputs and labels apart.",
+        "changed for inputs and labels apart.",
         "Labels that are meant to change at these steps.",
         step=r.moved[0].first,
     )

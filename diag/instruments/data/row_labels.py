@@ -66,7 +66,7 @@ class RowLabels(Result):
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"Not judged: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         if not self.found:
             text = f"No labels of the {self.rows:,} rows that training met look wrong by how they were learned."
             return Verdict(Level.OK, text, source=SOURCE, value=0.0, threshold=self.setting("warn_at"))

@@ -84,7 +84,7 @@ def named(names: Sequence[str], most: int = 3) -> str:
     shown = list(names[:most])
     more = len(names) - len(shown)
     if more:
-        return f"{', '.join(shown)} and {more} more"
+        return f"{', '.join(shown)} and {more:,} more"
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
 
 

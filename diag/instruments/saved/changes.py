@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from diag.display import format_share
-from diag.instruments.saved.wording import NAMED, first_named
+from diag.instruments.loop.findings import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
 
 SOURCE = "arithmetic of the two files"
-BARS = 16
+NAMED, BARS = 3, 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +34,7 @@ class SavedChanges(Result):
     def verdict(self) -> Verdict:
         """A warning where nothing changed at all."""
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         about: dict[str, Any] = {"source": SOURCE, "confidence": Confidence.ARITHMETIC, "value": self.change}
         if len(self.unchanged) == len(self.changes):
             return Verdict(
@@ -49,11 +49,11 @@ class SavedChanges(Result):
             )
         worst = sorted(self.changes, key=self._order, reverse=True)
         most = ", ".join(f"{name} ({format_share(self.changes[name])})" for name in worst[:NAMED])
-        still = f" {len(self.unchanged)} of {len(self.changes)} did not change: " if self.unchanged else ""
+        still = f" {len(self.unchanged):,} of {len(self.changes):,} did not change: {named(self.unchanged)}."
         return Verdict(
             Level.DESCRIPTION,
             f"Since {self.earlier} the weights moved by {format_share(self.change)} of their norm, most of "
-            f"all {most}." + (f"{still}{first_named(self.unchanged)}." if still else "") + self._others(),
+            f"all {most}.{still if self.unchanged else ''}{self._others()}",
             layers=tuple(worst[:NAMED]),
             **about,
         )
@@ -64,7 +64,7 @@ class SavedChanges(Result):
 
     def _others(self) -> str:
         parts = (("New", self.added), ("Gone", self.removed), ("Of another shape", self.reshaped))
-        return "".join(f" {what}: {first_named(names)}." for what, names in parts if names)
+        return "".join(f" {what}: {named(names)}." for what, names in parts if names)
 
     def plot(self, ax: Any) -> None:
         """The weights that changed most."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diag.instruments.causes import Cause
-from diag.instruments.saved.wording import first_named
+from diag.instruments.graded import graded
+from diag.instruments.loop.findings import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
@@ -30,22 +31,21 @@ class SavedFinite(Result):
 
     def verdict(self) -> Verdict:
         """An alarm for any such entry."""
-        about: dict[str, Any] = {"source": SOURCE, "confidence": Confidence.ARITHMETIC, "threshold": 0.0}
-        about |= {"value": float(self.entries + self.optimizer_entries), "threshold_source": "any entry at all"}
-        if not self.entries and not self.optimizer_entries:
-            return Verdict(Level.OK, f"All numbers in {self.looked_at:,} weights are finite.", **about)
-        where = first_named(self.tensors)
+        all_entries = self.entries + self.optimizer_entries
+        verdict = graded(SOURCE, float(all_entries), 0.0, "any entry at all", confidence=Confidence.ARITHMETIC)
+        if not all_entries:
+            return verdict(Level.OK, f"All numbers in {self.looked_at:,} weights are finite.")
+        where = named(self.tensors)
         weights = f"{self.entries:,} entries in {len(self.tensors)} of {self.looked_at} weights ({where})"
         states = f"{self.optimizer_entries:,} entries of the optimizer's state"
         found = " and ".join(text for text, n in ((weights, self.entries), (states, self.optimizer_entries)) if n)
-        return Verdict(
+        return verdict(
             Level.ALARM,
             f"The file holds NaN or infinity: {found}.",
             advice="Go back to an earlier file; look for the first loss or gradient that was not finite.",
             refutation="The same tensors, loaded again, hold finite numbers only.",
             layers=self.tensors,
             cause=Cause.NOT_FINITE,
-            **about,
         )
 
     def plot(self, ax: Any) -> None:

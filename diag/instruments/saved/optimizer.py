@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.instruments.saved.wording import first_named
+from diag.instruments.graded import graded
+from diag.instruments.loop.findings import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
@@ -39,47 +40,46 @@ class SavedOptimizer(Result):
 
     parameters: int = measured("parameters that the optimizers' groups list")
     states: int = measured("parameters of which a state is kept")
-    strangers: tuple[str, ...] = measured("states of parameters that no group lists")
+    unlisted: tuple[str, ...] = measured("states of parameters that no group lists")
     misfits: tuple[str, ...] = measured("states whose shape no weight in the file has")
     negative: tuple[str, ...] = measured("running means of squares that are negative")
 
     def verdict(self) -> Verdict:
         """An alarm for what cannot be, a warning for what does not fit the weights beside it."""
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         wrong = [text for text in (self._impossible(), self._unfit()) if text]
-        about: dict[str, Any] = {"source": SOURCE, "confidence": Confidence.ARITHMETIC, "threshold": 0.0}
-        about |= {"value": float(len(self.strangers) + len(self.misfits) + len(self.negative))}
+        verdict = graded(SOURCE, float(self._bad), 0.0, "any that does not fit", confidence=Confidence.ARITHMETIC)
         if not wrong:
-            return Verdict(
+            return verdict(
                 Level.OK,
-                f"The optimizer's state fits: it keeps something of {self.states:,} of {self.parameters:,} "
-                "parameters, all of shapes that the weights have.",
-                **about,
+                f"The optimizer's state fits: it has a state of {self.states:,} of {self.parameters:,} parameters, "
+                "and no shape contradicts the weights in the file.",
             )
-        return Verdict(
+        return verdict(
             Level.ALARM if self._impossible() else Level.WARNING,
             f"The optimizer's state does not fit: {'; '.join(wrong)}.",
             advice="Do not go on from this file with this optimizer: take weights and optimizer from one "
             "save, or begin with a new optimizer.",
             refutation="optimizer.load_state_dict and one step of it raise nothing, and the parameters are "
             "in the order in which they were saved.",
-            threshold_source="any that does not fit",
-            **about,
         )
 
+    @property
+    def _bad(self) -> int:
+        return len(self.unlisted) + len(self.misfits) + len(self.negative)
+
     def _impossible(self) -> str:
-        parts = [f"no group lists the parameters {first_named(self.strangers)}"] if self.strangers else []
-        parts += [f"means of squares are negative ({first_named(self.negative)})"] if self.negative else []
+        parts = [f"no group lists the parameters {named(self.unlisted)}"] if self.unlisted else []
+        parts += [f"means of squares are negative ({named(self.negative)})"] if self.negative else []
         return "; ".join(parts)
 
     def _unfit(self) -> str:
-        return f"no weight in the file has the shape of {first_named(self.misfits)}" if self.misfits else ""
+        return f"no weight in the file has the shape of {named(self.misfits)}" if self.misfits else ""
 
     def plot(self, ax: Any) -> None:
         """How many parameters have a state, and how many states do not fit."""
-        bad = len(self.strangers) + len(self.misfits) + len(self.negative)
-        ax.bar(["listed", "with a state", "do not fit"], [self.parameters, self.states, bad])
+        ax.bar(["listed", "with a state", "do not fit"], [self.parameters, self.states, self._bad])
         ax.set(xlabel="parameters of the optimizers", ylabel="number")
 
 
@@ -96,7 +96,7 @@ def saved_optimizer(saved: Saved) -> SavedOptimizer:
     return SavedOptimizer(
         parameters=sum(len(f.listed) for f in found),
         states=sum(f.states for f in found),
-        strangers=tuple(text for f in found for text in f.strangers),
+        unlisted=tuple(text for f in found for text in f.unlisted),
         misfits=tuple(text for f in found for text in f.misfits),
         negative=tuple(text for f in found for text in f.negative),
         preconditions=(some,),
@@ -107,7 +107,7 @@ def saved_optimizer(saved: Saved) -> SavedOptimizer:
 class _Found:
     listed: frozenset[Any]
     states: int
-    strangers: tuple[str, ...]
+    unlisted: tuple[str, ...]
     misfits: tuple[str, ...]
     negative: tuple[str, ...]
 
@@ -121,7 +121,7 @@ def _looked_at(name: str, optimizer: Mapping[str, Any], shapes: frozenset[tuple[
     return _Found(
         listed=listed,
         states=len(states),
-        strangers=tuple(str(key) for key in states if key not in listed),
+        unlisted=tuple(str(key) for key in states if key not in listed),
         misfits=()
         if flat
         else tuple(

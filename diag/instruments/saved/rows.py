@@ -10,13 +10,14 @@ from torch import Tensor
 
 from diag.display import format_share
 from diag.instruments.causes import Cause
-from diag.instruments.saved.wording import first_named
+from diag.instruments.graded import graded
+from diag.instruments.loop.findings import named
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import SAVED_ENTRIES_AT_ONCE, Saved
 
 SOURCE = "arithmetic of the file: units with equal weights compute the same"
-FEW_ROWS = 4
+FEW_ROWS, BARS = 4, 12
 SHARE, COUNT = 1 / 3, 2  # of the weights: copies throughout are how the network began, and no single branch
 BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,36 +37,34 @@ class SavedRows(Result):
     def verdict(self) -> Verdict:
         """A warning where whole weights are copies; single rows are told and not judged."""
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
+            return unmet.verdict(SOURCE)
         share = len(self.uniform) / self.looked_at
-        about: dict[str, Any] = {"source": SOURCE, "confidence": Confidence.ARITHMETIC, "value": share}
-        about |= {"threshold": SHARE, "threshold_source": OUR_CHOICE}
+        verdict = graded(SOURCE, share, SHARE, confidence=Confidence.ARITHMETIC)
         if len(self.uniform) >= COUNT and share >= SHARE:
-            return Verdict(
+            return verdict(
                 Level.WARNING,
                 f"In {len(self.uniform)} of {self.looked_at} weights ({format_share(share)}) all rows are the "
-                f"same: {first_named(self.uniform)}; such units compute the same, and training keeps them alike.",
+                f"same: {named(self.uniform)}; such units compute the same, and training keeps them alike.",
                 advice="If this network has been trained, start its weights at random; if it has not, this "
                 "is how it starts.",
                 refutation="Two rows of such a weight that differ.",
                 layers=self.uniform,
                 cause=Cause.INITIALIZATION_CONSTANT,
                 explained_by=(Cause.NOT_FINITE,),
-                **about,
             )
         if self.zero or self.repeated:
-            return Verdict(Level.DESCRIPTION, self._told(), layers=(*self.with_zero, *self.with_repeated), **about)
-        return Verdict(Level.OK, f"No two of the {self.rows:,} rows are the same, and none is zero.", **about)
+            return verdict(Level.DESCRIPTION, self._told(), layers=(*self.with_zero, *self.with_repeated))
+        return verdict(Level.OK, f"No two of the {self.rows:,} rows are the same, and none is zero.")
 
     def _told(self) -> str:
-        zero = f"{self.zero:,} are zero throughout (in {first_named(tuple(self.with_zero))})"
-        repeated = f"{self.repeated:,} are the same as another (in {first_named(tuple(self.with_repeated))})"
+        zero = f"{self.zero:,} are zero throughout (in {named(list(self.with_zero))})"
+        repeated = f"{self.repeated:,} are the same as another (in {named(list(self.with_repeated))})"
         found = " and ".join(text for text, n in ((zero, self.zero), (repeated, self.repeated)) if n)
         return f"Of {self.rows:,} rows {found}."
 
     def plot(self, ax: Any) -> None:
         """The weights with most such rows."""
-        names = sorted({*self.with_zero, *self.with_repeated}, key=self._many, reverse=True)[:12]
+        names = sorted({*self.with_zero, *self.with_repeated}, key=self._many, reverse=True)[:BARS]
         ax.barh(names or ["none"], [self._many(n) for n in names] or [0])
         ax.set(xlabel="rows that are zero or repeated", ylabel="weight")
 
@@ -124,12 +123,7 @@ def zero_and_repeated(rows: Tensor) -> tuple[int, int]:
 
 def _repeated(rows: Tensor, candidates: Tensor) -> int:
     """Rows with equal hashes are compared themselves."""
-    seen = {(rows[i].float() + 0.0).numpy().tobytes() if rows.itemsize < 8 else _key(rows[i]) for i in candidates}
-    return len(candidates) - len(seen)
-
-
-def _key(row: Tensor) -> bytes:
-    return (row + 0.0).numpy().tobytes()
+    return len(candidates) - len({(rows[i].double() + 0.0).numpy().tobytes() for i in candidates})
 
 
 def _odd_numbers(count: int) -> Tensor:

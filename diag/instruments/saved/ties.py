@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
@@ -27,22 +28,24 @@ class SavedTies(Result):
     def verdict(self) -> Verdict:
         """A warning for a tie that broke."""
         if (unmet := self.unmet()) is not None:
-            return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        about: dict[str, Any] = {"source": SOURCE, "confidence": Confidence.ARITHMETIC}
-        about |= {"value": float(len(self.broken)), "threshold": 0.0, "threshold_source": "any tie that broke"}
+            return unmet.verdict(SOURCE)
+        found = float(len(self.broken))
+        verdict = graded(SOURCE, found, 0.0, "any tie that broke", confidence=Confidence.ARITHMETIC)
         if not self.broken:
-            kept = f"{len(self.tied)} of weights tied: {'; '.join(self.tied[:3])}"
-            return Verdict(Level.OK, f"The file keeps pairs of weights tied as before ({kept}).", **about)
-        return Verdict(
+            return verdict(Level.OK, self._kept())
+        return verdict(
             Level.WARNING,
-            f"Weights that were one tensor in {self.earlier} now hold different numbers: "
-            f"{'; '.join(self.broken[:3])}.",
+            f"Weights that were one tensor in {self.earlier} now hold different numbers: {_listed(self.broken)}.",
             advice="Tie them again after the model is built or loaded; a model that was converted, copied "
             "part by part or wrapped may have lost it.",
             refutation="Both names hold the same numbers when the file is loaded again.",
             layers=self.layers,
-            **about,
         )
+
+    def _kept(self) -> str:
+        if not self.tied:
+            return f"Weights that were one tensor in {self.earlier} still hold the same numbers."
+        return f"Weights are tied, and no tie broke: {_listed(self.tied)}."
 
     def plot(self, ax: Any) -> None:
         """How many pairs are tied and how many broke."""
@@ -70,6 +73,10 @@ def saved_ties(saved: Saved) -> SavedTies:
         layers=tuple(dict.fromkeys(name for pair in broken for name in pair)),
         preconditions=(Precondition("tied weights", some, "no two names of the files share a tensor."),),
     )
+
+
+def _listed(pairs: tuple[str, ...]) -> str:
+    return "; ".join(pairs[:3])
 
 
 def _pair(names: tuple[str, str]) -> str:

@@ -31,38 +31,12 @@ def centred_gram(features: Tensor) -> Tensor:
     return h @ h.T
 
 
-def unbiased_hsic(k: Tensor, m: Tensor) -> float:
-    """The U-statistic of HSIC from two Gram matrices (n, n), n >= 4; it may be negative."""
-    n = len(k)
-    k, m = (a - torch.diag(a.diagonal()) for a in (k, m))
-    rows = k.sum(0), m.sum(0)
-    total = (k * m).sum() + rows[0].sum() * rows[1].sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows[0] @ rows[1]
-    return float(total) / (n * (n - 3))
-
-
-def unbiased_cka(k: Tensor, m: Tensor) -> float:
-    """Linear CKA by U-statistics: 1 for the same space, about 0 for independent ones; NaN where one is constant."""
-    own = unbiased_hsic(k, k), unbiased_hsic(m, m)
-    if min(own) <= 1e-12 * max(float(k.square().mean()), float(m.square().mean()), 1e-300):
-        return math.nan
-    return unbiased_hsic(k, m) / math.sqrt(own[0] * own[1])
-
-
-def cka_with_error(k: Tensor, m: Tensor, blocks: int = CKA_BLOCKS) -> tuple[float, float]:
-    """CKA and its jackknife standard error, one block of examples left out at a time; NaN from too few examples."""
-    n = len(k)
-    if n < 4 * blocks:
-        return unbiased_cka(k, m) if n >= 4 else math.nan, math.nan
-    rest = [torch.arange(n, device=k.device) % blocks != b for b in range(blocks)]
-    without = torch.tensor([unbiased_cka(k[r][:, r], m[r][:, r]) for r in rest], dtype=torch.float64)
-    spread = (without - without.mean()).square().sum() * (blocks - 1) / blocks
-    return unbiased_cka(k, m), float(spread.sqrt())
-
-
 def cka_between(grams: list[Tensor], blocks: int = CKA_BLOCKS) -> tuple[Tensor, Tensor]:
-    """`cka_with_error` of all pairs of Gram matrices (n, n) of the same examples: (L, L) each.
+    """Linear CKA of all pairs of Gram matrices (n, n) of the same examples, and its standard errors: (L, L) each.
 
-    With U-centred matrices the U-statistic is an inner product, so all pairs are one product of matrices.
+    By U-statistics: 1 for the same space, about 0 for independent ones, and maybe below; NaN where one is constant
+    or n < 4. With U-centred matrices these are inner products, so all pairs are one product of matrices. Errors are
+    the jackknife's, one block of examples left out at a time; NaN from too few examples.
     """
     n, device = len(grams[0]), grams[0].device
     if n < 4:

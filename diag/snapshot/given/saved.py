@@ -17,9 +17,7 @@ from diag.errors import MissingQuantity
 if TYPE_CHECKING:
     from diag.snapshot.snapshot import Snapshot
 
-SAVED_ENTRIES_AT_ONCE = (
-    1 << 22
-)  # entries that are looked at together, so that a large file needs little more than its own memory
+SAVED_ENTRIES_AT_ONCE = 1 << 22  # so that a large file needs little more than its own memory
 
 
 @dataclass(frozen=True)

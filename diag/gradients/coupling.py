@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diag.errors import Unsupported, first_line
-from diag.snapshot.batch import Batch, map_tensors, tensors_in
+from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.cutting import what_ties
 from diag.snapshot.example_losses import LossFunction, example_losses
 
@@ -67,7 +65,7 @@ def _differing(together: Tensor, alone: Tensor, again: Callable[[], Tensor]) -> 
 def _what_ties(model: nn.Module, batch: Batch, part: Batch) -> str:
     """What ties the examples, and what to do, in a clause."""
     with torch.no_grad():
-        whole, few = (tensors_in(_outputs(model, b)) for b in (batch, part))
+        whole, few = (tensors_in(b.forward_on_copies(model)) for b in (batch, part))
     of_all = [(a, b) for a, b in zip(whole, few, strict=False) if not a.ndim or len(a) != batch.size]
     if any(a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in of_all):
         return (
@@ -77,12 +75,7 @@ def _what_ties(model: nn.Module, batch: Batch, part: Batch) -> str:
     return what_ties(model)
 
 
-def _outputs(model: nn.Module, batch: Batch) -> Any:
-    args, kwargs = map_tensors(torch.clone, (batch.args, batch.kwargs))  # the model may write into them
-    return replace(batch, args=args, kwargs=kwargs).forward(model)
-
-
 def losses_of(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Tensor:
     """(n,): each example's loss, without a graph."""
     with torch.no_grad():
-        return example_losses(loss_fn, _outputs(model, batch), batch.targets, batch.size)
+        return example_losses(loss_fn, batch.forward_on_copies(model), batch.targets, batch.size)

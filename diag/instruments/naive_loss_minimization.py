@@ -56,8 +56,7 @@ class NaiveLossMinimization(Result):
             Level.DESCRIPTION,
             f"The weights and minus their gradient have a cosine of {format_number(self.cosine)} (by chance "
             f"± {format_number(self.null, 2)}), most {self.highest_tensor} with "
-            f"{format_number(self.highest)}{space}; "
-            "the numbers only describe.",
+            f"{format_number(self.highest)}{space}; the numbers only describe.",
             advice="High cosines occur in runs that generalise as well; they matter where the training set is "
             "fitted, held-out accuracy does not rise and the softmax is close to rounding. As a control, train on "
             "with diag.perp_grad(optimizer).",

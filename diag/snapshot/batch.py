@@ -53,6 +53,11 @@ class Batch:
             renew(model)
         return model(*self.args, **self.kwargs)
 
+    def forward_on_copies(self, model: nn.Module) -> Any:
+        """The same on copies of the inputs, as the model may write into them."""
+        args, kwargs = map_tensors(torch.clone, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs).forward(model)
+
     def with_targets(self, model: nn.Module) -> Batch:
         """The same batch with the targets among the model's arguments too, where its `forward` takes them by name.
 

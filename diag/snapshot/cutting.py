@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +117,8 @@ def _ways(batch: Batch) -> Iterator[frozenset[int]]:
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor] | None:
     """The floating tensors that the model gives; None where it raises."""
-    args, kwargs = map_tensors(torch.clone, (batch.args, batch.kwargs))  # the model may write into them
     try:
-        found: Any = replace(batch, args=args, kwargs=kwargs).forward(model)
+        found = batch.forward_on_copies(model)
     except DiagError:
         raise
     except Exception:

@@ -49,13 +49,11 @@ DATA = "bits of the data"
 OVER_RANKS = {"params", "loss_at", "gradient", "hessian", "gauss_newton", "optimizer", "module_graph"}
 NOT_OVER_RANKS = (
     "{} is not put together over ranks, of which each has a share of the data{}; measure it in one process "
-    "on all the "
-    "data, without ranks=."
+    "on all the data, without ranks=."
 )
 SHARDED = (
     "The parameters are sharded over processes ({}), so that no process alone has the network; make the "
-    "snapshot with "
-    "ranks=True on every rank, or load a full state dict into an unsharded copy of the model."
+    "snapshot with ranks=True on every rank, or load a full state dict into an unsharded copy of the model."
 )
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 

@@ -20,7 +20,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.data.dependence import columns_compared, independence_p_value
 from diag.instruments.data.label_order import in_order
 from diag.instruments.optimization.course import finite_losses, unpushed, update_ratios
-from diag.instruments.outcome.gain import gain_of_classes, gain_of_numbers, loss_of_numbers
+from diag.instruments.outcome.gain import Answered, gain
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -102,8 +102,7 @@ class LabelsBelong(Result):
             Level.WARNING,
             f"The labels do not seem to belong to their inputs: after {step:,} steps {who} answered no better than "
             f"without their inputs{how}, and a test of {self.pairs:,} training examples finds no dependence "
-            f"between "
-            f"the two (p = {format_number(self.p_value)}).",
+            f"between the two (p = {format_number(self.p_value)}).",
             advice="Look at ten training examples with their labels as the loop sees them: one of the two may have "
             "been shuffled, sorted or filtered without the other.",
             source=SOURCE,
@@ -156,17 +155,13 @@ def labels_belong(
     answers = labels if labels is not None else targets
     late = int(history.total_steps) >= FROM_STEP
     usable = late and answers is not None and _pairs(inputs, answers)
-    function = loss_of_numbers(loop)
-    if labels is not None:
-        gain = gain_of_classes(logits, labels, labels)
-        held_out_gain = gain_of_classes(held_out_logits, held_out_labels, labels)
-    else:
-        gain = gain_of_numbers(losses, targets, targets, function)
-        held_out_gain = gain_of_numbers(held_out_losses, held_out_targets, targets, function)
+    training = Answered(losses, logits, labels, targets)
+    held_out = Answered(held_out_losses, held_out_logits, held_out_labels, held_out_targets)
+    own_gain, held_out_gain = gain(training, training, loop), gain(held_out, training, loop)
     return LabelsBelong(
         p_value=_p_value(inputs, answers) if usable and answers is not None else math.nan,
-        gain=gain[0],
-        gain_standard_error=gain[1],
+        gain=own_gain[0],
+        gain_standard_error=own_gain[1],
         held_out_gain=held_out_gain[0],
         held_out_gain_standard_error=held_out_gain[1],
         works=_works(history, loop),

@@ -43,8 +43,7 @@ def replicas_equal(loop: Loop) -> ReplicasEqual:
     )
     fine = (
         f"{what} were the same on all {ranks.world} ranks after {counted(len(ranks.looks), 'step')} at which "
-        f"they were compared, the last after step "
-        f"{ranks.looks[-1]:,}."
+        f"they were compared, the last after step {ranks.looks[-1]:,}."
     )
     past_wrapper = bool(loop.wrapper.kind) and not loop.wrapper.calls
     return judged(ReplicasEqual, loop.step, _findings(ranks, past_wrapper), fine)

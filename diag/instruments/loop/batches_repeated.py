@@ -47,8 +47,7 @@ def _empty(b: BatchFacts) -> Iterator[LoopFinding]:
             Level.ALARM,
             Cause.LOADER_EMPTY,
             f"A DataLoader gives no batch: its data set has {b.empty_rows:,} rows, fewer than the "
-            f"{b.empty_size:,} of "
-            "a batch, and the last batch is dropped where it is not full.",
+            f"{b.empty_size:,} of a batch, and the last batch is dropped where it is not full.",
             "Use a smaller batch_size, or drop_last=False.",
             "len(loader) above zero.",
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, counted, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -59,7 +59,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
 def each_epoch(chain: list[OptimizerFacts], loop: Loop) -> bool:
     """Whether one was made again for the second epoch of a DataLoader, as the first was made, and nothing else
     changed there."""
-    if len(chain) != len(("first", "second")):
+    if len(chain) != TWICE:
         return False
     first, second = chain
     elsewhere = any(c.step == second.first_step for c in loop.outside)

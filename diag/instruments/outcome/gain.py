@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,23 @@ from diag.linalg.student import error_of_mean
 LOSSES_OF_NUMBERS: dict[str, Callable[..., Tensor]] = {
     "mse_loss": F.mse_loss, "smooth_l1_loss": F.smooth_l1_loss, "huber_loss": F.huber_loss,
 }  # fmt: skip
+
+
+class Answered(NamedTuple):
+    """What is known of n examples: their losses (n,), logits (n, classes) with labels (n,), or targets (n, ...)."""
+
+    losses: Tensor | None
+    logits: Tensor | None
+    labels: Tensor | None
+    targets: Tensor | None
+
+
+def gain(examples: Answered, training: Answered, loop: Any) -> tuple[float, float]:
+    """How far the examples' losses are below those of the answer without inputs that training's labels (else
+    targets) give, and the standard error of that; NaN where it cannot be known."""
+    if training.labels is not None:
+        return gain_of_classes(examples.logits, examples.labels, training.labels)
+    return gain_of_numbers(examples.losses, examples.targets, training.targets, loss_of_numbers(loop))
 
 
 def loss_of_numbers(loop: Any) -> str:

@@ -16,9 +16,8 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.instruments.outcome.gain import (
-    gain_of_classes,
-    gain_of_numbers,
-    loss_of_numbers,
+    Answered,
+    gain,
     share_of_most_frequent,
     share_right,
 )
@@ -273,13 +272,9 @@ def generalization(
     loop says that the loss is the squared error or Huber's), and held-out ones never were. Raises
     nothing of its own.
     """
-    if labels is not None and logits is not None:
-        gain = gain_of_classes(logits, labels, labels)
-        held_out_gain = gain_of_classes(held_out_logits, held_out_labels, labels)
-    else:
-        function = loss_of_numbers(loop)
-        gain = gain_of_numbers(losses, targets, targets, function)
-        held_out_gain = gain_of_numbers(held_out_losses, held_out_targets, targets, function)
+    training = Answered(losses, logits, labels, targets)
+    held_out = Answered(held_out_losses, held_out_logits, held_out_labels, held_out_targets)
+    own_gain, held_out_gain = gain(training, training, loop), gain(held_out, training, loop)
     return Generalization(
         loss=float(losses.double().mean()),
         held_out_loss=float(held_out_losses.double().mean()),
@@ -289,8 +284,8 @@ def generalization(
         held_out_chance=share_of_most_frequent(held_out_labels),
         held_out_examples=len(held_out_losses),
         chance=share_of_most_frequent(labels),
-        gain=gain[0],
-        gain_standard_error=gain[1],
+        gain=own_gain[0],
+        gain_standard_error=own_gain[1],
         held_out_gain=held_out_gain[0],
         held_out_gain_standard_error=held_out_gain[1],
     )

@@ -17,7 +17,7 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 from diag.snapshot.given.saved import SAVED_ENTRIES_AT_ONCE, Saved
 
 SOURCE = "arithmetic of the file: units with equal weights compute the same"
-FEW_ROWS, BARS = 4, 12
+FEW_ROWS = 4
 SHARE, COUNT = 1 / 3, 2  # of the weights: copies throughout are how the network began, and no single branch
 BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -64,7 +64,7 @@ class SavedRows(Result):
 
     def plot(self, ax: Any) -> None:
         """The weights with most such rows."""
-        names = sorted({*self.with_zero, *self.with_repeated}, key=self._many, reverse=True)[:BARS]
+        names = sorted({*self.with_zero, *self.with_repeated}, key=self._many, reverse=True)[:12]
         ax.barh(names or ["none"], [self._many(n) for n in names] or [0])
         ax.set(xlabel="rows that are zero or repeated", ylabel="weight")
 

@@ -10,7 +10,6 @@ verdict is about the gradients of the loss that was used.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
+from diag.instruments.outcome.gain import share_right
 from diag.linalg.softmax_rounding import (
     EXAMPLE_LOSS,
     LABEL_GRADIENT,
@@ -295,8 +295,8 @@ def softmax_collapse(
         zero_sum_residual=float(compared[:, ROW_SUM].sum() / compared[:, ROW_SIZE].sum()),
         gradient_error=float(((own - true).abs() / true.abs()).nanmedian()),
         loss_underestimate=-float(F.logsigmoid(margin).mean() + counted[dtype][:, EXAMPLE_LOSS].mean()),
-        accuracy=_accuracy(logits, labels),
-        held_out_accuracy=_accuracy(held_out_logits, held_out_labels),
+        accuracy=share_right(logits, labels),
+        held_out_accuracy=share_right(held_out_logits, held_out_labels),
         collapsed_by_dtype={d: float((margin >= collapse_margin(d)).double().mean()) for d in SIGNIFICAND_BITS},
         margins=margin.cpu().numpy(),
         dtype=dtype,
@@ -311,12 +311,6 @@ def _counts(counted: Mapping[str, Tensor]) -> dict[str, Any]:
     shares = {name: shares_of(columns) for name, columns in counted.items()}
     fields = ("zero_loss_by_dtype", "paper_count_by_dtype", "repository_count_by_dtype", "zero_gradient_by_dtype")
     return {field: {name: share[i] for name, share in shares.items()} for i, field in enumerate(fields)}
-
-
-def _accuracy(logits: Tensor | None, labels: Tensor | None) -> float:
-    if logits is None or labels is None:
-        return math.nan
-    return float((logits.argmax(1) == labels.to(logits.device)).double().mean())
 
 
 def _softmax_loss(distance: float, factor: Tensor) -> Precondition:

@@ -23,9 +23,8 @@ from diag.snapshot.parameters import FlatLayout, flat_of, params
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
-OUTPUT_ROUNDINGS = (
-    100  # of the outputs: they must move by so many for their divergence to be a measurement (our choice)
-)
+# Of the outputs: they must move by so many for their divergence to be a measurement (our choice).
+OUTPUT_ROUNDINGS = 100
 
 
 class DivergenceAt:

@@ -23,10 +23,8 @@ from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Pleiss et al. 2020, arXiv:2001.10528"
-ACCURACY_OF_ALL, ACCURACY_OF_THE_REST = (
-    0.6,
-    0.97,
-)  # accuracies from which on margins are counted: of all, of what does not look wrong
+# Accuracies from which on margins are counted: of all, of what does not look wrong.
+ACCURACY_OF_ALL, ACCURACY_OF_THE_REST = 0.6, 0.97
 FEWEST_COURSES, FEWEST_WHILE_RISING = 8, 18  # measurements; and how many where the accuracy is still rising
 RISING = 0.03
 SURE_MARGIN = 1.5  # nats: the median margin of what is answered right, below which ambiguity explains as much

@@ -23,9 +23,8 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 from diag.snapshot.history import History, parts
 
 SOURCE = "arithmetic: units with equal weights have equal gradients"
-STEPS_BEFORE_COPIES = (
-    10  # a layer that starts at zero on purpose (the last one, the end of a branch) has been trained by then
-)
+# A layer that starts at zero on purpose (the last one, the end of a branch) has been trained by then.
+STEPS_BEFORE_COPIES = 10
 FEWEST_UNITS_COMPARED = 4
 SAME_WEIGHTS_WITHIN = 1e-4  # of the layer's largest weight
 MOST_ENTRIES_COMPARED = 1 << 22  # no more entries are compared

@@ -80,4 +80,4 @@ def share_right(logits: Tensor | None, labels: Tensor | None) -> float:
     """The share of the examples whose label has the largest logit; NaN without classes."""
     if logits is None or labels is None or len(logits) != len(labels):
         return math.nan
-    return float((logits.argmax(1) == labels).double().mean())
+    return float((logits.argmax(1) == labels.to(logits.device)).double().mean())

@@ -31,13 +31,9 @@ WORSE = 0.2
 LEARNED_ABOVE_CHANCE = 0.2  # accuracy above chance on the training examples
 FEWEST_MEASUREMENTS = 3
 STEPS_BEFORE_GENERALIZATION = 100  # steps
-SURE_ERRORS, ANY_ERRORS = (
-    4.0,
-    2.0,
-)  # standard errors: of a difference between gains, and of a gain that there may be
-GAP_IN_ACCURACY = (
-    0.25  # of the examples: more of the training examples than of the held-out ones are answered right
-)
+# Standard errors: of a difference between gains, and of a gain that there may be.
+SURE_ERRORS, ANY_ERRORS = 4.0, 2.0
+GAP_IN_ACCURACY = 0.25  # by which the accuracy on training examples is above that on held-out ones
 EXPLAINED_BY = (
     Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE,
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,

@@ -52,7 +52,6 @@ from diag.instruments.depth_use import DepthUse as DepthUse
 from diag.instruments.optimization.divergence import Divergence as Divergence
 from diag.instruments.edge_of_stability import EdgeOfStability as EdgeOfStability
 from diag.instruments.data.evaluation_inputs import EvaluationInputs as EvaluationInputs
-from diag.instruments.trial.dependence import ExamplesApart as ExamplesApart
 from diag.instruments.network.examples_mixed import ExamplesMixed as ExamplesMixed
 from diag.instruments.network.finite import FiniteForward as FiniteForward
 from diag.instruments.optimization.finite_steps import FiniteSteps as FiniteSteps
@@ -200,10 +199,6 @@ def edge_of_stability(hessian: Any, optimizer: Any, loop: Any = None, *, batch_s
 def evaluation_inputs(snapshot: Snapshot, /, *, loop: Any = ...) -> EvaluationInputs: ...
 @overload
 def evaluation_inputs(loop: Any) -> EvaluationInputs: ...
-@overload
-def examples_apart(snapshot: Snapshot, /, *, trial: Any = ...) -> ExamplesApart: ...
-@overload
-def examples_apart(trial: Any) -> ExamplesApart: ...
 @overload
 def examples_mixed(snapshot: Snapshot, /, *, other_examples: Any = ...) -> ExamplesMixed: ...
 @overload

@@ -41,6 +41,11 @@ def first_arguments(node: Any, at_most: int) -> Iterator[Any]:
         node = next(iter(parents_of(node)), None)
 
 
+def made_last(node: Any, at_most: int = 24) -> Any:
+    """The node that made the numbers, where `node` may only pass them on; None where there is none."""
+    return next((n for n in first_arguments(node, at_most) if kind_of(n) not in PASSING_ON), None)
+
+
 def nodes_before(
     starts: Iterable[Any], at_most: float = math.inf, ends: Callable[[Any], bool] = lambda node: False
 ) -> Iterator[Any]:

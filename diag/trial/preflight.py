@@ -166,7 +166,6 @@ def _controls(snapshot: Snapshot, batch: Batch, fitted: nn.Module) -> dict[str, 
         "fitted_exchanged_loss": lambda: controls.exchanged_loss(fitted, batch, loss),
         "input_change": lambda: controls.input_change(model, batch),
         "fitted_input_change": lambda: controls.input_change(fitted, batch),
-        "mixing": lambda: apart.mixing(model, batch),
         "modes": lambda: controls.both_modes(fitted, batch, loss),
     }.items():
         try:

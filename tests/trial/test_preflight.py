@@ -59,7 +59,7 @@ def test_a_sound_network_is_left_in_peace(optimizer):
     model = mlp(nn.BatchNorm1d(64))
     run = tried(model, optimizer=optimizer and optimizer(model.parameters()))
     assert causes(run) == []
-    assert [level(run, n) for n in ("one_batch", "input_used", "examples_apart", "modes_agree")] == ["ok"] * 4
+    assert [level(run, n) for n in ("one_batch", "input_used", "examples_mixed", "modes_agree")] == ["ok"] * 4
 
 
 def test_nothing_of_the_users_is_moved():
@@ -110,7 +110,7 @@ def test_a_softmax_over_the_batch_mixes_the_examples():
 
 def test_noise_in_evaluation_is_not_mixing():
     run = tried(Around(after=lambda y: y + 0.1 * torch.randn_like(y)))
-    assert level(run, "examples_apart") == "ok"
+    assert level(run, "examples_mixed") == "ok"
 
 
 def test_positions_are_not_told_from_examples():
@@ -126,7 +126,10 @@ def test_positions_are_not_told_from_examples():
 
     adjacency = torch.eye(96).roll(1, 0) + torch.eye(96)
     run = diag.preflight(Graph(), F.cross_entropy, [((X, adjacency), Y)], **ABOUT)
-    assert level(run, "examples_apart") == "not_applicable"
+    skipped = {o.instrument: o.reason for _, o in run.outcomes}
+    assert (
+        "examples_mixed" not in run.instruments and "do not belong to single examples" in skipped["examples_mixed"]
+    )
 
 
 def test_a_cut_graph_comes_first():

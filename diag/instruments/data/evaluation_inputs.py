@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.data.held_out_inputs import MEAN_SHIFT, SPREAD_RATIO
+from diag.instruments.data.held_out_inputs import MEAN_SHIFT, SPREAD_RATIO, inputs_apart
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
@@ -51,9 +51,8 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
 
 
 def _findings(i: InputFacts) -> Iterator[LoopFinding]:
-    small, large = sorted((i.deviation, i.evaluated_deviation))
-    apart = large > SPREAD_RATIO * small or abs(i.evaluated_mean - i.mean) > MEAN_SHIFT * large
-    if large > 0 and apart:
+    ratio, shift = inputs_apart(i.mean, i.deviation, i.evaluated_mean, i.evaluated_deviation)
+    if ratio > SPREAD_RATIO or shift > MEAN_SHIFT:
         yield LoopFinding(
             Level.WARNING,
             Cause.HELD_OUT_DIFFERS,

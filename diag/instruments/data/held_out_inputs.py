@@ -19,6 +19,14 @@ SPREAD_RATIO, MEAN_SHIFT = 2.0, 2.0
 FEWEST_INPUTS = 32
 
 
+def inputs_apart(mean: float, deviation: float, other_mean: float, other_deviation: float) -> tuple[float, float]:
+    """How far apart two sets of inputs are: the ratio of their standard deviations, one or more, and the difference
+    of their means in the larger of these."""
+    small, large = sorted((deviation, other_deviation))
+    ratio = large / small if small > 0 else (1.0 if large == 0 else float("inf"))
+    return ratio, abs(other_mean - mean) / large if large > 0 else 0.0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldOutInputs(Result):
     """Over all entries; rows a hundred times as large as the median one are left out."""
@@ -31,14 +39,12 @@ class HeldOutInputs(Result):
     @property
     def ratio(self) -> float:
         """How many times the one standard deviation is the other, one or more."""
-        small, large = sorted((self.deviation, self.held_out_deviation))
-        return large / small if small > 0 else (1.0 if large == 0 else float("inf"))
+        return inputs_apart(self.mean, self.deviation, self.held_out_mean, self.held_out_deviation)[0]
 
     @property
     def shift(self) -> float:
         """The difference of the means, in the larger of the standard deviations."""
-        scale = max(self.deviation, self.held_out_deviation)
-        return abs(self.held_out_mean - self.mean) / scale if scale > 0 else 0.0
+        return inputs_apart(self.mean, self.deviation, self.held_out_mean, self.held_out_deviation)[1]
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:

@@ -10,7 +10,7 @@ from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judge
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import BINARY, LossFacts
+from diag.snapshot.loop.parts import OF_BINARY_TARGETS, LossFacts
 
 CALLS_NEEDED = 3  # calls whose numbers were looked at
 PADDED = 0.05  # of the targets
@@ -57,9 +57,9 @@ def _findings(f: LossFacts) -> Iterator[LoopFinding]:
         yield from _log_input(f, probabilities, always)
     if f.truncated > 0:
         yield _truncated(f)
-    elif f.constant >= CALLS_NEEDED and f.function in BINARY:
+    elif f.constant >= CALLS_NEEDED and f.function in OF_BINARY_TARGETS:
         yield _constant(f)
-    if f.function in BINARY and (f.lowest < 0 or f.highest > 1):
+    if f.function in OF_BINARY_TARGETS and (f.lowest < 0 or f.highest > 1):
         yield _outside(f)
     if f.several > 1:
         yield _several(f)

@@ -10,19 +10,19 @@ from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
-from diag.result import Confidence, Level, Precondition
+from diag.result import Level, Precondition
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES
 
 SOURCE = "arithmetic of the range of an activation function"
 CALLS_OF_RANGE = 3  # calls that were looked at
 SHARE_OUTSIDE = 0.05  # of the targets
 SQUASHED = ("tanh", "clamp")  # a bounded logit; sigmoid and softmax before such a loss are told of elsewhere
-OF_LOGITS = ("cross_entropy", "binary_cross_entropy_with_logits")
+OF_SEVERAL, OF_TWO = "cross_entropy", "binary_cross_entropy_with_logits"  # that take logits
 OF_PROBABILITIES = "binary_cross_entropy"
 NOT_PROBABILITIES = ("relu", "softplus", "clamp")
 SHARE_OF_ZEROS = 0.05  # of the logits
-WITH_CLASS_WEIGHTS = ("cross_entropy", "nll_loss")
 CLEARLY_ABOVE_ZERO = 0.1  # nats
 
 
@@ -52,13 +52,13 @@ def output_range(loop: Loop) -> OutputRange:
 
 
 def _findings(f: AskedFacts) -> Iterator[LoopFinding]:
-    if f.uncounted and f.function in WITH_CLASS_WEIGHTS:
+    if f.uncounted and f.function in OF_LOG_PROBABILITIES:
         yield _uncounted(f)
     if not f.activation:
-        if f.zeros >= SHARE_OF_ZEROS and f.function in OF_LOGITS:
+        if f.zeros >= SHARE_OF_ZEROS and f.function in (OF_SEVERAL, OF_TWO):
             yield _zeroed(f)
         return
-    if f.function in OF_LOGITS:
+    if f.function in (OF_SEVERAL, OF_TWO):
         yield from _logits(f)
     elif f.function == OF_PROBABILITIES:
         if f.activation in NOT_PROBABILITIES:
@@ -69,9 +69,9 @@ def _findings(f: AskedFacts) -> Iterator[LoopFinding]:
 
 def _logits(f: AskedFacts) -> Iterator[LoopFinding]:
     if f.activation == "relu":
-        what = "no probability can be below one half" if f.function != OF_LOGITS[0] else "no logit can be negative"
+        what = "no probability can be below one half" if f.function == OF_TWO else "no logit can be negative"
         yield LoopFinding(
-            Level.ALARM if f.function != OF_LOGITS[0] else Level.WARNING,
+            Level.ALARM if f.function == OF_TWO else Level.WARNING,
             Cause.OUTPUT_RANGE,
             f"The network ends in a ReLU, and {f.function} takes what comes out for logits: {what}, and an output "
             "that is zero gets no gradient.",
@@ -97,7 +97,7 @@ def lowest_loss(f: AskedFacts) -> float:
     width = f.upper - f.lower
     if not math.isfinite(width):
         return 0.0
-    if f.function == OF_LOGITS[0]:
+    if f.function == OF_SEVERAL:
         return math.log1p(max(f.outputs_a_row - 1, 1) * math.exp(-width))
     return min(math.log1p(math.exp(-f.upper)), math.log1p(math.exp(f.lower)))
 
@@ -152,5 +152,4 @@ def _beyond(f: AskedFacts) -> LoopFinding:
         f"Take the {f.activation} after the last layer out of the model, or bring the targets into that range.",
         "Targets that all lie in that range.",
         step=f.first_step,
-        confidence=Confidence.ARITHMETIC,
     )

@@ -7,12 +7,13 @@ from typing import Any
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.inside.apart import OtherExamples
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): use backprop to chart dependencies"
-MOVED = 1e-2  # of the outputs' size; a softmax or a matrix product of another shape rounds far below
+MOVED = 1e-3  # of the outputs' size; what is compared are calls of one shape, so that rounding is far below
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,28 +26,17 @@ class ExamplesMixed(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
+        judged = graded(SOURCE, self.mixing, MOVED, confidence=Confidence.ARITHMETIC)
         if not self.mixing > MOVED:
-            return Verdict(
-                Level.OK,
-                "The answer to an example does not depend on the others of its batch.",
-                source=SOURCE,
-                confidence=Confidence.ARITHMETIC,
-                value=self.mixing,
-                threshold=MOVED,
-                threshold_source=OUR_CHOICE,
-            )
-        return Verdict(
+            return judged(Level.OK, "The answer to an example does not depend on the others of its batch.")
+        return judged(
             Level.WARNING,
             "The answer to an example depends on the others of its batch, in evaluation mode, too: it moves by "
             f"{format_number(self.mixing)} of its size when they are replaced.",
-            advice="Look for a reshape, a transpose, a softmax or a mean over the batch axis, and for a recurrent "
-            "layer without batch_first=True; where examples are meant to see each other, leave it.",
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
+            advice="Look for a reshape, a transpose, a softmax or a mean over the batch axis, a recurrent layer "
+            "without batch_first=True, or a normalisation that keeps no running statistics; where examples are "
+            "meant to see each other, leave it.",
             refutation="The same example alone and in a batch gives the same answer.",
-            value=self.mixing,
-            threshold=MOVED,
-            threshold_source=OUR_CHOICE,
             cause=Cause.EXAMPLES_MIXED,
             step=1,
         )
@@ -57,12 +47,12 @@ class ExamplesMixed(Result):
         ax.set(xlabel="a few examples", ylabel="change of an answer over its size")
 
 
-@instrument(source=SOURCE, title="Examples mixed", kind=Kind.CHECK)
+@instrument(source=SOURCE, title="Examples mixed", kind=Kind.CHECK, before_training="always")
 def examples_mixed(other_examples: OtherExamples) -> ExamplesMixed:
     """Whether the answer to an example depends, in evaluation mode, on the other examples of its batch.
 
     other_examples: what became of the answers to the first and the last of a few examples when all others were
-    replaced by it (`diag.snapshot.inside.apart`). Above 1e-2 of the outputs' size it is a warning: networks that
+    replaced by it (`diag.snapshot.inside.apart`). Above 1e-3 of the outputs' size it is a warning: networks that
     compare the examples of a batch by design exist. Raises nothing of its own.
     """
     return ExamplesMixed(mixing=other_examples.mixing, examples=other_examples.examples)

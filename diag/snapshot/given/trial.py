@@ -50,8 +50,7 @@ class Trial:
     attempt is the one that was watched. exchanged_loss: the mean loss, before training, where each example has the
     answer of another; fitted_exchanged_loss: the same after the best attempt. input_change, fitted_input_change:
     how far the outputs move when the inputs of the examples are exchanged, before and after it, over their size.
-    mixing: how far the answers to one example move in evaluation mode when the others of the batch are replaced,
-    over their size. train_loss, eval_loss: of the batch after the best attempt, in both modes, once the running
+    train_loss, eval_loss: of the batch after the best attempt, in both modes, once the running
     statistics have seen the batch `SETTLING` times. unsure: why a number is unavailable, by its name.
     """
 
@@ -62,7 +61,6 @@ class Trial:
     fitted_exchanged_loss: float = math.nan
     input_change: float = math.nan
     fitted_input_change: float = math.nan
-    mixing: float = math.nan
     train_loss: float = math.nan
     eval_loss: float = math.nan
     unsure: Mapping[str, str] = field(default_factory=dict)

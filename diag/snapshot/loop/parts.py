@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OF_LOG_PROBABILITIES = ("cross_entropy", "nll_loss")
+OF_BINARY_TARGETS = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 OUTLIER_ROW = 100.0  # times the size of the median row, from which on a row of the inputs is an outlier
 

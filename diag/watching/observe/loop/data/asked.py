@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of
+from diag.snapshot.autograd_graph import kind_of, made_last, parents_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.asked import AskedFacts
-from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES
+from diag.snapshot.loop.parts import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.watching.observe.loop.data.targets import OF_NUMBERS
 from diag.watching.observe.loop.moment import Moment, due
@@ -33,7 +33,6 @@ FEWEST_ROWS, ROUNDING_OF_CORRELATION = (
     8,
     1e-6,
 )  # rows at least; and how far from one a correlation may be to be told from none
-OF_BINARY = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 RANGES = {
     "Relu": ("relu", 0.0, math.inf),
     "Tanh": ("tanh", -1.0, 1.0),
@@ -41,6 +40,7 @@ RANGES = {
     "Softmax": ("softmax", 0.0, 1.0),
     "Softplus": ("softplus", 0.0, math.inf),
 }
+CLAMPS = {"Clamp": ("_saved_min", "_saved_max"), "Hardtanh": ("_saved_min_val", "_saved_max_val")}
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Demands:
         """A loss function of torch returned a value that has a graph."""
         target = args[1] if len(args) > 1 else kwargs.get("target")
         given = args[0] if args else kwargs.get("input")
-        if name not in (*OF_NUMBERS, *OF_BINARY, *OF_LOG_PROBABILITIES):
+        if name not in (*OF_NUMBERS, *OF_BINARY_TARGETS, *OF_LOG_PROBABILITIES):
             return
         kind = self._kinds.get(name)
         if kind is None:
@@ -171,32 +171,17 @@ def same_numbers(given: Tensor, target: Tensor) -> bool:
 
 def bounded_by(given: Tensor) -> tuple[str, float, float]:
     """The function that made the tensor, if it holds it within a range, and the range."""
-    for node in first_arguments(given.grad_fn, 8):
-        name = kind_of(node)
-        if name in RANGES:
-            return RANGES[name]
-        if name in ("Clamp", "Hardtanh"):
-            ends = [
-                getattr(node, f"_saved_{end}{'_val' if name == 'Hardtanh' else ''}", None) for end in ("min", "max")
-            ]
-            low, high = (float(e) if isinstance(e, (int, float)) else None for e in ends)
-            made = bounded_by_parent(node)
-            return (made or "clamp", -math.inf if low is None else low, math.inf if high is None else high)
-        if name not in PASSING_ON:
-            break
-    return "", -math.inf, math.inf
-
-
-def bounded_by_parent(node: Any) -> str:
-    """The name of what bounds the argument of a node already, as a sigmoid before a clamp; "" for nothing."""
-    chain = list(first_arguments(node, 8))[1:]
-    for before in chain:
-        name = kind_of(before)
-        if name in RANGES:
-            return RANGES[name][0]
-        if name not in PASSING_ON:
-            return ""
-    return ""
+    node = made_last(given.grad_fn)
+    name = kind_of(node) if node is not None else ""
+    if name in RANGES:
+        return RANGES[name]
+    if name not in CLAMPS:
+        return "", -math.inf, math.inf
+    low, high = (getattr(node, saved, None) for saved in CLAMPS[name])
+    before = made_last(next(iter(parents_of(node)), None))  # a sigmoid, say, that a clamp keeps from zero and one
+    of = RANGES.get(kind_of(before), ("",))[0] if before is not None else ""
+    lower = float(low) if isinstance(low, (int, float)) else -math.inf
+    return of or "clamp", lower, float(high) if isinstance(high, (int, float)) else math.inf
 
 
 def affine_features(inputs: Tensor, target: Tensor) -> Tensor:
@@ -267,7 +252,7 @@ def _constant_loss(k: _Kind, numbers: Tensor, binary: bool) -> tuple[float, floa
     if k.function in OF_LOG_PROBABILITIES and k.counts:
         shares = torch.tensor(list(k.counts.values())).double()
         return _entropy(shares / shares.sum(), float(shares.sum()))
-    if k.function in OF_BINARY and binary:
+    if k.function in OF_BINARY_TARGETS and binary:
         ones = float(numbers.mean())
         return _entropy(torch.tensor([ones, 1 - ones]).double(), len(numbers))
     if k.function == "l1_loss" and numbers.numel() == sum(len(n) for n in k.numbers) > 8:

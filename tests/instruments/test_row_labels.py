@@ -74,6 +74,27 @@ def test_a_tenth_of_wrong_labels_is_named_by_row(loader):
     assert verdict.examples == tuple(result.named[:200].tolist())
 
 
+@pytest.mark.parametrize("given", ["loader", "probe", "neither"])
+def test_the_named_rows_are_shown_where_their_inputs_are_at_hand(given):
+    x, right = table("digits")
+    y, _ = moved(right, 0.1)
+    watcher, _ = train(x, y, loader=given == "loader", **({"probe": (x, y)} if given == "probe" else {}))
+    result = last(watcher)
+    if given == "neither":
+        assert len(result.shown) == 0 and "features" not in next(result.examples())
+    else:
+        numpy.testing.assert_array_equal(result.shown, x[result.named[:12].tolist()].numpy())
+        numpy.testing.assert_array_equal(next(result.examples())["features"], x[int(result.named[0])].numpy())
+
+
+def test_inputs_are_found_in_several_parts():
+    parts = torch.arange(6.0).reshape(2, 3), torch.arange(6.0, 15.0).reshape(3, 3)
+    facts = RowFacts(inputs=parts)
+    found = facts.inputs_at(numpy.array([4, 0, 2]))
+    torch.testing.assert_close(found, torch.cat(parts)[[4, 0, 2]])
+    assert facts.inputs_at(numpy.array([5])) is None and facts.inputs_at(numpy.array([-1])) is None
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_the_rows_with_the_lowest_margins_are_the_wrong_ones(name):
     x, y = table(name)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import torch
 from numpy.typing import NDArray
 
-from diag.display import format_share
+from diag.display import LARGEST_INPUT_SHOWN, displayed, format_share
 from diag.instruments.causes import Cause
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -38,6 +39,7 @@ CHANGED = 0.01  # of the sights: labels that change say nothing of a row
 STRETCHES_AT_MOST = 0.2
 FEWER = 0.05  # rows that were met less often than the others
 ROWS_LISTED = 400
+ROWS_PICTURED = 12
 TOGETHER_AT_LEAST = 8  # rows in one stretch of the data
 DECIDE = 1 << 15  # rows
 
@@ -46,6 +48,7 @@ DECIDE = 1 << 15  # rows
 class RowLabels(Result):
     """Of the rows that training has met, as they were when it was plainest."""
 
+    count: int = measured("rows whose labels look wrong")
     rows: int = measured("rows that were followed")
     looks: int = measured("sights of a row that its mean margin is of; 0 where it was not judged")
     sure: float = measured("median margin of the rows that are answered right", unit="nats")
@@ -59,8 +62,8 @@ class RowLabels(Result):
     run: tuple[int, ...] = measured(
         "where the named rows lie together in the data: the first, the last, and how many; empty where they do not"
     )
-    count: int = measured("rows whose labels look wrong")
     found: bool = measured("whether they are told apart from hard rows")
+    shown: NDArray[Any] = measured("inputs of the first of these rows; empty where not at hand", shape="(s, ...)")
     counts: NDArray[numpy.int32] = measured("rows by mean margin", shape="(40,)")
     edges: NDArray[numpy.float32] = measured("edges of these counts", unit="nats", shape="(41,)")
 
@@ -78,9 +81,9 @@ class RowLabels(Result):
         return Verdict(
             Level.WARNING,
             f"The labels of about {format_share(share)} of the examples look wrong ({self.count:,} of "
-            f"{self.rows:,}; "
-            f"rows{place} {', '.join(self.where[:5])}, ... first): at {self.looks} sights on average, before it "
-            "learned from them, the network was as sure of another answer there as it is of the label elsewhere."
+            f"{self.rows:,}; rows{place} {', '.join(self.where[:5])}, ... first): seen {self.looks} times each on "
+            "average, the network was as sure of another answer there as it is of the label elsewhere, each time "
+            "before it learned from the row."
             f"{together}",
             advice="Look at these rows and correct or leave out their labels; stop before they are learned "
             "by heart.",
@@ -103,9 +106,10 @@ class RowLabels(Result):
         ax.set(xlabel="mean margin of a row's label (nats)", ylabel="rows")
 
     def examples(self) -> Iterator[dict[str, Any]]:
-        """The rows whose labels look most wrong, with label and the network's answer."""
-        for row, label, answer in zip(self.named.tolist(), self.labels, self.answers, strict=True):
-            yield {"row": row, "group": "labels that look wrong", "label": f"{label} ({answer}?)"}
+        """The rows whose labels look most wrong, with label, the network's answer and, where at hand, the input."""
+        for at, (row, label, answer) in enumerate(zip(self.named.tolist(), self.labels, self.answers, strict=True)):
+            item = {"row": row, "group": "labels that look wrong", "label": f"{label} ({answer}?)"}
+            yield item | (displayed(self.shown[at]) if at < len(self.shown) else {})
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,7 @@ def row_labels(loop: Loop, *, warn_at: float = SHARE_OF_WRONG) -> RowLabels:
     area = numpy.zeros(0) if best is None else best.area
     counts, edges = numpy.histogram(area, bins=40)
     return RowLabels(
+        count=len(named) if found else 0,
         rows=len(rows),
         looks=0 if best is None else best.looks,
         sure=math.nan if best is None else best.sure,
@@ -234,8 +239,8 @@ def row_labels(loop: Loop, *, warn_at: float = SHARE_OF_WRONG) -> RowLabels:
         where=tuple(facts.name(int(r)) for r in kept),
         counted_in=facts.counted_in,
         run=_run(_numbers(facts, named), _numbers(facts, rows)) if found and facts.counted_in else (),
-        count=len(named) if found else 0,
         found=found,
+        shown=_shown(facts, kept[:ROWS_PICTURED]),
         counts=counts.astype(numpy.int32),
         edges=edges.astype(numpy.float32),
         preconditions=preconditions,
@@ -254,6 +259,14 @@ def _run(named: NDArray[Any], followed: NDArray[Any]) -> tuple[int, ...]:
     inside = int(is_named[begin:end].sum())
     many = inside >= max(TOGETHER_AT_LEAST, len(named) / 2)
     return (int(followed[begin]), int(followed[end - 1]), inside) if many else ()
+
+
+def _shown(facts: RowFacts, rows: NDArray[Any]) -> NDArray[Any]:
+    """The inputs of these rows; empty where they are not at hand, or large."""
+    inputs = facts.inputs_at(facts.number[rows]) if facts.counted_in else None
+    if inputs is None or inputs.dtype is torch.bfloat16 or inputs[0].numel() > LARGEST_INPUT_SHOWN:
+        return numpy.zeros(0)
+    return inputs.numpy()
 
 
 def _numbers(facts: RowFacts, rows: NDArray[Any]) -> NDArray[numpy.int32]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 _Floats = NDArray[numpy.float32]
 _Integers = NDArray[numpy.int32]
@@ -36,7 +39,8 @@ class RowFacts:
     step and the place in the batch of its first sight. every: one row of so many is followed. margins (n, L): of
     the label, before the step that learns from it, NaN where the row was not met so often; looks (n,); labels,
     answers (n,): the label, and the other class that the network held most likely at the last sight where it was
-    not the label (-1: none). number (n,), first_step, first_place (n,). reason: why no rows can be told apart, in
+    not the label (-1: none). inputs: of the places that are counted in, in parts, (m, ...) each; none where they
+    are not at hand. number (n,), first_step, first_place (n,). reason: why no rows can be told apart, in
     a clause; empty where they can. several: calls whose rows have two labels at once. changed: sights at which a
     row had another label than at first, of `compared`. moved: stretches of steps at which nearly all had."""
 
@@ -50,6 +54,7 @@ class RowFacts:
     number: _Integers = field(default_factory=lambda: _integers(0), repr=False)
     first_step: _Integers = field(default_factory=lambda: _integers(0), repr=False)
     first_place: _Integers = field(default_factory=lambda: _integers(0), repr=False)
+    inputs: tuple[Tensor, ...] = field(default=(), repr=False)
     reason: str = "no loss of training was seen with one target a row"
     several: int = 0
     calls: int = 0
@@ -62,6 +67,18 @@ class RowFacts:
     def n(self) -> int:
         """How many rows were met."""
         return len(self.looks)
+
+    def inputs_at(self, places: NDArray[Any]) -> Tensor | None:
+        """The inputs at these places, (k, ...); None where they are not at hand."""
+        ends = numpy.cumsum([len(part) for part in self.inputs])
+        if not len(ends) or not len(places) or places.min() < 0 or places.max() >= ends[-1]:
+            return None
+        parts = numpy.searchsorted(ends, places, side="right")
+        rows = [
+            self.inputs[p][int(place - (ends[p] - len(self.inputs[p])))]
+            for p, place in zip(parts, places, strict=True)
+        ]
+        return torch.stack(rows).detach().cpu() if len({r.shape for r in rows}) == 1 else None
 
     def name(self, row: int) -> str:
         """A row as a reader can find it."""

@@ -15,6 +15,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from diag.snapshot.batch import Batch, tensors_in
 
@@ -40,6 +41,8 @@ class Places:
         self.dataset, self.size = dataset, size
         self.every = max(1, -(-size // ROWS))
         self.reason = ""
+        # Other data sets may read files or draw random numbers when they are asked for a row.
+        self.inputs: tuple[Tensor, ...] = dataset.tensors[:1] if type(dataset) is TensorDataset else ()
 
     def rows(self, places: RowNumbers) -> RowNumbers:
         """The number of each row among those that are followed, -1 for the others."""
@@ -79,6 +82,7 @@ class Hashes:
         self._batches = list(known)
         self._told: RowNumbers | None = None  # the place of each known row, where there are such
         self.counted_in, self.reason = "", ""
+        self.inputs: tuple[Tensor, ...] = ()
 
     def rows(self, hashes: RowNumbers) -> RowNumbers:
         """The number of each row."""
@@ -117,6 +121,7 @@ class Hashes:
             if self._rows.setdefault(h, len(self._rows)) == len(places):
                 places.append(place)
         self._told, self.counted_in = numpy.asarray(places, numpy.int64), "probe set"
+        self.inputs = tuple(tensors_in((b.args, b.kwargs))[0] for b in batches)
 
     @property
     def capacity(self) -> int:

@@ -229,6 +229,7 @@ class RowObserver:
         return replace(
             found,
             counted_in=self._who.counted_in,
+            inputs=self._who.inputs,
             every=self._who.every,
             number=self._who.numbers(found.n).astype(numpy.int32),
         )

@@ -2,7 +2,7 @@
 
 They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
 measurements: they are judged at the floor (steps 1, 2, 3, 10, 30, 100, ... and the last), at once when something
-happened that none of them has judged (`urgent`), and between as far as `SHARE_FOR_PAGES` of the time pays for
+happened that none of them has judged (`urgent`), and between as far as `SHARE_FOR_CHECKS` of the time pays for
 them. A finding is announced the first time that it is seen; what is computed from the record alone is not kept, as
 opening the run computes it again.
 """
@@ -23,16 +23,16 @@ from diag.run.rows import history_of
 from diag.snapshot.history import History
 from diag.watching.measure.floor import next_floor
 
-SHARE_FOR_PAGES = 0.005  # of the time since training began
-FIRST_PAGES = (1, 2, 3)
-RECENT_ROWS, EARLIER_ROWS = 512, 512  # rows kept in memory: all of the last ones, every 2^k-th of those before
+SHARE_FOR_CHECKS = 0.005  # of the time since training began
+FIRST_STEPS = (1, 2, 3)
+RECENT_ROWS = 512  # rows kept in memory: so many last ones, and at most as many of those before, every 2^k-th
 MEMORY = 16 << 20  # bytes that these rows may take
-PAGE_FAILURES = 3
+CHECK_FAILURES = 3
 
 
 def is_floor(step: int) -> bool:
     """Whether the checks are judged at `step` whatever it costs: 1, 2, 3, 10, 30, 100, 300, ..."""
-    return step in FIRST_PAGES or next_floor(step - 1) == step
+    return step in FIRST_STEPS or next_floor(step - 1) == step
 
 
 class Trace:
@@ -60,7 +60,7 @@ class Trace:
     def rows(self) -> NDArray[Any] | None:
         """The rows kept, by step; None where there is none."""
         kept = [*self._earlier, *self._recent]
-        # Their bytes: numpy.concatenate would find out for each row anew that its columns are those of the others.
+        # Their bytes: numpy.concatenate would compare the columns of each row with those of the others.
         return numpy.frombuffer(bytearray(b"".join(row.tobytes() for row in kept)), kept[0].dtype) if kept else None
 
 
@@ -99,7 +99,7 @@ class LiveChecks:
 
     def step_ended(self, step: int, elapsed: float, urgent: bool) -> None:
         """Judge where it is due; `elapsed`: seconds since training began; urgent: do not wait for a due step."""
-        paid = self._spent + self._cost <= SHARE_FOR_PAGES * elapsed
+        paid = self._spent + self._cost <= SHARE_FOR_CHECKS * elapsed
         if self._chosen and (urgent or paid or is_floor(step)):
             self.judge(step)
 
@@ -111,7 +111,7 @@ class LiveChecks:
         self._judged = step
         given = {"history": self._history(), **self._facts()}
         for name, instrument in self._chosen.items():
-            if self._failures.get(name, 0) < PAGE_FAILURES:
+            if self._failures.get(name, 0) < CHECK_FAILURES:
                 self._judge(instrument, step, given, last)
         self._cost = time.perf_counter() - began
         self._spent += self._cost

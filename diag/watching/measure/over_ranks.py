@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from diag.distributed.together import Together
 from diag.errors import DiagError, text_of
 from diag.linalg.deadline import Deadline, free_memory
 from diag.registry import is_put_together
@@ -102,9 +103,8 @@ class OverRanks:
         return self._go_on(failed) and self._training.copied is not None
 
     def _gather(self) -> None:
-        training, agreement = self._training, self.agreement
-        assert agreement is not None and agreement.together is not None
-        together = agreement.together
+        training, together = self._training, self._together
+        assert together is not None
         device = next(training.model.parameters()).device
         copied = whole_copy(training.model, together, free_memory(device), first_buffers=True)
         refuse_another_function(training.model, copied.model, training.probe.batches[0], together)
@@ -113,9 +113,12 @@ class OverRanks:
         training.copied = (copied.model, optimizer)
 
     @property
+    def _together(self) -> Together | None:
+        return self.agreement.together if self.agreement is not None else None
+
+    @property
     def _lost(self) -> str:
-        together = self.agreement.together if self.agreement is not None else None
-        return together.lost if together is not None else ""
+        return self._together.lost if self._together is not None else ""
 
     def _go_on(self, failed: str) -> bool:
         return self.agreement is not None and self.agreement.ended(failed)
@@ -124,7 +127,7 @@ class OverRanks:
         """Rank 0's part in what is measured over all ranks; gives the time taken in seconds."""
         seconds = 0.0
         for name in agreed.limits:
-            together = self.agreement.together if self.agreement is not None else None
+            together = self._together
             if together is None:
                 break
             together.deadline = Deadline()
@@ -147,7 +150,7 @@ class OverRanks:
         """Another rank's part."""
         with self.whole(agreed.gather) as done:
             for name in agreed.limits if done else ():
-                together = self.agreement.together if self.agreement is not None else None
+                together = self._together
                 if together is None:
                     break
                 snapshot: Snapshot = self._training.snapshot(ranks=together)
@@ -156,6 +159,6 @@ class OverRanks:
 
     def _broke_off(self, outcome: Outcome | None) -> str:
         """Why this rank stopped where the others did not; "" where they all did alike, as they do by design."""
-        together = self.agreement.together if self.agreement is not None else None
+        together = self._together
         alike = together is None or together.failed
         return outcome.reason if isinstance(outcome, Failed) and outcome.traceback and not alike else ""

@@ -17,12 +17,10 @@ from math import ceil, inf
 SPACING_RATIO = 1.1
 SAFETY = 1.1
 SIMILAR_COST = 4.0
-EXPENSIVE_NORM_SECONDS, EXPENSIVE_NORM_SPACING = (
-    2e-3,
-    2.0,
-)  # norms that take so many seconds have steps this much further apart
+EXPENSIVE_NORM_SECONDS = 2e-3  # norms that take longer are measured at fewer steps:
+EXPENSIVE_NORM_SPACING = 2.0  # each this many times the one before
 OVERRUN = 2.0  # a measurement is stopped at so many times its estimate,
-FIRST_SPACING_SECONDS = 0.25  # and not before so many seconds, as the first estimates of short ones are rough
+LEAST_LIMIT_SECONDS = 0.25  # and not before so many seconds, as the first estimates of short ones are rough
 MOST_STOPS = 3  # times that a measurement may be stopped before it is given up
 
 
@@ -45,7 +43,7 @@ class Account:
     @property
     def limit(self) -> float:
         """Seconds after which it is stopped."""
-        return max(OVERRUN * self.estimate, FIRST_SPACING_SECONDS)
+        return max(OVERRUN * self.estimate, LEAST_LIMIT_SECONDS)
 
 
 class MeasurementSchedule:
@@ -148,9 +146,8 @@ class Thinning:
         """Whether to measure them at `step`, `elapsed` seconds after the start."""
         cost = min(self._costs) if len(self._costs) == self._costs.maxlen else 0.0
         if step >= self._due:
-            self._due = next_due(
-                step, None, self._ratio if cost <= EXPENSIVE_NORM_SECONDS else EXPENSIVE_NORM_SPACING
-            )
+            spacing = self._ratio if cost <= EXPENSIVE_NORM_SECONDS else EXPENSIVE_NORM_SPACING
+            self._due = next_due(step, None, spacing)
             return True
         return cost <= self.free or self._spent + cost <= self.share * elapsed
 

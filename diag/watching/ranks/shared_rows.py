@@ -50,7 +50,6 @@ class SharedRows:
         note: Callable[[str, str], None],
     ) -> None:
         self._link, self._parameters, self._note = link, parameters, note
-        self._placements = list(placements)
         self._known = numpy.array([p.known for p in placements])
         self._sharded = numpy.array([p.sharded for p in placements])
         self._copies = numpy.array([max(p.copies, 1) for p in placements], float)

@@ -19,12 +19,8 @@ SEVERAL_EPOCHS = 3  # of one loader, after which the schedule is looked at
 PENDING = 64  # calls of the model before a backward pass that are kept
 COUNTED_ALWAYS = 16  # batches whose labels are counted, then ever fewer
 CLASSES_NEWS = (6, 12, 16)  # batches counted after which checks look at the classes
-SAMPLERS_OF_ROWS = (
-    "RandomSampler",
-    "SequentialSampler",
-    "DistributedSampler",
-    "WeightedRandomSampler",
-)  # order rows
+# Of torch: they give one row after the other.
+SAMPLERS_OF_ROWS = ("RandomSampler", "SequentialSampler", "DistributedSampler", "WeightedRandomSampler")
 CLASSES = 4096  # more distinct targets than these are no classes
 
 

@@ -20,10 +20,8 @@ from diag.watching.observe.loop.moment import Moment
 
 ALWAYS = 4096  # batches of which each is counted, then those that are looked at closely
 LOADERS, SETS = 8, 8
-DRAWS_BEFORE_A_LOOK, DRAWS_ENOUGH = (
-    3,
-    100,
-)  # draws of each row that came, and draws in all, from which on checks look
+DRAWS_BEFORE_A_LOOK = 3  # of each row that came, on average, from which on checks look,
+DRAWS_ENOUGH = 100  # and in all
 LARGEST = 1 << 24  # rows of a data set that is followed
 NONE: NDArray[numpy.int64] = numpy.zeros(0, numpy.int64)
 

@@ -100,7 +100,7 @@ def test_rows_of_a_loader_are_named_by_their_place_in_its_data_set():
 
 
 def kind_of_training(kind):
-    """(an epoch's batches, the loss) of a kind of loop, made anew."""
+    """(an epoch's batches, the loss) of a kind of loop, newly made."""
     x, y = data()
     if kind == "loader":
         return loaded(TensorDataset(x, y)), F.cross_entropy
@@ -160,6 +160,27 @@ def test_margins_of_classes_and_of_two():
     for target in (z.softmax(1), y[:3], torch.zeros(4, 2, dtype=torch.long)):
         assert scores_of("cross_entropy", (z, target), {}, 4) is None
     assert scores_of("mse_loss", (z, z), {}, 4) is None
+
+
+def test_margins_are_cut_alike_on_the_host_and_on_a_device():
+    from diag.watching.observe.loop.rows import scores
+
+    z = torch.tensor([[1e6, 0.0], [1e6, 0.0], [3e38, -3e38], [torch.inf, 0.0], [2.0, 0.0], [torch.nan, 0.0]])
+    y = torch.tensor([0, 1, 0, 0, 0, 0])
+    here = scores_of("cross_entropy", (z, y), {}, 6)
+    there = scores._on_device(z, y, here.rows)
+    for margin in (here.margin, there.margin.numpy()):
+        numpy.testing.assert_array_equal(margin, [1e4, -1e4, 1e4, 1e4, 2.0, numpy.nan])
+
+
+def test_sights_of_a_cut_margin_count_and_those_without_a_label_do_not():
+    x, y = data()
+    some = lambda o, t: 1e-9 * F.cross_entropy(1e6 * o, torch.where(t == 3, -100, t))  # noqa: E731
+    facts, _, _ = trained(own_batches(x, y), probe=(x, y), loss=some)
+    seen = facts.looks >= 2  # what is told is as old as the last full round
+    assert seen.tolist() == (y != 3).tolist() and not facts.looks[~seen].any()
+    # Means of three numbers of at most 1e4, in float32.
+    assert numpy.nanmax(numpy.abs(facts.margins)) == pytest.approx(1e4, rel=1e-6)
 
 
 def test_of_a_wide_output_some_rows_are_looked_at():

@@ -7,7 +7,7 @@ loss, along which axis the classes lie, how labels were shifted, which are ignor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,12 @@ OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")  # where the tar
 BY_BATCH = ("multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss")
 MOST_CALLS = 64  # calls that are kept
 LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
+
+
+def input_and_target(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a call of one of these compares with what; None for one that is not given."""
+    given = args[0] if args else kwargs.get("input")
+    return given, args[1] if len(args) > 1 else kwargs.get("target")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from diag.distributed.link import Link, Message
 from diag.distributed.placement import Placement, is_spread, own_part
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.ranks import Difference, RankFacts, RankSetting, SameRows
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import due
 from diag.watching.observe.rows import Row
 
@@ -231,7 +232,7 @@ class BatchSums:
 
     def loss_called(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss was computed."""
-        targets = args[1] if len(args) > 1 else kwargs.get("target")
+        _, targets = input_and_target(args, kwargs)
         if self.wanted and isinstance(targets, Tensor) and not targets.requires_grad:
             self.targets = _added(self.targets, targets)
 

@@ -4,9 +4,7 @@ that differ between evaluations, and one seed that is set again and again."""
 from __future__ import annotations
 
 import ast
-import inspect
 import random
-import textwrap
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +15,9 @@ from torch import Tensor, nn
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import ChanceFacts
+from diag.watching.observe.loop.data.source import tree_of
 from diag.watching.observe.loop.data.stream import bytes_of, sampled
+from diag.watching.observe.loop.modes import first_tensor
 from diag.watching.observe.loop.moment import Counter, Moment
 
 LABELS, KINDS = 8, 3  # labels of a batch at least, and distinct ones, to know it again by
@@ -92,7 +92,7 @@ class Chance:
     def _same_rows(self, labels: Tensor, args: Any, kwargs: Mapping[str, Any], drawn: bool) -> None:
         """Have rows with these labels other inputs than before, and by chance? `drawn`: random numbers were, since
         the loader gave the batch."""
-        inputs = next((t for t in tensors_in((args, dict(kwargs)))), None)
+        inputs = first_tensor(args, kwargs)
         if inputs is None or not inputs.is_floating_point() or not inputs.is_cpu or len(self._rows) >= KEPT:
             return
         if len(labels) < LABELS or len(labels.unique()) < KINDS or not inputs.numel():
@@ -172,11 +172,10 @@ def always_dropping(model: nn.Module) -> tuple[str, ...]:
 
 def drops_always(kind: type) -> bool:
     """Whether the source of the class's `forward` has a call of dropout that does not depend on the mode."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
-    except (OSError, TypeError, SyntaxError, AttributeError):
-        return False
-    return any(isinstance(node, ast.Call) and _is_unconditional(node) for node in ast.walk(tree))
+    tree = tree_of(getattr(kind, "forward", None))
+    return tree is not None and any(
+        isinstance(node, ast.Call) and _is_unconditional(node) for node in ast.walk(tree)
+    )
 
 
 def _is_unconditional(call: ast.Call) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, parents_of, signed
 from diag.snapshot.loop.parts import BINARY, OF_LOG_PROBABILITIES, LossFacts
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
 
@@ -65,7 +66,7 @@ class Losses:
 
     def called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], value: Tensor) -> None:
         """A loss function of torch returned `value`, which has a graph."""
-        given, target = _first_two(args, kwargs)
+        given, target = input_and_target(args, kwargs)
         if not isinstance(given, Tensor):
             return
         key: tuple[Any, ...] = (
@@ -225,11 +226,6 @@ def _arguments(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any
 def _form(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     """Shape and dtype."""
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-
-
-def _first_two(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    given = args[0] if args else kwargs.get("input")
-    return given, args[1] if len(args) > 1 else kwargs.get("target")
 
 
 def made_by(given: Tensor) -> tuple[str, int | None]:

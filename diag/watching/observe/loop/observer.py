@@ -14,6 +14,7 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.parts import RootFacts, WrapperFacts
 from diag.snapshot.loop.ranks import RankFacts
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.data.asked import Demands
@@ -179,7 +180,7 @@ class LoopObserver:
         self._targets.loss_called(function.__name__, args, kwargs)
         self._asked.loss_called(function.__name__, args, kwargs)
         self._penalty.loss_called(value)
-        self._batches.targets(args[1] if len(args) > 1 else kwargs.get("target"))
+        self._batches.targets(input_and_target(args, kwargs)[1])
 
     def loss_evaluated(self) -> None:
         """A loss function returned a value without a graph."""

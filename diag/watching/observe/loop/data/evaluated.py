@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.measure.probe import Probe
 
 ROWS_HELD, BYTES_HELD = 256, 1 << 26
@@ -53,7 +54,7 @@ class EvaluatedData:
         if self._place is not None or self._tried >= TRIED or not batch:
             return
         self._tried += 1
-        target = args[1] if len(args) > 1 else kwargs.get("target")
+        _, target = input_and_target(args, kwargs)
         if isinstance(target, Tensor):
             self._place = place_of(target, batch)
 

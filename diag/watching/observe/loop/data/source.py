@@ -42,10 +42,16 @@ def may_reach(parent: nn.Module, part: str) -> bool:
     return any(_may(kind, part) for kind in kinds)
 
 
-def _may(code: Any, part: str) -> bool:
+def tree_of(code: Any) -> ast.Module | None:
+    """The syntax tree of a class or function; None where there is no source to read."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+        return ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _may(code: Any, part: str) -> bool:
+    if (tree := tree_of(code)) is None:
         return True
     return any(_names(node, part) for node in ast.walk(tree)) or any(
         isinstance(node, (ast.Name, ast.Attribute)) and _text(node) in DYNAMIC

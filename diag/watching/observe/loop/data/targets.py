@@ -15,6 +15,7 @@ from torch import Tensor
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.parts import TargetFacts
 from diag.snapshot.objective.comparison import IGNORED_LABEL
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment
 
 TARGET_CALLS = 3  # calls
@@ -43,8 +44,7 @@ class Targets:
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
-        target = args[1] if len(args) > 1 else kwargs.get("target")
-        given = args[0] if args else kwargs.get("input")
+        given, target = input_and_target(args, kwargs)
         if not isinstance(target, Tensor) or not isinstance(given, Tensor):
             return
         if self._tokens and not target.is_floating_point() and self._looks < TARGET_CALLS:

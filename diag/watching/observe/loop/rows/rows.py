@@ -19,10 +19,11 @@ from torch import Tensor
 
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.loop.rows import Moved, RowFacts
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.rows.course import MarginCourse
 from diag.watching.observe.loop.rows.identity import NOT_AGAIN, Hashes, Places, hashes_of
-from diag.watching.observe.loop.rows.scores import LARGEST_MARGIN, RowScores, scores_of
+from diag.watching.observe.loop.rows.scores import RowScores, scores_of
 from diag.watching.observe.rows import Readback
 
 READ_TOGETHER, READS_WAITING = 16, 4  # calls whose numbers are read together, and copies that may be under way
@@ -44,9 +45,8 @@ class RowObserver:
         self._who: Places | Hashes | None = None
         self._known: list[Batch] = []
         self._course: MarginCourse | None = None
-        self._now: tuple[Any, int] | None = (
-            None  # who stands in the batch under way: numbers or hashes, and how many
-        )
+        # The rows of the batch under way, as numbers or hashes, and how many they are.
+        self._now: tuple[Any, int] | None = None
         self._pending: tuple[Any, RowScores, int, Any] | None = None
         self._away: deque[tuple[Readback, list[tuple[slice, int]]]] = deque()
         self._waiting: list[tuple[Any, Tensor, slice, int]] = []
@@ -97,7 +97,7 @@ class RowObserver:
         """A loss function of torch returned a value that has a graph."""
         if self._now is None:
             return
-        target = args[1] if len(args) > 1 else kwargs.get("target")
+        _, target = input_and_target(args, kwargs)
         if self._pending is not None:
             if not _same(self._pending[3], target):
                 self._several += 1
@@ -167,8 +167,7 @@ class RowObserver:
         if self._course is None:
             self._course = MarginCourse(self._who.capacity)
         kept = self._first_of_batch(rows)
-        with numpy.errstate(invalid="ignore"):
-            kept &= numpy.abs(margin) <= LARGEST_MARGIN
+        kept &= ~numpy.isnan(margin)
         places = self._arange(len(rows)) * found.rows.step
         if not kept.all():
             rows, margin, label, answer, places = (a[kept] for a in (rows, margin, label, answer, places))
@@ -217,8 +216,7 @@ class RowObserver:
         assert self._course is not None
         rounds = self._sights // max(self._course.n, 1)
         if rounds >= self._next_round:
-            # Each of the first, then ever fewer: what is told and remembered grows with the logarithm of their
-            # number.
+            # Each of the first, then ever fewer: what is kept grows with the logarithm of their number.
             self._next_round = rounds + (1 if rounds < EVERY_ROUND else max(1, rounds // 8))
             self._told = self._facts()
             self._moment.news(("rows", rounds))

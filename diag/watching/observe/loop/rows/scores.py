@@ -14,6 +14,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from diag.snapshot.objective.loss_spy import input_and_target
+
 OF_SEVERAL_CLASSES = ("cross_entropy", "nll_loss")
 OF_TWO_CLASSES = ("binary_cross_entropy_with_logits",)
 ENTRIES = 1 << 16  # logits of a batch that are looked at; of a larger one every second, third, ... row
@@ -39,8 +41,7 @@ class RowScores:
 def scores_of(name: str, args: Any, kwargs: Mapping[str, Any], size: int) -> RowScores | None:
     """The scores of a batch of `size` rows, by the loss function called `name`; None where it is not one of these
     with one target a row."""
-    given = args[0] if args else kwargs.get("input")
-    target = args[1] if len(args) > 1 else kwargs.get("target")
+    given, target = input_and_target(args, kwargs)
     if not (isinstance(given, Tensor) and isinstance(target, Tensor) and given.is_floating_point()):
         return None
     if not given.ndim or not target.ndim or len(given) != size or len(target) != size or not size:
@@ -85,7 +86,7 @@ def _on_host(z: Any, y: Any, rows: slice) -> RowScores:
     others[at, inside] = -numpy.inf
     answer = others.argmax(1)
     with numpy.errstate(invalid="ignore", over="ignore"):
-        margin = own - others[at, answer]
+        margin = numpy.clip(own - others[at, answer], -LARGEST_MARGIN, LARGEST_MARGIN)
     if none is not None:
         margin[none] = numpy.nan
     return RowScores(rows, margin, y.copy(), answer)

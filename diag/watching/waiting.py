@@ -103,9 +103,8 @@ class Waiting:
 
     def _keep(self, append: Append) -> None:
         self._last = append.step
-        if (
-            self._size + append.size <= BYTES_WAITING and not self._lost
-        ):  # once one did not fit, what follows is lost, too
+        # Once one did not fit, what follows is lost, too.
+        if self._size + append.size <= BYTES_WAITING and not self._lost:
             self._queue.append(append)
             self._size += append.size
             return

@@ -24,7 +24,7 @@ from diag.snapshot.history import History
 from diag.watching.measure.floor import next_floor
 
 SHARE_FOR_CHECKS = 0.005  # of the time since training began
-FIRST_STEPS = (1, 2, 3)
+FIRST_JUDGED_STEPS = (1, 2, 3)
 RECENT_ROWS = 512  # rows kept in memory: so many last ones, and at most as many of those before, every 2^k-th
 MEMORY = 16 << 20  # bytes that these rows may take
 CHECK_FAILURES = 3
@@ -32,7 +32,7 @@ CHECK_FAILURES = 3
 
 def is_floor(step: int) -> bool:
     """Whether the checks are judged at `step` whatever it costs: 1, 2, 3, 10, 30, 100, 300, ..."""
-    return step in FIRST_STEPS or next_floor(step - 1) == step
+    return step in FIRST_JUDGED_STEPS or next_floor(step - 1) == step
 
 
 class Trace:

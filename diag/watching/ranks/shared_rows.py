@@ -22,9 +22,8 @@ from diag.distributed.placement import Placement, is_spread
 from diag.watching.observe.rows import Columns, Row
 
 FIELDS = ("gradient_norm", "parameter_norm", "update_norm", "distance", "applied")
-STEP_HEAD = (
-    5  # number of the message; examples; loss x examples; ranks that saw a loss; ranks that skipped the step
-)
+# Number of the message; examples; loss x examples; ranks that saw a loss; ranks that skipped the step.
+STEP_HEAD = 5
 STEP_MESSAGES = "steps"
 GRADIENTS_LOOKED = 3  # steps at which the placement of gradients is looked at
 BEHIND_STEPS, BEHIND_SECONDS = 16, 60.0  # the others are this far behind: they make other steps than this rank

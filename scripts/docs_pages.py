@@ -69,8 +69,8 @@ PAGES = [
         ]
     },
 ]
-ABOUT_INSTRUMENTS = """Checks say what is wrong with a run and cost nothing or one look; measurements are
-expensive; descriptions judge nothing and run by name."""
+ABOUT_INSTRUMENTS = """Checks say what is wrong with a run and cost nothing or one pass over the probe set;
+measurements are expensive; descriptions judge nothing and run by name."""
 COUNTS = "../../calibration.md"
 NOT_COUNTED = f"no program of the [calibration]({COUNTS}) is broken in a way that it names"
 ABOUT_COMMANDS = """Every command says more by `--help`. Exit status: 0 fine, 1 a check failed, 2 nothing could be

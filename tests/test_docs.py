@@ -100,7 +100,7 @@ def test_every_command_that_is_shown_exists(path):
         assert {w for w in words if w.startswith("-")} <= known, line
 
 
-@pytest.mark.parametrize("path", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda p: p.stem)
 def test_every_script_that_is_named_is_there_with_its_options(path):
     for name, rest in re.findall(r"`?(scripts/[\w/.]*\w)((?: [^\s`|]+)*)", path.read_text()):
         script = ROOT / name

@@ -119,6 +119,11 @@ def augmentation_drawn_alike(p: Program) -> None:
 @fault(LOOP, [C.BATCH_REPEATED], [C.ROWS_DUPLICATED], silent=True, needs="epochs", without=NO_GAN + " full_batch")
 def same_batch_always(p: Program) -> None:
     "next(iter(loader)) in the loop gives the first batch every time."
+    first_batch_only(p, lambda batch: batch)
+
+
+def first_batch_only(p: Program, changed: Any) -> None:
+    """Every batch of an epoch is changed(the first batch)."""
 
     def make_loader(old: Any, data: Any, training: bool) -> Any:
         return DataLoader(data, batch_size=p.batch) if training else old(data, training)
@@ -127,7 +132,7 @@ def same_batch_always(p: Program) -> None:
         for _ in range(len(p.loader)):  # type: ignore[arg-type]
             if p.number:  # the first batch is as good as any
                 p.mark()
-            yield p.transform(next(iter(p.loader)), training=True)
+            yield changed(p.transform(next(iter(p.loader)), training=True))
 
     change(p, "make_loader", make_loader)
     p.batches = batches  # type: ignore[method-assign]

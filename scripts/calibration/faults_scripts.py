@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from calibration.fault import fault
 from calibration.faults_loop import LOOP, NO_GAN, STILL, TOO_LARGE_STEPS
+from calibration.faults_modes import first_batch_only
 from calibration.faults_schedule import LOW, give_schedule
 from calibration.program import Program, change
 from diag.instruments.causes import Cause as C
@@ -171,19 +172,7 @@ def summed_parts(p: Program, divided: Any) -> None:
        without=NO_GAN + " full_batch")  # fmt: skip
 def one_batch_under_noise(p: Program) -> None:
     "next(iter(loader)) gives the first batch every time, and noise is added to it."
-
-    def make_loader(old: Any, data: Any, training: bool) -> Any:
-        return DataLoader(data, batch_size=p.batch) if training else old(data, training)
-
-    def batches() -> Any:
-        for _ in range(len(p.loader)):  # type: ignore[arg-type]
-            if p.number:
-                p.mark()
-            batch = p.transform(next(iter(p.loader)), training=True)
-            yield [batch[0] + 0.1 * torch.randn_like(batch[0]), *batch[1:]]
-
-    change(p, "make_loader", make_loader)
-    p.batches = batches  # type: ignore[method-assign]
+    first_batch_only(p, lambda batch: [batch[0] + 0.1 * torch.randn_like(batch[0]), *batch[1:]])
 
 
 # Losses

@@ -16,7 +16,8 @@ Three things are printed apart.
 glibc gives freed memory back to the system or keeps it, as its blocks happen to lie; two unwatched copies of a step
 of 6 ms differ by 28 % for that reason alone (318 and 778 page faults a step). So it is told to keep it here.
 
-Bars: always-on <= 1.05 at a step of 5 ms and <= 1.01 at one of 50 ms; closing <= 0.25 s beyond the budget.
+Goals: always-on <= 1.05 at a step of 5 ms and <= 1.01 at one of 50 ms; closing <= 0.25 s beyond the budget. The
+README has what is reached.
 """
 
 from __future__ import annotations

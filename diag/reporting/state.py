@@ -99,7 +99,19 @@ def _course(evidence: Evidence) -> Iterable[str]:
     files = evidence.metadata.get("checkpoints")
     if files:
         yield f"{_many(len(files), 'checkpoint')}."
-        return
+    else:
+        yield from _training(evidence)
+    courses = outcome_courses(evidence)
+    yield from _measured_once(courses)
+    best = best_step(courses)
+    if best is not None:
+        yield _held_out(best)
+    elif evidence.history is not None:
+        yield "No held-out data were seen, so nothing is known of how it does on new examples."
+
+
+def _training(evidence: Evidence) -> Iterable[str]:
+    """How long, and where the loss began and ended."""
     wall, _ = spent(evidence)
     took = f" in {format_seconds(wall)}" if wall and numpy.isfinite(wall) else ""
     steps = count_in_words(evidence.last_step, "step") if evidence.last_step else ""
@@ -112,13 +124,6 @@ def _course(evidence: Evidence) -> Iterable[str]:
         if len(usable) > 1:
             first, last = (format_number(float(v)) for v in (usable[0], usable[-1]))
             yield f"The training loss went from {first} to {last}{_not_finite_since(history)}."
-    courses = outcome_courses(evidence)
-    yield from _measured_once(courses)
-    best = best_step(courses)
-    if best is not None:
-        yield _held_out(best)
-    elif history is not None:
-        yield "No held-out data were seen, so nothing is known of how it does on new examples."
 
 
 def _not_finite_since(history: History) -> str:

@@ -96,6 +96,13 @@ def test_checkpoint_files_are_called_that():
     assert not any("No optimizer step" in caveat["text"] for caveat in made["caveats"])
 
 
+def test_of_checkpoints_that_were_measured_the_best_is_said():
+    about = {"name": "3 checkpoints", "checkpoints": [{"step": 50 * i} for i in (1, 2, 3)]}
+    made = document(with_outcome([0.5, 0.9, 0.7], history=None, metadata=about, metrics={}), drawings=False)
+    said = "Three checkpoints. The held-out accuracy was best at step 100 (90 %) and is 70 % at the end."
+    assert made["state"]["sentence"] == said
+
+
 def test_numbers_that_the_user_logged_are_shown_by_their_names():
     metrics = {"val/loss": [(10, 2.0), (20, 1.0), (30, 3.0)], "train_acc": [(10, 0.1)], "temperature": [(10, 1.0)]}
     courses = outcome_courses(report_fakes.evidence(findings=[], metrics=metrics))

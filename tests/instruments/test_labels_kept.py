@@ -1,4 +1,4 @@
-"""Labels that move against their rows for some batches: named with their steps; labels made anew: not."""
+"""Labels that move against their rows for some batches: named with their steps; labels drawn again: not."""
 
 import pytest
 import torch
@@ -46,13 +46,13 @@ def test_stretches_of_moved_labels_are_named_by_their_steps(loader):
     "change",
     [
         lambda step, y: y,
-        lambda step, y: torch.where(torch.rand(y.shape) < 0.1, (y + 1) % 3, y),  # noise that is drawn anew
+        lambda step, y: torch.where(torch.rand(y.shape) < 0.1, (y + 1) % 3, y),  # noise that is drawn again
         lambda step, y: torch.randint_like(y, 3),  # targets of a pretext task
         lambda step, y: y if step <= 20 else (y + 1) % 3,  # classes numbered otherwise from then on
     ],
     ids=["kept", "noise", "drawn", "renamed"],
 )
-def test_labels_that_stay_or_are_made_anew_are_left_in_peace(change):
+def test_labels_that_stay_or_are_drawn_again_are_left_in_peace(change):
     torch.manual_seed(0)
     assert not train(change).findings
 

@@ -117,6 +117,11 @@ def bags():
     return Bags(), (x, torch.arange(0, 30, 3)), torch.randint(0, 3, (10,))
 
 
+def batch_statistics():
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    return nn.Sequential(nn.Linear(4, 6), norm, nn.Linear(6, 3)), (torch.randn(N, 4),), torch.randint(0, 3, (N,))
+
+
 INDEPENDENT = {"a mask for all": masked, "rows of an adjacency": neighbours, "packed sequences": packed}
 TIED = {
     "a graph's adjacency": adjacency,
@@ -125,6 +130,11 @@ TIED = {
     "time first": time_major,
     "time first, as many steps as sequences": time_major_square,
     "bags that begin at offsets": bags,
+}
+WHAT_TIES = {
+    "tags of packed sequences": "the targets do not hold one entry for each example",
+    "time first": "no axis of the inputs holds the examples first",
+    "the statistics of the batch": r"1 \(BatchNorm1d\) normalises by the statistics of the batch",
 }
 
 
@@ -178,11 +188,14 @@ def test_gradients_of_single_examples_are_those_of_single_losses(name):
     torch.testing.assert_close(snapshot.quantity("per_example_gradients").norms(), norms, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name", [*TIED, "the statistics of the batch"])
 def test_examples_that_cannot_be_taken_apart_have_no_gradients_of_their_own(name):
-    model, args, y = made(TIED[name])
+    model, args, y = made(TIED.get(name, batch_statistics))
     snapshot = diag.Snapshot(model, nn.CrossEntropyLoss(), (args, y))
-    with pytest.raises(Unsupported, match=r"depend on the others|examples first"):
+    reason = WHAT_TIES.get(
+        name, "a mean, attention or sorting over the batch, one graph or one mask for all ties them"
+    )
+    with pytest.raises(Unsupported, match=f"depend on the others of its batch, .*: {reason}"):
         snapshot.quantity("per_example_gradients")
 
 

@@ -241,11 +241,11 @@ def test_gradient_and_curvature_are_those_of_autograd(name):
     snapshot = diag.Snapshot(model, loss, data)
     expected = flat(torch.autograd.grad(loss(model(*args), data[1]), list(model.parameters())), model)
     torch.testing.assert_close(flat(snapshot.quantity("gradient").values(), model), expected, rtol=1e-9, atol=1e-12)
-    try:
-        found = diag.hessian_spectrum(snapshot, num_eigenvalues=1).eigenvalues
-    except DiagError as error:
-        assert name == "capsules" and "detached terms" in str(error), error
+    if name == "capsules":
+        with pytest.raises(DiagError, match="detached terms"):
+            diag.hessian_spectrum(snapshot, num_eigenvalues=1)
         return
+    found = diag.hessian_spectrum(snapshot, num_eigenvalues=1).eigenvalues
     dense = dense_hessian if name != "an alignment of letters" else by_differences
     values = torch.linalg.eigvalsh(dense(model, loss, args, data[1]))
     assert found[0] == pytest.approx(values[-1].item(), rel=2e-3, abs=1e-9)
@@ -281,14 +281,10 @@ def test_every_instrument_measures_or_says_what_to_do(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_paths_begin_at_the_loss_of_the_network(name):
-    model, loss, data, args, own = made(name)
+    model, loss, data, args, _ = made(name)
     other = {n: p + 0.1 * torch.randn_like(p) for n, p in model.state_dict().items()}
     snapshot = diag.Snapshot(model, loss, data, other=other)
-    try:
-        losses = diag.mode_connectivity(snapshot).losses
-    except DiagError:
-        assert not own
-        return
+    losses = diag.mode_connectivity(snapshot).losses
     assert losses[0] == pytest.approx(loss(model(*args), data[1]).item(), rel=1e-6)
     model.load_state_dict(other)
     assert losses[-1] == pytest.approx(loss(model(*args), data[1]).item(), rel=1e-6)

@@ -8,6 +8,7 @@ are those of the sharded model, bit for bit. The model itself is left alone, so 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from diag.distributed.together import Together
 from diag.errors import Unsupported
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
-from diag.snapshot.state.hooks import home_of
+from diag.snapshot.state.hooks import BACKWARD_HOOKS, FORWARD_HOOKS, home_of
 
 ROOM = 4  # times the size of the parameters that measuring on a whole copy takes: values, gradient, vector, product
 TOO_LARGE = (
@@ -33,8 +34,7 @@ ANOTHER = (
     "the number of heads by the number of ranks; measure the network without tensor parallelism."
 )
 OUTPUTS_WITHIN = 1e-3
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-FLAGS = {
+HOOK_FLAGS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 }
@@ -159,17 +159,19 @@ def _bare(module: nn.Module) -> nn.Module:
 def _copied(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
     """The module's attributes for its copy."""
     found = {name: _deep(value, memo) for name, value in _own(module)}
-    for kind in HOOKS:
+    for kind, flags in HOOK_FLAGS.items():
         gone = [key for key, hook in getattr(module, kind, {}).items() if _shards(hook)]
-        for name in (kind, *FLAGS.get(kind, ())):
-            for key in gone:
-                found.get(name, {}).pop(key, None)
+        for flag, key in itertools.product(flags, gone):
+            found.get(flag, {}).pop(key, None)
     return found
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
-        if name in HOOKS:  # a hook may hold what cannot be copied, such as a group of processes
+        if name in (
+            *FORWARD_HOOKS,
+            *BACKWARD_HOOKS,
+        ):  # a hook may hold what cannot be copied, such as a group of processes
             yield name, type(value)((key, hook) for key, hook in value.items() if not _shards(hook))
         else:
             yield name, value

@@ -299,6 +299,7 @@ def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
     assert "FullyShardedDataParallel (FSDP1)" in first["flat"] == last["flat"]
     assert "give different outputs" in first["heads"] and "give different outputs" in last["heads"]
     assert "fewer than" not in first["heads"]
+    assert first["shares"].startswith("Each rank was given different data") and last["shares"] == ""
 
 
 def test_one_process_has_no_ranks_to_share_the_data_with():

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 import diag
 from diag.errors import DiagError
+from diag.registry import find
+from diag.run.over_ranks import AllRanks
 from diag.watching.ranks.shared_rows import SharedRows
 
 CHECKS = ["replicas_equal", "ranks_data", "wrapper_called"]
@@ -500,6 +502,14 @@ def weighted_loss(outputs, targets):
     return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 2.0, 4.0], dtype=outputs.dtype))
 
 
+def of_a_checkpoint(model, data):
+    """Why a checkpoint gives nothing that one rank measures; nothing on the others."""
+    by = AllRanks(model, {"loss_fn": F.cross_entropy, "data": data})
+    by.begin(None)
+    outcome = by.measure(find("softmax_collapse"), {})
+    return getattr(outcome, "reason", "")
+
+
 def curvature():
     """On every rank the same numbers; and what is refused, on all of them."""
     found = {
@@ -528,6 +538,7 @@ def curvature():
         ),
         "flat": refusal(lambda: diag.Snapshot(flat, F.cross_entropy, rows(), ranks=True).quantity("hessian")),
         "heads": refusal(lambda: diag.Snapshot(heads, token_loss, texts(), ranks=True).quantity("hessian")),
+        "shares": of_a_checkpoint(networks()["mlp"], share()),
     }
     return found
 

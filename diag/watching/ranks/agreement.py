@@ -69,11 +69,11 @@ class Agreement:
             for name, seconds in wanted.limits.items():
                 vector[HEAD + self._names.index(name)] = min(seconds, NEVER_STOPS)
         total = self._link.sum(ASK, vector).result()
+        if total is not None and total[1] != self._asked * self._link.world:
+            self._link.broke("the ranks do not make the same steps")
+            total = None
         if total is None:
             self.reason = self._link.reason
-            return None
-        if total[1] != self._asked * self._link.world:
-            self._link.broke("the ranks do not make the same steps")
             return None
         if total[2]:
             self._renew()

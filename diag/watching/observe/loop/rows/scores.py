@@ -86,7 +86,7 @@ def _on_host(z: Any, y: Any, rows: slice) -> RowScores:
     others[at, inside] = -numpy.inf
     answer = others.argmax(1)
     with numpy.errstate(invalid="ignore", over="ignore"):
-        margin = numpy.clip(own - others[at, answer], -LARGEST_MARGIN, LARGEST_MARGIN)
+        margin = (own - others[at, answer]).clip(-LARGEST_MARGIN, LARGEST_MARGIN)
     if none is not None:
         margin[none] = numpy.nan
     return RowScores(rows, margin, y.copy(), answer)

@@ -6,6 +6,7 @@ Every append is one write to the operating system, so what a call has written su
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import weakref
 from collections.abc import Mapping
@@ -280,9 +281,7 @@ class RunWriter:
         try:
             return save_array(self.path / ARRAYS, array)
         except OSError as error:
-            raise Unwritten(
-                f"{self.path / ARRAYS} cannot be written ({error.strerror}); free some space."
-            ) from None
+            raise _unwritten(self.path / ARRAYS, error) from None
 
     def _file(self, name: str) -> Growing:
         if name not in self._files:
@@ -293,7 +292,13 @@ class RunWriter:
         try:
             file.append(data, records)
         except OSError as error:
-            raise Unwritten(f"{file.path} cannot be written ({error.strerror}); free some space.") from None
+            raise _unwritten(file.path, error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> Unwritten:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "free some space" if full else "see that the folder can be written to"
+    return Unwritten(f"{path} cannot be written ({error.strerror}); {advice}.")
 
 
 def _table(

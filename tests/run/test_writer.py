@@ -323,7 +323,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_records(tmp_path, monkeypa
     with open_run(tmp_path) as w:
         w.append_event(1, "kind", "before")
         monkeypatch.setattr("diag.run.writer.os.write", full)
-        with pytest.raises(RunError, match=r"records\.jsonl cannot be written \(No space left on device\)"):
+        with pytest.raises(
+            RunError, match=r"records\.jsonl cannot be written \(No space left on device\); free some"
+        ):
             w.append_event(2, "kind", "lost")
         with pytest.raises(RunError, match=r"steps\.bin cannot be written"):
             w.append_steps(steps(1, 1))
@@ -332,6 +334,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_records(tmp_path, monkeypa
         w.append_event(3, "kind", "after")
     run = read_run(tmp_path)
     assert [e.text for e in run.events] == ["before", "after"] and run.torn == 0 and len(run.history) == 2
+
+
+def test_an_array_that_may_not_be_written_is_one_sentence_without_advice_about_space(tmp_path, monkeypatch):
+    def refused(folder, array):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("diag.run.writer.save_array", refused)
+    expected = r"arrays cannot be written \(Permission denied\); see that the folder can be written to\.$"
+    with open_run(tmp_path) as w, pytest.raises(RunError, match=expected):
+        w.append_outcome(1, profile(numpy.arange(1000.0)))
 
 
 def write_until_killed(folder, pipe):

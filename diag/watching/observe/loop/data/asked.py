@@ -20,19 +20,16 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.parts import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
 from diag.snapshot.objective.comparison import IGNORED_LABEL
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.data.targets import OF_NUMBERS
 from diag.watching.observe.loop.moment import Moment, due
 
-TARGETS_LOOKED_AT, FUNCTIONS_FOLLOWED = (
-    24,
-    8,
-)  # calls of a function that are looked at, then ever fewer; and functions
+TARGETS_LOOKED_AT = 24  # calls of a function whose targets are read, then ever fewer
 INPUTS_LOOKED_AT = 6  # calls whose inputs are compared with their targets, then ever fewer
-TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # of a call that are read; and of an example
-FEWEST_ROWS, ROUNDING_OF_CORRELATION = (
-    8,
-    1e-6,
-)  # rows at least; and how far from one a correlation may be to be told from none
+FUNCTIONS_FOLLOWED = 8
+TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # numbers of a call that are read; and of an example
+FEWEST_ROWS = 8
+ROUNDING_OF_CORRELATION = 1e-6  # how far from one it may be to be told from none
 RANGES = {
     "Relu": ("relu", 0.0, math.inf),
     "Tanh": ("tanh", -1.0, 1.0),
@@ -94,8 +91,7 @@ class Demands:
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
-        target = args[1] if len(args) > 1 else kwargs.get("target")
-        given = args[0] if args else kwargs.get("input")
+        given, target = input_and_target(args, kwargs)
         if name not in (*OF_NUMBERS, *OF_BINARY_TARGETS, *OF_LOG_PROBABILITIES):
             return
         kind = self._kinds.get(name)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.inputs import InputFacts
 from diag.snapshot.loop.parts import OUTLIER_ROW
+from diag.watching.observe.loop.modes import first_tensor
 from diag.watching.observe.loop.moment import Moment, due
 
 INPUT_CALLS, EVALUATION_CALLS = 6, 4  # calls that are looked at, of training then ever fewer
@@ -114,7 +114,7 @@ def usual(rows: Tensor) -> Tensor:
 
 def rows_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The first tensor of a call, (rows, numbers), if it is on the host and may hold examples."""
-    tensor = next(iter(tensors_in((args, dict(kwargs)))), None)
+    tensor = first_tensor(args, kwargs)
     fits = tensor is not None and tensor.is_cpu and tensor.ndim > 1 and tensor.layout is torch.strided
     if tensor is None or not fits or len(tensor) < FEWEST_OF_A_CALL or tensor.is_complex() or not tensor.numel():
         return None

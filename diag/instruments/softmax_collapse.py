@@ -105,9 +105,10 @@ class SoftmaxCollapse(Result):
         count, n = round(self.collapsed * len(self.margins)), len(self.margins)
         if self.collapsed > 0:
             alarm_at = self.setting("alarm_at")
-            # Without gradients nothing more is learned: a loss where there is more to learn on held-out data.
-            learned = self.accuracy - self.held_out_accuracy <= CARRIED_OVER
-            alarming = self.collapsed >= alarm_at and not learned
+            # A row whose gradient rounds away is right by a wide margin: that nothing more is learned is a loss only
+            # where held-out data say that there is more to learn (without them the difference is NaN).
+            more_to_learn = self.accuracy - self.held_out_accuracy > CARRIED_OVER
+            alarming = self.collapsed >= alarm_at and more_to_learn
             return Verdict(
                 Level.ALARM if alarming else Level.DESCRIPTION,
                 f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
@@ -265,10 +266,10 @@ def softmax_collapse(
     logits (n, K), bfloat16, float16, float32 or float64, as the loss gets them; labels (n,) class numbers;
     logit_gradients (n, K): d loss_i / d logits_i by the loss that training uses, up to one factor per class.
     Without them the loss is taken to be F.cross_entropy in the logits' dtype, and nothing is said of the run's own.
-    Margins are computed in float64 (nats). held_out_logits and held_out_labels add the accuracy on held-out data;
-    where it is within a fifth of that on the examples, what is fitted is learned, and collapse is not an alarm.
+    Margins are computed in float64 (nats). held_out_logits and held_out_labels add the accuracy on held-out data:
+    collapse is an alarm where that is lower by more than a fifth, and a description where it is not, or not known.
 
-    Settings: `alarm_at`, the share from which collapse is an alarm; `near_nats` and `near_residual`, the headroom
+    Settings: `alarm_at`, the share from which collapse can be an alarm; `near_nats` and `near_residual`, the headroom
     and the zero-sum residual at which collapse counts as near (our choice, uncalibrated).
 
     Where the wrong-class gradients are not those of a softmax (another loss, label smoothing), there is no

@@ -23,7 +23,8 @@ def folder(tmp_path):
         with RunWriter(tmp_path / "runs" / name, {"layers": {"w": 4}, "model": "Net"}) as writer:
             writer.append_steps(rows)
             logits = torch.nn.functional.one_hot(labels, 4).float() * margin
-            writer.append_outcome(100, diag.softmax_collapse(logits=logits, labels=labels))
+            elsewhere = {"held_out_logits": logits, "held_out_labels": labels.flip(0)}
+            writer.append_outcome(100, diag.softmax_collapse(logits=logits, labels=labels, **elsewhere))
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "run.json").write_text("{}")
     with RunWriter(tmp_path / "outside", {"layers": {}}):

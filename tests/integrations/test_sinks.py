@@ -16,7 +16,7 @@ from diag.snapshot.history import empty_history
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose softmax has collapsed."""
+    """A run whose softmax has collapsed on examples that say nothing of held-out ones."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     rows = dataclasses.replace(empty_history({"w": 4}, 100), loss=numpy.exp(-numpy.arange(100) / 50))
     labels = torch.arange(40) % 4
@@ -24,7 +24,8 @@ def run(tmp_path_factory):
         writer.append_steps(rows)
         for step in (50, 100):
             logits = torch.nn.functional.one_hot(labels, 4).float() * 1000
-            writer.append_outcome(step, diag.softmax_collapse(logits=logits, labels=labels))
+            elsewhere = {"held_out_logits": logits, "held_out_labels": labels.flip(0)}
+            writer.append_outcome(step, diag.softmax_collapse(logits=logits, labels=labels, **elsewhere))
     return read_run(folder)
 
 

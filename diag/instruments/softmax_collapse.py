@@ -105,8 +105,8 @@ class SoftmaxCollapse(Result):
         count, n = round(self.collapsed * len(self.margins)), len(self.margins)
         if self.collapsed > 0:
             alarm_at = self.setting("alarm_at")
-            # A row whose gradient rounds away is right by a wide margin: that nothing more is learned is a loss only
-            # where held-out data say that there is more to learn (without them the difference is NaN).
+            # A row whose gradient rounds away is right by a wide margin: that nothing more is learned is a loss
+            # only where held-out data say that there is more to learn (without them the difference is NaN).
             more_to_learn = self.accuracy - self.held_out_accuracy > CARRIED_OVER
             alarming = self.collapsed >= alarm_at and more_to_learn
             return Verdict(
@@ -269,8 +269,8 @@ def softmax_collapse(
     Margins are computed in float64 (nats). held_out_logits and held_out_labels add the accuracy on held-out data:
     collapse is an alarm where that is lower by more than a fifth, and a description where it is not, or not known.
 
-    Settings: `alarm_at`, the share from which collapse can be an alarm; `near_nats` and `near_residual`, the headroom
-    and the zero-sum residual at which collapse counts as near (our choice, uncalibrated).
+    Settings: `alarm_at`, the share from which collapse can be an alarm; `near_nats` and `near_residual`, the
+    headroom and the zero-sum residual at which collapse counts as near (our choice, uncalibrated).
 
     Where the wrong-class gradients are not those of a softmax (another loss, label smoothing), there is no
     verdict. Raises InvalidInput for other dtypes, and for values that do not fit (see `diag.snapshot.validation`).

@@ -19,7 +19,8 @@ NOTHING = 1e-6  # of the largest learning rate so far
 STILL, STILL_FALLING = 3, 10  # steps at a rate of exactly zero, and at one next to it
 RARELY = 5  # steps of the optimizer for one of the scheduler
 HALF, NEAR, SAME_RATE_WITHIN = 0.5, 0.1, 1e-4
-STEEP, HUNDREDTH = 0.8, 1e-2  # a schedule for batches decays more slowly than that
+STEEP, HUNDREDTH = 0.8, 1.001e-2  # a schedule for batches decays more slowly; 0.1 * 0.1 is above 0.01 by rounding
+SO_FEW, LONG_PAST = 20, 4  # batches within which no schedule for batches ends; times its last milestone
 EPOCHS, MANY = 2, 20  # epochs, or steps without any, that end without a step of the scheduler
 
 
@@ -36,8 +37,10 @@ def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule
     steps changes nothing; a learning rate that has come down to zero while steps go on trains nothing. A rate of
     zero at the very first step (warm-up) and at the last (a schedule that fits) are as they should be. One that
     steps once for many steps of the optimizer is too slow where training ends while the rate still rises, below
-    half of what it leads up to, or where it was made for as many steps as the optimizer took. A resumed run
-    starts its schedule over where the rate is again that of its first step and had changed since.
+    half of what it leads up to, or where it was made for as many steps as the optimizer took. Milestones that
+    leave a hundredth of the rate are too early for a scheduler that steps with each batch where the last lies in
+    the first half of an epoch and within 20 batches, or is long past: four times as many were trained. A resumed
+    run starts its schedule over where the rate is again that of its first step and had changed since.
 
     Raises nothing of its own.
     """
@@ -63,12 +66,15 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
 
 
 def _too_fast(loop: Loop) -> Iterator[LoopFinding]:
+    """What steps too often, and what steps as often as the optimizer and was made for epochs."""
     for s in loop.schedulers:
         if s.repeated.longest >= TWICE:
             yield _fast(s, s.repeated.times, s.repeated.first, "more than once after a step of the optimizer")
         elif s.per_micro_batch.longest >= TWICE:
             how = "at each backward pass, several times for a step of the optimizer that accumulates them"
             yield _fast(s, s.per_micro_batch.times, s.per_micro_batch.first, how)
+        elif has_milestones_in_epochs(s, loop):
+            yield _milestones(s, steps_an_epoch(loop))
         elif is_for_epochs(s, loop):
             yield _within_an_epoch(s, steps_an_epoch(loop))
 
@@ -87,9 +93,22 @@ def _fast(s: SchedulerFacts, times: int, first: int, how: str) -> LoopFinding:
 
 def is_for_epochs(s: SchedulerFacts, loop: Loop) -> bool:
     """Whether the scheduler steps with each batch, and divides the learning rate by a hundred within one epoch."""
+    steep = s.decay <= STEEP and s.decay ** steps_an_epoch(loop) <= HUNDREDTH
+    return steps_each_batch(s, loop) and (steep or has_milestones_in_epochs(s, loop))
+
+
+def has_milestones_in_epochs(s: SchedulerFacts, loop: Loop) -> bool:
+    """Whether the scheduler steps with each batch, and its last milestone, from which on the rate is a hundredth,
+    is passed in the first half of one epoch: within fewer batches than any schedule has, or long ago by now."""
+    within = 0 < 2 * s.last_milestone <= steps_an_epoch(loop) and s.final <= HUNDREDTH
+    certain = s.last_milestone <= SO_FEW or s.steps >= LONG_PAST * s.last_milestone
+    return within and certain and steps_each_batch(s, loop)
+
+
+def steps_each_batch(s: SchedulerFacts, loop: Loop) -> bool:
+    """Whether the scheduler has stepped as often as its optimizer."""
     steps = loop.optimizers[s.optimizer].steps if s.optimizer >= 0 else 0
-    each = s.steps >= THRICE and abs(s.steps - steps) <= 1
-    return each and s.decay <= STEEP and s.decay ** steps_an_epoch(loop) <= HUNDREDTH
+    return s.steps >= THRICE and abs(s.steps - steps) <= 1
 
 
 def steps_an_epoch(loop: Loop) -> float:
@@ -105,6 +124,19 @@ def _within_an_epoch(s: SchedulerFacts, batches: float) -> LoopFinding:
         f"time, so that it is {s.decay**batches:.1g} of what it was when the {batches:,.0f} steps of one epoch are "
         "over.",
         "Call scheduler.step() after each epoch, or let it decay as slowly as batches need.",
+        "A training that is meant to end within an epoch.",
+        step=s.first_step,
+    )
+
+
+def _milestones(s: SchedulerFacts, batches: float) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.SCHEDULE_TOO_FAST,
+        f"The scheduler ({s.kind}) steps after every batch, so its last milestone comes after "
+        f"{s.last_milestone:,} of the {batches:,.0f} batches of the first epoch, and the learning rate is "
+        f"{s.final:.2g} of its first value from there on.",
+        "Call scheduler.step() after each epoch, or count the milestones in batches.",
         "A training that is meant to end within an epoch.",
         step=s.first_step,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, counted, judged
@@ -24,8 +25,9 @@ def optimizer_kept(loop: Loop) -> OptimizerKept:
 
     Several optimizers of one class that hold the same parameters, each of which stops for good where the next
     begins, are one that is made again; where it keeps moments, they start from zero each time. A second one is told
-    only where it has the settings of the first and begins with the second epoch of a DataLoader, until it goes on
-    for longer than an epoch: else it may be another phase of training.
+    only where it has the settings of the first (but for what a scheduler made of its rate) and begins with the
+    second epoch of a DataLoader, until it goes on for longer than an epoch: else it may be another phase of
+    training.
 
     Raises nothing of its own.
     """
@@ -66,9 +68,20 @@ def each_epoch(chain: list[OptimizerFacts], loop: Loop) -> bool:
     return (
         second.first_step == loop.batches.again
         and loop.batches.epochs == len(chain)
-        and first.made_with == second.made_with
+        and made_alike(first, second)
         and not elsewhere
     )
+
+
+def made_alike(first: OptimizerFacts, second: OptimizerFacts) -> bool:
+    """Whether two were made with the same settings; a scheduler that was made for one only has changed its rate
+    before the first step, and kept what it began from."""
+    return [_settings(g) for g in first.made_with] == [_settings(g) for g in second.made_with]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    rate = {"lr": group.get("initial_lr", group.get("lr"))}
+    return {k: v for k, v in group.items() if k != "initial_lr"} | rate
 
 
 def _again(chain: list[OptimizerFacts]) -> LoopFinding:

@@ -131,7 +131,9 @@ class SchedulerFacts:
     before_optimizer: its first step came before any of the optimizer's. repeated: steps at which it stepped more
     than once; per_micro_batch: those at which it stepped with each backward pass. peak: the learning rate that its
     settings lead up to (the optimizer's own, or max_lr), NaN where that is not on the host. decay: what each of its
-    steps multiplies the rate with, on average over many, 1 where it has another form."""
+    steps multiplies the rate with, on average over many, 1 where it has another form. last_milestone: the step
+    after which a schedule of milestones keeps the rate, 0 where it has another form; final: what the rate then is
+    of the first."""
 
     kind: str
     optimizer: int
@@ -144,6 +146,8 @@ class SchedulerFacts:
     per_micro_batch: Tally = Tally()
     peak: float = math.nan
     decay: float = 1.0
+    last_milestone: int = 0
+    final: float = 1.0
 
 
 @dataclass(frozen=True)

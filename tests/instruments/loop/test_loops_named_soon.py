@@ -239,6 +239,20 @@ def test_an_optimizer_made_for_the_second_epoch_is_told_there(rate):
     assert told(model, train) == ({Cause.OPTIMIZER_RECREATED: EPOCH + 1} if rate == 1e-2 else {})
 
 
+@pytest.mark.parametrize("rate", [1e-2, 1e-3])
+def test_an_optimizer_made_for_the_second_epoch_without_the_warm_up_of_the_first_is_told_there(rate):
+    """The warm-up's first rate is not the one that the first optimizer was made with."""
+    model, loader = loops.mlp(), loops.batches(SIZE, n=ROWS)
+
+    def train():
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1.0))
+        an_epoch(model, optimizer, loader, after=warmup.step)
+        an_epoch(model, torch.optim.Adam(model.parameters(), rate), loader)
+
+    assert told(model, train).get(Cause.OPTIMIZER_RECREATED) == (EPOCH + 1 if rate == 1e-2 else None)
+
+
 def test_a_second_optimizer_for_other_rows_is_not_told():
     model = loops.mlp()
 
@@ -274,6 +288,45 @@ def test_a_slow_decay_and_one_that_is_stepped_in_epochs_are_not_told(each):
             an_epoch(model, optimizer, loader, after=lambda: next(count) % each or scheduler.step())
 
     assert not told(model, train)
+
+
+def with_milestones(milestones, epochs=1, rows=ROWS, each=1, rate=1e-3):
+    """{cause: step} of a training whose MultiStepLR steps after each `each` batches."""
+    model = loops.mlp()
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    loader, count = loops.batches(SIZE, n=rows), itertools.count(1)
+
+    def train():
+        for _ in range(epochs):
+            an_epoch(model, optimizer, loader, after=lambda: next(count) % each or scheduler.step())
+
+    return told(model, train)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 3e-3, 1e-2])
+def test_milestones_in_epochs_that_are_passed_in_batches_are_told_soon(rate):
+    assert with_milestones([2, 4], rate=rate) == {Cause.SCHEDULE_TOO_FAST: 4}
+
+
+def test_later_milestones_are_told_when_they_are_long_past():
+    """Training may have been meant to end soon after them until four times as many batches were trained; then the
+    next look tells, that of step 100."""
+    assert with_milestones([12, 24], rows=SIZE * 100) == {Cause.SCHEDULE_TOO_FAST: 100}
+
+
+@pytest.mark.parametrize(
+    ("milestones", "epochs", "rows", "each"),
+    [
+        ([4, 8], 4, ROWS, EPOCH),  # stepped each epoch
+        ([8, 11], 1, ROWS, 1),  # late in the only epoch
+        ([24, 36], 4, ROWS, 1),  # counted in batches
+        ([4], 4, ROWS, 1),  # a tenth is left
+        ([26, 48], 1, SIZE * 100, 1),  # in the first half of one epoch, of which little comes after
+    ],
+)
+def test_milestones_that_may_be_meant_are_not_told(milestones, epochs, rows, each):
+    assert not with_milestones(milestones, epochs, rows, each)
 
 
 def test_a_rate_of_zero_is_told_at_its_third_step():

@@ -7,7 +7,7 @@ import math
 import weakref
 from typing import Any
 
-from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, MultiStepLR, StepLR
 
 from diag.snapshot.loop.parts import SchedulerFacts
 from diag.watching.observe.loop.moment import Counter, Moment
@@ -27,6 +27,7 @@ class Schedule:
         self.reference = weakref.ref(scheduler)
         self.kind = type(scheduler).__name__
         self.horizon, self.peak = horizon_of(scheduler), peak_of(scheduler)
+        self.last_milestone, self.final = milestones_of(scheduler)
         self.steps = self.first_step = self.last_step = 0
         self.before_optimizer = False
         self.repeated, self.per_micro_batch = Counter(), Counter()
@@ -135,6 +136,8 @@ class Schedulers:
             per_micro_batch=s.per_micro_batch.tally(),
             peak=s.peak,
             decay=decay_of(scheduler),
+            last_milestone=s.last_milestone,
+            final=s.final,
         )
 
 
@@ -161,6 +164,14 @@ def decay_of(scheduler: Any) -> float:
         return 1.0
     each = scheduler.step_size if isinstance(scheduler, StepLR) else 1
     return scheduler.gamma ** (1 / each) if scheduler.gamma > 0 and each > 0 else 1.0
+
+
+def milestones_of(scheduler: Any) -> tuple[int, float]:
+    """The last milestone of a schedule that has some, and what the learning rate is from then on, as a share of the
+    first; 0 and 1 of another."""
+    if not isinstance(scheduler, MultiStepLR) or not scheduler.milestones or scheduler.gamma <= 0:
+        return 0, 1.0
+    return int(max(scheduler.milestones)), float(scheduler.gamma ** sum(scheduler.milestones.values()))
 
 
 def horizon_of(scheduler: Any) -> int:

@@ -1381,6 +1381,26 @@ def padding_ignored():
 
 
 @healthy
+def classes_of_padded_texts():
+    """Label 0 is a class: targets are no tokens, although the embedding pads with 0."""
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(9, 8, padding_idx=0), nn.Linear(8, 3)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(48, 8), nn.Tanh(), head)
+    optimizer = adam(model)
+    tokens = torch.randint(1, 9, (64, 6), generator=torch.Generator().manual_seed(1))
+    labels = tokens[:, 0] % 3
+    tokens[::2, 4:] = 0
+
+    def train():
+        for i in range(0, 64, 8):
+            optimizer.zero_grad()
+            F.cross_entropy(model(tokens[i : i + 8]), labels[i : i + 8]).backward()
+            optimizer.step()
+
+    return model, train
+
+
+@healthy
 def full_batch():
     model = mlp()
     optimizer = sgd(model)

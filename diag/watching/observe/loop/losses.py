@@ -56,10 +56,12 @@ class Losses:
         self._scaled: dict[int, Tensor] = {}
         self.roots = Roots()
         self._away: list[tuple[LossFacts, str, Tensor]] = []
-        self._padding = next(
-            (m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None),
-            None,
-        )
+        # By the number of an embedding's entries: targets are its tokens where the loss has as many classes.
+        self._paddings = {
+            m.num_embeddings: m.padding_idx
+            for m in model.modules()
+            if isinstance(m, nn.Embedding) and m.padding_idx is not None
+        }
         self.raw: tuple[Tensor, ...] = ()  # floating tensors of the batch that a DataLoader last gave
         self.own: LossFacts | None = None
         self._called = 0  # since the last backward pass
@@ -81,7 +83,7 @@ class Losses:
         if kind is None:
             if len(self.kinds) >= MOST_KINDS_OF_CALLS:
                 return
-            kind = self.kinds[key] = self._begun(function, args, kwargs)
+            kind = self.kinds[key] = self._begun(function, given, args, kwargs)
             self._moment.news(("loss", function.__name__, len(self.kinds)))
         kind.calls += 1
         self._called += 1
@@ -105,8 +107,8 @@ class Losses:
         self._moment.news(("loss input", id(kind), news))
 
     def _targets(self, kind: LossFacts, target: Tensor) -> None:
-        if self._padding is not None and not target.is_floating_point() and kind.function in OF_LOG_PROBABILITIES:
-            self._read(kind, "padding", (target == self._padding).float().mean())
+        if kind.padding is not None and not target.is_floating_point():
+            self._read(kind, "padding", (target == kind.padding).float().mean())
         self._range(kind, target)
         if target.is_cpu:
             for raw in self.raw:
@@ -181,7 +183,7 @@ class Losses:
         if self.own is not None and not (self.own.calls < CALLS_CHECKED):
             return
         if self.own is None:
-            self.own = LossFacts("", first_step=self._moment.step, padding=self._padding)
+            self.own = LossFacts("", first_step=self._moment.step)
         self.own.calls += 1
         shape, other = difference_shapes(root)
         if shape and other:
@@ -199,16 +201,19 @@ class Losses:
         kinds = list(self.kinds.values()) + ([self.own] if self.own is not None else [])
         return tuple(map(replace, kinds))
 
-    def _begun(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> LossFacts:
-        """What the arguments of the first call say."""
+    def _begun(
+        self, function: Callable[..., Any], compared: Tensor, args: Any, kwargs: Mapping[str, Any]
+    ) -> LossFacts:
+        """What the arguments of the first call say; `compared` is the loss function's input."""
         given = _arguments(function, args, kwargs)
         smoothing, ignored = given.get("label_smoothing"), given.get("ignore_index")
+        tokens = function.__name__ in OF_LOG_PROBABILITIES and compared.ndim > 1
         return LossFacts(
             function.__name__,
             str(given.get("reduction", "")),
             first_step=self._moment.step,
             ignored=ignored if isinstance(ignored, int) else None,
-            padding=self._padding,
+            padding=self._paddings.get(compared.shape[1]) if tokens else None,
             weighted=given.get("weight") is not None or given.get("pos_weight") is not None,
             label_smoothing=float(smoothing) if isinstance(smoothing, (int, float)) else 0.0,
         )

@@ -149,6 +149,7 @@ class Instrument:
     kind: Kind = Kind.MEASUREMENT
     window: StepWindow | None = None
     before_training: BeforeTraining = BeforeTraining.NEVER
+    why: str = ""
 
     @property
     def name(self) -> str:
@@ -323,8 +324,10 @@ def instrument(
     kind: str | Kind = Kind.MEASUREMENT,
     window: StepWindow | None = None,
     before_training: str | BeforeTraining = BeforeTraining.NEVER,
+    why: str = "",
 ) -> Callable[[Callable[..., Result]], Instrument]:
-    """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read.
+    """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read, and
+    `why` says to them in one sentence what is lost where it finds something.
 
     `passes(settings)` is what measuring usually takes, in forward passes over the data (GRADIENT, PRODUCT), where
     the costs of the quantities do not tell: a watch plans by it until it has timed a first measurement.
@@ -348,7 +351,7 @@ def instrument(
         needs, settings = _signature(function, hints)
         result.setting_defaults = {s.name: s.default for s in settings}
         called = title or _title(function.__name__)
-        made = Instrument(function, source, called, needs, settings, result, passes, when, window, before)
+        made = Instrument(function, source, called, needs, settings, result, passes, when, window, before, why)
         functools.update_wrapper(typing.cast(Any, made), function)  # name, docstring, module
         return made
 

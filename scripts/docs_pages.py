@@ -94,6 +94,7 @@ def instrument_page(instrument: Any) -> str:
     """One instrument: what it says, needs and costs, its settings and what it returns."""
     lines = [f"# {instrument.title}", "", f"`diag.{instrument.name}`", ""]
     lines += [tidy(inspect.getdoc(instrument.function) or ""), ""]
+    lines += ["## Why it matters", "", instrument.why, ""] if instrument.why else []
     rows = {
         "kind": instrument.kind.value,
         "needs": ", ".join(f"`{n.name}`" + (" (optional)" if n.optional else "") for n in instrument.needs),

@@ -219,6 +219,12 @@ def test_a_broken_entry_point_is_left_out_with_a_warning(third_party):
     )
 
 
+def test_every_instrument_says_why_what_it_finds_matters():
+    own = [i for i in instruments().values() if i.function.__module__.startswith("diag.")]
+    without = [i.name for i in own if not i.why.endswith(".") or i.why == i.summary or len(i.why) > 200]
+    assert not without
+
+
 def test_an_instrument_says_when_a_watch_runs_it():
     def looks(logits) -> Mean:
         """A look."""

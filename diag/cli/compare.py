@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -31,16 +30,19 @@ def compare_command(
 ) -> None:
     """Runs side by side: their verdicts and the last value of every number, all against the first.
 
-    With --build, checkpoints are measured and compared. With --healthy, numbers outside the range of the healthy
-    runs are marked. Three runs or more are shown as a table with one row a run.
+    Checkpoints are measured with --build, and compared by what the files hold without it. With --healthy,
+    numbers outside the range of the healthy runs are marked. Three runs or more are shown as a table with one
+    row a run.
     """
     from diag.cli import tables
     from diag.reporting.comparison.compare import compare as write_comparison
     from diag.reporting.machines.comparing import compared_document
+    from diag.run.opening import opened, opened_against_first
 
     if len(sources) < TWO:
         raise click.UsageError(f"There is one run, {sources[0]}; give at least two.")
-    runs, accepted = _opened(sources, build), _opened(healthy, build)
+    runs = opened_against_first(sources, build)
+    accepted = [opened(path, build, sources[0]) for path in healthy]
     names = _short_names(sources)
     page = None
     if output is not None or as_json or len(runs) > TWO:
@@ -54,16 +56,6 @@ def compare_command(
         tables.show(tables.sweep(page.document))
     if page is not None and page.path is not None:
         echo(f"\nComparison: {page.path.resolve()}")
-
-
-def _opened(paths: Sequence[Path], build: str | None) -> list[Any]:
-    from diag.run.checkpoints import from_checkpoints
-    from diag.run.run import read_run
-
-    return [
-        read_run(path) if build is None or (path / "run.json").is_file() else from_checkpoints([path], build)
-        for path in paths
-    ]
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -119,7 +119,13 @@ class Attention(Result):
         ax.legend(fontsize=7, frameon=False)
 
 
-@instrument(source=SOURCE, title="Attention", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Attention",
+    kind="description",
+    why="Heads that look everywhere alike pass on an average and select nothing; heads that look at a "
+    "single key hardly get a gradient any more.",
+)
 def attention(
     attention_calls: Sequence[AttentionCall], *, one_hot: float = ONE_HOT, uniform: float = UNIFORM
 ) -> Attention:

@@ -79,7 +79,13 @@ class BoundaryTilting(Result):
         ax.set(xlabel="class", ylabel="class")
 
 
-@instrument(source=SOURCE, title="Boundary tilting", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Boundary tilting",
+    kind="description",
+    why="A boundary that leans far away from halfway between the classes passes close to examples, so that "
+    "changes too small to see can turn the answer.",
+)
 def boundary_tilting(features: Tensor, labels: Tensor, classifier: Any) -> BoundaryTilting:
     """Angle between each pair's decision boundary and that of the nearest class mean, and 1 / cos of it.
 

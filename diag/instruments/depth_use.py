@@ -58,7 +58,13 @@ class DepthUse(Result):
         ax.set(xlabel="block", ylabel="|f(h) - f(h_0)| / |f(h)|")
 
 
-@instrument(source=SOURCE, title="Depth use", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Depth use",
+    kind="description",
+    why="Where the blocks hardly build on one another, the network acts as a shallow and wide one, and "
+    "further depth costs time and brings little.",
+)
 def depth_use(residual_stack: ResidualStack) -> DepthUse:
     """How much of a residual stack is due to blocks acting on what earlier blocks added.
 

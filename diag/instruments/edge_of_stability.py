@@ -214,7 +214,13 @@ def _passes(settings: Mapping[str, Any]) -> float:
     return float(SELF_TEST + PRODUCT * (12 + settings["trace_probes"]))  # a dozen products find the eigenvalue
 
 
-@instrument(source=SOURCE, title="Edge of stability", passes=_passes)
+@instrument(
+    source=SOURCE,
+    title="Edge of stability",
+    passes=_passes,
+    why="Above this threshold steps no longer settle along the sharpest direction: the loss oscillates "
+    "there. Many trainings hover at it and go on well; far above it they diverge.",
+)
 def edge_of_stability(
     hessian: LinearOperator,
     optimizer: OptimizerState,

@@ -155,7 +155,12 @@ def _with_error(value: float, error: float) -> str:
     return f"{format_number(value)} ± {format_number(error, 2)}"
 
 
-@instrument(source=SOURCE, title="Gradient coherence")
+@instrument(
+    source=SOURCE,
+    title="Gradient coherence",
+    why="Where examples pull the same way, one step helps them all; where each pulls its own way, the "
+    "network has to learn them one by one.",
+)
 def gradient_coherence(
     per_example_gradients: PerExampleGradients,
     labels: Tensor | None = None,

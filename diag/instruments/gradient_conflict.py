@@ -112,7 +112,13 @@ def sign_flip_rate(series: Sequence[GradientConflict]) -> float:
     return float(numpy.concatenate(pairs).mean()) if pairs and pairs[0].size else math.nan
 
 
-@instrument(source=SOURCE, title="Gradient conflict", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Gradient conflict",
+    kind="description",
+    why="Groups of examples whose gradients point against each other gain at each other's cost: what helps "
+    "the one undoes the other.",
+)
 def gradient_conflict(
     per_example_gradients: PerExampleGradients, labels: Tensor, *, seed: int = 0
 ) -> GradientConflict:

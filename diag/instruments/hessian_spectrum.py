@@ -198,7 +198,13 @@ def _passes(settings: Mapping[str, Any]) -> float:
     return float(SELF_TEST + PRODUCT * (products + (probes > 1) * probes * steps))
 
 
-@instrument(source=SOURCE, title="Hessian spectrum", passes=_passes)
+@instrument(
+    source=SOURCE,
+    title="Hessian spectrum",
+    passes=_passes,
+    why="The largest eigenvalues bound the learning rate at which training is stable; negative ones mean "
+    "that the loss still falls along some direction.",
+)
 def hessian_spectrum(
     hessian: LinearOperator,
     class_directions: Tensor | None = None,

@@ -130,7 +130,13 @@ def width_slopes(
     return slope, numpy.sqrt((rest**2).sum(0) / (len(x) - 2) / (x @ x))
 
 
-@instrument(source=SOURCE, title="Initialisation", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Initialisation",
+    kind="description",
+    why="Whether signals and gradients survive the depth is decided before the first step; it says how deep "
+    "a network of this width can be.",
+)
 def initialization(layer_chain: LayerChain, *, factor: float = EXPLODES_BY) -> Initialization:
     """Kernels, susceptibilities, gradients and the depth-to-width ratio of the layers, meant for fresh weights.
 

@@ -68,7 +68,13 @@ class InputMagnitude(Result):
         ax.set(xlabel="norm of the input", ylabel="norm of the gradient")
 
 
-@instrument(source=SOURCE, title="Input magnitude", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Input magnitude",
+    kind="description",
+    why="Where large inputs have the large gradients, a few bright or long examples decide where the first "
+    "layer goes.",
+)
 def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, layer: str = "") -> InputMagnitude:
     """How the first layer's per-example gradient norms follow the sizes of the inputs.
 

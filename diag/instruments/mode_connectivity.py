@@ -219,7 +219,11 @@ def _plus_minus(error: float, share: bool = True) -> str:
     return f" (standard error {_points(error) if share else format_number(error)})"
 
 
-@instrument(source=FRANKLE)
+@instrument(
+    source=FRANKLE,
+    why="Where the loss stays low between two networks, the mean of their weights is a network as good as "
+    "they are, sometimes a better one; where it rises, the mean is useless.",
+)
 def mode_connectivity(
     interpolation: Interpolation,
     other: Mapping[str, Tensor],

@@ -77,7 +77,13 @@ class NaiveLossMinimization(Result):
         ax.set(xlabel="cosine of weights and minus gradient (shaded: chance)", ylabel="tensor", xlim=(-1.02, 1.02))
 
 
-@instrument(source=SOURCE, title="Naive loss minimisation", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Naive loss minimisation",
+    kind="description",
+    why="Scaling up its outputs lowers the loss of a network without changing a single answer: the curve "
+    "falls and nothing is learned.",
+)
 def naive_loss_minimization(
     params: Mapping[str, Tensor],
     gradient: Mapping[str, Tensor],

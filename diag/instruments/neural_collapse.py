@@ -196,7 +196,12 @@ class NeuralCollapse(Result):
             ax.legend(fontsize=7, frameon=False)
 
 
-@instrument(source=SOURCE, title="Neural collapse")
+@instrument(
+    source=SOURCE,
+    title="Neural collapse",
+    why="Features that gather at their class means are what long trainings often end in; the examples that "
+    "stay away from their mean are worth a look, as hard or mislabelled ones do.",
+)
 def neural_collapse(
     features: Tensor,
     labels: Tensor,

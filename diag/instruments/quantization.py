@@ -97,7 +97,13 @@ def surrogate_slope(w: Tensor, exponent: float, clip: float = CLIP, inner: float
     return torch.where(size > clip, 0.0, slope)
 
 
-@instrument(source=SOURCE, title="Quantisation", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Quantisation",
+    kind="description",
+    why="The gradient of a rounded layer is a stand-in; where it is far from the truth, training goes "
+    "astray or stalls.",
+)
 def quantization(
     quantised_weights: Sequence[QuantisedWeight], *, clip: float = CLIP, inner: float = INNER
 ) -> Quantization:

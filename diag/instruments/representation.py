@@ -71,7 +71,7 @@ class Representation(Result):
         )
         return Verdict(
             Level.DESCRIPTION,
-            f"{self.layers[-1]} uses about {format_number(self.effective_rank)} of {self.widths[-1]} directions "
+            f"{self.layers[-1]} uses about {format_number(self.effective_rank)} of {self.widths[-1]:,} directions "
             f"(effective rank), {format_share(self.dead)} of its dimensions are dead and two of the others share "
             f"{format_share(max(self.redundancy, 0.0))} of their variance beyond chance{before}; the numbers only "
             "describe.",
@@ -92,7 +92,13 @@ class Representation(Result):
         ax.set(xlabel="layer", ylabel="layer")
 
 
-@instrument(source=SOURCE, title="Representation", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Representation",
+    kind="description",
+    why="Layers with dead or repeated dimensions are narrower than they look; how alike layers and "
+    "checkpoints are says where training changed something.",
+)
 def representation(
     layer_outputs: LayerOutputs | Mapping[str, Tensor] | Tensor,
     previous_layer_outputs: LayerOutputs | Mapping[str, Tensor] | Tensor | None = None,

@@ -179,7 +179,12 @@ def _passes(settings: Mapping[str, Any]) -> float:
     return float(SELF_TEST + 2 * (8 * PRODUCT + climbs + 1.4 * settings["num_draws"]))
 
 
-@instrument(source=SOURCE, title="Sharpness", passes=_passes)
+@instrument(
+    source=SOURCE,
+    title="Sharpness",
+    passes=_passes,
+    why="It tells how far the weights can be disturbed, by noise, rounding or averaging, before the loss rises.",
+)
 def sharpness(
     losses_at: LossesAt,
     hessian: LinearOperator,

@@ -111,8 +111,8 @@ class SoftmaxCollapse(Result):
             alarming = self.collapsed >= alarm_at and more_to_learn
             return Verdict(
                 Level.ALARM if alarming else Level.DESCRIPTION,
-                f"{format_share(self.collapsed)} of the examples ({count} of {n}) have an exactly zero gradient on "
-                f"their true class, by {self.loss}: {self._meaning()}.",
+                f"{format_share(self.collapsed)} of the examples ({count:,} of {n:,}) have an exactly zero "
+                f"gradient on their true class, by {self.loss}: {self._meaning()}.",
                 advice=CONTROLS,
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
@@ -172,7 +172,7 @@ class SoftmaxCollapse(Result):
             )
         return Verdict(
             Level.OK,
-            f"None of {len(self.margins)} examples has lost its gradient to rounding, by {self.loss}: {place}.",
+            f"None of {len(self.margins):,} examples has lost its gradient to rounding, by {self.loss}: {place}.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             value=self.collapsed,
@@ -249,7 +249,12 @@ def _percentiles(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     return numpy.percentile(values, [10, 50, 90], method="nearest")
 
 
-@instrument(source=SOURCE, title="Softmax collapse")
+@instrument(
+    source=SOURCE,
+    title="Softmax collapse",
+    why="An example whose gradient is rounded to zero no longer teaches anything: learning stops although "
+    "the accuracy on new data may still be low.",
+)
 def softmax_collapse(
     logits: Tensor,
     labels: Tensor,

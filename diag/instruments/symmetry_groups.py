@@ -108,7 +108,12 @@ def _places(graph: networkx.DiGraph) -> dict[int, tuple[float, float]]:
     return places
 
 
-@instrument(source=SOURCE, kind="description")
+@instrument(
+    source=SOURCE,
+    kind="description",
+    why="Units can change places without changing what a network computes; two networks can be compared or "
+    "averaged only once theirs are in the same order.",
+)
 def symmetry_groups(symmetries: Symmetries, module_graph: Any) -> SymmetryGroups:
     """Which units may be permuted without changing the function, and which module feeds which.
 

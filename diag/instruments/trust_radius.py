@@ -76,6 +76,7 @@ class TrustRadius(Result):
     title="Trust radius",
     kind="description",
     passes=lambda settings: 50 * GRADIENT + (1 + settings["newton_products"]) * PRODUCT,
+    why="Beyond this radius the gradient says nothing reliable about the loss: longer steps are a gamble.",
 )
 def trust_radius(
     losses_at: Any,

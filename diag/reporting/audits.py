@@ -118,7 +118,7 @@ def _about(instrument: str, title: str, level: str) -> dict[str, Any]:
         "name": clean(title),
         "title": clean(TITLES[level].format(title)),
         "level": level,
-        "why": clean(known.summary) if known else "",
+        "why": clean(known.why or known.summary) if known else "",
         "documentation": clean(_unwrapped(inspect.getdoc(known.function) or "")) if known else "",
     }
 

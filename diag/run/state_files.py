@@ -18,11 +18,17 @@ from diag.run.run import Event, Record, Run
 from diag.snapshot.given.saved import Saved
 
 
-def from_state_files(paths: Iterable[str | os.PathLike[str]], *, key: str | None = None) -> Run:
+def from_state_files(
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    key: str | None = None,
+    before: str | os.PathLike[str] | None = None,
+) -> Run:
     """A run in memory with one step a checkpoint, in which the files are looked at by themselves.
 
     paths: checkpoint files or folders, in any order if they tell their steps; each is compared with the one
-    before. key: the entry that holds the state dict. Two states are in memory at a time.
+    before, the first with the one at `before`. key: the entry that holds the state dict. Two states are in memory
+    at a time.
 
     Raises CheckpointError where a file cannot be read or holds no state dict, InvalidInput where none is given.
     """
@@ -30,7 +36,7 @@ def from_state_files(paths: Iterable[str | os.PathLike[str]], *, key: str | None
     places, events = by_step_order(files, key)
     known = [i for i in instruments().values() if any(n.name == "saved" for n in i.needs)]
     records: list[Record] = []
-    previous: SavedFile | None = None
+    previous = None if before is None else load_saved(Path(before), key)
     for place in places:
         loaded = load_saved(place.path, key)
         records += _looked_at(place.step, loaded, previous, known)

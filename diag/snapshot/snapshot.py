@@ -330,7 +330,7 @@ class Snapshot:
         return self.replace(data=data, model=model or self.model, **alone)
 
     def __repr__(self) -> str:
-        known = f", {self.num_examples} examples" if "batches" in self.__dict__ else ""
+        known = f", {self.num_examples:,} examples" if "batches" in self.__dict__ else ""
         return f"<Snapshot of {type(self.model).__name__}{known}>"
 
 

@@ -1,6 +1,7 @@
 """check, show, compare and report of recorded runs."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_compare_puts_two_runs_side_by_side(run_diag, make_run, tmp_path):
     assert not any(line.startswith("loss ") for line in lines)
     everything = run_diag("compare", tmp_path / "a", tmp_path / "b", "--all").stdout
     assert any(line.startswith("loss ") for line in everything.split("\n"))
+
+
+def test_compare_of_checkpoints_says_what_changed(run_diag, tmp_path):
+    for name, bias in (("a", 0.0), ("b", 1.0), ("c", math.nan)):
+        torch.save({"w": torch.eye(3), "b": torch.full((3,), bias)}, tmp_path / f"{name}.pt")
+    told = " ".join(run_diag("compare", "a.pt", "b.pt", columns=400).stdout.split())
+    assert "Since a.pt the weights moved by 100 % of their norm" in told and "1 of 2 did not change: w" in told
+    result = run_diag("compare", "a.pt", "b.pt", "c.pt", "-o", "compare.html")
+    assert result.exit_code == 0 and "C: c.pt" in result.stdout
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no run, and as a checkpoint: " in run_diag("compare", "a.pt", "empty").stderr
 
 
 def test_compare_of_runs_with_one_name_shows_their_paths(run_diag, make_run, tmp_path):

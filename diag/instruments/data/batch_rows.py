@@ -27,7 +27,13 @@ class BatchRows(LoopCheck):
     """Rows that are not like the others, or no different from them at all."""
 
 
-@instrument(source=SOURCE, title="Rows of the batches", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Rows of the batches",
+    kind="check",
+    why="One row with NaN, infinity or a value a thousand times too large decides the step of its whole "
+    "batch, and can spoil the weights for good.",
+)
 def batch_rows(loop: Loop) -> BatchRows:
     """Whether rows of the training batches hold NaN or infinity, are far larger than the others, or are all one.
 

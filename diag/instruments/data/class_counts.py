@@ -42,8 +42,8 @@ class ClassCounts(Result):
             shown = ", ".join(map(str, self.missing[:5])) + (", ..." if len(self.missing) > 5 else "")
             return self._found(
                 Cause.CLASS_MISSING,
-                f"{len(self.missing)} of the {self.classes} classes that the network can answer with do not occur "
-                f"among {int(self.counts.sum()):,} training examples: {shown}.",
+                f"{len(self.missing):,} of the {self.classes:,} classes that the network can answer with do not "
+                f"occur among {int(self.counts.sum()):,} training examples: {shown}.",
                 "Look at how the training set was made; a class that is not there cannot be learned.",
                 float(len(self.missing)),
                 0.0,
@@ -52,14 +52,14 @@ class ClassCounts(Result):
             return self._found(
                 Cause.CLASS_IMBALANCE,
                 f"Classes differ in number, {format_number(self.ratio)}-fold or more: class {self.rarest} has "
-                f"{int(self.counts[self.rarest])} of {int(self.counts.sum()):,} examples.",
+                f"{int(self.counts[self.rarest]):,} of {int(self.counts.sum()):,} examples.",
                 "Judge by the accuracy of each class; sample rare classes more often or weight the loss.",
                 self.ratio,
                 limit,
             )
         return Verdict(
             Level.OK,
-            f"All {self.classes} classes occur, the rarest {int(self.counts.min())} times.",
+            f"All {self.classes:,} classes occur, the rarest {int(self.counts.min()):,} times.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             value=self.ratio,
@@ -89,7 +89,13 @@ class ClassCounts(Result):
         ax.set(xlabel="class", ylabel="examples")
 
 
-@instrument(source=SOURCE, title="Classes", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Classes",
+    kind=Kind.CHECK,
+    why="A class that never occurs cannot be learned, and rare ones are ignored at little cost to the loss: "
+    "the accuracy then hides that they are always missed.",
+)
 def class_counts(
     logits: Tensor, labels: Tensor, inputs: Any, loop: Any = None, *, ratio: float = CLASS_RATIO
 ) -> ClassCounts:

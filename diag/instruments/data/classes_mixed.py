@@ -22,7 +22,13 @@ class ClassesMixed(LoopCheck):
     """Batches with far fewer classes than rows drawn at random would have."""
 
 
-@instrument(source=SOURCE, title="Classes in the batches", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Classes in the batches",
+    kind="check",
+    why="Where a batch holds one class only, each step teaches the network to answer that class and undoes "
+    "what it learned of the others.",
+)
 def classes_mixed(loop: Loop) -> ClassesMixed:
     """Whether the batches of training mix the classes.
 

@@ -23,7 +23,13 @@ class EvaluationInputs(LoopCheck):
     """Inputs whose mean or scale is another one in evaluation."""
 
 
-@instrument(source=SOURCE, title="Inputs of evaluation", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Inputs of evaluation",
+    kind="check",
+    why="A network that is judged on inputs of another scale than those it learned from looks worse than it "
+    "is, and the reason is in the preparation of the data.",
+)
 def evaluation_inputs(loop: Loop) -> EvaluationInputs:
     """Whether the inputs that the model is evaluated on have the mean and the scale of those it is trained on.
 

@@ -78,7 +78,13 @@ class HeldOutInputs(Result):
         ax.set(xlabel="inputs", ylabel="value")
 
 
-@instrument(source=SOURCE, title="Held-out inputs", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Held-out inputs",
+    kind=Kind.CHECK,
+    why="Where held-out inputs are prepared in another way, the held-out score says more about the "
+    "preparation than about the network.",
+)
 def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = SPREAD_RATIO) -> HeldOutInputs:
     """Whether held-out inputs have the mean and the scale of training inputs.
 

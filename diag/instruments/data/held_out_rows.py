@@ -22,7 +22,12 @@ class HeldOutRows(LoopCheck):
     """Rows that are both trained on and evaluated on."""
 
 
-@instrument(source=SOURCE, title="Held-out rows", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Held-out rows",
+    kind="check",
+    why="A score on rows that were trained on measures memory: on new data the network does worse than it says.",
+)
 def held_out_rows(loop: Loop) -> HeldOutRows:
     """Whether rows that DataLoaders gave to calls without gradients were given to training too.
 

@@ -134,7 +134,14 @@ class InputScale(Result):
         ax.set(xlabel="all entries", ylabel="value")
 
 
-@instrument(source=SOURCE, title="Scale of the inputs", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Scale of the inputs",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="Inputs that are far from zero or differ in scale by orders of magnitude make the loss steep along "
+    "some weights and flat along others, so that no learning rate suits all.",
+)
 def input_scale(
     inputs: Any,
     *,

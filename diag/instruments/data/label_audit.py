@@ -171,7 +171,13 @@ def _usual_answers(series: Sequence[tuple[int, LabelAudit]]) -> list[int]:
     return found
 
 
-@instrument(source=SOURCE, title="Labels that look wrong", passes=lambda settings: 1.0)
+@instrument(
+    source=SOURCE,
+    title="Labels that look wrong",
+    passes=lambda settings: 1.0,
+    why="Wrong labels are usually learned by heart late in a training, at the cost of what carries over to "
+    "new data; found early, they can be corrected.",
+)
 def label_audit(
     logits: Tensor, labels: Tensor, inputs: Any = None, *, warn_at: float = SHARE_OF_WRONG_LABELS
 ) -> LabelAudit:

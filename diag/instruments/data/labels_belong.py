@@ -127,7 +127,13 @@ class LabelsBelong(Result):
         ax.set(xlabel="examples", ylabel="loss gained over no inputs")
 
 
-@instrument(source=SOURCE, title="Labels and inputs", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Labels and inputs",
+    kind=Kind.CHECK,
+    why="Where labels do not belong to their inputs there is nothing to learn but the rows by heart: the "
+    "training loss falls and the held-out loss does not.",
+)
 def labels_belong(
     history: History,
     inputs: Any,

@@ -25,7 +25,13 @@ class LabelsKept(LoopCheck):
     """Stretches of steps at which nearly all rows had another label than at their first sight."""
 
 
-@instrument(source=SOURCE, title="Labels stay with their rows", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Labels stay with their rows",
+    kind="check",
+    why="Batches with other labels than before teach the opposite of what was learned: data and labels have "
+    "come apart on the way.",
+)
 def labels_kept(loop: Loop) -> LabelsKept:
     """Whether there are batches in which nearly all rows have another label than they had before.
 

@@ -200,7 +200,13 @@ def _wrong(m: Margins, labels: NDArray[Any], share: float) -> bool:
     return bool(shares.max() <= CLASS)
 
 
-@instrument(source=SOURCE, title="Labels of the training rows", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Labels of the training rows",
+    kind="check",
+    why="Wrong labels are usually learned by heart late in a training, at the cost of what carries over to "
+    "new data; found early, they can be corrected.",
+)
 def row_labels(loop: Loop, *, warn_at: float = SHARE_OF_WRONG) -> RowLabels:
     """Which rows' labels look wrong, by the margins that training's own batches gave them.
 

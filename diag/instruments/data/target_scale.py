@@ -22,7 +22,13 @@ class TargetScale(LoopCheck):
     """Targets far larger than what the network outputs."""
 
 
-@instrument(source=SOURCE, title="Scale of the targets", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Scale of the targets",
+    kind="check",
+    why="Targets in the thousands take a network thousands of steps to reach, and make every loss and "
+    "gradient that much larger.",
+)
 def target_scale(loop: Loop, *, large: float = LARGE_TARGETS) -> TargetScale:
     """Whether the targets of a regression are of a size that the network can reach soon.
 

@@ -24,7 +24,13 @@ class TargetValues(LoopCheck):
     """Targets that can be read from the input, or guessed without it."""
 
 
-@instrument(source=SOURCE, title="Targets", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Targets",
+    kind="check",
+    why="Targets that are all alike leave nothing to learn, and targets that stand among the inputs will "
+    "not be there when the network is used.",
+)
 def target_values(loop: Loop) -> TargetValues:
     """Whether one feature of the input gives the target, and whether the targets differ at all.
 

@@ -29,7 +29,13 @@ class RanksData(LoopCheck):
     """Whether ranks read the same rows, or unequal numbers of them."""
 
 
-@instrument(source=SOURCE, title="Data of the ranks", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Data of the ranks",
+    kind="check",
+    why="Ranks that read the same rows do the same work several times: the training costs more and learns "
+    "no more than on one.",
+)
 def ranks_data(loop: Loop) -> RanksData:
     """Whether the ranks of a data-parallel training read different rows, and equally many.
 

@@ -22,7 +22,13 @@ class ReplicasEqual(LoopCheck):
     """What ranks that should be copies of each other have otherwise than rank 0."""
 
 
-@instrument(source=SOURCE, title="Replicas", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Replicas",
+    kind="check",
+    why="Replicas that drift apart train different networks whose gradients are averaged as if they were "
+    "one; the checkpoint is that of one rank only.",
+)
 def replicas_equal(loop: Loop) -> ReplicasEqual:
     """Whether the ranks of a data-parallel training have the same parameters, buffers, gradients and settings.
 

@@ -118,7 +118,7 @@ class GradientFlow(Result):
         if self.non_finite_applied:
             found.append(
                 f"gradients were not finite at {_steps(self.non_finite_gradients, self.gradient_steps)}, and the "
-                f"optimizer took {self.non_finite_applied} of these steps"
+                f"optimizer took {self.non_finite_applied:,} of these steps"
             )
         text = " and ".join(found)
         return Verdict(
@@ -145,7 +145,7 @@ class GradientFlow(Result):
         names = ", ".join(self.idle_layers[:3]) + (", ..." if len(self.idle_layers) > 3 else "")
         return Verdict(
             Level.WARNING,
-            f"The gradient of {len(self.idle_layers)} of {len(self.layers)} parameter tensors was exactly zero "
+            f"The gradient of {len(self.idle_layers):,} of {len(self.layers):,} parameter tensors was exactly zero "
             f"{self._span()}: {names}.",
             advice="Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, "
             "or labels that mask it leave a layer without a gradient.",
@@ -176,7 +176,7 @@ class GradientFlow(Result):
             return None
         return Verdict(
             Level.WARNING,
-            f"The GradScaler left out {format_share(share)} of the steps ({self.skipped_steps} of "
+            f"The GradScaler left out {format_share(share)} of the steps ({self.skipped_steps:,} of "
             f"{self.num_steps:,}), first at step {self.skipped_step_numbers[0]:,}.",
             advice="A few skips are how the scale is found; so many say that gradients overflow float16 again and "
             "again: use bfloat16, or look for the layer whose gradient is not finite.",
@@ -249,8 +249,8 @@ class GradientFlow(Result):
             return found
         names = ", ".join(self.unseen_layers[:3]) + (", ..." if len(self.unseen_layers) > 3 else "")
         return (
-            f"{found}; {len(self.unseen_layers)} of the {len(self.layers)} parameter tensors had no gradient at "
-            f"any step ({names})"
+            f"{found}; {len(self.unseen_layers):,} of the {len(self.layers):,} parameter tensors had no gradient "
+            f"at any step ({names})"
         )
 
     def _span(self) -> str:
@@ -261,7 +261,7 @@ class GradientFlow(Result):
     def _skips(self) -> str:
         if not self.skipped_steps:
             return ""
-        return f" or were skipped by the GradScaler ({self.skipped_steps} steps, as it finds its scale)"
+        return f" or were skipped by the GradScaler ({self.skipped_steps:,} steps, as it finds its scale)"
 
     def _growth(self) -> str:
         if not self.last_fitted_step:
@@ -295,7 +295,13 @@ class GradientFlow(Result):
         series[-1][1].plot(ax)
 
 
-@instrument(source=SOURCE, title="Gradient flow", before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Gradient flow",
+    before_training="always",
+    why="A layer that no gradient reaches, or that does not move, does not learn; a loss or gradient that "
+    "is not finite ends the training.",
+)
 def gradient_flow(
     history: History,
     *,

@@ -21,7 +21,13 @@ class BatchesRepeated(LoopCheck):
     """Batches that come again as they were."""
 
 
-@instrument(source=SOURCE, title="Batches", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Batches",
+    kind="check",
+    why="A network that sees the same batch at every step, or the same order in every epoch, learns that "
+    "batch or that order rather than the data.",
+)
 def batches_repeated(loop: Loop) -> BatchesRepeated:
     """Whether the batches of training differ from step to step and from epoch to epoch.
 

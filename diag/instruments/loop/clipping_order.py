@@ -18,7 +18,13 @@ class ClippingOrder(LoopCheck):
     """Clips that do nothing."""
 
 
-@instrument(source=SOURCE, title="Order of clipping", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Order of clipping",
+    kind="check",
+    why="Clipping that runs at another place than between backward() and step() bounds nothing: the step "
+    "that it should have tamed is taken in full.",
+)
 def clipping_order(loop: Loop) -> ClippingOrder:
     """Whether gradients are clipped between backward() and step(), all of them.
 

@@ -22,7 +22,13 @@ class GradientAccumulation(LoopCheck):
     """Gradients of micro-batches that are summed or lost."""
 
 
-@instrument(source=SOURCE, title="Accumulation of gradients", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Accumulation of gradients",
+    kind="check",
+    why="Accumulated gradients that are not averaged act as a learning rate several times larger; those "
+    "that are lost make the batch smaller than intended.",
+)
 def gradient_accumulation(loop: Loop) -> GradientAccumulation:
     """Whether the backward passes of a step make up its gradient, as their mean.
 

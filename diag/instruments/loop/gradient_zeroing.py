@@ -18,7 +18,13 @@ class GradientZeroing(LoopCheck):
     """Where gradients were not reset, or were too early."""
 
 
-@instrument(source=SOURCE, title="Zeroing of gradients", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Zeroing of gradients",
+    kind="check",
+    why="Gradients that are left over from earlier steps are added to the new ones, so that each step goes "
+    "where the loss once fell and not where it falls now.",
+)
 def gradient_zeroing(loop: Loop) -> GradientZeroing:
     """Whether each step uses the gradient of its own backward passes, all of it and nothing else.
 

@@ -22,7 +22,13 @@ class GradientsReach(LoopCheck):
     """Parameters to which no gradient comes, and layers frozen between trained ones."""
 
 
-@instrument(source=SOURCE, title="Gradients reach the parameters", kind="check", before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Gradients reach the parameters",
+    kind="check",
+    before_training="always",
+    why="A parameter that gets no gradient stays as it was initialised: a part of the network is random for good.",
+)
 def gradients_reach(loop: Loop) -> GradientsReach:
     """Whether backward() gives every trainable parameter of a stepping optimizer a gradient.
 

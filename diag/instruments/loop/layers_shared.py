@@ -17,7 +17,14 @@ class LayersShared(LoopCheck):
     """Layers that share their parameters, or no longer do."""
 
 
-@instrument(source=SOURCE, title="Shared and tied layers", kind="check", before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Shared and tied layers",
+    kind="check",
+    before_training="always",
+    why="Layers that are one by mistake have a fraction of the capacity that was meant; ones that should be "
+    "tied and are not drift apart.",
+)
 def layers_shared(loop: Loop) -> LayersShared:
     """Whether layers share parameters as they are meant to.
 

@@ -29,7 +29,13 @@ class LearningRateSchedule(LoopCheck):
     """Where the learning rate is not what the schedule was meant to give."""
 
 
-@instrument(source=SOURCE, title="Learning-rate schedule", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Learning-rate schedule",
+    kind="check",
+    why="A schedule that runs at the wrong pace stops the learning early, or never slows it down; the loss "
+    "curve does not say which.",
+)
 def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule:
     """Whether the schedule's steps are those of the training: not twice, not over early, not another optimizer's.
 

@@ -25,7 +25,14 @@ class LossCall(LoopCheck):
     """A loss function that is called on the wrong kind of numbers or shapes."""
 
 
-@instrument(source=SOURCE, title="Call of the loss function", kind="check", before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Call of the loss function",
+    kind="check",
+    before_training="always",
+    why="A loss function that is given what it does not expect returns a number all the same: the training "
+    "descends something else than was meant.",
+)
 def loss_call(loop: Loop) -> LossCall:
     """Whether the loss function gets what it expects: logits or log-probabilities, shapes that fit, whole targets.
 

@@ -21,7 +21,13 @@ class MixedPrecision(LoopCheck):
     """A gradient scaler that is bypassed, idle or stuck."""
 
 
-@instrument(source=SOURCE, title="Mixed precision", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Mixed precision",
+    kind="check",
+    why="Gradients that still carry the loss scale are thousands of times too large, and clipping them then "
+    "cuts everything to nearly nothing.",
+)
 def mixed_precision(loop: Loop) -> MixedPrecision:
     """Whether scaled gradients are unscaled before they are clipped and stepped on, and autocast runs where they
     are.

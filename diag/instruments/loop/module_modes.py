@@ -18,7 +18,13 @@ class ModuleModes(LoopCheck):
     """Modules that train in eval mode, or evaluate in train mode."""
 
 
-@instrument(source=SOURCE, title="Train and eval mode", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Train and eval mode",
+    kind="check",
+    why="With dropout on or batch statistics in use, an evaluation is noisy and too low; with them off, "
+    "training lacks the regularisation that was meant.",
+)
 def module_modes(loop: Loop) -> ModuleModes:
     """Whether modules that act differently in training and evaluation (dropout, batch norm) are in the right mode.
 

@@ -19,7 +19,12 @@ class OptimizerKept(LoopCheck):
     """An optimizer that is made again, or that lost its moments."""
 
 
-@instrument(source=SOURCE, title="The optimizer is kept", kind="check")
+@instrument(
+    source=SOURCE,
+    title="The optimizer is kept",
+    kind="check",
+    why="A new optimizer has forgotten its moments: each time the first steps are as blind as at the start.",
+)
 def optimizer_kept(loop: Loop) -> OptimizerKept:
     """Whether one optimizer trains the model all along.
 

@@ -20,7 +20,13 @@ class OutsideChanges(LoopCheck):
     """Weights that were not at a training call what the step before had left."""
 
 
-@instrument(source=SOURCE, title="Weights changed from outside", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Weights changed from outside",
+    kind="check",
+    why="Weights that something other than the optimizer changes lose what was just learned, and the "
+    "optimizer's state no longer fits them.",
+)
 def outside_changes(loop: Loop) -> OutsideChanges:
     """Whether the weights at each training call are those that the optimizer's last step left.
 

@@ -22,7 +22,13 @@ class ParametersHeld(LoopCheck):
     """Parameters that no optimizer holds, or that are not the ones that it holds."""
 
 
-@instrument(source=SOURCE, title="Parameters in the optimizers", kind="check", before_training="with optimizer")
+@instrument(
+    source=SOURCE,
+    title="Parameters in the optimizers",
+    kind="check",
+    before_training="with optimizer",
+    why="A parameter that no optimizer holds is never updated: a part of the network stays random.",
+)
 def parameters_held(loop: Loop) -> ParametersHeld:
     """Whether every trainable parameter that gets a gradient is in an optimizer that steps.
 

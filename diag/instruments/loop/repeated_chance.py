@@ -19,7 +19,13 @@ class RepeatedChance(LoopCheck):
     """Random numbers that repeat in training, or that are drawn in an evaluation."""
 
 
-@instrument(source=SOURCE, title="Chance in training and evaluation", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Chance in training and evaluation",
+    kind="check",
+    why="Chance that acts in an evaluation makes scores incomparable, and chance that repeats at every step "
+    "is no regularisation.",
+)
 def repeated_chance(loop: Loop) -> RepeatedChance:
     """Whether dropout is off in evaluation, held-out rows stay the same, and training is not seeded at every step.
 

@@ -23,7 +23,12 @@ class RowsDrawn(LoopCheck):
     """Rows that are drawn again and again while others never are."""
 
 
-@instrument(source=SOURCE, title="Rows drawn", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Rows drawn",
+    kind="check",
+    why="Rows that are never drawn teach nothing, and those drawn again and again are learned by heart.",
+)
 def rows_drawn(loop: Loop) -> RowsDrawn:
     """Whether the epochs of a DataLoader draw many different rows, where its data set shows its length.
 

@@ -20,7 +20,13 @@ class StepOrder(LoopCheck):
     """Steps that come at the wrong moment, more than once, or not at all."""
 
 
-@instrument(source=SOURCE, title="Order of the steps", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Order of the steps",
+    kind="check",
+    why="A step that is taken before, without or twice after its backward pass moves the weights by the "
+    "wrong gradient.",
+)
 def step_order(loop: Loop) -> StepOrder:
     """Whether every step comes after the backward pass that it should use, and once.
 

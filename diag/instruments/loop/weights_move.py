@@ -27,7 +27,13 @@ class WeightsMove(LoopCheck):
     """Parameters that steps with a gradient and a learning rate do not change."""
 
 
-@instrument(source=SOURCE, title="Weights move", kind="check", before_training="with optimizer")
+@instrument(
+    source=SOURCE,
+    title="Weights move",
+    kind="check",
+    before_training="with optimizer",
+    why="A parameter that does not move does not learn, although its gradient says that it should.",
+)
 def weights_move(history: History, loop: Loop) -> WeightsMove:
     """Whether each step changes every parameter that has a gradient and a learning rate.
 

@@ -17,7 +17,12 @@ class WrapperCalled(LoopCheck):
     """Training calls that go past the data-parallel wrapper."""
 
 
-@instrument(source=SOURCE, title="Data-parallel wrapper", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Data-parallel wrapper",
+    kind="check",
+    why="Calls past the wrapper leave the ranks' gradients unaveraged: each rank trains a network of its own.",
+)
 def wrapper_called(loop: Loop) -> WrapperCalled:
     """Whether the calls of training go through DistributedDataParallel, where there is one and several processes.
 

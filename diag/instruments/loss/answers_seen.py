@@ -58,7 +58,13 @@ class AnswersSeen(Result):
         ax.set(xlabel="outputs, when later tokens are others", ylabel="change over their spread")
 
 
-@instrument(source=SOURCE, title="Answers seen", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Answers seen",
+    kind=Kind.CHECK,
+    why="A model that can read the answer learns to copy it: its training loss looks excellent, and it can "
+    "do nothing where the answer is not there.",
+)
 def answers_seen(later_tokens: LaterTokens, loop: Loop) -> AnswersSeen:
     """Whether a model that is asked for the next token can look at it.
 

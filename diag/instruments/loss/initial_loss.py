@@ -67,7 +67,14 @@ class InitialLoss(Result):
         ax.set(xlabel="the run, and a network that knows nothing", ylabel="loss (nats)")
 
 
-@instrument(source=SOURCE, title="First loss", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="First loss",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="A first loss far above that of guessing means that the network starts sure and wrong: the first "
+    "steps go into unlearning, or something before the loss is broken.",
+)
 def initial_loss(
     history: History,
     logits: Tensor,

@@ -65,7 +65,12 @@ class LossTerms(Result):
         ax.legend(fontsize=7, frameon=False)
 
 
-@instrument(source=SOURCE, title="Terms of the loss", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Terms of the loss",
+    kind=Kind.CHECK,
+    why="Where a penalty outweighs the loss, the training mostly shrinks weights and hardly learns the task.",
+)
 def loss_terms(history: History, loop: Loop, *, times: float = PENALTY_OVER_LOSS) -> LossTerms:
     """Whether a penalty on the weights outweighs the loss.
 

@@ -31,7 +31,12 @@ class OutputRange(LoopCheck):
     """An activation after the last layer that the loss function cannot do with."""
 
 
-@instrument(source=SOURCE, title="Range of the outputs", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Range of the outputs",
+    kind="check",
+    why="Where the last function cannot reach the targets, the loss stops at a floor that no training lowers.",
+)
 def output_range(loop: Loop) -> OutputRange:
     """Whether the function that ends the network lets its outputs reach what the loss function asks for.
 

@@ -130,7 +130,13 @@ class AttentionHeads(Result):
         ax.set(xlabel="head, in the order of the forward pass", ylabel="entropy over an even spread's", ylim=(0, 1))
 
 
-@instrument(source=SOURCE, title="Attention heads", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Attention heads",
+    kind=Kind.CHECK,
+    why="Heads that look everywhere alike select nothing, and heads whose softmax has become one-hot hardly "
+    "get a gradient: both take capacity away, and growing logits often come before a loss that diverges.",
+)
 def attention_heads(
     attention_calls: Sequence[AttentionCall],
     history: History | None = None,

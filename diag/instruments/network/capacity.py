@@ -23,7 +23,13 @@ class Capacity(LoopCheck):
     cites = SOURCE
 
 
-@instrument(source=SOURCE, title="Capacity", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Capacity",
+    kind="check",
+    why="What passes through nearly no units, or through a single number, cannot tell the classes apart, "
+    "however long it trains.",
+)
 def capacity(loop: Loop, *, dropped: float = DROPPED) -> Capacity:
     """Whether dropout leaves nearly no units, or a classifier has a single number to separate its classes by.
 

@@ -70,7 +70,14 @@ class DeadUnits(Result):
         ax.set(xlabel="rectifier, in the order of the forward pass", ylabel="dead units (%)", ylim=(0, 100))
 
 
-@instrument(source=SOURCE, title="Dead units", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Dead units",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="A unit that is zero on every example gets no gradient, so it stays dead: the network is smaller "
+    "than it looks.",
+)
 def dead_units(activations: Sequence[Activation], *, alarm_at: float = SHARE_DEAD) -> DeadUnits:
     """Which rectified units are zero on every example, so that no gradient reaches them.
 

@@ -47,7 +47,14 @@ class ExamplesMixed(Result):
         ax.set(xlabel="a few examples", ylabel="change of an answer over its size")
 
 
-@instrument(source=SOURCE, title="Examples mixed", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Examples mixed",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="Where an answer depends on who else is in the batch, the numbers of an evaluation change with its "
+    "batch size and its order, and single predictions cannot be trusted.",
+)
 def examples_mixed(other_examples: OtherExamples) -> ExamplesMixed:
     """Whether the answer to an example depends, in evaluation mode, on the other examples of its batch.
 

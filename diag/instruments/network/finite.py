@@ -36,7 +36,7 @@ class FiniteForward(Result):
         if not self.entries:
             return Verdict(
                 Level.OK,
-                f"All {self.layers} layers output finite values only.",
+                f"All {self.layers:,} layers output finite values only.",
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
                 value=0.0,
@@ -71,7 +71,14 @@ class FiniteForward(Result):
         ax.set(xlabel="the first layer with such values", ylabel="entries that are not finite")
 
 
-@instrument(source=SOURCE, title="Finite values", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Finite values",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="Once a value is NaN or infinite everything that is computed from it is too; the first module that "
+    "gives one is where to look.",
+)
 def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
     """Which module is the first to output values that are infinite or not a number.
 

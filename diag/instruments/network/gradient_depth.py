@@ -82,7 +82,14 @@ class GradientDepth(Result):
         ax.set(xlabel="weight, in the model's order", ylabel="gradient per entry (root mean square)")
 
 
-@instrument(source=SOURCE, title="Gradients over the depth", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Gradients over the depth",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="Layers that get a gradient thousands of times smaller than others hardly learn; where it is "
+    "thousands of times larger, they overshoot.",
+)
 def gradient_depth(history: History, *, factor: float = GRADIENT_RATIO) -> GradientDepth:
     """Whether gradients shrink or grow by orders of magnitude over the depth of the network.
 

@@ -89,7 +89,14 @@ class InitialScale(Result):
         ax.set(xlabel="layer, in the order of the forward pass", ylabel="size of its output over its input")
 
 
-@instrument(source=SOURCE, title="Initial scale", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Initial scale",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="Signals that grow or shrink by a constant factor per layer are huge or gone after a few dozen "
+    "layers, and so are the gradients that come back.",
+)
 def initial_scale(
     activations: Sequence[Activation],
     history: History | None = None,

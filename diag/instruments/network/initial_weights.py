@@ -33,7 +33,13 @@ class InitialWeights(LoopCheck):
     cites = SOURCE
 
 
-@instrument(source=SOURCE, title="Initial weights", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Initial weights",
+    kind="check",
+    why="Weights that start all alike, at zero or far too large leave units that stay alike or saturated, "
+    "and no training undoes that quickly.",
+)
 def initial_weights(loop: Loop, *, large: float = LARGE_WEIGHTS, small: float = SMALL_WEIGHTS) -> InitialWeights:
     """Whether the weights that training begins with let it begin.
 

@@ -80,7 +80,13 @@ class NormalizationStatistics(Result):
         ax.set(xlabel="batch normalisation", ylabel="variance that enters over the running one", yscale="log")
 
 
-@instrument(source=SOURCE, title="Statistics of normalisation", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Statistics of normalisation",
+    kind=Kind.CHECK,
+    why="Running statistics that have not taken in the data are what evaluation uses: a good network then "
+    "scores as a bad one.",
+)
 def normalization_statistics(
     running_statistics: Sequence[RunningStatistics], *, factor: float = VARIANCE_RATIO
 ) -> NormalizationStatistics:

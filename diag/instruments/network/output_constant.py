@@ -83,7 +83,13 @@ class OutputConstant(Result):
         ax.set(xlabel="what the network returns", ylabel="spread over its size", yscale="log")
 
 
-@instrument(source=SOURCE, title="Constant output", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Constant output",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="A network that gives the same answer to every input has learned nothing that depends on the input.",
+)
 def output_constant(activations: Sequence[Activation], *, alarm_below: float = CONSTANT_SPREAD) -> OutputConstant:
     """Whether the network's output depends on its input.
 

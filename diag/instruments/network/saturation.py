@@ -62,7 +62,14 @@ class Saturation(Result):
         ax.set(xlabel="function, in the order of the forward pass", ylabel="at the flat ends (%)", ylim=(0, 100))
 
 
-@instrument(source=SOURCE, title="Saturation", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Saturation",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="A unit in the flat part of its activation function passes hardly any gradient, so that everything "
+    "before it learns slowly or not at all.",
+)
 def saturation(activations: Sequence[Activation], *, alarm_at: float = SATURATED) -> Saturation:
     """How many units lie where their activation function is flat.
 

@@ -83,7 +83,14 @@ class UnitCopies(Result):
         ax.set(xlabel="layers", ylabel="number")
 
 
-@instrument(source=SOURCE, title="Copies of units", kind=Kind.CHECK, before_training="always")
+@instrument(
+    source=SOURCE,
+    title="Copies of units",
+    kind=Kind.CHECK,
+    before_training="always",
+    why="Units with the same weights get the same gradients and stay the same: a layer of a hundred copies "
+    "is a layer of one.",
+)
 def unit_copies(params: Mapping[str, Tensor], history: History | None = None) -> UnitCopies:
     """Whether the units of whole layers have the same weights.
 

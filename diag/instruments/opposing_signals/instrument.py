@@ -153,7 +153,14 @@ _STEPS = StepWindow(
 )
 
 
-@instrument(source=SOURCE, title="Opposing signals", passes=_passes, window=_STEPS)
+@instrument(
+    source=SOURCE,
+    title="Opposing signals",
+    passes=_passes,
+    window=_STEPS,
+    why="Two groups of examples that ask for opposite changes make the loss jump at large steps; what the "
+    "examples of a group have in common is worth a look.",
+)
 def opposing_signals(
     hessian: CurvatureOperator,
     losses_at: LossesAt,

@@ -94,7 +94,14 @@ class Divergence(Result):
         ax.set(xlabel="step", ylabel="loss")
 
 
-@instrument(source=SOURCE, title="Divergence", kind=Kind.CHECK, before_training="with optimizer")
+@instrument(
+    source=SOURCE,
+    title="Divergence",
+    kind=Kind.CHECK,
+    before_training="with optimizer",
+    why="After a divergence the weights are worse than at the start and rarely recover; the steps that "
+    "follow are wasted.",
+)
 def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 

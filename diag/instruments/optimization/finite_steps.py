@@ -90,7 +90,7 @@ class FiniteSteps(Result):
         where = (
             f"of all {counted(self.tensors, 'tensor')}, so it arises in the loss or at the model's end"
             if everywhere
-            else f"of {len(self.layers)} of {counted(self.tensors, 'tensor')}, so it arises at or after "
+            else f"of {len(self.layers):,} of {counted(self.tensors, 'tensor')}, so it arises at or after "
             f"{self.layers[-1]}"
         )
         return self._alarm(
@@ -123,7 +123,13 @@ class FiniteSteps(Result):
         ax.set(xlabel="what was not finite", ylabel="first step (0: none)")
 
 
-@instrument(source=SOURCE, title="Finite steps", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Finite steps",
+    kind=Kind.CHECK,
+    why="After one update with a NaN the weights are lost; the step and the place where it began tell what "
+    "to change.",
+)
 def finite_steps(history: History, loop: Loop | None = None) -> FiniteSteps:
     """At which step a loss or a gradient was first not a finite number, and where that came from.
 

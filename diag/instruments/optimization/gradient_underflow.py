@@ -49,7 +49,7 @@ class GradientUnderflow(Result):
             )
         return verdict(
             Level.ALARM,
-            f"Gradients are too small for float16 and become zero: that of {len(self.zero)} of {self.tensors} "
+            f"Gradients are too small for float16 and become zero: that of {len(self.zero):,} of {self.tensors:,} "
             f"tensors ({named(self.zero)}) was exactly zero at nearly every step, the entries of the others are "
             f"about {format_number(self.size)}, and no GradScaler lifts them.",
             advice="Use torch.amp.GradScaler with float16, or bfloat16; and look at what the loss is "
@@ -68,7 +68,13 @@ class GradientUnderflow(Result):
         ax.set(xlabel="gradient", ylabel="tensors")
 
 
-@instrument(source=SOURCE, title="Gradient underflow", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Gradient underflow",
+    kind=Kind.CHECK,
+    why="A gradient that is rounded to zero teaches nothing: these weights stand still although the loss "
+    "could fall.",
+)
 def gradient_underflow(history: History, loop: Loop, *, tiny: float = TINY_GRADIENT) -> GradientUnderflow:
     """Whether gradients become zero because float16 is too coarse for them.
 

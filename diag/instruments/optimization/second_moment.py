@@ -82,7 +82,13 @@ class SecondMoment(Result):
         ax.set(xlabel="step", ylabel="gradient over the root of the second moment")
 
 
-@instrument(source=SOURCE, title="Second moment", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Second moment",
+    kind=Kind.CHECK,
+    why="Adam divides by what gradients used to be: where they suddenly grow, the step is many times larger "
+    "than intended, which is how many loss spikes begin.",
+)
 def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
     """Whether gradients outgrew Adam's second moment, so that steps were far larger than usual.
 

@@ -192,7 +192,14 @@ class StepSize(Result):
         ax.set(xlabel="step", ylabel="step over weights")
 
 
-@instrument(source=SOURCE, title="Step size", kind=Kind.CHECK, before_training="with optimizer")
+@instrument(
+    source=SOURCE,
+    title="Step size",
+    kind=Kind.CHECK,
+    before_training="with optimizer",
+    why="Steps that are too large destroy what was learned, and steps that are too small do not learn in "
+    "the time that there is.",
+)
 def step_size(
     history: History, loop: Loop | None = None, *, too_high: float = TOO_HIGH, too_low: float = TOO_LOW
 ) -> StepSize:

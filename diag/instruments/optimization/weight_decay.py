@@ -100,7 +100,13 @@ class WeightDecay(Result):
         ax.set(xlabel="step", ylabel="norm over the start's", ylim=(0, None))
 
 
-@instrument(source=SOURCE, title="Weight decay", kind=Kind.CHECK, before_training="with optimizer")
+@instrument(
+    source=SOURCE,
+    title="Weight decay",
+    kind=Kind.CHECK,
+    before_training="with optimizer",
+    why="Where decay shrinks the weights faster than gradients rebuild them, the network forgets while it learns.",
+)
 def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
     """Whether weight decay shrinks the weights faster than gradients rebuild them.
 

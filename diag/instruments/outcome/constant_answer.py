@@ -103,7 +103,13 @@ class ConstantAnswer(Result):
         ax.set(xlabel="answer", ylabel="loss")
 
 
-@instrument(source=SOURCE, title="Constant answer", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Constant answer",
+    kind=Kind.CHECK,
+    why="A loss that is no better than one fixed answer means that nothing of the input has been used yet, "
+    "although it may have fallen a lot.",
+)
 def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
     """Whether the training loss is below that of the best answer that is the same for every input.
 

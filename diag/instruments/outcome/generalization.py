@@ -246,7 +246,13 @@ def _shown(result: Generalization, by_accuracy: bool) -> str:
     return format_share(result.held_out_accuracy) if by_accuracy else format_number(result.held_out_loss)
 
 
-@instrument(source=SOURCE, title="Generalisation", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Generalisation",
+    kind=Kind.CHECK,
+    why="What counts is how the network does on data that it has not seen; where that gets worse while the "
+    "training loss falls, an earlier checkpoint is the better network.",
+)
 def generalization(
     losses: Tensor,
     held_out_losses: Tensor,

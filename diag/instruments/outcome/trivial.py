@@ -89,7 +89,13 @@ class TrivialPredictor(Result):
         ax.set(xlabel="predictor", ylabel="loss (nats)")
 
 
-@instrument(source=SOURCE, title="Trivial predictor", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Trivial predictor",
+    kind=Kind.CHECK,
+    why="A network that is no better than always answering with the class frequencies has not learned to "
+    "use its input.",
+)
 def trivial_predictor(logits: Tensor, labels: Tensor, losses: Tensor) -> TrivialPredictor:
     """Whether the network does better than answering with the class frequencies.
 

@@ -74,7 +74,12 @@ class SavedChanges(Result):
         ax.set(xlabel="change (% of the norm before)", ylabel="weight")
 
 
-@instrument(source=SOURCE, title="Changes between the files", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Changes between the files",
+    kind=Kind.CHECK,
+    why="It says which part of a network a training changed, and whether it changed anything at all.",
+)
 def saved_changes(saved: Saved) -> SavedChanges:
     """How far each weight of a checkpoint is from what it was in the one before.
 

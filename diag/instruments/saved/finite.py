@@ -36,7 +36,7 @@ class SavedFinite(Result):
         if not all_entries:
             return verdict(Level.OK, f"All numbers in {self.looked_at:,} weights are finite.")
         where = named(self.tensors)
-        weights = f"{self.entries:,} entries in {len(self.tensors)} of {self.looked_at} weights ({where})"
+        weights = f"{self.entries:,} entries in {len(self.tensors):,} of {self.looked_at:,} weights ({where})"
         states = f"{self.optimizer_entries:,} entries of the optimizer's state"
         found = " and ".join(text for text, n in ((weights, self.entries), (states, self.optimizer_entries)) if n)
         return verdict(
@@ -54,7 +54,13 @@ class SavedFinite(Result):
         ax.set(xlabel="the file's tensors", ylabel="weights")
 
 
-@instrument(source=SOURCE, title="Finite numbers in the file", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Finite numbers in the file",
+    kind=Kind.CHECK,
+    why="A checkpoint with a NaN gives NaN wherever it is used; it is better to know before the older ones "
+    "are deleted.",
+)
 def saved_finite(saved: Saved) -> SavedFinite:
     """Whether weights or an optimizer's state in a checkpoint hold NaN or infinity.
 

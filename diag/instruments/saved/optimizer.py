@@ -83,7 +83,13 @@ class SavedOptimizer(Result):
         ax.set(xlabel="parameters of the optimizers", ylabel="number")
 
 
-@instrument(source=SOURCE, title="Optimizer's state in the file", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Optimizer's state in the file",
+    kind=Kind.CHECK,
+    why="A training that goes on from an optimizer's state that does not fit fails, or starts over without "
+    "its moments.",
+)
 def saved_optimizer(saved: Saved) -> SavedOptimizer:
     """Whether the optimizer's state in a checkpoint fits the weights beside it.
 

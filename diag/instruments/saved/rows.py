@@ -43,7 +43,7 @@ class SavedRows(Result):
         if len(self.uniform) >= COUNT and share >= SHARE:
             return verdict(
                 Level.WARNING,
-                f"In {len(self.uniform)} of {self.looked_at} weights ({format_share(share)}) all rows are the "
+                f"In {len(self.uniform):,} of {self.looked_at:,} weights ({format_share(share)}) all rows are the "
                 f"same: {named(self.uniform)}; such units compute the same, and training keeps them alike.",
                 advice="If this network has been trained, start its weights at random; if it has not, this "
                 "is how it starts.",
@@ -72,7 +72,12 @@ class SavedRows(Result):
         return self.with_zero.get(name, 0) + self.with_repeated.get(name, 0)
 
 
-@instrument(source=SOURCE, title="Rows of the weights in the file", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Rows of the weights in the file",
+    kind=Kind.CHECK,
+    why="Rows that are zero or copies of each other are units that add nothing.",
+)
 def saved_rows(saved: Saved) -> SavedRows:
     """Rows of a checkpoint's weights that are zero throughout, or the same as another, bit for bit.
 

@@ -53,7 +53,13 @@ class SavedTies(Result):
         ax.set(xlabel="pairs of weights", ylabel="number")
 
 
-@instrument(source=SOURCE, title="Tied weights in the files", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Tied weights in the files",
+    kind=Kind.CHECK,
+    why="Weights that should be one and are not any more make the loaded network another one than the "
+    "network that was trained.",
+)
 def saved_ties(saved: Saved) -> SavedTies:
     """Whether weights that shared one tensor in the checkpoint before still hold the same numbers.
 

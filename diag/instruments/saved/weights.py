@@ -59,7 +59,12 @@ class SavedWeights(Result):
         ax.set(xlabel="weight, in the order of the file", ylabel="root mean square", yscale="log")
 
 
-@instrument(source=SOURCE, title="Weights in the file", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Weights in the file",
+    kind=Kind.CHECK,
+    why="Sizes and number formats tell whether the file is what it should be, and what it takes to load it.",
+)
 def saved_weights(saved: Saved) -> SavedWeights:
     """How large a checkpoint's weights are, and in which number formats.
 

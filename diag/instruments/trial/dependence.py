@@ -60,7 +60,12 @@ class InputUsed(Result):
         ax.set(xlabel="one batch", ylabel="change of the outputs over their size")
 
 
-@instrument(source=SOURCE, title="Use of the input", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Use of the input",
+    kind=Kind.CHECK,
+    why="A network whose answer does not change with its input can only learn the average.",
+)
 def input_used(trial: Trial) -> InputUsed:
     """Whether the outputs change with the input, before training and after one batch was fitted.
 

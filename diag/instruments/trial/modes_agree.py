@@ -53,7 +53,13 @@ class ModesAgree(Result):
         ax.set(xlabel="one batch", ylabel="loss")
 
 
-@instrument(source=SOURCE, title="Agreement of the modes", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Agreement of the modes",
+    kind=Kind.CHECK,
+    why="A network that learned in training mode and forgets in evaluation mode scores badly for a reason "
+    "that no further training removes.",
+)
 def modes_agree(trial: Trial) -> ModesAgree:
     """Whether what one batch taught in training mode is there in evaluation mode.
 

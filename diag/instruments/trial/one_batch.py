@@ -63,7 +63,7 @@ class OneBatch(Result):
     @property
     def _course(self) -> str:
         return (
-            f"the loss of one batch of {self.examples} examples went from {format_number(self.start)} to "
+            f"the loss of one batch of {self.examples:,} examples went from {format_number(self.start)} to "
             f"{_number(self.final)} in {self.steps:,} steps"
         )
 
@@ -130,7 +130,13 @@ class OneBatch(Result):
         ax.set(xlabel="step on the same batch", ylabel="loss")
 
 
-@instrument(source=SOURCE, title="One batch", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="One batch",
+    kind=Kind.CHECK,
+    why="A network that cannot learn one batch by heart cannot learn the data: a bug in the loop, the loss "
+    "or the network costs minutes now or days later.",
+)
 def one_batch(trial: Trial) -> OneBatch:
     """Whether the network learns one batch by heart.
 

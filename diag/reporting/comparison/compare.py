@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from diag.errors import InvalidInput
@@ -23,7 +22,7 @@ from diag.reporting.files import Page
 from diag.reporting.method import facts
 from diag.reporting.plain import clean, count_in_words, listed
 from diag.result import Level
-from diag.run.checkpoints import from_checkpoints
+from diag.run.opening import opened
 
 COMPARISON_VERSION = 2
 JUDGING = [str(level) for level in (Level.ALARM, Level.WARNING, Level.OK)]
@@ -40,8 +39,9 @@ def compare(
     """A page that compares two runs or more (or whatever else a report can be made of) with the first of them.
 
     With `build`, the function that gives `(model, loss_fn, data)` or its name, sources are checkpoints, each
-    measured by itself. names: short names, one a source. healthy: runs that went well; numbers outside their range
-    are marked. output: where the page is written, with its document beside it as JSON.
+    measured by itself; without it, checkpoints are compared by what the files hold. names: short names, one a
+    source. healthy: runs that went well; numbers outside their range are marked. output: where the page is
+    written, with its document beside it as JSON.
     Raises InvalidInput for fewer than two sources, and as `diag.report` does.
     """
     page = Page(comparison(*sources, names=names, healthy=healthy, build=build, command=command))
@@ -60,8 +60,8 @@ def comparison(
         raise InvalidInput(f"A comparison was asked of {count_in_words(len(sources), 'run')}; give two or more.")
     if names is not None and len(names) != len(sources):
         raise InvalidInput(f"There are {len(names)} names for {len(sources)} runs; give one a run.")
-    sides = [gather(_measured(source, build)) for source in sources]
-    accepted = [gather(_measured(source, build)) for source in healthy]
+    sides = [gather(_opened(source, build, sources[0])) for source in sources]
+    accepted = [gather(_opened(source, build, sources[0])) for source in healthy]
     keys = [key_of(i) for i in range(len(sides))]
     audits = [audits_of(side) for side in sides]
     checks = list(_checks(audits))
@@ -86,11 +86,12 @@ def comparison(
     return json.loads(json.dumps(made, allow_nan=False))
 
 
-def _measured(source: Any, build: Any) -> Any:
-    """A source as it is, or the run that measuring a checkpoint makes."""
-    if build is None or not isinstance(source, (str, os.PathLike)) or (Path(source) / "run.json").is_file():
+def _opened(source: Any, build: Any, first: Any) -> Any:
+    """A source as it is, or the run at a path; checkpoints that are not measured are compared with the first."""
+    if not isinstance(source, (str, os.PathLike)):
         return source
-    return from_checkpoints([Path(source)], build)
+    before = first if isinstance(first, (str, os.PathLike)) and first != source else None
+    return opened(source, build, before)
 
 
 def _titles(sides: Sequence[Evidence]) -> list[str]:

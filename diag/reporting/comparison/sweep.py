@@ -16,7 +16,9 @@ from diag.reporting.plain import as_text, clean, finite
 from diag.result import Level
 
 MOST_SETTINGS = 8
-NOT_SETTINGS = ("created", "layers", "row", "versions", "sessions", "closed", "format", "format_version", "name")
+NOT_SETTINGS = (
+    "created", "layers", "row", "versions", "sessions", "closed", "format", "format_version", "name", "checkpoints",
+)  # fmt: skip
 
 
 def key_of(number: int) -> str:

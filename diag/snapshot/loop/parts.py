@@ -278,12 +278,12 @@ class LossFacts:
     probabilities, log_probabilities: in how many of the `checked` calls every row of the input was one. factor:
     what the loss was multiplied with before backward(), None where not known; root: backward() was called on it, or
     a multiple of it. ignored, padding: the index that the loss ignores, and the padding index of the model's
-    embedding whose entries are the loss's classes; padded: the share of targets that are the latter. truncated: the targets are what a DataLoader gave,
-    cut to whole numbers, and the largest change that this made; constant: calls whose targets were all one number
-    where the DataLoader gave floating ones that differ. lowest, highest: of the targets of binary cross-entropy;
-    several: the largest number of classes that one row of zeros and ones has, where softmax is taken over them.
-    averaged: of a loss that is not reduced, backward() was called on its plain mean; ascended: it enters what
-    backward() is called on with a minus sign. weighted: class weights were
+    embedding whose entries are the loss's classes; padded: the share of targets that are the latter. truncated:
+    the targets are what a DataLoader gave, cut to whole numbers, and the largest change that this made; constant:
+    calls whose targets were all one number where the DataLoader gave floating ones that differ. lowest, highest:
+    of the targets of binary cross-entropy; several: the largest number of classes that one row of zeros and ones
+    has, where softmax is taken over them. averaged: of a loss that is not reduced, backward() was called on its
+    plain mean; ascended: it enters what backward() is called on with a minus sign. weighted: class weights were
     given."""
 
     function: str

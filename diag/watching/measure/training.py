@@ -120,7 +120,7 @@ class Training:
         if self.fingerprint or not self.probe.batches or not self.probe.complete:
             return ""
         self.fingerprint = fingerprint(batch.with_targets(self.model) for batch in self.probe.batches)
-        return f"{self.probe.size} examples, fingerprint {self.fingerprint}."
+        return f"{self.probe.size:,} examples, fingerprint {self.fingerprint}."
 
 
 class _LazyHistory:

@@ -75,7 +75,11 @@ def parts(history: History) -> Iterator[History]:
     """The record in consecutive parts of about `CELLS` numbers a column (one at least, which may have no row), so
     that a long record of many layers never lies in memory as a whole."""
     step = max(1, CELLS // max(1, len(history.layers)))
-    for at in range(0, max(len(history), 1), step):
+    if len(history) <= step:
+        yield history
+        let_go(history.gradient_norm)
+        return
+    for at in range(0, len(history), step):
         yield history.rows(slice(at, at + step))
         let_go(history.gradient_norm)
 

@@ -1,10 +1,10 @@
 """Checks that need nothing but the record of the steps and the facts of the loop, judged during training.
 
 They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
-measurements: they are judged at the floor (steps 1, 2, 3, 10, 30, 100, ... and the last), at once when something
-happened that none of them has judged (`urgent`), and between as far as `SHARE_FOR_CHECKS` of the time pays for
-them. A finding is announced the first time that it is seen; what is computed from the record alone is not kept, as
-opening the run computes it again.
+measurements: they are judged at the floor (steps 1, 2, 3, 5, 7, 10, 14, 20, 30, 100, ... and the last), and between
+as far as `SHARE_FOR_CHECKS` of the time pays for them. When something happened that none of them has judged
+(`urgent`), those that have read facts which have changed are judged at once. A finding is announced the first time
+that it is seen; what is computed from the record alone is not kept, as opening the run computes it again.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from diag.result import Failed, Outcome, Result, Verdict
 from diag.run.rows import history_of
 from diag.snapshot.history import History
 from diag.watching.measure.floor import next_floor
+from diag.watching.measure.reads import Reads
 
 SHARE_FOR_CHECKS = 0.005  # of the time since training began
-FIRST_JUDGED_STEPS = (1, 2, 3)
+FIRST_JUDGED_STEPS = (1, 2, 3, 5, 7, 10, 14, 20)  # where most of what goes wrong first shows
 RECENT_ROWS = 512  # rows kept in memory: so many last ones, and at most as many of those before, every 2^k-th
 MEMORY = 16 << 20  # bytes that these rows may take
 CHECK_FAILURES = 3
 
 
 def is_floor(step: int) -> bool:
-    """Whether the checks are judged at `step` whatever it costs: 1, 2, 3, 10, 30, 100, 300, ..."""
+    """Whether the checks are judged at `step` whatever it costs: 1, 2, 3, 5, 7, 10, 14, 20, 30, 100, 300, ..."""
     return step in FIRST_JUDGED_STEPS or next_floor(step - 1) == step
 
 
@@ -91,6 +92,7 @@ class LiveChecks:
         self._cost = self._spent = 0.0
         self._recorded: dict[str, tuple[str, str]] = {}
         self._failures: dict[str, int] = {}
+        self._reads = Reads()
 
     def row(self, table: NDArray[Any], optimizer: Mapping[str, Any]) -> None:
         """A row of the record is complete."""
@@ -99,38 +101,54 @@ class LiveChecks:
 
     def step_ended(self, step: int, elapsed: float, urgent: bool) -> None:
         """Judge where it is due; `elapsed`: seconds since training began; urgent: do not wait for a due step."""
-        paid = self._spent + self._cost <= SHARE_FOR_CHECKS * elapsed
-        if self._chosen and (urgent or paid or is_floor(step)):
+        if not self._chosen:
+            return
+        if is_floor(step) or self._spent + self._cost <= SHARE_FOR_CHECKS * elapsed:
             self.judge(step)
+        elif urgent:
+            self.judge(step, news_only=True)
 
-    def judge(self, step: int, last: bool = False) -> None:
-        """Judge all of them now; `last`: the results are recorded whether or not anything is new in them."""
+    def judge(self, step: int, last: bool = False, news_only: bool = False) -> None:
+        """Judge all of them now, or those alone that read facts which have changed; `last`: the results are
+        recorded whether or not anything is new in them."""
         if step == self._judged and not last:
             return
         began = time.perf_counter()
         self._judged = step
-        given = {"history": self._history(), **self._facts()}
+        given = dict(self._facts())
+        if (loop := given.get("loop")) is not None:
+            self._reads.begin(loop)
         for name, instrument in self._chosen.items():
-            if self._failures.get(name, 0) < CHECK_FAILURES:
+            if self._failures.get(name, 0) < CHECK_FAILURES and not (news_only and self._knows(instrument)):
                 self._judge(instrument, step, given, last)
-        self._cost = time.perf_counter() - began
-        self._spent += self._cost
+        seconds = time.perf_counter() - began
+        self._spent += seconds
+        self._cost = self._cost if news_only else seconds
 
-    def _judge(self, instrument: Instrument, step: int, given: Mapping[str, Any], last: bool) -> None:
+    def _knows(self, instrument: Instrument) -> bool:
+        """Whether the facts would tell the check nothing that it has not judged."""
+        return "loop" not in _names(instrument) or not self._reads.has_news(instrument.name)
+
+    def _judge(self, instrument: Instrument, step: int, given: dict[str, Any], last: bool) -> None:
         began = time.perf_counter()
-        name, needs = instrument.name, {need.name for need in instrument.needs}
-        outcome = attempt(
-            None,
-            instrument,
-            **self._settings.get(name, {}),
-            **{quantity: value for quantity, value in given.items() if quantity in needs and value is not None},
-        )
+        name = instrument.name
+        outcome = attempt(None, instrument, **self._settings.get(name, {}), **self._quantities(instrument, given))
         seconds = time.perf_counter() - began
         if isinstance(outcome, Failed):
             self._failures[name] = self._failures.get(name, 0) + 1
             self._record(step, outcome, seconds)
         elif isinstance(outcome, Result):
             self._tell(instrument, outcome, step, seconds, last)
+
+    def _quantities(self, instrument: Instrument, given: dict[str, Any]) -> dict[str, Any]:
+        """What the check needs of these; the history is made for the first one that asks."""
+        names = _names(instrument)
+        if "history" in names and "history" not in given:
+            given["history"] = self._history()
+        found = {name: given[name] for name in names if given.get(name) is not None}
+        if "loop" in found:
+            found["loop"] = self._reads.facts_for(instrument.name)
+        return found
 
     def _tell(self, instrument: Instrument, result: Result, step: int, seconds: float, last: bool) -> None:
         verdict, name = result.verdict(), instrument.name
@@ -146,3 +164,7 @@ class LiveChecks:
             return None
         optimizer = [{"type": "optimizer", "data": dict(self._optimizer)}] if self._optimizer else []
         return history_of({"layers": self._layers}, rows, optimizer)
+
+
+def _names(instrument: Instrument) -> list[str]:
+    return [need.name for need in instrument.needs]

@@ -26,6 +26,7 @@ from diag.watching.observe.loop.moment import Moment, due
 
 TARGETS_LOOKED_AT = 24  # calls of a function whose targets are read, then ever fewer
 INPUTS_LOOKED_AT = 6  # calls whose inputs are compared with their targets, then ever fewer
+TOLD_AFTER = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)  # looks at a function that are news
 FUNCTIONS_FOLLOWED = 8
 TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # numbers of a call that are read; and of an example
 FEWEST_ROWS = 8
@@ -147,7 +148,8 @@ class Demands:
             kind.copied = found if kind.copied is None else kind.copied & found
             kind.copied_looks, kind.rows = kind.copied_looks + 1, kind.rows + len(inputs)
             kind.features = inputs.shape[1]
-        self._moment.news(("asked", kind.function, kind.looked))
+        if kind.looked in TOLD_AFTER:
+            self._moment.news(("asked", kind.function, kind.looked))
 
     def facts(self) -> tuple[AskedFacts, ...]:
         """Each function's as plain data; what is on a device is read now."""

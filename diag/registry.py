@@ -31,7 +31,7 @@ from torch import nn
 from diag.conversion import converted
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
-from diag.snapshot.glossary import Effort, Quantity, lookup
+from diag.snapshot.glossary import HELD_OUT, Effort, Quantity, lookup
 from diag.snapshot.snapshot import OVER_RANKS, Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.snapshot.validation import checked
@@ -435,14 +435,19 @@ def measure(snapshot: Measurable, name: str, **settings: Any) -> Result:
 
 
 def is_put_together(instrument: Instrument) -> bool:
-    """Whether an instrument is measured on the data of several ranks at once: all that it needs is put together.
+    """Whether an instrument can be measured on the data of several ranks at once: all it needs is put together.
 
     What it takes besides, where it is there, it goes without; but what a loop tells differs between ranks, so that
     they might not do the same.
     """
-    needs = {need.name for need in instrument.needs if not need.optional}
+    needs = {need.name.removeprefix(HELD_OUT) for need in instrument.needs if not need.optional}
     optional = {need.name for need in instrument.needs if need.optional}
-    return "hessian" in needs and needs <= OVER_RANKS and not optional & {"loop", "history"}
+    return needs <= OVER_RANKS and not optional & {"loop", "history"}
+
+
+def requires(instrument: Instrument, *names: str) -> bool:
+    """Whether an instrument cannot do without one of these quantities."""
+    return any(need.name in names and not need.optional for need in instrument.needs)
 
 
 def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Outcome:

@@ -11,6 +11,7 @@ from diag.errors import DiagError
 from diag.snapshot.forward import look
 from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.objective.examples import errors_of, loss_shares
+from diag.snapshot.objective.over_ranks import scale_of
 from diag.snapshot.objective.shares import plain_targets
 from diag.snapshot.snapshot import Snapshot
 
@@ -35,6 +36,19 @@ class Scores:
 
 def score_examples(model: nn.Module, source: Snapshot) -> Scores:
     """One pass of `model` over the data of `source`, with its loss."""
+    if source.together is None:
+        return _own_scores(model, source)
+    scale = scale_of(source, source.together)
+
+    def table() -> Tensor:
+        own = _own_scores(model, source)
+        return torch.stack([own.losses * scale, own.errors, torch.full_like(own.losses, own.per_example)], 1)
+
+    losses, errors, known = source.all_rows(table, "losses").T
+    return Scores(losses, errors, bool(known.all()))
+
+
+def _own_scores(model: nn.Module, source: Snapshot) -> Scores:
     losses, errors, known = [], [], True
     for batch in counted_batches(source):
         source.deadline.check()

@@ -167,7 +167,7 @@ class Interpolation:
                 overwrite(self.copy, kept)
             with around(alpha):
                 if norm_stats == "reset" and self.has_batch_norm:
-                    reset_norm_statistics(self.copy, self.snapshot.batches)
+                    reset_norm_statistics(self.copy, self.snapshot.batches, self.snapshot.together)
                 return score_examples(self.copy, source)
 
 

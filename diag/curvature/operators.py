@@ -52,7 +52,7 @@ from diag.linalg.reductions import SpreadOver
 from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.counting import counted_batches
-from diag.snapshot.objective.over_ranks import together_of, weight_of
+from diag.snapshot.objective.over_ranks import weight_of
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import random_blocks_of, subsampled
@@ -383,7 +383,7 @@ def fisher(snapshot: Snapshot) -> Fisher:
 def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
     carried = snapshot.carry.next(kind.__name__, snapshot) if snapshot.carry is not None else None
     known = carried.self_test if carried is not None else None
-    settings |= {"seed": snapshot.seed, "checked": known, "ranks": together_of(snapshot)}
+    settings |= {"seed": snapshot.seed, "checked": known, "ranks": snapshot.together}
     if settings["ranks"] is not None:
         settings["weight"] = weight_of(snapshot, settings["ranks"])
     operator = kind(snapshot.model, snapshot.batch_loss, snapshot.cuttable(counted_batches(snapshot)), **settings)

@@ -7,6 +7,7 @@ rank has gone, or is later than the group's timeout) nothing more is sent, and e
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,12 +20,18 @@ from diag.distributed.link import plain_reason
 from diag.distributed.meeting import initialized
 from diag.distributed.placement import block_of, is_spread, own_part
 from diag.errors import InvalidInput, Unsupported, text_of
-from diag.linalg.deadline import NEVER, Deadline
+from diag.linalg.deadline import NEVER, Deadline, free_memory
 
 ONE_PROCESS = "There is one process, so ranks= has nothing to put together; leave it out, or start with torchrun."
 FAILED = "Rank {} could not compute its share; its own message says why."
 FAILED_SO = "Rank {} could not compute its share ({})."
 PARTED = "The ranks could not continue together ({}); look at what happened to the others."
+UNLIKE_ROWS = "The ranks' {} are not of one kind (shape and number format), so that they do not make one table."
+ROWS_TOO_LARGE = (
+    "The {} of all ranks are {:.2g} GB, more than a quarter of what is free on some rank ({:.2g} GB); give fewer "
+    "examples (max_examples=)."
+)
+FREE_SHARE_OF_ROWS = 0.25
 DIFFER = (
     "The ranks hold other values of {}, so that they have no common loss; load one state on all of them, or "
     "broadcast it from rank 0."
@@ -146,6 +153,32 @@ class Together:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
 
         self.sum(tried, torch.zeros(1, dtype=torch.float64, device=self.device))
+
+    def rows(self, compute: Callable[[], Tensor], what: str) -> Tensor:
+        """The rows of the tensors (n_r, ...) that `compute()` gives, of all ranks, those of rank 0 first.
+
+        Raises on every rank where one has raised, and Unsupported where rows are of unlike kinds or too many.
+        """
+        found: list[Tensor] = []
+        self.all_succeed(lambda: found.append(compute().detach()))
+        own = found[0]
+        kind = zlib.crc32(repr((own.dtype, tuple(own.shape[1:]))).encode())
+        if not self.same(torch.tensor([kind])).all():
+            raise Unsupported(UNLIKE_ROWS.format(what))
+        sizes = [int(n) for n in self.totals(torch.arange(self.world).eq(self.rank) * len(own))]
+        self._refuse_many(own[:1].nbytes * sum(sizes), what)
+        longest = max(sizes)
+        block = own.new_zeros(longest, *own.shape[1:])
+        block[: len(own)] = own
+        block = block.to(self.device)
+        whole = block.new_empty(self.world, *block.shape)
+        self._send(lambda: self._group.allgather([list(whole)], [block]))
+        return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)]).to(own.device)
+
+    def _refuse_many(self, size: float, what: str) -> None:
+        free = self.least(free_memory(self.device))
+        if size > FREE_SHARE_OF_ROWS * free:
+            raise Unsupported(ROWS_TOO_LARGE.format(what, size / 1e9, free / 1e9))
 
     def joined(self, part: Tensor, size: int) -> Tensor:
         """The ranks' parts of a vector of so many entries, one after the other; all but the last are equally

@@ -1,8 +1,9 @@
 """Who measures a checkpoint: one process all of it, or the ranks of torch.distributed their shares.
 
-Under torchrun every rank builds the same model and data, and loads the same checkpoint. What is put together over
-ranks (curvature) they measure together, each on its share of the data. All else rank 0 measures alone on all the
-data; where the build function gave each rank other data, it is refused with that reason.
+Under torchrun every rank builds the same model and data, and loads the same checkpoint. What goes through the data
+again and again (curvature, gradients of examples, networks between two) they measure together, each on its share.
+All else rank 0 measures alone on all the data; where the build function gave each rank other data, what can be put
+together is, and the rest is refused with that reason.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from torch import nn
 
 from diag.distributed.together import Together
 from diag.linalg.deadline import free_memory
-from diag.registry import Instrument, attempt, is_put_together
+from diag.registry import Instrument, attempt, is_put_together, requires
 from diag.result import Outcome, Skipped
 from diag.snapshot.reading import all_alike
 from diag.snapshot.sharded.whole import is_sharded, whole_copy
 from diag.snapshot.snapshot import Snapshot
 
+SHARED_WORK = ("hessian", "gauss_newton", "per_example_gradients", "interpolation")  # many passes over the data
 APART = (
     "Each rank was given different data, which this measurement cannot combine; let the build function give every "
     "rank all of the data, and the ranks divide it themselves."
@@ -79,7 +81,7 @@ class AllRanks(OneProcess):
 
     def measure(self, instrument: Instrument, settings: Mapping[str, Any]) -> Outcome | None:
         """What an instrument gives; None on all ranks but the first."""
-        if is_put_together(instrument):
+        if is_put_together(instrument) and (self._apart or requires(instrument, *SHARED_WORK)):
             outcome = attempt(self._shared, instrument, **settings)
             return outcome if self.leads else None
         if self._apart:

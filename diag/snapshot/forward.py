@@ -76,7 +76,7 @@ def labels(snapshot: Snapshot) -> Tensor:
 
     Raises MissingQuantity where there are none.
     """
-    return torch.cat([c.labels[c.counted] for c in comparisons(snapshot)])
+    return snapshot.all_rows(lambda: torch.cat([c.labels[c.counted] for c in comparisons(snapshot)]), "labels")
 
 
 def targets(snapshot: Snapshot) -> Tensor:
@@ -84,6 +84,10 @@ def targets(snapshot: Snapshot) -> Tensor:
 
     Raises MissingQuantity where the targets are not floating-point numbers, one or several an example.
     """
+    return snapshot.all_rows(lambda: _targets(snapshot), "targets")
+
+
+def _targets(snapshot: Snapshot) -> Tensor:
     found = [batch.targets for batch in snapshot.batches]
     for t, batch in zip(found, snapshot.batches, strict=True):
         if not isinstance(t, Tensor) or not t.is_floating_point() or not t.ndim or len(t) != batch.size:
@@ -95,11 +99,15 @@ def targets(snapshot: Snapshot) -> Tensor:
 
 def logits(snapshot: Snapshot) -> Tensor:
     """What enters the softmax for each label, floating tensor (n, K), in the dtype in which it does."""
-    return torch.cat([c.logits[c.counted] for c in comparisons(snapshot)])
+    return snapshot.all_rows(lambda: torch.cat([c.logits[c.counted] for c in comparisons(snapshot)]), "logits")
 
 
 def logit_gradients(snapshot: Snapshot) -> Tensor:
     """d loss_i / d logits_i for each label alone, (n, K), in the dtype and by the loss that training uses."""
+    return snapshot.all_rows(lambda: _logit_gradients(snapshot), "gradients by the logits")
+
+
+def _logit_gradients(snapshot: Snapshot) -> Tensor:
     if snapshot.loss_fn is None and forward_pass(snapshot).looked[0].value is None:
         raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
     found = comparisons(snapshot)
@@ -110,6 +118,10 @@ def logit_gradients(snapshot: Snapshot) -> Tensor:
 
 def features(snapshot: Snapshot) -> Tensor:
     """The inputs of the final linear layer for each label, floating tensor (n, d)."""
+    return snapshot.all_rows(lambda: _features(snapshot), "features")
+
+
+def _features(snapshot: Snapshot) -> Tensor:
     comparisons(snapshot)
     found = forward_pass(snapshot).features
     if found is None:

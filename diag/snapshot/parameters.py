@@ -20,7 +20,7 @@ from diag.distributed.together import Together
 from diag.errors import CheckpointError, InvalidInput, MissingQuantity
 from diag.snapshot.call_at import call_at
 from diag.snapshot.objective.counting import counted_batches
-from diag.snapshot.objective.over_ranks import together_of, weight_of
+from diag.snapshot.objective.over_ranks import weight_of
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -122,7 +122,7 @@ def params(snapshot: Snapshot) -> dict[str, Tensor]:
 
 def gradient(snapshot: Snapshot) -> dict[str, Tensor]:
     """The gradient of the mean loss over the data, by parameter name; zeros where a parameter is unused."""
-    together = together_of(snapshot)
+    together = snapshot.together
     return _own_gradient(snapshot) if together is None else _gradient_over_ranks(snapshot, together)
 
 
@@ -162,7 +162,7 @@ def loss_at(snapshot: Snapshot) -> Callable[[Mapping[str, Tensor]], float]:
                 total += float(snapshot.batch_loss(outputs, batch.targets)) * batch.size
         return total / snapshot.num_examples
 
-    together = together_of(snapshot)
+    together = snapshot.together
     if together is None:
         return loss
     weight = weight_of(snapshot, together)

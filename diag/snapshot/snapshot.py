@@ -46,7 +46,11 @@ DATA_MOVED = (
     "they are."
 )
 DATA = "bits of the data"
-OVER_RANKS = {"params", "loss_at", "gradient", "hessian", "gauss_newton", "optimizer", "module_graph"}
+OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an example, or as a sum
+    *("params", "optimizer", "module_graph", "classifier", "other", "other_params", "ancestor"),
+    *("labels", "targets", "logits", "losses", "logit_gradients", "features"),
+    *("loss_at", "gradient", "hessian", "gauss_newton", "per_example_gradients", "interpolation"),
+}
 NOT_OVER_RANKS = (
     "{} is not put together over ranks, of which each has a share of the data{}; measure it in one process "
     "on all the data, without ranks=."
@@ -75,9 +79,9 @@ class Snapshot:
         without a length, which may never end, the first 8,192 are used where this is not given, and a warning
         says so).
     ranks: the data are this rank's share, and every rank of torch.distributed makes the same snapshot on its own
-        share (or all of them on the same data, which they then share out): loss, gradient and curvature are those
-        of all the data. Of a model that is sharded (fully_shard, tensor parallel) each rank takes a whole copy.
-        What is not put together is refused.
+        share (or all of them on the same data, which they then share out): loss, gradient, curvature and what has a
+        row an example are those of all the data. Of a model that is sharded (fully_shard, tensor parallel) each
+        rank takes a whole copy. What is not put together is refused.
     deadline: what measuring may take, asked between batches, products and examples (see `diag.linalg.deadline`).
 
     Raises InvalidInput where model, loss_fn or data are not of these kinds.
@@ -131,7 +135,7 @@ class Snapshot:
         Raises MissingQuantity, in one sentence with what to give, where the snapshot cannot give it.
         """
         row = lookup(name)
-        if self.ranks and name not in OVER_RANKS:
+        if self.ranks and name.removeprefix(HELD_OUT) not in OVER_RANKS:
             lies = f" (and whose parameters are sharded: {self._placement})" if self._placement else ""
             raise MissingQuantity(NOT_OVER_RANKS.format(name, lies))
         if self.ranks is None and self._placement and row.cost is not Effort.NONE:
@@ -186,6 +190,20 @@ class Snapshot:
         try_out(self.model, self.batch_loss, self.batches)
         if error is not None:
             refuse_unusual(self.model, error)
+
+    @cached_property
+    def together(self) -> Together | None:
+        """The ranks that the data are split over, once they are seen to hold one model; None for one process."""
+        if self.ranks is not None:
+            self.ranks.refuse_different({**dict(self.model.named_parameters()), **dict(self.model.named_buffers())})
+        return self.ranks
+
+    def all_rows(self, compute: Callable[[], Tensor], what: str) -> Tensor:
+        """What `compute()` gives of this data, (n, ...): with ranks=, the rows of all of them, rank 0's first."""
+        if self.together is None:
+            return compute()
+        _ = self.batches  # which the ranks agree on by themselves
+        return self.together.rows(compute, what)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make()` gives, computed when it is first asked for under `name` and kept with the snapshot."""

@@ -279,6 +279,29 @@ def test_curvature_over_ranks_is_that_of_all_the_data(ranks, name, loss_fn):
     assert all(rank["curvature"][name].get("untouched", True) for rank in ranks)
 
 
+def check_examples(found, name):
+    """Sums over shares differ from those over all rows by float64 rounding, which ratios of small numbers raise."""
+    x, y = trainings.rows()
+    alone = trainings.examples_of(name, (x.double(), y))
+    assert found.keys() == alone.keys() and len(found["mode_connectivity"]) > 10
+    for instrument, numbers in alone.items():
+        if instrument == "projected":
+            numpy.testing.assert_allclose(found[instrument], numbers, rtol=1e-9, atol=1e-12)
+            continue
+        assert found[instrument].keys() == numbers.keys()
+        for field, value in numbers.items():
+            there, same = found[instrument][field], f"{instrument}.{field}"
+            numpy.testing.assert_allclose(there, value, rtol=1e-7, atol=1e-10, err_msg=same)
+
+
+@pytest.mark.parametrize("name", trainings.EXAMPLES)
+def test_what_asks_for_examples_gets_those_of_all_ranks(ranks, name):
+    """Shares of 40 and 24 rows; with class weights the examples of the two shares count differently."""
+    first, last = (rank["curvature"]["examples"][name] for rank in ranks)
+    assert json.dumps(first) == json.dumps(last)
+    check_examples(first, name)
+
+
 def test_each_rank_holds_its_part_of_the_basis(ranks):
     """Four vectors of work are whole on every rank, beside them each holds half of all others."""
     for found in ranks:
@@ -288,9 +311,13 @@ def test_each_rank_holds_its_part_of_the_basis(ranks):
 
 def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
     first, last = (rank["curvature"]["refused"] for rank in ranks)
-    assert "is not put together over ranks, of which each has a share" in first["coherence"] == last["coherence"]
-    for name in ("alone", "collapse"):
-        assert "0.weight has placement (Shard(dim=0),)" in first[name] == last[name]
+    assert (
+        "is not put together over ranks, of which each has a share" in first["activations"] == last["activations"]
+    )
+    assert "Targets are not permuted over ranks" in first["contrast"] == last["contrast"]
+    assert "stay on the rank that has them" in first["single"] == last["single"]
+    assert "0.weight has placement (Shard(dim=0),)" in first["alone"] == last["alone"]
+    assert first["labels of one rank"].startswith("Rank 1 could not compute its share")
     assert "The ranks hold other values of 2.bias" in first["apart"] == last["apart"]
     assert (
         first["one rank"].startswith("Rank 1 could not compute its share")
@@ -299,7 +326,8 @@ def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
     assert "FullyShardedDataParallel (FSDP1)" in first["flat"] == last["flat"]
     assert "give different outputs" in first["heads"] and "give different outputs" in last["heads"]
     assert "fewer than" not in first["heads"]
-    assert first["shares"].startswith("Each rank was given different data") and last["shares"] == ""
+    assert first["shares"][0].startswith("Each rank was given different data") and last["shares"] == ["", 0]
+    assert first["shares"][1] == trainings.ROWS  # what asks for rows is measured on those of all ranks
 
 
 def test_one_process_has_no_ranks_to_share_the_data_with():
@@ -318,6 +346,8 @@ def test_four_ranks(tmp_path, alone):
     assert all(c["mlp"] == curvature[0]["mlp"] for c in curvature)
     for name, loss_fn in CURVATURES + SHARDED:
         check_curvature(curvature[0][name], name, loss_fn)
+    for name in trainings.EXAMPLES:
+        check_examples(curvature[0]["examples"][name], name)
     for way in WAYS:
         check_history(diag.load(tmp_path / way).history, alone)
         assert not findings(tmp_path, way)

@@ -4,11 +4,14 @@ What a rank found goes to FOLDER/RANK.json: for each training hashes of the weig
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -476,6 +479,48 @@ def curvature_of(model, loss_fn, data, **given):
     }
 
 
+def second(model):
+    """Another network of the same kind, near the first."""
+    generator = torch.Generator().manual_seed(9)
+    noise = {n: 0.3 * torch.randn(v.shape, generator=generator).double() for n, v in model.state_dict().items()}
+    return {n: v + noise[n].abs() if v.is_floating_point() else v for n, v in model.state_dict().items()}
+
+
+def examples_of(name, data, spread=lambda net: net, **given):
+    """What is compared of instruments that ask for examples: collapse, rounding, gradients, the line between two."""
+    model = networks()["conv" if name == "conv" else "mlp"]
+    more = {"other": second(model), "micro_batch": 8, "held_out": data}
+    loss_fn = weighted_loss if name == "weighted" else F.cross_entropy
+    size = sum(p.numel() for p in model.parameters())
+    snapshot = diag.Snapshot(spread(model), loss_fn, data, **more, **given)
+    found = {
+        "neural_collapse": diag.neural_collapse(snapshot),
+        "softmax_collapse": diag.softmax_collapse(snapshot),
+        "boundary_tilting": diag.boundary_tilting(snapshot),
+        "trivial_predictor": diag.trivial_predictor(snapshot),
+        "gradient_coherence": diag.gradient_coherence(snapshot),
+        "gradient_conflict": diag.gradient_conflict(snapshot),
+        "mode_connectivity": diag.mode_connectivity(snapshot, points=3, refine=0, layers=True),
+    }
+    projected = snapshot.quantity("per_example_gradients").project(torch.ones(size).double())
+    return {name: numbers_of(result) for name, result in found.items()} | {
+        "projected": projected.flatten().tolist()
+    }
+
+
+def numbers_of(result):
+    """Every number of a result, by its field's name."""
+    found = {}
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        value = list(value.values()) if isinstance(value, Mapping) else value
+        try:
+            found[field.name] = numpy.asarray(value, float).flatten().tolist()
+        except (TypeError, ValueError):  # words
+            continue
+    return found
+
+
 def basis_held():
     """The largest number of entries in a basis of 40 vectors and the pairs that it gave: here, and in one
     process."""
@@ -502,12 +547,15 @@ def weighted_loss(outputs, targets):
     return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 2.0, 4.0], dtype=outputs.dtype))
 
 
+EXAMPLES = {"mlp": ddp, "conv": ddp, "weighted": ddp, "mlp fsdp": fully}
+
+
 def of_a_checkpoint(model, data):
-    """Why a checkpoint gives nothing that one rank measures; nothing on the others."""
+    """Of a checkpoint measured on shares: what one rank alone measures, and what is put together; on rank 0."""
     by = AllRanks(model, {"loss_fn": F.cross_entropy, "data": data})
     by.begin(None)
-    outcome = by.measure(find("softmax_collapse"), {})
-    return getattr(outcome, "reason", "")
+    refused, measured = (by.measure(find(name), {}) for name in ("dead_units", "softmax_collapse"))
+    return [getattr(refused, "reason", ""), getattr(getattr(measured, "provenance", None), "num_examples", 0)]
 
 
 def curvature():
@@ -516,6 +564,7 @@ def curvature():
         n: curvature_of(ddp(m), F.cross_entropy, share(), ranks=True) for n, m in networks().items() if n != "gpt"
     }
     found |= {name: sharded_curvature(name) for name in SHARDED}
+    found["examples"] = {name: examples_of(name, share(), spread, ranks=True) for name, spread in EXAMPLES.items()}
     found["held"] = basis_held()
     found["weighted"] = curvature_of(networks()["mlp"], weighted_loss, share(), ranks=True)
     snapshot = diag.Snapshot(networks()["mlp"], F.cross_entropy, share(), ranks=True)
@@ -529,13 +578,13 @@ def curvature():
     heads = in_columns(SmallGPT(heads=4))
     heads.block.attention.heads = 1
     found["refused"] = {
-        "coherence": refusal(lambda: diag.gradient_coherence(snapshot)),
+        "activations": refusal(lambda: diag.dead_units(snapshot)),
+        "contrast": refusal(lambda: diag.gradient_coherence(snapshot, contrast=True)),
+        "single": refusal(lambda: snapshot.quantity("per_example_gradients").gram()),
+        "labels of one rank": refusal(lambda: broken.quantity("losses")),
         "apart": refusal(lambda: diag.Snapshot(apart, F.cross_entropy, share(), ranks=True).quantity("hessian")),
         "one rank": refusal(lambda: broken.quantity("hessian")),
         "alone": refusal(lambda: diag.neural_collapse(diag.Snapshot(fully(mlp()), F.cross_entropy, rows()))),
-        "collapse": refusal(
-            lambda: diag.neural_collapse(diag.Snapshot(fully(mlp()), F.cross_entropy, rows(), ranks=True))
-        ),
         "flat": refusal(lambda: diag.Snapshot(flat, F.cross_entropy, rows(), ranks=True).quantity("hessian")),
         "heads": refusal(lambda: diag.Snapshot(heads, token_loss, texts(), ranks=True).quantity("hessian")),
         "shares": of_a_checkpoint(networks()["mlp"], share()),

@@ -14,6 +14,7 @@ from diag.snapshot.example_losses import example_losses
 from diag.snapshot.forward import Looked, forward_pass
 from diag.snapshot.objective.comparison import Comparison
 from diag.snapshot.objective.counting import by_example, counted_batches, refuse_coupled
+from diag.snapshot.objective.over_ranks import scale_of
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.parameters import copy_with
@@ -33,6 +34,13 @@ def losses(snapshot: Snapshot) -> Tensor:
     That is the example's loss alone where all count alike. Raises MissingQuantity without a loss, InvalidInput
     where loss_fn gives no number, Unsupported where the examples have no losses of their own.
     """
+    if snapshot.together is None:
+        return _own_losses(snapshot)
+    scale = scale_of(snapshot, snapshot.together)
+    return snapshot.all_rows(lambda: _own_losses(snapshot) * scale, "losses")
+
+
+def _own_losses(snapshot: Snapshot) -> Tensor:
     with preserved(snapshot.model), torch.no_grad():
         rows = zip(forward_pass(snapshot).looked, counted_batches(snapshot), strict=True)
         return torch.cat([loss_shares(snapshot, seen, batch) for seen, batch in rows])

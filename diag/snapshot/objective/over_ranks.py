@@ -6,7 +6,7 @@ examples, or by what the examples count where they do not count alike (see `coun
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diag.distributed.together import Together
 from diag.errors import Unsupported
@@ -22,25 +22,13 @@ COUPLED_SHARES = (
 )
 
 
-def together_of(snapshot: Snapshot) -> Together | None:
-    """The ranks that a snapshot's data are split over; None where it is this process's own."""
-    together = snapshot.ranks
-    if together is None:
-        return None
-    return snapshot.once("checked ranks", lambda: _checked(snapshot.model, together))
-
-
-def _checked(model: nn.Module, together: Together) -> Together:
-    together.refuse_different({**dict(model.named_parameters()), **dict(model.named_buffers())})
-    return together
-
-
 def weight_of(snapshot: Snapshot, together: Together) -> float:
     """What this rank's loss counts in that of all the data."""
     return snapshot.once("weight among ranks", lambda: _weight(snapshot, together))
 
 
 def _weight(snapshot: Snapshot, together: Together) -> float:
+    _ = snapshot.batches  # which the ranks agree on by themselves
     counts: list[Tensor] | None = None
 
     def count() -> None:
@@ -57,3 +45,8 @@ def _weight(snapshot: Snapshot, together: Together) -> float:
         raise Unsupported(UNLIKE)
     own = float(snapshot.num_examples if counts is None else sum(float(c.sum()) for c in counts))
     return own / together.total(own)
+
+
+def scale_of(snapshot: Snapshot, together: Together) -> float:
+    """What shares of this rank's loss are multiplied by, so that their mean over all ranks is the loss of all."""
+    return weight_of(snapshot, together) * snapshot.all_examples / snapshot.num_examples

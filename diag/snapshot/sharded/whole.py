@@ -40,6 +40,10 @@ HOOK_FLAGS = {
 }
 
 
+# What torch's contract API (`fully_shard`, `replicate`) keeps in a module under a random name.
+STATE_OF_SHARDING = "__composable_api_state_key"
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether some parameter or buffer is a DTensor, or the model is under FSDP1."""
     return bool(sharded_as(model))
@@ -168,10 +172,9 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
-        if name in (
-            *FORWARD_HOOKS,
-            *BACKWARD_HOOKS,
-        ):  # a hook may hold what cannot be copied, such as a group of processes
+        if name.startswith(STATE_OF_SHARDING):
+            continue
+        if name in (*FORWARD_HOOKS, *BACKWARD_HOOKS):  # which may hold what cannot be copied: a group of processes
             yield name, type(value)((key, hook) for key, hook in value.items() if not _shards(hook))
         else:
             yield name, value

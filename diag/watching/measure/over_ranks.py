@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from diag.distributed.together import Together
 from diag.errors import DiagError, text_of
 from diag.linalg.deadline import Deadline, free_memory
-from diag.registry import is_put_together
+from diag.registry import is_put_together, requires
 from diag.result import Failed, Outcome
 from diag.snapshot.sharded.whole import refuse_another_function, whole_copy, whole_optimizer
 from diag.snapshot.snapshot import Snapshot
@@ -43,7 +43,8 @@ class OverRanks:
     ) -> None:
         self._training, self._measurements, self._every = training, measurements, every
         self._note, self._info = note, info
-        self._able = [name for name, i in measurements.chosen.items() if is_put_together(i)]
+        chosen = measurements.chosen.items()
+        self._able = [name for name, i in chosen if requires(i, "hessian") and is_put_together(i)]
         self._before, self._next, self._refused = last_step, 1, ""
         self.agreement: Agreement | None = None  # once the ranks have met
         self.measured: set[str] = set()

@@ -26,7 +26,7 @@ from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
 ALIGN = ("weights", "activations")
-NOT_OVER_RANKS = (
+READS_ALL_DATA = (
     "{} reads the data of one process, and here each rank has a share; measure it without ranks=, or leave it out."
 )
 
@@ -96,7 +96,7 @@ def measure_connection(
     Raises Unsupported where the model has no group of units to align, or alignment would change its function.
     """
     if path.snapshot.ranks and (repair or bezier_steps):
-        raise Unsupported(NOT_OVER_RANKS.format("REPAIR" if repair else "training a curve"))
+        raise Unsupported(READS_ALL_DATA.format("REPAIR" if repair else "training a curve"))
     both = partial(_on_both_sets, path, [i / (points - 1) for i in range(points)], refine, norm_stats)
     found: dict[str, Any] = {"distance": distance(path.start, end), "chance_error": chance_error(path)}
     found["line"], found["held_out"] = both(end)

@@ -487,7 +487,7 @@ def second(model):
 
 
 def examples_of(name, data, spread=lambda net: net, **given):
-    """What is compared of instruments that ask for examples: collapse, rounding, gradients, the line between two."""
+    """What is compared of instruments that ask for examples: features, logits, gradients, the line between two."""
     model = networks()["conv" if name == "conv" else "mlp"]
     more = {"other": second(model), "micro_batch": 8, "held_out": data}
     loss_fn = weighted_loss if name == "weighted" else F.cross_entropy

@@ -26,9 +26,6 @@ from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
 ALIGN = ("weights", "activations")
-READS_ALL_DATA = (
-    "{} reads the data of one process, and here each rank has a share; measure it without ranks=, or leave it out."
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,8 +92,6 @@ def measure_connection(
 
     Raises Unsupported where the model has no group of units to align, or alignment would change its function.
     """
-    if path.snapshot.ranks and (repair or bezier_steps):
-        raise Unsupported(READS_ALL_DATA.format("REPAIR" if repair else "training a curve"))
     both = partial(_on_both_sets, path, [i / (points - 1) for i in range(points)], refine, norm_stats)
     found: dict[str, Any] = {"distance": distance(path.start, end), "chance_error": chance_error(path)}
     found["line"], found["held_out"] = both(end)

@@ -29,6 +29,9 @@ from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
 NetworkState = Mapping[str, Tensor]
+READS_ALL_DATA = (
+    "{} reads the data of one process, and here each rank has a share; measure it without ranks=, or leave it out."
+)
 NORM_STATS = ("reset", "lerp", "keep")
 
 
@@ -70,6 +73,11 @@ class Interpolation:
         other.start = dict(start)
         other._copy = self.copy
         return other
+
+    def refuse_shares(self, what: str) -> None:
+        """Raise Unsupported where the data are split over ranks, for `what` reads those of one process."""
+        if self.snapshot.ranks is not None:
+            raise Unsupported(READS_ALL_DATA.format(what))
 
     @property
     def symmetries(self) -> Symmetries:

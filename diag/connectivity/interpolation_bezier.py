@@ -48,6 +48,7 @@ def train_control_point(
     """
     if steps < 1:
         raise InvalidInput(f"bezier_steps is {steps}; expected at least 1.")
+    path.refuse_shares("Training a curve")
     model = path.copy
     trained = {n for n, p in model.named_parameters() if p.is_floating_point()}
     control = {n: torch.lerp(path.start[n], end[n], 0.5).requires_grad_() for n in trained}

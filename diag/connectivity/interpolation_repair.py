@@ -62,6 +62,7 @@ class Repair:
 
     def __init__(self, interpolation: Interpolation, end: NetworkState) -> None:
         self.interpolation, self.end = interpolation, end
+        interpolation.refuse_shares("REPAIR")
         self.layers = self._hidden_layers()
         self.goals = [self._statistics(state) for state in (interpolation.start, end)]
 

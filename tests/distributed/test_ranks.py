@@ -315,6 +315,10 @@ def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
         "is not put together over ranks, of which each has a share" in first["activations"] == last["activations"]
     )
     assert "Targets are not permuted over ranks" in first["contrast"] == last["contrast"]
+    assert first["repair"].startswith("REPAIR reads the data of one process") and first["repair"] == last["repair"]
+    assert (
+        first["align"].startswith("symmetries is not put together over ranks") and first["align"] == last["align"]
+    )
     assert "stay on the rank that has them" in first["single"] == last["single"]
     assert "0.weight has placement (Shard(dim=0),)" in first["alone"] == last["alone"]
     assert first["labels of one rank"].startswith("Rank 1 could not compute its share")

@@ -568,6 +568,7 @@ def curvature():
     found["held"] = basis_held()
     found["weighted"] = curvature_of(networks()["mlp"], weighted_loss, share(), ranks=True)
     snapshot = diag.Snapshot(networks()["mlp"], F.cross_entropy, share(), ranks=True)
+    with_other = snapshot.replace(other=second(networks()["mlp"]))
     apart = networks()["mlp"]
     apart[2].bias.data += RANK
     bad = (share()[0], share()[1] + (7 if RANK == WORLD - 1 else 0))
@@ -580,6 +581,8 @@ def curvature():
     found["refused"] = {
         "activations": refusal(lambda: diag.dead_units(snapshot)),
         "contrast": refusal(lambda: diag.gradient_coherence(snapshot, contrast=True)),
+        "repair": refusal(lambda: diag.mode_connectivity(with_other, repair=True)),
+        "align": refusal(lambda: diag.mode_connectivity(with_other, align="weights")),
         "single": refusal(lambda: snapshot.quantity("per_example_gradients").gram()),
         "labels of one rank": refusal(lambda: broken.quantity("losses")),
         "apart": refusal(lambda: diag.Snapshot(apart, F.cross_entropy, share(), ranks=True).quantity("hessian")),

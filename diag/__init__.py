@@ -59,15 +59,11 @@ def __getattr__(name: str) -> Any:
 
         if name in instruments():
             return instruments()[name]
-        raise AttributeError(f"module 'diag' has no attribute {name!r}{_nearest(name)}; see `diag list`.")
+        from diag.errors import did_you_mean
+
+        hint = " ".join([did_you_mean(name, __dir__()), "see `diag list`."]).lstrip()
+        raise AttributeError(f"module 'diag' has no attribute {name!r}; {hint}")
     raise AttributeError(f"module 'diag' has no attribute {name!r}.")
-
-
-def _nearest(name: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, __dir__(), n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,15 @@
 """The errors that diag raises at a user's mistake or at the edge of what it can measure.
 
-Each message is one sentence: what was found, what was expected, what to do.
+Each message is one sentence: what was found, what was expected, what to do. The words that such sentences share are
+made here too, so that every room names a few of many, counts, and says what kind a value is in the same way.
 """
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class DiagError(Exception):
@@ -47,3 +55,55 @@ def text_of(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 160 characters and no full stop, to quote it in a sentence."""
     return (text_of(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")[:160]
+
+
+def named(names: Sequence[object], most: int = 3) -> str:
+    """The first of some names, and how many more there are.
+
+    >>> named(["a", "b"]), named(range(7)), named([])
+    ('a and b', '0, 1, 2 and 4 more', '')
+    """
+    shown, more = [str(name) for name in names[:most]], len(names) - most
+    last = [f"{more:,} more"] if more > 0 else shown[-1:]
+    first = shown if more > 0 else shown[:-1]
+    return " and ".join([", ".join(first), *last] if first else last)
+
+
+def counted(number: int, thing: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "step"), counted(2000, "step")
+    ('1 step', '2,000 steps')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def type_of(value: object) -> str:
+    """What a value is, to say that something else was expected.
+
+    >>> type_of(3), type_of("a"), type_of(None), type_of(dict)
+    ('an int', 'a str', 'None', 'the class dict')
+    """
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
+def as_path(value: str | os.PathLike[str]) -> Path:
+    """A path; raises InvalidInput for what is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidInput(f"The path is {type_of(value)}; expected the name of a file or folder.")
+    return Path(value)
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 2) -> str:
+    """A question with the nearest of the known names; empty where none is near.
+
+    >>> did_you_mean("lables", ["labels", "logits"]), did_you_mean("x", ["labels"])
+    ('did you mean labels?', '')
+    """
+    near = difflib.get_close_matches(name, known, n=most)
+    return f"did you mean {' or '.join(near)}?" if near else ""

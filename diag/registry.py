@@ -11,7 +11,6 @@ the entry point group `diag.instruments`. No line of the core names one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import functools
 import importlib
@@ -29,7 +28,17 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from diag.conversion import converted
-from diag.errors import DiagError, InvalidInput, MissingQuantity, Stopped, Unsupported, text_of
+from diag.errors import (
+    DiagError,
+    InvalidInput,
+    MissingQuantity,
+    Stopped,
+    Unsupported,
+    did_you_mean,
+    named,
+    text_of,
+    type_of,
+)
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import HELD_OUT, Effort, Quantity, lookup
 from diag.snapshot.snapshot import OVER_RANKS, Snapshot
@@ -225,14 +234,15 @@ class Instrument:
         if values and (values[0] is None or isinstance(values[0], Measurable)):
             if len(values) > 1:
                 raise InvalidInput(
-                    f"{self.name} was called on a snapshot and {_kinds(values[1:])} by position; expected what "
-                    "follows a snapshot by name."
+                    f"{self.name} was called on {_kinds(values)} by position; expected what follows a snapshot by "
+                    "name."
                 )
             return values[0], found
-        if len(values) > len(names) or (values and isinstance(values[0], nn.Module)):
+        if len(values) > len(names) or any(isinstance(v, (nn.Module, str, int, float)) for v in values):
+            settings = "; settings are given by name" if len(values) > 1 else ""
             raise InvalidInput(
                 f"{self.name} was called on {_kinds(values)}; expected a diag.Snapshot, or the quantities: "
-                f"{self.name}({', '.join(n + '=...' for n in names)})."
+                f"{self.name}({', '.join(n + '=...' for n in names)}){settings}."
             )
         for name, value in zip(names, values, strict=False):
             if name in found:
@@ -296,11 +306,10 @@ class Instrument:
         for name in given:
             if name not in known:
                 settings = [s.name for s in self.settings]
-                near = difflib.get_close_matches(name, [*known, *settings], n=1)
-                meant = f"did you mean {near[0]}? " if near else ""
+                meant = did_you_mean(name, [*known, *settings], 1)
                 raise InvalidInput(
-                    f"{self.name} has no setting or quantity {name!r}; {meant}its quantities are "
-                    f"{', '.join(known)} and its settings {', '.join(settings) or 'none'}."
+                    f"{self.name} has no setting or quantity {name!r}; {meant}{' ' if meant else ''}its quantities "
+                    f"are {', '.join(known)} and its settings {', '.join(settings) or 'none'}."
                 )
 
     def __repr__(self) -> str:
@@ -312,8 +321,7 @@ def _imported(module: str, name: str) -> Any:
 
 
 def _kinds(values: Sequence[Any]) -> str:
-    kinds = [type(v).__name__ for v in values]
-    return f"a {kinds[0]}" if len(kinds) == 1 else f"{len(kinds)} values ({', '.join(kinds)})"
+    return named([type_of(value) for value in values], len(values))
 
 
 def instrument(
@@ -419,18 +427,21 @@ def _load(entry: importlib.metadata.EntryPoint) -> list[Instrument]:
     return [loaded] if isinstance(loaded, Instrument) else list(_declared(loaded))
 
 
-def find(name: str) -> Instrument:
-    """The instrument called `name`; raises InvalidInput with the nearest names where there is none."""
+def find(name: str | Instrument) -> Instrument:
+    """The instrument called `name`, or itself; raises InvalidInput with the nearest names where there is none."""
+    if isinstance(name, Instrument):
+        return name
+    if not isinstance(name, str):
+        raise InvalidInput(f"The name of an instrument is {type_of(name)}; expected one that `diag list` shows.")
     known = instruments()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}."
+    hint = did_you_mean(name, known, 3) or "`diag list` shows all there are."
     raise InvalidInput(f"There is no instrument {name!r}; {hint}")
 
 
-def measure(snapshot: Measurable, name: str, **settings: Any) -> Result:
-    """Measure with the instrument called `name`: the same as calling it on the snapshot."""
+def measure(snapshot: Measurable, name: str | Instrument, **settings: Any) -> Result:
+    """Measure with the instrument called `name`, or with the instrument: the same as calling it on the snapshot."""
     return find(name)(snapshot, **settings)
 
 
@@ -478,7 +489,7 @@ def _attempted(snapshot: Measurable | None, which: Instrument, given: Mapping[st
 
 def measure_all(
     snapshot: Measurable,
-    names: Iterable[str] | None = None,
+    names: Iterable[str | Instrument] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Outcome]:
     """Measure with every instrument (or those named); the outcomes by name, none of them an exception."""

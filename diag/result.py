@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diag import display
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, as_path, type_of
 
 OUR_CHOICE = "our choice, uncalibrated"
 RESULT_FORMAT = "diag-result"
@@ -306,7 +306,7 @@ class Result:
         """Write it as one JSON file, arrays included, that `diag.load` reads. Raises InvalidInput where it
         cannot."""
         data = {"format": RESULT_FORMAT, "instrument": self.provenance.instrument, "result": self.to_dict()}
-        target = Path(path)
+        target = as_path(path)
         try:
             target.write_text(json.dumps(data, allow_nan=False))
         except OSError as error:
@@ -346,6 +346,8 @@ def _with_an_axis(plot: Callable[..., None]) -> Callable[..., Any]:
             from matplotlib import pyplot
 
             ax = pyplot.figure().subplots()
+        elif not hasattr(ax, "set_xlabel"):
+            raise InvalidInput(f"ax is {type_of(ax)}; expected matplotlib Axes, or none to have them made.")
         plot(self, ax)
         return ax
 
@@ -439,7 +441,7 @@ def encode(value: Any, save_array: Callable[[Any], str] | None = None) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value.value if isinstance(value, enum.Enum) else value
     raise InvalidInput(
-        f"A result holds a {type(value).__name__}; expected numbers, strings, tuples, dicts or arrays: mark "
+        f"A result holds {type_of(value)}; expected numbers, strings, tuples, dicts or arrays: mark "
         "the field measured(..., record=False) if it must not be recorded."
     )
 

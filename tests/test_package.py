@@ -62,13 +62,17 @@ def test_quantities_by_position_are_quantities_by_name(tensors):
     assert by_position == by_name
     with pytest.raises(InvalidInput, match="logits by position and by name"):
         diag.class_counts(logits, logits=logits)
-    with pytest.raises(InvalidInput, match=r"called on 5 values .*; expected a diag.Snapshot, or the quantities"):
+    with pytest.raises(InvalidInput, match=r"called on a Tensor, .*; expected a diag.Snapshot, or the quantities"):
         diag.class_counts(logits, labels, logits, None, labels)
+    with pytest.raises(
+        InvalidInput, match=r"called on a Tensor, a Tensor and an int; .* settings are given by name"
+    ):
+        diag.class_counts(logits, labels, 10)
 
 
 def test_after_a_snapshot_everything_has_a_name(snapshot, tensors):
     assert diag.class_counts(snapshot) == diag.class_counts(snapshot=snapshot)
-    with pytest.raises(InvalidInput, match="called on a snapshot and a Tensor by position"):
+    with pytest.raises(InvalidInput, match="called on a Snapshot and a Tensor by position"):
         diag.class_counts(snapshot, tensors[1])
 
 
@@ -107,6 +111,8 @@ def test_a_result_in_one_line_and_on_an_axis_of_its_own(tensors):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
     assert result.plot().get_xlabel() == "class"
+    with pytest.raises(InvalidInput, match="ax is an int; expected matplotlib Axes"):
+        result.plot(3)
     pyplot.close("all")
 
 
@@ -121,6 +127,9 @@ def test_a_result_is_immutable_through_and_through(snapshot):
 def test_a_result_that_is_saved_is_loaded(tensors, tmp_path):
     result = diag.class_counts(*tensors, tensors[0])
     assert diag.load(result.save(tmp_path / "counts.json")) == result
+    for call in (result.save, diag.load):
+        with pytest.raises(InvalidInput, match="The path is an int; expected the name of a file or folder"):
+            call(3)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(diag.errors.RunError, match="neither a run nor a result"):
         diag.load(tmp_path / "other.json")

@@ -83,7 +83,8 @@ def test_what_is_missing_and_what_breaks_become_records():
         (lambda: mean_logit(), "needs logits; pass logits=..., or a snapshot"),
         (lambda: mean_logit(nn.Linear(1, 1)), "called on a Linear; expected a diag.Snapshot, or the quantities"),
         (lambda: mean_logit(logits=torch.ones(2, 2), size=3), "has no setting or quantity 'size'; its quantities"),
-        (lambda: find("mean_lgit"), "There is no instrument 'mean_lgit'; expected one of|did you mean"),
+        (lambda: find(3), "The name of an instrument is an int; expected one that `diag list` shows"),
+        (lambda: find("mean_lgit"), "There is no instrument 'mean_lgit'; .*`diag list`|did you mean"),
     ],
 )
 def test_mistakes_get_one_sentence(call, text):
@@ -124,7 +125,7 @@ def test_declarations_are_checked(function, text):
 def test_measure_is_the_same_call_by_name():
     snapshot = classification().snapshot()
     name = "softmax_collapse"
-    assert measure(snapshot, name) == getattr(diag, name)(snapshot)
+    assert measure(snapshot, name) == measure(snapshot, find(name)) == getattr(diag, name)(snapshot)
     assert diag.measure(snapshot, name, alarm_at=0.9).provenance.settings["alarm_at"] == 0.9
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diag.checkpoints.formats import SAVE_AGAIN, Format, read
 from diag.checkpoints.states import StateDicts
-from diag.errors import CheckpointError, first_line
+from diag.errors import CheckpointError, first_line, named, type_of
 
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -117,7 +117,7 @@ def _state_dict(contents: Any, states: StateDicts, key: str | None, path: Path) 
     state = {str(name): v for name, v in found.items() if _belongs(str(name), v)}
     left_out = [str(name) for name, v in found.items() if not _belongs(str(name), v)]
     if left_out:
-        notes.append(f"Entries that are not tensors were left out: {', '.join(left_out[:5])}.")
+        notes.append(f"Entries that are not tensors were left out: {named(left_out, 5)}.")
     return state, notes
 
 
@@ -130,27 +130,28 @@ def _entry(contents: Any, key: str, path: Path) -> Any:
         return contents[key]
     for part in key.split("."):
         if not isinstance(contents, Mapping) or part not in contents:
-            known = list(contents)[:10] if isinstance(contents, Mapping) else ["nothing by name"]
-            raise CheckpointError(
-                f"{path} has no entry {key!r}; there are {', '.join(str(k)[:80] for k in known)}."
-            )
+            known = _names(contents) if isinstance(contents, Mapping) else "nothing by name"
+            raise CheckpointError(f"{path} has no entry {key!r}; there are {known}.")
         contents = contents[part]
     return contents
 
 
 def _no_state(contents: Any, states: StateDicts, path: Path) -> str:
     if not isinstance(contents, Mapping):
-        return f"{path} holds a {type(contents).__name__}; expected a state dict: {SAVE_AGAIN}."
+        return f"{path} holds {type_of(contents)}; expected a state dict: {SAVE_AGAIN}."
     found, optimizers = states.names()
     if found:
-        return f"{path} holds several states ({', '.join(found[:8])}); say which one with key={found[0]!r}."
+        return f"{path} holds several states ({named(found, 8)}); say which one with key={found[0]!r}."
     if optimizers:
         return (
             f"{path} holds the state of an optimizer and no weights of a model; give the file that has them, or "
             f"save one with {SAVE_AGAIN}."
         )
-    keys = ", ".join(str(key)[:80] for key in list(contents)[:8]) or "nothing"
-    return f"{path} holds no state dict (its entries are {keys}); save one with {SAVE_AGAIN}."
+    return f"{path} holds no state dict (its entries are {_names(contents)}); save one with {SAVE_AGAIN}."
+
+
+def _names(contents: Mapping[Any, Any]) -> str:
+    return named([str(key)[:80] for key in contents], 8) or "nothing"
 
 
 def _without_wrappers(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

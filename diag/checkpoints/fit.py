@@ -15,7 +15,7 @@ from diag.checkpoints.contents import Checkpoint
 from diag.checkpoints.hugging_face import read_by_its_class
 from diag.checkpoints.unwrap import bare_model
 from diag.checkpoints.values import as_own_dtype
-from diag.errors import CheckpointError, first_line
+from diag.errors import CheckpointError, first_line, named
 
 MOST_PARTS = 4  # of a prefix that is tried
 PROBED = 20  # names of the model by which a prefix is tried
@@ -61,8 +61,7 @@ def _load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     strangers = [name for name in state if name not in wanted.values]
     notes = [note] if note else []
     if strangers:
-        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
-        notes.append(f"Entries that the model declares as not its own were left out: {shown}.")
+        notes.append(f"Entries that the model declares as not its own were left out: {named(strangers)}.")
     own = {name: value for name, value in state.items() if name in wanted.values}
     return (*notes, *_load(model, own, wanted.values))
 

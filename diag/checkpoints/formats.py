@@ -23,7 +23,7 @@ from diag.checkpoints.distributed import METADATA, read_distributed
 from diag.checkpoints.numbers import NUMPY
 from diag.checkpoints.scan import Refused
 from diag.checkpoints.sizes import check_torch_file
-from diag.errors import CheckpointError, first_line
+from diag.errors import CheckpointError, first_line, named, type_of
 
 GET_AGAIN = "copy it again from where you trust it"
 SAVE_AGAIN = 'torch.save(model.state_dict(), "weights.pt")'
@@ -138,7 +138,7 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 def _why_refused(path: Path, error: Exception) -> str:
     unsafe = _unsafe_globals(path) or re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
-    shown = ", ".join(unsafe[:3]) + (f" and {len(unsafe) - 3} more" if len(unsafe) > 3 else "")
+    shown = named(unsafe)
     if any(name.startswith("torch.nn.modules.") for name in unsafe):
         return (
             f"is a whole pickled model (it names {shown}), which runs code when opened; if you trust it, save "
@@ -192,7 +192,7 @@ def read_folder(path: Path) -> tuple[Any, Format]:
     if whole is None and index is None:
         single = sorted(path.glob("*.safetensors"))
         if len(single) != 1:
-            found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            found = named(sorted(p.name for p in path.iterdir()), 5) or "nothing"
             raise CheckpointError(
                 f"{path} holds no checkpoint that diag knows (found {found}); expected "
                 f"{', '.join(WEIGHT_FILES)}, an index of shards, or {METADATA} of torch.distributed.checkpoint."
@@ -206,9 +206,7 @@ def _state_of(file: Path) -> Mapping[str, Any]:
     contents, _ = read(file)
     state = contents.get("state_dict", contents) if isinstance(contents, Mapping) else contents
     if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{file} holds a {type(state).__name__} and no weights by name; copy the folder again."
-        )
+        raise CheckpointError(f"{file} holds {type_of(state)} and no weights by name; copy the folder again.")
     return state
 
 
@@ -223,7 +221,7 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
     missing = [name for name in names if name in outside or not (path / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {missing[0]} and {len(missing) - 1} more of the {len(names)} shards that {index.name} "
+            f"{path} lacks {named(missing, 1)} of the {len(names)} shards that {index.name} "
             "names; copy the whole folder."
         )
     return {name: value for shard in names for name, value in _state_of(path / shard).items()}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.checkpoints.values import plain_tensor
+from diag.errors import named
 
 
 def read_by_its_class(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
@@ -33,8 +34,7 @@ def read_by_its_class(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[
     if about["missing_keys"] or about["mismatched_keys"] or about.get("error_msgs"):
         return None
     unexpected = sorted(map(str, about["unexpected_keys"]))
-    shown = ", ".join(unexpected[:3]) + (", ..." if len(unexpected) > 3 else "")
-    left = f"; entries that it has no place for were left out: {shown}" if unexpected else ""
+    left = f"; entries that it has no place for were left out: {named(unexpected)}" if unexpected else ""
     return made.state_dict(), f"The names were read as {type(model).__name__} of transformers reads them{left}."
 
 

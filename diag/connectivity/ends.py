@@ -18,7 +18,7 @@ from diag.checkpoints.unwrap import bare_model
 from diag.connectivity.example_scores import Scores, score_examples
 from diag.connectivity.interpolation import Interpolation, NetworkState
 from diag.connectivity.interpolation_profile import Profile
-from diag.errors import Unsupported
+from diag.errors import Unsupported, named
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -96,5 +96,4 @@ def _differing(start: Mapping[str, Tensor], end: NetworkState) -> str:
     whole = [n for n, t in start.items() if not t.is_floating_point() and not t.is_complex()]
     names = [n for n in whole if not torch.equal(start[n], end[n].to(start[n].device))]
     names = [n for n in names if not n.endswith("num_batches_tracked")]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"entries that cannot be blended ({', '.join(names[:3])}{more})" if names else NOT_IN_STATE_DICTS
+    return f"entries that cannot be blended ({named(names)})" if names else NOT_IN_STATE_DICTS

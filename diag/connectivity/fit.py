@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, counted
 
 
 def check_states_fit(
@@ -29,8 +29,7 @@ def check_states_fit(
         shapes = {n: _Shape(s) for n, s in expected.items()}
         found = list(_differences(shapes, b, ("the model", names[1])))
     if found:
-        more = f" ({len(found) - 1} more differences)" if len(found) > 2 else ""
-        more = " (1 more difference)" if len(found) == 2 else more
+        more = f" ({counted(len(found) - 1, 'more difference')})" if len(found) > 1 else ""
         raise InvalidInput(
             f"The two checkpoints do not fit: {found[0]}{more}; expected two trained copies of one architecture."
         )

@@ -24,7 +24,7 @@ from diag.connectivity.fit import check_states_fit, check_ties, taken_over
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
 from diag.connectivity.interpolation_profile import Points, Profile
 from diag.connectivity.symmetries import Symmetries
-from diag.errors import CheckpointError, InvalidInput, MissingQuantity, Unsupported, first_line
+from diag.errors import CheckpointError, InvalidInput, MissingQuantity, Unsupported, first_line, type_of
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
@@ -44,6 +44,10 @@ class Interpolation:
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
+        if not isinstance(snapshot, Snapshot):
+            raise InvalidInput(
+                f"The first network is {type_of(snapshot)}; expected a diag.Snapshot(model, loss_fn, data)."
+            )
         self.snapshot = snapshot
         self.start: dict[str, Tensor] = _entries(snapshot.model)
         self.has_batch_norm = any(isinstance(m, BATCH_NORMS) for m in snapshot.model.modules())
@@ -247,7 +251,7 @@ def state_of(other: Any) -> dict[str, Tensor]:
     state = found() if found is not None else other
     if not isinstance(state, Mapping) or not all(isinstance(n, str) for n in state):
         raise InvalidInput(
-            f"other is a {type(other).__name__}; expected a state dict, a module or a Snapshot of the same network."
+            f"other is {type_of(other)}; expected a state dict, a module or a Snapshot of the same network."
         )
     tensors = {n: t for n, t in state.items() if isinstance(t, Tensor)}
     if not tensors and any(isinstance(value, Mapping) for value in state.values()):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diag.curvature import guards
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.call_at import call_at
 from diag.snapshot.parameters import FlatLayout
@@ -180,7 +180,7 @@ def _converted_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        found = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        found = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else f"{type_of(loss)}"
         raise InvalidInput(
             f"loss_fn returned {found}; expected a floating-point tensor: the mean loss of the batch."
         )

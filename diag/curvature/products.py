@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diag.curvature.objective import Objective, gradients, output_tensors
-from diag.errors import Unsupported
+from diag.errors import Unsupported, type_of
 from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch
 
@@ -103,7 +103,7 @@ class GeneralisedGaussNewton:
                 hidden = any(grad is not None for grad in past)
             if hidden:
                 raise Unsupported(
-                    f"The model returns a {type(outputs).__name__} that holds tensors out of reach; return a "
+                    f"The model returns {type_of(outputs)} that holds tensors out of reach; return a "
                     "tensor, or a tuple or dict of tensors, so that the loss can be differentiated by them."
                 )
 

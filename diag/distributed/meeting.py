@@ -17,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from diag.errors import named
+
 GRACE = 3.0  # seconds that a rank waits for the others at its first step
 STORE_EVERY = 2e-3
 WATCHES_ALONE = "alone"
@@ -126,5 +128,5 @@ def _until(holds: Callable[[], bool], seconds: float) -> bool:
 def _not_watching(missing: list[int]) -> str:
     if not missing:
         return ""
-    shown = ", ".join(str(r) for r in missing[:5]) + (", ..." if len(missing) > 5 else "")
-    return f"rank{'s' if len(missing) > 1 else ''} {shown} {'do' if len(missing) > 1 else 'does'} not watch it"
+    ranks, do = ("ranks", "do") if len(missing) > 1 else ("rank", "does")
+    return f"{ranks} {named(missing, 5)} {do} not watch it"

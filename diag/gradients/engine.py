@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.checkpoints.unwrap import bare_model
-from diag.errors import InvalidInput, MissingQuantity, Unsupported
+from diag.errors import InvalidInput, MissingQuantity, Unsupported, named
 from diag.gradients.assembly import Assembly
 from diag.gradients.backward import backward
 from diag.gradients.coupling import check_independent, losses_of
@@ -222,7 +222,7 @@ class ModelGradients(PerExampleGradients):
 
 def _check_parameters(selected: dict[str, nn.Parameter], names: list[str]) -> None:
     if not selected:
-        raise InvalidInput(f"No trainable parameter was selected; names are, for example, {', '.join(names[:3])}.")
+        raise InvalidInput(f"No trainable parameter was selected; names are, for example, {named(names)}.")
     for name, parameter in selected.items():
         if nn.parameter.is_lazy(parameter):
             raise InvalidInput(f"The parameter {name} has no shape yet; run the model on one batch first.")

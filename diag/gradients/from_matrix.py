@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.gradients.methods import GIVEN_AS_NUMBERS
 from diag.gradients.per_example import Consumer, Coverage, PerExampleGradients
 from diag.gradients.rules.blocks import Block, Dense
@@ -87,5 +87,5 @@ def as_gradients(given: Any) -> PerExampleGradients:
     if isinstance(given, Tensor) or hasattr(given, "__array__"):
         return MatrixGradients(torch.as_tensor(given))
     raise InvalidInput(
-        f"per_example_gradients is a {type(given).__name__}; expected PerExampleGradients or a matrix (m, P)."
+        f"per_example_gradients is {type_of(given)}; expected PerExampleGradients or a matrix (m, P)."
     )

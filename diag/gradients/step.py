@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from diag.errors import Unsupported, first_line
+from diag.errors import Unsupported, first_line, named
 from diag.gradients.assembly import Assembly
 from diag.gradients.capture import Capture, Use
 from diag.gradients.layer_rules import Rule
@@ -53,7 +53,7 @@ def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Pla
     if unread or plan.late:
         batch_norm = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
         why = "BatchNorm on batch statistics" if batch_norm else "a call whose rule is not known here"
-        where = f" in {', '.join(sorted(unread)[:3])}" if unread else ""
+        where = f" in {named(sorted(unread))}" if unread else ""
         raise Unsupported(
             f"The training step's own gradients cannot be told apart by example{where} ({why}); measure on a "
             "snapshot instead."

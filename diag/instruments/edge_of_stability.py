@@ -21,7 +21,7 @@ from diag.curvature.stability.optimizer import LinearStability, linear_stability
 from diag.curvature.stability.preconditioner import DIVISORS
 from diag.curvature.stability.sgd import SgdStability, small_batches, trace_factor
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
@@ -301,13 +301,13 @@ def _of_small_batches(sgd: SgdStability) -> dict[str, Any]:
 def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerState:
     if not isinstance(hessian, LinearOperator):
         raise InvalidInput(
-            f"hessian is a {type(hessian).__name__}; expected a LinearOperator: wrap a matrix in "
+            f"hessian is {type_of(hessian)}; expected a LinearOperator: wrap a matrix in "
             "LinearOperator.from_matrix."
         )
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer = described_optimizer(optimizer)
     if not isinstance(optimizer, OptimizerState):
-        raise InvalidInput(f"optimizer is a {type(optimizer).__name__}; expected a torch optimizer.")
+        raise InvalidInput(f"optimizer is {type_of(optimizer)}; expected a torch optimizer.")
     if batch_size is not None and batch_size < 1:
         raise InvalidInput(
             f"batch_size is {batch_size}; expected the size of training's batches, or None (not known)."

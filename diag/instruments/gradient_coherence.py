@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, named
 from diag.gradients import PerExampleGradients, as_gradients
 from diag.linalg.coherence import Coherence, between_groups, coherence, noise_scale, random_blocks
 from diag.linalg.student import STANDARD_ERRORS
@@ -293,5 +293,5 @@ def _notes(gradients: PerExampleGradients) -> tuple[str, ...]:
         )
     slow = sorted(n for n, method in coverage.methods.items() if method.one_by_one)
     if slow:
-        notes.append(f"Computed one example at a time, as no closed form is known: {', '.join(slow[:5])}.")
+        notes.append(f"Computed one example at a time, as no closed form is known: {named(slow, 5)}.")
     return tuple(notes)

@@ -21,7 +21,7 @@ from diag.curvature import eigenvectors
 from diag.curvature.memory import memory_beside
 from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator
 from diag.linalg.spectrum import Spectrum, spectrum
@@ -317,7 +317,7 @@ def _of_the_density(found: Spectrum) -> dict[str, Any]:
 def _check(hessian: Any, directions: Any, count: int) -> None:
     if not isinstance(hessian, LinearOperator):
         raise InvalidInput(
-            f"hessian is a {type(hessian).__name__}; expected a LinearOperator: wrap a matrix in "
+            f"hessian is {type_of(hessian)}; expected a LinearOperator: wrap a matrix in "
             "LinearOperator.from_matrix."
         )
     if count < 1:

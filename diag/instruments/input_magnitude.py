@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput, MissingQuantity
+from diag.errors import InvalidInput, MissingQuantity, named
 from diag.gradients import PerExampleGradients
 from diag.instruments.opposing_signals.movement import correlation
 from diag.registry import instrument
@@ -93,7 +93,7 @@ def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, 
         )
     names = per_example_gradients.layers
     if layer and layer not in names:
-        raise InvalidInput(f"There is no layer {layer!r}; the layers are {', '.join(names[:8])}.")
+        raise InvalidInput(f"There is no layer {layer!r}; the layers are {named(names, 8)}.")
     layer = layer or names[0]
     x = inputs.detach().cpu().double().flatten(1)
     sizes = torch.linalg.vector_norm(x, dim=1)

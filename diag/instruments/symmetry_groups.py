@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diag.connectivity.symmetries import Symmetries
 from diag.display import format_number
+from diag.errors import named
 from diag.registry import instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 
@@ -47,7 +48,7 @@ class SymmetryGroups(Result):
                 Level.OK, "No units of this network may be permuted without changing its function.", source=SOURCE
             )
         missing = (
-            f"; {len(self.unknown)} kinds of operation ({', '.join(sorted(self.unknown)[:3])}) are not understood, "
+            f"; {len(self.unknown)} kinds of operation ({named(sorted(self.unknown))}) are not understood, "
             "so there may be more"
             if self.unknown
             else ""

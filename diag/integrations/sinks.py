@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.run.run import Finding, Run
 
 FINDING_COLUMNS = ("step", "level", "instrument", "title", "sentence", "advice", "source")
@@ -80,7 +80,7 @@ class TensorBoardSink(Sink):
     def __init__(self, writer: Any) -> None:
         super().__init__()
         if not hasattr(writer, "add_text"):
-            raise InvalidInput(f"TensorBoardSink got a {type(writer).__name__}; expected a SummaryWriter.")
+            raise InvalidInput(f"TensorBoardSink got {type_of(writer)}; expected a SummaryWriter.")
         self.writer = writer
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -96,7 +96,7 @@ class WandbSink(Sink):
     def __init__(self, run: Any) -> None:
         super().__init__()
         if not hasattr(run, "log") or not hasattr(run, "summary"):
-            raise InvalidInput(f"WandbSink got a {type(run).__name__}; expected what wandb.init() returns.")
+            raise InvalidInput(f"WandbSink got {type_of(run)}; expected what wandb.init() returns.")
         self.run = run
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -125,7 +125,7 @@ class MlflowSink(Sink):
     def __init__(self, client: Any, run_id: str) -> None:
         super().__init__()
         if not hasattr(client, "log_metric"):
-            raise InvalidInput(f"MlflowSink got a {type(client).__name__}; expected an mlflow.MlflowClient.")
+            raise InvalidInput(f"MlflowSink got {type_of(client)}; expected an mlflow.MlflowClient.")
         self.client, self.run_id = client, run_id
 
     def text(self, name: str, text: str, step: int) -> None:

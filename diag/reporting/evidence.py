@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.registry import instruments, measure_all
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.run.run import Cost, Event, Finding, Run, read_run
@@ -65,7 +65,7 @@ def gather(source: Any) -> Evidence:
     if isinstance(source, Mapping) and all(isinstance(v, Outcome) for v in source.values()):
         return _from_outcomes(source, kind="moment", title="Results")
     raise InvalidInput(
-        f"A report cannot be made of a {type(source).__name__}; give a run, the path of its folder, a "
+        f"A report cannot be made of {type_of(source)}; give a run, the path of its folder, a "
         "diag.Snapshot, or a dict of results by instrument name."
     )
 
@@ -103,7 +103,7 @@ def _from_snapshot(snapshot: Snapshot) -> Evidence:
         "versions": _versions(),
     }
     known = {name: value for name, value in metadata.items() if value not in (None, "")}
-    title = f"Snapshot of a {type(model).__name__}"
+    title = f"Snapshot of {type_of(model)}"
     outcomes = measure_all(snapshot)
     cut = [Event(0, "data", snapshot.cut_short)] if snapshot.cut_short else []
     return _from_outcomes(

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from diag.errors import DiagError, InvalidInput, first_line
+from diag.errors import DiagError, InvalidInput, first_line, type_of
 from diag.snapshot.snapshot import Snapshot
 
 FORM = "expected module:function or file.py:function"
@@ -55,7 +55,7 @@ def build_name(build: Build) -> str:
     if isinstance(build, str):
         return build
     if not callable(build):
-        raise InvalidInput(f"build is a {type(build).__name__}; expected a function, or its name: {FORM[9:]}.")
+        raise InvalidInput(f"build is {type_of(build)}; expected a function, or its name: {FORM[9:]}.")
     module, name = (getattr(build, attribute, "") for attribute in ("__module__", "__qualname__"))
     return f"{module}:{name}" if module and name else repr(build)
 

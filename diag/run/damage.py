@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diag.errors import counted
 from diag.run.files import RECORDS_FILE, STEPS_FILE
 from diag.run.records import Records
 from diag.run.rows import Rows
@@ -27,23 +28,19 @@ def _missing(folder: Path, metadata: Mapping[str, Any], rows: Rows, records: Rec
         if not (folder / name).exists():
             yield f"{name} is missing, and with it what it held; restore it from a copy."
         elif expected > found:
-            yield f"The last {_counted(expected - found, what)} of {name} were cut off; restore it from a copy."
+            yield f"The last {counted(expected - found, what)} of {name} were cut off; restore it from a copy."
 
 
 def damaged(rows: Rows, records: Records) -> Iterator[str]:
     """What is there and does not fit its checksum."""
     if number := rows.damaged:
-        yield f"{_counted(number, 'row')} of {STEPS_FILE} {_are(number)} damaged and left out."
+        yield f"{counted(number, 'row')} of {STEPS_FILE} {_are(number)} damaged and left out."
     if number := records.damaged:
-        yield f"{_counted(number, 'line')} of {RECORDS_FILE} {_are(number)} damaged or gone, and left out."
+        yield f"{counted(number, 'line')} of {RECORDS_FILE} {_are(number)} damaged or gone, and left out."
 
 
 def _count(value: Any) -> int:
     return value if type(value) is int else 0
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("s" if number != 1 else "")
 
 
 def _are(number: int) -> str:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diag.errors import RunError
+from diag.errors import RunError, as_path
 from diag.registry import instruments
 from diag.result import RESULT_FORMAT, Result
 from diag.run.files import META
@@ -21,7 +21,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises RunError where there is neither, or one that cannot be read.
     """
-    file = Path(path)
+    file = as_path(path)
     return load_result(file) if file.is_file() and file.name != META else read_run(file)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from diag.errors import InvalidInput, Unsupported
+from diag.errors import InvalidInput, Unsupported, type_of
 from diag.snapshot.state.python import renew
 
 FINGERPRINT_BYTES = 1 << 22
@@ -237,7 +237,7 @@ def as_batches(data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None
         return
     if not isinstance(data, Iterable):
         raise InvalidInput(
-            f"The data is a {type(data).__name__}; expected a DataLoader, a list of batches, or one batch "
+            f"The data is {type_of(data)}; expected a DataLoader, a list of batches, or one batch "
             "(inputs, targets)."
         )
     for item in data:
@@ -280,9 +280,9 @@ def _split_item(item: Any) -> tuple[Any, Any]:
         )
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return item[0], item[1]
-    found = f"{type(item).__name__} of length {len(item)}" if hasattr(item, "__len__") else type(item).__name__
+    found = type_of(item) + (f" of length {len(item)}" if hasattr(item, "__len__") else "")
     raise InvalidInput(
-        f"A batch is a {found}; expected (inputs, targets) or a dict with labels: give unpack= to say how to "
+        f"A batch is {found}; expected (inputs, targets) or a dict with labels: give unpack= to say how to "
         "split it."
     )
 

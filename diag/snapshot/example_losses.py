@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.errors import InvalidInput, Unsupported
+from diag.errors import InvalidInput, Unsupported, named
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -114,8 +114,8 @@ def check_finite(losses: Tensor, first_row: int) -> None:
     """Raises InvalidInput that names the rows whose loss is not finite."""
     rows = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if rows:
-        named = ", ".join(str(first_row + r) for r in rows[:10]) + (" and others" if len(rows) > 10 else "")
         raise InvalidInput(
-            f"The loss of {len(rows)} example(s) is NaN or infinite (rows {named}); look at these rows, then "
+            f"The loss of {len(rows)} example(s) is NaN or infinite (rows "
+            f"{named([first_row + r for r in rows], 10)}); look at these rows, then "
             "remove or repair them."
         )

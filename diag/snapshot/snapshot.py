@@ -8,7 +8,7 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,7 @@ from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
 from diag.snapshot.undisturbed import undisturbed
+from diag.snapshot.validation import check_model_and_loss
 
 MODEL_MOVED = (
     "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "
@@ -109,7 +110,7 @@ class Snapshot:
         ranks: bool | Together = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        _check_kinds(model, loss_fn, ranks, deadline)
+        _check_kinds(arguments)
         self.ranks = ranks if isinstance(ranks, Together) else Together(_device_of(model)) if ranks else None
         self._placement = sharded_as(bare_model(model))
         self._sharded = bare_model(model) if self.ranks is not None and self._placement else None
@@ -361,12 +362,17 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _check_kinds(model: Any, loss_fn: Any, ranks: Any, deadline: Deadline) -> None:
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
-    if loss_fn is not None and not callable(loss_fn):
-        raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
-    if ranks and deadline is not NEVER:
+def _check_kinds(arguments: Mapping[str, Any]) -> None:
+    check_model_and_loss(arguments["model"], arguments["loss_fn"])
+    for name in ("micro_batch", "max_examples"):
+        count = arguments[name]
+        if count is not None and not (hasattr(count, "__index__") and count is not True and count > 0):
+            raise InvalidInput(f"{name} is {count!r}; expected a number of examples, 1 or more.")
+    try:
+        torch.device(arguments["device"] or "cpu")
+    except (RuntimeError, TypeError):
+        raise InvalidInput(f"device is {arguments['device']!r}; expected one such as 'cpu' or 'cuda:0'.") from None
+    if arguments["ranks"] and arguments["deadline"] is not NEVER:
         raise InvalidInput(
             "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."
         )

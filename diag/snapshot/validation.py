@@ -10,12 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, named, type_of
 from diag.snapshot.glossary import HELD_OUT, lookup
 
 AXES = {"m": "examples", "n": "examples", "K": "classes", "d": "features"}
+
+
+def check_model_and_loss(model: Any, loss_fn: Any) -> None:
+    """Raise InvalidInput where these are not of their kinds."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"The model is {type_of(model)}; expected a torch.nn.Module.")
+    if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
+        raise InvalidInput(f"loss_fn is {type_of(loss_fn)}; expected one that is made: {loss_fn.__name__}().")
+    if loss_fn is not None and not callable(loss_fn):
+        raise InvalidInput(f"loss_fn is {type_of(loss_fn)}; expected loss_fn(outputs, targets).")
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +53,7 @@ def _tensor(name: str, value: Any, kind: str) -> Tensor:
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{name} is a {type(value).__name__}; expected a tensor or an array.") from error
+        raise InvalidInput(f"{name} is {type_of(value)}; expected a tensor or an array.") from error
     if kind == "floating" and not tensor.is_floating_point():
         raise InvalidInput(f"{name} have dtype {tensor.dtype}; expected a floating type: convert with .float().")
     if kind == "integer" and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
@@ -77,9 +87,9 @@ def _check_finite(name: str, tensor: Tensor, allow_minus_infinity: bool) -> None
     bad = torch.isnan(tensor) | torch.isposinf(tensor) if allow_minus_infinity else ~torch.isfinite(tensor)
     rows = bad.reshape(len(tensor), -1).any(1).nonzero().flatten().tolist()
     if rows:
-        first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise InvalidInput(
-            f"{name} are not finite in {len(rows)} of {len(tensor)} rows (rows {first}); expected finite numbers: "
+            f"{name} are not finite in {len(rows)} of {len(tensor)} rows (rows {named(rows, 5)}); expected "
+            f"finite numbers: "
             "leave these rows out or look for the step at which training broke."
         )
 

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
 from diag.display import format_seconds
-from diag.errors import InvalidInput, first_line
+from diag.errors import InvalidInput, first_line, type_of
 from diag.linalg.deadline import Deadline
 from diag.registry import BeforeTraining, Instrument, Kind, attempt, instruments
 from diag.result import Result, Skipped
@@ -70,7 +70,7 @@ def preflight(
     """
     began = time.perf_counter()
     if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise InvalidInput(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+        raise InvalidInput(f"optimizer is {type_of(optimizer)}; expected a torch.optim.Optimizer.")
     snapshot = Snapshot(
         bare_model(model),
         loss_fn,

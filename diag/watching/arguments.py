@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.snapshot.batch import Batch
 from diag.snapshot.reading import read_batches
 from diag.snapshot.state.unmade import NO_VALUES
+from diag.snapshot.validation import check_model_and_loss
 from diag.watching.measure.probe import Probe
 
 
@@ -38,10 +39,7 @@ class Settings:
 
 def check_arguments(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
     """Raise InvalidInput where these are not of their kinds."""
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"The model is a {type(model).__name__}; expected a torch.nn.Module.")
-    if loss_fn is not None and not callable(loss_fn):
-        raise InvalidInput(f"loss_fn is a {type(loss_fn).__name__}; expected loss_fn(outputs, targets).")
+    check_model_and_loss(model, loss_fn)
     if every is not None and (not _is_whole(every) or every < 1):
         raise InvalidInput(f"every is {every!r}; expected a number of steps, 1 or more.")
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
@@ -55,11 +53,11 @@ def check_arguments(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
 def check_record(run: Any, resume: Any, on_finding: Any) -> None:
     """Raise InvalidInput where these are not of their kinds."""
     if run is not None and not isinstance(run, (str, os.PathLike)):
-        raise InvalidInput(f"run is a {type(run).__name__}; expected the path of a folder.")
+        raise InvalidInput(f"run is {type_of(run)}; expected the path of a folder.")
     if not isinstance(resume, bool) and (not _is_whole(resume) or resume < 0):
         raise InvalidInput(f"resume is {resume!r}; expected True, False or the number of a step.")
     if on_finding is not None and not callable(on_finding):
-        raise InvalidInput(f"on_finding is a {type(on_finding).__name__}; expected a function of one finding.")
+        raise InvalidInput(f"on_finding is {type_of(on_finding)}; expected a function of one finding.")
 
 
 def _is_whole(value: Any) -> bool:
@@ -86,7 +84,7 @@ def checked_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
     if optimizer is None:
         return None
     if not isinstance(optimizer, Optimizer):
-        raise InvalidInput(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+        raise InvalidInput(f"optimizer is {type_of(optimizer)}; expected a torch.optim.Optimizer.")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(id(p) for p in parameters.values()):
         raise InvalidInput("The optimizer holds no trainable parameter of the model; give the one that trains it.")

@@ -205,7 +205,7 @@ def test_what_a_model_of_transformers_leaves_aside():
     model, trained = PreTrainedModel(), PreTrainedModel()
     extra = {"h.0.attn.bias": torch.ones(2), "h.1.attn.bias": torch.ones(2)}
     notes = load_into(model, checkpoint(trained.state_dict() | extra))
-    told = "Entries that the model declares as not its own were left out: h.0.attn.bias, h.1.attn.bias."
+    told = "Entries that the model declares as not its own were left out: h.0.attn.bias and h.1.attn.bias."
     assert notes == (told,) and torch.equal(model.classifier.weight, trained.classifier.weight)
     state = trained.state_dict()
     del state["position_ids"]

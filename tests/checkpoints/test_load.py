@@ -164,7 +164,7 @@ def test_numbers_of_the_other_byte_order():
 
 def test_several_states_ask_for_a_key(net, tmp_path):
     torch.save({"gan": {"generator": net.state_dict(), "critic": net.state_dict()}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"holds several states \(gan.generator, gan.critic\); say which"):
+    with pytest.raises(CheckpointError, match=r"holds several states \(gan.generator and gan.critic\); say which"):
         load_state(tmp_path / "a.pt")
     assert set(load_state(tmp_path / "a.pt", key="gan.critic").state) == set(net.state_dict())
     with pytest.raises(CheckpointError, match=r"has no entry 'gna'; there are gan"):
@@ -330,7 +330,7 @@ def test_a_folder_whose_shards_are_missing_or_elsewhere(net, tmp_path):
     folder.mkdir()
     write_hf_shards(net, folder)
     (folder / "model-00002-of-00002.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks model-00002.* and 0 more of the 2 shards"):
+    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002.safetensors of the 2 shards"):
         load_state(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
     with pytest.raises(CheckpointError, match=re.escape("lacks ../elsewhere.safetensors")):

@@ -178,7 +178,7 @@ def test_another_entry_of_the_checkpoint(task, run_diag):
             ["net_0.pt", "--build", "task:bad_data"],
             "Reading the data raised OSError at task.py, line 26: disk gone",
         ),
-        (["net_0.pt", "--build", "task:no_data"], "Error: The data is a int; expected a DataLoader"),
+        (["net_0.pt", "--build", "task:no_data"], "Error: The data is an int; expected a DataLoader"),
         (
             ["net_0.pt", "--build", "task:build", "--device", "abacus"],
             "The device 'abacus' cannot be used (Expected",

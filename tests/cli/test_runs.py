@@ -173,7 +173,7 @@ def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
         (["check", "run", "--fail-on", "doom"], "'doom' is not one of 'alarm', 'warning'"),
         (
             ["show", "run", "--instrument", "nothing_like_it"],
-            "There is no instrument 'nothing_like_it'; expected one of",
+            "There is no instrument 'nothing_like_it'; `diag list` shows all there are.",
         ),
         (["compare", "run"], "There is one run, run; give at least two."),
         (["compare", "run", "net.pt"], "net.pt holds no run"),

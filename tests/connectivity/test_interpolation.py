@@ -238,8 +238,11 @@ def test_errors_say_what_to_do():
     found = path(network(1))
     with pytest.raises(InvalidInput, match=r"'0.weight' has shape \(8, 4\) in the model and \(6, 4\) in other"):
         found.fit(network(1, width=6))
-    with pytest.raises(InvalidInput, match="other is a int; expected a state dict"):
+    with pytest.raises(InvalidInput, match="other is an int; expected a state dict"):
         found.fit(3)
+    for call in (diag.align, diag.connect):
+        with pytest.raises(InvalidInput, match="The first network is a Sequential; expected a diag.Snapshot"):
+            call(network(1), [network(1), network(2)])
     moved = path(network(1))
     with torch.no_grad():
         moved.snapshot.model[0].weight.add_(1.0)

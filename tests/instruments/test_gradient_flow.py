@@ -87,7 +87,7 @@ def test_finite_is_only_said_of_what_was_seen():
     assert one_missing.level is Level.OK and "losses at 49 and gradients at 50" in one_missing.sentence
     half_cut = unseen(gradient_norm=(slice(None), [0, 1, 2, 3]))
     assert half_cut.level is Level.UNKNOWN
-    assert "4 of the 8 parameter tensors had no gradient at any step (a.weight, a.bias, b.weight, ...)" in (
+    assert "4 of the 8 parameter tensors had no gradient at any step (a.weight, a.bias, b.weight and 1 more)" in (
         half_cut.sentence
     )
     none = unseen(gradient_norm=slice(None))
@@ -151,7 +151,7 @@ def test_warning_on_a_layer_that_never_gets_a_gradient():
     result = gradient_flow(history=history)
     assert result.idle_layers == ("c.weight", "c.bias") and result.verdict().level is Level.WARNING
     assert (
-        "of 2 of 8 parameter tensors was exactly zero at all 50 steps recorded: c.weight, c.bias"
+        "of 2 of 8 parameter tensors was exactly zero at all 50 steps recorded: c.weight and c.bias"
         in result.verdict().sentence
     )
     history.gradient_norm[3, 4:6] = 1e-30

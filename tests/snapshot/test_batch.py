@@ -77,5 +77,5 @@ def test_refusals(item, text):
 
 
 def test_data_of_no_known_kind():
-    with pytest.raises(InvalidInput, match="The data is a int; expected a DataLoader"):
+    with pytest.raises(InvalidInput, match="The data is an int; expected a DataLoader"):
         list(as_batches(3))

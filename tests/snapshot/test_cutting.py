@@ -281,5 +281,5 @@ def test_a_part_of_packed_sequences_is_packed_again():
         strict=True,
     ):
         assert torch.equal(found, expected)
-    with pytest.raises(InvalidInput, match=r"A batch is a object; expected \(inputs, targets\)"):
+    with pytest.raises(InvalidInput, match=r"A batch is an object; expected \(inputs, targets\)"):
         as_batch(object())

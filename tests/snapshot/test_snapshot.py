@@ -210,7 +210,14 @@ def test_what_is_missing_is_said_in_one_sentence(problem, name):
 
 MISTAKES = {
     "no module": (lambda p: diag.Snapshot("model"), "The model is a str; expected a torch.nn.Module"),
-    "loss": (lambda p: diag.Snapshot(p.model, 3), "loss_fn is a int; expected loss_fn.outputs, targets."),
+    "loss": (lambda p: diag.Snapshot(p.model, 3), "loss_fn is an int; expected loss_fn.outputs, targets."),
+    "loss class": (
+        lambda p: diag.Snapshot(p.model, nn.CrossEntropyLoss),
+        r"loss_fn is the class CrossEntropyLoss; expected one that is made: CrossEntropyLoss\(\)",
+    ),
+    "device": (lambda p: diag.Snapshot(p.model, device="cudda"), "device is 'cudda'; expected one such as 'cpu'"),
+    "part": (lambda p: diag.Snapshot(p.model, micro_batch=0), "micro_batch is 0; expected a number of examples"),
+    "size": (lambda p: diag.Snapshot(p.model, max_examples=2.5), "max_examples is 2.5; expected a number"),
     "empty": (lambda p: diag.Snapshot(p.model, p.loss_fn, []).batches, "holds no batch"),
     "shape": (
         lambda p: diag.Snapshot(p.model, p.loss_fn, (torch.ones(4, 5), p.data[1][:4])).quantity("logits"),

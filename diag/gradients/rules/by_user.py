@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.errors import InvalidInput, first_line
+from diag.errors import InvalidInput, first_line, type_of
 from diag.gradients.layer_rules import PARAMETER
 from diag.gradients.rules.blocks import Block, Dense
 from diag.gradients.rules.call import Call, NoClosedForm
@@ -30,7 +30,7 @@ class RuleAnswer:
         expected = (self._call.n, *self._call.use.slots[place].shape)
         found = self._found.get(name)
         if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-            what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type_of(found)}"
             raise InvalidInput(
                 f"The gradient rule of {self._call.use.name} gives {'nothing' if found is None else what} for "
                 f"{name}; expected a tensor of shape {expected}, one gradient an example."
@@ -53,7 +53,7 @@ class RuleAnswer:
             ) from error
         if not isinstance(found, Mapping):
             raise InvalidInput(
-                f"The gradient rule of {use.name} returned a {type(found).__name__}; expected a dict of each "
+                f"The gradient rule of {use.name} returned {type_of(found)}; expected a dict of each "
                 "parameter's gradients by its name."
             )
         return found

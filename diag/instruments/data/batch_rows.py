@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.display import format_number
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -117,8 +118,7 @@ def _findings(c: ContentFacts) -> Iterator[LoopFinding]:
 
 def _named(rows: list[OddRow]) -> str:
     """Rows by their places in the data set, else by step and place in the batch."""
-    more = f" and {len(rows) - ROWS_NAMED:,} more" if len(rows) > ROWS_NAMED else ""
     if all(row.index >= 0 for row in rows):
-        places = ", ".join(f"{row.index:,}" for row in rows[:ROWS_NAMED])
-        return f"row{'s' if len(rows) > 1 else ''} {places}{more} of the data set (first at step {rows[0].step:,})"
-    return "; ".join(f"row {row.row:,} of the batch at step {row.step:,}" for row in rows[:ROWS_NAMED]) + more
+        places = named([f"{row.index:,}" for row in rows], ROWS_NAMED)
+        return f"row{'s' if len(rows) > 1 else ''} {places} of the data set (first at step {rows[0].step:,})"
+    return named([f"row {row.row:,} of the batch at step {row.step:,}" for row in rows], ROWS_NAMED)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.data.label_order import in_order
 from diag.registry import Kind, instrument
@@ -39,11 +40,10 @@ class ClassCounts(Result):
             return unmet.verdict(SOURCE)
         limit = self.setting("ratio")
         if self.missing:
-            shown = ", ".join(map(str, self.missing[:5])) + (", ..." if len(self.missing) > 5 else "")
             return self._found(
                 Cause.CLASS_MISSING,
                 f"{len(self.missing):,} of the {self.classes:,} classes that the network can answer with do not "
-                f"occur among {int(self.counts.sum()):,} training examples: {shown}.",
+                f"occur among {int(self.counts.sum()):,} training examples: {named(self.missing, 5)}.",
                 "Look at how the training set was made; a class that is not there cannot be learned.",
                 float(len(self.missing)),
                 0.0,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diag.display import format_number, format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -60,11 +61,10 @@ class InputScale(Result):
                 float(self.non_finite), 0.0, Confidence.ARITHMETIC,
             )  # fmt: skip
         if self.outliers:
-            listed = ", ".join(map(str, self.outliers[:5]))
             yield self._bad(
                 Level.WARNING, Cause.BATCHES_POISONED,
                 f"{len(self.outliers):,} of {self.examples:,} inputs are a hundred times as large as the others or "
-                f"more (rows {listed}).",
+                f"more (rows {named(self.outliers, 5)}).",
                 "Look at these rows: a wrong unit, a failed conversion, a placeholder such as 9999.",
                 float(len(self.outliers)), 0.0, Confidence.ARITHMETIC,
             )  # fmt: skip

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import LARGEST_INPUT_SHOWN, displayed, format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -85,11 +86,11 @@ class LabelAudit(Result):
         if share < limit:
             found = f"{len(rows):,} of {len(area):,} labels look wrong by how their rows were learned."
             return Verdict(Level.OK, found, examples=tuple(map(int, rows[:50])), **about)
-        listed = ", ".join(map(str, rows[:5].tolist()))
         return Verdict(
             Level.WARNING,
             f"The labels of about {format_share(share)} of the examples look wrong ({len(rows):,} of {len(area):,} "
-            f"in the probe set, rows {listed}, ... first): the network held another answer for them for most of "
+            f"in the probe set, rows {named(rows.tolist(), 5)}, the surest first): the network held another "
+            f"answer for them for most of "
             "the training, against what it is sure of elsewhere.",
             advice="Look at these rows and correct or leave out their labels; stop before they are learned "
             "by heart.",

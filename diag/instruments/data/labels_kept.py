@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -17,7 +18,6 @@ ENOUGH = 64  # sights of rows that were met before
 FEWEST_MOVED = 16  # rows with another label
 MOVED_AT_MOST = 0.2  # of the sights: where more labels are others, that is how the training is
 ELSEWHERE = 0.01
-SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,12 +56,11 @@ def _findings(r: RowFacts) -> Iterator[LoopFinding]:
     some = FEWEST_MOVED <= rows <= MOVED_AT_MOST * r.compared
     if not some or r.changed - rows > ELSEWHERE * r.compared:
         return
-    shown = " and ".join(_steps(m) for m in r.moved[:SHOWN])
-    more = f" and {len(r.moved) - SHOWN} more stretches" if len(r.moved) > SHOWN else ""
+    shown = named([_steps(m) for m in r.moved])
     yield LoopFinding(
         Level.WARNING,
         Cause.BATCHES_POISONED,
-        f"At {shown}{more} nearly all rows of a batch had another label than at their first sight ({rows:,} rows); "
+        f"At {shown} nearly all rows of a batch had another label than at their first sight ({rows:,} rows); "
         "elsewhere rows keep their labels.",
         "Look at what makes the labels of these batches: a shifted join, a corrupt shard, an order that was "
         "changed for inputs and labels apart.",

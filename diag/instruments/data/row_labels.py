@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from diag.display import LARGEST_INPUT_SHOWN, displayed, format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -81,7 +82,8 @@ class RowLabels(Result):
         return Verdict(
             Level.WARNING,
             f"The labels of about {format_share(share)} of the examples look wrong ({self.count:,} of "
-            f"{self.rows:,}; rows{place} {', '.join(self.where[:5])}, ... first): seen {self.looks} times each on "
+            f"{self.rows:,}; rows{place} {named(self.where, 5)}, the surest first): seen {self.looks} times "
+            f"each on "
             "average, the network was as sure of another answer there as it is of the label elsewhere, each time "
             "before it learned from the row."
             f"{together}",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy
 
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, counted, judged, named
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop

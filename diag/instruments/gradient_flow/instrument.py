@@ -15,6 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
 from diag.instruments.gradient_flow.statistics import (
     factor_over_depth,
@@ -142,11 +143,10 @@ class GradientFlow(Result):
     def _idle(self) -> Verdict | None:
         if not self.idle_layers or self.num_steps < STEPS_BEFORE_ZERO_GRADIENT:
             return None
-        names = ", ".join(self.idle_layers[:3]) + (", ..." if len(self.idle_layers) > 3 else "")
         return Verdict(
             Level.WARNING,
             f"The gradient of {len(self.idle_layers):,} of {len(self.layers):,} parameter tensors was exactly zero "
-            f"{self._span()}: {names}.",
+            f"{self._span()}: {named(self.idle_layers)}.",
             advice="Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, "
             "or labels that mask it leave a layer without a gradient.",
             source="arithmetic",
@@ -247,10 +247,9 @@ class GradientFlow(Result):
             )
         if not self.unseen_layers or not self.gradients_seen:
             return found
-        names = ", ".join(self.unseen_layers[:3]) + (", ..." if len(self.unseen_layers) > 3 else "")
         return (
             f"{found}; {len(self.unseen_layers):,} of the {len(self.layers):,} parameter tensors had no gradient "
-            f"at any step ({names})"
+            f"at any step ({named(self.unseen_layers)})"
         )
 
     def _span(self) -> str:
@@ -412,7 +411,7 @@ def _numbers(history: History, which: Any) -> tuple[int, ...]:
 
 def _steps(count: int, numbers: Sequence[int]) -> str:
     listed = ", ".join(f"{n:,}" for n in numbers[:3]) + (", ..." if count > 3 else "")
-    return f"{count:,} step{'s' if count != 1 else ''} ({listed})"
+    return f"{counted(count, 'step')} ({listed})"
 
 
 def _edges(steps: NDArray[numpy.int64]) -> NDArray[numpy.float64]:

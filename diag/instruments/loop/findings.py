@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -77,17 +77,3 @@ def judged(kind: type[Check], steps: int, findings: Iterable[LoopFinding], fine:
         notes=tuple(f.sentence for f in ordered[1:]),
         **about,
     )
-
-
-def named(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are: "a, b and 4 more"."""
-    shown = list(names[:most])
-    more = len(names) - len(shown)
-    if more:
-        return f"{', '.join(shown)} and {more:,} more"
-    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
-
-
-def counted(number: int, thing: str) -> str:
-    """A number and its noun: "1 step", "2,000 steps"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy
 
+from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import History

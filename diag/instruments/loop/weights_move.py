@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy
 
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, counted, judged, named
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import CELLS, History, parts

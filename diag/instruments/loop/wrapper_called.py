@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, counted, judged
+from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.display import format_number, format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
@@ -120,11 +121,11 @@ def _zeroed(f: AskedFacts) -> LoopFinding:
 
 
 def _uncounted(f: AskedFacts) -> LoopFinding:
-    shown = ", ".join(map(str, f.uncounted[:5])) + (", ..." if len(f.uncounted) > 5 else "")
     return LoopFinding(
         Level.WARNING,
         Cause.CLASS_MISSING,
-        f"{f.function} weights {'class' if len(f.uncounted) == 1 else 'classes'} {shown} with zero, so that their "
+        f"{f.function} weights {'class' if len(f.uncounted) == 1 else 'classes'} {named(f.uncounted, 5)} "
+        f"with zero, so that their "
         "examples teach nothing.",
         "Look at how weight= is made: a class that was not counted, a division that rounded.",
         "A class that is left out on purpose.",

@@ -15,8 +15,8 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_number
+from diag.errors import named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import named
 from diag.instruments.optimization.course import SMALL, median
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.display import format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged, named
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop

@@ -14,6 +14,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.network.finite import all_finite
@@ -51,10 +52,9 @@ class DeadUnits(Result):
                 f"In the worst layer {format_share(self.worst)} of the rectified units are zero on every example.",
             )
         over = [name for name, share in zip(self.layers, self.dead, strict=True) if share >= limit]
-        where = ", ".join(over[:3]) + (", ..." if len(over) > 3 else "")
         return verdict(
             Level.ALARM,
-            f"{format_share(self.worst)} of the units of {where} are dead: they are zero on every one of the "
+            f"{format_share(self.worst)} of the units of {named(over)} are dead: they are zero on every one of the "
             "examples looked at, and get no gradient from them.",
             advice="Start again from a state before they died, with a lower learning rate or a warm-up; or use an "
             "activation that is not flat below zero (GELU, leaky ReLU); look at large negative biases.",

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy
 
 from diag.display import format_number
+from diag.errors import named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged, named
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
@@ -64,11 +65,10 @@ class UnitCopies(Result):
         step, last = series[-1]
         if last.unmet() is not None or step < STEPS_BEFORE_COPIES or not last._many():
             return last.verdict()
-        where = ", ".join(last.layers[:3]) + (", ..." if len(last.layers) > 3 else "")
         return last._graded(
             Level.ALARM,
             f"In {len(last.layers)} of {last.compared} layers ({format_share(last.share)}) all units have the same "
-            f"weights: {where}. They started alike, so they stay copies of one another.",
+            f"weights: {named(last.layers)}. They started alike, so they stay copies of one another.",
             advice="Start the weights at random (torch.nn.init.kaiming_normal_); zeros are for biases only.",
             refutation="Two units of such a layer that differ.",
             layers=last.layers,

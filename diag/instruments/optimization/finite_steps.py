@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy
 
+from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import counted
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History

@@ -13,9 +13,9 @@ from typing import Any
 import numpy
 
 from diag.display import format_number
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
-from diag.instruments.loop.findings import named
 from diag.instruments.optimization.course import SMALL, median
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured

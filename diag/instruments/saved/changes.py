@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from diag.display import format_share
-from diag.instruments.loop.findings import named
+from diag.errors import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in

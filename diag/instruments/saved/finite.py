@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
-from diag.instruments.loop.findings import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in

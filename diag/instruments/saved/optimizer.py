@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diag.errors import named
 from diag.instruments.graded import graded
-from diag.instruments.loop.findings import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in

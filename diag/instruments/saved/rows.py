@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diag.display import format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
-from diag.instruments.loop.findings import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.saved import SAVED_ENTRIES_AT_ONCE, Saved

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diag.display import format_number, format_share
+from diag.errors import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.given.saved import Saved, square_sum
@@ -50,7 +51,7 @@ class SavedWeights(Result):
     def _differing(self) -> str:
         if not self.uneven:
             return ""
-        return f" Layers of one kind differ in their format: {', '.join(self.uneven[:3])}."
+        return f" Layers of one kind differ in their format: {named(self.uneven)}."
 
     def plot(self, ax: Any) -> None:
         """The sizes in the order of the file."""

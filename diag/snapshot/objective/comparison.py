@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diag.errors import DiagError, MissingQuantity
+from diag.errors import DiagError, MissingQuantity, type_of
 from diag.snapshot.objective.loss_spy import LossFunctionCall
 
 IGNORED_LABEL = -100  # the convention of torch's cross_entropy and of Hugging Face
@@ -136,7 +136,7 @@ def output_tensor(outputs: Any) -> Tensor:
         found = tensors[0] if len(tensors) == 1 else None
     if not isinstance(found, Tensor):
         raise MissingQuantity(
-            f"the model returns a {type(outputs).__name__} without logits; wrap it so that it returns a tensor."
+            f"the model returns {type_of(outputs)} without logits; wrap it so that it returns a tensor."
         )
     return found
 

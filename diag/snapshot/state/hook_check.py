@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.errors import Unsupported
+from diag.errors import Unsupported, named
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
 from diag.snapshot.state.hooks import doubtful_hooks, firing
@@ -26,7 +26,6 @@ HOOKS_CHANGE_OUTPUTS = (
     "Hooks that are not diag's do not fire while measuring, and without {} the model gives something else; move "
     "what such a hook does into the module's forward."
 )
-HOOKS_NAMED = 3
 
 
 class HookCheck:
@@ -60,8 +59,7 @@ def _are(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def _listed(hooks: Sequence[tuple[str, Callable[..., Any]]]) -> str:
     names = [f"{_name(hook)} of {owner or 'the model'}" for owner, hook in hooks]
-    more = f" and {len(names) - HOOKS_NAMED} more" if len(names) > HOOKS_NAMED else ""
-    return ", ".join(names[:HOOKS_NAMED]) + more
+    return named(names)
 
 
 def _name(hook: Callable[..., Any]) -> str:

@@ -8,7 +8,7 @@ What has changed is put back, and reported in one sentence.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diag.errors import named
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TENSOR_REPLACED = (
@@ -28,7 +30,6 @@ WRITTEN = (
 WAS_KEPT = "the values are put back, and what was measured may be wrong"
 NOT_KEPT = "the model is too large for a copy, so training is no longer what it would have been without measuring"
 KEPT_BYTES = 1 << 28  # of parameters and buffers, copied for the time of a measurement (our choice)
-TENSORS_NAMED = 3
 
 _said: ContextVar[list[str] | None] = ContextVar("diag_said", default=None)
 _checked: ContextVar[frozenset[int]] = ContextVar("diag_checked", default=frozenset())
@@ -96,10 +97,10 @@ class OwnTensors:
         if foreign:
             several = len(foreign) > 1
             others, they = ("other tensors", "they are") if several else ("another tensor", "it is")
-            say(TENSOR_REPLACED.format(_listed(foreign), "were" if several else "was", others, they))
+            say(TENSOR_REPLACED.format(named(foreign), "were" if several else "was", others, they))
         if written:
             was = "were" if len(written) > 1 else "was"
-            say(WRITTEN.format(_listed(written), was, WAS_KEPT if self._copies else NOT_KEPT))
+            say(WRITTEN.format(named(written), was, WAS_KEPT if self._copies else NOT_KEPT))
 
 
 @contextmanager
@@ -194,9 +195,3 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:  # an inference tensor counts nothing
         return -1
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = list(names[:TENSORS_NAMED])
-    last = [f"{len(names) - TENSORS_NAMED} more"] if len(names) > TENSORS_NAMED else [shown.pop()]
-    return " and ".join([", ".join(shown), *last] if shown else last)

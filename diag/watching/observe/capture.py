@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diag.errors import MissingQuantity
+from diag.errors import MissingQuantity, type_of
 from diag.snapshot.batch import map_tensors, tensors_in
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.watching.observe.norms import HALF_PRECISION
@@ -43,7 +43,7 @@ class ForwardCall:
         found = tensors_in(outputs)
         if not found:
             raise MissingQuantity(
-                f"the model returns a {type(outputs).__name__} without a tensor in it; let it return tensors in "
+                f"the model returns {type_of(outputs)} without a tensor in it; let it return tensors in "
                 "tuples, lists or dicts"
             )
         kept = tuple(t.detach() for t in found)

@@ -5,8 +5,8 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
+from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import LossFacts
 from diag.watching.observe.loop.start import shape_of
 
 

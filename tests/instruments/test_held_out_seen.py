@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import diag
 from diag.instruments.causes import Cause
 from diag.instruments.outcome.generalization import Generalization
+from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import LossFacts
 from diag.watching.observe.loop.data.evaluated import place_of
 
 WATCHED = ["generalization", "held_out_inputs_alike", "labels_belong"]

@@ -12,8 +12,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.data.dependence import independence_p_value
 from diag.instruments.data.labels_belong import LabelsBelong
 from diag.snapshot.history import empty_history
+from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import LossFacts
 
 
 def random(seed=0):

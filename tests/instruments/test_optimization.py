@@ -16,7 +16,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import median
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import StartingWeight
+from diag.snapshot.loop.network import StartingWeight
 
 _path = Path(__file__).with_name("optimization_histories.py")
 _spec = importlib.util.spec_from_file_location("optimization_histories", _path)

@@ -13,8 +13,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.outcome.generalization import Generalization
 from diag.instruments.outcome.trivial import TrivialPredictor
 from diag.snapshot.history import empty_history
+from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import LossFacts
 
 
 @pytest.fixture

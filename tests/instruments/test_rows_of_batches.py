@@ -12,8 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset, T
 import diag
 from diag.instruments.causes import Cause
 from diag.instruments.data.label_order import in_order
+from diag.snapshot.loop.data import BatchFacts, DrawFacts, EvaluatedRows, TargetFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import BatchFacts, DrawFacts, EvaluatedRows, TargetFacts
 from diag.watching.observe.loop.data.targets import shift_of
 
 WATCHED = ["batch_rows", "rows_drawn", "held_out_rows", "classes_mixed", "token_targets", "target_scale"]

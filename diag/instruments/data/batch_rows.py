@@ -11,9 +11,9 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
+from diag.snapshot.loop.data import ContentFacts, OddRow
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.inputs import InputFacts
-from diag.snapshot.loop.parts import ContentFacts, OddRow
 
 SOURCE = "arithmetic of the inputs of training"
 SHARE_OF_ROWS = 0.05  # of the rows: where more are large, that is how the data is

@@ -9,8 +9,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
+from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import BatchFacts
 
 SOURCE = "arithmetic of the labels in batches"
 BATCHES_COUNTED, LABELS_OF_A_BATCH = 6, 8  # counted; and labels in each

@@ -12,7 +12,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.loop.parts import OUTLIER_ROW
+from diag.snapshot.loop.data import OUTLIER_ROW
 
 SOURCE = "arithmetic of the inputs"
 SPREAD_RATIO, MEAN_SHIFT = 2.0, 2.0

@@ -10,8 +10,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
+from diag.snapshot.loop.data import DrawFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import DrawFacts
 
 SOURCE = "arithmetic of the rows that DataLoaders drew"
 FEWEST_ROWS_IN_BOTH = 8  # rows in both

@@ -15,7 +15,7 @@ from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.loop.parts import OUTLIER_ROW
+from diag.snapshot.loop.data import OUTLIER_ROW
 
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale)"
 LARGE_INPUTS, SMALL_INPUTS, FEATURE_RATIO, CONSTANT_SHARE = 20.0, 0.02, 300.0, 0.65

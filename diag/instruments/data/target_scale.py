@@ -10,8 +10,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
+from diag.snapshot.loop.data import TargetFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import TargetFacts
 
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.5 (targets within the range of the outputs)"
 LARGE_TARGETS, OUTPUTS_APART = 20.0, 10.0

@@ -9,8 +9,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
+from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import BatchFacts
 
 CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
 EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose

@@ -11,7 +11,7 @@ from diag.instruments.loop.findings import SOURCE, TWICE, LoopCheck, LoopFinding
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import ClippingFacts
+from diag.snapshot.loop.steps import ClippingFacts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,7 +12,7 @@ from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, L
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import OptimizerFacts, Pattern
+from diag.snapshot.loop.steps import OptimizerFacts, Pattern
 
 PARTS_OF_A_BATCH = 4  # at least
 REPEATED_EVENTS = re.compile(r"(?:\(([A-Za-z]+)\)|([A-Za-z]))(\d+)")

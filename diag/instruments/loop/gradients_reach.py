@@ -11,7 +11,7 @@ from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFindi
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import ParameterFacts
+from diag.snapshot.loop.steps import ParameterFacts
 from diag.snapshot.parameters import layer_of
 
 LOOKS_CALLED, LOOKS_UNUSED = 3, 4  # in a row without a gradient: of a module that is called, of one that is not

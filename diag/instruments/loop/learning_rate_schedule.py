@@ -14,7 +14,7 @@ from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import SchedulerFacts
+from diag.snapshot.loop.steps import SchedulerFacts
 
 NOTHING = 1e-6  # of the largest learning rate so far
 STILL, STILL_FALLING = 3, 10  # steps at a rate of exactly zero, and at one next to it

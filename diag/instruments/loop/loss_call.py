@@ -9,8 +9,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
+from diag.snapshot.loop.data import OF_BINARY_TARGETS, LossFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import OF_BINARY_TARGETS, LossFacts
 
 CALLS_NEEDED = 3  # calls whose numbers were looked at
 PADDED = 0.05  # of the targets

@@ -11,7 +11,7 @@ from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judge
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import ScalingFacts
+from diag.snapshot.loop.steps import ScalingFacts
 
 CALLS_LOOKED_AT_LEAST = 3
 FOREVER = 17  # steps left out in a row: the scale, 65,536 at first, has fallen below one

@@ -11,7 +11,7 @@ from diag.instruments.loop.findings import NO_STEP, SOURCE, TWICE, LoopCheck, Lo
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import OutsideChange
+from diag.snapshot.loop.steps import OutsideChange
 
 OFTEN = 0.5  # of the steps: a projection, a constraint or a decay of the user's own
 

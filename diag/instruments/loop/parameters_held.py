@@ -11,7 +11,7 @@ from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judge
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import ParameterFacts
+from diag.snapshot.loop.steps import ParameterFacts
 from diag.snapshot.parameters import layer_of
 
 LOOKS_UNHELD = 2  # at which a parameter had a gradient and no optimizer

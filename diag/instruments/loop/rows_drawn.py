@@ -9,8 +9,8 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
+from diag.snapshot.loop.data import DrawFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import DrawFacts
 
 FEWEST_DRAWS = 100  # draws
 DRAWS_OF_A_ROW = 3.0  # draws of a row on average

@@ -11,7 +11,7 @@ from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopC
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import OptimizerFacts
+from diag.snapshot.loop.steps import OptimizerFacts
 
 BACKWARDS_WITHOUT_STEP = 5  # backward passes without any step
 

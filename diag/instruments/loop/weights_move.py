@@ -15,7 +15,7 @@ from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import CELLS, History, parts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import ParameterFacts
+from diag.snapshot.loop.steps import ParameterFacts
 
 STEPS_IN_A_ROW = 3  # measured in a row
 ROUNDING_OF_NORM = 1e-6

@@ -13,8 +13,8 @@ from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.asked import AskedFacts
+from diag.snapshot.loop.data import OF_LOG_PROBABILITIES
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import OF_LOG_PROBABILITIES
 
 SOURCE = "arithmetic of the range of an activation function"
 CALLS_OF_RANGE = 3  # calls that were looked at

@@ -18,7 +18,7 @@ from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import StartingWeight
+from diag.snapshot.loop.network import StartingWeight
 
 SOURCE = "He et al. 2015, arXiv:1502.01852; arithmetic: units with equal weights have equal gradients"
 LARGE_WEIGHTS, SMALL_WEIGHTS = 3.0, 0.03

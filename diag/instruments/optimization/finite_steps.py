@@ -17,7 +17,7 @@ from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import OriginFacts
+from diag.snapshot.loop.steps import OriginFacts
 
 SOURCE = "arithmetic of the recorded steps"
 EXPLAINED_BY = (

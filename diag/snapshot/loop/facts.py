@@ -12,32 +12,30 @@ from dataclasses import dataclass, field
 
 from diag.errors import MissingQuantity
 from diag.snapshot.loop.asked import AskedFacts
-from diag.snapshot.loop.inputs import InputFacts
-from diag.snapshot.loop.parts import (
+from diag.snapshot.loop.data import (
     BatchFacts,
-    ChanceFacts,
-    ClippingFacts,
     ContentFacts,
     DrawFacts,
-    LayerFacts,
     LossFacts,
-    ModeFacts,
+    PenaltyFacts,
+    RootFacts,
+    TargetFacts,
+)
+from diag.snapshot.loop.inputs import InputFacts
+from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
+from diag.snapshot.loop.ranks import RankFacts
+from diag.snapshot.loop.rows import RowFacts
+from diag.snapshot.loop.steps import (
+    ClippingFacts,
     OptimizerFacts,
     OriginFacts,
     OutsideChange,
     ParameterFacts,
     Pattern,
-    PenaltyFacts,
-    RootFacts,
     ScalingFacts,
     SchedulerFacts,
-    ShapeFacts,
-    StartingWeight,
-    TargetFacts,
     WrapperFacts,
 )
-from diag.snapshot.loop.ranks import RankFacts
-from diag.snapshot.loop.rows import RowFacts
 from diag.snapshot.snapshot import Snapshot
 
 SAME_BATCH_AGAIN = 2  # repetitions of a batch (our choice) from which on it is taken to be the only one

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import WrapperFacts
+from diag.snapshot.loop.steps import WrapperFacts
 
 WATCHED = [
     "gradient_accumulation", "gradients_reach", "learning_rate_schedule", "module_modes", "batches_repeated",

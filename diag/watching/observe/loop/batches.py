@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import BatchFacts
+from diag.snapshot.loop.data import BatchFacts
 from diag.watching.observe.loop.data.stream import Stream, key_of_batch, sampled
 from diag.watching.observe.loop.moment import Moment, due
 

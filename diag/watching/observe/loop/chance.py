@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import ChanceFacts
+from diag.snapshot.loop.network import ChanceFacts
 from diag.watching.observe.loop.data.source import tree_of
 from diag.watching.observe.loop.data.stream import bytes_of, sampled
 from diag.watching.observe.loop.modes import first_tensor

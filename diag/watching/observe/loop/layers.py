@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diag.distributed.placement import own_part
-from diag.snapshot.loop.parts import LayerFacts
+from diag.snapshot.loop.network import LayerFacts
 from diag.watching.observe.loop.moment import Moment
 
 ENTRIES_COMPARED_FIRST = 32  # entries that are compared first

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, parents_of, signed
-from diag.snapshot.loop.parts import BINARY, OF_LOG_PROBABILITIES, LossFacts
+from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES, LossFacts
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
@@ -117,7 +117,7 @@ class Losses:
                     kind.constant += is_constant(target) and not is_constant(raw)
 
     def _range(self, kind: LossFacts, target: Tensor) -> None:
-        if kind.function in BINARY and target.numel():
+        if kind.function in OF_BINARY_TARGETS and target.numel():
             self._read(kind, "range", torch.stack(target.detach().float().aminmax()))
         elif kind.function == "cross_entropy" and target.is_floating_point() and target.ndim > 1:
             ones = target.detach()

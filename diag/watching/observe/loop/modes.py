@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import ModeFacts
+from diag.snapshot.loop.network import ModeFacts
 from diag.watching.observe.loop.moment import Counter, Moment
 
 MODULES_A_CALL = 6  # modules at a call where no evaluation came before it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diag.snapshot.loop.parts import Tally
+from diag.snapshot.loop.steps import Tally
 
 
 def due(times: int) -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.data import RootFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import RootFacts, WrapperFacts
 from diag.snapshot.loop.ranks import RankFacts
+from diag.snapshot.loop.steps import WrapperFacts
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance

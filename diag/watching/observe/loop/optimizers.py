@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from diag.snapshot.loop.parts import OptimizerFacts
+from diag.snapshot.loop.steps import OptimizerFacts
 from diag.snapshot.optimizer import HYPERPARAMETERS
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.zeroing import Gradients, Watched, mark_of

@@ -1,10 +1,10 @@
-"""The order of events in a step, as a string of letters (see `diag.snapshot.loop.parts.Pattern`)."""
+"""The order of events in a step, as a string of letters (see `diag.snapshot.loop.steps.Pattern`)."""
 
 from __future__ import annotations
 
 import functools
 
-from diag.snapshot.loop.parts import Pattern
+from diag.snapshot.loop.steps import Pattern
 from diag.watching.observe.loop.moment import Moment
 
 LONGEST_ORDER = 96  # letters of one step that are kept

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import kind_of, nodes_before
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import OriginFacts
+from diag.snapshot.loop.steps import OriginFacts
 from diag.watching.observe.loop.moment import Moment
 
 NODES_BEFORE_LOSS = 256  # of the graph before the loss

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.loop.parts import ParameterFacts
+from diag.snapshot.loop.steps import ParameterFacts
 from diag.watching.hooks.model_hook import frames_compiled
 from diag.watching.observe.loop.data.source import is_forgotten
 from diag.watching.observe.loop.moment import Moment

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import PenaltyFacts
+from diag.snapshot.loop.data import PenaltyFacts
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.terms import product, reaches, terms_of
 

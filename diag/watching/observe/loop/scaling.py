@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diag.snapshot.autograd_graph import nodes_before
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import ClippingFacts, ScalingFacts
+from diag.snapshot.loop.steps import ClippingFacts, ScalingFacts
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord
 from diag.watching.observe.norms import HALF_PRECISION

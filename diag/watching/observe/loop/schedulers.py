@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, MultiStepLR, StepLR
 
-from diag.snapshot.loop.parts import SchedulerFacts
+from diag.snapshot.loop.steps import SchedulerFacts
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.loop.parts import ShapeFacts, StartingWeight
+from diag.snapshot.loop.network import ShapeFacts, StartingWeight
 
 FEWEST_ENTRIES = 16  # entries; smaller tensors are left out
 # Modules that multiply by these weights as they are. What computes its weight first says nothing by its parameter.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.loop.parts import OutsideChange
+from diag.snapshot.loop.steps import OutsideChange
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.zeroing import spread
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import kind_of, made_last, parents_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.asked import AskedFacts
-from diag.snapshot.loop.parts import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
+from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.data.targets import OF_NUMBERS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import OUTLIER_ROW, ContentFacts, OddRow
+from diag.snapshot.loop.data import OUTLIER_ROW, ContentFacts, OddRow
 from diag.watching.observe.loop.moment import Moment
 
 NUMBERS_OF_A_BATCH = 1 << 16  # of a batch that are looked at

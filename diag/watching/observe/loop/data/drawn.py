@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
-from diag.snapshot.loop.parts import DrawFacts, EvaluatedRows
+from diag.snapshot.loop.data import DrawFacts, EvaluatedRows
 from diag.watching.observe.loop.moment import Moment
 
 ALWAYS = 4096  # batches of which each is counted, then those that are looked at closely

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diag.snapshot.loop.data import OUTLIER_ROW
 from diag.snapshot.loop.inputs import InputFacts
-from diag.snapshot.loop.parts import OUTLIER_ROW
 from diag.watching.observe.loop.modes import first_tensor
 from diag.watching.observe.loop.moment import Moment, due
 

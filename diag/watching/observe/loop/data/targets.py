@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
-from diag.snapshot.loop.parts import TargetFacts
+from diag.snapshot.loop.data import TargetFacts
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment

@@ -23,7 +23,7 @@ from diag.curvature.stability.sgd import SgdStability, small_batches, trace_fact
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput, type_of
 from diag.linalg.lanczos import eigenpairs
-from diag.linalg.operator import LinearOperator
+from diag.linalg.operator import LinearOperator, checked_operator
 from diag.linalg.trace import trace_and_norm
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -299,11 +299,7 @@ def _of_small_batches(sgd: SgdStability) -> dict[str, Any]:
 
 
 def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerState:
-    if not isinstance(hessian, LinearOperator):
-        raise InvalidInput(
-            f"hessian is {type_of(hessian)}; expected a LinearOperator: wrap a matrix in "
-            "LinearOperator.from_matrix."
-        )
+    checked_operator(hessian, "hessian")
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer = described_optimizer(optimizer)
     if not isinstance(optimizer, OptimizerState):

@@ -21,9 +21,9 @@ from diag.curvature import eigenvectors
 from diag.curvature.memory import memory_beside
 from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput, type_of
+from diag.errors import InvalidInput
 from diag.linalg.lanczos import Eigenpairs
-from diag.linalg.operator import LinearOperator
+from diag.linalg.operator import LinearOperator, checked_operator
 from diag.linalg.spectrum import Spectrum, spectrum
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured, plain_data
@@ -315,11 +315,7 @@ def _of_the_density(found: Spectrum) -> dict[str, Any]:
 
 
 def _check(hessian: Any, directions: Any, count: int) -> None:
-    if not isinstance(hessian, LinearOperator):
-        raise InvalidInput(
-            f"hessian is {type_of(hessian)}; expected a LinearOperator: wrap a matrix in "
-            "LinearOperator.from_matrix."
-        )
+    checked_operator(hessian, "hessian")
     if count < 1:
         raise InvalidInput(f"num_eigenvalues is {count}; expected at least 1.")
     if directions is not None and tuple(directions.shape[1:]) != (hessian.size,):

@@ -16,11 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.linalg.deadline import NEVER, Deadline
 from diag.linalg.reductions import IN_ONE_PROCESS, Spread, length
 
 Index = slice | Tensor
+
+
+def checked_operator(value: Any, name: str) -> LinearOperator:
+    """`value`; raises InvalidInput where it is no LinearOperator."""
+    if not isinstance(value, LinearOperator):
+        raise InvalidInput(
+            f"{name} is {type_of(value)}; expected a LinearOperator: wrap a matrix in LinearOperator.from_matrix."
+        )
+    return value
 
 
 class LinearOperator(ABC):

@@ -131,13 +131,7 @@ def safely(function: Callable[..., Any], *args: Any, broke: Callable[[Exception]
 def shielded(function: Callable[..., Any], broke: Callable[[Exception], None] | None = None) -> Callable[..., Any]:
     """The same function for torch to call: nothing that it raises gets there."""
 
-    def call(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except Exception as error:
-            if broke is not None:
-                with contextlib.suppress(Exception):
-                    broke(error)
-            return None
+    def call(*args: Any) -> Any:  # not a partial: by its home the function is known as diag's own
+        return safely(function, *args, broke=broke)
 
     return call

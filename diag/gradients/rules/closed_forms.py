@@ -7,6 +7,7 @@ Each entry of `FORMS` is one operation's rule. A rule that does not apply raises
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,32 +69,20 @@ def _embedding(call: Call, place: ArgumentPlace) -> Block:
     return TableRows(index, delta, call.use.slots[place].shape[0])
 
 
-def _convolution(call: Call, place: ArgumentPlace) -> Block:
-    delta = call.channels(call.delta)
+def _convolution(call: Call, place: ArgumentPlace, transposed: bool = False) -> Block:
+    """In the transpose of a convolution, input and output gradient change roles."""
     if is_argument(place, 2, "bias"):
-        return Dense(delta.sum(2))
+        return Dense(call.channels(call.delta).sum(2))
     if not is_argument(place, 1, "weight"):
         raise NoClosedForm
     shape = call.use.slots[place].shape
-    stride, dilation = _per_axis(call.get(3, "stride", 1), shape), _per_axis(call.get(5, "dilation", 1), shape)
+    stride = _per_axis(call.get(3, "stride", 1), shape)
     padding = call.get(4, "padding", 0)
     padding = padding if isinstance(padding, str) else _per_axis(padding, shape)
-    groups = call.get(6, "groups", 1)
-    return convolution(call.get(0, "input"), call.delta, shape, stride, padding, dilation, groups)
-
-
-def _transposed_convolution(call: Call, place: ArgumentPlace) -> Block:
-    """The transpose of a convolution: input and output gradient change roles."""
-    delta = call.channels(call.delta)
-    if is_argument(place, 2, "bias"):
-        return Dense(delta.sum(2))
-    if not is_argument(place, 1, "weight"):
-        raise NoClosedForm
-    shape = call.use.slots[place].shape
-    stride, dilation = _per_axis(call.get(3, "stride", 1), shape), _per_axis(call.get(7, "dilation", 1), shape)
-    padding = _per_axis(call.get(4, "padding", 0), shape)
-    groups = call.get(6, "groups", 1)
-    return convolution(call.delta, call.get(0, "input"), shape, stride, padding, dilation, groups)
+    dilation = _per_axis(call.get(7 if transposed else 5, "dilation", 1), shape)
+    x, b = call.get(0, "input"), call.delta
+    x, b = (b, x) if transposed else (x, b)
+    return convolution(x, b, shape, stride, padding, dilation, call.get(6, "groups", 1))
 
 
 def _per_axis(value: Any, shape: torch.Size) -> tuple[int, ...]:
@@ -146,7 +135,9 @@ FORMS: dict[str, Form] = {
     "prelu": _prelu,
     **dict.fromkeys(("matmul", "mm", "__matmul__"), _matmul),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
+    **dict.fromkeys(
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), partial(_convolution, transposed=True)
+    ),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), _expanded),
     **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _shifted),
     **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), _scaled),

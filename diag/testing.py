@@ -20,9 +20,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from diag.encoding import equal
 from diag.errors import DiagError
 from diag.registry import Instrument, Measurable, attempt
-from diag.result import Level, Result, Skipped, Verdict, equal
+from diag.result import Level, Result, Skipped, Verdict
 from diag.snapshot.snapshot import Snapshot
 
 # Problems with known answers.

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import diag
+from diag.encoding import equal
 from diag.registry import attempt, instruments
-from diag.result import Failed, Level, Result, Skipped, equal
+from diag.result import Failed, Level, Result, Skipped
 from diag.snapshot.glossary import GLOSSARY, HELD_OUT
 from diag.testing import check_instrument, classification, is_one_sentence, leaves_no_trace
 

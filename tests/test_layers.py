@@ -21,11 +21,12 @@ from diag.snapshot.glossary import GLOSSARY
 
 ROOT = Path(diag.__file__).parent
 # The rooms from the ground up; each may import those below it, and what `ALLOWED` adds or takes away.
-GROUND = {"errors", "display", "result", "linalg"}
+GROUND = {"errors", "display", "encoding", "result", "linalg"}
 ALLOWED = {
     "errors": set(),
     "display": set(),
-    "result": {"errors", "display"},
+    "encoding": {"errors"},
+    "result": {"errors", "display", "encoding"},
     "linalg": {"errors"},
     "remedies": {"errors", "linalg"},
     "checkpoints": {"errors"},
@@ -39,7 +40,7 @@ ALLOWED["conversion"] = {"errors"}
 ALLOWED["registry"] = {"conversion", "errors", "result", "snapshot"}
 ALLOWED["instruments"] = ALLOWED["connectivity"] | GROUND | {"connectivity", "registry", "remedies"}
 ALLOWED["rates"] = {"result"}
-ALLOWED["run"] = {"errors", "display", "result", "rates", "checkpoints", "snapshot", "registry"}
+ALLOWED["run"] = {"errors", "display", "encoding", "result", "rates", "checkpoints", "snapshot", "registry"}
 ALLOWED["run"] |= {"distributed", "linalg"}
 ALLOWED["watching"] = ALLOWED["instruments"] | {"instruments", "run"}
 ALLOWED["reporting"] = ALLOWED["run"] | {"run", "conversion"}

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from diag.encoding import decode, encode, equal
 from diag.errors import InvalidInput
-from diag.result import Level, Precondition, Result, Verdict, decode, encode, equal, measured
+from diag.result import Level, Precondition, Result, Verdict, measured
 
 
 @dataclass(frozen=True, kw_only=True)

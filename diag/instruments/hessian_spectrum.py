@@ -21,12 +21,13 @@ from diag.curvature import eigenvectors
 from diag.curvature.memory import memory_beside
 from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
+from diag.encoding import plain_data
 from diag.errors import InvalidInput
 from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator, checked_operator
 from diag.linalg.spectrum import Spectrum, spectrum
 from diag.registry import PRODUCT, SELF_TEST, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured, plain_data
+from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 
 SOURCE = "Papyan 2020, arXiv:2008.11865; Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159"
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from diag.encoding import plain_data
 from diag.reporting.plain import clean, finite, number
-from diag.result import Result, plain_data
+from diag.result import Result
 
 MAX_IN_GROUP = 12
 MOST_GROUPS_SHOWN = 4

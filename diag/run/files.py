@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diag.encoding import decode, encode, plain_data
 from diag.errors import InvalidInput, RunError
-from diag.result import decode, encode, plain_data
 from diag.run.rows import check_columns
 
 RUN_FOLDER_FORMAT = "diag-run"

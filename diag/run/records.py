@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diag.encoding import decode
 from diag.errors import InvalidInput
-from diag.result import Failed, Outcome, Result, decode
+from diag.result import Failed, Outcome, Result
 from diag.run.files import LARGEST_NUMBER
 
 OUTCOMES = ("result", "skipped", "failed")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy
 from numpy.typing import NDArray
 
-from diag.result import decode
+from diag.encoding import decode
 from diag.snapshot.history import History, empty_history, let_go
 
 CRC = "crc"

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy
 
 from diag import display
+from diag.encoding import decode
 from diag.errors import RunError
 from diag.rates import with_rates
 from diag.registry import Instrument, attempt, instruments
-from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode
+from diag.result import Failed, Outcome, Result, Skipped, Verdict
 from diag.run.arrays import read_array
 from diag.run.damage import damaged, missing
 from diag.run.files import ARRAYS, DAMAGED, META, RECORDS_FILE, STEPS_FILE, read_metadata

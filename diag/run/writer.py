@@ -17,8 +17,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from diag.encoding import encode, plain_data
 from diag.errors import InvalidInput, RunError
-from diag.result import Outcome, encode, plain_data
+from diag.result import Outcome
 from diag.run.arrays import save_array
 from diag.run.damage import missing
 from diag.run.files import (

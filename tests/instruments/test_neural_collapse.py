@@ -195,6 +195,17 @@ def test_coinciding_class_means_are_flagged_not_divided_by():
     )
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_whether_class_means_coincide_does_not_depend_on_the_unit(scale):
+    """The rank of the class means is that of their ratio: 1e-10 of the largest distance is rounding, 1 is not."""
+    given = collapsed()
+    given["features"] = given["features"].double() * scale
+    assert not neural_collapse(**given).degenerate
+    apart = given["features"][LABELS == 0].mean(0) - given["features"][LABELS == 1].mean(0)
+    given["features"][LABELS == 1] = given["features"][LABELS == 0] + 1e-10 * apart
+    assert neural_collapse(**given).degenerate
+
+
 def test_all_features_equal():
     result = neural_collapse(features=torch.ones(6, 4), labels=torch.tensor([0, 1, 2] * 2))
     assert result.degenerate and math.isnan(result.nc1_ratio)

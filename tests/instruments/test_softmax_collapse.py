@@ -66,6 +66,14 @@ def test_cross_entropy_loses_the_gradient_at_the_law_of_each_dtype(dtype, classe
     assert result.zero_loss_by_dtype[dtype] == result.paper_count_by_dtype[dtype] == 0.5
 
 
+def test_the_three_counts_of_a_dtype_are_told_apart():
+    """One wrong answer whose other terms vanish, one right one, and two with a margin that every dtype resolves."""
+    z = torch.tensor([[40.0, 0.0], [0.0, 40.0], [0.5, 0.0], [0.0, 0.5]])
+    result = softmax_collapse(logits=z, labels=torch.tensor([1, 1, 0, 1]))
+    assert result.zero_loss_by_dtype["float32"] == result.paper_count_by_dtype["float32"] == 0.25
+    assert result.repository_count_by_dtype["float32"] == 0.5 and result.zero_gradient_by_dtype["float32"] == 0.25
+
+
 def test_shares_by_dtype_come_from_float64_margins():
     z, y = at_margins([1.0, 6.0, 8.0, 17.0, 40.0], dtype=torch.float64)
     result = softmax_collapse(logits=z, labels=y)

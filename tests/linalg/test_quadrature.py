@@ -72,6 +72,12 @@ def test_one_probe_has_a_standard_error_of_the_right_size(planted: Planted, o6c:
     assert 0.5 < torch.tensor(errors).square().mean().sqrt() / theory < 1.6
 
 
+def test_where_no_direction_is_special_chance_has_no_part(planted: Planted) -> None:
+    """n v^T (c I) v = c n for every unit vector v: (tr B)^2 / n takes all of tr B^2 away."""
+    measure = spectral_measure(planted([3.0] * 40), steps=3, seed=0)
+    assert measure.trace().value == pytest.approx(120, rel=1e-12) and measure.trace().standard_error < 1e-6
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_deflation_sharpens_and_a_negative_trace_is_fine(planted: Planted, o6c: Tensor, sign: int) -> None:
     operator, truth = planted(sign * o6c), sign * o6c.sum()

@@ -127,7 +127,12 @@ def test_where_no_loss_is_finite_the_best_is_left_out(paths):
 
 @pytest.mark.parametrize(
     ("paths_given", "build_given", "text"),
-    [([], build, "No checkpoint was given"), (["a.pt"], 3, "build is an int; expected a function, or its name")],
+    [
+        ([], build, "No checkpoint was given"),
+        (["a.pt"], 3, "build is an int; expected a function, or its name"),
+        (["a.pt"], lambda: {"model": 3}, "returned int as its model"),
+        (["a.pt"], lambda: 3, "returned int; "),
+    ],
 )
 def test_a_wrong_call_is_told_in_one_sentence(paths_given, build_given, text):
     with pytest.raises(InvalidInput, match=text):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy
@@ -15,7 +16,9 @@ import diag
 from diag.errors import RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
-from diag.run.records import outcome_data, record_line
+from diag.run.files import checksum
+from diag.run.folder import is_being_written
+from diag.run.records import kept_records, outcome_data, record_line
 from diag.run.run import Cost, Event, Record, Run, RunWriter, read_run
 from diag.snapshot.history import empty_history
 
@@ -472,6 +475,30 @@ def test_last_values_are_the_last_of_each_number(tmp_path):
         w.append_outcome(3, height_of(5.0))
     values = read_run(tmp_path / "run").last_values()
     assert values.items() >= {"loss": 1.0, "height.height": 5.0, "logged.accuracy": 0.75}.items()
+
+
+def test_of_equal_steps_a_resumption_keeps_what_was_before_it():
+    """A resumption from step 6 goes on after it: what was recorded at 6 stands, what came later does not."""
+    before = [{"type": kind, "step": step} for kind in ("event", "cost") for step in (5, 6, 7)]
+    resumed = {"type": "resume", "step": 6}
+    kept = kept_records([*before, resumed])
+    assert [(r["type"], r["step"]) for r in kept[:-1]] == [
+        ("event", 5), ("event", 6), ("cost", 5), ("cost", 6), ("cost", 7)
+    ]  # fmt: skip
+    assert kept[-1] is resumed
+
+
+def test_without_locks_a_run_is_being_written_until_it_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with writer(tmp_path):
+        assert is_being_written(tmp_path)
+    assert not is_being_written(tmp_path)
+
+
+def test_a_checksum_is_of_strict_json():
+    assert checksum({"a": 1, "b": [2]}) == checksum({"b": [2], "a": 1}) != checksum({"a": 1, "b": [3]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checksum({"a": math.nan})
 
 
 def test_a_file_that_is_larger_than_any_result_is_refused_unread(tmp_path, monkeypatch):

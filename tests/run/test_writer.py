@@ -254,6 +254,15 @@ def test_resume_from_an_earlier_step_supersedes_what_came_after(tmp_path):
         assert w.last_step == 8
 
 
+def test_the_rates_before_a_resumption_are_those_up_to_its_step(tmp_path):
+    with open_run(tmp_path) as w:
+        rows = steps(1, 10)
+        rows.learning_rate[:] = numpy.arange(1.0, 11.0)
+        w.append_steps(rows)
+    with open_run(tmp_path, resume=6) as w:
+        assert w.rates_before == (1.0, 6.0)
+
+
 @pytest.mark.parametrize("step", [-1, 11])
 def test_resume_from_a_step_that_is_not_there(tmp_path, step):
     with open_run(tmp_path) as w:

@@ -195,7 +195,7 @@ def test_another_entry_of_the_checkpoint(task, run_diag):
             "other.pt does not fit Sequential: 0.weight has shape (5, 4) in the",
         ),
         (["whole.pt", "--build", "task:build"], "whole.pt is a whole pickled model"),
-        (["net_0.pt", "--build", "task:build", "--key", "ema"], "has no entry 'ema'; there are model, step"),
+        (["net_0.pt", "--build", "task:build", "--key", "ema"], "has no entry 'ema'; there are model and step"),
         (["net_0.pt", "--build", "task:build", "--instrument", "x"], "There is no instrument 'x'"),
         (["net_0.pt", "--build", "task:build", "--max-examples", "0"], "0 is not in the range x>=1"),
         (

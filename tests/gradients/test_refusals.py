@@ -121,7 +121,7 @@ def test_rows_that_are_not_finite_are_named():
     x = batch.args[0].clone()
     x[1, 0], x[4, 2] = float("nan"), float("inf")
     text = refusal(model, F.cross_entropy, as_batch((x, batch.targets)), InvalidInput)
-    assert "2 example(s)" in text and "rows 1, 4" in text
+    assert "2 example(s)" in text and "rows 1 and 4" in text
     text = refusal(model, F.cross_entropy, as_batch((x, batch.targets)), InvalidInput, micro_batch=2)
     assert "rows 1" in text
 

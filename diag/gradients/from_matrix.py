@@ -69,6 +69,11 @@ class StackedGradients(PerExampleGradients):
     def coverage(self) -> Coverage:
         return self._parts[0].coverage
 
+    @property
+    def examples(self) -> Tensor:
+        """Which example of its own part each gradient is of: losses on the same data share theirs."""
+        return torch.cat([part.examples for part in self._parts])
+
     def stream(self, consume: Consumer) -> None:
         start = 0
         for part in self._parts:

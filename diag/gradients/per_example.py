@@ -78,6 +78,11 @@ class PerExampleGradients:
         raise NotImplementedError
 
     @property
+    def examples(self) -> Tensor:
+        """(n,): which example each gradient is of; those of one example have their noise in common."""
+        return torch.arange(self.num_examples)
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in order."""
         return tuple(dict.fromkeys(map(layer_of, self.shapes)))

@@ -23,7 +23,7 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput, MissingQuantity
 from diag.gradients import PerExampleGradients, StackedGradients, as_gradients
-from diag.linalg.coherence import random_blocks
+from diag.linalg.coherence import across_halves, noise_floor, random_blocks
 from diag.linalg.student import STANDARD_ERRORS, factor
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -50,7 +50,19 @@ class GradientConflict(Result):
     pair: tuple[int, ...] = measured("labels of the two groups with the smallest cosine")
     cosines: NDArray[numpy.float64] = measured("cosines of the mean gradients", shape="(groups, groups)")
     standard_errors: NDArray[numpy.float64] = measured("their jackknife errors", shape="(groups, groups)")
+    lowest_across_halves: float = measured(
+        "the same pair's cosine, one group on a random half of the examples and the other on the rest"
+    )
+    noise_floor: float = measured(
+        "what a cosine of 1 would be across halves: noise leaves no more of it; NaN: it leaves nothing"
+    )
+    across_halves: NDArray[numpy.float64] = measured(
+        "cosines of the groups' gradients on different halves of the examples; on the diagonal a group with itself",
+        shape="(groups, groups)",
+    )
     lowest_by_layer: dict[str, float] = measured("smallest cosine of two groups in each layer")
+    lowest_across_halves_by_layer: dict[str, float] = measured("that pair's cosine across halves, in each layer")
+    noise_floor_by_layer: dict[str, float] = measured("and what noise leaves of a cosine of 1 there")
     length_kept_by_layer: dict[str, float] = measured("summed length over the sum of lengths, in each layer")
 
     def verdict(self) -> Verdict:
@@ -72,9 +84,17 @@ class GradientConflict(Result):
         )
         return (
             f"the smallest cosine, {format_number(self.lowest)}{error}, is between the groups {self.pair[0]} and "
-            f"{self.pair[1]}; {format_share(self.conflicting_pairs)} of the pairs conflict beyond the noise and "
+            f"{self.pair[1]} ({self._halves()}); {format_share(self.conflicting_pairs)} of the pairs "
+            f"conflict beyond the noise and "
             f"the groups' sum keeps {format_share(self.length_kept)} of their lengths; what that leads to has not "
             "been tested."
+        )
+
+    def _halves(self) -> str:
+        floor = "nothing" if math.isnan(self.noise_floor) else format_number(self.noise_floor)
+        return (
+            f"{format_number(self.lowest_across_halves)} on different halves of the examples, where noise leaves "
+            f"{floor} of a cosine of 1"
         )
 
     @classmethod
@@ -130,9 +150,10 @@ def gradient_conflict(
     compared.
 
     `cosines` are those of the measured means; noise pulls them to 0. `lowest_corrected` divides by lengths from
-    products of different examples instead. Errors are jackknife errors over 10 random blocks; groups that share
-    examples (two losses, one batch) share noise too, which they do not see. `length_kept` is
-    |sum_a G_a| / sum_a |G_a|: 1 without conflict.
+    products of different examples instead. Errors are jackknife errors over 10 random blocks; losses on the same
+    examples are left out together. `across_halves` compares groups on different halves, averaged over all halvings
+    of the blocks, so that noise that two losses share through their examples does not count; its diagonal, a group
+    with itself, is the noise floor. `length_kept` is |sum_a G_a| / sum_a |G_a|: 1 without conflict.
 
     Settings: `seed`, of the blocks. Raises MissingQuantity where labels are not one an example or name fewer than
     two groups. Source: Yu et al. 2020, arXiv:2001.06782.
@@ -140,21 +161,21 @@ def gradient_conflict(
     per_example_gradients = as_gradients(per_example_gradients)
     n = per_example_gradients.num_examples
     names, members = _groups(labels, n)
-    blocks = random_blocks(n, ERROR_BLOCKS, seed)
-    parts = [_within(group, block) for group in members for block in blocks]
+    examples = per_example_gradients.examples
+    blocks = random_blocks(int(examples.max()) + 1, ERROR_BLOCKS, seed)
+    parts = [group[torch.isin(examples[group], block)] for group in members for block in blocks]
     grams = per_example_gradients.group_gram_by_layer(parts)
     gram = torch.stack(list(grams.values())).sum(0)
     sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64).view(len(members), -1)
     cosines, errors = _with_errors(gram, sizes)
     upper = torch.triu_indices(len(members), len(members), 1)
     values = cosines[upper[0], upper[1]]
-    worst = int(torch.nan_to_num(values, nan=math.inf).argmin())
-    a, b = int(upper[0, worst]), int(upper[1, worst])
+    a, b = _lowest_pair(cosines)
     conflicts = values + STANDARD_ERRORS * errors[upper[0], upper[1]] < 0
     squares = torch.stack([per_example_gradients.norms()[group].square().sum() for group in members])
-    layers = {name: _mean_products(found, sizes) for name, found in grams.items()}
+    halves = across_halves(gram, len(members))
     return GradientConflict(
-        lowest=float(values[worst]),
+        lowest=float(cosines[a, b]),
         lowest_corrected=_corrected(gram, sizes, squares, a, b),
         lowest_standard_error=float(errors[a, b]) * factor(ERROR_BLOCKS, len(values)) / factor(ERROR_BLOCKS),
         conflicting_pairs=float(conflicts.double().mean()),
@@ -165,9 +186,11 @@ def gradient_conflict(
         pair=(names[a], names[b]),
         cosines=cosines.numpy(),
         standard_errors=errors.numpy(),
-        lowest_by_layer={name: _lowest(_cosines(found)) for name, found in layers.items()},
-        length_kept_by_layer={name: _length_kept(found) for name, found in layers.items()},
-        preconditions=(_not_zero(float(values[worst])),),
+        lowest_across_halves=float(halves[a, b]),
+        noise_floor=noise_floor(halves, a, b),
+        across_halves=halves.numpy(),
+        preconditions=(_not_zero(float(cosines[a, b])),),
+        **_by_layer({name: (found, _mean_products(found, sizes)) for name, found in grams.items()}),
     )
 
 
@@ -195,8 +218,8 @@ def loss_conflict(
     """Conflict between named losses on the same examples: groups 0, 1, ... are the losses in the order given.
 
     losses: at least two `loss_fn(outputs, targets)` by name, each the mean over examples. The examples are the
-    snapshot's own, so the losses share their noise, which the errors do not see: to know what noise alone does,
-    give one loss under two names on halves of the data. Raises InvalidInput for fewer than two losses, and what
+    snapshot's own, so the losses share their noise: `across_halves` has each on one half of the examples against
+    the other on the rest, beside the noise floor. Raises InvalidInput for fewer than two losses, and what
     per-example gradients raise.
     """
     if len(losses) < 2:
@@ -220,10 +243,6 @@ def _groups(labels: Tensor, n: int) -> tuple[tuple[int, ...], list[Tensor]]:
         raise MissingQuantity("All examples are in one group; give labels that name at least two.")
     kept = values[counts.argsort(descending=True, stable=True)[:MOST_GROUPS]].sort().values
     return tuple(int(v) for v in kept), [(labels == v).nonzero().flatten() for v in kept]
-
-
-def _within(group: Tensor, block: Tensor) -> Tensor:
-    return group[torch.isin(group, block)]
 
 
 def _mean_products(gram: Tensor, sizes: Tensor, left_out: int | None = None) -> Tensor:
@@ -265,7 +284,25 @@ def _length_kept(products: Tensor) -> float:
     return max(float(products.sum()), 0.0) ** 0.5 / total if total > 0 else math.nan
 
 
-def _lowest(cosines: Tensor) -> float:
-    upper = cosines[tuple(torch.triu_indices(len(cosines), len(cosines), 1))]
-    known = upper[~upper.isnan()]
-    return float(known.min()) if len(known) else math.nan
+def _lowest_pair(cosines: Tensor) -> tuple[int, int]:
+    """The two groups with the smallest cosine; the first two where none is known."""
+    upper = torch.triu_indices(len(cosines), len(cosines), 1)
+    worst = torch.nan_to_num(cosines[upper[0], upper[1]], nan=math.inf).argmin()
+    a, b = upper[:, worst].tolist()
+    return a, b
+
+
+def _by_layer(found: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """The fields of each layer, from its sums over parts and its mean products."""
+    lowest, across, floors = {}, {}, {}
+    for name, (gram, products) in found.items():
+        cosines, halves = _cosines(products), across_halves(gram, len(products))
+        a, b = _lowest_pair(cosines)
+        lowest[name], across[name] = float(cosines[a, b]), float(halves[a, b])
+        floors[name] = noise_floor(halves, a, b)
+    return {
+        "lowest_by_layer": lowest,
+        "lowest_across_halves_by_layer": across,
+        "noise_floor_by_layer": floors,
+        "length_kept_by_layer": {name: _length_kept(products) for name, (_, products) in found.items()},
+    }

@@ -5,6 +5,7 @@ All of it follows from squared norms ||g_i||^2 and inner products of sums over g
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,3 +92,41 @@ def noise_scale(found: Coherence) -> float:
     if math.isnan(found.corrected):
         return math.nan
     return (1 - found.corrected) / found.corrected if found.corrected > 0 else math.inf
+
+
+def across_halves(gram: Tensor, groups: int) -> Tensor:
+    """(G, G): the mean over all halvings of the blocks of the cosine of group a on one half and b on the other.
+
+    What two groups have in common by chance, as they are measured on the same examples, is on one side only; a
+    group with itself shows what noise alone leaves of an agreement.
+
+    gram: (G B, G B) inner products of the sums over B blocks of each of G groups, float64. With an odd number of
+    blocks one half has one more. NaN with fewer than two blocks, or where a half of a group has no length.
+    """
+    table = gram.view(groups, -1, groups, gram.shape[0] // groups)
+    half = _halvings(table.shape[1])
+    if not len(half):
+        return gram.new_full((groups, groups), math.nan)
+    other = 1 - half
+    products = torch.einsum("abcd,hb,hd->hac", table, half, other)
+    own = torch.einsum("abad->abd", table)
+    lengths = [torch.einsum("abd,hb,hd->ha", own, h, h).clamp_min(0).sqrt() for h in (half, other)]
+    sizes = lengths[0][:, :, None] * lengths[1][:, None, :]
+    cosines = torch.where(sizes > 0, products / sizes, math.nan).nanmean(0)
+    return (cosines + cosines.T) / 2
+
+
+def noise_floor(halves: Tensor, a: int, b: int) -> float:
+    """What a cosine of 1 between groups a and b would be measured as across halves: the geometric mean of their
+    own; NaN where noise leaves one of them none."""
+    first, second = float(halves[a, a]), float(halves[b, b])
+    return math.sqrt(first * second) if first > 0 and second > 0 else math.nan
+
+
+def _halvings(blocks: int) -> Tensor:
+    """(H, B): 1 for the blocks of a half, of every choice of B // 2 of them."""
+    chosen = list(itertools.combinations(range(blocks), blocks // 2)) if blocks > 1 else []
+    half = torch.zeros(len(chosen), blocks, dtype=torch.float64)
+    for row, members in enumerate(chosen):
+        half[row, list(members)] = 1
+    return half

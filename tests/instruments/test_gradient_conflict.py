@@ -1,5 +1,6 @@
 """Gradient conflict against closed forms and dense gradients."""
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ import diag
 from diag.errors import InvalidInput
 from diag.gradients import MatrixGradients, ModelGradients
 from diag.instruments.gradient_conflict import sign_flip_rate, stack_losses
+from diag.linalg.coherence import random_blocks
 from diag.result import Level
 from diag.snapshot.batch import as_batch
 from diag.testing import refusal
@@ -181,3 +183,64 @@ def test_a_loss_and_itself_and_its_opposite():
     assert opposite.lowest == pytest.approx(-1, abs=1e-6) and opposite.length_kept < 1e-3
     with pytest.raises(InvalidInput, match="expected two or more"):
         diag.loss_conflict(given, {"one": plain})
+
+
+# -- the noise floor
+# ----------------------------------------------------------------------------------------------------
+
+
+def halves_one_by_one(first, second, blocks):
+    """The mean over all halvings of the cosine of `first` on one half and `second` on the other, by a loop."""
+    found = []
+    for chosen in itertools.combinations(range(len(blocks)), len(blocks) // 2):
+        half = torch.cat([blocks[b] for b in chosen])
+        rest = torch.cat([block for b, block in enumerate(blocks) if b not in chosen])
+        for a, b in ((first[half].sum(0), second[rest].sum(0)), (first[rest].sum(0), second[half].sum(0))):
+            found.append(float(F.cosine_similarity(a, b, dim=0)))
+    return sum(found) / len(found)
+
+
+def test_halves_are_those_of_a_loop_over_all_of_them():
+    """Two losses on the same 24 examples, dense float64 matrices; every entry to rounding."""
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 24, 5).double() + 0.4
+    gradients, labels = stack_losses({str(i): MatrixGradients(m, {"a": 2, "b": 3}) for i, m in enumerate(matrices)})
+    found = conflict(per_example_gradients=gradients, labels=labels, seed=3)
+    blocks = random_blocks(24, 10, 3)
+    for i, j in itertools.product(range(2), repeat=2):
+        expected = halves_one_by_one(matrices[i], matrices[j], blocks)
+        assert found.across_halves[i, j] == pytest.approx(expected, rel=1e-10)
+    first = halves_one_by_one(matrices[0][:, :2], matrices[1][:, :2], blocks)
+    own = [halves_one_by_one(m[:, :2], m[:, :2], blocks) for m in matrices]
+    assert found.lowest_across_halves_by_layer["a"] == pytest.approx(first, rel=1e-10)
+    assert found.noise_floor_by_layer["a"] == pytest.approx(math.sqrt(own[0] * own[1]), rel=1e-10)
+    assert found.lowest_across_halves == found.across_halves[0, 1]
+    assert found.noise_floor == pytest.approx(math.sqrt(found.across_halves[0, 0] * found.across_halves[1, 1]))
+
+
+def test_losses_that_share_nothing_but_their_examples_do_not_agree_across_halves():
+    """Means at a right angle under noise that both share. In P = 400 dimensions with noise of deviation s and n
+    examples the cosine is near s^2 P / n over 1 + s^2 P / n, and 0 across halves; the floor is 1 over 1 + 2 s^2 P
+    / n.
+    """
+    torch.manual_seed(2)
+    n, p, s = 200, 400, 0.5
+    noise = s * torch.randn(n, p).double()
+    units = torch.eye(p, dtype=torch.float64)[:2]
+    gradients, labels = stack_losses(
+        {name: MatrixGradients(noise + u) for name, u in zip("ab", units, strict=True)}
+    )
+    found = conflict(per_example_gradients=gradients, labels=labels)
+    shared = s**2 * p / n
+    assert found.lowest == pytest.approx(shared / (1 + shared), abs=0.1)
+    assert found.lowest_across_halves == pytest.approx(0, abs=0.1)
+    assert found.noise_floor == pytest.approx(1 / (1 + 2 * shared), abs=0.1)
+    assert "on different halves of the examples" in found.verdict().sentence
+
+
+def test_noise_alone_leaves_no_floor():
+    """Groups of opposite pairs have no mean: no half agrees with the rest, and it is said so."""
+    torch.manual_seed(0)
+    rows = torch.randn(20, 3).double()
+    found = measure(torch.cat([rows - rows.mean(0), rows]), torch.arange(2).repeat_interleave(20))
+    assert math.isnan(found.noise_floor) and "noise leaves nothing of a cosine of 1" in found.verdict().sentence

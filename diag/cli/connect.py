@@ -32,6 +32,9 @@ POINTS_OPTION = click.option("--points", type=click.IntRange(3), default=11, sho
 @BUILD_OPTION
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the aligned B (.pt or .safetensors).")
 @click.option("--by", type=click.Choice(["weights", "activations"]), default="weights", show_default=True)
+@click.option(
+    "--beyond-permutations", is_flag=True, help="Also signs, scales, rotations, invertible maps (by weights)."
+)
 @POINTS_OPTION
 @EXAMPLES_OPTION
 @KEY_OPTION
@@ -42,6 +45,7 @@ def align_command(
     build: str,
     output: Path | None,
     by: str,
+    beyond_permutations: bool,
     points: int,
     max_examples: int | None,
     key: str | None,
@@ -59,7 +63,7 @@ def align_command(
     snapshot, states = _snapshot_and_states([first, second], build, max_examples, key)
     a, b = states.values()
     snapshot.model.load_state_dict(a)
-    found = align(snapshot.replace(), b, by=by, points=points)
+    found = align(snapshot.replace(), b, by=by, points=points, beyond_permutations=beyond_permutations)
     if output is not None:
         _save(dict(found.aligned_state or {}), output)
     if as_json:

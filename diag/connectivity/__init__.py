@@ -3,4 +3,11 @@
 Rule of the room: a path's ends are the two networks themselves.
 """
 
-__all__ = ["connection", "connection_map", "interpolation", "symmetries"]
+__all__ = [
+    "barrier_prediction",
+    "connection",
+    "connection_map",
+    "interpolation",
+    "interpolation_layers",
+    "symmetries",
+]

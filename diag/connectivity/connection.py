@@ -19,6 +19,7 @@ from diag.connectivity.interpolation_bezier import bezier, train_control_point
 from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance, layer_barriers
 from diag.connectivity.interpolation_profile import Profile
 from diag.connectivity.interpolation_repair import Repair
+from diag.connectivity.linear_alignment import align_linear
 from diag.errors import DiagError, InvalidInput, Unsupported
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.call_at import call_at
@@ -86,6 +87,7 @@ def measure_connection(
     bezier_steps: int = 0,
     bezier_learning_rate: float = 1e-3,
     orders: int | None = None,
+    beyond_permutations: bool = False,
     ancestor: Mapping[str, Tensor] | None = None,
 ) -> Connection:
     """Measure the line from `path.start` to `end`, and what else is asked for.
@@ -95,12 +97,11 @@ def measure_connection(
     both = partial(_on_both_sets, path, [i / (points - 1) for i in range(points)], refine, norm_stats)
     found: dict[str, Any] = {"distance": distance(path.start, end), "chance_error": chance_error(path)}
     found["line"], found["held_out"] = both(end)
-    blended = norm_stats == "lerp" or not path.has_batch_norm
-    found["ends"] = checked_ends(path, end, found["line"], blended)
+    found["ends"] = checked_ends(path, end, found["line"], norm_stats == "lerp" or not path.has_batch_norm)
     if ancestor is not None:
         found["angle"] = angle(path.start, end, ancestor)
     if align is not None:
-        found |= aligned_end(path, end, align, orders)
+        found |= aligned_end(path, end, align, orders, beyond_permutations)
         end = path.fit(found["aligned_state"])
         found["aligned"], found["aligned_held_out"] = both(end)
         check_same_ends(found["line"], found["aligned"])
@@ -129,29 +130,52 @@ def _on_both_sets(
     return line, path.profile(end, line.alphas.tolist(), norm_stats=norm_stats, held_out=True, **more)
 
 
-def align(snapshot: Snapshot, other: Any, *, by: str = "weights", points: int = 11) -> Connection:
+def align(
+    snapshot: Snapshot,
+    other: Any,
+    *,
+    by: str = "weights",
+    points: int = 11,
+    beyond_permutations: bool = False,
+) -> Connection:
     """The units of `other` permuted to where the matching units of the snapshot's network are.
 
     other: a state dict, a module, a Snapshot or a checkpoint's path. What comes back has `aligned_state`, and the
     line between the two before and after, on `points` points.
-    by: "weights" or "activations". Raises InvalidInput where `other` does not fit, Unsupported where the
-    model has no group of units to align, or alignment would change its function.
+    by: "weights" or "activations". beyond_permutations: also signs, scales, rotations and invertible maps, where
+    the model has such symmetries (by weights only).
+    Raises InvalidInput where `other` does not fit, Unsupported where the model has no group of units to align, or
+    alignment would change its function.
     """
     if by not in ALIGN:
         raise InvalidInput(f"by is {by!r}; expected {' or '.join(map(repr, ALIGN))}.")
     path = Interpolation(snapshot)
-    return measure_connection(path, path.fit(other), align=by, points=points)
+    return measure_connection(
+        path, path.fit(other), align=by, points=points, beyond_permutations=beyond_permutations
+    )
 
 
-def aligned_end(path: Interpolation, end: NetworkState, method: str, orders: int | None = None) -> dict[str, Any]:
-    """`end` aligned to `path.start`: the keys alignment, aligned_state and function_change of a Connection."""
+def aligned_end(
+    path: Interpolation, end: NetworkState, method: str, orders: int | None = None, beyond: bool = False
+) -> dict[str, Any]:
+    """`end` aligned to `path.start`: the keys alignment, aligned_state and function_change of a Connection.
+
+    beyond: over linear symmetries too. Raises InvalidInput for that with activations.
+    """
+    if beyond and method != "weights":
+        raise InvalidInput(
+            f"Symmetries beyond permutations are matched by weights; expected align='weights', found {method!r}."
+        )
     groups = path.symmetries
     if not groups.groups:
         reasons = "; ".join(sorted(set(groups.frozen.values()))[:3])
         raise Unsupported(f"The model has no group of units that could be permuted ({reasons}); set align=None.")
     # Tied entries are in a state dict under all their names.
     first, second = ({**s, **{n: s[f] for n, f in groups.tied.items()}} for s in (path.start, end))
-    if method == "weights":
+    if beyond:
+        linear, more = path.linear_symmetries, {} if orders is None else {"orders": orders}
+        result = align_linear(groups, linear, first, second, seed=path.snapshot.seed, **more)
+    elif method == "weights":
         result = align_weights(groups, first, second, orders=orders, seed=path.snapshot.seed)
     else:
         result = align_activations(groups, path.copy, first, second, path.snapshot.batches)

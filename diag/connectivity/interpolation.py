@@ -23,7 +23,7 @@ from diag.connectivity.example_scores import Scores, score_examples
 from diag.connectivity.fit import check_states_fit, check_ties, taken_over
 from diag.connectivity.interpolation_norms import BATCH_NORMS, norm_statistics, reset_norm_statistics
 from diag.connectivity.interpolation_profile import Points, Profile
-from diag.connectivity.symmetries import Symmetries
+from diag.connectivity.symmetries import LinearSymmetries, Symmetries
 from diag.errors import CheckpointError, InvalidInput, MissingQuantity, Unsupported, first_line, type_of
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -87,6 +87,11 @@ class Interpolation:
     def symmetries(self) -> Symmetries:
         """The model's permutation groups, found and checked when first asked for."""
         return self.snapshot.quantity("symmetries")
+
+    @property
+    def linear_symmetries(self) -> LinearSymmetries:
+        """The model's linear symmetries beyond permutations, found and checked when first asked for."""
+        return self.snapshot.quantity("linear_symmetries")
 
     def fit(self, other: Any) -> dict[str, Tensor]:
         """`other` (a state dict, a module, a Snapshot or a checkpoint's path) as a state that paths can lead to.

@@ -4,7 +4,7 @@ For theta_a = (1-a) theta_0 + a theta_1 the barrier is the largest excess of the
 two ends. Two networks that differ only in the order of their units have a large one, so the second can first be
 aligned to the first (`align=`). What is left afterwards does not show that the two are different: matching is a
 local search, and permutations are not all symmetries (scaling a ReLU layer and its successor is one that leaves
-a barrier which no permutation removes).
+a barrier which no permutation removes: `beyond_permutations=` matches over these too).
 """
 
 from __future__ import annotations
@@ -239,6 +239,7 @@ def mode_connectivity(
     bezier_steps: int = 200,
     bezier_learning_rate: float = 1e-3,
     orders: int | None = None,
+    beyond_permutations: bool = False,
     connected_below: float = CONNECTED_BELOW,
     separated_above: float = SEPARATED_ABOVE,
 ) -> ModeConnectivity:
@@ -246,21 +247,18 @@ def mode_connectivity(
 
     Measured on the straight line from the snapshot's network to the other one. points: of the grid, with both
     ends; refine: rounds of bisection around the maximum. align: "weights" or "activations" to match the second
-    network's units first; orders: of visiting the groups in weight matching. norm_stats: BatchNorm statistics
-    measured again at each point ("reset"), interpolated ("lerp": a negative control, it gives no verdict) or the
-    first network's ("keep"). repair: also with REPAIR. layers: also by layer. path="bezier": also along a curve
-    trained for bezier_steps. connected_below, separated_above: error barriers at which the verdict's word changes.
+    network's units first; orders: of visiting the groups in weight matching; beyond_permutations: also signs,
+    scales, rotations and invertible maps, where the model has such symmetries (with align="weights"). norm_stats:
+    BatchNorm statistics measured again at each point ("reset"), interpolated ("lerp": a negative control, it gives
+    no verdict) or the first network's ("keep"). repair: also with REPAIR. layers: also by layer. path="bezier":
+    also along a curve trained for bezier_steps. connected_below, separated_above: error barriers at which the
+    verdict's word changes.
 
     The cost is one forward pass a point, and one more with "reset" where there is BatchNorm. Both networks stay
     as they are. Raises InvalidInput where the two do not fit (naming the first difference) or a setting is out
     of range, and Unsupported where a model cannot be traced for alignment or has nothing to repair.
     """
-    if points < 3:
-        raise InvalidInput(f"points is {points}; expected at least 3, both ends and one between.")
-    if align not in (None, *ALIGN):
-        raise InvalidInput(f"align is {align!r}; expected None, {' or '.join(map(repr, ALIGN))}.")
-    if path not in ("line", "bezier"):
-        raise InvalidInput(f"path is {path!r}; expected 'line' or 'bezier'.")
+    _check(points, align, path)
     found = measure_connection(
         interpolation,
         interpolation.fit(other),
@@ -273,9 +271,19 @@ def mode_connectivity(
         bezier_steps=bezier_steps if path == "bezier" else 0,
         bezier_learning_rate=bezier_learning_rate,
         orders=orders,
+        beyond_permutations=beyond_permutations,
         ancestor=ancestor,
     )
     return _result(found, interpolation, norm_stats, align)
+
+
+def _check(points: int, align: str | None, path: str) -> None:
+    if points < 3:
+        raise InvalidInput(f"points is {points}; expected at least 3, both ends and one between.")
+    if align not in (None, *ALIGN):
+        raise InvalidInput(f"align is {align!r}; expected None, {' or '.join(map(repr, ALIGN))}.")
+    if path not in ("line", "bezier"):
+        raise InvalidInput(f"path is {path!r}; expected 'line' or 'bezier'.")
 
 
 def _result(found: Connection, path: Interpolation, norm_stats: str, align: str | None) -> ModeConnectivity:

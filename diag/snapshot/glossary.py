@@ -171,6 +171,7 @@ GLOSSARY: dict[str, Quantity] = {
             "previous_losses", "snapshot.objective.examples", "m", "floating", Effort.FORWARD, "give previous="
         ),
         Quantity("symmetries", "connectivity.symmetries", None, "object", Effort.TRACED_FORWARD, _DATA),
+        Quantity("linear_symmetries", "connectivity.symmetries", None, "object", Effort.TRACED_FORWARD, _DATA),
         Quantity("module_graph", "snapshot.module_graph", None, "object", Effort.TRACED_FORWARD, _DATA),
         Quantity("optimizer", "snapshot.optimizer", None, "object", Effort.NONE, "give the snapshot optimizer="),
         Quantity("update", "snapshot.optimizer", None, "object", Effort.NONE, "give the snapshot previous="),

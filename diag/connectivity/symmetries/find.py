@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diag.connectivity.symmetries.axes import Labels, Symbol
 from diag.connectivity.symmetries.groups import Symmetries, UnitActivation, UnitBlock, UnitGroup
+from diag.connectivity.symmetries.rules import GENERAL_LINEAR
 from diag.connectivity.symmetries.solve import Solution, used_symbols
 from diag.connectivity.symmetries.tracing import AxisTrace, main_outputs, trace_model, unfused
 from diag.errors import Unsupported
@@ -39,7 +40,7 @@ def find_symmetries(
     (float32) or 1e-10 (float64 throughout) are dropped, with the reason in `frozen`. Raises Unsupported where
     the forward pass fails, or where the outputs are not floating or not finite.
     """
-    example = _on_device(model, as_batch(example))
+    example = on_device(model, as_batch(example))
     with preserved(model):
         few = example.slice(0, min(example.size, max_examples or example.size))
         try:
@@ -51,7 +52,8 @@ def find_symmetries(
         return _checked(found, model, example, seed) if check else found
 
 
-def _on_device(model: nn.Module, example: Batch) -> Batch:
+def on_device(model: nn.Module, example: Batch) -> Batch:
+    """The example where the model's parameters are."""
     tensor = next(model.parameters(), None)
     return example.to(tensor.device if tensor is not None else None)
 
@@ -82,6 +84,12 @@ def _build(trace: AxisTrace, labels: dict[str, Labels], model: nn.Module) -> Sym
         parameters=tuple(n for n, t in state.items() if isinstance(t, nn.Parameter)),
         captures=tuple(_captures(trace, solution, names, groups)),
         tied=_tied(state),
+        layout=blocks,
+        contracted={
+            n: _group(s, names, places, solution)
+            for s, n in names.items()
+            if s.frozen == GENERAL_LINEAR and s.size > 1
+        },
         tolerance=max((SAME_FUNCTION_WITHIN.get(d, 1e-4) for d in trace.dtypes), default=1e-4),
     )
 
@@ -159,7 +167,7 @@ def verify(symmetries: Symmetries, model: nn.Module, example: Any, *, seed: int 
 
     max |f(x) - f_moved(x)| / max |f(x)| over all outputs. Raises Unsupported where outputs are not finite.
     """
-    example = _on_device(model, as_batch(example))
+    example = on_device(model, as_batch(example))
     with preserved(model):
         return _deviation(symmetries, model, example, seed)
 
@@ -167,14 +175,18 @@ def verify(symmetries: Symmetries, model: nn.Module, example: Any, *, seed: int 
 def _deviation(symmetries: Symmetries, model: nn.Module, example: Batch, seed: int) -> float:
     state = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
     element = symmetries.random(seed)
-    return max(_change(symmetries, element, model, example, s) for s in (state, _perturbed(state, seed)))
+    return max(_change(symmetries, element, model, example, s) for s in (state, perturbed(state, seed)))
 
 
 def _change(
     symmetries: Symmetries, element: dict[str, Any], model: nn.Module, example: Batch, state: dict[str, Any]
 ) -> float:
-    before = _outputs(model, example, state)
-    after = _outputs(model, example, symmetries.apply(element, _with_tied(symmetries, state)))
+    moved = symmetries.apply(element, _with_tied(symmetries, state))
+    return change_of_outputs(outputs_at(model, example, state), outputs_at(model, example, moved))
+
+
+def change_of_outputs(before: list[Tensor], after: list[Tensor]) -> float:
+    """max |before - after| / max |before| over all outputs. Raises Unsupported where `before` is not finite."""
     worst = 0.0
     for x, y in zip(before, after, strict=True):
         scale, change = float(x.abs().max()), float((x - y).abs().max())
@@ -183,7 +195,7 @@ def _change(
                 "The model's outputs on the example are not finite, so no symmetry can be checked on them; "
                 "give an example on which they are."
             )
-        worst = max(worst, change / scale if scale else change)
+        worst = max(worst, (change / scale if scale else change) if change == change else float("inf"))
     return worst
 
 
@@ -191,7 +203,8 @@ def _with_tied(symmetries: Symmetries, state: dict[str, Tensor]) -> dict[str, Te
     return {**state, **{n: state[f] for n, f in symmetries.tied.items() if f in state}}
 
 
-def _outputs(model: nn.Module, example: Batch, state: dict[str, Tensor]) -> list[Tensor]:
+def outputs_at(model: nn.Module, example: Batch, state: dict[str, Tensor]) -> list[Tensor]:
+    """The model's floating outputs on the example with the tensors of `state` in place of its own, float64."""
     own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()]}
     values = {n: t for n, t in state.items() if n in own}
     with torch.inference_mode(False), torch.no_grad(), unfused():
@@ -199,7 +212,7 @@ def _outputs(model: nn.Module, example: Batch, state: dict[str, Tensor]) -> list
     return [t.double() for t in main_outputs(outputs) if not t.dtype.is_complex]
 
 
-def _perturbed(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+def perturbed(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Every weight moved by up to half its size, so that no two units are alike by initialisation."""
     generator = torch.Generator().manual_seed(seed + 1)
     out = {}

@@ -120,9 +120,11 @@ class Symmetries:
     groups: by name. blocks: for each state entry that a group moves, its blocks. frozen: names of what is no
     group -> why its units cannot move. unknown: ATen operations without a rule -> the module that used them.
     shapes: of all state entries at tracing. parameters: names of those that are parameters. tied: later names
-    of a shared tensor -> its first. captures: activations that carry units. deviation: the largest relative
-    change of the outputs that moving the units made (the check; NaN where it was not made). tolerance: what it
-    may be, by the coarsest floating type in the forward pass.
+    of a shared tensor -> its first. captures: activations that carry units. layout: the blocks of every entry.
+    contracted: units that are summed over between two activations (query and key): no permutation group, and a
+    candidate for a larger one. deviation: the largest relative change of the outputs that moving the units made
+    (the check; NaN where it was not made). tolerance: what it may be, by the coarsest floating type in the
+    forward pass.
     """
 
     groups: dict[str, UnitGroup]
@@ -133,6 +135,8 @@ class Symmetries:
     parameters: tuple[str, ...]
     captures: tuple[UnitActivation, ...] = ()
     tied: dict[str, str] = field(default_factory=dict)
+    layout: dict[str, tuple[UnitBlock, ...]] = field(default_factory=dict)
+    contracted: dict[str, UnitGroup] = field(default_factory=dict)
     deviation: float = float("nan")
     tolerance: float = 1e-4
 

@@ -1,0 +1,235 @@
+"""Weight matching beyond permutations: rotations, signs, scales and invertible maps of network B onto network A.
+
+Both networks are brought into their standard form (`gauge`), in which all that is left to match is orthogonal: a
+permutation with signs of hidden units, of heads, a rotation inside each head, a rotation of the residual stream. As
+in weight matching, <A, g(B)> is raised one set of units at a time with all others fixed, a linear assignment or an
+orthogonal Procrustes problem each; the standard form of A is then undone on B. Every step is a symmetry, so B's
+function stays what it is.
+
+Sources: Ainsworth, Hayase & Srinivasa 2023 (arXiv:2209.04836) for the ascent; Theus et al. 2025 (arXiv:2506.22712)
+for its larger groups in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from diag.connectivity.alignment import MAX_PASSES, SMALLEST_GAIN, Alignment, compose
+from diag.connectivity.fit import check_states_fit
+from diag.connectivity.symmetries.gauge import standard_form, undone, usable_gains
+from diag.connectivity.symmetries.groups import Element, Symmetries
+from diag.connectivity.symmetries.linear_groups import (
+    LinearGroup,
+    LinearSymmetries,
+    Slot,
+    orthogonal_part,
+    slots_of,
+)
+from diag.linalg.assignment import best_assignment
+
+ORDERS = 3
+_State = dict[str, Tensor]
+
+
+def align_linear(
+    symmetries: Symmetries,
+    linear: LinearSymmetries,
+    state_a: Mapping[str, Tensor],
+    state_b: Mapping[str, Tensor],
+    *,
+    orders: int = ORDERS,
+    seed: int = 0,
+) -> Alignment:
+    """Weight matching of B to A over permutations and the linear groups.
+
+    state_a, state_b: state dicts of the traced model. orders: how many orders of visiting the units are tried, the
+    best is kept. `objective`, `before` and `limit` are those of the standard forms; `element` holds the
+    permutations alone. Raises InvalidInput where the states do not fit.
+    """
+    check_states_fit(state_a, state_b, symmetries.shapes)
+    a, b = _wide(state_a), _wide(state_b)
+    gains = usable_gains(linear, a, b)
+    given = standard_form(linear, a, gains)
+    start = linear.apply(standard_form(linear, b, gains), b)
+    target = linear.apply(given, a)
+    names = [*symmetries.order, *(n for n in symmetries.contracted)]
+    generator = torch.Generator().manual_seed(seed)
+    best: _Ascent | None = None
+    for number in range(max(1, orders)):
+        ascent = _Ascent(symmetries, linear, target, start, gains)
+        order = names if not number else [names[i] for i in torch.randperm(len(names), generator=generator)]
+        ascent.run(order)
+        if best is None or ascent.objective > best.objective + SMALLEST_GAIN * ascent.limit:
+            best = ascent
+    assert best is not None
+    moved = linear.apply(undone(linear, given), best.state)
+    places = [(e, torch.arange(e.shape[-1])) for e in best.element.values()]
+    return Alignment(
+        element=best.element,
+        state={n: t.to(state_b[n].dtype) if n in state_b else t for n, t in moved.items()},
+        objective=best.objective,
+        before=best.before,
+        limit=best.limit,
+        passes=best.passes,
+        orders=orders,
+        moved=sum(int((e != i).sum()) for e, i in places),
+        units=sum(e.numel() for e, _ in places),
+        method="weights",
+    )
+
+
+def _wide(state: Mapping[str, Tensor]) -> _State:
+    return {n: t.detach().double() if t.is_floating_point() else t for n, t in state.items()}
+
+
+class _Ascent:
+    """Coordinate ascent of <A, g(B)> over orthogonal maps g, from standard forms."""
+
+    def __init__(
+        self, symmetries: Symmetries, linear: LinearSymmetries, a: _State, b: _State, gains: set[str]
+    ) -> None:
+        self.symmetries, self.linear, self.a, self.state = symmetries, linear, a, dict(b)
+        self.units = {**symmetries.contracted, **symmetries.groups}
+        counted = set(symmetries.parameters)
+        self.slots = {n: [s for s in slots_of(symmetries, n) if s.entry in counted] for n in self.units}
+        usable = [g for g in linear.groups.values() if set(g.first) <= gains]
+        self.rotations = {g.units: g for g in usable if g.kind in ("orthogonal", "invertible")}
+        self.signs = {n: [g for g in usable if g.units == n and g.kind == "sign"] for n in self.units}
+        self.children = {n: [c for c, g in self.units.items() if g.parents == (n,)] for n in self.units}
+        self.element = symmetries.identity()
+        named = [n for n in counted if n not in symmetries.tied and a[n].is_floating_point()]
+        self.limit = (_square(a, named) * _square(b, named)) ** 0.5
+        self.before = self.objective = self._total(named)
+        self.passes = 0
+
+    def run(self, order: Sequence[str]) -> None:
+        """Visit the units in this order until none improves."""
+        while self.passes < MAX_PASSES:
+            self.passes += 1
+            grew = [self.improve(name) for name in order]
+            if not any(grew):
+                return
+
+    def improve(self, name: str) -> bool:
+        """The best map of one set of units with all others fixed; True where the objective grew."""
+        if name in self.rotations:
+            group, counted = self.rotations[name], self.symmetries.parameters
+            held = [_scores(s, self.a, self.state) for s in group.slots if s.entry in counted]
+            return self._take(linear=[(group, orthogonal_part(torch.stack(held).sum(0), group.centred))])
+        if name not in self.symmetries.groups or not self.slots[name]:
+            return False
+        scores, inner = self._head_scores(name)
+        flips = list(product((False, True), repeat=len(self.signs[name])))
+        tried = torch.stack([scores + self._flat_scores(name, flip) for flip in flips])
+        best = tried.max(0)
+        order = best_assignment(best.values)
+        linear = self._flips(name, flips, best.indices.gather(-1, order[..., None]).squeeze(-1))
+        element = {name: order}
+        for child, maps in inner.items():
+            chosen = maps[torch.arange(len(order)), order]
+            if child in self.rotations:
+                linear.append((self.rotations[child], chosen))
+            else:
+                element[child] = chosen
+        return self._take(element, linear)
+
+    # ---- scores
+
+    def _flat_scores(self, name: str, flip: Sequence[bool]) -> Tensor:
+        """(*parents, n, n): of every place but those shared by a movable child, with these sign groups flipped."""
+        group = self.units[name]
+        total = torch.zeros(*group.shape, group.size, dtype=torch.float64)
+        for slot in self.slots[name]:
+            if self._child_of(name, slot) is None:
+                flipped = sum(f and _holds(g, slot) for f, g in zip(flip, self.signs[name], strict=True)) % 2
+                total += (-1) ** flipped * _scores(slot, self.a, self.state)
+        return total
+
+    def _head_scores(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """(n, n): what matching the insides of unit i of A and j of B gives; and, by child, the map that does."""
+        group = self.units[name]
+        total = torch.zeros(*group.shape, group.size, dtype=torch.float64)
+        pairs: dict[str, Tensor] = {}
+        for slot in self.slots[name]:
+            child = self._child_of(name, slot)
+            if child is not None:
+                pairs[child] = pairs.get(child, torch.zeros(())) + _pair_scores(slot, child, self.a, self.state)
+        inner = {}
+        for child, values in pairs.items():
+            if child in self.rotations:
+                inner[child] = orthogonal_part(values)
+                total += (values * inner[child]).sum((-1, -2))
+            else:
+                inner[child] = best_assignment(values)
+                total += values.gather(-1, inner[child][..., None]).sum((-1, -2))
+        return total, inner
+
+    def _child_of(self, name: str, slot: Slot) -> str | None:
+        movable = (c for c in self.children[name] if c in self.rotations or c in self.symmetries.groups)
+        inside = [c for c in movable if c in slot.block.names]
+        return inside[0] if len(inside) == 1 and slot.block.names.count(inside[0]) == 1 else None
+
+    def _flips(self, name: str, flips: list[tuple[bool, ...]], chosen: Tensor) -> list[tuple[LinearGroup, Tensor]]:
+        rows = torch.tensor(flips, dtype=torch.bool).reshape(len(flips), -1)
+        return [
+            (group, torch.where(rows[chosen][..., k], -1.0, 1.0).double())
+            for k, group in enumerate(self.signs[name])
+        ]
+
+    # ---- moves
+
+    def _take(self, element: Element | None = None, linear: Sequence[tuple[LinearGroup, Tensor]] = ()) -> bool:
+        """Move B where that raises the objective; True where it did."""
+        element = dict(element or {})
+        moved = _permuted(self.symmetries, element, self.state)
+        moved = self.linear.apply([(g.name, m) for g, m in linear], moved)
+        changed = [n for n in self.symmetries.parameters if moved[n] is not self.state[n]]
+        changed = [n for n in changed if n not in self.symmetries.tied]
+        old = self._total(changed)
+        kept, self.state = self.state, moved
+        gain = self._total(changed) - old
+        if gain <= SMALLEST_GAIN * self.limit:
+            self.state = kept
+            return False
+        self.objective += gain
+        self.element = compose(self.symmetries.groups, self.element, element)
+        return True
+
+    def _total(self, names: Sequence[str]) -> float:
+        return sum(float(self.a[n].flatten() @ self.state[n].flatten()) for n in names)
+
+
+def _permuted(symmetries: Symmetries, element: Element, state: _State) -> _State:
+    """`state` with the units of these groups moved; entries that hold none are passed on as they are."""
+    if not element:
+        return state
+    held = {
+        n: blocks for n, blocks in symmetries.blocks.items() if any(u in element for b in blocks for u in b.names)
+    }
+    return replace(symmetries, blocks=held).apply(element, state)
+
+
+def _scores(slot: Slot, a: _State, b: _State) -> Tensor:
+    return slot.rows(a) @ slot.rows(b).transpose(-1, -2)
+
+
+def _pair_scores(slot: Slot, child: str, a: _State, b: _State) -> Tensor:
+    """(n, n, m, m): unit i of A with j of B and, inside them, k with l."""
+    front = (slot.place, slot.block.names.index(child))
+    x, y = (slot.block.take(s[slot.entry]).double().movedim(front, (0, 1)) for s in (a, b))
+    n, m = x.shape[:2]
+    scores = x.reshape(n * m, -1) @ y.reshape(n * m, -1).T
+    return scores.reshape(n, m, n, m).permute(0, 2, 1, 3)
+
+
+def _holds(group: LinearGroup, slot: Slot) -> bool:
+    return any(s.block is slot.block and s.place == slot.place for s in group.slots)
+
+
+def _square(state: _State, names: Sequence[str]) -> float:
+    return sum(float(state[n].square().sum()) for n in names)

@@ -1,0 +1,246 @@
+"""Linear symmetries beyond permutations: which are found, that they are exact, and that alignment undoes them."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import diag
+from diag.connectivity.linear_alignment import align_linear
+from diag.connectivity.symmetries import find_linear_symmetries, find_symmetries
+from diag.connectivity.symmetries.gauge import standard_form, undone, usable_gains
+from diag.connectivity.symmetries.linear_groups import complement_of_ones, orthogonal_part
+from diag.errors import InvalidInput, Unsupported
+from diag.testing import leaves_no_trace
+
+
+class Reader(nn.Module):
+    """Tokens of vectors, two blocks of attention and ReLU before which the stream is normed, the mean read out."""
+
+    def __init__(self, norm: type[nn.Module] = nn.RMSNorm, width: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.embed = heads, nn.Linear(5, width)
+        self.place = nn.Parameter(torch.randn(4, width))
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, nn.ModuleList(nn.Linear(width, width) for _ in range(2)))
+        self.up, self.down = (
+            nn.ModuleList(nn.Linear(a, b) for _ in range(2)) for a, b in ((width, 14), (14, width))
+        )
+        self.norms = nn.ModuleList(norm(width) for _ in range(5))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.place
+        for i in range(2):
+            y = self.norms[2 * i](x)
+            q, k, v = (f[i](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            x = x + self.o[i](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + self.down[i](F.relu(self.up[i](self.norms[2 * i + 1](x))))
+        return self.head(self.norms[4](x.mean(1)))
+
+
+def varied(model: nn.Module, seed: int = 0) -> nn.Module:
+    """In float64, with no weight at a special value and every gain positive."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 0.3 * (torch.rand(p.shape, generator=generator, dtype=p.dtype) - 0.5))
+            p.add_(0.02 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model
+
+
+def seeded(build, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return varied(build(), seed)
+
+
+def vectors(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def found_in(model: nn.Module, inputs: Tensor):
+    batch = (inputs, torch.zeros(len(inputs), dtype=torch.long))
+    symmetries = find_symmetries(model, batch)
+    return symmetries, find_linear_symmetries(model, batch, symmetries)
+
+
+EXPECTED = {  # by kind; the LSTM and GRU read their embedding linearly, as LayerNorm's readers do its gain
+    "mlp": {"scale": 1, "sign": 1},
+    "conv and flatten": {"scale": 1},
+    "layer norm": {},
+    "residual stream": {"invertible": 1, "scale": 2},
+    "u-net": {"scale": 3},
+    "gpt, split": {"scale": 4, "invertible": 4},
+    "gpt, bloom": {"scale": 4, "invertible": 4},
+    "lstm": {"invertible": 1},
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_is_found_is_what_the_architecture_has(network, name):
+    net = network(name)
+    with leaves_no_trace(net.model):
+        _, linear = found_in(net.model, net.inputs)
+    assert Counter(g.kind for g in linear.groups.values()) == EXPECTED[name]
+    assert linear.deviation < 1e-9
+    for group in linear.groups:  # on other inputs than those it was checked on, by torch's own call
+        state = dict([*net.model.named_parameters(), *net.model.named_buffers()])
+        moved = linear.apply(linear.random(group, state, 3), state)
+        moved = {n: moved[n] for n in state}
+        inputs = net.inputs.flip(0)
+        outputs = [torch.func.functional_call(net.model, s, (inputs,)) for s in (state, moved)]
+        assert any(not torch.equal(moved[n], state[n]) for n in state)
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-9 * float(outputs[0].abs().max()))
+
+
+def test_the_places_of_a_relu_pair_and_of_tanh_are_those_of_the_definition():
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3)))
+    _, linear = found_in(model, vectors(4, 5))
+    scale, sign = linear.groups.values()
+    assert [(s.entry, s.action) for s in scale.slots] == [("0.weight", 1), ("0.bias", 1), ("2.weight", -1)]
+    assert {s.entry for s in sign.slots} == {"2.weight", "2.bias", "4.weight"}
+    state = dict(model.state_dict())
+    s = 1 + torch.arange(9, dtype=torch.float64)
+    moved = linear.apply([(scale.name, s)], state)
+    assert torch.equal(moved["0.weight"], state["0.weight"] * s[:, None])
+    assert torch.equal(moved["0.bias"], state["0.bias"] * s)
+    assert torch.equal(moved["2.weight"], state["2.weight"] * (1 / s))
+    assert (scale.dimension, sign.dimension) == (9, 0)
+
+
+def test_a_stream_under_rmsnorm_rotates_and_one_under_layernorm_keeps_its_mean():
+    for norm, centred in ((nn.RMSNorm, False), (nn.LayerNorm, True)):
+        model = seeded(lambda norm=norm: Reader(norm))
+        _, linear = found_in(model, vectors(4, 4, 5))
+        kinds = Counter(g.kind for g in linear.groups.values())
+        assert kinds == {
+            "scale": 7,
+            "invertible": 4,
+            "orthogonal": 1,
+        }  # five gains and two ReLU layers; QK, OV twice
+        (stream,) = linear.of_kind("orthogonal")
+        assert stream.centred == centred and len(stream.first) == 5
+        assert stream.dimension == (11 * 10 // 2 if centred else 12 * 11 // 2)
+        assert all(linear.groups[n].gain.entry.startswith("norms.") for n in stream.first)
+
+
+def test_an_activation_that_is_neither_even_homogeneous_nor_odd_has_none():
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 9), nn.GELU(), nn.Linear(9, 3)))
+    _, linear = found_in(model, vectors(4, 5))
+    assert not linear.groups and not linear.refused
+    found = diag.linear_freedom(diag.Snapshot(model, F.mse_loss, (vectors(4, 5), vectors(4, 3))))
+    assert found.directions == 0 and "No linear map" in found.verdict().sentence
+
+
+def test_orthogonal_part_is_the_closest_and_keeps_what_it_must():
+    matrix = vectors(6, 6)
+    for centred in (False, True):
+        q = orthogonal_part(matrix, centred)
+        torch.testing.assert_close(q @ q.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
+        for seed in range(20):
+            other = orthogonal_part(vectors(6, 6, seed=seed), centred)
+            assert (other * matrix).sum() <= (q * matrix).sum() + 1e-12
+    ones = torch.ones(6, dtype=torch.float64)
+    torch.testing.assert_close(q @ ones, ones, rtol=0, atol=1e-12)
+    basis = complement_of_ones(6)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(basis.T @ ones, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_the_standard_form_is_balanced_and_undone_exactly():
+    model = seeded(Reader)
+    _, linear = found_in(model, vectors(4, 4, 5))
+    state = {n: t.detach() for n, t in model.state_dict().items()}
+    moves = standard_form(linear, state, usable_gains(linear, state))
+    form = linear.apply(moves, state)
+    for i in range(5):
+        torch.testing.assert_close(form[f"norms.{i}.weight"], torch.ones(12, dtype=torch.float64))
+    q, k = (torch.cat([form[f"{n}.0.weight"], form[f"{n}.0.bias"][:, None]], 1) for n in "qk")
+    for head in range(3):
+        rows = slice(4 * head, 4 * head + 4)
+        torch.testing.assert_close(q[rows] @ q[rows].T, k[rows] @ k[rows].T, rtol=1e-9, atol=1e-9)
+    incoming = torch.cat([form["up.0.weight"], form["up.0.bias"][:, None]], 1).norm(dim=1)
+    torch.testing.assert_close(incoming, form["down.0.weight"].norm(dim=0), rtol=1e-9, atol=1e-9)
+    back = linear.apply(undone(linear, moves), form)
+    for name, tensor in state.items():
+        torch.testing.assert_close(back[name], tensor, rtol=1e-9, atol=1e-9)
+
+
+def moved_copy(model: nn.Module, symmetries, linear, seed: int) -> dict[str, Tensor]:
+    """The state after a random permutation and a random map of every linear group."""
+    state = symmetries.apply(symmetries.random(seed), dict(model.state_dict()))
+    for number, name in enumerate(linear.groups):
+        if linear.groups[name].kind != "orthogonal" or not linear.groups[name].first:
+            state = linear.apply(linear.random(name, state, seed + number), state)
+    for group in linear.of_kind("orthogonal"):
+        state = linear.apply(linear.random(group.name, state, seed), state)
+    return state
+
+
+PLANTED = {
+    "relu and tanh": (
+        lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3)),
+        (4, 5),
+    ),
+    "rms transformer": (Reader, (4, 4, 5)),
+    "layer norm transformer": (lambda: Reader(nn.LayerNorm), (4, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_moved_copy_is_aligned_back(name):
+    build, shape = PLANTED[name]
+    model = seeded(build)
+    symmetries, linear = found_in(model, vectors(*shape))
+    state = {n: t.detach() for n, t in model.state_dict().items()}
+    moved = moved_copy(model, symmetries, linear, 7)
+    inputs = vectors(*shape, seed=9)
+    outputs = [torch.func.functional_call(model, s, (inputs,)) for s in (state, moved)]
+    torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-8)
+    result = align_linear(symmetries, linear, state, moved)
+    assert result.objective == pytest.approx(result.limit, rel=1e-9) and result.before < 0.9 * result.limit
+    # The ascent ends where a step gains less than 1e-12 of the limit, <A, A>: there the weights are a relative 1e-6
+    # of |A| = 13 apart, and undoing the standard form multiplies that by a number of order one.
+    for entry, tensor in state.items():
+        torch.testing.assert_close(result.state[entry], tensor, rtol=0, atol=5e-5)
+
+
+def test_align_uses_them_and_permutations_alone_leave_a_barrier():
+    model = seeded(Reader)
+    x = vectors(60, 4, 5)
+    labels = model(x).argmax(1)
+    other = copy.deepcopy(model)
+    symmetries, linear = found_in(model, x[:4])
+    other.load_state_dict(moved_copy(model, symmetries, linear, 7))
+    snapshot = diag.Snapshot(model, F.cross_entropy, (x, labels), other=other)
+    plain = diag.mode_connectivity(snapshot, align="weights", points=5, refine=0)
+    more = diag.mode_connectivity(snapshot, align="weights", points=5, refine=0, beyond_permutations=True)
+    assert plain.aligned_barrier > 0.01 and abs(more.aligned_barrier) < 1e-6
+    assert more.function_change < 1e-8 and more.aligned_distance < 1e-4 < plain.aligned_distance
+    assert diag.align(snapshot, other, points=5, beyond_permutations=True).aligned.barrier < 1e-6
+    with pytest.raises(InvalidInput, match="Symmetries beyond permutations are matched by weights"):
+        diag.align(snapshot, other, by="activations", beyond_permutations=True)
+
+
+def test_a_gain_near_zero_is_left_where_it_is():
+    model = seeded(Reader)
+    with torch.no_grad():
+        model.norms[4].weight[3] = 0.0
+    _, linear = found_in(model, vectors(4, 4, 5))
+    state = dict(model.state_dict())
+    assert len(usable_gains(linear, state)) == 4
+
+
+def test_a_model_that_runs_in_no_float64_is_refused():
+    class Narrow(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    model = Narrow(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3))
+    with pytest.raises(Unsupported, match="does not run in float64 on a copy"):
+        found_in(model, torch.randn(4, 5))

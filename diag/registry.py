@@ -159,6 +159,7 @@ class Instrument:
     window: StepWindow | None = None
     before_training: BeforeTraining = BeforeTraining.NEVER
     why: str = ""
+    formula: str = ""
 
     @property
     def name(self) -> str:
@@ -333,9 +334,10 @@ def instrument(
     window: StepWindow | None = None,
     before_training: str | BeforeTraining = BeforeTraining.NEVER,
     why: str = "",
+    formula: str = "",
 ) -> Callable[[Callable[..., Result]], Instrument]:
     """Declare an instrument. `source` names the paper ("arXiv:2501.04697"); `title` is for people to read, and
-    `why` says to them in one sentence what is lost where it finds something.
+    `why` says to them in one sentence what is lost where it finds something; `formula` is what is measured.
 
     `passes(settings)` is what measuring usually takes, in forward passes over the data (GRADIENT, PRODUCT), where
     the costs of the quantities do not tell: a watch plans by it until it has timed a first measurement.
@@ -359,7 +361,9 @@ def instrument(
         needs, settings = _signature(function, hints)
         result.setting_defaults = {s.name: s.default for s in settings}
         called = title or _title(function.__name__)
-        made = Instrument(function, source, called, needs, settings, result, passes, when, window, before, why)
+        made = Instrument(
+            function, source, called, needs, settings, result, passes, when, window, before, why, formula
+        )
         functools.update_wrapper(typing.cast(Any, made), function)  # name, docstring, module
         return made
 

@@ -95,6 +95,8 @@ def instrument_page(instrument: Any) -> str:
     lines = [f"# {instrument.title}", "", f"`diag.{instrument.name}`", ""]
     lines += [tidy(inspect.getdoc(instrument.function) or ""), ""]
     lines += ["## Why it matters", "", instrument.why, ""] if instrument.why else []
+    formula = instrument.formula.replace("; ", "\n")
+    lines += ["## Formula", "", "```text", formula, "```", ""] if formula else []
     rows = {
         "kind": instrument.kind.value,
         "needs": ", ".join(f"`{n.name}`" + (" (optional)" if n.optional else "") for n in instrument.needs),

@@ -16,7 +16,7 @@ import pytest
 import diag
 from diag.cli import main
 from diag.rates import rates
-from diag.registry import instruments
+from diag.registry import Kind, instruments
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -64,6 +64,14 @@ def test_every_instrument_has_a_page_with_what_it_returns(site):
         assert all(f"`{f.name}`" in page for f in instrument.result.measured_fields())
         assert f"(instruments/{name}.md)" in site["reference/instruments.md"]
         assert all(f"Without `{n.name}` it" in page for n in instrument.needs)
+
+
+def test_what_is_measured_is_there_as_a_formula(site):
+    graphs = {"symmetry_groups"}  # a graph, no number
+    measured = {name for name, i in instruments().items() if i.kind is not Kind.CHECK} - graphs
+    pages = {name: site[f"reference/instruments/{name}.md"] for name in instruments()}
+    assert measured <= {name for name, page in pages.items() if "\n## Formula\n" in page}
+    assert all("\n## Why it matters\n" in page for page in pages.values())
 
 
 def test_the_counts_of_a_check_are_on_its_page(site):

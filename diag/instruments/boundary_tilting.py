@@ -85,6 +85,7 @@ class BoundaryTilting(Result):
     kind="description",
     why="A boundary that leans far away from halfway between the classes passes close to examples, so that "
     "changes too small to see can turn the answer.",
+    formula="angle = arccos(<w_b - w_a, m_b - m_a> / (|w_b - w_a| |m_b - m_a|)), strength = 1 / cos(angle)",
 )
 def boundary_tilting(features: Tensor, labels: Tensor, classifier: Any) -> BoundaryTilting:
     """Angle between each pair's decision boundary and that of the nearest class mean, and 1 / cos of it.

@@ -94,6 +94,7 @@ class CollapseByLayer(Result):
     kind="description",
     why="It shows at which depth the classes come apart, and so which layers do the work, which could be "
     "left out or retrained, and whether that holds on new data.",
+    formula="NC1 = Tr(S_W S_B^+) / K, NC1~ = Tr S_W / Tr S_B, at every layer",
 )
 def collapse_by_layer(
     layer_outputs: LayerOutputs | Mapping[str, Tensor],

@@ -86,6 +86,7 @@ class Denoising(Result):
     passes=lambda settings: 2 * GRADIENT * (settings["probes"] + 4 * settings["eigenvectors"]),
     why="It tells what a denoiser takes for signal and what for noise, and whether two that were trained on "
     "other data agree, as they do where neither memorised its own.",
+    formula="SURE = |y - f(y)|^2 / d - sigma^2 + 2 sigma^2 Tr J / d, J = df/dy",
 )
 def denoising(
     denoiser: DenoiserAt,

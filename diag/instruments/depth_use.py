@@ -64,6 +64,7 @@ class DepthUse(Result):
     kind="description",
     why="Where the blocks hardly build on one another, the network acts as a shallow and wide one, and "
     "further depth costs time and brings little.",
+    formula="|F(h) - h - sum_l f_l(h)| / |F(h) - h|",
 )
 def depth_use(residual_stack: ResidualStack) -> DepthUse:
     """How much of a residual stack is due to blocks acting on what earlier blocks added.

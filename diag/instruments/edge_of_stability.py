@@ -220,6 +220,7 @@ def _passes(settings: Mapping[str, Any]) -> float:
     passes=_passes,
     why="Above this threshold steps no longer settle along the sharpest direction: the loss oscillates "
     "there. Many trainings hover at it and go on well; far above it they diverge.",
+    formula="ratio = lambda_max(D^(-1/2) H D^(-1/2)) / threshold; SGD: D = 1, threshold = 2 / lr",
 )
 def edge_of_stability(
     hessian: LinearOperator,

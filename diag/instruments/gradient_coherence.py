@@ -160,6 +160,7 @@ def _with_error(value: float, error: float) -> str:
     title="Gradient coherence",
     why="Where examples pull the same way, one step helps them all; where each pulls its own way, the "
     "network has to learn them one by one.",
+    formula="alpha = |mean g|^2 / mean |g|^2; corrected = (m alpha - 1) / (m - 1)",
 )
 def gradient_coherence(
     per_example_gradients: PerExampleGradients,

@@ -138,6 +138,7 @@ def sign_flip_rate(series: Sequence[GradientConflict]) -> float:
     kind="description",
     why="Groups of examples whose gradients point against each other gain at each other's cost: what helps "
     "the one undoes the other.",
+    formula="cos(a, b) = <G_a, G_b> / (|G_a| |G_b|), G_a the mean gradient of group a",
 )
 def gradient_conflict(
     per_example_gradients: PerExampleGradients, labels: Tensor, *, seed: int = 0

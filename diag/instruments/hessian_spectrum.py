@@ -205,6 +205,8 @@ def _passes(settings: Mapping[str, Any]) -> float:
     passes=_passes,
     why="The largest eigenvalues bound the learning rate at which training is stable; negative ones mean "
     "that the loss still falls along some direction.",
+    formula="H v = lambda v, H = d^2 L / dw^2; residual |H v - lambda v|; density (1 / P) sum_i delta(x - "
+    "lambda_i)",
 )
 def hessian_spectrum(
     hessian: LinearOperator,

@@ -136,6 +136,8 @@ def width_slopes(
     kind="description",
     why="Whether signals and gradients survive the depth is decided before the first step; it says how deep "
     "a network of this width can be.",
+    formula="K_l = mean square of the outputs z_l; chi_perp = mean squared singular value of dz_(l+1) / "
+    "dz_l; chi_par = dK_(l+1) / dK_l",
 )
 def initialization(layer_chain: LayerChain, *, factor: float = EXPLODES_BY) -> Initialization:
     """Kernels, susceptibilities, gradients and the depth-to-width ratio of the layers, meant for fresh weights.

@@ -74,6 +74,7 @@ class InputMagnitude(Result):
     kind="description",
     why="Where large inputs have the large gradients, a few bright or long examples decide where the first "
     "layer goes.",
+    formula="|g_i| = |delta_i| sqrt(|x_i|^2 + 1) in a linear first layer with a bias",
 )
 def input_magnitude(per_example_gradients: PerExampleGradients, inputs: Any, *, layer: str = "") -> InputMagnitude:
     """How the first layer's per-example gradient norms follow the sizes of the inputs.

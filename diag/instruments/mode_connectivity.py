@@ -223,6 +223,7 @@ def _plus_minus(error: float, share: bool = True) -> str:
     source=FRANKLE,
     why="Where the loss stays low between two networks, the mean of their weights is a network as good as "
     "they are, sometimes a better one; where it rises, the mean is useless.",
+    formula="barrier = max_a [L((1 - a) A + a B) - (1 - a) L(A) - a L(B)], 0 <= a <= 1",
 )
 def mode_connectivity(
     interpolation: Interpolation,

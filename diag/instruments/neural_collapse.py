@@ -201,6 +201,7 @@ class NeuralCollapse(Result):
     title="Neural collapse",
     why="Features that gather at their class means are what long trainings often end in; the examples that "
     "stay away from their mean are worth a look, as hard or mislabelled ones do.",
+    formula="NC1 = Tr(S_W S_B^+) / K, NC1~ = Tr S_W / Tr S_B; NC4 = share of argmax_k z_k != argmin_k |h - m_k|",
 )
 def neural_collapse(
     features: Tensor,

@@ -103,6 +103,7 @@ def surrogate_slope(w: Tensor, exponent: float, clip: float = CLIP, inner: float
     kind="description",
     why="The gradient of a rounded layer is a stand-in; where it is far from the truth, training goes "
     "astray or stalls.",
+    formula="error = |Q(w) - f(w)|; instability = variance of |dL/dw| over a layer's weights",
 )
 def quantization(
     quantised_weights: Sequence[QuantisedWeight], *, clip: float = CLIP, inner: float = INNER

@@ -98,6 +98,8 @@ class Representation(Result):
     kind="description",
     why="Layers with dead or repeated dimensions are narrower than they look; how alike layers and "
     "checkpoints are says where training changed something.",
+    formula="rank = exp(-sum_i p_i ln p_i), p_i = lambda_i / sum_j lambda_j; CKA = U(X, Y) / sqrt(U(X, X) "
+    "U(Y, Y)), U unbiased HSIC",
 )
 def representation(
     layer_outputs: LayerOutputs | Mapping[str, Tensor] | Tensor,

@@ -184,6 +184,7 @@ def _passes(settings: Mapping[str, Any]) -> float:
     title="Sharpness",
     passes=_passes,
     why="It tells how far the weights can be disturbed, by noise, rounding or averaging, before the loss rises.",
+    formula="max_{|e| <= rho} L(w + e) - L(w), SAM: e = rho g / |g|; average: E L(w + e) - L(w), e normal",
 )
 def sharpness(
     losses_at: LossesAt,

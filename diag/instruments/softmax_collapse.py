@@ -254,6 +254,7 @@ def _percentiles(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     title="Softmax collapse",
     why="An example whose gradient is rounded to zero no longer teaches anything: learning stops although "
     "the accuracy on new data may still be low.",
+    formula="margin = z_y - ln sum_{k != y} exp z_k; collapsed where margin >= b ln 2, b the significand's bits",
 )
 def softmax_collapse(
     logits: Tensor,

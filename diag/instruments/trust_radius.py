@@ -77,6 +77,7 @@ class TrustRadius(Result):
     kind="description",
     passes=lambda settings: 50 * GRADIENT + (1 + settings["newton_products"]) * PRODUCT,
     why="Beyond this radius the gradient says nothing reliable about the loss: longer steps are a gamble.",
+    formula="smallest t with |g(w + t d) - g(w) - t H d| >= |g(w)|",
 )
 def trust_radius(
     losses_at: Any,

@@ -49,6 +49,7 @@ def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool, last_step: int
     return {
         **_about(finding.instrument, finding.title, level),
         "sentence": clean(verdict.sentence),
+        "cause": clean(verdict.cause).replace("_", " "),
         "confidence": str(verdict.confidence),
         "confidence_text": CONFIDENCE[verdict.confidence],
         "why_here": _why_here(finding, in_time),

@@ -13,7 +13,7 @@ import numpy
 
 from diag.display import format_number, format_seconds
 from diag.reporting.caveats import spent
-from diag.reporting.evidence import Evidence
+from diag.reporting.evidence import Evidence, is_old
 from diag.reporting.outcome import Course, best_step, outcome_courses, shown_value
 from diag.reporting.plain import clean, count_in_words
 from diag.result import Level
@@ -32,7 +32,8 @@ def run_state(
     by_id = {audit["id"]: audit for audit in audits}
     return {
         "level": level,
-        "headline": _headline(level, told, evidence.kind, sum(a["level"] == Level.OK for a in audits)),
+        "headline": _headline(level, told, evidence.kind, sum(a["level"] == Level.OK for a in audits))
+        + (_first_cause(by_id[told[0]["audit"]], len(told)) if told else ""),
         "sentence": clean(" ".join(_course(evidence))),
         "stories": [_story(story, by_id, evidence.last_step) for story in told[:MOST_STORIES]],
         "more": max(0, len(told) - MOST_STORIES),
@@ -60,6 +61,13 @@ def _headline(level: str, told: Sequence[Mapping[str, Any]], kind: str, passed: 
     return f"Nothing wrong was found{few}"
 
 
+def _first_cause(audit: Mapping[str, Any], stories: int) -> str:
+    """What the first story comes from, in words; nothing where its check names no cause."""
+    if not audit["cause"]:
+        return ""
+    return f": {audit['cause']}" if stories == 1 else f", first: {audit['cause']}"
+
+
 def _many(count: int, what: str = "thing") -> str:
     text = count_in_words(count, what)
     return text[0].upper() + text[1:]
@@ -75,7 +83,7 @@ def _story(story: Mapping[str, Any], by_id: Mapping[str, Any], last_step: int) -
         "advice": shortened(audit["advice"]),
         "old": audit["old"],
         "as_of": f"step {audit['last_step']:,} of {last_step:,}" if audit["old"] else "",
-        "follows": [by_id[i]["name"] for i in story["consequences"]],
+        "follows": [by_id[i]["cause"] or by_id[i]["name"] for i in story["consequences"]],
     }
 
 
@@ -102,10 +110,10 @@ def _course(evidence: Evidence) -> Iterable[str]:
     else:
         yield from _training(evidence)
     courses = outcome_courses(evidence)
-    yield from _measured_once(courses)
+    yield from _measured_once(courses, evidence.last_step)
     best = best_step(courses)
     if best is not None:
-        yield _held_out(best)
+        yield _held_out(best, evidence.last_step)
     elif evidence.history is not None:
         yield "No held-out data were seen, so nothing is known of how it does on new examples."
 
@@ -135,16 +143,20 @@ def _not_finite_since(history: History) -> str:
     return f" and is NaN or infinite from step {since:,} on"
 
 
-def _measured_once(courses: Mapping[str, Sequence[Course]]) -> Iterable[str]:
-    """An accuracy of which there is no course to be drawn."""
+def _measured_once(courses: Mapping[str, Sequence[Course]], last_step: int) -> Iterable[str]:
+    """An accuracy of which there is no course to be drawn, where it is of the network as it is."""
     for course in courses["accuracy"]:
-        if len(course.steps) == 1 and not course.is_held_out:
+        if len(course.steps) == 1 and not course.is_held_out and not is_old(course.steps[0], last_step):
             value = shown_value("accuracy", course.values[0])
             yield f"The accuracy on {course.label} is {value} at step {course.steps[0]:,}."
 
 
-def _held_out(best: Mapping[str, Any]) -> str:
+def _held_out(best: Mapping[str, Any], last_step: int) -> str:
     name = f"held-out {best['what']}" if best["label"] == "held-out" else best["label"]
+    if is_old(best["last_step"], last_step):
+        place = f"at step {best['last_step']:,}, where it was last measured"
+        higher = "" if best["is_last"] else f"; it was best at step {best['step']:,} ({best['value']})"
+        return f"The {name} was {best['last']} {place}{higher}."
     if best["is_last"]:
         return f"The {name} is at its best at the end: {best['last']}."
     return f"The {name} was best at step {best['step']:,} ({best['value']}) and is {best['last']} at the end."

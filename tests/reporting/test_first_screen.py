@@ -27,6 +27,7 @@ class Outcome(Result):
 def with_outcome(accuracies, **changes):
     rows = [(50 * (i + 1), Outcome(held_out_loss=1 - a, held_out_accuracy=a)) for i, a in enumerate(accuracies)]
     fake = finding("outcome", "Outcome", rows)
+    changes = {"last_step": rows[-1][0]} | changes
     return report_fakes.evidence(findings=[*report_fakes.evidence().findings, fake], **changes)
 
 
@@ -38,6 +39,19 @@ def overfitted():
 def test_the_headline_counts_stories_in_plain_words(made):
     assert made["state"]["headline"] == "Something is wrong with this run" and made["state"]["level"] == "alarm"
     assert len(made["state"]["stories"]) <= 3 and made["state"]["stories"][0]["audit"] == made["verdict"]["audit"]
+
+
+def test_the_headline_says_the_cause_where_it_is_known():
+    class Caused(Collapse):
+        def verdict(self):
+            return dataclasses.replace(super().verdict(), cause="learning_rate_too_high")
+
+    rows = series(Caused, [900], collapsed=0.3, headroom=1.0, margins=numpy.ones(4), level="alarm")
+    one = document(report_fakes.evidence(findings=[finding("collapse", "Collapse", rows)]), drawings=False)
+    assert one["state"]["headline"] == "Something is wrong with this run: learning rate too high"
+    more = [finding(name, name, rows) for name in ("one", "two")]
+    headline = document(report_fakes.evidence(findings=more), drawings=False)["state"]["headline"]
+    assert headline == "Two things are wrong with this run, first: learning rate too high"
 
 
 def test_a_run_without_a_finding_is_not_called_good():
@@ -59,6 +73,13 @@ def test_the_best_step_is_named_and_marked(overfitted):
 def test_a_best_step_at_the_end_is_said_so():
     made = document(with_outcome([0.5, 0.7, 0.9]), drawings=False)
     assert "The held-out accuracy is at its best at the end: 90 %." in made["state"]["sentence"]
+
+
+def test_an_accuracy_that_was_measured_long_ago_is_not_that_of_the_end():
+    said = document(with_outcome([0.5, 0.9, 0.7], last_step=900), drawings=False)["state"]["sentence"]
+    assert "was 70 % at step 150, where it was last measured; it was best at step 100 (90 %)." in said
+    said = document(with_outcome([0.5, 0.7], last_step=900), drawings=False)["state"]["sentence"]
+    assert "The held-out accuracy was 70 % at step 100, where it was last measured." in said
 
 
 def test_a_single_value_is_said_and_not_drawn():

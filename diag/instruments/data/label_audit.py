@@ -178,6 +178,7 @@ def _usual_answers(series: Sequence[tuple[int, LabelAudit]]) -> list[int]:
     passes=lambda settings: 1.0,
     why="Wrong labels are usually learned by heart late in a training, at the cost of what carries over to "
     "new data; found early, they can be corrected.",
+    formula="area_i = mean over time of margin_i, margin = z_y - ln sum_{k != y} exp z_k",
 )
 def label_audit(
     logits: Tensor, labels: Tensor, inputs: Any = None, *, warn_at: float = SHARE_OF_WRONG_LABELS

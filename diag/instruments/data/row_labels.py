@@ -208,6 +208,7 @@ def _wrong(m: Margins, labels: NDArray[Any], share: float) -> bool:
     kind="check",
     why="Wrong labels are usually learned by heart late in a training, at the cost of what carries over to "
     "new data; found early, they can be corrected.",
+    formula="mean margin of a row over its batches, margin = z_y - ln sum_{k != y} exp z_k",
 )
 def row_labels(loop: Loop, *, warn_at: float = SHARE_OF_WRONG) -> RowLabels:
     """Which rows' labels look wrong, by the margins that training's own batches gave them.

@@ -26,7 +26,8 @@ class TargetScale(LoopCheck):
     source=SOURCE,
     title="Scale of the targets",
     kind="check",
-    why="Targets in the thousands take a network thousands of steps to reach, and make every loss and "
+    why="Targets far from the size of the first outputs take a network many steps to reach, and make every "
+    "loss and "
     "gradient that much larger.",
 )
 def target_scale(loop: Loop, *, large: float = LARGE_TARGETS) -> TargetScale:

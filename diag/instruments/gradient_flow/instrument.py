@@ -300,6 +300,7 @@ class GradientFlow(Result):
     before_training="always",
     why="A layer that no gradient reaches, or that does not move, does not learn; a loss or gradient that "
     "is not finite ends the training.",
+    formula="|dL/dW_l|, |W_l(t + 1) - W_l(t)|, |W_l(t) - W_l(0)| of every layer l at every step t",
 )
 def gradient_flow(
     history: History,

@@ -160,6 +160,7 @@ _STEPS = StepWindow(
     window=_STEPS,
     why="Two groups of examples that ask for opposite changes make the loss jump at large steps; what the "
     "examples of a group have in common is worth a look.",
+    formula="movement_i = l_i(w + e u) - l_i(w - e u), u an eigenvector of H",
 )
 def opposing_signals(
     hessian: CurvatureOperator,

@@ -101,6 +101,7 @@ class Divergence(Result):
     before_training="with optimizer",
     why="After a divergence the weights are worse than at the start and rarely recover; the steps that "
     "follow are wasted.",
+    formula="median of the last five losses / first loss",
 )
 def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.

@@ -88,6 +88,7 @@ class SecondMoment(Result):
     kind=Kind.CHECK,
     why="Adam divides by what gradients used to be: where they suddenly grow, the step is many times larger "
     "than intended, which is how many loss spikes begin.",
+    formula="|g_t| / sqrt(v_t), v_t = (1 - beta2) sum_s beta2^(t - s) |g_s|^2 / (1 - beta2^t)",
 )
 def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
     """Whether gradients outgrew Adam's second moment, so that steps were far larger than usual.

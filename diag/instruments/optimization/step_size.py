@@ -199,6 +199,7 @@ class StepSize(Result):
     before_training="with optimizer",
     why="Steps that are too large destroy what was learned, and steps that are too small do not learn in "
     "the time that there is.",
+    formula="|W(t + 1) - W(t)| / |W(t)| of a tensor; the median over tensors",
 )
 def step_size(
     history: History, loop: Loop | None = None, *, too_high: float = TOO_HIGH, too_low: float = TOO_LOW

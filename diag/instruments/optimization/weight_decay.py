@@ -106,6 +106,7 @@ class WeightDecay(Result):
     kind=Kind.CHECK,
     before_training="with optimizer",
     why="Where decay shrinks the weights faster than gradients rebuild them, the network forgets while it learns.",
+    formula="|W(T)| / |W(1)| of a tensor; the median over tensors",
 )
 def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
     """Whether weight decay shrinks the weights faster than gradients rebuild them.

@@ -79,6 +79,7 @@ class SavedChanges(Result):
     title="Changes between the files",
     kind=Kind.CHECK,
     why="It says which part of a network a training changed, and whether it changed anything at all.",
+    formula="|W_after - W_before| / |W_before|",
 )
 def saved_changes(saved: Saved) -> SavedChanges:
     """How far each weight of a checkpoint is from what it was in the one before.

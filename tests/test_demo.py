@@ -1,5 +1,7 @@
 """The demo: deterministic data and training, and (slow) the story that its report tells."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,9 @@ def test_the_whole_demo_learns_the_digits_and_then_the_wrong_labels(tmp_path):
     assert best > 0.95 and end.accuracy > 0.97 and end.held_out_accuracy < best - 0.02
     nc4 = run.series("neural_collapse")[-1][1].nc4
     assert 0.05 < nc4 < 0.15  # the nearest class mean goes against the wrong labels, which are a tenth
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    said = [e.text.split(": ", 1)[1] for e in run.events if e.kind == "finding" and e.step == 168]
+    assert said and all(sentence.rstrip(".") in readme for sentence in said)
+    rows = next(f for f in run.findings() if f.instrument == "row_labels").verdict.examples
+    right = int(demo.setting().wrong[list(rows)].sum())
+    assert f"it is {len(rows)} rows, {right} of them among the 130 that are truly wrong" in readme

@@ -113,7 +113,10 @@ def test_compare_of_checkpoints_says_what_changed(run_diag, tmp_path):
     for name, bias in (("a", 0.0), ("b", 1.0), ("c", math.nan)):
         torch.save({"w": torch.eye(3), "b": torch.full((3,), bias)}, tmp_path / f"{name}.pt")
     told = " ".join(run_diag("compare", "a.pt", "b.pt", columns=400).stdout.split())
-    assert "Since a.pt the weights moved by 100 % of their norm" in told and "1 of 2 did not change: w" in told
+    assert (
+        "Since a.pt the weights moved by 100 % of their norm, most of all b (from zero)" in told
+        and "1 of 2 did not change: w" in told
+    )
     result = run_diag("compare", "a.pt", "b.pt", "c.pt", "-o", "compare.html")
     assert result.exit_code == 0 and "C: c.pt" in result.stdout
     (tmp_path / "empty").mkdir()

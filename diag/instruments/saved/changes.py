@@ -48,7 +48,7 @@ class SavedChanges(Result):
                 **about,
             )
         worst = sorted(self.changes, key=self._order, reverse=True)
-        most = ", ".join(f"{name} ({format_share(self.changes[name])})" for name in worst[:NAMED])
+        most = ", ".join(f"{name} ({_shown(self.changes[name])})" for name in worst[:NAMED])
         still = f" {len(self.unchanged):,} of {len(self.changes):,} did not change: {named(self.unchanged)}."
         return Verdict(
             Level.DESCRIPTION,
@@ -113,6 +113,10 @@ def _squares(before: Tensor, after: Tensor) -> tuple[float, float]:
     for a, b in entry_blocks(before, after):
         moved, were = moved + float((b - a).square().sum()), were + float(a.square().sum())
     return moved, were
+
+
+def _shown(change: float) -> str:
+    return "from zero" if math.isinf(change) else format_share(change)
 
 
 def _ratio(moved: float, were: float) -> float:

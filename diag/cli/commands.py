@@ -125,10 +125,11 @@ def report_command(
 
 def _without_build(sources: Sequence[Path], key: str | None = None) -> Run:
     """A run's folder, or checkpoint files looked at by themselves."""
+    from diag.run.opening import holds_run, refuse_log
     from diag.run.run import read_run
     from diag.run.state_files import from_state_files
 
-    runs = [(s / "run.json").is_file() for s in sources]
+    runs = [holds_run(s) for s in sources]
     if runs == [True]:
         return read_run(sources[0])
     missing = next((s for s in sources if not s.exists()), None)
@@ -138,6 +139,8 @@ def _without_build(sources: Sequence[Path], key: str | None = None) -> Run:
         raise Mistake("A report is of one run; give one, or use diag compare for two.")
     if any(runs):
         raise Mistake("Runs and checkpoints were given together; give one run, or checkpoints alone.")
+    for source in sources:
+        refuse_log(source)
     run = from_state_files(sources, key=key)
     for event in run.events:
         echo(event.text, err=True)

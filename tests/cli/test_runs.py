@@ -109,6 +109,11 @@ def test_compare_puts_two_runs_side_by_side(run_diag, make_run, tmp_path):
     assert any(line.startswith("loss ") for line in everything.split("\n"))
 
 
+def test_the_file_of_a_run_stands_for_its_folder(run_diag, make_run):
+    folder = make_run("run", 1.0)
+    assert run_diag("show", folder / "run.json").stdout == run_diag("show", folder).stdout != ""
+
+
 def test_compare_of_checkpoints_says_what_changed(run_diag, tmp_path):
     for name, bias in (("a", 0.0), ("b", 1.0), ("c", math.nan)):
         torch.save({"w": torch.eye(3), "b": torch.full((3,), bias)}, tmp_path / f"{name}.pt")
@@ -180,11 +185,18 @@ def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
         ),
         (["compare", "run"], "There is one run, run; give at least two."),
         (["compare", "run", "net.pt"], "net.pt holds no run"),
+        (
+            ["compare", "net.pt", "run"],
+            "run is a run and net.pt a checkpoint; give runs, or checkpoints, or a build",
+        ),
+        (["show", "log.csv"], "log.csv is a log and no checkpoint; make a run of it: diag import log.csv -o RUN."),
+        (["compare", "run", "log.csv"], "log.csv is a log and no checkpoint"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(arguments, text, run_diag, make_run, tmp_path):
     make_run("run", 1.0)
     torch.save({"w": torch.ones(1)}, tmp_path / "net.pt")
+    (tmp_path / "log.csv").write_text("step,loss\n1,2.0\n")
     result = run_diag(*arguments)
     assert result.exit_code == 2 and text in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == ""

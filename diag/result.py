@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import importlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from typing import Any, ClassVar, Self
 
 from diag import display
 from diag.encoding import decode, encode, equal, plain_data
-from diag.errors import InvalidInput, as_path, type_of
+from diag.errors import InvalidInput, MissingData, as_path, type_of
 
 OUR_CHOICE = "our choice, uncalibrated"
 RESULT_FORMAT = "diag-result"
@@ -264,8 +265,7 @@ class Result:
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with one row a number: value, unit, description."""
-        import pandas
-
+        pandas = pandas_installed()
         about = {f.name: f.metadata for f in self.measured_fields()}
         rows = [
             (name, value, about[name.split("/")[0]]["unit"], about[name.split("/")[0]]["description"])
@@ -383,3 +383,13 @@ def _names_made_plain(kind: type[Result]) -> tuple[str, ...]:
         known = tuple(f.name for f in fields if f.metadata.get("record", True) and not f.metadata.get("base"))
         kind._made_plain = known
     return known
+
+
+def pandas_installed() -> Any:
+    """The module pandas, for tables; raises MissingData where it is not installed."""
+    try:
+        return importlib.import_module("pandas")
+    except ImportError:
+        raise MissingData(
+            "to_frame() gives a pandas table, and pandas is not installed: pip install pandas."
+        ) from None

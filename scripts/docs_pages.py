@@ -35,6 +35,7 @@ PAGES = [
     {"Tutorial": "tutorial.md"},
     {
         "How to, by symptom": [
+            {"Before training: will it work?": "howto/preflight.md"},
             {"My loss spiked, or went up for good": "howto/spike.md"},
             {"My loss is flat": "howto/flat.md"},
             {"Is the network initialised well": "howto/initial.md"},

@@ -21,7 +21,11 @@ from diag.encoding import decode
 from diag.errors import RunError
 from diag.rates import with_rates
 from diag.registry import Instrument, attempt, instruments
+<<<<<<< HEAD
 from diag.result import Failed, Outcome, Result, Skipped, Verdict
+=======
+from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode, pandas_installed
+>>>>>>> 639fef0 (diag needs neither seaborn nor pandas nor scikit-learn; a page on preflight; notebooks are named)
 from diag.run.arrays import read_array
 from diag.run.damage import damaged, missing
 from diag.run.files import ARRAYS, DAMAGED, META, RECORDS_FILE, STEPS_FILE, read_metadata
@@ -182,8 +186,7 @@ class Run:
         """A pandas DataFrame of every scalar: a row a step, the columns `loss`, `learning_rate`, the norms of
         the whole network, `instrument.scalar`, and `logged.name` for the user's own. What was not measured at a
         step is NaN."""
-        import pandas
-
+        pandas = pandas_installed()
         columns: dict[str, Any] = {}
         if self.history is not None:
             totals = _totals(self.history)

@@ -55,7 +55,8 @@ class Reader:
     """Somebody who opens a page and presses keys only; `steps` counts what was followed or pressed."""
 
     def __init__(self, browser, address, scripts, size):
-        self.context = browser.new_context(viewport=SIZES[size], java_script_enabled=scripts)
+        scheme = "light" if scripts == (size == "desk") else "dark"  # with each size, and with and without scripts
+        self.context = browser.new_context(viewport=SIZES[size], java_script_enabled=scripts, color_scheme=scheme)
         self.page, self.steps = self.context.new_page(), 0
         self.page.goto(address)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diag
-from diag.errors import RunError
+from diag.errors import MissingData, RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
 from diag.run.files import checksum
@@ -437,6 +437,14 @@ def test_what_json_has_no_word_for_is_not_written():
 def test_the_data_of_an_outcome_are_a_dict(data):
     with pytest.raises(ValueError, match="its data are not a dict"):
         outcome_data(b'{"data": ' + data.encode() + b"}")
+
+
+def test_a_table_without_pandas_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with RunWriter(tmp_path, {"layers": LAYERS}):
+        pass
+    with pytest.raises(MissingData, match="pandas is not installed: pip install pandas"):
+        read_run(tmp_path).to_frame()
 
 
 def test_to_frame_has_a_row_a_step(tmp_path):

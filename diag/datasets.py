@@ -85,7 +85,7 @@ def _digits(folder: Path | None, part: str, seed: int) -> Examples:
     file = _first(
         [folder / "digits.csv.gz"] if folder else [],
         _in_package("sklearn", "datasets/data/digits.csv.gz"),
-        "digits come with scikit-learn: pip install scikit-learn (or diag[demo]), or give folder= with digits.csv.gz",
+        "digits come with scikit-learn: pip install scikit-learn, or give folder= with digits.csv.gz",
     )
     return _from_table(file, largest=16)
 

@@ -21,11 +21,7 @@ from diag.encoding import decode
 from diag.errors import RunError
 from diag.rates import with_rates
 from diag.registry import Instrument, attempt, instruments
-<<<<<<< HEAD
-from diag.result import Failed, Outcome, Result, Skipped, Verdict
-=======
-from diag.result import Failed, Outcome, Result, Skipped, Verdict, decode, pandas_installed
->>>>>>> 639fef0 (diag needs neither seaborn nor pandas nor scikit-learn; a page on preflight; notebooks are named)
+from diag.result import Failed, Outcome, Result, Skipped, Verdict, pandas_installed
 from diag.run.arrays import read_array
 from diag.run.damage import damaged, missing
 from diag.run.files import ARRAYS, DAMAGED, META, RECORDS_FILE, STEPS_FILE, read_metadata

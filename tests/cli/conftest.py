@@ -41,7 +41,9 @@ def make_run(tmp_path):
             for step in steps:
                 labels = torch.arange(40) % 4
                 logits = torch.nn.functional.one_hot(labels, 4).float() * margin
-                w.append_outcome(step, diag.softmax_collapse(logits=logits, labels=labels), 0.01)
+                answers = {"logits": logits, "labels": labels}  # and wrong ones on held-out data
+                held_out = {"held_out_logits": logits.roll(1, 0), "held_out_labels": labels}
+                w.append_outcome(step, diag.softmax_collapse(**answers, **held_out), 0.01)
                 w.append_outcome(step, Skipped("neural_collapse", "features are missing; give a last Linear."))
             w.append_event(60, "not observed", "The loss was computed by hand; give loss_fn=.")
             w.append_cost(100, wall_seconds=10.0, watch_seconds=0.2)

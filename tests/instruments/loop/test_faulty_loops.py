@@ -40,19 +40,13 @@ def quiet():
 
 
 @pytest.mark.parametrize("name", loops.FAULTS)
-def test_a_fault_is_named(name):
+def test_a_fault_is_named_and_nothing_else(name):
     make, causes, within = loops.FAULTS[name]
     told, broken = watched(make)
     assert not broken
     named = {cause: step for (cause, _), step in told.items() if cause in causes}
     assert named, f"told: {told}"
     assert within is None or min(named.values()) <= within, f"told: {told}"
-
-
-@pytest.mark.parametrize("name", loops.FAULTS)
-def test_nothing_else_is_said_of_a_fault(name):
-    make, causes, _ = loops.FAULTS[name]
-    told, _ = watched(make)
     others = {cause for cause, level in told if cause not in causes and level == Level.ALARM}
     assert others <= loops.CONSEQUENCES.get(name, set()), f"told: {told}"
 

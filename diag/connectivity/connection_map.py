@@ -110,21 +110,24 @@ class ConnectionMap:
 
     def plot(self, ax: Any) -> None:
         """A heat map of the barriers, networks in the order of their groups."""
+        import seaborn
+
         order = [self.names.index(n) for group in self.components for n in group]
         labels = [self.names[i] for i in order]
         what = "error barrier (share)" if self.barriers is self.error_barriers else "loss barrier"
-        shown = self.barriers[numpy.ix_(order, order)]
-        image = ax.imshow(shown, cmap="magma_r", vmin=0)
-        ax.figure.colorbar(image, ax=ax, label=what)
-        if len(order) <= READABLE:
-            for (row, column), value in numpy.ndenumerate(shown):
-                colour = "white" if image.norm(value) > 0.5 else "black"
-                ax.text(column, row, f"{value:.2g}", ha="center", va="center", color=colour)
-        places = range(len(order))
-        ax.set(xlabel="network", ylabel="network", xticks=places, yticks=places)
-        ax.set_xticklabels(labels, rotation=90 if len(order) > READABLE else 0)
-        ax.set_yticklabels(labels)
-        ax.grid(False)
+        seaborn.heatmap(
+            self.barriers[numpy.ix_(order, order)],
+            ax=ax,
+            cmap="magma_r",
+            vmin=0,
+            annot=len(order) <= READABLE,
+            fmt=".2g",
+            square=True,
+            xticklabels=labels,
+            yticklabels=labels,
+            cbar_kws={"label": what},
+        )
+        ax.set(xlabel="network", ylabel="network")
 
 
 def _plain(values: NDArray[numpy.float64]) -> list[list[float | None]]:

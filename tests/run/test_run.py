@@ -499,8 +499,8 @@ def test_of_equal_steps_a_resumption_keeps_what_was_before_it():
 def test_without_locks_a_run_is_being_written_until_it_is_closed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with writer(tmp_path):
-        assert is_being_written(tmp_path)
-    assert not is_being_written(tmp_path)
+        assert is_being_written(tmp_path / "run")
+    assert not is_being_written(tmp_path / "run")
 
 
 def test_a_checksum_is_of_strict_json():

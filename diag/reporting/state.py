@@ -83,8 +83,14 @@ def _story(story: Mapping[str, Any], by_id: Mapping[str, Any], last_step: int) -
         "advice": shortened(audit["advice"]),
         "old": audit["old"],
         "as_of": f"step {audit['last_step']:,} of {last_step:,}" if audit["old"] else "",
-        "follows": [by_id[i]["cause"] or by_id[i]["name"] for i in story["consequences"]],
+        "follows": _others(audit["cause"], [by_id[i] for i in story["consequences"]]),
     }
+
+
+def _others(cause: str, consequences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What follows from a story, each once: by its cause, or the name of the check that found it."""
+    said = dict.fromkeys(a["cause"] or a["name"] for a in consequences)
+    return [text for text in said if text != cause]
 
 
 def shortened(text: str, most: int = LONGEST_STORY) -> str:

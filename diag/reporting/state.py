@@ -83,11 +83,11 @@ def _story(story: Mapping[str, Any], by_id: Mapping[str, Any], last_step: int) -
         "advice": shortened(audit["advice"]),
         "old": audit["old"],
         "as_of": f"step {audit['last_step']:,} of {last_step:,}" if audit["old"] else "",
-        "follows": _others(audit["cause"], [by_id[i] for i in story["consequences"]]),
+        "follows": said_once(audit["cause"], [by_id[i] for i in story["consequences"]]),
     }
 
 
-def _others(cause: str, consequences: Sequence[Mapping[str, Any]]) -> list[str]:
+def said_once(cause: str, consequences: Sequence[Mapping[str, Any]]) -> list[str]:
     """What follows from a story, each once: by its cause, or the name of the check that found it."""
     said = dict.fromkeys(a["cause"] or a["name"] for a in consequences)
     return [text for text in said if text != cause]

@@ -9,7 +9,7 @@ from report_fakes import Collapse, finding, series
 
 from diag.reporting import document, render
 from diag.reporting.outcome import best_step, outcome_courses
-from diag.reporting.state import _others, shortened
+from diag.reporting.state import said_once, shortened
 from diag.reporting.timeline import Axis, scale
 from diag.reporting.words import WORDS, word_id, words_in, words_of
 from diag.result import Result, measured
@@ -56,7 +56,7 @@ def test_the_headline_says_the_cause_where_it_is_known():
 
 def test_what_follows_is_said_once_and_not_as_the_cause_itself():
     found = [{"cause": c, "name": "Check"} for c in ("not finite", "not finite", "labels wrong", "")]
-    assert _others("labels wrong", found) == ["not finite", "Check"]
+    assert said_once("labels wrong", found) == ["not finite", "Check"]
 
 
 def test_a_run_without_a_finding_is_not_called_good():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from diag.connectivity.connection import aligned_end
 from diag.connectivity.interpolation import Interpolation
-from diag.connectivity.interpolation_layers import first_stable_step
+from diag.connectivity.interpolation_layers import angle, first_stable_step
 from diag.errors import CheckpointError, InvalidInput
 from diag.snapshot.snapshot import Snapshot
 
@@ -191,16 +192,31 @@ class ForkStability:
 
     steps: of the forks, ascending. instabilities: error instability of each pair, (largest error on the line) -
     (mean error of the ends). stable_from: the first step from which all later forks are connected too, or None.
+    loss_barriers: largest loss excess over the chord. peaks: largest loss on the line. fork_losses: loss of the
+    network that was forked, and angles (degrees) between the two ways from it: NaN where it was not given.
     """
 
     steps: tuple[int, ...]
     instabilities: tuple[float, ...]
     stable_from: int | None
+    loss_barriers: tuple[float, ...] = ()
+    peaks: tuple[float, ...] = ()
+    fork_losses: tuple[float, ...] = ()
+    angles: tuple[float, ...] = ()
+
+    @property
+    def ridges(self) -> tuple[bool | None, ...]:
+        """Whether the line between the two rises above the network that was forked; None where that is not known.
+
+        Without a ridge, both came down one mountainside (Singh et al. 2024, arXiv:2406.16300, by our reading).
+        """
+        pairs = zip(self.peaks, self.fork_losses, strict=True)
+        return tuple(None if math.isnan(start) else peak > start for peak, start in pairs)
 
 
 def fork_stability(
     snapshot: Snapshot,
-    forks: Mapping[int, tuple[Any, Any]],
+    forks: Mapping[int, Sequence[Any]],
     *,
     points: int = 30,
     threshold: float = 0.02,
@@ -208,20 +224,34 @@ def fork_stability(
 ) -> ForkStability:
     """The step from which forks of one run stay connected (Frankle et al. 2020, arXiv:1912.05671, figure 3).
 
-    forks: step -> the end states (as `connect` takes them) of two runs that continued from it with different noise.
-    Measured on the snapshot's held-out data where it has such data, else on its data; 30 points as in the paper.
-    Raises InvalidInput or CheckpointError where a state does not fit.
+    forks: step -> the end states (as `connect` takes them) of two runs that continued from it with different noise,
+    and the state that was forked as a third, where it is at hand. Measured on the snapshot's held-out data where it
+    has such data, else on its data; 30 points as in the paper.
+    Raises InvalidInput where a fork has not two or three states or one does not fit, CheckpointError for its file.
     """
     path = Interpolation(snapshot)
     steps = sorted(forks)
-    found = []
-    for step in steps:
-        first, second = (_named(path, f"the fork at step {step}", state) for state in forks[step])
-        line = path.starting_at(first).profile(
-            second,
-            [k / (points - 1) for k in range(points)],
-            norm_stats=norm_stats,
-            held_out=path.held_out is not None,
+    alphas = [k / (points - 1) for k in range(points)]
+    found = [_fork(path, step, forks[step], alphas, norm_stats) for step in steps]
+    instabilities, barriers, peaks, starts, angles = (tuple(column) for column in zip(*found, strict=True))
+    stable = first_stable_step(steps, instabilities, threshold)
+    return ForkStability(tuple(steps), instabilities, stable, barriers, peaks, starts, angles)
+
+
+def _fork(
+    path: Interpolation, step: int, states: Sequence[Any], alphas: Sequence[float], norm_stats: str
+) -> tuple[float, float, float, float, float]:
+    """Instability, loss barrier and largest loss of the line between two ends; loss and angle at their fork."""
+    if len(states) not in (2, 3):
+        raise InvalidInput(
+            f"The fork at step {step} has {len(states)} states; expected two ends, and the forked network if it is "
+            "known."
         )
-        found.append(line.instability)
-    return ForkStability(tuple(steps), tuple(found), first_stable_step(steps, found, threshold))
+    first, second, *given = (_named(path, f"the fork at step {step}", state) for state in states)
+    held_out = path.held_out is not None
+    line = path.starting_at(first).profile(second, alphas, norm_stats=norm_stats, held_out=held_out)
+    start, way = math.nan, math.nan
+    if given:
+        start = float(path.evaluate(given[0], held_out=held_out).losses.mean())
+        way = angle(first, second, given[0])
+    return line.instability, line.barrier, float(line.losses.max()), start, way

@@ -69,10 +69,12 @@ class LinearFreedom(Result):
 def linear_freedom(linear_symmetries: LinearSymmetries) -> LinearFreedom:
     """Which linear maps of units leave the function alone, beyond permutations, and how many directions they span.
 
-    Which weights carry the same units is traced; what maps they can take up follows from gradients of the outputs
-    (a symmetry has no derivative), signs are tried. Each group is then moved at random, in float64 at the model's
-    own and at perturbed weights: the outputs must stay within a relative 1e-9. What was not found may
-    be there still. Raises Unsupported where the forward pass fails or the model does not run in float64.
+    Which weights carry the same units is traced; what maps they can take up follows from gradients of the
+    outputs (a symmetry has no derivative), signs are tried. Each group is then moved at random, in float64 at
+    the model's own and at perturbed weights: the outputs must stay within a relative 1e-9. What is not found
+    may be there still: rotary positions leave a head rotations in planes, which are not looked for, and tied
+    embeddings keep a final norm's gain from moving into what reads it, so that the stream is not seen to
+    rotate. Raises Unsupported where the forward pass fails or the model does not run in float64.
     """
     groups = linear_symmetries.groups.values()
     return LinearFreedom(

@@ -130,8 +130,11 @@ def test_forks_that_stay_connected_from_a_step_on(folder):
     found = fork_stability(snapshot, {200: (a, near), 0: (a, moved), 100: (near, a)}, points=11)
     assert found.steps == (0, 100, 200) and found.stable_from == 100
     assert found.instabilities[0] > 0.1 > 0.02 > max(found.instabilities[1:])
+    assert found.ridges == (None, None, None) and max(found.loss_barriers[1:]) < found.loss_barriers[0]
     with pytest.raises(InvalidInput, match="the fork at step 3: The two checkpoints do not fit"):
         fork_stability(snapshot, {3: (a, {})})
+    with pytest.raises(InvalidInput, match="The fork at step 3 has 1 states; expected two ends"):
+        fork_stability(snapshot, {3: (a,)})
     model.load_state_dict(a)
     other = diag.Snapshot(model, loss, data, held_out=data, other=moved)
     assert diag.mode_connectivity(other, refine=0).held_out_error_instability == pytest.approx(
@@ -159,3 +162,16 @@ def test_align_connect_and_forks_take_what_the_command_line_takes(folder):
     torch.save(nn.Linear(3, 2).state_dict(), folder / "other.pt")
     with pytest.raises(CheckpointError, match=r"other.pt: "):
         diag.connect(snapshot, [paths[0], folder / "other.pt"])
+
+
+def test_a_ridge_is_a_line_above_the_network_that_was_forked():
+    """A loss of one weight, w^2 (w - 2)^2: forks on one side of the hill at w = 1, and on both sides of it."""
+    model = nn.Linear(1, 1, bias=False).double()
+    x = torch.ones(4, 1, dtype=torch.float64)
+    snapshot = diag.Snapshot(model, lambda z, _: (z.square() * (z - 2).square()).mean(), (x, x))
+    at = lambda w: {"weight": torch.tensor([[w]], dtype=torch.float64)}  # noqa: E731
+    found = fork_stability(snapshot, {1: (at(0.0), at(2.0), at(0.9)), 5: (at(1.7), at(2.1), at(1.5))}, points=11)
+    assert found.ridges == (True, False)
+    assert found.peaks[0] == pytest.approx(1.0) and found.fork_losses[0] == pytest.approx((0.9 * 1.1) ** 2)
+    assert found.loss_barriers[0] == pytest.approx(1.0) and found.angles == pytest.approx((180, 0), abs=1e-5)
+    assert found.fork_losses[1] == pytest.approx((1.5 * 0.5) ** 2)

@@ -43,6 +43,7 @@ from diag.instruments.loop.batches_repeated import BatchesRepeated as BatchesRep
 from diag.instruments.boundary_tilting import BoundaryTilting as BoundaryTilting
 from diag.instruments.network.capacity import Capacity as Capacity
 from diag.instruments.data.class_counts import ClassCounts as ClassCounts
+from diag.instruments.loss.class_weights import ClassWeights as ClassWeights
 from diag.instruments.data.classes_mixed import ClassesMixed as ClassesMixed
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
@@ -65,6 +66,7 @@ from diag.instruments.gradient_flow.instrument import GradientFlow as GradientFl
 from diag.instruments.optimization.gradient_underflow import GradientUnderflow as GradientUnderflow
 from diag.instruments.loop.gradient_zeroing import GradientZeroing as GradientZeroing
 from diag.instruments.loop.gradients_reach import GradientsReach as GradientsReach
+from diag.instruments.data.held_out_copies import HeldOutCopies as HeldOutCopies
 from diag.instruments.data.held_out_inputs import HeldOutInputs as HeldOutInputs
 from diag.instruments.data.held_out_rows import HeldOutRows as HeldOutRows
 from diag.instruments.hessian_spectrum import HessianSpectrum as HessianSpectrum
@@ -166,6 +168,10 @@ def class_counts(snapshot: Snapshot, /, *, logits: Any = ..., labels: Any = ...,
 @overload
 def class_counts(logits: Any, labels: Any, inputs: Any, loop: Any = None, *, ratio: float = ...) -> ClassCounts: ...
 @overload
+def class_weights(snapshot: Snapshot, /, *, loop: Any = ..., nothing: float = ...) -> ClassWeights: ...
+@overload
+def class_weights(loop: Any, *, nothing: float = ...) -> ClassWeights: ...
+@overload
 def classes_mixed(snapshot: Snapshot, /, *, loop: Any = ...) -> ClassesMixed: ...
 @overload
 def classes_mixed(loop: Any) -> ClassesMixed: ...
@@ -253,6 +259,10 @@ def gradient_zeroing(loop: Any) -> GradientZeroing: ...
 def gradients_reach(snapshot: Snapshot, /, *, loop: Any = ...) -> GradientsReach: ...
 @overload
 def gradients_reach(loop: Any) -> GradientsReach: ...
+@overload
+def held_out_copies(snapshot: Snapshot, /, *, inputs: Any = ..., held_out_inputs: Any = ..., loop: Any = ..., times: float = ...) -> HeldOutCopies: ...
+@overload
+def held_out_copies(inputs: Any, held_out_inputs: Any, loop: Any = None, *, times: float = ...) -> HeldOutCopies: ...
 @overload
 def held_out_inputs_alike(snapshot: Snapshot, /, *, inputs: Any = ..., held_out_inputs: Any = ..., ratio: float = ...) -> HeldOutInputs: ...
 @overload

@@ -106,6 +106,8 @@ class Cause(enum.StrEnum):
     OUTPUT_RANGE = "output_range", Theme.LOSS, "The function after the last layer keeps the outputs in a range in which the targets do not lie."
     INITIAL_LOSS_HIGH = "initial_loss_high", Theme.LOSS, "The first loss is far above that of guessing evenly: the network starts sure and wrong."
 
+    CLASS_WEIGHTS_WRONG = "class_weights_wrong", Theme.LOSS, "The loss's class weights leave some classes next to nothing, or weigh up the frequent ones."
+
     # Data
     LABELS_SHUFFLED = "labels_shuffled", Theme.DATA, "Labels do not belong to their inputs: one of the two was shuffled alone."
     LABELS_WRONG = "labels_wrong", Theme.DATA, "A part of the labels is wrong."

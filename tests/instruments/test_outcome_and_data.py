@@ -53,6 +53,15 @@ def test_token_numbers_have_no_scale():
     assert diag.input_scale(inputs=torch.randint(0, 9, (50, 4))).verdict().level == "not_applicable"
 
 
+def test_of_several_inputs_the_rows_of_numbers_are_judged(rows):
+    tokens, far = torch.randint(0, 9, (200, 4)), 1e6 * (5 + rows)
+    assert diag.input_scale(inputs=(tokens, far)).verdict().cause == Cause.INPUTS_NOT_NORMALIZED
+    assert diag.input_scale(inputs={"a": tokens, "b": rows}).verdict().level == "ok"
+    times = 500 * torch.ones(200, 1)  # of a diffusion: one number beside the rows
+    assert diag.input_scale(inputs=(rows, times)).verdict().level == "ok"
+    assert diag.input_scale(inputs=(tokens, tokens)).verdict().level == "not_applicable"
+
+
 def test_classes_that_are_missing_or_rare():
     logits = torch.zeros(200, 4)
     even = torch.arange(200) % 4

@@ -14,7 +14,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.data.label_order import in_order
 from diag.snapshot.loop.data import BatchFacts, DrawFacts, EvaluatedRows, TargetFacts
 from diag.snapshot.loop.facts import Loop
-from diag.watching.observe.loop.data.targets import shift_of
+from diag.watching.observe.loop.data.targets import first_position, shift_of
 
 WATCHED = ["batch_rows", "rows_drawn", "held_out_rows", "classes_mixed", "token_targets", "target_scale"]
 
@@ -235,6 +235,53 @@ def test_targets_are_found_in_the_tokens(shift):
     assert shift_of(tokens, targets, -100) == shift
     assert shift_of(tokens, targets.reshape(-1), -100) == shift
     assert shift_of(tokens, torch.where(torch.arange(30) < 5, -100, targets), -100) == shift
+
+
+@pytest.mark.parametrize(
+    ("outputs", "asked", "shift"),
+    [
+        (slice(None, -1), slice(1, None), 1),  # the next token
+        (slice(1, None), slice(1, None), 0),
+        (slice(1, None), slice(None, -1), -1),
+        (slice(None, -2), slice(2, None), 2),
+    ],
+)
+@pytest.mark.parametrize("form", ["flat", "moved", "copied"])
+def test_targets_are_found_where_the_loss_leaves_out_the_ends(outputs, asked, shift, form):
+    tokens = torch.randint(20, (4, 30), generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(4, 30, 20, requires_grad=True) * 1.0
+    cut, targets = logits[:, outputs], tokens[:, asked]
+    given = {"flat": lambda: cut.flatten(0, 1), "moved": lambda: cut.transpose(1, 2),
+             "copied": lambda: cut.contiguous().view(-1, 20)}[form]()  # fmt: skip
+    assert shift_of(tokens, targets.reshape(-1), -100, first_position(given)) == shift
+
+
+class Speaker(nn.Module):
+    """Computes its loss itself, as language models do; `ahead`: how many places on it is asked for."""
+
+    def __init__(self, ahead):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.ahead = nn.Embedding(20, 8), nn.Linear(8, 20), ahead
+
+    def forward(self, input_ids, labels):
+        logits, n = self.head(self.embedding(input_ids)), input_ids.shape[1]
+        kept = n - self.ahead
+        return F.cross_entropy(logits[:, :kept].flatten(0, 1), labels[:, self.ahead :].flatten())
+
+
+@pytest.mark.parametrize(("ahead", "cause"), [(0, Cause.ANSWER_IN_INPUT), (1, ""), (2, Cause.TARGETS_SHIFTED)])
+def test_a_loss_that_the_model_computes_itself_is_compared_with_its_own_input(ahead, cause):
+    model = Speaker(ahead)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, instruments=["token_targets"]) as watcher:
+        for _ in range(5):
+            tokens = torch.randint(20, (4, 30))
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).backward()
+            optimizer.step()
+    assert watcher._loop.facts().targets.shifts == {ahead: 3}
+    assert {f.verdict.cause for f in watcher.findings} == ({cause} if cause else set())
 
 
 def test_targets_that_are_no_tokens_of_the_input():

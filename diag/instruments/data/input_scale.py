@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import OUTLIER_ROW
 
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale)"
@@ -152,11 +153,13 @@ def input_scale(
 ) -> InputScale:
     """Whether the inputs are near zero mean and unit scale, vary from example to example, and are alike in scale.
 
-    inputs: a floating tensor (n, ...); token numbers and other inputs are not judged. `large`: root mean square of
+    inputs: a floating tensor (n, ...), or several inputs, of which the floating one of the largest scale with at
+    least two features is judged; token numbers and other inputs are not. `large`: root mean square of
     all entries; `small`: their standard deviation; `ratio`: scale of the largest over that of the median feature
     (of inputs with one axis of features); `constant`: share of features that never vary. Beyond each it warns.
     Raises nothing of its own.
     """
+    inputs = inputs if isinstance(inputs, Tensor) else _largest(tensors_in(inputs))
     floating = _are_rows_of_numbers(inputs)
     rows = inputs.detach().flatten(1).double() if floating else torch.zeros(1, 1, dtype=torch.float64)
     finite = rows.isfinite().all(1)
@@ -187,6 +190,17 @@ def input_scale(
             ),
         ),
     )
+
+
+def _largest(parts: Sequence[Tensor]) -> Tensor | None:
+    """Of several inputs the rows of numbers with the largest entries, where there are any."""
+    rows = [t for t in parts if _are_rows_of_numbers(t) and t[0].numel() > 1]
+    return max(rows, key=_size, default=None)
+
+
+def _size(rows: Tensor) -> float:
+    """Mean square of the numbers, those that are not finite left out."""
+    return float(rows.detach().double().nan_to_num(0.0, 0.0, 0.0).square().mean())
 
 
 def _are_rows_of_numbers(inputs: Any) -> bool:

@@ -13,6 +13,7 @@ from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
 
 CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
+PAIRS = 6  # of neighbouring batches that are compared at least
 EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose
 
 
@@ -33,7 +34,8 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
 
     Each training call's inputs are told apart by some of their numbers, in order. The same batch at every step
     is full-batch training unless a DataLoader gives others meanwhile. The same batches in the same order in every
-    epoch mean that nothing shuffles.
+    epoch mean that nothing shuffles. Where several workers of a DataLoader read one stream (IterableDataset) and
+    batches come as often in a row as there are workers, each of them reads the whole stream.
 
     Raises nothing of its own.
     """
@@ -42,7 +44,7 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
     fine = f"{b.calls:,} batches were seen, and no order came again."
     if b.lag == 1:
         fine = f"The same batch is used at every step, as in full-batch training, for {b.repeats:,} steps."
-    findings = [*_empty(b), *_findings(loop)]
+    findings = [*_empty(b), *_read_by_each(b), *_findings(loop)]
     about = {} if findings else {"preconditions": (enough,)}
     return judged(BatchesRepeated, loop.step, findings, fine, **about)
 
@@ -56,6 +58,24 @@ def _empty(b: BatchFacts) -> Iterator[LoopFinding]:
             f"{b.empty_size:,} of a batch, and the last batch is dropped where it is not full.",
             "Use a smaller batch_size, or drop_last=False.",
             "len(loader) above zero.",
+        )
+
+
+def _read_by_each(b: BatchFacts) -> Iterator[LoopFinding]:
+    """Of batches that come n times in a row, (n - 1) of n neighbours are equal; an epoch's end may cut a row
+    short."""
+    expected = b.pairs * (b.readers - 1) / max(b.readers, 1)
+    if b.readers > 1 and b.pairs >= PAIRS and abs(b.equal_pairs - expected) <= 1 + b.pairs // 10:
+        yield LoopFinding(
+            Level.ALARM,
+            Cause.ROWS_DUPLICATED,
+            f"Each batch comes {b.readers:,} times: the DataLoader has {b.readers:,} workers, and each of "
+            f"them reads the "
+            f"whole stream of its IterableDataset ({b.equal_pairs:,} of {b.pairs:,} batches were the one before).",
+            "Give each worker its part in __iter__: with torch.utils.data.get_worker_info(), rows[info.id :: "
+            "info.num_workers].",
+            "A stream that is meant to give each batch several times.",
+            step=1,
         )
 
 

@@ -56,7 +56,9 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     means = [f for f in loop.losses if f.calls >= THRICE]
     undivided = bool(means) and all(f.root and f.factor == 1 and f.reduction == "mean" for f in means)
     undivided |= loop.roots.looked >= THRICE and loop.roots.undivided == loop.roots.looked
-    others = loop.batches.lag != 1  # the same inputs again and again are samples of one gradient
+    # Gradients that are never zeroed are sums of all steps, not of some batches.
+    kept = any(o.unzeroed.longest >= THRICE - 1 for o in loop.training)
+    others = not kept and loop.batches.lag != 1  # the same inputs again and again are samples of one gradient
     if steps >= THRICE - 1 and 2 * steps > total and undivided and others and len(loop.training) == 1:
         yield _summed(summed, steps)
 

@@ -89,16 +89,20 @@ def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
             layers=tuple(p.name for p in cut),
         )
     if unused:
-        yield _without(unused, loop, Cause.MODULE_UNUSED, "are not called in training")
+        yield _without(unused, loop, Cause.MODULE_UNUSED, "not called in training", "is", "are")
     if unknown:
-        yield _without(unknown, loop, Cause.GRADIENT_ABSENT, "get no gradient")
+        yield _without(unknown, loop, Cause.GRADIENT_ABSENT, "no gradient", "gets", "get")
 
 
-def _without(parameters: list[ParameterFacts], loop: Loop, cause: Cause, how: str) -> LoopFinding:
+def _without(
+    parameters: list[ParameterFacts], loop: Loop, cause: Cause, how: str, one: str, several: str
+) -> LoopFinding:
+    alone = len({layer_of(p.name) for p in parameters}) == 1
     return LoopFinding(
         Level.WARNING,
         cause,
-        f"{_layers(parameters)} {how}, so none of their parameters has changed in {counted(loop.step, 'step')}.",
+        f"{_layers(parameters)} {one if alone else several} {how}, so none of {'its' if alone else 'their'} "
+        f"parameters has changed in {counted(loop.step, 'step')}.",
         "Use the layers in forward(), or take them out of the model.",
         "A gradient of these parameters that is not None after backward().",
         layers=tuple(p.name for p in parameters),

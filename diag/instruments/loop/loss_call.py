@@ -60,6 +60,8 @@ def _findings(f: LossFacts) -> Iterator[LoopFinding]:
         yield _double(f, Cause.DOUBLE_SOFTMAX, "softmax")
     if f.function in SIGMOID_INSIDE and (f.came_from == "sigmoid" or probabilities):
         yield _double(f, Cause.DOUBLE_SIGMOID, "the sigmoid")
+    if f.flat:
+        yield _flat(f)
     if f.function in LOG_INPUT:
         yield from _log_input(f, probabilities, always)
     if f.truncated > 0:
@@ -91,6 +93,18 @@ def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[Loop
         yield _logs(f, "probabilities")
     elif f.function == "nll_loss" and always and f.checked >= CALLS_NEEDED and not f.log_probabilities:
         yield _logs(f, "raw outputs")
+
+
+def _flat(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.GRAPH_CUT,
+        f"{f.function} is called on what {f.flat} made of the outputs, and its derivative is zero everywhere: no "
+        "gradient passes to the network.",
+        f"Train on the outputs themselves, and use {f.flat} only for what is reported.",
+        "A gradient of the last layer that is not zero.",
+        step=f.first_step,
+    )
 
 
 def _broadcast(f: LossFacts) -> LoopFinding:

@@ -93,7 +93,7 @@ def _forever(s: ScalingFacts) -> LoopFinding:
         "not finite each time, at any scale.",
         "Find the first module whose gradient or output is NaN or infinite; compute that part in float32.",
         "A step that is taken.",
-        step=s.skipped.last - s.skipped.running + 1,
+        step=s.skipped.since,
     )
 
 

@@ -60,7 +60,7 @@ def _findings(m: ModeFacts) -> Iterator[LoopFinding]:
 
 
 def _training(m: ModeFacts) -> LoopFinding | None:
-    since, names = m.eval_steps.last - m.eval_steps.running + 1, m.trained_parts
+    since, names = m.eval_steps.since, m.trained_parts
     if m.left_by_evaluation:
         since = m.left_by_evaluation
         return _in_eval(m, since, f"since the evaluation before step {since:,}", Level.ALARM)
@@ -71,8 +71,9 @@ def _training(m: ModeFacts) -> LoopFinding | None:
         return LoopFinding(
             Level.ALARM,
             Cause.TRAINING_IN_EVAL_MODE,
-            f"{named(untracked)} train in eval mode and have never seen a batch, so they normalise with the mean 0 "
-            "and the variance 1 that they were made with.",
+            f"Training runs with {named(untracked)} in eval mode, which never saw a batch: what it "
+            f"normalises with is "
+            "the mean 0 and the variance 1 that it was made with.",
             "Call model.train() before training; batch norms need statistics from pretraining to be in eval mode.",
             "num_batches_tracked above zero.",
             step=since,

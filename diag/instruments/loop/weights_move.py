@@ -19,7 +19,8 @@ from diag.snapshot.loop.steps import ParameterFacts
 
 STEPS_IN_A_ROW = 3  # measured in a row
 ROUNDING_OF_NORM = 1e-6
-CONVERGED = 1e-2  # of the usual gradient: below it a step may well round to nothing
+CONVERGED = 1e-2  # of the usual gradient, or that of the start: below it a step may well round to nothing
+AT_THE_START = 5  # measurements
 HALF_PRECISION_TYPES = ("float16", "bfloat16")
 
 
@@ -58,7 +59,7 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         name = history.layers[column]
         p = facts.get(name)
         seen = numpy.flatnonzero(numpy.isfinite(update) & (gradient > 0))
-        if len(seen) and gradient[seen[-STEPS_IN_A_ROW:]].max() < CONVERGED * numpy.median(gradient[seen]):
+        if len(seen) and gradient[seen[-STEPS_IN_A_ROW:]].max() < CONVERGED * _usual(gradient[seen]):
             continue
         if (
             p is None
@@ -68,20 +69,33 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         ):
             continue
         last = rows[seen[-STEPS_IN_A_ROW:]]
-        rate = p.rate or numpy.nan_to_num(history.learning_rate[last]).max()
-        if p.dtype not in HALF_PRECISION_TYPES and p.rate != 0 and _rounds(history, last, column, rate):
+        rate = _rate_at(history, last, p, loop)
+        if p.dtype not in HALF_PRECISION_TYPES and rate != 0 and _rounds(history, last, column, rate):
             continue
         moved = numpy.flatnonzero(update[seen] != 0)
         since = int(history.steps[rows[seen[moved[-1] + 1 if len(moved) else 0]]])
-        cause = _cause(p, bool(len(moved)), _came_down(history, loop))
+        cause = _cause(p, rate, bool(len(moved)), _came_down(history, loop))
         still.setdefault(cause, []).append(name)
         began[cause] = min(began.get(cause, since), since)
     for cause, names in still.items():
         yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
 
 
-def _cause(p: ParameterFacts, moved: bool, came_down: bool) -> Cause:
-    if p.rate is not None and p.rate == 0 and (moved or not came_down):
+def _usual(gradient: Any) -> float:
+    """The norm that is usual over the run, or was at its start: a run that converges ends far below both."""
+    return float(max(numpy.median(gradient), numpy.median(gradient[:AT_THE_START])))
+
+
+def _rate_at(history: History, last: Any, p: ParameterFacts, loop: Loop) -> float:
+    """The parameter's learning rate at the steps `last`. What its group has now is that of a step to come where a
+    schedule has set the rates of all groups to zero since."""
+    at_steps = float(numpy.nan_to_num(history.learning_rate[last]).max())
+    since = p.rate == 0 and all(g.get("lr") == 0 for o in loop.training for g in o.groups)
+    return at_steps if p.rate is None or since else p.rate
+
+
+def _cause(p: ParameterFacts, rate: float, moved: bool, came_down: bool) -> Cause:
+    if p.rate is not None and rate == 0 and (moved or not came_down):
         return Cause.SCHEDULE_ENDED_EARLY if moved else Cause.LEARNING_RATE_ZERO
     return Cause.UPDATES_ROUND_TO_NOTHING if p.dtype in HALF_PRECISION_TYPES else Cause.WEIGHTS_UNCHANGED
 
@@ -111,9 +125,11 @@ def _once_still(history: History, rows: Any) -> Iterator[tuple[int, Any, Any]]:
 
 def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
     """Whether the learning rate times the gradient is below what float32 keeps of the parameter: a bias in front
-    of a normalisation has such a gradient, made of rounding."""
-    step, size = rate * history.gradient_norm[last, column], history.parameter_norm[last, column]
-    return bool((step <= ROUNDING_OF_NORM * numpy.nan_to_num(size)).all())
+    of a normalisation has such a gradient, made of rounding. So may the learning rate itself be, for each entry,
+    which is Adam's step whatever the gradient is."""
+    step, size = rate * history.gradient_norm[last, column], numpy.nan_to_num(history.parameter_norm[last, column])
+    step = numpy.minimum(step, rate * numpy.sqrt(history.sizes[column]))
+    return bool((step <= ROUNDING_OF_NORM * size).all())
 
 
 def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> LoopFinding:

@@ -72,7 +72,7 @@ class OutputConstant(Result):
                 Cause.LABELS_SHUFFLED, Cause.LOSS_TERM_DOMINATES, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED,
                 Cause.CLASSES_SORTED, Cause.CLASS_IMBALANCE, Cause.INPUTS_TOO_SMALL, Cause.INPUTS_NOT_NORMALIZED,
                 Cause.PARAMETER_IN_NO_OPTIMIZER, Cause.STEP_MISSING, Cause.GRADIENTS_ZEROED_BEFORE_STEP,
-                Cause.TARGETS_NOT_NORMALIZED,
+                Cause.TARGETS_NOT_NORMALIZED, Cause.CLASS_WEIGHTS_WRONG,
             ),
             step=began,
         )  # fmt: skip

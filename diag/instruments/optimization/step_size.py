@@ -54,7 +54,7 @@ class StepSize(Result):
 
     largest_ratio: float = measured("step over weights: the largest median of five consecutive measurements")
     largest_at: int = measured("the step at which these five measurements ended; 0 where there are fewer")
-    began_at: int = measured("the middle of the first five measurements whose median was too high; 0: none")
+    began_at: int = measured("the first that was too high of the first five whose median was; 0: none")
     ratio: float = measured("step over weights: the median while the learning rate was above half of its largest")
     tensors: int = measured("tensors with at least 64 entries that moved")
     num_steps: int = measured("steps recorded", unit="steps")
@@ -110,7 +110,8 @@ class StepSize(Result):
                           Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
                           Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.INPUTS_TOO_SMALL,
-                          Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED),
+                          Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED, Cause.LOSS_ASCENDED,
+                          Cause.CLASS_WEIGHTS_WRONG),
             step=self.began_at or self.largest_at,
         )  # fmt: skip
 
@@ -238,14 +239,14 @@ def step_size(
 
 
 def _largest_of_five(medians: NDArray[numpy.float64], steps: NDArray[Any], limit: float) -> tuple[float, int, int]:
-    """The largest median of five consecutive measurements, the step at which these ended, and the middle of the
-    first five whose median is above the limit: some were above it by then."""
+    """The largest median of five consecutive measurements, the step at which these ended, and the first that is
+    above the limit of the first five whose median is."""
     if len(medians) < MEASUREMENTS_IN_A_ROW:
         return math.nan, 0, 0
     windows = median(numpy.lib.stride_tricks.sliding_window_view(medians, MEASUREMENTS_IN_A_ROW), axis=1)
     best = int(numpy.nanargmax(windows)) if numpy.isfinite(windows).any() else 0
     above = numpy.flatnonzero(numpy.nan_to_num(windows) > limit)
-    began = int(steps[above[0] + MEASUREMENTS_IN_A_ROW // 2]) if len(above) else 0
+    began = int(steps[above[0] + int((medians[above[0] :] > limit).argmax())]) if len(above) else 0
     return float(windows[best]), int(steps[best + MEASUREMENTS_IN_A_ROW - 1]), began
 
 

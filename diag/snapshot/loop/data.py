@@ -23,6 +23,9 @@ class BatchFacts:
     DataLoader gave a batch; loaders: epochs of DataLoaders begun, epochs: those of one that were followed by
     training calls, again: the step at which the last of these that was not its first began; loader_batches: batches
     in such an epoch; by_rows: its sampler orders rows, so that no two epochs have the same batches by chance.
+    readers: workers of the last loader, where its data set is a stream (IterableDataset), which each of them reads;
+    pairs: of batches that loaders gave one after the other and that were compared, equal_pairs those that were one
+    batch twice.
     label_counts: of each class over the batches that were
     counted (`counted` of them), and distinct: classes in a batch, on average; batch_size: targets counted a batch
     on average; continued: the share of batches that have a class of the batch just before. empty: how many of
@@ -41,6 +44,9 @@ class BatchFacts:
     again: int = 0
     loader_batches: int = 0
     by_rows: bool = False
+    readers: int = 0
+    pairs: int = 0
+    equal_pairs: int = 0
     shuffled: bool | None = None
     label_counts: Mapping[int, int] = field(default_factory=dict)
     counted: int = 0
@@ -119,7 +125,9 @@ class LossFacts:
     of the targets of binary cross-entropy; several: the largest number of classes that one row of zeros and ones
     has, where softmax is taken over them. averaged: of a loss that is not reduced, backward() was called on its
     plain mean; ascended: it enters what backward() is called on with a minus sign. weighted: class weights were
-    given."""
+    given, class_weights: these, one for each class, and positive_weight that of the ones of binary cross-entropy
+    (the largest of several; NaN where none is known); positives: the share of ones among its targets, a running
+    mean. flat: the function whose derivative is zero that made the input ("round()")."""
 
     function: str
     reduction: str = ""
@@ -148,6 +156,10 @@ class LossFacts:
     averaged: bool = False
     ascended: bool = False
     weighted: bool = False
+    class_weights: tuple[float, ...] = ()
+    positive_weight: float = math.nan
+    positives: float = math.nan
+    flat: str = ""
     label_smoothing: float = 0.0
 
     @property

@@ -14,13 +14,15 @@ from typing import Any
 @dataclass(frozen=True)
 class Tally:
     """How often something happened: `times` in all, at steps `first` to `last`; `running` is how often in a row up
-    to now and `longest` the longest such row."""
+    to now, `longest` the longest such row, and `since` the step at which the last one began. Not every step is
+    looked at."""
 
     times: int = 0
     first: int = 0
     last: int = 0
     running: int = 0
     longest: int = 0
+    since: int = 0
 
     def __bool__(self) -> bool:
         return self.times > 0

@@ -21,6 +21,7 @@ from diag.display import format_seconds
 from diag.errors import DiagError, InvalidInput, MissingQuantity
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
+from diag.snapshot import pause
 from diag.snapshot.glossary import HELD_OUT, Effort
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.tensors import hearing
@@ -281,7 +282,8 @@ class Measurements:
 
     @contextmanager
     def _undisturbed(self, snapshot: Snapshot) -> Iterator[None]:
-        with hearing() as said, torch.enable_grad(), _uncompiled():
+        # A loss that an instrument computes is none of the loop's.
+        with hearing() as said, torch.enable_grad(), _uncompiled(), pause.measuring():
             yield
         for sentence in said:
             self._note(sentence, sentence)

@@ -102,6 +102,36 @@ def never_zeroed():
     return model, train
 
 
+def by_closure(zeroes):
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    x, y = data()
+
+    def train():
+        for _ in range(6):
+
+            def closure():
+                if zeroes:
+                    optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y) + 1e-3 * sum(p.square().sum() for p in model.parameters())
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    return model, train
+
+
+@fault(Cause.GRADIENTS_NOT_ZEROED, within=3)
+def a_closure_that_never_zeroes():
+    return by_closure(zeroes=False)
+
+
+@healthy
+def a_closure_that_zeroes():
+    return by_closure(zeroes=True)
+
+
 @fault(Cause.GRADIENTS_NOT_ZEROED, within=3)
 def never_zeroed_and_clipped():
     model = mlp()
@@ -721,6 +751,26 @@ def seeded_in_every_epoch():
 
 
 # Loss
+
+
+@fault(Cause.GRAPH_CUT, within=3)
+def rounded_before_the_loss():
+    model = nn.Sequential(mlp(classes=1), nn.Sigmoid())
+
+    def loss(out, y):
+        return F.mse_loss(out.round().squeeze(1), (y > 0).float())
+
+    return model, lambda: plain(model, sgd(model), loss=loss)
+
+
+@healthy
+def rounded_with_the_gradient_passed_straight_through():
+    model = nn.Sequential(mlp(classes=1), nn.Sigmoid())
+
+    def loss(out, y):
+        return F.mse_loss((out + (out.round() - out).detach()).squeeze(1), (y > 0).float())
+
+    return model, lambda: plain(model, sgd(model), loss=loss)
 
 
 @fault(Cause.DOUBLE_SOFTMAX, within=3)

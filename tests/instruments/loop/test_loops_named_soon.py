@@ -412,3 +412,129 @@ def test_layers_that_are_left_out_by_chance_are_not_told():
 
     model = Dropped()
     assert not told(model, lambda: loops.plain(model, loops.adam(model), 12))
+
+
+# What an instrument computes itself is none of the loop's
+
+
+def test_an_evaluation_without_a_loss_is_not_said_to_have_computed_one():
+    model = loops.noisy()
+    optimizer, loader, others = loops.adam(model), loops.batches(n=96), held_out()
+    logging.getLogger("diag").setLevel(logging.CRITICAL)
+    with diag.watch(model) as watcher:  # all checks: some compute losses of their own when the watch is closed
+        for _ in range(3):
+            model.train()
+            an_epoch(model, optimizer, loader)
+            with torch.no_grad():
+                for x, y in others:
+                    (model(x).argmax(1) == y).sum()
+    told = [f.verdict for f in watcher.findings if f.verdict.cause == Cause.EVALUATION_IN_TRAIN_MODE]
+    assert told and all("held-out rows were given to the model" in v.sentence for v in told)
+
+
+def test_eval_mode_from_the_start_is_said_to_be_so_after_many_steps():
+    """Not every step is looked at, so the steps counted are not the steps since."""
+    model = loops.noisy().eval()
+    optimizer = loops.adam(model)
+    with diag.watch(model, instruments=["module_modes"]) as watcher:
+        for _ in range(16):
+            an_epoch(model, optimizer, loops.batches())
+    ((_, result),) = watcher.run.series("module_modes")[-1:]
+    assert "from step 1 on" in result.verdict().sentence
+
+
+# A stream that several workers read
+
+
+class Rows(torch.utils.data.IterableDataset):
+    def __init__(self, part):
+        self.part, self.rows = part, list(zip(*loops.data(96), strict=True))
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        yield from self.rows[info.id :: info.num_workers] if self.part else self.rows
+
+
+@pytest.mark.parametrize(("part", "workers"), [(False, 2), (False, 3), (True, 2)])
+def test_a_stream_that_every_worker_reads_as_a_whole_is_told(part, workers):
+    model = loops.mlp()
+    loader = DataLoader(Rows(part), 8, num_workers=workers)
+    causes = told(model, lambda: an_epoch(model, loops.adam(model), loader))
+    assert (causes.get(Cause.ROWS_DUPLICATED, 99) <= 12) == (not part)
+
+
+def test_several_steps_on_each_batch_of_a_stream_are_the_loops_own():
+    model, loader = loops.mlp(), DataLoader(Rows(True), 8, num_workers=2)
+    optimizer = loops.adam(model)
+
+    def train():
+        for x, y in loader:
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+    assert Cause.ROWS_DUPLICATED not in told(model, train)
+
+
+# Padding of the inputs beside targets of other classes
+
+
+class Tags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, 8, padding_idx=0)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+def test_a_class_with_the_number_of_the_padding_is_a_class_where_the_loss_ignores_others():
+    model = Tags()
+    optimizer = loops.adam(model)
+    tokens = torch.randint(1, 9, (32, 10), generator=torch.Generator().manual_seed(1))
+    tokens[:, 6:] = 0
+    tags = torch.where(tokens == 0, -100, tokens % 4)
+
+    def train():
+        for x, y in zip(tokens.split(4), tags.split(4), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+            optimizer.step()
+
+    assert Cause.IGNORED_LABELS_COUNTED not in told(model, train)
+
+
+# A rate of which nothing is left by the time that somebody looks
+
+
+def test_a_rate_that_rounds_to_nothing_is_not_said_to_have_come_down_to_zero():
+    model = loops.noisy()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+
+    def train():
+        for _ in range(3):
+            an_epoch(model, optimizer, loops.batches())
+            schedule.step()  # the last comes after all steps, and leaves a rate of zero
+
+    assert not {Cause.SCHEDULE_ENDED_EARLY, Cause.WEIGHTS_UNCHANGED} & set(told(model, train))
+
+
+def test_weights_at_rest_at_the_end_of_a_convergence_are_no_finding():
+    torch.manual_seed(0)
+    x = torch.randn(60, 5)
+    y = x[:, :3].argmax(1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5)
+
+    def closure():
+        optimizer.zero_grad()
+        penalty = 1e-3 * sum(p.square().sum() for p in model.parameters())
+        loss = F.cross_entropy(model(x), y) + penalty
+        loss.backward()
+        return loss
+
+    assert not told(model, lambda: [optimizer.step(closure) for _ in range(60)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, IterableDataset
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import BatchFacts
@@ -35,6 +35,7 @@ class Batches:
         self._pending: list[tuple[int, int | Tensor, bool, int | None, Any]] = []  # until a backward pass
         self._loader = 0  # the one whose epoch began last
         self._empty, self._empty_loader = 0, (0, 0)
+        self._readers = 0  # workers that read one stream
         self.fetched = False  # a DataLoader gave a batch since the last call
         self._loaders = self._loader_batches = 0
         self._shuffled: bool | None = None
@@ -101,6 +102,8 @@ class Batches:
             self._loader_batches = 0
         sampler = type(getattr(loader, "sampler", None)).__name__
         whole = type(getattr(loader, "batch_sampler", None)) is BatchSampler and loader.batch_size > 1
+        streams = isinstance(getattr(loader, "dataset", None), IterableDataset)
+        self._readers = int(getattr(loader, "num_workers", 0)) if streams else 0
         self._begun_by_rows = whole and sampler in SAMPLERS_OF_ROWS
         self._shuffled = {"RandomSampler": True, "SequentialSampler": False}.get(sampler)
 
@@ -176,6 +179,9 @@ class Batches:
             again=self._again,
             loader_batches=self._batches_each or self._loader_batches,
             by_rows=self._by_rows,
+            readers=self._readers,
+            pairs=self._raw.pairs,
+            equal_pairs=self._raw.equal,
             shuffled=self._shuffled,
             label_counts=dict(sorted(self._labels.items())),
             counted=self._counted,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, parents_of, signed
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, made_last, parents_of, signed
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES, LossFacts
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment, due
@@ -26,6 +26,9 @@ CALLS_CHECKED = 3  # calls whose numbers are looked at
 ROOTS = 8
 ROWS_CHECKED = 64
 NODES_TO_INPUT = 24
+NEWEST = 0.1  # weight of the newest batch in a running mean
+MOST_CLASSES = 4096  # whose weights are kept
+FLAT = {"Round": "round()", "Sign": "sign()", "Floor": "floor()", "Ceil": "ceil()", "Trunc": "trunc()"}
 MADE_BY = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "LogSigmoid": "log_sigmoid"}
 
 
@@ -96,6 +99,8 @@ class Losses:
 
     def _look(self, kind: LossFacts, given: Tensor, target: Any) -> None:
         kind.came_from, kind.over_axis = made_by(given)
+        last = made_last(given.grad_fn, NODES_TO_INPUT)
+        kind.flat = FLAT.get(kind_of(last), "") if last is not None else ""
         if isinstance(target, Tensor):
             kind.broadcast |= expands_both(given, target) and kind.function not in OF_LOG_PROBABILITIES
             self._targets(kind, target)
@@ -118,7 +123,8 @@ class Losses:
 
     def _range(self, kind: LossFacts, target: Tensor) -> None:
         if kind.function in OF_BINARY_TARGETS and target.numel():
-            self._read(kind, "range", torch.stack(target.detach().float().aminmax()))
+            numbers = target.detach().float()
+            self._read(kind, "range", torch.stack((*numbers.aminmax(), numbers.mean())))
         elif kind.function == "cross_entropy" and target.is_floating_point() and target.ndim > 1:
             ones = target.detach()
             binary = ((ones == 0) | (ones == 1)).all()
@@ -147,8 +153,10 @@ class Losses:
     def _note_targets(self, kind: LossFacts, what: str, values: Tensor) -> None:
         if what == "several":
             kind.several = max(kind.several, int(values))
-        else:
-            kind.lowest, kind.highest = min(kind.lowest, float(values[0])), max(kind.highest, float(values[1]))
+            return
+        kind.lowest, kind.highest = min(kind.lowest, float(values[0])), max(kind.highest, float(values[1]))
+        before = kind.positives if math.isfinite(kind.positives) else float(values[2])
+        kind.positives = before + (float(values[2]) - before) * NEWEST
 
     # What the loss was multiplied with
 
@@ -215,8 +223,16 @@ class Losses:
             ignored=ignored if isinstance(ignored, int) else None,
             padding=self._paddings.get(compared.shape[1]) if tokens else None,
             weighted=given.get("weight") is not None or given.get("pos_weight") is not None,
+            class_weights=_numbers(given.get("weight")) if function.__name__ in OF_LOG_PROBABILITIES else (),
+            positive_weight=max(_numbers(given.get("pos_weight")), default=math.nan),
             label_smoothing=float(smoothing) if isinstance(smoothing, (int, float)) else 0.0,
         )
+
+
+def _numbers(weights: Any) -> tuple[float, ...]:
+    """Weights of classes as plain numbers, read from a device once."""
+    known = isinstance(weights, Tensor) and weights.ndim < 2 and 0 < weights.numel() <= MOST_CLASSES
+    return tuple(weights.detach().reshape(-1).tolist()) if known else ()
 
 
 def _arguments(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -60,10 +60,10 @@ class Moment:
 class Counter:
     """A tally under way. `hit(step)`, or `miss()` where it could have happened and did not."""
 
-    __slots__ = ("first", "last", "longest", "running", "times")
+    __slots__ = ("first", "last", "longest", "running", "since", "times")
 
     def __init__(self) -> None:
-        self.times = self.first = self.last = self.running = self.longest = 0
+        self.times = self.first = self.last = self.running = self.longest = self.since = 0
 
     def hit(self, step: int) -> int:
         """It happened at `step`; the number of times in a row."""
@@ -71,6 +71,7 @@ class Counter:
         self.first = self.first or step
         self.last = step
         self.running += 1
+        self.since = step if self.running == 1 else self.since
         self.longest = max(self.longest, self.running)
         return self.running
 
@@ -80,4 +81,4 @@ class Counter:
 
     def tally(self) -> Tally:
         """What was counted."""
-        return Tally(self.times, self.first, self.last, self.running, self.longest)
+        return Tally(self.times, self.first, self.last, self.running, self.longest, self.since)

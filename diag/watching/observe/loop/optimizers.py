@@ -39,7 +39,7 @@ class OptimizerRecord:
         self.repeated, self.doubled, self.lost, self.scaled, self.late = (Counter() for _ in range(5))
         self.partly = Counter()
         self.kept: tuple[str, ...] = ()
-        self.may_be_late = False
+        self.may_be_late = self.by_closure = False
         self.stale: tuple[str, ...] = ()
         self.stale_gradients: set[str] = set()
         self.marks: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -123,6 +123,7 @@ class Optimizers:
             record.nested = True
             return None
         self.closures |= closure
+        record.by_closure = closure
         if record.size != sum(len(g["params"]) for g in optimizer.param_groups):
             self.refresh(record, optimizer)
         if len(vars(optimizer)) > record.attributes >= 0:
@@ -160,6 +161,11 @@ class Optimizers:
             return record
         if record.steps == 1:
             record.stateful = bool(optimizer.state) and any(optimizer.state.values())
+        if record.by_closure and record.steps > 1:
+            # Its backward passes came inside the step: the gradient holds earlier ones where it was never reset.
+            kept = [w for w in record.watched if w.reached]
+            older = bool(kept) and all(w.fresh > w.reached and not w.was_zero() for w in kept)
+            self._count(record.unzeroed, step, older, "not zeroed", record)
         for w in record.watched:
             w.stepped(id(record))
         self.used()

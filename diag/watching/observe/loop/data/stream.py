@@ -30,7 +30,8 @@ TELL = (2, 3, 4, 5, 6, 8, 12)  # the same order for so many batches is news
 
 class Stream:
     """The batches of one kind. lag: after how many the same comes again; repeats: how many in a row did, since the
-    step `since`; fetched: before how many of these a DataLoader gave a batch; hashed: how many in all."""
+    step `since`; fetched: before how many of these a DataLoader gave a batch; hashed: how many in all. pairs:
+    neighbours that were compared, of which `equal` were one batch twice."""
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
@@ -41,6 +42,7 @@ class Stream:
         self._were_fetched: set[int] = set()  # of these those for which a DataLoader gave one
         self._away: deque[tuple[int, Tensor, bool]] = deque(maxlen=AWAY)
         self.hashed = self.lag = self.repeats = self.since = self.fetched = 0
+        self.pairs = self.equal = 0
 
     def key(self, place: int, tensor: Tensor) -> int | Tensor | None:
         """What tells this batch from others; None where it is not to be told. Nothing is counted yet."""
@@ -92,6 +94,9 @@ class Stream:
 
     def _compare(self, place: int, key: int, before: int | None, fetched: bool) -> None:
         """Is this the batch of `lag` places before? Not all are looked at, so often nobody knows."""
+        neighbour = self._keys.get(place - 1)
+        if neighbour is not None:
+            self.pairs, self.equal = self.pairs + 1, self.equal + (neighbour == key)
         there = self._keys.get(place - self.lag) if self.lag else None
         if there is not None and there == key:
             self.repeats += 1

@@ -7,11 +7,13 @@ A few calls are looked at. What is on a device is kept there and read when the f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, signed
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import TargetFacts
 from diag.snapshot.objective.comparison import IGNORED_LABEL
@@ -22,7 +24,26 @@ TARGET_CALLS = 3  # calls
 TARGET_ROWS, TARGET_NUMBERS = 8, 4096  # of a call that are read
 FARTHEST = 32  # positions by which targets are looked for
 TOKENS_COMPARED, DISTINCT_TOKENS = 48, 6  # tokens at least that agree, and distinct ones among them
+MOST_CUT = 4  # positions of a sequence that a loss may leave out at its ends
+NODES_TO_CUT = 16
 OF_NUMBERS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+
+
+@dataclass
+class Asked:
+    """One loss whose targets may be tokens. start: the position of the first output that it is of; tokens: inputs
+    that the targets may be of, those before it and, as a model may compute the loss itself, those of the next call
+    that ends."""
+
+    target: Tensor
+    ignored: int
+    start: int
+    tokens: list[Tensor] = field(default_factory=list)
+
+    def shift(self) -> int | None:
+        """By how many positions the targets stand before the tokens that they are, None where they are none."""
+        shifts = (shift_of(t, self.target, self.ignored, self.start) for t in self.tokens)
+        return next((s for s in shifts if s is not None), None)
 
 
 class Targets:
@@ -33,46 +54,67 @@ class Targets:
         self._tokens: list[Tensor] = []
         self._shifts: dict[int, int] = {}
         self._looks = self._aligned = self._numbers = 0
-        self._waiting: list[tuple[str, Tensor, list[Tensor], int]] = []
+        self._open: Asked | None = None  # until the call that it may be of has ended
+        self._waiting: list[Asked] = []
+        self._numbers_waiting: list[tuple[Tensor, Tensor]] = []
         self._sizes: list[tuple[float, float, float, float]] = []
         self._function = ""
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
-        if self._looks < TARGET_CALLS:
-            self._tokens = [t for t in tensors_in((args, dict(kwargs))) if is_tokens(t)][:4]
+        if self._looks >= TARGET_CALLS and self._open is None:
+            return
+        self._tokens = [t for t in tensors_in((args, dict(kwargs))) if is_tokens(t)][:4]
+        asked, self._open = self._open, None
+        if asked is not None and (asked.tokens or self._tokens):
+            self._looks += 1
+            asked.tokens += self._tokens
+            self._compare(asked)
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
         given, target = input_and_target(args, kwargs)
         if not isinstance(target, Tensor) or not isinstance(given, Tensor):
             return
-        if self._tokens and not target.is_floating_point() and self._looks < TARGET_CALLS:
-            self._looks += 1
+        if not target.is_floating_point() and self._looks < TARGET_CALLS:
             ignored = kwargs.get("ignore_index", IGNORED_LABEL)
-            self._read("tokens", target, self._tokens, ignored if isinstance(ignored, int) else IGNORED_LABEL)
+            ignored = ignored if isinstance(ignored, int) else IGNORED_LABEL
+            self._ask(Asked(target.detach(), ignored, first_position(given), list(self._tokens)))
         elif target.is_floating_point() and name in OF_NUMBERS and self._numbers < TARGET_CALLS:
             self._numbers += 1
             self._function = name
-            self._read("numbers", target.reshape(-1)[:TARGET_NUMBERS], [given.reshape(-1)[:TARGET_NUMBERS]], 0)
+            wanted, got = (t.detach().reshape(-1)[:TARGET_NUMBERS] for t in (target, given))
+            if wanted.is_cpu:
+                self._measure(wanted, got)
+            else:
+                self._numbers_waiting.append((wanted.clone(), got.clone()))
 
-    def _read(self, what: str, target: Tensor, others: list[Tensor], ignored: int) -> None:
-        if target.is_cpu:
-            self._note(what, target.detach(), [t.detach() for t in others], ignored)
+    def _ask(self, asked: Asked) -> None:
+        """Compare with the tokens before, where these may be meant, else wait for those of the call that ends
+        next."""
+        if asked.target.is_cpu and asked.shift() is not None:
+            self._looks += 1
+            self._compare(asked)
         else:
-            kept = [t.detach().clone() for t in (target, *others)]
-            self._waiting.append((what, kept[0], kept[1:], ignored))
+            self._open = asked
 
-    def _note(self, what: str, target: Tensor, others: list[Tensor], ignored: int) -> None:
-        if what == "numbers":
-            wanted, given = target.double(), others[0].double()
-            if wanted.numel() > 1:
-                size = float(wanted.square().mean().sqrt())
-                spread, mean = float(wanted.std(correction=0)), float(wanted.mean())
-                self._sizes.append((size, mean, spread, float(given.square().mean().sqrt())))
-                self._moment.news("size of targets")
-            return
-        shift = next((s for t in others if (s := shift_of(t, target, ignored)) is not None), None)
+    def _compare(self, asked: Asked) -> None:
+        if asked.target.is_cpu:
+            self._note(asked)
+        else:
+            kept = [t.detach().clone() for t in asked.tokens]
+            self._waiting.append(Asked(asked.target.clone(), asked.ignored, asked.start, kept))
+
+    def _measure(self, target: Tensor, output: Tensor) -> None:
+        wanted, given = target.double(), output.double()
+        if wanted.numel() > 1:
+            size = float(wanted.square().mean().sqrt())
+            spread, mean = float(wanted.std(correction=0)), float(wanted.mean())
+            self._sizes.append((size, mean, spread, float(given.square().mean().sqrt())))
+            self._moment.news("size of targets")
+
+    def _note(self, asked: Asked) -> None:
+        shift = asked.shift()
         self._aligned += 1
         if shift is not None:
             self._shifts[shift] = self._shifts.get(shift, 0) + 1
@@ -81,8 +123,11 @@ class Targets:
     def facts(self) -> TargetFacts:
         """As plain data; what is on a device is read now."""
         waiting, self._waiting = self._waiting, []
-        for what, target, others, ignored in waiting:
-            self._note(what, target.cpu(), [t.cpu() for t in others], ignored)
+        for asked in waiting:
+            self._note(Asked(asked.target.cpu(), asked.ignored, asked.start, [t.cpu() for t in asked.tokens]))
+        numbers, self._numbers_waiting = self._numbers_waiting, []
+        for wanted, given in numbers:
+            self._measure(wanted.cpu(), given.cpu())
         sizes = torch.tensor(self._sizes).double().mean(0).tolist() if self._sizes else [float("nan")] * 4
         first_output = self._sizes[0][3] if self._sizes else float("nan")
         return TargetFacts(
@@ -102,19 +147,38 @@ def is_tokens(t: Tensor) -> bool:
     return t.ndim == 2 and t.dtype in (torch.int64, torch.int32) and t.shape[1] > 4
 
 
-def shift_of(tokens: Tensor, target: Tensor, ignored: int) -> int | None:
+def first_position(given: Tensor) -> int:
+    """Of outputs that were cut over positions, z[:, a:b], the first position a; 0 where nothing was cut."""
+    for node in first_arguments(given.grad_fn, NODES_TO_CUT):
+        name = kind_of(node)
+        if name == "Slice" and signed(getattr(node, "_saved_dim", 0)) in (1, -2):
+            start = signed(getattr(node, "_saved_start", None) or 0)
+            if start or signed(getattr(node, "_saved_end", 0)) < 0:
+                length = getattr(node, "_saved_self_sym_sizes", (0, 0))[1]
+                return start if start >= 0 else int(length) + start
+        if name not in (*PASSING_ON, "Slice", "Transpose", "Permute", "LogSoftmax"):
+            break
+    return 0
+
+
+def shift_of(tokens: Tensor, target: Tensor, ignored: int, start: int = 0) -> int | None:
     """The s for which the target at each position is the token s positions on, None where there is none: 1 where
-    the next one is asked for, 0 where the same. tokens (n, t); target (n, t) or flattened; `ignored` targets do not
-    count."""
-    if target.numel() == tokens.numel():
-        target = target.reshape(tokens.shape)
-    if target.shape != tokens.shape:
+    the next one is asked for, 0 where the same. tokens (n, t); target (n, t), or (n, t - c) from position `start`
+    on, or flattened; `ignored` targets do not count."""
+    n, length = tokens.shape
+    asked = target.numel() // max(n, 1)
+    if not length - MOST_CUT <= asked <= length or target.numel() != n * asked:
         return None
-    tokens, target = tokens[:TARGET_ROWS], target[:TARGET_ROWS]
-    length = tokens.shape[1]
+    if target.ndim != 1 and target.shape != (n, asked):
+        return None
+    tokens, target = tokens[:TARGET_ROWS], target.reshape(n, asked)[:TARGET_ROWS]
     for distance in range(min(FARTHEST, length - 2) + 1):
         for s in {distance, -distance}:
-            ours, theirs = target[:, max(-s, 0) : length - max(s, 0)], tokens[:, max(s, 0) : length - max(-s, 0)]
+            at = start + s  # the token that the first target is, should it be inside
+            low, high = max(0, -at), min(asked, length - at)
+            if high <= low:
+                continue
+            ours, theirs = target[:, low:high], tokens[:, low + at : high + at]
             counts = ours != ignored
             if bool((ours == theirs)[counts].all()) and _enough(ours[counts]):
                 return s

@@ -1,0 +1,135 @@
+"""Class weights of the loss: what they leave each class of the loss, beside how often it occurs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import NDArray
+
+from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
+from diag.registry import instrument
+from diag.result import Confidence, Level, Precondition
+from diag.snapshot.loop.data import LossFacts
+from diag.snapshot.loop.facts import Loop
+
+SOURCE = "arithmetic of the loss's weights and the labels"
+Numbers = NDArray[numpy.float64]
+# A class is neglected where its part of the loss is far below both its share of the examples and an even part.
+FAR_BELOW, NEXT_TO_NOTHING = 0.1, 0.01
+MANY = 0.25  # of the examples, for the neglected classes together
+FEWEST = 64  # labels counted
+# How much more frequent a class, and larger its weight, must be to be told apart; nearly all pairs must agree.
+APART, AGREE = 1.5, 0.9
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassWeights(LoopCheck):
+    """Weights that leave one class nearly the whole loss, or that are larger where examples are more."""
+
+    cites = SOURCE
+
+
+@instrument(source=SOURCE, title="Class weights", kind="check")
+def class_weights(loop: Loop, *, nothing: float = NEXT_TO_NOTHING) -> ClassWeights:
+    """Whether the class weights of the loss even out the classes, or do the opposite.
+
+    loop: the facts of the loop, which hold the weights given to cross_entropy, nll_loss or
+    binary_cross_entropy_with_logits and the labels counted. The part of the loss that a class has is its number of
+    examples times its weight, over the sum of these. Classes with a quarter of the examples that have less than
+    `nothing` of it, each ten times less than an even part and than without weights, are a warning: they hardly
+    count. So are weights that are larger for the more frequent classes. A weight of zero leaves a class out on
+    purpose.
+
+    Raises nothing of its own.
+    """
+    kinds = [f for f in loop.losses if f.class_weights or math.isfinite(f.positive_weight)]
+    known = Precondition("class weights", bool(kinds), "the loss was given no class weights.")
+    fine = "The class weights leave every class its part of the loss."
+    findings = [found for f in kinds for found in _findings(f, loop, nothing)]
+    return judged(ClassWeights, loop.step, findings, fine, preconditions=(known,))
+
+
+def _findings(f: LossFacts, loop: Loop, nothing: float) -> Iterator[LoopFinding]:
+    if math.isfinite(f.positive_weight) and 0 < f.positives < 1:
+        shares, weights = (1 - f.positives, f.positives), (1.0, f.positive_weight)
+        yield from _neglected(f, numpy.array(shares), numpy.array(weights), nothing)
+    alone = (
+        sum(other.of_log_probabilities for other in loop.losses) == 1
+    )  # the labels counted are those of this one
+    counted = _shares(loop.batches.label_counts, len(f.class_weights)) if f.class_weights and alone else None
+    if counted is None:
+        return
+    given = numpy.array(f.class_weights)
+    neglected = list(_neglected(f, counted, given, nothing))
+    yield from neglected
+    if not neglected and _wrong_way(counted, given):
+        yield _the_wrong_way(f, counted, given)
+
+
+def _shares(counts: Mapping[int, int], classes: int) -> Numbers | None:
+    """The share of each class among the labels; None where these are few or not numbers of the classes."""
+    inside = {k: n for k, n in counts.items() if 0 <= k < classes}
+    total = sum(inside.values())
+    if total < FEWEST:
+        return None
+    return numpy.array([inside.get(k, 0) / total for k in range(classes)])
+
+
+def _neglected(f: LossFacts, shares: Numbers, weights: Numbers, nothing: float) -> Iterator[LoopFinding]:
+    parts = shares * weights
+    if not parts.sum() > 0:
+        return
+    parts = parts / parts.sum()
+    even = 1 / max(int((parts > 0).sum()), 1)
+    few = (parts > 0) & (parts < FAR_BELOW * numpy.minimum(shares, even))
+    if not few.any() or shares[few].sum() < MANY or parts[few].sum() >= nothing:
+        return
+    names = [f"class {k}" for k in range(len(parts))] if f.class_weights else ["the zeros", "the ones"]
+    most, least = int(parts.argmax()), int(numpy.where(few, shares, 0.0).argmax())
+    yield _finding(
+        f"The weights of {f.function} leave {format_share(float(shares[few].sum()))} of the examples "
+        f"{format_share(float(parts[few].sum()))} of the loss, so that they hardly count: the weight of "
+        f"{names[least]} "
+        f"is {format_number(float(weights[least]))}, and that of {names[most]} "
+        f"{format_number(float(weights[most]))}.",
+        f.first_step,
+    )
+
+
+def _wrong_way(shares: Numbers, weights: Numbers) -> bool:
+    """Whether classes that are clearly more frequent have clearly larger weights, in nearly all pairs of such."""
+    present = (shares > 0) & (weights > 0)
+    shares, weights = numpy.log(shares[present]), numpy.log(weights[present])
+    more = (shares[:, None] - shares) > math.log(APART)
+    larger = (weights[:, None] - weights) > math.log(APART)
+    return bool(more.any()) and int((more & larger).sum()) >= AGREE * int(more.sum())
+
+
+def _the_wrong_way(f: LossFacts, shares: Numbers, weights: Numbers) -> LoopFinding:
+    most = int(shares.argmax())
+    least = int(numpy.where(shares > 0, shares, numpy.inf).argmin())
+    return _finding(
+        f"The weights of {f.function} are larger for the more frequent classes: class {most}, with "
+        f"{format_share(float(shares[most]))} of the examples, has {format_number(float(weights[most]))}, "
+        f"and class "
+        f"{least}, with {format_share(float(shares[least]))}, has {format_number(float(weights[least]))}.",
+        f.first_step,
+    )
+
+
+def _finding(sentence: str, step: int) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.CLASS_WEIGHTS_WRONG,
+        sentence,
+        "Weights that even out the classes are the inverse of their numbers: total / (classes * count); for "
+        "pos_weight, negatives / positives.",
+        "Weights that are meant to favour this class.",
+        step=step,
+        confidence=Confidence.ARITHMETIC,
+    )

@@ -20,8 +20,8 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.batch import tensors_in
 
 SOURCE = "arithmetic of the inputs"
-FEWEST_ROWS = 32
-FEWEST_COPIES = 8
+ROWS_COMPARED = 32
+COPIES_ENOUGH = 8
 # With no equal pair among the training rows, their chance may still be that of three in all pairs (95 % of the
 # times); four times what this gives is no chance.
 UNSEEN, TIMES_EXPECTED = 3, 4.0
@@ -39,7 +39,7 @@ class HeldOutCopies(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
-        limit = max(FEWEST_COPIES, self.setting("times") * self.expected)
+        limit = max(COPIES_ENOUGH, self.setting("times") * self.expected)
         if self.copies < limit:
             return Verdict(
                 Level.OK,
@@ -75,7 +75,13 @@ class HeldOutCopies(Result):
         ax.set(xlabel="held-out rows among the training rows", ylabel="rows")
 
 
-@instrument(source=SOURCE, title="Copies held out", kind=Kind.CHECK)
+@instrument(
+    source=SOURCE,
+    title="Copies held out",
+    kind=Kind.CHECK,
+    why="Rows that were learned by heart are answered right whatever was understood, so the held-out score is too "
+    "good and falls on new data.",
+)
 def held_out_copies(
     inputs: Any, held_out_inputs: Any, loop: Any = None, *, times: float = TIMES_EXPECTED
 ) -> HeldOutCopies:
@@ -98,8 +104,8 @@ def held_out_copies(
         preconditions=(
             Precondition(
                 "rows",
-                min(len(ours), len(theirs)) >= FEWEST_ROWS,
-                f"there are fewer than {FEWEST_ROWS} rows of numbers on a side.",
+                min(len(ours), len(theirs)) >= ROWS_COMPARED,
+                f"there are fewer than {ROWS_COMPARED} rows of numbers on a side.",
             ),
             Precondition("other rows", not _of_training(loop), "as many rows are evaluated as training has."),
         ),

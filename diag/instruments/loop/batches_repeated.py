@@ -13,7 +13,7 @@ from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
 
 CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
-PAIRS = 6  # of neighbouring batches that are compared at least
+NEIGHBOURS_COMPARED = 6  # of neighbouring batches that are compared at least
 EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose
 
 
@@ -65,7 +65,7 @@ def _read_by_each(b: BatchFacts) -> Iterator[LoopFinding]:
     """Of batches that come n times in a row, (n - 1) of n neighbours are equal; an epoch's end may cut a row
     short."""
     expected = b.pairs * (b.readers - 1) / max(b.readers, 1)
-    if b.readers > 1 and b.pairs >= PAIRS and abs(b.equal_pairs - expected) <= 1 + b.pairs // 10:
+    if b.readers > 1 and b.pairs >= NEIGHBOURS_COMPARED and abs(b.equal_pairs - expected) <= 1 + b.pairs // 10:
         yield LoopFinding(
             Level.ALARM,
             Cause.ROWS_DUPLICATED,

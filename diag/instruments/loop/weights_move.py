@@ -90,7 +90,8 @@ def _rate_at(history: History, last: Any, p: ParameterFacts, loop: Loop) -> floa
     """The parameter's learning rate at the steps `last`. What its group has now is that of a step to come where a
     schedule has set the rates of all groups to zero since."""
     at_steps = float(numpy.nan_to_num(history.learning_rate[last]).max())
-    since = p.rate == 0 and all(g.get("lr") == 0 for o in loop.training for g in o.groups)
+    groups = [g for o in loop.training for g in o.groups]
+    since = p.rate == 0 and all(g.get("lr") == 0 and g.get("initial_lr") != 0 for g in groups)
     return at_steps if p.rate is None or since else p.rate
 
 

@@ -18,13 +18,13 @@ from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of the loss's weights and the labels"
-Numbers = NDArray[numpy.float64]
+Shares = NDArray[numpy.float64]
 # A class is neglected where its part of the loss is far below both its share of the examples and an even part.
 FAR_BELOW, NEXT_TO_NOTHING = 0.1, 0.01
-MANY = 0.25  # of the examples, for the neglected classes together
-FEWEST = 64  # labels counted
+MANY_EXAMPLES = 0.25  # of the examples, for the neglected classes together
+LABELS_COUNTED = 64  # labels counted
 # How much more frequent a class, and larger its weight, must be to be told apart; nearly all pairs must agree.
-APART, AGREE = 1.5, 0.9
+CLEARLY, AGREE = 1.5, 0.9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +34,12 @@ class ClassWeights(LoopCheck):
     cites = SOURCE
 
 
-@instrument(source=SOURCE, title="Class weights", kind="check")
+@instrument(
+    source=SOURCE,
+    title="Class weights",
+    kind="check",
+    why="A class whose part of the loss is next to nothing is not learned, however many examples it has.",
+)
 def class_weights(loop: Loop, *, nothing: float = NEXT_TO_NOTHING) -> ClassWeights:
     """Whether the class weights of the loss even out the classes, or do the opposite.
 
@@ -71,23 +76,23 @@ def _findings(f: LossFacts, loop: Loop, nothing: float) -> Iterator[LoopFinding]
         yield _the_wrong_way(f, counted, given)
 
 
-def _shares(counts: Mapping[int, int], classes: int) -> Numbers | None:
+def _shares(counts: Mapping[int, int], classes: int) -> Shares | None:
     """The share of each class among the labels; None where these are few or not numbers of the classes."""
     inside = {k: n for k, n in counts.items() if 0 <= k < classes}
     total = sum(inside.values())
-    if total < FEWEST:
+    if total < LABELS_COUNTED:
         return None
     return numpy.array([inside.get(k, 0) / total for k in range(classes)])
 
 
-def _neglected(f: LossFacts, shares: Numbers, weights: Numbers, nothing: float) -> Iterator[LoopFinding]:
+def _neglected(f: LossFacts, shares: Shares, weights: Shares, nothing: float) -> Iterator[LoopFinding]:
     parts = shares * weights
     if not parts.sum() > 0:
         return
     parts = parts / parts.sum()
     even = 1 / max(int((parts > 0).sum()), 1)
     few = (parts > 0) & (parts < FAR_BELOW * numpy.minimum(shares, even))
-    if not few.any() or shares[few].sum() < MANY or parts[few].sum() >= nothing:
+    if not few.any() or shares[few].sum() < MANY_EXAMPLES or parts[few].sum() >= nothing:
         return
     names = [f"class {k}" for k in range(len(parts))] if f.class_weights else ["the zeros", "the ones"]
     most, least = int(parts.argmax()), int(numpy.where(few, shares, 0.0).argmax())
@@ -101,16 +106,16 @@ def _neglected(f: LossFacts, shares: Numbers, weights: Numbers, nothing: float) 
     )
 
 
-def _wrong_way(shares: Numbers, weights: Numbers) -> bool:
+def _wrong_way(shares: Shares, weights: Shares) -> bool:
     """Whether classes that are clearly more frequent have clearly larger weights, in nearly all pairs of such."""
     present = (shares > 0) & (weights > 0)
     shares, weights = numpy.log(shares[present]), numpy.log(weights[present])
-    more = (shares[:, None] - shares) > math.log(APART)
-    larger = (weights[:, None] - weights) > math.log(APART)
+    more = (shares[:, None] - shares) > math.log(CLEARLY)
+    larger = (weights[:, None] - weights) > math.log(CLEARLY)
     return bool(more.any()) and int((more & larger).sum()) >= AGREE * int(more.sum())
 
 
-def _the_wrong_way(f: LossFacts, shares: Numbers, weights: Numbers) -> LoopFinding:
+def _the_wrong_way(f: LossFacts, shares: Shares, weights: Shares) -> LoopFinding:
     most = int(shares.argmax())
     least = int(numpy.where(shares > 0, shares, numpy.inf).argmin())
     return _finding(

@@ -30,7 +30,7 @@ OF_NUMBERS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 
 
 @dataclass
-class Asked:
+class AskedTokens:
     """One loss whose targets may be tokens. start: the position of the first output that it is of; tokens: inputs
     that the targets may be of, those before it and, as a model may compute the loss itself, those of the next call
     that ends."""
@@ -54,8 +54,8 @@ class Targets:
         self._tokens: list[Tensor] = []
         self._shifts: dict[int, int] = {}
         self._looks = self._aligned = self._numbers = 0
-        self._open: Asked | None = None  # until the call that it may be of has ended
-        self._waiting: list[Asked] = []
+        self._open: AskedTokens | None = None  # until the call that it may be of has ended
+        self._waiting: list[AskedTokens] = []
         self._numbers_waiting: list[tuple[Tensor, Tensor]] = []
         self._sizes: list[tuple[float, float, float, float]] = []
         self._function = ""
@@ -79,7 +79,7 @@ class Targets:
         if not target.is_floating_point() and self._looks < TARGET_CALLS:
             ignored = kwargs.get("ignore_index", IGNORED_LABEL)
             ignored = ignored if isinstance(ignored, int) else IGNORED_LABEL
-            self._ask(Asked(target.detach(), ignored, first_position(given), list(self._tokens)))
+            self._ask(AskedTokens(target.detach(), ignored, first_position(given), list(self._tokens)))
         elif target.is_floating_point() and name in OF_NUMBERS and self._numbers < TARGET_CALLS:
             self._numbers += 1
             self._function = name
@@ -89,7 +89,7 @@ class Targets:
             else:
                 self._numbers_waiting.append((wanted.clone(), got.clone()))
 
-    def _ask(self, asked: Asked) -> None:
+    def _ask(self, asked: AskedTokens) -> None:
         """Compare with the tokens before, where these may be meant, else wait for those of the call that ends
         next."""
         if asked.target.is_cpu and asked.shift() is not None:
@@ -98,12 +98,12 @@ class Targets:
         else:
             self._open = asked
 
-    def _compare(self, asked: Asked) -> None:
+    def _compare(self, asked: AskedTokens) -> None:
         if asked.target.is_cpu:
             self._note(asked)
         else:
             kept = [t.detach().clone() for t in asked.tokens]
-            self._waiting.append(Asked(asked.target.clone(), asked.ignored, asked.start, kept))
+            self._waiting.append(AskedTokens(asked.target.clone(), asked.ignored, asked.start, kept))
 
     def _measure(self, target: Tensor, output: Tensor) -> None:
         wanted, given = target.double(), output.double()
@@ -113,7 +113,7 @@ class Targets:
             self._sizes.append((size, mean, spread, float(given.square().mean().sqrt())))
             self._moment.news("size of targets")
 
-    def _note(self, asked: Asked) -> None:
+    def _note(self, asked: AskedTokens) -> None:
         shift = asked.shift()
         self._aligned += 1
         if shift is not None:
@@ -124,7 +124,7 @@ class Targets:
         """As plain data; what is on a device is read now."""
         waiting, self._waiting = self._waiting, []
         for asked in waiting:
-            self._note(Asked(asked.target.cpu(), asked.ignored, asked.start, [t.cpu() for t in asked.tokens]))
+            self._note(AskedTokens(asked.target.cpu(), asked.ignored, asked.start, [t.cpu() for t in asked.tokens]))
         numbers, self._numbers_waiting = self._numbers_waiting, []
         for wanted, given in numbers:
             self._measure(wanted.cpu(), given.cpu())

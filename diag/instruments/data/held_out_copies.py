@@ -20,7 +20,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 from diag.snapshot.batch import tensors_in
 
 SOURCE = "arithmetic of the inputs"
-ROWS_COMPARED = 32
+ROWS_FOR_COPIES = 32
 COPIES_ENOUGH = 8
 # With no equal pair among the training rows, their chance may still be that of three in all pairs (95 % of the
 # times); four times what this gives is no chance.
@@ -104,8 +104,8 @@ def held_out_copies(
         preconditions=(
             Precondition(
                 "rows",
-                min(len(ours), len(theirs)) >= ROWS_COMPARED,
-                f"there are fewer than {ROWS_COMPARED} rows of numbers on a side.",
+                min(len(ours), len(theirs)) >= ROWS_FOR_COPIES,
+                f"there are fewer than {ROWS_FOR_COPIES} rows of numbers on a side.",
             ),
             Precondition("other rows", not _of_training(loop), "as many rows are evaluated as training has."),
         ),

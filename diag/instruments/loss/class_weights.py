@@ -24,7 +24,7 @@ FAR_BELOW, NEXT_TO_NOTHING = 0.1, 0.01
 MANY_EXAMPLES = 0.25  # of the examples, for the neglected classes together
 LABELS_COUNTED = 64  # labels counted
 # How much more frequent a class, and larger its weight, must be to be told apart; nearly all pairs must agree.
-CLEARLY, AGREE = 1.5, 0.9
+RATIO_TOLD_APART, AGREE = 1.5, 0.9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,8 +110,8 @@ def _wrong_way(shares: Shares, weights: Shares) -> bool:
     """Whether classes that are clearly more frequent have clearly larger weights, in nearly all pairs of such."""
     present = (shares > 0) & (weights > 0)
     shares, weights = numpy.log(shares[present]), numpy.log(weights[present])
-    more = (shares[:, None] - shares) > math.log(CLEARLY)
-    larger = (weights[:, None] - weights) > math.log(CLEARLY)
+    more = (shares[:, None] - shares) > math.log(RATIO_TOLD_APART)
+    larger = (weights[:, None] - weights) > math.log(RATIO_TOLD_APART)
     return bool(more.any()) and int((more & larger).sum()) >= AGREE * int(more.sum())
 
 

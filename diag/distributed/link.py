@@ -126,7 +126,7 @@ class Link:
         text = str(error) if isinstance(error, str) else plain_reason(error)
         self.reason = "; ".join(self._farewells()) or text
         self._farewell(self.reason if self.rank == 0 else f"lost the others ({text})")
-        self._let_go()
+        self._drop_groups()
 
     def leave(self, why: str) -> None:
         """This rank's watch ends: its last messages are given a little time, and the others can read why."""
@@ -135,7 +135,7 @@ class Link:
                 message.result(LEAVE)
             self._farewell(why)
             self.reason = self.reason or why
-            self._let_go()
+            self._drop_groups()
 
     def _farewell(self, why: str) -> None:
         with contextlib.suppress(Exception):
@@ -149,7 +149,7 @@ class Link:
                     found.append(f"rank {r}: {self._store.get(f'left/{r}').decode()}")
         return found[:3]
 
-    def _let_go(self) -> None:
+    def _drop_groups(self) -> None:
         """A group waits for its messages when it goes, which must not keep the training waiting."""
         idle = all(message.done() for message in self._last.values())
         groups, self._groups, self._last = list(self._groups.values()), {}, {}

@@ -94,7 +94,7 @@ class KrylovSpace:
         At a breakdown the basis spans an invariant subspace: the run continues from a fresh random vector,
         decoupled from the rest, which is how multiple eigenvalues come out with their multiplicity.
         """
-        bordered = self.projected[: self.steps + 1, : self.steps + 1].cpu()
+        bordered = self._bordered()
         if not bordered.isfinite().all():
             raise InvalidInput(
                 f"A product of {self.operator!r} within the first {self.steps} steps is not finite; check the "
@@ -107,9 +107,13 @@ class KrylovSpace:
             last = self._settled + int(broken[0])
             self.drift.clamp_(min=coupling[last].item())
             self._restart_fresh(last + 1)
-            bordered = self.projected[: self.steps + 1, : self.steps + 1].cpu()
+            bordered = self._bordered()
         self._settled = self.steps
         return bordered
+
+    def _bordered(self) -> Tensor:
+        reached = slice(self.steps + 1)
+        return self.projected[reached, reached].cpu()
 
     def compress(self, weights: Tensor) -> None:
         """Thick restart: keeps the Ritz vectors weights (p, m) @ Q, whose Ritz values are Rayleigh quotients,

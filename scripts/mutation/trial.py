@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KILLED, SURVIVED, TIMED_OUT, NO_TEST = "killed", "survived", "timed out", "no test"
-COPIED = ("diag", "tests", "scripts", "reports", "notebooks", "README.md", "pyproject.toml")
+COPIED = ("diag", "tests", "scripts", "docs", "reports", "notebooks", "README.md", "pyproject.toml")
 MOST_MEMORY = 12 << 30  # bytes; a change to a loop or a shape may ask for any
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diag.gradients import ModelGradients
+from diag.gradients.plan import probe_of
 from diag.gradients.rules import closed_forms
 from diag.gradients.rules.blocks import Outer
 from diag.gradients.rules.layout import ExampleLayout, find_layout
@@ -43,6 +44,16 @@ def test_elements_that_examples_share_by_more_than_rounding_belong_to_none(dtype
     # The weights differ by 0.6 or 1.2, so what shows of it is 0.6 to 1.2 times `shared`.
     found = find_layout(gradient.to(dtype), weighted.to(dtype), WEIGHTS)
     assert found == (ExampleLayout(0) if apart else None)
+
+
+def test_half_of_a_larger_probe_are_the_examples_with_the_largest_losses():
+    batch = as_batch((torch.arange(40.0)[:, None], torch.zeros(40)))
+    losses = torch.zeros(40)
+    losses[[5, 17, 29, 33]] = 1.0
+    first = probe_of(batch, 3, lambda: losses).args[0].flatten()
+    assert first.tolist() == [0, 1, 2]
+    larger = probe_of(batch, 8, lambda: losses).args[0].flatten().tolist()
+    assert {5, 17, 29, 33} < set(larger) and {0, 39} < set(larger) and len(larger) <= 8
 
 
 def truth_of(model, batch):

@@ -96,6 +96,49 @@ def test_coupling_that_no_class_name_gives_away():
         assert "examples influence each other" in refusal(model, F.cross_entropy, batch, Unsupported)
 
 
+class Coupled(nn.Module):
+    """Logits that hold `share` of the batch's mean, beside a number of the whole batch or a constant."""
+
+    def __init__(self, share, number):
+        super().__init__()
+        self.out, self.share, self.number = nn.Linear(cases.D, cases.CLASSES), share, number
+
+    def forward(self, x):
+        z = self.out(x)
+        return z + self.share * z.mean(0), self.number(z)
+
+
+def of_logits(outputs, targets):
+    return F.cross_entropy(outputs[0], targets)
+
+
+@pytest.mark.parametrize(("change", "coupled"), [(4e-3, True), (2e-4, False)])
+def test_float32_tells_a_coupling_of_a_few_thousandths_from_rounding(change, coupled):
+    """The losses of single examples move in proportion to a small share; rounding is 1e-7, the limit 1e-3."""
+    _, batch = classes()
+    torch.manual_seed(1)
+    model = Coupled(1e-3, lambda z: None)
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(batch.args[0])[0], batch.targets, reduction="none")]
+        losses += [
+            torch.stack(
+                [of_logits(model(x[None]), y[None]) for x, y in zip(*batch.args, batch.targets, strict=True)]
+            )
+        ]
+    model.share *= change / float((losses[0] - losses[1])[:3].abs().max() / losses[0].abs().max())
+    if coupled:
+        assert "examples influence each other" in refusal(model, of_logits, batch, Unsupported)
+    else:
+        ModelGradients(model, of_logits, [batch]).norms()
+
+
+@pytest.mark.parametrize(("number", "blamed"), [(lambda z: z.mean(), True), (lambda z: torch.tensor(3.0), False)])
+def test_only_a_number_that_differs_is_blamed_for_a_coupling(number, blamed):
+    _, batch = classes()
+    text = refusal(Coupled(1.0, number), of_logits, batch, Unsupported)
+    assert ("hold a number of the whole batch" in text) == blamed
+
+
 def test_batch_norm_without_running_statistics():
     model = nn.Sequential(nn.Conv1d(cases.D, 4, 1), nn.BatchNorm1d(4, track_running_stats=False), nn.Flatten())
     torch.manual_seed(0)

@@ -85,12 +85,8 @@ def likelihood_of(targets: Any) -> str:
 
 def class_axis(logits: Tensor, targets: Any) -> int:
     """The axis of the classes: 1 where the targets have the logits' other axes (torch's convention), else -1."""
-    if isinstance(targets, Tensor) and logits.ndim > 2:
-        if targets.shape == logits.shape[:-1]:
-            return -1
-        if targets.shape == (logits.shape[0], *logits.shape[2:]):
-            return 1
-    return -1
+    positions = (logits.shape[0], *logits.shape[2:])
+    return 1 if isinstance(targets, Tensor) and logits.ndim > 2 and targets.shape == positions else -1
 
 
 def losses_of_examples(objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> Tensor:

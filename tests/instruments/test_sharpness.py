@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import diag
+from diag.curvature.neighbourhood.surroundings import Ball
 from diag.display import format_number
 from diag.errors import InvalidInput
 from diag.instruments.sharpness import Sharpness, _preconditions
@@ -79,6 +80,18 @@ def test_every_measure_of_a_dense_quadratic(seed):
         error = getattr(result, prefix + "average_standard_error")
         assert abs(found["average"] - 0.5 * 0.3**2 * float(scaled.trace())) < 4 * error
         assert found["lambda_max"] == pytest.approx(float(torch.linalg.eigvalsh(scaled)[-1]), rel=1e-6)
+
+
+def test_the_nearest_step_of_a_ball():
+    e = torch.tensor([3.0, -4.0, 0.1]).double()
+    assert Ball(1.0, "linf").nearest(e).tolist() == [1.0, -1.0, 0.1]
+    assert torch.equal(Ball(1.0).nearest(e), e * (1.0 / e.norm())) and torch.equal(Ball(6.0).nearest(e), e)
+
+
+def test_a_summit_inside_the_ball_is_climbed():
+    """-w^2 / 2 rises from w = 0.2 by 0.02 at most, at 0: the climb's steps end below a tenth of the radius."""
+    result = diag.sharpness(quadratic([-1.0], [0.2]), rho=1.0)
+    assert 0.98 * 0.02 <= result.worst_case <= 0.02 * (1 + 1e-9)
 
 
 def test_the_largest_entry_as_the_norm():

@@ -2,6 +2,7 @@
 
 SPEED = "another way to the same number: it decides the time alone"
 DEFAULT = "a default that no number depends on being this one"
+MEMORY = "what is handed on at once or at the end: the numbers are the same, the memory is not"
 SAFE = "the plan's own test sends the parameter to a slower method, which is right"
 
 EQUIVALENT: dict[str, str] = {
@@ -29,5 +30,19 @@ EQUIVALENT: dict[str, str] = {
     " :: boolean or -> and": SPEED,
     "diag/gradients/rules/convolution.py: parts = [self._settled(s, *self._pixel_sums(s)) for s in"
     " Block.slices(self, pixels**2 + 2 * square)] :: sign + -> -": SPEED,
+    "diag/gradients/rules/convolution.py: if direct and by_pixel < min(full, by_patch):"
+    " :: comparison < -> <=": SPEED,
+    "diag/gradients/rules/blocks.py: if share * self.steps * (self.p + self.q) < self.p * self.q:"
+    " :: sign * -> /": SPEED,
+    "diag/gradients/rules/blocks.py: if self.groups > 1: :: branch self.groups > 1 -> True": SPEED,
+    "diag/gradients/assembly.py: self._expected[name] -= 1 :: constant 1 -> 0": MEMORY,
+    'diag/gradients/sources.py: lookup = name == "embedding" and (len(args) < 3 or args[2] < 0)'
+    "  # rows of a table by constant numbers :: constant 3 -> 4": SAFE,
+    'diag/gradients/capture.py: _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks",'
+    " lambda _: True) :: threshold True -> False": "for versions of torch that lack the function",
+    "diag/gradients/planning.py: return max(norms, gram) <= allowed and error**0.5 <= slack * size**0.5"
+    " + 1e-6 * total :: constant 1e-6 -> 1e-07": "a gradient of rounding alone lies far below either",
+    "diag/run/growing.py: self.path.unlink(missing_ok=True)"
+    " :: constant True -> False": "the file was made just before",
     "diag/gradients/rules/convolution.py: step = max(1, SCRATCH // 4 // self.size) :: sign // -> * #1": SPEED,
 }

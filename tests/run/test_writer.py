@@ -18,6 +18,7 @@ import pytest
 
 from diag.errors import InvalidInput, RunError
 from diag.result import Provenance, Result, Verdict, measured
+from diag.run.files import read_metadata
 from diag.run.run import RunWriter, read_run
 from diag.snapshot.history import empty_history
 
@@ -164,6 +165,13 @@ def test_a_start_that_came_to_nothing_takes_nobodys_place(tmp_path):
         w.append_outcome(1, profile(numpy.arange(3.0)))
     open_run(tmp_path).close()
     assert len(read_run(tmp_path / "previous-run").records) == 1
+
+
+def test_a_run_that_may_have_had_steps_before_they_were_lost_is_kept_aside(tmp_path):
+    open_run(tmp_path).close()
+    (tmp_path / "steps.bin").unlink()
+    open_run(tmp_path).close()
+    assert read_metadata(tmp_path / "previous-run")[0]["model"] == "Net"
 
 
 def test_a_previous_run_folder_of_somebody_else_is_not_removed(tmp_path):

@@ -42,6 +42,13 @@ EQUIVALENT: dict[str, str] = {
     " lambda _: True) :: threshold True -> False": "for versions of torch that lack the function",
     "diag/gradients/planning.py: return max(norms, gram) <= allowed and error**0.5 <= slack * size**0.5"
     " + 1e-6 * total :: constant 1e-6 -> 1e-07": "a gradient of rounding alone lies far below either",
+    "diag/run/arrays.py: partial.unlink(missing_ok=True) :: constant True -> False": "what it raises is silenced",
+    "diag/run/checkpoints.py: if losses: :: branch losses -> True": SPEED,
+    "diag/linalg/lanczos.py: self.next_look = 1 + max(min_products, which.count) if which else 4"
+    " :: sign + -> -": SPEED,
+    "diag/linalg/krylov.py: for _ in range(2): :: constant 2 -> 3": "two passes leave nothing for a third",
+    "diag/watching/measure/findings.py: RESULTS_KEPT = 64  # results of an instrument that its course is judged by"
+    " :: threshold 64 -> 128": DEFAULT,
     "diag/run/growing.py: self.path.unlink(missing_ok=True)"
     " :: constant True -> False": "the file was made just before",
     "diag/gradients/rules/convolution.py: step = max(1, SCRATCH // 4 // self.size) :: sign // -> * #1": SPEED,

@@ -77,6 +77,7 @@ def test_a_sound_pair_of_files_is_left_in_peace(saved, model, optimizer):
     assert "Since step1.pt the weights moved by" in said(run, "saved_changes")
     assert said(run, "saved_ties") == "Weights are tied, and no tie broke: embedding.weight and head.weight."
     assert not run.outcomes and run.last_step == 2
+    assert all(record.seconds is not None and record.seconds >= 0 for record in run.records)
 
 
 def test_what_is_not_finite_is_counted_and_a_mask_is_not(saved, model):

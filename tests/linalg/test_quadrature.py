@@ -78,6 +78,13 @@ def test_where_no_direction_is_special_chance_has_no_part(planted: Planted) -> N
     assert measure.trace().value == pytest.approx(120, rel=1e-12) and measure.trace().standard_error < 1e-6
 
 
+def test_errors_have_the_unit_of_what_they_belong_to(planted: Planted, o6c: Tensor) -> None:
+    one, ten = (trace_and_norm(planted(c * o6c), num_probes=6) for c in (1.0, 10.0))
+    for of in ("trace", "frobenius_norm"):
+        small, large = (getattr(found, of).standard_error for found in (one, ten))
+        assert large == pytest.approx(10 * small, rel=1e-9) and small > 0
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_deflation_sharpens_and_a_negative_trace_is_fine(planted: Planted, o6c: Tensor, sign: int) -> None:
     operator, truth = planted(sign * o6c), sign * o6c.sum()

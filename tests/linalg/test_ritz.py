@@ -29,3 +29,8 @@ def test_after_a_breakdown_values_as_good_as_the_fresh_ones_are_enough() -> None
         matrix, rule = bordered(values), StoppingRule(Which(largest=2))
         looks = [rule.satisfied(n, ritz(matrix), matrix, [0, 3], exhausted=False) for n in (6, 7)]
         assert looks == [False, found]
+
+
+def test_an_error_is_compared_with_the_value_or_a_hundredth_of_the_largest() -> None:
+    values, errors = torch.tensor([1000.0, 200.0, 1.0, 1.0]), torch.tensor([99.0, 21.0, 0.9, 1.1])
+    assert Which(largest=1, tolerance=0.1).converged(values, errors).tolist() == [True, False, True, False]

@@ -1,5 +1,6 @@
 """A run made from checkpoints: what is measured on which, in what order, and what is said about it."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -120,6 +121,13 @@ def test_checks_are_everywhere_and_what_cannot_judge_a_moment_nowhere(paths, mon
     assert {r.instrument for r in run.records} == {"one_look", "quick_check", "takes_long"}
 
 
+def test_progress_counts_every_measurement(paths):
+    seen = []
+    names = ["one_look", "quick_check"]
+    from_checkpoints(paths, build, names=names, progress=lambda *what: seen.append(what[:2]))
+    assert seen == [(done, 10) for done in range(11)]
+
+
 def test_where_no_loss_is_finite_the_best_is_left_out(paths):
     run = from_checkpoints(paths, diverged)
     assert {r.step for r in run.records if r.instrument == "takes_long"} == {10, 50}
@@ -132,6 +140,7 @@ def test_where_no_loss_is_finite_the_best_is_left_out(paths):
         (["a.pt"], 3, "build is an int; expected a function, or its name"),
         (["a.pt"], lambda: {"model": 3}, "returned int as its model"),
         (["a.pt"], lambda: 3, "returned int; "),
+        (["a.pt"], functools.partial(int), r"The build function functools.partial\(<class 'int'>\) returned int; "),
     ],
 )
 def test_a_wrong_call_is_told_in_one_sentence(paths_given, build_given, text):

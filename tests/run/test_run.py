@@ -321,7 +321,7 @@ def test_wherever_the_files_are_cut_what_was_whole_is_there(tmp_path):
         whole = file.read_bytes()
         ends = [i + 1 for i in range(len(whole)) if whole[i] == 10] if name == "records.jsonl" else None
         row = len(whole) // 4
-        for cut in {*range(0, len(whole) + 1, 3), *(ends or ()), len(whole)}:
+        for cut in {*range(0, len(whole) + 1, 3), *(ends or ()), row + 1, len(whole)}:
             file.write_bytes(whole[:cut])
             run = read_run(tmp_path / "run")
             found = len([e for e in run.events if e.kind != "damaged"]) if ends else len(run.history or ())

@@ -231,6 +231,22 @@ def test_resume_after_a_power_cut_cuts_the_rows_of_zeros_off(tmp_path):
     assert read_run(tmp_path).history.steps.tolist() == [1, 2, 3, 4, 5] and read_run(tmp_path).torn == 3
 
 
+def test_a_run_without_a_step_goes_on_from_none(tmp_path):
+    open_run(tmp_path).close()
+    with open_run(tmp_path, resume=True) as w:
+        assert w.last_step == 0
+
+
+def test_the_files_of_a_run_are_for_all_to_read(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with open_run(tmp_path) as w:
+            w.append_steps(steps(1, 3))
+    finally:
+        os.umask(before)
+    assert all((tmp_path / name).stat().st_mode & 0o777 == 0o644 for name in ("steps.bin", "records.jsonl"))
+
+
 def test_resume_without_a_run_starts_one(tmp_path):
     with open_run(tmp_path / "new", resume=True) as w:
         assert w.last_step == 0

@@ -47,7 +47,8 @@ def agreement(link):
 
 
 def test_all_ready_ranks_do_what_rank_0_wants_and_no_time_limit_stays_none():
-    assert agreement(Link()).settle(True, WANTED) == WANTED
+    for wanted in (WANTED, Agreed(False, WANTED.limits), Agreed(True, {})):
+        assert agreement(Link()).settle(True, wanted) == wanted
 
 
 @pytest.mark.parametrize(("ready", "other"), [(False, 1.0), (True, 0.0)])

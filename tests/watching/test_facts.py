@@ -1,0 +1,71 @@
+"""The small functions by which a watch reads a loop, on graphs and modules that are written down."""
+
+import pytest
+import torch
+from torch import nn
+
+from diag.watching.observe.loop.losses import expands_both, is_plain_mean
+from diag.watching.observe.loop.modes import is_trained
+from diag.watching.observe.loop.moment import Counter
+from diag.watching.observe.route import chain_of
+from diag.watching.observe.terms import terms_of
+
+
+def test_a_miss_ends_a_row_of_hits():
+    counter = Counter()
+    for step, hit in enumerate("hhhmhmmhh", 1):
+        counter.hit(step) if hit == "h" else counter.miss()
+    tally = counter.tally()
+    assert (tally.times, tally.first, tally.last) == (6, 1, 9) and (tally.running, tally.longest) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "both"),
+    [((4, 1), (4,), True), ((4, 1), (4, 1), False), ((4, 3), (3,), False), ((2, 3), (4,), False)],
+)
+def test_both_are_expanded_only_where_the_result_is_larger_than_either(a, b, both):
+    assert expands_both(torch.zeros(a), torch.zeros(b)) is both
+
+
+def test_a_layer_without_parameters_is_trained_where_what_is_around_it_is():
+    part = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    modules = dict(nn.Sequential(part, nn.Linear(2, 2)).named_modules())
+    assert is_trained("0.1", modules)
+    part.requires_grad_(False)
+    assert not is_trained("0.1", modules)
+    assert not is_trained("dropout", dict(nn.Sequential(nn.Dropout()).named_modules()))
+
+
+def test_a_plain_mean_is_multiplied_by_numbers_alone():
+    losses = torch.ones(4, requires_grad=True).exp()
+    number = losses.grad_fn._sequence_nr()
+    assert is_plain_mean(losses.mean(), number) and is_plain_mean(2.0 * losses.mean() / 3.0, number)
+    assert not is_plain_mean((losses * torch.tensor([1.0, 2.0, 3.0, 4.0])).mean(), number)
+    assert not is_plain_mean(losses.sum(), number) and not is_plain_mean(losses.mean().mean().sqrt(), number)
+
+
+def test_the_terms_of_a_mean_of_numbers_are_those_with_a_graph():
+    a, b = (torch.tensor(x, requires_grad=True).exp() for x in (1.0, 2.0))
+    known = {a.grad_fn._sequence_nr(), b.grad_fn._sequence_nr()}
+    found = {term.number: term.factors for term in terms_of(torch.stack([a, 3.0 * b]).mean(), known)}
+    assert found == {a.grad_fn._sequence_nr(): (0.5,), b.grad_fn._sequence_nr(): (0.5, 3.0)}
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x[:, ::2],
+        lambda x: x[:, 1:],
+        lambda x: x[:, :4],
+        lambda x: x[..., :1],
+        lambda x: x[..., 1:3],
+        lambda x: x[:, 0],
+        lambda x: x[..., -1],
+        lambda x: x.transpose(1, 2),
+        lambda x: x.permute(0, 2, 1),
+    ],
+)
+def test_a_step_of_the_way_from_outputs_to_the_loss_is_repeated_on_others(cut):
+    outputs = torch.ones(3, 6, 4, requires_grad=True).exp()
+    others, step = torch.randn(5, 6, 4), chain_of(cut(outputs))[0].step
+    assert step is not None and torch.equal(step(others), cut(others))

@@ -187,6 +187,17 @@ class Instrument:
         """These settings, and the others at their defaults."""
         return {s.name: s.default for s in self.settings} | dict(given)
 
+    def converted_settings(self, given: Any) -> dict[str, Any]:
+        """These settings as values of their types; raises InvalidInput for one that is none, or unknown."""
+        if not isinstance(given, Mapping):
+            raise InvalidInput(f"The settings of {self.name} are {type_of(given)}; expected a dict by name.")
+        known = {setting.name: setting for setting in self.settings}
+        for name in given:
+            if name not in known:
+                raise InvalidInput(f"{self.name} has no setting {name!r}; it has {', '.join(known) or 'none'}.")
+        rest = dict(given)
+        return {name: self._setting(known[name], rest) for name in given}
+
     def expected_passes(self, given: Mapping[str, Any]) -> float | None:
         """The forward passes over the data that measuring is expected to take with these settings, the others at
         their defaults; None where the instrument does not say."""
@@ -493,9 +504,10 @@ def _attempted(snapshot: Measurable | None, which: Instrument, given: Mapping[st
 
 def measure_all(
     snapshot: Measurable,
-    names: Iterable[str | Instrument] | None = None,
+    names: str | Instrument | Iterable[str | Instrument] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Outcome]:
     """Measure with every instrument (or those named); the outcomes by name, none of them an exception."""
+    names = [names] if isinstance(names, str | Instrument) else names
     chosen = instruments().values() if names is None else [find(name) for name in names]
     return {i.name: attempt(snapshot, i, **(settings or {}).get(i.name, {})) for i in chosen}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 from diag.linalg.margins import margins
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -118,6 +118,9 @@ def perp_grad(optimizer: Optimizer, *, whole: bool = False) -> Removable:
     Raises InvalidInput, at the step, for a sparse gradient or for an optimizer that is given a closure, which
     computes gradients after the hook (LBFGS).
     """
+
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidInput(f"optimizer is {type_of(optimizer)}; expected a torch.optim.Optimizer.")
 
     def before_step(_: Optimizer, args: Any, kwargs: Any) -> None:
         if any(callable(a) for a in (*args[1:], kwargs.get("closure"))):

@@ -116,6 +116,18 @@ def test_a_result_in_one_line_and_on_an_axis_of_its_own(tensors):
     pyplot.close("all")
 
 
+def test_arguments_that_a_function_does_not_have_are_named(snapshot):
+    with pytest.raises(InvalidInput, match=r"report has no argument 'titel'; did you mean title\?"):
+        diag.report(snapshot, titel="a network")
+    with pytest.raises(InvalidInput, match="report takes names for checkpoints only; give build="):
+        diag.report(snapshot, names=["sharpness"])
+    with pytest.raises(InvalidInput, match="The gradient rule is an int; expected rule"):
+        diag.gradient_rule(nn.Linear)(3)
+    with pytest.raises(InvalidInput, match=r"optimizer is an int; expected a torch\.optim\.Optimizer"):
+        diag.perp_grad(3)
+    assert list(diag.measure_all(snapshot, "class_counts")) == ["class_counts"]
+
+
 def test_a_result_is_immutable_through_and_through(snapshot):
     spectrum = diag.hessian_spectrum(snapshot, num_eigenvalues=2)
     mapping = next(v for v in vars(spectrum).values() if isinstance(v, dict))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 
 RULE = "diag_gradient_rule"  # the attribute of a layer's class that holds its rule
 PARAMETER = "parameter "  # before the name of a layer's parameter, among the arguments of its recorded call
@@ -51,6 +51,8 @@ def gradient_rule(layer_type: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
         )
 
     def keep(function: AnyRule) -> AnyRule:
+        if not callable(function):
+            raise InvalidInput(f"The gradient rule is {type_of(function)}; expected rule(layer, inputs, gradient).")
         setattr(layer_type, RULE, LayerRule(function, layer_type.forward))
         return function
 

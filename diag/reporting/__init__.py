@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, did_you_mean
 from diag.reporting.comparison.compare import compare
 from diag.reporting.document import document
 from diag.reporting.files import Page
@@ -46,6 +47,10 @@ def report(
     elif isinstance(source, (list, tuple)) and not measuring:
         source = from_state_files(source)
     elif measuring:
+        known = inspect.signature(from_checkpoints).parameters
+        if strange := next((name for name in measuring if name not in known), ""):
+            meant = did_you_mean(strange, inspect.signature(report).parameters, 1)
+            raise InvalidInput(f"report has no argument {strange!r}; {meant or 'see help(diag.report).'}")
         raise InvalidInput(
             f"report takes {', '.join(measuring)} for checkpoints only; give build=, or leave it out."
         )

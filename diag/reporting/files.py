@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, as_path
 from diag.reporting.page import render, render_notebook
 
 PARTIAL_ENDING = ".partial"
@@ -41,7 +41,7 @@ class Page:
 
         Raises InvalidInput where the name does not end in .html or nothing can be written there.
         """
-        path = Path(output)
+        path = as_path(output)
         path = path / "report.html" if path.is_dir() else path
         if path.suffix.lower() not in (".html", ".htm"):
             raise InvalidInput(f"The report's output is {str(path)!r}; expected a name that ends in .html.")

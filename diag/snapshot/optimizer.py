@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch import optim as torch_optim
 
-from diag.errors import MissingQuantity
+from diag.errors import InvalidInput, MissingQuantity, type_of
 from diag.snapshot.parameters import params, values_of
 from diag.snapshot.snapshot import Snapshot
 
@@ -56,6 +56,8 @@ def optimizer(snapshot: Snapshot) -> OptimizerState:
     """The optimizer's kind and hyperparameters."""
     if snapshot.optimizer is None:
         raise MissingQuantity("the snapshot has no optimizer; give it optimizer=.")
+    if not hasattr(snapshot.optimizer, "param_groups"):
+        raise InvalidInput(f"optimizer is {type_of(snapshot.optimizer)}; expected a torch.optim.Optimizer.")
     return described_optimizer(snapshot.optimizer)
 
 

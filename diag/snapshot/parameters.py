@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diag.checkpoints import as_checkpoint, load_into
 from diag.distributed.together import Together
-from diag.errors import CheckpointError, InvalidInput, MissingQuantity
+from diag.errors import CheckpointError, InvalidInput, MissingQuantity, type_of
 from diag.snapshot.call_at import call_at
 from diag.snapshot.objective.counting import counted_batches
 from diag.snapshot.objective.over_ranks import weight_of
@@ -183,6 +183,8 @@ def values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor
     if state is None:
         raise MissingQuantity(f"the snapshot has none; give it {argument}= a state dict or a Snapshot.")
     values = getattr(getattr(state, "model", state), "state_dict", lambda: state)()
+    if not isinstance(values, Mapping):
+        raise InvalidInput(f"{argument} is {type_of(state)}; expected a state dict, a module or a Snapshot.")
     wanted = params(snapshot)
     wrong = _differing(values, wanted)
     if wrong and not _differing(named := _as_loaded(snapshot.model, values, argument), wanted):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diag.checkpoints.unwrap import bare_model
 from diag.distributed.together import Together
-from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line
+from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line, type_of
 from diag.linalg.deadline import NEVER, Deadline, free_memory
 from diag.snapshot.batch import Batch, fingerprint, tensors_in
 from diag.snapshot.cutting import Cutting
@@ -368,6 +368,12 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
         count = arguments[name]
         if count is not None and not (hasattr(count, "__index__") and count is not True and count > 0):
             raise InvalidInput(f"{name} is {count!r}; expected a number of examples, 1 or more.")
+    if not hasattr(arguments["seed"], "__index__"):
+        raise InvalidInput(f"seed is {arguments['seed']!r}; expected a whole number.")
+    if arguments["unpack"] is not None and not callable(arguments["unpack"]):
+        raise InvalidInput(
+            f"unpack is {type_of(arguments['unpack'])}; expected unpack(batch) -> (inputs, targets)."
+        )
     try:
         torch.device(arguments["device"] or "cpu")
     except (RuntimeError, TypeError):

@@ -63,8 +63,8 @@ def _tensor(name: str, value: Any, kind: str) -> Tensor:
 
 def _check_axes(name: str, tensor: Tensor, axes: list[str], lengths: dict[str, tuple[int, str]]) -> None:
     if tensor.ndim != len(axes):
-        expected = "(" + ", ".join(AXES[a] for a in axes) + ")"
-        raise InvalidInput(f"{name} have shape {tuple(tensor.shape)}; expected {len(axes)} axes {expected}.")
+        expected = f"{len(axes)} {'axis' if len(axes) == 1 else 'axes'} ({', '.join(AXES[a] for a in axes)})"
+        raise InvalidInput(f"{name} have shape {tuple(tensor.shape)}; expected {expected}.")
     for axis, length in zip(axes, tensor.shape, strict=True):
         if length == 0:
             raise InvalidInput(f"{name} have no {AXES[axis]} (shape {tuple(tensor.shape)}); give at least one.")

@@ -123,7 +123,7 @@ def test_checks_are_everywhere_and_what_cannot_judge_a_moment_nowhere(paths, mon
 
 def test_progress_counts_every_measurement(paths):
     seen = []
-    names = ["one_look", "quick_check"]
+    names = ["one_look", "takes_long"]
     from_checkpoints(paths, build, names=names, progress=lambda *what: seen.append(what[:2]))
     assert seen == [(done, 10) for done in range(11)]
 

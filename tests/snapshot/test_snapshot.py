@@ -218,6 +218,13 @@ MISTAKES = {
     "device": (lambda p: diag.Snapshot(p.model, device="cudda"), "device is 'cudda'; expected one such as 'cpu'"),
     "part": (lambda p: diag.Snapshot(p.model, micro_batch=0), "micro_batch is 0; expected a number of examples"),
     "size": (lambda p: diag.Snapshot(p.model, max_examples=2.5), "max_examples is 2.5; expected a number"),
+    "seed": (lambda p: diag.Snapshot(p.model, seed="a"), "seed is 'a'; expected a whole number"),
+    "unpack": (lambda p: diag.Snapshot(p.model, unpack=3), "unpack is an int; expected unpack.batch. -> .inputs"),
+    "optimizer": (
+        lambda p: p.snapshot(optimizer="sgd").quantity("optimizer"),
+        "optimizer is a str; expected a torch",
+    ),
+    "previous": (lambda p: p.snapshot(previous=3).quantity("update"), "previous is an int; expected a state dict"),
     "empty": (lambda p: diag.Snapshot(p.model, p.loss_fn, []).batches, "holds no batch"),
     "shape": (
         lambda p: diag.Snapshot(p.model, p.loss_fn, (torch.ones(4, 5), p.data[1][:4])).quantity("logits"),

@@ -38,10 +38,10 @@ def test_a_layer_without_parameters_is_trained_where_what_is_around_it_is():
 
 def test_a_plain_mean_is_multiplied_by_numbers_alone():
     losses = torch.ones(4, requires_grad=True).exp()
-    number = losses.grad_fn._sequence_nr()
-    assert is_plain_mean(losses.mean(), number) and is_plain_mean(2.0 * losses.mean() / 3.0, number)
-    assert not is_plain_mean((losses * torch.tensor([1.0, 2.0, 3.0, 4.0])).mean(), number)
-    assert not is_plain_mean(losses.sum(), number) and not is_plain_mean(losses.mean().mean().sqrt(), number)
+    number, weights = losses.grad_fn._sequence_nr(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert all(is_plain_mean(root.grad_fn, number) for root in (losses.mean(), 2.0 * losses.mean() / 3.0))
+    others = (losses * weights).mean(), losses.sum(), losses.mean().sqrt()
+    assert not any(is_plain_mean(root.grad_fn, number) for root in others)
 
 
 def test_the_terms_of_a_mean_of_numbers_are_those_with_a_graph():

@@ -18,7 +18,7 @@ import torch
 
 from diag.curvature.memory import available_memory
 from diag.display import format_seconds
-from diag.errors import DiagError, InvalidInput, MissingQuantity
+from diag.errors import DiagError, InvalidInput, MissingQuantity, did_you_mean, type_of
 from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.snapshot import pause
@@ -49,26 +49,27 @@ Chosen = Mapping[str, Mapping[str, Any]]
 
 
 def chosen_instruments(
-    given: str | Iterable[str] | Mapping[str, Mapping[str, Any]] | None,
+    given: str | Instrument | Iterable[str | Instrument] | Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, dict[str, Any]]:
     """Instrument names with their settings, as the user gave them; by default all that can judge, and with "all"
     the descriptions too.
 
     Raises InvalidInput for an unknown instrument or setting.
     """
-    if isinstance(given, str) and given != "all":
+    if isinstance(given, Instrument) or (isinstance(given, str) and given != "all"):
         given = [given]
+    if given is not None and not isinstance(given, Iterable):
+        raise InvalidInput(f"instruments is {type_of(given)}; expected names, or a dict of settings by name.")
     wanted: Mapping[str, Mapping[str, Any]]
     here = {n: i for n, i in instruments().items() if i.of_a_snapshot}
     by_default = [n for n, i in here.items() if given == "all" or i.kind is not Kind.DESCRIPTION]
     names = by_default if given is None or isinstance(given, str) else given
     wanted = given if isinstance(given, Mapping) else {name: {} for name in names}
-    for name, settings in wanted.items():
-        known = [s.name for s in find(name).settings]
-        for setting in settings:
-            if setting not in known:
-                raise InvalidInput(f"{name} has no setting {setting!r}; it has {', '.join(known) or 'none'}.")
-    return {name: dict(settings) for name, settings in wanted.items()}
+    return {
+        which.name: which.converted_settings(settings)
+        for name, settings in wanted.items()
+        for which in [find(name)]
+    }
 
 
 class Measurements:
@@ -227,8 +228,8 @@ class Measurements:
         names = list(names)
         for name in names:
             if name not in self.chosen:
-                known = ", ".join(self.chosen) or "no instrument"
-                raise InvalidInput(f"This watch does not measure {name!r}; it has {known}.")
+                hint = did_you_mean(name, self.chosen) or "give it to diag.watch in instruments=."
+                raise InvalidInput(f"This watch does not measure {name!r}; {hint}")
         return names or list(self.chosen)
 
     def explain_unrun(self, step: int, snapshot: Snapshot) -> None:

@@ -83,8 +83,8 @@ def test_every_measure_of_a_dense_quadratic(seed):
 
 
 def test_the_nearest_step_of_a_ball():
-    e = torch.tensor([3.0, -4.0, 0.1]).double()
-    assert Ball(1.0, "linf").nearest(e).tolist() == [1.0, -1.0, 0.1]
+    e = torch.tensor([3.0, -4.0, 0.125]).double()
+    assert Ball(1.0, "linf").nearest(e).tolist() == [1.0, -1.0, 0.125]
     assert torch.equal(Ball(1.0).nearest(e), e * (1.0 / e.norm())) and torch.equal(Ball(6.0).nearest(e), e)
 
 

@@ -60,7 +60,7 @@ def chosen_instruments(
         given = [given]
     if given is not None and not isinstance(given, Iterable):
         raise InvalidInput(f"instruments is {type_of(given)}; expected names, or a dict of settings by name.")
-    wanted: Mapping[str, Mapping[str, Any]]
+    wanted: Mapping[Any, Mapping[str, Any]]
     here = {n: i for n, i in instruments().items() if i.of_a_snapshot}
     by_default = [n for n, i in here.items() if given == "all" or i.kind is not Kind.DESCRIPTION]
     names = by_default if given is None or isinstance(given, str) else given

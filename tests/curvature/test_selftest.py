@@ -95,32 +95,6 @@ def test_a_wrong_construct_is_found_in_float32_too():
     assert 1e-6 < error < 0.03 and error < 10 * max(record.errors.values())
 
 
-class Rounded(torch.autograd.Function):
-    """The identity, whose gradient comes in multiples of 1e-8."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad * 1e8).round() / 1e8
-
-
-def test_the_finite_difference_takes_the_step_at_which_rounding_is_least():
-    """Of a gradient in multiples of 1e-8 only the two longest steps differ by less than 3 %."""
-    model = cases.build(
-        lambda: cases.Composed(
-            lambda self, x: self.head(StoredDerivative.apply(Rounded.apply(self.first(x).tanh()))),
-            first=nn.Linear(6, 8),
-            head=nn.Linear(8, 3),
-        )
-    )
-    record = Hessian(model, F.cross_entropy, batches()).self_test
-    assert record.method == "finite difference" and record.precision == "float64"
-    assert record.step == FALLBACK_STEPS["float64"][-2]
-
-
 def test_steps_of_finite_differences_are_each_ten_times_the_one_before():
     for steps in FALLBACK_STEPS.values():
         torch.testing.assert_close(torch.tensor(steps[1:]), 10 * torch.tensor(steps[:-1]))

@@ -9,7 +9,8 @@ from torch import nn
 
 from diag.gradients import ModelGradients
 from diag.gradients.rules import blocks
-from diag.gradients.rules.blocks import Outer
+from diag.gradients.rules.blocks import Dense, Outer
+from diag.gradients.rules.combination import Placed, Scaled, Sum
 from diag.gradients.rules.convolution import Patches, convolution
 from diag.snapshot.batch import as_batch
 
@@ -65,6 +66,35 @@ def test_a_linear_layer_over_time(monkeypatch, dtype, steps, p, q, scratch):
     a, b = normal(5, steps, p, dtype=dtype), normal(5, steps, q, dtype=dtype, seed=1)
     truth = b.double().transpose(1, 2) @ a.double()
     check(Outer(a[:, None], b[:, None], (q, p)), truth, BAR[dtype])
+
+
+@pytest.mark.parametrize("made", ["times a number", "put in places", "added up"])
+def test_what_is_made_of_blocks_is_as_of_their_dense_gradients(made):
+    """Norms, products, sums and projections of a block that is scaled, placed in a larger one, or a sum."""
+    a, b = normal(4, 3, 6), normal(4, 3, 5, seed=1)
+    plain, truth = Outer(a[:, None], b[:, None], (5, 6)), b.transpose(1, 2) @ a
+    if made == "times a number":
+        block, truth = Scaled(plain, -2.5), -2.5 * truth
+    elif made == "added up":
+        block, truth = Sum([plain, Scaled(plain, 3.0), Dense(truth.flip(1))]), 4 * truth + truth.flip(1)
+    else:
+        places = torch.randperm(42, generator=torch.Generator().manual_seed(2))[:30]
+        block, flat = Placed(plain, places, (6, 7)), truth.flatten(1)
+        truth = torch.zeros(4, 42, dtype=torch.float64).index_copy_(1, places, flat).view(4, 6, 7)
+    directions, flat = normal(3, *truth.shape[1:], seed=3), truth.flatten(1)
+    for found, expected in (
+        (block.dense(slice(None)), truth),
+        (block.dense_rows(slice(1, 4)), truth[:, 1:4]),
+        (block.squared_norms(), flat.square().sum(1)),
+        (block.gram(block), flat @ flat.T),
+        (block.gram(Dense(truth)), flat @ flat.T),
+        (block.project(directions), flat @ directions.flatten(1).T),
+        (
+            block.group_sums([torch.tensor([0, 2]), torch.tensor([1])]),
+            torch.stack([truth[[0, 2]].sum(0), truth[1]]),
+        ),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_products_that_cancel_are_formed():

@@ -42,8 +42,6 @@ _HOMES = {
     "perp_grad": "diag.remedies",
     "loss_conflict": "diag.instruments.gradient_conflict",
 }
-# Parts that are reached by their own name: `diag.errors.InvalidInput`.
-_PARTS = ("errors", "datasets", "testing")
 
 
 def __getattr__(name: str) -> Any:

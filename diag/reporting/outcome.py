@@ -20,7 +20,6 @@ from diag.reporting.timeline import Axis, decimate, scale
 from diag.run.run import Finding
 
 HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "eval", "test", "dev")
-LARGE_IS_GOOD = ("accuracy", "acc", "f1", "auc", "auroc", "precision", "recall", "score", "bleu", "iou", "r2")
 PANELS = (("loss", "Loss"), ("accuracy", "Accuracy"))
 
 

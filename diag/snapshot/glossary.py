@@ -77,7 +77,6 @@ _LOSS = "give the snapshot loss_fn= (mean-reduced) and data= with (inputs, targe
 _LAST = "give a model whose last layer is a Linear, or pass features= and classifier= yourself"
 
 _WATCHED = "measure inside diag.watch, or pass loss_record="
-_HISTORY = "measure inside diag.watch, or give history="
 
 GLOSSARY: dict[str, Quantity] = {
     q.name: q

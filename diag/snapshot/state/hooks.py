@@ -33,7 +33,6 @@ OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Of torch's own hooks these only look on.
 LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
 
-ADMINISTRATIVE = ("RESUME", "COPY_FREE_VARS", "PUSH_NULL", "PRECALL", "CACHE")
 KEEPING = ("append", "appendleft", "extend", "add")
 
 _silent: ContextVar[frozenset[int]] = ContextVar("diag_silent", default=frozenset())

@@ -41,6 +41,7 @@ _HOMES = {
     "stablemax_cross_entropy": "diag.remedies",
     "perp_grad": "diag.remedies",
     "loss_conflict": "diag.instruments.gradient_conflict",
+    "coordinate_check": "diag.trial.coordinates",
 }
 
 

@@ -101,6 +101,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("logits", "snapshot.forward", "n K", "floating", Effort.FORWARD, _DATA),
         Quantity("losses", "snapshot.objective.examples", "m", "floating", Effort.FORWARD, _LOSS),
         Quantity("logit_gradients", "snapshot.forward", "n K", "floating", Effort.FORWARD, _LOSS),
+        Quantity("binary_decisions", "snapshot.objective.decisions", None, "object", Effort.FORWARD, _LOSS),
         Quantity("features", "snapshot.forward", "n d", "floating", Effort.FORWARD, _LAST),
         Quantity("layer_features", "snapshot.forward", None, "object", Effort.FORWARD, _DATA),
         Quantity("activations", "snapshot.activations", None, "object", Effort.FORWARD, _DATA),

@@ -43,7 +43,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         tensor = _tensor(name, value, row.kind)
         _check_axes(name, tensor, (row.shape or "").split(), lengths)
-        _check_finite(name, tensor, allow_minus_infinity=row.name == "logits")
+        _check_finite(name, tensor, allow_minus_infinity=row.name in ("logits", "previous_logits"))
         result[name] = tensor
     _check_labels(result, lengths)
     return result

@@ -11,6 +11,7 @@ A card is a file `scripts/reproductions/NAME.py` that defines `CARD`:
 
     CARD = Card(title="...", source="...", claim="...", takes="3 minutes", run=run)
 
+A card of more than eight minutes says `long=True`; `--all` leaves it out, `--long` runs it too.
 Bands are fixed before the run that is to be judged; a card says where they come from.
 """
 
@@ -113,6 +114,7 @@ class Card:
     takes: str
     run: Callable[[Lab], Sequence[Expectation]]
     notes: str = ""
+    long: bool = False
 
 
 def versions() -> dict[str, str]:
@@ -216,6 +218,12 @@ def write_page(
     (folder / "measured.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
+def _chosen(cards: dict[str, Path], short: bool, long: bool) -> list[str]:
+    """The cards that take minutes, those that take longer, or both."""
+    wanted = [kind for kind, asked in ((False, short), (True, long)) if asked]
+    return [name for name, path in cards.items() if wanted and load_card(path).long in wanted]
+
+
 def main(arguments: Sequence[str], description: str | None = None) -> int:
     """The command line of `scripts/reproduce`; the exit status."""
     parser = argparse.ArgumentParser(
@@ -223,7 +231,8 @@ def main(arguments: Sequence[str], description: str | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="the cards to run")
     parser.add_argument("--list", action="store_true", help="the cards, what they claim and how long they take")
-    parser.add_argument("--all", action="store_true", help="run every card")
+    parser.add_argument("--all", action="store_true", help="run every card that takes minutes")
+    parser.add_argument("--long", action="store_true", help="with --all: also those that take longer; alone: those")
     parser.add_argument("--cards", type=Path, default=CARDS, help="the folder of the cards")
     parser.add_argument("--output", type=Path, default=GALLERY, help="where runs and reports go")
     asked = parser.parse_args(arguments)
@@ -231,13 +240,14 @@ def main(arguments: Sequence[str], description: str | None = None) -> int:
     if asked.list:
         for name, path in cards.items():
             card = load_card(path)
-            print(f"{name:14} {card.title} ({card.takes})\n{'':14} {card.claim}")
+            takes = f"{card.takes}; with --long" if card.long else card.takes
+            print(f"{name:14} {card.title} ({takes})\n{'':14} {card.claim}")
         return 0
-    names = list(cards) if asked.all else asked.names
+    names = asked.names or _chosen(cards, short=asked.all, long=asked.long)
     unknown = [name for name in names if name not in cards]
     if unknown or not names:
         print(f"There is no card {unknown[0]!r}." if unknown else "No card was named.", end=" ", file=sys.stderr)
-        print(f"Give some of: {', '.join(cards)}; or --all, or --list.", file=sys.stderr)
+        print(f"Give some of: {', '.join(cards)}; or --all, --long, or --list.", file=sys.stderr)
         return 2
     # No shortcut: with several cards, all run even where the first fails.
     try:

@@ -81,9 +81,25 @@ def test_the_list_and_misuse(cards, capsys):
     assert "holds          A toy (a second)" in printed and "_helper" not in printed
     assert main(["nonsense", "--cards", str(cards)]) == 2
     said = capsys.readouterr().err
-    assert "There is no card 'nonsense'. Give some of: fails, holds; or --all, or --list." in said
+    assert "There is no card 'nonsense'. Give some of: fails, holds; or --all, --long, or --list." in said
     assert main(["--cards", str(cards)]) == 2
     assert "No card was named." in capsys.readouterr().err
+
+
+def test_long_cards_run_where_they_are_asked_for(cards, monkeypatch, capsys):
+    (cards / "slow.py").write_text(TOY.replace("HIGH", "high=-20").replace('notes="A note."', "long=True"))
+    ran = []
+    monkeypatch.setattr(reproducing, "reproduce", lambda name, *more: ran.append(name) or True)
+    for arguments, expected in (
+        (["--all"], ["fails", "holds"]),
+        (["--long"], ["slow"]),
+        (["--all", "--long"], ["fails", "holds", "slow"]),
+        (["slow"], ["slow"]),
+    ):
+        ran.clear()
+        assert main([*arguments, "--cards", str(cards)]) == 0 and ran == expected
+    main(["--list", "--cards", str(cards)])
+    assert "slow           A toy (a second; with --long)" in capsys.readouterr().out
 
 
 def test_data_that_is_not_there_is_said_in_one_sentence(cards, tmp_path, capsys):

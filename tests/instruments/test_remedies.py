@@ -92,6 +92,48 @@ def test_each_tensor_is_projected_and_keeps_its_length():
         torch.testing.assert_close(p.detach(), w - 0.1 * p.grad)  # the optimizer stepped by what was projected
 
 
+def projected(p, g):
+    """What a step of gradient descent at rate 0 leaves as the gradient of weights p with gradient g."""
+    p = nn.Parameter(p)
+    p.grad = g.clone()
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    remedies.perp_grad(optimizer)
+    optimizer.step()
+    return p.grad
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e20])
+def test_small_large_and_nearly_parallel_gradients_are_projected_right(size):
+    """Float32 against float64: squares that over- or underflow, and a cosine of 1 - 5e-7, of which the angle is
+    1e-3 and its rounding 1e-4 of it."""
+    p, other = normal(200, dtype=torch.float32), normal(200, seed=1, dtype=torch.float32)
+    for near, within in ((0.0, 1e-6), (1e-3, 1e-3)):
+        g = size * (other if near == 0 else p + near * other)
+        w, exact = p.double(), g.double()
+        rest = exact - (w @ exact) / (w @ w) * w
+        expected = rest * exact.norm() / rest.norm()
+        found = projected(p, g).double()
+        assert float((found - expected).norm() / expected.norm()) < within
+
+
+def test_nothing_is_left_of_a_gradient_along_its_tensor():
+    """Of a tensor with one entry all is along it: what rounding leaves is not blown up to the old length."""
+    assert float(projected(torch.tensor([3.0]), torch.tensor([0.7]))) == 0
+    assert not projected(torch.full((5,), 0.3), torch.full((5,), 0.1)).any()
+    assert torch.equal(projected(torch.zeros(3), torch.ones(3)), torch.ones(3))  # no direction to lose
+    assert projected(torch.ones(3), torch.tensor([1.0, torch.nan, 2.0])).isnan().any()  # what broke is not hidden
+
+
+def test_half_precision_weights_lose_their_part_along_the_tensor():
+    """Products in float32; the gradient is rounded to bfloat16 twice, by up to 2^-9 of each of its entries: five
+    standard deviations of what that leaves along the weights."""
+    p, other = normal(4000, dtype=torch.bfloat16), normal(4000, seed=1, dtype=torch.bfloat16)
+    g = other + 0.5 * p
+    found, w = projected(p, g).double(), p.double()
+    assert abs(float(w @ found)) < 5 * 2**0.5 * 2**-9 / 3**0.5 * float((w * found).norm())
+    assert float(found.norm()) == pytest.approx(float(g.double().norm()), rel=1e-3)
+
+
 def test_the_whole_vector_is_projected_and_only_shortened():
     model, values, before, _, _ = stepped(whole=True)
     w, g = (torch.cat([t.reshape(-1).double() for t in ts]) for ts in (values, before))

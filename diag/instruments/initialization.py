@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.errors import InvalidInput
+from diag.instruments.causes import Cause
+from diag.instruments.trial.one_batch import LEARNED_FALL
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.inside.chain import LayerChain
+from diag.snapshot.given.trial import Trial
+from diag.snapshot.inside.chain import CHAIN_PROBES, LayerChain
 
 SOURCE = "Roberts, Yaida, Hanin 2022, arXiv:2106.10165"
 EXPLODES_BY = 100.0
@@ -36,6 +39,10 @@ class Initialization(Result):
     perpendicular_growth: float = measured("geometric mean of the perpendicular susceptibilities: 1 is critical")
     parallel_growth: float = measured("geometric mean of the parallel susceptibilities: 1 is critical")
     is_plain: bool = measured("nothing skips a layer and nothing is normalised")
+    learned: float = measured(
+        "share of the loss of one batch that has gone in the best attempt of a preflight; NaN outside of one",
+        default=math.nan,
+    )
     layers: tuple[str, ...] = measured("the layers")
     widths: tuple[int, ...] = measured("units, or channels, of each")
     kernels: NDArray[numpy.float64] = measured("mean square of the outputs", shape="(layers,)")
@@ -64,10 +71,18 @@ class Initialization(Result):
         off = [f for f in (self.forward_factor, self.backward_factor) if not 1 / limit <= f <= limit]
         if not off:
             return self._judged(Level.OK, f"The initial weights keep signals alive: {found}.", value=0.0)
+        if self.learned >= LEARNED_FALL:
+            return self._judged(
+                Level.OK,
+                f"Whatever the initial weights do to signals, one batch was learned: {found}.",
+                value=off[-1],
+            )
         word = "vanish" if off[-1] < 1 else "explode"
         return self._judged(
             Level.WARNING,
             f"Signals or gradients {word} over the depth: {found}.",
+            cause=None if math.isnan(self.learned) else Cause.INITIALIZATION_SCALE,
+            explained_by=(Cause.INITIALIZATION_CONSTANT,),
             advice="Scale the weights for the activation (variance 2 / fan-in for ReLU, 1 / fan-in for "
             "tanh), or add normalisation or skip connections.",
             refutation="The gradient norms of the first and the last layer are alike in the first steps.",
@@ -134,18 +149,22 @@ def width_slopes(
     source=SOURCE,
     title="Initialisation",
     kind="description",
+    passes=lambda settings: CHAIN_PROBES + 6.0,  # on the chain's examples, which are 64 at most
     why="Whether signals and gradients survive the depth is decided before the first step; it says how deep "
     "a network of this width can be.",
     formula="K_l = mean square of the outputs z_l; chi_perp = mean squared singular value of dz_(l+1) / "
     "dz_l; chi_par = dK_(l+1) / dK_l",
 )
-def initialization(layer_chain: LayerChain, *, factor: float = EXPLODES_BY) -> Initialization:
+def initialization(
+    layer_chain: LayerChain, trial: Trial | None = None, *, factor: float = EXPLODES_BY
+) -> Initialization:
     """Kernels, susceptibilities, gradients and the depth-to-width ratio of the layers, meant for fresh weights.
 
     layer_chain: measured on at most 64 examples (`diag.snapshot.inside.chain`). chi_perp is the mean squared
     singular value of the step from one layer's outputs to the next one's, from 8 random sign vectors; chi_par the
     derivative of the next kernel by this one. A stack is plain where the gradient at each layer comes through the
     next one alone and no module is a normalisation. Kernels before a normalisation say nothing of training mode.
+    trial: what `diag.preflight` tried; a stack that learned one batch all the same is left in peace there.
 
     Settings: `factor`, beyond which or its inverse the squared signal or gradient has exploded or vanished over the
     depth of a plain stack (our choice, uncalibrated). On trained weights the numbers describe what became of them.
@@ -171,6 +190,7 @@ def initialization(layer_chain: LayerChain, *, factor: float = EXPLODES_BY) -> I
         depth_to_width=sum(1 / layer.width for layer in chain[:-1]),
         perpendicular_growth=_geometric_mean(table["perpendicular"][:-1]),
         parallel_growth=_geometric_mean(table["parallel"][:-1]),
+        learned=math.nan if trial is None else trial.best.fall,
         is_plain=all(layer.direct for layer in chain[:-1]) and not layer_chain.normalised,
         layers=tuple(layer.name for layer in chain),
         widths=tuple(layer.width for layer in chain),

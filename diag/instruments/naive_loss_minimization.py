@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
-from diag.registry import instrument
+from diag.registry import GRADIENT, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
 SOURCE = "Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697 (Definition 5, Figure 5)"
@@ -81,6 +81,7 @@ class NaiveLossMinimization(Result):
     source=SOURCE,
     title="Naive loss minimisation",
     kind="description",
+    passes=lambda settings: GRADIENT + 2,
     why="Scaling up its outputs lowers the loss of a network without changing a single answer: the curve "
     "falls and nothing is learned.",
     formula="cos(-dL/dw, w) of every tensor; cos(z - z_before, z), z the logits centred over classes",

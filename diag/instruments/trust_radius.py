@@ -75,7 +75,7 @@ class TrustRadius(Result):
     source=SOURCE,
     title="Trust radius",
     kind="description",
-    passes=lambda settings: 50 * GRADIENT + (1 + settings["newton_products"]) * PRODUCT,
+    passes=lambda settings: 2 * 50 * GRADIENT + (2 + settings["newton_products"]) * PRODUCT,
     why="Beyond this radius the gradient says nothing reliable about the loss: longer steps are a gamble.",
     formula="smallest t with |g(w + t d) - g(w) - t H d| >= |g(w)|",
 )

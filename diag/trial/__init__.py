@@ -1,6 +1,7 @@
 """Before training: one batch is tried out on copies of the model, and what will not work is reported.
 
-`diag.preflight` is its only entry. Nothing here touches the user's model, optimizer or random numbers.
+`diag.preflight` and `diag.coordinate_check` are its entries. Nothing here touches the user's model, optimizer or
+random numbers.
 """
 
 __all__ = ["preflight"]

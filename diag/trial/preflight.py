@@ -86,7 +86,7 @@ def preflight(
         batch = _batch(snapshot)
         progress("Fitting one batch")
         trial, run = _tried(snapshot, batch, optimizer, steps, SHARE_OF_AN_ATTEMPT * seconds)
-        records = _judged(trial, run.last_step)
+        records = _judged(snapshot, trial, run.last_step)
         progress("Trying the instruments")
         others, ready = _measured(snapshot, run.last_step, seconds, began)
     return _finished(run, [*records, *others], ready, snapshot.model, time.perf_counter() - began)
@@ -176,9 +176,10 @@ def _controls(snapshot: Snapshot, batch: Batch, fitted: nn.Module) -> dict[str, 
     return found | {"train_loss": train, "eval_loss": evaluated, "unsure": unsure}
 
 
-def _judged(trial: Trial, step: int) -> list[Record]:
+def _judged(snapshot: Snapshot, trial: Trial, step: int) -> list[Record]:
+    """What asks for the trial, on the model as it will be trained: copies of it were."""
     asking = [i for i in instruments().values() if any(n.name == "trial" for n in i.needs)]
-    return [Record(step, i.name, attempt(None, i, trial=trial)) for i in asking]
+    return [Record(step, i.name, attempt(snapshot, i, trial=trial)) for i in asking]
 
 
 def _measured(snapshot: Snapshot, step: int, seconds: float, began: float) -> tuple[list[Record], Event]:

@@ -161,6 +161,38 @@ def test_a_network_that_knows_the_batch_already():
     assert level(run, "one_batch") == "ok"
 
 
+def deep(depth, variance, act=nn.Tanh):
+    """A plain stack with weights of `variance` / fan-in."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(20 if i == 0 else 32, 32) for i in range(depth)] + [nn.Linear(32, 5)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=math.sqrt(variance / layer.in_features))
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*[m for layer in layers for m in (layer, act())][:-1])
+
+
+def test_signals_that_die_over_the_depth_are_told_where_nothing_is_learned():
+    """C_W = .04 over 24 layers of tanh: each leaves .04 of the squared signal, all of them 1e-34."""
+    run = tried(deep(24, 0.04))
+    verdict = run.series("initialization")[-1][1].verdict()
+    assert (verdict.level, verdict.cause) == ("warning", "initialization_scale")
+    assert level(run, "one_batch") == "alarm" and "batch_not_learned" not in causes(run)  # it is explained
+
+
+def test_a_stack_that_learns_is_left_in_peace_whatever_its_signals_do():
+    """torch's own weights leave a sixth of the squared signal a layer of ReLU, and Adam trains them."""
+    torch.manual_seed(0)
+    layers = [m for i in range(4) for m in (nn.Linear(20 if i == 0 else 64, 64), nn.ReLU())]
+    run = tried(nn.Sequential(*layers, nn.Linear(64, 5)))
+    found = run.series("initialization")[-1][1]
+    assert min(found.forward_factor, found.backward_factor) < 0.01 and found.learned > 0.5
+    assert found.verdict().level == "ok" and causes(run) == []
+
+
+def test_a_normalised_or_shallow_network_is_only_described():
+    assert level(tried(mlp(nn.BatchNorm1d(64))), "initialization") == "not_applicable"  # two layers
+
+
 def test_what_will_run_is_told_and_what_will_not():
     run = tried(mlp())
     told = next(event.text for event in run.events if "this machine run" in event.text)

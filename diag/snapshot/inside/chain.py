@@ -20,6 +20,7 @@ from diag.snapshot.snapshot import Snapshot
 
 CHAIN_EXAMPLES, CHAIN_PROBES = 64, 8
 CHAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = "Conv1D"  # transformers' linear layer, whose weight is (inputs, outputs)
 SAME_GRADIENT_WITHIN = 1e-3  # relative: a gradient that comes through the next layer alone
 
 
@@ -72,7 +73,7 @@ def layer_chain(snapshot: Snapshot) -> LayerChain:
     hooks = [
         m.register_forward_hook(lambda m, a, o, n=n: keep(n, m, o))
         for n, m in model.named_modules()
-        if isinstance(m, CHAIN_LAYERS)
+        if isinstance(m, CHAIN_LAYERS) or _is_transposed(m)
     ]
     try:
         with preserved(model), torch.enable_grad():
@@ -98,6 +99,7 @@ def _measured(calls: list[tuple[str, Any, Tensor]], seed: int) -> tuple[ChainLay
         after = outputs[i + 1] if i + 1 < len(calls) else None
         perpendicular, parallel = (math.nan, math.nan) if after is None else _susceptibilities(z, after, generator)
         weight = module.weight.detach().double()
+        weight = weight.T if _is_transposed(module) else weight
         bias = module.bias
         found.append(
             ChainLayer(
@@ -114,6 +116,11 @@ def _measured(calls: list[tuple[str, Any, Tensor]], seed: int) -> tuple[ChainLay
             )
         )
     return tuple(found)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == TRANSPOSED and isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

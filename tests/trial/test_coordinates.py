@@ -1,0 +1,61 @@
+"""The coordinate check against slopes that follow from the parametrisation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diag
+from diag.errors import InvalidInput
+
+torch.manual_seed(0)
+X, Y = torch.randn(32, 10), torch.randn(32, 1)
+ABOUT = {"widths": (32, 64, 128, 256), "draws": 3}
+
+
+def standard(width, rate=lambda width: 1e-4):
+    model = nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+    nn.init.normal_(model[2].weight, std=width**-0.5)
+    hidden, last = [*model[0].parameters()], [*model[2].parameters()]
+    groups = [{"params": hidden, "lr": 1e-4}, {"params": last, "lr": rate(width)}]
+    return model, torch.optim.Adam(groups, eps=1e-30)
+
+
+def maximal_update(width):
+    """The last layer starts at 1 / width and learns at a rate over the width."""
+    model, optimizer = standard(width, lambda width: 1e-4 * 32 / width)
+    with torch.no_grad():
+        model[2].weight /= width**0.5
+    return model, optimizer
+
+
+def test_adams_first_step_moves_a_standard_output_in_proportion_to_the_width():
+    """Each weight of the last layer moves by the rate, with the sign of its gradient: the output changes by rate x
+    width x the mean of |h|, which is of order one: slope 1. Its size at the start has slope 0, the hidden layer's
+    both."""
+    found = diag.coordinate_check(standard, F.mse_loss, (X, Y), steps=1, **ABOUT)
+    at = found.layers.index("2")
+    assert found.change_slopes[at] == pytest.approx(1, abs=0.15)
+    assert abs(found.slopes[0]) < 0.1 and abs(found.change_slopes[0]) < 0.1
+    assert "2" in found.growing() and "grow with the width" in found.sentence()
+
+
+def test_under_maximal_updates_no_change_grows():
+    found = diag.coordinate_check(maximal_update, F.mse_loss, (X, Y), steps=1, **ABOUT)
+    at = found.layers.index("2")
+    assert abs(found.change_slopes[at]) < 0.15 and found.slopes[at] == pytest.approx(-0.5, abs=0.3)
+    assert found.growing() == () and "None of 3 layers grows" in found.sentence()
+
+
+def test_a_bare_model_is_trained_by_adam_and_random_numbers_are_left_alone():
+    state = torch.get_rng_state()
+    found = diag.coordinate_check(lambda w: standard(w)[0], F.mse_loss, (X, Y), widths=(8, 16), draws=2)
+    assert torch.equal(torch.get_rng_state(), state) and found.widths == (8, 16)
+
+
+def test_refusals():
+    with pytest.raises(InvalidInput, match="give two widths or more"):
+        diag.coordinate_check(standard, F.mse_loss, (X, Y), widths=(8, 8))
+    deeper = lambda w: nn.Sequential(*(nn.Linear(10, 10) for _ in range(w // 8)), nn.Linear(10, 1))  # noqa: E731
+    with pytest.raises(InvalidInput, match="build one architecture"):
+        diag.coordinate_check(deeper, F.mse_loss, (X, Y), widths=(8, 16))

@@ -28,7 +28,7 @@ from diag.linalg.margins import margins
 REDUCTIONS = ("mean", "sum", "none")
 LOGITS_AT_ONCE = 1 << 24  # logits: 64 MB of float32
 WIDE = (torch.float32, torch.float64)  # products in narrower types are taken in float32
-TINY, HUGE = 1e-24, 1e30  # squared lengths between which products in float32 keep their digits
+TINY, HUGE = 1e-12, 1e15  # lengths between which products in float32 keep their digits
 PARALLEL_WITHIN = 4  # roundings of the gradient's length
 
 
@@ -138,25 +138,33 @@ def perp_grad(optimizer: Optimizer, *, whole: bool = False) -> Removable:
         tensors = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if any(p.grad.layout != torch.strided for p in tensors):
             raise InvalidInput("perp_grad met a sparse gradient; expected dense ones.")
-        with torch.no_grad():
-            _project_whole(tensors) if whole else _project_each(tensors)
+        if tensors:
+            with torch.no_grad():
+                _project_whole(tensors) if whole else _project_each(tensors)
 
     return optimizer.register_step_pre_hook(before_step)
 
 
 def _project_each(tensors: list[Tensor]) -> None:
     """By products of one pass over each tensor: |g - c p|^2 = |g|^2 - c <p, g> with c = <p, g> / |p|^2."""
-    for p, (along, length, before) in zip(tensors, _products(tensors), strict=True):
-        g = p.grad
-        assert g is not None
-        if length == 0 or before == 0 == along:
+    along, lengths, before = _products(tensors)
+    gradients, scales, parts = [], [], []
+    for p, product, w, g in zip(tensors, along, lengths, before, strict=True):
+        if w == 0 or g == 0 == product:
             continue
-        left = before - along * along / length
-        if TINY < before < HUGE and left > before / 2:
-            scale = math.sqrt(before / left)
-            g.mul_(scale).add_(p, alpha=-scale * along / length)
+        left = g * g - (product / w) ** 2
+        assert p.grad is not None
+        if TINY < g < HUGE and left > g * g / 2:
+            scale = g / math.sqrt(left)
+            gradients.append(p.grad)
+            scales.append(scale)
+            parts.append((p, -scale * product / w**2))
         else:
-            _project_exactly(p, g)
+            _project_exactly(p, p.grad)
+    if gradients:
+        torch._foreach_mul_(gradients, scales)
+    for gradient, (p, part) in zip(gradients, parts, strict=True):
+        gradient.add_(p, alpha=part)
 
 
 def _project_exactly(p: Tensor, g: Tensor) -> None:
@@ -170,25 +178,27 @@ def _project_exactly(p: Tensor, g: Tensor) -> None:
 
 
 def _project_whole(tensors: list[Tensor]) -> None:
-    products = _products(tensors, both=False)
-    length = sum(own for _, own in products)
+    along, lengths, _ = _products(tensors, of_gradients=False)
+    length = math.hypot(*lengths)
     if length > 0:
-        part = -sum(along for along, _ in products) / length
+        part = -sum(along) / length**2
         for p in tensors:
             assert p.grad is not None
             p.grad.add_(p, alpha=part)
 
 
-def _products(tensors: list[Tensor], both: bool = True) -> list[tuple[float, ...]]:
-    """<p, g>, |p|^2 and, where both are asked for, |g|^2 of each tensor p and its gradient g."""
-    found: list[list[Tensor]] = []
-    for p in tensors:
-        assert p.grad is not None
-        w, g = (t.reshape(-1) if t.dtype in WIDE else t.float().reshape(-1) for t in (p.detach(), p.grad))
-        found.append([torch.dot(w, g), torch.dot(w, w), *([torch.dot(g, g)] if both else [])])
-    each = 3 if both else 2
-    values = _numbers([value for three in found for value in three])
-    return [tuple(values[i : i + each]) for i in range(0, len(values), each)]
+def _products(tensors: list[Tensor], of_gradients: bool = True) -> tuple[list[float], list[float], list[float]]:
+    """<p, g>, |p| and, where it is asked for, |g| of each tensor p and its gradient g."""
+    weights = [_flat(p) for p in tensors]
+    gradients = [_flat(p.grad) for p in tensors if p.grad is not None]
+    along = [torch.dot(w, g) for w, g in zip(weights, gradients, strict=True)]
+    values = _numbers([*along, *torch._foreach_norm([*weights, *gradients] if of_gradients else weights)])
+    n = len(tensors)
+    return values[:n], values[n : 2 * n], values[2 * n :]
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1) if t.dtype in WIDE else t.float().reshape(-1)
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:

@@ -74,6 +74,17 @@ class Quantization(Result):
             rates[name] = float((signs[1:] != signs[:-1]).mean()) if len(signs) > 1 else math.nan
         return rates
 
+    def scale_conflict(self, other: Self) -> dict[str, float]:
+        """How two losses pull on each learned scale: |a + b| / (|a| + |b|) of its gradients by them.
+
+        other: the same network measured with the other loss (`snapshot.replace(loss_fn=...)`). 1 where both pull a
+        scale one way, less than 1 in conflict, 0 where they cancel; NaN where neither pulls.
+        """
+        pairs = {
+            n: (g, other.scale_gradients[n]) for n, g in self.scale_gradients.items() if n in other.scale_gradients
+        }
+        return {n: abs(a + b) / (abs(a) + abs(b)) if a or b else math.nan for n, (a, b) in pairs.items()}
+
     def plot(self, ax: Any) -> None:
         """Error and instability over the exponent, each over its value at o = 1."""
         for name, values in (("estimating error", self.errors), ("gradient instability", self.instabilities)):

@@ -103,7 +103,15 @@ def sigmoid_edge(dtype: str) -> float:
     return (SIGNIFICAND_BITS[dtype] + (dtype not in WIDE)) * math.log(2)
 
 
-@instrument(source=SOURCE, title="Sigmoid collapse", kind="description")
+@instrument(
+    source=SOURCE,
+    title="Sigmoid collapse",
+    kind="description",
+    why="Decisions whose gradient is rounded away no longer teach the network anything, and those on yes "
+    "fall silent "
+    "first.",
+    formula="share of decisions with sigmoid(z) - y = 0 in the dtype of the logits; for y = 1 from z = b ln 2 on",
+)
 def sigmoid_collapse(binary_decisions: BinaryDecisions) -> SigmoidCollapse:
     """Share of yes-or-no decisions whose sigmoid rounds to its target, so that their gradient is exactly zero.
 

@@ -115,7 +115,15 @@ def _tensors(earlier: Trajectory, now: Trajectory) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(numpy.array(earlier.kept)), torch.from_numpy(numpy.array(now.kept))
 
 
-@instrument(source=SOURCE, title="Trajectory of the answers", kind="description", passes=lambda settings: 2.0)
+@instrument(
+    source=SOURCE,
+    title="Trajectory of the answers",
+    kind="description",
+    passes=lambda settings: 2.0,
+    why="How far weights move says little about how far the answers do; methods that seek flat minima go by the "
+    "answers.",
+    formula="mean KL(softmax(z_before) || softmax(z)); mean KL(softmax(z_before / tau) || softmax(z / tau))",
+)
 def trajectory(
     logits: Tensor, previous_logits: Tensor | None = None, *, temperature: float = TEMPERATURE, back: int = 1
 ) -> Trajectory:

@@ -103,6 +103,21 @@ def test_disorder_counts_changes_of_sign():
     assert Quantization.disorder(series) == {"a.s": 0.5}
 
 
+def test_two_losses_pull_on_a_scale():
+    """By gradients that add up: 3 and -1 keep 2 of 4; a loss and itself keep all, a loss and its opposite
+    nothing."""
+
+    def at(g):
+        q = layer([0.5, -0.5], [1.0, 1.0])
+        return quantization([QuantisedWeight("a", q.latent, q.used, 2, q.upstream, q.gradient, {"s": g})])
+
+    assert at(3.0).scale_conflict(at(-1.0)) == {"a.s": 0.5}
+    plain = diag.Snapshot(model(), F.cross_entropy, classification().data)
+    first, opposite = quantization(plain), quantization(plain.replace(loss_fn=lambda z, y: -F.cross_entropy(z, y)))
+    assert first.scale_conflict(first) == {"4.scale": 1.0}
+    assert first.scale_conflict(opposite)["4.scale"] == pytest.approx(0, abs=1e-5)
+
+
 def test_a_network_that_quantises_nothing_is_refused():
     assert "no layer of the model computes with a quantised copy" in refusal(
         quantization, classification().snapshot()

@@ -53,14 +53,11 @@ def named():
             loss_fn(model(data[0]), data[1]).backward()
             optimizer.step()
 
-    def snapshot(width, seed):
-        return diag.Snapshot(network(width, seed), loss_fn, data)
-
     return {
         "diag": diag, "model": model, "loss_fn": loss_fn, "data": data, "test_data": data, "optimizer": optimizer,
         "train": train, "loader": DataLoader(TensorDataset(*data), 20, shuffle=True), "features": data[0],
-        "labels": labels, "test_inputs": data[0], "test_labels": labels, "snapshot": snapshot,
-        "build": lambda seed: network(seed=seed),
+        "labels": labels, "test_inputs": data[0], "test_labels": labels,
+        "build": lambda seed: network(seed=seed), "build_wide": network,
     }  # fmt: skip
 
 

@@ -86,9 +86,10 @@ def preflight(
         batch = _batch(snapshot)
         progress("Fitting one batch")
         trial, run = _tried(snapshot, batch, optimizer, steps, SHARE_OF_AN_ATTEMPT * seconds)
-        records = _judged(snapshot, trial, run.last_step)
+        forward = _forward_seconds(snapshot)
+        records = _judged(snapshot, trial, run.last_step, forward, SHARE_OF_AN_ATTEMPT * seconds)
         progress("Trying the instruments")
-        others, ready = _measured(snapshot, run.last_step, seconds, began)
+        others, ready = _measured(snapshot, run.last_step, forward, seconds, began)
     return _finished(run, [*records, *others], ready, snapshot.model, time.perf_counter() - began)
 
 
@@ -176,28 +177,35 @@ def _controls(snapshot: Snapshot, batch: Batch, fitted: nn.Module) -> dict[str, 
     return found | {"train_loss": train, "eval_loss": evaluated, "unsure": unsure}
 
 
-def _judged(snapshot: Snapshot, trial: Trial, step: int) -> list[Record]:
+def _judged(snapshot: Snapshot, trial: Trial, step: int, forward: float, seconds: float) -> list[Record]:
     """What asks for the trial, on the model as it will be trained: copies of it were."""
     asking = [i for i in instruments().values() if any(n.name == "trial" for n in i.needs)]
-    return [Record(step, i.name, attempt(snapshot, i, trial=trial)) for i in asking]
+    records = []
+    for i in asking:
+        snapshot.deadline.restart(seconds, why=f"what {format_seconds(seconds)} leave for it")
+        expected = _passes(i) * forward
+        outcome = attempt(snapshot, i, trial=trial) if expected <= seconds else _no_time(i, expected, seconds)
+        records.append(Record(step, i.name, outcome))
+    return records
 
 
-def _measured(snapshot: Snapshot, step: int, seconds: float, began: float) -> tuple[list[Record], Event]:
+def _no_time(i: Instrument, expected: float, seconds: float) -> Skipped:
+    return Skipped(i.name, NO_TIME.format(format_seconds(expected), format_seconds(seconds)))
+
+
+def _measured(
+    snapshot: Snapshot, step: int, forward: float, seconds: float, began: float
+) -> tuple[list[Record], Event]:
     """Which measurements run on this model, the cheapest first, as far as the time allows.
 
     Of an untrained network they judge nothing, so what is kept is that they run and what that takes, or why not.
     """
-    forward = _forward_seconds(snapshot)
     known = [i for i in instruments().values() if i.kind is Kind.MEASUREMENT and not _asks_for_a_run(i)]
     records, runs = [], []
     for expected, i in sorted(((_passes(i) * forward, i) for i in known), key=lambda pair: pair[0]):
         left = seconds - (time.perf_counter() - began)
         snapshot.deadline.restart(max(left, 0.0), why=f"what {format_seconds(seconds)} leave for it")
-        outcome = (
-            attempt(snapshot, i)
-            if expected <= left
-            else Skipped(i.name, NO_TIME.format(format_seconds(expected), format_seconds(seconds)))
-        )
+        outcome = attempt(snapshot, i) if expected <= left else _no_time(i, expected, seconds)
         if isinstance(outcome, Result):
             runs.append(f"{i.name} ({format_seconds(outcome.provenance.seconds or 0.0)})")
         else:

@@ -80,7 +80,7 @@ def layer_chain(snapshot: Snapshot) -> LayerChain:
             batch.few(CHAIN_EXAMPLES).forward(model)
             if len(calls) < 2:
                 raise MissingQuantity("the model calls fewer than two linear or convolutional layers.")
-            return LayerChain(_measured(calls, snapshot.seed), _is_normalised(model))
+            return LayerChain(_measured(calls, snapshot), _is_normalised(model))
     except CALL_ERRORS as error:
         raise explained(model, snapshot.batches, error) from error
     finally:
@@ -88,14 +88,15 @@ def layer_chain(snapshot: Snapshot) -> LayerChain:
             hook.remove()
 
 
-def _measured(calls: list[tuple[str, Any, Tensor]], seed: int) -> tuple[ChainLayer, ...]:
-    generator = torch.Generator().manual_seed(seed)
+def _measured(calls: list[tuple[str, Any, Tensor]], snapshot: Snapshot) -> tuple[ChainLayer, ...]:
+    generator = torch.Generator().manual_seed(snapshot.seed)
     outputs = [z for _, _, z in calls]
     last = outputs[-1]
     v = _signs(last, generator)
     to_last = [*torch.autograd.grad(last, outputs[:-1], v, retain_graph=True, allow_unused=True), v]
     found = []
     for i, (name, module, z) in enumerate(calls):
+        snapshot.deadline.check()
         after = outputs[i + 1] if i + 1 < len(calls) else None
         perpendicular, parallel = (math.nan, math.nan) if after is None else _susceptibilities(z, after, generator)
         weight = module.weight.detach().double()

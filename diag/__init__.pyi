@@ -18,6 +18,7 @@ from diag.watching.watcher import Watcher as Watcher
 from diag.connectivity.connection import align as align
 from diag.reporting import compare as compare
 from diag.connectivity.connection_map import connect as connect
+from diag.trial.coordinates import coordinate_check as coordinate_check
 from diag.connectivity.connection_map import fork_stability as fork_stability
 from diag.gradients.layer_rules import gradient_rule as gradient_rule
 from diag.registry import instrument as instrument

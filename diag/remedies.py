@@ -154,23 +154,25 @@ def _project_each(tensors: list[Tensor]) -> None:
             continue
         left = g * g - (product / w) ** 2
         assert p.grad is not None
-        if TINY < g < HUGE and left > g * g / 2:
+        fits = TINY < g < HUGE and left > g * g / 2
+        if fits and p.grad.dtype in WIDE:
             scale = g / math.sqrt(left)
             gradients.append(p.grad)
             scales.append(scale)
             parts.append((p, -scale * product / w**2))
         else:
-            _project_exactly(p, p.grad)
+            _project_wider(p, p.grad, torch.float32 if fits else torch.float64)
     if gradients:
         torch._foreach_mul_(gradients, scales)
     for gradient, (p, part) in zip(gradients, parts, strict=True):
         gradient.add_(p, alpha=part)
 
 
-def _project_exactly(p: Tensor, g: Tensor) -> None:
-    """The same in float64, where the squares over- or underflow or the two are nearly parallel. What is left of
-    parallel ones, as of a tensor with one entry, is rounding, which no length is given to."""
-    weights, gradient = p.double().reshape(-1), g.double().reshape(-1)
+def _project_wider(p: Tensor, g: Tensor, dtype: torch.dtype) -> None:
+    """The same in a wider type: where squares over- or underflow, the two are nearly parallel, or their own type
+    would round the factors. What is left of parallel ones, as of a tensor with one entry, is rounding, which no
+    length is given to."""
+    weights, gradient = p.to(dtype).reshape(-1), g.to(dtype).reshape(-1)
     rest = gradient - torch.dot(weights, gradient) / torch.dot(weights, weights) * weights
     before, after = gradient.norm(), rest.norm()
     parallel = after <= PARALLEL_WITHIN * torch.finfo(g.dtype).eps * before  # no: a NaN goes on to be seen

@@ -8,7 +8,7 @@ weights differ. With normalisation or skip connections the same numbers describe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -120,29 +120,6 @@ class Initialization(Result):
 def relative_variance(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     """Variance over the first axis over the squared mean."""
     return numpy.asarray(values.var(axis=0, ddof=1) / values.mean(axis=0) ** 2)
-
-
-def width_slopes(
-    sizes: Mapping[int, Sequence[NDArray[numpy.float64]]],
-) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
-    """The coordinate check: slope of log size over log width for each layer, and its standard error, (layers,)
-    each.
-
-    sizes: for each width the sizes of the layers' outputs (or of their change after a few steps), one array
-    (layers,) a draw of the weights. A slope of 0 within its error is what muP asks of every layer; widths in steps
-    of 2 and 3 draws of each are a good start. Raises InvalidInput for fewer than two widths or three measurements.
-    """
-    x = numpy.log([float(width) for width, draws in sizes.items() for _ in draws])
-    if len(set(x)) < 2 or len(x) < 3:
-        raise InvalidInput(
-            f"The sizes are of {len(set(x))} widths, {len(x)} measurements in all; give two widths or more, and "
-            "three measurements."
-        )
-    y = numpy.log([values for draws in sizes.values() for values in draws])
-    x = x - x.mean()
-    slope = x @ (y - y.mean(0)) / (x @ x)
-    rest = y - y.mean(0) - numpy.outer(x, slope)
-    return slope, numpy.sqrt((rest**2).sum(0) / (len(x) - 2) / (x @ x))
 
 
 @instrument(

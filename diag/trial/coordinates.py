@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 
 from diag.display import format_number
 from diag.errors import InvalidInput
-from diag.instruments.initialization import width_slopes
-from diag.linalg.student import STANDARD_ERRORS, factor
+from diag.linalg.student import STANDARD_ERRORS, factor, width_slopes
 from diag.snapshot.inside import apart
 from diag.snapshot.preserve import random_states
 from diag.snapshot.snapshot import Snapshot

@@ -9,7 +9,8 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
-from diag.instruments.initialization import Initialization, initialization, relative_variance, width_slopes
+from diag.instruments.initialization import Initialization, initialization, relative_variance
+from diag.linalg.student import width_slopes
 from diag.result import Level
 from diag.testing import check_result, leaves_no_trace, refusal
 

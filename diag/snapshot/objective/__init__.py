@@ -3,4 +3,14 @@
 Rule of the room: all of it is read from the loss itself, and checked against its value; nothing is assumed.
 """
 
-__all__ = ["comparison", "counting", "examples", "loss_spy", "over_ranks", "own_loss", "same_rows", "shares"]
+__all__ = [
+    "comparison",
+    "counting",
+    "decisions",
+    "examples",
+    "loss_spy",
+    "over_ranks",
+    "own_loss",
+    "same_rows",
+    "shares",
+]

@@ -27,7 +27,7 @@ from diag.linalg.margins import margins
 
 REDUCTIONS = ("mean", "sum", "none")
 LOGITS_AT_ONCE = 1 << 24  # logits: 64 MB of float32
-WIDE = (torch.float32, torch.float64)  # products in narrower types are taken in float32
+WIDE_TYPES = (torch.float32, torch.float64)  # products in narrower types are taken in float32
 TINY, HUGE = 1e-12, 1e15  # lengths between which products in float32 keep their digits
 PARALLEL_WITHIN = 4  # roundings of the gradient's length
 
@@ -155,7 +155,7 @@ def _project_each(tensors: list[Tensor]) -> None:
         left = g * g - (product / w) ** 2
         assert p.grad is not None
         fits = TINY < g < HUGE and left > g * g / 2
-        if fits and p.grad.dtype in WIDE:
+        if fits and p.grad.dtype in WIDE_TYPES:
             scale = g / math.sqrt(left)
             gradients.append(p.grad)
             scales.append(scale)
@@ -200,7 +200,7 @@ def _products(tensors: list[Tensor], of_gradients: bool = True) -> tuple[list[fl
 
 
 def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1) if t.dtype in WIDE else t.float().reshape(-1)
+    return t.reshape(-1) if t.dtype in WIDE_TYPES else t.float().reshape(-1)
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:

@@ -27,8 +27,8 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 from diag.snapshot.objective.decisions import BinaryDecisions
 
 SOURCE = "arithmetic of rounding to nearest; Prieto et al. 2025, arXiv:2501.04697, for the softmax"
-WIDE = ("float32", "float64")  # narrower types compute the sigmoid in float32 and round the result
-SAME_LOSS = 0.05  # relative: how far gradients may be from the sigmoid's before the loss counts as another one
+NOT_WIDENED = ("float32", "float64")  # narrower types compute the sigmoid in float32 and round the result
+SAME_SIGMOID = 0.05  # relative: how far gradients may be from the sigmoid's before the loss counts as another one
 UNROUNDED = (
     2**-8
 )  # an exact gradient above which none of these types rounds it away: where it is zero, it is masked
@@ -100,7 +100,7 @@ class SigmoidCollapse(Result):
 def sigmoid_edge(dtype: str) -> float:
     """The logit (nats) from which the sigmoid is exactly 1: 1 + e^-z rounds to 1 from b ln 2 on. Types below
     float32 round 1 - e^-z, whose neighbour below 1 is half as far: from (b + 1) ln 2 on."""
-    return (SIGNIFICAND_BITS[dtype] + (dtype not in WIDE)) * math.log(2)
+    return (SIGNIFICAND_BITS[dtype] + (dtype not in NOT_WIDENED)) * math.log(2)
 
 
 @instrument(
@@ -176,7 +176,7 @@ def _of_a_sigmoid(d: BinaryDecisions, size: Tensor, expected: Tensor, clear: Ten
     away = ((size - expected).abs() / expected)[clear]
     right = (d.gradients < 0) == d.positive
     share = float(away.mean()) if len(away) else 0.0
-    holds = share <= SAME_LOSS and bool(right[clear & (size > 0)].all())
+    holds = share <= SAME_SIGMOID and bool(right[clear & (size > 0)].all())
     return Precondition(
         "the loss is a cross-entropy of the sigmoid",
         holds,

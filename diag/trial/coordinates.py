@@ -27,7 +27,7 @@ from diag.snapshot.snapshot import Snapshot
 
 WIDTHS = (64, 128, 256, 512)
 Built = nn.Module | tuple[nn.Module, Optimizer]
-LEARNING_RATE = 1e-3  # of Adam, where the factory gives no optimizer
+ADAMS_RATE = 1e-3  # of Adam, where the factory gives no optimizer
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _sizes(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Of each layer the size of its outputs before training, and of their change after the steps."""
     model, optimizer = built if isinstance(built, tuple) else (built, None)
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=ADAMS_RATE)
     snapshot = Snapshot(model, loss_fn, data)
     batch = snapshot.batches[0]
     with apart.in_mode(model, "eval"):

@@ -49,6 +49,17 @@ EQUIVALENT: dict[str, str] = {
     "diag/linalg/krylov.py: for _ in range(2): :: constant 2 -> 3": "two passes leave nothing for a third",
     "diag/watching/measure/findings.py: RESULTS_KEPT = 64  # results of an instrument that its course is judged by"
     " :: threshold 64 -> 128": DEFAULT,
+    "diag/gradients/rules/convolution.py: if len(directions) > 2: :: comparison > -> <=": SPEED,
+    "diag/gradients/rules/blocks.py: for part in group.split(max(1, 4 * SCRATCH // max(1, self.groups * "
+    "self.steps * (self.p + self.q)))):"
+    " :: sign * -> /": SPEED,
+    "diag/gradients/rules/blocks.py: a, b = (a, b) if self.p > self.q else (b, a)  # long rows multiply faster"
+    " :: comparison > -> <=": SPEED,
+    "diag/gradients/queries.py: if gradients.num_batches == 1 or gradients.num_parameters <= room:"
+    " :: comparison <= -> >": MEMORY,
+    "diag/gradients/step.py: if not self._taken: :: branch not self._taken -> True": SPEED,
+    "diag/watching/observe/capture.py: return loss if self.factor == 1 else self.factor * loss"
+    " :: branch self.factor == 1 -> False": SPEED,
     "diag/run/growing.py: self.path.unlink(missing_ok=True)"
     " :: constant True -> False": "the file was made just before",
     "diag/gradients/rules/convolution.py: step = max(1, SCRATCH // 4 // self.size) :: sign // -> * #1": SPEED,

@@ -48,6 +48,28 @@ def test_a_causal_model_is_fine():
     assert not told and series[-1][1].change == 0.0
 
 
+class Speaker(Reader):
+    """Computes its loss itself, from labels that it is given besides."""
+
+    def forward(self, input_ids, labels=None):
+        logits = super().forward(input_ids)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_labels_beside_the_tokens_are_not_taken_for_them(both_ways):
+    model = Speaker(both_ways)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with diag.watch(model, instruments=["answers_seen"]) as watcher:
+        for _ in range(12):
+            text = torch.randint(11, (12, 20))
+            optimizer.zero_grad()
+            model(input_ids=text, labels=text)["loss"].backward()
+            optimizer.step()
+    assert [f.verdict.cause for f in watcher.findings] == [Cause.ANSWER_IN_INPUT] * both_ways
+
+
 def test_other_targets_are_not_judged():
     told, series = findings(Reader(both_ways=True), shift=3)
     assert not told and series[-1][1].verdict().level == "not_applicable"

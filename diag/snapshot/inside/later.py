@@ -17,6 +17,7 @@ from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
 ROWS_TRIED, SHORTEST = 8, 4
+CANDIDATES = 3  # inputs that may be the tokens
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,29 @@ class LaterTokens:
 def later_tokens(snapshot: Snapshot) -> LaterTokens:
     """Replace later tokens of a few rows and see what becomes of the outputs before them, in evaluation mode.
 
-    The last integer tensor (rows, positions) among the inputs is taken for the tokens that are predicted: a decoder
-    has the source before them. Raises MissingQuantity for a model that reads no tokens, or whose output has no axis
-    of their positions.
+    The last integer tensor (rows, positions) among the inputs on which the output depends is taken for the tokens
+    that are predicted: a decoder has the source before them, and labels may come after them. Raises MissingQuantity
+    for a model that reads no tokens, or whose output has no axis of their positions.
     """
     (first,) = snapshot.cuttable(snapshot.batches[:1])
     rows = first.few(ROWS_TRIED)
-    tokens = _tokens(rows)
-    if tokens is None or rows.size < 2:
+    found = [*_sequences(rows.args), *_sequences(rows.kwargs)]
+    if not found or rows.size < 2:
         raise MissingQuantity(f"the model reads no sequences of {SHORTEST} tokens or more.")
+    with torch.no_grad():
+        tried = (_changed(snapshot, rows, tokens) for tokens in reversed(found[-CANDIDATES:]))
+        last = next(tried)
+        earlier, positions, _ = last if last[2] else next((t for t in tried if t[2]), last)
+    return LaterTokens(earlier, positions, rows.size)
+
+
+def _changed(snapshot: Snapshot, rows: Batch, tokens: Tensor) -> tuple[float, int, bool]:
+    """What changed in the first half of the output, how many positions there are, and whether anything did."""
     changed = map_tensors(lambda t: _mixed(t) if t is tokens else t, (rows.args, rows.kwargs))
     other = replace(rows, args=changed[0], kwargs=changed[1])
     snapshot.deadline.check()
     try:
-        with preserved(snapshot.model), torch.no_grad():
+        with preserved(snapshot.model):
             before, after = (output_tensor(b.forward(snapshot.model)) for b in (rows, other))
     except CALL_ERRORS as error:
         raise explained(snapshot.model, snapshot.batches, error) from error
@@ -56,15 +66,11 @@ def later_tokens(snapshot: Snapshot) -> LaterTokens:
     axis = next((a for a in range(1, before.ndim) if before.shape[a] == tokens.shape[1]), None)
     if axis is None or before.ndim < 3 or before.shape != after.shape:
         raise MissingQuantity("the model's output has no axis of the tokens' positions.")
+    anything = not torch.equal(before, after)
     before, after = (t.narrow(axis, 0, half).double() for t in (before, after))
     spread = float(before.std())
     change = float((after - before).abs().max())
-    return LaterTokens(change / spread if spread > 0 else change, tokens.shape[1], rows.size)
-
-
-def _tokens(batch: Batch) -> Tensor | None:
-    found = list(_sequences(batch.args)) + list(_sequences(batch.kwargs))
-    return found[-1] if found else None
+    return change / spread if spread > 0 else change, tokens.shape[1], anything
 
 
 def _sequences(value: Any) -> Iterator[Tensor]:

@@ -162,10 +162,11 @@ class Optimizers:
         if record.steps == 1:
             record.stateful = bool(optimizer.state) and any(optimizer.state.values())
         if record.by_closure and record.steps > 1:
-            # Its backward passes came inside the step: the gradient holds earlier ones where it was never reset.
+            # Its backward passes came inside the step: the gradient holds earlier ones where it was never reset,
+            # and within the step before, too, each added to the last.
             kept = [w for w in record.watched if w.reached]
             older = bool(kept) and all(w.fresh > w.reached and not w.was_zero() for w in kept)
-            self._count(record.unzeroed, step, older, "not zeroed", record)
+            self._count(record.unzeroed, step - 1, older, "not zeroed", record)
         for w in record.watched:
             w.stepped(id(record))
         self.used()

@@ -15,6 +15,7 @@ from diag.instruments.outcome.trivial import TrivialPredictor
 from diag.snapshot.history import empty_history
 from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.steps import OptimizerFacts
 
 
 @pytest.fixture
@@ -89,6 +90,13 @@ def test_the_first_loss_beside_guessing_evenly(first, cause):
     assert other.verdict().level == "not_applicable"
     summed = Loop(step=3, losses=(LossFacts("cross_entropy", reduction="sum"),))
     assert diag.initial_loss(history=history, loop=summed, **given).verdict().level == "not_applicable"
+    steps = (OptimizerFacts("SGD", held=("w",), steps=3, passes=4),)
+    by_factor = {
+        f: Loop(step=3, optimizers=steps, losses=(LossFacts("cross_entropy", factor=f),)) for f in (1, 0.25)
+    }
+    added, divided = by_factor[1], by_factor[0.25]
+    assert diag.initial_loss(history=history, loop=added, **given).verdict().level == "not_applicable"
+    assert diag.initial_loss(history=history, loop=divided, **given).verdict().cause == cause
 
 
 def predictor(loss):

@@ -86,6 +86,7 @@ def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
             "Look for detach(), torch.no_grad(), .data, .item(), argmax or a rounding after them; freeze them with "
             "requires_grad_(False) if they are not to be trained.",
             "A gradient of these parameters that is not None after backward().",
+            step=1 if _never(cut) else None,
             layers=tuple(p.name for p in cut),
         )
     if unused:
@@ -105,8 +106,14 @@ def _without(
         f"parameters has changed in {counted(loop.step, 'step')}.",
         "Use the layers in forward(), or take them out of the model.",
         "A gradient of these parameters that is not None after backward().",
+        step=1 if _never(parameters) else None,
         layers=tuple(p.name for p in parameters),
     )
+
+
+def _never(parameters: list[ParameterFacts]) -> bool:
+    """Whether they were there from the start and never had a gradient."""
+    return not any(p.gradient or p.since or p.replaced for p in parameters)
 
 
 def _layers(parameters: list[ParameterFacts]) -> str:

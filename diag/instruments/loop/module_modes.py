@@ -84,11 +84,13 @@ def _training(m: ModeFacts) -> LoopFinding | None:
 
 def _in_eval(m: ModeFacts, since: int, when: str, level: Level) -> LoopFinding:
     names = m.trained_parts
+    norms = set(names) & set(m.norms)
+    what = ["dropout is off there"] if set(names) - norms else []
+    what += ["batch norm uses running statistics that stand still"] if norms else []
     return LoopFinding(
         level,
         Cause.TRAINING_IN_EVAL_MODE,
-        f"Training runs with {named(names)} in eval mode {when}: dropout is off there, and batch norm uses running "
-        "statistics that stand still.",
+        f"Training runs with {named(names)} in eval mode {when}: {', and '.join(what)}.",
         "Call model.train() before the training batches, after each evaluation.",
         f"{names[0]}.training is True in a training call.",
         step=since,

@@ -113,9 +113,12 @@ def initial_loss(
 
 
 def _is_mean(loop: Loop | None) -> bool:
-    """Whether no loss of the loop is known to be a sum, or to be multiplied (other than by a gradient scaler)."""
+    """Whether no loss of the loop is known to be a sum, over examples or over the backward passes of a step, or to
+    be multiplied (other than by a gradient scaler)."""
     if loop is None:
         return True
     multiplied = any(f.factor is not None and f.factor > 1 for f in loop.losses)
+    divided = any(f.factor is not None and f.factor < 1 for f in loop.losses)
     summed = any(f.reduction == "sum" for f in loop.losses)
+    summed |= not divided and any(o.passes > 1 for o in loop.training)
     return not summed and not (multiplied and not loop.scaling.scaled_losses)

@@ -73,7 +73,13 @@ class UnitCopies(Result):
             refutation="Two units of such a layer that differ.",
             layers=last.layers,
             cause=Cause.INITIALIZATION_CONSTANT,
-            explained_by=(Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE),
+            explained_by=(
+                Cause.WEIGHT_DECAY_TOO_STRONG,
+                Cause.NOT_FINITE,
+                Cause.GRAPH_CUT,
+                Cause.MODULE_UNUSED,
+                Cause.GRADIENT_ABSENT,
+            ),
             step=1,
         )
 

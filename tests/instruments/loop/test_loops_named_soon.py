@@ -441,6 +441,31 @@ def test_eval_mode_from_the_start_is_said_to_be_so_after_many_steps():
             an_epoch(model, optimizer, loops.batches())
     ((_, result),) = watcher.run.series("module_modes")[-1:]
     assert "from step 1 on" in result.verdict().sentence
+    assert "dropout" in result.verdict().sentence and "batch norm" in result.verdict().sentence
+
+
+def test_what_eval_mode_does_is_said_of_what_is_in_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, 3)).eval()
+    with diag.watch(model, instruments=["module_modes"]) as watcher:
+        an_epoch(model, loops.adam(model), loops.batches())
+    (finding,) = watcher.findings
+    assert "dropout" in finding.verdict.sentence and "batch norm" not in finding.verdict.sentence
+
+
+def test_adapters_that_are_never_used_are_the_cause_of_their_equal_zeros():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    model.adapters = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(2))
+    nn.init.zeros_(model.adapters[0].weight)
+    nn.init.zeros_(model.adapters[1].weight)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    optimizer = loops.adam(model)
+    with diag.watch(model, instruments=["unit_copies", "gradients_reach"]) as watcher:
+        for _ in range(4):
+            an_epoch(model, optimizer, loops.batches())
+    (story,) = watcher.run.stories()
+    assert story.finding.instrument == "gradients_reach"
 
 
 # A stream that several workers read

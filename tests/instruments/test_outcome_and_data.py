@@ -91,10 +91,8 @@ def test_the_first_loss_beside_guessing_evenly(first, cause):
     summed = Loop(step=3, losses=(LossFacts("cross_entropy", reduction="sum"),))
     assert diag.initial_loss(history=history, loop=summed, **given).verdict().level == "not_applicable"
     steps = (OptimizerFacts("SGD", held=("w",), steps=3, passes=4),)
-    by_factor = {
-        f: Loop(step=3, optimizers=steps, losses=(LossFacts("cross_entropy", factor=f),)) for f in (1, 0.25)
-    }
-    added, divided = by_factor[1], by_factor[0.25]
+    losses = [(LossFacts("cross_entropy", factor=f),) for f in (1, 0.25)]
+    added, divided = (Loop(step=3, optimizers=steps, losses=kind) for kind in losses)
     assert diag.initial_loss(history=history, loop=added, **given).verdict().level == "not_applicable"
     assert diag.initial_loss(history=history, loop=divided, **given).verdict().cause == cause
 

@@ -94,7 +94,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             step=b.since,
         )
     each = f" every {b.loader_batches:,}" if b.loader_batches and b.lag % b.loader_batches == 0 else ""
-    if b.lag >= EPOCH and b.repeats >= (THRICE if b.by_rows else beyond_chance(b.lag)):
+    if not alike and b.lag >= EPOCH and b.repeats >= (THRICE if b.by_rows else beyond_chance(b.lag)):
         yield LoopFinding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,

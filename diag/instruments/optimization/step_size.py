@@ -111,7 +111,7 @@ class StepSize(Result):
                           Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
                           Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.INPUTS_TOO_SMALL,
                           Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED, Cause.LOSS_ASCENDED,
-                          Cause.CLASS_WEIGHTS_WRONG),
+                          Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO),
             step=self.began_at or self.largest_at,
         )  # fmt: skip
 

@@ -468,6 +468,14 @@ def test_adapters_that_are_never_used_are_the_cause_of_their_equal_zeros():
     assert story.finding.instrument == "gradients_reach"
 
 
+def test_batches_of_equal_rows_have_no_order():
+    model = loops.mlp()
+    x, y = loops.data()
+    loader = DataLoader(TensorDataset(x[:1].expand_as(x).clone(), y), 16, shuffle=True)
+    causes = told(model, lambda: [an_epoch(model, loops.adam(model), loader) for _ in range(6)])
+    assert Cause.EPOCHS_NOT_RESHUFFLED not in causes
+
+
 # A stream that several workers read
 
 

@@ -42,6 +42,7 @@ from diag.errors import (
 from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import HELD_OUT, Effort, Quantity, lookup
 from diag.snapshot.snapshot import OVER_RANKS, Snapshot
+from diag.snapshot.state.host import on_host
 from diag.snapshot.state.tensors import hearing
 from diag.snapshot.validation import checked
 
@@ -229,7 +230,7 @@ class Instrument:
         settings = {s.name: self._setting(s, given) for s in self.settings}
         self._refuse_unknown(given)
         began = time.perf_counter()
-        with hearing() as said, self._undisturbed(snapshot, given):
+        with on_host(), hearing() as said, self._undisturbed(snapshot, given):
             quantities = checked({n.name: self._value(n, snapshot, given) for n in self.needs})
             result = self._measured(snapshot, quantities | settings)
         about = snapshot.provenance() if snapshot is not None else {}

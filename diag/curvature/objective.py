@@ -23,6 +23,7 @@ from diag.errors import InvalidInput, type_of
 from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.call_at import call_at
 from diag.snapshot.parameters import FlatLayout
+from diag.snapshot.state.host import as_the_program
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -107,7 +108,8 @@ class Objective:
         if isinstance(loss_fn, nn.Module) and converted:
             loss = call_at(loss_fn, converted, (outputs, targets))
         else:
-            loss = loss_fn(outputs, targets)
+            with as_the_program():
+                loss = loss_fn(outputs, targets)
         return _scalar(loss)
 
     def loss(self, parameters: Sequence[Tensor], batch: Batch) -> Tensor:

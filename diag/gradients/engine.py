@@ -34,6 +34,7 @@ from diag.snapshot.parameters import trainable
 from diag.snapshot.picking import permuted_targets, picked
 from diag.snapshot.preserve import preserved
 from diag.snapshot.state.bits import bits_of
+from diag.snapshot.state.unmade import REENTRANT, is_reentrant
 
 
 class ModelGradients(PerExampleGradients):
@@ -197,12 +198,9 @@ class ModelGradients(PerExampleGradients):
         try:
             return make_plan(self.model, self.loss_fn, probe, self._parameters, deadline=self.deadline)
         except RuntimeError as error:
-            if "use_reentrant" not in str(error):
+            if not is_reentrant(error):
                 raise
-            raise Unsupported(
-                "The model recomputes activations with reentrant checkpoints, which allow no gradients but the "
-                "parameters'; use torch.utils.checkpoint with use_reentrant=False."
-            ) from None
+            raise Unsupported(REENTRANT) from None
         except NotFinite:
             check_finite(losses_of(self.model, self.loss_fn, batch), rows.start)
             raise Unsupported(

@@ -110,7 +110,7 @@ class _GroupSums:
     def result(self) -> Tensor:
         shape = (len(self._groups), self._about.num_parameters)
         like = next(iter(self.sums.values()), None)
-        result = torch.zeros(shape) if like is None else like.new_zeros(shape)
+        result = torch.zeros(shape, dtype=torch.float32) if like is None else like.new_zeros(shape)
         for name, part in self.sums.items():
             result[:, self._about.columns[name]] = part
         return result
@@ -281,7 +281,7 @@ class _Everything:
         self._found[rows, self._columns[name]] = torch.cat([block.dense(s).flatten(1) for s in block.slices()])
 
     def result(self) -> Tensor:
-        return torch.zeros(self._shape) if self._found is None else self._found
+        return torch.zeros(self._shape, dtype=torch.float32) if self._found is None else self._found
 
 
 def zeros(*shape: int) -> Tensor:

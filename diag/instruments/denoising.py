@@ -161,7 +161,7 @@ def _eigen(denoiser: DenoiserAt, count: int, seed: int) -> tuple[NDArray[numpy.f
         return numpy.zeros(0), numpy.zeros((0, d))
 
     def product(u: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
-        v = torch.zeros(shape).to(denoiser.noisy)
+        v = torch.zeros(shape, dtype=torch.float32).to(denoiser.noisy)
         v[0] = torch.from_numpy(numpy.asarray(u).ravel()).to(v).view(shape[1:])
         both = (denoiser.jvp(v)[0] + denoiser.vjp(v)[0]).detach().double() / 2
         return both.cpu().numpy().ravel()

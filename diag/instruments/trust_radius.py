@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diag.display import format_number
+from diag.errors import Unsupported
 from diag.registry import GRADIENT, PRODUCT, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -24,6 +25,10 @@ SOURCE = "Semenov, Jaggi, Doikov 2025, arXiv:2506.13710"
 REACH = 10.0  # in lengths of the parameters: beyond it nothing is looked for
 RADII_TRIED, RADIUS_FACTOR, BISECTIONS = 12, 4.0, 10
 NEWTON_PRODUCTS = 20
+COARSE = (
+    "The model's gradients are in {}, too coarse to be compared at points that are close to each other; measure a "
+    "copy, model.float()."
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,11 +99,13 @@ def trust_radius(
     deviation that grows with t, and an upper bound of the radius over all directions. One product and about 45
     gradients a direction; `newton_products` more products solve for the regularised Newton step.
 
-    Raises nothing of its own. Source: Semenov, Jaggi, Doikov 2025, arXiv:2506.13710 (its definition as others quote
-    it; the paper itself was not read).
+    Raises Unsupported for a model in half precision. Source: Semenov, Jaggi, Doikov 2025, arXiv:2506.13710 (its
+    definition as others quote it; the paper itself was not read).
     """
     center = losses_at.center
     g = losses_at.step(center)[1]
+    if g.dtype != hessian.dtype:
+        raise Unsupported(COARSE.format(str(g.dtype).removeprefix("torch.")))
     size, length = float(g.norm()), float(center.norm())
     known = math.isfinite(size) and size > 0
     reach = REACH * (length or 1.0)

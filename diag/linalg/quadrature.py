@@ -131,7 +131,7 @@ class SpectralMeasure:
         rest = self.size - len(self.atoms)
         squares = self.size * (self.weights * self.nodes ** (2 * power)).sum(1).mean()
         theory = (2 * (squares - sums.mean() ** 2 / rest).clamp_min(0) * rest / (rest + 2) / len(sums)).sqrt()
-        spread = _spread(sums) if len(sums) > 1 else torch.zeros(())
+        spread = _spread(sums) if len(sums) > 1 else torch.zeros((), dtype=torch.float64)
         return max(float(theory), float(spread))
 
     def _atoms_below(self, grid: Tensor) -> Tensor:

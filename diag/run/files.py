@@ -1,6 +1,7 @@
 """The files of a run: their names, the format's version, and run.json.
 
-    run.json        what the run is (metadata), the format's version, the columns of a row of steps.bin, checksums
+    run.json        what the run is (metadata), the format's version, the columns of a row of steps.bin, checksums,
+                    and the run's seal, a number from which the checksums of its other files start
     steps.bin       one fixed-width little-endian row an optimizer step, with a checksum (`rows`)
     records.jsonl   one line a result, skip, failure, event or cost, numbered and with a checksum (`records`)
     arrays/         the results' larger arrays, named by a hash of their content (`arrays`)
@@ -26,13 +27,13 @@ from diag.errors import InvalidInput, RunError
 from diag.run.rows import check_columns
 
 RUN_FOLDER_FORMAT = "diag-run"
-RUN_FOLDER_VERSION = 2
+RUN_FOLDER_VERSION = 3
 META, STEPS_FILE, RECORDS_FILE, ARRAYS = "run.json", "steps.bin", "records.jsonl", "arrays"
 LOCK, PREVIOUS = "writer.lock", "previous-run"
 DAMAGED = "damaged"  # the kind of event that reports what does not fit its checksum
 
 LARGEST_NUMBER = 1 << 62  # of a step, a count or a size
-STRUCTURE = ("format", "format_version", "row", "layers")  # without these no row can be read
+STRUCTURE = ("format", "format_version", "seal", "row", "layers")  # without these no row can be read
 # The types of what others read in the metadata; an entry of another type is left out and reported.
 TYPES: dict[str, type | tuple[type, ...]] = {
     "created": str,
@@ -108,7 +109,7 @@ def _refuse_other_version(folder: Path, version: Any) -> None:
             f"newer diag."
         )
     raise RunError(
-        f"{folder} has run format {str(version)[:20]}, which has no checksums, and this diag reads format "
+        f"{folder} has run format {str(version)[:20]}, which is older, and this diag reads format "
         f"{RUN_FOLDER_VERSION}; install the diag that wrote it."
     )
 
@@ -117,6 +118,8 @@ def _refuse_structure(data: Mapping[str, Any], expected: Any) -> None:
     layers = data["layers"]
     if not isinstance(layers, dict) or not all(type(n) is int and 0 <= n < LARGEST_NUMBER for n in layers.values()):
         raise ValueError("layers are not numbers of elements by name")
+    if type(data["seal"]) is not int or not 0 <= data["seal"] < 1 << 32:
+        raise ValueError("no seal")
     if not isinstance(data["row"], list):
         raise ValueError("no list of columns")
     check_columns(data["row"], len(layers))

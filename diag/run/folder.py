@@ -107,7 +107,7 @@ def _has_begun(folder: Path) -> bool:
         metadata, _ = read_metadata(folder)
         if (folder / STEPS_FILE).stat().st_size >= row_dtype(metadata["row"]).itemsize:
             return True
-        records = read_records(folder / RECORDS_FILE)
+        records = read_records(folder / RECORDS_FILE, metadata["seal"])
     except (OSError, RunError):
         return True
     return bool(records.damaged or any(r["type"] in OUTCOMES for r in records.all))

@@ -1,7 +1,8 @@
 """The lines of records.jsonl: what a line holds, its number and checksum, and which lines still count.
 
-A line is {"crc": checksum of all that follows, "n": its number, "type": ..., "step": ..., ...}. A gap in the
-numbers shows that lines are lost; a repeated number, that one was inserted twice or moved.
+A line is {"crc": checksum of all that follows, "n": its number, "type": ..., "step": ..., ...}. The checksum starts
+from the run's seal, so that a line of another run does not fit. A gap in the numbers shows that lines are lost; a
+repeated number, that one was inserted twice or moved.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class Records(NamedTuple):
     bytes: int
 
 
-def record_line(record: Mapping[str, Any], number: int) -> bytes:
-    """A record as line `number` of records.jsonl."""
+def record_line(record: Mapping[str, Any], number: int, seal: int = 0) -> bytes:
+    """A record as line `number` of the records.jsonl of the run with this seal."""
     body = b'"n":%d,%b' % (number, json.dumps(record, allow_nan=False, separators=(",", ":")).encode()[1:])
-    return b'{"crc":"%08x",%b\n' % (zlib.crc32(body), body)
+    return b'{"crc":"%08x",%b\n' % (zlib.crc32(body, seal), body)
 
 
-def read_records(file: Path) -> Records:
+def read_records(file: Path, seal: int = 0) -> Records:
     """The records of records.jsonl that fit their checksums. Raises OSError where it cannot be read.
 
     The `data` of an outcome is left as the bytes of its line (`outcome_data` reads them): its checksum shows that
@@ -75,7 +76,7 @@ def read_records(file: Path) -> Records:
     records: list[dict[str, Any]] = []
     before = -1
     for line in lines:
-        number, record = _record(line)
+        number, record = _record(line, seal)
         if record is None or number <= before:
             continue
         before = number
@@ -85,9 +86,9 @@ def read_records(file: Path) -> Records:
     return Records(records, max(bad, gone), int(bool(last)), following, end)
 
 
-def _record(line: bytes) -> tuple[int, dict[str, Any] | None]:
+def _record(line: bytes, seal: int) -> tuple[int, dict[str, Any] | None]:
     start = START.match(line)
-    if start is None or int(start[1], 16) != zlib.crc32(line[AFTER_CRC:]):
+    if start is None or int(start[1], 16) != zlib.crc32(line[AFTER_CRC:], seal):
         return 0, None
     try:
         record = _outcome(start, line) if start["kind"] in OUTCOME_BYTES else _other(line)

@@ -1,7 +1,8 @@
 """The rows of steps.bin: what a row holds, its checksum, and the history that rows make.
 
-A row ends in a checksum of its bytes that starts from its place in the file, so that a row that was changed, moved
-or inserted twice is detected. Every row is one write to the operating system.
+A row ends in a checksum of its bytes that starts from the run's seal and its place in the file, so that a row that
+was changed, moved, inserted twice or taken from another run is detected. Every row is one write to the operating
+system.
 """
 
 from __future__ import annotations
@@ -57,13 +58,14 @@ def check_columns(columns: Iterable[Any], num_layers: int) -> None:
         raise ValueError(f"the column {missing[0] if isinstance(missing, list) else CRC} is not where it belongs")
 
 
-def sealed(data: bytes, itemsize: int, first: int) -> bytes:
-    """The bytes of rows with their checksums; `first` is the place of the first of them in the file."""
+def sealed(data: bytes, itemsize: int, first: int, seal: int = 0) -> bytes:
+    """The bytes of rows with their checksums; `first` is the place of the first of them in the file, `seal` the
+    number of their run."""
     if len(data) == itemsize:
         body = data[:-CRC_BYTES]
-        return body + zlib.crc32(body, first & 0xFFFFFFFF).to_bytes(CRC_BYTES, "little")
+        return body + zlib.crc32(body, (seal + first) & 0xFFFFFFFF).to_bytes(CRC_BYTES, "little")
     starts = range(0, len(data), itemsize)
-    return b"".join(sealed(data[at : at + itemsize], itemsize, first + i) for i, at in enumerate(starts))
+    return b"".join(sealed(data[at : at + itemsize], itemsize, first + i, seal) for i, at in enumerate(starts))
 
 
 class Rows(NamedTuple):
@@ -82,14 +84,14 @@ class Rows(NamedTuple):
         return int((~self.whole).sum())
 
 
-def read_rows(file: Path, columns: Iterable[Iterable[Any]]) -> Rows:
+def read_rows(file: Path, columns: Iterable[Iterable[Any]], seal: int = 0) -> Rows:
     """The rows of steps.bin, each compared with its checksum. Raises OSError where the file cannot be read."""
     dtype = row_dtype(columns)
     size = file.stat().st_size if file.exists() else 0
     count, rest = divmod(size, dtype.itemsize)
     if not count:
         return Rows(numpy.empty(0, dtype), numpy.zeros(0, bool), int(rest > 0))
-    whole = numpy.concatenate(list(_whole(file, dtype, count)))
+    whole = numpy.concatenate(list(_whole(file, dtype, count, seal)))
     rows = numpy.memmap(file, dtype, "r", shape=(count,))
     kept = count
     while kept and not whole[kept - 1] and not any(rows[kept - 1].tobytes()):
@@ -97,7 +99,7 @@ def read_rows(file: Path, columns: Iterable[Iterable[Any]]) -> Rows:
     return Rows(rows[:kept], whole[:kept], count - kept + int(rest > 0))
 
 
-def _whole(file: Path, dtype: numpy.dtype[Any], count: int) -> Iterator[NDArray[numpy.bool_]]:
+def _whole(file: Path, dtype: numpy.dtype[Any], count: int, seal: int) -> Iterator[NDArray[numpy.bool_]]:
     """For each row, whether its checksum fits; read in blocks, so that no file fills the memory."""
     size, at = dtype.itemsize, 0
     body, step = size - CRC_BYTES, max(1, ROW_BYTES_AT_ONCE // size)
@@ -108,7 +110,8 @@ def _whole(file: Path, dtype: numpy.dtype[Any], count: int) -> Iterator[NDArray[
                 yield numpy.zeros(count - at, bool)
                 return
             rows = numpy.frombuffer(data[: len(data) // size * size], dtype)
-            sums = [zlib.crc32(data[i * size : i * size + body], (at + i) & 0xFFFFFFFF) for i in range(len(rows))]
+            starts = [(seal + at + i) & 0xFFFFFFFF for i in range(len(rows))]
+            sums = [zlib.crc32(data[i * size : i * size + body], start) for i, start in enumerate(starts)]
             yield rows[CRC] == numpy.array(sums, numpy.uint32)
             at += len(rows)
 

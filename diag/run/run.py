@@ -335,8 +335,8 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path).parent if Path(path).name == META else Path(path)
     metadata, wrong = read_metadata(folder)
     try:
-        rows = read_rows(folder / STEPS_FILE, metadata["row"])
-        found = read_records(folder / RECORDS_FILE)
+        rows = read_rows(folder / STEPS_FILE, metadata["row"], metadata["seal"])
+        found = read_records(folder / RECORDS_FILE, metadata["seal"])
     except OSError as error:
         raise RunError(f"The run {folder} cannot be read ({error.strerror}: {error.filename}).") from None
     wrong += [*missing(folder, metadata, rows, found), *damaged(rows, found)]

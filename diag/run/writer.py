@@ -116,7 +116,7 @@ class RunWriter:
         # run.json comes last: a folder that has it has the other files, or has lost them.
         self._files = {name: Growing(self.path / name) for name in (STEPS_FILE, RECORDS_FILE)}
         about = {"format": RUN_FOLDER_FORMAT, "format_version": RUN_FOLDER_VERSION, "created": _now()}
-        row = {"row": row_columns(len(self.layers))}
+        row = {"seal": int.from_bytes(os.urandom(4), "little"), "row": row_columns(len(self.layers))}
         self._about = jsonable(metadata) | about | row | {"layers": self.layers}
         write_atomically(self.path / META, metadata_text(self._about))
 
@@ -125,7 +125,8 @@ class RunWriter:
         before, wrong = read_metadata(self.path)
         _refuse_other_layers(before["layers"], self.layers, self.path)
         self._dtype = row_dtype(before["row"])
-        rows, records = read_rows(self.path / STEPS_FILE, before["row"]), read_records(self.path / RECORDS_FILE)
+        rows = read_rows(self.path / STEPS_FILE, before["row"], before["seal"])
+        records = read_records(self.path / RECORDS_FILE, before["seal"])
         wrong += missing(self.path, before, rows, records)  # read now: it cannot be known once more is written
         kept = kept_rows(rows, records.all)
         last_row = kept["steps"][-1:].tolist()
@@ -146,12 +147,12 @@ class RunWriter:
             STEPS_FILE: Growing(self.path / STEPS_FILE, count * self._dtype.itemsize, count),
             RECORDS_FILE: Growing(self.path / RECORDS_FILE, records.bytes, records.next),
         }
+        self._about = jsonable(before)
         text = f"resumed after step {self.last_step}"
         torn = rows.torn + records.torn
         self._append_record({"type": "resume", "step": self.last_step, "rows": count, "torn": torn, "text": text})
         for sentence in wrong:
             self.append_event(self.last_step, DAMAGED, sentence)
-        self._about = jsonable(before)
         write_atomically(self.path / META, metadata_text(self._about))
 
     # Appending
@@ -175,7 +176,9 @@ class RunWriter:
     def append_table(self, table: NDArray[Any]) -> None:
         """Append rows that are in this form (`dtype`) already: the quick way, for every step of a watched run."""
         file = self._file(STEPS_FILE)
-        self._write(file, sealed(table.tobytes(), self._dtype.itemsize, file.count()), len(table))
+        self._write(
+            file, sealed(table.tobytes(), self._dtype.itemsize, file.count(), self._about["seal"]), len(table)
+        )
         self.last_step = int(table["steps"][-1])
 
     def append_optimizer(self, optimizer: Mapping[str, Any]) -> None:
@@ -274,7 +277,7 @@ class RunWriter:
 
     def _append_record(self, record: Mapping[str, Any]) -> None:
         file = self._file(RECORDS_FILE)
-        self._write(file, record_line(record, file.count()))
+        self._write(file, record_line(record, file.count(), self._about["seal"]))
 
     def _save_array(self, array: NDArray[Any]) -> str:
         if not self.path.exists():

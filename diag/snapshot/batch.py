@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from diag.errors import InvalidInput, Unsupported, type_of
+from diag.snapshot.state.host import as_the_program
 from diag.snapshot.state.python import renew
 
 FINGERPRINT_BYTES = 1 << 22
@@ -51,7 +52,8 @@ class Batch:
         """The model's outputs on this batch."""
         if isinstance(model, nn.Module):
             renew(model)
-        return model(*self.args, **self.kwargs)
+        with as_the_program():
+            return model(*self.args, **self.kwargs)
 
     def forward_on_copies(self, model: nn.Module) -> Any:
         """The same on copies of the inputs, as the model may write into them."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import InvalidInput, Unsupported
+from diag.snapshot.state.host import as_the_program
 from diag.snapshot.state.python import renew
 from diag.snapshot.state.tensors import keeper_of
 
@@ -40,7 +41,7 @@ def call_at(
     TorchScript.
     """
     renew(model)
-    with placed(model, values):
+    with placed(model, values), as_the_program():
         return model(*args, **(kwargs or {}))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diag.errors import InvalidInput, Unsupported, named
+from diag.snapshot.state.host import as_the_program
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -23,7 +24,8 @@ def batch_loss(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
 
     Raises InvalidInput where `loss_fn` returns anything else.
     """
-    loss = loss_fn(outputs, targets)
+    with as_the_program():
+        loss = loss_fn(outputs, targets)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise InvalidInput(

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.errors import DiagError, InvalidInput, first_line
+from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
+from diag.snapshot.state.unmade import REENTRANT, is_reentrant
 
 CALL_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 
@@ -30,6 +31,8 @@ def explained(model: nn.Module, batches: Sequence[Batch], error: Exception) -> D
     """What `error`, raised by a call of the model on one of the batches, comes from; diag's own are as they are."""
     if isinstance(error, DiagError):
         return error
+    if is_reentrant(error):
+        return Unsupported(REENTRANT)
     model_device = next((p.device for p in model.parameters()), None)
     devices = {t.device for b in batches[:1] for t in tensors_in((b.args, b.kwargs))}
     if model_device is not None and devices - {model_device}:

@@ -14,6 +14,7 @@ from diag.distributed.together import Together
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch, as_batches, tensors_in
 from diag.snapshot.preserve import generator_states, random_states, seed_generators
+from diag.snapshot.state.host import as_the_program
 
 # What is read of data that may never end: as many examples, or as many bytes.
 MOST_EXAMPLES_READ, MOST_BYTES_READ = 8_192, 1 << 28
@@ -40,7 +41,7 @@ def read_batches(
     read = _Read(_length(data) if limit is None else None, limit)
     batches: list[Batch] = []
     # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
-    with random_states(), generator_states(data):
+    with random_states(), generator_states(data), as_the_program():
         seed_generators(seed)
         for batch in read.wanted(settled(b.to(device)) for b in as_batches(data, unpack)):
             batches.extend(batch.split(micro_batch))

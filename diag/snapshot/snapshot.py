@@ -31,6 +31,7 @@ from diag.snapshot.sharded.whole import is_sharded, refuse_another_function, sha
 from diag.snapshot.state.bits import TensorBits, bits_of
 from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
+from diag.snapshot.state.host import as_the_program, on_host
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
@@ -149,7 +150,8 @@ class Snapshot:
                 source = self.held_out if name.startswith(HELD_OUT) else self
                 # Inside a measurement that has been entered, each pass puts back what it moves (see `preserve`).
                 entered = is_checked(source.model)
-                with nullcontext() if entered else source.undisturbed(called=row.cost is not Effort.NONE):
+                around = nullcontext() if entered else source.undisturbed(called=row.cost is not Effort.NONE)
+                with on_host(), around:
                     self._computed[name] = row.function()(source)
             except MissingQuantity as error:
                 raise MissingQuantity(f"{name} is missing: {error}") from None
@@ -292,7 +294,8 @@ class Snapshot:
             return targets.share_of(self.batch_loss(targets.cut_off(outputs), targets.targets))
         if self.loss_fn is not None:
             try:
-                return self.loss_fn(outputs, targets)
+                with as_the_program():
+                    return self.loss_fn(outputs, targets)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 raise InvalidInput(
                     f"loss_fn cannot be called on the model's outputs and the targets ({first_line(error)}); check "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from diag.snapshot import pause
+from diag.snapshot.state.host import makes_elsewhere, on_host
 
 GIVE_UP_AFTER = 3
 
@@ -97,9 +98,11 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     return None
                 outermost = clock.enter()
                 try:
-                    if not torch.is_inference_mode_enabled():
+                    inference = torch.is_inference_mode_enabled()
+                    if not inference and not makes_elsewhere():
                         return method(self, *args, **kwargs)
-                    with torch.inference_mode(False):  # what is made there cannot be used in training afterwards
+                    # What is made in inference mode cannot be used in training afterwards.
+                    with torch.inference_mode(False) if inference else contextlib.nullcontext(), on_host():
                         return method(self, *args, **kwargs)
                 finally:
                     if outermost:

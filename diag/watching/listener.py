@@ -90,7 +90,7 @@ class TrainingListener(Guarded):
             self.clock.start()
             self._steps.training_pass()
             self._examples.forward_called(args, kwargs)
-            self._training.calls += 1
+            self._training.called()
             self._training.examples += _length(args, kwargs)
             self._facts("forward_called", args, kwargs, outputs)
             if self._loop.drawn is not None:

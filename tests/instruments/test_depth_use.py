@@ -125,3 +125,27 @@ def test_the_result_describes():
     assert found.verdict().level is Level.DESCRIPTION
     still = measure(linear_stack([torch.zeros(WIDTH, WIDTH).double()] * 2))
     assert still.verdict().level is Level.NOT_APPLICABLE
+
+
+class Remembering(Block):
+    """A block that mixes in what it was given before, as attention with a cache of keys and values does."""
+
+    def forward(self, h, seen):
+        seen.append(h)
+        return h + self.inner(sum(seen))
+
+
+class WithCaches(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block, seen in zip(self.blocks, [[] for _ in self.blocks], strict=True):
+            x = block(x, seen)
+        return x
+
+
+def test_blocks_that_keep_what_they_were_given_are_refused():
+    snapshot = diag.Snapshot(WithCaches(Remembering(m) for m in matrices(3, 0.3)), None, inputs())
+    assert "blocks.0 gives something else when it is called again" in refusal(depth_use, snapshot)

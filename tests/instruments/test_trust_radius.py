@@ -10,7 +10,7 @@ from torch import nn
 import diag
 from diag.instruments.trust_radius import trust_radius
 from diag.result import Level
-from diag.testing import check_result, classification, planted_spectrum
+from diag.testing import check_result, classification, planted_spectrum, refusal
 
 
 class Scalar(nn.Module):
@@ -70,3 +70,10 @@ def test_on_a_snapshot_with_an_update_and_without_a_gradient():
     assert found.verdict().level is Level.DESCRIPTION and "the last update was" in found.verdict().sentence
     flat = trust_radius(diag.Snapshot(Scalar(0.0, 2), mean, DATA))
     assert flat.verdict().level is Level.NOT_APPLICABLE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_refused(dtype):
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    snapshot = diag.Snapshot(nn.Linear(4, 3, dtype=dtype), F.cross_entropy, (x, torch.arange(12) % 3))
+    assert "too coarse to be compared" in refusal(trust_radius, snapshot)

@@ -267,7 +267,7 @@ def test_run_json_with_any_value_is_told_or_refused(numbers, name, whole, tmp_pa
                 render(document(run))
 
 
-@pytest.mark.parametrize("name", ["row", "layers", "format_version", "check"])
+@pytest.mark.parametrize("name", ["row", "layers", "format_version", "seal", "check"])
 def test_a_structure_of_any_kind_is_refused(name, whole, tmp_path):
     about = json.loads((whole / "run.json").read_text())
     shutil.copytree(whole, tmp_path / "run")
@@ -290,7 +290,7 @@ def test_text_that_is_no_number_and_very_deep_json_are_refused(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     text = (whole / "run.json").read_text()
     for broken in (
-        text.replace('"format_version": 2', '"format_version": 1e400'),
+        text.replace('"format_version": 3', '"format_version": 1e400'),
         text.replace('"parameters": 660', '"parameters": 1e400'),
         text.replace('"parameters": 660', '"parameters": NaN'),
         text.replace('"parameters": 660', '"parameters": ' + "9" * 5000),
@@ -325,11 +325,12 @@ def test_lines_with_any_value_are_left_out_or_told(numbers, kind, whole, tmp_pat
     }
     shutil.copytree(whole, tmp_path / "run")
     file = tmp_path / "run" / "records.jsonl"
+    seal = json.loads((whole / "run.json").read_text())["seal"]
     for number in chosen(numbers, kind):
         value = HOSTILE[number]
         inside = ("reason", "mean", "values", "provenance", "notes")
         lines = [base | {name: value} for name in base] + [base | {"data": {key: value}} for key in inside]
         for some in (lines[:4], lines[4:9], lines[9:]):
-            file.write_bytes(b"".join(record_line(line, at) for at, line in enumerate(some)))
+            file.write_bytes(b"".join(record_line(line, at, seal) for at, line in enumerate(some)))
             look_at(read_run(tmp_path / "run"))
     render(document(read_run(tmp_path / "run")))

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -76,6 +77,10 @@ def writer(tmp_path, **more):
     return RunWriter(tmp_path / "run", {"layers": LAYERS, "model": "Net", "parameters": 8, **more})
 
 
+def seal_of(folder):
+    return json.loads((folder / "run.json").read_text())["seal"]
+
+
 def append_lines(folder, *lines):
     with open(folder / "records.jsonl", "ab") as file:
         file.write(b"".join(lines))
@@ -93,7 +98,7 @@ def test_everything_comes_back(tmp_path):
         w.append_event(3, "exception", "training stopped: KeyboardInterrupt")
         w.append_cost(3, wall_seconds=10.0, watch_seconds=0.2)
     run = read_run(tmp_path / "run")
-    assert run.metadata["model"] == "Net" and run.metadata["format_version"] == 2 and run.metadata["created"]
+    assert run.metadata["model"] == "Net" and run.metadata["format_version"] == 3 and run.metadata["created"]
     for field in dataclasses.fields(rows):
         numpy.testing.assert_array_equal(getattr(run.history, field.name), getattr(rows, field.name))
     assert isinstance(run.history.gradient_norm.base, numpy.memmap)
@@ -223,7 +228,8 @@ def test_an_array_outside_the_run_or_pickled_is_not_read(tmp_path):
     (tmp_path / "run" / "arrays").mkdir()
     (tmp_path / "run" / "arrays" / name).write_bytes(data)
     worse = evil | {"step": 3, "data": {"height": {"__array__": name}}}
-    append_lines(tmp_path / "run", record_line(evil, 1), record_line(worse, 2))
+    seal = seal_of(tmp_path / "run")
+    append_lines(tmp_path / "run", record_line(evil, 1, seal), record_line(worse, 2, seal))
     reasons = [failed.reason for _, failed in read_run(tmp_path / "run").outcomes]
     assert len(reasons) == 2 and "not a plain file name" in reasons[0] and "Python objects" in reasons[1]
 
@@ -250,21 +256,16 @@ def test_a_torn_last_line_is_dropped_and_counted(tmp_path, torn):
         b'{"type":"event","kind":"no step","text":""}',
         b'{"type":"event","step":2,"kind":"no checksum","text":""}',
         b"7",
-        *(
-            record_line(record, 1)[:-1]
-            for record in (
-                {"type": "event", "kind": "no step", "text": ""},
-                {"type": "event", "step": -1, "kind": "before the first", "text": ""},
-                {"type": "event", "step": 1 << 80, "kind": "too late", "text": ""},
-                {"type": "event", "step": 2, "kind": "no text"},
-                {"type": "event", "step": 2, "kind": ["no", "kind"], "text": ""},
-                {"type": "result", "step": 1},
-                {"type": "result", "step": 1, "instrument": 3, "data": {}},
-                {"type": "resume", "step": 1, "rows": "all"},
-                {"type": "cost", "step": 1, "seconds": "long"},
-                {"type": ["event"], "step": 1},
-            )
-        ),
+        {"type": "event", "kind": "no step", "text": ""},
+        {"type": "event", "step": -1, "kind": "before the first", "text": ""},
+        {"type": "event", "step": 1 << 80, "kind": "too late", "text": ""},
+        {"type": "event", "step": 2, "kind": "no text"},
+        {"type": "event", "step": 2, "kind": ["no", "kind"], "text": ""},
+        {"type": "result", "step": 1},
+        {"type": "result", "step": 1, "instrument": 3, "data": {}},
+        {"type": "resume", "step": 1, "rows": "all"},
+        {"type": "cost", "step": 1, "seconds": "long"},
+        {"type": ["event"], "step": 1},
         b'{"crc":"00000000","n":1,' + b'"a":' + b"[" * 100_000,
     ],
 )
@@ -272,7 +273,9 @@ def test_a_bad_line_in_the_middle_is_counted_and_not_fatal(tmp_path, bad):
     with writer(tmp_path) as w:
         w.append_event(1, "kind", "before")
     after = {"type": "event", "step": 2, "kind": "kind", "text": "after"}
-    append_lines(tmp_path / "run", bad + b"\n", record_line(after, 2))
+    seal = seal_of(tmp_path / "run")
+    bad = bad if isinstance(bad, bytes) else record_line(bad, 1, seal)[:-1]
+    append_lines(tmp_path / "run", bad + b"\n", record_line(after, 2, seal))
     run = read_run(tmp_path / "run")
     told = "1 line of records.jsonl is damaged or gone, and left out."
     assert [e.text for e in run.events] == ["before", "after", told] and run.torn == 0
@@ -380,11 +383,11 @@ def test_what_is_no_run_is_refused_with_one_sentence(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json cannot be read"):
         read_run(tmp_path)
-    for version in ("1", "null", "[2]", '"2"'):
+    for version in ("1", "2", "null", "[3]", '"3"'):
         (tmp_path / "run.json").write_text(f'{{"format": "diag-run", "format_version": {version}}}')
-        with pytest.raises(RunError, match=r"has run format .*, which has no checksums, and this diag reads"):
+        with pytest.raises(RunError, match=r"has run format .*, which is older, and this diag reads"):
             read_run(tmp_path)
-    (tmp_path / "run.json").write_text('{"format": "diag-run", "format_version": 2}')
+    (tmp_path / "run.json").write_text('{"format": "diag-run", "format_version": 3}')
     with pytest.raises(RunError, match=r"run\.json is damaged"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text('{"a":' + "[" * 100_000)
@@ -403,8 +406,8 @@ def test_a_run_whose_files_cannot_be_read(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     writer(tmp_path).close()
     file = tmp_path / "run" / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 3}))
-    with pytest.raises(RunError, match="has run format 3 and this diag reads format 2; install a newer diag"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 4}))
+    with pytest.raises(RunError, match="has run format 4 and this diag reads format 3; install a newer diag"):
         read_run(tmp_path / "run")
 
 
@@ -518,3 +521,20 @@ def test_a_file_that_is_larger_than_any_result_is_refused_unread(tmp_path, monke
     monkeypatch.setattr("diag.run.saved.LARGEST_RESULT", file.stat().st_size - 1)
     with pytest.raises(RunError, match=r"is larger than any result; expected a file that result\.save wrote"):
         diag.load(file)
+
+
+def test_the_files_of_another_run_do_not_fit(tmp_path):
+    """The same network and as many steps, so that nothing else tells the files apart."""
+    for name in ("a", "b"):
+        with RunWriter(tmp_path / name, {"layers": LAYERS}) as w:
+            w.append_steps(steps(1, 3, loss=numpy.array([2.0, 1.0, 0.5])))
+            w.append_event(3, "kind", f"of {name}")
+    for file in ("steps.bin", "records.jsonl"):
+        shutil.copytree(tmp_path / "a", tmp_path / file)
+        shutil.copy(tmp_path / "b" / file, tmp_path / file / file)
+        run = read_run(tmp_path / file)
+        told = [e.text for e in run.events if e.kind == "damaged"]
+        what = "3 rows" if file == "steps.bin" else "1 line"
+        assert len(told) == 1 and told[0].startswith(f"{what} of {file}")
+        assert not [e for e in run.events if e.text == "of b"]
+        assert (run.history is None) == (file == "steps.bin")

@@ -156,7 +156,7 @@ class Surroundings:
         generator = torch.Generator().manual_seed(seed)
         rises = []
         for _ in range(draws // 2):
-            e = sigma * torch.randn(len(self.scale), generator=generator).to(self.scale)
+            e = sigma * torch.randn(len(self.scale), generator=generator, dtype=torch.float32).to(self.scale)
             rises.append((self.rise(e) + self.rise(-e)) / 2)
         return weighted_mean(rises, [1] * len(rises))
 

@@ -96,7 +96,7 @@ def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = S
     ours, theirs = _rows(inputs), _rows(held_out_inputs)
     alike = ours is not None and theirs is not None and ours.shape[1] == theirs.shape[1]
     enough = alike and min(len(ours), len(theirs)) >= FEWEST_INPUTS  # type: ignore[arg-type]
-    a, b = (ours, theirs) if alike else (torch.zeros(1, 1), torch.zeros(1, 1))
+    a, b = (ours, theirs) if alike else (torch.zeros(1, 1, dtype=torch.float32),) * 2
     assert a is not None and b is not None
     return HeldOutInputs(
         mean=float(a.mean()),

@@ -198,7 +198,7 @@ def label_audit(
     others = z.scatter(1, y[:, None], -torch.inf).amax(1)
     margins = (own - others).clamp(-1e30, 1e30)
     one_each = isinstance(inputs, Tensor) and len(inputs) == len(y)
-    rows, shown = margins.argsort(stable=True)[:ROWS_SHOWN], torch.zeros(0)
+    rows, shown = margins.argsort(stable=True)[:ROWS_SHOWN], torch.zeros(0, dtype=torch.float32)
     if one_each and inputs[0].numel() <= LARGEST_INPUT_SHOWN:
         shown = inputs.detach().cpu()[rows]
     return LabelAudit(

@@ -93,7 +93,7 @@ def static_groups(losses_at: LossesAt, vectors: Tensor, values: Tensor, k: int) 
     shares = torch.full((len(values),), math.nan, dtype=torch.float64)
     shares[[g.direction for g in found]] = torch.tensor([g.numbers["share"] for g in found], dtype=torch.float64)
     unseen = dict.fromkeys(("swap", "persist", "antiphase", "lag_one", "spike"), math.nan)
-    untraced = {"shares": shares, "trace": torch.zeros(0, 3)}
+    untraced = {"shares": shares, "trace": torch.zeros(0, 3, dtype=torch.float32)}
     return Groups(best.a, best.b, best.direction, best.numbers | unseen | untraced)
 
 

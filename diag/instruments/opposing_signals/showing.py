@@ -22,7 +22,7 @@ def kept(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None) -> 
     """The fields of a result that name the rows of two groups and show the first of them."""
     n, a, b = len(losses), groups.a, groups.b
     names = labels.tolist() if labels is not None and labels.shape == (n,) else []
-    shown, difference = torch.zeros(0), torch.zeros(0)
+    shown, difference = torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)
     if isinstance(inputs, Tensor) and len(inputs) == n and inputs[0].numel() <= LARGEST_INPUT_SHOWN:
         inputs = inputs.detach().cpu()
         shown = inputs[torch.cat([a[:ROWS_OF_A_GROUP], b[:ROWS_OF_A_GROUP]])]

@@ -62,7 +62,7 @@ def means_of_sums(classes: Tensor, counts: Tensor, sums: Tensor) -> ClassMeans:
 def simplex_distance(gram: Tensor) -> float:
     """Frobenius distance of a (K, K) Gram matrix, scaled to norm 1, from (I - 11^T/K) / sqrt(K - 1)."""
     k = len(gram)
-    simplex = (torch.eye(k).to(gram) - 1 / k) / math.sqrt(k - 1)
+    simplex = (torch.eye(k, dtype=torch.float32).to(gram) - 1 / k) / math.sqrt(k - 1)
     return float((unit(gram) - simplex).norm())
 
 

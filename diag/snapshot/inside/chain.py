@@ -66,6 +66,8 @@ def layer_chain(snapshot: Snapshot) -> LayerChain:
     def keep(name: str, module: nn.Module, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
+        if torch._C._current_graph_task_id() != -1:
+            return output.clone()  # a checkpoint runs the layer again: the same operations, nothing to keep
         kept = output if output.requires_grad else output.detach().requires_grad_()
         calls.append((name, module, kept))
         return kept.clone()  # an activation that works in place changes the copy

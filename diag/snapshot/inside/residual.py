@@ -26,6 +26,11 @@ from diag.snapshot.snapshot import Snapshot
 
 RESIDUAL_EXAMPLES = 32
 SUMS = {"add", "add_", "sub", "sub_"}
+SAME = 1e-4  # relative: what a block gives again, to rounding
+UNREPEATABLE = (
+    "{} gives something else when it is called again on what it was given, as with a cache of keys and values; "
+    "turn such a cache off (model.config.use_cache = False)."
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class _Call:
 def residual_stack(snapshot: Snapshot) -> ResidualStack:
     """What the blocks of the longest residual stack add, in turn and at its start, on at most 32 examples.
 
-    Raises MissingQuantity where no two modules that add to what they are given follow each other.
+    Raises MissingQuantity where no two modules that add to what they are given follow each other, or where one
+    of them does not give the same again.
     """
     model, (batch,) = snapshot.model, snapshot.cuttable(snapshot.batches[:1])
     try:
@@ -66,12 +72,26 @@ def residual_stack(snapshot: Snapshot) -> ResidualStack:
                     "the model has no two blocks in a row that add to what they are given (h + f(h), with nothing "
                     "after the sum)."
                 )
+            _refuse_unrepeatable(chain)
             start = chain[0].args[0]
             in_turn = tuple(call.output - call.args[0] for call in chain)
             at_start = tuple(_first(c.module(start, *c.args[1:], **c.kwargs)) - start for c in chain)
     except CALL_ERRORS as error:
         raise explained(model, snapshot.batches, error) from error
     return ResidualStack(tuple(c.name for c in chain), start, in_turn, at_start)
+
+
+def _refuse_unrepeatable(chain: list[_Call]) -> None:
+    """Raises MissingQuantity where a block gives something else when it is called again on what it was given."""
+    for call in chain:
+        try:
+            again = _first(call.module(*call.args, **call.kwargs))
+        except CALL_ERRORS:
+            again = None
+        if again is None or not torch.allclose(
+            again, call.output, rtol=SAME, atol=SAME * float(call.output.abs().max())
+        ):
+            raise MissingQuantity(UNREPEATABLE.format(call.name))
 
 
 def _first(output: Any) -> Any:

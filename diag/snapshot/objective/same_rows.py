@@ -42,7 +42,12 @@ def matching_rows(wanted: Tensor, outputs: Tensor, changed: bool = False) -> Ten
 def _are_same(wanted: Tensor, rows: Tensor, chosen: Tensor, same: Callable[[Tensor, Tensor], bool]) -> bool:
     if not len(wanted):
         return True
-    at = torch.linspace(0, len(wanted) - 1, min(ROWS_COMPARED, len(wanted))).round().long().to(wanted.device)
+    at = (
+        torch.linspace(0, len(wanted) - 1, min(ROWS_COMPARED, len(wanted)), dtype=torch.float64)
+        .round()
+        .long()
+        .to(wanted.device)
+    )
     return same(wanted[at].double(), rows[chosen[at]].double())
 
 
@@ -68,7 +73,10 @@ def _by_value(wanted: Tensor, rows: Tensor) -> Tensor | None:
     if len(wanted) > len(rows):
         return None
     columns = (
-        torch.linspace(0, rows.shape[1] - 1, min(COLUMNS_COMPARED, rows.shape[1])).round().long().to(rows.device)
+        torch.linspace(0, rows.shape[1] - 1, min(COLUMNS_COMPARED, rows.shape[1]), dtype=torch.float64)
+        .round()
+        .long()
+        .to(rows.device)
     )
     keys, own = (m[:, columns].double().cpu().numpy() for m in (wanted, rows))
     places: dict[bytes, list[int]] = {}

@@ -1,10 +1,11 @@
 """Hooks that are not ours do not fire while measuring, and are put back afterwards.
 
 A user's hook counts, keeps activations or writes a log; another library's (Opacus) keeps what a training step
-needs. A measurement calls the model many times, and each call would be taken for the training's own. So every hook
-of a module, of a tensor and of all modules is taken out of its dict for the time of a measurement and put back in
-its order, in the same dict. Ours stay, and so do torch's own, without which the network is another one (the weight
-under the old `spectral_norm` and `weight_norm`, pruning, FSDP).
+needs. A measurement calls the model many times, and each call would be taken for the training's own. So every
+hook of a module, of a tensor and of all modules is taken out of its dict for the time of a measurement and put
+back in its order, in the same dict, and those for saved tensors are put back on their stack. Ours stay, and so do
+torch's own, without which the network is another one (the weight under the old `spectral_norm` and `weight_norm`,
+pruning, FSDP).
 
 A forward hook may change what the network gives. One that could, as far as its code tells, is tried once, on the
 first examples (`changing_hooks`): where the network gives something else without it, the model is refused.
@@ -20,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as all_modules
 
@@ -53,9 +55,24 @@ def silent(*modules: nn.Module) -> Iterator[None]:
         alone = _is_alone()
         if not alone:
             stack.enter_context(_gated())
+        stack.enter_context(_saving_plainly())
         for hooks in (*_dicts(new), *(_of_all_modules() if alone else ())):
             stack.enter_context(_taken_out(hooks))
         yield
+
+
+@contextmanager
+def _saving_plainly() -> Iterator[None]:
+    """Inside the context no hook of this thread's fires for tensors that are saved for a backward pass."""
+    autograd, taken = torch._C._autograd, []
+    while (hooks := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        autograd._pop_saved_tensors_default_hooks()
+        taken.append(hooks)
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(taken):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def is_silent(module: nn.Module) -> bool:

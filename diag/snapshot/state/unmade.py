@@ -30,6 +30,15 @@ CONVERTING = (
     "The model holds {} values and cannot be run in a wider type, in which this is computed ({}), as where its "
     "forward converts to {} itself; measure a copy, model.float(), whose forward leaves the type to its weights."
 )
+REENTRANT = (
+    "The model recomputes activations with reentrant checkpoints, which allow no gradients but the parameters'; "
+    "use torch.utils.checkpoint with use_reentrant=False."
+)
+
+
+def is_reentrant(error: Exception) -> bool:
+    """Whether a reentrant checkpoint refused to be differentiated."""
+    return isinstance(error, RuntimeError) and "use_reentrant" in str(error)
 
 
 def refuse_unmade(model: nn.Module) -> None:
@@ -46,7 +55,9 @@ def refuse_unmade(model: nn.Module) -> None:
 
 def refuse_unusual(model: nn.Module, error: Exception) -> None:
     """After `error`: raises Unsupported where the model's parameters are complex, or of half precision and bound
-    to it by its forward."""
+    to it by its forward, or where its checkpoints allow no such derivative."""
+    if is_reentrant(error):
+        raise Unsupported(REENTRANT) from error
     parameters = list(model.named_parameters())
     for name, p in parameters:
         if p.is_complex():

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from math import inf
 from typing import Any
 
@@ -328,12 +328,13 @@ def _never_given(instrument: Instrument, snapshot: Snapshot) -> str:
     return ""
 
 
-def _once(snapshot: Snapshot) -> AbstractContextManager[Any]:
+@contextmanager
+def _once(snapshot: Snapshot) -> Iterator[None]:
     """What to measure inside of, for several at once; where the model is refused, each of them says so."""
-    try:
-        return snapshot.undisturbed()
-    except DiagError:
-        return nullcontext()
+    with ExitStack() as stack:
+        with suppress(DiagError):
+            stack.enter_context(snapshot.undisturbed())
+        yield
 
 
 def _asks_for_previous(instrument: Instrument) -> bool:

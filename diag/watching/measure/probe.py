@@ -57,7 +57,7 @@ class Probe:
         """Of batches that may not be cut one is enough, of whatever size."""
         held = tensors_in((batch.args, batch.kwargs, batch.targets))
         self.complete = True
-        if not self.batches and sum(t.nbytes for t in held) <= self._limit_bytes:
+        if not self.batches and sum(map(_bytes, held)) <= self._limit_bytes:
             args, kwargs, targets = (
                 map_tensors(lambda t: t.detach().clone(), x) for x in (batch.args, batch.kwargs, batch.targets)
             )
@@ -89,7 +89,15 @@ def _may_be_cut(batch: Batch) -> bool:
     rows = [t for t in inputs if _by_row(t, batch)]
     square = any(t.ndim > 1 and t.shape[1] == batch.size for t in rows)
     packed = any(isinstance(value, PackedSequence) for value in (*batch.args, *batch.kwargs.values()))
-    return bool(rows) and not packed and (not square or len(inputs) == 1 == sum(map(_is_flat, inputs)))
+    plain = all(t.layout is torch.strided and not t.is_nested for t in (*inputs, *tensors_in(batch.targets)))
+    return bool(rows) and plain and not packed and (not square or len(inputs) == 1 == sum(map(_is_flat, inputs)))
+
+
+def _bytes(t: Tensor) -> int:
+    if t.layout is torch.sparse_coo:
+        t = t.coalesce()
+        return t.values().nbytes + t.indices().nbytes
+    return t.numel() * t.element_size()
 
 
 def _is_flat(t: Tensor) -> bool:

@@ -18,6 +18,7 @@ from diag.snapshot.history import History
 from diag.snapshot.sharded.whole import is_sharded
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.hook_check import HookCheck
+from diag.watching.measure.follow import MovedBatches
 from diag.watching.measure.probe import Probe
 from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
@@ -48,7 +49,14 @@ class Training:
         self.calls = self.examples = 0  # of the model in training, and how many examples they had
         self._held_out, self._history = held_out, history
         self._carry, self._hook_check, self._cutting = Carry(), HookCheck(), Cutting()
+        self._followed, self._held_out_followed = MovedBatches(model), MovedBatches(model)
         self.fingerprint = ""  # of the probe set
+
+    def called(self) -> None:
+        """The model was called in training."""
+        self.calls += 1
+        if self.calls == 1 and not self.probe.batches:
+            self._followed.begin()
 
     @property
     def sharded(self) -> bool:
@@ -69,7 +77,7 @@ class Training:
         snapshot = Snapshot(
             model,
             self.losses.objective,
-            self.probe.batches,
+            self._followed.here(self.probe.batches),
             held_out=self._held_out_for(max_examples),
             previous=self._previous() if self.copied is None else None,
             optimizer=optimizer,
@@ -91,7 +99,8 @@ class Training:
     def _held_out_for(self, max_examples: int | None) -> list[Batch] | None:
         """The user's held-out data; for checks without any, the rows that the loop is seen to evaluate on."""
         seen = self.loop.evaluated_data.batches if max_examples is not None else None
-        return self._held_out or seen
+        held_out = self._held_out or seen
+        return held_out and self._held_out_followed.here(held_out)
 
     @property
     def held_out_seen(self) -> int:

@@ -93,7 +93,9 @@ class StepExamples:
         key = (flat.shape[1], flat.device)
         if key not in self._directions:
             generator = torch.Generator().manual_seed(0)
-            self._directions[key] = torch.rand(key[0], generator=generator).add(0.5).to(flat.device)
+            self._directions[key] = (
+                torch.rand(key[0], generator=generator, dtype=torch.float32).add(0.5).to(flat.device)
+            )
         return self._directions[key]
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diag.errors import first_line
 from diag.snapshot.batch import LABEL_KEYS, map_tensors
 from diag.watching.measure.probe import Probe
 from diag.watching.observe.capture import (
@@ -36,6 +37,7 @@ OBJECTIVE = (
     "The loss cannot be measured again: {}; give loss_fn=, from outputs and targets all that is descended, without "
     "which nothing is measured that needs the loss."
 )
+NOT_KEPT = "what the model was called on could not be kept ({})"
 NOT_LIKE = "backward() is called on more than one kind of loss in a step"
 OTHERWISE = "backward() was called on another loss than before"
 LOSS_FACTOR = "Training descends {:.6g} times the mean of this loss, and measurements take the factor over."
@@ -112,7 +114,13 @@ class Learner:
         self._staged = []
 
     def commit(self, passes: list[Pass]) -> None:
-        """The optimizer has stepped; `passes`: all that the step descends."""
+        """The optimizer has stepped; `passes`: all that the step descends. What fails here loses no step."""
+        try:
+            self._commit(passes)
+        except Exception as error:
+            self.give_up(NOT_KEPT.format(first_line(error)))
+
+    def _commit(self, passes: list[Pass]) -> None:
         staged, self._staged = self._staged, []
         if not passes or not self.active:
             self._watch_for_changes(passes)

@@ -91,7 +91,7 @@ class StepObserver:
         self.before: dict[int, Tensor] = {}
         self.keep_before = False
         self._buffers: dict[int, Tensor] = {}
-        self._scratch = torch.empty(NORM_BLOCK)
+        self._scratch = torch.empty(NORM_BLOCK, dtype=torch.float32)
         self.optimizer: Optimizer | None = None
         self.steps = 0
         self._members: weakref.WeakKeyDictionary[Optimizer, tuple[int, StepMembers]] = weakref.WeakKeyDictionary()

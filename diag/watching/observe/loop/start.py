@@ -69,7 +69,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _names(module: nn.Module) -> list[str]:
     """The names of the module's weights that it multiplies by as they are."""
-    starts = next((names for kind, names in LAYERS_WITH_WEIGHTS if type(module).forward is kind.forward), ())
+    own = getattr(type(module), "forward", None)  # of TorchScript there is none
+    starts = next((names for kind, names in LAYERS_WITH_WEIGHTS if own is kind.forward), ())
     if not starts or module._forward_pre_hooks:  # the old weight_norm and spectral_norm make the weight in a hook
         return []
     return [name for name in module._parameters if name.startswith(starts)]

@@ -37,20 +37,28 @@ class Weights:
     """Follows the values of a few parameters."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], names: dict[int, str], moment: Moment) -> None:
-        chosen = [p for p in spread([p for p in parameters if p.requires_grad], SOME) if p.numel()]
+        self._chosen = [p for p in spread([p for p in parameters if p.requires_grad], SOME) if p.numel()]
         self._names, self._moment = names, moment
-        self._samples = [sample_of(p) for p in chosen]
-        self._on_host = all(p.is_cpu for p in chosen)
-        self._after: list[Any] | None = None
-        self._versions: list[int] = []
-        self._at_evaluation: list[Any] | None = None
-        self._past: OrderedDict[Any, int] = OrderedDict()
         self._changes: list[OutsideChange] = []
         self._times = 0
         self._read = SOME
         self._away: list[tuple[int, list[Any], list[Any], Any]] = []
+        self._start()
+
+    def _start(self) -> None:
+        """Begin to follow the weights in their present precision and place."""
+        self._home = self._place()
+        self._samples = [sample_of(p) for p in self._chosen]
+        self._on_host = all(p.is_cpu for p in self._chosen)
+        self._after: list[Any] | None = None
+        self._versions: list[int] = []
+        self._at_evaluation: list[Any] | None = None
+        self._past: OrderedDict[Any, int] = OrderedDict()
         if self._on_host:
             self._past[tuple(self._values())] = 0
+
+    def _place(self) -> Any:
+        return (self._chosen[0].dtype, self._chosen[0].device) if self._chosen else None
 
     def _values(self) -> list[Any]:
         """Of the parameters that the last step was read at: of one only where it was not looked at closely."""
@@ -64,6 +72,8 @@ class Weights:
 
     def stepped(self) -> None:
         """An optimizer that holds the model's parameters has stepped."""
+        if self._place() != self._home:
+            self._start()
         close = self._moment.attentive
         self._read = SOME if close else 1
         self._after, self._at_evaluation = self._values(), None
@@ -82,11 +92,13 @@ class Weights:
 
     def evaluated(self) -> None:
         """The model was called without gradients."""
-        if self._after is not None and self._at_evaluation is None:
+        if self._after is not None and self._at_evaluation is None and self._place() == self._home:
             self._at_evaluation = self._values() if self._on_host else []
 
     def training_call(self) -> None:
         """The model is called in training: are the weights what the step left?"""
+        if self._place() != self._home:
+            self._start()  # converted or moved by the loop: not other weights
         after, self._after = self._after, None
         if after is None:
             return

@@ -248,11 +248,11 @@ def uncounted(weights: Tensor | None) -> tuple[int, ...]:
 def _constant_loss(k: _Kind, numbers: Tensor, binary: bool) -> tuple[float, float]:
     """The mean loss of the best constant answer and its standard error, from the targets that were read."""
     if k.function in OF_LOG_PROBABILITIES and k.counts:
-        shares = torch.tensor(list(k.counts.values())).double()
+        shares = torch.tensor(list(k.counts.values()), dtype=torch.float64)
         return _entropy(shares / shares.sum(), float(shares.sum()))
     if k.function in OF_BINARY_TARGETS and binary:
         ones = float(numbers.mean())
-        return _entropy(torch.tensor([ones, 1 - ones]).double(), len(numbers))
+        return _entropy(torch.tensor([ones, 1 - ones], dtype=torch.float64), len(numbers))
     if k.function == "l1_loss" and numbers.numel() == sum(len(n) for n in k.numbers) > 8:
         away = (numbers - numbers.median()).abs()
         return float(away.mean()), float(away.std() / len(away) ** 0.5)

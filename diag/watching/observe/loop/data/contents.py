@@ -44,7 +44,7 @@ class Contents:
         if self._raw >= RAW:
             return
         x = next(iter(tensors_in(batch)), None)
-        if x is None or not x.is_floating_point() or not x.is_cpu or x.ndim < 2 or len(x) < 2:
+        if x is None or not x.is_floating_point() or not _is_plain(x) or not x.is_cpu:
             return
         self._raw += 1
         self._alike += bool((x[: NUMBERS_OF_A_BATCH // max(x[0].numel(), 1) + 2] == x[:1]).all())
@@ -54,7 +54,7 @@ class Contents:
     def training_call(self, args: Any, kwargs: Any, indices: Any) -> None:
         """The model was called in training with these rows of a data set, if that is known."""
         x = next((t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point()), None)
-        if x is None or type(x) is not Tensor or x.ndim < 2 or len(x) < 2 or not x.numel():
+        if x is None or not _is_plain(x) or not x.numel():
             return
         rows = x.detach().flatten(1)
         if rows.numel() > NUMBERS_OF_A_BATCH:
@@ -75,7 +75,7 @@ class Contents:
         if len(self._usual) < ROWS_FOR_MEDIAN:
             self._usual += sizes[finite].tolist()[: ROWS_FOR_MEDIAN - len(self._usual)]
         self._rows += len(sizes)
-        known = torch.tensor(self._usual)
+        known = torch.tensor(self._usual, dtype=torch.float32)
         usual = float(known.median()) if self._usual else math.nan
         odd = ~finite
         if usual > 0:  # a heavy tail reaches far too, without a gap
@@ -113,3 +113,8 @@ class Contents:
             raw=self._raw,
             alike=self._alike,
         )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether it may hold rows of numbers, each of them in memory."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested and x.ndim > 1 and len(x) > 1

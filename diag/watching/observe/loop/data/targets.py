@@ -128,7 +128,9 @@ class Targets:
         numbers, self._numbers_waiting = self._numbers_waiting, []
         for wanted, given in numbers:
             self._measure(wanted.cpu(), given.cpu())
-        sizes = torch.tensor(self._sizes).double().mean(0).tolist() if self._sizes else [float("nan")] * 4
+        sizes = [float("nan")] * 4
+        if self._sizes:
+            sizes = torch.tensor(self._sizes, dtype=torch.float64).mean(0).tolist()
         first_output = self._sizes[0][3] if self._sizes else float("nan")
         return TargetFacts(
             function=self._function,

@@ -1,0 +1,134 @@
+"""A loop that moves its model to another precision, or has tensors made elsewhere, is measured as before."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import diag
+from diag.registry import instruments
+from diag.result import Failed
+
+X = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
+Y = X[:, :3].argmax(1)
+
+
+class Scaled(nn.Module):
+    """An MLP whose forward makes tensors of its own, as the program makes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        ones = torch.ones(x.shape[1])  # where the program makes it, in its precision
+        return self.last(torch.tanh(self.first(x * ones.to(x))))
+
+
+def trained(watched, change=lambda model, step: None, steps=8):
+    """The weights that the loop leaves, and what was recorded. change(model, step) before each step."""
+    torch.manual_seed(0)
+    model = Scaled().to("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    watcher = diag.watch(model, budget=1e-9, instruments="all") if watched else None
+    for step in range(steps):
+        change(model, step)
+        dtype = model.first.weight.dtype
+        optimizer.zero_grad()
+        rows = slice(16 * (step % 3), 16 * (step % 3) + 16)
+        F.cross_entropy(model(X[rows].to(dtype)).float(), Y[rows]).backward()
+        optimizer.step()
+        if watcher and step == 6:
+            watcher.measure()
+    if watcher:
+        watcher.close()
+    return copy.deepcopy(model.state_dict()), watcher and watcher.run
+
+
+def broken(run):
+    errors = [e.text for e in run.events if e.kind == "internal error"]
+    return errors + [o.reason for _, o in run.outcomes if isinstance(o, Failed)]
+
+
+def convert_to(dtype):
+    return lambda model, step: model.to(dtype) if step == 4 else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_probe_set_follows_a_model_that_is_converted(dtype):
+    unwatched, _ = trained(False, convert_to(dtype))
+    watched, run = trained(True, convert_to(dtype))
+    assert all(torch.equal(watched[k], unwatched[k]) for k in watched)
+    assert not broken(run)
+    step, collapse = run.series("softmax_collapse")[-1]
+    assert step >= 7 and math.isfinite(collapse.collapsed)
+    # What is only written in another precision is not changed from outside.
+    assert not [f for f in run.findings() if f.instrument == "outside_changes" and f.verdict.level != "ok"]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_precision_of_the_program_changes_no_number(default):
+    plain = trained(True)[1]
+    state, run = None, None
+    torch.set_default_dtype(default)
+    try:
+        model = Scaled().float()
+        assert model.first.weight.dtype is torch.float32
+        state, run = trained(True, lambda model, step: model.float() if step == 0 else None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert state is not None and not broken(run)
+    measured = {name for name in instruments() if plain.series(name)}
+    assert {name for name in instruments() if run.series(name)} >= measured
+
+
+def test_tensors_of_diags_own_lie_on_the_host_whatever_the_default_device():
+    """The meta device stands for an accelerator: what is made on it by mistake has no number."""
+    plain, before = trained(True)
+    torch.manual_seed(0)
+    model = Scaled()
+    model.forward = lambda x: model.last(torch.tanh(model.first(x)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    torch.set_default_device("meta")
+    try:
+        watcher = diag.watch(model, budget=1e-9, instruments="all")
+        for step in range(8):
+            optimizer.zero_grad()
+            rows = slice(16 * (step % 3), 16 * (step % 3) + 16)
+            F.cross_entropy(model(X[rows]), Y[rows]).backward()
+            optimizer.step()
+            if step == 6:
+                watcher.measure()
+        watcher.close()
+    finally:
+        torch.set_default_device(None)
+    assert not broken(watcher.run)
+    assert all(torch.equal(plain[k], v) for k, v in model.state_dict().items())
+    for name in instruments():
+        assert [s for s, _ in watcher.run.series(name)] == [s for s, _ in before.series(name)], name
+
+
+def test_the_model_and_the_loss_are_called_with_the_programs_default_device():
+    def check():
+        if asked and torch.get_default_device().type != "meta":
+            raise RuntimeError("another default device")
+
+    class Asking(nn.Linear):
+        def forward(self, x):
+            check()
+            return super().forward(x)
+
+    def loss_fn(z, y):
+        check()
+        return F.cross_entropy(z, y)
+
+    model, asked = Asking(6, 3), True
+    with torch.device("meta"):
+        spectrum = diag.hessian_spectrum(diag.Snapshot(model, loss_fn, (X, Y)), num_eigenvalues=2)
+        assert torch.get_default_device().type == "meta"
+    asked = False
+    reference = diag.hessian_spectrum(diag.Snapshot(model, F.cross_entropy, (X, Y)), num_eigenvalues=2)
+    assert spectrum.eigenvalues == pytest.approx(reference.eigenvalues, rel=1e-4)

@@ -11,11 +11,12 @@ import torch
 
 from diag.distributed.checksums import checksum_of
 from diag.distributed.together import Together
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.batch import Batch, as_batches, tensors_in
 from diag.snapshot.preserve import generator_states, random_states, seed_generators
 from diag.snapshot.state.host import as_the_program
 
+NOT_DENSE = "The data hold {} tensors, which are not cut into examples here; give them as dense tensors."
 # What is read of data that may never end: as many examples, or as many bytes.
 MOST_EXAMPLES_READ, MOST_BYTES_READ = 8_192, 1 << 28
 CUT = (
@@ -36,20 +37,30 @@ def read_batches(
     """The first `limit` examples of `data` as micro-batches, and a sentence where there may be more of them.
 
     settled: says of a batch on the device how it is cut. Data without a length, or that goes on beyond it, may
-    never end: where no limit is given, it is cut, with a warning. Raises InvalidInput where there is no batch.
+    never end: where no limit is given, it is cut, with a warning. Raises InvalidInput where there is no batch,
+    Unsupported for sparse data.
     """
     read = _Read(_length(data) if limit is None else None, limit)
     batches: list[Batch] = []
     # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
     with random_states(), generator_states(data), as_the_program():
         seed_generators(seed)
-        for batch in read.wanted(settled(b.to(device)) for b in as_batches(data, unpack)):
+        for batch in read.wanted(settled(dense(b.to(device))) for b in as_batches(data, unpack)):
             batches.extend(batch.split(micro_batch))
     if not batches:
         raise InvalidInput("The data holds no batch; give at least one example.")
     if read.cut:
         warnings.warn(read.cut, stacklevel=2)
     return tuple(batches), read.cut
+
+
+def dense(batch: Batch) -> Batch:
+    """The batch itself. Raises Unsupported where one of its tensors is sparse, nested or of another layout."""
+    for t in tensors_in((batch.args, batch.kwargs, batch.targets)):
+        if t.layout is not torch.strided or t.is_nested:
+            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            raise Unsupported(NOT_DENSE.format(kind))
+    return batch
 
 
 def all_alike(batches: tuple[Batch, ...], ranks: Together) -> bool:

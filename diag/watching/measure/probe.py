@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from diag.errors import InvalidInput
 from diag.snapshot.batch import Batch, batch_size, map_tensors, tensors_in
+from diag.snapshot.reading import dense
 
 PROBE_EXAMPLES = 512
 # Inputs and outputs are held for all examples at once, so a language model's vocabulary bounds their number.
@@ -36,11 +37,14 @@ class Probe:
         return sum(b.size for b in self.batches)
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, outputs: Any) -> None:
-        """Add copies of the examples of one micro-batch that are not in the set yet, as far as there is room."""
+        """Add copies of the examples of one micro-batch that are not in the set yet, as far as there is room.
+
+        Raises Unsupported for sparse inputs.
+        """
         size = _examples(args, kwargs, targets)
         if size is None or self.complete:
             return
-        batch = Batch(args, dict(kwargs), targets, size)
+        batch = dense(Batch(args, dict(kwargs), targets, size))
         if not _may_be_cut(batch):
             self._add_whole(batch)
             return
@@ -57,7 +61,7 @@ class Probe:
         """Of batches that may not be cut one is enough, of whatever size."""
         held = tensors_in((batch.args, batch.kwargs, batch.targets))
         self.complete = True
-        if not self.batches and sum(map(_bytes, held)) <= self._limit_bytes:
+        if not self.batches and sum(t.nbytes for t in held) <= self._limit_bytes:
             args, kwargs, targets = (
                 map_tensors(lambda t: t.detach().clone(), x) for x in (batch.args, batch.kwargs, batch.targets)
             )
@@ -89,15 +93,7 @@ def _may_be_cut(batch: Batch) -> bool:
     rows = [t for t in inputs if _by_row(t, batch)]
     square = any(t.ndim > 1 and t.shape[1] == batch.size for t in rows)
     packed = any(isinstance(value, PackedSequence) for value in (*batch.args, *batch.kwargs.values()))
-    plain = all(t.layout is torch.strided and not t.is_nested for t in (*inputs, *tensors_in(batch.targets)))
-    return bool(rows) and plain and not packed and (not square or len(inputs) == 1 == sum(map(_is_flat, inputs)))
-
-
-def _bytes(t: Tensor) -> int:
-    if t.layout is torch.sparse_coo:
-        t = t.coalesce()
-        return t.values().nbytes + t.indices().nbytes
-    return t.numel() * t.element_size()
+    return bool(rows) and not packed and (not square or len(inputs) == 1 == sum(map(_is_flat, inputs)))
 
 
 def _is_flat(t: Tensor) -> bool:

@@ -37,7 +37,7 @@ OBJECTIVE = (
     "The loss cannot be measured again: {}; give loss_fn=, from outputs and targets all that is descended, without "
     "which nothing is measured that needs the loss."
 )
-NOT_KEPT = "what the model was called on could not be kept ({})"
+UNKEPT = "what the model was called on could not be kept ({})"
 NOT_LIKE = "backward() is called on more than one kind of loss in a step"
 OTHERWISE = "backward() was called on another loss than before"
 LOSS_FACTOR = "Training descends {:.6g} times the mean of this loss, and measurements take the factor over."
@@ -118,7 +118,7 @@ class Learner:
         try:
             self._commit(passes)
         except Exception as error:
-            self.give_up(NOT_KEPT.format(first_line(error)))
+            self.give_up(UNKEPT.format(first_line(error)))
 
     def _commit(self, passes: list[Pass]) -> None:
         staged, self._staged = self._staged, []

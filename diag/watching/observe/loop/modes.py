@@ -6,6 +6,7 @@ import weakref
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -172,6 +173,11 @@ class Modes:
 def first_tensor(args: Any, kwargs: Any) -> Tensor | None:
     """The first tensor that the model is given."""
     return next((t for t in tensors_in((args, dict(kwargs)))), None)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether its numbers lie in memory one beside the other, so that they can be read as rows."""
+    return t.layout is torch.strided and not t.is_nested
 
 
 def _reference(args: Any, kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.data.targets import OF_NUMBERS
+from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
 TARGETS_LOOKED_AT = 24  # calls of a function whose targets are read, then ever fewer
@@ -83,8 +84,8 @@ class Demands:
         self._calls += 1
         self._inputs = None
         if self._calls <= INPUTS_LOOKED_AT or due(self._calls):
-            floating = (t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point() and t.ndim > 1)
-            self._inputs = next(floating, None)
+            dense = filter(is_dense, tensors_in((args, dict(kwargs))))
+            self._inputs = next((t for t in dense if t.is_floating_point() and t.ndim > 1), None)
 
     def fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""

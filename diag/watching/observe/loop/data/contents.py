@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import OUTLIER_ROW, ContentFacts, OddRow
+from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment
 
 NUMBERS_OF_A_BATCH = 1 << 16  # of a batch that are looked at
@@ -117,4 +118,4 @@ class Contents:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether it may hold rows of numbers, each of them in memory."""
-    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested and x.ndim > 1 and len(x) > 1
+    return type(x) is Tensor and is_dense(x) and x.ndim > 1 and len(x) > 1

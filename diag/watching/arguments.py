@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from diag.errors import InvalidInput, type_of
@@ -19,13 +19,6 @@ from diag.snapshot.reading import read_batches
 from diag.snapshot.state.unmade import NO_VALUES, SCRIPTED
 from diag.snapshot.validation import check_model_and_loss
 from diag.watching.measure.probe import Probe
-
-NAMED = 3
-NOT_FOLLOWED = (
-    "Parameters that train now were not there, or did not train, when the watch began ({}); the record "
-    "holds no norms "
-    "of theirs; begin a new watch after such a change."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +78,6 @@ def watched_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if p.is_meta:
             raise InvalidInput(NO_VALUES.format(name))
     return found
-
-
-def not_followed(model: nn.Module, followed: Iterable[Tensor]) -> str:
-    """A sentence on parameters that train now and were not followed from the start; nothing where there is none."""
-    known = {id(p) for p in followed}
-    names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-    if not names:
-        return ""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return NOT_FOLLOWED.format(", ".join(names[:NAMED]) + more)
 
 
 def checked_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Optimizer | None:

@@ -28,7 +28,6 @@ from diag.watching.arguments import (
     check_record,
     checked_optimizer,
     given_probe,
-    not_followed,
     watched_parameters,
 )
 from diag.watching.guard import Clock, Guarded, guarded, safely
@@ -396,8 +395,6 @@ class Watcher(Guarded):
             yield "steps", NO_STEP_SEEN
         elif self._training.calls == 0:
             yield "inputs", NO_CALL
-        if sentence := not_followed(self.model, self._steps.parameters):
-            yield "parameters", sentence
 
     def _release(self) -> None:
         """Nothing is left on the model or in torch, and the files are closed."""

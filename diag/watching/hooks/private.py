@@ -166,6 +166,11 @@ PRIVATE = (
     Private("DisableTorchFunction", "torch._C", "1.7", "arithmetic of ours inside a step that is read"),
     Private("_autograd", "torch._C", "1.0", "the holder of the next"),
     Private("_top_saved_tensors_default_hooks", "torch._C._autograd", "2.1", "whether saved tensors are elsewhere"),
+    Private("_pop_saved_tensors_default_hooks", "torch._C._autograd", "2.1", "saved tensors stay where they are"),
+    Private(
+        "_push_saved_tensors_default_hooks", "torch._C._autograd", "2.1", "see _pop_saved_tensors_default_hooks"
+    ),
+    Private("_len_torch_function_stack", "torch._C", "2.0", "whether a default device may be set"),
     Private("_get_mkldnn_enabled", "torch._C", "2.0", "see _set_mkldnn_enabled"),
     Private("_set_mkldnn_enabled", "torch._C", "2.0", "traced operations are the plain ones"),
     Private("_foreach_norm", "torch", "1.13", "many norms on a GPU in one call"),

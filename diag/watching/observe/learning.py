@@ -142,7 +142,9 @@ class Learner:
     def give_up(self, reason: str) -> None:
         """No loss is learned, for this reason."""
         if self.active:
-            self._note("loss function", f"The loss cannot be measured again: {reason}; give loss_fn= and probe=.")
+            self._note(
+                "loss not learned", f"The loss cannot be measured again: {reason}; give loss_fn= and probe=."
+            )
             self._unknown(reason)
             self.stop()
 

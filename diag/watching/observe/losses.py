@@ -237,6 +237,8 @@ class LossObserver:
         if first is not None and first.requires_grad:
             return first
         for part in module.modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                continue
             for name, p in part._parameters.items():
                 if p is not None and p.requires_grad:
                     self._place = (module, part, name)

@@ -17,7 +17,8 @@ from diag.result import Level
 
 MOST_SETTINGS = 8
 NOT_SETTINGS = (
-    "created", "layers", "row", "versions", "sessions", "closed", "format", "format_version", "seal", "name", "checkpoints",
+    "created", "layers", "row", "versions", "sessions", "closed", "format", "format_version", "seal", "name",
+    "checkpoints",
 )  # fmt: skip
 
 

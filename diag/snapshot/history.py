@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diag.errors import MissingQuantity
 from diag.snapshot import parameters
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.unmade import refuse_unmade
 
 CELLS = 1 << 20
 
@@ -144,6 +145,7 @@ def history(snapshot: Snapshot) -> History:
     if snapshot.history is not None:
         known: History = snapshot.history
         return known
+    refuse_unmade(snapshot.model)
     values, gradient = snapshot.quantity("params"), snapshot.quantity("gradient")
     row = empty_history({name: p.numel() for name, p in values.items()}, 1)
     norms = numpy.array([[float(g.double().norm()) for g in gradient.values()]], numpy.float32)

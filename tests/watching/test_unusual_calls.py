@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import diag
 from diag.errors import InvalidInput, Unsupported
@@ -139,3 +140,26 @@ def test_the_chain_of_layers_is_that_without_a_checkpoint():
 def test_reentrant_checkpoints_are_refused_with_what_to_do(name):
     with pytest.raises(Unsupported, match="recomputes activations with reentrant checkpoints"):
         diag.measure(snapshot_of(True), name)
+
+
+def test_a_loader_that_was_given_its_batch_sampler_is_followed():
+    """Its batch_size is None, as that of a loader that Accelerate has prepared."""
+    rows = TensorDataset(X, Y)
+    loader = DataLoader(rows, batch_sampler=BatchSampler(RandomSampler(rows), 16, drop_last=False))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model) as watcher:
+        for _ in range(4):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    assert not errors(watcher.run) and len(watcher.run.history) == 12
+
+
+@pytest.mark.parametrize("name", ["gradient_flow", "gradient_depth", "softmax_collapse", "hessian_spectrum"])
+def test_a_model_without_values_is_refused_whatever_is_asked(name):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(Unsupported, match="is on the meta device, which holds no numbers"):
+        diag.measure(diag.Snapshot(model, F.cross_entropy, (X, Y)), name)

@@ -101,7 +101,9 @@ class Batches:
         except TypeError:  # of a stream nobody knows the length
             self._loader_batches = 0
         sampler = type(getattr(loader, "sampler", None)).__name__
-        whole = type(getattr(loader, "batch_sampler", None)) is BatchSampler and loader.batch_size > 1
+        batches = getattr(loader, "batch_sampler", None)
+        # Of a loader that was given its batch sampler, batch_size is None.
+        whole = type(batches) is BatchSampler and batches.batch_size > 1
         streams = isinstance(getattr(loader, "dataset", None), IterableDataset)
         self._readers = int(getattr(loader, "num_workers", 0)) if streams else 0
         self._begun_by_rows = whole and sampler in SAMPLERS_OF_ROWS

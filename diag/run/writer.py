@@ -106,6 +106,11 @@ class RunWriter:
             raise RunError(f"The run folder {self.path} cannot be made ({error.strerror}); give another.") from None
         try:
             take(self._lock, self.path)
+        except OSError as error:  # a disk that is full, say
+            self.close()
+            raise RunError(
+                f"The run folder {self.path} cannot be written ({error.strerror}); give another."
+            ) from None
         except RunError:
             self.close()
             raise

@@ -424,3 +424,16 @@ def test_killed_at_thirty_random_moments_nothing_completed_is_lost(tmp_path, mon
             numpy.testing.assert_array_equal(raw["values"], numpy.arange(1000.0) + step)
         with open_run(folder, resume=True) as w:
             assert w.last_step == found["s"]
+
+
+@pytest.mark.parametrize("function", ["ftruncate", "pwrite"])
+def test_a_disk_that_is_full_when_the_folder_is_taken_is_told(tmp_path, monkeypatch, function):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, full)
+        with pytest.raises(RunError, match=r"run cannot be written \(No space left on device\); give another"):
+            RunWriter(tmp_path / "run", {"layers": LAYERS})
+    RunWriter(tmp_path / "run", {"layers": LAYERS}).close()
+    assert read_run(tmp_path / "run").history is None

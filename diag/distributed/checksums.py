@@ -19,6 +19,8 @@ def checksum_of(tensor: Tensor, limit: int | None = None) -> Tensor:
     local = tensor.detach()
     if hasattr(local, "to_local"):
         local = local.to_local()
+    if local.is_nested:
+        local = local.values()
     if local.layout is not torch.strided:
         local = local.to_dense()
     if local.is_complex():

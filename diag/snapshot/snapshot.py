@@ -47,6 +47,10 @@ DATA_MOVED = (
     "so its quantities would mix two moments; give it a copy of the data, and a model that leaves its inputs as "
     "they are."
 )
+WITHOUT_ROWS = (
+    "The target is one number without an axis of examples, so that examples cannot be told apart; give batches: "
+    "(inputs[None], target[None]) for one example."
+)
 DATA = "bits of the data"
 OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an example, or as a sum
     *("params", "optimizer", "module_graph", "classifier", "other", "other_params", "ancestor"),
@@ -254,9 +258,11 @@ class Snapshot:
     def cuttable(self, batches: Iterable[Batch]) -> tuple[Batch, ...]:
         """The batches for what takes examples out of them: which inputs hold these is tried on the model.
 
-        Raises InvalidInput where the examples lie along the second axis.
+        Raises InvalidInput where the examples lie along the second axis, or the target is one number without axes.
         """
         named = tuple(map(self._named, batches))
+        if any(isinstance(b.targets, Tensor) and not b.targets.ndim for b in named):
+            raise InvalidInput(WITHOUT_ROWS)
         if self.ranks is not None or self._placement:  # a call of the model would wait for the other ranks
             return named
         try:

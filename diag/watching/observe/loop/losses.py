@@ -94,7 +94,7 @@ class Losses:
         if isinstance(target, Tensor):
             kind.target_shape, kind.target_dtype = _form(target)
         self._last = (value.grad_fn._sequence_nr() if value.grad_fn is not None else -1, kind)
-        if kind.calls <= CALLS_CHECKED or due(kind.calls):
+        if given.numel() and (kind.calls <= CALLS_CHECKED or due(kind.calls)):
             self._look(kind, given, target)
 
     def _look(self, kind: LossFacts, given: Tensor, target: Any) -> None:

@@ -106,6 +106,8 @@ class Demands:
             (kind.calls <= TARGETS_LOOKED_AT or due(kind.calls))
             and isinstance(target, Tensor)
             and isinstance(given, Tensor)
+            and target.layout is torch.strided
+            and target.numel()
         ):
             self._look(kind, given, target.detach(), kwargs)
 
@@ -123,7 +125,7 @@ class Demands:
         kind.outputs = given.shape[axis] if given.ndim else 0
         kind.given += bool(self._batch)
         kind.from_data += any(same_numbers(t, target) for t in self._batch)
-        rows = len(target) if target.ndim else 0
+        rows = len(target) if target.ndim else 1
         kind.one_a_row &= rows == target.numel() and (self._inputs is None or len(self._inputs) == rows)
         inputs, self._inputs = self._inputs, None
         fits = inputs is not None and len(inputs) == rows == target.numel() >= FEWEST_ROWS

@@ -45,7 +45,7 @@ class Contents:
         if self._raw >= RAW:
             return
         x = next(iter(tensors_in(batch)), None)
-        if x is None or not x.is_floating_point() or not _is_plain(x) or not x.is_cpu:
+        if x is None or not x.is_floating_point() or not _is_plain(x) or not x.is_cpu or not x.numel():
             return
         self._raw += 1
         self._alike += bool((x[: NUMBERS_OF_A_BATCH // max(x[0].numel(), 1) + 2] == x[:1]).all())

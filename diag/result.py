@@ -230,6 +230,14 @@ class Result:
         return series[-1][1].verdict()
 
     @classmethod
+    def from_logged(
+        cls, metrics: Mapping[str, Sequence[tuple[int, float]]], history: Any
+    ) -> Sequence[tuple[int, Self]]:
+        """The course that numbers logged by the user or another tool give, for a run in which nothing else was
+        measured: `metrics` are (step, value) by name, `history` the record of the steps, if any."""
+        return ()
+
+    @classmethod
     def plot_trend(cls, ax: Any, series: Sequence[tuple[int, Self]]) -> None:
         """Draw the course of the first scalar over the training steps."""
         name = next(iter(series[-1][1].scalars()), None)

@@ -116,7 +116,7 @@ class Run:
     def instruments(self) -> tuple[str, ...]:
         """The names of the instruments that have a series, in the order in which they first measured."""
         from_records = [r.instrument for r in self.records if self._is_result(r) and r.instrument in instruments()]
-        return tuple(dict.fromkeys([*self._computed[0], *from_records]))
+        return tuple(dict.fromkeys([*self._computed[0], *from_records, *self._logged]))
 
     @cached_property
     def unknown_instruments(self) -> tuple[str, ...]:
@@ -126,7 +126,8 @@ class Run:
     @cached_property
     def outcomes(self) -> tuple[tuple[int, Skipped | Failed], ...]:
         """What was skipped or failed, at which step; in step order."""
-        recorded = [(r.step, self._decode(r)) for r in self.records if not self._is_result(r)]
+        without = [r for r in self.records if not self._is_result(r) and r.instrument not in self._logged]
+        recorded = [(r.step, self._decode(r)) for r in without]
         found = [*recorded, *self._computed[1], *self._undecodable, *self._judged[1]]
         return tuple(sorted(found, key=lambda item: item[0]))
 
@@ -206,7 +207,19 @@ class Run:
                 outcome = self._decode(record)
                 if not isinstance(outcome, Failed):
                     recorded.setdefault(record.instrument, {})[record.step] = outcome
-        return series | {name: sorted(found.items()) for name, found in recorded.items() if name not in series}
+        measured = {name: sorted(found.items()) for name, found in recorded.items() if name not in series}
+        return self._logged | series | measured
+
+    @cached_property
+    def _logged(self) -> dict[str, list[tuple[int, Any]]]:
+        """The courses that logged numbers give, of instruments that measured nothing."""
+        if not self.metrics:
+            return {}
+        chosen = self.metadata.get("instruments")
+        measured = {r.instrument for r in self.records if self._is_result(r)}
+        names = [n for n in instruments() if n not in measured and (chosen is None or n in chosen)]
+        made = {n: list(instruments()[n].result.from_logged(self.metrics, self.history)) for n in names}
+        return {name: course for name, course in made.items() if course}
 
     @cached_property
     def _computed(self) -> tuple[dict[str, tuple[int, Result]], list[tuple[int, Skipped | Failed]]]:

@@ -1,6 +1,7 @@
 """Held-out data: rows that the loop evaluates on serve as such, and what is said of them."""
 
 import logging
+import math
 import warnings
 
 import pytest
@@ -139,6 +140,53 @@ def test_training_and_held_out_data_part():
     assert "from 0.9 at step 30 to 1.4" in verdict.sentence
     sure = [*course[:2], result(100, loss=0.01, accuracy=1.0, held_out_loss=1.4, held_out_accuracy=0.93)]
     assert Generalization.trend(sure).level == diag.Level.OK  # surer of what it gets wrong, and right as often
+
+
+def standing(**last):
+    """A course whose training loss fell by half and more since its first half, ending with `last`."""
+    half = {k: v for k, v in last.items() if k in ("held_out_loss", "held_out_accuracy")}
+    if "accuracy" in last and math.isnan(last["accuracy"]):
+        half["accuracy"] = math.nan
+    return [result(10), result(100, loss=0.2, **half), result(400, loss=0.01, **last)]
+
+
+NUMBERS = {"accuracy": math.nan, "held_out_accuracy": math.nan, "gain": 0.99}
+
+
+HEART = {"accuracy": 1.0, "held_out_accuracy": 0.64}
+
+
+@pytest.mark.parametrize("last", [HEART, {"held_out_loss": 0.7, **NUMBERS}], ids=["classes", "numbers"])
+def test_what_is_known_by_heart_and_carries_no_further(last):
+    """By a quarter of the examples, and of the loss of one that answers with the mean, which is 1 here."""
+    verdict = Generalization.trend(standing(**last))
+    assert verdict.cause == Cause.OVERFITTING and verdict.step == 100
+    assert "Nothing more carries over" in verdict.sentence
+
+
+def test_smoothed_labels_are_known_by_heart_at_a_loss_that_does_not_vanish():
+    course = [
+        *standing(**HEART)[:1],
+        result(100, **HEART | {"loss": 0.9, "accuracy": 0.8}),
+        result(400, **HEART, loss=0.6),
+    ]
+    assert Generalization.trend(course).cause == Cause.OVERFITTING
+
+
+@pytest.mark.parametrize(
+    "course",
+    [
+        standing(**HEART | {"held_out_accuracy": 0.76}),  # less than a quarter apart
+        standing(**HEART | {"accuracy": 0.97}),  # not by heart
+        # the training loss hardly fell, and no more training examples are right
+        [result(10), result(100, **HEART | {"loss": 0.2}), result(400, **HEART | {"loss": 0.12})],
+        [*standing(**HEART)[:2], result(400, **HEART | {"loss": 0.01, "held_out_accuracy": 0.68})],  # more came
+        standing(held_out_loss=0.25, **NUMBERS),
+        standing(held_out_loss=0.7, **NUMBERS | {"gain": math.nan}),  # of another loss nothing is known
+    ],
+)
+def test_what_still_carries_over_or_is_not_far_apart_is_quiet(course):
+    assert Generalization.trend(course).level == diag.Level.OK
 
 
 def test_the_gain_over_an_answer_without_inputs():

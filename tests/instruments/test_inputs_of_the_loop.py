@@ -14,7 +14,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.batch import Batch
 from diag.snapshot.inside.apart import mixing
-from diag.watching.observe.loop.data.inputs import marks_of
+from diag.watching.observe.loop.data.inputs import Sums, marks_of
 
 WATCHED = ["batch_rows", "evaluation_inputs", "examples_mixed", "classes_mixed", "batches_repeated"]
 
@@ -77,6 +77,14 @@ def test_rows_of_a_small_table_and_two_views_of_each_row_are_quiet():
     assert not {Cause.ROWS_DUPLICATED, Cause.INPUTS_CONSTANT} & set(found)
     found = told(network(), *rows(), change=lambda a, b: (torch.cat([a[:12], a[:12]]), torch.cat([b[:12], b[:12]])))
     assert Cause.ROWS_DUPLICATED not in found
+
+
+def test_a_batch_far_larger_than_the_others_is_not_what_training_is_like():
+    usual, sums = torch.randn(3, 40, 6, generator=torch.Generator().manual_seed(0)), Sums()
+    for batch in (usual[0], 1e4 * usual[0], *usual[1:]):
+        sums.add(batch)
+    assert sums.mean == pytest.approx(float(usual.double().mean()), abs=1e-9)
+    assert sums.deviation == pytest.approx(float(usual.double().std(correction=0)), rel=1e-9)
 
 
 def test_marks_tell_rows_apart_as_a_comparison_of_all_entries_does():

@@ -112,8 +112,21 @@ def test_steps_of_weights_that_begin_next_to_nothing_are_large_for_any_learning_
         diag.step_size(history=record(falling(), 0.4), loop=usual).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
     )
     assert diag.step_size(history=record(falling(), 0.4), loop=small).verdict().cause == ""
+    # Batches differ by a quarter, and the first has one of the lower losses.
+    noisy = numpy.concatenate([[0.8], 1 + 0.25 * numpy.random.default_rng(0).standard_normal(99)])
+    assert diag.step_size(history=record(noisy, 0.4), loop=small).verdict().cause == ""
     rising = record(falling()[::-1], 0.4)
     assert diag.step_size(history=rising, loop=small).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
+
+
+@pytest.mark.parametrize(("down", "cause"), [(0.0, Cause.LEARNING_RATE_TOO_LOW), (1.0, "")])
+def test_of_losses_around_zero_steps_are_too_small_where_nothing_falls_beyond_noise(down, cause):
+    """A policy's loss has no share to fall by: 1 is eight standard errors of a third of 100 here."""
+    noise = 0.5 * numpy.random.default_rng(0).standard_normal(100)
+    verdict = diag.step_size(history=record(noise - down * numpy.linspace(0, 1.5, 100), 1e-5)).verdict()
+    assert verdict.cause == cause
+    assert ("not fallen by more than it scatters" in verdict.sentence) == bool(cause)
+    assert "trainings that work" not in verdict.sentence
 
 
 @pytest.mark.parametrize(("overshoot", "cause"), [(3.2, Cause.LEARNING_RATE_TOO_HIGH), (2.3, "")])

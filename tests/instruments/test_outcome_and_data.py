@@ -35,6 +35,8 @@ def rows():
         (lambda x: torch.cat([x[:, :3], torch.ones(200, 9)], 1), Cause.INPUTS_CONSTANT),
         (lambda x: x.index_fill(0, torch.tensor([7]), math.nan), Cause.DATA_NOT_FINITE),
         (lambda x: x.index_fill(0, torch.tensor([7, 90]), 1e4), Cause.BATCHES_POISONED),
+        (lambda x: torch.cat([x[:140], 1e4 * x[140:]]), Cause.BATCHES_POISONED),  # a batch that one row has spoiled
+        (lambda x: x * torch.linspace(0, 13, 200).exp()[:, None], Cause.INPUTS_NOT_NORMALIZED),  # a heavy tail
         (lambda x: x.clamp_min(0), ""),  # images: much of them is zero
     ],
 )

@@ -87,6 +87,24 @@ def test_rows_that_are_all_one_before_they_are_augmented():
     assert Cause.INPUTS_CONSTANT in told(shuffled(alike), change=lambda x: x + torch.randn_like(x))
 
 
+def test_batches_that_one_row_has_spoiled_are_told_as_batches():
+    """Padding with the smallest number of the batch gives every row of it the corrupt one's size."""
+    x, y = rows(480)
+    x[17] *= 1e5
+    found = told(shuffled(TensorDataset(x, y)), change=lambda a: F.pad(a[:, 1:], (1, 0), value=float(a.min())))
+    assert set(found) == {Cause.BATCHES_POISONED}
+    sentence = found[Cause.BATCHES_POISONED]  # it was met in each of two epochs
+    assert sentence.startswith("In 2 of ") and "batches most inputs are a hundred times as large" in sentence
+
+
+def test_a_scale_that_many_batches_have_is_how_the_data_is():
+    x, y = rows()
+    for i in (2, 5, 8):
+        x[i::10] *= 1e4
+    batches = [(x[i::10], y[i::10]) for i in range(10)]
+    assert Cause.BATCHES_POISONED not in told(batches)
+
+
 def test_usual_rows_draw_nothing():
     dataset = TensorDataset(*rows())
     assert not told(shuffled(Subset(dataset, range(180))), DataLoader(Subset(dataset, range(180, 240)), 24))

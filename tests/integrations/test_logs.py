@@ -5,9 +5,12 @@ import json
 
 import numpy
 import pytest
+import torch
+import torch.nn.functional as F
 
 import diag
 from diag.errors import InvalidInput
+from diag.instruments.optimization.course import scatter
 from diag.integrations.logs import import_log, run_of_log
 
 
@@ -131,3 +134,76 @@ def test_tensorboard_events(tmp_path):
     run = run_of_log(tmp_path)
     assert run.history.loss == pytest.approx([v for _, v in falling(40)], rel=1e-6)  # events hold float32
     assert run.metrics["val/accuracy"] == [(400, 0.5)]
+
+
+def with_validation(path, losses, held_out, accuracy=None, names=("val_loss", "val_acc")):
+    """A CSV with a row an epoch, as Keras and many scripts write it; the verdict on generalisation, if any."""
+    with open(path / "log.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "loss", names[0], *(names[1:] if accuracy is not None else [])])
+        columns = [losses, held_out, *([] if accuracy is None else [accuracy])]
+        for epoch, row in enumerate(zip(*columns, strict=True), 1):
+            writer.writerow([epoch, *row])
+    found = {f.instrument: f.verdict for f in import_log(path / "log.csv", path / "run").findings()}
+    return found.get("generalization")
+
+
+EPOCHS = numpy.arange(1, 41)
+FALLING = numpy.exp(-EPOCHS / 10)
+TURNING = 0.5 + 0.0008 * (EPOCHS - 12.0) ** 2
+NOISE = 0.03 * numpy.random.default_rng(0).standard_normal(40)
+
+
+@pytest.mark.parametrize("name", ["val_loss", "eval/loss", "validation_loss", "loss_val", "test loss"])
+def test_a_logged_validation_loss_that_turns_is_overfitting(name, tmp_path):
+    verdict = with_validation(tmp_path, FALLING, TURNING + NOISE, names=(name, "val_acc"))
+    assert verdict.cause == "overfitting" and verdict.level == "warning" and 8 <= verdict.step <= 16
+
+
+@pytest.mark.parametrize(
+    ("losses", "held_out", "accuracy"),
+    [
+        (FALLING, 0.1 + FALLING + NOISE, None),  # both fall
+        (FALLING, 0.6 + 4 * NOISE, None),  # it only scatters
+        (FALLING[::-1], TURNING, None),  # training gets worse as well
+        (FALLING, TURNING, 1 - 0.5 * FALLING),  # surer of what is wrong, and no less often right
+        (FALLING, TURNING, 90 - 0.05 * EPOCHS),  # two points of a hundred
+    ],
+)
+def test_a_logged_validation_course_that_is_well_or_noise_is_left_in_peace(losses, held_out, accuracy, tmp_path):
+    verdict = with_validation(tmp_path, losses, held_out, accuracy)
+    assert verdict.level == "ok" and not verdict.cause
+
+
+def test_a_logged_accuracy_that_falls_is_overfitting(tmp_path):
+    verdict = with_validation(tmp_path, FALLING, TURNING, 90 - 0.02 * (EPOCHS - 12.0) ** 2)
+    assert verdict.cause == "overfitting" and "90 %" in verdict.sentence
+
+
+def test_a_validation_loss_that_the_loop_logs_is_judged_where_nothing_else_was_measured():
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(64, 3), torch.randint(2, (64,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, instruments=["generalization"]) as watcher:
+        for epoch in range(40):
+            for rows in torch.randperm(64).split(16):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[rows]), y[rows]).backward()
+                optimizer.step()
+            watcher.log(val_loss=float(TURNING[epoch]))
+    (found,) = watcher.run.findings()
+    assert len(found.series) == 40 and found.series[0][1].held_out_loss == pytest.approx(TURNING[1])
+    assert not [o for _, o in watcher.run.outcomes if o.instrument == "generalization"]
+
+
+def test_few_or_other_logged_numbers_are_no_course(tmp_path):
+    assert with_validation(tmp_path, FALLING[:4], TURNING[:4]) is None
+    assert with_validation(tmp_path, FALLING, TURNING, names=("val_loss_of_the_decoder", "val_acc")) is None
+
+
+def test_the_scatter_of_logged_values_is_the_noise_around_their_course():
+    """Normal noise of 0.1 around a line; the median of 2,000 second differences is known to 2 %."""
+    x = numpy.arange(2000)
+    values = 3 - 0.001 * x + 0.1 * numpy.random.default_rng(1).standard_normal(2000)
+    assert scatter(values) == pytest.approx(0.1, rel=0.08)
+    assert scatter(3 - 0.001 * x) == pytest.approx(0, abs=1e-12)

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 import diag
 from diag.snapshot.batch import Batch
+from diag.watching.observe.loop.data.same import same_rows
 from diag.watching.observe.loop.rows.course import MarginCourse
 from diag.watching.observe.loop.rows.identity import Hashes, Places, hashes_of
 from diag.watching.observe.loop.rows.scores import scores_of
@@ -97,6 +98,45 @@ def test_rows_of_a_loader_are_named_by_their_place_in_its_data_set():
     facts, _, _ = trained(loaded(Subset(ConcatDataset([TensorDataset(x, y)]), range(90, 10, -1))))
     assert (facts.counted_in, facts.n) == ("data set", 80)
     assert facts.labels.tolist() == y[torch.arange(90, 10, -1)].tolist() and facts.name(7) == "7"
+
+
+def made_each_epoch(make):
+    """A loop that makes its data set and its loader again in each epoch."""
+    order = torch.Generator().manual_seed(2)
+    return lambda: ((None, x, y) for x, y in DataLoader(make(), batch_size=16, shuffle=True, generator=order))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda rows: rows, lambda rows: Subset(rows, list(range(96))), lambda rows: TensorDataset(*rows.tensors)],
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_data_set_that_is_made_again_each_epoch_is_one(wrap, copied):
+    x, y = data()
+    facts, _, weights = trained(
+        made_each_epoch(lambda: wrap(TensorDataset(*((x.clone(), y.clone()) if copied else (x, y)))))
+    )
+    once, _, same = trained(loaded(TensorDataset(x, y)))
+    assert (facts.looks == 3).all() and facts.counted_in == "data set"
+    numpy.testing.assert_array_equal(facts.margins, once.margins)
+    assert all(map(torch.equal, weights, same))
+
+
+def test_a_data_set_of_other_rows_or_of_none_is_another():
+    x, y = data()
+    orders = iter([torch.arange(96), *(torch.randperm(96) for _ in range(3))])
+    facts, _, _ = trained(
+        made_each_epoch(lambda: TensorDataset(*(t[order] for order in [next(orders)] for t in (x, y))))
+    )
+    assert (facts.looks == 1).all()
+
+    class Drawn(Dataset):
+        def __len__(self):
+            return 9
+
+    assert not same_rows(Drawn(), Drawn()) and not same_rows(TensorDataset(x), TensorDataset(x[:90]))
+    assert not same_rows(Subset(TensorDataset(x), range(9)), Subset(TensorDataset(x), range(1, 10)))
+    assert same_rows(TensorDataset(x), TensorDataset(x[:]))
 
 
 def kind_of_training(kind):

@@ -16,7 +16,8 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.inputs import InputFacts
 
 SOURCE = "arithmetic of the inputs of training"
-SHARE_OF_ROWS = 0.05  # of the rows: where more are large, that is how the data is
+SHARE_OF_ROWS = 0.05  # of the rows: where more are large, that is how the data is, unless
+SHARE_OF_BATCHES = 0.25  # they fill a few batches
 BATCHES_AT_LEAST = 2
 CALLS_OF_ROWS, ROWS_MARKED = 3, 24  # training calls, and rows in them, at least
 SHARE_THAT_DIFFERS = 0.3  # of the rows of a batch: below, most of it is repetition
@@ -42,7 +43,7 @@ def batch_rows(loop: Loop) -> BatchRows:
     largest entry is a hundred times that of the median row, and ten times that of any row nearer to it. Rows are
     named by their place in the data set where a DataLoader shows it, else by step and place in the batch. Whether
     all rows of a batch are one is asked of the first batches as a DataLoader gives them, before the loop changes
-    them.
+    them. Where large rows fill a few batches, the batches are told: something makes one row's values those of all.
 
     Rows that repeat within a batch are told of where at most three of ten differ and other batches have others.
 
@@ -50,7 +51,8 @@ def batch_rows(loop: Loop) -> BatchRows:
     """
     c = loop.contents
     seen = Precondition("inputs", c.batches + c.raw + loop.inputs.looked > 0, "no batch of inputs was seen.")
-    fine = f"{counted(c.rows, 'row')} of {c.batches:,} batches: none is a hundred times as large as is usual."
+    large = f"{c.large:,} are" if c.large else "none is"
+    fine = f"{counted(c.rows, 'row')} of {c.batches:,} batches: {large} a hundred times as large as is usual."
     return judged(BatchRows, loop.step, [*_findings(c), *_repeated(loop.inputs)], fine, preconditions=(seen,))
 
 
@@ -114,6 +116,23 @@ def _findings(c: ContentFacts) -> Iterator[LoopFinding]:
             "Values that belong there.",
             step=1,
         )
+    elif large and 0 < c.whole <= SHARE_OF_BATCHES * c.batches:
+        yield _whole_batches(c)
+
+
+def _whole_batches(c: ContentFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.BATCHES_POISONED,
+        f"In {c.whole:,} of {c.batches:,} batches most inputs are a hundred times as large as in the others "
+        f"or more "
+        f"(first at step {c.odd[0].step:,}).",
+        "Look at the rows of these batches as the data set has them: where one is far too large, a "
+        "normalisation or "
+        "a fill that is computed over the batch gives its values to all.",
+        "Batches that are meant to be of another scale.",
+        step=1,
+    )
 
 
 def _named(rows: list[OddRow]) -> str:

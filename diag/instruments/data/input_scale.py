@@ -21,6 +21,7 @@ from diag.snapshot.loop.data import OUTLIER_ROW
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale)"
 LARGE_INPUTS, SMALL_INPUTS, FEATURE_RATIO, CONSTANT_SHARE = 20.0, 0.02, 300.0, 0.65
 FEWEST_EXAMPLES = 8
+GAP_TO_OTHERS = 10.0  # times the largest of the other rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,9 +166,10 @@ def input_scale(
     finite = rows.isfinite().all(1)
     good = rows[finite] if finite.any() else torch.zeros(1, rows.shape[1], dtype=torch.float64)
     rows_size = rows.nan_to_num(0.0, 0.0, 0.0).square().mean(1).sqrt()
-    outliers = (rows_size > OUTLIER_ROW * rows_size.median()).nonzero().flatten()
-    few = len(outliers) <= len(rows) // 20 and float(rows_size.median()) > 0
-    good = good if not few else good[(good.square().mean(1).sqrt() <= OUTLIER_ROW * rows_size.median())]
+    limit = OUTLIER_ROW * rows_size.median()
+    outliers = (rows_size > limit).nonzero().flatten()
+    few = _are_others(rows_size, limit)
+    good = good if not few else good[good.square().mean(1).sqrt() <= limit]
     scales = good.square().mean(0).sqrt()
     varies = good.amax(0) > good.amin(0)
     widest, ratio_found = _ratio(scales[varies], varies) if floating and inputs.ndim == 2 else (0, math.nan)
@@ -206,6 +208,14 @@ def _size(rows: Tensor) -> float:
 def _are_rows_of_numbers(inputs: Any) -> bool:
     floating = isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.ndim > 1
     return floating and len(inputs) >= FEWEST_EXAMPLES
+
+
+def _are_others(sizes: Tensor, limit: Tensor) -> bool:
+    """Whether the rows above the limit are others than the rest: few, or far from all of it, as a batch is that one
+    row has spoiled; else the tail is heavy."""
+    large, rest = sizes[sizes > limit], sizes[sizes <= limit]
+    few = len(large) <= len(sizes) // 20
+    return float(limit) > 0 and (few or bool(large.min() > GAP_TO_OTHERS * rest.max()))
 
 
 def _ratio(scales: Tensor, varies: Tensor) -> tuple[int, float]:

@@ -13,7 +13,7 @@ from diag.snapshot.loop.data import OF_BINARY_TARGETS, LossFacts
 from diag.snapshot.loop.facts import Loop
 
 CALLS_NEEDED = 3  # calls whose numbers were looked at
-PADDED = 0.05  # of the targets
+PADDED, FILLED = 0.05, 0.1  # of the targets
 STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
 LOG_INPUT = ("nll_loss", "kl_div")
 SOFTMAX_INSIDE = ("cross_entropy",)
@@ -37,7 +37,9 @@ def loss_call(loop: Loop) -> LossCall:
     """Whether the loss function gets what it expects: logits or log-probabilities, shapes that fit, whole targets.
 
     What made its input is read from the graph; the numbers of the first three calls are looked at besides, for rows
-    that are probabilities within rounding. log_softmax before cross_entropy changes nothing and is not reported.
+    that are probabilities within rounding. Padding counts where the embedding's padding index is among the targets,
+    or one number fills the ends of their sequences to different lengths and stands nowhere else, and the loss
+    ignores another. log_softmax before cross_entropy changes nothing and is not reported.
 
     Raises nothing of its own.
     """
@@ -76,13 +78,12 @@ def _findings(f: LossFacts) -> Iterator[LoopFinding]:
         yield _ascended(f, f"backward() is called on {f.function} times {f.factor:.3g}")
     elif f.ascended and not f.root:
         yield _ascended(f, f"{f.function} has a minus sign in the sum that backward() is called on")
-    if (
-        f.padded >= PADDED
-        and (f.reduction != "none" or f.averaged)
-        and f.padding is not None
-        and f.ignored != f.padding
-    ):
-        yield _padding(f)
+    if f.reduction == "none" and not f.averaged:
+        return
+    if f.padded >= PADDED and f.padding is not None and f.ignored != f.padding:
+        yield _padding(f, f.padding, f.padded, "the padding index of the model's embedding")
+    elif f.filler is not None and _is_counted(f):
+        yield _padding(f, f.filler, f.filled, "which fills the ends of sequences and stands nowhere else")
 
 
 def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[LoopFinding]:
@@ -242,13 +243,18 @@ def _summed(f: LossFacts, loop: Loop) -> LoopFinding:
     )
 
 
-def _padding(f: LossFacts) -> LoopFinding:
+def _is_counted(f: LossFacts) -> bool:
+    """Whether what fills the ends of the sequences was seen often enough, and nothing keeps it from counting."""
+    seen = f.filled_calls >= CALLS_NEEDED and f.filled >= FILLED
+    return seen and f.ignored != f.filler and not f.weighted
+
+
+def _padding(f: LossFacts, index: int, share: float, what: str) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.IGNORED_LABELS_COUNTED,
-        f"Padding counts in the loss: up to {f.padded:.0%} of the targets of a batch are {f.padding}, the padding "
-        "index of the model's embedding.",
-        f"Give {f.function} ignore_index={f.padding}.",
+        f"Padding counts in the loss: up to {share:.0%} of the targets of a batch are {index}, {what}.",
+        f"Give {f.function} ignore_index={index}.",
         "Targets in which this number stands for a real token.",
         step=f.first_step,
     )

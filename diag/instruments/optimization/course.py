@@ -7,6 +7,7 @@ says little.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from diag.snapshot.history import History, by_rows, parts, thinned_record
 
 SMALL = 64
+OF_SECOND_DIFFERENCES = 1.4826 / math.sqrt(6.0)  # of their median size, for normal noise
 MOST_NORMS = 1 << 20  # steps times tensors over which a median is taken
 Floats = NDArray[numpy.float64]
 
@@ -80,6 +82,25 @@ def unpushed(history: History) -> bool:
     large = numpy.asarray(history.sizes) >= SMALL
     sizes = median(history.gradient_norm[:, large], axis=1) if large.any() else numpy.zeros(0)
     return bool(numpy.isfinite(sizes).any() and median(sizes) == 0)
+
+
+def scatter(values: Floats) -> float:
+    """The standard deviation of these values around their course, by their second differences, which have six times
+    the variance of white noise around a straight line; NaN of fewer than three."""
+    if len(values) < 3:
+        return math.nan
+    return float(OF_SECOND_DIFFERENCES * numpy.median(numpy.abs(numpy.diff(values, 2))))
+
+
+def fell(losses: Floats) -> bool:
+    """Whether the mean loss of the last third is below that of the first by two standard errors or more: for losses
+    that are negative, or change their sign, of which a share says nothing."""
+    third = len(losses) // 3
+    if third < 2:
+        return True
+    first, last = losses[:third], losses[-third:]
+    error = numpy.hypot(first.std(ddof=1), last.std(ddof=1)) / numpy.sqrt(third)
+    return bool(first.mean() - last.mean() > 2 * error)
 
 
 def fall(losses: Floats) -> float:

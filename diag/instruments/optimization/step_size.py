@@ -23,8 +23,10 @@ from diag.instruments.optimization.course import (
     MOST_NORMS,
     SMALL,
     fall,
+    fell,
     finite_losses,
     median,
+    scatter,
     unpushed,
     update_ratios,
 )
@@ -39,6 +41,7 @@ CERTAIN = 0.23  # from here on a step is too large also where the loss has not r
 MEASUREMENTS_IN_A_ROW = 5
 ENOUGH_STEPS = 30
 ROSE = 1.1
+SCATTERS = 2.0  # standard deviations of a batch's loss, for weights that begin next to nothing
 NOT_FALLEN = 0.1
 TIGHT, NOTHING_LEFT = 0.05, 0.005
 # With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one
@@ -59,6 +62,10 @@ class StepSize(Result):
     tensors: int = measured("tensors with at least 64 entries that moved")
     num_steps: int = measured("steps recorded", unit="steps")
     loss_fall: float = measured("fall of the loss from the first tenth of the steps to the last", unit="share")
+    below_zero: bool = measured("some losses are negative, so that a share says nothing", default=False)
+    loss_fell: bool = measured(
+        "the loss of the last third of the steps is below that of the first, beyond noise", default=True
+    )
     clip_factor: float = measured("norm of the applied over that of the true gradient, the median", unit="share")
     gradient_size: float = measured("root mean square of the gradient's entries, the median tensor and step")
     adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
@@ -84,8 +91,8 @@ class StepSize(Result):
             yield Verdict(Level.NOT_APPLICABLE, "No step of the weights was measured.", source=SOURCE)
         yield Verdict(
             Level.OK,
-            f"A step moves a layer's weights by {format_number(self.ratio)} of their size (the median), as in "
-            "most trainings that work.",
+            f"A step moves a layer's weights by {format_number(self.ratio)} of their size (the median)"
+            + (", as in most trainings that work." if self.ratio >= self.setting("too_low") else "."),
             source=SOURCE,
             value=self.ratio,
         )
@@ -130,15 +137,18 @@ class StepSize(Result):
         ):
             return self._by_clipping()
         small = self.ratio < limit and self.num_steps >= ENOUGH_STEPS and not self.unpushed
-        if not small or not (self.loss_fall < NOT_FALLEN):
+        stands = not self.loss_fell if self.below_zero else self.loss_fall < NOT_FALLEN
+        if not small or not stands:
             return None
         if self.clip_factor < TIGHT and self.optimizer not in ADAPTIVE_OPTIMIZERS:
             return self._by_clipping()
+        fallen = f"fallen by {format_share(max(self.loss_fall, 0.0))}"
+        if self.below_zero:
+            fallen = "not fallen by more than it scatters"
         return graded(SOURCE, self.ratio, limit)(
             Level.WARNING,
             f"Steps are small and the loss hardly falls: one step moves the weights of a typical layer by "
-            f"{format_number(self.ratio)} of their size, and in {self.num_steps:,} steps the loss has fallen by "
-            f"{format_share(max(self.loss_fall, 0.0))}.",
+            f"{format_number(self.ratio)} of their size, and in {self.num_steps:,} steps the loss has {fallen}.",
             advice="Raise the learning rate ten- to a hundredfold; check that the schedule's warm-up is over.",
             refutation="The loss does not fall faster at ten times the learning rate.",
             cause=Cause.LEARNING_RATE_TOO_LOW,
@@ -216,6 +226,7 @@ def step_size(
     medians, steps, tensors = update_ratios(history)
     losses, _ = finite_losses(history)
     largest, at, began = _largest_of_five(medians, steps, too_high)
+    from_nothing = _from_nothing(loop)
     return StepSize(
         largest_ratio=largest,
         largest_at=at,
@@ -224,12 +235,14 @@ def step_size(
         tensors=tensors,
         num_steps=int(history.total_steps),
         loss_fall=fall(losses),
+        below_zero=bool((losses < 0).any()),
+        loss_fell=fell(losses),
         clip_factor=_clip_factor(history),
         gradient_size=_gradient_size(history),
         adam_share=_adam_share(history),
-        loss_rose=_rose(history, at),
+        loss_rose=_rose(history, at, SCATTERS if from_nothing else 0.0),
         shrunk=_shrunk(history, at),
-        from_nothing=_from_nothing(loop),
+        from_nothing=from_nothing,
         unpushed=unpushed(history),
         optimizer=str(history.optimizer.get("kind", "")),
         epsilon=float(history.optimizer.get("eps", math.nan)),
@@ -296,15 +309,16 @@ def _adam_share(history: History) -> float:
     return float(numpy.median(shares)) if len(shares) else math.nan
 
 
-def _rose(history: History, at: int) -> bool:
+def _rose(history: History, at: int, scatters: float) -> bool:
     """Whether the median loss of the five steps that the measurements up to `at` led to, or of the five after, lies
-    well above the first."""
+    well above the first: by a tenth, and so many times what losses scatter."""
     losses, steps = finite_losses(history)
+    limit = max(ROSE * losses[0], losses[0] + scatters * scatter(losses)) if len(losses) > 2 else math.inf
     courses = (
         losses[(steps > at - MEASUREMENTS_IN_A_ROW + shift) & (steps <= at + shift)]
         for shift in (1, MEASUREMENTS_IN_A_ROW)
     )
-    return any(len(course) and numpy.median(course) > ROSE * losses[0] > 0 for course in courses)
+    return any(len(course) and numpy.median(course) > limit and losses[0] > 0 for course in courses)
 
 
 def _shrunk(history: History, at: int) -> bool:

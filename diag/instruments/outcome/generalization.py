@@ -7,7 +7,7 @@ and wrong. So the share of right answers decides where there are classes, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,25 +15,29 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.instruments.outcome.carrying_over import (
+    ERRORS_OF_DIFFERENCE,
+    GAP_IN_ACCURACY,
+    WORSE,
+    carries_nothing_over,
+    lost_since,
+    never_gains,
+    parted,
+    stands_still,
+)
 from diag.instruments.outcome.gain import (
     Answered,
     gain,
     share_of_most_frequent,
     share_right,
 )
+from diag.instruments.outcome.logged import Logged, logged_course
 from diag.linalg.student import error_of_mean
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 
 SOURCE = "arithmetic of the losses measured"
-ERRORS_OF_DIFFERENCE = 3.0  # standard errors of a difference, both measured on the same examples
-WORSE = 0.2
-LEARNED_ABOVE_CHANCE = 0.2  # accuracy above chance on the training examples
 FEWEST_MEASUREMENTS = 3
-STEPS_BEFORE_GENERALIZATION = 100  # steps
-# Standard errors: of a difference between gains, and of a gain that there may be.
-SURE_ERRORS, ANY_ERRORS = 4.0, 2.0
-GAP_IN_ACCURACY = 0.25  # by which the accuracy on training examples is above that on held-out ones
 EXPLAINED_BY = (
     Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE,
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
@@ -62,9 +66,16 @@ class Generalization(Result):
     gain_standard_error: float = measured("standard error of that difference, example by example", default=math.nan)
     held_out_gain: float = measured("the same of the held-out examples", default=math.nan)
     held_out_gain_standard_error: float = measured("standard error of that difference", default=math.nan)
+    held_out_accuracy_standard_error: float = measured(
+        "standard error of the share of held-out examples answered right, by the scatter of logged shares",
+        unit="share",
+        default=math.nan,
+    )
 
     def verdict(self) -> Verdict:
-        if not math.isnan(self.held_out_accuracy):
+        if not math.isnan(self.held_out_accuracy) and math.isnan(self.accuracy):
+            text = f"{format_share(self.held_out_accuracy)} of the held-out examples are answered right."
+        elif not math.isnan(self.held_out_accuracy):
             text = (
                 f"{format_share(self.held_out_accuracy)} of the held-out examples are answered right, "
                 f"{format_share(self.accuracy)} of the training examples."
@@ -77,22 +88,45 @@ class Generalization(Result):
         return Verdict(Level.OK, text, source=SOURCE, confidence=Confidence.ARITHMETIC)
 
     @classmethod
+    def from_logged(
+        cls, metrics: Mapping[str, Sequence[tuple[int, float]]], history: Any
+    ) -> Sequence[tuple[int, Self]]:
+        """The course of a validation loss and accuracy that were logged, with the error that their scatter
+        shows."""
+        return [(e.step, cls._of_logged(e)) for e in logged_course(metrics, history)]
+
+    @classmethod
+    def _of_logged(cls, e: Logged) -> Self:
+        return cls(
+            loss=e.loss,
+            held_out_loss=e.held_out_loss,
+            held_out_loss_standard_error=e.held_out_loss_error,
+            accuracy=e.accuracy,
+            held_out_accuracy=e.held_out_accuracy,
+            held_out_accuracy_standard_error=e.held_out_accuracy_error,
+            held_out_chance=math.nan,
+            held_out_examples=0,
+        )
+
+    @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """A warning where the best moment on held-out data is past by more than chance, and training went on."""
         _, last = series[-1]
         if len(series) < FEWEST_MEASUREMENTS:
             return last.verdict()
         by_accuracy = not math.isnan(last.held_out_accuracy)
-        if by_accuracy and _carries_nothing_over(series):
+        if by_accuracy and carries_nothing_over(series):
             return last._learned_by_heart()
-        if _never_gains(series):
+        if never_gains(series):
             return last._gains_nothing()
         best_step, best = (max if by_accuracy else min)(
             series[:-1], key=lambda item: item[1].held_out_accuracy if by_accuracy else item[1].held_out_loss
         )
-        lost, limit, unit = _lost(best, last, by_accuracy)
+        lost, limit, unit = lost_since(best, last, by_accuracy)
         if not (lost > limit and last.loss < best.loss):
-            apart = _parted(series) if by_accuracy else None
+            apart, still = parted(series) if by_accuracy else None, stands_still(series)
+            if apart is None and still is not None:
+                return last._stands_still(*still)
             return last.verdict() if apart is None else last._parts(*apart)
         return Verdict(
             Level.WARNING,
@@ -127,6 +161,35 @@ class Generalization(Result):
             threshold=GAP_IN_ACCURACY,
             threshold_source=f"{format_share(GAP_IN_ACCURACY)} of the examples, and {ERRORS_OF_DIFFERENCE:g} "
             f"standard errors",
+            cause=Cause.OVERFITTING,
+            explained_by=EXPLAINED_BY,
+            step=step,
+        )
+
+    def _stands_still(self, step: int, before: Generalization) -> Verdict:
+        by_accuracy = not math.isnan(self.accuracy)
+        what = "share of held-out examples answered right" if by_accuracy else "held-out loss"
+        own = (
+            f"{format_share(self.accuracy)} of the training examples are answered right, and "
+            if by_accuracy
+            else ""
+        )
+        return Verdict(
+            Level.WARNING,
+            f"Nothing more carries over: {own}the training loss fell from {format_number(before.loss)} at step "
+            f"{step:,} to {format_number(self.loss)}, while the {what} went from {_shown(before, by_accuracy)} to "
+            f"{_shown(self, by_accuracy)}.",
+            advice="More steps will not help: more data, augmentation, weight decay or dropout will; look "
+            "for wrong "
+            "labels, which are learned by heart last.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="Held-out examples are answered better after twice as many steps.",
+            value=self.held_out_accuracy if by_accuracy else self.held_out_loss,
+            threshold=GAP_IN_ACCURACY,
+            threshold_source=f"training examples are answered better by {format_share(GAP_IN_ACCURACY)} (of "
+            f"all, or of "
+            "the trivial answer's loss)",
             cause=Cause.OVERFITTING,
             explained_by=EXPLAINED_BY,
             step=step,
@@ -186,62 +249,6 @@ class Generalization(Result):
         ax.legend()
 
 
-def _carries_nothing_over(series: Sequence[tuple[int, Generalization]]) -> bool:
-    """Whether training examples are learned, and held-out ones were never answered better than by chance."""
-    last, n = series[-1][1], max(series[-1][1].held_out_examples, 1)
-    chance = last.held_out_chance
-    error = ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
-    never = all(r.held_out_accuracy <= chance + error for _, r in series)
-    # What training's own most frequent class gives is not learned either, where classes are unequal there alone.
-    guessed = chance if math.isnan(last.chance) else max(chance, last.chance)
-    return never and last.accuracy >= guessed + max(LEARNED_ABOVE_CHANCE, 2 * error)
-
-
-def _never_gains(series: Sequence[tuple[int, Generalization]]) -> bool:
-    """Whether training examples are answered better than without their inputs and held-out ones are not, which is
-    no chance, and held-out ones were not at any time, by two standard errors."""
-    step, last = series[-1]
-    apart, error = (
-        last.gain - last.held_out_gain,
-        math.hypot(last.gain_standard_error, last.held_out_gain_standard_error),
-    )
-    if (
-        step < STEPS_BEFORE_GENERALIZATION
-        or not last.gain > 0
-        or not last.held_out_gain <= 0
-        or not apart > SURE_ERRORS * error
-    ):
-        return False
-    n, chance = max(last.held_out_examples, 1), last.held_out_chance
-    above = chance + ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
-    answered = any(r.held_out_accuracy > above for _, r in series)
-    return not answered and all(r.held_out_gain <= ANY_ERRORS * r.held_out_gain_standard_error for _, r in series)
-
-
-def _parted(series: Sequence[tuple[int, Generalization]]) -> tuple[int, Generalization] | None:
-    """The best moment by the held-out loss, where that is past and far fewer held-out examples are answered right
-    than training examples."""
-    _, last = series[-1]
-    step, best = min(series[:-1], key=lambda item: item[1].held_out_loss)
-    lost, limit, _ = _lost(best, last, by_accuracy=False)
-    a, n = last.held_out_accuracy, max(last.held_out_examples, 1)
-    apart = last.accuracy - a > max(GAP_IN_ACCURACY, ERRORS_OF_DIFFERENCE * math.sqrt(a * (1 - a) / n))
-    return (step, best) if apart and lost > limit and last.loss < best.loss else None
-
-
-def _lost(best: Generalization, last: Generalization, by_accuracy: bool) -> tuple[float, float, str]:
-    """(how much worse it has become, what counts as more than chance, of what)."""
-    if by_accuracy:
-        a, b, n = best.held_out_accuracy, last.held_out_accuracy, max(last.held_out_examples, 1)
-        return a - b, ERRORS_OF_DIFFERENCE * math.sqrt((a * (1 - a) + b * (1 - b)) / n), "accuracy"
-    error = math.hypot(best.held_out_loss_standard_error, last.held_out_loss_standard_error)
-    return (
-        last.held_out_loss - best.held_out_loss,
-        max(ERRORS_OF_DIFFERENCE * error, WORSE * abs(best.held_out_loss)),
-        "loss",
-    )
-
-
 def _shown(result: Generalization, by_accuracy: bool) -> str:
     return format_share(result.held_out_accuracy) if by_accuracy else format_number(result.held_out_loss)
 
@@ -271,8 +278,12 @@ def generalization(
     than it was by three standard errors (for a loss by a fifth at least) while the training loss fell; where the
     held-out loss did and a quarter of the examples fewer are answered right than in training; and where nothing
     carries over: training examples are answered better than by the class frequencies (targets: by their mean, where
-    loop says that the loss is the squared error or Huber's), and held-out ones never were. Raises
-    nothing of its own.
+    loop says that the loss is the squared error or Huber's), and held-out ones never were; and where nothing more
+    carries over: since the first half of training the training loss fell by half (or a tenth of the training
+    examples more are answered right, as with smoothed labels), held-out examples are answered no
+    better by a standard error, and worse than training examples by a quarter (of the examples where all of these
+    are known by heart, or of the squared error of the mean). A course of a validation loss and accuracy that was
+    logged is judged by the error that its scatter shows. Raises nothing of its own.
     """
     training = Answered(losses, logits, labels, targets)
     held_out = Answered(held_out_losses, held_out_logits, held_out_labels, held_out_targets)

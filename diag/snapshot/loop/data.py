@@ -71,12 +71,14 @@ class OddRow:
 class ContentFacts:
     """What the inputs of training held, in `batches` that were looked at, with `rows` rows: how many were a hundred
     times as large as the median one and ten times as large as any nearer to it (large) or not finite (broken), and
-    the first of them that differ (odd). Of the first `raw` batches that a DataLoader gave, in `alike` all rows
+    the first of them that differ (odd). whole: batches of which at least half of the rows are large. Of the first
+    `raw` batches that a DataLoader gave, in `alike` all rows
     were one."""
 
     batches: int = 0
     rows: int = 0
     large: int = 0
+    whole: int = 0
     broken: int = 0
     odd: tuple[OddRow, ...] = ()
     raw: int = 0
@@ -119,7 +121,10 @@ class LossFacts:
     probabilities, log_probabilities: in how many of the `checked` calls every row of the input was one. factor:
     what the loss was multiplied with before backward(), None where not known; root: backward() was called on it, or
     a multiple of it. ignored, padding: the index that the loss ignores, and the padding index of the model's
-    embedding whose entries are the loss's classes; padded: the share of targets that are the latter. truncated:
+    embedding whose entries are the loss's classes; padded: the share of targets that are the latter. filler: a
+    number that fills the ends of sequences of targets to different lengths and stood nowhere else in the
+    `filled_calls` that were looked at, None where there is none; filled: the largest share of a batch's targets
+    that it was. truncated:
     the targets are what a DataLoader gave, cut to whole numbers, and the largest change that this made; constant:
     calls whose targets were all one number where the DataLoader gave floating ones that differ. lowest, highest:
     of the targets of binary cross-entropy; several: the largest number of classes that one row of zeros and ones
@@ -148,6 +153,9 @@ class LossFacts:
     ignored: int | None = None
     padding: int | None = None
     padded: float = 0.0
+    filler: int | None = None
+    filled: float = 0.0
+    filled_calls: int = 0
     truncated: float = 0.0
     constant: int = 0
     lowest: float = 0.0

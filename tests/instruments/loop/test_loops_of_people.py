@@ -125,6 +125,34 @@ def several_classes_in_a_softmax(wrong):
     return model, lambda: fit(model, loops.adam(model), rows, loss=loss)
 
 
+class Coder(nn.Module):
+    """A variational autoencoder of rows of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.up = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def forward(self, x):
+        mean, log_variance = self.down(x).chunk(2, 1)
+        z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        return self.up(z), mean, log_variance
+
+
+@pair(Cause.LOSS_ASCENDED)
+def evidence_that_is_minimised(wrong):
+    def loss(outputs, x):
+        again, mean, log_variance = outputs
+        fit = F.mse_loss(again, x, reduction="none").sum(1).mean()
+        divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1).mean()
+        return -(fit + divergence) if wrong else fit + divergence
+
+    model = Coder()
+    x, _ = loops.data(128)
+    rows = DataLoader(TensorDataset(x, x), 16, shuffle=True)
+    return model, lambda: fit(model, loops.adam(model), rows, loss=loss)
+
+
 @pair(Cause.LOSS_ASCENDED)
 def minus_sign_in_a_sum(wrong):
     def loss(z, y):
@@ -210,6 +238,46 @@ def padding_in_a_mean_of_ones_own(wrong):
 
     model = Words()
     return model, lambda: fit(model, loops.adam(model), rows, loss=loss)
+
+
+class Continued(nn.Module):
+    """No layer of it says which token is the padding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.rows = nn.Embedding(12, 8), nn.GRU(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 12)
+
+    def forward(self, tokens):
+        return self.head(self.rows(self.words(tokens))[0])
+
+
+def sentences(filler=11, shortest=3):
+    """Pairs of sequences and their continuations, of different lengths and filled up."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 11, (128, 10), generator=generator)
+    lengths = torch.randint(shortest, 11, (128, 1), generator=generator)
+    tokens = torch.where(torch.arange(10) < lengths, tokens, filler)
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), 16, shuffle=True)
+
+
+@pair(Cause.IGNORED_LABELS_COUNTED)
+def padding_that_no_layer_names(wrong):
+    def loss(z, y):
+        return F.cross_entropy(z.reshape(-1, 12), y.reshape(-1), ignore_index=-100 if wrong else 11)
+
+    model = Continued()
+    return model, lambda: fit(model, loops.adam(model), sentences(), loss=loss)
+
+
+@pair(Cause.IGNORED_LABELS_COUNTED)
+def padding_over_the_axis_of_classes(wrong):
+    model = Continued()
+    rows = sentences() if wrong else sentences(filler=5)  # a token that stands elsewhere, too
+    return model, lambda: fit(
+        model, loops.adam(model), rows, loss=lambda z, y: F.cross_entropy(z.transpose(1, 2), y)
+    )
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -39,8 +39,8 @@ class Batches:
         self.fetched = False  # a DataLoader gave a batch since the last call
         self._loaders = self._loader_batches = 0
         self._shuffled: bool | None = None
-        self._begun: int | None = None  # the loader whose epoch began last, until a training call
-        self._epochs: dict[int, int] = {}  # by loader, those with training calls
+        self._begun: int | None = None  # the data set whose epoch began last, until a training call
+        self._epochs: dict[int, int] = {}  # by data set, those with training calls
         self._batches_each = self._again = 0
         self._by_rows = self._begun_by_rows = False
         self._labels: dict[int, int] = {}
@@ -91,11 +91,11 @@ class Batches:
 
     # DataLoaders
 
-    def loader_started(self, loader: Any) -> None:
-        """An epoch of a DataLoader begins."""
+    def loader_started(self, loader: Any, dataset: Any) -> None:
+        """An epoch of a DataLoader begins, over this data set: both may be made again for each."""
         self._loaders += 1
         self._look_for_batches(loader)
-        self._begun = self._loader = id(loader)
+        self._begun, self._loader = id(loader if dataset is None else dataset), id(loader)
         try:
             self._loader_batches = len(loader)
         except TypeError:  # of a stream nobody knows the length

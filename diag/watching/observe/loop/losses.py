@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +20,14 @@ from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, m
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES, LossFacts
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.padding import padding_of, sequences_of
 from diag.watching.observe.loop.roots import undivided
 
 MOST_KINDS_OF_CALLS = 16  # kinds of calls that are distinguished
 CALLS_CHECKED = 3  # calls whose numbers are looked at
 ROOTS = 8
 ROWS_CHECKED = 64
-NODES_TO_INPUT = 24
+NODES_TO_INPUT, NODES_OF_A_SUM = 24, 64
 NEWEST = 0.1  # weight of the newest batch in a running mean
 MOST_CLASSES = 4096  # whose weights are kept
 FLAT = {"Round": "round()", "Sign": "sign()", "Floor": "floor()", "Ceil": "ceil()", "Trunc": "trunc()"}
@@ -104,6 +106,7 @@ class Losses:
         if isinstance(target, Tensor):
             kind.broadcast |= expands_both(given, target) and kind.function not in OF_LOG_PROBABILITIES
             self._targets(kind, target)
+            self._filling(kind, given, target)
         axis = 1 if kind.function in OF_LOG_PROBABILITIES and given.ndim > 1 else -1
         if given.ndim > 1 and given.shape[axis] > 1 and kind.checked < CALLS_CHECKED:
             rows = given.detach().movedim(axis, -1).reshape(-1, given.shape[axis])[:ROWS_CHECKED]
@@ -120,6 +123,19 @@ class Losses:
                 if raw.shape == target.shape or raw.numel() == target.numel():
                     kind.truncated = max(kind.truncated, _truncation(raw.reshape(target.shape), target))
                     kind.constant += is_constant(target) and not is_constant(raw)
+
+    def _filling(self, kind: LossFacts, given: Tensor, target: Tensor) -> None:
+        """Does one number fill the ends of sequences, in each call that is looked at?"""
+        rows = sequences_of(given, target) if kind.function in OF_LOG_PROBABILITIES else None
+        if rows is None:
+            return
+        found = padding_of(rows)
+        if kind.filler is not None and (rows == kind.filler).any() and (found is None or found[0] != kind.filler):
+            kind.filler, kind.filled_calls = None, -1  # it stands for something
+        elif found is not None and kind.filled_calls >= 0:
+            kind.filler, kind.filled = found[0], max(kind.filled, found[1])
+            kind.filled_calls += 1
+            self._moment.news(("filled", id(kind), kind.filled_calls))
 
     def _range(self, kind: LossFacts, target: Tensor) -> None:
         if kind.function in OF_BINARY_TARGETS and target.numel():
@@ -312,11 +328,11 @@ def factor_between(root: Any, number: int) -> float | None:
 def sign_in_sum(root: Any, number: int) -> float:
     """The sign with which the graph node `number` enters a sum of terms with numbers as factors; 0 where it is no
     such term."""
-    waiting: list[tuple[Any, float]] = [(root, 1.0)]
-    for _ in range(NODES_TO_INPUT):
+    waiting: deque[tuple[Any, float]] = deque([(root, 1.0)])
+    for _ in range(NODES_OF_A_SUM):
         if not waiting:
             break
-        node, sign = waiting.pop()
+        node, sign = waiting.popleft()  # the nearest first: other terms may be long
         if node is None:
             continue
         if node._sequence_nr() == number:
@@ -335,7 +351,7 @@ def _terms(node: Any, sign: float) -> list[tuple[Any, float]]:
         return [] if math.isnan(factor) else [(p, math.copysign(sign, sign * factor)) for p in parents]
     if name == "Neg":
         return [(p, -sign) for p in parents]
-    return [(p, sign) for p in parents] if name in PASSING_ON else []
+    return [(p, sign) for p in parents] if name in (*PASSING_ON, "Sum", "Mean") else []
 
 
 def is_plain_mean(root: Any, number: int) -> bool:

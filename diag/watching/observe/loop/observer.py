@@ -313,7 +313,7 @@ class LoopObserver:
         """An epoch of a DataLoader begins."""
         if self.moment.attend(AFTERWARDS):
             self._begin()
-        self._batches.loader_started(loader)
+        self._batches.loader_started(loader, self._drawn.data_of(loader))
         self._drawn.epoch_begins()
 
     def indices_drawn(self, iterator: Any, indices: Any) -> None:

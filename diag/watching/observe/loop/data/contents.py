@@ -11,6 +11,7 @@ import math
 from collections import deque
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Contents:
         self._waiting: deque[tuple[int, Any, Tensor]] = deque(maxlen=MOST_AWAY)
         self._usual: list[float] = []
         self._odd: dict[Any, OddRow] = {}
-        self._rows = self._batches = self._large = self._broken = 0
+        self._rows = self._batches = self._large = self._whole = self._broken = 0
         self._raw = self._alike = 0
 
     def fetched(self, batch: Any) -> None:
@@ -89,6 +90,8 @@ class Contents:
         starts = [0]
         for _, _, s in waiting:
             starts.append(starts[-1] + len(s))
+        large = numpy.histogram([p for p in places if sizes[p].isfinite()], starts)[0]
+        self._whole += int((2 * large >= numpy.diff(starts)).sum())
         for place in places:
             at = next(i for i in range(len(waiting)) if place < starts[i + 1])
             step, indices, _ = waiting[at]
@@ -109,6 +112,7 @@ class Contents:
             batches=self._batches,
             rows=self._rows,
             large=self._large,
+            whole=self._whole,
             broken=self._broken,
             odd=tuple(self._odd.values()),
             raw=self._raw,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from diag.snapshot.loop.data import DrawFacts, EvaluatedRows
+from diag.watching.observe.loop.data.same import same_rows
 from diag.watching.observe.loop.moment import Moment
 
 ALWAYS = 4096  # batches of which each is counted, then those that are looked at closely
@@ -34,6 +35,7 @@ class Drawn:
         self._ahead: dict[int, tuple[Any, deque[Any]]] = {}
         self.current: NDArray[numpy.int64] = NONE
         self._dataset: Any = None
+        self._given = self._stands_for = None  # the data set as the loop made it last, and the one that it is
         self._fresh = self._quiet = False  # no call of the model has used the batch; it was fetched under no_grad
         self._batches = 0
         self._sets: dict[int, TrainedRows] = {}
@@ -62,13 +64,26 @@ class Drawn:
         """The iterator has given the batch of the places that it drew first."""
         known = self._ahead.get(id(iterator))
         drawn = known[1].popleft() if known is not None and known[0]() is iterator and known[1] else ()
-        self.current, self._dataset = NONE, getattr(iterator, "_dataset", None)
         self._fresh, self._quiet = True, not torch.is_grad_enabled()
+        self.current, self._dataset = NONE, self._known_as(getattr(iterator, "_dataset", None))
         self._batches += 1
         if self._batches > ALWAYS and not self._moment.attentive:
             return
         if isinstance(drawn, (list, tuple)) and drawn and isinstance(drawn[0], int):
             self.current = numpy.asarray(drawn, numpy.int64)
+
+    def data_of(self, loader: Any) -> Any:
+        """The data set of a DataLoader, or the one of training that has the same rows."""
+        return self._known_as(getattr(loader, "dataset", None))
+
+    def _known_as(self, dataset: Any) -> Any:
+        """The data set, or the one of training that has the same rows where a loop makes it again each epoch."""
+        if dataset is not self._given:
+            known = id(dataset) in self._training or not torch.is_grad_enabled()
+            training = () if known else self._training.values()
+            self._given = dataset
+            self._stands_for = next((one for one in training if same_rows(one, dataset)), dataset)
+        return self._stands_for
 
     def epoch_begins(self) -> None:
         """A DataLoader begins an epoch."""

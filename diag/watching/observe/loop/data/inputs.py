@@ -80,30 +80,34 @@ class Inputs:
 
 
 class Sums:
-    """Count, sum and sum of squares of floating numbers, in double precision."""
+    """Count, sum and sum of squares of floating numbers, in double precision; calls far larger than the median one
+    are left out, as rows are within a call."""
 
     def __init__(self) -> None:
-        self.count, self.sum, self.squares = 0, 0.0, 0.0
+        self._calls: list[tuple[int, float, float]] = []
 
     def add(self, rows: Tensor) -> None:
         """The numbers of these rows as well."""
-        if rows.is_floating_point():
-            numbers = usual(rows.double())
-            self.count += numbers.numel()
-            self.sum += float(numbers.sum())
-            self.squares += float(numbers.square().sum())
+        if rows.is_floating_point() and (numbers := usual(rows.double())).numel():
+            self._calls.append((numbers.numel(), float(numbers.sum()), float(numbers.square().sum())))
+
+    def _usual(self) -> tuple[int, float, float]:
+        sizes = sorted(squares / count for count, _, squares in self._calls)
+        limit = OUTLIER_ROW**2 * sizes[(len(sizes) - 1) // 2] if sizes else 0.0
+        kept = [call for call in self._calls if call[2] / call[0] <= limit]
+        return sum(c for c, _, _ in kept), sum(s for _, s, _ in kept), sum(q for _, _, q in kept)
 
     @property
     def mean(self) -> float:
         """The mean, NaN of none."""
-        return self.sum / self.count if self.count else math.nan
+        count, total, _ = self._usual()
+        return total / count if count else math.nan
 
     @property
     def deviation(self) -> float:
         """The standard deviation, NaN of none."""
-        if not self.count:
-            return math.nan
-        return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0))
+        count, _, squares = self._usual()
+        return math.sqrt(max(squares / count - self.mean**2, 0.0)) if count else math.nan
 
 
 def usual(rows: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""Padding among the targets of sequences: one number that fills the ends of rows and stands nowhere else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import first_arguments
+
+FEWEST_ROWS, SHORTEST = 4, 4  # sequences of a batch, and their length
+NODES_TO_OUTPUT = 6
+
+
+def sequences_of(given: Tensor, target: Tensor) -> Tensor | None:
+    """Class numbers as (sequences, length), also where the loop gave them in one row as it did the outputs; None
+    where they are no sequences, or not on the host."""
+    if target.is_floating_point() or not target.is_cpu or target.ndim not in (1, 2):
+        return None
+    shape = tuple(target.shape) if target.ndim == 2 else _before_flattening(given, len(target))
+    if shape is None or shape[0] < FEWEST_ROWS or shape[1] < SHORTEST:
+        return None
+    return target.detach().reshape(shape)
+
+
+def _before_flattening(given: Tensor, rows: int) -> tuple[int, int] | None:
+    """(sequences, length) of the outputs that were made one long batch of tokens, read from their graph."""
+    for node in first_arguments(given.grad_fn, NODES_TO_OUTPUT):
+        sizes: Any = getattr(node, "_saved_self_sym_sizes", None)
+        if sizes is not None and len(sizes) == 3 and math.prod(sizes[:2]) == rows:
+            return int(sizes[0]), int(sizes[1])
+    return None
+
+
+def padding_of(rows: Tensor) -> tuple[int, float] | None:
+    """The number that fills the ends of the sequences `rows` (n, length), to different lengths, and stands nowhere
+    else; and the share of all that it is. None where there is none, at the ends or the beginnings."""
+    return _filling(rows) or _filling(rows.flip(1))
+
+
+def _filling(rows: Tensor) -> tuple[int, float] | None:
+    value = rows[:, -1].mode().values
+    alike = rows == value
+    lengths = alike.flip(1).long().cumprod(1).sum(1)
+    filled = int(lengths.sum())
+    long_enough = int((lengths >= 2).sum()) * 4 >= len(rows)
+    if filled != int(alike.sum()) or not long_enough or len(lengths.unique()) < 2:
+        return None
+    return int(value), filled / rows.numel()

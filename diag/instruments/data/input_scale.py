@@ -21,7 +21,7 @@ from diag.snapshot.loop.data import OUTLIER_ROW
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale)"
 LARGE_INPUTS, SMALL_INPUTS, FEATURE_RATIO, CONSTANT_SHARE = 20.0, 0.02, 300.0, 0.65
 FEWEST_EXAMPLES = 8
-GAP_TO_OTHERS = 10.0  # times the largest of the other rows
+GAP_TO_THE_REST = 10.0  # times the largest of the other rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,7 +215,7 @@ def _are_others(sizes: Tensor, limit: Tensor) -> bool:
     row has spoiled; else the tail is heavy."""
     large, rest = sizes[sizes > limit], sizes[sizes <= limit]
     few = len(large) <= len(sizes) // 20
-    return float(limit) > 0 and (few or bool(large.min() > GAP_TO_OTHERS * rest.max()))
+    return float(limit) > 0 and (few or bool(large.min() > GAP_TO_THE_REST * rest.max()))
 
 
 def _ratio(scales: Tensor, varies: Tensor) -> tuple[int, float]:

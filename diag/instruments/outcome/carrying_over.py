@@ -17,7 +17,7 @@ SURE_ERRORS, ANY_ERRORS = 4.0, 2.0
 GAP_IN_ACCURACY = 0.25  # by which the accuracy on training examples is above that on held-out ones
 BY_HEART = 0.99  # of the training examples are answered right
 MORE_RIGHT = 0.1  # of the training examples
-HALF = 0.5  # of the steps, in which the training loss fell by half and nothing came of it
+FIRST_HALF = 0.5  # of the steps, in which the training loss fell by half and nothing came of it
 
 
 def carries_nothing_over(series: Sequence[tuple[int, Any]]) -> bool:
@@ -83,7 +83,7 @@ def stands_still(series: Sequence[tuple[int, Any]]) -> tuple[int, Any] | None:
     """The last moment in the first half of training, where since then training examples are fitted further,
     held-out ones are answered no better, by a standard error, and far worse than training examples are."""
     last_step, last = series[-1]
-    before = [item for item in series if item[0] <= HALF * last_step]
+    before = [item for item in series if item[0] <= FIRST_HALF * last_step]
     if last_step < STEPS_BEFORE_GENERALIZATION or not before or not _is_fitted_further(before[-1][1], last):
         return None
     far, better = _of_classes(before, last) if not math.isnan(last.accuracy) else _of_numbers(before, last)
@@ -93,7 +93,7 @@ def stands_still(series: Sequence[tuple[int, Any]]) -> tuple[int, Any] | None:
 def _is_fitted_further(before: Any, last: Any) -> bool:
     """Whether the training loss fell by half, or (with smoothed labels it cannot) more examples are right."""
     more = last.accuracy - before.accuracy >= MORE_RIGHT
-    return bool(0 < last.loss <= HALF * before.loss or (more and 0 < last.loss < before.loss))
+    return bool(0 < last.loss <= FIRST_HALF * before.loss or (more and 0 < last.loss < before.loss))
 
 
 def _of_classes(before: Sequence[tuple[int, Any]], last: Any) -> tuple[bool, bool]:

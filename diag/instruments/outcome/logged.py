@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from diag.instruments.optimization.course import scatter
 from diag.snapshot.history import History
 
-HELD_OUT = frozenset({"val", "valid", "validation", "eval", "evaluation", "dev", "test", "heldout"})
-TRAINING = frozenset({"train", "training"})
+NAMES_OF_HELD_OUT = frozenset({"val", "valid", "validation", "eval", "evaluation", "dev", "test", "heldout"})
+NAMES_OF_TRAINING = frozenset({"train", "training"})
 LOSS, RIGHT = frozenset({"loss"}), frozenset({"acc", "accuracy"})
 MAY_STAND_THERE = frozenset({"epoch", "mean", "avg", "average", "top1"})
 FEWEST_EVALUATIONS = 5
@@ -42,7 +42,7 @@ class Logged(NamedTuple):
 def logged_course(metrics: Metrics, history: History | None) -> list[Logged]:
     """The evaluations in `metrics` (by name: steps and values) beside the training loss of the record; none where
     fewer than five were logged, or no training loss."""
-    course = column(metrics, HELD_OUT, LOSS)
+    course = column(metrics, NAMES_OF_HELD_OUT, LOSS)
     if history is None or len(course) < FEWEST_EVALUATIONS:
         return []
     steps, values = numpy.array(sorted(course)), numpy.array([course[step] for step in sorted(course)])
@@ -50,7 +50,7 @@ def logged_course(metrics: Metrics, history: History | None) -> list[Logged]:
     known = numpy.isfinite(losses) & numpy.isfinite(values)
     if known.sum() < FEWEST_EVALUATIONS:
         return []
-    right, own = (shares(column(metrics, rows, RIGHT), steps) for rows in (HELD_OUT, TRAINING))
+    right, own = (shares(column(metrics, rows, RIGHT), steps) for rows in (NAMES_OF_HELD_OUT, NAMES_OF_TRAINING))
     errors = scatter(values[known]), scatter(right[numpy.isfinite(right)])
     values, right = steady(values), steady(right)
     return [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import first_arguments
 
-FEWEST_ROWS, SHORTEST = 4, 4  # sequences of a batch, and their length
+FEWEST_SEQUENCES, SHORTEST_SEQUENCE = 4, 4  # sequences of a batch, and their length
 NODES_TO_OUTPUT = 6
 
 
@@ -19,7 +19,7 @@ def sequences_of(given: Tensor, target: Tensor) -> Tensor | None:
     if target.is_floating_point() or not target.is_cpu or target.ndim not in (1, 2):
         return None
     shape = tuple(target.shape) if target.ndim == 2 else _before_flattening(given, len(target))
-    if shape is None or shape[0] < FEWEST_ROWS or shape[1] < SHORTEST:
+    if shape is None or shape[0] < FEWEST_SEQUENCES or shape[1] < SHORTEST_SEQUENCE:
         return None
     return target.detach().reshape(shape)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-ROWS_COMPARED = 64  # of tensors that lie elsewhere in memory
-DEEPEST = 8  # data sets in data sets, lists in lists
+ENTRIES_COMPARED = 64  # of tensors that lie elsewhere in memory
+NESTED_AT_MOST = 8  # data sets in data sets, lists in lists
 
 
 def same_rows(one: Any, other: Any) -> bool:
@@ -21,7 +21,7 @@ def same_rows(one: Any, other: Any) -> bool:
         return True
     try:
         alike = type(one) is type(other) and len(one) == len(other)
-        return alike and _holds_rows(one, DEEPEST) and _same(one, other, DEEPEST)
+        return alike and _holds_rows(one, NESTED_AT_MOST) and _same(one, other, NESTED_AT_MOST)
     except Exception:  # a length or a comparison of the user's own
         return False
 
@@ -65,4 +65,4 @@ def _same_tensors(one: Tensor, other: Tensor) -> bool:
 
 def _spread(n: int) -> list[int]:
     """Some of n places, from the first to the last."""
-    return sorted({i * (n - 1) // max(min(n, ROWS_COMPARED) - 1, 1) for i in range(min(n, ROWS_COMPARED))})
+    return sorted({i * (n - 1) // max(min(n, ENTRIES_COMPARED) - 1, 1) for i in range(min(n, ENTRIES_COMPARED))})

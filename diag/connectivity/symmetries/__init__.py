@@ -42,4 +42,5 @@ def linear_symmetries(snapshot: Snapshot) -> LinearSymmetries:
     Raises MissingQuantity without data, and Unsupported where the model does not run in float64 on a copy.
     """
     found = snapshot.quantity("symmetries")
-    return find_linear_symmetries(snapshot.model, snapshot.batches[0], found, seed=snapshot.seed)
+    tick = snapshot.deadline.check
+    return find_linear_symmetries(snapshot.model, snapshot.batches[0], found, seed=snapshot.seed, tick=tick)

@@ -9,7 +9,7 @@ Every group found is then moved at random: the outputs must stay what they were.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -32,12 +32,19 @@ SIGN_PLACES = 8  # 2^8 - 1 forward passes
 
 
 def find_linear_symmetries(
-    model: nn.Module, example: Any, found: Symmetries, *, seed: int = 0, max_examples: int | None = 2
+    model: nn.Module,
+    example: Any,
+    found: Symmetries,
+    *,
+    seed: int = 0,
+    max_examples: int | None = 2,
+    tick: Callable[[], None] = lambda: None,
 ) -> LinearSymmetries:
     """The linear groups of `model` beyond the permutations `found`.
 
-    example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used. Measured in float64 on a
-    copy of the model. Groups that change the outputs by more than a relative 1e-9 are left out, with the reason.
+    example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used. tick: called between the
+    passes; it may raise. Measured in float64 on a copy of the model. Groups that change the outputs by more than a
+    relative 1e-9 are left out, with the reason.
     Raises Unsupported where the model cannot be copied, runs in no float64 or gives outputs that are not finite.
     """
     example = as_batch(example)
@@ -52,7 +59,7 @@ def find_linear_symmetries(
                 "symmetries are looked for; align by permutations alone."
             ) from error
     with preserved(wide):
-        return _Search(wide, used, found, seed).run()
+        return _Search(wide, used, found, seed, tick).run()
 
 
 def _wide_enough(model: nn.Module, *examples: Batch) -> Batch:
@@ -76,8 +83,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _Search:
-    def __init__(self, model: nn.Module, example: Batch, found: Symmetries, seed: int) -> None:
-        self.model, self.example, self.found, self.seed = model, example, found, seed
+    def __init__(
+        self, model: nn.Module, example: Batch, found: Symmetries, seed: int, tick: Callable[[], None]
+    ) -> None:
+        self.model, self.example, self.found, self.seed, self.tick = model, example, found, seed, tick
         self.own = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         self.state = perturbed(self.own, seed)
         self.before = [outputs_at(model, example, state) for state in (self.own, self.state)]
@@ -201,6 +210,7 @@ class _Search:
         with_it = LinearSymmetries({**self.groups, group.name: group}, tied=self.found.tied)
         limit = SAME_OUTPUTS[torch.float64]
         for state, before in ((self.state, self.before[1]), (self.own, self.before[0])):
+            self.tick()
             moved = with_it.apply(with_it.random(group.name, state, self.seed), state)
             change = change_of_outputs(before, outputs_at(self.model, self.example, moved))
             if not change <= limit:

@@ -244,3 +244,17 @@ def test_a_model_that_runs_in_no_float64_is_refused():
     model = Narrow(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3))
     with pytest.raises(Unsupported, match="does not run in float64 on a copy"):
         found_in(model, torch.randn(4, 5))
+
+
+def test_it_stops_where_the_deadline_says_so():
+    class Late(Exception):
+        pass
+
+    def tick() -> None:
+        raise Late
+
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)))
+    batch = (vectors(4, 5), torch.zeros(4, dtype=torch.long))
+    symmetries = find_symmetries(model, batch)
+    with leaves_no_trace(model), pytest.raises(Late):
+        find_linear_symmetries(model, batch, symmetries, tick=tick)

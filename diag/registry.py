@@ -10,6 +10,7 @@ the entry point group `diag.instruments`. No line of the core names one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import functools
@@ -235,7 +236,7 @@ class Instrument:
             result = self._measured(snapshot, quantities | settings)
         about = snapshot.provenance() if snapshot is not None else {}
         provenance = Provenance(self.name, settings, seconds=time.perf_counter() - began, **about)
-        return dataclasses.replace(result, provenance=provenance, notes=(*result.notes, *said))
+        return _signed(result, provenance, (*result.notes, *said))
 
     def _arguments(
         self, positional: tuple[Any, ...], given: Mapping[str, Any]
@@ -327,6 +328,14 @@ class Instrument:
 
     def __repr__(self) -> str:
         return f"<instrument {self.name}({', '.join(n.name for n in self.needs)})>"
+
+
+def _signed(result: Result, provenance: Provenance, notes: tuple[str, ...]) -> Result:
+    """The result with these; its fields were made plain when it was made, and need not be again."""
+    signed = copy.copy(result)
+    object.__setattr__(signed, "provenance", provenance)
+    object.__setattr__(signed, "notes", notes)
+    return signed
 
 
 def _imported(module: str, name: str) -> Any:

@@ -7,23 +7,24 @@ data: a unit is a channel of an image (axis 1 of four axes or more), else an ent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diag.errors import MissingQuantity
-from diag.snapshot.batch import tensors_in
-from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.forward import heard
 from diag.snapshot.inside.blocks import example_blocks, number_true
 from diag.snapshot.inside.layers import floating
+from diag.snapshot.inside.listener import Listener
 from diag.snapshot.inside.names import module_names
 from diag.snapshot.objective.comparison import output_tensor
-from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
 # Where a function's derivative is at most about 1 % of its largest, as the absolute value of what comes out.
@@ -98,24 +99,25 @@ class _Sums:
             self.taken += given.numel()
             self.taken_squares += sum(self._squares(part) for part in example_blocks(given.detach()))
         for part in example_blocks(values.detach()):
-            self._add(part.to(self.total.dtype))
+            self._add(part)
 
     def _squares(self, part: Tensor) -> float:
         return float(part.to(self.total.dtype).square().nansum())
 
     def _add(self, part: Tensor) -> None:
         axes = (0, *range(2, part.ndim)) if part.ndim >= 4 else tuple(range(part.ndim - 1))
-        squares = part.square().sum(axes)
+        wide = part.to(self.total.dtype)
+        squares = wide.square().sum(axes)
         if not bool(torch.isfinite(squares).all()):
             finite = torch.isfinite(part)
             self.bad += number_true(~finite)
-            part = torch.where(finite, part, 0.0)
-            squares = part.square().sum(axes)
+            part, wide = torch.where(finite, part, 0.0), torch.where(finite, wide, 0.0)
+            squares = wide.square().sum(axes)
         self.count += part.numel() // self.units
         self.zeros += number_true(part == 0)
         if self.function in FLAT_ABOVE:
-            self.flat += number_true(_is_flat(self.function, part))
-        self.total += part.sum(axes)
+            self.flat += number_true(_is_flat(self.function, wide))
+        self.total += wide.sum(axes)
         self.squares += squares
         self.low = torch.minimum(self.low, part.amin(axes))
         self.high = torch.maximum(self.high, part.amax(axes))
@@ -146,24 +148,37 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
 
     The model is in evaluation mode. Raises MissingQuantity for a model whose calls differ from batch to batch.
     """
-    sums: dict[tuple[str, str, int], _Sums] = {}
-    batches = snapshot.batches  # which may call the model, before anything listens
-    try:
-        with preserved(snapshot.model), torch.no_grad(), module_names(snapshot.model) as inside:
-            for batch in batches:
-                snapshot.deadline.check()
-                mode = _Listening(sums, inside)
-                with mode:
-                    outputs = batch.forward(snapshot.model)
-                for tensor in _outputs(outputs):
-                    mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
-    except CALL_ERRORS as error:
-        raise explained(snapshot.model, snapshot.batches, error) from error
+    sums = heard(snapshot, "activations", ActivationListener).sums
     if not sums:
         raise MissingQuantity(
             "the model calls no layer and no nonlinearity of torch.nn.functional that is known here."
         )
     return tuple(s.statistics(name) for (name, _, _), s in sums.items())
+
+
+class ActivationListener(Listener):
+    """Sums up what the functions in the two tables give, by module, function and number of the call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.sums: dict[tuple[str, str, int], _Sums] = {}
+        self._mode = _Listening(self.sums, str)
+
+    @contextmanager
+    def throughout(self) -> Iterator[None]:
+        """Modules keep track of which of them runs."""
+        with module_names(self.model) as self._inside:
+            yield
+
+    def during(self, batch: Batch) -> _Listening:
+        """What intercepts the functions."""
+        self._mode = _Listening(self.sums, self._inside)
+        return self._mode
+
+    def called(self, batch: Batch, outputs: Any) -> None:
+        """The outputs are one more entry."""
+        for tensor in _outputs(outputs):
+            self._mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
 
 
 class _Listening(TorchFunctionMode):

@@ -1,15 +1,16 @@
 """What one forward pass over the data gives: logits, labels, features and the final classifier.
 
-All quantities here come from one pass, which is made when the first of them is asked for. What the logits and
-labels are is read from the user's own loss (see `comparison`); each position whose label is not ignored counts as
-an example.
+All quantities here come from one pass, which is made when the first of them is asked for; others may listen to it
+(see `listener`). What the logits and labels are is read from the user's own loss (see `comparison`); each position
+whose label is not ignored counts as an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from diag.errors import DiagError, MissingQuantity
 from diag.snapshot.batch import Batch, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.inside.listener import Listener
 from diag.snapshot.objective.comparison import COMPARES_EXAMPLES, NO_CLASSES, Comparison, by_shape, compared, tried
 from diag.snapshot.objective.loss_spy import LossFunctionCall, LossSpy
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.same_rows import matching_rows
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.python import renew
+
+L = TypeVar("L", bound=Listener)
 
 
 class Classifier(NamedTuple):
@@ -218,7 +223,48 @@ def look_at(
     return Looked(outputs, value, calls, NO_CLASSES if found is None else found)
 
 
+def heard(snapshot: Snapshot, name: str, kind: type[L]) -> L:
+    """A listener of this kind that has heard the model called on the data: in the pass above where `name` is among
+    those that share it, else in one of its own, in evaluation mode."""
+    if name in snapshot.listeners:
+        forward_pass(snapshot)
+        if (listener := snapshot.listeners[name]).complete:
+            return cast(L, listener)
+    listener = kind(snapshot.model)
+    batches = snapshot.batches  # which may call the model, before anything listens
+    try:
+        with preserved(snapshot.model), torch.no_grad(), listener.throughout():
+            for batch in batches:
+                snapshot.deadline.check()
+                if not listener.enough:
+                    _call_heard(snapshot.model, [listener], batch)
+    except CALL_ERRORS as error:
+        raise explained(snapshot.model, snapshot.batches, error) from error
+    return listener
+
+
+def _call_heard(model: nn.Module, listeners: Sequence[Listener], batch: Batch) -> Any:
+    renew(model)
+    with ExitStack() as stack:
+        for listener in listeners:
+            stack.enter_context(listener.during(batch))
+        outputs = model(*batch.args, **batch.kwargs)
+    for listener in listeners:
+        listener.called(batch, outputs)
+    return outputs
+
+
 def _run(snapshot: Snapshot) -> ForwardPass:
+    sharing = list(snapshot.listeners.values())
+    if sharing:
+        try:
+            return _passed(snapshot, sharing)
+        except Exception:  # what breaks in one of them concerns no other
+            return _passed(snapshot, [])
+    return _passed(snapshot, [])
+
+
+def _passed(snapshot: Snapshot, listeners: Sequence[Listener]) -> ForwardPass:
     linear: list[tuple[nn.Linear, Tensor, Tensor]] = []
     batches = snapshot.batches  # which may call the model, before anything listens
 
@@ -229,23 +275,30 @@ def _run(snapshot: Snapshot) -> ForwardPass:
     hooks = [m.register_forward_hook(keep) for m in snapshot.model.modules() if isinstance(m, nn.Linear)]
     looked, features, final = [], [], None
     try:
-        with preserved(snapshot.model), torch.no_grad():
+        with preserved(snapshot.model), torch.no_grad(), ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listener.throughout())
             for batch in batches:
                 snapshot.deadline.check()
                 linear.clear()
-                looked.append(_explained(snapshot, batch))
+                looked.append(_explained(snapshot, batch, listeners))
                 final, feature = _final_layer(linear, looked[-1])
                 features.append(feature)
     finally:
         for hook in hooks:
             hook.remove()
+    for listener in listeners:
+        listener.complete = True
     found = [f for f in features if f is not None]
     return ForwardPass(tuple(looked), torch.cat(found) if len(found) == len(features) else None, final)
 
 
-def _explained(snapshot: Snapshot, batch: Batch) -> Looked:
+def _explained(snapshot: Snapshot, batch: Batch, listeners: Sequence[Listener]) -> Looked:
+    hearing = [listener for listener in listeners if not listener.enough]
     try:
-        return look(snapshot, snapshot.model, batch)
+        if not hearing:
+            return look(snapshot, snapshot.model, batch)
+        return look(snapshot, lambda *_, **__: _call_heard(snapshot.model, hearing, batch), batch)
     except CALL_ERRORS as error:
         if isinstance(error, DiagError):
             raise

@@ -24,6 +24,7 @@ from diag.snapshot.batch import Batch, fingerprint, tensors_in
 from diag.snapshot.cutting import Cutting
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
+from diag.snapshot.inside.listener import Listener
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.reading import read_batches, shared_out
@@ -128,6 +129,8 @@ class Snapshot:
         self._given = arguments | {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
         self.cut_short = ""  # in one sentence, where not all of the data was read
         self._computed: dict[str, Any] = {}
+        self.listeners: dict[str, Listener] = {}  # to the pass that gives the logits
+        self._entered: bool | None = None  # a measurement is going on; whether it calls the model
         self._moment, self._moved = TensorBits(self.model, loss_fn), ""  # what had moved when a measurement began
 
     @property
@@ -173,18 +176,24 @@ class Snapshot:
         called: whether the model is; then Unsupported is raised where its hooks change what it gives. Raises
         Unsupported, too, where a call of the model changes what cannot be put back.
         """
+        if self._entered is not None and (self._entered or not called):
+            yield  # inside of all this already; each pass puts back what it moves (see `preserve`)
+            return
         if called:
             refuse_unmade(self.model)
         if called and self._given["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
         if not is_checked(self.model):  # what is written to from here on is put back
             self._moved = self._moment.changed()
+        before, self._entered = self._entered, called
         try:
             with undisturbed(self.model, self.loss_fn):
                 yield
         except StateLost as error:
             self.hook_check.lost = str(error)
             raise
+        finally:
+            self._entered = before
 
     @cached_property
     def hook_check(self) -> HookCheck:

@@ -147,7 +147,7 @@ class Watcher(Guarded):
             parameters, self._losses, self._row_finished, self.clock.elapsed, note, followed, self._step_broke
         )
         self._loop = LoopObserver(self.model, self._recorder.last_step, self._recorder.rates_before)
-        self._ending = False
+        self._ending, self._from_the_start = False, self._recorder.last_step == 0
         self._loop.rows.know(self._probe.batches)
         self._loop.ranks = self._company.facts
         self._training = Training(
@@ -155,6 +155,7 @@ class Watcher(Guarded):
         )
         self._measurements = self._measured(settings)
         self._live = self._checked_live(settings, about["layers"])
+        self._loop.rows.wanted = self._measurements.asks_for("loop")
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)
         self._runner = MeasurementRunner(*guard, self._training, self._measurements, self._recorder, settings.every)
@@ -341,7 +342,9 @@ class Watcher(Guarded):
         self._rows.drain(wait=True)
 
     def _history(self) -> History | None:
-        return self.run.history
+        self._drain()
+        here = self._live.whole_history if self._from_the_start else None
+        return here if here is not None else self.run.history
 
     def _step_broke(self, error: Exception) -> None:
         self._internal_error("optimizer steps", error)

@@ -13,6 +13,8 @@ import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.rows import Moved, RowFacts
+from diag.watching.observe.loop.moment import Moment
+from diag.watching.observe.loop.rows.rows import RowObserver
 
 DATA = {"digits": datasets.load_digits, "wine": datasets.load_wine, "breast cancer": datasets.load_breast_cancer}
 
@@ -230,3 +232,21 @@ def test_stretches_of_other_labels_are_not_held_against_the_rows():
     assert diag.row_labels(loop=facts(margins, numpy.arange(50) % 2, **about)).unmet().name == "labels"
     about["moved"] = (Moved(5, 6, 20),)
     assert diag.row_labels(loop=facts(margins, numpy.arange(50) % 2, **about)).unmet() is None
+
+
+def test_in_a_long_training_a_part_of_the_steps_is_followed_and_no_row_is_forgotten():
+    moment, size, batch = Moment(), 96, 24  # four batches a round, always in this order
+    rows, dataset = RowObserver(moment), TensorDataset(torch.zeros(96, 1))
+    labels, followed = torch.arange(batch) % 3, []
+    for step in range(1, 4097):
+        places = numpy.arange(batch) + batch * (step % 4)
+        rows.training_call((torch.zeros(batch, 1),), {}, places, dataset)
+        followed.append(rows._now is not None)
+        rows.loss_called("cross_entropy", (torch.randn(batch, 3), labels), {})
+        rows.step_ended()
+        moment.ended(step)
+    assert all(followed[:1024]) and not all(followed[1024:1400])
+    late = numpy.array(followed[1400:])
+    assert abs(late.mean() - 1 / 4) < 0.01
+    looks = rows.facts().looks
+    assert len(looks) == size and looks.min() > 256 + 128 and looks.max() < 1.1 * looks.min()  # alike for all

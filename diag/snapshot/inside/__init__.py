@@ -17,4 +17,5 @@ __all__ = [
     "quantised",
     "residual",
     "scores",
+    "together",
 ]

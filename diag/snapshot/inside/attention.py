@@ -11,22 +11,23 @@ from __future__ import annotations
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diag.errors import MissingQuantity
-from diag.snapshot.batch import tensors_in
-from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.forward import heard
+from diag.snapshot.inside.listener import Listener
 from diag.snapshot.inside.names import module_names
 from diag.snapshot.inside.scores import product_norm, row_statistics
-from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 
 EXAMPLES_OF_A_CALL, QUERIES_OF_AN_EXAMPLE = 32, 64
@@ -57,25 +58,37 @@ def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
 
     Raises MissingQuantity for a model that calls none that is recognised.
     """
-    heard: dict[tuple[str, int], _Call] = {}
-    seen, batches = 0, snapshot.batches  # which may call the model, before anything listens
-    try:
-        with preserved(snapshot.model), torch.no_grad(), module_names(snapshot.model) as inside:
-            for batch in batches:
-                snapshot.deadline.check()
-                with _Hearing(heard, inside):
-                    batch.forward(snapshot.model)
-                seen += min(batch.size, EXAMPLES_OF_A_CALL)
-                if seen >= ATTENTION_EXAMPLES:
-                    break
-    except CALL_ERRORS as error:
-        raise explained(snapshot.model, snapshot.batches, error) from error
-    if not heard:
+    calls = heard(snapshot, "attention_calls", AttentionListener).calls
+    if not calls:
         raise MissingQuantity(
             "the model calls no attention that is recognised (nn.MultiheadAttention, "
             "F.scaled_dot_product_attention, or a softmax whose result goes into a matrix product)."
         )
-    return tuple(call.summary(name, number) for (name, number), call in heard.items())
+    return tuple(call.summary(name, number) for (name, number), call in calls.items())
+
+
+class AttentionListener(Listener):
+    """Recognises attention on the first batches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.calls: dict[tuple[str, int], _Call] = {}
+        self._seen = 0
+
+    @contextmanager
+    def throughout(self) -> Iterator[None]:
+        """Modules keep track of which of them runs."""
+        with module_names(self.model) as self._inside:
+            yield
+
+    def during(self, batch: Batch) -> _Hearing:
+        """What intercepts the functions."""
+        return _Hearing(self.calls, self._inside)
+
+    def called(self, batch: Batch, outputs: Any) -> None:
+        """One batch more."""
+        self._seen += min(batch.size, EXAMPLES_OF_A_CALL)
+        self.enough = self._seen >= ATTENTION_EXAMPLES
 
 
 class _Call:

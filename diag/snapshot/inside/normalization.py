@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import MissingQuantity
-from diag.snapshot.explain import CALL_ERRORS, explained
+from diag.snapshot.forward import heard
 from diag.snapshot.inside.blocks import example_blocks
-from diag.snapshot.preserve import preserved
+from diag.snapshot.inside.listener import Listener
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -75,23 +77,30 @@ def running_statistics(snapshot: Snapshot) -> tuple[RunningStatistics, ...]:
 
     The model is in evaluation mode. Raises MissingQuantity for a model that has none with running statistics.
     """
-    found = {
-        name: _Entering(m)
-        for name, m in snapshot.model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
-    }
+    found = heard(snapshot, "running_statistics", StatisticsListener).found
     if not found:
         raise MissingQuantity("the model has no batch normalisation with running statistics.")
-    batches = snapshot.batches  # which may call the model, before anything listens
-    hooks = [entering.module.register_forward_pre_hook(entering) for entering in found.values()]
-    try:
-        with preserved(snapshot.model), torch.no_grad():
-            for batch in batches:
-                snapshot.deadline.check()
-                batch.forward(snapshot.model)
-    except CALL_ERRORS as error:
-        raise explained(snapshot.model, snapshot.batches, error) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     return tuple(e.statistics(name) for name, e in found.items() if e.count)
+
+
+class StatisticsListener(Listener):
+    """Hears what enters each batch normalisation that has running statistics."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.found = {
+            name: _Entering(m)
+            for name, m in model.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
+        }
+        self.enough = not self.found
+
+    @contextmanager
+    def throughout(self) -> Iterator[None]:
+        """Hooks on these modules."""
+        hooks = [entering.module.register_forward_pre_hook(entering) for entering in self.found.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -58,6 +58,11 @@ class Trace:
         if len(self._earlier) > self._room:
             self._earlier, self._stride = self._earlier[::2], 2 * self._stride
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no row has been left out."""
+        return self._stride == 1
+
     def rows(self) -> NDArray[Any] | None:
         """The rows kept, by step; None where there is none."""
         kept = [*self._earlier, *self._recent]
@@ -157,6 +162,11 @@ class LiveChecks:
             self._recorded[name] = state
             self._record(step, result, seconds)
         self._announce(instrument, verdict, step)
+
+    @property
+    def whole_history(self) -> History | None:
+        """All rows so far, where none has been left out and there is any."""
+        return self._history() if self._trace.is_whole else None
 
     def _history(self) -> History | None:
         rows = self._trace.rows()

@@ -23,6 +23,7 @@ from diag.registry import Instrument, Kind, attempt, find, instruments
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.snapshot import pause
 from diag.snapshot.glossary import HELD_OUT, Effort
+from diag.snapshot.inside.together import share_the_pass
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.watching.measure.floor import Floor
@@ -108,6 +109,11 @@ class Measurements:
         self.last_outcome: Outcome | None = None  # of the last measurement
         self.estimated = False
 
+    def asks_for(self, quantity: str) -> bool:
+        """Whether any of the instruments takes this quantity."""
+        every = (*self.live.values(), *self.chosen.values())
+        return any(need.name == quantity for instrument in every for need in instrument.needs)
+
     def affordable(self, step: int, with_previous: bool = True) -> list[str]:
         """The names of those that are due and paid for at `step`; without those that ask for the state before
         the step where there is none."""
@@ -158,6 +164,7 @@ class Measurements:
         those that need held-out data wait for it."""
         began = time.perf_counter()
         self.floor.looked(step)
+        share_the_pass(snapshot, {n.name for name in self.floor.names for n in self.chosen[name].needs})
         with self._undisturbed(snapshot), _once(snapshot):
             for name in list(self.floor.names):
                 left = at_most - (time.perf_counter() - began)

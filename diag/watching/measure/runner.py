@@ -81,15 +81,31 @@ class MeasurementRunner(Guarded):
         ready = self._is_ready(in_step)
         if self.over_ranks.due(step):
             self._with_all_ranks(step, ready)
-        elif ready and not self._training.sharded:
-            self._with_this_rank(step)
-        elif ready and not self.over_ranks.holds:
-            self._recorder.note("measurements", SHARDED_PARAMETERS)
+        elif ready and self._wants_a_look(
+            step
+        ):  # asked first, as it takes a walk through the model to know the rest
+            self._alone(step)
 
     def _is_ready(self, in_step: bool) -> bool:
         # An instrument that lacked the loss would not be asked again; with a compiled model it takes some steps.
         settled = self._losses.settled or self._steps.steps >= PROBE_STEPS
         return in_step and bool(self._probe.batches) and settled
+
+    def _wants_a_look(self, step: int) -> bool:
+        """Whether anything may be due."""
+        return self._measurements.floor.is_due(step) or (
+            self._probe.complete and self._schedule.budget > 0 and self._is_time()
+        )
+
+    def _is_time(self) -> bool:
+        """Whether enough could be earned since the last look at what is due."""
+        return self.clock.elapsed() >= self._look_again or self._schedule.budget == math.inf
+
+    def _alone(self, step: int) -> None:
+        if not self._training.sharded:
+            self._with_this_rank(step)
+        elif not self.over_ranks.holds:
+            self._recorder.note("measurements", SHARDED_PARAMETERS)
 
     def _with_this_rank(self, step: int) -> None:
         if self._measurements.floor.is_due(step):
@@ -145,10 +161,9 @@ class MeasurementRunner(Guarded):
     # Of this rank
 
     def _measure_if_due(self, step: int) -> None:
-        elapsed = self.clock.elapsed()
-        if elapsed < self._look_again and self._schedule.budget != math.inf:
-            return  # what could be earned since the last look is not worth the look
-        self._look_again = elapsed + CLOCK_EVERY
+        if not self._is_time():
+            return
+        self._look_again = self.clock.elapsed() + CLOCK_EVERY
         names = [name for name in self._due(step) if not self.over_ranks.able(name)]
         names, window = self._windows.choose(names)
         names, later = self.own_step.choose(names)

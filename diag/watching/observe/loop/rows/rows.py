@@ -1,8 +1,9 @@
 """Follows each row of the data through training's own batches: its margin at each sight.
 
 A step costs one number a row of its batch; on a device these stay there, and are read some steps later in one copy
-that nothing waits for. What checks are told changes once all rows have come round again (`ROUNDS`), so that what
-they say depends on the training alone.
+that nothing waits for; in a long training, a part of the steps is followed once each row has been seen a few times.
+What checks are told changes once all rows have come round again (`ROUNDS`), so that what they say depends on the
+training alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ STRETCHES = 64
 LOOKED_AT = 4  # batches that are looked at for rows that are alike
 NO_TARGET = "no loss of training was seen with one target a row"
 TWO_TARGETS = "the loss of a row has two targets (mixed rows?)"
+ALL_STEPS, ALL_SIGHTS = 1 << 10, 8  # steps, and sights of a row, up to which every step is followed
+FEWEST_FOLLOWED = 4  # then every second one, and at last every fourth
+SPREAD = 0x9E3779B1  # 2^32 over the golden ratio: multiples fall evenly, whatever number of batches an epoch has
 EVERY_ROUND = 16  # rounds of which each is told, then ever fewer
 
 
@@ -58,6 +62,8 @@ class RowObserver:
         self._moved: list[list[int]] = []
         self._last_moved, self._over, self._counted = -1, 0, 0
         self._told = RowFacts()
+        self.wanted = True  # whether anything will ask for the facts
+        self._every, self._later = 1, (0, 1)  # of so many steps one is followed; from which step on, of how many
 
     def know(self, batches: Iterable[Batch]) -> None:
         """Rows without a DataLoader that are among these are named by their place there."""
@@ -71,7 +77,7 @@ class RowObserver:
         """The model was called in training; `places` of its rows in the data set, none where they are not known."""
         self._commit()
         self._now = None
-        if self._who is not None and self._who.reason:
+        if not self._follows() or (self._who is not None and self._who.reason):
             return
         size = next((len(t) for t in tensors_in((args, dict(kwargs))) if t.ndim), 0)
         if not size:
@@ -83,6 +89,13 @@ class RowObserver:
             hashes = hashes_of(args, kwargs, size)
             if hashes is not None and hashes.device.type != "mps":  # it has no numbers of 64 bits to send
                 self._now = (hashes.numpy() if hashes.is_cpu else hashes), size
+
+    def _follows(self) -> bool:
+        """Whether the rows of the step under way are followed."""
+        step, (begins, every) = self._moment.step, self._later
+        if step >= begins:
+            self._every = every
+        return self.wanted and (self._every == 1 or (step * SPREAD & 0xFFFFFFFF) * self._every < 1 << 32)
 
     def _takes(self, dataset: Any) -> bool:
         """Whether rows are told apart by their place in this data set."""
@@ -177,7 +190,7 @@ class RowObserver:
         before, others = self._course.meet(rows, margin, label, answer, step, places)
         self._sights += len(rows)
         self._note(before, others, step)
-        self._tell()
+        self._tell(step)
 
     def _arange(self, size: int) -> NDArray[numpy.int64]:
         if size > len(self._places):
@@ -211,10 +224,14 @@ class RowObserver:
 
     # Facts
 
-    def _tell(self) -> None:
+    def _tell(self, step: int) -> None:
         """Once all rows have come round, what is told is made new."""
         assert self._course is not None
         rounds = self._sights // max(self._course.n, 1)
+        every = min(1 << rounds // ALL_SIGHTS, FEWEST_FOLLOWED) if step > ALL_STEPS else 1
+        if every > self._later[1]:
+            # From a step on that is later than any at which this one's numbers may have been read from a device.
+            self._later = step + 2 * READ_TOGETHER * READS_WAITING, every
         if rounds >= self._next_round:
             # Each of the first, then ever fewer: what is kept grows with the logarithm of their number.
             self._next_round = rounds + (1 if rounds < EVERY_ROUND else max(1, rounds // 8))

@@ -1,0 +1,36 @@
+"""Something that listens while a model is called on the data, so that several quantities come from one pass.
+
+What a measurement will ask for is known before it begins: it puts the listeners of these quantities into
+`snapshot.listeners` (see `together`), and the pass that gives the logits is heard by all of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from diag.snapshot.batch import Batch
+
+
+class Listener:
+    """Hears the calls of a model in evaluation mode, one a batch.
+
+    complete: it has heard the whole pass. enough: it needs no further batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.complete = self.enough = False
+
+    def throughout(self) -> AbstractContextManager[Any]:
+        """What the whole pass runs inside of."""
+        return nullcontext()
+
+    def during(self, batch: Batch) -> AbstractContextManager[Any]:
+        """What the call of the model on one batch runs inside of."""
+        return nullcontext()
+
+    def called(self, batch: Batch, outputs: Any) -> None:
+        """The model gave these on the batch."""

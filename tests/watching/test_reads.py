@@ -1,0 +1,57 @@
+"""A check is asked again only where facts have changed that it has read."""
+
+import dataclasses
+
+import numpy
+
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.parts import BatchFacts
+from diag.snapshot.loop.rows import RowFacts
+from diag.watching.measure.reads import Reads
+
+FIRST = Loop(step=1, calls=1, batches=BatchFacts(calls=1))
+
+
+def judged(reads, facts, check, look):
+    reads.begin(facts)
+    news = reads.has_news(check)
+    if news:
+        look(reads.facts_for(check))
+    return news
+
+
+def test_what_a_check_never_saw_is_news_and_what_it_did_not_read_is_none():
+    reads, look = Reads(), lambda loop: loop.batches.calls
+    assert judged(reads, FIRST, "one", look)
+    again = dataclasses.replace(FIRST, step=2, calls=2, batches=BatchFacts(calls=1))  # equal batches
+    assert not judged(reads, again, "one", look)
+    assert judged(reads, again, "other", look)
+    assert judged(reads, dataclasses.replace(again, batches=BatchFacts(calls=2)), "one", look)
+
+
+def test_a_change_is_not_lost_in_judgements_of_others():
+    reads, look = Reads(), lambda loop: loop.calls
+    assert judged(reads, FIRST, "one", look)
+    for calls in (2, 3):
+        reads.begin(dataclasses.replace(FIRST, calls=calls))
+    assert reads.has_news("one")
+    reads.facts_for("one").calls  # noqa: B018
+    assert not reads.has_news("one")
+
+
+def test_what_is_read_through_the_facts_own_methods_counts_and_they_say_the_same():
+    reads = Reads()
+    assert judged(reads, FIRST, "one", lambda loop: loop.full_batch)
+    assert not judged(reads, dataclasses.replace(FIRST, unstepped=1), "one", lambda loop: loop.full_batch)
+    more = dataclasses.replace(FIRST, batches=BatchFacts(calls=4, lag=1, repeats=3))
+    seen = []
+    assert judged(reads, more, "one", lambda loop: seen.append(loop.full_batch))
+    assert seen == [more.full_batch] == [True]
+
+
+def test_arrays_that_cannot_be_compared_at_once_count_as_changed():
+    reads, look = Reads(), lambda loop: loop.rows
+    rows = dataclasses.replace(RowFacts(), margins=numpy.zeros((2, 2), numpy.float32))
+    assert judged(reads, dataclasses.replace(FIRST, rows=rows), "one", look)
+    same = dataclasses.replace(rows, margins=numpy.zeros((2, 2), numpy.float32))
+    assert judged(reads, dataclasses.replace(FIRST, rows=same), "one", look)

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy
 
+from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.parts import BatchFacts
 from diag.snapshot.loop.rows import RowFacts
 from diag.watching.measure.reads import Reads
 

@@ -174,6 +174,7 @@ PRIVATE = (
     Private("_get_mkldnn_enabled", "torch._C", "2.0", "see _set_mkldnn_enabled"),
     Private("_set_mkldnn_enabled", "torch._C", "2.0", "traced operations are the plain ones"),
     Private("_foreach_norm", "torch", "1.13", "many norms on a GPU in one call"),
+    Private("_foreach_mul_", "torch", "1.13", "many gradients scaled in one call"),
     Private("_weight_norm", "torch", "1.0", "what is replaced by its plain form"),
     Private("_compiled_call_impl", "module", "2.2", "a model that is compiled in place"),
     Private("_modules", "module", "1.0", "a module's children, by name"),

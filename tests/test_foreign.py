@@ -41,7 +41,6 @@ FOREIGN = {
     "_functorch": (torch._C, "whether a torch.func transform is going on"),
     "_autograd": (torch._C, "whether the user's hooks on saved tensors are in the way"),
     "_foreach_norm": (torch, "norms of all gradients in few kernels"),
-    "_foreach_mul_": (torch, "all gradients scaled in few kernels"),
     "_BatchNorm": (nn.modules.batchnorm, "batch norms of every kind"),
     "_buffers": (MODULE, "to exchange buffers and put them back"),
     "_parameters": (MODULE, "to exchange parameters and put them back"),

@@ -12,6 +12,7 @@ __all__ = [
     "earlier",
     "later",
     "layers",
+    "listener",
     "names",
     "normalization",
     "quantised",

@@ -22,7 +22,7 @@ from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.forward import heard
 from diag.snapshot.inside.blocks import example_blocks, number_true
 from diag.snapshot.inside.layers import floating
-from diag.snapshot.inside.listener import Listener
+from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.inside.names import module_names
 from diag.snapshot.objective.comparison import output_tensor
 from diag.snapshot.snapshot import Snapshot
@@ -156,7 +156,7 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
     return tuple(s.statistics(name) for (name, _, _), s in sums.items())
 
 
-class ActivationListener(Listener):
+class ActivationListener(PassListener):
     """Sums up what the functions in the two tables give, by module, function and number of the call."""
 
     def __init__(self, model: nn.Module) -> None:

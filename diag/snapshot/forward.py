@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diag.errors import DiagError, MissingQuantity
 from diag.snapshot.batch import Batch, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS, explained
-from diag.snapshot.inside.listener import Listener
+from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.objective.comparison import COMPARES_EXAMPLES, NO_CLASSES, Comparison, by_shape, compared, tried
 from diag.snapshot.objective.loss_spy import LossFunctionCall, LossSpy
 from diag.snapshot.objective.own_loss import is_models_own
@@ -27,7 +27,7 @@ from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.python import renew
 
-L = TypeVar("L", bound=Listener)
+L = TypeVar("L", bound=PassListener)
 
 
 class Classifier(NamedTuple):
@@ -243,7 +243,7 @@ def heard(snapshot: Snapshot, name: str, kind: type[L]) -> L:
     return listener
 
 
-def _call_heard(model: nn.Module, listeners: Sequence[Listener], batch: Batch) -> Any:
+def _call_heard(model: nn.Module, listeners: Sequence[PassListener], batch: Batch) -> Any:
     renew(model)
     with ExitStack() as stack:
         for listener in listeners:
@@ -264,7 +264,7 @@ def _run(snapshot: Snapshot) -> ForwardPass:
     return _passed(snapshot, [])
 
 
-def _passed(snapshot: Snapshot, listeners: Sequence[Listener]) -> ForwardPass:
+def _passed(snapshot: Snapshot, listeners: Sequence[PassListener]) -> ForwardPass:
     linear: list[tuple[nn.Linear, Tensor, Tensor]] = []
     batches = snapshot.batches  # which may call the model, before anything listens
 
@@ -293,7 +293,7 @@ def _passed(snapshot: Snapshot, listeners: Sequence[Listener]) -> ForwardPass:
     return ForwardPass(tuple(looked), torch.cat(found) if len(found) == len(features) else None, final)
 
 
-def _explained(snapshot: Snapshot, batch: Batch, listeners: Sequence[Listener]) -> Looked:
+def _explained(snapshot: Snapshot, batch: Batch, listeners: Sequence[PassListener]) -> Looked:
     hearing = [listener for listener in listeners if not listener.enough]
     try:
         if not hearing:

@@ -24,7 +24,7 @@ from diag.snapshot.batch import Batch, fingerprint, tensors_in
 from diag.snapshot.cutting import Cutting
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
-from diag.snapshot.inside.listener import Listener
+from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.reading import read_batches, shared_out
@@ -129,7 +129,7 @@ class Snapshot:
         self._given = arguments | {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
         self.cut_short = ""  # in one sentence, where not all of the data was read
         self._computed: dict[str, Any] = {}
-        self.listeners: dict[str, Listener] = {}  # to the pass that gives the logits
+        self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits
         self._entered: bool | None = None  # a measurement is going on; whether it calls the model
         self._moment, self._moved = TensorBits(self.model, loss_fn), ""  # what had moved when a measurement began
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diag.errors import MissingQuantity
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.forward import heard
-from diag.snapshot.inside.listener import Listener
+from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.inside.names import module_names
 from diag.snapshot.inside.scores import product_norm, row_statistics
 from diag.snapshot.snapshot import Snapshot
@@ -67,7 +67,7 @@ def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
     return tuple(call.summary(name, number) for (name, number), call in calls.items())
 
 
-class AttentionListener(Listener):
+class AttentionListener(PassListener):
     """Recognises attention on the first batches."""
 
     def __init__(self, model: nn.Module) -> None:

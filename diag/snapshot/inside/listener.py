@@ -14,7 +14,7 @@ from torch import nn
 from diag.snapshot.batch import Batch
 
 
-class Listener:
+class PassListener:
     """Hears the calls of a model in evaluation mode, one a batch.
 
     complete: it has heard the whole pass. enough: it needs no further batch.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diag.errors import MissingQuantity
 from diag.snapshot.forward import heard
 from diag.snapshot.inside.blocks import example_blocks
-from diag.snapshot.inside.listener import Listener
+from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -83,7 +83,7 @@ def running_statistics(snapshot: Snapshot) -> tuple[RunningStatistics, ...]:
     return tuple(e.statistics(name) for name, e in found.items() if e.count)
 
 
-class StatisticsListener(Listener):
+class StatisticsListener(PassListener):
     """Hears what enters each batch normalisation that has running statistics."""
 
     def __init__(self, model: nn.Module) -> None:

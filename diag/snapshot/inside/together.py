@@ -6,12 +6,12 @@ from collections.abc import Collection
 
 from diag.snapshot.activations import ActivationListener
 from diag.snapshot.inside.attention import AttentionListener
-from diag.snapshot.inside.listener import Listener
+from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.inside.normalization import StatisticsListener
 from diag.snapshot.snapshot import Snapshot
 
 # Attention first, outside of the others: it computes scores again, which are none of the model's calls.
-LISTENERS: dict[str, type[Listener]] = {
+LISTENERS: dict[str, type[PassListener]] = {
     "attention_calls": AttentionListener,
     "activations": ActivationListener,
     "running_statistics": StatisticsListener,

@@ -37,7 +37,9 @@ NO_TARGET = "no loss of training was seen with one target a row"
 TWO_TARGETS = "the loss of a row has two targets (mixed rows?)"
 ALL_STEPS, ALL_SIGHTS = 1 << 10, 8  # steps, and sights of a row, up to which every step is followed
 FEWEST_FOLLOWED = 4  # then every second one, and at last every fourth
-SPREAD = 0x9E3779B1  # 2^32 over the golden ratio: multiples fall evenly, whatever number of batches an epoch has
+GOLDEN_SHARE = (
+    0x9E3779B1  # 2^32 over the golden ratio: multiples fall evenly, whatever number of batches an epoch has
+)
 EVERY_ROUND = 16  # rounds of which each is told, then ever fewer
 
 
@@ -95,7 +97,7 @@ class RowObserver:
         step, (begins, every) = self._moment.step, self._later
         if step >= begins:
             self._every = every
-        return self.wanted and (self._every == 1 or (step * SPREAD & 0xFFFFFFFF) * self._every < 1 << 32)
+        return self.wanted and (self._every == 1 or (step * GOLDEN_SHARE & 0xFFFFFFFF) * self._every < 1 << 32)
 
     def _takes(self, dataset: Any) -> bool:
         """Whether rows are told apart by their place in this data set."""

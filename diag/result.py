@@ -78,8 +78,9 @@ class Confidence(enum.StrEnum):
 class Verdict:
     """One sentence with its numbers, what to try, what would refute it, and where it comes from.
 
-    `value` and `threshold` are the number that decided and what it was compared with; `layers` names the
-    parts of the network that it speaks of; `threshold_source` says who chose the threshold.
+    `value` and `threshold` are the number that decided and what it was compared with, `unit` theirs where no field
+    of the result is the value ("share": read as a percentage); `layers` names the parts of the network that it
+    speaks of; `threshold_source` says who chose the threshold.
 
     `cause` names what happened, from the closed list of causes (`diag.instruments.causes`), where the verdict says
     why; `explained_by` names causes of which this would be a consequence, so that one story is told once. `step` is
@@ -96,6 +97,7 @@ class Verdict:
     value: float | None = None
     threshold: float | None = None
     threshold_source: str = ""
+    unit: str = ""
     layers: tuple[str, ...] = ()
     cause: str = ""
     explained_by: tuple[str, ...] = ()

@@ -46,6 +46,7 @@ def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool, last_step: int
     verdict, (_, last) = finding.verdict, finding.series[-1]
     level, details = str(verdict.level), _details(finding.series)
     name, unit = _decider(verdict.value, last)
+    unit = verdict.unit or unit
     return {
         **_about(finding.instrument, finding.title, level),
         "sentence": clean(verdict.sentence),

@@ -74,6 +74,7 @@ def test_a_tenth_of_wrong_labels_is_named_by_row(loader):
     assert precision >= 0.9 and precision >= by_loss and int(wrong[named].sum()) >= 0.85 * int(wrong.sum())
     assert f"rows of the {result.counted_in} {result.where[0]}, {result.where[1]}" in verdict.sentence
     assert verdict.examples == tuple(result.named[:200].tolist())
+    assert (verdict.value, verdict.unit) == (result.count / result.rows, "share")
 
 
 @pytest.mark.parametrize("given", ["loader", "probe", "neither"])

@@ -63,6 +63,16 @@ def test_where_nothing_could_judge_there_is_no_verdict(outcomes, sentence):
     assert verdict["sentence"] == sentence
 
 
+def test_a_number_that_is_no_field_has_the_verdicts_unit():
+    class OfPairs(Collapse):
+        def verdict(self):
+            return dataclasses.replace(super().verdict(), value=0.25, unit="share")
+
+    rows = series(OfPairs, [900], collapsed=0.3, headroom=1.0, margins=numpy.ones(4), level="alarm")
+    entry = audit(document(report_fakes.evidence(findings=[finding("collapse", "Collapse", rows)])), "collapse")
+    assert (entry["value"]["text"], entry["value"]["unit"], entry["threshold"]["text"]) == ("25", "%", "10")
+
+
 def test_an_entry_has_what_lighthouse_has(made):
     entry = audit(made, "collapse")
     assert entry["id"] == "collapse" and entry["title"] == "Softmax collapse: alarm"

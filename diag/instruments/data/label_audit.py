@@ -79,6 +79,7 @@ class LabelAudit(Result):
         rows = suspicious[numpy.argsort(area[suspicious], kind="stable")]
         about: dict[str, Any] = {
             "value": share,
+            "unit": "share",
             "threshold": limit,
             "threshold_source": OUR_CHOICE,
             "source": SOURCE,

@@ -93,6 +93,7 @@ class RowLabels(Result):
             confidence=Confidence.STRONG_EMPIRICAL,
             refutation="A person who sees these inputs agrees with their labels.",
             value=share,
+            unit="share",
             threshold=self.setting("warn_at"),
             threshold_source=OUR_CHOICE,
             cause=Cause.LABELS_WRONG,

@@ -291,7 +291,7 @@ def test_a_run_without_a_step():
 
 @pytest.mark.parametrize("source", [3, {"a": 1}, None, [1]])
 def test_what_no_report_can_be_made_of(source):
-    with pytest.raises(InvalidInput, match=r"cannot be made of a \w+; give a run, the path of its folder"):
+    with pytest.raises(InvalidInput, match=r"cannot be made of (an? )?\w+; give a run, the path of its folder"):
         document(source)
 
 

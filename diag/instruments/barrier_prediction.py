@@ -95,6 +95,8 @@ class BarrierPrediction(Result):
     source=SOURCE,
     title="Barrier prediction",
     kind="description",
+    formula="max_a a (1 - a) [g_0 - g_1 + (a c_0 + (1 - a) c_1) / 2], slopes g and curvatures c along the "
+    "line at its ends",
     why="Where the ends rank the layers, those that keep two networks from being averaged are known without "
     "measuring the way between.",
 )

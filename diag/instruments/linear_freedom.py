@@ -63,6 +63,8 @@ class LinearFreedom(Result):
     source=SOURCE,
     title="Linear freedom",
     kind="description",
+    formula="W, V -> D W, V D^-1 (scale, sign); W_Q, W_K -> A W_Q, A^-T W_K (invertible); W, V -> R W, V "
+    "R^T (rotation)",
     why="Along these directions weights, distances and curvature can be anything: two networks that differ there "
     "only are the same function.",
 )

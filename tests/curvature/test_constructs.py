@@ -517,7 +517,9 @@ def test_outputs_that_hide_their_tensors_have_a_hessian_and_no_gauss_newton_matr
     exact = Hessian(net, CE, batches).to_dense()
     assert cases.relative(Hessian(hiding, loss_fn, batches).to_dense(), exact) < CLOSE
     assert cases.relative(Hessian(half, both, batches).to_dense(), 2 * exact) < CLOSE
-    with pytest.raises(Unsupported, match="returns a Accumulator that holds tensors out of reach; return a tensor"):
+    with pytest.raises(
+        Unsupported, match="returns an Accumulator that holds tensors out of reach; return a tensor"
+    ):
         GaussNewton(hiding, loss_fn, batches).to_dense()
     with pytest.raises(Unsupported, match="returns a tuple that holds tensors out of reach"):
         GaussNewton(half, both, batches).to_dense()

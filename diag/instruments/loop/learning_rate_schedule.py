@@ -261,7 +261,7 @@ def _never(loop: Loop) -> Iterator[LoopFinding]:
     for s in loop.schedulers:
         if s.optimizer < 0 or loop.optimizers[s.optimizer] not in loop.training or s.optimizer in scheduled:
             continue
-        if epochs > EPOCHS or (loop.ended and epochs != 1 and loop.step >= MANY):
+        if (epochs > EPOCHS and _are_whole(loop)) or (loop.ended and epochs != 1 and loop.step >= MANY):
             yield LoopFinding(
                 Level.WARNING,
                 Cause.SCHEDULER_NEVER_STEPPED,
@@ -269,6 +269,12 @@ def _never(loop: Loop) -> Iterator[LoopFinding]:
                 "Call scheduler.step(), after each epoch or each step as its settings mean.",
                 "A step of the scheduler.",
             )
+
+
+def _are_whole(loop: Loop) -> bool:
+    """Whether epochs that began were gone through, and are more than a batch each."""
+    each = steps_an_epoch(loop)
+    return loop.step >= EPOCHS * each and (each >= TWICE or loop.step >= MANY)
 
 
 def _first(loop: Loop) -> Iterator[LoopFinding]:

@@ -1792,3 +1792,23 @@ def dropout_in_every_mode():
 
 
 CONSEQUENCES: dict[str, set[str]] = {}
+
+
+@healthy
+def one_batch_an_epoch_and_a_schedule_of_a_few():
+    """An epoch of one batch, or a loader begun again at each step, is no epoch that a scheduler could wait for."""
+    model = mlp()
+    optimizer = adam(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(256)), batch_size=64, shuffle=True)
+
+    def train():
+        for step in range(24):
+            x, y = next(iter(loader))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if step % 4 == 3:
+                scheduler.step()
+
+    return model, train

@@ -8,7 +8,8 @@ Three things are printed apart.
 - `always-on`: what runs at every step. One process trains three copies of the network on the same batches: one
   watched, two not, in blocks of steps in an order that alternates; while a block runs unwatched, nothing is hooked
   into torch. The ratio of the median step times is given by processor time and by wall time, with its range over
-  the rounds, beside that of the two unwatched copies, which says how far such a ratio can be trusted.
+  the rounds, beside that of the two unwatched copies, which says how far such a ratio can be trusted. No check is
+  chosen, so rows are not followed; the "every step" of the next line has that too.
 - `looks`: a watch with all instruments over some seconds of training: the share of the time that the checks took
   which look at the probe set at set steps, and the share of the measurements that the budget pays.
 - `closing`: what ending that watch took.

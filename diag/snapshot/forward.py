@@ -24,8 +24,8 @@ from diag.snapshot.objective.loss_spy import LossFunctionCall, LossSpy
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.same_rows import matching_rows
 from diag.snapshot.preserve import preserved
-from diag.snapshot.snapshot import Snapshot
-from diag.snapshot.state.python import renew
+from diag.snapshot.snapshot import NO_LOSS, Snapshot
+from diag.snapshot.state.host import on_host
 
 L = TypeVar("L", bound=PassListener)
 
@@ -114,7 +114,7 @@ def logit_gradients(snapshot: Snapshot) -> Tensor:
 
 def _logit_gradients(snapshot: Snapshot) -> Tensor:
     if snapshot.loss_fn is None and forward_pass(snapshot).looked[0].value is None:
-        raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
+        raise MissingQuantity(NO_LOSS)
     found = comparisons(snapshot)
     looked = forward_pass(snapshot).looked
     parts = [_gradients(snapshot, *row) for row in zip(looked, snapshot.batches, found, strict=True)]
@@ -244,13 +244,13 @@ def heard(snapshot: Snapshot, name: str, kind: type[L]) -> L:
 
 
 def _call_heard(model: nn.Module, listeners: Sequence[PassListener], batch: Batch) -> Any:
-    renew(model)
-    with ExitStack() as stack:
+    with on_host():  # what the listeners compute; the model is called with the program's default device
+        with ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listener.during(batch))
+            outputs = batch.forward(model)
         for listener in listeners:
-            stack.enter_context(listener.during(batch))
-        outputs = model(*batch.args, **batch.kwargs)
-    for listener in listeners:
-        listener.called(batch, outputs)
+            listener.called(batch, outputs)
     return outputs
 
 

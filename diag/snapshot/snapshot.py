@@ -52,6 +52,7 @@ WITHOUT_ROWS = (
     "The target is one number without an axis of examples, so that examples cannot be told apart; give batches: "
     "(inputs[None], target[None]) for one example."
 )
+NO_LOSS = "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets)."
 DATA = "bits of the data"
 OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an example, or as a sum
     *("params", "optimizer", "module_graph", "classifier", "other", "other_params", "ancestor"),
@@ -318,9 +319,7 @@ class Snapshot:
                 ) from error
         loss = own_loss(outputs)
         if loss is None:
-            raise MissingQuantity(
-                "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets)."
-            )
+            raise MissingQuantity(NO_LOSS)
         return loss
 
     def provenance(self) -> dict[str, Any]:

@@ -89,8 +89,7 @@ def _check_finite(name: str, tensor: Tensor, allow_minus_infinity: bool) -> None
     if rows:
         raise InvalidInput(
             f"{name} are not finite in {len(rows)} of {len(tensor)} rows (rows {named(rows, 5)}); expected "
-            f"finite numbers: "
-            "leave these rows out or look for the step at which training broke."
+            "finite numbers: leave these rows out or look for the step at which training broke."
         )
 
 

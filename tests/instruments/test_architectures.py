@@ -14,16 +14,6 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 TOKENS = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            patch.setenv(name, "1")
-        found = pytest.importorskip("transformers")
-        found.logging.set_verbosity_error()
-        yield found
-
-
 def ids():
     return torch.randint(3, V, (N, T), generator=torch.Generator().manual_seed(0))
 

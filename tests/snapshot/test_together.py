@@ -117,3 +117,26 @@ def test_what_the_loss_calls_is_not_the_models():
     assert [(a.name, a.function) for a in snapshot.quantity("activations")] == [
         ("0", "convolution"), ("2", "relu"), ("5", "linear"), ("output", "output"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_model_finds_the_programs_default_device_and_the_listeners_the_host(shares):
+    """The meta device stands for an accelerator: what is made on it by mistake has no number."""
+
+    class Asking(nn.BatchNorm1d):
+        def forward(self, x):
+            if asked and torch.get_default_device().type != "meta":
+                raise RuntimeError("another default device")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, asked = nn.Sequential(Asking(4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), False
+    names = ("logits", "activations", "running_statistics")
+    alone = {name: snapshot_of(model, (4,)).quantity(name) for name in names}
+    snapshot, asked = snapshot_of(model, (4,)), True
+    if shares:
+        share_the_pass(snapshot, names)
+    with torch.device("meta"):
+        for name in names:
+            assert same(snapshot.quantity(name), alone[name]), name
+    assert all(listener.complete for listener in snapshot.listeners.values())

@@ -13,16 +13,6 @@ V, N, T = 40, 8, 11
 SMALL = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            patch.setenv(name, "1")
-        found = pytest.importorskip("transformers")
-        found.logging.set_verbosity_error()
-        yield found
-
-
 def gpt(transformers, **more):
     sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2} | SMALL | more
     config = transformers.GPT2Config(**sizes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,7 @@ from torch import Tensor
 from diag.errors import MissingQuantity
 from diag.snapshot.forward import Looked, forward_pass
 from diag.snapshot.objective.loss_spy import LossFunctionCall
-
-if TYPE_CHECKING:
-    from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import NO_LOSS, Snapshot
 
 SIGMOID_LOSS = "binary_cross_entropy_with_logits"
 NO_DECISIONS = (
@@ -46,7 +44,7 @@ class BinaryDecisions:
 def binary_decisions(snapshot: Snapshot) -> BinaryDecisions:
     """The decisions of all the data. Raises MissingQuantity where the loss makes none that can be seen."""
     if snapshot.loss_fn is None and forward_pass(snapshot).looked[0].value is None:
-        raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
+        raise MissingQuantity(NO_LOSS)
     looked = forward_pass(snapshot).looked
     parts = [_decided(snapshot, *row) for row in zip(looked, snapshot.batches, strict=True)]
     return BinaryDecisions(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -19,7 +19,7 @@ from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.parameters import copy_with
 from diag.snapshot.preserve import preserved
-from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.snapshot import NO_LOSS, Snapshot
 from diag.snapshot.state.python import renew
 
 OWN_LOSS = (
@@ -59,7 +59,7 @@ def loss_shares(snapshot: Snapshot, seen: Looked, batch: Batch) -> Tensor:
     """Each example's share of the loss (m,), of what was seen of a batch; raises what `losses` does."""
     if seen.value is None:
         snapshot.batch_loss(seen.outputs, batch.targets)  # raises the reason
-        raise MissingQuantity("the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets).")
+        raise MissingQuantity(NO_LOSS)
     if batch.coupled and not batch.why:
         raise Unsupported(COUPLED_EXAMPLES)
     values = shares_from_rows(seen, batch)

@@ -42,13 +42,13 @@ def matching_rows(wanted: Tensor, outputs: Tensor, changed: bool = False) -> Ten
 def _are_same(wanted: Tensor, rows: Tensor, chosen: Tensor, same: Callable[[Tensor, Tensor], bool]) -> bool:
     if not len(wanted):
         return True
-    at = (
-        torch.linspace(0, len(wanted) - 1, min(ROWS_COMPARED, len(wanted)), dtype=torch.float64)
-        .round()
-        .long()
-        .to(wanted.device)
-    )
+    at = _spread(len(wanted), ROWS_COMPARED).to(wanted.device)
     return same(wanted[at].double(), rows[chosen[at]].double())
+
+
+def _spread(length: int, at_most: int) -> Tensor:
+    """Places from 0 to length - 1, evenly spread."""
+    return torch.linspace(0, length - 1, min(at_most, length), dtype=torch.float64).round().long()
 
 
 def _alike(given: Tensor, found: Tensor) -> bool:
@@ -72,12 +72,7 @@ def _by_value(wanted: Tensor, rows: Tensor) -> Tensor | None:
     """The rows with the same values, each taken as often as it is there."""
     if len(wanted) > len(rows):
         return None
-    columns = (
-        torch.linspace(0, rows.shape[1] - 1, min(COLUMNS_COMPARED, rows.shape[1]), dtype=torch.float64)
-        .round()
-        .long()
-        .to(rows.device)
-    )
+    columns = _spread(rows.shape[1], COLUMNS_COMPARED).to(rows.device)
     keys, own = (m[:, columns].double().cpu().numpy() for m in (wanted, rows))
     places: dict[bytes, list[int]] = {}
     for number, row in enumerate(own[::-1]):

@@ -103,7 +103,7 @@ def blocks(language):
                 yield pytest.param(code, id=f"{path.stem}-{number}")
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_runs_as_it_is_shown(code, world, tmp_path, monkeypatch):
     for package in re.findall(r"diag\.integrations\.(lightning|transformers|accelerate) import", code):
         pytest.importorskip(package, reason="pip install diag[trainers]")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from reproducing import Lab
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import diag
 from diag import datasets
+from diag.result import Result
 
 TRAIN, BATCH = 1200, 64
+
+R = TypeVar("R", bound=Result)
 
 
 class Transformer(nn.Module):
@@ -85,3 +91,15 @@ def independent(build: Callable[[], nn.Module], seed: int, steps: int) -> nn.Mod
     torch.manual_seed(seed)
     model = build()
     return trained(model, seed, steps)[steps]
+
+
+def between(
+    lab: Lab, arm: str, pair: tuple[nn.Module, nn.Module], step: int, measure: Callable[[diag.Snapshot], R]
+) -> R:
+    """What an instrument measures of the first network with the second as `other`, recorded as an arm at `step`."""
+    data, held_out = digits()
+    snapshot = diag.Snapshot(pair[0], nn.CrossEntropyLoss(), data, held_out=held_out, other=pair[1].state_dict())
+    result = measure(snapshot)
+    with lab.recorder(arm, pair[0]) as record:
+        record.append_outcome(step, result)
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reproducing import Card, Expectation, Lab
-from reproductions._small_networks import Transformer, conv_net, digits, independent, mlp
+from reproductions._small_networks import Transformer, between, conv_net, independent, mlp
 from torch import nn
 
 import diag
@@ -17,14 +17,9 @@ LEAST = {"mlp": 0.3, "conv-net": 0.3, "transformer": 0.7}
 SEEN = {"mlp": "0.60 to 0.89", "conv-net": "0.71 to 0.94", "transformer": "0.86 to 0.92"}
 
 
-def measured(lab: Lab, arm: str, first: nn.Module, second: nn.Module) -> BarrierPrediction:
+def measured(lab: Lab, arm: str, pair: tuple[nn.Module, nn.Module]) -> BarrierPrediction:
     """Predicted and measured barriers of one pair, recorded as an arm."""
-    data, _ = digits()
-    snapshot = diag.Snapshot(first, nn.CrossEntropyLoss(), data, other=second.state_dict())
-    result = diag.barrier_prediction(snapshot)
-    assert isinstance(result, BarrierPrediction)
-    with lab.recorder(arm, first) as record:
-        record.append_outcome(STEPS, result)
+    result = between(lab, arm, pair, STEPS, diag.barrier_prediction)
     lab.say(
         f"  {arm}: barrier {result.barrier:.3f}; second order {result.second_order:.3f}, cubic {result.cubic:.3f}, "
         f"quintic {result.quintic:.3f}; rank correlation over {len(result.layer_barriers)} layers "
@@ -38,7 +33,8 @@ def run(lab: Lab) -> list[Expectation]:
     found = []
     for pair, seeds in PAIRS.items():
         for name, build in NETWORKS.items():
-            result = measured(lab, f"{name}-{pair}", *(independent(build, seed, STEPS) for seed in seeds))
+            first, second = (independent(build, seed, STEPS) for seed in seeds)
+            result = measured(lab, f"{name}-{pair}", (first, second))
             what = f"{name}, {pair} pair"
             ratio = result.second_order / result.barrier
             found += [

@@ -76,20 +76,17 @@ CARD = Card(
     title="StableMax groks slowly without weight decay",
     source="Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697 (Definition 4, Figure 4)",
     claim=(
-        "Trained on addition modulo 59 on 70 % of the pairs without weight decay, a network whose softmax "
-        "is replaced "
-        "by StableMax generalises slowly: its held-out accuracy is above 0.6 at epoch 9,600 and still "
-        "rising, while "
-        "the weights grow."
+        "Trained on addition modulo 59 on 70 % of the pairs without weight decay, a network whose softmax is "
+        "replaced by StableMax generalises slowly: its held-out accuracy is above 0.6 at epoch 9,600 and still "
+        "rising, while the weights grow."
     ),
     takes="10 minutes",
     run=run,
     long=True,
     notes=(
         "What did not reproduce: on 50 % of the pairs held-out accuracy stays at 0.003 up to epoch 12,500 "
-        "(one seed; "
-        "longer runs might still grok), and the paper's order of held-out accuracy by the precision of the softmax "
-        "(Figure 2) was not seen modulo 59 within 4,000 epochs; the paper uses modulo 113 and 20,000. The card "
-        "'grokking' has the network that does not generalise before anything has collapsed."
+        "(one seed; longer runs might still grok), and the paper's order of held-out accuracy by the precision of "
+        "the softmax (Figure 2) was not seen modulo 59 within 4,000 epochs; the paper uses modulo 113 and 20,000. "
+        "The card 'grokking' has the network that does not generalise before anything has collapsed."
     ),
 )

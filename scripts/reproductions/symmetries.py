@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from reproducing import Card, Expectation, Lab
-from reproductions._small_networks import Transformer, digits, independent
+from reproductions._small_networks import Transformer, between, independent
 from torch import nn
 
 import diag
@@ -17,12 +17,11 @@ PAIRS = {f"pair-{k}-{k + 1}": (k, k + 1) for k in range(13, 23, 2)}
 
 def measured(lab: Lab, arm: str, pair: tuple[nn.Module, nn.Module], beyond: bool) -> ModeConnectivity:
     """Mode connectivity before and after matching, recorded as an arm."""
-    data, held_out = digits()
-    snapshot = diag.Snapshot(pair[0], nn.CrossEntropyLoss(), data, held_out=held_out, other=pair[1].state_dict())
-    result = diag.mode_connectivity(snapshot, align="weights", refine=0, beyond_permutations=beyond)
-    assert isinstance(result, ModeConnectivity)
-    with lab.recorder(arm, pair[0]) as record:
-        record.append_outcome(STEPS, result)
+
+    def matched(snapshot: diag.Snapshot) -> ModeConnectivity:
+        return diag.mode_connectivity(snapshot, align="weights", refine=0, beyond_permutations=beyond)
+
+    result = between(lab, arm, pair, STEPS, matched)
     lab.say(
         f"  {arm}: loss barrier {result.barrier:.3f} (error {result.error_barrier:.3f}), matched "
         f"{result.aligned_barrier:.3f} ({result.aligned_error_barrier:.3f}); distance {result.distance:.1f}, "

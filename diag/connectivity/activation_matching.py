@@ -56,7 +56,7 @@ def align_activations(
         raise InvalidInput("Activation matching found no activation to pair; give at least one batch of data.")
     ascent = Ascent(symmetries, list(evidence))
     ascent.run(symmetries.order, max_passes=10)
-    return result_of(symmetries, ascent, state_b, 1, "activations")
+    return result_of(ascent, symmetries.apply(ascent.element, state_b), 1, "activations")
 
 
 class _Moments:

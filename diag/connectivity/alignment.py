@@ -10,8 +10,9 @@ Li et al. 2016 and Jordan et al. 2023 (arXiv:2211.08403) for activation matching
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,13 +82,12 @@ def align_weights(
             if any(name in symmetries.groups for name in block.names)
         ]
 
-    if orders is not None and orders < 1:
-        raise InvalidInput(f"The number of orders is {orders}; expected at least 1.")
     if orders is None:
         cost = _pass_cost(symmetries, counted)
         orders = 10 if cost < CHEAP else 5 if cost < EXPENSIVE else 1
-    best = _best_of(symmetries, evidence, _orders(symmetries, orders, seed), max_passes, seed)
-    return result_of(symmetries, best, state_b, orders, "weights")
+    ascents = _ascents(symmetries, evidence, orders_of(symmetries.order, orders, seed), max_passes, seed)
+    best = best_of(ascents)
+    return result_of(best, symmetries.apply(best.element, state_b), orders, "weights")
 
 
 def _pass_cost(symmetries: Symmetries, counted: set[str]) -> float:
@@ -99,40 +99,46 @@ def _pass_cost(symmetries: Symmetries, counted: set[str]) -> float:
     return cost
 
 
-def _orders(symmetries: Symmetries, count: int, seed: int) -> list[list[str]]:
-    names = list(symmetries.order)
+def orders_of(names: Sequence[str], count: int, seed: int) -> list[list[str]]:
+    """`count` orders of visiting: the one given, then random ones. Raises InvalidInput for fewer than one."""
+    if count < 1:
+        raise InvalidInput(f"The number of orders is {count}; expected at least 1.")
+    names = list(names)
     generator = torch.Generator().manual_seed(seed)
     shuffled = [[names[i] for i in torch.randperm(len(names), generator=generator)] for _ in range(count - 1)]
     return [names, *shuffled]
 
 
-def _best_of(
+def _ascents(
     symmetries: Symmetries,
     evidence: Callable[[], list[Similarities]],
     orders: Sequence[Sequence[str]],
     max_passes: int,
     seed: int,
-) -> Ascent:
-    best: Ascent | None = None
+) -> Iterator[Ascent]:
     for number, order in enumerate(orders):
         ascent = Ascent(symmetries, evidence())
         if number > 1:  # the same start in another order often ends at the same local optimum
             ascent.begin_at(symmetries.random(seed + number))
-        ascent.run(order, max_passes)
+        yield ascent.run(order, max_passes)
+
+
+def best_of(ascents: Iterable[AnyAscent]) -> AnyAscent:
+    """The ascent that came highest; the first of those that rounding alone sets apart."""
+    best: AnyAscent | None = None
+    for ascent in ascents:
         if best is None or ascent.objective > best.objective + SMALLEST_GAIN * ascent.limit:
             best = ascent
     assert best is not None
     return best
 
 
-def result_of(
-    symmetries: Symmetries, best: Ascent, state_b: Mapping[str, Tensor], orders: int, method: str
-) -> Alignment:
-    """The best of several ascents, with B's state moved by it."""
+def result_of(best: CoordinateAscent, state: dict[str, Tensor], orders: int, method: str) -> Alignment:
+    """What an ascent came to; `state` is B's, moved by it."""
     places = [(e, torch.arange(e.shape[-1])) for e in best.element.values()]
     return Alignment(
         element=best.element,
-        state=symmetries.apply(best.element, state_b),
+        state=state,
         objective=best.objective,
         before=best.before,
         limit=best.limit,
@@ -144,7 +150,33 @@ def result_of(
     )
 
 
-class Ascent:
+class CoordinateAscent:
+    """Raises <A, g(B)> one set of units at a time; see `Alignment` for its numbers."""
+
+    element: Element
+    objective: float
+    before: float
+    limit: float
+    passes: int = 0
+
+    def improve(self, name: str) -> bool:
+        """The best map of one set of units with all others fixed; True where the objective grew."""
+        raise NotImplementedError
+
+    def run(self, order: Sequence[str], max_passes: int = MAX_PASSES) -> Self:
+        """Visit the sets of units in this order until none improves; returns itself."""
+        while self.passes < max_passes:
+            self.passes += 1
+            grew = [self.improve(name) for name in order]
+            if not any(grew):
+                break
+        return self
+
+
+AnyAscent = TypeVar("AnyAscent", bound=CoordinateAscent)
+
+
+class Ascent(CoordinateAscent):
     """Coordinate ascent over the groups, on whatever evidence there is."""
 
     def __init__(self, symmetries: Symmetries, evidence: list[Similarities]) -> None:
@@ -156,7 +188,6 @@ class Ascent:
         self.before = self.objective = sum(e.total() for e in evidence)
         self.versions = {id(e): 0 for e in evidence}
         self.seen: dict[str, list[int]] = {}
-        self.passes = 0
 
     def begin_at(self, element: Element) -> None:
         """Move B's side to another start than the order it came in; `before` stays that of the given order."""
@@ -164,14 +195,6 @@ class Ascent:
             e.move({n: p for n, p in element.items() if n in e.block.names})
         self.element = element
         self.objective = sum(e.total() for e in self.evidence)
-
-    def run(self, order: Sequence[str], max_passes: int) -> None:
-        """Visit the groups in this order until none improves."""
-        while self.passes < max_passes:
-            self.passes += 1
-            grew = [self.improve(name) for name in order]
-            if not any(grew):
-                return
 
     def improve(self, name: str) -> bool:
         """Solve one group with all others fixed; True where the objective grew."""

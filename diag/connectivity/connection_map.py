@@ -227,8 +227,11 @@ def fork_stability(
     forks: step -> the end states (as `connect` takes them) of two runs that continued from it with different noise,
     and the state that was forked as a third, where it is at hand. Measured on the snapshot's held-out data where it
     has such data, else on its data; 30 points as in the paper.
-    Raises InvalidInput where a fork has not two or three states or one does not fit, CheckpointError for its file.
+    Raises InvalidInput without a fork, or where one has not two or three states or a state does not fit,
+    CheckpointError for its file.
     """
+    if not forks:
+        raise InvalidInput("There are no forks; expected at least one step with the two ends of its runs.")
     path = Interpolation(snapshot)
     steps = sorted(forks)
     alphas = [k / (points - 1) for k in range(points)]

@@ -19,7 +19,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from diag.connectivity.alignment import MAX_PASSES, SMALLEST_GAIN, Alignment, compose
+from diag.connectivity.alignment import (
+    SMALLEST_GAIN,
+    Alignment,
+    CoordinateAscent,
+    best_of,
+    compose,
+    orders_of,
+    result_of,
+)
 from diag.connectivity.fit import check_states_fit
 from diag.connectivity.symmetries.gauge import standard_form, undone, usable_gains
 from diag.connectivity.symmetries.groups import Element, Symmetries
@@ -49,45 +57,26 @@ def align_linear(
 
     state_a, state_b: state dicts of the traced model. orders: how many orders of visiting the units are tried, the
     best is kept. `objective`, `before` and `limit` are those of the standard forms; `element` holds the
-    permutations alone. Raises InvalidInput where the states do not fit.
+    permutations alone. Raises InvalidInput where the states do not fit, or for fewer than one order.
     """
+    visits = orders_of([*symmetries.order, *symmetries.contracted], orders, seed)
     check_states_fit(state_a, state_b, symmetries.shapes)
     a, b = _wide(state_a), _wide(state_b)
     gains = usable_gains(linear, a, b)
     given = standard_form(linear, a, gains)
     start = linear.apply(standard_form(linear, b, gains), b)
     target = linear.apply(given, a)
-    names = [*symmetries.order, *(n for n in symmetries.contracted)]
-    generator = torch.Generator().manual_seed(seed)
-    best: _Ascent | None = None
-    for number in range(max(1, orders)):
-        ascent = _Ascent(symmetries, linear, target, start, gains)
-        order = names if not number else [names[i] for i in torch.randperm(len(names), generator=generator)]
-        ascent.run(order)
-        if best is None or ascent.objective > best.objective + SMALLEST_GAIN * ascent.limit:
-            best = ascent
-    assert best is not None
+    best = best_of(_Ascent(symmetries, linear, target, start, gains).run(order) for order in visits)
     moved = linear.apply(undone(linear, given), best.state)
-    places = [(e, torch.arange(e.shape[-1])) for e in best.element.values()]
-    return Alignment(
-        element=best.element,
-        state={n: t.to(state_b[n].dtype) if n in state_b else t for n, t in moved.items()},
-        objective=best.objective,
-        before=best.before,
-        limit=best.limit,
-        passes=best.passes,
-        orders=orders,
-        moved=sum(int((e != i).sum()) for e, i in places),
-        units=sum(e.numel() for e, _ in places),
-        method="weights",
-    )
+    state = {n: t.to(state_b[n].dtype) if n in state_b else t for n, t in moved.items()}
+    return result_of(best, state, orders, "weights")
 
 
 def _wide(state: Mapping[str, Tensor]) -> _State:
     return {n: t.detach().double() if t.is_floating_point() else t for n, t in state.items()}
 
 
-class _Ascent:
+class _Ascent(CoordinateAscent):
     """Coordinate ascent of <A, g(B)> over orthogonal maps g, from standard forms."""
 
     def __init__(
@@ -105,18 +94,8 @@ class _Ascent:
         named = [n for n in counted if n not in symmetries.tied and a[n].is_floating_point()]
         self.limit = (_square(a, named) * _square(b, named)) ** 0.5
         self.before = self.objective = self._total(named)
-        self.passes = 0
-
-    def run(self, order: Sequence[str]) -> None:
-        """Visit the units in this order until none improves."""
-        while self.passes < MAX_PASSES:
-            self.passes += 1
-            grew = [self.improve(name) for name in order]
-            if not any(grew):
-                return
 
     def improve(self, name: str) -> bool:
-        """The best map of one set of units with all others fixed; True where the objective grew."""
         if name in self.rotations:
             group, counted = self.rotations[name], self.symmetries.parameters
             held = [_scores(s, self.a, self.state) for s in group.slots if s.entry in counted]

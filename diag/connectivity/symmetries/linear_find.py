@@ -25,7 +25,7 @@ from diag.errors import Unsupported, first_line
 from diag.snapshot.batch import Batch, as_batch, map_tensors
 from diag.snapshot.preserve import preserved
 
-SAME_OUTPUTS = {torch.float64: 1e-9, torch.float32: 1e-4}
+SAME_OUTPUTS = 1e-9  # relative change, float64
 PROJECTIONS = 4
 MOST_PROJECTIONS = 32
 SIGN_PLACES = 8  # 2^8 - 1 forward passes
@@ -208,12 +208,11 @@ class _Search:
     def _wrong(self, group: LinearGroup) -> str:
         """Why the group is none, or nothing."""
         with_it = LinearSymmetries({**self.groups, group.name: group}, tied=self.found.tied)
-        limit = SAME_OUTPUTS[torch.float64]
         for state, before in ((self.state, self.before[1]), (self.own, self.before[0])):
             self.tick()
             moved = with_it.apply(with_it.random(group.name, state, self.seed), state)
             change = change_of_outputs(before, outputs_at(self.model, self.example, moved))
-            if not change <= limit:
+            if not change <= SAME_OUTPUTS:
                 return f"such a map changed the outputs (relative change {change:.1e})"
             self.deviation = max(self.deviation, change)
         return ""

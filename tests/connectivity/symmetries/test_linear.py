@@ -225,6 +225,8 @@ def test_align_uses_them_and_permutations_alone_leave_a_barrier():
     assert diag.align(snapshot, other, points=5, beyond_permutations=True).aligned.barrier < 1e-6
     with pytest.raises(InvalidInput, match="Symmetries beyond permutations are matched by weights"):
         diag.align(snapshot, other, by="activations", beyond_permutations=True)
+    with pytest.raises(InvalidInput, match="The number of orders is 0; expected at least 1"):
+        diag.mode_connectivity(snapshot, align="weights", orders=0, beyond_permutations=True)
 
 
 def test_a_gain_near_zero_is_left_where_it_is():

@@ -135,6 +135,8 @@ def test_forks_that_stay_connected_from_a_step_on(folder):
         fork_stability(snapshot, {3: (a, {})})
     with pytest.raises(InvalidInput, match="The fork at step 3 has 1 states; expected two ends"):
         fork_stability(snapshot, {3: (a,)})
+    with pytest.raises(InvalidInput, match="There are no forks; expected at least one step"):
+        fork_stability(snapshot, {})
     model.load_state_dict(a)
     other = diag.Snapshot(model, loss, data, held_out=data, other=moved)
     assert diag.mode_connectivity(other, refine=0).held_out_error_instability == pytest.approx(

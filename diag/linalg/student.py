@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 
-import numpy
-from numpy.typing import NDArray
 from torch import Tensor
-
-from diag.errors import InvalidInput
 
 COVERED = 0.95
 STANDARD_ERRORS = 2.0  # so many of those returned here on either side make an interval with that coverage
@@ -56,29 +52,6 @@ def covering_skewed(samples: Sequence[float]) -> float:
     deviation, skewness = math.sqrt(second * k / (k - 1)), third / second**1.5
     t = 2 * factor(k)
     return covering(deviation / math.sqrt(k), k) + abs(skewness) * deviation * (1 + 2 * t * t) / (6 * k) / 2
-
-
-def width_slopes(
-    sizes: Mapping[int, Sequence[NDArray[numpy.float64]]],
-) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
-    """The coordinate check: slope of log size over log width for each layer, and its standard error, (layers,)
-    each.
-
-    sizes: for each width the sizes of the layers' outputs (or of their change after a few steps), one array
-    (layers,) a draw of the weights. A slope of 0 within its error is what muP asks of every layer; widths in steps
-    of 2 and 3 draws of each are a good start. Raises InvalidInput for fewer than two widths or three measurements.
-    """
-    x = numpy.log([float(width) for width, draws in sizes.items() for _ in draws])
-    if len(set(x)) < 2 or len(x) < 3:
-        raise InvalidInput(
-            f"The sizes are of {len(set(x))} widths, {len(x)} measurements in all; give two widths or more, and "
-            "three measurements."
-        )
-    y = numpy.log([values for draws in sizes.values() for values in draws])
-    x = x - x.mean()
-    slope = x @ (y - y.mean(0)) / (x @ x)
-    rest = y - y.mean(0) - numpy.outer(x, slope)
-    return slope, numpy.sqrt((rest**2).sum(0) / (len(x) - 2) / (x @ x))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ steps on one batch, and the slope of log size over log width is fitted for each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from diag.display import format_number
 from diag.errors import InvalidInput
-from diag.linalg.student import STANDARD_ERRORS, factor, width_slopes
+from diag.linalg.student import STANDARD_ERRORS, factor
 from diag.snapshot.inside import apart
 from diag.snapshot.preserve import random_states
 from diag.snapshot.snapshot import Snapshot
@@ -48,13 +48,9 @@ class CoordinateCheck:
 
     def growing(self) -> tuple[str, ...]:
         """The layers whose outputs, or their changes, grow with the width beyond the error."""
-        off = [
-            (s - STANDARD_ERRORS * e > 0) | (c - STANDARD_ERRORS * d > 0)
-            for s, e, c, d in zip(
-                self.slopes, self.slope_errors, self.change_slopes, self.change_slope_errors, strict=True
-            )
-        ]
-        return tuple(name for name, is_off in zip(self.layers, off, strict=True) if is_off)
+        outputs = self.slopes > STANDARD_ERRORS * self.slope_errors
+        changes = self.change_slopes > STANDARD_ERRORS * self.change_slope_errors
+        return tuple(name for name, grows in zip(self.layers, outputs | changes, strict=True) if grows)
 
     def sentence(self) -> str:
         """What was found, in one sentence."""
@@ -169,3 +165,19 @@ def _fitted(
     }
     slopes, errors = width_slopes(table)
     return slopes, errors * factor(sum(map(len, table.values())) - 1)
+
+
+def width_slopes(
+    sizes: Mapping[int, Sequence[NDArray[numpy.float64]]],
+) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
+    """Slope of log size over log width for each layer, and its standard error, (layers,) each.
+
+    sizes: for each of two or more widths the sizes of the layers, one array (layers,) a draw of the weights; three
+    or more in all.
+    """
+    x = numpy.log([float(width) for width, draws in sizes.items() for _ in draws])
+    y = numpy.log([values for draws in sizes.values() for values in draws])
+    x = x - x.mean()
+    slope = x @ (y - y.mean(0)) / (x @ x)
+    rest = y - y.mean(0) - numpy.outer(x, slope)
+    return slope, numpy.sqrt((rest**2).sum(0) / (len(x) - 2) / (x @ x))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from reproducing import Card, Expectation, Lab
@@ -24,16 +22,6 @@ def modular_addition(prime: int, share: float, seed: int) -> tuple[tuple[Tensor,
     return (x[order[:size]], y[order[:size]]), (x[order[size:]], y[order[size:]])
 
 
-@torch.no_grad()
-def project(parameters: Iterable[nn.Parameter]) -> None:
-    """Take from each tensor's gradient its part along the tensor, and give the rest the old norm (perpGrad)."""
-    for p in parameters:
-        assert p.grad is not None
-        norm = p.grad.norm()
-        p.grad.sub_(p * (p * p.grad).sum() / p.square().sum().clamp_min(1e-30))
-        p.grad.mul_(norm / p.grad.norm().clamp_min(1e-30))
-
-
 def train_arm(
     lab: Lab, arm: str, prime: int, share: float, seed: int, epochs: int, perp: bool
 ) -> dict[int, SoftmaxCollapse]:
@@ -49,13 +37,13 @@ def train_arm(
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0)
     name = "AdamW on the projected gradient" if perp else "AdamW"
+    if perp:
+        diag.remedies.perp_grad(optimizer)
     course = {}
     with lab.recorder(arm, model, optimizer=f"{name}, lr {LEARNING_RATE}, no decay", seed=seed) as record:
         for epoch in range(1, epochs + 1):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
-            if perp:
-                project(model.parameters())
             optimizer.step()
             if epoch % EVERY == 0:
                 snapshot = diag.Snapshot(model, F.cross_entropy, (x[:PROBE], y[:PROBE]), held_out=held_out)

@@ -10,7 +10,6 @@ from torch import nn
 import diag
 from diag.errors import InvalidInput
 from diag.instruments.initialization import Initialization, initialization, relative_variance
-from diag.linalg.student import width_slopes
 from diag.result import Level
 from diag.testing import check_result, leaves_no_trace, refusal
 
@@ -100,19 +99,6 @@ def test_fluctuation_of_measured_networks():
     assert pytest.approx(Initialization.fluctuation(draws)[-1], rel=0.8) == (1 + 2 / 50) ** 3 - 1
     with pytest.raises(InvalidInput, match="give two or more, of draws"):
         Initialization.fluctuation(draws[:1])
-
-
-def test_width_slopes_find_a_power_and_its_error():
-    """Sizes of exactly width^(0, 0.5); and a noisy one, whose slope lies within four standard errors."""
-    sizes = {w: [numpy.array([3.0, w**0.5])] * 2 for w in (32, 64, 128)}
-    slopes, errors = width_slopes(sizes)
-    assert slopes == pytest.approx([0, 0.5], abs=1e-12) and errors == pytest.approx([0, 0], abs=1e-7)
-    noise = numpy.random.default_rng(0)
-    noisy = {w: [numpy.exp(0.1 * noise.normal(size=1)) * w**0.3 for _ in range(5)] for w in (16, 64, 256)}
-    slope, error = width_slopes(noisy)
-    assert abs(slope[0] - 0.3) < 4 * error[0] and 0.005 < error[0] < 0.05
-    with pytest.raises(InvalidInput, match="two widths or more"):
-        width_slopes({32: [numpy.ones(2)] * 4})
 
 
 def test_verdicts_for_plain_stacks():

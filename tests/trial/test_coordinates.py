@@ -8,10 +8,10 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
-from diag.trial.coordinates import CoordinateCheck
+from diag.trial.coordinates import CoordinateCheck, width_slopes
 
-torch.manual_seed(0)
-X, Y = torch.randn(1, 10), torch.randn(1, 1)
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.randn(1, 10, generator=GENERATOR), torch.randn(1, 1, generator=GENERATOR)
 ABOUT = {"widths": (32, 64, 128, 256), "draws": 3}
 
 
@@ -47,6 +47,17 @@ def test_under_maximal_updates_no_change_grows():
     assert abs(found.change_slopes[found.layers.index("2")]) < 0.15
 
 
+def test_width_slopes_find_a_power_and_its_error():
+    """Sizes of exactly width^(0, 0.5); and a noisy one, whose slope lies within four standard errors."""
+    sizes = {w: [numpy.array([3.0, w**0.5])] * 2 for w in (32, 64, 128)}
+    slopes, errors = width_slopes(sizes)
+    assert slopes == pytest.approx([0, 0.5], abs=1e-12) and errors == pytest.approx([0, 0], abs=1e-7)
+    noise = numpy.random.default_rng(0)
+    noisy = {w: [numpy.exp(0.1 * noise.normal(size=1)) * w**0.3 for _ in range(5)] for w in (16, 64, 256)}
+    slope, error = width_slopes(noisy)
+    assert abs(slope[0] - 0.3) < 4 * error[0] and 0.005 < error[0] < 0.05
+
+
 def test_what_grows_is_beyond_two_standard_errors():
     """Slopes of .5 and .3 with errors of .2: only the first is more than two of them above 0."""
     zero, error = numpy.zeros(2), numpy.full(2, 0.2)
@@ -65,6 +76,8 @@ def test_a_bare_model_is_trained_by_adam_and_random_numbers_are_left_alone():
 def test_refusals():
     with pytest.raises(InvalidInput, match="give two widths or more"):
         diag.coordinate_check(standard, F.mse_loss, (X, Y), widths=(8, 8))
+    with pytest.raises(InvalidInput, match="got 2 widths, 1 draws and 3 steps; give two widths or more, three"):
+        diag.coordinate_check(standard, F.mse_loss, (X, Y), widths=(8, 16), draws=1)
     deeper = lambda w: nn.Sequential(*(nn.Linear(10, 10) for _ in range(w // 8)), nn.Linear(10, 1))  # noqa: E731
     with pytest.raises(InvalidInput, match="build one architecture"):
         diag.coordinate_check(deeper, F.mse_loss, (X, Y), widths=(8, 16))

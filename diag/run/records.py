@@ -59,13 +59,13 @@ class Records(NamedTuple):
     bytes: int
 
 
-def record_line(record: Mapping[str, Any], number: int, seal: int = 0) -> bytes:
+def record_line(record: Mapping[str, Any], number: int, seal: int) -> bytes:
     """A record as line `number` of the records.jsonl of the run with this seal."""
     body = b'"n":%d,%b' % (number, json.dumps(record, allow_nan=False, separators=(",", ":")).encode()[1:])
     return b'{"crc":"%08x",%b\n' % (zlib.crc32(body, seal), body)
 
 
-def read_records(file: Path, seal: int = 0) -> Records:
+def read_records(file: Path, seal: int) -> Records:
     """The records of records.jsonl that fit their checksums. Raises OSError where it cannot be read.
 
     The `data` of an outcome is left as the bytes of its line (`outcome_data` reads them): its checksum shows that

@@ -58,7 +58,7 @@ def check_columns(columns: Iterable[Any], num_layers: int) -> None:
         raise ValueError(f"the column {missing[0] if isinstance(missing, list) else CRC} is not where it belongs")
 
 
-def sealed(data: bytes, itemsize: int, first: int, seal: int = 0) -> bytes:
+def sealed(data: bytes, itemsize: int, first: int, seal: int) -> bytes:
     """The bytes of rows with their checksums; `first` is the place of the first of them in the file, `seal` the
     number of their run."""
     if len(data) == itemsize:
@@ -84,7 +84,7 @@ class Rows(NamedTuple):
         return int((~self.whole).sum())
 
 
-def read_rows(file: Path, columns: Iterable[Iterable[Any]], seal: int = 0) -> Rows:
+def read_rows(file: Path, columns: Iterable[Iterable[Any]], seal: int) -> Rows:
     """The rows of steps.bin, each compared with its checksum. Raises OSError where the file cannot be read."""
     dtype = row_dtype(columns)
     size = file.stat().st_size if file.exists() else 0

@@ -433,7 +433,7 @@ def test_the_facts_of_a_run_are_for_reading():
 def test_what_json_has_no_word_for_is_not_written():
     """A NaN in a record would make its whole line unreadable to others; `encode` comes first."""
     with pytest.raises(ValueError, match="not JSON compliant"):
-        record_line({"type": "event", "value": math.nan}, 0)
+        record_line({"type": "event", "value": math.nan}, 0, 0)
 
 
 @pytest.mark.parametrize("data", ["[]", '"text"', "3", "null"])

@@ -182,7 +182,7 @@ def _converted_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        found = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else f"{type_of(loss)}"
+        found = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else type_of(loss)
         raise InvalidInput(
             f"loss_fn returned {found}; expected a floating-point tensor: the mean loss of the batch."
         )

@@ -85,9 +85,8 @@ class _Examination:
     def __init__(self, curvature: Curvature, trial: Objective, gradient: Tensor, seed: int):
         self.gradient = gradient
         self.curvature, self.trial, self.seed = curvature, trial, seed
-        self.direction = self.product = torch.empty(
-            0, dtype=torch.float32
-        )  # one true product, for a caller that compares with it
+        # One true product, for a caller that compares with it.
+        self.direction = self.product = torch.empty(0, dtype=torch.float32)
         self.theta = trial.parameters()
         self.precision = "float64" if trial.dtype == torch.float64 else "float32"
         self.scale = max(length(trial.layout.flatten(self.theta, self.theta[0])), 1e-3)

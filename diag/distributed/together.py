@@ -26,7 +26,10 @@ ONE_PROCESS = "There is one process, so ranks= has nothing to put together; leav
 FAILED = "Rank {} could not compute its share; its own message says why."
 FAILED_SO = "Rank {} could not compute its share ({})."
 PARTED = "The ranks could not continue together ({}); look at what happened to the others."
-UNLIKE_ROWS = "The ranks' {} are not of one kind (shape and number format), so that they do not make one table."
+UNLIKE_ROWS = (
+    "The ranks' {} are not of one kind (shape and number format), so that they do not make one table; give every "
+    "rank examples of one shape and the same model."
+)
 ROWS_TOO_LARGE = (
     "The {} of all ranks are {:.2g} GB, more than a quarter of what is free on some rank ({:.2g} GB); give fewer "
     "examples (max_examples=)."
@@ -166,7 +169,7 @@ class Together:
         if not self.same(torch.tensor([kind])).all():
             raise Unsupported(UNLIKE_ROWS.format(what))
         sizes = [int(n) for n in self.totals(torch.arange(self.world).eq(self.rank) * len(own))]
-        self._refuse_many(own[:1].nbytes * sum(sizes), what)
+        self._refuse_many(own.element_size() * own.shape[1:].numel() * sum(sizes), what)
         longest = max(sizes)
         block = own.new_zeros(longest, *own.shape[1:])
         block[: len(own)] = own

@@ -2,7 +2,7 @@
 
 Each rank computes those of its own examples. What is one number an example is gathered; sums over groups of
 examples are added up over ranks, and inner products of groups are those of the sums. No gradient of a single
-example leaves its rank, so inner products of two examples are not to be had.
+example leaves its rank, so inner products of two examples are unavailable.
 """
 
 from __future__ import annotations
@@ -99,7 +99,6 @@ class GradientsOfRanks(PerExampleGradients):
     def with_permuted_targets(self, seed: int = 0) -> PerExampleGradients:
         """Refused: a permutation over ranks would send targets from one to another."""
         raise Unsupported(
-            "Targets are not permuted over ranks, of which each has a share of the data; leave out "
-            "contrast=True, or "
-            "measure in one process."
+            "Targets are not permuted over ranks, of which each has a share of the data; leave out contrast=True, "
+            "or measure in one process."
         )

@@ -99,12 +99,8 @@ def probe_of(batch: Batch, size: int, losses: Callable[[], Tensor]) -> Batch:
     if size <= PROBE_SIZES[0] or batch.size <= PROBE_SIZES[0]:
         return batch.slice(0, min(PROBE_SIZES[0], batch.size))
     hardest = losses().argsort(descending=True)[: size // 2].tolist()
-    spaced = (
-        torch.linspace(0, batch.size - 1, min(size - size // 2, batch.size), dtype=torch.float64)
-        .round()
-        .int()
-        .tolist()
-    )
+    rest = min(size - size // 2, batch.size)
+    spaced = torch.linspace(0, batch.size - 1, rest, dtype=torch.float64).round().int().tolist()
     return picked([batch], sorted({*hardest, *spaced}))[0]
 
 

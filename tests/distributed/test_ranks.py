@@ -320,6 +320,13 @@ def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
         first["align"].startswith("symmetries is not put together over ranks") and first["align"] == last["align"]
     )
     assert "stay on the rank that has them" in first["single"] == last["single"]
+    assert first["unlike"].startswith("The ranks' outputs are not of one kind")
+    assert "give every rank examples of one shape" in first["unlike"] == last["unlike"]
+    assert first["rows"].startswith("The outputs of all ranks are") and first["rows"] == last["rows"]
+    assert "give fewer examples (max_examples=)" in first["rows"]
+    assert first["no rows"].startswith("The outputs of all ranks are") and first["no rows"] == last["no rows"]
+    assert first["sums"].startswith("The summed gradients of 2 groups of examples take")
+    assert "measure a model of fewer parameters, or free memory" in first["sums"] == last["sums"]
     assert "0.weight has placement (Shard(dim=0),)" in first["alone"] == last["alone"]
     assert first["labels of one rank"].startswith("Rank 1 could not compute its share")
     assert "The ranks hold other values of 2.bias" in first["apart"] == last["apart"]

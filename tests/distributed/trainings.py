@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from unittest import mock
 
 import numpy
 import torch
@@ -543,6 +544,12 @@ def refusal(call):
     return "not refused"
 
 
+def refused_without_memory(module, call):
+    """The same where the last rank has no memory left."""
+    with mock.patch(f"{module}.free_memory", lambda device: 0.0 if RANK == WORLD - 1 else 1e12):
+        return refusal(call)
+
+
 def weighted_loss(outputs, targets):
     return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 2.0, 4.0], dtype=outputs.dtype))
 
@@ -569,6 +576,7 @@ def curvature():
     found["weighted"] = curvature_of(networks()["mlp"], weighted_loss, share(), ranks=True)
     snapshot = diag.Snapshot(networks()["mlp"], F.cross_entropy, share(), ranks=True)
     with_other = snapshot.replace(other=second(networks()["mlp"]))
+    gradients = snapshot.quantity("per_example_gradients")
     apart = networks()["mlp"]
     apart[2].bias.data += RANK
     bad = (share()[0], share()[1] + (7 if RANK == WORLD - 1 else 0))
@@ -590,6 +598,14 @@ def curvature():
         "alone": refusal(lambda: diag.neural_collapse(diag.Snapshot(fully(mlp()), F.cross_entropy, rows()))),
         "flat": refusal(lambda: diag.Snapshot(flat, F.cross_entropy, rows(), ranks=True).quantity("hessian")),
         "heads": refusal(lambda: diag.Snapshot(heads, token_loss, texts(), ranks=True).quantity("hessian")),
+        "unlike": refusal(lambda: snapshot.together.rows(lambda: torch.zeros(2, 3 + RANK), "outputs")),
+        "rows": refused_without_memory(
+            "diag.distributed.together", lambda: snapshot.together.rows(lambda: share()[0], "outputs")
+        ),
+        "no rows": refused_without_memory(
+            "diag.distributed.together", lambda: snapshot.together.rows(lambda: torch.ones(3 * RANK, 2), "outputs")
+        ),
+        "sums": refused_without_memory("diag.gradients.over_ranks", lambda: gradients.group_sums([[0, 1], [2]])),
         "shares": of_a_checkpoint(networks()["mlp"], share()),
     }
     return found

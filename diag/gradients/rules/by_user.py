@@ -30,7 +30,7 @@ class RuleAnswer:
         expected = (self._call.n, *self._call.use.slots[place].shape)
         found = self._found.get(name)
         if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-            what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type_of(found)}"
+            what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type_of(found)
             raise InvalidInput(
                 f"The gradient rule of {self._call.use.name} gives {'nothing' if found is None else what} for "
                 f"{name}; expected a tensor of shape {expected}, one gradient an example."

@@ -139,6 +139,22 @@ def test_a_data_set_of_other_rows_or_of_none_is_another():
     assert same_rows(TensorDataset(x), TensorDataset(x[:]))
 
 
+class Centred(Dataset):
+    """Its attribute before the rows is a number in a tensor."""
+
+    def __init__(self, mean, rows):
+        self.mean, self.rows = torch.tensor(mean), rows
+
+    def __len__(self):
+        return len(self.rows)
+
+
+def test_numbers_beside_the_rows_of_a_data_set_are_compared_as_they_are():
+    x, _ = data()
+    assert same_rows(Centred(0.5, x), Centred(0.5, x.clone()))
+    assert not same_rows(Centred(0.5, x), Centred(0.6, x.clone()))
+
+
 def kind_of_training(kind):
     """(an epoch's batches, the loss) of a kind of loop, newly made."""
     x, y = data()

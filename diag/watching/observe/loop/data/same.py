@@ -31,6 +31,8 @@ def _holds_rows(one: Any, depth: int) -> bool:
         return any(_holds_rows(part, depth - 1) for part in vars(one).values())
     if isinstance(one, tuple) and depth:
         return any(_holds_rows(part, depth - 1) for part in one)
+    if isinstance(one, (Tensor, numpy.ndarray)) and not one.ndim:
+        return False  # a number, as a mean to take off, has no length
     return isinstance(one, (Tensor, numpy.ndarray, list)) and len(one) > 1
 
 

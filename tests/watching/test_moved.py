@@ -11,6 +11,8 @@ from torch.nn import functional as F
 import diag
 from diag.registry import instruments
 from diag.result import Failed
+from diag.snapshot.batch import Batch
+from diag.watching.measure.follow import MovedBatches
 
 X = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
 Y = X[:, :3].argmax(1)
@@ -70,7 +72,7 @@ def test_the_probe_set_follows_a_model_that_is_converted(dtype):
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_the_default_precision_of_the_program_changes_no_number(default):
+def test_in_another_default_precision_no_less_is_measured(default):
     plain = trained(True)[1]
     state, run = None, None
     torch.set_default_dtype(default)
@@ -83,6 +85,21 @@ def test_the_default_precision_of_the_program_changes_no_number(default):
     assert state is not None and not broken(run)
     measured = {name for name in instruments() if plain.series(name)}
     assert {name for name in instruments() if run.series(name)} >= measured
+
+
+def test_batches_are_moved_once_and_others_that_take_their_place_again():
+    def batches(begin):
+        return [Batch((X[begin : begin + 8],), {}, Y[begin : begin + 8], 8)]
+
+    model = Scaled()
+    moved, kept = MovedBatches(model), batches(0)
+    assert moved.here(kept) is kept
+    model.double()
+    there = moved.here(kept)
+    assert moved.here(list(kept)) is there and there[0].targets.dtype is torch.int64
+    del kept, there
+    for begin in (8, 16, 24):  # each is made where the one before it lay
+        assert torch.equal(moved.here(batches(begin))[0].args[0], X[begin : begin + 8].double())
 
 
 def on(device):

@@ -6,6 +6,7 @@ the loop gives the model other inputs, and the kept ones no longer fit.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ class MovedBatches:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._first = model, place_of_parameters(model)
-        self._moved: tuple[tuple[int, ...], ModelPlace, list[Batch]] | None = None
+        # Those that were given, where the model was then, and what they are there.
+        self._moved: tuple[list[Batch], ModelPlace, list[Batch]] | None = None
 
     def begin(self) -> None:
         """The batches are kept from here on."""
@@ -44,10 +46,13 @@ class MovedBatches:
         now = place_of_parameters(self._model)
         if now is None or self._first is None or now == self._first:
             return batches
-        key = tuple(map(id, batches))
-        if self._moved is None or self._moved[:2] != (key, now):
-            self._moved = (key, now, [_moved(batch, self._first, now) for batch in batches])
+        if self._moved is None or self._moved[1] != now or not _are(self._moved[0], batches):
+            self._moved = (list(batches), now, [_moved(batch, self._first, now) for batch in batches])
         return self._moved[2]
+
+
+def _are(kept: list[Batch], batches: list[Batch]) -> bool:
+    return len(kept) == len(batches) and all(map(operator.is_, kept, batches))
 
 
 def _moved(batch: Batch, before: ModelPlace, now: ModelPlace) -> Batch:

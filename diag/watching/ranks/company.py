@@ -130,8 +130,9 @@ class Company:
 
     def facts(self) -> RankFacts:
         """What is known of the ranks."""
-        found = RankFacts() if self._comparison is None else self._comparison.facts()
-        return dataclasses.replace(found, data_apart=data_apart(self._model))
+        if self._comparison is None:
+            return RankFacts()
+        return dataclasses.replace(self._comparison.facts(), data_apart=data_apart(self._model))
 
     def leave(self, why: str) -> None:
         """This rank's watch ends."""

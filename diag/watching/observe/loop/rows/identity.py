@@ -166,12 +166,11 @@ def _hash(t: Tensor, seed: int) -> Tensor:
         flat = flat[:, :: -(-flat.shape[1] // COLUMNS)]
     if flat.is_floating_point():
         flat = flat.float() if flat.element_size() == 2 else flat
-        bits = flat.element_size()
+        size, flat = flat.element_size(), flat.contiguous()
         # Two numbers of four bytes are one of eight: half as many products.
-        wide = bits == 8 or (bits == 4 and flat.shape[1] % 2 == 0)
-        flat = flat.contiguous()
-        flat = flat.clone() if flat.storage_offset() % 2 else flat
-        flat = flat.view(torch.int64 if wide else torch.int32)
+        paired = size == 4 and flat.shape[1] % 2 == 0
+        flat = flat.clone() if paired and flat.storage_offset() % 2 else flat  # pairs begin at an even place
+        flat = flat.view(torch.int64 if paired or size == 8 else torch.int32)
     return (flat.long() * _factors(flat.shape[1], seed, flat.device)).sum(1)
 
 

@@ -69,9 +69,9 @@ def _read_by_each(b: BatchFacts) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.ALARM,
             Cause.ROWS_DUPLICATED,
-            f"Each batch comes {b.readers:,} times: the DataLoader has {b.readers:,} workers, and each of "
-            f"them reads the "
-            f"whole stream of its IterableDataset ({b.equal_pairs:,} of {b.pairs:,} batches were the one before).",
+            f"Each batch comes {b.readers:,} times: the DataLoader has {b.readers:,} workers, and each of them "
+            f"reads the whole stream of its IterableDataset ({b.equal_pairs:,} of {b.pairs:,} batches were the one "
+            "before).",
             "Give each worker its part in __iter__: with torch.utils.data.get_worker_info(), rows[info.id :: "
             "info.num_workers].",
             "A stream that is meant to give each batch several times.",

@@ -230,7 +230,7 @@ def _beside(loop: Loop) -> Iterator[LoopFinding]:
                 Level.ALARM,
                 Cause.SETTING_WITHOUT_EFFECT,
                 f"optimizer.{o.set_beside[0]} was set, and {o.kind} does not read it: its steps use what its "
-                f"param_groups hold.",
+                "param_groups hold.",
                 f"Set it there: for group in optimizer.param_groups: group['{o.set_beside[0]}'] = ...",
                 "An optimizer of one's own that reads this attribute.",
             )

@@ -71,9 +71,8 @@ def _training(m: ModeFacts) -> LoopFinding | None:
         return LoopFinding(
             Level.ALARM,
             Cause.TRAINING_IN_EVAL_MODE,
-            f"Training runs with {named(untracked)} in eval mode, which never saw a batch: what it "
-            f"normalises with is "
-            "the mean 0 and the variance 1 that it was made with.",
+            f"Training runs with {named(untracked)} in eval mode, which never saw a batch: what it normalises with "
+            "is the mean 0 and the variance 1 that it was made with.",
             "Call model.train() before training; batch norms need statistics from pretraining to be in eval mode.",
             "num_batches_tracked above zero.",
             step=since,

@@ -25,11 +25,10 @@ class BatchFacts:
     in such an epoch; by_rows: its sampler orders rows, so that no two epochs have the same batches by chance.
     readers: workers of the last loader, where its data set is a stream (IterableDataset), which each of them reads;
     pairs: of batches that loaders gave one after the other and that were compared, equal_pairs those that were one
-    batch twice.
-    label_counts: of each class over the batches that were
-    counted (`counted` of them), and distinct: classes in a batch, on average; batch_size: targets counted a batch
-    on average; continued: the share of batches that have a class of the batch just before. empty: how many of
-    these loaders had no batch, and of the last the rows of its data set and its batch size."""
+    batch twice. label_counts: of each class over the batches that were counted (`counted` of them), and distinct:
+    classes in a batch, on average; batch_size: targets counted a batch on average; continued: the share of batches
+    that have a class of the batch just before. empty: how many of these loaders had no batch, and of the last the
+    rows of its data set and its batch size."""
 
     calls: int = 0
     lag: int = 0
@@ -72,8 +71,7 @@ class ContentFacts:
     """What the inputs of training held, in `batches` that were looked at, with `rows` rows: how many were a hundred
     times as large as the median one and ten times as large as any nearer to it (large) or not finite (broken), and
     the first of them that differ (odd). whole: batches of which at least half of the rows are large. Of the first
-    `raw` batches that a DataLoader gave, in `alike` all rows
-    were one."""
+    `raw` batches that a DataLoader gave, in `alike` all rows were one."""
 
     batches: int = 0
     rows: int = 0
@@ -124,15 +122,14 @@ class LossFacts:
     embedding whose entries are the loss's classes; padded: the share of targets that are the latter. filler: a
     number that fills the ends of sequences of targets to different lengths and stood nowhere else in the
     `filled_calls` that were looked at, None where there is none; filled: the largest share of a batch's targets
-    that it was. truncated:
-    the targets are what a DataLoader gave, cut to whole numbers, and the largest change that this made; constant:
-    calls whose targets were all one number where the DataLoader gave floating ones that differ. lowest, highest:
-    of the targets of binary cross-entropy; several: the largest number of classes that one row of zeros and ones
-    has, where softmax is taken over them. averaged: of a loss that is not reduced, backward() was called on its
-    plain mean; ascended: it enters what backward() is called on with a minus sign. weighted: class weights were
-    given, class_weights: these, one for each class, and positive_weight that of the ones of binary cross-entropy
-    (the largest of several; NaN where none is known); positives: the share of ones among its targets, a running
-    mean. flat: the function whose derivative is zero that made the input ("round()")."""
+    that it was. truncated: the targets are what a DataLoader gave, cut to whole numbers, and the largest change
+    that this made; constant: calls whose targets were all one number where the DataLoader gave floating ones that
+    differ. lowest, highest: of the targets of binary cross-entropy; several: the largest number of classes that one
+    row of zeros and ones has, where softmax is taken over them. averaged: of a loss that is not reduced, backward()
+    was called on its plain mean; ascended: it enters what backward() is called on with a minus sign. weighted:
+    class weights were given, class_weights: these, one for each class, and positive_weight that of the ones of
+    binary cross-entropy (the largest of several; NaN where none is known); positives: the share of ones among its
+    targets, a running mean. flat: the function whose derivative is zero that made the input ("round()")."""
 
     function: str
     reduction: str = ""

@@ -128,7 +128,8 @@ class LiveChecks:
                 self._judge(instrument, step, given, last)
         seconds = time.perf_counter() - began
         self._spent += seconds
-        self._cost = self._cost if news_only else seconds
+        if not news_only:
+            self._cost = seconds
 
     def _knows(self, instrument: Instrument) -> bool:
         """Whether the facts would tell the check nothing that it has not judged."""

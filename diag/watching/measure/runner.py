@@ -81,9 +81,7 @@ class MeasurementRunner(Guarded):
         ready = self._is_ready(in_step)
         if self.over_ranks.due(step):
             self._with_all_ranks(step, ready)
-        elif ready and self._wants_a_look(
-            step
-        ):  # asked first, as it takes a walk through the model to know the rest
+        elif ready and self._wants_a_look(step):
             self._alone(step)
 
     def _is_ready(self, in_step: bool) -> bool:
@@ -92,7 +90,7 @@ class MeasurementRunner(Guarded):
         return in_step and bool(self._probe.batches) and settled
 
     def _wants_a_look(self, step: int) -> bool:
-        """Whether anything may be due."""
+        """Whether anything may be due. Asked first, as the rest takes a walk through the model."""
         return self._measurements.floor.is_due(step) or (
             self._probe.complete and self._schedule.budget > 0 and self._is_time()
         )

@@ -1791,9 +1791,6 @@ def dropout_in_every_mode():
     return evaluated_on(AlwaysDropping(), 0.0)
 
 
-CONSEQUENCES: dict[str, set[str]] = {}
-
-
 @healthy
 def one_batch_an_epoch_and_a_schedule_of_a_few():
     """An epoch of one batch, or a loader begun again at each step, is no epoch that a scheduler could wait for."""

@@ -420,7 +420,6 @@ def test_layers_that_are_left_out_by_chance_are_not_told():
 def test_an_evaluation_without_a_loss_is_not_said_to_have_computed_one():
     model = loops.noisy()
     optimizer, loader, others = loops.adam(model), loops.batches(n=96), held_out()
-    logging.getLogger("diag").setLevel(logging.CRITICAL)
     with diag.watch(model) as watcher:  # all checks: some compute losses of their own when the watch is closed
         for _ in range(3):
             model.train()

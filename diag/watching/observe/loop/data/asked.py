@@ -141,7 +141,7 @@ class Demands:
             self._waiting.append((kind, target.clone(), None if inputs is None else inputs.clone()))
 
     def _note(self, kind: _Kind, target: Tensor, inputs: Tensor | None) -> None:
-        kind.looked, kind.told = kind.looked + 1, None
+        kind.looked += 1
         if target.is_floating_point():
             kind.numbers.append(target.double())
         else:

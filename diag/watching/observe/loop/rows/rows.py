@@ -36,7 +36,7 @@ LOOKED_AT = 4  # batches that are looked at for rows that are alike
 NO_TARGET = "no loss of training was seen with one target a row"
 TWO_TARGETS = "the loss of a row has two targets (mixed rows?)"
 ALL_STEPS, ALL_SIGHTS = 1 << 10, 8  # steps, and sights of a row, up to which every step is followed
-HALVINGS = 2  # then every second one, and at last every fourth
+TIMES_HALVED = 2  # then every second one, and at last every fourth
 # 2^32 over the golden ratio: its multiples fall evenly, whatever number of batches an epoch has.
 GOLDEN_SHARE = 0x9E3779B1
 EVERY_ROUND = 16  # rounds of which each is told, then ever fewer
@@ -229,7 +229,7 @@ class RowObserver:
         """Once all rows have come round, what is told is made new."""
         assert self._course is not None
         rounds = self._sights // max(self._course.n, 1)
-        every = 1 << min(rounds // ALL_SIGHTS, HALVINGS) if step > ALL_STEPS else 1
+        every = 1 << min(rounds // ALL_SIGHTS, TIMES_HALVED) if step > ALL_STEPS else 1
         if every > self._later[1]:
             # From a step on that is later than any at which this one's numbers may have been read from a device.
             self._later = step + 2 * READ_TOGETHER * READS_WAITING, every

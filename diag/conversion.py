@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, type_of
 
 BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -32,8 +32,8 @@ def _shown(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"a {type(value).__name__}"
+        text = type_of(value)
+    return text if len(text) <= 60 else type_of(value)
 
 
 def _as_type(value: Any, type_: Any, default: Any) -> Any:

@@ -83,6 +83,7 @@ def test_what_is_missing_and_what_breaks_become_records():
         (lambda: mean_logit(), "needs logits; pass logits=..., or a snapshot"),
         (lambda: mean_logit(nn.Linear(1, 1)), "called on a Linear; expected a diag.Snapshot, or the quantities"),
         (lambda: mean_logit(logits=torch.ones(2, 2), size=3), "has no setting or quantity 'size'; its quantities"),
+        (lambda: mean_logit.converted_settings(3), "The settings of mean_logit are an int; expected a dict"),
         (lambda: find(3), "The name of an instrument is an int; expected one that `diag list` shows"),
         (lambda: find("mean_lgit"), "There is no instrument 'mean_lgit'; .*`diag list`|did you mean"),
     ],

@@ -129,7 +129,10 @@ class _Search:
         slots = self.slots[name]
         solved = null_vectors(diagonal(gradients, slots)) if slots else None
         if solved is None:
-            self.refused[name] = "the outputs on the example are too few to tell what its weights can take up"
+            self.refused[name] = (
+                "the outputs on the example are too few, or do not depend on its weights, to tell what these can "
+                "take up"
+            )
             return
         vectors, idle = solved
         for number, vector in enumerate(vectors):

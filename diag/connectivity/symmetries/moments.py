@@ -87,7 +87,7 @@ def antisymmetric(gradients: OutputGradients, slots: Sequence[Slot], centred: bo
 
 def null_vectors(rows: Tensor) -> tuple[list[list[int]], set[int]] | None:
     """The combinations of columns that vanish, reduced, as far as they are made of -1, 0 and 1; and the columns
-    that vanish by themselves (idle). None where there are too few rows to tell.
+    that vanish by themselves (idle). None where all do, or there are too few rows to tell.
     """
     norms = rows.norm(dim=0)
     idle = {j for j, n in enumerate(norms.tolist()) if not n > IDLE * float(norms.max())}

@@ -229,6 +229,42 @@ def test_align_uses_them_and_permutations_alone_leave_a_barrier():
         diag.mode_connectivity(snapshot, align="weights", orders=0, beyond_permutations=True)
 
 
+def test_units_that_the_outputs_do_not_depend_on_are_told():
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    _, linear = found_in(model, vectors(4, 5))
+    assert not linear.of_kind("scale", "invertible")
+    assert [why for why in linear.refused.values() if "do not depend on its weights" in why]
+
+
+class WrongBackward(torch.autograd.Function):
+    """tanh, with the derivative tanh(x) / x: by gradients alone its units could be scaled."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x.tanh() / x
+
+
+class Wrong(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return WrongBackward.apply(x)
+
+
+def test_a_map_that_only_wrong_gradients_allow_is_refused_by_the_outputs():
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 9), Wrong(), nn.Linear(9, 3)))
+    _, linear = found_in(model, vectors(4, 5))
+    assert Counter(g.kind for g in linear.groups.values()) == {"sign": 1}
+    (why,) = linear.refused.values()
+    assert why.startswith("such a map changed the outputs (relative change ")
+
+
 def test_a_gain_near_zero_is_left_where_it_is():
     model = seeded(Reader)
     with torch.no_grad():

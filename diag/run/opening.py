@@ -25,11 +25,10 @@ def opened(path: PathOfRun, build: Any = None, first: PathOfRun | None = None) -
     Raises RunError or CheckpointError where the path does not hold what it should, or not of the kind of `first`.
     """
     path = Path(path)
+    against_files = first is not None and Path(first).exists() and not build and not holds_run(Path(first))
+    if holds_run(path) and against_files:
+        raise CheckpointError(f"{path} is a run and {first} a checkpoint; give runs, or checkpoints, or a build.")
     if holds_run(path) or not path.exists():
-        if first is not None and Path(first).exists() and not build and not holds_run(Path(first)):
-            raise CheckpointError(
-                f"{path} is a run and {first} a checkpoint; give runs, or checkpoints, or a build."
-            )
         return read_run(path)
     refuse_log(path)
     if build is not None:

@@ -185,6 +185,7 @@ def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
         ),
         (["compare", "run"], "There is one run, run; give at least two."),
         (["compare", "run", "net.pt"], "net.pt holds no run"),
+        (["compare", "net.pt", "nowhere.pt"], "nowhere.pt holds no run (there is no such folder)"),
         (
             ["compare", "net.pt", "run"],
             "run is a run and net.pt a checkpoint; give runs, or checkpoints, or a build",

@@ -122,12 +122,12 @@ def compiled_wrappers(model: nn.Module) -> list[nn.Module]:
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     if eval_frame is None:
         return []
-    return [o for o in _instances(eval_frame.OptimizedModule) if bare_model(o) is model]
+    return [o for o in instances_of(eval_frame.OptimizedModule) if bare_model(o) is model]
 
 
-def _instances(kind: type) -> list[Any]:
-    """All objects of this class. Each refers to its class, and a search for that is several times as fast as a walk
-    through the objects of the process here."""
+def instances_of(kind: type) -> list[Any]:
+    """All objects of this class that exist. Each refers to its class, and a search for that is several times as fast
+    as a walk through the objects of the process here."""
     kinds = [kind]
     for each in kinds:
         kinds += each.__subclasses__()

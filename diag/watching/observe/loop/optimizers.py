@@ -3,7 +3,6 @@ on."""
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.loop.steps import OptimizerFacts
 from diag.snapshot.optimizer import HYPERPARAMETERS
+from diag.watching.hooks.model_hook import instances_of
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.zeroing import Gradients, Watched, mark_of
 
@@ -105,9 +105,8 @@ class Optimizers:
         if self._searched:
             return
         self._searched = True
-        for found in gc.get_objects():
-            if issubclass(type(found), Optimizer):
-                self.record(found)
+        for found in instances_of(Optimizer):
+            self.record(found)
 
     # Steps
 

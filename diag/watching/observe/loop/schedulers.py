@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, MultiStepLR, StepLR
 
 from diag.snapshot.loop.steps import SchedulerFacts
+from diag.watching.hooks.model_hook import instances_of
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers
 
@@ -109,7 +109,7 @@ class Schedulers:
         self._searched.add(id(record))
         if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             return
-        found = [o for o in gc.get_objects() if isinstance_of_scheduler(type(o))]
+        found = instances_of(LRScheduler)
         # SequentialLR and its like hold others, which they step in their own way.
         held = {id(part) for o in found for part in getattr(o, "_schedulers", ())}
         for scheduler in found:
@@ -139,14 +139,6 @@ class Schedulers:
             last_milestone=s.last_milestone,
             final=s.final,
         )
-
-
-def isinstance_of_scheduler(kind: type) -> bool:
-    """Whether objects of this class are schedulers; asked of every object there is, so asked once a class."""
-    try:
-        return issubclass(kind, LRScheduler)
-    except TypeError:
-        return False
 
 
 def peak_of(scheduler: Any) -> float:

@@ -126,8 +126,8 @@ def compiled_wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def instances_of(kind: type) -> list[Any]:
-    """All objects of this class that exist. Each refers to its class, and a search for that is several times as fast
-    as a walk through the objects of the process here."""
+    """All objects of this class that exist. Each refers to its class, and a search for that is several times as
+    fast as a walk through the objects of the process here."""
     kinds = [kind]
     for each in kinds:
         kinds += each.__subclasses__()

@@ -90,7 +90,7 @@ class MeasurementRunner(Guarded):
         return in_step and bool(self._probe.batches) and settled
 
     def _wants_a_look(self, step: int) -> bool:
-        """Whether anything may be due. Asked first, as the rest takes a walk through the model."""
+        """Whether anything may be due."""
         return self._measurements.floor.is_due(step) or (
             self._probe.complete and self._schedule.budget > 0 and self._is_time()
         )
@@ -100,10 +100,9 @@ class MeasurementRunner(Guarded):
         return self.clock.elapsed() >= self._look_again or self._schedule.budget == math.inf
 
     def _alone(self, step: int) -> None:
-        if not self._training.sharded:
+        # Whether the model is sharded takes a walk through it, so without other ranks only what is due asks for it.
+        if not self.over_ranks.holds or not self._training.sharded:
             self._with_this_rank(step)
-        elif not self.over_ranks.holds:
-            self._recorder.note("measurements", SHARDED_PARAMETERS)
 
     def _with_this_rank(self, step: int) -> None:
         if self._measurements.floor.is_due(step):

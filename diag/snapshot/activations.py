@@ -7,8 +7,7 @@ data: a unit is a channel of an image (axis 1 of four axes or more), else an ent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,7 @@ from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.forward import heard
 from diag.snapshot.inside.blocks import example_blocks, number_true
 from diag.snapshot.inside.layers import floating
-from diag.snapshot.inside.listener import PassListener
-from diag.snapshot.inside.names import module_names
+from diag.snapshot.inside.listener import NamingListener
 from diag.snapshot.objective.comparison import output_tensor
 from diag.snapshot.snapshot import Snapshot
 
@@ -156,23 +154,17 @@ def activations(snapshot: Snapshot) -> tuple[Activation, ...]:
     return tuple(s.statistics(name) for (name, _, _), s in sums.items())
 
 
-class ActivationListener(PassListener):
+class ActivationListener(NamingListener):
     """Sums up what the functions in the two tables give, by module, function and number of the call."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.sums: dict[tuple[str, str, int], _Sums] = {}
-        self._mode = _Listening(self.sums, str)
-
-    @contextmanager
-    def throughout(self) -> Iterator[None]:
-        """Modules keep track of which of them runs."""
-        with module_names(self.model) as self._inside:
-            yield
+        self._mode = _Listening(self.sums, self.inside)
 
     def during(self, batch: Batch) -> _Listening:
         """What intercepts the functions."""
-        self._mode = _Listening(self.sums, self._inside)
+        self._mode = _Listening(self.sums, self.inside)
         return self._mode
 
     def called(self, batch: Batch, outputs: Any) -> None:

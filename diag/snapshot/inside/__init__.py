@@ -13,7 +13,6 @@ __all__ = [
     "later",
     "layers",
     "listener",
-    "names",
     "normalization",
     "quantised",
     "residual",

@@ -11,8 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diag.errors import MissingQuantity
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.forward import heard
-from diag.snapshot.inside.listener import PassListener
-from diag.snapshot.inside.names import module_names
+from diag.snapshot.inside.listener import NamingListener
 from diag.snapshot.inside.scores import product_norm, row_statistics
 from diag.snapshot.snapshot import Snapshot
 
@@ -67,7 +65,7 @@ def attention_calls(snapshot: Snapshot) -> tuple[AttentionCall, ...]:
     return tuple(call.summary(name, number) for (name, number), call in calls.items())
 
 
-class AttentionListener(PassListener):
+class AttentionListener(NamingListener):
     """Recognises attention on the first batches."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,15 +73,9 @@ class AttentionListener(PassListener):
         self.calls: dict[tuple[str, int], _Call] = {}
         self._seen = 0
 
-    @contextmanager
-    def throughout(self) -> Iterator[None]:
-        """Modules keep track of which of them runs."""
-        with module_names(self.model) as self._inside:
-            yield
-
     def during(self, batch: Batch) -> _Hearing:
         """What intercepts the functions."""
-        return _Hearing(self.calls, self._inside)
+        return _Hearing(self.calls, self.inside)
 
     def called(self, batch: Batch, outputs: Any) -> None:
         """One batch more."""

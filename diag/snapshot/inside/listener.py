@@ -6,12 +6,14 @@ What a measurement will ask for is known before it begins: it puts the listeners
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from diag.snapshot.batch import Batch
+from diag.snapshot.inside.names import module_names
 
 
 class PassListener:
@@ -34,3 +36,15 @@ class PassListener:
 
     def called(self, batch: Batch, outputs: Any) -> None:
         """The model gave these on the batch."""
+
+
+class NamingListener(PassListener):
+    """One that asks `self.inside()` for the name of the module that runs."""
+
+    inside: Callable[[], str] = str
+
+    @contextmanager
+    def throughout(self) -> Iterator[None]:
+        """Modules keep track of which of them runs."""
+        with module_names(self.model) as self.inside:
+            yield

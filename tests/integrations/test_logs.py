@@ -196,6 +196,14 @@ def test_a_validation_loss_that_the_loop_logs_is_judged_where_nothing_else_was_m
     assert not [o for _, o in watcher.run.outcomes if o.instrument == "generalization"]
 
 
+@pytest.mark.parametrize("epoch", [0, 11, 38])
+def test_one_logged_value_that_is_not_a_number_hides_nothing(epoch, tmp_path):
+    """At the beginning, at the best epoch and next to the last: its neighbours count with the values beside it."""
+    held_out = numpy.where(numpy.arange(40) == epoch, numpy.nan, TURNING)
+    verdict = with_validation(tmp_path, FALLING, held_out)
+    assert verdict.cause == "overfitting" and "undefined" not in verdict.sentence
+
+
 def test_few_or_other_logged_numbers_are_no_course(tmp_path):
     assert with_validation(tmp_path, FALLING[:4], TURNING[:4]) is None
     assert with_validation(tmp_path, FALLING, TURNING, names=("val_loss_of_the_decoder", "val_acc")) is None

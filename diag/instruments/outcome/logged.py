@@ -42,26 +42,25 @@ class Logged(NamedTuple):
 def logged_course(metrics: Metrics, history: History | None) -> list[Logged]:
     """The evaluations in `metrics` (by name: steps and values) beside the training loss of the record; none where
     fewer than five were logged, or no training loss."""
-    course = column(metrics, NAMES_OF_HELD_OUT, LOSS)
+    course = _column(metrics, NAMES_OF_HELD_OUT, LOSS)
     if history is None or len(course) < FEWEST_EVALUATIONS:
         return []
     steps, values = numpy.array(sorted(course)), numpy.array([course[step] for step in sorted(course)])
-    losses = training_losses(history, steps)
+    losses = _training_losses(history, steps)
     known = numpy.isfinite(losses) & numpy.isfinite(values)
     if known.sum() < FEWEST_EVALUATIONS:
         return []
-    right, own = (shares(column(metrics, rows, RIGHT), steps) for rows in (NAMES_OF_HELD_OUT, NAMES_OF_TRAINING))
-    errors = scatter(values[known]), scatter(right[numpy.isfinite(right)])
-    values, right = steady(values), steady(right)
+    steps, values, losses = steps[known], values[known], losses[known]  # a median with NaN would be NaN
+    right, own = (_shares(_column(metrics, rows, RIGHT), steps) for rows in (NAMES_OF_HELD_OUT, NAMES_OF_TRAINING))
+    errors = scatter(values), scatter(right[numpy.isfinite(right)])
+    values, right = _steady(values), _steady(right)
     return [
-        Logged(
-            int(steps[i]), float(losses[i]), float(values[i]), errors[0], float(own[i]), float(right[i]), errors[1]
-        )
-        for i in numpy.flatnonzero(known)
+        Logged(int(step), float(loss), float(value), errors[0], float(mine), float(share), errors[1])
+        for step, loss, value, mine, share in zip(steps, losses, values, own, right, strict=True)
     ]
 
 
-def column(metrics: Metrics, rows: frozenset[str], what: frozenset[str]) -> dict[int, float]:
+def _column(metrics: Metrics, rows: frozenset[str], what: frozenset[str]) -> dict[int, float]:
     """The first logged number whose name says these rows and this quantity and nothing else, by step."""
     for name, course in metrics.items():
         words = set(re.split(r"[^a-z0-9]+", name.lower())) - {""}
@@ -70,7 +69,7 @@ def column(metrics: Metrics, rows: frozenset[str], what: frozenset[str]) -> dict
     return {}
 
 
-def training_losses(history: History, steps: NDArray[numpy.int64]) -> NDArray[numpy.float64]:
+def _training_losses(history: History, steps: NDArray[numpy.int64]) -> NDArray[numpy.float64]:
     """The mean loss of the steps after each of `steps` but the last, up to the next; of the first, up to it."""
     loss, at = numpy.asarray(history.loss, float), numpy.searchsorted(history.steps, steps, side="right")
     starts = numpy.concatenate([[0], at[:-1]])
@@ -78,14 +77,14 @@ def training_losses(history: History, steps: NDArray[numpy.int64]) -> NDArray[nu
     return numpy.array([part.mean() if len(part) else math.nan for part in parts])
 
 
-def shares(course: Mapping[int, float], steps: NDArray[numpy.int64]) -> NDArray[numpy.float64]:
+def _shares(course: Mapping[int, float], steps: NDArray[numpy.int64]) -> NDArray[numpy.float64]:
     """The shares of right answers at these steps, NaN where there is none; per cent are divided by a hundred."""
     values = numpy.array([course.get(int(step), math.nan) for step in steps])
     finite = values[numpy.isfinite(values)]
     return values / 100.0 if len(finite) and finite.max() > 1.0 else values
 
 
-def steady(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+def _steady(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     """The median of each value and its neighbours, at the ends of the three there: the best of many that scatter
     is better than any is."""
     middle = numpy.clip(numpy.arange(len(values)), 1, len(values) - 2)

@@ -77,7 +77,7 @@ from diag.instruments.network.initial_weights import InitialWeights as InitialWe
 from diag.instruments.initialization import Initialization as Initialization
 from diag.instruments.input_magnitude import InputMagnitude as InputMagnitude
 from diag.instruments.data.input_scale import InputScale as InputScale
-from diag.instruments.trial.dependence import InputUsed as InputUsed
+from diag.instruments.trial.input_used import InputUsed as InputUsed
 from diag.instruments.data.label_audit import LabelAudit as LabelAudit
 from diag.instruments.data.labels_belong import LabelsBelong as LabelsBelong
 from diag.instruments.data.labels_kept import LabelsKept as LabelsKept

@@ -8,8 +8,9 @@ from typing import Any
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.trial import Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): input-independent baseline"
@@ -27,29 +28,20 @@ class InputUsed(Result):
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
         most = max(self.change, self.fitted_change)
+        verdict = graded(SOURCE, most, SAME_OUTPUTS_WITHIN, confidence=Confidence.ARITHMETIC)
         if most > SAME_OUTPUTS_WITHIN:
-            return Verdict(
+            return verdict(
                 Level.OK,
                 f"The outputs depend on the input: with another example's input they move by {format_number(most)} "
                 "of their size.",
-                source=SOURCE,
-                confidence=Confidence.ARITHMETIC,
-                value=most,
-                threshold=SAME_OUTPUTS_WITHIN,
-                threshold_source=OUR_CHOICE,
             )
-        return Verdict(
+        return verdict(
             Level.ALARM,
             f"The network ignores its input: with the input of another example the outputs move by "
             f"{format_number(most)} of their size, before training and after one batch was fitted.",
             advice="Look for an input that is overwritten, zeroed or constant, and for layers whose output is "
             "multiplied by zero.",
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
             refutation="Two different inputs that give clearly different outputs.",
-            value=most,
-            threshold=SAME_OUTPUTS_WITHIN,
-            threshold_source=OUR_CHOICE,
             cause=Cause.INPUT_IGNORED,
             explained_by=(Cause.INPUTS_CONSTANT, Cause.UNITS_DEAD, Cause.INITIALIZATION_CONSTANT, Cause.NOT_FINITE),
         )

@@ -47,11 +47,18 @@ def test_rows_of_several_tensors_are_told_by_all_of_them():
     assert same.copies == 64 and other.copies == 0
 
 
+def test_images_in_a_smaller_format_are_the_same_rows():
+    images = torch.randint(256, (40, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    assert diag.held_out_copies(images.to(torch.uint8), images.float()).copies == 40
+
+
 def test_few_rows_and_an_evaluation_of_the_training_data_are_not_judged():
-    assert diag.held_out_copies(drawn(300, 0), drawn(8, 1)).verdict().level == "not_applicable"
+    few = diag.held_out_copies(drawn(300, 0), drawn(8, 1)).verdict()
+    assert few.level == "not_applicable" and "fewer than 32 rows of numbers" in few.sentence
     facts = DrawFacts(draws=300, distinct=300, evaluated=(EvaluatedRows(300, 0),))
     copied = diag.held_out_copies(drawn(300, 0), drawn(300, 0), loop=Loop(step=9, drawn=facts))
     assert copied.copies == 300 and copied.verdict().level == "not_applicable"
+    assert "as many rows are evaluated as training has" in copied.verdict().sentence
 
 
 @pytest.mark.parametrize("leaks", [True, False])

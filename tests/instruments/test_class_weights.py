@@ -61,9 +61,8 @@ def test_the_weight_of_positives_is_judged_by_their_share():
 
 
 def test_nothing_is_said_without_weights_or_with_labels_of_several_losses():
-    assert diag.class_weights(loop=Loop(step=9, losses=(LossFacts("cross_entropy"),))).verdict().level == (
-        "not_applicable"
-    )
+    without = diag.class_weights(loop=Loop(step=9, losses=(LossFacts("cross_entropy"),))).verdict()
+    assert without.level == "not_applicable" and "the loss was given no class weights" in without.sentence
     assert judged([100] * 10, [1000.0] + [1e-3] * 9, others=(LossFacts("nll_loss"),)).level == "ok"
     assert judged([3, 3], [1000.0, 1e-3]).level == "ok"  # six labels
 

@@ -9,9 +9,10 @@ from torch import nn
 
 import diag
 from diag import remedies
-from diag.errors import MissingQuantity
+from diag.errors import InvalidInput, MissingQuantity
 from diag.instruments.sigmoid_collapse import sigmoid_collapse, sigmoid_edge
 from diag.result import Level
+from diag.snapshot.objective.decisions import BinaryDecisions
 from diag.testing import check_result
 
 sigmoid_loss = F.binary_cross_entropy_with_logits
@@ -100,11 +101,26 @@ def test_another_loss_of_the_same_targets_has_no_verdict():
     assert verdict.level == Level.NOT_APPLICABLE and "not a plain cross-entropy of the sigmoid" in verdict.sentence
 
 
+def test_what_has_no_law_and_what_is_masked_throughout_is_refused():
+    def given(dtype, gradients):
+        z = torch.zeros(4, dtype=dtype)
+        return BinaryDecisions(z, torch.arange(4) > 1, torch.full_like(z, gradients), torch.zeros(4).long())
+
+    with pytest.raises(InvalidInput, match="dtype complex64; expected one of bfloat16"):
+        sigmoid_collapse(binary_decisions=given(torch.complex64, 1))
+    with pytest.raises(InvalidInput, match="Every decision has a gradient of zero far from rounding"):
+        sigmoid_collapse(binary_decisions=given(torch.float32, 0))
+
+
 @pytest.mark.parametrize(
-    ("loss", "targets"),
-    [(F.cross_entropy, torch.tensor([0, 1])), (F.mse_loss, torch.zeros(2, 3)), (None, torch.zeros(2, 3))],
+    ("loss", "targets", "said"),
+    [
+        (F.cross_entropy, torch.tensor([0, 1]), "compares no logits with targets of zeros and ones"),
+        (F.mse_loss, torch.zeros(2, 3), "compares no logits with targets of zeros and ones"),
+        (None, torch.zeros(2, 3), "the snapshot has no loss; give loss_fn="),
+    ],
 )
-def test_what_makes_no_decisions_is_refused(loss, targets):
-    with pytest.raises(MissingQuantity) as caught:
+def test_what_makes_no_decisions_is_refused(loss, targets, said):
+    with pytest.raises(MissingQuantity, match=said) as caught:
         measure(torch.randn(2, 3), targets, loss)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)

@@ -93,6 +93,15 @@ def test_a_watch_compares_measurements_of_its_probe_set():
     assert f"From step {found[-1][0]:,} to {found[-1][1]:,}" in type(series[-1][1]).trend(series).sentence
 
 
+def test_each_measurement_is_compared_with_the_one_so_many_before_it():
+    """Of four measurements the fourth is of other rows, and has none to be compared with."""
+    series = [(step, trajectory(logits=step * B, back=2)) for step in (1, 2, 5)]
+    series.append((9, trajectory(logits=B[:1], back=2)))
+    (found,) = trajectory_losses(series)
+    assert found[:2] == (1, 5)
+    assert found[2] == pytest.approx(trajectory(logits=5 * B, previous_logits=B).trajectory_loss, rel=1e-6)
+
+
 def test_what_a_result_keeps_is_bounded():
     z = torch.randn(100, 5000)
     assert trajectory(logits=z).kept.shape == (13, 5000)  # 65,536 numbers

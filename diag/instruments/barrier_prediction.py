@@ -27,7 +27,8 @@ from diag.result import Confidence, Level, Result, Verdict, measured
 
 SOURCE = "Singh et al. 2024, arXiv:2406.16300"
 LAYER_POINTS = (0.25, 0.5, 0.75)
-FEWEST_TO_RANK = 3
+FEWEST_POINTS = 3  # both ends and one between
+FEWEST_TO_RANK = 3  # layers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +118,7 @@ def barrier_prediction(
     statistics between the two are not known at the ends), where untrained tensors differ, or where curvature cannot
     be measured.
     """
-    if points < FEWEST_TO_RANK:
+    if points < FEWEST_POINTS:
         raise InvalidInput(f"points is {points}; expected at least 3, both ends and one between.")
     end = interpolation.fit(other)
     first, last = ends_of(interpolation, end, layers)

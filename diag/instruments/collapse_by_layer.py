@@ -68,9 +68,9 @@ class CollapseByLayer(Result):
             f"classes over that between them (NC1~) goes from {format_number(self.nc1_ratio[0])} to "
             f"{format_number(self.last_nc1_ratio)}, and in the last layer {format_share(self.last_mistakes)}{more} "
             "of the examples are nearer to another class; the numbers only describe.",
-            advice="Neural collapse appears with random labels too, so it is not a score of generalisation; "
-            "a course "
-            "that parts between training and held-out data shows where the network fits what does not carry over.",
+            advice="Neural collapse appears with random labels too, so it is not a score of generalisation; a "
+            "course that parts between training and held-out data shows where the network fits what does not "
+            "carry over.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
             value=self.last_nc1_ratio,

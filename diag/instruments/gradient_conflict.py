@@ -84,10 +84,9 @@ class GradientConflict(Result):
         )
         return (
             f"the smallest cosine, {format_number(self.lowest)}{error}, is between the groups {self.pair[0]} and "
-            f"{self.pair[1]} ({self._halves()}); {format_share(self.conflicting_pairs)} of the pairs "
-            f"conflict beyond the noise and "
-            f"the groups' sum keeps {format_share(self.length_kept)} of their lengths; what that leads to has not "
-            "been tested."
+            f"{self.pair[1]} ({self._halves()}); {format_share(self.conflicting_pairs)} of the pairs conflict "
+            f"beyond the noise and the groups' sum keeps {format_share(self.length_kept)} of their lengths; what "
+            "that leads to has not been tested."
         )
 
     def _halves(self) -> str:

@@ -47,10 +47,9 @@ class NaiveLossMinimization(Result):
         space = ""
         if not math.isnan(self.logit_cosine):
             space = (
-                f", and since the earlier snapshot the logits grew by a factor of "
-                f"{format_number(self.logit_growth)} "
-                f"along themselves with cosine {format_number(self.logit_cosine)} while "
-                f"{format_share(self.changed)} of the decisions changed"
+                ", and since the earlier snapshot the logits grew by a factor of "
+                f"{format_number(self.logit_growth)} along themselves with cosine "
+                f"{format_number(self.logit_cosine)} while {format_share(self.changed)} of the decisions changed"
             )
         return Verdict(
             Level.DESCRIPTION,

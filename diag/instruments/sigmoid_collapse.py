@@ -29,12 +29,10 @@ from diag.snapshot.objective.decisions import BinaryDecisions
 SOURCE = "arithmetic of rounding to nearest; Prieto et al. 2025, arXiv:2501.04697, for the softmax"
 NOT_WIDENED = ("float32", "float64")  # narrower types compute the sigmoid in float32 and round the result
 SAME_SIGMOID = 0.05  # relative: how far gradients may be from the sigmoid's before the loss counts as another one
-UNROUNDED = (
-    2**-8
-)  # an exact gradient above which none of these types rounds it away: where it is zero, it is masked
-CLEAR = (
-    64  # roundings by which a gradient must exceed the rounding of the sigmoid to be compared with the exact one
-)
+# No type rounds away a gradient whose exact value is above this: where it is zero all the same, it is masked.
+UNROUNDED = 2**-8
+# Roundings of the sigmoid that a gradient must exceed to be compared with the exact one.
+CLEAR = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,9 +105,8 @@ def sigmoid_edge(dtype: str) -> float:
     source=SOURCE,
     title="Sigmoid collapse",
     kind="description",
-    why="Decisions whose gradient is rounded away no longer teach the network anything, and those on yes "
-    "fall silent "
-    "first.",
+    why="Decisions whose gradient is rounded away no longer teach the network anything, and those on yes fall "
+    "silent first.",
     formula="share of decisions with sigmoid(z) - y = 0 in the dtype of the logits; for y = 1 from z = b ln 2 on",
 )
 def sigmoid_collapse(binary_decisions: BinaryDecisions) -> SigmoidCollapse:
@@ -180,9 +177,8 @@ def _of_a_sigmoid(d: BinaryDecisions, size: Tensor, expected: Tensor, clear: Ten
     return Precondition(
         "the loss is a cross-entropy of the sigmoid",
         holds,
-        f"the loss is not a plain cross-entropy of the sigmoid (its gradients differ by "
-        f"{format_share(share)}), so the "
-        "margins say nothing about its rounding.",
+        f"the loss is not a plain cross-entropy of the sigmoid (its gradients differ by {format_share(share)}), so "
+        "the margins say nothing about its rounding.",
     )
 
 

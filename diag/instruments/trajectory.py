@@ -60,9 +60,8 @@ class Trajectory(Result):
         return Verdict(
             Level.DESCRIPTION,
             f"{found}; the numbers only describe.",
-            advice="Compare runs of one architecture on the same examples. As parts of an objective they "
-            "are TRAM's "
-            "radius and SAF's penalty; how large they should be no paper says.",
+            advice="Compare runs of one architecture on the same examples. As parts of an objective they are "
+            "TRAM's radius and SAF's penalty; how large they should be no paper says.",
             source=SOURCE,
             confidence=Confidence.WEAK_EMPIRICAL,
             value=self.trajectory_loss,
@@ -76,9 +75,8 @@ class Trajectory(Result):
             return series[-1][1].verdict()
         (began, ended, last), largest = found[-1], max(found, key=lambda row: row[2])
         return series[-1][1]._described(
-            f"From step {began:,} to {ended:,} the answers moved by a trajectory loss of "
-            f"{format_number(last)} nats at "
-            f"a temperature of {format_number(series[-1][1].setting('temperature'))}, and most from step "
+            f"From step {began:,} to {ended:,} the answers moved by a trajectory loss of {format_number(last)} "
+            f"nats at a temperature of {format_number(series[-1][1].setting('temperature'))}, and most from step "
             f"{largest[0]:,} to {largest[1]:,}, by {format_number(largest[2])}"
         )
 

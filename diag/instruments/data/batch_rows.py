@@ -51,7 +51,7 @@ def batch_rows(loop: Loop) -> BatchRows:
     """
     c = loop.contents
     seen = Precondition("inputs", c.batches + c.raw + loop.inputs.looked > 0, "no batch of inputs was seen.")
-    large = f"{c.large:,} are" if c.large else "none is"
+    large = f"{c.large:,} {'is' if c.large == 1 else 'are'}" if c.large else "none is"
     fine = f"{counted(c.rows, 'row')} of {c.batches:,} batches: {large} a hundred times as large as is usual."
     return judged(BatchRows, loop.step, [*_findings(c), *_repeated(loop.inputs)], fine, preconditions=(seen,))
 
@@ -75,8 +75,7 @@ def _repeated(i: InputFacts) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.ROWS_DUPLICATED,
             f"A batch holds the same rows several times: of {each:.3g} rows {differ:.3g} differ, while other "
-            f"batches "
-            "hold others.",
+            "batches hold others.",
             "Look at how batches are put together: a sampler that draws a place again and again, a repeat or an "
             "expand along the batch axis.",
             "Rows that are meant to be repeated in a batch.",
@@ -124,12 +123,10 @@ def _whole_batches(c: ContentFacts) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.BATCHES_POISONED,
-        f"In {c.whole:,} of {c.batches:,} batches most inputs are a hundred times as large as in the others "
-        f"or more "
-        f"(first at step {c.odd[0].step:,}).",
-        "Look at the rows of these batches as the data set has them: where one is far too large, a "
-        "normalisation or "
-        "a fill that is computed over the batch gives its values to all.",
+        f"In {c.whole:,} of {c.batches:,} batches most inputs are a hundred times as large as in the others or "
+        f"more (first at step {c.odd[0].step:,}).",
+        "Look at the rows of these batches as the data set has them: where one is far too large, a normalisation "
+        "or a fill that is computed over the batch gives its values to all.",
         "Batches that are meant to be of another scale.",
         step=1,
     )

@@ -90,9 +90,8 @@ class LabelAudit(Result):
         return Verdict(
             Level.WARNING,
             f"The labels of about {format_share(share)} of the examples look wrong ({len(rows):,} of {len(area):,} "
-            f"in the probe set, rows {named(rows.tolist(), 5)}, the surest first): the network held another "
-            f"answer for them for most of "
-            "the training, against what it is sure of elsewhere.",
+            f"in the probe set, rows {named(rows.tolist(), 5)}, the surest first): the network held another answer "
+            "for them for most of the training, against what it is sure of elsewhere.",
             advice="Look at these rows and correct or leave out their labels; stop before they are learned "
             "by heart.",
             confidence=Confidence.STRONG_EMPIRICAL,

@@ -82,11 +82,9 @@ class RowLabels(Result):
         return Verdict(
             Level.WARNING,
             f"The labels of about {format_share(share)} of the examples look wrong ({self.count:,} of "
-            f"{self.rows:,}; rows{place} {named(self.where, 5)}, the surest first): seen {self.looks} times "
-            f"each on "
-            "average, the network was as sure of another answer there as it is of the label elsewhere, each time "
-            "before it learned from the row."
-            f"{together}",
+            f"{self.rows:,}; rows{place} {named(self.where, 5)}, the surest first): seen {self.looks} times each "
+            "on average, the network was as sure of another answer there as it is of the label elsewhere, each "
+            f"time before it learned from the row.{together}",
             advice="Look at these rows and correct or leave out their labels; stop before they are learned "
             "by heart.",
             source=SOURCE,
@@ -230,14 +228,14 @@ def row_labels(loop: Loop, *, warn_at: float = SHARE_OF_WRONG) -> RowLabels:
     rows = numpy.flatnonzero(enough)
     labels = facts.labels[rows]
     preconditions = tuple(_preconditions(facts, labels))
-    best, found, named = (
+    best, found, wrong = (
         _judged(facts, rows, warn_at) if all(p.holds for p in preconditions) else (None, False, rows)
     )
-    kept = named[:ROWS_LISTED] if found else rows[:0]
+    kept = wrong[:ROWS_LISTED] if found else rows[:0]
     area = numpy.zeros(0) if best is None else best.area
     counts, edges = numpy.histogram(area, bins=40)
     return RowLabels(
-        count=len(named) if found else 0,
+        count=len(wrong) if found else 0,
         rows=len(rows),
         looks=0 if best is None else best.looks,
         sure=math.nan if best is None else best.sure,
@@ -248,7 +246,7 @@ def row_labels(loop: Loop, *, warn_at: float = SHARE_OF_WRONG) -> RowLabels:
         answers=facts.answers[kept],
         where=tuple(facts.name(int(r)) for r in kept),
         counted_in=facts.counted_in,
-        run=_run(_numbers(facts, named), _numbers(facts, rows)) if found and facts.counted_in else (),
+        run=_run(_numbers(facts, wrong), _numbers(facts, rows)) if found and facts.counted_in else (),
         found=found,
         shown=_shown(facts, kept[:ROWS_PICTURED]),
         counts=counts.astype(numpy.int32),

@@ -26,9 +26,8 @@ class TargetScale(LoopCheck):
     source=SOURCE,
     title="Scale of the targets",
     kind="check",
-    why="Targets far from the size of the first outputs take a network many steps to reach, and make every "
-    "loss and "
-    "gradient that much larger.",
+    why="Targets far from the size of the first outputs take a network many steps to reach, and make every loss "
+    "and gradient that much larger.",
 )
 def target_scale(loop: Loop, *, large: float = LARGE_TARGETS) -> TargetScale:
     """Whether the targets of a regression are of a size that the network can reach soon.

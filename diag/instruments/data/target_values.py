@@ -60,11 +60,9 @@ def _findings(f: AskedFacts, loop: Loop) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.ANSWER_IN_INPUT,
             f"The input holds the answer: on all {f.rows:,} rows that were compared, the target follows from "
-            f"feature "
-            f"{f.copied} of the input alone.",
-            "Look at how this feature is made: a copy of the label, a window that reaches to the moment "
-            "that is to be "
-            "foretold, or something that is known only afterwards.",
+            f"feature {f.copied} of the input alone.",
+            "Look at how this feature is made: a copy of the label, a window that reaches to the moment that is "
+            "to be foretold, or something that is known only afterwards.",
             "A row on which the feature does not give the target.",
             step=f.first_step,
         )
@@ -76,9 +74,8 @@ def _findings(f: AskedFacts, loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.ALARM,
             Cause.TARGETS_ALL_EQUAL,
-            f"All {f.targets:,} targets in the {f.looked} batches that were looked at are the same{shown}, "
-            f"so there is "
-            "nothing to learn but this one answer.",
+            f"All {f.targets:,} targets in the {f.looked} batches that were looked at are the same{shown}, so "
+            "there is nothing to learn but this one answer.",
             "Look at how the labels are made or selected; the other classes are not in the training set.",
             "A batch whose targets differ.",
             step=f.first_step,

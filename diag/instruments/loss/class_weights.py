@@ -22,7 +22,7 @@ Shares = NDArray[numpy.float64]
 # A class is neglected where its part of the loss is far below both its share of the examples and an even part.
 FAR_BELOW, NEXT_TO_NOTHING = 0.1, 0.01
 MANY_EXAMPLES = 0.25  # of the examples, for the neglected classes together
-LABELS_COUNTED = 64  # labels counted
+LABELS_COUNTED = 64  # fewer say too little of how often a class occurs
 # How much more frequent a class, and larger its weight, must be to be told apart; nearly all pairs must agree.
 RATIO_TOLD_APART, AGREE = 1.5, 0.9
 
@@ -63,9 +63,8 @@ def _findings(f: LossFacts, loop: Loop, nothing: float) -> Iterator[LoopFinding]
     if math.isfinite(f.positive_weight) and 0 < f.positives < 1:
         shares, weights = (1 - f.positives, f.positives), (1.0, f.positive_weight)
         yield from _neglected(f, numpy.array(shares), numpy.array(weights), nothing)
-    alone = (
-        sum(other.of_log_probabilities for other in loop.losses) == 1
-    )  # the labels counted are those of this one
+    # Labels are counted over all losses: with several, it is not known which are this one's.
+    alone = sum(other.of_log_probabilities for other in loop.losses) == 1
     counted = _shares(loop.batches.label_counts, len(f.class_weights)) if f.class_weights and alone else None
     if counted is None:
         return
@@ -90,7 +89,7 @@ def _neglected(f: LossFacts, shares: Shares, weights: Shares, nothing: float) ->
     if not parts.sum() > 0:
         return
     parts = parts / parts.sum()
-    even = 1 / max(int((parts > 0).sum()), 1)
+    even = 1 / int((parts > 0).sum())
     few = (parts > 0) & (parts < FAR_BELOW * numpy.minimum(shares, even))
     if not few.any() or shares[few].sum() < MANY_EXAMPLES or parts[few].sum() >= nothing:
         return
@@ -99,8 +98,7 @@ def _neglected(f: LossFacts, shares: Shares, weights: Shares, nothing: float) ->
     yield _finding(
         f"The weights of {f.function} leave {format_share(float(shares[few].sum()))} of the examples "
         f"{format_share(float(parts[few].sum()))} of the loss, so that they hardly count: the weight of "
-        f"{names[least]} "
-        f"is {format_number(float(weights[least]))}, and that of {names[most]} "
+        f"{names[least]} is {format_number(float(weights[least]))}, and that of {names[most]} "
         f"{format_number(float(weights[most]))}.",
         f.first_step,
     )
@@ -120,9 +118,8 @@ def _the_wrong_way(f: LossFacts, shares: Shares, weights: Shares) -> LoopFinding
     least = int(numpy.where(shares > 0, shares, numpy.inf).argmin())
     return _finding(
         f"The weights of {f.function} are larger for the more frequent classes: class {most}, with "
-        f"{format_share(float(shares[most]))} of the examples, has {format_number(float(weights[most]))}, "
-        f"and class "
-        f"{least}, with {format_share(float(shares[least]))}, has {format_number(float(weights[least]))}.",
+        f"{format_share(float(shares[most]))} of the examples, has {format_number(float(weights[most]))}, and "
+        f"class {least}, with {format_share(float(shares[least]))}, has {format_number(float(weights[least]))}.",
         f.first_step,
     )
 

@@ -124,9 +124,8 @@ def _uncounted(f: AskedFacts) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.CLASS_MISSING,
-        f"{f.function} weights {'class' if len(f.uncounted) == 1 else 'classes'} {named(f.uncounted, 5)} "
-        f"with zero, so that their "
-        "examples teach nothing.",
+        f"{f.function} weights {'class' if len(f.uncounted) == 1 else 'classes'} {named(f.uncounted, 5)} with "
+        "zero, so that their examples teach nothing.",
         "Look at how weight= is made: a class that was not counted, a division that rounded.",
         "A class that is left out on purpose.",
         step=f.first_step,
@@ -137,9 +136,8 @@ def _no_probabilities(f: AskedFacts) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.LOGITS_INTO_PROBABILITY_LOSS,
-        f"{f.function} expects probabilities and is called on raw outputs that went through a "
-        f"{f.activation}: where "
-        "it cuts, the logarithm of zero is taken and no gradient comes back.",
+        f"{f.function} expects probabilities and is called on raw outputs that went through a {f.activation}: "
+        "where it cuts, the logarithm of zero is taken and no gradient comes back.",
         "Use binary_cross_entropy_with_logits on the raw outputs, or put a sigmoid there.",
         "Outputs strictly between zero and one.",
         step=f.first_step,

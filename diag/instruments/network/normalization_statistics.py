@@ -58,8 +58,8 @@ class NormalizationStatistics(Result):
             Level.WARNING,
             f"Running statistics are still what they began with to {format_share(last.unseen)}: {last.layer} has a "
             f"momentum of {last.momentum:g} and has seen {last.batches:,} batches, and what enters it has a "
-            f"variance "
-            f"{format_number(last.factor)} times off. In eval mode the network is another than in training.",
+            f"variance {format_number(last.factor)} times off. In eval mode the network is another than in "
+            "training.",
             advice="Raise the momentum of batch normalisation (torch's own is 0.1: the share of the new batch), or "
             "set the statistics from the data before evaluating (torch.optim.swa_utils.update_bn).",
             source=SOURCE,

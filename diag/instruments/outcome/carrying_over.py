@@ -22,9 +22,8 @@ FIRST_HALF = 0.5  # of the steps, in which the training loss fell by half and no
 
 def carries_nothing_over(series: Sequence[tuple[int, Any]]) -> bool:
     """Whether training examples are learned, and held-out ones were never answered better than by chance."""
-    last, n = series[-1][1], max(series[-1][1].held_out_examples, 1)
-    chance = last.held_out_chance
-    error = ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
+    last = series[-1][1]
+    chance, error = last.held_out_chance, _error_of_chance(last)
     never = all(r.held_out_accuracy <= chance + error for _, r in series)
     # What training's own most frequent class gives is not learned either, where classes are unequal there alone.
     guessed = chance if math.isnan(last.chance) else max(chance, last.chance)
@@ -35,10 +34,8 @@ def never_gains(series: Sequence[tuple[int, Any]]) -> bool:
     """Whether training examples are answered better than without their inputs and held-out ones are not, which is
     no chance, and held-out ones were not at any time, by two standard errors."""
     step, last = series[-1]
-    apart, error = (
-        last.gain - last.held_out_gain,
-        math.hypot(last.gain_standard_error, last.held_out_gain_standard_error),
-    )
+    apart = last.gain - last.held_out_gain
+    error = math.hypot(last.gain_standard_error, last.held_out_gain_standard_error)
     if (
         step < STEPS_BEFORE_GENERALIZATION
         or not last.gain > 0
@@ -46,10 +43,15 @@ def never_gains(series: Sequence[tuple[int, Any]]) -> bool:
         or not apart > SURE_ERRORS * error
     ):
         return False
-    n, chance = max(last.held_out_examples, 1), last.held_out_chance
-    above = chance + ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
+    above = last.held_out_chance + _error_of_chance(last)
     answered = any(r.held_out_accuracy > above for _, r in series)
     return not answered and all(r.held_out_gain <= ANY_ERRORS * r.held_out_gain_standard_error for _, r in series)
+
+
+def _error_of_chance(last: Any) -> float:
+    """How far the share of right answers may be above chance on as many held-out examples; NaN without classes."""
+    n, chance = max(last.held_out_examples, 1), last.held_out_chance
+    return ERRORS_OF_DIFFERENCE * math.sqrt(max(chance * (1 - chance), 1 / n) / n)
 
 
 def parted(series: Sequence[tuple[int, Any]]) -> tuple[int, Any] | None:

@@ -179,17 +179,15 @@ class Generalization(Result):
             f"Nothing more carries over: {own}the training loss fell from {format_number(before.loss)} at step "
             f"{step:,} to {format_number(self.loss)}, while the {what} went from {_shown(before, by_accuracy)} to "
             f"{_shown(self, by_accuracy)}.",
-            advice="More steps will not help: more data, augmentation, weight decay or dropout will; look "
-            "for wrong "
-            "labels, which are learned by heart last.",
+            advice="More steps will not help: more data, augmentation, weight decay or dropout will; look for "
+            "wrong labels, which are learned by heart last.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="Held-out examples are answered better after twice as many steps.",
             value=self.held_out_accuracy if by_accuracy else self.held_out_loss,
             threshold=GAP_IN_ACCURACY,
-            threshold_source=f"training examples are answered better by {format_share(GAP_IN_ACCURACY)} (of "
-            f"all, or of "
-            "the trivial answer's loss)",
+            threshold_source=f"training examples are answered better by {format_share(GAP_IN_ACCURACY)} (of all, "
+            "or of the trivial answer's loss)",
             cause=Cause.OVERFITTING,
             explained_by=EXPLAINED_BY,
             step=step,

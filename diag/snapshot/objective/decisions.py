@@ -1,8 +1,8 @@
 """Yes-or-no decisions: what a sigmoid loss compares, logit by logit, as the user's own loss does it.
 
 A call of `F.binary_cross_entropy_with_logits` shows it. Without one, outputs are taken as logits where they have
-the shape of targets of zeros and ones, and are differentiated through the loss; whether the loss is of a sigmoid is
-left to whoever compares the gradients with the sigmoid's.
+the shape of targets of zeros and ones, and are differentiated through the loss; what uses them compares
+the gradients with the sigmoid's, and so learns whether the loss is of one.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def _rows(inputs: Any) -> list[bytes]:
     if not parts or any(t.is_complex() for t in parts):
         return []
     rows = (torch.cat([t[i].double() for t in parts]).numpy() for i in range(len(parts[0])))
-    return [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
 
 
 def _of_training(loop: Any) -> bool:

@@ -168,9 +168,13 @@ def _of_the_layers(sums: Mapping[str, _Sums], invariances: list[float]) -> dict[
 
 
 class _Sums:
-    """Sums over the rows of one layer's features, and some of the rows themselves."""
+    """Sums over the rows of one layer's features, and some of the rows themselves.
 
-    def __init__(self, first: Tensor, every: int) -> None:
+    The place of the rows that are kept is taken once: small pieces that outlive a block would hold the memory of
+    blocks apart, and the process would grow with the number of rows.
+    """
+
+    def __init__(self, first: Tensor, every: int, rows: int) -> None:
         step = math.ceil(first.shape[1] / MOST_FEATURES)
         self.columns = slice(0, None, step)
         self.width = len(range(0, first.shape[1], step))
@@ -178,18 +182,20 @@ class _Sums:
         self.count, self.every = 0, every
         self.total = torch.zeros_like(self.shift)
         self.products = self.total.new_zeros(self.width, self.width)
-        self._kept: list[Tensor] = []
+        self._kept, self._filled = first.new_empty(rows, self.width), 0
 
     def add(self, block: Tensor) -> None:
         h = block[:, self.columns]
-        self._kept.append(h[(-self.count) % self.every :: self.every].clone())
+        chosen = h[(-self.count) % self.every :: self.every][: len(self._kept) - self._filled]
+        self._kept[self._filled : self._filled + len(chosen)] = chosen
+        self._filled += len(chosen)
         h = h.double() - self.shift
         self.count += len(h)
         self.total += h.sum(0)
         self.products += h.T @ h
 
     def kept(self) -> Tensor:
-        return torch.cat(self._kept)
+        return self._kept[: self._filled]
 
     def used(self) -> Tensor:
         """Which dimensions are not dead."""
@@ -229,7 +235,9 @@ def _gathered(outputs: LayerOutputs, compared: int, noise: float = 0.0) -> dict[
     sums: dict[str, _Sums] = {}
 
     def add(name: str, block: Tensor, start: int) -> None:
-        sums.setdefault(name, _Sums(block, every)).add(block)
+        if name not in sums:
+            sums[name] = _Sums(block, every, math.ceil(total / every))
+        sums[name].add(block)
 
     outputs.visit(add, noise)
     if not sums:

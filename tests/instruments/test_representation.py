@@ -16,6 +16,7 @@ from diag.instruments.representation import representation
 from diag.linalg.geometry.class_stream import ClassStream
 from diag.linalg.geometry.similarity import centred_gram, cka_between
 from diag.result import Level
+from diag.snapshot.inside.layers import LayerOutputs
 from diag.testing import check_result, classification, leaves_no_trace, refusal, simplex_etf
 
 
@@ -148,6 +149,43 @@ def test_on_a_snapshot_with_an_earlier_state():
     assert 0.9 < found.invariance < 1 and found.invariances[0] == pytest.approx(1 / math.sqrt(1.01), abs=0.02)
     same = representation(problem.snapshot(previous=copy.deepcopy(problem.model.state_dict())))
     assert same.previous_cka == pytest.approx(1, abs=1e-9)
+
+
+def dense(x):
+    """Effective rank, duplicates and redundancy of features in memory, by the definitions, in float64."""
+    c = torch.from_numpy(numpy.cov(x.double().numpy().T, bias=True))
+    p = torch.linalg.eigvalsh(c).clamp_min(0)
+    p = p[p > 0] / p.sum()
+    r = torch.from_numpy(numpy.corrcoef(x.double().numpy().T))
+    n, d = x.shape
+    redundancy = float(r.square().sum() - d) / (d * (d - 1)) - 1 / (n - 1)
+    return (
+        math.exp(-float((p * p.log()).sum())),
+        float((r.abs() > 0.999).triu(1).any(0).double().mean()),
+        redundancy,
+    )
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 500])
+def test_a_stream_of_blocks_gives_the_dense_numbers_and_keeps_no_more_rows_than_it_compares(block):
+    """Means a thousand standard deviations from zero, float32: what is lost is 1e6 eps of float64, 2e-10."""
+    x = (normal(500, 8) @ normal(8, 12, seed=1) + 1000).float()
+    x[:, 11] = x[:, 10]
+
+    def visit(take, noise):
+        for start in range(0, len(x), block):
+            take("a", x[start : start + block].clone(), start)
+            take("b", x[start : start + block, :5].clone(), start)
+
+    found = representation(LayerOutputs(visit, None), compared=60)
+    rank, duplicates, redundancy = dense(x)
+    assert found.effective_ranks[0] == pytest.approx(rank, rel=1e-8)
+    assert found.duplicates[0] == duplicates == pytest.approx(1 / 12)
+    assert found.redundancies[0] == pytest.approx(redundancy, rel=1e-8, abs=1e-9)
+    rows = x[:: math.ceil(500 / 60)].double()
+    assert found.num_compared == len(rows) and found.num_rows == 500
+    pair = centred_gram(rows), centred_gram(rows[:, :5])
+    assert found.cka[0, 1] == pytest.approx(cka_of_pair(*pair), rel=1e-9)
 
 
 # -- neural collapse by layer

@@ -51,6 +51,7 @@ FOREIGN = {
     "_schema": (torch.ops.aten.relu.default, "the names of an operation's arguments"),
     "_scale": (torch.amp.GradScaler("cpu"), "the scale of the gradients, without synchronising"),
     "_sequence_nr": (node(torch.exp), "the order in which a graph was made"),
+    "_input_metadata": (node(torch.exp), "whether each output of a wrapper's node is one of its inputs"),
     "_saved_dim": (node(lambda t: t.select(0, 1)), "which rows of an output a loss used"),
     "_saved_index": (node(lambda t: t.select(0, 1)), "which rows of an output a loss used"),
     "_saved_start": (node(lambda t: t[:1]), "which rows of an output a loss used"),

@@ -1,15 +1,18 @@
 """What is measured while training is what training descends: factors are taken over, anything else is refused."""
 
 import math
+import weakref
 
 import numpy
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel.distributed import _DDPSink
 
 import diag
 from diag.errors import MissingQuantity
+from diag.watching.observe.terms import terms_of
 
 LR = 0.12
 
@@ -417,3 +420,24 @@ def test_a_part_that_is_known_still_tells_which_labels_belong_to_which_logits():
     step = lambda m: F.cross_entropy(m(x)[1], y) + 0.1 * m.head.weight.square().sum()  # noqa: E731
     run, _ = watched(model, step, instruments=("hessian_spectrum", "neural_collapse"))
     assert run.series("neural_collapse") and not run.series("hessian_spectrum")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "known"),
+    [
+        (lambda loss, logits: (loss, logits), True),
+        (lambda loss, logits: (logits, loss), True),
+        (lambda loss, logits: (torch.ones(2), logits, loss), True),
+        (lambda loss, logits: (3, logits, loss), False),  # numbers that are no tensors shift the order
+    ],
+)
+def test_a_data_parallel_wrapper_hands_each_output_on_as_it_is(outputs, known):
+    wrapper = type("Wrapper", (), {"_ddp_sink_clone": True})()
+    logits = torch.randn(4, 3, requires_grad=True) * 2
+    loss = F.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
+    given = outputs(loss, logits)
+    handed = _DDPSink.apply(weakref.ref(wrapper), *given)[[o is loss for o in given].index(True)]
+    (term,) = terms_of(handed * 3 / 2, [loss.grad_fn._sequence_nr()])
+    assert term.known is known and (not known or (term.node is loss.grad_fn and term.factors == (1 / 2, 3.0)))
+    (ended,) = terms_of(handed, [handed.grad_fn._sequence_nr()])
+    assert ended.known and ended.node is handed.grad_fn, "where the wrapper's own loss is known, it ends there"

@@ -134,6 +134,7 @@ PRIVATE = (
     Private("_is_view", "tensor", "1.9", "whether a tensor is a view"),
     Private("_cdata", "storage", "1.0", "whether two tensors share their memory"),
     Private("_sequence_nr", "node", "2.1", "which node of the graph a tensor came from, without holding the graph"),
+    Private("_input_metadata", "node", "2.1", "whether each output of a wrapper's node is one of its inputs"),
     Private("_saved_dim", "LogSoftmax", "1.9", "repeating a log_softmax on other outputs"),
     Private("_saved_result", "LogSoftmax", "1.9", "repeating a log_softmax on other outputs"),
     Private("_saved_dim0", "Transpose", "1.9", "repeating a transposition"),

@@ -18,8 +18,8 @@ from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before
 
 MOST_NODES = 256  # near the root
 MOST_SEARCHED = 50_000  # of a network's graph
-# These pass one number on: the root is one number, so they can only change its shape or type.
-ONE_NUMBER = (*PASSING_ON, "_DDPSink")
+# The wrapper of DistributedDataParallel hands all outputs of a model through one node, each as it is.
+SINK = "_DDPSink"
 
 Factors = tuple[Any, ...]
 
@@ -50,7 +50,7 @@ def terms_of(root: Tensor, known: Container[int], unscaled: Container[int] = ())
     """The terms of `root`. known: the numbers of nodes where a term ends; unscaled: of products with the scale of a
     GradScaler, which is not a factor of the loss."""
     found: list[Term] = []
-    front: list[tuple[Any, Factors]] = [(root.grad_fn, ())]
+    front: list[tuple[Any, Factors]] = [(_before((root.grad_fn, root.output_nr), known), ())]
     looked_at = 0
     while front:
         node, factors = front.pop()
@@ -63,7 +63,7 @@ def terms_of(root: Tensor, known: Container[int], unscaled: Container[int] = ())
             found.append(Term(node, factors, True))
             continue
         if looked_at <= MOST_NODES:
-            inside = _inside(node)
+            inside = _inside(node, known)
         if inside is None:
             found.append(Term(node, factors, False))
         else:
@@ -91,11 +91,22 @@ def product(factors: Factors) -> Any:
     return total
 
 
-def _inside(node: Any) -> list[tuple[Any, Factors]] | None:
+def _before(edge: tuple[Any, int], known: Container[int]) -> Any:
+    """The node at the other end of an edge (a node, and which of its outputs), past a sink that is not known."""
+    node, output = edge
+    while node is not None and kind_of(node) == SINK and node._sequence_nr() not in known:
+        # Outputs that are no tensors have a number and no edge, so that the two would not go together.
+        if len(node._input_metadata) != len(node.next_functions):
+            break
+        node, output = node.next_functions[output]
+    return node
+
+
+def _inside(node: Any, known: Container[int]) -> list[tuple[Any, Factors]] | None:
     """The parents whose linear combination the node's value is, with their factors; None for anything else."""
-    kind, parents = kind_of(node), [parent for parent, _ in node.next_functions]
+    kind, parents = kind_of(node), [_before(edge, known) for edge in node.next_functions]
     here = [parent for parent in parents if parent is not None]
-    if kind in ONE_NUMBER and len(here) == 1:
+    if kind in PASSING_ON and len(here) == 1:  # the root is one number: only its shape or type can change
         return [(here[0], ())]
     if kind in ("Mul", "Div") and len(here) == 1:
         return _multiple(node, kind, parents)
@@ -105,7 +116,7 @@ def _inside(node: Any) -> list[tuple[Any, Factors]] | None:
         return [(p, f) for p, f in zip(parents, factors, strict=False) if p is not None]
     if kind == "Neg" or (kind == "Rsub" and len(here) == 1):
         return [(p, (-1.0,)) for p in here]
-    return _reduced(node, kind, here)
+    return _reduced(node, kind, here, known)
 
 
 def _multiple(node: Any, kind: str, parents: list[Any]) -> list[tuple[Any, Factors]] | None:
@@ -117,7 +128,7 @@ def _multiple(node: Any, kind: str, parents: list[Any]) -> list[tuple[Any, Facto
     return [(parents[0] if first else parents[1], (_number(other),))] if _is_constant(other) else None
 
 
-def _reduced(node: Any, kind: str, here: list[Any]) -> list[tuple[Any, Factors]] | None:
+def _reduced(node: Any, kind: str, here: list[Any], known: Container[int]) -> list[tuple[Any, Factors]] | None:
     """A sum or mean, of one number or of numbers put into one tensor."""
     if kind not in ("Sum", "Mean") or len(here) != 1:
         return None
@@ -129,7 +140,7 @@ def _reduced(node: Any, kind: str, here: list[Any]) -> list[tuple[Any, Factors]]
     if count == 1:
         return [(here[0], ())]
     stacked = kind_of(here[0]) in ("Stack", "Cat")
-    parents = [p for p, _ in here[0].next_functions] if stacked else []
+    parents = [_before(edge, known) for edge in here[0].next_functions] if stacked else []
     # Constants in the stack have no node; each of the others is one number only where there are as many as entries.
     return [(p, factors) for p in parents if p is not None] if len(parents) == count else None
 

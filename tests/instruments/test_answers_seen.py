@@ -79,3 +79,23 @@ def test_a_model_without_tokens_is_refused():
     snapshot = diag.Snapshot(nn.Linear(4, 3), F.cross_entropy, (torch.randn(6, 4), torch.zeros(6).long()))
     with pytest.raises(diag.errors.MissingQuantity, match="reads no sequences"):
         snapshot.quantity("later_tokens")
+
+
+class Masked(Reader):
+    """Some positions may look at nothing, so that their outputs are not numbers; all of them: none is."""
+
+    def __init__(self, every=False):
+        super().__init__(both_ways=True)
+        self.every = every
+
+    def forward(self, tokens):
+        out = super().forward(tokens)
+        return torch.where(torch.arange(tokens.shape[1])[:, None] < (99 if self.every else 3), torch.nan, out)
+
+
+def test_outputs_that_are_no_numbers_are_left_out():
+    batch = (torch.randint(11, (8, 20)), torch.zeros(8, 20, dtype=torch.int64))
+    snapshots = [diag.Snapshot(Masked(every), lambda out, y: out.nansum(), batch) for every in (False, True)]
+    assert snapshots[0].quantity("later_tokens").change > 0.1
+    with pytest.raises(diag.errors.MissingQuantity, match="not finite"):
+        snapshots[1].quantity("later_tokens")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diag.watching.observe.loop.data.padding import padding_of, sequences_of
+from diag.snapshot.inside.padding import padding_of
+from diag.watching.observe.loop.data.padding import sequences_of
 
 FILLED = torch.tensor([[1, 2, 3, 0, 0, 0], [2, 1, 2, 3, 1, 2], [3, 3, 0, 0, 0, 0], [1, 2, 1, 2, 0, 0]])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +23,34 @@ class ExamplesMixed(Result):
 
     mixing: float = measured("largest change of an answer when the other examples are replaced, over its size")
     examples: int = measured("examples tried together")
+    order: float = measured(
+        "largest change of an answer when the examples come in another order; NaN: not tried", default=math.nan
+    )
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
-        judged = graded(SOURCE, self.mixing, MOVED, confidence=Confidence.ARITHMETIC)
-        if not self.mixing > MOVED:
+        most = self.mixing if math.isnan(self.order) else max(self.mixing, self.order)
+        judged = graded(SOURCE, most, MOVED, confidence=Confidence.ARITHMETIC)
+        if not most > MOVED:
             return judged(Level.OK, "The answer to an example does not depend on the others of its batch.")
+        others, moved = "on the others of its batch", "they are replaced"
+        advice = (
+            "Look for a reshape, a transpose, a softmax or a mean over the batch axis, a recurrent layer "
+            "without batch_first=True, or a normalisation that keeps no running statistics"
+        )
+        if not self.mixing > MOVED:
+            others, moved = "on its place in the batch", "the examples come in another order"
+            advice = (
+                "Look for positions that are added along the batch axis (pe[: x.size(0)] where the batch is "
+                "first), "
+                "and for rows that are sorted and not brought back in order"
+            )
         return judged(
             Level.WARNING,
-            "The answer to an example depends on the others of its batch, in evaluation mode, too: it moves by "
-            f"{format_number(self.mixing)} of its size when they are replaced.",
-            advice="Look for a reshape, a transpose, a softmax or a mean over the batch axis, a recurrent layer "
-            "without batch_first=True, or a normalisation that keeps no running statistics; where examples are "
-            "meant to see each other, leave it.",
+            f"The answer to an example depends {others}, in evaluation mode, too: it moves by "
+            f"{format_number(most)} of its size when {moved}.",
+            advice=f"{advice}; where examples are meant to see each other, leave it.",
             refutation="The same example alone and in a batch gives the same answer.",
             cause=Cause.EXAMPLES_MIXED,
             step=1,
@@ -43,7 +58,7 @@ class ExamplesMixed(Result):
 
     def plot(self, ax: Any) -> None:
         """How far the answers move."""
-        ax.bar(["the others replaced"], [self.mixing])
+        ax.bar(["the others replaced", "another order"], [self.mixing, self.order])
         ax.set(xlabel="a few examples", ylabel="change of an answer over its size")
 
 
@@ -59,7 +74,8 @@ def examples_mixed(other_examples: OtherExamples) -> ExamplesMixed:
     """Whether the answer to an example depends, in evaluation mode, on the other examples of its batch.
 
     other_examples: what became of the answers to the first and the last of a few examples when all others were
-    replaced by it (`diag.snapshot.inside.apart`). Above 1e-3 of the outputs' size it is a warning: networks that
-    compare the examples of a batch by design exist. Raises nothing of its own.
+    replaced by it, and of all answers when the examples came in another order (`diag.snapshot.inside.apart`). Above
+    1e-3 of the outputs' size it is a warning: networks that compare the examples of a batch by design exist. Raises
+    nothing of its own.
     """
-    return ExamplesMixed(mixing=other_examples.mixing, examples=other_examples.examples)
+    return ExamplesMixed(mixing=other_examples.mixing, examples=other_examples.examples, order=other_examples.order)

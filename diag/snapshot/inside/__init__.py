@@ -14,6 +14,7 @@ __all__ = [
     "layers",
     "listener",
     "normalization",
+    "padding",
     "quantised",
     "residual",
     "scores",

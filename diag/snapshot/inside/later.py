@@ -68,6 +68,10 @@ def _changed(snapshot: Snapshot, rows: Batch, tokens: Tensor) -> tuple[float, in
         raise MissingQuantity("the model's output has no axis of the tokens' positions.")
     anything = not torch.equal(before, after)
     before, after = (t.narrow(axis, 0, half).double() for t in (before, after))
+    finite = before.isfinite() & after.isfinite()  # of a row that may look at nothing, attention gives NaN
+    if not finite.any():
+        raise MissingQuantity("the model's outputs are not finite.")
+    before, after = before[finite], after[finite]
     spread = float(before.std())
     change = float((after - before).abs().max())
     return change / spread if spread > 0 else change, tokens.shape[1], anything

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, made_last, parents_of, signed
+from diag.snapshot.inside.padding import padding_of
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES, LossFacts
 from diag.snapshot.objective.loss_spy import input_and_target
-from diag.watching.observe.loop.data.padding import padding_of, sequences_of
+from diag.watching.observe.loop.data.padding import sequences_of
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
 

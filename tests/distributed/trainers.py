@@ -21,7 +21,7 @@ WATCHED = {
     "replicas_equal": {},
     "ranks_data": {},
 }
-ROWS = 64
+ROWS, EPOCHS = 64, 5  # 20 steps a rank: the probe set is complete after 16
 
 
 def rows():
@@ -48,7 +48,7 @@ def accelerate(run):
     net = network()
     net, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), data)
     with watching(net, run):
-        for _ in range(2):
+        for _ in range(EPOCHS):
             for x, y in loader:
                 optimizer.zero_grad()
                 accelerator.backward(F.cross_entropy(net(x), y))
@@ -74,7 +74,7 @@ def transformers(run):
     from transformers import Trainer, TrainingArguments
 
     x, y = rows()
-    settings = {"output_dir": os.environ["FOLDER"], "per_device_train_batch_size": 8, "num_train_epochs": 2,
+    settings = {"output_dir": os.environ["FOLDER"], "per_device_train_batch_size": 8, "num_train_epochs": EPOCHS,
                 "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
                 "ddp_backend": "gloo"}  # fmt: skip
     data = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
@@ -136,7 +136,7 @@ def _lightning(run, strategy):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
              "enable_model_summary": False}  # fmt: skip
     trainer = lightning.Trainer(
-        max_epochs=2, accelerator="cpu", devices=2, strategy=strategy, callbacks=[Watching()], **quiet
+        max_epochs=EPOCHS, accelerator="cpu", devices=2, strategy=strategy, callbacks=[Watching()], **quiet
     )
     trainer.fit(model, data)
     return model

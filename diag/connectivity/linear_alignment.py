@@ -1,7 +1,8 @@
 """Weight matching beyond permutations: rotations, signs, scales and invertible maps of network B onto network A.
 
 Both networks are brought into their standard form (`gauge`), in which all that is left to match is orthogonal: a
-permutation with signs of hidden units, of heads, a rotation inside each head, a rotation of the residual stream. As
+permutation with signs of hidden units, of heads, a rotation inside each head (under rotary positions, one of each
+plane), a rotation of the residual stream. As
 in weight matching, <A, g(B)> is raised one set of units at a time with all others fixed, a linear assignment or an
 orthogonal Procrustes problem each; the standard form of A is then undone on B. Every step is a symmetry, so B's
 function stays what it is.
@@ -32,11 +33,13 @@ from diag.connectivity.fit import check_states_fit
 from diag.connectivity.symmetries.gauge import standard_form, undone, usable_gains
 from diag.connectivity.symmetries.groups import Element, Symmetries
 from diag.connectivity.symmetries.linear_groups import (
+    SQUARE,
     LinearGroup,
     LinearSymmetries,
     Slot,
     orthogonal_part,
     slots_of,
+    turn_part,
 )
 from diag.linalg.assignment import best_assignment
 
@@ -59,7 +62,8 @@ def align_linear(
     best is kept. `objective`, `before` and `limit` are those of the standard forms; `element` holds the
     permutations alone. Raises InvalidInput where the states do not fit, or for fewer than one order.
     """
-    visits = orders_of([*symmetries.order, *symmetries.contracted], orders, seed)
+    planes = [g.units for g in linear.of_kind("plane")]
+    visits = orders_of([*symmetries.order, *symmetries.contracted, *planes], orders, seed)
     check_states_fit(state_a, state_b, symmetries.shapes)
     a, b = _wide(state_a), _wide(state_b)
     gains = usable_gains(linear, a, b)
@@ -87,7 +91,12 @@ class _Ascent(CoordinateAscent):
         counted = set(symmetries.parameters)
         self.slots = {n: [s for s in slots_of(symmetries, n) if s.entry in counted] for n in self.units}
         usable = [g for g in linear.groups.values() if set(g.first) <= gains]
-        self.rotations = {g.units: g for g in usable if g.kind in ("orthogonal", "invertible")}
+        self.rotations = {g.units: g for g in usable if g.kind in SQUARE}
+        self.planes = {n: [g for g in usable if g.kind == "plane" and _above(g) == [n]] for n in self.units}
+        for name, held in self.planes.items():  # matched with the turn of each plane, not as they stand
+            self.slots[name] = [
+                s for s in self.slots[name] if not any(_within(s, p) for g in held for p in g.slots)
+            ]
         self.signs = {n: [g for g in usable if g.units == n and g.kind == "sign"] for n in self.units}
         self.children = {n: [c for c, g in self.units.items() if g.parents == (n,)] for n in self.units}
         self.element = symmetries.identity()
@@ -99,8 +108,8 @@ class _Ascent(CoordinateAscent):
         if name in self.rotations:
             group, counted = self.rotations[name], self.symmetries.parameters
             held = [_scores(s, self.a, self.state) for s in group.slots if s.entry in counted]
-            return self._take(linear=[(group, orthogonal_part(torch.stack(held).sum(0), group.centred))])
-        if name not in self.symmetries.groups or not self.slots[name]:
+            return self._take(linear=[(group, group.closest(torch.stack(held).sum(0)))])
+        if name not in self.symmetries.groups or not (self.slots[name] or self.planes[name]):
             return False
         scores, inner = self._head_scores(name)
         flips = list(product((False, True), repeat=len(self.signs[name])))
@@ -146,6 +155,10 @@ class _Ascent(CoordinateAscent):
             else:
                 inner[child] = best_assignment(values)
                 total += values.gather(-1, inner[child][..., None]).sum((-1, -2))
+        for plane in self.planes[name]:
+            values = torch.stack([_plane_scores(s, self.a, self.state) for s in plane.slots]).sum(0)
+            inner[plane.units] = turn_part(values)
+            total += (values * inner[plane.units]).sum((-1, -2, -3))
         return total, inner
 
     def _child_of(self, name: str, slot: Slot) -> str | None:
@@ -204,6 +217,24 @@ def _pair_scores(slot: Slot, child: str, a: _State, b: _State) -> Tensor:
     n, m = x.shape[:2]
     scores = x.reshape(n * m, -1) @ y.reshape(n * m, -1).T
     return scores.reshape(n, m, n, m).permute(0, 2, 1, 3)
+
+
+def _plane_scores(slot: Slot, a: _State, b: _State) -> Tensor:
+    """(n, n, planes, 2, 2): head i of A with j of B, plane by plane."""
+    return torch.einsum("iper,jpfr->ijpef", slot.rows(a), slot.rows(b))
+
+
+def _above(group: LinearGroup) -> list[str]:
+    """The units around the planes of a group: the heads that its keys stand in."""
+    slot = group.slots[0]
+    return [slot.block.names[i] for i in slot.parents[:-1]]
+
+
+def _within(slot: Slot, other: Slot) -> bool:
+    """Whether the places of a slot, on the axis of its units, are among those of another."""
+    mine, theirs = (s.block.positions[s.block.axis_of[s.place]] for s in (slot, other))
+    same = slot.entry == other.entry and slot.block.axis_of[slot.place] == other.block.axis_of[other.place]
+    return same and bool(torch.isin(mine, theirs).all())
 
 
 def _holds(group: LinearGroup, slot: Slot) -> bool:

@@ -28,13 +28,14 @@ class LinearFreedom(Result):
     sign: float = measured("sets of units whose sign may be turned one by one", unit="count")
     orthogonal: float = measured("sets of units that may be rotated (streams under RMSNorm)", unit="count")
     invertible: float = measured("sets of units that any invertible map may act on (QK, OV)", unit="count")
+    plane: float = measured("layers whose rotary planes may be turned and scaled one by one (QK)", unit="count")
     deviation: float = measured("largest relative change of the outputs under a random map of each, float64")
     sizes: dict[str, float] = measured("units of each set, by kind and first weight axis", unit="count")
     places: dict[str, str] = measured("the weights that take part: written (+) or read (-)")
     refused: dict[str, str] = measured("units of which it could not be told, or that failed the check, and why")
 
     def verdict(self) -> Verdict:
-        counts = {k: getattr(self, k) for k in ("scale", "sign", "orthogonal", "invertible")}
+        counts = {k: getattr(self, k) for k in ("scale", "sign", "orthogonal", "invertible", "plane")}
         found = ", ".join(f"{n:.0f} {k}" for k, n in counts.items() if n)
         if not found:
             return Verdict(
@@ -63,7 +64,8 @@ class LinearFreedom(Result):
     source=SOURCE,
     title="Linear freedom",
     kind="description",
-    formula="W, V -> D W, V D^-1 (scale, sign); W_Q, W_K -> A W_Q, A^-T W_K (invertible); W, V -> R W, V "
+    formula="W, V -> D W, V D^-1 (scale, sign); W_Q, W_K -> A W_Q, A^-T W_K (invertible; with "
+    "rotary positions A turns and scales each plane); W, V -> R W, V "
     "R^T (rotation)",
     why="Along these directions weights, distances and curvature can be anything: two networks that differ there "
     "only are the same function.",
@@ -73,10 +75,11 @@ def linear_freedom(linear_symmetries: LinearSymmetries) -> LinearFreedom:
 
     Which weights carry the same units is traced; what maps they can take up follows from gradients of the
     outputs (a symmetry has no derivative), signs are tried. Each group is then moved at random, in float64 at
-    the model's own and at perturbed weights: the outputs must stay within a relative 1e-9. What is not found
-    may be there still: rotary positions leave a head rotations in planes, which are not looked for, and tied
-    embeddings keep a final norm's gain from moving into what reads it, so that the stream is not seen to
-    rotate. Raises Unsupported where the forward pass fails or the model does not run in float64.
+    the model's own and at perturbed weights: the outputs must stay within a relative 1e-9 (casts of the model's own
+    to less are lifted to float64). Where rotary positions turn query and key, a turn and a scale of each plane is
+    left of their freedom. Tied embeddings keep the final norm's gain from moving into what reads it: then the
+    stream cannot rotate, and `refused` says so. Raises Unsupported where the forward pass fails or the model does
+    not run in float64.
     """
     groups = linear_symmetries.groups.values()
     return LinearFreedom(
@@ -85,6 +88,7 @@ def linear_freedom(linear_symmetries: LinearSymmetries) -> LinearFreedom:
         sign=_count(linear_symmetries, "sign"),
         orthogonal=_count(linear_symmetries, "orthogonal"),
         invertible=_count(linear_symmetries, "invertible"),
+        plane=_count(linear_symmetries, "plane"),
         deviation=linear_symmetries.deviation,
         sizes={g.name: float(g.size) for g in groups},
         places={g.name: ", ".join(f"{s.entry} {'+' if s.action == 1 else '-'}" for s in g.slots) for g in groups},

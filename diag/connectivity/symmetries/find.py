@@ -204,7 +204,7 @@ def _with_tied(symmetries: Symmetries, state: dict[str, Tensor]) -> dict[str, Te
 
 
 def outputs_at(model: nn.Module, example: Batch, state: dict[str, Tensor]) -> list[Tensor]:
-    """The model's floating outputs on the example with the tensors of `state` in place of its own, float64."""
+    """The model's floating outputs on the example with the tensors of `state` in place of its own, as float64."""
     own = {n for n, _ in [*model.named_parameters(), *model.named_buffers()]}
     values = {n: t for n, t in state.items() if n in own}
     with torch.inference_mode(False), torch.no_grad(), unfused():

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diag.connectivity.symmetries.linear_groups import LinearGroup, LinearSymmetries, Move
+from diag.connectivity.symmetries.linear_groups import SQUARE, LinearGroup, LinearSymmetries, Move
 
 SWEEPS = 100
 SETTLED = 1e-12  # relative change of every map in a sweep
@@ -39,12 +39,12 @@ def standard_form(linear: LinearSymmetries, state: Mapping[str, Tensor], gains: 
     """The moves that bring `state` (float64) into its standard form. gains: the groups whose gains become one."""
     moves = linear.unit_gains(state, [n for n in linear.groups if n in gains])
     now = linear.apply(moves, state)
-    free = [g for g in linear.of_kind("scale", "invertible") if g.gain is None]
+    free = [g for g in linear.of_kind("scale", "invertible", "plane") if g.gain is None]
     for _ in range(SWEEPS):
         largest = 0.0
         for group in free:
             map_ = _balancing(group, now)
-            still = torch.eye(group.size, dtype=map_.dtype) if group.kind == "invertible" else torch.ones(())
+            still = torch.eye(group.size, dtype=map_.dtype) if group.kind in SQUARE else torch.ones(())
             largest = max(largest, float((map_ - still).abs().max()))
             now = linear.apply([(group.name, map_)], now)
             moves.append((group.name, map_))
@@ -55,20 +55,27 @@ def standard_form(linear: LinearSymmetries, state: Mapping[str, Tensor], gains: 
 
 def undone(linear: LinearSymmetries, moves: Sequence[Move]) -> list[Move]:
     """The moves that take these back."""
-    square = {n for n, g in linear.groups.items() if g.kind in ("orthogonal", "invertible")}
+    square = {n for n, g in linear.groups.items() if g.kind in SQUARE}
     return [(n, torch.linalg.inv(m) if n in square else 1 / m) for n, m in reversed(moves)]
 
 
 def _balancing(group: LinearGroup, state: Mapping[str, Tensor]) -> Tensor:
     sides = [[s.rows(state) for s in group.slots if s.action == action] for action in (1, -1)]
+    if group.kind == "plane":  # both units of a plane alike
+        ratio = _balanced(*(torch.cat([r.flatten(-2) for r in side], -1) for side in sides))
+        return ratio[..., None, None] * torch.eye(2, dtype=ratio.dtype)
     if not all(sides):  # nothing reads the length of these weights (a direction): it is made one
         return 1 / torch.cat(sides[0] or sides[1], -1).norm(dim=-1)
     writers, readers = (torch.cat(side, -1) for side in sides)
     if group.kind == "scale":
-        ratio = readers.norm(dim=-1) / writers.norm(dim=-1)
-        return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()
+        return _balanced(writers, readers)
     grams = [w @ w.transpose(-1, -2) for w in (writers, readers)]
     return _between(*grams)
+
+
+def _balanced(writers: Tensor, readers: Tensor) -> Tensor:
+    ratio = readers.norm(dim=-1) / writers.norm(dim=-1)
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()
 
 
 def _between(writers: Tensor, readers: Tensor) -> Tensor:

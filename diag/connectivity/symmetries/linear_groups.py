@@ -6,7 +6,8 @@ by its inverse transposed. Which maps leave the function alone depends on what s
 * "scale": a positive number for each unit (ReLU and its kin; a norm's gain and the weights that read it);
 * "sign": plus or minus one for each unit (tanh and other odd functions);
 * "orthogonal": a rotation of all units (a residual stream read through RMSNorm, once the gains are in the readers);
-* "invertible": any invertible map (query and key, value and output of an attention head).
+* "invertible": any invertible map (query and key, value and output of an attention head);
+* "plane": a turn and a scale of two units that rotary positions turn (query and key).
 
 A `Move` is one map of one group; several are carried out in order. Sources: Dinh et al. 2017 (arXiv:1703.04933)
 for scale, Chen, Lu & Hecht-Nielsen 1993 for sign, Ashkboos et al. 2024 (arXiv:2401.15024) for the stream, Theus et
@@ -16,7 +17,7 @@ al. 2025 (arXiv:2506.22712) for all of them in transformers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from diag.connectivity.symmetries.groups import Symmetries, UnitBlock, UnitGroup
 
 LARGEST_LOG_SCALE = 1.0  # random scales are e to the power of at most this
 MAP_SPREAD = 0.3  # of the logarithm of a random invertible map: condition numbers stay near one
+SQUARE = ("orthogonal", "invertible", "plane")  # kinds whose maps are matrices
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,39 @@ def slots_of(found: Symmetries, name: str) -> list[Slot]:
     ]
 
 
+def one_each(slot: Slot) -> bool:
+    """Whether the entry holds one number for each unit: a bias or a norm's gain."""
+    return len(slot.block.sizes) == 1 + len(slot.parents)
+
+
+def covered(slots: Iterable[Slot]) -> set[tuple[str, int, int]]:
+    """The places of entries that these hold: (entry, axis, number)."""
+    axes = ((s.entry, s.block.axis_of[s.place], s.block) for s in slots)
+    return {(entry, axis, p) for entry, axis, block in axes for p in block.positions[axis].tolist()}
+
+
+def with_idle(slots: Sequence[Slot], vector: Sequence[int], idle: set[int]) -> list[Slot]:
+    """The slots with their actions; what has no influence goes with its own layer's other weights."""
+    acting = [replace(s, action=e) for s, e in zip(slots, vector, strict=True) if e]
+    layers = {s.entry.rpartition(".")[0]: s.action for s in acting}
+    for j in sorted(idle):
+        layer = slots[j].entry.rpartition(".")[0]
+        if layer in layers:
+            acting.append(replace(slots[j], action=layers[layer]))
+    return acting
+
+
+def written(acting: list[Slot]) -> list[Slot]:
+    """With the actions of biases and gains, which are written as the units are, at 1."""
+    vectors = sum(s.action for s in acting if one_each(s))
+    return [replace(s, action=-s.action) for s in acting] if vectors < 0 else acting
+
+
+def same_place(slot: Slot, gain: Slot | None) -> bool:
+    """Whether a slot is that of the gain."""
+    return gain is not None and (slot.entry, slot.place) == (gain.entry, gain.place) and slot.block is gain.block
+
+
 @dataclass(frozen=True)
 class LinearGroup:
     """A set of maps of the units `units` (a group, or contracted units, of a `Symmetries`).
@@ -100,14 +135,15 @@ class LinearGroup:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one map."""
-        square = self.kind in ("orthogonal", "invertible")
-        return (*self.parent_sizes, self.size, self.size) if square else (*self.parent_sizes, self.size)
+        matrix = (self.size, self.size) if self.kind in SQUARE else (self.size,)
+        return (*self.parent_sizes, *matrix)
 
     @property
     def dimension(self) -> int:
         """How many continuous parameters its maps have."""
         copies, n = int(torch.Size(self.parent_sizes).numel()), self.size - self.centred
-        return copies * {"scale": n, "sign": 0, "orthogonal": n * (n - 1) // 2, "invertible": n * n}[self.kind]
+        of_one = {"scale": n, "sign": 0, "orthogonal": n * (n - 1) // 2, "invertible": n * n, "plane": 2}
+        return copies * of_one[self.kind]
 
     def random(self, generator: torch.Generator) -> Tensor:
         """A random map, float64."""
@@ -118,7 +154,13 @@ class LinearGroup:
             return torch.where(draw > 0, 1.0, -1.0).double()
         if self.kind == "invertible":
             return torch.linalg.matrix_exp(MAP_SPREAD * draw / self.size**0.5)
+        if self.kind == "plane":
+            return turn_part(draw) * (LARGEST_LOG_SCALE * draw[..., :1, :1].tanh()).exp()
         return orthogonal_part(draw, self.centred)
+
+    def closest(self, matrix: Tensor) -> Tensor:
+        """The orthogonal map Q of the group with the largest <Q, matrix>; (*parents, units, units)."""
+        return turn_part(matrix) if self.kind == "plane" else orthogonal_part(matrix, self.centred)
 
 
 def orthogonal_part(matrix: Tensor, centred: bool = False) -> Tensor:
@@ -129,6 +171,15 @@ def orthogonal_part(matrix: Tensor, centred: bool = False) -> Tensor:
         return basis @ orthogonal_part(basis.T @ matrix @ basis) @ basis.T + ones
     u, _, v = torch.linalg.svd(matrix)
     return u @ v
+
+
+def turn_part(matrix: Tensor) -> Tensor:
+    """The rotation Q of the plane with the largest <Q, matrix>, for matrices (..., 2, 2); 1 where all are alike."""
+    cosine = matrix[..., 0, 0] + matrix[..., 1, 1]
+    sine = matrix[..., 1, 0] - matrix[..., 0, 1]
+    angle = torch.atan2(sine, cosine)
+    rows = torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)
+    return torch.stack(rows, -2)
 
 
 def complement_of_ones(size: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.connectivity.symmetries.linear_groups import Slot, complement_of_ones
-from diag.connectivity.symmetries.tracing import main_outputs, unfused
+from diag.connectivity.symmetries.tracing import Lifted, main_outputs, unfused
 from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
 
@@ -37,7 +37,7 @@ class OutputGradients:
         parameters = {n for n, _ in model.named_parameters()}
         leaves = {n: t.requires_grad_() for n, t in self.state.items() if n in parameters}
         generator = torch.Generator().manual_seed(seed)
-        with torch.inference_mode(False), torch.enable_grad(), unfused():
+        with torch.inference_mode(False), torch.enable_grad(), unfused(), Lifted():
             outputs = main_outputs(call_at(model, self.state, example.args, example.kwargs))
             outputs = [t for t in outputs if t.is_floating_point() and t.requires_grad]
             self.by_projection = []

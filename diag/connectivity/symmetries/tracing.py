@@ -161,6 +161,17 @@ def unfused() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(onednn)
 
 
+class Lifted(TorchDispatchMode):
+    """A pass in float64 throughout: casts of the model's own to float32 or less (norms, softmax) give float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = kwargs.get("dtype")
+        if isinstance(given, torch.dtype) and given.is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _module_names(model: nn.Module, trace: AxisTrace) -> Iterator[None]:
     with ExitStack() as stack:

@@ -129,6 +129,78 @@ def test_a_stream_under_rmsnorm_rotates_and_one_under_layernorm_keeps_its_mean()
         assert all(linear.groups[n].gain.entry.startswith("norms.") for n in stream.first)
 
 
+class Rotary(nn.Module):
+    """One block of causal attention whose query and key are turned by position, in one of the layouts in use."""
+
+    def __init__(self, layout: str = "halves", gain: bool = True, tied: bool = False, shared: int = 1) -> None:
+        super().__init__()
+        self.layout, self.shared, width = layout, shared, 12
+        self.embed = nn.Embedding(11, width)
+        self.q, self.o = nn.Linear(width, 2 * 6, bias=layout == "halves"), nn.Linear(12, width)
+        self.k, self.v = (nn.Linear(width, 12 // shared, bias=layout == "halves") for _ in range(2))
+        self.norms = nn.ModuleList(nn.RMSNorm(width, elementwise_affine=gain or i == 0) for i in range(2))
+        self.head = nn.Linear(width, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("angle", torch.outer(torch.arange(16.0), 3.0 ** -torch.arange(3.0)))
+
+    def turn(self, x: Tensor) -> Tensor:
+        angle = self.angle[: x.shape[-2]].to(x)
+        if self.layout == "complex":
+            pairs = torch.view_as_complex(x.unflatten(-1, (3, 2)).contiguous())
+            return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+        a, b = x.chunk(2, -1) if self.layout == "halves" else (x[..., ::2], x[..., 1::2])
+        a, b = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+        return torch.cat([a, b], -1) if self.layout == "halves" else torch.stack([a, b], -1).flatten(-2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y = self.norms[0](x)
+        q, k, v = (f(y).unflatten(-1, (-1, 6)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(self.shared, 1) for t in (self.turn(k), v))
+        y = F.scaled_dot_product_attention(self.turn(q), k, v, is_causal=True)
+        return self.head(self.norms[1](x + self.o(y.transpose(1, 2).flatten(2))))
+
+
+def words() -> Tensor:
+    return torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layout", ["halves", "neighbours", "complex"])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_rotary_positions_leave_a_turn_and_a_scale_of_each_plane(layout, shared):
+    """A complex number for each of three planes of each head of keys; no other matrix commutes with the turns."""
+    model = seeded(lambda: Rotary(layout, shared=shared))
+    _, linear = found_in(model, words())
+    (plane,) = linear.of_kind("plane")
+    heads = 2 // shared
+    assert plane.shape == ((heads, 3, 2, 2) if heads > 1 else (3, 2, 2)) and plane.dimension == 6 * heads
+    assert {s.entry.split(".")[0] for s in plane.slots} == {"q", "k"} and linear.deviation < 1e-9
+    state = {n: t.detach() for n, t in model.state_dict().items()}
+    z = plane.random(torch.Generator().manual_seed(4))
+    moved = linear.apply([(plane.name, z)], state)
+    outputs = [torch.func.functional_call(model, s, (words().flip(0),)) for s in (state, moved)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-11)
+    mirrored = linear.apply([(plane.name, z * torch.tensor([1.0, -1.0]))], state)  # turns the other way
+    assert (torch.func.functional_call(model, mirrored, (words(),)) - outputs[0]).abs().max() > 1e-4
+    rows = [0, 3] if layout == "halves" else [0, 1]  # of the first head's first plane
+    torch.testing.assert_close(moved["q.weight"][rows], z.reshape(-1, 2, 2)[0] @ state["q.weight"][rows])
+
+
+def test_under_tied_embeddings_a_stream_rotates_only_where_no_gain_stands_before_them():
+    """R diag(gain) R^T = diag(gain) for signs alone where all gains differ."""
+    free = found_in(seeded(lambda: Rotary(gain=False, tied=True)), words())[1]
+    assert [g.dimension for g in free.of_kind("orthogonal")] == [12 * 11 // 2] and not free.refused
+    held = found_in(seeded(lambda: Rotary(tied=True)), words())[1]
+    assert not held.of_kind("orthogonal")
+    why = held.refused["orthogonal of embed.weight[1]"]
+    assert why.startswith("the gain norms.1.weight cannot be put into what reads it")
+    (sign,) = (g for g in held.of_kind("sign") if g.units == "embed.weight[1]")
+    assert {s.entry for s in sign.slots} >= {f"{n}.weight" for n in ("embed", "o", "q", "k", "v")} | {"o.bias"}
+    apart = found_in(seeded(lambda: Rotary()), words())[1]
+    assert len(apart.of_kind("orthogonal")) == 1 and not apart.refused
+
+
 def test_an_activation_that_is_neither_even_homogeneous_nor_odd_has_none():
     model = seeded(lambda: nn.Sequential(nn.Linear(5, 9), nn.GELU(), nn.Linear(9, 3)))
     _, linear = found_in(model, vectors(4, 5))
@@ -188,6 +260,9 @@ PLANTED = {
         (4, 5),
     ),
     "rms transformer": (Reader, (4, 4, 5)),
+    "rotary": (Rotary, words),
+    "rotary, grouped": (lambda: Rotary("neighbours", shared=2), words),
+    "rotary, tied": (lambda: Rotary("complex", tied=True), words),
     "layer norm transformer": (lambda: Reader(nn.LayerNorm), (4, 4, 5)),
 }
 
@@ -196,11 +271,13 @@ PLANTED = {
 def test_a_moved_copy_is_aligned_back(name):
     build, shape = PLANTED[name]
     model = seeded(build)
-    symmetries, linear = found_in(model, vectors(*shape))
+    inputs = shape() if callable(shape) else vectors(*shape)
+    symmetries, linear = found_in(model, inputs)
     state = {n: t.detach() for n, t in model.state_dict().items()}
     moved = moved_copy(model, symmetries, linear, 7)
-    inputs = vectors(*shape, seed=9)
-    outputs = [torch.func.functional_call(model, s, (inputs,)) for s in (state, moved)]
+    inputs = inputs.flip(0) if callable(shape) else vectors(*shape, seed=9)
+    own = [n for n, _ in model.named_parameters()]
+    outputs = [torch.func.functional_call(model, {n: s[n] for n in own}, (inputs,)) for s in (state, moved)]
     torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-8)
     result = align_linear(symmetries, linear, state, moved)
     assert result.objective == pytest.approx(result.limit, rel=1e-9) and result.before < 0.9 * result.limit
@@ -274,12 +351,27 @@ def test_a_gain_near_zero_is_left_where_it_is():
     assert len(usable_gains(linear, state)) == 4
 
 
-def test_a_model_that_runs_in_no_float64_is_refused():
-    class Narrow(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.float())
+class Narrow(nn.Sequential):
+    """Casts what it is given, as norms and softmax do in many models."""
 
-    model = Narrow(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3))
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(torch.bfloat16)
+
+
+def test_the_models_own_casts_to_less_hide_nothing():
+    """Rounding to bfloat16 would leave 1e-3 of any change, far beyond the 1e-9 that is asked for."""
+    _, linear = found_in(Narrow(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3)), torch.randn(4, 5))
+    assert Counter(g.kind for g in linear.groups.values()) == {"scale": 1} and linear.deviation < 1e-12
+
+
+def test_a_model_that_runs_in_no_float64_is_refused():
+    class Table(nn.Sequential):
+        table = torch.eye(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x @ self.table)
+
+    model = Table(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3))
     with pytest.raises(Unsupported, match="does not run in float64 on a copy"):
         found_in(model, torch.randn(4, 5))
 

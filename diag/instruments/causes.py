@@ -103,6 +103,7 @@ class Cause(enum.StrEnum):
     TARGETS_CAST = "targets_cast", Theme.LOSS, "Targets lose their values in a conversion: truncated to integers, or rounded."
     LOSS_ASCENDED = "loss_ascended", Theme.LOSS, "Training goes up the loss: a sign is wrong."
     LOSS_TERM_DOMINATES = "loss_term_dominates", Theme.LOSS, "One term of the loss outweighs the others so far that they do not count."
+    PAIR_IDENTICAL = "pair_identical", Theme.LOSS, "The two sides of a pair that the loss compares are the same example: two equal views, an anchor that is its own positive."
     OUTPUT_RANGE = "output_range", Theme.LOSS, "The function after the last layer keeps the outputs in a range in which the targets do not lie."
     INITIAL_LOSS_HIGH = "initial_loss_high", Theme.LOSS, "The first loss is far above that of guessing evenly: the network starts sure and wrong."
 

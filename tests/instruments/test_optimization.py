@@ -90,6 +90,38 @@ def test_a_loss_below_zero_is_not_judged():
     assert diag.divergence(history=record(numpy.linspace(-1, -50, 40))).verdict().level == "not_applicable"
 
 
+def steeper(losses, times):
+    """A record whose gradient has grown to so many times its first size."""
+    made = record(losses)
+    growth = numpy.geomspace(1, times, len(losses))[:, None]
+    return dataclasses.replace(made, gradient_norm=(made.gradient_norm * growth).astype(numpy.float32))
+
+
+def without_end(steps=60):
+    return numpy.concatenate([falling(20), -numpy.geomspace(1, 1e6, steps - 20)])
+
+
+def test_a_loss_that_falls_without_end_has_a_term_of_the_wrong_sign():
+    verdict = diag.divergence(history=steeper(without_end(), 1e3)).verdict()
+    assert verdict.level == "alarm" and verdict.cause == Cause.LOSS_ASCENDED
+    assert "began at 2.3" in verdict.sentence and "reached -1,000,000" in verdict.sentence
+    broken = numpy.concatenate([without_end(), [math.nan] * 20])
+    assert diag.divergence(history=steeper(broken, 1e3)).verdict().cause == Cause.LOSS_ASCENDED
+
+
+@pytest.mark.parametrize(
+    ("losses", "growth"),
+    [
+        (without_end(), 3.0),  # a critic that tells two distributions apart by more and more: its gradient stays
+        (numpy.linspace(2, -300, 60), 1e3),  # the logarithm of a density
+        (numpy.concatenate([without_end(), falling(30)]), 1e3),  # it came back
+        (without_end()[15:26], 1e3),  # too few steps
+    ],
+)
+def test_a_loss_below_zero_may_be_sound(losses, growth):
+    assert diag.divergence(history=steeper(losses, growth)).verdict().cause != Cause.LOSS_ASCENDED
+
+
 @pytest.mark.parametrize(
     ("losses", "norm", "decay", "level"),
     [

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.nn.functional import cross_entropy as imported
 
 import diag
+from diag.errors import MissingQuantity
 
 V, B, T = 11, 6, 5
 
@@ -223,7 +224,9 @@ def test_a_loss_of_the_users_own(as_module, helpers):
     if as_module:
         assert torch.equal(watcher._probe.batches[0].targets, y)
     else:
-        assert not watcher._probe.batches
+        assert {b.targets for b in watcher._probe.batches} == {None}
+        with pytest.raises(MissingQuantity, match="targets that belong to loss_fn= were not seen"):
+            watcher._losses.objective(None, None)
         assert "targets that belong to loss_fn= were not seen; give probe=" in helpers.texts(watcher.run)
 
 

@@ -91,6 +91,7 @@ def _lost(o: OptimizerFacts) -> LoopFinding:
         "Call optimizer.zero_grad() after optimizer.step() only, not at every micro-batch.",
         "A gradient that holds all backward passes since the step before.",
         step=o.lost.first,
+        explained_by=(Cause.STEP_MISSING,),
     )
 
 

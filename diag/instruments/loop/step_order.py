@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
@@ -101,7 +101,21 @@ def _doubled(o: OptimizerFacts) -> LoopFinding:
     )
 
 
+def _idle(o: OptimizerFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.STEP_MISSING,
+        f"{o.kind}, which holds {named(o.unused)}, never steps: their gradient was zeroed without having been used "
+        f"at {counted(o.idle.times, 'step')} that were looked at, while another optimizer steps.",
+        "Call the step() of each optimizer, with parentheses, after backward().",
+        "A step of this optimizer.",
+        step=1,
+        layers=o.unused,
+    )
+
+
 def _missing(loop: Loop) -> Iterator[LoopFinding]:
+    yield from (_idle(o) for o in loop.optimizers if o.unused and o.idle)
     if not any(o.steps for o in loop.optimizers) and loop.zeroed_without_step >= BACKWARDS_WITHOUT_STEP:
         yield LoopFinding(
             Level.ALARM,

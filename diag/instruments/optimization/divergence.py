@@ -20,6 +20,7 @@ from diag.snapshot.history import History
 SOURCE = "arithmetic of the recorded losses"
 LOSS_RATIO = 5.0
 RECENT_LOSSES = 5
+FELL, STEEPER = 1000.0, 30.0  # times the size of the first losses, and of the first gradients
 HIGH_MOMENTUM, SWUNG = 0.99, 2.0  # with such a momentum, a loss of twice its first value has been carried there
 AFTER_DIVERGENCE = (
     "Lower the learning rate tenfold and warm it up; look at the batch of that step; clip the gradient."
@@ -37,10 +38,14 @@ class Divergence(Result):
     left_at: int = measured("the step from which the loss stayed above the limit; 0 where it did not")
     momentum: float = measured("the optimizer's momentum, or Adam's first beta")
     num_steps: int = measured("steps recorded", unit="steps")
+    fell_to: float = measured("the lowest loss where it fell without end, below zero; else NaN", default=math.nan)
+    fell_at: int = measured("the step from which it was further below zero than any loss before", default=0)
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
     losses: NDArray[numpy.float64] = measured("their losses", shape="(steps,)")
 
     def verdict(self) -> Verdict:
+        if self.fell_at:
+            return self._fell()
         if not self.first > 0:
             return Verdict(
                 Level.NOT_APPLICABLE,
@@ -55,6 +60,27 @@ class Divergence(Result):
             Level.UNKNOWN if higher else Level.OK,
             f"The loss began at {format_number(self.first)} and is at {format_number(self.last)}, "
             + (f"higher, but by less than {limit:g} times." if higher else "which is not higher."),
+        )
+
+    def _fell(self) -> Verdict:
+        first, lowest = format_number(self.first), format_number(self.fell_to)
+        return Verdict(
+            Level.ALARM,
+            f"The loss falls without end: it began at {first}, has been below zero by more than {FELL:,g} "
+            f"times the "
+            f"first losses since step {self.fell_at:,} and reached {lowest}, with gradients that grow. "
+            f"Something in "
+            "it has no lower bound: a term that is subtracted, or a target out of the loss's range.",
+            advice="Write down each term of the loss with its sign: what is to become small is added, and what is "
+            "subtracted must be bounded.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="A number that the loss cannot fall below.",
+            value=self.fell_to,
+            threshold=-FELL * abs(self.first),
+            cause=Cause.LOSS_ASCENDED,
+            explained_by=(Cause.TARGETS_OUT_OF_RANGE, Cause.LOGITS_INTO_PROBABILITY_LOSS),
+            step=1,
         )
 
     def _left(self, limit: float) -> Verdict:
@@ -107,7 +133,9 @@ def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
     history: the record of a watched run. Judged on the median of the last five losses, so that a single bad batch
-    is not called divergence; a loss that begins at zero or below is not judged. A momentum of 0.99 or more is named
+    is not called divergence; a loss that begins at zero or below is not judged. A loss that
+    falls to a thousand times its first size below zero while the gradient grows thirtyfold has no lower bound: that
+    is an alarm of its own. A momentum of 0.99 or more is named
     as the cause. Raises nothing of its own.
     """
     losses = numpy.where(history.loss_finite, numpy.asarray(history.loss, float), math.inf)
@@ -116,6 +144,7 @@ def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
     known, _ = finite_losses(history)
     first = float(known[0]) if len(known) else math.nan
     smooth = _medians_of_five(losses)
+    fell_at, fell_to = _fell(history, known)
     thin = slice(None, None, max(1, len(losses) // 512))
     return Divergence(
         first=first,
@@ -125,9 +154,32 @@ def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
         left_at=_left_at(smooth, steps[len(losses) - len(smooth) :], times * first) if first > 0 else 0,
         momentum=_momentum(history),
         num_steps=int(history.total_steps),
+        fell_at=fell_at,
+        fell_to=fell_to,
         steps=steps[thin],
         losses=losses[thin],
     )
+
+
+def _fell(history: History, losses: NDArray[numpy.float64]) -> tuple[int, float]:
+    """Where the loss went below zero for good, by `FELL` times its first size, with ever larger gradients: the step
+    and the lowest loss; 0 and NaN where it did not."""
+    _, steps = finite_losses(history)
+    if len(losses) <= 2 * RECENT_LOSSES:
+        return 0, math.nan
+    limit = -FELL * float(numpy.abs(losses[:RECENT_LOSSES]).max())
+    smooth = _medians_of_five(losses)
+    begins = _left_at(-smooth, steps[len(losses) - len(smooth) :], -limit)
+    return (begins, float(losses.min())) if begins and limit < 0 and _steeper(history) else (0, math.nan)
+
+
+def _steeper(history: History) -> bool:
+    """Whether the last finite gradients are many times as large as the first."""
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        norms = numpy.sqrt(numpy.square(numpy.asarray(history.gradient_norm, float)).sum(1))
+    norms = norms[numpy.isfinite(norms)]
+    enough = len(norms) > 2 * RECENT_LOSSES
+    return enough and bool(median(norms[-RECENT_LOSSES:]) > STEEPER * median(norms[:RECENT_LOSSES]))
 
 
 def _medians_of_five(losses: NDArray[numpy.float64]) -> NDArray[numpy.float64]:

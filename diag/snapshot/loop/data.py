@@ -200,6 +200,17 @@ class TargetFacts:
 
 
 @dataclass(frozen=True)
+class PairFacts:
+    """Backward passes before which the model was called several times: how many were looked at, and in how many of
+    these a loss brings together two calls that had the same inputs and gave the same outputs; the step of the
+    first."""
+
+    looked: int = 0
+    same: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class PenaltyFacts:
     """Terms on the weights alone that are added to the loss: their sum, and the value of the loss functions beside
     it, at the steps of a few backward passes that had such a term."""

@@ -17,6 +17,7 @@ from diag.snapshot.loop.data import (
     ContentFacts,
     DrawFacts,
     LossFacts,
+    PairFacts,
     PenaltyFacts,
     RootFacts,
     TargetFacts,
@@ -86,6 +87,7 @@ class Loop:
     origin: OriginFacts | None = None
     ranks: RankFacts = field(default_factory=RankFacts)
     penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
+    pairs: PairFacts = field(default_factory=PairFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     rows: RowFacts = field(default_factory=RowFacts)
 

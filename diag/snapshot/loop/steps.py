@@ -63,7 +63,8 @@ class OptimizerFacts:
     up the last step's gradient. scaled: steps on gradients that still carried a scaler's scale. stale_gradients:
     parameters whose gradient was left over from the step before while others' was not. no_state: its first step in
     a run that was resumed began without moments. set_beside: hyperparameters that were set as
-    attributes of the optimizer, where it reads none."""
+    attributes of the optimizer, where it reads none. idle: it has never stepped, and gradients that it alone could
+    use, of the parameters `unused`, were zeroed."""
 
     kind: str
     groups: tuple[Mapping[str, Any], ...] = ()
@@ -93,6 +94,8 @@ class OptimizerFacts:
     stale_gradients: tuple[str, ...] = ()
     no_state: bool = False
     set_beside: tuple[str, ...] = ()
+    idle: Tally = Tally()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

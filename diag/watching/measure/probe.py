@@ -30,6 +30,7 @@ class Probe:
         self.complete = False
         self._limit, self._limit_bytes = limit, limit_bytes
         self._seen: set[bytes] = set()
+        self._form: Any = None  # of the first call without targets
 
     @property
     def size(self) -> int:
@@ -56,6 +57,24 @@ class Probe:
         rows = rows[: max(limit - self.size, 0)]
         if rows:
             self.batches.append(_selected(batch, rows))
+
+    def add_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        """The same of a call of which the targets are not known; calls of another form than the first are left out.
+
+        That the first axis holds the examples must be seen by itself: some output is as long, and some input has
+        more axes than that one.
+        """
+        inputs = tensors_in((args, kwargs))
+        size = _examples(args, kwargs, None)
+        form = [(t.dtype, t.ndim, t.shape[2:]) for t in inputs]
+        rows = any(t.ndim > 1 for t in inputs) and any(t.ndim and t.shape[0] == size for t in tensors_in(outputs))
+        if rows and (self._form is None or form == self._form):
+            self._form = form
+            self.add(args, kwargs, None, outputs)
+
+    def take_over(self, other: Probe) -> None:
+        """Be the set that `other` has become."""
+        self.batches, self.complete = other.batches, True
 
     def _add_whole(self, batch: Batch) -> None:
         """Of batches that may not be cut one is enough, of whatever size."""

@@ -42,6 +42,11 @@ NOT_LIKE = "backward() is called on more than one kind of loss in a step"
 OTHERWISE = "backward() was called on another loss than before"
 LOSS_FACTOR = "Training descends {:.6g} times the mean of this loss, and measurements take the factor over."
 FACTOR_MOVES = "The factor by which training multiplies its loss changes; measurements use that of the last step."
+WITHOUT_TARGETS = (
+    "The first calls of the model serve as the probe set, without targets: what needs only the model's outputs is "
+    "measured on them."
+)
+TARGETS_UNSEEN = "the targets that belong to loss_fn= were not seen"
 OTHER_TERMS = (
     "The loss that backward() is called on has {} more of which this model has no part; its own part is recorded."
 )
@@ -63,6 +68,7 @@ class Staged(NamedTuple):
     targets: Any
     outputs: Any
     known: bool  # whether the targets are
+    kept: bool = False  # whether the call is, for what needs no targets
 
 
 class Learner:
@@ -79,6 +85,7 @@ class Learner:
         self.user_targets: Any = None
         self._staged: list[Staged] = []
         self._attempts = 0
+        self._bare = Probe()  # calls of the model, for where their targets are not found out
 
     @property
     def learned(self) -> bool:
@@ -105,6 +112,10 @@ class Learner:
             args, kwargs, targets = (map_tensors(_copied, x) for x in (forward.args, kwargs, targets))
             sizes = map_tensors(_sized, forward.outputs)
             self._staged.append(Staged(found, args, kwargs, targets, sizes, True))
+        elif not (known or self.probe.batches or self._bare.complete):
+            args, kwargs = (map_tensors(_copied, x) for x in (forward.args, kwargs))
+            sizes = map_tensors(_sized, forward.outputs)
+            self._staged.append(Staged(found, args, kwargs, None, sizes, False, kept=True))
         else:
             self._staged.append(Staged(found, (), {}, None, None, False))
         self.user_targets = None
@@ -130,6 +141,8 @@ class Learner:
         for s in staged:
             if s.known and not self.probe.complete:
                 self.probe.add(s.args, s.kwargs, s.targets, s.outputs)
+            elif s.kept and not self.probe.batches:
+                self._bare.add_call(s.args, s.kwargs, s.outputs)
         self._watch_for_changes(passes)
         if self.probe.complete and self.loss is not None:
             self.stop()
@@ -137,6 +150,11 @@ class Learner:
     def stop(self) -> None:
         """Nothing more is learned."""
         self.active, self._staged = False, []
+        if not self.probe.batches and self._bare.batches:
+            self.probe.take_over(self._bare)
+            self._info("probe without targets", WITHOUT_TARGETS)
+            if self.given is not None:
+                self.loss = UnknownLoss(TARGETS_UNSEEN)
         self.probe.complete = True
 
     def give_up(self, reason: str) -> None:

@@ -87,7 +87,9 @@ class LossObserver:
     def loss_fn(self) -> Any:
         """The loss as a function of outputs and targets, where it is known."""
         loss = self.learner.loss
-        return loss if self.learner.given is not None or isinstance(loss, ObservedLoss) else None
+        if self.learner.given is not None:
+            return self.learner.given
+        return loss if isinstance(loss, ObservedLoss) else None
 
     @property
     def objective(self) -> Any:

@@ -67,6 +67,49 @@ def fewer_rows_than_a_batch(wrong):
     return model, lambda: fit(model, optimizer, DataLoader(TensorDataset(*loops.data(12)), 16, drop_last=wrong))
 
 
+@pair(Cause.STEP_MISSING)
+def one_of_two_optimizers_never_steps(wrong):
+    model = loops.mlp()
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    first = torch.optim.Adam([p for m in layers[:-1] for p in m.parameters()], 1e-3)
+    second = torch.optim.Adam(layers[-1].parameters(), 1e-3)
+
+    def train():
+        for x, y in loops.batches(16, n=256):
+            first.zero_grad()
+            second.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            first.step()
+            if not wrong:
+                second.step()
+
+    return model, train
+
+
+@pair(Cause.STEP_MISSING)
+def the_generator_never_steps(wrong):
+    model = nn.ModuleDict(
+        {"made": nn.Linear(4, 2), "judged": nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))}
+    )
+    maker, judge = (torch.optim.Adam(m.parameters(), 1e-3) for m in (model["made"], model["judged"]))
+    score = nn.BCEWithLogitsLoss()
+
+    def train():
+        for step in range(30):
+            fake = model["made"](torch.randn(8, 4))
+            loss = score(model["judged"](torch.randn(8, 2)), torch.ones(8, 1))
+            judge.zero_grad()
+            (loss + score(model["judged"](fake.detach()), torch.zeros(8, 1))).backward()
+            judge.step()
+            if wrong or step % 5 == 4:  # the other network takes five steps for one
+                maker.zero_grad()
+                score(model["judged"](fake), torch.ones(8, 1)).backward()
+            if not wrong and step % 5 == 4:
+                maker.step()
+
+    return model, train
+
+
 @pair(Cause.SETTING_WITHOUT_EFFECT)
 def rate_set_on_the_optimizer(wrong):
     model = loops.mlp()

@@ -31,6 +31,7 @@ from diag.watching.observe.loop.moment import Moment, next_look
 from diag.watching.observe.loop.optimizers import Optimizers
 from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.origin import Origin
+from diag.watching.observe.loop.pairs import Pairs
 from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.penalty import Penalty
 from diag.watching.observe.loop.rows.rows import RowObserver
@@ -82,7 +83,7 @@ class LoopObserver:
         self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
         self._origin = Origin(self.moment)
-        self._penalty = Penalty(self.moment)
+        self._penalty, self._pairs = Penalty(self.moment), Pairs(self.moment)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
@@ -145,6 +146,7 @@ class LoopObserver:
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
         self._penalty.training_call(outputs)
+        self._pairs.training_call(args, kwargs, outputs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -206,6 +208,7 @@ class LoopObserver:
         self._optimizers.backward_called()
         self._losses.backward_called(roots)
         self._penalty.backward_called(roots)
+        self._pairs.backward_called(roots)
         self._scaling.backward_called(roots)
 
     def backward_done(self) -> None:
@@ -235,6 +238,7 @@ class LoopObserver:
         if record is not None and not record.held:
             return
         self._order.add("Z")
+        self._optimizers.zeroed()
         before = sum(w.fresh for w in self._gradients.watched)
         for w in self._gradients.watched:
             w.look(zeroing=True)
@@ -378,5 +382,6 @@ class LoopObserver:
             origin=self._origin.found,
             ranks=self.ranks(),
             penalty=self._penalty.facts(),
+            pairs=self._pairs.facts(),
             rows=self.rows.facts(),
         )

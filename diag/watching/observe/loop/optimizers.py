@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from diag.snapshot.loop.steps import OptimizerFacts
+from diag.snapshot.loop.steps import OptimizerFacts, Tally
 from diag.snapshot.optimizer import HYPERPARAMETERS
 from diag.watching.hooks.model_hook import instances_of
 from diag.watching.observe.loop.moment import Counter, Moment
@@ -18,6 +18,7 @@ from diag.watching.observe.loop.zeroing import Gradients, Watched, mark_of
 
 MOST_OPTIMIZERS = 64  # optimizers that are followed
 TIMES_IN_A_ROW = 2  # times in a row
+NEVER_STEPPED = 10  # gradients zeroed unused: two networks against each other take turns of five steps and less
 
 
 class OptimizerRecord:
@@ -37,7 +38,8 @@ class OptimizerRecord:
         self.passes = self.passes_lost = 0
         self.unzeroed, self.empty, self.zeroed_before, self.before_backward = (Counter() for _ in range(4))
         self.repeated, self.doubled, self.lost, self.scaled, self.late = (Counter() for _ in range(5))
-        self.partly = Counter()
+        self.partly, self.idle = Counter(), Counter()
+        self.unused: tuple[str, ...] = ()
         self.kept: tuple[str, ...] = ()
         self.may_be_late = self.by_closure = False
         self.stale: tuple[str, ...] = ()
@@ -177,6 +179,19 @@ class Optimizers:
         if record.steps <= 3:
             self._moment.news(("stepped", id(record), record.steps))
         return record
+
+    def zeroed(self) -> None:
+        """Gradients were zeroed: do some of them belong to an optimizer that has never stepped?"""
+        idle = [r for r in self.records if r.held and not r.steps and not r.nested]
+        if not idle or not any(r.steps for r in self.records):
+            return
+        stepped = {id(p) for r in self.records if r.steps for p in r.held}
+        for record in idle:
+            alone = [w for w in record.watched if id(w.parameter) not in stepped]
+            gone = [w for w in alone if w.wasted()]
+            if gone and record.idle.hit(self._moment.step) == NEVER_STEPPED:
+                record.unused = tuple(self._names.get(id(w.parameter), "") for w in gone)
+                self._moment.news(("idle", id(record)))
 
     def forward_called(self) -> None:
         """The model was called in training: no earlier call's backward pass is still to come."""
@@ -327,6 +342,8 @@ class Optimizers:
             stale_gradients=tuple(sorted(r.stale_gradients)),
             no_state=r.no_state,
             set_beside=r.set_beside,
+            idle=Tally() if r.steps else r.idle.tally(),
+            unused=r.unused,
         )
 
 

@@ -86,6 +86,11 @@ class Watched:
         self.reached += 1
         return True
 
+    def wasted(self) -> bool:
+        """Whether a gradient has just been reset with which nothing had moved the parameter."""
+        reset = mark_of(self.parameter) != self.mark
+        return bool(self.fresh) and reset and self.parameter._version == self.version
+
     def assigned(self) -> bool:
         """Whether the gradient is another object than the one that the last backward pass left."""
         mark = mark_of(self.parameter)

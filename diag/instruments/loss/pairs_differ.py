@@ -1,0 +1,54 @@
+"""The two sides of a pair: whether a loss that compares two calls of the model compares an example with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, judged
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.facts import Loop
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairsDiffer(LoopCheck):
+    """Pairs whose two sides are one example."""
+
+
+@instrument(
+    source=SOURCE,
+    title="Sides of a pair",
+    kind="check",
+    why="A pair of two equal sides is matched by any network, so that nothing is learned from it: what two "
+    "views of "
+    "an example have in common is only asked for where they differ.",
+)
+def pairs_differ(loop: Loop) -> PairsDiffer:
+    """Whether the two sides of the pairs that the loss compares are different examples, or different views.
+
+    Looked at are calls of the model before one backward pass whose outputs come together, whole, in a difference, a
+    product or one tensor. An alarm where at every one of at least three looks two of these had the same inputs and
+    gave the same outputs; dropout or noise inside the model makes them differ. Raises nothing of its own.
+    """
+    facts = loop.pairs
+    known = Precondition("pairs", facts.looked > 0, "the model is not called twice before a backward pass.")
+    fine = f"No pair of equal sides at {facts.looked:,} backward passes after several calls of the model."
+    return judged(PairsDiffer, loop.step, list(_findings(loop)), fine, preconditions=(known,))
+
+
+def _findings(loop: Loop) -> Iterator[LoopFinding]:
+    facts = loop.pairs
+    if facts.same == facts.looked >= THRICE:
+        yield LoopFinding(
+            Level.ALARM,
+            Cause.PAIR_IDENTICAL,
+            f"The loss compares examples with themselves: at all {facts.looked:,} backward passes looked at, "
+            f"two calls "
+            "of the model whose outputs it brings together had the same inputs and gave the same outputs.",
+            "Give the second call another view of the example (an augmentation, dropout) or another example of its "
+            "kind; look at how the positives are drawn.",
+            "Two calls whose outputs differ.",
+            step=facts.first,
+        )

@@ -11,7 +11,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.loop.data import PairFacts
 from diag.snapshot.loop.facts import Loop
-from diag.watching.observe.loop.pairs import meet
+from diag.watching.observe.loop.data.pairs import meet
 
 N, D = 12, 6
 

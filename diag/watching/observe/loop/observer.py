@@ -23,6 +23,7 @@ from diag.watching.observe.loop.data.contents import Contents
 from diag.watching.observe.loop.data.drawn import NONE, Drawn
 from diag.watching.observe.loop.data.evaluated import EvaluatedData
 from diag.watching.observe.loop.data.inputs import Inputs
+from diag.watching.observe.loop.data.pairs import PairedCalls
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
@@ -31,7 +32,6 @@ from diag.watching.observe.loop.moment import Moment, next_look
 from diag.watching.observe.loop.optimizers import Optimizers
 from diag.watching.observe.loop.order import Order
 from diag.watching.observe.loop.origin import Origin
-from diag.watching.observe.loop.pairs import Pairs
 from diag.watching.observe.loop.parameters import Parameters
 from diag.watching.observe.loop.penalty import Penalty
 from diag.watching.observe.loop.rows.rows import RowObserver
@@ -83,7 +83,7 @@ class LoopObserver:
         self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
         self._origin = Origin(self.moment)
-        self._penalty, self._pairs = Penalty(self.moment), Pairs(self.moment)
+        self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
@@ -363,14 +363,8 @@ class LoopObserver:
             schedulers=self._schedulers.facts(),
             modes=self._modes.facts(),
             chance=self._chance.facts(),
-            batches=self._batches.facts(),
             losses=self._losses.facts(),
             wrapper=WrapperFacts(self._wrapper, self._wrapped, processes()),
-            targets=self._targets.facts(),
-            asked=self._asked.facts(),
-            inputs=self._inputs.facts(),
-            contents=self._contents.facts(),
-            drawn=self._drawn.facts(),
             roots=RootFacts(self._losses.roots.looked, self._losses.roots.undivided),
             scaling=self._scaling.facts(),
             clipping=self._clipping.facts(),
@@ -381,7 +375,18 @@ class LoopObserver:
             shape=self._shape,
             origin=self._origin.found,
             ranks=self.ranks(),
-            penalty=self._penalty.facts(),
-            pairs=self._pairs.facts(),
-            rows=self.rows.facts(),
+            **self._of_data(),
         )
+
+    def _of_data(self) -> dict[str, Any]:
+        return {
+            "batches": self._batches.facts(),
+            "targets": self._targets.facts(),
+            "asked": self._asked.facts(),
+            "inputs": self._inputs.facts(),
+            "contents": self._contents.facts(),
+            "drawn": self._drawn.facts(),
+            "penalty": self._penalty.facts(),
+            "pairs": self._pairs.facts(),
+            "rows": self.rows.facts(),
+        }

@@ -23,9 +23,11 @@ from diag.watching.observe.loop.moment import Moment, due
 CALLS_OF_A_PASS = 4  # that are kept before a backward pass
 NODES_OF_A_LOSS = 512
 EACH = 8  # backward passes that are looked at one by one, then ever fewer
-LOOKS = (3, 5)  # that are news
-MEETINGS = frozenset(("Sub", "Rsub", "Mul", "Mm", "Bmm", "Matmul", "Dot", "Cat", "Stack", "Cdist", "EuclideanDist"))
-PARTS = frozenset(
+LOOKS_TOLD = (3, 5)  # that are news
+BRING_TOGETHER = frozenset(
+    ("Sub", "Rsub", "Mul", "Mm", "Bmm", "Matmul", "Dot", "Cat", "Stack", "Cdist", "EuclideanDist")
+)
+TAKE_A_PART = frozenset(
     ("Slice", "Select", "Index", "IndexSelect", "Split", "SplitWithSizes", "Unbind", "Gather", "Narrow")
 )
 
@@ -41,7 +43,7 @@ class _Call(NamedTuple):
     number: int
 
 
-class Pairs:
+class PairedCalls:
     """Follows the calls before each backward pass."""
 
     def __init__(self, moment: Moment) -> None:
@@ -72,7 +74,7 @@ class Pairs:
         if any(meet(roots.grad_fn, a.number, b.number) for a, b in same):
             self._same += 1
             self._first = self._first or self._moment.step
-            if self._same == self._looked in LOOKS:
+            if self._same == self._looked in LOOKS_TOLD:
                 self._moment.news(("pairs", self._looked))
 
     def facts(self) -> PairFacts:
@@ -86,12 +88,12 @@ def meet(root: Any, a: int, b: int) -> bool:
     nodes = list(nodes_before([root], NODES_OF_A_LOSS, lambda n: n._sequence_nr() in (a, b)))
     for node in sorted(nodes, key=lambda n: n._sequence_nr()):  # each after those that it was made of
         number, name = node._sequence_nr(), kind_of(node)
-        if number in (a, b) or name in PARTS:
+        if number in (a, b) or name in TAKE_A_PART:
             continue
         before = [reached[p._sequence_nr()] for p, _ in node.next_functions if p and p._sequence_nr() in reached]
         sides = set().union(*before)
         if len(sides) == 2:
-            if name in MEETINGS and any(one != sides for one in before):
+            if name in BRING_TOGETHER and any(one != sides for one in before):
                 return True
             continue  # sums of what has been reduced
         if sides and name not in REDUCED:

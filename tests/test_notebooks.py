@@ -80,7 +80,7 @@ def said_by(name):
 
 def test_the_spike_is_traced_to_its_rows():
     said = said_by("why_is_training_spiking")
-    assert "rows 17, 230 of the data set" in said and "Rows of the batches: warning -> ok" in said
+    assert "rows 17 and 230 of the data set" in said and "Rows of the batches: warning -> ok" in said
     before, after = (float(n) for n in re.search(r"last loss ([\d.]+) -> ([\d.]+)", said).groups())
     assert after < 0.05 < before
 

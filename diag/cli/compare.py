@@ -18,7 +18,7 @@ TWO = 2
 @click.option("-o", "--output", type=PATHS, help="Write the comparison as a page, too.")
 @click.option("--healthy", multiple=True, type=PATHS, metavar="RUN", help="A run that went well: gives the range.")
 @click.option("--build", metavar="MODULE:FUNCTION", help="For checkpoints: returns (model, loss_fn, data).")
-@click.option("--all", "everything", is_flag=True, help="Also the numbers that are equal.")
+@click.option("--all", "everything", is_flag=True, help="Also the checks and numbers that are equal.")
 @JSON
 def compare_command(
     sources: Sequence[Path],

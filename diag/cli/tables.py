@@ -210,18 +210,28 @@ def instrument_rows(instrument: Instrument) -> dict[str, str]:
 
 
 def side_by_side(runs: Mapping[str, Run], everything: bool = False) -> RenderableType:
-    """Two runs: the verdicts beside each other, then the last values of the scalars that differ (or of all)."""
+    """Two runs: the verdicts that differ beside each other, then the last values of the scalars that do; or all."""
     names = list(runs)
     judged = {n: {f.instrument: f for f in run.findings()} for n, run in runs.items()}
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for heading in ("", *names):
         table.add_column(heading, ratio=1 if heading else None)
-    for instrument in dict.fromkeys(i for found in judged.values() for i in found):
+    every = dict.fromkeys(i for found in judged.values() for i in found)
+    differ = [i for i in every if len({_level_of(found.get(i)) for found in judged.values()}) > 1]
+    for instrument in every if everything else differ:
         title = next(found[instrument].title for found in judged.values() if instrument in found)
         table.add_row(
             Text(title, style="bold"), *(_cell(judged[n].get(instrument)) for n in names), end_section=True
         )
-    return Group(table, "", _scalars(runs, everything))
+    alike = len(every) - len(differ)
+    said = (
+        f"{alike} of {len(every)} checks say the same of both" + ("" if everything else " (--all shows them)") + "."
+    )
+    return Group(table, said, "", _scalars(runs, everything))
+
+
+def _level_of(finding: Finding | None) -> str:
+    return "" if finding is None else str(finding.verdict.level)
 
 
 def sweep(made: Mapping[str, Any]) -> RenderableType:
@@ -234,7 +244,7 @@ def sweep(made: Mapping[str, Any]) -> RenderableType:
         best = f"{row['best']['text']} (step {row['best']['step']:,})" if row["best"] else "–"
         loss = row["loss"]["text"] if row["loss"] else "–"
         table.add_row(f"{row['key']}: {row['title']}", state, f"{row['steps']:,}", loss, best, *row["settings"])
-    return Group(Text(made["verdict"]["headline"], style="bold"), "", table)
+    return Group(Text(made["verdict"]["headline"], style="bold"), made["verdict"]["sentence"], "", table)
 
 
 def _cell(finding: Finding | None) -> RenderableType:

@@ -12,6 +12,7 @@ from diag.registry import instruments
 from diag.reporting.evidence import is_old
 from diag.reporting.examples import examples
 from diag.reporting.plain import as_text, clean, count_in_words, number
+from diag.reporting.words import cause_in_words
 from diag.result import OUR_CHOICE, Failed, Result, Skipped
 from diag.run.run import Finding
 
@@ -50,7 +51,7 @@ def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool, last_step: int
     return {
         **_about(finding.instrument, finding.title, level),
         "sentence": clean(verdict.sentence),
-        "cause": clean(verdict.cause).replace("_", " "),
+        "cause": clean(cause_in_words(verdict.cause)),
         "confidence": str(verdict.confidence),
         "confidence_text": CONFIDENCE[verdict.confidence],
         "why_here": _why_here(finding, in_time),

@@ -18,6 +18,7 @@ from diag.snapshot.history import History
 # Events that give no reason for caution; "info" is shown in the method section, and a finding has its own card.
 ROUTINE_EVENTS = ("resume", "start", "end", "info", "schedule", "probe", "finding")
 MOST_EVENTS_LISTED = 8
+SHORT = 60.0  # seconds of training, in which the looks that do not ask for the budget count
 
 
 def caveats(evidence: Evidence, counts: Mapping[str, int]) -> list[dict[str, str]]:
@@ -28,6 +29,7 @@ def caveats(evidence: Evidence, counts: Mapping[str, int]) -> list[dict[str, str
         *_of_events(evidence.events),
         *_of_cost(evidence),
         *_of_files(evidence.torn),
+        *_of_the_end(evidence),
     ]
     return [{"kind": kind, "text": clean(text), "section": section} for kind, text, section in found]
 
@@ -123,7 +125,12 @@ def _of_cost(evidence: Evidence) -> Caveats:
     budget = evidence.metadata.get("budget")
     if wall and isinstance(budget, (int, float)) and watch > budget * wall:
         text = f"Measuring took {format_share(watch / wall)} of the wall time, more than its budget of "
-        yield "over budget", f"{text}{format_share(budget)}.", "method"
+        why = (
+            "; the looks at the first steps, which every run gets, weigh most in a short one"
+            if wall < SHORT
+            else ""
+        )
+        yield "over budget", f"{text}{format_share(budget)}{why}.", "method"
 
 
 def spent(evidence: Evidence) -> tuple[float, float]:
@@ -135,3 +142,10 @@ def _of_files(torn: int) -> Caveats:
     if torn:
         dropped = count_in_words(torn, "record was", "records were").capitalize()
         yield "torn records", f"{dropped} torn and dropped: the writer was killed.", ""
+
+
+def _of_the_end(evidence: Evidence) -> Caveats:
+    """A run on disk is closed when its watch ends; one that was killed, or goes on, is not."""
+    if evidence.on_disk and not evidence.metadata.get("closed"):
+        text = f"No end was recorded: training goes on, or was killed after step {evidence.last_step:,}."
+        yield "no end", text, ""

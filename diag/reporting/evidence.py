@@ -43,6 +43,7 @@ class Evidence:
     costs: Sequence[Cost] = ()
     metrics: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     torn: int = 0
+    on_disk: bool = False
     not_installed: Sequence[str] = ()
     last_step: int = 0
 
@@ -85,6 +86,7 @@ def _from_run(run: Run) -> Evidence:
         costs=run.costs,
         metrics=run.metrics,
         torn=run.torn,
+        on_disk=run.path is not None and run.history is not None,
         not_installed=tuple(run.unknown_instruments),
         last_step=run.last_step,
     )

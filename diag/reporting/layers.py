@@ -29,8 +29,11 @@ LAYER_COLUMNS = (
 )
 
 
-def layer_map(axis: Axis | None, history: History, findings: Iterable[Finding]) -> dict[str, Any]:
-    """Map and table of the layers; of very many, those that stand out (`left_out` says how many do not)."""
+def layer_map(axis: Axis | None, history: History, findings: Iterable[Finding]) -> dict[str, Any] | None:
+    """Map and table of the layers; of very many, those that stand out (`left_out` says how many do not). None where
+    the record has none, as that of an imported log."""
+    if not history.layers:
+        return None
     named = _named(history, findings)
     columns = _columns(history)
     chosen = _conspicuous(history, columns, named)

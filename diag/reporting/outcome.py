@@ -55,7 +55,7 @@ def measured_course(findings: Iterable[Finding], field: str, beside: str = "") -
 def outcome_courses(evidence: Evidence) -> dict[str, list[Course]]:
     """The courses by panel: "loss" and "accuracy", training first."""
     made: dict[str, list[Course]] = {"loss": [], "accuracy": []}
-    history = evidence.history
+    history, logged = evidence.history, list(_of_the_user(evidence.metrics))
     if history is not None and numpy.isfinite(history.loss).any():
         steps, loss = numpy.asarray(history.steps), numpy.asarray(history.loss, float)
         made["loss"].append(Course("training", "training", tuple(steps.tolist()), tuple(loss.tolist())))
@@ -65,12 +65,17 @@ def outcome_courses(evidence: Evidence) -> dict[str, list[Course]]:
         ("accuracy", "held_out", "held_out_accuracy"),
     ):
         found = measured_course(evidence.findings, field, "held_out_loss")
-        if found:
+        if found and not _was_logged(found, [c for p, c in logged if (p, c.role) == (panel, role)]):
             label = "held-out" if role == "held_out" else "training examples"
             made[panel].append(Course(role, label, *zip(*found, strict=True)))
-    for panel, course in _of_the_user(evidence.metrics):
+    for panel, course in logged:
         made[panel].append(course)
     return made
+
+
+def _was_logged(found: Sequence[tuple[int, float]], logged: Iterable[Course]) -> bool:
+    """Whether a check measured at logged steps only: then it judged the log, which is drawn as it is."""
+    return any({step for step, _ in found} <= set(course.steps) for course in logged)
 
 
 def _of_the_user(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> Iterable[tuple[str, Course]]:
@@ -96,6 +101,7 @@ def best_step(courses: Mapping[str, Sequence[Course]]) -> dict[str, Any] | None:
                 "step": step,
                 "what": panel,
                 "label": course.label,
+                "number": value,
                 "value": shown_value(panel, value),
                 "last": shown_value(panel, last),
                 "last_step": course.steps[-1],

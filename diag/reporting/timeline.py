@@ -7,6 +7,7 @@ its width; step s of a run from a to b stands at (s - a + 1/2) / (b - a + 1).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -78,6 +79,7 @@ def timeline(
         "last_step": axis.last,
         "ticks": step_ticks(axis),
         "curves": [*curves, *_logged(axis, metrics)],
+        "once": _once(metrics),
         "lanes": [_lane(axis, finding) for finding in findings],
         "events": [_event(axis, event) for event in events[:MOST_EVENTS_DRAWN]],
         "events_left_out": max(0, len(events) - MOST_EVENTS_DRAWN),
@@ -134,11 +136,25 @@ def _curves(axis: Axis, history: History) -> Iterable[dict[str, Any]]:
 
 
 def _logged(axis: Axis, metrics: Mapping[str, Sequence[tuple[int, float]]]) -> Iterable[dict[str, Any]]:
-    for name, course in list(metrics.items())[:MAX_LOGGED]:
+    over_time = [(name, course) for name, course in metrics.items() if not _is_once(course)]
+    for name, course in over_time[:MAX_LOGGED]:
         steps, values = numpy.array([step for step, _ in course]), numpy.array([value for _, value in course])
         order = numpy.argsort(steps, kind="stable")
         steps, values = steps[order], values[order]
         yield from _curve(axis, steps, f"logged {clean(name)}", clean(name), values, ~numpy.isfinite(values))
+
+
+def _is_once(course: Sequence[tuple[int, float]]) -> bool:
+    return len({step for step, _ in course}) < 2
+
+
+def _once(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list[dict[str, Any]]:
+    """What was logged at one step only, which is no curve."""
+    once = [(name, course[-1]) for name, course in metrics.items() if course and _is_once(course)]
+    return [
+        {"label": clean(name), "step": step, "value": format_number(float(value))}
+        for name, (step, value) in once[:MAX_LOGGED]
+    ]
 
 
 def broken_steps(history: History) -> NDArray[numpy.bool_]:
@@ -238,4 +254,4 @@ def _linear_marks(low: float, high: float) -> list[tuple[float, str]]:
     # As many digits as tell two marks apart.
     largest = max(map(abs, marks), default=0.0)
     digits = max(3, math.ceil(math.log10(largest / width)) + 1) if largest > 0 else 3
-    return [(mark, format_number(mark, digits)) for mark in marks]
+    return [(mark, re.sub(r"\.?0+(?=e)", "", format_number(mark, digits))) for mark in marks]

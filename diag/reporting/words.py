@@ -14,11 +14,23 @@ from typing import Any
 WORDS: dict[str, str] = json.loads(
     resources.files(__package__).joinpath("templates", "words.json").read_text(encoding="utf-8")
 )
+CAUSES: dict[str, str] = json.loads(
+    resources.files(__package__).joinpath("templates", "causes.json").read_text(encoding="utf-8")
+)
 LONGEST_FIRST = sorted(WORDS, key=lambda word: -len(word))
 PATTERN = re.compile(
     "|".join(rf"(?<![\w-]){re.escape(word)}(?![\w-])" for word in LONGEST_FIRST), flags=re.IGNORECASE
 )
 BY_LOWER = {word.lower(): word for word in WORDS}
+
+
+def cause_in_words(cause: str) -> str:
+    """What a headline calls a cause: its name, unless it takes the field to understand that.
+
+    >>> cause_in_words("not_finite"), cause_in_words("learning_rate_too_high")
+    ('NaN or infinity', 'learning rate too high')
+    """
+    return CAUSES.get(cause, cause.replace("_", " "))
 
 
 def word_id(word: str) -> str:

@@ -107,6 +107,9 @@ def test_compare_puts_two_runs_side_by_side(run_diag, make_run, tmp_path):
     assert not any(line.startswith("loss ") for line in lines)
     everything = run_diag("compare", tmp_path / "a", tmp_path / "b", "--all").stdout
     assert any(line.startswith("loss ") for line in everything.split("\n"))
+    said = next(line for line in lines if "say the same of both (--all shows them)." in line)
+    same, every = (int(word) for word in said.split() if word.isdigit())
+    assert same == every - 1 and everything.count("✔ ok") > result.stdout.count("✔ ok")
 
 
 def test_the_file_of_a_run_stands_for_its_folder(run_diag, make_run):

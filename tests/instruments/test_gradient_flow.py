@@ -93,6 +93,8 @@ def test_finite_is_only_said_of_what_was_seen():
     none = unseen(gradient_norm=slice(None))
     assert none.level is Level.UNKNOWN
     assert none.sentence == "No gradient was seen at any of the 50 steps recorded."
+    log = gradient_flow(history=dataclasses.replace(empty_history({}, 50), loss=numpy.ones(50))).verdict()
+    assert log.level is Level.UNKNOWN and not log.advice and log.sentence.startswith("The record has no layers")
 
 
 def test_warning_where_no_weight_moves():

@@ -80,6 +80,14 @@ def test_a_loss_that_left_for_good(losses, left_at):
     assert (result.verdict().level == "alarm") == bool(left_at)
 
 
+def test_a_loss_that_is_nan_to_the_end_says_since_when():
+    losses = numpy.concatenate([falling(50), [math.nan] * 10])
+    assert "is no finite number since step 51." in diag.divergence(history=record(losses)).verdict().sentence
+    losses[:] = numpy.concatenate([falling(40), numpy.full(10, 90.0), [math.nan] * 10])
+    told = diag.divergence(history=record(losses)).verdict().sentence
+    assert "5 times that since step 43 and is no finite number since step 51." in told
+
+
 def test_momentum_is_named_where_it_is_high():
     losses = numpy.concatenate([falling(30), numpy.full(10, 30.0), falling(60)])
     assert diag.divergence(history=record(losses, momentum=0.999)).verdict().cause == Cause.MOMENTUM_TOO_HIGH

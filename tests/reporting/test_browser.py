@@ -337,3 +337,33 @@ def test_a_comparison_and_a_gallery_work_as_well(browser, evidence, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert problems == []
     page.close()
+
+
+@pytest.fixture(scope="module")
+def odd_pages(tmp_path_factory):
+    """A record without curves, as that of checkpoints, and a sweep of many runs."""
+    import report_fakes
+
+    from diag.reporting import compare, document, render
+
+    folder = tmp_path_factory.mktemp("odd")
+    files = [{"step": 100 * i, "path": f"{i}.pt"} for i in range(3)]
+    bare = report_fakes.evidence(history=None, events=[], findings=[], metrics={}, metadata={"checkpoints": files})
+    few = report_fakes.evidence(history=None, events=[], metrics={}, metadata={"checkpoints": files})
+    for name, evidence in (("bare", bare), ("few", few)):
+        (folder / f"{name}.html").write_text(render(document(evidence, drawings=False)), encoding="utf-8")
+    compare(
+        *(report_fakes.evidence(title=f"Run of a name that is long, {i}") for i in range(20)),
+        output=folder / "sweep.html",
+    )
+    return folder
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("name", ["bare", "few", "sweep"])
+def test_an_odd_page_runs_its_scripts_and_fits_the_window(browser, odd_pages, name, width):
+    page, problems = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((odd_pages / f"{name}.html").as_uri())
+    assert problems == [] and page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()

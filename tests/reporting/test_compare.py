@@ -29,7 +29,8 @@ def pair():
 
 def test_what_became_better_and_what_stayed(pair):
     made = comparison(*pair)
-    assert made["verdict"]["headline"] == "B against A: one check better and one check the same"
+    assert made["verdict"]["headline"] == "B (Run b) is better than A (Run a): softmax collapse in A only"
+    assert made["verdict"]["sentence"] == "B against A: one check better and one check the same."
     assert [(c["instrument"], c["change"]) for c in made["checks"]] == [("collapse", "better"), ("bare", "same")]
     assert comparison(*reversed(pair))["checks"][0]["change"] == "worse"
     json.dumps(made, allow_nan=False)
@@ -58,7 +59,7 @@ def test_what_only_one_side_has_is_not_compared(pair):
     made = comparison(pair[0], more)
     last = made["checks"][-1]
     assert last["cells"][0] is None and last["change"] == ""
-    assert made["verdict"]["headline"].endswith("1 not judged in both")
+    assert made["verdict"]["sentence"].endswith("1 not judged in both.")
     row = made["scalars"][-1]
     assert row["values"][0] is None and row["difference"] is None and row["ratio"] is None
     assert [line["side"] for line in made["curves"]["panels"][0]["lines"]] == ["A"]
@@ -91,8 +92,41 @@ def test_three_runs_are_compared_with_the_first():
     made = comparison(*runs, names=list(levels))
     check = made["checks"][0]
     assert check["changes"] == ["worse", "better"] and check["change"] == "mixed"
-    assert made["title"] == "3 runs against x" and made["verdict"]["headline"].startswith("B to C against A: ")
+    assert made["title"] == "3 runs against x" and made["verdict"]["sentence"].startswith("B to C against A: ")
+    assert made["verdict"]["headline"] == "2 of 3 runs have a finding: A softmax collapse and B softmax collapse"
     assert [row["level"] for row in made["sweep"]["rows"]] == ["warning", "alarm", "ok"]
+
+
+def test_the_headline_of_two_runs_says_which_is_worse_and_of_what(pair):
+    bad, good = pair
+    assert comparison(good, bad)["verdict"]["headline"] == "B (Run a) is worse than A (Run b): softmax collapse"
+    assert comparison(good, good)["verdict"]["headline"] == "No check tells A (Run b) and B (Run b) apart"
+    unlike = comparison(good, dataclasses.replace(good, findings=[]))["verdict"]["headline"]
+    assert unlike == "Nothing was judged in both A (Run b) and B (Run b)"
+
+
+def test_the_headline_of_a_sweep_has_the_most_frequent_cause_and_its_rows_the_first_story():
+    runs = [side(f"Run {i}", "alarm" if i < 6 else "ok", 0.1) for i in range(9)]
+    made = comparison(*runs)
+    assert made["verdict"]["headline"] == "6 of 9 runs have a finding, most often (6): softmax collapse"
+    assert [row["worst"] for row in made["sweep"]["rows"]] == ["Softmax collapse"] * 6 + [""] * 3
+    assert comparison(*runs[6:])["verdict"]["headline"] == "Nothing wrong was found in the 3 runs"
+
+
+def test_a_sweep_says_which_run_is_best_on_held_out_data():
+    def run(title, accuracy):
+        return side(title, "ok", 0.1, metrics={"val_acc": [(10, 0.2), (20, accuracy)]})
+
+    said = comparison(run("Run x", 0.6), run("Run y", 0.8), run("Run z", 0.7))["verdict"]["sentence"]
+    assert said.endswith(" Best held-out accuracy: 80 %, of B (Run y) at step 20.")
+    unlike = comparison(run("Run x", 0.6), run("Run y", 0.8), side("Run z", "ok", 0.1, metrics={}))
+    assert "Best held-out" not in unlike["verdict"]["sentence"]
+
+
+def test_clear_differences_come_first(pair):
+    rows = comparison(pair[0], dataclasses.replace(pair[1], findings=side("", "ok", 0.05).findings))["scalars"]
+    clear = [row["is_clear"] is True for row in rows]
+    assert clear == sorted(clear, reverse=True)
 
 
 def test_a_sweep_of_fifty_is_one_table_on_a_small_page():

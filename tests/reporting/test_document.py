@@ -137,7 +137,7 @@ def test_warnings_about_the_run_itself(made):
     assert "At one step the training loss was infinite or not a number, at step 701." in texts
     assert "One check was skipped" in texts and "One record was torn" in texts
     assert "The loop raised (step 512)." in texts
-    assert "Measuring took 6.46 % of the wall time, more than its budget of 5 %." in texts
+    assert "Measuring took 6.46 % of the wall time, more than its budget of 5 %" in texts
 
 
 def test_warnings_of_sampled_steps_scaler_and_missing_data():

@@ -105,7 +105,7 @@ def test_since_when_the_loss_is_not_finite_is_in_the_headline_sentence():
     history.loss[60:], history.loss_finite[60:] = numpy.nan, False
     said = document(report_fakes.evidence(history=history), drawings=False)["state"]["sentence"]
     assert f"and is NaN or infinite from step {history.steps[60]:,} on." in said
-    assert "No held-out data were seen" in said
+    assert "Nothing was measured on held-out data" in said
     assert "NaN" not in document(report_fakes.evidence(), drawings=False)["state"]["sentence"]
 
 

@@ -215,6 +215,13 @@ class GradientFlow(Result):
         if self.num_steps < STEPS_BEFORE_ZERO_GRADIENT or (self.gradients_seen and not self.still):
             return None
         nothing = not self.gradients_seen
+        if nothing and not self.layers:
+            return Verdict(
+                Level.UNKNOWN,
+                "The record has no layers, as that of a log has none, so nothing is known of their gradients.",
+                source="arithmetic",
+                confidence=Confidence.ARITHMETIC,
+            )
         found = "No gradient was seen" if nothing else "No weight moved"
         return Verdict(
             Level.UNKNOWN if nothing else Level.WARNING,

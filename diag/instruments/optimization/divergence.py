@@ -36,6 +36,7 @@ class Divergence(Result):
     last: float = measured("the median of the last five losses; infinite where they were not finite")
     peak: float = measured("the highest median of five consecutive losses")
     left_at: int = measured("the step from which the loss stayed above the limit; 0 where it did not")
+    lost_at: int = measured("the step from which no loss was finite; 0 where the last one is", default=0)
     momentum: float = measured("the optimizer's momentum, or Adam's first beta")
     num_steps: int = measured("steps recorded", unit="steps")
     fell_to: float = measured("the lowest loss where it fell without end, below zero; else NaN", default=math.nan)
@@ -85,12 +86,7 @@ class Divergence(Result):
 
     def _left(self, limit: float) -> Verdict:
         by_momentum = self.momentum >= HIGH_MOMENTUM
-        reached = format_number(self.last) if math.isfinite(self.last) else "what is no longer a finite number"
-        course = (
-            f"has been above {limit:g} times that since step {self.left_at:,} and has reached {reached}"
-            if self.left_at
-            else f"rose to {format_number(self.peak)} in between"
-        )
+        course = self._course(limit)
         why = (
             f" The momentum is {self.momentum:g}, which adds up a hundred steps and more in one direction."
             if by_momentum
@@ -112,6 +108,16 @@ class Divergence(Result):
                           Cause.INPUTS_CONSTANT, Cause.MOMENTUM_TOO_HIGH),
             step=self.left_at or None,
         )  # fmt: skip
+
+    def _course(self, limit: float) -> str:
+        above = f"has been above {limit:g} times that since step {self.left_at:,} and "
+        if not self.left_at:
+            return f"rose to {format_number(self.peak)} in between"
+        if math.isfinite(self.last):
+            return f"{above}has reached {format_number(self.last)}"
+        if not self.lost_at:
+            return f"{above}has been infinite or NaN again and again"
+        return f"{above if self.left_at < self.lost_at else ''}is no finite number since step {self.lost_at:,}"
 
     def plot(self, ax: Any) -> None:
         """The loss over the steps, with its first value."""
@@ -152,6 +158,7 @@ def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
         last=float(smooth[-1]) if len(smooth) else math.nan,
         peak=float(smooth.max()) if len(smooth) else math.nan,
         left_at=_left_at(smooth, steps[len(losses) - len(smooth) :], times * first) if first > 0 else 0,
+        lost_at=_left_at(losses, steps, float(numpy.finfo(float).max)),
         momentum=_momentum(history),
         num_steps=int(history.total_steps),
         fell_at=fell_at,

@@ -13,14 +13,15 @@ from typing import Any
 
 from diag.errors import InvalidInput
 from diag.reporting.caveats import caveats
+from diag.reporting.comparison.headline import change_counts, headline
 from diag.reporting.comparison.numbers import compared_numbers
 from diag.reporting.comparison.overlay import overlay
-from diag.reporting.comparison.sweep import key_of, sweep_table
+from diag.reporting.comparison.sweep import best_row, key_of, sweep_table
 from diag.reporting.document import SHOWN_LEVELS, audits_of, stories_of, verdict
 from diag.reporting.evidence import Evidence, gather
 from diag.reporting.files import Page
 from diag.reporting.method import facts
-from diag.reporting.plain import clean, count_in_words, listed
+from diag.reporting.plain import clean, count_in_words
 from diag.result import Level
 from diag.run.opening import opened
 
@@ -66,22 +67,24 @@ def comparison(
     audits = [audits_of(side) for side in sides]
     checks = list(_checks(audits))
     titles = [clean(n) for n in names or _titles(sides)]
+    shown = [
+        _side(key, title, side, made_of)
+        for key, title, side, made_of in zip(keys, titles, sides, audits, strict=True)
+    ]
+    sweep = sweep_table(sides, shown, audits) if len(sides) > 2 else None
     made = {
         "format": "diag-comparison",
         "format_version": COMPARISON_VERSION,
         "title": " and ".join(titles) if len(titles) == 2 else f"{len(titles)} runs against {titles[0]}",
         "command": clean(command),
-        "verdict": {"headline": _headline(checks, keys), "sentence": ""},
-        "sides": [
-            _side(key, title, side, made_of)
-            for key, title, side, made_of in zip(keys, titles, sides, audits, strict=True)
-        ],
+        "verdict": {"headline": headline(checks, shown), "sentence": change_counts(checks, keys) + best_row(sweep)},
+        "sides": shown,
         "healthy": [clean(side.title) for side in accepted],
         "facts": list(_facts(sides)),
         "checks": checks,
         "curves": overlay(sides, keys, accepted),
         "scalars": compared_numbers(sides, keys, accepted),
-        "sweep": sweep_table(sides, keys, titles, audits) if len(sides) > 2 else None,
+        "sweep": sweep,
     }
     return json.loads(json.dumps(made, allow_nan=False))
 
@@ -100,10 +103,14 @@ def _titles(sides: Sequence[Evidence]) -> list[str]:
 
 def _side(key: str, title: str, side: Evidence, audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     counts = {level: sum(a["level"] == level for a in audits) for level in SHOWN_LEVELS}
+    said = verdict(counts, audits, stories_of(side, audits))
+    first = next((a for a in audits if a["id"] == said["audit"]), None)
     return {
         "name": key,
         "title": title,
-        "verdict": verdict(counts, audits, stories_of(side, audits)),
+        "verdict": said,
+        "level": said["level"],
+        "cause": "" if first is None else first["cause"] or first["name"].lower(),
         "counts": counts,
         "caveats": caveats(side, counts),
         "last_step": side.last_step,
@@ -145,22 +152,3 @@ def _summed(changes: Sequence[str]) -> str:
     if found:
         return found.pop()
     return "same" if "same" in changes else ""
-
-
-def _headline(checks: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    if not checks:
-        return "Nothing was measured"
-    changes = [check["change"] for check in checks]
-    words = {
-        "worse": "worse",
-        "better": "better",
-        "mixed": "better in some and worse in others",
-        "same": "the same",
-    }
-    parts = [
-        f"{count_in_words(changes.count(key), 'check')} {word}" for key, word in words.items() if key in changes
-    ]
-    unlike = changes.count("")
-    parts += [f"{unlike} not judged in {'both' if len(keys) == 2 else 'all'}"] if unlike else []
-    others = keys[1] if len(keys) == 2 else f"{keys[1]} to {keys[-1]}"
-    return f"{others} against {keys[0]}: {listed(parts)}"

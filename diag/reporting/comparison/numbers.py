@@ -35,7 +35,7 @@ def compared_numbers(
         for scalar in dict.fromkeys(s for v in values for s in v):
             if not scalar.endswith("_standard_error"):
                 rows.append(_row(title, scalar, units.get(scalar.split("/")[0], ""), values, keys, bands))
-    return rows[:MANY_ROWS]
+    return sorted(rows, key=lambda row: row["is_clear"] is not True)[:MANY_ROWS]  # clear differences first
 
 
 def _last(side: Evidence) -> Iterable[tuple[str, tuple[str, Result]]]:

@@ -37,34 +37,33 @@ def key_of(number: int) -> str:
 
 
 def sweep_table(
-    sides: Sequence[Evidence], keys: Sequence[str], titles: Sequence[str], audits: Sequence[Sequence[Any]]
+    sides: Sequence[Evidence], shown: Sequence[Mapping[str, Any]], audits: Sequence[Sequence[Any]]
 ) -> dict[str, Any]:
-    """The table: `columns` are the settings and logged numbers that differ between the runs."""
+    """The table: `columns` are the settings and logged numbers that differ between the runs. shown: the sides as
+    the comparison's document has them."""
     settings = [_settings(side) for side in sides]
     names = dict.fromkeys(name for found in settings for name in found)
     differ = [n for n in names if len({found.get(n, "") for found in settings}) > 1][:MOST_SETTINGS]
     rows = [
         {
-            "key": key,
-            "title": title,
-            **_state(made),
+            "key": about["name"],
+            "title": about["title"],
+            "level": about["level"],
+            "worst": about["verdict"]["name"],
+            **_findings(made),
             "steps": side.last_step,
             "loss": _last_loss(side),
             "best": _best(side),
             "settings": [found.get(name, "–") for name in differ],
         }
-        for key, title, side, made, found in zip(keys, titles, sides, audits, settings, strict=True)
+        for about, side, made, found in zip(shown, sides, audits, settings, strict=True)
     ]
     return {"columns": differ, "rows": rows}
 
 
-def _state(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _findings(audits: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     levels = [audit["level"] for audit in audits]
-    wrong = [level for level in (str(Level.ALARM), str(Level.WARNING)) if level in levels]
-    level = wrong[0] if wrong else str(Level.OK if str(Level.OK) in levels else Level.UNKNOWN)
-    worst = next((audit["name"] for audit in audits if wrong and audit["level"] == level), "")
-    counts = {name: levels.count(name) for name in (str(Level.ALARM), str(Level.WARNING))}
-    return {"level": level, "worst": worst, "alarms": counts["alarm"], "warnings": counts["warning"]}
+    return {"alarms": levels.count(str(Level.ALARM)), "warnings": levels.count(str(Level.WARNING))}
 
 
 def _last_loss(side: Evidence) -> dict[str, Any] | None:
@@ -76,7 +75,19 @@ def _last_loss(side: Evidence) -> dict[str, Any] | None:
 
 def _best(side: Evidence) -> dict[str, Any] | None:
     best = best_step(outcome_courses(side)) if side.kind == "run" else None
-    return best and {"text": best["value"], "what": best["what"], "step": best["step"]}
+    return best and {"text": best["value"], "number": best["number"], "what": best["what"], "step": best["step"]}
+
+
+def best_row(table: Mapping[str, Any] | None) -> str:
+    """Which run is best on held-out data, in a sentence; empty where they were not all measured in one way."""
+    rows = table["rows"] if table else []
+    measured = [(row["best"]["number"], row) for row in rows if row["best"]]
+    kinds = {row["best"]["what"] for _, row in measured}
+    if len(kinds) != 1 or len(measured) < len(rows):
+        return ""
+    _, row = (max if kinds == {"accuracy"} else min)(measured, key=lambda item: item[0])
+    name, best = f"{row['key']} ({row['title']})", row["best"]
+    return f" Best held-out {best['what']}: {best['text']}, of {name} at step {best['step']:,}."
 
 
 def _settings(side: Evidence) -> dict[str, str]:

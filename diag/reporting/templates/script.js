@@ -155,9 +155,9 @@
         if (img) Object.assign(img.style, { width: `${100 / wide}%`, left: `${-100 * view.from / wide}%`, maxWidth: "none" });
       }
     };
-    const controls = find(".zoom");
-    controls.hidden = false;
-    controls.addEventListener("click", (event) => {
+    const controls = find(".zoom"); // where there are curves
+    if (controls) controls.hidden = false;
+    controls?.addEventListener("click", (event) => {
       const wide = view.to - view.from, middle = (view.from + view.to) / 2;
       const how = { in: [middle - wide / 4, middle + wide / 4], out: [middle - wide, middle + wide], back: [view.from - wide / 2, view.to - wide / 2],
                     on: [view.from + wide / 2, view.to + wide / 2], all: [0, 1] }[event.target.dataset.zoom];

@@ -38,6 +38,7 @@ from diag.watching.watcher import watch as watch
 from diag.instruments.loss.answers_seen import AnswersSeen as AnswersSeen
 from diag.instruments.attention import Attention as Attention
 from diag.instruments.network.attention_heads import AttentionHeads as AttentionHeads
+from diag.instruments.network.axes_kept import AxesKept as AxesKept
 from diag.instruments.barrier_prediction import BarrierPrediction as BarrierPrediction
 from diag.instruments.data.batch_rows import BatchRows as BatchRows
 from diag.instruments.loop.batches_repeated import BatchesRepeated as BatchesRepeated
@@ -56,6 +57,7 @@ from diag.instruments.optimization.divergence import Divergence as Divergence
 from diag.instruments.edge_of_stability import EdgeOfStability as EdgeOfStability
 from diag.instruments.data.evaluation_inputs import EvaluationInputs as EvaluationInputs
 from diag.instruments.network.examples_mixed import ExamplesMixed as ExamplesMixed
+from diag.instruments.outcome.finite_evaluation import FiniteEvaluation as FiniteEvaluation
 from diag.instruments.network.finite import FiniteForward as FiniteForward
 from diag.instruments.optimization.finite_steps import FiniteSteps as FiniteSteps
 from diag.instruments.outcome.generalization import Generalization as Generalization
@@ -148,6 +150,10 @@ def attention_heads(snapshot: Snapshot, /, *, attention_calls: Any = ..., histor
 @overload
 def attention_heads(attention_calls: Any, history: Any = None, *, sharp: float = ..., even: float = ...) -> AttentionHeads: ...
 @overload
+def axes_kept(snapshot: Snapshot, /, *, loop: Any = ...) -> AxesKept: ...
+@overload
+def axes_kept(loop: Any) -> AxesKept: ...
+@overload
 def barrier_prediction(snapshot: Snapshot, /, *, interpolation: Any = ..., other: Any = ..., points: int = ..., layers: bool = ...) -> BarrierPrediction: ...
 @overload
 def barrier_prediction(interpolation: Any, other: Any, *, points: int = ..., layers: bool = ...) -> BarrierPrediction: ...
@@ -219,6 +225,10 @@ def evaluation_inputs(loop: Any) -> EvaluationInputs: ...
 def examples_mixed(snapshot: Snapshot, /, *, other_examples: Any = ...) -> ExamplesMixed: ...
 @overload
 def examples_mixed(other_examples: Any) -> ExamplesMixed: ...
+@overload
+def finite_evaluation(snapshot: Snapshot, /, *, loop: Any = ...) -> FiniteEvaluation: ...
+@overload
+def finite_evaluation(loop: Any) -> FiniteEvaluation: ...
 @overload
 def finite_forward(snapshot: Snapshot, /, *, activations: Any = ...) -> FiniteForward: ...
 @overload

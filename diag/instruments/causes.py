@@ -155,6 +155,7 @@ class Cause(enum.StrEnum):
     ATTENTION_LOGITS_GROW = "attention_logits_grow", Theme.NETWORK, "Attention logits grow without bound."
     NORMALIZATION_MISSING = "normalization_missing", Theme.NETWORK, "A deep network without normalisation has signals that grow or shrink over depth."
     NORMALIZATION_STATISTICS_BAD = "normalization_statistics_bad", Theme.NETWORK, "Running statistics do not fit the data: train and eval mode disagree."
+    AXES_MIXED = "axes_mixed", Theme.NETWORK, "Axes are taken for one another, as by a reshape where a transpose was meant: numbers of different examples, positions or channels are mixed."
     EXAMPLES_MIXED = "examples_mixed", Theme.NETWORK, "The answer to an example depends on the others of its batch: a reshape or an axis mixes them."
     MODE_COLLAPSE = "mode_collapse", Theme.NETWORK, "A generator or a policy gives the same output whatever its input."
 

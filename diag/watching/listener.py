@@ -134,9 +134,9 @@ class TrainingListener(Guarded):
     def _rows(self, event: str, *args: Any) -> None:
         getattr(self._loop.rows, event)(*args)
 
-    def loss_evaluated(self) -> None:
+    def loss_evaluated(self, value: Any) -> None:
         """A loss function was called without gradients."""
-        self._closely("loss_evaluated")
+        self._closely("loss_evaluated", value)
 
     @guarded("loss")
     def loss_scaled(self, losses: Any, scaled: Any) -> None:

@@ -32,15 +32,29 @@ def token_targets(loop: Loop) -> TokenTargets:
     The targets of the first losses are compared with the inputs of the call before, position by position. Where all
     of them are the token one place on, the next one is asked for. Where all are the token at the same place, the
     answer stands in the input, as is meant in an autoencoder only; where they are some other number of places on,
-    they are shifted. Targets that are not tokens of the input are not judged.
+    they are shifted. Where each row of targets is the next tokens of another row, their order was changed alone, an
+    alarm. Targets that are not tokens of the input are not judged.
 
     Raises nothing of its own.
     """
     t = loop.targets
-    known = Precondition("tokens", bool(t.shifts), "the targets are not tokens of the model's input.")
+    seen = bool(t.shifts) or t.exchanged >= BATCHES_ALIGNED
+    known = Precondition("tokens", seen, "the targets are not tokens of the model's input.")
     fine = "Each target is the token after the one at its place in the input."
-    findings = list(_findings(loop)) if t.shifts else []
+    findings = list(_findings(loop)) if t.shifts else [_exchanged(loop)] if seen else []
     return judged(TokenTargets, loop.step, findings, fine, preconditions=(known,))
+
+
+def _exchanged(loop: Loop) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.LABELS_SHUFFLED,
+        f"Each row of targets is the next tokens of another row of the input, in {loop.targets.exchanged:,} of the "
+        f"{loop.targets.aligned:,} batches that were compared: targets and inputs are not in the same order.",
+        "Take inputs and targets from the same rows, and shuffle both with one order or neither.",
+        "Rows whose targets are their own next tokens.",
+        step=1,
+    )
 
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:

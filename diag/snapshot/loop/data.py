@@ -187,7 +187,9 @@ class TargetFacts:
     """What the first losses were asked for. Of losses between numbers (`function`), `looked` of them: root mean
     square, mean and standard deviation of the targets, and the root mean square of the network's first outputs.
     Of targets that are whole numbers where the model is given sequences of tokens: `aligned` were compared, and
-    shifts says in how many of them every target was the token so many positions on in the input."""
+    shifts says in how many of them every target was the token so many positions on in the input; exchanged: in how
+    many of them each row of targets was the next tokens of another row; flattened: the shapes (without classes)
+    from which outputs and targets were put in one row, where these say that the order differs."""
 
     function: str = ""
     looked: int = 0
@@ -197,6 +199,8 @@ class TargetFacts:
     first_output: float = math.nan
     aligned: int = 0
     shifts: Mapping[int, int] = field(default_factory=dict)
+    exchanged: int = 0
+    flattened: tuple[tuple[int, int], tuple[int, int]] | tuple[()] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from diag.snapshot.loop.data import (
     RootFacts,
     TargetFacts,
 )
-from diag.snapshot.loop.inputs import InputFacts
+from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts
 from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
 from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.loop.rows import RowFacts
@@ -49,6 +49,7 @@ class Loop:
     calls: of the model in training; backwards: backward passes that reached the model; unstepped: those since the
     last step of an optimizer that holds its parameters, and zeroed_without_step how many of them were zeroed away.
     strangers: the shapes of parameters that the model uses and does not know, and no optimizer holds.
+    reshaped: shapes before and after reshapes, in the graph of a loss, that gave axes each other's lengths.
     start: weights of layers when the watch began; empty where a run was resumed. origin: of the first loss
     that was not finite, where it could be read without waiting.
     ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not; rates_before: the
@@ -78,6 +79,8 @@ class Loop:
     targets: TargetFacts = field(default_factory=TargetFacts)
     asked: tuple[AskedFacts, ...] = ()
     inputs: InputFacts = field(default_factory=InputFacts)
+    evaluation: EvaluationFacts = field(default_factory=EvaluationFacts)
+    reshaped: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     scaling: ScalingFacts = field(default_factory=ScalingFacts)
     clipping: ClippingFacts = field(default_factory=ClippingFacts)
     outside: tuple[OutsideChange, ...] = ()

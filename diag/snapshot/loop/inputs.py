@@ -27,3 +27,13 @@ class InputFacts:
     evaluated_mean: float = math.nan
     evaluated_deviation: float = math.nan
     shape_alike: bool = True
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """Losses computed without gradients: how many were looked at, how many of them were not a number (broken), and
+    the step under way at the first of these."""
+
+    looked: int = 0
+    broken: int = 0
+    first_step: int = 0

@@ -47,8 +47,8 @@ class Listener(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """It has stepped."""
 
-    def loss_evaluated(self) -> None:
-        """A loss function was called without gradients."""
+    def loss_evaluated(self, value: Any) -> None:
+        """A loss function was called without gradients and returned `value`."""
 
     def has_zeroed(self, owner: Any) -> None:
         """`zero_grad` has returned."""

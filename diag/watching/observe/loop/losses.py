@@ -142,7 +142,8 @@ class Losses:
         if kind.function in OF_BINARY_TARGETS and target.numel():
             numbers = target.detach().float()
             self._read(kind, "range", torch.stack((*numbers.aminmax(), numbers.mean())))
-        elif kind.function == "cross_entropy" and target.is_floating_point() and target.ndim > 1:
+        shares = kind.function == "cross_entropy" or (kind.function in OF_BINARY_TARGETS and kind.over_axis == 1)
+        if shares and target.is_floating_point() and target.ndim > 1:
             ones = target.detach()
             binary = ((ones == 0) | (ones == 1)).all()
             self._read(kind, "several", ones.sum(1).max() * binary)

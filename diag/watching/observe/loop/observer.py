@@ -19,9 +19,11 @@ from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.data.asked import Demands
+from diag.watching.observe.loop.data.axes import Axes
 from diag.watching.observe.loop.data.contents import Contents
 from diag.watching.observe.loop.data.drawn import NONE, Drawn
 from diag.watching.observe.loop.data.evaluated import EvaluatedData
+from diag.watching.observe.loop.data.evaluations import Evaluations
 from diag.watching.observe.loop.data.inputs import Inputs
 from diag.watching.observe.loop.data.pairs import PairedCalls
 from diag.watching.observe.loop.data.targets import Targets
@@ -83,6 +85,7 @@ class LoopObserver:
         self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
         self._origin = Origin(self.moment)
+        self._axes, self._evaluations = Axes(), Evaluations(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
@@ -185,9 +188,10 @@ class LoopObserver:
         self._penalty.loss_called(value)
         self._batches.targets(input_and_target(args, kwargs)[1])
 
-    def loss_evaluated(self) -> None:
+    def loss_evaluated(self, value: Any) -> None:
         """A loss function returned a value without a graph."""
         self._modes.quiet_loss()
+        self._evaluations.loss(value)
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         """A GradScaler made `scaled` of `losses`."""
@@ -207,6 +211,8 @@ class LoopObserver:
             w.look()
         self._optimizers.backward_called()
         self._losses.backward_called(roots)
+        if self._axes.backward_called(roots):
+            self.moment.news("axes exchanged")
         self._penalty.backward_called(roots)
         self._pairs.backward_called(roots)
         self._scaling.backward_called(roots)
@@ -365,6 +371,8 @@ class LoopObserver:
             chance=self._chance.facts(),
             losses=self._losses.facts(),
             wrapper=WrapperFacts(self._wrapper, self._wrapped, processes()),
+            evaluation=self._evaluations.facts(),
+            reshaped=self._axes.facts(),
             roots=RootFacts(self._losses.roots.looked, self._losses.roots.undivided),
             scaling=self._scaling.facts(),
             clipping=self._clipping.facts(),

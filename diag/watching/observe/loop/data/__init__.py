@@ -1,4 +1,17 @@
-"""What training reads: the rows of its batches, which of them are drawn and in which order, what is asked of them,
-and the source of the model's classes."""
+"""What training reads: the rows of its batches, which of them are drawn and in which order, what is asked of them
+and with which axes, what evaluations give, and the source of the model's classes."""
 
-__all__ = ["asked", "contents", "drawn", "evaluated", "inputs", "padding", "pairs", "source", "stream", "targets"]
+__all__ = [
+    "asked",
+    "axes",
+    "contents",
+    "drawn",
+    "evaluated",
+    "evaluations",
+    "inputs",
+    "padding",
+    "pairs",
+    "source",
+    "stream",
+    "targets",
+]

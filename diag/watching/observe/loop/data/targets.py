@@ -7,7 +7,7 @@ A few calls are looked at. What is on a device is kept there and read when the f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import TargetFacts
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.data.padding import before_flattening
 from diag.watching.observe.loop.moment import Moment
 
 TARGET_CALLS = 3  # calls
@@ -31,19 +32,33 @@ OF_NUMBERS = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 
 @dataclass
 class AskedTokens:
-    """One loss whose targets may be tokens. start: the position of the first output that it is of; tokens: inputs
-    that the targets may be of, those before it and, as a model may compute the loss itself, those of the next call
-    that ends."""
+    """One loss whose targets may be tokens. start: the position of the first output that it is of; outputs:
+    the first axes of these before they were put in one row; tokens: inputs that the targets may be of, those
+    before it and, as a model may compute the loss itself, those of the next call that ends."""
 
     target: Tensor
     ignored: int
     start: int
+    outputs: tuple[int, int] | None = None
     tokens: list[Tensor] = field(default_factory=list)
 
     def shift(self) -> int | None:
         """By how many positions the targets stand before the tokens that they are, None where they are none."""
         shifts = (shift_of(t, self.target, self.ignored, self.start) for t in self.tokens)
         return next((s for s in shifts if s is not None), None)
+
+    def exchanged(self) -> bool:
+        """Whether each row of targets is the next tokens of another row."""
+        return any(rows_exchanged(t, self.target, self.ignored, self.start) for t in self.tokens)
+
+    def order(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """The shapes that outputs and targets had before they were put in one row, where the order differs."""
+        shapes = [t.shape for t in self.tokens if shift_of(t, self.target, self.ignored, self.start) is not None]
+        if self.outputs is None or self.target.ndim != 1 or not shapes:
+            return None
+        targets = shapes[0][0], len(self.target) // shapes[0][0]
+        turned = self.outputs == targets[::-1] and targets[0] != targets[1]
+        return (self.outputs, targets) if turned else None
 
 
 class Targets:
@@ -53,7 +68,8 @@ class Targets:
         self._moment = moment
         self._tokens: list[Tensor] = []
         self._shifts: dict[int, int] = {}
-        self._looks = self._aligned = self._numbers = 0
+        self._looks = self._aligned = self._numbers = self._exchanged = 0
+        self._flattened: tuple[tuple[int, int], tuple[int, int]] | tuple[()] = ()
         self._open: AskedTokens | None = None  # until the call that it may be of has ended
         self._waiting: list[AskedTokens] = []
         self._numbers_waiting: list[tuple[Tensor, Tensor]] = []
@@ -79,7 +95,9 @@ class Targets:
         if not target.is_floating_point() and self._looks < TARGET_CALLS:
             ignored = kwargs.get("ignore_index", IGNORED_LABEL)
             ignored = ignored if isinstance(ignored, int) else IGNORED_LABEL
-            self._ask(AskedTokens(target.detach(), ignored, first_position(given), list(self._tokens)))
+            outputs = before_flattening(given, len(target)) if target.ndim == 1 else None
+            start = first_position(given)
+            self._ask(AskedTokens(target.detach(), ignored, start, outputs, list(self._tokens)))
         elif target.is_floating_point() and name in OF_NUMBERS and self._numbers < TARGET_CALLS:
             self._numbers += 1
             self._function = name
@@ -103,7 +121,7 @@ class Targets:
             self._note(asked)
         else:
             kept = [t.detach().clone() for t in asked.tokens]
-            self._waiting.append(AskedTokens(asked.target.clone(), asked.ignored, asked.start, kept))
+            self._waiting.append(replace(asked, target=asked.target.clone(), tokens=kept))
 
     def _measure(self, target: Tensor, output: Tensor) -> None:
         wanted, given = target.double(), output.double()
@@ -118,13 +136,17 @@ class Targets:
         self._aligned += 1
         if shift is not None:
             self._shifts[shift] = self._shifts.get(shift, 0) + 1
+            self._flattened = self._flattened or asked.order() or ()
             self._moment.news(("targets", shift, self._aligned))
+        elif asked.exchanged():
+            self._exchanged += 1
+            self._moment.news(("rows exchanged", self._exchanged))
 
     def facts(self) -> TargetFacts:
         """As plain data; what is on a device is read now."""
         waiting, self._waiting = self._waiting, []
         for asked in waiting:
-            self._note(AskedTokens(asked.target.cpu(), asked.ignored, asked.start, [t.cpu() for t in asked.tokens]))
+            self._note(replace(asked, target=asked.target.cpu(), tokens=[t.cpu() for t in asked.tokens]))
         numbers, self._numbers_waiting = self._numbers_waiting, []
         for wanted, given in numbers:
             self._measure(wanted.cpu(), given.cpu())
@@ -141,6 +163,8 @@ class Targets:
             first_output=first_output,
             aligned=self._aligned,
             shifts=dict(sorted(self._shifts.items())),
+            exchanged=self._exchanged,
+            flattened=self._flattened,
         )
 
 
@@ -185,6 +209,24 @@ def shift_of(tokens: Tensor, target: Tensor, ignored: int, start: int = 0) -> in
             if bool((ours == theirs)[counts].all()) and _enough(ours[counts]):
                 return s
     return None
+
+
+def rows_exchanged(tokens: Tensor, target: Tensor, ignored: int, start: int = 0) -> bool:
+    """Whether rows of targets are the tokens one position on of other rows of the input: each of the first rows of
+    some one's, and hardly any of its own. Shapes as for `shift_of`."""
+    n, length = tokens.shape
+    asked = target.numel() // max(n, 1)
+    at = start + 1
+    high = min(asked, length - at)
+    fits = length - MOST_CUT <= asked <= length and target.numel() == n * asked and n >= TARGET_ROWS
+    if not fits or (target.ndim != 1 and target.shape != (n, asked)) or high < 1:
+        return False
+    ours = target.reshape(n, asked)[:TARGET_ROWS, :high]
+    counts = ours != ignored
+    agree = ((ours[:, None] == tokens[None, :, at : at + high]) | ~counts[:, None]).all(-1)
+    told_apart = agree.sum(1) == 1  # a row of one token says nothing
+    own = agree[:, :TARGET_ROWS].diagonal() & told_apart
+    return _enough(ours[counts]) and int(told_apart.sum()) > TARGET_ROWS // 2 and int(own.sum()) <= TARGET_ROWS // 4
 
 
 def _enough(values: Tensor) -> bool:

@@ -43,7 +43,7 @@ class Representation(Result):
     num_rows: int = measured("examples (or tokens)")
     num_compared: int = measured("of these, those that CKA and invariance are measured on")
     layers: tuple[str, ...] = measured("the layers")
-    widths: tuple[int, ...] = measured("dimensions measured, positions averaged")
+    widths: tuple[int, ...] = measured("dimensions measured, positions other than padding averaged")
     effective_ranks: NDArray[numpy.float64] = measured("effective rank", shape="(layers,)")
     dead_shares: NDArray[numpy.float64] = measured("dead dimensions", unit="share", shape="(layers,)")
     duplicates: NDArray[numpy.float64] = measured(
@@ -112,10 +112,11 @@ def representation(
 
     layer_outputs: the outputs of the layers, or features (n, d), or a mapping from names to features; the same of
     an earlier snapshot, for CKA between the two. Covariances are over all rows, in float64; of layers wider than
-    2,048, evenly spaced dimensions are measured. A dimension is dead below 1e-4 of the median standard deviation
-    (or where all are constant). CKA is the U-statistic for a linear kernel on `compared` rows, evenly spaced, with
-    a jackknife error over ten blocks. Invariance compares two passes, one with `noise` (in standard deviations of
-    the inputs) added; features that are given have no second pass, and NaN.
+    2,048, evenly spaced dimensions are measured. Positions of one example are averaged, without padding where a
+    mask or the embedding's padding index says which it is. A dimension is dead below 1e-4 of the median standard
+    deviation (or where all are constant). CKA is the U-statistic for a linear kernel on `compared` rows, evenly
+    spaced, with a jackknife error over ten blocks. Invariance compares two passes, one with `noise` (in standard
+    deviations of the inputs) added; features that are given have no second pass, and NaN.
 
     Raises MissingQuantity where no layer outputs rows of features. Sources: Zbontar et al. 2021, arXiv:2103.03230
     (C_ii and C_ij); Kornblith et al. 2019, arXiv:1905.00414; Song et al. 2012 (the U-statistic).

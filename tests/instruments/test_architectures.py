@@ -190,9 +190,10 @@ def test_tokens_of_gpt2_are_rows_where_the_labels_are_one_each(transformers):
     )
 
 
-def test_tokens_of_a_sequence_classifier_are_averaged(transformers):
+def test_tokens_of_a_sequence_classifier_are_averaged_without_padding(transformers):
     model, batch, snapshot = made(bert, transformers)
-    rows = model(**batch, output_hidden_states=True).hidden_states[-1].mean(1)
+    mask = batch["attention_mask"][..., None]
+    rows = (model(**batch, output_hidden_states=True).hidden_states[-1] * mask).sum(1) / mask.sum(1)
     found = rank_of(diag.representation(snapshot), "bert.encoder.layer.1.output.LayerNorm")
     assert found == pytest.approx(effective_rank(rows), rel=1e-4)
 

@@ -282,6 +282,39 @@ def test_convolutions_are_averaged_over_positions_and_sequences_too():
     assert representation(diag.Snapshot(recurrent, None, (torch.randn(8, 4, 3), y))).widths == (3, 5)
 
 
+class Reader(nn.Module):
+    """Classifies by the mean of its tokens, the mask by one of the names in use."""
+
+    def __init__(self, padding=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, 6, padding_idx=padding)
+        self.layer, self.out = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x, attention_mask=None, src_key_padding_mask=None):
+        return self.out(self.layer(self.embedding(x)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "how", ["attention_mask", "by position", "src_key_padding_mask", "padding index", "nothing"]
+)
+def test_padding_is_left_out_of_the_mean_where_something_says_which_it_is(how):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(1, 9, (20, 7), generator=generator)
+    tokens = torch.arange(7) < torch.randint(2, 8, (20, 1), generator=generator)
+    tokens[3] = False  # an example of padding alone counts with all that it has
+    x = x * tokens
+    model, y = Reader(0 if how == "padding index" else None), torch.arange(20) % 3
+    mask = {"attention_mask": tokens.long(), "by position": tokens.float(), "src_key_padding_mask": ~tokens}
+    batch = {"x": x, "labels": y} | ({how: mask[how]} if how in mask else {})
+    if how == "by position":
+        batch = (x, mask[how]), y
+    used = torch.ones_like(tokens) if how == "nothing" else tokens | ~tokens.any(1, keepdim=True)
+    rows = (model.layer(model.embedding(x)) * used[..., None]).sum(1) / used.sum(1, keepdim=True)
+    found = representation(diag.Snapshot(model, nn.CrossEntropyLoss(), batch))
+    assert found.effective_ranks[found.layers.index("layer")] == pytest.approx(dense(rows.detach())[0], rel=1e-5)
+
+
 def test_refusals():
     assert "one class" in refusal(
         collapse_by_layer, layer_outputs={"a": normal(4, 2)}, labels=torch.zeros(4).long()

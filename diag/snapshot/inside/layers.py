@@ -2,7 +2,7 @@
 
 A row is an example; where the labels are one a token it is a token, those with an ignored label left out. Features
 at several positions of one example (pixels, tokens) are averaged over the positions, unless the labels are one
-each.
+each; of tokens, those that a mask or the embedding's padding index says are padding are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.forward import comparisons, forward_pass
 from diag.snapshot.forward import labels as labels_of
 from diag.snapshot.inside.earlier import earlier
+from diag.snapshot.inside.padding import tokens_that_count
 from diag.snapshot.objective.comparison import Comparison, output_tensor
 from diag.snapshot.objective.same_rows import matching_rows
 from diag.snapshot.preserve import preserved
@@ -97,6 +98,7 @@ def _run(snapshot: Snapshot, rows_of: list[_Rows], take: Take, noise: float) -> 
             for batch, rows in zip(snapshot.batches, rows_of, strict=True):
                 snapshot.deadline.check()
                 given = _with_noise(batch, noise, generator)
+                rows.counted = tokens_that_count(snapshot.model, batch)
                 with _listening(snapshot.model, rows, take, first):
                     if len(given.args) == 1 and isinstance(given.args[0], Tensor):
                         rows.pass_on("input", None, given.args[0], take, first)
@@ -151,6 +153,7 @@ class _Rows:
         self.kept: Tensor | None = None  # numbers of the rows to hand on; None: all
         self.positions: tuple[int, ...] | None = None  # axes that a token's row is counted by
         self.count = size
+        self.counted: Tensor | None = None  # (examples, tokens): which are no padding
         self._channels_first: tuple[int, ...] = ()
         if comparison is not None:
             self.count = int(comparison.counted.sum())
@@ -190,4 +193,7 @@ class _Rows:
             return None
         if t.ndim <= 2:
             return t.reshape(len(t), -1)
+        if self.counted is not None and t.shape[:-1] == self.counted.shape:
+            weights = self.counted.to(t.device)[..., None]
+            return torch.where(weights, t, 0).sum(1) / weights.sum(1)  # padding may hold what is not finite
         return t.flatten(2).mean(2) if channels_first else t.flatten(1, -2).mean(1)

@@ -1,8 +1,49 @@
-"""Padding of sequences: one number that fills the ends of rows and stands nowhere else."""
+"""Padding of sequences: a mask that says which tokens count, the embedding's padding index, or one number that
+fills the ends of rows and stands nowhere else."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+
+from torch import Tensor, nn
+
+from diag.snapshot.batch import Batch, tensors_in
+
+MASKS = ("attention_mask", "padding_mask", "key_padding_mask", "src_key_padding_mask")
+MASKS_OF_PADDING = ("padding_mask", "key_padding_mask", "src_key_padding_mask")  # True where a token is none
+
+
+def tokens_that_count(model: nn.Module, batch: Batch) -> Tensor | None:
+    """(examples, tokens), True where a token is none of padding; None where nothing says so, or all tokens count.
+
+    Said by an argument of the model with the name of a mask, else by the padding index of an embedding that the
+    batch's only integer tensor can be looked up in. Examples that have no token at all count with all.
+    """
+    counted = _masked(model, batch)
+    if counted is None:
+        counted = _padded(model, batch)
+    if counted is None or bool(counted.all()):
+        return None
+    return counted | ~counted.any(1, keepdim=True)
+
+
+def _masked(model: nn.Module, batch: Batch) -> Tensor | None:
+    named = dict(zip(inspect.signature(model.forward).parameters, batch.args, strict=False)) | batch.kwargs
+    named |= batch.args[0] if batch.args and isinstance(batch.args[0], dict) else {}
+    for name in MASKS:
+        mask = named.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == batch.size:
+            if mask.dtype.is_floating_point and bool((mask < 0).any()):  # added to scores
+                return mask == 0
+            return mask == 0 if name in MASKS_OF_PADDING else mask != 0
+    return None
+
+
+def _padded(model: nn.Module, batch: Batch) -> Tensor | None:
+    given = tensors_in((batch.args, batch.kwargs))
+    tokens = [t for t in given if not t.is_floating_point() and t.ndim == 2 and len(t) == batch.size]
+    indices = {m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None}
+    return tokens[0] != indices.pop() if len(tokens) == 1 and len(indices) == 1 else None
 
 
 def padding_of(rows: Tensor) -> tuple[int, float] | None:

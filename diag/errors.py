@@ -7,6 +7,7 @@ made here too, so that every room names a few of many, counts, and says what kin
 from __future__ import annotations
 
 import difflib
+import enum
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -96,7 +97,14 @@ def as_path(value: str | os.PathLike[str]) -> Path:
     """A path; raises InvalidInput for what is none."""
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidInput(f"The path is {type_of(value)}; expected the name of a file or folder.")
+    if not os.fspath(value):
+        raise InvalidInput("The path is an empty text; expected the name of a file or folder.")
     return Path(value)
+
+
+def one_of(kind: type[enum.Enum], value: object) -> str:
+    """That `value` is none of an enum's, in one sentence."""
+    return f"{value!r} is no {kind.__name__}; expected one of {', '.join(repr(k.value) for k in kind)}."
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 2) -> str:

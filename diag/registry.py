@@ -24,11 +24,12 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
-from diag.conversion import converted
+from diag.conversion import converted, describe, is_a
+from diag.door import at_the_door
 from diag.errors import (
     DiagError,
     InvalidInput,
@@ -47,6 +48,7 @@ from diag.snapshot.state.host import on_host
 from diag.snapshot.state.tensors import hearing
 from diag.snapshot.validation import checked
 
+Choice = TypeVar("Choice", bound=enum.Enum)
 ENTRY_POINTS = "diag.instruments"
 
 # What an instrument's `passes` counts in: forward passes over the data. A curvature product is two or three
@@ -93,6 +95,7 @@ class Need:
     quantity: Quantity
     name: str
     optional: bool
+    type: Any = Any
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,8 @@ class Instrument:
         self._refuse_unknown(given)
         began = time.perf_counter()
         with on_host(), hearing() as said, self._undisturbed(snapshot, given):
-            quantities = checked({n.name: self._value(n, snapshot, given) for n in self.needs})
+            found = {n.name: self._value(n, snapshot, given) for n in self.needs}
+            quantities = checked(found)
             result = self._measured(snapshot, quantities | settings)
         about = snapshot.provenance() if snapshot is not None else {}
         provenance = Provenance(self.name, settings, seconds=time.perf_counter() - began, **about)
@@ -301,6 +305,7 @@ class Instrument:
         except Exception as error:
             if snapshot is not None:
                 snapshot.explain(error)
+            self._refuse_other_kinds(arguments)
             raise
 
     def _value(self, need: Need, snapshot: Measurable | None, given: Mapping[str, Any]) -> Any:
@@ -314,6 +319,14 @@ class Instrument:
             if need.optional:
                 return None
             raise
+
+    def _refuse_other_kinds(self, values: Mapping[str, Any]) -> None:
+        """After something broke: raise InvalidInput if an object is of another kind than its annotation says."""
+        for need in self.needs:
+            if not is_a(value := values[need.name], need.type) and need.quantity.kind == "object":
+                raise InvalidInput(
+                    f"{need.name} is {type_of(value)}; expected {describe(need.type)}; {need.quantity.how}."
+                )
 
     def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
         known = [n.name for n in self.needs]
@@ -346,6 +359,7 @@ def _kinds(values: Sequence[Any]) -> str:
     return named([type_of(value) for value in values], len(values))
 
 
+@at_the_door
 def instrument(
     *,
     source: str,
@@ -370,10 +384,10 @@ def instrument(
     Raises InvalidInput where a positional parameter is not in the glossary, a keyword-only one has no
     default, the docstring is missing, the return annotation is no Result, or the kind is none of the three.
     """
-    when, before = _kind(kind), BeforeTraining(before_training)
+    when, before = _chosen(Kind, kind, "kind"), _chosen(BeforeTraining, before_training, "before_training")
 
     def declare(function: Callable[..., Result]) -> Instrument:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
         result = hints.get("return")
         if not (isinstance(result, type) and issubclass(result, Result)):
             raise InvalidInput(f"{function.__name__} returns {result}; annotate it with a subclass of Result.")
@@ -391,13 +405,12 @@ def instrument(
     return declare
 
 
-def _kind(given: str | Kind) -> Kind:
+def _chosen(kind: type[Choice], given: object, name: str) -> Choice:
     try:
-        return Kind(given)
+        return kind(given)
     except ValueError:
-        raise InvalidInput(
-            f"kind={given!r} is not a kind of instrument; expected {', '.join(repr(k.value) for k in Kind)}."
-        ) from None
+        known = ", ".join(repr(k.value) for k in kind)
+        raise InvalidInput(f"{name}={given!r} is not known; expected one of {known}.") from None
 
 
 def _signature(
@@ -411,7 +424,7 @@ def _signature(
                 raise InvalidInput(f"The setting {parameter.name} of {function.__name__} has no default; give one.")
             settings.append(Setting(parameter.name, parameter.default, hints.get(parameter.name, Any)))
         else:
-            needs.append(Need(lookup(parameter.name), parameter.name, optional))
+            needs.append(Need(lookup(parameter.name), parameter.name, optional, hints.get(parameter.name, Any)))
     return tuple(needs), tuple(settings)
 
 
@@ -465,6 +478,7 @@ def find(name: str | Instrument) -> Instrument:
     raise InvalidInput(f"There is no instrument {name!r}; {hint}")
 
 
+@at_the_door
 def measure(snapshot: Measurable, name: str | Instrument, **settings: Any) -> Result:
     """Measure with the instrument called `name`, or with the instrument: the same as calling it on the snapshot."""
     return find(name)(snapshot, **settings)
@@ -512,12 +526,18 @@ def _attempted(snapshot: Measurable | None, which: Instrument, given: Mapping[st
         return Failed(which.name, f"{type(error).__name__}: {text_of(error)}", traceback.format_exc())
 
 
+@at_the_door
 def measure_all(
     snapshot: Measurable,
     names: str | Instrument | Iterable[str | Instrument] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Outcome]:
     """Measure with every instrument (or those named); the outcomes by name, none of them an exception."""
+    if not isinstance(snapshot, Measurable):
+        raise InvalidInput(f"measure_all was called on {type_of(snapshot)}; expected a diag.Snapshot.")
     names = [names] if isinstance(names, str | Instrument) else names
+    if names is not None and not isinstance(names, Iterable):
+        raise InvalidInput(f"names is {type_of(names)}; expected the names of instruments, or none for all.")
+    settings = {find(name).name: find(name).converted_settings(given) for name, given in (settings or {}).items()}
     chosen = instruments().values() if names is None else [find(name) for name in names]
-    return {i.name: attempt(snapshot, i, **(settings or {}).get(i.name, {})) for i in chosen}
+    return {i.name: attempt(snapshot, i, **settings.get(i.name, {})) for i in chosen}

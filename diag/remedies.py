@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from diag.door import at_the_door
 from diag.errors import InvalidInput, type_of
 from diag.linalg.margins import margins
 
@@ -45,6 +46,7 @@ def stable_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = "me
     >>> bool(logits.grad[0, 1] > 0)  # by log_softmax in float32 it is exactly zero
     True
     """
+    _check_tensors(stable_cross_entropy=(logits, labels))
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
         raise InvalidInput(
             f"stable_cross_entropy got logits of shape {tuple(logits.shape)} and labels of shape "
@@ -65,6 +67,7 @@ def stable_binary_cross_entropy(logits: Tensor, targets: Tensor, *, reduction: s
     both are -logsigmoid of a logit of their own sign, which keeps it. Multi-label targets are many binary ones.
     Raises InvalidInput for shapes that differ, targets other than 0 and 1, or an unknown reduction.
     """
+    _check_tensors(stable_binary_cross_entropy=(logits, targets))
     if logits.shape != targets.shape or bool(((targets != 0) & (targets != 1)).any()):
         raise InvalidInput(
             f"stable_binary_cross_entropy got logits of shape {tuple(logits.shape)} and targets of shape "
@@ -74,6 +77,13 @@ def stable_binary_cross_entropy(logits: Tensor, targets: Tensor, *, reduction: s
         raise InvalidInput(f"The reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}.")
     losses = -F.logsigmoid(torch.where(targets == 1, logits, -logits))
     return losses if reduction == "none" else getattr(losses, reduction)()
+
+
+def _check_tensors(**given: tuple[Any, ...]) -> None:
+    for name, values in given.items():
+        for value in values:
+            if not isinstance(value, Tensor):
+                raise InvalidInput(f"{name} got {type_of(value)}; expected tensors.")
 
 
 def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
@@ -92,6 +102,7 @@ def stablemax(logits: Tensor, dim: int = -1) -> Tensor:
 
     The same as a softmax of sign(z) log(1 + |z|) (Proposition 1), by which it is computed.
     """
+    _check_tensors(stablemax=(logits,))
     return (logits.sign() * logits.abs().log1p()).softmax(dim)
 
 
@@ -101,6 +112,7 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor, *, reduction: str = 
     The authors' code evaluates it in float64 and adds 1e-30 to the probabilities; here it is the exact
     cross-entropy of the transformed logits, in their own type. Raises InvalidInput as `stable_cross_entropy`.
     """
+    _check_tensors(stablemax_cross_entropy=(logits, labels))
     return stable_cross_entropy(logits.sign() * logits.abs().log1p(), labels, reduction=reduction)
 
 
@@ -111,6 +123,7 @@ class Removable(Protocol):
         """Take the hook away."""
 
 
+@at_the_door
 def perp_grad(optimizer: Optimizer, *, whole: bool = False) -> Removable:
     """From now on the optimizer's gradients lose their part along the weights before each step (perpGrad).
 

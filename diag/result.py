@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diag import display
+from diag.door import class_at_the_door
 from diag.encoding import decode, encode, equal, plain_data
-from diag.errors import InvalidInput, MissingData, as_path, type_of
+from diag.errors import InvalidInput, MissingData, as_path, named, one_of, type_of
 
 OUR_CHOICE = "our choice, uncalibrated"
 RESULT_FORMAT = "diag-result"
@@ -52,6 +53,10 @@ class Level(enum.StrEnum):
     DESCRIPTION = "description"
     NOT_APPLICABLE = "not_applicable"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Self:
+        raise InvalidInput(one_of(cls, value))
+
     @property
     def is_finding(self) -> bool:
         """Whether something is wrong: an alarm or a warning."""
@@ -73,7 +78,12 @@ class Confidence(enum.StrEnum):
     WEAK_EMPIRICAL = "weak_empirical"
     CONTESTED = "contested"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Self:
+        raise InvalidInput(one_of(cls, value))
 
+
+@class_at_the_door(convert=False)
 @dataclass(frozen=True)
 class Verdict:
     """One sentence with its numbers, what to try, what would refute it, and where it comes from.
@@ -111,7 +121,7 @@ class Verdict:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "cause", str(self.cause))
         object.__setattr__(self, "explained_by", tuple(map(str, self.explained_by)))
-        if not self.sentence.strip():
+        if not isinstance(self.sentence, str) or not self.sentence.strip():
             raise InvalidInput("A verdict has an empty sentence; say what was found, with its numbers.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -294,6 +304,8 @@ class Result:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], load_array: Callable[[str], Any] | None = None) -> Self:
         """The result that `to_dict` wrote. Fields that this version does not know are left out."""
+        if not isinstance(data, Mapping):
+            raise InvalidInput(f"{cls.__name__} was read from {type_of(data)}; expected the dict of to_dict.")
         values = decode(data, load_array)
         known = {f.name for f in dataclasses.fields(cls)}
         values = {name: value for name, value in values.items() if name in known}
@@ -302,6 +314,8 @@ class Result:
         for field in dataclasses.fields(cls):
             if not field.metadata.get("record", True) and field.default is dataclasses.MISSING:
                 values[field.name] = None
+        if lacking := [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]:
+            raise InvalidInput(f"The dict of {cls.__name__} has no {named(lacking)}; expected what to_dict gave.")
         return cls(**values)
 
     def __eq__(self, other: object) -> bool:
@@ -365,6 +379,7 @@ def _with_an_axis(plot: Callable[..., None]) -> Callable[..., Any]:
     return call
 
 
+@class_at_the_door(convert=False)
 @dataclass(frozen=True)
 class Skipped:
     """An instrument that did not run, and in one sentence why and how to make it run."""
@@ -373,6 +388,7 @@ class Skipped:
     reason: str
 
 
+@class_at_the_door(convert=False)
 @dataclass(frozen=True)
 class Failed:
     """An instrument that raised an unexpected error; the traceback is kept."""
@@ -383,6 +399,10 @@ class Failed:
 
 
 Outcome = Result | Skipped | Failed
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _names_made_plain(kind: type[Result]) -> tuple[str, ...]:

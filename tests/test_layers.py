@@ -21,30 +21,32 @@ from diag.snapshot.glossary import GLOSSARY
 
 ROOT = Path(diag.__file__).parent
 # The rooms from the ground up; each may import those below it, and what `ALLOWED` adds or takes away.
-GROUND = {"errors", "display", "encoding", "result", "linalg"}
+GROUND = {"errors", "ranges", "conversion", "door", "display", "encoding", "result", "linalg"}
 ALLOWED = {
     "errors": set(),
+    "ranges": set(),
+    "conversion": {"errors", "ranges"},
+    "door": {"errors", "conversion"},
     "display": set(),
     "encoding": {"errors"},
-    "result": {"errors", "display", "encoding"},
+    "result": {"errors", "door", "display", "encoding"},
     "linalg": {"errors"},
-    "remedies": {"errors", "linalg"},
+    "remedies": {"errors", "door", "linalg"},
     "checkpoints": {"errors"},
     "distributed": {"errors", "linalg"},
-    "snapshot": {"errors", "linalg", "checkpoints", "distributed"},
+    "snapshot": {"errors", "door", "linalg", "checkpoints", "distributed"},
 }
 ALLOWED["gradients"] = ALLOWED["snapshot"] | {"snapshot"}
 ALLOWED["curvature"] = ALLOWED["gradients"] | {"gradients"}
-ALLOWED["connectivity"] = ALLOWED["curvature"] | {"curvature"}
-ALLOWED["conversion"] = {"errors"}
-ALLOWED["registry"] = {"conversion", "errors", "result", "snapshot"}
+ALLOWED["connectivity"] = ALLOWED["curvature"] | {"curvature", "ranges"}
+ALLOWED["registry"] = {"conversion", "door", "errors", "result", "snapshot"}
 ALLOWED["instruments"] = ALLOWED["connectivity"] | GROUND | {"connectivity", "registry", "remedies"}
 ALLOWED["rates"] = {"result"}
-ALLOWED["run"] = {"errors", "display", "encoding", "result", "rates", "checkpoints", "snapshot", "registry"}
+ALLOWED["run"] = {"errors", "door", "display", "encoding", "result", "rates", "checkpoints", "snapshot", "registry"}
 ALLOWED["run"] |= {"distributed", "linalg"}
 ALLOWED["watching"] = ALLOWED["instruments"] | {"instruments", "run"}
 ALLOWED["reporting"] = ALLOWED["run"] | {"run", "conversion"}
-ALLOWED["trial"] = ALLOWED["watching"] | {"watching"}
+ALLOWED["trial"] = ALLOWED["watching"] | {"watching", "ranges", "conversion"}
 ALLOWED["integrations"] = ALLOWED["watching"] | {"watching", "reporting"}
 # The top floor: the command line, the demo, and what helps authors of instruments and tests.
 TOP = {"__main__", "cli", "demo", "datasets", "testing", "__init__"}

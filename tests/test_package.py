@@ -84,7 +84,9 @@ def test_settings_are_converted(snapshot, given, expected):
 
 @pytest.mark.parametrize("given", [2.5, "many", None, [3], True])
 def test_a_setting_of_another_kind_is_refused_in_one_sentence(snapshot, given):
-    with pytest.raises(InvalidInput, match=r"num_eigenvalues takes a whole number \(its default is .*\) and not"):
+    with pytest.raises(
+        InvalidInput, match=r"num_eigenvalues takes a whole number of 1 or more \(its default is .*\) and not"
+    ):
         diag.hessian_spectrum(snapshot, num_eigenvalues=given)
 
 

@@ -233,7 +233,5 @@ def test_an_instrument_says_when_a_watch_runs_it():
 
     assert instrument(source="none")(looks).kind is Kind.MEASUREMENT
     assert instrument(source="none", kind="check")(looks).kind is Kind.CHECK
-    with pytest.raises(
-        InvalidInput, match="kind='chek' is not a kind of instrument; expected 'check', 'measurement', "
-    ):
+    with pytest.raises(InvalidInput, match="kind='chek' is not known; expected one of 'check', 'measurement', "):
         instrument(source="none", kind="chek")

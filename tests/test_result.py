@@ -151,7 +151,7 @@ def test_verdicts_round_trip_and_refuse_nonsense():
     assert verdict.level is Level.WARNING
     with pytest.raises(InvalidInput, match="empty sentence"):
         Verdict(Level.OK, " ")
-    with pytest.raises(ValueError, match="not a valid Level"):
+    with pytest.raises(ValueError, match="'bad' is no Level; expected one of 'alarm', "):
         Verdict("bad", "One.")
 
 

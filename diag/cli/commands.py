@@ -220,7 +220,10 @@ def _plain(value: Any) -> Any:
 
 
 def _type(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
+    from diag.conversion import without_range
+
+    bare = without_range(annotation)
+    return bare.__name__ if isinstance(bare, type) else str(bare).removeprefix("typing.")
 
 
 @main.command("show")

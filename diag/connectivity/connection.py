@@ -20,7 +20,9 @@ from diag.connectivity.interpolation_layers import LayerBarrier, angle, distance
 from diag.connectivity.interpolation_profile import Profile
 from diag.connectivity.interpolation_repair import Repair
 from diag.connectivity.linear_alignment import align_linear
+from diag.door import at_the_door
 from diag.errors import DiagError, InvalidInput, Unsupported
+from diag.ranges import GridPoints
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
@@ -130,12 +132,13 @@ def _on_both_sets(
     return line, path.profile(end, line.alphas.tolist(), norm_stats=norm_stats, held_out=True, **more)
 
 
+@at_the_door
 def align(
     snapshot: Snapshot,
     other: Any,
     *,
     by: str = "weights",
-    points: int = 11,
+    points: GridPoints = 11,
     beyond_permutations: bool = False,
 ) -> Connection:
     """The units of `other` permuted to where the matching units of the snapshot's network are.

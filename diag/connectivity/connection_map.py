@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from numpy.typing import NDArray
 
-from diag.connectivity.connection import aligned_end
+from diag.connectivity.connection import ALIGN, aligned_end
 from diag.connectivity.interpolation import Interpolation
 from diag.connectivity.interpolation_layers import angle, first_stable_step
+from diag.door import at_the_door
 from diag.errors import CheckpointError, InvalidInput
+from diag.ranges import GridPoints, Threshold
 from diag.snapshot.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -135,14 +137,15 @@ def _plain(values: NDArray[numpy.float64]) -> list[list[float | None]]:
     return [[float(x) if numpy.isfinite(x) else None for x in row] for row in values]
 
 
+@at_the_door
 def connect(
     snapshot: Snapshot,
     states: Mapping[str, Any] | Sequence[Any],
     *,
-    points: int = 11,
+    points: GridPoints = 11,
     align: str | None = None,
     norm_stats: str = "reset",
-    threshold: float = 0.02,
+    threshold: Threshold = 0.02,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> ConnectionMap:
     """The barriers between every two of `states` on the snapshot's data, and who is connected with whom.
@@ -155,6 +158,8 @@ def connect(
     """
     if len(states) < 2:
         raise InvalidInput(f"There are {len(states)} networks; expected at least 2 to compare.")
+    if align not in (None, *ALIGN):
+        raise InvalidInput(f"align is {align!r}; expected None, {' or '.join(map(repr, ALIGN))}.")
     path = Interpolation(snapshot)
     named = states if isinstance(states, Mapping) else _with_names(states)
     names = tuple(named)
@@ -214,12 +219,13 @@ class ForkStability:
         return tuple(None if math.isnan(start) else peak > start for peak, start in pairs)
 
 
+@at_the_door
 def fork_stability(
     snapshot: Snapshot,
     forks: Mapping[int, Sequence[Any]],
     *,
-    points: int = 30,
-    threshold: float = 0.02,
+    points: GridPoints = 30,
+    threshold: Threshold = 0.02,
     norm_stats: str = "reset",
 ) -> ForkStability:
     """The step from which forks of one run stay connected (Frankle et al. 2020, arXiv:1912.05671, figure 3).
@@ -232,6 +238,8 @@ def fork_stability(
     """
     if not forks:
         raise InvalidInput("There are no forks; expected at least one step with the two ends of its runs.")
+    if strange := [step for step in forks if not isinstance(step, int)]:
+        raise InvalidInput(f"A fork is at step {strange[0]!r}; expected the number of the step.")
     path = Interpolation(snapshot)
     steps = sorted(forks)
     alphas = [k / (points - 1) for k in range(points)]

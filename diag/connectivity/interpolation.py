@@ -44,10 +44,6 @@ class Interpolation:
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
-        if not isinstance(snapshot, Snapshot):
-            raise InvalidInput(
-                f"The first network is {type_of(snapshot)}; expected a diag.Snapshot(model, loss_fn, data)."
-            )
         self.snapshot = snapshot
         self.start: dict[str, Tensor] = _entries(snapshot.model)
         self.has_batch_norm = any(isinstance(m, BATCH_NORMS) for m in snapshot.model.modules())

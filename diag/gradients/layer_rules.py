@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from diag.door import at_the_door
 from diag.errors import InvalidInput, type_of
 
 RULE = "diag_gradient_rule"  # the attribute of a layer's class that holds its rule
@@ -32,6 +33,7 @@ class LayerRule(NamedTuple):
     forward: Any
 
 
+@at_the_door
 def gradient_rule(layer_type: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
     """Decorate the rule for the per-example gradients of all layers of this class.
 
@@ -47,7 +49,8 @@ def gradient_rule(layer_type: type[nn.Module]) -> Callable[[AnyRule], AnyRule]:
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise InvalidInput(
-            f"gradient_rule was given {layer_type!r}; expected a class of layers: @diag.gradient_rule(MyLayer)."
+            f"gradient_rule was given {type_of(layer_type)}; expected a class of layers: "
+            "@diag.gradient_rule(MyLayer)."
         )
 
     def keep(function: AnyRule) -> AnyRule:

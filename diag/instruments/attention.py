@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.linalg.softmax_rounding import SIGNIFICAND_BITS, collapse_margin
+from diag.ranges import Share
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.attention import AttentionCall
@@ -128,7 +129,7 @@ class Attention(Result):
     formula="H = -sum_j p_j ln p_j / ln(keys), p = softmax(s); gap = s_(1) - s_(2)",
 )
 def attention(
-    attention_calls: Sequence[AttentionCall], *, one_hot: float = ONE_HOT, uniform: float = UNIFORM
+    attention_calls: Sequence[AttentionCall], *, one_hot: Share = ONE_HOT, uniform: Share = UNIFORM
 ) -> Attention:
     """Entropy, largest weight, scores, margins and weight norms of every attention head.
 

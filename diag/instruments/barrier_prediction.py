@@ -21,13 +21,12 @@ from diag.connectivity.barrier_prediction import End, cubic, ends_of, layer_exce
 from diag.connectivity.interpolation import Interpolation
 from diag.connectivity.interpolation_layers import layer_barriers
 from diag.display import format_number
-from diag.errors import InvalidInput
+from diag.ranges import GridPoints
 from diag.registry import instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 
 SOURCE = "Singh et al. 2024, arXiv:2406.16300"
 LAYER_POINTS = (0.25, 0.5, 0.75)
-FEWEST_POINTS = 3  # both ends and one between
 FEWEST_TO_RANK = 3  # layers
 
 
@@ -102,7 +101,7 @@ class BarrierPrediction(Result):
     "measuring the way between.",
 )
 def barrier_prediction(
-    interpolation: Interpolation, other: Mapping[str, Tensor], *, points: int = 21, layers: bool = True
+    interpolation: Interpolation, other: Mapping[str, Tensor], *, points: GridPoints = 21, layers: bool = True
 ) -> BarrierPrediction:
     """How high the loss barrier to another network is, predicted from the two ends of the line and measured.
 
@@ -114,12 +113,10 @@ def barrier_prediction(
     two gradients and two curvature products, and by layer two products and two profiles of five points more. The
     paper states a theorem that was not at hand: the formulas are our own.
 
-    Raises InvalidInput where the two do not fit or `points` is below 3, and Unsupported with BatchNorm (the
+    Raises InvalidInput where the two do not fit, and Unsupported with BatchNorm (the
     statistics between the two are not known at the ends), where untrained tensors differ, or where curvature cannot
     be measured.
     """
-    if points < FEWEST_POINTS:
-        raise InvalidInput(f"points is {points}; expected at least 3, both ends and one between.")
     end = interpolation.fit(other)
     first, last = ends_of(interpolation, end, layers)
     line = interpolation.profile(end, [k / (points - 1) for k in range(points)])

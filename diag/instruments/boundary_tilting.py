@@ -87,7 +87,7 @@ class BoundaryTilting(Result):
     "changes too small to see can turn the answer.",
     formula="angle = arccos(<w_b - w_a, m_b - m_a> / (|w_b - w_a| |m_b - m_a|)), strength = 1 / cos(angle)",
 )
-def boundary_tilting(features: Tensor, labels: Tensor, classifier: Any) -> BoundaryTilting:
+def boundary_tilting(features: Tensor, labels: Tensor, classifier: tuple[Tensor, Tensor]) -> BoundaryTilting:
     """Angle between each pair's decision boundary and that of the nearest class mean, and 1 / cos of it.
 
     features (n, d): what enters the final linear layer, labels (n,) class numbers, classifier: its weight (K, d)

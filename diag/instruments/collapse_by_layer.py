@@ -20,6 +20,7 @@ from diag.display import format_number, format_share
 from diag.errors import InvalidInput, MissingQuantity
 from diag.linalg.geometry.class_geometry import ClassMeans, simplex_distance
 from diag.linalg.geometry.class_stream import ClassStream
+from diag.ranges import Threshold
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.layers import LayerOutputs, outputs_given
@@ -102,7 +103,7 @@ def collapse_by_layer(
     held_out_layer_outputs: LayerOutputs | Mapping[str, Tensor] | None = None,
     held_out_labels: Tensor | None = None,
     *,
-    separated: float = SEPARATED,
+    separated: Threshold = SEPARATED,
 ) -> CollapseByLayer:
     """NC1, NC1~, NC2 and the mistakes of the nearest class mean at every layer, on training and held-out data.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
+from diag.ranges import Count, Seed, Size, WholeNumber
 from diag.registry import GRADIENT, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.denoiser import DenoiserAt
@@ -91,10 +92,10 @@ class Denoising(Result):
 def denoising(
     denoiser: DenoiserAt,
     *,
-    sigma: float = 0.0,
-    probes: int = TRACE_PROBES,
-    eigenvectors: int = EIGENVECTORS,
-    seed: int = 0,
+    sigma: Size = 0.0,
+    probes: Count = TRACE_PROBES,
+    eigenvectors: WholeNumber = EIGENVECTORS,
+    seed: Seed = 0,
 ) -> Denoising:
     """Effective dimension, linearity, symmetry, shrinkage and SURE of a denoiser, and its agreement with another.
 

@@ -25,6 +25,7 @@ from diag.errors import InvalidInput, type_of
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator, checked_operator
 from diag.linalg.trace import trace_and_norm
+from diag.ranges import Count, Seed, Threshold, Tolerance
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.loop.facts import Loop
@@ -227,13 +228,13 @@ def edge_of_stability(
     optimizer: OptimizerState,
     loop: Loop | None = None,
     *,
-    batch_size: int | None = None,
-    trace_probes: int = 10,
-    tolerance: float = 1e-3,
-    max_products: int = 200,
-    edge_begins: float = EDGE_BEGINS,
-    edge_ends: float = EDGE_ENDS,
-    seed: int = 0,
+    batch_size: Count | None = None,
+    trace_probes: Count = 10,
+    tolerance: Tolerance = 1e-3,
+    max_products: Count = 200,
+    edge_begins: Threshold = EDGE_BEGINS,
+    edge_ends: Threshold = EDGE_ENDS,
+    seed: Seed = 0,
 ) -> EdgeOfStability:
     """The largest eigenvalue of the Hessian against the largest at which the optimizer's steps are stable.
 
@@ -252,7 +253,7 @@ def edge_of_stability(
     et al. 2021, arXiv:2103.00065, and 2022, arXiv:2207.14484; for small batches Mulayoff and Michaeli 2024, theorem
     1 and equations 15 and 16 (for the trace with examples of rank one).
     """
-    state, batch_size = _checked(hessian, optimizer, batch_size), _of_training(hessian, batch_size, loop)
+    state, batch_size = _checked(hessian, optimizer), _of_training(hessian, batch_size, loop)
     stability = linear_stability(hessian, state)
     run: dict[str, Any] = {"largest": 1, "tolerance": tolerance, "max_products": max_products, "seed": seed}
     plain = carried_eigenpairs(hessian, "hessian", **run)
@@ -299,16 +300,12 @@ def _of_small_batches(sgd: SgdStability) -> dict[str, Any]:
     }
 
 
-def _checked(hessian: Any, optimizer: Any, batch_size: int | None) -> OptimizerState:
+def _checked(hessian: Any, optimizer: Any) -> OptimizerState:
     checked_operator(hessian, "hessian")
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer = described_optimizer(optimizer)
     if not isinstance(optimizer, OptimizerState):
         raise InvalidInput(f"optimizer is {type_of(optimizer)}; expected a torch optimizer.")
-    if batch_size is not None and batch_size < 1:
-        raise InvalidInput(
-            f"batch_size is {batch_size}; expected the size of training's batches, or None (not known)."
-        )
     return optimizer
 
 

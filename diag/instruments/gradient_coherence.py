@@ -24,6 +24,7 @@ from diag.errors import InvalidInput, named
 from diag.gradients import PerExampleGradients, as_gradients
 from diag.linalg.coherence import Coherence, between_groups, coherence, noise_scale, random_blocks
 from diag.linalg.student import STANDARD_ERRORS
+from diag.ranges import Seed, Threshold
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -167,8 +168,8 @@ def gradient_coherence(
     labels: Tensor | None = None,
     *,
     contrast: bool = False,
-    fit_below: float = FIT_BELOW,
-    seed: int = 0,
+    fit_below: Threshold = FIT_BELOW,
+    seed: Seed = 0,
 ) -> GradientCoherence:
     """How far the gradients of single examples agree, over all layers and in each.
 

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
+from diag.door import at_the_door
 from diag.errors import InvalidInput, MissingQuantity
 from diag.gradients import PerExampleGradients, StackedGradients, as_gradients
 from diag.linalg.coherence import across_halves, noise_floor, random_blocks
 from diag.linalg.student import STANDARD_ERRORS, factor
+from diag.ranges import Seed
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.snapshot import Snapshot
@@ -140,7 +142,7 @@ def sign_flip_rate(series: Sequence[GradientConflict]) -> float:
     formula="cos(a, b) = <G_a, G_b> / (|G_a| |G_b|), G_a the mean gradient of group a",
 )
 def gradient_conflict(
-    per_example_gradients: PerExampleGradients, labels: Tensor, *, seed: int = 0
+    per_example_gradients: PerExampleGradients, labels: Tensor, *, seed: Seed = 0
 ) -> GradientConflict:
     """Cosines between the mean gradients of groups of examples, over all layers and in each.
 
@@ -212,8 +214,9 @@ def stack_losses(losses: Mapping[str, PerExampleGradients]) -> tuple[StackedGrad
     return stacked, torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
 
+@at_the_door
 def loss_conflict(
-    snapshot: Snapshot, losses: Mapping[str, Callable[[Any, Any], Tensor]], *, seed: int = 0
+    snapshot: Snapshot, losses: Mapping[str, Callable[[Any, Any], Tensor]], *, seed: Seed = 0
 ) -> GradientConflict:
     """Conflict between named losses on the same examples: groups 0, 1, ... are the losses in the order given.
 

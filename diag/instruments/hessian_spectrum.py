@@ -26,6 +26,7 @@ from diag.errors import InvalidInput
 from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator, checked_operator
 from diag.linalg.spectrum import Spectrum, spectrum
+from diag.ranges import Count, Seed, Share, Size, Threshold, Tolerance, WholeNumber
 from diag.registry import PRODUCT, SELF_TEST, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 
@@ -212,20 +213,20 @@ def hessian_spectrum(
     hessian: LinearOperator,
     class_directions: Tensor | None = None,
     *,
-    num_eigenvalues: int = 10,
-    steps: int = 80,
-    max_products: int = 300,
-    num_probes: int = 1,
-    trace_probes: int = 10,
-    tolerance: float = 1e-3,
+    num_eigenvalues: Count = 10,
+    steps: Count = 80,
+    max_products: Count = 300,
+    num_probes: Count = 1,
+    trace_probes: Count = 10,
+    tolerance: Tolerance = 1e-3,
     half_split: bool = True,
-    weight_decay: float = 0.0,
+    weight_decay: Size = 0.0,
     keep_eigenvectors: bool = False,
-    overlap_above: float = OVERLAP,
-    negative_above: float = NEGATIVE_ABOVE,
-    memory: int | None = None,
+    overlap_above: Share = OVERLAP,
+    negative_above: Threshold = NEGATIVE_ABOVE,
+    memory: WholeNumber | None = None,
     checkpoint: str = "",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> HessianSpectrum:
     """Largest and smallest eigenvalues of the loss Hessian with error bounds, its density, trace and norm.
 
@@ -251,7 +252,7 @@ def hessian_spectrum(
     CheckpointError where the folder cannot be used.
     Source: Papyan 2020, arXiv:2008.11865; Ghorbani et al. 2019, arXiv:1901.10159.
     """
-    _check(hessian, class_directions, num_eigenvalues)
+    _check(hessian, class_directions)
     found = spectrum(
         hessian.shifted(weight_decay) if weight_decay else hessian,
         largest=num_eigenvalues, tolerance=tolerance, steps=steps, num_probes=num_probes, trace_probes=trace_probes,
@@ -317,10 +318,8 @@ def _of_the_density(found: Spectrum) -> dict[str, Any]:
     }
 
 
-def _check(hessian: Any, directions: Any, count: int) -> None:
+def _check(hessian: Any, directions: Any) -> None:
     checked_operator(hessian, "hessian")
-    if count < 1:
-        raise InvalidInput(f"num_eigenvalues is {count}; expected at least 1.")
     if directions is not None and tuple(directions.shape[1:]) != (hessian.size,):
         raise InvalidInput(
             f"class_directions have shape {tuple(directions.shape)}; expected (classes, {hessian.size}), one row "

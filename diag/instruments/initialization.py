@@ -19,6 +19,7 @@ from diag.display import format_number
 from diag.errors import InvalidInput
 from diag.instruments.causes import Cause
 from diag.instruments.trial.one_batch import LEARNED_FALL
+from diag.ranges import Times
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.given.trial import Trial
@@ -133,7 +134,7 @@ def relative_variance(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     "dz_l; chi_par = dK_(l+1) / dK_l",
 )
 def initialization(
-    layer_chain: LayerChain, trial: Trial | None = None, *, factor: float = EXPLODES_BY
+    layer_chain: LayerChain, trial: Trial | None = None, *, factor: Times = EXPLODES_BY
 ) -> Initialization:
     """Kernels, susceptibilities, gradients and the depth-to-width ratio of the layers, meant for fresh weights.
 

@@ -22,6 +22,7 @@ from diag.connectivity.connection import ALIGN, Connection, measure_connection
 from diag.connectivity.interpolation import Interpolation
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
+from diag.ranges import Count, GridPoints, Positive, Threshold, WholeNumber
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -230,19 +231,19 @@ def mode_connectivity(
     other: Mapping[str, Tensor],
     ancestor: Mapping[str, Tensor] | None = None,
     *,
-    points: int = 11,
-    refine: int = 2,
+    points: GridPoints = 11,
+    refine: WholeNumber = 2,
     align: str | None = None,
     norm_stats: str = "reset",
     repair: bool = False,
     layers: bool = False,
     path: str = "line",
-    bezier_steps: int = 200,
-    bezier_learning_rate: float = 1e-3,
-    orders: int | None = None,
+    bezier_steps: WholeNumber = 200,
+    bezier_learning_rate: Positive = 1e-3,
+    orders: Count | None = None,
     beyond_permutations: bool = False,
-    connected_below: float = CONNECTED_BELOW,
-    separated_above: float = SEPARATED_ABOVE,
+    connected_below: Threshold = CONNECTED_BELOW,
+    separated_above: Threshold = SEPARATED_ABOVE,
 ) -> ModeConnectivity:
     """Whether the loss rises between two networks: where it does not, their weights can be averaged.
 
@@ -259,7 +260,7 @@ def mode_connectivity(
     as they are. Raises InvalidInput where the two do not fit (naming the first difference) or a setting is out
     of range, and Unsupported where a model cannot be traced for alignment or has nothing to repair.
     """
-    _check(points, align, path)
+    _check(align, path)
     found = measure_connection(
         interpolation,
         interpolation.fit(other),
@@ -278,9 +279,7 @@ def mode_connectivity(
     return _result(found, interpolation, norm_stats, align)
 
 
-def _check(points: int, align: str | None, path: str) -> None:
-    if points < 3:
-        raise InvalidInput(f"points is {points}; expected at least 3, both ends and one between.")
+def _check(align: str | None, path: str) -> None:
     if align not in (None, *ALIGN):
         raise InvalidInput(f"align is {align!r}; expected None, {' or '.join(map(repr, ALIGN))}.")
     if path not in ("line", "bezier"):

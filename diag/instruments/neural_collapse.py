@@ -32,6 +32,7 @@ from diag.linalg.geometry.class_geometry import (
 )
 from diag.linalg.geometry.class_stream import streamed
 from diag.linalg.softmax_rounding import in_blocks
+from diag.ranges import Share, Threshold
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -206,16 +207,16 @@ class NeuralCollapse(Result):
 def neural_collapse(
     features: Tensor,
     labels: Tensor,
-    classifier: Any = None,
+    classifier: tuple[Tensor, Tensor] | None = None,
     held_out_features: Tensor | None = None,
     held_out_labels: Tensor | None = None,
     logits: Tensor | None = None,
     *,
-    terminal_accuracy: float = TERMINAL_ACCURACY,
-    nc1_collapsed: float = NC1_COLLAPSED,
-    nc2_collapsed: float = NC2_COLLAPSED,
-    nc2_unusual: float = NC2_UNUSUAL,
-    nc4_unusual: float = NC4_UNUSUAL,
+    terminal_accuracy: Share = TERMINAL_ACCURACY,
+    nc1_collapsed: Threshold = NC1_COLLAPSED,
+    nc2_collapsed: Threshold = NC2_COLLAPSED,
+    nc2_unusual: Threshold = NC2_UNUSUAL,
+    nc4_unusual: Share = NC4_UNUSUAL,
 ) -> NeuralCollapse:
     """How far the classes' features have shrunk to their means, and the means and classifier to a simplex.
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number
+from diag.ranges import Positive
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.quantised import QuantisedWeight
@@ -117,7 +118,7 @@ def surrogate_slope(w: Tensor, exponent: float, clip: float = CLIP, inner: float
     formula="error = |Q(w) - f(w)|; instability = variance of |dL/dw| over a layer's weights",
 )
 def quantization(
-    quantised_weights: Sequence[QuantisedWeight], *, clip: float = CLIP, inner: float = INNER
+    quantised_weights: Sequence[QuantisedWeight], *, clip: Positive = CLIP, inner: Positive = INNER
 ) -> Quantization:
     """Estimating error and gradient instability of layers that train through a quantiser.
 

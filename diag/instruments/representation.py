@@ -20,6 +20,7 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import MissingQuantity
 from diag.linalg.geometry.similarity import centred_gram, cka_between, covariance_rank
+from diag.ranges import Count, Size
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.layers import LayerOutputs, outputs_given
@@ -105,8 +106,8 @@ def representation(
     layer_outputs: LayerOutputs | Mapping[str, Tensor] | Tensor,
     previous_layer_outputs: LayerOutputs | Mapping[str, Tensor] | Tensor | None = None,
     *,
-    noise: float = NOISE,
-    compared: int = EXAMPLES_COMPARED,
+    noise: Size = NOISE,
+    compared: Count = EXAMPLES_COMPARED,
 ) -> Representation:
     """Effective rank, dead, duplicate and redundant dimensions, invariance and debiased CKA of every layer.
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from diag.errors import InvalidInput
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import dot
 from diag.linalg.reductions import norm as length
+from diag.ranges import Count, Positive, Seed, Tolerance, Within
 from diag.registry import GRADIENT, PRODUCT, SELF_TEST, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -192,14 +193,14 @@ def sharpness(
     fisher: LinearOperator | None = None,
     divergence_at: DivergenceAt | None = None,
     *,
-    rho: float = RADIUS,
-    sigma: float | None = None,
+    rho: Positive = RADIUS,
+    sigma: Positive | None = None,
     norm: str = "l2",
-    m: int = GROUP,
-    steps: int = 20,
-    num_draws: int = 100,
-    tolerance: float = 1e-2,
-    seed: int = 0,
+    m: Count = GROUP,
+    steps: Count = 20,
+    num_draws: Annotated[int, Within(4)] = 100,
+    tolerance: Tolerance = 1e-2,
+    seed: Seed = 0,
 ) -> Sharpness:
     """The rise of the loss within a radius `rho`: SAM's one step, the worst case, the average, plain and adaptive.
 
@@ -219,7 +220,7 @@ def sharpness(
     m-sharpness); Kwon et al. 2021, arXiv:2102.11600 (ASAM); Andriushchenko et al. 2023, arXiv:2302.07011 (what may
     be concluded).
     """
-    _check(rho, sigma, norm, m, steps, num_draws)
+    _check(norm)
     center = losses_at.center
     sigma = rho / math.sqrt(len(center) if norm == "l2" else 3) if sigma is None else sigma
     around = Surroundings(losses_at, torch.ones_like(center), Ball(rho, norm))
@@ -283,12 +284,7 @@ def _preconditions(plain: Measures, adaptive: Measures, rounding: float) -> tupl
     )
 
 
-def _check(rho: float, sigma: float | None, norm: str, m: int, steps: int, num_draws: int) -> None:
-    if not rho > 0 or m < 1 or steps < 1 or num_draws < 4 or not (sigma is None or sigma > 0):
-        raise InvalidInput(
-            f"rho={rho}, sigma={sigma}, m={m}, steps={steps} and num_draws={num_draws} were given; give positive "
-            "radii, at least 1 example in a group, 1 step and 4 draws."
-        )
+def _check(norm: str) -> None:
     if norm not in NORMS:
         raise InvalidInput(f"norm is {norm!r}; expected one of {', '.join(NORMS)}.")
 

@@ -38,6 +38,7 @@ from diag.linalg.softmax_rounding import (
     in_blocks,
     shares_of,
 )
+from diag.ranges import Share, Threshold
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -263,9 +264,9 @@ def softmax_collapse(
     held_out_logits: Tensor | None = None,
     held_out_labels: Tensor | None = None,
     *,
-    alarm_at: float = ALARM_AT,
-    near_nats: float = NEAR_NATS,
-    near_residual: float = NEAR_RESIDUAL,
+    alarm_at: Share = ALARM_AT,
+    near_nats: Threshold = NEAR_NATS,
+    near_residual: Threshold = NEAR_RESIDUAL,
 ) -> SoftmaxCollapse:
     """Share of examples whose softmax loses its small terms to rounding, so that their gradient is exactly zero.
 

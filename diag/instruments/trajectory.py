@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput
 from diag.linalg.reductions import ELEMENTS_AT_ONCE
 from diag.linalg.student import error_of_mean
+from diag.ranges import Count, Positive
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -123,7 +123,7 @@ def _tensors(earlier: Trajectory, now: Trajectory) -> tuple[Tensor, Tensor]:
     formula="mean KL(softmax(z_before) || softmax(z)); mean KL(softmax(z_before / tau) || softmax(z / tau))",
 )
 def trajectory(
-    logits: Tensor, previous_logits: Tensor | None = None, *, temperature: float = TEMPERATURE, back: int = 1
+    logits: Tensor, previous_logits: Tensor | None = None, *, temperature: Positive = TEMPERATURE, back: Count = 1
 ) -> Trajectory:
     """How far the answers moved since an earlier snapshot, as they are (TRAM) and softened by a temperature (SAF).
 
@@ -135,14 +135,10 @@ def trajectory(
     more where there is an earlier state.
 
     Settings: `temperature`, 5 as in SAF; `back`, in measurements, where SAF goes back three epochs. Raises
-    InvalidInput for a temperature that is not positive, `back` below 1, or earlier logits of other rows.
+    InvalidInput for earlier logits of other rows.
     Sources: Du et al. 2022, arXiv:2205.14083; Sherborne et al. 2023, arXiv:2310.03646; their text was not at hand,
     and the forms are those of the published code.
     """
-    if not temperature > 0 or back < 1:
-        raise InvalidInput(
-            f"temperature={temperature} and back={back} were given; give a positive number and 1 or more."
-        )
     rows = max(1, KEPT_NUMBERS // logits.shape[1])
     kept = logits[:rows].detach().float().cpu().numpy()
     if previous_logits is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.errors import Unsupported
+from diag.ranges import Count
 from diag.registry import GRADIENT, PRODUCT, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -89,7 +90,7 @@ def trust_radius(
     hessian: Any,
     update: Mapping[str, Tensor] | None = None,
     *,
-    newton_products: int = NEWTON_PRODUCTS,
+    newton_products: Count = NEWTON_PRODUCTS,
 ) -> TrustRadius:
     """How far along the gradient and the last update the gradient's linearisation holds, relative to its length.
 

@@ -9,6 +9,7 @@ import inspect
 import os
 from typing import Any
 
+from diag.door import at_the_door
 from diag.errors import InvalidInput, did_you_mean
 from diag.reporting.comparison.compare import compare
 from diag.reporting.document import document
@@ -20,6 +21,7 @@ from diag.run.state_files import from_state_files
 __all__ = ["Page", "compare", "comparison", "machines", "render", "report", "serving"]
 
 
+@at_the_door
 def report(
     source: Any,
     output: str | os.PathLike[str] | None = None,

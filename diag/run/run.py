@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy
 
 from diag import display
+from diag.door import class_at_the_door
 from diag.encoding import decode
-from diag.errors import RunError
+from diag.errors import InvalidInput, RunError
 from diag.rates import with_rates
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Failed, Outcome, Result, Skipped, Verdict, pandas_installed
@@ -32,6 +33,9 @@ from diag.run.writer import RunWriter
 from diag.snapshot.history import History, by_rows
 
 __all__ = ["Cost", "Event", "Finding", "Record", "Run", "RunWriter", "read_run"]
+
+
+OPENED = "diag.load(path) opens the run in a folder"
 
 
 class Unread(NamedTuple):
@@ -85,6 +89,7 @@ class Finding:
     began: int | None = None
 
 
+@class_at_the_door(hint=OPENED)
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
     """The record of one training.
@@ -105,6 +110,10 @@ class Run:
     times: Sequence[Cost] = ()
     metrics: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     torn: int = 0
+
+    def __post_init__(self) -> None:
+        if self.path is not None and not self.metadata:
+            raise InvalidInput(f"A Run was made of a path alone, and has no records; {OPENED}.")
 
     @cached_property
     def last_step(self) -> int:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diag.door import at_the_door
 from diag.errors import RunError, as_path
 from diag.registry import instruments
 from diag.result import RESULT_FORMAT, Result
@@ -16,6 +17,7 @@ from diag.run.run import read_run
 LARGEST_RESULT = 1 << 30  # bytes
 
 
+@at_the_door
 def load(path: str | os.PathLike[str]) -> Any:
     """The `Run` in the folder `path` (or the folder's run.json), or the `Result` that `result.save(path)` wrote.
 

@@ -11,6 +11,7 @@ import torch
 
 import diag
 from diag.checkpoints import SavedFile, load_saved
+from diag.errors import as_path
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Result
 from diag.run.checkpoints import by_step_order, checkpoint_files
@@ -32,7 +33,7 @@ def from_state_files(
 
     Raises CheckpointError where a file cannot be read or holds no state dict, InvalidInput where none is given.
     """
-    files = checkpoint_files(paths)
+    files = checkpoint_files([as_path(path) for path in paths])
     places, events = by_step_order(files, key)
     known = [i for i in instruments().values() if any(n.name == "saved" for n in i.needs)]
     records: list[Record] = []

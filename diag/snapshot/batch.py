@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
@@ -219,7 +220,7 @@ def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) 
     """
     if isinstance(item, Batch):
         return item
-    inputs, targets = unpack(item) if unpack else _split_item(item)
+    inputs, targets = map(as_tensors, _unpacked(item, unpack) if unpack else _split_item(item))
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     if isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
@@ -230,6 +231,32 @@ def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) 
         raise InvalidInput("The data holds a batch with no examples; give at least one example.")
     keys = [] if unpack or not isinstance(item, Mapping) else [key for key in LABEL_KEYS if key in item]
     return Batch(args, kwargs, targets, size, label_key=keys[0] if keys else "")
+
+
+def as_tensors(value: Any) -> Any:
+    """NumPy arrays, in nested tuples, lists and dicts too, as tensors of their own types; all else stays.
+
+    Raises InvalidInput for an array that is of no type of torch's.
+    """
+    if isinstance(value, numpy.ndarray):
+        try:
+            return torch.from_numpy(numpy.ascontiguousarray(value, value.dtype.newbyteorder("=")))
+        except TypeError:
+            raise InvalidInput(
+                f"The data hold a NumPy array of dtype {value.dtype}; expected numbers, as torch.from_numpy takes."
+            ) from None
+    if isinstance(value, Mapping):
+        return _like(value, {key: as_tensors(item) for key, item in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(map(as_tensors, value))
+    return value
+
+
+def _unpacked(item: Any, unpack: Callable[[Any], tuple[Any, Any]]) -> tuple[Any, Any]:
+    made = unpack(item)
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        raise InvalidInput(f"unpack(batch) gave {type_of(made)}; expected a pair (inputs, targets).")
+    return made[0], made[1]
 
 
 def as_batches(data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Iterator[Batch]:
@@ -266,8 +293,8 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_tensor(item) for item in value.values())
     if isinstance(value, (tuple, list)):
-        return any(isinstance(item, Tensor | PackedSequence) for item in value)
-    return isinstance(value, Tensor)
+        return any(isinstance(item, Tensor | PackedSequence | numpy.ndarray) for item in value)
+    return isinstance(value, (Tensor, numpy.ndarray))
 
 
 def _split_item(item: Any) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diag.errors import InvalidInput
+from diag.errors import InvalidInput, did_you_mean
 
 HELD_OUT = "held_out_"
 
@@ -195,9 +195,8 @@ def lookup(name: str) -> Quantity:
 
     Raises InvalidInput for a name that is not in the glossary.
     """
-    row = GLOSSARY.get(name.removeprefix(HELD_OUT))
+    row = GLOSSARY.get(str(name).removeprefix(HELD_OUT))
     if row is None:
-        raise InvalidInput(
-            f"{name!r} is not a quantity of the glossary; expected one of {', '.join(sorted(GLOSSARY))}."
-        )
+        meant = did_you_mean(str(name), GLOSSARY) or f"expected one of {', '.join(sorted(GLOSSARY))}."
+        raise InvalidInput(f"{name!r} is not a quantity of the glossary; {meant}")
     return row

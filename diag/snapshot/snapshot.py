@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diag.checkpoints.unwrap import bare_model
 from diag.distributed.together import Together
+from diag.door import class_at_the_door
 from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line, type_of
 from diag.linalg.deadline import NEVER, Deadline, free_memory
 from diag.snapshot.batch import Batch, fingerprint, tensors_in
@@ -70,6 +71,7 @@ SHARDED = (
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 
 
+@class_at_the_door(convert=False)
 class Snapshot:
     """A model at one moment, and what it is measured on.
 
@@ -391,14 +393,26 @@ def _check_kinds(arguments: Mapping[str, Any]) -> None:
         raise InvalidInput(
             f"unpack is {type_of(arguments['unpack'])}; expected unpack(batch) -> (inputs, targets)."
         )
-    try:
-        torch.device(arguments["device"] or "cpu")
-    except (RuntimeError, TypeError):
-        raise InvalidInput(f"device is {arguments['device']!r}; expected one such as 'cpu' or 'cuda:0'.") from None
+    _check_device(arguments["device"])
+    if not isinstance(arguments["deadline"], Deadline):
+        raise InvalidInput(f"deadline is {type_of(arguments['deadline'])}; expected a Deadline, or none.")
     if arguments["ranks"] and arguments["deadline"] is not NEVER:
         raise InvalidInput(
             "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."
         )
+
+
+def _check_device(device: Any) -> None:
+    try:
+        made = torch.device(device or "cpu")
+    except (RuntimeError, TypeError):
+        raise InvalidInput(f"device is {device!r}; expected one such as 'cpu' or 'cuda:0'.") from None
+    try:
+        torch.empty(0, device=made)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidInput(
+            f"device is {device!r}, which is not on this machine ({first_line(error)}); give another, or none."
+        ) from None
 
 
 def _measured(

@@ -7,6 +7,7 @@ steps on one batch, and the slope of log size over log width is fitted for each 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diag.conversion import converted
 from diag.display import format_number
-from diag.errors import InvalidInput
+from diag.door import at_the_door
+from diag.errors import InvalidInput, type_of
 from diag.linalg.student import STANDARD_ERRORS, factor
+from diag.ranges import Count, Seed
+from diag.run.build import called_safely
 from diag.snapshot.inside import apart
 from diag.snapshot.preserve import random_states
 from diag.snapshot.snapshot import Snapshot
@@ -66,15 +71,16 @@ class CoordinateCheck:
         return f"None of {len(self.layers)} layers grows with the width beyond the error; {steepest}."
 
 
+@at_the_door
 def coordinate_check(
     build: Callable[[int], Built],
     loss_fn: Callable[[Any, Any], Tensor],
     data: Any,
     *,
     widths: Sequence[int] = WIDTHS,
-    draws: int = 3,
-    steps: int = 3,
-    seed: int = 0,
+    draws: Count = 3,
+    steps: Count = 3,
+    seed: Seed = 0,
 ) -> CoordinateCheck:
     """Slopes of the sizes of layers over the width: `diag.coordinate_check(build, loss_fn, data)`.
 
@@ -86,10 +92,11 @@ def coordinate_check(
     Raises InvalidInput for fewer than two widths, fewer than three networks, no step, or models whose layers differ
     between widths. Source: Yang et al. 2022, arXiv:2203.03466 (muP), as in the authors' coordinate check.
     """
-    if len(set(widths)) < 2 or len(widths) * draws < 3 or steps < 1:
+    widths = [converted(width, Count, inspect.Parameter.empty, "coordinate_check.widths") for width in widths]
+    if len(set(widths)) < 2 or len(widths) * draws < 3:
         raise InvalidInput(
-            f"coordinate_check got {len(set(widths))} widths, {draws} draws and {steps} steps; give two widths or "
-            "more, three networks in all, and one step."
+            f"coordinate_check got {len(set(widths))} widths and {draws} draws; give two widths or more, and three "
+            "networks in all."
         )
     starts: dict[int, list[dict[str, float]]] = {}
     changes: dict[int, list[dict[str, float]]] = {}
@@ -97,13 +104,21 @@ def coordinate_check(
         for width in widths:
             for draw in range(draws):
                 torch.manual_seed(seed + draw)
-                start, change = _sizes(build(width), loss_fn, data, steps)
+                start, change = _sizes(_built(build, width), loss_fn, data, steps)
                 starts.setdefault(width, []).append(start)
                 changes.setdefault(width, []).append(change)
     layers = _same_layers([found for drawn in starts.values() for found in drawn])
     slopes, errors = _fitted(starts, layers)
     moved, moved_errors = _fitted(changes, layers)
     return CoordinateCheck(layers, tuple(widths), slopes, errors, moved, moved_errors)
+
+
+def _built(build: Callable[[int], Built], width: int) -> Built:
+    built = called_safely(lambda: build(width), f"build({width})")
+    model = built[0] if isinstance(built, tuple) and built else built
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"build({width}) gave {type_of(model)}; expected a module, or (module, optimizer).")
+    return built  # type: ignore[no-any-return]
 
 
 def _sizes(

@@ -18,8 +18,10 @@ from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
 from diag.display import format_seconds
+from diag.door import at_the_door
 from diag.errors import InvalidInput, first_line, type_of
 from diag.linalg.deadline import Deadline
+from diag.ranges import Count, Positive
 from diag.registry import BeforeTraining, Instrument, Kind, attempt, instruments
 from diag.result import Result, Skipped
 from diag.run.run import Event, Record, Run
@@ -45,14 +47,15 @@ NO_TIME = "It would take about {}, which the {} of a preflight did not leave; in
 StageProgress = Callable[[str], None]
 
 
+@at_the_door
 def preflight(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     data: Any = None,
     optimizer: Optimizer | None = None,
     *,
-    steps: int = 200,
-    seconds: float = 60.0,
+    steps: Count = 200,
+    seconds: Positive = 60.0,
     unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     progress: StageProgress = lambda text: None,
 ) -> Run:

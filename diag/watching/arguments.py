@@ -54,8 +54,12 @@ def check_record(run: Any, resume: Any, on_finding: Any) -> None:
     """Raise InvalidInput where these are not of their kinds."""
     if run is not None and not isinstance(run, (str, os.PathLike)):
         raise InvalidInput(f"run is {type_of(run)}; expected the path of a folder.")
+    if run is not None and not os.fspath(run):
+        raise InvalidInput("run is an empty text; expected the path of a folder.")
     if not isinstance(resume, bool) and (not _is_whole(resume) or resume < 0):
         raise InvalidInput(f"resume is {resume!r}; expected True, False or the number of a step.")
+    if resume is not False and run is None:
+        raise InvalidInput(f"resume is {resume!r} and there is no run=; give the folder of the run that goes on.")
     if on_finding is not None and not callable(on_finding):
         raise InvalidInput(f"on_finding is {type_of(on_finding)}; expected a function of one finding.")
 

@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.checkpoints.unwrap import bare_model
 from diag.distributed.meeting import rank_here
+from diag.door import class_at_the_door, names_at_the_door
 from diag.errors import InvalidInput, text_of
 from diag.run.run import Finding, Run, read_run
 from diag.snapshot.history import History
@@ -63,6 +64,7 @@ NO_CALL = (
 _watchers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 
 
+@names_at_the_door
 def watch(
     model: nn.Module,
     *,
@@ -121,6 +123,7 @@ def watch(
     return Watcher(model, parameters, settings)
 
 
+@class_at_the_door(hint="diag.watch(model) makes one", convert=False)
 class Watcher(Guarded):
     """A watch that is going on, which `watch` began.
 

@@ -204,7 +204,7 @@ def test_another_entry_of_the_checkpoint(task, run_diag):
         ),
         (
             ["net_0.pt", "--build", "task:build", "--set", "softmax_collapse.alarm_at=x"],
-            "softmax_collapse.alarm_at takes a number (its default is 0.5) and not 'x'",
+            "softmax_collapse.alarm_at takes a number from 0 to 1 (its default is 0.5) and not 'x'",
         ),
         (
             ["net_0.pt", "--build", "task:build", "--set", "softmax_collapse.x=1"],

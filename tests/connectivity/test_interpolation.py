@@ -241,7 +241,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(InvalidInput, match="other is an int; expected a state dict"):
         found.fit(3)
     for call in (diag.align, diag.connect):
-        with pytest.raises(InvalidInput, match=r"The first network is a Sequential; expected a diag.Snapshot"):
+        with pytest.raises(InvalidInput, match="snapshot takes a Snapshot and not a Sequential"):
             call(network(1), [network(1), network(2)])
     moved = path(network(1))
     with torch.no_grad():

@@ -262,7 +262,7 @@ def test_an_eigenvalue_that_has_not_converged_is_not_judged():
 
 def test_refusals():
     snapshot = quadratic(0.2)
-    assert "batch_size is 0; expected the size of training's batches" in refusal(edge, snapshot, batch_size=0)
+    assert "batch_size takes a whole number of 1 or more or none" in refusal(edge, snapshot, batch_size=0)
     assert "optimizer=" in refusal(edge, diag.Snapshot(*planted_spectrum(SPECTRUM)))
     assert "is a str; expected a torch optimizer" in refusal(edge, hessian=DIAGONAL, optimizer="SGD")
     assert "expected a LinearOperator: wrap a matrix" in refusal(edge, snapshot, hessian=torch.eye(3))

@@ -340,9 +340,11 @@ def test_refusals():
     operator, _ = planted([10.0])
     measure = diag.hessian_spectrum
     assert "expected a LinearOperator: wrap a matrix in" in refusal(measure, hessian=torch.eye(3))
-    assert "num_eigenvalues is 0; expected at least 1" in refusal(measure, hessian=operator, num_eigenvalues=0)
+    assert "num_eigenvalues takes a whole number of 1 or more" in refusal(
+        measure, hessian=operator, num_eigenvalues=0
+    )
     assert "expected (classes, 300)" in refusal(measure, hessian=operator, class_directions=torch.ones(2, 4))
-    assert "tolerance is 2" in refusal(measure, hessian=operator, tolerance=2.0)
+    assert "tolerance takes a number above 0 and up to 1" in refusal(measure, hessian=operator, tolerance=2.0)
     assert "expected at least 2, which" in refusal(measure, hessian=operator, trace_probes=1)
 
 

@@ -172,7 +172,7 @@ def test_refusals(pair):
         InvalidInput, match=r"'0.weight' has shape \(32, 64\) in the model and \(16, 64\) in other \("
     ):
         mode_connectivity(snapshot(a), other=trained(1, width=16, steps=0))
-    with pytest.raises(InvalidInput, match="points is 2; expected at least 3"):
+    with pytest.raises(InvalidInput, match=r"points takes a whole number of 3 or more .* and not 2"):
         mode_connectivity(snapshot(a), other=a, points=2)
     with pytest.raises(InvalidInput, match="align is 'units'; expected None, 'weights' or 'activations'"):
         mode_connectivity(snapshot(a), other=a, align="units")

@@ -113,5 +113,5 @@ def test_refusals():
     assert "no earlier snapshot" in trajectory(logits=A).verdict().sentence
     with pytest.raises(InvalidInput, match="expected equal numbers"):
         trajectory(logits=A, previous_logits=B[:1])
-    with pytest.raises(InvalidInput, match="give a positive number and 1 or more"):
+    with pytest.raises(InvalidInput, match=r"temperature takes a number above 0 .* and not 0\.0"):
         trajectory(logits=A, temperature=0.0)

@@ -76,7 +76,7 @@ def test_a_bare_model_is_trained_by_adam_and_random_numbers_are_left_alone():
 def test_refusals():
     with pytest.raises(InvalidInput, match="give two widths or more"):
         diag.coordinate_check(standard, F.mse_loss, (X, Y), widths=(8, 8))
-    with pytest.raises(InvalidInput, match="got 2 widths, 1 draws and 3 steps; give two widths or more, three"):
+    with pytest.raises(InvalidInput, match="got 2 widths and 1 draws; give two widths or more, and three"):
         diag.coordinate_check(standard, F.mse_loss, (X, Y), widths=(8, 16), draws=1)
     deeper = lambda w: nn.Sequential(*(nn.Linear(10, 10) for _ in range(w // 8)), nn.Linear(10, 1))  # noqa: E731
     with pytest.raises(InvalidInput, match="build one architecture"):

@@ -14,6 +14,7 @@ from diag.display import format_number
 from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.data.label_order import in_order
+from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -97,7 +98,7 @@ class ClassCounts(Result):
     "the accuracy then hides that they are always missed.",
 )
 def class_counts(
-    logits: Tensor, labels: Tensor, inputs: Any, loop: Any = None, *, ratio: float = CLASS_RATIO
+    logits: Tensor, labels: Tensor, inputs: Any, loop: Any = None, *, ratio: Times = CLASS_RATIO
 ) -> ClassCounts:
     """Whether every class that the network can answer with occurs in training, and how unequal they are.
 

@@ -16,6 +16,7 @@ import torch
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.batch import tensors_in
@@ -84,7 +85,7 @@ class HeldOutCopies(Result):
     "good and falls on new data.",
 )
 def held_out_copies(
-    inputs: Any, held_out_inputs: Any, loop: Any = None, *, times: float = TIMES_EXPECTED
+    inputs: Any, held_out_inputs: Any, loop: Any = None, *, times: Times = TIMES_EXPECTED
 ) -> HeldOutCopies:
     """How many held-out rows are copies of training rows.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.loop.data import OUTLIER_ROW
@@ -85,7 +86,7 @@ class HeldOutInputs(Result):
     why="Where held-out inputs are prepared in another way, the held-out score says more about the "
     "preparation than about the network.",
 )
-def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = SPREAD_RATIO) -> HeldOutInputs:
+def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: Times = SPREAD_RATIO) -> HeldOutInputs:
     """Whether held-out inputs have the mean and the scale of training inputs.
 
     inputs (n, ...), held_out_inputs (m, ...): floating tensors of the same shape but for the examples, as the model

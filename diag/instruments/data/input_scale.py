@@ -13,6 +13,7 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
+from diag.ranges import Share, Threshold, Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.batch import tensors_in
@@ -147,10 +148,10 @@ class InputScale(Result):
 def input_scale(
     inputs: Any,
     *,
-    large: float = LARGE_INPUTS,
-    small: float = SMALL_INPUTS,
-    ratio: float = FEATURE_RATIO,
-    constant: float = CONSTANT_SHARE,
+    large: Threshold = LARGE_INPUTS,
+    small: Threshold = SMALL_INPUTS,
+    ratio: Times = FEATURE_RATIO,
+    constant: Share = CONSTANT_SHARE,
 ) -> InputScale:
     """Whether the inputs are near zero mean and unit scale, vary from example to example, and are alike in scale.
 

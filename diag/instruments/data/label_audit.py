@@ -20,6 +20,7 @@ from torch import Tensor
 from diag.display import LARGEST_INPUT_SHOWN, displayed, format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
+from diag.ranges import Share
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -181,7 +182,7 @@ def _usual_answers(series: Sequence[tuple[int, LabelAudit]]) -> list[int]:
     formula="area_i = mean over time of margin_i, margin = z_y - ln sum_{k != y} exp z_k",
 )
 def label_audit(
-    logits: Tensor, labels: Tensor, inputs: Any = None, *, warn_at: float = SHARE_OF_WRONG_LABELS
+    logits: Tensor, labels: Tensor, inputs: Any = None, *, warn_at: Share = SHARE_OF_WRONG_LABELS
 ) -> LabelAudit:
     """Which rows' labels look wrong, from the course of their margins while the network learns.
 

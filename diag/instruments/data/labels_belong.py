@@ -21,6 +21,7 @@ from diag.instruments.data.dependence import columns_compared, independence_p_va
 from diag.instruments.data.label_order import in_order
 from diag.instruments.optimization.course import finite_losses, unpushed, update_ratios
 from diag.instruments.outcome.gain import Answered, gain
+from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -147,7 +148,7 @@ def labels_belong(
     held_out_targets: Tensor | None = None,
     loop: Loop | None = None,
     *,
-    independent: float = INDEPENDENT,
+    independent: Share = INDEPENDENT,
 ) -> LabelsBelong:
     """Whether labels (or the targets of a regression) depend on their inputs.
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from diag.display import LARGEST_INPUT_SHOWN, displayed, format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
+from diag.ranges import Share
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.loop.facts import Loop
@@ -209,7 +210,7 @@ def _wrong(m: Margins, labels: NDArray[Any], share: float) -> bool:
     "new data; found early, they can be corrected.",
     formula="mean margin of a row over its batches, margin = z_y - ln sum_{k != y} exp z_k",
 )
-def row_labels(loop: Loop, *, warn_at: float = SHARE_OF_WRONG) -> RowLabels:
+def row_labels(loop: Loop, *, warn_at: Share = SHARE_OF_WRONG) -> RowLabels:
     """Which rows' labels look wrong, by the margins that training's own batches gave them.
 
     Counted is a row's margin at each sight, before the step that learns from it, since 60 % were answered right.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
+from diag.ranges import Threshold
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.data import TargetFacts
@@ -29,7 +30,7 @@ class TargetScale(LoopCheck):
     why="Targets far from the size of the first outputs take a network many steps to reach, and make every loss "
     "and gradient that much larger.",
 )
-def target_scale(loop: Loop, *, large: float = LARGE_TARGETS) -> TargetScale:
+def target_scale(loop: Loop, *, large: Threshold = LARGE_TARGETS) -> TargetScale:
     """Whether the targets of a regression are of a size that the network can reach soon.
 
     A network starts with outputs near one and below. Targets whose root mean square is above `large`, and ten times

@@ -28,6 +28,7 @@ from diag.instruments.gradient_flow.statistics import (
     unseen_layers,
 )
 from diag.linalg.growth import LAWS
+from diag.ranges import Share, Times
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows, parts, taken
@@ -313,8 +314,8 @@ def gradient_flow(
     history: History,
     *,
     plain_network: bool = False,
-    depth_factor: float = DEPTH_FACTOR,
-    skipped_share: float = SKIPPED_SHARE,
+    depth_factor: Times = DEPTH_FACTOR,
+    skipped_share: Share = SKIPPED_SHARE,
 ) -> GradientFlow:
     """What reaches each layer at each step, what moves, and whether every loss and gradient was finite.
 

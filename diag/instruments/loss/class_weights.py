@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
+from diag.ranges import Share
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.data import LossFacts
@@ -40,7 +41,7 @@ class ClassWeights(LoopCheck):
     kind="check",
     why="A class whose part of the loss is next to nothing is not learned, however many examples it has.",
 )
-def class_weights(loop: Loop, *, nothing: float = NEXT_TO_NOTHING) -> ClassWeights:
+def class_weights(loop: Loop, *, nothing: Share = NEXT_TO_NOTHING) -> ClassWeights:
     """Whether the class weights of the loss even out the classes, or do the opposite.
 
     loop: the facts of the loop, which hold the weights given to cross_entropy, nll_loss or

@@ -17,6 +17,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses
+from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -82,7 +83,7 @@ def initial_loss(
     losses: Tensor,
     loop: Loop | None = None,
     *,
-    times: float = TIMES_GUESSING,
+    times: Threshold = TIMES_GUESSING,
 ) -> InitialLoss:
     """Whether the first loss is that of a network which knows nothing.
 

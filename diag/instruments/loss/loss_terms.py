@@ -12,6 +12,7 @@ from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, median
+from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -71,7 +72,7 @@ class LossTerms(Result):
     kind=Kind.CHECK,
     why="Where a penalty outweighs the loss, the training mostly shrinks weights and hardly learns the task.",
 )
-def loss_terms(history: History, loop: Loop, *, times: float = PENALTY_OVER_LOSS) -> LossTerms:
+def loss_terms(history: History, loop: Loop, *, times: Threshold = PENALTY_OVER_LOSS) -> LossTerms:
     """Whether a penalty on the weights outweighs the loss.
 
     history: the record of a watched run. loop: the facts of its loop, with the value of the terms that depend on

@@ -18,6 +18,7 @@ from diag.display import format_number
 from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import SMALL, median
+from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -141,8 +142,8 @@ def attention_heads(
     attention_calls: Sequence[AttentionCall],
     history: History | None = None,
     *,
-    sharp: float = SHARP,
-    even: float = EVEN,
+    sharp: Share = SHARP,
+    even: Share = EVEN,
 ) -> AttentionHeads:
     """How evenly each attention head spreads its weight over the keys, and how large its logits are.
 

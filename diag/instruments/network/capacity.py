@@ -9,6 +9,7 @@ from diag.display import format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
+from diag.ranges import Share
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -31,7 +32,7 @@ class Capacity(LoopCheck):
     why="What passes through nearly no units, or through a single number, cannot tell the classes apart, "
     "however long it trains.",
 )
-def capacity(loop: Loop, *, dropped: float = DROPPED) -> Capacity:
+def capacity(loop: Loop, *, dropped: Share = DROPPED) -> Capacity:
     """Whether dropout leaves nearly no units, or a classifier has a single number to separate its classes by.
 
     loop: the facts of the loop, with the model's last linear layer and dropout modules. A warning where a dropout

@@ -18,6 +18,7 @@ from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.network.finite import all_finite
+from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
@@ -79,7 +80,7 @@ class DeadUnits(Result):
     why="A unit that is zero on every example gets no gradient, so it stays dead: the network is smaller "
     "than it looks.",
 )
-def dead_units(activations: Sequence[Activation], *, alarm_at: float = SHARE_DEAD) -> DeadUnits:
+def dead_units(activations: Sequence[Activation], *, alarm_at: Share = SHARE_DEAD) -> DeadUnits:
     """Which rectified units are zero on every example, so that no gradient reaches them.
 
     activations: statistics of the outputs of nonlinearities (`diag.snapshot.activations`). A layer is a call of

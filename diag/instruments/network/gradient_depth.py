@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import SMALL, median
+from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows
@@ -91,7 +92,7 @@ class GradientDepth(Result):
     why="Layers that get a gradient thousands of times smaller than others hardly learn; where it is "
     "thousands of times larger, they overshoot.",
 )
-def gradient_depth(history: History, *, factor: float = GRADIENT_RATIO) -> GradientDepth:
+def gradient_depth(history: History, *, factor: Times = GRADIENT_RATIO) -> GradientDepth:
     """Whether gradients shrink or grow by orders of magnitude over the depth of the network.
 
     history: the record of a watched run. Compared are the medians of the first and the last quarter of the weights

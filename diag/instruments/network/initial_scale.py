@@ -19,6 +19,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
 from diag.instruments.optimization.course import largest_update_ratio
+from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import Activation
@@ -101,8 +102,8 @@ def initial_scale(
     activations: Sequence[Activation],
     history: History | None = None,
     *,
-    large: float = LARGE_GAIN,
-    small: float = SMALL_GAIN,
+    large: Threshold = LARGE_GAIN,
+    small: Threshold = SMALL_GAIN,
 ) -> InitialScale:
     """How much each layer enlarges or shrinks what it is given.
 

@@ -15,6 +15,7 @@ from diag.display import format_number
 from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
+from diag.ranges import Threshold
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -41,7 +42,9 @@ class InitialWeights(LoopCheck):
     why="Weights that start all alike, at zero or far too large leave units that stay alike or saturated, "
     "and no training undoes that quickly.",
 )
-def initial_weights(loop: Loop, *, large: float = LARGE_WEIGHTS, small: float = SMALL_WEIGHTS) -> InitialWeights:
+def initial_weights(
+    loop: Loop, *, large: Threshold = LARGE_WEIGHTS, small: Threshold = SMALL_WEIGHTS
+) -> InitialWeights:
     """Whether the weights that training begins with let it begin.
 
     A warning where more than half of the weights (trained or not, at least two) hold one number everywhere, or

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
+from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.inside.normalization import RunningStatistics
@@ -88,7 +89,7 @@ class NormalizationStatistics(Result):
     "scores as a bad one.",
 )
 def normalization_statistics(
-    running_statistics: Sequence[RunningStatistics], *, factor: float = VARIANCE_RATIO
+    running_statistics: Sequence[RunningStatistics], *, factor: Times = VARIANCE_RATIO
 ) -> NormalizationStatistics:
     """Whether batch normalisation's running statistics have taken in the data.
 

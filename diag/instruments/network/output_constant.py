@@ -9,6 +9,7 @@ from typing import Any, Self
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
+from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import MODEL_OUTPUT, Activation
@@ -90,7 +91,9 @@ class OutputConstant(Result):
     before_training="always",
     why="A network that gives the same answer to every input has learned nothing that depends on the input.",
 )
-def output_constant(activations: Sequence[Activation], *, alarm_below: float = CONSTANT_SPREAD) -> OutputConstant:
+def output_constant(
+    activations: Sequence[Activation], *, alarm_below: Threshold = CONSTANT_SPREAD
+) -> OutputConstant:
     """Whether the network's output depends on its input.
 
     activations: statistics of the forward pass (`diag.snapshot.activations`). The spread of an output is the

@@ -14,6 +14,7 @@ from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.network.finite import all_finite
+from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import FLAT_ABOVE, Activation
@@ -72,7 +73,7 @@ class Saturation(Result):
     why="A unit in the flat part of its activation function passes hardly any gradient, so that everything "
     "before it learns slowly or not at all.",
 )
-def saturation(activations: Sequence[Activation], *, alarm_at: float = SATURATED) -> Saturation:
+def saturation(activations: Sequence[Activation], *, alarm_at: Share = SATURATED) -> Saturation:
     """How many units lie where their activation function is flat.
 
     activations: statistics of the outputs of nonlinearities (`diag.snapshot.activations`). Judged are tanh and

@@ -49,6 +49,7 @@ from diag.instruments.opposing_signals.measuring import (
 from diag.instruments.opposing_signals.movement import rank_auc
 from diag.instruments.opposing_signals.showing import draw_groups, imported, kept, two_groups
 from diag.instruments.opposing_signals.signed_graph import agreeing_parts, signed_graph
+from diag.ranges import Seed, Share, WholeNumber
 from diag.registry import GRADIENT, PRODUCT, SELF_TEST, StepWindow, instrument
 from diag.result import Level, Provenance, Verdict
 
@@ -171,12 +172,12 @@ def opposing_signals(
     loss_record: LossRecord | None = None,
     *,
     mode: str = "auto",
-    k: int = 0,
-    window: int = WINDOW,
-    share_limit: float = CURVATURE_SHARE,
-    swap_limit: float = SWAP,
+    k: WholeNumber = 0,
+    window: WholeNumber = WINDOW,
+    share_limit: Share = CURVATURE_SHARE,
+    swap_limit: Share = SWAP,
     describe: str = "",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> OpposingSignals:
     """Two groups of examples that pull the sharpest directions of the loss opposite ways, by their rows.
 

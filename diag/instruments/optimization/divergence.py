@@ -13,6 +13,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses, median
+from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -135,7 +136,7 @@ class Divergence(Result):
     "follow are wasted.",
     formula="median of the last five losses / first loss",
 )
-def divergence(history: History, *, times: float = LOSS_RATIO) -> Divergence:
+def divergence(history: History, *, times: Times = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
     history: the record of a watched run. Judged on the median of the last five losses, so that a single bad batch

@@ -17,6 +17,7 @@ from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, median
+from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -75,7 +76,7 @@ class GradientUnderflow(Result):
     why="A gradient that is rounded to zero teaches nothing: these weights stand still although the loss "
     "could fall.",
 )
-def gradient_underflow(history: History, loop: Loop, *, tiny: float = TINY_GRADIENT) -> GradientUnderflow:
+def gradient_underflow(history: History, loop: Loop, *, tiny: Threshold = TINY_GRADIENT) -> GradientUnderflow:
     """Whether gradients become zero because float16 is too coarse for them.
 
     history: the record of a watched run. loop: the facts of its loop, which say whether the model computes in

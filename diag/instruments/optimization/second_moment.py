@@ -19,6 +19,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, median
+from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -90,7 +91,7 @@ class SecondMoment(Result):
     "than intended, which is how many loss spikes begin.",
     formula="|g_t| / sqrt(v_t), v_t = (1 - beta2) sum_s beta2^(t - s) |g_s|^2 / (1 - beta2^t)",
 )
-def second_moment(history: History, *, stale: float = STALE) -> SecondMoment:
+def second_moment(history: History, *, stale: Threshold = STALE) -> SecondMoment:
     """Whether gradients outgrew Adam's second moment, so that steps were far larger than usual.
 
     history: the record of a watched run. The second moment of each tensor is the running mean of its squared

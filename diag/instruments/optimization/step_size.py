@@ -30,6 +30,7 @@ from diag.instruments.optimization.course import (
     unpushed,
     update_ratios,
 )
+from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows, thinned_record
@@ -213,7 +214,7 @@ class StepSize(Result):
     formula="|W(t + 1) - W(t)| / |W(t)| of a tensor; the median over tensors",
 )
 def step_size(
-    history: History, loop: Loop | None = None, *, too_high: float = TOO_HIGH, too_low: float = TOO_LOW
+    history: History, loop: Loop | None = None, *, too_high: Threshold = TOO_HIGH, too_low: Threshold = TOO_LOW
 ) -> StepSize:
     """How far each step moves the weights, as a share of their size, and what makes it too far or too little.
 

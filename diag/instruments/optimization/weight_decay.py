@@ -18,6 +18,7 @@ from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import SMALL, finite_losses, median, unpushed
+from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import Level, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows
@@ -108,7 +109,7 @@ class WeightDecay(Result):
     why="Where decay shrinks the weights faster than gradients rebuild them, the network forgets while it learns.",
     formula="|W(T)| / |W(1)| of a tensor; the median over tensors",
 )
-def weight_decay(history: History, *, shrunk: float = SHRUNK) -> WeightDecay:
+def weight_decay(history: History, *, shrunk: Share = SHRUNK) -> WeightDecay:
     """Whether weight decay shrinks the weights faster than gradients rebuild them.
 
     history: the record of a watched run. It alarms where the median tensor (of at least 64 entries) has less than

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from diag.door import at_the_door
 from diag.errors import InvalidInput
 from diag.reporting.caveats import caveats
 from diag.reporting.comparison.headline import change_counts, headline
@@ -29,6 +30,7 @@ COMPARISON_VERSION = 2
 JUDGING = [str(level) for level in (Level.ALARM, Level.WARNING, Level.OK)]
 
 
+@at_the_door
 def compare(
     *sources: Any,
     output: str | os.PathLike[str] | None = None,
@@ -57,10 +59,7 @@ def comparison(
     command: str = "",
 ) -> dict[str, Any]:
     """The document of a comparison, strict JSON."""
-    if len(sources) < 2:
-        raise InvalidInput(f"A comparison was asked of {count_in_words(len(sources), 'run')}; give two or more.")
-    if names is not None and len(names) != len(sources):
-        raise InvalidInput(f"There are {len(names)} names for {len(sources)} runs; give one a run.")
+    _refuse(sources, names)
     sides = [gather(_opened(source, build, sources[0])) for source in sources]
     accepted = [gather(_opened(source, build, sources[0])) for source in healthy]
     keys = [key_of(i) for i in range(len(sides))]
@@ -87,6 +86,17 @@ def comparison(
         "sweep": sweep,
     }
     return json.loads(json.dumps(made, allow_nan=False))
+
+
+def _refuse(sources: Sequence[Any], names: Sequence[str] | None) -> None:
+    if len(sources) == 1 and isinstance(sources[0], (list, tuple)):
+        raise InvalidInput(
+            f"A comparison was asked of one list of {len(sources[0])}; give each by itself: diag.compare(*sources)."
+        )
+    if len(sources) < 2:
+        raise InvalidInput(f"A comparison was asked of {count_in_words(len(sources), 'run')}; give two or more.")
+    if names is not None and len(names) != len(sources):
+        raise InvalidInput(f"There are {len(names)} names for {len(sources)} runs; give one a run.")
 
 
 def _opened(source: Any, build: Any, first: Any) -> Any:

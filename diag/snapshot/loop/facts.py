@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from diag.errors import MissingQuantity
+from diag.errors import InvalidInput, MissingQuantity, type_of
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import (
     BatchFacts,
@@ -120,4 +120,6 @@ def loop(snapshot: Snapshot) -> Loop:
     found = snapshot.loop() if callable(snapshot.loop) else snapshot.loop
     if found is None:
         raise MissingQuantity("measure inside diag.watch.")
+    if not isinstance(found, Loop):
+        raise InvalidInput(f"loop is {type_of(found)}; expected the facts of a watched loop.")
     return found

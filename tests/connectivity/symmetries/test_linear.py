@@ -302,7 +302,7 @@ def test_align_uses_them_and_permutations_alone_leave_a_barrier():
     assert diag.align(snapshot, other, points=5, beyond_permutations=True).aligned.barrier < 1e-6
     with pytest.raises(InvalidInput, match="Symmetries beyond permutations are matched by weights"):
         diag.align(snapshot, other, by="activations", beyond_permutations=True)
-    with pytest.raises(InvalidInput, match="The number of orders is 0; expected at least 1"):
+    with pytest.raises(InvalidInput, match="orders takes a whole number of 1 or more or none"):
         diag.mode_connectivity(snapshot, align="weights", orders=0, beyond_permutations=True)
 
 

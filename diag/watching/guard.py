@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
 
-from diag.snapshot import pause
-from diag.snapshot.state.host import makes_elsewhere, on_host
+from diag.snapshot.pause import is_measuring
+from diag.snapshot.state.host import makes_elsewhere, modes_in_force, on_host
 
 GIVE_UP_AFTER = 3
+# What runs some twenty times a step is looked up once.
+is_inference = torch.is_inference_mode_enabled
 
 
 class Clock:
@@ -31,22 +33,27 @@ class Clock:
         self.measuring = self.checking = 0.0
         self.broken: dict[str, int] = {}
         self._started: float | None = None
-        self._ours = 0.0
-        self._entered: float | None = None
+        self.ours_before = 0.0  # seconds spent in the watch until it was called last
+        self.entered: float | None = None  # when the watch was called, while it runs
 
     def start(self) -> None:
         """Training has begun, if it had not."""
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = perf_counter()
 
     def elapsed(self) -> float:
         """Seconds since training began."""
-        return 0.0 if self._started is None else time.perf_counter() - self._started
+        return 0.0 if self._started is None else perf_counter() - self._started
 
     def ours(self) -> float:
         """Seconds spent in the watch, measurements included."""
-        inside = 0.0 if self._entered is None else time.perf_counter() - self._entered
-        return self._ours + inside
+        inside = 0.0 if self.entered is None else perf_counter() - self.entered
+        return self.ours_before + inside
+
+    def training(self) -> float:
+        """Seconds since training began without those spent in the watch, as of when the watch was called."""
+        now = perf_counter() if self.entered is None else self.entered
+        return 0.0 if self._started is None else now - self._started - self.ours_before
 
     def overhead(self) -> float:
         """Seconds spent in what runs at every step."""
@@ -54,21 +61,12 @@ class Clock:
 
     def charge(self, seconds: float) -> None:
         """Count seconds by which a measurement made the training's own work longer."""
-        self._ours += seconds
+        self.ours_before += seconds
         self.measuring += seconds
 
-    def enter(self) -> bool:
-        """The watch is called; False where it is running already."""
-        if self._entered is not None:
-            return False
-        self._entered = time.perf_counter()
-        return True
-
-    def leave(self) -> None:
-        """The watch goes back to the loop."""
-        if self._entered is not None:
-            self._ours += time.perf_counter() - self._entered
-            self._entered = None
+    def gave_up(self, part: str) -> bool:
+        """Whether this part has failed too often to go on."""
+        return self.broken.get(part, 0) >= GIVE_UP_AFTER
 
 
 class Guarded:
@@ -94,19 +92,22 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def call(self: Guarded, *args: Any, **kwargs: Any) -> Any:
             try:
                 clock = self.clock
-                if clock.closed or pause.is_measuring() or clock.broken.get(part, 0) >= GIVE_UP_AFTER:
+                if clock.closed or is_measuring() or (clock.broken and clock.gave_up(part)):
                     return None
-                outermost = clock.enter()
+                began = 0.0
+                if outermost := clock.entered is None:
+                    began = clock.entered = perf_counter()
                 try:
-                    inference = torch.is_inference_mode_enabled()
-                    if not inference and not makes_elsewhere():
+                    inference = is_inference()
+                    if not (inference or (modes_in_force() and makes_elsewhere())):
                         return method(self, *args, **kwargs)
                     # What is made in inference mode cannot be used in training afterwards.
                     with torch.inference_mode(False) if inference else contextlib.nullcontext(), on_host():
                         return method(self, *args, **kwargs)
                 finally:
                     if outermost:
-                        clock.leave()
+                        clock.ours_before += perf_counter() - began
+                        clock.entered = None
             except Exception as error:
                 with contextlib.suppress(Exception):
                     self._failed(part, error)
@@ -135,6 +136,11 @@ def shielded(function: Callable[..., Any], broke: Callable[[Exception], None] | 
     """The same function for torch to call: nothing that it raises gets there."""
 
     def call(*args: Any) -> Any:  # not a partial: by its home the function is known as diag's own
-        return safely(function, *args, broke=broke)
+        try:
+            return function(*args)
+        except Exception as error:
+            if broke is not None:
+                safely(broke, error)
+            return None
 
     return call

@@ -128,7 +128,8 @@ class TrainingListener(Guarded):
         self._losses.loss_called(function, args, kwargs, value)
         self._company.loss_called(args, kwargs)
         self._rows("loss_called", function.__name__, args, kwargs)
-        self._closely("loss_called", function, args, kwargs, value)
+        if self._moment.attentive:
+            self._facts("loss_called", function, args, kwargs, value)
 
     @guarded("rows of the data")
     def _rows(self, event: str, *args: Any) -> None:
@@ -160,7 +161,8 @@ class TrainingListener(Guarded):
         if self._own_step.armed:
             self._runner.own_step_descends()
         self._facts("root_seen", roots)
-        self._closely("backward_called", roots)
+        if self._moment.attentive:
+            self._facts("backward_called", roots)
 
     @guarded("loss")
     def backward_done(self) -> None:
@@ -168,7 +170,8 @@ class TrainingListener(Guarded):
         if not self._is_here():
             return
         self._losses.backward_done()
-        self._closely("backward_done")
+        if self._moment.attentive:
+            self._facts("backward_done")
         if self._own_step.reading:
             self._runner.own_step_descended()
         self._steps.backward_done()
@@ -209,7 +212,8 @@ class TrainingListener(Guarded):
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """An optimizer is about to step."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        self._closely("before_step", optimizer, callable(closure))
+        if self._moment.attentive:
+            self._facts("before_step", optimizer, callable(closure))
         if not self._counts(optimizer):
             return None
         self.clock.start()

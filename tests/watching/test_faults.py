@@ -152,7 +152,7 @@ def quiet():
 def test_the_functions_are_found():
     names = {name.split(":")[1] for name in FUNCTIONS}
     assert len(FUNCTIONS) > 350
-    assert {"Clock.enter", "LossObserver._output_reached", "Recorder.internal_error", "is_transformed"} <= names
+    assert {"Clock.start", "LossObserver._output_reached", "Recorder.internal_error", "is_transformed"} <= names
     assert "Snapshot.num_examples" in names and "preserved" in names and "guarded" not in names
 
 

@@ -1,5 +1,7 @@
 """Norms against float64, at the sizes and ranges where float32 sums go wrong."""
 
+import math
+
 import numpy
 import pytest
 import torch
@@ -108,3 +110,18 @@ def test_thinning_takes_geometric_steps_and_what_the_share_allows():
     assert ratios.max() < 0.13
     idle = Thinning(0.01)
     assert all(idle.take(s, 0.1 * s) and not idle.spent(1e-6) for s in range(1, 101))
+
+
+def test_a_usual_row_is_written_as_any_other():
+    columns = numpy.array([0, 2], numpy.intp)
+    written = {}
+    for kind in ("usual", "any"):
+        tables = written[kind] = []
+        queue = RowQueue(row_dtype(row_columns(3)), 0, lambda table, row, to=tables: to.append(table.tobytes()))
+        if kind == "any":
+            queue._finish_usual = lambda step, row: False
+        for values in ([3.0, 4.0], [numpy.nan, 1.0], [1e200, 1.0], [0.0, 0.0], []):
+            norms_of = [("gradient_norm", columns, numpy.array(values))] if values else []
+            for loss in (0.5, math.inf):
+                queue.add(Row([torch.tensor(loss)], 0.1, list(norms_of)))
+    assert written["usual"] == written["any"] and len(written["any"]) == 10

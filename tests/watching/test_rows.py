@@ -85,8 +85,8 @@ def test_what_is_read_from_a_device_is_the_same(kind, monkeypatch):
     make = {"own": lambda: own_batches(x, y), "loader": lambda: loaded(TensorDataset(x, y))}[kind]
     here, _, _ = trained(make())
     # The tensors of a device are read late and together, as these are.
-    away = lambda z, y, rows: scores._on_device(torch.from_numpy(z), torch.from_numpy(y), rows)  # noqa: E731
-    monkeypatch.setattr(scores, "_on_host", away)
+    away = lambda z, y: scores._on_device(z, y, scores._some(*z.shape))  # noqa: E731
+    monkeypatch.setattr(scores, "_of_classes", away)
     there, _, _ = trained(make())
     assert there.n == 96
     for name in ("margins", "looks", "labels", "answers", "number", "first_step", "first_place"):
@@ -205,7 +205,7 @@ def test_margins_of_classes_and_of_two():
     z = torch.tensor([[2.0, 0.0, -1.0], [0.5, 3.0, 1.0], [1.0, 1.0, 4.0], [0.0, 0.0, 0.0]])
     y = torch.tensor([0, 2, 2, -100])
     for name in ("cross_entropy", "nll_loss"):
-        found = scores_of(name, (z, y), {}, 4)
+        found = scores_of(name, (z, y), {}, 4).scores()
         assert found.margin[:3].tolist() == [2.0, -2.0, 3.0] and numpy.isnan(found.margin[3])
         assert found.answer[:3].tolist() == [1, 1, 0]
     logits, ones = torch.tensor([[1.0], [-2.0]]), torch.ones(2, 1)
@@ -223,7 +223,7 @@ def test_margins_are_cut_alike_on_the_host_and_on_a_device():
 
     z = torch.tensor([[1e6, 0.0], [1e6, 0.0], [3e38, -3e38], [torch.inf, 0.0], [2.0, 0.0], [torch.nan, 0.0]])
     y = torch.tensor([0, 1, 0, 0, 0, 0])
-    here = scores_of("cross_entropy", (z, y), {}, 6)
+    here = scores_of("cross_entropy", (z, y), {}, 6).scores()
     there = scores._on_device(z, y, here.rows)
     for margin in (here.margin, there.margin.numpy()):
         numpy.testing.assert_array_equal(margin, [1e4, -1e4, 1e4, 1e4, 2.0, numpy.nan])
@@ -240,7 +240,7 @@ def test_sights_of_a_cut_margin_count_and_those_without_a_label_do_not():
 
 
 def test_of_a_wide_output_some_rows_are_looked_at():
-    found = scores_of("cross_entropy", (torch.zeros(64, 4096), torch.zeros(64, dtype=torch.long)), {}, 64)
+    found = scores_of("cross_entropy", (torch.zeros(64, 4096), torch.zeros(64, dtype=torch.long)), {}, 64).scores()
     assert found.rows.step == 4 and len(found.margin) == 16
 
 

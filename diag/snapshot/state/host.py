@@ -16,9 +16,13 @@ import torch
 _the_programs: ContextVar[torch.device | None] = ContextVar("diag_default_device", default=None)
 
 
+modes_in_force = torch._C._len_torch_function_stack
+"""How many modes of torch functions there are: a default device is one, and without any nothing need be asked."""
+
+
 def makes_elsewhere() -> bool:
     """Whether the program has tensors made elsewhere than on the host."""
-    return torch._C._len_torch_function_stack() > 0 and torch.get_default_device().type != "cpu"
+    return modes_in_force() > 0 and torch.get_default_device().type != "cpu"
 
 
 @contextmanager

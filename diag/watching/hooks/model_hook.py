@@ -141,5 +141,6 @@ def frames_compiled() -> int:
 
 def is_transformed(outputs: Any) -> bool:
     """Whether the first tensor is a wrapper of torch.func, so that this is not a plain call."""
-    first = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)[:1]
-    return any(is_functorch_wrapped_tensor(t) for t in first)
+    if isinstance(outputs, Tensor):
+        return is_functorch_wrapped_tensor(outputs)
+    return any(is_functorch_wrapped_tensor(t) for t in tensors_in(outputs)[:1])

@@ -106,27 +106,38 @@ class Attribute:
 
 
 def _detoured(original: Callable[..., Any], look: Look) -> Callable[..., Any]:
+    before, after, over, broke = look.before, look.after, look.over, look.broke
+
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        token = None if look.before is None else safely(_begun, look.before, args, kwargs, broke=look.broke)
+        token = None  # says that `before` failed
+        if before is not None:
+            try:  # as `safely`, which is a call more for each of some six at every step
+                token = before(args, kwargs)
+                token = True if token is None else token
+            except Exception as error:
+                safely(_tell, broke, error)
         if type(token) is Changed:
             args, kwargs, token = token
         try:
             value = original(*args, **kwargs)
         finally:
-            if look.over is not None and token is not None:
-                safely(look.over, token, broke=look.broke)
-        if look.after is not None and (token is not None or look.before is None):
-            safely(look.after, token, args, kwargs, value, broke=look.broke)
+            if over is not None and token is not None:
+                safely(over, token, broke=broke)
+        if after is not None and (token is not None or before is None):
+            try:
+                after(token, args, kwargs, value)
+            except Exception as error:
+                safely(_tell, broke, error)
         return value
 
     return call
 
 
-def _begun(before: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    token = before(args, kwargs)
-    return True if token is None else token  # None says that it failed
+def _tell(broke: Callable[[Exception], None] | None, error: Exception) -> None:
+    if broke is not None:
+        broke(error)
 
 
 def plain_copy(function: Any) -> Any:

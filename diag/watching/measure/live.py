@@ -41,17 +41,18 @@ class Trace:
 
     def __init__(self, dtype: numpy.dtype[Any]) -> None:
         rows = max(min(RECENT_ROWS, MEMORY // (2 * dtype.itemsize)), 16)
-        self._recent: deque[NDArray[Any]] = deque(maxlen=rows)
-        self._earlier: list[NDArray[Any]] = []
+        self._dtype = dtype
+        self._recent: deque[bytes] = deque(maxlen=rows)
+        self._earlier: list[bytes] = []
         self._room, self._stride, self._passed = rows, 1, 0
 
     def add(self, table: NDArray[Any]) -> None:
         """Keep a finished row (a table of one row, which is copied)."""
         if len(self._recent) == self._recent.maxlen:
             self._keep(self._recent[0])
-        self._recent.append(table.copy())
+        self._recent.append(table.tobytes())
 
-    def _keep(self, row: NDArray[Any]) -> None:
+    def _keep(self, row: bytes) -> None:
         if self._passed % self._stride == 0:
             self._earlier.append(row)
         self._passed += 1
@@ -67,7 +68,7 @@ class Trace:
         """The rows kept, by step; None where there is none."""
         kept = [*self._earlier, *self._recent]
         # Their bytes: numpy.concatenate would compare the columns of each row with those of the others.
-        return numpy.frombuffer(bytearray(b"".join(row.tobytes() for row in kept)), kept[0].dtype) if kept else None
+        return numpy.frombuffer(bytearray(b"".join(kept)), self._dtype) if kept else None
 
 
 class LiveChecks:
@@ -93,7 +94,7 @@ class LiveChecks:
         self._record, self._announce = record, announce
         self._trace = Trace(dtype)
         self._optimizer: Mapping[str, Any] = {}
-        self._judged = 0
+        self._judged = self._next_floor = 0
         self._cost = self._spent = 0.0
         self._recorded: dict[str, tuple[str, str]] = {}
         self._failures: dict[str, int] = {}
@@ -108,7 +109,10 @@ class LiveChecks:
         """Judge where it is due; `elapsed`: seconds since training began; urgent: do not wait for a due step."""
         if not self._chosen:
             return
-        if is_floor(step) or self._spent + self._cost <= SHARE_FOR_CHECKS * elapsed:
+        if (step <= FIRST_JUDGED_STEPS[-1] or step >= self._next_floor) and is_floor(step):
+            self._next_floor = next_floor(step)
+            self.judge(step)
+        elif self._spent + self._cost <= SHARE_FOR_CHECKS * elapsed:
             self.judge(step)
         elif urgent:
             self.judge(step, news_only=True)

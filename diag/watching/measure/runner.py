@@ -25,7 +25,7 @@ from diag.watching.record import Recorder
 
 WARM_UP, NEXT_ESTIMATE_AT = 3, 4  # costs are estimated after so many steps, and again after so many times as many
 SPARE = 0.15  # seconds that the last measurements may take beyond the budget; judging and writing come on top
-CLOCK_EVERY = 0.01  # seconds
+CLOCK_EVERY, CLOCK_SHARE = 0.01, 0.005  # seconds between two looks at what is due, or a share of all so far
 LEAST_LOOK = 1.0  # seconds that the checks may take in any case: a garbage collection may come in between
 LOOK_SHARE = 2.0  # of the time that training takes for as many examples: a forward pass is a third of it
 PROBE_STEPS = 16  # the probe set is what these first steps have shown, where that is less than its limit
@@ -78,10 +78,9 @@ class MeasurementRunner(Guarded):
         self._windows.examples.stepped(self._losses.descended, row.skipped)
         if self._windows.open is not None:
             self._record_losses(row, step, in_step)
-        ready = self._is_ready(in_step)
         if self.over_ranks.due(step):
-            self._with_all_ranks(step, ready)
-        elif ready and self._wants_a_look(step):
+            self._with_all_ranks(step, self._is_ready(in_step))
+        elif self._wants_a_look(step) and self._is_ready(in_step):
             self._alone(step)
 
     def _is_ready(self, in_step: bool) -> bool:
@@ -96,7 +95,9 @@ class MeasurementRunner(Guarded):
         )
 
     def _is_time(self) -> bool:
-        """Whether enough could be earned since the last look at what is due."""
+        """Whether there is anything to measure, and enough could be earned since the last look at what is due."""
+        if not self._schedule.accounts:
+            return False
         return self.clock.elapsed() >= self._look_again or self._schedule.budget == math.inf
 
     def _alone(self, step: int) -> None:
@@ -160,7 +161,8 @@ class MeasurementRunner(Guarded):
     def _measure_if_due(self, step: int) -> None:
         if not self._is_time():
             return
-        self._look_again = self.clock.elapsed() + CLOCK_EVERY
+        now = self.clock.elapsed()
+        self._look_again = now + max(CLOCK_EVERY, CLOCK_SHARE * now)
         names = [name for name in self._due(step) if not self.over_ranks.able(name)]
         names, window = self._windows.choose(names)
         names, later = self.own_step.choose(names)

@@ -31,7 +31,7 @@ class StepTime:
 
     def step_ended(self, read: bool) -> float:
         """Time the step that ended; gives by how many seconds reading it, if it was read, made it longer."""
-        training, longer = self._clock.elapsed() - self._clock.ours(), 0.0
+        training, longer = self._clock.training(), 0.0
         if self._last is not None:
             taken = training - self._last
             if not read:

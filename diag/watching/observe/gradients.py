@@ -112,9 +112,9 @@ class GradientNorms:
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             row.unscale.append((members.columns, scale.detach().clone()))
-        gradients = [p.grad for p in members.parameters]
-        if not self._clips and all(g is not None for g in gradients):  # the usual case, at every step
-            row.norms.append(("gradient_norm", members.columns, norms(gradients)))  # type: ignore[arg-type]
+        gradients = [g for p in members.parameters if (g := p.grad) is not None]
+        if not self._clips and len(gradients) == len(members.parameters):  # the usual case, at every step
+            row.norms.append(("gradient_norm", members.columns, norms(gradients)))
             return
         left = set(members.columns.tolist())
         for clip in self._clips:

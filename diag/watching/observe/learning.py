@@ -86,6 +86,7 @@ class Learner:
         self._staged: list[Staged] = []
         self._attempts = 0
         self._bare = Probe()  # calls of the model, for where their targets are not found out
+        self._last: list[Any] | None = None  # what the last step descended
 
     @property
     def learned(self) -> bool:
@@ -123,6 +124,15 @@ class Learner:
     def forget(self) -> None:
         """The passes so far belong to no step of this model."""
         self._staged = []
+
+    def stepped(self, passes: list[Pass]) -> None:
+        """The optimizer has stepped; `passes`: all that the step descends. Nothing is learned any more of a step
+        that descends what the last one did."""
+        kinds = None if self.active else [_kind_of(p) for p in passes]
+        if kinds is None or kinds != self._last or None in kinds:
+            self.commit(passes)
+            self.take_factor(passes)
+        self._last = kinds
 
     def commit(self, passes: list[Pass]) -> None:
         """The optimizer has stepped; `passes`: all that the step descends. What fails here loses no step."""
@@ -294,6 +304,14 @@ def _multiple(passes: list[Pass], loss: ObservedLoss | ModelLoss) -> float:
     if isinstance(loss, ModelLoss) and loss.in_parts:
         return float(passes[-1].factor)
     return float(sum(float(p.multiple) for p in passes))
+
+
+def _kind_of(p: Pass) -> Any:
+    """What a pass descends, apart from its value; None where that is not known without waiting for a device."""
+    seen, count = p.seen, None if p.seen is None else p.seen.count
+    if type(p.factor) is not float or isinstance(count, Tensor):
+        return None
+    return p.reason, p.factor, p.others, count, None if seen is None else (seen.name, seen.place)
 
 
 def _labels(forward: ForwardCall) -> Any:

@@ -86,8 +86,13 @@ class LossCalls:
 
         concerns(node): whether this model has a part in what leads to it; None where that cannot be told.
         """
+        number = number_of(root)
         # A loss that is scaled in place, or freed, would change the value that is kept.
-        whole = self._scaled.get(number_of(root), root.detach()).reshape(()).clone()
+        whole = self._scaled.get(number, root.detach()).reshape(()).clone()
+        if not self._scaled:  # nearly always the loss is descended as it is
+            for seen in self._seen:
+                if seen.number == number and seen.name and seen.value.numel() == 1:
+                    return Pass(whole, seen, "")
         found = self._behind(root, whole, [s for s in self._seen if s.name], concerns)
         # A loss that the model returned says less than the loss function's call inside it, so it is asked second.
         if found.reason and (own := self._behind(root, whole, list(self._seen), concerns)) and not own.reason:
@@ -110,10 +115,6 @@ class LossCalls:
         for term in own:
             factor = factor + product(term.factors)
         return Pass(whole if not others else found.value.reshape(()) * factor, found, "", factor, others)
-
-    def forget_contents(self) -> None:
-        """Keep of the calls no more than their values: nothing is learned from them any more."""
-        self._seen = deque((seen._replace(call=None) for seen in self._seen), maxlen=MOST_LOSS_CALLS)
 
     def clear(self) -> None:
         """The step is over."""

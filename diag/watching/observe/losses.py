@@ -63,6 +63,7 @@ class LossObserver:
         self.learner = Learner(loss_fn, probe, note, info)
         self.probe, self._note, self._info, self._parameters = probe, note, info, tuple(parameters)
         self._own = {id(p) for p in self._parameters}
+        self._reached_hook = shielded(self._output_reached)
         self._calls = LossCalls()
         self._forwards: deque[ForwardCall] = deque(maxlen=MODEL_CALLS_KEPT)
         self._sources: deque[int] = deque(maxlen=MODEL_CALLS_KEPT * OUTPUTS)
@@ -110,16 +111,17 @@ class LossObserver:
 
     def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> bool:
         """The model or a wrapper of it returned `outputs`. True where it was another call in training."""
-        found = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
+        one = type(outputs) is Tensor
+        found = [outputs] if one else tensors_in(outputs)
         found = [t for t in found if t.requires_grad and not t.is_leaf][:OUTPUTS]
-        if not found or not any(p.requires_grad for p in self._parameters):
+        if not found or not self._trains():
             return False
         for tensor in found:
             # The hook tells whether a backward pass reaches this model; it returns None and so changes nothing.
-            tensor.register_hook(shielded(self._output_reached))
+            tensor.register_hook(self._reached_hook)
             self._sources.append(number_of(tensor))
         self._called = True
-        for place, loss in losses_among(outputs):
+        for place, loss in () if one else losses_among(outputs):
             self._calls.add(SeenValue(number_of(loss), loss.detach().clone(), "", place=place))
         self._foreign = OTHER_PARAMETERS if self._is_swapped(module) else ""
         if (self.learner.active or self.closely) and not self._foreign:
@@ -195,11 +197,10 @@ class LossObserver:
         if self._moved:
             self._note("moved", LOSS_MOVED)
         values = [p.value for p in passes if p.value is not None]
-        whole = [sum(values)] if values and len(values) == len(passes) else []
+        whole = [sum(values[1:], values[0])] if values and len(values) == len(passes) else []
         losses, self._given = self._given or whole, []
         self.descended = [(_unmultiplied(p), p.value) for p in passes if p.value is not None]
-        self.learner.commit(passes)
-        self.learner.take_factor(passes)
+        self.learner.stepped(passes)
         self._forget_the_step()
         return losses
 
@@ -213,6 +214,11 @@ class LossObserver:
         self._forget_the_step()
 
     # How calls and backward passes are matched.
+
+    def _trains(self) -> bool:
+        """Whether any parameter is trained; the first one, in most networks."""
+        own = self._parameters
+        return bool(own) and (own[0].requires_grad or any(p.requires_grad for p in own))
 
     def _output_reached(self, gradient: Tensor) -> None:
         self._reached = True
@@ -297,11 +303,8 @@ class LossObserver:
     def _forget_the_step(self) -> None:
         self._frozen = self._moved = False
         self._zeroed = []
-        self._calls.clear()
+        self._calls.clear()  # what is kept of the calls while learning holds inputs and outputs
         self._forwards.clear()
-        if not self.learner.active:
-            # What was kept of the calls while learning holds inputs and outputs.
-            self._calls.forget_contents()
 
 
 def _weighted(found: Pass, weight: Any) -> Pass:

@@ -17,6 +17,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, signed
 
 LONGEST_ROUTE = 16
+PASSED_ON = ("ToCopy", "_DDPSink")
 RouteStep = Callable[[Tensor], Tensor]
 # These only rearrange memory or copy it; the final reshape accounts for them.
 REARRANGING = (*PASSING_ON, "_DDPSink")
@@ -90,8 +91,10 @@ def source_of(outputs: Tensor) -> int | None:
 
     Accelerate widens a model's outputs after the model itself has computed its loss from them.
     """
-    made = (n for n in first_arguments(outputs.grad_fn, LONGEST_ROUTE) if kind_of(n) not in ("ToCopy", "_DDPSink"))
-    node = next(made, None)
+    node = outputs.grad_fn
+    if node is not None and kind_of(node) in PASSED_ON:
+        made = (n for n in first_arguments(node, LONGEST_ROUTE) if kind_of(n) not in PASSED_ON)
+        node = next(made, None)
     return None if node is None else node._sequence_nr()
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Columns = NDArray[numpy.intp]
+FLOAT32_SQUARED = 1e76  # below it no norm is beyond float32
 CLIP_EPSILON = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm that it divides by
 
 
@@ -133,8 +134,10 @@ class RowQueue:
     def add(self, row: Row) -> int:
         """Give the row the next step number and write it as soon as its numbers are on the host."""
         self.step += 1
-        numbers = row.numbers()
         alone = self.sharing is None and not self._waiting
+        if alone and self._finish_usual(self.step, row):
+            return self.step
+        numbers = row.numbers()
         if alone and (here := _read_at_once(numbers)) is not None:
             self._finish(self.step, row, iter(here))
         else:
@@ -156,6 +159,34 @@ class RowQueue:
             if self.sharing is not None:
                 self.sharing.merge(row, answer)
             self._finish(step, row, iter(row.numbers()))
+
+    def _finish_usual(self, step: int, row: Row) -> bool:
+        """Write what nearly every step on the host is, a loss and gradient norms, all finite; False for any
+        other."""
+        if len(row.losses) != 1 or len(row.norms) > 1 or row.partial:
+            return False
+        if row.applied or row.clips or row.unscale:
+            return False
+        loss, values, columns, square = row.losses[0], None, None, 0.0
+        if not isinstance(loss, Tensor) or not loss.is_cpu or row.skipped is not False:
+            return False
+        if row.norms:
+            name, columns, values = row.norms[0]
+            if name != "gradient_norm" or not isinstance(values, numpy.ndarray):
+                return False
+            square = float(values.dot(values))
+        number = loss.item()
+        if type(row.learning_rate) is not float or not math.isfinite(number) or not square < FLOAT32_SQUARED:
+            return False
+        fields = self._fields
+        self._bytes[:] = self._empty
+        fields["steps"][0] = fields["total_steps"][0] = step
+        fields["learning_rate"][0], fields["loss"][0] = row.learning_rate, number
+        if values is not None:
+            fields["gradient_norm"][columns] = values
+            fields["applied_gradient_norm"][0] = math.sqrt(square)
+        self._write(self._table, row)
+        return True
 
     def _finish(self, step: int, row: Row, numbers: Iterator[Any]) -> None:
         fields = self._fields

@@ -71,7 +71,7 @@ class Optimizers:
         self.records: list[OptimizerRecord] = []
         self._by_id: dict[int, OptimizerRecord] = {}
         self._inside: list[Optimizer] = []
-        self._searched = self.called = self.closures = False
+        self._searched = self.called = self.closures = self._nested = False
         self.adversarial = False  # the inputs ask for a gradient: backward passes are made for them
 
     def record(self, optimizer: Any) -> OptimizerRecord | None:
@@ -121,7 +121,7 @@ class Optimizers:
         if record is None:
             return None
         if len(self._inside) > 1:
-            record.nested = True
+            record.nested = self._nested = True
             return None
         self.closures |= closure
         record.by_closure = closure
@@ -220,7 +220,7 @@ class Optimizers:
     @property
     def unusual(self) -> bool:
         """Whether steps are made of other steps or of closures, so that every one must be looked at."""
-        return self.closures or any(r.nested for r in self.records)
+        return self.closures or self._nested
 
     def used(self) -> None:
         """A step has made use of all backward passes so far, whichever parameters they reached."""

@@ -171,7 +171,10 @@ def _hash(t: Tensor, seed: int) -> Tensor:
         paired = size == 4 and flat.shape[1] % 2 == 0
         flat = flat.clone() if paired and flat.storage_offset() % 2 else flat  # pairs begin at an even place
         flat = flat.view(torch.int64 if paired or size == 8 else torch.int32)
-    return (flat.long() * _factors(flat.shape[1], seed, flat.device)).sum(1)
+    factors = _factors(flat.shape[1], seed, flat.device)
+    if flat.is_cpu:
+        return torch.mv(flat.long(), factors)  # of whole numbers on the CPU alone
+    return (flat.long() * factors).sum(1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.rows.course import MarginCourse
 from diag.watching.observe.loop.rows.identity import NOT_AGAIN, Hashes, Places, hashes_of
-from diag.watching.observe.loop.rows.scores import RowScores, scores_of
+from diag.watching.observe.loop.rows.scores import RowLogits, RowScores, scores_of
 from diag.watching.observe.rows import Readback
 
 READ_TOGETHER, READS_WAITING = 16, 4  # calls whose numbers are read together, and copies that may be under way
@@ -39,6 +39,7 @@ ALL_STEPS, ALL_SIGHTS = 1 << 10, 8  # steps, and sights of a row, up to which ev
 TIMES_HALVED = 2  # then every second one, and at last every fourth
 # 2^32 over the golden ratio: its multiples fall evenly, whatever number of batches an epoch has.
 GOLDEN_SHARE = 0x9E3779B1
+COUNTED_TOGETHER = 8  # batches
 EVERY_ROUND = 16  # rounds of which each is told, then ever fewer
 
 
@@ -52,7 +53,10 @@ class RowObserver:
         self._course: MarginCourse | None = None
         # The rows of the batch under way, as numbers or hashes, and how many they are.
         self._now: tuple[Any, int] | None = None
-        self._pending: tuple[Any, RowScores, int, Any] | None = None
+        self._pending: tuple[Any, RowScores | RowLogits, int, Any] | None = None
+        # Batches that are counted together, as that takes a third of the time; and how many rows they have.
+        self._held: list[tuple[Any, RowScores | RowLogits, int]] = []
+        self._rows_held = 0
         self._away: deque[tuple[Readback, list[tuple[slice, int]]]] = deque()
         self._waiting: list[tuple[Any, Tensor, slice, int]] = []
         self._stamp = numpy.zeros(0, numpy.int32)
@@ -133,9 +137,20 @@ class RowObserver:
         who, found, step, _ = pending
         self._fit += 1
         if found.on_host and isinstance(who, numpy.ndarray):
-            self._count(who if found.rows.step == 1 else who[found.rows], found, step)
+            self._held.append((who if found.rows.step == 1 else who[found.rows], found, step))
+            self._rows_held += len(found.label)
+            # Nothing waits past a round, so what is told is told at the step at which it would be otherwise.
+            n = 1 if self._course is None else max(self._course.n, 1)
+            over = (self._sights + self._rows_held) // n >= self._next_round
+            if over or len(self._held) >= COUNTED_TOGETHER:
+                self._count_held()
         else:
-            self._send(who, found, step)
+            self._send(who, found.scores(), step)
+
+    def _count_held(self) -> None:
+        held, self._held, self._rows_held = self._held, [], 0
+        for who, found, step in held:
+            self._count(who, found.scores(), step)
 
     # From a device
 
@@ -252,6 +267,7 @@ class RowObserver:
 
     def facts(self) -> RowFacts:
         """As plain data; what is on a device is read now."""
+        self._count_held()
         self._start_reading()
         self._read(wait=True)
         moved = tuple(Moved(*m) for m in self._moved[: self._over])

@@ -37,8 +37,27 @@ class RowScores:
         """Whether they can be read without waiting."""
         return isinstance(self.margin, numpy.ndarray)
 
+    def scores(self) -> RowScores:
+        """These."""
+        return self
 
-def scores_of(name: str, args: Any, kwargs: Mapping[str, Any], size: int) -> RowScores | None:
+
+@dataclass(frozen=True)
+class RowLogits:
+    """Copies on the host of what scores are computed from: logits (m, classes) and labels (m,) of `rows`. They are
+    taken at once, as the loop may change its tensors, and computed with together with those of other batches."""
+
+    rows: slice
+    logits: Any
+    label: Any
+    on_host = True
+
+    def scores(self) -> RowScores:
+        """The scores of these rows."""
+        return _on_host(self.logits, self.label, self.rows)
+
+
+def scores_of(name: str, args: Any, kwargs: Mapping[str, Any], size: int) -> RowScores | RowLogits | None:
     """The scores of a batch of `size` rows, by the loss function called `name`; None where it is not one of these
     with one target a row."""
     given, target = input_and_target(args, kwargs)
@@ -57,13 +76,13 @@ def _some(rows: int, each: int) -> slice:
     return slice(0, rows, max(1, -(-rows * each // ENTRIES)))
 
 
-def _of_classes(z: Tensor, y: Tensor) -> RowScores:
+def _of_classes(z: Tensor, y: Tensor) -> RowScores | RowLogits:
     rows = _some(*z.shape)
     if rows.step > 1:
         z, y = z[rows], y[rows]
     z = z if z.dtype in (torch.float32, torch.float64) else z.float()
     if z.is_cpu and y.is_cpu:
-        return _on_host(z.numpy(), y.numpy(), rows)
+        return RowLogits(rows, z.numpy().copy(), y.numpy().copy())
     return _on_device(z, y, rows)
 
 
@@ -81,15 +100,14 @@ def _on_host(z: Any, y: Any, rows: slice) -> RowScores:
     if y.min() < 0 or y.max() >= z.shape[1]:
         none = (y < 0) | (y >= z.shape[1])
     inside = y if none is None else numpy.where(none, 0, y)
-    others = z.copy()
     own = z[at, inside]
-    others[at, inside] = -numpy.inf
-    answer = others.argmax(1)
+    z[at, inside] = -numpy.inf  # it is a copy
+    answer = z.argmax(1)
     with numpy.errstate(invalid="ignore", over="ignore"):
-        margin = (own - others[at, answer]).clip(-LARGEST_MARGIN, LARGEST_MARGIN)
+        margin = (own - z[at, answer]).clip(-LARGEST_MARGIN, LARGEST_MARGIN)
     if none is not None:
         margin[none] = numpy.nan
-    return RowScores(rows, margin, y.copy(), answer)
+    return RowScores(rows, margin, y, answer)
 
 
 def _of_two(z: Tensor, y: Tensor) -> RowScores:

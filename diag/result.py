@@ -32,6 +32,7 @@ from diag.errors import InvalidInput, MissingData, as_path, named, one_of, type_
 
 OUR_CHOICE = "our choice, uncalibrated"
 RESULT_FORMAT = "diag-result"
+LONGEST_LABEL = 34  # characters that stand beside the axis of a small chart
 
 
 class Level(enum.StrEnum):
@@ -258,7 +259,9 @@ class Result:
             return
         steps, values = [s for s, _ in series], [r.scalars().get(name, math.nan) for _, r in series]
         ax.plot(steps, values, marker="o", markersize=3)
-        ax.set(xlabel="step", ylabel=name.replace("_", " "))
+        said = next((f.metadata["description"] for f in cls.measured_fields() if f.name == name), "")
+        words = said.partition(";")[0]
+        ax.set(xlabel="step", ylabel=words if 0 < len(words) <= LONGEST_LABEL else name.replace("_", " "))
 
     # What is derived.
 

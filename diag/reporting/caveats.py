@@ -148,4 +148,4 @@ def _of_the_end(evidence: Evidence) -> Caveats:
     """A run on disk is closed when its watch ends; one that was killed, or goes on, is not."""
     if evidence.on_disk and not evidence.metadata.get("closed"):
         text = f"No end was recorded: training goes on, or was killed after step {evidence.last_step:,}."
-        yield "no end", text, ""
+        yield "unfinished", text, ""

@@ -21,14 +21,17 @@ Chart = dict[str, Any]
 def tells_by_a_chart(finding: Finding) -> bool:
     """Whether a chart of a check that found nothing wrong shows more than its sentence: not where it would be the
     number of steps that were looked at, or one value throughout."""
+    return not _only_counts_steps(finding.series[-1][1]) and (len(finding.series) == 1 or _has_a_course(finding))
+
+
+def _has_a_course(finding: Finding) -> bool:
+    """Whether measurements over the steps show something: more than one value, and that no number of a step."""
     last = finding.series[-1][1]
-    if _only_counts_steps(last):
-        return False
+    if type(last).plot_trend.__func__ is not Result.plot_trend.__func__:  # type: ignore[attr-defined]
+        return len(finding.series) > 1
     first = next(iter(last.scalars()), "")
-    own = type(last).plot_trend.__func__ is not Result.plot_trend.__func__  # type: ignore[attr-defined]
-    if own or len(finding.series) == 1:
-        return True
-    return len({result.scalars().get(first) for _, result in finding.series}) > 1
+    values = {result.scalars().get(first) for _, result in finding.series}
+    return len(values) > 1 and not first.endswith("_step")
 
 
 def _only_counts_steps(result: Result) -> bool:
@@ -44,7 +47,7 @@ def charts(finding: Finding, salt: str, at_most: int) -> tuple[list[Chart], dict
     if _only_counts_steps(last):  # the sentence has all that a drawing would show
         return [], {}
     wanted: list[tuple[str, str, Callable[[Any], None]]] = []
-    if len(finding.series) > 1:
+    if _has_a_course(finding):
         series = thinned(finding.series)
         about = f"{finding.title} over the training steps"
         wanted.append(("course", about, lambda ax: type(last).plot_trend(ax, series)))

@@ -57,7 +57,7 @@ def _subject(evidence: Evidence) -> str:
     if files:
         return "this checkpoint" if len(files) == 1 else "these checkpoints"
     if _is_trial(evidence):
-        return "this set-up"
+        return "this setup"
     return "this run" if evidence.kind == "run" else "this network"
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 
+import matplotlib.pyplot as plt
 import numpy
 import pytest
 import report_fakes
@@ -38,6 +39,34 @@ class Counted(Result):
 def test_a_count_of_steps_is_not_drawn():
     found = finding("counted", "Counted", series(Counted, [1, 2], num_steps=3))
     assert charts(found, "salt", 2) == ([], {})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dated(Result):
+    lost_step: int = measured("the first of the steps at which something was lost; 0 for none")
+
+    def verdict(self):
+        return Verdict("alarm", "Something was lost.")
+
+    def plot(self, ax):
+        ax.plot([0, 1], [0, self.lost_step])
+
+
+def test_neither_the_number_of_a_step_nor_one_value_throughout_is_a_course():
+    dated = finding("dated", "Dated", [(step, Dated(lost_step=min(step, 3))) for step in (1, 3, 60)])
+    assert [c["key"] for c in charts(dated, "s", 2)[0]] == ["dated-last"]
+    level = finding("bare", "Bare", series(Bare, [1, 2, 3], ratio=2.0))
+    assert [c["key"] for c in charts(level, "s", 2)[0]] == ["bare-last"]
+
+
+@pytest.mark.parametrize(
+    ("result", "label"), [(Counted(num_steps=3), "steps looked at"), (Dated(lost_step=3), "lost step")]
+)
+def test_the_axis_of_a_course_says_what_is_measured_where_that_is_short(result, label):
+    _, ax = plt.subplots()
+    type(result).plot_trend(ax, [(1, result), (2, result)])
+    assert ax.get_ylabel() == label
+    plt.close()
 
 
 def test_one_measurement_has_no_course():

@@ -93,7 +93,9 @@ def test_three_runs_are_compared_with_the_first():
     check = made["checks"][0]
     assert check["changes"] == ["worse", "better"] and check["change"] == "mixed"
     assert made["title"] == "3 runs against x" and made["verdict"]["sentence"].startswith("B to C against A: ")
-    assert made["verdict"]["headline"] == "2 of 3 runs have a finding: A softmax collapse and B softmax collapse"
+    assert (
+        made["verdict"]["headline"] == "2 of 3 runs have a finding: A (softmax collapse) and B (softmax collapse)"
+    )
     assert [row["level"] for row in made["sweep"]["rows"]] == ["warning", "alarm", "ok"]
 
 

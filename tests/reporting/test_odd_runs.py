@@ -25,7 +25,7 @@ def test_a_few_checkpoints_are_named_with_their_steps():
 
 def test_before_training_no_held_out_data_are_missed():
     made = document(report_fakes.evidence(metadata={"checked": "before training"}), drawings=False)["state"]
-    assert "held-out" not in made["sentence"] and "this set-up" in made["headline"]
+    assert "held-out" not in made["sentence"] and "this setup" in made["headline"]
     assert made["sentence"].startswith("Tried before training, on copies: ")
 
 
@@ -80,10 +80,10 @@ def test_a_record_without_layers_has_no_section_of_layers_and_one_value_no_curve
 
 def test_a_run_on_disk_without_its_end_says_so():
     killed = report_fakes.evidence(on_disk=True)
-    told = [c["text"] for c in document(killed, drawings=False)["caveats"] if c["kind"] == "no end"]
+    told = [c["text"] for c in document(killed, drawings=False)["caveats"] if c["kind"] == "unfinished"]
     assert told == [f"No end was recorded: training goes on, or was killed after step {killed.last_step:,}."]
     ended = report_fakes.evidence(on_disk=True, metadata={"closed": {"rows": 1}})
-    assert not any(c["kind"] == "no end" for c in document(ended, drawings=False)["caveats"])
+    assert not any(c["kind"] == "unfinished" for c in document(ended, drawings=False)["caveats"])
 
 
 def test_a_number_without_name_unit_and_threshold_is_not_shown():

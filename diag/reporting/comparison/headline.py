@@ -51,7 +51,8 @@ def _of_many(sides: Sequence[Mapping[str, Any]]) -> str:
         return f"Nothing wrong was found in the {len(sides)} runs" if judged else "Nothing could be judged"
     start = f"{len(found)} of {len(sides)} runs have" if len(found) > 1 else f"One of {len(sides)} runs has"
     if len(found) <= MOST_NAMED:
-        return f"{start} a finding: {listed([side['name'] + ' ' + side['cause'] for side in found])}"
+        named = [f"{side['name']} ({side['cause']})" for side in found]
+        return f"{start} a finding: {listed(named)}"
     (cause, times), *_ = Counter(side["cause"] for side in found).most_common(1)
     return f"{start} a finding, most often ({times}): {cause}"
 

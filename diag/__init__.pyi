@@ -71,6 +71,7 @@ from diag.instruments.loop.gradient_zeroing import GradientZeroing as GradientZe
 from diag.instruments.loop.gradients_reach import GradientsReach as GradientsReach
 from diag.instruments.data.held_out_copies import HeldOutCopies as HeldOutCopies
 from diag.instruments.data.held_out_inputs import HeldOutInputs as HeldOutInputs
+from diag.instruments.data.held_out_labels import HeldOutLabels as HeldOutLabels
 from diag.instruments.data.held_out_rows import HeldOutRows as HeldOutRows
 from diag.instruments.hessian_spectrum import HessianSpectrum as HessianSpectrum
 from diag.instruments.loss.initial_loss import InitialLoss as InitialLoss
@@ -281,6 +282,10 @@ def held_out_copies(inputs: Any, held_out_inputs: Any, loop: Any = None, *, time
 def held_out_inputs_alike(snapshot: Snapshot, /, *, inputs: Any = ..., held_out_inputs: Any = ..., ratio: float = ...) -> HeldOutInputs: ...
 @overload
 def held_out_inputs_alike(inputs: Any, held_out_inputs: Any, *, ratio: float = ...) -> HeldOutInputs: ...
+@overload
+def held_out_labels(snapshot: Snapshot, /, *, inputs: Any = ..., logits: Any = ..., labels: Any = ..., held_out_inputs: Any = ..., held_out_logits: Any = ..., held_out_labels: Any = ...) -> HeldOutLabels: ...
+@overload
+def held_out_labels(inputs: Any, logits: Any, labels: Any, held_out_inputs: Any, held_out_logits: Any, held_out_labels: Any) -> HeldOutLabels: ...
 @overload
 def held_out_rows(snapshot: Snapshot, /, *, loop: Any = ...) -> HeldOutRows: ...
 @overload

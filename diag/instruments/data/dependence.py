@@ -7,8 +7,13 @@ either side only for them. Its distribution without dependence is that over perm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from diag.snapshot.batch import tensors_in
 
 PERMUTATIONS = 199
 WIDEST = 1024  # columns of the inputs that are compared
@@ -16,16 +21,17 @@ NUMBERS = 16  # columns of the targets
 PLACES = 128  # of a sequence of tokens
 
 
-def independence_p_value(inputs: Tensor, answers: Tensor, seed: int = 0) -> float:
+def independence_p_value(inputs: Tensor | Sequence[Tensor], answers: Tensor, seed: int = 0) -> float:
     """How often shuffled answers are as far from the usual fit as the real ones: the p-value of the test.
 
     Two-sided, as answers may follow from the inputs and be less similar for similar inputs (sums of two numbers
     modulo a third are).
 
-    inputs (n, ...), numbers or whole numbers (tokens); answers (n,) class numbers or (n, ...) numbers. At least
-    1 / 100.
+    inputs (n, ...), numbers or whole numbers (tokens), or several of them, whose kernels are added; answers (n,)
+    class numbers or (n, ...) numbers. At least 1 / 100.
     """
-    kernel = _centred(_kernel(inputs))
+    several = [inputs] if isinstance(inputs, Tensor) else inputs
+    kernel = _centred(torch.stack([_kernel(t) for t in several]).sum(0))
     columns = _columns(answers).to(kernel)
     generator = torch.Generator().manual_seed(seed)
     n, k = columns.shape
@@ -35,6 +41,20 @@ def independence_p_value(inputs: Tensor, answers: Tensor, seed: int = 0) -> floa
     near = 1e-9 * found.abs().max()
     sides = (found >= found[0] - near), (found <= found[0] + near)
     return min(1.0, 2 * min(float(side.double().mean()) for side in sides))
+
+
+def tensors_by_row(inputs: Any) -> tuple[Tensor, ...]:
+    """What a model is given, as tensors with the examples along the first axis: of one tensor that one, of batches
+    of arguments (as `diag.snapshot.forward.inputs` has them) each argument put together. Empty where the batches
+    differ in more than their number of examples."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    batches = [tensors_in(batch) for batch in inputs] if isinstance(inputs, tuple) else []
+    forms = {tuple((t.shape[1:], t.dtype) for t in batch) for batch in batches}
+    whole = all(t.ndim and len(t) == len(batch[0]) and not t.is_complex() for batch in batches for t in batch)
+    if len(forms) != 1 or not batches[0] or not whole:
+        return ()
+    return tuple(torch.cat([t.detach() for t in column]) for column in zip(*batches, strict=True))
 
 
 def columns_compared(inputs: Tensor) -> Tensor:

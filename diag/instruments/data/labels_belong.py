@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.data.dependence import columns_compared, independence_p_value
+from diag.instruments.data.dependence import columns_compared, independence_p_value, tensors_by_row
 from diag.instruments.data.label_order import in_order
 from diag.instruments.optimization.course import finite_losses, unpushed, update_ratios
 from diag.instruments.outcome.gain import Answered, gain
@@ -152,21 +152,22 @@ def labels_belong(
 ) -> LabelsBelong:
     """Whether labels (or the targets of a regression) depend on their inputs.
 
-    inputs (n, ...), with labels (n,) or targets (n, ...): tested for independence by HSIC over permutations, on the
-    first 256. losses, logits and their held-out twins give what is gained over an answer without the inputs;
-    history and loop whether training works: size of steps, course of the loss, whole epochs. From step 100 on it
-    warns where the test's p-value is above `independent`, no held-out example (without held-out data: no training
-    example) was ever answered better than without its input, and training examples are learned by heart or training
-    works. Raises nothing of its own.
+    inputs (n, ...), or those of a model that takes several, with labels (n,) or targets (n, ...): tested for
+    independence by HSIC over permutations, on the first 256. losses, logits and their held-out twins give what is
+    gained over an answer without the inputs; history and loop whether training works: size of steps, course of the
+    loss, whole epochs. From step 100 on it warns where the test's p-value is above `independent`, no held-out
+    example (without held-out data: no training example) was ever answered better than without its input, and
+    training examples are learned by heart or training works. Raises nothing of its own.
     """
     answers = labels if labels is not None else targets
     late = int(history.total_steps) >= FROM_STEP
-    usable = late and answers is not None and _pairs(inputs, answers)
+    rows = tensors_by_row(inputs)
+    usable = late and answers is not None and _pairs(rows, answers)
     training = Answered(losses, logits, labels, targets)
     held_out = Answered(held_out_losses, held_out_logits, held_out_labels, held_out_targets)
     own_gain, held_out_gain = gain(training, training, loop), gain(held_out, training, loop)
     return LabelsBelong(
-        p_value=_p_value(inputs, answers) if usable and answers is not None else math.nan,
+        p_value=_p_value(rows, answers) if usable and answers is not None else math.nan,
         gain=own_gain[0],
         gain_standard_error=own_gain[1],
         held_out_gain=held_out_gain[0],
@@ -180,17 +181,17 @@ def labels_belong(
     )
 
 
-def _p_value(inputs: Tensor, answers: Tensor) -> float:
-    return independence_p_value(inputs[:MOST_COMPARED], answers[:MOST_COMPARED])
+def _p_value(inputs: tuple[Tensor, ...], answers: Tensor) -> float:
+    return independence_p_value([t[:MOST_COMPARED] for t in inputs], answers[:MOST_COMPARED])
 
 
-def _pairs(inputs: Any, answers: Tensor) -> bool:
+def _pairs(inputs: tuple[Tensor, ...], answers: Tensor) -> bool:
     """Whether there are enough inputs that vary, finite, each with an answer; answers vary, in no order."""
-    if not isinstance(inputs, Tensor) or len(inputs) != len(answers) or len(answers) < FEWEST_COMPARED:
+    if not inputs or any(len(t) != len(answers) for t in inputs) or len(answers) < FEWEST_COMPARED:
         return False
-    some, theirs = columns_compared(inputs[:MOST_COMPARED]), answers[:MOST_COMPARED]
-    finite = bool(torch.isfinite(some).all() and torch.isfinite(theirs).all())
-    varied = bool((some != some[:1]).any()) and bool((theirs != theirs[:1]).any())
+    some, theirs = [columns_compared(t[:MOST_COMPARED]) for t in inputs], answers[:MOST_COMPARED]
+    finite = all(bool(torch.isfinite(t).all()) for t in (*some, theirs))
+    varied = any(bool((t != t[:1]).any()) for t in some) and bool((theirs != theirs[:1]).any())
     return finite and varied and (theirs.is_floating_point() or not in_order(theirs))
 
 

@@ -1,0 +1,188 @@
+"""Held-out labels against those of training: numbered in the same way, and of the same inputs.
+
+A network that answers training examples right says what it takes each class for. Where its answers on held-out
+examples and their labels agree up to the numbers of the classes, these were given in another way; where they have
+nothing to do with each other, and the labels nothing with their inputs, although both are so for training, the
+labels are not those of these inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
+from diag.instruments.data.dependence import independence_p_value, tensors_by_row
+from diag.instruments.outcome.gain import share_of_most_frequent, share_right
+from diag.registry import Kind, instrument
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+
+SOURCE = "arithmetic of answers and labels, and the test of independence of Gretton et al. 2008, NIPS 20"
+ANSWERED_RIGHT, RENUMBERED, SAME_NUMBERS = 0.8, 0.8, 0.2  # of the examples
+FEWEST_OF_AN_ANSWER = 5  # examples
+FEWEST_LABELLED = 64  # examples of a side
+SURELY_DEPENDENT, HARDLY_DEPENDENT = 0.02, 0.1  # p-values
+ERRORS_ABOVE_CHANCE, PAIRS_TESTED = 3.0, 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldOutLabels(Result):
+    """Of the examples measured. NaN: not needed, or not known."""
+
+    accuracy: float = measured("training examples answered right", unit="share")
+    held_out_accuracy: float = measured("held-out examples answered right", unit="share")
+    renumbered: float = measured("held-out examples right with the best other numbers of classes", unit="share")
+    chance: float = measured("held-out examples of the most frequent class", unit="share")
+    p_value: float = measured("p-value of the test that training labels are independent of their inputs")
+    held_out_p_value: float = measured("the same of held-out labels")
+    numbers: tuple[tuple[int, int], ...] = measured("class that is answered, and held-out label that belongs to it")
+    held_out: int = measured("held-out examples")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return unmet.verdict(SOURCE)
+        if (
+            self.accuracy >= ANSWERED_RIGHT
+            and self.held_out_accuracy <= SAME_NUMBERS
+            and self.renumbered >= RENUMBERED
+        ):
+            return self._told(
+                f"Held-out labels are numbered otherwise than training's: {format_share(self.renumbered)} of the "
+                f"held-out examples are answered right once the classes are renumbered ({self._pairs()}), and "
+                f"{format_share(self.held_out_accuracy)} as they are.",
+                "Number the classes once, from one sorted list of their names, and use it for both sets.",
+                self.renumbered,
+                RENUMBERED,
+            )
+        if self._unrelated():
+            return self._told(
+                f"Held-out labels do not seem to belong to their inputs: {format_share(self.accuracy)} of the "
+                f"training examples are answered right and {format_share(self.held_out_accuracy)} of the held-out "
+                "ones, and labels depend on their inputs in training "
+                f"(p = {format_number(self.p_value)}) and not in the held-out set "
+                f"(p = {format_number(self.held_out_p_value)}).",
+                "Look at ten held-out examples with their labels: one of the two may have been shuffled, sorted or "
+                "filtered without the other.",
+                self.held_out_p_value,
+                HARDLY_DEPENDENT,
+            )
+        return Verdict(
+            Level.OK,
+            f"{format_share(self.held_out_accuracy)} of the held-out examples are answered right, "
+            f"{format_share(self.accuracy)} of the training examples.",
+            source=SOURCE,
+        )
+
+    def _unrelated(self) -> bool:
+        error = math.sqrt(self.chance * (1 - self.chance) / self.held_out)
+        at_chance = self.held_out_accuracy <= self.chance + ERRORS_ABOVE_CHANCE * error
+        apart = self.p_value <= SURELY_DEPENDENT and self.held_out_p_value >= HARDLY_DEPENDENT
+        return self.accuracy >= ANSWERED_RIGHT and at_chance and apart
+
+    def _pairs(self) -> str:
+        shown = [f"{a} is {b}" for a, b in self.numbers if a != b][:3]
+        return ", ".join(shown) + (", ..." if len(self.numbers) > len(shown) else "")
+
+    def _told(self, sentence: str, advice: str, value: float, threshold: float) -> Verdict:
+        return Verdict(
+            Level.WARNING,
+            sentence,
+            advice=advice,
+            source=SOURCE,
+            confidence=Confidence.STRONG_EMPIRICAL,
+            refutation="Held-out labels that a person would give to these inputs, by training's numbers.",
+            value=value,
+            threshold=threshold,
+            threshold_source=OUR_CHOICE,
+            cause=Cause.HELD_OUT_LABELS_DIFFER,
+            explained_by=(
+                Cause.HELD_OUT_DIFFERS, Cause.EVALUATION_IN_TRAIN_MODE, Cause.NORMALIZATION_STATISTICS_BAD,
+                Cause.ANSWER_IN_INPUT, Cause.TRAINING_IN_EVAL_MODE,
+            ),
+            step=1,
+        )  # fmt: skip
+
+    def plot(self, ax: Any) -> None:
+        """Shares of right answers."""
+        ax.bar(["training", "held out", "renumbered"], [self.accuracy, self.held_out_accuracy, self.renumbered])
+        ax.set(xlabel="examples", ylabel="share answered right")
+
+
+@instrument(
+    source=SOURCE,
+    title="Held-out labels",
+    kind=Kind.CHECK,
+    why="Where held-out labels mean something else than training's do, the held-out score says nothing of the "
+    "network.",
+)
+def held_out_labels(
+    inputs: Any,
+    logits: Tensor,
+    labels: Tensor,
+    held_out_inputs: Any,
+    held_out_logits: Tensor,
+    held_out_labels: Tensor,
+) -> HeldOutLabels:
+    """Whether held-out labels have training's numbers and belong to their inputs.
+
+    logits (n, K), labels (n,), and the same of held-out examples (m,). Judged where four fifths of the training
+    examples are answered right. At most a fifth of the held-out ones right, and four fifths once each class that is
+    answered is given the label that is most frequent among these answers (one for each class), is a warning:
+    the numbers differ. So are held-out answers no better than the most frequent class where a test of independence
+    (HSIC, 256 examples) finds that labels depend on inputs in training and not in the held-out set. Raises nothing
+    of its own.
+    """
+    enough = min(len(labels), len(held_out_labels)) >= FEWEST_LABELLED and logits.shape[1] > 1
+    one_each = len(logits) == len(labels) and len(held_out_logits) == len(held_out_labels)
+    usable = enough and one_each
+    accuracy, held_out = share_right(logits, labels), share_right(held_out_logits, held_out_labels)
+    numbers, renumbered = (
+        _numbers(held_out_logits.argmax(1), held_out_labels)
+        if usable and accuracy >= ANSWERED_RIGHT
+        else ((), math.nan)
+    )
+    suspect = usable and accuracy >= ANSWERED_RIGHT and held_out <= 0.5
+    p, held_out_p = (
+        (_p_value(inputs, labels), _p_value(held_out_inputs, held_out_labels)) if suspect else (math.nan, math.nan)
+    )
+    return HeldOutLabels(
+        accuracy=accuracy,
+        held_out_accuracy=held_out,
+        renumbered=renumbered,
+        chance=share_of_most_frequent(held_out_labels),
+        p_value=p,
+        held_out_p_value=held_out_p,
+        numbers=numbers,
+        held_out=len(held_out_labels),
+        preconditions=(
+            Precondition("labels", usable, f"there are not {FEWEST_LABELLED} labelled examples on each side."),
+        ),
+    )
+
+
+def _p_value(inputs: Any, labels: Tensor) -> float:
+    """NaN where the inputs are not of one form."""
+    rows = [t[:PAIRS_TESTED] for t in tensors_by_row(inputs)]
+    fit = bool(rows) and all(len(t) == len(labels[:PAIRS_TESTED]) and bool(t.isfinite().all()) for t in rows)
+    varied = fit and any(bool((t != t[:1]).any()) for t in rows)
+    return independence_p_value(rows, labels[:PAIRS_TESTED]) if varied else math.nan
+
+
+def _numbers(answers: Tensor, labels: Tensor) -> tuple[tuple[tuple[int, int], ...], float]:
+    """The most frequent label of each class that is answered, and the share of examples that then are right; NaN
+    where two classes would have one label, or classes that are hardly answered say nothing."""
+    found = {}
+    right = 0
+    for answer in answers.unique().tolist():
+        theirs = labels[answers == answer]
+        if len(theirs) >= FEWEST_OF_AN_ANSWER:
+            values, counts = theirs.unique(return_counts=True)
+            found[answer] = int(values[counts.argmax()])
+            right += int(counts.max())
+    if len(found) < 2 or len(set(found.values())) < len(found):
+        return (), math.nan
+    return tuple(sorted(found.items())), right / len(labels)

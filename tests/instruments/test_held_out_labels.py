@@ -1,0 +1,108 @@
+"""Held-out labels that are numbered otherwise or belong to other inputs; labels of several inputs."""
+
+import math
+
+import pytest
+import torch
+
+import diag
+from diag.instruments.causes import Cause
+from diag.instruments.data.dependence import independence_p_value, tensors_by_row
+
+
+def data(n, seed, classes=4):
+    """Inputs (n, 6) around a mean for each class, with their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    means = 3 * torch.eye(classes, 6)
+    return means[labels] + torch.randn(n, 6, generator=generator), labels
+
+
+def logits_of(labels, seed=0, classes=4):
+    """Answers of which one in twenty is another class."""
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.rand(len(labels), generator=generator) < 0.05
+    return 5 * torch.nn.functional.one_hot((labels + wrong) % classes, classes).float()
+
+
+def judged(change, train_change=lambda y: y, answers=logits_of):
+    """The check's result where held-out labels are `change` of the right ones, and training's of theirs."""
+    (x, y), (u, v) = data(200, 0), data(150, 1)
+    return diag.held_out_labels(
+        inputs=x,
+        logits=logits_of(train_change(y)),
+        labels=train_change(y),
+        held_out_inputs=u,
+        held_out_logits=answers(v),
+        held_out_labels=change(v),
+    )
+
+
+def test_labels_that_fit_are_quiet():
+    result = judged(lambda v: v)
+    assert result.verdict().level == "ok"
+    assert math.isnan(result.p_value)  # not needed
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3, 0], [3, 2, 1, 0]])
+def test_other_numbers_are_told(order):
+    verdict = judged(lambda v: torch.tensor(order)[v]).verdict()
+    assert (verdict.level, verdict.cause) == ("warning", Cause.HELD_OUT_LABELS_DIFFER)
+    assert f"0 is {order[0]}" in verdict.sentence
+
+
+def test_the_share_after_renumbering_is_that_of_the_best_numbers():
+    result = judged(lambda v: (v + 1) % 4)
+    _, v = data(150, 1)
+    assert result.renumbered == pytest.approx(float((logits_of(v).argmax(1) == v).double().mean()))
+
+
+def test_shuffled_held_out_labels_are_told():
+    shuffled = lambda v: v[torch.randperm(len(v), generator=torch.Generator().manual_seed(2))]  # noqa: E731
+    verdict = judged(shuffled).verdict()
+    assert verdict.level == "warning" and "do not seem to belong" in verdict.sentence
+
+
+def test_memory_of_shuffled_training_labels_is_another_matter():
+    """Training labels that belong to no input are learned by heart, and held-out answers are at chance."""
+    shuffle = lambda y: y[torch.randperm(len(y), generator=torch.Generator().manual_seed(3))]  # noqa: E731
+    answers = lambda v: logits_of(torch.randint(4, v.shape, generator=torch.Generator().manual_seed(4)))  # noqa: E731
+    assert judged(lambda v: v, train_change=shuffle, answers=answers).verdict().level == "ok"
+
+
+def test_a_network_that_only_answers_badly_is_another_matter():
+    answers = lambda v: logits_of(torch.randint(4, v.shape, generator=torch.Generator().manual_seed(4)))  # noqa: E731
+    assert judged(lambda v: v, answers=answers).verdict().level == "ok"
+
+
+def test_few_labels_are_refused():
+    x, y = data(20, 0)
+    z = logits_of(y)
+    result = diag.held_out_labels(
+        inputs=x, logits=z, labels=y, held_out_inputs=x, held_out_logits=z, held_out_labels=y
+    )
+    assert result.verdict().level == "not_applicable"
+
+
+# Several inputs
+
+
+def test_several_inputs_are_put_together_over_batches():
+    a, b = torch.randn(10, 3), torch.arange(10)
+    batches = (((a[:4],), {"b": b[:4]}), ((a[4:],), {"b": b[4:]}))
+    assert [t.tolist() for t in tensors_by_row(batches)] == [a.tolist(), b.tolist()]
+    assert (
+        tensors_by_row(
+            ((a[:4],), {}),
+        )
+        == ()
+    )
+    assert tensors_by_row((((torch.randn(4, 3),), {}), ((torch.randn(4, 5),), {}))) == ()
+
+
+def test_dependence_on_one_of_several_inputs_is_found():
+    generator = torch.Generator().manual_seed(0)
+    classes, noise = torch.randint(5, (200, 2), generator=generator), torch.randn(200, 3, generator=generator)
+    answers = classes[:, 0] % 3
+    assert independence_p_value([classes, noise], answers) == 1 / 100
+    assert independence_p_value([classes, noise], answers[torch.randperm(200, generator=generator)]) > 0.02

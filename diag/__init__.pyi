@@ -81,6 +81,7 @@ from diag.instruments.initialization import Initialization as Initialization
 from diag.instruments.input_magnitude import InputMagnitude as InputMagnitude
 from diag.instruments.data.input_scale import InputScale as InputScale
 from diag.instruments.trial.input_used import InputUsed as InputUsed
+from diag.instruments.network.inputs_used import InputsUsed as InputsUsed
 from diag.instruments.data.label_audit import LabelAudit as LabelAudit
 from diag.instruments.data.labels_belong import LabelsBelong as LabelsBelong
 from diag.instruments.data.labels_kept import LabelsKept as LabelsKept
@@ -322,6 +323,10 @@ def input_scale(inputs: Any, *, large: float = ..., small: float = ..., ratio: f
 def input_used(snapshot: Snapshot, /, *, trial: Any = ...) -> InputUsed: ...
 @overload
 def input_used(trial: Any) -> InputUsed: ...
+@overload
+def inputs_used(snapshot: Snapshot, /, *, inputs_tried: Any = ..., history: Any = ...) -> InputsUsed: ...
+@overload
+def inputs_used(inputs_tried: Any, history: Any) -> InputsUsed: ...
 @overload
 def label_audit(snapshot: Snapshot, /, *, logits: Any = ..., labels: Any = ..., inputs: Any = ..., warn_at: float = ...) -> LabelAudit: ...
 @overload

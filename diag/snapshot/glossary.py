@@ -129,6 +129,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("running_statistics", "snapshot.inside.normalization", None, "object", Effort.FORWARD, _DATA),
         Quantity("later_tokens", "snapshot.inside.later", None, "object", Effort.FORWARD, _DATA),
         Quantity("other_examples", "snapshot.inside.apart", None, "object", Effort.FORWARD, _DATA),
+        Quantity("inputs_tried", "snapshot.inside.ignored", None, "object", Effort.FORWARD, _DATA),
         Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
         Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),
         Quantity(

@@ -53,7 +53,7 @@ class ExamplesMixed(Result):
             advice=f"{advice}; where examples are meant to see each other, leave it.",
             refutation="The same example alone and in a batch gives the same answer.",
             cause=Cause.EXAMPLES_MIXED,
-            explained_by=(Cause.AXES_MIXED,),
+            explained_by=(Cause.AXES_MIXED, Cause.WRONG_CLASS_AXIS),
             step=1,
         )
 

@@ -10,6 +10,7 @@ __all__ = [
     "chain",
     "denoiser",
     "earlier",
+    "ignored",
     "later",
     "layers",
     "listener",

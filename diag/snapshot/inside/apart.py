@@ -170,13 +170,17 @@ def answers(model: nn.Module, batch: Batch, seed: int = 0) -> list[Tensor]:
     return [t.double() for t in _outputs(model, batch, seed)]
 
 
-def _outputs(model: nn.Module, batch: Batch, seed: int = 0) -> list[Tensor]:
+def every_output(model: nn.Module, batch: Batch, seed: int = 0) -> list[Tensor]:
+    """The tensors among the network's outputs, called with the random numbers of this seed."""
     seed_generators(seed)
     numpy.random.seed(seed)
     random.seed(seed)
     outputs = batch.forward(model)
-    found = tensors_in(outputs) or tensors_in(list(getattr(outputs, "__dict__", {}).values()))
-    n = batch.size
+    return tensors_in(outputs) or tensors_in(list(getattr(outputs, "__dict__", {}).values()))
+
+
+def _outputs(model: nn.Module, batch: Batch, seed: int = 0) -> list[Tensor]:
+    found, n = every_output(model, batch, seed), batch.size
     return [t for t in found if t.is_floating_point() and t.ndim and t.shape[0] == n and t.shape[1:] != (n,)]
 
 

@@ -1,0 +1,79 @@
+"""Inputs that a model is given and does not use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diag.errors import named
+from diag.instruments.causes import Cause
+from diag.registry import Kind, instrument
+from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
+from diag.snapshot.history import History
+from diag.snapshot.inside.ignored import InputsTried
+
+SOURCE = "arithmetic of a few forward passes"
+STEPS_BEFORE_INPUTS = 30  # steps: paths that start at zero (gates, adapters) open in the first ones
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputsUsed(Result):
+    """On at most 32 examples of the probe set, in the mode of training."""
+
+    tried: tuple[str, ...] = measured("inputs that differ between examples")
+    ignored: tuple[str, ...] = measured("those of them with which no output moves")
+    examples: int = measured("examples whose inputs were exchanged")
+
+    def verdict(self) -> Verdict:
+        if (unmet := self.unmet()) is not None:
+            return unmet.verdict(SOURCE)
+        if not self.ignored:
+            return Verdict(
+                Level.OK,
+                f"The outputs depend on each of the {len(self.tried):,} inputs that differ between examples.",
+                source=SOURCE,
+                confidence=Confidence.ARITHMETIC,
+            )
+        return Verdict(
+            Level.WARNING,
+            f"The model is given {named(self.ignored)} and does not use "
+            f"{'them' if len(self.ignored) > 1 else 'it'}: when {self.examples:,} examples exchange these values, "
+            "no output changes in a single bit.",
+            advice="Look for an input that is overwritten, multiplied by zero or left out on its way; take "
+            "it out of "
+            "the call where it is not meant to count.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="An output that moves when this input alone is changed.",
+            cause=Cause.INPUT_IGNORED,
+            explained_by=(Cause.UNITS_DEAD, Cause.OUTPUT_CONSTANT, Cause.INPUTS_CONSTANT, Cause.NOT_FINITE,
+                          Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INITIALIZATION_CONSTANT),
+            step=1,
+        )  # fmt: skip
+
+    def plot(self, ax: Any) -> None:
+        """Which inputs count."""
+        ax.barh(list(self.tried) or ["no input"], [int(name not in self.ignored) for name in self.tried] or [0])
+        ax.set(xlabel="an output moves (1) or not (0)", ylabel="input")
+
+
+@instrument(
+    source=SOURCE,
+    title="Inputs used",
+    kind=Kind.CHECK,
+    why="What is given to a network and lost on the way cannot be learned from, and the rest may be learned well.",
+)
+def inputs_used(inputs_tried: InputsTried, history: History) -> InputsUsed:
+    """Whether the outputs depend on each of the inputs, where a model takes several.
+
+    inputs_tried: which outputs stayed as they were, bit for bit, when examples exchanged the values of one input
+    (`diag.snapshot.inside.ignored`). history: how many steps were taken; judged from step 30 on. An input that
+    moves nothing is a warning: some are given on purpose (numbers of rows, lengths). Raises nothing of its own.
+    """
+    late = int(history.total_steps) >= STEPS_BEFORE_INPUTS
+    return InputsUsed(
+        tried=inputs_tried.names,
+        ignored=inputs_tried.ignored,
+        examples=inputs_tried.rows,
+        preconditions=(Precondition("steps", late, f"fewer than {STEPS_BEFORE_INPUTS} steps were taken."),),
+    )

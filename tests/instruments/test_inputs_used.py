@@ -1,0 +1,88 @@
+"""Inputs that a model is given and does not use."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import diag
+from diag.errors import MissingQuantity
+from diag.instruments.causes import Cause
+from diag.snapshot.batch import Batch
+from diag.snapshot.history import empty_history
+from diag.snapshot.inside.ignored import InputsTried, inputs_tried
+
+
+class Two(nn.Module):
+    """Of classes and numbers; `lost`: the classes are multiplied by zero."""
+
+    def __init__(self, lost=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.linear, self.drop, self.lost = nn.Embedding(6, 4), nn.Linear(7, 3), nn.Dropout(0.5), lost
+
+    def forward(self, classes, numbers):
+        h = self.embed(classes * 0 if self.lost else classes)
+        return self.drop(self.linear(torch.cat([h, numbers], 1)))
+
+
+def tried(model, classes=None, numbers=None):
+    generator = torch.Generator().manual_seed(1)
+    classes = torch.randint(6, (20,), generator=generator) if classes is None else classes
+    numbers = torch.randn(20, 3, generator=generator) if numbers is None else numbers
+    batch = Batch((classes,), {"numbers": numbers}, torch.zeros(20, dtype=torch.int64), 20)
+    return inputs_tried(diag.Snapshot(model, nn.functional.cross_entropy, [batch]))
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_input_that_moves_nothing_is_found_with_dropout_on(lost):
+    found = tried(Two(lost).train())
+    assert found == InputsTried(("input 1", "numbers"), ("input 1",) if lost else (), 20)
+
+
+def test_an_input_that_is_the_same_for_all_examples_is_not_tried():
+    with pytest.raises(MissingQuantity, match="no two inputs that differ"):
+        tried(Two(), classes=torch.zeros(20, dtype=torch.int64))
+
+
+def test_a_network_that_draws_its_own_numbers_is_refused():
+    class Own(Two):
+        def forward(self, classes, numbers):
+            return super().forward(classes, numbers) + int.from_bytes(os.urandom(3))
+
+    with pytest.raises(MissingQuantity, match="others each time"):
+        tried(Own())
+
+
+def verdict(ignored, steps=40):
+    history = dataclasses.replace(empty_history({"w": 1}, steps))
+    found = InputsTried(("input 1", "numbers"), ignored, 20)
+    return diag.inputs_used(inputs_tried=found, history=history).verdict()
+
+
+def test_what_is_said():
+    told = verdict(("input 1",))
+    assert (told.level, told.cause) == ("warning", Cause.INPUT_IGNORED)
+    assert "given input 1 and does not use it" in told.sentence
+    assert verdict(()).level == "ok"
+
+
+def test_paths_that_start_at_zero_have_time_to_open():
+    assert verdict(("input 1",), steps=20).level == "not_applicable"
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_watch_tells_of_it(lost, caplog):
+    model = Two(lost)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    generator = torch.Generator().manual_seed(0)
+    with diag.watch(model, instruments=["inputs_used"]) as watcher:
+        for _ in range(40):
+            classes = torch.randint(6, (32,), generator=generator)
+            loss = nn.functional.cross_entropy(model(classes, torch.randn(32, 3, generator=generator)), classes % 3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert [f.verdict.cause for f in watcher.findings] == [Cause.INPUT_IGNORED] * lost

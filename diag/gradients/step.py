@@ -127,7 +127,6 @@ class StepGradients(PerExampleGradients):
         self._on_cpu = all(p.device.type == "cpu" for p in self._parameters.values())
         self._taken: set[int] = set()
         self._trouble: str | None = "there was no backward pass"  # why the step was not seen whole
-        self._recording = False
 
     def ask_only(self, queries: Iterable[Query]) -> None:
         """Announce the only queries that there will be, before the backward pass begins."""

@@ -63,4 +63,6 @@ EQUIVALENT: dict[str, str] = {
     "diag/run/growing.py: self.path.unlink(missing_ok=True)"
     " :: constant True -> False": "the file was made just before",
     "diag/gradients/rules/convolution.py: step = max(1, SCRATCH // 4 // self.size) :: sign // -> * #1": SPEED,
+    "diag/watching/measure/measuring.py: open_ones = [a for a in accounts if a.due != inf and "
+    "self._last.get(a.name, -1) < step] :: constant 1 -> 2": "no step is below 0",
 }

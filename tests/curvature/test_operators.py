@@ -1,6 +1,8 @@
 """Hessian, Gauss-Newton and Fisher products against dense float64 matrices that diag had no part in."""
 
 import importlib.util
+import math
+import statistics
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -12,10 +14,13 @@ from torch import nn
 
 from diag.curvature import guards
 from diag.curvature import operators as curvature
+from diag.curvature.eigenvectors import sampling_errors
+from diag.curvature.fisher import shape_of_logits
 from diag.curvature.layout import check_one_device
 from diag.curvature.operators import Fisher, GaussNewton, Hessian
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.linalg.lanczos import run_lanczos
+from diag.linalg.lanczos import eigenpairs, run_lanczos
+from diag.linalg.student import covering
 from diag.snapshot.batch import as_batch, as_batches
 from diag.snapshot.snapshot import Snapshot
 from diag.testing import planted_spectrum
@@ -348,3 +353,31 @@ def test_what_surrounds_products_is_entered_once_for_a_run_of_them(monkeypatch):
         operator.matvec(v)
     assert len(entered) == 5
     assert model.training and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_logits_are_found_among_outputs_of_other_shapes():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(2, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.body(x)
+            return h, self.head(h)
+
+    torch.manual_seed(0)
+    data = torch.randn(4, 2), torch.arange(4) % 3  # 20 numbers in the first output, no multiple of three
+    snapshot = Snapshot(Both(), lambda outputs, y: F.cross_entropy(outputs[1], y), data)
+    assert shape_of_logits(snapshot) == (-1, -100)
+
+
+def test_the_error_of_sampling_is_that_of_five_of_ten_blocks():
+    """With one parameter there is one direction: what is left is the spread of the second moments."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 1, dtype=torch.float64)
+    model = nn.Linear(1, 1, bias=False).double()
+    operator = Hessian(model, F.mse_loss, list(as_batches((x, torch.zeros(40, 1, dtype=torch.float64)))))
+    pairs = eigenpairs(operator, largest=1)
+    blocks = [float(part.to_dense()) for part in operator.blocks(10, 3)[:5]]
+    expected = covering(statistics.stdev(blocks) / math.sqrt(10), 5)
+    assert sampling_errors(operator, pairs, 0.0, seed=3) == pytest.approx([expected], rel=1e-6)

@@ -5,11 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 import diag
 from diag.errors import InvalidInput
 from diag.gradients import ModelGradients, StepGradients, plan_for_steps
+from diag.gradients.capture import Capture
 from diag.gradients.methods import How
+from diag.gradients.unexplained import unexplained
 from diag.snapshot.batch import as_batch
 
 
@@ -207,3 +210,32 @@ def test_where_the_rule_cannot_be_asked_autograd_is():
 def test_only_classes_of_layers_have_rules(wrong):
     with pytest.raises(InvalidInput, match="expected a class of layers"):
         diag.gradient_rule(wrong)
+
+
+def test_a_rule_is_not_asked_where_its_layer_gives_more_than_one_tensor():
+    """What the kernel inside does is found in the graph, also behind a layer whose calls were seen."""
+
+    class Two(scale_of(4)):
+        def forward(self, x):
+            return super().forward(x), x.sum()
+
+    diag.gradient_rule(Two)(rule)
+
+    class First(nn.Module):
+        def forward(self, pair):
+            return pair[0]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Two(), First(), nn.Tanh(), nn.Linear(4, 3).double())
+    data = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
+    gradients = ModelGradients(model, F.cross_entropy, [as_batch(data)])
+    torch.testing.assert_close(gradients.dense(), truth_of(model, data), rtol=1e-10, atol=1e-12)
+    assert gradients.coverage.methods["0.weight"].one_by_one
+
+
+def test_the_paths_that_no_recorded_call_explains_are_found_behind_calls_that_were():
+    model = nn.Sequential(scale_of(4)(), nn.Linear(4, 3).double())
+    with Capture(model, dict(model.named_parameters())) as capture:
+        loss = model(torch.randn(7, 4, dtype=torch.float64)).sum()
+    parameters = dict(model.named_parameters())
+    assert unexplained(capture, [get_gradient_edge(loss)], parameters) == {"0.weight", "0.bias"}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import diag
-from diag.curvature.neighbourhood.surroundings import Ball
+from diag.curvature.neighbourhood.surroundings import Ball, Surroundings
 from diag.display import format_number
 from diag.errors import InvalidInput
 from diag.instruments.sharpness import Sharpness, _preconditions
@@ -375,3 +375,25 @@ def test_an_eigenvalue_that_has_not_converged_is_not_judged():
     stopped = SimpleNamespace(worst_case=1.0, converged=False)
     unmet = _preconditions(stopped, stopped, rounding=1e-9)
     assert "has not converged" in type(result)(**{**vars(result), "preconditions": unmet}).verdict().sentence
+
+
+def test_the_climb_goes_on_from_step_to_step_and_slows_down():
+    """L = -|x - a|^2 with a = (1, .6): in the unit disc it is highest on the way to a."""
+
+    class Hill:
+        center = torch.zeros(2, dtype=torch.float64)
+        num_examples = 1
+
+        def __call__(self, point):
+            return -(point - torch.tensor([1.0, 0.6])).square().sum()[None]
+
+        def step(self, point):
+            return self(point), -2 * (point - torch.tensor([1.0, 0.6]))
+
+    around = Surroundings(Hill(), torch.ones(2, dtype=torch.float64), Ball(1.0))
+    start = torch.tensor([0.0, -1.0], dtype=torch.float64)
+    rise, e = around.worst_case([start], 20)
+    top = torch.tensor([1.0, 0.6], dtype=torch.float64) / math.hypot(1, 0.6)
+    _, first = around.worst_case([torch.zeros(2, dtype=torch.float64)], 1)
+    assert torch.allclose(first, top / 2)  # half the radius at first
+    assert torch.allclose(e, top, atol=0.05) and rise == pytest.approx(around.rise(top), abs=5e-3)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diag
+from diag.curvature.stability.sgd import SgdStability
 from diag.instruments.opposing_signals.instrument import opposing_signals_online
 from diag.linalg.operator import LinearOperator
 from diag.result import Level
@@ -170,3 +171,10 @@ def test_gradient_coherence_is_judged_while_the_mean_loss_is_above_a_twentieth(l
     result = diag.gradient_coherence(diag.Snapshot(model, F.cross_entropy, data), contrast=True)
     verdict = result.verdict()
     assert (verdict.level == Level.NOT_APPLICABLE and "the data are fitted" in verdict.sentence) == fitted
+
+
+@pytest.mark.parametrize(
+    ("unexplained", "mismatch", "fitted"), [(0.009, 0.049, True), (0.011, 0.049, False), (0.009, 0.051, False)]
+)
+def test_examples_are_fitted_to_a_hundredth_and_linear_to_a_twentieth(unexplained, mismatch, fitted):
+    assert SgdStability(unexplained=unexplained, mismatch=mismatch).fitted == fitted

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -17,6 +18,7 @@ import diag
 from diag.errors import MissingData, RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
+from diag.run import rows
 from diag.run.files import checksum
 from diag.run.folder import is_being_written
 from diag.run.records import kept_records, outcome_data, record_line
@@ -538,3 +540,11 @@ def test_the_files_of_another_run_do_not_fit(tmp_path):
         assert len(told) == 1 and told[0].startswith(f"{what} of {file}")
         assert not [e for e in run.events if e.text == "of b"]
         assert (run.history is None) == (file == "steps.bin")
+
+
+def test_a_file_that_is_cut_while_it_is_read_has_no_whole_rows_from_there(tmp_path):
+    file = tmp_path / "steps.bin"
+    dtype = numpy.dtype([("step", "<i8"), (rows.CRC, "<u4")])
+    file.write_bytes(bytes(3 * dtype.itemsize))
+    found = list(itertools.islice(rows._whole(file, dtype, 5, 0), 9))  # five were there when it was looked at
+    assert [len(part) for part in found] == [3, 2] and not found[1].any()

@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from diag.watching.measure.over_ranks import OverRanks
+from diag.watching.ranks import company
 from diag.watching.ranks.agreement import GROUPS_AT_MOST, HEAD, Agreed, Agreement
 
 WANTED = Agreed(True, {"hessian_spectrum": 2.5, "sharpness": float("inf")})
@@ -81,3 +84,45 @@ def test_a_measurement_that_broke_off_on_this_rank_ends_the_round():
     assert asked.ended("")
     assert not asked.ended("MemoryError: no room")
     assert asked.together.lost == "MemoryError: no room" and asked.settle(True, WANTED) is None
+
+
+def test_ranks_ask_each_other_at_scheduled_steps_alone():
+    training, measurements = SimpleNamespace(sharded=True), SimpleNamespace(chosen={})
+    ranks = OverRanks(training, measurements, None, lambda *_: None, lambda *_: None, last_step=100)
+    assert not any(ranks.due(100 + step) for step in range(1, 5))  # they have not met
+    ranks.agreement = SimpleNamespace(holds=True)
+    asked = [step for step in range(1, 40) if ranks.due(100 + step)]
+    assert asked[:3] == [1, 2, 3] and {10, 30} <= set(asked) and len(asked) < 25
+
+
+def test_ranks_that_cannot_be_reached_are_not_asked(monkeypatch):
+    class Silent:
+        reason = "rank 1 did not answer"
+
+        def __init__(self, meeting):
+            assert meeting.world == 2
+
+        def connect(self, messages):
+            pass
+
+    monkeypatch.setattr(company, "Link", Silent)
+    model, notes = nn.Linear(2, 1), []
+    found = company.Company(model, dict(model.named_parameters()), lambda _, text: notes.append(text), print)
+    found._meeting = SimpleNamespace(rank=0, world=2, all_here=lambda: "")
+    found.meet()
+    assert found.agreement is None and not found.alone
+    assert any("rank 1 did not answer" in text for text in notes)
+
+
+def test_a_rank_follows_through_all_that_was_agreed_until_one_breaks_off():
+    done = []
+    together = SimpleNamespace(failed="", lost="", deadline=None)
+    training = SimpleNamespace(sharded=False, snapshot=lambda ranks: ranks)
+    measurements = SimpleNamespace(chosen={}, attempted=lambda name, snapshot: done.append(name))
+    ranks = OverRanks(training, measurements, None, print, print)
+    for last, expected in ((None, ["a", "b", "c"]), ("b", ["a", "b"])):
+        done.clear()
+        ended = lambda failed, last=last: done[-1] != last  # noqa: E731
+        ranks.agreement = SimpleNamespace(holds=True, together=together, ended=ended)
+        ranks.follow(Agreed(False, {"a": 1.0, "b": 1.0, "c": 1.0}))
+        assert done == expected

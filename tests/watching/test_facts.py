@@ -1,12 +1,18 @@
 """The small functions by which a watch reads a loop, on graphs and modules that are written down."""
 
+import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from diag.watching.observe.loop.losses import expands_both, is_plain_mean
+from diag.watching.observe.loop.chance import drops_always
+from diag.watching.observe.loop.data import asked
+from diag.watching.observe.loop.losses import Losses, expands_both, is_plain_mean
 from diag.watching.observe.loop.modes import is_trained
-from diag.watching.observe.loop.moment import Counter
+from diag.watching.observe.loop.moment import Counter, Moment
+from diag.watching.observe.loop.order import compressed
+from diag.watching.observe.loop.rows import identity
 from diag.watching.observe.route import chain_of
 from diag.watching.observe.terms import terms_of
 
@@ -69,3 +75,55 @@ def test_a_step_of_the_way_from_outputs_to_the_loss_is_repeated_on_others(cut):
     outputs = torch.ones(3, 6, 4, requires_grad=True).exp()
     others, step = torch.randn(5, 6, 4), chain_of(cut(outputs))[0].step
     assert step is not None and torch.equal(step(others), cut(others))
+
+
+def test_an_order_repeated_up_to_the_end_is_written_once():
+    assert [compressed(letters) for letters in ("DFBDFB", "DFBDFBSZ", "FFFS", "DFB")] == [
+        "(DFB)2",
+        "(DFB)2SZ",
+        "F3S",
+        "DFB",
+    ]
+
+
+def test_only_dropout_that_does_not_ask_the_mode_always_drops():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return F.relu(self.dropout(x))
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training)
+
+    class Drops(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5)
+
+    assert [drops_always(kind) for kind in (Plain, Asks, Drops)] == [False, False, True]
+
+
+def test_inputs_are_taken_to_be_new_once_so_many_rows_came_and_none_again(monkeypatch):
+    monkeypatch.setattr(identity, "UNSEEN_AFTER", 4)
+    for rows, reason in (([0, 1, 2, 3], ""), ([0, 1, 2, 3, 4], identity.NOT_AGAIN), ([0, 1, 2, 3, 0], "")):
+        known = identity.Hashes()
+        known.rows(numpy.asarray(rows))
+        assert known.reason == reason
+
+
+def test_the_inputs_of_the_first_calls_are_all_compared_with_their_targets():
+    demands = asked.Demands(Moment())
+    for _ in range(asked.INPUTS_LOOKED_AT):
+        inputs = torch.randn(8, 3)
+        demands.training_call((inputs,), {})
+        demands.loss_called("mse_loss", (torch.zeros(8, requires_grad=True) * 2, 2 * inputs[:, 1] + 1), {})
+    (facts,) = demands.facts()
+    assert facts.copied_looks == facts.looked == asked.INPUTS_LOOKED_AT and facts.copied == 1
+
+
+def test_a_loss_of_the_users_own_arithmetic_is_among_the_facts():
+    model = nn.Linear(2, 1)
+    losses = Losses(model, Moment())
+    assert losses.facts() == ()
+    losses.backward_called((model(torch.randn(4, 2)) - torch.randn(4)).square().mean())
+    (facts,) = losses.facts()
+    assert (facts.function, facts.calls, facts.broadcast) == ("", 1, True)

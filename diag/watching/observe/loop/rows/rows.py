@@ -40,7 +40,6 @@ TIMES_HALVED = 2  # then every second one, and at last every fourth
 # 2^32 over the golden ratio: its multiples fall evenly, whatever number of batches an epoch has.
 GOLDEN_SHARE = 0x9E3779B1
 COUNTED_TOGETHER = 8  # batches
-EVERY_ROUND = 16  # rounds of which each is told, then ever fewer
 
 
 class RowObserver:
@@ -250,7 +249,7 @@ class RowObserver:
             self._later = step + 2 * READ_TOGETHER * READS_WAITING, every
         if rounds >= self._next_round:
             # Each of the first, then ever fewer: what is kept grows with the logarithm of their number.
-            self._next_round = rounds + (1 if rounds < EVERY_ROUND else max(1, rounds // 8))
+            self._next_round = rounds + max(1, rounds // 8)
             self._told = self._facts()
             self._moment.news(("rows", rounds))
 

@@ -46,6 +46,30 @@ def test_the_size_of_steps(history, cause):
     assert diag.step_size(history=history).verdict().cause == cause
 
 
+FIRST_LARGE = numpy.concatenate([numpy.geomspace(0.7, 0.1, 15), numpy.full(85, 0.02)])
+
+
+@pytest.mark.parametrize(
+    ("losses", "ratios", "kind", "cause"),
+    [
+        # A head on a frozen body, by SGD with momentum: the loss overshoots at first, and all but 2 % goes later.
+        (numpy.concatenate([[1.0, 2.0, 3.0], 2 * numpy.exp(-numpy.arange(97) / 20)]), FIRST_LARGE, "SGD", ""),
+        (
+            numpy.concatenate([[1.0, 2.0, 3.0], numpy.full(97, 1.5)]),
+            FIRST_LARGE,
+            "SGD",
+            Cause.LEARNING_RATE_TOO_HIGH,
+        ),
+        (falling(), 0.4, "SGD", Cause.LEARNING_RATE_TOO_HIGH),  # large to the end
+        # Adagrad's first step is the learning rate at every entry, whatever the gradient, and the next are smaller.
+        (falling()[:8], 0.4 / numpy.sqrt(numpy.arange(1, 9)), "Adagrad", ""),
+        (numpy.linspace(1, 3, 8), 0.4 / numpy.sqrt(numpy.arange(1, 9)), "Adagrad", Cause.LEARNING_RATE_TOO_HIGH),
+    ],
+)
+def test_large_first_steps_from_which_training_recovered_are_not_too_large(losses, ratios, kind, cause):
+    assert diag.step_size(history=record(losses, ratios, kind=kind)).verdict().cause == cause
+
+
 def test_steps_that_a_schedule_has_made_small_are_not_too_small():
     rates = numpy.concatenate([numpy.full(50, 0.1), numpy.full(50, 1e-5)])
     assert diag.step_size(history=record(FLAT, rates / 10, rates=rates)).verdict().cause == ""

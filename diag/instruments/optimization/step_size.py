@@ -30,6 +30,7 @@ from diag.instruments.optimization.course import (
     unpushed,
     update_ratios,
 )
+from diag.instruments.optimization.divergence import LOSS_RATIO
 from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
@@ -48,6 +49,8 @@ TIGHT, NOTHING_LEFT = 0.05, 0.005
 # With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one
 # scale. A hundredth means that epsilon, or a second moment of long ago, stands in the denominator.
 ADAM_SHARE = 0.02
+MOST_OF_LOSS = 0.9  # fallen, from the first tenth of the steps to the last
+ADAGRAD = "Adagrad"
 FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
 ADAPTIVE_OPTIMIZERS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
 
@@ -63,6 +66,7 @@ class StepSize(Result):
     tensors: int = measured("tensors with at least 64 entries that moved")
     num_steps: int = measured("steps recorded", unit="steps")
     loss_fall: float = measured("fall of the loss from the first tenth of the steps to the last", unit="share")
+    peak: float = measured("the largest recorded loss over the first one; NaN where the first is not positive")
     below_zero: bool = measured("some losses are negative, so that a share says nothing", default=False)
     loss_fell: bool = measured(
         "the loss of the last third of the steps is below that of the first, beyond noise", default=True
@@ -103,8 +107,8 @@ class StepSize(Result):
         # Layers that start near zero take steps of their own size until they have grown, and Adagrad's first steps
         # are as large as its learning rate: there the loss must tell.
         certain = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1
-        certain = certain and not self.shrunk and not self.from_nothing
-        if not self.largest_ratio > limit or not (certain or self.loss_rose):
+        certain = certain and not self.shrunk and not self.from_nothing and self.optimizer != ADAGRAD
+        if not self.largest_ratio > limit or not (certain or self.loss_rose) or self._recovered:
             return None
         return graded(SOURCE, self.largest_ratio, limit)(
             Level.ALARM,
@@ -122,6 +126,12 @@ class StepSize(Result):
                           Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO),
             step=self.began_at or self.largest_at,
         )  # fmt: skip
+
+    @property
+    def _recovered(self) -> bool:
+        """Whether large first steps did no lasting harm: steps are as usual since, and most of the loss is gone."""
+        usual = self.num_steps >= ENOUGH_STEPS and self.ratio <= self.setting("too_high") / 2
+        return usual and self.loss_fall >= MOST_OF_LOSS and self.peak < LOSS_RATIO
 
     def _too_small(self) -> Verdict | None:
         limit = self.setting("too_low")
@@ -236,6 +246,7 @@ def step_size(
         tensors=tensors,
         num_steps=int(history.total_steps),
         loss_fall=fall(losses),
+        peak=float(losses.max() / losses[0]) if len(losses) and losses[0] > 0 else math.nan,
         below_zero=bool((losses < 0).any()),
         loss_fell=fell(losses),
         clip_factor=_clip_factor(history),

@@ -31,7 +31,7 @@ from diag.run.stories import stories
 REPORT_VERSION = 1
 SHOWN_LEVELS = (*(str(level) for level in Level), "skipped", "failed")
 ROOM_FOR_DRAWINGS = 260_000  # bytes; what keeps a page of very many checks under a megabyte
-ROOM_FOR_THE_REST = 90_000  # of it, for checks that found nothing wrong
+ROOM_FOR_THE_REST = 60_000  # of it, for checks that found nothing wrong
 SMALL_DRAWING = 25_000  # a drawing of a check that found nothing wrong
 NEEDS_ATTENTION = tuple(str(level) for level in Level if level.is_finding)
 

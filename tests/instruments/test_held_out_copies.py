@@ -30,7 +30,8 @@ def test_copies_are_counted_and_chance_is_bounded_by_the_training_rows():
 
 
 def test_rows_of_their_own_are_fine():
-    assert diag.held_out_copies(drawn(300, 0), drawn(100, 1)).verdict().level == "ok"
+    none = diag.held_out_copies(drawn(300, 0), drawn(100, 1)).verdict()
+    assert none.level == "ok" and "0 of 100 held-out rows are among 300 training rows." in none.sentence
 
 
 def test_rows_that_are_equal_by_chance_are_fine():

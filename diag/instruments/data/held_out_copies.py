@@ -46,7 +46,7 @@ class HeldOutCopies(Result):
             return Verdict(
                 Level.OK,
                 f"{self.copies:,} of {self.held_out:,} held-out rows are among {self.training:,} training "
-                "rows, which may be chance.",
+                f"rows{', which may be chance' if self.copies else ''}.",
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
                 value=float(self.copies),

@@ -18,7 +18,7 @@ STEPS_BEFORE_INPUTS = 30  # steps: paths that start at zero (gates, adapters) op
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputsUsed(Result):
-    """On at most 32 examples of the probe set, in the mode of training."""
+    """On at most 16 examples of the probe set, in the mode of training."""
 
     tried: tuple[str, ...] = measured("inputs that differ between examples")
     ignored: tuple[str, ...] = measured("those of them with which no output moves")

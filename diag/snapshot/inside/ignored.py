@@ -15,7 +15,7 @@ from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.inside.apart import every_output, in_mode
 from diag.snapshot.snapshot import Snapshot
 
-ROWS_EXCHANGED = 32
+ROWS_EXCHANGED = 16
 MOST_INPUTS = 8
 
 

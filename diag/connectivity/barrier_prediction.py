@@ -46,7 +46,8 @@ def ends_of(path: Interpolation, end: NetworkState, layers: bool) -> tuple[End, 
     """The two ends of the segment from the path's start to `end`.
 
     One gradient and one curvature product an end, and one product a layer more where `layers`. Raises Unsupported
-    with BatchNorm, where something that is not trained differs, and where curvature cannot be measured.
+    with BatchNorm, in half precision, where something that is not trained differs, and where curvature cannot be
+    measured.
     """
     if path.has_batch_norm:
         raise Unsupported(
@@ -65,6 +66,12 @@ def ends_of(path: Interpolation, end: NetworkState, layers: bool) -> tuple[End, 
 def _trained_step(path: Interpolation, end: NetworkState) -> dict[str, Tensor]:
     trained = trainable(path.snapshot.model)
     others = [n for n, t in path.start.items() if n not in trained and t.is_floating_point()]
+    coarse = [str(path.start[n].dtype).removeprefix("torch.") for n in trained if path.start[n].itemsize < 4]
+    if coarse:
+        raise Unsupported(
+            f"The model's parameters are in {coarse[0]}, too coarse for losses and slopes that are compared at the "
+            "two ends; measure copies, model.float()."
+        )
     moved = [n for n in others if not torch.equal(path.start[n], end[n])]
     if moved:
         raise Unsupported(

@@ -113,9 +113,9 @@ def barrier_prediction(
     two gradients and two curvature products, and by layer two products and two profiles of five points more. The
     paper states a theorem that was not at hand: the formulas are our own.
 
-    Raises InvalidInput where the two do not fit, and Unsupported with BatchNorm (the
-    statistics between the two are not known at the ends), where untrained tensors differ, or where curvature cannot
-    be measured.
+    Raises InvalidInput where the two do not fit, and Unsupported with BatchNorm (the statistics between the two are
+    not known at the ends), in half precision, where untrained tensors differ, or where curvature cannot be
+    measured.
     """
     end = interpolation.fit(other)
     first, last = ends_of(interpolation, end, layers)

@@ -142,6 +142,9 @@ def test_what_cannot_be_predicted_is_refused():
     frozen.bias.requires_grad_(False)
     with pytest.raises(Unsupported, match="bias differs between the two networks and is not trained"):
         barrier_prediction(diag.Snapshot(frozen, F.mse_loss, examples(), other=linear(10)))
+    half = linear(0).bfloat16()
+    with pytest.raises(Unsupported, match="parameters are in bfloat16, too coarse for losses and slopes"):
+        barrier_prediction(diag.Snapshot(half, F.mse_loss, examples(), other=half.state_dict()))
     with pytest.raises(InvalidInput, match=r"points takes a whole number of 3 or more .* and not 2"):
         barrier_prediction(diag.Snapshot(linear(0), F.mse_loss, examples(), other=linear(10)), points=2)
     with pytest.raises(MissingQuantity, match="other is missing"):

@@ -144,6 +144,20 @@ def two_layers():
     return model, nn.MSELoss(), (x, torch.randn(20, 2, dtype=torch.float64))
 
 
+def test_the_trace_of_a_two_layer_relu_network_at_interpolation_is_its_path_norms():
+    """Oracle 7c: Tr G = (1/n) sum_i (|a sigma'(W x_i)|^2 |x_i|^2 + |sigma(W x_i)|^2), and H = 2 G where all is
+    fitted."""
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 1, bias=False)).double()
+    x = torch.randn(15, 3, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        y, before = model(x), x @ model[0].weight.T
+        paths = (model[2].weight[0] * (before > 0)).square().sum(1) * x.square().sum(1)
+        expected = 2 * float((paths + before.relu().square().sum(1)).mean())
+    hessian = diag.Snapshot(model, nn.MSELoss(), (x, y)).quantity("hessian")
+    assert float(hessian.to_dense().trace()) == pytest.approx(expected, rel=1e-10)
+
+
 @pytest.mark.parametrize("rates", [(0.1, 0.3), (0.0, 0.3)])
 def test_learning_rates_and_decays_of_groups_scale_and_shift_the_curvature(rates):
     """x <- x - diag(eta) (H + diag(w)) x: its eigenvalues, written out, against the instrument."""

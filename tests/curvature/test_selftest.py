@@ -96,6 +96,27 @@ def test_a_wrong_construct_is_found_in_float32_too():
     assert 1e-6 < error < 0.03 and error < 10 * max(record.errors.values())
 
 
+class StoredGradient(torch.autograd.Function):
+    """The identity, whose backward pass has no graph: a double backward pass gives zero."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.detach()
+
+
+def test_of_a_quadratic_the_largest_two_steps_are_the_best():
+    """Differences are exact at any step; what rounding adds to them shrinks as the step grows."""
+    model = cases.build(lambda: cases.Composed(lambda self, x: StoredGradient.apply(self.a(x)), a=nn.Linear(6, 3)))
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    record = Hessian(model, F.mse_loss, list(as_batches((x, torch.zeros(12, 3))))).self_test
+    assert record.method == "finite difference"
+    assert record.step == FALLBACK_STEPS[record.precision][-2]
+
+
 def test_steps_of_finite_differences_are_each_ten_times_the_one_before():
     for steps in FALLBACK_STEPS.values():
         assert [b / a for a, b in itertools.pairwise(steps)] == pytest.approx([10.0] * (len(steps) - 1))

@@ -53,6 +53,7 @@ from diag.instruments.outcome.constant_answer import ConstantAnswer as ConstantA
 from diag.instruments.network.dead_units import DeadUnits as DeadUnits
 from diag.instruments.denoising import Denoising as Denoising
 from diag.instruments.depth_use import DepthUse as DepthUse
+from diag.instruments.optimization.descent import Descent as Descent
 from diag.instruments.optimization.divergence import Divergence as Divergence
 from diag.instruments.edge_of_stability import EdgeOfStability as EdgeOfStability
 from diag.instruments.data.evaluation_inputs import EvaluationInputs as EvaluationInputs
@@ -211,6 +212,10 @@ def denoising(denoiser: Any, *, sigma: float = ..., probes: int = ..., eigenvect
 def depth_use(snapshot: Snapshot, /, *, residual_stack: Any = ...) -> DepthUse: ...
 @overload
 def depth_use(residual_stack: Any) -> DepthUse: ...
+@overload
+def descent(snapshot: Snapshot, /, *, history: Any = ..., loop: Any = ..., alarm_above: float = ...) -> Descent: ...
+@overload
+def descent(history: Any, loop: Any, *, alarm_above: float = ...) -> Descent: ...
 @overload
 def divergence(snapshot: Snapshot, /, *, history: Any = ..., times: float = ...) -> Divergence: ...
 @overload

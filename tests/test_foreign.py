@@ -60,6 +60,7 @@ FOREIGN = {
     "_saved_self_sym_sizes": (node(lambda t: t[:1]), "which rows of an output a loss used"),
     "_saved_alpha": (node(lambda t: t + t), "the factors of the terms that a loss is a sum of"),
     "_saved_other": (node(lambda t: t * t), "the factors of the terms that a loss is a sum of"),
+    "_saved_exponent": (node(lambda t: t**3), "whether a difference is squared"),
     "_saved_self": (node(lambda t: t * t), "the factors of the terms that a loss is a sum of"),
     "_saved_dims": (node(lambda t: t.permute(1, 0)), "how an output was laid out again"),
     "_saved_dim0": (node(lambda t: t.transpose(0, 1)), "how an output was laid out again"),

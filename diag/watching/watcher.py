@@ -152,7 +152,7 @@ class Watcher(Guarded):
         self._loop = LoopObserver(self.model, self._recorder.last_step, self._recorder.rates_before)
         self._ending, self._from_the_start = False, self._recorder.last_step == 0
         self._loop.rows.know(self._probe.batches)
-        self._loop.ranks = self._company.facts
+        self._loop.ranks, self._loop.directions = self._company.facts, self._steps.directions.facts
         self._training = Training(
             self.model, self.optimizer, self._losses, self._steps, settings.held_out, self._history, self._loop
         )

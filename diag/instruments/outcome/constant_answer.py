@@ -117,8 +117,9 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
     of the labels, nats), of the share of ones, or of the targets' mean (their variance), from the targets of the
     batches that were looked at. A warning after a hundred steps (three hundred while training lasts) where it is
     not below by two per cent, two standard errors are at most ten, and the loss hardly falls any more. Judged for
-    a loss of torch that is the mean of one call and all that backward() is called on, unweighted, and where one
-    optimizer steps (of two networks against each other neither need win). Raises nothing of its own.
+    a loss of torch that is the mean of one call and all that backward() is called on, unweighted (or the loop's own
+    mean of squared or absolute differences between outputs and targets), and where one optimizer steps (of two
+    networks against each other neither need win). Raises nothing of its own.
     """
     known, needed = _known(loop), STEPS_BEFORE_CONSTANT_ANSWER if loop.ended else WHILE_TRAINING
     losses = history.loss[numpy.isfinite(history.loss)]
@@ -151,12 +152,12 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
 
 def _known(loop: Loop) -> AskedFacts | None:
     """The targets of the one loss that training descends."""
-    descended = [f for f in loop.losses if f.root and f.factor == 1]
+    descended = [f for f in loop.losses if (f.root and f.factor == 1) or f.like]
     stepping = [o for o in loop.optimizers if o.steps and not o.nested]
     one = len(descended) == len(loop.training) == len(loop.losses) == len(stepping) == 1
     if not one or any(o.passes > 1 or o.foreign for o in loop.training):
         return None
-    asked = [f for f in loop.asked if f.function == descended[0].function]
+    asked = [f for f in loop.asked if f.function == (descended[0].like or descended[0].function)]
     fit = [
         f for f in asked if f.looked >= CALLS_OF_TARGETS_NEEDED and f.targets >= TARGETS_NEEDED and not f.weighted
     ]

@@ -129,7 +129,9 @@ class LossFacts:
     was called on its plain mean; ascended: it enters what backward() is called on with a minus sign. weighted:
     class weights were given, class_weights: these, one for each class, and positive_weight that of the ones of
     binary cross-entropy (the largest of several; NaN where none is known); positives: the share of ones among its
-    targets, a running mean. flat: the function whose derivative is zero that made the input ("round()")."""
+    targets, a running mean. flat: the function whose derivative is zero that made the input ("round()").
+    like: of the loop's own arithmetic (function ""), the function of torch that all of what backward() is called on
+    amounts to, "" where that is not known."""
 
     function: str
     reduction: str = ""
@@ -166,6 +168,7 @@ class LossFacts:
     positives: float = math.nan
     flat: str = ""
     label_smoothing: float = 0.0
+    like: str = ""
 
     @property
     def of_log_probabilities(self) -> bool:

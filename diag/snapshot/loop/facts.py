@@ -52,6 +52,7 @@ class Loop:
     reshaped: shapes before and after reshapes, in the graph of a loss, that gave axes each other's lengths.
     start: weights of layers when the watch began; empty where a run was resumed. origin: of the first loss
     that was not finite, where it could be read without waiting.
+    directions: cosines of the last steps that were measured with the gradient that they were taken on.
     ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not; rates_before: the
     first and the last learning rate of what came before."""
 
@@ -88,6 +89,7 @@ class Loop:
     layers: LayerFacts = field(default_factory=LayerFacts)
     start: tuple[StartingWeight, ...] = ()
     origin: OriginFacts | None = None
+    directions: tuple[float, ...] = ()
     ranks: RankFacts = field(default_factory=RankFacts)
     penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
     pairs: PairFacts = field(default_factory=PairFacts)

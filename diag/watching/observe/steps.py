@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 from diag.snapshot.optimizer import described_optimizer
 from diag.watching.guard import safely
 from diag.watching.measure.schedule import Regular, Thinning
+from diag.watching.observe.direction import Directions
 from diag.watching.observe.gradients import GradientNorms, StepMembers
 from diag.watching.observe.learning import Note
 from diag.watching.observe.losses import LossObserver
@@ -89,6 +90,7 @@ class StepObserver:
         self.start = self._start_copies() if followed.any else []
         self.thinning, self.reading = followed.thinning(), followed.reading()
         self.before: dict[int, Tensor] = {}
+        self.directions, self._by_closure = Directions(), False
         self.keep_before = False
         self._buffers: dict[int, Tensor] = {}
         self._scratch = torch.empty(NORM_BLOCK, dtype=torch.float32)
@@ -129,6 +131,7 @@ class StepObserver:
         fresh = self._not_stepped_yet(members)
         self._remember(fresh)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._by_closure = callable(closure)
         if not callable(closure):
             self.gradients.read(row, optimizer, fresh)
             return None
@@ -141,7 +144,7 @@ class StepObserver:
         if members is None or self._row is None:
             return
         self._row.skipped = _either(self._row.skipped, getattr(optimizer, "found_inf", None))
-        self._measure_parameters(self._row, members)
+        self._measure_parameters(self._row, members, optimizer)
         self._close_round(optimizer, members)
 
     def told(self) -> None:
@@ -314,7 +317,7 @@ class StepObserver:
                 self._buffers[c] = kept
         self._cost += time.perf_counter() - began
 
-    def _measure_parameters(self, row: Row, members: StepMembers) -> None:
+    def _measure_parameters(self, row: Row, members: StepMembers, optimizer: Any = None) -> None:
         if not self._taken or any(c not in self.before for c in members.columns.tolist()):
             return
         began = time.perf_counter()
@@ -326,6 +329,8 @@ class StepObserver:
         row.norms.append(
             ("distance", columns, differences(now, [self.start[c] for c in columns.tolist()], self._scratch))
         )
+        if optimizer is not None and not self._by_closure:  # a closure leaves the gradient of another point
+            self.directions.stepped(now, [self.before[c] for c in columns.tolist()], optimizer)
         self._cost += time.perf_counter() - began
 
 

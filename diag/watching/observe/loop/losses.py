@@ -20,6 +20,7 @@ from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, m
 from diag.snapshot.inside.padding import padding_of
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES, LossFacts
 from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.data.own import OwnDifference
 from diag.watching.observe.loop.data.padding import sequences_of
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.loop.roots import undivided
@@ -70,6 +71,8 @@ class Losses:
         }
         self.raw: tuple[Tensor, ...] = ()  # floating tensors of the batch that a DataLoader last gave
         self.own: LossFacts | None = None
+        self._expanded: tuple[tuple[int, ...], ...] = ()
+        self._own_functions: set[str] = set()  # of torch, that the own loss amounts to
         self._called = 0  # since the last backward pass
 
     def called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], value: Tensor) -> None:
@@ -204,6 +207,17 @@ class Losses:
             kind.factor = None if factor is None or math.isnan(factor) else factor
             kind.ascended = alone and sign_in_sum(root.grad_fn, number) < 0
 
+    @property
+    def any_called(self) -> bool:
+        """Whether a loss function of torch was called since the last backward pass."""
+        return self._last is not None
+
+    def own_difference(self, found: OwnDifference | None) -> None:
+        """What a loss without a call of a loss function amounts to; None where that is not known."""
+        if self._last is None:
+            self._own_functions.add("" if found is None or found.expanded else found.function)
+            self._expanded = self._expanded or (found.expanded if found is not None else ())
+
     def _own(self, root: Tensor) -> None:
         """No loss function of torch was called: the loss is the user's own arithmetic."""
         if self.own is not None and not (self.own.calls < CALLS_CHECKED):
@@ -212,8 +226,8 @@ class Losses:
             self.own = LossFacts("", first_step=self._moment.step)
         self.own.calls += 1
         shape, other = difference_shapes(root)
-        if shape and other:
-            self.own.input_shape, self.own.target_shape = other, other_side(other)
+        if self._expanded or (shape and other):
+            self.own.input_shape, self.own.target_shape = self._expanded or (other, other_side(other))
             self.own.broadcast = True
             self._moment.news("own loss broadcasts")
 
@@ -224,6 +238,8 @@ class Losses:
         waiting, self._away = self._away, []
         for kind, what, values in waiting:
             self._note(kind, what, values.cpu())
+        if self.own is not None:
+            self.own.like = next(iter(self._own_functions)) if len(self._own_functions) == 1 else ""
         kinds = list(self.kinds.values()) + ([self.own] if self.own is not None else [])
         return tuple(map(replace, kinds))
 

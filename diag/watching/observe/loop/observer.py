@@ -25,6 +25,7 @@ from diag.watching.observe.loop.data.drawn import NONE, Drawn
 from diag.watching.observe.loop.data.evaluated import EvaluatedData
 from diag.watching.observe.loop.data.evaluations import Evaluations
 from diag.watching.observe.loop.data.inputs import Inputs
+from diag.watching.observe.loop.data.own import OwnLosses
 from diag.watching.observe.loop.data.pairs import PairedCalls
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.layers import Layers
@@ -86,6 +87,7 @@ class LoopObserver:
         self._layers = Layers(model, self.moment)
         self._origin = Origin(self.moment)
         self._axes, self._evaluations = Axes(), Evaluations(self.moment)
+        self._own = OwnLosses()
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
@@ -94,6 +96,7 @@ class LoopObserver:
         self._before: list[Tensor] = []  # how the parameters began at the last backward pass, before any step
         self._wrapper, self._wrapped = "", 0
         self.ranks: Callable[[], RankFacts] = RankFacts
+        self.directions: Callable[[], tuple[float, ...]] = tuple
 
     @property
     def changed(self) -> bool:
@@ -150,6 +153,7 @@ class LoopObserver:
         self._strangers.training_call(args, kwargs, outputs)
         self._penalty.training_call(outputs)
         self._pairs.training_call(args, kwargs, outputs)
+        self._own.training_call(outputs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -210,12 +214,22 @@ class LoopObserver:
         for w in self._gradients.watched:
             w.look()
         self._optimizers.backward_called()
+        self._own_loss(roots)
         self._losses.backward_called(roots)
         if self._axes.backward_called(roots):
             self.moment.news("axes exchanged")
         self._penalty.backward_called(roots)
         self._pairs.backward_called(roots)
         self._scaling.backward_called(roots)
+
+    def _own_loss(self, roots: Any) -> None:
+        """A loss that is the loop's own arithmetic asks for targets as one of torch's does."""
+        found = self._own.behind(roots) if not self._losses.any_called else None
+        self._losses.own_difference(found)
+        if found is not None and not found.expanded:
+            given = (found.output, found.targets)
+            self._targets.loss_called(found.function, given, {})
+            self._asked.loss_called(found.function, given, {"reduction": "mean"})
 
     def backward_done(self) -> None:
         """It has ended."""
@@ -382,6 +396,7 @@ class LoopObserver:
             start=self._start,
             shape=self._shape,
             origin=self._origin.found,
+            directions=self.directions(),
             ranks=self.ranks(),
             **self._of_data(),
         )

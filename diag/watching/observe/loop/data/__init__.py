@@ -9,6 +9,7 @@ __all__ = [
     "evaluated",
     "evaluations",
     "inputs",
+    "own",
     "padding",
     "pairs",
     "source",

@@ -161,3 +161,13 @@ def test_tensors_without_bits_go_by_their_version():
     assert bits_of(sparse) == sparse._version
     assert bits_of(torch.empty(3, device="meta")) == 0
     assert TensorBits(nn.LazyLinear(3)).changed() == ""
+
+
+def test_many_small_tensors_are_read_together_as_one_by_one():
+    from diag.snapshot.state.bits import bits_of, bits_of_all
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(i % 5 + 1, 2, generator=generator) for i in range(70)]
+    tensors += [torch.arange(i % 3) for i in range(70)] + [t.t() for t in tensors[:5]]
+    tensors += [torch.randn(3, generator=generator).double(), torch.tensor([True]), torch.randn(9000)]
+    assert bits_of_all(tensors) == [bits_of(t) for t in tensors]

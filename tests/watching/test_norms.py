@@ -125,3 +125,13 @@ def test_a_usual_row_is_written_as_any_other():
             for loss in (0.5, math.inf):
                 queue.add(Row([torch.tensor(loss)], 0.1, list(norms_of)))
     assert written["usual"] == written["any"] and len(written["any"]) == 10
+
+
+def test_differences_of_many_small_tensors_are_those_of_each():
+    generator = torch.Generator().manual_seed(0)
+    after = [torch.randn(i % 7 + 1, 3, generator=generator) for i in range(90)] + [torch.randn(400), torch.zeros(0)]
+    after += [torch.randn(5).double()]
+    before = [a + 1e-3 * torch.randn(a.shape, generator=generator, dtype=a.dtype) for a in after]
+    expected = [(a.double() - b.double()).norm().item() for a, b in zip(after, before, strict=True)]
+    # The difference of two float32 numbers near 1 is exact to 1e-7 of them, which is 1e-4 of 1e-3.
+    numpy.testing.assert_allclose(differences(after, before), expected, rtol=1e-4)

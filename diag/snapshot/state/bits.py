@@ -7,7 +7,7 @@ in the place of others: only the bits show all of it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from diag.snapshot.state.tensors import keeper_of, version_of
 
 BYTES_KEPT_WHOLE = 1 << 14  # bytes that are kept as they are
 ROW = 1 << 10  # integers of a larger tensor that are summed up
-
-Named = Iterable[tuple[str, Tensor]]
+MANY = (
+    64  # small tensors, from which on they are read together: one by one each takes as long as a thousand numbers
+)
+PUT_TOGETHER = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 
 
 class TensorBits:
@@ -44,12 +46,33 @@ class TensorBits:
         return hashlib.blake2b(repr(sorted(self._seen.items())).encode(), digest_size=12).hexdigest()
 
     def _read(self) -> dict[str, Any]:
-        read = version_of if self._kept_by_others else bits_of
         found: dict[str, Any] = {}
         for whose, module in self._modules.items():
-            tensors: Named = (*module.named_parameters(), *module.named_buffers())
-            found |= {f"{whose} {name}": (t.requires_grad, read(t)) for name, t in tensors}
+            named = [*module.named_parameters(), *module.named_buffers()]
+            tensors = [t for _, t in named]
+            bits = [version_of(t) for t in tensors] if self._kept_by_others else bits_of_all(tensors)
+            found |= {f"{whose} {n}": (t.requires_grad, b) for (n, t), b in zip(named, bits, strict=True)}
         return found
+
+
+def bits_of_all(tensors: Sequence[Tensor]) -> list[Any]:
+    """`bits_of` each; many small ones in the host's memory are read together."""
+    small: dict[torch.dtype, list[int]] = {}
+    for i, t in enumerate(tensors):
+        plain = type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided
+        if plain and t.dtype in PUT_TOGETHER and 0 < t.numel() * t.itemsize <= BYTES_KEPT_WHOLE:
+            small.setdefault(t.dtype, []).append(i)
+    found: list[Any] = [None] * len(tensors)
+    for dtype, places in small.items():
+        if len(places) < MANY:
+            continue
+        with torch.no_grad():
+            flat = torch.cat([tensors[i].reshape(-1) for i in places])
+        raw, at, name = flat.view(torch.uint8).numpy().tobytes(), 0, str(dtype)
+        for i in places:
+            end = at + tensors[i].numel() * dtype.itemsize
+            found[i], at = (tuple(tensors[i].shape), name, raw[at:end]), end
+    return [bits_of(t) if f is None else f for f, t in zip(found, tensors, strict=True)]
 
 
 def bits_of(tensor: Tensor) -> Any:

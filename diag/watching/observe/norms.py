@@ -50,7 +50,7 @@ def differences(after: Sequence[Tensor], before: Sequence[Tensor], scratch: Tens
     memory."""
     local = [_dense(a) for a in after]
     if all(a.is_cpu for a in local):
-        return numpy.array([_distance(a, b, scratch) for a, b in zip(local, before, strict=True)])
+        return _distances(local, before, scratch)
     # The difference of two half-precision numbers need not be one.
     wide = [a.float() if a.dtype in HALF_PRECISION else a for a in local]
     parts = [norms([a - b.to(a.device, non_blocking=True)]) for a, b in zip(wide, before, strict=True)]
@@ -100,14 +100,18 @@ def _norms_on_cpu(tensors: Sequence[Tensor]) -> NDArray[numpy.float64]:
     small = [t.reshape(-1) for t, is_small in zip(tensors, together, strict=True) if is_small]
     if len(small) < MANY_TENSORS:
         return numpy.array([_norm(t) for t in tensors])
-    starts = numpy.cumsum([0] + [t.numel() for t in small[:-1]])
-    squares = numpy.square(torch.cat(small).numpy(), dtype=numpy.float64)
     found = numpy.empty(len(tensors))
-    found[together] = numpy.sqrt(numpy.add.reduceat(squares, starts))
+    found[together] = _norms_of_parts(torch.cat(small), [t.numel() for t in small])
     for i, (t, is_small) in enumerate(zip(tensors, together, strict=True)):
         if not is_small:
             found[i] = _norm(t)
     return found
+
+
+def _norms_of_parts(flat: Tensor, sizes: Sequence[int]) -> NDArray[numpy.float64]:
+    """The norms of the parts of these sizes, one after the other, none of them empty."""
+    squares = numpy.square(flat.numpy(), dtype=numpy.float64)
+    return numpy.sqrt(numpy.add.reduceat(squares, numpy.cumsum([0, *sizes[:-1]])))
 
 
 def _norm(t: Tensor) -> float:
@@ -131,6 +135,24 @@ def _square(t: Tensor) -> float:
     for block in t.reshape(-1).split(NORM_BLOCK):
         total += float(torch.dot(block, block))
     return total
+
+
+def _distances(after: Sequence[Tensor], before: Sequence[Tensor], scratch: Tensor | None) -> Norms:
+    """One by one, but for many small ones, as in `_norms_on_cpu`."""
+    pairs = list(zip(after, before, strict=True))
+    small = [i for i, (a, b) in enumerate(pairs) if 0 < a.numel() <= PUT_TOGETHER and _are_float32(a, b)]
+    if len(small) < MANY_TENSORS:
+        return numpy.array([_distance(a, b, scratch) for a, b in pairs])
+    now, then = (torch.cat([pairs[i][k].reshape(-1) for i in small]) for k in (0, 1))
+    found = numpy.empty(len(pairs))
+    found[small] = _norms_of_parts(now - then, [pairs[i][0].numel() for i in small])
+    others = numpy.setdiff1d(numpy.arange(len(pairs)), small)
+    found[others] = [_distance(pairs[i][0], pairs[i][1], scratch) for i in others.tolist()]
+    return found
+
+
+def _are_float32(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is torch.float32 and b.dtype is torch.float32 and a.shape == b.shape and b.is_cpu
 
 
 def _distance(a: Tensor, b: Tensor, scratch: Tensor | None) -> float:

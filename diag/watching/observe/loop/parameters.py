@@ -32,6 +32,7 @@ class Seen:
     called: bool | None = None
     with_graph: bool | None = None
     forgotten: bool = False
+    told: tuple[tuple[Any, ...], ParameterFacts] | None = None  # what the facts were made from last, and these
 
 
 class Parameters:
@@ -155,22 +156,20 @@ class Parameters:
 
     def _facts(self, name: str, s: Seen, holders: dict[int, int], rates: dict[int, float]) -> ParameterFacts:
         p = s.parameter
-        return ParameterFacts(
-            name=name,
-            shape=tuple(p.shape),
-            dtype=str(p.dtype).removeprefix("torch."),
-            trainable=p.requires_grad,
-            since=s.since,
-            optimizers=holders.get(id(p), 0),
-            rate=rates.get(id(p)),
-            gradient=s.gradient,
-            missing=s.missing,
-            replaced=s.replaced,
-            called=s.called,
-            with_graph=s.with_graph,
-            forgotten=s.forgotten,
-            ungathered=s.without_optimizer,
+        state = (
+            p.requires_grad,
+            s.since,
+            holders.get(id(p), 0),
+            rates.get(id(p)),
+            s.gradient,
+            s.missing,
+            s.replaced,
         )
+        state += (s.called, s.with_graph, s.forgotten, s.without_optimizer, p.shape, p.dtype)
+        if s.told is None or s.told[0] != state:  # with ten thousand of them, making all again takes long
+            shape, dtype = tuple(p.shape), str(p.dtype).removeprefix("torch.")
+            s.told = state, ParameterFacts(name, shape, dtype, *state[:-2])
+        return s.told[1]
 
 
 class CloseLook:

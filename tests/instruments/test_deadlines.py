@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from diag.curvature.neighbourhood.losses_at import losses_at
 from diag.linalg.deadline import Deadline
 from diag.registry import attempt, instruments
 from diag.result import Result, Skipped
@@ -35,3 +36,11 @@ def test_an_instrument_stops_between_two_units_of_work(name):
         assert isinstance(outcome, Skipped)
         assert outcome.reason == snapshot.deadline.reason
         assert outcome.reason.startswith("The measurement was stopped after")
+
+
+def test_losses_at_other_parameters_ask_at_every_batch():
+    snapshot = classification().snapshot(micro_batch=30, deadline=Deadline(1e9, clock=ticking()))
+    elsewhere = losses_at(snapshot)
+    before = snapshot.deadline.elapsed
+    elsewhere(elsewhere.center + 0.1)
+    assert snapshot.deadline.elapsed - before - 1 >= snapshot.num_examples / 30 > 1

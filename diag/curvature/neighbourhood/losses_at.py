@@ -68,6 +68,7 @@ class LossesAt:
         total = torch.zeros_like(self.center) if gradient else None
         with preserved(snapshot.model):
             for batch in self._batches:
+                snapshot.deadline.check()
                 spy = LossSpy()
                 with spy:
                     outputs = call_at(snapshot.model, values, batch.args, batch.kwargs)

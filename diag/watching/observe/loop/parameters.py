@@ -156,16 +156,9 @@ class Parameters:
 
     def _facts(self, name: str, s: Seen, holders: dict[int, int], rates: dict[int, float]) -> ParameterFacts:
         p = s.parameter
-        state = (
-            p.requires_grad,
-            s.since,
-            holders.get(id(p), 0),
-            rates.get(id(p)),
-            s.gradient,
-            s.missing,
-            s.replaced,
-        )
-        state += (s.called, s.with_graph, s.forgotten, s.without_optimizer, p.shape, p.dtype)
+        now: tuple[Any, ...] = (p.requires_grad, s.since, holders.get(id(p), 0), rates.get(id(p)))
+        state = (*now, s.gradient, s.missing, s.replaced, s.called, s.with_graph, s.forgotten, s.without_optimizer)
+        state = (*state, p.shape, p.dtype)
         if s.told is None or s.told[0] != state:  # with ten thousand of them, making all again takes long
             shape, dtype = tuple(p.shape), str(p.dtype).removeprefix("torch.")
             s.told = state, ParameterFacts(name, shape, dtype, *state[:-2])

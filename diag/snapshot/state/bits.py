@@ -17,10 +17,10 @@ from diag.snapshot.state.tensors import keeper_of, version_of
 
 BYTES_KEPT_WHOLE = 1 << 14  # bytes that are kept as they are
 ROW = 1 << 10  # integers of a larger tensor that are summed up
-MANY = (
+MANY_SMALL = (
     64  # small tensors, from which on they are read together: one by one each takes as long as a thousand numbers
 )
-PUT_TOGETHER = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+JOINED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 
 
 class TensorBits:
@@ -60,11 +60,11 @@ def bits_of_all(tensors: Sequence[Tensor]) -> list[Any]:
     small: dict[torch.dtype, list[int]] = {}
     for i, t in enumerate(tensors):
         plain = type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided
-        if plain and t.dtype in PUT_TOGETHER and 0 < t.numel() * t.itemsize <= BYTES_KEPT_WHOLE:
+        if plain and t.dtype in JOINED_DTYPES and 0 < t.numel() * t.itemsize <= BYTES_KEPT_WHOLE:
             small.setdefault(t.dtype, []).append(i)
     found: list[Any] = [None] * len(tensors)
     for dtype, places in small.items():
-        if len(places) < MANY:
+        if len(places) < MANY_SMALL:
             continue
         with torch.no_grad():
             flat = torch.cat([tensors[i].reshape(-1) for i in places])

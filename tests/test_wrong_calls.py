@@ -13,6 +13,7 @@ import diag
 from diag.errors import DiagError, InvalidInput
 from diag.ranges import Within
 from diag.registry import instruments
+from diag.snapshot.batch import as_tensors
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 LOGITS = X[:, :3]
@@ -225,6 +226,15 @@ def test_a_call_that_does_not_fit_is_a_type_error_too_and_others_are_let_through
 def test_arrays_are_read_as_tensors(data):
     """Two arrays are inputs and targets, not two batches."""
     assert torch.equal(losses(data), losses((X, Y)))
+
+
+def test_inputs_without_an_array_stay_the_objects_that_they_are():
+    class Graph(dict):
+        pass
+
+    inputs = Graph(x=X, parts=[X, (Y,)])
+    assert as_tensors(inputs) is inputs and as_tensors([inputs])[0] is inputs
+    assert type(as_tensors(Graph(x=X.numpy()))) is Graph
 
 
 def test_two_arrays_of_two_rows_are_one_batch():

@@ -246,9 +246,11 @@ def as_tensors(value: Any) -> Any:
                 f"The data hold a NumPy array of dtype {value.dtype}; expected numbers, as torch.from_numpy takes."
             ) from None
     if isinstance(value, Mapping):
-        return _like(value, {key: as_tensors(item) for key, item in value.items()})
+        items = {key: as_tensors(item) for key, item in value.items()}
+        return value if all(items[key] is item for key, item in value.items()) else _like(value, items)
     if type(value) in (tuple, list):
-        return type(value)(map(as_tensors, value))
+        made = type(value)(map(as_tensors, value))
+        return value if all(a is b for a, b in zip(made, value, strict=True)) else made
     return value
 
 

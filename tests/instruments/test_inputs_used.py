@@ -47,6 +47,37 @@ def test_an_input_that_is_the_same_for_all_examples_is_not_tried():
         tried(Two(), classes=torch.zeros(20, dtype=torch.int64))
 
 
+class Whole(nn.Module):
+    """Takes a batch as it comes; of it, and of the keywords, two entries are its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, batch, numbers=None, **others):
+        return self.two(batch["classes"], batch["numbers"] if numbers is None else numbers)
+
+
+@pytest.mark.parametrize("handed_over", ["as a dict", "as keywords"])
+def test_what_comes_along_with_the_inputs_is_not_meant_for_the_model(handed_over):
+    rows = {"classes": torch.arange(20) % 6, "numbers": torch.randn(20, 3), "mask": torch.arange(20) % 3}
+    given = ((rows,), {}) if handed_over == "as a dict" else (({"classes": rows["classes"]},), rows)
+    batch = Batch(*given, torch.zeros(20, dtype=torch.int64), 20)
+    with pytest.raises(MissingQuantity, match="no two inputs that differ"):
+        inputs_tried(diag.Snapshot(Whole(), nn.functional.cross_entropy, [batch]))
+
+
+def test_targets_that_the_model_is_given_are_no_input():
+    class WithTargets(Two):
+        def forward(self, classes, numbers, targets=None):
+            return super().forward(classes, numbers)
+
+    targets = torch.arange(20) % 3
+    batch = Batch((torch.arange(20) % 6, torch.randn(20, 3), targets), {}, targets, 20)
+    found = inputs_tried(diag.Snapshot(WithTargets(), nn.functional.cross_entropy, [batch]))
+    assert found == InputsTried(("input 1", "input 2"), (), 16)
+
+
 def test_a_network_that_draws_its_own_numbers_is_refused():
     class Own(Two):
         def forward(self, classes, numbers):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diag.errors import MissingQuantity
 from diag.snapshot.batch import Batch, map_tensors, tensors_in
@@ -32,13 +33,14 @@ class InputsTried:
 def inputs_tried(snapshot: Snapshot) -> InputsTried:
     """Give each example the next one's values of one input, one input after the other: two passes and one for each.
 
-    Only inputs with an entry for each example that differ between examples are tried, and the random numbers are
-    the same each time. Raises MissingQuantity where there are fewer than two such inputs, or where the outputs are
-    not the same when nothing was exchanged.
+    Only tensors that the call names one by one are tried, with an entry for each example and not all alike: a
+    batch that is handed over whole holds labels and other things that are not meant for the model, and so do
+    keywords that its forward() does not name. The random numbers are the same each time. Raises MissingQuantity
+    where there are fewer than two such inputs, or where the outputs are not the same when nothing was exchanged.
     """
     first = replace(snapshot.batches[0], coupled=False, why="")
     rows = first.slice(0, min(ROWS_EXCHANGED, first.size))
-    found = dict(list(_varying(rows))[:MOST_INPUTS])
+    found = dict(list(_varying(rows, _named_arguments(snapshot.model)))[:MOST_INPUTS])
     if len(found) < 2:
         raise MissingQuantity("the model has no two inputs that differ between examples.")
     snapshot.deadline.check()
@@ -57,13 +59,23 @@ def inputs_tried(snapshot: Snapshot) -> InputsTried:
     return InputsTried(tuple(found), ignored, rows.size)
 
 
-def _varying(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    named = [(f"input {i + 1}", a) for i, a in enumerate(batch.args)] + list(batch.kwargs.items())
-    for name, value in named:
-        of_it = tensors_in(value)
-        for i, t in enumerate(of_it):
-            if t.ndim and len(t) == batch.size and bool((t != t[:1]).any()):
-                yield (name if len(of_it) == 1 else f"{name}, tensor {i + 1}"), t
+def _varying(batch: Batch, forward: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    named = [(f"input {i + 1}", a) for i, a in enumerate(batch.args)]
+    named += [(name, value) for name, value in batch.kwargs.items() if name in forward]
+    targets = tensors_in(batch.targets)
+    for name, t in named:
+        if not isinstance(t, Tensor) or not t.ndim or len(t) != batch.size or bool((t == t[:1]).all()):
+            continue
+        if not any(t.shape == y.shape and torch.equal(t.double(), y.double()) for y in targets):
+            yield name, t
+
+
+def _named_arguments(model: nn.Module) -> set[str]:
+    """The names of the arguments of its forward(); none where they cannot be read."""
+    try:
+        return set(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return set()
 
 
 def _exchanged(batch: Batch, chosen: Tensor) -> Batch:

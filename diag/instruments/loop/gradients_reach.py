@@ -78,11 +78,14 @@ def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
     unknown = [p for p in silent if p.called is None and p.missing >= LOOKS_UNUSED]
     if cut:
         without = all(p.with_graph is False for p in cut)
-        how = "run without a graph" if without else "run, and their outputs do not reach the loss"
+        several = len({layer_of(p.name) for p in cut}) > 1
+        run, them = ("run", "them") if several else ("runs", "it")
+        reach = "their outputs do" if several else "its output does"
+        how = f"{run} without a graph" if without else f"{run}, and {reach} not reach the loss"
         yield LoopFinding(
             Level.ALARM,
             Cause.GRAPH_CUT,
-            f"{_layers(cut)} {how}, so no gradient has come to them in {counted(loop.step, 'step')}.",
+            f"{_layers(cut)} {how}, so no gradient has come to {them} in {counted(loop.step, 'step')}.",
             "Look for detach(), torch.no_grad(), .data, .item(), argmax or a rounding after them; freeze them with "
             "requires_grad_(False) if they are not to be trained.",
             "A gradient of these parameters that is not None after backward().",

@@ -69,9 +69,10 @@ def _stale(left_out: list[ParameterFacts], all_of_it: bool) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.OPTIMIZER_HOLDS_STALE_PARAMETERS,
-        f"The optimizer updates tensors that the model no longer uses: {what} get gradients and are in no "
+        f"The optimizer updates tensors that are not, or no longer, the model's: {what} get gradients and "
+        f"are in no "
         f"optimizer{since}, while it holds tensors of their shapes without gradients.",
-        "Make the optimizer after the last change of the model's layers (or add the new ones: "
+        "Make the optimizer of this model's parameters, after the last change of its layers (or add the new ones: "
         "optimizer.add_param_group).",
         "The parameters' ids in optimizer.param_groups.",
         step=replaced or None,

@@ -53,7 +53,8 @@ class DeadUnits(Result):
                 Level.OK,
                 f"In the worst layer {format_share(self.worst)} of the rectified units are zero on every example.",
             )
-        over = [name for name, share in zip(self.layers, self.dead, strict=True) if share >= limit]
+        pairs = zip(self.layers, self.dead, strict=True)
+        over = list(dict.fromkeys(name for name, share in pairs if share >= limit))
         return verdict(
             Level.ALARM,
             f"{format_share(self.worst)} of the units of {named(over)} are dead: they are zero on every one of the "

@@ -134,7 +134,7 @@ def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
 
 
 def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> LoopFinding:
-    what = "No parameter was" if everything else f"{named(names)} were not"
+    what = "No parameter was" if everything else f"{named(names)} {'were' if len(names) > 1 else 'was'} not"
     why, advice = WHY_NOTHING_MOVES[cause]
     return LoopFinding(
         Level.ALARM,

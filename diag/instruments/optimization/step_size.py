@@ -129,9 +129,13 @@ class StepSize(Result):
 
     @property
     def _recovered(self) -> bool:
-        """Whether large first steps did no lasting harm: steps are as usual since, and most of the loss is gone."""
+        """Whether large first steps did no lasting harm: steps are as usual since, and most of the loss is gone.
+
+        Adagrad's first steps are large at any learning rate that is usual for it, so there the loss need not fall.
+        """
         usual = self.num_steps >= ENOUGH_STEPS and self.ratio <= self.setting("too_high") / 2
-        return usual and self.loss_fall >= MOST_OF_LOSS and self.peak < LOSS_RATIO
+        fell = self.loss_fall >= MOST_OF_LOSS or self.optimizer == ADAGRAD
+        return usual and fell and self.peak < LOSS_RATIO
 
     def _too_small(self) -> Verdict | None:
         limit = self.setting("too_low")

@@ -71,6 +71,14 @@ def test_large_first_steps_from_which_training_recovered_are_not_too_large(losse
     assert diag.step_size(history=record(losses, ratios, kind=kind)).verdict().cause == cause
 
 
+def test_steps_that_are_small_beside_weights_that_have_grown_are_no_recovery():
+    """Adam at a learning rate of 10: the first steps make the weights many times as large."""
+    losses = numpy.concatenate([[1.0, 2.0, 3.0], 2 * numpy.exp(-numpy.arange(97) / 20)])
+    for last, cause in ((20.0, ""), (400.0, Cause.LEARNING_RATE_TOO_HIGH)):
+        result = diag.step_size(history=record(losses, FIRST_LARGE, norm=numpy.linspace(4.0, last, 100)))
+        assert result.growth == pytest.approx(last / 4) and result.verdict().cause == cause
+
+
 def test_steps_that_a_schedule_has_made_small_are_not_too_small():
     rates = numpy.concatenate([numpy.full(50, 0.1), numpy.full(50, 1e-5)])
     assert diag.step_size(history=record(FLAT, rates / 10, rates=rates)).verdict().cause == ""

@@ -55,6 +55,7 @@ MAKERS = {
     "Mean": lambda: x(2, 3).mean().grad_fn,
     "Add": lambda: x(2).add(x(2), alpha=2).grad_fn,
     "Mul": lambda: (x(2) * x(2)).grad_fn,
+    "Pow": lambda: (x(2) ** 2).grad_fn,
     "Addmm": lambda: F.linear(x(2, 3), x(4, 3), x(4)).grad_fn,
     "Convolution": lambda: F.conv1d(x(1, 2, 5), x(3, 2, 2)).grad_fn,
     "Attention": attention,

@@ -73,7 +73,10 @@ def _nothing(silent: list[ParameterFacts], loop: Loop) -> LoopFinding:
 
 
 def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
-    cut = [p for p in silent if p.called]
+    # Of a module whose other parameters get gradients the output does reach the loss.
+    reached = {layer_of(p.name) for p in loop.parameters if p.gradient}
+    cut = [p for p in silent if p.called and layer_of(p.name) not in reached]
+    single = [p for p in silent if p.called and layer_of(p.name) in reached and p.missing >= LOOKS_UNUSED]
     unused = [p for p in silent if p.called is False and (p.forgotten or p.missing >= LOOKS_UNUSED)]
     unknown = [p for p in silent if p.called is None and p.missing >= LOOKS_UNUSED]
     if cut:
@@ -96,6 +99,22 @@ def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
         yield _without(unused, loop, Cause.MODULE_UNUSED, "not called in training", "is", "are")
     if unknown:
         yield _without(unknown, loop, Cause.GRADIENT_ABSENT, "no gradient", "gets", "get")
+    if single:
+        yield _unused_alone(single, loop)
+
+
+def _unused_alone(single: list[ParameterFacts], loop: Loop) -> LoopFinding:
+    get, they, have = ("gets", "it", "has") if len(single) == 1 else ("get", "they", "have")
+    return LoopFinding(
+        Level.WARNING,
+        Cause.GRADIENT_ABSENT,
+        f"{named([p.name for p in single])} {get} no gradient, while other parameters of the same module do, so "
+        f"{they} {have} not changed in {counted(loop.step, 'step')}.",
+        "Use it in forward(), or take it out of the model.",
+        "A gradient of it that is not None after backward().",
+        step=1 if _never(single) else None,
+        layers=tuple(p.name for p in single),
+    )
 
 
 def _without(

@@ -93,7 +93,7 @@ def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[Loop
     elif probabilities:
         yield _logs(f, "probabilities")
     elif f.function == "nll_loss" and always and f.checked >= CALLS_NEEDED and not f.log_probabilities:
-        yield _logs(f, "raw outputs")
+        yield _logs(f, "numbers that are no log-probabilities over the classes (axis 1)")
 
 
 def _flat(f: LossFacts) -> LoopFinding:
@@ -142,7 +142,7 @@ def _logs(f: LossFacts, what: str) -> LoopFinding:
         Level.ALARM,
         Cause.LOGITS_INTO_PROBABILITY_LOSS,
         f"{f.function} expects log-probabilities and is called on {what}.",
-        f"Apply log_softmax before {f.function}, or use cross_entropy on the raw outputs.",
+        f"Apply log_softmax over the classes before {f.function}, or use cross_entropy on the raw outputs.",
         "Rows whose exponentials add up to one.",
         step=f.first_step,
     )

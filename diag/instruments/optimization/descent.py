@@ -15,6 +15,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses
 from diag.linalg.student import error_of_mean
+from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -76,7 +77,7 @@ class Descent(Result):
     why="A step along the gradient makes the loss larger: no learning rate helps where a sign is wrong.",
     formula="cos(w' - w, g), both without their part along w",
 )
-def descent(history: History, loop: Loop, *, alarm_above: float = UPWARDS) -> Descent:
+def descent(history: History, loop: Loop, *, alarm_above: Share = UPWARDS) -> Descent:
     """Whether the optimizer's steps go down the loss that it is given the gradient of.
 
     history: the record of a watched run; loop: the facts of its loop, with the cosine between step and gradient at

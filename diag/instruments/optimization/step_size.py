@@ -49,6 +49,7 @@ TIGHT, NOTHING_LEFT = 0.05, 0.005
 # With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one
 # scale. A hundredth means that epsilon, or a second moment of long ago, stands in the denominator.
 ADAM_SHARE = 0.02
+HALF_OF_NORM, GROWN = 0.5, 10.0  # norm over the first norm
 MOST_OF_LOSS = 0.9  # fallen, from the first tenth of the steps to the last
 ADAGRAD = "Adagrad"
 FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
@@ -76,6 +77,7 @@ class StepSize(Result):
     adam_share: float = measured("size of Adam's step per entry over the learning rate, the median", unit="share")
     loss_rose: bool = measured("the loss of these steps, or of the five after them, was well above the first one")
     shrunk: bool = measured("the weights had less than half of their first norm then: decay or a penalty took it")
+    growth: float = measured("norm of a typical layer's weights at the end over the first one", default=math.nan)
     from_nothing: bool = measured("a typical layer of weights began next to zero, or all alike")
     unpushed: bool = measured("the gradient of a typical tensor was zero at a typical step")
     optimizer: str = measured("the optimizer's kind")
@@ -135,7 +137,8 @@ class StepSize(Result):
         """
         usual = self.num_steps >= ENOUGH_STEPS and self.ratio <= self.setting("too_high") / 2
         fell = self.loss_fall >= MOST_OF_LOSS or self.optimizer == ADAGRAD
-        return usual and fell and self.peak < LOSS_RATIO
+        # Weights that large steps have made many times as large take steps that are small beside them.
+        return usual and fell and self.peak < LOSS_RATIO and not self.growth > GROWN
 
     def _too_small(self) -> Verdict | None:
         limit = self.setting("too_low")
@@ -257,7 +260,8 @@ def step_size(
         gradient_size=_gradient_size(history),
         adam_share=_adam_share(history),
         loss_rose=_rose(history, at, SCATTERS if from_nothing else 0.0),
-        shrunk=_shrunk(history, at),
+        shrunk=_growth(history, at) < HALF_OF_NORM,
+        growth=_growth(history, int(history.total_steps)),
         from_nothing=from_nothing,
         unpushed=unpushed(history),
         optimizer=str(history.optimizer.get("kind", "")),
@@ -337,17 +341,16 @@ def _rose(history: History, at: int, scatters: float) -> bool:
     return any(len(course) and numpy.median(course) > limit and losses[0] > 0 for course in courses)
 
 
-def _shrunk(history: History, at: int) -> bool:
-    """Whether the large tensors had less than half of their first norm at step `at` (the median tensor)."""
+def _growth(history: History, at: int) -> float:
+    """How many times its first norm the median large tensor has at step `at`; NaN where norms were not recorded."""
     large = numpy.asarray(history.sizes) >= SMALL
     seen = by_rows(history, lambda h: numpy.isfinite(h.parameter_norm[:, large]).any(1))
     before = numpy.flatnonzero(seen & (history.steps <= at))
     if not len(before):
-        return False
+        return math.nan
     first, last = numpy.asarray(history.parameter_norm[before[[0, -1]]][:, large], float)
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        kept = median(last / first)
-    return bool(kept < 0.5)
+        return float(median(last / first))
 
 
 def _from_nothing(loop: Loop | None) -> bool:

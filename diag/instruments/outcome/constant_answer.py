@@ -67,9 +67,11 @@ class ConstantAnswer(Result):
                 value=self.loss,
                 threshold=self.constant_loss,
             )
+        worse = self.loss - self._error() > self.constant_loss
+        than = "worse than" if worse else "hardly better than"
         return Verdict(
             Level.WARNING,
-            f"After {self.steps_recorded:,} steps the training loss is hardly better than without looking at the "
+            f"After {self.steps_recorded:,} steps the training loss is {than} without looking at the "
             f"inputs, and it hardly falls any more: it is {shown}.",
             advice="Fit a single batch first (diag.preflight does): if that fails the network or the optimizer is "
             "at fault, if it works look at ten inputs with their targets as the loop sees them.",

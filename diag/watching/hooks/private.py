@@ -150,6 +150,7 @@ PRIVATE = (
     Private("_saved_self_sym_sizes", "Mean", "2.0", "over how many numbers a mean was taken"),
     Private("_saved_alpha", "Add", "1.9", "the factor of a term"),
     Private("_saved_other", "Mul", "1.9", "the factor of a term"),
+    Private("_saved_exponent", "Pow", "1.9", "whether a difference is squared"),
     Private("_saved_self", "Mul", "1.9", "the factor of a term"),
     Private("_saved_mat1", "Addmm", "1.9", "the values that meet in a linear layer"),
     Private("_saved_mat2", "Addmm", "1.9", "the values that meet in a linear layer"),

@@ -570,3 +570,31 @@ def test_weights_at_rest_at_the_end_of_a_convergence_are_no_finding():
         return loss
 
     assert not told(model, lambda: [optimizer.step(closure) for _ in range(60)])
+
+
+def test_a_dict_of_parameters_is_used_by_the_module_that_holds_it():
+    """Of three weights in a ParameterDict one is left out; nobody ever calls the dict."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.p = nn.ParameterDict({n: nn.Parameter(torch.randn(3, 3)) for n in "abc"})
+            self.inner.forward = lambda x: x @ self.inner.p["a"] @ self.inner.p["b"]
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = Own()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    with diag.watch(model, instruments=["gradients_reach"]) as watcher:
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3)).square().mean().backward()
+            optimizer.step()
+    (found,) = watcher.run.findings()
+    assert found.verdict.layers == ("inner.p.c",)
+    assert found.verdict.sentence == (
+        "inner.p.c gets no gradient, while other parameters of the same module do, so it has not changed in "
+        "40 steps."
+    )

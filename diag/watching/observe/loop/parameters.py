@@ -117,7 +117,7 @@ class Parameters:
     def look_closer(self) -> None:
         """Between two steps: follow, in the next training call, the modules that got no gradient so far."""
         silent = [n for n, s in self.seen.items() if s.missing and not s.gradient and s.called is None]
-        owners = {n.rpartition(".")[0] for n in silent} - self._looked_at
+        owners = {self._owner(n) for n in silent} - self._looked_at
         # A hook on a compiled model's module would have it compiled again.
         if owners and self._closer is None and not frames_compiled():
             self._closer = CloseLook(self._model, owners)
@@ -135,10 +135,17 @@ class Parameters:
         closer.remove()
         self._looked_at |= closer.owners
         for name, s in self.seen.items():
-            owner = name.rpartition(".")[0]
-            if owner in closer.owners:
+            owner = self._owner(name)
+            if owner and owner in closer.owners:
                 s.called, s.with_graph = owner in closer.called, closer.called.get(owner)
                 s.forgotten = not s.called and is_forgotten(self._model, owner)
+
+    def _owner(self, name: str) -> str:
+        """The module that uses the parameter when it is called; nobody calls a list or dict of parameters."""
+        owner = name.rpartition(".")[0]
+        while owner and isinstance(self._model.get_submodule(owner), PARAMETER_CONTAINERS):
+            owner = owner.rpartition(".")[0]
+        return owner
 
     # Facts
 
@@ -163,6 +170,9 @@ class Parameters:
             shape, dtype = tuple(p.shape), str(p.dtype).removeprefix("torch.")
             s.told = state, ParameterFacts(name, shape, dtype, *state[:-2])
         return s.told[1]
+
+
+PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
 
 
 class CloseLook:

@@ -178,7 +178,7 @@ def one_batch_under_noise(p: Program) -> None:
 # Losses
 
 
-@fault(LOSS, [C.TARGETS_OUT_OF_RANGE], WRONG_AIM, needs="classifier")
+@fault(LOSS, [C.TARGETS_OUT_OF_RANGE], [*WRONG_AIM, C.LOSS_ASCENDED], needs="classifier")
 def mask_up_to_255(p: Program) -> None:
     "Binary cross-entropy on targets that are 0 and 255, as a mask is stored."
 

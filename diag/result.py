@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Self
 from diag import display
 from diag.door import class_at_the_door
 from diag.encoding import decode, encode, equal, plain_data
-from diag.errors import InvalidInput, MissingData, as_path, named, one_of, type_of
+from diag.errors import InvalidInput, MissingData, as_path, did_you_mean, named, one_of, type_of
 
 OUR_CHOICE = "our choice, uncalibrated"
 RESULT_FORMAT = "diag-result"
@@ -220,9 +220,15 @@ class Result:
             object.__setattr__(self, name, plain_data(getattr(self, name)))
 
     def setting(self, name: str) -> Any:
-        """The value that a setting had when this was measured; the instrument's default where that is not known."""
-        given = self.provenance.settings
-        return given[name] if name in given else self.setting_defaults[name]
+        """The value that a setting had when this was measured; the instrument's default where that is not known.
+
+        Raises InvalidInput for a name that is none of its settings.
+        """
+        known = {**self.setting_defaults, **self.provenance.settings}
+        if name not in known:
+            meant = did_you_mean(name, known, 1) or f"it has {named(list(known)) or 'none'}."
+            raise InvalidInput(f"{type(self).__name__} has no setting {name!r}; {meant}")
+        return known[name]
 
     # What an author writes.
 
@@ -230,7 +236,7 @@ class Result:
         """The judgement of this one measurement."""
         raise NotImplementedError(f"{type(self).__name__} must define verdict().")
 
-    def plot(self, ax: Any) -> Any:
+    def plot(self, ax: Any = None) -> Any:
         """Draw this measurement on a matplotlib Axes, with both axes labelled; on a new one where none is given.
 
         An author writes `plot(self, ax)`; the axes are made and returned here.

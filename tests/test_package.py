@@ -119,6 +119,8 @@ def test_a_result_in_one_line_and_on_an_axis_of_its_own(tensors):
 
 
 def test_arguments_that_a_function_does_not_have_are_named(snapshot):
+    with pytest.raises(InvalidInput, match=r"report has no argument 'setting'; did you mean settings\?"):
+        diag.report(["a.pt", "b.pt"], build=print, setting={})
     with pytest.raises(InvalidInput, match=r"report has no argument 'titel'; did you mean title\?"):
         diag.report(snapshot, titel="a network")
     with pytest.raises(InvalidInput, match="report takes names for checkpoints only; give build="):

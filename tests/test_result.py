@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import diag
 from diag.encoding import decode, encode, equal
 from diag.errors import InvalidInput
 from diag.result import Level, Precondition, Result, Verdict, measured
@@ -159,3 +160,9 @@ def test_levels_sort_from_the_worst():
     order = sorted(Level, key=lambda level: level.severity)
     assert order[0] is Level.ALARM
     assert order.index(Level.WARNING) < order.index(Level.UNKNOWN) < order.index(Level.OK)
+
+
+def test_a_setting_that_there_is_not_is_asked_for_by_name():
+    result = diag.softmax_collapse(torch.eye(3), torch.arange(3))
+    with pytest.raises(InvalidInput, match=r"SoftmaxCollapse has no setting 'alarm'; did you mean alarm_at\?"):
+        result.setting("alarm")

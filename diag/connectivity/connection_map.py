@@ -111,7 +111,7 @@ class ConnectionMap:
             "spanning_tree": [[a, b, barrier] for a, b, barrier in tree],
         }
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """A heat map of the barriers, networks in the order of their groups."""
         import seaborn
 

@@ -68,7 +68,7 @@ class BoundaryTilting(Result):
             value=self.largest_angle,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The matrix of angles."""
         mesh = ax.imshow(self.angles, vmin=0, vmax=90, cmap="viridis")
         ax.figure.colorbar(mesh, ax=ax, label="tilt (degrees)")

@@ -78,7 +78,7 @@ class CollapseByLayer(Result):
             threshold_source=OUR_CHOICE,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """NC1~ over depth, training and held out."""
         places = range(len(self.layers))
         ax.plot(places, self.nc1_ratio, marker="o", markersize=3, label="training data")

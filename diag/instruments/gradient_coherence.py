@@ -130,7 +130,7 @@ class GradientCoherence(Result):
             value=float(step),
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """Corrected coherence of each layer, with two standard errors; the widest layers where there are many."""
         top = sorted(self.by_layer, key=lambda layer: -self.layer_energy[layer])[:20]
         shown = [layer for layer in self.by_layer if layer in top]

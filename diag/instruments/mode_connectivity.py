@@ -189,7 +189,7 @@ class ModeConnectivity(Result):
             value=value,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         ax.plot(self.alphas, self.losses, marker="o", markersize=3, label="as they are")
         for name, (alphas, losses, _) in self.curves.items():
             ax.plot(alphas, losses, marker=".", markersize=3, label=name)

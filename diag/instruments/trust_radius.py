@@ -68,7 +68,7 @@ class TrustRadius(Result):
             value=self.radius,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The radii beside the last update."""
         rows = {"along the gradient": self.along_gradient, "along the update": self.along_update}
         rows["last update"] = self.update_length

@@ -43,18 +43,18 @@ def report(
     Raises InvalidInput where no report can be made of `source` or written to `output`, RunError where the path
     holds no run.
     """
+    known = inspect.signature(from_checkpoints).parameters
+    if strange := next((name for name in measuring if name not in known), ""):
+        meant = did_you_mean(strange, [*inspect.signature(report).parameters, *known], 1)
+        raise InvalidInput(f"report has no argument {strange!r}; {meant or 'see help(diag.report).'}")
     if build is not None:
         paths = [source] if isinstance(source, (str, os.PathLike)) else source
         source = from_checkpoints(paths, build, **measuring)
-    elif isinstance(source, (list, tuple)) and not measuring:
-        source = from_state_files(source)
     elif measuring:
-        known = inspect.signature(from_checkpoints).parameters
-        if strange := next((name for name in measuring if name not in known), ""):
-            meant = did_you_mean(strange, inspect.signature(report).parameters, 1)
-            raise InvalidInput(f"report has no argument {strange!r}; {meant or 'see help(diag.report).'}")
         raise InvalidInput(
             f"report takes {', '.join(measuring)} for checkpoints only; give build=, or leave it out."
         )
+    elif isinstance(source, (list, tuple)):
+        source = from_state_files(source)
     page = Page(document(source, title=title, command=command))
     return page if output is None else page.save(output)

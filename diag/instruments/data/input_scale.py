@@ -131,7 +131,7 @@ class InputScale(Result):
             step=1,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """Mean and standard deviation of the inputs."""
         ax.bar(["mean", "standard deviation"], [self.mean, self.std])
         ax.set(xlabel="all entries", ylabel="value")

@@ -118,7 +118,7 @@ class LabelsBelong(Result):
             step=1,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The gains over an answer without inputs."""
         gains, errors = (
             [self.gain, self.held_out_gain],

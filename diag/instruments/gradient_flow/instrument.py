@@ -280,7 +280,7 @@ class GradientFlow(Result):
             f"distance from the start {word} than sqrt (R^2 {log:.3f} and {sqrt:.3f})"
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The gradient norm of every parameter tensor over the steps, or over the depth where there is one step."""
         if len(self.steps) == 1:
             ax.semilogy(self.gradient_norm[0], marker="o", markersize=3)

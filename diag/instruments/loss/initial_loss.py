@@ -62,7 +62,7 @@ class InitialLoss(Result):
             step=self.first_step,
         )  # fmt: skip
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The first loss beside that of guessing evenly."""
         ax.bar(["first loss", "log K"], [self.first, self.even])
         ax.set(xlabel="the run, and a network that knows nothing", ylabel="loss (nats)")

@@ -57,7 +57,7 @@ class ExamplesMixed(Result):
             step=1,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """How far the answers move."""
         ax.bar(["the others replaced", "another order"], [self.mixing, self.order])
         ax.set(xlabel="a few examples", ylabel="change of an answer over its size")

@@ -65,7 +65,7 @@ class FiniteForward(Result):
                           Cause.INITIALIZATION_SCALE, Cause.INPUTS_NOT_NORMALIZED),
         )  # fmt: skip
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """How many entries are not finite."""
         ax.bar([self.layer or "all layers"], [self.entries])
         ax.set(xlabel="the first layer with such values", ylabel="entries that are not finite")

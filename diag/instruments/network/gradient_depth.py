@@ -78,7 +78,7 @@ class GradientDepth(Result):
             step=self.since or None,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The gradient of every layer."""
         ax.semilogy(self.sizes, marker="o", markersize=3)
         ax.set(xlabel="weight, in the model's order", ylabel="gradient per entry (root mean square)")

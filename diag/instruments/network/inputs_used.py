@@ -51,7 +51,7 @@ class InputsUsed(Result):
             step=1,
         )  # fmt: skip
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """Which inputs count."""
         ax.barh(list(self.tried) or ["no input"], [int(name not in self.ignored) for name in self.tried] or [0])
         ax.set(xlabel="an output moves (1) or not (0)", ylabel="input")

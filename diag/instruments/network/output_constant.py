@@ -78,7 +78,7 @@ class OutputConstant(Result):
             step=began,
         )  # fmt: skip
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """How much of the output depends on the example."""
         ax.bar(["output"], [self.spread])
         ax.set(xlabel="what the network returns", ylabel="spread over its size", yscale="log")

@@ -59,7 +59,7 @@ class Saturation(Result):
             ),
         )  # fmt: skip
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The share of values at the flat ends, layer by layer."""
         ax.bar(range(len(self.flat)), 100 * self.flat)
         ax.set(xlabel="function, in the order of the forward pass", ylabel="at the flat ends (%)", ylim=(0, 100))

@@ -63,7 +63,7 @@ class Descent(Result):
             step=1,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The cosine of each step."""
         ax.plot(self.cosines, marker="o", markersize=3, linewidth=0)
         ax.axhline(0, color="black", linewidth=0.8, linestyle=":")

@@ -63,7 +63,7 @@ class GradientUnderflow(Result):
             step=1,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """Tensors with and without a gradient."""
         ax.bar(["zero", "not zero"], [len(self.zero), self.tensors - len(self.zero)])
         ax.set(xlabel="gradient", ylabel="tensors")

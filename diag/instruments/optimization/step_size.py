@@ -210,7 +210,7 @@ class StepSize(Result):
             explained_by=(Cause.CLIPPING_BEFORE_UNSCALING,),
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The median ratio over the steps, with the range of most trainings that work."""
         ax.loglog(self.steps, self.ratios, marker="o", markersize=3)
         for limit in (

@@ -83,7 +83,7 @@ class TrivialPredictor(Result):
             step=step,
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The network's loss beside that of the class frequencies."""
         ax.bar(["network", "class frequencies"], [self.loss, self.entropy])
         ax.set(xlabel="predictor", ylabel="loss (nats)")

@@ -46,7 +46,7 @@ class InputUsed(Result):
             explained_by=(Cause.INPUTS_CONSTANT, Cause.UNITS_DEAD, Cause.INITIALIZATION_CONSTANT, Cause.NOT_FINITE),
         )
 
-    def plot(self, ax: Any) -> None:
+    def plot(self, ax: Any = None) -> None:
         """The change of the outputs, before and after fitting."""
         ax.bar(["before", "after fitting"], [self.change, self.fitted_change])
         ax.set(xlabel="one batch", ylabel="change of the outputs over their size")

@@ -88,7 +88,8 @@ def ranks(folder):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The history of one process that trains on all rows."""
-    trainings.train(trainings.mlp(), trainings.rows(), watch=folder / "alone")
+    with trainings.reading_every_step():
+        trainings.train(trainings.mlp(), trainings.rows(), watch=folder / "alone")
     return diag.load(folder / "alone").history
 
 

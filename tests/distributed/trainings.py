@@ -642,5 +642,11 @@ def main(rank, world, folder, names):
     dist.destroy_process_group()
 
 
+def reading_every_step():
+    """Gradients are read however long it takes on a machine that does other things as well."""
+    return mock.patch("diag.watching.observe.steps.READING_FREE", 1.0)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    with reading_every_step():
+        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -75,6 +75,7 @@ from diag.instruments.data.held_out_inputs import HeldOutInputs as HeldOutInputs
 from diag.instruments.data.held_out_labels import HeldOutLabels as HeldOutLabels
 from diag.instruments.data.held_out_rows import HeldOutRows as HeldOutRows
 from diag.instruments.hessian_spectrum import HessianSpectrum as HessianSpectrum
+from diag.instruments.network.ignored_inputs import IgnoredInputs as IgnoredInputs
 from diag.instruments.loss.initial_loss import InitialLoss as InitialLoss
 from diag.instruments.network.initial_scale import InitialScale as InitialScale
 from diag.instruments.network.initial_weights import InitialWeights as InitialWeights
@@ -82,7 +83,6 @@ from diag.instruments.initialization import Initialization as Initialization
 from diag.instruments.input_magnitude import InputMagnitude as InputMagnitude
 from diag.instruments.data.input_scale import InputScale as InputScale
 from diag.instruments.trial.input_used import InputUsed as InputUsed
-from diag.instruments.network.inputs_used import InputsUsed as InputsUsed
 from diag.instruments.data.label_audit import LabelAudit as LabelAudit
 from diag.instruments.data.labels_belong import LabelsBelong as LabelsBelong
 from diag.instruments.data.labels_kept import LabelsKept as LabelsKept
@@ -301,6 +301,10 @@ def hessian_spectrum(snapshot: Snapshot, /, *, hessian: Any = ..., class_directi
 @overload
 def hessian_spectrum(hessian: Any, class_directions: Any = None, *, num_eigenvalues: int = ..., steps: int = ..., max_products: int = ..., num_probes: int = ..., trace_probes: int = ..., tolerance: float = ..., half_split: bool = ..., weight_decay: float = ..., keep_eigenvectors: bool = ..., overlap_above: float = ..., negative_above: float = ..., memory: int | None = ..., checkpoint: str = ..., seed: int = ...) -> HessianSpectrum: ...
 @overload
+def ignored_inputs(snapshot: Snapshot, /, *, inputs_tried: Any = ..., history: Any = ...) -> IgnoredInputs: ...
+@overload
+def ignored_inputs(inputs_tried: Any, history: Any) -> IgnoredInputs: ...
+@overload
 def initial_loss(snapshot: Snapshot, /, *, history: Any = ..., logits: Any = ..., labels: Any = ..., losses: Any = ..., loop: Any = ..., times: float = ...) -> InitialLoss: ...
 @overload
 def initial_loss(history: Any, logits: Any, labels: Any, losses: Any, loop: Any = None, *, times: float = ...) -> InitialLoss: ...
@@ -328,10 +332,6 @@ def input_scale(inputs: Any, *, large: float = ..., small: float = ..., ratio: f
 def input_used(snapshot: Snapshot, /, *, trial: Any = ...) -> InputUsed: ...
 @overload
 def input_used(trial: Any) -> InputUsed: ...
-@overload
-def inputs_used(snapshot: Snapshot, /, *, inputs_tried: Any = ..., history: Any = ...) -> InputsUsed: ...
-@overload
-def inputs_used(inputs_tried: Any, history: Any) -> InputsUsed: ...
 @overload
 def label_audit(snapshot: Snapshot, /, *, logits: Any = ..., labels: Any = ..., inputs: Any = ..., warn_at: float = ...) -> LabelAudit: ...
 @overload

@@ -90,7 +90,7 @@ def test_a_network_that_draws_its_own_numbers_is_refused():
 def verdict(ignored, steps=40):
     history = dataclasses.replace(empty_history({"w": 1}, steps))
     found = InputsTried(("input 1", "numbers"), ignored, 16)
-    return diag.inputs_used(inputs_tried=found, history=history).verdict()
+    return diag.ignored_inputs(inputs_tried=found, history=history).verdict()
 
 
 def test_what_is_said():
@@ -109,7 +109,7 @@ def test_a_watch_tells_of_it(lost, caplog):
     model = Two(lost)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(0)
-    with diag.watch(model, instruments=["inputs_used"]) as watcher:
+    with diag.watch(model, instruments=["ignored_inputs"]) as watcher:
         for _ in range(40):
             classes = torch.randint(6, (32,), generator=generator)
             loss = nn.functional.cross_entropy(model(classes, torch.randn(32, 3, generator=generator)), classes % 3)

@@ -17,7 +17,7 @@ STEPS_BEFORE_INPUTS = 30  # steps: paths that start at zero (gates, adapters) op
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InputsUsed(Result):
+class IgnoredInputs(Result):
     """On at most 16 examples of the probe set, in the mode of training."""
 
     tried: tuple[str, ...] = measured("inputs that differ between examples")
@@ -59,11 +59,11 @@ class InputsUsed(Result):
 
 @instrument(
     source=SOURCE,
-    title="Inputs used",
+    title="Ignored inputs",
     kind=Kind.CHECK,
     why="What is given to a network and lost on the way cannot be learned from, and the rest may be learned well.",
 )
-def inputs_used(inputs_tried: InputsTried, history: History) -> InputsUsed:
+def ignored_inputs(inputs_tried: InputsTried, history: History) -> IgnoredInputs:
     """Whether the outputs depend on each of the inputs, where a model takes several.
 
     inputs_tried: which outputs stayed as they were, bit for bit, when examples exchanged the values of one input
@@ -71,7 +71,7 @@ def inputs_used(inputs_tried: InputsTried, history: History) -> InputsUsed:
     moves nothing is a warning: some are given on purpose (numbers of rows, lengths). Raises nothing of its own.
     """
     late = int(history.total_steps) >= STEPS_BEFORE_INPUTS
-    return InputsUsed(
+    return IgnoredInputs(
         tried=inputs_tried.names,
         ignored=inputs_tried.ignored,
         examples=inputs_tried.rows,

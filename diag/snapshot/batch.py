@@ -66,7 +66,7 @@ class Batch:
 
         A model that computes its own loss needs them.
         """
-        taken = inspect.signature(model.forward).parameters
+        taken = arguments_of(model)
         named = {n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         name = next((key for key in LABEL_KEYS if key in named), None)
         given = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -138,6 +138,14 @@ class Batch:
         step = self.size if self.coupled else size or self.size
         for start in range(0, self.size, step):
             yield self.slice(start, start + step)
+
+
+def arguments_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the model's forward() by name; none where they cannot be read (a built-in function)."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def map_tensors(function: Callable[[Any], Any], value: Any, packed: bool = False) -> Any:

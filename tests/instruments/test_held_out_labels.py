@@ -8,6 +8,7 @@ import torch
 import diag
 from diag.instruments.causes import Cause
 from diag.instruments.data.dependence import independence_p_value, tensors_by_row
+from diag.instruments.data.held_out_labels import HeldOutLabels
 
 
 def data(n, seed, classes=4):
@@ -73,6 +74,35 @@ def test_memory_of_shuffled_training_labels_is_another_matter():
 def test_a_network_that_only_answers_badly_is_another_matter():
     answers = lambda v: logits_of(torch.randint(4, v.shape, generator=torch.Generator().manual_seed(4)))  # noqa: E731
     assert judged(lambda v: v, answers=answers).verdict().level == "ok"
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_held_out_labels_that_hardly_vary_say_nothing(others):
+    """The first rows of a held-out set that is sorted by class, half of them answered right."""
+    x, y = data(200, 0)
+    u, v = data(900, 1)
+    first = v.argsort(stable=True)[: int((v == 0).sum()) + others]
+    v, generator = v[first], torch.Generator().manual_seed(4)
+    wrong = 1 + torch.randint(3, v.shape, generator=generator)
+    answered = (v + wrong * (torch.rand(v.shape, generator=generator) < 0.55)) % 4
+    result = diag.held_out_labels(
+        inputs=x,
+        logits=logits_of(y),
+        labels=y,
+        held_out_inputs=u[first],
+        held_out_logits=torch.nn.functional.one_hot(answered, 4).float(),
+        held_out_labels=v,
+    )
+    assert 0.2 < result.held_out_accuracy < 0.5 and result.chance > 0.98
+    assert result.verdict().level == "ok"
+
+
+def test_only_classes_of_another_number_are_shown():
+    swapped = HeldOutLabels(
+        accuracy=0.9, held_out_accuracy=0.1, renumbered=0.9, chance=0.3, p_value=math.nan,
+        held_out_p_value=math.nan, numbers=((0, 1), (1, 0), (2, 2)), held_out=100,
+    )  # fmt: skip
+    assert "renumbered (0 is 1, 1 is 0), and" in swapped.verdict().sentence
 
 
 def test_few_labels_are_refused():

@@ -315,6 +315,40 @@ def test_padding_is_left_out_of_the_mean_where_something_says_which_it_is(how):
     assert found.effective_ranks[found.layers.index("layer")] == pytest.approx(dense(rows.detach())[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("channels", [7, 5])  # seven tokens: as many as channels, and not
+def test_padding_is_left_out_after_a_convolution_too(channels):
+    torch.manual_seed(0)
+    x = torch.randint(1, 9, (20, 7)) * (torch.arange(7) < torch.randint(2, 8, (20, 1)))
+    embedding, layer = nn.Embedding(9, 6, padding_idx=0), nn.Conv1d(6, channels, 1)
+
+    class Convolved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.layer, self.out = embedding, layer, nn.Linear(channels, 3)
+
+        def forward(self, x):
+            return self.out(self.layer(self.embedding(x).transpose(1, 2)).mean(2))
+
+    z, used = layer(embedding(x).transpose(1, 2)).detach(), (x != 0)[:, None]
+    rows = (z * used).sum(2) / used.sum(2)
+    found = representation(diag.Snapshot(Convolved(), nn.CrossEntropyLoss(), (x, torch.arange(20) % 3)))
+    assert found.effective_ranks[found.layers.index("layer")] == pytest.approx(dense(rows)[0], rel=1e-5)
+
+
+def test_a_loss_among_the_modules_is_no_layer():
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.loss = nn.Linear(4, 3), nn.CrossEntropyLoss()
+
+        def forward(self, x, labels):
+            z = self.layer(x)
+            return {"logits": z, "loss": self.loss(z, labels)}
+
+    found = representation(diag.Snapshot(WithLoss(), None, {"x": torch.randn(9, 4), "labels": torch.arange(9) % 3}))
+    assert found.layers == ("layer",)
+
+
 def test_refusals():
     assert "one class" in refusal(
         collapse_by_layer, layer_outputs={"a": normal(4, 2)}, labels=torch.zeros(4).long()

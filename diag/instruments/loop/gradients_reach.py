@@ -96,40 +96,34 @@ def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
             layers=tuple(p.name for p in cut),
         )
     if unused:
-        yield _without(unused, loop, Cause.MODULE_UNUSED, "not called in training", "is", "are")
+        yield _unchanged(unused, loop, Cause.MODULE_UNUSED, ("is", "are"), "not called in training")
     if unknown:
-        yield _without(unknown, loop, Cause.GRADIENT_ABSENT, "no gradient", "gets", "get")
+        yield _unchanged(unknown, loop, Cause.GRADIENT_ABSENT, ("gets", "get"), "no gradient")
     if single:
-        yield _unused_alone(single, loop)
+        how = "no gradient, while other parameters of the same module do"
+        yield _unchanged(single, loop, Cause.GRADIENT_ABSENT, ("gets", "get"), how, whole_layers=False)
 
 
-def _unused_alone(single: list[ParameterFacts], loop: Loop) -> LoopFinding:
-    get, they, have = ("gets", "it", "has") if len(single) == 1 else ("get", "they", "have")
-    return LoopFinding(
-        Level.WARNING,
-        Cause.GRADIENT_ABSENT,
-        f"{named([p.name for p in single])} {get} no gradient, while other parameters of the same module do, so "
-        f"{they} {have} not changed in {counted(loop.step, 'step')}.",
-        "Use it in forward(), or take it out of the model.",
-        "A gradient of it that is not None after backward().",
-        step=1 if _never(single) else None,
-        layers=tuple(p.name for p in single),
-    )
-
-
-def _without(
-    parameters: list[ParameterFacts], loop: Loop, cause: Cause, how: str, one: str, several: str
+def _unchanged(
+    parameters: list[ParameterFacts],
+    loop: Loop,
+    cause: Cause,
+    verbs: tuple[str, str],
+    how: str,
+    *,
+    whole_layers: bool = True,
 ) -> LoopFinding:
-    alone = len({layer_of(p.name) for p in parameters}) == 1
+    names = tuple(p.name for p in parameters)
+    whom = list(dict.fromkeys(map(layer_of, names) if whole_layers else names))
+    verb, have, them = (verbs[1], "they have", "them") if len(whom) > 1 else (verbs[0], "it has", "it")
     return LoopFinding(
         Level.WARNING,
         cause,
-        f"{_layers(parameters)} {one if alone else several} {how}, so none of {'its' if alone else 'their'} "
-        f"parameters has changed in {counted(loop.step, 'step')}.",
-        "Use the layers in forward(), or take them out of the model.",
-        "A gradient of these parameters that is not None after backward().",
+        f"{named(whom)} {verb} {how}, so {have} not changed in {counted(loop.step, 'step')}.",
+        f"Use {them} in forward(), or take {them} out of the model.",
+        f"A gradient of {them} that is not None after backward().",
         step=1 if _never(parameters) else None,
-        layers=tuple(p.name for p in parameters),
+        layers=names,
     )
 
 

@@ -204,9 +204,8 @@ def _several(f: LossFacts) -> LoopFinding:
         Cause.TARGETS_OUT_OF_RANGE,
         f"{f.function} is called on rows that have up to {f.several:,} classes at once, and {softmax} shares one "
         "among them.",
-        "Use binary_cross_entropy_with_logits on the raw outputs for several classes at once, or divide "
-        "each row by "
-        "its sum.",
+        "Use binary_cross_entropy_with_logits on the raw outputs for several classes at once, or divide each "
+        "row by its sum.",
         "Rows of targets whose sum is one.",
         step=f.first_step,
     )

@@ -69,9 +69,8 @@ def _stale(left_out: list[ParameterFacts], all_of_it: bool) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.OPTIMIZER_HOLDS_STALE_PARAMETERS,
-        f"The optimizer updates tensors that are not, or no longer, the model's: {what} get gradients and "
-        f"are in no "
-        f"optimizer{since}, while it holds tensors of their shapes without gradients.",
+        f"The optimizer updates tensors that are not, or no longer, the model's: {what} get gradients and are in "
+        f"no optimizer{since}, while it holds tensors of their shapes without gradients.",
         "Make the optimizer of this model's parameters, after the last change of its layers (or add the new ones: "
         "optimizer.add_param_group).",
         "The parameters' ids in optimizer.param_groups.",

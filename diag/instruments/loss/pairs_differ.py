@@ -21,9 +21,8 @@ class PairsDiffer(LoopCheck):
     source=SOURCE,
     title="Sides of a pair",
     kind="check",
-    why="A pair of two equal sides is matched by any network, so that nothing is learned from it: what two "
-    "views of "
-    "an example have in common is only asked for where they differ.",
+    why="A pair of two equal sides is matched by any network, so that nothing is learned from it: what two views "
+    "of an example have in common is only asked for where they differ.",
 )
 def pairs_differ(loop: Loop) -> PairsDiffer:
     """Whether the two sides of the pairs that the loss compares are different examples, or different views.
@@ -44,9 +43,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.ALARM,
             Cause.PAIR_IDENTICAL,
-            f"The loss compares examples with themselves: at all {facts.looked:,} backward passes looked at, "
-            f"two calls "
-            "of the model whose outputs it brings together had the same inputs and gave the same outputs.",
+            f"The loss compares examples with themselves: at all {facts.looked:,} backward passes looked at, two "
+            "calls of the model whose outputs it brings together had the same inputs and gave the same outputs.",
             "Give the second call another view of the example (an augmentation, dropout) or another example of its "
             "kind; look at how the positives are drawn.",
             "Two calls whose outputs differ.",

@@ -34,7 +34,7 @@ def axes_kept(loop: Loop) -> AxesKept:
     loop: the facts of the loop, which hold the reshapes in the graphs of the first losses that give axes each
     other's lengths, (n, t, k) to (n, k, t), where neither length divides the other nor is next to it (splitting
     heads and shifting rows look alike then), and whether outputs and targets were made one row of tokens in
-    different orders. Either is a warning. Raises nothing of its own.
+    different orders. A reshape is a warning, orders that differ are an alarm. Raises nothing of its own.
     """
     known = Precondition("a loss", loop.backwards > 0, "no backward pass was seen.")
     fine = "No reshape gives axes each other's lengths."

@@ -43,8 +43,7 @@ class ExamplesMixed(Result):
             others, moved = "on its place in the batch", "the examples come in another order"
             advice = (
                 "Look for positions that are added along the batch axis (pe[: x.size(0)] where the batch is "
-                "first), "
-                "and for rows that are sorted and not brought back in order"
+                "first), and for rows that are sorted and not brought back in order"
             )
         return judged(
             Level.WARNING,

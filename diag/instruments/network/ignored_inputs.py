@@ -39,9 +39,8 @@ class IgnoredInputs(Result):
             f"The model is given {named(self.ignored)} and does not use "
             f"{'them' if len(self.ignored) > 1 else 'it'}: when {self.examples:,} examples exchange these values, "
             "no output changes in a single bit.",
-            advice="Look for an input that is overwritten, multiplied by zero or left out on its way; take "
-            "it out of "
-            "the call where it is not meant to count.",
+            advice="Look for an input that is overwritten, multiplied by zero or left out on its way; take it out "
+            "of the call where it is not meant to count.",
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="An output that moves when this input alone is changed.",
@@ -64,7 +63,8 @@ class IgnoredInputs(Result):
     why="What is given to a network and lost on the way cannot be learned from, and the rest may be learned well.",
 )
 def ignored_inputs(inputs_tried: InputsTried, history: History) -> IgnoredInputs:
-    """Whether the outputs depend on each of the inputs, where a model takes several.
+    """Whether the outputs depend on each of the inputs, where a model takes several; `diag.input_used` asks before
+    training whether they depend on the input at all.
 
     inputs_tried: which outputs stayed as they were, bit for bit, when examples exchanged the values of one input
     (`diag.snapshot.inside.ignored`). history: how many steps were taken; judged from step 30 on. An input that

@@ -95,12 +95,19 @@ def scatter(values: Floats) -> float:
 def fell(losses: Floats) -> bool:
     """Whether the mean loss of the last third is below that of the first by two standard errors or more: for losses
     that are negative, or change their sign, of which a share says nothing."""
-    third = len(losses) // 3
-    if third < 2:
+    if len(losses) < 6:
         return True
+    first, last, error = thirds(losses)
+    return first - last > 2 * error
+
+
+def thirds(losses: Floats) -> tuple[float, float, float]:
+    """The mean loss of the first third and of the last, and the standard error of their difference; of six losses
+    or more."""
+    third = len(losses) // 3
     first, last = losses[:third], losses[-third:]
     error = numpy.hypot(first.std(ddof=1), last.std(ddof=1)) / numpy.sqrt(third)
-    return bool(first.mean() - last.mean() > 2 * error)
+    return float(first.mean()), float(last.mean()), float(error)
 
 
 def fall(losses: Floats) -> float:

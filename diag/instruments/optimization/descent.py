@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-import torch
 from numpy.typing import NDArray
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
-from diag.instruments.optimization.course import finite_losses
-from diag.linalg.student import error_of_mean
+from diag.instruments.optimization.course import finite_losses, thirds
 from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -52,10 +50,9 @@ class Descent(Result):
             )
         return verdict(
             Level.ALARM,
-            f"Training goes up the loss: at {round(self.upwards * len(self.cosines)):,} of "
-            f"{len(self.cosines):,} steps "
-            f"measured the optimizer moved the weights along the gradient and not against it {shown}, and the loss "
-            f"rose from {format_number(self.first_loss)} to {format_number(self.last_loss)}.",
+            f"Training goes up the loss: at {round(self.upwards * len(self.cosines)):,} of {len(self.cosines):,} "
+            f"steps measured the optimizer moved the weights along the gradient and not against it {shown}, and "
+            f"the loss rose from {format_number(self.first_loss)} to {format_number(self.last_loss)}.",
             advice="Look at the signs in the optimizer's step and at what changes the gradients before it.",
             confidence=Confidence.ARITHMETIC,
             refutation="What backward() is called on is meant to become large.",
@@ -87,17 +84,14 @@ def descent(history: History, loop: Loop, *, alarm_above: Share = UPWARDS) -> De
     """
     cosines = numpy.array([c for c in loop.directions if math.isfinite(c)])
     losses, _ = finite_losses(history)
-    third = len(losses) // 3
-    first, last = losses[:third], losses[len(losses) - third :]
     enough = len(cosines) >= MEASURED_STEPS and len(losses) >= LOSSES_NEEDED
-    error = math.hypot(*(error_of_mean(torch.from_numpy(x)) for x in (first, last))) if enough else math.nan
-    rise = float(last.mean() - first.mean()) if enough else math.nan
+    first, last, error = thirds(losses) if enough else (math.nan,) * 3
     return Descent(
         cosine=float(cosines.mean()) if len(cosines) else math.nan,
         upwards=float((cosines > 0).mean()) if len(cosines) else 0.0,
-        first_loss=float(first.mean()) if enough else math.nan,
-        last_loss=float(last.mean()) if enough else math.nan,
-        loss_rose=enough and rise > RISEN_BY * error,
+        first_loss=first,
+        last_loss=last,
+        loss_rose=last - first > RISEN_BY * error,
         cosines=cosines,
         preconditions=(
             Precondition(

@@ -50,9 +50,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.NOT_FINITE,
-            f"The loss of the evaluation is not a number: {e.broken:,} of the {e.looked:,} that were looked "
-            f"at, for "
-            f"the first time before step {e.first_step:,}.",
+            f"The loss of the evaluation is not a number: {e.broken:,} of the {e.looked:,} that were looked at, "
+            f"for the first time before step {e.first_step:,}.",
             "Look for rows of attention that may look at nothing (a mask, or padding, that leaves a position no "
             "key), and for batches without a single target that counts.",
             "An evaluation on the same rows whose loss is finite.",

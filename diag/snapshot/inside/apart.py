@@ -42,7 +42,8 @@ class OtherExamples:
 
 
 def other_examples(snapshot: Snapshot) -> OtherExamples:
-    """Try it on the first examples of the probe set: six passes of `EXAMPLES_TOGETHER` of them.
+    """Try it on the first examples of the probe set: seven passes of `EXAMPLES_TOGETHER` of them, two
+    more where they move.
 
     Raises MissingQuantity where an input does not belong to single examples, where the network gives another answer
     each time, where it cannot be called on so few, or where the first axis may be time.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diag.errors import MissingQuantity
-from diag.snapshot.batch import Batch, map_tensors, tensors_in
+from diag.snapshot.batch import Batch, arguments_of, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.inside.apart import every_output, in_mode
 from diag.snapshot.snapshot import Snapshot
@@ -40,7 +39,7 @@ def inputs_tried(snapshot: Snapshot) -> InputsTried:
     """
     first = replace(snapshot.batches[0], coupled=False, why="")
     rows = first.slice(0, min(ROWS_EXCHANGED, first.size))
-    found = dict(list(_varying(rows, _named_arguments(snapshot.model)))[:MOST_INPUTS])
+    found = dict(list(_varying(rows, arguments_of(snapshot.model)))[:MOST_INPUTS])
     if len(found) < 2:
         raise MissingQuantity("the model has no two inputs that differ between examples.")
     snapshot.deadline.check()
@@ -68,14 +67,6 @@ def _varying(batch: Batch, forward: Collection[str]) -> Iterator[tuple[str, Tens
             continue
         if not any(t.shape == y.shape and torch.equal(t.double(), y.double()) for y in targets):
             yield name, t
-
-
-def _named_arguments(model: nn.Module) -> set[str]:
-    """The names of the arguments of its forward(); none where they cannot be read."""
-    try:
-        return set(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):
-        return set()
 
 
 def _exchanged(batch: Batch, chosen: Tensor) -> Batch:

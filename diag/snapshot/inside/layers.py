@@ -178,6 +178,8 @@ class _Rows:
             output = output[0]
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.numel() == 0:
             return
+        if not output.ndim:  # a loss among the modules
+            return
         if isinstance(module, CHANNELS_FIRST) and output.ndim == 3:
             self._channels_first = tuple(output.shape)
         rows = self._rows(output.detach())
@@ -186,14 +188,14 @@ class _Rows:
 
     def _rows(self, t: Tensor) -> Tensor | None:
         channels_first = t.ndim >= 4 or tuple(t.shape) == self._channels_first
+        tokens = t.movedim(1, -1) if channels_first else t
         if self.positions is not None:
-            t = t.movedim(1, -1) if channels_first else t
-            return t.flatten(0, -2) if tuple(t.shape[:-1]) == self.positions else None
+            return tokens.flatten(0, -2) if tuple(tokens.shape[:-1]) == self.positions else None
         if t.shape[0] != self.size:
             return None
         if t.ndim <= 2:
             return t.reshape(len(t), -1)
-        if self.counted is not None and t.shape[:-1] == self.counted.shape:
+        if self.counted is not None and tokens.shape[:-1] == self.counted.shape:
             weights = self.counted.to(t.device)[..., None]
-            return torch.where(weights, t, 0).sum(1) / weights.sum(1)  # padding may hold what is not finite
+            return torch.where(weights, tokens, 0).sum(1) / weights.sum(1)  # padding may hold what is not finite
         return t.flatten(2).mean(2) if channels_first else t.flatten(1, -2).mean(1)

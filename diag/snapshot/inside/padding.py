@@ -3,11 +3,9 @@ fills the ends of rows and stands nowhere else."""
 
 from __future__ import annotations
 
-import inspect
-
 from torch import Tensor, nn
 
-from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.batch import Batch, arguments_of, tensors_in
 
 MASKS = ("attention_mask", "padding_mask", "key_padding_mask", "src_key_padding_mask")
 MASKS_OF_PADDING = ("padding_mask", "key_padding_mask", "src_key_padding_mask")  # True where a token is none
@@ -28,7 +26,7 @@ def tokens_that_count(model: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def _masked(model: nn.Module, batch: Batch) -> Tensor | None:
-    named = dict(zip(inspect.signature(model.forward).parameters, batch.args, strict=False)) | batch.kwargs
+    named = dict(zip(arguments_of(model), batch.args, strict=False)) | batch.kwargs
     named |= batch.args[0] if batch.args and isinstance(batch.args[0], dict) else {}
     for name in MASKS:
         mask = named.get(name)

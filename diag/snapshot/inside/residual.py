@@ -69,9 +69,8 @@ def residual_stack(snapshot: Snapshot) -> ResidualStack:
             chain = _longest(calls)
             if len(chain) < 2:
                 raise MissingQuantity(
-                    "the model has no two blocks in a row that add to what they are given (h + f(h), the "
-                    "sum made by "
-                    "the block's own forward, with nothing after it)."
+                    "the model has no two blocks in a row that add to what they are given (h + f(h), the sum made "
+                    "by the block's own forward, with nothing after it)."
                 )
             _refuse_unrepeatable(chain)
             start = chain[0].args[0]

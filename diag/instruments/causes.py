@@ -123,7 +123,7 @@ class Cause(enum.StrEnum):
     HELD_OUT_IN_TRAINING = "held_out_in_training", Theme.DATA, "Rows of the held-out set are in the training set."
     HELD_OUT_DIFFERS = "held_out_differs", Theme.DATA, "Held-out inputs are prepared differently from training inputs."
     BATCHES_POISONED = "batches_poisoned", Theme.DATA, "A few batches are corrupt: outliers, wrong scale, wrong labels."
-    HELD_OUT_LABELS_DIFFER = "held_out_labels_differ", Theme.DATA, "Held-out labels are numbered otherwise than training's, or do not belong to their inputs."
+    HELD_OUT_LABELS_DIFFER = "held_out_labels_differ", Theme.DATA, "Held-out labels give the classes other numbers than training's, or do not belong to their inputs."
     DATA_NOT_FINITE = "data_not_finite", Theme.DATA, "Inputs or targets hold NaN or infinity."
     LOADER_EMPTY = "loader_empty", Theme.DATA, "A DataLoader gives no batch at all: fewer rows than one batch, and drop_last."
     ROWS_DUPLICATED = "rows_duplicated", Theme.DATA, "The same rows are drawn again and again, and others never."

@@ -16,6 +16,7 @@ from torch import Tensor
 from diag.snapshot.batch import tensors_in
 
 PERMUTATIONS = 199
+MOST_COMPARED = 256  # pairs
 WIDEST = 1024  # columns of the inputs that are compared
 NUMBERS = 16  # columns of the targets
 PLACES = 128  # of a sequence of tokens
@@ -55,6 +56,18 @@ def tensors_by_row(inputs: Any) -> tuple[Tensor, ...]:
     if len(forms) != 1 or not batches[0] or not whole:
         return ()
     return tuple(torch.cat([t.detach() for t in column]) for column in zip(*batches, strict=True))
+
+
+def rows_compared(inputs: Any, answers: Tensor) -> tuple[Tensor, ...]:
+    """The first 256 rows of what a model is given; empty where there is not one for each answer, where numbers that
+    are compared are not finite, or where they are the same in all rows."""
+    rows = tensors_by_row(inputs)
+    if any(len(t) != len(answers) for t in rows):
+        return ()
+    rows = tuple(t[:MOST_COMPARED] for t in rows)
+    some = [columns_compared(t) for t in rows]
+    finite = all(bool(t.isfinite().all()) for t in some)
+    return rows if finite and any(bool((t != t[:1]).any()) for t in some) else ()
 
 
 def columns_compared(inputs: Tensor) -> Tensor:

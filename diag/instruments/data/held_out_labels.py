@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.data.dependence import independence_p_value, tensors_by_row
+from diag.instruments.data.dependence import MOST_COMPARED, independence_p_value, rows_compared
 from diag.instruments.outcome.gain import share_of_most_frequent, share_right
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -26,7 +26,7 @@ ANSWERED_RIGHT, RENUMBERED, SAME_NUMBERS = 0.8, 0.8, 0.2  # of the examples
 FEWEST_OF_AN_ANSWER = 5  # examples
 FEWEST_LABELLED = 64  # examples of a side
 SURELY_DEPENDENT, HARDLY_DEPENDENT = 0.02, 0.1  # p-values
-ERRORS_ABOVE_CHANCE, PAIRS_TESTED = 3.0, 256
+ERRORS_ABOVE_CHANCE = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,8 +51,9 @@ class HeldOutLabels(Result):
             and self.renumbered >= RENUMBERED
         ):
             return self._told(
-                f"Held-out labels are numbered otherwise than training's: {format_share(self.renumbered)} of the "
-                f"held-out examples are answered right once the classes are renumbered ({self._pairs()}), and "
+                "Held-out labels give the classes other numbers than training's: "
+                f"{format_share(self.renumbered)} of the held-out examples are answered right once the "
+                f"classes are renumbered ({self._pairs()}), and "
                 f"{format_share(self.held_out_accuracy)} as they are.",
                 "Number the classes once, from one sorted list of their names, and use it for both sets.",
                 self.renumbered,
@@ -167,11 +168,9 @@ def held_out_labels(
 
 
 def _p_value(inputs: Any, labels: Tensor) -> float:
-    """NaN where the inputs are not of one form."""
-    rows = [t[:PAIRS_TESTED] for t in tensors_by_row(inputs)]
-    fit = bool(rows) and all(len(t) == len(labels[:PAIRS_TESTED]) and bool(t.isfinite().all()) for t in rows)
-    varied = fit and any(bool((t != t[:1]).any()) for t in rows)
-    return independence_p_value(rows, labels[:PAIRS_TESTED]) if varied else math.nan
+    """NaN where the inputs cannot be compared."""
+    rows = rows_compared(inputs, labels)
+    return independence_p_value(rows, labels[:MOST_COMPARED]) if rows else math.nan
 
 
 def _numbers(answers: Tensor, labels: Tensor) -> tuple[tuple[tuple[int, int], ...], float]:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.data.dependence import columns_compared, independence_p_value, tensors_by_row
+from diag.instruments.data.dependence import MOST_COMPARED, independence_p_value, rows_compared
 from diag.instruments.data.label_order import in_order
 from diag.instruments.optimization.course import finite_losses, unpushed, update_ratios
 from diag.instruments.outcome.gain import Answered, gain
@@ -29,7 +28,7 @@ from diag.snapshot.loop.facts import Loop
 
 SOURCE = "Gretton et al. 2008, NIPS 20 (the test of independence), and arithmetic of the losses measured"
 FROM_STEP, WHOLE_EPOCHS = 100, 2
-FEWEST_COMPARED, MOST_COMPARED = 100, 256
+FEWEST_COMPARED = 100  # pairs
 INDEPENDENT = 0.05  # p-value above which nothing speaks for a dependence
 ANYTHING, CERTAINLY = 2.0, 4.0  # standard errors
 USUAL_STEP = (2e-4, 0.15)  # of the weights' size
@@ -161,13 +160,13 @@ def labels_belong(
     """
     answers = labels if labels is not None else targets
     late = int(history.total_steps) >= FROM_STEP
-    rows = tensors_by_row(inputs)
-    usable = late and answers is not None and _pairs(rows, answers)
+    rows = rows_compared(inputs, answers) if late and answers is not None else ()
+    usable = answers is not None and bool(rows) and _vary(answers)
     training = Answered(losses, logits, labels, targets)
     held_out = Answered(held_out_losses, held_out_logits, held_out_labels, held_out_targets)
     own_gain, held_out_gain = gain(training, training, loop), gain(held_out, training, loop)
     return LabelsBelong(
-        p_value=_p_value(rows, answers) if usable and answers is not None else math.nan,
+        p_value=independence_p_value(rows, answers[:MOST_COMPARED]) if usable and answers is not None else math.nan,
         gain=own_gain[0],
         gain_standard_error=own_gain[1],
         held_out_gain=held_out_gain[0],
@@ -181,18 +180,11 @@ def labels_belong(
     )
 
 
-def _p_value(inputs: tuple[Tensor, ...], answers: Tensor) -> float:
-    return independence_p_value([t[:MOST_COMPARED] for t in inputs], answers[:MOST_COMPARED])
-
-
-def _pairs(inputs: tuple[Tensor, ...], answers: Tensor) -> bool:
-    """Whether there are enough inputs that vary, finite, each with an answer; answers vary, in no order."""
-    if not inputs or any(len(t) != len(answers) for t in inputs) or len(answers) < FEWEST_COMPARED:
-        return False
-    some, theirs = [columns_compared(t[:MOST_COMPARED]) for t in inputs], answers[:MOST_COMPARED]
-    finite = all(bool(torch.isfinite(t).all()) for t in (*some, theirs))
-    varied = any(bool((t != t[:1]).any()) for t in some) and bool((theirs != theirs[:1]).any())
-    return finite and varied and (theirs.is_floating_point() or not in_order(theirs))
+def _vary(answers: Tensor) -> bool:
+    """Whether there are enough answers to compare, finite, not all alike and in no order."""
+    some = answers[:MOST_COMPARED]
+    varied = bool(some.isfinite().all()) and bool((some != some[:1]).any())
+    return len(answers) >= FEWEST_COMPARED and varied and (some.is_floating_point() or not in_order(some))
 
 
 def _works(history: History, loop: Loop | None) -> bool:

@@ -47,8 +47,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.ALARM,
             Cause.AXES_MIXED,
-            f"Outputs and targets are put in one row in different orders: the outputs from {outputs}, the targets "
-            f"from {targets}, so that nearly every output is compared with the target of another place.",
+            f"Outputs and targets are flattened in different orders: the outputs from {outputs}, the targets from "
+            f"{targets}, so that nearly every output is compared with the target of another place.",
             "Reshape both from the same order of axes, examples first.",
             "Outputs whose first axes are those of the targets.",
             step=1,
@@ -58,8 +58,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.AXES_MIXED,
-            f"A reshape from {before} to {after} gives axes each other's lengths and leaves the numbers in their "
-            f"order, so that they are mixed along these axes{more}.",
+            f"A reshape stands where a transpose seems to be meant: from {before} to {after} it exchanges "
+            f"the lengths of axes and not the numbers along them, so that these are mixed{more}.",
             "Use transpose or permute to exchange axes, and reshape only to split or merge neighbouring ones.",
             "A reshape whose order of numbers is the one that is meant.",
             step=1,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from diag.display import format_number
+from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses, thirds
@@ -46,7 +46,8 @@ class Descent(Result):
         if not (self.cosine > limit and self.upwards >= NEARLY_ALL and self.loss_rose):
             return verdict(
                 Level.OK,
-                f"At {1 - self.upwards:.0%} of the steps measured the weights move down their gradient {shown}.",
+                f"At {format_share(1 - self.upwards)} of the steps measured the weights move down their gradient "
+                f"{shown}.",
             )
         return verdict(
             Level.ALARM,

@@ -68,11 +68,9 @@ class Divergence(Result):
         first, lowest = format_number(self.first), format_number(self.fell_to)
         return Verdict(
             Level.ALARM,
-            f"The loss falls without end: it began at {first}, has been below zero by more than {FELL:,g} "
-            f"times the "
-            f"first losses since step {self.fell_at:,} and reached {lowest}, with gradients that grow. "
-            f"Something in "
-            "it has no lower bound: a term that is subtracted, or a target out of the loss's range.",
+            f"The loss falls without end: it began at {first}, has been below zero by more than {FELL:,g} times "
+            f"the first losses since step {self.fell_at:,} and reached {lowest}, with gradients that grow. "
+            "Something in it has no lower bound: a term that is subtracted, or a target out of the loss's range.",
             advice="Write down each term of the loss with its sign: what is to become small is added, and what is "
             "subtracted must be bounded.",
             source=SOURCE,
@@ -140,10 +138,9 @@ def divergence(history: History, *, times: Times = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
     history: the record of a watched run. Judged on the median of the last five losses, so that a single bad batch
-    is not called divergence; a loss that begins at zero or below is not judged. A loss that
-    falls to a thousand times its first size below zero while the gradient grows thirtyfold has no lower bound: that
-    is an alarm of its own. A momentum of 0.99 or more is named
-    as the cause. Raises nothing of its own.
+    is not called divergence; a loss that begins at zero or below is not judged. A loss that falls to a thousand
+    times its first size below zero while the gradient grows thirtyfold has no lower bound: that is an alarm of its
+    own. A momentum of 0.99 or more is named as the cause. Raises nothing of its own.
     """
     losses = numpy.where(history.loss_finite, numpy.asarray(history.loss, float), math.inf)
     seen = ~numpy.isnan(losses)

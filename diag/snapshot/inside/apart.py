@@ -57,7 +57,7 @@ def other_examples(snapshot: Snapshot) -> OtherExamples:
             found, order = mixing(snapshot.model, rows), moved_by_order(snapshot.model, rows)
             if not math.isnan(found):
                 break
-        known = max(found, order) <= UNMOVED_WITHIN or holds_examples(snapshot.model, rows)
+        known = math.isnan(found) or max(found, order) <= UNMOVED_WITHIN or holds_examples(snapshot.model, rows)
     except CALL_ERRORS as error:
         raise MissingQuantity(
             f"the model could not be called on {rows.size} examples ({type(error).__name__})."

@@ -81,7 +81,8 @@ def _complaint(
     taken = {n: p for n, p in signature.parameters.items() if n != "self"}
     args = args[1:] if "self" in signature.parameters else args
     placed = [n for n, p in taken.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    strange = next((n for n in kwargs if n not in taken), None)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    strange = None if any_name else next((n for n in kwargs if n not in taken), None)
     twice = next((n for n in placed[: len(args)] if n in kwargs), None)
     if strange is not None:
         found = f"has no argument {strange!r}" + (f"; {near}" if (near := did_you_mean(strange, taken, 1)) else "")

@@ -2,10 +2,9 @@
 
 Both networks are brought into their standard form (`gauge`), in which all that is left to match is orthogonal: a
 permutation with signs of hidden units, of heads, a rotation inside each head (under rotary positions, one of each
-plane), a rotation of the residual stream. As
-in weight matching, <A, g(B)> is raised one set of units at a time with all others fixed, a linear assignment or an
-orthogonal Procrustes problem each; the standard form of A is then undone on B. Every step is a symmetry, so B's
-function stays what it is.
+plane), a rotation of the residual stream. As in weight matching, <A, g(B)> is raised one set of units at a time
+with all others fixed, a linear assignment or an orthogonal Procrustes problem each; the standard form of A is
+then undone on B. Every step is a symmetry, so B's function stays what it is.
 
 Sources: Ainsworth, Hayase & Srinivasa 2023 (arXiv:2209.04836) for the ascent; Theus et al. 2025 (arXiv:2506.22712)
 for its larger groups in transformers.

@@ -57,8 +57,7 @@ def find_linear_symmetries(
 
     example: one batch, `(inputs, targets)` or a dict; its first `max_examples` are used. tick: called between the
     passes; it may raise. Measured on a copy of the model, in float64 throughout: casts of its own to less are
-    lifted. Groups that change the outputs by more than a
-    relative 1e-9 are left out, with the reason.
+    lifted. Groups that change the outputs by more than a relative 1e-9 are left out, with the reason.
     Raises Unsupported where the model cannot be copied, runs in no float64 or gives outputs that are not finite.
     """
     example = as_batch(example)

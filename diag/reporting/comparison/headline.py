@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diag.reporting.document import NEEDS_ATTENTION
 from diag.reporting.plain import count_in_words, listed
 from diag.result import Level
 
 LONGEST_NAME = 24  # characters: a run of a longer name is called by its letter
 MOST_NAMED = 4  # runs whose causes a headline lists
-FINDINGS = (str(Level.ALARM), str(Level.WARNING))
 CHANGES = {"worse": "worse", "better": "better", "mixed": "better in some and worse in others", "same": "the same"}
 
 
@@ -30,7 +30,7 @@ def _of_two(checks: Sequence[Mapping[str, Any]], first: Mapping[str, Any], other
     if "worse" in changes:
         return f"{b} is worse than {a}{_because(other)}"
     if "better" in changes:
-        only = f" in {first['name']} only" if other["level"] not in FINDINGS else ""
+        only = f" in {first['name']} only" if other["level"] not in NEEDS_ATTENTION else ""
         return f"{b} is better than {a}{_because(first, only)}"
     return f"No check tells {a} and {b} apart" if "same" in changes else f"Nothing was judged in both {a} and {b}"
 
@@ -45,7 +45,7 @@ def _name(side: Mapping[str, Any]) -> str:
 
 
 def _of_many(sides: Sequence[Mapping[str, Any]]) -> str:
-    found = [side for side in sides if side["level"] in FINDINGS]
+    found = [side for side in sides if side["level"] in NEEDS_ATTENTION]
     if not found:
         judged = any(side["level"] == str(Level.OK) for side in sides)
         return f"Nothing wrong was found in the {len(sides)} runs" if judged else "Nothing could be judged"

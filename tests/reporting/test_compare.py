@@ -107,6 +107,17 @@ def test_the_headline_of_two_runs_says_which_is_worse_and_of_what(pair):
     assert unlike == "Nothing was judged in both A (Run b) and B (Run b)"
 
 
+def test_the_headline_of_two_runs_names_no_cause_that_both_have():
+    def with_dead(level):
+        made = side("Run", "alarm", 0.2)
+        dead = series(Collapse, [10], collapsed=0.2, headroom=1.0, margins=numpy.ones(4), level=level)
+        return dataclasses.replace(made, findings=[*made.findings, finding("dead", "Dead units", dead)])
+
+    some, none = with_dead("warning"), with_dead("ok")
+    assert comparison(none, some)["verdict"]["headline"] == "B (Run) is worse than A (Run): dead units"
+    assert comparison(some, none)["verdict"]["headline"] == "B (Run) is better than A (Run): dead units"
+
+
 def test_the_headline_of_a_sweep_has_the_most_frequent_cause_and_its_rows_the_first_story():
     runs = [side(f"Run {i}", "alarm" if i < 6 else "ok", 0.1) for i in range(9)]
     made = comparison(*runs)

@@ -28,15 +28,17 @@ def _of_two(checks: Sequence[Mapping[str, Any]], first: Mapping[str, Any], other
     if {"worse", "better"} <= changes:
         return f"{b} is worse than {a} by some checks and better by others"
     if "worse" in changes:
-        return f"{b} is worse than {a}{_because(other)}"
+        return f"{b} is worse than {a}: {_reason(checks, other)}"
     if "better" in changes:
         only = f" in {first['name']} only" if other["level"] not in NEEDS_ATTENTION else ""
-        return f"{b} is better than {a}{_because(first, only)}"
+        return f"{b} is better than {a}: {_reason(checks, first)}{only}"
     return f"No check tells {a} and {b} apart" if "same" in changes else f"Nothing was judged in both {a} and {b}"
 
 
-def _because(side: Mapping[str, Any], after: str = "") -> str:
-    return f": {side['cause']}{after}" if side["cause"] else ""
+def _reason(checks: Sequence[Mapping[str, Any]], worse: Mapping[str, Any]) -> str:
+    """The cause of the worse run where its check is one that changed; else what the first of those is called."""
+    changed = [check["name"] for check in checks if check["change"] in ("worse", "better")]
+    return str(worse["cause"]) if worse["verdict"]["name"] in changed else changed[0].lower()
 
 
 def _name(side: Mapping[str, Any]) -> str:

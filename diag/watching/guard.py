@@ -126,10 +126,15 @@ def safely(function: Callable[..., Any], *args: Any, broke: Callable[[Exception]
     try:
         return function(*args)
     except Exception as error:
-        if broke is not None:
-            with contextlib.suppress(Exception):
-                broke(error)
+        tell(broke, error)
         return None
+
+
+def tell(broke: Callable[[Exception], None] | None, error: Exception) -> None:
+    """Call `broke(error)`, if there is one; nothing that it raises goes further."""
+    if broke is not None:
+        with contextlib.suppress(Exception):
+            broke(error)
 
 
 def shielded(function: Callable[..., Any], broke: Callable[[Exception], None] | None = None) -> Callable[..., Any]:
@@ -139,8 +144,7 @@ def shielded(function: Callable[..., Any], broke: Callable[[Exception], None] | 
         try:
             return function(*args)
         except Exception as error:
-            if broke is not None:
-                safely(broke, error)
+            tell(broke, error)
             return None
 
     return call

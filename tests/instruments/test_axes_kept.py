@@ -10,8 +10,9 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
-from diag.watching.observe.loop.data.axes import exchanged_axes
+from diag.watching.observe.loop.data.axes import Axes, exchanged_axes
 from diag.watching.observe.loop.data.targets import rows_exchanged
+from diag.watching.observe.loop.moment import Moment
 
 CHECKED = ["axes_kept", "finite_evaluation", "loss_call", "token_targets"]
 
@@ -92,9 +93,7 @@ def test_layers_of_torch_are_quiet(module):
     x = torch.randn(13, 8, 24, requires_grad=True)
     out = module(x, x, x)[0] if isinstance(module, nn.MultiheadAttention) else module(x)
 
-    from diag.watching.observe.loop.data.axes import Axes
-
-    axes = Axes()
+    axes = Axes(Moment())
     axes.backward_called(out.sum())
     assert axes.facts() == ()
 

@@ -98,3 +98,15 @@ def test_the_cosine_is_that_of_what_is_not_along_the_weights():
     s, g = (v - w * (v @ w) / (w @ w) for v in (s, g))
     # The step is read back from float32 weights of size one.
     assert directions.facts() == pytest.approx([float(s @ g / s.norm() / g.norm())], abs=1e-5)
+
+
+def test_of_a_model_on_two_devices_the_parameters_on_the_first_are_looked_at():
+    both, first = Directions(), Directions()
+    here, there = (nn.Parameter(torch.ones(4, device=device)) for device in ("cpu", "meta"))
+    for p in (here, there):
+        p.grad = torch.arange(4.0, device=p.device)
+    before = [p.detach() + p.grad**2 for p in (here, there)]
+    optimizer = torch.optim.SGD([here, there], 1.0)
+    both.stepped([here, there], before, optimizer)
+    first.stepped([here], before[:1], optimizer)
+    assert both.facts() == first.facts() and len(first.facts()) == 1

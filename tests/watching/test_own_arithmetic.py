@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
+from diag.watching.observe.loop.data import own as own_losses
 from diag.watching.observe.loop.data.own import OwnLosses
 
 N, D = 24, 6
@@ -71,6 +74,38 @@ def test_shapes_that_broadcast_against_each_other():
         assert behind(((wide - other) ** 2).mean(), output).expanded == ((N, 1, 3), (1, N, 3))
     several = ((output.unsqueeze(1) - torch.randn(N, 5, 3)) ** 2).mean()  # samples of each target
     assert behind(several, output) is None
+
+
+def test_of_many_targets_some_tell_whether_they_vary(monkeypatch):
+    monkeypatch.setattr(own_losses, "SPREAD_OF", 8)
+    output = torch.randn(50, 3, requires_grad=True) * 1.0
+    assert behind(((output - torch.randn(50, 3)) ** 2).mean(), output)
+    assert behind(((output - torch.ones(50, 3)) ** 2).mean(), output) is None
+
+
+def test_on_a_device_that_must_be_waited_for_backward_passes_are_looked_at_ever_more_rarely():
+    own, looked = OwnLosses(), []
+    output = torch.randn(4, 3, device="meta", requires_grad=True) * 1.0
+    for i in range(1, 101):
+        own.training_call(output)
+        looked += [i] if own.is_due() else []
+        own.forget()
+    assert looked == [*range(1, own_losses.PASSES_WAITED_FOR + 1), 30, 100]
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, lambda p, t: ((p - t) ** 2).mean()], ids=["torch's", "own"])
+def test_outputs_are_not_kept_in_memory_past_the_step(loss):
+    model, kept = nn.Linear(D, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, instruments=["loss_call"]):
+        for _ in range(4):
+            output = model(torch.randn(N, D))
+            kept.append(StorageWeakRef(output.untyped_storage()))
+            optimizer.zero_grad()
+            loss(output, torch.randn(N, 3)).backward()
+            optimizer.step()
+            del output
+        assert [k.expired() for k in kept] == [True] * 4
 
 
 def watched(targets, steps=130, loss=lambda p, t: ((p - t) ** 2).mean()):

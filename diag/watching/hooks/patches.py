@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from diag.watching.guard import safely
+from diag.watching.guard import safely, tell
 
 
 class Changed(NamedTuple):
@@ -117,7 +117,7 @@ def _detoured(original: Callable[..., Any], look: Look) -> Callable[..., Any]:
                 token = before(args, kwargs)
                 token = True if token is None else token
             except Exception as error:
-                safely(_tell, broke, error)
+                tell(broke, error)
         if type(token) is Changed:
             args, kwargs, token = token
         try:
@@ -129,15 +129,10 @@ def _detoured(original: Callable[..., Any], look: Look) -> Callable[..., Any]:
             try:
                 after(token, args, kwargs, value)
             except Exception as error:
-                safely(_tell, broke, error)
+                tell(broke, error)
         return value
 
     return call
-
-
-def _tell(broke: Callable[[Exception], None] | None, error: Exception) -> None:
-    if broke is not None:
-        broke(error)
 
 
 def plain_copy(function: Any) -> Any:

@@ -134,8 +134,8 @@ class MeasurementSchedule:
 
 
 class Thinning:
-    """Which steps get norms that take time: geometric ones, and others up to a share of the time. Small models so
-    have them at every step. `free`: seconds a step that are not counted."""
+    """Which steps get norms that take time: geometric ones, and others up to a share of the time. `free`: seconds
+    a step that are not counted, so that small models have them at every step."""
 
     def __init__(self, share: float, ratio: float = 1.1, free: float = 0.0) -> None:
         self.share, self.free, self._ratio = share, free, ratio

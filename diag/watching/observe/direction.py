@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TENSORS_LOOKED_AT, NUMBERS_LOOKED_AT = 8, 4096  # looked at, and of each
-STEPS_KEPT = 64  # steps
+TENSORS_LOOKED_AT, NUMBERS_LOOKED_AT = 8, 4096  # and numbers of each
+STEPS_KEPT = 64
 
 
 class Directions:
@@ -24,8 +24,10 @@ class Directions:
         self._found: deque[Any] = deque(maxlen=STEPS_KEPT)
 
     def stepped(self, parameters: Sequence[Tensor], before: Sequence[Tensor], optimizer: Any) -> None:
-        """The parameters were `before` and have their gradients still. An optimizer that maximises is left out."""
-        pairs = [(p, b) for p, b in zip(parameters, before, strict=True) if _is_plain(p) and b.device == p.device]
+        """The parameters were `before` and have their gradients still. An optimizer that maximises is left out, and
+        so are parameters on another device than the first of them."""
+        plain = [(p, b) for p, b in zip(parameters, before, strict=True) if _is_plain(p) and b.device == p.device]
+        pairs = [(p, b) for p, b in plain if p.device == plain[0][0].device]
         if not pairs or any(group.get("maximize") for group in getattr(optimizer, "param_groups", ())):
             return
         chosen = pairs[:: -(-len(pairs) // TENSORS_LOOKED_AT)]
@@ -49,4 +51,5 @@ def _is_plain(p: Tensor) -> bool:
 
 def _some(t: Tensor) -> Tensor:
     flat = t.detach().reshape(-1)
-    return flat[:: max(len(flat) // NUMBERS_LOOKED_AT, 1)][:NUMBERS_LOOKED_AT].double()
+    wide = torch.float32 if t.device.type == "mps" else torch.float64
+    return flat[:: max(len(flat) // NUMBERS_LOOKED_AT, 1)][:NUMBERS_LOOKED_AT].to(wide)

@@ -31,7 +31,7 @@ from diag.watching.observe.rows import Row
 READING_SHARE, READING_FREE = 0.015, 5e-5
 SHARDED_EVERY = 10  # steps between the parameter norms of sharded parameters
 THINNED = (
-    "Reading the gradients of {:,} parameter tensors takes more than 1.5 % of a step, so their norms are recorded "
+    "Reading the gradients of {:,} parameter tensors takes more than {:.1%} of a step, so their norms are recorded "
     "at some of the steps only; the loss is recorded at every one."
 )
 TOLD = (
@@ -222,7 +222,7 @@ class StepObserver:
         self.gradients.forget()
         self.gradients.active = self.reading.take(self.steps + 1, self._clock())
         if not self.gradients.active:
-            self._note("gradient norms", THINNED.format(len(self.parameters)))
+            self._note("gradient norms", THINNED.format(len(self.parameters), READING_SHARE))
 
     def members(self, optimizer: Optimizer) -> StepMembers | None:
         """The watched parameters that the optimizer holds; None where it holds none."""

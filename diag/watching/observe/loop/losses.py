@@ -214,9 +214,8 @@ class Losses:
 
     def own_difference(self, found: OwnDifference | None) -> None:
         """What a loss without a call of a loss function amounts to; None where that is not known."""
-        if self._last is None:
-            self._own_functions.add("" if found is None or found.expanded else found.function)
-            self._expanded = self._expanded or (found.expanded if found is not None else ())
+        self._own_functions.add("" if found is None or found.expanded else found.function)
+        self._expanded = self._expanded or (found.expanded if found is not None else ())
 
     def _own(self, root: Tensor) -> None:
         """No loss function of torch was called: the loss is the user's own arithmetic."""

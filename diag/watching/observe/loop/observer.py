@@ -86,7 +86,7 @@ class LoopObserver:
         self._strangers = Strangers(names, self.moment)
         self._layers = Layers(model, self.moment)
         self._origin = Origin(self.moment)
-        self._axes, self._evaluations = Axes(), Evaluations(self.moment)
+        self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own = OwnLosses()
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._shape = shape_of(model)
@@ -216,15 +216,17 @@ class LoopObserver:
         self._optimizers.backward_called()
         self._own_loss(roots)
         self._losses.backward_called(roots)
-        if self._axes.backward_called(roots):
-            self.moment.news("axes exchanged")
+        self._axes.backward_called(roots)
         self._penalty.backward_called(roots)
         self._pairs.backward_called(roots)
         self._scaling.backward_called(roots)
 
     def _own_loss(self, roots: Any) -> None:
         """A loss that is the loop's own arithmetic asks for targets as one of torch's does."""
-        found = self._own.behind(roots) if not self._losses.any_called else None
+        if self._losses.any_called or not self._own.is_due():
+            self._own.forget()
+            return
+        found = self._own.behind(roots)
         self._losses.own_difference(found)
         if found is not None and not found.expanded:
             given = (found.output, found.targets)

@@ -15,6 +15,7 @@ from diag.watching.observe.loop.data.source import is_forgotten
 from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers, plain_number
 
+CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)  # that nobody calls
 LOOKS_BEFORE_CLOSER = 3  # looks in a row without a gradient before a module is looked at closely
 
 
@@ -143,7 +144,7 @@ class Parameters:
     def _owner(self, name: str) -> str:
         """The module that uses the parameter when it is called; nobody calls a list or dict of parameters."""
         owner = name.rpartition(".")[0]
-        while owner and isinstance(self._model.get_submodule(owner), PARAMETER_CONTAINERS):
+        while owner and isinstance(self._model.get_submodule(owner), CONTAINERS):
             owner = owner.rpartition(".")[0]
         return owner
 
@@ -170,9 +171,6 @@ class Parameters:
             shape, dtype = tuple(p.shape), str(p.dtype).removeprefix("torch.")
             s.told = state, ParameterFacts(name, shape, dtype, *state[:-2])
         return s.told[1]
-
-
-PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
 
 
 class CloseLook:

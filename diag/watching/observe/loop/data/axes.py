@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diag.snapshot.autograd_graph import kind_of, nodes_before
+from diag.watching.observe.loop.moment import Moment
 
 RESHAPES = ("View", "UnsafeView", "ReshapeAlias")
 GRAPHS_SEARCHED, NODES_OF_A_GRAPH = 3, 1024
@@ -22,19 +23,21 @@ PADDING = ("ConstantPadNd", "Cat")  # before rows are shifted on purpose
 class Axes:
     """Looks at the graphs of the first backward passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
         self._graphs = 0
         self._found: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
 
-    def backward_called(self, roots: Any) -> bool:
-        """A backward pass begins; whether something was found in its graph."""
+    def backward_called(self, roots: Any) -> None:
+        """A backward pass begins."""
         if not isinstance(roots, Tensor) or roots.grad_fn is None or self._graphs >= GRAPHS_SEARCHED:
-            return False
+            return
         self._graphs += 1
         found = {pair for node in nodes_before([roots.grad_fn], NODES_OF_A_GRAPH) if (pair := exchanged_axes(node))}
         for pair in found:
             self._found[pair] = self._found.get(pair, 0) + 1
-        return bool(found)
+        if found:
+            self._moment.news("axes exchanged")
 
     def facts(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         """The shapes before and after, the most frequent first."""

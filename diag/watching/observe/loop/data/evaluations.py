@@ -10,7 +10,7 @@ from torch import Tensor
 from diag.snapshot.loop.inputs import EvaluationFacts
 from diag.watching.observe.loop.moment import Moment, due
 
-LOSSES_LOOKED_AT, LOSSES_KEPT = 16, 64  # of an evaluation, then ever fewer; on a device
+LOSSES_LOOKED_AT, LOSSES_KEPT = 16, 64  # one by one, then ever fewer; and those kept on a device
 
 
 class Evaluations:

@@ -8,6 +8,7 @@ outputs, or of another shape than theirs is left alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
 from diag.snapshot.batch import tensors_in
+from diag.watching.observe.loop.moment import due
 from diag.watching.observe.terms import terms_of
 
 OUTPUTS_KEPT = 8  # of the calls before a backward pass
 ROUNDING_OF_DIFFERENCE = 1e-5  # of the largest difference
 LEAST_SPREAD = 1e-3  # of the targets, beside their size
+SPREAD_OF = 1 << 16  # numbers of the targets at most
+PASSES_WAITED_FOR = 24  # backward passes on a device whose numbers are read, then ever fewer
 NODES_PASSING_ON = 8  # that may pass the outputs on to the difference
 
 
@@ -39,7 +43,7 @@ class OwnDifference:
     sign: int
     expanded: tuple[tuple[int, ...], ...] = ()
 
-    @property
+    @functools.cached_property
     def targets(self) -> Tensor:
         """What the outputs are compared with, to rounding."""
         return self.output - self.sign * self.difference
@@ -50,6 +54,7 @@ class OwnLosses:
 
     def __init__(self) -> None:
         self._outputs: deque[tuple[int, Tensor]] = deque(maxlen=OUTPUTS_KEPT)
+        self._passes = 0  # on a device
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""
@@ -57,10 +62,22 @@ class OwnLosses:
             if t.grad_fn is not None and t.is_floating_point():
                 self._outputs.append((t.grad_fn._sequence_nr(), t.detach()))
 
+    def is_due(self) -> bool:
+        """Whether the backward pass that begins is looked at: each on the host, and on a device, which has to be
+        waited for, some."""
+        if all(t.is_cpu for _, t in self._outputs):
+            return True
+        self._passes += 1
+        return self._passes <= PASSES_WAITED_FOR or due(self._passes)
+
+    def forget(self) -> None:
+        """The backward pass that begins is not looked at; outputs are not kept in memory past it."""
+        self._outputs.clear()
+
     def behind(self, roots: Any) -> OwnDifference | None:
         """What a backward pass that begins descends, where that is one such difference and nothing else."""
         outputs = dict(self._outputs)
-        self._outputs.clear()
+        self.forget()
         if not outputs or not isinstance(roots, Tensor) or roots.grad_fn is None:
             return None
         terms = terms_of(roots, ())
@@ -70,8 +87,10 @@ class OwnLosses:
 
 def _varies(targets: Tensor) -> bool:
     """Whether the targets are more than one number, and rounding: the real half of two networks asks for 1."""
-    wide = targets.double()
-    return targets.numel() > 1 and bool(wide.std() > LEAST_SPREAD * wide.square().mean().sqrt())
+    if targets.numel() < 2:
+        return False
+    wide = targets.reshape(-1)[:: -(-targets.numel() // SPREAD_OF)].cpu().double()
+    return bool(wide.std() > LEAST_SPREAD * wide.square().mean().sqrt())
 
 
 def _difference(node: Any, outputs: dict[int, Tensor]) -> OwnDifference | None:

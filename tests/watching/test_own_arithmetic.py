@@ -77,7 +77,7 @@ def test_shapes_that_broadcast_against_each_other():
 
 
 def test_of_many_targets_some_tell_whether_they_vary(monkeypatch):
-    monkeypatch.setattr(own_losses, "SPREAD_OF", 8)
+    monkeypatch.setattr(own_losses, "NUMBERS_OF_SPREAD", 8)
     output = torch.randn(50, 3, requires_grad=True) * 1.0
     assert behind(((output - torch.randn(50, 3)) ** 2).mean(), output)
     assert behind(((output - torch.ones(50, 3)) ** 2).mean(), output) is None

@@ -24,7 +24,7 @@ from diag.watching.observe.terms import terms_of
 OUTPUTS_KEPT = 8  # of the calls before a backward pass
 ROUNDING_OF_DIFFERENCE = 1e-5  # of the largest difference
 LEAST_SPREAD = 1e-3  # of the targets, beside their size
-SPREAD_OF = 1 << 16  # numbers of the targets at most
+NUMBERS_OF_SPREAD = 1 << 16  # numbers of the targets whose spread is taken, at most
 PASSES_WAITED_FOR = 24  # backward passes on a device whose numbers are read, then ever fewer
 NODES_PASSING_ON = 8  # that may pass the outputs on to the difference
 
@@ -89,7 +89,7 @@ def _varies(targets: Tensor) -> bool:
     """Whether the targets are more than one number, and rounding: the real half of two networks asks for 1."""
     if targets.numel() < 2:
         return False
-    wide = targets.reshape(-1)[:: -(-targets.numel() // SPREAD_OF)].cpu().double()
+    wide = targets.reshape(-1)[:: -(-targets.numel() // NUMBERS_OF_SPREAD)].cpu().double()
     return bool(wide.std() > LEAST_SPREAD * wide.square().mean().sqrt())
 
 

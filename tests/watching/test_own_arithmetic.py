@@ -83,14 +83,10 @@ def test_of_many_targets_some_tell_whether_they_vary(monkeypatch):
     assert behind(((output - torch.ones(50, 3)) ** 2).mean(), output) is None
 
 
-def test_on_a_device_that_must_be_waited_for_backward_passes_are_looked_at_ever_more_rarely():
-    own, looked = OwnLosses(), []
+def test_what_lies_on_a_device_is_not_waited_for():
+    """A meta tensor raises where a number of it is asked for."""
     output = torch.randn(4, 3, device="meta", requires_grad=True) * 1.0
-    for i in range(1, 101):
-        own.training_call(output)
-        looked += [i] if own.is_due() else []
-        own.forget()
-    assert looked == [*range(1, own_losses.PASSES_WAITED_FOR + 1), 30, 100]
+    assert behind(((output - torch.randn(4, 3, device="meta")) ** 2).mean(), output) is None
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, lambda p, t: ((p - t) ** 2).mean()], ids=["torch's", "own"])

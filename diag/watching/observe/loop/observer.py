@@ -223,7 +223,7 @@ class LoopObserver:
 
     def _own_loss(self, roots: Any) -> None:
         """A loss that is the loop's own arithmetic asks for targets as one of torch's does."""
-        if self._losses.any_called or not self._own.is_due():
+        if self._losses.any_called:
             self._own.forget()
             return
         found = self._own.behind(roots)

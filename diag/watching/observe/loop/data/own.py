@@ -18,14 +18,12 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
 from diag.snapshot.batch import tensors_in
-from diag.watching.observe.loop.moment import due
 from diag.watching.observe.terms import terms_of
 
 OUTPUTS_KEPT = 8  # of the calls before a backward pass
 ROUNDING_OF_DIFFERENCE = 1e-5  # of the largest difference
 LEAST_SPREAD = 1e-3  # of the targets, beside their size
 NUMBERS_OF_SPREAD = 1 << 16  # numbers of the targets whose spread is taken, at most
-PASSES_WAITED_FOR = 24  # backward passes on a device whose numbers are read, then ever fewer
 NODES_PASSING_ON = 8  # that may pass the outputs on to the difference
 
 
@@ -50,25 +48,17 @@ class OwnDifference:
 
 
 class OwnLosses:
-    """Follows the model's outputs up to each backward pass."""
+    """Follows the model's outputs up to each backward pass, on the host: what lies on a device cannot be looked at
+    without waiting for it."""
 
     def __init__(self) -> None:
         self._outputs: deque[tuple[int, Tensor]] = deque(maxlen=OUTPUTS_KEPT)
-        self._passes = 0  # on a device
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""
         for t in tensors_in(outputs)[:OUTPUTS_KEPT]:
-            if t.grad_fn is not None and t.is_floating_point():
+            if t.grad_fn is not None and t.is_cpu and t.is_floating_point():
                 self._outputs.append((t.grad_fn._sequence_nr(), t.detach()))
-
-    def is_due(self) -> bool:
-        """Whether the backward pass that begins is looked at: each on the host, and on a device, which has to be
-        waited for, some."""
-        if all(t.is_cpu for _, t in self._outputs):
-            return True
-        self._passes += 1
-        return self._passes <= PASSES_WAITED_FOR or due(self._passes)
 
     def forget(self) -> None:
         """The backward pass that begins is not looked at; outputs are not kept in memory past it."""
@@ -89,7 +79,7 @@ def _varies(targets: Tensor) -> bool:
     """Whether the targets are more than one number, and rounding: the real half of two networks asks for 1."""
     if targets.numel() < 2:
         return False
-    wide = targets.reshape(-1)[:: -(-targets.numel() // NUMBERS_OF_SPREAD)].cpu().double()
+    wide = targets.reshape(-1)[:: -(-targets.numel() // NUMBERS_OF_SPREAD)].double()
     return bool(wide.std() > LEAST_SPREAD * wide.square().mean().sqrt())
 
 

@@ -5,6 +5,7 @@ with what needs it. All were looked up in torch 2.13.0.
 """
 
 import importlib.util
+import os
 import threading
 from pathlib import Path
 
@@ -48,6 +49,7 @@ FOREIGN = {
     "_forward_hooks": (MODULE, "whether hooks were added or left behind"),
     "_forward_pre_hooks": (MODULE, "whether hooks were added or left behind"),
     "_compiled_call_impl": (MODULE, "models compiled in place"),
+    "_exit": (os, "a rank of the command line ends before the threads of gloo can abort it; documented"),
     "_schema": (torch.ops.aten.relu.default, "the names of an operation's arguments"),
     "_scale": (torch.amp.GradScaler("cpu"), "the scale of the gradients, without synchronising"),
     "_sequence_nr": (node(torch.exp), "the order in which a graph was made"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from diag.cli.ranks import leave
 from diag.cli.text import visible
 
 # Modules that bring commands of their own, in a list named COMMANDS, where they are installed.
@@ -29,6 +30,14 @@ class Mistake(click.ClickException):
 
 class Door(click.Group):
     """A group whose commands may raise DiagError."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command that the arguments name; one of several ranks ends here."""
+        try:
+            return super().main(*args, **options)
+        except SystemExit as end:
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+            raise
 
     def invoke(self, context: click.Context) -> Any:
         """Run the command; errors of diag's own become one sentence."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +20,21 @@ def is_first() -> bool:
 def _are_several() -> bool:
     """Whether torchrun has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1) or 1) > 1 and "MASTER_ADDR" in os.environ
+
+
+def leave(status: int) -> None:
+    """End this process at once, where torchrun has started it as one of several; return where it is the only one.
+
+    A thread of gloo may still drop its reference to the tensors of the last exchange while the interpreter is torn
+    down; taking Python's lock is then refused by ending the thread, and C++ ends the process with SIGABRT. All that
+    a command has to say is written by then.
+    """
+    if not _are_several():
+        return
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

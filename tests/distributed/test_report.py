@@ -62,3 +62,15 @@ def test_one_page_of_all_ranks_with_the_numbers_of_one_process(folder):
     (ours, values), (theirs, expected) = found(together), found(alone)
     assert len(ours) >= len(NAMES) and ours == theirs
     assert values == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_a_rank_ends_with_the_status_of_its_command_and_all_that_it_said(tmp_path):
+    """A rank does not wait until the interpreter is torn down; nothing that it printed may be lost by that."""
+    alone = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    one_of_two = alone | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for arguments, status in ((["report", tmp_path / "absent.pt"], 2), (["list"], 0)):
+        command = [sys.executable, "-m", "diag", *arguments]
+        said = [subprocess.run(command, capture_output=True, text=True, env=env) for env in (alone, one_of_two)]
+        assert [s.returncode for s in said] == [status, status]
+        assert said[0].stdout == said[1].stdout and said[0].stderr == said[1].stderr
+        assert said[0].stdout or said[0].stderr

@@ -9,6 +9,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
+from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, LossFacts
 from diag.snapshot.loop.facts import Loop
 
@@ -39,16 +40,52 @@ def loss_call(loop: Loop) -> LossCall:
     What made its input is read from the graph; the numbers of the first three calls are looked at besides, for rows
     that are probabilities within rounding. Padding counts where the embedding's padding index is among the targets,
     or one number fills the ends of their sequences to different lengths and stands nowhere else, and the loss
-    ignores another. log_softmax before cross_entropy changes nothing and is not reported.
+    ignores another. log_softmax before cross_entropy changes nothing and is not reported. Of the loop's own
+    arithmetic the graph says whether two sides were broadcast against each other before all was summed, and whether
+    an output that is a softmax or sigmoid is given to one again.
 
     Raises nothing of its own.
     """
-    seen = Precondition("a loss function", bool(loop.losses), "no call of a loss function of torch was seen.")
+    read = bool(loop.losses) or loop.arithmetic.looked > 0
+    seen = Precondition("a loss function", read, "no call of a loss function of torch was seen.")
     kinds = ", ".join(dict.fromkeys(f.function or "the loss" for f in loop.losses))
     fine = f"{kinds} is called on what it expects."
     findings = [finding for f in loop.losses for finding in _findings(f)]
     findings += [_summed(f, loop) for f in loop.losses if _is_summed(f, loop)]
+    known = {f.cause for f in findings}
+    findings += [f for f in _of_arithmetic(loop.arithmetic) if f.cause not in known]
     return judged(LossCall, loop.step, findings, fine, preconditions=(seen,))
+
+
+def _of_arithmetic(a: ArithmeticFacts) -> Iterator[LoopFinding]:
+    """What the loop's own arithmetic does with the outputs."""
+    for e in a.expanded:
+        yield _expanded(e)
+    if a.twice:
+        inside = Cause.DOUBLE_SOFTMAX if a.twice == "softmax" else Cause.DOUBLE_SIGMOID
+        yield LoopFinding(
+            Level.ALARM,
+            inside,
+            f"The model's output is a {a.twice} already, and the loss takes the {a.twice} of it again, so that its "
+            "probabilities stay near one another and its gradients shrink.",
+            f"Take the {a.twice} out of the model, or give what is named probs (not logits) the probabilities.",
+            "Outputs of the model that are negative or exceed one.",
+            step=a.twice_step,
+        )
+
+
+def _expanded(e: Expansion) -> LoopFinding:
+    what = "takes the difference" if e.operation == "difference" else "takes the product"
+    of = "every output and every target" if e.operation == "difference" else "every entry of one and every other's"
+    return LoopFinding(
+        Level.ALARM,
+        Cause.TARGETS_BROADCAST,
+        f"The loss {what} of {of}, of other examples too: {_shape(e.shape)} and {_shape(e.other)} are broadcast "
+        "against each other, and all of it is summed.",
+        "Bring both to one shape: squeeze(1) of the one, or unsqueeze(1) of the other.",
+        "Two sides of equal shape.",
+        step=e.step,
+    )
 
 
 def _findings(f: LossFacts) -> Iterator[LoopFinding]:

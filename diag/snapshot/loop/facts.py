@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diag.errors import InvalidInput, MissingQuantity, type_of
+from diag.snapshot.loop.arithmetic import ArithmeticFacts
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import (
     BatchFacts,
@@ -93,6 +94,7 @@ class Loop:
     ranks: RankFacts = field(default_factory=RankFacts)
     penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
     pairs: PairFacts = field(default_factory=PairFacts)
+    arithmetic: ArithmeticFacts = field(default_factory=ArithmeticFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     rows: RowFacts = field(default_factory=RowFacts)
 

@@ -18,6 +18,7 @@ from diag.snapshot.loop.steps import WrapperFacts
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
+from diag.watching.observe.loop.data.arithmetic import Arithmetic
 from diag.watching.observe.loop.data.asked import Demands
 from diag.watching.observe.loop.data.axes import Axes
 from diag.watching.observe.loop.data.contents import Contents
@@ -89,6 +90,7 @@ class LoopObserver:
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own = OwnLosses()
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
+        self._arithmetic = Arithmetic(self.moment)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
@@ -154,6 +156,7 @@ class LoopObserver:
         self._penalty.training_call(outputs)
         self._pairs.training_call(args, kwargs, outputs)
         self._own.training_call(outputs)
+        self._arithmetic.training_call(outputs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -219,6 +222,7 @@ class LoopObserver:
         self._axes.backward_called(roots)
         self._penalty.backward_called(roots)
         self._pairs.backward_called(roots)
+        self._arithmetic.backward_called(roots)
         self._scaling.backward_called(roots)
 
     def _own_loss(self, roots: Any) -> None:
@@ -413,5 +417,6 @@ class LoopObserver:
             "drawn": self._drawn.facts(),
             "penalty": self._penalty.facts(),
             "pairs": self._pairs.facts(),
+            "arithmetic": self._arithmetic.facts(),
             "rows": self.rows.facts(),
         }

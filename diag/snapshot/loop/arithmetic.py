@@ -1,0 +1,32 @@
+"""What a loop's own arithmetic does between the model's outputs and the number that backward() is called on, as a
+part of its facts (see `facts`): read from the autograd graph, with what the graph keeps of the numbers.
+
+Steps are counted from 1 as in the record of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Two tensors that were broadcast against each other, so that every entry of one meets every entry of the
+    other, and all of that was summed: in a "difference" or a "product". shape: of the one that has a graph; other:
+    of the other one; step: the first at which it was seen."""
+
+    operation: str
+    shape: tuple[int, ...]
+    other: tuple[int, ...]
+    step: int
+
+
+@dataclass(frozen=True)
+class ArithmeticFacts:
+    """looked: backward passes whose graph was read. expanded: what was broadcast in the loss, each kind once.
+    twice: a function ("softmax", "sigmoid") that made an output of the model and was then applied to that output
+    again, empty where none was; twice_step: the first step at which that was seen."""
+
+    looked: int = 0
+    expanded: tuple[Expansion, ...] = ()
+    twice: str = ""
+    twice_step: int = 0

@@ -1,0 +1,289 @@
+"""What a loop's own arithmetic does with the model's outputs, read from the graph of a few backward passes.
+
+Broadcast: a sum or mean over all of a difference or a product whose two sides were expanded against each other,
+(N,) against (N, 1). Of a product the graph keeps both shapes. Of a difference it keeps one; that the other was
+expanded is certain where what the next operation kept of the difference is a sum of a function of the row and a
+function of the column. Where an axis was put in by hand, or two sides of the network's own meet, pairs are meant.
+
+Twice: softmax or sigmoid of an output that is one already.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of, signed
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
+from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.terms import terms_of
+
+OUTPUTS_KEPT = 512  # of the calls before a backward pass: of an episode, one call a moment
+NODES_OF_A_LOSS = 2048
+ENTRIES_OF_A_SUM = 256  # nodes of one sum that are visited
+MOST_NUMBERS = 1 << 22  # of a difference that are looked at
+ROUNDING = 1e-4  # of the largest difference
+SAVE_THEIR_ARGUMENT = (
+    "Pow",
+    "Abs",
+    "Clamp",
+    "ClampMin",
+    "ClampMax",
+    "Log",
+    "Cosh",
+    "Softplus",
+    "Huber",
+    "SmoothL1",
+)
+LARGER_OF_TWO = ("Maximum", "Minimum")
+ELEMENTWISE = frozenset(
+    (
+        *SAVE_THEIR_ARGUMENT,
+        *LARGER_OF_TWO,
+        "Mul",
+        "Div",
+        "Neg",
+        "Relu",
+        "Exp",
+        "Where",
+        "Sqrt",
+        "Log1P",
+        "Tanh",
+        *PASSING_ON,
+    )
+)
+AXIS_BY_HAND = ("Unsqueeze", "Expand")
+TAKEN_FROM = ("Select", "Slice", "Squeeze", *PASSING_ON)
+AGAIN = {"Softmax": "softmax", "LogSoftmax": "softmax", "Logsumexp": "softmax", "Sigmoid": "sigmoid",
+         "LogSigmoid": "sigmoid"}  # fmt: skip
+
+
+class Arithmetic:
+    """Follows the outputs up to each backward pass; looks at the first three, the 10th, the 30th, the 100th, ..."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._made: dict[int, tuple[str, int | None]] = {}  # by node: what made an output, and over which axis
+        self._passes = self._looked = 0
+        self._expanded: dict[str, Expansion] = {}
+        self._twice, self._twice_step = "", 0
+
+    @property
+    def _looking(self) -> bool:
+        return due(self._passes + 1)
+
+    def training_call(self, outputs: Any) -> None:
+        """The model was called in training."""
+        if not self._looking or len(self._made) >= OUTPUTS_KEPT:
+            return
+        for t in [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs):
+            if t.grad_fn is not None:
+                self._made[t.grad_fn._sequence_nr()] = made_by_node(t.grad_fn)
+
+    def backward_called(self, roots: Any) -> None:
+        """A backward pass begins."""
+        looking, made = self._looking, self._made
+        self._made = {}
+        self._passes += 1
+        if not looking or not isinstance(roots, Tensor) or roots.grad_fn is None or roots.numel() != 1:
+            return
+        self._looked += 1
+        self._look_twice(roots, made)
+        for found in expansions(roots):
+            kept = Expansion(*found, self._moment.step)
+            if self._expanded.setdefault(kept.operation, kept) is kept:
+                self._moment.news(("broadcast in the loss", kept.operation))
+
+    def _look_twice(self, root: Tensor, made: dict[int, tuple[str, int | None]]) -> None:
+        if self._twice or not any(name for name, _ in made.values()):
+            return
+        for node in nodes_before([root.grad_fn], NODES_OF_A_LOSS, lambda n: n._sequence_nr() in made):
+            name = "" if node._sequence_nr() in made else AGAIN.get(kind_of(node), "")
+            if name and (name, _axis(node)) in [made.get(p._sequence_nr()) for p in _passed_on(node)]:
+                self._twice, self._twice_step = name, self._moment.step
+                self._moment.news(("twice", name))
+                return
+
+    def facts(self) -> ArithmeticFacts:
+        """As plain data."""
+        return ArithmeticFacts(self._looked, tuple(self._expanded.values()), self._twice, self._twice_step)
+
+
+# Twice
+
+
+def made_by_node(node: Any) -> tuple[str, int | None]:
+    """The function that made what the node gives, "" for any other than softmax and sigmoid, and its axis from the
+    front."""
+    for before in first_arguments(node, 8):
+        name = kind_of(before)
+        if name in ("Softmax", "Sigmoid"):
+            return AGAIN[name], _axis(before)
+        if name not in ("Clone", "ToCopy", "Alias", "Contiguous"):
+            break
+    return "", None
+
+
+def _axis(node: Any) -> int | None:
+    """The axis that a softmax runs over, from the front; None for what has none."""
+    axis, parent = getattr(node, "_saved_dim", None), next(iter(node.next_functions), (None, 0))
+    shape = _shape_of(*parent)
+    if axis is None or shape is None:
+        return None
+    if isinstance(axis, (tuple, list)):
+        if len(axis) != 1:
+            return None
+        (axis,) = axis
+    return signed(axis) % len(shape) if shape else None
+
+
+def _passed_on(node: Any) -> Iterator[Any]:
+    """The nodes from the one that made a node's argument back to the first that is more than a copy."""
+    for before in first_arguments(next(iter(parents_of(node)), None), 8):
+        yield before
+        if kind_of(before) not in ("Clone", "ToCopy", "Alias", "Contiguous"):
+            return
+
+
+# Broadcast
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A node inside a sum, its output's index, and the numbers that it gave, up to a factor, where they are
+    kept."""
+
+    node: Any
+    index: int
+    kept: Tensor | None
+
+
+def expansions(root: Tensor) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """The operation, the shape of the side with a graph and that of the other, of what is broadcast in the sums
+    that `root` is made of; nothing where two sides with a graph meet in pairs."""
+    found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for term in terms_of(root, ()):
+        if kind_of(term.node) not in ("Mean", "Sum") or hasattr(term.node, "_saved_dim"):
+            continue
+        start, index = term.node.next_functions[0]
+        shape = _shape_of(start, index)
+        if shape is None or max(shape.count(n) for n in (*shape, 0)) < 2:
+            continue  # an axis that comes twice is what the mistake leaves
+        for entry in _entries(start, index, shape):
+            one = _expansion(entry, shape)
+            if one is not None and not one[0]:
+                return []
+            found += [one] if one is not None else []
+    return found
+
+
+def _entries(start: Any, index: int, shape: tuple[int, ...]) -> Iterator[_Entry]:
+    """The nodes of this shape, of operations entry by entry, that a sum is taken over."""
+    waiting = deque([_Entry(start, index, None)])
+    for _ in range(ENTRIES_OF_A_SUM):
+        if not waiting:
+            return
+        entry = waiting.popleft()
+        if entry.node is None or _shape_of(entry.node, entry.index) != shape:
+            continue
+        yield entry
+        if kind_of(entry.node) in ELEMENTWISE or kind_of(entry.node) in ("Add", "Sub", "Rsub"):
+            waiting += _before(entry)
+
+
+def _before(entry: _Entry) -> list[_Entry]:
+    node, name = entry.node, kind_of(entry.node)
+    sides = node.next_functions
+    kept: list[Tensor | None] = [None] * len(sides)
+    if name in SAVE_THEIR_ARGUMENT:
+        kept[0] = getattr(node, "_saved_self", None)
+    elif name in LARGER_OF_TWO or (name == "Mul" and len(parents_of(node)) == 2):
+        kept = [getattr(node, "_saved_self", None), getattr(node, "_saved_other", None)][: len(sides)]
+    elif name == "Neg" or (name in ("Mul", "Div") and _is_number(node)):
+        kept = [entry.kept] * len(sides)
+    return [_Entry(parent, index, k) for (parent, index), k in zip(sides, kept, strict=True)]
+
+
+def _is_number(node: Any) -> bool:
+    first = node.next_functions[0][0] is not None
+    other = getattr(node, "_saved_other" if first else "_saved_self", None)
+    return isinstance(other, Tensor) and other.numel() == 1
+
+
+def _expansion(entry: _Entry, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+    """What is broadcast in this node; ("", ...) where both sides have a graph; None for nothing."""
+    name, sides = kind_of(entry.node), entry.node.next_functions
+    here = [(node, index) for node, index in sides if node is not None]
+    shapes = [_shape_of(*side) for side in here]
+    if name not in ("Sub", "Rsub", "Add", "Mul") or None in shapes or not shapes:
+        return None
+    if len(here) == 2 and here[0] != here[1] and all(_is_expanded(s, shape) for s in shapes if s is not None):
+        return "", shape, shape
+    if len(here) != 1 or not _is_expanded(mine := shapes[0] or (), shape) or _by_hand(here[0][0]):
+        return None
+    if name == "Mul":
+        other = entry.node._saved_other if sides[0][0] is not None else entry.node._saved_self
+        if not isinstance(other, Tensor):
+            return None
+        # A factor that was broadcast before, as an advantage of (N,) and (N, 1), is a sum of row and column itself.
+        both = _is_expanded(tuple(other.shape), shape) or bool(_sum_of_both(mine, shape, other))
+        return ("product", mine, tuple(other.shape)) if both else None
+    other_shape = _sum_of_both(mine, shape, entry.kept)
+    return ("difference", mine, other_shape) if other_shape else None
+
+
+def _is_expanded(side: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of several numbers was expanded to this shape."""
+    count = whole = 1
+    for n in side:
+        count *= n
+    for n in shape:
+        whole *= n
+    return 1 < count < whole
+
+
+def _by_hand(node: Any) -> bool:
+    """Whether an axis of one was put in, or the tensor expanded, before it met the other side."""
+    for before in first_arguments(node, 8):
+        name = kind_of(before)
+        if name in AXIS_BY_HAND:
+            return True
+        if name in ("View", "ReshapeAlias", "UnsafeView"):
+            after, given = _shape_of(before, 0) or (), tuple(getattr(before, "_saved_self_sym_sizes", ()))
+            if after.count(1) > given.count(1):
+                return True
+        if name not in TAKEN_FROM:
+            return False
+    return False
+
+
+def _sum_of_both(side: tuple[int, ...], shape: tuple[int, ...], kept: Tensor | None) -> tuple[int, ...]:
+    """Where the numbers are a function of the row plus one of the column, so that another side was expanded along
+    an axis as long as the one along which `side` was: the shape of that other side; else empty."""
+    if not isinstance(kept, Tensor) or tuple(kept.shape) != shape or not kept.is_cpu or kept.numel() > MOST_NUMBERS:
+        return ()
+    full = (1,) * (len(shape) - len(side)) + side
+    numbers = kept.detach().double()
+    slack = ROUNDING * float(numbers.abs().max())
+    for along in (i for i, n in enumerate(full) if n == 1 < shape[i]):
+        for other in (j for j, n in enumerate(full) if n > 1 and n == shape[along]):
+            # Nothing of the row depends on the column: the other side is the same along this one's axis.
+            rows = numbers - numbers.narrow(other, 0, 1)
+            pairs = float((rows - rows.narrow(along, 0, 1)).abs().max()) <= slack
+            if pairs and float((numbers - numbers.narrow(along, 0, 1)).abs().max()) > slack:
+                found = tuple(1 if j == other else n for j, n in enumerate(shape))
+                return found[1:] if found[0] == 1 else found
+    return ()
+
+
+def _shape_of(node: Any, index: int) -> tuple[int, ...] | None:
+    """The shape of the output number `index` of a node."""
+    if node is None:
+        return None
+    about = node._input_metadata
+    return tuple(map(int, about[index].shape)) if index < len(about) else None

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
-from diag.watching.observe.loop.data.arithmetic import expansions
+from diag.watching.observe.loop.formula.arithmetic import expansions
 
 N, D = 16, 5
 ACTIONS = torch.arange(N) % 3

@@ -14,6 +14,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.steps import ParameterFacts
 from diag.snapshot.parameters import layer_of
 
+STEPS_IDLE = 5  # of an optimizer that holds frozen parameters only
 LOOKS_CALLED, LOOKS_UNUSED = 3, 4  # in a row without a gradient: of a module that is called, of one that is not
 MOST_FROZEN = 0.25  # of the layers; where more are frozen it is meant
 
@@ -35,7 +36,8 @@ def gradients_reach(loop: Loop) -> GradientsReach:
 
     A module without one is followed in one training call: if it ran, its output is cut off from the loss (detach,
     no_grad, .item(), argmax); if it did not, it is unused. Parts that are copies of trained parts (a teacher) are
-    left out. Frozen layers are reported where they are few and lie between trained ones of their kind.
+    left out. Frozen layers are reported where they are few and lie between trained ones of their kind, and where an
+    optimizer that steps holds nothing else.
 
     Raises nothing of its own.
     """
@@ -57,6 +59,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield _nothing(silent, loop)
     elif trained:  # else gradients come, and are zeroed before they are used
         yield from _parts(silent, loop)
+    yield from _idle(loop)
     yield from _stopped(loop, held)
     yield from _frozen(loop)
 
@@ -149,6 +152,23 @@ def is_copy(name: str, silent: list[ParameterFacts], trained: list[ParameterFact
         part != top and not part.isdigit() and all(there.get(rest) == shape for rest, shape in inside.items())
         for part, there in parts.items()
     )
+
+
+def _idle(loop: Loop) -> Iterator[LoopFinding]:
+    """Optimizers that step and hold nothing that may be trained."""
+    trainable = {p.name for p in loop.parameters if p.trainable or p.since or p.gradient}
+    for o in loop.training:
+        if o.steps >= STEPS_IDLE and not o.foreign and not trainable & set(o.held):
+            yield LoopFinding(
+                Level.ALARM,
+                Cause.PARAMETER_FROZEN,
+                f"{o.kind} trains nothing: all {counted(len(o.held), 'parameter')} that it holds "
+                f"({named(o.held)}) have requires_grad=False, so its {counted(o.steps, 'step')} changed nothing.",
+                "Set requires_grad_(True) there, or leave this optimizer out.",
+                "requires_grad of these parameters.",
+                step=1,
+                layers=o.held,
+            )
 
 
 def _stopped(loop: Loop, held: set[str]) -> Iterator[LoopFinding]:

@@ -13,6 +13,7 @@ from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.steps import OutsideChange
 
+STEPS_TAKEN_BACK, MOST_OF_IT = 8, 0.8  # steps in a row, and the share of each
 OFTEN = 0.5  # of the steps: a projection, a constraint or a decay of the user's own
 
 
@@ -32,7 +33,8 @@ def outside_changes(loop: Loop) -> OutsideChanges:
     """Whether the weights at each training call are those that the optimizer's last step left.
 
     A few numbers of a few parameters are compared, exactly. A change at most steps (weights that are clamped or
-    projected) is taken to be meant, and so is one of parameters that no optimizer trains (a teacher). A change that
+    projected) is taken to be meant unless it takes nearly all of each step back, and so is one of parameters that
+    no optimizer trains (a teacher). A change that
     was made before an evaluation and still stands after it is that of averaged weights which were not put back.
 
     Raises nothing of its own.
@@ -46,6 +48,10 @@ def outside_changes(loop: Loop) -> OutsideChanges:
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
     held = {name for o in loop.training for name in o.held}
     changes = [c for c in loop.outside if set(c.names) & held]
+    last = loop.taken_back[-STEPS_TAKEN_BACK:]
+    if changes and len(last) == STEPS_TAKEN_BACK and min(last) > MOST_OF_IT:
+        yield _taken_back(min(loop.taken_back), len(loop.taken_back), changes[0])
+        return
     if not changes or loop.outside_times > OFTEN * max(loop.step - 1, 1):
         return
     swapped = [c for c in changes if c.evaluated and c.returned_to is None]
@@ -56,6 +62,22 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield _back(back, loop)
     else:
         yield _changed(changes, loop)
+
+
+def _taken_back(share: float, steps: int, first: OutsideChange) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.WEIGHTS_CHANGED_OUTSIDE,
+        f"What the optimizer does is taken back: after each of the {steps:,} steps that were looked at "
+        f"something moved "
+        f"the weights back by {min(share, 1):.0%} or more of that step, before the "
+        "next training call.",
+        "Look for averaged weights (EMA) that are copied into the model that trains, or for old weights that are "
+        "mixed in; keep the average in a copy.",
+        "Weights at a training call that are those of the last optimizer step.",
+        step=first.step,
+        layers=first.names,
+    )
 
 
 def _swapped(changes: list[OutsideChange], loop: Loop) -> LoopFinding:

@@ -54,6 +54,8 @@ class Loop:
     start: weights of layers when the watch began; empty where a run was resumed. origin: of the first loss
     that was not finite, where it could be read without waiting.
     directions: cosines of the last steps that were measured with the gradient that they were taken on.
+    taken_back: for the last steps after which weights were changed from outside and that were looked at closely,
+    the share of the step that this took back; none where a weight came back to exactly what it was.
     ended: the watch is closing. resumed: the step that the run went on from, 0 if it did not; rates_before: the
     first and the last learning rate of what came before."""
 
@@ -87,6 +89,7 @@ class Loop:
     clipping: ClippingFacts = field(default_factory=ClippingFacts)
     outside: tuple[OutsideChange, ...] = ()
     outside_times: int = 0
+    taken_back: tuple[float, ...] = ()
     layers: LayerFacts = field(default_factory=LayerFacts)
     start: tuple[StartingWeight, ...] = ()
     origin: OriginFacts | None = None

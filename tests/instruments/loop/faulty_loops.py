@@ -1068,6 +1068,86 @@ def averaged_weights_left_in_place():
     return model, train
 
 
+def changed_after_each_step(change):
+    """`change(model, state)` after each step; `state` holds copies of the first weights."""
+    model = mlp()
+    optimizer = adam(model)
+    state = copy.deepcopy(model.state_dict())
+
+    def train():
+        for x, y in some(40):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    change(p, state[name])
+
+    return model, train
+
+
+@fault(Cause.WEIGHTS_CHANGED_OUTSIDE)
+def average_copied_into_the_model_that_trains():
+    return changed_after_each_step(lambda p, average: p.copy_(average.lerp_(p, 0.02)))
+
+
+@fault(Cause.WEIGHTS_CHANGED_OUTSIDE)
+def last_weights_mixed_in():
+    return changed_after_each_step(lambda p, last: last.copy_(p.lerp_(last, 0.95)))
+
+
+@healthy
+def a_step_that_is_halved():
+    return changed_after_each_step(lambda p, last: last.copy_(p.lerp_(last, 0.5)))
+
+
+@healthy
+def pruned_weights_masked():
+    return changed_after_each_step(lambda p, first: p.mul_(first.abs() > 0.3))
+
+
+@healthy
+def rows_restored():
+    return changed_after_each_step(lambda p, first: p[1:].copy_(first[1:]))
+
+
+@fault(Cause.PARAMETER_FROZEN)
+def optimizer_of_frozen_parameters():
+    model = Gan()
+    model.generator.requires_grad_(False)
+    g, d = adam(model.generator), adam(model.critic)
+
+    def train():
+        for x, _ in some(20):
+            d.zero_grad()
+            (model.critic(model.generator(torch.randn(len(x), 4))).mean() - model.critic(x).mean()).backward()
+            d.step()
+            g.zero_grad()
+            (-model(torch.randn(len(x), 4)).mean()).backward()
+            g.step()
+
+    return model, train
+
+
+@healthy
+def optimizer_of_parameters_thawed_soon():
+    model = mlp()
+    body, head = torch.optim.SGD(model[:2].parameters(), 1e-2), torch.optim.SGD(model[2:].parameters(), 1e-2)
+    model[:2].requires_grad_(False)
+
+    def train():
+        for i, (x, y) in enumerate(some(20)):
+            if i == 3:
+                model[:2].requires_grad_(True)
+            for o in (body, head):
+                o.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            for o in (body, head):
+                o.step()
+
+    return model, train
+
+
 @fault(Cause.WEIGHTS_CHANGED_OUTSIDE)
 def reloaded_every_epoch():
     model = mlp()

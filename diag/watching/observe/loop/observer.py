@@ -18,7 +18,6 @@ from diag.snapshot.loop.steps import WrapperFacts
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
-from diag.watching.observe.loop.data.arithmetic import Arithmetic
 from diag.watching.observe.loop.data.asked import Demands
 from diag.watching.observe.loop.data.axes import Axes
 from diag.watching.observe.loop.data.contents import Contents
@@ -29,6 +28,7 @@ from diag.watching.observe.loop.data.inputs import Inputs
 from diag.watching.observe.loop.data.own import OwnLosses
 from diag.watching.observe.loop.data.pairs import PairedCalls
 from diag.watching.observe.loop.data.targets import Targets
+from diag.watching.observe.loop.formula.formula import Formula
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
 from diag.watching.observe.loop.modes import Modes
@@ -90,7 +90,7 @@ class LoopObserver:
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own = OwnLosses()
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
-        self._arithmetic = Arithmetic(self.moment)
+        self._formula = Formula(self.moment)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
@@ -156,7 +156,7 @@ class LoopObserver:
         self._penalty.training_call(outputs)
         self._pairs.training_call(args, kwargs, outputs)
         self._own.training_call(outputs)
-        self._arithmetic.training_call(outputs)
+        self._formula.training_call(args, kwargs, outputs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -222,7 +222,7 @@ class LoopObserver:
         self._axes.backward_called(roots)
         self._penalty.backward_called(roots)
         self._pairs.backward_called(roots)
-        self._arithmetic.backward_called(roots)
+        self._formula.backward_called(roots)
         self._scaling.backward_called(roots)
 
     def _own_loss(self, roots: Any) -> None:
@@ -398,6 +398,7 @@ class LoopObserver:
             clipping=self._clipping.facts(),
             outside=outside,
             outside_times=self._weights.times,
+            taken_back=self._weights.taken_back,
             layers=self._layers.facts(),
             start=self._start,
             shape=self._shape,
@@ -417,6 +418,6 @@ class LoopObserver:
             "drawn": self._drawn.facts(),
             "penalty": self._penalty.facts(),
             "pairs": self._pairs.facts(),
-            "arithmetic": self._arithmetic.facts(),
+            **self._formula.facts(),
             "rows": self.rows.facts(),
         }

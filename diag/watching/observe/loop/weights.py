@@ -6,11 +6,12 @@ operation of torch; elsewhere they are copied on the device and compared when th
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from diag.watching.observe.loop.zeroing import spread
 SOME = 4  # parameters that are read
 NUMBERS_OF_EACH = 4  # of each
 CHANGES_KEPT = 8  # changes that are reported
+TAKEN_BACK_KEPT = 64  # steps of which it is known which share was taken back
 PAST = 512  # earlier states that are remembered, to tell where weights were set back to
 
 
@@ -42,6 +44,7 @@ class Weights:
         self._changes: list[OutsideChange] = []
         self._times = 0
         self._read = SOME
+        self._taken_back: deque[float] = deque(maxlen=TAKEN_BACK_KEPT)
         self._away: list[tuple[int, list[Any], list[Any], Any]] = []
         self._start()
 
@@ -51,6 +54,7 @@ class Weights:
         self._samples = [sample_of(p) for p in self._chosen]
         self._on_host = all(p.is_cpu for p in self._chosen)
         self._after: list[Any] | None = None
+        self._before: list[Any] | None = None  # at the last training call
         self._versions: list[int] = []
         self._at_evaluation: list[Any] | None = None
         self._past: OrderedDict[Any, int] = OrderedDict()
@@ -103,9 +107,12 @@ class Weights:
         if after is None:
             return
         if self._on_host:
-            now = self._values()
+            now, before = self._values(), self._before
             if now != after:
                 self._changed(after, now)
+                if before is not None and len(before) == len(after) == SOME:
+                    self._taken_back += share_taken_back(self._samples, before, after, now)
+            self._before = now
         elif [s.parameter._version for s in self._samples] != self._versions and len(self._away) < CHANGES_KEPT:
             self._away.append((self._moment.step, after, self._values(), self._at_evaluation is not None))
 
@@ -131,6 +138,11 @@ class Weights:
         """How often weights were changed."""
         return self._times
 
+    @property
+    def taken_back(self) -> tuple[float, ...]:
+        """Of the last of these changes, the share of the step before that each took back."""
+        return tuple(self._taken_back)
+
     def facts(self) -> tuple[OutsideChange, ...]:
         """The first and the last changes; what is on a device is compared now."""
         waiting, self._away = self._away, []
@@ -140,6 +152,23 @@ class Weights:
             if names:
                 self._keep(step, names, evaluated, None)
         return tuple(self._changes)
+
+
+def share_taken_back(samples: Sequence[Sample], before: Any, after: Any, now: Any) -> list[float]:
+    """The share of a step from `before` to `after` that is taken back in `now`: the smallest over the entries that
+    the step moved. None where any of these is exactly what it was, as where rows are restored or masked, or cannot
+    be read as numbers."""
+    shares: list[float] = []
+    for sample, *values in zip(samples, before, after, now, strict=True):
+        if not all(isinstance(v, bytes) for v in values):
+            return []
+        kind = str(sample.parameter.dtype).removeprefix("torch.")
+        a, b, c = (numpy.frombuffer(v, kind).astype(float) for v in values)
+        moved = a != b
+        if (a[moved] == c[moved]).any():
+            return []
+        shares += ((b - c)[moved] / (b - a)[moved]).tolist()
+    return [min(shares)] if shares else []
 
 
 def sample_of(p: nn.Parameter) -> Sample:

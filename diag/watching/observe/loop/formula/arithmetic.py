@@ -23,8 +23,8 @@ from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.terms import terms_of
 
-OUTPUTS_KEPT = 512  # of the calls before a backward pass: of an episode, one call a moment
-NODES_OF_A_LOSS = 2048
+OUTPUTS_OF_A_PASS = 512  # of the calls before a backward pass: of an episode, one call a moment
+NODES_OF_A_FORMULA = 2048
 ENTRIES_OF_A_SUM = 256  # nodes of one sum that are visited
 MOST_NUMBERS = 1 << 22  # of a difference that are looked at
 ROUNDING = 1e-4  # of the largest difference
@@ -79,7 +79,7 @@ class Arithmetic:
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""
-        if not self._looking or len(self._made) >= OUTPUTS_KEPT:
+        if not self._looking or len(self._made) >= OUTPUTS_OF_A_PASS:
             return
         for t in [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs):
             if t.grad_fn is not None:
@@ -102,7 +102,7 @@ class Arithmetic:
     def _look_twice(self, root: Tensor, made: dict[int, tuple[str, int | None]]) -> None:
         if self._twice or not any(name for name, _ in made.values()):
             return
-        for node in nodes_before([root.grad_fn], NODES_OF_A_LOSS, lambda n: n._sequence_nr() in made):
+        for node in nodes_before([root.grad_fn], NODES_OF_A_FORMULA, lambda n: n._sequence_nr() in made):
             name = "" if node._sequence_nr() in made else AGAIN.get(kind_of(node), "")
             if name and (name, _axis(node)) in [made.get(p._sequence_nr()) for p in _passed_on(node)]:
                 self._twice, self._twice_step = name, self._moment.step

@@ -44,28 +44,37 @@ _HOMES = {
     "coordinate_check": "diag.trial.coordinates",
 }
 
+_MODULES = ("datasets", "errors", "integrations", "testing")  # the modules that are public as such
+
 
 def __getattr__(name: str) -> Any:
     # Loading on first use keeps `import diag` as cheap as `import torch`.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"diag.{name}")
     if name == "__all__":
         return __dir__()
-    if not name.startswith("_"):
-        if importlib.util.find_spec(f"diag.{name}") is not None:
-            return importlib.import_module(f"diag.{name}")
-        from diag.registry import instruments
+    if name.startswith("_"):
+        raise AttributeError(f"module 'diag' has no attribute {name!r}.")
+    if importlib.util.find_spec(f"diag.{name}") is not None:
+        # `from diag import display` asks here first, and then imports it.
+        raise AttributeError(f"diag.{name} is a module that is not public; `import diag.{name}` if you need it.")
+    if (found := _of_instruments().get(name)) is not None:
+        return found
+    from diag.errors import did_you_mean
 
-        if name in instruments():
-            return instruments()[name]
-        from diag.errors import did_you_mean
-
-        hint = " ".join([did_you_mean(name, __dir__()), "see `diag list`."]).lstrip()
-        raise AttributeError(f"module 'diag' has no attribute {name!r}; {hint}")
-    raise AttributeError(f"module 'diag' has no attribute {name!r}.")
+    hint = " ".join([did_you_mean(name, __dir__()), "see `diag list`."]).lstrip()
+    raise AttributeError(f"module 'diag' has no attribute {name!r}; {hint}")
 
 
 def __dir__() -> list[str]:
+    return sorted([*_HOMES, *_MODULES, *_of_instruments()])
+
+
+def _of_instruments() -> dict[str, Any]:
+    """The instruments, and the classes of their results, by name."""
     from diag.registry import instruments
 
-    return sorted([*_HOMES, *instruments(), "errors"])
+    found = instruments()
+    return {i.result.__name__: i.result for i in found.values()} | dict(found)

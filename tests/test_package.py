@@ -1,5 +1,6 @@
 """What an engineer has of the package: names, types, calls, errors, pickles and files."""
 
+import ast
 import copy
 import inspect
 import pickle
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diag
+import diag.registry
 from diag.errors import InvalidInput
 from diag.registry import instruments
 
@@ -35,6 +37,28 @@ def snapshot():
 def test_the_stub_is_what_the_registry_gives():
     done = subprocess.run([sys.executable, ROOT / "scripts" / "stub", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_stub_offers_what_there_is_at_run_time():
+    """Name by name, and each of its kind: what other packages add to the instruments is in no file of ours."""
+    body = ast.parse((ROOT / "diag" / "__init__.pyi").read_text()).body
+    imports = [alias for node in body if isinstance(node, ast.ImportFrom) for alias in node.names if alias.asname]
+    variables = {node.target.id: ast.unparse(node.annotation) for node in body if isinstance(node, ast.AnnAssign)}
+    ours = [n for n in dir(diag) if (getattr(getattr(diag, n), "__module__", "diag.")).startswith("diag.")]
+    assert sorted([*(alias.name for alias in imports), *variables]) == sorted([*ours, "__all__", "__version__"])
+    assert diag.__all__ == dir(diag)
+    for name in set(variables) - {"__all__", "__version__"}:
+        assert isinstance(getattr(diag, name), diag.registry.Instrument)
+        assert variables[name] == f"_{getattr(diag, name).result.__name__}Instrument"
+    for alias in imports:
+        assert alias.name == alias.asname and hasattr(diag, alias.name)
+
+
+def test_a_type_checker_knows_what_a_stub_offers():
+    """Every public attribute of an instrument is one of the class that the stub derives each instrument from."""
+    public = {n for n in vars(diag.hessian_spectrum) if not n.startswith("_")}
+    declared = {*vars(diag.registry.Instrument), *diag.registry.Instrument.__annotations__}
+    assert public <= declared
 
 
 def test_the_picture_of_the_rooms_is_what_the_code_gives():

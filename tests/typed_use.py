@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diag
+import diag.registry
 
 
 def measured(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[diag.Verdict]:
@@ -21,6 +22,18 @@ def measured(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[diag.Verdict
     collapse.plot()
     named = diag.measure(snapshot, "softmax_collapse", alarm_at=0.2)
     return [spectrum.verdict(), collapse.verdict(), named.verdict()]
+
+
+def told(snapshot: diag.Snapshot) -> list[str]:
+    """What an instrument says of itself; and one is handed on as what it is."""
+    found: list[diag.registry.Instrument] = [diag.hessian_spectrum, diag.class_counts]
+    outcomes = diag.measure_all(snapshot, [*found, "sharpness"])
+    lines = [f"{i.name} {i.title} {i.summary} {i.cost} {i.source} {i.why} {i.kind.value}" for i in found]
+    lines += [f"{need.name} {need.optional}" for need in diag.hessian_spectrum.needs]
+    lines += [f"{setting.name} {setting.default}" for setting in diag.hessian_spectrum.settings]
+    assert_type(diag.class_counts(snapshot=snapshot, ratio=5.0), diag.ClassCounts)
+    assert_type(diag.hessian_spectrum.result, type[diag.Result])
+    return [*lines, *outcomes, diag.testing.__name__]
 
 
 def watched(model: nn.Module) -> diag.Run:

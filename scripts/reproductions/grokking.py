@@ -38,7 +38,7 @@ def train_arm(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0)
     name = "AdamW on the projected gradient" if perp else "AdamW"
     if perp:
-        diag.remedies.perp_grad(optimizer)
+        diag.perp_grad(optimizer)
     course = {}
     with lab.recorder(arm, model, optimizer=f"{name}, lr {LEARNING_RATE}, no decay", seed=seed) as record:
         for epoch in range(1, epochs + 1):

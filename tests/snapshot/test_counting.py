@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diag
+import diag.registry
 from diag.errors import DiagError, Unsupported
 from diag.snapshot.objective.counting import counted_batches
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 
 import diag
+import diag.registry
 from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.batch import as_batch
 from diag.snapshot.cutting import Cutting

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import diag
+import diag.registry
 from diag.errors import DiagError
 
 V, N, T = 40, 8, 11

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.nn.functional import cross_entropy as imported
 
 import diag
+import diag.reporting
 from diag.errors import MissingQuantity
 
 V, B, T = 11, 6, 5

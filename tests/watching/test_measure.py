@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import diag
+import diag.registry
 from diag.errors import InvalidInput
 from diag.registry import find, instrument
 from diag.result import Level, Result, Verdict, measured

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diag
+import diag.registry
 from diag.watching.measure.measuring import FIXED, Measurements, chosen_instruments
 from diag.watching.measure.schedule import MeasurementSchedule, next_due
 

@@ -36,17 +36,18 @@ ALLOWED = {
     "distributed": {"errors", "linalg"},
     "snapshot": {"errors", "door", "linalg", "checkpoints", "distributed"},
 }
+ALLOWED["build"] = {"errors", "snapshot"}
 ALLOWED["gradients"] = ALLOWED["snapshot"] | {"snapshot"}
 ALLOWED["curvature"] = ALLOWED["gradients"] | {"gradients"}
-ALLOWED["connectivity"] = ALLOWED["curvature"] | {"curvature", "ranges"}
+ALLOWED["connectivity"] = ALLOWED["curvature"] | {"curvature", "ranges", "conversion", "build"}
 ALLOWED["registry"] = {"conversion", "door", "errors", "result", "snapshot"}
 ALLOWED["instruments"] = ALLOWED["connectivity"] | GROUND | {"connectivity", "registry", "remedies"}
 ALLOWED["rates"] = {"result"}
 ALLOWED["run"] = {"errors", "door", "display", "encoding", "result", "rates", "checkpoints", "snapshot", "registry"}
-ALLOWED["run"] |= {"distributed", "linalg"}
+ALLOWED["run"] |= {"distributed", "linalg", "build"}
 ALLOWED["watching"] = ALLOWED["instruments"] | {"instruments", "run"}
 ALLOWED["reporting"] = ALLOWED["run"] | {"run", "conversion"}
-ALLOWED["trial"] = ALLOWED["watching"] | {"watching", "ranges", "conversion"}
+ALLOWED["trial"] = {"build"} | ALLOWED["watching"] | {"watching", "ranges", "conversion"}
 ALLOWED["integrations"] = ALLOWED["watching"] | {"watching", "reporting"}
 # The top floor: the command line, the demo, and what helps authors of instruments and tests.
 TOP = {"__main__", "cli", "demo", "datasets", "testing", "__init__"}

@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from diag.cli.output import JSON, print_document
 from diag.cli.text import echo
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from diag.snapshot.snapshot import Snapshot
 
 EXISTING_PATHS = click.Path(exists=True, path_type=Path)
 BUILD_OPTION = click.option(
@@ -60,10 +55,9 @@ def align_command(
 
     if output is not None and output.suffix not in (".pt", ".safetensors"):
         raise click.UsageError(f"{output} ends in {output.suffix or 'nothing'}; expected .pt or .safetensors.")
-    snapshot, states = _snapshot_and_states([first, second], build, max_examples, key)
-    a, b = states.values()
-    snapshot.model.load_state_dict(a)
-    found = align(snapshot.replace(), b, by=by, points=points, beyond_permutations=beyond_permutations)
+    how: dict[str, Any] = {"by": by, "points": points, "beyond_permutations": beyond_permutations}
+    found = align(first, second, build=build, key=key, options=_options(max_examples), **how)
+    _tell(found.notes)
     if output is not None:
         _save(dict(found.aligned_state or {}), output)
     if as_json:
@@ -110,8 +104,9 @@ def connect_command(
         raise click.UsageError(
             f"{output} ends in {output.suffix or 'nothing'}; expected .png, .svg, .pdf or .json."
         )
-    snapshot, states = _snapshot_and_states(checkpoints, build, max_examples, key)
-    found = connect(snapshot, states, points=points, align=None if by == "none" else by, threshold=threshold)
+    how: dict[str, Any] = {"points": points, "align": None if by == "none" else by, "threshold": threshold}
+    found = connect(list(checkpoints), build=build, key=key, options=_options(max_examples), **how)
+    _tell(found.notes)
     if output is not None:
         _draw(found, output)
     if as_json:
@@ -156,25 +151,14 @@ def _draw(found: Any, output: Path) -> None:
     figure.savefig(output, dpi=150)
 
 
-def _snapshot_and_states(
-    paths: Sequence[Path], build: str, max_examples: int | None, key: str | None
-) -> tuple[Snapshot, dict[str, dict[str, Tensor]]]:
-    """The snapshot that the build function gives, and each checkpoint's state as its model has it."""
-    from diag.checkpoints import load_into, load_state
-    from diag.run.build import built_arguments
-    from diag.snapshot.snapshot import Snapshot
+def _options(max_examples: int | None) -> dict[str, Any]:
+    return {} if max_examples is None else {"max_examples": max_examples}
 
-    arguments = built_arguments(build) | ({} if max_examples is None else {"max_examples": max_examples})
-    snapshot = Snapshot(**arguments)
-    names = [p.name for p in paths]
-    states = {}
-    for path in paths:
-        checkpoint = load_state(path, key)
-        for note in (*checkpoint.notes, *load_into(snapshot.model, checkpoint)):
-            echo(f"{path}: {note}", err=True)
-        name = path.name if names.count(path.name) == 1 else str(path)
-        states[name] = {n: t.detach().clone() for n, t in snapshot.model.state_dict().items()}
-    return Snapshot(**arguments), states
+
+def _tell(notes: Sequence[str]) -> None:
+    """How the files were read."""
+    for note in notes:
+        echo(note, err=True)
 
 
 def _save(state: dict[str, Any], output: Path) -> None:

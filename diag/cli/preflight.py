@@ -24,10 +24,10 @@ def preflight_command(build: str, output: Path | None, steps: int, seconds: floa
     The function that --build names returns (model, loss_fn, data), or a dict of diag.Snapshot's arguments, in which
     `optimizer` is the one that will train. Status 1 where something is an alarm.
     """
+    from diag.build import built_arguments
     from diag.cli import tables
     from diag.reporting import report as write_report
     from diag.reporting.machines.findings import findings_document
-    from diag.run.build import built_arguments
     from diag.trial.preflight import preflight
 
     built = built_arguments(build)

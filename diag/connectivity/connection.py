@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from diag.build import Build
 from diag.connectivity.activation_matching import align_activations
 from diag.connectivity.alignment import Alignment, align_weights
+from diag.connectivity.checkpoint_files import loaded_networks, refuse_file_arguments
 from diag.connectivity.ends import Ends, check_same_ends, checked_ends
 from diag.connectivity.interpolation import Interpolation, NetworkState
 from diag.connectivity.interpolation_bezier import bezier, train_control_point
@@ -37,7 +40,7 @@ class Connection:
 
     line, held_out: the networks as they are. ends: their own losses. aligned, aligned_held_out: after alignment.
     repaired: the aligned (else plain) line with REPAIR. curve: along the Bezier curve to the aligned (else plain)
-    state.
+    state. notes: how files were read.
     """
 
     line: Profile
@@ -56,6 +59,7 @@ class Connection:
     chance_error: float = float("nan")
     variance_ratios: dict[str, float] = field(default_factory=dict)
     layers: dict[str, LayerBarrier] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Connection: {self.sentence()}>"
@@ -134,9 +138,12 @@ def _on_both_sets(
 
 @at_the_door
 def align(
-    snapshot: Snapshot,
+    snapshot: Snapshot | str | os.PathLike[str],
     other: Any,
     *,
+    build: Build | None = None,
+    key: str | None = None,
+    options: Mapping[str, Any] | None = None,
     by: str = "weights",
     points: GridPoints = 11,
     beyond_permutations: bool = False,
@@ -145,17 +152,27 @@ def align(
 
     other: a state dict, a module, a Snapshot or a checkpoint's path. What comes back has `aligned_state`, and the
     line between the two before and after, on `points` points.
+    build: both are paths of checkpoints, `diag.align("a.pt", "b.pt", build=build)`, and this gives `(model,
+    loss_fn, data)`, or is its name. key: the entry of the files that holds the state dict. options: arguments of
+    `Snapshot` in place of the build function's.
     by: "weights" or "activations". beyond_permutations: also signs, scales, rotations and invertible maps, where
     the model has such symmetries (by weights only).
     Raises InvalidInput where `other` does not fit, Unsupported where the model has no group of units to align, or
-    alignment would change its function.
+    alignment would change its function, CheckpointError where a file cannot be read or does not fit.
     """
     if by not in ALIGN:
         raise InvalidInput(f"by is {by!r}; expected {' or '.join(map(repr, ALIGN))}.")
-    path = Interpolation(snapshot)
-    return measure_connection(
+    notes: tuple[str, ...] = ()
+    if build is not None:
+        snapshot, states, notes = loaded_networks([snapshot, other], build, key, options, "align")
+        other = list(states.values())[-1]
+    else:
+        refuse_file_arguments("align", snapshot, key=key, options=options)
+    path = Interpolation(cast(Snapshot, snapshot))
+    found = measure_connection(
         path, path.fit(other), align=by, points=points, beyond_permutations=beyond_permutations
     )
+    return replace(found, notes=notes)
 
 
 def aligned_end(

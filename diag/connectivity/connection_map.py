@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 from numpy.typing import NDArray
 
+from diag.build import Build
+from diag.connectivity.checkpoint_files import loaded_networks, refuse_file_arguments
 from diag.connectivity.connection import ALIGN, aligned_end
 from diag.connectivity.interpolation import Interpolation
 from diag.connectivity.interpolation_layers import angle, first_stable_step
+from diag.conversion import converted
 from diag.door import at_the_door
 from diag.errors import CheckpointError, InvalidInput
 from diag.ranges import GridPoints, Threshold
@@ -33,7 +37,7 @@ class ConnectionMap:
 
     loss_barriers: over the chord. error_barriers: the same in the share of wrong answers, and
     error_standard_errors, paired over examples; NaN where targets are not class numbers. threshold: two networks
-    are connected where their error barrier (else their loss barrier) is below it.
+    are connected where their error barrier (else their loss barrier) is below it. notes: how files were read.
     """
 
     names: tuple[str, ...]
@@ -42,6 +46,7 @@ class ConnectionMap:
     error_standard_errors: NDArray[numpy.float64]
     threshold: float
     align: str
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<ConnectionMap: {self.sentence()}>"
@@ -139,9 +144,12 @@ def _plain(values: NDArray[numpy.float64]) -> list[list[float | None]]:
 
 @at_the_door
 def connect(
-    snapshot: Snapshot,
-    states: Mapping[str, Any] | Sequence[Any],
+    snapshot: Snapshot | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    states: Any = None,
     *,
+    build: Build | None = None,
+    key: str | None = None,
+    options: Mapping[str, Any] | None = None,
     points: GridPoints = 11,
     align: str | None = None,
     norm_stats: str = "reset",
@@ -152,18 +160,45 @@ def connect(
 
     states: state dicts, modules, Snapshots or paths of checkpoints, by name or one after another. With `align` the
     later of two is aligned to the earlier first. Costs N (N-1) / 2 profiles of `points` passes.
+    build: in place of a snapshot and states there are paths of checkpoints, `diag.connect(["a.pt", "b.pt"],
+    build=build)`, and this gives `(model, loss_fn, data)`, or is its name. key: the entry of the files that holds
+    the state dict. options: arguments of `Snapshot` in place of the build function's.
 
     Raises InvalidInput for fewer than 2 states, or where one does not fit, naming the first difference, and
     CheckpointError where a file cannot be read or does not fit.
     """
-    if len(states) < 2:
-        raise InvalidInput(f"There are {len(states)} networks; expected at least 2 to compare.")
     if align not in (None, *ALIGN):
         raise InvalidInput(f"align is {align!r}; expected None, {' or '.join(map(repr, ALIGN))}.")
-    path = Interpolation(snapshot)
-    named = states if isinstance(states, Mapping) else _with_names(states)
-    names = tuple(named)
-    fitted = [_named(path, name, state) for name, state in named.items()]
+    notes: tuple[str, ...] = ()
+    if build is None:
+        refuse_file_arguments("connect", snapshot, key=key, options=options)
+        named = _by_name(states)
+    elif states is not None:
+        raise InvalidInput(
+            "connect was given states and build=; expected a snapshot and states, or paths and build=."
+        )
+    else:
+        files = [snapshot] if isinstance(snapshot, (str, os.PathLike)) else snapshot
+        snapshot, named, notes = loaded_networks(files, build, key, options, "connect")
+    if len(named) < 2:
+        raise InvalidInput(f"There are {len(named)} networks; expected at least 2 to compare.")
+    path = Interpolation(cast(Snapshot, snapshot))
+    fitted = {name: _named(path, name, state) for name, state in named.items()}
+    return _between_all(path, fitted, points, align, norm_stats, threshold, progress, notes)
+
+
+def _between_all(
+    path: Interpolation,
+    states: Mapping[str, dict[str, Any]],
+    points: int,
+    align: str | None,
+    norm_stats: str,
+    threshold: float,
+    progress: Callable[[int, int, str], None],
+    notes: tuple[str, ...],
+) -> ConnectionMap:
+    """The barrier between every two states."""
+    names, fitted = tuple(states), list(states.values())
     loss, error, spread = (numpy.zeros((len(names), len(names))) for _ in range(3))
     pairs: Sequence[tuple[int, int]] = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     for done, (i, j) in enumerate(pairs):
@@ -175,7 +210,16 @@ def connect(
         error[i, j] = error[j, i] = line.error_barrier
         spread[i, j] = spread[j, i] = line.error_standard_error
     progress(len(pairs), len(pairs), "")
-    return ConnectionMap(names, loss, error, spread, threshold, align or "")
+    return ConnectionMap(names, loss, error, spread, threshold, align or "", notes)
+
+
+def _by_name(states: Any) -> Mapping[str, Any]:
+    """The states by name."""
+    if states is None:
+        raise InvalidInput("connect was called without states; expected at least 2 networks to compare.")
+    kinds = Mapping[str, Any] | Sequence[Any]
+    found = converted(states, kinds, inspect.Parameter.empty, "connect.states")
+    return found if isinstance(found, Mapping) else _with_names(found)
 
 
 def _named(path: Interpolation, name: str, state: Any) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import diag
+from diag.build import Build, build_name, built_arguments, called_safely
 from diag.checkpoints import load_into, load_state
 from diag.errors import CheckpointError, InvalidInput, first_line
 from diag.registry import Instrument, Kind, find, instruments
 from diag.result import Result
-from diag.run.build import Build, build_name, built_arguments, called_safely
 from diag.run.files import META
 from diag.run.over_ranks import AllRanks, OneProcess
 from diag.run.run import Event, Record, Run

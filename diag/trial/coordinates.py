@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diag.build import called_safely
 from diag.conversion import converted
 from diag.display import format_number
 from diag.door import at_the_door
 from diag.errors import InvalidInput, type_of
 from diag.linalg.student import STANDARD_ERRORS, factor
 from diag.ranges import Count, Seed
-from diag.run.build import called_safely
 from diag.snapshot.inside import apart
 from diag.snapshot.preserve import random_states
 from diag.snapshot.snapshot import Snapshot

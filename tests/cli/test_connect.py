@@ -55,6 +55,52 @@ def run(*arguments):
     return result.exit_code, result.output
 
 
+def test_from_python_as_on_the_command_line(folder, tmp_path):
+    build, files = f"{folder / 'task.py'}:build", [folder / f"{n}.pt" for n in ("a", "near", "moved")]
+    found = diag.align(files[0], str(files[2]), build=build, points=5)
+    assert found.aligned.barrier < 1e-6 < found.line.barrier
+    for name, tensor in torch.load(files[0]).items():
+        torch.testing.assert_close(found.aligned_state[name], tensor)
+    map_ = diag.connect(files, build=build, points=5, options={"max_examples": 50})
+    code, text = run(
+        "connect", *files, "--build", build, "--points", 5, "--max-examples", 50, "-o", tmp_path / "m.json"
+    )
+    assert code == 0, text
+    assert json.loads((tmp_path / "m.json").read_text()) == map_.to_dict()
+    space = {}
+    exec(BUILD, space)
+    assert diag.connect(files, build=space["build"], points=5).names == ("a.pt", "near.pt", "moved.pt")
+
+
+def test_files_under_a_key_tell_how_they_were_read(folder, tmp_path):
+    state = torch.load(folder / "a.pt")
+    torch.save({"ema": {f"module.{n}": t for n, t in state.items()}, "state_dict": state}, tmp_path / "b.pt")
+    found = diag.connect(
+        [tmp_path / "b.pt", tmp_path / "b.pt"], build=f"{folder / 'task.py'}:build", key="ema", points=3
+    )
+    assert "prefix 'module.' was taken off" in found.notes[0]
+    assert found.names[0] != found.names[1] and found.loss_barriers.max() < 1e-9
+
+
+def test_files_without_a_build_function_and_what_is_no_file(folder):
+    build = f"{folder / 'task.py'}:build"
+    snapshot = diag.Snapshot(nn.Linear(4, 2), F.cross_entropy, (torch.ones(4, 4), torch.ones(4).long()))
+    with pytest.raises(InvalidInput, match="align was called on the path of checkpoints; give build="):
+        diag.align(folder / "a.pt", folder / "near.pt")
+    with pytest.raises(InvalidInput, match="connect was called on paths of checkpoints; give build="):
+        diag.connect([folder / "a.pt", folder / "near.pt"])
+    with pytest.raises(InvalidInput, match="connect takes key for checkpoints only; give build="):
+        diag.connect(snapshot, [snapshot, snapshot], key="ema")
+    with pytest.raises(InvalidInput, match="called on a Snapshot and build=; expected the paths"):
+        diag.align(snapshot, folder / "a.pt", build=build)
+    with pytest.raises(InvalidInput, match="was given states and build="):
+        diag.connect([folder / "a.pt"] * 2, [snapshot], build=build)
+    with pytest.raises(InvalidInput, match="There are 1 networks"):
+        diag.connect(folder / "a.pt", build=build)
+    with pytest.raises(InvalidInput, match="connect was called without states"):
+        diag.connect(snapshot)
+
+
 def test_align_writes_the_second_checkpoint_in_the_first_ones_order(folder):
     build = f"{folder / 'task.py'}:build"
     code, text = run("align", folder / "a.pt", folder / "moved.pt", "--build", build, "-o", folder / "out.pt")

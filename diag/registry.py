@@ -45,6 +45,7 @@ from diag.result import Failed, Outcome, Provenance, Result, Skipped
 from diag.snapshot.glossary import HELD_OUT, Effort, Quantity, lookup
 from diag.snapshot.snapshot import OVER_RANKS, Snapshot
 from diag.snapshot.state.host import on_host
+from diag.snapshot.state.modes import unseen
 from diag.snapshot.state.tensors import hearing
 from diag.snapshot.validation import checked
 
@@ -224,6 +225,7 @@ class Instrument:
         """False for what only other parts of `diag` can be asked: a trial before training, a checkpoint file."""
         return not any(n.quantity.given for n in self.needs if not n.optional)
 
+    @unseen()
     def __call__(self, /, *positional: Any, **given: Any) -> Result:
         """Measure on a `Snapshot`, or on the quantities, by position or by name.
 
@@ -500,6 +502,7 @@ def requires(instrument: Instrument, *names: str) -> bool:
     return any(need.name in names and not need.optional for need in instrument.needs)
 
 
+@unseen()
 def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Outcome:
     """Measure without ever raising. `given` are settings and, as in a call of the instrument, quantities.
 

@@ -24,6 +24,8 @@ FIRST_FACTOR = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
 class Passes(TorchDispatchMode):
     """Counts the rows that are multiplied by weights of BEFORE x AFTER numbers, whichever way round."""
 
+    __module__ = "diag.testing"  # modes of others do not see what diag computes
+
     def __init__(self):
         super().__init__()
         self.rows = 0

@@ -38,6 +38,7 @@ from diag.snapshot.batch import Batch
 from diag.snapshot.example_losses import LossFunction
 from diag.snapshot.parameters import trainable
 from diag.snapshot.preserve import exact_arithmetic, preserved
+from diag.snapshot.state.modes import unseen
 
 
 def plan_for_steps(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> Plan:
@@ -170,7 +171,7 @@ class StepGradients(PerExampleGradients):
         if self._trouble is not None:
             return
         try:
-            with torch._C.DisableTorchFunction(), torch.no_grad(), self._exact():
+            with unseen(), torch._C.DisableTorchFunction(), torch.no_grad(), self._exact():
                 work()
         except Exception as error:
             self._trouble = first_line(error)

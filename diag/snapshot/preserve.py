@@ -1,9 +1,9 @@
 """Measure a model without leaving a trace in it, in its gradients or in any random state.
 
 Everything that measures enters `preserved(model)` first. Inside it the model is in evaluation mode, autocast and
-TF32 are off, hooks of others are silent and diag's own are paused; on the way out, also when an exception passes
-through, the modes, buffers, `requires_grad` flags, `.grad` fields, random states, backend flags and what the model
-keeps in Python are what they were. Dropping any one of these changes the training that follows.
+TF32 are off, hooks and modes of others are silent and diag's own are paused; on the way out, also when an exception
+passes through, the modes, buffers, `requires_grad` flags, `.grad` fields, random states, backend flags and what the
+model keeps in Python are what they were. Dropping any one of these changes the training that follows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from diag.checkpoints.unwrap import own_forward
 from diag.snapshot import pause
 from diag.snapshot.state.hooks import silent
+from diag.snapshot.state.modes import unseen
 from diag.snapshot.state.python import restoring
 from diag.snapshot.state.tensors import own_tensors, same_bits
 
@@ -27,6 +28,7 @@ from diag.snapshot.state.tensors import own_tensors, same_bits
 def preserved(*models: nn.Module, mode: str = "eval") -> Iterator[None]:
     """Inside the context each model is in `mode` ("eval", "train" or "keep"); afterwards all is restored."""
     with ExitStack() as stack:
+        stack.enter_context(unseen())
         stack.enter_context(random_states())
         stack.enter_context(exact_arithmetic())
         stack.enter_context(pause.measuring())

@@ -34,6 +34,7 @@ from diag.snapshot.state.bits import TensorBits, bits_of
 from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.host import as_the_program, on_host
+from diag.snapshot.state.modes import unseen
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
@@ -97,6 +98,7 @@ class Snapshot:
     Raises InvalidInput where model, loss_fn or data are not of these kinds.
     """
 
+    @unseen()
     def __init__(
         self,
         model: nn.Module,
@@ -141,6 +143,7 @@ class Snapshot:
         """What measuring may take: of a snapshot over ranks, the deadline that they have in common."""
         return self.deadline if self.ranks is None else self.ranks.deadline
 
+    @unseen()
     def quantity(self, name: str) -> Any:
         """The value of a glossary quantity; `held_out_` before a name asks for it on the held-out data.
 

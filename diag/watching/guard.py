@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from diag.snapshot.pause import is_measuring
-from diag.snapshot.state.host import makes_elsewhere, modes_in_force, on_host
+from diag.snapshot.state.host import on_host
+from diag.snapshot.state.modes import functions_seen, operations_seen, unseen
 
 GIVE_UP_AFTER = 3
 # What runs some twenty times a step is looked up once.
@@ -99,10 +100,11 @@ def guarded(part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     began = clock.entered = perf_counter()
                 try:
                     inference = is_inference()
-                    if not (inference or (modes_in_force() and makes_elsewhere())):
+                    if not (inference or functions_seen() or operations_seen()):
                         return method(self, *args, **kwargs)
                     # What is made in inference mode cannot be used in training afterwards.
-                    with torch.inference_mode(False) if inference else contextlib.nullcontext(), on_host():
+                    plain = torch.inference_mode(False) if inference else contextlib.nullcontext()
+                    with unseen(), plain, on_host():
                         return method(self, *args, **kwargs)
                 finally:
                     if outermost:

@@ -22,6 +22,7 @@ from diag.door import class_at_the_door, names_at_the_door
 from diag.errors import InvalidInput, text_of
 from diag.run.run import Finding, Run, read_run
 from diag.snapshot.history import History
+from diag.snapshot.state.modes import unseen
 from diag.watching.about import describe_run, temporary_folder
 from diag.watching.arguments import (
     Settings,
@@ -65,6 +66,7 @@ _watchers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.
 
 
 @names_at_the_door
+@unseen()
 def watch(
     model: nn.Module,
     *,
@@ -248,6 +250,7 @@ class Watcher(Guarded):
             return
         self._measure_now(chosen)
 
+    @unseen()
     def close(self) -> None:
         """End the watch, after the last measurements that the budget allows. It may be called twice."""
         safely(self._end, True)
@@ -255,6 +258,7 @@ class Watcher(Guarded):
     def __enter__(self) -> Self:
         return self
 
+    @unseen()
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is not None and not self.clock.closed:
             safely(self._ended_by, error)

@@ -1,6 +1,6 @@
-"""Whether a network gives the same without the hooks that do not fire while measuring.
+"""Whether a network gives the same without the hooks and modes that are silent while measuring.
 
-Only hooks that could change what it gives are tried (see `doubtful_hooks`), once, on the first few examples and in
+Only what could change what it gives is tried (see `doubtful_hooks`), once, on the first few examples and in
 both modes; what they write meanwhile is put back. Where the outputs differ, what would be measured is another
 network than the one that is trained.
 """
@@ -17,6 +17,7 @@ from diag.errors import Unsupported, named
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
 from diag.snapshot.state.hooks import doubtful_hooks, firing
+from diag.snapshot.state.modes import doubtful_modes, seen_again
 from diag.snapshot.state.python import kept_state
 from diag.snapshot.state.tensors import own_tensors, same_bits
 
@@ -26,6 +27,11 @@ HOOKS_CHANGE_OUTPUTS = (
     "Hooks that are not diag's do not fire while measuring, and without {} the model gives something else; move "
     "what such a hook does into the module's forward."
 )
+MODES_CHANGE_OUTPUTS = (
+    "Modes that see every operation are not active while measuring, and without {} the model gives something else; "
+    "measure outside of it, or move what it does into the model's forward."
+)
+OF_THE_PROGRAM = "the program"
 
 
 class HookCheck:
@@ -39,7 +45,7 @@ class HookCheck:
         """Raises Unsupported where silent hooks change the outputs on the first of `batches()`."""
         if self.lost:
             raise Unsupported(self.lost)
-        doubtful = doubtful_hooks(model)
+        doubtful = [*doubtful_hooks(model), *((OF_THE_PROGRAM, mode) for mode in doubtful_modes())]
         if not doubtful:
             return
         hooks = [hook for _, hook in doubtful]
@@ -47,7 +53,7 @@ class HookCheck:
         if known is None:
             with own_tensors(model, values=True), kept_state(model, *hooks):
                 same = _same_without(model, batches()[0])
-            known = "" if same else HOOKS_CHANGE_OUTPUTS.format(_listed(doubtful))
+            known = "" if same else _refusal(doubtful)
             self._tried.append((hooks, known))
         if known:
             raise Unsupported(known)
@@ -55,6 +61,13 @@ class HookCheck:
 
 def _are(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
+
+
+def _refusal(doubtful: Sequence[tuple[str, Callable[..., Any]]]) -> str:
+    modes = [hook for owner, hook in doubtful if owner is OF_THE_PROGRAM]
+    if len(modes) == len(doubtful):
+        return MODES_CHANGE_OUTPUTS.format(named([type(mode).__name__ for mode in modes]))
+    return HOOKS_CHANGE_OUTPUTS.format(_listed(doubtful))
 
 
 def _listed(hooks: Sequence[tuple[str, Callable[..., Any]]]) -> str:
@@ -84,7 +97,7 @@ def _outputs(model: nn.Module, batch: Batch, mode: str, fire: bool) -> list[Tens
     try:
         with torch.no_grad():
             if fire:
-                with firing(), preserved(model, mode=mode):
+                with firing(), seen_again(), preserved(model, mode=mode):
                     return tensors_in(batch.forward(model))
             with preserved(model, mode=mode):
                 return tensors_in(batch.forward(model))

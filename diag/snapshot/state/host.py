@@ -13,16 +13,15 @@ from contextvars import ContextVar
 
 import torch
 
+from diag.snapshot.state.modes import functions_seen
+
 _the_programs: ContextVar[torch.device | None] = ContextVar("diag_default_device", default=None)
-
-
-modes_in_force = torch._C._len_torch_function_stack
-"""How many modes of torch functions there are: a default device is one, and without any nothing need be asked."""
 
 
 def makes_elsewhere() -> bool:
     """Whether the program has tensors made elsewhere than on the host."""
-    return modes_in_force() > 0 and torch.get_default_device().type != "cpu"
+    # A default device is a mode of torch functions: without any nothing need be asked.
+    return functions_seen() > 0 and torch.get_default_device().type != "cpu"
 
 
 @contextmanager

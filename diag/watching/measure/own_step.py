@@ -30,6 +30,7 @@ from diag.snapshot import pause
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.parameters import trainable
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.state.modes import unseen
 from diag.snapshot.state.tensors import hearing
 from diag.watching.guard import safely
 from diag.watching.hooks.model_hook import INERT, compiled_wrappers, frames_compiled, is_transformed
@@ -249,7 +250,8 @@ class _Before:
         self.own = own
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        safely(self._begins, module, args, kwargs)
+        with unseen():
+            safely(self._begins, module, args, kwargs)
 
     def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         ours = module is self.own._model and not pause.is_measuring()
@@ -266,7 +268,8 @@ class _After(_Before):
 
     def __call__(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if module is self.own._model:
-            safely(self.own.forward_ends)
+            with unseen():
+                safely(self.own.forward_ends)
 
 
 def _asks_for_gradients_alone(instrument: Instrument) -> bool:

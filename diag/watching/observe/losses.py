@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.errors import named
 from diag.snapshot.batch import tensors_in
+from diag.snapshot.state.modes import doubtful_modes
 from diag.watching.guard import safely, shielded
 from diag.watching.measure.probe import Probe
 from diag.watching.observe.capture import (
@@ -45,6 +47,10 @@ FROM_BACKWARD = (
 LOSS_MOVED = (
     "The parameters were moved between two backward passes of one step, as SAM does: the recorded loss is that "
     "before the move, the recorded gradient the one that the optimizer was given."
+)
+INSIDE_A_MODE = (
+    "The training runs inside {}, a mode that sees every operation and may change what it gives; diag's own "
+    "operations are hidden from it, and what is measured outside of it is the network without it."
 )
 OTHER_PARAMETERS = "the model is called with other parameters than its own, as in torch.func.functional_call"
 
@@ -121,6 +127,8 @@ class LossObserver:
             tensor.register_hook(self._reached_hook)
             self._sources.append(number_of(tensor))
         self._called = True
+        if modes := doubtful_modes():
+            self._note("modes", INSIDE_A_MODE.format(named([type(mode).__name__ for mode in modes])))
         for place, loss in () if one else losses_among(outputs):
             self._calls.add(SeenValue(number_of(loss), loss.detach().clone(), "", place=place))
         self._foreign = OTHER_PARAMETERS if self._is_swapped(module) else ""

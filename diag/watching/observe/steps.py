@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from diag.snapshot.optimizer import described_optimizer
+from diag.snapshot.state.modes import unseen
 from diag.watching.guard import safely
 from diag.watching.measure.schedule import Regular, Thinning
 from diag.watching.observe.direction import Directions
@@ -297,7 +298,8 @@ class StepObserver:
         return wrapped
 
     def _evaluated(self, row: Row, optimizer: Optimizer, members: StepMembers) -> None:
-        self.gradients.read(row, optimizer, members)
+        with unseen():
+            self.gradients.read(row, optimizer, members)
         self._losses.freeze()
 
     # Parameters

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.loop.steps import ParameterFacts
+from diag.snapshot.state.modes import unseen
 from diag.watching.hooks.model_hook import frames_compiled
 from diag.watching.observe.loop.data.source import is_forgotten
 from diag.watching.observe.loop.moment import Moment
@@ -187,7 +188,8 @@ class CloseLook:
     def _hook(self, name: str) -> Any:
         def called(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) and output else output
-            graph = isinstance(first, Tensor) and first.requires_grad and torch.is_grad_enabled()
+            with unseen():
+                graph = isinstance(first, Tensor) and first.requires_grad and torch.is_grad_enabled()
             self.called[name] = self.called.get(name, False) or graph
 
         return called

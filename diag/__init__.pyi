@@ -67,6 +67,7 @@ from diag.instruments.loop.learning_rate_schedule import LearningRateSchedule as
 from diag.result import Level as Level
 from diag.instruments.linear_freedom import LinearFreedom as LinearFreedom
 from diag.instruments.loop.loss_call import LossCall as LossCall
+from diag.instruments.optimization.loss_spikes import LossSpikes as LossSpikes
 from diag.instruments.loss.loss_terms import LossTerms as LossTerms
 from diag.instruments.loop.mixed_precision import MixedPrecision as MixedPrecision
 from diag.instruments.mode_connectivity import ModeConnectivity as ModeConnectivity
@@ -584,6 +585,14 @@ class _LossCallInstrument(Instrument):
     def __call__(self, loop: Any) -> LossCall: ...
 
 loss_call: _LossCallInstrument
+
+class _LossSpikesInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, history: Any = ..., warn_above: float = ...) -> LossSpikes: ...
+    @overload
+    def __call__(self, history: Any, *, warn_above: float = ...) -> LossSpikes: ...
+
+loss_spikes: _LossSpikesInstrument
 
 class _LossTermsInstrument(Instrument):
     @overload

@@ -178,6 +178,7 @@ class Provenance:
 def measured(
     description: str,
     *,
+    remark: str = "",
     unit: str = "",
     shape: str = "",
     record: bool = True,
@@ -185,9 +186,12 @@ def measured(
 ) -> Any:
     """A field of a `Result`: what it is, its unit, and for arrays its shape, stated once.
 
-    `record=False` keeps a field (a state dict, say) in memory only: it is in no file and in no comparison.
+    `remark` is what else there is to say of it, as when it is not known; it stands after the description, and not
+    on an axis. `record=False` keeps a field (a state dict, say) in memory only: it is in no file and in no
+    comparison.
     """
-    metadata = {"description": description, "unit": unit, "shape": shape, "record": record}
+    whole = f"{description}; {remark}" if remark else description
+    metadata = {"description": whole, "label": description, "unit": unit, "shape": shape, "record": record}
     return dataclasses.field(default=default, metadata=metadata, compare=record)
 
 
@@ -265,8 +269,7 @@ class Result:
             return
         steps, values = [s for s, _ in series], [r.scalars().get(name, math.nan) for _, r in series]
         ax.plot(steps, values, marker="o", markersize=3)
-        said = next((f.metadata["description"] for f in cls.measured_fields() if f.name == name), "")
-        words = said.partition(";")[0]
+        words = next((f.metadata["label"] for f in cls.measured_fields() if f.name == name), "")
         ax.set(xlabel="step", ylabel=words if 0 < len(words) <= LONGEST_LABEL else name.replace("_", " "))
 
     # What is derived.

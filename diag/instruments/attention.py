@@ -43,7 +43,7 @@ class Attention(Result):
         "queries whose softmax rounds to a single key in the dtype of the scores", unit="share"
     )
     collapsed_by_dtype: dict[str, float] = measured("queries with a margin >= b ln 2 in that dtype", unit="share")
-    weight_norm: float = measured("root mean square over heads of |W_Q^T W_K|; NaN: no plain projections")
+    weight_norm: float = measured("root mean square over heads of |W_Q^T W_K|", remark="NaN: no plain projections")
     num_heads: int = measured("heads, all attentions together")
     layers: tuple[str, ...] = measured("the module that each head belongs to")
     heads: tuple[int, ...] = measured("the number of each head in its module")

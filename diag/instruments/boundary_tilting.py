@@ -38,7 +38,9 @@ class BoundaryTilting(Result):
     )
     largest_angle: float = measured("the same for the most tilted pair", unit="degrees")
     median_strength: float = measured("median over pairs of 1 / cos(angle)")
-    largest_strength: float = measured("1 / cos(angle) of the most tilted pair; infinite from 90 degrees on")
+    largest_strength: float = measured(
+        "1 / cos(angle) of the most tilted pair", remark="infinite from 90 degrees on"
+    )
     off_centre: float = measured(
         "median over pairs of how far the boundary is from halfway between the means: 0 halfway, 1 at a mean"
     )
@@ -47,7 +49,8 @@ class BoundaryTilting(Result):
     classes: tuple[int, ...] = measured("the class numbers, in the order of the matrices")
     angles: NDArray[numpy.float64] = measured("angle of each pair", unit="degrees", shape="(classes, classes)")
     distances: NDArray[numpy.float64] = measured(
-        "distance of the mean of the row's class from its boundary with the column's; negative: on the other side",
+        "distance of the mean of the row's class from its boundary with the column's",
+        remark="negative: on the other side",
         shape="(classes, classes)",
     )
     half_distances: NDArray[numpy.float64] = measured("half the distance of the means", shape="(classes, classes)")

@@ -36,7 +36,7 @@ class CollapseByLayer(Result):
     data."""
 
     first_separated: int = measured(
-        "number of the layer from which on the nearest class mean is the label's, but for few; -1: none"
+        "number of the layer from which on the nearest class mean is the label's, but for few", remark="-1: none"
     )
     falling: float = measured("steps from one layer to the next at which NC1~ falls", unit="share")
     last_nc1_ratio: float = measured("NC1~ = Tr S_W / Tr S_B of the last layer")
@@ -47,7 +47,9 @@ class CollapseByLayer(Result):
     layers: tuple[str, ...] = measured("the layers")
     widths: tuple[int, ...] = measured("features of each layer, positions averaged")
     nc1_ratio: NDArray[numpy.float64] = measured("NC1~ = Tr S_W / Tr S_B", shape="(layers,)")
-    nc1: NDArray[numpy.float64] = measured("NC1 = Tr(S_W S_B^+) / K; NaN: two means coincide", shape="(layers,)")
+    nc1: NDArray[numpy.float64] = measured(
+        "NC1 = Tr(S_W S_B^+) / K", remark="NaN: two means coincide", shape="(layers,)"
+    )
     nc2: NDArray[numpy.float64] = measured("NC2: distance of M M^T from a simplex's", shape="(layers,)")
     mistakes: NDArray[numpy.float64] = measured(
         "examples whose nearest class mean is another's", unit="share", shape="(layers,)"

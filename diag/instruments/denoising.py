@@ -37,8 +37,8 @@ class Denoising(Result):
     asymmetry: float = measured("|J - J^T| / |J| (Frobenius, estimated)")
     sigma: float = measured("standard deviation of the noise")
     sure: float = measured("mean squared error an entry by Stein's identity, without clean data")
-    mean_squared_error: float = measured("the same from the clean data; NaN: there is none")
-    agreement: float = measured("mean cosine of the outputs with another network's; NaN: there is none")
+    mean_squared_error: float = measured("the same from the clean data", remark="NaN: there is none")
+    agreement: float = measured("mean cosine of the outputs with another network's", remark="NaN: there is none")
     dimension: int = measured("entries of one example, d")
     num_examples: int = measured("examples")
     shrinkage: NDArray[numpy.float64] = measured(

@@ -43,15 +43,17 @@ class GradientCoherence(Result):
     m_coherence: float = measured(
         "m alpha: examples that one example's step helps, itself included", unit="examples"
     )
-    corrected: float = measured("alpha over pairs of different examples; does not depend on m")
+    corrected: float = measured("alpha over pairs of different examples", remark="does not depend on m")
     standard_error: float = measured("jackknife standard error of the corrected value, over 10 blocks")
     num_examples: int = measured("examples, m")
     zero_gradients: float = measured("examples whose gradient is exactly zero", unit="share")
     noise_scale: float = measured("batch size at which noise and mean gradient are equal", unit="examples")
-    mean_loss: float = measured("mean loss of the examples; NaN where only gradients were given")
+    mean_loss: float = measured("mean loss of the examples", remark="NaN where only gradients were given")
     coverage: float = measured("squared mean gradient in the parameters that were measured", unit="share")
     parameter_coverage: float = measured("trainable parameters that were measured", unit="share")
-    permuted: float = measured("corrected coherence with permuted labels, same network; NaN: not asked for")
+    permuted: float = measured(
+        "corrected coherence with permuted labels, same network", remark="NaN: not asked for"
+    )
     permuted_standard_error: float = measured("its jackknife standard error")
     by_layer: dict[str, float] = measured("alpha of each layer's part of the gradient")
     layer_energy: dict[str, float] = measured("each layer's part of the mean squared norm", unit="share")

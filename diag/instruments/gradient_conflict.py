@@ -40,7 +40,9 @@ class GradientConflict(Result):
     """Cosines between the groups' mean gradients, over all layers and in each."""
 
     lowest: float = measured("smallest cosine of two groups' mean gradients, as measured")
-    lowest_corrected: float = measured("the same pair's cosine with the lengths freed of noise; NaN: within noise")
+    lowest_corrected: float = measured(
+        "the same pair's cosine with the lengths freed of noise", remark="NaN: within noise"
+    )
     lowest_standard_error: float = measured(
         "jackknife standard error of the cosine of that pair, such that two of them hold for all pairs at once"
     )
@@ -56,10 +58,11 @@ class GradientConflict(Result):
         "the same pair's cosine, one group on a random half of the examples and the other on the rest"
     )
     noise_floor: float = measured(
-        "what a cosine of 1 would be across halves: noise leaves no more of it; NaN: it leaves nothing"
+        "what a cosine of 1 would be across halves: noise leaves no more of it", remark="NaN: it leaves nothing"
     )
     across_halves: NDArray[numpy.float64] = measured(
-        "cosines of the groups' gradients on different halves of the examples; on the diagonal a group with itself",
+        "cosines of the groups' gradients on different halves of the examples",
+        remark="on the diagonal a group with itself",
         shape="(groups, groups)",
     )
     lowest_by_layer: dict[str, float] = measured("smallest cosine of two groups in each layer")

@@ -49,14 +49,17 @@ class HessianSpectrum(Result):
         "|H v - lambda v|: an eigenvalue lies within this of each one given", shape="(k,)"
     )
     sampling_errors: NDArray[numpy.float64] = measured(
-        "how far the curvature along each eigenvector may be off for other data of the same kind: two of them hold "
-        "it in about 95 of 100 cases; NaN where the data cannot be split",
+        "how far the curvature along each eigenvector may be off for other data of the same kind: two of "
+        "them hold it in about 95 of 100 cases",
+        remark="NaN where the data cannot be split",
         shape="(k,)",
     )
-    smallest: float = measured("smallest eigenvalue; NaN where it has not converged")
+    smallest: float = measured("smallest eigenvalue", remark="NaN where it has not converged")
     smallest_residual: float = measured("residual of the smallest eigenvalue")
     trace: float = measured("trace of the Hessian")
-    trace_standard_error: float = measured("standard error of the trace; 0 where every eigenvalue is known")
+    trace_standard_error: float = measured(
+        "standard error of the trace", remark="0 where every eigenvalue is known"
+    )
     frobenius_norm: float = measured("Frobenius norm of the Hessian")
     frobenius_norm_standard_error: float = measured("standard error of the Frobenius norm")
     negative_share: float = measured(
@@ -66,12 +69,12 @@ class HessianSpectrum(Result):
         "a quarter of the interval that holds that share in at least 95 of 100 cases", unit="share"
     )
     num_outliers: float = measured(
-        "outliers: leading eigenvectors in the span of the class directions; NaN without class directions"
+        "outliers: leading eigenvectors in the span of the class directions", remark="NaN without class directions"
     )
     overlaps: NDArray[numpy.float64] = measured(
         "squared length of each eigenvector in the span of the class directions", shape="(k,)", unit="share"
     )
-    num_class_directions: int = measured("dimension of that span; 0 without class directions")
+    num_class_directions: int = measured("dimension of that span", remark="0 without class directions")
     layer_shares: dict[str, float] = measured("where the top eigenvector lives, by layer", unit="share")
     density_grid: NDArray[numpy.float64] = measured("eigenvalues at which the density is given", shape="(400,)")
     density: NDArray[numpy.float64] = measured(
@@ -95,9 +98,10 @@ class HessianSpectrum(Result):
         unit="share",
     )
     num_parameters: int = measured("size of the Hessian")
-    num_products: int = measured("Hessian-vector products spent; depends on the rounding of the dtype")
+    num_products: int = measured("Hessian-vector products spent", remark="depends on the rounding of the dtype")
     eigenvectors: NDArray[numpy.floating[Any]] | None = measured(
-        "the eigenvector of each eigenvalue, entries in the order of the parameters; None unless asked for",
+        "the eigenvector of each eigenvalue, entries in the order of the parameters",
+        remark="None unless asked for",
         shape="(k, P)",
         record=False,
         default=None,

@@ -41,7 +41,8 @@ class Initialization(Result):
     parallel_growth: float = measured("geometric mean of the parallel susceptibilities: 1 is critical")
     is_plain: bool = measured("nothing skips a layer and nothing is normalised")
     learned: float = measured(
-        "share of the loss of one batch that has gone in the best attempt of a preflight; NaN outside of one",
+        "share of the loss of one batch that has gone in the best attempt of a preflight",
+        remark="NaN outside of one",
         default=math.nan,
     )
     layers: tuple[str, ...] = measured("the layers")

@@ -33,12 +33,14 @@ MOST_COLUMNS_COMPARED = 2048
 class InputMagnitude(Result):
     """How the first layer's gradient follows the size of the inputs; NaN where all inputs have one size."""
 
-    slope: float = measured("slope of log gradient norm over log input norm; 1: proportional, 0: independent")
+    slope: float = measured(
+        "slope of log gradient norm over log input norm", remark="1: proportional, 0: independent"
+    )
     correlation: float = measured("correlation of the two logs")
     top_share: float = measured("the layer's squared gradient in the 1 % largest inputs", unit="share")
     spread: float = measured("standard deviation of the log of the inputs' norms")
     condition: float = measured(
-        "largest eigenvalue of X'X over the mean of those that are not zero; NaN: not measured"
+        "largest eigenvalue of X'X over the mean of those that are not zero", remark="NaN: not measured"
     )
     zero_gradients: float = measured("examples whose gradient in the layer is exactly zero", unit="share")
     num_examples: int = measured("examples")

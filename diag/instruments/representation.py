@@ -52,7 +52,7 @@ class Representation(Result):
     )
     redundancies: NDArray[numpy.float64] = measured("redundancy above chance 1/(n - 1)", shape="(layers,)")
     invariances: NDArray[numpy.float64] = measured(
-        "invariance under noise; NaN: no floating inputs", shape="(layers,)"
+        "invariance under noise", remark="NaN: no floating inputs", shape="(layers,)"
     )
     cka: NDArray[numpy.float64] = measured("debiased linear CKA between layers", shape="(layers, layers)")
     cka_errors: NDArray[numpy.float64] = measured("its jackknife standard errors", shape="(layers, layers)")

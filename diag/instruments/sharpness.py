@@ -52,7 +52,9 @@ class Sharpness(Result):
     average: float = measured("mean rise over d ~ N(0, sigma^2)")
     average_standard_error: float = measured("standard error of that mean")
     m: int = measured("examples in a group, each group having its own loss", default=0)
-    num_groups: int = measured("random groups; with one the measures by group are those of the whole", default=0)
+    num_groups: int = measured(
+        "random groups", remark="with one the measures by group are those of the whole", default=0
+    )
     m_one_step: float = measured("mean over the groups of the rise along each one's own SAM step", default=nan)
     m_one_step_standard_error: float = measured("standard error of that mean over groups", default=nan)
     m_worst_case: float = measured("mean over the groups of each one's own worst case", default=nan)
@@ -68,21 +70,22 @@ class Sharpness(Result):
     lambda_max: float = measured("largest eigenvalue of the Hessian H")
     adaptive_lambda_max: float = measured("largest eigenvalue of T H T, T = diag |theta|")
     function_space: float = measured(
-        "mean KL divergence of the outputs' distribution at theta from that at theta + d, for SAM's step d; NaN "
-        "without logits, or below the rounding of the outputs",
+        "mean KL divergence of the outputs' distribution at theta from that at theta + d, for SAM's step d",
+        remark="NaN without logits, or below the rounding of the outputs",
         unit="nats",
     )
     function_space_quadratic: float = measured(
-        "1/2 d^T F d for the same d, with the Fisher F: that divergence to second order; NaN without a Fisher",
+        "1/2 d^T F d for the same d, with the Fisher F: that divergence to second order",
+        remark="NaN without a Fisher",
         unit="nats",
         default=nan,
     )
     quadratic_ratio: float = measured(
-        "average rise at sigma over that at sigma / 2: 4 where the loss is quadratic; NaN below rounding"
+        "average rise at sigma over that at sigma / 2: 4 where the loss is quadratic", remark="NaN below rounding"
     )
     slope: float = measured(
-        "log2 of SAM's rise at rho over that at rho / 2: 1 where the gradient rules, 2 at a minimum; NaN below "
-        "rounding"
+        "log2 of SAM's rise at rho over that at rho / 2: 1 where the gradient rules, 2 at a minimum",
+        remark="NaN below rounding",
     )
     rho: float = measured("the radius")
     sigma: float = measured("standard deviation of the draws, in units of |theta| for the adaptive form")

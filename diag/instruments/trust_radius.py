@@ -38,12 +38,14 @@ class TrustRadius(Result):
 
     radius: float = measured("upper bound of the radius: the smaller of those below")
     along_gradient: float = measured("radius along the gradient, both ways")
-    along_update: float = measured("radius along the last update, both ways; NaN: no update known")
-    update_length: float = measured("length of the last update; NaN: not known")
+    along_update: float = measured("radius along the last update, both ways", remark="NaN: no update known")
+    update_length: float = measured("length of the last update", remark="NaN: not known")
     gradient_norm: float = measured("length of the gradient")
     parameter_norm: float = measured("length of the parameters")
     regularization: float = measured("|g| / radius: what the regularised Newton step adds to the curvature")
-    newton_length: float = measured("length of the step (H + |g| / r)^-1 g; NaN: not solved or not positive")
+    newton_length: float = measured(
+        "length of the step (H + |g| / r)^-1 g", remark="NaN: not solved or not positive"
+    )
     newton_cosine: float = measured("its cosine with the gradient")
 
     def verdict(self) -> Verdict:

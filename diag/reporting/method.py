@@ -67,8 +67,7 @@ def _probe(evidence: Evidence) -> str:
     """What the curves of a run are measured on: as its metadata or its events have it."""
     about = evidence.metadata.get("probe")
     if about in (None, "", {}):
-        told = next((e.text.rstrip(".") for e in evidence.events if e.kind == "probe"), "")
-        return told.partition(", fingerprint")[0]  # which the events and the metadata have
+        return next((e.text.rstrip(".") for e in evidence.events if e.kind == "probe"), "")
     size = about.get("examples", about.get("size")) if isinstance(about, Mapping) else about
     return f"{size:,} examples" if isinstance(size, int) else as_text(about)
 

@@ -45,7 +45,7 @@ class LabelAudit(Result):
     answers: NDArray[numpy.int32] = measured("the network's answer for each example", shape="(n,)")
     labels: NDArray[numpy.int32] = measured("the label of each example", shape="(n,)")
     shown_rows: NDArray[numpy.int32] = measured("rows with the lowest margins, whose inputs are kept", shape="(k,)")
-    shown: NDArray[Any] = measured("these inputs; empty where they are large", shape="(k, ...)")
+    shown: NDArray[Any] = measured("these inputs", remark="empty where they are large", shape="(k, ...)")
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:

@@ -45,7 +45,9 @@ WHAT_ELSE = tuple(
 class LabelsBelong(Result):
     """Of the examples measured; gains are over an answer without the inputs. NaN: not known."""
 
-    p_value: float = measured("p-value of the test that labels are independent of inputs; NaN before step 100")
+    p_value: float = measured(
+        "p-value of the test that labels are independent of inputs", remark="NaN before step 100"
+    )
     gain: float = measured("training loss below that of an answer without the inputs")
     gain_standard_error: float = measured("standard error of that difference")
     held_out_gain: float = measured("the same of the held-out examples")

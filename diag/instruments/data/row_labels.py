@@ -52,7 +52,7 @@ class RowLabels(Result):
 
     count: int = measured("rows whose labels look wrong")
     rows: int = measured("rows that were followed")
-    looks: int = measured("sights of a row that its mean margin is of; 0 where it was not judged")
+    looks: int = measured("sights of a row that its mean margin is of", remark="0 where it was not judged")
     sure: float = measured("median margin of the rows that are answered right", unit="nats")
     deep: int = measured("rows whose mean margin is below minus half of that")
     shallow: int = measured("rows whose mean margin is between that and zero")
@@ -62,10 +62,13 @@ class RowLabels(Result):
     where: tuple[str, ...] = measured("the rows as they can be found")
     counted_in: str = measured("what the numbers of rows are places in")
     run: tuple[int, ...] = measured(
-        "where the named rows lie together in the data: the first, the last, and how many; empty where they do not"
+        "where the named rows lie together in the data: the first, the last, and how many",
+        remark="empty where they do not",
     )
     found: bool = measured("whether they are told apart from hard rows")
-    shown: NDArray[Any] = measured("inputs of the first of these rows; empty where not at hand", shape="(s, ...)")
+    shown: NDArray[Any] = measured(
+        "inputs of the first of these rows", remark="empty where not at hand", shape="(s, ...)"
+    )
     counts: NDArray[numpy.int32] = measured("rows by mean margin", shape="(40,)")
     edges: NDArray[numpy.float32] = measured("edges of these counts", unit="nats", shape="(41,)")
 

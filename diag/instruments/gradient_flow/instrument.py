@@ -61,10 +61,10 @@ class GradientFlow(Result):
     growth_exponent: float = measured("exponent of the distance as a power of the step number")
     r2_by_law: dict[str, float] = measured("R^2 of the distance by each law of growth")
     aic_by_law: dict[str, float] = measured(
-        "Akaike's criterion by each law; residuals are correlated, so rank only"
+        "Akaike's criterion by each law", remark="residuals are correlated, so rank only"
     )
-    first_fitted_step: int = measured("first step of the fit; 0 where there is none")
-    last_fitted_step: int = measured("last step of the fit; 0 where there is none")
+    first_fitted_step: int = measured("first step of the fit", remark="0 where there is none")
+    last_fitted_step: int = measured("last step of the fit", remark="0 where there is none")
     relative_distance: float = measured("distance from the start over the norm of the parameters there, at the end")
     depth_factor: float = measured(
         "norm of the first step's bias gradients at the first layer over the last, along a log-linear fit"
@@ -79,7 +79,9 @@ class GradientFlow(Result):
     gradients_seen: int = measured("steps at which a gradient was seen", unit="steps")
     unseen_layers: tuple[str, ...] = measured("tensors that had no gradient at any step")
     still: bool = measured("the weights were looked at, and never moved")
-    loss_growth: float = measured("median of the last five losses over the first; NaN where that is not above zero")
+    loss_growth: float = measured(
+        "median of the last five losses over the first", remark="NaN where that is not above zero"
+    )
     layers: tuple[str, ...] = measured("parameter tensors, in the order of named_parameters()")
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
     distance: NDArray[numpy.float64] = measured("distance of all weights from the start", shape="(steps,)")

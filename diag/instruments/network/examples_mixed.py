@@ -24,7 +24,9 @@ class ExamplesMixed(Result):
     mixing: float = measured("largest change of an answer when the other examples are replaced, over its size")
     examples: int = measured("examples tried together")
     order: float = measured(
-        "largest change of an answer when the examples come in another order; NaN: not tried", default=math.nan
+        "largest change of an answer when the examples come in another order",
+        remark="NaN: not tried",
+        default=math.nan,
     )
 
     def verdict(self) -> Verdict:

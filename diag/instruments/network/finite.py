@@ -27,7 +27,7 @@ class FiniteForward(Result):
     """Counts over all examples; a layer is a call of a known function, or the output."""
 
     entries: int = measured("entries that are infinite or not a number, in the first layer that has some")
-    layer: str = measured("the first layer that outputs such entries; empty: none")
+    layer: str = measured("the first layer that outputs such entries", remark="empty: none")
     function: str = measured("what it computes")
     largest_before: float = measured("the largest absolute value in the layers before it")
     layers: int = measured("layers looked at")

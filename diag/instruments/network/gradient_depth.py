@@ -42,7 +42,7 @@ class GradientDepth(Result):
     layers: tuple[str, ...] = measured("the weights, in the model's order")
     sizes: NDArray[numpy.float64] = measured("root mean square of each one's gradient", shape="(layers,)")
     since: int = measured(
-        "the step from which the factor has been beyond the limit up to now; 0: it is not", default=0
+        "the step from which the factor has been beyond the limit up to now", remark="0: it is not", default=0
     )
 
     def verdict(self) -> Verdict:

@@ -31,7 +31,7 @@ class NormalizationStatistics(Result):
     layer: str = measured("the layer")
     factor: float = measured("variance of what enters over the running one, or the inverse, the median channel")
     unseen: float = measured("share of the running statistics that is still their start", unit="share")
-    momentum: float = measured("their momentum; 0: plain averages")
+    momentum: float = measured("their momentum", remark="0: plain averages")
     batches: int = measured("batches that they have seen")
 
     def verdict(self) -> Verdict:

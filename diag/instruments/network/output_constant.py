@@ -26,7 +26,9 @@ class OutputConstant(Result):
     spread: float = measured("standard deviation over the examples, over the size of the output", unit="share")
     constant_units: float = measured("outputs that are the same for every example", unit="share")
     size: float = measured("root mean square of the output")
-    first_constant: str = measured("the first layer whose output hardly depends on the example; empty: none")
+    first_constant: str = measured(
+        "the first layer whose output hardly depends on the example", remark="empty: none"
+    )
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:

@@ -30,7 +30,9 @@ RISEN_BY = 4.0
 class Descent(Result):
     """Of the last steps that were measured, at most 64."""
 
-    cosine: float = measured("cosine between a step and its gradient, their mean; below zero: it goes down")
+    cosine: float = measured(
+        "cosine between a step and its gradient, their mean", remark="below zero: it goes down"
+    )
     upwards: float = measured("steps along the gradient", unit="share")
     first_loss: float = measured("mean loss of the first third of the steps")
     last_loss: float = measured("mean loss of the last third")

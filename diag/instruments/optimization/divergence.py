@@ -34,13 +34,15 @@ class Divergence(Result):
 
     first: float = measured("the first loss")
     best: float = measured("the lowest median of five consecutive losses")
-    last: float = measured("the median of the last five losses; infinite where they were not finite")
+    last: float = measured("the median of the last five losses", remark="infinite where they were not finite")
     peak: float = measured("the highest median of five consecutive losses")
-    left_at: int = measured("the step from which the loss stayed above the limit; 0 where it did not")
-    lost_at: int = measured("the step from which no loss was finite; 0 where the last one is", default=0)
+    left_at: int = measured("the step from which the loss stayed above the limit", remark="0 where it did not")
+    lost_at: int = measured("the step from which no loss was finite", remark="0 where the last one is", default=0)
     momentum: float = measured("the optimizer's momentum, or Adam's first beta")
     num_steps: int = measured("steps recorded", unit="steps")
-    fell_to: float = measured("the lowest loss where it fell without end, below zero; else NaN", default=math.nan)
+    fell_to: float = measured(
+        "the lowest loss where it fell without end, below zero", remark="else NaN", default=math.nan
+    )
     fell_at: int = measured("the step from which it was further below zero than any loss before", default=0)
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
     losses: NDArray[numpy.float64] = measured("their losses", shape="(steps,)")

@@ -32,14 +32,14 @@ EXPLAINED_BY = (
 class FiniteSteps(Result):
     """Steps that a GradScaler left out are not counted."""
 
-    loss_step: int = measured("the first step whose loss was not finite; 0 for none")
-    gradient_step: int = measured("the first step taken with a gradient that was not finite; 0 for none")
+    loss_step: int = measured("the first step whose loss was not finite", remark="0 for none")
+    gradient_step: int = measured("the first step taken with a gradient that was not finite", remark="0 for none")
     layers: tuple[str, ...] = measured("tensors whose gradient was not finite at that step")
     tensors: int = measured("tensors whose gradient was seen")
-    batch_finite: bool | None = measured("whether the batch of that loss was finite; None: not known")
-    outputs_finite: bool | None = measured("whether the model's outputs were; None: not known")
+    batch_finite: bool | None = measured("whether the batch of that loss was finite", remark="None: not known")
+    outputs_finite: bool | None = measured("whether the model's outputs were", remark="None: not known")
     operation: str = measured(
-        "what the computation of the loss took, where that left the numbers; empty: not known"
+        "what the computation of the loss took, where that left the numbers", remark="empty: not known"
     )
 
     def verdict(self) -> Verdict:

@@ -35,7 +35,9 @@ class GradientUnderflow(Result):
 
     zero: tuple[str, ...] = measured("tensors whose gradient was exactly zero at nearly all steps")
     tensors: int = measured("tensors whose gradient was seen")
-    size: float = measured("root mean square of a gradient entry where it was not zero, the median; NaN: none was")
+    size: float = measured(
+        "root mean square of a gradient entry where it was not zero, the median", remark="NaN: none was"
+    )
     num_steps: int = measured("steps recorded")
 
     def verdict(self) -> Verdict:

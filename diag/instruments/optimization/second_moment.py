@@ -46,7 +46,7 @@ class SecondMoment(Result):
     largest: float = measured(
         "gradient over the root of the second moment, the largest of all steps that stayed up"
     )
-    at: int = measured("the step of that; 0 where there is none")
+    at: int = measured("the step of that", remark="0 where there is none")
     growth: float = measured("gradients of the five steps from there over those of the twenty before")
     beta2: float = measured("how much of the second moment a step keeps")
     steps: NDArray[numpy.int64] = measured("the steps", shape="(steps,)")

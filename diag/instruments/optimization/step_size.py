@@ -61,13 +61,15 @@ class StepSize(Result):
     """Ratios are medians over the large tensors; NaN: not observed."""
 
     largest_ratio: float = measured("step over weights: the largest median of five consecutive measurements")
-    largest_at: int = measured("the step at which these five measurements ended; 0 where there are fewer")
-    began_at: int = measured("the first that was too high of the first five whose median was; 0: none")
+    largest_at: int = measured("the step at which these five measurements ended", remark="0 where there are fewer")
+    began_at: int = measured("the first that was too high of the first five whose median was", remark="0: none")
     ratio: float = measured("step over weights: the median while the learning rate was above half of its largest")
     tensors: int = measured("tensors with at least 64 entries that moved")
     num_steps: int = measured("steps recorded", unit="steps")
     loss_fall: float = measured("fall of the loss from the first tenth of the steps to the last", unit="share")
-    peak: float = measured("the largest recorded loss over the first one; NaN where the first is not positive")
+    peak: float = measured(
+        "the largest recorded loss over the first one", remark="NaN where the first is not positive"
+    )
     below_zero: bool = measured("some losses are negative, so that a share says nothing", default=False)
     loss_fell: bool = measured(
         "the loss of the last third of the steps is below that of the first, beyond noise", default=True

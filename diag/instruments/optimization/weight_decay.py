@@ -42,8 +42,8 @@ class WeightDecay(Result):
     loss_lost: float = measured("how much of its fall the loss has given back since its best tenth", unit="share")
     loss_fall: float = measured("best median loss of a tenth of the record, as a fall from the first", unit="share")
     penalty: float = measured(
-        "half the decay times the squared norm of the weights at the start, over the first loss; NaN: not a part "
-        "of the gradient"
+        "half the decay times the squared norm of the weights at the start, over the first loss",
+        remark="NaN: not a part of the gradient",
     )
     pushed: bool = measured("the gradient of a typical tensor was not zero at a typical step")
     num_steps: int = measured("steps recorded", unit="steps")

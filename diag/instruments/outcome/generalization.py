@@ -54,15 +54,17 @@ class Generalization(Result):
     loss: float = measured("mean loss of the training examples")
     held_out_loss: float = measured("mean loss of the held-out examples")
     held_out_loss_standard_error: float = measured("standard error of that mean")
-    accuracy: float = measured("training examples answered right; NaN without classes", unit="share")
-    held_out_accuracy: float = measured("held-out examples answered right; NaN without classes", unit="share")
+    accuracy: float = measured("training examples answered right", remark="NaN without classes", unit="share")
+    held_out_accuracy: float = measured(
+        "held-out examples answered right", remark="NaN without classes", unit="share"
+    )
     held_out_chance: float = measured(
-        "held-out examples of the most frequent class; NaN without classes", unit="share"
+        "held-out examples of the most frequent class", remark="NaN without classes", unit="share"
     )
     held_out_examples: int = measured("held-out examples")
     chance: float = measured("training examples of the most frequent class", unit="share", default=math.nan)
     gain: float = measured(
-        "training loss below that of an answer without the inputs; NaN where not known", default=math.nan
+        "training loss below that of an answer without the inputs", remark="NaN where not known", default=math.nan
     )
     gain_standard_error: float = measured("standard error of that difference, example by example", default=math.nan)
     held_out_gain: float = measured("the same of the held-out examples", default=math.nan)

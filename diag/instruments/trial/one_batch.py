@@ -42,7 +42,7 @@ class OneBatch(Result):
     examples: int = measured("examples of the batch")
     first: str = measured("what the first attempt was made with")
     best: str = measured("what the best attempt was made with")
-    stopped: str = measured("what ended the first attempt early; empty: nothing did")
+    stopped: str = measured("what ended the first attempt early", remark="empty: nothing did")
     own: bool = measured("whether the first attempt was made with the user's optimizer")
     losses: NDArray[Any] = measured("losses before each step of the first attempt", shape="steps")
 

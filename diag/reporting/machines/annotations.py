@@ -11,9 +11,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import diag
+from diag.reporting.machines.checking import NO_VERDICT
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 SARIF_LEVELS = {"alarm": "error", "warning": "warning"}
+NOT_JUDGED = (NO_VERDICT, "ignored", "known")
 GITHUB_LEVELS = {"alarm": "error", "warning": "warning"}
 
 
@@ -24,14 +26,14 @@ def junit(made: Mapping[str, Any]) -> str:
         "tests": str(len(cases)),
         "failures": str(sum(outcome == "failed" for *_, outcome in cases)),
         "errors": str(len(made["broken"])),
-        "skipped": str(sum(outcome in ("no verdict", "ignored", "known") for *_, outcome in cases)),
+        "skipped": str(sum(outcome in NOT_JUDGED for *_, outcome in cases)),
     }
     suite = ElementTree.Element("testsuite", {"name": f"diag {made['run']['name']}", **counts})
     for name, sentence, text, outcome in cases:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "diag", "name": name})
         if outcome == "failed":
             ElementTree.SubElement(case, "failure", {"message": sentence}).text = text
-        elif outcome in ("no verdict", "ignored", "known"):
+        elif outcome in NOT_JUDGED:
             ElementTree.SubElement(case, "skipped", {"message": f"{outcome}: {sentence}"})
         else:
             ElementTree.SubElement(case, "system-out").text = sentence

@@ -61,6 +61,6 @@ def _disagreement(step: StepGradients, parameters: Sequence[nn.Parameter], seen:
 
 
 def as_clause(error: DiagError) -> str:
-    """What was found, as the end of a sentence."""
-    text = str(error).split("; ")[0].rstrip(".")  # without what to do about it
+    """What was found and what to do about it, as the end of a sentence."""
+    text = str(error).rstrip(".")
     return text[0].lower() + text[1:]

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy
@@ -59,6 +60,13 @@ def test_a_type_checker_knows_what_a_stub_offers():
     public = {n for n in vars(diag.hessian_spectrum) if not n.startswith("_")}
     declared = {*vars(diag.registry.Instrument), *diag.registry.Instrument.__annotations__}
     assert public <= declared
+
+
+def test_the_version_stands_in_one_place():
+    """`diag.__version__` is what the package's metadata are made of, and what is cited is the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "diag.__version__"}
+    assert f"\nversion: {diag.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_picture_of_the_rooms_is_what_the_code_gives():

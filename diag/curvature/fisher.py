@@ -68,7 +68,9 @@ def shape_of_logits(snapshot: Snapshot) -> tuple[int, int]:
                 continue
             rows = z.movedim(dim, -1).reshape(-1, classes)
             if rows.shape == found.logits.shape and torch.equal(rows.double(), found.logits.double()):
-                ignored = IGNORED_LABEL if found.call is None else found.call.settings.get("ignore_index", -100)
+                ignored = (
+                    IGNORED_LABEL if found.call is None else found.call.settings.get("ignore_index", IGNORED_LABEL)
+                )
                 return dim, ignored
     raise MissingQuantity(
         "the loss compares something else with the labels than the outputs, position by position (they are "

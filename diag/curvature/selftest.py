@@ -14,7 +14,6 @@ why. Thresholds are our choice, uncalibrated.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -174,7 +173,11 @@ class _Examination:
         """The passed test, or why double backward failed."""
         try:
             graph = self.curvature.graph(self.trial, self.theta, self.trial.batches)
-            product = lambda d: self._flat(graph.product(self.trial.layout.views(d), True))  # noqa: E731
+
+            def product(direction: Tensor) -> Tensor:
+                pieces = graph.product(self.trial.layout.views(direction), True)
+                return self.trial.layout.flatten(pieces, self.gradient)
+
             along = {"gradient": self._unit(self.gradient)}
             # A random direction meets every layer, but in float32 also every kink near by.
             if self.precision == "float64" or along["gradient"] is None:
@@ -276,9 +279,6 @@ class _Examination:
     def _difference(self, direction: Tensor, step: float) -> Tensor:
         views = self.trial.layout.views(direction)
         return self.curvature.finite_difference(self.trial, self.theta, views, step)
-
-    def _flat(self, pieces: Sequence[Tensor | None]) -> Tensor:
-        return self.trial.layout.flatten(pieces, self.gradient)
 
     def _unit(self, vector: Tensor) -> Tensor | None:
         """The unit vector along `vector` without the rows that are held fixed; None for zero."""

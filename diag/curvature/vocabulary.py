@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diag.curvature.kernels import plain
+from diag.snapshot.objective.comparison import IGNORED_LABEL
 
 LEAST = 1 << 22  # logits, below which torch's own way is kept: recomputing them costs a tenth of a product
 PIECE = 1 << 23  # logits that are computed at once; some five times as much is held for a moment
@@ -141,7 +142,7 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     size_average: Any = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED_LABEL,
     reduce: Any = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,

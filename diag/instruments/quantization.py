@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number
+from diag.linalg.reductions import length
 from diag.ranges import Positive
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -128,7 +129,8 @@ def quantization(
     weights. For binary layers (two values) both are computed for f_o(w) = sign(w) |w|^(1/o), o from 1 to 3, with
     the derivative 0 beyond `clip` and a chord's slope within `inner`, and the gradient that reaches Q(w). Other
     layers only enter `error`, by f(w) = w, and `instability`, by the gradient that their own backward pass gives.
-    A scale that multiplies the sign multiplies the gradient.
+    A scale that multiplies the sign multiplies the gradient. How two losses pull on the learned scales is
+    `diag.quantization(snapshot).scale_conflict(diag.quantization(snapshot.replace(loss_fn=other)))`.
 
     Raises nothing of its own. Source: Wu et al. 2023, arXiv:2308.06689, with `clip` and the chord of the authors'
     code; disorder of scales: Jiang et al. 2024, arXiv:2412.05551 (only its abstract was read).
@@ -139,7 +141,7 @@ def quantization(
     errors, instabilities = (numpy.array([c[i] for c in curves]) for i in (0, 1))
     pulled = torch.cat([(q.upstream != 0).flatten() for q in layers])
     stopped = torch.cat([(q.gradient == 0).flatten() for q in layers]) & pulled
-    error = sum(float((q.used.double() - q.latent.double()).norm()) for q in layers)
+    error = sum(length(q.used.double() - q.latent.double()) for q in layers)
     return Quantization(
         error=error,
         instability=sum(_unevenness(q.gradient) for q in layers),

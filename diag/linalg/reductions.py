@@ -13,6 +13,7 @@ bit for bit, so that they take the same decisions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -123,6 +124,11 @@ def length(tensors: Tensor | Sequence[Tensor]) -> float:
     parts = [tensors] if isinstance(tensors, Tensor) else tensors
     norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in parts]
     return float(torch.stack([n.to(norms[0].device) for n in norms]).norm()) if norms else 0.0
+
+
+def mean_square(tensor: Tensor) -> float:
+    """The mean of a tensor's squared entries, accumulated in float64; NaN without an entry."""
+    return length(tensor) ** 2 / tensor.numel() if tensor.numel() else math.nan
 
 
 def orthogonalise(

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+# DistributedDataParallel hands all outputs of a model through one node, each as it is.
+SINK = "_DDPSink"
 # Operations that neither change the numbers nor their order.
 PASSING_ON = (
     "View",

@@ -15,6 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.errors import MissingQuantity
+from diag.linalg.reductions import length
 from diag.snapshot import parameters
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.unmade import refuse_unmade
@@ -148,8 +149,8 @@ def history(snapshot: Snapshot) -> History:
     refuse_unmade(snapshot.model)
     values, gradient = snapshot.quantity("params"), snapshot.quantity("gradient")
     row = empty_history({name: p.numel() for name, p in values.items()}, 1)
-    norms = numpy.array([[float(g.double().norm()) for g in gradient.values()]], numpy.float32)
-    sizes = numpy.array([[float(p.double().norm()) for p in values.values()]], numpy.float32)
+    norms = numpy.array([[length(g) for g in gradient.values()]], numpy.float32)
+    sizes = numpy.array([[length(p) for p in values.values()]], numpy.float32)
     loss = parameters.loss_at(snapshot)(values)
     total = numpy.linalg.norm(norms.astype(float), axis=1)
     return dataclasses.replace(

@@ -67,7 +67,7 @@ class StepSize(Result):
     tensors: int = measured("tensors with at least 64 entries that moved")
     num_steps: int = measured("steps recorded", unit="steps")
     loss_fall: float = measured("fall of the loss from the first tenth of the steps to the last", unit="share")
-    peak: float = measured(
+    loss_peak_ratio: float = measured(
         "the largest recorded loss over the first one", remark="NaN where the first is not positive"
     )
     below_zero: bool = measured("some losses are negative, so that a share says nothing", default=False)
@@ -140,7 +140,7 @@ class StepSize(Result):
         usual = self.num_steps >= ENOUGH_STEPS and self.ratio <= self.setting("too_high") / 2
         fell = self.loss_fall >= MOST_OF_LOSS or self.optimizer == ADAGRAD
         # Weights that large steps have made many times as large take steps that are small beside them.
-        return usual and fell and self.peak < LOSS_RATIO and not self.growth > GROWN
+        return usual and fell and self.loss_peak_ratio < LOSS_RATIO and not self.growth > GROWN
 
     def _too_small(self) -> Verdict | None:
         limit = self.setting("too_low")
@@ -255,7 +255,7 @@ def step_size(
         tensors=tensors,
         num_steps=int(history.total_steps),
         loss_fall=fall(losses),
-        peak=float(losses.max() / losses[0]) if len(losses) and losses[0] > 0 else math.nan,
+        loss_peak_ratio=float(losses.max() / losses[0]) if len(losses) and losses[0] > 0 else math.nan,
         below_zero=bool((losses < 0).any()),
         loss_fell=fell(losses),
         clip_factor=_clip_factor(history),

@@ -11,11 +11,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import diag
-from diag.reporting.machines.checking import NO_VERDICT
+from diag.reporting.machines.checking import UNJUDGED
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 SARIF_LEVELS = {"alarm": "error", "warning": "warning"}
-NOT_JUDGED = (NO_VERDICT, "ignored", "known")
+NOT_JUDGED = (UNJUDGED, "ignored", "known")
 GITHUB_LEVELS = {"alarm": "error", "warning": "warning"}
 
 

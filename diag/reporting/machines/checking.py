@@ -19,7 +19,7 @@ from diag.reporting.plain import clean, listed
 from diag.result import Failed, Level
 from diag.run.run import Finding, Run, read_run
 
-NO_VERDICT = "no verdict"  # the outcome of a check that judged nothing
+UNJUDGED = "no verdict"  # the outcome of a check that judged nothing
 
 CHECK_FORMAT, CHECK_VERSION = "diag-check", 1
 
@@ -118,7 +118,7 @@ def _outcome(finding: Finding, counts_as: str, policy: Policy, known: Mapping[st
     if counts_as == IGNORE:
         return "ignored"
     if counts_as not in FAIL_ON:
-        return "passed" if finding.verdict.level is Level.OK else NO_VERDICT
+        return "passed" if finding.verdict.level is Level.OK else UNJUDGED
     if FAIL_ON.index(counts_as) > FAIL_ON.index(policy.fail_on):
         return "tolerated"
     worst = known.get(finding.instrument)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import MissingQuantity
+from diag.linalg.reductions import length, mean_square
 from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
@@ -108,10 +109,10 @@ def _measured(calls: list[tuple[str, Any, Tensor]], snapshot: Snapshot) -> tuple
             ChainLayer(
                 name=name,
                 width=len(weight),
-                kernel=float(z.detach().double().square().mean()),
+                kernel=mean_square(z),
                 correlation=_correlation(z.detach().double().flatten(1)),
-                weight_variance=float(weight.square().mean()) * weight[0].numel(),
-                bias_variance=float(bias.detach().double().square().mean()) if bias is not None else 0.0,
+                weight_variance=mean_square(weight) * weight[0].numel(),
+                bias_variance=mean_square(bias) if bias is not None else 0.0,
                 perpendicular=perpendicular,
                 parallel=parallel,
                 backward=_share(to_last[i], v),
@@ -144,12 +145,12 @@ def _susceptibilities(z: Tensor, after: Tensor, generator: torch.Generator) -> t
     if back is None:
         return math.nan, math.nan
     change = float((back.double() * z.detach().double()).sum()) / after.numel()
-    kernel = float(z.detach().double().square().mean())
+    kernel = mean_square(z)
     return sum(squares) / len(squares), change / kernel if kernel > 0 else math.nan
 
 
 def _share(product: Tensor | None, v: Tensor) -> float:
-    return math.nan if product is None else float(product.double().square().sum() / v.double().square().sum())
+    return math.nan if product is None else (length(product) / length(v)) ** 2
 
 
 def _is_direct(z: Tensor, after: Tensor, total: Tensor | None, from_after: Tensor | None) -> bool:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, signed
+from diag.snapshot.autograd_graph import PASSING_ON, SINK, first_arguments, kind_of, signed
 
 LONGEST_ROUTE = 16
-PASSED_ON = ("ToCopy", "_DDPSink")
+PASSED_ON = ("ToCopy", SINK)
 RouteStep = Callable[[Tensor], Tensor]
 # These only rearrange memory or copy it; the final reshape accounts for them.
-REARRANGING = (*PASSING_ON, "_DDPSink")
+REARRANGING = (*PASSING_ON, SINK)
 
 
 @dataclass(frozen=True)

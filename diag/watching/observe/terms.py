@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before
+from diag.snapshot.autograd_graph import PASSING_ON, SINK, kind_of, nodes_before
 
 MOST_NODES = 256  # near the root
 MOST_SEARCHED = 50_000  # of a network's graph
-# The wrapper of DistributedDataParallel hands all outputs of a model through one node, each as it is.
-SINK = "_DDPSink"
 
 Factors = tuple[Any, ...]
 

@@ -40,7 +40,7 @@ class Cause(enum.StrEnum):
     PARAMETER_IN_NO_OPTIMIZER = "parameter_in_no_optimizer", Theme.LOOP, "A trainable parameter gets gradients and no optimizer holds it."
     PARAMETER_IN_TWO_OPTIMIZERS = "parameter_in_two_optimizers", Theme.LOOP, "Two optimizers, or two groups of one, update the same parameter."
     OPTIMIZER_HOLDS_STALE_PARAMETERS = "optimizer_holds_stale_parameters", Theme.LOOP, "The optimizer updates tensors that the model no longer uses: the model was rebuilt or replaced after it was made."
-    PARAMETER_FROZEN = "parameter_frozen", Theme.LOOP, "A layer between trained ones has requires_grad=False."
+    PARAMETER_FROZEN = "parameter_frozen", Theme.LOOP, "A layer between trained ones has requires_grad=False, or one that was never trained is not trained here either."
     GRAPH_CUT = "graph_cut", Theme.LOOP, "A module runs in the forward pass and no gradient comes back to it: detach, no_grad, .item(), argmax."
     MODULE_UNUSED = "module_unused", Theme.LOOP, "A module with trainable parameters is never called in training, or the loss does not use its output."
     GRADIENT_ABSENT = "gradient_absent", Theme.LOOP, "A trainable parameter never gets a gradient; which of the reasons is not known."

@@ -43,6 +43,7 @@ LAYER_FUNCTIONS: dict[Any, str] = {
     ),
 }
 MODEL_OUTPUT = "output"
+MOST_OUTPUTS = 8
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class ActivationListener(NamingListener):
         return self._mode
 
     def called(self, batch: Batch, outputs: Any) -> None:
-        """The outputs are one more entry."""
+        """The outputs are one more entry each."""
         for tensor in _outputs(outputs):
             self._mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
 
@@ -208,10 +209,14 @@ class _Listening(TorchFunctionMode):
 
 
 def _outputs(outputs: Any) -> list[Tensor]:
-    try:
-        return [output_tensor(outputs)]
-    except MissingQuantity:
-        return [t for t in tensors_in(outputs) if t.ndim > 1][:1]
+    """The logits, where the model names them, or all that it returns; one number for each example is a column."""
+    if not isinstance(outputs, (tuple, list)):
+        try:
+            return [output_tensor(outputs)]
+        except MissingQuantity:
+            pass
+    several = [t for t in tensors_in(outputs) if t.ndim][:MOST_OUTPUTS]
+    return [t[:, None] if t.ndim == 1 else t for t in several]
 
 
 def _units_of(values: Tensor) -> int:

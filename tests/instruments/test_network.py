@@ -182,3 +182,49 @@ def test_weights_that_start_too_large_or_too_small(data, factor, level):
     assert InitialScale.trend([(50, result)]).level == "not_applicable"
     # torch's default variance is 1 / (3 fan-in)
     assert result.gains[0] == pytest.approx(factor / 3**0.5, rel=0.2)
+
+
+class Two(nn.Module):
+    """A regression and the weights of its gate, which start even."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.constant, self.answer, self.gate = constant, mlp(), nn.Linear(8, 4)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x):
+        answer = self.answer(x)[:, 0]
+        return (answer * 0 + 1 if self.constant else answer), self.gate(x).softmax(1)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_of_several_outputs_the_first_is_what_the_network_gives(data, constant):
+    torch.manual_seed(0)
+    made = diag.Snapshot(Two(constant), lambda out, y: out[0].square().mean(), data)
+    verdict = OutputConstant.trend([(20, diag.output_constant(made))])
+    assert verdict.level == ("alarm" if constant else "ok")
+
+
+def test_another_output_that_varies_is_mentioned(data):
+    class Swapped(Two):
+        def forward(self, x):
+            answer, gate = super().forward(x)
+            return gate, answer
+
+    made = diag.Snapshot(Swapped(False), lambda out, y: out[1].square().mean(), data)
+    assert "first output (others, 1, do vary)" in OutputConstant.trend([(20, diag.output_constant(made))]).sentence
+
+
+def test_weights_that_start_too_large_are_seen_beside_biases_that_start_at_zero(data):
+    model = mlp()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8.0 if p.ndim > 1 else 0.0)
+    made = empty_history({"0.weight": 128, "0.bias": 64}, 1)
+    moved = {"update_norm": [[0.01, 0.5]], "parameter_norm": [[4.0, 0.5]], "distance": [[0.01, 0.5]]}
+    history = dataclasses.replace(made, **{k: numpy.array(v, numpy.float32) for k, v in moved.items()})
+    measured = diag.initial_scale(snapshot(model, data), history=history)
+    assert InitialScale.trend([(5, measured)]).level == "warning"
+    far = dataclasses.replace(history, distance=numpy.array([[1.0, 0.5]], numpy.float32))
+    assert diag.initial_scale(snapshot(model, data), history=far).verdict().level == "not_applicable"

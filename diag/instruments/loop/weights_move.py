@@ -145,6 +145,7 @@ def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop:
         "A parameter that differs before and after a step.",
         step=since,
         layers=tuple(names),
+        explained_by=(Cause.CLIPPING_TOO_TIGHT,) if cause is Cause.WEIGHTS_UNCHANGED else (),
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
-from diag.instruments.optimization.course import largest_update_ratio
+from diag.instruments.optimization.course import farthest, largest_update_ratio
 from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -28,7 +28,7 @@ from diag.snapshot.history import History
 SOURCE = "He et al. 2015, arXiv:1502.01852; Roberts et al. 2022, arXiv:2106.10165"
 LARGE_GAIN, SMALL_GAIN = 3.0, 0.03
 STEP_OVER_WEIGHTS = 0.15  # a step over the weights
-STILL_INITIAL = 3  # steps; afterwards weights are no longer as they began
+STILL_INITIAL = 10  # steps; afterwards weights are no longer as they began, even where they have moved little
 FEWEST_LAYERS_OFF = 2
 
 
@@ -110,8 +110,9 @@ def initial_scale(
     activations: statistics of the forward pass (`diag.snapshot.activations`). history: the record so far, to see
     whether the first steps have already moved the weights. The gain of a layer is the root mean
     square of its output over that of its input. Judged is the median over the linear and convolutional layers, at
-    the first measurement of a training and only within its first three steps: above `large` or below `small` is a
-    warning. Networks of fewer than two such layers are not judged. Raises nothing of its own.
+    the first measurement of a training and only within its first ten steps, with weights that hardly moved: above
+    `large` or below `small` is a warning. Networks of fewer than two such layers are not judged. Raises nothing of
+    its own.
     """
     layers = [a for a in activations if a.function in ("linear", "convolution") and math.isfinite(a.gain)]
     gains = numpy.array([a.gain for a in layers], float)
@@ -130,7 +131,7 @@ def initial_scale(
 
 def _hardly_moved(history: History | None) -> Precondition:
     """That the weights are those that training began with, but for steps of an ordinary size."""
-    largest = 0.0 if history is None else largest_update_ratio(history)
+    largest = 0.0 if history is None else max(largest_update_ratio(history), farthest(history))
     return Precondition(
         "weights as they began", largest < STEP_OVER_WEIGHTS, "the first steps have changed the weights by much."
     )

@@ -21,11 +21,12 @@ STEPS_BEFORE_CONSTANT = 10  # the output of a last layer that starts at zero is 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OutputConstant(Result):
-    """Of the tensor that the network returns."""
+    """Of the tensor that the network returns, the first where it returns several."""
 
     spread: float = measured("standard deviation over the examples, over the size of the output", unit="share")
     constant_units: float = measured("outputs that are the same for every example", unit="share")
     size: float = measured("root mean square of the output")
+    others: int = measured("further outputs that do depend on the example", default=0)
     first_constant: str = measured(
         "the first layer whose output hardly depends on the example", remark="empty: none"
     )
@@ -54,9 +55,10 @@ class OutputConstant(Result):
             return last.verdict()
         began = next(s for i, (s, _) in enumerate(series) if all(r.spread < limit for _, r in series[i:]))
         where = f"; {last.first_constant} is the first layer for which it is so" if last.first_constant else ""
+        what = f"first output (others, {last.others}, do vary)" if last.others else "output"
         return Verdict(
             Level.ALARM,
-            f"The network gives the same output whatever the input: over the examples it varies by "
+            f"The network gives the same {what} whatever the input: over the examples it varies by "
             f"{format_number(last.spread)} of its size{where}.",
             advice="Look for dead or saturated units in that layer, for inputs that are constant, and for a "
             "bias that outweighs everything else.",
@@ -112,6 +114,7 @@ def output_constant(
         spread=output.spread if output else 1.0,
         constant_units=output.constant if output else 0.0,
         size=output.size if output else 0.0,
+        others=sum(a.spread >= alarm_below for a in outputs[1:]),
         first_constant=next(constant, ""),
         preconditions=(
             Precondition("an output", bool(outputs), "the network returns no tensor with several entries."),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from diag.snapshot.history import History, by_rows, parts, thinned_record
 
 SMALL = 64
+FROM_ZERO = 1e-3  # of a tensor's norm: rounding, and the rest of what it began with
 OF_SECOND_DIFFERENCES = 1.4826 / math.sqrt(6.0)  # of their median size, for normal noise
 MOST_NORMS = 1 << 20  # steps times tensors over which a median is taken
 Floats = NDArray[numpy.float64]
@@ -62,10 +63,34 @@ def update_ratios(history: History) -> tuple[Floats, NDArray[Any], int]:
 
 
 def largest_update_ratio(history: History) -> float:
-    """The largest of ||step|| / ||weights|| over the large tensors and all steps; 0 where none was taken."""
-    large = numpy.flatnonzero(numpy.asarray(history.sizes) >= SMALL)
+    """The largest of ||step|| / ||weights|| over the large tensors and all steps; 0 where none was taken. Tensors
+    that began at zero, as biases do, are left out: their first step is all that they are."""
+    large = numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & ~began_at_zero(history))
     found = (numpy.nan_to_num(_ratios(part, large)[~part.skipped]).max(initial=0.0) for part in parts(history))
     return float(max(found))
+
+
+def farthest(history: History) -> float:
+    """How far the large tensors are from where they began, over their norm: the farthest at the last step at which
+    it was measured; 0 where it was not. Those that began at zero are left out."""
+    large = numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & ~began_at_zero(history))
+    rows = numpy.flatnonzero(by_rows(history, lambda h: numpy.isfinite(h.distance[:, large]).any(1)))
+    if not len(rows) or not len(large):
+        return 0.0
+    distance, size = (numpy.asarray(x[rows[-1]][large], float) for x in (history.distance, history.parameter_norm))
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        return float(numpy.nan_to_num(distance / size, posinf=0.0).max())
+
+
+def began_at_zero(history: History) -> NDArray[numpy.bool_]:
+    """Which tensors were zero at the start: where they were measured first, they are as large as they are far from
+    there."""
+    rows = numpy.flatnonzero(by_rows(history, lambda h: numpy.isfinite(h.distance).any(1)))
+    if not len(rows):
+        return numpy.zeros(len(history.sizes), bool)
+    size, distance = (numpy.asarray(x[rows[0]], float) for x in (history.parameter_norm, history.distance))
+    found: NDArray[numpy.bool_] = (size > 0) & (numpy.abs(distance - size) <= FROM_ZERO * size)
+    return found
 
 
 def _ratios(history: History, tensors: NDArray[Any]) -> Floats:

@@ -210,6 +210,7 @@ class StepSize(Result):
             refutation="The loss falls no faster without clipping.",
             cause=Cause.CLIPPING_TOO_TIGHT,
             explained_by=(Cause.CLIPPING_BEFORE_UNSCALING,),
+            step=1,
         )
 
     def plot(self, ax: Any = None) -> None:

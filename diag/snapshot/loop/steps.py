@@ -29,6 +29,7 @@ class Tally:
 
 
 NOT_ONCE = Tally()
+ZEROS = "zeros"  # what a parameter may look like; see `ParameterFacts.fresh`
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class ParameterFacts:
     stood. ungathered: at how many looks in a row, up to now, it had a gradient and no optimizer held it. called:
     whether its module was called in the forward pass that was looked at closely for it, None where none was;
     with_graph: whether that call's output carried a graph (False: it ran under no_grad); forgotten: it was not
-    called, and no method of the module around it names it."""
+    called, and no method of the module around it names it. fresh: of one that nothing trains, what its numbers look
+    like: "uniform" or "normal" draws of an initialisation, or "zeros"; empty where they look like neither, or were
+    not looked at."""
 
     name: str
     shape: tuple[int, ...]
@@ -125,6 +128,7 @@ class ParameterFacts:
     with_graph: bool | None = None
     forgotten: bool = False
     ungathered: int = 0
+    fresh: str = ""
 
 
 @dataclass(frozen=True)

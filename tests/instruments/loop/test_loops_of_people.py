@@ -323,6 +323,48 @@ def padding_over_the_axis_of_classes(wrong):
     )
 
 
+@pair(Cause.GRAPH_CUT)
+def one_of_two_heads_of_one_size_has_no_loss(wrong):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.kind, self.place = nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return self.kind(h), self.place(h)
+
+    def loss(out, y):
+        value = F.cross_entropy(out[0], y)
+        return out[1].square().mean() if wrong else value + out[1].square().mean()
+
+    model = Heads()
+    return model, lambda: fit(model, loops.adam(model), loss=loss)
+
+
+@pair(Cause.GRADIENT_ABSENT)
+def one_of_the_parameters_of_a_dict_is_not_used(wrong):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.p = nn.ParameterDict(
+                {
+                    name: nn.Parameter(0.3 * torch.randn(*shape))
+                    for name, shape in {"a": (8, 6), "b": (8, 8), "c": (3, 8)}.items()
+                }
+            )
+
+        def forward(self, x):
+            h = F.linear(x, self.p["a"]).relu()
+            again = F.linear(h, self.p["b"]).relu()
+            return F.linear(h if wrong else again, self.p["c"])
+
+    model = Functional()
+    return model, lambda: fit(model, loops.adam(model))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_mistake_is_named_and_its_sound_twin_is_not(name):
     make, causes = PAIRS[name]

@@ -385,7 +385,7 @@ class LoopObserver:
             order=self._order.facts(),
             optimizers=self._optimizers.facts(),
             strangers=self._strangers.facts(),
-            parameters=self._parameters.facts(self._optimizers),
+            parameters=self._parameters.facts(self._optimizers, ended),
             schedulers=self._schedulers.facts(),
             modes=self._modes.facts(),
             chance=self._chance.facts(),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.loop.steps import ParameterFacts
+from diag.snapshot.state.fresh import looks_fresh
 from diag.snapshot.state.modes import unseen
 from diag.watching.hooks.model_hook import frames_compiled
 from diag.watching.observe.loop.data.source import is_forgotten
@@ -17,6 +18,8 @@ from diag.watching.observe.loop.moment import Moment
 from diag.watching.observe.loop.optimizers import OptimizerRecord, Optimizers, plain_number
 
 CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)  # that nobody calls
+STEPS_WITHOUT_HOLDER = 30  # by which an optimizer that holds a parameter will have stepped
+STEPS_BEFORE_FRESH = 300  # what is frozen for a while, to be trained later, is not yet left untrained
 LOOKS_BEFORE_CLOSER = 3  # looks in a row without a gradient before a module is looked at closely
 
 
@@ -34,6 +37,8 @@ class Seen:
     called: bool | None = None
     with_graph: bool | None = None
     forgotten: bool = False
+    left_out: bool = False
+    fresh: str = ""
     told: tuple[tuple[Any, ...], ParameterFacts] | None = None  # what the facts were made from last, and these
 
 
@@ -46,6 +51,7 @@ class Parameters:
         self.seen: dict[str, Seen] = {}
         self._closer: CloseLook | None = None
         self._looked_at: set[str] = set()
+        self._ended = False
         self._silent: list[Seen] = []  # those that no gradient has come to
         self.refresh()
 
@@ -79,7 +85,11 @@ class Parameters:
             anywhere = {id(p) for r in optimizers.records if r.reference() is not None for p in r.held}
         for name, s in self.seen.items():
             self._look(s, name, id(s.parameter) in held, id(s.parameter) in anywhere)
+            unheld = id(s.parameter) not in anywhere and record.steps + 1 >= STEPS_WITHOUT_HOLDER
+            s.left_out = not s.trainable or unheld
         record.stale = self._stale(record, anywhere)
+        if record.steps + 1 >= STEPS_BEFORE_FRESH:
+            self._look_at_untrained(anywhere, waiting=False)
         self._silent = [s for s in self.seen.values() if s.missing and not s.gradient]
 
     def look_for_gradients(self) -> None:
@@ -114,11 +124,27 @@ class Parameters:
             if tuple(s.parameter.shape) in idle and id(s.parameter) not in anywhere and s.trainable
         )
 
+    def _look_at_untrained(self, anywhere: set[int], waiting: bool) -> None:
+        """Do parameters that nothing trains still hold what they were initialised with?"""
+        for name, s in self.seen.items():
+            trained = s.gradient or (s.trainable and id(s.parameter) in anywhere)
+            if trained or s.replaced or s.since or not (waiting or s.parameter.is_cpu):
+                s.fresh = ""
+                continue
+            with unseen(), torch.no_grad():
+                s.fresh = looks_fresh(self._model.get_submodule(name.rpartition(".")[0]), s.parameter)
+            if s.fresh:
+                self._moment.news("fresh")
+
     # A closer look at modules whose parameters get no gradient
 
     def look_closer(self) -> None:
         """Between two steps: follow, in the next training call, the modules that got no gradient so far."""
-        silent = [n for n, s in self.seen.items() if s.missing and not s.gradient and s.called is None]
+        silent = [
+            n
+            for n, s in self.seen.items()
+            if not s.gradient and s.called is None and (s.missing or (s.left_out and not s.since))
+        ]
         owners = {self._owner(n) for n in silent} - self._looked_at
         # A hook on a compiled model's module would have it compiled again.
         if owners and self._closer is None and not frames_compiled():
@@ -151,8 +177,12 @@ class Parameters:
 
     # Facts
 
-    def facts(self, optimizers: Optimizers) -> tuple[ParameterFacts, ...]:
+    def facts(self, optimizers: Optimizers, ended: bool = False) -> tuple[ParameterFacts, ...]:
         """Each parameter as plain data."""
+        if ended and not self._ended:
+            self._ended = True
+            held = (r.held for r in optimizers.records if r.reference() is not None)
+            self._look_at_untrained({id(p) for some in held for p in some}, waiting=True)
         holders: dict[int, int] = {}
         rates: dict[int, float] = {}
         for r in optimizers.records:
@@ -167,7 +197,7 @@ class Parameters:
         p = s.parameter
         now: tuple[Any, ...] = (p.requires_grad, s.since, holders.get(id(p), 0), rates.get(id(p)))
         state = (*now, s.gradient, s.missing, s.replaced, s.called, s.with_graph, s.forgotten, s.without_optimizer)
-        state = (*state, p.shape, p.dtype)
+        state = (*state, s.fresh, p.shape, p.dtype)
         if s.told is None or s.told[0] != state:  # with ten thousand of them, making all again takes long
             shape, dtype = tuple(p.shape), str(p.dtype).removeprefix("torch.")
             s.told = state, ParameterFacts(name, shape, dtype, *state[:-2])

@@ -62,6 +62,7 @@ from diag.instruments.trial.input_used import InputUsed as InputUsed
 from diag.instruments.data.label_audit import LabelAudit as LabelAudit
 from diag.instruments.data.labels_belong import LabelsBelong as LabelsBelong
 from diag.instruments.data.labels_kept import LabelsKept as LabelsKept
+from diag.instruments.loss.latent_code import LatentCode as LatentCode
 from diag.instruments.loop.layers_shared import LayersShared as LayersShared
 from diag.instruments.loop.learning_rate_schedule import LearningRateSchedule as LearningRateSchedule
 from diag.result import Level as Level
@@ -553,6 +554,14 @@ class _LabelsKeptInstrument(Instrument):
     def __call__(self, loop: Any) -> LabelsKept: ...
 
 labels_kept: _LabelsKeptInstrument
+
+class _LatentCodeInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ..., nothing: float = ...) -> LatentCode: ...
+    @overload
+    def __call__(self, loop: Any, *, nothing: float = ...) -> LatentCode: ...
+
+latent_code: _LatentCodeInstrument
 
 class _LayersSharedInstrument(Instrument):
     @overload

@@ -30,3 +30,28 @@ class ArithmeticFacts:
     expanded: tuple[Expansion, ...] = ()
     twice: str = ""
     twice_step: int = 0
+
+
+@dataclass(frozen=True)
+class LatentLook:
+    """Variational latents at one backward pass: Gaussian means and variances of each row whose KL divergence from
+    the standard Gaussian is a part of the loss.
+
+    size: latents of a row. told: of the latent that says most of its row the share of its variance over the batch
+    that lies between the rows' means. nats: the divergence of a row, a mean over the batch. weight: of the
+    divergence of one latent over that of one entry of the other parts, 1 where both are sums. mean_used: whether
+    any other part of the loss depends on the means; None where that is not known."""
+
+    step: int
+    size: int
+    told: float
+    nats: float
+    weight: float
+    mean_used: bool | None
+
+
+@dataclass(frozen=True)
+class LatentFacts:
+    """The looks at variational latents, the first and the last of them."""
+
+    looks: tuple[LatentLook, ...] = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diag.errors import InvalidInput, MissingQuantity, type_of
-from diag.snapshot.loop.arithmetic import ArithmeticFacts
+from diag.snapshot.loop.arithmetic import ArithmeticFacts, LatentFacts
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import (
     BatchFacts,
@@ -98,6 +98,7 @@ class Loop:
     penalty: PenaltyFacts = field(default_factory=PenaltyFacts)
     pairs: PairFacts = field(default_factory=PairFacts)
     arithmetic: ArithmeticFacts = field(default_factory=ArithmeticFacts)
+    latents: LatentFacts = field(default_factory=LatentFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     rows: RowFacts = field(default_factory=RowFacts)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of, signed
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
+from diag.watching.observe.loop.formula.parts import given_shape
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.terms import terms_of
 
@@ -132,7 +133,7 @@ def made_by_node(node: Any) -> tuple[str, int | None]:
 def _axis(node: Any) -> int | None:
     """The axis that a softmax runs over, from the front; None for what has none."""
     axis, parent = getattr(node, "_saved_dim", None), next(iter(node.next_functions), (None, 0))
-    shape = _shape_of(*parent)
+    shape = given_shape(*parent)
     if axis is None or shape is None:
         return None
     if isinstance(axis, (tuple, list)):
@@ -171,7 +172,7 @@ def expansions(root: Tensor) -> list[tuple[str, tuple[int, ...], tuple[int, ...]
         if kind_of(term.node) not in ("Mean", "Sum") or hasattr(term.node, "_saved_dim"):
             continue
         start, index = term.node.next_functions[0]
-        shape = _shape_of(start, index)
+        shape = given_shape(start, index)
         if shape is None or max(shape.count(n) for n in (*shape, 0)) < 2:
             continue  # an axis that comes twice is what the mistake leaves
         for entry in _entries(start, index, shape):
@@ -189,7 +190,7 @@ def _entries(start: Any, index: int, shape: tuple[int, ...]) -> Iterator[_Entry]
         if not waiting:
             return
         entry = waiting.popleft()
-        if entry.node is None or _shape_of(entry.node, entry.index) != shape:
+        if entry.node is None or given_shape(entry.node, entry.index) != shape:
             continue
         yield entry
         if kind_of(entry.node) in ELEMENTWISE or kind_of(entry.node) in ("Add", "Sub", "Rsub"):
@@ -219,7 +220,7 @@ def _expansion(entry: _Entry, shape: tuple[int, ...]) -> tuple[str, tuple[int, .
     """What is broadcast in this node; ("", ...) where both sides have a graph; None for nothing."""
     name, sides = kind_of(entry.node), entry.node.next_functions
     here = [(node, index) for node, index in sides if node is not None]
-    shapes = [_shape_of(*side) for side in here]
+    shapes = [given_shape(*side) for side in here]
     if name not in ("Sub", "Rsub", "Add", "Mul") or None in shapes or not shapes:
         return None
     if len(here) == 2 and here[0] != here[1] and all(_is_expanded(s, shape) for s in shapes if s is not None):
@@ -254,7 +255,7 @@ def _by_hand(node: Any) -> bool:
         if name in AXIS_BY_HAND:
             return True
         if name in ("View", "ReshapeAlias", "UnsafeView"):
-            after, given = _shape_of(before, 0) or (), tuple(getattr(before, "_saved_self_sym_sizes", ()))
+            after, given = given_shape(before, 0) or (), tuple(getattr(before, "_saved_self_sym_sizes", ()))
             if after.count(1) > given.count(1):
                 return True
         if name not in TAKEN_FROM:
@@ -279,11 +280,3 @@ def _sum_of_both(side: tuple[int, ...], shape: tuple[int, ...], kept: Tensor | N
                 found = tuple(1 if j == other else n for j, n in enumerate(shape))
                 return found[1:] if found[0] == 1 else found
     return ()
-
-
-def _shape_of(node: Any, index: int) -> tuple[int, ...] | None:
-    """The shape of the output number `index` of a node."""
-    if node is None:
-        return None
-    about = node._input_metadata
-    return tuple(map(int, about[index].shape)) if index < len(about) else None

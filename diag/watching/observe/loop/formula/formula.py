@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
+from diag.watching.observe.loop.formula.latents import Latents
 from diag.watching.observe.loop.moment import Moment
 
 
@@ -14,15 +17,19 @@ class Formula:
 
     def __init__(self, moment: Moment) -> None:
         self._arithmetic = Arithmetic(moment)
+        self._latents = Latents(moment)
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
         self._arithmetic.training_call(outputs)
+        self._latents.training_call(args, kwargs)
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
         self._arithmetic.backward_called(roots)
+        if isinstance(roots, Tensor) and roots.numel() == 1 and roots.grad_fn is not None:
+            self._latents.backward_called(roots)
 
     def facts(self) -> dict[str, Any]:
         """As fields of the facts of the loop."""
-        return {"arithmetic": self._arithmetic.facts()}
+        return {"arithmetic": self._arithmetic.facts(), "latents": self._latents.facts()}

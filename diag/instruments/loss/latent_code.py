@@ -1,0 +1,121 @@
+"""Variational latents: whether the code of a row says anything of it, and what keeps it from doing so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diag.display import format_number, format_share
+from diag.instruments.causes import Cause
+from diag.instruments.loop.findings import THRICE, LoopCheck, LoopFinding, judged
+from diag.ranges import Share
+from diag.registry import instrument
+from diag.result import Level, Precondition
+from diag.snapshot.loop.arithmetic import LatentLook
+from diag.snapshot.loop.facts import Loop
+
+SOURCE = "arithmetic of the divergence's parts; Bowman et al. 2016 (arXiv:1511.06349) on the collapse"
+NOTHING_TOLD, TOLD_LESS = 0.01, 0.2  # share; over what it was at the start
+STEPS_NEEDED = 100
+OUTWEIGHS = 5.0
+STEPS_OF_ITS_OWN = 1000  # until when a divergence of the usual weight may leave a code empty and come back
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatentCode(LoopCheck):
+    """Codes that say nothing of their rows, or that nothing but their divergence depends on."""
+
+    cites = SOURCE
+
+
+@instrument(
+    source=SOURCE,
+    title="Latent code",
+    kind="check",
+    why="A variational autoencoder whose code says nothing of its row decodes the same average for all of them, "
+    "and samples of it are that average.",
+)
+def latent_code(loop: Loop, *, nothing: Share = NOTHING_TOLD) -> LatentCode:
+    """Whether the code of a variational autoencoder says anything of the rows.
+
+    loop: the facts of the loop, with the means and variances whose KL divergence from the standard Gaussian is a
+    part of the loss, and its weight over that of the other parts, entry by entry. An alarm where no other part
+    depends on the means at each of at least three looks (a code that is detached, sampled without
+    reparametrisation, or made of noise alone). A finding, too, where at the last two looks every latent has less
+    than `nothing` of its variance between the rows, a fifth at most of what it had at the start: an alarm where the
+    divergence weighs more than five times as much as in a sum over latents and outputs, else a warning late in
+    training. Raises nothing of its own.
+    """
+    looks = loop.latents.looks
+    known = Precondition("latents", len(looks) > 0, "no KL divergence of Gaussian latents was seen in the loss.")
+    fine = "The latent code says something of the rows, and more than its divergence depends on it."
+    return judged(LatentCode, loop.step, list(_findings(loop, nothing)), fine, preconditions=(known,))
+
+
+def _findings(loop: Loop, nothing: float) -> Iterator[LoopFinding]:
+    looks = loop.latents.looks
+    if len(looks) < THRICE:
+        return
+    if all(look.mean_used is False for look in looks):
+        yield _unused(looks[0])
+        return
+    first, last = looks[0], looks[-1]
+    empty = all(look.told < min(nothing, TOLD_LESS * first.told) for look in looks[-2:])
+    if not empty or last.step < STEPS_NEEDED:
+        return
+    if last.weight > OUTWEIGHS:
+        yield _outweighed(first, last)
+    elif loop.ended or last.step >= STEPS_OF_ITS_OWN:
+        yield _collapsed(first, last)
+
+
+def _unused(first: LatentLook) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.GRAPH_CUT,
+        "The mean of the latent code is trained by its KL divergence alone, which draws it to zero for "
+        "every row: no "
+        "other part of the loss depends on it.",
+        "Decode mean + deviation * noise with their gradients: rsample() and not sample(), no detach() and no "
+        "no_grad() on the way, and the mean not left out.",
+        "A gradient of the reconstruction with respect to the means.",
+        step=first.step,
+    )
+
+
+def _outweighed(first: LatentLook, last: LatentLook) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.LOSS_TERM_DOMINATES,
+        f"The KL divergence outweighs the reconstruction, and the latent code says nothing of the rows: one "
+        f"latent's "
+        f"divergence counts {format_number(last.weight)} times as much as one output's error, {_empty(last)}.",
+        f"Lower its factor {format_number(last.weight)}-fold: both as sums over what a row has and means over the "
+        "rows, times 1; or raise it from zero over the first epochs.",
+        "A smaller factor leaves the code as empty.",
+        step=first.step,
+    )
+
+
+def _empty(last: LatentLook) -> str:
+    return (
+        f"and at step {last.step:,} the {last.size:,} latents of a row have at most {format_share(last.told)} of "
+        f"their variance between rows ({format_number(last.nats)} nats a row)"
+    )
+
+
+def _collapsed(first: LatentLook, last: LatentLook) -> LoopFinding:
+    weight = (
+        "" if math.isnan(last.weight) else f" (its divergence has {format_number(last.weight)} times the weight)"
+    )
+    return LoopFinding(
+        Level.WARNING,
+        Cause.EMBEDDINGS_COLLAPSED,
+        f"The latent code says nothing of the rows{weight}: it said more at the start, {_empty(last)}.",
+        "Raise the factor of the KL divergence from zero over the first epochs, or leave each latent some "
+        "nats free; "
+        "weaken a decoder that can do without the code.",
+        "Reconstructions that differ between rows.",
+        step=first.step,
+    )

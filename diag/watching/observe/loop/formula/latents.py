@@ -1,0 +1,160 @@
+"""Variational latents: what the code of a row says of it, and how much its KL divergence weighs.
+
+The divergence of a diagonal Gaussian from the standard one, (mean^2 + variance - 1 - log variance) / 2, is found
+among the parts of the loss by its three parts and their weights, whether it is written with the log-variance or the
+standard deviation, or comes from torch.distributions. The graph keeps its means and variances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import kind_of
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.arithmetic import LatentFacts, LatentLook
+from diag.watching.observe.loop.formula.parts import Summand, base_of, depends, parts_of
+from diag.watching.observe.loop.moment import Moment, due
+
+LOOKS_KEPT, PASSES_BETWEEN = 64, 8
+EQUAL_WEIGHTS = 1e-3
+ROWS_NEEDED = 8
+
+
+@dataclass(frozen=True)
+class GaussianDivergence:
+    """The parts of one divergence: the squared mean and those of the variance; weight: of the whole of it."""
+
+    mean: Summand
+    others: tuple[Summand, ...]
+    means: Tensor
+    variances: Tensor
+
+    @property
+    def weight(self) -> float:
+        """The weight of the divergence of one latent of one row."""
+        return 2 * self.mean.weight
+
+
+class Latents:
+    """Looks at a few backward passes, and where latents were found at every eighth of those that are listened
+    to."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._passes = self._rows = 0
+        self._looks: list[LatentLook] = []
+
+    def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """The model was called in training."""
+        self._rows = next((len(t) for t in tensors_in((args, dict(kwargs))) if t.ndim), 0)
+
+    def backward_called(self, root: Tensor) -> None:
+        """A backward pass begins."""
+        self._passes += 1
+        if not (due(self._passes) or (self._looks and self._passes % PASSES_BETWEEN == 0)):
+            return
+        parts = parts_of(root)
+        found = gaussian_divergence(parts)
+        if found is None or found.means.ndim < 2 or len(found.means) != self._rows or self._rows < ROWS_NEEDED:
+            return
+        if len(self._looks) >= LOOKS_KEPT:
+            self._looks.pop(LOOKS_KEPT // 2)
+        self._looks.append(_look(self._moment.step, found, parts))
+        if len(self._looks) in (3, 6):
+            self._moment.news(("latents", len(self._looks)))
+
+    def facts(self) -> LatentFacts:
+        """As plain data."""
+        return LatentFacts(tuple(self._looks))
+
+
+def _look(step: int, found: GaussianDivergence, parts: list[Summand]) -> LatentLook:
+    own = {id(p) for p in (found.mean, *found.others)}
+    rest = [p for p in parts if id(p) not in own]
+    means, variances = found.means.detach().double().flatten(1), found.variances.detach().double().flatten(1)
+    spread, noise = means.var(0), variances.mean(0)
+    told = spread / (spread + noise)
+    nats = (means.square() + variances - 1 - variances.log()).sum(1).mean() / 2
+    most = max(rest, key=lambda p: abs(p.entry_weight), default=None)
+    return LatentLook(
+        step=step,
+        size=means.shape[1],
+        told=float(told.max()),
+        nats=float(nats),
+        weight=found.weight / abs(most.entry_weight) if most is not None and most.entry_weight else math.nan,
+        mean_used=depends(rest, base_of(*_argument(found.mean))[0]._sequence_nr()) if rest else None,
+    )
+
+
+def gaussian_divergence(parts: list[Summand]) -> GaussianDivergence | None:
+    """The divergence that is among these parts; the first of several, None where there is none."""
+    squares = [p for p in parts if _is_square(p)]
+    for variance in parts:
+        kind = variance.kind
+        if kind == "Exp":
+            others = _log_variance(variance, parts)
+        elif _is_square(variance):
+            others = _log_deviation(variance, parts)
+        else:
+            continue
+        mean = next((p for p in squares if p is not variance and _alike(p, variance)), None)
+        if others and mean is not None and kind_of(base_of(*_argument(mean))[0]) != "AccumulateGrad":
+            return _divergence(mean, variance, others)
+    return None
+
+
+def _divergence(mean: Summand, variance: Summand, others: list[Summand]) -> GaussianDivergence | None:
+    means = getattr(mean.node, "_saved_self", None)
+    exp = variance.kind == "Exp"
+    kept = getattr(variance.node, "_saved_result" if exp else "_saved_self", None)
+    if (
+        not isinstance(means, Tensor)
+        or not isinstance(kept, Tensor)
+        or not means.is_cpu
+        or means.shape != kept.shape
+    ):
+        return None
+    return GaussianDivergence(mean, (variance, *others), means, kept if exp else kept.detach().square())
+
+
+def _log_variance(variance: Summand, parts: list[Summand]) -> list[Summand]:
+    """The parts that are the argument of an exponential, with the opposite weight."""
+    node, index, factor = base_of(*_argument(variance))
+    same = [p for p in parts if p.node is node and p.index == index and not p.factors]
+    return same if same and _close(sum(p.weight for p in same), -variance.weight * factor) else []
+
+
+def _log_deviation(square: Summand, parts: list[Summand]) -> list[Summand]:
+    """The logarithm of a square with the opposite weight, or of what is squared with twice that."""
+    argument = base_of(*_argument(square))[0]
+    for p in (p for p in parts if p.kind == "Log" and p.shape == square.shape):
+        node = _argument(p)[0]
+        if node is square.node and _close(p.weight, -square.weight):
+            return [p]
+        if base_of(*_argument(p))[0] is argument and _close(p.weight, -2 * square.weight):
+            return [p]
+    return []
+
+
+def _is_square(p: Summand) -> bool:
+    if p.kind == "Pow":
+        return float(p.node._saved_exponent) == 2
+    sides = p.node.next_functions
+    return p.kind == "Mul" and len(sides) == 2 and sides[0] == sides[1]
+
+
+def _argument(p: Summand) -> tuple[Any, int]:
+    return p.node.next_functions[0]
+
+
+def _alike(a: Summand, b: Summand) -> bool:
+    return a.shape == b.shape and _close(a.weight, b.weight) and not a.factors and not b.factors
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=EQUAL_WEIGHTS) and a != 0

@@ -85,6 +85,7 @@ from diag.instruments.loss.output_range import OutputRange as OutputRange
 from diag.instruments.loop.outside_changes import OutsideChanges as OutsideChanges
 from diag.instruments.loss.pairs_differ import PairsDiffer as PairsDiffer
 from diag.instruments.loop.parameters_held import ParametersHeld as ParametersHeld
+from diag.instruments.data.places_match import PlacesMatch as PlacesMatch
 from diag.result import Precondition as Precondition
 from diag.instruments.quantization import Quantization as Quantization
 from diag.instruments.distributed.ranks_data import RanksData as RanksData
@@ -730,6 +731,14 @@ class _ParametersHeldInstrument(Instrument):
     def __call__(self, loop: Any) -> ParametersHeld: ...
 
 parameters_held: _ParametersHeldInstrument
+
+class _PlacesMatchInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> PlacesMatch: ...
+    @overload
+    def __call__(self, loop: Any) -> PlacesMatch: ...
+
+places_match: _PlacesMatchInstrument
 
 class _QuantizationInstrument(Instrument):
     @overload

@@ -111,6 +111,7 @@ class Cause(enum.StrEnum):
 
     # Data
     LABELS_SHUFFLED = "labels_shuffled", Theme.DATA, "Labels do not belong to their inputs: one of the two was shuffled alone."
+    TARGETS_MISPLACED = "targets_misplaced", Theme.DATA, "Targets stand at other places than what they belong to: mirrored, moved, in reverse order, filled up at the other end."
     LABELS_WRONG = "labels_wrong", Theme.DATA, "A part of the labels is wrong."
     CLASSES_SORTED = "classes_sorted", Theme.DATA, "Batches hold one or few classes each: the data is sorted and not shuffled."
     CLASS_MISSING = "class_missing", Theme.DATA, "A class that the network can output never occurs in training."

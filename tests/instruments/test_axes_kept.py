@@ -119,6 +119,14 @@ def test_outputs_in_another_order_than_targets_are_told():
     assert verdict.level == "alarm" and "from (12, 10), the targets from (10, 12)" in verdict.sentence
 
 
+def test_targets_that_are_flattened_position_by_position_are_told():
+    def turned(model, text):
+        return F.cross_entropy(model(text[:, :-1]).reshape(-1, 11), text[:, 1:].T.reshape(-1))
+
+    verdict = told(turned)[0][Cause.AXES_MIXED]
+    assert verdict.level == "alarm" and "from (10, 12), the targets from (12, 10)" in verdict.sentence
+
+
 def test_targets_of_other_rows_are_told():
     def shuffled(model, text):
         return F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].roll(3, 0).flatten())

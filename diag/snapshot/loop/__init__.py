@@ -3,4 +3,4 @@
 Rule of the folder: facts only; whatever judges them is an instrument.
 """
 
-__all__ = ["arithmetic", "asked", "data", "facts", "inputs", "network", "ranks", "rows", "steps"]
+__all__ = ["arithmetic", "asked", "data", "facts", "inputs", "network", "places", "ranks", "rows", "steps"]

@@ -25,6 +25,7 @@ from diag.snapshot.loop.data import (
 )
 from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts
 from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
+from diag.snapshot.loop.places import MaskFacts, SequenceFacts
 from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.loop.rows import RowFacts
 from diag.snapshot.loop.steps import (
@@ -100,6 +101,8 @@ class Loop:
     arithmetic: ArithmeticFacts = field(default_factory=ArithmeticFacts)
     latents: LatentFacts = field(default_factory=LatentFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
+    sequences: SequenceFacts = field(default_factory=SequenceFacts)
+    masks: MaskFacts = field(default_factory=MaskFacts)
     rows: RowFacts = field(default_factory=RowFacts)
 
     @property

@@ -25,8 +25,10 @@ from diag.watching.observe.loop.data.drawn import NONE, Drawn
 from diag.watching.observe.loop.data.evaluated import EvaluatedData
 from diag.watching.observe.loop.data.evaluations import Evaluations
 from diag.watching.observe.loop.data.inputs import Inputs
+from diag.watching.observe.loop.data.masks import Masks
 from diag.watching.observe.loop.data.own import OwnLosses
 from diag.watching.observe.loop.data.pairs import PairedCalls
+from diag.watching.observe.loop.data.sequences import Sequences
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.formula.formula import Formula
 from diag.watching.observe.loop.layers import Layers
@@ -89,6 +91,7 @@ class LoopObserver:
         self._origin = Origin(self.moment)
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own = OwnLosses()
+        self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._formula = Formula(self.moment)
         self._shape = shape_of(model)
@@ -157,6 +160,8 @@ class LoopObserver:
         self._pairs.training_call(args, kwargs, outputs)
         self._own.training_call(outputs)
         self._formula.training_call(args, kwargs, outputs)
+        self._sequences.training_call(args, kwargs)
+        self._masks.training_call(args, kwargs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -192,6 +197,8 @@ class LoopObserver:
         self.evaluated_data.loss_called(args, kwargs)
         self._targets.loss_called(function.__name__, args, kwargs)
         self._asked.loss_called(function.__name__, args, kwargs)
+        self._sequences.loss_called(function.__name__, args, kwargs)
+        self._masks.loss_called(function.__name__, args, kwargs)
         self._penalty.loss_called(value)
         self._batches.targets(input_and_target(args, kwargs)[1])
 
@@ -419,5 +426,7 @@ class LoopObserver:
             "penalty": self._penalty.facts(),
             "pairs": self._pairs.facts(),
             **self._formula.facts(),
+            "sequences": self._sequences.facts(),
+            "masks": self._masks.facts(),
             "rows": self.rows.facts(),
         }

@@ -60,6 +60,16 @@ class AskedTokens:
         turned = self.outputs == targets[::-1] and targets[0] != targets[1]
         return (self.outputs, targets) if turned else None
 
+    def turned(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """The same where outputs were put in one row example by example, and targets position by position."""
+        n, length = self.outputs or (0, 0)
+        if self.target.ndim != 1 or not n or len(self.target) != n * length:
+            return None
+        by_example = self.target.reshape(length, n).T
+        given = [t for t in self.tokens if t.shape == (n, length)]
+        found = any(shift_of(t, by_example, self.ignored) is not None for t in given)
+        return ((n, length), (length, n)) if found else None
+
 
 class Targets:
     """Follows the first losses of training and the inputs before them."""
@@ -138,6 +148,9 @@ class Targets:
             self._shifts[shift] = self._shifts.get(shift, 0) + 1
             self._flattened = self._flattened or asked.order() or ()
             self._moment.news(("targets", shift, self._aligned))
+        elif (order := asked.turned()) is not None:
+            self._flattened = self._flattened or order
+            self._moment.news(("turned", self._aligned))
         elif asked.exchanged():
             self._exchanged += 1
             self._moment.news(("rows exchanged", self._exchanged))

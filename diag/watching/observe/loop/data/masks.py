@@ -1,0 +1,240 @@
+"""Images and the masks asked for beside them: do they stand as the images do?
+
+Two comparisons, on a few calls, on the host. Of the network: is its answer for a row most like the row's own mask
+as it stands, or like the same mask turned? A random flip of the image alone shows in about half of the rows once
+the network has learned the others. Of the data: where is a local feature of the image most alike to the mask, over
+all places by which one of the two can be moved? Both are judged against the masks of the other rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
+from diag.snapshot.loop.places import MaskFacts
+from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.moment import Moment, due
+
+IMAGES_COMPARED, EVERY_CALL = 3, 8  # calls whose images are compared; of the later ones that are looked at
+ANSWERS_KEPT = 12  # calls looked at last
+TOLD_EVERY = 3  # looks
+PICTURES, PIXELS_A_SIDE, CLASSES_OF_MASKS = 32, 48, 8  # of a call; classes told apart
+FEWEST_PICTURES, SMALLEST_PICTURE = 4, 8
+LIKE_ITSELF = 0.7  # correlation of a mask with itself turned, above which it says nothing
+PLAINLY = 0.1  # correlation by which one way is more like than another
+TURNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "left to right": lambda t: t.flip(-1),
+    "upside down": lambda t: t.flip(-2),
+    "by half a turn": lambda t: t.flip(-1, -2),
+    "rows for columns": lambda t: t.transpose(-1, -2),
+}
+
+
+class _Rows(NamedTuple):
+    """How many rows were told apart, and how many fit as given and turned in each way."""
+
+    rows: int
+    as_given: int
+    turned: dict[str, int]
+
+
+class _Related(NamedTuple):
+    """The largest correlations of an image's features with masks (see `MaskFacts`)."""
+
+    related: float
+    unrelated: float
+    best: float
+    turned: str
+    shift: tuple[int, int]
+
+
+class Masks:
+    """Follows the images of training calls and the masks of their losses."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._calls = self._looked = 0
+        self._given: list[Tensor] = []
+        self._answers: deque[_Rows] = deque(maxlen=ANSWERS_KEPT)
+        self._images: list[_Related] = []
+
+    def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """The model was called in training."""
+        self._calls += 1
+        self._given = []
+        if self._calls <= IMAGES_COMPARED or self._calls % EVERY_CALL == 0 or due(self._calls):
+            self._given = [t for t in tensors_in((args, dict(kwargs))) if _is_images(t)]
+
+    def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A loss function of torch returned a value that has a graph."""
+        images, self._given = self._given, []
+        if not images or name not in (*OF_BINARY_TARGETS, *OF_LOG_PROBABILITIES):
+            return
+        given, target = input_and_target(args, kwargs)
+        if not isinstance(given, Tensor) or not isinstance(target, Tensor) or not target.is_cpu or given.ndim != 4:
+            return
+        masks = as_masks(target.detach(), given.shape[1])
+        if masks is None or masks.shape[0] != given.shape[0] or masks.shape[-2:] != given.shape[-2:]:
+            return
+        self._looked += 1
+        answers = given.detach()[:PICTURES].float()
+        answers = answers.softmax(1) if name in OF_LOG_PROBABILITIES else answers
+        self._answers.append(fitting(smaller(answers), masks))
+        own = [t for t in images if len(t) == len(target) and not _same(t, target)]
+        if len(self._images) < IMAGES_COMPARED and own:
+            self._images.append(related(smaller(own[0].detach()[:PICTURES].float()), masks))
+        if self._looked % TOLD_EVERY == 0:
+            self._moment.news(("masks", self._looked))
+
+    def facts(self) -> MaskFacts:
+        """As plain data."""
+        turned = {name: sum(a.turned[name] for a in self._answers) for name in TURNS} if self._answers else {}
+        apart = _together(self._images)
+        return MaskFacts(
+            calls=len(self._answers),
+            rows=sum(a.rows for a in self._answers),
+            as_given=sum(a.as_given for a in self._answers),
+            turned={name: count for name, count in turned.items() if count},
+            images=len(self._images),
+            **apart,
+        )
+
+
+def _is_images(t: Tensor) -> bool:
+    dense = t.is_cpu and t.layout is torch.strided and t.is_floating_point()
+    return dense and t.ndim == 4 and len(t) >= FEWEST_PICTURES and min(t.shape[-2:]) >= SMALLEST_PICTURE
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def as_masks(target: Tensor, classes: int) -> Tensor | None:
+    """Masks (rows, classes, height, width) of zeros and ones, in at most `PIXELS_A_SIDE` pixels a side; "
+    "None of others."""
+    if target.is_floating_point():
+        binary = target.ndim == 4 and bool(((target == 0) | (target == 1)).all())
+        return smaller(target[:PICTURES].float()) if binary else None
+    if target.ndim == 4 and target.shape[1] == 1:
+        target = target[:, 0]
+    if target.ndim != 3 or not 2 <= classes <= CLASSES_OF_MASKS:
+        return None
+    return smaller((target[:PICTURES, None] == torch.arange(classes)[:, None, None]).float())
+
+
+def smaller(pictures: Tensor) -> Tensor:
+    """The pictures with whole blocks of pixels averaged, which turns commute with where blocks fill the picture."""
+    height, width = pictures.shape[-2:]
+    block = -(-max(height, width) // PIXELS_A_SIDE)
+    return pictures if block <= 1 else F.avg_pool2d(pictures, block)
+
+
+def _unit(pictures: Tensor) -> Tensor:
+    """Rows without what is the same in all of them and without their mean, at unit length, (rows, numbers)."""
+    flat = (pictures - pictures.mean(0)).flatten(2)
+    flat = (flat - flat.mean(-1, keepdim=True)).flatten(1).double()
+    return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def fitting(answers: Tensor, masks: Tensor) -> _Rows:
+    """Which of the masks of a batch, as they stand and turned, each answer (rows, channels, height, width) is most
+    like. Counted are rows whose mask is not like itself turned."""
+    square = masks.shape[-1] == masks.shape[-2]
+    a, given = _unit(answers), _unit(masks)
+    as_given = a @ given.T
+    own = as_given.diagonal()
+    turned, told_apart = {}, (given.norm(dim=1) > 0.5) & (a.norm(dim=1) > 0.5)
+    likeness = {}
+    for name, turn in TURNS.items():
+        if name != "rows for columns" or square:
+            other = _unit(turn(masks))
+            likeness[name] = a @ other.T, (given * other).sum(1)
+    told_apart &= torch.stack([alike for _, alike in likeness.values()]).amax(0) < LIKE_ITSELF
+    everything = torch.cat([as_given, *(like for like, _ in likeness.values())], 1)
+    best = everything.amax(1)
+    n = len(masks)
+    for name in TURNS:
+        turned[name] = 0
+        if name in likeness:
+            its_own = likeness[name][0].diagonal()
+            fits = told_apart & (its_own >= best) & (its_own > own + PLAINLY)
+            turned[name] = int(fits.sum())
+    return (
+        _Rows(int(told_apart.sum()), int((told_apart & (own >= best)).sum()), turned) if n else _Rows(0, 0, turned)
+    )
+
+
+def related(images: Tensor, masks: Tensor) -> _Related:
+    """Where a local feature of the images is most like the masks."""
+    features = _features(images)
+    n, height, width = len(masks), *masks.shape[-2:]
+    if features.shape[-2:] != (height, width) or n < FEWEST_PICTURES:
+        return _Related(math.nan, math.nan, math.nan, "", (0, 0))
+    spectra = _spectra(features)  # rows, features
+    one = masks[:, 1:] if masks.shape[1] > 1 else masks
+    ways = {"": one} | {k: turn(one) for k, turn in TURNS.items() if height == width or k != "rows for columns"}
+    found: list[tuple[float, str, tuple[int, int]]] = []
+    here, others = 0.0, 0.0
+    for name, masks_so in ways.items():
+        theirs = _spectra(masks_so)
+        own = _moved(spectra, theirs, (height, width))
+        others = max(others, float(_moved(spectra, theirs.roll(1, 0), (height, width)).abs().max()))
+        place = int(own.abs().flatten(2).amax((0, 1)).argmax())
+        found.append((float(own.abs().max()), name, _signed(divmod(place, width), (height, width))))
+        if not name:
+            here = float(own[..., 0, 0].abs().max())
+    best, turned, shift = max(found)
+    return _Related(here, others, best, turned, shift)
+
+
+def _features(images: Tensor) -> Tensor:
+    """(rows, features, height, width): brightness, its difference from the surroundings, and how large that is."""
+    grey = images.mean(1, keepdim=True)
+    around = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    rough = (grey - around).abs()
+    smooth = F.avg_pool2d(F.pad(rough, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    return torch.cat([grey, smooth, F.avg_pool2d(F.pad(grey, (2, 2, 2, 2), mode="replicate"), 5, 1)], 1)
+
+
+def _spectra(pictures: Tensor) -> Tensor:
+    """The Fourier transforms of the pictures without what all rows share, each at unit length."""
+    apart = (pictures - pictures.mean(0)).double()
+    apart = apart - apart.mean((-2, -1), keepdim=True)
+    return torch.fft.rfft2(apart / apart.flatten(2).norm(dim=-1)[..., None, None].clamp_min(1e-12))
+
+
+def _moved(features: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(features, masks' channels, height, width): the mean over rows of the correlation of a feature with the mask
+    moved by so many pixels."""
+    products = (features[:, :, None] * masks[:, None].conj()).mean(0)
+    return torch.fft.irfft2(products, s=size)
+
+
+def _signed(place: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    down, right = (at - n if at > n // 2 else at for at, n in zip(place, size, strict=True))
+    return down, right
+
+
+def _together(looks: list[_Related]) -> dict[str, Any]:
+    """What the looks at images agree on: the largest relation where the mask stands, the least where it fits best,
+    which is nothing unless all fit best in the same way."""
+    known = [look for look in looks if math.isfinite(look.best)]
+    if not known:
+        return {}
+    ways = {(look.turned, look.shift) for look in known}
+    turned, shift = next(iter(ways)) if len(ways) == 1 else ("", (0, 0))
+    return {
+        "related": max(look.related for look in known),
+        "unrelated": max(look.unrelated for look in known),
+        "best": min(look.best for look in known) if len(ways) == 1 else max(look.related for look in known),
+        "best_turned": turned,
+        "best_shift": shift,
+    }

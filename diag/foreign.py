@@ -1,7 +1,8 @@
-"""What diag replaces in the process for a time, and which of torch's private names it touches: one table of each.
+"""What diag replaces in the process for a time, and which private names of others it touches: one table of each.
 
-Nothing here does anything: the tables are for readers, and a test holds the code to them. `since` is the version of
-torch in which the name has been there at the latest; diag needs 2.11, and 2.13 is what it is tested on.
+Nothing here does anything: the tables are for readers, and a test holds the code to them: each name still exists,
+and no other is reached, as an attribute or by its name in a text. `since` is the version of the library in which
+the name has been there at the latest, torch's where no other is named; diag needs torch 2.11, tested is 2.13.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Replaced(NamedTuple):
 
 
 class Private(NamedTuple):
-    """A private name of torch's. of: the kind of object that has it (the key of a maker in the test)."""
+    """A private name of others. of: the module that has it, or the kind of object (a maker in the test)."""
 
     name: str
     of: str
@@ -121,6 +122,25 @@ REPLACED_FUNCTIONS = (
     Replaced("torch.set_rng_state", "flag", "measuring", "1.0", "random states are those from before"),
 )
 
+_OF_OTHERS = "entries that a checkpoint may have or lack"
+_OPERATIONS = """
+    _addmm_activation _batch_norm_no_update _batch_norm_with_update _conj _embedding_bag _embedding_bag_forward_only
+    _fused_rms_norm _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _prelu_kernel
+    _reshape_alias _safe_softmax _softmax _to_copy _unsafe_view _weight_norm_interface
+"""
+_REBUILT = "_rebuild_qtensor _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3"
+_OF_ALL = "_global_forward_hooks _global_forward_pre_hooks _global_backward_hooks _global_backward_pre_hooks"
+_HOOK_STATE = """
+    _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks_with_kwargs _state_dict_hooks
+    _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
+"""
+
+
+def _each(of: str, since: str, why: str, names: str) -> tuple[Private, ...]:
+    """A row for each of several names of one kind."""
+    return tuple(Private(name, of, since, why) for name in names.split())
+
+
 PRIVATE = (
     Private("_get_default_store", "torch.distributed.distributed_c10d", "1.7", "where the ranks' watches meet"),
     Private(
@@ -202,4 +222,53 @@ PRIVATE = (
     Private("_DropoutNd", "torch.nn.modules.dropout", "1.0", "the class of all dropouts"),
     Private("_BaseDataLoaderIter", "torch.utils.data.dataloader", "1.2", "which batch comes when"),
     Private("_scale", "scaler", "2.3", "the scale of a loss whose gradients were clipped with it"),
+    *_each("torch.ops.aten", "2.1", "operations that a traced forward pass is made of", _OPERATIONS),
+    *_each("torch._utils", "2.3", "what a checkpoint may call when it is read", _REBUILT),
+    *_each("torch.nn.modules.module", "1.8", "hooks of all modules, which are silent while measuring", _OF_ALL),
+    *_each("module", "2.0", "state of a module that measuring must leave as it was", _HOOK_STATE),
+    Private("_C", "torch", "1.0", "the holder of the names of torch._C"),
+    Private("_mode_key", "mode", "2.1", "which modes are torch's own"),
+    Private(
+        "_timeout", "torch.distributed.ProcessGroupGloo._Options", "2.1", "the timeout of the training's group"
+    ),
+    Private("_dynamo", "torch", "2.0", "whether anything was compiled"),
+    Private("_TensorBase", "torch._C", "2.1", "a name in the pickles of checkpoints"),
+    Private("_utils", "torch", "1.0", "a name in the pickles of checkpoints"),
+    Private("_shard", "torch.distributed", "1.10", "a name in the pickles of distributed checkpoints"),
+    Private("_MEM_FORMAT_ENCODING", "torch.distributed.checkpoint.metadata", "2.1", "the same"),
+    Private("_StorageInfo", "torch.distributed.checkpoint.filesystem", "2.0", "the same"),
+    Private("_get_layout", "torch.serialization", "1.0", "the same"),
+    Private("_local", "pathlib", "Python 3.13", "the same; earlier versions have no such module"),
+    Private("_core", "numpy", "numpy 2.0", "a name in the pickles of NumPy's numbers; 1.26 has numpy.core"),
+    Private("_bit_generator", "numpy.random.RandomState", "numpy 1.17", "the state of a random generator"),
+    Private("_tools", "torch.distributed", "2.0", "hooks that only look on"),
+    Private("_get_fsdp_state", "torch.distributed.fsdp.FSDPModule", "2.6", "whether a module is sharded"),
+    Private("_ddp_params_and_buffers_to_ignore", "replicated", "1.8", "which parameters the ranks do not share"),
+    Private("_DDPSink", "torch.nn.parallel.distributed", "1.9", "the node that hands on a wrapper's outputs"),
+    Private("_orig_mod", "compiled", "2.0", "the model in a compiled one"),
+    Private("_extra_state", "key of a state dict", "1.10", "entries of a state dict that may be no tensors"),
+    Private("_initialize_hook", "lazy", "1.8", "a lazy layer that is given its shape by a checkpoint"),
+    Private("_load_hook", "lazy", "1.8", "a lazy layer that is given its shape by a checkpoint"),
+    Private("_is_initial", "scheduler", "2.8", "the step that a scheduler takes when it is made"),
+    Private("_schedulers", "schedulers", "1.10", "the parts of a schedule"),
+    Private("_milestones", "schedulers", "1.10", "where the parts of a schedule begin"),
+    Private(
+        "_wrapped_by_lr_sched", "optimizer step", "2.5", "whether a scheduler has wrapped the optimizer's step"
+    ),
+    Private("_dataset", "loader", "1.2", "the data set that a batch is from"),
+    Private("_saved_reduction", "MSELoss", "1.9", "whether a loss is a mean"),
+    Private("_saved_min", "Clamp", "1.9", "between which numbers an output was cut off"),
+    Private("_saved_max", "Clamp", "1.9", "between which numbers an output was cut off"),
+    Private("_saved_min_val", "Hardtanh", "1.9", "between which numbers an output was cut off"),
+    Private("_saved_max_val", "Hardtanh", "1.9", "between which numbers an output was cut off"),
+    Private("_hf_hook", "offloaded", "accelerate 0.12", "whether a module's weights are elsewhere"),
+    Private("_original_forward", "accelerate.accelerator", "accelerate 0.12", "a model's own forward"),
+    Private("_keys_to_ignore_on_load_missing", "transformers.PreTrainedModel", "transformers 4.0", _OF_OTHERS),
+    Private("_keys_to_ignore_on_load_unexpected", "transformers.PreTrainedModel", "transformers 4.0", _OF_OTHERS),
+    Private("_is_protocol", "typing.SupportsInt", "Python 3.8", "whether an annotation is a protocol"),
+    Private("_exit", "os", "Python 3.0", "a rank that ends without waiting for threads of gloo"),
+    Private("_DummyThread", "threading", "Python 3.0", "whether a thread is one of autograd's"),
+    Private("_thread", "sys.modules", "Python 3.0", "objects that are never looked into"),
+    Private("_value_", "enum member", "Python 3.4", "the value of an enum's member"),
+    Private("_get_renderer", "figure", "matplotlib 3.6", "the size of a drawing's texts"),
 )

@@ -25,10 +25,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -120,6 +122,22 @@ class Card:
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "diag": diag.__version__}
+
+
+@contextmanager
+def reseeded(by: int) -> Iterator[None]:
+    """While this lasts, every seed that torch is given is larger by that much: another draw of everything."""
+
+    class Reseeded(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + by)
+
+    seed_all = torch.manual_seed
+    with (
+        mock.patch.object(torch, "manual_seed", lambda seed: seed_all(seed + by)),
+        mock.patch.object(torch, "Generator", Reseeded),
+    ):
+        yield
 
 
 def find_cards(folder: Path = CARDS) -> dict[str, Path]:
@@ -234,8 +252,13 @@ def main(arguments: Sequence[str], description: str | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="run every card that takes minutes")
     parser.add_argument("--long", action="store_true", help="with --all: also those that take longer; alone: those")
     parser.add_argument("--cards", type=Path, default=CARDS, help="the folder of the cards")
-    parser.add_argument("--output", type=Path, default=GALLERY, help="where runs and reports go")
+    parser.add_argument("--output", type=Path, help="where runs and reports go [default: reports]")
+    parser.add_argument("--reseed", type=int, default=0, metavar="N", help="add N to every seed; needs --output")
     asked = parser.parse_args(arguments)
+    if asked.reseed and asked.output is None:
+        parser.error(
+            "--reseed needs --output, a folder of its own: the pages in reports are of the cards' own seeds."
+        )
     cards = find_cards(asked.cards)
     if asked.list:
         for name, path in cards.items():
@@ -251,7 +274,9 @@ def main(arguments: Sequence[str], description: str | None = None) -> int:
         return 2
     # No shortcut: with several cards, all run even where the first fails.
     try:
-        held = [reproduce(name, cards[name], asked.output, lambda text: print(text, flush=True)) for name in names]
+        with reseeded(asked.reseed):
+            output = asked.output or GALLERY
+            held = [reproduce(name, cards[name], output, lambda text: print(text, flush=True)) for name in names]
     except MissingData as error:
         print(error, file=sys.stderr)
         return 2

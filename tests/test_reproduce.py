@@ -167,3 +167,24 @@ def test_every_card_says_what_it_claims(name):
 @pytest.mark.parametrize("name", find_cards())
 def test_the_claims_hold(name, tmp_path):
     assert reproducing.reproduce(name, find_cards()[name], tmp_path)
+
+
+def test_another_draw_adds_to_every_seed_and_leaves_the_pages_alone(capsys):
+    def draws():
+        torch.manual_seed(3)
+        own = torch.Generator().manual_seed(5)
+        return torch.rand(2), torch.randperm(9, generator=own)
+
+    expected = (
+        torch.rand(2, generator=torch.Generator().manual_seed(13)),
+        torch.randperm(9, generator=torch.Generator().manual_seed(15)),
+    )
+    plain = draws()
+    with reproducing.reseeded(10):
+        found = draws()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(draws(), plain, strict=True))
+    with pytest.raises(SystemExit):
+        main(["softmax", "--reseed", "10"])
+    assert "--reseed needs --output" in capsys.readouterr().err

@@ -6,9 +6,10 @@ import copy
 import math
 from collections.abc import Callable
 
+import torch
 from reproducing import Card, Expectation, Lab
 from reproductions._small_networks import conv_net, digits, mlp, trained
-from torch import manual_seed, nn
+from torch import nn
 
 import diag
 from diag.connectivity.connection_map import ForkStability
@@ -20,7 +21,7 @@ ARMS = {"mlp-seed-4": (mlp, 4), "mlp-seed-5": (mlp, 5), "conv-net-seed-3": (conv
 def fork(lab: Lab, arm: str, build: Callable[[], nn.Module], seed: int) -> ForkStability:
     """One run, forked at each step into two that go on with other batches to the same number of steps."""
     data, held_out = digits()
-    manual_seed(seed)
+    torch.manual_seed(seed)
     ancestors = trained(build(), seed, max(FORKS) + 1, keep=FORKS, rate=RATE)
     forks = {step: (*ends(ancestors[step], seed, step), ancestors[step]) for step in FORKS}
     snapshot = diag.Snapshot(forks[0][0], nn.CrossEntropyLoss(), data, held_out=held_out)

@@ -14,7 +14,7 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
-from diag.instruments.optimization.course import median
+from diag.instruments.optimization.course import median, travel
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import StartingWeight
 
@@ -267,3 +267,66 @@ def test_the_median_leaves_out_what_is_not_a_number(axis):
             warnings.simplefilter("ignore", RuntimeWarning)
             expected = numpy.nanmedian(x, axis=axis)
         assert numpy.array_equal(median(x, axis), expected, equal_nan=True)
+
+
+def on_the_way(losses, distance, ratio=1e-3, rates=0.1, **optimizer):
+    """A record with steps of `ratio` of a norm of 4, and `distance` from the start (T,) or the share of the way."""
+    history = record(losses, ratio, rates=rates, **optimizer)
+    way = numpy.cumsum(history.update_norm, 0)
+    return dataclasses.replace(
+        history, distance=(numpy.broadcast_to(distance, len(way))[:, None] * way).astype("f4")
+    )
+
+
+def ended(fresh, step=200, over=True):
+    start = (StartingWeight("0.weight", 0.58, False, -0.1, True, fresh),)
+    return Loop(step=step, ended=over, start=start)
+
+
+NEARLY_FLAT = numpy.linspace(2.3, 2.2, 200)
+
+
+@pytest.mark.parametrize(
+    ("history", "loop", "told"),
+    [
+        (on_the_way(NEARLY_FLAT, 0.2), ended(True), True),  # 4 % of its size away
+        (on_the_way(NEARLY_FLAT, 0.2), ended(False), False),  # loaded weights: fine-tuning
+        (on_the_way(NEARLY_FLAT, 0.2), ended(None), False),  # not known
+        (on_the_way(NEARLY_FLAT, 0.2), ended(True, over=False), False),  # training goes on
+        (on_the_way(NEARLY_FLAT[:60], 0.2), ended(True), False),  # a quick look
+        (on_the_way(falling(200), 0.2), ended(True), False),  # little was enough
+        (on_the_way(NEARLY_FLAT, 0.2, ratio=1e-2), ended(True), False),  # 40 % away
+        (on_the_way(numpy.linspace(2.3, 1.6, 200), 0.95, ratio=7e-4), ended(None), True),  # 13 %, straight
+        (on_the_way(numpy.linspace(2.3, 1.6, 200), 0.5, ratio=7e-4), ended(None), False),  # not straight
+        (on_the_way(falling(200), 0.95, ratio=7e-4), ended(None), False),  # straight, and it learned
+    ],
+)
+def test_a_training_that_is_over_and_has_hardly_left_its_start(history, loop, told):
+    verdict = diag.step_size(history, loop=loop).verdict()
+    assert (verdict.cause == Cause.LEARNING_RATE_TOO_LOW) == told
+    assert ("hardly left their start" in verdict.sentence) == told
+
+
+@pytest.mark.parametrize(
+    ("rates", "kind", "divided"), [(0.1, "SGD", True), (1e-5, "SGD", False), (0.1, "Adam", False)]
+)
+def test_where_the_rate_is_usual_the_gradient_is_what_is_small(rates, kind, divided):
+    history = on_the_way(NEARLY_FLAT / 1000, 0.2, rates=rates, kind=kind, eps=1e-8)
+    verdict = diag.step_size(history, loop=ended(True)).verdict()
+    assert ("the first loss was 0.0023" in verdict.sentence) == divided
+    assert ("divided once too often" in verdict.advice) == divided
+
+
+def test_the_way_and_the_distance_are_those_of_a_walk():
+    """Steps of length one along one axis for the first tensor, on a circle that closes for the second."""
+    angle = numpy.linspace(0, 2 * math.pi, 101)[1:]
+    history = record(numpy.ones(100), 0.25)
+    distance = numpy.ones_like(history.distance)
+    distance[:, 0], distance[:, 2] = numpy.arange(1, 101), 100 / math.pi * numpy.abs(numpy.sin(angle / 2))
+    far, straight = travel(dataclasses.replace(history, distance=distance))
+    assert straight == pytest.approx(0.5, abs=1e-3)  # the median of 1 and 0
+    assert far == pytest.approx(12.5, abs=0.01)  # of 100 and 0, over a norm of 4
+
+
+def test_a_record_without_distances_has_no_way():
+    assert all(math.isnan(x) for x in travel(record(FLAT)))

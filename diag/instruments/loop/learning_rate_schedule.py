@@ -10,6 +10,7 @@ import numpy
 from diag.errors import counted
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, judged
+from diag.instruments.optimization.early_rates import gone_early, plateaus
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import History
@@ -47,7 +48,9 @@ def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule
     half of what it leads up to, or where it was made for as many steps as the optimizer took. Milestones that
     leave a hundredth of the rate are too early for a scheduler that steps with each batch where the last lies in
     the first half of an epoch and within 20 batches, or is long past: four times as many were trained. A resumed
-    run starts its schedule over where the rate is again that of its first step and had changed since.
+    run starts its schedule over where the rate is again that of its first step and had changed since. One that
+    waits for a plateau with mode="max" goes the wrong way where the best that it was given is a loss of the record.
+    A rate that was a hundredth of its largest for three quarters of a training is told at its end.
 
     Raises nothing of its own.
     """
@@ -65,7 +68,8 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         yield from _ended(history, loop)
     yield from _elsewhere(loop)
     yield from _beside(loop)
-    yield from _gone_in_an_epoch(history, loop)
+    wrong_way = list(plateaus(history, loop))
+    yield from wrong_way or (*_gone_in_an_epoch(history, loop), *gone_early(history, loop))
     yield from _never(loop)
     yield from _first(loop)
     yield from _too_slow(history, loop)
@@ -268,6 +272,7 @@ def _never(loop: Loop) -> Iterator[LoopFinding]:
                 f"The optimizer has a scheduler ({s.kind}), which has not been stepped in {loop.step:,} steps.",
                 "Call scheduler.step(), after each epoch or each step as its settings mean.",
                 "A step of the scheduler.",
+                step=1,
             )
 
 

@@ -18,6 +18,7 @@ from diag.snapshot.history import History, by_rows, parts, thinned_record
 SMALL = 64
 FROM_ZERO = 1e-3  # of a tensor's norm: rounding, and the rest of what it began with
 OF_SECOND_DIFFERENCES = 1.4826 / math.sqrt(6.0)  # of their median size, for normal noise
+MOST_ON_THE_WAY = 256  # steps of which the way is put together
 MOST_NORMS = 1 << 20  # steps times tensors over which a median is taken
 Floats = NDArray[numpy.float64]
 
@@ -80,6 +81,30 @@ def farthest(history: History) -> float:
     distance, size = (numpy.asarray(x[rows[-1]][large], float) for x in (history.distance, history.parameter_norm))
     with numpy.errstate(divide="ignore", invalid="ignore"):
         return float(numpy.nan_to_num(distance / size, posinf=0.0).max())
+
+
+def travel(history: History) -> tuple[float, float]:
+    """Of the median large tensor, of those that did not begin at zero: how far the last record of it is from the
+    start, over its norm; and over the length of the way that its steps went. NaN where distances were not measured.
+
+    Steps between two that were measured are taken to be as long as a straight line between these two lengths."""
+    large = numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & ~began_at_zero(history))
+    measured = by_rows(
+        history,
+        lambda h: numpy.isfinite(h.update_norm[:, large]).any(1) & numpy.isfinite(h.distance[:, large]).any(1),
+    )
+    rows = numpy.flatnonzero(measured & ~history.skipped) if len(large) else numpy.zeros(0, int)
+    if len(rows) < 2:
+        return math.nan, math.nan
+    rows = rows[numpy.unique(numpy.linspace(0, len(rows) - 1, MOST_ON_THE_WAY).astype(int))]
+    steps = history.steps[rows].astype(float)
+    lengths = numpy.asarray(history.update_norm[rows][:, large], float)
+    distance, size = (numpy.asarray(x[rows[-1]][large], float) for x in (history.distance, history.parameter_norm))
+    way = lengths[0] + (0.5 * (lengths[1:] + lengths[:-1]) * numpy.diff(steps)[:, None]).sum(0)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        far, straight = distance / size, distance / way
+    far, straight = (median(numpy.where(numpy.isfinite(x), x, numpy.nan)) for x in (far, straight))
+    return float(far), float(straight)
 
 
 def began_at_zero(history: History) -> NDArray[numpy.bool_]:

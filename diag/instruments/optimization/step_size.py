@@ -27,6 +27,7 @@ from diag.instruments.optimization.course import (
     finite_losses,
     median,
     scatter,
+    travel,
     unpushed,
     update_ratios,
 )
@@ -53,6 +54,17 @@ HALF_OF_NORM, GROWN = 0.5, 10.0  # norm over the first norm
 MOST_OF_LOSS = 0.9  # fallen, from the first tenth of the steps to the last
 ADAGRAD = "Adagrad"
 FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
+STEPS_OF_A_TRAINING = 100
+# Trainings from random weights that work end several tenths of their size away, and not on a straight way.
+NOWHERE, NOT_FAR = 0.05, 0.2
+STRAIGHT, HALF_OF_LOSS = 0.7, 0.5
+USUAL_RATE = 1e-2  # of SGD
+NOT_THE_RATE = (
+    Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY, Cause.GRADIENTS_VANISH,
+    Cause.UNITS_DEAD, Cause.INITIALIZATION_SCALE, Cause.UPDATES_ROUND_TO_NOTHING, Cause.INITIALIZATION_CONSTANT,
+    Cause.GRADIENT_UNDERFLOW, Cause.WEIGHTS_CHANGED_OUTSIDE, Cause.SCHEDULER_NEVER_STEPPED,
+    Cause.SCHEDULE_TOO_SLOW, Cause.ADAM_EPSILON_TOO_LARGE,
+)  # fmt: skip
 ADAPTIVE_OPTIMIZERS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
 
 
@@ -82,6 +94,16 @@ class StepSize(Result):
     growth: float = measured("norm of a typical layer's weights at the end over the first one", default=math.nan)
     from_nothing: bool = measured("a typical layer of weights began next to zero, or all alike")
     unpushed: bool = measured("the gradient of a typical tensor was zero at a typical step")
+    travelled: float = measured(
+        "distance from the start at the end, over the norm: the median tensor", default=math.nan
+    )
+    straightness: float = measured(
+        "that distance over the length of the way there, the median tensor", default=math.nan
+    )
+    from_scratch: bool = measured("training has ended, and had begun with weights as drawn", default=False)
+    over: bool = measured("training has ended", default=False)
+    rate: float = measured("the largest learning rate", default=math.nan)
+    first_loss: float = measured("the first loss", default=math.nan)
     optimizer: str = measured("the optimizer's kind")
     epsilon: float = measured("Adam's epsilon")
     steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
@@ -156,6 +178,8 @@ class StepSize(Result):
             and self.optimizer not in ADAPTIVE_OPTIMIZERS
         ):
             return self._by_clipping()
+        if (stood := self._stood_still()) is not None:
+            return stood
         small = self.ratio < limit and self.num_steps >= ENOUGH_STEPS and not self.unpushed
         stands = not self.loss_fell if self.below_zero else self.loss_fall < NOT_FALLEN
         if not small or not stands:
@@ -172,11 +196,34 @@ class StepSize(Result):
             advice="Raise the learning rate ten- to a hundredfold; check that the schedule's warm-up is over.",
             refutation="The loss does not fall faster at ten times the learning rate.",
             cause=Cause.LEARNING_RATE_TOO_LOW,
-            explained_by=(Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY,
-                          Cause.GRADIENTS_VANISH, Cause.UNITS_DEAD, Cause.INITIALIZATION_SCALE,
-                          Cause.UPDATES_ROUND_TO_NOTHING, Cause.INITIALIZATION_CONSTANT,
-                          Cause.GRADIENT_UNDERFLOW),
-        )  # fmt: skip
+            explained_by=NOT_THE_RATE,
+        )
+
+    def _stood_still(self) -> Verdict | None:
+        """Of a training that is over: it hardly left its random weights, or all its steps went one way."""
+        if not self.over or self.num_steps < STEPS_OF_A_TRAINING or self.unpushed or self.below_zero:
+            return None
+        still = self.from_scratch and self.travelled < NOWHERE and self.loss_fall < NOT_FALLEN
+        one_way = self.straightness > STRAIGHT and self.travelled < NOT_FAR and self.loss_fall < HALF_OF_LOSS
+        if not (still or one_way) or self.clip_factor < TIGHT:
+            return None
+        fallen = format_share(max(self.loss_fall, 0.0))
+        where = f"{self.num_steps:,} steps moved a typical layer by {format_share(self.travelled)} of its size"
+        how = f", {format_share(min(self.straightness, 1.0))} of their way in one direction" if one_way else ""
+        divided = self.rate >= USUAL_RATE and self.optimizer == "SGD"
+        small = f" The learning rate ({self.rate:g}) is not small, the gradients are: the first loss was "
+        small += f"{format_number(self.first_loss)}."
+        look = "Look whether the loss is divided once too often (by the batch size after a mean), or raise"
+        return graded(SOURCE, self.travelled, NOWHERE if still else NOT_FAR)(
+            Level.WARNING,
+            f"The weights hardly left their start: {where}{how}, and the loss has fallen by {fallen}."
+            + (small if divided else ""),
+            advice=f"{look if divided else 'Raise'} the learning rate ten- to a hundredfold; check that the "
+            "schedule's warm-up is over.",
+            refutation="The loss does not fall faster at ten times the learning rate.",
+            cause=Cause.LEARNING_RATE_TOO_LOW,
+            explained_by=NOT_THE_RATE,
+        )
 
     def _by_epsilon(self) -> Verdict:
         return Verdict(
@@ -242,13 +289,23 @@ def step_size(
     over tensors of at least 64 entries; `too_high` is compared with the median of five consecutive measurements,
     `too_low` with the median of all. Where the ratio is too low, the verdict looks at clipping (how much of the
     gradient is left) and at Adam's epsilon (how large its step per entry is beside the learning rate) before it
-    names the learning rate. Raises nothing of its own.
+    names the learning rate. A training of a hundred steps or more that is over is told, too, where it began with
+    weights as drawn and has hardly left them, or where its steps all went one way and not far, with a loss that has
+    hardly fallen. Raises nothing of its own.
     """
     medians, steps, tensors = update_ratios(history)
     losses, _ = finite_losses(history)
     largest, at, began = _largest_of_five(medians, steps, too_high)
     from_nothing = _from_nothing(loop)
+    travelled, straightness = travel(history)
+    over = loop is not None and loop.ended
     return StepSize(
+        travelled=travelled,
+        straightness=straightness,
+        over=over,
+        from_scratch=over and loop is not None and loop.from_scratch,
+        rate=float(numpy.nan_to_num(history.learning_rate).max(initial=0.0)),
+        first_loss=float(losses[0]) if len(losses) else math.nan,
         largest_ratio=largest,
         largest_at=at,
         began_at=began,

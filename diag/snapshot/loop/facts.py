@@ -118,6 +118,12 @@ class Loop:
         )
 
     @property
+    def from_scratch(self) -> bool:
+        """Whether the weights that were looked at for it began as an initialisation draws them."""
+        looked = [w for w in self.start if w.fresh is not None]
+        return bool(looked) and all(w.fresh for w in looked) and not self.resumed
+
+    @property
     def training(self) -> tuple[OptimizerFacts, ...]:
         """The optimizers that step parameters of the model on their own."""
         return tuple(o for o in self.optimizers if o.held and o.steps and not o.nested)

@@ -71,13 +71,15 @@ class ShapeFacts:
 class StartingWeight:
     """One weight of a layer when the watch began. gain: root mean square times the root of the number of inputs of
     a unit: what the layer makes of inputs of size one that vary independently. constant: all its entries are one
-    number, `value` (else the smallest)."""
+    number, `value` (else the smallest). fresh: whether its numbers look as drawn by an initialisation, None
+    where that was not looked at."""
 
     name: str
     gain: float
     constant: bool
     value: float
     trainable: bool
+    fresh: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class SchedulerFacts:
     settings lead up to (the optimizer's own, or max_lr), NaN where that is not on the host. decay: what each of its
     steps multiplies the rate with, on average over many, 1 where it has another form. last_milestone: the step
     after which a schedule of milestones keeps the rate, 0 where it has another form; final: what the rate then is
-    of the first."""
+    of the first. plateau: what it takes to be better ("min", "max") of one that waits for a plateau, else empty;
+    best: the best that it was given so far."""
 
     kind: str
     optimizer: int
@@ -155,6 +156,8 @@ class SchedulerFacts:
     decay: float = 1.0
     last_milestone: int = 0
     final: float = 1.0
+    plateau: str = ""
+    best: float = math.nan
 
 
 @dataclass(frozen=True)

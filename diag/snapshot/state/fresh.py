@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diag.snapshot.loop.steps import ZEROS
 
+DRAWN = ("uniform", "normal")
 ENOUGH_TO_TELL = 1000  # fewer may look like draws by chance
 NEAR_THE_BOUND = 20.0  # of n uniform entries none lies within 20 / n of the bound in exp(-20) of all draws
 ENTRIES_LOOKED_AT = 4096

@@ -365,6 +365,56 @@ def one_of_the_parameters_of_a_dict_is_not_used(wrong):
     return model, lambda: fit(model, loops.adam(model))
 
 
+@pair(Cause.SCHEDULE_TOO_FAST)
+def a_plateau_of_the_loss_in_the_mode_of_an_accuracy(wrong):
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max" if wrong else "min", patience=20)
+
+    def train():
+        for x, y in loops.some(40):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            scheduler.step(loss.item())
+
+    return model, train
+
+
+@pair(Cause.SCHEDULE_ENDED_EARLY)
+def a_rate_gone_after_a_tenth_of_the_training(wrong):
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.6 ** (i if wrong else i / 20) + 1e-5)
+
+    def train():
+        for x, y in loops.some(150):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+
+    return model, train
+
+
+@pair(Cause.SCHEDULER_NEVER_STEPPED)
+def a_scheduler_of_a_function_that_has_returned(wrong):
+    model = loops.mlp()
+
+    def train():
+        optimizer = loops.adam(model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20))
+        for x, y in loops.some(30):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if not wrong:
+                scheduler.step()
+
+    return model, train
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_mistake_is_named_and_its_sound_twin_is_not(name):
     make, causes = PAIRS[name]
@@ -399,5 +449,22 @@ def test_a_mask_that_is_always_the_same_does_not_make_batches_the_same():
                 optimizer.zero_grad()
                 F.cross_entropy(model(some_x + 0.1 * torch.randn_like(mask)), some_y).backward()
                 optimizer.step()
+
+    assert not told(model, train)
+
+
+def test_a_plateau_of_an_accuracy_is_in_order():
+    """mode="max", and a number that is no loss of the run."""
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=20)
+
+    def train():
+        for x, y in loops.some(40):
+            optimizer.zero_grad()
+            out = model(x)
+            F.cross_entropy(out, y).backward()
+            optimizer.step()
+            scheduler.step((out.argmax(1) == y).float().mean().item())
 
     assert not told(model, train)

@@ -6,7 +6,7 @@ import math
 import weakref
 from typing import Any
 
-from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, MultiStepLR, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, MultiStepLR, ReduceLROnPlateau, StepLR
 
 from diag.snapshot.loop.steps import SchedulerFacts
 from diag.watching.hooks.model_hook import instances_of
@@ -23,7 +23,10 @@ HORIZONS = ("total_steps", "T_max", "total_iters")
 class Schedule:
     """One scheduler and its steps."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, record: OptimizerRecord | None) -> None:
+        self.record = record  # kept, as the scheduler may be gone when the facts are asked for
+        self.before = last_epoch_of(scheduler)
+        self.plateau, self.best = "", math.nan
         self.reference = weakref.ref(scheduler)
         self.kind = type(scheduler).__name__
         self.horizon, self.peak = horizon_of(scheduler), peak_of(scheduler)
@@ -76,6 +79,8 @@ class Schedulers:
         if schedule is None or record is None:
             return False
         again = schedule.stepped(max(self._moment.step - 1, 0), record, backwards)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            schedule.plateau, schedule.best = str(scheduler.mode), best_given(scheduler)
         if schedule.steps <= 3 or (again and schedule.repeated.running <= 3):
             self._moment.news(("scheduler", id(schedule), min(schedule.steps, 3), schedule.repeated.running))
         if schedule.horizon and schedule.steps == schedule.horizon + 2:
@@ -97,7 +102,8 @@ class Schedulers:
             return known
         if len(self.schedules) >= MOST:
             return None
-        known = self._by_id[id(scheduler)] = Schedule(scheduler)
+        record = self._optimizers.record(getattr(scheduler, "optimizer", None))
+        known = self._by_id[id(scheduler)] = Schedule(scheduler, record)
         self.schedules.append(known)
         return known
 
@@ -122,12 +128,16 @@ class Schedulers:
 
     def _facts(self, s: Schedule) -> SchedulerFacts | None:
         scheduler = s.reference()
-        record = None if scheduler is None else self._optimizers.record(getattr(scheduler, "optimizer", None))
-        index = -1 if record is None else self._optimizers.records.index(record)
+        record = s.record if scheduler is None else self._optimizers.record(getattr(scheduler, "optimizer", None))
+        index = (
+            -1
+            if record is None or record not in self._optimizers.records
+            else self._optimizers.records.index(record)
+        )
         return SchedulerFacts(
             kind=s.kind,
             optimizer=index,
-            steps=max(s.steps, last if isinstance(last := getattr(scheduler, "last_epoch", 0), int) else 0),
+            steps=max(s.steps, s.before, last_epoch_of(scheduler)),
             first_step=s.first_step,
             last_step=s.last_step,
             horizon=s.horizon,
@@ -138,7 +148,21 @@ class Schedulers:
             decay=decay_of(scheduler),
             last_milestone=s.last_milestone,
             final=s.final,
+            plateau=s.plateau,
+            best=s.best,
         )
+
+
+def last_epoch_of(scheduler: Any) -> int:
+    """How often the scheduler says that it has stepped."""
+    last = getattr(scheduler, "last_epoch", 0)
+    return last if isinstance(last, int) else 0
+
+
+def best_given(scheduler: ReduceLROnPlateau) -> float:
+    """The best value that it was given, where that is known without waiting."""
+    best = scheduler.best
+    return float(best) if isinstance(best, (int, float)) else math.nan
 
 
 def peak_of(scheduler: Any) -> float:

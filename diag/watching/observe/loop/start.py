@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from diag.snapshot.loop.network import ShapeFacts, StartingWeight
+from diag.snapshot.state.fresh import DRAWN, ENOUGH_TO_TELL, looks_fresh
 
+WEIGHTS_LOOKED_AT = 4  # weights that are looked at for whether they were ever trained
 FEWEST_ENTRIES = 16  # entries; smaller tensors are left out
 # Modules that multiply by these weights as they are. What computes its weight first says nothing by its parameter.
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -36,6 +38,11 @@ def starting_weights(model: nn.Module) -> tuple[StartingWeight, ...]:
         return ()
     with torch.no_grad():
         numbers = torch.stack([_numbers(p).cpu() for _, p in found]).tolist()
+        large = [(name, p) for name, p in found if p.numel() >= ENOUGH_TO_TELL and p.requires_grad][
+            :WEIGHTS_LOOKED_AT
+        ]
+        modules = dict(model.named_modules())
+        fresh = {name: looks_fresh(modules[name.rpartition(".")[0]], p) in DRAWN for name, p in large}
     return tuple(
         StartingWeight(
             name=name,
@@ -43,6 +50,7 @@ def starting_weights(model: nn.Module) -> tuple[StartingWeight, ...]:
             constant=low == high,
             value=low,
             trainable=p.requires_grad,
+            fresh=fresh.get(name),
         )
         for (name, p), (rms, low, high) in zip(found, numbers, strict=True)
     )

@@ -30,6 +30,7 @@ from diag.watching.measure.floor import Floor
 from diag.watching.measure.own_step import OwnStep, Read
 from diag.watching.measure.schedule import MeasurementSchedule
 from diag.watching.measure.window import Windows
+from diag.watching.observe.capture import UnknownLoss
 
 FIXED = 2e-3
 # Training steps that it is taken to cost to measure on a step's own gradients; measured on the CPU, with labels of
@@ -45,6 +46,8 @@ NEVER_RUN = (
     "budget=, call watcher.measure(), or measure a checkpoint."
 )
 NO_WINDOW = "The run ended before enough consecutive steps were recorded to judge; train on, or give {}."
+
+OF_THE_LOSS = ("losses", "gradient", "per_example_gradients", "hessian", "gauss_newton", "loss_at", "update")
 
 Chosen = Mapping[str, Mapping[str, Any]]
 
@@ -325,13 +328,17 @@ def needs_held_out(instrument: Instrument) -> bool:
 
 def _never_given(instrument: Instrument, snapshot: Snapshot) -> str:
     """Why it gives nothing on this snapshot however long the run, as without a second network; else nothing."""
+    # A loss that is not known says so when it is called first, after one forward pass.
+    unknown = isinstance(snapshot.loss_fn, UnknownLoss)
     for need in instrument.needs:
-        if need.optional or need.quantity.cost is not Effort.NONE:
+        if need.optional or not (need.quantity.cost is Effort.NONE or (unknown and need.name in OF_THE_LOSS)):
             continue
         try:
             snapshot.quantity(need.name)
         except MissingQuantity as error:
             return str(error)
+        except DiagError:
+            continue
     return ""
 
 

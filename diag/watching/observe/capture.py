@@ -21,7 +21,9 @@ from diag.errors import MissingQuantity, type_of
 from diag.snapshot.batch import map_tensors, tensors_in
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.watching.observe.norms import HALF_PRECISION
-from diag.watching.observe.route import Node, Route, chain_of, route_between, source_of
+from diag.watching.observe.route import Node, Route, chain_of, route_between, selecting, source_of
+
+NUMBERS_OF_SETTING = 1024  # numbers of a setting of a loss (our choice)
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,12 @@ class ObservedLoss:
         return loss if self.factor == 1 else self.factor * loss
 
     def is_like(self, other: Any) -> bool:
-        """Whether `other` is the same loss function with the same settings."""
+        """Whether `other` is the same loss function of the same part of the outputs, with the same settings."""
         return (
             isinstance(other, ObservedLoss)
             and other.function is self.function
+            and other.tensor == self.tensor
+            and selecting(other.route.steps) == selecting(self.route.steps)
             and other.settings.keys() == self.settings.keys()
             and all(_equal(value, other.settings[name]) for name, value in self.settings.items())
         )
@@ -176,6 +180,19 @@ class UnknownLoss:
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         raise MissingQuantity(f"{self.reason}; give loss_fn=, the whole of what is descended.")
+
+
+def settings_now(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """What a call of a loss function was given beside input and target, to compare calls by; of tensors that lie on
+    a device, or are large, the shape."""
+    others = (*args[2:], *(value for name, value in kwargs.items() if name not in ("input", "target")))
+    return tuple(_comparable(value) if isinstance(value, Tensor) else value for value in others)
+
+
+def _comparable(t: Tensor) -> Any:
+    if t.device.type != "cpu" or t.numel() > NUMBERS_OF_SETTING:
+        return tuple(t.shape)
+    return tuple(t.shape), tuple(t.detach().reshape(-1).tolist())
 
 
 def units_of(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | int:
@@ -276,7 +293,7 @@ def _is_indexed(outputs: Any) -> bool:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape)
+        return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
     return bool(a == b)
 
 

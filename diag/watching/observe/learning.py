@@ -39,7 +39,11 @@ OBJECTIVE = (
 )
 UNKEPT = "what the model was called on could not be kept ({})"
 NOT_LIKE = "backward() is called on more than one kind of loss in a step"
+NOT_THE_SAME = "backward() is called on losses that differ in a step (of several outputs, or with several settings)"
 OTHERWISE = "backward() was called on another loss than before"
+IN_ANOTHER_FORM = (
+    "backward() was called on {} of another output than before, or with other settings (class weights, smoothing)"
+)
 LOSS_FACTOR = "Training descends {:.6g} times the mean of this loss, and measurements take the factor over."
 FACTOR_MOVES = "The factor by which training multiplies its loss changes; measurements use that of the last step."
 WITHOUT_TARGETS = (
@@ -86,6 +90,8 @@ class Learner:
         self._staged: list[Staged] = []
         self._attempts = 0
         self._bare = Probe()  # calls of the model, for where their targets are not found out
+        self._probed: Any = None  # the loss that the targets of the set are of
+        self._form: Any = None  # in which form the learned loss was called
         self._last: list[Any] | None = None  # what the last step descended
 
     @property
@@ -149,13 +155,22 @@ class Learner:
         if self.given is None and self.loss is None:
             self._settle_on(staged, passes)
         for s in staged:
-            if s.known and not self.probe.complete:
+            if s.known and not self.probe.complete and self._belongs(s):
                 self.probe.add(s.args, s.kwargs, s.targets, s.outputs)
             elif s.kept and not self.probe.batches:
                 self._bare.add_call(s.args, s.kwargs, s.outputs)
         self._watch_for_changes(passes)
         if self.probe.complete and self.loss is not None:
             self.stop()
+
+    def _belongs(self, staged: Staged) -> bool:
+        """Whether these targets are of the loss that the set of examples is for: a step may descend several."""
+        part = _part(staged.found)
+        if self.given is not None or part is None:
+            return True
+        if self._probed is None or _part(self.loss) is not None:
+            self._probed = _part(self.loss) or part
+        return bool(self._probed.is_like(part))
 
     def stop(self) -> None:
         """Nothing more is learned."""
@@ -259,7 +274,9 @@ class Learner:
             return self.refuse(unknown.reason, unknown.part)
         assert isinstance(first, ObservedLoss | ModelLoss)
         if not all(first.is_like(f) for f in found):
-            return self.refuse(NOT_LIKE, first if isinstance(first, ObservedLoss) else None)
+            kinds = {f.function if isinstance(f, ObservedLoss) else None for f in found}
+            reason = NOT_LIKE if len(kinds) > 1 else NOT_THE_SAME
+            return self.refuse(reason, first if isinstance(first, ObservedLoss) else None)
         self._tell(first, passes)
         self.loss = first
         return None
@@ -293,8 +310,30 @@ class Learner:
         name = self.loss.function.__name__ if isinstance(self.loss, ObservedLoss) else ""
         if not reason and name and any(p.seen is not None and p.seen.name not in (name, "") for p in passes):
             reason = OTHERWISE
+        if not reason and name and self._is_in_another_form(passes):
+            reason = IN_ANOTHER_FORM.format(name)
         if reason:
             self.refuse(reason, self.loss if isinstance(self.loss, ObservedLoss) else None)
+
+    def _is_in_another_form(self, passes: list[Pass]) -> bool:
+        """Whether the loss was called on another output, or with other settings, than when it was called first."""
+        forms = [p.seen.form for p in passes if p.seen is not None and p.seen.form is not None]
+        if self._form is None and forms:
+            self._form = forms[0]
+        return any(differ(self._form, form) for form in forms)
+
+
+def differ(form: Any, other: Any) -> bool:
+    """Whether two forms of a call differ; where its input came from may not be known of one of them."""
+    where, settings = form
+    another, others = other
+    return settings != others or (None not in (where, another) and where != another)
+
+
+def _part(found: Any) -> Any:
+    """The loss of torch's, or the model's own, that is all or a part of what was found."""
+    found = found.part if isinstance(found, UnknownLoss) else found
+    return found if isinstance(found, ObservedLoss | ModelLoss) else None
 
 
 def _multiple(passes: list[Pass], loss: ObservedLoss | ModelLoss) -> float:
@@ -311,7 +350,7 @@ def _kind_of(p: Pass) -> Any:
     seen, count = p.seen, None if p.seen is None else p.seen.count
     if type(p.factor) is not float or isinstance(count, Tensor):
         return None
-    return p.reason, p.factor, p.others, count, None if seen is None else (seen.name, seen.place)
+    return p.reason, p.factor, p.others, count, None if seen is None else (seen.name, seen.place, seen.form)
 
 
 def _labels(forward: ForwardCall) -> Any:

@@ -28,7 +28,7 @@ class SeenValue(NamedTuple):
     """A value that was seen: a loss function's, or one that the model returned (`place`: where in its outputs).
 
     number: of its graph node. call: what is kept of it to learn from. count: what a summed loss is divided by to be
-    a mean; None for any other.
+    a mean; None for any other. form: what tells the call from others of the same function.
     """
 
     number: int
@@ -37,6 +37,7 @@ class SeenValue(NamedTuple):
     call: SeenLossCall | None = None
     count: Any = None
     place: Any = None
+    form: Any = None
 
 
 class Pass(NamedTuple):

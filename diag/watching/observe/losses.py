@@ -26,11 +26,12 @@ from diag.watching.observe.capture import (
     SeenLossCall,
     detached,
     losses_among,
+    settings_now,
     units_of,
 )
 from diag.watching.observe.learning import Learner, Note
 from diag.watching.observe.loss_calls import LossCalls, Pass, SeenValue, number_of
-from diag.watching.observe.route import source_of
+from diag.watching.observe.route import part_of, source_of
 from diag.watching.observe.terms import reaches
 
 MODEL_CALLS_KEPT = 8  # of the model that are kept while the loss is learned
@@ -73,6 +74,7 @@ class LossObserver:
         self._calls = LossCalls()
         self._forwards: deque[ForwardCall] = deque(maxlen=MODEL_CALLS_KEPT)
         self._sources: deque[int] = deque(maxlen=MODEL_CALLS_KEPT * OUTPUTS)
+        self._places: dict[int, int] = {}  # of the step's outputs, by the number of the graph node, which of them
         self._foreign = ""  # why the last call of the model is none to learn from
         self._pending: Pass | None = None
         self._called = self._reached = False
@@ -122,10 +124,12 @@ class LossObserver:
         found = [t for t in found if t.requires_grad and not t.is_leaf][:OUTPUTS]
         if not found or not self._trains():
             return False
-        for tensor in found:
+        for i, tensor in enumerate(found):
             # The hook tells whether a backward pass reaches this model; it returns None and so changes nothing.
             tensor.register_hook(self._reached_hook)
-            self._sources.append(number_of(tensor))
+            number = number_of(tensor)
+            self._sources.append(number)
+            self._places[number] = i
         self._called = True
         if modes := doubtful_modes():
             self._note("modes", INSIDE_A_MODE.format(named([type(mode).__name__ for mode in modes])))
@@ -147,7 +151,16 @@ class LossObserver:
         kept = value.detach().clone()  # the loop may scale it in place
         whole = self.learner.active or self.closely
         call = SeenLossCall.of(function, args, kwargs, kept) if whole else None
-        self._calls.add(SeenValue(number_of(value), kept, function.__name__, call, count))
+        self._calls.add(
+            SeenValue(number_of(value), kept, function.__name__, call, count, form=self._form(args, kwargs))
+        )
+
+    def _form(self, args: Any, kwargs: Any) -> Any:
+        """What tells a loss function's call from others of the same: the output, which part of it, the settings."""
+        given = args[0] if args else kwargs["input"]
+        found = part_of(given, self._places)
+        where = None if found is None else (self._places[found[0]], found[1])
+        return where, settings_now(args, kwargs)
 
     def loss_scaled(self, losses: Any, scaled: Any) -> None:
         """A GradScaler made `scaled` of `losses`."""
@@ -311,6 +324,7 @@ class LossObserver:
     def _forget_the_step(self) -> None:
         self._frozen = self._moved = False
         self._zeroed = []
+        self._places.clear()
         self._calls.clear()  # what is kept of the calls while learning holds inputs and outputs
         self._forwards.clear()
 

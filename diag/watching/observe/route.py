@@ -7,9 +7,9 @@ outputs. It claims nothing: its user checks that it gives the loss that was obse
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,24 @@ from diag.snapshot.autograd_graph import PASSING_ON, SINK, first_arguments, kind
 
 LONGEST_ROUTE = 16
 PASSED_ON = ("ToCopy", SINK)
-RouteStep = Callable[[Tensor], Tensor]
 # These only rearrange memory or copy it; the final reshape accounts for them.
 REARRANGING = (*PASSING_ON, SINK)
+
+
+class RouteStep(NamedTuple):
+    """One step on the way: a method of tensors by name with its arguments, or "slice" with (axis, slice)."""
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.name != "slice":
+            return getattr(x, self.name)(*self.arguments)
+        axis, start, end, step = self.arguments
+        return x[(slice(None),) * axis + (slice(start, end, step),)]
+
+
+ALL_OF_IT = RouteStep("slice", (0, 0, None, 1))
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class Node:
 
     name: str
     sequence: int
-    step: RouteStep | None
+    step: RouteStep | CutEnd | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ def route_between(outputs: Tensor, source: int | None, given: Tensor, nodes: lis
     if len(steps) < len(needed):
         return None
     cut = steps[0] if steps and isinstance(steps[0], CutEnd) else None
-    kept = [s for s in steps if s is not cut]
+    kept: list[Any] = [s for s in steps if s is not cut]
     return Route(tuple(kept), tuple(given.shape[1:]), True, given.dtype, cut.length if cut else None)
 
 
@@ -115,7 +130,7 @@ def _rearranged(outputs: Tensor, given: Tensor) -> Route | None:
     if outputs.is_contiguous() and given.is_contiguous():
         return Route(tail=tuple(given.shape[1:]), flatten=True)
     if outputs.ndim > 2 and layout == (outputs.movedim(-1, 1).shape, outputs.movedim(-1, 1).stride()):
-        return Route(steps=(lambda x: x.movedim(-1, 1),))
+        return Route(steps=(RouteStep("movedim", (-1, 1)),))
     return None
 
 
@@ -123,33 +138,49 @@ def _is_transparent(node: Node) -> bool:
     return node.step is None and node.name in REARRANGING
 
 
-def _step_of(node: Any) -> RouteStep | None:
+def _step_of(node: Any) -> RouteStep | CutEnd | None:
     kind = kind_of(node)
     if kind == "LogSoftmax":
         dim = signed(node._saved_dim)
-        last = dim in (-1, node._saved_result.ndim - 1)
-        return lambda x: x.log_softmax(-1 if last else dim)
+        return RouteStep("log_softmax", (-1 if dim == node._saved_result.ndim - 1 else dim,))
     if kind == "Sigmoid":
-        return torch.sigmoid
-    if kind in ("Transpose", "Permute"):
-        dims = [
-            signed(d) for d in ((node._saved_dim0, node._saved_dim1) if kind == "Transpose" else node._saved_dims)
-        ]
-        return lambda x: x.transpose(*dims) if kind == "Transpose" else x.permute(dims)
+        return RouteStep("sigmoid")
+    if kind == "Transpose":
+        return RouteStep("transpose", (signed(node._saved_dim0), signed(node._saved_dim1)))
+    if kind == "Permute":
+        return RouteStep("permute", (tuple(signed(d) for d in node._saved_dims),))
     if kind == "Slice":
         return _slice_step(node)
     if kind == "Select":
         dim, index = signed(node._saved_dim), signed(node._saved_index)
-        return (lambda x: x.select(dim, index)) if dim != 0 else None
+        return RouteStep("select", (dim, index)) if dim != 0 else None
     return None
 
 
-def _slice_step(node: Any) -> RouteStep | None:
+def _slice_step(node: Any) -> RouteStep | CutEnd | None:
     dim, start, step = signed(node._saved_dim), signed(node._saved_start), signed(node._saved_step)
     length, end = node._saved_self_sym_sizes[dim], signed(node._saved_end)
     end = min(end if end >= 0 else end + length, length)
     if (start, step) == (0, 1) and end == length:
-        return lambda x: x
+        return ALL_OF_IT
     if (dim, start, step) == (1, 0, 1):
         return CutEnd(end)
-    return (lambda x: x[(slice(None),) * dim + (slice(start, end, step),)]) if dim > 0 else None
+    # To the end it is to the end of longer ones too.
+    return RouteStep("slice", (dim, start, None if end == length else end, step)) if dim > 0 else None
+
+
+def part_of(given: Tensor, numbers: Container[int]) -> tuple[int, tuple[Any, ...]] | None:
+    """The number among `numbers` of the graph node that a loss's input came from, and which part of it was taken:
+    how long what was cut off is does not count. None where it came from none of them."""
+    steps: list[Any] = []
+    for node in first_arguments(given.grad_fn, LONGEST_ROUTE):
+        if (number := node._sequence_nr()) in numbers:
+            return number, selecting(steps[::-1])
+        if (step := _step_of(node)) is not None:
+            steps.append(step)
+    return None
+
+
+def selecting(steps: Iterable[Any]) -> tuple[Any, ...]:
+    """Those of the steps that take a part."""
+    return tuple(s for s in steps if isinstance(s, RouteStep) and s.name in ("slice", "select") and s != ALL_OF_IT)

@@ -20,6 +20,7 @@ from diag.instruments.boundary_tilting import BoundaryTilting as BoundaryTilting
 from diag.instruments.network.capacity import Capacity as Capacity
 from diag.instruments.data.class_counts import ClassCounts as ClassCounts
 from diag.instruments.loss.class_weights import ClassWeights as ClassWeights
+from diag.instruments.data.classes_asked import ClassesAsked as ClassesAsked
 from diag.instruments.data.classes_mixed import ClassesMixed as ClassesMixed
 from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
@@ -115,6 +116,7 @@ from diag.instruments.symmetry_groups import SymmetryGroups as SymmetryGroups
 from diag.instruments.data.target_scale import TargetScale as TargetScale
 from diag.instruments.data.target_values import TargetValues as TargetValues
 from diag.instruments.loss.token_targets import TokenTargets as TokenTargets
+from diag.instruments.data.tokens_differ import TokensDiffer as TokensDiffer
 from diag.instruments.trajectory import Trajectory as Trajectory
 from diag.instruments.outcome.trivial import TrivialPredictor as TrivialPredictor
 from diag.instruments.trust_radius import TrustRadius as TrustRadius
@@ -235,6 +237,14 @@ class _ClassWeightsInstrument(Instrument):
     def __call__(self, loop: Any, *, nothing: float = ...) -> ClassWeights: ...
 
 class_weights: _ClassWeightsInstrument
+
+class _ClassesAskedInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> ClassesAsked: ...
+    @overload
+    def __call__(self, loop: Any) -> ClassesAsked: ...
+
+classes_asked: _ClassesAskedInstrument
 
 class _ClassesMixedInstrument(Instrument):
     @overload
@@ -931,6 +941,14 @@ class _TokenTargetsInstrument(Instrument):
     def __call__(self, loop: Any) -> TokenTargets: ...
 
 token_targets: _TokenTargetsInstrument
+
+class _TokensDifferInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> TokensDiffer: ...
+    @overload
+    def __call__(self, loop: Any) -> TokensDiffer: ...
+
+tokens_differ: _TokensDifferInstrument
 
 class _TrajectoryInstrument(Instrument):
     @overload

@@ -61,11 +61,15 @@ def _repeated(i: InputFacts) -> Iterator[LoopFinding]:
         return
     each, differ = i.rows / i.looked, i.distinct / i.looked
     if i.different == 1:
+        what = (
+            "The first of several inputs is the same for all examples"
+            if i.others_differ
+            else "All inputs are the same"
+        )
         yield LoopFinding(
             Level.ALARM,
             Cause.INPUTS_CONSTANT,
-            f"All inputs are the same: {i.rows:,} rows in the {i.looked} batches that were looked at do not "
-            f"differ.",
+            f"{what}: {i.rows:,} rows in the {i.looked} batches that were looked at do not differ.",
             "Look at what the data set returns for two different places, and at the tokenizer or the transform.",
             "Two inputs that differ.",
             step=1,

@@ -80,7 +80,7 @@ class ClassCounts(Result):
             threshold=limit,
             threshold_source=OUR_CHOICE,
             cause=cause,
-            explained_by=(Cause.CLASSES_SORTED, Cause.TARGETS_CAST, Cause.TARGETS_SHIFTED),
+            explained_by=(Cause.CLASS_MISSING, Cause.CLASSES_SORTED, Cause.TARGETS_CAST, Cause.TARGETS_SHIFTED),
             step=1,
         )
 

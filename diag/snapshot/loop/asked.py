@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class AskedFacts:
     input. outputs_a_row: numbers that the loss function gets of each example (classes, where there is one label).
     from_data: where a DataLoader gave a batch before these calls, the targets were a tensor of it.
     one_a_row: every example had one target. zeros: the share of the
-    function's inputs that are exactly zero. uncounted: classes whose weight is zero."""
+    function's inputs that are exactly zero. uncounted: classes whose weight is zero. counts: how often each class
+    was asked for; of_sequences: of the places of examples, not of examples."""
 
     function: str
     reduction: str = ""
@@ -51,3 +53,5 @@ class AskedFacts:
     one_a_row: bool = False
     zeros: float = 0.0
     uncounted: tuple[int, ...] = ()
+    counts: Mapping[int, int] = field(default_factory=dict)
+    of_sequences: bool = False

@@ -23,7 +23,7 @@ from diag.snapshot.loop.data import (
     RootFacts,
     TargetFacts,
 )
-from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts
+from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, TokenFacts
 from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
 from diag.snapshot.loop.places import MaskFacts, SequenceFacts
 from diag.snapshot.loop.ranks import RankFacts
@@ -84,6 +84,7 @@ class Loop:
     targets: TargetFacts = field(default_factory=TargetFacts)
     asked: tuple[AskedFacts, ...] = ()
     inputs: InputFacts = field(default_factory=InputFacts)
+    tokens: TokenFacts = field(default_factory=TokenFacts)
     evaluation: EvaluationFacts = field(default_factory=EvaluationFacts)
     reshaped: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     scaling: ScalingFacts = field(default_factory=ScalingFacts)

@@ -14,7 +14,7 @@ class InputFacts:
     all calls together; different: rows that differ over all calls. mean, deviation: of all entries of floating
     inputs, NaN for others. evaluated: calls in evaluation mode without gradients that were looked at,
     evaluated_rows their examples, evaluated_mean and evaluated_deviation of their entries. shape_alike: an example
-    had the same shape in both."""
+    had the same shape in both. others_differ: the rows of another tensor of a call do."""
 
     looked: int = 0
     rows: int = 0
@@ -27,6 +27,23 @@ class InputFacts:
     evaluated_mean: float = math.nan
     evaluated_deviation: float = math.nan
     shape_alike: bool = True
+    others_differ: bool = False
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """Of the whole numbers that a model is called with, where it is given nothing else: in `calls` calls that were
+    looked at, how many there were and how many distinct ones, and one of these. bags: of calls that cut one row of
+    tokens into bags (ids, offsets), how many bags; empty_calls: those of the `bag_calls` such calls in which every
+    bag but the last is empty."""
+
+    calls: int = 0
+    numbers: int = 0
+    distinct: int = 0
+    one: int = 0
+    bag_calls: int = 0
+    bags: int = 0
+    empty_calls: int = 0
 
 
 @dataclass(frozen=True)

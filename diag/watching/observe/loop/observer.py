@@ -30,6 +30,7 @@ from diag.watching.observe.loop.data.own import OwnLosses
 from diag.watching.observe.loop.data.pairs import PairedCalls
 from diag.watching.observe.loop.data.sequences import Sequences
 from diag.watching.observe.loop.data.targets import Targets
+from diag.watching.observe.loop.data.tokens import Tokens
 from diag.watching.observe.loop.formula.formula import Formula
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
@@ -83,6 +84,7 @@ class LoopObserver:
         self._chance = Chance(model, self.moment)
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
         self._asked, self._inputs = Demands(self.moment), Inputs(self.moment)
+        self._tokens = Tokens(self.moment)
         self._model = weakref.ref(model)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
@@ -153,6 +155,7 @@ class LoopObserver:
         self._targets.training_call(args, kwargs)
         self._asked.training_call(args, kwargs)
         self._inputs.training_call(args, kwargs)
+        self._tokens.training_call(args, kwargs)
         self._contents.training_call(args, kwargs, places)
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
@@ -421,6 +424,7 @@ class LoopObserver:
             "targets": self._targets.facts(),
             "asked": self._asked.facts(),
             "inputs": self._inputs.facts(),
+            "tokens": self._tokens.facts(),
             "contents": self._contents.facts(),
             "drawn": self._drawn.facts(),
             "penalty": self._penalty.facts(),

@@ -17,4 +17,5 @@ __all__ = [
     "source",
     "stream",
     "targets",
+    "tokens",
 ]

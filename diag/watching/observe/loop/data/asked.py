@@ -21,6 +21,7 @@ from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.data.padding import before_flattening
 from diag.watching.observe.loop.data.targets import OF_NUMBERS
 from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
@@ -62,6 +63,7 @@ class _Kind:
     one_a_row: bool = True
     given: int = 0  # calls before which a DataLoader gave a batch
     from_data: int = 0  # of these, those whose targets were in it
+    of_sequences: bool = False
     copied: set[int] | None = None
     copied_looks: int = 0
     rows: int = 0
@@ -76,6 +78,7 @@ class Demands:
         self._moment = moment
         self._kinds: dict[str, _Kind] = {}
         self._inputs: Tensor | None = None
+        self._sequences: set[int] = set()  # numbers of tokens in the sequences that the model was given
         self._calls = 0
         self._batch: list[Tensor] = []
         self._waiting: list[tuple[_Kind, Tensor, Tensor | None]] = []
@@ -84,6 +87,8 @@ class Demands:
         """The model was called in training."""
         self._calls += 1
         self._inputs = None
+        whole = (t for t in tensors_in((args, dict(kwargs))) if not t.is_floating_point() and t.ndim > 1)
+        self._sequences = {t.numel() for t in whole if t.shape[1] > 1}
         if self._calls <= INPUTS_LOOKED_AT or due(self._calls):
             dense = filter(is_dense, tensors_in((args, dict(kwargs))))
             self._inputs = next((t for t in dense if t.is_floating_point() and t.ndim > 1), None)
@@ -124,6 +129,8 @@ class Demands:
         kind.ignored = ignored if isinstance(ignored, int) else kind.ignored
         kind.activation = bounded_by(given) if kind.looked == 0 or kind.activation[0] else kind.activation
         axis = 1 if kind.function in OF_LOG_PROBABILITIES and given.ndim > 1 else -1
+        one_long_row = target.ndim == 1 and before_flattening(given, len(target)) is not None
+        kind.of_sequences |= target.ndim > 1 or one_long_row or target.numel() in self._sequences
         kind.outputs = given.shape[axis] if given.ndim else 0
         kind.given += bool(self._batch)
         kind.from_data += any(same_numbers(t, target) for t in self._batch)
@@ -246,6 +253,8 @@ def _facts(k: _Kind) -> AskedFacts:
         one_a_row=k.one_a_row,
         zeros=min((float(z) for z in k.given_zeros), default=0.0),
         uncounted=uncounted(k.weights),
+        counts=dict(sorted(k.counts.items())),
+        of_sequences=k.of_sequences,
         from_data=0 < k.given == k.from_data,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import OUTLIER_ROW
 from diag.snapshot.loop.inputs import InputFacts
 from diag.watching.observe.loop.modes import first_tensor
@@ -33,6 +34,7 @@ class Inputs:
         self._evaluated = self._evaluated_rows = 0
         self._shape: tuple[int, ...] | None = None
         self._alike = True
+        self._others_differ = False
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
@@ -43,6 +45,9 @@ class Inputs:
         if rows is None:
             return
         marks = marks_of(rows)
+        if len(set(marks)) == 1 and not self._others_differ:
+            others = tensors_in((args, dict(kwargs)))[1:]
+            self._others_differ = any(_rows_differ(t, len(rows)) for t in others)
         self._looked, self._rows = self._looked + 1, self._rows + len(rows)
         self._distinct += len(set(marks))
         self._different |= set(marks) if len(self._different) < 1 << 14 else set()
@@ -76,6 +81,7 @@ class Inputs:
             evaluated_mean=self._evaluated_sums.mean,
             evaluated_deviation=self._evaluated_sums.deviation,
             shape_alike=self._alike,
+            others_differ=self._others_differ,
         )
 
 
@@ -123,6 +129,11 @@ def rows_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     if tensor is None or not fits or len(tensor) < FEWEST_OF_A_CALL or tensor.is_complex() or not tensor.numel():
         return None
     return tensor.detach()[:MOST_ROWS_READ].reshape(min(len(tensor), MOST_ROWS_READ), -1)[:, :WIDTH]
+
+
+def _rows_differ(t: Tensor, rows: int) -> bool:
+    there = t.is_cpu and t.layout is torch.strided and t.ndim > 0 and len(t) >= rows
+    return there and bool((t.detach()[:rows] != t.detach()[:1]).any())
 
 
 def marks_of(rows: Tensor) -> list[float]:

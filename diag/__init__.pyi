@@ -87,6 +87,7 @@ from diag.instruments.loop.outside_changes import OutsideChanges as OutsideChang
 from diag.instruments.loss.pairs_differ import PairsDiffer as PairsDiffer
 from diag.instruments.loop.parameters_held import ParametersHeld as ParametersHeld
 from diag.instruments.data.places_match import PlacesMatch as PlacesMatch
+from diag.instruments.loss.policy_loss import PolicyLoss as PolicyLoss
 from diag.result import Precondition as Precondition
 from diag.instruments.quantization import Quantization as Quantization
 from diag.instruments.distributed.ranks_data import RanksData as RanksData
@@ -749,6 +750,14 @@ class _PlacesMatchInstrument(Instrument):
     def __call__(self, loop: Any) -> PlacesMatch: ...
 
 places_match: _PlacesMatchInstrument
+
+class _PolicyLossInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ..., times: float = ...) -> PolicyLoss: ...
+    @overload
+    def __call__(self, loop: Any, *, times: float = ...) -> PolicyLoss: ...
+
+policy_loss: _PolicyLossInstrument
 
 class _QuantizationInstrument(Instrument):
     @overload

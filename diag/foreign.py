@@ -257,6 +257,7 @@ PRIVATE = (
     ),
     Private("_dataset", "loader", "1.2", "the data set that a batch is from"),
     Private("_saved_reduction", "MSELoss", "1.9", "whether a loss is a mean"),
+    Private("_saved_target", "MSELoss", "1.9", "what a critic is asked for"),
     Private("_saved_min", "Clamp", "1.9", "between which numbers an output was cut off"),
     Private("_saved_max", "Clamp", "1.9", "between which numbers an output was cut off"),
     Private("_saved_min_val", "Hardtanh", "1.9", "between which numbers an output was cut off"),

@@ -55,3 +55,32 @@ class LatentFacts:
     """The looks at variational latents, the first and the last of them."""
 
     looks: tuple[LatentLook, ...] = ()
+
+
+@dataclass(frozen=True)
+class PolicyLook:
+    """A policy gradient at one backward pass: log-probabilities of actions, times constants, summed.
+
+    agreement: the correlation, over actions, of the derivative of the loss by the log-probability with the critic's
+    error (its value less the return): 1 where actions with larger returns than expected are made more likely, -1
+    where less; NaN where there is no critic in the loss. entropy: of the policy, over the largest that it can be,
+    NaN where it is not in the loss; bonus: it is to grow; entropy_over_actions: its factor over the sum of the
+    factors of all log-probabilities. rewarded: whether anything but the entropy depends on the policy's logits.
+    critic_over_actions: the norm of the derivatives by the values over that by the log-probabilities; shared: value
+    and policy come from common layers; None where that is not known."""
+
+    step: int
+    agreement: float
+    entropy: float
+    entropy_over_actions: float
+    bonus: bool
+    rewarded: bool | None
+    critic_over_actions: float
+    shared: bool | None
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """The looks at a policy gradient, the first and the last of them."""
+
+    looks: tuple[PolicyLook, ...] = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diag.errors import InvalidInput, MissingQuantity, type_of
-from diag.snapshot.loop.arithmetic import ArithmeticFacts, LatentFacts
+from diag.snapshot.loop.arithmetic import ArithmeticFacts, LatentFacts, PolicyFacts
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import (
     BatchFacts,
@@ -101,6 +101,7 @@ class Loop:
     pairs: PairFacts = field(default_factory=PairFacts)
     arithmetic: ArithmeticFacts = field(default_factory=ArithmeticFacts)
     latents: LatentFacts = field(default_factory=LatentFacts)
+    policy: PolicyFacts = field(default_factory=PolicyFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     sequences: SequenceFacts = field(default_factory=SequenceFacts)
     masks: MaskFacts = field(default_factory=MaskFacts)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
 from diag.watching.observe.loop.formula.latents import Latents
+from diag.watching.observe.loop.formula.policy import Policies
 from diag.watching.observe.loop.moment import Moment
 
 
@@ -17,7 +18,7 @@ class Formula:
 
     def __init__(self, moment: Moment) -> None:
         self._arithmetic = Arithmetic(moment)
-        self._latents = Latents(moment)
+        self._latents, self._policies = Latents(moment), Policies(moment)
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
@@ -29,7 +30,12 @@ class Formula:
         self._arithmetic.backward_called(roots)
         if isinstance(roots, Tensor) and roots.numel() == 1 and roots.grad_fn is not None:
             self._latents.backward_called(roots)
+            self._policies.backward_called(roots)
 
     def facts(self) -> dict[str, Any]:
         """As fields of the facts of the loop."""
-        return {"arithmetic": self._arithmetic.facts(), "latents": self._latents.facts()}
+        return {
+            "arithmetic": self._arithmetic.facts(),
+            "latents": self._latents.facts(),
+            "policy": self._policies.facts(),
+        }

@@ -1,8 +1,8 @@
 """The parts that a loss is a sum of, entry by entry, each with its weight: what lies behind sums, means,
 differences, multiples and stacks of the graph.
 
-A weight is the derivative of the whole with respect to one entry of the part; where a tensor of constants (a mask,
-an advantage) multiplies the entries it is that of the mean constant, and `factor` has all of them.
+A weight is the derivative of the whole with respect to one entry of the part. Where a tensor of constants (a mask,
+an advantage) multiplies the entries each has a weight of its own.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
+from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of, signed
 from diag.watching.observe.terms import reaches
 
 NODES_OF_PARTS = 1024  # that are visited
 LONGEST_CHAIN = 16
+MOST_WEIGHTS = 1 << 20  # of one part, that are computed
 OF_SQUARES = (
     "MseLoss",
     "L1Loss",
@@ -31,13 +33,28 @@ REDUCED_BY_MEAN = 1
 
 @dataclass(frozen=True)
 class Summand:
-    """A node of the graph, which of its outputs, its weight, and the constants on the way of which there was one
-    for each entry."""
+    """A node of the graph, which of its outputs, the product of the numbers on its way to the whole, and the
+    tensors of constants there, one for each entry as broadcasting has it."""
 
     node: Any
     index: int
-    weight: float
+    number: float
     factors: tuple[Tensor, ...] = ()
+
+    @property
+    def weight(self) -> float:
+        """The derivative of the whole with respect to an entry, their mean; NaN where these are too many."""
+        if not self.factors:
+            return self.number
+        return float(self.weights.mean()) if math.prod(self.shape) <= MOST_WEIGHTS else math.nan
+
+    @property
+    def weights(self) -> Tensor:
+        """The derivative of the whole with respect to each entry."""
+        every = torch.full(self.shape, self.number, dtype=torch.float64)
+        for factor in self.factors:
+            every = every * factor
+        return every
 
     @property
     def kind(self) -> str:
@@ -79,19 +96,54 @@ def _inside(part: Summand) -> list[Summand] | None:
     sides = list(node.next_functions)
     if kind in ("Add", "Sub"):
         signs = (1.0, float(node._saved_alpha) * (-1 if kind == "Sub" else 1))
+        if part.factors and any(given_shape(*side) != part.shape for side in sides if side[0] is not None):
+            return None
         return [_of(part, side, sign) for side, sign in zip(sides, signs, strict=False) if side[0] is not None]
     if kind == "Neg" or (kind == "Rsub" and len(sides) == 1):
         return [_of(part, sides[0], -1.0)]
     if kind in ("Mul", "Div") and len(parents_of(node)) == 1:
         return _scaled(part, kind, sides)
     if kind in ("Sum", "Mean") and len(parents_of(node)) == 1:
-        count = math.prod(given_shape(*sides[0]) or ()) / max(math.prod(part.shape), 1)
-        return [_at(sides[0], part.weight / (count if kind == "Mean" else 1))] if not part.factors else None
-    if kind in ("Stack", "Cat") and not part.factors:
-        return [_at(side, part.weight) for side in sides if side[0] is not None]
+        return _summed(part, kind, sides[0])
+    if kind in ("Stack", "Cat"):
+        return _stacked(part, kind, sides)
     if kind in PASSING_ON and len(parents_of(node)) == 1:
-        return [_at(sides[0], part.weight, part.factors)]
+        return _reshaped(part, sides[0])
     return None
+
+
+def _summed(part: Summand, kind: str, side: tuple[Any, int]) -> list[Summand] | None:
+    shape, axes = given_shape(*side) or (), getattr(part.node, "_saved_dim", None)
+    count = math.prod(shape) / max(math.prod(part.shape), 1)
+    number = part.number / (count if kind == "Mean" else 1)
+    if not part.factors:
+        return [_at(side, number)]
+    if not isinstance(axes, (tuple, list)) or part.shape == () or any(f.shape != part.shape for f in part.factors):
+        return None
+    factors = part.factors
+    for axis in sorted(signed(a) % len(shape) for a in axes) if len(part.shape) < len(shape) else ():
+        factors = tuple(f.unsqueeze(axis) for f in factors)
+    return [_at(side, number, tuple(f.expand(shape) for f in factors))]
+
+
+def _stacked(part: Summand, kind: str, sides: list[tuple[Any, int]]) -> list[Summand] | None:
+    sides = [side for side in sides if side[0] is not None]
+    if not part.factors:
+        return [_at(side, part.number) for side in sides]
+    axis = signed(getattr(part.node, "_saved_dim", 0))
+    whole = all(f.shape == part.shape for f in part.factors)
+    if kind != "Stack" or not whole or len(sides) != part.shape[axis]:
+        return None
+    return [_at(s, part.number, tuple(f.select(axis, i) for f in part.factors)) for i, s in enumerate(sides)]
+
+
+def _reshaped(part: Summand, side: tuple[Any, int]) -> list[Summand] | None:
+    shape = given_shape(*side)
+    if not part.factors or shape == part.shape:
+        return [_at(side, part.number, part.factors)]
+    if shape is None or any(f.shape != part.shape for f in part.factors):
+        return None
+    return [_at(side, part.number, tuple(f.reshape(shape) for f in part.factors))]
 
 
 def _at(side: tuple[Any, int], weight: float, factors: tuple[Tensor, ...] = ()) -> Summand:
@@ -102,7 +154,7 @@ def _of(part: Summand, side: tuple[Any, int], sign: float) -> Summand:
     """One side of a sum; where it was expanded each of its entries counts several times."""
     shape = given_shape(*side)
     times = math.prod(part.shape) / max(math.prod(shape), 1) if shape is not None else 1.0
-    return _at(side, part.weight * sign * times, part.factors if times == 1 else ())
+    return _at(side, part.number * sign * times, part.factors)
 
 
 def _scaled(part: Summand, kind: str, sides: list[tuple[Any, int]]) -> list[Summand] | None:
@@ -115,11 +167,12 @@ def _scaled(part: Summand, kind: str, sides: list[tuple[Any, int]]) -> list[Summ
     side, numbers = sides[0] if first else sides[1], other.detach()
     if other.numel() == 1:
         number = float(numbers)
-        return [_of(part, side, number if kind == "Mul" else 1 / number)] if number or kind == "Mul" else None
-    numbers = numbers if kind == "Mul" else 1 / numbers
-    one = _of(part, side, float(numbers.double().mean()))
-    factors = (*one.factors, numbers)
-    return [Summand(one.node, one.index, one.weight, factors)]
+        number = number if kind == "Mul" else 1 / (number or math.nan)
+        return [_of(part, side, number)] if given_shape(*side) == part.shape or not part.factors else None
+    if given_shape(*side) != part.shape:
+        return None
+    every = numbers.expand(part.shape)
+    return [_at(side, part.number, (*part.factors, every if kind == "Mul" else 1 / every))]
 
 
 def base_of(node: Any, index: int) -> tuple[Any, int, float]:
@@ -134,7 +187,7 @@ def base_of(node: Any, index: int) -> tuple[Any, int, float]:
             or kind_of(node) in ("Sum", "Mean", "Stack", "Cat")
         ):
             break
-        node, index, factor = inside[0].node, inside[0].index, factor * inside[0].weight
+        node, index, factor = inside[0].node, inside[0].index, factor * inside[0].number
     return node, index, factor
 
 

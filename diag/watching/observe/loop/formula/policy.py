@@ -1,0 +1,206 @@
+"""Policy gradients: the log-probabilities of actions that were taken, each times a constant, the entropy of the
+distribution that they come from, and the error of a critic, among the parts of a loss.
+
+What the log-probability of one action weighs is the derivative of the loss; the critic's error, its value less the
+return, is kept by the graph. Both are compared entry by entry, whichever way the advantage was estimated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of
+from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
+from diag.watching.observe.loop.formula.parts import Summand, depends, parts_of
+from diag.watching.observe.loop.moment import Moment, due
+
+POLICY_LOOKS, PASSES_APART = 64, 4
+FEWEST_ACTIONS = 16
+OF_CRITICS = ("MseLoss", "SmoothL1Loss", "HuberLoss")
+COPIES = ("Clamp", "ClampMin", *PASSING_ON)
+NODES_IN_COMMON = 4000
+
+
+class Policies:
+    """Looks at a few backward passes, and where there was a policy at every fourth of those that are listened
+    to."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._passes = 0
+        self._looks: list[PolicyLook] = []
+
+    def backward_called(self, root: Tensor) -> None:
+        """A backward pass begins."""
+        self._passes += 1
+        if not (due(self._passes) or (self._looks and self._passes % PASSES_APART == 0)):
+            return
+        look = policy_look(parts_of(root), self._moment.step)
+        if look is None:
+            return
+        if len(self._looks) >= POLICY_LOOKS:
+            self._looks.pop(POLICY_LOOKS // 2)
+        self._looks.append(look)
+        if len(self._looks) in (3, 6):
+            self._moment.news(("policy", len(self._looks)))
+
+    def facts(self) -> PolicyFacts:
+        """As plain data."""
+        return PolicyFacts(tuple(self._looks))
+
+
+def policy_look(parts: list[Summand], step: int) -> PolicyLook | None:
+    """What the parts say of a policy; None where they hold neither log-probabilities nor an entropy."""
+    actions = [p for p in parts if p.factors and _is_log_probability(p)]
+    entropies = [p for p in parts if _is_entropy(p)]
+    if not actions and not entropies:
+        return None
+    pulls = torch.cat([p.weights.reshape(-1) for p in actions]) if actions else torch.zeros(0)
+    errors = list(_errors(parts, len(pulls)))
+    whole, share = _entropy(entropies)
+    rest = [p for p in parts if not any(p is e for e in entropies)]
+    return PolicyLook(
+        step=step,
+        agreement=_agreement(pulls, *errors[0][:2]) if errors else math.nan,
+        entropy=share,
+        entropy_over_actions=-whole / max(float(pulls.abs().sum()), 1e-30) if entropies and actions else math.nan,
+        bonus=whole < 0,
+        rewarded=_rewarded(entropies, rest),
+        critic_over_actions=_strength(errors[0][1]) / max(_strength(pulls), 1e-30) if errors else math.nan,
+        shared=_share_nodes(errors[0][2], actions[0].node) if errors else None,
+    )
+
+
+# Log-probabilities of actions
+
+
+def _is_log_probability(p: Summand) -> bool:
+    """Whether it is one entry of each row of a log-softmax."""
+    if p.kind != "Gather" or not p.node.next_functions or p.node.next_functions[0][0] is None:
+        return False
+    return _logits_behind(p.node.next_functions[0][0]) is not None
+
+
+def _logits_behind(node: Any) -> Any:
+    """The node of the logits that a log-softmax, or logits less their logsumexp, was taken of."""
+    for before in first_arguments(node, 12):
+        kind = kind_of(before)
+        if kind == "LogSoftmax":
+            return before.next_functions[0][0]
+        if kind == "Sub":
+            first, second = (side[0] for side in before.next_functions)
+            of = parents_of(second)[:1] if second is not None and kind_of(second) == "Logsumexp" else []
+            return first if of and of[0] is first else None
+        if kind not in (*COPIES, "Expand"):
+            return None
+    return None
+
+
+# Entropy: sums of p log p
+
+
+def _is_entropy(p: Summand) -> bool:
+    return p.kind == "Mul" and _logits_of_entropy(p.node) is not None
+
+
+def _logits_of_entropy(node: Any) -> Any:
+    """The node of the logits whose p log p this is; None for anything else."""
+    sides = [side for side, _ in node.next_functions]
+    for one, other in (sides, sides[::-1]) if len(sides) == 2 and None not in sides else ():
+        logits = _logits_behind(one)
+        if logits is None:
+            continue
+        made = next((n for n in first_arguments(other, 6) if kind_of(n) not in COPIES), None)
+        if made is not None and kind_of(made) in ("Softmax", "Exp"):
+            before = parents_of(made)[0]
+            if before is logits or _logits_behind(before) is logits:
+                return logits
+    return None
+
+
+def _entropy(entropies: list[Summand]) -> tuple[float, float]:
+    """The factor with which the mean entropy enters the loss, and the mean over the largest that it can be."""
+    if not entropies:
+        return 0.0, math.nan
+    factors, shares = [], []
+    for p in entropies:
+        rows, classes = math.prod(p.shape[:-1]), p.shape[-1]
+        kept = p.node._saved_self, p.node._saved_other
+        if not all(isinstance(t, Tensor) and t.is_cpu for t in kept) or classes < 2:
+            return 0.0, math.nan
+        values = -(kept[0].detach().double() * kept[1].detach().double()).sum(-1)
+        factors.append(-p.weight * rows)
+        shares.append(float(values.mean()) / math.log(classes))
+    return sum(factors), sum(shares) / len(shares)
+
+
+def _rewarded(entropies: list[Summand], rest: list[Summand]) -> bool | None:
+    """Whether anything but the entropy depends on the logits that it is of; None where there is no entropy."""
+    if not entropies:
+        return None
+    return depends(rest, _logits_of_entropy(entropies[0].node)._sequence_nr())
+
+
+# The critic
+
+
+def _errors(parts: list[Summand], count: int) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    """Value less return, the derivative of the loss by the value, and the node, of a part with `count` entries."""
+    for p in parts:
+        error = _error(p) if count >= FEWEST_ACTIONS else None
+        if error is None or error.numel() != count or not error.is_cpu:
+            continue
+        error = error.detach().double()
+        weights = (
+            p.weights.expand(error.shape)
+            if p.shape == tuple(error.shape)
+            else torch.full_like(error, p.entry_weight)
+        )
+        yield error.reshape(-1), (2 * weights * error).reshape(-1), p.node
+
+
+def _error(p: Summand) -> Tensor | None:
+    node = p.node
+    if p.kind in OF_CRITICS:
+        value = getattr(node, "_saved_self", None)
+        return value - node._saved_target if isinstance(value, Tensor) else None
+    square = p.kind == "Pow" and float(node._saved_exponent) == 2
+    kept, before = getattr(node, "_saved_self", None), parents_of(node)[:1]
+    if not square or not isinstance(kept, Tensor) or not before or kind_of(before[0]) not in ("Sub", "Rsub"):
+        return None
+    sides = [side for side, _ in before[0].next_functions]
+    if sum(side is not None for side in sides) != 1:
+        return None
+    return kept if sides[0] is not None and kind_of(before[0]) == "Sub" else -kept
+
+
+def _agreement(pulls: Tensor, errors: Tensor, derivative: Tensor) -> float:
+    """The correlation of what an action's log-probability weighs with the critic's error: 1 where actions that did
+    better than the critic expected are made more likely."""
+    counted = pulls != 0
+    a, b = pulls[counted], errors[counted]
+    if len(a) < FEWEST_ACTIONS or float(derivative @ errors) <= 0:
+        return math.nan
+    a, b = a - a.mean(), b - b.mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size > 0 else math.nan
+
+
+def _strength(derivative: Tensor) -> float:
+    return float(derivative.norm())
+
+
+def _share_nodes(a: Any, b: Any) -> bool | None:
+    """Whether two nodes come from one that is more than a parameter; None where their graphs are too large."""
+    found = []
+    for node in (a, b):
+        before = [n for n in nodes_before([node], NODES_IN_COMMON) if kind_of(n) != "AccumulateGrad"]
+        if len(before) >= NODES_IN_COMMON - 1:
+            return None
+        found.append({id(n) for n in before})
+    return bool(found[0] & found[1])

@@ -1,0 +1,154 @@
+"""Policy gradients: their sign, what reaches the policy, and what drowns it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Categorical
+from torch.nn import functional as F
+
+import diag
+from diag.instruments.causes import Cause
+from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
+from diag.snapshot.loop.facts import Loop
+from diag.watching.observe.loop.formula.parts import parts_of
+from diag.watching.observe.loop.formula.policy import policy_look
+
+N, D, A = 48, 4, 3
+
+
+class ActorCritic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.policy, self.value = (
+            nn.Sequential(nn.Linear(D, 16), nn.Tanh()),
+            nn.Linear(16, A),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return self.policy(h), self.value(h)[:, 0]
+
+
+def terms(model, calls=1):
+    """One step of bandits: log-probabilities, entropy, values and returns, from one call or stacked from
+    several."""
+    kept = []
+    for _ in range(calls):
+        x = torch.randn(N, D)
+        logits, value = model(x)
+        policy = Categorical(logits=logits)
+        action = policy.sample()
+        reward = (action == x[:, :A].argmax(1)).float() + 0.1 * torch.randn(N)
+        kept.append((policy.log_prob(action), policy.entropy(), value, reward))
+    return [torch.stack(t) if calls > 1 else t[0] for t in zip(*kept, strict=True)]
+
+
+def actor_critic(sign=1.0, critic=0.5, entropy=0.01, detach=False, masked=False):
+    def loss(logp, h, value, reward):
+        advantage = (reward - value).detach()
+        advantage = (advantage - advantage.mean()) / advantage.std()
+        mask = (torch.rand_like(reward) > 0.2).float() if masked else torch.ones_like(reward)
+        logp = logp.detach() if detach else logp
+        policy = -sign * (logp * advantage * mask).sum() / mask.sum()
+        return policy + critic * ((value - reward) ** 2 * mask).mean() - entropy * (h * mask).sum() / mask.sum()
+
+    return loss
+
+
+def told(loss, calls=1, steps=8):
+    torch.manual_seed(0)
+    model = ActorCritic()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    with diag.watch(model, instruments=["policy_loss"]) as watcher:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(*terms(model, calls)).backward()
+            optimizer.step()
+    assert not [e.text for e in watcher.run.events if e.kind == "internal error"]
+    return watcher.findings
+
+
+CALLS = pytest.mark.parametrize("calls", [1, 4], ids=["one call", "an episode of calls"])
+
+
+@CALLS
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_the_wrong_sign_is_named_within_three_steps(calls, masked):
+    (finding,) = told(actor_critic(-1.0, masked=masked), calls)
+    assert (finding.verdict.level, finding.verdict.cause) == ("warning", Cause.LOSS_ASCENDED)
+    assert finding.first_step <= 3
+
+
+@CALLS
+def test_log_probabilities_without_a_gradient_are_named(calls):
+    (finding,) = told(actor_critic(detach=True), calls)
+    assert (finding.verdict.level, finding.verdict.cause) == ("alarm", Cause.GRAPH_CUT)
+
+
+@CALLS
+def test_an_entropy_that_keeps_the_policy_even_is_named(calls):
+    (finding,) = told(actor_critic(entropy=10.0), calls, steps=160)
+    assert (finding.verdict.level, finding.verdict.cause) == ("alarm", Cause.LOSS_TERM_DOMINATES)
+    assert "entropy" in finding.verdict.sentence
+
+
+def test_a_critic_that_drowns_the_policy_is_named():
+    (finding,) = told(actor_critic(critic=1e5))
+    assert (finding.verdict.level, finding.verdict.cause) == ("warning", Cause.LOSS_TERM_DOMINATES)
+    assert "critic" in finding.verdict.sentence
+
+
+def smooth(logp, h, value, reward):
+    return -(logp * (reward - value).detach()).mean() + F.smooth_l1_loss(value, reward) - 0.01 * h.mean()
+
+
+def without_a_critic(logp, h, value, reward):
+    return -(logp * (reward - reward.mean())).mean() + 0 * value.mean()
+
+
+@CALLS
+@pytest.mark.parametrize(
+    "loss", [actor_critic(), actor_critic(masked=True), actor_critic(entropy=0.3), smooth, without_a_critic]
+)
+def test_policy_gradients_that_work_are_fine(loss, calls):
+    assert not told(loss, calls, steps=60)
+
+
+def test_the_entropy_and_the_agreement_are_those_of_the_policy():
+    """Of an advantage that is the return less the value the agreement is one; the entropy is that of torch."""
+    torch.manual_seed(0)
+    logp, h, value, reward = terms(ActorCritic())
+    policy = -(logp * (reward - value).detach()).mean()
+    look = policy_look(parts_of(policy + (reward - value).square().mean() - 0.25 * h.mean()), 7)
+    assert look.agreement == pytest.approx(1.0, abs=1e-6) and look.bonus and look.rewarded and look.shared
+    assert look.entropy == pytest.approx(h.mean().item() / torch.log(torch.tensor(float(A))).item(), rel=1e-5)
+    size = (reward - value).detach().abs().mean().item()
+    assert look.entropy_over_actions == pytest.approx(0.25 / size, rel=1e-5)
+    # The derivative by the values is 2 (v - r) / n, that by the log-probabilities (v - r) / n.
+    assert look.critic_over_actions == pytest.approx(2.0, rel=1e-5)
+
+
+def test_layers_of_their_own_are_told_apart():
+    policy, critic, x = nn.Linear(D, A), nn.Linear(D, 1), torch.randn(N, D)
+    logp, value = policy(x).log_softmax(1).gather(1, torch.zeros(N, 1, dtype=torch.long)), critic(x)
+    loss = (logp * torch.randn(N, 1)).mean() + (value - torch.randn(N, 1)).square().mean()
+    assert policy_look(parts_of(loss), 1).shared is False
+
+
+def test_a_classifier_is_no_policy():
+    logits, labels = nn.Linear(D, A)(torch.randn(N, D)), torch.zeros(N, 1, dtype=torch.long)
+    assert policy_look(parts_of(F.cross_entropy(logits, labels[:, 0])), 1) is None
+    assert policy_look(parts_of(-logits.log_softmax(1).gather(1, labels).mean()), 1) is None
+
+
+def judged(*looks):
+    return diag.policy_loss(loop=Loop(100, policy=PolicyFacts(looks))).verdict()
+
+
+def test_one_look_that_agrees_and_too_few_looks_are_no_finding():
+    against = PolicyLook(1, -1.0, 0.9, 0.01, True, True, 1.0, True)
+    agreeing = PolicyLook(2, 0.2, 0.9, 0.01, True, True, 1.0, True)
+    assert judged(against, against, against).level == "warning"
+    assert judged(against, against).level == judged(against, against, agreeing).level == "ok"
+    assert judged().level == "not_applicable"

@@ -16,9 +16,11 @@ from __future__ import annotations
 import dis
 import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from types import CellType
 from typing import Any
 
 import torch
@@ -33,10 +35,14 @@ FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Of torch's own hooks these only look on.
+# What these collect is given back by the same call of the model, as its hidden states.
+OF_THE_NETWORK = ("transformers.utils.output_capturing",)
 LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
 
 KEEPING = ("append", "appendleft", "extend", "add")
 
+# Each module, which of its dicts of hooks, and the keys in it when the measurement began.
+_known: ContextVar[tuple[tuple[nn.Module, str, frozenset[int]], ...]] = ContextVar("diag_known_hooks", default=())
 _silent: ContextVar[frozenset[int]] = ContextVar("diag_silent", default=frozenset())
 _gates = threading.Lock()
 
@@ -49,8 +55,11 @@ def silent(*modules: nn.Module) -> Iterator[None]:
         yield
         return
     token = _silent.set(_silent.get() | {id(m) for m in new})
+    known = _known.set((*_known.get(), *_every_dict(new)))
     with ExitStack() as stack:
         stack.callback(_silent.reset, token)
+        stack.callback(_known.reset, known)
+        stack.callback(forget_new)
         # Without other threads these go too: a gate of backward hooks would still leave its mark on every graph.
         alone = _is_alone()
         if not alone:
@@ -59,6 +68,25 @@ def silent(*modules: nn.Module) -> Iterator[None]:
         for hooks in (*_dicts(new), *(_of_all_modules() if alone else ())):
             stack.enter_context(_taken_out(hooks))
         yield
+
+
+def forget_new() -> None:
+    """Take off the hooks that the modules have hooked to themselves since the measurement began, as some do at
+    their first call: what they keep of having done so is put back too, and they would do it again."""
+    for module, name, before in _known.get():
+        hooks = vars(module)[name]
+        for key in [k for k in hooks if k not in before and not _is_ours(hooks[k])] if hooks else ():
+            del hooks[key]
+            for marks in (f"{name}_with_kwargs", f"{name}_always_called"):
+                vars(module).get(marks, {}).pop(key, None)
+
+
+def _every_dict(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, frozenset[int]]]:
+    parts = {id(part): part for module in modules for part in module.modules()}.values()
+    for part in parts:
+        for name in (*FORWARD_HOOKS, *BACKWARD_HOOKS):
+            if (hooks := vars(part).get(name)) is not None:
+                yield part, name, frozenset(hooks)
 
 
 @contextmanager
@@ -133,7 +161,8 @@ def _taken_out(hooks: Hooks) -> Iterator[None]:
 def stays(hook: Callable[..., Any]) -> bool:
     """Whether a hook fires while measuring: ours, and those of torch that are a part of the network."""
     home = home_of(hook)
-    return _is_ours(hook) or (home.split(".")[0] == "torch" and not home.startswith(LOOKING_ON))
+    torchs = home.split(".")[0] == "torch" and not home.startswith(LOOKING_ON)
+    return _is_ours(hook) or torchs or home.startswith(OF_THE_NETWORK)
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:
@@ -214,7 +243,32 @@ def doubtful_hooks(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
         for name, hooks in named
         for hook in (hooks or {}).values()
     ]
-    return [(name, hook) for name, hook in every if not stays(hook) and may_change(hook)]
+    kept = _kept_by(model)
+    return [(n, hook) for n, hook in every if not stays(hook) and (may_change(hook) or _keeps_among(hook, kept))]
+
+
+def _kept_by(model: nn.Module) -> set[int]:
+    """What the parts of a model are and hold, by identity: what a hook writes there the model may read."""
+    parts = list(model.modules())
+    held = (value for part in parts for value in vars(part).values())
+    return {id(part) for part in parts} | {id(v) for v in held if isinstance(v, (list, dict, set, deque))}
+
+
+def _keeps_among(hook: Any, kept: set[int]) -> bool:
+    """Whether a hook appends to something of these."""
+    holds: list[Any] = []
+    while isinstance(hook, functools.partial) or hasattr(hook, "__func__"):
+        if isinstance(hook, functools.partial):
+            holds += [*hook.args, *hook.keywords.values()]
+            hook = hook.func
+        else:  # a bound method
+            holds.append(hook.__self__)
+            hook = hook.__func__
+    if not hasattr(hook, "__code__"):
+        return id(hook) in kept
+    cells = [cell.cell_contents for cell in hook.__closure__ or () if cell != CellType()]
+    holds += [*cells, *(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()]
+    return any(n in KEEPING for n in hook.__code__.co_names) and any(id(value) in kept for value in holds)
 
 
 def may_change(hook: Callable[..., Any]) -> bool:

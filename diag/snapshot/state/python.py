@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from diag.errors import Unsupported
+from diag.snapshot.state.hooks import forget_new
 from diag.snapshot.state.kinds import Kept
 from diag.snapshot.state.standins import may_have_stand_in, stand_in
 from diag.snapshot.state.walk import Walk
@@ -94,6 +95,7 @@ def kept_state(model: nn.Module, *others: Any, again: bool = False) -> Iterator[
 
 def renew(model: nn.Module) -> None:
     """Before a call of the model: what an earlier call in the same measurement has moved is put back, too."""
+    forget_new()
     state = _state_of(model)
     if state is not None:
         state.put_back(after_a_pass=True)

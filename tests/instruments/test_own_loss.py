@@ -132,3 +132,38 @@ def test_probabilities_that_are_made_probabilities_again(end, loss, cause):
 )
 def test_probabilities_that_are_taken_as_such(end, loss):
     assert not told(loss, Probabilities(end))
+
+
+def distilled(teacher, temperature=3.0, function=None):
+    """Of a teacher whose logits have this size."""
+
+    def loss(p, y):
+        target = (teacher * torch.randn(N, 3) / temperature).softmax(1)
+        return function(p, target) if function else F.kl_div(p.log_softmax(1), target, reduction="batchmean")
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [distilled(0.2), distilled(5.0, 1000.0), distilled(0.2, function=F.cross_entropy)],
+    ids=["an untrained teacher", "a high temperature", "cross-entropy"],
+)
+def test_targets_that_prefer_no_class_are_named(loss):
+    (finding,) = told(loss)
+    assert (finding.verdict.level, finding.verdict.cause) == ("warning", Cause.TARGETS_ALL_EQUAL)
+    assert finding.first_step <= 3
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        distilled(3.0),
+        distilled(5.0, 20.0),  # the logits are matched, as at high temperatures on purpose
+        lambda p, y: F.cross_entropy(p, 0.9 * F.one_hot(ACTIONS, 3) + 0.1 / 3),
+        lambda p, y: F.kl_div(p.log_softmax(1), torch.rand(N, 3), reduction="sum"),  # no distributions
+    ],
+    ids=["a teacher", "temperature 20", "smoothed labels", "no distributions"],
+)
+def test_targets_that_prefer_classes_are_fine(loss):
+    assert not told(loss)

@@ -14,6 +14,7 @@ from diag.snapshot.loop.data import OF_BINARY_TARGETS, LossFacts
 from diag.snapshot.loop.facts import Loop
 
 CALLS_NEEDED = 3  # calls whose numbers were looked at
+HARDLY_ANY_CLASS = 0.995  # entropy over the largest
 PADDED, FILLED = 0.05, 0.1  # of the targets
 STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
 LOG_INPUT = ("nll_loss", "kl_div")
@@ -109,6 +110,8 @@ def _findings(f: LossFacts) -> Iterator[LoopFinding]:
         yield _constant(f)
     if f.function in OF_BINARY_TARGETS and (f.lowest < 0 or f.highest > 1):
         yield _outside(f)
+    if f.even_calls >= CALLS_NEEDED and f.evenness > HARDLY_ANY_CLASS:
+        yield _even_targets(f)
     if f.several > 1:
         yield _several(f)
     if f.root and f.factor is not None and f.factor < 0:
@@ -230,6 +233,21 @@ def _outside(f: LossFacts) -> LoopFinding:
         "loss has no lower bound.",
         "Bring the targets to 0 and 1: class numbers that begin at one, or a mask up to 255.",
         "Targets between 0 and 1.",
+        step=f.first_step,
+    )
+
+
+def _even_targets(f: LossFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.TARGETS_ALL_EQUAL,
+        f"The targets of {f.function} hardly prefer any class: in all {f.even_calls:,} calls looked at their "
+        f"entropy is "
+        f"{100 * f.evenness:.4g} % or more of the largest that it can be.",
+        "Look at whether the teacher was trained and its weights are loaded, and lower the temperature that "
+        "divides "
+        "its answers.",
+        "A batch of targets that prefer some classes.",
         step=f.first_step,
     )
 

@@ -130,6 +130,8 @@ class LossFacts:
     class weights were given, class_weights: these, one for each class, and positive_weight that of the ones of
     binary cross-entropy (the largest of several; NaN where none is known); positives: the share of ones among its
     targets, a running mean. flat: the function whose derivative is zero that made the input ("round()").
+    evenness: of targets that are distributions over classes, the smallest mean entropy of a call over the largest
+    that it can be, in `even_calls` calls.
     like: of the loop's own arithmetic (function ""), the function of torch that all of what backward() is called on
     amounts to, "" where that is not known."""
 
@@ -167,6 +169,8 @@ class LossFacts:
     positive_weight: float = math.nan
     positives: float = math.nan
     flat: str = ""
+    evenness: float = math.nan
+    even_calls: int = 0
     label_smoothing: float = 0.0
     like: str = ""
 

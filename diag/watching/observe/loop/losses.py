@@ -30,6 +30,7 @@ CALLS_CHECKED = 3  # calls whose numbers are looked at
 ROOTS = 8
 ROWS_CHECKED = 64
 NODES_TO_INPUT, NODES_OF_A_SUM = 24, 64
+OF_DISTRIBUTIONS = ("kl_div", "cross_entropy")
 NEWEST = 0.1  # weight of the newest batch in a running mean
 MOST_CLASSES = 4096  # whose weights are kept
 FLAT = {"Round": "round()", "Sign": "sign()", "Floor": "floor()", "Ceil": "ceil()", "Trunc": "trunc()"}
@@ -150,6 +151,16 @@ class Losses:
             ones = target.detach()
             binary = ((ones == 0) | (ones == 1)).all()
             self._read(kind, "several", ones.sum(1).max() * binary)
+        soft = kind.function in OF_DISTRIBUTIONS and target.is_floating_point()
+        if soft and target.ndim == 2 and target.shape[1] > 1 and target.is_cpu:
+            rows = target.detach()[:ROWS_CHECKED].double()
+            if are_probabilities(target.detach()[:ROWS_CHECKED])[0]:
+                even = float(torch.special.entr(rows).sum(1).mean()) / math.log(rows.shape[1])
+                kind.evenness, kind.even_calls = (
+                    (min(kind.evenness, even) if kind.even_calls else even),
+                    kind.even_calls + 1,
+                )
+                self._moment.news(("even targets", id(kind), min(kind.even_calls, CALLS_CHECKED)))
 
     def _read(self, kind: LossFacts, what: str, values: Tensor) -> None:
         if values.is_cpu:

@@ -49,6 +49,31 @@ def t5(transformers):
     return transformers.T5ForConditionalGeneration(config)
 
 
+def bert_tokens(transformers):
+    return transformers.BertForTokenClassification(transformers.BertConfig(num_labels=3, **BERT, **SMALL))
+
+
+def llama(transformers):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=16, **sizes, **SMALL))
+
+
+def vit(transformers):
+    sizes = {"image_size": 16, "patch_size": 4, "num_labels": 3}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **BERT))
+
+
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 3, 16, 16, generator=generator)
+    return {"pixel_values": x, "labels": torch.randint(0, 3, (N,), generator=generator)}
+
+
+def tag_of_each(batch):
+    """A tag of each token, -100 where it is padding."""
+    return batch | {"labels": torch.where(batch["labels"] < 0, -100, batch["labels"] % 3)}
+
+
 def tokens(ragged=False, classes=False):
     """A dict batch as a collator makes it: padded, with labels of -100 where there is nothing to predict."""
     generator = torch.Generator().manual_seed(0)
@@ -81,6 +106,9 @@ CASES = {
     "BERT, masked": (bert_masked, masked_labels(tokens(ragged=True)), flat),
     "ALBERT, shared layers": (albert, tokens(classes=True), flat),
     "T5": (t5, tokens(ragged=True), flat),
+    "BERT, tags": (bert_tokens, tag_of_each(tokens(ragged=True)), flat),
+    "LLaMA, ragged": (llama, tokens(ragged=True), shifted),
+    "ViT": (vit, pictures(), flat),
 }
 
 

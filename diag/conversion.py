@@ -33,7 +33,7 @@ def converted(value: Any, type_: Any, default: Any, name: str) -> Any:
         return _as_type(value, type_, default)
     except (ValueError, SyntaxError, TypeError, OverflowError):
         said = f" (its default is {default!r})" if isinstance(default, SAID) else ""
-        raise InvalidInput(f"{name} takes {describe(type_, default)}{said} and not {_shown(value)}.") from None
+        raise InvalidInput(f"{name} takes {describe(type_, default)}{said} and not {_as_text(value)}.") from None
 
 
 def is_of_diag(type_: Any) -> bool:
@@ -60,7 +60,7 @@ def is_a(value: Any, type_: Any) -> bool:
     return not is_of_diag(type_) or isinstance(value, type_)
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:

@@ -130,8 +130,8 @@ def _in_package(package: str, inside: str) -> Iterator[Path]:
         yield Path(place) / inside
 
 
-def _first(given: list[Path], installed: Iterator[Path] | list[Path], how: str) -> Path:
-    found: Path | None = next((path for path in (*given, *installed) if path.is_file()), None)
+def _first(folders: list[Path], installed: Iterator[Path] | list[Path], how: str) -> Path:
+    found: Path | None = next((path for path in (*folders, *installed) if path.is_file()), None)
     if found is None:
         raise MissingData(f"The files were not found; {how}.")
     return found

@@ -64,9 +64,9 @@ def named(names: Sequence[object], most: int = 3) -> str:
     >>> named(["a", "b"]), named(range(7)), named([])
     ('a and b', '0, 1, 2 and 4 more', '')
     """
-    shown, more = [str(name) for name in names[:most]], len(names) - most
-    last = [f"{more:,} more"] if more > 0 else shown[-1:]
-    first = shown if more > 0 else shown[:-1]
+    first_names, more = [str(name) for name in names[:most]], len(names) - most
+    last = [f"{more:,} more"] if more > 0 else first_names[-1:]
+    first = first_names if more > 0 else first_names[:-1]
     return " and ".join([", ".join(first), *last] if first else last)
 
 

@@ -189,25 +189,25 @@ class Instrument:
         """The same in words."""
         return ", ".join(cost.text for cost in self.costs) or Effort.NONE.text
 
-    def all_settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def all_settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """These settings, and the others at their defaults."""
-        return {s.name: s.default for s in self.settings} | dict(given)
+        return {s.name: s.default for s in self.settings} | dict(chosen)
 
-    def converted_settings(self, given: Any) -> dict[str, Any]:
+    def converted_settings(self, chosen: Any) -> dict[str, Any]:
         """These settings as values of their types; raises InvalidInput for one that is none, or unknown."""
-        if not isinstance(given, Mapping):
-            raise InvalidInput(f"The settings of {self.name} are {type_of(given)}; expected a dict by name.")
+        if not isinstance(chosen, Mapping):
+            raise InvalidInput(f"The settings of {self.name} are {type_of(chosen)}; expected a dict by name.")
         known = {setting.name: setting for setting in self.settings}
-        for name in given:
+        for name in chosen:
             if name not in known:
                 raise InvalidInput(f"{self.name} has no setting {name!r}; it has {', '.join(known) or 'none'}.")
-        rest = dict(given)
-        return {name: self._setting(known[name], rest) for name in given}
+        rest = dict(chosen)
+        return {name: self._setting(known[name], rest) for name in chosen}
 
-    def expected_passes(self, given: Mapping[str, Any]) -> float | None:
+    def expected_passes(self, chosen: Mapping[str, Any]) -> float | None:
         """The forward passes over the data that measuring is expected to take with these settings, the others at
         their defaults; None where the instrument does not say."""
-        return None if self.passes is None else self.passes(self.all_settings(given))
+        return None if self.passes is None else self.passes(self.all_settings(chosen))
 
     @property
     def from_history(self) -> bool:
@@ -223,21 +223,21 @@ class Instrument:
     @property
     def of_a_snapshot(self) -> bool:
         """False for what only other parts of `diag` can be asked: a trial before training, a checkpoint file."""
-        return not any(n.quantity.given for n in self.needs if not n.optional)
+        return not any(n.quantity.external for n in self.needs if not n.optional)
 
     @unseen()
-    def __call__(self, /, *positional: Any, **given: Any) -> Result:
+    def __call__(self, /, *positional: Any, **by_name: Any) -> Result:
         """Measure on a `Snapshot`, or on the quantities, by position or by name.
 
         Raises InvalidInput for values that do not fit, MissingQuantity for a quantity that is neither given
         nor available from the snapshot.
         """
-        snapshot, given = self._arguments(positional, given)
-        settings = {s.name: self._setting(s, given) for s in self.settings}
-        self._refuse_unknown(given)
+        snapshot, by_name = self._arguments(positional, by_name)
+        settings = {s.name: self._setting(s, by_name) for s in self.settings}
+        self._refuse_unknown(by_name)
         began = time.perf_counter()
-        with on_host(), hearing() as said, self._undisturbed(snapshot, given):
-            found = {n.name: self._value(n, snapshot, given) for n in self.needs}
+        with on_host(), hearing() as said, self._undisturbed(snapshot, by_name):
+            found = {n.name: self._value(n, snapshot, by_name) for n in self.needs}
             quantities = checked(found)
             result = self._measured(snapshot, quantities | settings)
         about = snapshot.provenance() if snapshot is not None else {}
@@ -245,10 +245,10 @@ class Instrument:
         return _signed(result, provenance, (*result.notes, *said))
 
     def _arguments(
-        self, positional: tuple[Any, ...], given: Mapping[str, Any]
+        self, positional: tuple[Any, ...], by_name: Mapping[str, Any]
     ) -> tuple[Measurable | None, dict[str, Any]]:
         """The snapshot, if one was given first, and everything else by name."""
-        names, found = [n.name for n in self.needs], dict(given)
+        names, found = [n.name for n in self.needs], dict(by_name)
         rest = found.pop("snapshot", None) if "snapshot" not in names else None
         values = positional if rest is None else (rest, *positional)
         if values and (values[0] is None or isinstance(values[0], Measurable)):
@@ -270,11 +270,11 @@ class Instrument:
             found[name] = value
         return None, found
 
-    def _setting(self, setting: Setting, given: dict[str, Any]) -> Any:
+    def _setting(self, setting: Setting, by_name: dict[str, Any]) -> Any:
         """The setting's value, taken out of what was given and converted."""
-        if setting.name not in given:
+        if setting.name not in by_name:
             return setting.default
-        return converted(given.pop(setting.name), setting.type, setting.default, f"{self.name}.{setting.name}")
+        return converted(by_name.pop(setting.name), setting.type, setting.default, f"{self.name}.{setting.name}")
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -293,10 +293,10 @@ class Instrument:
         """Pickled by where it is defined, as functions are."""
         return _imported, (self.function.__module__, self.function.__qualname__)
 
-    def _undisturbed(self, snapshot: Measurable | None, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+    def _undisturbed(self, snapshot: Measurable | None, by_name: Mapping[str, Any]) -> AbstractContextManager[None]:
         if not isinstance(snapshot, Snapshot):
             return nullcontext()
-        asked = [n.quantity for n in self.needs if given.get(n.name) is None]
+        asked = [n.quantity for n in self.needs if by_name.get(n.name) is None]
         return snapshot.undisturbed(called=any(quantity.cost is not Effort.NONE for quantity in asked))
 
     def _measured(self, snapshot: Measurable | None, arguments: Mapping[str, Any]) -> Result:
@@ -310,9 +310,9 @@ class Instrument:
             self._refuse_other_kinds(arguments)
             raise
 
-    def _value(self, need: Need, snapshot: Measurable | None, given: Mapping[str, Any]) -> Any:
-        if given.get(need.name) is not None:
-            return given[need.name]
+    def _value(self, need: Need, snapshot: Measurable | None, by_name: Mapping[str, Any]) -> Any:
+        if by_name.get(need.name) is not None:
+            return by_name[need.name]
         try:
             if snapshot is None:
                 raise MissingQuantity(f"{self.name} needs {need.name}; pass {need.name}=..., or a snapshot.")
@@ -330,9 +330,9 @@ class Instrument:
                     f"{need.name} is {type_of(value)}; expected {describe(need.type)}; {need.quantity.how}."
                 )
 
-    def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
+    def _refuse_unknown(self, by_name: Mapping[str, Any]) -> None:
         known = [n.name for n in self.needs]
-        for name in given:
+        for name in by_name:
             if name not in known:
                 settings = [s.name for s in self.settings]
                 meant = did_you_mean(name, [*known, *settings], 1)
@@ -407,12 +407,12 @@ def instrument(
     return declare
 
 
-def _chosen(kind: type[Choice], given: object, name: str) -> Choice:
+def _chosen(kind: type[Choice], choice: object, name: str) -> Choice:
     try:
-        return kind(given)
+        return kind(choice)
     except ValueError:
         known = ", ".join(repr(k.value) for k in kind)
-        raise InvalidInput(f"{name}={given!r} is not known; expected one of {known}.") from None
+        raise InvalidInput(f"{name}={choice!r} is not known; expected one of {known}.") from None
 
 
 def _signature(
@@ -503,14 +503,14 @@ def requires(instrument: Instrument, *names: str) -> bool:
 
 
 @unseen()
-def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Outcome:
-    """Measure without ever raising. `given` are settings and, as in a call of the instrument, quantities.
+def attempt(snapshot: Measurable | None, which: Instrument, **arguments: Any) -> Outcome:
+    """Measure without ever raising. `arguments` are settings and, as in a call of the instrument, quantities.
 
     It becomes Skipped where a quantity is missing, no correct number is available or no time was left; Failed where
     something breaks.
     """
     with hearing() as said:
-        outcome = _attempted(snapshot, which, given)
+        outcome = _attempted(snapshot, which, arguments)
     if said and isinstance(outcome, (Skipped, Failed)):  # a result has them among its notes
         outcome = dataclasses.replace(outcome, reason=" ".join([outcome.reason, *said]))
     # Code that caught the stop and went on by another way did not measure what was asked.
@@ -518,9 +518,9 @@ def attempt(snapshot: Measurable | None, which: Instrument, **given: Any) -> Out
     return Skipped(which.name, stop) if stop else outcome
 
 
-def _attempted(snapshot: Measurable | None, which: Instrument, given: Mapping[str, Any]) -> Outcome:
+def _attempted(snapshot: Measurable | None, which: Instrument, arguments: Mapping[str, Any]) -> Outcome:
     try:
-        return which(snapshot, **given)
+        return which(snapshot, **arguments)
     except (MissingQuantity, Unsupported, Stopped) as error:
         return Skipped(which.name, text_of(error))
     except DiagError as error:
@@ -541,6 +541,9 @@ def measure_all(
     names = [names] if isinstance(names, str | Instrument) else names
     if names is not None and not isinstance(names, Iterable):
         raise InvalidInput(f"names is {type_of(names)}; expected the names of instruments, or none for all.")
-    settings = {find(name).name: find(name).converted_settings(given) for name, given in (settings or {}).items()}
+    settings = {
+        find(name).name: find(name).converted_settings(own_settings)
+        for name, own_settings in (settings or {}).items()
+    }
     chosen = instruments().values() if names is None else [find(name) for name in names]
     return {i.name: attempt(snapshot, i, **settings.get(i.name, {})) for i in chosen}

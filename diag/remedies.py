@@ -79,8 +79,8 @@ def stable_binary_cross_entropy(logits: Tensor, targets: Tensor, *, reduction: s
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
-def _check_tensors(**given: tuple[Any, ...]) -> None:
-    for name, values in given.items():
+def _check_tensors(**checked_tensors: tuple[Any, ...]) -> None:
+    for name, values in checked_tensors.items():
         for value in values:
             if not isinstance(value, Tensor):
                 raise InvalidInput(f"{name} got {type_of(value)}; expected tensors.")

@@ -92,15 +92,17 @@ class Classification:
         def cast(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return pair[0].to(dtype), pair[1]
 
-        given: dict[str, Any] = {"held_out": cast(self.held_out), "optimizer": self.optimizer}
-        given |= {name: {k: v.to(dtype) for k, v in getattr(self, name).items()} for name in ("previous", "other")}
-        given |= {"loss_fn": self.loss_fn, "data": cast(self.data)} | overrides
+        arguments: dict[str, Any] = {"held_out": cast(self.held_out), "optimizer": self.optimizer}
+        arguments |= {
+            name: {k: v.to(dtype) for k, v in getattr(self, name).items()} for name in ("previous", "other")
+        }
+        arguments |= {"loss_fn": self.loss_fn, "data": cast(self.data)} | overrides
         # A float32 model is measured itself, so that a check can see whether it was changed.
         model = self.model
         if dtype != torch.float32:
             model = copy.deepcopy(self.model).to(dtype)
-            given["optimizer"] = torch.optim.SGD(model.parameters(), **_HYPERPARAMETERS)
-        return Snapshot(model, **given)
+            arguments["optimizer"] = torch.optim.SGD(model.parameters(), **_HYPERPARAMETERS)
+        return Snapshot(model, **arguments)
 
 
 def classification(*, seed: int = 0, classes: int = 3, examples: int = 90, steps: int = 25) -> Classification:
@@ -211,10 +213,10 @@ def is_one_sentence(text: str) -> bool:
     return bool(text.strip()) and "\n" not in text and text.rstrip().endswith((".", "?"))
 
 
-def refusal(which: Instrument, snapshot: Measurable | None = None, **given: Any) -> str:
+def refusal(which: Instrument, snapshot: Measurable | None = None, **arguments: Any) -> str:
     """The sentence with which the instrument refuses; AssertionError where it accepts or breaks otherwise."""
     try:
-        result = which(snapshot, **given)
+        result = which(snapshot, **arguments)
     except DiagError as error:
         assert is_one_sentence(str(error)), f"{which.name} refuses without one clear sentence: {error}"
         return str(error)

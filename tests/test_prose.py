@@ -70,6 +70,36 @@ def test_nothing_reads_prose(name):
     assert not strange, f"{name} looks for {sorted(strange)} in a text; put an enum or a field beside the sentence"
 
 
+VAGUE = {
+    "given",
+    "shown",
+    "wanted",
+    "wary",
+    "patience",
+    "occasions",
+    "foreseen",
+    "accurate",
+    "last_words",
+    "let_go",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(MODULES) if not n.startswith(("watching/observe", "watching/hooks"))]
+)
+def test_names_say_what_they_are_of(name):
+    """Not by a common word alone: functions, classes, variables, arguments and attributes."""
+    names = set()
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    assert not {n for n in names if n.strip("_").lower() in VAGUE}
+
+
 def test_what_is_read_of_others_is_read():
     for name, text in FOREIGN_TEXTS:
         assert any(text in read_of(node) for node in ast.walk(MODULES[name])), f"{name} no longer reads {text!r}"

@@ -45,28 +45,28 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _load_into(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
-    wanted = _Wanted(model)
-    fitting = [r for r in _readings(checkpoint.state, wanted) if not _differences(r.state, wanted)]
+    expected = _Expected(model)
+    fitting = [r for r in _readings(checkpoint.state, expected) if not _differences(r.state, expected)]
     if not fitting:
         read = read_by_its_class(model, checkpoint.state)
         if read is None:
-            raise CheckpointError(_mismatch(checkpoint, type(model).__name__, wanted))
-        return (read[1], *_load(model, read[0], wanted.values))
+            raise CheckpointError(_mismatch(checkpoint, type(model).__name__, expected))
+        return (read[1], *_load(model, read[0], expected.values))
     if len(fitting) > 1 and fitting[0].note:
         raise CheckpointError(
             f"{checkpoint.path} fits {type(model).__name__} in {len(fitting)} ways, by the parts "
             f"{', '.join(r.prefix for r in fitting)}; save the one that is meant."
         )
     state, note = fitting[0].state, fitting[0].note
-    strangers = [name for name in state if name not in wanted.values]
+    strangers = [name for name in state if name not in expected.values]
     notes = [note] if note else []
     if strangers:
         notes.append(f"Entries that the model declares as not its own were left out: {named(strangers)}.")
-    own = {name: value for name, value in state.items() if name in wanted.values}
-    return (*notes, *_load(model, own, wanted.values))
+    own = {name: value for name, value in state.items() if name in expected.values}
+    return (*notes, *_load(model, own, expected.values))
 
 
-class _Wanted:
+class _Expected:
     """What the model's state has, which entries of it may be missing, and which of a checkpoint it ignores."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -100,11 +100,11 @@ class _Reading(NamedTuple):
     note: str = ""
 
 
-def _readings(state: Mapping[str, Any], wanted: _Wanted) -> Iterator[_Reading]:
+def _readings(state: Mapping[str, Any], expected: _Expected) -> Iterator[_Reading]:
     """The names as they are, without each prefix that they have, and with each prefix that the model has."""
-    state = _with_new_names(state, wanted)
+    state = _with_new_names(state, expected)
     yield _Reading(dict(state))
-    probed = list(wanted.values)[:PROBED]
+    probed = list(expected.values)[:PROBED]
     for prefix in _prefixes(state):
         if not any(prefix + name in state for name in probed):
             continue
@@ -113,16 +113,16 @@ def _readings(state: Mapping[str, Any], wanted: _Wanted) -> Iterator[_Reading]:
         left = f", and {others} entries outside it were left out" if others else ""
         yield _Reading(inside, prefix, f"The prefix {prefix!r} was taken off the names{left}.")
     probed = list(state)[:PROBED]
-    for prefix in _prefixes(wanted.values):
-        if any(prefix + name in wanted.values for name in probed):
+    for prefix in _prefixes(expected.values):
+        if any(prefix + name in expected.values for name in probed):
             longer = {prefix + name: v for name, v in state.items()}
             yield _Reading(longer, prefix, f"The prefix {prefix!r} was put before the names.")
 
 
-def _with_new_names(state: Mapping[str, Any], wanted: _Wanted) -> Mapping[str, Any]:
+def _with_new_names(state: Mapping[str, Any], expected: _Expected) -> Mapping[str, Any]:
     """The state with `gamma` and `beta` under their present names, where the model has none of the old."""
     for old, new in RENAMED:
-        if any(name.endswith(old) for name in state) and not any(name.endswith(old) for name in wanted.values):
+        if any(name.endswith(old) for name in state) and not any(name.endswith(old) for name in expected.values):
             state = {name[: -len(old)] + new if name.endswith(old) else name: v for name, v in state.items()}
     return state
 
@@ -132,47 +132,47 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join(p[: i + 1]) + "." for p in parts for i in range(len(p))))
 
 
-def _differences(state: Mapping[str, Any], wanted: _Wanted) -> list[str]:
+def _differences(state: Mapping[str, Any], expected: _Expected) -> list[str]:
     """Every difference, as the sentence's middle part; the model's order first."""
-    here = {id(v) for name, v in wanted.values.items() if name in state}
+    here = {id(v) for name, v in expected.values.items() if name in state}
     found = []
-    for name, value in wanted.values.items():
-        given = state.get(name)
+    for name, value in expected.values.items():
+        stored_value = state.get(name)
         if name not in state:
-            if id(value) not in here and not wanted.does_without(name):
+            if id(value) not in here and not expected.does_without(name):
                 found.append(f"{name} is missing in the checkpoint")
-        elif not is_lazy(value) and isinstance(value, Tensor) and isinstance(given, Tensor):
-            if given.is_nested:
+        elif not is_lazy(value) and isinstance(value, Tensor) and isinstance(stored_value, Tensor):
+            if stored_value.is_nested:
                 found.append(f"{name} is a nested tensor in the checkpoint")
-            elif given.shape != value.shape:
-                stored, own = tuple(given.shape), tuple(value.shape)
+            elif stored_value.shape != value.shape:
+                stored, own = tuple(stored_value.shape), tuple(value.shape)
                 found.append(f"{name} has shape {stored} in the checkpoint and {own} in the model")
-    strangers = (n for n in state if n not in wanted.values and not wanted.leaves_aside(n))
+    strangers = (n for n in state if n not in expected.values and not expected.leaves_aside(n))
     return found + [f"{name} of the checkpoint is not in the model" for name in strangers]
 
 
-def _mismatch(checkpoint: Checkpoint, model: str, wanted: _Wanted) -> str:
-    readings = [(r.state, _differences(r.state, wanted)) for r in _readings(checkpoint.state, wanted)]
+def _mismatch(checkpoint: Checkpoint, model: str, expected: _Expected) -> str:
+    readings = [(r.state, _differences(r.state, expected)) for r in _readings(checkpoint.state, expected)]
     # The reading that was most likely meant: of the most names in common, and of these the fewest differences.
-    _, (first, *others) = min(readings, key=lambda r: (-len(r[0].keys() & wanted.values.keys()), len(r[1])))
+    _, (first, *others) = min(readings, key=lambda r: (-len(r[0].keys() & expected.values.keys()), len(r[1])))
     more = f", and {len(others)} more differ" if others else ""
     return f"{checkpoint.path} does not fit {model}: {first}{more}; build the model that was trained."
 
 
-def _load(model: nn.Module, state: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
+def _load(model: nn.Module, state: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, ...]:
     whole, changed = dict(state), set()
     for name, value in state.items():
-        own = wanted[name]
+        own = expected[name]
         if isinstance(value, Tensor) and isinstance(own, Tensor):
-            given = value.dtype
+            stored = value.dtype
             value = whole[name] = as_own_dtype(name, value, None if is_lazy(own) else own)
             whole[name] = own_share(value, own)
-            if not is_lazy(own) and given != own.dtype:
-                changed.add((str(given), str(own.dtype)))
+            if not is_lazy(own) and stored != own.dtype:
+                changed.add((str(stored), str(own.dtype)))
     with torch.no_grad():
         model.load_state_dict(whole, strict=False)
     _settle_lazy(model)
-    return tuple(f"Values stored as {given} were read as the model's {own}." for given, own in sorted(changed))
+    return tuple(f"Values stored as {stored} were read as the model's {own}." for stored, own in sorted(changed))
 
 
 def own_share(value: Tensor, own: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ def read_by_its_class(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[
     """The state as `model` has it, and a note; None where it is not a model of transformers or lacks a weight."""
     if not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
         return None
-    given = {name: plain_tensor(name, value) for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: plain_tensor(name, value) for name, value in state.items() if isinstance(value, Tensor)}
     try:
         with _quiet(), torch.random.fork_rng():
             made, about = type(model).from_pretrained(  # type: ignore[attr-defined]
-                None, config=model.config, state_dict=given, output_loading_info=True
+                None, config=model.config, state_dict=tensors, output_loading_info=True
             )
     except Exception:  # another version, a model that cannot be made from its configuration alone
         return None

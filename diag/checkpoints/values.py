@@ -15,19 +15,19 @@ def as_own_dtype(name: str, value: Tensor, own: Tensor | None) -> Tensor:
     or where the other dtype would change the numbers: an imaginary part lost, a number made infinite, integers that
     are codes, fractions that become whole.
     """
-    given = plain_tensor(name, value)
-    if own is None or own.dtype == given.dtype:
-        return given
-    if given.is_complex() and not own.is_complex():
-        raise _refused(name, given, own, "would lose their imaginary part")
-    if isinstance(own, nn.Parameter) and not (given.is_floating_point() or given.is_complex()):
-        raise _refused(name, given, own, "may be the codes of a quantised model, which are not weights")
-    made = given.to(own.dtype)
+    stored = plain_tensor(name, value)
+    if own is None or own.dtype == stored.dtype:
+        return stored
+    if stored.is_complex() and not own.is_complex():
+        raise _refused(name, stored, own, "would lose their imaginary part")
+    if isinstance(own, nn.Parameter) and not (stored.is_floating_point() or stored.is_complex()):
+        raise _refused(name, stored, own, "may be the codes of a quantised model, which are not weights")
+    made = stored.to(own.dtype)
     if made.is_floating_point() or made.is_complex():
-        if not torch.equal(_finite(given), _finite(made)):
-            raise _refused(name, given, own, "are too large for it")
-    elif not torch.equal(made.to(given.dtype), given):
-        raise _refused(name, given, own, "would become other numbers")
+        if not torch.equal(_finite(stored), _finite(made)):
+            raise _refused(name, stored, own, "are too large for it")
+    elif not torch.equal(made.to(stored.dtype), stored):
+        raise _refused(name, stored, own, "would become other numbers")
     return made
 
 
@@ -37,9 +37,10 @@ def _finite(value: Tensor) -> Tensor:
 
 
 def _refused(name: str, value: Tensor, own: Tensor, why: str) -> CheckpointError:
-    given, wanted = (str(t.dtype).removeprefix("torch.") for t in (value, own))
+    stored, expected = (str(t.dtype).removeprefix("torch.") for t in (value, own))
     return CheckpointError(
-        f"{name} holds {given} values in the checkpoint that {why} as the model's {wanted}; build the model with "
+        f"{name} holds {stored} values in the checkpoint that {why} as the model's {expected}; build the "
+        f"model with "
         "the dtypes that were saved."
     )
 

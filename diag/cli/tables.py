@@ -92,8 +92,8 @@ def verdicts(findings: Sequence[Finding]) -> RenderableType:
         _add(table, story.finding, str(story.level))
         for consequence in story.consequences:
             table.add_row("", Text.assemble(("Follows: ", "dim"), consequence.verdict.sentence))
-    shown = {id(f) for story in all_stories for f in (story.finding, *story.consequences)}
-    rest = [f for f in findings if id(f) not in shown]
+    in_stories = {id(f) for story in all_stories for f in (story.finding, *story.consequences)}
+    rest = [f for f in findings if id(f) not in in_stories]
     for finding in rest:
         if finding.verdict.level not in QUIET:
             _add(table, finding, str(finding.verdict.level))
@@ -256,13 +256,13 @@ def _cell(finding: Finding | None) -> RenderableType:
 def _scalars(runs: Mapping[str, Run], everything: bool) -> RenderableType:
     values = [run.last_values() for run in runs.values()]
     names = list(dict.fromkeys(name for found in values for name in found))
-    shown = [n for n in names if everything or not _alike(*(found.get(n) for found in values))]
+    different = [n for n in names if everything or not _alike(*(found.get(n) for found in values))]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("last value", overflow="fold")
     for heading in (*runs, "difference"):
         table.add_column(heading, justify="right")
     above = ""
-    for name in shown:
+    for name in different:
         instrument, _, scalar = name.rpartition(".")
         if instrument != above:
             table.add_row(Text(instrument, style="dim"))
@@ -270,7 +270,7 @@ def _scalars(runs: Mapping[str, Run], everything: bool) -> RenderableType:
         a, b = (found.get(name) for found in values)
         row = (_number(a), _number(b), "" if a is None or b is None else _number(b - a))
         table.add_row(f"  {scalar}" if instrument else scalar, *row)
-    left = len(names) - len(shown)
+    left = len(names) - len(different)
     return Group(table, Text(f"{left} more are equal (--all shows them)" if left else "", style="dim"))
 
 

@@ -65,10 +65,10 @@ class _Moments:
     def __init__(self, capture: UnitActivation, groups: Mapping[str, UnitGroup]) -> None:
         self.capture, self.groups = capture, groups
         names = capture.block.names
-        wanted = {n for n in names if n in self.groups} | {
+        needed = {n for n in names if n in self.groups} | {
             p for n in names if n in self.groups for p in self.groups[n].parents
         }
-        self.units = [i for i, n in enumerate(names) if n in wanted]
+        self.units = [i for i, n in enumerate(names) if n in needed]
         self.sizes = tuple(capture.block.sizes[i] for i in self.units)
         self.count = 0
         self.sums: list[Tensor | float] = [0.0] * 5
@@ -114,19 +114,19 @@ class _Moments:
 class _Recorder(TorchDispatchMode):
     """Keeps the outputs of chosen operations, by their number since the start of the pass."""
 
-    def __init__(self, wanted: Mapping[int, str]) -> None:
+    def __init__(self, read: Mapping[int, str]) -> None:
         super().__init__()
-        self.wanted, self.number = wanted, -1
+        self.read, self.number = read, -1
         self.kept: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         self.number += 1
-        if self.number in self.wanted:
-            if operation_name(func) != self.wanted[self.number]:
+        if self.number in self.read:
+            if operation_name(func) != self.read[self.number]:
                 raise Unsupported(
                     f"Operation {self.number} of the forward pass is aten.{operation_name(func)} and was "
-                    f"aten.{self.wanted[self.number]} at tracing; the model's operations depend on its data, so "
+                    f"aten.{self.read[self.number]} at tracing; the model's operations depend on its data, so "
                     "align by weights instead."
                 )
             self.kept[self.number] = tensors_in(outputs)[0].clone()  # later operations may write into it

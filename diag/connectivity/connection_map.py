@@ -302,11 +302,11 @@ def _fork(
             f"The fork at step {step} has {len(states)} states; expected two ends, and the forked network if it is "
             "known."
         )
-    first, second, *given = (_named(path, f"the fork at step {step}", state) for state in states)
+    first, second, *fork = (_named(path, f"the fork at step {step}", state) for state in states)
     held_out = path.held_out is not None
     line = path.starting_at(first).profile(second, alphas, norm_stats=norm_stats, held_out=held_out)
     start, way = math.nan, math.nan
-    if given:
-        start = float(path.evaluate(given[0], held_out=held_out).losses.mean())
-        way = angle(first, second, given[0])
+    if fork:
+        start = float(path.evaluate(fork[0], held_out=held_out).losses.mean())
+        way = angle(first, second, fork[0])
     return line.instability, line.barrier, float(line.losses.max()), start, way

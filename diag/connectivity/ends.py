@@ -64,12 +64,12 @@ def check_same_ends(line: Profile, other: Profile) -> None:
 
 
 def _own_scores_of_second(path: Interpolation, end: NetworkState) -> Scores:
-    given = path.snapshot.other
-    given = given.model if isinstance(given, Snapshot) else given
-    if isinstance(given, nn.Module):
-        return _scores_of(path, bare_model(given))
+    other_network = path.snapshot.other
+    other_network = other_network.model if isinstance(other_network, Snapshot) else other_network
+    if isinstance(other_network, nn.Module):
+        return _scores_of(path, bare_model(other_network))
     own = path.copy.state_dict()
-    kept = {n: v for n, v in given.items() if n in own} if isinstance(given, Mapping) else {}
+    kept = {n: v for n, v in other_network.items() if n in own} if isinstance(other_network, Mapping) else {}
     if all(isinstance(value, Tensor) for value in kept.values()):
         return path.evaluate(end)
     second = copy.deepcopy(path.copy)  # what a module keeps in its state dict besides tensors is a part of it

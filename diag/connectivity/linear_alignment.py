@@ -66,11 +66,11 @@ def align_linear(
     check_states_fit(state_a, state_b, symmetries.shapes)
     a, b = _wide(state_a), _wide(state_b)
     gains = usable_gains(linear, a, b)
-    given = standard_form(linear, a, gains)
+    normal = standard_form(linear, a, gains)
     start = linear.apply(standard_form(linear, b, gains), b)
-    target = linear.apply(given, a)
+    target = linear.apply(normal, a)
     best = best_of(_Ascent(symmetries, linear, target, start, gains).run(order) for order in visits)
-    moved = linear.apply(undone(linear, given), best.state)
+    moved = linear.apply(undone(linear, normal), best.state)
     state = {n: t.to(state_b[n].dtype) if n in state_b else t for n, t in moved.items()}
     return result_of(best, state, orders, "weights")
 

@@ -23,7 +23,7 @@ DATA_BLOCKS, BLOCKS_TAKEN = 10, 5  # of the data, and those of them that are loo
 
 
 def sampling_errors(
-    hessian: Any, pairs: Eigenpairs, shift: float, seed: int, wanted: bool = True
+    hessian: Any, pairs: Eigenpairs, shift: float, seed: int, with_vectors: bool = True
 ) -> NDArray[numpy.float64]:
     """How far v^T H v may be off for other data of the same kind, for each pair (k,): an interval of two of them
     covers the population's curvature along v in about 95 of 100 cases.
@@ -35,7 +35,7 @@ def sampling_errors(
     examples than blocks; `shift` is in the pairs' values and not in the Hessian.
     """
     splits = isinstance(hessian, CurvatureOperator) and hessian.num_examples >= DATA_BLOCKS
-    if not wanted or not splits or not len(pairs.values):
+    if not with_vectors or not splits or not len(pairs.values):
         return unknown(pairs)
     assert pairs.vectors is not None
     try:

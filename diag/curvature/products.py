@@ -96,10 +96,10 @@ class GeneralisedGaussNewton:
             outputs = self.outputs(objective, parameters, batch)
             tensors, rebuilt = output_tensors(outputs)
             leaves = [z.detach().requires_grad_() for z in tensors]
-            given = rebuilt(leaves) if tensors else outputs
+            values = rebuilt(leaves) if tensors else outputs
             hidden = not tensors
             if self.output_map is loss_gradient:
-                past = gradients(objective.loss_of(given, batch), parameters, create_graph=False)
+                past = gradients(objective.loss_of(values, batch), parameters, create_graph=False)
                 hidden = any(grad is not None for grad in past)
             if hidden:
                 raise Unsupported(

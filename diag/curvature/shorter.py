@@ -65,12 +65,12 @@ def _convolve(native: Callable[..., Tensor], dims: int, transposed: bool) -> Cal
         if not plain(input, weight) or isinstance(padding, str) or input.ndim != dims + 2:
             return native(input, weight, bias, stride, padding, *more, **named)
         names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-        given = dict(zip(names, more, strict=False)) | named
-        sizes = [stride, padding, given.get("dilation", 1), given.get("output_padding", 0)]
+        arguments = dict(zip(names, more, strict=False)) | named
+        sizes = [stride, padding, arguments.get("dilation", 1), arguments.get("output_padding", 0)]
         stride, padding, dilation, beyond = ([s] * dims if isinstance(s, int) else list(s) for s in sizes)
         if dims == 2 and input.device.type == "cpu":
             input = input.contiguous(memory_format=torch.channels_last)
-        settings = (stride, padding, dilation, transposed, beyond, given.get("groups", 1))
+        settings = (stride, padding, dilation, transposed, beyond, arguments.get("groups", 1))
         made = Convolved(input, weight, bias, settings)
         output = made.output()
         if not transposed:  # a batch norm that follows takes the convolution over, unless somebody writes to it

@@ -85,12 +85,12 @@ def _shifted(consume: Consumer, start: int, rows: slice, name: str, block: Block
     consume(slice(rows.start + start, rows.stop + start), name, block)
 
 
-def as_gradients(given: Any) -> PerExampleGradients:
+def as_gradients(value: Any) -> PerExampleGradients:
     """Per-example gradients as they are, or around a matrix (m, P) that the user gives."""
-    if isinstance(given, PerExampleGradients):
-        return given
-    if isinstance(given, Tensor) or hasattr(given, "__array__"):
-        return MatrixGradients(torch.as_tensor(given))
+    if isinstance(value, PerExampleGradients):
+        return value
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        return MatrixGradients(torch.as_tensor(value))
     raise InvalidInput(
-        f"per_example_gradients is {type_of(given)}; expected PerExampleGradients or a matrix (m, P)."
+        f"per_example_gradients is {type_of(value)}; expected PerExampleGradients or a matrix (m, P)."
     )

@@ -9,7 +9,7 @@ from typing import Self
 class How(enum.Enum):
     """The kinds of methods, the fastest first."""
 
-    GIVEN = enum.auto()  # by the user, as numbers
+    NUMBERS = enum.auto()  # by the user, as numbers
     NOT_MOVED = enum.auto()  # no example moves the parameter
     CLOSED_FORM = enum.auto()
     RULE = enum.auto()  # that the layer's user gave
@@ -33,7 +33,7 @@ class Method(str):
         return self.how in (How.REPLAYED, How.WHOLE_GRAPH)
 
 
-GIVEN_AS_NUMBERS = Method("given", How.GIVEN)
+GIVEN_AS_NUMBERS = Method("given", How.NUMBERS)
 NOT_MOVED = Method("no example moves it", How.NOT_MOVED)
 WHOLE_GRAPH = Method("through the whole graph, one example at a time", How.WHOLE_GRAPH)
 

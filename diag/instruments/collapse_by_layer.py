@@ -23,7 +23,7 @@ from diag.linalg.geometry.class_stream import ClassStream
 from diag.ranges import Threshold
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.inside.layers import LayerOutputs, outputs_given
+from diag.snapshot.inside.layers import LayerOutputs, as_layer_outputs
 
 SOURCE = "Papyan, Han, Donoho 2020, arXiv:2008.08186; Tirer, Huang, Niles-Weed 2022, arXiv:2210.16658"
 SEPARATED = 0.01
@@ -121,7 +121,7 @@ def collapse_by_layer(
     counts = labels.unique(return_counts=True)[1]
     if len(counts) < 2:
         raise InvalidInput("The labels hold one class; neural collapse needs at least two.")
-    streams = _train(outputs_given(layer_outputs, labels), labels)
+    streams = _train(as_layer_outputs(layer_outputs, labels), labels)
     held = _held_out(held_out_layer_outputs, held_out_labels, streams)
     found = {name: s.finished() for name, s in streams.items()}
     ratio = numpy.array([_ratio(by) for by in found.values()])
@@ -180,7 +180,7 @@ def _held_out(
     if outputs is None or labels is None:
         return {}
     held = {name: ClassStream(labels, stream.by) for name, stream in train.items()}
-    outputs_given(outputs, labels).visit(
+    as_layer_outputs(outputs, labels).visit(
         lambda name, block, start: held[name].add_spread(block, start) if name in held else None
     )
     return held

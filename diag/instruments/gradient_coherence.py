@@ -135,11 +135,11 @@ class GradientCoherence(Result):
     def plot(self, ax: Any = None) -> None:
         """Corrected coherence of each layer, with two standard errors; the widest layers where there are many."""
         top = sorted(self.by_layer, key=lambda layer: -self.layer_energy[layer])[:20]
-        shown = [layer for layer in self.by_layer if layer in top]
-        corrected = self.corrected_by_layer() if self.num_examples > 1 else dict.fromkeys(shown, math.nan)
-        errors = [2 * self.layer_standard_error[layer] for layer in shown]
-        ax.barh(range(len(shown)), [corrected[layer] for layer in shown], xerr=errors, height=0.6)
-        ax.set_yticks(range(len(shown)), shown)
+        drawn_layers = [layer for layer in self.by_layer if layer in top]
+        corrected = self.corrected_by_layer() if self.num_examples > 1 else dict.fromkeys(drawn_layers, math.nan)
+        errors = [2 * self.layer_standard_error[layer] for layer in drawn_layers]
+        ax.barh(range(len(drawn_layers)), [corrected[layer] for layer in drawn_layers], xerr=errors, height=0.6)
+        ax.set_yticks(range(len(drawn_layers)), drawn_layers)
         ax.invert_yaxis()
         ax.axvline(0, color="0.5", linewidth=0.7)
         ax.set(xlabel="corrected coherence", ylabel="layer")

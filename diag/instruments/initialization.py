@@ -22,7 +22,7 @@ from diag.instruments.trial.one_batch import LEARNED_FALL
 from diag.ranges import Times
 from diag.registry import instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.trial import Trial
+from diag.snapshot.external.trial import Trial
 from diag.snapshot.inside.chain import CHAIN_PROBES, LayerChain
 
 SOURCE = "Roberts, Yaida, Hanin 2022, arXiv:2106.10165"

@@ -287,7 +287,7 @@ def _check(align: str | None, path: str) -> None:
 
 
 def _result(found: Connection, path: Interpolation, norm_stats: str, align: str | None) -> ModeConnectivity:
-    line, shown = found.line, found.aligned or found.line
+    line, line_used = found.line, found.aligned or found.line
     ends = (found.aligned_held_out, found.aligned, found.held_out, line)
     deciding = next(p for p in ends if p is not None)
     middle = int((line.alphas - 0.5).abs().argmin())
@@ -297,7 +297,7 @@ def _result(found: Connection, path: Interpolation, norm_stats: str, align: str 
         error_instability=line.instability,
         deciding_error_barrier=deciding.error_barrier,
         deciding_standard_error=deciding.error_standard_error,
-        barrier_standard_error=float(shown.standard_errors[shown.peak]),
+        barrier_standard_error=float(line_used.standard_errors[line_used.peak]),
         barrier_at=float(line.alphas[line.peak]),
         lowest_excess=float(line.brackets.min()),
         mean_baseline_barrier=line.mean_baseline_barrier,

@@ -23,7 +23,7 @@ from diag.linalg.geometry.similarity import centred_gram, cka_between, covarianc
 from diag.ranges import Count, Size
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.inside.layers import LayerOutputs, outputs_given
+from diag.snapshot.inside.layers import LayerOutputs, as_layer_outputs
 
 SOURCE = "Zbontar et al. 2021, Barlow Twins, arXiv:2103.03230; Kornblith et al. 2019, arXiv:1905.00414 (CKA)"
 DEAD_FEATURE, SAME_FEATURE = 1e-4, 0.999
@@ -122,12 +122,12 @@ def representation(
     Raises MissingQuantity where no layer outputs rows of features. Sources: Zbontar et al. 2021, arXiv:2103.03230
     (C_ii and C_ij); Kornblith et al. 2019, arXiv:1905.00414; Song et al. 2012 (the U-statistic).
     """
-    outputs = outputs_given(layer_outputs)
+    outputs = as_layer_outputs(layer_outputs)
     sums = _gathered(outputs, compared)
     noisy = {}
     if noise > 0 and isinstance(layer_outputs, LayerOutputs):
         noisy = {n: s.kept() for n, s in _gathered(outputs, compared, noise).items()}
-    before = {} if previous_layer_outputs is None else _gathered(outputs_given(previous_layer_outputs), compared)
+    before = {} if previous_layer_outputs is None else _gathered(as_layer_outputs(previous_layer_outputs), compared)
     grams = [centred_gram(s.kept()) for s in sums.values()]
     cka, errors = _between(grams)
     earlier = [

@@ -291,11 +291,11 @@ def softmax_collapse(
     margin = in_blocks(float64_margins, logits, labels)
     counted = {name: in_blocks(lambda z, y, d=name: counters(z, y, d), logits, labels) for name in SIGNIFICAND_BITS}
     compared = in_blocks(compared_with_exact, logits, labels, logit_gradients)
-    given = logits if logit_gradients is None else logit_gradients
-    factor = class_factors(compared, labels, logits.shape[1], given.dtype)
+    tensor = logits if logit_gradients is None else logit_gradients
+    factor = class_factors(compared, labels, logits.shape[1], tensor.dtype)
     own, true = compared[:, LABEL_GRADIENT], -torch.sigmoid(-margin) * factor
     taken = f"F.cross_entropy in {dtype} (taken as the loss)"
-    distance = distance_from_softmax(compared, factor, given.dtype)
+    distance = distance_from_softmax(compared, factor, tensor.dtype)
     return SoftmaxCollapse(
         collapsed=float(((own == 0) & (factor != 0)).double().mean()),
         headroom=collapse_margin(dtype) - float(margin.median()),

@@ -164,10 +164,10 @@ def trajectory(
     )
 
 
-def _earlier(given: bool) -> Precondition:
+def _earlier(present: bool) -> Precondition:
     return Precondition(
         "an earlier snapshot",
-        given,
+        present,
         "there is no earlier snapshot to compare with; give the snapshot previous=, or measure twice in a watch.",
     )
 

@@ -28,8 +28,8 @@ class Watching:
     def begin(self, model: Any, step: int, **more: Any) -> None:
         """Watch `model`; after `step` steps of an earlier process the run in the folder goes on there."""
         if self.watcher is None:
-            given = {"resume": self._resume(step)} | more | self.options
-            self.watcher = watch(model, run=self.run, **given)
+            arguments = {"resume": self._resume(step)} | more | self.options
+            self.watcher = watch(model, run=self.run, **arguments)
 
     def _resume(self, step: int) -> bool | int:
         if not step or self.run is None:

@@ -62,5 +62,5 @@ def log_spaced(steps: NDArray[numpy.int64], count: int) -> NDArray[numpy.int64]:
     """At most `count` indices into ascending positive `steps`, about even in log t, first and last among them."""
     if len(steps) <= count:
         return numpy.arange(len(steps))
-    wanted = numpy.geomspace(steps[0], steps[-1], count)
-    return numpy.unique(numpy.searchsorted(steps, wanted.round()).clip(0, len(steps) - 1))
+    spread = numpy.geomspace(steps[0], steps[-1], count)
+    return numpy.unique(numpy.searchsorted(steps, spread.round()).clip(0, len(steps) - 1))

@@ -77,10 +77,10 @@ def _gradients(z: Tensor, y: Tensor) -> Tensor:
 LABEL_GRADIENT, ROW_SUM, ROW_SIZE, GG, GP, PP = range(6)
 
 
-def compared_with_exact(z: Tensor, y: Tensor, given: Tensor | None) -> Tensor:
+def compared_with_exact(z: Tensor, y: Tensor, gradients: Tensor | None) -> Tensor:
     """For each example in float64: its gradient on the label, |sum| and size of the row, and the inner products
     of its wrong-class gradients G and the softmax's own wrong-class probabilities P."""
-    g = (_gradients(z, y) if given is None else given.to(z.device)).double()
+    g = (_gradients(z, y) if gradients is None else gradients.to(z.device)).double()
     own = F.one_hot(y, z.shape[1]).bool()
     p = z.double().softmax(1).masked_fill(own, 0)
     wrong = g.masked_fill(own, 0)

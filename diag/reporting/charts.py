@@ -46,15 +46,15 @@ def charts(finding: Finding, salt: str, at_most: int) -> tuple[list[Chart], dict
     last_step, last = finding.series[-1]
     if _only_counts_steps(last):  # the sentence has all that a drawing would show
         return [], {}
-    wanted: list[tuple[str, str, Callable[[Any], None]]] = []
+    to_draw: list[tuple[str, str, Callable[[Any], None]]] = []
     if _has_a_course(finding):
         series = thinned(finding.series)
         about = f"{finding.title} over the training steps"
-        wanted.append(("course", about, lambda ax: type(last).plot_trend(ax, series)))
+        to_draw.append(("course", about, lambda ax: type(last).plot_trend(ax, series)))
     when = f", at step {last_step:,}" if finding.last_step > 0 else ""
-    wanted.append(("last", f"{finding.title}{when}", last.plot))
+    to_draw.append(("last", f"{finding.title}{when}", last.plot))
     made, drawings = [], {}
-    for name, caption, draw in wanted[:at_most]:
+    for name, caption, draw in to_draw[:at_most]:
         key = f"{finding.instrument}-{name}"
         svg, problem = _try(draw, f"{salt}-{key}", clean(caption))
         made.append({"key": key, "caption": clean(caption), "problem": problem})

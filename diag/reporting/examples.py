@@ -37,19 +37,19 @@ def examples(series: Sequence[tuple[int, Result]]) -> dict[str, Any] | None:
     if not callable(offer):
         return None
     try:
-        given = [dict(item) for item in offer()]
+        items_offered = [dict(item) for item in offer()]
         groups: dict[str, list[dict[str, Any]]] = {}
-        for item in given:
+        for item in items_offered:
             groups.setdefault(clean(item.get("group", "")), []).append(item)
-        shown = [_group(name, items) for name, items in list(groups.items())[:MOST_GROUPS_SHOWN]]
+        pictures = [_group(name, items) for name, items in list(groups.items())[:MOST_GROUPS_SHOWN]]
     except Exception as error:
         return {"groups": [], "problem": clean(f"No examples: {type(error).__name__}: {error}")}
-    return {"groups": shown, "problem": ""} if shown else None
+    return {"groups": pictures, "problem": ""} if pictures else None
 
 
-def take_pictures(shown: dict[str, Any] | None, prefix: str) -> Iterable[tuple[str, str]]:
+def take_pictures(pictures: dict[str, Any] | None, prefix: str) -> Iterable[tuple[str, str]]:
     """Take the pictures out of what `examples` gave, leaving a name in place of each: (name, data URI)."""
-    items = [item for group in (shown or {"groups": []})["groups"] for item in group["examples"]]
+    items = [item for group in (pictures or {"groups": []})["groups"] for item in group["examples"]]
     for number_, item in enumerate(item for item in items if item["image"]):
         name, picture = f"{prefix}-example-{number_}", item["image"]
         item["image"] = name

@@ -111,8 +111,8 @@ def picture(made: Mapping[str, Any]) -> str:
     first = made["verdict"].get("audit", "")
     audits = sorted(made.get("audits", ()), key=lambda audit: audit["id"] != first)
     names = [chart.get("key", "") for audit in audits for chart in audit.get("charts") or ()]
-    shown = [drawings[name] for name in (*names, *drawings) if str(drawings.get(name, "")).startswith("<svg")]
-    return shown[0] if shown else ""
+    chosen = [drawings[name] for name in (*names, *drawings) if str(drawings.get(name, "")).startswith("<svg")]
+    return chosen[0] if chosen else ""
 
 
 def with_own_ids(svg: str, prefix: str) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diag.reporting.plain import rounded
 from diag.reporting.timeline import Axis
-from diag.snapshot.history import CELLS, History, let_go, taken
+from diag.snapshot.history import CELLS, History, taken, unmap
 
 MAX_CELLS = 12_000
 FEWEST_HEAT_COLUMNS, MOST_HEAT_COLUMNS = 40, 160
@@ -53,7 +53,7 @@ def heatmaps(axis: Axis, history: History, chosen: list[int]) -> list[dict[str, 
 def _part(table: Any, rows: slice, chosen: list[int]) -> Table:
     """Some rows of the chosen columns; what was read of a mapped file does not stay in memory."""
     part = numpy.asarray(table[rows][:, chosen], numpy.float64)
-    let_go(table)
+    unmap(table)
     return part
 
 
@@ -65,8 +65,8 @@ def _map(name: str, label: str, read: Callable[[Any], Table], columns: list[slic
         return None
     low, high = (float(v) for v in numpy.percentile(logs, [0.5, 99.5]))
     pad = 0.5 if high - low < 1e-6 else 0.0
-    shown = [rounded(row, 3) for row in values]
-    return {"name": name, "label": label, "low": low - pad, "high": high + pad, "values": shown}
+    rounded_rows = [rounded(row, 3) for row in values]
+    return {"name": name, "label": label, "low": low - pad, "high": high + pad, "values": rounded_rows}
 
 
 def _telling(part: Table) -> Table:

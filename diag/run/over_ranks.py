@@ -65,8 +65,8 @@ class AllRanks(OneProcess):
         device = torch.device(arguments.get("device") or next(p.device for p in model.parameters()))
         self._together = Together(device)
         self.leads = self._together.rank == 0
-        given = arguments.get("data") is not None
-        self._apart = given and not all_alike(Snapshot(model, **arguments).batches, self._together)
+        has_data = arguments.get("data") is not None
+        self._apart = has_data and not all_alike(Snapshot(model, **arguments).batches, self._together)
         self._shared: Snapshot | None = None
 
     def begin(self, previous: Any) -> None:

@@ -19,7 +19,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.encoding import decode
-from diag.snapshot.history import History, empty_history, let_go
+from diag.snapshot.history import History, empty_history, unmap
 
 CRC = "crc"
 CRC_BYTES = 4
@@ -147,7 +147,7 @@ def _blocks(rows: NDArray[Any], at_once: int = 0) -> Iterator[NDArray[Any]]:
     at_once = at_once or _at_once(rows)
     for at in range(0, max(1, len(rows)), at_once):
         yield rows[at : at + at_once]
-        let_go(rows)
+        unmap(rows)
 
 
 def _at_once(rows: NDArray[Any]) -> int:

@@ -276,8 +276,8 @@ class Run:
         return series[0][0], series[-1][0]
 
     def _settings(self, instrument: Instrument) -> dict[str, Any]:
-        given = decode(self.metadata.get("settings", {})).get(instrument.name, {})
-        return {s.name: given[s.name] for s in instrument.settings if s.name in given}
+        own_settings = decode(self.metadata.get("settings", {})).get(instrument.name, {})
+        return {s.name: own_settings[s.name] for s in instrument.settings if s.name in own_settings}
 
     @staticmethod
     def _is_result(record: Record) -> bool:

@@ -16,7 +16,7 @@ from diag.registry import Instrument, attempt, instruments
 from diag.result import Result
 from diag.run.checkpoints import by_step_order, checkpoint_files
 from diag.run.run import Event, Record, Run
-from diag.snapshot.given.saved import Saved
+from diag.snapshot.external.saved import Saved
 
 
 def from_state_files(

@@ -326,12 +326,12 @@ def _table(
     return table
 
 
-def _refuse_other_layers(known: Mapping[str, int], given: Mapping[str, int], path: Path) -> None:
-    if list(known.items()) == list(given.items()):
+def _refuse_other_layers(known: Mapping[str, int], new_layers: Mapping[str, int], path: Path) -> None:
+    if list(known.items()) == list(new_layers.items()):
         return
-    for name in [*known, *given]:
-        if known.get(name) != given.get(name):
-            has, gets = (f"{d[name]:,} elements" if name in d else "no such layer" for d in (known, given))
+    for name in [*known, *new_layers]:
+        if known.get(name) != new_layers.get(name):
+            has, gets = (f"{d[name]:,} elements" if name in d else "no such layer" for d in (known, new_layers))
             raise RunError(
                 f"The model does not fit the run {path}: for {name} the run has {has} and the model {gets}; "
                 "give the same model, or another run folder."

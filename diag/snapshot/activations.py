@@ -93,10 +93,10 @@ class _Sums:
         self.bad = self.taken = 0
         self.taken_squares = 0.0
 
-    def add(self, values: Tensor, given: Tensor | None) -> None:
-        if given is not None and given.is_floating_point():
-            self.taken += given.numel()
-            self.taken_squares += sum(self._squares(part) for part in example_blocks(given.detach()))
+    def add(self, values: Tensor, mask: Tensor | None) -> None:
+        if mask is not None and mask.is_floating_point():
+            self.taken += mask.numel()
+            self.taken_squares += sum(self._squares(part) for part in example_blocks(mask.detach()))
         for part in example_blocks(values.detach()):
             self._add(part)
 
@@ -196,7 +196,7 @@ class _Listening(TorchFunctionMode):
             self.add(self._inside(), kind, value, next((a for a in args if isinstance(a, Tensor)), None))
         return value
 
-    def add(self, name: str, kind: str, values: Tensor, given: Tensor | None = None) -> None:
+    def add(self, name: str, kind: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Take in one output; the same place called again in this batch is another entry."""
         if not values.is_floating_point() or values.numel() == 0 or values.ndim < 2:
             return
@@ -205,7 +205,7 @@ class _Listening(TorchFunctionMode):
             self._sums[name, kind, number] = _Sums(kind, _units_of(values), values.device)
         known = self._sums[name, kind, number]
         if known.units == _units_of(values):  # sequences of another length put time where units are
-            known.add(values, given)
+            known.add(values, mask)
 
 
 def _outputs(outputs: Any) -> list[Tensor]:

@@ -69,8 +69,8 @@ class Batch:
         taken = arguments_of(model)
         named = {n for n, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         name = next((key for key in LABEL_KEYS if key in named), None)
-        given = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        passed = {p.name for p in given[: len(self.args)]} | set(self.kwargs)
+        positional = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        passed = {p.name for p in positional[: len(self.args)]} | set(self.kwargs)
         if name is None and any(p.kind is p.VAR_KEYWORD for p in taken.values()):
             name = self.label_key or None
         if name is None or name in passed or self.targets is None:

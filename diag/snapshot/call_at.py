@@ -58,12 +58,12 @@ def placed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             f"The model's parameters are put in place at each call by {keeper}; measure a copy of the model that "
             "holds them itself."
         )
-    given = _by_tensor(model, values)
+    by_tensor = _by_tensor(model, values)
     held = [(place, place.held[place.key]) for place in _places(model)]
-    own = [(place, tensor) for place, tensor in held if id(tensor) in given]
+    own = [(place, tensor) for place, tensor in held if id(tensor) in by_tensor]
     try:
         for place, tensor in own:
-            place.held[place.key] = given[id(tensor)]
+            place.held[place.key] = by_tensor[id(tensor)]
         yield
     finally:
         for place, tensor in reversed(own):

@@ -63,9 +63,9 @@ class Quantity:
     how: str
 
     @property
-    def given(self) -> bool:
+    def external(self) -> bool:
         """Whether no snapshot can have it."""
-        return self.module.startswith("snapshot.given.")
+        return self.module.startswith("snapshot.external.")
 
     def function(self) -> Callable[[Any], Any]:
         """The documented function that computes it from a snapshot."""
@@ -185,8 +185,8 @@ GLOSSARY: dict[str, Quantity] = {
             "measure inside diag.watch, or give history=",
         ),
         Quantity("loop", "snapshot.loop.facts", None, "object", Effort.NONE, "measure inside diag.watch"),
-        Quantity("trial", "snapshot.given.trial", None, "object", Effort.NONE, "call diag.preflight"),
-        Quantity("saved", "snapshot.given.saved", None, "object", Effort.NONE, "call diag report FILE"),
+        Quantity("trial", "snapshot.external.trial", None, "object", Effort.NONE, "call diag.preflight"),
+        Quantity("saved", "snapshot.external.saved", None, "object", Effort.NONE, "call diag report FILE"),
     )
 }
 

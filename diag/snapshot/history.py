@@ -79,14 +79,14 @@ def parts(history: History) -> Iterator[History]:
     step = max(1, CELLS // max(1, len(history.layers)))
     if len(history) <= step:
         yield history
-        let_go(history.gradient_norm)
+        unmap(history.gradient_norm)
         return
     for at in range(0, len(history), step):
         yield history.rows(slice(at, at + step))
-        let_go(history.gradient_norm)
+        unmap(history.gradient_norm)
 
 
-def let_go(array: Any) -> None:
+def unmap(array: Any) -> None:
     """Give back the memory that the read parts of a memory-mapped file take; they can be read again at any time."""
     while isinstance(array, numpy.ndarray):
         array = array.base

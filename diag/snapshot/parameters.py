@@ -185,19 +185,20 @@ def values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor
     values = getattr(getattr(state, "model", state), "state_dict", lambda: state)()
     if not isinstance(values, Mapping):
         raise InvalidInput(f"{argument} is {type_of(state)}; expected a state dict, a module or a Snapshot.")
-    wanted = params(snapshot)
-    wrong = _differing(values, wanted)
-    if wrong and not _differing(named := _as_loaded(snapshot.model, values, argument), wanted):
+    expected = params(snapshot)
+    wrong = _differing(values, expected)
+    if wrong and not _differing(named := _as_loaded(snapshot.model, values, argument), expected):
         values, wrong = named, []
     if wrong:
         name = wrong[0]
         found = f"has shape {tuple(values[name].shape)}" if name in values else "is missing"
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         raise InvalidInput(
-            f"{name} {found} in {argument}=; expected shape {tuple(wanted[name].shape)}{more}: give a state of the "
+            f"{name} {found} in {argument}=; expected shape {tuple(expected[name].shape)}{more}: give a "
+            f"state of the "
             "same architecture."
         )
-    return {name: values[name].detach() for name in wanted}
+    return {name: values[name].detach() for name in expected}
 
 
 def copy_with(model: nn.Module, state: Any, argument: str) -> nn.Module:
@@ -209,8 +210,8 @@ def copy_with(model: nn.Module, state: Any, argument: str) -> nn.Module:
     return found
 
 
-def _differing(values: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]:
-    return [n for n, p in wanted.items() if n not in values or values[n].shape != p.shape]
+def _differing(values: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
+    return [n for n, p in expected.items() if n not in values or values[n].shape != p.shape]
 
 
 def _as_loaded(model: nn.Module, state: Any, argument: str) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ def read_batches(
     # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
     with random_states(), generator_states(data), as_the_program():
         seed_generators(seed)
-        for batch in read.wanted(settled(dense(b.to(device))) for b in as_batches(data, unpack)):
+        for batch in read.first_examples(settled(dense(b.to(device))) for b in as_batches(data, unpack)):
             batches.extend(batch.split(micro_batch))
     if not batches:
         raise InvalidInput("The data holds no batch; give at least one example.")
@@ -97,7 +97,7 @@ class _Read:
         self._batches = self._examples = self._bytes = 0
         self.cut = ""
 
-    def wanted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def first_examples(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             if self._limit is None and self._is_endless():
                 self.cut = CUT.format(self._examples)

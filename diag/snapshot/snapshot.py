@@ -131,7 +131,11 @@ class Snapshot:
         self.loop = loop
         self.carry, self.deadline = carry, deadline
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
-        self._given = arguments | {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
+        self._arguments = arguments | {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "ranks": self.ranks or False,
+        }
         self.cut_short = ""  # in one sentence, where not all of the data was read
         self._computed: dict[str, Any] = {}
         self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits
@@ -187,7 +191,7 @@ class Snapshot:
             return
         if called:
             refuse_unmade(self.model)
-        if called and self._given["data"] is not None and not is_silent(self.model):
+        if called and self._arguments["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
         if not is_checked(self.model):  # what is written to from here on is put back
             self._moved = self._moment.changed()
@@ -246,7 +250,7 @@ class Snapshot:
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
         """The data in micro-batches of the normal form, on the snapshot's device."""
-        data, unpack = self._given["data"], self._given["unpack"]
+        data, unpack = self._arguments["data"], self._arguments["unpack"]
         if data is None:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
         whole = self.max_examples is None and self.micro_batch is None
@@ -329,35 +333,35 @@ class Snapshot:
 
     def provenance(self) -> dict[str, Any]:
         """What results record about where they come from."""
-        if self._given["data"] is None:
+        if self._arguments["data"] is None:
             return {"seed": self.seed}
         return {"num_examples": self.all_examples, "data_fingerprint": self.fingerprint, "seed": self.seed}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What the snapshot was made with, by name: `Snapshot(**snapshot.arguments)` makes another like it."""
-        return dict(self._given)
+        return dict(self._arguments)
 
     @property
     def has_held_out(self) -> bool:
         """Whether there is held-out data."""
-        return self._given["held_out"] is not None
+        return self._arguments["held_out"] is not None
 
     @cached_property
     def held_out(self) -> Snapshot:
         """The same model on the held-out data. Raises MissingQuantity where there is none."""
         if not self.has_held_out:
             raise MissingQuantity("the snapshot has no held-out data; give held_out= with (inputs, targets).")
-        return self.with_data(self._given["held_out"])
+        return self.with_data(self._arguments["held_out"])
 
     def replace(self, **changes: Any) -> Snapshot:
         """A snapshot with the same arguments except `changes`; data that was read is not read again.
 
         Raises InvalidInput for a name that `Snapshot` does not take.
         """
-        if unknown := set(changes) - set(self._given):
-            raise InvalidInput(f"A Snapshot has no {sorted(unknown)[0]!r}; it takes {', '.join(self._given)}.")
-        other = Snapshot(**self._given | changes)
+        if unknown := set(changes) - set(self._arguments):
+            raise InvalidInput(f"A Snapshot has no {sorted(unknown)[0]!r}; it takes {', '.join(self._arguments)}.")
+        other = Snapshot(**self._arguments | changes)
         if other.model is self.model:
             other.__dict__["cutting"] = self.cutting
         if "batches" in self.__dict__ and not set(changes) & _READING:

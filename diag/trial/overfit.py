@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from diag.errors import InvalidInput, first_line
 from diag.snapshot.batch import Batch
 from diag.snapshot.example_losses import LossFunction
-from diag.snapshot.given.trial import Attempt
+from diag.snapshot.external.trial import Attempt
 
 FITTED = 0.02  # of the first loss: there is no more to see
 

@@ -26,7 +26,7 @@ from diag.registry import BeforeTraining, Instrument, Kind, attempt, instruments
 from diag.result import Result, Skipped
 from diag.run.run import Event, Record, Run
 from diag.snapshot.batch import Batch
-from diag.snapshot.given.trial import Attempt, Trial
+from diag.snapshot.external.trial import Attempt, Trial
 from diag.snapshot.inside import apart
 from diag.snapshot.preserve import random_states
 from diag.snapshot.snapshot import Snapshot

@@ -160,7 +160,7 @@ class Watcher(Guarded):
         )
         self._measurements = self._measured(settings)
         self._live = self._checked_live(settings, about["layers"])
-        self._loop.rows.wanted = self._measurements.asks_for("loop")
+        self._loop.rows.needed = self._measurements.asks_for("loop")
         self._own_step = self._measurements.own_step
         guard = (self.clock, self._internal_error)
         self._runner = MeasurementRunner(*guard, self._training, self._measurements, self._recorder, settings.every)

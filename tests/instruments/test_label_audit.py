@@ -83,7 +83,7 @@ def test_the_area_is_the_mean_margin_since_most_was_learned():
         n = len(margins)
         return LabelAudit(
             accuracy=accuracy, negative=0.0, margins=numpy.array(margins), answers=numpy.zeros(n, numpy.int32),
-            labels=numpy.zeros(n, numpy.int32), shown_rows=numpy.zeros(0, numpy.int32), shown=numpy.zeros(0),
+            labels=numpy.zeros(n, numpy.int32), shown_rows=numpy.zeros(0, numpy.int32), row_inputs=numpy.zeros(0),
         )  # fmt: skip
 
     series = [(1, audit(0.2, [9.0, 9.0])), (2, audit(0.7, [1.0, -2.0])), (3, audit(0.9, [3.0, -1.0]))]

@@ -84,9 +84,9 @@ def test_the_named_rows_are_shown_where_their_inputs_are_at_hand(given):
     watcher, _ = train(x, y, loader=given == "loader", **({"probe": (x, y)} if given == "probe" else {}))
     result = last(watcher)
     if given == "neither":
-        assert len(result.shown) == 0 and "features" not in next(result.examples())
+        assert len(result.row_inputs) == 0 and "features" not in next(result.examples())
     else:
-        numpy.testing.assert_array_equal(result.shown, x[result.named[:12].tolist()].numpy())
+        numpy.testing.assert_array_equal(result.row_inputs, x[result.named[:12].tolist()].numpy())
         numpy.testing.assert_array_equal(next(result.examples())["features"], x[int(result.named[0])].numpy())
 
 

@@ -16,7 +16,7 @@ from diag.errors import CheckpointError, InvalidInput
 from diag.instruments.saved.rows import zero_and_repeated
 from diag.reporting.machines.schema import schema
 from diag.run.state_files import from_state_files
-from diag.snapshot.given.saved import Saved
+from diag.snapshot.external.saved import Saved
 from tests.checkpoints import hostile
 
 LEVELS = {"saved_finite", "saved_rows", "saved_weights", "saved_changes", "saved_ties", "saved_optimizer"}

@@ -11,7 +11,7 @@ import pytest
 import diag
 from diag.run.rows import Rows, kept_rows
 from diag.run.run import RunWriter
-from diag.snapshot.history import by_rows, empty_history, let_go, parts, taken, thinned_record
+from diag.snapshot.history import by_rows, empty_history, parts, taken, thinned_record, unmap
 
 LAYERS = {f"layer{i}.{kind}": size for i in range(6) for kind, size in (("weight", 600), ("bias", 20))}
 
@@ -67,7 +67,7 @@ def test_what_was_let_go_can_be_read_again(tmp_path):
     mapped = numpy.memmap(tmp_path / "numbers", float, "r")
     column = mapped.reshape(-1, 10)[:, 3]
     for array in (column, mapped, numpy.zeros(3)):
-        let_go(array)
+        unmap(array)
     assert column.sum() == numpy.arange(3.0, 10_000, 10).sum()
 
 

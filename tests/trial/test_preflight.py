@@ -11,7 +11,7 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
-from diag.snapshot.given.trial import Attempt, Trial
+from diag.snapshot.external.trial import Attempt, Trial
 
 torch.manual_seed(0)
 X, Y = torch.randn(96, 20), torch.randint(0, 5, (96,))

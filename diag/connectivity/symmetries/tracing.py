@@ -166,8 +166,8 @@ class Lifted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = kwargs.get("dtype")
-        if isinstance(given, torch.dtype) and given.is_floating_point:
+        dtype_asked = kwargs.get("dtype")
+        if isinstance(dtype_asked, torch.dtype) and dtype_asked.is_floating_point:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 

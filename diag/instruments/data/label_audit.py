@@ -45,7 +45,7 @@ class LabelAudit(Result):
     answers: NDArray[numpy.int32] = measured("the network's answer for each example", shape="(n,)")
     labels: NDArray[numpy.int32] = measured("the label of each example", shape="(n,)")
     shown_rows: NDArray[numpy.int32] = measured("rows with the lowest margins, whose inputs are kept", shape="(k,)")
-    shown: NDArray[Any] = measured("these inputs", remark="empty where they are large", shape="(k, ...)")
+    row_inputs: NDArray[Any] = measured("these inputs", remark="empty where they are large", shape="(k, ...)")
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
@@ -110,7 +110,7 @@ class LabelAudit(Result):
         """The rows whose labels look most wrong, with label, the network's answer and input."""
         last, rows = series[-1][1], cls.trend(series).examples[:ROWS_SHOWN]
         pictures = {
-            int(r): x for _, result in series for r, x in zip(result.shown_rows, result.shown, strict=False)
+            int(r): x for _, result in series for r, x in zip(result.shown_rows, result.row_inputs, strict=False)
         }
         answers = _usual_answers(series)
         for row in rows:
@@ -199,17 +199,17 @@ def label_audit(
     others = z.scatter(1, y[:, None], -torch.inf).amax(1)
     margins = (own - others).clamp(-1e30, 1e30)
     one_each = isinstance(inputs, Tensor) and len(inputs) == len(y)
-    rows, shown = margins.argsort(stable=True)[:ROWS_SHOWN], torch.zeros(0, dtype=torch.float32)
+    rows, row_inputs = margins.argsort(stable=True)[:ROWS_SHOWN], torch.zeros(0, dtype=torch.float32)
     if one_each and inputs[0].numel() <= LARGEST_INPUT_SHOWN:
-        shown = inputs.detach().cpu()[rows]
+        row_inputs = inputs.detach().cpu()[rows]
     return LabelAudit(
         accuracy=float((margins > 0).double().mean()),
         negative=float((margins <= 0).double().mean()),
         margins=margins.float().numpy(),
         answers=z.argmax(1).to(torch.int32).numpy(),
         labels=y.to(torch.int32).numpy(),
-        shown_rows=rows.to(torch.int32).numpy() if len(shown) else numpy.zeros(0, numpy.int32),
-        shown=shown.numpy() if shown.dtype is not torch.bfloat16 else shown.float().numpy(),
+        shown_rows=rows.to(torch.int32).numpy() if len(row_inputs) else numpy.zeros(0, numpy.int32),
+        row_inputs=row_inputs.numpy() if row_inputs.dtype is not torch.bfloat16 else row_inputs.float().numpy(),
         preconditions=(
             Precondition("one label an example", inputs is None or one_each, "an example has several labels."),
         ),

@@ -56,11 +56,11 @@ def _findings(r: RowFacts) -> Iterator[LoopFinding]:
     some = FEWEST_MOVED <= rows <= MOVED_AT_MOST * r.compared
     if not some or r.changed - rows > ELSEWHERE * r.compared:
         return
-    shown = named([_steps(m) for m in r.moved])
+    batches = named([_steps(m) for m in r.moved])
     yield LoopFinding(
         Level.WARNING,
         Cause.BATCHES_POISONED,
-        f"At {shown} nearly all rows of a batch had another label than at their first sight ({rows:,} rows); "
+        f"At {batches} nearly all rows of a batch had another label than at their first sight ({rows:,} rows); "
         "elsewhere rows keep their labels.",
         "Look at what makes the labels of these batches: a shifted join, a corrupt shard, an order that was "
         "changed for inputs and labels apart.",

@@ -66,7 +66,7 @@ class RowLabels(Result):
         remark="empty where they do not",
     )
     found: bool = measured("whether they are told apart from hard rows")
-    shown: NDArray[Any] = measured(
+    row_inputs: NDArray[Any] = measured(
         "inputs of the first of these rows", remark="empty where not at hand", shape="(s, ...)"
     )
     counts: NDArray[numpy.int32] = measured("rows by mean margin", shape="(40,)")
@@ -114,7 +114,7 @@ class RowLabels(Result):
         """The rows whose labels look most wrong, with label, the network's answer and, where at hand, the input."""
         for at, (row, label, answer) in enumerate(zip(self.named.tolist(), self.labels, self.answers, strict=True)):
             item = {"row": row, "group": "labels that look wrong", "label": f"{label} ({answer}?)"}
-            yield item | (displayed(self.shown[at]) if at < len(self.shown) else {})
+            yield item | (displayed(self.row_inputs[at]) if at < len(self.row_inputs) else {})
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def row_labels(loop: Loop, *, warn_at: Share = SHARE_OF_WRONG) -> RowLabels:
         counted_in=facts.counted_in,
         run=_run(_numbers(facts, wrong), _numbers(facts, rows)) if found and facts.counted_in else (),
         found=found,
-        shown=_shown(facts, kept[:ROWS_PICTURED]),
+        row_inputs=_row_inputs(facts, kept[:ROWS_PICTURED]),
         counts=counts.astype(numpy.int32),
         edges=edges.astype(numpy.float32),
         preconditions=preconditions,
@@ -273,7 +273,7 @@ def _run(named: NDArray[Any], followed: NDArray[Any]) -> tuple[int, ...]:
     return (int(followed[begin]), int(followed[end - 1]), inside) if many else ()
 
 
-def _shown(facts: RowFacts, rows: NDArray[Any]) -> NDArray[Any]:
+def _row_inputs(facts: RowFacts, rows: NDArray[Any]) -> NDArray[Any]:
     """The inputs of these rows; empty where they are not at hand, or large."""
     inputs = facts.inputs_at(facts.number[rows]) if facts.counted_in else None
     if inputs is None or inputs.dtype is torch.bfloat16 or inputs[0].numel() > LARGEST_INPUT_SHOWN:

@@ -70,11 +70,11 @@ def _findings(f: AskedFacts, loop: Loop) -> Iterator[LoopFinding]:
         yield from _unequal(f)
     one = f.targets >= TARGETS_COUNTED and f.looked > CALLS_OF_TARGETS and f.from_data
     if one and loop.batches.shuffled and (f.low == f.high or f.classes == 1):
-        shown = "" if f.classes == 1 else f" ({format_number(f.low)})"
+        value_text = "" if f.classes == 1 else f" ({format_number(f.low)})"
         yield LoopFinding(
             Level.ALARM,
             Cause.TARGETS_ALL_EQUAL,
-            f"All {f.targets:,} targets in the {f.looked} batches that were looked at are the same{shown}, so "
+            f"All {f.targets:,} targets in the {f.looked} batches that were looked at are the same{value_text}, so "
             "there is nothing to learn but this one answer.",
             "Look at how the labels are made or selected; the other classes are not in the training set.",
             "A batch whose targets differ.",

@@ -378,9 +378,9 @@ def _of_the_distance(history: History) -> dict[str, Any]:
     known = distance[numpy.isfinite(distance)]
     start = norm_at_start(history, weights)
     rows = _rows_shown(history, distance)
-    shown = taken(history, rows)
+    drawn = taken(history, rows)
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        ratio = shown.update_norm / shown.parameter_norm
+        ratio = drawn.update_norm / drawn.parameter_norm
     return {
         "growth_slope": fits["log"].slope if fits else math.nan,
         "growth_exponent": fits["power"].slope if fits else math.nan,
@@ -389,11 +389,11 @@ def _of_the_distance(history: History) -> dict[str, Any]:
         "first_fitted_step": first,
         "last_fitted_step": last,
         "relative_distance": float(known[-1] / start) if len(known) and start > 0 else math.nan,
-        "steps": shown.steps,
+        "steps": drawn.steps,
         "distance": distance[rows],
-        "gradient_norm": shown.gradient_norm,
-        "parameter_norm": shown.parameter_norm,
-        "update_norm": shown.update_norm,
+        "gradient_norm": drawn.gradient_norm,
+        "parameter_norm": drawn.parameter_norm,
+        "update_norm": drawn.update_norm,
         "update_ratio": ratio,
     }
 
@@ -412,8 +412,8 @@ def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[n
     """Evenly spaced rows, among those whose parameters were observed where there are some."""
     observed = numpy.flatnonzero(numpy.isfinite(distance))
     rows = observed if len(observed) > 1 else numpy.arange(len(history))
-    shown = numpy.unique(numpy.linspace(0, len(rows) - 1, STEPS_SHOWN).round().astype(int))
-    return numpy.asarray(rows[shown])
+    drawn = numpy.unique(numpy.linspace(0, len(rows) - 1, STEPS_SHOWN).round().astype(int))
+    return numpy.asarray(rows[drawn])
 
 
 def _numbers(history: History, which: Any) -> tuple[int, ...]:

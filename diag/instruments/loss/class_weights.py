@@ -69,11 +69,11 @@ def _findings(f: LossFacts, loop: Loop, nothing: float) -> Iterator[LoopFinding]
     counted = _shares(loop.batches.label_counts, len(f.class_weights)) if f.class_weights and alone else None
     if counted is None:
         return
-    given = numpy.array(f.class_weights)
-    neglected = list(_neglected(f, counted, given, nothing))
+    weight_array = numpy.array(f.class_weights)
+    neglected = list(_neglected(f, counted, weight_array, nothing))
     yield from neglected
-    if not neglected and _wrong_way(counted, given):
-        yield _the_wrong_way(f, counted, given)
+    if not neglected and _wrong_way(counted, weight_array):
+        yield _the_wrong_way(f, counted, weight_array)
 
 
 def _shares(counts: Mapping[int, int], classes: int) -> Shares | None:

@@ -72,7 +72,7 @@ class MeasuredSignals(Result):
     labels_b: tuple[int, ...] = measured("labels of B, in order", remark="empty where there are none")
     losses_a: NDArray[numpy.float64] = measured("losses of A, in order", shape="(k,)")
     losses_b: NDArray[numpy.float64] = measured("losses of B, in order", shape="(k,)")
-    shown: NDArray[Any] = measured(
+    row_inputs: NDArray[Any] = measured(
         "inputs of the first 12 of A and of B, features standardised",
         remark="empty without a tensor",
         shape="(rows, *)",

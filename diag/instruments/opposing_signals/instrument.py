@@ -248,17 +248,17 @@ def opposing_signals_online(
     Raises InvalidInput where the record is no (T + 1, n) matrix of at least four steps.
     """
     first, last = (Edge(value, 2 / learning_rate, "2 / learning rate") for value in sharpness)
-    given = LossRecord(record, first, last)
-    n = given.num_examples
+    record_of_run = LossRecord(record, first, last)
+    n = record_of_run.num_examples
     k = group_size(k, n)
-    groups = groups_of_record(given.losses, k)
+    groups = groups_of_record(record_of_run.losses, k)
     unknown: dict[str, Any] = dict.fromkeys(UNKNOWN_WITHOUT_A_MODEL, math.nan)
     return OpposingSignals(
         **groups.numbers,
         **unknown,
-        **kept(groups, given.losses[-1], None, labels),
-        **about_record(given, groups, edge),
-        loss_auc=rank_auc(given.losses[0], groups.members(n)),
+        **kept(groups, record_of_run.losses[-1], None, labels),
+        **about_record(record_of_run, groups, edge),
+        loss_auc=rank_auc(record_of_run.losses[0], groups.members(n)),
         direction=-1,
         mode="online",
         sharpness=float(sharpness[-1]),

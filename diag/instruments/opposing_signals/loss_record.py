@@ -70,18 +70,21 @@ class LossRecord:
     loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        given = self.losses
-        if given.ndim != 2 or len(given) <= LEAST_STEPS or not given.is_floating_point():
+        recorded = self.losses
+        if recorded.ndim != 2 or len(recorded) <= LEAST_STEPS or not recorded.is_floating_point():
             raise InvalidInput(
-                f"The record of losses has the shape {tuple(given.shape)}; expected (T + 1, n), floating, with at "
+                f"The record of losses has the shape {tuple(recorded.shape)}; expected (T + 1, n), floating, "
+                f"with at "
                 "least four steps."
             )
-        if not bool(torch.isfinite(given).all()):
+        if not bool(torch.isfinite(recorded).all()):
             raise InvalidInput("The record of losses is not finite; look for the step at which training broke.")
-        steps = self.steps or tuple(range(len(given)))
-        if len(steps) != len(given):
-            raise InvalidInput(f"The record has {len(given)} rows of losses and {len(steps)} steps; give one each.")
-        object.__setattr__(self, "losses", given.detach().cpu().double().clone())
+        steps = self.steps or tuple(range(len(recorded)))
+        if len(steps) != len(recorded):
+            raise InvalidInput(
+                f"The record has {len(recorded)} rows of losses and {len(steps)} steps; give one each."
+            )
+        object.__setattr__(self, "losses", recorded.detach().cpu().double().clone())
         object.__setattr__(self, "steps", tuple(int(step) for step in steps))
 
     @property

@@ -22,16 +22,16 @@ def kept(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None) -> 
     """The fields of a result that name the rows of two groups and show the first of them."""
     n, a, b = len(losses), groups.a, groups.b
     names = labels.tolist() if labels is not None and labels.shape == (n,) else []
-    shown, difference = torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)
+    row_inputs, difference = torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)
     if isinstance(inputs, Tensor) and len(inputs) == n and inputs[0].numel() <= LARGEST_INPUT_SHOWN:
         inputs = inputs.detach().cpu()
-        shown = inputs[torch.cat([a[:ROWS_OF_A_GROUP], b[:ROWS_OF_A_GROUP]])]
+        row_inputs = inputs[torch.cat([a[:ROWS_OF_A_GROUP], b[:ROWS_OF_A_GROUP]])]
         if inputs.is_floating_point():
             x = inputs.double()
             x = (x - x.mean(0)) / x.std(0).clamp_min(1e-12)
             difference = x[a].mean(0) - x[b].mean(0)
-            shown = (
-                shown if inputs.ndim > 2 else x[torch.cat([a[:ROWS_OF_A_GROUP], b[:ROWS_OF_A_GROUP]])]
+            row_inputs = (
+                row_inputs if inputs.ndim > 2 else x[torch.cat([a[:ROWS_OF_A_GROUP], b[:ROWS_OF_A_GROUP]])]
             )  # features: standardised
     return {
         "group_a": a.numpy(),
@@ -40,7 +40,7 @@ def kept(groups: Groups, losses: Tensor, inputs: Any, labels: Tensor | None) -> 
         "labels_b": tuple(names[i] for i in b.tolist()) if names else (),
         "losses_a": losses[a].numpy(),
         "losses_b": losses[b].numpy(),
-        "shown": shown.numpy(),
+        "row_inputs": row_inputs.numpy(),
         "difference": difference.numpy(),
     }
 
@@ -59,8 +59,8 @@ def two_groups(result: Any, describe: Callable[[Any], str] | None = None) -> Ite
             item: dict[str, Any] = {"row": int(row), "group": group, "loss": float(losses[i])}
             if labels:
                 item["label"] = labels[i]
-            if len(result.shown):
-                item |= displayed(result.shown[at], describe)
+            if len(result.row_inputs):
+                item |= displayed(result.row_inputs[at], describe)
                 at += 1
             yield item
     if result.difference.size:

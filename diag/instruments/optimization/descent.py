@@ -44,17 +44,18 @@ class Descent(Result):
             return unmet.verdict(SOURCE)
         limit = self.setting("alarm_above")
         verdict = graded(SOURCE, self.cosine, limit)
-        shown = f"(mean cosine {format_number(self.cosine)})"
+        cosine_text = f"(mean cosine {format_number(self.cosine)})"
         if not (self.cosine > limit and self.upwards >= NEARLY_ALL and self.loss_rose):
             return verdict(
                 Level.OK,
                 f"At {format_share(1 - self.upwards)} of the steps measured the weights move down their gradient "
-                f"{shown}.",
+                f"{cosine_text}.",
             )
         return verdict(
             Level.ALARM,
             f"Training goes up the loss: at {round(self.upwards * len(self.cosines)):,} of {len(self.cosines):,} "
-            f"steps measured the optimizer moved the weights along the gradient and not against it {shown}, and "
+            f"steps measured the optimizer moved the weights along the gradient and not against it "
+            f"{cosine_text}, and "
             f"the loss rose from {format_number(self.first_loss)} to {format_number(self.last_loss)}.",
             advice="Look at the signs in the optimizer's step and at what changes the gradients before it.",
             confidence=Confidence.ARITHMETIC,

@@ -56,12 +56,12 @@ class ConstantAnswer(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return Verdict(Level.NOT_APPLICABLE, f"No verdict: {unmet.detail}", source=SOURCE)
-        shown = f"{format_number(self.loss)}; one answer for all inputs ({self.answer}) has "
-        shown += f"{format_number(self.constant_loss)}"
+        compared = f"{format_number(self.loss)}; one answer for all inputs ({self.answer}) has "
+        compared += f"{format_number(self.constant_loss)}"
         if not (self._no_better() and self._sharp() and self._stands()):
             return Verdict(
                 Level.OK,
-                f"The training loss is {shown}.",
+                f"The training loss is {compared}.",
                 source=SOURCE,
                 confidence=Confidence.ARITHMETIC,
                 value=self.loss,
@@ -72,7 +72,7 @@ class ConstantAnswer(Result):
         return Verdict(
             Level.WARNING,
             f"After {self.steps_recorded:,} steps the training loss is {than} without looking at the "
-            f"inputs, and it hardly falls any more: it is {shown}.",
+            f"inputs, and it hardly falls any more: it is {compared}.",
             advice="Fit a single batch first (diag.preflight does): if that fails the network or the optimizer is "
             "at fault, if it works look at ten inputs with their targets as the loop sees them.",
             source=SOURCE,

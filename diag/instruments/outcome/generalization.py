@@ -134,7 +134,7 @@ class Generalization(Result):
         return Verdict(
             Level.WARNING,
             f"The best step is past: since step {best_step:,} the {unit} on held-out data has gone from "
-            f"{_shown(best, by_accuracy)} to {_shown(last, by_accuracy)}, while the training loss fell from "
+            f"{_numbers(best, by_accuracy)} to {_numbers(last, by_accuracy)}, while the training loss fell from "
             f"{format_number(best.loss)} to {format_number(last.loss)}.",
             advice=f"Keep the weights of step {best_step:,} (early stopping); then more data, augmentation, weight "
             "decay or dropout. Look for wrong labels, which are learned by heart last.",
@@ -180,8 +180,9 @@ class Generalization(Result):
         return Verdict(
             Level.WARNING,
             f"Nothing more carries over: {own}the training loss fell from {format_number(before.loss)} at step "
-            f"{step:,} to {format_number(self.loss)}, while the {what} went from {_shown(before, by_accuracy)} to "
-            f"{_shown(self, by_accuracy)}.",
+            f"{step:,} to {format_number(self.loss)}, while the {what} went from "
+            f"{_numbers(before, by_accuracy)} to "
+            f"{_numbers(self, by_accuracy)}.",
             advice="More steps will not help: more data, augmentation, weight decay or dropout will; look for "
             "wrong labels, which are learned by heart last.",
             source=SOURCE,
@@ -251,7 +252,7 @@ class Generalization(Result):
         ax.legend()
 
 
-def _shown(result: Generalization, by_accuracy: bool) -> str:
+def _numbers(result: Generalization, by_accuracy: bool) -> str:
     return format_share(result.held_out_accuracy) if by_accuracy else format_number(result.held_out_loss)
 
 

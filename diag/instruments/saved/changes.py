@@ -13,7 +13,7 @@ from diag.display import format_share
 from diag.errors import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
+from diag.snapshot.external.saved import Saved, entry_blocks, numbers_in
 
 SOURCE = "arithmetic of the two files"
 NAMED, BARS = 3, 16
@@ -48,7 +48,7 @@ class SavedChanges(Result):
                 **about,
             )
         worst = sorted(self.changes, key=self._order, reverse=True)
-        most = ", ".join(f"{name} ({_shown(self.changes[name])})" for name in worst[:NAMED])
+        most = ", ".join(f"{name} ({_percent(self.changes[name])})" for name in worst[:NAMED])
         still = f" {len(self.unchanged):,} of {len(self.changes):,} did not change: {named(self.unchanged)}."
         return Verdict(
             Level.DESCRIPTION,
@@ -115,7 +115,7 @@ def _squares(before: Tensor, after: Tensor) -> tuple[float, float]:
     return moved, were
 
 
-def _shown(change: float) -> str:
+def _percent(change: float) -> str:
     return "from zero" if math.isinf(change) else format_share(change)
 
 

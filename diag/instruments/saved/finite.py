@@ -14,7 +14,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
-from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
+from diag.snapshot.external.saved import Saved, entry_blocks, numbers_in
 
 SOURCE = "arithmetic of the file"
 

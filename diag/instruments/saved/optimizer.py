@@ -12,7 +12,7 @@ from diag.errors import named
 from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
+from diag.snapshot.external.saved import Saved, entry_blocks, numbers_in
 
 SOURCE = "arithmetic of the file: torch.optim.Optimizer.state_dict"
 # Under these names torch's optimizers keep a tensor of the parameter's own shape.

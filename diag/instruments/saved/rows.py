@@ -14,7 +14,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.saved import SAVED_ENTRIES_AT_ONCE, Saved
+from diag.snapshot.external.saved import SAVED_ENTRIES_AT_ONCE, Saved
 
 SOURCE = "arithmetic of the file: units with equal weights compute the same"
 FEW_ROWS = 4

@@ -11,7 +11,7 @@ from torch import Tensor
 from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.saved import Saved, entry_blocks, numbers_in
+from diag.snapshot.external.saved import Saved, entry_blocks, numbers_in
 
 SOURCE = "arithmetic of the two files"
 

@@ -14,7 +14,7 @@ from diag.display import format_number, format_share
 from diag.errors import named
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
-from diag.snapshot.given.saved import Saved, square_sum
+from diag.snapshot.external.saved import Saved, square_sum
 
 SOURCE = "arithmetic of the file"
 

@@ -11,7 +11,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.trial import Trial
+from diag.snapshot.external.trial import Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): input-independent baseline"
 SAME_OUTPUTS_WITHIN = 1e-6  # of the outputs' size: what float32 rounds

@@ -10,7 +10,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.trial import Trial
+from diag.snapshot.external.trial import Trial
 
 SOURCE = "arithmetic: the loss of one batch in both modes"
 FALL_BEFORE_MODES = 0.5  # of the first loss gone

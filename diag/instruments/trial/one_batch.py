@@ -14,7 +14,7 @@ from diag.display import format_number
 from diag.instruments.causes import Cause, Theme
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.given.trial import Attempt, Trial
+from diag.snapshot.external.trial import Attempt, Trial
 
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): overfit one batch"
 LEARNED_FALL, NOT_LEARNED_FALL = 0.5, 0.1  # of the first loss gone

@@ -51,9 +51,9 @@ def _row(
     keys: Sequence[str],
     bands: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
-    given = [v.get(scalar) for v in values]
+    each_value = [v.get(scalar) for v in values]
     errors = [v.get(f"{scalar}_standard_error") for v in values]
-    first, last = given[0], given[-1]
+    first, last = each_value[0], each_value[-1]
     both = first is not None and last is not None
     difference = float(last) - float(first) if first is not None and last is not None else math.nan
     error = math.hypot(*(float(e) for e in (errors[0], errors[-1]) if e is not None))
@@ -63,16 +63,16 @@ def _row(
         "check": clean(title),
         "name": clean(scalar.replace("_", " ").replace("/", ", ")),
         "unit": unit,
-        "values": [None if v is None else number(v, unit) for v in given],
+        "values": [None if v is None else number(v, unit) for v in each_value],
         "errors": [None if e is None else number(e, unit) for e in errors],
-        "differs": len({repr(v) for v in given}) > 1,
+        "differs": len({repr(v) for v in each_value}) > 1,
         "difference": number(difference, unit) if both else None,
         "difference_error": number(error, unit) if known else None,
         "is_clear": bool(abs(difference) > 2 * error) if known else None,
         "ratio": finite(difference / float(first) + 1) if both and first else None,
-        "spread": _spread(given, keys, unit),
+        "spread": _spread(each_value, keys, unit),
         "band": band,
-        "outside": [k for k, v in zip(keys, given, strict=True) if band is not None and _is_outside(v, band)],
+        "outside": [k for k, v in zip(keys, each_value, strict=True) if band is not None and _is_outside(v, band)],
     }
 
 

@@ -37,7 +37,7 @@ def key_of(number: int) -> str:
 
 
 def sweep_table(
-    sides: Sequence[Evidence], shown: Sequence[Mapping[str, Any]], audits: Sequence[Sequence[Any]]
+    sides: Sequence[Evidence], columns: Sequence[Mapping[str, Any]], audits: Sequence[Sequence[Any]]
 ) -> dict[str, Any]:
     """The table: `columns` are the settings and logged numbers that differ between the runs. shown: the sides as
     the comparison's document has them."""
@@ -56,7 +56,7 @@ def sweep_table(
             "best": _best(side),
             "settings": [found.get(name, "–") for name in differ],
         }
-        for about, side, made, found in zip(shown, sides, audits, settings, strict=True)
+        for about, side, made, found in zip(columns, sides, audits, settings, strict=True)
     ]
     return {"columns": differ, "rows": rows}
 

@@ -101,12 +101,12 @@ def _policy(path: Path, tables: Mapping[str, Any]) -> Policy:
     fail_on = _one_of(path, "fail-on", check.get("fail-on", "alarm"), FAIL_ON)
     levels = {find(n).name: _one_of(path, n, v, POLICY_LEVELS) for n, v in check.get("levels", {}).items()}
     limits = tuple(_limits(path, check.get("limits", {})))
-    settings = {name: dict(_settings(path, name, given)) for name, given in tables.get("settings", {}).items()}
+    settings = {name: dict(_settings(path, name, table)) for name, table in tables.get("settings", {}).items()}
     return Policy(fail_on, levels, limits, settings, path)
 
 
-def _limits(path: Path, given: Mapping[str, Any]) -> Iterable[Limit]:
-    for name, about in given.items():
+def _limits(path: Path, table: Mapping[str, Any]) -> Iterable[Limit]:
+    for name, about in table.items():
         if not isinstance(about, Mapping) or not about.keys() & {"min", "max"}:
             raise InvalidInput(f"{path}: the limit on {name} is {about!r}; expected {{ min = ..., max = ... }}.")
         _refuse_unknown(path, f"key of the limit on {name}", about, ("min", "max", "level"))
@@ -117,12 +117,12 @@ def _limits(path: Path, given: Mapping[str, Any]) -> Iterable[Limit]:
         yield Limit(name, float(about.get("min", -math.inf)), float(about.get("max", math.inf)), level)
 
 
-def _settings(path: Path, name: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def _settings(path: Path, name: str, table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     instrument = find(name)
     known = {s.name: s for s in instrument.settings}
     if not instrument.from_history:
         raise InvalidInput(f"{path}: {name} measures during the training, so a check cannot change its settings.")
-    for key, value in given.items():
+    for key, value in table.items():
         if key not in known:
             raise InvalidInput(f"{path}: {name} has no setting {key!r}; it has {', '.join(known) or 'none'}.")
         yield key, converted(value, known[key].type, known[key].default, f"{path}: {name}.{key}")
@@ -134,9 +134,9 @@ def _one_of(path: Path, what: str, value: Any, known: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _refuse_unknown(path: Path, what: str, given: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(given, Mapping):
-        raise InvalidInput(f"{path}: expected a table with {', '.join(known)}, and found {given!r}.")
-    for name in given:
+def _refuse_unknown(path: Path, what: str, table: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(table, Mapping):
+        raise InvalidInput(f"{path}: expected a table with {', '.join(known)}, and found {table!r}.")
+    for name in table:
         if name not in known:
             raise InvalidInput(f"{path} has an unknown {what}, {name!r}; expected one of {', '.join(known)}.")

@@ -113,8 +113,8 @@ class _Hearing(TorchFunctionMode):
             q, k = _bound(SDPA, args, kwargs)["query"], _bound(SDPA, args, kwargs)["key"]
             self._take(_sdpa_scores(*args, **kwargs), q.dtype, self._norms(q, k))
         elif func is F.multi_head_attention_forward:
-            given = _bound(MHA, args, kwargs)
-            self._take(_mha_scores(given), given["query"].dtype, _mha_norms(given))
+            arguments = _bound(MHA, args, kwargs)
+            self._take(_mha_scores(arguments), arguments["query"].dtype, _mha_norms(arguments))
         value = func(*args, **kwargs)
         if isinstance(value, Tensor):
             self._follow(func, args, kwargs, value)
@@ -228,39 +228,39 @@ class _SoftmaxInputs(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() == "aten::_softmax":
-            self.given.append(args[0])
+            self.inputs.append(args[0])
         return func(*args, **(kwargs or {}))
 
 
-def _mha_scores(given: dict[str, Any]) -> Tensor:
+def _mha_scores(arguments: dict[str, Any]) -> Tensor:
     """The scores (examples, heads, queries, keys) of F.multi_head_attention_forward, for the first examples.
 
     It is called again with the weights asked for, which it computes by a softmax that can be intercepted.
     """
-    few = dict(given) | {"need_weights": True, "average_attn_weights": False}
-    heads, mask = given["num_heads"], given.get("attn_mask")
-    if given["query"].ndim == 3:  # (positions, examples, width)
-        few |= {name: given[name][:, :EXAMPLES_OF_A_CALL] for name in ("query", "key", "value")}
-        if given.get("key_padding_mask") is not None:
-            few["key_padding_mask"] = given["key_padding_mask"][:EXAMPLES_OF_A_CALL]
+    few = dict(arguments) | {"need_weights": True, "average_attn_weights": False}
+    heads, mask = arguments["num_heads"], arguments.get("attn_mask")
+    if arguments["query"].ndim == 3:  # (positions, examples, width)
+        few |= {name: arguments[name][:, :EXAMPLES_OF_A_CALL] for name in ("query", "key", "value")}
+        if arguments.get("key_padding_mask") is not None:
+            few["key_padding_mask"] = arguments["key_padding_mask"][:EXAMPLES_OF_A_CALL]
         if mask is not None and mask.ndim == 3:
             few["attn_mask"] = mask[: EXAMPLES_OF_A_CALL * heads]
     with _SoftmaxInputs() as heard:
         F.multi_head_attention_forward(**few)
-    scores = heard.given[-1]
+    scores = heard.inputs[-1]
     return scores.reshape(-1, heads, *scores.shape[-2:])
 
 
-def _mha_norms(given: dict[str, Any]) -> tuple[float, ...]:
-    if given.get("use_separate_proj_weight"):
-        query, key = given["q_proj_weight"], given["k_proj_weight"]
+def _mha_norms(arguments: dict[str, Any]) -> tuple[float, ...]:
+    if arguments.get("use_separate_proj_weight"):
+        query, key = arguments["q_proj_weight"], arguments["k_proj_weight"]
     else:
-        query, key, _ = given["in_proj_weight"].chunk(3)
+        query, key, _ = arguments["in_proj_weight"].chunk(3)
     if query.shape != key.shape:
         return ()
-    heads = given["num_heads"]
+    heads = arguments["num_heads"]
     return tuple(product_norm(a, b) for a, b in zip(query.chunk(heads), key.chunk(heads), strict=True))

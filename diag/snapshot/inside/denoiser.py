@@ -46,10 +46,10 @@ def denoiser(snapshot: Snapshot) -> DenoiserAt:
             "the inputs are not one floating tensor; give data= with (noisy inputs, clean targets)."
         )
 
-    def called(which: nn.Module, given: Tensor) -> Tensor:
+    def called(which: nn.Module, noised: Tensor) -> Tensor:
         try:
             with preserved(which):
-                return which(given)
+                return which(noised)
         except CALL_ERRORS as error:
             raise explained(model, snapshot.batches, error) from error
 
@@ -60,14 +60,14 @@ def denoiser(snapshot: Snapshot) -> DenoiserAt:
 
     def vjp(v: Tensor) -> Tensor:
         with torch.enable_grad():
-            given = y.detach().requires_grad_()
-            return torch.autograd.grad(called(model, given), given, v)[0]
+            noised = y.detach().requires_grad_()
+            return torch.autograd.grad(called(model, noised), noised, v)[0]
 
     def jvp(v: Tensor) -> Tensor:
         # Twice backward: the product J^T u is linear in u, and its derivative by u times v is J v.
         with torch.enable_grad():
-            given, u = y.detach().requires_grad_(), torch.zeros_like(y).requires_grad_()
-            back = torch.autograd.grad(called(model, given), given, u, create_graph=True)[0]
+            noised, u = y.detach().requires_grad_(), torch.zeros_like(y).requires_grad_()
+            back = torch.autograd.grad(called(model, noised), noised, u, create_graph=True)[0]
             return torch.autograd.grad(back, u, v)[0]
 
     clean = batch.targets if isinstance(batch.targets, Tensor) and batch.targets.shape == y.shape else None

@@ -60,13 +60,13 @@ def previous_layer_outputs(snapshot: Snapshot) -> LayerOutputs:
     return layer_outputs(earlier(snapshot))
 
 
-def outputs_given(
-    given: LayerOutputs | Mapping[str, Tensor] | Tensor, labels: Tensor | None = None
+def as_layer_outputs(
+    layer_values: LayerOutputs | Mapping[str, Tensor] | Tensor, labels: Tensor | None = None
 ) -> LayerOutputs:
     """Features in memory as the outputs of layers: a tensor (n, d), or several of them by name."""
-    if isinstance(given, LayerOutputs):
-        return given
-    named = given if isinstance(given, Mapping) else {"features": torch.as_tensor(given)}
+    if isinstance(layer_values, LayerOutputs):
+        return layer_values
+    named = layer_values if isinstance(layer_values, Mapping) else {"features": torch.as_tensor(layer_values)}
 
     def visit(take: Take, noise: float) -> None:
         for name, points in named.items():
@@ -97,12 +97,12 @@ def _run(snapshot: Snapshot, rows_of: list[_Rows], take: Take, noise: float) -> 
         with preserved(snapshot.model), torch.no_grad():
             for batch, rows in zip(snapshot.batches, rows_of, strict=True):
                 snapshot.deadline.check()
-                given = _with_noise(batch, noise, generator)
+                noisy = _with_noise(batch, noise, generator)
                 rows.counted = tokens_that_count(snapshot.model, batch)
                 with _listening(snapshot.model, rows, take, first):
-                    if len(given.args) == 1 and isinstance(given.args[0], Tensor):
-                        rows.pass_on("input", None, given.args[0], take, first)
-                    outputs = given.forward(snapshot.model)
+                    if len(noisy.args) == 1 and isinstance(noisy.args[0], Tensor):
+                        rows.pass_on("input", None, noisy.args[0], take, first)
+                    outputs = noisy.forward(snapshot.model)
                 if isinstance(outputs, Tensor):
                     floating(outputs)
                 first += rows.count

@@ -38,8 +38,8 @@ def _masked(model: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def _padded(model: nn.Module, batch: Batch) -> Tensor | None:
-    given = tensors_in((batch.args, batch.kwargs))
-    tokens = [t for t in given if not t.is_floating_point() and t.ndim == 2 and len(t) == batch.size]
+    tensors = tensors_in((batch.args, batch.kwargs))
+    tokens = [t for t in tensors if not t.is_floating_point() and t.ndim == 2 and len(t) == batch.size]
     indices = {m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None}
     return tokens[0] != indices.pop() if len(tokens) == 1 and len(indices) == 1 else None
 

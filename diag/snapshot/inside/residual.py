@@ -144,16 +144,16 @@ def _hooked(model: nn.Module, sums: _Sums, calls: list[_Call]) -> Iterator[None]
     tokens: list[tuple[object, Tensor | None]] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = args[0] if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
+        before = args[0] if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
         token = object()
-        tokens.append((token, given))
-        if given is not None:
-            sums.carries[given] = sums.carries.get(given, frozenset()) | {token}
+        tokens.append((token, before))
+        if before is not None:
+            sums.carries[before] = sums.carries.get(before, frozenset()) | {token}
 
     def leave(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        token, given = tokens.pop()
+        token, before = tokens.pop()
         out = _first(output)
-        if given is None or not isinstance(out, Tensor) or out.shape != given.shape or out is given:
+        if before is None or not isinstance(out, Tensor) or out.shape != before.shape or out is before:
             return
         calls.append(_Call(name, module, args, dict(kwargs), out, token in sums.carries.get(out, frozenset())))
 

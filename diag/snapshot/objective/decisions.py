@@ -71,9 +71,9 @@ def _by_call(call: LossFunctionCall) -> tuple[Tensor, Tensor, Tensor]:
     z, y = call.input.detach().requires_grad_(), call.target
     if z.shape != y.shape or not z.ndim:
         raise MissingQuantity(NO_DECISIONS)
-    given = {name: call.settings.get(name) for name in ("weight", "pos_weight")}
+    weights = {name: call.settings.get(name) for name in ("weight", "pos_weight")}
     with torch.enable_grad():
-        loss = F.binary_cross_entropy_with_logits(z, y, reduction="sum", **given)
+        loss = F.binary_cross_entropy_with_logits(z, y, reduction="sum", **weights)
         return z, y, torch.autograd.grad(loss, z)[0]
 
 

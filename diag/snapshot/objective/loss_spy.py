@@ -41,8 +41,8 @@ LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax)
 
 def input_and_target(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """What a call of one of these compares with what; None for one that is not given."""
-    given = args[0] if args else kwargs.get("input")
-    return given, args[1] if len(args) > 1 else kwargs.get("target")
+    values = args[0] if args else kwargs.get("input")
+    return values, args[1] if len(args) > 1 else kwargs.get("target")
 
 
 @dataclass(frozen=True)
@@ -94,23 +94,23 @@ class LossSpy(TorchFunctionMode):
         bound = _SIGNATURES[name].bind(*args, **kwargs)
         bound.apply_defaults()
         settings = dict(bound.arguments)
-        given, target = settings.pop("input"), settings.pop("target")
+        values, target = settings.pop("input"), settings.pop("target")
         for old in ("size_average", "reduce"):
             settings.pop(old, None)
         self.calls.append(
-            LossFunctionCall(name, given, target, settings, result, self._before_log_softmax(name, given))
+            LossFunctionCall(name, values, target, settings, result, self._before_log_softmax(name, values))
         )
 
-    def _before_log_softmax(self, name: str, given: Tensor) -> Tensor | None:
+    def _before_log_softmax(self, name: str, values: Tensor) -> Tensor | None:
         """What the input of nll_loss was made of, where it is log_softmax's result in another shape at most."""
         if name != "nll_loss":
             return None
         for result, logits in self._normalised:
-            same = result.data_ptr() == given.data_ptr() and result.numel() == given.numel()
-            if same and result.shape == given.shape:
+            same = result.data_ptr() == values.data_ptr() and result.numel() == values.numel()
+            if same and result.shape == values.shape:
                 return logits
-            if same and given.ndim == 2 and logits.shape[-1] == given.shape[1]:
-                return logits.reshape(given.shape)
+            if same and values.ndim == 2 and logits.shape[-1] == values.shape[1]:
+                return logits.reshape(values.shape)
         return None
 
 

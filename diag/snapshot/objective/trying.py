@@ -52,10 +52,10 @@ def _joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
 
 
 def _counts(loss: LossFunction, outputs: Any, batch: Batch) -> Tensor | None:
-    for given in _random(outputs):
+    for drawn in _random(outputs):
         with torch.no_grad():
             try:
-                found = _of_outputs(loss, given, batch)
+                found = _of_outputs(loss, drawn, batch)
             except (DiagError, *CALL_ERRORS):
                 continue
         if found is not None:

@@ -26,7 +26,7 @@ operations_seen = torch._C._len_torch_dispatch_stack
 
 
 _hidden: ContextVar[tuple[Any, ...]] = ContextVar("diag_hidden_modes", default=())
-_shown: ContextVar[bool] = ContextVar("diag_shown_modes", default=False)
+_visible: ContextVar[bool] = ContextVar("diag_shown_modes", default=False)
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def unseen() -> Iterator[None]:
     """Inside the context no mode of others sees what is computed in this thread; free where there is none."""
     functions, operations = _functions(), _operations()
     foreign = [mode for mode in (*functions, *operations) if is_foreign(mode)]
-    if not foreign or _shown.get():
+    if not foreign or _visible.get():
         yield
         return
     kept_functions, kept_operations = _ours(functions), _ours(operations)
@@ -52,9 +52,9 @@ def unseen() -> Iterator[None]:
 @contextmanager
 def seen_again() -> Iterator[None]:
     """Inside the context those of `doubtful_modes` see what is computed (to see what they do)."""
-    token = _shown.set(True)
+    token = _visible.set(True)
     with ExitStack() as stack:
-        stack.callback(_shown.reset, token)
+        stack.callback(_visible.reset, token)
         for mode in doubtful_modes():
             stack.enter_context(mode)
         yield
@@ -100,20 +100,20 @@ def _operations() -> list[Any]:
     return [mode for mode in modes if getattr(mode, "_mode_key", None) is None]
 
 
-def _exchange_functions(now: list[Any], wanted: list[Any]) -> None:
-    _exchange(now, wanted, torch._C._pop_torch_function_stack, torch._C._push_on_torch_function_stack)
+def _exchange_functions(now: list[Any], new: list[Any]) -> None:
+    _exchange(now, new, torch._C._pop_torch_function_stack, torch._C._push_on_torch_function_stack)
 
 
-def _exchange_operations(now: list[Any], wanted: list[Any]) -> None:
-    _exchange(now, wanted, _pop_operation, torch._C._push_on_torch_dispatch_stack)
+def _exchange_operations(now: list[Any], new: list[Any]) -> None:
+    _exchange(now, new, _pop_operation, torch._C._push_on_torch_dispatch_stack)
 
 
 def _pop_operation() -> None:
     torch._C._pop_torch_dispatch_stack(None)
 
 
-def _exchange(now: list[Any], wanted: list[Any], pop: Callable[[], Any], push: Callable[[Any], Any]) -> None:
+def _exchange(now: list[Any], new: list[Any], pop: Callable[[], Any], push: Callable[[Any], Any]) -> None:
     for _ in now:
         pop()
-    for mode in wanted:
+    for mode in new:
         push(mode)

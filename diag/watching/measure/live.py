@@ -124,12 +124,12 @@ class LiveChecks:
             return
         began = time.perf_counter()
         self._judged = step
-        given = dict(self._facts())
-        if (loop := given.get("loop")) is not None:
+        loop_facts = dict(self._facts())
+        if (loop := loop_facts.get("loop")) is not None:
             self._reads.begin(loop)
         for name, instrument in self._chosen.items():
             if self._failures.get(name, 0) < CHECK_FAILURES and not (news_only and self._knows(instrument)):
-                self._judge(instrument, step, given, last)
+                self._judge(instrument, step, loop_facts, last)
         seconds = time.perf_counter() - began
         self._spent += seconds
         if not news_only:
@@ -139,10 +139,12 @@ class LiveChecks:
         """Whether the facts would tell the check nothing that it has not judged."""
         return "loop" not in _names(instrument) or not self._reads.has_news(instrument.name)
 
-    def _judge(self, instrument: Instrument, step: int, given: dict[str, Any], last: bool) -> None:
+    def _judge(self, instrument: Instrument, step: int, loop_facts: dict[str, Any], last: bool) -> None:
         began = time.perf_counter()
         name = instrument.name
-        outcome = attempt(None, instrument, **self._settings.get(name, {}), **self._quantities(instrument, given))
+        outcome = attempt(
+            None, instrument, **self._settings.get(name, {}), **self._quantities(instrument, loop_facts)
+        )
         seconds = time.perf_counter() - began
         if isinstance(outcome, Failed):
             self._failures[name] = self._failures.get(name, 0) + 1
@@ -150,12 +152,12 @@ class LiveChecks:
         elif isinstance(outcome, Result):
             self._tell(instrument, outcome, step, seconds, last)
 
-    def _quantities(self, instrument: Instrument, given: dict[str, Any]) -> dict[str, Any]:
+    def _quantities(self, instrument: Instrument, loop_facts: dict[str, Any]) -> dict[str, Any]:
         """What the check needs of these; the history is made for the first one that asks."""
         names = _names(instrument)
-        if "history" in names and "history" not in given:
-            given["history"] = self._history()
-        found = {name: given[name] for name in names if given.get(name) is not None}
+        if "history" in names and "history" not in loop_facts:
+            loop_facts["history"] = self._history()
+        found = {name: loop_facts[name] for name in names if loop_facts.get(name) is not None}
         if "loop" in found:
             found["loop"] = self._reads.facts_for(instrument.name)
         return found

@@ -53,25 +53,25 @@ Chosen = Mapping[str, Mapping[str, Any]]
 
 
 def chosen_instruments(
-    given: str | Instrument | Iterable[str | Instrument] | Mapping[str, Mapping[str, Any]] | None,
+    chosen: str | Instrument | Iterable[str | Instrument] | Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, dict[str, Any]]:
     """Instrument names with their settings, as the user gave them; by default all that can judge, and with "all"
     the descriptions too.
 
     Raises InvalidInput for an unknown instrument or setting.
     """
-    if isinstance(given, Instrument) or (isinstance(given, str) and given != "all"):
-        given = [given]
-    if given is not None and not isinstance(given, Iterable):
-        raise InvalidInput(f"instruments is {type_of(given)}; expected names, or a dict of settings by name.")
-    wanted: Mapping[Any, Mapping[str, Any]]
+    if isinstance(chosen, Instrument) or (isinstance(chosen, str) and chosen != "all"):
+        chosen = [chosen]
+    if chosen is not None and not isinstance(chosen, Iterable):
+        raise InvalidInput(f"instruments is {type_of(chosen)}; expected names, or a dict of settings by name.")
+    by_name: Mapping[Any, Mapping[str, Any]]
     here = {n: i for n, i in instruments().items() if i.of_a_snapshot}
-    by_default = [n for n, i in here.items() if given == "all" or i.kind is not Kind.DESCRIPTION]
-    names = by_default if given is None or isinstance(given, str) else given
-    wanted = given if isinstance(given, Mapping) else {name: {} for name in names}
+    by_default = [n for n, i in here.items() if chosen == "all" or i.kind is not Kind.DESCRIPTION]
+    names = by_default if chosen is None or isinstance(chosen, str) else chosen
+    by_name = chosen if isinstance(chosen, Mapping) else {name: {} for name in names}
     return {
         which.name: which.converted_settings(settings)
-        for name, settings in wanted.items()
+        for name, settings in by_name.items()
         for which in [find(name)]
     }
 
@@ -107,7 +107,7 @@ class Measurements:
         self._found: list[tuple[str, Outcome, float]] = []  # on the step that is going on
         self._record, self._note, self._tell = record, note, tell
         self._last: dict[str, int] = {}
-        self._given: set[str] = set()  # those that have given a result
+        self._succeeded: set[str] = set()  # those that have given a result
         self._failures: dict[str, int] = {}
         self.last_outcome: Outcome | None = None  # of the last measurement
         self.estimated = False
@@ -158,8 +158,8 @@ class Measurements:
         for name in names:
             if at_most is not None:
                 self._limit(name, snapshot, at_most - (time.perf_counter() - began))
-            given, before = self._recorded(name, snapshot)
-            self._measure(self.chosen[name], step, snapshot, given, before)
+            own_settings, before = self._recorded(name, snapshot)
+            self._measure(self.chosen[name], step, snapshot, own_settings, before)
         return time.perf_counter() - began
 
     def look(self, step: int, snapshot: Snapshot, at_most: float, waiting: bool = False) -> float:
@@ -201,12 +201,15 @@ class Measurements:
                 self.own_step.leave(name, outcome.reason, read)
         return time.perf_counter() - began
 
-    def _measured_on(self, name: str, given: Mapping[str, Any]) -> Outcome:
+    def _measured_on(self, name: str, own_settings: Mapping[str, Any]) -> Outcome:
         """What an instrument gives on what it needs of these quantities."""
         instrument = self.chosen[name]
-        wanted = {need.quantity.name for need in instrument.needs}
+        needed = {need.quantity.name for need in instrument.needs}
         return attempt(
-            None, instrument, **self._settings[name], **{n: value for n, value in given.items() if n in wanted}
+            None,
+            instrument,
+            **self._settings[name],
+            **{n: value for n, value in own_settings.items() if n in needed},
         )
 
     def keep_step(self, step: int, longer: float) -> None:
@@ -257,11 +260,16 @@ class Measurements:
                 self._record(step, Skipped(name, NEVER_RUN.format(time_taken, self.schedule.budget)), 0.0)
 
     def _measure(
-        self, instrument: Instrument, step: int, snapshot: Snapshot, given: Mapping[str, Any], before: float = 0.0
+        self,
+        instrument: Instrument,
+        step: int,
+        snapshot: Snapshot,
+        own_settings: Mapping[str, Any],
+        before: float = 0.0,
     ) -> None:
-        """`given`: quantities by name. `before`: seconds that making them took, which have been paid."""
+        """`own_settings`: quantities by name. `before`: seconds that making them took, which have been paid."""
         began = time.perf_counter()
-        outcome = self.attempted(instrument.name, snapshot, given)
+        outcome = self.attempted(instrument.name, snapshot, own_settings)
         note = self.own_step.note(instrument.name)
         if note and isinstance(outcome, Result):
             outcome = dataclasses.replace(outcome, notes=(*outcome.notes, note))
@@ -271,7 +279,7 @@ class Measurements:
         self.last_outcome = outcome
         if deadline.reason:
             self._stopped(name, step, seconds, min(deadline.seconds, seconds))
-            if name not in self._given:  # else there is a result, of an earlier step
+            if name not in self._succeeded:  # else there is a result, of an earlier step
                 self._last[name] = step
                 self._record(step, outcome, before + seconds)
             return
@@ -279,10 +287,10 @@ class Measurements:
             self.schedule.spent(name, step, seconds)
         self._keep(name, step, outcome, before + seconds)
 
-    def attempted(self, name: str, snapshot: Snapshot, given: Mapping[str, Any] | None = None) -> Outcome:
+    def attempted(self, name: str, snapshot: Snapshot, own_settings: Mapping[str, Any] | None = None) -> Outcome:
         """What an instrument gives, with its settings; nothing is recorded."""
         with self._undisturbed(snapshot):
-            return attempt(snapshot, self.chosen[name], **self._settings[name], **given or {})
+            return attempt(snapshot, self.chosen[name], **self._settings[name], **own_settings or {})
 
     def _stopped(self, name: str, step: int, seconds: float, limit: float) -> None:
         """It took longer than it might, or more memory; it is tried again, a few times."""
@@ -302,7 +310,7 @@ class Measurements:
     def _keep(self, name: str, step: int, outcome: Outcome, seconds: float) -> None:
         if isinstance(outcome, Result):
             self._failures[name] = 0
-            self._given.add(name)
+            self._succeeded.add(name)
             if self._tell is not None:
                 self._tell(self.chosen[name], outcome, step)
         elif isinstance(outcome, Skipped) and not self.windows.needs_record(name):

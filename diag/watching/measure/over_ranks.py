@@ -72,10 +72,10 @@ class OverRanks:
         """Whether the ranks' models may differ in their buffers, as running means do until they are sent."""
         return any(True for _ in self._training.model.buffers())
 
-    def settle(self, ready: bool, wanted: Agreed = NOT_NOW) -> Agreed | None:
+    def settle(self, ready: bool, proposal: Agreed = NOT_NOW) -> Agreed | None:
         """What all ranks do now; None for nothing."""
         assert self.agreement is not None
-        agreed = self.agreement.settle(ready, wanted)
+        agreed = self.agreement.settle(ready, proposal)
         if self.agreement.reason:
             self._note("measuring together", NOT_TOGETHER.format(self.agreement.reason))
         return agreed

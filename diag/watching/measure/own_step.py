@@ -198,14 +198,14 @@ class OwnStep:
         """All that will be asked of the step, so that the backward pass can answer it and nothing need be kept."""
         if call is None or not self._clean:
             return []  # it will not be used
-        given = _quantities(step, call)
+        step_quantities = _quantities(step, call)
         asked = [_everyone(step)]
         for name in self.names:
-            asked += queries_of(partial(self._rehearse, name, given), step)
+            asked += queries_of(partial(self._rehearse, name, step_quantities), step)
         return asked
 
-    def _rehearse(self, name: str, given: Mapping[str, Any], gradients: PerExampleGradients) -> None:
-        self._measure(name, {**given, GRADIENTS: gradients})
+    def _rehearse(self, name: str, step_quantities: Mapping[str, Any], gradients: PerExampleGradients) -> None:
+        self._measure(name, {**step_quantities, GRADIENTS: gradients})
 
     def backward_ends(self, seen: SeenBackward | None, loss_fn: Any) -> Read | None:
         """It has ended: what the step gave, or None. seen: the calls that it came from, if they are known."""
@@ -279,10 +279,10 @@ def _asks_for_gradients_alone(instrument: Instrument) -> bool:
 
 def _quantities(step: StepGradients, call: SeenLossCall) -> dict[str, Any]:
     """What a step gives to measure on, by glossary name: its gradients, and labels where they are class numbers."""
-    given, targets = {GRADIENTS: step}, call.targets
+    step_quantities, targets = {GRADIENTS: step}, call.targets
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != (step.num_examples,):
-        return given
-    return given | {"labels": targets.detach()} if int(targets.min()) >= 0 else given
+        return step_quantities
+    return step_quantities | {"labels": targets.detach()} if int(targets.min()) >= 0 else step_quantities
 
 
 def _everyone(step: StepGradients) -> Query:

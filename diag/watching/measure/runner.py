@@ -325,8 +325,8 @@ class MeasurementRunner(Guarded):
 
     def explain_unrun(self) -> None:
         """Record, of each instrument that the budget never allowed, that it was too small."""
-        wanted = self._schedule.budget > 0 and self._recorder.last_step == 0
-        if wanted and not self._training.sharded and self._probe.batches and self._steps.steps:
+        first_is_due = self._schedule.budget > 0 and self._recorder.last_step == 0
+        if first_is_due and not self._training.sharded and self._probe.batches and self._steps.steps:
             self._measurements.explain_unrun(self._step, self._training.snapshot())
 
     def _ready_without_a_step(self) -> bool:

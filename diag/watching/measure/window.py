@@ -59,10 +59,10 @@ class Windows:
         self._lengths: dict[str, int] = {}
         self._always: set[str] = set()
         for name, window in ((n, i.window) for n, i in instruments.items() if i.window is not None):
-            given = instruments[name].all_settings(settings.get(name, {}))
-            if (length := window.length(given)) >= window.least:
+            chosen = instruments[name].all_settings(settings.get(name, {}))
+            if (length := window.length(chosen)) >= window.least:
                 self._declared[name], self._lengths[name] = window, length
-                self._always |= {name} if window.required(given) else set()
+                self._always |= {name} if window.required(chosen) else set()
         self._schedule, self._note, self._info, self._measuring = schedule, note, info, measuring
         self.examples = StepExamples()
         self.open: Window | None = None

@@ -58,15 +58,15 @@ class Agreement:
         """Whether the ranks can still measure together."""
         return not self.reason and not self._link.reason and self.together is not None
 
-    def settle(self, ready: bool, wanted: Agreed) -> Agreed | None:
+    def settle(self, ready: bool, proposal: Agreed) -> Agreed | None:
         """Ask all ranks, and wait for their answers; what they do, None for nothing. wanted: by rank 0."""
         self._asked += 1
         lost = self.together is None or bool(self.together.lost)
         vector = torch.zeros(HEAD + len(self._names), dtype=torch.float64)
         vector[:3] = torch.tensor([float(ready and not lost), self._asked, float(lost)], dtype=torch.float64)
         if self._link.rank == 0:
-            vector[3], vector[4] = float(wanted.gather), len(wanted.limits)
-            for name, seconds in wanted.limits.items():
+            vector[3], vector[4] = float(proposal.gather), len(proposal.limits)
+            for name, seconds in proposal.limits.items():
                 vector[HEAD + self._names.index(name)] = min(seconds, NEVER_STOPS)
         total = self._link.sum(ASK, vector).result()
         if total is not None and total[1] != self._asked * self._link.world:

@@ -221,19 +221,19 @@ class BatchSums:
         self.targets: Any = 0
 
     @property
-    def wanted(self) -> bool:
+    def is_due(self) -> bool:
         """Whether the step under way is compared."""
         return due(self.step)
 
     def called(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
-        if self.wanted:
+        if self.is_due:
             self.inputs = _added(self.inputs, (args, dict(kwargs)))
 
     def loss_called(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss was computed."""
         _, targets = input_and_target(args, kwargs)
-        if self.wanted and isinstance(targets, Tensor) and not targets.requires_grad:
+        if self.is_due and isinstance(targets, Tensor) and not targets.requires_grad:
             self.targets = _added(self.targets, targets)
 
     def ended(self) -> tuple[Any, Any]:

@@ -66,7 +66,7 @@ class RowObserver:
         self._moved: list[list[int]] = []
         self._last_moved, self._over, self._counted = -1, 0, 0
         self._told = RowFacts()
-        self.wanted = True  # whether anything will ask for the facts
+        self.needed = True  # whether anything will ask for the facts
         self._every, self._later = 1, (0, 1)  # of so many steps one is followed; from which step on, of how many
 
     def know(self, batches: Iterable[Batch]) -> None:
@@ -99,7 +99,7 @@ class RowObserver:
         step, (begins, every) = self._moment.step, self._later
         if step >= begins:
             self._every = every
-        return self.wanted and (self._every == 1 or (step * GOLDEN_SHARE & 0xFFFFFFFF) * self._every < 1 << 32)
+        return self.needed and (self._every == 1 or (step * GOLDEN_SHARE & 0xFFFFFFFF) * self._every < 1 << 32)
 
     def _takes(self, dataset: Any) -> bool:
         """Whether rows are told apart by their place in this data set."""

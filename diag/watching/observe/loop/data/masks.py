@@ -30,12 +30,12 @@ PICTURES, PIXELS_A_SIDE, CLASSES_OF_MASKS = 32, 48, 8  # of a call; classes told
 FEWEST_PICTURES, SMALLEST_PICTURE = 4, 8
 LIKE_ITSELF = 0.7  # correlation of a mask with itself turned, above which it says nothing
 PLAINLY = 0.1  # correlation by which one way is more like than another
-TRANSPOSED = "rows for columns"
+SWAPPED_AXES = "rows for columns"
 TURNS: dict[str, Callable[[Tensor], Tensor]] = {
     "left to right": lambda t: t.flip(-1),
     "upside down": lambda t: t.flip(-2),
     "by half a turn": lambda t: t.flip(-1, -2),
-    TRANSPOSED: lambda t: t.transpose(-1, -2),
+    SWAPPED_AXES: lambda t: t.transpose(-1, -2),
 }
 
 
@@ -155,7 +155,7 @@ def fitting(answers: Tensor, masks: Tensor) -> _Rows:
     turned, told_apart = {}, (given.norm(dim=1) > 0.5) & (a.norm(dim=1) > 0.5)
     likeness = {}
     for name, turn in TURNS.items():
-        if name != TRANSPOSED or square:
+        if name != SWAPPED_AXES or square:
             other = _unit(turn(masks))
             likeness[name] = a @ other.T, (given * other).sum(1)
     told_apart &= torch.stack([alike for _, alike in likeness.values()]).amax(0) < LIKE_ITSELF
@@ -181,7 +181,7 @@ def related(images: Tensor, masks: Tensor) -> _Related:
         return _Related(math.nan, math.nan, math.nan, "", (0, 0))
     spectra = _spectra(features)  # rows, features
     one = masks[:, 1:] if masks.shape[1] > 1 else masks
-    ways = {"": one} | {k: turn(one) for k, turn in TURNS.items() if height == width or k != TRANSPOSED}
+    ways = {"": one} | {k: turn(one) for k, turn in TURNS.items() if height == width or k != SWAPPED_AXES}
     found: list[tuple[float, str, tuple[int, int]]] = []
     here, others = 0.0, 0.0
     for name, masks_so in ways.items():

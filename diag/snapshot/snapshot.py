@@ -131,11 +131,8 @@ class Snapshot:
         self.loop = loop
         self.carry, self.deadline = carry, deadline
         self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
-        self._arguments = arguments | {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "ranks": self.ranks or False,
-        }
+        made = {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
+        self._arguments = arguments | made
         self.cut_short = ""  # in one sentence, where not all of the data was read
         self._computed: dict[str, Any] = {}
         self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits

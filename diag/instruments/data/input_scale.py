@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +13,24 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
+from diag.instruments.data.several import may_be_data, named_inputs, varies
 from diag.ranges import Share, Threshold, Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import OUTLIER_ROW
 
 SOURCE = "LeCun et al. 1998, Efficient BackProp, 4.3 (inputs of zero mean and equal scale)"
 LARGE_INPUTS, SMALL_INPUTS, FEATURE_RATIO, CONSTANT_SHARE = 20.0, 0.02, 300.0, 0.65
 FEWEST_EXAMPLES = 8
+NO_ROWS = f"the inputs are not {FEWEST_EXAMPLES} or more rows of floating-point numbers."
 GAP_TO_THE_REST = 10.0  # times the largest of the other rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InputScale(Result):
     """Features are the entries of one example; what is constant is left out of the ratio of scales."""
+
+    name: str = measured("which of several inputs this is; empty: the only one", default="")
 
     mean: float = measured("mean of all entries")
     std: float = measured("standard deviation of all entries")
@@ -51,9 +54,18 @@ class InputScale(Result):
         yield from self._inputs_off_scale()
         yield Verdict(
             Level.OK,
-            f"The inputs have mean {format_number(self.mean)} and standard deviation {format_number(self.std)}.",
+            f"{self._inputs} have mean {format_number(self.mean)} and standard deviation "
+            f"{format_number(self.std)}.",
             source=SOURCE,
         )
+
+    @property
+    def _inputs(self) -> str:
+        return f"The numbers of {self.name!r}" if self.name else "The inputs"
+
+    @property
+    def _features(self) -> str:
+        return f"features of {self.name!r}" if self.name else "input features"
 
     def _rows_that_are_wrong(self) -> Iterator[Verdict]:
         if self.non_finite:
@@ -75,7 +87,7 @@ class InputScale(Result):
     def _inputs_that_do_not_vary(self) -> Iterator[Verdict]:
         if self.constant >= self.setting("constant"):
             what = "All inputs are the same" if self.constant == 1.0 else f"{format_share(self.constant)} of the "
-            what += "" if self.constant == 1.0 else "input features are the same for every example"
+            what += "" if self.constant == 1.0 else f"{self._features} are the same for every example"
             yield self._bad(
                 Level.ALARM if self.constant == 1.0 else Level.WARNING, Cause.INPUTS_CONSTANT, f"{what}.",
                 "Look at what the data set returns for two different rows, and at joins and fills that may "
@@ -87,7 +99,7 @@ class InputScale(Result):
         if self.size > self.setting("large"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
-                f"The inputs are not normalised: their size is {format_number(self.size)} (mean "
+                f"{self._inputs} are not normalised: their size is {format_number(self.size)} (mean "
                 f"{format_number(self.mean)}, standard deviation {format_number(self.std)}), where about 1 "
                 f"is expected.",
                 "Subtract the mean and divide by the standard deviation of the training data (bytes: divide "
@@ -97,7 +109,7 @@ class InputScale(Result):
         if self.scale_ratio > self.setting("ratio"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
-                f"The input features differ in scale: feature {self.widest_feature} is "
+                f"The {self._features} differ in scale: feature {self.widest_feature} is "
                 f"{format_number(self.scale_ratio)} times as large as the median one, so that it drowns the "
                 f"others.",
                 "Standardise each feature on the training data.",
@@ -106,7 +118,8 @@ class InputScale(Result):
         if self.std < self.setting("small"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_TOO_SMALL,
-                f"The inputs hardly vary: their standard deviation is {format_number(self.std)}, where about 1 is "
+                f"{self._inputs} hardly vary: their standard deviation is {format_number(self.std)}, where "
+                f"about 1 is "
                 "expected.",
                 "Look for a normalisation that is done twice (dividing by 255 where the data is in [0, 1] "
                 "already).",
@@ -156,12 +169,13 @@ def input_scale(
     """Whether the inputs are near zero mean and unit scale, vary from example to example, and are alike in scale.
 
     inputs: a floating tensor (n, ...), or several inputs, of which the floating one of the largest scale with at
-    least two features is judged; token numbers and other inputs are not. `large`: root mean square of
-    all entries; `small`: their standard deviation; `ratio`: scale of the largest over that of the median feature
+    least two features is judged; token numbers, masks and what is by its name a label, a place, a time or a length
+    are not, nor one that is the same for all examples where others vary. `large`: root mean square of all entries;
+    `small`: their standard deviation; `ratio`: scale of the largest over that of the median feature
     (of inputs with one axis of features); `constant`: share of features that never vary. Beyond each it warns.
     Raises nothing of its own.
     """
-    inputs = inputs if isinstance(inputs, Tensor) else _largest(tensors_in(inputs))
+    name, inputs = _judged(inputs)
     floating = _are_rows_of_numbers(inputs)
     rows = inputs.detach().flatten(1).double() if floating else torch.zeros(1, 1, dtype=torch.float64)
     finite = rows.isfinite().all(1)
@@ -170,11 +184,12 @@ def input_scale(
     limit = OUTLIER_ROW * rows_size.median()
     outliers = (rows_size > limit).nonzero().flatten()
     few = _are_others(rows_size, limit)
-    good = good if not few else good[good.square().mean(1).sqrt() <= limit]
+    good = good[good.square().mean(1).sqrt() <= limit] if few else good
     scales = good.square().mean(0).sqrt()
     varies = good.amax(0) > good.amin(0)
     widest, ratio_found = _ratio(scales[varies], varies) if floating and inputs.ndim == 2 else (0, math.nan)
     return InputScale(
+        name=name,
         mean=float(good.mean()),
         std=float(good.std(correction=0)),
         size=float(good.square().mean().sqrt()),
@@ -185,20 +200,21 @@ def input_scale(
         non_finite=int((~finite).sum()),
         outliers=tuple(outliers.tolist()) if few else (),
         examples=len(rows),
-        preconditions=(
-            Precondition(
-                "floating inputs",
-                floating,
-                f"the inputs are not {FEWEST_EXAMPLES} or more rows of floating-point numbers.",
-            ),
-        ),
+        preconditions=(Precondition("floating inputs", floating, NO_ROWS),),
     )
 
 
-def _largest(parts: Sequence[Tensor]) -> Tensor | None:
-    """Of several inputs the rows of numbers with the largest entries, where there are any."""
-    rows = [t for t in parts if _are_rows_of_numbers(t) and t[0].numel() > 1]
-    return max(rows, key=_size, default=None)
+def _judged(inputs: Any) -> tuple[str, Tensor | None]:
+    """The only input, or of several the rows of numbers with the largest entries, where there are any."""
+    if isinstance(inputs, Tensor):
+        return "", inputs
+    known = named_inputs(inputs)
+    if len(known) == 1:
+        return "", next(iter(known.values()))
+    rows = {n: t for n, t in known.items() if _are_rows_of_numbers(t) and t[0].numel() > 1 and may_be_data(n, t)}
+    if any(varies(t) for t in known.values()):
+        rows = {n: t for n, t in rows.items() if varies(t)}
+    return max(rows.items(), key=lambda item: _size(item[1]), default=("", None))
 
 
 def _size(rows: Tensor) -> float:

@@ -14,7 +14,7 @@ from diag.snapshot.loop.facts import Loop
 
 CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
 NEIGHBOURS_COMPARED = 6  # of neighbouring batches that are compared at least
-EPOCH = 4  # batches at least: fewer may come in the same order by chance, or on purpose
+EPOCH = 4  # batches and steps at least: fewer may come in the same order by chance, or on purpose
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,8 +34,9 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
 
     Each training call's inputs are told apart by some of their numbers, in order. The same batch at every step
     is full-batch training unless a DataLoader gives others meanwhile. The same batches in the same order in every
-    epoch mean that nothing shuffles. Where several workers of a DataLoader read one stream (IterableDataset) and
-    batches come as often in a row as there are workers, each of them reads the whole stream.
+    epoch mean that nothing shuffles, unless one step uses them all. Where several workers of a DataLoader read one
+    stream (IterableDataset) and batches come as often in a row as there are workers, each of them reads the whole
+    stream.
 
     Raises nothing of its own.
     """
@@ -94,13 +95,16 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             step=b.since,
         )
     each = f" every {b.loader_batches:,}" if b.loader_batches and b.lag % b.loader_batches == 0 else ""
-    if not alike and b.lag >= EPOCH and b.repeats >= (THRICE if b.by_rows else beyond_chance(b.lag)):
+    apart = min(b.lag, b.steps_apart)  # what one step uses is all of it, in whatever order
+    if not alike and apart >= EPOCH and b.repeats >= (THRICE if b.by_rows else beyond_chance(b.lag)):
         yield LoopFinding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,
-            f"The batches come again in the same order{each}: {b.repeats:,} that were looked at were those of one "
-            "epoch before.",
-            "Shuffle: DataLoader(..., shuffle=True), and set no seed inside the loop over epochs.",
+            f"The batches come again in the same order{each}: {b.repeats:,} that were looked at were those of "
+            + ("one epoch before." if b.loaders else f"{b.lag:,} batches before."),
+            f"Shuffle: "
+            f"{'DataLoader(..., shuffle=True)' if b.loaders else 'draw the rows in a new order each time'}, "
+            "and set no seed inside the loop over epochs.",
             "Batches that hold other rows in the next epoch.",
             step=b.since,
         )

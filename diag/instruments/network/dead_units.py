@@ -17,6 +17,7 @@ from diag.display import format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
+from diag.instruments.network.alike import rows_differ
 from diag.instruments.network.finite import all_finite
 from diag.ranges import Share
 from diag.registry import Kind, instrument
@@ -30,7 +31,7 @@ EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_NOT_NORMALIZED, Cause.INPUTS_CONSTANT,
     Cause.INITIALIZATION_SCALE, Cause.INITIALIZATION_CONSTANT, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE,
     Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.MOMENTUM_TOO_HIGH, Cause.LOSS_TERM_DOMINATES,
-    Cause.CLASS_WEIGHTS_WRONG, Cause.LOSS_ASCENDED,
+    Cause.CLASS_WEIGHTS_WRONG, Cause.LOSS_ASCENDED, Cause.UNDERFITTING, Cause.NORMALIZATION_STATISTICS_BAD,
 )  # fmt: skip
 
 
@@ -81,11 +82,12 @@ class DeadUnits(Result):
     why="A unit that is zero on every example gets no gradient, so it stays dead: the network is smaller "
     "than it looks.",
 )
-def dead_units(activations: Sequence[Activation], *, alarm_at: Share = SHARE_DEAD) -> DeadUnits:
+def dead_units(activations: Sequence[Activation], inputs: Any = None, *, alarm_at: Share = SHARE_DEAD) -> DeadUnits:
     """Which rectified units are zero on every example, so that no gradient reaches them.
 
-    activations: statistics of the outputs of nonlinearities (`diag.snapshot.activations`). A layer is a call of
-    ReLU, wherever it is made; layers of fewer than four units are left out. From a share of `alarm_at` dead units
+    activations: statistics of the outputs of nonlinearities (`diag.snapshot.activations`); inputs: what the model
+    was given, as nothing is said where its rows are all equal. A layer is a call of ReLU, wherever it is made;
+    layers of fewer than four units are left out. From a share of `alarm_at` dead units
     in one layer on it is an alarm. Raises nothing of its own.
     """
     rectified = [a for a in activations if a.function == "relu" and a.units >= FEWEST_UNITS]
@@ -97,5 +99,5 @@ def dead_units(activations: Sequence[Activation], *, alarm_at: Share = SHARE_DEA
         all_dead=float((dead * units).sum() / units.sum()) if rectified else 0.0,
         layers=tuple(a.name or "the model itself" for a in rectified),
         dead=dead,
-        preconditions=(known, all_finite(activations)),
+        preconditions=(known, all_finite(activations), rows_differ(inputs)),
     )

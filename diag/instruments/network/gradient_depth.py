@@ -7,25 +7,28 @@ taken in the order of `named_parameters()`, which is that of the forward pass in
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
-from diag.display import format_number
+from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.optimization.course import SMALL, median
+from diag.instruments.optimization.course import SMALL, left_of_loss, median
 from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows
+from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of the recorded norms"
 GRADIENT_RATIO = 1000.0
 FEWEST_LAYERS_IN_DEPTH = 4
 RECENT_STEPS = 20
 SMOOTHED = 5  # steps
+DONE = 0.01  # of the first loss
 EXPLAINED_BY = (
     Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.LEARNING_RATE_TOO_HIGH, Cause.INITIALIZATION_CONSTANT,
     Cause.INITIALIZATION_SCALE, Cause.TRAINING_DIVERGED, Cause.GRAPH_CUT, Cause.WEIGHT_DECAY_TOO_STRONG,
@@ -92,15 +95,25 @@ class GradientDepth(Result):
     why="Layers that get a gradient thousands of times smaller than others hardly learn; where it is "
     "thousands of times larger, they overshoot.",
 )
-def gradient_depth(history: History, *, factor: Times = GRADIENT_RATIO) -> GradientDepth:
+def gradient_depth(history: History, loop: Loop | None = None, *, factor: Times = GRADIENT_RATIO) -> GradientDepth:
     """Whether gradients shrink or grow by orders of magnitude over the depth of the network.
 
-    history: the record of a watched run. Compared are the medians of the first and the last quarter of the weights
-    (tensors named "weight" with at least 64 entries), each over the last twenty steps. A factor beyond `factor`
-    either way is an alarm; networks of fewer than four such layers are not judged. Raises nothing of its own.
+    history: the record of a watched run; loop: where several optimizers descend losses of their own, the network of
+    each is one. Compared are the medians of the first and the last quarter of the weights (tensors named "weight"
+    with at least 64 entries), each over the last twenty steps. A factor beyond `factor` either way is an alarm;
+    networks of fewer than four such layers are not judged, nor a loss that is next to zero. Raises nothing of its
+    own.
     """
+    sides = [] if loop is None else [side for side in loop.sides if side]
+    sides = sides or [frozenset(history.layers)]
+    found = [_of_network(history, side, factor) for side in sides]
+    return max(found, key=lambda result: abs(math.log(result.factor)) if result.factor > 0 else -1.0)
+
+
+def _of_network(history: History, of: Collection[str], factor: float) -> GradientDepth:
     sizes, names = numpy.asarray(history.sizes, float), history.layers
-    chosen = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1] and sizes[i] >= SMALL]
+    weights = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1] and name in of]
+    chosen = [i for i in weights if sizes[i] >= SMALL]
     norms = numpy.asarray(history.gradient_norm[-RECENT_STEPS:][:, chosen], float) / numpy.sqrt(sizes[chosen])
     norms[~numpy.isfinite(norms)] = numpy.nan
     seen = (
@@ -121,6 +134,11 @@ def gradient_depth(history: History, *, factor: Times = GRADIENT_RATIO) -> Gradi
                 "depth",
                 enough and last > 0,
                 f"fewer than {FEWEST_LAYERS_IN_DEPTH} weights were seen to get a gradient.",
+            ),
+            Precondition(
+                "a loss to descend",
+                not left_of_loss(history) < DONE,
+                f"the loss is below {format_share(DONE)} of its first value: no layer is asked for more.",
             ),
         ),
     )

@@ -1,7 +1,9 @@
-"""Running statistics of batch normalisation: whether they are of the data, or still what they began with.
+"""Running statistics of batch normalisation: whether they are of the data, or of their start, of one batch, of
+other data.
 
 In training a batch is divided by its own statistics and in evaluation by the running ones. With momentum m these
-are after n batches to (1 - m)^n what they began with, mean 0 and variance 1.
+are after n batches to (1 - m)^n what they began with, mean 0 and variance 1. A momentum near one leaves nothing but
+the last batch in them, and a layer in evaluation mode what it was trained on before.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from diag.snapshot.inside.normalization import RunningStatistics
 
 SOURCE = "arithmetic of running averages and of one forward pass"
 VARIANCE_RATIO = 3.0
+FAST, STEPS_BEFORE_FAST = 0.5, 10  # momentum
+MEANS_APART = 1.25  # running standard deviations
 # Steps from which on so much of the running statistics may no longer be their start. With torch's own momentum a
 # thousandth is left after 66, with one of 0.01 half after 69.
 SLOW = ((30, 0.9), (100, 0.5))
@@ -33,6 +37,9 @@ class NormalizationStatistics(Result):
     unseen: float = measured("share of the running statistics that is still their start", unit="share")
     momentum: float = measured("their momentum", remark="0: plain averages")
     batches: int = measured("batches that they have seen")
+    shifted: str = measured("the layer whose running mean fits what enters it the least", default="")
+    shift: float = measured("distance of its means over the running standard deviation, the median", default=0.0)
+    shifted_batches: int = measured("batches that it has seen", default=0)
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
@@ -49,29 +56,76 @@ class NormalizationStatistics(Result):
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
-        """A warning where running statistics hardly move, and evaluation divides by something else than
-        training."""
+        """A warning where running statistics hardly move, or are those of the last batch alone, or stand still and
+        are of other data, and evaluation divides by something else than it should."""
         step, last = series[-1]
-        slow = any(step >= since and last.unseen > share for since, share in SLOW)
-        if last.unmet() is not None or not slow or last.factor <= last.setting("factor") or not last.batches:
+        limit = last.setting("factor")
+        if last.unmet() is not None or not last.batches:
             return last.verdict()
+        far = last.factor > limit
+        still = [r.shifted_batches for s, r in series if r.shifted == last.shifted]
+        if last.shift > MEANS_APART and last.shifted_batches and len(still) > 1 and len(set(still)) == 1:
+            return last._of_other_data()
+        times_off = max((r.factor for s, r in series if s >= STEPS_BEFORE_FAST and r.momentum >= FAST), default=0.0)
+        if times_off > limit:
+            return last._of_the_last_batch(times_off)
+        if far and any(step >= since and last.unseen > share for since, share in SLOW):
+            return last._of_the_start()
+        return last.verdict()
+
+    def _of_the_start(self) -> Verdict:
+        return self._bad(
+            f"Running statistics are still what they began with to {format_share(self.unseen)}: {self.layer} has a "
+            f"momentum of {self.momentum:g} and has seen {self.batches:,} batches, and what enters it has a "
+            f"variance {format_number(self.factor)} times off. In eval mode the network is another than in "
+            "training.",
+            "Raise the momentum of batch normalisation (torch's own is 0.1: the share of the new batch), or "
+            "set the statistics from the data before evaluating (torch.optim.swa_utils.update_bn).",
+        )
+
+    def _of_the_last_batch(self, times_off: float) -> Verdict:
+        return self._bad(
+            f"Running statistics are those of the last batch: {self.layer} has a momentum of "
+            f"{self.momentum:g}, the "
+            f"share of the new batch, and what enters it has had a variance up to {format_number(times_off)} "
+            f"times off, "
+            "as one batch is too few rows to tell. In eval mode the network is another than in training.",
+            "Lower the momentum of batch normalisation to torch's own 0.1, and use batches of more than a "
+            "few rows; "
+            "keep pretrained statistics by .eval() on these layers.",
+            measure=(times_off, self.setting("factor")),
+        )
+
+    def _of_other_data(self) -> Verdict:
+        return self._bad(
+            f"Running statistics are of other data: {self.shifted} is in eval mode in training, and what enters it "
+            f"lies {format_number(self.shift)} of its running standard deviations from its running mean, in the "
+            "median channel.",
+            "Prepare the inputs as those were on which these layers were trained (scale, sign, order of channels), "
+            "or let the statistics adapt: .train() on these layers.",
+            (self.shifted,),
+            (self.shift, MEANS_APART),
+        )
+
+    def _bad(
+        self, sentence: str, advice: str, layers: tuple[str, ...] = (), measure: tuple[float, float] | None = None
+    ) -> Verdict:
+        value, limit = measure or (self.factor, self.setting("factor"))
         return Verdict(
             Level.WARNING,
-            f"Running statistics are still what they began with to {format_share(last.unseen)}: {last.layer} has a "
-            f"momentum of {last.momentum:g} and has seen {last.batches:,} batches, and what enters it has a "
-            f"variance {format_number(last.factor)} times off. In eval mode the network is another than in "
-            "training.",
-            advice="Raise the momentum of batch normalisation (torch's own is 0.1: the share of the new batch), or "
-            "set the statistics from the data before evaluating (torch.optim.swa_utils.update_bn).",
+            sentence,
+            advice=advice,
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="The same loss in train and in eval mode.",
-            value=last.factor,
-            threshold=last.setting("factor"),
+            value=value,
+            threshold=limit,
             threshold_source=OUR_CHOICE,
-            layers=(last.layer,),
+            layers=layers or (self.layer,),
             cause=Cause.NORMALIZATION_STATISTICS_BAD,
-            explained_by=(Cause.TRAINING_IN_EVAL_MODE, Cause.NOT_FINITE, Cause.TRAINING_DIVERGED),
+            explained_by=(Cause.TRAINING_IN_EVAL_MODE, Cause.NOT_FINITE, Cause.TRAINING_DIVERGED)
+            if measure is None and self.momentum < FAST
+            else (Cause.TRAINING_IN_EVAL_MODE, Cause.NOT_FINITE),
             step=1,
         )
 
@@ -95,9 +149,11 @@ def normalization_statistics(
 
     running_statistics: what enters each layer in evaluation mode beside its running statistics
     (`diag.snapshot.inside.normalization`). A warning where the variance is more than `factor` off in the worst
-    layer and its running statistics are to nine tenths at step 30, or to half at step 100, what they began with.
-    Raises nothing of its own.
+    layer and its running statistics are to nine tenths at step 30, or to half at step 100, what they began with, or
+    with a momentum of a half or more; and where statistics that stand still lie far from what enters. Raises
+    nothing of its own.
     """
+    shifted = max(running_statistics, key=lambda s: s.shift, default=None)
     worst = max(running_statistics, key=lambda s: s.factor, default=None)
     known = worst is not None and worst.factor == worst.factor
     return NormalizationStatistics(
@@ -106,5 +162,8 @@ def normalization_statistics(
         unseen=worst.unseen if worst else 0.0,
         momentum=worst.momentum if worst else 0.0,
         batches=worst.batches if worst else 0,
+        shifted=shifted.name or "the model itself" if shifted else "",
+        shift=shifted.shift if shifted else 0.0,
+        shifted_batches=shifted.batches if shifted else 0,
         preconditions=(Precondition("finite statistics", known, "no finite statistics were seen."),),
     )

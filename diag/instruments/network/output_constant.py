@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
+from diag.instruments.network.alike import rows_differ
 from diag.instruments.network.finite import all_finite
 from diag.ranges import Threshold
 from diag.registry import Kind, instrument
@@ -21,7 +22,7 @@ STEPS_BEFORE_CONSTANT = 10  # the output of a last layer that starts at zero is 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OutputConstant(Result):
-    """Of the tensor that the network returns, the first where it returns several."""
+    """Of the tensor that the network returns; of several, of the one that varies the most."""
 
     spread: float = measured("standard deviation over the examples, over the size of the output", unit="share")
     constant_units: float = measured("outputs that are the same for every example", unit="share")
@@ -77,7 +78,7 @@ class OutputConstant(Result):
                 Cause.LABELS_SHUFFLED, Cause.LOSS_TERM_DOMINATES, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED,
                 Cause.CLASSES_SORTED, Cause.CLASS_IMBALANCE, Cause.INPUTS_TOO_SMALL, Cause.INPUTS_NOT_NORMALIZED,
                 Cause.PARAMETER_IN_NO_OPTIMIZER, Cause.STEP_MISSING, Cause.GRADIENTS_ZEROED_BEFORE_STEP,
-                Cause.TARGETS_NOT_NORMALIZED, Cause.CLASS_WEIGHTS_WRONG,
+                Cause.TARGETS_NOT_NORMALIZED, Cause.CLASS_WEIGHTS_WRONG, Cause.UNDERFITTING, Cause.LOSS_ASCENDED,
             ),
             step=began,
         )  # fmt: skip
@@ -96,17 +97,18 @@ class OutputConstant(Result):
     why="A network that gives the same answer to every input has learned nothing that depends on the input.",
 )
 def output_constant(
-    activations: Sequence[Activation], *, alarm_below: Threshold = CONSTANT_SPREAD
+    activations: Sequence[Activation], inputs: Any = None, *, alarm_below: Threshold = CONSTANT_SPREAD
 ) -> OutputConstant:
     """Whether the network's output depends on its input.
 
-    activations: statistics of the forward pass (`diag.snapshot.activations`). The spread of an output is the
-    standard deviation over examples (and positions), over the root mean square of all entries. Below `alarm_below`
-    in a training that is under way (step 10 or later) it is an alarm; before, a last layer that starts at zero may
-    be the reason. Raises nothing of its own.
+    activations: statistics of the forward pass (`diag.snapshot.activations`); inputs: what it was given, as nothing
+    is said where its rows are all equal. The spread of an output is the standard deviation over examples (and
+    positions), over the root mean square of all entries; of several outputs all must be constant. Below
+    `alarm_below` in a training that is under way (step 10 or later) it is an alarm; before, a last layer that
+    starts at zero may be the reason. Raises nothing of its own.
     """
     outputs = [a for a in activations if a.function == MODEL_OUTPUT]
-    output = outputs[0] if outputs else None
+    output = max(outputs, key=lambda a: a.spread, default=None)
     constant = (
         a.name for a in activations if a.function != MODEL_OUTPUT and a.units > 1 and a.spread < alarm_below
     )
@@ -119,5 +121,6 @@ def output_constant(
         preconditions=(
             Precondition("an output", bool(outputs), "the network returns no tensor with several entries."),
             all_finite(activations),
+            rows_differ(inputs),
         ),
     )

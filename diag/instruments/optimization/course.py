@@ -8,6 +8,7 @@ says little.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy
@@ -18,6 +19,7 @@ from diag.snapshot.history import History, by_rows, parts, thinned_record
 SMALL = 64
 FROM_ZERO = 1e-3  # of a tensor's norm: rounding, and the rest of what it began with
 OF_SECOND_DIFFERENCES = 1.4826 / math.sqrt(6.0)  # of their median size, for normal noise
+LAST_LOSSES = 5
 MOST_ON_THE_WAY = 256  # steps of which the way is put together
 MOST_NORMS = 1 << 20  # steps times tensors over which a median is taken
 Floats = NDArray[numpy.float64]
@@ -27,6 +29,15 @@ def finite_losses(history: History) -> tuple[Floats, NDArray[Any]]:
     """The losses that were seen and finite, and the steps that they led to."""
     seen = numpy.isfinite(history.loss)
     return numpy.asarray(history.loss[seen], float), numpy.asarray(history.steps[seen])
+
+
+def left_of_loss(history: History) -> float:
+    """The median of the last tenth of the losses, and of `LAST_LOSSES` at least, over the first one; NaN where
+    losses are negative or that is zero."""
+    losses, _ = finite_losses(history)
+    if not len(losses) or not losses[0] > 0 or losses.min() < 0:
+        return math.nan
+    return float(median(losses[-max(LAST_LOSSES, len(losses) // 10) :]) / losses[0])
 
 
 def median(values: Any, axis: int | None = None) -> Any:
@@ -43,13 +54,15 @@ def median(values: Any, axis: int | None = None) -> Any:
         return numpy.mean(middle, axis=0)[..., 0][()]
 
 
-def update_ratios(history: History) -> tuple[Floats, NDArray[Any], int]:
+def update_ratios(history: History, names: Collection[str] = ()) -> tuple[Floats, NDArray[Any], int]:
     """||step|| / ||weights|| over the large tensors, at the steps at which both were taken.
 
     Returns its median over the tensors at each of these steps (T,), the steps (T,), and how many tensors there are.
-    The weights are those after the step. Tensors that did not move at any of these steps are left out.
+    names: of the tensors that count; empty: all. The weights are those after the step. Tensors that did not move at
+    any of these steps are left out, and those that began at zero, where there are others.
     """
-    large = numpy.flatnonzero(numpy.asarray(history.sizes) >= SMALL)
+    counts = numpy.array([not names or name in names for name in history.layers], bool)
+    large = numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & counts)
     moved = numpy.zeros(len(large), bool)
 
     def seen(part: History) -> NDArray[Any]:
@@ -59,8 +72,10 @@ def update_ratios(history: History) -> tuple[Floats, NDArray[Any], int]:
         return rows
 
     rows = by_rows(history, seen)
-    medians = by_rows(history, lambda part: median(_ratios(part, large[moved]), axis=1))
-    return medians[rows], numpy.asarray(history.steps[rows]), int(moved.sum())
+    usual = moved & ~began_at_zero(history)[large]
+    chosen = large[usual if usual.any() else moved]
+    medians = by_rows(history, lambda part: median(_ratios(part, chosen), axis=1))
+    return medians[rows], numpy.asarray(history.steps[rows]), len(chosen)
 
 
 def largest_update_ratio(history: History) -> float:

@@ -17,11 +17,13 @@ from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Result, Verdict, measured
 from diag.snapshot.history import History
+from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of the recorded losses"
 LOSS_RATIO = 5.0
 RECENT_LOSSES = 5
 FELL, STEEPER = 1000.0, 30.0  # times the size of the first losses, and of the first gradients
+UNDIMINISHED = 0.9  # fall of the last third of the losses over that of the third before
 HIGH_MOMENTUM, SWUNG = 0.99, 2.0  # with such a momentum, a loss of twice its first value has been carried there
 AFTER_DIVERGENCE = (
     "Lower the learning rate tenfold and warm it up; look at the batch of that step; clip the gradient."
@@ -43,11 +45,15 @@ class Divergence(Result):
     fell_to: float = measured(
         "the lowest loss where it fell without end, below zero", remark="else NaN", default=math.nan
     )
+    sides: int = measured("optimizers that descend losses of their own", remark="0: there is one loss", default=0)
+    steeper: bool = measured("gradients are many times as large as the first", default=True)
     fell_at: int = measured("the step from which it was further below zero than any loss before", default=0)
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
     losses: NDArray[numpy.float64] = measured("their losses", shape="(steps,)")
 
     def verdict(self) -> Verdict:
+        if self.sides and math.isfinite(self.last):
+            return self._of_a_game()
         if self.fell_at:
             return self._fell()
         if not self.first > 0:
@@ -66,12 +72,24 @@ class Divergence(Result):
             + (f"higher, but by less than {limit:g} times." if higher else "which is not higher."),
         )
 
+    def _of_a_game(self) -> Verdict:
+        """Where one side's loss rises because the other wins, there is no divergence."""
+        return Verdict(
+            Level.UNKNOWN,
+            f"{self.sides} optimizers in this loop train different parameters, each by a loss of its own. What was "
+            f"recorded began at {format_number(self.first)} and is at {format_number(self.last)}: it may "
+            f"rise because "
+            "one side of a game wins.",
+            source=SOURCE,
+        )
+
     def _fell(self) -> Verdict:
         first, lowest = format_number(self.first), format_number(self.fell_to)
         return Verdict(
             Level.ALARM,
             f"The loss falls without end: it began at {first}, has been below zero by more than {FELL:,g} times "
-            f"the first losses since step {self.fell_at:,} and reached {lowest}, with gradients that grow. "
+            f"the first losses since step {self.fell_at:,} and reached {lowest}, "
+            f"{'with gradients that grow' if self.steeper else 'and falls as fast as before'}. "
             "Something in it has no lower bound: a term that is subtracted, or a target out of the loss's range.",
             advice="Write down each term of the loss with its sign: what is to become small is added, and what is "
             "subtracted must be bounded.",
@@ -106,7 +124,7 @@ class Divergence(Result):
                           Cause.GRADIENTS_STILL_SCALED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
                           Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE,
                           Cause.SECOND_MOMENT_STALE, Cause.INITIALIZATION_CONSTANT, Cause.INPUTS_TOO_SMALL,
-                          Cause.INPUTS_CONSTANT, Cause.MOMENTUM_TOO_HIGH),
+                          Cause.INPUTS_CONSTANT, Cause.MOMENTUM_TOO_HIGH, Cause.NORMALIZATION_STATISTICS_BAD),
             step=self.left_at or None,
         )  # fmt: skip
 
@@ -136,13 +154,14 @@ class Divergence(Result):
     "follow are wasted.",
     formula="median of the last five losses / first loss",
 )
-def divergence(history: History, *, times: Times = LOSS_RATIO) -> Divergence:
+def divergence(history: History, loop: Loop | None = None, *, times: Times = LOSS_RATIO) -> Divergence:
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
-    history: the record of a watched run. Judged on the median of the last five losses, so that a single bad batch
-    is not called divergence; a loss that begins at zero or below is not judged. A loss that falls to a thousand
-    times its first size below zero while the gradient grows thirtyfold has no lower bound: that is an alarm of its
-    own. A momentum of 0.99 or more is named as the cause. Raises nothing of its own.
+    history: the record of a watched run; loop: whether several optimizers descend losses of their own (the two
+    sides of a game), where only a loss that is not finite is judged. Judged on the median of the last five losses,
+    so that a single bad batch is not called divergence; a loss that begins at zero or below is not judged. A loss
+    that falls to a thousand times its first size below zero while the gradient grows thirtyfold has no lower
+    bound: that is an alarm of its own. A momentum of 0.99 or more is named as the cause. Raises nothing of its own.
     """
     losses = numpy.where(history.loss_finite, numpy.asarray(history.loss, float), math.inf)
     seen = ~numpy.isnan(losses)
@@ -150,7 +169,7 @@ def divergence(history: History, *, times: Times = LOSS_RATIO) -> Divergence:
     known, _ = finite_losses(history)
     first = float(known[0]) if len(known) else math.nan
     smooth = _medians_of_five(losses)
-    fell_at, fell_to = _fell(history, known)
+    fell_at, fell_to = _fell(history, known, loop)
     thin = slice(None, None, max(1, len(losses) // 512))
     return Divergence(
         first=first,
@@ -161,14 +180,16 @@ def divergence(history: History, *, times: Times = LOSS_RATIO) -> Divergence:
         lost_at=_left_at(losses, steps, float(numpy.finfo(float).max)),
         momentum=_momentum(history),
         num_steps=int(history.total_steps),
+        sides=0 if loop is None else len(loop.sides),
         fell_at=fell_at,
+        steeper=_steeper(history),
         fell_to=fell_to,
         steps=steps[thin],
         losses=losses[thin],
     )
 
 
-def _fell(history: History, losses: NDArray[numpy.float64]) -> tuple[int, float]:
+def _fell(history: History, losses: NDArray[numpy.float64], loop: Loop | None) -> tuple[int, float]:
     """Where the loss went below zero for good, by `FELL` times its first size, with ever larger gradients: the step
     and the lowest loss; 0 and NaN where it did not."""
     _, steps = finite_losses(history)
@@ -177,7 +198,19 @@ def _fell(history: History, losses: NDArray[numpy.float64]) -> tuple[int, float]
     limit = -FELL * float(numpy.abs(losses[:RECENT_LOSSES]).max())
     smooth = _medians_of_five(losses)
     begins = _left_at(-smooth, steps[len(losses) - len(smooth) :], -limit)
-    return (begins, float(losses.min())) if begins and limit < 0 and _steeper(history) else (0, math.nan)
+    # A critic that tells two sides apart by more and more falls as fast as before, too: then there are two
+    # optimizers.
+    alone = loop is not None and len(loop.optimizers) == 1 and not loop.optimizers[0].foreign
+    endless = begins and limit < 0 and (_steeper(history) or (alone and _as_fast_as_before(losses)))
+    return (begins, float(losses.min())) if endless else (0, math.nan)
+
+
+def _as_fast_as_before(losses: NDArray[numpy.float64]) -> bool:
+    """Whether the loss fell in the last third of the steps as far as in the third before: what has a lower bound
+    comes to it, a likelihood slows down."""
+    third = len(losses) // 3
+    one, two, three = (float(median(losses[at - RECENT_LOSSES : at])) for at in (third, 2 * third, len(losses)))
+    return third > RECENT_LOSSES and two < one and two - three > UNDIMINISHED * (one - two)
 
 
 def _steeper(history: History) -> bool:

@@ -25,6 +25,7 @@ from diag.instruments.optimization.course import (
     fall,
     fell,
     finite_losses,
+    left_of_loss,
     median,
     scatter,
     travel,
@@ -50,14 +51,15 @@ TIGHT, NOTHING_LEFT = 0.05, 0.005
 # With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one
 # scale. A hundredth means that epsilon, or a second moment of long ago, stands in the denominator.
 ADAM_SHARE = 0.02
-HALF_OF_NORM, GROWN = 0.5, 10.0  # norm over the first norm
-MOST_OF_LOSS = 0.9  # fallen, from the first tenth of the steps to the last
+HALF_OF_NORM, GROWN = 0.5, 30.0  # norm over the first norm
+HALF_OF_LOSS, TENTH_OF_LOSS = 0.5, 0.1  # of the first loss
+COMES_BACK = 100  # steps in which a loss that rose in the first ones may come back
 ADAGRAD = "Adagrad"
 FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
 STEPS_OF_A_TRAINING = 100
 # Trainings from random weights that work end several tenths of their size away, and not on a straight way.
 NOWHERE, NOT_FAR = 0.05, 0.2
-STRAIGHT, HALF_OF_LOSS = 0.7, 0.5
+STRAIGHT = 0.7
 USUAL_RATE = 1e-2  # of SGD
 NOT_THE_RATE = (
     Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY, Cause.GRADIENTS_VANISH,
@@ -82,6 +84,8 @@ class StepSize(Result):
     loss_peak_ratio: float = measured(
         "the largest recorded loss over the first one", remark="NaN where the first is not positive"
     )
+    now: float = measured("the median of the last losses over the first one", default=math.nan)
+    lost: bool = measured("the last losses were not finite", default=False)
     below_zero: bool = measured("some losses are negative, so that a share says nothing", default=False)
     loss_fell: bool = measured(
         "the loss of the last third of the steps is below that of the first, beyond noise", default=True
@@ -130,17 +134,13 @@ class StepSize(Result):
 
     def _too_high(self) -> Verdict | None:
         limit = self.setting("too_high")
-        # Layers that start near zero take steps of their own size until they have grown, and Adagrad's first steps
-        # are as large as its learning rate: there the loss must tell.
-        certain = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1
-        certain = certain and not self.shrunk and not self.from_nothing and self.optimizer != ADAGRAD
-        if not self.largest_ratio > limit or not (certain or self.loss_rose) or self._recovered:
+        if not self.largest_ratio > limit or not (self.loss_rose or self._certain) or self._recovered:
             return None
         return graded(SOURCE, self.largest_ratio, limit)(
-            Level.ALARM,
+            Level.WARNING if self._may_recover else Level.ALARM,
             f"The steps are too large: one step moves the weights of a typical layer by "
             f"{format_share(self.largest_ratio)} of their size (around step {self.largest_at:,}); in "
-            f"most trainings that work it is below {format_share(limit)}.",
+            f"most trainings that work it is below {format_share(limit)}.{self._course}",
             advice="Lower the learning rate about tenfold, or warm it up; if it must stay, clip the gradient.",
             refutation="The same training at a tenth of the learning rate ends with a loss that is not lower.",
             cause=Cause.LEARNING_RATE_TOO_HIGH,
@@ -149,20 +149,57 @@ class StepSize(Result):
                           Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
                           Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.INPUTS_TOO_SMALL,
                           Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED, Cause.LOSS_ASCENDED,
-                          Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO),
+                          Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO, Cause.NORMALIZATION_STATISTICS_BAD,
+                          Cause.TARGETS_OUT_OF_RANGE),
             step=self.began_at or self.largest_at,
         )  # fmt: skip
 
     @property
+    def _course(self) -> str:
+        """What the loss did meanwhile, where it has a course that a ratio describes."""
+        if self.below_zero or not self.loss_rose or not math.isfinite(self.loss_peak_ratio):
+            return ""
+        return f" The loss rose to {format_number(self.loss_peak_ratio)} times its first value" + (
+            f" and is at {format_number(self.now)} times that." if math.isfinite(self.now) else "."
+        )
+
+    @property
+    def _certain(self) -> bool:
+        """Whether steps are so large that it is enough that some loss was higher than the first, or that they stay
+        so large.
+
+        Layers that start near zero take steps of their own size until they have grown, and Adagrad's first steps
+        are as large as its learning rate: there the loss must tell.
+        """
+        limit = self.setting("too_high")
+        large = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1
+        large = large and not self.shrunk and not self.from_nothing and self.optimizer != ADAGRAD
+        enough = self.num_steps >= ENOUGH_STEPS
+        if self.below_zero:  # a policy's loss: its size says nothing
+            return large and enough and not self.loss_fell
+        return large and (self.loss_peak_ratio > ROSE or (enough and self.ratio > limit))
+
+    @property
+    def _may_recover(self) -> bool:
+        """Whether it cannot be said that the loss will not come back from large first steps: it is too early, or it
+        has come down to half of the first one already."""
+        early = self.num_steps < (ENOUGH_STEPS if self.now > LOSS_RATIO else COMES_BACK)
+        return (early or self.now <= HALF_OF_LOSS) and not self.lost
+
+    @property
     def _recovered(self) -> bool:
-        """Whether large first steps did no lasting harm: steps are as usual since, and most of the loss is gone.
+        """Whether large first steps did no lasting harm: steps are as usual since, and half of the loss is gone, or
+        nine tenths where it rose far.
 
         Adagrad's first steps are large at any learning rate that is usual for it, so there the loss need not fall.
         """
-        usual = self.num_steps >= ENOUGH_STEPS and self.ratio <= self.setting("too_high") / 2
-        fell = self.loss_fall >= MOST_OF_LOSS or self.optimizer == ADAGRAD
+        if self.below_zero:
+            return False
+        usual = self.num_steps >= ENOUGH_STEPS and self.ratio <= self.setting("too_high")
+        far = not self.loss_peak_ratio < LOSS_RATIO
+        fell = self.now <= (TENTH_OF_LOSS if far else HALF_OF_LOSS) or (self.optimizer == ADAGRAD and not far)
         # Weights that large steps have made many times as large take steps that are small beside them.
-        return usual and fell and self.loss_peak_ratio < LOSS_RATIO and not self.growth > GROWN
+        return usual and fell and not self.lost and not self.growth > GROWN
 
     def _too_small(self) -> Verdict | None:
         limit = self.setting("too_low")
@@ -285,7 +322,8 @@ def step_size(
 ) -> StepSize:
     """How far each step moves the weights, as a share of their size, and what makes it too far or too little.
 
-    history: the record of a watched run; loop: for what the weights began with. The ratio of a step is the median
+    history: the record of a watched run; loop: for what the weights began with, and for optimizers that descend
+    losses of their own, of which the one with the largest steps is judged. The ratio of a step is the median
     over tensors of at least 64 entries; `too_high` is compared with the median of five consecutive measurements,
     `too_low` with the median of all. Where the ratio is too low, the verdict looks at clipping (how much of the
     gradient is left) and at Adam's epsilon (how large its step per entry is beside the learning rate) before it
@@ -293,9 +331,11 @@ def step_size(
     weights as drawn and has hardly left them, or where its steps all went one way and not far, with a loss that has
     hardly fallen. Raises nothing of its own.
     """
-    medians, steps, tensors = update_ratios(history)
+    sides = () if loop is None else loop.sides
+    ratios = [update_ratios(history, side) for side in filter(None, sides)] or [update_ratios(history)]
+    each = [(found, _largest_of_five(*found[:2], too_high)) for found in ratios]
+    (medians, steps, tensors), (largest, at, began) = max(each, key=lambda e: numpy.nan_to_num(e[1][0]))
     losses, _ = finite_losses(history)
-    largest, at, began = _largest_of_five(medians, steps, too_high)
     from_nothing = _from_nothing(loop)
     travelled, straightness = travel(history)
     over = loop is not None and loop.ended
@@ -314,12 +354,15 @@ def step_size(
         num_steps=int(history.total_steps),
         loss_fall=fall(losses),
         loss_peak_ratio=float(losses.max() / losses[0]) if len(losses) and losses[0] > 0 else math.nan,
+        now=left_of_loss(history),
+        lost=bool(len(history)) and not history.loss_finite[-MEASUREMENTS_IN_A_ROW:].all(),
         below_zero=bool((losses < 0).any()),
         loss_fell=fell(losses),
         clip_factor=_clip_factor(history),
         gradient_size=_gradient_size(history),
         adam_share=_adam_share(history),
-        loss_rose=_rose(history, at, SCATTERS if from_nothing else 0.0),
+        # Of two sides of a game one's loss rises because the other wins.
+        loss_rose=not sides and _rose(history, at, SCATTERS if from_nothing or (losses < 0).any() else 0.0),
         shrunk=_growth(history, at) < HALF_OF_NORM,
         growth=_growth(history, int(history.total_steps)),
         from_nothing=from_nothing,

@@ -18,20 +18,21 @@ OUTLIER_ROW = 100.0  # times the size of the median row, from which on a row of 
 class BatchFacts:
     """What the batches were, by a hash of a few numbers of each training call's inputs.
 
-    calls: how many were hashed; lag: after how many calls the same batch comes again, 0 where none does; repeats:
-    how many calls in a row were the batch of `lag` calls before. fetched: before how many of these calls a
-    DataLoader gave a batch; loaders: epochs of DataLoaders begun, epochs: those of one that were followed by
-    training calls, again: the step at which the last of these that was not its first began; loader_batches: batches
-    in such an epoch; by_rows: its sampler orders rows, so that no two epochs have the same batches by chance.
-    readers: workers of the last loader, where its data set is a stream (IterableDataset), which each of them reads;
-    pairs: of batches that loaders gave one after the other and that were compared, equal_pairs those that were one
-    batch twice. label_counts: of each class over the batches that were counted (`counted` of them), and distinct:
-    classes in a batch, on average; batch_size: targets counted a batch on average; continued: the share of batches
-    that have a class of the batch just before. empty: how many of these loaders had no batch, and of the last the
-    rows of its data set and its batch size."""
+    calls: how many were hashed; lag: after how many calls the same batch comes again, 0 where none does;
+    steps_apart: how many optimizer steps that took; repeats: how many calls in a row were the batch of `lag` calls
+    before. fetched: before how many of these calls a DataLoader gave a batch; loaders: epochs of DataLoaders
+    begun, epochs: those of one that were followed by training calls, again: the step at which the last of these
+    that was not its first began; loader_batches: batches in such an epoch; by_rows: its sampler orders rows, so
+    that no two epochs have the same batches by chance. readers: workers of the last loader, where its data set is
+    a stream (IterableDataset), which each of them reads; pairs: of batches that loaders gave one after the other
+    and that were compared, equal_pairs those that were one batch twice. label_counts: of each class over the
+    batches that were counted (`counted` of them), and distinct: classes in a batch, on average; batch_size:
+    targets counted a batch on average; continued: the share of batches that have a class of the batch just before.
+    empty: how many of these loaders had no batch, and of the last the rows of its data set and its batch size."""
 
     calls: int = 0
     lag: int = 0
+    steps_apart: int = 0
     repeats: int = 0
     since: int = 0
     fetched: int = 0

@@ -41,6 +41,9 @@ from diag.snapshot.loop.steps import (
 )
 from diag.snapshot.snapshot import Snapshot
 
+PASSES_OF_OTHERS = (
+    1.05  # backward passes of a step over those of one optimizer; a critic may take five steps to one
+)
 SAME_BATCH_AGAIN = 2  # repetitions of a batch (our choice) from which on it is taken to be the only one
 
 
@@ -129,6 +132,24 @@ class Loop:
     def training(self) -> tuple[OptimizerFacts, ...]:
         """The optimizers that step parameters of the model on their own."""
         return tuple(o for o in self.optimizers if o.held and o.steps and not o.nested)
+
+    @property
+    def sides(self) -> tuple[frozenset[str], ...]:
+        """The model's parameters in each of several optimizers that descend losses of their own, as the two sides
+        of a game do; empty where there is one loss. An optimizer of another network in the same loop holds none.
+
+        Optimizers of one model have losses of their own where a step has more backward passes than the gradient of
+        any one of them is made of.
+        """
+        holders = [o for o in self.optimizers if o.held and not o.nested and (o.steps or o.idle)]
+        held = [frozenset(o.held) for o in holders]
+        others = [frozenset[str]() for o in self.optimizers if o.foreign and o.steps and not (o.held or o.stale)]
+        if held and others:
+            return (*held, *others)
+        apart = len(held) > 1 and len(frozenset.union(*held)) == sum(map(len, held))
+        each = self.backwards / max([1, *(o.looked for o in holders)])  # both are counted in the same steps
+        own = [o.passes for o in holders if o.steps]
+        return tuple(held) if apart and own and each > PASSES_OF_OTHERS * max(own) else ()
 
 
 def loop(snapshot: Snapshot) -> Loop:

@@ -170,6 +170,7 @@ class Batches:
         return BatchFacts(
             calls=self._inputs.hashed,
             lag=stream.lag,
+            steps_apart=stream.steps_apart,
             repeats=stream.repeats,
             since=stream.since,
             fetched=stream.fetched,

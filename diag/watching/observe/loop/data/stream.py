@@ -29,7 +29,8 @@ TELL = (2, 3, 4, 5, 6, 8, 12)  # the same order for so many batches is news
 
 
 class Stream:
-    """The batches of one kind. lag: after how many the same comes again; repeats: how many in a row did, since the
+    """The batches of one kind. lag: after how many the same comes again, and steps_apart,
+    after how many optimizer steps; repeats: how many in a row did, since the
     step `since`; fetched: before how many of these a DataLoader gave a batch; hashed: how many in all. pairs:
     neighbours that were compared, of which `equal` were one batch twice."""
 
@@ -37,11 +38,12 @@ class Stream:
         self._moment = moment
         self._at = Recent(BATCHES_REMEMBERED)  # places by batch
         self._keys = Recent(BATCHES_REMEMBERED)  # batches by place
+        self._steps = Recent(BATCHES_REMEMBERED)  # steps by batch
         self._whole, self._looked = False, 0
         self._early: list[tuple[int, int]] = []  # the first batches, by all of their numbers
         self._were_fetched: set[int] = set()  # of these those for which a DataLoader gave one
-        self._away: deque[tuple[int, Tensor, bool]] = deque(maxlen=AWAY)
-        self.hashed = self.lag = self.repeats = self.since = self.fetched = 0
+        self._away: deque[tuple[int, Tensor, bool, int]] = deque(maxlen=AWAY)
+        self.hashed = self.lag = self.steps_apart = self.repeats = self.since = self.fetched = 0
         self.pairs = self.equal = 0
 
     def key(self, place: int, tensor: Tensor) -> int | Tensor | None:
@@ -56,10 +58,12 @@ class Stream:
             self._look(place, tensor)
         return key_of_batch(tensor if self._whole else sampled(tensor), tensor.shape)
 
-    def add(self, place: int, key: int | Tensor, fetched: bool) -> None:
-        """The batch with this key was used at this place in the order; fetched: a DataLoader gave one for it."""
+    def add(self, place: int, key: int | Tensor, fetched: bool, step: int | None = None) -> None:
+        """The batch with this key was used at this place in the order, at this step (else the one under way);
+        fetched: a DataLoader gave one for it."""
+        step = self._moment.step if step is None else step
         if isinstance(key, Tensor):
-            self._away.append((place, key, fetched))
+            self._away.append((place, key, fetched, step))
             return
         self.hashed += 1
         if fetched and self.hashed <= BATCHES_LOOKED_AT:
@@ -67,16 +71,17 @@ class Stream:
         before = self._at.get(key)
         self._at.set(key, place)
         self._keys.set(place, key)
-        self._compare(place, key, before, fetched)
+        self._compare(place, key, before, fetched, step)
+        self._steps.set(key, step)
         if self.repeats in TELL or (self.lag and self.repeats == self.lag):
             self._moment.news(("same batches", self.lag, self.repeats))
 
     def wait(self) -> None:
         """Read and count what is on a device."""
         while self._away:
-            place, sample, fetched = self._away.popleft()
+            place, sample, fetched, step = self._away.popleft()
             if len(sample.unique()) >= DISTINCT_NUMBERS:
-                self.add(place, key_of_batch(sample.cpu(), sample.shape), fetched)
+                self.add(place, key_of_batch(sample.cpu(), sample.shape), fetched, step)
 
     def _look(self, place: int, tensor: Tensor) -> None:
         """Are the few numbers enough to tell batches apart? Where not, all numbers count, of those before too."""
@@ -85,14 +90,14 @@ class Stream:
         size = 4 if tensor.dtype is torch.bfloat16 else tensor.element_size()
         if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT_NUMBERS:
             self._whole, self.hashed, self.lag, self.repeats = True, 0, 0, 0
-            self._at.clear()
-            self._keys.clear()
+            for kept in (self._at, self._keys, self._steps):
+                kept.clear()
             for before, key in self._early:
                 self.add(before, key, fetched=before in self._were_fetched)
         elif tensor.numel() * tensor.element_size() <= WHOLE:
             self._early.append((place, key_of_batch(tensor, tensor.shape)))
 
-    def _compare(self, place: int, key: int, before: int | None, fetched: bool) -> None:
+    def _compare(self, place: int, key: int, before: int | None, fetched: bool, step: int) -> None:
         """Is this the batch of `lag` places before? Not all are looked at, so often nobody knows."""
         neighbour = self._keys.get(place - 1)
         if neighbour is not None:
@@ -103,7 +108,8 @@ class Stream:
             self.fetched += fetched
         elif there is not None or (not self.lag and before is not None):
             self.lag = 0 if before is None else place - before
-            self.repeats, self.since = int(before is not None), self._moment.step
+            self.steps_apart = 0 if before is None else step - (self._steps.get(key) or 0)
+            self.repeats, self.since = int(before is not None), step
             self.fetched = int(fetched)
 
 

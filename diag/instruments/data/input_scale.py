@@ -13,7 +13,7 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
-from diag.instruments.data.several import may_be_data, named_inputs, varies
+from diag.instruments.network.several import may_be_data, named_inputs, varies
 from diag.ranges import Share, Threshold, Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured

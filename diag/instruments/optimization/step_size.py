@@ -331,10 +331,7 @@ def step_size(
     weights as drawn and has hardly left them, or where its steps all went one way and not far, with a loss that has
     hardly fallen. Raises nothing of its own.
     """
-    sides = () if loop is None else loop.sides
-    ratios = [update_ratios(history, side) for side in filter(None, sides)] or [update_ratios(history)]
-    each = [(found, _largest_of_five(*found[:2], too_high)) for found in ratios]
-    (medians, steps, tensors), (largest, at, began) = max(each, key=lambda e: numpy.nan_to_num(e[1][0]))
+    (medians, steps, tensors), (largest, at, began) = _of_the_fastest(history, loop, too_high)
     losses, _ = finite_losses(history)
     from_nothing = _from_nothing(loop)
     travelled, straightness = travel(history)
@@ -361,8 +358,7 @@ def step_size(
         clip_factor=_clip_factor(history),
         gradient_size=_gradient_size(history),
         adam_share=_adam_share(history),
-        # Of two sides of a game one's loss rises because the other wins.
-        loss_rose=not sides and _rose(history, at, SCATTERS if from_nothing or (losses < 0).any() else 0.0),
+        loss_rose=_rose(history, loop, at, SCATTERS if from_nothing or (losses < 0).any() else 0.0),
         shrunk=_growth(history, at) < HALF_OF_NORM,
         growth=_growth(history, int(history.total_steps)),
         from_nothing=from_nothing,
@@ -372,6 +368,15 @@ def step_size(
         steps=steps[-512:],
         ratios=medians[-512:],
     )
+
+
+def _of_the_fastest(history: History, loop: Loop | None, limit: float) -> tuple[Any, tuple[float, int, int]]:
+    """Ratios and their largest five (see `update_ratios`, `_largest_of_five`): of all tensors, or where optimizers
+    descend losses of their own, of those of the one with the largest steps."""
+    sides = () if loop is None else loop.sides
+    ratios = [update_ratios(history, side) for side in filter(None, sides)] or [update_ratios(history)]
+    each = [(found, _largest_of_five(*found[:2], limit)) for found in ratios]
+    return max(each, key=lambda e: numpy.nan_to_num(e[1][0]))
 
 
 def _largest_of_five(medians: NDArray[numpy.float64], steps: NDArray[Any], limit: float) -> tuple[float, int, int]:
@@ -432,9 +437,12 @@ def _adam_share(history: History) -> float:
     return float(numpy.median(shares)) if len(shares) else math.nan
 
 
-def _rose(history: History, at: int, scatters: float) -> bool:
+def _rose(history: History, loop: Loop | None, at: int, scatters: float) -> bool:
     """Whether the median loss of the five steps that the measurements up to `at` led to, or of the five after, lies
-    well above the first: by a tenth, and so many times what losses scatter."""
+    well above the first: by a tenth, and so many times what losses scatter. Of two sides of a game one's loss rises
+    because the other wins: that counts for nothing."""
+    if loop is not None and loop.sides:
+        return False
     losses, steps = finite_losses(history)
     limit = max(ROSE * losses[0], losses[0] + scatters * scatter(losses)) if len(losses) > 2 else math.inf
     courses = (

@@ -22,7 +22,7 @@ STEPS_BEFORE_CONSTANT = 10  # the output of a last layer that starts at zero is 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OutputConstant(Result):
-    """Of the tensor that the network returns; of several, of the one that varies the most."""
+    """Of the tensor that the network returns, the first where it returns several."""
 
     spread: float = measured("standard deviation over the examples, over the size of the output", unit="share")
     constant_units: float = measured("outputs that are the same for every example", unit="share")
@@ -102,13 +102,13 @@ def output_constant(
     """Whether the network's output depends on its input.
 
     activations: statistics of the forward pass (`diag.snapshot.activations`); inputs: what it was given, as nothing
-    is said where its rows are all equal. The spread of an output is the standard deviation over examples (and
-    positions), over the root mean square of all entries; of several outputs all must be constant. Below
-    `alarm_below` in a training that is under way (step 10 or later) it is an alarm; before, a last layer that
-    starts at zero may be the reason. Raises nothing of its own.
+    is said where its rows are all equal. The spread of an output is the
+    standard deviation over examples (and positions), over the root mean square of all entries. Below `alarm_below`
+    in a training that is under way (step 10 or later) it is an alarm; before, a last layer that starts at zero may
+    be the reason. Raises nothing of its own.
     """
     outputs = [a for a in activations if a.function == MODEL_OUTPUT]
-    output = max(outputs, key=lambda a: a.spread, default=None)
+    output = outputs[0] if outputs else None
     constant = (
         a.name for a in activations if a.function != MODEL_OUTPUT and a.units > 1 and a.spread < alarm_below
     )

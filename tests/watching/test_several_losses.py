@@ -36,6 +36,13 @@ def both_heads(model, step):
     F.cross_entropy(second, Z).backward()
 
 
+def two_targets(model, step):
+    """Mixed labels, a backward pass each."""
+    first = model(X)[0]
+    (0.3 * F.cross_entropy(first, Y)).backward(retain_graph=True)
+    (0.7 * F.cross_entropy(first, Z)).backward()
+
+
 def two_calls(model, step):
     F.cross_entropy(model(X)[0], Y).backward()
     F.cross_entropy(model(X)[1], Z).backward()
@@ -88,6 +95,7 @@ def reasons(run):
     [
         (both_heads, "losses that differ in a step"),
         (two_calls, "losses that differ in a step"),
+        (two_targets, "losses that differ in a step"),
         (other_function, "more than one kind of loss in a step"),
         (in_turns, "another output than before"),
         (other_function_in_turns, "another loss than before"),

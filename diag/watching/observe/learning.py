@@ -39,7 +39,9 @@ OBJECTIVE = (
 )
 UNKEPT = "what the model was called on could not be kept ({})"
 NOT_LIKE = "backward() is called on more than one kind of loss in a step"
-NOT_THE_SAME = "backward() is called on losses that differ in a step (of several outputs, or with several settings)"
+NOT_THE_SAME = (
+    "backward() is called on losses that differ in a step (of several outputs or targets, or with several settings)"
+)
 OTHERWISE = "backward() was called on another loss than before"
 IN_ANOTHER_FORM = (
     "backward() was called on {} of another output than before, or with other settings (class weights, smoothing)"
@@ -73,6 +75,7 @@ class Staged(NamedTuple):
     outputs: Any
     known: bool  # whether the targets are
     kept: bool = False  # whether the call is, for what needs no targets
+    source: Any = None  # the numbers of the graph nodes that made the outputs of the model's call
 
 
 class Learner:
@@ -114,17 +117,18 @@ class Learner:
             self._staged.append(Staged(forward, (), {}, None, None, False))
             return
         found, targets, known = self._look(seen, forward)
+        source = tuple(forward.sources)
         kwargs = {name: value for name, value in forward.kwargs.items() if name != ITEMS_IN_BATCH}
         if known and not self.probe.complete:  # the loop may use its buffers again before the step
             args, kwargs, targets = (map_tensors(_copied, x) for x in (forward.args, kwargs, targets))
             sizes = map_tensors(_sized, forward.outputs)
-            self._staged.append(Staged(found, args, kwargs, targets, sizes, True))
+            self._staged.append(Staged(found, args, kwargs, targets, sizes, True, source=source))
         elif not (known or self.probe.batches or self._bare.complete):
             args, kwargs = (map_tensors(_copied, x) for x in (forward.args, kwargs))
             sizes = map_tensors(_sized, forward.outputs)
             self._staged.append(Staged(found, args, kwargs, None, sizes, False, kept=True))
         else:
-            self._staged.append(Staged(found, (), {}, None, None, False))
+            self._staged.append(Staged(found, (), {}, None, None, False, source=source))
         self.user_targets = None
 
     def forget(self) -> None:
@@ -154,7 +158,9 @@ class Learner:
             return
         if self.given is None and self.loss is None:
             self._settle_on(staged, passes)
-        for s in staged:
+        for i, s in enumerate(staged):
+            if self.given is None and s.source is not None and s.source in [t.source for t in staged[:i]]:
+                continue  # the same examples with other targets
             if s.known and not self.probe.complete and self._belongs(s):
                 self.probe.add(s.args, s.kwargs, s.targets, s.outputs)
             elif s.kept and not self.probe.batches:
@@ -273,7 +279,7 @@ class Learner:
                 return self._try_again(unknown.reason)
             return self.refuse(unknown.reason, unknown.part)
         assert isinstance(first, ObservedLoss | ModelLoss)
-        if not all(first.is_like(f) for f in found):
+        if not all(first.is_like(f) for f in found) or len({s.source for s in staged}) < len(found):
             kinds = {f.function if isinstance(f, ObservedLoss) else None for f in found}
             reason = NOT_LIKE if len(kinds) > 1 else NOT_THE_SAME
             return self.refuse(reason, first if isinstance(first, ObservedLoss) else None)

@@ -104,7 +104,13 @@ def test_thinning_takes_geometric_steps_and_what_the_share_allows():
     for step in range(1, 1001):
         if busy.take(step, elapsed=1e-4 * step):
             taken.append(step)
-            busy.spent(1e-3)  # ten times what a step takes: only the geometric steps are left
+            busy.spent(1e-3)  # ten times what a step takes: only the geometric steps are left, far apart
+    assert taken == [*range(1, 11), 15, 23, 35, 53, 80, 120, 180, 270, 405, 608, 912]
+    cheap, taken = Thinning(1e-4), []
+    for step in range(1, 1001):
+        if cheap.take(step, elapsed=1e-4 * step):
+            taken.append(step)
+            cheap.spent(1e-6)  # a hundredth of a step: at some 60 steps less than two hundredths of the time
     assert taken[:10] == list(range(1, 11)) and 50 < len(taken) < 75
     ratios = numpy.diff(taken[20:]) / taken[20:-1]
     assert ratios.max() < 0.13

@@ -17,7 +17,9 @@ from math import ceil, inf
 SPACING_RATIO = 1.1
 SAFETY = 1.1
 SIMILAR_COST = 4.0
-EXPENSIVE_NORM_SECONDS = 2e-3  # norms that take longer are measured at fewer steps:
+FIRST_STEPS, OFTEN_SHARE = 10, 0.02  # norms are measured often at first, then while they have taken so little,
+SELDOM_SPACING = 1.5  # else each so many times the step before
+EXPENSIVE_NORM_SECONDS = 2e-3  # norms that take longer are measured at fewer steps from the start:
 EXPENSIVE_NORM_SPACING = 2.0  # each this many times the one before
 OVERRUN = 2.0  # a measurement is stopped at so many times its estimate,
 LEAST_LIMIT_SECONDS = 0.25  # and not before so many seconds, as the first estimates of short ones are rough
@@ -134,8 +136,12 @@ class MeasurementSchedule:
 
 
 class Thinning:
-    """Which steps get norms that take time: geometric ones, and others up to a share of the time. `free`: seconds
-    a step that are not counted, so that small models have them at every step."""
+    """Which steps get norms that take time: geometric ones, and others up to a share of the time.
+
+    The geometric ones come whatever they cost, and closer to each other (by `ratio`) while all so far have taken at
+    most `OFTEN_SHARE` of the time. free: seconds a step that are not counted, so that small models have them at
+    every step.
+    """
 
     def __init__(self, share: float, ratio: float = 1.1, free: float = 0.0) -> None:
         self.share, self.free, self._ratio = share, free, ratio
@@ -146,10 +152,15 @@ class Thinning:
         """Whether to measure them at `step`, `elapsed` seconds after the start."""
         cost = min(self._costs) if len(self._costs) == self._costs.maxlen else 0.0
         if step >= self._due:
-            spacing = self._ratio if cost <= EXPENSIVE_NORM_SECONDS else EXPENSIVE_NORM_SPACING
-            self._due = next_due(step, None, spacing)
+            self._due = next_due(step, None, self._spacing(step, cost, elapsed))
             return True
         return cost <= self.free or self._spent + cost <= self.share * elapsed
+
+    def _spacing(self, step: int, cost: float, elapsed: float) -> float:
+        if cost > EXPENSIVE_NORM_SECONDS:
+            return EXPENSIVE_NORM_SPACING
+        often = step < FIRST_STEPS or self._spent + cost <= OFTEN_SHARE * elapsed
+        return self._ratio if often else SELDOM_SPACING
 
     def spent(self, seconds: float) -> None:
         """What one step's norms took."""

@@ -29,10 +29,10 @@ from diag.watching.observe.rounds import Rounds
 from diag.watching.observe.rows import Row
 
 # Reading the gradients at every step is worth this share of its time, and in any case so many seconds.
-READING_SHARE, READING_FREE = 0.015, 5e-5
+READING_SHARE, READING_FREE = 0.0075, 5e-5
 SHARDED_EVERY = 10  # steps between the parameter norms of sharded parameters
 THINNED = (
-    "Reading the gradients of {:,} parameter tensors takes more than {:.1%} of a step, so their norms are recorded "
+    "Reading the gradients of {:,} parameter tensors takes more than {:.2%} of a step, so their norms are recorded "
     "at some of the steps only; the loss is recorded at every one."
 )
 TOLD = (

@@ -180,10 +180,9 @@ class RunWriter:
 
     def append_table(self, table: NDArray[Any]) -> None:
         """Append rows that are in this form (`dtype`) already: the quick way, for every step of a watched run."""
-        file = self._file(STEPS_FILE)
-        self._write(
-            file, sealed(table.tobytes(), self._dtype.itemsize, file.count(), self._about["seal"]), len(table)
-        )
+        file = self._files.get(STEPS_FILE) or self._file(STEPS_FILE)
+        data = sealed(table.tobytes(), self._dtype.itemsize, file.count(), self._about["seal"])
+        self._write(file, data, len(table))
         self.last_step = int(table["steps"][-1])
 
     def append_optimizer(self, optimizer: Mapping[str, Any]) -> None:

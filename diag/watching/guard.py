@@ -76,6 +76,16 @@ class Guarded:
     def __init__(self, clock: Clock, failed: Callable[[str, Exception], None]) -> None:
         self.clock, self._broke = clock, failed
 
+    def _within(self, part: str, method: Callable[..., Any], *args: Any) -> None:
+        """`method(*args)` as a part of its own, inside of a call that is guarded for another part."""
+        if self.clock.broken and self.clock.gave_up(part):
+            return
+        try:
+            method(*args)
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                self._failed(part, error)
+
     def _failed(self, part: str, error: Exception) -> None:
         self.clock.broken[part] = self.clock.broken.get(part, 0) + 1
         self._broke(part, error)

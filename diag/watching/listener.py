@@ -24,6 +24,8 @@ from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
 from diag.watching.ranks.company import Company
 
+FACTS, ROWS = "facts of the loop", "rows of the data"
+
 
 class TrainingListener(Guarded):
     """Receives the model's calls and the events of the hub, and picks what concerns this training.
@@ -48,11 +50,12 @@ class TrainingListener(Guarded):
         self._steps: StepObserver = training.steps
         self._examples, self._own_step = windows.examples, runner.own_step
         self._loop: LoopObserver = training.loop
-        self._moment = self._loop.moment
+        self._moment, self._rows = self._loop.moment, self._loop.rows
         self._evaluated: tuple[Any, int] = (None, 0)
         self._hooks: ModelHooks | None = None
         self._thread: int | None = None  # the one that trains, by its last call of the model
         self._calls = self._silent = 0
+        self._plain = False
 
     def begin(self, models: tuple[nn.Module, ...]) -> None:
         """Listen to the calls of these, the bare model last, and to the process."""
@@ -65,6 +68,11 @@ class TrainingListener(Guarded):
         safely(HUB.remove, self, broke=self.broke)
         if self._hooks is not None:
             safely(self._hooks.remove, broke=self.broke)
+
+    def step_ended(self) -> None:
+        """A step is over: may the next one be what nearly every one is? Of a wrapper and the model in it each call
+        is seen twice, and other ranks are told of each."""
+        self._plain = self._company.alone and self._hooks is not None and self._hooks.single
 
     def look_for_calls(self) -> bool:
         """After a step without a call of the model: it may have been compiled since, or other code may have taken
@@ -83,18 +91,25 @@ class TrainingListener(Guarded):
     def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> None:
         """The model was called with gradients on."""
         self._thread = threading.get_ident()
+        if self._plain and type(outputs) is Tensor and self._losses.usual_call(outputs):
+            self._called(args, kwargs, outputs)
+            return
         if module is not self._training.model and module is not None:
             self._loop.wrapper_called(module)
         self._company.called(args, kwargs)
         if self._losses.forward_called(args, kwargs, outputs, module):
-            self.clock.start()
-            self._steps.training_pass()
+            self._called(args, kwargs, outputs)
+
+    def _called(self, args: Any, kwargs: Any, outputs: Any) -> None:
+        """It was another call in training."""
+        self.clock.start()
+        self._steps.training_pass()
+        if self._examples.looking:
             self._examples.forward_called(args, kwargs)
-            self._training.called()
-            self._training.examples += _length(args, kwargs)
-            self._facts("forward_called", args, kwargs, outputs)
-            if self._loop.drawn is not None:
-                self._rows("training_call", args, kwargs, *self._loop.drawn)
+        self._training.called(_length(args, kwargs))
+        self._within(FACTS, self._loop.forward_called, args, kwargs, outputs)
+        if self._rows.wanted and self._loop.drawn is not None:
+            self._within(ROWS, self._rows.training_call, args, kwargs, *self._loop.drawn)
 
     def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
         """The model was called without gradients."""
@@ -112,7 +127,7 @@ class TrainingListener(Guarded):
         if self._moment.attentive:
             self._facts(event, *args)
 
-    @guarded("facts of the loop")
+    @guarded(FACTS)
     def _facts(self, event: str, *args: Any) -> None:
         getattr(self._loop, event)(*args)
 
@@ -126,14 +141,12 @@ class TrainingListener(Guarded):
         if not self._is_here():
             return
         self._losses.loss_called(function, args, kwargs, value)
-        self._company.loss_called(args, kwargs)
-        self._rows("loss_called", function.__name__, args, kwargs)
+        if not self._company.alone:
+            self._company.loss_called(args, kwargs)
+        if self._rows.wanted:
+            self._within(ROWS, self._rows.loss_called, function.__name__, args, kwargs)
         if self._moment.attentive:
-            self._facts("loss_called", function, args, kwargs, value)
-
-    @guarded("rows of the data")
-    def _rows(self, event: str, *args: Any) -> None:
-        getattr(self._loop.rows, event)(*args)
+            self._within(FACTS, self._loop.loss_called, function, args, kwargs, value)
 
     def loss_evaluated(self, value: Any) -> None:
         """A loss function was called without gradients."""
@@ -158,11 +171,11 @@ class TrainingListener(Guarded):
             return
         self._losses.backward_called(roots, weight, inputs)
         self._steps.backward_begins()
-        if self._own_step.armed:
+        if self._own_step.names:
             self._runner.own_step_descends()
-        self._facts("root_seen", roots)
+        self._within(FACTS, self._loop.root_seen, roots)
         if self._moment.attentive:
-            self._facts("backward_called", roots)
+            self._within(FACTS, self._loop.backward_called, roots)
 
     @guarded("loss")
     def backward_done(self) -> None:
@@ -171,7 +184,7 @@ class TrainingListener(Guarded):
             return
         self._losses.backward_done()
         if self._moment.attentive:
-            self._facts("backward_done")
+            self._within(FACTS, self._loop.backward_done)
         if self._own_step.reading:
             self._runner.own_step_descended()
         self._steps.backward_done()
@@ -213,7 +226,7 @@ class TrainingListener(Guarded):
         """An optimizer is about to step."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if self._moment.attentive:
-            self._facts("before_step", optimizer, callable(closure))
+            self._within(FACTS, self._loop.before_step, optimizer, callable(closure))
         if not self._counts(optimizer):
             return None
         self.clock.start()
@@ -222,7 +235,7 @@ class TrainingListener(Guarded):
     @guarded("optimizer steps")
     def after_step(self, optimizer: Optimizer) -> None:
         """It has stepped."""
-        self._facts("after_step", optimizer)
+        self._within(FACTS, self._loop.after_step, optimizer)
         if self._counts(optimizer):
             self._steps.after_step(optimizer)
 

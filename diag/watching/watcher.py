@@ -298,21 +298,19 @@ class Watcher(Guarded):
             self._meet()
             self._compare(row)
         step = self._rows.add(row)
-        self._follow_rows()
+        if self._loop.rows.wanted:
+            self._within("rows of the data", self._loop.rows.step_ended)
         self._loop.step_ended(step, row.learning_rate)
         if self._listener.look_for_calls():
             self._recorder.note("hooks", HOOKS_TAKEN)
         if self._company.leads:
             self._runner.step_ended(row, step, in_step)
-            self._judge(step)
+            self._within("checks", self._judge, step)
         elif not self._company.together:
             self._end(measure=False)
         else:
             self._runner.follow(step, in_step)
-
-    @guarded("rows of the data")
-    def _follow_rows(self) -> None:
-        self._loop.rows.step_ended()
+        self._listener.step_ended()
 
     @guarded("other ranks")
     def _meet(self) -> None:
@@ -329,10 +327,10 @@ class Watcher(Guarded):
         self._recorder.row(table, row)
         self._live.row(table, row.optimizer)
 
-    @guarded("checks")
     def _judge(self, step: int) -> None:
-        self._live.step_ended(step, self.clock.elapsed(), urgent=self._loop.changed)
-        self._findings.tell()
+        self._live.step_ended(step, self.clock.elapsed(), urgent=self._loop.moment.changed)
+        if self._findings.new:
+            self._findings.tell()
 
     @guarded("measurements")
     def _measure_now(self, names: list[str]) -> None:

@@ -59,10 +59,7 @@ class Hub:
 
     @property
     def listeners(self) -> list[Listener]:
-        """Those that are alive."""
-        if len(self._listeners) == 1:  # the usual case, at every event
-            only = self._listeners[0]()
-            return [only] if only is not None else []
+        """Those that are alive; what comes at every step asks each reference itself, which is a call less."""
         return [alive for r in self._listeners if (alive := r()) is not None]
 
     def _gone(self, reference: Any) -> None:
@@ -152,8 +149,9 @@ class Hub:
 
     def _tell_of_loss(self, plain: Any, args: Any, kwargs: Any, value: Any) -> None:
         if type(value) is torch.Tensor and value.requires_grad and not is_functorch_wrapped_tensor(value):
-            for listener in self.listeners:
-                listener.loss_called(plain, args, kwargs, value)
+            for reference in self._listeners:
+                if (listener := reference()) is not None:
+                    listener.loss_called(plain, args, kwargs, value)
         elif isinstance(value, torch.Tensor) and not value.requires_grad:
             for listener in self.listeners:
                 listener.loss_evaluated(value)
@@ -162,22 +160,26 @@ class Hub:
         if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own
             return False
         given = dict(zip(BACKWARD_ARGUMENTS, args, strict=False)) | kwargs
-        for listener in self.listeners:
-            listener.backward_called(given.get("tensors"), given.get("grad_tensors"), given.get("inputs"))
+        for reference in self._listeners:
+            if (listener := reference()) is not None:
+                listener.backward_called(given.get("tensors"), given.get("grad_tensors"), given.get("inputs"))
         return True
 
     def _backward_done(self, seen: bool, args: Any, kwargs: Any, value: Any) -> None:
-        for listener in self.listeners if seen else ():
-            listener.backward_done()
+        for reference in self._listeners if seen else ():
+            if (listener := reference()) is not None:
+                listener.backward_done()
 
     def _zeroing(self, args: Any, kwargs: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # an optimizer that steps inside a pass clears what it has used
-            for listener in self.listeners:
-                listener.zeroed(args[0])
+            for reference in self._listeners:
+                if (listener := reference()) is not None:
+                    listener.zeroed(args[0])
 
     def _zeroed(self, token: Any, args: Any, kwargs: Any, value: Any) -> None:
-        for listener in self.listeners:
-            listener.has_zeroed(args[0])
+        for reference in self._listeners:
+            if (listener := reference()) is not None:
+                listener.has_zeroed(args[0])
 
     def _schedule_begins(self, args: Any, kwargs: Any) -> Any:
         depth = getattr(self._here, "schedulers", 0)
@@ -250,15 +252,17 @@ class Hub:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         changed = None
-        for listener in self.listeners:
-            ours = listener.before_step(optimizer, args, kwargs)
+        for reference in self._listeners:
+            listener = reference()
+            ours = None if listener is None else listener.before_step(optimizer, args, kwargs)
             if ours is not None:
                 args, kwargs = changed = ours
         return changed
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for listener in self.listeners:
-            listener.after_step(optimizer)
+        for reference in self._listeners:
+            if (listener := reference()) is not None:
+                listener.after_step(optimizer)
 
     # The ends of a process.
 

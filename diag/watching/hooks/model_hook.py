@@ -75,6 +75,11 @@ class ModelHooks:
             hook = ForwardHook(model, *self._tell)
             self._handles.append(model.register_forward_hook(hook, with_kwargs=True))
 
+    @property
+    def single(self) -> bool:
+        """Whether one module alone is listened to, so that each call is seen once."""
+        return len(self._hooked) == 1 and self._in_place is None
+
     def find_compiled(self) -> None:
         """Hook the wrappers that torch.compile has made of the model; it may do so after the watch starts."""
         compiled = getattr(self._bare, "_compiled_call_impl", None)

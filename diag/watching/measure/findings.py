@@ -36,7 +36,7 @@ class Findings:
         self._on_finding, self._event, self._note = on_finding, event, note
         self._last: dict[str, tuple[str, str]] = {}
         self._series: dict[str, list[tuple[int, Result]]] = {}
-        self._new: list[Finding] = []
+        self.new: list[Finding] = []  # that have not been told
 
     def result(self, instrument: Instrument, result: Result, step: int) -> None:
         """A measurement has given this; where its verdict breaks, opening the run says so."""
@@ -61,11 +61,11 @@ class Findings:
         known, self._last[instrument.name] = self._last.get(instrument.name), state
         if not verdict.level.is_finding or state == known or len(self.found) >= MOST_FINDINGS:
             return
-        self._new.append(Finding(instrument.name, instrument.title, instrument.source, verdict, (), step, step))
+        self.new.append(Finding(instrument.name, instrument.title, instrument.source, verdict, (), step, step))
 
     def tell(self) -> None:
         """Say what is new, the causes before what follows from them."""
-        new, self._new = self._new, []
+        new, self.new = self.new, []
         for story in stories(new) if new else ():
             for finding in (story.finding, *story.consequences):
                 follows = any(explains(f, finding) for f in self.found)

@@ -52,9 +52,10 @@ class Training:
         self._followed, self._held_out_followed = MovedBatches(model), MovedBatches(model)
         self.fingerprint = ""  # of the probe set
 
-    def called(self) -> None:
-        """The model was called in training."""
+    def called(self, examples: int) -> None:
+        """The model was called in training, on so many examples."""
         self.calls += 1
+        self.examples += examples
         if self.calls == 1 and not self.probe.batches:
             self._followed.begin()
 

@@ -142,6 +142,20 @@ class LossObserver:
         self._source = source
         return source is None or source != before
 
+    def usual_call(self, outputs: Tensor) -> bool:
+        """The same for what nearly every call is, where no wrapper of the model is listened to and nothing is
+        learned any more: one tensor. False, and nothing done, for any other."""
+        node = outputs.grad_fn
+        if node is None or self.learner.active or self.closely or not self._trains():
+            return False
+        number = node._sequence_nr()
+        if number == self._source:
+            return False
+        outputs.register_hook(self._reached_hook)
+        self._sources.append(number)
+        self._source, self._called, self._foreign = number, True, ""
+        return True
+
     def loss_called(self, function: Any, args: Any, kwargs: Any, value: Tensor) -> None:
         """A loss function returned `value`."""
         if value.grad_fn is None:
@@ -174,6 +188,8 @@ class LossObserver:
 
     def backward_called(self, roots: Any, weight: Any = None, inputs: Any = None) -> None:
         """A backward pass from `roots` begins, in the direction of `weight`, to `inputs` alone if there are any."""
+        if type(roots) is Tensor and weight is None and inputs is None and self._usual_backward(roots):
+            return
         roots = [roots] if isinstance(roots, Tensor) else [r for r in roots or () if isinstance(r, Tensor)]
         self._reached, self._pending, self.seen = False, None, None
         self._leave_out_what_belongs_elsewhere()
@@ -185,6 +201,15 @@ class LossObserver:
         found = self._calls.behind(roots[0], self._concerns)
         self._pending = _weighted(found, weight)
 
+    def _usual_backward(self, root: Tensor) -> bool:
+        """The same for what nearly every pass is: the first of its step, from the value of the last loss function's
+        call as it is. False, and nothing done, for any other."""
+        if self._passes or self._frozen or (found := self._calls.just_called(root)) is None:
+            return False
+        self._reached, self._pending, self.seen = False, found, None
+        self._zeroed, self._version = [], self._parameters[0]._version
+        return True
+
     @property
     def descending(self) -> SeenLossCall | None:
         """The loss function's call that the backward pass which goes on is a multiple of, where it was kept."""
@@ -195,14 +220,15 @@ class LossObserver:
         pending, self._pending = self._pending, None
         if pending is None or (self._called and not self._reached):
             return
-        self.seen = self._seen_whole(pending)
+        self.seen = self._seen_whole(pending) if self.closely else None
         if pending.value is None:
             self._note("loss root", NOT_A_NUMBER)
         elif pending.reason:
             self._info("loss", FROM_BACKWARD.format(reason=pending.reason))
         if not self._frozen:
             self._passes.append(pending)
-            self.learner.stage(pending, self._foreign or self._forward_behind(pending))
+            if self.learner.active:
+                self.learner.stage(pending, self._foreign or self._forward_behind(pending))
 
     def give(self, value: Any) -> None:
         """The user gives the loss of this micro-batch."""
@@ -286,7 +312,7 @@ class LossObserver:
 
     def _seen_whole(self, done: Pass) -> SeenBackward | None:
         """Of a step that is looked at closely: the loss function's call, and the model's if it is the first."""
-        call = _call_of(done) if self.closely else None
+        call = _call_of(done)
         if call is None or not self._forwards or self._forward_behind(done) is not self._forwards[0]:
             return None
         return SeenBackward(call, self._forwards[0])

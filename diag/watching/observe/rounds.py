@@ -16,7 +16,7 @@ class Rounds:
 
     def __init__(self) -> None:
         self.stepped: set[int] = set()  # in the open round
-        self._closed: set[int] = set()  # in the round that was handed over since the last training pass
+        self.closed: set[int] = set()  # in the round that was handed over since the last training pass
         self._seen: dict[frozenset[int], int] = {}  # the rounds there were, and when last
         self._count = 0
 
@@ -26,10 +26,10 @@ class Rounds:
 
     def is_late(self, optimizer: int) -> bool:
         """Whether its step belongs to a round that has been handed over: nothing else has happened since."""
-        if self.stepped or not self._closed or optimizer in self._closed:
+        if self.stepped or not self.closed or optimizer in self.closed:
             return False
-        self._closed.add(optimizer)
-        self._remember(self._closed)
+        self.closed.add(optimizer)
+        self._remember(self.closed)
         return True
 
     def is_complete(self, optimizer: int, everything: bool) -> bool:
@@ -43,14 +43,14 @@ class Rounds:
 
     def close(self) -> None:
         """The open round is handed over."""
-        self._closed, self.stepped = self.stepped, set()
+        self.closed, self.stepped = self.stepped, set()
         self._count += 1
 
     def gone_on(self) -> None:
         """A call of the model or a backward pass has followed, which ends the round that was handed over."""
-        if self._closed:
-            self._remember(self._closed)
-            self._closed = set()
+        if self.closed:
+            self._remember(self.closed)
+            self.closed = set()
 
     @property
     def _only(self) -> frozenset[int]:

@@ -107,6 +107,7 @@ class StepObserver:
         self._cost = 0.0
         self._fired: set[int] = set()
         self._described = 0
+        self._opened: weakref.ref[Optimizer] | None = None  # the optimizer that stepped last
 
     def _start_copies(self) -> list[Tensor]:
         # The copy for the distance from the start must not take the memory that training needs.
@@ -126,15 +127,17 @@ class StepObserver:
         if members is None:
             return None
         self._fired.add(id(optimizer))
-        if not self._begins(optimizer):
+        if (self._rounds.stepped or self._rounds.closed) and not self._begins(optimizer):
             return None
         row = self._open(optimizer)
-        fresh = self._not_stepped_yet(members)
-        self._remember(fresh)
+        fresh = self._not_stepped_yet(members) if self._covered else members
+        if self._taken or self.keep_before:
+            self._remember(fresh)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._by_closure = callable(closure)
-        if not callable(closure):
-            self.gradients.read(row, optimizer, fresh)
+        if not self._by_closure:
+            if self.gradients.active:
+                self.gradients.read(row, optimizer, fresh)
             return None
         wrapped = self._first_evaluation(closure, row, optimizer, fresh)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": wrapped})
@@ -144,8 +147,10 @@ class StepObserver:
         members = self.members(optimizer)
         if members is None or self._row is None:
             return
-        self._row.skipped = _either(self._row.skipped, getattr(optimizer, "found_inf", None))
-        self._measure_parameters(self._row, members, optimizer)
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
+            self._row.skipped = found_inf.detach().clone()
+        if self._taken:
+            self._measure_parameters(self._row, members, optimizer)
         self._close_round(optimizer, members)
 
     def told(self) -> None:
@@ -161,7 +166,8 @@ class StepObserver:
         self.finish(in_step=True)
         # The next step is compared with what the parameters are now.
         self._taken = self._follows and self.thinning.take(self.steps + 1, self._clock())
-        self._remember(everyone)
+        if self._taken or self.keep_before:
+            self._remember(everyone)
 
     def scaler_stepping(self, optimizer: Optimizer) -> None:
         """A GradScaler is about to step an optimizer, or to leave the step out."""
@@ -176,7 +182,7 @@ class StepObserver:
             return
         row = self._open(optimizer)
         row.skipped = True
-        self.gradients.read(row, optimizer, self._not_stepped_yet(members))
+        self.gradients.read(row, optimizer, self._not_stepped_yet(members) if self._covered else members)
         self._close_round(optimizer, members)
 
     def unscaling(self, optimizer: Optimizer, scaler: Any) -> None:
@@ -247,8 +253,6 @@ class StepObserver:
 
     def _not_stepped_yet(self, members: StepMembers) -> StepMembers:
         """Those that no other optimizer has stepped in this round."""
-        if not self._covered:
-            return members
         columns = [c for c in members.columns.tolist() if c not in self._covered]
         return StepMembers(numpy.array(columns, numpy.intp), tuple(self.parameters[c] for c in columns))
 
@@ -263,13 +267,19 @@ class StepObserver:
             rate = optimizer.param_groups[0].get("lr", numpy.nan)
             self._row = Row(learning_rate=rate)
             self._taken = self._follows and self.thinning.take(self.steps + 1, self._clock())
+        if self._opened is None or self._opened() is not optimizer:
+            self._opened = weakref.ref(optimizer)
+            self._meet(optimizer, self._row)
+        return self._row
+
+    def _meet(self, optimizer: Optimizer, row: Row) -> None:
+        """Another optimizer than the last one steps, perhaps for the first time."""
         if optimizer not in self._known:
             self._known[optimizer] = None
         if self._described != len(self._known):
             self._described = len(self._known)
-            self._row.optimizer = _described(self._known)
+            row.optimizer = _described(self._known)
         self.optimizer = self.optimizer if self.optimizer is not None else optimizer
-        return self._row
 
     def _close_round(self, optimizer: Optimizer, members: StepMembers) -> None:
         alone = len(members.columns) >= len(self.parameters)
@@ -305,8 +315,6 @@ class StepObserver:
     # Parameters
 
     def _remember(self, members: StepMembers) -> None:
-        if not (self._taken or self.keep_before):
-            return
         began = time.perf_counter()
         for c, p in zip(members.columns.tolist(), members.parameters, strict=True):
             kept = self._buffers.get(c)
@@ -338,10 +346,6 @@ class StepObserver:
 
 def _is_reusable(p: Tensor) -> bool:
     return p.is_cpu and p.layout is torch.strided and not hasattr(p, "to_local")
-
-
-def _either(skipped: Any, found_inf: Any) -> Any:
-    return skipped if found_inf is None else found_inf.detach().clone()
 
 
 def _described(optimizers: Iterable[Optimizer]) -> dict[str, Any]:

@@ -74,8 +74,20 @@ class Weights:
             values.append(s.read())
         return values
 
+    def _one(self) -> list[Any] | None:
+        """Of the first parameter, while it is on the host and in its place: what is read at most steps."""
+        first = self._samples[0] if self._on_host and self._samples else None
+        if first is None or first.parameter.data_ptr() != first.address:
+            return None
+        if first.parameter.dtype != self._home[0]:
+            return None
+        return [first.read()]
+
     def stepped(self) -> None:
         """An optimizer that holds the model's parameters has stepped."""
+        if not self._moment.attentive and (one := self._one()) is not None:
+            self._read, self._after, self._at_evaluation = 1, one, None
+            return
         if self._place() != self._home:
             self._start()
         close = self._moment.attentive
@@ -101,6 +113,9 @@ class Weights:
 
     def training_call(self) -> None:
         """The model is called in training: are the weights what the step left?"""
+        if self._read == 1 and self._after is not None and self._one() == self._after:
+            self._after = None
+            return
         if self._place() != self._home:
             self._start()  # converted or moved by the loop: not other weights
         after, self._after = self._after, None

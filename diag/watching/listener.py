@@ -102,7 +102,8 @@ class TrainingListener(Guarded):
 
     def _called(self, args: Any, kwargs: Any, outputs: Any) -> None:
         """It was another call in training."""
-        self.clock.start()
+        if not self._training.calls:
+            self.clock.start()
         self._steps.training_pass()
         if self._examples.looking:
             self._examples.forward_called(args, kwargs)

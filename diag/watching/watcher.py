@@ -303,9 +303,10 @@ class Watcher(Guarded):
         self._loop.step_ended(step, row.learning_rate)
         if self._listener.look_for_calls():
             self._recorder.note("hooks", HOOKS_TAKEN)
-        if self._company.leads:
+        if self._company.rank == 0:
             self._runner.step_ended(row, step, in_step)
-            self._within("checks", self._judge, step)
+            if self._live.any or self._findings.new:
+                self._within("checks", self._judge, step)
         elif not self._company.together:
             self._end(measure=False)
         else:

@@ -1,5 +1,7 @@
 """Which optimizer steps make a row of the record, where several optimizers hold parts of a model or share them."""
 
+import math
+
 import numpy
 import pytest
 import torch
@@ -112,3 +114,26 @@ def test_gradients_that_take_too_long_are_read_now_and_then(monkeypatch):
     assert seen[:10].tolist() == list(range(1, 11)) and len(seen) < 40  # geometric
     assert not numpy.isnan(history.loss).any()
     assert any("recorded at some of the steps only" in note for note in history.notes)
+
+
+def test_gradients_that_are_not_finite_are_read_at_their_step(monkeypatch):
+    """Also where the gradients of most steps are not read, and the loss of that step is finite."""
+    monkeypatch.setattr("diag.watching.observe.steps.READING_FREE", 0.0)
+    monkeypatch.setattr("diag.watching.observe.steps.READING_SHARE", 0.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, instruments=[]) as watcher:
+        for step in range(1, 60):
+            optimizer.zero_grad()
+            outputs = model(x)
+            if step == 49:  # the root of a zero has the slope infinity, and its value is finite
+                outputs.register_hook(lambda gradient: gradient * math.inf)
+            F.cross_entropy(outputs, y).backward()
+            optimizer.step()
+    history = watcher.run.history
+    finite = history.gradient_finite.all(1)
+    assert math.isfinite(history.loss[48]) and not math.isfinite(history.loss[49])
+    assert numpy.flatnonzero(~finite)[0] == 48
+    assert numpy.isnan(history.gradient_norm[45:48]).all()

@@ -8,6 +8,7 @@ takes is taken from the budget, so that the expensive measurements have what is 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 
 from diag.watching.measure.schedule import MOST_STOPS
 
@@ -32,6 +33,11 @@ class Floor:
         self._due = next_floor(last_step)
         self._last = last_step  # the step of the last look
         self._stops: dict[str, int] = {}
+
+    @property
+    def due(self) -> float:
+        """The step after which the next look is due; infinity where nothing looks."""
+        return self._due if self.names else inf
 
     def is_due(self, step: int) -> bool:
         """Whether to look after `step`."""

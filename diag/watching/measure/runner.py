@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from diag.distributed.meeting import group_timeout, initialized
+from diag.watching import record
 from diag.watching.guard import Clock, Guarded, guarded
 from diag.watching.measure import floor
 from diag.watching.measure.measuring import Measurements
@@ -63,12 +64,16 @@ class MeasurementRunner(Guarded):
         self._time = StepTime(clock)
         self._step = recorder.last_step
         self._estimate_at, self._look_again = WARM_UP, 0.0
+        self._wake: tuple[float, float] = 0, 0.0  # see `_rest`
 
     # After a step
 
     def step_ended(self, row: Row, step: int, in_step: bool) -> None:
         """A step has been recorded; in_step: nothing of the training loop is half done."""
         self._step = step
+        if step < self._wake[0] and self.clock.elapsed() < self._wake[1]:
+            self._time.pause()
+            return
         longer = self._time.step_ended(read=self.own_step.touched)
         self.own_step.touched = self.own_step.armed
         self._measurements.keep_step(step, longer)
@@ -82,6 +87,18 @@ class MeasurementRunner(Guarded):
             self._with_all_ranks(step, self._is_ready(in_step))
         elif self._wants_a_look(step) and self._is_ready(in_step):
             self._alone(step)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Until which step, and how many seconds after the start, nothing need be looked at."""
+        going_on = self.own_step.touched or self.own_step.armed or self._windows.open is not None
+        always = self._schedule.budget == math.inf or self.over_ranks.agreement is not None
+        if going_on or always or not self._probe.complete:
+            self._wake = 0, 0.0
+            return
+        measures = self._schedule.budget > 0 and bool(self._schedule.accounts)
+        due = self._look_again if measures else math.inf
+        self._wake = self._measurements.floor.due, min(due, self.clock.elapsed() + record.COST_EVERY)
 
     def _is_ready(self, in_step: bool) -> bool:
         # An instrument that lacked the loss would not be asked again; with a compiled model it takes some steps.

@@ -147,16 +147,21 @@ class Thinning:
         self.share, self.free, self._ratio = share, free, ratio
         self._due, self._spent = 1, 0.0
         self._costs: deque[float] = deque(maxlen=3)  # a single one may hold a pause of the machine's
+        self._affordable = 0.0  # seconds after the start from which on the share pays for the next ones
 
     def take(self, step: int, elapsed: float) -> bool:
         """Whether to measure them at `step`, `elapsed` seconds after the start."""
-        cost = min(self._costs) if len(self._costs) == self._costs.maxlen else 0.0
-        if step >= self._due:
-            self._due = next_due(step, None, self._spacing(step, cost, elapsed))
-            return True
-        return cost <= self.free or self._spent + cost <= self.share * elapsed
+        if step < self._due:
+            return elapsed >= self._affordable
+        self._due = next_due(step, None, self._spacing(step, elapsed))
+        return True
 
-    def _spacing(self, step: int, cost: float, elapsed: float) -> float:
+    @property
+    def _cost(self) -> float:
+        return min(self._costs) if len(self._costs) == self._costs.maxlen else 0.0
+
+    def _spacing(self, step: int, elapsed: float) -> float:
+        cost = self._cost
         if cost > EXPENSIVE_NORM_SECONDS:
             return EXPENSIVE_NORM_SPACING
         often = step < FIRST_STEPS or self._spent + cost <= OFTEN_SHARE * elapsed
@@ -166,6 +171,8 @@ class Thinning:
         """What one step's norms took."""
         self._spent += seconds
         self._costs.append(seconds)
+        cost, share = self._cost, self.share
+        self._affordable = 0.0 if cost <= self.free else (self._spent + cost) / share if share else inf
 
 
 class Regular:

@@ -29,6 +29,10 @@ class StepTime:
         """What a step takes: the shortest, as the first ones include what happens once, such as compiling."""
         return self._shortest if self._shortest < math.inf else self._clock.elapsed() / steps
 
+    def pause(self) -> None:
+        """A step ended that is not timed."""
+        self._last = None
+
     def step_ended(self, read: bool) -> float:
         """Time the step that ended; gives by how many seconds reading it, if it was read, made it longer."""
         training, longer = self._clock.training(), 0.0

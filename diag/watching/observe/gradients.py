@@ -5,6 +5,7 @@ Clipping and a GradScaler change gradients in place, so norms are taken when a c
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,19 @@ class GradientNorms:
             if clip.scale is None and numpy.isin(clip.columns, members.columns).any():
                 clip.scale, clip.measured_after = scaler._scale.detach().clone(), True
                 self._note("clipping", CLIPPED_SCALED)
+
+    def broken(self, members: StepMembers) -> bool:
+        """Whether the gradients of a step that need not be read must be, and are from here on: one number of the
+        first layer's tells, as what is not finite further on in the backward pass has come to all of it there."""
+        gradient = members.parameters[0].grad if members.parameters else None
+        if type(gradient) is not Tensor or not gradient.is_cpu or gradient.layout is not torch.strided:
+            return False
+        if not gradient.is_floating_point() or not gradient.numel():
+            return False
+        if math.isfinite(gradient[(0,) * gradient.ndim].item()):
+            return False
+        self.active = True
+        return True
 
     def read(self, row: Row, optimizer: Optimizer | None, members: StepMembers) -> None:
         """The optimizer is about to use the gradients: their norms go into the row."""

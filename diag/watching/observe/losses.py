@@ -85,6 +85,7 @@ class LossObserver:
         self._given: list[Any] = []
         self._zeroed: list[Any] = []  # what has thrown gradients away since the last backward pass
         self._frozen = self._moved = False
+        self._usual = self._last = ""  # the loss function whose value as it is this step descends, and the last did
         self._version = -1
         self._source: int | None = None
         self._place: tuple[nn.Module | None, nn.Module | None, str] = (None, None, "")
@@ -191,7 +192,7 @@ class LossObserver:
         if type(roots) is Tensor and weight is None and inputs is None and self._usual_backward(roots):
             return
         roots = [roots] if isinstance(roots, Tensor) else [r for r in roots or () if isinstance(r, Tensor)]
-        self._reached, self._pending, self.seen = False, None, None
+        self._reached, self._pending, self.seen, self._usual = False, None, None, ""
         self._leave_out_what_belongs_elsewhere()
         if not roots or self._leaves_out_this_model(inputs):
             return
@@ -207,6 +208,8 @@ class LossObserver:
         if self._passes or self._frozen or (found := self._calls.just_called(root)) is None:
             return False
         self._reached, self._pending, self.seen = False, found, None
+        # Neither kept whole, nor summed, nor returned by the model.
+        self._usual = found.seen.name if found.seen is not None and found.seen[3:] == (None, None, None) else ""
         self._zeroed, self._version = [], self._parameters[0]._version
         return True
 
@@ -241,15 +244,28 @@ class LossObserver:
     def take(self) -> list[Any]:
         """The losses of the step that has been made: one for what it descended, or those that the user gave."""
         passes, self._passes = self._passes, []
+        if len(passes) == 1 and self._usual and self._usual == self._last and self._is_plain():
+            (one,), losses, self._given = passes, self._given, []
+            self.descended = [(_unmultiplied(one), one.value)]  # type: ignore[list-item]
+            self._usual = ""
+            self._calls.clear()
+            return losses or [one.value]
         if self._moved:
             self._note("moved", LOSS_MOVED)
         values = [p.value for p in passes if p.value is not None]
         whole = [sum(values[1:], values[0])] if values and len(values) == len(passes) else []
         losses, self._given = self._given or whole, []
         self.descended = [(_unmultiplied(p), p.value) for p in passes if p.value is not None]
+        learned = not self.learner.active
         self.learner.stepped(passes)
         self._forget_the_step()
+        self._last, self._usual = self._usual if learned and len(passes) == 1 else "", ""
         return losses
+
+    def _is_plain(self) -> bool:
+        """Whether nothing else happened in the step, and no call was kept: where it descends what the last one did,
+        there is nothing in it to learn."""
+        return not (self._frozen or self._zeroed or self._forwards or self.learner.active)
 
     def close(self) -> None:
         """Let go of everything that belongs to the training loop."""

@@ -35,7 +35,7 @@ class Rounds:
     def is_complete(self, optimizer: int, everything: bool) -> bool:
         """This optimizer has stepped; everything: all parameters have been stepped. Whether the round is over."""
         self.stepped.add(optimizer)
-        if everything and len(self._seen) <= 1 and self.stepped == self._only:
+        if everything and len(self._seen) == 1 and frozenset(self.stepped) in self._seen:
             return True  # the usual case: one optimizer, and no other round was ever seen
         now = frozenset(self.stepped)
         recent = [kind for kind, when in self._seen.items() if self._count - when <= ROUNDS_REMEMBERED]
@@ -51,11 +51,6 @@ class Rounds:
         if self.closed:
             self._remember(self.closed)
             self.closed = set()
-
-    @property
-    def _only(self) -> frozenset[int]:
-        """The only kind of round that was seen, if there is one."""
-        return next(iter(self._seen), frozenset())
 
     def _remember(self, kind: set[int]) -> None:
         self._seen[frozenset(kind)] = self._count

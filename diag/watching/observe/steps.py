@@ -29,10 +29,10 @@ from diag.watching.observe.rounds import Rounds
 from diag.watching.observe.rows import Row
 
 # Reading the gradients at every step is worth this share of its time, and in any case so many seconds.
-READING_SHARE, READING_FREE = 0.0075, 5e-5
+READING_SHARE, READING_FREE = 0.003, 5e-5
 SHARDED_EVERY = 10  # steps between the parameter norms of sharded parameters
 THINNED = (
-    "Reading the gradients of {:,} parameter tensors takes more than {:.2%} of a step, so their norms are recorded "
+    "Reading the gradients of {:,} parameter tensors takes more than {:.1%} of a step, so their norms are recorded "
     "at some of the steps only; the loss is recorded at every one."
 )
 TOLD = (
@@ -103,8 +103,8 @@ class StepObserver:
         self._row: Row | None = None
         self._rounds = Rounds()
         self._covered: set[int] = set()
-        self._taken = self._inside_backward = False
-        self._cost = 0.0
+        self._taken = self._inside_backward = self._thinned = False
+        self._cost = self._now = 0.0  # seconds: that parameters have taken; after the start, as the step began
         self._fired: set[int] = set()
         self._described = 0
         self._opened: weakref.ref[Optimizer] | None = None  # the optimizer that stepped last
@@ -136,7 +136,7 @@ class StepObserver:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._by_closure = callable(closure)
         if not self._by_closure:
-            if self.gradients.active:
+            if self.gradients.active or self.gradients.broken(fresh):
                 self.gradients.read(row, optimizer, fresh)
             return None
         wrapped = self._first_evaluation(closure, row, optimizer, fresh)
@@ -160,12 +160,13 @@ class StepObserver:
             return
         everyone = StepMembers(numpy.arange(len(self.parameters)), tuple(self.parameters))
         self._row = row = Row()
+        self._now = self._clock()
         self._taken = bool(self.before)
         self.gradients.read(row, None, everyone)
         self._measure_parameters(row, everyone)
         self.finish(in_step=True)
         # The next step is compared with what the parameters are now.
-        self._taken = self._follows and self.thinning.take(self.steps + 1, self._clock())
+        self._taken = self._follows and self.thinning.take(self.steps + 1, self._now)
         if self._taken or self.keep_before:
             self._remember(everyone)
 
@@ -226,9 +227,10 @@ class StepObserver:
         """Whether the gradients of the next step are read: at every one, unless that takes too much of its time."""
         if self.gradients.active:
             self.reading.spent(self.gradients.cost)
-        self.gradients.forget()
-        self.gradients.active = self.reading.take(self.steps + 1, self._clock())
-        if not self.gradients.active:
+            self.gradients.forget()
+        self.gradients.active = self.reading.take(self.steps + 1, self._now)
+        if not (self.gradients.active or self._thinned):
+            self._thinned = True
             self._note("gradient norms", THINNED.format(len(self.parameters), READING_SHARE))
 
     def members(self, optimizer: Optimizer) -> StepMembers | None:
@@ -266,7 +268,8 @@ class StepObserver:
         if self._row is None:
             rate = optimizer.param_groups[0].get("lr", numpy.nan)
             self._row = Row(learning_rate=rate)
-            self._taken = self._follows and self.thinning.take(self.steps + 1, self._clock())
+            self._now = self._clock()
+            self._taken = self._follows and self.thinning.take(self.steps + 1, self._now)
         if self._opened is None or self._opened() is not optimizer:
             self._opened = weakref.ref(optimizer)
             self._meet(optimizer, self._row)

@@ -71,7 +71,8 @@ class Optimizers:
         self.records: list[OptimizerRecord] = []
         self._by_id: dict[int, OptimizerRecord] = {}
         self._inside: list[Optimizer] = []
-        self._searched = self.called = self.closures = self._nested = False
+        self._searched = self.called = False
+        self.unusual = False  # steps are made of other steps or of closures, so that every one must be looked at
         self.adversarial = False  # the inputs ask for a gradient: backward passes are made for them
 
     def record(self, optimizer: Any) -> OptimizerRecord | None:
@@ -121,9 +122,9 @@ class Optimizers:
         if record is None:
             return None
         if len(self._inside) > 1:
-            record.nested = self._nested = True
+            record.nested = self.unusual = True
             return None
-        self.closures |= closure
+        self.unusual |= closure
         record.by_closure = closure
         if record.size != sum(len(g["params"]) for g in optimizer.param_groups):
             self.refresh(record, optimizer)
@@ -216,11 +217,6 @@ class Optimizers:
             w.begin()
         for record in self.records:
             record.may_be_late, record.marks = False, {}
-
-    @property
-    def unusual(self) -> bool:
-        """Whether steps are made of other steps or of closures, so that every one must be looked at."""
-        return self.closures or self._nested
 
     def used(self) -> None:
         """A step has made use of all backward passes so far, whichever parameters they reached."""

@@ -91,7 +91,8 @@ class TrainingListener(Guarded):
     def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> None:
         """The model was called with gradients on."""
         self._thread = threading.get_ident()
-        if self._plain and type(outputs) is Tensor and self._losses.usual_call(outputs):
+        usual = self._plain and not self._moment.attentive and type(outputs) is Tensor
+        if usual and self._losses.usual_call(outputs):
             self._called(args, kwargs, outputs)
             return
         if module is not self._training.model and module is not None:

@@ -85,7 +85,9 @@ class LossObserver:
         self._given: list[Any] = []
         self._zeroed: list[Any] = []  # what has thrown gradients away since the last backward pass
         self._frozen = self._moved = False
-        self._usual = self._last = ""  # the loss function whose value as it is this step descends, and the last did
+        # The loss function and the form of its call whose value as it is this step descends, and the last did.
+        self._usual: tuple[str, Any] | None = None
+        self._last: tuple[str, Any] | None = None
         self._version = -1
         self._source: int | None = None
         self._place: tuple[nn.Module | None, nn.Module | None, str] = (None, None, "")
@@ -154,6 +156,7 @@ class LossObserver:
             return False
         outputs.register_hook(self._reached_hook)
         self._sources.append(number)
+        self._places[number] = 0
         self._source, self._called, self._foreign = number, True, ""
         return True
 
@@ -192,7 +195,7 @@ class LossObserver:
         if type(roots) is Tensor and weight is None and inputs is None and self._usual_backward(roots):
             return
         roots = [roots] if isinstance(roots, Tensor) else [r for r in roots or () if isinstance(r, Tensor)]
-        self._reached, self._pending, self.seen, self._usual = False, None, None, ""
+        self._reached, self._pending, self.seen, self._usual = False, None, None, None
         self._leave_out_what_belongs_elsewhere()
         if not roots or self._leaves_out_this_model(inputs):
             return
@@ -208,8 +211,9 @@ class LossObserver:
         if self._passes or self._frozen or (found := self._calls.just_called(root)) is None:
             return False
         self._reached, self._pending, self.seen = False, found, None
-        # Neither kept whole, nor summed, nor returned by the model.
-        self._usual = found.seen.name if found.seen is not None and found.seen[3:] == (None, None, None) else ""
+        self._usual = None
+        if (seen := found.seen) is not None and seen.call is seen.count is seen.place is None:
+            self._usual = seen.name, seen.form
         self._zeroed, self._version = [], self._parameters[0]._version
         return True
 
@@ -244,10 +248,11 @@ class LossObserver:
     def take(self) -> list[Any]:
         """The losses of the step that has been made: one for what it descended, or those that the user gave."""
         passes, self._passes = self._passes, []
-        if len(passes) == 1 and self._usual and self._usual == self._last and self._is_plain():
+        if len(passes) == 1 and self._usual is not None and self._usual == self._last and self._is_plain():
             (one,), losses, self._given = passes, self._given, []
             self.descended = [(_unmultiplied(one), one.value)]  # type: ignore[list-item]
-            self._usual = ""
+            self._usual = None
+            self._places.clear()
             self._calls.clear()
             return losses or [one.value]
         if self._moved:
@@ -259,7 +264,7 @@ class LossObserver:
         learned = not self.learner.active
         self.learner.stepped(passes)
         self._forget_the_step()
-        self._last, self._usual = self._usual if learned and len(passes) == 1 else "", ""
+        self._last, self._usual = self._usual if learned and len(passes) == 1 else None, None
         return losses
 
     def _is_plain(self) -> bool:

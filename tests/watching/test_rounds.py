@@ -120,6 +120,7 @@ def test_gradients_that_are_not_finite_are_read_at_their_step(monkeypatch):
     """Also where the gradients of most steps are not read, and the loss of that step is finite."""
     monkeypatch.setattr("diag.watching.observe.steps.READING_FREE", 0.0)
     monkeypatch.setattr("diag.watching.observe.steps.READING_SHARE", 0.0)
+    monkeypatch.setattr("diag.watching.measure.schedule.OFTEN_SHARE", 0.0)  # however long they take: 35, 53
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
@@ -136,4 +137,4 @@ def test_gradients_that_are_not_finite_are_read_at_their_step(monkeypatch):
     finite = history.gradient_finite.all(1)
     assert math.isfinite(history.loss[48]) and not math.isfinite(history.loss[49])
     assert numpy.flatnonzero(~finite)[0] == 48
-    assert numpy.isnan(history.gradient_norm[45:48]).all()
+    assert numpy.isnan(history.gradient_norm[46:48]).all()

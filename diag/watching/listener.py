@@ -24,7 +24,7 @@ from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
 from diag.watching.ranks.company import Company
 
-FACTS, ROWS = "facts of the loop", "rows of the data"
+FACTS_OF_LOOP, ROWS_OF_DATA = "facts of the loop", "rows of the data"
 
 
 class TrainingListener(Guarded):
@@ -109,9 +109,9 @@ class TrainingListener(Guarded):
         if self._examples.looking:
             self._examples.forward_called(args, kwargs)
         self._training.called(_length(args, kwargs))
-        self._within(FACTS, self._loop.forward_called, args, kwargs, outputs)
+        self._within(FACTS_OF_LOOP, self._loop.forward_called, args, kwargs, outputs)
         if self._rows.wanted and self._loop.drawn is not None:
-            self._within(ROWS, self._rows.training_call, args, kwargs, *self._loop.drawn)
+            self._within(ROWS_OF_DATA, self._rows.training_call, args, kwargs, *self._loop.drawn)
 
     def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
         """The model was called without gradients."""
@@ -129,7 +129,7 @@ class TrainingListener(Guarded):
         if self._moment.attentive:
             self._facts(event, *args)
 
-    @guarded(FACTS)
+    @guarded(FACTS_OF_LOOP)
     def _facts(self, event: str, *args: Any) -> None:
         getattr(self._loop, event)(*args)
 
@@ -146,9 +146,9 @@ class TrainingListener(Guarded):
         if not self._company.alone:
             self._company.loss_called(args, kwargs)
         if self._rows.wanted:
-            self._within(ROWS, self._rows.loss_called, function.__name__, args, kwargs)
+            self._within(ROWS_OF_DATA, self._rows.loss_called, function.__name__, args, kwargs)
         if self._moment.attentive:
-            self._within(FACTS, self._loop.loss_called, function, args, kwargs, value)
+            self._within(FACTS_OF_LOOP, self._loop.loss_called, function, args, kwargs, value)
 
     def loss_evaluated(self, value: Any) -> None:
         """A loss function was called without gradients."""
@@ -175,9 +175,9 @@ class TrainingListener(Guarded):
         self._steps.backward_begins()
         if self._own_step.names:
             self._runner.own_step_descends()
-        self._within(FACTS, self._loop.root_seen, roots)
+        self._within(FACTS_OF_LOOP, self._loop.root_seen, roots)
         if self._moment.attentive:
-            self._within(FACTS, self._loop.backward_called, roots)
+            self._within(FACTS_OF_LOOP, self._loop.backward_called, roots)
 
     @guarded("loss")
     def backward_done(self) -> None:
@@ -186,7 +186,7 @@ class TrainingListener(Guarded):
             return
         self._losses.backward_done()
         if self._moment.attentive:
-            self._within(FACTS, self._loop.backward_done)
+            self._within(FACTS_OF_LOOP, self._loop.backward_done)
         if self._own_step.reading:
             self._runner.own_step_descended()
         self._steps.backward_done()
@@ -228,7 +228,7 @@ class TrainingListener(Guarded):
         """An optimizer is about to step."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if self._moment.attentive:
-            self._within(FACTS, self._loop.before_step, optimizer, callable(closure))
+            self._within(FACTS_OF_LOOP, self._loop.before_step, optimizer, callable(closure))
         if not self._counts(optimizer):
             return None
         self.clock.start()
@@ -237,7 +237,7 @@ class TrainingListener(Guarded):
     @guarded("optimizer steps")
     def after_step(self, optimizer: Optimizer) -> None:
         """It has stepped."""
-        self._within(FACTS, self._loop.after_step, optimizer)
+        self._within(FACTS_OF_LOOP, self._loop.after_step, optimizer)
         if self._counts(optimizer):
             self._steps.after_step(optimizer)
 

@@ -17,7 +17,7 @@ from math import ceil, inf
 SPACING_RATIO = 1.1
 SAFETY = 1.1
 SIMILAR_COST = 4.0
-FIRST_STEPS, OFTEN_SHARE = 10, 0.02  # norms are measured often at first, then while they have taken so little,
+STEPS_WITH_NORMS, OFTEN_SHARE = 10, 0.02  # norms are measured often at first, then while they have taken so little,
 SELDOM_SPACING = 1.5  # else each so many times the step before
 EXPENSIVE_NORM_SECONDS = 2e-3  # norms that take longer are measured at fewer steps from the start:
 EXPENSIVE_NORM_SPACING = 2.0  # each this many times the one before
@@ -164,7 +164,7 @@ class Thinning:
         cost = self._cost
         if cost > EXPENSIVE_NORM_SECONDS:
             return EXPENSIVE_NORM_SPACING
-        often = step < FIRST_STEPS or self._spent + cost <= OFTEN_SHARE * elapsed
+        often = step < STEPS_WITH_NORMS or self._spent + cost <= OFTEN_SHARE * elapsed
         return self._ratio if often else SELDOM_SPACING
 
     def spent(self, seconds: float) -> None:

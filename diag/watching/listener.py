@@ -110,7 +110,7 @@ class TrainingListener(Guarded):
             self._examples.forward_called(args, kwargs)
         self._training.called(_length(args, kwargs))
         self._within(FACTS_OF_LOOP, self._loop.forward_called, args, kwargs, outputs)
-        if self._rows.wanted and self._loop.drawn is not None:
+        if self._rows.needed and self._loop.drawn is not None:
             self._within(ROWS_OF_DATA, self._rows.training_call, args, kwargs, *self._loop.drawn)
 
     def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
@@ -145,7 +145,7 @@ class TrainingListener(Guarded):
         self._losses.loss_called(function, args, kwargs, value)
         if not self._company.alone:
             self._company.loss_called(args, kwargs)
-        if self._rows.wanted:
+        if self._rows.needed:
             self._within(ROWS_OF_DATA, self._rows.loss_called, function.__name__, args, kwargs)
         if self._moment.attentive:
             self._within(FACTS_OF_LOOP, self._loop.loss_called, function, args, kwargs, value)

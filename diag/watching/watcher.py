@@ -298,7 +298,7 @@ class Watcher(Guarded):
             self._meet()
             self._compare(row)
         step = self._rows.add(row)
-        if self._loop.rows.wanted:
+        if self._loop.rows.needed:
             self._within("rows of the data", self._loop.rows.step_ended)
         self._loop.step_ended(step, row.learning_rate)
         if self._listener.look_for_calls():

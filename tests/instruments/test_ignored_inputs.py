@@ -117,3 +117,48 @@ def test_a_watch_tells_of_it(lost, caplog):
             loss.backward()
             optimizer.step()
     assert [f.verdict.cause for f in watcher.findings] == [Cause.INPUT_IGNORED] * lost
+
+
+class Reader(nn.Module):
+    """Reads a sequence; `at`: the position of the recurrent layer's output that goes on."""
+
+    def __init__(self, at):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.rnn, self.head, self.at = (
+            nn.Embedding(9, 6),
+            nn.GRU(6, 8, batch_first=True),
+            nn.Linear(8, 3),
+            at,
+        )
+
+    def forward(self, x):
+        h = self.rnn(self.embed(x) if x.ndim == 2 else x)[0]
+        return self.head(h.mean(1) if self.at is None else h[:, self.at])
+
+
+def read(at, x):
+    batch = Batch((x,), {}, torch.zeros(len(x), dtype=torch.int64), len(x))
+    return inputs_tried(diag.Snapshot(Reader(at), nn.functional.cross_entropy, [batch]))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "numbers"])
+@pytest.mark.parametrize(("at", "used"), [(0, range(1)), (6, range(7)), (14, range(15)), (29, None), (None, None)])
+def test_positions_that_come_after_the_one_that_goes_on_move_nothing(kind, at, used):
+    torch.manual_seed(1)
+    x = torch.randint(0, 9, (20, 30)) if kind == "tokens" else torch.randn(20, 30, 6)
+    found = read(at, x)
+    assert found.ignored == ()
+    assert [p.used for p in found.positions] == ([] if used is None else [tuple(used)])
+    late = dataclasses.replace(empty_history({"w": 4}, 1), total_steps=40)
+    verdict = diag.ignored_inputs(inputs_tried=found, history=late).verdict()
+    assert (verdict.level == "warning") == (used is not None) == ("the outputs depend on" in verdict.sentence)
+
+
+def test_padding_that_is_alike_in_all_rows_and_short_sequences_are_no_positions():
+    torch.manual_seed(1)
+    x = torch.randint(1, 9, (20, 30))
+    x[:, 6:] = 0
+    for given in (x, x[:, :6]):
+        with pytest.raises(MissingQuantity, match="no two inputs"):
+            read(0, given)

@@ -64,6 +64,10 @@ FIRST_LARGE = numpy.concatenate([numpy.geomspace(0.7, 0.1, 15), numpy.full(85, 0
         # Adagrad's first step is the learning rate at every entry, whatever the gradient, and the next are smaller.
         (falling()[:8], 0.4 / numpy.sqrt(numpy.arange(1, 9)), "Adagrad", ""),
         (numpy.full(100, 2.0) + 0.3 * (numpy.arange(100) > 2), FIRST_LARGE, "Adagrad", ""),  # labels that are wrong
+        # RMSprop's is ten times the learning rate, as its mean of squares begins at zero.
+        (falling()[:8], 0.4 / numpy.sqrt(numpy.arange(1, 9)), "RMSprop", ""),
+        (falling(start=2.3, end=0.9), FIRST_LARGE, "RMSprop", ""),
+        (falling(), 0.4, "RMSprop", Cause.LEARNING_RATE_TOO_HIGH),
         (numpy.linspace(1, 3, 8), 0.4 / numpy.sqrt(numpy.arange(1, 9)), "Adagrad", Cause.LEARNING_RATE_TOO_HIGH),
     ],
 )

@@ -15,6 +15,12 @@ from diag.snapshot.inside.ignored import InputsTried
 SOURCE = "arithmetic of a few forward passes"
 STEPS_BEFORE_INPUTS = 30  # steps: paths that start at zero (gates, adapters) open in the first ones
 
+MOST_UNUSED = 0.5  # of the positions
+NOT_THE_INPUT = (
+    Cause.UNITS_DEAD, Cause.OUTPUT_CONSTANT, Cause.INPUTS_CONSTANT, Cause.NOT_FINITE, Cause.LEARNING_RATE_TOO_HIGH,
+    Cause.TRAINING_DIVERGED, Cause.INITIALIZATION_CONSTANT,
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IgnoredInputs(Result):
@@ -23,10 +29,15 @@ class IgnoredInputs(Result):
     tried: tuple[str, ...] = measured("inputs that differ between examples")
     ignored: tuple[str, ...] = measured("those of them with which no output moves")
     examples: int = measured("examples whose inputs were exchanged")
+    partly: str = measured("an input most of whose positions move no output; empty: none", default="")
+    positions: int = measured("positions of it at which examples differ", default=0)
+    used: tuple[int, ...] = measured("those of them that move an output, from 0", default=())
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
+        if not self.ignored and self.partly:
+            return self._in_part()
         if not self.ignored:
             return Verdict(
                 Level.OK,
@@ -45,10 +56,28 @@ class IgnoredInputs(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="An output that moves when this input alone is changed.",
             cause=Cause.INPUT_IGNORED,
-            explained_by=(Cause.UNITS_DEAD, Cause.OUTPUT_CONSTANT, Cause.INPUTS_CONSTANT, Cause.NOT_FINITE,
-                          Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INITIALIZATION_CONSTANT),
+            explained_by=NOT_THE_INPUT,
             step=1,
-        )  # fmt: skip
+        )
+
+    def _in_part(self) -> Verdict:
+        n = len(self.used)
+        first, last = self.used[0], self.used[-1]
+        where = f"one only (number {first + 1:,})" if n == 1 else f"at most {n:,} ({first + 1:,} to {last + 1:,})"
+        return Verdict(
+            Level.WARNING,
+            f"Of the {self.positions:,} positions of {self.partly} the outputs depend on {n:,} only "
+            f"({where}): when "
+            f"{self.examples:,} examples exchange what they hold at the others, no output changes in a single bit.",
+            advice="Look at which position of a sequence goes on (the last output of a recurrent layer, the one of "
+            "the class token), at masks, which may be inverted, and at slices.",
+            source=SOURCE,
+            confidence=Confidence.ARITHMETIC,
+            refutation="An output that moves when one of the other positions is changed.",
+            cause=Cause.INPUT_IGNORED,
+            explained_by=NOT_THE_INPUT,
+            step=1,
+        )
 
     def plot(self, ax: Any = None) -> None:
         """Which inputs count."""
@@ -68,12 +97,17 @@ def ignored_inputs(inputs_tried: InputsTried, history: History) -> IgnoredInputs
 
     inputs_tried: which outputs stayed as they were, bit for bit, when examples exchanged the values of one input
     (`diag.snapshot.inside.ignored`). history: how many steps were taken; judged from step 30 on. An input that
-    moves nothing is a warning: some are given on purpose (numbers of rows, lengths). Raises nothing of its own.
+    moves nothing is a warning: some are given on purpose (numbers of rows, lengths). So is a sequence of which half
+    of the positions or more move nothing. Raises nothing of its own.
     """
+    part = next((p for p in inputs_tried.positions if 0 < len(p.used) <= (1 - MOST_UNUSED) * p.varying), None)
     late = int(history.total_steps) >= STEPS_BEFORE_INPUTS
     return IgnoredInputs(
         tried=inputs_tried.names,
         ignored=inputs_tried.ignored,
         examples=inputs_tried.rows,
+        partly=part.name if part else "",
+        positions=part.varying if part else 0,
+        used=part.used if part else (),
         preconditions=(Precondition("steps", late, f"fewer than {STEPS_BEFORE_INPUTS} steps were taken."),),
     )

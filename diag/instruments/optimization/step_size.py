@@ -54,7 +54,7 @@ ADAM_SHARE = 0.02
 HALF_OF_NORM, GROWN = 0.5, 30.0  # norm over the first norm
 HALF_OF_LOSS, TENTH_OF_LOSS = 0.5, 0.1  # of the first loss
 COMES_BACK = 100  # steps in which a loss that rose in the first ones may come back
-ADAGRAD = "Adagrad"
+ADAGRAD, RMSPROP = "Adagrad", "RMSprop"  # they divide by what began at zero: large at first at any rate
 FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
 STEPS_OF_A_TRAINING = 100
 # Trainings from random weights that work end several tenths of their size away, and not on a straight way.
@@ -173,8 +173,9 @@ class StepSize(Result):
         """
         limit = self.setting("too_high")
         large = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1
-        large = large and not self.shrunk and not self.from_nothing and self.optimizer != ADAGRAD
         enough = self.num_steps >= ENOUGH_STEPS
+        large = large and not self.shrunk and not self.from_nothing and self.optimizer != ADAGRAD
+        large = large and (enough or self.optimizer != RMSPROP)
         if self.below_zero:  # a policy's loss: its size says nothing
             return large and enough and not self.loss_fell
         return large and (self.loss_peak_ratio > ROSE or (enough and self.ratio > limit))
@@ -191,7 +192,7 @@ class StepSize(Result):
         """Whether large first steps did no lasting harm: steps are as usual since, and half of the loss is gone, or
         nine tenths where it rose far.
 
-        Adagrad's first steps are large at any learning rate that is usual for it, so there the loss need not fall.
+        The first steps of Adagrad and RMSprop are large at any usual rate, so there the loss need not fall.
         """
         if self.below_zero:
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,30 +17,47 @@ from diag.snapshot.snapshot import Snapshot
 
 ROWS_EXCHANGED = 16
 MOST_INPUTS = 8
+MOST_PLACED = 2  # inputs whose positions are tried
+FEWEST_PLACES, HALF_OF_EXAMPLES = 8, 0.5
+PARTS, MOST_PASSES = 4, 14
+
+
+@dataclass(frozen=True)
+class PositionsTried:
+    """Of one input with an axis of positions (its second): how many of them differ between examples, and at which
+    of those exchanged values moved some output; it may be fewer, where the search ended early."""
+
+    name: str
+    varying: int
+    used: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class InputsTried:
     """names: of the inputs that were tried, as the model is given them; ignored: those with which no output moved.
-    rows: how many examples were exchanged."""
+    rows: how many examples were exchanged. positions: of inputs of which some positions moved nothing."""
 
     names: tuple[str, ...]
     ignored: tuple[str, ...]
     rows: int
+    positions: tuple[PositionsTried, ...] = ()
 
 
 def inputs_tried(snapshot: Snapshot) -> InputsTried:
-    """Give each example the next one's values of one input, one input after the other: two passes and one for each.
+    """Give each example the next one's values of one input, one input after the other: two passes and one for each;
+    and of an input with positions those of a quarter of them, and so on where that moves nothing.
 
     Only tensors that the call names one by one are tried, with an entry for each example and not all alike: a
     batch that is handed over whole holds labels and other things that are not meant for the model, and so do
     keywords that its forward() does not name. The random numbers are the same each time. Raises MissingQuantity
-    where there are fewer than two such inputs, or where the outputs are not the same when nothing was exchanged.
+    where there are fewer than two such inputs and the one has no positions, or where the outputs are not the same
+    when nothing was exchanged.
     """
     first = replace(snapshot.batches[0], coupled=False, why="")
     rows = first.slice(0, min(ROWS_EXCHANGED, first.size))
     found = dict(list(_varying(rows, arguments_of(snapshot.model)))[:MOST_INPUTS])
-    if len(found) < 2:
+    placed = {name: at for name, t in found.items() if (at := _places(t))}
+    if len(found) < 2 and not placed:
         raise MissingQuantity("the model has no two inputs that differ between examples.")
     snapshot.deadline.check()
     try:
@@ -48,14 +65,22 @@ def inputs_tried(snapshot: Snapshot) -> InputsTried:
             one = every_output(snapshot.model, rows)
             same = _equal(one, every_output(snapshot.model, rows))
             moved = {name: every_output(snapshot.model, _exchanged(rows, t)) for name, t in found.items() if same}
+            ignored = tuple(name for name, outputs in moved.items() if _equal(one, outputs))
+
+            def moves(name: str, places: Sequence[int]) -> bool:
+                snapshot.deadline.check()
+                return not _equal(one, every_output(snapshot.model, _exchanged(rows, found[name], places)))
+
+            some = [name for name in placed if name in moved and name not in ignored][:MOST_PLACED]
+            positions = [_tried(name, placed[name], moves) for name in some] if one else []
     except CALL_ERRORS as error:
         raise MissingQuantity(
             f"the model could not be called with inputs exchanged ({type(error).__name__})."
         ) from error
     if not same or not one:
         raise MissingQuantity("the model gives no tensors, or others each time.")
-    ignored = tuple(name for name, outputs in moved.items() if _equal(one, outputs))
-    return InputsTried(tuple(found), ignored, rows.size)
+    partly = tuple(p for p in positions if len(p.used) < p.varying)
+    return InputsTried(tuple(found), ignored, rows.size, partly)
 
 
 def _varying(batch: Batch, forward: Collection[str]) -> Iterator[tuple[str, Tensor]]:
@@ -69,9 +94,39 @@ def _varying(batch: Batch, forward: Collection[str]) -> Iterator[tuple[str, Tens
             yield name, t
 
 
-def _exchanged(batch: Batch, chosen: Tensor) -> Batch:
+def _places(t: Tensor) -> list[int]:
+    """The positions of a sequence, or the columns of a table, at which most examples differ from the next one."""
+    if t.ndim not in (2, 3) or t.shape[1] < FEWEST_PLACES:
+        return []
+    differ = (t != t.roll(1, 0)).reshape(*t.shape[:2], -1).any(2).double().mean(0)
+    places: list[int] = torch.nonzero(differ >= HALF_OF_EXAMPLES).flatten().tolist()
+    return places if len(places) >= FEWEST_PLACES else []
+
+
+def _tried(name: str, places: list[int], moves: Callable[[str, Sequence[int]], bool]) -> PositionsTried:
+    """Which of these positions move an output: none of those in a quarter that moves nothing, and of the others
+    those in the smallest parts that were found to."""
+    parts = [places[len(places) * i // PARTS : len(places) * (i + 1) // PARTS] for i in range(PARTS)]
+    used = [part for part in parts if moves(name, part)]
+    passes = PARTS
+    while 0 < len(used) < PARTS and passes < MOST_PASSES and any(len(part) > 1 for part in used):
+        longest = max(used, key=len)
+        used.remove(longest)
+        halves = longest[: len(longest) // 2], longest[len(longest) // 2 :]
+        used += [half for half in halves if moves(name, half)]
+        passes += 2
+    return PositionsTried(name, len(places), tuple(sorted(i for part in used for i in part)))
+
+
+def _exchanged(batch: Batch, chosen: Tensor, places: Sequence[int] | None = None) -> Batch:
     def exchange(t: Tensor) -> Tensor:
-        return t.roll(1, 0) if t is chosen else t
+        if t is not chosen:
+            return t
+        if places is None:
+            return t.roll(1, 0)
+        other, at = t.clone(), torch.tensor(places, device=t.device)
+        other[:, at] = t.roll(1, 0)[:, at]
+        return other
 
     args, kwargs = map_tensors(exchange, (batch.args, batch.kwargs))
     return replace(batch, args=args, kwargs=kwargs)

@@ -26,6 +26,7 @@ from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
 from diag.result import Confidence as Confidence
 from diag.instruments.outcome.constant_answer import ConstantAnswer as ConstantAnswer
+from diag.instruments.data.data_kept import DataKept as DataKept
 from diag.instruments.network.dead_units import DeadUnits as DeadUnits
 from diag.instruments.denoising import Denoising as Denoising
 from diag.instruments.depth_use import DepthUse as DepthUse
@@ -86,7 +87,7 @@ from diag.instruments.loss.output_range import OutputRange as OutputRange
 from diag.instruments.loop.outside_changes import OutsideChanges as OutsideChanges
 from diag.instruments.loss.pairs_differ import PairsDiffer as PairsDiffer
 from diag.instruments.loop.parameters_held import ParametersHeld as ParametersHeld
-from diag.instruments.data.places_match import PlacesMatch as PlacesMatch
+from diag.instruments.loss.places_match import PlacesMatch as PlacesMatch
 from diag.instruments.loss.policy_loss import PolicyLoss as PolicyLoss
 from diag.result import Precondition as Precondition
 from diag.instruments.quantization import Quantization as Quantization
@@ -278,6 +279,14 @@ class _ConstantAnswerInstrument(Instrument):
     def __call__(self, history: Any, loop: Any) -> ConstantAnswer: ...
 
 constant_answer: _ConstantAnswerInstrument
+
+class _DataKeptInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> DataKept: ...
+    @overload
+    def __call__(self, loop: Any) -> DataKept: ...
+
+data_kept: _DataKeptInstrument
 
 class _DeadUnitsInstrument(Instrument):
     @overload
@@ -609,9 +618,9 @@ loss_call: _LossCallInstrument
 
 class _LossSpikesInstrument(Instrument):
     @overload
-    def __call__(self, snapshot: Measurable, *, history: Any = ..., warn_above: float = ...) -> LossSpikes: ...
+    def __call__(self, snapshot: Measurable, *, history: Any = ..., loop: Any = ..., warn_above: float = ...) -> LossSpikes: ...
     @overload
-    def __call__(self, history: Any, *, warn_above: float = ...) -> LossSpikes: ...
+    def __call__(self, history: Any, loop: Any = None, *, warn_above: float = ...) -> LossSpikes: ...
 
 loss_spikes: _LossSpikesInstrument
 

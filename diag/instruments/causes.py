@@ -126,6 +126,7 @@ class Cause(enum.StrEnum):
     BATCHES_POISONED = "batches_poisoned", Theme.DATA, "A few batches are corrupt: outliers, wrong scale, wrong labels."
     HELD_OUT_LABELS_DIFFER = "held_out_labels_differ", Theme.DATA, "Held-out labels give the classes other numbers than training's, or do not belong to their inputs."
     DATA_NOT_FINITE = "data_not_finite", Theme.DATA, "Inputs or targets hold NaN or infinity."
+    DATA_OVERWRITTEN = "data_overwritten", Theme.DATA, "Training changes the stored data in place: an augmentation or noise that adds up."
     LOADER_EMPTY = "loader_empty", Theme.DATA, "A DataLoader gives no batch at all: fewer rows than one batch, and drop_last."
     ROWS_DUPLICATED = "rows_duplicated", Theme.DATA, "The same rows are drawn again and again, and others never."
 

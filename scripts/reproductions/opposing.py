@@ -112,7 +112,9 @@ def run_planted(lab: Lab) -> list[Expectation]:
         Expectation("replay: planted rows found, of 40", 40, arm.recovered(replayed), 40, 40),
         Expectation("replay: swap", "0.96 to 1.0", replayed.swap, low=0.9),
         Expectation("replay: share of the movement", "0.77 to 0.95", replayed.share, low=0.7),
-        Expectation("online, from 40 steps after the edge: planted rows found, of 40", 40, arm.recovered(window), 40, 40),
+        Expectation(
+            "online, from 40 steps after the edge: planted rows found, of 40", 40, arm.recovered(window), 40, 40
+        ),
         Expectation("online: share of the movement", 0.82, window.share, low=0.7),
         Expectation("online: antiphase", -0.98, window.antiphase, high=-0.9),
         Expectation("online: A's correlation with itself a step later", -0.976, window.lag_one, high=-0.9),

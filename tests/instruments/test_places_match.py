@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import diag
 from diag.instruments.causes import Cause
-from diag.instruments.data.places_match import places_match
+from diag.instruments.loss.places_match import places_match
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.places import SequenceFacts
 from diag.watching.observe.loop.data.masks import fitting, related

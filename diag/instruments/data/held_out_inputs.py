@@ -69,6 +69,7 @@ class HeldOutInputs(Result):
             threshold=limit,
             threshold_source=OUR_CHOICE,
             cause=Cause.HELD_OUT_DIFFERS,
+            explained_by=(Cause.DATA_OVERWRITTEN,),
             step=1,
         )
 

@@ -23,7 +23,7 @@ from diag.snapshot.loop.data import (
     RootFacts,
     TargetFacts,
 )
-from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, TokenFacts
+from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, StoredFacts, TokenFacts
 from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
 from diag.snapshot.loop.places import MaskFacts, SequenceFacts
 from diag.snapshot.loop.ranks import RankFacts
@@ -87,6 +87,7 @@ class Loop:
     targets: TargetFacts = field(default_factory=TargetFacts)
     asked: tuple[AskedFacts, ...] = ()
     inputs: InputFacts = field(default_factory=InputFacts)
+    stored: StoredFacts = field(default_factory=StoredFacts)
     tokens: TokenFacts = field(default_factory=TokenFacts)
     evaluation: EvaluationFacts = field(default_factory=EvaluationFacts)
     reshaped: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()

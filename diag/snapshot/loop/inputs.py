@@ -47,6 +47,24 @@ class TokenFacts:
 
 
 @dataclass(frozen=True)
+class StoredFacts:
+    """The data where it is stored. slices: calls whose input was a slice of the tensor that the input of the call
+    before was a slice of; written: those between which that tensor was changed in place; rows_again: rows that a
+    later slice held again, rows_changed those with other numbers then. epochs: of a data set whose arrays were
+    there before; epochs_changed: those before which they had been changed in place, with the standard deviation of
+    what was looked at, before the first change and after the last (spread_before, spread)."""
+
+    slices: int = 0
+    written: int = 0
+    rows_again: int = 0
+    rows_changed: int = 0
+    epochs: int = 0
+    epochs_changed: int = 0
+    spread_before: float = math.nan
+    spread: float = math.nan
+
+
+@dataclass(frozen=True)
 class EvaluationFacts:
     """Losses computed without gradients: how many were looked at, how many of them were not a number (broken), and
     the step under way at the first of these."""

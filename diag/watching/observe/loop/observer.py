@@ -29,6 +29,7 @@ from diag.watching.observe.loop.data.masks import Masks
 from diag.watching.observe.loop.data.own import OwnLosses
 from diag.watching.observe.loop.data.pairs import PairedCalls
 from diag.watching.observe.loop.data.sequences import Sequences
+from diag.watching.observe.loop.data.stored import StoredData
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.data.tokens import Tokens
 from diag.watching.observe.loop.formula.formula import Formula
@@ -84,7 +85,7 @@ class LoopObserver:
         self._chance = Chance(model, self.moment)
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
         self._asked, self._inputs = Demands(self.moment), Inputs(self.moment)
-        self._tokens = Tokens(self.moment)
+        self._tokens, self._stored = Tokens(self.moment), StoredData(self.moment)
         self._model = weakref.ref(model)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
@@ -156,6 +157,7 @@ class LoopObserver:
         self._asked.training_call(args, kwargs)
         self._inputs.training_call(args, kwargs)
         self._tokens.training_call(args, kwargs)
+        self._stored.training_call(args, kwargs)
         self._contents.training_call(args, kwargs, places)
         self._scaling.training_call(outputs)
         self._strangers.training_call(args, kwargs, outputs)
@@ -355,6 +357,7 @@ class LoopObserver:
             self._begin()
         self._batches.loader_started(loader, self._drawn.data_of(loader))
         self._drawn.epoch_begins()
+        self._stored.loader_started(getattr(loader, "dataset", None))
 
     def indices_drawn(self, iterator: Any, indices: Any) -> None:
         """A DataLoader has drawn the places of a batch."""
@@ -424,6 +427,7 @@ class LoopObserver:
             "targets": self._targets.facts(),
             "asked": self._asked.facts(),
             "inputs": self._inputs.facts(),
+            "stored": self._stored.facts(),
             "tokens": self._tokens.facts(),
             "contents": self._contents.facts(),
             "drawn": self._drawn.facts(),

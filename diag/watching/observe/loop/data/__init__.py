@@ -15,6 +15,7 @@ __all__ = [
     "pairs",
     "sequences",
     "source",
+    "stored",
     "stream",
     "targets",
     "tokens",

@@ -9,6 +9,8 @@ import pytest
 
 import diag
 from diag.instruments.causes import Cause
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.steps import OptimizerFacts
 
 _spec = importlib.util.spec_from_file_location(
     "optimization_histories", Path(__file__).with_name("optimization_histories.py")
@@ -78,6 +80,9 @@ def test_a_learning_rate_that_rose_is_said():
         with_spike(course(), length=2),  # one bad batch, and a half
         with_spike(course(), height=0.3),  # far above the noise, of no consequence
         with_spike(course(noise=0.5), height=2.0),
+        with_spike(with_spike(course()), at=300, height=2.1, length=1),  # half as high elsewhere
+        with_spike(course(), height=0.6) * numpy.exp(numpy.random.default_rng(2).normal(size=400)),  # by factors
+        with_spike(numpy.linspace(2.3, 2.0, 400)),  # nothing was gained that could be undone
         numpy.where(numpy.arange(400) % 4 == 0, 3.0, course()),  # one task in four is harder
         numpy.full(400, 0.7),
         numpy.geomspace(0.4, 2.3, 400),
@@ -90,6 +95,9 @@ def test_a_learning_rate_that_rose_is_said():
         "one batch",
         "small",
         "within noise",
+        "elsewhere",
+        "factors",
+        "no gain",
         "tasks",
         "flat",
         "rising",
@@ -129,3 +137,10 @@ def test_losses_that_were_not_seen_are_left_out():
     record = histories.record(losses)
     record = dataclasses.replace(record, loss_finite=numpy.ones(400, bool))
     assert diag.loss_spikes(record).starts.tolist() == [202]
+
+
+def test_the_sides_of_a_game_are_not_judged():
+    sides = [OptimizerFacts("Adam", held=("a",), steps=99), OptimizerFacts("Adam", foreign=4, steps=99)]
+    loop = Loop(step=99, backwards=198, optimizers=tuple(sides))
+    verdict = diag.loss_spikes(histories.record(with_spike(course())), loop).verdict()
+    assert verdict.level is diag.Level.NOT_APPLICABLE and "sides of a game" in verdict.sentence

@@ -18,6 +18,7 @@ from diag.ranges import Share
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
+from diag.snapshot.loop.facts import Loop
 
 SOURCE = (
     "Team OLMo et al. 2024 (OLMo 2), arXiv:2501.00656: a loss many standard deviations above its recent course; "
@@ -26,7 +27,9 @@ SOURCE = (
 COURSE_LOSSES, NOISE_LOSSES = 16, 64  # losses before it that make the course, and that tell the noise
 DEVIATIONS = 10.0  # robust standard deviations of that noise
 OF_NORMAL_NOISE = 1.4826  # its standard deviation over its median size
-CLEAR_FALL = 3.0  # of them, from the first losses to the course
+FACTORS = 5.0  # of those of the logarithms
+CLEAR_FALL, FALLEN = 3.0, 0.2  # from the first losses to the course: of those deviations, and of the first loss
+STANDS_OUT = 2.0  # times the highest single loss elsewhere, above its course
 UNDONE, ALL_UNDONE = 0.25, 0.95
 SPIKE_STEPS = 3  # steps: a batch alone is no spike
 MOST_LOSSES = 4096  # longer records are read by medians of consecutive losses
@@ -61,7 +64,7 @@ class LossSpikes(Result):
             return unmet.verdict(SOURCE)
         verdict = graded(SOURCE, self.undone, self.setting("warn_above"))
         if not len(self.starts):
-            return verdict(Level.OK, "The loss never rose far above its course for more than a batch or two.")
+            return verdict(Level.OK, "No rise of the loss for three steps or more stands out from its scatter.")
         return verdict(
             Level.WARNING,
             self._sentence(int(numpy.argmax(self.shares))),
@@ -107,17 +110,20 @@ class LossSpikes(Result):
     "come back.",
     formula="(highest loss - median before it) / (first loss - median before it)",
 )
-def loss_spikes(history: History, *, warn_above: Share = UNDONE) -> LossSpikes:
+def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share = UNDONE) -> LossSpikes:
     """Where the loss rose far above its course for three steps or more, and whether it came back.
 
-    history: the record of a watched run, or of an imported log. A spike begins where a loss lies above the median
+    history: the record of a watched run, or of an imported log; loop: whether several optimizers descend losses of
+    their own (the sides of a game), whose course says nothing. A spike begins where a loss lies above the median
     of the 16 before it by ten robust standard deviations of the noise, and undoes more than `warn_above` of the
     fall from the first five losses to that median; it ends where a loss is back within a tenth of the way. What
-    lasts fewer than three steps is a batch, and no spike. Raises nothing of its own.
+    lasts fewer than three steps is a batch, and no spike. Losses of a policy, or for targets that move, scatter by
+    factors and in bursts: a spike must also stand five deviations of the logarithms above (where all losses are
+    positive) and twice as high as any single loss elsewhere. Raises nothing of its own.
     """
     losses, steps = _shortened(*finite_losses(history))
-    enough = len(losses) > COURSE_LOSSES
-    found = _spikes(losses, steps, warn_above) if enough else []
+    enough, one = len(losses) > COURSE_LOSSES, loop is None or not loop.sides
+    found = _spikes(losses, steps, warn_above) if enough and one else []
     rates = [_rates(history, start, end) for start, end, *_ in found]
     thin = slice(None, None, max(1, len(losses) // 512))
     shares = numpy.array([share for *_, share in found])
@@ -131,7 +137,12 @@ def loss_spikes(history: History, *, warn_above: Share = UNDONE) -> LossSpikes:
         rates=numpy.array(rates, float).reshape(-1, 2),
         steps=steps[thin],
         losses=losses[thin],
-        preconditions=(Precondition("losses", enough, f"fewer than {COURSE_LOSSES + 1} losses were recorded."),),
+        preconditions=(
+            Precondition("losses", enough, f"fewer than {COURSE_LOSSES + 1} losses were recorded."),
+            Precondition(
+                "one loss", one, "several optimizers descend losses of their own, as the sides of a game."
+            ),
+        ),
     )
 
 
@@ -149,8 +160,14 @@ def _spikes(losses: Floats, steps: NDArray[Any], undone: float) -> list[tuple[in
     course, deviation = _courses(losses)
     gained = median(losses[:5]) - course
     least = numpy.maximum(DEVIATIONS * deviation, undone * gained)
-    above = numpy.flatnonzero((gained > CLEAR_FALL * deviation) & (losses - course > least))
+    fallen = (gained > CLEAR_FALL * deviation) & (gained > FALLEN * median(losses[:5]))
+    begins = fallen & (losses - course > least)
+    if (losses > 0).all():
+        relative, of_relative = _courses(numpy.log(losses))
+        begins &= numpy.log(losses) - relative > FACTORS * of_relative
+    above = numpy.flatnonzero(begins)
     found, back_at = [], 0
+    elsewhere = numpy.where(numpy.isfinite(deviation), losses - course, 0.0)
     for i in above.tolist():
         if i < back_at:
             continue
@@ -160,7 +177,9 @@ def _spikes(losses: Floats, steps: NDArray[Any], undone: float) -> list[tuple[in
         if last - int(steps[i]) >= SPIKE_STEPS:
             share = float((peak - course[i]) / gained[i])
             found.append((int(steps[i]), last if ended else 0, peak, float(course[i]), share))
-    return found
+            elsewhere[i:back_at] = 0
+    usual = STANDS_OUT * elsewhere.max()
+    return [spike for spike in found if spike[2] - spike[3] > usual]
 
 
 def _course_of_spike(losses: Floats, start: int, course: float) -> tuple[float, int]:

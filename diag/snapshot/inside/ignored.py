@@ -19,7 +19,7 @@ ROWS_EXCHANGED = 16
 MOST_INPUTS = 8
 MOST_PLACED = 2  # inputs whose positions are tried
 FEWEST_PLACES, HALF_OF_EXAMPLES = 8, 0.5
-PARTS, MOST_PASSES = 4, 14
+POSITION_PARTS, MOST_PASSES = 4, 14
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,13 @@ def _places(t: Tensor) -> list[int]:
 def _tried(name: str, places: list[int], moves: Callable[[str, Sequence[int]], bool]) -> PositionsTried:
     """Which of these positions move an output: none of those in a quarter that moves nothing, and of the others
     those in the smallest parts that were found to."""
-    parts = [places[len(places) * i // PARTS : len(places) * (i + 1) // PARTS] for i in range(PARTS)]
+    parts = [
+        places[len(places) * i // POSITION_PARTS : len(places) * (i + 1) // POSITION_PARTS]
+        for i in range(POSITION_PARTS)
+    ]
     used = [part for part in parts if moves(name, part)]
-    passes = PARTS
-    while 0 < len(used) < PARTS and passes < MOST_PASSES and any(len(part) > 1 for part in used):
+    passes = POSITION_PARTS
+    while 0 < len(used) < POSITION_PARTS and passes < MOST_PASSES and any(len(part) > 1 for part in used):
         longest = max(used, key=len)
         used.remove(longest)
         halves = longest[: len(longest) // 2], longest[len(longest) // 2 :]

@@ -178,3 +178,37 @@ def test_running_statistics_of_other_data_and_of_one_batch_come_before_the_steps
     moving = [(10, statistics(shift=2.0)), (30, statistics(shift=2.0, shifted_batches=70))]
     assert NormalizationStatistics.trend(moving).cause == ""
     assert NormalizationStatistics.trend([(10, statistics()), (30, statistics())]).cause == ""
+
+
+def test_an_optimizer_that_stops_by_itself_is_no_fault():
+    """L-BFGS on a quadratic that has float32 for its noise: it ends before the loop does."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 1), torch.randn(64, 4)
+    y = x @ torch.randn(4, 1) + 0.1 * torch.randn(64, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=20, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with diag.watch(model, instruments=["weights_move"]) as watcher:
+        for _ in range(40):
+            optimizer.step(closure)
+    assert not watcher.findings
+
+
+def test_a_task_whose_gradients_are_zeroed_reaches_the_loss():
+    torch.manual_seed(0)
+    body, heads = nn.Linear(6, 16), nn.ModuleList([nn.Linear(16, 3), nn.Linear(16, 2)])
+    model = nn.ModuleDict({"body": body, "heads": heads})
+    optimizer, x = torch.optim.Adam(model.parameters(), 1e-2), torch.randn(64, 6)
+    with diag.watch(model, instruments=["gradients_reach", "gradient_accumulation"]) as watcher:
+        for _ in range(30):
+            for head in heads:
+                optimizer.zero_grad()
+                out = head(body(x).relu())
+                nn.functional.cross_entropy(out, x[:, : out.shape[1]].argmax(1)).backward()
+            optimizer.step()
+    assert {str(f.verdict.cause) for f in watcher.findings} == {Cause.ACCUMULATION_LOST}

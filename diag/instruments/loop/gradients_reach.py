@@ -59,7 +59,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     silent = [p for p in silent if not is_copy(p, silent, trained, started)]
     if silent and not trained and not loop.backwards:
         yield _nothing(silent, loop)
-    elif trained:  # else gradients come, and are zeroed before they are used
+    elif trained and not any(o.lost.times for o in loop.training):  # else gradients that come are zeroed before use
         yield from _parts(silent, loop)
     yield from idle(loop)
     yield from stopped(loop, held)

@@ -73,12 +73,19 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         if p.dtype not in HALF_PRECISION_TYPES and rate != 0 and _rounds(history, last, column, rate):
             continue
         moved = numpy.flatnonzero(update[seen] != 0)
+        if len(moved) and _stops_by_itself(name, loop):
+            continue
         since = int(history.steps[rows[seen[moved[-1] + 1 if len(moved) else 0]]])
         cause = _cause(p, rate, bool(len(moved)), _came_down(history, loop))
         still.setdefault(cause, []).append(name)
         began[cause] = min(began.get(cause, since), since)
     for cause, names in still.items():
         yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
+
+
+def _stops_by_itself(name: str, loop: Loop) -> bool:
+    """Whether the parameter is moved by L-BFGS, which takes no step where the last one brought too little."""
+    return any(o.kind == "LBFGS" and name in o.held for o in loop.training)
 
 
 def _usual(gradient: Any) -> float:

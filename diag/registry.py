@@ -215,6 +215,11 @@ class Instrument:
         return {n.quantity.name for n in self.needs} == {"history"}
 
     @property
+    def from_steps(self) -> bool:
+        """True where the recorded steps are enough, though what else is known of the loop is used as well."""
+        return {n.quantity.name for n in self.needs if not n.optional} == {"history"}
+
+    @property
     def from_record(self) -> bool:
         """True where the recorded steps and the facts of the loop are enough: no pass of the model is needed."""
         needed = {n.quantity.name for n in self.needs if not n.optional}

@@ -143,7 +143,9 @@ def test_the_configuration_that_is_shown_is_read(tmp_path):
     (tmp_path / "pyproject.toml").write_text(block)
     policy = read_policy(folder=tmp_path)
     assert (
-        policy.fail_on == "warning" and len(policy.limits) == 2 and policy.settings["divergence"] == {"times": 4.0}
+        policy.fail_on == "warning"
+        and len(policy.limits) == 2
+        and policy.settings["weight_decay"] == {"shrunk": 0.4}
     )
 
 

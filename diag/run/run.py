@@ -232,13 +232,16 @@ class Run:
 
     @cached_property
     def _computed(self) -> tuple[dict[str, tuple[int, Result]], list[tuple[int, Skipped | Failed]]]:
-        """Results of the instruments that need nothing but the history, and those that gave none."""
+        """Results of the instruments that need nothing but the history, and those that gave none; also of those
+        that use what else is known of the loop where nothing of theirs was recorded, as in an imported log."""
         if self.history is None:
             return {}, []
         results, others = {}, []
         chosen = self.metadata.get("instruments")
+        recorded = {r.instrument for r in self.records if self._is_result(r)}
         for name, instrument in instruments().items():
-            if instrument.from_history and (chosen is None or name in chosen):
+            alone = instrument.from_history or (instrument.from_steps and name not in recorded)
+            if alone and (chosen is None or name in chosen):
                 outcome = attempt(None, instrument, history=self.history, **self._settings(instrument))
                 if isinstance(outcome, Result):
                     results[name] = (self.last_step, outcome)

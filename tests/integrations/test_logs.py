@@ -74,6 +74,13 @@ def test_a_loss_that_diverges_is_found_and_one_that_falls_is_left_in_peace(tmp_p
     assert levels["bad.jsonl"]["divergence"].is_finding and not levels["good.jsonl"]["divergence"].is_finding
 
 
+def test_a_spike_of_a_log_is_found(tmp_path):
+    course = [(s, v + (3.0 - (s - 100) / 2 if 100 <= s < 106 else 0.0)) for s, v in falling(200, 1)]
+    as_jsonl(tmp_path / "spike.jsonl", course)
+    (found,) = [f for f in run_of_log(tmp_path / "spike.jsonl").findings() if f.instrument == "loss_spikes"]
+    assert found.verdict.cause == "loss_spike" and found.verdict.step == 100
+
+
 def test_a_log_that_becomes_not_finite_is_an_alarm(tmp_path):
     text = "step,loss\n" + "".join(f"{i},{1 / i}\n" for i in range(1, 80)) + "80,nan\n81,nan\n"
     (tmp_path / "log.csv").write_text(text)

@@ -245,7 +245,9 @@ def test_a_budget_pays_for_the_window(monkeypatch):
     """Nothing can be afforded: one measurement at the end, in the mode that needs no record."""
     monkeypatch.setattr("diag.watching.measure.runner.SPARE", 60.0)
     monkeypatch.setattr("diag.watching.measure.schedule.LEAST_LIMIT_SECONDS", 60.0)
-    monkeypatch.setattr(time, "perf_counter", Ticks(1e-3))
+    clock = Ticks(1e-3)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr("diag.watching.guard.perf_counter", clock)
     run = watched(1.95, steps=30, budget=1e-9)
     assert [result.mode for _, result in run.series("opposing_signals")] == ["static"]
     # Its steps are so short that no share of them pays for a window.

@@ -50,12 +50,12 @@ def test_a_spike_is_told_with_its_steps_and_what_it_undid():
     assert "jumped at step 201: from" in verdict.sentence and f"back at step {result.ends[0]}." in verdict.sentence
 
 
-def test_a_rise_that_stays_has_no_end():
+def test_a_rise_that_stays_is_another_course():
     losses = course()
     losses[300:] += 3
-    result = found(losses)
-    assert result.ends.tolist() == [0]
-    assert "had not come back when the record ended" in result.verdict().sentence
+    assert not len(found(losses).starts)
+    assert len(found(with_spike(course(), at=100, length=40)).starts)
+    assert not len(found(with_spike(course(), at=100, length=80)).starts)  # more than half of what went before
 
 
 def test_several_are_counted_and_the_highest_is_described():

@@ -1,5 +1,4 @@
-"""Spikes of the loss: where it rose far above its course for some steps, how much that undid, and whether it came
-back."""
+"""Spikes of the loss: where it rose far above its course for some steps and came back, and how much that undid."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ FACTORS = 5.0  # of those of the logarithms
 CLEAR_FALL, FALLEN = 3.0, 0.2  # from the first losses to the course: of those deviations, and of the first loss
 STANDS_OUT = 2.0  # times the highest single loss elsewhere, above its course
 UNDONE, ALL_UNDONE = 0.25, 0.95
-SPIKE_STEPS = 3  # steps: a batch alone is no spike
+SPIKE_STEPS = 3  # a batch alone is no spike
+LONGEST = 0.5  # of the steps before it: what lasts longer is another course, as of harder data
 MOST_LOSSES = 4096  # longer records are read by medians of consecutive losses
 CHANGED_RATE = 1.5
 EXPLANATIONS = (
@@ -51,7 +51,7 @@ class LossSpikes(Result):
 
     undone: float = measured("of the fall of the loss until then, what the highest spike undid", unit="share")
     starts: NDArray[numpy.int64] = measured("the first step of each spike", shape="(spikes,)")
-    ends: NDArray[numpy.int64] = measured("the step at which it was back; 0 where it never was", shape="(spikes,)")
+    ends: NDArray[numpy.int64] = measured("the step at which it was back", shape="(spikes,)")
     peaks: NDArray[numpy.float64] = measured("the highest loss of each", shape="(spikes,)")
     courses: NDArray[numpy.float64] = measured("the median loss before each", shape="(spikes,)")
     shares: NDArray[numpy.float64] = measured("what each undid of the fall until then", shape="(spikes,)")
@@ -85,20 +85,20 @@ class LossSpikes(Result):
             if during > CHANGED_RATE * before
             else ""
         )
-        back = f"and was back at step {end:,}" if end else "and had not come back when the record ended"
         others = len(self.starts) - 1
         undone = "all that" if self.shares[k] > ALL_UNDONE else f"{format_share(self.shares[k])} of what"
         more = f" It did so {others + 1:,} times; this was the highest." if others else ""
         return (
             f"The loss jumped at step {start:,}{rate}: from {format_number(self.courses[k])} to "
-            f"{format_number(self.peaks[k])}, which undid {undone} training had gained until then, {back}.{more}"
+            f"{format_number(self.peaks[k])}, which undid {undone} training had gained until then, and was back at "
+            f"step {end:,}.{more}"
         )
 
     def plot(self, ax: Any = None) -> None:
         """The loss over the steps, with the spikes marked."""
         ax.plot(self.steps, self.losses)
         for start, end in zip(self.starts, self.ends, strict=True):
-            ax.axvspan(start, end or self.steps[-1], color="tab:red", alpha=0.2, linewidth=0)
+            ax.axvspan(start, end, color="tab:red", alpha=0.2, linewidth=0)
         ax.set(xlabel="step", ylabel="loss")
 
 
@@ -111,13 +111,14 @@ class LossSpikes(Result):
     formula="(highest loss - median before it) / (first loss - median before it)",
 )
 def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share = UNDONE) -> LossSpikes:
-    """Where the loss rose far above its course for three steps or more, and whether it came back.
+    """Where the loss rose far above its course for three steps or more, and came back.
 
     history: the record of a watched run, or of an imported log; loop: whether several optimizers descend losses of
     their own (the sides of a game), whose course says nothing. A spike begins where a loss lies above the median
     of the 16 before it by ten robust standard deviations of the noise, and undoes more than `warn_above` of the
     fall from the first five losses to that median; it ends where a loss is back within a tenth of the way. What
-    lasts fewer than three steps is a batch, and no spike. Losses of a policy, or for targets that move, scatter by
+    lasts fewer than three steps is a batch, and no spike; what is not back, or lasted half as long as all before
+    it, is another course, as of harder data. Losses of a policy, or for targets that move, scatter by
     factors and in bursts: a spike must also stand five deviations of the logarithms above (where all losses are
     positive) and twice as high as any single loss elsewhere. Raises nothing of its own.
     """
@@ -156,7 +157,7 @@ def _shortened(losses: Floats, steps: NDArray[Any]) -> tuple[Floats, NDArray[Any
 
 
 def _spikes(losses: Floats, steps: NDArray[Any], undone: float) -> list[tuple[int, int, float, float, float]]:
-    """(first step, step at which it was back or 0, highest loss, course before it, share undone) of each spike."""
+    """(first step, step at which it was back, highest loss, course before it, share undone) of each spike."""
     course, deviation = _courses(losses)
     gained = median(losses[:5]) - course
     least = numpy.maximum(DEVIATIONS * deviation, undone * gained)
@@ -172,11 +173,13 @@ def _spikes(losses: Floats, steps: NDArray[Any], undone: float) -> list[tuple[in
         if i < back_at:
             continue
         peak, back_at = _course_of_spike(losses, i, course[i])
-        ended = back_at < len(losses)
-        last = int(steps[back_at] if ended else steps[-1])
-        if last - int(steps[i]) >= SPIKE_STEPS:
-            share = float((peak - course[i]) / gained[i])
-            found.append((int(steps[i]), last if ended else 0, peak, float(course[i]), share))
+        if back_at == len(losses):
+            break
+        lasted, before = int(steps[back_at] - steps[i]), int(steps[i] - steps[0])
+        if SPIKE_STEPS <= lasted <= LONGEST * before:
+            found.append(
+                (int(steps[i]), int(steps[back_at]), peak, float(course[i]), (peak - course[i]) / gained[i])
+            )
             elsewhere[i:back_at] = 0
     usual = STANDS_OUT * elsewhere.max()
     return [spike for spike in found if spike[2] - spike[3] > usual]
@@ -212,5 +215,5 @@ def _rates(history: History, start: int, end: int) -> tuple[float, float]:
     """The median learning rate of the steps before the spike, and the highest up to its end."""
     steps, rates = history.steps, numpy.asarray(history.learning_rate, float)
     before = rates[steps < start][-NOISE_LOSSES:]
-    during = rates[(steps >= start - SPIKE_STEPS) & (steps < (end or steps[-1] + 1))]
+    during = rates[(steps >= start - SPIKE_STEPS) & (steps < end)]
     return float(median(before)), float(numpy.nanmax(during, initial=-math.inf)) if len(during) else math.nan

@@ -300,8 +300,10 @@ NEARLY_FLAT = numpy.linspace(2.3, 2.2, 200)
         (on_the_way(NEARLY_FLAT[:60], 0.2), ended(True), False),  # a quick look
         (on_the_way(falling(200), 0.2), ended(True), False),  # little was enough
         (on_the_way(NEARLY_FLAT, 0.2, ratio=1e-2), ended(True), False),  # 40 % away
-        (on_the_way(numpy.linspace(2.3, 1.6, 200), 0.95, ratio=7e-4), ended(None), True),  # 13 %, straight
-        (on_the_way(numpy.linspace(2.3, 1.6, 200), 0.5, ratio=7e-4), ended(None), False),  # not straight
+        (on_the_way(NEARLY_FLAT, 0.95, ratio=7e-4), ended(None), True),  # 13 %, straight
+        (on_the_way(numpy.linspace(2.3, 1.6, 200), 0.95, ratio=7e-4), ended(None), False),  # a third is gone
+        (on_the_way(NEARLY_FLAT, 0.05), ended(True), False),  # put back again and again
+        (on_the_way(NEARLY_FLAT, 0.5, ratio=7e-4), ended(None), False),  # not straight
         (on_the_way(falling(200), 0.95, ratio=7e-4), ended(None), False),  # straight, and it learned
     ],
 )

@@ -59,7 +59,7 @@ FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan
 STEPS_OF_A_TRAINING = 100
 # Trainings from random weights that work end several tenths of their size away, and not on a straight way.
 NOWHERE, NOT_FAR = 0.05, 0.2
-STRAIGHT = 0.7
+STRAIGHT, PUT_BACK = 0.7, 0.1
 USUAL_RATE = 1e-2  # of SGD
 NOT_THE_RATE = (
     Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY, Cause.GRADIENTS_VANISH,
@@ -241,8 +241,11 @@ class StepSize(Result):
         """Of a training that is over: it hardly left its random weights, or all its steps went one way."""
         if not self.over or self.num_steps < STEPS_OF_A_TRAINING or self.unpushed or self.below_zero:
             return None
-        still = self.from_scratch and self.travelled < NOWHERE and self.loss_fall < NOT_FALLEN
-        one_way = self.straightness > STRAIGHT and self.travelled < NOT_FAR and self.loss_fall < HALF_OF_LOSS
+        if not self.travelled > 0 or not self.loss_fall < NOT_FALLEN:
+            return None
+        # Weights that are put back again and again go a long way and are near their start.
+        still = self.from_scratch and self.travelled < NOWHERE and self.straightness > PUT_BACK
+        one_way = self.straightness > STRAIGHT and self.travelled < NOT_FAR
         if not (still or one_way) or self.clip_factor < TIGHT:
             return None
         fallen = format_share(max(self.loss_fall, 0.0))
@@ -336,7 +339,7 @@ def step_size(
     losses, _ = finite_losses(history)
     from_nothing = _from_nothing(loop)
     travelled, straightness = travel(history)
-    over = loop is not None and loop.ended
+    over = loop is not None and loop.ended and not loop.sides and bool(history.loss_finite.all())
     return StepSize(
         travelled=travelled,
         straightness=straightness,

@@ -127,10 +127,12 @@ def _schedule(evidence: Evidence) -> Iterable[dict[str, Any]]:
     for finding in evidence.findings:
         about = finding.series[-1][1].provenance
         known = instruments().get(finding.instrument)
-        computed = in_time and known is not None and known.from_history
+        measured = seconds.get(finding.instrument)
+        alone = known is not None and (known.from_history or (known.from_steps and not measured))
+        computed = in_time and alone
         own = [r.provenance.seconds for _, r in finding.series if r.provenance.seconds is not None]
         # What is computed from the record when the run is opened takes a different time at each opening.
-        times = [] if computed else seconds.get(finding.instrument) or own
+        times = [] if computed else measured or own
         steps = [step for step, _ in finding.series]
         yield {
             "audit": finding.instrument,

@@ -216,7 +216,7 @@ class Instrument:
 
     @property
     def from_steps(self) -> bool:
-        """True where the recorded steps are enough, though what else is known of the loop is used as well."""
+        """True where the recorded steps are enough; what else is known of the loop is used where there is any."""
         return {n.quantity.name for n in self.needs if not n.optional} == {"history"}
 
     @property
@@ -507,7 +507,6 @@ def requires(instrument: Instrument, *names: str) -> bool:
     return any(need.name in names and not need.optional for need in instrument.needs)
 
 
-@unseen()
 def attempt(snapshot: Measurable | None, which: Instrument, **arguments: Any) -> Outcome:
     """Measure without ever raising. `arguments` are settings and, as in a call of the instrument, quantities.
 

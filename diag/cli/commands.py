@@ -171,7 +171,7 @@ def _restricted(run: Run, names: Sequence[str], settings: dict[str, dict[str, An
 
     from diag.registry import find
 
-    recorded = next((n for n in settings if not find(n).from_history), None)
+    recorded = next((n for n in settings if not run.computes(find(n))), None)
     if recorded:
         raise Mistake(
             f"{recorded} was measured during the training, so its settings cannot be changed in the report; leave "

@@ -10,7 +10,6 @@ from typing import Any
 import numpy
 
 from diag.display import format_number, format_seconds, format_share
-from diag.registry import instruments
 from diag.reporting.caveats import spent
 from diag.reporting.evidence import Evidence
 from diag.reporting.plain import as_text, clean
@@ -126,19 +125,15 @@ def _schedule(evidence: Evidence) -> Iterable[dict[str, Any]]:
             seconds.setdefault(cost.instrument, []).append(cost.seconds)
     for finding in evidence.findings:
         about = finding.series[-1][1].provenance
-        known = instruments().get(finding.instrument)
-        measured = seconds.get(finding.instrument)
-        alone = known is not None and (known.from_history or (known.from_steps and not measured))
-        computed = in_time and alone
         own = [r.provenance.seconds for _, r in finding.series if r.provenance.seconds is not None]
         # What is computed from the record when the run is opened takes a different time at each opening.
-        times = [] if computed else measured or own
+        times = [] if finding.computed else seconds.get(finding.instrument) or own
         steps = [step for step, _ in finding.series]
         yield {
             "audit": finding.instrument,
             "name": clean(finding.title),
             "measurements": len(finding.series),
-            "steps": "from the record of every step" if computed else steps_text(steps) if in_time else "",
+            "steps": "from the record of every step" if finding.computed else steps_text(steps) if in_time else "",
             "total": format_seconds(sum(times)) if times else "",
             "mean": format_seconds(sum(times) / len(times)) if times else "",
             "examples": "" if about.num_examples is None else f"{about.num_examples:,}",

@@ -77,7 +77,10 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one instrument says about the whole run: the verdict on its series from `first_step` to `last_step`."""
+    """What one instrument says about the whole run: the verdict on its series from `first_step` to `last_step`.
+
+    computed: whether the series is one result, computed of the run's steps when it was opened.
+    """
 
     instrument: str
     title: str
@@ -87,6 +90,7 @@ class Finding:
     first_step: int
     last_step: int
     began: int | None = None
+    computed: bool = False
 
 
 @class_at_the_door(hint=OPENED)
@@ -205,7 +209,21 @@ class Run:
         columns = {name: pandas.Series(values, dtype=float) for name, values in columns.items()}
         return pandas.DataFrame(columns).sort_index().rename_axis("step")
 
+    def computes(self, instrument: Instrument) -> bool:
+        """Whether opening the run computes this instrument of its steps, so that other settings judge them again.
+
+        So it is where the instrument needs nothing else; and where it uses what else is known of the loop, if
+        nothing of it was recorded, as in an imported log.
+        """
+        recorded = instrument.name in self._recorded
+        return instrument.from_history or (instrument.from_steps and not recorded)
+
     # How the parts come about: each is computed once, when it is first asked for.
+
+    @cached_property
+    def _recorded(self) -> set[str]:
+        """The names of the instruments that have a result among the records."""
+        return {r.instrument for r in self.records if self._is_result(r)}
 
     @cached_property
     def _series(self) -> dict[str, list[tuple[int, Any]]]:
@@ -225,23 +243,19 @@ class Run:
         if not self.metrics:
             return {}
         chosen = self.metadata.get("instruments")
-        measured = {r.instrument for r in self.records if self._is_result(r)}
-        names = [n for n in instruments() if n not in measured and (chosen is None or n in chosen)]
+        names = [n for n in instruments() if n not in self._recorded and (chosen is None or n in chosen)]
         made = {n: list(instruments()[n].result.from_logged(self.metrics, self.history)) for n in names}
         return {name: course for name, course in made.items() if course}
 
     @cached_property
     def _computed(self) -> tuple[dict[str, tuple[int, Result]], list[tuple[int, Skipped | Failed]]]:
-        """Results of the instruments that need nothing but the history, and those that gave none; also of those
-        that use what else is known of the loop where nothing of theirs was recorded, as in an imported log."""
+        """Results of the instruments that the run computes of its steps, and those that gave none."""
         if self.history is None:
             return {}, []
         results, others = {}, []
         chosen = self.metadata.get("instruments")
-        recorded = {r.instrument for r in self.records if self._is_result(r)}
         for name, instrument in instruments().items():
-            alone = instrument.from_history or (instrument.from_steps and name not in recorded)
-            if alone and (chosen is None or name in chosen):
+            if self.computes(instrument) and (chosen is None or name in chosen):
                 outcome = attempt(None, instrument, history=self.history, **self._settings(instrument))
                 if isinstance(outcome, Result):
                     results[name] = (self.last_step, outcome)
@@ -269,7 +283,8 @@ class Run:
                 failures.append((last, Failed(name, f"Its verdict failed: {type(error).__name__}: {error}")))
                 continue
             began = _began(instrument, series, verdict) if series[0][0] < last else first
-            findings.append(Finding(name, instrument.title, instrument.source, verdict, series, first, last, began))
+            about = (name, instrument.title, instrument.source, verdict, series, first, last, began)
+            findings.append(Finding(*about, computed=name in self._computed[0]))
         findings.sort(key=lambda f: (f.verdict.level.severity, f.first_step, f.instrument))
         return findings, failures
 

@@ -160,6 +160,23 @@ def test_report_with_chosen_instruments_and_settings(run_diag, make_run, tmp_pat
     assert "softmax_collapse was measured during the training, so its settings cannot be changed" in late.stderr
 
 
+def test_what_is_computed_of_a_log_takes_other_settings_and_what_a_watch_recorded_does_not(run_diag, tmp_path):
+    rows = "".join(f"{step},{2 / step if step < 60 else 30 * step}\n" for step in range(1, 120))
+    (tmp_path / "log.csv").write_text("step,loss\n" + rows)
+    assert run_diag("import", "log.csv", "-o", "imported").exit_code == 0
+    for times, level in ((5, "alarm"), (1e9, "unknown")):
+        done = run_diag("report", "imported", "--set", f"divergence.times={times}")
+        assert done.exit_code == 0, done.stderr
+        made = json.loads((tmp_path / "report.json").read_text())
+        assert {a["id"]: a["level"] for a in made["audits"]}["divergence"] == level
+    run = read_run(tmp_path / "imported")
+    with RunWriter(tmp_path / "watched", {"layers": {}}) as writer:
+        writer.append_steps(run.history)
+        writer.append_outcome(100, run.series("divergence")[-1][1])
+    refused = run_diag("report", "watched", "--set", "divergence.times=9")
+    assert refused.exit_code == 2 and "divergence was measured during the training" in refused.stderr
+
+
 def test_a_report_may_not_overwrite_the_run(run_diag, make_run):
     folder = make_run("run", 1.0)
     for command in (["report", folder], ["compare", folder, folder]):

@@ -14,7 +14,7 @@ from diag.errors import InvalidInput, RunError
 from diag.reporting import document, render
 from diag.reporting.plain import as_text, clean, count_in_words, listed, number, rounded
 from diag.result import Failed, Skipped, Verdict
-from diag.run.run import Cost, Event, Run, RunWriter
+from diag.run.run import Cost, Event, Record, Run, RunWriter
 
 NOTHING = {"findings": [], "outcomes": [], "history": None, "events": [], "costs": [], "torn": 0}
 
@@ -277,6 +277,18 @@ def test_a_run_and_the_path_of_its_folder_give_the_same(tmp_path):
     assert made["title"] == "Run mine" and made["timeline"]["last_step"] == 30
     assert audit(made, "softmax_collapse")["measurements"] == 2
     assert document(folder, title="Another")["title"] == "Another"
+
+
+def test_when_and_how_long_is_said_of_what_was_measured_and_not_of_what_is_computed_at_opening():
+    """The same instrument: measured on two checkpoints, and computed of the steps of a run."""
+    measured = diag.gradient_flow(report_fakes.history(5))
+    records = [Record(step, "gradient_flow", measured, 0.25) for step in (10, 20)]
+    for run, steps, total in (
+        (Run(records=records), "10, 20", "500 ms"),
+        (Run(history=report_fakes.history(5)), "from the record of every step", ""),
+    ):
+        rows = {row["audit"]: row for row in document(run, drawings=False)["method"]["schedule"]}
+        assert (rows["gradient-flow"]["steps"], rows["gradient-flow"]["total"]) == (steps, total)
 
 
 def test_a_run_in_memory():

@@ -137,16 +137,14 @@ def test_the_tutorial_runs(tmp_path):
 
 
 def test_the_configuration_that_is_shown_is_read(tmp_path):
-    from diag.reporting.machines.policy import read_policy
+    from diag.reporting.machines import policy
 
     (block,) = re.findall(r"```toml\n(.*?)```", (DOCS / "howto" / "ci.md").read_text(), re.S)
-    (tmp_path / "pyproject.toml").write_text(block)
-    policy = read_policy(folder=tmp_path)
-    assert (
-        policy.fail_on == "warning"
-        and len(policy.limits) == 2
-        and policy.settings["weight_decay"] == {"shrunk": 0.4}
-    )
+    for text in (block, policy.__doc__.partition("\n")[2]):
+        (tmp_path / "pyproject.toml").write_text(text)
+        found = policy.read_policy(folder=tmp_path)
+        assert found.fail_on == "warning" and len(found.limits) == 2 and found.levels["class_counts"] == "ignore"
+        assert found.settings == {"weight_decay": {"shrunk": 0.4}}
 
 
 def test_every_command_has_json():

@@ -8,8 +8,8 @@ levels = { label_audit = "warning", class_counts = "ignore" }
 "logged.accuracy" = { min = 0.9 }
 loss = { max = 2.0, level = "warning" }
 
-[tool.diag.settings.divergence]   # settings of checks that judge the record of the steps
-factor = 5.0
+[tool.diag.settings.weight_decay]   # settings of checks that judge the record of the steps and nothing else
+shrunk = 0.4
 """
 
 from __future__ import annotations

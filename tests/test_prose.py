@@ -25,7 +25,7 @@ TAKEN_APART = {
     "removeprefix",
     "removesuffix",
 }
-SEARCHED = {"find", "rfind", "index", "rindex", "count", "replace"}
+SEARCHED = {"find", "rfind", "index", "rindex", "count"}
 PATTERNS = {"search", "match", "fullmatch", "findall", "finditer", "split"}  # of the module re
 OF_PROSE = re.compile(r"\S\s+\S|;|[.,:!?]\s")
 # Others' errors that have no kinds: text -> why there is no other way.
@@ -59,7 +59,7 @@ def read_of(node):
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
         return []
     of_re = isinstance(node.func.value, ast.Name) and node.func.value.id == "re"
-    names = PATTERNS if of_re else TAKEN_APART | SEARCHED - {"replace"}
+    names = PATTERNS if of_re else TAKEN_APART | SEARCHED
     return texts(node.args[0]) if node.func.attr in names else []
 
 

@@ -142,20 +142,17 @@ def _why_refused(path: Path, error: Exception) -> str:
     if any(name.startswith("torch.nn.modules.") for name in unsafe):
         return (
             f"is a whole pickled model (it names {unsafe_names}), which runs code when opened; if you trust "
-            f"it, save "
-            'its weights with torch.save(torch.load(path, weights_only=False).state_dict(), "weights.pt")'
+            'it, save its weights with torch.save(torch.load(path, weights_only=False).state_dict(), "weights.pt")'
         )
     if any("Uninitialized" in name for name in unsafe):
         return (
             f"was saved before its lazy layers had seen a batch (it names {unsafe_names}), so they have no "
-            f"weights in it; "
-            "run the model on one batch, and save it again"
+            "weights in it; run the model on one batch, and save it again"
         )
     if unsafe:
         return (
             f"holds objects of {unsafe_names}, which could run code when they are opened; leave them out and "
-            f"save the "
-            f"weights alone with {SAVE_AGAIN}"
+            f"save the weights alone with {SAVE_AGAIN}"
         )
     text = str(error)
     refused = re.search(r"Unsupported [^\n.]*", text)

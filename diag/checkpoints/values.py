@@ -40,8 +40,7 @@ def _refused(name: str, value: Tensor, own: Tensor, why: str) -> CheckpointError
     stored, expected = (str(t.dtype).removeprefix("torch.") for t in (value, own))
     return CheckpointError(
         f"{name} holds {stored} values in the checkpoint that {why} as the model's {expected}; build the "
-        f"model with "
-        "the dtypes that were saved."
+        "model with the dtypes that were saved."
     )
 
 

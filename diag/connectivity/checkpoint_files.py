@@ -68,7 +68,6 @@ def refuse_file_arguments(caller: str, snapshot: Any, **for_files: Any) -> None:
     if files and all(isinstance(path, (str, os.PathLike)) for path in files):
         raise InvalidInput(
             f"{caller} was called on {'paths' if several else 'the path'} of checkpoints; give build=, the "
-            f"function "
-            "that gives (model, loss_fn, data)."
+            "function that gives (model, loss_fn, data)."
         )
     converted(snapshot, Snapshot, inspect.Parameter.empty, f"{caller}.snapshot")

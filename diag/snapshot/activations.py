@@ -93,10 +93,11 @@ class _Sums:
         self.bad = self.taken = 0
         self.taken_squares = 0.0
 
-    def add(self, values: Tensor, mask: Tensor | None) -> None:
-        if mask is not None and mask.is_floating_point():
-            self.taken += mask.numel()
-            self.taken_squares += sum(self._squares(part) for part in example_blocks(mask.detach()))
+    def add(self, values: Tensor, before: Tensor | None) -> None:
+        """Take in one output, and what it was made of."""
+        if before is not None and before.is_floating_point():
+            self.taken += before.numel()
+            self.taken_squares += sum(self._squares(part) for part in example_blocks(before.detach()))
         for part in example_blocks(values.detach()):
             self._add(part)
 
@@ -196,7 +197,7 @@ class _Listening(TorchFunctionMode):
             self.add(self._inside(), kind, value, next((a for a in args if isinstance(a, Tensor)), None))
         return value
 
-    def add(self, name: str, kind: str, values: Tensor, mask: Tensor | None = None) -> None:
+    def add(self, name: str, kind: str, values: Tensor, before: Tensor | None = None) -> None:
         """Take in one output; the same place called again in this batch is another entry."""
         if not values.is_floating_point() or values.numel() == 0 or values.ndim < 2:
             return
@@ -205,7 +206,7 @@ class _Listening(TorchFunctionMode):
             self._sums[name, kind, number] = _Sums(kind, _units_of(values), values.device)
         known = self._sums[name, kind, number]
         if known.units == _units_of(values):  # sequences of another length put time where units are
-            known.add(values, mask)
+            known.add(values, before)
 
 
 def _outputs(outputs: Any) -> list[Tensor]:

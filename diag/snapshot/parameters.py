@@ -194,9 +194,8 @@ def values_of(snapshot: Snapshot, state: Any, argument: str) -> dict[str, Tensor
         found = f"has shape {tuple(values[name].shape)}" if name in values else "is missing"
         more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
         raise InvalidInput(
-            f"{name} {found} in {argument}=; expected shape {tuple(expected[name].shape)}{more}: give a "
-            f"state of the "
-            "same architecture."
+            f"{name} {found} in {argument}=; expected shape {tuple(expected[name].shape)}{more}: give a state of "
+            "the same architecture."
         )
     return {name: values[name].detach() for name in expected}
 

@@ -66,21 +66,21 @@ def comparison(
     audits = [audits_of(side) for side in sides]
     checks = list(_checks(audits))
     titles = [clean(n) for n in names or _titles(sides)]
-    rows_drawn = [
+    described = [
         _side(key, title, side, made_of)
         for key, title, side, made_of in zip(keys, titles, sides, audits, strict=True)
     ]
-    sweep = sweep_table(sides, rows_drawn, audits) if len(sides) > 2 else None
+    sweep = sweep_table(sides, described, audits) if len(sides) > 2 else None
     made = {
         "format": "diag-comparison",
         "format_version": COMPARISON_VERSION,
         "title": " and ".join(titles) if len(titles) == 2 else f"{len(titles)} runs against {titles[0]}",
         "command": clean(command),
         "verdict": {
-            "headline": headline(checks, rows_drawn),
+            "headline": headline(checks, described),
             "sentence": change_counts(checks, keys) + best_row(sweep),
         },
-        "sides": rows_drawn,
+        "sides": described,
         "healthy": [clean(side.title) for side in accepted],
         "facts": list(_facts(sides)),
         "checks": checks,

@@ -37,10 +37,10 @@ def key_of(number: int) -> str:
 
 
 def sweep_table(
-    sides: Sequence[Evidence], columns: Sequence[Mapping[str, Any]], audits: Sequence[Sequence[Any]]
+    sides: Sequence[Evidence], described: Sequence[Mapping[str, Any]], audits: Sequence[Sequence[Any]]
 ) -> dict[str, Any]:
-    """The table: `columns` are the settings and logged numbers that differ between the runs. shown: the sides as
-    the comparison's document has them."""
+    """The table: `columns` are the settings and logged numbers that differ between the runs. described: the
+    sides as the comparison's document has them."""
     settings = [_settings(side) for side in sides]
     names = dict.fromkeys(name for found in settings for name in found)
     differ = [n for n in names if len({found.get(n, "") for found in settings}) > 1][:MOST_SETTINGS]
@@ -56,7 +56,7 @@ def sweep_table(
             "best": _best(side),
             "settings": [found.get(name, "–") for name in differ],
         }
-        for about, side, made, found in zip(columns, sides, audits, settings, strict=True)
+        for about, side, made, found in zip(described, sides, audits, settings, strict=True)
     ]
     return {"columns": differ, "rows": rows}
 

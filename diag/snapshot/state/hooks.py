@@ -35,9 +35,9 @@ FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Of torch's own hooks these only look on.
+LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
 # What these collect is given back by the same call of the model, as its hidden states.
 OF_THE_NETWORK = ("transformers.utils.output_capturing",)
-LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
 
 KEEPING = ("append", "appendleft", "extend", "add")
 

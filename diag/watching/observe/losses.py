@@ -339,7 +339,7 @@ class LossObserver:
         return SeenBackward(call, self._forwards[0])
 
     def _concerns(self, node: Any) -> bool | None:
-        return reaches(node, set(self._sources), self._own)
+        return reaches([node], set(self._sources), self._own)
 
     def _leaves_out_this_model(self, inputs: Any) -> bool:
         if inputs is None:

@@ -7,7 +7,7 @@ gradient and are left out.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,10 @@ def terms_of(root: Tensor, known: Container[int], unscaled: Container[int] = ())
     return found
 
 
-def reaches(node: Any, numbers: Container[int], parameters: Container[int]) -> bool | None:
-    """Whether the graph before `node` holds one of the nodes `numbers` or a parameter (by id); None where the graph
-    is too large to tell."""
-    for count, before in enumerate(nodes_before([node], MOST_SEARCHED + 1), 1):
+def reaches(starts: Iterable[Any], numbers: Container[int], parameters: Container[int]) -> bool | None:
+    """Whether the graph from the nodes `starts` back holds one of the nodes `numbers` or a parameter (by id); None
+    where the graph is too large to tell."""
+    for count, before in enumerate(nodes_before(starts, MOST_SEARCHED + 1), 1):
         if count > MOST_SEARCHED:
             return None
         if before._sequence_nr() in numbers or id(getattr(before, "variable", None)) in parameters:

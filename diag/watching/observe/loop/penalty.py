@@ -69,7 +69,7 @@ class Penalty:
             return
         terms = terms_of(root, losses)
         known, others = [t for t in terms if t.known], [t for t in terms if not t.known]
-        if not known or not others or any(reaches(t.node, outputs, ()) is not False for t in others):
+        if not known or not others or any(reaches([t.node], outputs, ()) is not False for t in others):
             return
         loss: Any = sum(losses[t.number].reshape(()) * product(t.factors) for t in known)
         self._looks.append((self._moment.step, root.detach().reshape(()) - loss, loss))

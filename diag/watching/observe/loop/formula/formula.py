@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
 from diag.watching.observe.loop.formula.latents import Latents
+from diag.watching.observe.loop.formula.parts import parts_of
 from diag.watching.observe.loop.formula.policy import Policies
 from diag.watching.observe.loop.moment import Moment
 
@@ -29,8 +30,10 @@ class Formula:
         """A backward pass begins."""
         self._arithmetic.backward_called(roots)
         if isinstance(roots, Tensor) and roots.numel() == 1 and roots.grad_fn is not None:
-            self._latents.backward_called(roots)
-            self._policies.backward_called(roots)
+            reading = [r for r in (self._latents, self._policies) if r.begins()]
+            parts = parts_of(roots) if reading else []
+            for reader in reading:
+                reader.read(parts)
 
     def facts(self) -> dict[str, Any]:
         """As fields of the facts of the loop."""

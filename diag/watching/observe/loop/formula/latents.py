@@ -17,10 +17,10 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import kind_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.arithmetic import LatentFacts, LatentLook
-from diag.watching.observe.loop.formula.parts import Summand, base_of, depends, parts_of
-from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.formula.parts import Summand, base_of, depends
+from diag.watching.observe.loop.formula.reader import Reader
+from diag.watching.observe.loop.moment import Moment
 
-LOOKS_KEPT, PASSES_BETWEEN = 64, 8
 EQUAL_WEIGHTS = 1e-3
 ROWS_NEEDED = 8
 
@@ -40,40 +40,32 @@ class GaussianDivergence:
         return 2 * self.mean.weight
 
 
-class Latents:
-    """Looks at a few backward passes, and where latents were found at every eighth of those that are listened
-    to."""
+class Latents(Reader[LatentLook]):
+    """Reads the divergence of latents that each row of a batch has."""
+
+    NAME, EVERY = "latents", 8
 
     def __init__(self, moment: Moment) -> None:
-        self._moment = moment
-        self._passes = self._rows = 0
-        self._looks: list[LatentLook] = []
+        super().__init__(moment)
+        self._rows = 0
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
         self._rows = next((len(t) for t in tensors_in((args, dict(kwargs))) if t.ndim), 0)
 
-    def backward_called(self, root: Tensor) -> None:
-        """A backward pass begins."""
-        self._passes += 1
-        if not (due(self._passes) or (self._looks and self._passes % PASSES_BETWEEN == 0)):
-            return
-        parts = parts_of(root)
+    def _look(self, parts: list[Summand]) -> LatentLook | None:
         found = gaussian_divergence(parts)
         if found is None or found.means.ndim < 2 or len(found.means) != self._rows or self._rows < ROWS_NEEDED:
-            return
-        if len(self._looks) >= LOOKS_KEPT:
-            self._looks.pop(LOOKS_KEPT // 2)
-        self._looks.append(_look(self._moment.step, found, parts))
-        if len(self._looks) in (3, 6):
-            self._moment.news(("latents", len(self._looks)))
+            return None
+        return latent_look(self._moment.step, found, parts)
 
     def facts(self) -> LatentFacts:
         """As plain data."""
-        return LatentFacts(tuple(self._looks))
+        return LatentFacts(tuple(self.looks))
 
 
-def _look(step: int, found: GaussianDivergence, parts: list[Summand]) -> LatentLook:
+def latent_look(step: int, found: GaussianDivergence, parts: list[Summand]) -> LatentLook:
+    """What one backward pass says of the latents."""
     own = {id(p) for p in (found.mean, *found.others)}
     rest = [p for p in parts if id(p) not in own]
     means, variances = found.means.detach().double().flatten(1), found.variances.detach().double().flatten(1)
@@ -93,17 +85,15 @@ def _look(step: int, found: GaussianDivergence, parts: list[Summand]) -> LatentL
 
 def gaussian_divergence(parts: list[Summand]) -> GaussianDivergence | None:
     """The divergence that is among these parts; the first of several, None where there is none."""
-    squares = [p for p in parts if _is_square(p)]
+    squares, logs = [p for p in parts if p.is_square], [p for p in parts if p.kind == "Log"]
     for variance in parts:
-        kind = variance.kind
-        if kind == "Exp":
+        if variance.kind == "Exp":
             others = _log_variance(variance, parts)
-        elif _is_square(variance):
-            others = _log_deviation(variance, parts)
         else:
-            continue
-        mean = next((p for p in squares if p is not variance and _alike(p, variance)), None)
-        if others and mean is not None and kind_of(base_of(*_argument(mean))[0]) != "AccumulateGrad":
+            others = _log_deviation(variance, logs) if variance.is_square else []
+        alike = (p for p in squares if others and p is not variance and _alike(p, variance))
+        mean = next(alike, None)
+        if mean is not None and kind_of(base_of(*_argument(mean))[0]) != "AccumulateGrad":
             return _divergence(mean, variance, others)
     return None
 
@@ -129,23 +119,16 @@ def _log_variance(variance: Summand, parts: list[Summand]) -> list[Summand]:
     return same if same and _close(sum(p.weight for p in same), -variance.weight * factor) else []
 
 
-def _log_deviation(square: Summand, parts: list[Summand]) -> list[Summand]:
+def _log_deviation(square: Summand, logs: list[Summand]) -> list[Summand]:
     """The logarithm of a square with the opposite weight, or of what is squared with twice that."""
     argument = base_of(*_argument(square))[0]
-    for p in (p for p in parts if p.kind == "Log" and p.shape == square.shape):
+    for p in (p for p in logs if p.shape == square.shape):
         node = _argument(p)[0]
         if node is square.node and _close(p.weight, -square.weight):
             return [p]
         if base_of(*_argument(p))[0] is argument and _close(p.weight, -2 * square.weight):
             return [p]
     return []
-
-
-def _is_square(p: Summand) -> bool:
-    if p.kind == "Pow":
-        return float(p.node._saved_exponent) == 2
-    sides = p.node.next_functions
-    return p.kind == "Mul" and len(sides) == 2 and sides[0] == sides[1]
 
 
 def _argument(p: Summand) -> tuple[Any, int]:

@@ -8,6 +8,7 @@ an advantage) multiplies the entries each has a weight of its own.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,14 @@ class Summand:
         return given_shape(self.node, self.index) or ()
 
     @property
+    def is_square(self) -> bool:
+        """Whether it is the square of something, as a power or a product with itself."""
+        sides = self.node.next_functions
+        if self.kind == "Pow":
+            return float(self.node._saved_exponent) == 2
+        return self.kind == "Mul" and len(sides) == 2 and sides[0] == sides[1]
+
+    @property
     def entry_weight(self) -> float:
         """The weight of one entry of what the operation compares: of a loss function the mean is taken inside."""
         given = getattr(self.node, "_saved_self", None)
@@ -77,11 +86,11 @@ class Summand:
 def parts_of(root: Tensor) -> list[Summand]:
     """The parts of a number, the nearest first; none where there are too many."""
     found: list[Summand] = []
-    waiting = [Summand(root.grad_fn, root.output_nr, 1.0)]
+    waiting = deque([Summand(root.grad_fn, root.output_nr, 1.0)])
     for _ in range(NODES_OF_PARTS):
         if not waiting:
             return found
-        part = waiting.pop(0)
+        part = waiting.popleft()
         inside = _inside(part)
         if inside is None:
             found.append(part)
@@ -193,8 +202,7 @@ def base_of(node: Any, index: int) -> tuple[Any, int, float]:
 
 def depends(parts: list[Summand], number: int) -> bool | None:
     """Whether any of the parts comes from the node of this number; None where that is not known."""
-    found = [reaches(part.node, {number}, ()) for part in parts]
-    return True if True in found else (None if None in found else False)
+    return reaches([part.node for part in parts], {number}, ())
 
 
 def given_shape(node: Any, index: int) -> tuple[int, ...] | None:

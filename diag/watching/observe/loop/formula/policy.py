@@ -16,42 +16,26 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of
 from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
-from diag.watching.observe.loop.formula.parts import Summand, depends, parts_of
-from diag.watching.observe.loop.moment import Moment, due
+from diag.watching.observe.loop.formula.parts import Summand, depends
+from diag.watching.observe.loop.formula.reader import Reader
 
-POLICY_LOOKS, PASSES_APART = 64, 4
 FEWEST_ACTIONS = 16
 OF_CRITICS = ("MseLoss", "SmoothL1Loss", "HuberLoss")
 COPIES = ("Clamp", "ClampMin", *PASSING_ON)
 NODES_IN_COMMON = 4000
 
 
-class Policies:
-    """Looks at a few backward passes, and where there was a policy at every fourth of those that are listened
-    to."""
+class Policies(Reader[PolicyLook]):
+    """Reads what a policy gradient is made of."""
 
-    def __init__(self, moment: Moment) -> None:
-        self._moment = moment
-        self._passes = 0
-        self._looks: list[PolicyLook] = []
+    NAME, EVERY = "policy", 4
 
-    def backward_called(self, root: Tensor) -> None:
-        """A backward pass begins."""
-        self._passes += 1
-        if not (due(self._passes) or (self._looks and self._passes % PASSES_APART == 0)):
-            return
-        look = policy_look(parts_of(root), self._moment.step)
-        if look is None:
-            return
-        if len(self._looks) >= POLICY_LOOKS:
-            self._looks.pop(POLICY_LOOKS // 2)
-        self._looks.append(look)
-        if len(self._looks) in (3, 6):
-            self._moment.news(("policy", len(self._looks)))
+    def _look(self, parts: list[Summand]) -> PolicyLook | None:
+        return policy_look(parts, self._moment.step)
 
     def facts(self) -> PolicyFacts:
         """As plain data."""
-        return PolicyFacts(tuple(self._looks))
+        return PolicyFacts(tuple(self.looks))
 
 
 def policy_look(parts: list[Summand], step: int) -> PolicyLook | None:
@@ -68,10 +52,10 @@ def policy_look(parts: list[Summand], step: int) -> PolicyLook | None:
         step=step,
         agreement=_agreement(pulls, *errors[0][:2]) if errors else math.nan,
         entropy=share,
-        entropy_over_actions=-whole / max(float(pulls.abs().sum()), 1e-30) if entropies and actions else math.nan,
+        entropy_over_actions=_ratio(-whole, float(pulls.abs().sum())) if entropies and actions else math.nan,
         bonus=whole < 0,
         rewarded=_rewarded(entropies, rest),
-        critic_over_actions=_strength(errors[0][1]) / max(_strength(pulls), 1e-30) if errors else math.nan,
+        critic_over_actions=_ratio(float(errors[0][1].norm()), float(pulls.norm())) if errors else math.nan,
         shared=_share_nodes(errors[0][2], actions[0].node) if errors else None,
     )
 
@@ -169,9 +153,8 @@ def _error(p: Summand) -> Tensor | None:
     if p.kind in OF_CRITICS:
         value = getattr(node, "_saved_self", None)
         return value - node._saved_target if isinstance(value, Tensor) else None
-    square = p.kind == "Pow" and float(node._saved_exponent) == 2
     kept, before = getattr(node, "_saved_self", None), parents_of(node)[:1]
-    if not square or not isinstance(kept, Tensor) or not before or kind_of(before[0]) not in ("Sub", "Rsub"):
+    if not p.is_square or not isinstance(kept, Tensor) or not before or kind_of(before[0]) not in ("Sub", "Rsub"):
         return None
     sides = [side for side, _ in before[0].next_functions]
     if sum(side is not None for side in sides) != 1:
@@ -191,16 +174,14 @@ def _agreement(pulls: Tensor, errors: Tensor, derivative: Tensor) -> float:
     return float(a @ b) / size if size > 0 else math.nan
 
 
-def _strength(derivative: Tensor) -> float:
-    return float(derivative.norm())
+def _ratio(a: float, b: float) -> float:
+    """Infinite where b alone is zero, NaN where both are."""
+    return a / b if b else math.copysign(math.inf, a) if a else math.nan
 
 
 def _share_nodes(a: Any, b: Any) -> bool | None:
     """Whether two nodes come from one that is more than a parameter; None where their graphs are too large."""
-    found = []
-    for node in (a, b):
-        before = [n for n in nodes_before([node], NODES_IN_COMMON) if kind_of(n) != "AccumulateGrad"]
-        if len(before) >= NODES_IN_COMMON - 1:
-            return None
-        found.append({id(n) for n in before})
-    return bool(found[0] & found[1])
+    found = [set(nodes_before([node], NODES_IN_COMMON)) for node in (a, b)]
+    if any(len(before) == NODES_IN_COMMON for before in found):
+        return None
+    return any(kind_of(node) != "AccumulateGrad" for node in found[0] & found[1])

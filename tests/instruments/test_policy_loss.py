@@ -1,5 +1,7 @@
 """Policy gradients: their sign, what reaches the policy, and what drowns it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -99,8 +101,40 @@ def test_a_critic_that_drowns_the_policy_is_named():
     assert "critic" in finding.verdict.sentence
 
 
+def alike(entropy):
+    """Advantages that are all zero, as of returns that are all equal."""
+
+    def loss(logp, h, value, reward):
+        return -(logp * (reward - reward)).mean() + 0.5 * (value - reward).square().mean() - entropy * h.mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("entropy", [0.01, 0.0], ids=["an entropy bonus", "a critic alone"])
+def test_advantages_that_are_all_zero_are_named_as_such(entropy):
+    (finding,) = told(alike(entropy), steps=110)
+    assert (finding.verdict.level, finding.verdict.cause) == ("warning", Cause.TARGETS_ALL_EQUAL)
+    assert finding.verdict.sentence.startswith("No action is told from another: at the last 5 backward passes")
+
+
+def test_a_reward_that_is_yet_to_be_found_at_the_first_steps_is_no_finding():
+    assert not told(alike(0.01), steps=12)
+
+
+def test_looks_at_which_no_action_counted_do_not_make_the_others_factor_infinite():
+    looks = [PolicyLook(step, math.nan, 0.999, ratio, True, True, math.nan, None) for step, ratio in
+             ((10, math.inf), (30, 4.0), (60, math.inf), (90, 4.0), (99, math.inf))]  # fmt: skip
+    verdict = judged(*looks)
+    assert verdict.cause == Cause.LOSS_TERM_DOMINATES and "its factor is 4 times" in verdict.sentence
+
+
 def smooth(logp, h, value, reward):
     return -(logp * (reward - value).detach()).mean() + F.smooth_l1_loss(value, reward) - 0.01 * h.mean()
+
+
+def by_product(logp, h, value, reward):
+    error = value - reward
+    return (logp * error.detach()).mean() + (error * error).mean() - 0.01 * h.mean()
 
 
 def without_a_critic(logp, h, value, reward):
@@ -109,7 +143,8 @@ def without_a_critic(logp, h, value, reward):
 
 @CALLS
 @pytest.mark.parametrize(
-    "loss", [actor_critic(), actor_critic(masked=True), actor_critic(entropy=0.3), smooth, without_a_critic]
+    "loss",
+    [actor_critic(), actor_critic(masked=True), actor_critic(entropy=0.3), smooth, by_product, without_a_critic],
 )
 def test_policy_gradients_that_work_are_fine(loss, calls):
     assert not told(loss, calls, steps=60)
@@ -127,6 +162,20 @@ def test_the_entropy_and_the_agreement_are_those_of_the_policy():
     assert look.entropy_over_actions == pytest.approx(0.25 / size, rel=1e-5)
     # The derivative by the values is 2 (v - r) / n, that by the log-probabilities (v - r) / n.
     assert look.critic_over_actions == pytest.approx(2.0, rel=1e-5)
+
+
+def test_a_square_written_as_a_product_is_a_critic():
+    torch.manual_seed(0)
+    logp, h, value, reward = terms(ActorCritic())
+    look = policy_look(parts_of(by_product(logp, h, value, reward)), 7)
+    assert look.agreement == pytest.approx(1.0, abs=1e-6)
+    assert look.critic_over_actions == pytest.approx(2.0, rel=1e-5)
+
+
+def test_where_no_action_counts_the_ratios_are_infinite():
+    torch.manual_seed(0)
+    look = policy_look(parts_of(alike(0.01)(*terms(ActorCritic()))), 7)
+    assert look.entropy_over_actions == look.critic_over_actions == math.inf
 
 
 def test_layers_of_their_own_are_told_apart():

@@ -242,11 +242,9 @@ def _even_targets(f: LossFacts) -> LoopFinding:
         Level.WARNING,
         Cause.TARGETS_ALL_EQUAL,
         f"The targets of {f.function} hardly prefer any class: in all {f.even_calls:,} calls looked at their "
-        f"entropy is "
-        f"{100 * f.evenness:.4g} % or more of the largest that it can be.",
+        f"entropy is {100 * f.evenness:.4g} % or more of the largest that it can be.",
         "Look at whether the teacher was trained and its weights are loaded, and lower the temperature that "
-        "divides "
-        "its answers.",
+        "divides its answers.",
         "A batch of targets that prefer some classes.",
         step=f.first_step,
     )

@@ -49,7 +49,7 @@ def latent_code(loop: Loop, *, nothing: Share = NOTHING_TOLD) -> LatentCode:
     """
     looks = loop.latents.looks
     known = Precondition("latents", len(looks) > 0, "no KL divergence of Gaussian latents was seen in the loss.")
-    fine = "The latent code says something of the rows, and more than its divergence depends on it."
+    fine = "No collapse of the latent code was seen, and more than its KL divergence depends on it."
     return judged(LatentCode, loop.step, list(_findings(loop, nothing)), fine, preconditions=(known,))
 
 
@@ -74,9 +74,8 @@ def _unused(first: LatentLook) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.GRAPH_CUT,
-        "The mean of the latent code is trained by its KL divergence alone, which draws it to zero for "
-        "every row: no "
-        "other part of the loss depends on it.",
+        "The reconstruction does not train the mean of the latent code: no part of the loss but the KL divergence "
+        "depends on it, and that one draws it to zero for every example.",
         "Decode mean + deviation * noise with their gradients: rsample() and not sample(), no detach() and no "
         "no_grad() on the way, and the mean not left out.",
         "A gradient of the reconstruction with respect to the means.",
@@ -88,11 +87,12 @@ def _outweighed(first: LatentLook, last: LatentLook) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.LOSS_TERM_DOMINATES,
-        f"The KL divergence outweighs the reconstruction, and the latent code says nothing of the rows: one "
-        f"latent's "
-        f"divergence counts {format_number(last.weight)} times as much as one output's error, {_empty(last)}.",
-        f"Lower its factor {format_number(last.weight)}-fold: both as sums over what a row has and means over the "
-        "rows, times 1; or raise it from zero over the first epochs.",
+        "The latent code hardly differs between examples, since its KL divergence outweighs the reconstruction: "
+        f"the divergence of one latent counts {format_number(last.weight)} times as much in the loss as the "
+        f"error of one output, and {_empty(last)}.",
+        f"Lower the factor of the KL divergence {format_number(last.weight)}-fold, so that it and the "
+        "reconstruction are each summed over an example's entries and averaged over the examples; or raise it "
+        "from zero over the first epochs.",
         "A smaller factor leaves the code as empty.",
         step=first.step,
     )
@@ -100,22 +100,22 @@ def _outweighed(first: LatentLook, last: LatentLook) -> LoopFinding:
 
 def _empty(last: LatentLook) -> str:
     return (
-        f"and at step {last.step:,} the {last.size:,} latents of a row have at most {format_share(last.told)} of "
-        f"their variance between rows ({format_number(last.nats)} nats a row)"
+        f"at step {last.step:,} none of the {last.size:,} latents has more than {format_share(last.told)} of its "
+        f"variance between examples, the rest being its noise (a divergence of {format_number(last.nats)} nats an "
+        "example)"
     )
 
 
 def _collapsed(first: LatentLook, last: LatentLook) -> LoopFinding:
-    weight = (
-        "" if math.isnan(last.weight) else f" (its divergence has {format_number(last.weight)} times the weight)"
-    )
+    times = f"{format_number(last.weight)} times as much in the loss as the error of one output"
+    weight = "" if math.isnan(last.weight) else f" The divergence of one latent counts {times}."
     return LoopFinding(
         Level.WARNING,
         Cause.EMBEDDINGS_COLLAPSED,
-        f"The latent code says nothing of the rows{weight}: it said more at the start, {_empty(last)}.",
-        "Raise the factor of the KL divergence from zero over the first epochs, or leave each latent some "
-        "nats free; "
-        "weaken a decoder that can do without the code.",
+        "The latent code no longer differs between examples, as it did at the start, so that the decoder does "
+        f"without it (posterior collapse): {_empty(last)}.{weight}",
+        "Raise the factor of the KL divergence from zero over the first epochs, or leave each latent some nats "
+        "free; weaken a decoder that can do without the code.",
         "Reconstructions that differ between rows.",
         step=first.step,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -46,13 +47,15 @@ def policy_loss(loop: Loop, *, times: Threshold = CRITIC_OUTWEIGHS) -> PolicyLos
     may be costs); nothing but the entropy depends on the policy (log-probabilities without a gradient); the
     derivative by the values is above `times` that by the log-probabilities, and both have layers in common. And at
     the last five looks: the entropy weighs more than twice as much as all actions together, and the policy has more
-    than 99 % of the largest entropy. Discrete actions alone. Raises nothing of its own.
+    than 99 % of the largest entropy. Where one of the last two holds and the derivatives by all log-probabilities
+    are zero at the last five looks, no action is told from another, which is said instead (a warning, since a
+    reward may be yet to be found). Discrete actions alone. Raises nothing of its own.
     """
     looks = loop.policy.looks
     known = Precondition(
         "a policy", len(looks) > 0, "no log-probabilities of discrete actions were seen in the loss."
     )
-    fine = "The policy gradient makes the better actions more likely, and no other term drowns it."
+    fine = "No fault of the policy gradient was seen: neither a wrong sign nor another term that drowns it."
     findings = list(_findings(looks, times)) if len(looks) >= THRICE else []
     return judged(PolicyLoss, loop.step, findings, fine, preconditions=(known,))
 
@@ -64,10 +67,27 @@ def _findings(looks: tuple[PolicyLook, ...], times: float) -> Iterator[LoopFindi
         yield _against(looks)
     needed, steps = LOOKS_AND_STEPS
     last = looks[-needed:]
-    if len(last) == needed and last[-1].step >= steps and _each(last, _stays_even):
+    late = len(last) == needed and last[-1].step >= steps
+    even = late and _each(last, _stays_even)
+    drowned = _each(looks, lambda look: look.critic_over_actions > times and look.shared is True)
+    if _each(last, _weighs_nothing):
+        if late and (even or drowned):
+            yield _alike(last)
+        return
+    if even:
         yield _even(last)
-    if _each(looks, lambda look: look.critic_over_actions > times and look.shared is True):
+    if drowned:
         yield _drowned(looks)
+
+
+def _weighs_nothing(look: PolicyLook) -> bool:
+    """Whether no action counts in the loss: what is compared with all of them together is infinitely larger."""
+    return math.isinf(look.entropy_over_actions) or math.isinf(look.critic_over_actions)
+
+
+def _median(values: Iterable[float]) -> float:
+    """Over the looks at which any action counted."""
+    return float(numpy.median([v for v in values if math.isfinite(v)]))
 
 
 def _each(looks: tuple[PolicyLook, ...], holds: Callable[[PolicyLook], bool]) -> bool:
@@ -82,7 +102,7 @@ def _unrewarded(first: PolicyLook) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.GRAPH_CUT,
-        "Nothing but the entropy trains the policy: no other term of the loss depends on its logits, so that no "
+        "Nothing but its entropy trains the policy: no other term of the loss depends on its logits, so that no "
         "action is made more likely for its return.",
         "Compute the log-probabilities of the actions with a gradient: not under no_grad, not detached, not those "
         "kept from the rollout.",
@@ -92,30 +112,44 @@ def _unrewarded(first: PolicyLook) -> LoopFinding:
 
 
 def _against(looks: tuple[PolicyLook, ...]) -> LoopFinding:
-    found = float(numpy.median([look.agreement for look in looks]))
+    found = _median(look.agreement for look in looks)
     return LoopFinding(
         Level.WARNING,  # returns may be costs
         Cause.LOSS_ASCENDED,
-        "The loss makes actions less likely that had a larger return than the critic expected: at all "
-        f"{len(looks):,} backward passes that were looked at the derivatives by the log-probabilities go "
-        f"against the "
-        f"critic's error (correlation {format_number(found)}).",
+        "The loss makes actions less likely that had a larger return than the critic expected: what their "
+        f"log-probabilities are multiplied by has a correlation of {format_number(found)} with the critic's value "
+        f"less the return, at all {len(looks):,} backward passes that were looked at; 1 would make the better "
+        "actions more likely.",
         "Descend minus the log-probability times the advantage, and take the advantage as return less value.",
         "Returns that are costs, meant to become small.",
         step=looks[0].step,
     )
 
 
+def _alike(last: tuple[PolicyLook, ...]) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,  # a reward may be yet to be found
+        Cause.TARGETS_ALL_EQUAL,
+        f"No action is told from another: at the last {len(last):,} backward passes that were looked at, up to "
+        f"step {last[-1].step:,}, the log-probabilities of all actions are multiplied by zero, so that none is "
+        "made more likely than another, and other terms alone train the policy's layers.",
+        "Print the advantages: they are zero where all returns are equal, where a baseline is subtracted from "
+        "itself, and where they are normalised over a single one.",
+        "Returns that will differ once a reward has been found.",
+        step=last[0].step,
+    )
+
+
 def _even(looks: tuple[PolicyLook, ...]) -> LoopFinding:
-    ratio = float(numpy.median([look.entropy_over_actions for look in looks]))
+    ratio = _median(look.entropy_over_actions for look in looks)
     least = min(look.entropy for look in looks)
     return LoopFinding(
         Level.ALARM,
         Cause.LOSS_TERM_DOMINATES,
-        f"The entropy bonus keeps the policy from deciding: its factor is {format_number(ratio)} times those "
-        f"of all "
-        f"actions together, and at step {looks[-1].step:,} the policy still has {format_share(least)} of the "
-        "largest entropy.",
+        "The policy stays next to random, since the entropy bonus outweighs the returns: its factor is "
+        f"{format_number(ratio)} times that of the log-probabilities of all actions together, and up to step "
+        f"{looks[-1].step:,} the policy keeps {format_share(least)} or more of the largest entropy that it "
+        "can have.",
         "Lower the factor of the entropy, to about a hundredth of the advantages' size.",
         "With a smaller factor the policy stays as even.",
         step=looks[0].step,
@@ -123,12 +157,12 @@ def _even(looks: tuple[PolicyLook, ...]) -> LoopFinding:
 
 
 def _drowned(looks: tuple[PolicyLook, ...]) -> LoopFinding:
-    ratio = float(numpy.median([look.critic_over_actions for look in looks]))
+    ratio = _median(look.critic_over_actions for look in looks)
     return LoopFinding(
         Level.WARNING,
         Cause.LOSS_TERM_DOMINATES,
-        f"The critic's loss drowns the policy's in the layers that they share: its derivative by the values is "
-        f"{format_number(ratio)} times that by the log-probabilities of the actions.",
+        "The critic's loss drowns the policy's in the layers that they share: its gradient at the values is "
+        f"{format_number(ratio)} times as large as the policy's at the log-probabilities of the actions.",
         "Lower the factor of the value loss, bring the returns to unit scale, or give the critic layers of "
         "its own.",
         "A policy that learns as fast with a smaller factor.",

@@ -65,9 +65,10 @@ class PolicyLook:
     error (its value less the return): 1 where actions with larger returns than expected are made more likely, -1
     where less; NaN where there is no critic in the loss. entropy: of the policy, over the largest that it can be,
     NaN where it is not in the loss; bonus: it is to grow; entropy_over_actions: its factor over the sum of the
-    factors of all log-probabilities. rewarded: whether anything but the entropy depends on the policy's logits.
-    critic_over_actions: the norm of the derivatives by the values over that by the log-probabilities; shared: value
-    and policy come from common layers; None where that is not known."""
+    factors of all log-probabilities, infinite where these are all zero. rewarded: whether anything but the entropy
+    depends on the policy's logits. critic_over_actions: the norm of the derivatives by the values over that by the
+    log-probabilities, infinite where these are all zero; shared: value and policy come from common layers; None
+    where that is not known."""
 
     step: int
     agreement: float

@@ -9,18 +9,9 @@ from typing import Any
 
 # DistributedDataParallel hands all outputs of a model through one node, each as it is.
 SINK = "_DDPSink"
+COPYING = ("Clone", "ToCopy", "Alias", "Contiguous")  # operations that change neither the numbers nor the shape
 # Operations that neither change the numbers nor their order.
-PASSING_ON = (
-    "View",
-    "UnsafeView",
-    "ReshapeAlias",
-    "Clone",
-    "ToCopy",
-    "Squeeze",
-    "Unsqueeze",
-    "Alias",
-    "Contiguous",
-)
+PASSING_ON = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", *COPYING)
 UNSIGNED = 1 << 63  # saved integers are 64 bits without a sign
 
 

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, made_last, parents_of, signed
+from diag.snapshot.autograd_graph import (
+    COPYING,
+    PASSING_ON,
+    first_arguments,
+    kind_of,
+    made_last,
+    parents_of,
+    signed,
+)
 from diag.snapshot.inside.padding import padding_of
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES, LossFacts
 from diag.snapshot.objective.loss_spy import input_and_target
@@ -152,15 +160,8 @@ class Losses:
             binary = ((ones == 0) | (ones == 1)).all()
             self._read(kind, "several", ones.sum(1).max() * binary)
         soft = kind.function in OF_DISTRIBUTIONS and target.is_floating_point()
-        if soft and target.ndim == 2 and target.shape[1] > 1 and target.is_cpu:
-            rows = target.detach()[:ROWS_CHECKED].double()
-            if are_probabilities(target.detach()[:ROWS_CHECKED])[0]:
-                even = float(torch.special.entr(rows).sum(1).mean()) / math.log(rows.shape[1])
-                kind.evenness, kind.even_calls = (
-                    (min(kind.evenness, even) if kind.even_calls else even),
-                    kind.even_calls + 1,
-                )
-                self._moment.news(("even targets", id(kind), min(kind.even_calls, CALLS_CHECKED)))
+        if soft and target.ndim == 2 and target.shape[1] > 1:
+            self._read(kind, "distributions", target.detach()[:ROWS_CHECKED])
 
     def _read(self, kind: LossFacts, what: str, values: Tensor) -> None:
         if values.is_cpu:
@@ -174,6 +175,9 @@ class Losses:
             return
         if what in ("range", "several"):
             self._note_targets(kind, what, values)
+            return
+        if what == "distributions":
+            self._note_distributions(kind, values)
             return
         kind.checked += 1
         probabilities, logs = are_probabilities(values)
@@ -189,6 +193,14 @@ class Losses:
         kind.lowest, kind.highest = min(kind.lowest, float(values[0])), max(kind.highest, float(values[1]))
         before = kind.positives if math.isfinite(kind.positives) else float(values[2])
         kind.positives = before + (float(values[2]) - before) * NEWEST
+
+    def _note_distributions(self, kind: LossFacts, rows: Tensor) -> None:
+        if not are_probabilities(rows)[0]:
+            return
+        even = float(torch.special.entr(rows.double()).sum(1).mean()) / math.log(rows.shape[1])
+        kind.evenness = min(kind.evenness, even) if kind.even_calls else even
+        kind.even_calls += 1
+        self._moment.news(("even targets", id(kind), min(kind.even_calls, CALLS_CHECKED)))
 
     # What the loss was multiplied with
 
@@ -303,7 +315,7 @@ def made_by(given: Tensor) -> tuple[str, int | None]:
             return MADE_BY[name], None if axis is None or moved else _from_front(axis, given)
         if name not in PASSING_ON:
             return "", None
-        moved |= name not in ("Clone", "ToCopy", "Alias", "Contiguous")
+        moved |= name not in COPYING
     return "", None
 
 

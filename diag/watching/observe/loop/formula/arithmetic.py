@@ -17,10 +17,19 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of, signed
+from diag.snapshot.autograd_graph import (
+    COPYING,
+    PASSING_ON,
+    first_arguments,
+    kind_of,
+    nodes_before,
+    parents_of,
+    signed,
+)
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
 from diag.watching.observe.loop.formula.parts import given_shape
+from diag.watching.observe.loop.losses import made_by
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.terms import terms_of
 
@@ -60,6 +69,7 @@ ELEMENTWISE = frozenset(
 )
 AXIS_BY_HAND = ("Unsqueeze", "Expand")
 TAKEN_FROM = ("Select", "Slice", "Squeeze", *PASSING_ON)
+APPLIED = ("softmax", "sigmoid")
 AGAIN = {"Softmax": "softmax", "LogSoftmax": "softmax", "Logsumexp": "softmax", "Sigmoid": "sigmoid",
          "LogSigmoid": "sigmoid"}  # fmt: skip
 
@@ -69,7 +79,7 @@ class Arithmetic:
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
-        self._made: dict[int, tuple[str, int | None]] = {}  # by node: what made an output, and over which axis
+        self._made: dict[int, tuple[str, int | None]] = {}  # by node: what function made an output, over which axis
         self._passes = self._looked = 0
         self._expanded: dict[str, Expansion] = {}
         self._twice, self._twice_step = "", 0
@@ -84,7 +94,7 @@ class Arithmetic:
             return
         for t in [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs):
             if t.grad_fn is not None:
-                self._made[t.grad_fn._sequence_nr()] = made_by_node(t.grad_fn)
+                self._made[t.grad_fn._sequence_nr()] = made_by(t)
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
@@ -101,11 +111,11 @@ class Arithmetic:
                 self._moment.news(("broadcast in the loss", kept.operation))
 
     def _look_twice(self, root: Tensor, made: dict[int, tuple[str, int | None]]) -> None:
-        if self._twice or not any(name for name, _ in made.values()):
+        if self._twice or not any(name in APPLIED for name, _ in made.values()):
             return
         for node in nodes_before([root.grad_fn], NODES_OF_A_FORMULA, lambda n: n._sequence_nr() in made):
             name = "" if node._sequence_nr() in made else AGAIN.get(kind_of(node), "")
-            if name and (name, _axis(node)) in [made.get(p._sequence_nr()) for p in _passed_on(node)]:
+            if name and (name, _axis(node)) in [made.get(p._sequence_nr()) for p in _passed_on(node, name)]:
                 self._twice, self._twice_step = name, self._moment.step
                 self._moment.news(("twice", name))
                 return
@@ -116,18 +126,6 @@ class Arithmetic:
 
 
 # Twice
-
-
-def made_by_node(node: Any) -> tuple[str, int | None]:
-    """The function that made what the node gives, "" for any other than softmax and sigmoid, and its axis from the
-    front."""
-    for before in first_arguments(node, 8):
-        name = kind_of(before)
-        if name in ("Softmax", "Sigmoid"):
-            return AGAIN[name], _axis(before)
-        if name not in ("Clone", "ToCopy", "Alias", "Contiguous"):
-            break
-    return "", None
 
 
 def _axis(node: Any) -> int | None:
@@ -143,11 +141,13 @@ def _axis(node: Any) -> int | None:
     return signed(axis) % len(shape) if shape else None
 
 
-def _passed_on(node: Any) -> Iterator[Any]:
-    """The nodes from the one that made a node's argument back to the first that is more than a copy."""
+def _passed_on(node: Any, name: str) -> Iterator[Any]:
+    """The nodes from the one that made a function's argument back to the first that is more than a copy, or for a
+    sigmoid, which has no axis, another shape."""
+    passing = PASSING_ON if name == "sigmoid" else COPYING
     for before in first_arguments(next(iter(parents_of(node)), None), 8):
         yield before
-        if kind_of(before) not in ("Clone", "ToCopy", "Alias", "Contiguous"):
+        if kind_of(before) not in passing:
             return
 
 

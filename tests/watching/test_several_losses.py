@@ -24,8 +24,9 @@ class TwoHeads(nn.Module):
         return self.first(hidden), self.second(hidden)
 
 
-torch.manual_seed(0)
-X, Y, Z = torch.randn(N, 6), torch.randint(0, 3, (N,)), torch.randint(0, 3, (N,))
+G = torch.Generator().manual_seed(0)
+X = torch.randn(N, 6, generator=G)
+Y, Z = (torch.randint(0, 3, (N,), generator=G) for _ in range(2))
 ONE_HOT = F.one_hot(Z, 3).float()
 PARTS = torch.tensor([1.0, 2.0, 3.0])
 

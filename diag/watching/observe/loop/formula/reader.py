@@ -8,13 +8,13 @@ from typing import Generic, TypeVar
 from diag.watching.observe.loop.formula.parts import Summand
 from diag.watching.observe.loop.moment import Moment, due
 
-LOOKS_KEPT = 64
-LOOKS_TOLD = (3, 6)  # after which checks may judge
+READINGS_KEPT = 64
+READINGS_TOLD = (3, 6)  # after which checks may judge
 
-Look = TypeVar("Look")
+Reading = TypeVar("Reading")
 
 
-class Reader(abc.ABC, Generic[Look]):
+class Reader(abc.ABC, Generic[Reading]):
     """Reads a few backward passes: 1, 2, 3, 10, 30, 100, ..., and where something was found every `EVERY`-th of
     those that are listened to. Of many looks the first and the last are kept."""
 
@@ -24,7 +24,7 @@ class Reader(abc.ABC, Generic[Look]):
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._passes = 0
-        self.looks: list[Look] = []
+        self.looks: list[Reading] = []
 
     def begins(self) -> bool:
         """A backward pass begins; whether it is to be read."""
@@ -36,12 +36,12 @@ class Reader(abc.ABC, Generic[Look]):
         look = self._look(parts)
         if look is None:
             return
-        if len(self.looks) >= LOOKS_KEPT:
-            self.looks.pop(LOOKS_KEPT // 2)
+        if len(self.looks) >= READINGS_KEPT:
+            self.looks.pop(READINGS_KEPT // 2)
         self.looks.append(look)
-        if len(self.looks) in LOOKS_TOLD:
+        if len(self.looks) in READINGS_TOLD:
             self._moment.news((self.NAME, len(self.looks)))
 
     @abc.abstractmethod
-    def _look(self, parts: list[Summand]) -> Look | None:
+    def _look(self, parts: list[Summand]) -> Reading | None:
         """What the parts say; None where they hold nothing of the kind."""

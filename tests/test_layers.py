@@ -19,6 +19,7 @@ import diag
 from diag.foreign import PRIVATE
 from diag.registry import instruments
 from diag.snapshot.glossary import GLOSSARY
+from tests.source import parsed
 
 ROOT = Path(diag.__file__).parent
 # The rooms from the ground up; each may import those below it, and what `ALLOWED` adds or takes away.
@@ -79,9 +80,8 @@ MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 PACKAGES = {name for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
-@functools.cache
 def tree(name: str) -> ast.Module:
-    return ast.parse(MODULES[name].read_text())
+    return parsed(MODULES[name])
 
 
 @functools.cache

@@ -22,6 +22,7 @@ import diag
 from diag.foreign import PRIVATE, REPLACED_FUNCTIONS
 from diag.watching.hooks.hub import HUB, LOSSES
 from diag.watching.hooks.patches import Attribute, Body
+from tests.source import parsed
 
 ROOT = Path(diag.__file__).parent
 PRIVATE_NAME = re.compile(r"_[A-Za-z]\w*")
@@ -161,7 +162,7 @@ def test_the_table_is_what_a_watch_replaces():
     assert {row.where.split(".")[-1] for row in REPLACED_FUNCTIONS if row.how == "body"} == set(LOSSES)
 
 
-TREES = {path: ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py")) if path.name != "foreign.py"}
+PATHS = [path for path in sorted(ROOT.rglob("*.py")) if path.name != "foreign.py"]
 REPLACED_NAMES = {part for row in REPLACED_FUNCTIONS for part in row.where.split(".") if part.startswith("_")}
 
 
@@ -172,20 +173,20 @@ def known_names():
 
 @functools.cache
 def own_names():
-    return {name for tree in TREES.values() for name in defined(tree)}
+    return {name for path in PATHS for name in defined(parsed(path))}
 
 
-@pytest.mark.parametrize("path", TREES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_private_name_of_others_is_touched_that_is_not_in_the_table(path):
-    of_objects = set(accessed(TREES[path])) - set(defined(TREES[path]))
-    in_texts = set(named_in_texts(TREES[path])) - own_names() - set(OWN_TEXTS)
+    of_objects = set(accessed(parsed(path))) - set(defined(parsed(path)))
+    in_texts = set(named_in_texts(parsed(path))) - own_names() - set(OWN_TEXTS)
     touched = (of_objects | in_texts) - known_names()
     touched = {t for t in touched if not (t.endswith("*") and any(k.startswith(t[:-1]) for k in known_names()))}
     assert not touched, f"{path.relative_to(ROOT)} touches {sorted(touched)}: add rows to diag/foreign.py"
 
 
 def test_every_row_of_the_table_is_needed():
-    used = {name for tree in TREES.values() for name in (*accessed(tree), *named_in_texts(tree))}
+    used = {name for path in PATHS for name in (*accessed(parsed(path)), *named_in_texts(parsed(path)))}
     unused = {
         row.name
         for row in PRIVATE
@@ -194,7 +195,7 @@ def test_every_row_of_the_table_is_needed():
         and not any(u.endswith("*") and row.name.startswith(u[:-1]) for u in used)
     }
     assert not unused, f"diag touches none of {sorted(unused)}: take their rows out of diag/foreign.py"
-    texts = {name for tree in TREES.values() for name in named_in_texts(tree)}
+    texts = {name for path in PATHS for name in named_in_texts(parsed(path))}
     assert set(OWN_TEXTS) <= texts | own_names()
 
 

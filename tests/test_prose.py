@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import diag
+from tests.source import parsed
 
 ROOT = Path(diag.__file__).parent
-MODULES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
+MODULES = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.rglob("*.py"))}
 
 TAKEN_APART = {
     "split",
@@ -65,7 +66,7 @@ def read_of(node):
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_nothing_reads_prose(name):
-    found = {text for node in ast.walk(MODULES[name]) for text in read_of(node) if OF_PROSE.search(text)}
+    found = {text for node in ast.walk(parsed(MODULES[name])) for text in read_of(node) if OF_PROSE.search(text)}
     strange = {text for text in found if (name, text) not in FOREIGN_TEXTS}
     assert not strange, f"{name} looks for {sorted(strange)} in a text; put an enum or a field beside the sentence"
 
@@ -90,7 +91,7 @@ VAGUE = {
 def test_names_say_what_they_are_of(name):
     """Not by a common word alone: functions, classes, variables, arguments and attributes."""
     names = set()
-    for node in ast.walk(MODULES[name]):
+    for node in ast.walk(parsed(MODULES[name])):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.arg):
@@ -102,7 +103,9 @@ def test_names_say_what_they_are_of(name):
 
 def test_what_is_read_of_others_is_read():
     for name, text in FOREIGN_TEXTS:
-        assert any(text in read_of(node) for node in ast.walk(MODULES[name])), f"{name} no longer reads {text!r}"
+        assert any(text in read_of(node) for node in ast.walk(parsed(MODULES[name]))), (
+            f"{name} no longer reads {text!r}"
+        )
 
 
 @pytest.mark.parametrize(

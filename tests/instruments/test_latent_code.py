@@ -10,7 +10,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.loop.arithmetic import LatentFacts, LatentLook
 from diag.snapshot.loop.facts import Loop
-from diag.watching.observe.loop.formula.latents import gaussian_divergence
+from diag.watching.observe.loop.formula.latents import gaussian_divergence, latent_look
 from diag.watching.observe.loop.formula.parts import parts_of
 
 N, D, K = 32, 10, 3
@@ -61,6 +61,21 @@ def test_the_divergence_is_found_however_it_is_written(written, loss, rows):
     found, mean, deviation = seen(written, 3.0, loss)
     assert torch.equal(found.means, mean) and torch.allclose(found.variances, deviation**2, rtol=1e-6)
     assert found.weight == pytest.approx(3.0 / rows, rel=1e-6)
+
+
+@pytest.mark.parametrize(("ignored", "reduction"), [(0, "mean"), (7, "mean"), (7, "sum")])
+def test_the_weight_is_beside_that_of_one_token(ignored, reduction):
+    """Of each row T tokens of V kinds are reconstructed, some places of which count in no loss."""
+    torch.manual_seed(0)
+    T, V = 20, 6
+    mean, s = nn.Linear(D, K)(torch.randn(N, D)), nn.Linear(D, K)(torch.randn(N, D))
+    nats, deviation = by_log_variance(mean, s)
+    logits = nn.Linear(K, T * V)(mean + deviation * torch.randn(N, K)).view(N * T, V)
+    tokens = torch.randint(0, V, (N * T,))
+    tokens[:ignored] = -100
+    parts = parts_of(F.cross_entropy(logits, tokens, reduction=reduction) + nats.mean())
+    count = N * T - ignored if reduction == "mean" else 1
+    assert latent_look(1, gaussian_divergence(parts), parts).weight == pytest.approx(count / N, rel=1e-6)
 
 
 class Autoencoder(nn.Module):

@@ -1,6 +1,7 @@
 """Policy gradients: their sign, what reaches the policy, and what drowns it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -170,6 +171,22 @@ def test_a_square_written_as_a_product_is_a_critic():
     look = policy_look(parts_of(by_product(logp, h, value, reward)), 7)
     assert look.agreement == pytest.approx(1.0, abs=1e-6)
     assert look.critic_over_actions == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "critic",
+    [F.smooth_l1_loss, partial(F.smooth_l1_loss, beta=30.0), F.huber_loss, partial(F.huber_loss, delta=5.0),
+     partial(F.smooth_l1_loss, reduction="sum"), F.mse_loss],
+)  # fmt: skip
+def test_what_the_critic_weighs_is_its_derivative(critic):
+    """Returns of hundreds: the linear losses do not grow with them."""
+    torch.manual_seed(0)
+    logp, _, value, reward = terms(ActorCritic())
+    reward = 100 * reward
+    loss = -(logp * torch.randn(N)).mean() + critic(value, reward)
+    by_value, by_action = torch.autograd.grad(loss, (value, logp), retain_graph=True)
+    look = policy_look(parts_of(loss), 7)
+    assert look.critic_over_actions == pytest.approx(float(by_value.norm() / by_action.norm()), rel=1e-5)
 
 
 def test_where_no_action_counts_the_ratios_are_infinite():

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of, signed
+from diag.watching.observe.loop.roots import MEAN_REDUCTION
 from diag.watching.observe.terms import reaches
 
 NODES_OF_PARTS = 1024  # that are visited
 LONGEST_CHAIN = 16
 MOST_WEIGHTS = 1 << 20  # of one part, that are computed
-OF_SQUARES = (
-    "MseLoss",
-    "L1Loss",
-    "SmoothL1Loss",
-    "HuberLoss",
-    "BinaryCrossEntropy",
-    "BinaryCrossEntropyWithLogits",
-)
-REDUCED_BY_MEAN = 1
 
 
 @dataclass(frozen=True)
@@ -77,10 +69,13 @@ class Summand:
 
     @property
     def entry_weight(self) -> float:
-        """The weight of one entry of what the operation compares: of a loss function the mean is taken inside."""
-        given = getattr(self.node, "_saved_self", None)
-        mean = self.kind in OF_SQUARES and getattr(self.node, "_saved_reduction", None) == REDUCED_BY_MEAN
-        return self.weight / max(given.numel(), 1) if mean and isinstance(given, Tensor) else self.weight
+        """The weight of one entry of what the operation compares: a loss function may take their mean inside."""
+        if getattr(self.node, "_saved_reduction", None) != MEAN_REDUCTION:
+            return self.weight
+        given, counted = (getattr(self.node, name, None) for name in ("_saved_self", "_saved_total_weight"))
+        if isinstance(counted, Tensor):  # of class numbers: those that are not ignored, by the weights of classes
+            return self.weight / (float(counted) or math.nan) if counted.is_cpu else math.nan
+        return self.weight / max(given.numel(), 1) if isinstance(given, Tensor) else math.nan
 
 
 def parts_of(root: Tensor) -> list[Summand]:

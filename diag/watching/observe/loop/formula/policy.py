@@ -145,7 +145,17 @@ def _errors(parts: list[Summand], count: int) -> Iterator[tuple[Tensor, Tensor, 
             if p.shape == tuple(error.shape)
             else torch.full_like(error, p.entry_weight)
         )
-        yield error.reshape(-1), (2 * weights * error).reshape(-1), p.node
+        yield error.reshape(-1), (weights * _slope(p, error)).reshape(-1), p.node
+
+
+def _slope(p: Summand, error: Tensor) -> Tensor:
+    """The derivative of what the critic is asked for, by its value: linear losses have one that is bounded."""
+    if p.kind == "HuberLoss":
+        return error.clamp(-p.node._saved_delta, p.node._saved_delta)
+    if p.kind == "SmoothL1Loss":
+        beta = p.node._saved_beta
+        return (error / beta).clamp(-1, 1) if beta else error.sign()
+    return 2 * error
 
 
 def _error(p: Summand) -> Tensor | None:

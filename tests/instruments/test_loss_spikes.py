@@ -72,6 +72,11 @@ def test_a_learning_rate_that_rose_is_said():
     )
 
 
+def test_where_no_learning_rate_was_recorded_there_is_none():
+    result = found(with_spike(course()), rates=numpy.nan)
+    assert numpy.isnan(result.rates).all() and "learning rate" not in result.verdict().sentence
+
+
 @pytest.mark.parametrize(
     "losses",
     [

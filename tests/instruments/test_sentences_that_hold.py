@@ -17,7 +17,7 @@ from diag.instruments.network.normalization_statistics import NormalizationStati
 from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import ShapeFacts
-from diag.snapshot.loop.steps import OptimizerFacts
+from diag.snapshot.loop.steps import OptimizerFacts, OutsideChange
 
 _path = Path(__file__).with_name("optimization_histories.py")
 _spec = importlib.util.spec_from_file_location("optimization_histories", _path)
@@ -143,7 +143,8 @@ def test_gradients_do_not_vanish_in_a_training_that_is_done_nor_over_two_network
     made = dataclasses.replace(made, gradient_norm=small_first.astype(numpy.float32))
     with_loss = lambda end: dataclasses.replace(made, loss=falling(end=end), loss_finite=numpy.ones(100, bool))  # noqa: E731
     assert diag.gradient_depth(history=with_loss(1.0)).verdict().cause == Cause.GRADIENTS_VANISH
-    assert diag.gradient_depth(history=with_loss(1e-4)).verdict().level == "not_applicable"
+    done = diag.gradient_depth(history=with_loss(1e-4)).verdict()
+    assert done.level == "not_applicable" and "the loss is below 1 % of its first value" in done.sentence
     sides = [
         OptimizerFacts("Adam", held=tuple(layers)[s], steps=99, looked=99, passes=1)
         for s in (slice(4), slice(4, 8))
@@ -153,10 +154,12 @@ def test_gradients_do_not_vanish_in_a_training_that_is_done_nor_over_two_network
 
 
 def test_a_loss_without_lower_bound_may_fall_at_one_pace():
-    line = record(numpy.concatenate([[20.0], -3e4 * numpy.arange(99)]))
+    line = record(numpy.concatenate([numpy.full(10, 20.0), -3e4 * numpy.arange(90)]))
     one = OptimizerFacts("SGD", held=("0.weight",), steps=100)
     alone, two = Loop(step=100, optimizers=(one,)), Loop(step=100, optimizers=(one, one))
-    slowing = record(numpy.concatenate([[20.0], -3e6 * (1 - numpy.exp(-numpy.arange(99) / 20))]))
+    slowing = record(numpy.concatenate([numpy.full(10, 20.0), -3e6 * (1 - numpy.exp(-numpy.arange(90) / 20))]))
+    endless = diag.divergence(history=line, loop=alone).verdict()
+    assert endless.cause == Cause.LOSS_ASCENDED and "and falls as fast as before" in endless.sentence
     assert diag.divergence(history=slowing, loop=alone).verdict().cause != Cause.LOSS_ASCENDED
     assert diag.divergence(history=line, loop=two).verdict().cause != Cause.LOSS_ASCENDED
 
@@ -212,3 +215,29 @@ def test_a_task_whose_gradients_are_zeroed_reaches_the_loss():
                 nn.functional.cross_entropy(out, x[:, : out.shape[1]].argmax(1)).backward()
             optimizer.step()
     assert {str(f.verdict.cause) for f in watcher.findings} == {Cause.ACCUMULATION_LOST}
+
+
+def test_a_learning_rate_of_zero_is_no_schedule_that_ended_early():
+    loop = Loop(step=150, ended=True, optimizers=(OptimizerFacts("SGD", held=("0.weight",), steps=150),))
+    causes = {
+        name: diag.learning_rate_schedule(history=record(falling(150), rates=rates), loop=loop).verdict().cause
+        for name, rates in {
+            "zero": numpy.zeros(150),
+            "gone": numpy.where(numpy.arange(150) < 20, 0.1, 1e-5),
+        }.items()
+    }
+    assert causes == {"zero": Cause.LEARNING_RATE_ZERO, "gone": Cause.SCHEDULE_ENDED_EARLY}
+
+
+def test_what_is_taken_back_is_said_of_the_steps_that_it_was_found_in():
+    """Earlier steps that were looked at, and not taken back, are no part of the statement."""
+    loop = Loop(
+        step=40,
+        optimizers=(OptimizerFacts("SGD", held=("0.weight",), steps=40),),
+        outside=(OutsideChange(20, ("0.weight",), evaluated=False),),
+        outside_times=20,
+        taken_back=(-0.3, 0.1, *[0.95] * 7, 0.9),
+    )
+    verdict = diag.outside_changes(loop=loop).verdict()
+    assert verdict.level == "alarm" and "each of the last 8 steps" in verdict.sentence
+    assert "by 90% or more of that step" in verdict.sentence

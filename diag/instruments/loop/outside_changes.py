@@ -50,7 +50,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     changes = [c for c in loop.outside if set(c.names) & held]
     last = loop.taken_back[-STEPS_TAKEN_BACK:]
     if changes and len(last) == STEPS_TAKEN_BACK and min(last) > MOST_OF_IT:
-        yield _taken_back(min(loop.taken_back), len(loop.taken_back), changes[0])
+        yield _taken_back(min(last), len(last), changes[0])
         return
     if not changes or loop.outside_times > OFTEN * max(loop.step - 1, 1):
         return
@@ -68,10 +68,9 @@ def _taken_back(share: float, steps: int, first: OutsideChange) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.WEIGHTS_CHANGED_OUTSIDE,
-        f"What the optimizer does is taken back: after each of the {steps:,} steps that were looked at "
-        f"something moved "
-        f"the weights back by {min(share, 1):.0%} or more of that step, before the "
-        "next training call.",
+        f"What the optimizer does is taken back: after each of the last {steps:,} steps that were looked at, "
+        f"something moved the weights back by {min(share, 1):.0%} or more of that step, before the next training "
+        "call.",
         "Look for averaged weights (EMA) that are copied into the model that trains, or for old weights that are "
         "mixed in; keep the average in a copy.",
         "Weights at a training call that are those of the last optimizer step.",

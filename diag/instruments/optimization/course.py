@@ -81,7 +81,7 @@ def update_ratios(history: History, names: Collection[str] = ()) -> tuple[Floats
 def largest_update_ratio(history: History) -> float:
     """The largest of ||step|| / ||weights|| over the large tensors and all steps; 0 where none was taken. Tensors
     that began at zero, as biases do, are left out: their first step is all that they are."""
-    large = numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & ~began_at_zero(history))
+    large = _of_usual_start(history)
     found = (numpy.nan_to_num(_ratios(part, large)[~part.skipped]).max(initial=0.0) for part in parts(history))
     return float(max(found))
 
@@ -89,13 +89,11 @@ def largest_update_ratio(history: History) -> float:
 def farthest(history: History) -> float:
     """How far the large tensors are from where they began, over their norm: the farthest at the last step at which
     it was measured; 0 where it was not. Those that began at zero are left out."""
-    large = numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & ~began_at_zero(history))
+    large = _of_usual_start(history)
     rows = numpy.flatnonzero(by_rows(history, lambda h: numpy.isfinite(h.distance[:, large]).any(1)))
     if not len(rows) or not len(large):
         return 0.0
-    distance, size = (numpy.asarray(x[rows[-1]][large], float) for x in (history.distance, history.parameter_norm))
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        return float(numpy.nan_to_num(distance / size, posinf=0.0).max())
+    return float(numpy.nan_to_num(_away(history, int(rows[-1]), large)).max())
 
 
 def travel(history: History) -> tuple[float, float]:
@@ -103,7 +101,7 @@ def travel(history: History) -> tuple[float, float]:
     start, over its norm; and over the length of the way that its steps went. NaN where distances were not measured.
 
     Steps between two that were measured are taken to be as long as a straight line between these two lengths."""
-    large = numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & ~began_at_zero(history))
+    large = _of_usual_start(history)
     measured = by_rows(
         history,
         lambda h: numpy.isfinite(h.update_norm[:, large]).any(1) & numpy.isfinite(h.distance[:, large]).any(1),
@@ -114,12 +112,19 @@ def travel(history: History) -> tuple[float, float]:
     rows = rows[numpy.unique(numpy.linspace(0, len(rows) - 1, MOST_ON_THE_WAY).astype(int))]
     steps = history.steps[rows].astype(float)
     lengths = numpy.asarray(history.update_norm[rows][:, large], float)
-    distance, size = (numpy.asarray(x[rows[-1]][large], float) for x in (history.distance, history.parameter_norm))
     way = lengths[0] + (0.5 * (lengths[1:] + lengths[:-1]) * numpy.diff(steps)[:, None]).sum(0)
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        far, straight = distance / size, distance / way
-    far, straight = (median(numpy.where(numpy.isfinite(x), x, numpy.nan)) for x in (far, straight))
-    return float(far), float(straight)
+    distance = numpy.asarray(history.distance[rows[-1]][large], float)
+    return float(median(_away(history, int(rows[-1]), large))), float(median(_quotient(distance, way)))
+
+
+def _of_usual_start(history: History) -> NDArray[Any]:
+    """The numbers of the large tensors that did not begin at zero."""
+    return numpy.flatnonzero((numpy.asarray(history.sizes) >= SMALL) & ~began_at_zero(history))
+
+
+def _away(history: History, row: int, tensors: NDArray[Any]) -> Floats:
+    """How far these tensors are from where they began, over their norm, at one row of the record."""
+    return _quotient(history.distance[row][tensors], history.parameter_norm[row][tensors])
 
 
 def began_at_zero(history: History) -> NDArray[numpy.bool_]:
@@ -134,10 +139,15 @@ def began_at_zero(history: History) -> NDArray[numpy.bool_]:
 
 
 def _ratios(history: History, tensors: NDArray[Any]) -> Floats:
+    return _quotient(history.update_norm[:, tensors], history.parameter_norm[:, tensors])
+
+
+def _quotient(above: Any, below: Any) -> Floats:
+    """One over the other in float64; NaN where that is not finite."""
     with numpy.errstate(divide="ignore", invalid="ignore"):
-        ratios = numpy.asarray(history.update_norm[:, tensors], float) / history.parameter_norm[:, tensors]
-    ratios[~numpy.isfinite(ratios)] = numpy.nan
-    return ratios
+        found: Floats = numpy.asarray(above, float) / below
+    found[~numpy.isfinite(found)] = numpy.nan
+    return found
 
 
 def unpushed(history: History) -> bool:

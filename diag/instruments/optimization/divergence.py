@@ -76,10 +76,9 @@ class Divergence(Result):
         """Where one side's loss rises because the other wins, there is no divergence."""
         return Verdict(
             Level.UNKNOWN,
-            f"{self.sides} optimizers in this loop train different parameters, each by a loss of its own. What was "
-            f"recorded began at {format_number(self.first)} and is at {format_number(self.last)}: it may "
-            f"rise because "
-            "one side of a game wins.",
+            f"Whether the loss diverged cannot be told: {self.sides} optimizers in this loop train different "
+            f"parameters, each by a loss of its own. What was recorded began at {format_number(self.first)} and is "
+            f"at {format_number(self.last)}; it may rise because one side of a game wins.",
             source=SOURCE,
         )
 
@@ -160,8 +159,9 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
     history: the record of a watched run; loop: whether several optimizers descend losses of their own (the two
     sides of a game), where only a loss that is not finite is judged. Judged on the median of the last five losses,
     so that a single bad batch is not called divergence; a loss that begins at zero or below is not judged. A loss
-    that falls to a thousand times its first size below zero while the gradient grows thirtyfold has no lower
-    bound: that is an alarm of its own. A momentum of 0.99 or more is named as the cause. Raises nothing of its own.
+    that falls to a thousand times its first size below zero has no lower bound where the gradient grows thirtyfold,
+    or where one optimizer alone lowers it as fast as before: that is an alarm of its own. A momentum of 0.99 or
+    more is named as the cause. Raises nothing of its own.
     """
     losses = numpy.where(history.loss_finite, numpy.asarray(history.loss, float), math.inf)
     seen = ~numpy.isnan(losses)
@@ -169,7 +169,8 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
     known, _ = finite_losses(history)
     first = float(known[0]) if len(known) else math.nan
     smooth = _medians_of_five(losses)
-    fell_at, fell_to = _fell(history, known, loop)
+    steeper = _steeper(history)
+    fell_at, fell_to = _fell(history, known, steeper, loop)
     thin = slice(None, None, max(1, len(losses) // 512))
     return Divergence(
         first=first,
@@ -182,16 +183,16 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
         num_steps=int(history.total_steps),
         sides=0 if loop is None else len(loop.sides),
         fell_at=fell_at,
-        steeper=_steeper(history),
+        steeper=steeper,
         fell_to=fell_to,
         steps=steps[thin],
         losses=losses[thin],
     )
 
 
-def _fell(history: History, losses: NDArray[numpy.float64], loop: Loop | None) -> tuple[int, float]:
-    """Where the loss went below zero for good, by `FELL` times its first size, with ever larger gradients: the step
-    and the lowest loss; 0 and NaN where it did not."""
+def _fell(history: History, losses: NDArray[numpy.float64], steeper: bool, loop: Loop | None) -> tuple[int, float]:
+    """Where the loss went below zero for good, by `FELL` times its first size, with ever larger gradients or at an
+    even pace: the step and the lowest loss; 0 and NaN where it did not."""
     _, steps = finite_losses(history)
     if len(losses) <= 2 * RECENT_LOSSES:
         return 0, math.nan
@@ -201,7 +202,7 @@ def _fell(history: History, losses: NDArray[numpy.float64], loop: Loop | None) -
     # A critic that tells two sides apart by more and more falls as fast as before, too: then there are two
     # optimizers.
     alone = loop is not None and len(loop.optimizers) == 1 and not loop.optimizers[0].foreign
-    endless = begins and limit < 0 and (_steeper(history) or (alone and _as_fast_as_before(losses)))
+    endless = begins and limit < 0 and (steeper or (alone and _as_fast_as_before(losses)))
     return (begins, float(losses.min())) if endless else (0, math.nan)
 
 

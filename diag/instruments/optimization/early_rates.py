@@ -37,7 +37,7 @@ def plateaus(history: History, loop: Loop) -> Iterator[LoopFinding]:
             Level.ALARM,
             Cause.SCHEDULE_TOO_FAST,
             f'{s.kind} is made with mode="max" and given the training loss (its best so far, {s.best:.4g}, is a '
-            f"loss of this run): a loss that falls is no improvement to it, so the learning rate is cut again and "
+            f"loss of this run): it takes a falling loss for no improvement, so the learning rate is cut again and "
             f"again{how}.",
             'Make it with mode="min", or give it a number that is to rise, such as the accuracy.',
             "A learning rate that stays while the loss falls.",
@@ -51,10 +51,11 @@ def gone_early(history: History, loop: Loop) -> Iterator[LoopFinding]:
     if not loop.ended or loop.resumed or len(seen) < ENOUGH_RATES:
         return
     rates, steps = history.learning_rate[seen], history.steps[seen]
-    small = rates <= LITTLE * rates.max()
-    last_large = int(numpy.flatnonzero(~small)[-1])
+    if not rates[-1] > 0:  # a rate of zero has a check of its own
+        return
+    last_large = int(numpy.flatnonzero(rates > LITTLE * rates.max())[-1])
     rest = len(seen) - 1 - last_large
-    if rates[-1] > 0 and rest >= OF_ALL_STEPS * len(seen):
+    if rest >= OF_ALL_STEPS * len(seen):
         kinds = sorted({s.kind for s in loop.schedulers if s.steps})
         yield LoopFinding(
             Level.WARNING,

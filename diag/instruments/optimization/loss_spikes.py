@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
@@ -34,12 +34,12 @@ SPIKE_STEPS = 3  # a batch alone is no spike
 LONGEST = 0.5  # of the steps before it: what lasts longer is another course, as of harder data
 MOST_LOSSES = 4096  # longer records are read by medians of consecutive losses
 CHANGED_RATE = 1.5
-EXPLANATIONS = (
+EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.SECOND_MOMENT_STALE, Cause.BATCHES_POISONED, Cause.CLASSES_SORTED,
     Cause.SCHEDULE_JUMPED, Cause.TRAINING_DIVERGED, Cause.NOT_FINITE, Cause.DATA_NOT_FINITE,
     Cause.MOMENTUM_TOO_HIGH, Cause.WARMUP_MISSING, Cause.GRADIENTS_NOT_ZEROED, Cause.OPTIMIZER_RECREATED,
-    Cause.GRADIENTS_STILL_SCALED,
-    Cause.GRADIENTS_EXPLODE, Cause.ATTENTION_LOGITS_GROW, Cause.STALE_GRADIENT, Cause.GRADIENT_NOISE,
+    Cause.GRADIENTS_STILL_SCALED, Cause.GRADIENTS_EXPLODE, Cause.ATTENTION_LOGITS_GROW, Cause.STALE_GRADIENT,
+    Cause.GRADIENT_NOISE,
     Cause.EPOCHS_NOT_RESHUFFLED, Cause.BATCH_REPEATED, Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_SUMMED,
     Cause.LOSS_ASCENDED, Cause.UNITS_DEAD,
 )  # fmt: skip
@@ -73,7 +73,7 @@ class LossSpikes(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="A change of the data or of the loss that was meant, at that step.",
             cause=Cause.LOSS_SPIKE,
-            explained_by=EXPLANATIONS,
+            explained_by=EXPLAINED_BY,
             step=int(self.starts[0]),
         )
 
@@ -125,15 +125,15 @@ def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share
     losses, steps = _shortened(*finite_losses(history))
     enough, one = len(losses) > COURSE_LOSSES, loop is None or not loop.sides
     found = _spikes(losses, steps, warn_above) if enough and one else []
-    rates = [_rates(history, start, end) for start, end, *_ in found]
+    rates = [_rates(history, spike.start, spike.end) for spike in found]
     thin = slice(None, None, max(1, len(losses) // 512))
-    shares = numpy.array([share for *_, share in found])
+    shares = numpy.array([spike.share for spike in found])
     return LossSpikes(
         undone=float(shares.max(initial=0.0)),
-        starts=numpy.array([s[0] for s in found], numpy.int64),
-        ends=numpy.array([s[1] for s in found], numpy.int64),
-        peaks=numpy.array([s[2] for s in found], float),
-        courses=numpy.array([s[3] for s in found], float),
+        starts=numpy.array([spike.start for spike in found], numpy.int64),
+        ends=numpy.array([spike.end for spike in found], numpy.int64),
+        peaks=numpy.array([spike.peak for spike in found], float),
+        courses=numpy.array([spike.course for spike in found], float),
         shares=shares,
         rates=numpy.array(rates, float).reshape(-1, 2),
         steps=steps[thin],
@@ -156,8 +156,17 @@ def _shortened(losses: Floats, steps: NDArray[Any]) -> tuple[Floats, NDArray[Any
     return median(losses[:whole].reshape(-1, of), axis=1), steps[:whole:of]
 
 
-def _spikes(losses: Floats, steps: NDArray[Any], undone: float) -> list[tuple[int, int, float, float, float]]:
-    """(first step, step at which it was back, highest loss, course before it, share undone) of each spike."""
+class _Spike(NamedTuple):
+    """The first step and the one at which it was back, the highest loss, the course before it, the share undone."""
+
+    start: int
+    end: int
+    peak: float
+    course: float
+    share: float
+
+
+def _spikes(losses: Floats, steps: NDArray[Any], undone: float) -> list[_Spike]:
     course, deviation = _courses(losses)
     gained = median(losses[:5]) - course
     least = numpy.maximum(DEVIATIONS * deviation, undone * gained)
@@ -177,12 +186,11 @@ def _spikes(losses: Floats, steps: NDArray[Any], undone: float) -> list[tuple[in
             break
         lasted, before = int(steps[back_at] - steps[i]), int(steps[i] - steps[0])
         if SPIKE_STEPS <= lasted <= LONGEST * before:
-            found.append(
-                (int(steps[i]), int(steps[back_at]), peak, float(course[i]), (peak - course[i]) / gained[i])
-            )
+            share = (peak - course[i]) / gained[i]
+            found.append(_Spike(int(steps[i]), int(steps[back_at]), peak, float(course[i]), share))
             elsewhere[i:back_at] = 0
     usual = STANDS_OUT * elsewhere.max()
-    return [spike for spike in found if spike[2] - spike[3] > usual]
+    return [spike for spike in found if spike.peak - spike.course > usual]
 
 
 def _course_of_spike(losses: Floats, start: int, course: float) -> tuple[float, int]:
@@ -216,4 +224,5 @@ def _rates(history: History, start: int, end: int) -> tuple[float, float]:
     steps, rates = history.steps, numpy.asarray(history.learning_rate, float)
     before = rates[steps < start][-NOISE_LOSSES:]
     during = rates[(steps >= start - SPIKE_STEPS) & (steps < end)]
-    return float(median(before)), float(numpy.nanmax(during, initial=-math.inf)) if len(during) else math.nan
+    known = during[~numpy.isnan(during)]
+    return float(median(before)), float(known.max()) if len(known) else math.nan

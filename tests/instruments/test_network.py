@@ -139,6 +139,46 @@ def test_gradients_that_vanish_since_a_step():
     assert Cause.OUTPUT_CONSTANT not in verdict.explained_by  # it is what a vanished signal looks like
 
 
+def test_gradients_that_became_zero_have_vanished_and_those_that_never_were_are_left_out():
+    norms = numpy.ones((60, 9), numpy.float32)
+    norms[20:, :4], norms[:, 8] = 0, 0  # the last one never had any
+    made = empty_history({f"{i}.weight": 256 for i in range(9)}, 60)
+    result = diag.gradient_depth(history=dataclasses.replace(made, gradient_norm=norms))
+    verdict = result.verdict()
+    assert (verdict.cause, verdict.level, result.factor) == (Cause.GRADIENTS_VANISH, "alarm", 0.0)
+    assert "those of the first layers are exactly zero by now" in verdict.sentence and len(result.layers) == 8
+    assert abs(verdict.step - 21) <= 2  # medians of five steps
+    norms[20:] = 0
+    nothing = diag.gradient_depth(history=dataclasses.replace(made, gradient_norm=norms)).verdict()
+    assert nothing.level == "not_applicable" and "gradients of the last layers are zero" in nothing.sentence
+    norms[20:, 4:8], norms[20:, :5] = 1, numpy.nan  # frozen since: not measured
+    few = diag.gradient_depth(history=dataclasses.replace(made, gradient_norm=norms)).verdict()
+    assert few.level == "not_applicable" and "fewer than 4 weights were seen to get a gradient" in few.sentence
+
+
+@pytest.mark.parametrize("offset", [20.0, 0.0])
+def test_a_loss_far_below_its_first_value_is_not_done_where_a_constant_answer_is_as_good(offset):
+    """Sigmoids ten deep answer with the mean of the targets: from targets that lie far from zero, that alone takes
+    the loss below a hundredth of its first value."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    y = x @ torch.randn(8, 1) / 8**0.5 + offset
+    model = nn.Sequential(*[m for i in range(10) for m in (nn.Linear(8 if i == 0 else 24, 24), nn.Sigmoid())])
+    model.append(nn.Linear(24, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
+    losses = []
+    with diag.watch(model, instruments=["gradient_depth"]) as watcher:
+        for rows in torch.arange(6000).remainder(256).split(64):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x[rows]), y[rows])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert (losses[-1] < 0.01 * losses[0]) == (offset > 0) and losses[-1] > 0.3
+    (finding,) = watcher.run.findings()
+    assert finding.verdict.level == "alarm" and finding.verdict.cause == Cause.GRADIENTS_VANISH
+
+
 def test_a_shallow_network_is_not_judged_by_its_depth():
     history = empty_history({"0.weight": 256, "1.weight": 256}, 5)
     assert diag.gradient_depth(history=history).verdict().level == "not_applicable"

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.optimization.course import SMALL, left_of_loss, median
+from diag.instruments.optimization.course import SMALL, finite_losses, left_of_loss, median
+from diag.instruments.outcome.constant_answer import targets_of_the_loss
 from diag.ranges import Times
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-from diag.snapshot.history import History, by_rows
+from diag.snapshot.history import History, by_rows, parts
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of the recorded norms"
@@ -28,7 +29,7 @@ GRADIENT_RATIO = 1000.0
 FEWEST_LAYERS_IN_DEPTH = 4
 RECENT_STEPS = 20
 SMOOTHED = 5  # steps
-DONE = 0.01  # of the first loss
+DONE = 0.01  # of the first loss, and of that of the best constant answer
 EXPLAINED_BY = (
     Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.LEARNING_RATE_TOO_HIGH, Cause.INITIALIZATION_CONSTANT,
     Cause.INITIALIZATION_SCALE, Cause.TRAINING_DIVERGED, Cause.GRAPH_CUT, Cause.WEIGHT_DECAY_TOO_STRONG,
@@ -62,11 +63,11 @@ class GradientDepth(Result):
                 threshold_source=OUR_CHOICE,
             )
         vanish = self.factor < 1
+        found = f"{format_number(self.factor)} times those of the last" if self.factor else "exactly zero by now"
         smallest = numpy.argmin(self.sizes) if vanish else numpy.argmax(self.sizes)
         return Verdict(
             Level.ALARM,
-            f"Gradients {'vanish' if vanish else 'explode'} over the depth: those of the first layers are "
-            f"{format_number(self.factor)} times those of the last.",
+            f"Gradients {'vanish' if vanish else 'explode'} over the depth: those of the first layers are {found}.",
             advice="Add normalisation layers or skip connections, use an activation that is not flat (ReLU, GELU), "
             "or scale the initial weights for the activation (variance 2 / fan-in for ReLU).",
             source=SOURCE,
@@ -100,24 +101,39 @@ def gradient_depth(history: History, loop: Loop | None = None, *, factor: Times 
 
     history: the record of a watched run; loop: where several optimizers descend losses of their own, the network of
     each is one. Compared are the medians of the first and the last quarter of the weights (tensors named "weight"
-    with at least 64 entries), each over the last twenty steps. A factor beyond `factor` either way is an alarm;
-    networks of fewer than four such layers are not judged, nor a loss that is next to zero. Raises nothing of its
+    with at least 64 entries that ever had a gradient), each over the last twenty steps. A factor beyond `factor`
+    either way is an alarm; networks of fewer than four such layers are not judged, nor a loss that is next to zero
+    beside its first value and beside that of the best constant answer, where this is known. Raises nothing of its
     own.
     """
     sides = [] if loop is None else [side for side in loop.sides if side]
     sides = sides or [frozenset(history.layers)]
-    found = [_of_network(history, side, factor) for side in sides]
-    return max(found, key=lambda result: abs(math.log(result.factor)) if result.factor > 0 else -1.0)
+    done = _done(history, loop)
+    return max((_of_network(history, side, factor, done) for side in sides), key=_unevenness)
 
 
-def _of_network(history: History, of: Collection[str], factor: float) -> GradientDepth:
+def _unevenness(result: GradientDepth) -> float:
+    if result.factor == 0:
+        return math.inf
+    return abs(math.log(result.factor)) if result.factor > 0 else -1.0
+
+
+def _done(history: History, loop: Loop | None) -> bool:
+    """Whether the loss is next to zero. The first loss alone does not tell: where the targets lie far from zero, a
+    network that answers nothing but their mean is far below it."""
+    left, known = left_of_loss(history), None if loop is None else targets_of_the_loss(loop)
+    constant = known.constant_loss / finite_losses(history)[0][0] if known and left < DONE else 1.0
+    return left < DONE * min(constant, 1.0)
+
+
+def _of_network(history: History, of: Collection[str], factor: float, done: bool) -> GradientDepth:
     sizes, names = numpy.asarray(history.sizes, float), history.layers
     weights = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1] and name in of]
     chosen = [i for i in weights if sizes[i] >= SMALL]
     norms = numpy.asarray(history.gradient_norm[-RECENT_STEPS:][:, chosen], float) / numpy.sqrt(sizes[chosen])
     norms[~numpy.isfinite(norms)] = numpy.nan
     seen = (
-        numpy.isfinite(norms).any(0) & (numpy.nan_to_num(norms) > 0).any(0) if len(norms) else numpy.zeros(0, bool)
+        numpy.isfinite(norms).any(0) & _had_gradient(history, chosen, norms) if len(norms) else numpy.zeros(0, bool)
     )
     medians = numpy.nanmedian(norms[:, seen], axis=0) if seen.any() else numpy.zeros(0)
     enough = len(medians) >= FEWEST_LAYERS_IN_DEPTH
@@ -131,17 +147,25 @@ def _of_network(history: History, of: Collection[str], factor: float) -> Gradien
         sizes=medians if enough else numpy.zeros(0),
         preconditions=(
             Precondition(
-                "depth",
-                enough and last > 0,
-                f"fewer than {FEWEST_LAYERS_IN_DEPTH} weights were seen to get a gradient.",
+                "depth", enough, f"fewer than {FEWEST_LAYERS_IN_DEPTH} weights were seen to get a gradient."
             ),
+            Precondition("gradients", not enough or last > 0, "the gradients of the last layers are zero."),
             Precondition(
                 "a loss to descend",
-                not left_of_loss(history) < DONE,
-                f"the loss is below {format_share(DONE)} of its first value: no layer is asked for more.",
+                not done,
+                f"the loss is below {format_share(DONE)} of its first value, which leaves next to no gradient.",
             ),
         ),
     )
+
+
+def _had_gradient(history: History, columns: list[int], recent: NDArray[Any]) -> NDArray[numpy.bool_]:
+    """Which of these tensors had a gradient that was not zero, in the last steps or, where not, at any step before.
+    A gradient that became zero has vanished for good; what never had one may not belong to what is trained."""
+    had = (numpy.nan_to_num(recent) > 0).any(0)
+    for part in () if had.all() else parts(history):
+        had |= (numpy.nan_to_num(part.gradient_norm[:, columns]) > 0).any(0)
+    return numpy.asarray(had)
 
 
 def _since(history: History, columns: NDArray[Any], found: float, limit: float) -> int:

@@ -123,7 +123,7 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
     mean of squared or absolute differences between outputs and targets), and where one optimizer steps (of two
     networks against each other neither need win). Raises nothing of its own.
     """
-    known, needed = _known(loop), STEPS_BEFORE_CONSTANT_ANSWER if loop.ended else WHILE_TRAINING
+    known, needed = targets_of_the_loss(loop), STEPS_BEFORE_CONSTANT_ANSWER if loop.ended else WHILE_TRAINING
     losses = history.loss[numpy.isfinite(history.loss)]
     half = losses[len(losses) // 2 :]
     quarters = half[: len(half) // 2], half[len(half) // 2 :]
@@ -152,8 +152,9 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
     )
 
 
-def _known(loop: Loop) -> AskedFacts | None:
-    """The targets of the one loss that training descends."""
+def targets_of_the_loss(loop: Loop) -> AskedFacts | None:
+    """The targets of the one loss that training descends, with the loss of the best constant answer to them; None
+    where there are several losses, or that is not known."""
     descended = [f for f in loop.losses if (f.root and f.factor == 1) or f.like]
     stepping = [o for o in loop.optimizers if o.steps and not o.nested]
     one = len(descended) == len(loop.training) == len(loop.losses) == len(stepping) == 1

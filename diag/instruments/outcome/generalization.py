@@ -181,8 +181,7 @@ class Generalization(Result):
             Level.WARNING,
             f"Nothing more carries over: {own}the training loss fell from {format_number(before.loss)} at step "
             f"{step:,} to {format_number(self.loss)}, while the {what} went from "
-            f"{_numbers(before, by_accuracy)} to "
-            f"{_numbers(self, by_accuracy)}.",
+            f"{_numbers(before, by_accuracy)} to {_numbers(self, by_accuracy)}.",
             advice="More steps will not help: more data, augmentation, weight decay or dropout will; look for "
             "wrong labels, which are learned by heart last.",
             source=SOURCE,

@@ -43,7 +43,7 @@ def stopped(loop: Loop, held: set[str]) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.PARAMETER_FROZEN,
-            f"{_layers(stopped)} no longer train: requires_grad was set to False by step {first:,}.",
+            f"{layers_named(stopped)} no longer train: requires_grad was set to False by step {first:,}.",
             "Set requires_grad_(True) again, if the freezing was meant for something else (a discriminator's turn, "
             "an evaluation).",
             "requires_grad of these parameters.",
@@ -69,7 +69,8 @@ def between(loop: Loop, told: set[str]) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.PARAMETER_FROZEN,
-            f"{_layers(inside)} {'has' if one else 'have'} requires_grad=False and {'stands' if one else 'stand'} "
+            f"{layers_named(inside)} {'has' if one else 'have'} requires_grad=False and "
+            f"{'stands' if one else 'stand'} "
             f"between trained layers, so {'it keeps its' if one else 'they keep their'} first values.",
             "Set requires_grad_(True) there, unless that part is frozen on purpose.",
             "requires_grad of these parameters.",
@@ -96,14 +97,12 @@ def untrained(fresh: Sequence[ParameterFacts], loop: Loop) -> Iterator[LoopFindi
     yield LoopFinding(
         Level.WARNING,
         Cause.PARAMETER_FROZEN,
-        f"{_layers(some)} {'run' if several else 'runs'} in training with weights that are {what} and are not "
+        f"{layers_named(some)} {'run' if several else 'runs'} in training with weights that are {what} and are not "
         f"trained ({how}): after {counted(loop.step, 'step')} {counted(numbers, 'number')} are still what they "
         "began with.",
-        "Train them (requires_grad_(True), no torch.no_grad() around them, and give them to the optimizer), "
-        "or load "
-        "the trained weights that were meant: compare what load_state_dict(strict=True) says. Leave it "
-        "where random "
-        "features are meant.",
+        "Train them (requires_grad_(True), no torch.no_grad() around them, and give them to the optimizer), or "
+        "load the trained weights that were meant: compare what load_state_dict(strict=True) says. Leave it where "
+        "random features are meant.",
         "Weights there that differ from a new instance's in distribution, as trained ones do.",
         layers=tuple(p.name for p in some),
     )
@@ -113,5 +112,6 @@ def _size(p: ParameterFacts) -> int:
     return math.prod(p.shape)
 
 
-def _layers(parameters: Sequence[ParameterFacts]) -> str:
+def layers_named(parameters: Sequence[ParameterFacts]) -> str:
+    """The layers that these parameters are in, each once, in words."""
     return named(list(dict.fromkeys(layer_of(p.name) for p in parameters)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from diag.errors import counted, named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, judged
-from diag.instruments.loop.frozen import between, idle, never_trained, stopped, untrained
+from diag.instruments.loop.frozen import between, idle, layers_named, never_trained, stopped, untrained
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -63,7 +63,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield from _parts(silent, loop)
     yield from idle(loop)
     yield from stopped(loop, held)
-    fresh = [p for p in never_trained(loop) if not is_copy(p, never_trained(loop), trained, started)]
+    untouched = never_trained(loop)
+    fresh = [p for p in untouched if not is_copy(p, untouched, trained, started)]
     yield from untrained(fresh, loop)
     yield from between(loop, {p.name for p in fresh})
 
@@ -97,7 +98,7 @@ def _parts(silent: list[ParameterFacts], loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.ALARM,
             Cause.GRAPH_CUT,
-            f"{_layers(cut)} {how}, so no gradient has come to {them} in {counted(loop.step, 'step')}.",
+            f"{layers_named(cut)} {how}, so no gradient has come to {them} in {counted(loop.step, 'step')}.",
             "Look for detach(), torch.no_grad(), .data, .item(), argmax or a rounding after them; freeze them with "
             "requires_grad_(False) if they are not to be trained.",
             "A gradient of these parameters that is not None after backward().",
@@ -139,10 +140,6 @@ def _unchanged(
 def _never(parameters: list[ParameterFacts]) -> bool:
     """Whether they were there from the start and never had a gradient."""
     return not any(p.gradient or p.since or p.replaced for p in parameters)
-
-
-def _layers(parameters: list[ParameterFacts]) -> str:
-    return named(list(dict.fromkeys(layer_of(p.name) for p in parameters)))
 
 
 def is_copy(

@@ -91,9 +91,8 @@ def _forever(s: ScalingFacts) -> LoopFinding:
         Cause.SCALER_SKIPS_FOREVER,
         f"The GradScaler has left out the last {s.skipped.running:,} steps in a row: it finds a gradient that is "
         "not finite each time.",
-        "Find the first module whose gradient or output is NaN or infinite; compute that part in float32. "
-        "Leave the "
-        "scale that the scaler begins with as it is.",
+        "Find the first module whose gradient or output is NaN or infinite; compute that part in float32. Leave "
+        "the scale that the scaler begins with as it is.",
         "A step that is taken.",
         step=s.skipped.since,
     )

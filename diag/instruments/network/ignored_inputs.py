@@ -15,7 +15,7 @@ from diag.snapshot.inside.ignored import InputsTried
 SOURCE = "arithmetic of a few forward passes"
 STEPS_BEFORE_INPUTS = 30  # steps: paths that start at zero (gates, adapters) open in the first ones
 
-MOST_UNUSED = 0.5  # of the positions
+MOST_USED = 0.5  # of the positions
 NOT_THE_INPUT = (
     Cause.UNITS_DEAD, Cause.OUTPUT_CONSTANT, Cause.INPUTS_CONSTANT, Cause.NOT_FINITE, Cause.LEARNING_RATE_TOO_HIGH,
     Cause.TRAINING_DIVERGED, Cause.INITIALIZATION_CONSTANT,
@@ -29,7 +29,7 @@ class IgnoredInputs(Result):
     tried: tuple[str, ...] = measured("inputs that differ between examples")
     ignored: tuple[str, ...] = measured("those of them with which no output moves")
     examples: int = measured("examples whose inputs were exchanged")
-    partly: str = measured("an input most of whose positions move no output; empty: none", default="")
+    partly: str = measured("an input most of whose positions move no output", remark="empty: none", default="")
     positions: int = measured("positions of it at which examples differ", default=0)
     used: tuple[int, ...] = measured("those of them that move an output, from 0", default=())
 
@@ -63,11 +63,10 @@ class IgnoredInputs(Result):
     def _in_part(self) -> Verdict:
         n = len(self.used)
         first, last = self.used[0], self.used[-1]
-        where = f"one only (number {first + 1:,})" if n == 1 else f"at most {n:,} ({first + 1:,} to {last + 1:,})"
+        which = f"one only (number {first + 1:,})" if n == 1 else f"at most {n:,} ({first + 1:,} to {last + 1:,})"
         return Verdict(
             Level.WARNING,
-            f"Of the {self.positions:,} positions of {self.partly} the outputs depend on {n:,} only "
-            f"({where}): when "
+            f"Of the {self.positions:,} positions of {self.partly} the outputs depend on {which}: when "
             f"{self.examples:,} examples exchange what they hold at the others, no output changes in a single bit.",
             advice="Look at which position of a sequence goes on (the last output of a recurrent layer, the one of "
             "the class token), at masks, which may be inverted, and at slices.",
@@ -100,7 +99,7 @@ def ignored_inputs(inputs_tried: InputsTried, history: History) -> IgnoredInputs
     moves nothing is a warning: some are given on purpose (numbers of rows, lengths). So is a sequence of which half
     of the positions or more move nothing. Raises nothing of its own.
     """
-    part = next((p for p in inputs_tried.positions if 0 < len(p.used) <= (1 - MOST_UNUSED) * p.varying), None)
+    part = next((p for p in inputs_tried.positions if 0 < len(p.used) <= MOST_USED * p.varying), None)
     late = int(history.total_steps) >= STEPS_BEFORE_INPUTS
     return IgnoredInputs(
         tried=inputs_tried.names,

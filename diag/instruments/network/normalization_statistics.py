@@ -1,5 +1,5 @@
-"""Running statistics of batch normalisation: whether they are of the data, or of their start, of one batch, of
-other data.
+"""Running statistics of batch normalisation: whether they are those of the data, or still those of the start, of
+the last batch alone, or of other data.
 
 In training a batch is divided by its own statistics and in evaluation by the running ones. With momentum m these
 are after n batches to (1 - m)^n what they began with, mean 0 and variance 1. A momentum near one leaves nothing but
@@ -81,19 +81,22 @@ class NormalizationStatistics(Result):
             "training.",
             "Raise the momentum of batch normalisation (torch's own is 0.1: the share of the new batch), or "
             "set the statistics from the data before evaluating (torch.optim.swa_utils.update_bn).",
+            self.layer,
+            (self.factor, self.setting("factor")),
+            Cause.TRAINING_DIVERGED,
         )
 
     def _of_the_last_batch(self, times_off: float) -> Verdict:
         return self._bad(
             f"Running statistics are those of the last batch: {self.layer} has a momentum of "
             f"{self.momentum:g}, the "
-            f"share of the new batch, and what enters it has had a variance up to {format_number(times_off)} "
-            f"times off, "
-            "as one batch is too few rows to tell. In eval mode the network is another than in training.",
+            f"share of the new batch, and what enters it has had a variance up to {format_number(times_off)} times "
+            "off, as one batch is too few rows to tell. In eval mode the network is another than in training.",
             "Lower the momentum of batch normalisation to torch's own 0.1, and use batches of more than a "
             "few rows; "
             "keep pretrained statistics by .eval() on these layers.",
-            measure=(times_off, self.setting("factor")),
+            self.layer,
+            (times_off, self.setting("factor")),
         )
 
     def _of_other_data(self) -> Verdict:
@@ -103,14 +106,13 @@ class NormalizationStatistics(Result):
             "median channel.",
             "Prepare the inputs as those were on which these layers were trained (scale, sign, order of channels), "
             "or let the statistics adapt: .train() on these layers.",
-            (self.shifted,),
+            self.shifted,
             (self.shift, MEANS_APART),
         )
 
-    def _bad(
-        self, sentence: str, advice: str, layers: tuple[str, ...] = (), measure: tuple[float, float] | None = None
-    ) -> Verdict:
-        value, limit = measure or (self.factor, self.setting("factor"))
+    def _bad(self, sentence: str, advice: str, layer: str, measure: tuple[float, float], *others: Cause) -> Verdict:
+        """The warning, with the number that decided and its limit; others: causes that it may follow from, too."""
+        value, limit = measure
         return Verdict(
             Level.WARNING,
             sentence,
@@ -121,11 +123,9 @@ class NormalizationStatistics(Result):
             value=value,
             threshold=limit,
             threshold_source=OUR_CHOICE,
-            layers=layers or (self.layer,),
+            layers=(layer,),
             cause=Cause.NORMALIZATION_STATISTICS_BAD,
-            explained_by=(Cause.TRAINING_IN_EVAL_MODE, Cause.NOT_FINITE, Cause.TRAINING_DIVERGED)
-            if measure is None and self.momentum < FAST
-            else (Cause.TRAINING_IN_EVAL_MODE, Cause.NOT_FINITE),
+            explained_by=(Cause.TRAINING_IN_EVAL_MODE, Cause.NOT_FINITE, *others),
             step=1,
         )
 

@@ -160,7 +160,7 @@ class StepSize(Result):
         if self.below_zero or not self.loss_rose or not math.isfinite(self.loss_peak_ratio):
             return ""
         return f" The loss rose to {format_number(self.loss_peak_ratio)} times its first value" + (
-            f" and is at {format_number(self.now)} times that." if math.isfinite(self.now) else "."
+            f" and is at {format_number(self.now)} times that value now." if math.isfinite(self.now) else "."
         )
 
     @property
@@ -168,8 +168,8 @@ class StepSize(Result):
         """Whether steps are so large that it is enough that some loss was higher than the first, or that they stay
         so large.
 
-        Layers that start near zero take steps of their own size until they have grown, and Adagrad's first steps
-        are as large as its learning rate: there the loss must tell.
+        Layers that start near zero take steps of their own size until they have grown, and the first steps of
+        Adagrad and RMSprop are large at any usual rate: there the loss must tell.
         """
         limit = self.setting("too_high")
         large = self.largest_ratio > max(limit, CERTAIN) and self.tensors > 1
@@ -192,7 +192,7 @@ class StepSize(Result):
         """Whether large first steps did no lasting harm: steps are as usual since, and half of the loss is gone, or
         nine tenths where it rose far.
 
-        The first steps of Adagrad and RMSprop are large at any usual rate, so there the loss need not fall.
+        The first steps of Adagrad are large at any usual rate, so there the loss need not fall.
         """
         if self.below_zero:
             return False
@@ -252,8 +252,10 @@ class StepSize(Result):
         where = f"{self.num_steps:,} steps moved a typical layer by {format_share(self.travelled)} of its size"
         how = f", {format_share(min(self.straightness, 1.0))} of their way in one direction" if one_way else ""
         divided = self.rate >= USUAL_RATE and self.optimizer == "SGD"
-        small = f" The learning rate ({self.rate:g}) is not small, the gradients are: the first loss was "
-        small += f"{format_number(self.first_loss)}."
+        first = format_number(self.first_loss)
+        small = (
+            f" The learning rate ({self.rate:g}) is not small, but the gradients are: the first loss was {first}."
+        )
         look = "Look whether the loss is divided once too often (by the batch size after a mean), or raise"
         return graded(SOURCE, self.travelled, NOWHERE if still else NOT_FAR)(
             Level.WARNING,

@@ -47,8 +47,7 @@ def loss_call(loop: Loop) -> LossCall:
 
     Raises nothing of its own.
     """
-    read = bool(loop.losses) or loop.arithmetic.looked > 0
-    seen = Precondition("a loss function", read, "no call of a loss function of torch was seen.")
+    seen = Precondition("a loss function", bool(loop.losses), "no call of a loss function of torch was seen.")
     kinds = ", ".join(dict.fromkeys(f.function or "the loss" for f in loop.losses))
     fine = f"{kinds} is called on what it expects."
     findings = [finding for f in loop.losses for finding in _findings(f)]

@@ -78,9 +78,8 @@ def _sequences(s: SequenceFacts) -> Iterator[LoopFinding]:
             Level.ALARM,
             Cause.TARGETS_MISPLACED,
             f"Inputs and targets are filled up at opposite ends: in {s.opposite:,} of {s.padded:,} shorter rows "
-            "the "
-            "padding of the tokens stands where targets count, and the other way round, so that no target stands "
-            "at its own token.",
+            "the padding of the tokens stands where targets count, and the other way round, so that no target "
+            "stands at its own token.",
             "Pad inputs and targets on the same side.",
             "A model that moves the tokens to the other end before it answers.",
         )
@@ -102,8 +101,7 @@ def _sequences(s: SequenceFacts) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.IGNORED_LABELS_COUNTED,
             f"Padding counts in the loss: at {format_share(s.filled)} of the places that count the token is "
-            f"the one "
-            f"that fills the ends of rows, and the target is {s.filled_class} at all of them.",
+            f"the one that fills the ends of rows, and the target is {s.filled_class} at all of them.",
             "Give these places the loss's ignore_index.",
             "Ends of rows that are meant to be told from the rest.",
         )
@@ -159,14 +157,11 @@ def _unrelated(step: int, m: MaskFacts) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.LABELS_SHUFFLED,
             f"Masks do not seem to belong to their images: after {step:,} steps the network's answer is most "
-            f"like the "
-            f"row's own mask in {m.as_given:,} of {m.rows:,} rows, and what an image shows is no more "
-            f"correlated with "
-            f"its own mask (up to {format_number(m.related)}) than with those of other images (up to "
-            f"{format_number(m.unrelated)}).",
+            f"like the row's own mask in {m.as_given:,} of {m.rows:,} rows, and what an image shows is no more "
+            f"correlated with its own mask (up to {format_number(m.related)}) than with those of other images "
+            f"(up to {format_number(m.unrelated)}).",
             "Draw some masks over their images as the loop sees them: one of the two may have been listed, "
-            "sorted or "
-            "shuffled without the other.",
+            "sorted or shuffled without the other.",
             "A network that learns these masks with more steps.",
             explained_by=WHAT_ELSE,
         )

@@ -22,11 +22,10 @@ class Expansion:
 
 @dataclass(frozen=True)
 class ArithmeticFacts:
-    """looked: backward passes whose graph was read. expanded: what was broadcast in the loss, each kind once.
-    twice: a function ("softmax", "sigmoid") that made an output of the model and was then applied to that output
-    again, empty where none was; twice_step: the first step at which that was seen."""
+    """expanded: what was broadcast in the loss, each kind once. twice: a function ("softmax", "sigmoid") that made
+    an output of the model and was then applied to that output again, empty where none was; twice_step: the first
+    step at which that was seen."""
 
-    looked: int = 0
     expanded: tuple[Expansion, ...] = ()
     twice: str = ""
     twice_step: int = 0

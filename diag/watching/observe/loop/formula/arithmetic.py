@@ -10,6 +10,7 @@ Twice: softmax or sigmoid of an output that is one already.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ ELEMENTWISE = frozenset(
     )
 )
 AXIS_BY_HAND = ("Unsqueeze", "Expand")
-TAKEN_FROM = ("Select", "Slice", "Squeeze", *PASSING_ON)
+TAKEN_FROM = ("Select", "Slice", *PASSING_ON)
 APPLIED = ("softmax", "sigmoid")
 AGAIN = {"Softmax": "softmax", "LogSoftmax": "softmax", "Logsumexp": "softmax", "Sigmoid": "sigmoid",
          "LogSigmoid": "sigmoid"}  # fmt: skip
@@ -80,7 +81,7 @@ class Arithmetic:
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._made: dict[int, tuple[str, int | None]] = {}  # by node: what function made an output, over which axis
-        self._passes = self._looked = 0
+        self._passes = 0
         self._expanded: dict[str, Expansion] = {}
         self._twice, self._twice_step = "", 0
 
@@ -103,7 +104,6 @@ class Arithmetic:
         self._passes += 1
         if not looking or not isinstance(roots, Tensor) or roots.grad_fn is None or roots.numel() != 1:
             return
-        self._looked += 1
         self._look_twice(roots, made)
         for found in expansions(roots):
             kept = Expansion(*found, self._moment.step)
@@ -122,7 +122,7 @@ class Arithmetic:
 
     def facts(self) -> ArithmeticFacts:
         """As plain data."""
-        return ArithmeticFacts(self._looked, tuple(self._expanded.values()), self._twice, self._twice_step)
+        return ArithmeticFacts(tuple(self._expanded.values()), self._twice, self._twice_step)
 
 
 # Twice
@@ -240,12 +240,7 @@ def _expansion(entry: _Entry, shape: tuple[int, ...]) -> tuple[str, tuple[int, .
 
 def _is_expanded(side: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether a tensor of several numbers was expanded to this shape."""
-    count = whole = 1
-    for n in side:
-        count *= n
-    for n in shape:
-        whole *= n
-    return 1 < count < whole
+    return 1 < math.prod(side) < math.prod(shape)
 
 
 def _by_hand(node: Any) -> bool:

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import diag
 from diag.instruments.causes import Cause
+from diag.watching.observe.loop.data.stored import StoredData
+from diag.watching.observe.loop.moment import Moment
 
 N, D, BATCH = 256, 6, 64
 
@@ -83,11 +85,8 @@ def epochs(change, kind=TensorDataset, of_numpy=False, number=4):
 
 
 def noisy(x, epoch):
-    x += (
-        0.3 * torch.randn(N, D).to(torch.float32)
-        if isinstance(x, torch.Tensor)
-        else 0.3 * torch.randn(N, D).numpy()
-    )
+    noise = 0.3 * torch.randn(N, D)
+    x += noise if isinstance(x, torch.Tensor) else noise.numpy()
 
 
 @pytest.mark.parametrize(("kind", "of_numpy"), [(TensorDataset, False), (Rows, False), (Rows, True)])
@@ -109,6 +108,40 @@ def made_again(x, epoch):
 @pytest.mark.parametrize("change", [lambda x, epoch: None, filled_once, made_again])
 def test_data_that_stays_is_filled_once_or_is_made_again_is_quiet(change):
     assert trained(epochs(change)).level == "ok"
+
+
+def started(make, of_numpy=False):
+    """The facts of six epochs, each of a data set that is made for it of x, and where its numbers lay."""
+    x, y = data()
+    stored, addresses = StoredData(Moment()), []
+    for _ in range(6):
+        dataset = None  # the one before is freed
+        made = make(x)
+        dataset = Rows(made.numpy() if of_numpy else made, y)
+        addresses.append(made.data_ptr())
+        del made
+        stored.loader_started(dataset)
+    return stored.facts(), addresses
+
+
+@pytest.mark.parametrize("of_numpy", [False, True])
+def test_copies_made_for_each_epoch_where_the_ones_before_lay_are_not_the_stored_data(of_numpy):
+    facts, addresses = started(lambda x: x.clone().add_(torch.randn(N, D), alpha=0.3), of_numpy)
+    assert len(set(addresses)) < len(addresses)  # else this says nothing
+    assert facts.epochs == facts.epochs_changed == 0
+
+
+def test_new_views_of_data_that_is_written_into_are_the_stored_data():
+    facts, _ = started(lambda x: x.add_(torch.randn(N, D), alpha=0.3)[:200])
+    assert facts.epochs == facts.epochs_changed == 5
+
+
+def test_slices_of_which_three_rows_are_followed_are_news_too():
+    x, _ = data()
+    stored = StoredData(moment := Moment())
+    for _ in range(20):
+        stored.training_call((x[:48].add_(1.0),), {})
+    assert stored.facts().rows_changed == 54 and moment.changed
 
 
 def test_batches_that_are_made_on_the_way_are_refused():

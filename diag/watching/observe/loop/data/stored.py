@@ -6,13 +6,17 @@ again where a later batch holds them, and some of a data set's arrays at each of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import Dataset
 
 from diag.snapshot.loop.inputs import StoredFacts
@@ -23,9 +27,17 @@ from diag.watching.observe.loop.moment import Moment
 ROWS_MARKED_EVERY, ROWS_REMEMBERED = 16, 1 << 12  # rows of a slice that are remembered
 SAMPLED_ROWS, SAMPLED_NUMBERS = 64, 64  # of an array of a data set
 ARRAYS_FOLLOWED, DATA_SETS_INSIDE = 4, 4
+ARRAYS_REMEMBERED = 64  # of all data sets
 STILL_ALIKE = 0.3  # correlation with what it was: below, the rows are others, as data made again is
 WRITTEN_NEWS = (20, 40, 80)
 EPOCHS_NEWS = (2, 3, 4)
+
+
+class _Seen(NamedTuple):
+    """Some numbers of an array, and whether the memory that it lies in is still its own."""
+
+    numbers: NDArray[numpy.float64]
+    is_there: Callable[[], bool]
 
 
 class StoredData:
@@ -36,7 +48,7 @@ class StoredData:
         self._version = self._memory = -1
         self._slices = self._written = self._again = self._changed = 0
         self._rows: dict[int, bytes] = {}
-        self._arrays: dict[tuple[int, tuple[int, ...]], NDArray[numpy.float64]] = {}
+        self._arrays: dict[tuple[int, tuple[int, ...]], _Seen] = {}  # by address and shape
         self._epochs = self._epochs_changed = 0
         self._spreads: list[float] = []
 
@@ -57,8 +69,8 @@ class StoredData:
         self._written += t._version > self._version
         self._version = t._version
         self._look_again(t)
-        if self._changed in WRITTEN_NEWS:
-            self._moment.news(("written", self._changed))
+        if reached := sum(self._changed >= n for n in WRITTEN_NEWS):
+            self._moment.news(("written", reached))
 
     def _look_again(self, t: Tensor) -> None:
         first = t.storage_offset() // t.stride(0)
@@ -78,11 +90,13 @@ class StoredData:
         if not torch.is_grad_enabled():
             return
         found = {}
-        for array in list(_arrays(dataset, DATA_SETS_INSIDE))[:ARRAYS_FOLLOWED]:
+        for array in islice(_arrays(dataset, DATA_SETS_INSIDE), ARRAYS_FOLLOWED):
             where = array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data
-            found[where, tuple(array.shape)] = _sample(array)
-        again = [(before, found[key]) for key, before in self._arrays.items() if key in found]
-        self._arrays.update(found)
+            found[where, tuple(array.shape)] = _Seen(_sample(array), _memory(array))
+        # Another array may have come to lie where one was that is gone: data that is made again for each epoch.
+        known = {key: seen for key, seen in self._arrays.items() if seen.is_there()}
+        again = [(known.pop(key).numbers, now.numbers) for key, now in found.items() if key in known]
+        self._arrays = dict(list((known | found).items())[-ARRAYS_REMEMBERED:])
         if again:
             changed = [(a, b) for a, b in again if _is_changed(a, b)]
             self._epochs += 1
@@ -101,8 +115,8 @@ class StoredData:
             rows_changed=self._changed,
             epochs=self._epochs,
             epochs_changed=self._epochs_changed,
-            spread_before=self._spreads[0] if self._spreads else float("nan"),
-            spread=self._spreads[-1] if self._spreads else float("nan"),
+            spread_before=self._spreads[0] if self._spreads else math.nan,
+            spread=self._spreads[-1] if self._spreads else math.nan,
         )
 
 
@@ -126,12 +140,24 @@ def _holds_examples(value: Any) -> bool:
     return floating and value.ndim > 0 and len(value) >= SAMPLED_ROWS
 
 
+def _memory(array: Tensor | NDArray[Any]) -> Callable[[], bool]:
+    """A function that says whether the memory in which the array lies has not been freed since."""
+    if isinstance(array, Tensor):
+        storage = StorageWeakRef(array.untyped_storage())
+        return lambda: not storage.expired()
+    while isinstance(array.base, numpy.ndarray):
+        array = array.base
+    owner = weakref.ref(array)
+    return lambda: owner() is not None
+
+
 def _sample(array: Tensor | NDArray[Any]) -> NDArray[numpy.float64]:
     """Some numbers of some rows, (rows, numbers), as they are now."""
-    rows = array[:: max(len(array) // SAMPLED_ROWS, 1)][:SAMPLED_ROWS]
-    some = rows.detach().double().numpy() if isinstance(rows, Tensor) else rows
-    flat = numpy.asarray(some, numpy.float64).reshape(len(some), -1)
-    return flat[:, :: max(flat.shape[1] // SAMPLED_NUMBERS, 1)][:, :SAMPLED_NUMBERS].copy()
+    whole = array.detach() if isinstance(array, Tensor) else array
+    rows = whole[:: max(len(whole) // SAMPLED_ROWS, 1)][:SAMPLED_ROWS]
+    flat = rows.reshape(len(rows), -1)
+    some = flat[:, :: max(flat.shape[1] // SAMPLED_NUMBERS, 1)][:, :SAMPLED_NUMBERS]
+    return numpy.array(some.double().numpy() if isinstance(some, Tensor) else some, numpy.float64)
 
 
 def _is_changed(before: NDArray[numpy.float64], now: NDArray[numpy.float64]) -> bool:

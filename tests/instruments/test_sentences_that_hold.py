@@ -18,6 +18,8 @@ from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import ShapeFacts
 from diag.snapshot.loop.steps import OptimizerFacts, OutsideChange
+from diag.watching.observe.loop.data.stream import Stream
+from diag.watching.observe.loop.moment import Moment
 
 _path = Path(__file__).with_name("optimization_histories.py")
 _spec = importlib.util.spec_from_file_location("optimization_histories", _path)
@@ -103,6 +105,17 @@ def test_what_one_step_uses_comes_in_no_order(steps_apart, loaders, level, said)
     facts = BatchFacts(calls=90, lag=30, steps_apart=steps_apart, repeats=30, loaders=loaders)
     verdict = diag.batches_repeated(loop=Loop(step=90, batches=facts)).verdict()
     assert verdict.level == level and said in verdict.sentence
+
+
+def test_steps_are_counted_from_the_first_batch_where_a_later_one_makes_all_numbers_count():
+    """Mostly zeros, the second batch is told from others by all of its numbers, and from then on every batch is."""
+    generator, sparse = torch.Generator().manual_seed(0), torch.zeros(64, 32)
+    sparse[3, 3] = 1.0
+    batches = Stream(moment := Moment())
+    for step, batch in enumerate(3 * [torch.randn(64, 32, generator=generator), sparse], 1):
+        batches.add(step, batches.key(step, batch), fetched=True)
+        moment.ended(step)
+    assert (batches.lag, batches.steps_apart, batches.repeats) == (2, 2, 4)
 
 
 def test_masks_numbers_and_times_are_no_rows_of_numbers():

@@ -29,10 +29,10 @@ TELL = (2, 3, 4, 5, 6, 8, 12)  # the same order for so many batches is news
 
 
 class Stream:
-    """The batches of one kind. lag: after how many the same comes again, and steps_apart,
-    after how many optimizer steps; repeats: how many in a row did, since the
-    step `since`; fetched: before how many of these a DataLoader gave a batch; hashed: how many in all. pairs:
-    neighbours that were compared, of which `equal` were one batch twice."""
+    """The batches of one kind. lag: after how many the same comes again, and steps_apart, after how many optimizer
+    steps; repeats: how many in a row did, since the step `since`; fetched: before how many of these a DataLoader
+    gave a batch; hashed: how many in all. pairs: neighbours that were compared, of which `equal` were one batch
+    twice."""
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
@@ -40,7 +40,7 @@ class Stream:
         self._keys = Recent(BATCHES_REMEMBERED)  # batches by place
         self._steps = Recent(BATCHES_REMEMBERED)  # steps by batch
         self._whole, self._looked = False, 0
-        self._early: list[tuple[int, int]] = []  # the first batches, by all of their numbers
+        self._early: list[tuple[int, int, int]] = []  # places and steps of the first batches, by all their numbers
         self._were_fetched: set[int] = set()  # of these those for which a DataLoader gave one
         self._away: deque[tuple[int, Tensor, bool, int]] = deque(maxlen=AWAY)
         self.hashed = self.lag = self.steps_apart = self.repeats = self.since = self.fetched = 0
@@ -92,10 +92,10 @@ class Stream:
             self._whole, self.hashed, self.lag, self.repeats = True, 0, 0, 0
             for kept in (self._at, self._keys, self._steps):
                 kept.clear()
-            for before, key in self._early:
-                self.add(before, key, fetched=before in self._were_fetched)
+            for before, step, key in self._early:
+                self.add(before, key, fetched=before in self._were_fetched, step=step)
         elif tensor.numel() * tensor.element_size() <= WHOLE:
-            self._early.append((place, key_of_batch(tensor, tensor.shape)))
+            self._early.append((place, self._moment.step, key_of_batch(tensor, tensor.shape)))
 
     def _compare(self, place: int, key: int, before: int | None, fetched: bool, step: int) -> None:
         """Is this the batch of `lag` places before? Not all are looked at, so often nobody knows."""

@@ -54,8 +54,7 @@ def _findings(s: StoredFacts) -> Iterator[LoopFinding]:
     if written and s.rows_again >= ROWS_MET_AGAIN and s.rows_changed >= ALMOST_ALL * s.rows_again:
         yield _overwritten(
             "Training writes into its own data: batches are slices of one stored tensor, which was changed in "
-            "place "
-            f"between {s.written:,} of {s.slices:,} calls, and of {s.rows_again:,} rows that were met again "
+            f"place between {s.written:,} of {s.slices:,} calls, and of {s.rows_again:,} rows that were met again "
             f"{s.rows_changed:,} had other numbers."
         )
     elif s.epochs_changed >= EPOCHS_IN_WHICH:

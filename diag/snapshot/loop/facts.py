@@ -41,9 +41,7 @@ from diag.snapshot.loop.steps import (
 )
 from diag.snapshot.snapshot import Snapshot
 
-PASSES_OF_OTHERS = (
-    1.05  # backward passes of a step over those of one optimizer; a critic may take five steps to one
-)
+PASSES_OF_OTHERS = 1.05  # backward passes of a step over one optimizer's own; a critic may take five steps to one
 SAME_BATCH_AGAIN = 2  # repetitions of a batch (our choice) from which on it is taken to be the only one
 
 

@@ -11,8 +11,9 @@ from diag.instruments.causes import Cause
 from diag.instruments.loss.places_match import places_match
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.places import SequenceFacts
-from diag.watching.observe.loop.data.masks import fitting, related
+from diag.watching.observe.loop.data.masks import Masks, fitting, related
 from diag.watching.observe.loop.data.sequences import _Look, facts_of
+from diag.watching.observe.loop.moment import Moment
 
 TOKENS, TAGS = 24, 5
 
@@ -180,9 +181,10 @@ def test_answers_that_fit_the_masks_of_half_of_the_rows_turned():
     assert noise.turned["left to right"] <= 3
 
 
-def segmented(augment, channels=1, steps=200, own=lambda m: m):
+def segmented(augment, channels=1, steps=200, own=lambda m: m, dropout=0.0):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, channels, 3, padding=1))
+    parts = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(8, channels, 3, padding=1)
+    model = nn.Sequential(*parts)
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
     with diag.watch(model, instruments=["places_match"]) as watcher:
         for step in range(steps):
@@ -219,6 +221,54 @@ def test_masks_of_other_images_and_masks_that_are_moved():
     moved = segmented(lambda x, y, step: (x, y), own=lambda m: m.roll(6, -2), steps=20)
     assert moved.cause == Cause.TARGETS_MISPLACED
     assert "moved by" in moved.sentence
+
+
+ONE_PICTURE = torch.randn(1, 1, 24, 24, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        lambda x, at: torch.full_like(x, 0.3),
+        lambda x, at: (200 * torch.rand(len(x), 1, 1, 1, generator=at)).expand_as(x),  # each of one grey
+        lambda x, at: ONE_PICTURE.expand_as(x),
+    ],
+)
+def test_images_that_are_all_alike_say_nothing_of_their_masks(alike):
+    """Dropout makes the answers differ, which then are like no mask more than like another."""
+    at = torch.Generator().manual_seed(1)
+    verdict = segmented(lambda x, y, step: (alike(x, at), y), dropout=0.5)
+    assert verdict.level == "not_applicable"
+    assert "images that differ" in verdict.sentence
+
+
+@pytest.mark.parametrize(("n", "side", "block"), [(48, 24, 1), (8, 150, 4)])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_many_rows_and_large_images_are_compared_too(n, side, block, classes):
+    images, masks = pictures(n, side)
+    function = "binary_cross_entropy_with_logits" if classes == 1 else "cross_entropy"
+    for moved, level in ((0, "ok"), (6 * block, "warning")):
+        followed, asked = Masks(Moment()), masks.roll(-moved, -2)
+        for _ in range(3):
+            followed.training_call((images,), {})
+            answers = images if classes == 1 else torch.cat([-images, images], 1)
+            followed.loss_called(function, (answers, asked if classes == 1 else asked[:, 0].long()), {})
+        facts = followed.facts()
+        assert (facts.images, facts.block, facts.best_shift) == (3, block, (moved // block, 0))
+        verdict = places_match(Loop(step=10, masks=facts)).verdict()
+        assert verdict.level == level
+        assert not moved or f"{moved} pixels down and 0 to the right" in verdict.sentence
+
+
+def test_masks_are_compared_with_the_image_that_differs_of_several():
+    images, masks = pictures()
+    followed = Masks(Moment())
+    for _ in range(2):
+        followed.training_call((torch.full_like(images, 0.3), images), {})
+        followed.loss_called("binary_cross_entropy_with_logits", (images, masks), {})
+    facts = followed.facts()
+    assert facts.images == 2
+    assert facts.related == pytest.approx(related(images, masks).related) and facts.related > 0.5
 
 
 def test_inputs_and_targets_of_neither_kind_are_refused():

@@ -59,13 +59,15 @@ def places_match(loop: Loop) -> PlacesMatch:
     others fit as they stand; and where a local feature of the images is like the masks turned or moved, twice as
     much as it is where they stand and as it is like other rows' masks. So are masks that are no more like a local
     feature of their images than other rows' masks are, which the network has not learned to tell apart by step 100
-    either.
+    either. Images that are all alike say nothing of their masks and are not judged.
 
     Raises nothing of its own.
     """
     s, m = loop.sequences, loop.masks
     known = Precondition(
-        "places", s.places > 0 or s.padded > 0 or m.calls > 0, "targets are neither tags of tokens nor masks."
+        "places",
+        s.places > 0 or s.padded > 0 or m.calls > 0,
+        "targets are neither tags of tokens nor masks of images that differ.",
     )
     fine = "The targets stand at the places of what they belong to, as far as it was compared."
     findings = [*_sequences(s), *_answers(m), *_images(m), *_unrelated(loop.step, m)]
@@ -131,12 +133,12 @@ def _answers(m: MaskFacts) -> Iterator[LoopFinding]:
 
 
 def _images(m: MaskFacts) -> Iterator[LoopFinding]:
-    moved = m.best_turned or m.best_shift != (0, 0)
     far = max(map(abs, m.best_shift)) > 2 or bool(m.best_turned)
     clear = m.best >= max(LIKE_ELSEWHERE, ABOVE_OTHERS * m.unrelated, ABOVE_HERE * m.related)
-    if m.images >= 2 and moved and far and clear:
-        down, right = m.best_shift
-        by = f"moved by {down} pixels down and {right} to the right" if (down, right) != (0, 0) else ""
+    if m.images >= 2 and far and clear:
+        down, right = (m.block * by for by in m.best_shift)
+        about = "about " if m.block > 1 else ""
+        by = f"moved by {about}{down} pixels down and {right} to the right" if (down, right) != (0, 0) else ""
         how = " and ".join(p for p in (f"turned {m.best_turned}" if m.best_turned else "", by) if p)
         yield _found(
             Level.WARNING,

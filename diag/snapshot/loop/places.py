@@ -44,7 +44,7 @@ class MaskFacts:
     images: calls whose images were compared with their masks without the network. related: the correlation of the
     best of a few local features of the image with the mask where it stands; unrelated: the largest with other
     rows' masks; best: the largest with the row's own mask, turned (`best_turned`, "" for not) and moved by
-    `best_shift` pixels (down, to the right)."""
+    `best_shift` pixels (down, to the right), of which each stands for a block of `block` pixels a side."""
 
     calls: int = 0
     rows: int = 0
@@ -56,3 +56,4 @@ class MaskFacts:
     best: float = math.nan
     best_turned: str = ""
     best_shift: tuple[int, int] = (0, 0)
+    block: int = 1

@@ -8,8 +8,7 @@ all places by which one of the two can be moved? Both are judged against the mas
 
 from __future__ import annotations
 
-import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ PICTURES, PIXELS_A_SIDE, CLASSES_OF_MASKS = 32, 48, 8  # of a call; classes told
 FEWEST_PICTURES, SMALLEST_PICTURE = 4, 8
 LIKE_ITSELF = 0.7  # correlation of a mask with itself turned, above which it says nothing
 PLAINLY = 0.1  # correlation by which one way is more like than another
+ROUNDING = 1e-6  # of a picture's size, in single precision
 SWAPPED_AXES = "rows for columns"
 TURNS: dict[str, Callable[[Tensor], Tensor]] = {
     "left to right": lambda t: t.flip(-1),
@@ -44,7 +44,7 @@ class _Rows(NamedTuple):
 
     rows: int
     as_given: int
-    turned: dict[str, int]
+    turned: Counter[str]
 
 
 class _Related(NamedTuple):
@@ -55,6 +55,7 @@ class _Related(NamedTuple):
     best: float
     turned: str
     shift: tuple[int, int]
+    block: int = 1
 
 
 class Masks:
@@ -80,32 +81,39 @@ class Masks:
         if not images or name not in (*OF_BINARY_TARGETS, *OF_LOG_PROBABILITIES):
             return
         given, target = input_and_target(args, kwargs)
-        if not isinstance(given, Tensor) or not isinstance(target, Tensor) or not target.is_cpu or given.ndim != 4:
+        if not isinstance(given, Tensor) or not isinstance(target, Tensor) or not _are_masks_of(given, target):
             return
         masks = as_masks(target.detach(), given.shape[1])
-        if masks is None or masks.shape[0] != given.shape[0] or masks.shape[-2:] != given.shape[-2:]:
+        if masks is None or not self._compare_images(images, target, masks):
             return
         self._looked += 1
         answers = given.detach()[:PICTURES].float()
         answers = answers.softmax(1) if name in OF_LOG_PROBABILITIES else answers
         self._answers.append(fitting(smaller(answers), masks))
-        own = [t for t in images if len(t) == len(target) and not _same(t, target)]
-        if len(self._images) < IMAGES_COMPARED and own:
-            self._images.append(related(smaller(own[0].detach()[:PICTURES].float()), masks))
         if self._looked % TOLD_EVERY == 0:
             self._moment.news(("masks", self._looked))
 
+    def _compare_images(self, images: list[Tensor], target: Tensor, masks: Tensor) -> bool:
+        """Compare the first few; whether anything can be told, which it cannot where all images are alike."""
+        if len(self._images) >= IMAGES_COMPARED:
+            return True
+        own = [t for t in images if len(t) == len(target) and not _same(t, target)]
+        pictures = [smaller(t.detach()[:PICTURES].float()) for t in own]
+        telling = [t for t in pictures if _apart(_features(t)).any()]
+        beside = next((t for t in telling if t.shape[-2:] == masks.shape[-2:]), None)
+        if beside is not None:
+            self._images.append(related(beside, masks)._replace(block=block_of(target)))
+        return bool(telling) or not own
+
     def facts(self) -> MaskFacts:
         """As plain data."""
-        turned = {name: sum(a.turned[name] for a in self._answers) for name in TURNS} if self._answers else {}
-        apart = _together(self._images)
         return MaskFacts(
             calls=len(self._answers),
             rows=sum(a.rows for a in self._answers),
             as_given=sum(a.as_given for a in self._answers),
-            turned={name: count for name, count in turned.items() if count},
+            turned=dict(sum((a.turned for a in self._answers), Counter())),
             images=len(self._images),
-            **apart,
+            **_together(self._images),
         )
 
 
@@ -114,13 +122,18 @@ def _is_images(t: Tensor) -> bool:
     return dense and t.ndim == 4 and len(t) >= FEWEST_PICTURES and min(t.shape[-2:]) >= SMALLEST_PICTURE
 
 
+def _are_masks_of(given: Tensor, target: Tensor) -> bool:
+    """Whether the target may hold a mask for each of the network's answers, in as many pixels, on the host."""
+    return target.is_cpu and given.ndim == 4 and len(given) == len(target) and given.shape[-2:] == target.shape[-2:]
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one == other).all())
 
 
 def as_masks(target: Tensor, classes: int) -> Tensor | None:
-    """Masks (rows, classes, height, width) of zeros and ones, in at most `PIXELS_A_SIDE` pixels a side; "
-    "None of others."""
+    """Masks (rows, classes, height, width) of zeros and ones, in at most `PIXELS_A_SIDE` pixels a side; None of
+    others."""
     if target.is_floating_point():
         binary = target.ndim == 4 and bool(((target == 0) | (target == 1)).all())
         return smaller(target[:PICTURES].float()) if binary else None
@@ -128,72 +141,75 @@ def as_masks(target: Tensor, classes: int) -> Tensor | None:
         target = target[:, 0]
     if target.ndim != 3 or not 2 <= classes <= CLASSES_OF_MASKS:
         return None
-    return smaller((target[:PICTURES, None] == torch.arange(classes)[:, None, None]).float())
+    return torch.cat([smaller((target[:PICTURES, None] == k).float()) for k in range(classes)], 1)
+
+
+def block_of(pictures: Tensor) -> int:
+    """The side of the blocks of pixels that make one where pictures (..., height, width) are compared."""
+    return max(-(-max(pictures.shape[-2:]) // PIXELS_A_SIDE), 1)
 
 
 def smaller(pictures: Tensor) -> Tensor:
     """The pictures with whole blocks of pixels averaged, which turns commute with where blocks fill the picture."""
-    height, width = pictures.shape[-2:]
-    block = -(-max(height, width) // PIXELS_A_SIDE)
-    return pictures if block <= 1 else F.avg_pool2d(pictures, block)
+    block = block_of(pictures)
+    return pictures if block == 1 else F.avg_pool2d(pictures, block)
+
+
+def _apart(pictures: Tensor) -> Tensor:
+    """The pictures without what is the same in all rows and without their means, in double precision; zero where no
+    more than rounding is left."""
+    whole = pictures.double()
+    apart = whole - whole.mean(0)
+    apart = apart - apart.mean((-2, -1), keepdim=True)
+    left, size = (t.flatten(2).norm(dim=-1)[..., None, None] for t in (apart, whole))
+    return torch.where(left > ROUNDING * size, apart, 0.0)
 
 
 def _unit(pictures: Tensor) -> Tensor:
-    """Rows without what is the same in all of them and without their mean, at unit length, (rows, numbers)."""
-    flat = (pictures - pictures.mean(0)).flatten(2)
-    flat = (flat - flat.mean(-1, keepdim=True)).flatten(1).double()
+    """What tells each row from the others, at unit length, (rows, numbers)."""
+    flat = _apart(pictures).flatten(1)
     return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _turned(masks: Tensor) -> dict[str, Tensor]:
+    """The masks turned in each way in which they can be."""
+    square = masks.shape[-1] == masks.shape[-2]
+    return {name: turn(masks) for name, turn in TURNS.items() if square or name != SWAPPED_AXES}
 
 
 def fitting(answers: Tensor, masks: Tensor) -> _Rows:
     """Which of the masks of a batch, as they stand and turned, each answer (rows, channels, height, width) is most
     like. Counted are rows whose mask is not like itself turned."""
-    square = masks.shape[-1] == masks.shape[-2]
     a, given = _unit(answers), _unit(masks)
-    as_given = a @ given.T
-    own = as_given.diagonal()
-    turned, told_apart = {}, (given.norm(dim=1) > 0.5) & (a.norm(dim=1) > 0.5)
-    likeness = {}
-    for name, turn in TURNS.items():
-        if name != SWAPPED_AXES or square:
-            other = _unit(turn(masks))
-            likeness[name] = a @ other.T, (given * other).sum(1)
-    told_apart &= torch.stack([alike for _, alike in likeness.values()]).amax(0) < LIKE_ITSELF
-    everything = torch.cat([as_given, *(like for like, _ in likeness.values())], 1)
-    best = everything.amax(1)
-    n = len(masks)
-    for name in TURNS:
-        turned[name] = 0
-        if name in likeness:
-            its_own = likeness[name][0].diagonal()
-            fits = told_apart & (its_own >= best) & (its_own > own + PLAINLY)
-            turned[name] = int(fits.sum())
-    return (
-        _Rows(int(told_apart.sum()), int((told_apart & (own >= best)).sum()), turned) if n else _Rows(0, 0, turned)
-    )
+    turned = {name: _unit(t) for name, t in _turned(masks).items()}
+    told_apart = (given.norm(dim=1) > 0.5) & (a.norm(dim=1) > 0.5)
+    for other in turned.values():
+        told_apart &= (given * other).sum(1) < LIKE_ITSELF
+    as_given, as_turned = a @ given.T, {name: a @ other.T for name, other in turned.items()}
+    own, best = as_given.diagonal(), torch.cat([as_given, *as_turned.values()], 1).amax(1)
+    fits: Counter[str] = Counter()
+    for name, like in as_turned.items():
+        its_own = like.diagonal()
+        fits[name] = int((told_apart & (its_own >= best) & (its_own > own + PLAINLY)).sum())
+    return _Rows(int(told_apart.sum()), int((told_apart & (own >= best)).sum()), fits)
 
 
 def related(images: Tensor, masks: Tensor) -> _Related:
-    """Where a local feature of the images is most like the masks."""
-    features = _features(images)
-    n, height, width = len(masks), *masks.shape[-2:]
-    if features.shape[-2:] != (height, width) or n < FEWEST_PICTURES:
-        return _Related(math.nan, math.nan, math.nan, "", (0, 0))
-    spectra = _spectra(features)  # rows, features
+    """Where a local feature of the images is most like the masks, both in as many pixels."""
+    spectra, size = _spectra(_features(images)), (masks.shape[-2], masks.shape[-1])
     one = masks[:, 1:] if masks.shape[1] > 1 else masks
-    ways = {"": one} | {k: turn(one) for k, turn in TURNS.items() if height == width or k != SWAPPED_AXES}
     found: list[tuple[float, str, tuple[int, int]]] = []
     here, others = 0.0, 0.0
-    for name, masks_so in ways.items():
-        theirs = _spectra(masks_so)
-        own = _moved(spectra, theirs, (height, width))
-        others = max(others, float(_moved(spectra, theirs.roll(1, 0), (height, width)).abs().max()))
+    for name, turned in {"": one, **_turned(one)}.items():
+        theirs = _spectra(turned)
+        own = _moved(spectra, theirs, size)
+        others = max(others, float(_moved(spectra, theirs.roll(1, 0), size).abs().max()))
         place = int(own.abs().flatten(2).amax((0, 1)).argmax())
-        found.append((float(own.abs().max()), name, _signed(divmod(place, width), (height, width))))
+        found.append((float(own.abs().max()), name, _signed(divmod(place, size[1]), size)))
         if not name:
             here = float(own[..., 0, 0].abs().max())
-    best, turned, shift = max(found)
-    return _Related(here, others, best, turned, shift)
+    best, way, shift = max(found)
+    return _Related(here, others, best, way, shift)
 
 
 def _features(images: Tensor) -> Tensor:
@@ -206,9 +222,8 @@ def _features(images: Tensor) -> Tensor:
 
 
 def _spectra(pictures: Tensor) -> Tensor:
-    """The Fourier transforms of the pictures without what all rows share, each at unit length."""
-    apart = (pictures - pictures.mean(0)).double()
-    apart = apart - apart.mean((-2, -1), keepdim=True)
+    """The Fourier transforms of what tells the pictures of each channel apart, each at unit length."""
+    apart = _apart(pictures)
     return torch.fft.rfft2(apart / apart.flatten(2).norm(dim=-1)[..., None, None].clamp_min(1e-12))
 
 
@@ -227,15 +242,16 @@ def _signed(place: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 def _together(looks: list[_Related]) -> dict[str, Any]:
     """What the looks at images agree on: the largest relation where the mask stands, the least where it fits best,
     which is nothing unless all fit best in the same way."""
-    known = [look for look in looks if math.isfinite(look.best)]
-    if not known:
+    if not looks:
         return {}
-    ways = {(look.turned, look.shift) for look in known}
-    turned, shift = next(iter(ways)) if len(ways) == 1 else ("", (0, 0))
+    ways = {(look.turned, look.shift, look.block) for look in looks}
+    turned, shift, block = next(iter(ways)) if len(ways) == 1 else ("", (0, 0), 1)
+    here = max(look.related for look in looks)
     return {
-        "related": max(look.related for look in known),
-        "unrelated": max(look.unrelated for look in known),
-        "best": min(look.best for look in known) if len(ways) == 1 else max(look.related for look in known),
+        "related": here,
+        "unrelated": max(look.unrelated for look in looks),
+        "best": min(look.best for look in looks) if len(ways) == 1 else here,
         "best_turned": turned,
         "best_shift": shift,
+        "block": block,
     }

@@ -87,11 +87,10 @@ class Demands:
         """The model was called in training."""
         self._calls += 1
         self._inputs = None
-        whole = (t for t in tensors_in((args, dict(kwargs))) if not t.is_floating_point() and t.ndim > 1)
-        self._sequences = {t.numel() for t in whole if t.shape[1] > 1}
+        given = [t for t in tensors_in((args, dict(kwargs))) if t.ndim > 1]
+        self._sequences = {t.numel() for t in given if not t.is_floating_point() and t.shape[1] > 1}
         if self._calls <= INPUTS_LOOKED_AT or due(self._calls):
-            dense = filter(is_dense, tensors_in((args, dict(kwargs))))
-            self._inputs = next((t for t in dense if t.is_floating_point() and t.ndim > 1), None)
+            self._inputs = next((t for t in given if is_dense(t) and t.is_floating_point()), None)
 
     def fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""

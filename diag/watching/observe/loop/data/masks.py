@@ -29,7 +29,7 @@ PICTURES, PIXELS_A_SIDE, CLASSES_OF_MASKS = 32, 48, 8  # of a call; classes told
 FEWEST_PICTURES, SMALLEST_PICTURE = 4, 8
 LIKE_ITSELF = 0.7  # correlation of a mask with itself turned, above which it says nothing
 PLAINLY = 0.1  # correlation by which one way is more like than another
-ROUNDING = 1e-6  # of a picture's size, in single precision
+ROUNDING_OF_PICTURES = 1e-6  # of a picture's size, in single precision
 SWAPPED_AXES = "rows for columns"
 TURNS: dict[str, Callable[[Tensor], Tensor]] = {
     "left to right": lambda t: t.flip(-1),
@@ -102,7 +102,7 @@ class Masks:
         telling = [t for t in pictures if _apart(_features(t)).any()]
         beside = next((t for t in telling if t.shape[-2:] == masks.shape[-2:]), None)
         if beside is not None:
-            self._images.append(related(beside, masks)._replace(block=block_of(target)))
+            self._images.append(related(beside, masks)._replace(block=averaged_block(target)))
         return bool(telling) or not own
 
     def facts(self) -> MaskFacts:
@@ -144,14 +144,14 @@ def as_masks(target: Tensor, classes: int) -> Tensor | None:
     return torch.cat([smaller((target[:PICTURES, None] == k).float()) for k in range(classes)], 1)
 
 
-def block_of(pictures: Tensor) -> int:
+def averaged_block(pictures: Tensor) -> int:
     """The side of the blocks of pixels that make one where pictures (..., height, width) are compared."""
     return max(-(-max(pictures.shape[-2:]) // PIXELS_A_SIDE), 1)
 
 
 def smaller(pictures: Tensor) -> Tensor:
     """The pictures with whole blocks of pixels averaged, which turns commute with where blocks fill the picture."""
-    block = block_of(pictures)
+    block = averaged_block(pictures)
     return pictures if block == 1 else F.avg_pool2d(pictures, block)
 
 
@@ -162,7 +162,7 @@ def _apart(pictures: Tensor) -> Tensor:
     apart = whole - whole.mean(0)
     apart = apart - apart.mean((-2, -1), keepdim=True)
     left, size = (t.flatten(2).norm(dim=-1)[..., None, None] for t in (apart, whole))
-    return torch.where(left > ROUNDING * size, apart, 0.0)
+    return torch.where(left > ROUNDING_OF_PICTURES * size, apart, 0.0)
 
 
 def _unit(pictures: Tensor) -> Tensor:

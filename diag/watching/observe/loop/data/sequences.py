@@ -50,7 +50,7 @@ class Sequences:
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
-        self._calls = 0
+        self._calls = self._kept = 0
         self._given: list[Tensor] = []
         self._looks: list[_Look] = []
         self._facts: SequenceFacts | None = SequenceFacts()
@@ -59,7 +59,7 @@ class Sequences:
         """The model was called in training."""
         self._calls += 1
         self._given = []
-        if self._calls <= CALLS_COMPARED or due(self._calls):
+        if self._kept < PLACES_KEPT and (self._calls <= CALLS_COMPARED or due(self._calls)):
             self._given = [t.detach() for t in tensors_in((args, dict(kwargs))) if t.ndim == 2 and t.is_cpu]
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -71,14 +71,14 @@ class Sequences:
             return
         classes = sequences_of(given, target)
         inputs, self._given = self._given, []
-        if classes is None or sum(look.tokens.numel() for look in self._looks) >= PLACES_KEPT:
+        if classes is None:
             return
         tokens = [t for t in inputs if _is_tokens(t, classes)]
         if len(tokens) == 1:
             ignored = kwargs.get("ignore_index")
             counts = classes != (ignored if isinstance(ignored, int) else IGNORED_LABEL)
             self._looks.append(_Look(tokens[0].clone(), classes.clone(), counts))
-            self._facts = None
+            self._kept, self._facts = self._kept + classes.numel(), None
             if len(self._looks) in COMPARED_NEWS:
                 self._moment.news(("places", len(self._looks)))
 

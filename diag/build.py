@@ -12,13 +12,13 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from diag.errors import DiagError, InvalidInput, first_line, type_of
+from diag.errors import DiagError, InvalidInput, first_line, named, type_of
 from diag.snapshot.snapshot import Snapshot
 
 FORM = "expected module:function or file.py:function"
@@ -48,6 +48,14 @@ def built_arguments(build: Build) -> dict[str, Any]:
             f"The build function {name} returned {unknown[0]!r}; expected one of {', '.join(known)}."
         )
     return dict(built)
+
+
+def refuse_without_build(caller: str, arguments: Sequence[str]) -> None:
+    """Raise InvalidInput where there is no build function, and arguments were given that need one."""
+    if arguments:
+        raise InvalidInput(
+            f"{caller} takes {named(arguments, 2)} for checkpoints only; give build=, or leave it out."
+        )
 
 
 def build_name(build: Build) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diag.build import Build, built_arguments
+from diag.build import Build, built_arguments, refuse_without_build
 from diag.checkpoints import load_into, load_state
 from diag.conversion import converted
-from diag.errors import InvalidInput, named, type_of
+from diag.errors import InvalidInput, type_of
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -26,15 +26,16 @@ class LoadedNetworks(NamedTuple):
 
 
 def loaded_networks(
-    paths: Any, build: Build, key: str | None, options: Mapping[str, Any] | None, caller: str
+    paths: Sequence[Any], build: Build, key: str | None, options: Mapping[str, Any] | None, caller: str
 ) -> LoadedNetworks:
     """The networks that checkpoint files hold, in the model that `build` makes.
 
     paths: two files or more. build, key, options: as `diag.report` takes them.
-    Raises InvalidInput where the paths are none or the build function fails, CheckpointError where a file cannot be
-    read or does not fit.
+    Raises InvalidInput where they are no paths, or fewer than two, or the build function fails, CheckpointError
+    where a file cannot be read or does not fit.
     """
     places = [_path(path, caller) for path in paths]
+    refuse_fewer_than_two(places)
     arguments = built_arguments(build) | dict(options or {})
     model, states = arguments["model"], dict[str, dict[str, Tensor]]()
     notes: list[str] = []
@@ -57,12 +58,15 @@ def _path(path: Any, caller: str) -> Path:
     return Path(path)
 
 
+def refuse_fewer_than_two(networks: Sized) -> None:
+    """Raise InvalidInput where there is nothing to compare."""
+    if len(networks) < 2:
+        raise InvalidInput(f"There are {len(networks)} networks; expected at least 2 to compare.")
+
+
 def refuse_file_arguments(caller: str, snapshot: Any, **for_files: Any) -> None:
     """Raise InvalidInput where there is no build function, and what was given needs one."""
-    if without := [name for name, value in for_files.items() if value is not None]:
-        raise InvalidInput(
-            f"{caller} takes {named(without, 2)} for checkpoints only; give build=, or leave it out."
-        )
+    refuse_without_build(caller, [name for name, value in for_files.items() if value is not None])
     several = isinstance(snapshot, Sequence) and not isinstance(snapshot, str)
     files = snapshot if several else [snapshot]
     if files and all(isinstance(path, (str, os.PathLike)) for path in files):

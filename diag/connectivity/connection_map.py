@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.build import Build
-from diag.connectivity.checkpoint_files import loaded_networks, refuse_file_arguments
+from diag.connectivity.checkpoint_files import loaded_networks, refuse_fewer_than_two, refuse_file_arguments
 from diag.connectivity.connection import ALIGN, aligned_end
 from diag.connectivity.interpolation import Interpolation
 from diag.connectivity.interpolation_layers import angle, first_stable_step
@@ -178,10 +178,10 @@ def connect(
             "connect was given states and build=; expected a snapshot and states, or paths and build=."
         )
     else:
-        files = [snapshot] if isinstance(snapshot, (str, os.PathLike)) else snapshot
+        several = isinstance(snapshot, Iterable) and not isinstance(snapshot, (str, os.PathLike))
+        files = list(cast(Iterable[Any], snapshot)) if several else [snapshot]
         snapshot, named, notes = loaded_networks(files, build, key, options, "connect")
-    if len(named) < 2:
-        raise InvalidInput(f"There are {len(named)} networks; expected at least 2 to compare.")
+    refuse_fewer_than_two(named)
     path = Interpolation(cast(Snapshot, snapshot))
     fitted = {name: _named(path, name, state) for name, state in named.items()}
     return _between_all(path, fitted, points, align, norm_stats, threshold, progress, notes)

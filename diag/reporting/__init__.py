@@ -9,6 +9,7 @@ import inspect
 import os
 from typing import Any
 
+from diag.build import refuse_without_build
 from diag.door import at_the_door
 from diag.errors import InvalidInput, did_you_mean
 from diag.reporting.comparison.compare import compare
@@ -50,11 +51,9 @@ def report(
     if build is not None:
         paths = [source] if isinstance(source, (str, os.PathLike)) else source
         source = from_checkpoints(paths, build, **measuring)
-    elif measuring:
-        raise InvalidInput(
-            f"report takes {', '.join(measuring)} for checkpoints only; give build=, or leave it out."
-        )
-    elif isinstance(source, (list, tuple)):
-        source = from_state_files(source)
+    else:
+        refuse_without_build("report", list(measuring))
+        if isinstance(source, (list, tuple)):
+            source = from_state_files(source)
     page = Page(document(source, title=title, command=command))
     return page if output is None else page.save(output)

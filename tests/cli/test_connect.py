@@ -97,6 +97,11 @@ def test_files_without_a_build_function_and_what_is_no_file(folder):
         diag.connect([folder / "a.pt"] * 2, [snapshot], build=build)
     with pytest.raises(InvalidInput, match="There are 1 networks"):
         diag.connect(folder / "a.pt", build=build)
+    with pytest.raises(InvalidInput, match="There are 0 networks"):
+        diag.connect([], build=build)
+    for source in (5, [5, 6]):
+        with pytest.raises(InvalidInput, match="connect was called on an int and build="):
+            diag.connect(source, build=build)
     with pytest.raises(InvalidInput, match="connect was called without states"):
         diag.connect(snapshot)
 

@@ -159,10 +159,10 @@ class Hub:
     def _backward_begins(self, args: Any, kwargs: Any) -> bool:
         if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own
             return False
-        given = dict(zip(BACKWARD_ARGUMENTS, args, strict=False)) | kwargs
+        bound = dict(zip(BACKWARD_ARGUMENTS, args, strict=False)) | kwargs
         for reference in self._listeners:
             if (listener := reference()) is not None:
-                listener.backward_called(given.get("tensors"), given.get("grad_tensors"), given.get("inputs"))
+                listener.backward_called(bound.get("tensors"), bound.get("grad_tensors"), bound.get("inputs"))
         return True
 
     def _backward_done(self, seen: bool, args: Any, kwargs: Any, value: Any) -> None:
@@ -210,8 +210,8 @@ class Hub:
             listener.indices_drawn(args[0], indices)
 
     def _scaling_gradients(self, args: Any, kwargs: Any) -> Changed:
-        given = dict(zip(("parameters", "max_norm", "total_norm", "foreach"), args, strict=False)) | kwargs
-        return self._clipping(args, kwargs, given.get("max_norm"), given.get("total_norm"))
+        bound = dict(zip(("parameters", "max_norm", "total_norm", "foreach"), args, strict=False)) | kwargs
+        return self._clipping(args, kwargs, bound.get("max_norm"), bound.get("total_norm"))
 
     def _clamping_gradients(self, args: Any, kwargs: Any) -> Changed:
         return self._clipping(args, kwargs, None, None)

@@ -220,7 +220,7 @@ def test_masks_of_other_images_and_masks_that_are_moved():
     assert others.cause == Cause.LABELS_SHUFFLED
     moved = segmented(lambda x, y, step: (x, y), own=lambda m: m.roll(6, -2), steps=20)
     assert moved.cause == Cause.TARGETS_MISPLACED
-    assert "moved by" in moved.sentence
+    assert "moved by 6 pixels up" in moved.sentence
 
 
 ONE_PICTURE = torch.randn(1, 1, 24, 24, generator=torch.Generator().manual_seed(3))
@@ -257,7 +257,8 @@ def test_many_rows_and_large_images_are_compared_too(n, side, block, classes):
         assert (facts.images, facts.block, facts.best_shift) == (3, block, (moved // block, 0))
         verdict = places_match(Loop(step=10, masks=facts)).verdict()
         assert verdict.level == level
-        assert not moved or f"{moved} pixels down and 0 to the right" in verdict.sentence
+        by = f"moved by {'about ' if block > 1 else ''}{moved} pixels down, a mask"
+        assert not moved or by in verdict.sentence
 
 
 def test_masks_are_compared_with_the_image_that_differs_of_several():

@@ -136,10 +136,7 @@ def _images(m: MaskFacts) -> Iterator[LoopFinding]:
     far = max(map(abs, m.best_shift)) > 2 or bool(m.best_turned)
     clear = m.best >= max(LIKE_ELSEWHERE, ABOVE_OTHERS * m.unrelated, ABOVE_HERE * m.related)
     if m.images >= 2 and far and clear:
-        down, right = (m.block * by for by in m.best_shift)
-        about = "about " if m.block > 1 else ""
-        by = f"moved by {about}{down} pixels down and {right} to the right" if (down, right) != (0, 0) else ""
-        how = " and ".join(p for p in (f"turned {m.best_turned}" if m.best_turned else "", by) if p)
+        how = " and ".join(p for p in (f"turned {m.best_turned}" if m.best_turned else "", _moved(m)) if p)
         yield _found(
             Level.WARNING,
             Cause.TARGETS_MISPLACED,
@@ -150,6 +147,14 @@ def _images(m: MaskFacts) -> Iterator[LoopFinding]:
             "transforms.",
             "Masks that are meant to lie elsewhere.",
         )
+
+
+def _moved(m: MaskFacts) -> str:
+    """By how many of the image's own pixels, and which way, masks lie on their images; empty: as they are."""
+    (down, right), about = m.best_shift, "about " if m.block > 1 else ""
+    ways = [(down, "down" if down > 0 else "up"), (right, "to the right" if right > 0 else "to the left")]
+    parts = [f"{abs(by) * m.block} pixels {way}" for by, way in ways if by]
+    return f"moved by {about}{' and '.join(parts)}" if parts else ""
 
 
 def _unrelated(step: int, m: MaskFacts) -> Iterator[LoopFinding]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from diag.result import Precondition
 from diag.snapshot.batch import tensors_in
 
@@ -15,7 +13,6 @@ def rows_differ(inputs: Any) -> Precondition:
 
     Where they have not, as where all of them are the first state of a game, every network answers them alike.
     """
-    parts = [inputs] if isinstance(inputs, Tensor) else tensors_in(inputs)
-    rows = [t.detach() for t in parts if t.ndim and len(t) > 1 and t.numel()]
+    rows = [t.detach() for t in tensors_in(inputs) if t.ndim and len(t) > 1 and t.numel()]
     differ = not rows or any(bool((t != t[:1]).any()) for t in rows)
     return Precondition("examples that differ", differ, "all examples that were looked at have the same inputs.")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
-from diag.instruments.optimization.course import farthest, finite_losses, largest_update_ratio
+from diag.instruments.optimization.course import farthest, highest_loss, largest_update_ratio
 from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -28,7 +28,7 @@ from diag.snapshot.history import History
 SOURCE = "He et al. 2015, arXiv:1502.01852; Roberts et al. 2022, arXiv:2106.10165"
 LARGE_GAIN, SMALL_GAIN = 3.0, 0.03
 STEP_OVER_WEIGHTS = 0.15  # a step over the weights
-LEFT_BY = 5.0  # times the first loss: what steps too large do to it
+LEFT_BY = 5.0  # times the first loss, which steps that are too large make it
 STILL_INITIAL = 10  # steps; afterwards weights are no longer as they began, even where they have moved little
 FEWEST_LAYERS_OFF = 2
 
@@ -133,8 +133,7 @@ def initial_scale(
 def _hardly_moved(history: History | None) -> Precondition:
     """That the weights are those that training began with, but for steps of an ordinary size."""
     largest = 0.0 if history is None else max(largest_update_ratio(history), farthest(history))
-    losses = numpy.zeros(0) if history is None else finite_losses(history)[0]
-    left = len(losses) > 1 and losses[0] > 0 and losses.max() > LEFT_BY * losses[0]
+    left = history is not None and highest_loss(history) > LEFT_BY
     return Precondition(
         "weights as they began",
         largest < STEP_OVER_WEIGHTS and not left,

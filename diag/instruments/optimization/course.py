@@ -40,6 +40,12 @@ def left_of_loss(history: History) -> float:
     return float(median(losses[-max(LAST_LOSSES, len(losses) // 10) :]) / losses[0])
 
 
+def highest_loss(history: History) -> float:
+    """The largest loss over the first one; NaN where that is not positive."""
+    losses, _ = finite_losses(history)
+    return float(losses.max() / losses[0]) if len(losses) and losses[0] > 0 else math.nan
+
+
 def median(values: Any, axis: int | None = None) -> Any:
     """The median over what is not NaN; NaN where there is nothing."""
     # numpy.nanmedian goes by masked arrays where there are few values, which takes ten times as long.

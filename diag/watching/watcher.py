@@ -250,7 +250,6 @@ class Watcher(Guarded):
             return
         self._measure_now(chosen)
 
-    @unseen()
     def close(self) -> None:
         """End the watch, after the last measurements that the budget allows. It may be called twice."""
         safely(self._end, True)
@@ -258,7 +257,6 @@ class Watcher(Guarded):
     def __enter__(self) -> Self:
         return self
 
-    @unseen()
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is not None and not self.clock.closed:
             safely(self._ended_by, error)
@@ -303,10 +301,9 @@ class Watcher(Guarded):
         self._loop.step_ended(step, row.learning_rate)
         if self._listener.look_for_calls():
             self._recorder.note("hooks", HOOKS_TAKEN)
-        if self._company.rank == 0:
+        if self._company.leads:
             self._runner.step_ended(row, step, in_step)
-            if self._live.any or self._findings.new:
-                self._within("checks", self._judge, step)
+            self._within("checks", self._judge, step)
         elif not self._company.together:
             self._end(measure=False)
         else:
@@ -361,6 +358,7 @@ class Watcher(Guarded):
 
     # How it ends
 
+    @unseen()
     def _end(self, measure: bool) -> None:
         if self.clock.closed:
             return

@@ -13,6 +13,7 @@ from diag.watching.observe.loop.modes import is_trained
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.order import compressed
 from diag.watching.observe.loop.rows import identity
+from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.route import chain_of
 from diag.watching.observe.terms import terms_of
 
@@ -127,3 +128,23 @@ def test_a_loss_of_the_users_own_arithmetic_is_among_the_facts():
     losses.backward_called((model(torch.randn(4, 2)) - torch.randn(4)).square().mean())
     (facts,) = losses.facts()
     assert (facts.function, facts.calls, facts.broadcast) == ("", 1, True)
+
+
+def test_the_share_of_a_step_that_is_taken_back_is_of_one_step():
+    """Where the steps before were not looked at closely it is not known how the weights were before it."""
+    moment = Moment()
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+    weights = Weights(parameters, {id(p): str(i) for i, p in enumerate(parameters)}, moment)
+    for step in range(1, 80):
+        weights.training_call()
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(1.0)
+        weights.stepped()
+        if step in (65, 67):  # the first of four steps, and the third
+            with torch.no_grad():
+                for p in parameters[2 if step == 65 else 0 :]:
+                    p.sub_(0.25)
+        moment.ended(step)
+    assert [change.step for change in weights.facts()] == [66, 68]
+    assert weights.taken_back == (0.25,)

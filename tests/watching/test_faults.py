@@ -175,12 +175,14 @@ def raised(names, instruments=QUICK):
     return found
 
 
+OF_MODES = [name for name in sorted(FUNCTIONS) if name.startswith("diag.snapshot.state.modes:")]  # entered first
 SAMPLE = [name for i, name in enumerate(sorted(FUNCTIONS)) if i % 64 == 0]
 
 
 def test_no_error_of_a_function_reaches_the_loop():
     """A few of them here, all of them in the test below."""
     assert raised(SAMPLE) == {}
+    assert len(OF_MODES) > 10 and raised(OF_MODES) == {}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import diag
 import diag.registry
 from diag.errors import InvalidInput
 from diag.registry import find, instrument
-from diag.result import Level, Result, Verdict, measured
+from diag.result import Failed, Level, Result, Verdict, measured
 from diag.run.rows import history_of, row_columns, row_dtype
 from diag.snapshot.history import parts
 from diag.watching.measure.measuring import chosen_instruments
@@ -183,6 +183,25 @@ def test_a_snapshot_reads_the_record_once():
     assert len(record) == 4 and record.layers == ("w",)
     assert len(record.rows(slice(0, 2))) == 2 and [len(part) for part in parts(record)] == [4]
     assert source.times == 1
+
+
+def test_what_reads_the_record_waits_for_its_first_step(tiny, monkeypatch):
+    """The numbers of a step may come a step or two later, from a device or from other ranks."""
+    monkeypatch.setattr("diag.watching.observe.rows.RowQueue._finish_usual", lambda *args: False)
+    monkeypatch.setattr("diag.watching.observe.rows._read_at_once", lambda numbers: None)
+    monkeypatch.setattr("diag.watching.observe.rows.Readback.ready", lambda self: watcher.last_step > 2)
+    model, x, y = tiny
+    optimizer = torch.optim.SGD(model.parameters(), 0.03)
+    with diag.watch(model, instruments=["initial_loss"]) as watcher:
+        for _ in range(12):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    run = watcher.run
+    (early,) = [outcome for step, outcome in run.outcomes if step == 1]
+    assert early.instrument == "initial_loss" and "No step has been recorded yet" in early.reason
+    assert run.series("initial_loss")[-1][0] == 12  # it was not given up
+    assert not [outcome for _, outcome in run.outcomes if isinstance(outcome, Failed)]
 
 
 def test_what_a_run_cannot_have_is_named_and_not_its_length(tiny):

@@ -116,25 +116,109 @@ def test_gradients_that_take_too_long_are_read_now_and_then(monkeypatch):
     assert any("recorded at some of the steps only" in note for note in history.notes)
 
 
-def test_gradients_that_are_not_finite_are_read_at_their_step(monkeypatch):
+class Words(nn.Module):
+    """The first parameter's first numbers never get a gradient: those of the padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm, self.head = nn.Embedding(900, 8, padding_idx=0), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.words((x.abs() * 9).long() + 1).mean(1)))
+
+
+class FirstUnused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def switched_off():
+    """The first unit of the first layer is dead."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0.0, -1.0
+    return model
+
+
+def smooth():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def plain_step(model, optimizer, backward):
+    backward()
+    optimizer.step()
+
+
+def clipped_step(model, optimizer, backward):
+    """Clipping multiplies all of them by what is not a number."""
+    backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def clamped_step(model, optimizer, backward):
+    """Clipping makes infinite ones finite again."""
+    backward()
+    nn.utils.clip_grad_value_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "make_step"),
+    [
+        (smooth, plain_step),
+        (Words, plain_step),
+        (switched_off, plain_step),
+        (FirstUnused, plain_step),
+        (smooth, clipped_step),
+        (smooth, clamped_step),
+    ],
+)
+def test_gradients_that_are_not_finite_are_read_at_their_step(make, make_step, monkeypatch):
     """Also where the gradients of most steps are not read, and the loss of that step is finite."""
     monkeypatch.setattr("diag.watching.observe.steps.READING_FREE", 0.0)
     monkeypatch.setattr("diag.watching.observe.steps.READING_SHARE", 0.0)
     monkeypatch.setattr("diag.watching.measure.schedule.OFTEN_SHARE", 0.0)  # however long they take: 35, 53
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = make()
     x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    names = [name for name, _ in model.named_parameters()]
     with diag.watch(model, instruments=[]) as watcher:
         for step in range(1, 60):
             optimizer.zero_grad()
             outputs = model(x)
             if step == 49:  # the root of a zero has the slope infinity, and its value is finite
-                outputs.register_hook(lambda gradient: gradient * math.inf)
-            F.cross_entropy(outputs, y).backward()
-            optimizer.step()
+                outputs.register_hook(lambda gradient: gradient.abs() * math.inf)
+            loss = F.cross_entropy(outputs, y)
+            make_step(model, optimizer, loss.backward)
     history = watcher.run.history
     finite = history.gradient_finite.all(1)
-    assert math.isfinite(history.loss[48]) and not math.isfinite(history.loss[49])
-    assert numpy.flatnonzero(~finite)[0] == 48
+    assert math.isfinite(history.loss[48])
+    assert numpy.flatnonzero(~finite)[0] == 48 and not history.gradient_finite[48, len(names) - 1]
     assert numpy.isnan(history.gradient_norm[46:48]).all()
+
+
+def test_where_gradients_are_not_finite_is_told_before_they_are_clipped(monkeypatch):
+    """Clipping by their norm makes all of them NaN."""
+    monkeypatch.setattr("diag.watching.observe.steps.READING_FREE", 0.0)
+    monkeypatch.setattr("diag.watching.observe.steps.READING_SHARE", 0.0)
+    monkeypatch.setattr("diag.watching.measure.schedule.OFTEN_SHARE", 0.0)
+    torch.manual_seed(0)
+    model = smooth()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+    with diag.watch(model, instruments=[]) as watcher:
+        for step in range(1, 51):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if step == 49:
+                model[0].weight.grad[2, 1] = math.inf
+            clipped_step(model, optimizer, lambda: None)
+    history = watcher.run.history
+    assert history.gradient_finite[48].tolist() == [False, True, True, True]
+    assert numpy.isfinite(history.gradient_norm[48, 1:]).all()

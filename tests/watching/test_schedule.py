@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ import diag
 import diag.registry
 from diag.watching.measure.measuring import FIXED, Measurements, chosen_instruments
 from diag.watching.measure.schedule import MeasurementSchedule, next_due
+from diag.watching.measure.step_time import StepTime
 
 
 def test_scheduled_steps_are_geometric_and_multiples():
@@ -125,3 +127,28 @@ def test_a_budget_of_zero_measures_nothing(helpers, trainings):
     measured = [r for r in run.records if not diag.registry.find(r.instrument).from_record]
     assert {record.step for record in measured} <= {1, 10, 24} and len(run.history) == 24  # the checks' floor
     assert all(diag.registry.find(r.instrument).kind is diag.registry.Kind.CHECK for r in run.records)
+
+
+def test_what_a_step_takes_stays_known(monkeypatch):
+    """Steps at which nothing is due are not timed; of those that are looked at two in a row are, so that one is."""
+    timed, paused = [], []
+    ended, pause = StepTime.step_ended, StepTime.pause
+
+    def step_ended(self, read):
+        longer = ended(self, read)
+        timed.append((len(paused), self.timed))
+        return longer
+
+    monkeypatch.setattr(StepTime, "step_ended", step_ended)
+    monkeypatch.setattr(StepTime, "pause", lambda self: (paused.append(1), pause(self)))
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, instruments=["softmax_collapse"]):
+        for _ in range(1500):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(torch.ones(6, 4)), torch.tensor([0, 1, 2] * 2)).backward()
+            optimizer.step()
+    after = [is_timed for rested, is_timed in timed if rested]
+    assert paused and after
+    # Each look is followed by one more step at least, which is timed; the run may end in between.
+    assert after.count(True) >= after.count(False) - 1

@@ -90,7 +90,6 @@ class LiveChecks:
         announce: Callable[[Instrument, Verdict, int], None],
     ) -> None:
         self._chosen = dict(chosen)
-        self.any = bool(chosen)
         self._settings, self._layers, self._facts = settings, layers, facts
         self._record, self._announce = record, announce
         self._trace = Trace(dtype)

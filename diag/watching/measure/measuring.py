@@ -47,6 +47,9 @@ NEVER_RUN = (
 )
 NO_WINDOW = "The run ended before enough consecutive steps were recorded to judge; train on, or give {}."
 
+NO_STEP_YET = (
+    "No step has been recorded yet: its numbers are still on their way to this process; it is tried again."
+)
 OF_THE_LOSS = ("losses", "gradient", "per_example_gradients", "hessian", "gauss_newton", "loss_at", "update")
 
 Chosen = Mapping[str, Mapping[str, Any]]
@@ -268,6 +271,9 @@ class Measurements:
         before: float = 0.0,
     ) -> None:
         """`own_settings`: quantities by name. `before`: seconds that making them took, which have been paid."""
+        if _waits_for_a_step(instrument, snapshot):
+            self._record(step, Skipped(instrument.name, NO_STEP_YET), before)
+            return
         began = time.perf_counter()
         outcome = self.attempted(instrument.name, snapshot, own_settings)
         note = self.own_step.note(instrument.name)
@@ -332,6 +338,18 @@ class Measurements:
 def needs_held_out(instrument: Instrument) -> bool:
     """Whether it gives nothing without held-out data."""
     return any(need.name.startswith(HELD_OUT) and not need.optional for need in instrument.needs)
+
+
+def _waits_for_a_step(instrument: Instrument, snapshot: Snapshot) -> bool:
+    """Whether it reads the record of the steps and there is none yet: the numbers of the first steps come later
+    from a device or from other ranks."""
+    if not any(need.name == "history" for need in instrument.needs) or snapshot.history is None:
+        return False
+    try:
+        with pause.measuring():  # or it would be waited for them
+            return len(snapshot.history) == 0
+    except MissingQuantity:
+        return True
 
 
 def _never_given(instrument: Instrument, snapshot: Snapshot) -> str:

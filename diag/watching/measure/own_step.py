@@ -250,9 +250,9 @@ class _Before:
         self.own = own
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        with unseen():
-            safely(self._begins, module, args, kwargs)
+        safely(self._begins, module, args, kwargs)
 
+    @unseen()
     def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         ours = module is self.own._model and not pause.is_measuring()
         plainly = torch._C._current_graph_task_id() == -1 and not is_transformed((args, kwargs))
@@ -268,8 +268,11 @@ class _After(_Before):
 
     def __call__(self, module: nn.Module, args: Any, outputs: Any) -> None:
         if module is self.own._model:
-            with unseen():
-                safely(self.own.forward_ends)
+            safely(self._ends)
+
+    @unseen()
+    def _ends(self) -> None:
+        self.own.forward_ends()
 
 
 def _asks_for_gradients_alone(instrument: Instrument) -> bool:

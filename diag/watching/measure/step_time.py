@@ -19,6 +19,7 @@ class StepTime:
         self._usual: deque[float] = deque(maxlen=STEPS_FOR_TIME)
         self._last: float | None = None
         self._shortest = math.inf
+        self.timed = False  # whether the last step was
 
     @property
     def known(self) -> bool:
@@ -36,6 +37,7 @@ class StepTime:
     def step_ended(self, read: bool) -> float:
         """Time the step that ended; gives by how many seconds reading it, if it was read, made it longer."""
         training, longer = self._clock.training(), 0.0
+        self.timed = self._last is not None
         if self._last is not None:
             taken = training - self._last
             if not read:

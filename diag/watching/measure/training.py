@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.curvature.carry import Carry
 from diag.distributed.together import Together
+from diag.errors import MissingQuantity
 from diag.linalg.deadline import NEVER, Deadline
 from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.cutting import Cutting
@@ -151,6 +152,7 @@ class _LazyHistory:
         if read is None:
             raise AttributeError(name)
         history = read()
-        if history is not None:
-            self.__dict__.update({f: getattr(history, f) for f in history.__dataclass_fields__}, _record=history)
+        if history is None:
+            raise MissingQuantity("history is missing: no step has been recorded yet.")
+        self.__dict__.update({f: getattr(history, f) for f in history.__dataclass_fields__}, _record=history)
         return getattr(history, name)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -20,6 +21,7 @@ from torch.optim.optimizer import Optimizer
 from diag.watching.observe.norms import norms
 from diag.watching.observe.rows import Columns, Row
 
+FEW_NUMBERS = 4096  # that are read at every step in a few microseconds
 CLIPPED_SCALED = (
     "Gradients were clipped before the GradScaler unscaled them, so the limit applied to scaled values; call "
     "scaler.unscale_(optimizer) first."
@@ -32,6 +34,14 @@ class StepMembers:
 
     columns: Columns
     parameters: tuple[nn.Parameter, ...]
+
+    @cached_property
+    def telling(self) -> tuple[nn.Parameter, ...]:
+        """Those whose gradients tell whether any is not finite: what is not comes to all layers before it in the
+        backward pass, unless a unit that is switched off stops it, so the first and the last of the small ones."""
+        found = [p for p in self.parameters if p.grad is not None] or list(self.parameters)
+        small = [p for p in found if p.numel() <= FEW_NUMBERS] or [min(found, key=lambda p: p.numel())]
+        return (small[0], small[-1]) if len(small) > 1 else (small[0],)
 
 
 @dataclass
@@ -58,13 +68,14 @@ class GradientNorms:
         self, parameters: Sequence[nn.Parameter], index: Mapping[int, int], note: Callable[[str, str], None]
     ) -> None:
         self._parameters, self._index, self._note = parameters, index, note
+        self.everyone = StepMembers(numpy.arange(len(parameters)), tuple(parameters))
         self._clips: list[Clipped] = []
         self.active = True  # whether the gradients of this step are read
         self.cost = 0.0  # seconds that reading them has taken
 
     def before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Clipped | None:
         """Gradients are about to be clipped: take their norms first (max_norm None: clipped by value)."""
-        if not self.active:
+        if not (self.active or self._must_be_read(self.everyone, total_norm)):
             return None
         began = time.perf_counter()
         clip = self._before_clip(parameters, max_norm, total_norm)
@@ -102,22 +113,10 @@ class GradientNorms:
                 clip.scale, clip.measured_after = scaler._scale.detach().clone(), True
                 self._note("clipping", CLIPPED_SCALED)
 
-    def broken(self, members: StepMembers) -> bool:
-        """Whether the gradients of a step that need not be read must be, and are from here on: one number of the
-        first layer's tells, as what is not finite further on in the backward pass has come to all of it there."""
-        gradient = members.parameters[0].grad if members.parameters else None
-        if type(gradient) is not Tensor or not gradient.is_cpu or gradient.layout is not torch.strided:
-            return False
-        if not gradient.is_floating_point() or not gradient.numel():
-            return False
-        if math.isfinite(gradient[(0,) * gradient.ndim].item()):
-            return False
-        self.active = True
-        return True
-
     def read(self, row: Row, optimizer: Optimizer | None, members: StepMembers) -> None:
-        """The optimizer is about to use the gradients: their norms go into the row."""
-        if self.active and members.parameters:
+        """The optimizer is about to use the gradients: their norms go into the row, if this step is read or they
+        are not finite."""
+        if members.parameters and (self.active or self._must_be_read(members)):
             began = time.perf_counter()
             self._read(row, optimizer, members)
             self.cost += time.perf_counter() - began
@@ -148,9 +147,23 @@ class GradientNorms:
             columns = numpy.array(rest, numpy.intp)
             row.norms.append(("gradient_norm", columns, norms([_of(self._parameters[c]) for c in rest])))
 
+    def _must_be_read(self, members: StepMembers, total_norm: Any = None) -> bool:
+        """Whether the gradients of a step that need not be read are not finite, as far as the host knows without
+        waiting; from here on they are read."""
+        gradients = [p.grad for p in members.telling] if total_norm is None else [total_norm]
+        self.active = any(_is_broken(g) for g in gradients)
+        return self.active
+
     def forget(self) -> None:
         """The step is over."""
         self._clips, self.cost = [], 0.0
+
+
+def _is_broken(t: Tensor | None) -> bool:
+    """Whether a number in it is not finite; False where that cannot be told at once."""
+    if type(t) is not Tensor or not (t.is_cpu and t.layout is torch.strided and t.is_floating_point()):
+        return False
+    return not math.isfinite(t.detach().sum().item())
 
 
 def _of(parameter: nn.Parameter) -> Tensor:

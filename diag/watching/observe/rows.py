@@ -232,7 +232,8 @@ class RowQueue:
         for columns, scale in scales:
             gradient[columns] /= scale
         gradients[:] = [(columns, gradient[columns]) for columns, _ in gradients]
-        applied = gradient * factor
+        with numpy.errstate(invalid="ignore"):  # an infinite one is clipped to 0 times infinity
+            applied = gradient * factor
         for columns, values in after:
             applied[columns] = values
         return [applied]

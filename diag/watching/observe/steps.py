@@ -136,8 +136,7 @@ class StepObserver:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._by_closure = callable(closure)
         if not self._by_closure:
-            if self.gradients.active or self.gradients.broken(fresh):
-                self.gradients.read(row, optimizer, fresh)
+            self.gradients.read(row, optimizer, fresh)
             return None
         wrapped = self._first_evaluation(closure, row, optimizer, fresh)
         return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": wrapped})
@@ -158,7 +157,7 @@ class StepObserver:
         if len(self._known):
             self._note("told", TOLD)
             return
-        everyone = StepMembers(numpy.arange(len(self.parameters)), tuple(self.parameters))
+        everyone = self.gradients.everyone
         self._row = row = Row()
         self._now = self._clock()
         self._taken = bool(self.before)

@@ -106,11 +106,6 @@ class LoopObserver:
         self.ranks: Callable[[], RankFacts] = RankFacts
         self.directions: Callable[[], tuple[float, ...]] = tuple
 
-    @property
-    def changed(self) -> bool:
-        """Whether something happened that checks have not judged."""
-        return self.moment.changed
-
     def step_ended(self, step: int, rate: Any = None) -> None:
         """The step with this number is over; rate: its learning rate, where that is on the host."""
         if type(rate) is float:
@@ -124,11 +119,6 @@ class LoopObserver:
         """Attention begins: what was under way when it ended is over."""
         for part in (self._optimizers, self._scaling, self._clipping):
             part.begin()
-
-    @property
-    def attentive(self) -> bool:
-        """Whether all events are wanted now. Where not, calls of the model, steps and evaluations still are."""
-        return self.moment.attentive
 
     # The model and its loss
 

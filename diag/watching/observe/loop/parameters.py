@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diag.snapshot.loop.steps import ParameterFacts
 from diag.snapshot.state.fresh import looks_fresh
 from diag.snapshot.state.modes import unseen
+from diag.watching.guard import shielded
 from diag.watching.hooks.model_hook import frames_compiled
 from diag.watching.observe.loop.data.source import is_forgotten
 from diag.watching.observe.loop.moment import Moment
@@ -212,7 +213,9 @@ class CloseLook:
         self.called: dict[str, bool] = {}
         modules = dict(model.named_modules())
         self._handles = [
-            modules[name].register_forward_hook(self._hook(name)) for name in owners if name and name in modules
+            modules[name].register_forward_hook(shielded(self._hook(name)))
+            for name in owners
+            if name and name in modules
         ]
 
     def _hook(self, name: str) -> Any:

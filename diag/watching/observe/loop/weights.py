@@ -114,7 +114,7 @@ class Weights:
     def training_call(self) -> None:
         """The model is called in training: are the weights what the step left?"""
         if self._read == 1 and self._after is not None and self._one() == self._after:
-            self._after = None
+            self._after = self._before = None
             return
         if self._place() != self._home:
             self._start()  # converted or moved by the loop: not other weights

@@ -47,9 +47,6 @@ NEVER_RUN = (
 )
 NO_WINDOW = "The run ended before enough consecutive steps were recorded to judge; train on, or give {}."
 
-NO_STEP_YET = (
-    "No step has been recorded yet: its numbers are still on their way to this process; it is tried again."
-)
 OF_THE_LOSS = ("losses", "gradient", "per_example_gradients", "hessian", "gauss_newton", "loss_at", "update")
 
 Chosen = Mapping[str, Mapping[str, Any]]
@@ -271,9 +268,6 @@ class Measurements:
         before: float = 0.0,
     ) -> None:
         """`own_settings`: quantities by name. `before`: seconds that making them took, which have been paid."""
-        if _waits_for_a_step(instrument, snapshot):
-            self._record(step, Skipped(instrument.name, NO_STEP_YET), before)
-            return
         began = time.perf_counter()
         outcome = self.attempted(instrument.name, snapshot, own_settings)
         note = self.own_step.note(instrument.name)
@@ -288,6 +282,9 @@ class Measurements:
             if name not in self._succeeded:  # else there is a result, of an earlier step
                 self._last[name] = step
                 self._record(step, outcome, before + seconds)
+            return
+        if isinstance(outcome, Skipped) and _waits_for_a_step(instrument, snapshot):
+            self._record(step, outcome, before + seconds)
             return
         if name in self.schedule.accounts:
             self.schedule.spent(name, step, seconds)

@@ -25,6 +25,10 @@ from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
 
+NO_STEP_YET = (
+    "No step has been recorded yet: its numbers are still on their way to this process; it is tried again."
+)
+
 
 class Training:
     """The model, the loss, the probe set and the steps so far.
@@ -153,6 +157,6 @@ class _LazyHistory:
             raise AttributeError(name)
         history = read()
         if history is None:
-            raise MissingQuantity("history is missing: no step has been recorded yet.")
+            raise MissingQuantity(NO_STEP_YET)
         self.__dict__.update({f: getattr(history, f) for f in history.__dataclass_fields__}, _record=history)
         return getattr(history, name)

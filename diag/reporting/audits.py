@@ -13,7 +13,7 @@ from diag.reporting.evidence import is_old
 from diag.reporting.examples import examples
 from diag.reporting.plain import as_text, clean, count_in_words, number
 from diag.reporting.words import cause_in_words
-from diag.result import OUR_CHOICE, Failed, Result, Skipped
+from diag.result import OUR_CHOICE, Failed, Level, Result, Skipped
 from diag.run.run import Finding
 
 # The title of a check flips with what it found.
@@ -45,7 +45,10 @@ Outcomes = Sequence[tuple[int, Skipped | Failed]]
 def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool, last_step: int = 0) -> dict[str, Any]:
     """The entry of a check that gave a verdict; `gaps` are the steps at which it gave none."""
     verdict, (_, last) = finding.verdict, finding.series[-1]
-    level, details = str(verdict.level), _details(finding.series)
+    level = str(verdict.level)
+    # What does not apply here has numbers of nothing; the record keeps them.
+    applies = verdict.level is not Level.NOT_APPLICABLE
+    details = _details(finding.series) if applies else []
     name, unit = _decider(verdict.value, last)
     unit = verdict.unit or unit
     return {
@@ -74,7 +77,7 @@ def judged_entry(finding: Finding, gaps: Outcomes, in_time: bool, last_step: int
         "gaps": [_gap(group) for group in list(_groups(gaps))[:MAX_GAPS]],
         "details": details[:MAX_DETAILS],
         "details_left_out": max(0, len(details) - MAX_DETAILS),
-        "arrays": list(_arrays(last)),
+        "arrays": list(_arrays(last)) if applies else [],
         "settings": _settings(finding.instrument, last, verdict.threshold),
         "provenance": _provenance(last),
         "examples": examples(finding.series),

@@ -329,3 +329,10 @@ def test_numbers_and_texts_are_json_safe():
         "two ones",
     )
     assert (listed([]), listed(["a"]), listed(["a", "b", "c"])) == ("", "a", "a, b and c")
+
+
+def test_numbers_of_what_does_not_apply_are_left_to_the_record(tmp_path):
+    judged = [a for a in document(written(tmp_path / "mine"))["audits"] if "details" in a]
+    idle = [a for a in judged if a["level"] == "not_applicable"]
+    assert idle and not any(a["details"] or a["arrays"] for a in idle)
+    assert all(a["details"] for a in judged if a["level"] not in ("not_applicable", "unknown"))

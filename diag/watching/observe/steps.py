@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from diag.display import format_share
 from diag.snapshot.optimizer import described_optimizer
 from diag.snapshot.state.modes import unseen
 from diag.watching.guard import safely
@@ -32,7 +33,7 @@ from diag.watching.observe.rows import Row
 READING_SHARE, READING_FREE = 0.003, 5e-5
 SHARDED_EVERY = 10  # steps between the parameter norms of sharded parameters
 THINNED = (
-    "Reading the gradients of {:,} parameter tensors takes more than {:.1%} of a step, so their norms are recorded "
+    "Reading the gradients of {:,} parameter tensors takes more than {} of a step, so their norms are recorded "
     "at some of the steps only; the loss is recorded at every one."
 )
 TOLD = (
@@ -230,7 +231,7 @@ class StepObserver:
         self.gradients.active = self.reading.take(self.steps + 1, self._now)
         if not (self.gradients.active or self._thinned):
             self._thinned = True
-            self._note("gradient norms", THINNED.format(len(self.parameters), READING_SHARE))
+            self._note("gradient norms", THINNED.format(len(self.parameters), format_share(READING_SHARE)))
 
     def members(self, optimizer: Optimizer) -> StepMembers | None:
         """The watched parameters that the optimizer holds; None where it holds none."""

@@ -97,6 +97,23 @@ def test_finite_is_only_said_of_what_was_seen():
     assert log.level is Level.UNKNOWN and not log.advice and log.sentence.startswith("The record has no layers")
 
 
+def test_gradients_read_all_through_a_run_speak_for_it():
+    rows = numpy.setdiff1d(numpy.arange(50), [0, 1, 9, 18, 27, 36, 45])
+    thinned = gradient_flow(history=without_gradients(rows))
+    assert thinned.longest_unread == 8 and thinned.verdict().level is Level.OK
+    assert thinned.verdict().sentence == (
+        "Losses were finite at all 50 steps recorded, and gradients at the 7 of them at which they were read."
+    )
+    stopped = gradient_flow(history=without_gradients(numpy.arange(30, 50)))  # as when hooks are taken away
+    assert stopped.longest_unread == 20 and stopped.verdict().level is Level.UNKNOWN
+
+
+def without_gradients(rows):
+    history = record()
+    history.gradient_norm[rows] = math.nan
+    return history
+
+
 def test_warning_where_no_weight_moves():
     zero = numpy.zeros((50, len(LAYERS)), numpy.float32)
     still = gradient_flow(history=record(update_norm=zero, distance=zero)).verdict()

@@ -45,6 +45,7 @@ STEPS_SHOWN = 96
 STEPS_NAMED = 100
 LAYERS_NAMED = 16
 SEEN_SHARE = 0.95  # of the steps (our choice), from which on what was seen speaks for all
+LONGEST_GAP = 0.2  # of the steps (our choice): gradients read at some steps speak for all, if never longer apart
 STEPS_BEFORE_ZERO_GRADIENT = 10  # steps; what starts at zero on purpose gets its gradient after the first ones
 
 
@@ -77,6 +78,7 @@ class GradientFlow(Result):
     idle_layers: tuple[str, ...] = measured("tensors whose gradient was exactly zero at every step")
     losses_seen: int = measured("steps at which a loss was seen", unit="steps")
     gradients_seen: int = measured("steps at which a gradient was seen", unit="steps")
+    longest_unread: int = measured("most steps in a row at which no gradient was seen", unit="steps")
     unseen_layers: tuple[str, ...] = measured("tensors that had no gradient at any step")
     still: bool = measured("the weights were looked at, and never moved")
     loss_growth: float = measured(
@@ -103,7 +105,7 @@ class GradientFlow(Result):
         yield self._many_skipped()
         yield self._vanishing()
         left = self.loss_growth > LEFT  # whether training went well is not judged here, and is not to seem so
-        whole = self._is_seen(self.losses_seen) and self._is_seen(self.gradients_seen) and not self.unseen_layers
+        whole = self._is_seen(self.losses_seen) and self._gradients_speak_for_all() and not self.unseen_layers
         yield Verdict(
             (Level.DESCRIPTION if left else Level.OK) if whole else Level.UNKNOWN,
             f"{self._finite()}{self._skips()}{self._growth()}.",
@@ -243,6 +245,11 @@ class GradientFlow(Result):
         """Whether what was seen at so many steps speaks for all."""
         return steps >= SEEN_SHARE * self.num_steps
 
+    def _gradients_speak_for_all(self) -> bool:
+        """Whether they were seen at nearly all steps, or all through the run: a gradient in between that was not
+        finite, and was applied, would have made the losses after it so."""
+        return self._is_seen(self.gradients_seen) or self.longest_unread <= LONGEST_GAP * self.num_steps
+
     def _finite(self) -> str:
         """What was finite: only what was seen."""
         if not self.gradients_seen and not self.losses_seen:
@@ -250,6 +257,11 @@ class GradientFlow(Result):
         seen = self.losses_seen, self.gradients_seen
         if seen == (self.num_steps, self.num_steps):
             found = f"Losses and gradients were finite {self._span()}"
+        elif seen[0] == self.num_steps and self._gradients_speak_for_all():
+            found = (
+                f"Losses were finite {self._span()}, and gradients at the {seen[1]:,} of them at which they "
+                f"were read"
+            )
         else:
             found = (
                 f"Of {self.num_steps:,} steps recorded, losses at {seen[0]:,} and gradients at {seen[1]:,} were "
@@ -341,6 +353,7 @@ def gradient_flow(
     """
     bad_loss = numpy.asarray(~history.loss_finite | numpy.isinf(history.loss))
     bad_gradient = by_rows(history, lambda part: _broken(part).any(1))
+    seen_gradient = by_rows(history, lambda part: _seen(part).any(1))
     return GradientFlow(
         non_finite_losses=int(bad_loss.sum()),
         non_finite_gradients=int(bad_gradient.sum()),
@@ -356,7 +369,8 @@ def gradient_flow(
         idle_layers=idle_layers(history),
         loss_growth=_growth_of_the_loss(history),
         losses_seen=int((~numpy.isnan(history.loss) | ~history.loss_finite).sum()),
-        gradients_seen=int(by_rows(history, lambda part: _seen(part).any(1)).sum()),
+        gradients_seen=int(seen_gradient.sum()),
+        longest_unread=_longest_gap(seen_gradient),
         unseen_layers=unseen_layers(history),
         still=never_moved(history, STEPS_BEFORE_ZERO_GRADIENT),
         layers=history.layers,
@@ -406,6 +420,12 @@ def _broken(history: History) -> NDArray[numpy.bool_]:
 def _seen(history: History) -> NDArray[numpy.bool_]:
     """Which gradients were seen: (steps, layers)."""
     return numpy.asarray(~numpy.isnan(history.gradient_norm) | ~history.gradient_finite)
+
+
+def _longest_gap(seen: NDArray[numpy.bool_]) -> int:
+    """The most rows in a row, at the ends too, that were not seen."""
+    at = numpy.concatenate([[-1], numpy.flatnonzero(seen), [len(seen)]])
+    return int(numpy.diff(at).max() - 1)
 
 
 def _rows_shown(history: History, distance: NDArray[numpy.float64]) -> NDArray[numpy.int64]:

@@ -23,7 +23,7 @@ from tests.source import parsed
 
 ROOT = Path(diag.__file__).parent
 # The rooms from the ground up; each may import those below it, and what `ALLOWED` adds or takes away.
-GROUND = {"errors", "ranges", "conversion", "door", "display", "encoding", "result", "linalg"}
+GROUND = {"errors", "ranges", "conversion", "door", "display", "encoding", "verdict", "result", "linalg"}
 ALLOWED = {
     "errors": set(),
     "foreign": set(),
@@ -32,7 +32,8 @@ ALLOWED = {
     "door": {"errors", "conversion"},
     "display": set(),
     "encoding": {"errors"},
-    "result": {"errors", "door", "display", "encoding"},
+    "verdict": {"errors", "door", "display", "encoding"},
+    "result": {"errors", "door", "display", "encoding", "verdict"},
     "linalg": {"errors"},
     "remedies": {"errors", "door", "linalg"},
     "checkpoints": {"errors"},

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from diag.conversion import convert, describe
+from diag.declaration import Setting
 from diag.errors import InvalidInput
-from diag.registry import Setting, find
+from diag.registry import find
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -70,6 +70,20 @@ def named(names: Sequence[object], most: int = 3) -> str:
     return " and ".join([", ".join(first), *last] if first else last)
 
 
+def layer_called(name: str) -> str:
+    """A layer's name as it stands in a sentence: a number alone is said to be a layer.
+
+    >>> layer_called("encoder.0"), layer_called("2")
+    ('encoder.0', 'layer 2')
+    """
+    return f"layer {name}" if name.replace(".", "").isdecimal() else name
+
+
+def layers_called(names: Sequence[str], most: int = 3) -> str:
+    """The first of some layers' names, as they stand in a sentence, and how many more there are."""
+    return named([layer_called(name) for name in names], most)
+
+
 def counted(number: int, thing: str) -> str:
     """A number and its noun.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
-from diag.errors import InvalidInput, MissingQuantity, named
+from diag.errors import InvalidInput, MissingQuantity, layer_called, named
 from diag.gradients import PerExampleGradients
 from diag.instruments.opposing_signals.movement import correlation
 from diag.registry import instrument
@@ -51,7 +51,8 @@ class InputMagnitude(Result):
     def verdict(self) -> Verdict:
         unmet = self.unmet()
         found = (
-            f"in {self.layer} the gradient norm grows as the input norm to the power {format_number(self.slope)}, "
+            f"in {layer_called(self.layer)} the gradient norm grows as the input norm to the power "
+            f"{format_number(self.slope)}, "
             f"with correlation {format_number(self.correlation)}, and the 1 % largest inputs hold "
             f"{format_share(self.top_share)} of the squared gradient; what that leads to has not been tested."
         )

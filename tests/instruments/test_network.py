@@ -45,6 +45,7 @@ def test_dead_units_are_named_with_their_layer(data):
     result = diag.dead_units(snapshot(model, data))
     verdict = result.verdict()
     assert result.worst == 1.0 and verdict.layers == ("3",) and verdict.cause == Cause.UNITS_DEAD
+    assert "of the units of layer 3 are dead" in verdict.sentence
     assert diag.dead_units(snapshot(mlp(), data)).verdict().level == "ok"
     assert diag.dead_units(snapshot(mlp(nn.GELU), data)).verdict().level == "not_applicable"
 

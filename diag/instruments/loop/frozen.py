@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from diag.errors import counted, named
+from diag.errors import counted, layers_called, named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopFinding
 from diag.result import Level
@@ -114,4 +114,4 @@ def _size(p: ParameterFacts) -> int:
 
 def layers_named(parameters: Sequence[ParameterFacts]) -> str:
     """The layers that these parameters are in, each once, in words."""
-    return named(list(dict.fromkeys(layer_of(p.name) for p in parameters)))
+    return layers_called(list(dict.fromkeys(layer_of(p.name) for p in parameters)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted, named
+from diag.errors import counted, layers_called
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
@@ -45,7 +45,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.LAYERS_SHARED,
-            f"{named(names)} are one module with one set of weights: changing one changes all {len(names)}.",
+            f"{layers_called(names)} are one module with one set of weights: changing one changes all "
+            f"{len(names)}.",
             "Make each layer by itself: nn.ModuleList([Layer() for _ in range(n)]) instead of [layer] * n.",
             "Layers whose parameters are different tensors; leave it if the sharing is meant.",
             layers=names,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted, named
+from diag.errors import counted, layers_called
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, TWICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
@@ -71,7 +71,8 @@ def _training(m: ModeFacts) -> LoopFinding | None:
         return LoopFinding(
             Level.ALARM,
             Cause.TRAINING_IN_EVAL_MODE,
-            f"Training runs with {named(untracked)} in eval mode, which never saw a batch: what it normalises with "
+            f"Training runs with {layers_called(untracked)} in eval mode, which never saw a batch: what it "
+            f"normalises with "
             "is the mean 0 and the variance 1 that it was made with.",
             "Call model.train() before training; batch norms need statistics from pretraining to be in eval mode.",
             "num_batches_tracked above zero.",
@@ -89,7 +90,7 @@ def _in_eval(m: ModeFacts, since: int, when: str, level: Level) -> LoopFinding:
     return LoopFinding(
         level,
         Cause.TRAINING_IN_EVAL_MODE,
-        f"Training runs with {named(names)} in eval mode {when}: {', and '.join(what)}.",
+        f"Training runs with {layers_called(names)} in eval mode {when}: {', and '.join(what)}.",
         "Call model.train() before the training batches, after each evaluation.",
         f"{names[0]}.training is True in a training call.",
         step=since,
@@ -103,7 +104,7 @@ def _evaluation(m: ModeFacts, level: Level, step: int, how: str) -> LoopFinding:
         level,
         Cause.EVALUATION_IN_TRAIN_MODE,
         f"The model is evaluated in train mode: before step {step:,} {how} without gradients while "
-        f"{named(m.noisy)} {'were' if len(m.noisy) > 1 else 'was'} in train mode.",
+        f"{layers_called(m.noisy)} {'were' if len(m.noisy) > 1 else 'was'} in train mode.",
         f"Call model.eval() before an evaluation and model.train() after it.{moving}",
         "model.training is False in the calls under no_grad.",
         step=step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted, named
+from diag.errors import counted, layers_called
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
@@ -47,7 +47,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.ALARM,
             Cause.DROPOUT_ALWAYS_ON,
-            f"Dropout acts in evaluation, too: {named(c.always_dropping)} calls it without regard to the mode, and "
+            f"Dropout acts in evaluation, too: {layers_called(c.always_dropping)} calls it without regard to "
+            f"the mode, and "
             f"random numbers are drawn in eval mode (before step {c.drawn.first:,}).",
             "Pass the mode, F.dropout(x, p, training=self.training), or use nn.Dropout as a module of its own.",
             "Two equal outputs for one input in eval mode.",

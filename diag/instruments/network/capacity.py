@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.display import format_share
-from diag.errors import named
+from diag.errors import layers_called
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.ranges import Share
@@ -54,7 +54,8 @@ def _findings(loop: Loop, dropped: float) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.UNDERFITTING,
-            f"Dropout of {worst:g} ({named([name for name, _ in high])}) leaves {format_share(1 - worst)} of the "
+            f"Dropout of {worst:g} ({layers_called([name for name, _ in high])}) leaves "
+            f"{format_share(1 - worst)} of the "
             f"units in each training step and {rest}: the network can hardly fit anything.",
             "Use a rate of 0.1 to 0.5; p is the share that is dropped, not kept.",
             "At a rate of 0.5 the training loss falls no lower.",

@@ -14,7 +14,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_share
-from diag.errors import named
+from diag.errors import layers_called
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.network.alike import rows_differ
@@ -58,7 +58,8 @@ class DeadUnits(Result):
         over = list(dict.fromkeys(name for name, share in pairs if share >= limit))
         return verdict(
             Level.ALARM,
-            f"{format_share(self.worst)} of the units of {named(over)} are dead: they are zero on every one of the "
+            f"{format_share(self.worst)} of the units of {layers_called(over)} are dead: they are zero on "
+            f"every one of the "
             "examples looked at, and get no gradient from them.",
             advice="Start again from a state before they died, with a lower learning rate or a warm-up; or use an "
             "activation that is not flat below zero (GELU, leaky ReLU); look at large negative biases.",

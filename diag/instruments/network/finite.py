@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diag.errors import layer_called
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -45,7 +46,8 @@ class FiniteForward(Result):
         large = self.largest_before > 1e4
         return Verdict(
             Level.ALARM,
-            f"The network outputs values that are not finite: the first is {self.layer} ({self.function}), with "
+            f"The network outputs values that are not finite: the first is {layer_called(self.layer)} "
+            f"({self.function}), with "
             f"{self.entries:,} of them"
             + (f", after values of up to {self.largest_before:.1e} in the layers before." if large else "."),
             advice="Go back to a state before that step. Look at the inputs of this layer for values that are too "

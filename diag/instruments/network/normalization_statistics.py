@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from diag.display import format_number, format_share
+from diag.errors import layer_called
 from diag.instruments.causes import Cause
 from diag.ranges import Times
 from diag.registry import Kind, instrument
@@ -46,7 +47,7 @@ class NormalizationStatistics(Result):
             return unmet.verdict(SOURCE)
         return Verdict(
             Level.UNKNOWN if self.factor > self.setting("factor") else Level.OK,
-            f"The running variance of {self.layer} fits what enters it to a factor of "
+            f"The running variance of {layer_called(self.layer)} fits what enters it to a factor of "
             f"{format_number(self.factor)}.",
             source=SOURCE,
             value=self.factor,
@@ -75,7 +76,8 @@ class NormalizationStatistics(Result):
 
     def _of_the_start(self) -> Verdict:
         return self._bad(
-            f"Running statistics are still what they began with to {format_share(self.unseen)}: {self.layer} has a "
+            f"Running statistics are still what they began with to {format_share(self.unseen)}: "
+            f"{layer_called(self.layer)} has a "
             f"momentum of {self.momentum:g} and has seen {self.batches:,} batches, and what enters it has a "
             f"variance {format_number(self.factor)} times off. In eval mode the network is another than in "
             "training.",
@@ -88,7 +90,7 @@ class NormalizationStatistics(Result):
 
     def _of_the_last_batch(self, times_off: float) -> Verdict:
         return self._bad(
-            f"Running statistics are those of the last batch: {self.layer} has a momentum of "
+            f"Running statistics are those of the last batch: {layer_called(self.layer)} has a momentum of "
             f"{self.momentum:g}, the "
             f"share of the new batch, and what enters it has had a variance up to {format_number(times_off)} times "
             "off, as one batch is too few rows to tell. In eval mode the network is another than in training.",

@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_share
-from diag.errors import named
+from diag.errors import layers_called
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.instruments.network.finite import all_finite
@@ -45,7 +45,7 @@ class Saturation(Result):
             )
         return verdict(
             Level.ALARM,
-            f"{format_share(self.worst)} of the values that {named(over)} outputs lie at the flat ends "
+            f"{format_share(self.worst)} of the values that {layers_called(over)} outputs lie at the flat ends "
             "of the activation function, where its derivative is next to nothing: hardly any gradient passes.",
             advice="Scale the weights before it for the function (variance 1 / fan-in for tanh), normalise the "
             "inputs, or put a normalisation layer in front.",

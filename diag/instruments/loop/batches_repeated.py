@@ -94,14 +94,14 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             "Inputs of the model that differ between steps.",
             step=b.since,
         )
-    each = f" every {b.loader_batches:,}" if b.loader_batches and b.lag % b.loader_batches == 0 else ""
+    epoch = f"every {b.lag:,} batches" if not b.loaders or b.lag != b.loader_batches else "in every epoch"
     apart = min(b.lag, b.steps_apart)  # what one step uses is all of it, in whatever order
     if not alike and apart >= EPOCH and b.repeats >= (THRICE if b.by_rows else beyond_chance(b.lag)):
         yield LoopFinding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,
-            f"The batches come again in the same order{each}: {b.repeats:,} that were looked at were those of "
-            + ("one epoch before." if b.loaders else f"{b.lag:,} batches before."),
+            f"The batches come in the same order {epoch}: each of the last {b.repeats:,} that were compared was the "
+            f"one of {b.lag:,} batches before.",
             f"Shuffle: "
             f"{'DataLoader(..., shuffle=True)' if b.loaders else 'draw the rows in a new order each time'}, "
             "and set no seed inside the loop over epochs.",

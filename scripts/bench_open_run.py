@@ -15,7 +15,8 @@ import numpy
 import torch
 
 import diag
-from diag.run.run import RunWriter, read_run
+from diag.run.reading import read_run
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 RECORDS, LAYERS, REPEATS = 100_000, 50, 7

@@ -31,7 +31,8 @@ from torch import nn
 
 import diag
 from diag import demo
-from diag.run.run import Run, RunWriter
+from diag.run.run import Run
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 STEPS, LAYERS, WATCHED, AT_ONCE, OPENED = 100_000, 200, 30, 5_000, 5

@@ -38,7 +38,7 @@ from torch import nn
 import diag
 from diag.display import format_number
 from diag.errors import MissingData
-from diag.run.run import RunWriter
+from diag.run.writer import RunWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "scripts" / "reproductions"

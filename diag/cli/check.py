@@ -54,7 +54,7 @@ def check_command(
     from diag.reporting.machines import annotations
     from diag.reporting.machines.checking import check, last_healthy
     from diag.reporting.machines.policy import read_policy
-    from diag.run.run import read_run
+    from diag.run.reading import read_run
 
     policy = read_policy(config)
     if fail_on is not None:

@@ -126,7 +126,7 @@ def report_command(
 def _without_build(sources: Sequence[Path], key: str | None = None) -> Run:
     """A run's folder, or checkpoint files looked at by themselves."""
     from diag.run.opening import holds_run, refuse_log
-    from diag.run.run import read_run
+    from diag.run.reading import read_run
     from diag.run.state_files import from_state_files
 
     runs = [holds_run(s) for s in sources]
@@ -236,7 +236,7 @@ def show_command(run: Path, name: str | None, go_on: bool, as_json: bool) -> Non
     from diag.cli import tables
     from diag.cli.live import follow
     from diag.registry import find
-    from diag.run.run import read_run
+    from diag.run.reading import read_run
 
     if go_on:
         follow(run)

@@ -53,7 +53,7 @@ def follow(
     once."""
     from diag.display import format_number
     from diag.run.folder import is_being_written
-    from diag.run.run import read_run
+    from diag.run.reading import read_run
 
     printed: set[tuple[str, str]] = set()
     last = -1

@@ -20,7 +20,8 @@ from diag.cli.text import visible
 
 if TYPE_CHECKING:
     from diag.registry import Instrument
-    from diag.run.run import Finding, Run
+    from diag.run.entries import Finding
+    from diag.run.run import Run
 
 STYLES = {
     "alarm": "bold red",

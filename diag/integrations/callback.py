@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import RunError
-from diag.run.run import read_run
+from diag.run.reading import read_run
 from diag.watching.watcher import Watcher, watch
 
 

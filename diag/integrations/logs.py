@@ -18,7 +18,9 @@ from typing import Any
 import numpy
 
 from diag.errors import InvalidInput
-from diag.run.run import Run, RunWriter, read_run
+from diag.run.reading import read_run
+from diag.run.run import Run
+from diag.run.writer import RunWriter
 from diag.snapshot.history import History, empty_history
 
 STEP_NAMES = ("step", "global_step", "_step", "trainer/global_step", "iteration", "iter", "epoch")

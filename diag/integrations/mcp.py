@@ -14,7 +14,8 @@ from diag.errors import DiagError, InvalidInput
 from diag.reporting.comparison.compare import comparison
 from diag.reporting.machines.comparing import compared_document
 from diag.reporting.machines.findings import findings_document, json_number, run_level
-from diag.run.run import Run, read_run
+from diag.run.reading import read_run
+from diag.run.run import Run
 
 MOST_RUNS = 200
 MOST_STEPS = 200

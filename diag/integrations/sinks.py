@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from diag.errors import InvalidInput, type_of
-from diag.run.run import Finding, Run
+from diag.run.entries import Finding
+from diag.run.run import Run
 
 FINDING_COLUMNS = ("step", "level", "instrument", "title", "sentence", "advice", "source")
 PREFIX = "diag"

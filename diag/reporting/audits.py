@@ -14,7 +14,7 @@ from diag.reporting.examples import examples
 from diag.reporting.plain import as_text, clean, count_in_words, number
 from diag.reporting.words import cause_in_words
 from diag.result import OUR_CHOICE, Failed, Level, Result, Skipped
-from diag.run.run import Finding
+from diag.run.entries import Finding
 
 # The title of a check flips with what it found.
 TITLES = {

@@ -12,7 +12,7 @@ from diag.display import format_share
 from diag.reporting.evidence import Evidence
 from diag.reporting.plain import clean, count_in_words, listed
 from diag.reporting.timeline import broken_steps
-from diag.run.run import Event
+from diag.run.entries import Event
 from diag.snapshot.history import History
 
 # Events that give no reason for caution; "info" is shown in the method section, and a finding has its own card.

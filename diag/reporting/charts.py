@@ -9,7 +9,7 @@ from typing import Any
 from diag.display import figure_svg
 from diag.reporting.plain import clean
 from diag.result import Result
-from diag.run.run import Finding
+from diag.run.entries import Finding
 
 SERIES_POINTS = 120
 MAX_SVG = 160_000

@@ -14,7 +14,9 @@ from typing import Any
 from diag.errors import InvalidInput, type_of
 from diag.registry import instruments, measure_all
 from diag.result import Failed, Outcome, Result, Skipped
-from diag.run.run import Cost, Event, Finding, Run, read_run
+from diag.run.entries import Cost, Event, Finding
+from diag.run.reading import read_run
+from diag.run.run import Run
 from diag.snapshot.history import History
 from diag.snapshot.snapshot import Snapshot
 

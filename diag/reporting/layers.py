@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from diag.reporting.heatmap import evenly, heatmaps, log10, median_by_layer
 from diag.reporting.plain import clean, rounded
 from diag.reporting.timeline import Axis
-from diag.run.run import Finding
+from diag.run.entries import Finding
 from diag.snapshot.history import CELLS, History, parts
 
 MAX_LAYERS = 300

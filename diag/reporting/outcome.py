@@ -17,7 +17,7 @@ from diag.display import format_number
 from diag.reporting.evidence import Evidence
 from diag.reporting.plain import clean
 from diag.reporting.timeline import Axis, decimate, scale
-from diag.run.run import Finding
+from diag.run.entries import Finding
 
 HELD_OUT_NAMES = ("held_out", "val", "valid", "validation", "eval", "test", "dev")
 PANELS = (("loss", "Loss"), ("accuracy", "Accuracy"))

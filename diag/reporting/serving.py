@@ -16,7 +16,7 @@ from diag.errors import InvalidInput
 from diag.reporting.document import document
 from diag.reporting.page import render
 from diag.run.files import RECORDS_FILE, STEPS_FILE
-from diag.run.run import read_run
+from diag.run.reading import read_run
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SECONDS = 5

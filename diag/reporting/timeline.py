@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.reporting.plain import clean, rounded
 from diag.result import Result
-from diag.run.run import Event, Finding
+from diag.run.entries import Event, Finding
 from diag.snapshot.history import History, by_rows
 
 CURVE_POINTS = 480

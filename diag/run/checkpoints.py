@@ -23,9 +23,10 @@ from diag.checkpoints import load_into, load_state
 from diag.errors import CheckpointError, InvalidInput, first_line
 from diag.registry import Instrument, Kind, find, instruments
 from diag.result import Result
+from diag.run.entries import Event, Record
 from diag.run.files import META
 from diag.run.over_ranks import AllRanks, OneProcess
-from diag.run.run import Event, Record, Run
+from diag.run.run import Run
 from diag.snapshot.snapshot import Snapshot
 
 Progress = Callable[[int, int, str], None]

@@ -10,7 +10,8 @@ from typing import Any
 from diag.errors import CheckpointError, RunError
 from diag.run.checkpoints import from_checkpoints
 from diag.run.files import META
-from diag.run.run import Run, read_run
+from diag.run.reading import read_run
+from diag.run.run import Run
 from diag.run.state_files import from_state_files
 
 PathOfRun = str | os.PathLike[str]

@@ -1,7 +1,8 @@
 """A run: everything that was recorded of one training, as plain data.
 
-`read_run` opens the folder that a watched training wrote; `RunWriter` writes it; `Run` can also be made in memory,
-from the outcomes of some checkpoints, say. A run judges itself: `findings()` has the verdicts, worst first.
+`diag.run.writer` writes the folder of a watched training and `diag.run.reading` opens it; `Run` can also be made
+in memory, from the outcomes of some checkpoints, say. A run judges itself: `findings()` has the verdicts, worst
+first.
 """
 
 from __future__ import annotations
@@ -10,87 +11,26 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 
 from diag import display
 from diag.door import class_at_the_door
 from diag.encoding import decode
-from diag.errors import InvalidInput, RunError
+from diag.errors import InvalidInput
 from diag.rates import with_rates
 from diag.registry import Instrument, attempt, instruments
-from diag.result import Failed, Outcome, Result, Skipped, Verdict, pandas_installed
-from diag.run.arrays import read_array
-from diag.run.damage import damaged, missing
-from diag.run.files import ARRAYS, DAMAGED, META, RECORDS_FILE, STEPS_FILE, read_metadata
-from diag.run.records import OUTCOMES, kept_records, outcome_data, read_records
-from diag.run.rows import history_of, kept_rows, read_rows
+from diag.result import Failed, Result, Skipped, Verdict
+from diag.run.decoding import DecodedOutcomes
+from diag.run.entries import Cost, Event, Finding, Record
+from diag.run.frames import frame_of
 from diag.run.stories import Story, stories
-from diag.run.writer import RunWriter
-from diag.snapshot.history import History, by_rows
-
-__all__ = ["Cost", "Event", "Finding", "Record", "Run", "RunWriter", "read_run"]
-
+from diag.snapshot.history import History
 
 OPENED = "diag.load(path) opens the run in a folder"
-
-
-class Unread(NamedTuple):
-    """An outcome that is still the line of the file that holds it; `kind` is result, skipped or failed."""
-
-    kind: str
-    line: bytes
-
-
-class Record(NamedTuple):
-    """An outcome at a step, and the seconds that it took."""
-
-    step: int
-    instrument: str
-    outcome: Outcome | Unread
-    seconds: float | None = None
-
-
-class Event(NamedTuple):
-    """Something that happened at a step, in one sentence."""
-
-    step: int
-    kind: str
-    text: str
-
-
-class Cost(NamedTuple):
-    """Time spent at a step: `seconds` on an instrument, or the wall time that passed since the last such cost
-    and the part of it that the watch took (of that, what ran at every step, and the checks' looks at the probe)."""
-
-    step: int
-    instrument: str = ""
-    seconds: float = 0.0
-    wall_seconds: float = 0.0
-    watch_seconds: float = 0.0
-    always_on_seconds: float = 0.0
-    check_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one instrument says about the whole run: the verdict on its series from `first_step` to `last_step`.
-
-    computed: whether the series is one result, computed of the run's steps when it was opened.
-    """
-
-    instrument: str
-    title: str
-    source: str
-    verdict: Verdict
-    series: Sequence[tuple[int, Result]]
-    first_step: int
-    last_step: int
-    began: int | None = None
-    computed: bool = False
 
 
 @class_at_the_door(hint=OPENED)
@@ -128,7 +68,7 @@ class Run:
     @cached_property
     def instruments(self) -> tuple[str, ...]:
         """The names of the instruments that have a series, in the order in which they first measured."""
-        from_records = [r.instrument for r in self.records if self._is_result(r) and r.instrument in instruments()]
+        from_records = [r.instrument for r in self.records if r.is_result and r.instrument in instruments()]
         return tuple(dict.fromkeys([*self._computed[0], *from_records, *self._logged]))
 
     @cached_property
@@ -139,8 +79,8 @@ class Run:
     @cached_property
     def outcomes(self) -> tuple[tuple[int, Skipped | Failed], ...]:
         """What was skipped or failed, at which step; in step order."""
-        without = [r for r in self.records if not self._is_result(r) and r.instrument not in self._logged]
-        recorded = [(r.step, self._decode(r)) for r in without]
+        without = [r for r in self.records if not r.is_result and r.instrument not in self._logged]
+        recorded = [(r.step, self._decoded.of(r)) for r in without]
         found = [*recorded, *self._computed[1], *self._undecodable, *self._judged[1]]
         return tuple(sorted(found, key=lambda item: item[0]))
 
@@ -196,18 +136,7 @@ class Run:
         """A pandas DataFrame of every scalar: a row a step, the columns `loss`, `learning_rate`, the norms of
         the whole network, `instrument.scalar`, and `logged.name` for the user's own. What was not measured at a
         step is NaN."""
-        pandas = pandas_installed()
-        columns: dict[str, Any] = {}
-        if self.history is not None:
-            totals = _totals(self.history)
-            columns = {name: pandas.Series(v, self.history.steps) for name, v in totals.items()}
-        for name in self.instruments:
-            for step, result in self.series(name):
-                for scalar, value in result.scalars().items():
-                    columns.setdefault(f"{name}.{scalar}", {})[step] = float(value)
-        columns |= {f"logged.{name}": dict(course) for name, course in self.metrics.items()}
-        columns = {name: pandas.Series(values, dtype=float) for name, values in columns.items()}
-        return pandas.DataFrame(columns).sort_index().rename_axis("step")
+        return frame_of(self.history, {name: self.series(name) for name in self.instruments}, self.metrics)
 
     def computes(self, instrument: Instrument) -> bool:
         """Whether opening the run computes this instrument of its steps, so that other settings judge them again.
@@ -221,17 +150,21 @@ class Run:
     # How the parts come about: each is computed once, when it is first asked for.
 
     @cached_property
+    def _decoded(self) -> DecodedOutcomes:
+        return DecodedOutcomes(self.path, instruments())
+
+    @cached_property
     def _recorded(self) -> set[str]:
         """The names of the instruments that have a result among the records."""
-        return {r.instrument for r in self.records if self._is_result(r)}
+        return {r.instrument for r in self.records if r.is_result}
 
     @cached_property
     def _series(self) -> dict[str, list[tuple[int, Any]]]:
         series: dict[str, list[tuple[int, Any]]] = {name: [item] for name, item in self._computed[0].items()}
         recorded: dict[str, dict[int, Any]] = {}
         for record in self.records:
-            if self._is_result(record):
-                outcome = self._decode(record)
+            if record.is_result:
+                outcome = self._decoded.of(record)
                 if not isinstance(outcome, Failed):
                     recorded.setdefault(record.instrument, {})[record.step] = outcome
         measured = {name: sorted(found.items()) for name, found in recorded.items() if name not in series}
@@ -265,7 +198,7 @@ class Run:
 
     @cached_property
     def _undecodable(self) -> list[tuple[int, Failed]]:
-        results = [(r.step, self._decode(r)) for r in self.records if self._is_result(r)]
+        results = [(r.step, self._decoded.of(r)) for r in self.records if r.is_result]
         return [(step, outcome) for step, outcome in results if isinstance(outcome, Failed)]
 
     @cached_property
@@ -297,43 +230,6 @@ class Run:
         own_settings = decode(self.metadata.get("settings", {})).get(instrument.name, {})
         return {s.name: own_settings[s.name] for s in instrument.settings if s.name in own_settings}
 
-    @staticmethod
-    def _is_result(record: Record) -> bool:
-        outcome = record.outcome
-        return outcome.kind == "result" if isinstance(outcome, Unread) else isinstance(outcome, Result)
-
-    def _decode(self, record: Record) -> Any:
-        """The outcome of a record: a Result, Skipped or Failed; a raw dict for an unknown instrument."""
-        outcome = record.outcome
-        if not isinstance(outcome, Unread):
-            return outcome
-        if id(record) not in self._decoded:
-            self._decoded[id(record)] = self._read(record.instrument, outcome)
-        return self._decoded[id(record)]
-
-    @cached_property
-    def _decoded(self) -> dict[int, Any]:
-        return {}
-
-    def _read(self, name: str, unread: Unread) -> Any:
-        try:
-            data = outcome_data(unread.line)
-            if unread.kind != "result":
-                made = Skipped if unread.kind == "skipped" else Failed
-                return made(name, **{k: str(data[k]) for k in ("reason", "traceback") if k in data})
-            if name not in instruments():
-                return decode(data, self._load_array)
-            return instruments()[name].result.from_dict(data, self._load_array)
-        except Exception as error:  # written by another version of the instrument, or its array is gone
-            return Failed(name, f"Its recorded result cannot be read: {error}")
-
-    def _load_array(self, name: str) -> Any:
-        if self.path is None:
-            raise RunError(
-                f"The array {name!r} lies in a run folder, and this run has none; open it from its folder."
-            )
-        return read_array(self.path / ARRAYS, name)
-
     # How it looks
 
     def facts(self) -> dict[str, str]:
@@ -363,68 +259,6 @@ def _began(instrument: Instrument, series: Sequence[tuple[int, Result]], verdict
         if not instrument.result.trend(series[:k]).level.is_finding:
             return series[k][0]
     return series[0][0]
-
-
-def read_run(path: str | Path) -> Run:
-    """Open the run in the folder `path` (or the folder's run.json).
-
-    A record that a killed writer left torn is dropped and counted in `torn`. What is not as it was written (a
-    checksum does not fit, a file is gone) is left out, and events of the kind "damaged" say so.
-    Raises RunError where there is no run, one of another format, or one whose files cannot be read.
-    """
-    folder = Path(path).parent if Path(path).name == META else Path(path)
-    metadata, wrong = read_metadata(folder)
-    try:
-        rows = read_rows(folder / STEPS_FILE, metadata["row"], metadata["seal"])
-        found = read_records(folder / RECORDS_FILE, metadata["seal"])
-    except OSError as error:
-        raise RunError(f"The run {folder} cannot be read ({error.strerror}: {error.filename}).") from None
-    wrong += [*missing(folder, metadata, rows, found), *damaged(rows, found)]
-    torn_before = sum(int(r.get("torn", 0)) for r in found.all if r["type"] == "resume")
-    kept, records = kept_rows(rows, found.all), kept_records(found.all)
-    events = [Event(r["step"], r.get("kind", r["type"]), r["text"]) for r in records if "text" in r]
-    last = max([0, *kept["steps"][-1:].tolist(), *(r["step"] for r in records)])
-    return Run(
-        path=folder,
-        metadata=metadata,
-        history=history_of(metadata, kept, records),
-        records=tuple(
-            Record(r["step"], r["instrument"], Unread(r["type"], r["data"]), r.get("seconds"))
-            for r in records
-            if r["type"] in OUTCOMES
-        ),
-        events=(*events, *(Event(last, DAMAGED, sentence) for sentence in wrong)),
-        times=tuple(_times(records)),
-        metrics=_metrics(records),
-        torn=rows.torn + found.torn + torn_before,
-    )
-
-
-def _metrics(records: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    found: dict[str, list[tuple[int, float]]] = {}
-    for r in records:
-        if r["type"] == "metrics":
-            for name, value in decode(r["values"]).items():
-                found.setdefault(str(name), []).append((r["step"], float(value)))
-    return found
-
-
-def _times(records: Iterable[Mapping[str, Any]]) -> Iterable[Cost]:
-    for r in records:
-        if r["type"] == "cost":
-            yield Cost(r["step"], r["instrument"], *(r.get(name, 0.0) for name in Cost._fields[2:]))
-
-
-def _totals(history: History) -> dict[str, Any]:
-    """The scalars of each step: the loss and the norms of the whole network."""
-    line = {"loss": history.loss, "learning_rate": history.learning_rate}
-    for name in ("gradient_norm", "parameter_norm", "update_norm", "distance"):
-        line[name] = by_rows(history, partial(_norm_of_all, name))
-    return line
-
-
-def _norm_of_all(name: str, history: History) -> Any:
-    return numpy.sqrt(numpy.square(getattr(history, name), dtype=float).sum(1))
 
 
 def _fact(name: str, value: Any) -> str:

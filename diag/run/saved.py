@@ -12,7 +12,7 @@ from diag.errors import RunError, as_path
 from diag.registry import instruments
 from diag.result import RESULT_FORMAT, Result
 from diag.run.files import META
-from diag.run.run import read_run
+from diag.run.reading import read_run
 
 LARGEST_RESULT = 1 << 30  # bytes
 

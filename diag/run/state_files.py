@@ -15,7 +15,8 @@ from diag.errors import as_path
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Result
 from diag.run.checkpoints import by_step_order, checkpoint_files
-from diag.run.run import Event, Record, Run
+from diag.run.entries import Event, Record
+from diag.run.run import Run
 from diag.snapshot.external.saved import Saved
 
 

@@ -24,7 +24,8 @@ from diag.linalg.deadline import Deadline
 from diag.ranges import Count, Positive
 from diag.registry import BeforeTraining, Instrument, Kind, attempt, instruments
 from diag.result import Result, Skipped
-from diag.run.run import Event, Record, Run
+from diag.run.entries import Event, Record
+from diag.run.run import Run
 from diag.snapshot.batch import Batch
 from diag.snapshot.external.trial import Attempt, Trial
 from diag.snapshot.inside import apart

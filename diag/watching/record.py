@@ -16,7 +16,7 @@ from typing import Any
 from diag.errors import RunError, text_of
 from diag.result import Outcome
 from diag.run.rows import row_columns, row_dtype
-from diag.run.run import RunWriter
+from diag.run.writer import RunWriter
 from diag.watching.guard import Clock
 from diag.watching.observe.rows import Row
 from diag.watching.waiting import Waiting, log_line

@@ -20,7 +20,9 @@ from diag.checkpoints.unwrap import bare_model
 from diag.distributed.meeting import rank_here
 from diag.door import class_at_the_door, names_at_the_door
 from diag.errors import InvalidInput, text_of
-from diag.run.run import Finding, Run, read_run
+from diag.run.entries import Finding
+from diag.run.reading import read_run
+from diag.run.run import Run
 from diag.snapshot.history import History
 from diag.snapshot.state.modes import unseen
 from diag.watching.about import describe_run, temporary_folder

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import diag
 from diag.cli import main
 from diag.result import Failed, Skipped
-from diag.run.run import RunWriter
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 LAYERS = {"body.weight": 6, "head.weight": 4}

@@ -12,7 +12,8 @@ import diag
 from diag.cli.door import Door
 from diag.errors import RunError
 from diag.registry import instruments
-from diag.run.run import Record, Run
+from diag.run.entries import Record
+from diag.run.run import Run
 
 
 def test_help_does_not_wait_for_torch():
@@ -81,7 +82,7 @@ def test_another_part_brings_its_commands(run_diag, monkeypatch):
 
 
 def test_the_demo_prints_the_verdicts_and_where_the_report_is(run_diag, make_run, monkeypatch, tmp_path):
-    from diag.run.run import read_run
+    from diag.run.reading import read_run
 
     asked = {}
 

@@ -9,7 +9,7 @@ import pytest
 from diag.cli.live import follow
 from diag.errors import InvalidInput
 from diag.reporting.serving import live_server
-from diag.run.run import RunWriter
+from diag.run.writer import RunWriter
 
 LAYERS = {"layers": {"body.weight": 6, "head.weight": 4}}
 

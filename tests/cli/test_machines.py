@@ -14,7 +14,7 @@ import diag
 from diag.reporting.machines.checking import with_settings
 from diag.reporting.machines.policy import read_policy
 from diag.reporting.machines.schema import schema
-from diag.run.run import read_run
+from diag.run.reading import read_run
 
 ROOT = Path(diag.__file__).parent.parent
 VALIDATOR = jsonschema.Draft202012Validator(schema())

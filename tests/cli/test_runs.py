@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from diag.result import Failed
-from diag.run.run import RunWriter, read_run
+from diag.run.reading import read_run
+from diag.run.writer import RunWriter
 
 
 def test_check_fails_on_an_alarm_and_says_which(run_diag, make_run):

@@ -5,7 +5,7 @@ import torch
 
 from diag.cli.text import visible
 from diag.result import Failed
-from diag.run.run import RunWriter
+from diag.run.writer import RunWriter
 
 STEERS = "\x1b[2J\x1b]0;title\x07 \x9b31m \r over \x08 \u202egnp.\u2066 [bold]x[/] [/] :smile:"
 SHOWN = r"\x1b[2J\x1b]0;title\x07 \x9b31m \r over \x08 \u202egnp.\u2066 [bold]x[/] [/] :smile:"

@@ -11,7 +11,7 @@ import torch
 import diag
 from diag.errors import InvalidInput
 from diag.integrations.mcp import Runs, mcp_server
-from diag.run.run import RunWriter
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 

@@ -10,7 +10,8 @@ import torch
 import diag
 from diag.errors import InvalidInput
 from diag.integrations.sinks import CsvSink, MlflowSink, TensorBoardSink, WandbSink, every_sink
-from diag.run.run import RunWriter, read_run
+from diag.run.reading import read_run
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 

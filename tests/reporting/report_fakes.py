@@ -8,7 +8,7 @@ import numpy
 
 from diag.reporting.evidence import Evidence
 from diag.result import OUR_CHOICE, Failed, Precondition, Provenance, Result, Skipped, Verdict, measured
-from diag.run.run import Cost, Event, Finding
+from diag.run.entries import Cost, Event, Finding
 from diag.snapshot.history import empty_history
 
 HOSTILE = "<script>alert(1)</script>"

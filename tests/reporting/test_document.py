@@ -14,7 +14,9 @@ from diag.errors import InvalidInput, RunError
 from diag.reporting import document, render
 from diag.reporting.plain import as_text, clean, count_in_words, listed, number, rounded
 from diag.result import Failed, Skipped, Verdict
-from diag.run.run import Cost, Event, Record, Run, RunWriter
+from diag.run.entries import Cost, Event, Record
+from diag.run.run import Run
+from diag.run.writer import RunWriter
 
 NOTHING = {"findings": [], "outcomes": [], "history": None, "events": [], "costs": [], "torn": 0}
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diag.reporting.timeline import Axis, axis_of, decimate, scale, step_ticks, timeline, whole_norm
-from diag.run.run import Event
+from diag.run.entries import Event
 
 FLOATS = st.floats(-1e6, 1e6) | st.just(math.nan) | st.just(math.inf)
 

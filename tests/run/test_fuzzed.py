@@ -18,8 +18,9 @@ from diag.registry import instrument
 from diag.reporting import document, render
 from diag.result import Provenance, Result, Skipped, Verdict, measured
 from diag.run.files import metadata_text
+from diag.run.reading import read_run
 from diag.run.records import record_line
-from diag.run.run import RunWriter, read_run
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 LAYERS = {"body.weight": 600, "body.bias": 20, "head.weight": 40}

@@ -10,7 +10,8 @@ import pytest
 
 from diag.errors import RunError
 from diag.result import Provenance, Result, Verdict, measured
-from diag.run.run import RunWriter, read_run
+from diag.run.reading import read_run
+from diag.run.writer import RunWriter
 from tests.run.killing import killed_at, operations
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

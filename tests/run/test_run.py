@@ -19,10 +19,13 @@ from diag.errors import MissingData, RunError
 from diag.registry import instrument
 from diag.result import Failed, Level, Provenance, Result, Skipped, Verdict, measured
 from diag.run import rows
+from diag.run.entries import Cost, Event, Record
 from diag.run.files import checksum
 from diag.run.folder import is_being_written
+from diag.run.reading import read_run
 from diag.run.records import kept_records, outcome_data, record_line
-from diag.run.run import Cost, Event, Record, Run, RunWriter, read_run
+from diag.run.run import Run
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 LAYERS = {"a.weight": 6, "a.bias": 2}

@@ -19,7 +19,8 @@ import pytest
 from diag.errors import InvalidInput, RunError
 from diag.result import Provenance, Result, Verdict, measured
 from diag.run.files import read_metadata
-from diag.run.run import RunWriter, read_run
+from diag.run.reading import read_run
+from diag.run.writer import RunWriter
 from diag.snapshot.history import empty_history
 
 LAYERS = {"a.weight": 6, "a.bias": 2}
@@ -48,7 +49,7 @@ def open_run(folder, **more):
 
 def in_another_process(code, folder):
     """A process that opens a writer on `folder`, says so, and then runs `code`."""
-    lines = f"""import sys; from diag.run.run import RunWriter
+    lines = f"""import sys; from diag.run.writer import RunWriter
 w = RunWriter(sys.argv[1], {{'layers': {{'a.weight': 6, 'a.bias': 2}}}}); print('taken', flush=True); {code}"""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", lines, str(folder)], **pipes)

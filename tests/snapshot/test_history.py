@@ -10,7 +10,7 @@ import pytest
 
 import diag
 from diag.run.rows import Rows, kept_rows
-from diag.run.run import RunWriter
+from diag.run.writer import RunWriter
 from diag.snapshot.history import by_rows, empty_history, parts, taken, thinned_record, unmap
 
 LAYERS = {f"layer{i}.{kind}": size for i in range(6) for kind, size in (("weight", 600), ("bias", 20))}

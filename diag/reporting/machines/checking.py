@@ -17,7 +17,9 @@ from diag.reporting.machines.findings import finding_entry, findings_document, j
 from diag.reporting.machines.policy import FAIL_ON, IGNORE, Limit, Policy
 from diag.reporting.plain import clean, listed
 from diag.result import Failed, Level
-from diag.run.run import Finding, Run, read_run
+from diag.run.entries import Finding
+from diag.run.reading import read_run
+from diag.run.run import Run
 
 UNJUDGED = "no verdict"  # the outcome of a check that judged nothing
 

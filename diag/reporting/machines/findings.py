@@ -13,8 +13,9 @@ from typing import Any
 from diag.reporting.evidence import is_old
 from diag.reporting.plain import clean
 from diag.result import Failed, Level, Skipped
+from diag.run.entries import Finding
 from diag.run.files import DAMAGED
-from diag.run.run import Finding, Run
+from diag.run.run import Run
 from diag.run.stories import stories
 
 FINDINGS_FORMAT, FINDINGS_VERSION = "diag-findings", 1

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from diag.errors import text_of
 from diag.registry import Instrument
 from diag.result import Level, Result, Verdict
-from diag.run.run import Finding
+from diag.run.entries import Finding
 from diag.run.stories import explains, stories
 from diag.snapshot import pause
 from diag.watching.waiting import LOGGER

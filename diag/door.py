@@ -64,6 +64,17 @@ def class_at_the_door(*, hint: str = "", convert: bool = True) -> Callable[[type
     return decorated
 
 
+def brought_to(value: Any, type_: Any, otherwise: str) -> Any:
+    """A value as one of the annotation `type_`, as settings are (see `diag.conversion`): '3' and 3.0 are 3.
+
+    Raises InvalidInput with the sentence `otherwise` where it is none.
+    """
+    try:
+        return converted(value, type_, None, "")
+    except InvalidInput:
+        raise InvalidInput(otherwise) from None
+
+
 def refuse_wrong_call(
     function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any], hint: str = ""
 ) -> None:

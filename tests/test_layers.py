@@ -38,7 +38,7 @@ ALLOWED = {
     "remedies": {"errors", "door", "linalg"},
     "checkpoints": {"errors"},
     "distributed": {"errors", "linalg"},
-    "snapshot": {"errors", "door", "linalg", "checkpoints", "distributed"},
+    "snapshot": {"errors", "ranges", "door", "linalg", "checkpoints", "distributed"},
 }
 ALLOWED["build"] = {"errors", "snapshot"}
 ALLOWED["gradients"] = ALLOWED["snapshot"] | {"snapshot"}

@@ -8,7 +8,7 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.distributed.together import Together
 from diag.door import class_at_the_door
-from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line, type_of
+from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line
 from diag.linalg.deadline import NEVER, Deadline, free_memory
 from diag.snapshot.batch import Batch, fingerprint, tensors_in
 from diag.snapshot.cutting import Cutting
@@ -39,7 +39,7 @@ from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
 from diag.snapshot.undisturbed import undisturbed
-from diag.snapshot.validation import check_model_and_loss
+from diag.snapshot.validation import checked_arguments
 
 MODEL_MOVED = (
     "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "
@@ -121,7 +121,7 @@ class Snapshot:
         ranks: bool | Together = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        _check_kinds(arguments)
+        arguments |= checked_arguments(arguments)
         self.ranks = ranks if isinstance(ranks, Together) else Together(_device_of(model)) if ranks else None
         self._placement = sharded_as(bare_model(model))
         self._sharded = bare_model(model) if self.ranks is not None and self._placement else None
@@ -130,7 +130,8 @@ class Snapshot:
         self.previous, self.other, self.history = previous, other, history
         self.loop = loop
         self.carry, self.deadline = carry, deadline
-        self.seed, self.device, self.micro_batch, self.max_examples = seed, device, micro_batch, max_examples
+        self.seed, self.device = arguments["seed"], device
+        self.micro_batch, self.max_examples = arguments["micro_batch"], arguments["max_examples"]
         made = {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
         self._arguments = arguments | made
         self.cut_short = ""  # in one sentence, where not all of the data was read
@@ -383,40 +384,6 @@ def bits_of_batches(batches: tuple[Batch, ...]) -> list[Any]:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _check_kinds(arguments: Mapping[str, Any]) -> None:
-    check_model_and_loss(arguments["model"], arguments["loss_fn"])
-    for name in ("micro_batch", "max_examples"):
-        count = arguments[name]
-        if count is not None and not (hasattr(count, "__index__") and count is not True and count > 0):
-            raise InvalidInput(f"{name} is {count!r}; expected a number of examples, 1 or more.")
-    if not hasattr(arguments["seed"], "__index__"):
-        raise InvalidInput(f"seed is {arguments['seed']!r}; expected a whole number.")
-    if arguments["unpack"] is not None and not callable(arguments["unpack"]):
-        raise InvalidInput(
-            f"unpack is {type_of(arguments['unpack'])}; expected unpack(batch) -> (inputs, targets)."
-        )
-    _check_device(arguments["device"])
-    if not isinstance(arguments["deadline"], Deadline):
-        raise InvalidInput(f"deadline is {type_of(arguments['deadline'])}; expected a Deadline, or none.")
-    if arguments["ranks"] and arguments["deadline"] is not NEVER:
-        raise InvalidInput(
-            "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."
-        )
-
-
-def _check_device(device: Any) -> None:
-    try:
-        made = torch.device(device or "cpu")
-    except (RuntimeError, TypeError):
-        raise InvalidInput(f"device is {device!r}; expected one such as 'cpu' or 'cuda:0'.") from None
-    try:
-        torch.empty(0, device=made)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InvalidInput(
-            f"device is {device!r}, which is not on this machine ({first_line(error)}); give another, or none."
-        ) from None
 
 
 def _measured(

@@ -1,4 +1,5 @@
-"""Convert and validate quantities at the door, once, so that no instrument has to.
+"""Convert and validate at the door, once, so that nothing behind it has to: the arguments of a snapshot, and the
+quantities of instruments.
 
 Arrays and lists become tensors; a wrong type, shape or range, an empty or non-finite tensor, or axes that do
 not match between quantities give one sentence.
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diag.errors import InvalidInput, named, type_of
+from diag.door import brought_to
+from diag.errors import InvalidInput, first_line, named, type_of
+from diag.linalg.deadline import NEVER, Deadline
+from diag.ranges import Count
 from diag.snapshot.glossary import HELD_OUT, lookup
 
 AXES = {"m": "examples", "n": "examples", "K": "classes", "d": "features"}
@@ -26,6 +30,42 @@ def check_model_and_loss(model: Any, loss_fn: Any) -> None:
         raise InvalidInput(f"loss_fn is {type_of(loss_fn)}; expected one that is made: {loss_fn.__name__}().")
     if loss_fn is not None and not callable(loss_fn):
         raise InvalidInput(f"loss_fn is {type_of(loss_fn)}; expected loss_fn(outputs, targets).")
+
+
+def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers among the arguments of a snapshot, converted; raises InvalidInput where one of all is unfit."""
+    check_model_and_loss(arguments["model"], arguments["loss_fn"])
+    numbers = {
+        "seed": brought_to(arguments["seed"], int, f"seed is {arguments['seed']!r}; expected a whole number.")
+    }
+    for name in ("micro_batch", "max_examples"):
+        count = f"{name} is {arguments[name]!r}; expected a number of examples, 1 or more."
+        numbers[name] = brought_to(arguments[name], Count | None, count)
+    if arguments["unpack"] is not None and not callable(arguments["unpack"]):
+        raise InvalidInput(
+            f"unpack is {type_of(arguments['unpack'])}; expected unpack(batch) -> (inputs, targets)."
+        )
+    _check_device(arguments["device"])
+    if not isinstance(arguments["deadline"], Deadline):
+        raise InvalidInput(f"deadline is {type_of(arguments['deadline'])}; expected a Deadline, or none.")
+    if arguments["ranks"] and arguments["deadline"] is not NEVER:
+        raise InvalidInput(
+            "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."
+        )
+    return numbers
+
+
+def _check_device(device: Any) -> None:
+    try:
+        made = torch.device(device or "cpu")
+    except (RuntimeError, TypeError):
+        raise InvalidInput(f"device is {device!r}; expected one such as 'cpu' or 'cuda:0'.") from None
+    try:
+        torch.empty(0, device=made)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidInput(
+            f"device is {device!r}, which is not on this machine ({first_line(error)}); give another, or none."
+        ) from None
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from diag.door import brought_to
 from diag.errors import InvalidInput, type_of
+from diag.ranges import Count, Threshold, WholeNumber
 from diag.snapshot.batch import Batch
 from diag.snapshot.reading import read_batches
 from diag.snapshot.state.unmade import NO_VALUES, SCRIPTED
-from diag.snapshot.validation import check_model_and_loss
 from diag.watching.measure.probe import Probe
 
 
@@ -37,35 +38,36 @@ class Settings:
     on_finding: Callable[[Any], object] | None = None
 
 
-def check_arguments(model: Any, loss_fn: Any, every: Any, budget: Any) -> None:
-    """Raise InvalidInput where these are not of their kinds."""
-    check_model_and_loss(model, loss_fn)
-    if every is not None and (not _is_whole(every) or every < 1):
-        raise InvalidInput(f"every is {every!r}; expected a number of steps, 1 or more.")
-    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if not number or not (0 <= budget <= 1 or budget == math.inf):
-        raise InvalidInput(
-            f"budget is {budget!r}; expected a share of wall time from 0 to 1, such as 0.05, or math.inf to "
-            "measure at every scheduled step."
-        )
+def checked_schedule(every: Any, budget: Any) -> tuple[int | None, float]:
+    """Both as numbers; raises InvalidInput where they are none, or outside their ranges."""
+    steps = brought_to(every, Count | None, f"every is {every!r}; expected a number of steps, 1 or more.")
+    sentence = (
+        f"budget is {budget!r}; expected a share of wall time from 0 to 1, such as 0.05, or math.inf to measure at "
+        "every scheduled step."
+    )
+    share = brought_to(budget, Threshold, sentence)
+    if 1 < share < math.inf:
+        raise InvalidInput(sentence)
+    return steps, share
 
 
-def check_record(run: Any, resume: Any, on_finding: Any) -> None:
-    """Raise InvalidInput where these are not of their kinds."""
+def checked_record(run: Any, resume: Any) -> tuple[Path | None, bool | int]:
+    """The folder of the record, and after which step of it to go on; raises InvalidInput where they are unfit."""
     if run is not None and not isinstance(run, (str, os.PathLike)):
         raise InvalidInput(f"run is {type_of(run)}; expected the path of a folder.")
     if run is not None and not os.fspath(run):
         raise InvalidInput("run is an empty text; expected the path of a folder.")
-    if not isinstance(resume, bool) and (not _is_whole(resume) or resume < 0):
-        raise InvalidInput(f"resume is {resume!r}; expected True, False or the number of a step.")
-    if resume is not False and run is None:
+    sentence = f"resume is {resume!r}; expected True, False or the number of a step."
+    after = brought_to(resume, WholeNumber | bool, sentence)
+    if after is not False and run is None:
         raise InvalidInput(f"resume is {resume!r} and there is no run=; give the folder of the run that goes on.")
+    return None if run is None else Path(os.path.abspath(run)), after  # the process may move to another folder
+
+
+def check_callable(on_finding: Any) -> None:
+    """Raise InvalidInput where it is no function."""
     if on_finding is not None and not callable(on_finding):
         raise InvalidInput(f"on_finding is {type_of(on_finding)}; expected a function of one finding.")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def watched_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

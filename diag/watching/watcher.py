@@ -25,12 +25,14 @@ from diag.run.reading import read_run
 from diag.run.run import Run
 from diag.snapshot.history import History
 from diag.snapshot.state.modes import unseen
+from diag.snapshot.validation import check_model_and_loss
 from diag.watching.about import describe_run, temporary_folder
 from diag.watching.arguments import (
     Settings,
-    check_arguments,
-    check_record,
+    check_callable,
     checked_optimizer,
+    checked_record,
+    checked_schedule,
     given_probe,
     watched_parameters,
 )
@@ -108,8 +110,10 @@ def watch(
     others wait, at most half of the process group's timeout.
     Raises InvalidInput for arguments that do not fit, RunError where the folder cannot be written.
     """
-    check_arguments(model, loss_fn, every, budget)
-    check_record(run, resume, on_finding)
+    check_model_and_loss(model, loss_fn)
+    steps, share = checked_schedule(every, budget)
+    folder, after = checked_record(run, resume)
+    check_callable(on_finding)
     bare = bare_model(model)
     parameters = watched_parameters(bare)
     settings = Settings(
@@ -118,10 +122,10 @@ def watch(
         probe=given_probe(bare, probe),
         held_out=given_probe(bare, held_out).batches or None,
         loss_fn=loss_fn,
-        run=None if run is None else Path(os.path.abspath(run)),  # the process may move to another folder
-        every=every,
-        budget=budget,
-        resume=resume,
+        run=folder,
+        every=steps,
+        budget=share,
+        resume=after,
         on_finding=on_finding,
     )
     return Watcher(model, parameters, settings)

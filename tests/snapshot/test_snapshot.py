@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -206,6 +207,12 @@ def test_what_is_missing_is_said_in_one_sentence(problem, name):
         make(problem).quantity(name)
     assert is_one_sentence(str(caught.value))
     assert str(caught.value).startswith(f"{name} is missing: ")
+
+
+def test_numbers_are_converted_as_settings_are(problem):
+    snapshot = diag.Snapshot(problem.model, seed="3", micro_batch=numpy.int64(8), max_examples=20.0)
+    assert (snapshot.seed, snapshot.micro_batch, snapshot.max_examples) == (3, 8, 20)
+    assert all(type(n) is int for n in (snapshot.seed, snapshot.micro_batch, snapshot.max_examples))
 
 
 MISTAKES = {

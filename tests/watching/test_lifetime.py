@@ -42,12 +42,11 @@ def test_mistakes_are_told_at_construction(tiny, tmp_path):
         ((model,), {"budget": 50}, InvalidInput, "budget is 50; expected a share of wall time from 0 to 1"),
         ((model,), {"budget": True}, InvalidInput, "budget is True"),
         ((model,), {"every": True}, InvalidInput, "every is True"),
-        (
-            (model,),
-            {"resume": "yes"},
-            InvalidInput,
-            "resume is 'yes'; expected True, False or",
-        ),
+        ((model,), {"resume": "later"}, InvalidInput, "resume is 'later'; expected True, False or the number"),
+        ((model,), {"resume": -1}, InvalidInput, "resume is -1; expected True, False or the number"),
+        ((model,), {"resume": "yes"}, InvalidInput, "resume is 'yes' and there is no run=; give the folder"),
+        ((model,), {"budget": "5 %"}, InvalidInput, "budget is '5 %'; expected a share of wall time"),
+        ((model,), {"every": 2.5}, InvalidInput, "every is 2.5; expected a number of steps"),
         ((model,), {"on_finding": 3}, InvalidInput, "on_finding is an int; expected a function of one finding"),
         (
             (model,),
@@ -91,6 +90,14 @@ def test_mistakes_are_told_at_construction(tiny, tmp_path):
         (tmp_path / "file").write_text("")
         diag.watch(model, run=tmp_path / "file")
     assert not HUB.listeners
+
+
+def test_numbers_are_converted_as_settings_are(tiny, tmp_path):
+    model, _, _ = tiny
+    with diag.watch(model, run=tmp_path, instruments=[], budget="0.02", every="3", resume="0") as watcher:
+        assert watcher.run.metadata["budget"] == 0.02 and watcher.run.metadata["every"] == 3
+    with diag.watch(model, instruments=[], budget="inf", every=torch.tensor(2)) as watcher:
+        assert watcher.run.metadata["budget"] == math.inf and watcher.run.metadata["every"] == 2
 
 
 def test_a_run_that_another_process_writes_is_refused(tiny, tmp_path):

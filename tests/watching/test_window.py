@@ -251,7 +251,7 @@ def test_a_budget_pays_for_the_window(monkeypatch):
     run = watched(1.95, steps=30, budget=1e-9)
     assert [result.mode for _, result in run.series("opposing_signals")] == ["static"]
     # Its steps are so short that no share of them pays for a window.
-    monkeypatch.setattr("diag.watching.watcher.check_arguments", lambda *arguments: None)
+    monkeypatch.setattr("diag.watching.watcher.checked_schedule", lambda *numbers: numbers)
     run = watched(1.95, steps=60, budget=50.0)
     online = [cost for cost in run.costs if cost.instrument == "opposing_signals"]
     spent = dict(zip([s for s, _ in run.series("opposing_signals")], [c.seconds for c in online], strict=True))

@@ -26,6 +26,7 @@ from diag.instruments.loop.clipping_order import ClippingOrder as ClippingOrder
 from diag.instruments.collapse_by_layer import CollapseByLayer as CollapseByLayer
 from diag.result import Confidence as Confidence
 from diag.instruments.outcome.constant_answer import ConstantAnswer as ConstantAnswer
+from diag.instruments.loss.contrastive_loss import ContrastiveLoss as ContrastiveLoss
 from diag.instruments.data.data_kept import DataKept as DataKept
 from diag.instruments.network.dead_units import DeadUnits as DeadUnits
 from diag.instruments.denoising import Denoising as Denoising
@@ -279,6 +280,14 @@ class _ConstantAnswerInstrument(Instrument):
     def __call__(self, history: Any, loop: Any) -> ConstantAnswer: ...
 
 constant_answer: _ConstantAnswerInstrument
+
+class _ContrastiveLossInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ..., needed: float = ..., usable: float = ...) -> ContrastiveLoss: ...
+    @overload
+    def __call__(self, loop: Any, *, needed: float = ..., usable: float = ...) -> ContrastiveLoss: ...
+
+contrastive_loss: _ContrastiveLossInstrument
 
 class _DataKeptInstrument(Instrument):
     @overload

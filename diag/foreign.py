@@ -157,6 +157,8 @@ PRIVATE = (
     Private("_input_metadata", "node", "2.1", "whether each output of a wrapper's node is one of its inputs"),
     Private("_saved_dim", "LogSoftmax", "1.9", "repeating a log_softmax on other outputs"),
     Private("_saved_result", "LogSoftmax", "1.9", "repeating a log_softmax on other outputs"),
+    Private("_saved_indices", "Index", "1.9", "which entries of likenesses a loss asks for"),
+    Private("_saved_offset", "Diagonal", "1.9", "which entries of likenesses a loss asks for"),
     Private("_saved_dim0", "Transpose", "1.9", "repeating a transposition"),
     Private("_saved_dim1", "Transpose", "1.9", "repeating a transposition"),
     Private("_saved_dims", "Permute", "1.9", "repeating a permutation"),

@@ -91,6 +91,8 @@ MAKERS = {
     "LogSoftmax": lambda: x(2, 3).log_softmax(1).grad_fn,
     "Transpose": lambda: x(2, 3).transpose(0, 1).grad_fn,
     "Permute": lambda: x(2, 3).permute(1, 0).grad_fn,
+    "Index": lambda: x(2, 3)[torch.arange(2), torch.arange(2)].grad_fn,
+    "Diagonal": lambda: x(2, 3).diagonal().grad_fn,
     "Select": lambda: x(2, 3).select(1, 0).grad_fn,
     "Slice": lambda: x(2, 3)[:, :2].grad_fn,
     "Mean": lambda: x(2, 3).mean().grad_fn,

@@ -104,6 +104,9 @@ class Cause(enum.StrEnum):
     LOSS_ASCENDED = "loss_ascended", Theme.LOSS, "Training goes up the loss: a sign is wrong."
     LOSS_TERM_DOMINATES = "loss_term_dominates", Theme.LOSS, "One term of the loss outweighs the others so far that they do not count."
     PAIR_IDENTICAL = "pair_identical", Theme.LOSS, "The two sides of a pair that the loss compares are the same example: two equal views, an anchor that is its own positive."
+    ANSWER_MASKED = "answer_masked", Theme.LOSS, "A mask over a softmax covers the answers that are asked for, or leaves in what is no answer."
+    TEMPERATURE_WRONG = "temperature_wrong", Theme.LOSS, "The temperature of a softmax leaves it even or makes it a hard choice, whatever the network does."
+    NOTHING_KEEPS_APART = "nothing_keeps_apart", Theme.LOSS, "The loss is smallest where every input gives the same output: outputs are drawn together and nothing keeps them apart."
     OUTPUT_RANGE = "output_range", Theme.LOSS, "The function after the last layer keeps the outputs in a range in which the targets do not lie."
     INITIAL_LOSS_HIGH = "initial_loss_high", Theme.LOSS, "The first loss is far above that of guessing evenly: the network starts sure and wrong."
 
@@ -111,6 +114,8 @@ class Cause(enum.StrEnum):
 
     # Data
     LABELS_SHUFFLED = "labels_shuffled", Theme.DATA, "Labels do not belong to their inputs: one of the two was shuffled alone."
+    PAIRS_UNRELATED = "pairs_unrelated", Theme.DATA, "Pairs that should belong together have nothing in common: other examples, or views of which nothing is left."
+    BATCH_TOO_SMALL = "batch_too_small", Theme.DATA, "A batch holds too few examples for what its loss compares."
     TARGETS_MISPLACED = "targets_misplaced", Theme.DATA, "Targets stand at other places than what they belong to: mirrored, moved, in reverse order, filled up at the other end."
     LABELS_WRONG = "labels_wrong", Theme.DATA, "A part of the labels is wrong."
     CLASSES_SORTED = "classes_sorted", Theme.DATA, "Batches hold one or few classes each: the data is sorted and not shuffled."

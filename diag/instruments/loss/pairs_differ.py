@@ -29,16 +29,19 @@ def pairs_differ(loop: Loop) -> PairsDiffer:
 
     Looked at are calls of the model before one backward pass whose outputs come together, whole, in a difference, a
     product or one tensor. An alarm where at every one of at least three looks two of these had the same inputs and
-    gave the same outputs; dropout or noise inside the model makes them differ. Raises nothing of its own.
+    gave the same outputs; dropout or noise inside the model makes them differ. An alarm, too, where a softmax over
+    likenesses asks each row, at every one of at least three looks, for an embedding that is equal to the row's, and
+    other rows have others. Raises nothing of its own.
     """
     facts = loop.pairs
-    known = Precondition("pairs", facts.looked > 0, "the model is not called twice before a backward pass.")
-    fine = f"No pair of equal sides at {facts.looked:,} backward passes after several calls of the model."
+    looked = max(facts.looked, len(loop.contrast.looks))
+    known = Precondition("pairs", looked > 0, "no calls of the model that a loss compares were seen.")
+    fine = f"No pair of equal sides at {looked:,} backward passes that were looked at."
     return judged(PairsDiffer, loop.step, list(_findings(loop)), fine, preconditions=(known,))
 
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
-    facts = loop.pairs
+    facts, looks = loop.pairs, loop.contrast.looks
     if facts.same == facts.looked >= THRICE:
         yield LoopFinding(
             Level.ALARM,
@@ -49,4 +52,15 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             "kind; look at how the positives are drawn.",
             "Two calls whose outputs differ.",
             step=facts.first,
+        )
+    elif len(looks) >= THRICE and all(look.equal and look.itself < 1 for look in looks):
+        yield LoopFinding(
+            Level.ALARM,
+            Cause.PAIR_IDENTICAL,
+            f"The loss compares examples with themselves: at all {len(looks):,} backward passes looked at, the "
+            "embedding of each row and that of its right answer are equal, and those of other rows are not.",
+            "Draw the second view on its own (call the augmentation twice), or look at how the positives "
+            "are drawn.",
+            "Two views of an example whose embeddings differ.",
+            step=looks[0].step,
         )

@@ -3,4 +3,16 @@
 Rule of the folder: facts only; whatever judges them is an instrument.
 """
 
-__all__ = ["arithmetic", "asked", "data", "facts", "inputs", "network", "places", "ranks", "rows", "steps"]
+__all__ = [
+    "arithmetic",
+    "asked",
+    "contrast",
+    "data",
+    "facts",
+    "inputs",
+    "network",
+    "places",
+    "ranks",
+    "rows",
+    "steps",
+]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from diag.errors import InvalidInput, MissingQuantity, type_of
 from diag.snapshot.loop.arithmetic import ArithmeticFacts, LatentFacts, PolicyFacts
 from diag.snapshot.loop.asked import AskedFacts
+from diag.snapshot.loop.contrast import ContrastFacts
 from diag.snapshot.loop.data import (
     BatchFacts,
     ContentFacts,
@@ -104,6 +105,7 @@ class Loop:
     arithmetic: ArithmeticFacts = field(default_factory=ArithmeticFacts)
     latents: LatentFacts = field(default_factory=LatentFacts)
     policy: PolicyFacts = field(default_factory=PolicyFacts)
+    contrast: ContrastFacts = field(default_factory=ContrastFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     sequences: SequenceFacts = field(default_factory=SequenceFacts)
     masks: MaskFacts = field(default_factory=MaskFacts)

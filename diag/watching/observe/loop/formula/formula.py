@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
+from diag.watching.observe.loop.formula.contrast import Contrasts
 from diag.watching.observe.loop.formula.latents import Latents
 from diag.watching.observe.loop.formula.parts import parts_of
 from diag.watching.observe.loop.formula.policy import Policies
@@ -20,6 +21,7 @@ class Formula:
     def __init__(self, moment: Moment) -> None:
         self._arithmetic = Arithmetic(moment)
         self._latents, self._policies = Latents(moment), Policies(moment)
+        self._contrasts = Contrasts(moment)
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
@@ -30,7 +32,7 @@ class Formula:
         """A backward pass begins."""
         self._arithmetic.backward_called(roots)
         if isinstance(roots, Tensor) and roots.numel() == 1 and roots.grad_fn is not None:
-            reading = [r for r in (self._latents, self._policies) if r.begins()]
+            reading = [r for r in (self._latents, self._policies, self._contrasts) if r.begins()]
             parts = parts_of(roots) if reading else []
             for reader in reading:
                 reader.read(parts)
@@ -41,4 +43,5 @@ class Formula:
             "arithmetic": self._arithmetic.facts(),
             "latents": self._latents.facts(),
             "policy": self._policies.facts(),
+            "contrast": self._contrasts.facts(),
         }

@@ -98,6 +98,7 @@ from diag.instruments.distributed.replicas_equal import ReplicasEqual as Replica
 from diag.instruments.representation import Representation as Representation
 from diag.result import Result as Result
 from diag.instruments.data.row_labels import RowLabels as RowLabels
+from diag.instruments.rows.rows_aligned import RowsAligned as RowsAligned
 from diag.instruments.loop.rows_drawn import RowsDrawn as RowsDrawn
 from diag.run.run import Run as Run
 from diag.instruments.network.saturation import Saturation as Saturation
@@ -824,6 +825,14 @@ class _RowLabelsInstrument(Instrument):
     def __call__(self, loop: Any, *, warn_at: float = ...) -> RowLabels: ...
 
 row_labels: _RowLabelsInstrument
+
+class _RowsAlignedInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> RowsAligned: ...
+    @overload
+    def __call__(self, loop: Any) -> RowsAligned: ...
+
+rows_aligned: _RowsAlignedInstrument
 
 class _RowsDrawnInstrument(Instrument):
     @overload

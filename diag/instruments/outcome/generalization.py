@@ -229,7 +229,7 @@ class Generalization(Result):
             cause=Cause.WORSE_THAN_TRIVIAL,
             explained_by=(
                 Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.OVERFITTING, Cause.HELD_OUT_DIFFERS,
-                Cause.HELD_OUT_LABELS_DIFFER,
+                Cause.HELD_OUT_LABELS_DIFFER, Cause.TARGETS_MISPLACED,
                 Cause.EVALUATION_IN_TRAIN_MODE, Cause.BATCH_REPEATED, Cause.ROWS_DUPLICATED,
                 Cause.NORMALIZATION_STATISTICS_BAD, Cause.LEARNING_RATE_TOO_HIGH, Cause.INPUTS_CONSTANT,
                 Cause.ANSWER_IN_INPUT, Cause.EVALUATED_MODEL_IS_ANOTHER, Cause.CLASSES_SORTED,

@@ -4,4 +4,4 @@ spaces.
 Rule of the room: sums in float64, over blocks of rows, so that memory does not grow with the number of points.
 """
 
-__all__ = ["class_geometry", "class_stream", "similarity"]
+__all__ = ["class_geometry", "class_stream", "pairing", "similarity"]

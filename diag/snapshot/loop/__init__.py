@@ -11,6 +11,7 @@ __all__ = [
     "facts",
     "inputs",
     "network",
+    "paired",
     "places",
     "ranks",
     "rows",

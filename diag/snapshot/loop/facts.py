@@ -26,6 +26,7 @@ from diag.snapshot.loop.data import (
 )
 from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, StoredFacts, TokenFacts
 from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
+from diag.snapshot.loop.paired import PairedFacts
 from diag.snapshot.loop.places import MaskFacts, SequenceFacts
 from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.loop.rows import RowFacts
@@ -110,6 +111,7 @@ class Loop:
     sequences: SequenceFacts = field(default_factory=SequenceFacts)
     masks: MaskFacts = field(default_factory=MaskFacts)
     rows: RowFacts = field(default_factory=RowFacts)
+    paired: tuple[PairedFacts, ...] = ()
 
     @property
     def full_batch(self) -> bool:

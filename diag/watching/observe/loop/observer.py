@@ -16,6 +16,8 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.loop.steps import WrapperFacts
 from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.answers.compared import Comparisons
+from diag.watching.observe.loop.answers.pairing import Pairing
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
 from diag.watching.observe.loop.data.asked import Demands
@@ -94,6 +96,7 @@ class LoopObserver:
         self._origin = Origin(self.moment)
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own = OwnLosses()
+        self._comparisons, self._pairing = Comparisons(), Pairing(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._formula = Formula(self.moment)
@@ -154,6 +157,8 @@ class LoopObserver:
         self._penalty.training_call(outputs)
         self._pairs.training_call(args, kwargs, outputs)
         self._own.training_call(outputs)
+        self._comparisons.training_call(outputs)
+        self._pairing.training_call(args, kwargs, outputs, places)
         self._formula.training_call(args, kwargs, outputs)
         self._sequences.training_call(args, kwargs)
         self._masks.training_call(args, kwargs)
@@ -194,6 +199,7 @@ class LoopObserver:
         self._asked.loss_called(function.__name__, args, kwargs)
         self._sequences.loss_called(function.__name__, args, kwargs)
         self._masks.loss_called(function.__name__, args, kwargs)
+        self._pairing.loss_called(function.__name__, args, kwargs)
         self._penalty.loss_called(value)
         self._batches.targets(input_and_target(args, kwargs)[1])
 
@@ -229,6 +235,8 @@ class LoopObserver:
 
     def _own_loss(self, roots: Any) -> None:
         """A loss that is the loop's own arithmetic asks for targets as one of torch's does."""
+        for one in self._comparisons.behind(roots):
+            self._pairing.compared("", one.output, one.targets, one.node)
         if self._losses.any_called:
             self._own.forget()
             return
@@ -251,6 +259,7 @@ class LoopObserver:
             self._backwards += 1
             self._unstepped += 1
             self._modes.backward()
+            self._pairing.backward_done()
             self._batches.backward()
             self._clipping.backward()
 
@@ -423,6 +432,7 @@ class LoopObserver:
             "drawn": self._drawn.facts(),
             "penalty": self._penalty.facts(),
             "pairs": self._pairs.facts(),
+            "paired": self._pairing.facts(),
             **self._formula.facts(),
             "sequences": self._sequences.facts(),
             "masks": self._masks.facts(),

@@ -1,0 +1,1 @@
+"""Checks of which row belongs to which: targets beside their inputs, in batches and in the data set."""

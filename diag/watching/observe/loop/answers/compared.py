@@ -1,0 +1,156 @@
+"""What the loop's own arithmetic compares: squared or absolute differences between a part of the model's outputs
+and numbers without a graph, anywhere in the loss, read from the autograd graph.
+
+The difference is what the graph keeps of it; the part of the output is taken again as the graph took it. So the
+targets are right to rounding, whatever else the loss is made of (a variance, weights, other terms).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before, parents_of, signed
+from diag.snapshot.batch import tensors_in
+
+NODES_OF_LOSS, NODES_TO_PART = 256, 12
+OUTPUTS_COMPARED = 8
+KEEP_THEIR_RESULT = ("Relu", "Tanh", "Sigmoid", "Exp", "Softmax")
+VIEWS = ("View", "UnsafeView", "ReshapeAlias")
+SPREAD_OF_TARGETS = 1e-3  # of the targets, beside their size
+
+
+@dataclass(frozen=True)
+class Compared:
+    """function: of torch that takes the same of a difference; output: the part of the model's outputs, without a
+    graph; node: what made it; targets: what it is compared with, of its shape."""
+
+    function: str
+    output: Tensor
+    node: Any
+    targets: Tensor
+
+
+class Comparisons:
+    """Follows the model's outputs up to each backward pass, on the host."""
+
+    def __init__(self) -> None:
+        self._outputs: deque[tuple[int, Tensor]] = deque(maxlen=OUTPUTS_COMPARED)
+
+    def training_call(self, outputs: Any) -> None:
+        """The model was called in training."""
+        for t in tensors_in(outputs)[:OUTPUTS_COMPARED]:
+            if t.grad_fn is not None and t.is_cpu and t.is_floating_point():
+                self._outputs.append((t.grad_fn._sequence_nr(), t.detach()))
+
+    def forget(self) -> None:
+        """The backward pass that begins is not looked at."""
+        self._outputs.clear()
+
+    def behind(self, roots: Any) -> list[Compared]:
+        """The comparisons in what a backward pass that begins descends."""
+        outputs = dict(self._outputs)
+        self.forget()
+        if not outputs or not isinstance(roots, Tensor) or roots.grad_fn is None:
+            return []
+        ends = outputs.keys()
+        nodes = nodes_before([roots.grad_fn], NODES_OF_LOSS, lambda node: node._sequence_nr() in ends)
+        found = (compared_by(node, outputs) for node in nodes)
+        return [one for one in found if one is not None and _varies(one.targets)]
+
+
+def _varies(targets: Tensor) -> bool:
+    wide = targets.reshape(-1)[: 1 << 14].double()
+    spread = bool(wide.std() > SPREAD_OF_TARGETS * wide.square().mean().sqrt()) if wide.numel() > 1 else False
+    return spread and bool(wide.isfinite().all())
+
+
+def compared_by(node: Any, outputs: dict[int, Tensor]) -> Compared | None:
+    """What a node compares, if it takes the square or the size of a difference between a part of an output and
+    numbers of its shape."""
+    function, kept, before = _function(node)
+    if not function or not isinstance(kept, Tensor) or not kept.ndim or kind_of(before) not in ("Sub", "Rsub"):
+        return None
+    sides = [parent for parent, _ in before.next_functions]
+    here = [i for i, parent in enumerate(sides) if parent is not None]
+    if len(here) != 1 or getattr(before, "_saved_alpha", 1) != 1:
+        return None
+    made = sides[here[0]]
+    output = taken_part(made, outputs)
+    if output is None or output.numel() != kept.numel():
+        return None
+    output, difference = output.reshape(kept.shape).to(kept.dtype), kept.detach()
+    # The graph of `a - b` has the side that comes first at its first edge; of `rsub` the arguments are exchanged.
+    positive = here[0] == 0 and kind_of(before) == "Sub"
+    return Compared(function, output, made, output - difference if positive else output + difference)
+
+
+def _function(node: Any) -> tuple[str, Any, Any]:
+    kind, before = kind_of(node), parents_of(node)
+    if kind == "Pow" and len(before) == 1 and float(node._saved_exponent) == 2:
+        return "mse_loss", node._saved_self, before[0]
+    if kind == "Mul" and len(before) == 2 and before[0] is before[1] and node._saved_self is not None:
+        return "mse_loss", node._saved_self, before[0]
+    if kind == "Abs" and len(before) == 1:
+        return "l1_loss", node._saved_self, before[0]
+    return "", None, None
+
+
+def taken_part(node: Any, outputs: dict[int, Tensor]) -> Tensor | None:
+    """The numbers that a node gave, where it and those before it only take a part of an output of the model, pass
+    it on, or keep what they made of it."""
+    chain: list[Any] = []
+    for _ in range(NODES_TO_PART):
+        if node._sequence_nr() in outputs:
+            return _taken(outputs[node._sequence_nr()], reversed(chain))
+        if kind_of(node) in KEEP_THEIR_RESULT:
+            kept = getattr(node, "_saved_result", None)
+            return _taken(kept.detach(), reversed(chain)) if isinstance(kept, Tensor) else None
+        before = parents_of(node)
+        if len(before) != 1:
+            return None
+        chain.append(node)
+        node = before[0]
+    return None
+
+
+def _taken(t: Tensor, nodes: Iterator[Any]) -> Tensor | None:
+    """The part of a tensor that these operations take, one after the other."""
+    viewed = False
+    for node in nodes:
+        kind = kind_of(node)
+        if viewed and kind not in PASSING_ON:
+            return None
+        if kind == "Select":
+            t = t.select(signed(node._saved_dim), signed(node._saved_index))
+        elif kind == "Slice":
+            every = [slice(None)] * t.ndim
+            every[signed(node._saved_dim)] = slice(signed(node._saved_start), _end(node), node._saved_step)
+            t = t[tuple(every)]
+        elif viewed:
+            continue
+        elif kind == "Squeeze":
+            t = t.squeeze() if not hasattr(node, "_saved_dim") else _squeezed(t, node._saved_dim)
+        elif kind == "Unsqueeze":
+            t = t.unsqueeze(signed(node._saved_dim))
+        elif kind not in PASSING_ON:
+            return None
+        elif kind in VIEWS:
+            viewed = True  # into which shape is not kept
+    return t
+
+
+def _end(node: Any) -> int | None:
+    end = signed(node._saved_end)
+    return None if end >= 1 << 62 else end
+
+
+def _squeezed(t: Tensor, axis: Any) -> Tensor:
+    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
+    for a in sorted((signed(a) % t.ndim for a in axes), reverse=True):
+        t = t.squeeze(a)
+    return t

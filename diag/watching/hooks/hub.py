@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from diag.snapshot.objective.loss_spy import LOSSES
-from diag.snapshot.state.modes import unseen
+from diag.snapshot.state.modes import functions_seen, operations_seen, unseen
 from diag.watching.guard import safely, shielded
 from diag.watching.hooks.events import Listener
 from diag.watching.hooks.patches import Attribute, Body, Changed, Look, Patch, plain_copy, read_twice
@@ -144,6 +144,9 @@ class Hub:
     def _loss_returned(self, plain: Any, depth: Any, args: Any, kwargs: Any, value: Any) -> None:
         if depth > 0 or not self._listeners:  # a loss that is made of other losses counts once
             return
+        if not (functions_seen() or operations_seen()):  # no mode is there, as nearly always
+            self._tell_of_loss(plain, args, kwargs, value)
+            return
         with unseen():
             self._tell_of_loss(plain, args, kwargs, value)
 
@@ -202,12 +205,14 @@ class Hub:
             listener.loader_started(args[0])
 
     def _batch_fetched(self, token: Any, args: Any, kwargs: Any, batch: Any) -> None:
-        for listener in self.listeners:
-            listener.batch_fetched(batch, args[0])
+        for reference in self._listeners:
+            if (listener := reference()) is not None:
+                listener.batch_fetched(batch, args[0])
 
     def _indices_drawn(self, token: Any, args: Any, kwargs: Any, indices: Any) -> None:
-        for listener in self.listeners:
-            listener.indices_drawn(args[0], indices)
+        for reference in self._listeners:
+            if (listener := reference()) is not None:
+                listener.indices_drawn(args[0], indices)
 
     def _scaling_gradients(self, args: Any, kwargs: Any) -> Changed:
         bound = dict(zip(("parameters", "max_norm", "total_norm", "foreach"), args, strict=False)) | kwargs

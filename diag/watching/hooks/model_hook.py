@@ -21,7 +21,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from diag.checkpoints.unwrap import bare_model
 from diag.snapshot.batch import tensors_in
-from diag.watching.guard import safely
+from diag.watching.guard import safely, tell
 
 # What our hooks become in a copy: `nullcontext().__exit__` takes anything, returns None, and needs no diag.
 INERT = (getattr, (contextlib.nullcontext(), "__exit__"))
@@ -42,7 +42,10 @@ class ForwardHook:
         if torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
-            safely(self._called, module, args, kwargs, outputs, broke=self.broke)
+            try:  # as `safely`, which is a call more at every step
+                self._called(module, args, kwargs, outputs)
+            except Exception as error:
+                tell(self.broke, error)
         elif module is self.model and torch._C._current_graph_task_id() == -1:
             safely(self.evaluated, args, kwargs, outputs, module, broke=self.broke)
 

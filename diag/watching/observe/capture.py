@@ -185,8 +185,14 @@ class UnknownLoss:
 def settings_now(args: Any, kwargs: Any) -> tuple[Any, ...]:
     """What a call of a loss function was given beside input and target, to compare calls by; of tensors that lie on
     a device, or are large, the shape."""
-    others = (*args[2:], *(value for name, value in kwargs.items() if name not in ("input", "target")))
-    return tuple(_comparable(value) if isinstance(value, Tensor) else value for value in others)
+    others = list(args[2:])
+    for name, value in kwargs.items():  # no generator: this is asked of every loss
+        if name not in ("input", "target"):
+            others.append(value)
+    for i, value in enumerate(others):
+        if isinstance(value, Tensor):
+            others[i] = _comparable(value)
+    return tuple(others)
 
 
 def _comparable(t: Tensor) -> Any:

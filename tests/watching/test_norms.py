@@ -118,6 +118,7 @@ def test_thinning_takes_geometric_steps_and_what_the_share_allows():
     assert all(idle.take(s, 0.1 * s) and not idle.spent(1e-6) for s in range(1, 101))
 
 
+@pytest.mark.filterwarnings("error")  # norms whose squares no float64 holds are none of the user's concern
 def test_a_usual_row_is_written_as_any_other():
     columns = numpy.array([0, 2], numpy.intp)
     written = {}

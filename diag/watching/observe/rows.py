@@ -174,7 +174,8 @@ class RowQueue:
             name, columns, values = row.norms[0]
             if name != "gradient_norm" or not isinstance(values, numpy.ndarray):
                 return False
-            square = float(values.dot(values))
+            with numpy.errstate(over="ignore"):
+                square = float(values.dot(values))
         number = loss.item()
         if type(row.learning_rate) is not float or not math.isfinite(number) or not square < FLOAT32_SQUARED:
             return False
@@ -209,7 +210,8 @@ class RowQueue:
             self._put("gradient_norm", columns, values)
             fields["gradient_finite"][columns] = numpy.isfinite(values)
         if gradients and not (skipped or row.partial):
-            fields["applied_gradient_norm"][0] = math.sqrt(sum(float(v @ v) for v in applied))
+            with numpy.errstate(over="ignore"):  # as above
+                fields["applied_gradient_norm"][0] = math.sqrt(sum(float(v @ v) for v in applied))
         self._write(self._table, row)
 
     def _put(self, name: str, columns: Columns, values: Any) -> None:

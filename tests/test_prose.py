@@ -62,10 +62,9 @@ def test_nothing_reads_prose(name):
 
 VAGUE = {"given", "shown", "wanted", "wary", "patience", "occasions", "foreseen", "accurate"}
 VAGUE |= {"last_words", "let_go"}
-OBSERVING = "watching/observe/"  # what a call was given is what it is about
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(MODULES) if not n.startswith(OBSERVING)])
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_names_say_what_they_are_of(name):
     """Not by a common word alone: functions, classes, variables, arguments and attributes."""
     names = set()

@@ -51,7 +51,7 @@ def _disagreement(step: StepGradients, parameters: Sequence[nn.Parameter], seen:
     )
     if not bool(torch.isfinite(expected).all()):
         return "its gradient is not finite"
-    low = seen.call.given.dtype in HALF_PRECISION or any(
+    low = seen.call.prediction.dtype in HALF_PRECISION or any(
         torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")
     )
     gap = torch.linalg.vector_norm(step.mean().to(expected) - expected)

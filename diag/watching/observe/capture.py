@@ -53,7 +53,7 @@ class ForwardCall:
 
     def leads_to(self, call: SeenLossCall) -> list[int]:
         """The places of the tensors that the loss function was called on, or on what was made of them."""
-        numbers, memory = {node.sequence for node in call.nodes}, call.given.data_ptr()
+        numbers, memory = {node.sequence for node in call.nodes}, call.prediction.data_ptr()
         pairs = enumerate(zip(self.tensors, self.sources, strict=True))
         return [i for i, (t, source) in pairs if source in numbers or (t.data_ptr() == memory and t.numel())]
 
@@ -64,7 +64,7 @@ class SeenLossCall:
 
     function: Callable[..., Tensor]
     settings: dict[str, Any]
-    given: Tensor
+    prediction: Tensor
     targets: Any
     nodes: list[Node]
     value: Tensor
@@ -76,10 +76,10 @@ class SeenLossCall:
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         settings = dict(bound.arguments)
-        given, targets = settings.pop("input"), settings.pop("target")
+        prediction, targets = settings.pop("input"), settings.pop("target")
         moving = isinstance(targets, Tensor) and targets.requires_grad
         targets = detached(targets) if moving else targets
-        return cls(function, settings, given.detach(), targets, chain_of(given), value.detach(), moving)
+        return cls(function, settings, prediction.detach(), targets, chain_of(prediction), value.detach(), moving)
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class ObservedLoss:
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         if self.route.flatten and isinstance(targets, Tensor):
             targets = targets.reshape(-1, *self.target_tail)
-        given = outputs if isinstance(outputs, Tensor) else tensors_in(outputs)[self.tensor]
-        loss = self.function(self.route(given), targets, **self.settings)
+        prediction = outputs if isinstance(outputs, Tensor) else tensors_in(outputs)[self.tensor]
+        loss = self.function(self.route(prediction), targets, **self.settings)
         return loss if self.factor == 1 else self.factor * loss
 
     def is_like(self, other: Any) -> bool:
@@ -126,10 +126,10 @@ class ObservedLoss:
     def targets(self, forward: ForwardCall, call: SeenLossCall) -> Any:
         """The targets of `call` with the examples along the first axis, as `loss_fn` expects them."""
         targets = call.targets
-        given = forward.tensors[self.tensor]
-        if not isinstance(targets, Tensor) or not self.route.flatten or len(targets) == len(given):
+        prediction = forward.tensors[self.tensor]
+        if not isinstance(targets, Tensor) or not self.route.flatten or len(targets) == len(prediction):
             return targets
-        lead = self.route.unflattened(given).shape
+        lead = self.route.unflattened(prediction).shape
         lead = lead[: len(lead) - len(self.route.tail)]
         if self.route.positions is None:
             return targets.reshape(*lead, *self.target_tail)
@@ -139,8 +139,8 @@ class ObservedLoss:
     def describe(self) -> str:
         """The loss in words, with the settings that are not the defaults."""
         defaults = {n: p.default for n, p in inspect.signature(self.function).parameters.items()}
-        shown = [f"{n}={_short(v)}" for n, v in self.settings.items() if not _same(v, defaults.get(n))]
-        return f"{self.function.__name__}({', '.join(shown)})"
+        changed = [f"{n}={_short(v)}" for n, v in self.settings.items() if not _same(v, defaults.get(n))]
+        return f"{self.function.__name__}({', '.join(changed)})"
 
 
 @dataclass(frozen=True)
@@ -206,11 +206,11 @@ def units_of(function: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | i
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     settings = bound.arguments
-    given, targets = settings["input"], settings["target"]
+    prediction, targets = settings["input"], settings["target"]
     if function.__name__ not in ("cross_entropy", "nll_loss"):
-        return int(given.numel())
+        return int(prediction.numel())
     if targets.is_floating_point():  # probabilities of the classes
-        return int(given.numel() // given.shape[min(1, given.ndim - 1)])
+        return int(prediction.numel() // prediction.shape[min(1, prediction.ndim - 1)])
     counted = targets != settings["ignore_index"]
     if settings["weight"] is None:
         return counted.sum()
@@ -245,7 +245,7 @@ def observed_loss(forward: ForwardCall, call: SeenLossCall) -> ObservedLoss | st
 
 def _observed(forward: ForwardCall, call: SeenLossCall, tensor: int, name: str) -> ObservedLoss | str:
     try:
-        route = route_between(forward.tensors[tensor], forward.sources[tensor], call.given, call.nodes)
+        route = route_between(forward.tensors[tensor], forward.sources[tensor], call.prediction, call.nodes)
     except Exception as error:
         return f"how {name} is called on the model's outputs could not be read ({error})"
     if route is None:
@@ -276,7 +276,7 @@ def _mean_reduced(loss: ObservedLoss) -> ObservedLoss:
 
 
 def _agrees(got: Tensor, call: SeenLossCall) -> bool:
-    rough = call.given.dtype in HALF_PRECISION or call.value.dtype in HALF_PRECISION
+    rough = call.prediction.dtype in HALF_PRECISION or call.value.dtype in HALF_PRECISION
     tolerance = 2e-2 if rough else 1e-4
     return got.shape == call.value.shape and torch.allclose(
         got.double(), call.value.double(), rtol=tolerance, atol=1e-7, equal_nan=True

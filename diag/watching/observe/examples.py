@@ -33,10 +33,10 @@ class StepExamples:
         self._losses: deque[Pairs] = deque(maxlen=EXAMPLES_KEPT)
         self._directions: dict[tuple[int, torch.device], Tensor] = {}
 
-    def look(self, wanted: bool) -> None:
+    def look(self, needed: bool) -> None:
         """Start looking, or stop and forget."""
-        if wanted != self.looking:
-            self.looking = wanted
+        if needed != self.looking:
+            self.looking = needed
             self._now = []
             self._steps.clear()
             self._losses.clear()

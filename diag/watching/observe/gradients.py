@@ -83,8 +83,8 @@ class GradientNorms:
         return clip
 
     def _before_clip(self, parameters: Any, max_norm: Any, total_norm: Any) -> Clipped | None:
-        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        columns = [self._index[id(p)] for p in given if id(p) in self._index and p.grad is not None]
+        clipped = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        columns = [self._index[id(p)] for p in clipped if id(p) in self._index and p.grad is not None]
         if not columns:
             return None
         # Of a sharded total this process has a part only; the whole is made of the reduced norms (see `ranks`).

@@ -86,7 +86,7 @@ class Learner:
     """
 
     def __init__(self, loss_fn: Any, probe: Probe, note: Note, info: Note) -> None:
-        self.given, self.probe, self._note, self._info = loss_fn, probe, note, info
+        self.users_loss, self.probe, self._note, self._info = loss_fn, probe, note, info
         self.loss: Any = loss_fn
         self.active = not probe.complete or loss_fn is None
         self.user_targets: Any = None
@@ -156,10 +156,10 @@ class Learner:
         if not passes or not self.active:
             self._watch_for_changes(passes)
             return
-        if self.given is None and self.loss is None:
+        if self.users_loss is None and self.loss is None:
             self._settle_on(staged, passes)
         for i, s in enumerate(staged):
-            if self.given is None and s.source is not None and s.source in [t.source for t in staged[:i]]:
+            if self.users_loss is None and s.source is not None and s.source in [t.source for t in staged[:i]]:
                 continue  # the same examples with other targets
             if s.known and not self.probe.complete and self._belongs(s):
                 self.probe.add(s.args, s.kwargs, s.targets, s.outputs)
@@ -172,7 +172,7 @@ class Learner:
     def _belongs(self, staged: Staged) -> bool:
         """Whether these targets are of the loss that the set of examples is for: a step may descend several."""
         part = _part(staged.found)
-        if self.given is not None or part is None:
+        if self.users_loss is not None or part is None:
             return True
         if self._probed is None or _part(self.loss) is not None:
             self._probed = _part(self.loss) or part
@@ -184,7 +184,7 @@ class Learner:
         if not self.probe.batches and self._bare.batches:
             self.probe.take_over(self._bare)
             self._info("probe without targets", WITHOUT_TARGETS)
-            if self.given is not None:
+            if self.users_loss is not None:
                 self.loss = UnknownLoss(TARGETS_UNSEEN)
         self.probe.complete = True
 
@@ -199,17 +199,17 @@ class Learner:
 
     def refuse(self, reason: str, part: ObservedLoss | None = None) -> None:
         """What is descended is more than what is known of it: nothing is measured that needs it."""
-        if self.given is None and not isinstance(self.loss, UnknownLoss):
+        if self.users_loss is None and not isinstance(self.loss, UnknownLoss):
             self._note("objective", OBJECTIVE.format(reason))
             self._unknown(reason, part)
 
     def _unknown(self, reason: str, part: ObservedLoss | None = None) -> None:
-        if self.given is None:
+        if self.users_loss is None:
             self.loss = UnknownLoss(f"what training descends is not known: {reason}", part)
 
     def take_factor(self, passes: list[Pass]) -> None:
         """Let the loss be as many times the mean as the last step descended."""
-        if not isinstance(self.loss, ObservedLoss | ModelLoss) or self.given is not None:
+        if not isinstance(self.loss, ObservedLoss | ModelLoss) or self.users_loss is not None:
             return
         now = _multiple(passes, self.loss)
         before = self.loss.factor
@@ -225,8 +225,8 @@ class Learner:
     def _look(self, seen: Pass, forward: ForwardCall) -> tuple[Found | str, Any, bool]:
         """The loss behind it or why there is none, the targets, and whether they are known."""
         call = None if seen.seen is None else seen.seen.call
-        if self.given is not None:
-            return self.given, *self._targets_of_users_loss(seen, forward, call)
+        if self.users_loss is not None:
+            return self.users_loss, *self._targets_of_users_loss(seen, forward, call)
         found = self._found(seen, forward, call)
         part = found.part if isinstance(found, UnknownLoss) else found
         if isinstance(part, ObservedLoss) and call is not None:
@@ -255,7 +255,7 @@ class Learner:
         for targets in [c for c in candidates if c is not None]:
             try:
                 with torch.no_grad():
-                    got = self.given(forward.outputs, targets)
+                    got = self.users_loss(forward.outputs, targets)
             except Exception:
                 continue
             agrees = [bool(torch.allclose(got.double(), v.double(), rtol=2e-2, equal_nan=True)) for v in values]
@@ -302,7 +302,7 @@ class Learner:
 
     def _watch_for_changes(self, passes: list[Pass]) -> None:
         """A loss that was learned is given up where a step descends something else."""
-        if self.given is not None:
+        if self.users_loss is not None:
             self._attempts += self.active and not self.probe.batches
             if self.active and self._attempts >= LEARNING_ATTEMPTS:
                 self._note(

@@ -82,7 +82,7 @@ class LossObserver:
         self.closely = False  # whether the calls of this step are kept whole, since its gradients are read
         self.seen: SeenBackward | None = None  # of the last backward pass of such a step
         self.descended: list[tuple[Tensor, Tensor]] = []  # of the last step: losses, and what was descended
-        self._given: list[Any] = []
+        self._reported: list[Any] = []
         self._zeroed: list[Any] = []  # what has thrown gradients away since the last backward pass
         self._frozen = self._moved = False
         # The loss function and the form of its call whose value as it is this step descends, and the last did.
@@ -99,8 +99,8 @@ class LossObserver:
     def loss_fn(self) -> Any:
         """The loss as a function of outputs and targets, where it is known."""
         loss = self.learner.loss
-        if self.learner.given is not None:
-            return self.learner.given
+        if self.learner.users_loss is not None:
+            return self.learner.users_loss
         return loss if isinstance(loss, ObservedLoss) else None
 
     @property
@@ -175,8 +175,8 @@ class LossObserver:
 
     def _form(self, args: Any, kwargs: Any) -> Any:
         """What tells a loss function's call from others of the same: the output, which part of it, the settings."""
-        given = args[0] if args else kwargs["input"]
-        found = part_of(given, self._places)
+        prediction = args[0] if args else kwargs["input"]
+        found = part_of(prediction, self._places)
         where = None if found is None else (self._places[found[0]], found[1])
         return where, settings_now(args, kwargs)
 
@@ -239,7 +239,7 @@ class LossObserver:
 
     def give(self, value: Any) -> None:
         """The user gives the loss of this micro-batch."""
-        self._given.append(value.detach() if isinstance(value, Tensor) else float(value))
+        self._reported.append(value.detach() if isinstance(value, Tensor) else float(value))
 
     def freeze(self) -> None:
         """Later losses do not belong to this step: a closure is being evaluated again at other parameters."""
@@ -249,7 +249,7 @@ class LossObserver:
         """The losses of the step that has been made: one for what it descended, or those that the user gave."""
         passes, self._passes = self._passes, []
         if len(passes) == 1 and self._usual is not None and self._usual == self._last and self._is_plain():
-            (one,), losses, self._given = passes, self._given, []
+            (one,), losses, self._reported = passes, self._reported, []
             self.descended = [(_unmultiplied(one), one.value)]  # type: ignore[list-item]
             self._usual = None
             self._places.clear()
@@ -259,7 +259,7 @@ class LossObserver:
             self._note("moved", LOSS_MOVED)
         values = [p.value for p in passes if p.value is not None]
         whole = [sum(values[1:], values[0])] if values and len(values) == len(passes) else []
-        losses, self._given = self._given or whole, []
+        losses, self._reported = self._reported or whole, []
         self.descended = [(_unmultiplied(p), p.value) for p in passes if p.value is not None]
         learned = not self.learner.active
         self.learner.stepped(passes)
@@ -344,8 +344,8 @@ class LossObserver:
     def _leaves_out_this_model(self, inputs: Any) -> bool:
         if inputs is None:
             return False
-        given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        return bool(given) and not any(id(t) in self._own for t in given)
+        tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        return bool(tensors) and not any(id(t) in self._own for t in tensors)
 
     def _leave_out_what_belongs_elsewhere(self) -> None:
         """Before a backward pass: which of the losses so far, and of those to come, belong to the step."""

@@ -75,14 +75,14 @@ class Route:
         return value.reshape(-1, *self.tail) if self.flatten else value
 
 
-def route_between(outputs: Tensor, source: int | None, given: Tensor, nodes: list[Node]) -> Route | None:
-    """The route from `outputs` (made by the graph node numbered `source`) to the loss's input `given`.
+def route_between(outputs: Tensor, source: int | None, prediction: Tensor, nodes: list[Node]) -> Route | None:
+    """The route from `outputs` (made by the graph node numbered `source`) to the loss's input `prediction`.
 
-    nodes: the chain of graph nodes that ends in `given`, the last first. None where there is no known way.
+    nodes: the chain of graph nodes that ends in `prediction`, the last first. None where there is no known way.
     """
-    same_memory = given.data_ptr() == outputs.data_ptr() and given.numel() == outputs.numel()
-    if same_memory and given.dtype == outputs.dtype:
-        return _rearranged(outputs, given)
+    same_memory = prediction.data_ptr() == outputs.data_ptr() and prediction.numel() == outputs.numel()
+    if same_memory and prediction.dtype == outputs.dtype:
+        return _rearranged(outputs, prediction)
     numbers = [n.sequence for n in nodes]
     if source is None or source not in numbers:
         return None
@@ -93,12 +93,14 @@ def route_between(outputs: Tensor, source: int | None, given: Tensor, nodes: lis
         return None
     cut = steps[0] if steps and isinstance(steps[0], CutEnd) else None
     kept: list[Any] = [s for s in steps if s is not cut]
-    return Route(tuple(kept), tuple(given.shape[1:]), True, given.dtype, cut.length if cut else None)
+    return Route(tuple(kept), tuple(prediction.shape[1:]), True, prediction.dtype, cut.length if cut else None)
 
 
-def chain_of(given: Tensor) -> list[Node]:
-    """The graph nodes before `given`, the last first, along its first differentiable argument."""
-    return [Node(kind_of(n), n._sequence_nr(), _step_of(n)) for n in first_arguments(given.grad_fn, LONGEST_ROUTE)]
+def chain_of(prediction: Tensor) -> list[Node]:
+    """The graph nodes before `prediction`, the last first, along its first differentiable argument."""
+    return [
+        Node(kind_of(n), n._sequence_nr(), _step_of(n)) for n in first_arguments(prediction.grad_fn, LONGEST_ROUTE)
+    ]
 
 
 def source_of(outputs: Tensor) -> int | None:
@@ -123,12 +125,12 @@ class CutEnd:
         return x[:, : self.length]
 
 
-def _rearranged(outputs: Tensor, given: Tensor) -> Route | None:
-    layout = (given.shape, given.stride())
+def _rearranged(outputs: Tensor, prediction: Tensor) -> Route | None:
+    layout = (prediction.shape, prediction.stride())
     if layout == (outputs.shape, outputs.stride()):
         return Route()
-    if outputs.is_contiguous() and given.is_contiguous():
-        return Route(tail=tuple(given.shape[1:]), flatten=True)
+    if outputs.is_contiguous() and prediction.is_contiguous():
+        return Route(tail=tuple(prediction.shape[1:]), flatten=True)
     if outputs.ndim > 2 and layout == (outputs.movedim(-1, 1).shape, outputs.movedim(-1, 1).stride()):
         return Route(steps=(RouteStep("movedim", (-1, 1)),))
     return None
@@ -169,11 +171,11 @@ def _slice_step(node: Any) -> RouteStep | CutEnd | None:
     return RouteStep("slice", (dim, start, None if end == length else end, step)) if dim > 0 else None
 
 
-def part_of(given: Tensor, numbers: Container[int]) -> tuple[int, tuple[Any, ...]] | None:
+def part_of(prediction: Tensor, numbers: Container[int]) -> tuple[int, tuple[Any, ...]] | None:
     """The number among `numbers` of the graph node that a loss's input came from, and which part of it was taken:
     how long what was cut off is does not count. None where it came from none of them."""
     steps: list[Any] = []
-    for node in first_arguments(given.grad_fn, LONGEST_ROUTE):
+    for node in first_arguments(prediction.grad_fn, LONGEST_ROUTE):
         if (number := node._sequence_nr()) in numbers:
             return number, selecting(steps[::-1])
         if (step := _step_of(node)) is not None:

@@ -42,7 +42,7 @@ class Chance:
         self._rows: dict[tuple[int, int], tuple[int, int]] = {}
         self._raw = 0
         self._before: tuple[Any, ...] | None = None
-        self._given = True  # the model's inputs are data, not what another network makes of it
+        self._of_data = True  # the model's inputs are data, not what another network makes of it
         self._supervised, self._compared = False, 0
         self._differing = Counter()
         self._first = True
@@ -65,7 +65,7 @@ class Chance:
     def training_call(self, args: Any = ()) -> None:
         """The model was called in training."""
         self._first, self._state, self._before = True, None, None
-        self._given &= not any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        self._of_data &= not any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
     def loss_called(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss was called in training: are the loader's labels its targets? Where rows are told apart by labels
@@ -101,7 +101,7 @@ class Chance:
         before = self._rows.get((self._dataset, rows))
         self._rows[self._dataset, rows] = now, self._raw
         if before is not None:
-            if before[0] != now and self._supervised and self._given and (drawn or before[1] != self._raw):
+            if before[0] != now and self._supervised and self._of_data and (drawn or before[1] != self._raw):
                 self._differing.hit(self._moment.step)
                 self._moment.news(("rows differ", min(self._differing.times, 3)))
             else:
@@ -180,12 +180,12 @@ def drops_always(kind: type) -> bool:
 
 def _is_unconditional(call: ast.Call) -> bool:
     name = _name(call.func)
-    given = {k.arg: k.value for k in call.keywords}
+    keywords = {k.arg: k.value for k in call.keywords}
     if name == "scaled_dot_product_attention":
-        rate = given.get("dropout_p")
+        rate = keywords.get("dropout_p")
         return isinstance(rate, ast.Constant) and bool(rate.value)
     if name.endswith("dropout") and not _of_self(call.func):
-        training = given.get("training", call.args[2] if len(call.args) > 2 else None)
+        training = keywords.get("training", call.args[2] if len(call.args) > 2 else None)
         return training is None or (isinstance(training, ast.Constant) and bool(training.value))
     return isinstance(call.func, ast.Call) and _name(call.func.func).startswith("Dropout")
 

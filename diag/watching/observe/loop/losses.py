@@ -86,14 +86,14 @@ class Losses:
 
     def called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], value: Tensor) -> None:
         """A loss function of torch returned `value`, which has a graph."""
-        given, target = input_and_target(args, kwargs)
-        if not isinstance(given, Tensor):
+        prediction, target = input_and_target(args, kwargs)
+        if not isinstance(prediction, Tensor):
             return
         key: tuple[Any, ...] = (
             function.__name__,
-            given.ndim,
-            given.shape[1:],
-            given.dtype,
+            prediction.ndim,
+            prediction.shape[1:],
+            prediction.dtype,
             kwargs.get("reduction"),
         )
         key += (target.shape[1:], target.dtype) if isinstance(target, Tensor) else ()
@@ -101,28 +101,28 @@ class Losses:
         if kind is None:
             if len(self.kinds) >= MOST_KINDS_OF_CALLS:
                 return
-            kind = self.kinds[key] = self._begun(function, given, args, kwargs)
+            kind = self.kinds[key] = self._begun(function, prediction, args, kwargs)
             self._moment.news(("loss", function.__name__, len(self.kinds)))
         kind.calls += 1
         self._called += 1
-        kind.input_shape, kind.input_dtype = _form(given)
+        kind.input_shape, kind.input_dtype = _form(prediction)
         if isinstance(target, Tensor):
             kind.target_shape, kind.target_dtype = _form(target)
         self._last = (value.grad_fn._sequence_nr() if value.grad_fn is not None else -1, kind)
-        if given.numel() and (kind.calls <= CALLS_CHECKED or due(kind.calls)):
-            self._look(kind, given, target)
+        if prediction.numel() and (kind.calls <= CALLS_CHECKED or due(kind.calls)):
+            self._look(kind, prediction, target)
 
-    def _look(self, kind: LossFacts, given: Tensor, target: Any) -> None:
-        kind.came_from, kind.over_axis = made_by(given)
-        last = made_last(given.grad_fn, NODES_TO_INPUT)
+    def _look(self, kind: LossFacts, prediction: Tensor, target: Any) -> None:
+        kind.came_from, kind.over_axis = made_by(prediction)
+        last = made_last(prediction.grad_fn, NODES_TO_INPUT)
         kind.flat = FLAT.get(kind_of(last), "") if last is not None else ""
         if isinstance(target, Tensor):
-            kind.broadcast |= expands_both(given, target) and kind.function not in OF_LOG_PROBABILITIES
+            kind.broadcast |= expands_both(prediction, target) and kind.function not in OF_LOG_PROBABILITIES
             self._targets(kind, target)
-            self._filling(kind, given, target)
-        axis = 1 if kind.function in OF_LOG_PROBABILITIES and given.ndim > 1 else -1
-        if given.ndim > 1 and given.shape[axis] > 1 and kind.checked < CALLS_CHECKED:
-            rows = given.detach().movedim(axis, -1).reshape(-1, given.shape[axis])[:ROWS_CHECKED]
+            self._filling(kind, prediction, target)
+        axis = 1 if kind.function in OF_LOG_PROBABILITIES and prediction.ndim > 1 else -1
+        if prediction.ndim > 1 and prediction.shape[axis] > 1 and kind.checked < CALLS_CHECKED:
+            rows = prediction.detach().movedim(axis, -1).reshape(-1, prediction.shape[axis])[:ROWS_CHECKED]
             self._read(kind, "rows", rows)
         news = (kind.came_from, kind.over_axis, kind.broadcast)
         self._moment.news(("loss input", id(kind), news))
@@ -137,9 +137,9 @@ class Losses:
                     kind.truncated = max(kind.truncated, _truncation(raw.reshape(target.shape), target))
                     kind.constant += is_constant(target) and not is_constant(raw)
 
-    def _filling(self, kind: LossFacts, given: Tensor, target: Tensor) -> None:
+    def _filling(self, kind: LossFacts, prediction: Tensor, target: Tensor) -> None:
         """Does one number fill the ends of sequences, in each call that is looked at?"""
-        rows = sequences_of(given, target) if kind.function in OF_LOG_PROBABILITIES else None
+        rows = sequences_of(prediction, target) if kind.function in OF_LOG_PROBABILITIES else None
         if rows is None:
             return
         found = padding_of(rows)
@@ -269,18 +269,18 @@ class Losses:
         self, function: Callable[..., Any], compared: Tensor, args: Any, kwargs: Mapping[str, Any]
     ) -> LossFacts:
         """What the arguments of the first call say; `compared` is the loss function's input."""
-        given = _arguments(function, args, kwargs)
-        smoothing, ignored = given.get("label_smoothing"), given.get("ignore_index")
+        arguments = _arguments(function, args, kwargs)
+        smoothing, ignored = arguments.get("label_smoothing"), arguments.get("ignore_index")
         tokens = function.__name__ in OF_LOG_PROBABILITIES and compared.ndim > 1
         return LossFacts(
             function.__name__,
-            str(given.get("reduction", "")),
+            str(arguments.get("reduction", "")),
             first_step=self._moment.step,
             ignored=ignored if isinstance(ignored, int) else None,
             padding=self._paddings.get(compared.shape[1]) if tokens else None,
-            weighted=given.get("weight") is not None or given.get("pos_weight") is not None,
-            class_weights=_numbers(given.get("weight")) if function.__name__ in OF_LOG_PROBABILITIES else (),
-            positive_weight=max(_numbers(given.get("pos_weight")), default=math.nan),
+            weighted=arguments.get("weight") is not None or arguments.get("pos_weight") is not None,
+            class_weights=_numbers(arguments.get("weight")) if function.__name__ in OF_LOG_PROBABILITIES else (),
+            positive_weight=max(_numbers(arguments.get("pos_weight")), default=math.nan),
             label_smoothing=float(smoothing) if isinstance(smoothing, (int, float)) else 0.0,
         )
 
@@ -305,22 +305,22 @@ def _form(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
-def made_by(given: Tensor) -> tuple[str, int | None]:
+def made_by(prediction: Tensor) -> tuple[str, int | None]:
     """The function that made the tensor, and its axis from the front where nothing was rearranged since."""
     moved = False
-    for node in first_arguments(given.grad_fn, NODES_TO_INPUT):
+    for node in first_arguments(prediction.grad_fn, NODES_TO_INPUT):
         name = kind_of(node)
         if name in MADE_BY:
             axis = getattr(node, "_saved_dim", None)
-            return MADE_BY[name], None if axis is None or moved else _from_front(axis, given)
+            return MADE_BY[name], None if axis is None or moved else _from_front(axis, prediction)
         if name not in PASSING_ON:
             return "", None
         moved |= name not in COPYING
     return "", None
 
 
-def _from_front(axis: int, given: Tensor) -> int:
-    return signed(axis) + given.ndim if signed(axis) < 0 else signed(axis)
+def _from_front(axis: int, prediction: Tensor) -> int:
+    return signed(axis) + prediction.ndim if signed(axis) < 0 else signed(axis)
 
 
 def expands_both(a: Tensor, b: Tensor) -> bool:

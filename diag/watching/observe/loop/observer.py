@@ -243,9 +243,9 @@ class LoopObserver:
         found = self._own.behind(roots)
         self._losses.own_difference(found)
         if found is not None and not found.expanded:
-            given = (found.output, found.targets)
-            self._targets.loss_called(found.function, given, {})
-            self._asked.loss_called(found.function, given, {"reduction": "mean"})
+            arguments = (found.output, found.targets)
+            self._targets.loss_called(found.function, arguments, {})
+            self._asked.loss_called(found.function, arguments, {"reduction": "mean"})
 
     def backward_done(self) -> None:
         """It has ended."""

@@ -60,13 +60,13 @@ class Order:
 @functools.lru_cache(maxsize=256)
 def compressed(letters: str) -> str:
     """Parts that repeat at once are written once: "DFBDFBSZ" becomes "(DFB)2SZ"."""
-    shown, i = "", 0
+    text, i = "", 0
     while i < len(letters):
         size, times = _repetition(letters, i)
         part = letters[i : i + size]
-        shown += part if times == 1 else f"({part}){times}" if size > 1 else f"{part}{times}"
+        text += part if times == 1 else f"({part}){times}" if size > 1 else f"{part}{times}"
         i += size * times
-    return shown
+    return text
 
 
 def _repetition(letters: str, start: int) -> tuple[int, int]:

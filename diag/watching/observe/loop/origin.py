@@ -40,7 +40,7 @@ class Origin:
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
-        self._given: Any = ()  # tensors, or all that the call was given
+        self._inputs: Any = ()  # tensors, or all that the call was given
         self._outputs: list[Tensor] = []
         self._ends: set[int] = set()  # the graph nodes of the outputs
         self.found: OriginFacts | None = None
@@ -51,23 +51,23 @@ class Origin:
             return
         if type(outputs) is Tensor and outputs.is_cpu:  # what is floating is found where it is asked for
             node = outputs.grad_fn
-            self._given, self._outputs = (args, kwargs), [outputs.detach()]
+            self._inputs, self._outputs = (args, kwargs), [outputs.detach()]
             self._ends = set() if node is None else {node._sequence_nr()}
         else:
-            self._given, self._outputs = list(_floating((args, dict(kwargs)))), list(_floating(outputs))
+            self._inputs, self._outputs = list(_floating((args, dict(kwargs)))), list(_floating(outputs))
             self._ends = {t.grad_fn._sequence_nr() for t in self._outputs if t.grad_fn is not None}
             self._outputs = [t.detach() for t in self._outputs]
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
-        given, outputs, ends = self._given, self._outputs, self._ends
-        self._given, self._outputs, self._ends = (), [], set()
+        inputs, outputs, ends = self._inputs, self._outputs, self._ends
+        self._inputs, self._outputs, self._ends = (), [], set()
         known = self.found is None and isinstance(roots, Tensor) and roots.is_cpu and roots.numel() == 1
         if not known or math.isfinite(roots.detach().item()):
             return
-        fine, given = _all_finite(list(_floating(outputs))), list(_floating(given))
+        fine, inputs = _all_finite(list(_floating(outputs))), list(_floating(inputs))
         operation = "" if fine is False or roots.grad_fn is None else _singular(roots.grad_fn, ends)
-        self.found = OriginFacts(self._moment.step, _all_finite(given), fine, operation)
+        self.found = OriginFacts(self._moment.step, _all_finite(inputs), fine, operation)
         self._moment.news("loss not finite")
 
 

@@ -170,9 +170,9 @@ class Clipping:
     def clipped(self, parameters: Any, limit: Any, names: Mapping[int, str], passes: bool) -> bool:
         """Gradients are clipped; passes: there was a backward pass since the last step. False where they are not
         this model's."""
-        given = [parameters] if isinstance(parameters, Tensor) else list(parameters or ())
-        ours = [p for p in given if id(p) in names]
-        if not ours and given:
+        clipped = [parameters] if isinstance(parameters, Tensor) else list(parameters or ())
+        ours = [p for p in clipped if id(p) in names]
+        if not ours and clipped:
             return False
         self._this = True
         self._covered = sum(p.grad is not None for p in ours)

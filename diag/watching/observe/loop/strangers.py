@@ -38,9 +38,9 @@ class Strangers:
         ends = {id(t.grad_fn) for t in tensors_in((args, dict(kwargs))) if t.grad_fn is not None}
         starts = [t.grad_fn for t in tensors_in(outputs) if t.grad_fn is not None]
         known = {id(found()) for found in self._found}
-        given = {id(t) for t in tensors_in((args, dict(kwargs)))}
+        inputs = {id(t) for t in tensors_in((args, dict(kwargs)))}
         for leaf in leaves(starts, ends):
-            if isinstance(leaf, nn.Parameter) and id(leaf) not in self._names and id(leaf) not in known | given:
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in self._names and id(leaf) not in known | inputs:
                 self._found.append(weakref.ref(leaf))
 
     def sweep(self, optimizers: Optimizers) -> None:

@@ -61,7 +61,7 @@ class _Kind:
     given_zeros: list[Tensor] = field(default_factory=list)
     weights: Tensor | None = None
     one_a_row: bool = True
-    given: int = 0  # calls before which a DataLoader gave a batch
+    loaded: int = 0  # calls before which a DataLoader gave a batch
     from_data: int = 0  # of these, those whose targets were in it
     of_sequences: bool = False
     copied: set[int] | None = None
@@ -87,10 +87,10 @@ class Demands:
         """The model was called in training."""
         self._calls += 1
         self._inputs = None
-        given = [t for t in tensors_in((args, dict(kwargs))) if t.ndim > 1]
-        self._sequences = {t.numel() for t in given if not t.is_floating_point() and t.shape[1] > 1}
+        tensors = [t for t in tensors_in((args, dict(kwargs))) if t.ndim > 1]
+        self._sequences = {t.numel() for t in tensors if not t.is_floating_point() and t.shape[1] > 1}
         if self._calls <= INPUTS_LOOKED_AT or due(self._calls):
-            self._inputs = next((t for t in given if is_dense(t) and t.is_floating_point()), None)
+            self._inputs = next((t for t in tensors if is_dense(t) and t.is_floating_point()), None)
 
     def fetched(self, batch: Any) -> None:
         """A DataLoader gave a batch."""
@@ -98,7 +98,7 @@ class Demands:
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
-        given, target = input_and_target(args, kwargs)
+        prediction, target = input_and_target(args, kwargs)
         if name not in (*OF_NUMBERS, *OF_BINARY_TARGETS, *OF_LOG_PROBABILITIES):
             return
         kind = self._kinds.get(name)
@@ -110,28 +110,28 @@ class Demands:
         if (
             (kind.calls <= TARGETS_LOOKED_AT or due(kind.calls))
             and isinstance(target, Tensor)
-            and isinstance(given, Tensor)
+            and isinstance(prediction, Tensor)
             and target.layout is torch.strided
             and target.numel()
         ):
-            self._look(kind, given, target.detach(), kwargs)
+            self._look(kind, prediction, target.detach(), kwargs)
 
-    def _look(self, kind: _Kind, given: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> None:
+    def _look(self, kind: _Kind, prediction: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> None:
         kind.told = None
         weights = kwargs.get("weight")
         kind.weights = weights.detach() if isinstance(weights, Tensor) else kind.weights
         if kind.looked < INPUTS_LOOKED_AT:
-            kind.given_zeros.append((given.detach().reshape(-1)[:TARGETS_READ] == 0).float().mean())
+            kind.given_zeros.append((prediction.detach().reshape(-1)[:TARGETS_READ] == 0).float().mean())
         kind.weighted |= any(kwargs.get(k) is not None for k in ("weight", "pos_weight"))
         kind.weighted |= bool(kwargs.get("label_smoothing"))
         ignored = kwargs.get("ignore_index")
         kind.ignored = ignored if isinstance(ignored, int) else kind.ignored
-        kind.activation = bounded_by(given) if kind.looked == 0 or kind.activation[0] else kind.activation
-        axis = 1 if kind.function in OF_LOG_PROBABILITIES and given.ndim > 1 else -1
-        one_long_row = target.ndim == 1 and before_flattening(given, len(target)) is not None
+        kind.activation = bounded_by(prediction) if kind.looked == 0 or kind.activation[0] else kind.activation
+        axis = 1 if kind.function in OF_LOG_PROBABILITIES and prediction.ndim > 1 else -1
+        one_long_row = target.ndim == 1 and before_flattening(prediction, len(target)) is not None
         kind.of_sequences |= target.ndim > 1 or one_long_row or target.numel() in self._sequences
-        kind.outputs = given.shape[axis] if given.ndim else 0
-        kind.given += bool(self._batch)
+        kind.outputs = prediction.shape[axis] if prediction.ndim else 0
+        kind.loaded += bool(self._batch)
         kind.from_data += any(same_numbers(t, target) for t in self._batch)
         rows = len(target) if target.ndim else 1
         kind.one_a_row &= rows == target.numel() and (self._inputs is None or len(self._inputs) == rows)
@@ -170,17 +170,17 @@ class Demands:
         return tuple(_told(k) for k in self._kinds.values() if k.looked)
 
 
-def same_numbers(given: Tensor, target: Tensor) -> bool:
+def same_numbers(prediction: Tensor, target: Tensor) -> bool:
     """Whether the two hold the same numbers, on the host; elsewhere whether they have as many."""
-    if given.numel() != target.numel():
+    if prediction.numel() != target.numel():
         return False
-    on_host = given.is_cpu and target.is_cpu
-    return not on_host or bool((given.reshape(-1) == target.reshape(-1)).all())
+    on_host = prediction.is_cpu and target.is_cpu
+    return not on_host or bool((prediction.reshape(-1) == target.reshape(-1)).all())
 
 
-def bounded_by(given: Tensor) -> tuple[str, float, float]:
+def bounded_by(prediction: Tensor) -> tuple[str, float, float]:
     """The function that made the tensor, if it holds it within a range, and the range."""
-    node = made_last(given.grad_fn)
+    node = made_last(prediction.grad_fn)
     name = kind_of(node) if node is not None else ""
     if name in RANGES:
         return RANGES[name]
@@ -198,13 +198,13 @@ def affine_features(inputs: Tensor, target: Tensor) -> Tensor:
     numbers, of which one class against the others is."""
     none = torch.zeros(0, dtype=torch.int64)
     if target.is_floating_point():
-        wanted = target.double().unsqueeze(1)
+        responses = target.double().unsqueeze(1)
     else:
         classes = target.unique()
         if not 2 <= len(classes) <= 64:
             return none
-        wanted = torch.cat([(target[:, None] == classes).double(), target.double().unsqueeze(1)], 1)
-    x, y = inputs - inputs.mean(0), wanted - wanted.mean(0)
+        responses = torch.cat([(target[:, None] == classes).double(), target.double().unsqueeze(1)], 1)
+    x, y = inputs - inputs.mean(0), responses - responses.mean(0)
     enough = (y != 0).any(0)
     x_size, y_size = x.norm(dim=0), y.norm(dim=0)
     varies = x_size > 1e-6 * inputs.norm(dim=0)
@@ -254,7 +254,7 @@ def _facts(k: _Kind) -> AskedFacts:
         uncounted=uncounted(k.weights),
         counts=dict(sorted(k.counts.items())),
         of_sequences=k.of_sequences,
-        from_data=0 < k.given == k.from_data,
+        from_data=0 < k.loaded == k.from_data,
     )
 
 

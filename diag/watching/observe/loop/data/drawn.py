@@ -35,7 +35,7 @@ class Drawn:
         self._ahead: dict[int, tuple[Any, deque[Any]]] = {}
         self.current: NDArray[numpy.int64] = NONE
         self._dataset: Any = None
-        self._given = self._stands_for = None  # the data set as the loop made it last, and the one that it is
+        self._dataset = self._stands_for = None  # the data set as the loop made it last, and the one that it is
         self._fresh = self._quiet = False  # no call of the model has used the batch; it was fetched under no_grad
         self._batches = 0
         self._sets: dict[int, TrainedRows] = {}
@@ -78,10 +78,10 @@ class Drawn:
 
     def _known_as(self, dataset: Any) -> Any:
         """The data set, or the one of training that has the same rows where a loop makes it again each epoch."""
-        if dataset is not self._given:
+        if dataset is not self._dataset:
             known = id(dataset) in self._training or not torch.is_grad_enabled()
             training = () if known else self._training.values()
-            self._given = dataset
+            self._dataset = dataset
             self._stands_for = next((one for one in training if same_rows(one, dataset)), dataset)
         return self._stands_for
 

@@ -64,30 +64,34 @@ class Masks:
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._calls = self._looked = 0
-        self._given: list[Tensor] = []
+        self._inputs: list[Tensor] = []
         self._answers: deque[_Rows] = deque(maxlen=ANSWERS_KEPT)
         self._images: list[_Related] = []
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
         self._calls += 1
-        self._given = []
+        self._inputs = []
         if self._calls <= IMAGES_COMPARED or self._calls % EVERY_CALL == 0 or due(self._calls):
-            self._given = [t for t in tensors_in((args, dict(kwargs))) if _is_images(t)]
+            self._inputs = [t for t in tensors_in((args, dict(kwargs))) if _is_images(t)]
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
-        images, self._given = self._given, []
+        images, self._inputs = self._inputs, []
         if not images or name not in (*OF_BINARY_TARGETS, *OF_LOG_PROBABILITIES):
             return
-        given, target = input_and_target(args, kwargs)
-        if not isinstance(given, Tensor) or not isinstance(target, Tensor) or not _are_masks_of(given, target):
+        prediction, target = input_and_target(args, kwargs)
+        if (
+            not isinstance(prediction, Tensor)
+            or not isinstance(target, Tensor)
+            or not _are_masks_of(prediction, target)
+        ):
             return
-        masks = as_masks(target.detach(), given.shape[1])
+        masks = as_masks(target.detach(), prediction.shape[1])
         if masks is None or not self._compare_images(images, target, masks):
             return
         self._looked += 1
-        answers = given.detach()[:PICTURES].float()
+        answers = prediction.detach()[:PICTURES].float()
         answers = answers.softmax(1) if name in OF_LOG_PROBABILITIES else answers
         self._answers.append(fitting(smaller(answers), masks))
         if self._looked % TOLD_EVERY == 0:
@@ -122,9 +126,14 @@ def _is_images(t: Tensor) -> bool:
     return dense and t.ndim == 4 and len(t) >= FEWEST_PICTURES and min(t.shape[-2:]) >= SMALLEST_PICTURE
 
 
-def _are_masks_of(given: Tensor, target: Tensor) -> bool:
+def _are_masks_of(prediction: Tensor, target: Tensor) -> bool:
     """Whether the target may hold a mask for each of the network's answers, in as many pixels, on the host."""
-    return target.is_cpu and given.ndim == 4 and len(given) == len(target) and given.shape[-2:] == target.shape[-2:]
+    return (
+        target.is_cpu
+        and prediction.ndim == 4
+        and len(prediction) == len(target)
+        and prediction.shape[-2:] == target.shape[-2:]
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -180,12 +189,12 @@ def _turned(masks: Tensor) -> dict[str, Tensor]:
 def fitting(answers: Tensor, masks: Tensor) -> _Rows:
     """Which of the masks of a batch, as they stand and turned, each answer (rows, channels, height, width) is most
     like. Counted are rows whose mask is not like itself turned."""
-    a, given = _unit(answers), _unit(masks)
+    a, unit_masks = _unit(answers), _unit(masks)
     turned = {name: _unit(t) for name, t in _turned(masks).items()}
-    told_apart = (given.norm(dim=1) > 0.5) & (a.norm(dim=1) > 0.5)
+    told_apart = (unit_masks.norm(dim=1) > 0.5) & (a.norm(dim=1) > 0.5)
     for other in turned.values():
-        told_apart &= (given * other).sum(1) < LIKE_ITSELF
-    as_given, as_turned = a @ given.T, {name: a @ other.T for name, other in turned.items()}
+        told_apart &= (unit_masks * other).sum(1) < LIKE_ITSELF
+    as_given, as_turned = a @ unit_masks.T, {name: a @ other.T for name, other in turned.items()}
     own, best = as_given.diagonal(), torch.cat([as_given, *as_turned.values()], 1).amax(1)
     fits: Counter[str] = Counter()
     for name, like in as_turned.items():

@@ -38,7 +38,7 @@ REDUCED = frozenset((*OF_LOSSES, "Sum", "Mean", "BinaryCrossEntropy", "BinaryCro
 class _Call(NamedTuple):
     """One call of the model: what it was given, and its first output with the number of its graph node."""
 
-    given: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     output: Tensor
     number: int
 
@@ -53,12 +53,12 @@ class PairedCalls:
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
-        given = tuple(tensors_in((args, dict(kwargs))))
+        inputs = tuple(tensors_in((args, dict(kwargs))))
         found = (t for t in tensors_in(outputs) if t.is_floating_point() and t.is_cpu and t.ndim > 1 and len(t) > 1)
         output = next(found, None)
         node = None if output is None else output.grad_fn
-        if output is not None and node is not None and given and not any(t.requires_grad for t in given):
-            self._calls.append(_Call(given, output.detach(), node._sequence_nr()))
+        if output is not None and node is not None and inputs and not any(t.requires_grad for t in inputs):
+            self._calls.append(_Call(inputs, output.detach(), node._sequence_nr()))
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
@@ -102,9 +102,9 @@ def meet(root: Any, a: int, b: int) -> bool:
 
 
 def _is_same(a: _Call, b: _Call) -> bool:
-    if not torch.equal(a.output, b.output) or len(a.given) != len(b.given):
+    if not torch.equal(a.output, b.output) or len(a.inputs) != len(b.inputs):
         return False
-    return all(_equal(x, y) for x, y in zip(a.given, b.given, strict=True))
+    return all(_equal(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

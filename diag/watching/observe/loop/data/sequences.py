@@ -51,26 +51,26 @@ class Sequences:
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._calls = self._kept = 0
-        self._given: list[Tensor] = []
+        self._inputs: list[Tensor] = []
         self._looks: list[_Look] = []
         self._facts: SequenceFacts | None = SequenceFacts()
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
         self._calls += 1
-        self._given = []
+        self._inputs = []
         if self._kept < PLACES_KEPT and (self._calls <= CALLS_COMPARED or due(self._calls)):
-            self._given = [t.detach() for t in tensors_in((args, dict(kwargs))) if t.ndim == 2 and t.is_cpu]
+            self._inputs = [t.detach() for t in tensors_in((args, dict(kwargs))) if t.ndim == 2 and t.is_cpu]
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
-        if not self._given or name not in OF_LOG_PROBABILITIES:
+        if not self._inputs or name not in OF_LOG_PROBABILITIES:
             return
-        given, target = input_and_target(args, kwargs)
-        if not isinstance(given, Tensor) or not isinstance(target, Tensor):
+        prediction, target = input_and_target(args, kwargs)
+        if not isinstance(prediction, Tensor) or not isinstance(target, Tensor):
             return
-        classes = sequences_of(given, target)
-        inputs, self._given = self._given, []
+        classes = sequences_of(prediction, target)
+        inputs, self._inputs = self._inputs, []
         if classes is None:
             return
         tokens = [t for t in inputs if _is_tokens(t, classes)]

@@ -66,8 +66,8 @@ class AskedTokens:
         if self.target.ndim != 1 or not n or len(self.target) != n * length:
             return None
         by_example = self.target.reshape(length, n).T
-        given = [t for t in self.tokens if t.shape == (n, length)]
-        found = any(shift_of(t, by_example, self.ignored) is not None for t in given)
+        inputs = [t for t in self.tokens if t.shape == (n, length)]
+        found = any(shift_of(t, by_example, self.ignored) is not None for t in inputs)
         return ((n, length), (length, n)) if found else None
 
 
@@ -99,23 +99,23 @@ class Targets:
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
-        given, target = input_and_target(args, kwargs)
-        if not isinstance(target, Tensor) or not isinstance(given, Tensor):
+        prediction, target = input_and_target(args, kwargs)
+        if not isinstance(target, Tensor) or not isinstance(prediction, Tensor):
             return
         if not target.is_floating_point() and self._looks < TARGET_CALLS:
             ignored = kwargs.get("ignore_index", IGNORED_LABEL)
             ignored = ignored if isinstance(ignored, int) else IGNORED_LABEL
-            outputs = before_flattening(given, len(target)) if target.ndim == 1 else None
-            start = first_position(given)
+            outputs = before_flattening(prediction, len(target)) if target.ndim == 1 else None
+            start = first_position(prediction)
             self._ask(AskedTokens(target.detach(), ignored, start, outputs, list(self._tokens)))
         elif target.is_floating_point() and name in OF_NUMBERS and self._numbers < TARGET_CALLS:
             self._numbers += 1
             self._function = name
-            wanted, got = (t.detach().reshape(-1)[:TARGET_NUMBERS] for t in (target, given))
-            if wanted.is_cpu:
-                self._measure(wanted, got)
+            expected, got = (t.detach().reshape(-1)[:TARGET_NUMBERS] for t in (target, prediction))
+            if expected.is_cpu:
+                self._measure(expected, got)
             else:
-                self._numbers_waiting.append((wanted.clone(), got.clone()))
+                self._numbers_waiting.append((expected.clone(), got.clone()))
 
     def _ask(self, asked: AskedTokens) -> None:
         """Compare with the tokens before, where these may be meant, else wait for those of the call that ends
@@ -134,11 +134,11 @@ class Targets:
             self._waiting.append(replace(asked, target=asked.target.clone(), tokens=kept))
 
     def _measure(self, target: Tensor, output: Tensor) -> None:
-        wanted, given = target.double(), output.double()
-        if wanted.numel() > 1:
-            size = float(wanted.square().mean().sqrt())
-            spread, mean = float(wanted.std(correction=0)), float(wanted.mean())
-            self._sizes.append((size, mean, spread, float(given.square().mean().sqrt())))
+        expected, predicted = target.double(), output.double()
+        if expected.numel() > 1:
+            size = float(expected.square().mean().sqrt())
+            spread, mean = float(expected.std(correction=0)), float(expected.mean())
+            self._sizes.append((size, mean, spread, float(predicted.square().mean().sqrt())))
             self._moment.news("size of targets")
 
     def _note(self, asked: AskedTokens) -> None:
@@ -161,8 +161,8 @@ class Targets:
         for asked in waiting:
             self._note(replace(asked, target=asked.target.cpu(), tokens=[t.cpu() for t in asked.tokens]))
         numbers, self._numbers_waiting = self._numbers_waiting, []
-        for wanted, given in numbers:
-            self._measure(wanted.cpu(), given.cpu())
+        for expected, predicted in numbers:
+            self._measure(expected.cpu(), predicted.cpu())
         sizes = [float("nan")] * 4
         if self._sizes:
             sizes = torch.tensor(self._sizes, dtype=torch.float64).mean(0).tolist()
@@ -186,9 +186,9 @@ def is_tokens(t: Tensor) -> bool:
     return t.ndim == 2 and t.dtype in (torch.int64, torch.int32) and t.shape[1] > 4
 
 
-def first_position(given: Tensor) -> int:
+def first_position(prediction: Tensor) -> int:
     """Of outputs that were cut over positions, z[:, a:b], the first position a; 0 where nothing was cut."""
-    for node in first_arguments(given.grad_fn, NODES_TO_CUT):
+    for node in first_arguments(prediction.grad_fn, NODES_TO_CUT):
         name = kind_of(node)
         if name == "Slice" and signed(getattr(node, "_saved_dim", 0)) in (1, -2):
             start = signed(getattr(node, "_saved_start", None) or 0)

@@ -29,16 +29,16 @@ class Tokens:
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
         self._seen += 1
-        given = tensors_in((args, dict(kwargs)))
-        if not (self._seen <= CALLS_READ or due(self._seen)) or not given or not all(map(_is_whole, given)):
+        inputs = tensors_in((args, dict(kwargs)))
+        if not (self._seen <= CALLS_READ or due(self._seen)) or not inputs or not all(map(_is_whole, inputs)):
             return
-        if _are_bags(given):
-            tokens, offsets = given
+        if _are_bags(inputs):
+            tokens, offsets = inputs
             self._bag_calls, self._bags = self._bag_calls + 1, self._bags + len(offsets)
             self._empty += bool((offsets == 0).all())
-            given = [tokens]
+            inputs = [tokens]
         self._calls += 1
-        for t in given:
+        for t in inputs:
             numbers = t.detach().reshape(-1)[:NUMBERS_READ]
             self._numbers += numbers.numel()
             if len(self._distinct) < 2:
@@ -64,10 +64,10 @@ def _is_whole(t: Tensor) -> bool:
     return read and t.dtype in (torch.int64, torch.int32)
 
 
-def _are_bags(given: list[Tensor]) -> bool:
+def _are_bags(inputs: list[Tensor]) -> bool:
     """Whether these are one row of tokens and the places in it where bags begin, as of an `EmbeddingBag`."""
-    if len(given) != 2 or given[0].ndim != 1 or given[1].ndim != 1:
+    if len(inputs) != 2 or inputs[0].ndim != 1 or inputs[1].ndim != 1:
         return False
-    tokens, offsets = given
+    tokens, offsets = inputs
     rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0
     return FEWEST_BAGS <= len(offsets) <= len(tokens) and rising and int(offsets[-1]) < len(tokens)

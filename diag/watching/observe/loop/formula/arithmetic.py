@@ -250,8 +250,8 @@ def _by_hand(node: Any) -> bool:
         if name in AXIS_BY_HAND:
             return True
         if name in ("View", "ReshapeAlias", "UnsafeView"):
-            after, given = given_shape(before, 0) or (), tuple(getattr(before, "_saved_self_sym_sizes", ()))
-            if after.count(1) > given.count(1):
+            after, original = given_shape(before, 0) or (), tuple(getattr(before, "_saved_self_sym_sizes", ()))
+            if after.count(1) > original.count(1):
                 return True
         if name not in TAKEN_FROM:
             return False

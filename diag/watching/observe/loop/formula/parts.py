@@ -72,10 +72,10 @@ class Summand:
         """The weight of one entry of what the operation compares: a loss function may take their mean inside."""
         if getattr(self.node, "_saved_reduction", None) != MEAN_REDUCTION:
             return self.weight
-        given, counted = (getattr(self.node, name, None) for name in ("_saved_self", "_saved_total_weight"))
+        saved, counted = (getattr(self.node, name, None) for name in ("_saved_self", "_saved_total_weight"))
         if isinstance(counted, Tensor):  # of class numbers: those that are not ignored, by the weights of classes
             return self.weight / (float(counted) or math.nan) if counted.is_cpu else math.nan
-        return self.weight / max(given.numel(), 1) if isinstance(given, Tensor) else math.nan
+        return self.weight / max(saved.numel(), 1) if isinstance(saved, Tensor) else math.nan
 
 
 def parts_of(root: Tensor) -> list[Summand]:

@@ -60,15 +60,15 @@ class RowLogits:
 def scores_of(name: str, args: Any, kwargs: Mapping[str, Any], size: int) -> RowScores | RowLogits | None:
     """The scores of a batch of `size` rows, by the loss function called `name`; None where it is not one of these
     with one target a row."""
-    given, target = input_and_target(args, kwargs)
-    if not (isinstance(given, Tensor) and isinstance(target, Tensor) and given.is_floating_point()):
+    prediction, target = input_and_target(args, kwargs)
+    if not (isinstance(prediction, Tensor) and isinstance(target, Tensor) and prediction.is_floating_point()):
         return None
-    if not given.ndim or not target.ndim or len(given) != size or len(target) != size or not size:
+    if not prediction.ndim or not target.ndim or len(prediction) != size or len(target) != size or not size:
         return None
-    if name in OF_SEVERAL_CLASSES and given.ndim == 2 and target.ndim == 1 and not target.is_floating_point():
-        return _of_classes(given.detach(), target.detach())
-    if name in OF_TWO_CLASSES and given.numel() == size and target.numel() == size:
-        return _of_two(given.detach().reshape(-1), target.detach().reshape(-1))
+    if name in OF_SEVERAL_CLASSES and prediction.ndim == 2 and target.ndim == 1 and not target.is_floating_point():
+        return _of_classes(prediction.detach(), target.detach())
+    if name in OF_TWO_CLASSES and prediction.numel() == size and target.numel() == size:
+        return _of_two(prediction.detach().reshape(-1), target.detach().reshape(-1))
     return None
 
 

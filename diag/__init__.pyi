@@ -9,6 +9,7 @@ from diag import datasets as datasets
 from diag import errors as errors
 from diag import integrations as integrations
 from diag import testing as testing
+from diag.instruments.loss.action_values import ActionValues as ActionValues
 from diag.instruments.loss.answers_seen import AnswersSeen as AnswersSeen
 from diag.instruments.attention import Attention as Attention
 from diag.instruments.network.attention_heads import AttentionHeads as AttentionHeads
@@ -153,6 +154,14 @@ from diag.watching.watcher import watch as watch
 
 __version__: str
 __all__: list[str]
+
+class _ActionValuesInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> ActionValues: ...
+    @overload
+    def __call__(self, loop: Any) -> ActionValues: ...
+
+action_values: _ActionValuesInstrument
 
 class _AnswersSeenInstrument(Instrument):
     @overload

@@ -107,6 +107,7 @@ class Cause(enum.StrEnum):
     ANSWER_MASKED = "answer_masked", Theme.LOSS, "A mask over a softmax covers the answers that are asked for, or leaves in what is no answer."
     TEMPERATURE_WRONG = "temperature_wrong", Theme.LOSS, "The temperature of a softmax leaves it even or makes it a hard choice, whatever the network does."
     NOTHING_KEEPS_APART = "nothing_keeps_apart", Theme.LOSS, "The loss is smallest where every input gives the same output: outputs are drawn together and nothing keeps them apart."
+    ACTION_NOT_TAKEN = "action_not_taken", Theme.LOSS, "What an action brought is put down to another one: freshly drawn actions, the best instead of the taken."
     OUTPUT_RANGE = "output_range", Theme.LOSS, "The function after the last layer keeps the outputs in a range in which the targets do not lie."
     INITIAL_LOSS_HIGH = "initial_loss_high", Theme.LOSS, "The first loss is far above that of guessing evenly: the network starts sure and wrong."
 

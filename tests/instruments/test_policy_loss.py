@@ -212,6 +212,72 @@ def judged(*looks):
     return diag.policy_loss(loop=Loop(100, policy=PolicyFacts(looks))).verdict()
 
 
+def rollouts(
+    redraw=False, squash=False, discount=0.9, reward=1.0, steps=60, watched=("policy_loss",), shuffled=False
+):
+    """An actor-critic on rollouts of 8 by 16 states, without gradients, then one update on all of them."""
+    torch.manual_seed(0)
+    model = ActorCritic()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+
+    def policy(x):
+        logits, value = model(x)
+        return Categorical(logits=logits.sigmoid() if squash else logits), value
+
+    with diag.watch(model, instruments=list(watched)) as watcher:
+        for _ in range(steps):
+            with torch.no_grad():
+                states = [torch.randn(16, D) for _ in range(8)]
+                actions = torch.cat([policy(s)[0].sample() for s in states])
+            states = torch.cat(states)
+            gains = torch.full((128,), reward) if discount == 0 else reward * torch.rand(8, 16).cumsum(0).flatten()
+            if shuffled:
+                order = torch.randperm(128)
+                states, actions, gains = states[order], actions[order], gains[order]
+            now, value = policy(states)
+            logp = now.log_prob(now.sample() if redraw else actions)
+            loss = (
+                -(logp * (gains - value).detach()).mean()
+                + (value - gains).pow(2).mean()
+                - 0.01 * now.entropy().mean()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert not [e.text for e in watcher.run.events if e.kind == "internal error"]
+    return watcher.findings
+
+
+@pytest.mark.parametrize("how", [{}, {"discount": 0, "reward": 0.0}, {"shuffled": True}])
+def test_rollouts_that_work_are_fine(how):
+    """Also where no reward has been found yet."""
+    assert not rollouts(**how)
+
+
+def test_freshly_drawn_actions_are_named_within_three_steps():
+    (finding,) = rollouts(redraw=True)
+    assert (finding.verdict.level, finding.verdict.cause) == ("alarm", Cause.ACTION_NOT_TAKEN)
+    assert finding.first_step <= 3
+
+
+def test_actions_that_are_drawn_and_rewarded_in_the_training_call_are_fine():
+    """A bandit: nothing was done before the call, so that its actions are those that were taken."""
+    assert not told(actor_critic(), steps=60)
+
+
+def test_logits_that_a_sigmoid_gave_are_named():
+    (finding,) = rollouts(squash=True)
+    assert (finding.verdict.level, finding.verdict.cause) == ("warning", Cause.OUTPUT_RANGE)
+    most = math.e / (math.e + A - 1)
+    assert f"above {100 * most:.1f} %" in finding.verdict.sentence
+
+
+def test_one_return_for_all_states_is_named():
+    (finding,) = rollouts(discount=0, reward=0.1)
+    assert (finding.verdict.level, finding.verdict.cause) == ("warning", Cause.TARGETS_ALL_EQUAL)
+    assert "0.1 at step" in finding.verdict.sentence
+
+
 def test_one_look_that_agrees_and_too_few_looks_are_no_finding():
     against = PolicyLook(1, -1.0, 0.9, 0.01, True, True, 1.0, True)
     agreeing = PolicyLook(2, 0.2, 0.9, 0.01, True, True, 1.0, True)

@@ -49,7 +49,9 @@ def policy_loss(loop: Loop, *, times: Threshold = CRITIC_OUTWEIGHS) -> PolicyLos
     the last five looks: the entropy weighs more than twice as much as all actions together, and the policy has more
     than 99 % of the largest entropy. Where one of the last two holds and the derivatives by all log-probabilities
     are zero at the last five looks, no action is told from another, which is said instead (a warning, since a
-    reward may be yet to be found). Discrete actions alone. Raises nothing of its own.
+    reward may be yet to be found). And at all looks: the actions were drawn from a second call of the policy on the
+    states of the rollout; the logits are outputs of a sigmoid; at five looks or more, up to step 50 or later, the
+    critic is asked for one return in all states. Discrete actions alone. Raises nothing of its own.
     """
     looks = loop.policy.looks
     known = Precondition(
@@ -61,6 +63,7 @@ def policy_loss(loop: Loop, *, times: Threshold = CRITIC_OUTWEIGHS) -> PolicyLos
 
 
 def _findings(looks: tuple[PolicyLook, ...], times: float) -> Iterator[LoopFinding]:
+    yield from _of_the_setup(looks)
     if all(look.rewarded is False for look in looks):
         yield _unrewarded(looks[0])
     if _each(looks, lambda look: look.agreement < AGAINST):
@@ -78,6 +81,18 @@ def _findings(looks: tuple[PolicyLook, ...], times: float) -> Iterator[LoopFindi
         yield _even(last)
     if drowned:
         yield _drowned(looks)
+
+
+def _of_the_setup(looks: tuple[PolicyLook, ...]) -> Iterator[LoopFinding]:
+    """What does not depend on how the terms weigh."""
+    if _each(looks, lambda look: look.redrawn):
+        yield _redrawn(looks)
+    if _each(looks, lambda look: look.bounded == "sigmoid"):
+        yield _bounded(looks)
+    needed, steps = LOOKS_AND_STEPS
+    settled = len(looks) >= needed and looks[-1].step >= steps
+    if settled and not any(math.isnan(look.asked) for look in looks):
+        yield _one_return(looks)
 
 
 def _weighs_nothing(look: PolicyLook) -> bool:
@@ -137,6 +152,48 @@ def _alike(last: tuple[PolicyLook, ...]) -> LoopFinding:
         "itself, and where they are normalised over a single one.",
         "Returns that will differ once a reward has been found.",
         step=last[0].step,
+    )
+
+
+def _redrawn(looks: tuple[PolicyLook, ...]) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.ACTION_NOT_TAKEN,
+        "The log-probabilities in the loss are those of freshly drawn actions, not of the ones that were taken: at "
+        f"all {len(looks):,} backward passes that were looked at the policy was called again on the states of the "
+        "rollout, and the actions are what torch's generator gave after that call.",
+        "Store the actions of the rollout and give these to log_prob().",
+        "Rewards that were given for the freshly drawn actions.",
+        step=looks[0].step,
+    )
+
+
+def _bounded(looks: tuple[PolicyLook, ...]) -> LoopFinding:
+    actions = looks[0].actions
+    most, least = math.e / (math.e + actions - 1), 1 / (1 + math.e * (actions - 1))
+    return LoopFinding(
+        Level.WARNING,
+        Cause.OUTPUT_RANGE,
+        f"The policy cannot become decided: its logits are outputs of a sigmoid, between 0 and 1, so that of "
+        f"{actions:,} actions none can have a probability above {format_share(most)} or below "
+        f"{format_share(least)}.",
+        "Give the raw outputs of the last layer as logits.",
+        "Logits that are outputs of a linear layer.",
+        step=looks[0].step,
+    )
+
+
+def _one_return(looks: tuple[PolicyLook, ...]) -> LoopFinding:
+    last = looks[-1]
+    return LoopFinding(
+        Level.WARNING,
+        Cause.TARGETS_ALL_EQUAL,
+        f"The critic is asked for the same return in every state, {format_number(last.asked)} at step "
+        f"{last.step:,}, at all {len(looks):,} backward passes that were looked at, so that advantages say nothing "
+        "of what comes after an action.",
+        "Look at how rewards to come are summed up: a discount of zero leaves the immediate reward alone.",
+        "An environment in which all states are worth the same.",
+        step=looks[0].step,
     )
 
 

@@ -5,6 +5,7 @@ Steps are counted from 1 as in the record of the run."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -67,7 +68,9 @@ class PolicyLook:
     factors of all log-probabilities, infinite where these are all zero. rewarded: whether anything but the entropy
     depends on the policy's logits. critic_over_actions: the norm of the derivatives by the values over that by the
     log-probabilities, infinite where these are all zero; shared: value and policy come from common layers; None
-    where that is not known."""
+    where that is not known. bounded: the function that gave the logits of the `actions` ("sigmoid", "" for none).
+    redrawn: the actions were drawn from the policy after it had been called on the rows of a rollout again. asked:
+    the return that the critic is asked for in all states, NaN where it differs or is zero."""
 
     step: int
     agreement: float
@@ -77,6 +80,10 @@ class PolicyLook:
     rewarded: bool | None
     critic_over_actions: float
     shared: bool | None
+    bounded: str = ""
+    actions: int = 0
+    redrawn: bool = False
+    asked: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -84,3 +91,22 @@ class PolicyFacts:
     """The looks at a policy gradient, the first and the last of them."""
 
     looks: tuple[PolicyLook, ...] = ()
+
+
+@dataclass(frozen=True)
+class ActionLook:
+    """A regression of values of actions at one backward pass: one of each row's outputs against a number.
+
+    largest: that one is the largest of the row, and not one that an index gives. acted: the model was called
+    without gradients since the last backward pass, on fewer rows a call, as one that acts."""
+
+    step: int
+    largest: bool
+    acted: bool
+
+
+@dataclass(frozen=True)
+class ActionFacts:
+    """The looks at such a regression, the first and the last of them."""
+
+    looks: tuple[ActionLook, ...] = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diag.errors import InvalidInput, MissingQuantity, type_of
-from diag.snapshot.loop.arithmetic import ArithmeticFacts, LatentFacts, PolicyFacts
+from diag.snapshot.loop.arithmetic import ActionFacts, ArithmeticFacts, LatentFacts, PolicyFacts
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.contrast import ContrastFacts
 from diag.snapshot.loop.data import (
@@ -106,6 +106,7 @@ class Loop:
     arithmetic: ArithmeticFacts = field(default_factory=ArithmeticFacts)
     latents: LatentFacts = field(default_factory=LatentFacts)
     policy: PolicyFacts = field(default_factory=PolicyFacts)
+    actions: ActionFacts = field(default_factory=ActionFacts)
     contrast: ContrastFacts = field(default_factory=ContrastFacts)
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     sequences: SequenceFacts = field(default_factory=SequenceFacts)

@@ -186,6 +186,7 @@ class LoopObserver:
         model = self._model()
         self._inputs.evaluated(args, kwargs, model is None or model.training)
         self._chance.evaluated(args, kwargs)
+        self._formula.evaluated(args, kwargs)
         self._batches.fetched = False
         self._weights.evaluated()
         self._parameters.evaluated()

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from diag.watching.observe.loop.formula.actions import Actions
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
 from diag.watching.observe.loop.formula.contrast import Contrasts
 from diag.watching.observe.loop.formula.latents import Latents
 from diag.watching.observe.loop.formula.parts import parts_of
 from diag.watching.observe.loop.formula.policy import Policies
+from diag.watching.observe.loop.formula.rollout import Rollout
 from diag.watching.observe.loop.moment import Moment
 
 
@@ -20,22 +22,30 @@ class Formula:
 
     def __init__(self, moment: Moment) -> None:
         self._arithmetic = Arithmetic(moment)
-        self._latents, self._policies = Latents(moment), Policies(moment)
+        self._rollout = Rollout()
+        self._latents, self._policies = Latents(moment), Policies(moment, self._rollout)
+        self._actions = Actions(moment, self._rollout)
         self._contrasts = Contrasts(moment)
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
         self._arithmetic.training_call(outputs)
         self._latents.training_call(args, kwargs)
+        self._rollout.training_call(args, kwargs, outputs)
+
+    def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """The model was called without gradients."""
+        self._rollout.quiet_call(args, kwargs)
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
         self._arithmetic.backward_called(roots)
         if isinstance(roots, Tensor) and roots.numel() == 1 and roots.grad_fn is not None:
-            reading = [r for r in (self._latents, self._policies, self._contrasts) if r.begins()]
+            reading = [r for r in (self._latents, self._policies, self._contrasts, self._actions) if r.begins()]
             parts = parts_of(roots) if reading else []
             for reader in reading:
                 reader.read(parts)
+        self._rollout.forget()
 
     def facts(self) -> dict[str, Any]:
         """As fields of the facts of the loop."""
@@ -43,5 +53,6 @@ class Formula:
             "arithmetic": self._arithmetic.facts(),
             "latents": self._latents.facts(),
             "policy": self._policies.facts(),
+            "actions": self._actions.facts(),
             "contrast": self._contrasts.facts(),
         }

@@ -18,11 +18,15 @@ from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, n
 from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
 from diag.watching.observe.loop.formula.parts import Summand, depends
 from diag.watching.observe.loop.formula.reader import Reader
+from diag.watching.observe.loop.formula.rollout import Rollout
+from diag.watching.observe.loop.losses import MADE_BY
+from diag.watching.observe.loop.moment import Moment
 
 FEWEST_ACTIONS = 16
 OF_CRITICS = ("MseLoss", "SmoothL1Loss", "HuberLoss")
 COPIES = ("Clamp", "ClampMin", *PASSING_ON)
 NODES_IN_COMMON = 4000
+ONE_NUMBER = 1e-4  # of their size, that equal returns may differ by
 
 
 class Policies(Reader[PolicyLook]):
@@ -30,16 +34,21 @@ class Policies(Reader[PolicyLook]):
 
     NAME, EVERY = "policy", 4
 
+    def __init__(self, moment: Moment, rollout: Rollout) -> None:
+        super().__init__(moment)
+        self._rollout = rollout
+
     def _look(self, parts: list[Summand]) -> PolicyLook | None:
-        return policy_look(parts, self._moment.step)
+        return policy_look(parts, self._moment.step, self._rollout)
 
     def facts(self) -> PolicyFacts:
         """As plain data."""
         return PolicyFacts(tuple(self.looks))
 
 
-def policy_look(parts: list[Summand], step: int) -> PolicyLook | None:
-    """What the parts say of a policy; None where they hold neither log-probabilities nor an entropy."""
+def policy_look(parts: list[Summand], step: int, rollout: Rollout | None = None) -> PolicyLook | None:
+    """What the parts say of a policy; None where they hold neither log-probabilities nor an entropy. rollout: the
+    calls since the last backward pass."""
     actions = [p for p in parts if p.factors and _is_log_probability(p)]
     entropies = [p for p in parts if _is_entropy(p)]
     if not actions and not entropies:
@@ -57,6 +66,10 @@ def policy_look(parts: list[Summand], step: int) -> PolicyLook | None:
         rewarded=_rewarded(entropies, rest),
         critic_over_actions=_ratio(float(errors[0][1].norm()), float(pulls.norm())) if errors else math.nan,
         shared=_share_nodes(errors[0][2], actions[0].node) if errors else None,
+        bounded=_bounded(actions),
+        actions=actions[0].node._saved_self.shape[-1] if actions else 0,
+        redrawn=_redrawn(actions, rollout),
+        asked=next(_one_return(parts, rollout), math.nan),
     )
 
 
@@ -83,6 +96,22 @@ def _logits_behind(node: Any) -> Any:
         if kind not in (*COPIES, "Expand"):
             return None
     return None
+
+
+def _bounded(actions: list[Summand]) -> str:
+    """The function that gave the logits and holds them in a range, "" for none."""
+    found = {MADE_BY.get(kind_of(_logits_behind(p.node.next_functions[0][0])), "") for p in actions}
+    return next(iter(found)) if len(found) == 1 else ""
+
+
+def _redrawn(actions: list[Summand], rollout: Rollout | None) -> bool:
+    """Whether the actions were drawn after the call that the log-probabilities come from, on the rows that a policy
+    had been called on to act."""
+    if rollout is None or len(actions) != 1 or not rollout.replayed:
+        return False
+    node = actions[0].node
+    kept = node._saved_self
+    return isinstance(kept, Tensor) and rollout.drawn_since(node._saved_index, kept)
 
 
 # Entropy: sums of p log p
@@ -170,6 +199,23 @@ def _error(p: Summand) -> Tensor | None:
     if sum(side is not None for side in sides) != 1:
         return None
     return kept if sides[0] is not None and kind_of(before[0]) == "Sub" else -kept
+
+
+def _one_return(parts: list[Summand], rollout: Rollout | None) -> Iterator[float]:
+    """The return that a critic is asked for in each of several states, NaN where they differ."""
+    for p in parts:
+        error = _error(p)
+        if error is None or error.numel() < FEWEST_ACTIONS or not error.is_cpu:
+            continue
+        if p.kind in OF_CRITICS:
+            returns = p.node._saved_target
+        else:
+            value = rollout.output_behind(parents_of(parents_of(p.node)[0])[0]) if rollout is not None else None
+            if value is None or value.numel() != error.numel():
+                continue
+            returns = value.reshape(error.shape) - error.detach()
+        low, high = map(float, returns.detach().aminmax())
+        yield low if low and high - low <= ONE_NUMBER * abs(low) else math.nan
 
 
 def _agreement(pulls: Tensor, errors: Tensor, derivative: Tensor) -> float:

@@ -72,6 +72,24 @@ def test_sides_that_are_broadcast_are_named_at_the_first_steps(loss, closure):
     assert any(shape in finding.verdict.sentence for shape in (f"({N}, 1)", f"({N}, {N})"))
 
 
+def test_the_root_of_a_mean_and_an_axis_that_the_model_puts_in():
+    p, y = nn.Linear(D, 1)(torch.randn(N, D)), torch.randn(N)
+    assert expansions(((p - y) ** 2).mean().sqrt()) == [("difference", (N, 1), (N,))]
+    model_output = p.squeeze(1).unsqueeze(1)
+    assert not expansions(((model_output - y) ** 2).mean())  # in the loop, such an axis is meant
+    outputs = {model_output.grad_fn._sequence_nr()}
+    assert expansions(((model_output - y) ** 2).mean(), outputs) == [("difference", (N, 1), (N,))]
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_a_difference_of_which_nothing_is_kept_is_told_by_its_shapes(squeezed):
+    """Of a linear layer's one output an example, so that a matrix of the network's own is left alone."""
+    p, y = nn.Linear(D, 1)(torch.randn(N, D)), torch.randn(N)
+    p, y = (p.squeeze(1), y[:, None]) if squeezed else (p, y)
+    assert expansions((p - y).mean()) == [("difference", tuple(p.shape), tuple(y.shape))]
+    assert not expansions((p.tanh() - y).mean()) and not expansions((p[:, None] - y).mean())
+
+
 MEANT = {
     "equal shapes": lambda p, y: ((p[:, 0] - y) ** 2).mean() + p.pow(2).mean(),
     "quantiles": lambda p, y: pinball(y[:, None] - p),

@@ -219,7 +219,7 @@ class Losses:
         root = root if unscaled is None or unscaled.grad_fn is None else unscaled
         self.roots.look(root)
         if self._last is None:
-            self._own(root)
+            self._own()
             return
         number, kind = self._last
         alone, self._last, self._called = self._called == 1, None, 0
@@ -240,16 +240,15 @@ class Losses:
         self._own_functions.add("" if found is None or found.expanded else found.function)
         self._expanded = self._expanded or (found.expanded if found is not None else ())
 
-    def _own(self, root: Tensor) -> None:
+    def _own(self) -> None:
         """No loss function of torch was called: the loss is the user's own arithmetic."""
-        if self.own is not None and not (self.own.calls < CALLS_CHECKED):
-            return
         if self.own is None:
             self.own = LossFacts("", first_step=self._moment.step)
+        if self.own.calls >= CALLS_CHECKED:
+            return
         self.own.calls += 1
-        shape, other = difference_shapes(root)
-        if self._expanded or (shape and other):
-            self.own.input_shape, self.own.target_shape = self._expanded or (other, other_side(other))
+        if self._expanded:
+            self.own.input_shape, self.own.target_shape = self._expanded
             self.own.broadcast = True
             self._moment.news("own loss broadcasts")
 
@@ -413,48 +412,6 @@ def _number(other: Any) -> float:
         return float(other)
     on_host = isinstance(other, Tensor) and other.is_cpu and other.numel() == 1
     return float(other.detach()) if on_host else math.nan
-
-
-def difference_shapes(root: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a loss that is the mean or sum of a function of one difference: the shape of the difference, and that of
-    the one of its sides with a graph where the other side has none and the two were broadcast against each
-    other."""
-    shape: tuple[int, ...] = ()
-    for node in first_arguments(root.grad_fn, NODES_TO_INPUT):
-        name = kind_of(node)
-        if name in ("Mean", "Sum"):
-            shape = tuple(getattr(node, "_saved_self_sym_sizes", ()))
-        elif name in ("Sub", "Rsub"):
-            return _sides(node, shape)
-        elif name not in ("Pow", "Abs", "Sqrt", "Div", "Mul", "Neg", *PASSING_ON):
-            return (), ()
-    return (), ()
-
-
-def _sides(node: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    parents = parents_of(node)
-    if len(parents) != 1 or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 1:
-        return (), ()
-    side = _output_shape(parents[0])
-    expanded = side is not None and math.prod(side) == shape[0]
-    return (shape, side) if expanded and side is not None else ((), ())
-
-
-def other_side(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What broadcasts against (N, 1) or (N,) to (N, N)."""
-    return (shape[0],) if len(shape) == 2 else (shape[0], 1)
-
-
-def _output_shape(node: Any) -> tuple[int, ...] | None:
-    """The shape of what a linear layer or a squeeze of one gave: (N, 1) or (N,)."""
-    name = kind_of(node)
-    if name == "Squeeze":
-        sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
-        return tuple(s for s in sizes if s != 1)
-    if name == "Addmm":
-        rows, columns = getattr(node, "_saved_mat1_sym_sizes", ()), getattr(node, "_saved_mat2_sym_sizes", ())
-        return (rows[0], columns[1]) if rows and columns else None
-    return None
 
 
 def is_constant(tensor: Tensor) -> bool:

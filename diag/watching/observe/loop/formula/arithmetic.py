@@ -3,7 +3,9 @@
 Broadcast: a sum or mean over all of a difference or a product whose two sides were expanded against each other,
 (N,) against (N, 1). Of a product the graph keeps both shapes. Of a difference it keeps one; that the other was
 expanded is certain where what the next operation kept of the difference is a sum of a function of the row and a
-function of the column. Where an axis was put in by hand, or two sides of the network's own meet, pairs are meant.
+function of the column; where nothing is kept, or on a device, it is read from the shapes: all rows of a linear
+layer's one output against all rows. Where an axis was put in by hand, or two sides of the network's own meet,
+pairs are meant.
 
 Twice: softmax or sigmoid of an output that is one already.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,8 @@ from diag.watching.observe.terms import terms_of
 OUTPUTS_OF_A_PASS = 512  # of the calls before a backward pass: of an episode, one call a moment
 NODES_OF_A_FORMULA = 2048
 ENTRIES_OF_A_SUM = 256  # nodes of one sum that are visited
+NODES_OF_A_NUMBER = 8  # between a term and the mean that it is a function of
+OF_ONE_NUMBER = ("Sqrt", "Pow", "Log", "Exp", "Add", "Mul", "Div", "Neg", *PASSING_ON)
 MOST_NUMBERS = 1 << 22  # of a difference that are looked at
 ROUNDING = 1e-4  # of the largest difference
 SAVE_THEIR_ARGUMENT = (
@@ -105,7 +109,7 @@ class Arithmetic:
         if not looking or not isinstance(roots, Tensor) or roots.grad_fn is None or roots.numel() != 1:
             return
         self._look_twice(roots, made)
-        for found in expansions(roots):
+        for found in expansions(roots, made):
             kept = Expansion(*found, self._moment.step)
             if self._expanded.setdefault(kept.operation, kept) is kept:
                 self._moment.news(("broadcast in the loss", kept.operation))
@@ -164,23 +168,36 @@ class _Entry:
     kept: Tensor | None
 
 
-def expansions(root: Tensor) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+def expansions(root: Tensor, outputs: Container[int] = ()) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """The operation, the shape of the side with a graph and that of the other, of what is broadcast in the sums
-    that `root` is made of; nothing where two sides with a graph meet in pairs."""
+    that `root` is made of; nothing where two sides with a graph meet in pairs.
+
+    outputs: the nodes that gave the model's outputs; how these came by their shape is the model's own affair.
+    """
     found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-    for term in terms_of(root, ()):
-        if kind_of(term.node) not in ("Mean", "Sum") or hasattr(term.node, "_saved_dim"):
+    for term in map(_sum_inside, (term.node for term in terms_of(root, ()))):
+        if term is None:
             continue
-        start, index = term.node.next_functions[0]
+        start, index = term.next_functions[0]
         shape = given_shape(start, index)
         if shape is None or max(shape.count(n) for n in (*shape, 0)) < 2:
             continue  # an axis that comes twice is what the mistake leaves
         for entry in _entries(start, index, shape):
-            one = _expansion(entry, shape)
+            one = _expansion(entry, shape, outputs)
             if one is not None and not one[0]:
                 return []
             found += [one] if one is not None else []
     return found
+
+
+def _sum_inside(node: Any) -> Any:
+    """The sum or mean over all axes that a term is, or is a function of, as the root of a mean is; else None."""
+    for before in first_arguments(node, NODES_OF_A_NUMBER):
+        if kind_of(before) in ("Mean", "Sum"):
+            return None if hasattr(before, "_saved_dim") else before
+        if kind_of(before) not in OF_ONE_NUMBER:
+            return None
+    return None
 
 
 def _entries(start: Any, index: int, shape: tuple[int, ...]) -> Iterator[_Entry]:
@@ -216,7 +233,9 @@ def _is_number(node: Any) -> bool:
     return isinstance(other, Tensor) and other.numel() == 1
 
 
-def _expansion(entry: _Entry, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+def _expansion(
+    entry: _Entry, shape: tuple[int, ...], outputs: Container[int]
+) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
     """What is broadcast in this node; ("", ...) where both sides have a graph; None for nothing."""
     name, sides = kind_of(entry.node), entry.node.next_functions
     here = [(node, index) for node, index in sides if node is not None]
@@ -225,7 +244,7 @@ def _expansion(entry: _Entry, shape: tuple[int, ...]) -> tuple[str, tuple[int, .
         return None
     if len(here) == 2 and here[0] != here[1] and all(_is_expanded(s, shape) for s in shapes if s is not None):
         return "", shape, shape
-    if len(here) != 1 or not _is_expanded(mine := shapes[0] or (), shape) or _by_hand(here[0][0]):
+    if len(here) != 1 or not _is_expanded(mine := shapes[0] or (), shape) or _by_hand(here[0][0], outputs):
         return None
     if name == "Mul":
         other = entry.node._saved_other if sides[0][0] is not None else entry.node._saved_self
@@ -234,7 +253,8 @@ def _expansion(entry: _Entry, shape: tuple[int, ...]) -> tuple[str, tuple[int, .
         # A factor that was broadcast before, as an advantage of (N,) and (N, 1), is a sum of row and column itself.
         both = _is_expanded(tuple(other.shape), shape) or bool(_sum_of_both(mine, shape, other))
         return ("product", mine, tuple(other.shape)) if both else None
-    other_shape = _sum_of_both(mine, shape, entry.kept)
+    hidden = entry.kept is None or not entry.kept.is_cpu
+    other_shape = _other_column(here[0][0], mine, shape) if hidden else _sum_of_both(mine, shape, entry.kept)
     return ("difference", mine, other_shape) if other_shape else None
 
 
@@ -243,9 +263,12 @@ def _is_expanded(side: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return 1 < math.prod(side) < math.prod(shape)
 
 
-def _by_hand(node: Any) -> bool:
-    """Whether an axis of one was put in, or the tensor expanded, before it met the other side."""
+def _by_hand(node: Any, outputs: Container[int]) -> bool:
+    """Whether an axis of one was put in, or the tensor expanded, after it left the model and before it met the
+    other side."""
     for before in first_arguments(node, 8):
+        if before._sequence_nr() in outputs:
+            return False
         name = kind_of(before)
         if name in AXIS_BY_HAND:
             return True
@@ -275,3 +298,10 @@ def _sum_of_both(side: tuple[int, ...], shape: tuple[int, ...], kept: Tensor | N
                 found = tuple(1 if j == other else n for j, n in enumerate(shape))
                 return found[1:] if found[0] == 1 else found
     return ()
+
+
+def _other_column(node: Any, side: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a linear layer's one output an example, (N, 1) or squeezed to (N,), met to give (N, N)."""
+    n = math.prod(side)
+    square = shape == (n, n) and kind_of(node) in ("Addmm", "Squeeze")
+    return ((n,) if len(side) == 2 else (n, 1)) if square else ()

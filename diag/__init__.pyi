@@ -72,6 +72,8 @@ from diag.instruments.loop.learning_rate_schedule import LearningRateSchedule as
 from diag.result import Level as Level
 from diag.instruments.linear_freedom import LinearFreedom as LinearFreedom
 from diag.instruments.loop.loss_call import LossCall as LossCall
+from diag.instruments.loss.loss_domain import LossDomain as LossDomain
+from diag.instruments.loss.loss_formula import LossFormula as LossFormula
 from diag.instruments.optimization.loss_spikes import LossSpikes as LossSpikes
 from diag.instruments.loss.loss_terms import LossTerms as LossTerms
 from diag.instruments.loop.mixed_precision import MixedPrecision as MixedPrecision
@@ -634,6 +636,22 @@ class _LossCallInstrument(Instrument):
     def __call__(self, loop: Any) -> LossCall: ...
 
 loss_call: _LossCallInstrument
+
+class _LossDomainInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> LossDomain: ...
+    @overload
+    def __call__(self, loop: Any) -> LossDomain: ...
+
+loss_domain: _LossDomainInstrument
+
+class _LossFormulaInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> LossFormula: ...
+    @overload
+    def __call__(self, loop: Any) -> LossFormula: ...
+
+loss_formula: _LossFormulaInstrument
 
 class _LossSpikesInstrument(Instrument):
     @overload

@@ -109,6 +109,11 @@ class Cause(enum.StrEnum):
     NOTHING_KEEPS_APART = "nothing_keeps_apart", Theme.LOSS, "The loss is smallest where every input gives the same output: outputs are drawn together and nothing keeps them apart."
     ACTION_NOT_TAKEN = "action_not_taken", Theme.LOSS, "What an action brought is put down to another one: freshly drawn actions, the best instead of the taken."
     OUTPUT_RANGE = "output_range", Theme.LOSS, "The function after the last layer keeps the outputs in a range in which the targets do not lie."
+    LOSS_UNBOUNDED = "loss_unbounded", Theme.LOSS, "The loss can be lowered without end by a scale alone: a term that pays for it is missing, has the wrong sign, or has no gradient."
+    ERRORS_CANCEL = "errors_cancel", Theme.LOSS, "The loss asks for less than it is meant to: errors cancel in a mean, a mask leaves out what would be wrong, or nothing is compared with a given number."
+    DERIVATIVE_ZERO = "derivative_zero", Theme.LOSS, "A derivative that the loss is made of is zero everywhere."
+    INPUT_TOO_SHORT = "input_too_short", Theme.LOSS, "The outputs are shorter than the sequences that they are to be aligned with."
+    NOISE_MISPLACED = "noise_misplaced", Theme.LOSS, "A code is drawn with another spread than the loss takes it to have, or not drawn at all."
     INITIAL_LOSS_HIGH = "initial_loss_high", Theme.LOSS, "The first loss is far above that of guessing evenly: the network starts sure and wrong."
 
     CLASS_WEIGHTS_WRONG = "class_weights_wrong", Theme.LOSS, "The loss's class weights leave some classes next to nothing, or weigh up the frequent ones."

@@ -150,6 +150,11 @@ class TrainingListener(Guarded):
         if self._moment.attentive:
             self._within(FACTS_OF_LOOP, self._loop.loss_called, function, args, kwargs, value)
 
+    def further_loss_called(self, function: Any, args: Any, kwargs: Any) -> None:
+        """A loss function of several tensors or of alignments returned a value with a graph."""
+        if self._is_here():
+            self._closely("further_loss_called", function, args, kwargs)
+
     def loss_evaluated(self, value: Any) -> None:
         """A loss function was called without gradients."""
         self._closely("loss_evaluated", value)

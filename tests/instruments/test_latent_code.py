@@ -189,3 +189,54 @@ def test_weights_that_are_random_variables_are_no_code():
     nats, deviation = by_log_variance(mean, s)
     loss = (torch.randn(D, N) @ (mean + deviation * torch.randn(N, K))).square().mean() + nats.mean()
     assert gaussian_divergence(parts_of(loss)) is None
+
+
+# What the noise is multiplied by
+
+
+class Drawn(Autoencoder):
+    """Its code is draw(mean, s) of one layer's two halves, s the logarithm of the variance."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.both = draw, nn.Linear(32, 2 * K)
+
+    def forward(self, x):
+        mean, s = self.both(self.body(x)).chunk(2, -1)
+        return self.decoder(self.draw(mean, s)), mean, s
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda mean, s: mean, "is not drawn"),
+        (lambda mean, s: mean + s * torch.randn_like(s), "multiplied by the logarithm"),
+        (lambda mean, s: mean + s.exp() * torch.randn_like(s), "multiplied by its variance"),
+    ],
+    ids=["nothing", "logarithm", "variance"],
+)
+def test_a_code_that_is_drawn_with_another_spread_is_found(draw, said):
+    (finding,) = told(usual, Drawn(draw), steps=12)
+    assert finding.verdict.cause == Cause.NOISE_MISPLACED and said in finding.verdict.sentence
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda mean, s: mean + (0.5 * s).exp() * torch.randn_like(s),
+        lambda mean, s: Normal(mean, torch.exp(s / 2)).rsample(),
+        lambda mean, s: mean + s.exp().sqrt() * torch.randn_like(s),
+    ],
+)
+def test_a_code_that_is_drawn_with_its_own_variance_is_left_alone(draw):
+    assert told(usual, Drawn(draw), steps=12) == ()
+
+
+def test_slices_that_are_taken_twice_are_not_taken_for_a_code_without_noise():
+    class Sliced(Drawn):
+        def forward(self, x):
+            h = self.both(self.body(x))
+            z = h[:, :K] + (0.5 * h[:, K:]).exp() * torch.randn(len(x), K)
+            return self.decoder(z), h[:, :K], h[:, K:]
+
+    assert told(usual, Sliced(None), steps=12) == ()

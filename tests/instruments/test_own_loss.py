@@ -134,8 +134,18 @@ class Probabilities(nn.Sequential):
             lambda p, y: -(p.sigmoid() + 1e-6).log().mean(),
             Cause.DOUBLE_SIGMOID,
         ),
+        (nn.Sigmoid(), lambda p, y: (F.softplus(p) - (y > 0)[:, None] * p).mean(), Cause.DOUBLE_SIGMOID),
+        (nn.Sigmoid(), lambda p, y: F.softplus(-p).mean(), Cause.DOUBLE_SIGMOID),
     ],
-    ids=["policy", "cross-entropy by hand", "sigmoid", "reshaped in the loop", "reshaped in the model"],
+    ids=[
+        "policy",
+        "cross-entropy by hand",
+        "sigmoid",
+        "reshaped in the loop",
+        "reshaped in the model",
+        "logits",
+        "game",
+    ],
 )
 def test_probabilities_that_are_made_probabilities_again(end, loss, cause):
     (finding,) = told(loss, Probabilities(end))
@@ -150,8 +160,10 @@ def test_probabilities_that_are_made_probabilities_again(end, loss, cause):
         (nn.Softmax(-1), lambda p, y: -((p / 0.1).log_softmax(1)[:, 0]).mean()),  # sharpened on purpose
         (nn.Identity(), lambda p, y: by_policy(p, y)),
         (nn.Sigmoid(), lambda p, y: -Bernoulli(probs=p).log_prob((p > 0.5).float()).mean()),
+        (nn.Identity(), lambda p, y: (F.softplus(p) - (y > 0)[:, None] * p).mean()),
+        (nn.Sigmoid(), lambda p, y: (F.softplus(p) - y[:, None].detach()).square().mean()),
     ],
-    ids=["probs=", "another axis", "sharpened", "logits", "bernoulli"],
+    ids=["probs=", "another axis", "sharpened", "logits", "bernoulli", "softened logits", "softened"],
 )
 def test_probabilities_that_are_taken_as_such(end, loss):
     assert not told(loss, Probabilities(end))

@@ -12,6 +12,7 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 
 SOURCE = "arithmetic on what the loop did"
 TWICE, THRICE = 2, 3  # how often something must happen before it is a finding: once may be chance
+STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
 NO_STEP = Precondition("an optimizer step", False, "no optimizer step on the model's parameters was seen.")
 
 

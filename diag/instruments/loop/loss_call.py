@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import SOURCE, STEP_OF_A_SUM, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
 from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
@@ -16,7 +16,6 @@ from diag.snapshot.loop.facts import Loop
 CALLS_NEEDED = 3  # calls whose numbers were looked at
 HARDLY_ANY_CLASS = 0.995  # entropy over the largest
 PADDED, FILLED = 0.05, 0.1  # of the targets
-STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
 LOG_INPUT = ("nll_loss", "kl_div")
 SOFTMAX_INSIDE = ("cross_entropy",)
 SIGMOID_INSIDE = ("binary_cross_entropy_with_logits",)

@@ -37,7 +37,7 @@ def step_order(loop: Loop) -> StepOrder:
     Raises nothing of its own.
     """
     findings = [f for o in loop.training for f in _findings(o, loop)]
-    findings += list(_missing(loop))
+    findings += [*_missing(loop), *_never_backward(loop)]
     fine = f"Each of {counted(loop.step, 'step')} followed a backward pass of its own."
     about = {} if loop.training or findings else {"preconditions": (NO_STEP,)}
     return judged(StepOrder, loop.step, findings, fine, **about)
@@ -111,6 +111,25 @@ def _idle(o: OptimizerFacts) -> LoopFinding:
         "A step of this optimizer.",
         step=1,
         layers=o.unused,
+    )
+
+
+def _never_backward(loop: Loop) -> Iterator[LoopFinding]:
+    """Steps of an optimizer of which no parameter ever has a gradient, in a loop without a backward pass."""
+    held = {name for o in loop.training for name in o.held}
+    missing = [p.missing for p in loop.parameters if p.name in held and p.trainable]
+    steps = sum(o.steps for o in loop.training)
+    called = loop.backwards > 0 or any(letter in pattern.letters for pattern in loop.order for letter in "Bb")
+    if called or not loop.calls or steps < THRICE or not missing or min(missing) < TWICE:
+        return
+    yield LoopFinding(
+        Level.ALARM,
+        Cause.GRADIENT_ABSENT,
+        f"backward() is never called: the optimizer has stepped {counted(steps, 'time')}, the model was called "
+        f"{counted(loop.calls, 'time')}, and no parameter has a gradient.",
+        "Call loss.backward() before the step; in a closure before it returns the loss.",
+        "A parameter with a gradient.",
+        step=1,
     )
 
 

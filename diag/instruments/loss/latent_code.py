@@ -42,10 +42,11 @@ def latent_code(loop: Loop, *, nothing: Share = NOTHING_TOLD) -> LatentCode:
     loop: the facts of the loop, with the means and variances whose KL divergence from the standard Gaussian is a
     part of the loss, and its weight over that of the other parts, entry by entry. An alarm where no other part
     depends on the means at each of at least three looks (a code that is detached, sampled without
-    reparametrisation, or made of noise alone). A finding, too, where at the last two looks every latent has less
-    than `nothing` of its variance between the rows, a fifth at most of what it had at the start: an alarm where the
-    divergence weighs more than five times as much as in a sum over latents and outputs, else a warning late in
-    training. Raises nothing of its own.
+    reparametrisation, or made of noise alone), and where at each of them the noise is multiplied by something else
+    than the deviation whose variance the divergence holds, or by nothing. A finding, too, where at the last two
+    looks every latent has less than `nothing` of its variance between the rows, a fifth at most of what it had at
+    the start: an alarm where the divergence weighs more than five times as much as in a sum over latents and
+    outputs, else a warning late in training. Raises nothing of its own.
     """
     looks = loop.latents.looks
     known = Precondition("latents", len(looks) > 0, "no KL divergence of Gaussian latents was seen in the loss.")
@@ -59,6 +60,10 @@ def _findings(loop: Loop, nothing: float) -> Iterator[LoopFinding]:
         return
     if all(look.mean_used is False for look in looks):
         yield _unused(looks[0])
+        return
+    wrong = {look.noise for look in looks}
+    if len(wrong) == 1 and (noise := wrong.pop()) in WRONG_NOISE:
+        yield _wrong_noise(looks[0], noise)
         return
     first, last = looks[0], looks[-1]
     empty = all(look.told < min(nothing, TOLD_LESS * first.told) for look in looks[-2:])
@@ -79,6 +84,27 @@ def _unused(first: LatentLook) -> LoopFinding:
         "Decode mean + deviation * noise with their gradients: rsample() and not sample(), no detach() and no "
         "no_grad() on the way, and the mean not left out.",
         "A gradient of the reconstruction with respect to the means.",
+        step=first.step,
+    )
+
+
+WRONG_NOISE = {
+    "nothing": "The latent code is not drawn: no part of the loss but the KL divergence depends on its variance, "
+    "which that alone brings to one while the decoder gets the mean without noise.",
+    "logarithm": "The noise of the latent code is multiplied by the logarithm of its variance and not by its "
+    "deviation: the KL divergence takes the exponential of the same numbers for the variance.",
+    "variance": "The noise of the latent code is multiplied by its variance and not by its deviation, of which the "
+    "KL divergence takes the square.",
+}
+
+
+def _wrong_noise(first: LatentLook, noise: str) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.NOISE_MISPLACED,
+        WRONG_NOISE[noise],
+        "Decode mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean).",
+        "A code that is drawn with the variance that its divergence is taken of.",
         step=first.step,
     )
 

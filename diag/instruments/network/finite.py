@@ -64,6 +64,7 @@ class FiniteForward(Result):
                           Cause.DATA_NOT_FINITE,
                           Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.GRADIENTS_STILL_SCALED,
                           Cause.LOSS_ASCENDED, Cause.MOMENTUM_TOO_HIGH, Cause.LOGITS_INTO_PROBABILITY_LOSS,
+                          Cause.LOSS_UNBOUNDED,
                           Cause.INITIALIZATION_SCALE, Cause.INPUTS_NOT_NORMALIZED),
         )  # fmt: skip
 

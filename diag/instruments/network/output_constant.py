@@ -79,6 +79,7 @@ class OutputConstant(Result):
                 Cause.CLASSES_SORTED, Cause.CLASS_IMBALANCE, Cause.INPUTS_TOO_SMALL, Cause.INPUTS_NOT_NORMALIZED,
                 Cause.PARAMETER_IN_NO_OPTIMIZER, Cause.STEP_MISSING, Cause.GRADIENTS_ZEROED_BEFORE_STEP,
                 Cause.TARGETS_NOT_NORMALIZED, Cause.CLASS_WEIGHTS_WRONG, Cause.UNDERFITTING, Cause.LOSS_ASCENDED,
+                Cause.LOSS_UNBOUNDED, Cause.ERRORS_CANCEL,
             ),
             step=began,
         )  # fmt: skip

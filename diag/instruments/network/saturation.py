@@ -56,6 +56,7 @@ class Saturation(Result):
                 Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_NOT_NORMALIZED,
                 Cause.INITIALIZATION_SCALE, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.MOMENTUM_TOO_HIGH,
                 Cause.TARGETS_NOT_NORMALIZED, Cause.LOSS_ASCENDED, Cause.NORMALIZATION_STATISTICS_BAD,
+                Cause.LOSS_UNBOUNDED,
             ),
         )  # fmt: skip
 

@@ -98,7 +98,7 @@ class Divergence(Result):
             value=self.fell_to,
             threshold=-FELL * abs(self.first),
             cause=Cause.LOSS_ASCENDED,
-            explained_by=(Cause.TARGETS_OUT_OF_RANGE, Cause.LOGITS_INTO_PROBABILITY_LOSS),
+            explained_by=(Cause.TARGETS_OUT_OF_RANGE, Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.LOSS_UNBOUNDED),
             step=1,
         )
 
@@ -118,7 +118,8 @@ class Divergence(Result):
             refutation="The loss of the same batches, with the weights before that step, is as high.",
             cause=Cause.MOMENTUM_TOO_HIGH if by_momentum else Cause.TRAINING_DIVERGED,
             explained_by=(Cause.LEARNING_RATE_TOO_HIGH, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED,
-                          Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_ASCENDED, Cause.DATA_NOT_FINITE,
+                          Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_ASCENDED, Cause.LOSS_UNBOUNDED,
+                          Cause.DATA_NOT_FINITE,
                           Cause.BATCHES_POISONED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.GRADIENTS_STILL_SCALED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
                           Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE,

@@ -149,7 +149,7 @@ class StepSize(Result):
                           Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
                           Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.INPUTS_TOO_SMALL,
-                          Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED, Cause.LOSS_ASCENDED,
+                          Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED, Cause.LOSS_ASCENDED, Cause.LOSS_UNBOUNDED,
                           Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO, Cause.NORMALIZATION_STATISTICS_BAD,
                           Cause.TARGETS_OUT_OF_RANGE),
             step=self.began_at or self.largest_at,

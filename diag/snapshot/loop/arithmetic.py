@@ -5,8 +5,10 @@ Steps are counted from 1 as in the record of the run."""
 
 from __future__ import annotations
 
+import enum
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class LatentLook:
     size: latents of a row. told: of the latent that says most of its row the share of its variance over the batch
     that lies between the rows' means. nats: the divergence of a row, a mean over the batch. weight: of the
     divergence of one latent over that of one entry of the other parts, 1 where both are sums. mean_used: whether
-    any other part of the loss depends on the means; None where that is not known."""
+    any other part of the loss depends on the means; None where that is not known. noise: what the rest of the loss
+    multiplies constants by: the "deviation" whose variance the divergence holds, that "variance" itself, its
+    "logarithm", "nothing" where the rest does not depend on it; empty where that is not known."""
 
     step: int
     size: int
@@ -48,6 +52,7 @@ class LatentLook:
     nats: float
     weight: float
     mean_used: bool | None
+    noise: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,3 +115,62 @@ class ActionFacts:
     """The looks at such a regression, the first and the last of them."""
 
     looks: tuple[ActionLook, ...] = ()
+
+
+@dataclass(frozen=True)
+class DomainFacts:
+    """The calls of one loss function of torch that were looked at: of each thing that the function is not made for
+    the smallest and the largest share of a call's entries that were so ("blank" among the targets of ctc_loss)."""
+
+    function: str
+    looked: int
+    first: int
+    lowest: Mapping[str, float] = field(default_factory=dict)
+    highest: Mapping[str, float] = field(default_factory=dict)
+
+
+class Odd(enum.StrEnum):
+    """Something in the formula of a loss that leaves it without what it is for."""
+
+    SCALE_UNPAID = "errors are scaled by what enters the loss nowhere else"
+    SCALE_FALLS = "the scale of the errors and its logarithm fall together"
+    VARIANCE_CLAMPED = "variances lie where a clamp keeps them"
+    FLOW_UNPAID = "the latent of a flow is scaled, and its determinant is missing"
+    FLOW_FALLS = "the latent of a flow and its determinant fall together"
+    COLUMNS_KEPT = "no layer of a flow scales some columns"
+    NOISE_UNPAID = "noise is scaled by what enters the loss nowhere else"
+    NOISE_UNRELATED = "the noise that is asked for is not in the input"
+    ONE_LEVEL = "noise is asked for at one level"
+    MEAN_SQUARED = "a mean of differences is squared"
+    MEAN_ABSOLUTE = "the absolute value of a mean of differences is taken"
+    MET_BY_ZERO = "nothing is compared with a given number"
+    ONE_TARGET = "a mask leaves entries of one target alone"
+    PAIRS_BOTH_WAYS = "a mask takes each pair both ways"
+    PAIRS_BOUNDED = "scores are bounded before they are compared"
+    LIKELIHOOD_DESCENDED = "a log-likelihood is descended"
+    BEYOND_REACH = "the end of the network cannot reach the targets"
+    OUTPUTS_CUT = "a ReLU makes every output zero"
+    SECOND_DERIVATIVE = "a second derivative goes through a ReLU"
+    SUMMED = "the loss is a sum over the rows"
+
+
+@dataclass(frozen=True)
+class Oddity:
+    """What was odd: its kind, and of which function where there are several; how many backward passes
+    had been looked at (`looked`) when it was last seen and in how many of these it was (`seen`), the first step,
+    and numbers of the last look."""
+
+    kind: Odd
+    looked: int
+    seen: int
+    first: int
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class FormulaFacts:
+    """Of the loop's own loss: backward passes looked at, and what was odd."""
+
+    looked: int = 0
+    odd: tuple[Oddity, ...] = ()

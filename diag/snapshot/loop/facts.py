@@ -11,7 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diag.errors import InvalidInput, MissingQuantity, type_of
-from diag.snapshot.loop.arithmetic import ActionFacts, ArithmeticFacts, LatentFacts, PolicyFacts
+from diag.snapshot.loop.arithmetic import (
+    ActionFacts,
+    ArithmeticFacts,
+    DomainFacts,
+    FormulaFacts,
+    LatentFacts,
+    PolicyFacts,
+)
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.contrast import ContrastFacts
 from diag.snapshot.loop.data import (
@@ -108,6 +115,8 @@ class Loop:
     policy: PolicyFacts = field(default_factory=PolicyFacts)
     actions: ActionFacts = field(default_factory=ActionFacts)
     contrast: ContrastFacts = field(default_factory=ContrastFacts)
+    formula: FormulaFacts = field(default_factory=FormulaFacts)
+    domains: tuple[DomainFacts, ...] = ()
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     sequences: SequenceFacts = field(default_factory=SequenceFacts)
     masks: MaskFacts = field(default_factory=MaskFacts)

@@ -33,6 +33,15 @@ LOSSES = (
     "multilabel_soft_margin_loss",
     "hinge_embedding_loss",
 )
+# Of several tensors or of alignments: no other code asks which logits and labels these are of.
+FURTHER_LOSSES = (
+    "ctc_loss",
+    "gaussian_nll_loss",
+    "cosine_embedding_loss",
+    "margin_ranking_loss",
+    "triplet_margin_loss",
+    "triplet_margin_with_distance_loss",
+)
 OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")  # where the targets are integers
 BY_BATCH = ("multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss")
 MOST_CALLS = 64  # calls that are kept

@@ -14,6 +14,9 @@ class Listener(Protocol):
     def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
         """A loss function returned `value`, with a graph."""
 
+    def further_loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """A loss function of several tensors or of alignments returned a value with a graph."""
+
     def backward_called(self, roots: Any, weight: Any, inputs: Any) -> None:
         """A backward pass from `roots` begins."""
 

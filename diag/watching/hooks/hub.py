@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from diag.snapshot.objective.loss_spy import LOSSES
+from diag.snapshot.objective.loss_spy import FURTHER_LOSSES, LOSSES
 from diag.snapshot.state.modes import functions_seen, operations_seen, unseen
 from diag.watching.guard import safely, shielded
 from diag.watching.hooks.events import Listener
@@ -101,6 +101,7 @@ class Hub:
         zeroing: list[tuple[Any, str]] = [(Optimizer, "zero_grad"), (torch.nn.Module, "zero_grad")]
         return [
             *(Body(f, self._loss_look(f)) for name in LOSSES if (f := getattr(F, name, None)) is not None),
+            *(Body(f, self._further_look(f)) for n in FURTHER_LOSSES if (f := getattr(F, n, None)) is not None),
             Attribute([(torch.autograd, "backward")], self._look(self._backward_begins, self._backward_done)),
             Attribute(zeroing, self._look(self._zeroing, self._zeroed)),
             *(Attribute([(k, "step")], self._scheduler_look()) for k in _with_own_step(lr_scheduler)),
@@ -122,6 +123,9 @@ class Hub:
         # The listeners get a copy of the function that is not patched.
         plain = plain_copy(function)
         return Look(self._loss_begins, partial(self._loss_returned, plain), self._loss_over, self._broke)
+
+    def _further_look(self, function: Callable[..., Any]) -> Look:
+        return self._look(None, partial(self._further_returned, plain_copy(function)))
 
     def _scheduler_look(self) -> Look:
         return Look(self._schedule_begins, self._scheduled, self._schedule_over, self._broke)
@@ -149,6 +153,12 @@ class Hub:
             return
         with unseen():
             self._tell_of_loss(plain, args, kwargs, value)
+
+    def _further_returned(self, plain: Any, token: Any, args: Any, kwargs: Any, value: Any) -> None:
+        if type(value) is torch.Tensor and value.requires_grad and not is_functorch_wrapped_tensor(value):
+            with unseen():
+                for listener in self.listeners:
+                    listener.further_loss_called(plain, args, kwargs)
 
     def _tell_of_loss(self, plain: Any, args: Any, kwargs: Any, value: Any) -> None:
         if type(value) is torch.Tensor and value.requires_grad and not is_functorch_wrapped_tensor(value):

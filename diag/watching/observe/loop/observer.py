@@ -201,8 +201,13 @@ class LoopObserver:
         self._sequences.loss_called(function.__name__, args, kwargs)
         self._masks.loss_called(function.__name__, args, kwargs)
         self._pairing.loss_called(function.__name__, args, kwargs)
+        self._formula.loss_called(function, args, kwargs)
         self._penalty.loss_called(value)
         self._batches.targets(input_and_target(args, kwargs)[1])
+
+    def further_loss_called(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """A loss function of several tensors or of alignments returned a value that has a graph."""
+        self._formula.loss_called(function, args, kwargs)
 
     def loss_evaluated(self, value: Any) -> None:
         """A loss function returned a value without a graph."""
@@ -247,6 +252,7 @@ class LoopObserver:
             arguments = (found.output, found.targets)
             self._targets.loss_called(found.function, arguments, {})
             self._asked.loss_called(found.function, arguments, {"reduction": "mean"})
+            self._formula.own_loss(found.function, *arguments)
 
     def backward_done(self) -> None:
         """It has ended."""

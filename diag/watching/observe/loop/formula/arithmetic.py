@@ -6,8 +6,6 @@ expanded is certain where what the next operation kept of the difference is a su
 function of the column; where nothing is kept, or on a device, it is read from the shapes: all rows of a linear
 layer's one output against all rows. Where an axis was put in by hand, or two sides of the network's own meet,
 pairs are meant.
-
-Twice: softmax or sigmoid of an output that is one already.
 """
 
 from __future__ import annotations
@@ -21,23 +19,20 @@ from typing import Any
 from torch import Tensor
 
 from diag.snapshot.autograd_graph import (
-    COPYING,
     PASSING_ON,
     first_arguments,
     kind_of,
-    nodes_before,
     parents_of,
-    signed,
 )
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
 from diag.watching.observe.loop.formula.parts import given_shape
+from diag.watching.observe.loop.formula.twice import applied_twice, is_multiple
 from diag.watching.observe.loop.losses import made_by
 from diag.watching.observe.loop.moment import Moment, due
 from diag.watching.observe.terms import terms_of
 
 OUTPUTS_OF_A_PASS = 512  # of the calls before a backward pass: of an episode, one call a moment
-NODES_OF_A_FORMULA = 2048
 ENTRIES_OF_A_SUM = 256  # nodes of one sum that are visited
 NODES_OF_A_NUMBER = 8  # between a term and the mean that it is a function of
 OF_ONE_NUMBER = ("Sqrt", "Pow", "Log", "Exp", "Add", "Mul", "Div", "Neg", *PASSING_ON)
@@ -74,9 +69,6 @@ ELEMENTWISE = frozenset(
 )
 AXIS_BY_HAND = ("Unsqueeze", "Expand")
 TAKEN_FROM = ("Select", "Slice", *PASSING_ON)
-APPLIED = ("softmax", "sigmoid")
-AGAIN = {"Softmax": "softmax", "LogSoftmax": "softmax", "Logsumexp": "softmax", "Sigmoid": "sigmoid",
-         "LogSigmoid": "sigmoid"}  # fmt: skip
 
 
 class Arithmetic:
@@ -115,44 +107,13 @@ class Arithmetic:
                 self._moment.news(("broadcast in the loss", kept.operation))
 
     def _look_twice(self, root: Tensor, made: dict[int, tuple[str, int | None]]) -> None:
-        if self._twice or not any(name in APPLIED for name, _ in made.values()):
-            return
-        for node in nodes_before([root.grad_fn], NODES_OF_A_FORMULA, lambda n: n._sequence_nr() in made):
-            name = "" if node._sequence_nr() in made else AGAIN.get(kind_of(node), "")
-            if name and (name, _axis(node)) in [made.get(p._sequence_nr()) for p in _passed_on(node, name)]:
-                self._twice, self._twice_step = name, self._moment.step
-                self._moment.news(("twice", name))
-                return
+        if not self._twice and (name := applied_twice(root, made)):
+            self._twice, self._twice_step = name, self._moment.step
+            self._moment.news(("twice", name))
 
     def facts(self) -> ArithmeticFacts:
         """As plain data."""
         return ArithmeticFacts(tuple(self._expanded.values()), self._twice, self._twice_step)
-
-
-# Twice
-
-
-def _axis(node: Any) -> int | None:
-    """The axis that a softmax runs over, from the front; None for what has none."""
-    axis, parent = getattr(node, "_saved_dim", None), next(iter(node.next_functions), (None, 0))
-    shape = given_shape(*parent)
-    if axis is None or shape is None:
-        return None
-    if isinstance(axis, (tuple, list)):
-        if len(axis) != 1:
-            return None
-        (axis,) = axis
-    return signed(axis) % len(shape) if shape else None
-
-
-def _passed_on(node: Any, name: str) -> Iterator[Any]:
-    """The nodes from the one that made a function's argument back to the first that is more than a copy, or for a
-    sigmoid, which has no axis, another shape."""
-    passing = PASSING_ON if name == "sigmoid" else COPYING
-    for before in first_arguments(next(iter(parents_of(node)), None), 8):
-        yield before
-        if kind_of(before) not in passing:
-            return
 
 
 # Broadcast
@@ -222,15 +183,9 @@ def _before(entry: _Entry) -> list[_Entry]:
         kept[0] = getattr(node, "_saved_self", None)
     elif name in LARGER_OF_TWO or (name == "Mul" and len(parents_of(node)) == 2):
         kept = [getattr(node, "_saved_self", None), getattr(node, "_saved_other", None)][: len(sides)]
-    elif name == "Neg" or (name in ("Mul", "Div") and _is_number(node)):
+    elif name == "Neg" or (name in ("Mul", "Div") and is_multiple(node)):
         kept = [entry.kept] * len(sides)
     return [_Entry(parent, index, k) for (parent, index), k in zip(sides, kept, strict=True)]
-
-
-def _is_number(node: Any) -> bool:
-    first = node.next_functions[0][0] is not None
-    other = getattr(node, "_saved_other" if first else "_saved_self", None)
-    return isinstance(other, Tensor) and other.numel() == 1
 
 
 def _expansion(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.formula.actions import Actions
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
 from diag.watching.observe.loop.formula.contrast import Contrasts
+from diag.watching.observe.loop.formula.domains import Domains
 from diag.watching.observe.loop.formula.latents import Latents
+from diag.watching.observe.loop.formula.oddities import Oddities
 from diag.watching.observe.loop.formula.parts import parts_of
 from diag.watching.observe.loop.formula.policy import Policies
 from diag.watching.observe.loop.formula.rollout import Rollout
@@ -26,25 +29,39 @@ class Formula:
         self._latents, self._policies = Latents(moment), Policies(moment, self._rollout)
         self._actions = Actions(moment, self._rollout)
         self._contrasts = Contrasts(moment)
+        self._domains, self._oddities = Domains(moment), Oddities(moment)
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
         self._arithmetic.training_call(outputs)
         self._latents.training_call(args, kwargs)
         self._rollout.training_call(args, kwargs, outputs)
+        self._oddities.training_call(args, kwargs, outputs)
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called without gradients."""
         self._rollout.quiet_call(args, kwargs)
+
+    def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A loss function of torch returned a value that has a graph."""
+        self._domains.called(function, args, kwargs)
+        self._oddities.loss_called(function.__name__, *input_and_target(args, kwargs))
+
+    def own_loss(self, function: str, output: Tensor, targets: Tensor) -> None:
+        """The loop's own arithmetic amounts to this function of torch."""
+        self._oddities.loss_called(function, output, targets)
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
         self._arithmetic.backward_called(roots)
         if isinstance(roots, Tensor) and roots.numel() == 1 and roots.grad_fn is not None:
             reading = [r for r in (self._latents, self._policies, self._contrasts, self._actions) if r.begins()]
-            parts = parts_of(roots) if reading else []
+            looking = self._oddities.begins()
+            parts = parts_of(roots) if reading or looking else []
             for reader in reading:
                 reader.read(parts)
+            if looking:
+                self._oddities.read(roots, parts)
         self._rollout.forget()
 
     def facts(self) -> dict[str, Any]:
@@ -55,4 +72,6 @@ class Formula:
             "policy": self._policies.facts(),
             "actions": self._actions.facts(),
             "contrast": self._contrasts.facts(),
+            "formula": self._oddities.facts(),
+            "domains": self._domains.facts(),
         }

@@ -14,15 +14,18 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import kind_of
+from diag.snapshot.autograd_graph import kind_of, nodes_before, parents_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.arithmetic import LatentFacts, LatentLook
+from diag.watching.observe.loop.formula.chains import behind_views
 from diag.watching.observe.loop.formula.parts import Summand, base_of, depends
 from diag.watching.observe.loop.formula.reader import Reader
 from diag.watching.observe.loop.moment import Moment
 
 EQUAL_WEIGHTS = 1e-3
 ROWS_NEEDED = 8
+NODES_OF_A_DECODER = 2000
+VIEWS_OF_ONE = ("Select", "Slice", "Index")
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,60 @@ def latent_look(step: int, found: GaussianDivergence, parts: list[Summand]) -> L
         told=float(told.max()),
         nats=float(nats),
         weight=found.weight / abs(most.entry_weight) if most is not None and most.entry_weight else math.nan,
-        mean_used=depends(rest, base_of(*_argument(found.mean))[0]._sequence_nr()) if rest else None,
+        mean_used=_is_used(base_of(*_argument(found.mean))[0], rest) if rest else None,
+        noise=noise_of(found, rest),
     )
+
+
+def _is_used(mean: Any, rest: list[Summand]) -> bool | None:
+    """Whether the other parts depend on the mean; None where they may by another view of what it is a view of."""
+    used = depends(rest, mean._sequence_nr())
+    if used is False and kind_of(mean) in VIEWS_OF_ONE:
+        return None if depends(rest, behind_views(mean)._sequence_nr()) else False
+    return used
+
+
+def noise_of(found: GaussianDivergence, rest: list[Summand]) -> str:
+    """What the rest of the loss multiplies noise by: the "deviation" that the divergence is of, the "variance", the
+    "logarithm" of one, "nothing" where it does not depend on the variance; empty where that is not known."""
+    square = found.others[0]
+    node, index, factor = base_of(*_argument(square))
+    exponent = square.kind == "Exp"
+    nodes = list(nodes_before([p.node for p in rest], NODES_OF_A_DECODER))
+    if len(nodes) >= NODES_OF_A_DECODER or not rest:
+        return ""
+    users = [(n, p, i) for n in nodes for p, i in n.next_functions if p is node and i == index]
+    if not users:
+        maker = behind_views(node)
+        mean = base_of(*_argument(found.mean))[0]
+        others = [
+            n for n in nodes for p, _ in n.next_functions if p is maker and n is not mean and maker is not node
+        ]
+        return "" if others or (mean is node and kind_of(node) in VIEWS_OF_ONE) else "nothing"
+    for n in nodes:
+        if kind_of(n) == "Mul" and len(parents_of(n)) == 1 and _constant_shape(n) == found.means.shape:
+            said = _multiplied(n, node, index, factor, exponent)
+            if said:
+                return said
+    return ""
+
+
+def _constant_shape(node: Any) -> tuple[int, ...]:
+    other = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
+    return tuple(other.shape) if isinstance(other, Tensor) else ()
+
+
+def _multiplied(product: Any, node: Any, index: int, factor: float, exponent: bool) -> str:
+    """What of the scale (this output of `node`) the constant is multiplied by in `product`."""
+    side = next((s for s in product.next_functions if s[0] is not None), (None, 0))
+    inner, place, _ = base_of(*side)
+    if inner is node and place == index:
+        return "logarithm" if exponent else "deviation"
+    if exponent and inner is not None and kind_of(inner) == "Exp":
+        base, at, own = base_of(*inner.next_functions[0])
+        if base is node and at == index:
+            return {0.5: "deviation", 1.0: "variance"}.get(round(own / factor, 6), "")
+    return ""
 
 
 def gaussian_divergence(parts: list[Summand]) -> GaussianDivergence | None:

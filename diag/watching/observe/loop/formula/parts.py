@@ -86,7 +86,7 @@ def parts_of(root: Tensor) -> list[Summand]:
         if not waiting:
             return found
         part = waiting.popleft()
-        inside = _inside(part)
+        inside = within(part)
         if inside is None:
             found.append(part)
         else:
@@ -94,7 +94,7 @@ def parts_of(root: Tensor) -> list[Summand]:
     return []
 
 
-def _inside(part: Summand) -> list[Summand] | None:
+def within(part: Summand) -> list[Summand] | None:
     """The parts that one is a linear combination of; None where it is none."""
     node, kind = part.node, part.kind
     sides = list(node.next_functions)
@@ -183,7 +183,7 @@ def base_of(node: Any, index: int) -> tuple[Any, int, float]:
     """The node whose output, times a number and plus constants, this one's is: with that number."""
     factor = 1.0
     for _ in range(LONGEST_CHAIN):
-        inside = _inside(Summand(node, index, 1.0)) if node is not None else None
+        inside = within(Summand(node, index, 1.0)) if node is not None else None
         if (
             inside is None
             or len(inside) != 1

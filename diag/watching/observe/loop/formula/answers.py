@@ -1,0 +1,66 @@
+"""Losses that an answer of zero meets: sums of squares in which nothing is compared with a number that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import kind_of
+from diag.snapshot.loop.arithmetic import Odd
+from diag.watching.observe.loop.formula.chains import (
+    TOGETHER,
+    VIEWS_OF_A_LOSS,
+    OddFound,
+    argument_of,
+    sides_of,
+    sign_of,
+)
+from diag.watching.observe.loop.formula.parts import Summand
+
+DEEPEST_SUM, MOST_TERMS = 24, 64
+OF_WEIGHTS = ("Addmm", "Mm", "Bmm", "Linear", "Convolution", "ConvolutionBackward")  # zero where the weights are
+
+
+def met_by_zero(parts: list[Summand]) -> Iterator[OddFound]:
+    """A loss all of whose parts are squares, or absolute values, of combinations of the network's outputs and their
+    derivatives without any constant."""
+    if parts and all(map(_is_met, parts)):
+        yield OddFound(Odd.MET_BY_ZERO, {"parts": float(len(parts))})
+
+
+def _is_met(part: Summand) -> bool:
+    plain = part.is_square or part.kind == "Abs"
+    return plain and sign_of(part.number, part.factors) > 0 and _without_constant(argument_of(part.node)[0])
+
+
+def _without_constant(start: Any) -> bool:
+    """Whether it is a combination of what is zero where weights are zero, and of nothing else."""
+    waiting, terms = [(start, 0)], 0
+    while waiting:
+        node, deep = waiting.pop()
+        terms += 1
+        if node is None or deep > DEEPEST_SUM or terms > MOST_TERMS:
+            return False
+        if kind_of(node) in OF_WEIGHTS:
+            continue
+        inside = _terms(node)
+        if inside is None:
+            return False
+        waiting += [(side, deep + 1) for side in inside]
+    return True
+
+
+def _terms(node: Any) -> list[Any] | None:
+    """What a node is a combination of; None for anything else, and where a constant is added."""
+    kind, sides = kind_of(node), [side for side, _ in sides_of(node)]
+    if kind in ("Add", "Sub"):
+        return sides if len(sides) == len(node.next_functions) == 2 else None
+    if kind in ("Neg", *TOGETHER[:2], *VIEWS_OF_A_LOSS):
+        return sides if len(sides) == 1 else None
+    if kind in ("Mul", "Div") and len(sides) == 1:
+        first = node.next_functions[0][0] is not None
+        other = getattr(node, "_saved_other" if first else "_saved_self", None)
+        return sides if isinstance(other, Tensor) and (first or kind == "Mul") else None
+    return None

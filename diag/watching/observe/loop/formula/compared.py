@@ -1,0 +1,276 @@
+"""What a loss compares, entry by entry, and which of it counts: pairs of scores, masks, the ends of the network.
+
+All of it is read from nodes near the root of a backward pass and from what these keep of the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.snapshot.autograd_graph import PASSING_ON, kind_of, made_last
+from diag.snapshot.loop.arithmetic import Odd
+from diag.watching.observe.loop.formula.chains import (
+    OddFound,
+    argument_of,
+    behind_views,
+    bottom_of,
+    is_square,
+    sides_of,
+    sign_of,
+)
+from diag.watching.observe.loop.formula.parts import Summand, given_shape
+
+FEWEST_IN_A_LOSS = 8
+LOGISTIC = ("Softplus", "LogSigmoid")
+OF_PAIRS = (*LOGISTIC, "Sigmoid", "Relu", "ClampMin", "Clamp")
+BOUNDED: dict[str, tuple[str, float, float]] = {
+    "Sigmoid": ("sigmoid", 0.0, 1.0),
+    "Tanh": ("tanh", -1.0, 1.0),
+    "Softmax": ("softmax", 0.0, 1.0),
+    "Relu": ("relu", 0.0, math.inf),
+}
+OF_TARGETS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D")
+OUT_OF_REACH, SLACK = 0.05, 0.01  # of the targets; of their range
+UNREDUCED = 0
+RESULT_KEPT = ("Relu", "Tanh", "Sigmoid", "Softmax")
+
+
+def pairs(nodes: list[Any]) -> Iterator[OddFound]:
+    """Differences of two entries of one tensor of scores, which a function that is not even asks to be large."""
+    masks = {_source(node): _mask_of(node) for node in nodes if kind_of(node) == "Index"}
+    for node in nodes:
+        if kind_of(node) not in OF_PAIRS:
+            continue
+        difference = _difference(node)
+        if difference is None:
+            continue
+        sides = [(behind_views(side), side, index) for side, index in difference.next_functions]
+        made = {kind_of(maker) for maker, _, _ in sides if maker is not None}
+        if (
+            kind_of(node) in LOGISTIC
+            and len(made) == 1
+            and (bounded := BOUNDED.get(next(iter(made))))
+            and made != {"Relu"}
+        ):
+            width = bounded[2] - bounded[1]
+            yield OddFound(Odd.PAIRS_BOUNDED, {"width": width, "least": math.log1p(math.exp(-width))}, bounded[0])
+        mask = masks.get(node)
+        if mask is not None and _both_ways(mask, sides):
+            yield OddFound(Odd.PAIRS_BOTH_WAYS, {"pairs": float(mask.sum())})
+
+
+def _source(node: Any) -> Any:
+    """What is indexed, past multiples."""
+    return bottom_of(*argument_of(node))[0]
+
+
+def _mask_of(node: Any) -> Tensor | None:
+    """The mask of whole entries that an indexing was made with."""
+    indices = [i for i in getattr(node, "_saved_indices", ()) if i is not None]
+    mask = indices[0] if len(indices) == 1 else None
+    shape = tuple(getattr(node, "_saved_self_sym_sizes", ()))
+    whole = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.is_cpu and tuple(mask.shape) == shape
+    return mask if whole else None
+
+
+def _difference(node: Any) -> Any:
+    """The difference of two sides with a graph that this function is taken of, of its negative, or of a margin
+    less it; None for a multiple of one, as a temperature gives."""
+    before, _ = argument_of(node)
+    for _ in range(6):
+        if before is None:
+            return None
+        kind, sides = kind_of(before), sides_of(before)
+        if kind == "Sub" and len(sides) == 2:
+            return before
+        if kind not in ("Neg", "Rsub", "Add", "Sub", *PASSING_ON) or len(sides) != 1:
+            return None
+        before = sides[0][0]
+    return None
+
+
+def _both_ways(mask: Tensor, sides: list[tuple[Any, Any, int]]) -> bool:
+    """Whether one tensor's entries meet in a square of pairs, of which the mask takes each both ways."""
+    if len(sides) != 2 or sides[0][0] is not sides[1][0]:
+        return False
+    shapes = [given_shape(side, index) for _, side, index in sides]
+    if any(s is None or len(s) != mask.ndim for s in shapes):
+        return False
+    first = [i for i in range(mask.ndim) if (shapes[0] or ())[i] == 1 < mask.shape[i]]
+    second = [i for i in range(mask.ndim) if (shapes[1] or ())[i] == 1 < mask.shape[i]]
+    if len(first) != 1 or len(second) != 1 or first == second:
+        return False
+    return bool(mask.any()) and torch.equal(mask, mask.transpose(first[0], second[0]))
+
+
+# Which targets count
+
+
+def one_kind(nodes: list[Any], parts: list[Summand]) -> Iterator[OddFound]:
+    """A loss of single entries of which a mask leaves those of one target alone."""
+    weights = {p.node: p.weights for p in parts if p.factors and p.kind in OF_TARGETS}
+    counted: list[tuple[str, Tensor, Tensor]] = []
+    for node in nodes:
+        if kind_of(node) in OF_TARGETS:
+            target = getattr(node, "_saved_target", None)
+            if not isinstance(target, Tensor) or not target.is_cpu:
+                return
+            masks = [
+                m for n in nodes if kind_of(n) == "Index" and _source(n) is node and (m := _mask_of(n)) is not None
+            ]
+            mask = torch.ones_like(target, dtype=torch.bool)
+            if getattr(node, "_saved_reduction", None) == UNREDUCED:
+                taken = [*masks, *([weights[node] != 0] if node in weights else [])]
+                fit = [m for m in taken if m.shape == target.shape]
+                mask = torch.stack(fit).any(0) if fit else mask
+            counted.append((kind_of(node), target[mask], target))
+    for kind, chosen, target in counted:
+        # What another term of the same kind asks for may be what this one leaves out.
+        values = {float(v) for k, t, _ in counted if k[:3] == kind[:3] for v in t.unique()[:4].tolist()}
+        if chosen.numel() < FEWEST_IN_A_LOSS or len(values) != 1 or chosen.numel() == target.numel():
+            continue
+        left = float((target != chosen.reshape(-1)[0]).float().mean())
+        if left > 0:
+            kept = float(chosen.reshape(-1)[0])
+            yield OddFound(Odd.ONE_TARGET, {"target": kept, "left": left, "classes": float("Nll" in kind)})
+            return
+
+
+# The end of the network against what it is compared with
+
+
+def beyond(nodes: list[Any]) -> Iterator[OddFound]:
+    """Targets that the function before a difference cannot reach."""
+    for node in nodes:
+        found = _output_and_target(node)
+        if found is None:
+            continue
+        name, lower, upper, target = found
+        low, high = float(target.min()), float(target.max())
+        slack = SLACK * (high - low)
+        outside = float(((target < lower - slack) | (target > upper + slack)).float().mean())
+        if outside >= OUT_OF_REACH:
+            yield OddFound(
+                Odd.BEYOND_REACH,
+                {"outside": outside, "low": low, "high": high, "lower": lower, "upper": upper},
+                name,
+            )
+            return
+
+
+def _output_and_target(node: Any) -> tuple[str, float, float, Tensor] | None:
+    if not (kind_of(node) == "Abs" or is_square(node)):  # of torch's functions the calls are seen
+        return None
+    kept, (before, _) = getattr(node, "_saved_self", None), argument_of(node)
+    if not isinstance(kept, Tensor) or not kept.is_cpu or before is None:
+        return None
+    if kind_of(before) not in ("Sub", "Rsub") or len(sides_of(before)) != 1:
+        return None
+    first = before.next_functions[0][0] is not None and kind_of(before) == "Sub"
+    made = made_last(sides_of(before)[0][0])
+    about = BOUNDED.get(kind_of(made)) if made is not None and kind_of(made) in RESULT_KEPT else None
+    result = getattr(made, "_saved_result", None)
+    if about is None or not isinstance(result, Tensor) or result.numel() != kept.numel() < 1 << 22:
+        return None
+    if kept.numel() < FEWEST_IN_A_LOSS:
+        return None
+    output, difference = result.detach().reshape(kept.shape), kept.detach()
+    return (*about, output - difference if first else output + difference)
+
+
+def cut(outputs: list[Any]) -> Iterator[OddFound]:
+    """Outputs that a ReLU makes zero, every one of them."""
+    for node in outputs:
+        made = made_last(node)
+        result = getattr(made, "_saved_result", None) if made is not None and kind_of(made) == "Relu" else None
+        seen = isinstance(result, Tensor) and result.is_cpu and result.numel() >= FEWEST_IN_A_LOSS
+        if seen and result is not None and not bool(result.any()):
+            yield OddFound(Odd.OUTPUTS_CUT, {"outputs": float(result.numel())})
+            return
+
+
+# The whole
+
+
+def squared_mean(parts: list[Summand]) -> Iterator[OddFound]:
+    """A loss that is the square, or the absolute value, of the mean of differences."""
+    if len(parts) != 1 or parts[0].shape not in ((), (1,)):
+        return
+    (part,) = parts
+    if not (part.is_square or part.kind == "Abs"):
+        return
+    node, _ = argument_of(part.node)
+    while node is not None and (kind_of(node) in ("Neg", *PASSING_ON)):
+        node, _ = argument_of(node)
+    sizes = tuple(getattr(node, "_saved_self_sym_sizes", ())) if node is not None else ()
+    if node is None or kind_of(node) not in ("Mean", "Sum") or math.prod(sizes) < FEWEST_IN_A_LOSS:
+        return
+    inside = made_last(argument_of(node)[0])
+    if inside is not None and kind_of(inside) in ("Sub", "Rsub") and len(sides_of(inside)) == 1:
+        kind = Odd.MEAN_SQUARED if part.is_square else Odd.MEAN_ABSOLUTE
+        yield OddFound(kind, {"entries": float(math.prod(sizes))})
+
+
+def likelihood(parts: list[Summand]) -> Iterator[OddFound]:
+    """Log-probabilities of what was observed that the loss adds instead of subtracting."""
+    logs = [p for p in parts if p.kind in ("Log", "LogSigmoid") and p.factors]
+    others = [p for p in parts if not any(p is q for q in logs)]
+    if len(logs) == 2 and not others and all(sign_of(p.number, p.factors) > 0 for p in logs):
+        one, other = (p.weights for p in logs)
+        shared = one.shape == other.shape and one.numel() >= FEWEST_IN_A_LOSS
+        if shared and _complementary(one, other) and all(map(_of_probabilities, logs)):
+            yield OddFound(Odd.LIKELIHOOD_DESCENDED, {"entries": float(one.numel())})
+    picked = [p for p in parts if p.kind in ("Gather", "Index") and not p.factors and _of_log_softmax(p.node)]
+    if picked and len(picked) == len(parts) and all(p.number > 0 for p in picked):
+        yield OddFound(Odd.LIKELIHOOD_DESCENDED, {"entries": float(math.prod(picked[0].shape))})
+
+
+def _complementary(one: Tensor, other: Tensor) -> bool:
+    """Whether the two are y and 1 - y times one number, of labels that differ."""
+    whole = one + other
+    return bool(torch.allclose(whole, whole.reshape(-1)[0].expand_as(whole), rtol=1e-4)) and bool(
+        ((one == 0) | (other == 0)).all() and (one > 0).any() and (other > 0).any()
+    )
+
+
+def _of_probabilities(p: Summand) -> bool:
+    kept = getattr(p.node, "_saved_self", None)
+    if p.kind == "LogSigmoid":
+        return True
+    return isinstance(kept, Tensor) and kept.is_cpu and bool(((kept > 0) & (kept <= 1)).all())
+
+
+def _of_log_softmax(node: Any) -> bool:
+    made = behind_views(argument_of(node)[0])
+    return made is not None and kind_of(made) == "LogSoftmax"
+
+
+def summed(root: Tensor, rows: int) -> Iterator[OddFound]:
+    """A loss that is the plain sum of one number of each row of the batch."""
+    node: Any = root.grad_fn
+    for _ in range(6):
+        if node is None or kind_of(node) not in ("Neg", *PASSING_ON):
+            break
+        node, _index = argument_of(node)
+    sizes = tuple(getattr(node, "_saved_self_sym_sizes", ())) if node is not None else ()
+    if node is not None and kind_of(node) == "Sum" and not hasattr(node, "_saved_dim") and sizes[:1] == (rows,):
+        yield OddFound(Odd.SUMMED, {"rows": float(rows)})
+
+
+def flat_derivative(nodes: list[Any]) -> Iterator[OddFound]:
+    """A second derivative through a ReLU: the derivative of its slope, which is zero."""
+    for node in nodes:
+        if kind_of(node) != "Mm" or not node.next_functions:
+            continue
+        before, _ = node.next_functions[0]
+        if before is None or kind_of(before) != "ThresholdBackward" or before.next_functions[0][0] is not None:
+            continue
+        kept = getattr(node, "_saved_self", None)
+        if isinstance(kept, Tensor) and kept.is_cpu and kept.numel() >= FEWEST_IN_A_LOSS and not bool(kept.any()):
+            yield OddFound(Odd.SECOND_DERIVATIVE, {"entries": float(kept.numel())})
+            return

@@ -449,3 +449,22 @@ def test_an_answer_that_is_compared_with_what_is_given_is_left_alone():
     assert told(lambda model, x, y: (model(x) - model(x + 1).detach()).square().mean()) == []
     ((_, sentence),) = told(lambda model, x, y: (model(x) - model(x + 0.1)).square().mean())
     assert sentence.startswith("An answer of zero everywhere meets the loss")
+
+
+def detection(masked):
+    def loss(model, x, y):
+        out, here = model(x), x[:, 0] > 0.5
+        box = torch.where(here[:, None], x[:, 1:3], torch.zeros(N, 2))
+        of_boxes = F.smooth_l1_loss(out[here, :2], box[here]) if masked else F.smooth_l1_loss(out[:, :2], box)
+        return 2 * of_boxes + F.cross_entropy(out[here, 2:], (x[here, 3] > 0).long())
+
+    return loss
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_mean_over_rows_without_a_target_is_found(masked):
+    def many():
+        return torch.cat([(torch.arange(N) < 10).float()[:, None], torch.randn(N, D - 1)], 1), None
+
+    found = told(detection(masked), net(4), data=many)
+    assert [cause for cause, _ in found] == ([] if masked else [Cause.IGNORED_LABELS_COUNTED])

@@ -159,6 +159,22 @@ def _met_by_zero(odd: Oddity) -> LoopFinding:
     )
 
 
+def _diluted(odd: Oddity) -> LoopFinding:
+    rows, full = int(odd.numbers["rows"]), int(odd.numbers["full"])
+    return _told(
+        odd,
+        Cause.IGNORED_LABELS_COUNTED,
+        f"A term of the loss is a mean over {rows:,} rows of targets, of which "
+        f"{format_share(1 - full / rows)} are zero "
+        f"throughout; another term is taken over the {full:,} others alone. Where there is no target the "
+        f"network is "
+        "trained to answer zero, and the rest counts as much less.",
+        "Take this mean over the rows that have a target: loss(output[mask], target[mask]).",
+        "Zeros that are targets in their own right.",
+        "warning",
+    )
+
+
 def _clamped(odd: Oddity) -> LoopFinding:
     return _told(
         odd,
@@ -330,6 +346,7 @@ SENTENCES: dict[Odd, Callable[[Oddity], LoopFinding]] = {
     Odd.MEAN_SQUARED: _mean_squared,
     Odd.MEAN_ABSOLUTE: _mean_squared,
     Odd.MET_BY_ZERO: _met_by_zero,
+    Odd.DILUTED: _diluted,
     Odd.ONE_TARGET: _one_kind,
     Odd.PAIRS_BOTH_WAYS: _both_ways,
     Odd.PAIRS_BOUNDED: _bounded,

@@ -144,6 +144,7 @@ class Odd(enum.StrEnum):
     MEAN_SQUARED = "a mean of differences is squared"
     MEAN_ABSOLUTE = "the absolute value of a mean of differences is taken"
     MET_BY_ZERO = "nothing is compared with a given number"
+    DILUTED = "a mean runs over rows without a target"
     ONE_TARGET = "a mask leaves entries of one target alone"
     PAIRS_BOTH_WAYS = "a mask takes each pair both ways"
     PAIRS_BOUNDED = "scores are bounded before they are compared"

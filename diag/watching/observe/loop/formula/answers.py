@@ -1,4 +1,5 @@
-"""Losses that an answer of zero meets: sums of squares in which nothing is compared with a number that is given."""
+"""Losses that an answer of zero meets, or nearly: sums of squares in which nothing is compared with a number that
+is given, and errors that are averaged over rows without a target."""
 
 from __future__ import annotations
 
@@ -18,8 +19,11 @@ from diag.watching.observe.loop.formula.chains import (
     sign_of,
 )
 from diag.watching.observe.loop.formula.parts import Summand
+from diag.watching.observe.loop.roots import MEAN_REDUCTION
 
 DEEPEST_SUM, MOST_TERMS = 24, 64
+OF_ROWS = ("MseLoss", "SmoothL1Loss", "HuberLoss")
+EMPTY_ROWS, FEWEST_FULL = 0.5, 8  # of the rows of targets; of those that are not zero
 OF_WEIGHTS = ("Addmm", "Mm", "Bmm", "Linear", "Convolution", "ConvolutionBackward")  # zero where the weights are
 
 
@@ -64,3 +68,19 @@ def _terms(node: Any) -> list[Any] | None:
         other = getattr(node, "_saved_other" if first else "_saved_self", None)
         return sides if isinstance(other, Tensor) and (first or kind == "Mul") else None
     return None
+
+
+def diluted(nodes: list[Any]) -> Iterator[OddFound]:
+    """A mean over rows of targets most of which are zero throughout, where another term is taken over as many rows
+    as are not, at the places of objects, say."""
+    targets = [(n, t) for n in nodes if isinstance(t := getattr(n, "_saved_target", None), Tensor) and t.is_cpu]
+    for node, target in targets:
+        means = getattr(node, "_saved_reduction", None) == MEAN_REDUCTION
+        if kind_of(node) not in OF_ROWS or not means or target.ndim < 2 or target.shape[-1] < 2:
+            continue
+        empty = (target == 0).all(-1)
+        full = int((~empty).sum())
+        others = {len(t) for other, t in targets if other is not node and t.ndim}
+        if float(empty.float().mean()) >= EMPTY_ROWS and full >= FEWEST_FULL and full in others:
+            yield OddFound(Odd.DILUTED, {"rows": float(empty.numel()), "full": float(full)}, kind_of(node))
+            return

@@ -13,7 +13,7 @@ from diag.snapshot.autograd_graph import nodes_before
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.arithmetic import FormulaFacts, Odd, Oddity
 from diag.watching.observe.loop.data.targets import OF_NUMBERS
-from diag.watching.observe.loop.formula.answers import met_by_zero
+from diag.watching.observe.loop.formula.answers import diluted, met_by_zero
 from diag.watching.observe.loop.formula.chains import OddFound
 from diag.watching.observe.loop.formula.compared import (
     beyond,
@@ -100,6 +100,7 @@ class Oddities:
             yield from likelihood(parts)
             yield from one_kind(near, parts)
             yield from met_by_zero(parts)
+        yield from diluted(near)
         yield from pairs(near)
         yield from beyond(near)
         yield from cut(outputs)

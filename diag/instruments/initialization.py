@@ -70,7 +70,9 @@ class Initialization(Result):
             return self._judged(
                 Level.DESCRIPTION, f"With skips or normalisation, {found}; the numbers only describe."
             )
-        off = [f for f in (self.forward_factor, self.backward_factor) if not 1 / limit <= f <= limit]
+        factors = {"signals": self.forward_factor, "gradients": self.backward_factor}
+        what = [name for name, factor in factors.items() if not 1 / limit <= factor <= limit]
+        off = [factors[name] for name in what]
         if not off:
             return self._judged(Level.OK, f"The initial weights keep signals alive: {found}.", value=0.0)
         if self.learned >= LEARNED_FALL:
@@ -79,11 +81,14 @@ class Initialization(Result):
                 f"Whatever the initial weights do to signals, one batch was learned: {found}.",
                 value=off[-1],
             )
+        what = [name for name in what if (factors[name] < 1) == (off[-1] < 1)]
         word = "vanish" if off[-1] < 1 else "explode"
+        tried = not math.isnan(self.learned)  # from these weights on, so what is wrong began with the first step
         return self._judged(
             Level.WARNING,
-            f"Signals or gradients {word} over the depth: {found}.",
-            cause=None if math.isnan(self.learned) else Cause.INITIALIZATION_SCALE,
+            f"{' and '.join(what).capitalize()} {word} over the depth: {found}.",
+            cause=Cause.INITIALIZATION_SCALE if tried else None,
+            step=1 if tried else None,
             explained_by=(Cause.INITIALIZATION_CONSTANT,),
             advice="Scale the weights for the activation (variance 2 / fan-in for ReLU, 1 / fan-in for "
             "tanh), or add normalisation or skip connections.",

@@ -92,6 +92,12 @@ def test_an_optimizer_that_cannot_learn_is_told_from_a_network_that_cannot(rate,
     assert "Adam at a learning rate of" in verdict.sentence
 
 
+def test_a_rate_that_throws_the_weights_out_is_too_high_wherever_the_loss_comes_to_lie():
+    leap = Attempt("the given Adam", (2.3, 1e6, 2.4, 2.2), 2.1)
+    verdict = diag.one_batch(trial=Trial(8, (leap, Attempt("Adam", (2.3,), 0.05)), own=True)).verdict()
+    assert verdict.cause == "learning_rate_too_high" and "probably too large" in verdict.advice
+
+
 def test_without_an_optimizer_nothing_is_said_of_one():
     run = tried(mlp())
     assert not {"step_size", "divergence", "weight_decay", "weights_move"} & {*run.instruments}
@@ -100,7 +106,7 @@ def test_without_an_optimizer_nothing_is_said_of_one():
 def test_a_network_that_ignores_its_input():
     run = tried(Around(before=torch.zeros_like))
     assert level(run, "input_used") == level(run, "one_batch") == "alarm"
-    assert "input_ignored" in causes(run) or "output_constant" in causes(run)
+    assert causes(run) in (["input_ignored"], ["output_constant"])  # one story, whichever says it
 
 
 def test_a_softmax_over_the_batch_mixes_the_examples():
@@ -176,6 +182,7 @@ def test_signals_that_die_over_the_depth_are_told_where_nothing_is_learned():
     run = tried(deep(24, 0.04))
     verdict = run.series("initialization")[-1][1].verdict()
     assert (verdict.level, verdict.cause) == ("warning", "initialization_scale")
+    assert verdict.sentence.startswith("Signals and gradients vanish") and causes(run) == ["initialization_scale"]
     assert level(run, "one_batch") == "alarm" and "batch_not_learned" not in causes(run)  # it is explained
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from diag.errors import counted, layers_called, named
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import LoopFinding
 from diag.result import Level
@@ -113,5 +113,8 @@ def _size(p: ParameterFacts) -> int:
 
 
 def layers_named(parameters: Sequence[ParameterFacts]) -> str:
-    """The layers that these parameters are in, each once, in words."""
-    return layers_called(list(dict.fromkeys(layer_of(p.name) for p in parameters)))
+    """The layers that these parameters are in, each once, as a sentence begins with them; a parameter of the model
+    itself goes by its own name."""
+    names = list(dict.fromkeys(layer_of(p.name) for p in parameters))
+    own = any(layer_of(p.name) == p.name for p in parameters)
+    return named(names) if own else f"{'Layers' if len(names) > 1 else 'Layer'} {named(names)}"

@@ -43,8 +43,12 @@ class InputUsed(Result):
             "multiplied by zero.",
             refutation="Two different inputs that give clearly different outputs.",
             cause=Cause.INPUT_IGNORED,
-            explained_by=(Cause.INPUTS_CONSTANT, Cause.UNITS_DEAD, Cause.INITIALIZATION_CONSTANT, Cause.NOT_FINITE),
-        )
+            explained_by=(
+                Cause.INPUTS_CONSTANT, Cause.UNITS_DEAD, Cause.INITIALIZATION_CONSTANT, Cause.NOT_FINITE,
+                Cause.GRADIENTS_VANISH, Cause.INITIALIZATION_SCALE, Cause.UNITS_SATURATED, Cause.INPUTS_TOO_SMALL,
+                Cause.INPUTS_NOT_NORMALIZED, Cause.OUTPUT_CONSTANT,
+            ),
+        )  # fmt: skip
 
     def plot(self, ax: Any = None) -> None:
         """The change of the outputs, before and after fitting."""

@@ -19,6 +19,7 @@ from diag.snapshot.external.trial import Attempt, Trial
 SOURCE = "Karpathy, A Recipe for Training Neural Networks (2019): overfit one batch"
 LEARNED_FALL, NOT_LEARNED_FALL = 0.5, 0.1  # of the first loss gone
 CLEARLY = 0.5  # of what another optimizer takes away of the loss
+LEAPS = 2.0  # times the first loss: a step went too far, wherever the loss is in the end
 KNOWS = 1.5  # times the loss with exchanged answers: the network has learned already
 EXPLAINED_BY = tuple(
     c
@@ -26,6 +27,14 @@ EXPLAINED_BY = tuple(
     if c.theme in (Theme.LOOP, Theme.LOSS, Theme.DATA, Theme.NETWORK, Theme.NUMERICS)
     or c in (Cause.LEARNING_RATE_TOO_LOW, Cause.LEARNING_RATE_TOO_HIGH, Cause.INPUT_IGNORED)
 )
+# What keeps a part of the network, or the whole, from learning as it could, whatever the optimizer.
+SLOWED_BY = (
+    Cause.GRAPH_CUT, Cause.PARAMETER_FROZEN, Cause.PARAMETER_IN_NO_OPTIMIZER, Cause.DOUBLE_SOFTMAX,
+    Cause.DOUBLE_SIGMOID, Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.GRADIENTS_VANISH, Cause.GRADIENTS_EXPLODE,
+    Cause.INITIALIZATION_SCALE, Cause.INITIALIZATION_CONSTANT, Cause.INPUTS_NOT_NORMALIZED, Cause.INPUTS_TOO_SMALL,
+    Cause.TARGETS_NOT_NORMALIZED, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.CLIPPING_TOO_TIGHT, Cause.MOMENTUM_TOO_HIGH,
+    Cause.ADAM_EPSILON_TOO_LARGE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +51,7 @@ class OneBatch(Result):
     examples: int = measured("examples of the batch")
     first: str = measured("what the first attempt was made with")
     best: str = measured("what the best attempt was made with")
+    highest: float = measured("highest loss of the first attempt", remark="infinite where one was no number")
     stopped: str = measured("what ended the first attempt early", remark="empty: nothing did")
     own: bool = measured("whether the first attempt was made with the user's optimizer")
     losses: NDArray[Any] = measured("losses before each step of the first attempt", shape="steps")
@@ -89,7 +99,7 @@ class OneBatch(Result):
         )
 
     def _optimizer_at_fault(self) -> Verdict:
-        too_high = not math.isfinite(self.final) or self.final > self.start
+        too_high = self.highest > LEAPS * self.start or self.final > self.start
         return Verdict(
             Level.ALARM if self.fall < NOT_LEARNED_FALL or too_high else Level.WARNING,
             f"With {self.first} {self._course}; {self.best} takes it to {format_number(self.best_final)} in as "
@@ -103,6 +113,7 @@ class OneBatch(Result):
             threshold=LEARNED_FALL,
             threshold_source=OUR_CHOICE,
             cause=Cause.LEARNING_RATE_TOO_HIGH if too_high else Cause.LEARNING_RATE_TOO_LOW,
+            explained_by=SLOWED_BY,
         )
 
     def _not_learned(self) -> Verdict:
@@ -156,6 +167,7 @@ def one_batch(trial: Trial) -> OneBatch:
         examples=trial.examples,
         first=first.optimizer,
         best=best.optimizer,
+        highest=_highest(first),
         stopped=first.stopped,
         own=trial.own,
         losses=numpy.array(first.losses),
@@ -172,6 +184,11 @@ def one_batch(trial: Trial) -> OneBatch:
 
 def _number(value: float) -> str:
     return format_number(value) if math.isfinite(value) else "a value that is not a number"
+
+
+def _highest(attempt: Attempt) -> float:
+    losses = (*attempt.losses, attempt.final)
+    return max(losses) if all(math.isfinite(loss) for loss in losses) else math.inf
 
 
 def _known(attempt: Attempt) -> float:

@@ -58,7 +58,7 @@ def net():
 def test_a_body_that_was_drawn_at_random_and_frozen_is_told(net):
     net.body.requires_grad_(False)
     sentence = told(net, lambda: fit(net, net.head.parameters()))[Cause.PARAMETER_FROZEN]
-    assert sentence.startswith("body.0 and body.2 run in training with weights that are as drawn at random")
+    assert sentence.startswith("Layers body.0 and body.2 run in training with weights that are as drawn at random")
     assert f"{20 * 64 + 64 * 32:,} numbers" in sentence and "requires_grad is False" in sentence
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy
@@ -149,7 +149,7 @@ def arguments_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def map_tensors(function: Callable[[Any], Any], value: Any, packed: bool = False) -> Any:
-    """Apply `function` to every tensor in nested tuples, lists and dicts; all else stays.
+    """Apply `function` to every tensor in nested tuples, lists, dicts and dataclasses; all else stays.
 
     packed: a PackedSequence is given to it as one; else its data are, as its other parts say where they belong.
     """
@@ -165,7 +165,23 @@ def map_tensors(function: Callable[[Any], Any], value: Any, packed: bool = False
         return type(value)(*(map_tensors(function, item, packed) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(function, item, packed) for item in value)
+    if is_record(value):
+        return _record_like(value, lambda item: map_tensors(function, item, packed))
     return value
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is an instance of a dataclass of the user's."""
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _record_like(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The record with its fields changed; as it is where it cannot be made again from them."""
+    items = {f.name: change(getattr(value, f.name)) for f in fields(value) if f.init and hasattr(value, f.name)}
+    try:
+        return replace(value, **items)
+    except (TypeError, ValueError):
+        return value
 
 
 def picked_sequences(value: PackedSequence, rows: RowChoice) -> PackedSequence:
@@ -186,7 +202,7 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and dicts, in order; a container that holds itself is visited once."""
+    """Every tensor in nested tuples, lists, dicts and dataclasses, in order; what holds itself is visited once."""
     if isinstance(value, Tensor):
         return [value]
     found: list[Tensor] = []
@@ -201,6 +217,11 @@ def _collect(value: Any, found: list[Tensor], inside: set[int]) -> None:
         inside.add(id(value))
         for item in value if isinstance(value, (tuple, list)) else value.values():
             _collect(item, found, inside)
+        inside.discard(id(value))
+    elif is_record(value) and id(value) not in inside:
+        inside.add(id(value))
+        for field in fields(value):
+            _collect(getattr(value, field.name, None), found, inside)
         inside.discard(id(value))
 
 

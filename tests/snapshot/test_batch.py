@@ -1,12 +1,14 @@
 """Every form a batch can have becomes the same normal form; what has no known form is refused."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diag.errors import InvalidInput
-from diag.snapshot.batch import as_batch, as_batches
+from diag.snapshot.batch import as_batch, as_batches, map_tensors, tensors_in
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
 
@@ -79,3 +81,20 @@ def test_refusals(item, text):
 def test_data_of_no_known_kind():
     with pytest.raises(InvalidInput, match="The data is an int; expected a DataLoader"):
         list(as_batches(3))
+
+
+@dataclasses.dataclass
+class Answer:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+    rows: int = 0
+
+
+def test_tensors_in_dataclasses_are_found_and_changed():
+    answer = Answer(None, torch.arange(3.0), 3)
+    (found,) = tensors_in({"all": [answer]})
+    assert found is answer.logits
+    changed = map_tensors(lambda t: t + 1, (answer,))[0]
+    assert type(changed) is Answer and changed.rows == 3 and changed.loss is None
+    assert changed.logits.tolist() == [1.0, 2.0, 3.0] and answer.logits.tolist() == [0.0, 1.0, 2.0]
+    assert tensors_in(Answer) == []

@@ -4,70 +4,150 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from diag.display import format_number
+from diag.display import format_number, format_share
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.instruments.data.held_out_inputs import MEAN_SHIFT, SPREAD_RATIO, inputs_apart
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
+from diag.snapshot.loop.evaluated import ColumnFacts, NoveltyFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.inputs import InputFacts
 
-SOURCE = "arithmetic of the inputs of calls in training and in evaluation mode"
+SOURCE = "arithmetic of the inputs of calls in training and in evaluation"
 ROWS_OF_EVALUATION = 32
+FEATURES_APART, FEWEST_FEATURES = 0.5, 4  # of the features, and features
+STANDING_ROWS = 100  # of evaluation
+TOKENS_EVALUATED, MOSTLY_NEW, SELDOM_NEW = 64, 0.5, 0.02
+PAIRS_EVALUATED, OFTEN_KNOWN, HALF_AS_OFTEN = 1000, 0.3, 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationInputs(LoopCheck):
-    """Inputs whose mean or scale is another one in evaluation."""
+    """Inputs that are prepared in another way in evaluation."""
+
+    cites: ClassVar[str] = SOURCE
 
 
 @instrument(
     source=SOURCE,
     title="Inputs of evaluation",
     kind="check",
-    why="A network that is judged on inputs of another scale than those it learned from looks worse than it "
-    "is, and the reason is in the preparation of the data.",
+    why="A network that is judged on inputs of another scale, order or vocabulary than those it learned from looks "
+    "worse than it is, and the reason is in the preparation of the data.",
 )
 def evaluation_inputs(loop: Loop) -> EvaluationInputs:
-    """Whether the inputs that the model is evaluated on have the mean and the scale of those it is trained on.
+    """Whether the inputs that the model is evaluated on are prepared as those it is trained on.
 
-    Compared are all entries of the first floating tensor of a few calls in training with those of calls in
-    evaluation mode without gradients, of examples of one shape. Standard deviations that differ more than twofold,
-    or means that differ by more than two of the larger one, are a warning.
+    Of the first floating tensor of calls in training and of calls in evaluation mode without gradients, of examples
+    of one shape: standard deviations of all entries that differ more than twofold, or means that differ by more
+    than two of the larger one, are a warning; so are those of half of the features or more (columns of a table,
+    channels, features of sequences) with four and two, and a column of a table that stands at one number in
+    evaluation which training seldom has. Of whole numbers for an embedding: ids of evaluation that are mostly new
+    where training's later batches have hardly any new one, and pairs of neighbouring tokens that training had half
+    as often as those of its own new rows, are a warning each.
 
     Raises nothing of its own.
     """
-    i = loop.inputs
+    i, c = loop.inputs, loop.columns
     floating = i.deviation == i.deviation and i.evaluated_deviation == i.evaluated_deviation
+    both = floating and i.shape_alike and min(i.rows, i.evaluated_rows) >= ROWS_OF_EVALUATION
     seen = Precondition(
         "both",
-        floating and i.shape_alike and min(i.rows, i.evaluated_rows) >= ROWS_OF_EVALUATION,
+        both or bool(c.features) or bool(loop.novelty),
         f"fewer than {ROWS_OF_EVALUATION} floating inputs of one shape were seen in training and in "
-        f"evaluation mode.",
+        f"evaluation mode, and no ids or tokens.",
     )
-    fine = (
-        f"Inputs have a mean of {format_number(i.evaluated_mean)} and a standard deviation of "
-        f"{format_number(i.evaluated_deviation)} in evaluation, {format_number(i.mean)} and "
-        f"{format_number(i.deviation)} in training."
-    )
-    findings = list(_findings(i)) if seen.holds else []
+    fine = "Inputs of evaluation are like those of training in what was compared."
+    if both:
+        fine = (
+            f"Inputs have a mean of {format_number(i.evaluated_mean)} and a standard deviation of "
+            f"{format_number(i.evaluated_deviation)} in evaluation, {format_number(i.mean)} and "
+            f"{format_number(i.deviation)} in training."
+        )
+    findings = list(_of_all_entries(i)) if both else []
+    findings = findings or list(_of_columns(c))
+    findings += [f for n in loop.novelty for f in _of_tokens(n)]
     return judged(EvaluationInputs, loop.step, findings, fine, preconditions=(seen,))
 
 
-def _findings(i: InputFacts) -> Iterator[LoopFinding]:
+def _of_all_entries(i: InputFacts) -> Iterator[LoopFinding]:
     ratio, shift = inputs_apart(i.mean, i.deviation, i.evaluated_mean, i.evaluated_deviation)
     if ratio > SPREAD_RATIO or shift > MEAN_SHIFT:
-        yield LoopFinding(
-            Level.WARNING,
-            Cause.HELD_OUT_DIFFERS,
+        yield _differs(
             f"Inputs are not the same in evaluation: they have a mean of {format_number(i.evaluated_mean)} and a "
             f"standard deviation of {format_number(i.evaluated_deviation)}, in training "
             f"{format_number(i.mean)} and {format_number(i.deviation)}.",
             "Prepare both in the same way, with the mean and standard deviation of the training data.",
             "The two are prepared by the same code, and their sources differ so much.",
-            step=1,
-            explained_by=(Cause.HELD_OUT_DIFFERS,),
-            confidence=Confidence.WEAK_EMPIRICAL,
         )
+
+
+def _of_columns(c: ColumnFacts) -> Iterator[LoopFinding]:
+    if c.features >= FEWEST_FEATURES and c.apart >= FEATURES_APART * c.features:
+        mean, spread, other_mean, other_spread = (format_number(number) for number in c.numbers)
+        yield _differs(
+            f"Inputs are not the same in evaluation: {c.apart:,} of {c.features:,} features have another "
+            f"mean or scale "
+            f"there. Feature {c.example} has a mean of {other_mean} and a standard deviation of {other_spread}, in "
+            f"training {mean} and {spread}.",
+            "Prepare both in the same way, each feature with its mean and standard deviation in the "
+            "training data, and "
+            "in the same order.",
+            "The two are prepared by the same code, and their sources differ so much.",
+        )
+    elif c.standing and c.evaluated >= STANDING_ROWS:
+        several = len(c.standing) > 1
+        yield _differs(
+            f"{'Features' if several else 'Feature'} {named(c.standing, 5)} {'are' if several else 'is'} the "
+            f"same in "
+            f"all {c.evaluated:,} rows of evaluation "
+            f"({format_number(c.number)}{' the first' if several else ''}), and "
+            f"{'vary' if several else 'varies'} in training: what the network learned of "
+            f"{'them' if several else 'it'} is not there when it is judged.",
+            "Look at how this column is made for evaluation: it may be filled in, or be known only in training.",
+            "Rows of evaluation in which it varies.",
+        )
+
+
+def _of_tokens(n: NoveltyFacts) -> Iterator[LoopFinding]:
+    if n.tokens >= TOKENS_EVALUATED and n.new >= MOSTLY_NEW and n.expected <= SELDOM_NEW:
+        yield _differs(
+            f"{format_share(n.new)} of the {n.tokens:,} ids of input {n.number} in evaluation were in none of the "
+            "batches of training that were looked at, which hardly bring new ones any more: an embedding of "
+            "them is as "
+            "it was initialised.",
+            "Look at how the data was split (by id, where rows were meant?) and at how ids are numbered in both.",
+            "Batches of training with these ids.",
+        )
+    elif n.pairs >= PAIRS_EVALUATED and n.known <= HALF_AS_OFTEN * n.known_of_training and _often(n):
+        yield _differs(
+            f"Tokens follow one another otherwise in evaluation: {format_share(n.known)} of the "
+            f"neighbouring pairs "
+            f"of input {n.number} are known from training, and {format_share(n.known_of_training)} of those of "
+            "training's own new rows were.",
+            "Make sure that both are numbered by one vocabulary, the one of training, and prepared by one "
+            "tokenizer.",
+            "Rows of evaluation decode to the text that they were made from with training's vocabulary.",
+        )
+
+
+def _often(n: NoveltyFacts) -> bool:
+    """Whether pairs come again at all in this text."""
+    return n.known_of_training >= OFTEN_KNOWN
+
+
+def _differs(sentence: str, advice: str, refutation: str) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.HELD_OUT_DIFFERS,
+        sentence,
+        advice,
+        refutation,
+        step=1,
+        explained_by=(Cause.HELD_OUT_DIFFERS, Cause.ANSWER_IN_INPUT),
+        confidence=Confidence.WEAK_EMPIRICAL,
+    )

@@ -8,6 +8,7 @@ __all__ = [
     "asked",
     "contrast",
     "data",
+    "evaluated",
     "facts",
     "inputs",
     "network",

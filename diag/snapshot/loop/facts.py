@@ -31,6 +31,7 @@ from diag.snapshot.loop.data import (
     RootFacts,
     TargetFacts,
 )
+from diag.snapshot.loop.evaluated import ColumnFacts, NoveltyFacts
 from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, StoredFacts, TokenFacts
 from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
 from diag.snapshot.loop.paired import PairedFacts
@@ -122,6 +123,8 @@ class Loop:
     masks: MaskFacts = field(default_factory=MaskFacts)
     rows: RowFacts = field(default_factory=RowFacts)
     paired: tuple[PairedFacts, ...] = ()
+    columns: ColumnFacts = field(default_factory=ColumnFacts)
+    novelty: tuple[NoveltyFacts, ...] = ()
 
     @property
     def full_batch(self) -> bool:

@@ -34,6 +34,8 @@ from diag.watching.observe.loop.data.sequences import Sequences
 from diag.watching.observe.loop.data.stored import StoredData
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.data.tokens import Tokens
+from diag.watching.observe.loop.evaluation.columns import Columns
+from diag.watching.observe.loop.evaluation.novelty import Novelty
 from diag.watching.observe.loop.formula.formula import Formula
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
@@ -96,6 +98,7 @@ class LoopObserver:
         self._origin = Origin(self.moment)
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own = OwnLosses()
+        self._columns, self._novelty = Columns(self.moment), Novelty(model, self.moment)
         self._comparisons, self._pairing = Comparisons(), Pairing(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
@@ -157,6 +160,8 @@ class LoopObserver:
         self._penalty.training_call(outputs)
         self._pairs.training_call(args, kwargs, outputs)
         self._own.training_call(outputs)
+        self._columns.training_call(args, kwargs)
+        self._novelty.training_call(args, kwargs)
         self._comparisons.training_call(outputs)
         self._pairing.training_call(args, kwargs, outputs, places)
         self._formula.training_call(args, kwargs, outputs)
@@ -185,6 +190,8 @@ class LoopObserver:
         self._modes.quiet_call(args, kwargs, untrained, self._batches.loader_batches == 1)
         model = self._model()
         self._inputs.evaluated(args, kwargs, model is None or model.training)
+        self._columns.evaluated(args, kwargs, model is None or model.training)
+        self._novelty.evaluated(args, kwargs)
         self._chance.evaluated(args, kwargs)
         self._formula.evaluated(args, kwargs)
         self._batches.fetched = False
@@ -440,6 +447,8 @@ class LoopObserver:
             "penalty": self._penalty.facts(),
             "pairs": self._pairs.facts(),
             "paired": self._pairing.facts(),
+            "columns": self._columns.facts(),
+            "novelty": self._novelty.facts(),
             **self._formula.facts(),
             "sequences": self._sequences.facts(),
             "masks": self._masks.facts(),

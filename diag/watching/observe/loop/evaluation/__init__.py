@@ -1,0 +1,6 @@
+"""What the loop's own evaluations give the model, beside what training gave it: columns of numbers, and tokens.
+
+Rule of the folder: a few calls are looked at, on the host alone; what is kept is bounded.
+"""
+
+__all__ = ["columns", "novelty"]

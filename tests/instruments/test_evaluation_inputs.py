@@ -1,0 +1,119 @@
+"""Inputs of evaluation beside those of training: features prepared otherwise, columns that stand, ids that are new,
+another vocabulary."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diag
+from diag.instruments.causes import Cause
+
+ROWS, FEATURES, VOCABULARY = 256, 8, 60
+
+
+class Bag(nn.Module):
+    """A classifier of sequences or of ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 2)
+
+    def forward(self, tokens):
+        found = self.embedding(tokens)
+        return self.out(found.mean(1) if tokens.ndim == 2 else found)
+
+
+def told(inputs, evaluated, model=None):
+    """The verdict on a training on these inputs, evaluated on others at the end of each epoch."""
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    labels = torch.arange(len(inputs)) % 2
+    with diag.watch(model, instruments=["evaluation_inputs"]) as watcher:
+        for _ in range(2):
+            model.train()
+            for rows in torch.randperm(len(inputs)).split(32):
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+                optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                for part in evaluated.split(64):
+                    model(part)
+    assert not [e.text for e in watcher.run.events if e.kind == "internal error"]
+    return watcher.run.findings()[0].verdict
+
+
+def table(seed, n=ROWS):
+    """Features of sizes far apart."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, FEATURES, generator=generator) * torch.logspace(-2, 2, FEATURES) + torch.logspace(
+        0, 2, FEATURES
+    )
+
+
+def standardised(x, like):
+    return (x - like.mean(0)) / like.std(0)
+
+
+def test_features_standardised_along_the_wrong_axis_are_told_though_all_entries_agree():
+    train, test = table(0), table(1)
+    wrong = (test - test.mean(1, keepdim=True)) / test.std(1, keepdim=True)
+    verdict = told(standardised(train, train), wrong)
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and "features have another mean or scale" in verdict.sentence
+
+
+@pytest.mark.parametrize("shape", [(FEATURES,), (5, FEATURES), (FEATURES, 3, 3)], ids=["table", "series", "images"])
+def test_quiet_where_both_are_prepared_alike(shape):
+    train, test = (torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    assert told(train, test).level == "ok"
+
+
+def test_channels_of_images_and_features_of_series_are_compared():
+    most = torch.tensor([1.9, 0.2, 0.2, 0.2])  # of one size over all entries
+    train = torch.randn(ROWS, 4, 6, 6)
+    assert told(train, torch.randn(ROWS, 4, 6, 6) * most[:, None, None]).cause == Cause.HELD_OUT_DIFFERS
+    assert told(torch.randn(ROWS, 6, 4), torch.randn(ROWS, 6, 4) * most).cause == Cause.HELD_OUT_DIFFERS
+    one = torch.tensor([0.2, 1.0, 1.0, 1.0])
+    assert told(train, torch.randn(ROWS, 4, 6, 6) * one[:, None, None]).level == "ok"
+
+
+def test_a_column_that_stands_still_in_evaluation_is_told_by_its_number():
+    train, test = torch.randn(ROWS, FEATURES), torch.randn(ROWS, FEATURES)
+    test[:, 3] = 0.25
+    verdict = told(train, test)
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and "Feature 3 is the same in all 384 rows" in verdict.sentence
+    rare = train.clone()
+    rare[:, 3] = (torch.arange(ROWS) % 50 == 0).float()
+    test[:, 3] = 0.0
+    assert told(rare, test).level == "ok"
+
+
+def test_ids_that_training_never_had_are_told_and_known_ones_are_quiet():
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, 40, (1024,), generator=generator)
+    verdict = told(train, torch.randint(40, 60, (256,), generator=generator), Bag())
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and "ids of input 1" in verdict.sentence
+    assert told(train, torch.randint(0, 42, (256,), generator=generator), Bag()).level == "ok"
+
+
+def walks(seed, renamed=None):
+    """Sequences in which a token is followed by one of three."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(0, VOCABULARY, (ROWS,), generator=generator)]
+    for _ in range(14):
+        tokens.append((7 * tokens[-1] + torch.randint(0, 3, (ROWS,), generator=generator)) % VOCABULARY)
+    found = torch.stack(tokens, 1)
+    return found if renamed is None else renamed[found]
+
+
+def test_another_vocabulary_in_evaluation_is_told_by_its_pairs():
+    renamed = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(3))
+    verdict = told(walks(0), walks(1, renamed), Bag())
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and "one vocabulary" in verdict.advice
+    assert told(walks(0), walks(1), Bag()).level == "ok"
+
+
+def test_nothing_is_said_without_an_evaluation():
+    assert told(torch.randn(ROWS, FEATURES), torch.randn(4, FEATURES)).level == "not_applicable"

@@ -34,7 +34,7 @@ from diag.watching.observe.loop.data.sequences import Sequences
 from diag.watching.observe.loop.data.stored import StoredData
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.data.tokens import Tokens
-from diag.watching.observe.loop.evaluation.columns import Columns
+from diag.watching.observe.loop.evaluation.columns import FeatureColumns
 from diag.watching.observe.loop.evaluation.novelty import Novelty
 from diag.watching.observe.loop.formula.formula import Formula
 from diag.watching.observe.loop.layers import Layers
@@ -98,7 +98,7 @@ class LoopObserver:
         self._origin = Origin(self.moment)
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own = OwnLosses()
-        self._columns, self._novelty = Columns(self.moment), Novelty(model, self.moment)
+        self._columns, self._novelty = FeatureColumns(self.moment), Novelty(model, self.moment)
         self._comparisons, self._pairing = Comparisons(), Pairing(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)

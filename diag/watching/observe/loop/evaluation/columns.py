@@ -14,15 +14,15 @@ from diag.snapshot.loop.evaluated import ColumnFacts
 from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
-ROWS_OF_COLUMNS, MOST_COLUMNS, ROWS_OF_CALL = 512, 256, 128
+ROWS_OF_COLUMNS, FEATURES_KEPT, ROWS_OF_CALL = 512, 256, 128
 CALLS_EVALUATED = 6
 FEWEST_ROWS_APART = 48
-SPREADS_APART, MEANS_APART = 4.0, 2.0
+SPREADS_APART, SHIFTS_APART = 4.0, 2.0
 NUMBERS_OF_CHANNEL = 256  # of an example's channel or sequence that are read
 STANDS_SELDOM = 0.5  # of training's rows that may have the number at which a column stands
 
 
-class Columns:
+class FeatureColumns:
     """Follows the first floating tensor of calls in training and in evaluation mode."""
 
     def __init__(self, moment: Moment) -> None:
@@ -70,7 +70,7 @@ def rows_by_feature(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
         return None
     t = t.detach()[:ROWS_OF_CALL]
     t = t.unsqueeze(2) if t.ndim == 2 else t.transpose(1, 2) if t.ndim == 3 else t.flatten(2)
-    t = t[:, :MOST_COLUMNS, :: max(1, math.ceil(t.shape[2] / NUMBERS_OF_CHANNEL))]
+    t = t[:, :FEATURES_KEPT, :: max(1, math.ceil(t.shape[2] / NUMBERS_OF_CHANNEL))]
     return t.float().clone() if t.ndim == 3 and bool(t.isfinite().all()) else None
 
 
@@ -84,7 +84,7 @@ def columns_apart(training: Tensor, evaluated: Tensor) -> ColumnFacts:
     vary = (spread > smallest) & (spread_ > smallest)
     ratio = torch.maximum(spread / spread_, spread_ / spread)
     shift = (mean - mean_).abs() / torch.maximum(spread, spread_)
-    apart = vary & ((ratio > SPREADS_APART) | (shift > MEANS_APART))
+    apart = vary & ((ratio > SPREADS_APART) | (shift > SHIFTS_APART))
     found = apart.nonzero().flatten().tolist()
     one = found[0] if found else -1
     standing, number = _standing(own, other) if training.shape[2] == 1 else ((), math.nan)

@@ -21,10 +21,10 @@ from diag.watching.observe.loop.moment import Moment
 
 INPUTS_FOLLOWED = 4
 LARGEST_TOKEN, PAIRS_MARKED, MOST_MARKED = 1 << 22, 1 << 22, 1 << 18  # few are marked, so that few fall together
-TOKENS_READ, ROWS_READ = 1 << 14, 256  # of a call
+TOKENS_READ, ROWS_OF_TOKENS = 1 << 14, 256  # of a call
 LATER_CALLS, EVALUATIONS_READ = 4, 8
 FEWEST_TOKENS_OF_ROW = 5  # of a sequence, for its pairs to be read
-ROWS_MARKED = 1 << 14
+ROWS_TOLD_APART = 1 << 14
 
 
 class _Seen:
@@ -53,7 +53,7 @@ class _Seen:
     def _add_pairs(self, t: Tensor) -> None:
         marks = [row.numpy().tobytes().rstrip(b"\0") for row in t]
         fresh = [i for i, mark in enumerate(marks) if mark not in self.rows]
-        if not fresh or len(self.rows) > ROWS_MARKED or self.marked > MOST_MARKED:
+        if not fresh or len(self.rows) > ROWS_TOLD_APART or self.marked > MOST_MARKED:
             return
         if not len(self.pairs):
             self.pairs = torch.zeros(PAIRS_MARKED, dtype=torch.bool)
@@ -128,7 +128,11 @@ def _whole(args: Any, kwargs: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
         whole = t.is_cpu and is_dense(t) and t.dtype in (torch.int64, torch.int32) and t.ndim in (1, 2)
         if not whole or not t.numel():
             continue
-        t = t.detach()[:TOKENS_READ] if t.ndim == 1 else t.detach()[:ROWS_READ, : TOKENS_READ // ROWS_READ * 4]
+        t = (
+            t.detach()[:TOKENS_READ]
+            if t.ndim == 1
+            else t.detach()[:ROWS_OF_TOKENS, : TOKENS_READ // ROWS_OF_TOKENS * 4]
+        )
         if int(t.min()) >= 0 and int(t.max()) < LARGEST_TOKEN:
             found.append((number, t.long().contiguous()))
     return found

@@ -52,26 +52,33 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
 
     Raises nothing of its own.
     """
-    i, c = loop.inputs, loop.columns
-    floating = i.deviation == i.deviation and i.evaluated_deviation == i.evaluated_deviation
-    both = floating and i.shape_alike and min(i.rows, i.evaluated_rows) >= ROWS_OF_EVALUATION
+    both = _both(loop.inputs)
     seen = Precondition(
         "both",
-        both or bool(c.features) or bool(loop.novelty),
+        both or bool(loop.columns.features) or bool(loop.novelty),
         f"fewer than {ROWS_OF_EVALUATION} floating inputs of one shape were seen in training and in "
         f"evaluation mode, and no ids or tokens.",
     )
-    fine = "Inputs of evaluation are like those of training in what was compared."
-    if both:
-        fine = (
-            f"Inputs have a mean of {format_number(i.evaluated_mean)} and a standard deviation of "
-            f"{format_number(i.evaluated_deviation)} in evaluation, {format_number(i.mean)} and "
-            f"{format_number(i.deviation)} in training."
-        )
-    findings = list(_of_all_entries(i)) if both else []
-    findings = findings or list(_of_columns(c))
+    findings = list(_of_all_entries(loop.inputs)) if both else []
+    findings = findings or list(_of_columns(loop.columns))
     findings += [f for n in loop.novelty for f in _of_tokens(n)]
-    return judged(EvaluationInputs, loop.step, findings, fine, preconditions=(seen,))
+    return judged(EvaluationInputs, loop.step, findings, _fine(loop.inputs), preconditions=(seen,))
+
+
+def _both(i: InputFacts) -> bool:
+    """Whether enough floating inputs of one shape were seen on both sides."""
+    floating = i.deviation == i.deviation and i.evaluated_deviation == i.evaluated_deviation
+    return floating and i.shape_alike and min(i.rows, i.evaluated_rows) >= ROWS_OF_EVALUATION
+
+
+def _fine(i: InputFacts) -> str:
+    if not _both(i):
+        return "Inputs of evaluation are like those of training in what was compared."
+    return (
+        f"Inputs have a mean of {format_number(i.evaluated_mean)} and a standard deviation of "
+        f"{format_number(i.evaluated_deviation)} in evaluation, {format_number(i.mean)} and "
+        f"{format_number(i.deviation)} in training."
+    )
 
 
 def _of_all_entries(i: InputFacts) -> Iterator[LoopFinding]:

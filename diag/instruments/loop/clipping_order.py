@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, TWICE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import SOURCE, TWICE, LoopCheck, LoopFinding, judged, of_the_steps
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -36,13 +35,14 @@ def clipping_order(loop: Loop) -> ClippingOrder:
     """
     c = loop.clipping
     used = Precondition("clipping", bool(c.clips), "gradients are not clipped.")
-    fine = f"Gradients were clipped between backward() and step() at {counted(c.clips.times, 'step')}."
+    seen = of_the_steps(c.clips.times, loop.looked, loop.step)
+    fine = f"Gradients were clipped between backward() and step() at {seen}."
     return judged(
-        ClippingOrder, loop.step, list(_findings(c)) if loop.backwards else [], fine, preconditions=(used,)
+        ClippingOrder, loop.step, list(_findings(c, loop)) if loop.backwards else [], fine, preconditions=(used,)
     )
 
 
-def _findings(c: ClippingFacts) -> Iterator[LoopFinding]:
+def _findings(c: ClippingFacts, loop: Loop) -> Iterator[LoopFinding]:
     if c.empty.longest >= TWICE and c.empty.times >= c.clips.times:
         yield _useless(c.empty.first, "on no gradient: it was given no parameter that has one", "list(parameters)")
     elif c.early.longest >= TWICE:
@@ -54,7 +54,8 @@ def _findings(c: ClippingFacts) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.CLIPPING_BEFORE_BACKWARD,
             "Gradients are clipped before the last backward pass of a step, at "
-            f"{counted(c.partial.times, 'step')}: what is accumulated afterwards is not clipped.",
+            f"{of_the_steps(c.partial.times, loop.looked, loop.step)}: what is accumulated afterwards is not "
+            f"clipped.",
             "Clip once, after the last backward pass and before optimizer.step().",
             "No backward pass between the clip and the step.",
             step=c.partial.first,

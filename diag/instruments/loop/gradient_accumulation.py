@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, LoopFinding, judged, of_the_steps
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -60,7 +60,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     kept = any(o.unzeroed.longest >= THRICE - 1 for o in loop.training)
     others = not kept and loop.batches.lag != 1  # the same inputs again and again are samples of one gradient
     if steps >= THRICE - 1 and 2 * steps > total and undivided and others and len(loop.training) == 1:
-        yield _summed(summed, steps)
+        yield _summed(summed, steps, total, loop.training[0].steps)
 
 
 def micro_batches(pattern: Pattern) -> int:
@@ -83,11 +83,13 @@ def written_out(letters: str) -> str:
 
 
 def _lost(o: OptimizerFacts) -> LoopFinding:
+    passes = o.passes_lost
+    lost = "an earlier backward pass was" if passes == 1 else f"{passes:,} earlier backward passes were"
     return LoopFinding(
         Level.ALARM,
         Cause.ACCUMULATION_LOST,
-        f"Gradients are zeroed before they are used: at {counted(o.lost.times, 'step')} of {o.steps:,}, "
-        f"{o.passes_lost:,} earlier backward passes were thrown away and only the last one counted.",
+        f"Gradients are zeroed before they are used: at {of_the_steps(o.lost.times, o.looked, o.steps)}, "
+        f"{lost} thrown away and only the last one counted.",
         "Call optimizer.zero_grad() after optimizer.step() only, not at every micro-batch.",
         "A gradient that holds all backward passes since the step before.",
         step=o.lost.first,
@@ -95,14 +97,14 @@ def _lost(o: OptimizerFacts) -> LoopFinding:
     )
 
 
-def _summed(patterns: list[Pattern], steps: int) -> LoopFinding:
+def _summed(patterns: list[Pattern], steps: int, total: int, all_steps: int) -> LoopFinding:
     number = max(micro_batches(p) for p in patterns)
     return LoopFinding(
         Level.WARNING,
         Cause.ACCUMULATION_NOT_DIVIDED,
         f"The gradients of {number:,} batches are summed for each step, not averaged: the loss is the mean of each "
         f"batch and is not divided by {number:,}, so the gradient is {number:,} times as large "
-        f"({counted(steps, 'step')}).",
+        f"({of_the_steps(steps, total, all_steps)}).",
         f"Call (loss / {number}).backward() for each batch.",
         f"A learning rate that was chosen for the sum of {number:,} batches.",
         step=patterns[0].first,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, TWICE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, TWICE, LoopCheck, LoopFinding, judged, of_the_steps
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -57,7 +57,7 @@ def _not_zeroed(o: OptimizerFacts) -> LoopFinding:
     if times >= o.steps - 1:
         often = f"at every one of the {counted(times, 'step')} after the first"
     else:
-        often = f"at {times:,} of the {counted(o.looked, 'step')} that were looked at"
+        often = f"at {of_the_steps(times, o.looked, o.steps)}"
     return LoopFinding(
         Level.ALARM,
         Cause.GRADIENTS_NOT_ZEROED,
@@ -74,7 +74,7 @@ def _partly(o: OptimizerFacts) -> LoopFinding:
         Level.ALARM,
         Cause.GRADIENTS_NOT_ZEROED,
         f"Some gradients are not zeroed between steps: backward() added to those of {named(o.not_zeroed)} from the "
-        f"step before, at {counted(o.partly_zeroed.times, 'step')}, while others were zeroed.",
+        f"step before, at {of_the_steps(o.partly_zeroed.times, o.looked, o.steps)}, while others were zeroed.",
         "Zero all gradients of the optimizer: optimizer.zero_grad(), not a part of the model's.",
         "A gradient that is zero or None when backward() begins.",
         step=o.partly_zeroed.first,
@@ -87,7 +87,8 @@ def _zeroed_before(o: OptimizerFacts) -> LoopFinding:
         Level.ALARM,
         Cause.GRADIENTS_ZEROED_BEFORE_STEP,
         "The gradients are zeroed between backward() and optimizer.step(): "
-        f"{counted(o.zeroed_before.times, 'step')} had nothing to use, so the weights do not learn.",
+        f"{of_the_steps(o.zeroed_before.times, o.looked, o.steps)} had nothing to use, so the weights do not "
+        "learn.",
         "Move optimizer.zero_grad() before backward(), or after optimizer.step().",
         "A gradient that is not zero when optimizer.step() is called.",
         step=o.zeroed_before.first,

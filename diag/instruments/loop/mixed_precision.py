@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged, of_the_steps
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
-from diag.snapshot.loop.steps import ScalingFacts
+from diag.snapshot.loop.steps import OptimizerFacts, ScalingFacts
 
 CALLS_LOOKED_AT_LEAST = 3
 FOREVER = 17  # steps left out in a row: the scale, 65,536 at first, has fallen below one
@@ -47,9 +46,9 @@ def mixed_precision(loop: Loop) -> MixedPrecision:
 def _findings(loop: Loop, s: ScalingFacts) -> Iterator[LoopFinding]:
     for o in loop.training:
         if o.scaled:
-            yield _still_scaled(o.scaled.times, o.scaled.first)
+            yield _still_scaled(o)
     if s.clipped_scaled and s.scale != 1:
-        yield _clipped(s)
+        yield _clipped(s, loop)
     if s.skipped.running >= FOREVER:
         yield _forever(s)
     if (
@@ -61,24 +60,26 @@ def _findings(loop: Loop, s: ScalingFacts) -> Iterator[LoopFinding]:
         yield _off(s)
 
 
-def _still_scaled(times: int, first: int) -> LoopFinding:
+def _still_scaled(o: OptimizerFacts) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.GRADIENTS_STILL_SCALED,
-        f"The optimizer steps on gradients that still carry the loss scale: {counted(times, 'step')} by "
-        "optimizer.step() after scaler.scale(loss).backward().",
+        "The optimizer steps on gradients that still carry the loss scale: "
+        f"{of_the_steps(o.scaled.times, o.looked, o.steps)} by optimizer.step() after "
+        "scaler.scale(loss).backward().",
         "Call scaler.step(optimizer) instead of optimizer.step(), then scaler.update().",
         "A scale of one.",
-        step=first,
+        step=o.scaled.first,
     )
 
 
-def _clipped(s: ScalingFacts) -> LoopFinding:
+def _clipped(s: ScalingFacts, loop: Loop) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.CLIPPING_BEFORE_UNSCALING,
         "Gradients are clipped while they still carry the loss scale, at "
-        f"{counted(s.clipped_scaled.times, 'step')}: the threshold acts on values too large by that factor.",
+        f"{of_the_steps(s.clipped_scaled.times, loop.looked, loop.step)}: the threshold acts on values too "
+        f"large by that factor.",
         "Call scaler.unscale_(optimizer) before clip_grad_norm_.",
         "A scale of one.",
         step=s.clipped_scaled.first,

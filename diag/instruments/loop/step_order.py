@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import (
+    NO_STEP,
+    SOURCE,
+    THRICE,
+    TWICE,
+    LoopCheck,
+    LoopFinding,
+    judged,
+    of_the_steps,
+)
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -58,7 +67,9 @@ def _before_backward(o: OptimizerFacts, how: str) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.STEP_BEFORE_BACKWARD,
-        f"optimizer.step() is called before backward(): at {counted(o.before_backward.times, 'step')} {how}.",
+        f"optimizer.step() is called before backward(): at "
+        f"{of_the_steps(o.before_backward.times, o.looked, o.steps)} "
+        f"{how}.",
         "Order the calls: zero_grad(), loss.backward(), optimizer.step().",
         "A backward pass between the call of the model and the step.",
         step=o.before_backward.first,
@@ -81,8 +92,8 @@ def _repeated(o: OptimizerFacts) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.STEP_REPEATED,
-        f"optimizer.step() is called again on the same gradient: {counted(o.repeated.times, 'step')} of "
-        f"{o.steps:,} had no backward pass since the step before.",
+        "optimizer.step() is called again on the same gradient: "
+        f"{of_the_steps(o.repeated.times, o.looked, o.steps)} had no backward pass since the step before.",
         "Call optimizer.step() once for each backward pass (or set of accumulated ones).",
         "A backward pass between the two steps.",
         step=o.repeated.first,
@@ -93,8 +104,9 @@ def _doubled(o: OptimizerFacts) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.PARAMETER_IN_TWO_OPTIMIZERS,
-        f"Two optimizers step the same parameters on the same gradient: {counted(o.doubled.times, 'step')} of "
-        f"{o.kind} followed another optimizer's without a backward pass in between.",
+        "Two optimizers step the same parameters on the same gradient: of those of "
+        f"{o.kind}, {of_the_steps(o.doubled.times, o.looked, o.steps)} followed another optimizer's without a "
+        "backward pass in between.",
         "Give each parameter to one optimizer.",
         "Two optimizers that share no parameter.",
         step=o.doubled.first,

@@ -1,13 +1,14 @@
 """Gradients over the depth: whether they shrink or grow by orders of magnitude from the last layers to the first.
 
-Compared are root mean squares per entry of the gradients of weights, as the sizes of tensors differ. Layers are
-taken in the order of `named_parameters()`, which is that of the forward pass in nearly all models.
+Compared are root mean squares per entry of the gradients of weights, as the sizes of tensors differ. Depth is the
+way from weight to weight in the graph of the loss: heads that stand side by side are not deep. Where that way is
+not known, as of a compiled model, layers are taken in the order of `named_parameters()`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History, by_rows, parts
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.network import DepthFacts
 
 SOURCE = "arithmetic of the recorded norms"
 GRADIENT_RATIO = 1000.0
@@ -100,16 +102,47 @@ def gradient_depth(history: History, loop: Loop | None = None, *, factor: Times 
     """Whether gradients shrink or grow by orders of magnitude over the depth of the network.
 
     history: the record of a watched run; loop: where several optimizers descend losses of their own, the network of
-    each is one. Compared are the medians of the first and the last quarter of the weights (tensors named "weight"
-    with at least 64 entries that ever had a gradient), each over the last twenty steps. A factor beyond `factor`
-    either way is an alarm; networks of fewer than four such layers are not judged, nor a loss that is next to zero
-    beside its first value and beside that of the best constant answer, where this is known. Raises nothing of its
-    own.
+    each is one, and the graph of the loss tells which weights stand one behind the other. Compared are the medians
+    of the first and the last quarter of the weights on such a way (tensors named "weight" with at least 64 entries
+    that ever had a gradient), each over the last twenty steps. Where a network ends in several heads, the one with
+    which the factor is nearest to one is that compared with. A factor beyond `factor` either way is an alarm;
+    networks of fewer than four such layers are not judged, nor a loss that is next to zero beside its first value
+    and beside that of the best constant answer, where this is known. Raises nothing of its own.
     """
     sides = [] if loop is None else [side for side in loop.sides if side]
     sides = sides or [frozenset(history.layers)]
     done = _done(history, loop)
-    return max((_of_network(history, side, factor, done) for side in sides), key=_unevenness)
+    depth = DepthFacts() if loop is None else loop.depth
+    return max((_of_side(history, side, depth, factor, done) for side in sides), key=_unevenness)
+
+
+def _of_side(history: History, side: frozenset[str], depth: DepthFacts, factor: float, done: bool) -> GradientDepth:
+    """Of the weights that one optimizer trains."""
+    weights = [name for name in history.layers if name in side and _is_weight(name)]
+    if 2 * len(side.intersection(depth.placed)) < len(weights):  # the way is not known
+        return _of_network(history, weights, factor, done)
+    parts = _connected([[name for name in chain if name in side] for chain in depth.chains])
+    each = [min((_of_network(history, way, factor, done) for way in ways), key=_judged_first) for ways in parts]
+    return max(each, key=_unevenness, default=_of_network(history, (), factor, done))
+
+
+def _is_weight(name: str) -> bool:
+    return "weight" in name.rpartition(".")[2]
+
+
+def _connected(ways: list[list[str]]) -> list[list[list[str]]]:
+    """The ways through a network, those that share a weight together: these are one network with several ends."""
+    parts: list[list[list[str]]] = []
+    for way in ways:
+        mine = [part for part in parts if any(set(way) & set(other) for other in part)]
+        parts = [part for part in parts if part not in mine] + [[way, *(other for part in mine for other in part)]]
+    return parts
+
+
+def _judged_first(result: GradientDepth) -> float:
+    """The evenest first; what says nothing last."""
+    unevenness = _unevenness(result)
+    return math.inf if unevenness < 0 else unevenness
 
 
 def _unevenness(result: GradientDepth) -> float:
@@ -126,9 +159,11 @@ def _done(history: History, loop: Loop | None) -> bool:
     return left < DONE * min(constant, 1.0)
 
 
-def _of_network(history: History, of: Collection[str], factor: float, done: bool) -> GradientDepth:
+def _of_network(history: History, of: Sequence[str], factor: float, done: bool) -> GradientDepth:
+    """Of these weights, the first that a signal meets first."""
     sizes, names = numpy.asarray(history.sizes, float), history.layers
-    weights = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1] and name in of]
+    places = {name: i for i, name in enumerate(names)}
+    weights = [places[name] for name in of if name in places]
     chosen = [i for i in weights if sizes[i] >= SMALL]
     norms = numpy.asarray(history.gradient_norm[-RECENT_STEPS:][:, chosen], float) / numpy.sqrt(sizes[chosen])
     norms[~numpy.isfinite(norms)] = numpy.nan

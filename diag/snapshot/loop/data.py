@@ -20,7 +20,8 @@ class BatchFacts:
 
     calls: how many were hashed; lag: after how many calls the same batch comes again, 0 where none does;
     steps_apart: how many optimizer steps that took; repeats: how many calls in a row were the batch of `lag` calls
-    before. fetched: before how many of these calls a DataLoader gave a batch; loaders: epochs of DataLoaders
+    before; out_of_order: of the last batches that came again, the share that did not after whole rounds of `lag`.
+    fetched: before how many of these calls a DataLoader gave a batch; loaders: epochs of DataLoaders
     begun, epochs: those of one that were followed by training calls, again: the step at which the last of these
     that was not its first began; loader_batches: batches in such an epoch; by_rows: its sampler orders rows, so
     that no two epochs have the same batches by chance. readers: workers of the last loader, where its data set is
@@ -34,6 +35,7 @@ class BatchFacts:
     lag: int = 0
     steps_apart: int = 0
     repeats: int = 0
+    out_of_order: float = 0.0
     since: int = 0
     fetched: int = 0
     loaders: int = 0

@@ -33,7 +33,7 @@ from diag.snapshot.loop.data import (
 )
 from diag.snapshot.loop.evaluated import ColumnFacts, NoveltyFacts
 from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, StoredFacts, TokenFacts
-from diag.snapshot.loop.network import ChanceFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
+from diag.snapshot.loop.network import ChanceFacts, DepthFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
 from diag.snapshot.loop.paired import PairedFacts
 from diag.snapshot.loop.places import MaskFacts, SequenceFacts
 from diag.snapshot.loop.ranks import RankFacts
@@ -119,6 +119,7 @@ class Loop:
     formula: FormulaFacts = field(default_factory=FormulaFacts)
     domains: tuple[DomainFacts, ...] = ()
     shape: ShapeFacts = field(default_factory=ShapeFacts)
+    depth: DepthFacts = field(default_factory=DepthFacts)
     sequences: SequenceFacts = field(default_factory=SequenceFacts)
     masks: MaskFacts = field(default_factory=MaskFacts)
     rows: RowFacts = field(default_factory=RowFacts)
@@ -148,6 +149,11 @@ class Loop:
     def training(self) -> tuple[OptimizerFacts, ...]:
         """The optimizers that step parameters of the model on their own."""
         return tuple(o for o in self.optimizers if o.held and o.steps and not o.nested)
+
+    @property
+    def looked(self) -> int:
+        """Steps of the model's optimizers that were looked at closely: events are counted in these."""
+        return max((o.looked for o in self.training), default=0)
 
     @property
     def sides(self) -> tuple[frozenset[str], ...]:

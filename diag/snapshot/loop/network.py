@@ -68,6 +68,16 @@ class ShapeFacts:
 
 
 @dataclass(frozen=True)
+class DepthFacts:
+    """Which weights stand one behind the other in the graph of the loss. chains: for each weight that no other
+    comes after, the longest way to it from weight to weight, the longest way first; placed: the weights of which
+    it is known after which others they come."""
+
+    chains: tuple[tuple[str, ...], ...] = ()
+    placed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class StartingWeight:
     """One weight of a layer when the watch began. gain: root mean square times the root of the number of inputs of
     a unit: what the layer makes of inputs of size one that vary independently. constant: all its entries are one

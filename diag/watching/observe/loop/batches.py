@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, IterableDataset
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import BatchFacts
-from diag.watching.observe.loop.data.stream import Stream, key_of_batch, sampled
+from diag.watching.observe.loop.data.stream import Stream, key_of_batch, out_of_order, sampled
 from diag.watching.observe.loop.moment import Moment, due
 
 PARTS, SMALL_PART = 4, 1 << 14  # tensors of a batch that are told apart, and bytes up to which by all numbers
@@ -172,6 +172,7 @@ class Batches:
             lag=stream.lag,
             steps_apart=stream.steps_apart,
             repeats=stream.repeats,
+            out_of_order=out_of_order(stream),
             since=stream.since,
             fetched=stream.fetched,
             loaders=self._loaders,

@@ -36,6 +36,7 @@ from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.data.tokens import Tokens
 from diag.watching.observe.loop.evaluation.columns import FeatureColumns
 from diag.watching.observe.loop.evaluation.novelty import Novelty
+from diag.watching.observe.loop.depth import Depth
 from diag.watching.observe.loop.formula.formula import Formula
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses
@@ -101,7 +102,7 @@ class LoopObserver:
         self._comparisons, self._pairing = Comparisons(), Pairing(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
-        self._formula = Formula(self.moment)
+        self._formula, self._depth = Formula(self.moment), Depth(names)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
@@ -243,6 +244,7 @@ class LoopObserver:
         self._penalty.backward_called(roots)
         self._pairs.backward_called(roots)
         self._formula.backward_called(roots)
+        self._depth.backward_called(roots)
         self._scaling.backward_called(roots)
 
     def _own_loss(self, roots: Any) -> None:
@@ -427,6 +429,7 @@ class LoopObserver:
             layers=self._layers.facts(),
             start=self._start,
             shape=self._shape,
+            depth=self._depth.facts(),
             origin=self._origin.found,
             directions=self.directions(),
             ranks=self.ranks(),

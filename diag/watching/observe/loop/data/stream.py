@@ -25,6 +25,7 @@ WHOLE = 1 << 19  # bytes of a batch up to which that is done
 BATCHES_LOOKED_AT = 4  # batches by which it is decided
 BATCHES_REMEMBERED = 1 << 14  # batches that were looked at, an eighth of all in a long training
 AWAY = 256  # batches on a device that wait to be hashed
+GAPS = 64  # of the last batches that had come before, after how many they did
 TELL = (2, 3, 4, 5, 6, 8, 12)  # the same order for so many batches is news
 
 
@@ -32,7 +33,7 @@ class Stream:
     """The batches of one kind. lag: after how many the same comes again, and steps_apart, after how many optimizer
     steps; repeats: how many in a row did, since the step `since`; fetched: before how many of these a DataLoader
     gave a batch; hashed: how many in all. pairs: neighbours that were compared, of which `equal` were one batch
-    twice."""
+    twice. gaps: after how many the last batches that came again did."""
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
@@ -45,6 +46,7 @@ class Stream:
         self._away: deque[tuple[int, Tensor, bool, int]] = deque(maxlen=AWAY)
         self.hashed = self.lag = self.steps_apart = self.repeats = self.since = self.fetched = 0
         self.pairs = self.equal = 0
+        self.gaps: deque[int] = deque(maxlen=GAPS)
 
     def key(self, place: int, tensor: Tensor) -> int | Tensor | None:
         """What tells this batch from others; None where it is not to be told. Nothing is counted yet."""
@@ -90,6 +92,7 @@ class Stream:
         size = 4 if tensor.dtype is torch.bfloat16 else tensor.element_size()
         if len({sample[i : i + size] for i in range(0, len(sample), size)}) < DISTINCT_NUMBERS:
             self._whole, self.hashed, self.lag, self.repeats = True, 0, 0, 0
+            self.gaps.clear()
             for kept in (self._at, self._keys, self._steps):
                 kept.clear()
             for before, step, key in self._early:
@@ -102,6 +105,8 @@ class Stream:
         neighbour = self._keys.get(place - 1)
         if neighbour is not None:
             self.pairs, self.equal = self.pairs + 1, self.equal + (neighbour == key)
+        if before is not None:
+            self.gaps.append(place - before)
         there = self._keys.get(place - self.lag) if self.lag else None
         if there is not None and there == key:
             self.repeats += 1
@@ -111,6 +116,12 @@ class Stream:
             self.steps_apart = 0 if before is None else step - (self._steps.get(key) or 0)
             self.repeats, self.since = int(before is not None), step
             self.fetched = int(fetched)
+
+
+def out_of_order(stream: Stream) -> float:
+    """Of the batches that came again, the share that did after another number of batches than whole rounds of
+    `lag`: of many, the few different batches that there are come again by chance."""
+    return sum(gap % stream.lag != 0 for gap in stream.gaps) / len(stream.gaps) if stream.lag and stream.gaps else 0.0
 
 
 def key_of_batch(numbers: Tensor, shape: Any) -> int:

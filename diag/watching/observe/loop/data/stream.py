@@ -121,7 +121,9 @@ class Stream:
 def out_of_order(stream: Stream) -> float:
     """Of the batches that came again, the share that did after another number of batches than whole rounds of
     `lag`: of many, the few different batches that there are come again by chance."""
-    return sum(gap % stream.lag != 0 for gap in stream.gaps) / len(stream.gaps) if stream.lag and stream.gaps else 0.0
+    return (
+        sum(gap % stream.lag != 0 for gap in stream.gaps) / len(stream.gaps) if stream.lag and stream.gaps else 0.0
+    )
 
 
 def key_of_batch(numbers: Tensor, shape: Any) -> int:

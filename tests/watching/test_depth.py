@@ -13,7 +13,7 @@ from diag.instruments.causes import Cause
 from diag.snapshot.history import empty_history
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import DepthFacts
-from diag.watching.observe.loop.depth import MOST_NODES, Depth, longest_chains
+from diag.watching.observe.loop.formula.depth import NODES_OF_DEPTH, Depth, longest_chains
 
 
 def chains(model, *losses):
@@ -64,7 +64,7 @@ def test_the_longest_way_goes_through_all_blocks_and_a_graph_too_large_gives_non
     assert longest_chains([0, 0b1, 0b11, 0, 0b100000, 0b10000], range(6)) == [[0, 1, 2], [3], [4], [5]]
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     out = model(torch.randn(2, 2))
-    for _ in range(MOST_NODES):
+    for _ in range(NODES_OF_DEPTH):
         out = out + 1
     assert chains(model, out.sum()) == set()
 

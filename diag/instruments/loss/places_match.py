@@ -25,6 +25,7 @@ FILLED_UP = 0.3  # of the places that count
 ROWS_TURNED = 0.15  # of the rows
 ROWS_LEARNED = 0.4  # of the rows that fit one way or another
 TURNED_AT_LEAST = 12  # rows
+ABOVE_OTHER_WAYS = 5.0  # times as many rows as fit in any other way, as they stand too: then all are turned
 UNRELATED_FROM_STEP, UNRELATED_ROWS = 100, 60
 NO_MORE_THAN_CHANCE = 0.06  # of the rows; by chance one of all masks of a batch in five ways
 LIKE_ELSEWHERE, ABOVE_OTHERS, ABOVE_HERE = 0.2, 2.0, 2.0  # correlation; times others'; times its own place's
@@ -118,15 +119,19 @@ def _elsewhere(s: SequenceFacts) -> bool:
 
 def _answers(m: MaskFacts) -> Iterator[LoopFinding]:
     turned, count = max(m.turned.items(), key=lambda found: found[1], default=("", 0))
-    learned = m.as_given + count >= ROWS_LEARNED * m.rows
+    others = [m.as_given, *(number for way, number in m.turned.items() if way != turned)]
+    all_of_them = count >= ABOVE_OTHER_WAYS * max(others)
+    learned = all_of_them or m.as_given + count >= ROWS_LEARNED * m.rows
     if m.rows >= ROWS_AT_LEAST and count >= max(TURNED_AT_LEAST, ROWS_TURNED * m.rows) and learned:
         yield _found(
             Level.WARNING,
             Cause.TARGETS_MISPLACED,
-            f"Images and masks are turned without each other in a part of the rows: in {count:,} of {m.rows:,} the "
-            f"network's answer is most like the row's own mask turned {turned}, in {m.as_given:,} like the mask as "
-            "it stands.",
-            "Draw a random flip or turn once for an example, and apply it to image and mask alike.",
+            f"Images and masks are turned without each other{'' if all_of_them else ' in a part of the rows'}: in "
+            f"{count:,} of the {m.rows:,} that were looked at the network's answer is most like the row's own mask "
+            f"turned {turned}, in {m.as_given:,} like the mask as it stands.",
+            "Look at the order of axes in which images and masks are read."
+            if all_of_them
+            else "Draw a random flip or turn once for an example, and apply it to image and mask alike.",
             "An augmented image that still lies on its mask.",
             explained_by=(Cause.LABELS_SHUFFLED,),
         )
@@ -158,13 +163,15 @@ def _moved(m: MaskFacts) -> str:
 
 
 def _unrelated(step: int, m: MaskFacts) -> Iterator[LoopFinding]:
-    nothing_learned = m.rows >= UNRELATED_ROWS and m.as_given <= NO_MORE_THAN_CHANCE * m.rows
+    fitting = max(m.as_given, *m.turned.values(), 0)
+    nothing_learned = m.rows >= UNRELATED_ROWS and fitting <= NO_MORE_THAN_CHANCE * m.rows
     if step >= UNRELATED_FROM_STEP and nothing_learned and m.images >= 2 and m.related <= m.unrelated:
         yield _found(
             Level.WARNING,
             Cause.LABELS_SHUFFLED,
             f"Masks do not seem to belong to their images: after {step:,} steps the network's answer is most "
-            f"like the row's own mask in {m.as_given:,} of {m.rows:,} rows, and what an image shows is no more "
+            f"like the row's own mask in {m.as_given:,} of {m.rows:,} rows that were looked at, and what an "
+            f"image shows is no more "
             f"correlated with its own mask (up to {format_number(m.related)}) than with those of other images "
             f"(up to {format_number(m.unrelated)}).",
             "Draw some masks over their images as the loop sees them: one of the two may have been listed, "

@@ -36,7 +36,7 @@ from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.data.tokens import Tokens
 from diag.watching.observe.loop.evaluation.columns import FeatureColumns
 from diag.watching.observe.loop.evaluation.novelty import Novelty
-from diag.watching.observe.loop.depth import Depth
+from diag.watching.observe.loop.formula.depth import Depth
 from diag.watching.observe.loop.formula.formula import Formula
 from diag.watching.observe.loop.layers import Layers
 from diag.watching.observe.loop.losses import Losses

@@ -19,10 +19,10 @@ from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
 from diag.snapshot.loop.network import DepthFacts
 from diag.watching.observe.loop.moment import due
 
-LOOKS = 10  # passes up to this one, of those at which everything is looked at
-MOST_NODES = 8192
-MOST_WEIGHTS = 1024  # the relation of more is not kept
-MOST_OF_ONE = 4  # weights that one operation may hold; a fused one of several layers does not tell their order
+PASSES_READ = 10  # passes up to this one, of those at which everything is looked at
+NODES_OF_DEPTH = 8192
+WEIGHTS_OF_DEPTH = 1024  # the relation of more is not kept
+WEIGHTS_OF_ONE = 4  # weights that one operation may hold; a fused one of several layers does not tell their order
 MOST_CHAINS = 16
 # What may be done to a weight by itself before it meets what comes from other weights.
 OF_A_WEIGHT = frozenset(
@@ -53,7 +53,7 @@ class Depth:
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
         self._passes += 1
-        if not due(self._passes) or self._passes > LOOKS:
+        if not due(self._passes) or self._passes > PASSES_READ:
             return
         root = roots if isinstance(roots, Tensor) else next((r for r in roots or () if isinstance(r, Tensor)), None)
         nodes = None if root is None or root.grad_fn is None else _in_order(root.grad_fn)
@@ -79,7 +79,7 @@ class Depth:
     def _meet(self, own: int, earlier: int) -> None:
         """An operation takes weights and what others have made."""
         held = _bits(own)
-        if len(held) > MOST_OF_ONE:
+        if len(held) > WEIGHTS_OF_ONE:
             return
         for i in held:
             self._placed.add(i)
@@ -90,7 +90,7 @@ class Depth:
         if name is None or "weight" not in name.rpartition(".")[2]:
             return 0
         if name not in self._numbers:
-            if len(self._numbers) >= MOST_WEIGHTS:
+            if len(self._numbers) >= WEIGHTS_OF_DEPTH:
                 return 0
             self._numbers[name] = len(self._numbers)
             self._before.append(0)
@@ -145,7 +145,7 @@ def _in_order(root: Any) -> list[Any]:
             seen.add(node)
             waiting.append((node, True))
             waiting += [(parent, False) for parent in parents_of(node) if parent not in seen]
-        if len(seen) > MOST_NODES:
+        if len(seen) > NODES_OF_DEPTH:
             return []
     return order
 

@@ -162,25 +162,26 @@ class ActivationListener(NamingListener):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.sums: dict[tuple[str, str, int], _Sums] = {}
-        self._mode = _Listening(self.sums, self.inside)
+        self._mode = _Listening(self.sums, self.inside, 0)
 
     def during(self, batch: Batch) -> _Listening:
         """What intercepts the functions."""
-        self._mode = _Listening(self.sums, self.inside)
+        self._mode = _Listening(self.sums, self.inside, batch.size)
         return self._mode
 
     def called(self, batch: Batch, outputs: Any) -> None:
         """The outputs are one more entry each."""
         for tensor in _outputs(outputs):
-            self._mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
+            if tensor.ndim > 1 or self.sums:  # a row of numbers alone may be anything
+                self._mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
 
 
 class _Listening(TorchFunctionMode):
     """Intercepts every function that is called, and sums up the outputs of those in the two tables."""
 
-    def __init__(self, sums: dict[tuple[str, str, int], _Sums], inside: Callable[[], str]) -> None:
+    def __init__(self, sums: dict[tuple[str, str, int], _Sums], inside: Callable[[], str], rows: int) -> None:
         super().__init__()
-        self._sums, self._inside = sums, inside
+        self._sums, self._inside, self._rows = sums, inside, rows
         self._calls: dict[tuple[str, str], int] = {}
         self._nested = False
 
@@ -199,6 +200,8 @@ class _Listening(TorchFunctionMode):
 
     def add(self, name: str, kind: str, values: Tensor, before: Tensor | None = None) -> None:
         """Take in one output; the same place called again in this batch is another entry."""
+        if values.ndim == 1 and len(values) == self._rows > 1:  # one number for each example is a column
+            values = values[:, None]
         if not values.is_floating_point() or values.numel() == 0 or values.ndim < 2:
             return
         number = self._calls[name, kind] = self._calls.get((name, kind), -1) + 1

@@ -141,7 +141,7 @@ class GradientFlow(Result):
             threshold_source="any step at all",
             layers=self.gradient_layers[:5],
             cause=Cause.NOT_FINITE,
-            explained_by=(Cause.NOT_FINITE, Cause.DATA_NOT_FINITE),
+            explained_by=(Cause.NOT_FINITE, Cause.DATA_NOT_FINITE, Cause.GRADIENT_UNDERFLOW),
             step=self.loss_steps[0] if self.loss_steps else None,
         )
 
@@ -192,7 +192,13 @@ class GradientFlow(Result):
             threshold=limit,
             threshold_source=OUR_CHOICE,
             layers=self.gradient_layers[:5],
-            explained_by=(Cause.SCALER_SKIPS_FOREVER, Cause.NOT_FINITE, Cause.DATA_NOT_FINITE),
+            explained_by=(
+                Cause.SCALER_SKIPS_FOREVER,
+                Cause.NOT_FINITE,
+                Cause.DATA_NOT_FINITE,
+                Cause.INPUTS_NOT_NORMALIZED,
+                Cause.TARGETS_NOT_NORMALIZED,
+            ),
         )
 
     def _vanishing(self) -> Verdict | None:

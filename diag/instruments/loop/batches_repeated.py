@@ -14,7 +14,7 @@ from diag.snapshot.loop.facts import Loop
 
 CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give the same order
 NEIGHBOURS_COMPARED = 6  # of neighbouring batches that are compared at least
-BY_CHANCE = 0.25  # of the batches that come again out of order, from which on the order says nothing
+OUT_OF_ORDER = 0.25  # of the batches that come again out of order, from which on the order says nothing
 EPOCH = 4  # batches and steps at least: fewer may come in the same order by chance, or on purpose
 
 
@@ -97,7 +97,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         )
     epoch = f"every {b.lag:,} batches" if not b.loaders or b.lag != b.loader_batches else "in every epoch"
     apart = min(b.lag, b.steps_apart)  # what one step uses is all of it, in whatever order
-    in_order = not alike and b.out_of_order < BY_CHANCE
+    in_order = not alike and b.out_of_order < OUT_OF_ORDER
     if in_order and apart >= EPOCH and b.repeats >= (THRICE if b.by_rows else beyond_chance(b.lag)):
         yield LoopFinding(
             Level.WARNING,

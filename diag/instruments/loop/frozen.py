@@ -104,6 +104,7 @@ def untrained(fresh: Sequence[ParameterFacts], loop: Loop) -> Iterator[LoopFindi
         "load the trained weights that were meant: compare what load_state_dict(strict=True) says. Leave it where "
         "random features are meant.",
         "Weights there that differ from a new instance's in distribution, as trained ones do.",
+        step=1,
         layers=tuple(p.name for p in some),
     )
 

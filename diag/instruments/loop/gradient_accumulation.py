@@ -58,7 +58,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     undivided |= loop.roots.looked >= THRICE and loop.roots.undivided == loop.roots.looked
     # Gradients that are never zeroed are sums of all steps, not of some batches.
     kept = any(o.unzeroed.longest >= THRICE - 1 for o in loop.training)
-    others = not kept and loop.batches.lag != 1  # the same inputs again and again are samples of one gradient
+    # The same inputs again and again are samples of one gradient, and a closure may be called any number of times.
+    others = not kept and loop.batches.lag != 1 and not any(o.by_closure for o in loop.training)
     if steps >= THRICE - 1 and 2 * steps > total and undivided and others and len(loop.training) == 1:
         yield _summed(summed, steps, total, loop.training[0].steps)
 

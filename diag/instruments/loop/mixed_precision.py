@@ -13,6 +13,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.steps import OptimizerFacts, ScalingFacts
 
 CALLS_LOOKED_AT_LEAST = 3
+USUAL_SCALE, SLOW_BACKOFF = 65_536, 0.9
 FOREVER = 17  # steps left out in a row: the scale, 65,536 at first, has fallen below one
 
 
@@ -50,7 +51,8 @@ def _findings(loop: Loop, s: ScalingFacts) -> Iterator[LoopFinding]:
     if s.clipped_scaled and s.scale != 1:
         yield _clipped(s, loop)
     if s.skipped.running >= FOREVER:
-        yield _forever(s)
+        large = s.scale is not None and s.scale > USUAL_SCALE
+        yield _too_large(s, s.scale) if large and s.scale is not None else _forever(s)
     if (
         s.scaled_losses >= CALLS_LOOKED_AT_LEAST
         and s.looked >= CALLS_LOOKED_AT_LEAST
@@ -86,6 +88,21 @@ def _clipped(s: ScalingFacts, loop: Loop) -> LoopFinding:
     )
 
 
+def _too_large(s: ScalingFacts, scale: float) -> LoopFinding:
+    """No ordinary scale was ever tried."""
+    slow = 1 > (s.backoff or 0) > SLOW_BACKOFF
+    return LoopFinding(
+        Level.ALARM,
+        Cause.SCALER_SKIPS_FOREVER,
+        f"The GradScaler has left out the last {s.skipped.running:,} steps in a row, and its scale is still "
+        f"{scale:.2g}, where {USUAL_SCALE:,} is usual: at such a scale gradients overflow"
+        + (f", and each step that is left out brings it down to {s.backoff:g} of itself only." if slow else "."),
+        "Leave init_scale at 2**16 and backoff_factor at 0.5.",
+        "Gradients that are not finite at a scale of one.",
+        step=s.skipped.since,
+    )
+
+
 def _forever(s: ScalingFacts) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
@@ -96,6 +113,7 @@ def _forever(s: ScalingFacts) -> LoopFinding:
         "the scale that the scaler begins with as it is.",
         "A step that is taken.",
         step=s.skipped.since,
+        explained_by=(Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED, Cause.DATA_NOT_FINITE),
     )
 
 

@@ -61,7 +61,7 @@ class FiniteForward(Result):
             layers=(self.layer,),
             cause=Cause.NOT_FINITE,
             explained_by=(Cause.NOT_FINITE, Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED,
-                          Cause.DATA_NOT_FINITE,
+                          Cause.DATA_NOT_FINITE, Cause.GRADIENT_UNDERFLOW,
                           Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.GRADIENTS_STILL_SCALED,
                           Cause.LOSS_ASCENDED, Cause.MOMENTUM_TOO_HIGH, Cause.LOGITS_INTO_PROBABILITY_LOSS,
                           Cause.LOSS_UNBOUNDED,

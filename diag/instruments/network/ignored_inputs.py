@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from diag.errors import named
 from diag.instruments.causes import Cause
@@ -18,7 +19,7 @@ STEPS_BEFORE_INPUTS = 30  # steps: paths that start at zero (gates, adapters) op
 MOST_USED = 0.5  # of the positions
 NOT_THE_INPUT = (
     Cause.UNITS_DEAD, Cause.OUTPUT_CONSTANT, Cause.INPUTS_CONSTANT, Cause.NOT_FINITE, Cause.LEARNING_RATE_TOO_HIGH,
-    Cause.TRAINING_DIVERGED, Cause.INITIALIZATION_CONSTANT,
+    Cause.TRAINING_DIVERGED, Cause.INITIALIZATION_CONSTANT, Cause.PARAMETER_FROZEN,
 )  # fmt: skip
 
 
@@ -59,6 +60,13 @@ class IgnoredInputs(Result):
             explained_by=NOT_THE_INPUT,
             step=1,
         )
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """What was found last: an input that was used at first is one that something has cut off since."""
+        verdict = series[-1][1].verdict()
+        used = [step for step, found in series if found.tried and not found.ignored and not found.partly]
+        return replace(verdict, step=used[-1] + 1) if used and verdict.level.is_finding else verdict
 
     def _in_part(self) -> Verdict:
         n = len(self.used)
@@ -108,5 +116,12 @@ def ignored_inputs(inputs_tried: InputsTried, history: History) -> IgnoredInputs
         partly=part.name if part else "",
         positions=part.varying if part else 0,
         used=part.used if part else (),
-        preconditions=(Precondition("steps", late, f"fewer than {STEPS_BEFORE_INPUTS} steps were taken."),),
+        preconditions=(
+            Precondition("steps", late, f"fewer than {STEPS_BEFORE_INPUTS} steps were taken."),
+            Precondition(
+                "outputs that move",
+                len(inputs_tried.ignored) < len(inputs_tried.names),
+                "no output moves with any input: it is constant.",
+            ),
+        ),
     )

@@ -28,6 +28,9 @@ class OutputConstant(Result):
     constant_units: float = measured("outputs that are the same for every example", unit="share")
     size: float = measured("root mean square of the output")
     others: int = measured("further outputs that do depend on the example", default=0)
+    cut_off: str = measured(
+        "the module whose ReLU ends the network and is zero on every example", remark="empty: none", default=""
+    )
     first_constant: str = measured(
         "the first layer whose output hardly depends on the example", remark="empty: none"
     )
@@ -57,12 +60,24 @@ class OutputConstant(Result):
         began = next(s for i, (s, _) in enumerate(series) if all(r.spread < limit for _, r in series[i:]))
         where = f"; {last.first_constant} is the first layer for which it is so" if last.first_constant else ""
         what = f"first output (others, {last.others}, do vary)" if last.others else "output"
+        sentence = (
+            f"The network gives the same {what} whatever the input: over the examples it varies by "
+            f"{format_number(last.spread)} of its size{where}."
+        )
+        advice = (
+            "Look for dead or saturated units in that layer, for inputs that are constant, and for a bias that "
+            "outweighs everything else."
+        )
+        if last.cut_off:
+            sentence = (
+                f"The network's output is zero whatever the input: it ends in a ReLU (in {last.cut_off}) which is "
+                "zero on every example, so that no gradient comes back through it."
+            )
+            advice = "Take the ReLU after the last layer out of the model; look at a large negative bias before it."
         return Verdict(
             Level.ALARM,
-            f"The network gives the same {what} whatever the input: over the examples it varies by "
-            f"{format_number(last.spread)} of its size{where}.",
-            advice="Look for dead or saturated units in that layer, for inputs that are constant, and for a "
-            "bias that outweighs everything else.",
+            sentence,
+            advice=advice,
             source=SOURCE,
             confidence=Confidence.ARITHMETIC,
             refutation="Two different inputs that give clearly different outputs.",
@@ -118,6 +133,7 @@ def output_constant(
         constant_units=output.constant if output else 0.0,
         size=output.size if output else 0.0,
         others=sum(a.spread >= alarm_below for a in outputs[1:]),
+        cut_off=_cut_off(activations),
         first_constant=next(constant, ""),
         preconditions=(
             Precondition("an output", bool(outputs), "the network returns no tensor with several entries."),
@@ -125,3 +141,11 @@ def output_constant(
             rows_differ(inputs),
         ),
     )
+
+
+def _cut_off(activations: Sequence[Activation]) -> str:
+    """The module that calls the network's last function, where that is a ReLU that gives nothing but zeros."""
+    last = next((a for a in reversed(activations) if a.function != MODEL_OUTPUT), None)
+    zero = next((a.zero == 1.0 for a in activations if a.function == MODEL_OUTPUT), False)
+    cut = last is not None and last.function == "relu" and last.zero == 1.0 and zero
+    return (last.name or "the model itself") if cut and last is not None else ""

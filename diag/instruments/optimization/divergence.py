@@ -22,6 +22,7 @@ from diag.snapshot.loop.facts import Loop
 SOURCE = "arithmetic of the recorded losses"
 LOSS_RATIO = 5.0
 RECENT_LOSSES = 5
+OF_THEIR_VARIANCE = 0.25  # a loss below is far better than any constant answer
 FELL, STEEPER = 1000.0, 30.0  # times the size of the first losses, and of the first gradients
 UNDIMINISHED = 0.9  # fall of the last third of the losses over that of the third before
 HIGH_MOMENTUM, SWUNG = 0.99, 2.0  # with such a momentum, a loss of twice its first value has been carried there
@@ -45,6 +46,11 @@ class Divergence(Result):
     fell_to: float = measured(
         "the lowest loss where it fell without end, below zero", remark="else NaN", default=math.nan
     )
+    spread: float = measured(
+        "standard deviation of the targets of late, where it has grown manyfold",
+        remark="else NaN",
+        default=math.nan,
+    )
     sides: int = measured("optimizers that descend losses of their own", remark="0: there is one loss", default=0)
     steeper: bool = measured("gradients are many times as large as the first", default=True)
     fell_at: int = measured("the step from which it was further below zero than any loss before", default=0)
@@ -63,6 +69,8 @@ class Divergence(Result):
                 source=SOURCE,
             )
         limit = self.setting("times")
+        if self.last < OF_THEIR_VARIANCE * self.spread**2:
+            return self._of_moving_targets()
         if self.left_at or (self.peak > SWUNG * self.first and self.momentum >= HIGH_MOMENTUM):
             return self._left(limit)
         higher = self.last > self.first
@@ -79,6 +87,16 @@ class Divergence(Result):
             f"Whether the loss diverged cannot be told: {self.sides} optimizers in this loop train different "
             f"parameters, each by a loss of its own. What was recorded began at {format_number(self.first)} and is "
             f"at {format_number(self.last)}; it may rise because one side of a game wins.",
+            source=SOURCE,
+        )
+
+    def _of_moving_targets(self) -> Verdict:
+        """A loss that grows with the spread of the targets that training makes is no divergence."""
+        return Verdict(
+            Level.UNKNOWN,
+            f"The loss began at {format_number(self.first)} and is at {format_number(self.last)}, and its targets "
+            f"have spread meanwhile, to a standard deviation of {format_number(self.spread)}: it is small beside "
+            "them, and its course alone tells nothing.",
             source=SOURCE,
         )
 
@@ -122,6 +140,7 @@ class Divergence(Result):
                           Cause.DATA_NOT_FINITE,
                           Cause.BATCHES_POISONED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.GRADIENTS_STILL_SCALED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
+                          Cause.GRADIENT_UNDERFLOW,
                           Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE,
                           Cause.SECOND_MOMENT_STALE, Cause.INITIALIZATION_CONSTANT, Cause.INPUTS_TOO_SMALL,
                           Cause.INPUTS_CONSTANT, Cause.MOMENTUM_TOO_HIGH, Cause.NORMALIZATION_STATISTICS_BAD),
@@ -158,11 +177,12 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
     history: the record of a watched run; loop: whether several optimizers descend losses of their own (the two
-    sides of a game), where only a loss that is not finite is judged. Judged on the median of the last five losses,
-    so that a single bad batch is not called divergence; a loss that begins at zero or below is not judged. A loss
-    that falls to a thousand times its first size below zero has no lower bound where the gradient grows thirtyfold,
-    or where one optimizer alone lowers it as fast as before: that is an alarm of its own. A momentum of 0.99 or
-    more is named as the cause. Raises nothing of its own.
+    sides of a game), where only a loss that is not finite is judged; and whether the targets spread in the course
+    of training, as values do that it learns itself, where a loss far below their variance is not judged. Judged on
+    the median of the last five losses, so that a single bad batch is not called divergence; a loss that begins at
+    zero or below is not judged. A loss that falls to a thousand times its first size below zero has no lower bound
+    where the gradient grows thirtyfold, or where one optimizer alone lowers it as fast as before: that is an alarm
+    of its own. A momentum of 0.99 or more is named as the cause. Raises nothing of its own.
     """
     losses = numpy.where(history.loss_finite, numpy.asarray(history.loss, float), math.inf)
     seen = ~numpy.isnan(losses)
@@ -182,6 +202,7 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
         lost_at=_left_at(losses, steps, float(numpy.finfo(float).max)),
         momentum=_momentum(history),
         num_steps=int(history.total_steps),
+        spread=spread_of_moving_targets(loop),
         sides=0 if loop is None else len(loop.sides),
         fell_at=fell_at,
         steeper=steeper,
@@ -189,6 +210,12 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
         steps=steps[thin],
         losses=losses[thin],
     )
+
+
+def spread_of_moving_targets(loop: Loop | None) -> float:
+    """The spread of targets that came to lie much farther apart in the course of training; NaN of others."""
+    asked = () if loop is None else loop.asked
+    return max((f.spread_last for f in asked if f.moving), default=math.nan)
 
 
 def _fell(history: History, losses: NDArray[numpy.float64], steeper: bool, loop: Loop | None) -> tuple[int, float]:

@@ -13,6 +13,7 @@ import numpy
 
 from diag.errors import counted
 from diag.instruments.causes import Cause
+from diag.instruments.optimization.second_moment import WITH_SECOND_MOMENT
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
@@ -20,6 +21,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.steps import OriginFacts
 
 SOURCE = "arithmetic of the recorded steps"
+ROUNDS_TO_ZERO = 2.0**-25  # in float16
 EXPLAINED_BY = (
     Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.DATA_NOT_FINITE, Cause.GRADIENTS_NOT_ZEROED,
     Cause.LOSS_SUMMED, Cause.GRADIENTS_STILL_SCALED, Cause.LOSS_ASCENDED, Cause.MOMENTUM_TOO_HIGH,
@@ -37,6 +39,10 @@ class FiniteSteps(Result):
     gradient_step: int = measured("the first step taken with a gradient that was not finite", remark="0 for none")
     layers: tuple[str, ...] = measured("tensors whose gradient was not finite at that step")
     tensors: int = measured("tensors whose gradient was seen")
+    optimizer: str = measured("the optimizer's kind", default="")
+    epsilon_lost: float = measured(
+        "Adam's epsilon, where it is zero in the numbers of float16 parameters", remark="0: not so", default=0.0
+    )
     batch_finite: bool | None = measured("whether the batch of that loss was finite", remark="None: not known")
     outputs_finite: bool | None = measured("whether the model's outputs were", remark="None: not known")
     operation: str = measured(
@@ -73,17 +79,33 @@ class FiniteSteps(Result):
                 "Use the function of torch that does it in one (cross_entropy or log_softmax for log(softmax), "
                 "binary_cross_entropy_with_logits for log(sigmoid)), or clamp the argument away from zero.",
                 Cause.NOT_FINITE,
-                (Cause.LOGITS_INTO_PROBABILITY_LOSS,),
+                EXPLAINED_BY,
             )
+        if self.epsilon_lost:
+            return self._of_half_precision(step)
         where = {True: ", though the model's outputs were finite", False: ", as were the model's outputs"}
         known = {False: where[False], True: where[True], None: ""}[self.outputs_finite]
         batch = " from a finite batch" if self.batch_finite and self.outputs_finite is False else ""
+        before = "; the gradients of all steps before were finite" if self.loss_step > 1 else ""
         return self._alarm(
-            f"{step}{known}{batch}; the gradients of all steps before were finite.",
+            f"{step}{known}{batch}{before}.",
             "Go back to a state before that step; look at its batch, lower the learning rate or clip the gradient, "
             "and look at logarithms, divisions and roots in the loss.",
             Cause.NOT_FINITE,
             EXPLAINED_BY,
+        )
+
+    def _of_half_precision(self, step: str) -> Verdict:
+        """Adam has divided by zero before."""
+        return self._alarm(
+            f"{step}, after steps of {self.optimizer} on parameters of float16, in which its epsilon "
+            f"({self.epsilon_lost:g}) is zero: where a squared gradient rounds to zero, too (below 2e-4), "
+            f"the step is "
+            "a division by zero.",
+            "Keep the parameters in float32 and run the model under torch.autocast with a GradScaler; or use "
+            "bfloat16, or an epsilon of 1e-4.",
+            Cause.GRADIENT_UNDERFLOW,
+            (Cause.DATA_NOT_FINITE, Cause.LOGITS_INTO_PROBABILITY_LOSS),
         )
 
     def _from_the_backward_pass(self) -> Verdict:
@@ -151,11 +173,21 @@ def finite_steps(history: History, loop: Loop | None = None) -> FiniteSteps:
         gradient_step=int(history.steps[first]) if first >= 0 else 0,
         layers=tuple(names[bad_gradients[first]].tolist()) if first >= 0 else (),
         tensors=int(seen.sum()),
+        optimizer=str(history.optimizer.get("kind", "")),
+        epsilon_lost=_epsilon_lost(history, loop) if max(loss_step, first + 1) > 1 else 0.0,
         batch_finite=origin.batch_finite,
         outputs_finite=origin.outputs_finite,
         operation=origin.operation,
         preconditions=(Precondition("steps", len(history.steps) > 0, "no step was recorded."),),
     )
+
+
+def _epsilon_lost(history: History, loop: Loop | None) -> float:
+    """Adam's epsilon, where parameters that it trains are of float16 and hold no number as small."""
+    half = loop is not None and any(p.dtype == "float16" and p.trainable and p.optimizers for p in loop.parameters)
+    epsilon = float(history.optimizer.get("eps") or 0.0) if half else 0.0
+    adaptive = history.optimizer.get("kind") in WITH_SECOND_MOMENT
+    return epsilon if adaptive and 0 < epsilon <= ROUNDS_TO_ZERO else 0.0
 
 
 def _origin(loop: Loop | None, step: int) -> OriginFacts:

@@ -114,7 +114,8 @@ def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share
     """Where the loss rose far above its course for three steps or more, and came back.
 
     history: the record of a watched run, or of an imported log; loop: whether several optimizers descend losses of
-    their own (the sides of a game), whose course says nothing. A spike begins where a loss lies above the median
+    their own (the sides of a game), or the loss is that of a policy, or for targets that training makes and that
+    come to lie farther apart, whose course says nothing. A spike begins where a loss lies above the median
     of the 16 before it by ten robust standard deviations of the noise, and undoes more than `warn_above` of the
     fall from the first five losses to that median; it ends where a loss is back within a tenth of the way. What
     lasts fewer than three steps is a batch, and no spike; what is not back, or lasted half as long as all before
@@ -124,7 +125,8 @@ def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share
     """
     losses, steps = _shortened(*finite_losses(history))
     enough, one = len(losses) > COURSE_LOSSES, loop is None or not loop.sides
-    found = _spikes(losses, steps, warn_above) if enough and one else []
+    measures = loop is None or not (loop.policy.looks or any(f.moving for f in loop.asked))
+    found = _spikes(losses, steps, warn_above) if enough and one and measures else []
     rates = [_rates(history, spike.start, spike.end) for spike in found]
     thin = slice(None, None, max(1, len(losses) // 512))
     shares = numpy.array([spike.share for spike in found])
@@ -142,6 +144,11 @@ def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share
             Precondition("losses", enough, f"fewer than {COURSE_LOSSES + 1} losses were recorded."),
             Precondition(
                 "one loss", one, "several optimizers descend losses of their own, as the sides of a game."
+            ),
+            Precondition(
+                "a loss that measures what was gained",
+                measures,
+                "it is that of a policy, or its targets have spread in the course of training.",
             ),
         ),
     )

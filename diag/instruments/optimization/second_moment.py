@@ -23,6 +23,7 @@ from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.history import History
+from diag.snapshot.loop.facts import Loop
 
 SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second moment is out of date)"
 STALE = 5.0
@@ -91,7 +92,7 @@ class SecondMoment(Result):
     "than intended, which is how many loss spikes begin.",
     formula="|g_t| / sqrt(v_t), v_t = (1 - beta2) sum_s beta2^(t - s) |g_s|^2 / (1 - beta2^t)",
 )
-def second_moment(history: History, *, stale: Threshold = STALE) -> SecondMoment:
+def second_moment(history: History, loop: Loop | None = None, *, stale: Threshold = STALE) -> SecondMoment:
     """Whether gradients outgrew Adam's second moment, so that steps were far larger than usual.
 
     history: the record of a watched run. The second moment of each tensor is the running mean of its squared
@@ -99,8 +100,9 @@ def second_moment(history: History, *, stale: Threshold = STALE) -> SecondMoment
     tensor counts from its first gradient on. A median ratio above `stale` is a warning where the gradients of the
     five steps from there, and of the fifteen after them, are at least twice those of the twenty before (a stretch
     of odd batches is none) and the loss of these steps, where it is known, is higher than before: gradients that
-    grow as the loss falls are a training that takes off. For other optimizers, and before step 40, it is not
-    judged. Raises nothing of its own.
+    grow as the loss falls are a training that takes off. loop: whether targets that are numbers, as values that
+    training itself learns, came to lie farther apart, of which gradients grow, too; then it is not judged. For
+    other optimizers, and before step 40, it is not judged. Raises nothing of its own.
     """
     beta2, known = _beta2(history), len(history.steps) >= BEFORE + LONGER
     usable = beta2 is not None and known
@@ -116,6 +118,11 @@ def second_moment(history: History, *, stale: Threshold = STALE) -> SecondMoment
         ratios=ratios[-512:],
         preconditions=(
             Precondition("Adam", beta2 is not None, "the optimizer keeps no second moment that is known here."),
+            Precondition(
+                "targets that stay as they are",
+                loop is None or not any(f.moving for f in loop.asked),
+                "the targets have spread in the course of training, and gradients with them.",
+            ),
             Precondition("steps", known, f"fewer than {BEFORE + LONGER} steps were recorded."),
         ),
     )

@@ -125,10 +125,11 @@ class StepSize(Result):
             yield Verdict(Level.NOT_APPLICABLE, nothing, source=SOURCE)
         if not math.isfinite(self.ratio):
             yield Verdict(Level.NOT_APPLICABLE, "No step of the weights was measured.", source=SOURCE)
+        usual = self.setting("too_low") <= self.ratio <= self.setting("too_high")
         yield Verdict(
             Level.OK,
             f"A step moves a layer's weights by {format_number(self.ratio)} of their size (the median)"
-            + (", as in most trainings that work." if self.ratio >= self.setting("too_low") else "."),
+            + (", as in most trainings that work." if usual else "."),
             source=SOURCE,
             value=self.ratio,
         )
@@ -160,9 +161,11 @@ class StepSize(Result):
         """What the loss did meanwhile, where it has a course that a ratio describes."""
         if self.below_zero or not self.loss_rose or not math.isfinite(self.loss_peak_ratio):
             return ""
-        return f" The loss rose to {format_number(self.loss_peak_ratio)} times its first value" + (
-            f" and is at {format_number(self.now)} times that value now." if math.isfinite(self.now) else "."
-        )
+        if self.lost:
+            now = " and is no number now"
+        else:
+            now = f" and is at {format_number(self.now)} times that value now" if math.isfinite(self.now) else ""
+        return f" The loss rose to {format_number(self.loss_peak_ratio)} times its first value{now}."
 
     @property
     def _certain(self) -> bool:
@@ -205,12 +208,12 @@ class StepSize(Result):
 
     def _too_small(self) -> Verdict | None:
         limit = self.setting("too_low")
-        if (
-            self.adam_share < ADAM_SHARE
-            and self.epsilon > self.gradient_size
-            and self.num_steps >= MEASUREMENTS_IN_A_ROW
-        ):
-            return self._by_epsilon()
+        if self.adam_share < ADAM_SHARE and self.num_steps >= MEASUREMENTS_IN_A_ROW:
+            if self.epsilon > self.gradient_size:
+                return self._by_epsilon()
+            clipped = self.clip_factor < TIGHT and self.num_steps >= ENOUGH_STEPS
+            if clipped and self.epsilon > self.gradient_size * self.clip_factor:
+                return self._by_clipping()
         if (
             self.clip_factor < NOTHING_LEFT
             and self.num_steps >= ENOUGH_STEPS
@@ -225,18 +228,24 @@ class StepSize(Result):
             return None
         if self.clip_factor < TIGHT and self.optimizer not in ADAPTIVE_OPTIMIZERS:
             return self._by_clipping()
-        fallen = f"fallen by {format_share(max(self.loss_fall, 0.0))}"
-        if self.below_zero:
-            fallen = "not fallen by more than it scatters"
         return graded(SOURCE, self.ratio, limit)(
             Level.WARNING,
             f"Steps are small and the loss hardly falls: one step moves the weights of a typical layer by "
-            f"{format_number(self.ratio)} of their size, and in {self.num_steps:,} steps the loss has {fallen}.",
+            f"{format_number(self.ratio)} of their size, and in {self.num_steps:,} steps the loss has "
+            f"{self._fallen}.",
             advice="Raise the learning rate ten- to a hundredfold; check that the schedule's warm-up is over.",
             refutation="The loss does not fall faster at ten times the learning rate.",
             cause=Cause.LEARNING_RATE_TOO_LOW,
             explained_by=NOT_THE_RATE,
         )
+
+    @property
+    def _fallen(self) -> str:
+        """What the loss has done, in words that hold for one below zero, or one that is not known, too."""
+        if self.below_zero:
+            return "fallen" if self.loss_fell else "not fallen by more than it scatters"
+        known = math.isfinite(self.loss_fall)
+        return f"fallen by {format_share(max(self.loss_fall, 0.0))}" if known else "a course that is not known"
 
     def _stood_still(self) -> Verdict | None:
         """Of a training that is over: it hardly left its random weights, or all its steps went one way."""
@@ -249,7 +258,6 @@ class StepSize(Result):
         one_way = self.straightness > STRAIGHT and self.travelled < NOT_FAR
         if not (still or one_way) or self.clip_factor < TIGHT:
             return None
-        fallen = format_share(max(self.loss_fall, 0.0))
         where = f"{self.num_steps:,} steps moved a typical layer by {format_share(self.travelled)} of its size"
         how = f", {format_share(min(self.straightness, 1.0))} of their way in one direction" if one_way else ""
         divided = self.rate >= USUAL_RATE and self.optimizer == "SGD"
@@ -260,7 +268,7 @@ class StepSize(Result):
         look = "Look whether the loss is divided once too often (by the batch size after a mean), or raise"
         return graded(SOURCE, self.travelled, NOWHERE if still else NOT_FAR)(
             Level.WARNING,
-            f"The weights hardly left their start: {where}{how}, and the loss has fallen by {fallen}."
+            f"The weights hardly left their start: {where}{how}, and the loss has {self._fallen}."
             + (small if divided else ""),
             advice=f"{look if divided else 'Raise'} the learning rate ten- to a hundredfold; check that the "
             "schedule's warm-up is over.",
@@ -294,14 +302,24 @@ class StepSize(Result):
     def _by_clipping(self) -> Verdict:
         return graded(SOURCE, self.clip_factor, TIGHT)(
             Level.WARNING,
-            f"Clipping cuts the gradient to {format_share(self.clip_factor)} of its length at a typical step, "
-            f"and the loss has fallen by {format_share(max(self.loss_fall, 0.0))} in {self.num_steps:,} steps.",
+            f"Clipping cuts the gradient to {format_share(self.clip_factor)} of its length at a typical step"
+            f"{self._below_epsilon}, "
+            f"and the loss has {self._fallen} in {self.num_steps:,} steps.",
             advice="Raise the clipping threshold to about the median norm of the gradient, or the learning rate.",
             confidence=Confidence.ARITHMETIC,
             refutation="The loss falls no faster without clipping.",
             cause=Cause.CLIPPING_TOO_TIGHT,
             explained_by=(Cause.CLIPPING_BEFORE_UNSCALING,),
             step=1,
+        )
+
+    @property
+    def _below_epsilon(self) -> str:
+        if self.optimizer not in ADAPTIVE_OPTIMIZERS:
+            return ""
+        return (
+            f", to entries far below Adam's epsilon ({self.epsilon:g}), so that its steps are "
+            f"{format_share(self.adam_share)} of the learning rate"
         )
 
     def plot(self, ax: Any = None) -> None:
@@ -382,20 +400,30 @@ def _of_the_fastest(history: History, loop: Loop | None, limit: float) -> tuple[
     descend losses of their own, of those of the one with the largest steps."""
     sides = () if loop is None else loop.sides
     ratios = [update_ratios(history, side) for side in filter(None, sides)] or [update_ratios(history)]
-    each = [(found, _largest_of_five(*found[:2], limit)) for found in ratios]
+    each = [(found, _largest_of_five(*found[:2], limit, _left_at_once(history))) for found in ratios]
     return max(each, key=lambda e: numpy.nan_to_num(e[1][0]))
 
 
-def _largest_of_five(medians: NDArray[numpy.float64], steps: NDArray[Any], limit: float) -> tuple[float, int, int]:
+def _left_at_once(history: History) -> bool:
+    """Whether losses are no numbers any more, or the last is many times the first: then fewer measurements than
+    five must do."""
+    lost = bool(len(history)) and not bool(history.loss_finite[-1])
+    return lost or left_of_loss(history) > LOSS_RATIO
+
+
+def _largest_of_five(
+    medians: NDArray[numpy.float64], steps: NDArray[Any], limit: float, few: bool = False
+) -> tuple[float, int, int]:
     """The largest median of five consecutive measurements, the step at which these ended, and the first that is
-    above the limit of the first five whose median is."""
-    if len(medians) < MEASUREMENTS_IN_A_ROW:
+    above the limit of the first five whose median is. few: where there are fewer, of these."""
+    number = min(len(medians), MEASUREMENTS_IN_A_ROW) if few else MEASUREMENTS_IN_A_ROW
+    if len(medians) < max(number, 1):
         return math.nan, 0, 0
-    windows = median(numpy.lib.stride_tricks.sliding_window_view(medians, MEASUREMENTS_IN_A_ROW), axis=1)
+    windows = median(numpy.lib.stride_tricks.sliding_window_view(medians, number), axis=1)
     best = int(numpy.nanargmax(windows)) if numpy.isfinite(windows).any() else 0
     above = numpy.flatnonzero(numpy.nan_to_num(windows) > limit)
     began = int(steps[above[0] + int((medians[above[0] :] > limit).argmax())]) if len(above) else 0
-    return float(windows[best]), int(steps[best + MEASUREMENTS_IN_A_ROW - 1]), began
+    return float(windows[best]), int(steps[best + number - 1]), began
 
 
 def _ratio_before_decay(history: History, medians: NDArray[numpy.float64], steps: NDArray[Any]) -> float:
@@ -451,7 +479,9 @@ def _rose(history: History, loop: Loop | None, at: int, scatters: float) -> bool
     if loop is not None and loop.sides:
         return False
     losses, steps = finite_losses(history)
-    limit = max(ROSE * losses[0], losses[0] + scatters * scatter(losses)) if len(losses) > 2 else math.inf
+    limit = ROSE * losses[0] if len(losses) > 1 else math.inf
+    if scatters:
+        limit = max(limit, losses[0] + scatters * scatter(losses)) if len(losses) > 2 else math.inf
     courses = (
         losses[(steps > at - MEASUREMENTS_IN_A_ROW + shift) & (steps <= at + shift)]
         for shift in (1, MEASUREMENTS_IN_A_ROW)

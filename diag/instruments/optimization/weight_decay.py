@@ -84,6 +84,8 @@ class WeightDecay(Result):
             f"the loss has given back {format_share(min(self.loss_lost, 1.0))} of what it had gained"
             if self.loss_lost > LOST
             else f"the loss has fallen by {format_share(max(self.loss_fall, 0.0))} at best"
+            if math.isfinite(self.loss_fall)
+            else "the loss is not known to have gained by it"
         )
         return self._graded(
             Level.ALARM if self.kept < NEARLY_GONE else Level.WARNING,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+SPREADS_BY = 2.0  # times the spread of the first targets, which the batches of one data set differ by less than
+
 
 @dataclass(frozen=True)
 class AskedFacts:
@@ -24,8 +26,10 @@ class AskedFacts:
     input. outputs_a_row: numbers that the loss function gets of each example (classes, where there is one label).
     from_data: where a DataLoader gave a batch before these calls, the targets were a tensor of it.
     one_a_row: every example had one target. zeros: the share of the
-    function's inputs that are exactly zero. uncounted: classes whose weight is zero. counts: how often each class
-    was asked for; of_sequences: of the places of examples, not of examples."""
+    function's inputs that are exactly zero. spread_first, spread_last: standard deviations of the targets that are
+    numbers, of the first three calls and of the last that was looked at; NaN for others. uncounted: classes whose
+    weight is zero. counts: how often each class was asked for; of_sequences: of the places of examples, not of
+    examples."""
 
     function: str
     reduction: str = ""
@@ -52,6 +56,14 @@ class AskedFacts:
     from_data: bool = False
     one_a_row: bool = False
     zeros: float = 0.0
+    spread_first: float = math.nan
+    spread_last: float = math.nan
     uncounted: tuple[int, ...] = ()
     counts: Mapping[int, int] = field(default_factory=dict)
     of_sequences: bool = False
+
+    @property
+    def moving(self) -> bool:
+        """Whether the targets have come to lie much farther apart than they did at first, as those do that training
+        itself makes (the values of a critic)."""
+        return self.spread_last > SPREADS_BY * self.spread_first

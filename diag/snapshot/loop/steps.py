@@ -53,7 +53,8 @@ class OptimizerFacts:
     groups: hyperparameters by parameter group, made_with: the same at its first step. held: names of the model's
     parameters in it; foreign: how many other tensors; stale: names of parameters that no optimizer holds and that
     have the shape of a foreign tensor here which gets no gradient. nested: its steps are taken inside another
-    optimizer's. stateful: it keeps moments. looked: how many of its steps were looked at closely; what is counted
+    optimizer's. by_closure: its steps call a function that computes the loss, as often as they like. stateful: it
+    keeps moments. looked: how many of its steps were looked at closely; what is counted
     in the following is counted in these. unzeroed: steps on a gradient that was not reset since the step before;
     partly_zeroed: those where only some were not, not_zeroed: some of these parameters. empty: steps without any
     gradient. zeroed_before: steps after the gradient of a backward pass was zeroed; before_backward: the same, and
@@ -74,6 +75,7 @@ class OptimizerFacts:
     foreign: int = 0
     stale: tuple[str, ...] = ()
     nested: bool = False
+    by_closure: bool = False
     stateful: bool = False
     steps: int = 0
     looked: int = 0
@@ -164,8 +166,9 @@ class SchedulerFacts:
 class ScalingFacts:
     """Mixed precision: scaled_losses counts the losses that a GradScaler multiplied; autocast the training calls
     under autocast or with tensors of half precision in their graph, of `looked` that were looked at. scale: the
-    last that is known. float16: a call of the model computed in it. skipped: steps that the scaler left out.
-    clipped_scaled: clips of gradients that still carried the scale."""
+    last that is known; backoff: what the scaler multiplies it with after each step that it leaves out. float16: a
+    call of the model computed in it. skipped: steps that the scaler left out. clipped_scaled: clips of gradients
+    that still carried the scale."""
 
     scaled_losses: int = 0
     looked: int = 0
@@ -173,6 +176,7 @@ class ScalingFacts:
     half_parameters: bool = False
     float16: bool = False
     scale: float | None = None
+    backoff: float | None = None
     skipped: Tally = Tally()
     clipped_scaled: Tally = Tally()
 

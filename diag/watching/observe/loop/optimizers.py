@@ -317,6 +317,7 @@ class Optimizers:
             foreign=len(r.foreign),
             stale=r.stale,
             nested=r.nested,
+            by_closure=r.by_closure,
             stateful=r.stateful,
             steps=r.steps,
             looked=r.looked,

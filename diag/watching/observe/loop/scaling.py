@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Scaling:
         self._stepping: set[int] = set()
         self._fired = True
         self._scale: Any = None
+        self._scaler: Callable[[], Any] = lambda: None
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""
@@ -78,7 +80,7 @@ class Scaling:
     def unscaling(self, optimizer: Any, scaler: Any) -> None:
         """A GradScaler divides an optimizer's gradients."""
         self._unscaled.add(id(optimizer))
-        self._scale = scaler._scale
+        self._scale, self._scaler = scaler._scale, weakref.ref(scaler)
 
     def clipping(self) -> None:
         """Gradients are clipped."""
@@ -141,6 +143,7 @@ class Scaling:
         """As plain data."""
         scale = self._scale
         known = isinstance(scale, Tensor) and scale.device.type == "cpu"
+        backoff = getattr(self._scaler(), "_backoff_factor", None)
         return ScalingFacts(
             scaled_losses=self._scaled_losses,
             looked=self._looked,
@@ -148,6 +151,7 @@ class Scaling:
             half_parameters=self._half,
             float16=self._sixteen,
             scale=float(scale) if known else None,
+            backoff=backoff if isinstance(backoff, float) else None,
             skipped=self._skipped.tally(),
             clipped_scaled=self._clipped_scaled.tally(),
         )

@@ -32,6 +32,7 @@ TOLD_AFTER = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)  # looks at a function that are n
 FUNCTIONS_FOLLOWED = 8
 TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # numbers of a call that are read; and of an example
 FEWEST_ROWS = 8
+FIRST_TARGETS = 3  # calls
 ROUNDING_OF_CORRELATION = 1e-6  # how far from one it may be to be told from none
 RANGES = {
     "Relu": ("relu", 0.0, math.inf),
@@ -251,11 +252,19 @@ def _facts(k: _Kind) -> AskedFacts:
         outputs_a_row=k.outputs,
         one_a_row=k.one_a_row,
         zeros=min((float(z) for z in k.given_zeros), default=0.0),
+        spread_first=_spread(k.numbers[:FIRST_TARGETS]),
+        spread_last=_spread(k.numbers[-1:]) if k.looked > FIRST_TARGETS else math.nan,
         uncounted=uncounted(k.weights),
         counts=dict(sorted(k.counts.items())),
         of_sequences=k.of_sequences,
         from_data=0 < k.loaded == k.from_data,
     )
+
+
+def _spread(numbers: list[Tensor]) -> float:
+    """The standard deviation of these targets; NaN where there are fewer than eight."""
+    all_of = torch.cat([n.reshape(-1) for n in numbers]) if numbers else torch.zeros(0)
+    return float(all_of.std()) if len(all_of) >= FEWEST_ROWS else math.nan
 
 
 def uncounted(weights: Tensor | None) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ def test_dead_units_follow_from_a_dropout_that_leaves_nothing_and_are_not_judged
         (1, 0, "ok", ""),
         (0, 0, "ok", ""),
         (EPOCH, 0, "warning", "30 batches before"),
-        (30, 1, "warning", "one epoch before"),
+        (30, 1, "warning", "every 30 batches"),
     ],
 )
 def test_what_one_step_uses_comes_in_no_order(steps_apart, loaders, level, said):

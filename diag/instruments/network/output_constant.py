@@ -58,22 +58,7 @@ class OutputConstant(Result):
         if last.unmet() is not None or step < STEPS_BEFORE_CONSTANT or last.spread >= limit:
             return last.verdict()
         began = next(s for i, (s, _) in enumerate(series) if all(r.spread < limit for _, r in series[i:]))
-        where = f"; {last.first_constant} is the first layer for which it is so" if last.first_constant else ""
-        what = f"first output (others, {last.others}, do vary)" if last.others else "output"
-        sentence = (
-            f"The network gives the same {what} whatever the input: over the examples it varies by "
-            f"{format_number(last.spread)} of its size{where}."
-        )
-        advice = (
-            "Look for dead or saturated units in that layer, for inputs that are constant, and for a bias that "
-            "outweighs everything else."
-        )
-        if last.cut_off:
-            sentence = (
-                f"The network's output is zero whatever the input: it ends in a ReLU (in {last.cut_off}) which is "
-                "zero on every example, so that no gradient comes back through it."
-            )
-            advice = "Take the ReLU after the last layer out of the model; look at a large negative bias before it."
+        sentence, advice = last._said()
         return Verdict(
             Level.ALARM,
             sentence,
@@ -98,6 +83,23 @@ class OutputConstant(Result):
             ),
             step=began,
         )  # fmt: skip
+
+    def _said(self) -> tuple[str, str]:
+        """What was found and what to do."""
+        if self.cut_off:
+            return (
+                f"The network's output is zero whatever the input: it ends in a ReLU (in {self.cut_off}) which is "
+                "zero on every example, so that no gradient comes back through it.",
+                "Take the ReLU after the last layer out of the model; look at a large negative bias before it.",
+            )
+        where = f"; {self.first_constant} is the first layer for which it is so" if self.first_constant else ""
+        what = f"first output (others, {self.others}, do vary)" if self.others else "output"
+        return (
+            f"The network gives the same {what} whatever the input: over the examples it varies by "
+            f"{format_number(self.spread)} of its size{where}.",
+            "Look for dead or saturated units in that layer, for inputs that are constant, and for a bias that "
+            "outweighs everything else.",
+        )
 
     def plot(self, ax: Any = None) -> None:
         """How much of the output depends on the example."""

@@ -3,7 +3,8 @@
 
     scripts/bench_scale.py                                   # 10M parameters
     scripts/bench_scale.py --size 100M --products 6 --batch 4
-    scripts/bench_scale.py --way fsdp                        # parameters sharded by fully_shard, else replicated
+    scripts/bench_scale.py --way fsdp                        # parameters sharded by fully_shard, copied whole
+    scripts/bench_scale.py --way by_layer                    # the same, whole weights of one layer at a time
 
 The data, `--batch` texts of `--length` tokens, are shared out over the processes, each of one thread. The basis is
 that of `--products` Lanczos steps. Memory: the peak of a process beyond what it held before it measured. A table of
@@ -92,6 +93,7 @@ def one_rank(asked: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     import diag
+    from diag.linalg.reductions import normal
     from diag.linalg.spectrum import spectrum
 
     torch.set_num_threads(1)
@@ -102,7 +104,7 @@ def one_rank(asked: argparse.Namespace) -> None:
     tokens = torch.randint(
         0, SIZES[asked.size][2], (asked.batch, asked.length + 1), generator=torch.Generator().manual_seed(1)
     )
-    if world > 1 and asked.way == "fsdp":
+    if world > 1 and asked.way != "replicated":
         from torch.distributed.fsdp import fully_shard
 
         for block in model.blocks:
@@ -110,15 +112,19 @@ def one_rank(asked: argparse.Namespace) -> None:
         fully_shard(model)
     before, _ = memory()
     snapshot = diag.Snapshot(
-        model, token_loss, (tokens[:, :-1], tokens[:, 1:]), ranks=world > 1, micro_batch=asked.micro
+        model,
+        token_loss,
+        (tokens[:, :-1], tokens[:, 1:]),
+        ranks="by_layer" if world > 1 and asked.way == "by_layer" else world > 1,
+        micro_batch=asked.micro,
     )
     hessian = snapshot.quantity("hessian")
-    v = torch.randn(hessian.size, generator=torch.Generator().manual_seed(2))
-    hessian @ v
+    v = hessian.spread.drawn(hessian.size, normal(torch.Generator().manual_seed(2)))
+    hessian.apply(v)
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        hessian @ v
+        hessian.apply(v)
         times.append(time.perf_counter() - began)
     del v
     found = spectrum(
@@ -192,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="10M")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--way", choices=("replicated", "fsdp"), default="replicated")
+    parser.add_argument("--way", choices=("replicated", "fsdp", "by_layer"), default="replicated")
     parser.add_argument("--products", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diag.curvature.layout import participation
 from diag.curvature.operators import CurvatureOperator
 from diag.errors import InvalidInput
 from diag.linalg.deflation import orthonormal
@@ -101,4 +100,4 @@ def layer_shares(hessian: LinearOperator, pairs: Eigenpairs) -> dict[str, float]
     if not isinstance(hessian, CurvatureOperator) or not len(pairs.values):
         return {}
     assert pairs.vectors is not None
-    return participation(hessian.layout, hessian.whole_rows(pairs.vectors[:1])[0])
+    return hessian.layer_shares(pairs.vectors[0])

@@ -107,7 +107,7 @@ def saved_bytes(build: Callable[[Objective], object], objective: Objective) -> i
     kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # with its graph it would keep itself alive
         kept.add(saved)
         return saved
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from diag.curvature import guards
 from diag.errors import InvalidInput, type_of
+from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.call_at import call_at
 from diag.snapshot.parameters import FlatLayout
@@ -129,6 +130,32 @@ class Objective:
             grads = gradients(loss, parameters, create_graph=False)
             total.add_(self.layout.flatten(grads, total), alpha=self.weight(batch))
         return total
+
+    # -- vectors of the parameters; where ranks hold parts of them, over all parts -----------------------
+
+    def totals(self, numbers: Tensor) -> Tensor:
+        """Sums over the parts of a float64 tensor."""
+        return numbers
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds wherever there are parts."""
+        return holds
+
+    def own_row(self, parameter: int, row: int) -> int | None:
+        """Where a row of a parameter lies in its part here; None where it is elsewhere."""
+        return row
+
+    def length(self, vectors: Tensor | Sequence[Tensor]) -> float:
+        """The Euclidean length of a vector of the parameters, flat or in pieces."""
+        return float(self.lengths([vectors])[0])
+
+    def lengths(self, vectors: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
+        """Of several, float64 on the host."""
+        return self.totals(torch.tensor([length(v) ** 2 for v in vectors], dtype=torch.float64)).sqrt()
+
+    def inner(self, a: Tensor, b: Tensor) -> float:
+        """The inner product of two flat vectors."""
+        return float(self.totals((a.double() @ b.double())[None].cpu())[0])
 
     @cached_property
     def constants(self) -> dict[str, Tensor]:

@@ -11,14 +11,15 @@ operator tests itself on the model (selftest.py); what cannot be right raises Un
 wrapped in torch.compile, DataParallel or DistributedDataParallel is measured bare. Where the data are split over
 ranks (`Snapshot(..., ranks=True)`), each product is the mean over all ranks' data by one all_reduce. Products take
 whole vectors, equal on every rank bit for bit; the algorithms of `linalg` keep 1/W of each vector on a rank
-(`apply`), and take the same decisions on each.
+(`apply`), and take the same decisions on each. Of a sharded model whose layers are gathered one at a time
+(`by_layer.py`) parts of vectors are as its shards, and none is whole anywhere.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
@@ -28,8 +29,9 @@ from torch import Tensor, nn
 
 from diag.checkpoints.unwrap import bare_model
 from diag.curvature import fisher as fishers
+from diag.curvature.by_layer import ShardedObjective, SpreadByLayer
 from diag.curvature.carry import Carried
-from diag.curvature.layout import layout_of
+from diag.curvature.layout import layout_of, participation
 from diag.curvature.memory import MemoryPlan, available_memory, plan_memory
 from diag.curvature.objective import PRECISIONS, LossFn, Objective, native_precision
 from diag.curvature.probe import hold_fixed, rows_held_fixed
@@ -48,7 +50,7 @@ from diag.curvature.values import Values
 from diag.distributed.together import Together
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import SpreadOver
+from diag.linalg.reductions import IN_ONE_PROCESS, Spread, SpreadOver
 from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.counting import counted_batches
@@ -56,6 +58,7 @@ from diag.snapshot.objective.over_ranks import weight_of
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import random_blocks_of, subsampled
+from diag.snapshot.sharded.by_layer import ByLayer
 from diag.snapshot.snapshot import Snapshot
 
 
@@ -68,6 +71,7 @@ class CurvatureOperator(LinearOperator):
         kept between products where it fits, else it is rebuilt for each in micro-batches that fit.
     ranks: the ranks that share the data, `batches` being this one's; all make the same products. weight: what its
         share counts (by default the number of its examples).
+    layers: of a sharded model that no rank holds whole (`model` is then its copy that gathers).
     micro_batch: the most examples per pass. seed: of the self-test's random direction. checked: a self-test of
         the same model, to spare a second one.
 
@@ -87,6 +91,7 @@ class CurvatureOperator(LinearOperator):
         checked: SelfTest | None = None,
         ranks: Together | None = None,
         weight: float | None = None,
+        layers: ByLayer | None = None,
     ):
         model = bare_model(model)
         precision = native_precision(model) if precision is None else precision
@@ -95,11 +100,14 @@ class CurvatureOperator(LinearOperator):
         parts = tuple(part for batch in batches for part in batch.split(micro_batch))
         if not parts:
             raise InvalidInput("There is no batch to measure curvature on; give at least one.")
-        self.objective = Objective(model, loss_fn, parts, layout_of(model), precision)
-        super().__init__(self.objective.layout.size, self.objective.dtype, self.objective.device)
-        self._settings: dict[str, Any] = {"memory": memory, "seed": seed, "ranks": ranks}
-        if ranks is not None:
-            self.spread = SpreadOver(ranks.rank, ranks.world, ranks.totals, ranks.joined)
+        self._layers = layers
+        if layers is None:
+            self.objective = Objective(model, loss_fn, parts, layout_of(model), precision)
+        else:
+            self.objective = ShardedObjective.of(layers, loss_fn, parts, precision, weight)
+        super().__init__(self.layout.size, self.objective.dtype, self.objective.device)
+        self._settings: dict[str, Any] = {"memory": memory, "seed": seed, "ranks": ranks, "layers": layers}
+        self.spread = _spread_of(ranks, layers)
         self._weight = weight
         self._self_test = checked
         self._plan: MemoryPlan | None = None
@@ -116,12 +124,12 @@ class CurvatureOperator(LinearOperator):
     @property
     def layout(self) -> FlatLayout:
         """The names, shapes and slices of the parameters in the flat vectors."""
-        return self.objective.layout
+        return self.objective.layout if self._layers is None else FlatLayout.of(self._layers.shapes)
 
     @property
     def layers(self) -> dict[str, slice]:
         """Layer name -> slice of the flat vectors; `block(layers[name])` is that layer's block."""
-        return self.objective.layout.layers
+        return self.layout.layers
 
     @property
     def num_examples(self) -> int:
@@ -149,14 +157,18 @@ class CurvatureOperator(LinearOperator):
         return self._self_test
 
     def _run_self_test(self) -> None:
-        self._self_test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
+        with self._one_pass():
+            self._self_test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
+
+    def _one_pass(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._layers is None else self._layers.lock.one_pass()
 
     @property
     def memory_plan(self) -> MemoryPlan:
         """Whether graphs are kept between products, the micro-batches, and the bytes behind that choice."""
         if self._plan is None:
             memory = self._settings["memory"]
-            if self.self_test.differenced:
+            if self.self_test.differenced or self._layers is not None:
                 self._plan = MemoryPlan(False, self.objective.batches, 0, memory or 0)
             else:
                 self._plan = plan_memory(self._curvature(), self.objective, memory)
@@ -195,7 +207,23 @@ class CurvatureOperator(LinearOperator):
 
     # -- products ------------------------------------------------------------------------------------
 
+    def apply(self, part: Tensor) -> Tensor:
+        """This process's part of A v, from its part of v."""
+        if self._layers is None:
+            return super().apply(part)
+        self.num_products += 1
+        return self._part_of_product(part)
+
+    def _part_of_product(self, part: Tensor) -> Tensor:
+        """Where layers are gathered one at a time: nothing of it is whole anywhere."""
+        ranks, _ = self._settings["ranks"], self.self_test
+        ranks.all_succeed(self.deadline.check)  # and that of the ranks
+        with self._one_pass():
+            return self._own_product(part)
+
     def _matvec(self, v: Tensor) -> Tensor:
+        if self._layers is not None:
+            return self.spread.whole(self._part_of_product(self.spread.part(v)), self.size)
         return self._over_ranks(lambda: self._own_product(v), v)
 
     def _over_ranks(self, product: Callable[[], Tensor], like: Tensor) -> Tensor:
@@ -214,10 +242,10 @@ class CurvatureOperator(LinearOperator):
         graph = self._kept_graph()
         if graph is None:
             return self._rebuilt(v[None])[0]
-        views = self.layout.views(v)
+        layout = self.objective.layout
         with self._replayed(), self.objective.plain_kernels():
-            pieces = graph.product(views, True)
-        return self.layout.flatten(pieces, v)
+            pieces = graph.product(layout.views(v), True)
+        return layout.flatten(pieces, v)
 
     @contextmanager
     def many_products(self) -> Iterator[None]:
@@ -241,6 +269,8 @@ class CurvatureOperator(LinearOperator):
             self._entered_in = before
 
     def _matvecs(self, vectors: Tensor) -> Tensor:
+        if self._layers is not None:
+            return torch.stack([self._matvec(v) for v in vectors])
         if self._settings["ranks"] is not None:  # one sum for all of them
             return self._over_ranks(lambda: self._own_products(vectors), vectors)
         return super()._matvecs(vectors) if self._kept_graph() is not None else self._rebuilt(vectors)
@@ -269,15 +299,15 @@ class CurvatureOperator(LinearOperator):
         """Products with several vectors from graphs that live for one micro-batch each."""
         if self.self_test.differenced:
             return self._differenced(vectors)
-        products = torch.zeros_like(vectors)
+        products, views = torch.zeros_like(vectors), self.objective.layout.views
         with self.objective.measured():
             parameters = self.objective.parameters()
             for batch in self.memory_plan.batches:
                 self.deadline.check()
                 graph = self._curvature().graph(self.objective, parameters, [batch])
                 for i, v in enumerate(vectors):
-                    pieces = graph.product(self.layout.views(v), i < len(vectors) - 1)
-                    _add_pieces(self.layout.views(products[i]), pieces)
+                    pieces = graph.product(views(v), i < len(vectors) - 1)
+                    _add_pieces(views(products[i]), pieces)
                 del graph
         return products
 
@@ -290,9 +320,17 @@ class CurvatureOperator(LinearOperator):
             graph = FiniteDifferenceGraph(self._curvature(), objective, objective.parameters(), test.step)
             for v, product in zip(vectors, products, strict=True):
                 free = hold_fixed(v.to(objective.dtype, copy=True), objective, fixed)
-                found = self.layout.flatten(graph.product(self.layout.views(free), True), free)
+                found = objective.layout.flatten(graph.product(objective.layout.views(free), True), free)
                 product.copy_(hold_fixed(found, objective, fixed))
         return products
+
+    def layer_shares(self, part: Tensor) -> dict[str, float]:
+        """The share of a vector's squared length in each layer, from this process's part of it."""
+        if self._layers is None:
+            return participation(self.layout, self.spread.whole(part, self.size))
+        layers = self.objective.layout.layers
+        squares = self.objective.lengths([part[own] for own in layers.values()]).square()
+        return dict(zip(layers, (squares / squares.sum()).tolist(), strict=True))
 
     def release(self) -> None:
         """Free the kept graph; the next product builds it again."""
@@ -355,6 +393,12 @@ class Fisher(CurvatureOperator):
         return fishers.curvature(settings["likelihood"], settings["class_dim"], settings["ignored"])
 
 
+def _spread_of(ranks: Together | None, layers: ByLayer | None) -> Spread:
+    if layers is not None:
+        return SpreadByLayer(layers)
+    return IN_ONE_PROCESS if ranks is None else SpreadOver(ranks.rank, ranks.world, ranks.totals, ranks.joined)
+
+
 def hessian(snapshot: Snapshot) -> Hessian:
     """The Hessian of the snapshot's mean loss over its data, self-tested."""
     return _of(snapshot, Hessian)
@@ -383,7 +427,7 @@ def fisher(snapshot: Snapshot) -> Fisher:
 def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
     carried = snapshot.carry.next(kind.__name__, snapshot) if snapshot.carry is not None else None
     known = carried.self_test if carried is not None else None
-    settings |= {"seed": snapshot.seed, "checked": known, "ranks": snapshot.together}
+    settings |= {"seed": snapshot.seed, "checked": known, "ranks": snapshot.together, "layers": snapshot.layers}
     if settings["ranks"] is not None:
         settings["weight"] = weight_of(snapshot, settings["ranks"])
     operator = kind(snapshot.model, snapshot.batch_loss, snapshot.cuttable(counted_batches(snapshot)), **settings)

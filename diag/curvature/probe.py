@@ -73,7 +73,7 @@ def _first_loss(objective: Objective, theta: Sequence[Tensor], batch: Batch) -> 
 
 def refuse_sums(objective: Objective, probe: Batch) -> None:
     """Raises InvalidInput where the loss of a batch is the sum of its halves' losses, not their mean."""
-    if probe.size < 2 or probe.size % 2 or probe.coupled:
+    if not objective.everywhere(probe.size >= 2 and not probe.size % 2 and not probe.coupled):
         return
     halves = [probe.slice(0, probe.size // 2), probe.slice(probe.size // 2, probe.size)]
     with objective.measured():
@@ -120,7 +120,8 @@ def hold_fixed(vector: Tensor, objective: Objective, rows: list[tuple[int, int]]
     """`vector` with zeros in the given rows, changed in place."""
     views = objective.layout.views(vector)
     for parameter, row in rows:
-        views[parameter][row] = 0
+        if (own := objective.own_row(parameter, row)) is not None:
+            views[parameter][own] = 0
     return vector
 
 
@@ -134,4 +135,4 @@ def random_direction(objective: Objective, theta: Sequence[Tensor], seed: int) -
         pieces.append(noise * ((length(p) + least) / max(p.numel() ** 0.5, 1.0)))
     flat = objective.layout.flatten(pieces, theta[0])
     direction = hold_fixed(flat, objective, rows_held_fixed(objective.model, objective))
-    return direction / length(direction)
+    return direction / objective.length(direction)

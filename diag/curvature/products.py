@@ -84,10 +84,15 @@ class HessianGraph:
         return _pulled_back(self.gradient, self.parameters, views, keep)
 
 
+def model_outputs(objective: Objective, parameters: Sequence[Tensor], batch: Batch) -> Any:
+    """What J is the Jacobian of: the model's outputs."""
+    return objective.outputs(parameters, batch)
+
+
 class GeneralisedGaussNewton:
     """G = sum_b (n_b / n) J_b^T S_b J_b, with S the Jacobian of `output_map` (symmetric, block per example)."""
 
-    def __init__(self, output_map: OutputMap, outputs: Callable[..., Any] = Objective.outputs):
+    def __init__(self, output_map: OutputMap, outputs: Callable[..., Any] = model_outputs):
         self.output_map, self.outputs = output_map, outputs
 
     def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
@@ -127,8 +132,9 @@ class GeneralisedGaussNewton:
             tangent = [(a.detach() - b.detach()) / (2 * step) for a, b in zip(plus, minus, strict=True)]
             del plus, minus
             turned = self._differenced_map(objective, outputs, tangent, rebuilt, batch)
-            pulled = torch.autograd.grad(outputs, parameters, turned, allow_unused=True)
-            total.add_(objective.layout.flatten(pulled, total), alpha=objective.weight(batch))
+            weighted = [t * objective.weight(batch) for t in turned]
+            pulled = torch.autograd.grad(outputs, parameters, weighted, allow_unused=True)
+            total += objective.layout.flatten(pulled, total)
         return total
 
     def _differenced_map(
@@ -161,7 +167,7 @@ class GaussNewtonGraph:
         parameters: Sequence[Tensor],
         batches: Sequence[Batch],
         output_map: OutputMap,
-        outputs: Callable[..., Any] = Objective.outputs,
+        outputs: Callable[..., Any] = model_outputs,
     ):
         self.parameters = parameters
         self.outputs: list[Tensor] = []
@@ -212,11 +218,11 @@ class FiniteDifferenceGraph:
 
     def __init__(self, curvature: Curvature, objective: Objective, parameters: Sequence[Tensor], step: float):
         self.curvature, self.objective, self.parameters = curvature, objective, parameters
-        self.step = step * max(length(parameters), 1e-3)
+        self.step = step * max(objective.length(parameters), 1e-3)
 
     def product(self, views: Sequence[Tensor], keep: bool) -> Pieces:
         """The product with a unit vector along v, scaled back."""
-        size = length(views)
+        size = self.objective.length(views)
         if size == 0:
             return [None] * len(views)
         unit = [v.to(self.objective.dtype) / size for v in views]

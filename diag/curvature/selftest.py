@@ -34,7 +34,6 @@ from diag.curvature.probe import (
 from diag.curvature.products import Curvature
 from diag.curvature.record import WARN_ABOVE, ProductMethod, SelfTest
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
-from diag.linalg.reductions import length
 from diag.snapshot.autograd_graph import nodes_before
 
 FAIL_ABOVE = {"float64": 0.03, "float32": 0.3}  # a float32 difference crosses kinks, so it can prove less
@@ -88,7 +87,7 @@ class _Examination:
         self.direction = self.product = torch.empty(0, dtype=torch.float32)
         self.theta = trial.parameters()
         self.precision = "float64" if trial.dtype == torch.float64 else "float32"
-        self.scale = max(length(trial.layout.flatten(self.theta, self.theta[0])), 1e-3)
+        self.scale = max(trial.length(self.theta), 1e-3)
         self.fixed = rows_held_fixed(trial.model, trial)
 
     def outcome(self) -> SelfTest:
@@ -115,11 +114,11 @@ class _Examination:
                 f"A forward pass in evaluation mode changes {changed[0]} in place, so the loss is not a function "
                 "of the parameters; switch that update off in evaluation mode."
             )
-        if not torch.isfinite(again).all():
+        if not self.trial.everywhere(bool(torch.isfinite(again).all())):
             raise InvalidInput(
                 "The gradient of the loss is not finite on the data; look for the step at which training broke."
             )
-        difference = _relative(again, self.gradient)
+        difference = self._relative(again, self.gradient)
         if not difference <= REPEATABLE_WITHIN:
             self._refuse_reader_of_memory(again)
             raise Unsupported(
@@ -131,7 +130,7 @@ class _Examination:
 
     def _refuse_reader_of_memory(self, gradient: Tensor) -> None:
         """Raises Unsupported where the gradient differs because of the kernels, not from one time to the next."""
-        if _relative(self.trial.gradient(self.theta), gradient) <= REPEATABLE_WITHIN:
+        if self._relative(self.trial.gradient(self.theta), gradient) <= REPEATABLE_WITHIN:
             raise Unsupported(
                 "The model's gradient depends on which kernels compute its convolutions: it reads the memory of "
                 "their outputs directly (as_strided, a foreign kernel); call .contiguous() on them first."
@@ -141,7 +140,7 @@ class _Examination:
         direction = self._unit(self.gradient)
         if direction is None:
             return 0.0
-        slope = float(self.gradient.double() @ direction.double())
+        slope = self.trial.inner(self.gradient, direction)
         views = self.trial.layout.views(direction)
         errors = []
         for relative in DIFFERENCE_STEPS[self.precision]:
@@ -151,7 +150,7 @@ class _Examination:
             errors.append(abs((ahead - behind) / (2 * step) - slope) / max(abs(slope), noise, 1e-300))
             if errors[-1] < WARN_ABOVE["float64"]:
                 break
-        if min(errors) > FAIL_ABOVE[self.precision] and abs(slope) > 10 * length(self.rounding):
+        if min(errors) > FAIL_ABOVE[self.precision] and abs(slope) > 10 * self.trial.length(self.rounding):
             raise Unsupported(
                 f"The gradient is not the derivative of the loss ({min(errors):.0%} off along its own direction), "
                 "as with detached terms, straight-through estimators or a custom backward; such a loss has no "
@@ -218,9 +217,10 @@ class _Examination:
         for relative in DIFFERENCE_STEPS[self.precision]:
             step = relative * self.scale
             difference, noise = self._difference(direction, step), self.rounding * (2 / step)
-            size = max(length(product), length(difference))
-            if length(noise) > 0.1 * size:
-                share = size / (10 * length(noise))
+            *sizes, rounding = self.trial.lengths([product, difference, noise]).tolist()
+            size = max(sizes)
+            if rounding > 0.1 * size:
+                share = size / (10 * rounding)
                 unseen = Gap(share, share, self.trial.layout.names[0])
                 continue
             found.append(self._largest_gap(product, difference, noise))
@@ -229,12 +229,13 @@ class _Examination:
         return min(found, default=unseen)
 
     def _largest_gap(self, product: Tensor, difference: Tensor, noise: Tensor) -> Gap:
-        least = max(SMALLEST_PART[self.precision] * length(product), 1e-300)
-        pieces = (self.trial.layout.views(vector) for vector in (product, difference, noise))
+        vectors = (product - difference, product, difference, noise)
+        lengths = self.trial.lengths([piece for v in vectors for piece in self.trial.layout.views(v)])
+        least = max(SMALLEST_PART[self.precision] * self.trial.length(product), 1e-300)
         gaps = []
-        for name, p, d, n in zip(self.trial.layout.names, *pieces, strict=True):
-            gap, size = length(p - d), max(length(p), length(d), least)
-            gaps.append(Gap(max(gap - length(n), 0.0) / size, gap / size, name))
+        for name, (gap, p, d, n) in zip(self.trial.layout.names, lengths.view(4, -1).T.tolist(), strict=True):
+            size = max(p, d, least)
+            gaps.append(Gap(max(gap - n, 0.0) / size, gap / size, name))
         return max(gaps)
 
     # -- the finite difference as a product --------------------------------------------------------
@@ -247,7 +248,7 @@ class _Examination:
             name: [self._difference(d, relative * self.scale) for relative in steps] for name, d in known.items()
         }
         changes = [
-            {name: _relative(row[k + 1], row[k]) for name, row in table.items()} for k in range(len(steps) - 1)
+            {name: self._relative(row[k + 1], row[k]) for name, row in table.items()} for k in range(len(steps) - 1)
         ]
         best = min(range(len(changes)), key=lambda k: max(changes[k].values()))
         asymmetry = self._asymmetry(known, {name: row[best] for name, row in table.items()})
@@ -283,7 +284,7 @@ class _Examination:
     def _unit(self, vector: Tensor) -> Tensor | None:
         """The unit vector along `vector` without the rows that are held fixed; None for zero."""
         vector = hold_fixed(vector.clone(), self.trial, self.fixed)
-        size = length(vector)
+        size = self.trial.length(vector)
         return vector / size if size > 0 else None
 
     def _random(self) -> Tensor:
@@ -291,10 +292,14 @@ class _Examination:
 
     def _asymmetry(self, directions: dict[str, Tensor], products: dict[str, Tensor]) -> float:
         first, last = next(iter(directions)), next(reversed(directions))
-        size = max(length(products[first]), length(products[last]), 1e-300)
-        there = directions[first].double() @ products[last].double()
-        back = directions[last].double() @ products[first].double()
-        return float((there - back).abs()) / size
+        size = max(*self.trial.lengths([products[first], products[last]]).tolist(), 1e-300)
+        there = self.trial.inner(directions[first], products[last])
+        back = self.trial.inner(directions[last], products[first])
+        return abs(there - back) / size
+
+    def _relative(self, a: Tensor, b: Tensor) -> float:
+        difference, *sizes = self.trial.lengths([a - b, a, b]).tolist()
+        return float(difference / max(*sizes, 1e-300))
 
 
 def _rounding_error(curvature: Curvature, own: Objective, direction: Tensor, product: Tensor) -> float:
@@ -302,9 +307,10 @@ def _rounding_error(curvature: Curvature, own: Objective, direction: Tensor, pro
     with own.measured():
         graph = curvature.graph(own, own.parameters(), own.batches)
         rounded = own.layout.flatten(graph.product(own.layout.views(direction.to(own.dtype)), False), direction)
-    if not product.any():
+    difference, size = own.lengths([rounded - product, product]).tolist()
+    if not size:
         return 0.0
-    error = length(rounded - product) / length(product)
+    error = float(difference / size)
     if not error <= FAIL_ABOVE["float32"]:
         raise Unsupported(
             f"The product in {own.precision} differs from the one in {product.dtype} by {error:.0%}; measure with "
@@ -317,7 +323,3 @@ def error_node(graph: object) -> bool:
     """True where a graph holds a node that stands for "cannot be differentiated again"."""
     roots = [t.grad_fn for name in ("gradient", "pulled") for t in getattr(graph, name, ()) if t is not None]
     return any(n.name() in ("Error", "torch::autograd::Error", "NotImplemented") for n in nodes_before(roots))
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return length(a - b) / max(length(a), length(b), 1e-300)

@@ -4,4 +4,4 @@ Rule of the room: nothing here waits without a limit, and a failure is a reason 
 uses torch.distributed and knows no model, no watch and no file.
 """
 
-__all__ = ["checksums", "link", "meeting", "placement", "together"]
+__all__ = ["checksums", "link", "lockstep", "meeting", "placement", "together"]

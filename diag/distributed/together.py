@@ -102,6 +102,26 @@ class Together:
         self._reduce(value, dist.ReduceOp.MIN)
         return float(value)
 
+    def most(self, numbers: Tensor) -> Tensor:
+        """The largest of the ranks' tensors, which have one shape, entry by entry."""
+        value = numbers.to(self.device, copy=True)
+        self._reduce(value, dist.ReduceOp.MAX)
+        return value.to(numbers.device)
+
+    def table(self, own: Tensor) -> Tensor:
+        """(world, n): the ranks' vectors (n,), which have one size and dtype."""
+        message = own.to(self.device).contiguous()
+        whole = message.new_empty(self.world, len(message))
+        self._send(lambda: self._group.allgather([list(whole)], [message]))
+        return whole.to(own.device)
+
+    def own_row_of_sum(self, table: Tensor) -> Tensor:
+        """(n,): this rank's row of the sum of the ranks' tables (world, n)."""
+        message = table.to(self.device).contiguous()
+        found = message.new_empty(message.shape[1])
+        self._send(lambda: self._group.reduce_scatter([found], [list(message)]))
+        return found.to(table.device)
+
     def sum(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
         """The sum over ranks of what `compute()` gives, a tensor like `like`.
 

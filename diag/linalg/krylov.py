@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diag.errors import InvalidInput
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import dot, norm, orthogonalise, rotate
+from diag.linalg.reductions import dot, norm, normal, orthogonalise, rotate
 
 # A coupling below this share of the largest is a breakdown: nothing but rounding would be followed further.
 SMALLEST_COUPLING = 1e-10
@@ -169,7 +169,7 @@ class KrylovSpace:
     def _fresh_vector(self, count: int) -> Tensor:
         """A unit Gaussian vector orthogonal to the first `count` of the basis."""
         operator = self.operator
-        drawn = operator.spread.part(torch.randn(operator.size, dtype=torch.float32, generator=self.generator))
+        drawn = operator.spread.drawn(operator.size, normal(self.generator))
         vector = drawn.to(dtype=operator.dtype, device=operator.device)
         if count:
             for _ in range(2):

@@ -20,7 +20,7 @@ from torch import Tensor
 from diag.errors import InvalidInput
 from diag.linalg.krylov import KrylovSpace
 from diag.linalg.operator import LinearOperator
-from diag.linalg.reductions import combine, norm
+from diag.linalg.reductions import combine, norm, normal
 from diag.linalg.resume import Stateful, file_of, load_run, save_run
 from diag.linalg.ritz import Ritz, StoppingRule, Which, ritz
 
@@ -336,5 +336,5 @@ def warm_start(start: Tensor, operator: LinearOperator, generator: torch.Generat
     rows, spread = torch.atleast_2d(start), operator.spread
     total = sum(row * (1 / norm(row, spread)) for row in rows)
     assert isinstance(total, Tensor)
-    noise = spread.part(torch.randn(operator.size, dtype=torch.float32, generator=generator)).to(total)
+    noise = spread.drawn(operator.size, normal(generator)).to(total)
     return total * (1 / norm(total, spread)) + 0.1 * noise * (1 / norm(noise, spread))

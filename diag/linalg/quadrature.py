@@ -28,6 +28,7 @@ from diag.errors import InvalidInput
 from diag.linalg.deflation import DeflatedOperator
 from diag.linalg.lanczos import LanczosRun, run_lanczos
 from diag.linalg.operator import LinearOperator
+from diag.linalg.reductions import normal
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def spectral_measure(
 
 def gaussian_probe(operator: LinearOperator, generator: torch.Generator) -> Tensor:
     """A Gaussian vector of the operator's kind; inside the complement where directions are deflated."""
-    v = operator.spread.part(torch.randn(operator.size, dtype=torch.float32, generator=generator))
+    v = operator.spread.drawn(operator.size, normal(generator))
     v = v.to(dtype=operator.dtype, device=operator.device)
     return operator.project(v) if isinstance(operator, DeflatedOperator) else v
 

@@ -45,6 +45,10 @@ class Spread:
         """This process's part of a vector (size,) or of rows of them (k, size)."""
         return whole
 
+    def drawn(self, size: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """This process's part of a vector that `draw(size)` gives, the same on all of them."""
+        return self.part(draw(size))
+
     def whole(self, part: Tensor, size: int) -> Tensor:
         """The vector of `size` entries from the processes' parts."""
         return part
@@ -95,6 +99,11 @@ class SpreadOver(Spread):
 
 
 IN_ONE_PROCESS = Spread()
+
+
+def normal(generator: torch.Generator) -> Callable[[int], Tensor]:
+    """Draws so many normal numbers, float32 on the host."""
+    return lambda size: torch.randn(size, dtype=torch.float32, generator=generator)
 
 
 def blocks(size: int, device: torch.device, on_cpu: int = BLOCK_ON_CPU) -> Iterator[slice]:

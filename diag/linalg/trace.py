@@ -75,8 +75,10 @@ def _probe(operator: LinearOperator, count: int, generator: torch.Generator) -> 
     samples = []
     with operator.many_products():
         for _ in range(count):
-            bits = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-            v = (2 * operator.spread.part(bits) - 1).to(dtype=operator.dtype, device=operator.device)
+            bits = operator.spread.drawn(
+                operator.size, lambda n: torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8)
+            )
+            v = (2 * bits - 1).to(dtype=operator.dtype, device=operator.device)
             if isinstance(operator, DeflatedOperator):
                 operator.project(v)
             product = operator.apply(v)

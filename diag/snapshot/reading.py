@@ -89,6 +89,25 @@ def shared_out(batches: tuple[Batch, ...], ranks: Together) -> tuple[Batch, ...]
     return tuple(found)
 
 
+def equally_many(batches: tuple[Batch, ...], ranks: Together) -> tuple[Batch, ...]:
+    """The batches, cut further where another rank has more of them.
+
+    Raises InvalidInput, on every rank, where one has fewer examples than another has batches.
+    """
+    most = int(ranks.most(torch.tensor([len(batches)]))[0])
+    fewest = int(ranks.least(sum(1 if batch.coupled else batch.size for batch in batches)))
+    if fewest < most:
+        raise InvalidInput(
+            f"A rank can cut its data into {fewest} batches and another has {most}; give all ranks about as many "
+            "examples, in batches of one size."
+        )
+    found = list(batches)
+    while len(found) < most:
+        largest = max(range(len(found)), key=lambda i: 0 if found[i].coupled else found[i].size)
+        found[largest : largest + 1] = found[largest].split(-(-found[largest].size // 2))
+    return tuple(found)
+
+
 class _Read:
     """length: batches that the data says it has; None where it does not, or where it does not matter."""
 

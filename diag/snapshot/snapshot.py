@@ -8,7 +8,7 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -28,8 +28,16 @@ from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
-from diag.snapshot.reading import read_batches, shared_out
-from diag.snapshot.sharded.whole import is_sharded, refuse_another_function, sharded_as, whole_copy, whole_optimizer
+from diag.snapshot.reading import equally_many, read_batches, shared_out
+from diag.snapshot.sharded.by_layer import ByLayer, can_gather_by_layer
+from diag.snapshot.sharded.whole import (
+    fits_whole,
+    is_sharded,
+    refuse_another_function,
+    sharded_as,
+    whole_copy,
+    whole_optimizer,
+)
 from diag.snapshot.state.bits import TensorBits, bits_of
 from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
@@ -39,7 +47,7 @@ from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
 from diag.snapshot.undisturbed import undisturbed
-from diag.snapshot.validation import checked_arguments
+from diag.snapshot.validation import BY_LAYER, checked_arguments
 
 MODEL_MOVED = (
     "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "
@@ -61,6 +69,11 @@ OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an 
     *("labels", "targets", "logits", "losses", "logit_gradients", "features"),
     *("loss_at", "gradient", "hessian", "gauss_newton", "per_example_gradients", "interpolation"),
 }
+WITHOUT_WEIGHTS = {"hessian", "gauss_newton", "labels", "targets", "logits", "losses", "logit_gradients"}
+NOT_BY_LAYER = (
+    "{} is not measured where the weights of one layer at a time are gathered, as no rank holds all of them; give "
+    "more memory, so that each rank can take a whole copy (ranks=True)."
+)
 NOT_OVER_RANKS = (
     "{} is not put together over ranks, of which each has a share of the data{}; measure it in one process "
     "on all the data, without ranks=."
@@ -89,10 +102,13 @@ class Snapshot:
         elsewhere. micro_batch: examples per pass, to bound memory. max_examples: use only the first ones (of data
         without a length, which may never end, the first 8,192 are used where this is not given, and a warning
         says so).
-    ranks: the data are this rank's share, and every rank of torch.distributed makes the same snapshot on its own
-        share (or all of them on the same data, which they then share out): loss, gradient, curvature and what has a
-        row an example are those of all the data. Of a model that is sharded (fully_shard, tensor parallel) each
-        rank takes a whole copy. What is not put together is refused.
+    ranks: with True the data are this rank's share, and every rank of torch.distributed makes the same snapshot on
+        its own share (or all of them on the same data, which they then share out): loss, gradient, curvature and
+        what has a row an example are those of all the data. Of a model that is sharded (fully_shard, tensor
+        parallel) each rank takes a whole copy. Where that does not fit on some rank, or with "by_layer", the
+        weights of one layer at a time are gathered, no rank ever holds all of them, and of vectors of their size
+        each has its shards: for curvature, logits and losses of a model under fully_shard. What is not put
+        together is refused.
     deadline: what measuring may take, asked between batches, products and examples (see `diag.linalg.deadline`).
 
     Raises InvalidInput where model, loss_fn or data are not of these kinds.
@@ -118,27 +134,33 @@ class Snapshot:
         micro_batch: int | None = None,
         max_examples: int | None = None,
         deadline: Deadline = NEVER,
-        ranks: bool | Together = False,
+        ranks: bool | str | Together = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         arguments |= checked_arguments(arguments)
         self.ranks = ranks if isinstance(ranks, Together) else Together(_device_of(model)) if ranks else None
         self._placement = sharded_as(bare_model(model))
-        self._sharded = bare_model(model) if self.ranks is not None and self._placement else None
-        self.model, self.optimizer = _measured(bare_model(model), optimizer, device, self.ranks)
+        self.layers = _by_layer(arguments, self.ranks) if self._placement else None
+        whole = self.ranks is not None and self._placement and self.layers is None
+        self._sharded = bare_model(model) if whole else None
+        self.model, self.optimizer = _measured(bare_model(model), optimizer, device, self.ranks, self.layers)
         self.loss_fn = loss_fn
         self.previous, self.other, self.history = previous, other, history
-        self.loop = loop
-        self.carry, self.deadline = carry, deadline
+        self.loop, self.carry, self.deadline = loop, carry, deadline
         self.seed, self.device = arguments["seed"], device
         self.micro_batch, self.max_examples = arguments["micro_batch"], arguments["max_examples"]
-        made = {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
-        self._arguments = arguments | made
+        self._arguments = arguments | self._made()
         self.cut_short = ""  # in one sentence, where not all of the data was read
         self._computed: dict[str, Any] = {}
         self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits
         self._entered: bool | None = None  # a measurement is going on; whether it calls the model
         self._moment, self._moved = TensorBits(self.model, loss_fn), ""  # what had moved when a measurement began
+
+    def _made(self) -> dict[str, Any]:
+        """The arguments by which another snapshot shares what was made of them here."""
+        if self.layers is not None:
+            return {"ranks": BY_LAYER}
+        return {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
 
     @property
     def limit(self) -> Deadline:
@@ -152,6 +174,8 @@ class Snapshot:
         Raises MissingQuantity, in one sentence with what to give, where the snapshot cannot give it.
         """
         row = lookup(name)
+        if self.layers is not None and name.removeprefix(HELD_OUT) not in WITHOUT_WEIGHTS:
+            raise MissingQuantity(NOT_BY_LAYER.format(name))
         if self.ranks and name.removeprefix(HELD_OUT) not in OVER_RANKS:
             lies = f" (and whose parameters are sharded: {self._placement})" if self._placement else ""
             raise MissingQuantity(NOT_OVER_RANKS.format(name, lies))
@@ -260,6 +284,8 @@ class Snapshot:
             refuse_another_function(self._sharded, self.model, batches[0], self.ranks)
             self._sharded = None
         batches = batches if self.ranks is None else shared_out(batches, self.ranks)
+        if self.layers is not None and self.ranks is not None:
+            batches = equally_many(batches, self.ranks)
         self._computed[DATA] = bits_of_batches(batches)
         return batches
 
@@ -386,10 +412,29 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def _by_layer(arguments: Mapping[str, Any], ranks: Together | None) -> ByLayer | None:
+    """The sharded model as one whose layers are gathered one at a time, where that is asked for or nothing else
+    fits."""
+    model = bare_model(arguments["model"])
+    if ranks is None or (
+        arguments["ranks"] != BY_LAYER and fits_whole(model, ranks, free_memory(_device_of(model)))
+    ):
+        return None
+    if arguments["ranks"] != BY_LAYER and not can_gather_by_layer(model, ranks.world):
+        return None  # where the whole copy is refused with its reason
+    return ByLayer(model, ranks)
+
+
 def _measured(
-    model: nn.Module, optimizer: Any, device: torch.device | str | None, ranks: Together | None
+    model: nn.Module,
+    optimizer: Any,
+    device: torch.device | str | None,
+    ranks: Together | None,
+    layers: ByLayer | None,
 ) -> tuple[nn.Module, Any]:
-    """The model to measure, whole and on the device asked for, and its optimizer."""
+    """The model to measure, whole and on the device asked for, and its optimizer; or the one that gathers."""
+    if layers is not None:
+        return layers.model, None
     if ranks is None or not is_sharded(model):
         return _on_device(model, device), optimizer
     copied = whole_copy(model, ranks, free_memory(_device_of(model)))

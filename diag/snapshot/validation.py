@@ -19,6 +19,7 @@ from diag.linalg.deadline import NEVER, Deadline
 from diag.ranges import Count
 from diag.snapshot.glossary import HELD_OUT, lookup
 
+BY_LAYER = "by_layer"  # of ranks=
 AXES = {"m": "examples", "n": "examples", "K": "classes", "d": "features"}
 
 
@@ -48,6 +49,8 @@ def checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     _check_device(arguments["device"])
     if not isinstance(arguments["deadline"], Deadline):
         raise InvalidInput(f"deadline is {type_of(arguments['deadline'])}; expected a Deadline, or none.")
+    if isinstance(arguments["ranks"], str) and arguments["ranks"] != BY_LAYER:
+        raise InvalidInput(f"ranks is {arguments['ranks']!r}; expected True, False or {BY_LAYER!r}.")
     if arguments["ranks"] and arguments["deadline"] is not NEVER:
         raise InvalidInput(
             "A snapshot over ranks= takes no deadline=, which ranks would reach at other times; leave it out."

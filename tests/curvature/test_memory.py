@@ -1,5 +1,6 @@
 """Kept and rebuilt graphs: the estimate is what a graph holds, the cap decides, and neither changes a product."""
 
+import gc
 import importlib.util
 import weakref
 from pathlib import Path
@@ -46,6 +47,22 @@ def test_saved_bytes_of_a_forward_pass_are_those_of_its_activations():
     with objective.measured():
         counted = saved_bytes(lambda part: part.loss(part.parameters(), part.batches[0]), objective)
     assert counted == pytest.approx(4 * (100 * 64 + 100 * 3), abs=64)
+
+
+def test_what_was_counted_is_not_kept():
+    """A graph that holds a tensor with its own history would keep itself alive."""
+    model, loss_fn, batches = wide(100)
+    objective, made = Hessian(model, loss_fn, batches).objective, []
+
+    def loss(part):
+        outputs = part.outputs(part.parameters(), part.batches[0]).exp()  # which saves its output
+        made.append(weakref.ref(outputs))
+        return part.loss_of(outputs, part.batches[0])
+
+    with objective.measured():
+        saved_bytes(loss, objective)
+    gc.collect()
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton])

@@ -7,10 +7,6 @@ is one process that trains on all the rows: with equal batches the mean of the r
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -20,8 +16,8 @@ from torch.nn import functional as F
 import diag
 from diag.errors import InvalidInput
 from diag.linalg.deadline import Deadline
+from tests.distributed.starting import SCRIPT, start
 
-SCRIPT = Path(__file__).with_name("trainings.py")
 SPEC = importlib.util.spec_from_file_location("trainings", SCRIPT)
 trainings = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(trainings)
@@ -52,27 +48,6 @@ NAMES = (
     *FAULTS,
     *PARTINGS,
 )
-
-
-def start(world, folder, names):
-    """Run the trainings; what the ranks found, by rank."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(world), folder, *names],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=150)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, errors
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")

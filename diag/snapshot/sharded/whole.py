@@ -78,11 +78,17 @@ def whole_copy(model: nn.Module, together: Together, free: float, first_buffers:
     _refuse_too_large(parameters, together.least(free))
     buffers = list(model.buffers())
     tensors = _all_whole([*parameters.values(), *buffers], together, buffers if first_buffers else ())
+    return Whole(bare_copy(model, tensors)[0], tensors)
+
+
+def bare_copy(model: nn.Module, tensors: Mapping[int, Any]) -> tuple[nn.Module, dict[int, Any]]:
+    """A copy of the model without torch's hooks that has these tensors, by the id of its own, and the copy's
+    modules by the id of the model's."""
     modules = {id(m): _bare(m) for m in model.modules()}
     memo: dict[int, Any] = {**tensors, **modules}
     for module in model.modules():
         vars(modules[id(module)]).update(_copied(module, memo))
-    return Whole(modules[id(model)], tensors)
+    return modules[id(model)], modules
 
 
 def whole_optimizer(optimizer: Optimizer, tensors: Mapping[int, Any], together: Together) -> Optimizer:
@@ -141,6 +147,11 @@ def refuse_another_function(model: nn.Module, copied: nn.Module, batch: Batch, t
 
 def _plain(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_spread(tensor) else tensor
+
+
+def fits_whole(model: nn.Module, together: Together, free: float) -> bool:
+    """Whether every rank can take a whole copy, with what measuring takes. free: bytes that this one may take."""
+    return ROOM * sum(p.numel() * p.element_size() for p in model.parameters()) <= together.least(free)
 
 
 def _refuse_too_large(parameters: Mapping[str, Tensor], free: float) -> None:

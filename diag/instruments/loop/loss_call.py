@@ -126,7 +126,9 @@ def _findings(f: LossFacts) -> Iterator[LoopFinding]:
 
 def _log_input(f: LossFacts, probabilities: bool, always: bool) -> Iterator[LoopFinding]:
     axis = 1 if f.function == "nll_loss" else len(f.input_shape) - 1
-    if f.came_from in ("softmax", "log_softmax") and f.over_axis is not None and f.over_axis != axis:
+    # kl_div sums over whatever axis: the classes of a picture may lie on any but the examples'.
+    wrong = f.over_axis != axis if f.function == "nll_loss" else f.over_axis == 0 < axis
+    if f.came_from in ("softmax", "log_softmax") and f.over_axis is not None and wrong:
         yield _axis(f, axis)
     elif probabilities:
         yield _logs(f, "probabilities")

@@ -144,3 +144,15 @@ def products_with_exponentials(nodes: list[Any]) -> Iterator[tuple[Any, Any, int
             found, _ = exponential(side, index) if side is not None else (None, 0)
             if found is not None:
                 yield node, found, 1 if kind == "Mul" else -1
+
+
+def one_view(nodes: list[Any], view: Any, maker: Any) -> bool:
+    """Whether what `view` gives is taken from what made it once, and not once more by another view."""
+    if view is maker:
+        return True
+    entries = [(kind_of(n), _place(n)) for n in nodes for p, _ in n.next_functions if p is maker]
+    return len(entries) == len(set(entries))
+
+
+def _place(view: Any) -> Any:
+    return tuple(getattr(view, f"_saved_{name}", None) for name in ("dim", "index", "start", "end"))

@@ -20,6 +20,7 @@ from diag.watching.observe.loop.formula.chains import (
     behind_views,
     bottom_of,
     is_square,
+    one_view,
     sides_of,
     sign_of,
 )
@@ -37,6 +38,7 @@ BOUNDED: dict[str, tuple[str, float, float]] = {
 OF_TARGETS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D")
 OUT_OF_REACH, SLACK = 0.05, 0.01  # of the targets; of their range
 UNREDUCED = 0
+SLOPES_OF_STEPS = ("ThresholdBackward", "LeakyReluBackward")  # of functions whose slope is constant but for a jump
 RESULT_KEPT = ("Relu", "Tanh", "Sigmoid", "Softmax")
 
 
@@ -114,7 +116,7 @@ def _both_ways(mask: Tensor, sides: list[tuple[Any, Any, int]]) -> bool:
 def one_kind(nodes: list[Any], parts: list[Summand]) -> Iterator[OddFound]:
     """A loss of single entries of which a mask leaves those of one target alone."""
     weights = {p.node: p.weights for p in parts if p.factors and p.kind in OF_TARGETS}
-    counted: list[tuple[str, Tensor, Tensor]] = []
+    counted: list[tuple[Any, Tensor, Tensor]] = []
     for node in nodes:
         if kind_of(node) in OF_TARGETS:
             target = getattr(node, "_saved_target", None)
@@ -128,17 +130,27 @@ def one_kind(nodes: list[Any], parts: list[Summand]) -> Iterator[OddFound]:
                 taken = [*masks, *([weights[node] != 0] if node in weights else [])]
                 fit = [m for m in taken if m.shape == target.shape]
                 mask = torch.stack(fit).any(0) if fit else mask
-            counted.append((kind_of(node), target[mask], target))
-    for kind, chosen, target in counted:
+            counted.append((node, target[mask], target))
+    for node, chosen, target in counted:
+        kind = kind_of(node)
         # What another term of the same kind asks for may be what this one leaves out.
-        values = {float(v) for k, t, _ in counted if k[:3] == kind[:3] for v in t.unique()[:4].tolist()}
+        values = {float(v) for n, t, _ in counted if kind_of(n)[:3] == kind[:3] for v in t.unique()[:4].tolist()}
         if chosen.numel() < FEWEST_IN_A_LOSS or len(values) != 1 or chosen.numel() == target.numel():
+            continue
+        if _used_again(nodes, node):
             continue
         left = float((target != chosen.reshape(-1)[0]).float().mean())
         if left > 0:
             kept = float(chosen.reshape(-1)[0])
             yield OddFound(Odd.ONE_TARGET, {"target": kept, "left": left, "classes": float("Nll" in kind)})
             return
+
+
+def _used_again(nodes: list[Any], node: Any) -> bool:
+    """Whether something else of the loss depends on the outputs that this one compares."""
+    given, index = argument_of(node)
+    users = [n for n in nodes for p, i in n.next_functions if p is given and i == index]
+    return len(users) != 1 or not one_view(nodes, given, behind_views(given))
 
 
 # The end of the network against what it is compared with
@@ -268,7 +280,7 @@ def flat_derivative(nodes: list[Any]) -> Iterator[OddFound]:
         if kind_of(node) != "Mm" or not node.next_functions:
             continue
         before, _ = node.next_functions[0]
-        if before is None or kind_of(before) != "ThresholdBackward" or before.next_functions[0][0] is not None:
+        if before is None or kind_of(before) not in SLOPES_OF_STEPS or before.next_functions[0][0] is not None:
             continue
         kept = getattr(node, "_saved_self", None)
         if isinstance(kept, Tensor) and kept.is_cpu and kept.numel() >= FEWEST_IN_A_LOSS and not bool(kept.any()):

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import kind_of
 from diag.snapshot.loop.arithmetic import Odd
-from diag.watching.observe.loop.formula.chains import OddFound, argument_of, behind_views, bottom_of, sides_of
+from diag.watching.observe.loop.formula.chains import (
+    OddFound,
+    argument_of,
+    behind_views,
+    bottom_of,
+    one_view,
+    sides_of,
+)
 from diag.watching.observe.loop.formula.scales import RAW_OUTPUTS
 
 NODES_WITH_NOISE = 1500
@@ -40,7 +47,7 @@ def noise(root: Tensor, given: set[int]) -> Iterator[OddFound]:
             continue
         users = [n for n in nodes for p, i in n.next_functions if p is bottom and i == place]
         of_scale = [n for n in nodes for p, i in n.next_functions if p is scale and i == index]
-        if len(users) == len(of_scale) == 1 and _one_view(nodes, bottom, maker):
+        if len(users) == len(of_scale) == 1 and one_view(nodes, bottom, maker):
             yield OddFound(Odd.NOISE_UNPAID, {"weightless": float(without)})
             return
 
@@ -92,15 +99,3 @@ def is_standard_noise(numbers: Tensor) -> bool:
     fourth = (z**4).mean() - 3  # its standard error is that of 96 / n
     within = bool((moments.abs() * count**0.5 < STANDARD_ERRORS_OF_NOISE).all())
     return within and bool(fourth.abs() < STANDARD_ERRORS_OF_NOISE * (96 / count) ** 0.5)
-
-
-def _one_view(nodes: list[Any], bottom: Any, maker: Any) -> bool:
-    """Whether the scale is taken from what made it by one view alone, not once more by another."""
-    if bottom is maker:
-        return True
-    entries = [(kind_of(n), _place(n)) for n in nodes for p, _ in n.next_functions if p is maker]
-    return len(entries) == len(set(entries))
-
-
-def _place(view: Any) -> Any:
-    return tuple(getattr(view, f"_saved_{name}", None) for name in ("dim", "index", "start", "end"))

@@ -249,7 +249,8 @@ class LoopObserver:
 
     def _own_loss(self, roots: Any) -> None:
         """A loss that is the loop's own arithmetic asks for targets as one of torch's does."""
-        for one in self._comparisons.behind(roots):
+        compared = self._comparisons.behind(roots)
+        for one in compared:
             self._pairing.compared("", one.output, one.targets, one.node)
         if self._losses.any_called:
             self._own.forget()
@@ -261,6 +262,10 @@ class LoopObserver:
             self._targets.loss_called(found.function, arguments, {})
             self._asked.loss_called(found.function, arguments, {"reduction": "mean"})
             self._formula.own_loss(found.function, *arguments)
+        elif found is None and compared:  # a weighted error, or one of several terms
+            nearest = compared[0]
+            self._targets.loss_called(nearest.function, (nearest.output, nearest.targets), {})
+            self._formula.own_loss(nearest.function, nearest.output, nearest.targets)
 
     def backward_done(self) -> None:
         """It has ended."""

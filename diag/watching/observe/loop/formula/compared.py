@@ -38,7 +38,6 @@ BOUNDED: dict[str, tuple[str, float, float]] = {
 OF_TARGETS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D")
 OUT_OF_REACH, SLACK = 0.05, 0.01  # of the targets; of their range
 UNREDUCED = 0
-SLOPES_OF_STEPS = ("ThresholdBackward", "LeakyReluBackward")  # of functions whose slope is constant but for a jump
 RESULT_KEPT = ("Relu", "Tanh", "Sigmoid", "Softmax")
 
 
@@ -280,7 +279,7 @@ def flat_derivative(nodes: list[Any]) -> Iterator[OddFound]:
         if kind_of(node) != "Mm" or not node.next_functions:
             continue
         before, _ = node.next_functions[0]
-        if before is None or kind_of(before) not in SLOPES_OF_STEPS or before.next_functions[0][0] is not None:
+        if before is None or kind_of(before) != "ThresholdBackward" or before.next_functions[0][0] is not None:
             continue
         kept = getattr(node, "_saved_self", None)
         if isinstance(kept, Tensor) and kept.is_cpu and kept.numel() >= FEWEST_IN_A_LOSS and not bool(kept.any()):

@@ -91,20 +91,23 @@ def exact_arithmetic() -> Iterator[None]:
 
 @contextmanager
 def _model_state(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    for parameter, _, _ in parameters:
+    parameters = list(model.parameters())
+    flags, gradients = [p.requires_grad for p in parameters], [p.grad for p in parameters]
+    for parameter in parameters:
         parameter.grad = None  # so that a backward pass inside cannot add to the training's own gradients
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in zip(modules, modes, strict=True):
+            if module.training is not training:  # setting an attribute takes long where there are thousands
+                module.training = training
         with torch.no_grad():
             for buffer, saved in buffers:
                 _restore(buffer, saved)
-        for parameter, requires_grad, grad in parameters:
+        for parameter, requires_grad, grad in zip(parameters, flags, gradients, strict=True):
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,25 @@ from diag.snapshot.state.host import as_the_program
 NOT_DENSE = "The data hold {} tensors, which are not cut into examples here; give them as dense tensors."
 # What is read of data that may never end: as many examples, or as many bytes.
 MOST_EXAMPLES_READ, MOST_BYTES_READ = 8_192, 1 << 28
+EXAMPLES_IN_PART = 8  # at least, of a batch that was cut: two of them may be alike
 CUT = (
     "The data does not say where it ends, so only its first {:,} examples were read; give max_examples= for "
     "another number of them."
 )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The batches, a sentence where there may be more of them, and the first examples of one that was cut.
+
+    part: these as one batch, as many as a micro-batch has, or a few more; first: the number of the first batch that
+    holds them.
+    """
+
+    batches: tuple[Batch, ...]
+    cut_short: str = ""
+    part: Batch | None = None
+    first: int = 0
 
 
 def read_batches(
@@ -33,8 +49,8 @@ def read_batches(
     device: torch.device | str | None,
     seed: int,
     settled: Callable[[Batch], Batch] = lambda batch: batch,
-) -> tuple[tuple[Batch, ...], str]:
-    """The first `limit` examples of `data` as micro-batches, and a sentence where there may be more of them.
+) -> Data:
+    """The first `limit` examples of `data` as micro-batches.
 
     settled: says of a batch on the device how it is cut. Data without a length, or that goes on beyond it, may
     never end: where no limit is given, it is cut, with a warning. Raises InvalidInput where there is no batch,
@@ -42,16 +58,20 @@ def read_batches(
     """
     read = _Read(_length(data) if limit is None else None, limit)
     batches: list[Batch] = []
+    part, first = None, 0
     # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
     with random_states(), generator_states(data), as_the_program():
         seed_generators(seed)
         for batch in read.first_examples(settled(dense(b.to(device))) for b in as_batches(data, unpack)):
-            batches.extend(batch.split(micro_batch))
+            parts = list(batch.split(micro_batch))
+            if part is None and len(parts) > 1:
+                part, first = batch.few(max(parts[0].size, EXAMPLES_IN_PART)), len(batches)
+            batches += parts
     if not batches:
         raise InvalidInput("The data holds no batch; give at least one example.")
     if read.cut:
         warnings.warn(read.cut, stacklevel=2)
-    return tuple(batches), read.cut
+    return Data(tuple(batches), read.cut, part, first)
 
 
 def dense(batch: Batch) -> Batch:

@@ -28,7 +28,7 @@ from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
-from diag.snapshot.reading import equally_many, read_batches, shared_out
+from diag.snapshot.reading import Data, equally_many, read_batches, shared_out
 from diag.snapshot.sharded.by_layer import ByLayer, can_gather_by_layer
 from diag.snapshot.sharded.whole import (
     fits_whole,
@@ -150,7 +150,7 @@ class Snapshot:
         self.seed, self.device = arguments["seed"], device
         self.micro_batch, self.max_examples = arguments["micro_batch"], arguments["max_examples"]
         self._arguments = arguments | self._made()
-        self.cut_short = ""  # in one sentence, where not all of the data was read
+        self.cut_short, self.cut = "", Data(())  # a sentence where not all of the data was read; what was read
         self._computed: dict[str, Any] = {}
         self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits
         self._entered: bool | None = None  # a measurement is going on; whether it calls the model
@@ -277,9 +277,8 @@ class Snapshot:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
         whole = self.max_examples is None and self.micro_batch is None
         settled = self._named if whole else lambda batch: self.cuttable((batch,))[0]
-        batches, self.cut_short = read_batches(
-            data, unpack, self.max_examples, self.micro_batch, self.device, self.seed, settled
-        )
+        read = read_batches(data, unpack, self.max_examples, self.micro_batch, self.device, self.seed, settled)
+        batches, self.cut_short, self.cut = read.batches, read.cut_short, read
         if self._sharded is not None and self.ranks is not None:
             refuse_another_function(self._sharded, self.model, batches[0], self.ranks)
             self._sharded = None
@@ -390,7 +389,8 @@ class Snapshot:
             other.__dict__["cutting"] = self.cutting
         if "batches" in self.__dict__ and not set(changes) & _READING:
             other.__dict__["batches"] = self.batches
-            other._computed[DATA], other.cut_short = self._computed[DATA], self.cut_short
+            other._computed[DATA] = self._computed[DATA]
+            other.cut_short, other.cut = self.cut_short, self.cut
         return other
 
     def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:

@@ -93,6 +93,79 @@ def test_a_constant_factor_is_taken_over(name):
     assert watcher._losses.objective.factor == pytest.approx(factor, rel=1e-6)
 
 
+bce = F.binary_cross_entropy_with_logits
+CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+
+
+def each(z, y, **settings):
+    return F.cross_entropy(z, y, reduction="none", **settings)
+
+
+def one_hot(y):
+    return F.one_hot(y, 3).double()
+
+
+LATER = {
+    "a temperature": lambda z, y: F.cross_entropy(z / 2.5, y),
+    "a scale and a factor": lambda z, y: 4 * F.cross_entropy(z * 0.5, y),
+    "a temperature before the log": lambda z, y: F.nll_loss(F.log_softmax(z / 2, 1), y),
+    "a mean of rows": lambda z, y: each(z, y).mean(),
+    "rows divided by their number": lambda z, y: 3 * each(z, y).sum() / len(y),
+    "a mean of means": lambda z, y: each(z, y).view(2, -1).mean(1).mean(),
+    "weighted rows": lambda z, y: each(z, y, weight=CLASS_WEIGHTS).mean(),
+    "ignored rows in the mean": lambda z, y: each(z, y, ignore_index=2).mean(),
+    "a mean of squares": lambda z, y: F.mse_loss(z, one_hot(y), reduction="none").mean(),
+    "sums of squares": lambda z, y: F.mse_loss(z, one_hot(y), reduction="none").sum(1).mean(),
+    "labels by themselves": lambda z, y: (
+        -F.binary_cross_entropy_with_logits(z, one_hot(y), reduction="none").mul(-2).mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_the_way_into_the_loss_and_out_of_it_is_part_of_the_objective(name):
+    model, x, y = problem()
+    run, _ = watched(model, lambda m: LATER[name](m(x), y))
+    call = called(model, x)
+    expected = largest_eigenvalue(model, lambda v: LATER[name](call(v), y))
+    assert run.series("hessian_spectrum")[-1][1].eigenvalues[0] == pytest.approx(expected, rel=2e-3)
+    assert run.series("edge_of_stability")[-1][1].ratio == pytest.approx(expected * LR / 2, rel=1e-2)
+
+
+REFUSED = {
+    "weights of rows": lambda z, y, w: (each(z, y) * w).mean(),
+    "a mask": lambda z, y, w: each(z, y)[w > 0.5].mean(),
+    "the worst rows": lambda z, y, w: each(z, y).topk(4).values.mean(),
+    "a product with itself": lambda z, y, w: (each(z, y) ** 2).mean(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_else_is_done_to_the_rows_is_refused(name):
+    model, x, y = problem()
+    weights = torch.rand(len(x), dtype=torch.float64)
+    run, watcher = watched(model, lambda m: REFUSED[name](m(x), y, weights))
+    assert not run.series("hessian_spectrum")
+    with pytest.raises(MissingQuantity, match="is reduced after its call"):
+        watcher._losses.objective(model(x), y)
+
+
+def test_a_temperature_that_moves_is_noticed():
+    model, x, y = problem()
+    temperatures = iter([4.0, 4.0, 2.0])
+    run, watcher = watched(model, lambda m: F.cross_entropy(m(x) / next(temperatures), y))
+    with pytest.raises(MissingQuantity, match="of another output than before, or with other settings"):
+        watcher._losses.objective(model(x), y)
+    assert max(step for step, _ in run.series("hessian_spectrum")) == 2
+
+
+def test_a_trained_temperature_is_refused():
+    model, x, y = problem()
+    model.scale = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    run, _ = watched(model, lambda m: F.cross_entropy(m(x) * m.scale.exp(), y), steps=6)
+    assert "in a way diag cannot repeat" in texts(run) and not run.series("hessian_spectrum")
+
+
 def accumulated(parts, divide):
     def step(model, x, y):
         for rows in torch.arange(len(x)).chunk(parts):

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import DiagError, InvalidInput, Unsupported
-from diag.snapshot.batch import COUPLED_EXAMPLES, Batch, map_tensors
+from diag.snapshot.batch import COUPLED_EXAMPLES, Batch, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.forward import Looked, forward_pass, look, look_at
 from diag.snapshot.objective.comparison import Comparison, is_whole
+from diag.snapshot.objective.coupling import ADDS_UP, couples_within
 from diag.snapshot.objective.loss_spy import BY_BATCH
 from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.objective.shares import Counted
@@ -30,7 +31,6 @@ from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.python import renew
 
 EQUAL_COUNTS_WITHIN = 1e-4  # relative: counts that differ by no more are taken to be equal
-ADDS_UP = 1e-4  # relative: of the loss of a batch and that of its parts
 MICRO_BATCH = (
     "The loss compares the examples of a batch with each other, so what it is depends on the batches; leave out "
     "micro_batch=, and give the data in the batches that are meant."
@@ -49,7 +49,7 @@ def _counted(snapshot: Snapshot) -> tuple[Batch, ...]:
     counts = example_counts(snapshot)
     tied = any(batch.why for batch in snapshot.batches)  # which micro_batch= has left whole
     if not tied and _couples(snapshot, counts):
-        if snapshot.micro_batch is not None:
+        if snapshot.cut.part is not None:
             raise Unsupported(MICRO_BATCH)
         return tuple(replace(batch, coupled=True) for batch in snapshot.batches)
     if counts is None:
@@ -97,8 +97,12 @@ def refuse_coupled(whole: float, losses: Tensor, model: nn.Module | None = None)
 def _couples(snapshot: Snapshot, counts: list[Tensor] | None) -> bool:
     """Whether the loss of a batch is not made up by those of its parts."""
     looked, batches = forward_pass(snapshot).looked, snapshot.batches
+    if looked[0].value is None:
+        return False
+    if snapshot.ranks is None and couples_within(snapshot, counts):
+        return True
     own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
-    if looked[0].value is None or (own and (len(batches) == 1 or _is_of_rows(looked[0]))):
+    if own and (len(batches) == 1 or _is_of_rows(looked[0])):
         return False  # a model's own loss can only be cut by calling the model again
     ones = [torch.ones(b.size, dtype=torch.float64) for b in batches]
     return not _adds_up(snapshot, looked, batches, ones if counts is None else counts)
@@ -189,11 +193,18 @@ def _loss_of_part(
     snapshot: Snapshot, seen: Looked, part: Batch, rows: slice, size: int, renewed: bool
 ) -> Tensor | None:
     """The loss of some rows of a batch of this size."""
-    if snapshot.loss_fn is None or is_models_own(snapshot.loss_fn):
+    own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
+    if own or _holds_more_than_rows(seen.outputs, size):
         return look(snapshot, snapshot.model, part).value
     if renewed:
         renew(snapshot.model)
     return look_at(snapshot, _cut(seen.outputs, rows, size), part.targets, tries=False).value
+
+
+def _holds_more_than_rows(outputs: Any, size: int) -> bool:
+    """Whether something besides the rows is given back, as a penalty that the model computes over the batch."""
+    by_row = [bool(t.ndim) and t.shape[0] == size for t in tensors_in(outputs) if t.is_floating_point()]
+    return any(by_row) and not all(by_row)
 
 
 def _cut(outputs: Any, rows: slice, size: int) -> Any:

@@ -17,7 +17,7 @@ import dis
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import CellType
@@ -33,6 +33,7 @@ Hooks = MutableMapping[int, Callable[..., Any]]
 
 FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
+OF_MODULES = (*FORWARD_HOOKS, *BACKWARD_HOOKS)
 OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # Of torch's own hooks these only look on.
 LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
@@ -41,8 +42,10 @@ OF_THE_NETWORK = ("transformers.utils.output_capturing",)
 
 KEEPING = ("append", "appendleft", "extend", "add")
 
-# Each module, which of its dicts of hooks, and the keys in it when the measurement began.
-_known: ContextVar[tuple[tuple[nn.Module, str, frozenset[int]], ...]] = ContextVar("diag_known_hooks", default=())
+NO_HOOKS: Mapping[str, frozenset[int]] = {}
+# The attributes of each module, and the keys in its dicts of hooks when the measurement began.
+Known = tuple[tuple[dict[str, Any], Mapping[str, frozenset[int]]], ...]
+_known: ContextVar[Known] = ContextVar("diag_known_hooks", default=())
 _silent: ContextVar[frozenset[int]] = ContextVar("diag_silent", default=frozenset())
 _gates = threading.Lock()
 
@@ -55,7 +58,7 @@ def silent(*modules: nn.Module) -> Iterator[None]:
         yield
         return
     token = _silent.set(_silent.get() | {id(m) for m in new})
-    known = _known.set((*_known.get(), *_every_dict(new)))
+    known = _known.set((*_known.get(), *_hooks_now(new)))
     with ExitStack() as stack:
         stack.callback(_silent.reset, token)
         stack.callback(_known.reset, known)
@@ -73,20 +76,25 @@ def silent(*modules: nn.Module) -> Iterator[None]:
 def forget_new() -> None:
     """Take off the hooks that the modules have hooked to themselves since the measurement began, as some do at
     their first call: what they keep of having done so is put back too, and they would do it again."""
-    for module, name, before in _known.get():
-        hooks = vars(module)[name]
-        for key in [k for k in hooks if k not in before and not _is_ours(hooks[k])] if hooks else ():
+    for part, before in _known.get():
+        if any(part.get(name) for name in OF_MODULES):
+            _forget_new(part, before)
+
+
+def _forget_new(part: dict[str, Any], before: Mapping[str, frozenset[int]]) -> None:
+    for name in OF_MODULES:
+        hooks = part.get(name) or {}
+        for key in [k for k in hooks if k not in before.get(name, ()) and not _is_ours(hooks[k])]:
             del hooks[key]
             for marks in (f"{name}_with_kwargs", f"{name}_always_called"):
-                vars(module).get(marks, {}).pop(key, None)
+                part.get(marks, {}).pop(key, None)
 
 
-def _every_dict(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, frozenset[int]]]:
-    parts = {id(part): part for module in modules for part in module.modules()}.values()
-    for part in parts:
-        for name in (*FORWARD_HOOKS, *BACKWARD_HOOKS):
-            if (hooks := vars(part).get(name)) is not None:
-                yield part, name, frozenset(hooks)
+def _hooks_now(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], Mapping[str, frozenset[int]]]]:
+    parts = {id(part): vars(part) for module in modules for part in module.modules()}
+    for part in parts.values():
+        hooked = {name: frozenset(hooks) for name in OF_MODULES if (hooks := part.get(name))}
+        yield part, hooked or NO_HOOKS
 
 
 @contextmanager
@@ -128,15 +136,18 @@ def _dicts(modules: Iterable[nn.Module]) -> Iterator[Hooks]:
     seen: set[int] = set()
     for module in modules:
         for part in module.modules():
-            for hooks in (vars(part).get(name) for name in (*FORWARD_HOOKS, *BACKWARD_HOOKS)):
-                yield from _once(hooks, seen)
+            attributes = vars(part)
+            for name in OF_MODULES:
+                if hooks := attributes.get(name):
+                    yield from _once(hooks, seen)
         for tensor in (*module.parameters(), *module.buffers()):
-            for hooks in (getattr(tensor, name, None) for name in OF_TENSORS):
-                yield from _once(hooks, seen)
+            for name in OF_TENSORS:
+                if hooks := getattr(tensor, name, None):
+                    yield from _once(hooks, seen)
 
 
-def _once(hooks: Hooks | None, seen: set[int]) -> Iterator[Hooks]:
-    if hooks and id(hooks) not in seen:
+def _once(hooks: Hooks, seen: set[int]) -> Iterator[Hooks]:
+    if id(hooks) not in seen:
         seen.add(id(hooks))
         yield hooks
 

@@ -8,10 +8,9 @@ What has changed is put back, and reported in one sentence.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,66 +29,57 @@ WRITTEN = (
 WAS_KEPT = "the values are put back, and what was measured may be wrong"
 NOT_KEPT = "the model is too large for a copy, so training is no longer what it would have been without measuring"
 KEPT_BYTES = 1 << 28  # of parameters and buffers, copied for the time of a measurement (our choice)
+COPIED_TOGETHER, MANY_COPIED = (
+    1 << 11,
+    64,
+)  # numbers of a tensor, and such tensors, from which on they are copied together
+NO_TENSORS: Mapping[str, Any] = {}
+
+# A module's name, the module, which of its dicts, that dict, and what was in it.
+HeldPlace = tuple[str, nn.Module, str, dict[str, Any], Mapping[str, Any]]
 
 _said: ContextVar[list[str] | None] = ContextVar("diag_said", default=None)
 _checked: ContextVar[frozenset[int]] = ContextVar("diag_checked", default=frozenset())
-
-
-@dataclass
-class Held:
-    """One module's dicts of parameters and buffers, and what was in them."""
-
-    name: str
-    module: nn.Module
-    dicts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tensors: dict[str, dict[str, Tensor | None]] = field(default_factory=dict)
 
 
 class OwnTensors:
     """The tensors of a model by place; with `values`, what is in them too where that is not too much."""
 
     def __init__(self, model: nn.Module, values: bool = False) -> None:
-        self._held = [_held(name, module) for name, module in model.named_modules()]
+        self._places = [place for name, module in model.named_modules() for place in _places(name, module)]
         self._keeper = keeper_of(model)
         tensors = [*model.named_parameters(), *model.named_buffers()] if values else []
-        self._copies = sum(t.numel() * t.element_size() for _, t in tensors) <= KEPT_BYTES
-        self._values = [(n, t, version_of(t), t.detach().clone() if self._copies else None) for n, t in tensors]
+        self._names, self._tensors = [n for n, _ in tensors], [t for _, t in tensors]
+        self._copies = sum(t.numel() * t.element_size() for t in self._tensors) <= KEPT_BYTES
+        self._versions = [version_of(t) for t in self._tensors]
+        self._values = KeptValues(self._tensors) if self._copies else None
 
     def put_back(self) -> list[str]:
         """Put each tensor back in its place; the places that held another, by name, buffers left out: a forward
         pass may bind a new tensor to one."""
-        if self._keeper and self._changed():
-            for held in self._held:
-                if hasattr(held.module, "_get_fsdp_state"):  # it counts on the tensors that it has put in place
-                    held.module.reshard()  # type: ignore[operator]
+        changed = [place for place in self._places if not _is_as_it_was(place)]
+        if self._keeper and changed:
+            for _, module, *_ in self._places:
+                if hasattr(module, "_get_fsdp_state"):  # it counts on the tensors that it has put in place
+                    module.reshard()  # type: ignore[operator]
         foreign = []
-        for held, kind in self._changed():
-            own, now, tensors = held.dicts[kind], vars(held.module).get(kind), held.tensors[kind]
+        for name, module, kind, own, tensors in changed:
+            now = vars(module).get(kind)
             if kind == "_parameters" and not self._keeper:
-                foreign += [f"{held.name}.{key}".removeprefix(".") for key in _different(now or {}, tensors)]
+                foreign += [f"{name}.{key}".removeprefix(".") for key in _different(now or {}, tensors)]
             own.clear()
             own.update(tensors)
-            vars(held.module)[kind] = own
+            vars(module)[kind] = own
         return foreign
-
-    def _changed(self) -> list[tuple[Held, str]]:
-        return [
-            (held, kind)
-            for held in self._held
-            for kind, own in held.dicts.items()
-            if vars(held.module).get(kind) is not own or not _same_order(own, held.tensors[kind])
-        ]
 
     def rewrite(self) -> list[str]:
         """Put the values back that have changed in place, as far as they were kept; the tensors, by name."""
-        written = [
-            v for v in self._values if (version_of(v[1]) != v[2] if v[3] is None else not same_bits(v[1], v[3]))
-        ]
-        with torch.no_grad():
-            for _, parameter, _, value in written:
-                if value is not None:
-                    parameter.copy_(value)
-        return [name for name, *_ in written]
+        if self._values is not None:
+            written = self._values.put_back()
+        else:
+            now = map(version_of, self._tensors)
+            written = [i for i, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b]
+        return [self._names[i] for i in written]
 
     def restore(self) -> None:
         """Put everything back, and say what was not as it had been."""
@@ -101,6 +91,61 @@ class OwnTensors:
         if written:
             was = "were" if len(written) > 1 else "was"
             say(WRITTEN.format(named(written), was, WAS_KEPT if self._copies else NOT_KEPT))
+
+
+class KeptValues:
+    """The values of tensors at one moment, copied. Many small ones are copied and compared together, as a call for
+    each takes as long as a thousand of their numbers."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._together = _many_small(tensors)
+        small = {i for places in self._together for i in places}
+        self._joined = [self._join(places) for places in self._together]
+        self._alone = {i: t.detach().clone() for i, t in enumerate(tensors) if i not in small}
+
+    def _join(self, places: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self._tensors[i].reshape(-1) for i in places])
+
+    def put_back(self) -> list[int]:
+        """Write the values back that have changed; the places of their tensors."""
+        written = []
+        for i, value in self._alone.items():
+            written += [i] if self._put_back(i, value) else []
+        for places, before in zip(self._together, self._joined, strict=True):
+            if not self._are_as_joined(places, before):
+                parts = before.split([self._tensors[i].numel() for i in places])
+                written += [i for i, part in zip(places, parts, strict=True) if self._put_back(i, part)]
+        return sorted(written)
+
+    def _are_as_joined(self, places: Sequence[int], before: Tensor) -> bool:
+        try:
+            return same_bits(self._join(places), before)
+        except RuntimeError:  # one of them has become of another kind
+            return False
+
+    def _put_back(self, i: int, value: Tensor) -> bool:
+        tensor = self._tensors[i]
+        value = value.view(tensor.shape) if value.numel() == tensor.numel() else value
+        if same_bits(tensor, value):
+            return False
+        with torch.no_grad():
+            tensor.copy_(value)
+        return True
+
+
+def _many_small(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of plain tensors of few numbers in the host's memory, by dtype, where these are many."""
+    found: dict[torch.dtype, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if type(t) in (Tensor, nn.Parameter) and t.is_cpu and 0 < t.numel() <= COPIED_TOGETHER and _is_plain(t):
+            found.setdefault(t.dtype, []).append(i)
+    return [places for places in found.values() if len(places) >= MANY_COPIED]
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.layout is torch.strided and not (t.is_complex() or t.is_quantized or t.is_neg())
 
 
 @contextmanager
@@ -148,13 +193,16 @@ def say(sentence: str) -> None:
         said.append(sentence)
 
 
-def _held(name: str, module: nn.Module) -> Held:
-    held = Held(name, module)
+def _places(name: str, module: nn.Module) -> Iterator[HeldPlace]:
     for kind in ("_parameters", "_buffers"):
         own = vars(module).get(kind)
         if isinstance(own, dict):  # TorchScript modules have none, and cannot bind another tensor
-            held.dicts[kind], held.tensors[kind] = own, dict(own)
-    return held
+            yield name, module, kind, own, dict(own) if own else NO_TENSORS
+
+
+def _is_as_it_was(place: HeldPlace) -> bool:
+    _, module, kind, own, tensors = place
+    return vars(module).get(kind) is own and (_same_order(own, tensors) if own or tensors else True)
 
 
 def keeper_of(model: nn.Module) -> str:
@@ -167,11 +215,11 @@ def keeper_of(model: nn.Module) -> str:
     return ""
 
 
-def _different(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [key for key in dict.fromkeys([*a, *b]) if a.get(key) is not b.get(key)]
 
 
-def _same_order(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def _same_order(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return len(a) == len(b) and all(k == m and v is w for (k, v), (m, w) in zip(a.items(), b.items(), strict=True))
 
 

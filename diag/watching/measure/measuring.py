@@ -28,7 +28,7 @@ from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.tensors import hearing
 from diag.watching.measure.floor import Floor
 from diag.watching.measure.own_step import OwnStep, Read
-from diag.watching.measure.schedule import MeasurementSchedule
+from diag.watching.measure.schedule import Account, MeasurementSchedule
 from diag.watching.measure.window import Windows
 from diag.watching.observe.capture import UnknownLoss
 
@@ -248,16 +248,19 @@ class Measurements:
     def explain_unrun(self, step: int, snapshot: Snapshot) -> None:
         """Record, of each instrument that never ran, what a run does not have for it, or that the budget was too
         small."""
-        for name, account in self.schedule.accounts.items():
-            if account.times == 0 and name not in self._last:
-                if missing := _never_given(self.chosen[name], snapshot):
-                    self._record(step, Skipped(name, missing), 0.0)
-                    continue
-                if self.windows.needs_record(name) and account.estimate <= self.schedule.left:
-                    self._record(step, Skipped(name, NO_WINDOW.format(self.windows.shorten(name))), 0.0)
-                    continue
-                time_taken = format_seconds(account.estimate) if account.estimate < inf else "not known"
-                self._record(step, Skipped(name, NEVER_RUN.format(time_taken, self.schedule.budget)), 0.0)
+        unrun = {n: a for n, a in self.schedule.accounts.items() if a.times == 0 and n not in self._last}
+        if not unrun:
+            return
+        with _once(snapshot, called=False):
+            missing = {name: _never_given(self.chosen[name], snapshot) for name in unrun}
+        for name, account in unrun.items():
+            self._record(step, Skipped(name, missing[name] or self._not_allowed(name, account)), 0.0)
+
+    def _not_allowed(self, name: str, account: Account) -> str:
+        if self.windows.needs_record(name) and account.estimate <= self.schedule.left:
+            return NO_WINDOW.format(self.windows.shorten(name))
+        time_taken = format_seconds(account.estimate) if account.estimate < inf else "not known"
+        return NEVER_RUN.format(time_taken, self.schedule.budget)
 
     def _measure(
         self,
@@ -366,11 +369,11 @@ def _never_given(instrument: Instrument, snapshot: Snapshot) -> str:
 
 
 @contextmanager
-def _once(snapshot: Snapshot) -> Iterator[None]:
+def _once(snapshot: Snapshot, called: bool = True) -> Iterator[None]:
     """What to measure inside of, for several at once; where the model is refused, each of them says so."""
     with ExitStack() as stack:
         with suppress(DiagError):
-            stack.enter_context(snapshot.undisturbed())
+            stack.enter_context(snapshot.undisturbed(called))
         yield
 
 

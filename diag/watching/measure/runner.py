@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from diag.distributed.meeting import group_timeout, initialized
+from diag.snapshot.snapshot import Snapshot
 from diag.watching import record
 from diag.watching.guard import Clock, Guarded, guarded
 from diag.watching.measure import floor
@@ -65,6 +66,7 @@ class MeasurementRunner(Guarded):
         self._step = recorder.last_step
         self._estimate_at, self._look_again = WARM_UP, 0.0
         self._wake: tuple[float, float] = 0, 0.0  # see `_rest`
+        self._last_look: Snapshot | None = None  # the one at the end, with what it has computed
 
     # After a step
 
@@ -217,7 +219,9 @@ class MeasurementRunner(Guarded):
             return
         self._tell_of_held_out()
         waiting = self._training.held_out_may_come and not last
-        seconds = self._measurements.look(step, self._training.snapshot(floor.FLOOR_EXAMPLES), at_most, waiting)
+        snapshot = self._training.snapshot(floor.FLOOR_EXAMPLES)
+        seconds = self._measurements.look(step, snapshot, at_most, waiting)
+        self._last_look = snapshot if last else None
         self.clock.measuring += seconds
         self.clock.checking += seconds
 
@@ -347,7 +351,9 @@ class MeasurementRunner(Guarded):
         """Record, of each instrument that the budget never allowed, that it was too small."""
         first_is_due = self._schedule.budget > 0 and self._recorder.last_step == 0
         if first_is_due and not self._training.sharded and self._probe.batches and self._steps.steps:
-            self._measurements.explain_unrun(self._step, self._training.snapshot())
+            snapshot = self._last_look or self._training.snapshot(floor.FLOOR_EXAMPLES)
+            snapshot.deadline.restart(SPARE)
+            self._measurements.explain_unrun(self._step, snapshot)
 
     def _ready_without_a_step(self) -> bool:
         if not self._probe.batches or self._steps.steps == 0:

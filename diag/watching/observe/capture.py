@@ -106,11 +106,16 @@ class ObservedLoss:
     tensor: int = 0
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        loss = self.called(outputs, targets)
+        loss = loss.mean() if self.settings.get("reduction") == "none" else loss
+        return loss if self.factor == 1 else self.factor * loss
+
+    def called(self, outputs: Any, targets: Any) -> Tensor:
+        """What the loss function itself gives."""
         if self.route.flatten and isinstance(targets, Tensor):
             targets = targets.reshape(-1, *self.target_tail)
         prediction = outputs if isinstance(outputs, Tensor) else tensors_in(outputs)[self.tensor]
-        loss = self.function(self.route(prediction), targets, **self.settings)
-        return loss if self.factor == 1 else self.factor * loss
+        return self.function(self.route(prediction), targets, **self.settings)
 
     def is_like(self, other: Any) -> bool:
         """Whether `other` is the same loss function of the same part of the outputs, with the same settings."""
@@ -256,12 +261,21 @@ def _observed(forward: ForwardCall, call: SeenLossCall, tensor: int, name: str) 
     loss = ObservedLoss(call.function, _kept(call.settings), route, tail, tensor=tensor)
     try:
         with torch.no_grad():
-            got = loss(forward.outputs, loss.targets(forward, call))
+            got = loss.called(forward.outputs, loss.targets(forward, call))
     except Exception as error:
         return f"{name} could not be repeated on the model's outputs ({error})"
     if not _agrees(got, call):
         return f"{name} gives another value on the model's outputs and the targets than training saw"
     return _mean_reduced(loss)
+
+
+def mean_of_its_rows(loss: ObservedLoss, call: SeenLossCall) -> ObservedLoss:
+    """The loss where the loop takes the mean of what the call gave for each row, also over ignored rows."""
+    if call.settings.get("reduction") != "none":
+        return loss
+    if call.function.__name__ not in ("cross_entropy", "nll_loss"):
+        return dataclasses.replace(loss, notes=())
+    return dataclasses.replace(loss, settings=loss.settings | {"reduction": "none"}, notes=())
 
 
 def _mean_reduced(loss: ObservedLoss) -> ObservedLoss:

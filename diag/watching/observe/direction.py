@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TENSORS_ASKED = 256  # whether they can be looked at
 TENSORS_LOOKED_AT, NUMBERS_LOOKED_AT = 8, 4096  # and numbers of each
 STEPS_KEPT = 64
 
@@ -26,9 +27,13 @@ class Directions:
     def stepped(self, parameters: Sequence[Tensor], before: Sequence[Tensor], optimizer: Any) -> None:
         """The parameters were `before` and have their gradients still. An optimizer that maximises is left out, and
         so are parameters on another device than the first of them."""
-        plain = [(p, b) for p, b in zip(parameters, before, strict=True) if _is_plain(p) and b.device == p.device]
+        if any(group.get("maximize") for group in getattr(optimizer, "param_groups", ())):
+            return
+        every = list(zip(parameters, before, strict=True))
+        some = every[:: max(len(every) // TENSORS_ASKED, 1)]
+        plain = [(p, b) for p, b in some if _is_plain(p) and b.device == p.device]
         pairs = [(p, b) for p, b in plain if p.device == plain[0][0].device]
-        if not pairs or any(group.get("maximize") for group in getattr(optimizer, "param_groups", ())):
+        if not pairs:
             return
         chosen = pairs[:: -(-len(pairs) // TENSORS_LOOKED_AT)]
         with torch.no_grad():

@@ -24,6 +24,7 @@ from diag.watching.observe.capture import (
     ObservedLoss,
     SeenLossCall,
     UnknownLoss,
+    mean_of_its_rows,
     observed_loss,
 )
 from diag.watching.observe.loss_calls import Pass
@@ -241,8 +242,8 @@ class Learner:
         if seen.reason:
             part = observed if isinstance(observed, ObservedLoss) else None
             return UnknownLoss(seen.reason, part) if seen.seen is not None else seen.reason
-        if isinstance(observed, ObservedLoss):
-            return observed
+        if isinstance(observed, ObservedLoss) and call is not None:
+            return mean_of_its_rows(observed, call)
         if place is not None:
             return ModelLoss(place, in_parts=ITEMS_IN_BATCH in forward.kwargs)
         return observed or "no call of a loss function was seen"

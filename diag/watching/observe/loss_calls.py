@@ -119,12 +119,10 @@ class LossCalls:
             part, reason = self._unknown(own, known, seen)
             return Pass(whole, part, reason, 1.0, others)
         (found,) = known.values()
-        if found.value.numel() != 1:
-            return Pass(whole, found, WHY_NO_CALL[1], 1.0, others)
         factor: Any = 0.0
         for term in own:
             factor = factor + product(term.factors)
-        return Pass(whole if not others else found.value.reshape(()) * factor, found, "", factor, others)
+        return Pass(whole if not others else found.value.mean() * factor, found, "", factor, others)
 
     def clear(self) -> None:
         """The step is over."""

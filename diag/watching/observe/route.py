@@ -17,6 +17,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import PASSING_ON, SINK, first_arguments, kind_of, signed
 
 LONGEST_ROUTE = 16
+OF_THE_FORM = ("slice", "select", "mul", "div")
 PASSED_ON = ("ToCopy", SINK)
 # These only rearrange memory or copy it; the final reshape accounts for them.
 REARRANGING = (*PASSING_ON, SINK)
@@ -153,10 +154,21 @@ def _step_of(node: Any) -> RouteStep | CutEnd | None:
         return RouteStep("permute", (tuple(signed(d) for d in node._saved_dims),))
     if kind == "Slice":
         return _slice_step(node)
+    if kind in ("Mul", "Div"):
+        return _scale_step(node, kind)
     if kind == "Select":
         dim, index = signed(node._saved_dim), signed(node._saved_index)
         return RouteStep("select", (dim, index)) if dim != 0 else None
     return None
+
+
+def _scale_step(node: Any, kind: str) -> RouteStep | None:
+    """A constant number times the outputs, as a temperature."""
+    if node.next_functions[0][0] is None:
+        return None
+    other = node._saved_other
+    known = isinstance(other, Tensor) and other.numel() == 1 and other.is_cpu and not other.requires_grad
+    return RouteStep(kind.lower(), (float(other),)) if known else None
 
 
 def _slice_step(node: Any) -> RouteStep | CutEnd | None:
@@ -184,5 +196,5 @@ def part_of(prediction: Tensor, numbers: Container[int]) -> tuple[int, tuple[Any
 
 
 def selecting(steps: Iterable[Any]) -> tuple[Any, ...]:
-    """Those of the steps that take a part."""
-    return tuple(s for s in steps if isinstance(s, RouteStep) and s.name in ("slice", "select") and s != ALL_OF_IT)
+    """Those of the steps that take a part, or that scale it: another temperature is another loss."""
+    return tuple(s for s in steps if isinstance(s, RouteStep) and s.name in OF_THE_FORM and s != ALL_OF_IT)

@@ -7,6 +7,7 @@ gradient and are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, SINK, kind_of, nodes_before
+from diag.snapshot.autograd_graph import PASSING_ON, SINK, kind_of, nodes_before, signed
 
 MOST_NODES = 256  # near the root
 MOST_SEARCHED = 50_000  # of a network's graph
@@ -139,8 +140,47 @@ def _reduced(node: Any, kind: str, here: list[Any], known: Container[int]) -> li
         return [(here[0], ())]
     stacked = kind_of(here[0]) in ("Stack", "Cat")
     parents = [_before(edge, known) for edge in here[0].next_functions] if stacked else []
+    if not stacked:
+        return _over_rows(node, known)
     # Constants in the stack have no node; each of the others is one number only where there are as many as entries.
     return [(p, factors) for p in parents if p is not None] if len(parents) == count else None
+
+
+def _over_rows(node: Any, known: Container[int]) -> list[tuple[Any, Factors]] | None:
+    """The node of a loss of rows that is summed up or averaged, and how many times the mean of all its numbers that
+    is; None where something else is done to the rows, as by weights or a mask."""
+    factors: Factors = ()
+    for _ in range(MOST_NODES):
+        if node._sequence_nr() in known:
+            return [(node, factors)]
+        here = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(here) != 1:
+            return None
+        more = _of_the_mean(node)
+        if more is None:
+            return None
+        node, factors = here[0], factors + more
+    return None
+
+
+def _of_the_mean(node: Any) -> Factors | None:
+    """How many times the mean of its argument the mean of a node's value is; None where that is not known."""
+    kind = kind_of(node)
+    if kind in ("Mul", "Div"):
+        inside = _multiple(node, kind, [parent for parent, _ in node.next_functions])
+        return None if inside is None else inside[0][1]
+    if kind == "Sum":
+        return _constant(_summed(node))
+    if kind == "Neg":
+        return (-1.0,)
+    return () if kind in (*PASSING_ON, "Mean") else None
+
+
+def _summed(node: Any) -> int:
+    """How many numbers each of a sum's is the sum of."""
+    sizes = [int(size) for size in node._saved_self_sym_sizes]
+    along = getattr(node, "_saved_dim", None)
+    return math.prod(sizes if not along else (sizes[signed(d)] for d in along))
 
 
 def _constant(value: Any) -> Factors:

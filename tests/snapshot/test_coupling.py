@@ -1,0 +1,93 @@
+"""A loss with something that is computed over the batch is not cut: noticed by its value or by its gradient."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import diag
+from diag.errors import Unsupported
+
+
+class Routed(nn.Module):
+    """Experts whose load is balanced over the batch, as Mixtral's are; `give` says where that goes."""
+
+    def __init__(self, give, coefficient=0.1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.router, self.head = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.give, self.coefficient = give, coefficient
+        self.double()
+
+    def forward(self, x, labels=None):
+        h = torch.tanh(self.embed(x))
+        p = torch.softmax(3 * self.router(h), -1)
+        mixed = (p[..., None] * torch.stack([e(h) for e in self.experts], 1)).sum(1)
+        load = F.one_hot(p.argmax(-1), 4).double().mean(0)
+        balance = self.coefficient * 4 * (load * p.mean(0)).sum()
+        return self.give(self.head(h + mixed), balance, labels)
+
+
+def with_loss(z, balance, y):
+    return {"loss": F.cross_entropy(z, y) + balance, "logits": z}
+
+
+def of_gradients_alone(z, balance, y):
+    return {"loss": F.cross_entropy(z, y) + balance - balance.detach(), "logits": z}
+
+
+def a_rescaled_loss(z, balance, y):
+    return {"loss": F.cross_entropy(z, y) / (1 + balance.detach()), "logits": z}
+
+
+def beside_the_logits(z, balance, y):
+    return z, balance
+
+
+OWN = {f.__name__: (f, None) for f in (with_loss, of_gradients_alone, a_rescaled_loss)}
+GIVEN = {"beside_the_logits": (beside_the_logits, lambda out, y: F.cross_entropy(out[0], y) + out[1])}
+CASES = OWN | GIVEN
+
+
+def problem(name, micro_batch, coefficient=0.1):
+    give, loss_fn = CASES[name]
+    model = Routed(give, coefficient)
+    x, y = torch.randn(24, 6, dtype=torch.float64), torch.randint(0, 3, (24,))
+    data = [{"x": x, "labels": y}] if loss_fn is None else (x, y)
+    loss = model(x, y)["loss"] if loss_fn is None else loss_fn(model(x), y)
+    return diag.Snapshot(model, loss_fn, data, micro_batch=micro_batch), torch.autograd.grad(
+        loss, model.parameters()
+    )
+
+
+@pytest.mark.parametrize("coefficient", [0.1, 0.01])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 23])
+@pytest.mark.parametrize("name", CASES)
+def test_a_loss_over_the_batch_is_not_cut(name, micro_batch, coefficient):
+    snapshot, _ = problem(name, micro_batch, coefficient)
+    asked = {
+        "gradient": lambda: snapshot.quantity("gradient"),
+        "loss_at": lambda: snapshot.quantity("loss_at")(dict(snapshot.model.named_parameters())),
+        "losses": lambda: snapshot.quantity("losses"),
+        "hessian": lambda: snapshot.quantity("hessian").matvec(torch.ones(1)),
+    }
+    for ask in asked.values():
+        with pytest.raises(Unsupported, match=r"compares the examples of a batch with each other.*micro_batch="):
+            ask()
+
+
+@pytest.mark.parametrize("micro_batch", [None, 24, 100])
+@pytest.mark.parametrize("name", CASES)
+def test_its_gradient_is_right_where_nothing_is_cut(name, micro_batch):
+    snapshot, expected = problem(name, micro_batch)
+    for found, own in zip(snapshot.quantity("gradient").values(), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5, 23])
+@pytest.mark.parametrize("name", CASES)
+def test_without_what_couples_it_is_cut(name, micro_batch):
+    snapshot, expected = problem(name, micro_batch, coefficient=0.0)
+    for found, own in zip(snapshot.quantity("gradient").values(), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-12)

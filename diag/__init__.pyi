@@ -10,6 +10,7 @@ from diag import errors as errors
 from diag import integrations as integrations
 from diag import testing as testing
 from diag.instruments.loss.action_values import ActionValues as ActionValues
+from diag.instruments.loss.adversarial_losses import AdversarialLosses as AdversarialLosses
 from diag.instruments.loss.answers_seen import AnswersSeen as AnswersSeen
 from diag.instruments.attention import Attention as Attention
 from diag.instruments.network.attention_heads import AttentionHeads as AttentionHeads
@@ -164,6 +165,14 @@ class _ActionValuesInstrument(Instrument):
     def __call__(self, loop: Any) -> ActionValues: ...
 
 action_values: _ActionValuesInstrument
+
+class _AdversarialLossesInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ..., times: float = ..., out_of_reach: float = ...) -> AdversarialLosses: ...
+    @overload
+    def __call__(self, loop: Any, *, times: float = ..., out_of_reach: float = ...) -> AdversarialLosses: ...
+
+adversarial_losses: _AdversarialLossesInstrument
 
 class _AnswersSeenInstrument(Instrument):
     @overload
@@ -927,9 +936,9 @@ saved_weights: _SavedWeightsInstrument
 
 class _SecondMomentInstrument(Instrument):
     @overload
-    def __call__(self, snapshot: Measurable, *, history: Any = ..., stale: float = ...) -> SecondMoment: ...
+    def __call__(self, snapshot: Measurable, *, history: Any = ..., loop: Any = ..., stale: float = ...) -> SecondMoment: ...
     @overload
-    def __call__(self, history: Any, *, stale: float = ...) -> SecondMoment: ...
+    def __call__(self, history: Any, loop: Any = None, *, stale: float = ...) -> SecondMoment: ...
 
 second_moment: _SecondMomentInstrument
 

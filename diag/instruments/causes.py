@@ -108,6 +108,8 @@ class Cause(enum.StrEnum):
     TEMPERATURE_WRONG = "temperature_wrong", Theme.LOSS, "The temperature of a softmax leaves it even or makes it a hard choice, whatever the network does."
     NOTHING_KEEPS_APART = "nothing_keeps_apart", Theme.LOSS, "The loss is smallest where every input gives the same output: outputs are drawn together and nothing keeps them apart."
     ACTION_NOT_TAKEN = "action_not_taken", Theme.LOSS, "What an action brought is put down to another one: freshly drawn actions, the best instead of the taken."
+    NETWORKS_COOPERATE = "networks_cooperate", Theme.LOSS, "Two networks that should train against each other ask for the same: the generator for the answer that its rows get anyway."
+    LOSS_FLAT = "loss_flat", Theme.LOSS, "A loss has no slope where its argument lies, so that next to nothing is learned from it."
     OUTPUT_RANGE = "output_range", Theme.LOSS, "The function after the last layer keeps the outputs in a range in which the targets do not lie."
     LOSS_UNBOUNDED = "loss_unbounded", Theme.LOSS, "The loss can be lowered without end by a scale alone: a term that pays for it is missing, has the wrong sign, or has no gradient."
     ERRORS_CANCEL = "errors_cancel", Theme.LOSS, "The loss asks for less than it is meant to: errors cancel in a mean, a mask leaves out what would be wrong, or nothing is compared with a given number."

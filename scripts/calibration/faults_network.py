@@ -145,7 +145,12 @@ def output_behind_relu(p: Program) -> None:
     change(p, "make_model", make_model)
 
 
-@fault(NETWORK, [C.EMBEDDINGS_COLLAPSED, C.OUTPUT_CONSTANT, C.MODE_COLLAPSE], silent=True, needs="self_supervised")
+@fault(
+    NETWORK,
+    [C.NOTHING_KEEPS_APART, C.EMBEDDINGS_COLLAPSED, C.OUTPUT_CONSTANT, C.MODE_COLLAPSE],
+    silent=True,
+    needs="self_supervised",
+)
 def embeddings_collapse(p: Program) -> None:
     "Only the likeness of the two views is trained; nothing keeps the embeddings apart."
 

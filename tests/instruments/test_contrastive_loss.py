@@ -11,9 +11,9 @@ import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.loop.contrast import ContrastFacts, ContrastLook
 from diag.snapshot.loop.facts import Loop
-from diag.watching.observe.loop.formula.contrast import contrast_look
-from diag.watching.observe.loop.formula.likeness import likenesses_of, product_behind
 from diag.watching.observe.loop.formula.parts import parts_of
+from diag.watching.observe.loop.formula.sides.contrast import contrast_look, mean_likeness
+from diag.watching.observe.loop.formula.sides.likeness import likenesses_of, product_behind
 
 N, D = 120, 12
 PARTNERS = torch.arange(2 * N).roll(N)
@@ -171,6 +171,16 @@ def test_a_loss_that_only_draws_together_is_named(loss, one_call):
     (finding,) = told(loss, one_call=one_call)
     assert (finding.verdict.level, finding.verdict.cause) == ("alarm", Cause.NOTHING_KEEPS_APART)
     assert finding.first_step <= 3
+
+
+def test_how_alike_different_rows_are_is_said_where_the_graph_keeps_them():
+    torch.manual_seed(0)
+    a, b = Encoder()(torch.randn(N, D)), Encoder()(torch.randn(N, D))
+    unit = F.normalize(a.detach(), dim=1)
+    mean = float(((unit @ unit.T).sum() - N) / (N * (N - 1)))
+    for loss in (cosine, F.mse_loss):
+        assert mean_likeness(parts_of(loss(a, b))) == pytest.approx(mean, abs=1e-5)
+    assert math.isnan(mean_likeness(parts_of(squares(a, b))))
 
 
 def detached(a, b):

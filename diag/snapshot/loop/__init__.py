@@ -10,6 +10,7 @@ __all__ = [
     "data",
     "evaluated",
     "facts",
+    "games",
     "inputs",
     "network",
     "paired",

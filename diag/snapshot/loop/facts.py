@@ -32,6 +32,7 @@ from diag.snapshot.loop.data import (
     TargetFacts,
 )
 from diag.snapshot.loop.evaluated import ColumnFacts, NoveltyFacts
+from diag.snapshot.loop.games import GameFacts
 from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, StoredFacts, TokenFacts
 from diag.snapshot.loop.network import ChanceFacts, DepthFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
 from diag.snapshot.loop.paired import PairedFacts
@@ -114,6 +115,7 @@ class Loop:
     arithmetic: ArithmeticFacts = field(default_factory=ArithmeticFacts)
     latents: LatentFacts = field(default_factory=LatentFacts)
     policy: PolicyFacts = field(default_factory=PolicyFacts)
+    games: GameFacts = field(default_factory=GameFacts)
     actions: ActionFacts = field(default_factory=ActionFacts)
     contrast: ContrastFacts = field(default_factory=ContrastFacts)
     formula: FormulaFacts = field(default_factory=FormulaFacts)

@@ -102,7 +102,7 @@ class LoopObserver:
         self._comparisons, self._pairing = Comparisons(), Pairing(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
-        self._formula, self._depth = Formula(self.moment), Depth(names)
+        self._formula, self._depth = Formula(self.moment, names), Depth(names)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0

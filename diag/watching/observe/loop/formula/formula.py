@@ -10,25 +10,26 @@ from torch import Tensor
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.formula.actions import Actions
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
-from diag.watching.observe.loop.formula.contrast import Contrasts
 from diag.watching.observe.loop.formula.domains import Domains
 from diag.watching.observe.loop.formula.latents import Latents
 from diag.watching.observe.loop.formula.oddities import Oddities
 from diag.watching.observe.loop.formula.parts import parts_of
 from diag.watching.observe.loop.formula.policy import Policies
 from diag.watching.observe.loop.formula.rollout import Rollout
+from diag.watching.observe.loop.formula.sides.contrast import Contrasts
+from diag.watching.observe.loop.formula.sides.games import Games
 from diag.watching.observe.loop.moment import Moment
 
 
 class Formula:
-    """Hands events on to those who read the graph of the loss."""
+    """Hands events on to those who read the graph of the loss. `names`: of the model's parameters, by id."""
 
-    def __init__(self, moment: Moment) -> None:
+    def __init__(self, moment: Moment, names: Mapping[int, str]) -> None:
         self._arithmetic = Arithmetic(moment)
         self._rollout = Rollout()
         self._latents, self._policies = Latents(moment), Policies(moment, self._rollout)
         self._actions = Actions(moment, self._rollout)
-        self._contrasts = Contrasts(moment)
+        self._contrasts, self._games = Contrasts(moment), Games(moment, names)
         self._domains, self._oddities = Domains(moment), Oddities(moment)
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
@@ -62,6 +63,7 @@ class Formula:
                 reader.read(parts)
             if looking:
                 self._oddities.read(roots, parts)
+            self._games.backward_called(roots.grad_fn)
         self._rollout.forget()
 
     def facts(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Formula:
             "latents": self._latents.facts(),
             "policy": self._policies.facts(),
             "actions": self._actions.facts(),
+            "games": self._games.facts(),
             "contrast": self._contrasts.facts(),
             "formula": self._oddities.facts(),
             "domains": self._domains.facts(),

@@ -12,9 +12,15 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import COPYING, kind_of, parents_of
 from diag.snapshot.loop.contrast import ContrastFacts, ContrastLook
-from diag.watching.observe.loop.formula.likeness import Likeness, Product, leaves_of, likenesses_of, product_behind
 from diag.watching.observe.loop.formula.parts import Summand
 from diag.watching.observe.loop.formula.reader import Reader
+from diag.watching.observe.loop.formula.sides.likeness import (
+    Likeness,
+    Product,
+    leaves_of,
+    likenesses_of,
+    product_behind,
+)
 
 ROUNDING_OF_ROWS = 1e-5
 OF_LENGTH_ONE = 1e-3
@@ -47,7 +53,7 @@ class Contrasts(Reader[ContrastLook]):
         if not self.looks and self._drawn == self._read - 1 and parts and all(map(draws_together, parts)):
             self._drawn += 1
             self._first = self._first or self._moment.step
-            self._alike = _alike(parts)
+            self._alike = mean_likeness(parts)
             if self._drawn == self._read in (3, 6):
                 self._moment.news((self.NAME, "drawn", self._drawn))
 
@@ -195,9 +201,11 @@ def _layers(start: Any) -> frozenset[int]:
     return frozenset(found) if not waiting else frozenset()
 
 
-def _alike(parts: list[Summand]) -> float:
-    """The mean cosine of different rows of what is drawn together."""
-    rows = getattr(parts[0].node, "_saved_self", None)
+def mean_likeness(parts: list[Summand]) -> float:
+    """The mean cosine of different rows of what is drawn together; NaN where the graph keeps differences only."""
+    p = parts[0]
+    whole = p.kind in OF_DIFFERENCES or (p.kind == "Mul" and not p.is_square)
+    rows = getattr(p.node, "_saved_self", None) if whole else None
     if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) < 2 or not rows.is_cpu:
         return math.nan
     unit = torch.nn.functional.normalize(rows.detach().double(), dim=1)

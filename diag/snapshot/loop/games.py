@@ -1,0 +1,40 @@
+"""The two networks of a game, one of which judges what the other generates, as a part of a loop's facts (see
+`facts`): read from the graphs of the backward passes of both and from the gradient at the judge's outputs.
+
+Steps are counted from 1 as in the record of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GameLook:
+    """A round of a game. The judge's own backward passes ask for a larger output on some rows ("up") and a smaller
+    one on others ("down").
+
+    alike: which of the two groups has the means and deviations of the generated rows, "" where that is not clear;
+    wanted: in which direction the generator moves the judge's output on its rows, "" where these differ. generated,
+    others: root mean square of the generated rows and of those of the group that is not alike, NaN where not known.
+    slope: the mean size of the loss's derivative by the judge's output on a generated row, times the rows. bounded:
+    the function that made the generated rows ("tanh", "sigmoid", "" for none); outside: the share of the numbers of
+    the other group that lie beyond what it can give."""
+
+    step: int
+    alike: str
+    wanted: str
+    generated: float
+    others: float
+    slope: float
+    bounded: str
+    outside: float
+
+
+@dataclass(frozen=True)
+class GameFacts:
+    """The looks at a game, the first and the last of them; judge and generator: the parameters of the model that
+    each of the two has."""
+
+    looks: tuple[GameLook, ...] = ()
+    judge: tuple[str, ...] = ()
+    generator: tuple[str, ...] = ()

@@ -47,6 +47,7 @@ class Cause(enum.StrEnum):
     WEIGHTS_UNCHANGED = "weights_unchanged", Theme.LOOP, "A parameter has a gradient, a learning rate and a step, and does not move; why is not known."
     WEIGHTS_CHANGED_OUTSIDE = "weights_changed_outside", Theme.LOOP, "Weights change between steps by something other than the optimizer: reloaded, re-initialised, overwritten."
     AVERAGED_WEIGHTS_LEFT = "averaged_weights_left", Theme.LOOP, "Averaged weights (EMA, SWA) were put in for an evaluation and training went on from them."
+    COPY_NOT_FOLLOWING = "copy_not_following", Theme.LOOP, "An average of the weights that is never updated, or a copy that follows them so slowly that it is still what they began with."
     LAYERS_SHARED = "layers_shared", Theme.LOOP, "Layers meant to be separate are one module ([layer] * n)."
     LAYERS_UNTIED = "layers_untied", Theme.LOOP, "Weights meant to be tied are two tensors that drift apart."
     LAYERS_START_EQUAL = "layers_start_equal", Theme.LOOP, "Layers meant to be independent start with the same numbers: copies of one module."

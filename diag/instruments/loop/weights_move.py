@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from diag.display import format_share
 from diag.errors import counted, named
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, judged
@@ -17,6 +18,8 @@ from diag.snapshot.history import CELLS, History, parts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.steps import ParameterFacts
 
+STEPS_OF_A_COPY = 100  # steps of a training after which a copy should have followed
+MOVED_ALL_ALONG, BEHIND = 0.75, 0.02  # of the looks; of the network's way
 STEPS_IN_A_ROW = 3  # measured in a row
 ROUNDING_OF_NORM = 1e-6
 CONVERGED = 1e-2  # of the usual gradient, or that of the start: below it a step may well round to nothing
@@ -40,13 +43,15 @@ def weights_move(history: History, loop: Loop) -> WeightsMove:
     """Whether each step changes every parameter that has a gradient and a learning rate.
 
     The change of each parameter is measured exactly at some steps; a change of zero at the last three of them, with
-    a gradient that is not zero, needs a reason: a learning rate of zero, or numbers too coarse for the update.
+    a gradient that is not zero, needs a reason: a learning rate of zero, or numbers too coarse for the update. When
+    training has ended, after a hundred steps or more, an AveragedModel of the network that was never updated is
+    named, and a copy that moved all along and has gone less than a fiftieth of the network's way.
 
     Raises nothing of its own.
     """
     about = {} if loop.training else {"preconditions": (NO_STEP,)}
     fine = f"All parameters with a gradient moved in the last of {counted(loop.step, 'step')}."
-    findings = list(_findings(history, loop)) if loop.training else []
+    findings = [*_findings(history, loop), *_copies(loop)] if loop.training else []
     return judged(WeightsMove, loop.step, findings, fine, **about)
 
 
@@ -81,6 +86,34 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         began[cause] = min(began.get(cause, since), since)
     for cause, names in still.items():
         yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
+
+
+def _copies(loop: Loop) -> Iterator[LoopFinding]:
+    """Copies that are to follow the network, and are still what it began with."""
+    for copy in loop.copies if loop.step - loop.resumed >= STEPS_OF_A_COPY and not loop.resumed else ():
+        if copy.updates == 0 and not copy.changes:
+            yield _copy_finding(
+                f"An AveragedModel of this network was never updated in {counted(loop.step, 'step')}: its "
+                f"weights are "
+                "those that it was made with.",
+                "Call averaged.update_parameters(model) after optimizer.step(), before the average is used.",
+                "An average that is meant to begin later.",
+            )
+        elif (
+            copy.changes >= MOVED_ALL_ALONG * copy.looks and copy.changes >= STEPS_IN_A_ROW and copy.moved < BEHIND
+        ):
+            yield _copy_finding(
+                f"A copy of this network follows it too slowly: after {counted(loop.step, 'step')} it has gone "
+                f"{format_share(copy.moved)} of the way from the weights that training began with to those of now.",
+                "Where this average (EMA) is evaluated or saved, lower its decay: averaging over n steps "
+                "takes 1 - 1 / n, "
+                "with n a tenth of the training or less.",
+                "A training that is meant to go on many times as long.",
+            )
+
+
+def _copy_finding(sentence: str, advice: str, refutation: str) -> LoopFinding:
+    return LoopFinding(Level.WARNING, Cause.COPY_NOT_FOLLOWING, sentence, advice, refutation, step=1)
 
 
 def _stops_by_itself(name: str, loop: Loop) -> bool:

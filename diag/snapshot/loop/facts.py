@@ -34,7 +34,15 @@ from diag.snapshot.loop.data import (
 from diag.snapshot.loop.evaluated import ColumnFacts, NoveltyFacts
 from diag.snapshot.loop.games import GameFacts
 from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, StoredFacts, TokenFacts
-from diag.snapshot.loop.network import ChanceFacts, DepthFacts, LayerFacts, ModeFacts, ShapeFacts, StartingWeight
+from diag.snapshot.loop.network import (
+    ChanceFacts,
+    CopyFacts,
+    DepthFacts,
+    LayerFacts,
+    ModeFacts,
+    ShapeFacts,
+    StartingWeight,
+)
 from diag.snapshot.loop.paired import PairedFacts
 from diag.snapshot.loop.places import MaskFacts, SequenceFacts
 from diag.snapshot.loop.ranks import RankFacts
@@ -122,6 +130,7 @@ class Loop:
     domains: tuple[DomainFacts, ...] = ()
     shape: ShapeFacts = field(default_factory=ShapeFacts)
     depth: DepthFacts = field(default_factory=DepthFacts)
+    copies: tuple[CopyFacts, ...] = ()
     sequences: SequenceFacts = field(default_factory=SequenceFacts)
     masks: MaskFacts = field(default_factory=MaskFacts)
     rows: RowFacts = field(default_factory=RowFacts)

@@ -68,6 +68,20 @@ class ShapeFacts:
 
 
 @dataclass(frozen=True)
+class CopyFacts:
+    """A copy of the network in the same process, when the watch closed. kind: "AveragedModel", or "copy" of the
+    network's own class; updates: how often an average was updated, None where that is not counted. moved: how far
+    it is from where the network began, over how far the network is; changes: at how many of `looks` it was another
+    than at the look before."""
+
+    kind: str
+    updates: int | None
+    moved: float
+    changes: int
+    looks: int
+
+
+@dataclass(frozen=True)
 class DepthFacts:
     """Which weights stand one behind the other in the graph of the loss. chains: for each weight that no other
     comes after, the longest way to it from weight to weight, the longest way first; placed: the weights of which

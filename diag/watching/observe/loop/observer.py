@@ -35,6 +35,7 @@ from diag.watching.observe.loop.data.stored import StoredData
 from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.data.tokens import Tokens
 from diag.watching.observe.loop.evaluation.columns import FeatureColumns
+from diag.watching.observe.loop.evaluation.copies import Copies
 from diag.watching.observe.loop.evaluation.novelty import Novelty
 from diag.watching.observe.loop.formula.depth import Depth
 from diag.watching.observe.loop.formula.formula import Formula
@@ -95,7 +96,7 @@ class LoopObserver:
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)
-        self._layers = Layers(model, self.moment)
+        self._layers, self._copies = Layers(model, self.moment), Copies(model)
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._own, self._origin = OwnLosses(), Origin(self.moment)
         self._columns, self._novelty = FeatureColumns(self.moment), Novelty(model, self.moment)
@@ -336,6 +337,7 @@ class LoopObserver:
             if record.held:
                 self._layers.sweep()
                 self._strangers.sweep(self._optimizers)
+                self._copies.look()
         else:
             self._parameters.look_for_gradients()
         self._scaling.before_step(optimizer, self._optimizers.before_step(optimizer, closure))
@@ -356,6 +358,7 @@ class LoopObserver:
         self._any_step = True
         if record.steps == SEARCHED_AT:
             self._schedulers.search(record)
+            self._copies.search()
         if record.steps <= SEARCHED_AT or record.just_swept:
             self._parameters.look_closer()
 
@@ -435,6 +438,7 @@ class LoopObserver:
             start=self._start,
             shape=self._shape,
             depth=self._depth.facts(),
+            copies=self._copies.facts(ended),
             origin=self._origin.found,
             directions=self.directions(),
             ranks=self.ranks(),

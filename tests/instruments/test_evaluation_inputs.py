@@ -117,3 +117,47 @@ def test_another_vocabulary_in_evaluation_is_told_by_its_pairs():
 
 def test_nothing_is_said_without_an_evaluation():
     assert told(torch.randn(ROWS, FEATURES), torch.randn(4, FEATURES)).level == "not_applicable"
+
+
+def trained_on(model, inputs, labels, instrument, steps=40, rows=None):
+    """The verdict of one check on a training on parts of these, or on all of them with the loss at some rows."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with diag.watch(model, instruments=[instrument]) as watcher:
+        for step in range(steps):
+            at = slice(None) if rows is not None else torch.arange(32 * step, 32 * step + 32) % len(inputs)
+            chosen = slice(None) if rows is None else rows
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[at])[chosen], labels[at][chosen]).backward()
+            optimizer.step()
+    return watcher.run.findings()[0].verdict
+
+
+def padded(tokens):
+    """Sequences of unequal lengths, filled up with 0."""
+    lengths = 6 + torch.arange(len(tokens)) % 9
+    return tokens * (torch.arange(tokens.shape[1]) < lengths[:, None])
+
+
+def test_tokens_that_are_mostly_the_unknown_one_are_told():
+    labels, words = (
+        torch.arange(ROWS) % 2,
+        torch.randint(2, 400, (ROWS, 15), generator=torch.Generator().manual_seed(0)),
+    )
+    few = torch.where(torch.rand(ROWS, 15, generator=torch.Generator().manual_seed(1)) < 0.95, 1, 2 + words % 5)
+    model = Bag()
+    model.embedding = nn.Embedding(400, 8)
+    verdict = trained_on(model, padded(few), labels, "tokens_differ")
+    assert verdict.cause == Cause.INPUTS_CONSTANT and "are 1, of " in verdict.sentence
+    assert trained_on(model, padded(words), labels, "tokens_differ").level == "ok"
+    pixels = torch.where(few == 1, 0, words)  # mostly background, and all shades
+    assert trained_on(model, pixels, labels, "tokens_differ").level == "ok"
+
+
+def test_classes_missing_from_a_full_batch_are_told_though_only_some_rows_are_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(300, 6, generator=generator), torch.arange(300) * 3 // 300
+    network = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    verdict = trained_on(network, inputs, labels, "classes_asked", rows=torch.arange(100))
+    assert verdict.cause == Cause.CLASS_MISSING and "2 of the 3 classes" in verdict.sentence
+    drawn = torch.randperm(300, generator=generator)[:100]
+    assert trained_on(network, inputs, labels, "classes_asked", rows=drawn).level == "ok"

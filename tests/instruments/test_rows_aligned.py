@@ -131,3 +131,27 @@ def test_nothing_is_said_of_few_rows_or_of_positions_in_a_batch():
     watcher = trained(inputs, targets, lambda z, y: F.cross_entropy(z, torch.arange(len(z))), 32)
     (verdict,) = [f.verdict for f in watcher.run.findings() if f.instrument == "rows_aligned"]
     assert verdict.level is Level.NOT_APPLICABLE and "fewer than 48 rows" in verdict.sentence
+
+
+def test_a_window_that_holds_its_target_is_told_in_the_loops_own_arithmetic_under_a_factor():
+    inputs, _ = table()
+
+    def scaled(outputs, y):
+        return 1024.0 * (outputs.squeeze(1) - y).pow(2).mean()
+
+    found = [
+        f.verdict for f in trained(inputs, inputs[:, 4], scaled, 1).findings if f.instrument == "target_values"
+    ]
+    assert found and found[-1].cause == Cause.ANSWER_IN_INPUT and "feature 4" in found[-1].sentence
+
+
+def test_targets_of_raw_units_are_told_behind_a_variance():
+    inputs, targets = table()
+
+    def scale(y):
+        watcher = trained(inputs, y, own_likelihood, 2)
+        return [f.verdict for f in watcher.findings if f.instrument == "target_scale"]
+
+    found = scale(20_000 + 5_000 * targets)
+    assert found and found[-1].cause == Cause.TARGETS_NOT_NORMALIZED
+    assert not scale(targets)

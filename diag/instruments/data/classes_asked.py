@@ -19,7 +19,7 @@ from diag.snapshot.loop.data import OF_LOG_PROBABILITIES
 from diag.snapshot.loop.facts import Loop
 
 SOURCE = "arithmetic of the labels"
-CALLS_COUNTED = 10
+CALLS_COUNTED, FEW_CLASSES = 10, 32
 MIXED = 0.7  # of the classes that a batch drawn at random would hold
 
 
@@ -41,9 +41,10 @@ def classes_asked(loop: Loop) -> ClassesAsked:
 
     Counted are the labels of the calls of a softmax loss that were looked at, where they are one an example. Judged
     where there would be twenty of each class if all were equal, batches mix the classes, and at least half of them
-    occur, each of these five times. A class that does not is a warning. Raises nothing of its own.
+    occur, each of these five times; and where every step uses the same labels, so that these are all there are,
+    twenty for each of at most 32 classes. A class that does not occur is a warning. Raises nothing of its own.
     """
-    judgeable = [a for a in loop.asked if _is_judged(a) and _mixed(loop, a)]
+    judgeable = [a for a in loop.asked if (_is_judged(a) and _mixed(loop, a)) or _is_all(loop, a)]
     known = Precondition(
         "labels", bool(judgeable), "there are not enough labels of examples, or their order matters."
     )
@@ -57,6 +58,14 @@ def _is_judged(a: AskedFacts) -> bool:
     known = of_examples and len(a.counts) > 1 and min(a.counts) >= 0 and max(a.counts) < a.outputs_a_row
     enough = known and a.looked >= CALLS_COUNTED and sum(a.counts.values()) >= EXPECTED * a.outputs_a_row
     return enough and 2 * len(a.counts) >= a.outputs_a_row and min(a.counts.values()) >= COMMON
+
+
+def _is_all(loop: Loop, a: AskedFacts) -> bool:
+    """Whether every label of training was seen, many for each of a few classes."""
+    of_examples = a.function in OF_LOG_PROBABILITIES and not a.of_sequences and len(loop.asked) == 1
+    known = of_examples and bool(a.counts) and min(a.counts) >= 0 and max(a.counts) < a.outputs_a_row
+    enough = known and a.targets >= EXPECTED * a.outputs_a_row * a.looked and a.outputs_a_row <= FEW_CLASSES
+    return enough and a.looked >= CALLS_COUNTED and loop.full_batch
 
 
 def _mixed(loop: Loop, a: AskedFacts) -> bool:

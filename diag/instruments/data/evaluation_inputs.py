@@ -55,7 +55,7 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
     both = _both(loop.inputs)
     seen = Precondition(
         "both",
-        both or bool(loop.columns.features) or bool(loop.novelty),
+        both or bool(loop.columns.features) or any(n.tokens for n in loop.novelty),
         f"fewer than {ROWS_OF_EVALUATION} floating inputs of one shape were seen in training and in "
         f"evaluation mode, and no ids or tokens.",
     )

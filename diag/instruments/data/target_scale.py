@@ -35,17 +35,25 @@ def target_scale(loop: Loop, *, large: Threshold = LARGE_TARGETS) -> TargetScale
 
     A network starts with outputs near one and below. Targets whose root mean square is above `large`, and ten times
     that of the network's first outputs, have to be reached by growing the last layer, and their squared error gives
-    gradients that are larger by as much. Judged for the losses of numbers of torch (mse_loss, l1_loss, ...).
+    gradients that are larger by as much. Judged for the losses of numbers of torch (mse_loss, l1_loss, ...)
+    and for squares or sizes of differences in the loop's own arithmetic.
 
     Raises nothing of its own.
     """
-    t = loop.targets
+    t = loop.targets if loop.targets.looked else _of_own(loop)
     seen = Precondition("a regression", t.looked > 0, "no loss between numbers (mse_loss, l1_loss) was seen.")
     fine = (
         f"Targets have a mean of {format_number(t.mean)} and a standard deviation of {format_number(t.deviation)}."
     )
     findings = list(_findings(t, large)) if t.looked else []
     return judged(TargetScale, loop.step, findings, fine, preconditions=(seen,))
+
+
+def _of_own(loop: Loop) -> TargetFacts:
+    """The targets of the loop's own squares or sizes of differences, the largest of several."""
+    own = [p for p in loop.paired if not p.function and p.size == p.size]
+    p = max(own, key=lambda p: p.size, default=None)
+    return TargetFacts() if p is None else TargetFacts("", 1, p.size, p.mean, p.deviation, p.first_output)
 
 
 def _findings(t: TargetFacts, large: float) -> Iterator[LoopFinding]:

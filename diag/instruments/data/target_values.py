@@ -13,6 +13,7 @@ from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.paired import PairedFacts
 
 SOURCE = "arithmetic of the targets beside the inputs"
 CALLS_OF_TARGETS, ROWS_BESIDE_TARGETS, TARGETS_COUNTED = 3, 48, 64  # calls, their rows, and targets, at least
@@ -42,8 +43,11 @@ def target_values(loop: Loop) -> TargetValues:
 
     Raises nothing of its own.
     """
-    seen = Precondition("targets", bool(loop.asked), "no targets of a loss function of torch were seen.")
+    own = [p for p in loop.paired if not p.function]
+    seen = Precondition("targets", bool(loop.asked or own), "no targets of a loss were seen.")
     findings = [f for asked in loop.asked for f in _findings(asked, loop)]
+    if not any(f.cause is Cause.ANSWER_IN_INPUT for f in findings):
+        findings += [f for p in own for f in _of_own(p)]
     return judged(
         TargetValues,
         loop.step,
@@ -56,16 +60,7 @@ def target_values(loop: Loop) -> TargetValues:
 def _findings(f: AskedFacts, loop: Loop) -> Iterator[LoopFinding]:
     compared = f.copied_looks >= CALLS_OF_TARGETS and f.rows >= ROWS_BESIDE_TARGETS
     if f.copied >= 0 and compared and f.features >= FEATURES_OF_A_TABLE:
-        yield LoopFinding(
-            Level.WARNING,
-            Cause.ANSWER_IN_INPUT,
-            f"The input holds the answer: on all {f.rows:,} rows that were compared, the target follows from "
-            f"feature {f.copied} of the input alone.",
-            "Look at how this feature is made: a copy of the label, a window that reaches to the moment that is "
-            "to be foretold, or something that is known only afterwards.",
-            "A row on which the feature does not give the target.",
-            step=f.first_step,
-        )
+        yield _given_away(f.rows, f.copied, f.first_step)
     if f.binary and f.one_a_row and not f.weighted and f.targets >= TARGETS_COUNTED and f.low < f.high:
         yield from _unequal(f)
     one = f.targets >= TARGETS_COUNTED and f.looked > CALLS_OF_TARGETS and f.from_data
@@ -81,6 +76,25 @@ def _findings(f: AskedFacts, loop: Loop) -> Iterator[LoopFinding]:
             step=f.first_step,
             explained_by=(Cause.TARGETS_CAST,),
         )
+
+
+def _of_own(p: PairedFacts) -> Iterator[LoopFinding]:
+    """Of targets that the loop's own arithmetic compares."""
+    if p.copied >= 0 and p.copied_rows >= ROWS_BESIDE_TARGETS and p.features >= FEATURES_OF_A_TABLE:
+        yield _given_away(p.copied_rows, p.copied, 1)
+
+
+def _given_away(rows: int, feature: int, step: int) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.ANSWER_IN_INPUT,
+        f"The input holds the answer: on all {rows:,} rows that were compared, the target follows from "
+        f"feature {feature} of the input alone.",
+        "Look at how this feature is made: a copy of the label, a window that reaches to the moment that is "
+        "to be foretold, or something that is known only afterwards.",
+        "A row on which the feature does not give the target.",
+        step=step,
+    )
 
 
 def _unequal(f: AskedFacts) -> Iterator[LoopFinding]:

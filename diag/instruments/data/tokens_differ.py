@@ -6,15 +6,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from diag.display import format_share
+from diag.errors import counted
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import THRICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
+from diag.snapshot.loop.evaluated import NoveltyFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.inputs import TokenFacts
 
 SOURCE = "arithmetic of the inputs of training"
 TOKENS_AT_LEAST = 200
+TOKENS_COUNTED, MOSTLY_ONE = 2000, 0.8
+LARGE_VOCABULARY, ROWS_TO_A_TOKEN = 100, 20  # rows of the embedding, and for each token that occurs
+LOOK_UP_WORDS = (
+    "Look up some words of the text in the vocabulary: upper and lower case, spaces, or a vocabulary of another "
+    "tokenizer make every word the unknown one."
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,13 +43,35 @@ class TokensDiffer(LoopCheck):
 def tokens_differ(loop: Loop) -> TokensDiffer:
     """Whether the tokens that a model is called with differ, and are spread over their examples.
 
-    Judged where the model is given whole numbers alone. An alarm where all of at least 200 in three calls are one
+    Judged where the model is given whole numbers. An alarm where all of at least 200 in three calls are one
     number, and where one row of tokens is cut into bags (ids and offsets, as of `EmbeddingBag`) of which all but
-    the last are empty, in each call that was looked at. Raises nothing of its own.
+    the last are empty, in each call that was looked at. A warning where one number is four fifths or more of at
+    least two thousand tokens of sequences, what fills their ends left out, and the embedding has twenty times as
+    many rows as there are distinct ones. Raises nothing of its own.
     """
-    t = loop.tokens
-    known = Precondition("tokens", t.calls > 0, "the model is not called with whole numbers alone.")
-    return judged(TokensDiffer, loop.step, list(_findings(t)), "The tokens differ.", preconditions=(known,))
+    t, in_rows = loop.tokens, [n for n in loop.novelty if n.counted]
+    known = Precondition("tokens", t.calls > 0 or bool(in_rows), "the model is not called with whole numbers.")
+    findings = list(_findings(t))
+    findings = findings or [_mostly_one(n) for n in in_rows if _is_mostly_one(n)]
+    return judged(TokensDiffer, loop.step, findings, "The tokens differ.", preconditions=(known,))
+
+
+def _is_mostly_one(n: NoveltyFacts) -> bool:
+    few = n.largest >= LARGE_VOCABULARY and ROWS_TO_A_TOKEN * n.distinct <= n.largest
+    return few and n.counted >= TOKENS_COUNTED and n.share >= MOSTLY_ONE
+
+
+def _mostly_one(n: NoveltyFacts) -> LoopFinding:
+    return LoopFinding(
+        Level.WARNING,
+        Cause.INPUTS_CONSTANT,
+        f"{format_share(n.share)} of the {n.counted:,} tokens of training that were looked at (without what fills "
+        f"the ends of sequences) are {n.common}, of {counted(n.distinct, 'different one')} in all, where the "
+        f"embedding has {n.largest:,} rows: the examples hardly differ but in their length.",
+        LOOK_UP_WORDS,
+        "Tokens of which most differ from this one.",
+        step=1,
+    )
 
 
 def _findings(t: TokenFacts) -> Iterator[LoopFinding]:
@@ -60,8 +91,7 @@ def _findings(t: TokenFacts) -> Iterator[LoopFinding]:
             Cause.INPUTS_CONSTANT,
             f"All {t.numbers:,} tokens that the model was given in the {t.calls} calls that were looked at are "
             f"{t.one}: no example differs from another but in its length.",
-            "Look up some words of the text in the vocabulary: upper and lower case, spaces, or a vocabulary of "
-            "another tokenizer make every word the unknown one.",
+            LOOK_UP_WORDS,
             "Tokens that differ.",
             step=1,
         )

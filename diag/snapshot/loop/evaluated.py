@@ -33,7 +33,9 @@ class NoveltyFacts:
     tokens: of evaluation that were looked at; new: the share of them that no looked-at call of training had; of
     training's later calls: expected. largest: number of rows of the largest embedding. pairs: of neighbouring
     tokens in evaluation, known: the share of them that training had; known_of_training: the same of training rows
-    when they came for the first time, at the end of the looks before the evaluation."""
+    when they came for the first time, at the end of the looks before the evaluation. counted: tokens of training's
+    sequences, without those that fill their ends; distinct: how many differ; common: the most frequent one, and
+    its share."""
 
     number: int
     tokens: int = 0
@@ -43,3 +45,7 @@ class NoveltyFacts:
     pairs: int = 0
     known: float = math.nan
     known_of_training: float = math.nan
+    counted: int = 0
+    distinct: int = 0
+    common: int = -1
+    share: float = math.nan

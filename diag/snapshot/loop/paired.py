@@ -22,7 +22,9 @@ class PairedFacts:
     told_apart, early: outputs beside targets at the last looks, and at steps 30 to 130: the squared correlation,
     or the accuracy over that of the most frequent class. plain: the inputs are one tensor of numbers; table: a
     small one, as the targets are. kinds: the targets of two losses with one number of these are the same numbers
-    in another order."""
+    in another order. copied: the feature of the input of which the
+    target is an affine function on all of copied_rows rows, -1 where there is none among so many features. size,
+    mean, deviation: of floating targets (size: root mean square), and the root mean square of the first outputs."""
 
     function: str
     number: int = 1
@@ -42,4 +44,11 @@ class PairedFacts:
     early: float = math.nan
     plain: bool = False
     table: bool = False
+    copied: int = -1
+    copied_rows: int = 0
+    features: int = 0
+    size: float = math.nan
+    mean: float = math.nan
+    deviation: float = math.nan
+    first_output: float = math.nan
     kinds: int = 0

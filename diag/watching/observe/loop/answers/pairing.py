@@ -30,6 +30,7 @@ from diag.watching.observe.loop.answers.features import (
     target_numbers,
     told_apart,
 )
+from diag.watching.observe.loop.data.asked import affine_features
 from diag.watching.observe.loop.data.targets import shift_of
 from diag.watching.observe.loop.moment import Moment, due
 
@@ -80,6 +81,7 @@ class _Loss:
     early: list[float] = field(default_factory=list)  # the same of looks before the data is known by heart
     seen: int = 0
     marks: set[bytes] = field(default_factory=set)  # of the rows that are kept
+    first_output: float = math.nan
     facts: PairedFacts | None = None
 
 
@@ -149,6 +151,8 @@ class Pairing:
             loss.told_apart.append(score)
             if EARLY[0] <= self._moment.step <= EARLY[1]:
                 loss.early.append(score)
+        if loss.first_output != loss.first_output and targets.is_floating_point():
+            loss.first_output = float(given.detach().double().square().mean().sqrt())
         if more:
             self._keep(loss, targets, target, call)
 
@@ -194,7 +198,13 @@ def _gives(t: Tensor, target: Tensor, targets: Tensor) -> bool:
 def _told(loss: _Loss, kinds: int) -> PairedFacts:
     if loss.facts is None:
         loss.facts = paired_facts(loss.function, loss.number, loss.looks)
-    return replace(loss.facts, told_apart=_mean(loss.told_apart), early=_mean(loss.early), kinds=kinds)
+    return replace(
+        loss.facts,
+        told_apart=_mean(loss.told_apart),
+        early=_mean(loss.early),
+        kinds=kinds,
+        first_output=loss.first_output,
+    )
 
 
 def _mean(scores: Collection[float]) -> float:
@@ -227,7 +237,26 @@ def paired_facts(function: str, number: int, looks: Sequence[_Look]) -> PairedFa
         plain=whole == (False,),
         table=_is_table(features, targets),
         **_in_data(kept),
+        **_copied(features, targets),
+        **_of_numbers(targets),
     )
+
+
+def _copied(features: list[Tensor], targets: Tensor) -> dict[str, Any]:
+    """Which feature of the input the targets are an affine function of."""
+    rows = features[0]
+    if len(features) != 1 or targets.shape[1] != 1:
+        return {}
+    found = affine_features(rows.double(), targets[:, 0]).tolist()
+    return {"copied": min(found, default=-1), "copied_rows": len(rows), "features": rows.shape[1]}
+
+
+def _of_numbers(targets: Tensor) -> dict[str, Any]:
+    if not targets.is_floating_point():
+        return {}
+    numbers = targets.double()
+    size = float(numbers.square().mean().sqrt())
+    return {"size": size, "mean": float(numbers.mean()), "deviation": float(numbers.std(correction=0))}
 
 
 def _is_table(features: list[Tensor], targets: Tensor) -> bool:

@@ -37,6 +37,7 @@ class _Seen:
         self.rows: set[bytes] = set()
         self.new: deque[float] = deque(maxlen=LATER_CALLS)
         self.known_pairs: deque[tuple[int, int]] = deque(maxlen=LATER_CALLS)
+        self.counts = torch.zeros(0, dtype=torch.int64)  # of the tokens of sequences, without what fills their ends
         self.told = [0, 0, 0, 0]  # evaluation: tokens, new ones, pairs, known ones
         self.known_then = math.nan
 
@@ -48,7 +49,14 @@ class _Seen:
         self.new.append(float((~self.tokens[t]).double().mean()))
         self.tokens[t.reshape(-1)] = True
         if t.ndim == 2 and t.shape[1] >= FEWEST_TOKENS_OF_ROW:
+            self._count(t)
             self._add_pairs(t)
+
+    def _count(self, t: Tensor) -> None:
+        inside = t[~(t == t[:, -1:]).flip(1).long().cumprod(1).bool().flip(1)]
+        counts = torch.bincount(inside, minlength=len(self.counts))
+        counts[: len(self.counts)] += self.counts
+        self.counts = counts
 
     def _add_pairs(self, t: Tensor) -> None:
         marks = [row.numpy().tobytes().rstrip(b"\0") for row in t]
@@ -105,19 +113,23 @@ class Novelty:
 
     def facts(self) -> tuple[NoveltyFacts, ...]:
         """As plain data."""
-        return tuple(self._told(number, s) for number, s in self._seen.items() if s.told[0])
+        return tuple(self._told(number, s) for number, s in self._seen.items())
 
     def _told(self, number: int, s: _Seen) -> NoveltyFacts:
         tokens, new, pairs, known = s.told
         return NoveltyFacts(
             number,
             tokens,
-            new / tokens,
+            new / tokens if tokens else math.nan,
             max(s.new, default=math.nan),
             self._largest,
             pairs,
             known / pairs if pairs else math.nan,
             s.known_then,
+            counted=int(s.counts.sum()),
+            distinct=int((s.counts > 0).sum()),
+            common=int(s.counts.argmax()) if len(s.counts) else -1,
+            share=float(s.counts.max() / s.counts.sum()) if s.counts.any() else math.nan,
         )
 
 

@@ -168,6 +168,7 @@ PRIVATE = (
     Private("_saved_dim0", "Transpose", "1.9", "repeating a transposition"),
     Private("_saved_dim1", "Transpose", "1.9", "repeating a transposition"),
     Private("_saved_dims", "Permute", "1.9", "repeating a permutation"),
+    Private("_saved_split_size", "Split", "1.9", "repeating a split"),
     Private("_saved_dim", "Select", "1.9", "repeating a selection"),
     Private("_saved_index", "Select", "1.9", "repeating a selection"),
     Private("_saved_dim", "Slice", "1.9", "repeating a slice"),

@@ -93,6 +93,7 @@ MAKERS = {
     "Permute": lambda: x(2, 3).permute(1, 0).grad_fn,
     "Index": lambda: x(2, 3)[torch.arange(2), torch.arange(2)].grad_fn,
     "Diagonal": lambda: x(2, 3).diagonal().grad_fn,
+    "Split": lambda: x(2, 4).chunk(2, 1)[0].grad_fn,
     "Select": lambda: x(2, 3).select(1, 0).grad_fn,
     "Slice": lambda: x(2, 3)[:, :2].grad_fn,
     "Mean": lambda: x(2, 3).mean().grad_fn,

@@ -478,8 +478,17 @@ def test_a_mean_over_rows_without_a_target_is_found(masked):
 # Targets of an error that is weighed
 
 
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda out: (out[:, 0], out[:, 1]),
+        lambda out: out.unbind(1),
+        lambda out: [t.squeeze(1) for t in out.chunk(2, 1)],
+    ],
+    ids=["selected", "unbound", "chunks"],
+)
 @pytest.mark.parametrize(("scale", "causes"), [(20000.0, [Cause.TARGETS_NOT_NORMALIZED]), (1.0, [])])
-def test_targets_far_from_the_outputs_are_found_behind_a_variance(scale, causes):
+def test_targets_far_from_the_outputs_are_found_behind_a_variance(taken, scale, causes):
     torch.manual_seed(0)
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -487,8 +496,7 @@ def test_targets_far_from_the_outputs_are_found_behind_a_variance(scale, causes)
         for _ in range(4):
             x = torch.randn(N, D)
             optimizer.zero_grad()
-            out = model(x)
-            m, s, y = out[:, 0], out[:, 1], scale * (1 + x[:, 0])
+            (m, s), y = taken(model(x)), scale * (1 + x[:, 0])
             (0.5 * s + 0.5 * torch.exp(-s) * (y - m) ** 2).mean().backward()
             optimizer.step()
     assert [f.verdict.cause for f in watcher.findings] == causes

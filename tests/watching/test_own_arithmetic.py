@@ -128,3 +128,12 @@ def test_every_output_compared_with_every_target():
         return ((p.unsqueeze(1) - t.unsqueeze(0)) ** 2).mean()
 
     assert watched(lambda x: x[:, :3], 5, loss) == {Cause.TARGETS_BROADCAST}
+
+
+def test_chunks_of_one_tensor_are_told_apart():
+    """Their graph has one node: which of its outputs is compared decides what the targets are."""
+    both, target = made(N, 6)[0], torch.randn(N, 3)
+    mean, other = both.chunk(2, 1)
+    for compared in (mean, other):
+        found = behind(((compared - target) ** 2).mean(), mean, other)
+        assert torch.allclose(found.targets, target, atol=1e-6)

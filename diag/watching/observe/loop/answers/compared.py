@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before, parents_of, signed
 from diag.snapshot.batch import tensors_in
+from diag.watching.observe.loop.data.own import Outputs
 
 NODES_OF_LOSS, NODES_TO_PART = 256, 12
 OUTPUTS_COMPARED = 8
@@ -39,13 +40,13 @@ class Comparisons:
     """Follows the model's outputs up to each backward pass, on the host."""
 
     def __init__(self) -> None:
-        self._outputs: deque[tuple[int, Tensor]] = deque(maxlen=OUTPUTS_COMPARED)
+        self._outputs: deque[tuple[tuple[int, int], Tensor]] = deque(maxlen=OUTPUTS_COMPARED)
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""
         for t in tensors_in(outputs)[:OUTPUTS_COMPARED]:
             if t.grad_fn is not None and t.is_cpu and t.is_floating_point():
-                self._outputs.append((t.grad_fn._sequence_nr(), t.detach()))
+                self._outputs.append(((t.grad_fn._sequence_nr(), t.output_nr), t.detach()))
 
     def forget(self) -> None:
         """The backward pass that begins is not looked at."""
@@ -57,7 +58,7 @@ class Comparisons:
         self.forget()
         if not outputs or not isinstance(roots, Tensor) or roots.grad_fn is None:
             return []
-        ends = outputs.keys()
+        ends = {number for number, _ in outputs}
         nodes = nodes_before([roots.grad_fn], NODES_OF_LOSS, lambda node: node._sequence_nr() in ends)
         found = (compared_by(node, outputs) for node in nodes)
         return [one for one in found if one is not None and _varies(one.targets)]
@@ -69,7 +70,7 @@ def _varies(targets: Tensor) -> bool:
     return spread and bool(wide.isfinite().all())
 
 
-def compared_by(node: Any, outputs: dict[int, Tensor]) -> Compared | None:
+def compared_by(node: Any, outputs: Outputs) -> Compared | None:
     """What a node compares, if it takes the square or the size of a difference between a part of an output and
     numbers of its shape."""
     function, kept, before = _function(node)
@@ -79,8 +80,8 @@ def compared_by(node: Any, outputs: dict[int, Tensor]) -> Compared | None:
     here = [i for i, parent in enumerate(sides) if parent is not None]
     if len(here) != 1 or getattr(before, "_saved_alpha", 1) != 1:
         return None
-    made = sides[here[0]]
-    output = taken_part(made, outputs)
+    made, index = before.next_functions[here[0]]
+    output = taken_part(made, index, outputs)
     if output is None or output.numel() != kept.numel():
         return None
     output, difference = output.reshape(kept.shape).to(kept.dtype), kept.detach()
@@ -100,28 +101,27 @@ def _function(node: Any) -> tuple[str, Any, Any]:
     return "", None, None
 
 
-def taken_part(node: Any, outputs: dict[int, Tensor]) -> Tensor | None:
-    """The numbers that a node gave, where it and those before it only take a part of an output of the model, pass
-    it on, or keep what they made of it."""
-    chain: list[Any] = []
+def taken_part(node: Any, index: int, outputs: Outputs) -> Tensor | None:
+    """The numbers that an output of a node has, where it and those before it only take a part of an output of the
+    model, pass it on, or keep what they made of it."""
+    chain: list[tuple[Any, int]] = []
     for _ in range(NODES_TO_PART):
-        if node._sequence_nr() in outputs:
-            return _taken(outputs[node._sequence_nr()], reversed(chain))
+        if (node._sequence_nr(), index) in outputs:
+            return _taken(outputs[node._sequence_nr(), index], reversed(chain))
         if kind_of(node) in KEEP_THEIR_RESULT:
             kept = getattr(node, "_saved_result", None)
             return _taken(kept.detach(), reversed(chain)) if isinstance(kept, Tensor) else None
-        before = parents_of(node)
-        if len(before) != 1:
+        if len(parents_of(node)) != 1:
             return None
-        chain.append(node)
-        node = before[0]
+        chain.append((node, index))
+        node, index = next(side for side in node.next_functions if side[0] is not None)
     return None
 
 
-def _taken(t: Tensor, nodes: Iterator[Any]) -> Tensor | None:
+def _taken(t: Tensor, nodes: Iterator[tuple[Any, int]]) -> Tensor | None:
     """The part of a tensor that these operations take, one after the other."""
     viewed = False
-    for node in nodes:
+    for node, index in nodes:
         kind = kind_of(node)
         if viewed and kind not in PASSING_ON:
             return None
@@ -131,6 +131,10 @@ def _taken(t: Tensor, nodes: Iterator[Any]) -> Tensor | None:
             every = [slice(None)] * t.ndim
             every[signed(node._saved_dim)] = slice(signed(node._saved_start), _end(node), node._saved_step)
             t = t[tuple(every)]
+        elif kind == "Unbind":
+            t = t.unbind(signed(node._saved_dim))[index]
+        elif kind == "Split":
+            t = t.split(signed(node._saved_split_size), signed(node._saved_dim))[index]
         elif viewed:
             continue
         elif kind == "Squeeze":

@@ -27,6 +27,10 @@ NUMBERS_OF_SPREAD = 1 << 16  # numbers of the targets whose spread is taken, at 
 NODES_PASSING_ON = 8  # that may pass the outputs on to the difference
 
 
+# By the number of a node and which of its outputs: chunks of one tensor have one node.
+Outputs = dict[tuple[int, int], Tensor]
+
+
 @dataclass(frozen=True)
 class OwnDifference:
     """The mean of a function of `output - target`, which is what torch's `function` gives of the two.
@@ -52,13 +56,13 @@ class OwnLosses:
     without waiting for it."""
 
     def __init__(self) -> None:
-        self._outputs: deque[tuple[int, Tensor]] = deque(maxlen=OUTPUTS_KEPT)
+        self._outputs: deque[tuple[tuple[int, int], Tensor]] = deque(maxlen=OUTPUTS_KEPT)
 
     def training_call(self, outputs: Any) -> None:
         """The model was called in training."""
         for t in tensors_in(outputs)[:OUTPUTS_KEPT]:
             if t.grad_fn is not None and t.is_cpu and t.is_floating_point():
-                self._outputs.append((t.grad_fn._sequence_nr(), t.detach()))
+                self._outputs.append(((t.grad_fn._sequence_nr(), t.output_nr), t.detach()))
 
     def forget(self) -> None:
         """The backward pass that begins is not looked at; outputs are not kept in memory past it."""
@@ -83,17 +87,18 @@ def _varies(targets: Tensor) -> bool:
     return bool(wide.std() > LEAST_SPREAD * wide.square().mean().sqrt())
 
 
-def _difference(node: Any, outputs: dict[int, Tensor]) -> OwnDifference | None:
+def _difference(node: Any, outputs: Outputs) -> OwnDifference | None:
     if kind_of(node) != "Mean" or hasattr(node, "_saved_dim"):
         return None
     function, kept, before = _function(parents_of(node))
     if not function or not isinstance(kept, Tensor) or kind_of(before) not in ("Sub", "Rsub"):
         return None
-    sides = [parent for parent, _ in before.next_functions]
-    here = [i for i, parent in enumerate(sides) if parent is not None]
+    sides = before.next_functions
+    here = [i for i, (parent, _) in enumerate(sides) if parent is not None]
     if len(here) != 1 or getattr(before, "_saved_alpha", 1) != 1:
         return None
-    output = _passed_on(sides[here[0]], outputs)
+    made, index = sides[here[0]]
+    output = _passed_on(made, index, outputs)
     sign = 1 if here[0] == 0 and kind_of(before) == "Sub" else -1
     if output is None or not kept.ndim:
         return None
@@ -133,13 +138,12 @@ def _expanded(output: Tensor, difference: Tensor, sign: int) -> tuple[tuple[int,
     return ()
 
 
-def _passed_on(node: Any, outputs: dict[int, Tensor]) -> Tensor | None:
-    """The output of the model that the node gives on as it is."""
+def _passed_on(node: Any, index: int, outputs: Outputs) -> Tensor | None:
+    """The output of the model that this output of the node gives on as it is."""
     for _ in range(NODES_PASSING_ON):
-        if node._sequence_nr() in outputs:
-            return outputs[node._sequence_nr()]
-        before = parents_of(node)
-        if kind_of(node) not in PASSING_ON or len(before) != 1:
+        if (node._sequence_nr(), index) in outputs:
+            return outputs[node._sequence_nr(), index]
+        if kind_of(node) not in PASSING_ON or len(parents_of(node)) != 1:
             return None
-        node = before[0]
+        node, index = next(side for side in node.next_functions if side[0] is not None)
     return None

@@ -230,6 +230,7 @@ PRIVATE = (
     Private("_BatchNorm", "torch.nn.modules.batchnorm", "1.0", "the class of all batch norms"),
     Private("_DropoutNd", "torch.nn.modules.dropout", "1.0", "the class of all dropouts"),
     Private("_BaseDataLoaderIter", "torch.utils.data.dataloader", "1.2", "which batch comes when"),
+    Private("_backoff_factor", "scaler", "1.6", "by what a scale is lowered after an overflow"),
     Private("_scale", "scaler", "2.3", "the scale of a loss whose gradients were clipped with it"),
     *_each("torch.ops.aten", "2.1", "operations that a traced forward pass is made of", _OPERATIONS),
     *_each("torch._utils", "2.3", "what a checkpoint may call when it is read", _REBUILT),

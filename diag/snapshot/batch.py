@@ -242,14 +242,18 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Batch:
+def as_batch(item: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None, own_loss: bool = False) -> Batch:
     """Bring one item of a data loader into the normal form.
 
+    own_loss: the model computes the loss by itself, so that a dict may have no labels: all of it is the model's.
     Raises InvalidInput where `item` has none of the known forms or holds no example.
     """
     if isinstance(item, Batch):
         return item
-    inputs, targets = map(as_tensors, _unpacked(item, unpack) if unpack else _split_item(item))
+    if own_loss and not unpack and isinstance(item, Mapping) and not any(key in item for key in LABEL_KEYS):
+        inputs, targets = as_tensors(item), None
+    else:
+        inputs, targets = map(as_tensors, _unpacked(item, unpack) if unpack else _split_item(item))
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     if isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
@@ -290,10 +294,12 @@ def _unpacked(item: Any, unpack: Callable[[Any], tuple[Any, Any]]) -> tuple[Any,
     return made[0], made[1]
 
 
-def as_batches(data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None) -> Iterator[Batch]:
+def as_batches(
+    data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None, own_loss: bool = False
+) -> Iterator[Batch]:
     """Iterate over `data`: one batch, or any iterable of batches (a DataLoader, a list)."""
     if _is_one_batch(data):
-        yield as_batch(data, unpack)
+        yield as_batch(data, unpack, own_loss)
         return
     if not isinstance(data, Iterable):
         raise InvalidInput(
@@ -301,7 +307,7 @@ def as_batches(data: Any, unpack: Callable[[Any], tuple[Any, Any]] | None = None
             "(inputs, targets)."
         )
     for item in data:
-        yield as_batch(item, unpack)
+        yield as_batch(item, unpack, own_loss)
 
 
 def _is_one_batch(data: Any) -> bool:

@@ -49,12 +49,13 @@ def read_batches(
     device: torch.device | str | None,
     seed: int,
     settled: Callable[[Batch], Batch] = lambda batch: batch,
+    own_loss: bool = False,
 ) -> Data:
     """The first `limit` examples of `data` as micro-batches.
 
-    settled: says of a batch on the device how it is cut. Data without a length, or that goes on beyond it, may
-    never end: where no limit is given, it is cut, with a warning. Raises InvalidInput where there is no batch,
-    Unsupported for sparse data.
+    own_loss: the model computes the loss. settled: says of a batch on the device how it is cut. Data without a
+    length, or that goes on beyond it, may never end: where no limit is given, it is cut, with a warning. Raises
+    InvalidInput where there is no batch, Unsupported for sparse data.
     """
     read = _Read(_length(data) if limit is None else None, limit)
     batches: list[Batch] = []
@@ -62,7 +63,7 @@ def read_batches(
     # Iterating a DataLoader draws from the global random state, or from the loader's own generator.
     with random_states(), generator_states(data), as_the_program():
         seed_generators(seed)
-        for batch in read.first_examples(settled(dense(b.to(device))) for b in as_batches(data, unpack)):
+        for batch in read.first_examples(settled(dense(b.to(device))) for b in as_batches(data, unpack, own_loss)):
             parts = list(batch.split(micro_batch))
             if part is None and len(parts) > 1:
                 part, first = batch.few(max(parts[0].size, EXAMPLES_IN_PART)), len(batches)

@@ -62,7 +62,11 @@ WITHOUT_ROWS = (
     "The target is one number without an axis of examples, so that examples cannot be told apart; give batches: "
     "(inputs[None], target[None]) for one example."
 )
-NO_LOSS = "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets)."
+NO_LOSS = (
+    "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets), or in each batch "
+    "what the model "
+    "computes its own from (its labels)."
+)
 DATA = "bits of the data"
 OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an example, or as a sum
     *("params", "optimizer", "module_graph", "classifier", "other", "other_params", "ancestor"),
@@ -277,7 +281,8 @@ class Snapshot:
             raise MissingQuantity("the snapshot has no data; give data= with (inputs, targets).")
         whole = self.max_examples is None and self.micro_batch is None
         settled = self._named if whole else lambda batch: self.cuttable((batch,))[0]
-        read = read_batches(data, unpack, self.max_examples, self.micro_batch, self.device, self.seed, settled)
+        limits = (self.max_examples, self.micro_batch, self.device, self.seed)
+        read = read_batches(data, unpack, *limits, settled, own_loss=self.loss_fn is None)
         batches, self.cut_short, self.cut = read.batches, read.cut_short, read
         if self._sharded is not None and self.ranks is not None:
             refuse_another_function(self._sharded, self.model, batches[0], self.ranks)

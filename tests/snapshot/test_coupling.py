@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import diag
-from diag.errors import Unsupported
+from diag.errors import InvalidInput, MissingQuantity, Unsupported
 
 
 class Routed(nn.Module):
@@ -91,3 +91,38 @@ def test_without_what_couples_it_is_cut(name, micro_batch):
     snapshot, expected = problem(name, micro_batch, coefficient=0.0)
     for found, own in zip(snapshot.quantity("gradient").values(), expected, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-12)
+
+
+class Reconstructed(nn.Module):
+    """A loss of its own that needs no labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.code = nn.Linear(6, 2).double()
+
+    def forward(self, x, noise, labels=None):
+        z = self.code(x + noise)
+        return {"loss": (z @ self.code.weight - x).square().mean() if labels is None else None, "code": z}
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 5])
+def test_a_dict_without_labels_is_all_the_models_where_it_computes_the_loss(micro_batch):
+    model = Reconstructed()
+    batch = {"x": torch.randn(12, 6, dtype=torch.float64), "noise": torch.randn(12, 6, dtype=torch.float64)}
+    snapshot = diag.Snapshot(model, None, [batch], micro_batch=micro_batch)
+    expected = torch.autograd.grad(model(**batch)["loss"], list(model.parameters()))
+    for found, own in zip(snapshot.quantity("gradient").values(), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_that_needs_labels_and_is_given_none_has_no_loss():
+    class Silent(Reconstructed):
+        def forward(self, x, noise):
+            return {"code": self.code(x + noise)}
+
+    batch = {"x": torch.randn(12, 6, dtype=torch.float64), "noise": torch.zeros(12, 6, dtype=torch.float64)}
+    with pytest.raises(MissingQuantity, match=r"no loss; give loss_fn=.*or in each batch what the model computes"):
+        diag.Snapshot(Silent(), None, [batch]).quantity("gradient")
+    with pytest.raises(InvalidInput, match=r"none of \['labels'"):
+        diag.Snapshot(Silent(), nn.CrossEntropyLoss(), [batch]).quantity("gradient")

@@ -48,6 +48,19 @@ def test_two_steps_are_enough_where_the_loss_is_lost_by_then(ratio, level):
     assert diag.step_size(history=early).verdict().cause == ""
 
 
+def test_steps_of_what_began_at_zero_are_not_too_large_by_chance():
+    """Of a factorisation whose factors stand still, the biases alone move: their steps are their size at first, and
+    single batches of a noisy loss lie above the first."""
+    losses = 1.5 + 0.4 * numpy.sin(numpy.arange(100))
+    made = record(losses, 0.35)
+    still = dataclasses.replace(made, distance=0.5 * made.parameter_norm)
+    assert diag.step_size(history=still).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
+    grown = dataclasses.replace(made, distance=made.parameter_norm)
+    assert diag.step_size(history=grown).verdict().cause == ""
+    lost = dataclasses.replace(grown, loss=numpy.concatenate([[1.0], numpy.full(99, 1e3)]))
+    assert diag.step_size(history=lost).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
+
+
 def test_ratios_far_above_the_usual_are_not_called_usual():
     found = diag.step_size(history=record(falling(), 0.18)).verdict()
     assert found.level != "ok" or "as in most trainings" not in found.sentence

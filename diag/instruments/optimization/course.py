@@ -144,6 +144,13 @@ def began_at_zero(history: History) -> NDArray[numpy.bool_]:
     return found
 
 
+def moved_from_zero(history: History) -> bool:
+    """Whether all large tensors that moved began at zero: a step over their norm is their first growth."""
+    large = numpy.asarray(history.sizes) >= SMALL
+    moved = large & numpy.logical_or.reduce([(numpy.nan_to_num(p.update_norm) > 0).any(0) for p in parts(history)])
+    return bool(moved.any() and began_at_zero(history)[moved].all())
+
+
 def _ratios(history: History, tensors: NDArray[Any]) -> Floats:
     return _quotient(history.update_norm[:, tensors], history.parameter_norm[:, tensors])
 

@@ -28,6 +28,7 @@ from diag.instruments.optimization.course import (
     highest_loss,
     left_of_loss,
     median,
+    moved_from_zero,
     scatter,
     travel,
     unpushed,
@@ -358,7 +359,7 @@ def step_size(
     """
     (medians, steps, tensors), (largest, at, began) = _of_the_fastest(history, loop, too_high)
     losses, _ = finite_losses(history)
-    from_nothing = _from_nothing(loop)
+    from_nothing = _from_nothing(loop) or (moved_from_zero(history) and not _left_at_once(history))
     travelled, straightness = travel(history)
     over = loop is not None and loop.ended and not loop.sides and bool(history.loss_finite.all())
     return StepSize(

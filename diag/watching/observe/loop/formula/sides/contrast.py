@@ -39,7 +39,7 @@ OF_DIFFERENCES = ("MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
 class Contrasts(Reader[ContrastLook]):
     """Reads the softmax over likenesses, and whether anything keeps outputs apart."""
 
-    NAME, EVERY = "contrast", 8
+    NAME, EVERY = "contrast", 32
 
     def __init__(self, moment: Any) -> None:
         super().__init__(moment)

@@ -153,7 +153,7 @@ def test_the_weights_are_those_without_a_watch():
 
 
 def seen(step, **about):
-    usual = {"alike": "down", "wanted": "up", "generated": 0.5, "others": 1.0, "slope": 0.5, "bounded": "",
+    usual = {"alike": "down", "asked_for": "up", "generated": 0.5, "others": 1.0, "slope": 0.5, "bounded": "",
              "outside": 0.0}  # fmt: skip
     return GameLook(step, **(usual | about))
 

@@ -52,14 +52,14 @@ def adversarial_losses(
 
 
 def _findings(loop: Loop, times: float, out_of_reach: float) -> Iterator[LoopFinding]:
-    told = [look for look in loop.games.looks if look.alike and look.wanted]
+    told = [look for look in loop.games.looks if look.alike and look.asked_for]
     if len(told) < THRICE:
         yield from _flat(loop.games.looks)
         return
-    if all(look.alike == look.wanted for look in told):
+    if all(look.alike == look.asked_for for look in told):
         yield _cooperate(told)
         return
-    opposed = all(look.alike != look.wanted for look in told)
+    opposed = all(look.alike != look.asked_for for look in told)
     shared = _shared(loop)
     if opposed and shared:
         yield _one_step_for_both(told, shared)

@@ -14,15 +14,15 @@ class GameLook:
     one on others ("down").
 
     alike: which of the two groups has the means and deviations of the generated rows, "" where that is not clear;
-    wanted: in which direction the generator moves the judge's output on its rows, "" where these differ. generated,
-    others: root mean square of the generated rows and of those of the group that is not alike, NaN where not known.
-    slope: the mean size of the loss's derivative by the judge's output on a generated row, times the rows. bounded:
-    the function that made the generated rows ("tanh", "sigmoid", "" for none); outside: the share of the numbers of
-    the other group that lie beyond what it can give."""
+    asked_for: in which direction the generator moves the judge's output on its rows, "" where these differ.
+    generated, others: root mean square of the generated rows and of those of the group that is not alike, NaN
+    where not known. slope: the mean size of the loss's derivative by the judge's output on a generated row, times
+    the rows. bounded: the function that made the generated rows ("tanh", "sigmoid", "" for none); outside: the
+    share of the numbers of the other group that lie beyond what it can give."""
 
     step: int
     alike: str
-    wanted: str
+    asked_for: str
     generated: float
     others: float
     slope: float

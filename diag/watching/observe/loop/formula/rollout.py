@@ -34,22 +34,22 @@ class Rollout:
 
     def quiet_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called without gradients."""
-        given = next(iter(tensors_in((args, dict(kwargs)))), None)
-        if given is None or not given.ndim:
+        batch = next(iter(tensors_in((args, dict(kwargs)))), None)
+        if batch is None or not batch.ndim:
             return
-        self.quiet_rows += _rows_of(given)
-        self.widest = max(self.widest, _rows_of(given))
-        if self._began is None and given.is_cpu and given.numel():
-            self._began = given.detach().reshape(-1, given.shape[-1])[0].clone()
+        self.quiet_rows += _rows_of(batch)
+        self.widest = max(self.widest, _rows_of(batch))
+        if self._began is None and batch.is_cpu and batch.numel():
+            self._began = batch.detach().reshape(-1, batch.shape[-1])[0].clone()
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
-        given = next(iter(tensors_in((args, dict(kwargs)))), None)
-        if given is None or not given.ndim or not given.is_cpu:
+        batch = next(iter(tensors_in((args, dict(kwargs)))), None)
+        if batch is None or not batch.ndim or not batch.is_cpu:
             return
-        if not self.rows and self._began is not None and given.shape[-1] == len(self._began) and given.numel():
-            self._of_these = torch.equal(given.detach().reshape(-1, given.shape[-1])[0], self._began)
-        self.rows += _rows_of(given)
+        if not self.rows and self._began is not None and batch.shape[-1] == len(self._began) and batch.numel():
+            self._of_these = torch.equal(batch.detach().reshape(-1, batch.shape[-1])[0], self._began)
+        self.rows += _rows_of(batch)
         self._state = torch.get_rng_state()
         for t in tensors_in(outputs):
             if t.grad_fn is not None and t.is_cpu and len(self._outputs) < OUTPUTS_OF_POLICIES:
@@ -89,5 +89,5 @@ class Rollout:
         return torch.equal(drawn.reshape(-1), actions.reshape(-1))
 
 
-def _rows_of(given: Tensor) -> int:
-    return given.numel() // max(given.shape[-1], 1)
+def _rows_of(batch: Tensor) -> int:
+    return batch.numel() // max(batch.shape[-1], 1)

@@ -86,7 +86,7 @@ class Games:
 
     def _judging(self, call: JudgedCall, pull: Tensor) -> None:
         """The judge's own pass has come to its output."""
-        for name, rows in split_by_direction(call.given, pull).items():
+        for name, rows in split_by_direction(call.inputs, pull).items():
             self._groups[name] = rows_seen(rows)
 
     def _making(self, calls: list[JudgedCall]) -> None:
@@ -96,16 +96,16 @@ class Games:
 
     def _made(self, call: JudgedCall, pull: Tensor) -> None:
         groups, self._groups, self._open = self._groups, {}, 0
-        if len(pull) != len(call.given):
+        if len(pull) != len(call.inputs):
             return
-        made, (wanted, slope) = rows_seen(call.given), direction_of_pull(pull)
+        made, (asked_for, slope) = rows_seen(call.inputs), direction_of_pull(pull)
         alike = _alike(made, groups)
         other = groups.get({"up": "down", "down": "up"}.get(alike, ""))
         bounded = range_made_by(call.maker)
         look = GameLook(
             step=self._moment.step,
             alike=alike,
-            wanted=wanted,
+            asked_for=asked_for,
             generated=made.size,
             others=other.size if other is not None else math.nan,
             slope=slope,

@@ -33,7 +33,7 @@ class JudgedCall:
     where it has no graph."""
 
     last: Any
-    given: Tensor
+    inputs: Tensor
     maker: Any
 
 
@@ -60,10 +60,10 @@ class RowsSeen:
         return float(((self.numbers < low - slack) | (self.numbers > high + slack)).double().mean())
 
 
-def rows_seen(given: Tensor) -> RowsSeen:
+def rows_seen(inputs: Tensor) -> RowsSeen:
     """Of the first rows of a batch, and of the first numbers of each."""
-    numbers = given.detach()[:ROWS_OF_A_SIDE].flatten(1)[:, :NUMBERS_OF_A_ROW].double()
-    return RowsSeen(numbers.mean(0), numbers.std(0), numbers, len(given))
+    numbers = inputs.detach()[:ROWS_OF_A_SIDE].flatten(1)[:, :NUMBERS_OF_A_ROW].double()
+    return RowsSeen(numbers.mean(0), numbers.std(0), numbers, len(inputs))
 
 
 def distance_of_rows(a: RowsSeen, b: RowsSeen) -> float:
@@ -88,9 +88,9 @@ def calls_of(root: Any, parameters: Set[int]) -> list[JudgedCall]:
     found = []
     for last in _last_operations(root, parameters):
         first, maker = _way(last, parameters)
-        given = getattr(first, INPUT_OF.get(kind_of(first), ""), None)
-        if isinstance(given, Tensor) and given.is_cpu and given.ndim > 1:
-            found.append(JudgedCall(last, given, maker))
+        inputs = getattr(first, INPUT_OF.get(kind_of(first), ""), None)
+        if isinstance(inputs, Tensor) and inputs.is_cpu and inputs.ndim > 1:
+            found.append(JudgedCall(last, inputs, maker))
     return found
 
 
@@ -154,9 +154,9 @@ def range_made_by(maker: Any) -> str:
     return name if name in GENERATED_RANGES else ""
 
 
-def split_by_direction(given: Tensor, pull: Tensor) -> dict[str, Tensor]:
+def split_by_direction(inputs: Tensor, pull: Tensor) -> dict[str, Tensor]:
     """The rows whose output is to grow and those where it is to shrink, where each are one run of the batch."""
-    n = len(given)
+    n = len(inputs)
     if len(pull) != n or n < 2:
         return {}
     slope = pull.detach().reshape(n, -1).double().sum(1)
@@ -164,7 +164,7 @@ def split_by_direction(given: Tensor, pull: Tensor) -> dict[str, Tensor]:
     told = (up | down).nonzero().reshape(-1)
     if len(told) < n // 4 + 1 or int((up[told][1:] != up[told][:-1]).sum()) > 1:
         return {}
-    return {name: given[rows] for name, rows in (("up", up), ("down", down)) if int(rows.sum()) > 1}
+    return {name: inputs[rows] for name, rows in (("up", up), ("down", down)) if int(rows.sum()) > 1}
 
 
 def direction_of_pull(pull: Tensor) -> tuple[str, float]:

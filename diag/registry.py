@@ -206,12 +206,12 @@ def measure(snapshot: Measurable, name: str | Instrument, **settings: Any) -> Re
 def is_put_together(instrument: Instrument) -> bool:
     """Whether an instrument can be measured on the data of several ranks at once: all it needs is put together.
 
-    What it takes besides, where it is there, it goes without; but what a loop tells differs between ranks, so that
-    they might not do the same.
+    What it takes besides, where it is there, it goes without; but what a loop tells or recorded differs between
+    ranks, so that they might not do the same.
     """
     needs = {need.name.removeprefix(HELD_OUT) for need in instrument.needs if not need.optional}
     optional = {need.name for need in instrument.needs if need.optional}
-    return needs <= OVER_RANKS and not optional & {"loop", "history"}
+    return needs <= OVER_RANKS and not optional & {"loop", "history", "loss_record"}
 
 
 def requires(instrument: Instrument, *names: str) -> bool:

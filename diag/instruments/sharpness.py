@@ -215,7 +215,8 @@ def sharpness(
     rho / sqrt(P), a draw's expected squared length then being rho^2; for linf rho / sqrt(3), that of a uniform
     draw). The adaptive forms scale every parameter by its size, which makes them invariant to rescaling parameters
     one by one. m-sharpness is the mean over random groups of `m` examples of what each group's own loss rises by
-    in its own direction; it grows as m falls, and with m = n it is that of the whole. Rises are in the loss's
+    in its own direction; it grows as m falls, and with m = n it is that of the whole. Where ranks share the data,
+    each forms groups of its own examples. Rises are in the loss's
     unit. There is no threshold: nothing supports one.
 
     There is no verdict where the rises are below the rounding of the losses. Raises InvalidInput where a radius or

@@ -71,7 +71,7 @@ DATA = "bits of the data"
 OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an example, or as a sum
     *("params", "optimizer", "module_graph", "classifier", "other", "other_params", "ancestor"),
     *("labels", "targets", "logits", "losses", "logit_gradients", "features"),
-    *("loss_at", "gradient", "hessian", "gauss_newton", "per_example_gradients", "interpolation"),
+    *("loss_at", "losses_at", "gradient", "hessian", "gauss_newton", "per_example_gradients", "interpolation"),
 }
 WITHOUT_WEIGHTS = {"hessian", "gauss_newton", "labels", "targets", "logits", "losses", "logit_gradients"}
 NOT_BY_LAYER = (

@@ -295,6 +295,7 @@ def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
     assert (
         first["align"].startswith("symmetries is not put together over ranks") and first["align"] == last["align"]
     )
+    assert "without ranks=" in first["opposing"] == last["opposing"]
     assert "stay on the rank that has them" in first["single"] == last["single"]
     assert first["unlike"].startswith("The ranks' outputs are not of one kind")
     assert "give every rank examples of one shape" in first["unlike"] == last["unlike"]

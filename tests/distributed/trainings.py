@@ -504,8 +504,13 @@ def examples_of(name, data, spread=lambda net: net, **given):
         "gradient_conflict": diag.gradient_conflict(snapshot),
         "mode_connectivity": diag.mode_connectivity(snapshot, points=3, refine=0, layers=True),
     }
+    sharp = numbers_of(diag.sharpness(snapshot, m=ROWS, steps=3, num_draws=4, tolerance=1e-6))
+    found["sharpness"] = {n: v for n, v in sharp.items() if "function_space" not in n}
+    found["trust_radius"] = diag.trust_radius(snapshot)
+    groups = diag.sharpness(snapshot, m=10, steps=2, num_draws=4)
+    assert groups.m_worst_case >= groups.worst_case and groups.num_groups >= 7
     projected = snapshot.quantity("per_example_gradients").project(torch.ones(size).double())
-    return {name: numbers_of(result) for name, result in found.items()} | {
+    return {name: numbers_of(r) if not isinstance(r, dict) else r for name, r in found.items()} | {
         "projected": projected.flatten().tolist()
     }
 
@@ -592,6 +597,7 @@ def curvature():
         "contrast": refusal(lambda: diag.gradient_coherence(snapshot, contrast=True)),
         "repair": refusal(lambda: diag.mode_connectivity(with_other, repair=True)),
         "align": refusal(lambda: diag.mode_connectivity(with_other, align="weights")),
+        "opposing": refusal(lambda: diag.opposing_signals(snapshot, k=4)),
         "single": refusal(lambda: snapshot.quantity("per_example_gradients").gram()),
         "labels of one rank": refusal(lambda: broken.quantity("losses")),
         "apart": refusal(lambda: diag.Snapshot(apart, F.cross_entropy, share(), ranks=True).quantity("hessian")),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diag.distributed.together import Together
 from diag.errors import Unsupported
 from diag.snapshot.batch import COUPLED_EXAMPLES, Batch
 from diag.snapshot.call_at import call_at
@@ -17,6 +18,7 @@ from diag.snapshot.forward import look_at
 from diag.snapshot.objective.counting import counted_batches, refuse_coupled
 from diag.snapshot.objective.examples import loss_as_seen, shares_from_rows
 from diag.snapshot.objective.loss_spy import LossSpy
+from diag.snapshot.objective.over_ranks import scale_of
 from diag.snapshot.objective.shares import own_shares, plain_targets
 from diag.snapshot.parameters import FlatLayout, flat_of, loss_at, params
 from diag.snapshot.picking import partitioned
@@ -49,6 +51,10 @@ class LossesAt:
             group = copy.copy(self)  # the centre is shared
             group._batches = own_shares(batches)
             yield group
+
+    def all_rows(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The rows (k, ...) that `compute()` gives; of all ranks where they share the data."""
+        return compute()
 
     def __call__(self, point: Tensor) -> Tensor:
         """(n,) float64: the losses at the flat parameters `point` (P,)."""
@@ -97,12 +103,56 @@ class LossesAt:
         refuse_coupled(whole, self(self.center), self._snapshot.model)
 
 
+class LossesOverRanks(LossesAt):
+    """The same of all ranks' examples, each rank having all parameters: those of rank 0, then of the others.
+
+    Every rank asks at the same points in the same order and gets the same numbers, so that all take the same
+    decisions. Groups are of one rank's own examples, and what is found of them is put together.
+    """
+
+    def __init__(self, snapshot: Snapshot, together: Together) -> None:
+        self._together, self._scale, self._all = together, scale_of(snapshot, together), snapshot.all_examples
+        super().__init__(snapshot)
+        self._own = LossesAt(snapshot)
+
+    @property
+    def num_examples(self) -> int:
+        """The number of losses, of all ranks."""
+        return self._all
+
+    def groups(self, size: int, seed: int = 0) -> Iterator[LossesAt]:
+        """Random groups of this rank's examples, for it alone to measure."""
+        return self._own.groups(size, seed)
+
+    def all_rows(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The rows (k, ...) that `compute()` gives on each rank."""
+        return self._together.rows(compute, "losses of groups")
+
+    def __call__(self, point: Tensor) -> Tensor:
+        """(n,) float64: the losses at the flat parameters `point` (P,)."""
+        own = super().__call__
+        return self._together.rows(lambda: own(point) * self._scale, "losses")
+
+    def step(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses (n,) float64 at `point` and the gradient (P,) of their mean."""
+        own, found = super().step, []
+
+        def gradient() -> Tensor:
+            losses, slope = own(point)
+            found.append(losses * self._scale)
+            return slope.double() * self._scale
+
+        total = self._together.sum(gradient, self.center.double())
+        return self._together.rows(lambda: found[0], "losses"), total.to(self.center.dtype)
+
+
 def losses_at(snapshot: Snapshot) -> LossesAt:
     """Per-example losses as a function of the parameters.
 
     Raises MissingQuantity without a loss_fn, data or trainable parameters; InvalidInput where the model or the
     loss cannot be called on the data; Unsupported where the examples have no losses of their own.
     """
-    found = LossesAt(snapshot)
+    together = snapshot.together
+    found = LossesAt(snapshot) if together is None else LossesOverRanks(snapshot, together)
     found.check()
     return found

@@ -166,18 +166,23 @@ def by_group(whole: Surroundings, m: int, worst: Tensor, steps: int, seed: int) 
 
     worst: the worst step of all the data together, which every group tries too. So the mean of the groups' worst
     cases is never below the worst case of the whole, as the mean of maxima is not below the maximum of the mean.
-    A last group that is smaller counts by its size.
+    A last group that is smaller counts by its size. Where ranks share the data, each has groups of its own
+    examples.
     """
-    sizes, one_step, worst_case = [], [], []
-    for losses_at in whole.losses_at.groups(m, seed):
-        group = Surroundings(losses_at, whole.scale, whole.ball)
-        sizes.append(losses_at.num_examples)
-        one_step.append(group.rise(group.ascent))
-        worst_case.append(group.worst_case([group.ascent, worst], steps)[0])
+
+    def measured() -> Tensor:
+        rows = []
+        for losses_at in whole.losses_at.groups(m, seed):
+            group = Surroundings(losses_at, whole.scale, whole.ball)
+            climbed = group.worst_case([group.ascent, worst], steps)[0]
+            rows.append([losses_at.num_examples, group.rise(group.ascent), climbed])
+        return torch.tensor(rows, dtype=torch.float64)
+
+    sizes, one_step, worst_case = whole.losses_at.all_rows(measured).T.tolist()
     return ByGroup(len(sizes), weighted_mean(one_step, sizes), weighted_mean(worst_case, sizes))
 
 
-def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> MeanEstimate:
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> MeanEstimate:
     """The weighted mean of independent values and its standard error (widened for few: see `student`)."""
     x, w = torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
     mean = float((w * x).sum() / w.sum())

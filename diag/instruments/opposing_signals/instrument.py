@@ -128,6 +128,11 @@ def _grouped(
 
 def _sharpest(hessian: CurvatureOperator, seed: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues on the CPU, and their eigenvectors as rows."""
+    if not hessian.spread.alone:
+        raise Unsupported(
+            "The groups' gradients are those of one process's rows, of which each rank has others; measure "
+            "opposing signals in one process on all the data, without ranks=."
+        )
     pairs = carried_eigenpairs(hessian, "hessian", largest=min(DIRECTIONS, hessian.size), tolerance=1e-2, seed=seed)
     values, vectors = pairs.values.cpu(), pairs.vectors
     assert vectors is not None

@@ -231,3 +231,16 @@ def test_masks_that_are_all_turned_are_not_turned_in_a_part():
     assert verdict.cause == Cause.TARGETS_MISPLACED and "in a part" not in verdict.sentence
     nothing = dataclasses.replace(masks, turned={"rows for columns": 3})
     assert diag.places_match(loop=Loop(step=300, masks=nothing)).verdict().cause == Cause.LABELS_SHUFFLED
+
+
+def test_a_gradient_of_zero_at_all_steps_at_which_it_was_read_is_told_with_their_number():
+    norms = numpy.ones((60, 3), numpy.float32)
+    norms[:, 1] = 0
+    norms[1::2] = numpy.nan  # read at every other step
+    made = empty_history({f"{i}.weight": 256 for i in range(3)}, 60)
+    history = dataclasses.replace(made, gradient_norm=norms, loss=numpy.ones(60))
+    said = diag.gradient_flow(history=history).verdict().sentence
+    assert "1 of 3 parameter tensors was exactly zero at all 30 steps at which it was read: 1.weight" in said
+    norms[:, 1] = numpy.nan  # never read, so that nothing is known
+    unread = dataclasses.replace(history, gradient_norm=norms)
+    assert "exactly zero" not in diag.gradient_flow(history=unread).verdict().sentence

@@ -69,8 +69,11 @@ def norm_at_start(history: History, weights: NDArray[numpy.bool_]) -> float:
 
 
 def idle_layers(history: History) -> tuple[str, ...]:
-    """The layers whose gradient was zero at every step."""
-    idle = numpy.logical_and.reduce([(part.gradient_norm == 0).all(0) for part in parts(history)])
+    """The layers whose gradient was zero at every step at which it was read."""
+    unread = [(numpy.isnan(part.gradient_norm) & part.gradient_finite) for part in parts(history)]
+    zero = [(part.gradient_norm == 0) for part in parts(history)]
+    idle = numpy.logical_and.reduce([(z | u).all(0) for z, u in zip(zero, unread, strict=True)])
+    idle &= numpy.logical_or.reduce([z.any(0) for z in zero])
     return tuple(name for name, zero in zip(history.layers, idle, strict=True) if zero)
 
 

@@ -1,8 +1,9 @@
 """What diag replaces in the process for a time, and which private names of others it touches: one table of each.
 
 Nothing here does anything: the tables are for readers, and a test holds the code to them: each name still exists,
-and no other is reached, as an attribute or by its name in a text. `since` is the version of the library in which
-the name has been there at the latest, torch's where no other is named; diag needs torch 2.11, tested is 2.13.
+and no other is reached, as an attribute or by its name in a text. `since` is a version of the library, torch's
+where no other is named, in which the name should be there already: a hint for whoever wants to support an earlier
+one than diag does (2.11), and not tested. Tested is that all are there in the version that is installed (2.13).
 """
 
 from __future__ import annotations
@@ -183,8 +184,6 @@ PRIVATE = (
     Private("_saved_self", "Mul", "1.9", "the factor of a term"),
     Private("_saved_mat1", "Addmm", "1.9", "the values that meet in a linear layer"),
     Private("_saved_mat2", "Addmm", "1.9", "the values that meet in a linear layer"),
-    Private("_saved_mat1_sym_sizes", "Addmm", "2.0", "the shapes that meet in a linear layer"),
-    Private("_saved_mat2_sym_sizes", "Addmm", "2.0", "the shapes that meet in a linear layer"),
     Private("_saved_input", "Convolution", "1.9", "the values that a convolution sees"),
     Private("_saved_weight", "Convolution", "1.9", "the values that a convolution sees"),
     Private("_saved_query", "Attention", "2.0", "the queries of a fused attention"),

@@ -8,10 +8,12 @@ from torch import nn
 
 from diag.watching.observe.loop.chance import drops_always
 from diag.watching.observe.loop.data import asked
-from diag.watching.observe.loop.losses import Losses, expands_both, is_plain_mean
+from diag.watching.observe.loop.formula.arithmetic import Arithmetic
+from diag.watching.observe.loop.losses import Losses, expands_both
 from diag.watching.observe.loop.modes import is_trained
 from diag.watching.observe.loop.moment import Counter, Moment
 from diag.watching.observe.loop.order import compressed
+from diag.watching.observe.loop.roots import LossInRoot, undivided
 from diag.watching.observe.loop.rows import identity
 from diag.watching.observe.loop.weights import Weights
 from diag.watching.observe.route import chain_of
@@ -46,9 +48,38 @@ def test_a_layer_without_parameters_is_trained_where_what_is_around_it_is():
 def test_a_plain_mean_is_multiplied_by_numbers_alone():
     losses = torch.ones(4, requires_grad=True).exp()
     number, weights = losses.grad_fn._sequence_nr(), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert all(is_plain_mean(root.grad_fn, number) for root in (losses.mean(), 2.0 * losses.mean() / 3.0))
+    assert all(LossInRoot(root, number).is_plain_mean for root in (losses.mean(), 2.0 * losses.mean() / 3.0))
     others = (losses * weights).mean(), losses.sum(), losses.mean().sqrt()
-    assert not any(is_plain_mean(root.grad_fn, number) for root in others)
+    assert not any(LossInRoot(root, number).is_plain_mean for root in others)
+
+
+def test_how_the_value_of_a_loss_enters_a_sum():
+    """Against the derivative of the root with respect to the value."""
+    x = torch.tensor(0.3, requires_grad=True)
+    value, penalty = x.exp(), (x * torch.tensor([1.0, 2.0])).pow(2)
+    number = value.grad_fn._sequence_nr()
+    alone = value, -value / 4, 2 * (value.reshape(1) - 3).sum(), torch.stack([value, torch.ones(())]).mean()
+    for root in alone:
+        (slope,) = torch.autograd.grad(root, value, retain_graph=True)
+        found = LossInRoot(root, number)
+        assert found.factor == pytest.approx(float(slope)) and found.ascends is (float(slope) < 0)
+    for root in (penalty.sum() - value, 2 * penalty.mean() - value / 3, -(value + penalty).mean()):
+        found = LossInRoot(root, number)
+        assert found.factor is None and found.ascends
+    for root in (penalty.sum() + value, value.sqrt(), -value.sqrt(), (penalty * -value).sum()):
+        found = LossInRoot(root, number)
+        assert found.factor is None and not found.ascends
+    each = torch.ones(2, requires_grad=True).exp()
+    weighted = LossInRoot((each * torch.tensor([-3.0, 1.0])).sum(), each.grad_fn._sequence_nr())
+    assert weighted.factor is None and not weighted.ascends  # weights of examples, as of advantages, have any sign
+
+
+def test_a_mean_is_divided_where_its_factor_is_below_one():
+    losses = torch.ones(8, requires_grad=True).exp()
+    means = losses.mean(), -losses.mean(), losses.sum() / 8, losses.mean() + 0.1 * losses.pow(2).sum()
+    assert all(undivided(root) is True for root in means)
+    assert undivided(losses.mean() / 4) is undivided((losses.mean() / 4) + 0.1 * losses.pow(2).mean()) is False
+    assert undivided(losses.sum()) is None
 
 
 def test_the_terms_of_a_mean_of_numbers_are_those_with_a_graph():
@@ -125,9 +156,13 @@ def test_a_loss_of_the_users_own_arithmetic_is_among_the_facts():
     model = nn.Linear(2, 1)
     losses = Losses(model, Moment())
     assert losses.facts() == ()
-    losses.backward_called((model(torch.randn(4, 2)) - torch.randn(4)).square().mean())
+    root = (model(torch.randn(4, 2)) - torch.randn(4)).square().mean()
+    losses.backward_called(root)
     (facts,) = losses.facts()
-    assert (facts.function, facts.calls, facts.broadcast) == ("", 1, True)
+    assert (facts.function, facts.calls) == ("", 1)
+    arithmetic = Arithmetic(Moment())
+    arithmetic.backward_called(root)
+    assert [(e.shape, e.other) for e in arithmetic.facts().expanded] == [((4, 1), (4,))]
 
 
 def test_the_share_of_a_step_that_is_taken_back_is_of_one_step():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,6 @@ from diag.snapshot.autograd_graph import (
     first_arguments,
     kind_of,
     made_last,
-    parents_of,
     signed,
 )
 from diag.snapshot.inside.padding import padding_of
@@ -31,13 +29,13 @@ from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.data.own import OwnDifference
 from diag.watching.observe.loop.data.padding import sequences_of
 from diag.watching.observe.loop.moment import Moment, due
-from diag.watching.observe.loop.roots import undivided
+from diag.watching.observe.loop.roots import LossInRoot, undivided
 
 MOST_KINDS_OF_CALLS = 16  # kinds of calls that are distinguished
 CALLS_CHECKED = 3  # calls whose numbers are looked at
 ROOTS = 8
 ROWS_CHECKED = 64
-NODES_TO_INPUT, NODES_OF_A_SUM = 24, 64
+NODES_TO_INPUT = 24
 OF_DISTRIBUTIONS = ("kl_div", "cross_entropy")
 NEWEST = 0.1  # weight of the newest batch in a running mean
 MOST_CLASSES = 4096  # whose weights are kept
@@ -224,11 +222,10 @@ class Losses:
         number, kind = self._last
         alone, self._last, self._called = self._called == 1, None, 0
         if kind.calls <= CALLS_CHECKED or due(kind.calls):
-            factor = factor_between(root.grad_fn, number)
-            kind.averaged = kind.reduction == "none" and is_plain_mean(root.grad_fn, number)
-            kind.root = factor is not None
-            kind.factor = None if factor is None or math.isnan(factor) else factor
-            kind.ascended = alone and sign_in_sum(root.grad_fn, number) < 0
+            value = LossInRoot(root, number)
+            kind.averaged = kind.reduction == "none" and value.is_plain_mean
+            kind.factor, kind.root = value.factor, value.factor is not None
+            kind.ascended = alone and value.ascends
 
     @property
     def any_called(self) -> bool:
@@ -343,75 +340,6 @@ def are_probabilities(rows: Tensor) -> tuple[bool, bool]:
     probabilities = inside and bool(((values.sum(1) - 1).abs() <= slack).all())
     logs = bool((values <= slack).all()) and bool((values.logsumexp(1).abs() <= 64 * slack).all())
     return probabilities, logs
-
-
-def factor_between(root: Any, number: int) -> float | None:
-    """What the graph node `number` was multiplied with on the way to `root`: NaN where that is not on the host,
-    None where there is anything else on the way."""
-    factor = 1.0
-    for node in first_arguments(root, NODES_TO_INPUT):
-        if node._sequence_nr() == number:
-            return factor
-        name = kind_of(node)
-        other = getattr(node, "_saved_other", None) if name in ("Div", "Mul") else None
-        if name == "Neg":
-            factor = -factor
-        elif name in ("Div", "Mul"):
-            value = _number(other)
-            factor = factor / value if name == "Div" and value else factor * value
-        elif name not in PASSING_ON:
-            return None
-    return None
-
-
-def sign_in_sum(root: Any, number: int) -> float:
-    """The sign with which the graph node `number` enters a sum of terms with numbers as factors; 0 where it is no
-    such term."""
-    waiting: deque[tuple[Any, float]] = deque([(root, 1.0)])
-    for _ in range(NODES_OF_A_SUM):
-        if not waiting:
-            break
-        node, sign = waiting.popleft()  # the nearest first: other terms may be long
-        if node is None:
-            continue
-        if node._sequence_nr() == number:
-            return sign
-        waiting += _terms(node, sign)
-    return 0.0
-
-
-def _terms(node: Any, sign: float) -> list[tuple[Any, float]]:
-    name, parents = kind_of(node), parents_of(node)
-    if name in ("Add", "Sub"):
-        second = _number(getattr(node, "_saved_alpha", 1)) * (-1 if name == "Sub" else 1)
-        return [(p, sign * (1.0 if i == 0 or len(parents) < 2 else second)) for i, p in enumerate(parents)]
-    if name in ("Mul", "Div"):
-        factor = _number(getattr(node, "_saved_other", None))
-        return [] if math.isnan(factor) else [(p, math.copysign(sign, sign * factor)) for p in parents]
-    if name == "Neg":
-        return [(p, -sign) for p in parents]
-    return [(p, sign) for p in parents] if name in (*PASSING_ON, "Sum", "Mean") else []
-
-
-def is_plain_mean(root: Any, number: int) -> bool:
-    """Whether the root is the mean of all that the graph node `number` gave, times a number."""
-    means = 0
-    for node in first_arguments(root, NODES_TO_INPUT):
-        if node._sequence_nr() == number:
-            return means == 1
-        name = kind_of(node)
-        means += name == "Mean"
-        scalar = name in ("Mul", "Div") and not math.isnan(_number(getattr(node, "_saved_other", None)))
-        if not (name == "Mean" or name in PASSING_ON or scalar):
-            return False
-    return False
-
-
-def _number(other: Any) -> float:
-    if isinstance(other, (int, float)):
-        return float(other)
-    on_host = isinstance(other, Tensor) and other.is_cpu and other.numel() == 1
-    return float(other.detach()) if on_host else math.nan
 
 
 def is_constant(tensor: Tensor) -> bool:

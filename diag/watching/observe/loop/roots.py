@@ -1,4 +1,5 @@
-"""What a backward pass is called on, read from its graph: the mean over a batch, or a fraction of it.
+"""What a backward pass is called on, read from its graph: the mean over a batch, or a fraction of it, and how the
+value that a loss function gave enters it.
 
 A loss that is divided by a number of micro-batches carries that factor in all of its terms, so one term that is the
 plain mean of something says that the whole was not divided.
@@ -11,49 +12,64 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of
+from diag.watching.observe.loop.formula.parts import MEAN_REDUCTION, parts_of
+from diag.watching.observe.terms import Term, product, terms_of
 
-NODES_VISITED = 64  # of a graph that are visited
-MEAN_REDUCTION = 1
+NODES_TO_VALUE = 24  # between the root and what a loss function gave
 
 
 def undivided(root: Tensor) -> bool | None:
     """Whether a term of the root is a mean over a batch, times one; None where no term's factor is known."""
-    waiting: list[tuple[Any, float]] = [(root.grad_fn, 1.0)]
-    factors: list[float] = []
-    for _ in range(NODES_VISITED):
-        if not waiting:
-            break
-        node, factor = waiting.pop()
-        if node is None:
-            continue
-        name = kind_of(node)
-        if name in ("Add", "Sub") or name == "Neg":
-            waiting += [(parent, factor) for parent in parents_of(node)]
-        elif name in ("Div", "Mul"):
-            waiting += [(parent, _scaled(name, node, factor)) for parent in parents_of(node)]
-        elif name in PASSING_ON:
-            waiting += [(parent, factor) for parent in parents_of(node)]
-        else:
-            factors.append(_of_mean(name, node, factor))
-    known = [f for f in factors if not math.isnan(f)]
+    known = [f for f in map(_of_mean, terms_of(root, ())) if not math.isnan(f)]
     return any(math.isclose(f, 1.0, rel_tol=1e-6) for f in known) if known else None
 
 
-def _scaled(name: str, node: Any, factor: float) -> float:
-    other = getattr(node, "_saved_other", None)
-    on_host = isinstance(other, Tensor) and other.is_cpu and other.numel() == 1 and not other.requires_grad
-    value = float(other) if isinstance(other, (int, float)) or on_host else math.nan  # type: ignore[arg-type]
-    if name == "Div":
-        return factor / value if value else math.nan
-    return factor * value
-
-
-def _of_mean(name: str, node: Any, factor: float) -> float:
-    """The factor of the mean that this node takes, NaN where it takes none."""
-    if name == "Mean":
+def _of_mean(term: Term) -> float:
+    """The size of the factor of the mean that this term takes, NaN where it takes none."""
+    whole = product(term.factors)
+    factor = math.nan if isinstance(whole, Tensor) else abs(whole)
+    if term.name == "Mean":
         return factor
-    if name == "Sum":  # divided by the length of the batch it is a mean over the examples
-        sizes = getattr(node, "_saved_self_sym_sizes", ())
+    if term.name == "Sum":  # divided by the length of the batch it is a mean over the examples
+        sizes = getattr(term.node, "_saved_self_sym_sizes", ())
         return factor * sizes[0] if sizes and math.isclose(factor * sizes[0], 1.0, rel_tol=1e-6) else math.nan
-    return factor if getattr(node, "_saved_reduction", None) == MEAN_REDUCTION else math.nan
+    return factor if getattr(term.node, "_saved_reduction", None) == MEAN_REDUCTION else math.nan
+
+
+class LossInRoot:
+    """How the value that a loss function gave, the graph node `number`, enters the root of a backward pass."""
+
+    def __init__(self, root: Tensor, number: int) -> None:
+        self._root, self._number = root, number
+        self._parts = parts_of(root, {number})
+        self._own = [part for part in self._parts if part.node._sequence_nr() == number]
+
+    @property
+    def factor(self) -> float | None:
+        """What it was multiplied with where that is all there is and is known; else None."""
+        alone = len(self._parts) == len(self._own) == 1 and math.prod(self._own[0].shape) == 1
+        return self._own[0].number if alone and not math.isnan(self._own[0].number) else None
+
+    @property
+    def ascends(self) -> bool:
+        """Whether it is a term with a minus sign in a sum of terms with numbers as factors."""
+        return any(not part.factors and part.number < 0 for part in self._own)
+
+    @property
+    def is_plain_mean(self) -> bool:
+        """Whether the root is the mean of all that the loss function gave, times a number."""
+        means = 0
+        for node in first_arguments(self._root.grad_fn, NODES_TO_VALUE):
+            if node._sequence_nr() == self._number:
+                return means == 1
+            name = kind_of(node)
+            means += name == "Mean"
+            if not (name == "Mean" or name in PASSING_ON or _is_multiple(node)):
+                return False
+        return False
+
+
+def _is_multiple(node: Any) -> bool:
+    other = getattr(node, "_saved_other", None) if kind_of(node) in ("Mul", "Div") else None
+    return isinstance(other, (int, float)) or (isinstance(other, Tensor) and other.is_cpu and other.numel() == 1)

@@ -88,20 +88,20 @@ def target_columns(targets: Tensor) -> Tensor:
     return columns
 
 
-def told_apart(given: Tensor, targets: Tensor) -> float:
+def told_apart(prediction: Tensor, targets: Tensor) -> float:
     """How well outputs (n, ...) say the targets: the squared correlation of numbers, or the accuracy over that of
     the most frequent class; NaN where that is not known."""
     n = len(targets)
     if targets.is_floating_point():
-        if given.numel() != targets.numel():
+        if prediction.numel() != targets.numel():
             return math.nan
-        out, wanted = given.detach().double().reshape(n, -1), targets.double()
-        out, wanted = out - out.mean(0), wanted - wanted.mean(0)
-        sizes = float(out.norm() * wanted.norm())
-        return (float((out * wanted).sum()) / sizes) ** 2 if sizes > 0 else 0.0
-    if targets.shape[1] != 1 or given.ndim != 2 or len(given) != n:
+        out, expected = prediction.detach().double().reshape(n, -1), targets.double()
+        out, expected = out - out.mean(0), expected - expected.mean(0)
+        sizes = float(out.norm() * expected.norm())
+        return (float((out * expected).sum()) / sizes) ** 2 if sizes > 0 else 0.0
+    if targets.shape[1] != 1 or prediction.ndim != 2 or len(prediction) != n:
         return math.nan
     labels = targets[:, 0]
     most = float(labels.unique(return_counts=True)[1].max()) / n
-    right = float((given.detach().argmax(1) == labels).double().mean())
+    right = float((prediction.detach().argmax(1) == labels).double().mean())
     return (right - most) / (1 - most)

@@ -101,9 +101,9 @@ class Pairing:
         nodes = frozenset(t.grad_fn._sequence_nr() for t in tensors_in(outputs) if t.grad_fn is not None)
         inputs = [t for t in tensors_in((args, dict(kwargs))) if t.is_cpu]
         self._calls.append(_Call(nodes, inputs[:INPUTS_OF_A_CALL], places))
-        for name, given, target in inside:  # the model returned its loss
+        for name, prediction, target in inside:  # the model returned its loss
             if any(t.numel() == 1 and t.grad_fn is not None for t in tensors_in(outputs)):
-                self._add(name, given, target, self._calls[-1])
+                self._add(name, prediction, target, self._calls[-1])
 
     def backward_done(self) -> None:
         """A backward pass has ended: no batch is kept past it, and calls of losses are counted from one."""
@@ -112,18 +112,18 @@ class Pairing:
 
     def loss_called(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""
-        given, target = input_and_target(args, kwargs)
-        plain = isinstance(given, Tensor) and isinstance(target, Tensor) and not target.requires_grad
+        prediction, target = input_and_target(args, kwargs)
+        plain = isinstance(prediction, Tensor) and isinstance(target, Tensor) and not target.requires_grad
         if plain and kwargs.get("reduction", "mean") != WEIGHTED and target.is_cpu and target.ndim:
-            self.compared(name, given, target)
+            self.compared(name, prediction, target)
 
-    def compared(self, name: str, given: Tensor, target: Tensor, node: Any = None) -> None:
-        """A loss compares `given`, which `node` of the graph made, with targets that have no graph."""
-        call = self._call_of(given.grad_fn if node is None else node)
+    def compared(self, name: str, prediction: Tensor, target: Tensor, node: Any = None) -> None:
+        """A loss compares `prediction`, which `node` of the graph made, with targets that have no graph."""
+        call = self._call_of(prediction.grad_fn if node is None else node)
         if call is not None:
-            self._add(name, given, target, call)
+            self._add(name, prediction, target, call)
         elif len(self._inside) < LOSSES_FOLLOWED:
-            self._inside.append((name, given.detach(), target))
+            self._inside.append((name, prediction.detach(), target))
 
     def _call_of(self, node: Any) -> _Call | None:
         if node is None:
@@ -132,7 +132,7 @@ class Pairing:
         found = (known.get(n._sequence_nr()) for n in nodes_before([node], NODES_TO_CALL))
         return next((call for call in found if call is not None), None)
 
-    def _add(self, name: str, given: Tensor, target: Tensor, call: _Call) -> None:
+    def _add(self, name: str, prediction: Tensor, target: Tensor, call: _Call) -> None:
         number = self._since[name] = self._since.get(name, 0) + 1
         key = name, number
         if key not in self._losses and len(self._losses) >= LOSSES_FOLLOWED:
@@ -146,13 +146,13 @@ class Pairing:
         targets = target_numbers(target, rows) if rows >= FEWEST_OF_A_BATCH else None
         if targets is None:
             return
-        score = told_apart(given, targets)
+        score = told_apart(prediction, targets)
         if score == score:
             loss.told_apart.append(score)
             if EARLY[0] <= self._moment.step <= EARLY[1]:
                 loss.early.append(score)
         if loss.first_output != loss.first_output and targets.is_floating_point():
-            loss.first_output = float(given.detach().double().square().mean().sqrt())
+            loss.first_output = float(prediction.detach().double().square().mean().sqrt())
         if more:
             self._keep(loss, targets, target, call)
 

@@ -64,8 +64,8 @@ class FeatureColumns:
 def rows_by_feature(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The first floating tensor of a call as (rows, features, numbers), a part of it where it is large; None where
     it has no features."""
-    given = (t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point())
-    t = next(given, None)
+    tensors = (t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point())
+    t = next(tensors, None)
     if t is None or not t.is_cpu or not is_dense(t) or t.ndim not in (2, 3, 4) or not t.numel():
         return None
     t = t.detach()[:ROWS_OF_CALL]

@@ -18,8 +18,7 @@ from diag.watching.observe.loop.formula.chains import (
     sides_of,
     sign_of,
 )
-from diag.watching.observe.loop.formula.parts import Summand
-from diag.watching.observe.loop.roots import MEAN_REDUCTION
+from diag.watching.observe.loop.formula.parts import MEAN_REDUCTION, Summand
 
 DEEPEST_SUM, MOST_TERMS = 24, 64
 OF_ROWS = ("MseLoss", "SmoothL1Loss", "HuberLoss")

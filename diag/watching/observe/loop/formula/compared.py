@@ -147,9 +147,9 @@ def one_kind(nodes: list[Any], parts: list[Summand]) -> Iterator[OddFound]:
 
 def _used_again(nodes: list[Any], node: Any) -> bool:
     """Whether something else of the loss depends on the outputs that this one compares."""
-    given, index = argument_of(node)
-    users = [n for n in nodes for p, i in n.next_functions if p is given and i == index]
-    return len(users) != 1 or not one_view(nodes, given, behind_views(given))
+    argument, index = argument_of(node)
+    users = [n for n in nodes for p, i in n.next_functions if p is argument and i == index]
+    return len(users) != 1 or not one_view(nodes, argument, behind_views(argument))
 
 
 # The end of the network against what it is compared with

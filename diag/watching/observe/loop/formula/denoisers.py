@@ -32,11 +32,16 @@ class Denoisers:
         """The model was called in training, and the pass that follows is to be read."""
         self._inputs = [t.detach() for t in tensors[:ARGUMENTS_LOOKED_AT]]
 
-    def loss_called(self, given: Any, target: Any) -> None:
+    def loss_called(self, prediction: Any, target: Any) -> None:
         """An error between numbers is to be descended."""
         inputs, self._inputs = self._inputs, []
-        there = isinstance(given, Tensor) and isinstance(target, Tensor) and inputs
-        if not there or target.requires_grad or given.shape != target.shape or target.numel() < FEWEST_TO_CORRELATE:
+        there = isinstance(prediction, Tensor) and isinstance(target, Tensor) and inputs
+        if (
+            not there
+            or target.requires_grad
+            or prediction.shape != target.shape
+            or target.numel() < FEWEST_TO_CORRELATE
+        ):
             return
         noisy = next((t for t in inputs if t.shape == target.shape and t.is_floating_point()), None)
         if noisy is None or not noisy.is_cpu or not is_standard_noise(target):
@@ -47,7 +52,7 @@ class Denoisers:
         if self._level:
             place, value = next(iter(self._level.items()))
             self._found.append(OddFound(Odd.ONE_LEVEL, {"argument": float(place), "value": value}))
-        elif not _related(noisy, target) and not _related(given.detach(), target):
+        elif not _related(noisy, target) and not _related(prediction.detach(), target):
             self._found.append(OddFound(Odd.NOISE_UNRELATED, {"numbers": float(target.numel())}))
 
     def found(self) -> Iterator[OddFound]:

@@ -45,11 +45,11 @@ class Domains:
         calls = self._calls[name] = self._calls.get(name, 0) + 1
         if not due(calls):
             return
-        given = inspect.signature(function).bind(*args, **kwargs)
-        given.apply_defaults()
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
         self._first.setdefault(name, self._moment.step)
         found = self._shares.setdefault(name, [])
-        found.append({k: _read(v) for k, v in rule(given.arguments).items()})
+        found.append({k: _read(v) for k, v in rule(bound.arguments).items()})
         if len(found) in CALLS_THAT_TELL:
             self._moment.news(("domain", name, len(found)))
 
@@ -90,12 +90,12 @@ def _not_normalised(logs: Tensor, axis: int) -> Tensor:
 
 def _ctc(a: Mapping[str, Any]) -> DomainShares:
     logs, blank = a["log_probs"], a["blank"]
-    frames, wanted = torch.as_tensor(a["input_lengths"]).cpu(), torch.as_tensor(a["target_lengths"]).cpu()
-    targets, counted, repeats = _transcripts(a["targets"].detach(), wanted)
+    frames, lengths = torch.as_tensor(a["input_lengths"]).cpu(), torch.as_tensor(a["target_lengths"]).cpu()
+    targets, counted, repeats = _transcripts(a["targets"].detach(), lengths)
     found: DomainShares = {
         "no log-probabilities": _not_normalised(logs, -1),
         "blank": ((targets == blank) & counted).sum() / counted.sum().clamp_min(1),
-        "too short": _share(frames.reshape(-1) < wanted.reshape(-1) + repeats),
+        "too short": _share(frames.reshape(-1) < lengths.reshape(-1) + repeats),
     }
     if logs.ndim == 3:
         found["over time"] = 1 - _not_normalised(logs, 0)
@@ -114,8 +114,8 @@ def _transcripts(targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _kl(a: Mapping[str, Any]) -> DomainShares:
-    given, target = a["input"].detach(), a["target"].detach()
-    of_any_axis = [_not_normalised(given, axis) for axis in range(given.ndim)]
+    prediction, target = a["input"].detach(), a["target"].detach()
+    of_any_axis = [_not_normalised(prediction, axis) for axis in range(prediction.ndim)]
     found: DomainShares = {"no log-probabilities": torch.stack(of_any_axis).min() if of_any_axis else 0.0}
     if a["log_target"]:
         inside = ((target >= 0) & (target <= 1)).all()
@@ -134,19 +134,19 @@ def _gaussian(a: Mapping[str, Any]) -> DomainShares:
 
 
 def _poisson(a: Mapping[str, Any]) -> DomainShares:
-    given, target = a["input"], a["target"].detach()
-    made = bounded_by(given)[1] >= 0 or made_by_exponential(given)
+    prediction, target = a["input"], a["target"].detach()
+    made = bounded_by(prediction)[1] >= 0 or made_by_exponential(prediction)
     return {
         "negative counts": _share(target < 0),
         "exponential twice": float(bool(a["log_input"]) and made),
-        "negative rates": 0.0 if a["log_input"] else _share(given.detach() < 0),
-        "broadcast": float(expands_both(given, target)),
+        "negative rates": 0.0 if a["log_input"] else _share(prediction.detach() < 0),
+        "broadcast": float(expands_both(prediction, target)),
     }
 
 
-def made_by_exponential(given: Tensor) -> bool:
+def made_by_exponential(prediction: Tensor) -> bool:
     """Whether an exponential made the tensor."""
-    node = made_last(given.grad_fn)
+    node = made_last(prediction.grad_fn)
     return node is not None and kind_of(node) == "Exp"
 
 

@@ -31,14 +31,14 @@ FEWEST_OF_NOISE = 64
 STANDARD_ERRORS_OF_NOISE = 6.0
 
 
-def noise(root: Tensor, given: set[int]) -> Iterator[OddFound]:
-    """A scale of noise that no term of the loss but the noise depends on. given: where the tensors lie that the
+def noise(root: Tensor, inputs: set[int]) -> Iterator[OddFound]:
+    """A scale of noise that no term of the loss but the noise depends on. inputs: where the tensors lie that the
     model was given, which are no noise."""
     nodes, without = _living(root.grad_fn)
     if len(nodes) >= NODES_WITH_NOISE:
         return
     for node in nodes:
-        scale, index = _scale_of_noise(node, given)
+        scale, index = _scale_of_noise(node, inputs)
         if scale is None:
             continue
         bottom, place, _ = bottom_of(*argument_of(scale))
@@ -74,14 +74,14 @@ def _is_zero(node: Any) -> bool:
     return isinstance(other, Tensor) and other.numel() == 1 and other.is_cpu and float(other) == 0
 
 
-def _scale_of_noise(node: Any, given: set[int]) -> tuple[Any, int]:
+def _scale_of_noise(node: Any, inputs: set[int]) -> tuple[Any, int]:
     """The exponential that is multiplied by standard normal numbers; (None, 0) for anything else."""
     if kind_of(node) != "Mul" or len(sides_of(node)) != 1:
         return None, 0
     first = node.next_functions[0][0] is not None
     other = node._saved_other if first else node._saved_self
     side, index = sides_of(node)[0]
-    if kind_of(side) != "Exp" or not isinstance(other, Tensor) or other.untyped_storage().data_ptr() in given:
+    if kind_of(side) != "Exp" or not isinstance(other, Tensor) or other.untyped_storage().data_ptr() in inputs:
         return None, 0
     if not is_standard_noise(other):
         return None, 0

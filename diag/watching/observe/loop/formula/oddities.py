@@ -43,7 +43,7 @@ class Oddities:
         self._moment = moment
         self._passes = self._looked = self._rows = 0
         self._outputs: list[Any] = []
-        self._given: set[int] = set()  # where the tensors that the model was given lie
+        self._inputs: set[int] = set()  # where the tensors that the model was given lie
         self._found: dict[Odd, Oddity] = {}
         self._denoisers = Denoisers()
 
@@ -57,41 +57,41 @@ class Oddities:
             return
         tensors = tensors_in((args, dict(kwargs)))
         self._rows = next((len(t) for t in tensors if t.ndim), 0)
-        self._given |= {
+        self._inputs |= {
             t.untyped_storage().data_ptr() for t in tensors[:OUTPUTS_LOOKED_AT] if t.layout is torch.strided
         }
         self._denoisers.training_call(tensors)
-        given = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
-        found = [t.grad_fn for t in given if t.grad_fn is not None]
+        tensors = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
+        found = [t.grad_fn for t in tensors if t.grad_fn is not None]
         self._outputs = (self._outputs + found)[-OUTPUTS_LOOKED_AT:]
 
-    def loss_called(self, name: str, given: Any, target: Any) -> None:
+    def loss_called(self, name: str, prediction: Any, target: Any) -> None:
         """A loss function of torch, or what amounts to one, is called on these."""
         if self._looking and name in OF_NUMBERS:
-            self._denoisers.loss_called(given, target)
+            self._denoisers.loss_called(prediction, target)
 
     def begins(self) -> bool:
         """A backward pass begins; whether it is to be read."""
         looking = self._looking
         self._passes += 1
         if not looking:
-            self._outputs, self._given = [], set()
+            self._outputs, self._inputs = [], set()
             self._denoisers.forget()
         return looking
 
     def read(self, root: Tensor, parts: list[Summand]) -> None:
         """Look at the loss of a pass that is to be read."""
         outputs, self._outputs = self._outputs, []
-        given, self._given = self._given, set()
+        inputs, self._inputs = self._inputs, set()
         self._looked += 1
-        for kind, (_, numbers, of) in {f.kind: f for f in self._odd(root, parts, outputs, given)}.items():
+        for kind, (_, numbers, of) in {f.kind: f for f in self._odd(root, parts, outputs, inputs)}.items():
             before = self._found.get(kind)
             first, seen = (before.first, before.seen) if before is not None else (self._moment.step, 0)
             self._found[kind] = Oddity(kind, self._looked, seen + 1, first, numbers, of)
             if seen + 1 in LOOKS_THAT_TELL:
                 self._moment.news(("odd", kind, seen))
 
-    def _odd(self, root: Tensor, parts: list[Summand], outputs: list[Any], given: set[int]) -> Iterator[OddFound]:
+    def _odd(self, root: Tensor, parts: list[Summand], outputs: list[Any], inputs: set[int]) -> Iterator[OddFound]:
         near = list(nodes_before([root.grad_fn], NODES_NEAR))
         if parts:
             yield from scales(parts)
@@ -104,7 +104,7 @@ class Oddities:
         yield from pairs(near)
         yield from beyond(near)
         yield from cut(outputs)
-        yield from noise(root, given)
+        yield from noise(root, inputs)
         yield from self._denoisers.found()
         yield from summed(root, self._rows)
         yield from flat_derivative(list(nodes_before([root.grad_fn], NODES_OF_DERIVATIVES)))

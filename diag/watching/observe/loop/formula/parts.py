@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of, signed
-from diag.watching.observe.loop.roots import MEAN_REDUCTION
 from diag.watching.observe.terms import reaches
 
+MEAN_REDUCTION = 1  # as the nodes of torch's loss functions save it
 NODES_OF_PARTS = 1024  # that are visited
 LONGEST_CHAIN = 16
 MOST_WEIGHTS = 1 << 20  # of one part, that are computed
@@ -78,15 +79,16 @@ class Summand:
         return self.weight / max(saved.numel(), 1) if isinstance(saved, Tensor) else math.nan
 
 
-def parts_of(root: Tensor) -> list[Summand]:
-    """The parts of a number, the nearest first; none where there are too many."""
+def parts_of(root: Tensor, ends: Container[int] = ()) -> list[Summand]:
+    """The parts of a number, the nearest first; none where there are too many. ends: numbers of nodes that are
+    parts, whatever they are made of."""
     found: list[Summand] = []
     waiting = deque([Summand(root.grad_fn, root.output_nr, 1.0)])
     for _ in range(NODES_OF_PARTS):
         if not waiting:
             return found
         part = waiting.popleft()
-        inside = within(part)
+        inside = None if part.node._sequence_nr() in ends else within(part)
         if inside is None:
             found.append(part)
         else:

@@ -85,7 +85,9 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     b = loop.batches
     alike = loop.contents.raw > 0 and loop.contents.alike == loop.contents.raw
     alike |= loop.inputs.looked > 0 and loop.inputs.different == 1
-    if not alike and b.lag == 1 and b.repeats >= THRICE - 1 and b.fetched >= THRICE - 1 and b.loader_batches > 1:
+    # One batch that is taken out once and learned by heart may be meant; a loader that goes on is meant to be read.
+    read = b.fetched >= THRICE - 1 or b.loaders >= THRICE
+    if not alike and b.lag == 1 and b.repeats >= THRICE - 1 and read and b.loader_batches > 1:
         yield LoopFinding(
             Level.ALARM,
             Cause.BATCH_REPEATED,

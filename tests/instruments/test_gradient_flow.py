@@ -108,6 +108,17 @@ def test_gradients_read_all_through_a_run_speak_for_it():
     assert stopped.longest_unread == 20 and stopped.verdict().level is Level.UNKNOWN
 
 
+def test_a_layer_is_idle_though_its_gradient_was_read_at_some_steps_only():
+    history = without_gradients(numpy.arange(1, 50, 2))
+    history.gradient_norm[::2, 2] = 0
+    verdict = gradient_flow(history=history).verdict()
+    assert verdict.level is Level.WARNING and verdict.layers == ("b.weight",)
+    assert "was exactly zero at all 25 steps at which it was read (of 50 recorded): b.weight" in verdict.sentence
+    few = without_gradients(numpy.arange(9, 50))
+    few.gradient_norm[:9, 2] = 0
+    assert gradient_flow(history=few).verdict().level is not Level.WARNING  # it may begin later
+
+
 def without_gradients(rows):
     history = record()
     history.gradient_norm[rows] = math.nan

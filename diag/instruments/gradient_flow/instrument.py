@@ -148,12 +148,10 @@ class GradientFlow(Result):
     def _idle(self) -> Verdict | None:
         if not self.idle_layers or self.gradients_seen < STEPS_BEFORE_ZERO_GRADIENT:
             return None
-        read = self.gradients_seen == self.num_steps
         return Verdict(
             Level.WARNING,
             f"The gradient of {len(self.idle_layers):,} of {len(self.layers):,} parameter tensors was exactly zero "
-            f"{self._span() if read else f'at all {self.gradients_seen:,} steps at which it was read'}: "
-            f"{named(self.idle_layers)}.",
+            f"{self._span_read()}: {named(self.idle_layers)}.",
             advice="Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, "
             "or labels that mask it leave a layer without a gradient.",
             source="arithmetic",
@@ -286,6 +284,11 @@ class GradientFlow(Result):
         if len(self.steps) <= 1:
             return "at the one state measured"
         return f"at all {self.num_steps:,} steps recorded"
+
+    def _span_read(self) -> str:
+        if self.gradients_seen == self.num_steps or len(self.steps) <= 1:
+            return self._span()
+        return f"at all {self.gradients_seen:,} steps at which it was read (of {self.num_steps:,} recorded)"
 
     def _skips(self) -> str:
         if not self.skipped_steps:

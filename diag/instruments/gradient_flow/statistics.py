@@ -14,6 +14,7 @@ from diag.snapshot.history import History, by_rows, parts
 FIRST_STEP = 10  # the laws of growth are fitted from here on, after what a warm-up or the first steps do
 DECADES = 2.0  # and only over this many decades of steps at one learning rate
 FIT_POINTS = 200
+FEWEST_READ = 10  # steps at which a gradient was zero, from which on it is said to be so all along
 
 
 def growth_of_distance(
@@ -69,12 +70,13 @@ def norm_at_start(history: History, weights: NDArray[numpy.bool_]) -> float:
 
 
 def idle_layers(history: History) -> tuple[str, ...]:
-    """The layers whose gradient was zero at every step at which it was read."""
-    unread = [(numpy.isnan(part.gradient_norm) & part.gradient_finite) for part in parts(history)]
-    zero = [(part.gradient_norm == 0) for part in parts(history)]
-    idle = numpy.logical_and.reduce([(z | u).all(0) for z, u in zip(zero, unread, strict=True)])
-    idle &= numpy.logical_or.reduce([z.any(0) for z in zero])
-    return tuple(name for name, zero in zip(history.layers, idle, strict=True) if zero)
+    """The layers whose gradient was zero at every step at which it was read, of `FEWEST_READ` or all."""
+    norms = [part.gradient_norm for part in parts(history)]
+    read = numpy.sum([(~numpy.isnan(n)).sum(0) for n in norms], 0)
+    zero = numpy.sum([(n == 0).sum(0) for n in norms], 0)
+    finite = numpy.logical_and.reduce([part.gradient_finite.all(0) for part in parts(history)])
+    idle = finite & (zero == read) & (read >= min(FEWEST_READ, max(len(history), 1)))
+    return tuple(name for name, always in zip(history.layers, idle, strict=True) if always)
 
 
 def unseen_layers(history: History) -> tuple[str, ...]:

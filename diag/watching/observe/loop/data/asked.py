@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import kind_of, made_last, parents_of
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, made_last, parents_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
@@ -41,6 +41,12 @@ RANGES = {
     "Softmax": ("softmax", 0.0, 1.0),
     "Softplus": ("softplus", 0.0, math.inf),
 }
+# What takes entries of a tensor or puts them elsewhere: they stay in its range.
+TAKING = (
+    "Select", "Slice", "Index", "IndexSelect", "Gather", "Transpose", "T", "Permute", "Expand", "Split",
+    "SplitWithSizes", "Unbind", *PASSING_ON,
+)  # fmt: skip
+FARTHEST_FUNCTION = 24  # nodes
 CLAMPS = {"Clamp": ("_saved_min", "_saved_max"), "Hardtanh": ("_saved_min_val", "_saved_max_val")}
 
 
@@ -181,7 +187,12 @@ def same_numbers(prediction: Tensor, target: Tensor) -> bool:
 
 def bounded_by(prediction: Tensor) -> tuple[str, float, float]:
     """The function that made the tensor, if it holds it within a range, and the range."""
-    node = made_last(prediction.grad_fn)
+    return range_of(prediction.grad_fn)
+
+
+def range_of(node: Any) -> tuple[str, float, float]:
+    """The same of what a node of the graph gave."""
+    node = next((n for n in first_arguments(node, FARTHEST_FUNCTION) if kind_of(n) not in TAKING), None)
     name = kind_of(node) if node is not None else ""
     if name in RANGES:
         return RANGES[name]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, made_last
 from diag.snapshot.loop.arithmetic import Odd
+from diag.watching.observe.loop.answers.compared import compared_by
+from diag.watching.observe.loop.data.asked import range_of
 from diag.watching.observe.loop.formula.chains import (
     OddFound,
     argument_of,
@@ -38,7 +40,6 @@ BOUNDED: dict[str, tuple[str, float, float]] = {
 OF_TARGETS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D")
 OUT_OF_REACH, SLACK = 0.05, 0.01  # of the targets; of their range
 UNREDUCED = 0
-RESULT_KEPT = ("Relu", "Tanh", "Sigmoid", "Softmax")
 
 
 def pairs(nodes: list[Any]) -> Iterator[OddFound]:
@@ -177,21 +178,11 @@ def beyond(nodes: list[Any]) -> Iterator[OddFound]:
 def _output_and_target(node: Any) -> tuple[str, float, float, Tensor] | None:
     if not (kind_of(node) == "Abs" or is_square(node)):  # of torch's functions the calls are seen
         return None
-    kept, (before, _) = getattr(node, "_saved_self", None), argument_of(node)
-    if not isinstance(kept, Tensor) or not kept.is_cpu or before is None:
+    found = compared_by(node, {})
+    if found is None or not found.targets.is_cpu or not FEWEST_IN_A_LOSS <= found.targets.numel() < 1 << 22:
         return None
-    if kind_of(before) not in ("Sub", "Rsub") or len(sides_of(before)) != 1:
-        return None
-    first = before.next_functions[0][0] is not None and kind_of(before) == "Sub"
-    made = made_last(sides_of(before)[0][0])
-    about = BOUNDED.get(kind_of(made)) if made is not None and kind_of(made) in RESULT_KEPT else None
-    result = getattr(made, "_saved_result", None)
-    if about is None or not isinstance(result, Tensor) or result.numel() != kept.numel() < 1 << 22:
-        return None
-    if kept.numel() < FEWEST_IN_A_LOSS:
-        return None
-    output, difference = result.detach().reshape(kept.shape), kept.detach()
-    return (*about, output - difference if first else output + difference)
+    name, lower, upper = range_of(found.node)
+    return (name, lower, upper, found.targets) if name else None
 
 
 def cut(outputs: list[Any]) -> Iterator[OddFound]:

@@ -35,6 +35,7 @@ def noisy(n, size=1.0, seed=0):
         (numpy.concatenate([noisy(100), noisy(50, 100.0)]), Cause.SECOND_MOMENT_STALE),
         (numpy.concatenate([noisy(100), noisy(1, 100.0), noisy(50)]), ""),  # one odd batch
         (numpy.concatenate([noisy(100), noisy(5, 100.0), noisy(50)]), ""),  # a stretch of odd ones
+        (numpy.concatenate([noisy(100), noisy(200, 100.0) * numpy.geomspace(1, 0.01, 200)]), ""),  # a long spike
         (numpy.concatenate([noisy(100), noisy(50, 3.0)]), ""),
         (noisy(300), ""),
         (noisy(200) * numpy.geomspace(1, 100, 200), ""),  # grows slowly enough to be followed

@@ -27,10 +27,10 @@ from diag.snapshot.loop.facts import Loop
 
 SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second moment is out of date)"
 STALE = 5.0
-# Times the gradients of before, in the five steps after and the fifteen that follow: neither one odd batch nor a
-# stretch of them counts.
-STAYED = 2.0
-BEFORE, AFTER, LONGER = 20, 5, 20  # steps
+# Times the gradients of before, in the five steps after and in each fifteen that follow, and of the first five:
+# neither one odd batch nor a stretch of them counts, nor a spike that passes.
+STAYED, KEPT = 2.0, 0.25
+BEFORE, AFTER, LONGER, STRETCH = 20, 5, 20, 205  # steps
 CANDIDATE, MOST_CANDIDATES = 2.0, 64  # ratios that are looked at more closely, and how many of them
 WITH_SECOND_MOMENT = ("Adam", "AdamW", "NAdam", "RAdam")
 EXPLAINED_BY = (
@@ -49,6 +49,7 @@ class SecondMoment(Result):
     )
     at: int = measured("the step of that", remark="0 where there is none")
     growth: float = measured("gradients of the five steps from there over those of the twenty before")
+    lasted: int = measured("how many steps, from there, they were seen to stay so", unit="steps")
     beta2: float = measured("how much of the second moment a step keeps")
     steps: NDArray[numpy.int64] = measured("the steps", shape="(steps,)")
     ratios: NDArray[numpy.float64] = measured("the ratio at each", shape="(steps,)")
@@ -66,8 +67,9 @@ class SecondMoment(Result):
         return verdict(
             Level.WARNING,
             f"Adam's second moment was out of date from step {self.at:,}: gradients became "
-            f"{format_number(self.growth)} times as large and stayed so, and the step was made as if for gradients "
-            f"{format_number(self.largest)} times as small (beta2 = {self.beta2:g}).",
+            f"{format_number(self.growth)} times as large for {self.lasted:,} steps at least, and the step "
+            f"was made "
+            f"as if for gradients {format_number(self.largest)} times as small (beta2 = {self.beta2:g}).",
             advice="Look at what changed at that step (the loss's scale, the data, what is trained); lower beta2 "
             "(0.95 to 0.99), clip the gradient, or warm the learning rate up again there.",
             confidence=Confidence.STRONG_EMPIRICAL,
@@ -98,21 +100,23 @@ def second_moment(history: History, loop: Loop | None = None, *, stale: Threshol
     history: the record of a watched run. The second moment of each tensor is the running mean of its squared
     gradient norms with the optimizer's beta2, corrected for its start, gradients as they were after clipping; a
     tensor counts from its first gradient on. A median ratio above `stale` is a warning where the gradients of the
-    five steps from there, and of the fifteen after them, are at least twice those of the twenty before (a stretch
-    of odd batches is none) and the loss of these steps, where it is known, is higher than before: gradients that
-    grow as the loss falls are a training that takes off. loop: whether targets that are numbers, as values that
-    training itself learns, came to lie farther apart, of which gradients grow, too; then it is not judged. For
-    other optimizers, and before step 40, it is not judged. Raises nothing of its own.
+    five steps from there, and of each fifteen of the two hundred after them, are at least twice those of the twenty
+    before, and do not fall to a quarter again (a stretch of odd batches is none, nor is a spike), and the loss of
+    these steps, where it is known, is higher than before: gradients that grow as the loss falls are a training
+    that takes off. loop: whether targets that are numbers, as values that training itself learns, came to lie
+    farther apart, of which gradients grow, too; then it is not judged. For other optimizers, and before step 40,
+    it is not judged. Raises nothing of its own.
     """
     beta2, known = _beta2(history), len(history.steps) >= BEFORE + LONGER
     usable = beta2 is not None and known
     gradients = _applied(history) if usable else numpy.zeros((0, 0))
     ratios = _ratios(gradients, history.steps, beta2 or 0.0) if usable else numpy.zeros(0)
-    largest, place, growth = _largest(ratios, gradients, history.loss)
+    largest, place, growth, lasted = _largest(ratios, gradients, history.loss)
     return SecondMoment(
         largest=largest,
         at=int(history.steps[place]) if place >= 0 else 0,
         growth=growth,
+        lasted=lasted,
         beta2=beta2 if beta2 is not None else math.nan,
         steps=numpy.asarray(history.steps[-len(ratios) :][-512:]) if usable else numpy.zeros(0, numpy.int64),
         ratios=ratios[-512:],
@@ -167,15 +171,18 @@ def _ratios(gradients: NDArray[numpy.float64], steps: Any, beta2: float) -> NDAr
 
 def _largest(
     ratios: NDArray[numpy.float64], gradients: NDArray[numpy.float64], losses: NDArray[numpy.float64]
-) -> tuple[float, int, float]:
-    """The largest ratio from which on gradients stayed up, its place, how much they grew; (0, -1, 1) for none."""
+) -> tuple[float, int, float, int]:
+    """The largest ratio from which on gradients stayed up, its place, how much they grew, and for how many steps
+    that was seen; (0, -1, 1, 0) for none."""
     size = numpy.asarray(median(gradients, axis=1)) if gradients.size else numpy.zeros(len(ratios))
     inside = numpy.arange(BEFORE, len(ratios) - LONGER + 1)
     candidates = inside[numpy.nan_to_num(ratios[inside]) > CANDIDATE]
     for i in candidates[numpy.argsort(-ratios[candidates])][:MOST_CANDIDATES]:
         after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
-        later = float(median(size[i + AFTER : i + LONGER]))
+        later = size[i + AFTER : i + STRETCH]
+        later = later[: len(later) // (LONGER - AFTER) * (LONGER - AFTER)]
+        lowest = float(numpy.min(median(later.reshape(-1, LONGER - AFTER), axis=1)))
         harmed = not median(losses[i : i + LONGER]) <= median(losses[i - BEFORE : i])  # or not known
-        if after > STAYED * before > 0 and later > STAYED * before and harmed:
-            return float(ratios[i]), int(i), after / before
-    return 0.0, -1, 1.0
+        if after > STAYED * before > 0 and lowest > max(STAYED * before, KEPT * after) and harmed:
+            return float(ratios[i]), int(i), after / before, AFTER + len(later)
+    return 0.0, -1, 1.0, 0

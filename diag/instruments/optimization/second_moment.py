@@ -29,8 +29,8 @@ SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second 
 STALE = 5.0
 # Times the gradients of before, in the five steps after and in each fifteen that follow, and of the first five:
 # neither one odd batch nor a stretch of them counts, nor a spike that passes.
-STAYED, KEPT = 2.0, 0.25
-BEFORE, AFTER, LONGER, STRETCH = 20, 5, 20, 205  # steps
+STAYED, KEPT_UP = 2.0, 0.25
+BEFORE, AFTER, LONGER, STRETCH_AFTER = 20, 5, 20, 205  # steps
 CANDIDATE, MOST_CANDIDATES = 2.0, 64  # ratios that are looked at more closely, and how many of them
 WITH_SECOND_MOMENT = ("Adam", "AdamW", "NAdam", "RAdam")
 EXPLAINED_BY = (
@@ -179,10 +179,10 @@ def _largest(
     candidates = inside[numpy.nan_to_num(ratios[inside]) > CANDIDATE]
     for i in candidates[numpy.argsort(-ratios[candidates])][:MOST_CANDIDATES]:
         after, before = float(median(size[i : i + AFTER])), float(median(size[i - BEFORE : i]))
-        later = size[i + AFTER : i + STRETCH]
+        later = size[i + AFTER : i + STRETCH_AFTER]
         later = later[: len(later) // (LONGER - AFTER) * (LONGER - AFTER)]
         lowest = float(numpy.min(median(later.reshape(-1, LONGER - AFTER), axis=1)))
         harmed = not median(losses[i : i + LONGER]) <= median(losses[i - BEFORE : i])  # or not known
-        if after > STAYED * before > 0 and lowest > max(STAYED * before, KEPT * after) and harmed:
+        if after > STAYED * before > 0 and lowest > max(STAYED * before, KEPT_UP * after) and harmed:
             return float(ratios[i]), int(i), after / before, AFTER + len(later)
     return 0.0, -1, 1.0, 0

@@ -12,7 +12,7 @@ import diag
 from diag import Result, Verdict, instrument, measured
 from diag.run.rows import row_columns, row_dtype
 from diag.snapshot.history import History
-from diag.watching.measure.live import Trace, is_floor
+from diag.watching.measure.live import RECENT_ROWS, Trace, is_floor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,3 +90,16 @@ def test_a_trace_keeps_the_last_rows_whole_and_thins_the_others_evenly():
     assert list(steps[-512:]) == list(range(20_001 - 512, 20_001))
     earlier = numpy.diff(steps[:-512][:-1])
     assert earlier.min() == earlier.max()  # every 2^k-th
+
+
+def test_the_first_loss_that_is_lost_stays_in_the_thinned_record():
+    dtype = row_dtype(row_columns(2))
+    trace = Trace(dtype)
+    for step in range(1, 4001):
+        row = numpy.zeros(1, dtype)
+        row["steps"], row["loss_finite"] = step, step < 645
+        trace.add(row)
+    rows = trace.rows()
+    lost = rows["steps"][~rows["loss_finite"]]
+    assert lost[0] == 645 and len(rows) <= 2 * RECENT_ROWS + 1
+    assert (numpy.diff(rows["steps"].astype(int)) > 0).all()

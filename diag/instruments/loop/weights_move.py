@@ -144,10 +144,12 @@ def _cause(p: ParameterFacts, rate: float, moved: bool, came_down: bool) -> Caus
 def _came_down(history: History, loop: Loop) -> bool:
     """Whether a learning rate of zero may be the end of a schedule, above which it was before: then it is no reason
     for weights that never moved."""
+    rates = history.learning_rate[numpy.isfinite(history.learning_rate)]
+    if len(rates) and not rates.any():
+        return False
     stopped = [g for o in loop.training for g in o.groups if g.get("lr") == 0]
     if any("initial_lr" in g for g in stopped):  # a scheduler holds them
         return all(g.get("initial_lr") != 0 for g in stopped)
-    rates = history.learning_rate[numpy.isfinite(history.learning_rate)]
     return bool(len(rates) and rates[-1] == 0 and rates.max() > 0)
 
 

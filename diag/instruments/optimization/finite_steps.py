@@ -162,7 +162,7 @@ def finite_steps(history: History, loop: Loop | None = None) -> FiniteSteps:
     """
     taken = ~numpy.asarray(history.skipped, bool)
     bad_gradients = ~numpy.asarray(history.gradient_finite, bool) & taken[:, None]
-    bad_losses = ~numpy.asarray(history.loss_finite, bool) & taken
+    bad_losses = (~numpy.asarray(history.loss_finite, bool) | numpy.isinf(history.loss)) & taken
     first = int(numpy.argmax(bad_gradients.any(1))) if bad_gradients.any() else -1
     loss_step = int(history.steps[int(numpy.argmax(bad_losses))]) if bad_losses.any() else 0
     names = numpy.asarray(history.layers)

@@ -45,6 +45,7 @@ class Trace:
         self._recent: deque[bytes] = deque(maxlen=rows)
         self._earlier: list[bytes] = []
         self._room, self._stride, self._passed = rows, 1, 0
+        self._first_lost: bytes | None = None  # the first row whose loss is no finite number, which is kept
 
     def add(self, table: NDArray[Any]) -> None:
         """Keep a finished row (a table of one row, which is copied)."""
@@ -53,11 +54,14 @@ class Trace:
         self._recent.append(table.tobytes())
 
     def _keep(self, row: bytes) -> None:
-        if self._passed % self._stride == 0:
+        if self._first_lost is None and not numpy.frombuffer(row, self._dtype)["loss_finite"][0]:
+            self._first_lost = row
+        if self._passed % self._stride == 0 or row is self._first_lost:
             self._earlier.append(row)
         self._passed += 1
         if len(self._earlier) > self._room:
-            self._earlier, self._stride = self._earlier[::2], 2 * self._stride
+            thinned = [r for i, r in enumerate(self._earlier) if i % 2 == 0 or r is self._first_lost]
+            self._earlier, self._stride = thinned, 2 * self._stride
 
     @property
     def is_whole(self) -> bool:

@@ -342,6 +342,19 @@ def test_a_rate_of_zero_is_told_at_its_third_step():
     assert told(model, train)[Cause.SCHEDULE_ENDED_EARLY] == 43
 
 
+def test_a_warm_up_from_zero_that_never_begins_has_a_rate_of_zero():
+    model = loops.mlp()
+    optimizer = loops.adam(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 40))
+    loader = loops.batches(SIZE, n=ROWS)
+
+    def train():
+        for _ in range(4):
+            an_epoch(model, optimizer, loader)
+
+    assert Cause.LEARNING_RATE_ZERO in told(model, train)
+
+
 # Modules that are not called
 
 

@@ -336,3 +336,23 @@ def test_the_way_and_the_distance_are_those_of_a_walk():
 
 def test_a_record_without_distances_has_no_way():
     assert all(math.isnan(x) for x in travel(record(FLAT)))
+
+
+def blown_up(peak, steps=60):
+    """The record of a training whose first ten steps are as large as the weights; its loss comes back to a half."""
+    losses = numpy.concatenate([[1.0], numpy.full(9, peak), numpy.full(max(steps - 10, 0), 0.05)])[:steps]
+    ratios = numpy.concatenate([numpy.full(10, 0.5), numpy.full(max(steps - 10, 0), 1e-3)])[:steps]
+    return record(losses, ratios)
+
+
+@pytest.mark.parametrize(("peak", "cause"), [(1000.0, Cause.LEARNING_RATE_TOO_HIGH), (8.0, "")])
+def test_steps_that_replaced_the_weights_stay_found_when_the_record_no_longer_holds_them(peak, cause):
+    early, late = diag.step_size(history=blown_up(peak, 10)), diag.step_size(history=blown_up(peak))
+    thin = dataclasses.replace(
+        late, largest_ratio=0.09, largest_at=41, began_at=0
+    )  # as of a record that has been thinned
+    assert thin.verdict().cause == ""
+    verdict = type(thin).trend([(10, early), (60, thin)])
+    assert verdict.cause == cause
+    assert not cause or (verdict.step == 1 and "50 %" in verdict.sentence)
+    assert type(thin).trend([(60, thin)]).cause == ""

@@ -79,6 +79,12 @@ class LabelsBelong(Result):
         return self.held_out_gain <= ANYTHING * self.held_out_gain_standard_error
 
     @property
+    def _still_worse(self) -> bool:
+        """Whether training examples are answered worse than without inputs, as by a network that begins sure and
+        wrong and has not unlearned that."""
+        return self.gain < -ANYTHING * self.gain_standard_error
+
+    @property
     def by_heart(self) -> bool:
         """Whether training examples are answered better than without inputs, and held-out ones are not."""
         apart = math.hypot(self.gain_standard_error, self.held_out_gain_standard_error)
@@ -115,7 +121,7 @@ class LabelsBelong(Result):
             threshold=self.setting("independent"),
             threshold_source="one in twenty independent data sets is below it",
             cause=Cause.LABELS_SHUFFLED,
-            explained_by=WHAT_ELSE,
+            explained_by=tuple(c for c in WHAT_ELSE if c is not Cause.INITIAL_LOSS_HIGH or self._still_worse),
             step=1,
         )
 

@@ -33,17 +33,19 @@ def module_modes(loop: Loop) -> ModuleModes:
     calls of the model without them: the first where a DataLoader gave them rows that training does not use, else
     the second. Modules in frozen parts may be in eval mode, and so may batch norms alone that
     have statistics from before (fine-tuning). A single call without gradients and without a loss (samples of a
-    generator, an agent that acts) is no evaluation, but for one on the inputs of the training call just made.
+    generator, an agent that acts) is no evaluation, but for one on the inputs of the training call just made, and
+    with dropout alone for one on more rows than a batch has, none of them training's, at least twice or after the
+    last step. Calls after the last step are judged when the watch is closed.
 
     Raises nothing of its own.
     """
     m = loop.modes
     noisy = Precondition("dropout or batch norm", bool(m.noisy), "no module of the model depends on the mode.")
     fine = f"{counted(len(m.noisy), 'module')} with dropout or batch norm trained in train mode."
-    return judged(ModuleModes, loop.step, list(_findings(m)), fine, preconditions=(noisy,))
+    return judged(ModuleModes, loop.step, list(_findings(m, loop.step)), fine, preconditions=(noisy,))
 
 
-def _findings(m: ModeFacts) -> Iterator[LoopFinding]:
+def _findings(m: ModeFacts, step: int) -> Iterator[LoopFinding]:
     if m.eval_steps.running >= TWICE and m.trained_parts:
         finding = _training(m)
         if finding is not None:
@@ -57,6 +59,11 @@ def _findings(m: ModeFacts) -> Iterator[LoopFinding]:
     elif m.same_inputs.times >= TWICE:
         how = "the model was called again on what it had just been trained on,"
         yield _evaluation(m, Level.WARNING, m.same_inputs.first, how)
+    elif m.alone.times >= TWICE:
+        how = "the model was called on rows that were in no training batch that was looked at,"
+        yield _evaluation(m, Level.WARNING, m.alone.first, how)
+    elif m.afterwards:
+        yield _evaluation(m, Level.WARNING, step, "", m.afterwards)
 
 
 def _training(m: ModeFacts) -> LoopFinding | None:
@@ -98,12 +105,18 @@ def _in_eval(m: ModeFacts, since: int, when: str, level: Level) -> LoopFinding:
     )
 
 
-def _evaluation(m: ModeFacts, level: Level, step: int, how: str) -> LoopFinding:
+def _evaluation(m: ModeFacts, level: Level, step: int, how: str, afterwards: int = 0) -> LoopFinding:
+    if afterwards:
+        times = "once" if afterwards == 1 else f"{afterwards:,} times"
+        how = f"after the last step, {step:,}, the model was called {times}"
+        how += " on rows that were in no training batch that was looked at,"
+    else:
+        how = f"before step {step:,} {how}"
     moving = " Its running statistics move with the held-out data." if m.moving_statistics else ""
     return LoopFinding(
         level,
         Cause.EVALUATION_IN_TRAIN_MODE,
-        f"The model is evaluated in train mode: before step {step:,} {how} without gradients while "
+        f"The model is evaluated in train mode: {how} without gradients while "
         f"{layers_called(m.noisy)} {'were' if len(m.noisy) > 1 else 'was'} in train mode.",
         f"Call model.eval() before an evaluation and model.train() after it.{moving}",
         "model.training is False in the calls under no_grad.",

@@ -9,9 +9,9 @@ Adam's epsilon makes them so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy
 from numpy.typing import NDArray
@@ -55,6 +55,7 @@ TIGHT, NOTHING_LEFT = 0.05, 0.005
 ADAM_SHARE = 0.02
 HALF_OF_NORM, GROWN = 0.5, 30.0  # norm over the first norm
 HALF_OF_LOSS, TENTH_OF_LOSS = 0.5, 0.1  # of the first loss
+BLOWN_UP = 100.0  # times the first loss: what such steps have replaced is not what training began with
 COMES_BACK = 100  # steps in which a loss that rose in the first ones may come back
 ADAGRAD, RMSPROP = "Adagrad", "RMSprop"  # they divide by what began at zero: large at first at any rate
 FROM_NOTHING = 0.03  # root mean square of the weights times the root of the fan-in; usual is 0.5 to 1.5
@@ -112,11 +113,34 @@ class StepSize(Result):
     first_loss: float = measured("the first loss", default=math.nan)
     optimizer: str = measured("the optimizer's kind")
     epsilon: float = measured("Adam's epsilon")
+    peak_then: float = measured(
+        "the largest loss over the first one, when the largest ratio was first seen", default=math.nan
+    )
     steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
     ratios: NDArray[numpy.float64] = measured("the median ratio at each", shape="(steps,)")
 
     def verdict(self) -> Verdict:
         return next(v for v in self._verdicts() if v is not None)
+
+    @classmethod
+    def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
+        """The last result's verdict, of the largest steps that any result has seen where the loss rose far: a long
+        record is thinned, and no longer holds the first steps one by one."""
+        last = series[-1][1]
+        seen = [r for _, r in series if r.num_steps >= MEASUREMENTS_IN_A_ROW and math.isfinite(r.largest_ratio)]
+        then = max(seen, key=lambda r: r.largest_ratio, default=last)
+        if last.below_zero or not then.loss_peak_ratio >= LOSS_RATIO:
+            return last.verdict()
+        return replace(
+            last,
+            largest_ratio=then.largest_ratio,
+            largest_at=then.largest_at,
+            began_at=then.began_at,
+            loss_rose=then.loss_rose,
+            shrunk=then.shrunk,
+            from_nothing=then.from_nothing,
+            peak_then=then.loss_peak_ratio,
+        ).verdict()
 
     def _verdicts(self) -> Iterator[Verdict | None]:
         yield self._too_high()
@@ -150,10 +174,11 @@ class StepSize(Result):
             explained_by=(Cause.GRADIENTS_NOT_ZEROED, Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_SUMMED,
                           Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
                           Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
-                          Cause.MOMENTUM_TOO_HIGH, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.INPUTS_TOO_SMALL,
+                          Cause.MOMENTUM_TOO_HIGH, Cause.INPUTS_TOO_SMALL,
                           Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED, Cause.LOSS_ASCENDED, Cause.LOSS_UNBOUNDED,
                           Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO, Cause.NORMALIZATION_STATISTICS_BAD,
-                          Cause.TARGETS_OUT_OF_RANGE),
+                          Cause.TARGETS_OUT_OF_RANGE,
+                          *([Cause.WEIGHT_DECAY_TOO_STRONG] if self.shrunk else [])),
             step=self.began_at or self.largest_at,
         )  # fmt: skip
 
@@ -195,11 +220,12 @@ class StepSize(Result):
     @property
     def _recovered(self) -> bool:
         """Whether large first steps did no lasting harm: steps are as usual since, and half of the loss is gone, or
-        nine tenths where it rose far.
+        nine tenths where it rose far. A loss that was a hundred times the first one has replaced what training
+        began with.
 
         The first steps of Adagrad are large at any usual rate, so there the loss need not fall.
         """
-        if self.below_zero:
+        if self.below_zero or self.peak_then >= BLOWN_UP:
             return False
         usual = self.num_steps >= ENOUGH_STEPS and self.ratio <= self.setting("too_high")
         far = not self.loss_peak_ratio < LOSS_RATIO

@@ -82,7 +82,10 @@ class ConstantAnswer(Result):
             threshold=self.constant_loss,
             threshold_source="the loss of the best constant answer, less 2 %",
             cause=Cause.WORSE_THAN_TRIVIAL,
-            explained_by=tuple(c for c in Cause if c not in NOT_BEHIND_IT),
+            # A network that is as good as a constant has unlearned what it was sure of at the start.
+            explained_by=tuple(
+                c for c in Cause if c not in NOT_BEHIND_IT and (worse or c is not Cause.INITIAL_LOSS_HIGH)
+            ),
             step=self.steps_recorded,
         )
 

@@ -57,6 +57,9 @@ class TrivialPredictor(Result):
     def _no_better(self) -> bool:
         return self.loss >= self.entropy - ERRORS_BELOW_ENTROPY * self.loss_standard_error
 
+    def _worse(self) -> bool:
+        return self.loss > self.entropy + ERRORS_BELOW_ENTROPY * self.loss_standard_error
+
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
         """A warning where a hundred steps and more have not brought the loss below that of the class
@@ -79,7 +82,8 @@ class TrivialPredictor(Result):
             threshold=last.entropy,
             threshold_source="the entropy of the labels, less two standard errors",
             cause=Cause.WORSE_THAN_TRIVIAL,
-            explained_by=EXPLAINED_BY,
+            # A network that is as good as class frequencies has unlearned what it was sure of at the start.
+            explained_by=tuple(c for c in EXPLAINED_BY if last._worse() or c is not Cause.INITIAL_LOSS_HIGH),
             step=step,
         )
 

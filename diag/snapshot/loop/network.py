@@ -21,7 +21,9 @@ class ModeFacts:
     gradients; train_in_evaluation: those with noisy modules in train mode, with_loss: of them followed by a loss
     without gradients, held_out: of them those on several batches, or the only one, of a DataLoader whose rows
     training does not use, each batch called once; same_inputs: single calls on the very tensor of the training call
-    before, after its backward pass."""
+    before, after its backward pass; alone: single calls, with dropout and no batch norm, on more rows than a
+    batch of training has, which training does not use; afterwards: calls on such rows, all with noisy modules in
+    train mode, that came after the last training call."""
 
     noisy: tuple[str, ...] = ()
     eval_in_training: tuple[str, ...] = ()
@@ -36,6 +38,8 @@ class ModeFacts:
     with_loss: Tally = NOT_ONCE
     held_out: Tally = NOT_ONCE
     same_inputs: Tally = NOT_ONCE
+    alone: Tally = NOT_ONCE
+    afterwards: int = 0
     moving_statistics: bool = False
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.network import ModeFacts
+from diag.watching.observe.loop.evaluation.quiet import QuietCalls
 from diag.watching.observe.loop.moment import Counter, Moment
 
 MODULES_A_CALL = 6  # modules at a call where no evaluation came before it
@@ -41,6 +42,7 @@ class Modes:
         self._inputs: Any = None  # of the last training call, while somebody else holds them
         self._descended = False
         self._same_inputs = Counter()
+        self._quiet, self._alone, self._afterwards = QuietCalls(), Counter(), 0
 
     # Training calls
 
@@ -52,6 +54,7 @@ class Modes:
         self._inputs = _reference(args, kwargs)
         if not self._named:
             return
+        self._quiet.training_call(first_tensor(args, kwargs))
         if self._evaluated_since or self._eval_steps.running or self._calls_all():
             looked = range(len(self._named))
         else:
@@ -108,6 +111,8 @@ class Modes:
         self._held_out_calls += untrained and self._noisy_call
         self._only_batch = only_batch
         now = first_tensor(args, kwargs)
+        if self._named:
+            self._quiet.quiet_call(now, self._noisy_call and not self._taken_again())
         again = now is not None and self._quiet_inputs is not None and self._quiet_inputs() is now
         self._sampled = again or (self._sampled and self._quiet_calls > 1)
         self._quiet_inputs = None if now is None else weakref.ref(now)
@@ -126,6 +131,16 @@ class Modes:
         held_out, self._held_out_calls = self._held_out_calls, 0
         if held_out and not self._sampled and (calls >= RUN or self._only_batch):
             self._hit(self._held_out, "train mode on held-out rows")
+        if self._quiet.over(self._moment.step) == 1 and not self._any_norms:
+            self._hit(self._alone, "train mode, one call")
+
+    @property
+    def _any_norms(self) -> bool:
+        return any(isinstance(m, _BatchNorm) for _, m in self._named)
+
+    def _taken_again(self) -> bool:
+        """Whether batch statistics are gathered as a plain mean, which is no evaluation."""
+        return any(isinstance(m, _BatchNorm) and m.momentum is None for _, m in self._named)
 
     def _is_same(self, args: Any, kwargs: Any) -> bool:
         now = first_tensor(args, kwargs)
@@ -147,8 +162,11 @@ class Modes:
 
     # Facts
 
-    def facts(self) -> ModeFacts:
-        """As plain data."""
+    def facts(self, ended: bool = False) -> ModeFacts:
+        """As plain data; ended: what is under way is the end of the training."""
+        if ended and self._was_training:
+            calls = self._quiet.over(self._moment.step)
+            self._afterwards = self._afterwards or (calls if calls >= RUN or not self._any_norms else 0)
         names = [self._named[i][0] for i in self._in_eval]
         norms = [(n, m) for n, m in (self._named[i] for i in self._in_eval) if isinstance(m, _BatchNorm)]
         parents = dict(self._model.named_modules())
@@ -166,6 +184,8 @@ class Modes:
             with_loss=self._with_loss.tally(),
             held_out=self._held_out.tally(),
             same_inputs=self._same_inputs.tally(),
+            alone=self._alone.tally(),
+            afterwards=self._afterwards,
             moving_statistics=any(isinstance(m, _BatchNorm) and m.track_running_stats for _, m in self._named),
         )
 

@@ -422,7 +422,7 @@ class LoopObserver:
             strangers=self._strangers.facts(),
             parameters=self._parameters.facts(self._optimizers, ended),
             schedulers=self._schedulers.facts(),
-            modes=self._modes.facts(),
+            modes=self._modes.facts(ended),
             chance=self._chance.facts(),
             losses=self._losses.facts(),
             wrapper=WrapperFacts(self._wrapper, self._wrapped, processes()),

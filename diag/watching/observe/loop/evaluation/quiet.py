@@ -1,0 +1,84 @@
+"""Calls of the model without gradients on rows that training does not use: evaluations, also where one call is all.
+
+What a call is for is not seen. Rows that training uses too are no evaluation (pseudo-labels, a rollout, batch
+statistics that are taken again), nor are rows that are given again and again (dropout left on to sample answers).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS_READ, NUMBERS_READ = 256, 64  # of a call, and of each of its rows
+ROWS_REMEMBERED = 1 << 13
+MAY_AGREE = 0.02  # of the rows, with rows of training: equal ones occur
+FIRST_ROWS = 4  # tell one batch from another
+CALLS_REMEMBERED = 1 << 10
+STEPS_BETWEEN = 5  # an agent that acts, or pseudo-labels for each step, calls more often
+
+
+class QuietCalls:
+    """Follows one stretch of calls without gradients after the other."""
+
+    def __init__(self) -> None:
+        self._trained: set[bytes] = set()
+        self._largest = 0
+        self._shape: tuple[Any, Any] = ((), None)
+        self._last_step = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._rows: set[bytes] = set()
+        self._batches: set[bytes] = set()
+        self._calls = self._noisy = 0
+        self._read, self._repeated, self._size = True, False, 0
+
+    def training_call(self, t: Tensor | None) -> None:
+        """The model was called in training; the stretch before is over, and `ended` has been asked."""
+        if t is None or not _readable(t):
+            return
+        self._largest, self._shape = max(self._largest, len(t)), (t.shape[1:], t.dtype)
+        if len(self._trained) < ROWS_REMEMBERED:
+            self._trained.update(_marks(t))
+
+    def quiet_call(self, t: Tensor | None, noisy: bool) -> None:
+        """The model was called without gradients, with dropout or batch statistics on or not."""
+        self._calls, self._noisy = self._calls + 1, self._noisy + noisy
+        if t is None or not _readable(t) or (t.shape[1:], t.dtype) != self._shape:
+            self._read = False
+            return
+        if not noisy or self._repeated or self._calls > CALLS_REMEMBERED:
+            return
+        marks = _marks(t)
+        batch = b"".join(marks[:FIRST_ROWS])
+        self._repeated = batch in self._batches or 2 * len(set(marks)) <= len(marks)
+        self._batches.add(batch)
+        if len(self._rows) < ROWS_REMEMBERED:
+            self._rows.update(marks)
+        self._size = len(t)
+
+    def over(self, step: int) -> int:
+        """The stretch is over: how many calls it had, if it was an evaluation with all of them noisy, else 0."""
+        calls, noisy, known = self._calls, self._noisy, self._read and not self._repeated
+        rows, size, since = self._rows, self._size, step - self._last_step
+        if calls:
+            self._last_step = step
+        self._forget()
+        trained = len(rows & self._trained) > MAY_AGREE * len(rows)
+        if not calls or noisy < calls or not known or trained:
+            return 0
+        alone = calls == 1 and (size <= self._largest or since < STEPS_BETWEEN)
+        return 0 if alone else calls
+
+
+def _readable(t: Tensor) -> bool:
+    return t.is_cpu and t.layout is torch.strided and not t.is_nested and t.ndim > 1 and t.numel() > 0
+
+
+def _marks(t: Tensor) -> list[bytes]:
+    """Numbers of each of the first rows, as bytes."""
+    rows = t.detach()[:ROWS_READ].reshape(min(len(t), ROWS_READ), -1)
+    rows = rows[:, :: 1 + (rows.shape[1] - 1) // NUMBERS_READ].contiguous()
+    return [row.tobytes() for row in rows.float().numpy()]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS_READ, NUMBERS_READ = 256, 64  # of a call, and of each of its rows
-ROWS_REMEMBERED = 1 << 13
-MAY_AGREE = 0.02  # of the rows, with rows of training: equal ones occur
-FIRST_ROWS = 4  # tell one batch from another
-CALLS_REMEMBERED = 1 << 10
-STEPS_BETWEEN = 5  # an agent that acts, or pseudo-labels for each step, calls more often
+QUIET_ROWS, QUIET_NUMBERS = 256, 64  # of a call, and of each of its rows
+QUIET_ROWS_KEPT = 1 << 13
+MAY_COINCIDE = 0.02  # of the rows, with rows of training: equal ones occur
+ROWS_TO_KNOW = 4  # tell one batch from another
+QUIET_CALLS_KEPT = 1 << 10
+STEPS_SINCE_A_CALL = 5  # an agent that acts, or pseudo-labels for each step, calls more often
 
 
 class QuietCalls:
@@ -40,7 +40,7 @@ class QuietCalls:
         if t is None or not _readable(t):
             return
         self._largest, self._shape = max(self._largest, len(t)), (t.shape[1:], t.dtype)
-        if len(self._trained) < ROWS_REMEMBERED:
+        if len(self._trained) < QUIET_ROWS_KEPT:
             self._trained.update(_marks(t))
 
     def quiet_call(self, t: Tensor | None, noisy: bool) -> None:
@@ -49,13 +49,13 @@ class QuietCalls:
         if t is None or not _readable(t) or (t.shape[1:], t.dtype) != self._shape:
             self._read = False
             return
-        if not noisy or self._repeated or self._calls > CALLS_REMEMBERED:
+        if not noisy or self._repeated or self._calls > QUIET_CALLS_KEPT:
             return
         marks = _marks(t)
-        batch = b"".join(marks[:FIRST_ROWS])
+        batch = b"".join(marks[:ROWS_TO_KNOW])
         self._repeated = batch in self._batches or 2 * len(set(marks)) <= len(marks)
         self._batches.add(batch)
-        if len(self._rows) < ROWS_REMEMBERED:
+        if len(self._rows) < QUIET_ROWS_KEPT:
             self._rows.update(marks)
         self._size = len(t)
 
@@ -66,10 +66,10 @@ class QuietCalls:
         if calls:
             self._last_step = step
         self._forget()
-        trained = len(rows & self._trained) > MAY_AGREE * len(rows)
+        trained = len(rows & self._trained) > MAY_COINCIDE * len(rows)
         if not calls or noisy < calls or not known or trained:
             return 0
-        alone = calls == 1 and (size <= self._largest or since < STEPS_BETWEEN)
+        alone = calls == 1 and (size <= self._largest or since < STEPS_SINCE_A_CALL)
         return 0 if alone else calls
 
 
@@ -79,6 +79,6 @@ def _readable(t: Tensor) -> bool:
 
 def _marks(t: Tensor) -> list[bytes]:
     """Numbers of each of the first rows, as bytes."""
-    rows = t.detach()[:ROWS_READ].reshape(min(len(t), ROWS_READ), -1)
-    rows = rows[:, :: 1 + (rows.shape[1] - 1) // NUMBERS_READ].contiguous()
+    rows = t.detach()[:QUIET_ROWS].reshape(min(len(t), QUIET_ROWS), -1)
+    rows = rows[:, :: 1 + (rows.shape[1] - 1) // QUIET_NUMBERS].contiguous()
     return [row.tobytes() for row in rows.float().numpy()]

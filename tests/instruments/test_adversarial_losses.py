@@ -79,9 +79,12 @@ def train(game, judging, wants, steps=12, scale=1.0, center=2.0, swap=False, sha
         of_generator.step()
 
 
-def told(judging=by_two_calls, wants=wants_the_label, last=(), **about):
+def told(judging=by_two_calls, wants=wants_the_label, last=(), dead=False, **about):
     torch.manual_seed(0)
     game = Game(last)
+    if dead:
+        nn.init.zeros_(game.generator[2].weight)
+        game.generator[2].weight.requires_grad_(False)
     with diag.watch(game, instruments=["adversarial_losses"]) as watcher:
         train(game, judging, wants, **about)
     assert not [e.text for e in watcher.run.events if e.kind == "internal error"]
@@ -91,6 +94,12 @@ def told(judging=by_two_calls, wants=wants_the_label, last=(), **about):
 @GAMES
 def test_a_game_is_fine(judging, wants):
     assert not told(judging, wants, steps=60).findings
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_generator_that_makes_one_point_is_told_from_the_data(swap):
+    findings = told(steps=60, dead=True, swap=swap).findings
+    assert [f.verdict.cause for f in findings] == ([Cause.NETWORKS_COOPERATE] if swap else [])
 
 
 @GAMES

@@ -67,12 +67,15 @@ def rows_seen(inputs: Tensor) -> RowsSeen:
 
 
 def distance_of_rows(a: RowsSeen, b: RowsSeen) -> float:
-    """How far means and deviations of two batches are apart, over the deviations; infinite for other shapes."""
+    """How far means and deviations of two batches are apart, over the deviations; infinite for other shapes, and
+    for two batches of equal rows that are not the same."""
     if a.means.shape != b.means.shape:
         return math.inf
     apart = (a.means - b.means).square() + (a.deviations - b.deviations).square()
-    wide = (a.deviations.square() + b.deviations.square()).sum()
-    return float(apart.sum() / wide) if float(wide) > 0 else math.inf
+    wide = float((a.deviations.square() + b.deviations.square()).sum())
+    if wide > 0:
+        return float(apart.sum()) / wide
+    return math.inf if bool(apart.any()) else 0.0
 
 
 def leaves_before(root: Any) -> frozenset[int]:

@@ -16,6 +16,7 @@ CHANCE = 10_000  # epochs in which a shuffle of whole batches would once give th
 NEIGHBOURS_COMPARED = 6  # of neighbouring batches that are compared at least
 OUT_OF_ORDER = 0.25  # of the batches that come again out of order, from which on the order says nothing
 EPOCH = 4  # batches and steps at least: fewer may come in the same order by chance, or on purpose
+CALLS_OF_A_STEP = 12  # calls on one batch that one step may make: a closure, an ascent before the step
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +87,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
     alike = loop.contents.raw > 0 and loop.contents.alike == loop.contents.raw
     alike |= loop.inputs.looked > 0 and loop.inputs.different == 1
     # One batch that is taken out once and learned by heart may be meant; a loader that goes on is meant to be read.
-    read = b.fetched >= THRICE - 1 or b.loaders >= THRICE
+    read = b.fetched >= THRICE - 1 or (b.loaders >= THRICE and b.repeats >= CALLS_OF_A_STEP)
     if not alike and b.lag == 1 and b.repeats >= THRICE - 1 and read and b.loader_batches > 1:
         yield LoopFinding(
             Level.ALARM,

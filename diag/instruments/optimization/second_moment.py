@@ -29,7 +29,7 @@ SOURCE = "Molybog et al. 2023, arXiv:2304.13013 (spikes follow where the second 
 STALE = 5.0
 # Times the gradients of before, in the five steps after and in each fifteen that follow, and of the first five:
 # neither one odd batch nor a stretch of them counts, nor a spike that passes.
-STAYED, KEPT_UP = 2.0, 0.25
+STAYED, KEPT_UP = 2.0, 0.05
 BEFORE, AFTER, LONGER, STRETCH_AFTER = 20, 5, 20, 205  # steps
 CANDIDATE, MOST_CANDIDATES = 2.0, 64  # ratios that are looked at more closely, and how many of them
 WITH_SECOND_MOMENT = ("Adam", "AdamW", "NAdam", "RAdam")
@@ -101,7 +101,7 @@ def second_moment(history: History, loop: Loop | None = None, *, stale: Threshol
     gradient norms with the optimizer's beta2, corrected for its start, gradients as they were after clipping; a
     tensor counts from its first gradient on. A median ratio above `stale` is a warning where the gradients of the
     five steps from there, and of each fifteen of the two hundred after them, are at least twice those of the twenty
-    before, and do not fall to a quarter again (a stretch of odd batches is none, nor is a spike), and the loss of
+    before, and do not fall to a twentieth again (a stretch of odd batches is none, nor is a spike), and the loss of
     these steps, where it is known, is higher than before: gradients that grow as the loss falls are a training
     that takes off. loop: whether targets that are numbers, as values that training itself learns, came to lie
     farther apart, of which gradients grow, too; then it is not judged. For other optimizers, and before step 40,

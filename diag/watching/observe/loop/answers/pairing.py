@@ -45,6 +45,7 @@ SPLITS = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the data set's rows that stand be
 NODES_TO_CALL = 64
 EARLY = (30, 130)  # steps
 LAST_LOOKS = 4  # whose answers are compared with the targets
+MUCH_LATER = 4  # times the step of the facts, from which on what has been added since is told, too
 SIZES_TOLD = (64, 256, 1024, 2048)  # rows that are news
 WEIGHTED = "none"
 
@@ -83,6 +84,7 @@ class _Loss:
     marks: set[bytes] = field(default_factory=set)  # of the rows that are kept
     first_output: float = math.nan
     facts: PairedFacts | None = None
+    told: tuple[int, int] = 0, 0  # rows and step of the facts
 
 
 class Pairing:
@@ -172,14 +174,14 @@ class Pairing:
         loss.marks |= marks
         loss.looks.append(_Look(features, whole, targets, known))
         before, loss.rows = loss.rows, loss.rows + len(targets)
-        loss.facts = None
         for size in SIZES_TOLD:
             if before < size <= loss.rows:
                 self._moment.news(("paired", loss.function, loss.number, size))
 
     def facts(self) -> tuple[PairedFacts, ...]:
         """Each loss as plain data."""
-        return tuple(_told(loss, self._kinds(loss)) for loss in self._losses.values() if loss.looks)
+        step = self._moment.step
+        return tuple(_told(loss, self._kinds(loss), step) for loss in self._losses.values() if loss.looks)
 
     def _kinds(self, loss: _Loss) -> int:
         """A number that losses share whose targets are the same in another order: two mixed halves of a batch."""
@@ -195,9 +197,12 @@ def _gives(t: Tensor, target: Tensor, targets: Tensor) -> bool:
     return whole and t.shape[1] > 1 and shift_of(t.long(), targets, -1) is not None
 
 
-def _told(loss: _Loss, kinds: int) -> PairedFacts:
-    if loss.facts is None:
-        loss.facts = paired_facts(loss.function, loss.number, loss.looks)
+def _told(loss: _Loss, kinds: int, step: int) -> PairedFacts:
+    rows, then = loss.told
+    grown = any(rows < size <= loss.rows for size in SIZES_TOLD)
+    late = loss.rows > rows and step >= MUCH_LATER * then
+    if loss.facts is None or grown or late:  # they take some ten milliseconds
+        loss.facts, loss.told = paired_facts(loss.function, loss.number, loss.looks), (loss.rows, step)
     return replace(
         loss.facts,
         told_apart=_mean(loss.told_apart),

@@ -20,7 +20,7 @@ from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import BatchFacts, RootFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.places import MaskFacts
-from diag.snapshot.loop.steps import OptimizerFacts, ParameterFacts, Pattern, ScalingFacts, Tally
+from diag.snapshot.loop.steps import OptimizerFacts, OriginFacts, ParameterFacts, Pattern, ScalingFacts, Tally
 from diag.watching.observe.loop.data.stream import Stream, out_of_order
 from diag.watching.observe.loop.moment import Moment
 
@@ -46,6 +46,54 @@ def test_two_steps_are_enough_where_the_loss_is_lost_by_then(ratio, level):
     # two steps of a training that goes on say nothing yet
     early = dataclasses.replace(record(numpy.array([1.0, 0.9]), ratio))
     assert diag.step_size(history=early).verdict().cause == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "outputs_finite", "operation", "told"),
+    [
+        ("SGD", 0.1, True, "the logarithm of zero", False),
+        ("SGD", 0.1, True, "", True),  # not known to have been lost in the loss's own computation
+        ("SGD", 0.1, False, "", True),
+        ("SGD", 100.0, True, "the logarithm of zero", True),  # a rate that makes steps longer than their gradient
+        ("Adam", 1.0, True, "the logarithm of zero", True),  # a step of Adam has no size from its gradient
+    ],
+)
+def test_a_loss_lost_to_a_logarithm_of_zero_is_not_put_down_to_the_rate(
+    kind, rate, outputs_finite, operation, told
+):
+    nothing = numpy.full(39, numpy.nan)
+    made = record(numpy.append(20.0, nothing), numpy.append(0.7, nothing), rates=rate, kind=kind)
+    loop = Loop(step=40, origin=OriginFacts(2, True, outputs_finite, operation))
+    steps = diag.step_size(history=made, loop=loop).verdict()
+    assert (steps.cause == Cause.LEARNING_RATE_TOO_HIGH) == told
+    lost = diag.finite_steps(history=made, loop=loop).verdict()
+    assert lost.cause == Cause.NOT_FINITE and operation in lost.sentence
+
+
+def logarithm_of_softmax(outputs, labels):
+    return -(100 * outputs).softmax(1).gather(1, labels[:, None]).log().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "rate", "first"),
+    [(logarithm_of_softmax, 0.1, "finite_steps"), (nn.functional.cross_entropy, 100.0, "step_size")],
+)
+def test_what_takes_the_loss_is_told_first(tmp_path, loss, rate, first):
+    """A gradient a hundred times too large, after whose first step a probability rounds to zero; and a rate a
+    thousand times too high."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 20)
+    labels = (x @ torch.randn(20, 10)).argmax(1)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    with diag.watch(model, run=tmp_path / "run"):
+        for _ in range(40):
+            rows = torch.randint(512, (32,))
+            optimizer.zero_grad()
+            loss(model(x[rows]), labels[rows]).backward()
+            optimizer.step()
+    stories = diag.load(tmp_path / "run").stories()
+    assert [story.finding.instrument for story in stories] == [first]
 
 
 def test_steps_of_what_began_at_zero_are_not_too_large_by_chance():

@@ -54,6 +54,14 @@ def nodes_before(
             front.extend(parents_of(node))
 
 
+def leaves_before(start: Any, at_most: int) -> frozenset[int]:
+    """The parameters that a node is computed with, by id; none where its graph has `at_most` nodes or more."""
+    nodes = list(nodes_before([start], at_most))
+    if len(nodes) == at_most:
+        return frozenset()
+    return frozenset(id(n.variable) for n in nodes if kind_of(n) == "AccumulateGrad")
+
+
 def signed(value: int) -> int:
     """The integer that a node stored as unsigned, with its sign."""
     return value - 2 * UNSIGNED if value >= UNSIGNED else value

@@ -1,5 +1,6 @@
 """Two networks of a game: whether they oppose each other, and whether the generator can reach the data."""
 
+import gc
 import math
 
 import pytest
@@ -9,8 +10,11 @@ from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
+from diag.result import OUR_CHOICE
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.games import GameFacts, GameLook
+from diag.watching.observe.loop.formula.sides.games import Games
+from diag.watching.observe.loop.moment import Moment
 
 N, Z, D = 64, 4, 2
 ONE, ZERO = torch.ones(N, 1), torch.zeros(N, 1)
@@ -175,6 +179,44 @@ def test_a_loss_that_is_flat_for_long_is_named_and_one_that_is_zero_is_not():
     flat = [seen(k, slope=1e-8) for k in range(10, 15)]
     assert judged(seen(1), *flat).cause == Cause.LOSS_FLAT and judged(*flat).level == "ok"
     assert judged(seen(1), *flat[:4], seen(20)).level == "ok"
+
+
+def test_a_generator_that_starts_at_zero_is_told_of_data_far_larger():
+    """A last layer that starts at zero makes rows of zeros."""
+    verdict = judged(*(seen(k, generated=0.0, others=50.0) for k in (1, 2, 3)))
+    assert verdict.cause == Cause.INPUTS_NOT_NORMALIZED and "50 and 0 at step 1" in verdict.sentence
+    assert verdict.threshold_source == OUR_CHOICE
+
+
+def test_it_is_said_at_how_many_rounds_the_two_opposed_each_other():
+    unclear = seen(3, alike="", others=math.nan)
+    assert "oppose each other at 2 of 3 rounds" in judged(seen(1), seen(2), unclear).sentence
+
+
+def test_no_batch_outlives_its_step():
+    """Neither the judge's batches nor generated rows wait for the garbage collector, and none for the next
+    round."""
+    torch.manual_seed(0)
+    game = Game()
+    games = Games(Moment(), {id(p): n for n, p in game.named_parameters()})
+    kept = []
+
+    def descend(rows, labels):
+        kept.append(rows.untyped_storage()._weak_ref())
+        loss = bce(game.judge(rows), labels)
+        games.backward_called(loss.grad_fn)
+        loss.backward()
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(6):
+            descend(torch.cat([torch.randn(N, D) + 2, torch.randn(N, D)]), torch.cat([ONE, ZERO]))
+            descend(game.generator(torch.randn(N, Z)), ONE)
+        descend(torch.cat([torch.randn(N, D) + 2, torch.randn(N, D)]), torch.cat([ONE, ZERO]))
+        assert len(games.looks) >= 4 and all(map(torch.UntypedStorage._expired, kept))
+    finally:
+        gc.enable()
 
 
 def test_few_looks_and_rows_that_are_not_told_apart_are_no_finding():

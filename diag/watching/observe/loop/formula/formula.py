@@ -35,13 +35,21 @@ class Formula:
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
         self._arithmetic.training_call(outputs)
-        self._latents.training_call(args, kwargs)
-        self._rollout.training_call(args, kwargs, outputs)
+        if self._latents.looking:
+            self._latents.training_call(args, kwargs)
+        if self._follows_rollout:
+            self._rollout.training_call(args, kwargs, outputs)
         self._oddities.training_call(args, kwargs, outputs)
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called without gradients."""
-        self._rollout.quiet_call(args, kwargs)
+        if self._follows_rollout:
+            self._rollout.quiet_call(args, kwargs)
+
+    @property
+    def _follows_rollout(self) -> bool:
+        """Whether the next backward pass is one at which the calls before it matter."""
+        return self._policies.looking or self._actions.looking
 
     def loss_called(self, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function of torch returned a value that has a graph."""

@@ -14,9 +14,18 @@ READINGS_TOLD = (3, 6)  # after which checks may judge
 Reading = TypeVar("Reading")
 
 
+def keep(looks: list[Reading], look: Reading, moment: Moment, name: str) -> None:
+    """Add a look: of many the first and the last are kept, and after a few checks may judge."""
+    if len(looks) >= READINGS_KEPT:
+        looks.pop(READINGS_KEPT // 2)
+    looks.append(look)
+    if len(looks) in READINGS_TOLD:
+        moment.news((name, len(looks)))
+
+
 class Reader(abc.ABC, Generic[Reading]):
     """Reads a few backward passes: 1, 2, 3, 10, 30, 100, ..., and where something was found every `EVERY`-th of
-    those that are listened to. Of many looks the first and the last are kept."""
+    those that are listened to."""
 
     NAME: str
     EVERY: int
@@ -26,21 +35,23 @@ class Reader(abc.ABC, Generic[Reading]):
         self._passes = 0
         self.looks: list[Reading] = []
 
+    @property
+    def looking(self) -> bool:
+        """Whether the next backward pass is to be read, so that what comes before it matters."""
+        number = self._passes + 1
+        return due(number) or (bool(self.looks) and number % self.EVERY == 0)
+
     def begins(self) -> bool:
         """A backward pass begins; whether it is to be read."""
+        looking = self.looking
         self._passes += 1
-        return due(self._passes) or (bool(self.looks) and self._passes % self.EVERY == 0)
+        return looking
 
     def read(self, parts: list[Summand]) -> None:
         """Look at the parts of the loss of a pass that is to be read."""
         look = self._look(parts)
-        if look is None:
-            return
-        if len(self.looks) >= READINGS_KEPT:
-            self.looks.pop(READINGS_KEPT // 2)
-        self.looks.append(look)
-        if len(self.looks) in READINGS_TOLD:
-            self._moment.news((self.NAME, len(self.looks)))
+        if look is not None:
+            keep(self.looks, look, self._moment, self.NAME)
 
     @abc.abstractmethod
     def _look(self, parts: list[Summand]) -> Reading | None:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import COPYING, kind_of, parents_of
+from diag.snapshot.autograd_graph import COPYING, kind_of, leaves_before, parents_of
 from diag.snapshot.loop.contrast import ContrastFacts, ContrastLook
 from diag.watching.observe.loop.formula.parts import Summand
 from diag.watching.observe.loop.formula.reader import Reader
 from diag.watching.observe.loop.formula.sides.likeness import (
     Likeness,
     Product,
-    leaves_of,
     likenesses_of,
     product_behind,
 )
@@ -26,7 +25,7 @@ ROUNDING_OF_ROWS = 1e-5
 OF_LENGTH_ONE = 1e-3
 BELOW_LARGEST = -5000.0  # a score below the largest of its row by more
 TIMES_APART = 100.0  # times the distance of a pair: that of other rows
-NODES_BETWEEN = 256
+NODES_BETWEEN, NODES_TO_LEAVES = 256, 4000
 # Operations after which outputs that are equal are equal still, whatever they are.
 OF_OUTPUTS = frozenset(
     ("Slice", "Split", "SplitWithSizes", "Unbind", "Select", "Index", "Cat", "Stack", "Div", "Mul", "Sum", "Mean",
@@ -108,10 +107,8 @@ def _one_number(values: Tensor) -> bool:
 
 
 def _shared(product: Product) -> bool | None:
-    found = [leaves_of(side) for side, _ in product.sides]
-    if found[0] is None or found[1] is None:
-        return None
-    return found[0] == found[1]
+    one, other = (leaves_before(side, NODES_TO_LEAVES) for side, _ in product.sides)
+    return one == other if one and other else None
 
 
 def _equal(product: Product, asked: Tensor, count: int) -> bool:

@@ -14,15 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
+from diag.snapshot.autograd_graph import leaves_before
 from diag.snapshot.loop.games import GameFacts, GameLook
 from diag.watching.guard import safely
+from diag.watching.observe.loop.formula.reader import keep
 from diag.watching.observe.loop.formula.sides.judged import (
     JudgedCall,
     RowsSeen,
     calls_of,
     direction_of_pull,
     distance_of_rows,
-    leaves_before,
     range_made_by,
     rows_seen,
     split_by_direction,
@@ -32,12 +33,9 @@ from diag.watching.observe.loop.moment import Moment, due
 PASSES_ALWAYS, EVERY_PASS = 10, 16
 PASSES_OF_A_ROUND = 12  # a judge may take several steps to one of the generator
 SETS_KEPT = 4
-GAMES_KEPT = 64
-GAMES_TOLD = (3, 6)
-CLEARLY_APART, NEARER = (
-    0.2,
-    5.0,
-)  # distance_of_rows from the group that is not alike, and over that from the one that is
+MOST_LEAVES_SEARCHED = 6000  # nodes
+# distance_of_rows from the group that is not alike, and over that from the one that is
+CLEARLY_APART, NEARER = 0.2, 5.0
 
 
 class Games:
@@ -60,12 +58,12 @@ class Games:
         if not self._open:
             return
         self._open -= 1
-        trained = leaves_before(root)
+        trained = leaves_before(root, MOST_LEAVES_SEARCHED)
         if self._judge is None:
             self._learn(root, trained)
         elif trained == self._judge:
             for call in calls_of(root, self._judge):
-                call.last.register_prehook(partial(_taken, self._judging, call))
+                call.last.register_prehook(partial(_taken, self._judging, (call.inputs,)))
         elif trained == self._both and self._groups:
             self._making(calls_of(root, self._judge))
 
@@ -81,27 +79,27 @@ class Games:
     @staticmethod
     def _goes_through(root: Any, inner: frozenset[int], outer: frozenset[int]) -> bool:
         calls = calls_of(root, inner)
-        makers = [leaves_before(call.maker) for call in calls if call.maker is not None]
+        makers = [leaves_before(call.maker, MOST_LEAVES_SEARCHED) for call in calls if call.maker is not None]
         return bool(calls) and len(makers) == len(calls) and all(made and made <= outer for made in makers)
 
-    def _judging(self, call: JudgedCall, pull: Tensor) -> None:
+    def _judging(self, inputs: Tensor, pull: Tensor) -> None:
         """The judge's own pass has come to its output."""
-        for name, rows in split_by_direction(call.inputs, pull).items():
+        for name, rows in split_by_direction(inputs, pull).items():
             self._groups[name] = rows_seen(rows)
 
     def _making(self, calls: list[JudgedCall]) -> None:
         """The generator's pass begins."""
         if len(calls) == 1:
-            calls[0].last.register_prehook(partial(_taken, self._made, calls[0]))
+            about = (calls[0].inputs, range_made_by(calls[0].maker))
+            calls[0].last.register_prehook(partial(_taken, self._made, about))
 
-    def _made(self, call: JudgedCall, pull: Tensor) -> None:
+    def _made(self, inputs: Tensor, bounded: str, pull: Tensor) -> None:
         groups, self._groups, self._open = self._groups, {}, 0
-        if len(pull) != len(call.inputs):
+        if len(pull) != len(inputs):
             return
-        made, (asked_for, slope) = rows_seen(call.inputs), direction_of_pull(pull)
+        made, (asked_for, slope) = rows_seen(inputs), direction_of_pull(pull)
         alike = _alike(made, groups)
         other = groups.get({"up": "down", "down": "up"}.get(alike, ""))
-        bounded = range_made_by(call.maker)
         look = GameLook(
             step=self._moment.step,
             alike=alike,
@@ -110,13 +108,9 @@ class Games:
             others=other.size if other is not None else math.nan,
             slope=slope,
             bounded=bounded,
-            outside=other.outside(bounded) if other is not None else 0.0,
+            outside=other.outside.get(bounded, 0.0) if other is not None else 0.0,
         )
-        if len(self.looks) >= GAMES_KEPT:
-            self.looks.pop(GAMES_KEPT // 2)
-        self.looks.append(look)
-        if len(self.looks) in GAMES_TOLD:
-            self._moment.news(("game", len(self.looks)))
+        keep(self.looks, look, self._moment, "game")
 
     def facts(self) -> GameFacts:
         """As plain data."""
@@ -125,10 +119,11 @@ class Games:
         return GameFacts(tuple(self.looks), *found)
 
 
-def _taken(tell: Any, call: JudgedCall, gradients: Any) -> None:
-    """The gradient at a node, in the middle of a backward pass: nothing raises into it."""
+def _taken(tell: Any, about: tuple[Any, ...], gradients: Any) -> None:
+    """The gradient at a node, in the middle of a backward pass: nothing raises into it. about: holds no node, since
+    the hook belongs to one, and a circle of the two would outlive the step."""
     if gradients and isinstance(gradients[0], Tensor):
-        safely(tell, call, gradients[0])
+        safely(tell, *about, gradients[0])
 
 
 def _alike(made: RowsSeen, groups: Mapping[str, RowsSeen]) -> str:

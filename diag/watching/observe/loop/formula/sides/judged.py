@@ -4,17 +4,16 @@ its output, and how two batches of such inputs are compared."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before, parents_of
+from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
 from diag.watching.observe.loop.losses import MADE_BY
 
-MOST_LEAVES_SEARCHED = 6000  # nodes
 LONGEST_CALL = 400
 ROWS_OF_A_SIDE, NUMBERS_OF_A_ROW = 512, 4096
 TURNED = ("T", "Transpose", "Permute", "View", "ReshapeAlias")
@@ -39,31 +38,25 @@ class JudgedCall:
 
 @dataclass(frozen=True)
 class RowsSeen:
-    """What is compared of a batch: mean and deviation of each number of a row, all of them, and the rows."""
+    """What is compared of a batch, and nothing that keeps the batch alive: mean and deviation of each number of a
+    row; of all numbers the root mean square, and the share beyond the range of each function that has one."""
 
     means: Tensor
     deviations: Tensor
-    numbers: Tensor
-    count: int
-
-    @property
-    def size(self) -> float:
-        """Root mean square."""
-        return float(self.numbers.square().mean().sqrt())
-
-    def outside(self, function: str) -> float:
-        """The share of numbers beyond the range of a function."""
-        if function not in GENERATED_RANGES:
-            return 0.0
-        low, high = GENERATED_RANGES[function]
-        slack = (high - low) / 100
-        return float(((self.numbers < low - slack) | (self.numbers > high + slack)).double().mean())
+    size: float
+    outside: Mapping[str, float]
 
 
 def rows_seen(inputs: Tensor) -> RowsSeen:
     """Of the first rows of a batch, and of the first numbers of each."""
     numbers = inputs.detach()[:ROWS_OF_A_SIDE].flatten(1)[:, :NUMBERS_OF_A_ROW].double()
-    return RowsSeen(numbers.mean(0), numbers.std(0), numbers, len(inputs))
+    outside = {name: _share_outside(numbers, *ends) for name, ends in GENERATED_RANGES.items()}
+    return RowsSeen(numbers.mean(0), numbers.std(0), float(numbers.square().mean().sqrt()), outside)
+
+
+def _share_outside(numbers: Tensor, low: float, high: float) -> float:
+    slack = (high - low) / 100
+    return float(((numbers < low - slack) | (numbers > high + slack)).double().mean())
 
 
 def distance_of_rows(a: RowsSeen, b: RowsSeen) -> float:
@@ -78,14 +71,6 @@ def distance_of_rows(a: RowsSeen, b: RowsSeen) -> float:
     return math.inf if bool(apart.any()) else 0.0
 
 
-def leaves_before(root: Any) -> frozenset[int]:
-    """The parameters that a loss trains, by id; none where its graph is too large."""
-    nodes = list(nodes_before([root], MOST_LEAVES_SEARCHED))
-    if len(nodes) == MOST_LEAVES_SEARCHED:
-        return frozenset()
-    return frozenset(id(n.variable) for n in nodes if kind_of(n) == "AccumulateGrad")
-
-
 def calls_of(root: Any, parameters: Set[int]) -> list[JudgedCall]:
     """The calls of the network with these parameters, nearest to the loss, whose input can be read."""
     found = []
@@ -93,7 +78,7 @@ def calls_of(root: Any, parameters: Set[int]) -> list[JudgedCall]:
         first, maker = _way(last, parameters)
         inputs = getattr(first, INPUT_OF.get(kind_of(first), ""), None)
         if isinstance(inputs, Tensor) and inputs.is_cpu and inputs.ndim > 1:
-            found.append(JudgedCall(last, inputs, maker))
+            found.append(JudgedCall(last, inputs.detach(), maker))
     return found
 
 

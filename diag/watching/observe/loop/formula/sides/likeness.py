@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before, parents_of, signed
+from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of, signed
 from diag.watching.observe.loop.formula.parts import Summand, given_shape
 
 ROWS_READ = 256
 LONGEST_WAY = 24  # nodes between the scores and the product
-NODES_TO_LEAVES = 4000
 REARRANGED = ("T", "Transpose", "Permute", "Expand", *PASSING_ON)
 WITH_CONSTANTS = ("Add", "Sub", "MaskedFill", "Where", "Index", "IndexPut", "CopySlices", "Fill", "Scatter")
 
@@ -194,11 +193,3 @@ def _origin(node: Any, index: int) -> tuple[Any, int]:
             break
         node, index = node.next_functions[0]
     return node, index
-
-
-def leaves_of(node: Any) -> set[int] | None:
-    """The parameters that a node is computed with, by id; None where its graph is too large."""
-    nodes = list(nodes_before([node], NODES_TO_LEAVES))
-    if len(nodes) == NODES_TO_LEAVES:
-        return None
-    return {id(n.variable) for n in nodes if kind_of(n) == "AccumulateGrad"}

@@ -100,3 +100,11 @@ def test_too_few_looks_and_a_look_at_an_index_are_no_finding():
     assert judged(found, found, found) == "warning" and judged(found, found) == "ok"
     assert judged(found, found, found, ActionLook(2, False, True)) == "ok"
     assert judged() == "not_applicable"
+
+
+def test_values_that_no_index_gives_are_not_said_to_be_given_by_one():
+    looks = tuple(ActionLook(k, k > 1, False) for k in (1, 2, 3))
+    assert (
+        "an index gives at 1 of 3"
+        in diag.action_values(loop=Loop(9, actions=ActionFacts(looks))).verdict().sentence
+    )

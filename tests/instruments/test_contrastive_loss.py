@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
+from diag.result import OUR_CHOICE
 from diag.snapshot.loop.contrast import ContrastFacts, ContrastLook
 from diag.snapshot.loop.facts import Loop
 from diag.watching.observe.loop.formula.parts import parts_of
@@ -282,6 +283,14 @@ def seen(step, **about):
     usual = {"rows": 200, "answers": 200, "own": False, "shared": True, "unit": True, "factor": 5.0, "masked": 0.0,
              "itself": 0.0, "among": 0.0, "free": 200.0, "equal": False, "rank": 0.9, "loss": 3.0}  # fmt: skip
     return ContrastLook(step, **(usual | about))
+
+
+def test_scores_that_are_multiplied_by_zero_are_named_and_one_look_claims_nothing():
+    verdict = judged(*(seen(k, factor=0.0) for k in (1, 2, 3)))
+    assert verdict.cause == Cause.TEMPERATURE_WRONG and "logits that span 0 at most" in verdict.sentence
+    assert verdict.threshold_source == OUR_CHOICE
+    early = judged(seen(1, rank=0.5))
+    assert early.level == "ok" and "Nothing wrong was seen" in early.sentence
 
 
 def test_few_answers_few_looks_and_chance_at_the_start_alone():

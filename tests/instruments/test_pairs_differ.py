@@ -91,7 +91,10 @@ def test_one_call_a_step_gives_no_verdict():
 @pytest.mark.parametrize(("looked", "same", "level"), [(2, 2, "ok"), (3, 3, "alarm"), (30, 29, "ok"), (9, 0, "ok")])
 def test_every_look_must_show_it(looked, same, level):
     loop = dataclasses.replace(Loop(50), pairs=PairFacts(looked, same, 1))
-    assert diag.pairs_differ(loop=loop).verdict().level == level
+    verdict = diag.pairs_differ(loop=loop).verdict()
+    assert verdict.level == level
+    if level == "ok":
+        assert f"seen at {same} of {looked} backward passes" in verdict.sentence
 
 
 def test_where_two_tensors_meet():

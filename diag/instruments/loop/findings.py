@@ -45,6 +45,7 @@ class LoopFinding:
     layers: tuple[str, ...] = ()
     explained_by: tuple[Cause, ...] = ()
     confidence: Confidence = Confidence.ARITHMETIC
+    threshold_source: str | None = None  # where a threshold of ours decided
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""

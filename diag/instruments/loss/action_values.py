@@ -36,7 +36,12 @@ def action_values(loop: Loop) -> ActionValues:
     known = Precondition(
         "values of actions", len(looks) > 0, "no regression of one of each row's outputs was seen in the loss."
     )
-    fine = f"The values that are corrected are those that an index gives, at {len(looks):,} looks."
+    by_index = sum(not look.largest for look in looks)
+    fine = (
+        f"The loss corrects values that an index gives at {by_index:,} of {len(looks):,} backward passes "
+        f"looked at, "
+        "and was not seen to correct those of actions that were not taken."
+    )
     return judged(ActionValues, loop.step, list(_findings(looks)), fine, preconditions=(known,))
 
 

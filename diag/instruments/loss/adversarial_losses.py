@@ -11,7 +11,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, judged
 from diag.ranges import Share, Times
 from diag.registry import instrument
-from diag.result import Confidence, Level, Precondition
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.games import GameLook
 
@@ -46,7 +46,8 @@ def adversarial_losses(
     """
     looks = loop.games.looks
     known = Precondition("a game", len(looks) > 0, "no two networks that train against each other were seen.")
-    fine = f"The two sides oppose each other at {len(looks):,} rounds that were looked at."
+    opposed = sum(look.asked_for != look.alike for look in looks if look.alike and look.asked_for)
+    fine = f"The two sides were seen to oppose each other at {opposed:,} of {len(looks):,} rounds looked at."
     findings = list(_findings(loop, times, out_of_reach))
     return judged(AdversarialLosses, loop.step, findings, fine, preconditions=(known,))
 
@@ -82,11 +83,10 @@ def _cooperate(told: list[GameLook]) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.NETWORKS_COOPERATE,
-        "The generator is asked for the very answer that the discriminator learns to give to generated "
-        "data: at all "
-        f"{len(told):,} rounds at which the two kinds of rows could be told apart both losses move the "
-        "discriminator's output on them in the same direction, so that nothing makes what is generated like "
-        "the data.",
+        "The generator is asked for the very answer that the discriminator learns to give to generated data: at "
+        f"all {len(told):,} rounds at which the two kinds of rows could be told apart both losses move the "
+        "discriminator's output on them in the same direction, so that nothing makes what is generated like the "
+        "data.",
         "Give generated rows one label in the discriminator's step and the other label in the generator's.",
         "A generator's loss that moves the output on its rows against the discriminator's.",
         step=told[0].step,
@@ -97,10 +97,10 @@ def _one_step_for_both(told: list[GameLook], shared: int) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.PARAMETER_IN_TWO_OPTIMIZERS,
-        f"The generator's step moves the discriminator, too: the optimizer that holds the generator holds "
-        f"{shared:,} "
-        "of the discriminator's parameters, which have an optimizer of their own, and on generated rows the two "
-        "losses want opposite answers of it.",
+        "The generator's step moves the discriminator, too: the optimizer that holds the generator holds "
+        f"{shared:,} of the discriminator's parameters, which have an optimizer of their own, and on "
+        f"generated rows "
+        "the two losses want opposite answers of it.",
         "Give each optimizer the parameters of its own network: generator.parameters() and "
         "discriminator.parameters().",
         "An optimizer of the generator that holds nothing of the discriminator.",
@@ -113,14 +113,14 @@ def _other_scale(told: list[GameLook]) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.INPUTS_NOT_NORMALIZED,
-        f"The data are {format_number(first.others / first.generated)} times as large as what the generator makes "
-        f"(root mean square {format_number(first.others)} and {format_number(first.generated)} at step "
-        f"{first.step:,}): it must grow that far before the discriminator has anything else to tell the two "
-        f"apart by.",
+        f"The data are far larger than what the generator makes: their root mean squares are "
+        f"{format_number(first.others)} and {format_number(first.generated)} at step {first.step:,}, so that it "
+        "must grow that far before the discriminator has anything else to tell the two apart by.",
         "Bring the data to unit scale, or to the range of the generator's last function.",
         "Data of unit scale do no better.",
         step=first.step,
         confidence=Confidence.WEAK_EMPIRICAL,
+        threshold_source=OUR_CHOICE,
     )
 
 
@@ -134,6 +134,7 @@ def _beyond_reach(told: list[GameLook]) -> LoopFinding:
         f"Bring the data into the range of {last.bounded}, or end the generator in a linear layer.",
         "Data that lie within that range.",
         step=told[0].step,
+        threshold_source=OUR_CHOICE,
     )
 
 
@@ -153,5 +154,6 @@ def _flat(looks: tuple[GameLook, ...]) -> Iterator[LoopFinding]:
                 "discriminator less.",
                 "A generator that gets better at such a slope.",
                 step=run[0].step,
+                threshold_source=OUR_CHOICE,
             )
             return

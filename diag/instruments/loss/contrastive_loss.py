@@ -4,7 +4,7 @@ apart."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.display import format_number, format_share
@@ -12,7 +12,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import THRICE, LoopCheck, LoopFinding, judged
 from diag.ranges import Threshold
 from diag.registry import instrument
-from diag.result import Confidence, Level, Precondition
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition
 from diag.snapshot.loop.contrast import ContrastFacts, ContrastLook
 from diag.snapshot.loop.facts import Loop
 
@@ -60,7 +60,10 @@ def contrastive_loss(
         len(facts.looks) > 0 or facts.drawn == facts.read > 0,
         "no softmax over products of embeddings was seen in the loss.",
     )
-    fine = f"Right answers were told from wrong ones at {len(facts.looks):,} backward passes that were looked at."
+    looked = len(facts.looks) or facts.drawn
+    fine = (
+        f"Nothing wrong was seen with the answers that the loss asks for, at {looked:,} backward passes looked at."
+    )
     findings = list(_findings(facts, needed, usable))
     return judged(ContrastiveLoss, loop.step, findings, fine, preconditions=(known,))
 
@@ -71,26 +74,22 @@ def _findings(facts: ContrastFacts, needed: float, usable: float) -> Iterator[Lo
         yield _nothing_apart(facts)
     if len(looks) < THRICE:
         return
-    if _each(looks, lambda look: look.masked > MOST_OF_ROWS):
+    if all(look.masked > MOST_OF_ROWS for look in looks):
         yield _masked(looks)
         return
-    if _each(looks, lambda look: look.own and look.itself > NEARLY_ALL_ROWS):
+    if all(look.own and look.itself > NEARLY_ALL_ROWS for look in looks):
         yield _itself(looks)
         return
-    if _each(looks, lambda look: look.own and look.unit and look.among > NEARLY_ALL_ROWS):
+    if all(look.own and look.unit and look.among > NEARLY_ALL_ROWS for look in looks):
         yield _among(looks)
-    if _each(looks, lambda look: look.own and look.answers == look.rows and look.free <= FEWEST_ANSWERS):
+    if all(look.own and look.answers == look.rows and look.free <= FEWEST_ANSWERS for look in looks):
         yield _few(looks)
-    if _each(looks, lambda look: look.unit and 2 * look.factor < needed):
+    if all(look.unit and 2 * look.factor < needed for look in looks):
         yield _even(looks)
-    elif _each(looks, lambda look: look.unit and 2 * look.factor > usable):
+    elif all(look.unit and 2 * look.factor > usable for look in looks):
         yield _sharp(looks)
     elif _by_chance(looks):
         yield _unrelated(looks)
-
-
-def _each(looks: tuple[ContrastLook, ...], holds: Callable[[ContrastLook], bool]) -> bool:
-    return all(holds(look) for look in looks)
 
 
 def _by_chance(looks: tuple[ContrastLook, ...]) -> bool:
@@ -150,9 +149,8 @@ def _itself(looks: tuple[ContrastLook, ...]) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.PAIR_IDENTICAL,
-        f"The right answer of each row is the row itself: of {looks[0].rows:,} rows against themselves the "
-        f"loss asks "
-        "for the diagonal, which is largest for any network.",
+        f"The right answer of each row is the row itself: of {looks[0].rows:,} rows against themselves the loss "
+        "asks for the diagonal, which is largest for any network.",
         "Ask for the row of the other view: with both views in one batch of 2 n rows that is row i + n for row i.",
         "A right answer that is another row.",
         step=looks[0].step,
@@ -182,22 +180,25 @@ def _few(looks: tuple[ContrastLook, ...]) -> LoopFinding:
         "As good embeddings from a larger batch.",
         step=looks[0].step,
         confidence=Confidence.WEAK_EMPIRICAL,
+        threshold_source=OUR_CHOICE,
     )
 
 
 def _even(looks: tuple[ContrastLook, ...]) -> LoopFinding:
     last = looks[-1]
     least = math.log(last.free) - 2 * last.factor
+    temperature = 1 / last.factor if last.factor else math.inf
     return LoopFinding(
         Level.WARNING,
         Cause.TEMPERATURE_WRONG,
         "The softmax over likenesses can tell no answer from another: embeddings of length one at a temperature of "
-        f"{format_number(1 / last.factor)} give logits that span {format_number(2 * last.factor)} at most, so that "
+        f"{format_number(temperature)} give logits that span {format_number(2 * last.factor)} at most, so that "
         f"the loss stays between {format_number(math.log(last.free))} (guessing) and {format_number(least)} "
         f"whatever the network does; it is {format_number(last.loss)}.",
         "Use a temperature of 0.05 to 0.5 (divide the likenesses by it once).",
         "A smaller temperature learns no better.",
         step=looks[0].step,
+        threshold_source=OUR_CHOICE,
     )
 
 
@@ -212,6 +213,7 @@ def _sharp(looks: tuple[ContrastLook, ...]) -> LoopFinding:
         "Use a temperature of 0.05 to 0.5.",
         "A larger temperature learns no better.",
         step=looks[0].step,
+        threshold_source=OUR_CHOICE,
     )
 
 
@@ -224,10 +226,11 @@ def _unrelated(looks: tuple[ContrastLook, ...]) -> LoopFinding:
         "The pairs that the loss asks for have nothing in common that the network finds: from step "
         f"{first.step:,} to step {last.step:,} the right answer is as often less like its row than a wrong one as "
         f"more (more like it than {format_share(sum(ranks) / len(ranks))} of the wrong answers; half of them by "
-        f"chance).",
+        "chance).",
         "Print a few pairs as the network gets them: are the two sides of one example, in the same order, or does "
         "the augmentation leave nothing of it?",
         "Right answers that are more like their rows than most others.",
         step=first.step,
         confidence=Confidence.STRONG_EMPIRICAL,
+        threshold_source=OUR_CHOICE,
     )

@@ -11,7 +11,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import THRICE, LoopCheck, LoopFinding, judged
 from diag.ranges import Share
 from diag.registry import instrument
-from diag.result import Level, Precondition
+from diag.result import OUR_CHOICE, Level, Precondition
 from diag.snapshot.loop.arithmetic import LatentLook
 from diag.snapshot.loop.facts import Loop
 
@@ -50,7 +50,7 @@ def latent_code(loop: Loop, *, nothing: Share = NOTHING_TOLD) -> LatentCode:
     """
     looks = loop.latents.looks
     known = Precondition("latents", len(looks) > 0, "no KL divergence of Gaussian latents was seen in the loss.")
-    fine = "No collapse of the latent code was seen, and more than its KL divergence depends on it."
+    fine = "No fault of the latent code was seen: neither a collapse nor one that its KL divergence alone trains."
     return judged(LatentCode, loop.step, list(_findings(loop, nothing)), fine, preconditions=(known,))
 
 
@@ -121,6 +121,7 @@ def _outweighed(first: LatentLook, last: LatentLook) -> LoopFinding:
         "from zero over the first epochs.",
         "A smaller factor leaves the code as empty.",
         step=first.step,
+        threshold_source=OUR_CHOICE,
     )
 
 
@@ -144,4 +145,5 @@ def _collapsed(first: LatentLook, last: LatentLook) -> LoopFinding:
         "free; weaken a decoder that can do without the code.",
         "Reconstructions that differ between rows.",
         step=first.step,
+        threshold_source=OUR_CHOICE,
     )

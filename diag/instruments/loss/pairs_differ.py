@@ -9,6 +9,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, THRICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
+from diag.snapshot.loop.contrast import ContrastLook
 from diag.snapshot.loop.facts import Loop
 
 
@@ -33,11 +34,16 @@ def pairs_differ(loop: Loop) -> PairsDiffer:
     likenesses asks each row, at every one of at least three looks, for an embedding that is equal to the row's, and
     other rows have others. Raises nothing of its own.
     """
-    facts = loop.pairs
-    looked = max(facts.looked, len(loop.contrast.looks))
+    facts, looks = loop.pairs, loop.contrast.looks
+    looked, equal = max(facts.looked, len(looks)), max(facts.same, sum(map(_compares_itself, looks)))
     known = Precondition("pairs", looked > 0, "no calls of the model that a loss compares were seen.")
-    fine = f"No pair of equal sides at {looked:,} backward passes that were looked at."
+    fine = f"Pairs of equal sides were seen at {equal:,} of {looked:,} backward passes that were looked at."
     return judged(PairsDiffer, loop.step, list(_findings(loop)), fine, preconditions=(known,))
+
+
+def _compares_itself(look: ContrastLook) -> bool:
+    """Whether right answers are equal to their rows, and are other rows."""
+    return look.equal and look.itself < 1
 
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
@@ -53,7 +59,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             "Two calls whose outputs differ.",
             step=facts.first,
         )
-    elif len(looks) >= THRICE and all(look.equal and look.itself < 1 for look in looks):
+    elif len(looks) >= THRICE and all(map(_compares_itself, looks)):
         yield LoopFinding(
             Level.ALARM,
             Cause.PAIR_IDENTICAL,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -13,7 +13,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import THRICE, LoopCheck, LoopFinding, judged
 from diag.ranges import Threshold
 from diag.registry import instrument
-from diag.result import Confidence, Level, Precondition
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition
 from diag.snapshot.loop.arithmetic import PolicyLook
 from diag.snapshot.loop.facts import Loop
 
@@ -66,14 +66,14 @@ def _findings(looks: tuple[PolicyLook, ...], times: float) -> Iterator[LoopFindi
     yield from _of_the_setup(looks)
     if all(look.rewarded is False for look in looks):
         yield _unrewarded(looks[0])
-    if _each(looks, lambda look: look.agreement < AGAINST):
+    if all(look.agreement < AGAINST for look in looks):
         yield _against(looks)
     needed, steps = LOOKS_AND_STEPS
     last = looks[-needed:]
     late = len(last) == needed and last[-1].step >= steps
-    even = late and _each(last, _stays_even)
-    drowned = _each(looks, lambda look: look.critic_over_actions > times and look.shared is True)
-    if _each(last, _weighs_nothing):
+    even = late and all(map(_stays_even, last))
+    drowned = all(look.critic_over_actions > times and look.shared is True for look in looks)
+    if all(map(_weighs_nothing, last)):
         if late and (even or drowned):
             yield _alike(last)
         return
@@ -85,9 +85,9 @@ def _findings(looks: tuple[PolicyLook, ...], times: float) -> Iterator[LoopFindi
 
 def _of_the_setup(looks: tuple[PolicyLook, ...]) -> Iterator[LoopFinding]:
     """What does not depend on how the terms weigh."""
-    if _each(looks, lambda look: look.redrawn):
+    if all(look.redrawn for look in looks):
         yield _redrawn(looks)
-    if _each(looks, lambda look: look.bounded == "sigmoid"):
+    if all(look.bounded == "sigmoid" for look in looks):
         yield _bounded(looks)
     needed, steps = LOOKS_AND_STEPS
     settled = len(looks) >= needed and looks[-1].step >= steps
@@ -103,10 +103,6 @@ def _weighs_nothing(look: PolicyLook) -> bool:
 def _median(values: Iterable[float]) -> float:
     """Over the looks at which any action counted."""
     return float(numpy.median([v for v in values if math.isfinite(v)]))
-
-
-def _each(looks: tuple[PolicyLook, ...], holds: Callable[[PolicyLook], bool]) -> bool:
-    return all(holds(look) for look in looks)
 
 
 def _stays_even(look: PolicyLook) -> bool:
@@ -138,6 +134,7 @@ def _against(looks: tuple[PolicyLook, ...]) -> LoopFinding:
         "Descend minus the log-probability times the advantage, and take the advantage as return less value.",
         "Returns that are costs, meant to become small.",
         step=looks[0].step,
+        threshold_source=OUR_CHOICE,
     )
 
 
@@ -210,6 +207,7 @@ def _even(looks: tuple[PolicyLook, ...]) -> LoopFinding:
         "Lower the factor of the entropy, to about a hundredth of the advantages' size.",
         "With a smaller factor the policy stays as even.",
         step=looks[0].step,
+        threshold_source=OUR_CHOICE,
     )
 
 
@@ -225,4 +223,5 @@ def _drowned(looks: tuple[PolicyLook, ...]) -> LoopFinding:
         "A policy that learns as fast with a smaller factor.",
         step=looks[0].step,
         confidence=Confidence.WEAK_EMPIRICAL,
+        threshold_source=OUR_CHOICE,
     )

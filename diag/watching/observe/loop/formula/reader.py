@@ -14,7 +14,7 @@ READINGS_TOLD = (3, 6)  # after which checks may judge
 Reading = TypeVar("Reading")
 
 
-def keep(looks: list[Reading], look: Reading, moment: Moment, name: str) -> None:
+def keep_look(looks: list[Reading], look: Reading, moment: Moment, name: str) -> None:
     """Add a look: of many the first and the last are kept, and after a few checks may judge."""
     if len(looks) >= READINGS_KEPT:
         looks.pop(READINGS_KEPT // 2)
@@ -51,7 +51,7 @@ class Reader(abc.ABC, Generic[Reading]):
         """Look at the parts of the loss of a pass that is to be read."""
         look = self._look(parts)
         if look is not None:
-            keep(self.looks, look, self._moment, self.NAME)
+            keep_look(self.looks, look, self._moment, self.NAME)
 
     @abc.abstractmethod
     def _look(self, parts: list[Summand]) -> Reading | None:

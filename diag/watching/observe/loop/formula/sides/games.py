@@ -17,7 +17,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import leaves_before
 from diag.snapshot.loop.games import GameFacts, GameLook
 from diag.watching.guard import safely
-from diag.watching.observe.loop.formula.reader import keep
+from diag.watching.observe.loop.formula.reader import keep_look
 from diag.watching.observe.loop.formula.sides.judged import (
     JudgedCall,
     RowsSeen,
@@ -110,7 +110,7 @@ class Games:
             bounded=bounded,
             outside=other.outside.get(bounded, 0.0) if other is not None else 0.0,
         )
-        keep(self.looks, look, self._moment, "game")
+        keep_look(self.looks, look, self._moment, "game")
 
     def facts(self) -> GameFacts:
         """As plain data."""

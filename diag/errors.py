@@ -93,6 +93,21 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def of_the_steps(times: int, looked: int, steps: int) -> str:
+    """How many steps something was seen at. Not every step is looked at, so it says of how many.
+
+    >>> of_the_steps(2, 5, 5), of_the_steps(2, 5, 90), of_the_steps(5, 5, 90), of_the_steps(1, 1, 1)
+    ('2 of 5 steps', '2 of the 5 steps that were looked at', 'all 5 steps that were looked at', 'the only step')
+    """
+    looked = max(looked, times)
+    if looked >= steps:
+        each = "the only step" if steps == 1 else f"all {counted(steps, 'step')}"
+        return each if times >= steps else f"{times:,} of {counted(steps, 'step')}"
+    if times == looked:
+        return f"all {counted(times, 'step')} that were looked at" if times > 1 else "the step that was looked at"
+    return f"{times:,} of the {counted(looked, 'step')} that were looked at"
+
+
 def type_of(value: object) -> str:
     """What a value is, to say that something else was expected.
 

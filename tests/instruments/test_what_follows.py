@@ -288,10 +288,7 @@ def test_a_gradient_of_zero_at_all_steps_at_which_it_was_read_is_told_with_their
     made = empty_history({f"{i}.weight": 256 for i in range(3)}, 60)
     history = dataclasses.replace(made, gradient_norm=norms, loss=numpy.ones(60))
     said = diag.gradient_flow(history=history).verdict().sentence
-    assert (
-        "1 of 3 parameter tensors was exactly zero at all 30 steps at which it was read (of 60 recorded): 1.weight"
-        in said
-    )
+    assert "1 of 3 parameter tensors was exactly zero at all 30 steps that were looked at: 1.weight" in said
     norms[:, 1] = numpy.nan  # never read, so that nothing is known
     unread = dataclasses.replace(history, gradient_norm=norms)
     assert "exactly zero" not in diag.gradient_flow(history=unread).verdict().sentence

@@ -15,7 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
-from diag.errors import counted, named
+from diag.errors import counted, named, of_the_steps
 from diag.instruments.causes import Cause
 from diag.instruments.gradient_flow.statistics import (
     factor_over_depth,
@@ -151,7 +151,7 @@ class GradientFlow(Result):
         return Verdict(
             Level.WARNING,
             f"The gradient of {len(self.idle_layers):,} of {len(self.layers):,} parameter tensors was exactly zero "
-            f"{self._span_read()}: {named(self.idle_layers)}.",
+            f"{self._span(self.gradients_seen)}: {named(self.idle_layers)}.",
             advice="Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, "
             "or labels that mask it leave a layer without a gradient.",
             source="arithmetic",
@@ -262,11 +262,11 @@ class GradientFlow(Result):
             return f"No loss and no gradient was seen at any of the {self.num_steps:,} steps recorded"
         seen = self.losses_seen, self.gradients_seen
         if seen == (self.num_steps, self.num_steps):
-            found = f"Losses and gradients were finite {self._span()}"
+            found = f"Losses and gradients were finite {self._span(self.num_steps)}"
         elif seen[0] == self.num_steps and self._gradients_speak_for_all():
             found = (
-                f"Losses were finite {self._span()}, and gradients at the {seen[1]:,} of them at which they "
-                f"were read"
+                f"Losses were finite {self._span(seen[0])}, and gradients at the {seen[1]:,} of them at which they "
+                "were read"
             )
         else:
             found = (
@@ -280,15 +280,10 @@ class GradientFlow(Result):
             f"at any step ({named(self.unseen_layers)})"
         )
 
-    def _span(self) -> str:
+    def _span(self, seen: int) -> str:
         if len(self.steps) <= 1:
             return "at the one state measured"
-        return f"at all {self.num_steps:,} steps recorded"
-
-    def _span_read(self) -> str:
-        if self.gradients_seen == self.num_steps or len(self.steps) <= 1:
-            return self._span()
-        return f"at all {self.gradients_seen:,} steps at which it was read (of {self.num_steps:,} recorded)"
+        return f"at {of_the_steps(seen, seen, self.num_steps)}"
 
     def _skips(self) -> str:
         if not self.skipped_steps:

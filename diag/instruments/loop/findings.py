@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from diag.errors import counted
 from diag.instruments.causes import Cause
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -15,21 +14,6 @@ SOURCE = "arithmetic on what the loop did"
 TWICE, THRICE = 2, 3  # how often something must happen before it is a finding: once may be chance
 STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
 NO_STEP = Precondition("an optimizer step", False, "no optimizer step on the model's parameters was seen.")
-
-
-def of_the_steps(times: int, looked: int, steps: int) -> str:
-    """How many steps something was seen at. Not every step is looked at, so it says of how many.
-
-    >>> of_the_steps(2, 5, 5), of_the_steps(2, 5, 90), of_the_steps(5, 5, 90), of_the_steps(1, 1, 1)
-    ('2 of 5 steps', '2 of the 5 steps that were looked at', 'all 5 steps that were looked at', 'the only step')
-    """
-    looked = max(looked, times)
-    if looked >= steps:
-        each = "the only step" if steps == 1 else f"all {counted(steps, 'step')}"
-        return each if times >= steps else f"{times:,} of {counted(steps, 'step')}"
-    if times == looked:
-        return f"all {counted(times, 'step')} that were looked at" if times > 1 else "the step that was looked at"
-    return f"{times:,} of the {counted(looked, 'step')} that were looked at"
 
 
 @dataclass(frozen=True)

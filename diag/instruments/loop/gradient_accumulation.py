@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted
+from diag.errors import counted, of_the_steps
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, LoopFinding, judged, of_the_steps
+from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop

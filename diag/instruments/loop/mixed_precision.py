@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diag.errors import of_the_steps
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged, of_the_steps
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted, named
+from diag.errors import counted, named, of_the_steps
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import (
     NO_STEP,
@@ -15,7 +15,6 @@ from diag.instruments.loop.findings import (
     LoopCheck,
     LoopFinding,
     judged,
-    of_the_steps,
 )
 from diag.registry import instrument
 from diag.result import Level

@@ -98,8 +98,11 @@ def _raw(name: str) -> Markup:
 
 
 def embed(document: Mapping[str, Any]) -> Markup:
-    """The document without its drawings (they are on the page) as JSON that cannot end a script element."""
+    """The document as JSON that cannot end a script element, without what the page's cards have as it is: the
+    drawings, and what each check is."""
     data = {key: value for key, value in document.items() if key != "drawings"}
+    if "audits" in data:
+        data["audits"] = [{k: v for k, v in audit.items() if k != "documentation"} for audit in data["audits"]]
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import numpy
 import pytest
 import report_fakes
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_fakes import HOSTILE
@@ -92,8 +93,19 @@ def test_the_document_is_embedded_and_cannot_end_its_element(made, html):
     text = re.search(r'<script type="application/json" id="diag-document">(.*?)</script>', html, re.S)[1]
     assert "<" not in text and "&" not in text
     embedded = json.loads(text)
-    assert embedded == {k: v for k, v in made.items() if k != "drawings"}
+    stripped = [{k: v for k, v in audit.items() if k != "documentation"} for audit in made["audits"]]
+    assert embedded == {k: v for k, v in made.items() if k != "drawings"} | {"audits": stripped}
     assert any(row["name"] == HOSTILE for row in embedded["layers"]["rows"])
+
+
+def test_what_a_check_is_stands_on_its_card_once_and_in_the_document_beside_the_page(tmp_path):
+    result = diag.softmax_collapse(torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 0]))
+    page = diag.report({"softmax_collapse": result}, tmp_path / "page.html")
+    (text,) = (audit["documentation"] for audit in page.document["audits"])
+    assert len(text) > 100 and "".join(Texts(page.html).texts).count(text) == 1
+    embedded = json.loads(re.search(r'id="diag-document">(.*?)</script>', page.html, re.S)[1])
+    assert "documentation" not in embedded["audits"][0]
+    assert json.loads((tmp_path / "page.json").read_text())["audits"] == page.document["audits"]
 
 
 def test_nothing_is_loaded_from_elsewhere(html):

@@ -2,8 +2,9 @@
 
 Nothing here does anything: the tables are for readers, and a test holds the code to them: each name still exists,
 and no other is reached, as an attribute or by its name in a text. `since` is a version of the library, torch's
-where no other is named, in which the name should be there already: a hint for whoever wants to support an earlier
-one than diag does (2.11), and not tested. Tested is that all are there in the version that is installed (2.13).
+where no other is named, in which the name should be there already: a hint for anyone who wants to support an
+earlier one than diag does (2.11), and not tested. Tested is that all are there in the version that is installed
+(2.13).
 """
 
 from __future__ import annotations

@@ -106,6 +106,24 @@ def test_a_mode_counts_the_same_watched_and_unwatched(closure, each):
     gc.collect()
 
 
+def test_a_mode_around_a_loss_of_several_tensors_sees_nothing_of_a_watch():
+    model, x = nn.Linear(6, 4), torch.randn(9, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step():
+        optimizer.zero_grad()
+        outputs = model(x)
+        with Functions() as functions:
+            loss = nn.functional.triplet_margin_loss(outputs[:3], outputs[3:6], outputs[6:])
+        loss.backward()
+        optimizer.step()
+        return functions.seen
+
+    plain = step()
+    with diag.watch(model):
+        assert [step() for _ in range(3)] == [plain] * 3
+
+
 def of_two_layers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -145,6 +163,21 @@ def test_the_modes_are_back_in_their_order_after_an_error_and_a_default_device_s
         torch.ones(2)
     assert operations.seen and functions.seen and made.device.type == "meta"
     assert not torch._C._len_torch_function_stack() and not torch._C._len_torch_dispatch_stack()
+
+
+def test_a_function_that_calls_itself_unseen_puts_the_modes_back_once():
+    @unseen()
+    def depth(n):
+        """One for each call."""
+        torch.ones(2)
+        return 1 + depth(n - 1) if n else 0
+
+    assert depth.__doc__ == "One for each call."
+    with Functions() as functions, Operations() as operations:
+        functions.seen.clear()
+        assert depth(3) == 3 and not functions.seen and not operations.seen
+        torch.ones(2)
+        assert functions.seen and operations.seen
 
 
 class InPlace(TorchDispatchMode):

@@ -8,10 +8,11 @@ of torch without which the network is another one (as context parallelism); its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._device import DeviceContext
@@ -25,13 +26,42 @@ operations_seen = torch._C._len_torch_dispatch_stack
 """How many modes of operations there are."""
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _hidden: ContextVar[tuple[Any, ...]] = ContextVar("diag_hidden_modes", default=())
 _visible: ContextVar[bool] = ContextVar("diag_shown_modes", default=False)
 
 
+class unseen:
+    """Inside the context, or the decorated function, no mode of others sees what is computed in this thread.
+
+    Where there is no mode at all, as nearly always, entering it asks for their number and nothing else.
+    """
+
+    _hidden: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> None:
+        if functions_seen() or operations_seen():
+            self._hidden = _others_hidden()
+            self._hidden.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if (hidden := self._hidden) is not None:
+            self._hidden = None
+            hidden.__exit__(*error)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with unseen():
+                return function(*args, **kwargs)
+
+        return call
+
+
 @contextmanager
-def unseen() -> Iterator[None]:
-    """Inside the context no mode of others sees what is computed in this thread; free where there is none."""
+def _others_hidden() -> Iterator[None]:
     functions, operations = _functions(), _operations()
     foreign = [mode for mode in (*functions, *operations) if is_foreign(mode)]
     if not foreign or _visible.get():

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from diag.snapshot.objective.loss_spy import FURTHER_LOSSES, LOSSES
-from diag.snapshot.state.modes import functions_seen, operations_seen, unseen
+from diag.snapshot.state.modes import unseen
 from diag.watching.guard import safely, shielded
 from diag.watching.hooks.events import Listener
 from diag.watching.hooks.patches import Attribute, Body, Changed, Look, Patch, plain_copy, read_twice
@@ -148,15 +148,12 @@ class Hub:
     def _loss_returned(self, plain: Any, depth: Any, args: Any, kwargs: Any, value: Any) -> None:
         if depth > 0 or not self._listeners:  # a loss that is made of other losses counts once
             return
-        if not (functions_seen() or operations_seen()):  # no mode is there, as nearly always
-            self._tell_of_loss(plain, args, kwargs, value)
-            return
         with unseen():
             self._tell_of_loss(plain, args, kwargs, value)
 
     def _further_returned(self, plain: Any, token: Any, args: Any, kwargs: Any, value: Any) -> None:
-        if type(value) is torch.Tensor and value.requires_grad and not is_functorch_wrapped_tensor(value):
-            with unseen():
+        with unseen():
+            if type(value) is torch.Tensor and value.requires_grad and not is_functorch_wrapped_tensor(value):
                 for listener in self.listeners:
                     listener.further_loss_called(plain, args, kwargs)
 

@@ -41,7 +41,8 @@ class Trace:
 
     def __init__(self, dtype: numpy.dtype[Any]) -> None:
         rows = max(min(RECENT_ROWS, MEMORY // (2 * dtype.itemsize)), 16)
-        self._dtype = dtype
+        assert dtype.fields is not None
+        self._dtype, self._finite_at = dtype, dtype.fields["loss_finite"][1]  # the latter in a row's bytes
         self._recent: deque[bytes] = deque(maxlen=rows)
         self._earlier: list[bytes] = []
         self._room, self._stride, self._passed = rows, 1, 0
@@ -54,7 +55,7 @@ class Trace:
         self._recent.append(table.tobytes())
 
     def _keep(self, row: bytes) -> None:
-        if self._first_lost is None and not numpy.frombuffer(row, self._dtype)["loss_finite"][0]:
+        if self._first_lost is None and not row[self._finite_at]:  # a boolean is one byte
             self._first_lost = row
         if self._passed % self._stride == 0 or row is self._first_lost:
             self._earlier.append(row)

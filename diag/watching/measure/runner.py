@@ -94,9 +94,8 @@ class MeasurementRunner(Guarded):
     def _rest(self) -> None:
         """Until which step, and how many seconds after the start, nothing need be looked at."""
         going_on = self.own_step.touched or self.own_step.armed or self._windows.open is not None
-        going_on |= (
-            not self._time.timed
-        )  # of two steps in a row the second is, so that it stays known what one takes
+        # Of two steps in a row the second is timed, so that it stays known what one takes.
+        going_on |= not self._time.timed
         always = self._schedule.budget == math.inf or self.over_ranks.agreement is not None
         if going_on or always or not self._probe.complete:
             self._wake = 0, 0.0

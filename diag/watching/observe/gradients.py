@@ -150,12 +150,9 @@ class GradientNorms:
     def _must_be_read(self, members: StepMembers, total_norm: Any = None) -> bool:
         """Whether the gradients of a step that need not be read are not finite, as far as the host knows without
         waiting; from here on they are read."""
-        self.active = False
-        if total_norm is not None:
-            self.active = _is_broken(total_norm)
-            return self.active
-        for parameter in members.telling:
-            if _is_broken(parameter.grad):
+        asked = [p.grad for p in members.telling] if total_norm is None else [total_norm]
+        for t in asked:
+            if _is_broken(t):
                 self.active = True
                 break
         return self.active

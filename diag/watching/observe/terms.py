@@ -138,10 +138,9 @@ def _reduced(node: Any, kind: str, here: list[Any], known: Container[int]) -> li
     factors = _constant(1.0 / count) if kind == "Mean" else ()
     if count == 1:
         return [(here[0], ())]
-    stacked = kind_of(here[0]) in ("Stack", "Cat")
-    parents = [_before(edge, known) for edge in here[0].next_functions] if stacked else []
-    if not stacked:
+    if kind_of(here[0]) not in ("Stack", "Cat"):
         return _over_rows(node, known)
+    parents = [_before(edge, known) for edge in here[0].next_functions]
     # Constants in the stack have no node; each of the others is one number only where there are as many as entries.
     return [(p, factors) for p in parents if p is not None] if len(parents) == count else None
 

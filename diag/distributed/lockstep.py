@@ -13,14 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from diag.distributed.together import FAILED, Together
+from diag.distributed.together import Together
 from diag.errors import Unsupported
 
 PATHS_PART = (
     "The ranks take different paths through the network (its code branches on the data, or they have other numbers "
-    "of batches), so that a layer's weights cannot be gathered by all of them at once; measure a copy that "
-    "each rank "
-    "holds whole."
+    "of batches), so that a layer's weights cannot be gathered by all of them at once; measure a copy that each "
+    "rank holds whole."
 )
 PASS_ENDS, TOTAL = 1, 2  # what is told; a layer's weights are told by numbers above these
 
@@ -35,8 +34,7 @@ class Lockstep:
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Around one pass, on all ranks; nests. Raises on every rank where it raises on one, its own error
-        there."""
+        """Around one pass, on all ranks; nests. Raises on all where it raises on one: there its own error."""
         if self._depth:
             yield
             return
@@ -44,8 +42,9 @@ class Lockstep:
         try:
             try:
                 yield
-            except Exception:
+            except Exception as error:
                 if not self._stopped:
+                    self.together.say(error)
                     self._tell(-1)
                 raise
             self._step(PASS_ENDS)
@@ -77,7 +76,7 @@ class Lockstep:
             raise Unsupported(self._stopped)
         failed, most, least = self._tell(number)
         if failed:
-            self._stopped = FAILED.format(failed - 1)
+            self._stopped = self.together.about(failed - 1)
         elif most != -least:
             self._stopped = PATHS_PART
         if self._stopped:

@@ -63,6 +63,11 @@ def own_part(tensor: Tensor) -> Tensor:
     return plain.to_local() if is_spread(plain) else plain  # type: ignore[attr-defined]
 
 
+def is_flat(model: nn.Module) -> bool:
+    """Whether the model is under FSDP1, which holds flat pieces of the parameters."""
+    return any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+
+
 def data_apart(model: nn.Module) -> bool:
     """Whether ranks are meant to train on other data: under tensor parallelism they are not."""
     spread = [p for p in model.parameters() if is_spread(p)]
@@ -106,7 +111,7 @@ def placement_of(name: str, tensor: Tensor, world: int) -> Placement:
 
 def placements_of(model: nn.Module, parameters: dict[str, nn.Parameter], world: int) -> dict[str, Placement]:
     """How each of the model's parameters is spread."""
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+    if is_flat(model):
         return {name: Placement(0, world, FLAT_PARAMETERS) for name in parameters}
     ignored: Collection[str] = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     found = {name: placement_of(name, p, world) for name, p in parameters.items()}

@@ -71,9 +71,7 @@ class Together:
     def refuse_different(self, state: Mapping[str, Tensor]) -> None:
         """Raise Unsupported where the ranks hold other values of these tensors, by name."""
         own = torch.stack([checksum_of(t).to(self.device) for t in state.values()])
-        count = torch.tensor([len(own), -len(own)], device=self.device)
-        self._reduce(count, dist.ReduceOp.MAX)
-        if int(count[0]) != -int(count[1]):
+        if not self.same(torch.tensor([len(own)])).all():
             raise Unsupported(DIFFER.format("different models"))
         for name, same in zip(state, self.same(own).tolist(), strict=True):
             if not same:
@@ -136,7 +134,7 @@ class Together:
             error = raised
             message.zero_()
             message[-1] = 1.0 + self.rank
-            self._say(raised)
+            self.say(raised)
         found = message.to(self.device)
         self._reduce(found)
         failed = float(found[-1])
@@ -144,14 +142,15 @@ class Together:
         if error is not None:
             raise error
         if failed:
-            raise Unsupported(self._about(int(failed) - 1))
+            raise Unsupported(self.about(int(failed) - 1))
         return found[:-1].reshape(like.shape).to(like.device)
 
-    def _say(self, error: Exception) -> None:
+    def say(self, error: Exception) -> None:
+        """Tell the others what has failed here, where ranks tell each other."""
         if self._tell is not None:
             self._tell(f"{type(error).__name__}: {text_of(error)}")
 
-    def _about(self, rank: int) -> str:
+    def about(self, rank: int) -> str:
         """Which rank has failed, and how where it has said so. (Where several have, their numbers were added.)"""
         why = self._told(rank) if self._told is not None and rank < self.world else ""
         return FAILED_SO.format(rank, why.rstrip(".")) if why else FAILED.format(rank if rank < self.world else "?")
@@ -193,10 +192,8 @@ class Together:
         longest = max(sizes)
         block = own.new_zeros(longest, *own.shape[1:])
         block[: len(own)] = own
-        block = block.to(self.device)
-        whole = block.new_empty(self.world, *block.shape)
-        self._send(lambda: self._group.allgather([list(whole)], [block]))
-        return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)]).to(own.device)
+        whole = self.table(block.reshape(-1)).view(self.world, *block.shape)
+        return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
 
     def _refuse_many(self, size: float, what: str) -> None:
         free = self.least(free_memory(self.device))
@@ -209,10 +206,7 @@ class Together:
         each = -(-size // self.world)
         own = part.new_zeros(each)
         own[: len(part)] = part
-        own = own.to(self.device)
-        whole = own.new_empty(self.world, each)
-        self._send(lambda: self._group.allgather([list(whole)], [own]))
-        return whole.reshape(-1)[:size].to(part.device)
+        return self.table(own).reshape(-1)[:size]
 
     def own_block(self, tensor: Tensor, from_first: bool = False) -> Tensor:
         """A copy of a plain tensor; of one that is spread over the ranks this rank's block of it, among zeros.

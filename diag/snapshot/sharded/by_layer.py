@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.distributed.lockstep import Lockstep
-from diag.distributed.placement import is_spread, own_part
+from diag.distributed.placement import is_flat, is_spread, own_part
 from diag.distributed.together import Together
 from diag.errors import Unsupported
 from diag.snapshot.sharded.gathering import InUse, Piece, Unit
@@ -28,15 +28,13 @@ LIES_OTHERWISE = (
     "first axis over all ranks: leave out ranks='by_layer' and let each rank take a whole copy."
 )
 
-
 # For each piece of a unit, each dict of a module that has the tensor, and under which name.
 UnitPlaces = Sequence[Sequence[tuple[MutableMapping[str, Any], str]]]
 
 
 def can_gather_by_layer(model: nn.Module, world: int) -> bool:
     """Whether fully_shard has split what is sharded by the first axis over all ranks."""
-    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    return not flat and all(_can_gather(t, world) for t in (*model.parameters(), *model.buffers()))
+    return not is_flat(model) and all(_can_gather(t, world) for t in (*model.parameters(), *model.buffers()))
 
 
 def _can_gather(tensor: Any, world: int) -> bool:
@@ -47,8 +45,8 @@ def _can_gather(tensor: Any, world: int) -> bool:
 
 
 class ByLayer:
-    """`model`: the copy that gathers. `names`, `shapes`: of the trainable parameters, as the sharded model names
-    them. `own_entries`: for each, which of its flat entries this rank has."""
+    """`model`: the copy that gathers. `trainable`: the names of the trainable parameters, as the sharded model
+    names them. `lock`: how the ranks wait for each other. `in_use`: the whole weights that this rank holds now."""
 
     def __init__(self, sharded: nn.Module, together: Together) -> None:
         self.lock, self.in_use = Lockstep(together), InUse()

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diag.distributed.placement import data_apart, is_spread, placements_of
+from diag.distributed.placement import data_apart, is_flat, is_spread, placements_of
 from diag.distributed.together import Together
 from diag.errors import Unsupported
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
-from diag.snapshot.state.hooks import BACKWARD_HOOKS, FORWARD_HOOKS, home_of
+from diag.snapshot.state.hooks import OF_MODULES, home_of
 
 ROOM = 4  # times the size of the parameters that measuring on a whole copy takes: values, gradient, vector, product
 TOO_LARGE = (
@@ -54,8 +54,7 @@ def sharded_as(model: nn.Module) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_spread(tensor) and tensor.device_mesh.size() > 1:  # type: ignore[attr-defined]
             return f"{name} has placement {tensor.placements}"  # type: ignore[attr-defined]
-    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    return "FullyShardedDataParallel (FSDP1) holds flat pieces of them" if flat else ""
+    return "FullyShardedDataParallel (FSDP1) holds flat pieces of them" if is_flat(model) else ""
 
 
 class Whole(NamedTuple):
@@ -185,7 +184,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         if name.startswith(STATE_OF_SHARDING):
             continue
-        if name in (*FORWARD_HOOKS, *BACKWARD_HOOKS):  # which may hold what cannot be copied: a group of processes
+        if name in OF_MODULES:  # which may hold what cannot be copied: a group of processes
             yield name, type(value)((key, hook) for key, hook in value.items() if not _shards(hook))
         else:
             yield name, value

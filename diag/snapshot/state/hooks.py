@@ -234,7 +234,7 @@ def _gated() -> Iterator[None]:
 
 
 def _of_all_modules() -> list[Hooks]:
-    return [getattr(all_modules, f"_global{name}", {}) for name in (*FORWARD_HOOKS, *BACKWARD_HOOKS)]
+    return [getattr(all_modules, f"_global{name}", {}) for name in OF_MODULES]
 
 
 def _is_alone() -> bool:

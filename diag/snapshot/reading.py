@@ -28,15 +28,15 @@ CUT = (
 
 
 @dataclass(frozen=True)
-class Data:
-    """The batches, a sentence where there may be more of them, and the first examples of one that was cut.
+class Cut:
+    """How data was cut as it was read.
 
-    part: these as one batch, as many as a micro-batch has, or a few more; first: the number of the first batch that
-    holds them.
+    short: a sentence where there may be more of it. part: the first examples of the first batch that micro_batch=
+    has cut, as one batch, as many as a micro-batch has, or a few more. first: the number of the first micro-batch
+    that holds them.
     """
 
-    batches: tuple[Batch, ...]
-    cut_short: str = ""
+    short: str = ""
     part: Batch | None = None
     first: int = 0
 
@@ -50,8 +50,8 @@ def read_batches(
     seed: int,
     settled: Callable[[Batch], Batch] = lambda batch: batch,
     own_loss: bool = False,
-) -> Data:
-    """The first `limit` examples of `data` as micro-batches.
+) -> tuple[tuple[Batch, ...], Cut]:
+    """The first `limit` examples of `data` as micro-batches, and how they were cut.
 
     own_loss: the model computes the loss. settled: says of a batch on the device how it is cut. Data without a
     length, or that goes on beyond it, may never end: where no limit is given, it is cut, with a warning. Raises
@@ -72,7 +72,7 @@ def read_batches(
         raise InvalidInput("The data holds no batch; give at least one example.")
     if read.cut:
         warnings.warn(read.cut, stacklevel=2)
-    return Data(tuple(batches), read.cut, part, first)
+    return tuple(batches), Cut(read.cut, part, first)
 
 
 def dense(batch: Batch) -> Batch:

@@ -28,7 +28,7 @@ from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.objective.own_loss import own_loss
 from diag.snapshot.objective.shares import Counted
-from diag.snapshot.reading import Data, equally_many, read_batches, shared_out
+from diag.snapshot.reading import Cut, equally_many, read_batches, shared_out
 from diag.snapshot.sharded.by_layer import ByLayer, can_gather_by_layer
 from diag.snapshot.sharded.whole import (
     fits_whole,
@@ -63,9 +63,8 @@ WITHOUT_ROWS = (
     "(inputs[None], target[None]) for one example."
 )
 NO_LOSS = (
-    "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets), or in each batch "
-    "what the model "
-    "computes its own from (its labels)."
+    "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets), or in each batch what the "
+    "model computes its own from (its labels)."
 )
 DATA = "bits of the data"
 OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an example, or as a sum
@@ -73,6 +72,7 @@ OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an 
     *("labels", "targets", "logits", "losses", "logit_gradients", "features"),
     *("loss_at", "losses_at", "gradient", "hessian", "gauss_newton", "per_example_gradients", "interpolation"),
 }
+# What can be had while no rank holds all weights.
 WITHOUT_WEIGHTS = {"hessian", "gauss_newton", "labels", "targets", "logits", "losses", "logit_gradients"}
 NOT_BY_LAYER = (
     "{} is not measured where the weights of one layer at a time are gathered, as no rank holds all of them; give "
@@ -154,7 +154,7 @@ class Snapshot:
         self.seed, self.device = arguments["seed"], device
         self.micro_batch, self.max_examples = arguments["micro_batch"], arguments["max_examples"]
         self._arguments = arguments | self._made()
-        self.cut_short, self.cut = "", Data(())  # a sentence where not all of the data was read; what was read
+        self.cut = Cut()  # what of the data was read, and how it was cut
         self._computed: dict[str, Any] = {}
         self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits
         self._entered: bool | None = None  # a measurement is going on; whether it calls the model
@@ -165,6 +165,11 @@ class Snapshot:
         if self.layers is not None:
             return {"ranks": BY_LAYER}
         return {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks or False}
+
+    @property
+    def cut_short(self) -> str:
+        """In one sentence, where not all of the data was read."""
+        return self.cut.short
 
     @property
     def limit(self) -> Deadline:
@@ -282,8 +287,7 @@ class Snapshot:
         whole = self.max_examples is None and self.micro_batch is None
         settled = self._named if whole else lambda batch: self.cuttable((batch,))[0]
         limits = (self.max_examples, self.micro_batch, self.device, self.seed)
-        read = read_batches(data, unpack, *limits, settled, own_loss=self.loss_fn is None)
-        batches, self.cut_short, self.cut = read.batches, read.cut_short, read
+        batches, self.cut = read_batches(data, unpack, *limits, settled, own_loss=self.loss_fn is None)
         if self._sharded is not None and self.ranks is not None:
             refuse_another_function(self._sharded, self.model, batches[0], self.ranks)
             self._sharded = None
@@ -394,8 +398,7 @@ class Snapshot:
             other.__dict__["cutting"] = self.cutting
         if "batches" in self.__dict__ and not set(changes) & _READING:
             other.__dict__["batches"] = self.batches
-            other._computed[DATA] = self._computed[DATA]
-            other.cut_short, other.cut = self.cut_short, self.cut
+            other._computed[DATA], other.cut = self._computed[DATA], self.cut
         return other
 
     def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
@@ -421,12 +424,13 @@ def _by_layer(arguments: Mapping[str, Any], ranks: Together | None) -> ByLayer |
     """The sharded model as one whose layers are gathered one at a time, where that is asked for or nothing else
     fits."""
     model = bare_model(arguments["model"])
-    if ranks is None or (
-        arguments["ranks"] != BY_LAYER and fits_whole(model, ranks, free_memory(_device_of(model)))
-    ):
+    if ranks is None:
         return None
-    if arguments["ranks"] != BY_LAYER and not can_gather_by_layer(model, ranks.world):
-        return None  # where the whole copy is refused with its reason
+    if arguments["ranks"] != BY_LAYER:
+        if fits_whole(model, ranks, free_memory(_device_of(model))):
+            return None
+        if not can_gather_by_layer(model, ranks.world):
+            return None  # the whole copy is refused with its reason
     return ByLayer(model, ranks)
 
 

@@ -105,7 +105,7 @@ def given_probe(model: nn.Module, probe: Any) -> Probe:
     result = Probe()
     if probe is not None:
         device = next(model.parameters()).device
-        batches = read_batches(probe, None, None, None, device, seed=0).batches
+        batches, _ = read_batches(probe, None, None, None, device, seed=0)
         result.batches = [batch.with_targets(model) for batch in batches]
         result.complete = True
     return result

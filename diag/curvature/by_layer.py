@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from diag.curvature.objective import Objective, gradients
-from diag.errors import Unsupported
+from diag.curvature.objective import LossFn, Objective, gradients
 from diag.linalg.reductions import Spread
 from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
@@ -26,9 +25,6 @@ from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.sharded.by_layer import ByLayer
 
 DRAWN_AT_ONCE = 1 << 22  # a multiple of 16, in blocks of which torch draws normal numbers
-COUPLED = (
-    "The loss compares the examples of a batch with each other, so that ranks' shares of the data do not add up."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +40,14 @@ class ShardedObjective(Objective):
     idle: tuple[Batch, ...] = ()
 
     @classmethod
-    def of(
-        cls, layers: ByLayer, loss_fn: Any, batches: tuple[Batch, ...], precision: str, share: float | None
-    ) -> Any:
-        """With as many batches as any rank has. share: None where all ranks' data count alike."""
+    def of(cls, layers: ByLayer, loss_fn: LossFn, batches: tuple[Batch, ...], precision: str, share: float) -> Self:
+        """With as many batches as any rank has."""
         ranks = layers.lock.together
-        if not layers.lock.everywhere(not any(batch.coupled for batch in batches)):
-            raise Unsupported(COUPLED)
         missing = int(ranks.most(torch.tensor([len(batches)]))[0]) - len(batches)
         idle = tuple(replace(batches[0]) for _ in range(missing))
         layout = FlatLayout.of(layers.own_shapes)
-        share = 1 / layers.lock.world if share is None else share
-        more: dict[str, Any] = {"layers": layers, "share": share, "idle": idle}
-        return cls(layers.model, loss_fn, (*batches, *idle), layout, precision, **more)
+        every = (*batches, *idle)
+        return cls(layers.model, loss_fn, every, layout, precision, layers=layers, share=share, idle=idle)
 
     @cached_property
     def num_examples(self) -> int:

@@ -71,7 +71,8 @@ class CurvatureOperator(LinearOperator):
         kept between products where it fits, else it is rebuilt for each in micro-batches that fit.
     ranks: the ranks that share the data, `batches` being this one's; all make the same products. weight: what its
         share counts (by default the number of its examples).
-    layers: of a sharded model that no rank holds whole (`model` is then its copy that gathers).
+    layers: of a sharded model that no rank holds whole (`model` is then its copy that gathers; ranks and weight are
+        given with it).
     micro_batch: the most examples per pass. seed: of the self-test's random direction. checked: a self-test of
         the same model, to spare a second one.
 
@@ -104,6 +105,7 @@ class CurvatureOperator(LinearOperator):
         if layers is None:
             self.objective = Objective(model, loss_fn, parts, layout_of(model), precision)
         else:
+            assert weight is not None
             self.objective = ShardedObjective.of(layers, loss_fn, parts, precision, weight)
         super().__init__(self.layout.size, self.objective.dtype, self.objective.device)
         self._settings: dict[str, Any] = {"memory": memory, "seed": seed, "ranks": ranks, "layers": layers}

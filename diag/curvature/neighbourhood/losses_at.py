@@ -113,7 +113,6 @@ class LossesOverRanks(LossesAt):
     def __init__(self, snapshot: Snapshot, together: Together) -> None:
         self._together, self._scale, self._all = together, scale_of(snapshot, together), snapshot.all_examples
         super().__init__(snapshot)
-        self._own = LossesAt(snapshot)
 
     @property
     def num_examples(self) -> int:
@@ -122,7 +121,7 @@ class LossesOverRanks(LossesAt):
 
     def groups(self, size: int, seed: int = 0) -> Iterator[LossesAt]:
         """Random groups of this rank's examples, for it alone to measure."""
-        return self._own.groups(size, seed)
+        return LossesAt(self._snapshot).groups(size, seed)
 
     def all_rows(self, compute: Callable[[], Tensor]) -> Tensor:
         """The rows (k, ...) that `compute()` gives on each rank."""

@@ -1,6 +1,7 @@
 """What two processes measure of models under fully_shard of which none holds all weights (see `test_by_layer`)."""
 
 import contextlib
+import copy
 import gc
 import math
 import sys
@@ -30,6 +31,8 @@ KINDS = {"mlp": F.cross_entropy, "conv": F.cross_entropy, "gpt": trainings.token
 
 def whole_data(kind):
     x, y = trainings.rows()
+    if kind == "words":
+        return torch.randint(5, 8, (len(y), 5), generator=torch.Generator().manual_seed(5)), y
     return trainings.texts() if kind == "gpt" else (x.double(), y)
 
 
@@ -169,11 +172,34 @@ class Once(nn.Module):
         return self.last(Flash.apply(self.first(x)))
 
 
-def differenced(model, **given):
+class Words(nn.Module):
+    """A row of its embedding, which the last rank has, is held fixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.rest = nn.Embedding(9, 12, padding_idx=6), Once()
+
+    def forward(self, x):
+        return self.rest(self.table(x).mean(1))
+
+
+def differenced(kind, model, **given):
     """By finite differences, as nothing else is right; the method, and the eigenvalues."""
-    data = share("mlp") if given else whole_data("mlp")
+    data = share(kind) if given else whole_data(kind)
     hessian = diag.Snapshot(model, F.cross_entropy, data, **given).quantity("hessian")
     return [str(hessian.self_test.method), eigenpairs(hessian, largest=2, tolerance=1e-4).values.tolist()]
+
+
+DIFFERENCED = {"mlp": Once, "words": Words}
+
+
+def not_copied(model):
+    """Why it is not."""
+    try:
+        copy.deepcopy(model)
+    except TypeError as error:
+        return str(error)
+    return "copied"
 
 
 def refused():
@@ -207,6 +233,11 @@ def refused():
         "columns": refusal(lambda: hessian(columns, share("mlp"))),
         "word": refusal(lambda: diag.Snapshot(net, F.cross_entropy, share("mlp"), ranks="rows")),
         "params": refusal(lambda: snapshot.quantity("params")),
+        "whole row": refusal(lambda: ByLayer(nn.Linear(3, 2), Together(CPU)).own_row("weight", 1)),
+        "too large": small_memory(
+            lambda: refusal(lambda: diag.Snapshot(columns, F.cross_entropy, share("mlp"), ranks=True))
+        ),
+        "copied": not_copied(snapshot.model),
         "chosen by itself": measured(),
         "after": float(hessian(net, share("mlp")).self_test.gradient_error) < 1e-3,
     }
@@ -224,11 +255,10 @@ def by_layer():
         )
         found[kind]["untouched"] = trainings.state_of(net) == before
     found["drawn"] = drawn()
-    torch.manual_seed(2)
-    once = trainings.fully(Once().double())
-    return found | {
-        "memory": memory(), "differenced": differenced(once, ranks="by_layer"), "refused": refused()
-    }  # fmt: skip
+    for kind, network in DIFFERENCED.items():
+        torch.manual_seed(2)
+        found[f"differenced {kind}"] = differenced(kind, trainings.fully(network().double()), ranks="by_layer")
+    return found | {"memory": memory(), "refused": refused()}
 
 
 trainings.measurements = {"by_layer": by_layer}

@@ -55,12 +55,13 @@ def test_parts_of_random_vectors_are_drawn_in_blocks(ranks):
         assert size > DRAWN_AT_ONCE and right == [True] * 4
 
 
-def test_finite_differences_of_shards_stand_in(ranks):
+@pytest.mark.parametrize("kind", by_layer.DIFFERENCED)
+def test_finite_differences_of_shards_stand_in(ranks, kind):
     torch.manual_seed(2)
-    method, values = by_layer.differenced(by_layer.Once().double())
+    method, values = by_layer.differenced(kind, by_layer.DIFFERENCED[kind]().double())
     for found in ranks:
-        assert found["differenced"][0] == method == "finite difference"
-        assert found["differenced"][1] == pytest.approx(values, rel=1e-4)
+        assert found[f"differenced {kind}"][0] == method == "finite difference"
+        assert found[f"differenced {kind}"][1] == pytest.approx(values, rel=1e-4)
 
 
 def test_all_ranks_stop_together_and_can_go_on(ranks):
@@ -71,8 +72,14 @@ def test_all_ranks_stop_together_and_can_go_on(ranks):
     assert "loss_fn cannot be called" in last["one rank"]
     assert first["few"].startswith("A rank can cut its data into 1 batches and another has 3")
     assert first["few"] == last["few"]
-    assert "0.weight has placement (Shard(dim=0),)" in first["columns"] or "has placement" in first["columns"]
+    assert (
+        first["columns"].startswith("2.weight has placement (Shard(dim=1),)") and "whole copy" in first["columns"]
+    )
     assert "expected True, False or 'by_layer'" in first["word"]
     assert "params is not measured where the weights of one layer" in first["params"]
+    assert "Row 1 of weight is held fixed, which lies whole on each rank" in first["whole row"] == last["whole row"]
+    assert first["too large"].startswith("The parameters are sharded over ranks (0.weight has placement")
+    assert "give more memory, or fewer ranks on a machine" in first["too large"] == last["too large"]
     for found in (first, last):
+        assert found["copied"] == "a model whose layers are gathered from other processes is not copied"
         assert found["chosen by itself"] and found["after"]

@@ -7,13 +7,13 @@ import importlib.util
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import diag
+from tests.distributed.starting import run_ranks
 
 SCRIPT = Path(__file__).with_name("trainers.py")
 WORLD, STEPS = 2, 20
@@ -27,26 +27,14 @@ def free_port():
 
 def start(name, folder):
     """Run the trainer on every rank; the hashes that each found."""
-    common = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-                           "WORLD_SIZE": str(WORLD), "PYTHONPATH": os.pathsep.join(sys.path),
-                           "TORCH_CPP_LOG_LEVEL": "ERROR", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, name, str(rank), str(WORLD), folder],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, errors
-    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(WORLD)]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(WORLD),
+              "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    ranks = [str(rank) for rank in range(WORLD)]
+    run_ranks(
+        [[SCRIPT, name, rank, str(WORLD), folder] for rank in ranks],
+        [common | {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": "0"} for rank in ranks],
+    )
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in ranks]
 
 
 @pytest.mark.parametrize("name", ["accelerate", "transformers", "lightning", "lightning_fsdp"])

@@ -19,9 +19,8 @@ GRADIENT, PRODUCT, SELF_TEST = 3.0, 8.0, 40.0
 class Kind(enum.Enum):
     """When a watch runs an instrument."""
 
-    CHECK = (
-        "check"  # costs nothing or one look (at most one forward pass over the probe): at scheduled steps, always
-    )
+    # Costs nothing or one look (at most one forward pass over the probe): at scheduled steps, always.
+    CHECK = "check"
     MEASUREMENT = "measurement"  # expensive (curvature, per-example gradients): as the budget allows
     DESCRIPTION = "description"  # judges nothing: only by name or with instruments="all"
 

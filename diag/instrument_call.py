@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,22 +16,8 @@ from typing import Any
 from torch import nn
 
 from diag.conversion import converted, describe, is_a
-from diag.declaration import (
-    BeforeTraining,
-    Kind,
-    Measurable,
-    Need,
-    Setting,
-    StepWindow,
-)
-from diag.errors import (
-    DiagError,
-    InvalidInput,
-    MissingQuantity,
-    did_you_mean,
-    named,
-    type_of,
-)
+from diag.declaration import BeforeTraining, Kind, Measurable, Need, Setting, StepWindow
+from diag.errors import DiagError, InvalidInput, MissingQuantity, did_you_mean, named, type_of
 from diag.result import Provenance, Result
 from diag.snapshot.glossary import Effort
 from diag.snapshot.snapshot import Snapshot

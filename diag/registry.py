@@ -7,7 +7,7 @@ derived: the call on a snapshot, the command-line flags, the rows of the report,
 An instrument is discovered when its file lies in `diag/instruments/`, or when another package names it under
 the entry point group `diag.instruments`. No line of the core names one.
 
-What declares and what calls an instrument is lent on from here, so that an author imports from one place.
+What declares and what calls an instrument is re-exported here, so that an author imports from one place.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import inspect
 import pkgutil
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -174,8 +175,6 @@ def _declared(module: Any) -> Iterable[Instrument]:
 
 
 def _load(entry: importlib.metadata.EntryPoint) -> list[Instrument]:
-    import warnings
-
     try:
         loaded = entry.load()
     except Exception as error:

@@ -10,7 +10,7 @@ the time course matters also `trend(series)` and `plot_trend(ax, series)`. Every
         def verdict(self) -> Verdict: ...
         def plot(self, ax) -> None: ...
 
-The classes of a verdict are lent on from here, so that an author imports from one place.
+The classes of a verdict are re-exported here, so that an author imports from one place.
 """
 
 from __future__ import annotations

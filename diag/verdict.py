@@ -13,6 +13,8 @@ from diag.door import class_at_the_door
 from diag.encoding import decode, encode
 from diag.errors import InvalidInput, one_of
 
+OUR_CHOICE = "our choice, uncalibrated"  # of a threshold: who chose it
+
 
 class Level(enum.StrEnum):
     """How bad it is.
@@ -140,6 +142,3 @@ class Precondition:
     def verdict(self, source: str, advice: str = "") -> Verdict:
         """The verdict on a result for which this does not hold: not applicable, and why."""
         return Verdict(Level.NOT_APPLICABLE, f"No verdict: {self.detail}", advice=advice, source=source)
-
-
-OUR_CHOICE = "our choice, uncalibrated"

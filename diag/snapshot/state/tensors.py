@@ -29,10 +29,8 @@ WRITTEN = (
 WAS_KEPT = "the values are put back, and what was measured may be wrong"
 NOT_KEPT = "the model is too large for a copy, so training is no longer what it would have been without measuring"
 KEPT_BYTES = 1 << 28  # of parameters and buffers, copied for the time of a measurement (our choice)
-COPIED_TOGETHER, MANY_COPIED = (
-    1 << 11,
-    64,
-)  # numbers of a tensor, and such tensors, from which on they are copied together
+COPIED_TOGETHER = 1 << 11  # at most as many numbers has a tensor that is copied together with others
+MANY_COPIED = 64  # and at least as many such tensors there must be
 NO_TENSORS: Mapping[str, Any] = {}
 
 # A module's name, the module, which of its dicts, that dict, and what was in it.

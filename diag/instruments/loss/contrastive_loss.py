@@ -16,7 +16,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition
 from diag.snapshot.loop.contrast import ContrastFacts, ContrastLook
 from diag.snapshot.loop.facts import Loop
 
-SOURCE = "arithmetic of the softmax over likenesses: Oord et al. 2018 (arXiv:1807.03748)"
+SOURCE = "arithmetic of the softmax over similarities: Oord et al. 2018 (arXiv:1807.03748)"
 MOST_OF_ROWS = 0.5  # share of rows
 NEARLY_ALL_ROWS = 0.99
 LOGITS_NEEDED, LOGITS_USABLE = 0.5, 1000.0  # widest range of the logits of embeddings of length one
@@ -51,7 +51,7 @@ def contrastive_loss(
     wrong answers; a row has three answers or fewer; embeddings have the length one and a temperature with which
     their logits span less than `needed`, or more than `usable`. A warning, too, where from the first look to the
     last, past step 100, the right answer is no more like its row than a wrong one (past step 1,000, where the two
-    sides have not the same layers). And an alarm where the loss holds nothing but the likeness of outputs of the
+    sides have not the same layers). And an alarm where the loss holds nothing but the similarity of outputs of the
     same layers, both with a gradient. Raises nothing of its own.
     """
     facts = loop.contrast
@@ -122,7 +122,7 @@ def _nothing_apart(facts: ContrastFacts) -> LoopFinding:
         Cause.NOTHING_KEEPS_APART,
         "The loss asks outputs of the same layers to be alike and nothing else, so that it is smallest where every "
         f"input gives the same output: at all {facts.read:,} backward passes that were looked at it holds the "
-        f"likeness of pairs alone, and both sides have a gradient.{alike}",
+        f"similarity of pairs alone, and both sides have a gradient.{alike}",
         "Add what keeps different rows apart (other rows as wrong answers, a variance or decorrelation term), or "
         "detach one side and give the other a predictor of its own.",
         "A term of the loss that grows where all outputs are equal.",
@@ -161,9 +161,9 @@ def _among(looks: tuple[ContrastLook, ...]) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.ANSWER_MASKED,
-        "Each row is among its own wrong answers, with the largest likeness that there can be: the softmax over "
+        "Each row is among its own wrong answers, with the largest similarity that there can be: the softmax over "
         f"{looks[0].answers:,} rows does not leave out the diagonal.",
-        "Mask the diagonal of the likenesses with -inf before the softmax.",
+        "Mask the diagonal of the similarities with -inf before the softmax.",
         "A diagonal that is masked before the cross-entropy.",
         step=looks[0].step,
     )
@@ -191,11 +191,11 @@ def _even(looks: tuple[ContrastLook, ...]) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.TEMPERATURE_WRONG,
-        "The softmax over likenesses can tell no answer from another: embeddings of length one at a temperature of "
-        f"{format_number(temperature)} give logits that span {format_number(2 * last.factor)} at most, so that "
-        f"the loss stays between {format_number(math.log(last.free))} (guessing) and {format_number(least)} "
-        f"whatever the network does; it is {format_number(last.loss)}.",
-        "Use a temperature of 0.05 to 0.5 (divide the likenesses by it once).",
+        "The softmax over similarities can tell no answer from another: embeddings of length one at a "
+        f"temperature of {format_number(temperature)} give logits that span {format_number(2 * last.factor)} at "
+        f"most, so that the loss stays between {format_number(math.log(last.free))} (guessing) and "
+        f"{format_number(least)} whatever the network does; it is {format_number(last.loss)}.",
+        "Use a temperature of 0.05 to 0.5 (divide the similarities by it once).",
         "A smaller temperature learns no better.",
         step=looks[0].step,
         threshold_source=OUR_CHOICE,
@@ -207,7 +207,7 @@ def _sharp(looks: tuple[ContrastLook, ...]) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.TEMPERATURE_WRONG,
-        "The softmax over likenesses is next to a hard choice: embeddings of length one at a temperature of "
+        "The softmax over similarities is next to a hard choice: embeddings of length one at a temperature of "
         f"{format_number(1 / last.factor)} give logits that differ by up to {format_number(2 * last.factor)}, so "
         "that only the nearest answer of a row has a gradient.",
         "Use a temperature of 0.05 to 0.5.",

@@ -31,8 +31,8 @@ def pairs_differ(loop: Loop) -> PairsDiffer:
     Looked at are calls of the model before one backward pass whose outputs come together, whole, in a difference, a
     product or one tensor. An alarm where at every one of at least three looks two of these had the same inputs and
     gave the same outputs; dropout or noise inside the model makes them differ. An alarm, too, where a softmax over
-    likenesses asks each row, at every one of at least three looks, for an embedding that is equal to the row's, and
-    other rows have others. Raises nothing of its own.
+    similarities asks each row, at every one of at least three looks, for an embedding that is equal to the row's,
+    and other rows have others. Raises nothing of its own.
     """
     facts, looks = loop.pairs, loop.contrast.looks
     looked, equal = max(facts.looked, len(looks)), max(facts.same, sum(map(_compares_itself, looks)))

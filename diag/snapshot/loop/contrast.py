@@ -1,5 +1,5 @@
-"""Losses that choose each row's partner among others by their likeness, as a part of a loop's facts (see `facts`):
-read from the autograd graph, with the numbers that it keeps.
+"""Losses that choose each row's partner among others by their similarity, as a part of a loop's facts (see
+`facts`): read from the autograd graph, with the numbers that it keeps.
 
 Steps are counted from 1 as in the record of the run."""
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ContrastLook:
-    """A softmax over likenesses of embeddings at one backward pass, in which one answer of each row is asked for.
+    """A softmax over similarities of embeddings at one backward pass, in which one answer of each row is asked for.
 
     rows, answers: how many rows, and answers of each. own: rows and answers are one set of embeddings, so that each
     row is among its answers; shared: both come from the same layers, None where that is not known. unit: all
@@ -40,7 +40,7 @@ class ContrastLook:
 @dataclass(frozen=True)
 class ContrastFacts:
     """The looks at such a softmax, the first and the last of them. read: backward passes whose loss was read;
-    drawn: those of them whose loss holds nothing but the likeness of outputs of common layers, drawn together;
+    drawn: those of them whose loss holds nothing but the similarity of outputs of common layers, drawn together;
     first: the step of the first of these; alike: at the last of these, the mean cosine of different rows, NaN
     where not known."""
 

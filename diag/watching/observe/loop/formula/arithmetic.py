@@ -18,12 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import (
-    PASSING_ON,
-    first_arguments,
-    kind_of,
-    parents_of,
-)
+from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, parents_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.arithmetic import ArithmeticFacts, Expansion
 from diag.watching.observe.loop.formula.parts import given_shape

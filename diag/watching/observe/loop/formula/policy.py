@@ -54,18 +54,18 @@ def policy_look(parts: list[Summand], step: int, rollout: Rollout | None = None)
     if not actions and not entropies:
         return None
     pulls = torch.cat([p.weights.reshape(-1) for p in actions]) if actions else torch.zeros(0)
-    errors = list(_errors(parts, len(pulls)))
+    error, slope, critic = next(_errors(parts, len(pulls)), (None, torch.zeros(0), None))
     whole, share = _entropy(entropies)
     rest = [p for p in parts if not any(p is e for e in entropies)]
     return PolicyLook(
         step=step,
-        agreement=_agreement(pulls, *errors[0][:2]) if errors else math.nan,
+        agreement=_agreement(pulls, error, slope) if error is not None else math.nan,
         entropy=share,
         entropy_over_actions=_ratio(-whole, float(pulls.abs().sum())) if entropies and actions else math.nan,
         bonus=whole < 0,
         rewarded=_rewarded(entropies, rest),
-        critic_over_actions=_ratio(float(errors[0][1].norm()), float(pulls.norm())) if errors else math.nan,
-        shared=_share_nodes(errors[0][2], actions[0].node) if errors else None,
+        critic_over_actions=_ratio(float(slope.norm()), float(pulls.norm())) if error is not None else math.nan,
+        shared=_share_nodes(critic, actions[0].node) if error is not None else None,
         bounded=_bounded(actions),
         actions=actions[0].node._saved_self.shape[-1] if actions else 0,
         redrawn=_redrawn(actions, rollout),

@@ -2,7 +2,7 @@
 each row, which of them is asked for, and the embeddings that they are products of.
 
 Cross-entropy of torch, one entry of each row of a log-softmax, and an entry less the row's logsumexp are read
-alike. Likeness are known up to a number added to each row. What is the classes' weight, a parameter, is no
+alike. The scores are known up to a number added to each row. A parameter, as the weight of classes, is no
 embedding.
 """
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 # DistributedDataParallel hands all outputs of a model through one node, each as it is.
@@ -12,12 +13,22 @@ SINK = "_DDPSink"
 COPYING = ("Clone", "ToCopy", "Alias", "Contiguous")  # operations that change neither the numbers nor the shape
 # Operations that neither change the numbers nor their order.
 PASSING_ON = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", *COPYING)
+# Operations that take entries of a tensor, or put them elsewhere.
+TAKING = (
+    "Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Index", "IndexSelect", "Transpose", "Permute", "T",
+    "Expand", *PASSING_ON,
+)  # fmt: skip
 UNSIGNED = 1 << 63  # saved integers are 64 bits without a sign
 
 
 def kind_of(node: Any) -> str:
     """The operation that a node stands for, without autograd's ending: "Mul", "NllLoss"."""
-    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+    return _operation(node.name())
+
+
+@functools.lru_cache(maxsize=1024)  # graphs are read again and again, and there are few operations
+def _operation(name: str) -> str:
+    return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 def parents_of(node: Any) -> list[Any]:
@@ -34,9 +45,16 @@ def first_arguments(node: Any, at_most: int) -> Iterator[Any]:
         node = next(iter(parents_of(node)), None)
 
 
-def made_last(node: Any, at_most: int = 24) -> Any:
+def made_last(node: Any, at_most: int = 24, passing: Container[str] = PASSING_ON) -> Any:
     """The node that made the numbers, where `node` may only pass them on; None where there is none."""
-    return next((n for n in first_arguments(node, at_most) if kind_of(n) not in PASSING_ON), None)
+    return next((n for n in first_arguments(node, at_most) if kind_of(n) not in passing), None)
+
+
+def constant_of(node: Any) -> Any:
+    """The tensor without a graph that a product, or a quotient, with one side that has a graph is taken with; None
+    where that was not kept."""
+    first = node.next_functions[0][0] is not None
+    return getattr(node, "_saved_other" if first else "_saved_self", None)
 
 
 def nodes_before(

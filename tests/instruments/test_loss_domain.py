@@ -204,5 +204,15 @@ def test_three_calls_are_needed():
     assert verdict(2).level == "ok"
 
 
+def test_several_findings_come_in_the_order_of_the_table():
+    shares = {"exponential twice": 1.0, "negative counts": 0.5, "broadcast": 1.0}
+    facts = (DomainFacts("poisson_nll_loss", 3, 1, shares, shares),)
+    found = diag.loss_domain(loop=Loop(step=9, domains=facts)).found
+    said = [
+        DOMAIN_RULES["poisson_nll_loss"][n].advice for n in ("broadcast", "negative counts", "exponential twice")
+    ]
+    assert [f["advice"] for f in found] == said
+
+
 def test_without_such_a_function_nothing_is_said():
     assert diag.loss_domain(loop=Loop(step=9)).verdict().level == "not_applicable"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
+from diag.instruments.loss.loss_formula import FORMULA_RULES
 from diag.snapshot.loop.arithmetic import FormulaFacts, Odd, Oddity
 from diag.snapshot.loop.facts import Loop
 
@@ -337,6 +338,56 @@ def test_all_looks_are_needed_and_three_at_least():
     assert verdict(2, 2).level == "ok" and verdict(5, 6).level == "ok"
 
 
+def test_each_kind_has_a_rule_whose_texts_are_complete():
+    names = [
+        "exponent",
+        "share",
+        "least",
+        "layers",
+        "columns",
+        "first",
+        "weightless",
+        "numbers",
+        "argument",
+        "value",
+        "entries",
+        "parts",
+        "rows",
+        "full",
+        "target",
+        "left",
+        "classes",
+        "pairs",
+        "width",
+        "outside",
+        "low",
+        "high",
+        "lower",
+        "upper",
+        "outputs",
+    ]
+    assert set(FORMULA_RULES) == set(Odd)
+    for kind in Odd:
+        odd = Oddity(kind, 3, 3, 1, dict.fromkeys(names, 0.5), "tanh")
+        found = FORMULA_RULES[kind].told(odd)
+        assert "{" not in found.sentence + found.advice and found.sentence.endswith(".")
+
+
+def test_shares_numbers_and_words_are_put_into_the_sentence():
+    numbers = {"outside": 0.25, "low": -2.0, "high": 3.0, "lower": 0.0, "upper": math.inf}
+    odd = Oddity(Odd.BEYOND_REACH, 3, 3, 1, numbers, "relu")
+    assert FORMULA_RULES[Odd.BEYOND_REACH].told(odd).sentence == (
+        "The network ends in relu, which keeps its outputs above 0; 25 % of what the loss compares them with lies "
+        "beyond (it goes from -2 to 3)."
+    )
+    alone = FORMULA_RULES[Odd.ONE_TARGET].told(
+        Oddity(Odd.ONE_TARGET, 3, 3, 1, {"target": 1.0, "left": 0.5, "classes": 1.0})
+    )
+    assert alone.sentence.startswith(
+        "Only entries with class 1 count in the loss: its mask leaves out all others, 50 %"
+    )
+
+
 def test_without_a_look_nothing_is_said():
     assert diag.loss_formula(loop=Loop(step=3)).verdict().level == "not_applicable"
 
@@ -453,7 +504,7 @@ def test_an_answer_that_is_compared_with_what_is_given_is_left_alone():
     assert told(lambda model, x, y: (model(x)[:, 0] - y).square().mean() + model(x)[:, 1].abs().mean()) == []
     assert told(lambda model, x, y: (model(x) - model(x + 1).detach()).square().mean()) == []
     ((_, sentence),) = told(lambda model, x, y: (model(x) - model(x + 0.1)).square().mean())
-    assert sentence.startswith("An answer of zero everywhere meets the loss")
+    assert sentence.startswith("A network that answers zero everywhere makes the loss zero")
 
 
 def detection(masked):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -14,6 +16,19 @@ SOURCE = "arithmetic on what the loop did"
 TWICE, THRICE = 2, 3  # how often something must happen before it is a finding: once may be chance
 STEP_OF_A_SUM = 0.5  # learning rate times examples of a batch, beyond which plain SGD is reported
 NO_STEP = Precondition("an optimizer step", False, "no optimizer step on the model's parameters was seen.")
+
+
+def reach(lower: float, upper: float) -> str:
+    """Where outputs between two bounds, either of which may be infinite, can lie.
+
+    >>> reach(0.0, 1.0), reach(0.0, math.inf), reach(-math.inf, 5.0)
+    ('between 0 and 1', 'above 0', 'below 5')
+    """
+    if math.isinf(upper):
+        return f"above {format_number(lower)}"
+    if math.isinf(lower):
+        return f"below {format_number(upper)}"
+    return f"between {format_number(lower)} and {format_number(upper)}"
 
 
 @dataclass(frozen=True)

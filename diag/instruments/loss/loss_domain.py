@@ -59,8 +59,9 @@ def _findings(f: DomainFacts) -> Iterator[LoopFinding]:
     if f.looked < THRICE:
         return
     rules = DOMAIN_RULES[f.function]
-    found = {name for name, rule in rules.items() if _is_outside(f, name, rule)}
-    for name in found - {other for first in found for other in INSTEAD.get(first, ())}:
+    found = [name for name, rule in rules.items() if _is_outside(f, name, rule)]
+    said = {other for name in found for other in INSTEAD.get(name, ())}
+    for name in (n for n in found if n not in said):
         rule = rules[name]
         yield LoopFinding(
             rule.level,
@@ -76,6 +77,7 @@ def _is_outside(f: DomainFacts, name: str, rule: DomainRule) -> bool:
     return (f.highest if rule.ever else f.lowest).get(name, 0.0) > rule.above
 
 
+# Where the first is found, the others follow from it and are not told.
 INSTEAD = {"over time": ("no log-probabilities",), "target is a logarithm": ("no log-probabilities",),
            "zeros": ("no signs",)}  # fmt: skip
 EQUAL_SHAPES = "Bring both to one shape: outputs.squeeze(1), or targets.unsqueeze(1)."
@@ -120,7 +122,8 @@ TRIPLETS = {
     "negative is positive": DomainRule(
         MOSTLY,
         Cause.PAIR_IDENTICAL,
-        "gets negatives of which {share} are the positives: no order is asked for.",
+        "gets negatives of which {share} are equal to the positives, so that nothing is to be nearer than "
+        "anything else.",
         "Draw the negative from what does not belong to the anchor.",
         "Negatives that differ from the positives.",
     ),
@@ -137,8 +140,8 @@ DOMAIN_RULES: dict[str, dict[str, DomainRule]] = {
         "over time": DomainRule(
             MOSTLY,
             Cause.WRONG_CLASS_AXIS,
-            "takes log-probabilities over the classes, the last axis, and those that it gets add up to one "
-            "over time.",
+            "takes log-probabilities over the classes, the last axis, and those that it gets add up to one over "
+            "time.",
             "Apply log_softmax over the classes: dim=-1.",
             "Exponentials that add up to one over the classes.",
         ),
@@ -146,8 +149,7 @@ DOMAIN_RULES: dict[str, dict[str, DomainRule]] = {
             MOSTLY,
             Cause.LOGITS_INTO_PROBABILITY_LOSS,
             "expects log-probabilities, and the exponentials of what it gets do not add up to one over the "
-            "classes: "
-            "it is lowered by raising everything.",
+            "classes: it falls as all outputs grow, whatever the targets are.",
             "Apply log_softmax(dim=-1) to the raw outputs before it.",
             "Exponentials that add up to one over the classes.",
         ),
@@ -156,19 +158,15 @@ DOMAIN_RULES: dict[str, dict[str, DomainRule]] = {
             Cause.TARGETS_OUT_OF_RANGE,
             "gets targets in which {share} of the symbols are the blank, which no transcript may hold.",
             "Number the symbols from 1 with blank=0 (or give the blank a class of its own), and give the "
-            "transcripts' "
-            "true lengths, without padding.",
+            "transcripts' true lengths, without padding.",
             "Transcripts without the blank's number.",
         ),
         "too short": DomainRule(
             A_PART,
             Cause.INPUT_TOO_SHORT,
-            "gets transcripts that are longer than the outputs: up to {share} of the rows of a batch have "
-            "fewer time steps "
-            "than symbols "
-            "(with one more between two alike), and no alignment exists for them: a loss of infinity, or of "
-            "zero with "
-            "zero_infinity=True, which teaches nothing.",
+            "gets transcripts that are longer than the outputs: up to {share} of the rows of a batch have fewer "
+            "time steps than symbols (with one more between two alike), and no alignment exists for them: a loss "
+            "of infinity, or of zero with zero_infinity=True, which teaches nothing.",
             "Lower the stride over time, or leave out these rows; look at input_lengths after each stride.",
             "As many time steps as symbols in each row.",
         ),
@@ -253,8 +251,7 @@ DOMAIN_RULES: dict[str, dict[str, DomainRule]] = {
             MOSTLY,
             Cause.TARGETS_OUT_OF_RANGE,
             "takes the numbers of the right classes, ended by -1, and gets rows of zeros and ones: it takes "
-            "classes 0 and "
-            "1 for the right ones.",
+            "classes 0 and 1 for the right ones.",
             "Give the class numbers ended by -1, or use multilabel_soft_margin_loss for zeros and ones.",
             "Rows that end at -1.",
         ),
@@ -263,7 +260,8 @@ DOMAIN_RULES: dict[str, dict[str, DomainRule]] = {
         "probabilities": DomainRule(
             ANY,
             Cause.OUTPUT_RANGE,
-            "asks for scores that differ by its margin of 1 or more, and gets probabilities, which cannot.",
+            "asks for scores that differ by its margin of 1 or more, and gets probabilities, which never differ by "
+            "more than 1.",
             "Take the softmax out of the model.",
             "Scores beyond 0 to 1.",
         ),

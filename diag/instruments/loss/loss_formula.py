@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import STEP_OF_A_SUM, THRICE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import STEP_OF_A_SUM, THRICE, LoopCheck, LoopFinding, judged, reach
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.arithmetic import Odd, Oddity
@@ -16,6 +16,29 @@ from diag.snapshot.loop.facts import Loop
 SOURCE = "arithmetic of the formula, read from its graph"
 STARTS_AT_ZERO = 1  # looks at which layers that start at zero say nothing
 LOOKS_OF_A_WARMUP = 6  # with the one at the 100th pass: a factor that stays at zero until then
+SHARES = ("share", "left", "outside")  # of the numbers of an oddity
+
+Words = dict[str, str]
+
+
+@dataclass(frozen=True)
+class FormulaRule:
+    """What is said of an oddity. `{name}` in a text is one of its numbers, `{of}` its function, or one of the
+    `words` that are made of the numbers."""
+
+    cause: Cause
+    sentence: str
+    advice: str
+    refutation: str
+    level: Level = Level.ALARM
+    words: Callable[[Mapping[str, float]], Words] = lambda numbers: {}
+
+    def told(self, odd: Oddity) -> LoopFinding:
+        """The finding, with the numbers of the last look."""
+        words = {k: format_share(v) if k in SHARES else format_number(v) for k, v in odd.numbers.items()}
+        words |= {"of": odd.of} | self.words(odd.numbers)
+        sentence, advice = self.sentence.format_map(words), self.advice.format_map(words)
+        return LoopFinding(self.level, self.cause, sentence, advice, self.refutation, step=odd.first)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +78,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         late = odd.kind == Odd.NOISE_UNRELATED or bool(odd.numbers.get("weightless"))
         if (late and odd.seen < LOOKS_OF_A_WARMUP) or (odd.kind == Odd.SUMMED and not _is_large(loop, odd)):
             continue
-        yield SENTENCES[odd.kind](odd)
+        yield FORMULA_RULES[odd.kind].told(odd)
 
 
 def _is_large(loop: Loop, odd: Oddity) -> bool:
@@ -63,296 +86,195 @@ def _is_large(loop: Loop, odd: Oddity) -> bool:
     return bool(rates) and max(rates) * odd.numbers["rows"] >= STEP_OF_A_SUM and odd.numbers["rows"] > 1
 
 
-def _told(
-    odd: Oddity, cause: Cause, sentence: str, advice: str, refutation: str, level: str = "alarm"
-) -> LoopFinding:
-    return LoopFinding(Level(level), cause, sentence, advice, refutation, step=odd.first)
+def _either(number: str, word: str, one: str, other: str) -> Callable[[Mapping[str, float]], Words]:
+    """A word that depends on whether a number is zero."""
+    return lambda n: {word: one if n[number] else other}
 
 
-def _scale_alone(odd: Oddity) -> LoopFinding:
-    how = "multiplied by an exponential" if odd.numbers["exponent"] else "divided by a quantity"
-    return _told(
-        odd,
-        Cause.LOSS_UNBOUNDED,
-        f"The loss can be lowered without making any error smaller: its errors are {how} that the network computes "
-        "and that enters the loss nowhere else, so that it is driven to where no error counts.",
-        "Add the term that pays for it: of a Gaussian half the log-variance, of a learned weight exp(-s) of a task "
-        "s/2.",
-        "Another term of the loss that depends on it.",
-    )
+def _columns(n: Mapping[str, float]) -> Words:
+    count = int(n["columns"])
+    return {"which": f"Column {int(n['first'])} is" if count == 1 else f"{count:,} columns are"}
 
 
-def _scale_falls(odd: Oddity) -> LoopFinding:
-    how = "multiplies" if odd.numbers["exponent"] else "divides"
-    return _told(
-        odd,
-        Cause.LOSS_UNBOUNDED,
-        f"The loss has no lower bound: the scale that {how} the errors and the term of its logarithm fall "
-        f"together, so "
-        "that the network lowers both whatever its errors are.",
-        "Look at the two signs: of a Gaussian with the log-variance s it is exp(-s) * error**2 + s.",
-        "Two terms that pull the scale opposite ways.",
-    )
-
-
-def _flow_alone(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
-        Cause.LOSS_UNBOUNDED,
-        f"The loss is the squared size of a latent that {int(odd.numbers['layers'])} exponentials of the network "
-        "scale, and none of their exponents is a term of it: it falls as the network shrinks everything to one "
-        "point. The log-determinant is missing.",
-        "Subtract the sum of the exponents of all layers (the log-determinant) from the loss.",
-        "A term of the loss with these exponents.",
-    )
-
-
-def _flow_falls(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
-        Cause.LOSS_UNBOUNDED,
-        f"The loss has no lower bound: the exponents of {int(odd.numbers['layers'])} exponentials that scale the "
-        "latent are added to it, so that it falls with them as the squared latent does. The log-determinant "
-        "has the "
-        "wrong sign.",
-        "Subtract the log-determinant from the loss (add it to the log-likelihood).",
-        "Exponents that enter the loss with a minus sign.",
-    )
-
-
-def _columns(odd: Oddity) -> LoopFinding:
-    count, layers = int(odd.numbers["columns"]), int(odd.numbers["layers"])
-    which = f"Column {int(odd.numbers['first'])} is" if count == 1 else f"{count:,} columns are"
-    return _told(
-        odd,
-        Cause.AXES_MIXED,
-        f"{which} never scaled: in all {layers} layers of the flow the factor there is exactly one for every row.",
-        "Alternate the masks (or exchange the halves) from one coupling layer to the next, so that each column is "
-        "transformed by some layer.",
-        "A layer whose factor differs from one there.",
-        "warning",
-    )
-
-
-def _mean_squared(odd: Oddity) -> LoopFinding:
-    what = "square" if odd.kind == Odd.MEAN_SQUARED else "absolute value"
-    return _told(
-        odd,
+def _of_a_mean(what: str) -> FormulaRule:
+    return FormulaRule(
         Cause.ERRORS_CANCEL,
-        f"The loss is the {what} of the mean of {int(odd.numbers['entries']):,} differences, in which errors of "
-        "opposite sign cancel: it is zero as soon as the outputs are right on average.",
+        f"The loss is the {what} of the mean of {{entries}} differences, in which errors of opposite sign cancel: "
+        "it is zero as soon as the outputs are right on average.",
         f"Take the {what} of each difference first and the mean afterwards: ((a - b) ** 2).mean().",
         "A loss that is only to bring averages together.",
     )
 
 
-def _met_by_zero(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
+FORMULA_RULES: dict[Odd, FormulaRule] = {
+    Odd.SCALE_UNPAID: FormulaRule(
+        Cause.LOSS_UNBOUNDED,
+        "The loss can be lowered without making any error smaller: its errors are {how} that the network computes "
+        "and that enters the loss nowhere else, so that training drives it to where no error counts.",
+        "Add the term that pays for it: of a Gaussian half the log-variance, of a learned weight exp(-s) of a task "
+        "s/2.",
+        "Another term of the loss that depends on it.",
+        words=_either("exponent", "how", "multiplied by an exponential", "divided by a quantity"),
+    ),
+    Odd.SCALE_FALLS: FormulaRule(
+        Cause.LOSS_UNBOUNDED,
+        "The loss has no lower bound: the scale that {how} the errors and the term of its logarithm fall together, "
+        "so that the network lowers both whatever its errors are.",
+        "Look at the two signs: of a Gaussian with the log-variance s it is exp(-s) * error**2 + s.",
+        "Two terms that pull the scale opposite ways.",
+        words=_either("exponent", "how", "multiplies", "divides"),
+    ),
+    Odd.VARIANCE_CLAMPED: FormulaRule(
+        Cause.LOSS_UNBOUNDED,
+        "{share} of the variances that the loss divides by lie at the {least} that a clamp keeps them at: "
+        "there they "
+        "have no gradient, and an error counts {times} times.",
+        "Make the variance positive by softplus or exp of the output, and add a small number to it.",
+        "Variances above the clamp.",
+        words=lambda n: {"times": format_number(1 / n["least"])},
+    ),
+    Odd.FLOW_UNPAID: FormulaRule(
+        Cause.LOSS_UNBOUNDED,
+        "The loss falls as the network shrinks everything to one point: it is the squared size of a latent that "
+        "{layers} exponentials of the network scale, and none of their exponents is a term of it (the "
+        "log-determinant is missing).",
+        "Subtract the sum of the exponents of all layers (the log-determinant) from the loss.",
+        "A term of the loss with these exponents.",
+    ),
+    Odd.FLOW_FALLS: FormulaRule(
+        Cause.LOSS_UNBOUNDED,
+        "The loss has no lower bound: the exponents of {layers} exponentials that scale the latent are "
+        "added to it, "
+        "so that it falls with them as the squared latent does (the log-determinant has the wrong sign).",
+        "Subtract the log-determinant from the loss (add it to the log-likelihood).",
+        "Exponents that enter the loss with a minus sign.",
+    ),
+    Odd.COLUMNS_KEPT: FormulaRule(
+        Cause.AXES_MIXED,
+        "{which} never scaled: in all {layers} layers of the flow the factor there is exactly one for every row.",
+        "Alternate the masks (or exchange the halves) from one coupling layer to the next, so that each column is "
+        "transformed by some layer.",
+        "A layer whose factor differs from one there.",
+        Level.WARNING,
+        words=_columns,
+    ),
+    Odd.NOISE_UNPAID: FormulaRule(
+        Cause.LOSS_UNBOUNDED,
+        "The network adds noise to its code, mean + exp(s) * noise, and nothing in the loss keeps that noise from "
+        "vanishing: no term but the noise itself depends on s{zero}, so that training takes it away.",
+        "Add the KL divergence of the code from the standard normal distribution (of a policy, its entropy) to the "
+        "loss.",
+        "A term of the loss that grows as s falls.",
+        Level.WARNING,
+        words=_either("weightless", "zero", " (a term that has it is multiplied by zero)", ""),
+    ),
+    Odd.NOISE_UNRELATED: FormulaRule(
+        Cause.LABELS_SHUFFLED,
+        "The noise that the network is asked for is not in its input: at each look the targets, {numbers} "
+        "entries of "
+        "standard normal noise, are correlated with neither the inputs nor the outputs.",
+        "Keep the noise that is added to the input, and ask for that; do not draw it once more.",
+        "Inputs that are correlated with their targets.",
+    ),
+    Odd.ONE_LEVEL: FormulaRule(
+        Cause.INPUTS_CONSTANT,
+        "The network is asked for noise at one level only: input {argument} is {value} for every row of every call "
+        "looked at.",
+        "Draw the time (the noise level) for each row: torch.rand, or randint up to the number of steps.",
+        "Calls in which this input differs.",
+        Level.WARNING,
+    ),
+    Odd.MEAN_SQUARED: _of_a_mean("square"),
+    Odd.MEAN_ABSOLUTE: _of_a_mean("absolute value"),
+    Odd.MET_BY_ZERO: FormulaRule(
         Cause.ERRORS_CANCEL,
-        "An answer of zero everywhere meets the loss: it is a sum of squares of what the network computes, "
-        "and nothing "
-        "in it is compared with a number that is given (a target, a condition at the start or at a boundary).",
+        "A network that answers zero everywhere makes the loss zero: it is a sum of squares of what the network "
+        "computes, and nothing in it is compared with a number that is given (a target, a condition at the "
+        "start or "
+        "at a boundary).",
         "Add the term that is to keep the answer from zero: initial and boundary conditions of an equation, the "
         "pairs that are to differ of a comparison.",
         "A term with a given number in it.",
-    )
-
-
-def _diluted(odd: Oddity) -> LoopFinding:
-    rows, full = int(odd.numbers["rows"]), int(odd.numbers["full"])
-    return _told(
-        odd,
+    ),
+    Odd.DILUTED: FormulaRule(
         Cause.IGNORED_LABELS_COUNTED,
-        f"A term of the loss is a mean over {rows:,} rows of targets, of which "
-        f"{format_share(1 - full / rows)} are zero "
-        f"throughout; another term is taken over the {full:,} others alone. Where there is no target the "
-        f"network is "
-        "trained to answer zero, and the rest counts as much less.",
+        "A term of the loss is a mean over {rows} rows of targets, of which {empty} are zero throughout; "
+        "another term "
+        "is taken over the {full} others alone. Where there is no target the network is trained to answer "
+        "zero, and "
+        "the rows that have one count that much less.",
         "Take this mean over the rows that have a target: loss(output[mask], target[mask]).",
         "Zeros that are targets in their own right.",
-        "warning",
-    )
-
-
-def _clamped(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
-        Cause.LOSS_UNBOUNDED,
-        f"{format_share(odd.numbers['share'])} of the variances that the loss divides by lie at the "
-        f"{format_number(odd.numbers['least'])} that a clamp keeps them at: there they have no gradient, and "
-        f"an error "
-        f"counts {format_number(1 / odd.numbers['least'])} times.",
-        "Make the variance positive by softplus or exp of the output, and add a small number to it.",
-        "Variances above the clamp.",
-    )
-
-
-def _descended(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
-        Cause.LOSS_ASCENDED,
-        "Training makes what was observed less likely: the loss is the log-probability of the labels "
-        "itself, and it "
-        "falls without end as that goes to zero.",
-        "Put a minus sign before the log-likelihood.",
-        "A loss that is meant to unlearn these labels.",
-        "warning",
-    )
-
-
-def _one_kind(odd: Oddity) -> LoopFinding:
-    target = format_number(odd.numbers["target"])
-    kept = f"class {target}" if odd.numbers["classes"] else f"a target of {target}"
-    return _told(
-        odd,
+        Level.WARNING,
+        words=lambda n: {"empty": format_share(1 - n["full"] / n["rows"])},
+    ),
+    Odd.ONE_TARGET: FormulaRule(
         Cause.ERRORS_CANCEL,
-        f"Only entries with {kept} count in the loss: its mask leaves out all others, "
-        f"{format_share(odd.numbers['left'])} "
-        "of the targets, so that the same answer everywhere is right everywhere.",
+        "Only entries with {kept} {target} count in the loss: its mask leaves out all others, {left} of the "
+        "targets, "
+        "so that the same answer everywhere is right everywhere.",
         "Let the other entries count too (with a weight, if they are many), and use the mask for the terms "
         "that only "
         "exist at the chosen entries.",
         "Another term that asks for the other targets.",
-    )
-
-
-def _both_ways(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
+        words=_either("classes", "kept", "class", "a target of"),
+    ),
+    Odd.PAIRS_BOTH_WAYS: FormulaRule(
         Cause.ERRORS_CANCEL,
-        f"The loss asks each pair of scores to differ both ways: its mask ({int(odd.numbers['pairs']):,} pairs) is "
-        "the same with the two exchanged, and equal scores are the best answer.",
+        "Equal scores for all are the best answer to the loss: it asks each pair of scores to differ both ways, as "
+        "its mask ({pairs} pairs) holds each pair in both orders.",
         "Take the pairs in which the first is to be above the second: rel_i > rel_j, not rel_i == rel_j.",
         "A mask with a pair in one order only.",
-    )
-
-
-def _bounded(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
+    ),
+    Odd.PAIRS_BOUNDED: FormulaRule(
         Cause.OUTPUT_RANGE,
-        f"The scores whose differences the loss takes are outputs of a {odd.of}: they differ by at most "
-        f"{format_number(odd.numbers['width'])}, so that no pair's loss falls below "
-        f"{format_number(odd.numbers['least'])}.",
-        f"Take the {odd.of} out of the model: a ranking loss takes scores of any size.",
+        "The scores whose differences the loss takes are outputs of a {of}: they differ by at most {width}, "
+        "so that "
+        "no pair's loss falls below {least}.",
+        "Take the {of} out of the model: a ranking loss takes scores of any size.",
         "Scores that differ by more.",
-        "warning",
-    )
-
-
-def _beyond(odd: Oddity) -> LoopFinding:
-    n = odd.numbers
-    reach = f"between {format_number(n['lower'])} and {format_number(n['upper'])}"
-    reach = f"above {format_number(n['lower'])}" if n["upper"] == float("inf") else reach
-    return _told(
-        odd,
+        Level.WARNING,
+    ),
+    Odd.LIKELIHOOD_DESCENDED: FormulaRule(
+        Cause.LOSS_ASCENDED,
+        "Training makes what was observed less likely: the loss is the log-probability of the labels "
+        "itself, and it "
+        "falls without end as that probability goes to zero.",
+        "Put a minus sign before the log-likelihood.",
+        "A loss that is meant to unlearn these labels.",
+        Level.WARNING,
+    ),
+    Odd.BEYOND_REACH: FormulaRule(
         Cause.OUTPUT_RANGE,
-        f"The network ends in {odd.of}, which keeps its outputs {reach}; {format_share(n['outside'])} of "
-        f"what the loss "
-        f"compares them with lies beyond (it goes from {format_number(n['low'])} to {format_number(n['high'])}).",
-        f"Take the {odd.of} after the last layer out of the model, or bring the targets into that range.",
+        "The network ends in {of}, which keeps its outputs {reach}; {outside} of what the loss compares them with "
+        "lies beyond (it goes from {low} to {high}).",
+        "Take the {of} after the last layer out of the model, or bring the targets into that range.",
         "Targets that all lie in that range.",
-    )
-
-
-def _cut(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
+        words=lambda n: {"reach": reach(n["lower"], n["upper"])},
+    ),
+    Odd.OUTPUTS_CUT: FormulaRule(
         Cause.UNITS_DEAD,
-        f"The ReLU that the network ends in makes every output zero ({int(odd.numbers['outputs']):,} of a "
-        f"batch), so "
-        "that no gradient reaches any layer.",
+        "The ReLU that the network ends in makes every output zero ({outputs} of a batch), so that no gradient "
+        "reaches any layer.",
         "Take the ReLU after the last layer out of the model (softplus or exp where outputs must be positive), and "
         "look at the bias of the last layer.",
         "An output above zero.",
-    )
-
-
-def _second_derivative(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
+    ),
+    Odd.SECOND_DERIVATIVE: FormulaRule(
         Cause.DERIVATIVE_ZERO,
         "The loss takes a second derivative through a ReLU, which is exactly zero: the network is piecewise "
         "linear in "
-        "what it is differentiated by, so that this term is nothing whatever its weights are.",
+        "what it is differentiated by, so that this term is zero whatever the weights are.",
         "Use a smooth activation function (tanh, SiLU, softplus, sine) where a loss has second derivatives.",
         "A second derivative that is not zero.",
-    )
-
-
-def _summed(odd: Oddity) -> LoopFinding:
-    rows = int(odd.numbers["rows"])
-    return _told(
-        odd,
+    ),
+    Odd.SUMMED: FormulaRule(
         Cause.LOSS_SUMMED,
-        f"The loss is a sum over the {rows:,} rows of a batch where a mean is usual, so with SGD the step is "
-        f"that of a "
-        f"learning rate {rows:,} times as large, and it grows with the batch.",
-        f"Use the mean over the batch, or divide the learning rate by {rows:,}.",
+        "The loss is a sum over the {rows} rows of a batch where a mean is usual, so with SGD the step is "
+        "that of a "
+        "learning rate {rows} times as large, and it grows with the batch.",
+        "Use the mean over the batch, or divide the learning rate by {rows}.",
         "A learning rate that was chosen for the sum.",
-        "warning",
-    )
-
-
-def _noise(odd: Oddity) -> LoopFinding:
-    zero = " (a term that has it is multiplied by zero)" if odd.numbers["weightless"] else ""
-    return _told(
-        odd,
-        Cause.LOSS_UNBOUNDED,
-        "The network adds noise to its code, mean + exp(s) * noise, and nothing in the loss keeps that noise from "
-        f"vanishing: no term but the noise itself depends on s{zero}, so that training takes it away.",
-        "Add the KL divergence of the code from the standard normal distribution (of a policy, its entropy) to the "
-        "loss.",
-        "A term of the loss that grows as s falls.",
-        "warning",
-    )
-
-
-def _unrelated(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
-        Cause.LABELS_SHUFFLED,
-        f"The noise that the network is asked for is not in its input: of {int(odd.numbers['numbers']):,} "
-        f"entries of "
-        "standard normal targets neither the inputs nor the outputs have any correlation with them, at each look.",
-        "Keep the noise that is added to the input, and ask for that; do not draw it once more.",
-        "Inputs that are correlated with their targets.",
-    )
-
-
-def _level(odd: Oddity) -> LoopFinding:
-    return _told(
-        odd,
-        Cause.INPUTS_CONSTANT,
-        f"The network is asked for noise at one level only: input {int(odd.numbers['argument'])} is "
-        f"{format_number(odd.numbers['value'])} for every row of every call looked at.",
-        "Draw the time (the noise level) for each row: torch.rand, or randint up to the number of steps.",
-        "Calls in which this input differs.",
-        "warning",
-    )
-
-
-SENTENCES: dict[Odd, Callable[[Oddity], LoopFinding]] = {
-    Odd.SCALE_UNPAID: _scale_alone,
-    Odd.SCALE_FALLS: _scale_falls,
-    Odd.VARIANCE_CLAMPED: _clamped,
-    Odd.FLOW_UNPAID: _flow_alone,
-    Odd.FLOW_FALLS: _flow_falls,
-    Odd.COLUMNS_KEPT: _columns,
-    Odd.NOISE_UNPAID: _noise,
-    Odd.NOISE_UNRELATED: _unrelated,
-    Odd.ONE_LEVEL: _level,
-    Odd.MEAN_SQUARED: _mean_squared,
-    Odd.MEAN_ABSOLUTE: _mean_squared,
-    Odd.MET_BY_ZERO: _met_by_zero,
-    Odd.DILUTED: _diluted,
-    Odd.ONE_TARGET: _one_kind,
-    Odd.PAIRS_BOTH_WAYS: _both_ways,
-    Odd.PAIRS_BOUNDED: _bounded,
-    Odd.LIKELIHOOD_DESCENDED: _descended,
-    Odd.BEYOND_REACH: _beyond,
-    Odd.OUTPUTS_CUT: _cut,
-    Odd.SECOND_DERIVATIVE: _second_derivative,
-    Odd.SUMMED: _summed,
+        Level.WARNING,
+    ),
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from diag.display import format_number, format_share
 from diag.errors import named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged, reach
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.asked import AskedFacts
@@ -145,14 +145,12 @@ def _no_probabilities(f: AskedFacts) -> LoopFinding:
 
 
 def _beyond(f: AskedFacts) -> LoopFinding:
-    reach = f"between {format_number(f.lower)} and {format_number(f.upper)}"
-    reach = f"above {format_number(f.lower)}" if math.isinf(f.upper) else reach
-    reach = f"below {format_number(f.upper)}" if math.isinf(f.lower) else reach
     return LoopFinding(
         Level.ALARM,
         Cause.OUTPUT_RANGE,
-        f"The network ends in {f.activation}, which keeps its outputs {reach}; {format_share(f.outside)} of the "
-        f"targets lie beyond (they go from {format_number(f.low)} to {format_number(f.high)}).",
+        f"The network ends in {f.activation}, which keeps its outputs {reach(f.lower, f.upper)}; "
+        f"{format_share(f.outside)} of the targets lie beyond (they go from {format_number(f.low)} to "
+        f"{format_number(f.high)}).",
         f"Take the {f.activation} after the last layer out of the model, or bring the targets into that range.",
         "Targets that all lie in that range.",
         step=f.first_step,

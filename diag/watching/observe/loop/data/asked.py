@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, made_last, parents_of
+from diag.snapshot.autograd_graph import TAKING, kind_of, made_last, parents_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
@@ -34,6 +34,7 @@ TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # numbers of a call that are re
 FEWEST_ROWS = 8
 FIRST_TARGETS = 3  # calls
 ROUNDING_OF_CORRELATION = 1e-6  # how far from one it may be to be told from none
+UNBOUNDED = ("", -math.inf, math.inf)
 RANGES = {
     "Relu": ("relu", 0.0, math.inf),
     "Tanh": ("tanh", -1.0, 1.0),
@@ -41,11 +42,7 @@ RANGES = {
     "Softmax": ("softmax", 0.0, 1.0),
     "Softplus": ("softplus", 0.0, math.inf),
 }
-# What takes entries of a tensor or puts them elsewhere: they stay in its range.
-TAKING = (
-    "Select", "Slice", "Index", "IndexSelect", "Gather", "Transpose", "T", "Permute", "Expand", "Split",
-    "SplitWithSizes", "Unbind", *PASSING_ON,
-)  # fmt: skip
+KEEPING_RANGE = (*TAKING, "Gather")
 FARTHEST_FUNCTION = 24  # nodes
 CLAMPS = {"Clamp": ("_saved_min", "_saved_max"), "Hardtanh": ("_saved_min_val", "_saved_max_val")}
 
@@ -61,7 +58,7 @@ class _Kind:
     looked: int = 0
     weighted: bool = False
     ignored: int = IGNORED_LABEL
-    activation: tuple[str, float, float] = ("", -math.inf, math.inf)
+    activation: tuple[str, float, float] = UNBOUNDED
     numbers: list[Tensor] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
     outputs: int = 0
@@ -192,12 +189,12 @@ def bounded_by(prediction: Tensor) -> tuple[str, float, float]:
 
 def range_of(node: Any) -> tuple[str, float, float]:
     """The same of what a node of the graph gave."""
-    node = next((n for n in first_arguments(node, FARTHEST_FUNCTION) if kind_of(n) not in TAKING), None)
+    node = made_last(node, FARTHEST_FUNCTION, KEEPING_RANGE)
     name = kind_of(node) if node is not None else ""
     if name in RANGES:
         return RANGES[name]
     if name not in CLAMPS:
-        return "", -math.inf, math.inf
+        return UNBOUNDED
     low, high = (getattr(node, saved, None) for saved in CLAMPS[name])
     before = made_last(next(iter(parents_of(node)), None))  # a sigmoid, say, that a clamp keeps from zero and one
     of = RANGES.get(kind_of(before), ("",))[0] if before is not None else ""

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import kind_of
+from diag.snapshot.autograd_graph import TAKING, constant_of, kind_of
 from diag.snapshot.loop.arithmetic import Odd
 from diag.watching.observe.loop.formula.chains import (
     TOGETHER,
-    VIEWS_OF_A_LOSS,
     OddFound,
     argument_of,
     sides_of,
@@ -60,12 +59,11 @@ def _terms(node: Any) -> list[Any] | None:
     kind, sides = kind_of(node), [side for side, _ in sides_of(node)]
     if kind in ("Add", "Sub"):
         return sides if len(sides) == len(node.next_functions) == 2 else None
-    if kind in ("Neg", *TOGETHER[:2], *VIEWS_OF_A_LOSS):
+    if kind in ("Neg", *TOGETHER[:2], *TAKING):
         return sides if len(sides) == 1 else None
     if kind in ("Mul", "Div") and len(sides) == 1:
-        first = node.next_functions[0][0] is not None
-        other = getattr(node, "_saved_other" if first else "_saved_self", None)
-        return sides if isinstance(other, Tensor) and (first or kind == "Mul") else None
+        over_it = kind == "Div" and node.next_functions[0][0] is None
+        return sides if isinstance(constant_of(node), Tensor) and not over_it else None
     return None
 
 

@@ -8,25 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before, parents_of
+from diag.snapshot.autograd_graph import TAKING, kind_of, made_last, nodes_before
 from diag.snapshot.loop.arithmetic import Odd
 from diag.watching.observe.loop.formula.parts import LONGEST_CHAIN, Summand, within
 
 TOGETHER = ("Sum", "Mean", "Stack", "Cat")
-VIEWS_OF_A_LOSS = (
-    "Select",
-    "Slice",
-    "Split",
-    "SplitWithSizes",
-    "Unbind",
-    "Index",
-    "IndexSelect",
-    "Transpose",
-    "Permute",
-    "T",
-    "Expand",
-    *PASSING_ON,
-)
 OF_ONE_SIGN = (
     "Abs",
     "MseLoss",
@@ -76,27 +62,23 @@ def argument_of(node: Any) -> tuple[Any, int]:
     return next(((p, i) for p, i in node.next_functions if p is not None), (None, 0))
 
 
-def behind_views(node: Any, at_most: int = 12) -> Any:
+def behind_views(node: Any) -> Any:
     """The node that made the numbers of which this one gives some, in any order."""
-    for _ in range(at_most):
-        if node is None or kind_of(node) not in VIEWS_OF_A_LOSS:
-            return node
-        node = next(iter(parents_of(node)), None)
-    return node
+    return made_last(node, passing=TAKING)
 
 
 def exponential(node: Any, index: int) -> tuple[Any, int]:
     """The exponential that a positive multiple or a part of is given by this output, and its output; (None, 0) for
     anything else."""
     found, index, sign = bottom_of(node, index)
-    while found is not None and kind_of(found) in VIEWS_OF_A_LOSS:
+    while found is not None and kind_of(found) in TAKING:
         found, index, more = bottom_of(*argument_of(found))
         sign *= more
     return (found, index) if found is not None and kind_of(found) == "Exp" and sign > 0 else (None, 0)
 
 
-def is_square(node: Any) -> bool:
-    """Whether it is the square of something, as an even power or a product with itself."""
+def is_even_power(node: Any) -> bool:
+    """Whether it is an even power of something, or a product with itself."""
     kind, sides = kind_of(node), node.next_functions
     if kind == "Pow":
         exponent = getattr(node, "_saved_exponent", None)
@@ -110,7 +92,7 @@ def never_negative(node: Any, index: int, deep: int = 0) -> bool:
         node, index, sign = bottom_of(node, index)
         if node is None or sign <= 0:
             return False
-        if kind_of(node) in OF_ONE_SIGN or is_square(node):
+        if kind_of(node) in OF_ONE_SIGN or is_even_power(node):
             return True
         if kind_of(node) == "Add" and len(sides_of(node)) == 2 and float(node._saved_alpha) > 0 and deep < 4:
             return all(never_negative(*side, deep + 1) for side in sides_of(node))
@@ -136,7 +118,7 @@ def products_with_exponentials(nodes: list[Any]) -> Iterator[tuple[Any, Any, int
     its exponent."""
     for node in nodes:
         kind = kind_of(node)
-        if kind not in ("Mul", "Div") or is_square(node):
+        if kind not in ("Mul", "Div") or is_even_power(node):
             continue
         for place, (side, index) in enumerate(node.next_functions):
             if kind == "Div" and place == 0:

@@ -6,7 +6,7 @@ All of it is read from nodes near the root of a backward pass and from what thes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, made_last
 from diag.snapshot.loop.arithmetic import Odd
 from diag.watching.observe.loop.answers.compared import compared_by
-from diag.watching.observe.loop.data.asked import range_of
+from diag.watching.observe.loop.data.asked import RANGES, UNBOUNDED, range_of
 from diag.watching.observe.loop.formula.chains import (
     OddFound,
     argument_of,
     behind_views,
     bottom_of,
-    is_square,
+    is_even_power,
     one_view,
     sides_of,
     sign_of,
@@ -31,12 +31,6 @@ from diag.watching.observe.loop.formula.parts import Summand, given_shape
 FEWEST_IN_A_LOSS = 8
 LOGISTIC = ("Softplus", "LogSigmoid")
 OF_PAIRS = (*LOGISTIC, "Sigmoid", "Relu", "ClampMin", "Clamp")
-BOUNDED: dict[str, tuple[str, float, float]] = {
-    "Sigmoid": ("sigmoid", 0.0, 1.0),
-    "Tanh": ("tanh", -1.0, 1.0),
-    "Softmax": ("softmax", 0.0, 1.0),
-    "Relu": ("relu", 0.0, math.inf),
-}
 OF_TARGETS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D")
 OUT_OF_REACH, SLACK = 0.05, 0.01  # of the targets; of their range
 UNREDUCED = 0
@@ -53,14 +47,9 @@ def pairs(nodes: list[Any]) -> Iterator[OddFound]:
             continue
         sides = [(behind_views(side), side, index) for side, index in difference.next_functions]
         made = {kind_of(maker) for maker, _, _ in sides if maker is not None}
-        if (
-            kind_of(node) in LOGISTIC
-            and len(made) == 1
-            and (bounded := BOUNDED.get(next(iter(made))))
-            and made != {"Relu"}
-        ):
-            width = bounded[2] - bounded[1]
-            yield OddFound(Odd.PAIRS_BOUNDED, {"width": width, "least": math.log1p(math.exp(-width))}, bounded[0])
+        of, low, high = RANGES.get(made.pop(), UNBOUNDED) if len(made) == 1 else UNBOUNDED
+        if kind_of(node) in LOGISTIC and math.isfinite(width := high - low):
+            yield OddFound(Odd.PAIRS_BOUNDED, {"width": width, "least": math.log1p(math.exp(-width))}, of)
         mask = masks.get(node)
         if mask is not None and _both_ways(mask, sides):
             yield OddFound(Odd.PAIRS_BOTH_WAYS, {"pairs": float(mask.sum())})
@@ -115,35 +104,35 @@ def _both_ways(mask: Tensor, sides: list[tuple[Any, Any, int]]) -> bool:
 
 def one_kind(nodes: list[Any], parts: list[Summand]) -> Iterator[OddFound]:
     """A loss of single entries of which a mask leaves those of one target alone."""
+    losses = [n for n in nodes if kind_of(n) in OF_TARGETS]
+    targets = [t for n in losses if isinstance(t := getattr(n, "_saved_target", None), Tensor) and t.is_cpu]
+    if len(targets) < len(losses):
+        return
     weights = {p.node: p.weights for p in parts if p.factors and p.kind in OF_TARGETS}
-    counted: list[tuple[Any, Tensor, Tensor]] = []
-    for node in nodes:
-        if kind_of(node) in OF_TARGETS:
-            target = getattr(node, "_saved_target", None)
-            if not isinstance(target, Tensor) or not target.is_cpu:
-                return
-            masks = [
-                m for n in nodes if kind_of(n) == "Index" and _source(n) is node and (m := _mask_of(n)) is not None
-            ]
-            mask = torch.ones_like(target, dtype=torch.bool)
-            if getattr(node, "_saved_reduction", None) == UNREDUCED:
-                taken = [*masks, *([weights[node] != 0] if node in weights else [])]
-                fit = [m for m in taken if m.shape == target.shape]
-                mask = torch.stack(fit).any(0) if fit else mask
-            counted.append((node, target[mask], target))
-    for node, chosen, target in counted:
+    counted = [(n, t, _counted(n, t, nodes, weights)) for n, t in zip(losses, targets, strict=True)]
+    for node, target, chosen in counted:
+        if not FEWEST_IN_A_LOSS <= chosen.numel() < target.numel():
+            continue
         kind = kind_of(node)
         # What another term of the same kind asks for may be what this one leaves out.
-        values = {float(v) for n, t, _ in counted if kind_of(n)[:3] == kind[:3] for v in t.unique()[:4].tolist()}
-        if chosen.numel() < FEWEST_IN_A_LOSS or len(values) != 1 or chosen.numel() == target.numel():
+        asked = [c for n, _, c in counted if kind_of(n)[:3] == kind[:3]]
+        if len({float(v) for c in asked for v in c.unique()[:4].tolist()}) != 1 or _used_again(nodes, node):
             continue
-        if _used_again(nodes, node):
-            continue
-        left = float((target != chosen.reshape(-1)[0]).float().mean())
+        kept = float(chosen.reshape(-1)[0])
+        left = float((target != kept).float().mean())
         if left > 0:
-            kept = float(chosen.reshape(-1)[0])
             yield OddFound(Odd.ONE_TARGET, {"target": kept, "left": left, "classes": float("Nll" in kind)})
             return
+
+
+def _counted(node: Any, target: Tensor, nodes: list[Any], weights: Mapping[Any, Tensor]) -> Tensor:
+    """The targets that masks, or weights that are not zero, leave in the loss."""
+    if getattr(node, "_saved_reduction", None) != UNREDUCED:
+        return target
+    masks = [_mask_of(n) for n in nodes if kind_of(n) == "Index" and _source(n) is node]
+    masks += [weights[node] != 0] if node in weights else []
+    fit = [m for m in masks if m is not None and m.shape == target.shape]
+    return target[torch.stack(fit).any(0)] if fit else target
 
 
 def _used_again(nodes: list[Any], node: Any) -> bool:
@@ -176,7 +165,7 @@ def beyond(nodes: list[Any]) -> Iterator[OddFound]:
 
 
 def _output_and_target(node: Any) -> tuple[str, float, float, Tensor] | None:
-    if not (kind_of(node) == "Abs" or is_square(node)):  # of torch's functions the calls are seen
+    if not (kind_of(node) == "Abs" or is_even_power(node)):  # of torch's functions the calls are seen
         return None
     found = compared_by(node, {})
     if found is None or not found.targets.is_cpu or not FEWEST_IN_A_LOSS <= found.targets.numel() < 1 << 22:

@@ -8,7 +8,7 @@ function are looked at; what lies on a device is reduced there and read when the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Domains:
     def facts(self) -> tuple[DomainFacts, ...]:
         """As plain data; what is on a device is read now."""
         return tuple(
-            DomainFacts(name, len(looks), self._first[name], _lowest(looks), _highest(looks))
+            DomainFacts(name, len(looks), self._first[name], _extreme(min, looks), _extreme(max, looks))
             for name, looks in self._shares.items()
         )
 
@@ -66,14 +66,10 @@ def _read(share: Any) -> Any:
     return share.detach() if on_device else float(share)
 
 
-def _lowest(looks: list[DomainShares]) -> Mapping[str, float]:
+def _extreme(of: Callable[[Iterable[float]], float], looks: list[DomainShares]) -> Mapping[str, float]:
+    """The smallest, or the largest, share of each name at these looks."""
     names = set[str]().union(*looks)
-    return {n: min(float(look.get(n, 0.0)) for look in looks) for n in sorted(names)}
-
-
-def _highest(looks: list[DomainShares]) -> Mapping[str, float]:
-    names = set[str]().union(*looks)
-    return {n: max(float(look.get(n, 0.0)) for look in looks) for n in sorted(names)}
+    return {n: of(float(look.get(n, 0.0)) for look in looks) for n in sorted(names)}
 
 
 def _share(which: Tensor) -> Tensor:
@@ -135,7 +131,7 @@ def _gaussian(a: Mapping[str, Any]) -> DomainShares:
 
 def _poisson(a: Mapping[str, Any]) -> DomainShares:
     prediction, target = a["input"], a["target"].detach()
-    made = bounded_by(prediction)[1] >= 0 or made_by_exponential(prediction)
+    made = bounded_by(prediction)[1] >= 0 or _made_by_exponential(prediction)
     return {
         "negative counts": _share(target < 0),
         "exponential twice": float(bool(a["log_input"]) and made),
@@ -144,7 +140,7 @@ def _poisson(a: Mapping[str, Any]) -> DomainShares:
     }
 
 
-def made_by_exponential(prediction: Tensor) -> bool:
+def _made_by_exponential(prediction: Tensor) -> bool:
     """Whether an exponential made the tensor."""
     node = made_last(prediction.grad_fn)
     return node is not None and kind_of(node) == "Exp"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import kind_of
+from diag.snapshot.autograd_graph import constant_of, kind_of
 from diag.snapshot.loop.arithmetic import Odd
 from diag.watching.observe.loop.formula.chains import (
     OddFound,
@@ -70,7 +70,7 @@ def _living(start: Any) -> tuple[list[Any], bool]:
 def _is_zero(node: Any) -> bool:
     if len(sides_of(node)) != 1:
         return False
-    other = node._saved_other if node.next_functions[0][0] is not None else node._saved_self
+    other = constant_of(node)
     return isinstance(other, Tensor) and other.numel() == 1 and other.is_cpu and float(other) == 0
 
 
@@ -78,8 +78,7 @@ def _scale_of_noise(node: Any, inputs: set[int]) -> tuple[Any, int]:
     """The exponential that is multiplied by standard normal numbers; (None, 0) for anything else."""
     if kind_of(node) != "Mul" or len(sides_of(node)) != 1:
         return None, 0
-    first = node.next_functions[0][0] is not None
-    other = node._saved_other if first else node._saved_self
+    other = constant_of(node)
     side, index = sides_of(node)[0]
     if kind_of(side) != "Exp" or not isinstance(other, Tensor) or other.untyped_storage().data_ptr() in inputs:
         return None, 0

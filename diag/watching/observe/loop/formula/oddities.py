@@ -42,14 +42,11 @@ class Oddities:
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
         self._passes = self._looked = self._rows = 0
+        self._looking = True  # the next pass is to be read
         self._outputs: list[Any] = []
         self._inputs: set[int] = set()  # where the tensors that the model was given lie
         self._found: dict[Odd, Oddity] = {}
         self._denoisers = Denoisers()
-
-    @property
-    def _looking(self) -> bool:
-        return due(self._passes + 1)
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
@@ -72,8 +69,8 @@ class Oddities:
 
     def begins(self) -> bool:
         """A backward pass begins; whether it is to be read."""
-        looking = self._looking
         self._passes += 1
+        looking, self._looking = self._looking, due(self._passes + 1)
         if not looking:
             self._outputs, self._inputs = [], set()
             self._denoisers.forget()
@@ -92,7 +89,8 @@ class Oddities:
                 self._moment.news(("odd", kind, seen))
 
     def _odd(self, root: Tensor, parts: list[Summand], outputs: list[Any], inputs: set[int]) -> Iterator[OddFound]:
-        near = list(nodes_before([root.grad_fn], NODES_NEAR))
+        nodes = list(nodes_before([root.grad_fn], NODES_OF_DERIVATIVES))  # the nearest first
+        near = nodes[:NODES_NEAR]
         if parts:
             yield from scales(parts)
             yield from flows(parts)
@@ -107,7 +105,7 @@ class Oddities:
         yield from noise(root, inputs)
         yield from self._denoisers.found()
         yield from summed(root, self._rows)
-        yield from flat_derivative(list(nodes_before([root.grad_fn], NODES_OF_DERIVATIVES)))
+        yield from flat_derivative(nodes)
 
     def facts(self) -> FormulaFacts:
         """As plain data."""

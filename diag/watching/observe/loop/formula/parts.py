@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of, signed
+from diag.snapshot.autograd_graph import PASSING_ON, constant_of, kind_of, parents_of, signed
 from diag.watching.observe.terms import reaches
 
 MEAN_REDUCTION = 1  # as the nodes of torch's loss functions save it
@@ -167,7 +167,7 @@ def _scaled(part: Summand, kind: str, sides: list[tuple[Any, int]]) -> list[Summ
     first = sides[0][0] is not None
     if kind == "Div" and not first:
         return None
-    other = part.node._saved_other if first else part.node._saved_self
+    other = constant_of(part.node)
     if not isinstance(other, Tensor) or not other.is_cpu:
         return None
     side, numbers = sides[0] if first else sides[1], other.detach()

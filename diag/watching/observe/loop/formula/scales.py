@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before
+from diag.snapshot.autograd_graph import PASSING_ON, TAKING, kind_of, nodes_before
 from diag.snapshot.loop.arithmetic import Odd
 from diag.watching.observe.loop.formula.chains import (
-    VIEWS_OF_A_LOSS,
     OddFound,
     argument_of,
     behind_views,
@@ -40,7 +39,7 @@ CLAMPED = 0.05  # of the entries
 @dataclass(frozen=True)
 class Scale:
     """A part of the loss in which something that is never negative is multiplied by exp(sign * `bottom`), or
-    divided by a positive function of `bottom` (log: how the loss would pay for it)."""
+    divided by a positive function of `bottom`. exponent: which of the two."""
 
     part: Summand
     bottom: Any
@@ -183,7 +182,7 @@ def _scaled_by_exponential(node: Any, deep: int = 0) -> bool:
         return number and _scaled_by_exponential(sides[0][0], deep + 1)
     if kind in ("Add", "Sub") and len(sides) == 2:
         return any(_scaled_by_exponential(side, deep + 1) for side, _ in sides)
-    if kind in ("Cat", "Stack", "Flip", "IndexPut", *VIEWS_OF_A_LOSS):
+    if kind in ("Cat", "Stack", "Flip", "IndexPut", *TAKING):
         return any(_scaled_by_exponential(side, deep + 1) for side, _ in sides)
     return False
 

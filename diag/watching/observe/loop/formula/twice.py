@@ -10,6 +10,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import (
     COPYING,
     PASSING_ON,
+    constant_of,
     first_arguments,
     kind_of,
     nodes_before,
@@ -91,6 +92,5 @@ def _own_sigmoid(node: Any, made: OutputsMade) -> int:
 
 def is_multiple(node: Any) -> bool:
     """Whether a product is one with a single number."""
-    first = node.next_functions[0][0] is not None
-    other = getattr(node, "_saved_other" if first else "_saved_self", None)
+    other = constant_of(node)
     return isinstance(other, Tensor) and other.numel() == 1

@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import diag
 from diag.instruments.causes import Cause
+from diag.linalg.geometry.pairing import centred, pairing_scores, similarity
 from diag.result import Level
+from diag.watching.observe.loop.answers.scored import PairedRows, paired_facts
 
 ROWS, FEATURES = 384, 6
 
@@ -155,3 +157,40 @@ def test_targets_of_raw_units_are_told_behind_a_variance():
     found = scale(20_000 + 5_000 * targets)
     assert found and found[-1].cause == Cause.TARGETS_NOT_NORMALIZED
     assert not scale(targets)
+
+
+def looks(rows, by=0, size=32):
+    """Batches of a drawn order of a data set whose targets stand `by` rows on."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(rows, FEATURES, generator=generator)
+    targets = (inputs[:, :1] + 0.3 * torch.randn(rows, 1, generator=generator)).roll(by, 0)
+    order = torch.randperm(rows, generator=generator).split(size)
+    return [PairedRows([inputs[places]], (False,), targets[places], places) for places in order]
+
+
+def test_the_score_of_their_own_order_is_that_of_distances_in_float64():
+    batches = looks(320)
+    rows = torch.cat([b.features[0] for b in batches]).double()
+    kernel = centred(similarity((rows - rows.mean(0)) / rows.std(0)))
+    targets = torch.cat([b.targets for b in batches]).double()
+    targets = (targets - targets.mean()) / targets.std()
+    columns = torch.cat([targets, targets.square() - 1], 1)
+    (wanted,) = pairing_scores(kernel, columns, [torch.arange(320)])
+    # distances in float32 are right to some 1e-6 of the largest
+    assert paired_facts("", 1, batches).own == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [200, 300, 700])
+@pytest.mark.parametrize("by", [-3, 2])
+def test_the_order_of_the_data_set_is_told_of_up_to_512_rows(rows, by):
+    facts = paired_facts("", 1, looks(rows, by))
+    assert facts.data_by == by and facts.data_rows == min(rows - abs(by), 512)
+    assert facts.in_data > 20 and facts.own_in_data < 3
+
+
+def test_rows_that_have_been_told_are_told_again_with_what_came_later():
+    batches = looks(900)
+    before = paired_facts("", 1, batches[:20])
+    assert before.rows == 512 and paired_facts("", 1, batches, before) == paired_facts("", 1, batches)
+    early = paired_facts("", 1, batches[:4])
+    assert early.rows == 128 and paired_facts("", 1, batches, early).rows == 512

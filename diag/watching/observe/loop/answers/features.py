@@ -55,26 +55,29 @@ def target_numbers(target: Tensor, rows: int) -> Tensor | None:
     return flat.float().clone() if flat.is_floating_point() else flat.long().clone()
 
 
+def standardised(rows: Tensor) -> Tensor:
+    """The rows (n, d) in float64, each column of mean 0 and deviation 1, or 0."""
+    wide = rows.double()
+    return (wide - wide.mean(0)) / wide.std(0).clamp_min(1e-12)
+
+
 def kernel_of(inputs: Sequence[Tensor], whole: Sequence[bool]) -> Tensor:
-    """The similarity of rows over several tensors of features (n, d), centred, each of one size."""
-    total = torch.zeros(())
+    """The similarity of rows over several tensors of features (n, d), centred, each of one size; float64, made
+    from distances in float32."""
+    kernels = []
     for features, counted in zip(inputs, whole, strict=True):
-        rows = features.double()
-        if counted:
-            rows = normalize(rows)
-            own = centred(rows @ rows.T)
-        else:
-            own = centred(similarity((rows - rows.mean(0)) / rows.std(0).clamp_min(1e-12)))
-        total = total + own / own.norm().clamp_min(1e-300)
-    return total
+        directions = normalize(features) if counted else None
+        alike = similarity(standardised(features).float()) if directions is None else directions @ directions.T
+        own = centred(alike)
+        kernels.append(own.div_(own.norm().clamp_min(1e-300)))
+    return torch.stack(kernels).sum(0) if len(kernels) > 1 else kernels[0]
 
 
 def target_columns(targets: Tensor) -> Tensor:
     """Columns whose products are the similarity of targets, at most 16: of classes one each, of numbers themselves
     and their squares, of sequences how often each token occurs."""
     if targets.is_floating_point():
-        flat = targets.double()
-        flat = (flat - flat.mean(0)) / flat.std(0).clamp_min(1e-12)
+        flat = standardised(targets)
         columns = torch.cat([flat, flat.square() - 1], 1) if flat.shape[1] <= TARGET_COLUMNS // 2 else flat
     elif targets.shape[1] == 1:
         classes = targets[:, 0].unique(return_inverse=True)[1]

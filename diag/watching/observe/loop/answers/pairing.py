@@ -10,38 +10,30 @@ from __future__ import annotations
 import math
 import zlib
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diag.linalg.geometry.pairing import crossing_score, pairing_scores, similarity
 from diag.snapshot.autograd_graph import nodes_before
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.paired import PairedFacts
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.answers.features import (
-    kernel_of,
     readable,
     row_features,
-    target_columns,
     target_numbers,
     told_apart,
 )
-from diag.watching.observe.loop.data.asked import affine_features
+from diag.watching.observe.loop.answers.scored import FEWEST_OF_A_BATCH, PairedRows, paired_facts
 from diag.watching.observe.loop.data.targets import shift_of
 from diag.watching.observe.loop.moment import Moment, due
 
-ROWS_KEPT, ROWS_AT_ONCE = 2048, 512  # of each loss; and at once
+ROWS_KEPT = 2048  # of each loss
 CALLS_KEPT, LOSSES_FOLLOWED, CALLS_OPEN = 64, 6, 4
 TENSORS_COMPARED, INPUTS_OF_A_CALL = 3, 8
-MOST_OF_A_TABLE, NEXT_ROWS = 64, 6  # numbers of a row; and rows that count as next to one
-FEWEST_OF_A_BATCH = 8  # rows
-MOVED_BY = (1, -1, 2, -2, 3, -3)  # rows
-TURNED_ROUND = 0
-SPLITS = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the data set's rows that stand before a split
 NODES_TO_CALL = 64
 EARLY = (30, 130)  # steps
 LAST_LOOKS = 4  # whose answers are compared with the targets
@@ -61,22 +53,12 @@ class _Call:
 
 
 @dataclass
-class _Look:
-    """Rows of one batch: inputs and targets side by side."""
-
-    features: list[Tensor]
-    whole: tuple[bool, ...]
-    targets: Tensor
-    places: Tensor | None
-
-
-@dataclass
 class _Loss:
     """What is kept of one loss: looks, and how well its last outputs said the targets."""
 
     function: str
     number: int
-    looks: list[_Look] = field(default_factory=list)
+    looks: list[PairedRows] = field(default_factory=list)
     rows: int = 0
     told_apart: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_LOOKS))
     early: list[float] = field(default_factory=list)  # the same of looks before the data is known by heart
@@ -172,7 +154,7 @@ class Pairing:
         if 2 * len(marks & loss.marks) > len(targets) or len(marks) < FEWEST_OF_A_BATCH:
             return  # the data has been gone through: rows that come again say nothing new
         loss.marks |= marks
-        loss.looks.append(_Look(features, whole, targets, known))
+        loss.looks.append(PairedRows(features, whole, targets, known))
         before, loss.rows = loss.rows, loss.rows + len(targets)
         for size in SIZES_TOLD:
             if before < size <= loss.rows:
@@ -202,7 +184,8 @@ def _told(loss: _Loss, kinds: int, step: int) -> PairedFacts:
     grown = any(rows < size <= loss.rows for size in SIZES_TOLD)
     late = loss.rows > rows and step >= MUCH_LATER * then
     if loss.facts is None or grown or late:  # they take some ten milliseconds
-        loss.facts, loss.told = paired_facts(loss.function, loss.number, loss.looks), (loss.rows, step)
+        loss.facts = paired_facts(loss.function, loss.number, loss.looks, loss.facts)
+        loss.told = loss.rows, step
     return replace(
         loss.facts,
         told_apart=_mean(loss.told_apart),
@@ -214,160 +197,3 @@ def _told(loss: _Loss, kinds: int, step: int) -> PairedFacts:
 
 def _mean(scores: Collection[float]) -> float:
     return sum(scores) / len(scores) if scores else math.nan
-
-
-def paired_facts(function: str, number: int, looks: Sequence[_Look]) -> PairedFacts:
-    """What the looks say together."""
-    kept = _of_one_form(looks)
-    first: list[_Look] = []
-    for look in kept:
-        if sum(len(k.targets) for k in first) < ROWS_AT_ONCE:
-            first.append(look)
-    sizes = [len(k.targets) for k in first]
-    features, targets = _together(first)
-    whole = first[0].whole
-    orders = [torch.arange(sum(sizes)), *(_moved(sizes, by) for by in (*MOVED_BY, TURNED_ROUND))]
-    kernel, columns = kernel_of(features, whole), target_columns(targets)
-    own, *others = pairing_scores(kernel, columns, orders)
-    nearby = _nearby(features, whole, columns)
-    best = max(range(len(others)), key=lambda i: others[i] if others[i] == others[i] else -math.inf)
-    return PairedFacts(
-        function,
-        number,
-        rows=sum(sizes),
-        own=own,
-        nearby=nearby,
-        moved=others[best],
-        by=(*MOVED_BY, TURNED_ROUND)[best],
-        plain=whole == (False,),
-        table=_is_table(features, targets),
-        **_in_data(kept),
-        **_copied(features, targets),
-        **_of_numbers(targets),
-    )
-
-
-def _copied(features: list[Tensor], targets: Tensor) -> dict[str, Any]:
-    """Which feature of the input the targets are an affine function of."""
-    rows = features[0]
-    if len(features) != 1 or targets.shape[1] != 1:
-        return {}
-    found = affine_features(rows.double(), targets[:, 0]).tolist()
-    return {"copied": min(found, default=-1), "copied_rows": len(rows), "features": rows.shape[1]}
-
-
-def _of_numbers(targets: Tensor) -> dict[str, Any]:
-    if not targets.is_floating_point():
-        return {}
-    numbers = targets.double()
-    size = float(numbers.square().mean().sqrt())
-    return {"size": size, "mean": float(numbers.mean()), "deviation": float(numbers.std(correction=0))}
-
-
-def _is_table(features: list[Tensor], targets: Tensor) -> bool:
-    """Whether the rows are those of a table, mostly of numbers with more than two values, as the targets are."""
-    rows = features[0]
-    several = (((rows != rows.amin(0)) & (rows != rows.amax(0))).any(0)).float().mean()
-    one = len(features) == 1 and rows.shape[1] <= MOST_OF_A_TABLE
-    return one and targets.is_floating_point() and len(targets.unique()) > 2 and bool(several > 0.5)
-
-
-def _nearby(features: list[Tensor], whole: tuple[bool, ...], columns: Tensor) -> float:
-    """The score of rows that lie next to one another, where the inputs are one table of numbers."""
-    if whole != (False,) or features[0].shape[1] > MOST_OF_A_TABLE:
-        return math.nan
-    rows = features[0].double()
-    rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-12)
-    return pairing_scores(similarity(rows, NEXT_ROWS / len(rows)), columns, [torch.arange(len(rows))])[0]
-
-
-def _of_one_form(looks: Sequence[_Look]) -> list[_Look]:
-    """The looks like the first; sequences of targets filled up to one length."""
-    form = looks[0].whole, looks[0].targets.dtype
-    kept = [k for k in looks if (k.whole, k.targets.dtype) == form]
-    widths = [tuple(f.shape[1] for f in k.features) for k in kept]
-    return [k for k, width in zip(kept, widths, strict=True) if width == widths[0]]
-
-
-def _together(looks: Sequence[_Look]) -> tuple[list[Tensor], Tensor]:
-    longest = max(k.targets.shape[1] for k in looks)
-    targets = [torch.nn.functional.pad(k.targets, (0, longest - k.targets.shape[1])) for k in looks]
-    return [torch.cat(column) for column in zip(*(k.features for k in looks), strict=True)], torch.cat(targets)
-
-
-def _moved(sizes: Sequence[int], by: int) -> Tensor:
-    """The order in which each row gets the target of the row `by` further on in its batch (0: from its other
-    end)."""
-    start, parts = 0, []
-    for n in sizes:
-        rows = torch.arange(n)
-        parts.append(start + (rows.flip(0) if by == TURNED_ROUND else rows.roll(-by)))
-        start += n
-    return torch.cat(parts)
-
-
-def _in_data(looks: Sequence[_Look]) -> dict[str, Any]:
-    """The scores for rows of the data set in its order."""
-    placed = [k for k in looks if k.places is not None]
-    if not placed:
-        return {}
-    features, targets = _together(placed)
-    places = torch.cat([k.places for k in placed if k.places is not None])
-    places, order = _each_once(places)
-    features, targets, whole = [f[order] for f in features], targets[order], placed[0].whole
-    found = [_beside(features, whole, targets, places, by) for by in MOVED_BY]
-    rows, own, moved, by = max(found, key=lambda f: f[2] if f[2] == f[2] else -math.inf)
-    some = torch.linspace(0, len(places) - 1, min(ROWS_AT_ONCE, len(places))).round().long()
-    kernel = kernel_of([f[some] for f in features], whole)
-    columns = target_columns(targets[some])
-    split, across, within = _parts(kernel, columns, places[some])
-    return {
-        "data_rows": rows,
-        "own_in_data": own,
-        "in_data": moved,
-        "data_by": by,
-        "split": split,
-        "across": across,
-        "within": within,
-    }
-
-
-def _each_once(places: Tensor) -> tuple[Tensor, Tensor]:
-    """The places in order, each once, and where the first row of each stands."""
-    ordered, at = places.sort(stable=True)
-    first = torch.ones(len(ordered), dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[first], at[first]
-
-
-def _beside(
-    features: list[Tensor], whole: tuple[bool, ...], targets: Tensor, places: Tensor, by: int
-) -> tuple[int, float, float, int]:
-    """Of rows whose neighbour `by` rows on was seen too: how many, the score of their own targets, and of the
-    neighbour's."""
-    at = torch.searchsorted(places, places + by).clamp(max=len(places) - 1)
-    there = (places[at] == places + by).nonzero().flatten()[:ROWS_AT_ONCE]
-    if len(there) < FEWEST_OF_A_BATCH:
-        return 0, math.nan, math.nan, by
-    kernel = kernel_of([f[there] for f in features], whole)
-    every = target_columns(torch.cat([targets[there], targets[at[there]]]))
-    order = [torch.arange(len(there))]
-    own, others = every[: len(there)], every[len(there) :]
-    return len(there), pairing_scores(kernel, own, order)[0], pairing_scores(kernel, others, order)[0], by
-
-
-def _parts(kernel: Tensor, columns: Tensor, places: Tensor) -> tuple[int, float, float]:
-    """Where the data set is split so that its two parts contradict each other most: the place, the score across,
-    and the lower of the parts' own."""
-    found = []
-    for share in SPLITS:
-        at = int(share * len(places))
-        first = torch.arange(len(places)) < at
-        across = crossing_score(kernel, columns, first)
-        own = [
-            pairing_scores(kernel[r][:, r], columns[r], [torch.arange(int(r.sum()))])[0] for r in (first, ~first)
-        ]
-        if across == across and min(own) == min(own):
-            found.append((across, int(places[at]), min(own)))
-    across, split, within = min(found, default=(math.nan, 0, math.nan))
-    return split, across, within

@@ -165,7 +165,7 @@ def map_tensors(function: Callable[[Any], Any], value: Any, packed: bool = False
         return type(value)(*(map_tensors(function, item, packed) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(function, item, packed) for item in value)
-    if is_record(value):
+    if is_record(value) and tensors_in(value):
         return _record_like(value, lambda item: map_tensors(function, item, packed))
     return value
 

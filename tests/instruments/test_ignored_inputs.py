@@ -42,6 +42,17 @@ def test_an_input_that_moves_nothing_is_found_with_dropout_on(lost):
     assert found == InputsTried(("input 1", "numbers"), ("input 1",) if lost else (), 16)
 
 
+class BesideNothing(Two):
+    """Gives an empty tensor, too, as where there is no further loss."""
+
+    def forward(self, classes, numbers):
+        return super().forward(classes, numbers), numbers.new_zeros(0)
+
+
+def test_an_empty_output_is_no_output_without_finite_numbers():
+    assert tried(BesideNothing(lost=True)).ignored == ("input 1",)
+
+
 def test_an_input_that_is_the_same_for_all_examples_is_not_tried():
     with pytest.raises(MissingQuantity, match="no two inputs that differ"):
         tried(Two(), classes=torch.zeros(20, dtype=torch.int64))

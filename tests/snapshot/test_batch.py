@@ -98,3 +98,14 @@ def test_tensors_in_dataclasses_are_found_and_changed():
     assert type(changed) is Answer and changed.rows == 3 and changed.loss is None
     assert changed.logits.tolist() == [1.0, 2.0, 3.0] and answer.logits.tolist() == [0.0, 1.0, 2.0]
     assert tensors_in(Answer) == []
+
+
+@dataclasses.dataclass
+class Node:
+    parent: object = None
+
+
+def test_dataclasses_without_a_tensor_stay_the_objects_that_they_are():
+    node = Node()
+    node.parent = node
+    assert map_tensors(lambda t: t + 1, {"node": node, "x": X})["node"] is node

@@ -79,8 +79,8 @@ def inputs_tried(snapshot: Snapshot) -> InputsTried:
         ) from error
     if not same or not one:
         raise MissingQuantity("the model gives no tensors, or others each time.")
-    if not all(bool(t.isfinite().any()) for t in one if t.is_floating_point()):
-        raise MissingQuantity("the model gives outputs none of whose values is a finite number.")
+    if not all(bool(t.isfinite().any()) for t in one if t.is_floating_point() and t.numel()):
+        raise MissingQuantity("the model gives an output none of whose values is a finite number.")
     partly = tuple(p for p in positions if len(p.used) < p.varying)
     return InputsTried(tuple(found), ignored, rows.size, partly)
 

@@ -26,6 +26,7 @@ LEVEL_WORDS = {level: word for level, (_, _, word) in LEVEL_MARKS.items()} | {
     "skipped": "skipped",
     "failed": "failed",
 }
+WITHOUT_VERDICT = ("skipped", "failed")  # levels whose cards have the reason and nothing else
 FOLDED = (
     ("unknown", "Could not tell", "The uncertainty of the measurement straddles the threshold."),
     ("ok", "Passed", "The check could judge, and its number is on the good side of its threshold."),
@@ -86,6 +87,7 @@ def _environment() -> jinja2.Environment:
         "every": every,
     }
     environment.globals |= {"MARKS": MARKS, "WORDS": LEVEL_WORDS, "FOLDED": FOLDED, "include": _raw}
+    environment.globals["WITHOUT_VERDICT"] = WITHOUT_VERDICT
     environment.globals["gradient"] = ", ".join(f"#{colour}" for colour in VIRIDIS)
     return environment
 
@@ -99,14 +101,20 @@ def _raw(name: str) -> Markup:
 
 def embed(document: Mapping[str, Any]) -> Markup:
     """The document as JSON that cannot end a script element, without what the page's cards have as it is: the
-    drawings, and what each check is."""
+    drawings, and the texts about the checks, in whose place stands where they are (the script puts them back where
+    the data are downloaded)."""
     data = {key: value for key, value in document.items() if key != "drawings"}
     if "audits" in data:
-        data["audits"] = [{k: v for k, v in audit.items() if k != "documentation"} for audit in data["audits"]]
+        data["audits"] = [audit | _where_it_is_described(audit) for audit in data["audits"]]
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+def _where_it_is_described(audit: Mapping[str, Any]) -> dict[str, str]:
+    on_card = audit["documentation"] and audit["level"] not in WITHOUT_VERDICT
+    return {"documentation": f"#check-{audit['id']}"} if on_card else {}
 
 
 LINK = r"arXiv:\s?(\d{4}\.\d{4,5}(?:v\d+)?)|(https?://[^\s<>\"']+[^\s<>\"'.,;)])"

@@ -303,6 +303,25 @@ def test_the_data_can_be_downloaded(visit, made):
     assert got == {key: value for key, value in made.items() if key != "drawings"}
 
 
+def test_the_downloaded_data_have_the_texts_about_the_checks(browser, tmp_path):
+    import json
+
+    import torch
+
+    import diag
+
+    result = diag.softmax_collapse(torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 0]))
+    report = diag.report({"softmax_collapse": result}, tmp_path / "page.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    with page.expect_download() as waiting:
+        page.locator("#download").click()
+    got = json.loads(Path(waiting.value.path()).read_text())
+    page.close()
+    assert len(got["audits"][0]["documentation"]) > 100
+    assert got == {key: value for key, value in report.document.items() if key != "drawings"}
+
+
 def test_a_notebook_fragment_leaves_its_surroundings_alone(browser, made):
     from diag.reporting import Page
 

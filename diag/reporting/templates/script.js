@@ -294,7 +294,12 @@
   if (download) {
     download.hidden = false;
     download.addEventListener("click", () => {
-      const url = URL.createObjectURL(new Blob([source.textContent], { type: "application/json" }));
+      // In the text, as numbers that are read and written again may lose digits.
+      const whole = source.textContent.replace(/"documentation":"(#[^"]*)"/g, (all, card) => {
+        const text = find(`${card} .doc`);
+        return text ? `"documentation":${JSON.stringify(text.textContent)}` : all;
+      });
+      const url = URL.createObjectURL(new Blob([whole], { type: "application/json" }));
       const link = Object.assign(document.createElement("a"), { href: url, download: "report.json" });
       link.click();
       URL.revokeObjectURL(url);

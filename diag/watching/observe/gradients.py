@@ -37,8 +37,9 @@ class StepMembers:
 
     @cached_property
     def telling(self) -> tuple[nn.Parameter, ...]:
-        """Those whose gradients tell whether any is not finite: what is not comes to all layers before it in the
-        backward pass, unless a unit that is switched off stops it, so the first and the last of the small ones."""
+        """Those whose gradients tell whether any is not finite: what is not spreads in the backward pass to the
+        layers nearer the input, unless a unit that is switched off stops it, so the first and the last of the small
+        ones do."""
         found = [p for p in self.parameters if p.grad is not None] or list(self.parameters)
         small = [p for p in found if p.numel() <= FEW_NUMBERS] or [min(found, key=lambda p: p.numel())]
         return (small[0], small[-1]) if len(small) > 1 else (small[0],)

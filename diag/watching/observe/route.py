@@ -17,7 +17,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import PASSING_ON, SINK, first_arguments, kind_of, signed
 
 LONGEST_ROUTE = 16
-OF_THE_FORM = ("slice", "select", "mul", "div")
+OF_THE_FORM = ("slice", "select", "mul", "div")  # steps that make another loss of a loss function's call
 PASSED_ON = ("ToCopy", SINK)
 # These only rearrange memory or copy it; the final reshape accounts for them.
 REARRANGING = (*PASSING_ON, SINK)

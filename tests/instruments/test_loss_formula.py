@@ -288,6 +288,17 @@ def test_a_relu_that_cuts_every_output_is_found():
     assert [cause for cause, _ in found] == [Cause.UNITS_DEAD]
 
 
+def test_graphs_of_calls_without_a_backward_pass_are_let_go():
+    """An evaluation that forgets no_grad, before a pass that will be read, keeps no graph but the loop's own."""
+    torch.manual_seed(0)
+    model, hidden = nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, 2), nn.ReLU()), []
+    model[1].register_forward_hook(lambda m, args, out: hidden.append(out.untyped_storage()._weak_ref()))
+    with diag.watch(model, instruments=["loss_formula"]):
+        for _ in range(8):
+            F.mse_loss(model(torch.randn(N, D)), torch.zeros(N, 2)).item()
+        assert all(map(torch.UntypedStorage._expired, hidden)) and len(hidden) == 8
+
+
 @pytest.mark.parametrize(("act", "causes"), [(nn.ReLU, [Cause.DERIVATIVE_ZERO]), (nn.Tanh, [])])
 def test_a_second_derivative_through_a_relu_is_found(act, causes):
     model = nn.Sequential(nn.Linear(1, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 1))

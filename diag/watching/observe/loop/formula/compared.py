@@ -174,15 +174,13 @@ def _output_and_target(node: Any) -> tuple[str, float, float, Tensor] | None:
     return (name, lower, upper, found.targets) if name else None
 
 
-def cut(outputs: list[Any]) -> Iterator[OddFound]:
-    """Outputs that a ReLU makes zero, every one of them."""
-    for node in outputs:
-        made = made_last(node)
-        result = getattr(made, "_saved_result", None) if made is not None and kind_of(made) == "Relu" else None
-        seen = isinstance(result, Tensor) and result.is_cpu and result.numel() >= FEWEST_IN_A_LOSS
-        if seen and result is not None and not bool(result.any()):
-            yield OddFound(Odd.OUTPUTS_CUT, {"outputs": float(result.numel())})
-            return
+def outputs_cut(node: Any) -> int:
+    """How many numbers there are in outputs that a ReLU made zero, every one of them; 0 for any other outputs."""
+    made = made_last(node)
+    result = getattr(made, "_saved_result", None) if made is not None and kind_of(made) == "Relu" else None
+    if not isinstance(result, Tensor) or not result.is_cpu or result.numel() < FEWEST_IN_A_LOSS:
+        return 0
+    return 0 if bool(result.any()) else result.numel()
 
 
 # The whole

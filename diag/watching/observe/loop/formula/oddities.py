@@ -17,10 +17,10 @@ from diag.watching.observe.loop.formula.answers import diluted, met_by_zero
 from diag.watching.observe.loop.formula.chains import OddFound
 from diag.watching.observe.loop.formula.compared import (
     beyond,
-    cut,
     flat_derivative,
     likelihood,
     one_kind,
+    outputs_cut,
     pairs,
     squared_mean,
     summed,
@@ -43,7 +43,7 @@ class Oddities:
         self._moment = moment
         self._passes = self._looked = self._rows = 0
         self._looking = True  # the next pass is to be read
-        self._outputs: list[Any] = []
+        self._cut: list[int] = []  # of the outputs since: nothing of them is kept, which would keep their graphs
         self._inputs: set[int] = set()  # where the tensors that the model was given lie
         self._found: dict[Odd, Oddity] = {}
         self._denoisers = Denoisers()
@@ -59,8 +59,8 @@ class Oddities:
         }
         self._denoisers.training_call(tensors)
         tensors = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
-        found = [t.grad_fn for t in tensors if t.grad_fn is not None]
-        self._outputs = (self._outputs + found)[-OUTPUTS_LOOKED_AT:]
+        found = [outputs_cut(t.grad_fn) for t in tensors if t.grad_fn is not None]
+        self._cut = (self._cut + found)[-OUTPUTS_LOOKED_AT:]
 
     def loss_called(self, name: str, prediction: Any, target: Any) -> None:
         """A loss function of torch, or what amounts to one, is called on these."""
@@ -72,23 +72,23 @@ class Oddities:
         self._passes += 1
         looking, self._looking = self._looking, due(self._passes + 1)
         if not looking:
-            self._outputs, self._inputs = [], set()
+            self._cut, self._inputs = [], set()
             self._denoisers.forget()
         return looking
 
     def read(self, root: Tensor, parts: list[Summand]) -> None:
         """Look at the loss of a pass that is to be read."""
-        outputs, self._outputs = self._outputs, []
+        zeros, self._cut = next(filter(None, self._cut), 0), []
         inputs, self._inputs = self._inputs, set()
         self._looked += 1
-        for kind, (_, numbers, of) in {f.kind: f for f in self._odd(root, parts, outputs, inputs)}.items():
+        for kind, (_, numbers, of) in {f.kind: f for f in self._odd(root, parts, zeros, inputs)}.items():
             before = self._found.get(kind)
             first, seen = (before.first, before.seen) if before is not None else (self._moment.step, 0)
             self._found[kind] = Oddity(kind, self._looked, seen + 1, first, numbers, of)
             if seen + 1 in LOOKS_THAT_TELL:
                 self._moment.news(("odd", kind, seen))
 
-    def _odd(self, root: Tensor, parts: list[Summand], outputs: list[Any], inputs: set[int]) -> Iterator[OddFound]:
+    def _odd(self, root: Tensor, parts: list[Summand], zeros: int, inputs: set[int]) -> Iterator[OddFound]:
         nodes = list(nodes_before([root.grad_fn], NODES_OF_DERIVATIVES))  # the nearest first
         near = nodes[:NODES_NEAR]
         if parts:
@@ -101,7 +101,8 @@ class Oddities:
         yield from diluted(near)
         yield from pairs(near)
         yield from beyond(near)
-        yield from cut(outputs)
+        if zeros:
+            yield OddFound(Odd.OUTPUTS_CUT, {"outputs": float(zeros)})
         yield from noise(root, inputs)
         yield from self._denoisers.found()
         yield from summed(root, self._rows)

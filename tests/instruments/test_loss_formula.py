@@ -336,6 +336,18 @@ def test_a_sum_over_the_batch_with_plain_descent_is_found():
     assert told(summed, model, optimizer=torch.optim.Adam(model.parameters(), 0.1)) == []
 
 
+def test_a_mean_by_hand_is_no_sum():
+    def each(model, x, y):
+        return (model(x)[:, 0] - y).square()
+
+    def weighed(model, x, y):
+        weights = torch.rand(N)
+        return (weights / weights.sum() * each(model, x, y)).sum()
+
+    assert told(lambda *a: (each(*a) / N).sum(), rate=0.05) == [] and told(weighed, rate=0.05) == []
+    assert [cause for cause, _ in told(lambda *a: (0.5 * each(*a)).sum(), rate=0.05)] == [Cause.LOSS_SUMMED]
+
+
 # The check on facts alone
 
 
@@ -479,6 +491,20 @@ def test_noise_at_one_level_is_found(own):
     ((cause, sentence),) = told(denoising(level=always, own=own), Denoiser())
     assert cause == Cause.INPUTS_CONSTANT and "input 1 is 0.25 for every row" in sentence
     assert told(denoising(own=own), Denoiser()) == []
+
+
+@pytest.mark.parametrize("drawn", [lambda: torch.rand(64), lambda: torch.rand(1).expand(64)], ids=["rows", "calls"])
+def test_a_class_that_is_one_for_all_is_no_level(drawn):
+    class OfOneClass(Denoiser):
+        def forward(self, x, t, label):
+            return super().forward(x, t + label)
+
+    def loss(model, x, y):
+        clean, eps, t = torch.rand(64, 64), torch.randn(64, 64), drawn()
+        out = model((1 - t[:, None]) * clean + t[:, None] * eps, t, torch.zeros(64))
+        return (eps - out).square().mean()
+
+    assert told(loss, OfOneClass()) == []
 
 
 def test_noise_that_is_drawn_once_more_is_found():

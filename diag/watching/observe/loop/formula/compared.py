@@ -17,6 +17,7 @@ from diag.snapshot.loop.arithmetic import Odd
 from diag.watching.observe.loop.answers.compared import compared_by
 from diag.watching.observe.loop.data.asked import RANGES, UNBOUNDED, range_of
 from diag.watching.observe.loop.formula.chains import (
+    TOGETHER,
     OddFound,
     argument_of,
     behind_views,
@@ -26,7 +27,7 @@ from diag.watching.observe.loop.formula.chains import (
     sides_of,
     sign_of,
 )
-from diag.watching.observe.loop.formula.parts import Summand, given_shape
+from diag.watching.observe.loop.formula.parts import LONGEST_CHAIN, Summand, given_shape, within
 
 FEWEST_IN_A_LOSS = 8
 LOGISTIC = ("Softplus", "LogSigmoid")
@@ -34,6 +35,7 @@ OF_PAIRS = (*LOGISTIC, "Sigmoid", "Relu", "ClampMin", "Clamp")
 OF_TARGETS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D")
 OUT_OF_REACH, SLACK = 0.05, 0.01  # of the targets; of their range
 UNREDUCED = 0
+WEIGHT_OF_A_SUM = 0.5  # of an entry, at least: a square may be halved
 
 
 def pairs(nodes: list[Any]) -> Iterator[OddFound]:
@@ -240,15 +242,28 @@ def _of_log_softmax(node: Any) -> bool:
 
 
 def summed(root: Tensor, rows: int) -> Iterator[OddFound]:
-    """A loss that is the plain sum of one number of each row of the batch."""
+    """A loss that is the plain sum of one number of each row of the batch, and of no weighted mean."""
     node: Any = root.grad_fn
     for _ in range(6):
         if node is None or kind_of(node) not in ("Neg", *PASSING_ON):
             break
         node, _index = argument_of(node)
     sizes = tuple(getattr(node, "_saved_self_sym_sizes", ())) if node is not None else ()
-    if node is not None and kind_of(node) == "Sum" and not hasattr(node, "_saved_dim") and sizes[:1] == (rows,):
+    if node is None or kind_of(node) != "Sum" or hasattr(node, "_saved_dim") or sizes[:1] != (rows,):
+        return
+    if _weight_of_an_entry(*argument_of(node)) >= WEIGHT_OF_A_SUM:
         yield OddFound(Odd.SUMMED, {"rows": float(rows)})
+
+
+def _weight_of_an_entry(node: Any, index: int) -> float:
+    """The mean size of what the entries were multiplied by last: of a mean by hand, one over their number."""
+    part = Summand(node, index, 1.0)
+    for _ in range(LONGEST_CHAIN):
+        inside = within(part)
+        if inside is None or len(inside) != 1 or part.kind in TOGETHER:
+            break
+        (part,) = inside
+    return float(part.weights.abs().mean()) if part.factors else abs(part.number)
 
 
 def flat_derivative(nodes: list[Any]) -> Iterator[OddFound]:

@@ -26,7 +26,9 @@ class Denoisers:
     def __init__(self) -> None:
         self._inputs: list[Tensor] = []
         self._found: list[OddFound] = []
-        self._level: dict[int, float] | None = None  # arguments that were one number at all looks
+        self._levels: dict[
+            int, float | None
+        ] = {}  # of arguments of one number a row: that of all rows of all looks
 
     def training_call(self, tensors: list[Tensor]) -> None:
         """The model was called in training, and the pass that follows is to be read."""
@@ -46,11 +48,10 @@ class Denoisers:
         noisy = next((t for t in inputs if t.shape == target.shape and t.is_floating_point()), None)
         if noisy is None or not noisy.is_cpu or not is_standard_noise(target):
             return
-        levels = {i: v for i, t in enumerate(inputs) if (v := _one_number(t, len(noisy))) is not None}
-        before = levels if self._level is None else self._level
-        self._level = {i: v for i, v in levels.items() if before.get(i) == v}
-        if self._level:
-            place, value = next(iter(self._level.items()))
+        levels = {i: _one_number(t) for i, t in enumerate(inputs) if _is_a_level(t, len(noisy))}
+        self._levels = {i: v if self._levels.get(i, v) == v else None for i, v in levels.items()}
+        place, value = next(iter(self._levels.items()), (0, None))
+        if value is not None and None not in self._levels.values():  # beside a level, a class may be one for all
             self._found.append(OddFound(Odd.ONE_LEVEL, {"argument": float(place), "value": value}))
         elif not _related(noisy, target) and not _related(prediction.detach(), target):
             self._found.append(OddFound(Odd.NOISE_UNRELATED, {"numbers": float(target.numel())}))
@@ -65,10 +66,13 @@ class Denoisers:
         self._inputs, self._found = [], []
 
 
-def _one_number(t: Tensor, rows: int) -> float | None:
-    """The number that an argument of one number a row is for all rows."""
-    if not t.is_cpu or t.numel() != rows or rows < FEWEST_ROWS_OF_A_LEVEL or t.ndim < 1 or len(t) != rows:
-        return None
+def _is_a_level(t: Tensor, rows: int) -> bool:
+    """Whether an argument has one number a row."""
+    return t.is_cpu and t.numel() == rows >= FEWEST_ROWS_OF_A_LEVEL and t.ndim > 0 and len(t) == rows
+
+
+def _one_number(t: Tensor) -> float | None:
+    """The number that an argument is for all rows."""
     first = t.reshape(-1)[0]
     return float(first) if bool((t == first).all()) else None
 

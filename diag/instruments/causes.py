@@ -198,3 +198,15 @@ class Cause(enum.StrEnum):
     RANK_SETTINGS_DIFFER = "rank_settings_differ", Theme.DISTRIBUTED, "Ranks step with different hyperparameters."
     SAMPLER_EPOCH_NOT_SET = "sampler_epoch_not_set", Theme.DISTRIBUTED, "The distributed sampler's epoch is never set, so that every epoch has the same order."
     # fmt: on
+
+
+# What several checks name as what they may follow from: steps that are too large, other than by the rate, and a
+# loss that is lost.
+MAKES_STEPS_TOO_LARGE = (
+    Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.LOSS_ASCENDED, Cause.LOSS_UNBOUNDED,
+    Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE, Cause.MOMENTUM_TOO_HIGH,
+)  # fmt: skip
+LOSES_THE_LOSS = (
+    *MAKES_STEPS_TOO_LARGE, Cause.LEARNING_RATE_TOO_HIGH, Cause.DATA_NOT_FINITE, Cause.GRADIENTS_STILL_SCALED,
+    Cause.LOGITS_INTO_PROBABILITY_LOSS,
+)  # fmt: skip

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diag.display import format_share
 from diag.errors import layers_called
-from diag.instruments.causes import Cause
+from diag.instruments.causes import MAKES_STEPS_TOO_LARGE, Cause
 from diag.instruments.graded import graded
 from diag.instruments.network.alike import rows_differ
 from diag.instruments.network.finite import all_finite
@@ -28,11 +28,9 @@ SOURCE = "arithmetic of one forward pass"
 SHARE_DEAD = 0.75
 FEWEST_UNITS = 4
 EXPLAINED_BY = (
-    Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_NOT_NORMALIZED, Cause.INPUTS_CONSTANT,
-    Cause.INITIALIZATION_SCALE, Cause.INITIALIZATION_CONSTANT, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE,
-    Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.MOMENTUM_TOO_HIGH, Cause.LOSS_TERM_DOMINATES,
-    Cause.CLASS_WEIGHTS_WRONG, Cause.LOSS_ASCENDED, Cause.UNDERFITTING, Cause.NORMALIZATION_STATISTICS_BAD,
-    Cause.LOSS_UNBOUNDED,
+    *MAKES_STEPS_TOO_LARGE, Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_CONSTANT,
+    Cause.INITIALIZATION_CONSTANT, Cause.WEIGHT_DECAY_TOO_STRONG, Cause.NOT_FINITE, Cause.LOSS_TERM_DOMINATES,
+    Cause.CLASS_WEIGHTS_WRONG, Cause.UNDERFITTING, Cause.NORMALIZATION_STATISTICS_BAD,
 )  # fmt: skip
 
 

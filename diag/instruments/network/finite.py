@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diag.errors import layer_called
-from diag.instruments.causes import Cause
+from diag.instruments.causes import LOSES_THE_LOSS, Cause
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 from diag.snapshot.activations import MODEL_OUTPUT, Activation
@@ -60,12 +60,7 @@ class FiniteForward(Result):
             threshold_source="any entry at all",
             layers=(self.layer,),
             cause=Cause.NOT_FINITE,
-            explained_by=(Cause.NOT_FINITE, Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED,
-                          Cause.DATA_NOT_FINITE, Cause.GRADIENT_UNDERFLOW,
-                          Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.GRADIENTS_STILL_SCALED,
-                          Cause.LOSS_ASCENDED, Cause.MOMENTUM_TOO_HIGH, Cause.LOGITS_INTO_PROBABILITY_LOSS,
-                          Cause.LOSS_UNBOUNDED,
-                          Cause.INITIALIZATION_SCALE, Cause.INPUTS_NOT_NORMALIZED),
+            explained_by=(*LOSES_THE_LOSS, Cause.NOT_FINITE, Cause.TRAINING_DIVERGED, Cause.GRADIENT_UNDERFLOW),
         )  # fmt: skip
 
     def plot(self, ax: Any = None) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from diag.display import format_share
 from diag.errors import layers_called
-from diag.instruments.causes import Cause
+from diag.instruments.causes import MAKES_STEPS_TOO_LARGE, Cause
 from diag.instruments.graded import graded
 from diag.instruments.network.finite import all_finite
 from diag.ranges import Share
@@ -52,12 +52,8 @@ class Saturation(Result):
             refutation="The gradient's norm before and after this layer is alike.",
             layers=over,
             cause=Cause.UNITS_SATURATED,
-            explained_by=(
-                Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.INPUTS_NOT_NORMALIZED,
-                Cause.INITIALIZATION_SCALE, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED, Cause.MOMENTUM_TOO_HIGH,
-                Cause.TARGETS_NOT_NORMALIZED, Cause.LOSS_ASCENDED, Cause.NORMALIZATION_STATISTICS_BAD,
-                Cause.LOSS_UNBOUNDED,
-            ),
+            explained_by=(*MAKES_STEPS_TOO_LARGE, Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED,
+                          Cause.TARGETS_NOT_NORMALIZED, Cause.NORMALIZATION_STATISTICS_BAD),
         )  # fmt: skip
 
     def plot(self, ax: Any = None) -> None:

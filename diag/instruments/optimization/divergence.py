@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_number
-from diag.instruments.causes import Cause
+from diag.instruments.causes import LOSES_THE_LOSS, Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import finite_losses, median
 from diag.ranges import Times
@@ -135,15 +135,10 @@ class Divergence(Result):
             confidence=Confidence.WEAK_EMPIRICAL if by_momentum else Confidence.ARITHMETIC,
             refutation="The loss of the same batches, with the weights before that step, is as high.",
             cause=Cause.MOMENTUM_TOO_HIGH if by_momentum else Cause.TRAINING_DIVERGED,
-            explained_by=(Cause.LEARNING_RATE_TOO_HIGH, Cause.GRADIENTS_NOT_ZEROED, Cause.LOSS_SUMMED,
-                          Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_ASCENDED, Cause.LOSS_UNBOUNDED,
-                          Cause.DATA_NOT_FINITE,
-                          Cause.BATCHES_POISONED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
-                          Cause.GRADIENTS_STILL_SCALED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
-                          Cause.GRADIENT_UNDERFLOW,
-                          Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE,
-                          Cause.SECOND_MOMENT_STALE, Cause.INITIALIZATION_CONSTANT, Cause.INPUTS_TOO_SMALL,
-                          Cause.INPUTS_CONSTANT, Cause.MOMENTUM_TOO_HIGH, Cause.NORMALIZATION_STATISTICS_BAD),
+            explained_by=(*LOSES_THE_LOSS, Cause.ACCUMULATION_NOT_DIVIDED, Cause.BATCHES_POISONED,
+                          Cause.TARGETS_NOT_NORMALIZED, Cause.WARMUP_MISSING, Cause.NOT_FINITE,
+                          Cause.GRADIENT_UNDERFLOW, Cause.SECOND_MOMENT_STALE, Cause.INITIALIZATION_CONSTANT,
+                          Cause.INPUTS_TOO_SMALL, Cause.INPUTS_CONSTANT, Cause.NORMALIZATION_STATISTICS_BAD),
             step=self.left_at or None,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 
 from diag.errors import counted
-from diag.instruments.causes import Cause
+from diag.instruments.causes import LOSES_THE_LOSS, Cause
 from diag.instruments.optimization.second_moment import WITH_SECOND_MOMENT
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -23,11 +23,8 @@ from diag.snapshot.loop.steps import OriginFacts
 SOURCE = "arithmetic of the recorded steps"
 ROUNDS_TO_ZERO = 2.0**-25  # in float16
 EXPLAINED_BY = (
-    Cause.LEARNING_RATE_TOO_HIGH, Cause.TRAINING_DIVERGED, Cause.DATA_NOT_FINITE, Cause.GRADIENTS_NOT_ZEROED,
-    Cause.LOSS_SUMMED, Cause.GRADIENTS_STILL_SCALED, Cause.LOSS_ASCENDED, Cause.MOMENTUM_TOO_HIGH,
-    Cause.LOSS_UNBOUNDED,
-    Cause.LOGITS_INTO_PROBABILITY_LOSS, Cause.INITIALIZATION_SCALE, Cause.INPUTS_NOT_NORMALIZED,
-    Cause.TARGETS_NOT_NORMALIZED, Cause.WARMUP_MISSING, Cause.ACCUMULATION_NOT_DIVIDED,
+    *LOSES_THE_LOSS, Cause.TRAINING_DIVERGED, Cause.TARGETS_NOT_NORMALIZED, Cause.WARMUP_MISSING,
+    Cause.ACCUMULATION_NOT_DIVIDED,
 )  # fmt: skip
 
 

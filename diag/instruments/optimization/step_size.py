@@ -17,7 +17,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.display import format_number, format_share
-from diag.instruments.causes import Cause
+from diag.instruments.causes import MAKES_STEPS_TOO_LARGE, Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.course import (
     MOST_NORMS,
@@ -171,14 +171,11 @@ class StepSize(Result):
             advice="Lower the learning rate about tenfold, or warm it up; if it must stay, clip the gradient.",
             refutation="The same training at a tenth of the learning rate ends with a loss that is not lower.",
             cause=Cause.LEARNING_RATE_TOO_HIGH,
-            explained_by=(Cause.GRADIENTS_NOT_ZEROED, Cause.ACCUMULATION_NOT_DIVIDED, Cause.LOSS_SUMMED,
-                          Cause.GRADIENTS_STILL_SCALED, Cause.INPUTS_NOT_NORMALIZED, Cause.TARGETS_NOT_NORMALIZED,
-                          Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT, Cause.INITIALIZATION_SCALE,
-                          Cause.MOMENTUM_TOO_HIGH, Cause.INPUTS_TOO_SMALL,
-                          Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED, Cause.LOSS_ASCENDED, Cause.LOSS_UNBOUNDED,
+            explained_by=(*MAKES_STEPS_TOO_LARGE, Cause.ACCUMULATION_NOT_DIVIDED, Cause.GRADIENTS_STILL_SCALED,
+                          Cause.TARGETS_NOT_NORMALIZED, Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT,
+                          Cause.INPUTS_TOO_SMALL, Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED,
                           Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO, Cause.NORMALIZATION_STATISTICS_BAD,
-                          Cause.TARGETS_OUT_OF_RANGE,
-                          *([Cause.WEIGHT_DECAY_TOO_STRONG] if self.shrunk else [])),
+                          Cause.TARGETS_OUT_OF_RANGE, *([Cause.WEIGHT_DECAY_TOO_STRONG] if self.shrunk else [])),
             step=self.began_at or self.largest_at,
         )  # fmt: skip
 

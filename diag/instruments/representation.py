@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
-from diag.errors import MissingQuantity
+from diag.errors import MissingQuantity, layer_called
 from diag.linalg.geometry.similarity import centred_gram, cka_between, covariance_rank
 from diag.ranges import Count, Size
 from diag.registry import instrument
@@ -72,7 +72,8 @@ class Representation(Result):
         )
         return Verdict(
             Level.DESCRIPTION,
-            f"{self.layers[-1]} uses about {format_number(self.effective_rank)} of {self.widths[-1]:,} directions "
+            f"The last layer looked at, {layer_called(self.layers[-1])}, uses about "
+            f"{format_number(self.effective_rank)} of {self.widths[-1]:,} directions "
             f"(effective rank), {format_share(self.dead)} of its dimensions are dead and two of the others share "
             f"{format_share(max(self.redundancy, 0.0))} of their variance beyond chance{before}; the numbers only "
             "describe.",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from diag.display import format_number
+from diag.errors import named
 from diag.instruments.causes import Cause
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
 
@@ -29,6 +30,15 @@ def reach(lower: float, upper: float) -> str:
     if math.isinf(lower):
         return f"below {format_number(upper)}"
     return f"between {format_number(lower)} and {format_number(upper)}"
+
+
+def parameters_named(names: Sequence[str]) -> str:
+    """These parameters, as a sentence begins with them.
+
+    >>> parameters_named(["fc.weight"]), parameters_named(["fc.weight", "fc.bias"])
+    ('Parameter fc.weight', 'Parameters fc.weight and fc.bias')
+    """
+    return f"{'Parameters' if len(names) > 1 else 'Parameter'} {named(names)}"
 
 
 @dataclass(frozen=True)

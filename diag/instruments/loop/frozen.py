@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import LoopFinding
+from diag.instruments.loop.findings import LoopFinding, parameters_named
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.steps import ZEROS, ParameterFacts
@@ -117,5 +117,7 @@ def layers_named(parameters: Sequence[ParameterFacts]) -> str:
     """The layers that these parameters are in, each once, as a sentence begins with them; a parameter of the model
     itself goes by its own name."""
     names = list(dict.fromkeys(layer_of(p.name) for p in parameters))
-    own = any(layer_of(p.name) == p.name for p in parameters)
-    return named(names) if own else f"{'Layers' if len(names) > 1 else 'Layer'} {named(names)}"
+    own = [layer_of(p.name) == p.name for p in parameters]
+    if all(own):
+        return parameters_named(names)
+    return f"{'Layers and parameters' if any(own) else 'Layers' if len(names) > 1 else 'Layer'} {named(names)}"

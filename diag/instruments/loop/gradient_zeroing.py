@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diag.errors import counted, named, of_the_steps
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, TWICE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, TWICE, LoopCheck, LoopFinding, judged, parameters_named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -99,8 +99,8 @@ def _stale(o: OptimizerFacts) -> LoopFinding:
     return LoopFinding(
         Level.ALARM,
         Cause.STALE_GRADIENT,
-        f"{named(o.stale_gradients)} step on a gradient that is left over from an earlier step, while other "
-        "gradients are zeroed and computed again.",
+        f"{parameters_named(o.stale_gradients)} {'step' if len(o.stale_gradients) > 1 else 'steps'} on a gradient "
+        "that is left over from an earlier step, while other gradients are zeroed and computed again.",
         "Zero all gradients of the optimizer: optimizer.zero_grad(), not a part of the model's parameters.",
         "A backward pass in each step that reaches these parameters.",
         layers=o.stale_gradients,

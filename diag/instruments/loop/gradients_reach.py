@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted, named
+from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, judged, parameters_named
 from diag.instruments.loop.frozen import between, idle, layers_named, never_trained, stopped, untrained
 from diag.registry import instrument
 from diag.result import Level
@@ -129,7 +129,8 @@ def _unchanged(
     return LoopFinding(
         Level.WARNING,
         cause,
-        f"{named(whom)} {verb} {how}, so {have} not changed in {counted(loop.step, 'step')}.",
+        f"{layers_named(parameters) if whole_layers else parameters_named(names)} {verb} {how}, so {have} "
+        f"not changed in {counted(loop.step, 'step')}.",
         f"Use {them} in forward(), or take {them} out of the model.",
         f"A gradient of {them} that is not None after backward().",
         step=1 if _never(parameters) else None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted, layers_called
+from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged, parameters_named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -45,8 +45,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.LAYERS_SHARED,
-            f"{layers_called(names)} are one module with one set of weights: changing one changes all "
-            f"{len(names)}.",
+            f"Layers {named(names)} are one module with one set of weights: changing one changes all {len(names)}.",
             "Make each layer by itself: nn.ModuleList([Layer() for _ in range(n)]) instead of [layer] * n.",
             "Layers whose parameters are different tensors; leave it if the sharing is meant.",
             layers=names,
@@ -55,7 +54,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.LAYERS_UNTIED,
-            f"{pair[0]} and {pair[1]} were meant to be tied and are two tensors, which drift apart.",
+            f"{parameters_named(pair)} were meant to be tied and are two tensors, which drift apart.",
             "Assign the parameter itself (head.weight = embedding.weight), after loading and moving the model.",
             "One tensor under both names.",
             layers=pair,
@@ -66,7 +65,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.LAYERS_START_EQUAL,
-            f"{still[0][0]} and {still[0][1]} started with the same numbers and are still equal after "
+            f"{parameters_named(still[0])} started with the same numbers and are still equal after "
             f"{counted(loop.step, 'step')}: they get the same gradients and do the work of one.",
             "Initialise each layer by itself instead of copying one.",
             "Two parameters that differ.",

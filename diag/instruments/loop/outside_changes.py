@@ -85,7 +85,7 @@ def _swapped(changes: list[OutsideChange], loop: Loop) -> LoopFinding:
         Level.ALARM,
         Cause.AVERAGED_WEIGHTS_LEFT,
         f"Other weights were put in for an evaluation and training goes on from them: before step {first.step:,} "
-        f"{named(first.names)} differ from what the last optimizer step left{_times(loop)}.",
+        f"the values of {named(first.names)} differ from what the last optimizer step left{_times(loop)}.",
         "Put the training weights back after the evaluation (ema.restore()), or evaluate a copy of the model.",
         "Weights that are equal before and after the evaluation.",
         step=first.step,

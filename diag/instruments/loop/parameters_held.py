@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diag.errors import counted, named
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import SOURCE, LoopCheck, LoopFinding, judged, parameters_named
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.facts import Loop
@@ -86,10 +86,13 @@ def _left_out(left_out: list[ParameterFacts], loop: Loop) -> LoopFinding:
     meant = (
         " If only the last layers are meant to train, set requires_grad_(False) on the rest." if whole_body else ""
     )
+    held = "get gradients and no optimizer holds them, so they stay as they are"
+    if len(names) == 1:
+        held = "gets gradients and no optimizer holds it, so it stays as it is"
     return LoopFinding(
         Level.WARNING if whole_body else Level.ALARM,
         Cause.PARAMETER_IN_NO_OPTIMIZER,
-        f"{named(names)} get gradients and no optimizer holds them, so they stay as they are: "
+        f"{parameters_named(names)} {held}: "
         f"{counted(len(names), 'parameter')}, {share:.1%} of the trainable numbers.",
         f"Give the optimizer all of model.parameters(), or freeze what is not to be trained.{meant}",
         "The parameters' ids in the param_groups of an optimizer that steps.",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 
 from diag.display import format_share
-from diag.errors import counted, named
+from diag.errors import counted
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.findings import NO_STEP, SOURCE, LoopCheck, LoopFinding, judged, parameters_named
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.history import CELLS, History, parts
@@ -90,12 +90,11 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
 
 def _copies(loop: Loop) -> Iterator[LoopFinding]:
     """Copies that are to follow the network, and are still what it began with."""
-    for copy in loop.copies if loop.step - loop.resumed >= STEPS_OF_A_COPY and not loop.resumed else ():
+    for copy in loop.copies if loop.step >= STEPS_OF_A_COPY and not loop.resumed else ():
         if copy.updates == 0 and not copy.changes:
             yield _copy_finding(
-                f"An AveragedModel of this network was never updated in {counted(loop.step, 'step')}: its "
-                f"weights are "
-                "those that it was made with.",
+                f"An AveragedModel of this network was never updated in {counted(loop.step, 'step')}: its weights "
+                "are those that it was made with.",
                 "Call averaged.update_parameters(model) after optimizer.step(), before the average is used.",
                 "An average that is meant to begin later.",
             )
@@ -105,9 +104,8 @@ def _copies(loop: Loop) -> Iterator[LoopFinding]:
             yield _copy_finding(
                 f"A copy of this network follows it too slowly: after {counted(loop.step, 'step')} it has gone "
                 f"{format_share(copy.moved)} of the way from the weights that training began with to those of now.",
-                "Where this average (EMA) is evaluated or saved, lower its decay: averaging over n steps "
-                "takes 1 - 1 / n, "
-                "with n a tenth of the training or less.",
+                "Where this average (EMA) is evaluated or saved, lower its decay: averaging over n steps takes "
+                "1 - 1 / n, with n a tenth of the training or less.",
                 "A training that is meant to go on many times as long.",
             )
 
@@ -176,7 +174,9 @@ def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
 
 
 def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> LoopFinding:
-    what = "No parameter was" if everything else f"{named(names)} {'were' if len(names) > 1 else 'was'} not"
+    what = (
+        "No parameter was" if everything else f"{parameters_named(names)} {'were' if len(names) > 1 else 'was'} not"
+    )
     why, advice = WHY_NOTHING_MOVES[cause]
     return LoopFinding(
         Level.ALARM,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from diag.display import format_number
+from diag.errors import layer_called
 from diag.instruments.causes import Cause
 from diag.instruments.network.alike import rows_differ
 from diag.instruments.network.finite import all_finite
@@ -88,11 +89,16 @@ class OutputConstant(Result):
         """What was found and what to do."""
         if self.cut_off:
             return (
-                f"The network's output is zero whatever the input: it ends in a ReLU (in {self.cut_off}) which is "
-                "zero on every example, so that no gradient comes back through it.",
+                "The network's output is zero whatever the input: it ends in a ReLU (in "
+                f"{layer_called(self.cut_off)}) which is zero on every example, so that no gradient comes back "
+                "through it.",
                 "Take the ReLU after the last layer out of the model; look at a large negative bias before it.",
             )
-        where = f"; {self.first_constant} is the first layer for which it is so" if self.first_constant else ""
+        where = (
+            f"; {layer_called(self.first_constant)} is the first layer for which it is so"
+            if self.first_constant
+            else ""
+        )
         what = f"first output (others, {self.others}, do vary)" if self.others else "output"
         return (
             f"The network gives the same {what} whatever the input: over the examples it varies by "

@@ -608,6 +608,6 @@ def test_a_dict_of_parameters_is_used_by_the_module_that_holds_it():
     (found,) = watcher.run.findings()
     assert found.verdict.layers == ("inner.p.c",)
     assert found.verdict.sentence == (
-        "inner.p.c gets no gradient, while other parameters of the same module do, so it has not changed in "
-        "40 steps."
+        "Parameter inner.p.c gets no gradient, while other parameters of the same module do, so it has not changed "
+        "in 40 steps."
     )

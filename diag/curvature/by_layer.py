@@ -43,7 +43,7 @@ class ShardedObjective(Objective):
     def of(cls, layers: ByLayer, loss_fn: LossFn, batches: tuple[Batch, ...], precision: str, share: float) -> Self:
         """With as many batches as any rank has."""
         ranks = layers.lock.together
-        missing = int(ranks.most(torch.tensor([len(batches)]))[0]) - len(batches)
+        missing = int(ranks.most(len(batches))) - len(batches)
         idle = tuple(replace(batches[0]) for _ in range(missing))
         layout = FlatLayout.of(layers.own_shapes)
         every = (*batches, *idle)

@@ -87,4 +87,4 @@ class Lockstep:
         are about to do; -1: it has failed here."""
         failed = 1 + self.rank if number < 0 else 0
         said = torch.tensor([failed, number, -number] if number >= 0 else [failed, 0, 0])
-        return self.together.most(said).tolist()
+        return self.together.largest(said).tolist()

@@ -100,7 +100,11 @@ class Together:
         self._reduce(value, dist.ReduceOp.MIN)
         return float(value)
 
-    def most(self, numbers: Tensor) -> Tensor:
+    def most(self, number: float) -> float:
+        """The largest of the ranks' numbers."""
+        return float(self.largest(torch.tensor([number], dtype=torch.float64)))
+
+    def largest(self, numbers: Tensor) -> Tensor:
         """The largest of the ranks' tensors, which have one shape, entry by entry."""
         value = numbers.to(self.device, copy=True)
         self._reduce(value, dist.ReduceOp.MAX)

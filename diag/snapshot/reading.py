@@ -115,7 +115,7 @@ def equally_many(batches: tuple[Batch, ...], ranks: Together) -> tuple[Batch, ..
 
     Raises InvalidInput, on every rank, where one has fewer examples than another has batches.
     """
-    most = int(ranks.most(torch.tensor([len(batches)]))[0])
+    most = int(ranks.most(len(batches)))
     fewest = int(ranks.least(sum(1 if batch.coupled else batch.size for batch in batches)))
     if fewest < most:
         raise InvalidInput(

@@ -41,7 +41,7 @@ def _weight(snapshot: Snapshot, together: Together) -> float:
     targets = [b.targets for b in snapshot.batches if isinstance(b.targets, Tensor)]
     each = sum(t.numel() for t in targets) / max(sum(len(t) for t in targets if t.ndim), 1)
     kind = float(counts is None) + 2 * each * (counts is None)
-    if abs(together.least(kind) + together.least(-kind)) > 1e-9:
+    if together.most(kind) - together.least(kind) > 1e-9:
         raise Unsupported(UNLIKE)
     own = float(snapshot.num_examples if counts is None else sum(float(c.sum()) for c in counts))
     return own / together.total(own)

@@ -344,8 +344,23 @@ def test_a_mean_by_hand_is_no_sum():
         weights = torch.rand(N)
         return (weights / weights.sum() * each(model, x, y)).sum()
 
-    assert told(lambda *a: (each(*a) / N).sum(), rate=0.05) == [] and told(weighed, rate=0.05) == []
-    assert [cause for cause, _ in told(lambda *a: (0.5 * each(*a)).sum(), rate=0.05)] == [Cause.LOSS_SUMMED]
+    def attended(model, x, y):
+        m, s = model(x).unbind(1)
+        return (s.softmax(0) * (m - y).square()).sum()
+
+    for loss in (lambda *a: (each(*a) / N).sum(), weighed, attended):
+        assert told(loss, rate=0.05) == []
+
+
+def test_a_sum_of_halves_or_of_means_over_columns_is_a_sum():
+    def halves(model, x, y):
+        return (0.5 * (model(x)[:, 0] - y).square()).sum()
+
+    def columns(model, x, y):
+        return ((model(x) - x[:, :2]).square() / 2).sum()
+
+    for loss in (halves, columns):
+        assert [cause for cause, _ in told(loss, rate=0.02)] == [Cause.LOSS_SUMMED]
 
 
 # The check on facts alone

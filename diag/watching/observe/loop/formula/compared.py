@@ -35,7 +35,7 @@ OF_PAIRS = (*LOGISTIC, "Sigmoid", "Relu", "ClampMin", "Clamp")
 OF_TARGETS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D")
 OUT_OF_REACH, SLACK = 0.05, 0.01  # of the targets; of their range
 UNREDUCED = 0
-WEIGHT_OF_A_SUM = 0.5  # of an entry, at least: a square may be halved
+WEIGHT_OF_A_SUM = 0.5  # of a row, at least: a square may be halved
 
 
 def pairs(nodes: list[Any]) -> Iterator[OddFound]:
@@ -251,19 +251,25 @@ def summed(root: Tensor, rows: int) -> Iterator[OddFound]:
     sizes = tuple(getattr(node, "_saved_self_sym_sizes", ())) if node is not None else ()
     if node is None or kind_of(node) != "Sum" or hasattr(node, "_saved_dim") or sizes[:1] != (rows,):
         return
-    if _weight_of_an_entry(*argument_of(node)) >= WEIGHT_OF_A_SUM:
+    if _weight_of_entries(*argument_of(node)) >= WEIGHT_OF_A_SUM * rows:
         yield OddFound(Odd.SUMMED, {"rows": float(rows)})
 
 
-def _weight_of_an_entry(node: Any, index: int) -> float:
-    """The mean size of what the entries were multiplied by last: of a mean by hand, one over their number."""
+def _weight_of_entries(node: Any, index: int) -> float:
+    """The sum of the sizes of what entries were multiplied by last: of a mean by hand it is about one, whether the
+    weights are constants or a softmax."""
     part = Summand(node, index, 1.0)
     for _ in range(LONGEST_CHAIN):
         inside = within(part)
         if inside is None or len(inside) != 1 or part.kind in TOGETHER:
             break
         (part,) = inside
-    return float(part.weights.abs().mean()) if part.factors else abs(part.number)
+    weights = part.weights.abs()
+    for side, _ in sides_of(part.node) if part.kind == "Mul" else ():
+        shares = getattr(side, "_saved_result", None) if kind_of(side) == "Softmax" else None
+        if isinstance(shares, Tensor) and shares.is_cpu and shares.shape == weights.shape:
+            weights = weights * shares.detach()
+    return float(weights.sum())
 
 
 def flat_derivative(nodes: list[Any]) -> Iterator[OddFound]:

@@ -9,16 +9,16 @@ from torch.nn import functional as F
 import diag
 from diag.instruments.causes import Cause
 from diag.watching.observe.loop.data import own as own_losses
-from diag.watching.observe.loop.data.own import OwnLosses
+from diag.watching.observe.loop.data.own import ModelOutputs, difference_behind
 
 N, D = 24, 6
 
 
 def behind(loss, *outputs):
-    own = OwnLosses()
+    followed = ModelOutputs()
     for output in outputs:
-        own.training_call(output)
-    return own.behind(loss)
+        followed.training_call(output)
+    return difference_behind(loss, followed.before_backward())
 
 
 def made(*shape):

@@ -16,7 +16,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.ranks import RankFacts
 from diag.snapshot.loop.steps import WrapperFacts
 from diag.snapshot.objective.loss_spy import input_and_target
-from diag.watching.observe.loop.answers.compared import Comparisons
+from diag.watching.observe.loop.answers.compared import comparisons_behind
 from diag.watching.observe.loop.answers.pairing import Pairing
 from diag.watching.observe.loop.batches import Batches
 from diag.watching.observe.loop.chance import Chance
@@ -28,7 +28,7 @@ from diag.watching.observe.loop.data.evaluated import EvaluatedData
 from diag.watching.observe.loop.data.evaluations import Evaluations
 from diag.watching.observe.loop.data.inputs import Inputs
 from diag.watching.observe.loop.data.masks import Masks
-from diag.watching.observe.loop.data.own import OwnLosses
+from diag.watching.observe.loop.data.own import ModelOutputs, difference_behind
 from diag.watching.observe.loop.data.pairs import PairedCalls
 from diag.watching.observe.loop.data.sequences import Sequences
 from diag.watching.observe.loop.data.stored import StoredData
@@ -98,9 +98,9 @@ class LoopObserver:
         self._strangers = Strangers(names, self.moment)
         self._layers, self._copies = Layers(model, self.moment), Copies(model)
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
-        self._own, self._origin = OwnLosses(), Origin(self.moment)
+        self._outputs, self._origin = ModelOutputs(), Origin(self.moment)
         self._columns, self._novelty = FeatureColumns(self.moment), Novelty(model, self.moment)
-        self._comparisons, self._pairing = Comparisons(), Pairing(self.moment)
+        self._pairing = Pairing(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._formula, self._depth = Formula(self.moment, names), Depth(names)
@@ -160,10 +160,9 @@ class LoopObserver:
         self._strangers.training_call(args, kwargs, outputs)
         self._penalty.training_call(outputs)
         self._pairs.training_call(args, kwargs, outputs)
-        self._own.training_call(outputs)
+        self._outputs.training_call(outputs)
         self._columns.training_call(args, kwargs)
         self._novelty.training_call(args, kwargs)
-        self._comparisons.training_call(outputs)
         self._pairing.training_call(args, kwargs, outputs, places)
         self._formula.training_call(args, kwargs, outputs)
         self._sequences.training_call(args, kwargs)
@@ -250,13 +249,13 @@ class LoopObserver:
 
     def _own_loss(self, roots: Any) -> None:
         """A loss that is the loop's own arithmetic asks for targets as one of torch's does."""
-        compared = self._comparisons.behind(roots)
+        outputs = self._outputs.before_backward()
+        compared = comparisons_behind(roots, outputs)
         for one in compared:
             self._pairing.compared("", one.output, one.targets, one.node)
         if self._losses.any_called:
-            self._own.forget()
             return
-        found = self._own.behind(roots)
+        found = difference_behind(roots, outputs)
         self._losses.own_difference(found)
         if found is not None and not found.expanded:
             arguments = (found.output, found.targets)

@@ -7,7 +7,6 @@ targets are right to rounding, whatever else the loss is made of (a variance, we
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before, parents_of, signed
-from diag.snapshot.batch import tensors_in
-from diag.watching.observe.loop.data.own import Outputs
+from diag.watching.observe.loop.data.own import Outputs, square_or_size
 
 NODES_OF_LOSS, NODES_TO_PART = 256, 12
-OUTPUTS_COMPARED = 8
 KEEP_THEIR_RESULT = ("Relu", "Tanh", "Sigmoid", "Exp", "Softmax")
 VIEWS = ("View", "UnsafeView", "ReshapeAlias")
 SPREAD_OF_TARGETS = 1e-3  # of the targets, beside their size
@@ -36,32 +33,14 @@ class Compared:
     targets: Tensor
 
 
-class Comparisons:
-    """Follows the model's outputs up to each backward pass, on the host."""
-
-    def __init__(self) -> None:
-        self._outputs: deque[tuple[tuple[int, int], Tensor]] = deque(maxlen=OUTPUTS_COMPARED)
-
-    def training_call(self, outputs: Any) -> None:
-        """The model was called in training."""
-        for t in tensors_in(outputs)[:OUTPUTS_COMPARED]:
-            if t.grad_fn is not None and t.is_cpu and t.is_floating_point():
-                self._outputs.append(((t.grad_fn._sequence_nr(), t.output_nr), t.detach()))
-
-    def forget(self) -> None:
-        """The backward pass that begins is not looked at."""
-        self._outputs.clear()
-
-    def behind(self, roots: Any) -> list[Compared]:
-        """The comparisons in what a backward pass that begins descends."""
-        outputs = dict(self._outputs)
-        self.forget()
-        if not outputs or not isinstance(roots, Tensor) or roots.grad_fn is None:
-            return []
-        ends = {number for number, _ in outputs}
-        nodes = nodes_before([roots.grad_fn], NODES_OF_LOSS, lambda node: node._sequence_nr() in ends)
-        found = (compared_by(node, outputs) for node in nodes)
-        return [one for one in found if one is not None and _varies(one.targets)]
+def comparisons_behind(roots: Any, outputs: Outputs) -> list[Compared]:
+    """The comparisons in what a backward pass descends."""
+    if not outputs or not isinstance(roots, Tensor) or roots.grad_fn is None:
+        return []
+    ends = {number for number, _ in outputs}
+    nodes = nodes_before([roots.grad_fn], NODES_OF_LOSS, lambda node: node._sequence_nr() in ends)
+    found = (compared_by(node, outputs) for node in nodes)
+    return [one for one in found if one is not None and _varies(one.targets)]
 
 
 def _varies(targets: Tensor) -> bool:
@@ -73,7 +52,7 @@ def _varies(targets: Tensor) -> bool:
 def compared_by(node: Any, outputs: Outputs) -> Compared | None:
     """What a node compares, if it takes the square or the size of a difference between a part of an output and
     numbers of its shape."""
-    function, kept, before = _function(node)
+    function, kept, before = square_or_size(node)
     if not function or not isinstance(kept, Tensor) or not kept.ndim or kind_of(before) not in ("Sub", "Rsub"):
         return None
     sides = [parent for parent, _ in before.next_functions]
@@ -88,17 +67,6 @@ def compared_by(node: Any, outputs: Outputs) -> Compared | None:
     # The graph of `a - b` has the side that comes first at its first edge; of `rsub` the arguments are exchanged.
     positive = here[0] == 0 and kind_of(before) == "Sub"
     return Compared(function, output, made, output - difference if positive else output + difference)
-
-
-def _function(node: Any) -> tuple[str, Any, Any]:
-    kind, before = kind_of(node), parents_of(node)
-    if kind == "Pow" and len(before) == 1 and float(node._saved_exponent) == 2:
-        return "mse_loss", node._saved_self, before[0]
-    if kind == "Mul" and len(before) == 2 and before[0] is before[1] and node._saved_self is not None:
-        return "mse_loss", node._saved_self, before[0]
-    if kind == "Abs" and len(before) == 1:
-        return "l1_loss", node._saved_self, before[0]
-    return "", None, None
 
 
 def taken_part(node: Any, index: int, outputs: Outputs) -> Tensor | None:

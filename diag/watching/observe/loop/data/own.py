@@ -51,7 +51,7 @@ class OwnDifference:
         return self.output - self.sign * self.difference
 
 
-class OwnLosses:
+class ModelOutputs:
     """Follows the model's outputs up to each backward pass, on the host: what lies on a device cannot be looked at
     without waiting for it."""
 
@@ -64,19 +64,20 @@ class OwnLosses:
             if t.grad_fn is not None and t.is_cpu and t.is_floating_point():
                 self._outputs.append(((t.grad_fn._sequence_nr(), t.output_nr), t.detach()))
 
-    def forget(self) -> None:
-        """The backward pass that begins is not looked at; outputs are not kept in memory past it."""
-        self._outputs.clear()
-
-    def behind(self, roots: Any) -> OwnDifference | None:
-        """What a backward pass that begins descends, where that is one such difference and nothing else."""
+    def before_backward(self) -> Outputs:
+        """The outputs before the backward pass that begins; none are kept in memory past it."""
         outputs = dict(self._outputs)
-        self.forget()
-        if not outputs or not isinstance(roots, Tensor) or roots.grad_fn is None:
-            return None
-        terms = terms_of(roots, ())
-        found = _difference(terms[0].node, outputs) if len(terms) == 1 and not terms[0].factors else None
-        return found if found is not None and (found.expanded or _varies(found.targets)) else None
+        self._outputs.clear()
+        return outputs
+
+
+def difference_behind(roots: Any, outputs: Outputs) -> OwnDifference | None:
+    """What a backward pass descends, where that is one such difference and nothing else."""
+    if not outputs or not isinstance(roots, Tensor) or roots.grad_fn is None:
+        return None
+    terms = terms_of(roots, ())
+    found = _difference(terms[0].node, outputs) if len(terms) == 1 and not terms[0].factors else None
+    return found if found is not None and (found.expanded or _varies(found.targets)) else None
 
 
 def _varies(targets: Tensor) -> bool:
@@ -88,9 +89,10 @@ def _varies(targets: Tensor) -> bool:
 
 
 def _difference(node: Any, outputs: Outputs) -> OwnDifference | None:
-    if kind_of(node) != "Mean" or hasattr(node, "_saved_dim"):
+    made_of = parents_of(node)
+    if kind_of(node) != "Mean" or hasattr(node, "_saved_dim") or len(made_of) != 1:
         return None
-    function, kept, before = _function(parents_of(node))
+    function, kept, before = square_or_size(made_of[0])
     if not function or not isinstance(kept, Tensor) or kind_of(before) not in ("Sub", "Rsub"):
         return None
     sides = before.next_functions
@@ -108,13 +110,11 @@ def _difference(node: Any, outputs: Outputs) -> OwnDifference | None:
     return OwnDifference(function, output.reshape(kept.shape), kept.detach(), sign)
 
 
-def _function(made_of: list[Any]) -> tuple[str, Any, Any]:
-    """The function of torch, what it is of, and the node that made that; nothing for another operation."""
-    if len(made_of) != 1:
-        return "", None, None
-    node, before = made_of[0], parents_of(made_of[0])
-    kind = kind_of(node)
-    if kind == "Pow" and float(node._saved_exponent) == 2 and len(before) == 1:
+def square_or_size(node: Any) -> tuple[str, Any, Any]:
+    """The function of torch whose mean a node's squares or sizes are, what they are of, and the node that made
+    that; nothing for another operation."""
+    kind, before = kind_of(node), parents_of(node)
+    if kind == "Pow" and len(before) == 1 and float(node._saved_exponent) == 2:
         return "mse_loss", node._saved_self, before[0]
     if kind == "Mul" and len(before) == 2 and before[0] is before[1] and node._saved_self is not None:
         return "mse_loss", node._saved_self, before[0]

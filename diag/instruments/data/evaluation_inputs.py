@@ -97,24 +97,20 @@ def _of_columns(c: ColumnFacts) -> Iterator[LoopFinding]:
     if c.features >= FEWEST_FEATURES and c.apart >= FEATURES_APART * c.features:
         mean, spread, other_mean, other_spread = (format_number(number) for number in c.numbers)
         yield _differs(
-            f"Inputs are not the same in evaluation: {c.apart:,} of {c.features:,} features have another "
-            f"mean or scale "
-            f"there. Feature {c.example} has a mean of {other_mean} and a standard deviation of {other_spread}, in "
-            f"training {mean} and {spread}.",
-            "Prepare both in the same way, each feature with its mean and standard deviation in the "
-            "training data, and "
-            "in the same order.",
+            f"Inputs are not the same in evaluation: {c.apart:,} of {c.features:,} features have another mean or "
+            f"scale there. Feature {c.example} has a mean of {other_mean} and a standard deviation of "
+            f"{other_spread}, in training {mean} and {spread}.",
+            "Prepare both in the same way, each feature with its mean and standard deviation in the training data, "
+            "and in the same order.",
             "The two are prepared by the same code, and their sources differ so much.",
         )
     elif c.standing and c.evaluated >= STANDING_ROWS:
         several = len(c.standing) > 1
         yield _differs(
-            f"{'Features' if several else 'Feature'} {named(c.standing, 5)} {'are' if several else 'is'} the "
-            f"same in "
-            f"all {c.evaluated:,} rows of evaluation "
-            f"({format_number(c.number)}{' the first' if several else ''}), and "
-            f"{'vary' if several else 'varies'} in training: what the network learned of "
-            f"{'them' if several else 'it'} is not there when it is judged.",
+            f"{'Features' if several else 'Feature'} {named(c.standing, 5)} {'are' if several else 'is'} the same "
+            f"in all {c.evaluated:,} rows of evaluation ({format_number(c.number)}"
+            f"{' the first' if several else ''}), and {'vary' if several else 'varies'} in training: what the "
+            f"network learned of {'them' if several else 'it'} is not there when it is judged.",
             "Look at how this column is made for evaluation: it may be filled in, or be known only in training.",
             "Rows of evaluation in which it varies.",
         )
@@ -124,16 +120,14 @@ def _of_tokens(n: NoveltyFacts) -> Iterator[LoopFinding]:
     if n.tokens >= TOKENS_EVALUATED and n.new >= MOSTLY_NEW and n.expected <= SELDOM_NEW:
         yield _differs(
             f"{format_share(n.new)} of the {n.tokens:,} ids of input {n.number} in evaluation were in none of the "
-            "batches of training that were looked at, which hardly bring new ones any more: an embedding of "
-            "them is as "
-            "it was initialised.",
+            "batches of training that were looked at, which hardly bring new ones any more: an embedding of them "
+            "is as it was initialised.",
             "Look at how the data was split (by id, where rows were meant?) and at how ids are numbered in both.",
             "Batches of training with these ids.",
         )
     elif n.pairs >= PAIRS_EVALUATED and n.known <= HALF_AS_OFTEN * n.known_of_training and _often(n):
         yield _differs(
-            f"Tokens follow one another otherwise in evaluation: {format_share(n.known)} of the "
-            f"neighbouring pairs "
+            f"Tokens follow one another otherwise in evaluation: {format_share(n.known)} of the neighbouring pairs "
             f"of input {n.number} are known from training, and {format_share(n.known_of_training)} of those of "
             "training's own new rows were.",
             "Make sure that both are numbered by one vocabulary, the one of training, and prepared by one "

@@ -100,9 +100,8 @@ def _parts(p: PairedFacts) -> LoopFinding:
         f"Two parts of the data set contradict each other: before and after row {p.split:,} like inputs have like "
         f"targets (by {format_number(p.within)} standard deviations or more), and across the two unlike ones (by "
         f"{format_number(-p.across)}), as where two classes are exchanged in one part.",
-        "Compare the labels of the two parts on inputs that are alike: a source, file or annotator may code "
-        "them the "
-        "other way round.",
+        "Compare the labels of the two parts on inputs that are alike: a source, file or annotator may code them "
+        "the other way round.",
         "Inputs that are alike have like targets in both parts.",
         step=1,
         confidence=Confidence.STRONG_EMPIRICAL,
@@ -116,19 +115,17 @@ def _unrelated(p: PairedFacts, facts: list[PairedFacts], loop: Loop) -> Iterator
     if others and unlearned:
         other = max(others, key=lambda f: f.own)
         yield _shuffled(
-            f"The targets of one of several losses ({_name(p)}) do not seem to belong to their inputs: they "
-            f"show no "
-            f"dependence on them over {p.rows:,} rows ({format_number(p.own)} standard deviations), those of "
-            f"{_name(other)} do ({format_number(other.own)}), and in the first {FROM_STEP_ALIGNED} "
-            "steps or so the network learned nothing of them.",
+            f"The targets of one of several losses ({_name(p)}) do not seem to belong to their inputs: they show "
+            f"no dependence on them over {p.rows:,} rows ({format_number(p.own)} standard deviations), those of "
+            f"{_name(other)} do ({format_number(other.own)}), and in the first {FROM_STEP_ALIGNED} steps or so the "
+            "network learned nothing of them.",
         )
     elif nothing and not p.function and len(facts) == 1 and p.table:
         yield _shuffled(
             f"The targets do not seem to belong to their inputs: over {p.rows:,} rows they show no dependence on "
             f"them ({format_number(p.own)} standard deviations beyond random orders, {format_number(p.nearby)} for "
-            f"rows next to one another), and what the network says of them at step {loop.step:,} can be no "
-            f"more than "
-            "these rows by heart.",
+            f"rows next to one another), and what the network says of them at step {loop.step:,} can be no more "
+            "than these rows by heart.",
         )
 
 
@@ -142,9 +139,8 @@ def _shuffled(sentence: str) -> LoopFinding:
         Level.WARNING,
         Cause.LABELS_SHUFFLED,
         sentence,
-        "Look at ten rows with these targets as the loop sees them: one of the two may have been shuffled, "
-        "sorted or "
-        "drawn again without the other.",
+        "Look at ten rows with these targets as the loop sees them: one of the two may have been shuffled, sorted "
+        "or drawn again without the other.",
         "A linear model or nearest neighbours say something of these targets on other rows.",
         step=1,
         explained_by=WHAT_ELSE,

@@ -14,17 +14,16 @@ class PairedFacts:
 
     function: of torch, "" for the loop's own arithmetic; number: which of its calls after a call of the model.
     rows: that were compared;
-    own: the score as they stand, nearby: that of rows that lie next to one another, where the
-    inputs are one table. moved: the best score when the targets of each batch are moved by
-    `by` rows (0: turned round), on the same rows. in_data, own_in_data: the same for rows one behind the other in
-    the data set (`data_by` rows on; 0: counted from its other end), on data_rows rows. across: the score of what
-    the rows before the place `split` say of those from it on, within: the lower of the two parts' own scores.
-    told_apart, early: outputs beside targets at the last looks, and at steps 30 to 130: the squared correlation,
-    or the accuracy over that of the most frequent class. plain: the inputs are one tensor of numbers; table: a
-    small one, as the targets are. kinds: the targets of two losses with one number of these are the same numbers
-    in another order. copied: the feature of the input of which the
-    target is an affine function on all of copied_rows rows, -1 where there is none among so many features. size,
-    mean, deviation: of floating targets (size: root mean square), and the root mean square of the first outputs."""
+    own: the score as they stand, nearby: that of rows that lie next to one another, where the inputs are one table.
+    moved: the best score when the targets of each batch are moved by `by` rows (0: turned round), on the same rows.
+    in_data, own_in_data: the same for rows one behind the other in the data set (`data_by` rows on), on data_rows
+    rows. across: the score of what the rows before the place `split` say of those from it on, within: the lower of
+    the two parts' own scores. told_apart, early: outputs beside targets at the last looks, and at steps 30 to 130:
+    the squared correlation, or the accuracy over that of the most frequent class. plain: the inputs are one tensor
+    of numbers; table: a small one, as the targets are. kinds: the targets of two losses with one number of these
+    are the same numbers in another order. copied: the feature of the input of which the target is an affine
+    function on all of copied_rows rows, -1 where there is none among so many features. size, mean, deviation: of
+    floating targets (size: root mean square); first_output: the root mean square of the first outputs."""
 
     function: str
     number: int = 1

@@ -14,12 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, nodes_before, parents_of, signed
-from diag.watching.observe.loop.data.own import Outputs, square_or_size
+from diag.watching.observe.loop.data.own import Outputs, square_or_size, targets_vary
 
 NODES_OF_LOSS, NODES_TO_PART = 256, 12
 KEEP_THEIR_RESULT = ("Relu", "Tanh", "Sigmoid", "Exp", "Softmax")
 VIEWS = ("View", "UnsafeView", "ReshapeAlias")
-SPREAD_OF_TARGETS = 1e-3  # of the targets, beside their size
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,7 @@ def comparisons_behind(roots: Any, outputs: Outputs) -> list[Compared]:
     ends = {number for number, _ in outputs}
     nodes = nodes_before([roots.grad_fn], NODES_OF_LOSS, lambda node: node._sequence_nr() in ends)
     found = (compared_by(node, outputs) for node in nodes)
-    return [one for one in found if one is not None and _varies(one.targets)]
-
-
-def _varies(targets: Tensor) -> bool:
-    wide = targets.reshape(-1)[: 1 << 14].double()
-    spread = bool(wide.std() > SPREAD_OF_TARGETS * wide.square().mean().sqrt()) if wide.numel() > 1 else False
-    return spread and bool(wide.isfinite().all())
+    return [one for one in found if one is not None and targets_vary(one.targets)]
 
 
 def compared_by(node: Any, outputs: Outputs) -> Compared | None:

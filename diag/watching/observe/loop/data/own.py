@@ -77,10 +77,10 @@ def difference_behind(roots: Any, outputs: Outputs) -> OwnDifference | None:
         return None
     terms = terms_of(roots, ())
     found = _difference(terms[0].node, outputs) if len(terms) == 1 and not terms[0].factors else None
-    return found if found is not None and (found.expanded or _varies(found.targets)) else None
+    return found if found is not None and (found.expanded or targets_vary(found.targets)) else None
 
 
-def _varies(targets: Tensor) -> bool:
+def targets_vary(targets: Tensor) -> bool:
     """Whether the targets are more than one number, and rounding: the real half of two networks asks for 1."""
     if targets.numel() < 2:
         return False
@@ -133,7 +133,7 @@ def _expanded(output: Tensor, difference: Tensor, sign: int) -> tuple[tuple[int,
         slack = ROUNDING_OF_DIFFERENCE * float(difference.abs().max())
         for other in range(difference.ndim):
             same = other != axis and bool((targets - targets.narrow(other, 0, 1)).abs().max() <= slack)
-            if same and difference.shape[other] > 1 and _varies(targets):
+            if same and difference.shape[other] > 1 and targets_vary(targets):
                 return shape, (*difference.shape[:other], 1, *difference.shape[other + 1 :])
     return ()
 

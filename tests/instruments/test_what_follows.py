@@ -54,7 +54,8 @@ def test_two_steps_are_enough_where_the_loss_is_lost_by_then(ratio, level):
         ("SGD", 0.1, True, "the logarithm of zero", False),
         ("SGD", 0.1, True, "", True),  # not known to have been lost in the loss's own computation
         ("SGD", 0.1, False, "", True),
-        ("SGD", 100.0, True, "the logarithm of zero", True),  # a rate that makes steps longer than their gradient
+        ("SGD", 0.8, True, "the logarithm of zero", True),  # a step of 0.7 of the weights: a shorter gradient
+        ("SGD", 100.0, True, "the logarithm of zero", True),
         ("Adam", 1.0, True, "the logarithm of zero", True),  # a step of Adam has no size from its gradient
     ],
 )
@@ -68,6 +69,13 @@ def test_a_loss_lost_to_a_logarithm_of_zero_is_not_put_down_to_the_rate(
     assert (steps.cause == Cause.LEARNING_RATE_TOO_HIGH) == told
     lost = diag.finite_steps(history=made, loop=loop).verdict()
     assert lost.cause == Cause.NOT_FINITE and operation in lost.sentence
+
+
+def test_a_loss_that_left_before_its_exponential_overflowed_is_put_down_to_the_rate():
+    losses = numpy.append([7.0, 1e4, 4e4], numpy.full(37, numpy.nan))
+    made = record(losses, numpy.append([0.7, 0.7, 0.7], numpy.full(37, numpy.nan)))
+    loop = Loop(step=40, origin=OriginFacts(4, True, True, "an exponential that is too large"))
+    assert diag.step_size(history=made, loop=loop).verdict().cause == Cause.LEARNING_RATE_TOO_HIGH
 
 
 def logarithm_of_softmax(outputs, labels):

@@ -63,7 +63,7 @@ STEPS_OF_A_TRAINING = 100
 # Trainings from random weights that work end several tenths of their size away, and not on a straight way.
 NOWHERE, NOT_FAR = 0.05, 0.2
 STRAIGHT, PUT_BACK = 0.7, 0.1
-USUAL_RATE, HIGH_RATE = 1e-2, 1.0  # of SGD; above one, a step is longer than its gradient
+USUAL_RATE = 1e-2  # of SGD
 NOT_THE_RATE = (
     Cause.LEARNING_RATE_ZERO, Cause.SCHEDULE_TOO_FAST, Cause.SCHEDULE_ENDED_EARLY, Cause.GRADIENTS_VANISH,
     Cause.UNITS_DEAD, Cause.INITIALIZATION_SCALE, Cause.UPDATES_ROUND_TO_NOTHING, Cause.INITIALIZATION_CONSTANT,
@@ -374,13 +374,13 @@ def step_size(
     history: the record of a watched run; loop: for what the weights began with, and for optimizers that descend
     losses of their own, of which the one with the largest steps is judged. The ratio of a step is the median over
     tensors of at least 64 entries; `too_high` is compared with the median of five consecutive measurements,
-    `too_low` with the median of all. Where the loss is lost sooner, fewer measurements do, but not for SGD at a
-    rate of one or less whose loss took the logarithm of zero, or the like, of finite outputs: there the gradient
-    was too large, and not the rate. Where the ratio is too low, the verdict looks at clipping (how much of the
-    gradient is left) and at Adam's epsilon (how large its step per entry is beside the learning rate) before it
-    names the learning rate. A training of a hundred steps or more that is over is told, too, where it began with
-    weights as drawn and has hardly left them, or where its steps all went one way and not far, with a loss that
-    has hardly fallen. Raises nothing of its own.
+    `too_low` with the median of all. Where the loss is lost sooner, fewer measurements do, but not for SGD whose
+    gradient was longer than the weights and whose loss took the logarithm of zero, or the like, of finite
+    outputs: there the gradient was too large, and not the rate. Where the ratio is too low, the verdict looks at
+    clipping (how much of the gradient is left) and at Adam's epsilon (how large its step per entry is beside the
+    learning rate) before it names the learning rate. A training of a hundred steps or more that is over is told,
+    too, where it began with weights as drawn and has hardly left them, or where its steps all went one way and
+    not far, with a loss that has hardly fallen. Raises nothing of its own.
     """
     (medians, steps, tensors), (largest, at, began) = _of_the_fastest(history, loop, too_high)
     losses, _ = finite_losses(history)
@@ -426,8 +426,9 @@ def _of_the_fastest(history: History, loop: Loop | None, limit: float) -> tuple[
     descend losses of their own, of those of the one with the largest steps."""
     sides = () if loop is None else loop.sides
     ratios = [update_ratios(history, side) for side in filter(None, sides)] or [update_ratios(history)]
-    few = _left_at_once(history) and not _lost_in_the_loss(history, loop)
-    each = [(found, _largest_of_five(*found[:2], limit, few)) for found in ratios]
+    lost = _left_at_once(history)
+    few = [lost and not _lost_in_the_loss(history, loop, found[0]) for found in ratios]
+    each = [(found, _largest_of_five(*found[:2], limit, do)) for found, do in zip(ratios, few, strict=True)]
     return max(each, key=lambda e: numpy.nan_to_num(e[1][0]))
 
 
@@ -438,14 +439,17 @@ def _left_at_once(history: History) -> bool:
     return lost or left_of_loss(history) > LOSS_RATIO
 
 
-def _lost_in_the_loss(history: History, loop: Loop | None) -> bool:
+def _lost_in_the_loss(history: History, loop: Loop | None, medians: NDArray[numpy.float64]) -> bool:
     """Whether the loss was lost in its own computation, as by the logarithm of zero, of outputs that were finite,
-    and at a rate of SGD that makes no step longer than its gradient: it is the gradient then that made steps large,
-    and that the loss is lost does not tell against the rate."""
+    after a gradient that was longer than the weights, and had not risen manyfold before: that it is lost then does
+    not tell against the rate.
+
+    medians: step over weights, at each step. The first step of SGD is the rate times the gradient."""
     origin = None if loop is None else loop.origin
     if origin is None or not (origin.outputs_finite and origin.operation) or history.optimizer.get("kind") != "SGD":
         return False
-    return bool(numpy.nan_to_num(history.learning_rate).max(initial=0.0) <= HIGH_RATE)
+    rate = float(numpy.nan_to_num(history.learning_rate).max(initial=0.0))
+    return len(medians) > 0 and 0 < rate <= medians[0] and not highest_loss(history) >= LOSS_RATIO
 
 
 def _largest_of_five(

@@ -52,9 +52,9 @@ class InputMagnitude(Result):
         unmet = self.unmet()
         found = (
             f"in {layer_called(self.layer)} the gradient norm grows as the input norm to the power "
-            f"{format_number(self.slope)}, "
-            f"with correlation {format_number(self.correlation)}, and the 1 % largest inputs hold "
-            f"{format_share(self.top_share)} of the squared gradient; what that leads to has not been tested."
+            f"{format_number(self.slope)}, with correlation {format_number(self.correlation)}, and the 1 % "
+            f"largest inputs hold {format_share(self.top_share)} of the squared gradient; what that leads to has "
+            "not been tested."
         )
         return Verdict(
             Level.NOT_APPLICABLE,

@@ -105,12 +105,11 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.EPOCHS_NOT_RESHUFFLED,
-            f"The batches come in the same order {epoch}: each of the last {b.repeats:,} that were compared "
-            f"was the "
-            f"one of {b.lag:,} batches before.",
-            f"Shuffle: "
-            f"{'DataLoader(..., shuffle=True)' if b.loaders else 'draw the rows in a new order each time'}, "
-            "and set no seed inside the loop over epochs.",
+            f"The batches come in the same order {epoch}: each of the last {b.repeats:,} that were compared was "
+            f"the one of {b.lag:,} batches before.",
+            "Shuffle: "
+            f"{'DataLoader(..., shuffle=True)' if b.loaders else 'draw the rows in a new order each time'}, and "
+            "set no seed inside the loop over epochs.",
             "Batches that hold other rows in the next epoch.",
             step=b.since,
         )

@@ -70,8 +70,8 @@ def between(loop: Loop, told: set[str]) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.PARAMETER_FROZEN,
             f"{layers_named(inside)} {'has' if one else 'have'} requires_grad=False and "
-            f"{'stands' if one else 'stand'} "
-            f"between trained layers, so {'it keeps its' if one else 'they keep their'} first values.",
+            f"{'stands' if one else 'stand'} between trained layers, so "
+            f"{'it keeps its' if one else 'they keep their'} first values.",
             "Set requires_grad_(True) there, unless that part is frozen on purpose.",
             "requires_grad of these parameters.",
             layers=tuple(p.name for p in inside),

@@ -229,8 +229,7 @@ def _outside(f: LossFacts) -> LoopFinding:
         Level.ALARM,
         Cause.TARGETS_OUT_OF_RANGE,
         f"{f.function} expects targets between 0 and 1 and gets some from {f.lowest:.3g} to {f.highest:.3g}: "
-        f"then the "
-        "loss has no lower bound.",
+        "then the loss has no lower bound.",
         "Bring the targets to 0 and 1: class numbers that begin at one, or a mask up to 255.",
         "Targets between 0 and 1.",
         step=f.first_step,

@@ -52,8 +52,8 @@ def _findings(loop: Loop, s: ScalingFacts) -> Iterator[LoopFinding]:
     if s.clipped_scaled and s.scale != 1:
         yield _clipped(s, loop)
     if s.skipped.running >= FOREVER:
-        large = s.scale is not None and s.scale > USUAL_SCALE
-        yield _too_large(s, s.scale) if large and s.scale is not None else _forever(s)
+        scale = s.scale or 0.0
+        yield _too_large(s, scale) if scale > USUAL_SCALE else _forever(s)
     if (
         s.scaled_losses >= CALLS_LOOKED_AT_LEAST
         and s.looked >= CALLS_LOOKED_AT_LEAST

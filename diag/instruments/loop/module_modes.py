@@ -79,8 +79,7 @@ def _training(m: ModeFacts) -> LoopFinding | None:
             Level.ALARM,
             Cause.TRAINING_IN_EVAL_MODE,
             f"Training runs with {layers_called(untracked)} in eval mode, which never saw a batch: what it "
-            f"normalises with "
-            "is the mean 0 and the variance 1 that it was made with.",
+            "normalises with is the mean 0 and the variance 1 that it was made with.",
             "Call model.train() before training; batch norms need statistics from pretraining to be in eval mode.",
             "num_batches_tracked above zero.",
             step=since,

@@ -47,9 +47,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.ALARM,
             Cause.DROPOUT_ALWAYS_ON,
-            f"Dropout acts in evaluation, too: {layers_called(c.always_dropping)} calls it without regard to "
-            f"the mode, and "
-            f"random numbers are drawn in eval mode (before step {c.drawn.first:,}).",
+            f"Dropout acts in evaluation, too: {layers_called(c.always_dropping)} calls it without regard to the "
+            f"mode, and random numbers are drawn in eval mode (before step {c.drawn.first:,}).",
             "Pass the mode, F.dropout(x, p, training=self.training), or use nn.Dropout as a module of its own.",
             "Two equal outputs for one input in eval mode.",
             step=c.drawn.first,

@@ -57,9 +57,8 @@ class DeadUnits(Result):
         over = list(dict.fromkeys(name for name, share in pairs if share >= limit))
         return verdict(
             Level.ALARM,
-            f"{format_share(self.worst)} of the units of {layers_called(over)} are dead: they are zero on "
-            f"every one of the "
-            "examples looked at, and get no gradient from them.",
+            f"{format_share(self.worst)} of the units of {layers_called(over)} are dead: they are zero on every "
+            "one of the examples looked at, and get no gradient from them.",
             advice="Start again from a state before they died, with a lower learning rate or a warm-up; or use an "
             "activation that is not flat below zero (GELU, leaky ReLU); look at large negative biases.",
             refutation="The same units are active on other examples.",

@@ -47,8 +47,7 @@ class FiniteForward(Result):
         return Verdict(
             Level.ALARM,
             f"The network outputs values that are not finite: the first is {layer_called(self.layer)} "
-            f"({self.function}), with "
-            f"{self.entries:,} of them"
+            f"({self.function}), with {self.entries:,} of them"
             + (f", after values of up to {self.largest_before:.1e} in the layers before." if large else "."),
             advice="Go back to a state before that step. Look at the inputs of this layer for values that are too "
             "large, at its weights for NaN, and lower the learning rate or clip the gradient.",

@@ -91,12 +91,11 @@ class NormalizationStatistics(Result):
     def _of_the_last_batch(self, times_off: float) -> Verdict:
         return self._bad(
             f"Running statistics are those of the last batch: {layer_called(self.layer)} has a momentum of "
-            f"{self.momentum:g}, the "
-            f"share of the new batch, and what enters it has had a variance up to {format_number(times_off)} times "
-            "off, as one batch is too few rows to tell. In eval mode the network is another than in training.",
-            "Lower the momentum of batch normalisation to torch's own 0.1, and use batches of more than a "
-            "few rows; "
-            "keep pretrained statistics by .eval() on these layers.",
+            f"{self.momentum:g}, the share of the new batch, and what enters it has had a variance up to "
+            f"{format_number(times_off)} times off, as one batch is too few rows to tell. In eval mode the "
+            "network is another than in training.",
+            "Lower the momentum of batch normalisation to torch's own 0.1, and use batches of more than a few "
+            "rows; keep pretrained statistics by .eval() on these layers.",
             self.layer,
             (times_off, self.setting("factor")),
         )

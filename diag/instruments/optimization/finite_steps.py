@@ -96,9 +96,8 @@ class FiniteSteps(Result):
         """Adam has divided by zero before."""
         return self._alarm(
             f"{step}, after steps of {self.optimizer} on parameters of float16, in which its epsilon "
-            f"({self.epsilon_lost:g}) is zero: where a squared gradient rounds to zero, too (below 2e-4), "
-            f"the step is "
-            "a division by zero.",
+            f"({self.epsilon_lost:g}) is zero: where a squared gradient rounds to zero, too (below 2e-4), the "
+            "step is a division by zero.",
             "Keep the parameters in float32 and run the model under torch.autocast with a GradScaler; or use "
             "bfloat16, or an epsilon of 1e-4.",
             Cause.GRADIENT_UNDERFLOW,

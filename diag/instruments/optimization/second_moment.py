@@ -67,9 +67,8 @@ class SecondMoment(Result):
         return verdict(
             Level.WARNING,
             f"Adam's second moment was out of date from step {self.at:,}: gradients became "
-            f"{format_number(self.growth)} times as large for {self.lasted:,} steps at least, and the step "
-            f"was made "
-            f"as if for gradients {format_number(self.largest)} times as small (beta2 = {self.beta2:g}).",
+            f"{format_number(self.growth)} times as large for {self.lasted:,} steps at least, and the step was "
+            f"made as if for gradients {format_number(self.largest)} times as small (beta2 = {self.beta2:g}).",
             advice="Look at what changed at that step (the loss's scale, the data, what is trained); lower beta2 "
             "(0.95 to 0.99), clip the gradient, or warm the learning rate up again there.",
             confidence=Confidence.STRONG_EMPIRICAL,

@@ -326,9 +326,8 @@ class StepSize(Result):
     def _by_clipping(self) -> Verdict:
         return graded(SOURCE, self.clip_factor, TIGHT)(
             Level.WARNING,
-            f"Clipping cuts the gradient to {format_share(self.clip_factor)} of its length at a typical step"
-            f"{self._below_epsilon}, "
-            f"and the loss has {self._fallen} in {self.num_steps:,} steps.",
+            f"Clipping cuts the gradient to {format_share(self.clip_factor)} of its length at a typical "
+            f"step{self._below_epsilon}, and the loss has {self._fallen} in {self.num_steps:,} steps.",
             advice="Raise the clipping threshold to about the median norm of the gradient, or the learning rate.",
             confidence=Confidence.ARITHMETIC,
             refutation="The loss falls no faster without clipping.",

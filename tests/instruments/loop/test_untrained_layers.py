@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
+from diag.instruments.loop.frozen import layers_named
+from diag.snapshot.loop.steps import ParameterFacts
 from diag.snapshot.state.fresh import looks_fresh
 
 
@@ -156,3 +158,17 @@ def test_few_numbers_halves_and_loaded_ones_tell_nothing():
     loaded = nn.Linear(64, 64)
     nn.init.normal_(loaded.weight, std=1 / math.sqrt(3 * 64))
     assert [looks_fresh(m, m.weight) for m in (small, half, loaded)] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["fc.weight", "fc.bias"], "Layer fc"),
+        (["0.weight", "2.weight"], "Layers 0 and 2"),
+        (["scale"], "Parameter scale"),
+        (["scale", "shift"], "Parameters scale and shift"),
+        (["fc.weight", "scale"], "Layers and parameters fc and scale"),
+    ],
+)
+def test_a_sentence_begins_with_what_its_names_are(names, said):
+    assert layers_named([ParameterFacts(name, (4,), "float32", True) for name in names]) == said

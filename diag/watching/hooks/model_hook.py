@@ -133,13 +133,14 @@ def compiled_wrappers(model: nn.Module) -> list[nn.Module]:
     return [o for o in instances_of(eval_frame.OptimizedModule) if bare_model(o) is model]
 
 
-def instances_of(kind: type) -> list[Any]:
-    """All objects of this class that exist. Each refers to its class, and a search for that is several times as
-    fast as a walk through the objects of the process here."""
+def instances_of(kind: type, exactly: bool = False) -> list[Any]:
+    """All objects of this class that exist, and of its subclasses unless `exactly` this one is meant. Each refers
+    to its class, and a search for that is several times as fast as a walk through the objects of the process here,
+    and slower with each further class."""
     kinds = [kind]
     for each in kinds:
-        kinds += each.__subclasses__()
-    return [o for o in gc.get_referrers(*kinds) if issubclass(type(o), kind)]
+        kinds += [] if exactly else each.__subclasses__()
+    return [o for o in gc.get_referrers(*kinds) if type(o) in kinds]
 
 
 def frames_compiled() -> int:

@@ -49,7 +49,8 @@ class Copies:
         if model is None or not self._shapes:
             return
         inside = {id(m) for m in model.modules()}
-        same = [m for m in instances_of(type(model)) if id(m) not in inside and shapes_of(m) == self._shapes]
+        alike = (m for m in instances_of(type(model), exactly=True) if id(m) not in inside)
+        same = [m for m in alike if shapes_of(m) == self._shapes]
         averages = {id(a.module): weakref.ref(a) for a in (instances_of(AveragedModel) if same else ())}
         self._copies = [_Copy(weakref.ref(m), averages.get(id(m))) for m in same[:MOST_COPIES]]
         self.look()

@@ -8,6 +8,8 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
+from diag.result import Level
+from diag.snapshot.loop.facts import Loop
 
 ROWS, FEATURES, VOCABULARY = 256, 8, 60
 
@@ -161,3 +163,16 @@ def test_classes_missing_from_a_full_batch_are_told_though_only_some_rows_are_as
     assert verdict.cause == Cause.CLASS_MISSING and "2 of the 3 classes" in verdict.sentence
     drawn = torch.randperm(300, generator=generator)[:100]
     assert trained_on(network, inputs, labels, "classes_asked", rows=drawn).level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (diag.evaluation_inputs, "floating inputs of one shape were seen in training and in evaluation mode"),
+        (diag.tokens_differ, "the model is not called with whole numbers"),
+        (diag.target_values, "no targets of a loss were seen"),
+    ],
+)
+def test_refused_with_the_reason_where_nothing_of_the_kind_was_seen(check, reason):
+    verdict = check(loop=Loop(step=100)).verdict()
+    assert verdict.level is Level.NOT_APPLICABLE and reason in verdict.sentence

@@ -1,3 +1,3 @@
-"""Gradient flow: `instrument` is the instrument, `statistics` what it computes from the record of the steps."""
+"""Gradient flow: `instrument` is the instrument, the other files hold what it alone needs."""
 
 __all__ = []

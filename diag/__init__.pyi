@@ -35,7 +35,7 @@ from diag.instruments.denoising import Denoising as Denoising
 from diag.instruments.depth_use import DepthUse as DepthUse
 from diag.instruments.optimization.descent import Descent as Descent
 from diag.instruments.optimization.divergence import Divergence as Divergence
-from diag.instruments.edge_of_stability import EdgeOfStability as EdgeOfStability
+from diag.instruments.edge_of_stability.instrument import EdgeOfStability as EdgeOfStability
 from diag.instruments.data.evaluation_inputs import EvaluationInputs as EvaluationInputs
 from diag.instruments.network.examples_mixed import ExamplesMixed as ExamplesMixed
 from diag.result import Failed as Failed
@@ -55,7 +55,7 @@ from diag.instruments.data.held_out_copies import HeldOutCopies as HeldOutCopies
 from diag.instruments.data.held_out_inputs import HeldOutInputs as HeldOutInputs
 from diag.instruments.data.held_out_labels import HeldOutLabels as HeldOutLabels
 from diag.instruments.data.held_out_rows import HeldOutRows as HeldOutRows
-from diag.instruments.hessian_spectrum import HessianSpectrum as HessianSpectrum
+from diag.instruments.hessian_spectrum.instrument import HessianSpectrum as HessianSpectrum
 from diag.instruments.network.ignored_inputs import IgnoredInputs as IgnoredInputs
 from diag.instruments.loss.initial_loss import InitialLoss as InitialLoss
 from diag.instruments.network.initial_scale import InitialScale as InitialScale
@@ -78,11 +78,11 @@ from diag.instruments.loss.loss_formula import LossFormula as LossFormula
 from diag.instruments.optimization.loss_spikes import LossSpikes as LossSpikes
 from diag.instruments.loss.loss_terms import LossTerms as LossTerms
 from diag.instruments.loop.mixed_precision import MixedPrecision as MixedPrecision
-from diag.instruments.mode_connectivity import ModeConnectivity as ModeConnectivity
+from diag.instruments.mode_connectivity.instrument import ModeConnectivity as ModeConnectivity
 from diag.instruments.trial.modes_agree import ModesAgree as ModesAgree
 from diag.instruments.loop.module_modes import ModuleModes as ModuleModes
 from diag.instruments.naive_loss_minimization import NaiveLossMinimization as NaiveLossMinimization
-from diag.instruments.neural_collapse import NeuralCollapse as NeuralCollapse
+from diag.instruments.neural_collapse.instrument import NeuralCollapse as NeuralCollapse
 from diag.instruments.network.normalization_statistics import NormalizationStatistics as NormalizationStatistics
 from diag.instruments.trial.one_batch import OneBatch as OneBatch
 from diag.instruments.opposing_signals.instrument import OpposingSignals as OpposingSignals
@@ -117,9 +117,9 @@ from diag.instruments.sharpness import Sharpness as Sharpness
 from diag.instruments.sigmoid_collapse import SigmoidCollapse as SigmoidCollapse
 from diag.result import Skipped as Skipped
 from diag.snapshot.snapshot import Snapshot as Snapshot
-from diag.instruments.softmax_collapse import SoftmaxCollapse as SoftmaxCollapse
+from diag.instruments.softmax_collapse.instrument import SoftmaxCollapse as SoftmaxCollapse
 from diag.instruments.loop.step_order import StepOrder as StepOrder
-from diag.instruments.optimization.step_size import StepSize as StepSize
+from diag.instruments.optimization.step_size.instrument import StepSize as StepSize
 from diag.instruments.symmetry_groups import SymmetryGroups as SymmetryGroups
 from diag.instruments.data.target_scale import TargetScale as TargetScale
 from diag.instruments.data.target_values import TargetValues as TargetValues

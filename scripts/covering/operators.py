@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from covering.case import Case, Draw
-from diag.instruments.hessian_spectrum import hessian_spectrum
+from diag.instruments.hessian_spectrum.instrument import hessian_spectrum
 from diag.linalg.operator import LinearOperator
 from diag.linalg.trace import trace_and_norm
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import diag
 from diag import datasets
 from diag.display import format_number
-from diag.instruments.hessian_spectrum import HessianSpectrum
+from diag.instruments.hessian_spectrum.instrument import HessianSpectrum
 from diag.linalg.lanczos import eigenpairs
 
 EPOCHS, DROPS, BATCH = 40, (20, 30), 64

@@ -8,7 +8,7 @@ from torch import nn
 
 import diag
 from diag import datasets
-from diag.instruments.neural_collapse import NeuralCollapse
+from diag.instruments.neural_collapse.instrument import NeuralCollapse
 
 PER_CLASS, EPOCHS, DROPS, BATCH, SEED = 200, 200, (67, 134), 128, 0
 MEASURED = (0, 1, 5, 20, 66, 100, 150, 200)

@@ -8,7 +8,7 @@ from torch import nn
 
 import diag
 from diag import datasets
-from diag.instruments.mode_connectivity import ModeConnectivity
+from diag.instruments.mode_connectivity.instrument import ModeConnectivity
 
 TRAIN, EPOCHS, BATCH, RATE = 4000, 30, 100, 1e-3
 

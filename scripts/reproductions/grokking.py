@@ -8,7 +8,7 @@ from reproducing import Card, Expectation, Lab
 from torch import Tensor, nn
 
 import diag
-from diag.instruments.softmax_collapse import SoftmaxCollapse
+from diag.instruments.softmax_collapse.instrument import SoftmaxCollapse
 
 WIDTH, LEARNING_RATE, EVERY, PROBE = 200, 0.01, 20, 500
 

@@ -10,7 +10,7 @@ from reproducing import Card, Expectation, Lab
 from torch import Tensor, nn
 
 import diag
-from diag.instruments.softmax_collapse import SoftmaxCollapse
+from diag.instruments.softmax_collapse.instrument import SoftmaxCollapse
 from diag.linalg.margins import margins
 from diag.linalg.softmax_rounding import collapse_margin
 

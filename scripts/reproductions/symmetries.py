@@ -9,7 +9,7 @@ from reproductions._small_networks import Transformer, between, independent
 from torch import nn
 
 import diag
-from diag.instruments.mode_connectivity import ModeConnectivity
+from diag.instruments.mode_connectivity.instrument import ModeConnectivity
 
 STEPS = 500
 PAIRS = {f"pair-{k}-{k + 1}": (k, k + 1) for k in range(13, 23, 2)}

@@ -12,7 +12,7 @@ import diag
 from diag.curvature.class_directions import class_directions
 from diag.curvature.operators import Hessian
 from diag.errors import InvalidInput, MissingQuantity
-from diag.instruments.hessian_spectrum import HessianSpectrum
+from diag.instruments.hessian_spectrum.instrument import HessianSpectrum
 from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.registry import attempt
 from diag.result import Level, Skipped

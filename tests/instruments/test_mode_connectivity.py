@@ -12,7 +12,7 @@ from torch import nn
 import diag
 from diag.connectivity.symmetries import find_symmetries
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.instruments.mode_connectivity import mode_connectivity
+from diag.instruments.mode_connectivity.instrument import mode_connectivity
 from diag.result import Level
 from diag.testing import check_instrument, check_result, classification, leaves_no_trace, refusal
 

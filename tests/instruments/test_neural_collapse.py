@@ -11,7 +11,7 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput, Unsupported
-from diag.instruments.neural_collapse import NeuralCollapse, neural_collapse
+from diag.instruments.neural_collapse.instrument import NeuralCollapse, neural_collapse
 from diag.result import Level
 from diag.testing import check_plot, check_result, simplex_etf
 

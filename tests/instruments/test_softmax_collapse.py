@@ -14,7 +14,7 @@ from torch import nn
 
 import diag
 from diag.errors import InvalidInput
-from diag.instruments.softmax_collapse import SoftmaxCollapse, softmax_collapse
+from diag.instruments.softmax_collapse.instrument import SoftmaxCollapse, softmax_collapse
 from diag.linalg.margins import margins
 from diag.linalg.softmax_rounding import SIGNIFICAND_BITS, collapse_margin
 from diag.remedies import stable_cross_entropy

@@ -15,11 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.instruments.gradient_flow.fields import RecordedFlow
-from diag.instruments.gradient_flow.judging import (
-    SOURCE,
-    STEPS_BEFORE_ZERO_GRADIENT,
-    verdicts,
-)
+from diag.instruments.gradient_flow.judging import SOURCE, STEPS_BEFORE_ZERO_GRADIENT, verdicts
 from diag.instruments.gradient_flow.statistics import (
     factor_over_depth,
     growth_of_distance,

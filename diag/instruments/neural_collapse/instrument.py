@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput, Unsupported
+from diag.instruments.neural_collapse.fields import MeasuredCollapse
+from diag.instruments.neural_collapse.judging import COLLAPSE_IS_NO_SCORE, SOURCE, verdict_on_collapse
 from diag.linalg.geometry.class_geometry import (
     ClassMeans,
     deviation_angle,
@@ -34,9 +34,7 @@ from diag.linalg.geometry.class_stream import streamed
 from diag.linalg.softmax_rounding import in_blocks
 from diag.ranges import Share, Threshold
 from diag.registry import instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-
-SOURCE = "Papyan, Han, Donoho 2020, arXiv:2008.08186; Tirer, Huang, Niles-Weed 2022, arXiv:2210.16658"
+from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Verdict
 
 TERMINAL_ACCURACY = 0.995
 NC1_COLLAPSED = 0.1
@@ -46,100 +44,13 @@ NC4_UNUSUAL = 0.01
 SNAPSHOTS_FOR_A_TREND = 3
 MOST_CLASSES_MEASURED = 5000
 
-COLLAPSE_IS_NO_SCORE = "Neural collapse appears with random labels too, so it is not a score of generalisation."
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuralCollapse(Result):
-    """The four signs of neural collapse and what goes with them; NaN where something was not given."""
-
-    nc1_ratio: float = measured("NC1~ = Tr S_W / Tr S_B, the form with theorems (Tirer et al., Eq. 3)")
-    nc1: float = measured("NC1 = Tr(S_W S_B^+) / K (Papyan et al.)")
-    nc2: float = measured("NC2: distance of M M^T from a simplex's, both scaled to norm 1 (Tirer et al.)")
-    nc3: float = measured("NC3: distance of W from M, both scaled to norm 1 (Papyan et al. plot its square)")
-    nc4: float = measured("NC4: examples whose decision is not the nearest class mean", unit="share")
-    degenerate: bool = measured("two class means coincide, so NC1 is not defined")
-    nc2_norms: float = measured("spread of the lengths of the centred class means, relative to their mean")
-    nc2_angle_spread: float = measured("standard deviation of the cosines between centred class means")
-    nc2_angles: float = measured("mean distance of these cosines from a simplex's -1/(K-1)")
-    nc2_classifier: float = measured("NC2 of the classifier's rows instead of the class means")
-    nc3_product: float = measured("NC3 by the product W M^T: its distance from a simplex's (Zhu et al. 2021)")
-    bias_check: float = measured("length of W h_G + c, centred over classes, at the global mean h_G")
-    deviation_angle: float = measured(
-        "mean angle between a pair's decision direction w_a - w_b and its class-mean difference", unit="degrees"
-    )
-    cdnv: float = measured("class-distance normalised variance, mean over pairs of classes")
-    effective_rank: float = measured("exp of the entropy of the squared singular values of M, normalised")
-    feature_norm: float = measured("mean length of the features")
-    train_accuracy: float = measured("examples whose label has the largest logit", unit="share")
-    held_out_nc1: float = measured("NC1 of held-out features around the class means of the training data")
-    held_out_nc4: float = measured("NC4 on held-out data, by the class means of the training data", unit="share")
-    num_classes: int = measured("classes present in the data, K")
-    num_features: int = measured("features, d")
-    singular_values: NDArray[numpy.float64] = measured(
-        "singular values of the centred class means, largest first", shape="(min(K - 1, d),)"
-    )
-
-    @property
-    def is_collapsed(self) -> bool:
-        """Whether NC1, NC2 and NC4 are all below their cut-offs."""
-        return (
-            self.nc1 < self.setting("nc1_collapsed") and self.nc2 < self.setting("nc2_collapsed") and self.nc4 == 0
-        )
+class NeuralCollapse(MeasuredCollapse):
+    """How far features have shrunk to their class means, and these to a simplex."""
 
     def verdict(self) -> Verdict:
-        unmet = self.unmet()
-        if unmet is not None:
-            return unmet.verdict(SOURCE)
-        return self._unusual() or self._state()
-
-    def _unusual(self) -> Verdict | None:
-        nc4_limit = self.setting("nc4_unusual")
-        nc2_limit = self.setting("nc2_unusual")
-        if self.nc4 > nc4_limit:
-            found = (
-                f"For {format_share(self.nc4)} of the examples the network decides for another class than the one "
-                f"whose mean features are nearest (NC4), although its training accuracy is "
-                f"{format_share(self.train_accuracy)}"
-            )
-            value, threshold = self.nc4, nc4_limit
-            advice = "Look at the examples whose decision differs: their features lie nearer to another class."
-        elif self.nc1 < self.setting("nc1_collapsed") and self.nc2 > nc2_limit:
-            found = (
-                f"The features of each class have shrunk to their mean (NC1 {format_number(self.nc1)}), but the "
-                f"class means are not spread evenly, as the corners of a simplex (NC2 {format_number(self.nc2)})"
-            )
-            value, threshold = self.nc2, nc2_limit
-            advice = "Look at the class sizes: with a few dominant classes the means of the small ones merge."
-        else:
-            return None
-        return self._judged(
-            Level.DESCRIPTION,
-            f"{found}.",
-            advice=advice,
-            value=value,
-            threshold=threshold,
-            refutation="Measure on the whole, class-balanced training set without augmentation.",
-        )
-
-    def _state(self) -> Verdict:
-        numbers = (
-            f"NC1 {format_number(self.nc1)}, NC2 {format_number(self.nc2)}, NC3 {format_number(self.nc3)}, NC4 "
-            f"{format_number(self.nc4)} at training accuracy {format_share(self.train_accuracy)}"
-        )
-        if not math.isnan(self.held_out_nc1):
-            numbers += f"; held out NC1 {format_number(self.held_out_nc1)}, NC4 {format_number(self.held_out_nc4)}"
-        word = "have collapsed to their class means" if self.is_collapsed else "have not collapsed"
-        return self._judged(
-            Level.OK,
-            f"The features {word} ({numbers}).",
-            advice=COLLAPSE_IS_NO_SCORE,
-            value=self.nc1,
-            threshold=self.setting("nc1_collapsed"),
-        )
-
-    def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
-        return Verdict(level, sentence, source=SOURCE, threshold_source=OUR_CHOICE, **more)
+        return verdict_on_collapse(self)
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:

@@ -20,174 +20,28 @@ from torch import Tensor
 
 from diag.connectivity.connection import ALIGN, Connection, measure_connection
 from diag.connectivity.interpolation import Interpolation
-from diag.display import format_number, format_share
+from diag.display import format_share
 from diag.errors import InvalidInput
+from diag.instruments.mode_connectivity.fields import MeasuredLine
+from diag.instruments.mode_connectivity.judging import FRANKLE, verdict_on_line
 from diag.ranges import Count, GridPoints, Positive, Threshold, WholeNumber
 from diag.registry import instrument
-from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
-
-ENTEZARI = "Entezari et al. 2022, arXiv:2110.06296"
-FRANKLE = "Frankle et al. 2020, arXiv:1912.05671"
-RE_BASIN = "Ainsworth et al. 2023, arXiv:2209.04836"
+from diag.result import Precondition, Verdict
 
 CONNECTED_BELOW = 0.02  # Frankle et al.'s line for the error instability
 SEPARATED_ABOVE = 0.1
-SHOWN_SHIFT = 0.05  # in nats and of the larger loss (our choice), from which on the verdict tells it
-
-ADVICE_PLAIN = (
-    'Do not average these weights as they are; measure again with align="weights", or ensemble the outputs instead.'
-)
-ADVICE_ALIGNED = (
-    "Do not average these weights; ensemble the outputs, try wider layers, or start both from a common checkpoint."
-)
-LOWER_PATH = (
-    "Measure on more held-out examples and a finer grid (points=25): if the error barrier falls below the line, "
-    "the two are connected."
-)
+CURVES = {
+    "held_out": "held-out", "aligned": "aligned", "aligned_held_out": "aligned, held-out", "repaired": "repaired",
+    "curve": "Bezier curve",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ModeConnectivity(Result):
-    """Loss and error on the line between two networks, and after alignment where it was asked for."""
-
-    barrier: float = measured("largest loss excess over the chord between the ends", unit="loss")
-    error_barrier: float = measured("largest error excess over the chord", unit="share")
-    error_instability: float = measured("largest error minus the mean error of the ends", unit="share")
-    deciding_error_barrier: float = measured(
-        "the error barrier of the verdict: after alignment where there is one, held-out where there is such data",
-        unit="share",
-    )
-    deciding_standard_error: float = measured("its standard error, paired over examples", unit="share")
-    barrier_standard_error: float = measured("standard error of the barrier, paired over examples", unit="loss")
-    barrier_at: float = measured("where on the line the loss barrier is")
-    lowest_excess: float = measured("smallest loss excess over the chord: below 0 the line is better", unit="loss")
-    mean_baseline_barrier: float = measured("largest loss minus the mean loss of the ends", unit="loss")
-    midpoint_excess: float = measured("loss excess over the chord at a = 1/2", unit="loss")
-    held_out_barrier: float = measured("the barrier in loss on held-out data", unit="loss")
-    held_out_error_barrier: float = measured("the barrier in error on held-out data", unit="share")
-    held_out_error_instability: float = measured("the error instability on held-out data", unit="share")
-    aligned_barrier: float = measured("the barrier in loss after alignment", unit="loss")
-    aligned_error_barrier: float = measured("the barrier in error after alignment", unit="share")
-    aligned_error_instability: float = measured("the error instability after alignment", unit="share")
-    aligned_held_out_barrier: float = measured("the barrier in loss after alignment, held-out", unit="loss")
-    aligned_held_out_error_barrier: float = measured("the barrier in error after alignment, held-out", unit="share")
-    repaired_barrier: float = measured("the barrier in loss after REPAIR", unit="loss")
-    repaired_error_barrier: float = measured("the barrier in error after REPAIR", unit="share")
-    curve_barrier: float = measured("the barrier in loss along the trained Bezier curve", unit="loss")
-    curve_error_barrier: float = measured("the barrier in error along the trained Bezier curve", unit="share")
-    units_moved: float = measured("units that alignment moved", unit="share")
-    alignment_passes: float = measured("passes over all groups until no unit moved")
-    function_change: float = measured("largest relative change of the second network's outputs by alignment")
-    distance: float = measured("Euclidean distance between the two networks' weights")
-    aligned_distance: float = measured("the same after alignment")
-    angle: float = measured("angle between the two networks as seen from their common ancestor", unit="degrees")
-    reset_shift: float = measured(
-        "largest change of an end's own loss by measuring BatchNorm statistics again", unit="loss"
-    )
-    own_losses: NDArray[numpy.float64] = measured(
-        "losses of the two networks as they are, before BatchNorm statistics are measured again",
-        unit="loss",
-        shape="(2,)",
-    )
-    variance_ratios: dict[str, float] = measured(
-        "by layer, standard deviation at a = 1/2 over what the ends promise"
-    )
-    layer_barriers: dict[str, float] = measured("one layer moved to the second network, the rest as in the first")
-    layer_barriers_back: dict[str, float] = measured(
-        "one layer moved to the first network, the rest as in the second"
-    )
-    alphas: NDArray[numpy.float64] = measured(
-        "places on the line from the first network to the second", shape="(points,)"
-    )
-    losses: NDArray[numpy.float64] = measured("mean loss there", unit="loss", shape="(points,)")
-    errors: NDArray[numpy.float64] = measured("share of wrong answers there", unit="share", shape="(points,)")
-    excess: NDArray[numpy.float64] = measured("loss excess over the chord there", unit="loss", shape="(points,)")
-    excess_standard_errors: NDArray[numpy.float64] = measured(
-        "its paired standard errors", unit="loss", shape="(points,)"
-    )
-    curves: dict[str, NDArray[numpy.float64]] = measured(
-        'by curve ("held-out", "aligned", ...): rows a, loss, error', shape="(3, points)"
-    )
-    chance_error: float = measured("error of always giving the most frequent answer", unit="share")
-    norm_stats: str = measured("how BatchNorm statistics followed the line")
-    align: str = measured("what the second network was aligned by")
-    aligned_state: Mapping[str, Tensor] | None = measured(
-        "the second network's state dict after alignment", record=False, default=None
-    )
+class ModeConnectivity(MeasuredLine):
+    """Is there a barrier between two networks?"""
 
     def verdict(self) -> Verdict:
-        unmet = self.unmet()
-        if unmet is not None:
-            return unmet.verdict(FRANKLE)
-        if math.isnan(self.error_barrier):
-            return self._loss_only()
-        value, error = self.deciding_error_barrier, self.deciding_standard_error
-        where = "held-out data" if not math.isnan(self.held_out_error_barrier) else "the data"
-        word, level = self._word(value, error)
-        return Verdict(
-            level,
-            f"The two networks are {word} by the straight line{self._alignment()}: on {where} the error rises by "
-            f"{_points(value)} over the chord{_plus_minus(error)}, and the training loss by "
-            f"{format_number(self._loss_barrier())}{self._shifted()}.",
-            advice="" if level is Level.OK else ADVICE_ALIGNED if self.align else ADVICE_PLAIN,
-            source=f"{FRANKLE}; {RE_BASIN}" if self.align else FRANKLE,
-            confidence=Confidence.STRONG_EMPIRICAL,
-            refutation=LOWER_PATH + self._limit(),
-            value=value,
-            threshold=self.setting("connected_below"),
-            threshold_source="Frankle et al. 2020 (2 %, there over the mean of the ends: the same where the ends "
-            "agree)",
-        )
-
-    def _shifted(self) -> str:
-        if not self.reset_shift > SHOWN_SHIFT * max(1.0, *self.own_losses):
-            return ""
-        own, there = ((format_number(x[0]), format_number(x[-1])) for x in (self.own_losses, self.losses))
-        return (
-            ", all with BatchNorm statistics measured again on the data, by which the losses of the two themselves "
-            f"go from {own[0]} and {own[1]} to {there[0]} and {there[1]}"
-        )
-
-    def _loss_barrier(self) -> float:
-        return self.aligned_barrier if self.align else self.barrier
-
-    def _word(self, value: float, error: float) -> tuple[str, Level]:
-        connected = self.setting("connected_below")
-        separated = self.setting("separated_above")
-        if not math.isfinite(value):
-            return "of unknown connection (the loss is not finite in between)", Level.UNKNOWN
-        word = "connected" if value < connected else "partly connected" if value <= separated else "separated"
-        if math.isfinite(error) and abs(value - connected) < 2 * error:
-            return f"{word} within the uncertainty", Level.UNKNOWN
-        return word, Level.OK if value < connected else Level.WARNING
-
-    def _alignment(self) -> str:
-        if not self.align:
-            return ""
-        before = self.error_barrier if math.isnan(self.held_out_error_barrier) else self.held_out_error_barrier
-        return f" after the units of the second were matched by {self.align} (before: {_points(before)})"
-
-    def _limit(self) -> str:
-        if not self.align:
-            return ""
-        return " A barrier that remains after matching does not show that the solutions differ."
-
-    def _loss_only(self) -> Verdict:
-        value, error = self._loss_barrier(), self.barrier_standard_error
-        flat = math.isfinite(error) and value <= 2 * error
-        return Verdict(
-            Level.OK if flat else Level.UNKNOWN,
-            f"The loss rises by {format_number(value)}{_plus_minus(error, False)} over the chord between the two "
-            f"networks{self._shifted()}: "
-            + (
-                "no barrier beyond the noise of the examples."
-                if flat
-                else "no paper gives a line for a loss barrier."
-            ),
-            source=ENTEZARI,
-            confidence=Confidence.STRONG_EMPIRICAL,
-            value=value,
-        )
+        return verdict_on_line(self)
 
     def plot(self, ax: Any = None) -> None:
         ax.plot(self.alphas, self.losses, marker="o", markersize=3, label="as they are")
@@ -208,16 +62,6 @@ class ModeConnectivity(Result):
         ax.axhline(CONNECTED_BELOW, color="grey", linestyle=":", label="connected below")
         ax.set(xlabel="step", ylabel="error barrier (share)")
         ax.legend(fontsize="small")
-
-
-def _points(share: float) -> str:
-    return f"{format_number(100 * share)} points"
-
-
-def _plus_minus(error: float, share: bool = True) -> str:
-    if not math.isfinite(error):
-        return ""
-    return f" (standard error {_points(error) if share else format_number(error)})"
 
 
 @instrument(
@@ -357,12 +201,6 @@ def _barriers(found: Connection) -> dict[str, Any]:
             "aligned_error_instability": aligned.instability if aligned else math.nan,
         }
     )
-
-
-CURVES = {
-    "held_out": "held-out", "aligned": "aligned", "aligned_held_out": "aligned, held-out", "repaired": "repaired",
-    "curve": "Bezier curve",
-}  # fmt: skip
 
 
 def _curves(found: Connection) -> dict[str, NDArray[numpy.float64]]:

@@ -18,143 +18,37 @@ import torch
 
 from diag.curvature.carry import carried_eigenpairs
 from diag.curvature.stability.optimizer import LinearStability, linear_stability
-from diag.curvature.stability.preconditioner import DIVISORS
 from diag.curvature.stability.sgd import SgdStability, small_batches, trace_factor
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput, type_of
+from diag.instruments.edge_of_stability.fields import MeasuredEdge
+from diag.instruments.edge_of_stability.judging import (
+    PROVES_NOTHING,
+    SOURCE,
+    edge_band,
+    judged_edge,
+    verdict_on_edge,
+    which_largest,
+)
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import LinearOperator, checked_operator
 from diag.linalg.trace import trace_and_norm
 from diag.ranges import Count, Seed, Threshold, Tolerance
 from diag.registry import PRODUCT, SELF_TEST, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
+from diag.result import Level, Precondition, Verdict
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.optimizer import OptimizerState, described_optimizer
 
-SOURCE = (
-    "Cohen et al. 2021, arXiv:2103.00065; Cohen et al. 2022, arXiv:2207.14484 (Adam); Mulayoff, Michaeli 2024, "
-    "arXiv:2306.07850 (small batches)"
-)
-
 EDGE_BEGINS, EDGE_ENDS = 0.95, 1.15  # of the threshold: where full-batch runs were seen to hover
-SGD_SLACK = 0.05  # to either side of SGD's own threshold, as much as the Gauss-Newton matrix may be off; our choice
 TAIL = 3  # the last third of a course is judged
-
-PROVES_NOTHING = "A sharpness below the threshold is necessary for stability and does not prove it."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EdgeOfStability(Result):
-    """The largest eigenvalue that the optimizer sees, beside the largest that it can bear."""
-
-    ratio: float = measured("lambda_max / threshold", remark="NaN where the threshold is not known")
-    lambda_max: float = measured(
-        "largest eigenvalue of the Hessian as the optimizer sees it: with the weight decay that it adds to the "
-        "gradient, preconditioned where it divides its steps"
-    )
-    residual: float = measured("an eigenvalue lies within this of lambda_max", remark="depends on the rounding")
-    threshold: float = measured(
-        "largest stable eigenvalue at this learning rate", remark="NaN where it is not known"
-    )
-    rule: str = measured("the threshold as a formula")
-    sharpness: float = measured("largest eigenvalue of the Hessian of the loss itself")
-    trace: float = measured("trace of the Hessian of the loss")
-    trace_standard_error: float = measured("standard error of the trace")
-    trace_ratio: float = measured(
-        "learning rate x trace / 2 x (n - B) / (B (n - 1)): above 1 the point is not a linearly stable "
-        "minimum of a squared loss under SGD with batches of B",
-        remark="0 for full batches; NaN where B is not given or the optimizer is not plain SGD",
-    )
-    trace_ratio_standard_error: float = measured("standard error of the trace ratio")
-    scatter_ratio: float = measured(
-        "learning rate over the bound of equation 15 (the examples' curvature along the top eigenvector) on "
-        "SGD with batches of B",
-        remark="NaN where B is not given, the optimizer not plain SGD or the loss not squared",
-    )
-    norm_ratio: float = measured("learning rate over the bound of equation 16 (norms of the examples' curvature)")
-    norm_ratio_standard_error: float = measured("standard error of the norm ratio", remark="0 from all examples")
-    mean_square_ratio: float = measured(
-        "learning rate over the exact threshold of mean-square stability", remark="NaN where the data are too many"
-    )
-    learning_rate: float = measured(
-        "learning rate, the largest of the parameter groups", remark="NaN where there is none"
-    )
-    optimizer_kind: str = measured("class of the optimizer")
-    num_products: int = measured("Hessian-vector products spent", remark="depends on the rounding")
+class EdgeOfStability(MeasuredEdge):
+    """Is the loss as sharp as the optimizer can bear?"""
 
     def verdict(self) -> Verdict:
-        unmet = self.unmet()
-        if unmet is not None:
-            return unmet.verdict(SOURCE, PROVES_NOTHING)
-        if not math.isnan(self.scatter_ratio):
-            return self._under_small_batches()
-        begins, ends = self._band()
-        slack = self.residual / self.threshold
-        if self.ratio - slack > ends:
-            return self._judged(
-                Level.WARNING,
-                f"Linearly unstable: {self._compared()}, beyond the edge at which training hovers.",
-                advice="If the loss spikes or diverges, lower the learning rate or warm it up; a burst may pass by "
-                "itself.",
-                refutation="The next measurements come back to the threshold while the loss goes on falling.",
-            )
-        if self.ratio + slack > ends:
-            return self._judged(Level.UNKNOWN, f"Near the upper end of the edge of stability: {self._compared()}.")
-        where = "At the edge of stability, where training hovers"
-        if self.ratio < begins:
-            where = "Below the edge of stability"
-        return self._judged(Level.OK, f"{where}: {self._compared()}.", advice=PROVES_NOTHING)
-
-    def _under_small_batches(self) -> Verdict:
-        """Of a squared loss that is fitted, where SGD's own thresholds are theorems."""
-        exact = self.mean_square_ratio
-        if not math.isnan(exact):
-            value, which = exact, "SGD's exact mean-square threshold"
-        else:
-            lower = {
-                "2 / its largest eigenvalue": self.ratio - self.residual / self.threshold,
-                "the bound of equation 15": self.scatter_ratio,
-                "the bound of equation 16": self.norm_ratio - 2 * self.norm_ratio_standard_error,
-            }
-            which = max(lower, key=lambda name: -math.inf if math.isnan(lower[name]) else lower[name])
-            value = lower[which]
-        numbers = f"the learning rate {format_number(self.learning_rate)} is {format_number(value)} of {which}"
-        about: dict[str, Any] = {"value": value, "threshold": 1.0, "threshold_source": "exact for a quadratic"}
-        if abs(value - 1) <= SGD_SLACK:
-            return self._judged(Level.UNKNOWN, f"Near SGD's own edge of stability: {numbers}.", **about)
-        if value > 1:
-            return self._judged(
-                Level.WARNING,
-                f"No linearly stable minimum under SGD: {numbers}.",
-                advice="If the loss on all the data rises from here, lower the learning rate or enlarge the batch.",
-                refutation="SGD at this learning rate and batch size stays here.",
-                **about,
-            )
-        if math.isnan(exact):
-            sentence = f"No necessary condition of SGD's linear stability is broken: {numbers}."
-            return self._judged(Level.OK, sentence, advice=PROVES_NOTHING, **about)
-        return self._judged(Level.OK, f"Linearly stable under SGD, in the mean square: {numbers}.", **about)
-
-    def _compared(self) -> str:
-        return (
-            f"{_largest(self.lambda_max, self.sharpness, self.optimizer_kind)}, {format_number(self.ratio)} of the "
-            f"threshold {format_number(self.threshold)} of {self.optimizer_kind} at learning rate "
-            f"{format_number(self.learning_rate)}"
-        )
-
-    def _band(self) -> tuple[float, float]:
-        return self.setting("edge_begins"), self.setting("edge_ends")
-
-    def _judged(self, level: Level, sentence: str, **more: Any) -> Verdict:
-        # That Adam's divisor may be taken as constant is an observation; the rest is linear algebra.
-        theorem = self.optimizer_kind == "SGD"
-        more.setdefault("confidence", Confidence.THEOREM if theorem else Confidence.STRONG_EMPIRICAL)
-        more.setdefault("value", self.ratio)
-        more.setdefault("threshold", self._band()[1])
-        more.setdefault(
-            "threshold_source", f"the threshold is exact for a quadratic; the band around it is {OUR_CHOICE}"
-        )
-        return Verdict(level, sentence, source=SOURCE, **more)
+        return verdict_on_edge(self)
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:
@@ -165,21 +59,24 @@ class EdgeOfStability(Result):
             return last.verdict()
         tail = judged[-max(TAIL, len(judged) // TAIL) :]
         typical = median(r.ratio for _, r in tail)
-        begins, ends = last._band()
+        begins, ends = edge_band(last)
         over = f"over the last {len(tail)} measurements, steps {tail[0][0]:,} to {tail[-1][0]:,}"
         numbers = f"the median of the largest eigenvalue over its threshold is {format_number(typical)} {over}"
         if typical > ends:
-            return last._judged(
+            return judged_edge(
+                last,
                 Level.WARNING,
                 f"Linearly unstable for long: {numbers}.",
                 advice="Lower the learning rate, or find what keeps the loss from leaving the sharp region.",
                 refutation="The loss on all the data keeps falling over these steps.",
             )
         if typical < begins:
-            return last._judged(Level.OK, f"Below the edge of stability: {numbers}.", advice=PROVES_NOTHING)
+            return judged_edge(last, Level.OK, f"Below the edge of stability: {numbers}.", advice=PROVES_NOTHING)
         reached = next(step for step, r in judged if r.ratio >= begins)
-        return last._judged(
-            Level.OK, f"Training is at the edge of stability: {numbers}; it was first reached at step {reached:,}."
+        return judged_edge(
+            last,
+            Level.OK,
+            f"Training is at the edge of stability: {numbers}; it was first reached at step {reached:,}.",
         )
 
     def plot(self, ax: Any = None) -> None:
@@ -200,20 +97,6 @@ class EdgeOfStability(Result):
         ax.plot(steps, [r.threshold for _, r in series], color="tab:orange", label="stable up to here")
         ax.set(xlabel="step", ylabel="largest eigenvalue (as the optimizer sees it)")
         ax.legend()
-
-
-def _largest(seen: float, plain: float, kind: str, threshold: float = math.inf) -> str:
-    """Which largest eigenvalue it is, and what it is: that of the Hessian itself has another value."""
-    share = _of_threshold(seen, threshold)
-    if seen == plain:
-        return f"the largest eigenvalue of the Hessian is {format_number(seen)}{share}"
-    which = "preconditioned Hessian" if kind in DIVISORS.keys() - {"SGD"} else f"Hessian as {kind} sees it"
-    both = f"{format_number(seen)} (of the Hessian: {format_number(plain)})"
-    return f"the largest eigenvalue of the {which} is {both}{share}"
-
-
-def _of_threshold(seen: float, threshold: float) -> str:
-    return f", {format_number(seen / threshold)} of the threshold" if math.isfinite(threshold) else ""
 
 
 def _passes(settings: Mapping[str, Any]) -> float:
@@ -267,7 +150,7 @@ def edge_of_stability(
     traced = trace_and_norm(hessian, num_probes=trace_probes, deflate=plain, seed=seed)
     lambda_max = float(seen.values[0])
     sgd = small_batches(hessian, stability, state, batch_size, plain, traced, seed)
-    found = _largest(lambda_max, float(plain.values[0]), state.kind, stability.threshold)
+    found = which_largest(lambda_max, float(plain.values[0]), state.kind, stability.threshold)
     batch = _batch(hessian, batch_size, loop)
     return EdgeOfStability(
         ratio=lambda_max / stability.threshold,

@@ -23,6 +23,8 @@ from torch import Tensor
 from diag.display import format_number, format_share
 from diag.errors import InvalidInput
 from diag.instruments.outcome.gain import share_right
+from diag.instruments.softmax_collapse.fields import MeasuredMargins
+from diag.instruments.softmax_collapse.judging import SOURCE, verdict_on_margins
 from diag.linalg.softmax_rounding import (
     EXAMPLE_LOSS,
     LABEL_GRADIENT,
@@ -40,145 +42,22 @@ from diag.linalg.softmax_rounding import (
 )
 from diag.ranges import Share, Threshold
 from diag.registry import instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
-
-SOURCE = "Prieto, Barsbey, Mediano, Birdal 2025, arXiv:2501.04697"
-LOW_PRECISION = ("bfloat16", "float16")
+from diag.result import Level, Precondition, Verdict
 
 ALARM_AT = 0.5
-CARRIED_OVER = 0.2  # held-out accuracy this close to that of the examples: what is fitted is learned, too
 NEAR_NATS = 2.0
 NEAR_RESIDUAL = 1e-3
 SAME_LOSS = 0.05  # how far wrong-class gradients may be from the softmax's before the loss counts as another one
-ROUNDED_AWAY = 1e-3  # relative error of the median gradient from which the loss is seen to feel rounding
-
 # "Low and flat" held-out accuracy, beside a fitted training set: our choice, uncalibrated.
 STALLED_FOR, STALLED_WITHIN, STALLED_BELOW = 3, 0.01, 0.5
 
-CONTROLS = (
-    "If training is to go on, use diag.stable_cross_entropy or compute the loss in float64 as a control; weight "
-    "decay or label smoothing keep the margins from growing."
-)
-CONTROL_WITHOUT_EFFECT = (
-    "Train on from here with diag.stable_cross_entropy: if the margins and the held-out accuracy go on as they do "
-    "now, rounding was not what held them."
-)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SoftmaxCollapse(Result):
-    """How many examples lost their gradient to rounding, and how far the others are from it."""
-
-    collapsed: float = measured("examples whose loss gradient on their own class is exactly zero", unit="share")
-    headroom: float = measured(
-        "how far the median margin is below b ln 2, the collapse margin of the logits' dtype", unit="nats"
-    )
-    median_margin: float = measured("median log-odds margin of the true class", unit="nats")
-    zero_sum_residual: float = measured(
-        "sum over examples of |sum of the logit gradients|, over the sum of their sizes: 0 in exact arithmetic"
-    )
-    gradient_error: float = measured("relative rounding error of the median example's gradient on its own class")
-    loss_underestimate: float = measured(
-        "mean loss in float64 minus mean cross_entropy in the dtype of the logits", unit="nats"
-    )
-    accuracy: float = measured("examples whose label has the largest logit", unit="share")
-    held_out_accuracy: float = measured("the same on held-out data", unit="share")
-    collapsed_by_dtype: dict[str, float] = measured("examples with margin >= b ln 2 in that dtype", unit="share")
-    zero_loss_by_dtype: dict[str, float] = measured("examples whose cross_entropy is exactly 0", unit="share")
-    paper_count_by_dtype: dict[str, float] = measured(
-        "examples whose softmax denominator equals the label's own term (the paper's Definition 3)", unit="share"
-    )
-    repository_count_by_dtype: dict[str, float] = measured(
-        "examples whose softmax denominator equals its largest term, right or wrong (the authors' code)",
-        unit="share",
-    )
-    zero_gradient_by_dtype: dict[str, float] = measured(
-        "examples whose cross_entropy gradient on the label is exactly 0", unit="share"
-    )
-    margins: NDArray[numpy.float64] = measured("log-odds margin of each example", unit="nats", shape="(examples,)")
-    dtype: str = measured("dtype of the logits")
-    loss: str = measured("the loss whose gradients were examined")
+class SoftmaxCollapse(MeasuredMargins):
+    """Have examples lost their gradient to rounding?"""
 
     def verdict(self) -> Verdict:
-        unmet = self.unmet()
-        if unmet is not None:
-            return unmet.verdict(SOURCE)
-        count, n = round(self.collapsed * len(self.margins)), len(self.margins)
-        if self.collapsed > 0:
-            alarm_at = self.setting("alarm_at")
-            # A row whose gradient rounds away is right by a wide margin: that nothing more is learned is a loss
-            # only where held-out data say that there is more to learn (without them the difference is NaN).
-            more_to_learn = self.accuracy - self.held_out_accuracy > CARRIED_OVER
-            alarming = self.collapsed >= alarm_at and more_to_learn
-            return Verdict(
-                Level.ALARM if alarming else Level.DESCRIPTION,
-                f"{format_share(self.collapsed)} of the examples ({count:,} of {n:,}) have an exactly zero "
-                f"gradient on their true class, by {self.loss}: {self._meaning()}.",
-                advice=CONTROLS,
-                source=SOURCE,
-                confidence=Confidence.ARITHMETIC,
-                refutation=CONTROL_WITHOUT_EFFECT,
-                value=self.collapsed,
-                threshold=alarm_at if self.collapsed >= alarm_at else 0.0,
-                threshold_source=OUR_CHOICE if self.collapsed >= alarm_at else "any example at all",
-            )
-        return self._near() or self._far()
-
-    def _meaning(self) -> str:
-        if self.dtype in LOW_PRECISION:
-            return (
-                f"in {self.dtype} this happens at ordinary confidence and is usually harmless at the end of "
-                "training, but these examples no longer pull on their own logit"
-            )
-        edge = format_number(collapse_margin(self.dtype))
-        return (
-            f"from a margin of about {edge} nats (b ln 2) on, {self.dtype} rounds away what the other classes add"
-        )
-
-    def _near(self) -> Verdict | None:
-        """Collapse is near: by the residual of the gradients' zero sum, or by the median margin."""
-        limit = self.setting("near_residual")
-        nats = self.setting("near_nats")
-        # Rounding alone leaves a residual of about u, so a low precision needs a higher limit.
-        limit = max(limit, 4 * 2.0 ** -SIGNIFICAND_BITS[self.dtype])
-        if self.zero_sum_residual > limit:
-            found = (
-                f"the logit gradients miss their zero sum by {format_number(self.zero_sum_residual)} of their size"
-            )
-            value, threshold = self.zero_sum_residual, limit
-        elif self.headroom < nats and self.gradient_error > ROUNDED_AWAY:
-            found = f"the median margin is {format_number(self.headroom)} nats below {self.dtype}'s collapse margin"
-            value, threshold = self.headroom, nats
-        else:
-            return None
-        return Verdict(
-            Level.DESCRIPTION,
-            f"No example has collapsed, but collapse is near: {found}.",
-            advice=CONTROLS,
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
-            refutation=CONTROL_WITHOUT_EFFECT,
-            value=value,
-            threshold=threshold,
-            threshold_source=OUR_CHOICE,
-        )
-
-    def _far(self) -> Verdict:
-        if self.headroom > 0:
-            place = f"the median margin is {format_number(self.headroom)} nats below {self.dtype}'s collapse margin"
-        else:
-            place = (
-                f"the median margin is {format_number(-self.headroom)} nats past log_softmax's collapse margin in "
-                f"{self.dtype}, and the gradients of the loss in use are right all the same"
-            )
-        return Verdict(
-            Level.OK,
-            f"None of {len(self.margins):,} examples has lost its gradient to rounding, by {self.loss}: {place}.",
-            source=SOURCE,
-            confidence=Confidence.ARITHMETIC,
-            value=self.collapsed,
-            threshold=0.0,
-        )
+        return verdict_on_margins(self)
 
     @classmethod
     def trend(cls, series: Sequence[tuple[int, Self]]) -> Verdict:

@@ -13,105 +13,37 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diag.curvature import eigenvectors
 from diag.curvature.memory import memory_beside
-from diag.curvature.operators import CurvatureOperator
 from diag.display import format_number, format_share
 from diag.encoding import plain_data
 from diag.errors import InvalidInput
+from diag.instruments.hessian_spectrum.fields import MeasuredSpectrum
+from diag.instruments.hessian_spectrum.measuring import (
+    NEAR_ZERO,
+    SMOOTHING,
+    extremes_and_sums,
+    notes_on_spectrum,
+    of_the_density,
+)
 from diag.linalg.lanczos import Eigenpairs
 from diag.linalg.operator import LinearOperator, checked_operator
-from diag.linalg.spectrum import Spectrum, spectrum
+from diag.linalg.spectrum import spectrum
 from diag.ranges import Count, Seed, Share, Size, Threshold, Tolerance, WholeNumber
 from diag.registry import PRODUCT, SELF_TEST, instrument
-from diag.result import OUR_CHOICE, Confidence, Level, Result, Verdict, measured
+from diag.result import OUR_CHOICE, Confidence, Level, Verdict
 
 SOURCE = "Papyan 2020, arXiv:2008.11865; Ghorbani, Krishnan, Xiao 2019, arXiv:1901.10159"
-
 NEGATIVE_ABOVE = 0.05  # of the largest eigenvalue: the smallest may lie so far below zero at a minimum, by rounding
 OVERLAP = 0.5
-NEAR_ZERO = 1e-3  # of the largest magnitude: what lies below counts as zero
-GRID_POINTS = 400
 COMPLETION = 8  # products that look for eigenvalues which the run has missed
-SMOOTHING = 0.15  # of the density, in asinh(eigenvalue / (NEAR_ZERO * largest magnitude))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HessianSpectrum(Result):
-    """Eigenvalues that have converged, each with its residual; density, trace and norm with their errors."""
-
-    eigenvalues: NDArray[numpy.float64] = measured("largest eigenvalues, descending", shape="(k,)")
-    residuals: NDArray[numpy.float64] = measured(
-        "|H v - lambda v|: an eigenvalue lies within this of each one given", shape="(k,)"
-    )
-    sampling_errors: NDArray[numpy.float64] = measured(
-        "how far the curvature along each eigenvector may be off for other data of the same kind: two of "
-        "them hold it in about 95 of 100 cases",
-        remark="NaN where the data cannot be split",
-        shape="(k,)",
-    )
-    smallest: float = measured("smallest eigenvalue", remark="NaN where it has not converged")
-    smallest_residual: float = measured("residual of the smallest eigenvalue")
-    trace: float = measured("trace of the Hessian")
-    trace_standard_error: float = measured(
-        "standard error of the trace", remark="0 where every eigenvalue is known"
-    )
-    frobenius_norm: float = measured("Frobenius norm of the Hessian")
-    frobenius_norm_standard_error: float = measured("standard error of the Frobenius norm")
-    negative_share: float = measured(
-        "eigenvalues below -0.001 of the largest magnitude, by the quadrature", unit="share"
-    )
-    negative_share_standard_error: float = measured(
-        "a quarter of the interval that holds that share in at least 95 of 100 cases", unit="share"
-    )
-    num_outliers: float = measured(
-        "outliers: leading eigenvectors in the span of the class directions", remark="NaN without class directions"
-    )
-    overlaps: NDArray[numpy.float64] = measured(
-        "squared length of each eigenvector in the span of the class directions", shape="(k,)", unit="share"
-    )
-    num_class_directions: int = measured("dimension of that span", remark="0 without class directions")
-    layer_shares: dict[str, float] = measured("where the top eigenvector lives, by layer", unit="share")
-    density_grid: NDArray[numpy.float64] = measured("eigenvalues at which the density is given", shape="(400,)")
-    density: NDArray[numpy.float64] = measured(
-        "share of the eigenvalues per unit of eigenvalue, without those in `eigenvalues`", shape="(400,)"
-    )
-    distribution: NDArray[numpy.float64] = measured(
-        "share of all eigenvalues up to each point of `density_grid`", shape="(400,)", unit="share"
-    )
-    distribution_low: NDArray[numpy.float64] = measured(
-        "least share up to each point: what the steps cannot resolve, and two standard deviations of the start "
-        "vectors' chance",
-        shape="(400,)",
-        unit="share",
-    )
-    distribution_high: NDArray[numpy.float64] = measured(
-        "largest share up to each point, likewise", shape="(400,)", unit="share"
-    )
-    distribution_error: float = measured(
-        "how far the share of eigenvalues up to a value can be off, at the worst value, in at least 95 of "
-        "100 cases",
-        unit="share",
-    )
-    num_parameters: int = measured("size of the Hessian")
-    num_products: int = measured("Hessian-vector products spent", remark="depends on the rounding of the dtype")
-    eigenvectors: NDArray[numpy.floating[Any]] | None = measured(
-        "the eigenvector of each eigenvalue, entries in the order of the parameters",
-        remark="None unless asked for",
-        shape="(k, P)",
-        record=False,
-        default=None,
-    )
-
-    @property
-    def largest_magnitude(self) -> float:
-        """The largest magnitude of an eigenvalue that is known."""
-        known = [*numpy.abs(self.eigenvalues), abs(self.smallest), float(numpy.abs(self.density_grid).max())]
-        return next((float(v) for v in known if math.isfinite(v) and v > 0), 1.0)
+class HessianSpectrum(MeasuredSpectrum):
+    """Extreme eigenvalues of the Hessian, its density and its trace."""
 
     def verdict(self) -> Verdict:
         if not len(self.eigenvalues) or math.isnan(self.smallest):
@@ -273,53 +205,15 @@ def hessian_spectrum(
         num_class_directions=dimension,
         layer_shares=eigenvectors.layer_shares(hessian, top),
         eigenvectors=plain_data(_whole_vectors(hessian, top)) if keep_eigenvectors else None,
-        notes=_notes(hessian, found, min(num_eigenvalues, hessian.size), inside),
-        **_extremes_and_sums(found, hessian.size),
-        **_of_the_density(found),
+        notes=notes_on_spectrum(hessian, found, min(num_eigenvalues, hessian.size), inside),
+        **extremes_and_sums(found, hessian.size),
+        **of_the_density(found),
     )
 
 
 def _whole_vectors(hessian: LinearOperator, pairs: Eigenpairs) -> Tensor:
     assert pairs.vectors is not None
     return hessian.whole_rows(pairs.vectors)
-
-
-def _extremes_and_sums(found: Spectrum, size: int) -> dict[str, Any]:
-    """The eigenvalues that converged, the trace and the norm."""
-    top, bottom = found.top, found.bottom
-    # Where all eigenvalues were asked for, the smallest is the last of the largest.
-    last = bottom if len(bottom.values) or len(top.values) < size else top.subset(slice(-1, None))
-    return {
-        "eigenvalues": top.values.numpy(),
-        "residuals": (top.residuals + top.rounding).numpy(),
-        "smallest": float(last.values[0]) if len(last.values) else math.nan,
-        "smallest_residual": float(last.residuals[0]) + last.rounding if len(last.values) else math.nan,
-        "trace": found.trace.value,
-        "trace_standard_error": found.trace.standard_error,
-        "frobenius_norm": found.frobenius_norm.value,
-        "frobenius_norm_standard_error": found.frobenius_norm.standard_error,
-        "num_parameters": size,
-        "num_products": found.num_products,
-    }
-
-
-def _of_the_density(found: Spectrum) -> dict[str, Any]:
-    """The fields of the density and the distribution function, from the quadrature."""
-    scale = NEAR_ZERO * found.magnitude or 1.0
-    grid = _grid(found.extremes, scale)
-    negative = torch.tensor([-scale], dtype=torch.float64)
-    low, high = (side.numpy() for side in found.rest.distribution_bounds(grid))
-    return {
-        "negative_share": float(found.rest.distribution(negative)),
-        "negative_share_standard_error": float(torch.stack(found.rest.distribution_bounds(negative)).diff(dim=0))
-        / 4,
-        "density_grid": grid.numpy(),
-        "density": found.rest.density(grid, SMOOTHING, atoms=False, scale=scale).numpy(),
-        "distribution": found.rest.distribution(grid).numpy(),
-        "distribution_low": low,
-        "distribution_high": high,
-        "distribution_error": float((high - low).max() / 2),
-    }
 
 
 def _check(hessian: Any, directions: Any) -> None:
@@ -329,24 +223,3 @@ def _check(hessian: Any, directions: Any) -> None:
             f"class_directions have shape {tuple(directions.shape)}; expected (classes, {hessian.size}), one row "
             "of the operator's size for each class."
         )
-
-
-def _grid(extremes: Tensor, scale: float) -> Tensor:
-    """Points that are even in asinh(eigenvalue / scale), from below the smallest value to above the largest."""
-    low, high = (torch.asinh(extremes / scale) + torch.tensor([-0.5, 0.5], dtype=torch.float64)).tolist()
-    return torch.sinh(torch.linspace(low, high, GRID_POINTS, dtype=torch.float64)) * scale
-
-
-def _notes(hessian: LinearOperator, found: Spectrum, asked: int, inside: NDArray[numpy.bool_]) -> tuple[str, ...]:
-    notes = []
-    missing = asked - len(found.top.values)
-    if missing:
-        notes.append(
-            f"{missing} of the {asked} largest eigenvalues had not converged and are not reported: give a larger "
-            "max_products=."
-        )
-    if len(inside) and inside.all() and len(inside) < hessian.size:
-        notes.append("Every eigenvector asked for lies in the span of the class directions: there may be more.")
-    if isinstance(hessian, CurvatureOperator):
-        notes.append(hessian.self_test.sentence())
-    return tuple(notes)

@@ -15,7 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from diag.instruments.gradient_flow.fields import RecordedFlow
-from diag.instruments.gradient_flow.judging import SOURCE, STEPS_BEFORE_ZERO_GRADIENT, verdicts
+from diag.instruments.gradient_flow.judging import SOURCE, STEPS_BEFORE_ZERO_GRADIENT, verdicts_on_flow
 from diag.instruments.gradient_flow.statistics import (
     factor_over_depth,
     growth_of_distance,
@@ -44,7 +44,7 @@ class GradientFlow(RecordedFlow):
     """What reaches each layer, and whether every number was finite."""
 
     def verdict(self) -> Verdict:
-        return next(v for v in verdicts(self) if v is not None)
+        return next(v for v in verdicts_on_flow(self) if v is not None)
 
     def plot(self, ax: Any = None) -> None:
         """The gradient norm of every parameter tensor over the steps, or over the depth where there is one step."""

@@ -21,13 +21,13 @@ LONGEST_GAP = 0.2  # of the steps (our choice): gradients read at some steps spe
 STEPS_BEFORE_ZERO_GRADIENT = 10  # steps; what starts at zero on purpose gets its gradient after the first ones
 
 
-def verdicts(flow: RecordedFlow) -> Iterator[Verdict | None]:
+def verdicts_on_flow(flow: RecordedFlow) -> Iterator[Verdict | None]:
     """Worst first: arithmetic before theory, and a description at the end."""
-    yield non_finite(flow)
-    yield unseen(flow)
-    yield idle(flow)
-    yield many_skipped(flow)
-    yield vanishing(flow)
+    yield _non_finite(flow)
+    yield _unseen(flow)
+    yield _idle(flow)
+    yield _many_skipped(flow)
+    yield _vanishing(flow)
     left = flow.loss_growth > LEFT  # whether training went well is not judged here, and is not to seem so
     whole = _is_seen(flow, flow.losses_seen) and _gradients_speak_for_all(flow) and not flow.unseen_layers
     yield Verdict(
@@ -40,7 +40,7 @@ def verdicts(flow: RecordedFlow) -> Iterator[Verdict | None]:
     )
 
 
-def non_finite(flow: RecordedFlow) -> Verdict | None:
+def _non_finite(flow: RecordedFlow) -> Verdict | None:
     if not flow.non_finite_losses and not flow.non_finite_applied:
         return None
     found = []
@@ -71,7 +71,7 @@ def non_finite(flow: RecordedFlow) -> Verdict | None:
     )
 
 
-def idle(flow: RecordedFlow) -> Verdict | None:
+def _idle(flow: RecordedFlow) -> Verdict | None:
     if not flow.idle_layers or flow.gradients_seen < STEPS_BEFORE_ZERO_GRADIENT:
         return None
     return Verdict(
@@ -101,7 +101,7 @@ def idle(flow: RecordedFlow) -> Verdict | None:
     )
 
 
-def many_skipped(flow: RecordedFlow) -> Verdict | None:
+def _many_skipped(flow: RecordedFlow) -> Verdict | None:
     limit = flow.setting("skipped_share")
     share = flow.skipped_steps / max(flow.num_steps, 1)
     if share <= limit or flow.skipped_steps <= HALVINGS:
@@ -129,7 +129,7 @@ def many_skipped(flow: RecordedFlow) -> Verdict | None:
     )
 
 
-def vanishing(flow: RecordedFlow) -> Verdict | None:
+def _vanishing(flow: RecordedFlow) -> Verdict | None:
     limit = flow.setting("depth_factor")
     strays = flow.depth_factor < 1 / limit or flow.depth_factor > limit
     if not (flow.plain_network and strays):
@@ -150,7 +150,7 @@ def vanishing(flow: RecordedFlow) -> Verdict | None:
     )
 
 
-def unseen(flow: RecordedFlow) -> Verdict | None:
+def _unseen(flow: RecordedFlow) -> Verdict | None:
     """No gradient at all, or weights that never moved: that nothing was infinite then says nothing."""
     if flow.num_steps < STEPS_BEFORE_ZERO_GRADIENT or (flow.gradients_seen and not flow.still):
         return None

@@ -51,7 +51,7 @@ from diag.errors import (
 from diag.instrument_call import Instrument
 from diag.result import Failed, Outcome, Result, Skipped
 from diag.snapshot.glossary import HELD_OUT, lookup
-from diag.snapshot.snapshot import OVER_RANKS
+from diag.snapshot.sharded.quantities import OVER_RANKS
 from diag.snapshot.state.tensors import hearing
 
 __all__ = [

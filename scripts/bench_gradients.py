@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from diag.gradients import Gram, ModelGradients, SquaredNorms, StepGradients, plan_for_steps
 from diag.gradients.queries import Query
-from diag.snapshot.batch import Batch, as_batch
+from diag.snapshot.batch import Batch
+from diag.snapshot.reading.forms import as_batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -30,7 +30,7 @@ from diag.curvature.stability.preconditioner import divisor
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import FunctionOperator, LinearOperator
 from diag.linalg.warm import warm_eigenpairs
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 
 digits = functools.cache(bench_curvature.digits)
 EVERY = (1, 5, 25)

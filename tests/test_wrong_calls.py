@@ -13,7 +13,7 @@ import diag
 from diag.errors import DiagError, InvalidInput
 from diag.ranges import Within
 from diag.registry import instruments
-from diag.snapshot.batch import as_tensors
+from diag.snapshot.reading.forms import as_tensors
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 LOGITS = X[:, :3]

@@ -19,7 +19,7 @@ from diag.distributed.together import Together
 from diag.linalg.deadline import free_memory
 from diag.registry import Instrument, attempt, is_put_together, requires
 from diag.result import Outcome, Skipped
-from diag.snapshot.reading import all_alike
+from diag.snapshot.reading.data import all_alike
 from diag.snapshot.sharded.whole import is_sharded, whole_copy
 from diag.snapshot.snapshot import Snapshot
 

@@ -21,10 +21,10 @@ from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.inside.listener import PassListener
 from diag.snapshot.objective.comparison import COMPARES_EXAMPLES, NO_CLASSES, Comparison, by_shape, compared, tried
 from diag.snapshot.objective.loss_spy import LossFunctionCall, LossSpy
-from diag.snapshot.objective.own_loss import is_models_own
+from diag.snapshot.objective.own_loss import NO_LOSS, is_models_own
 from diag.snapshot.objective.same_rows import matching_rows
 from diag.snapshot.preserve import preserved
-from diag.snapshot.snapshot import NO_LOSS, Snapshot
+from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.host import on_host
 
 L = TypeVar("L", bound=PassListener)

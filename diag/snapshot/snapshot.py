@@ -7,8 +7,7 @@ further, what was not yet computed is refused: a snapshot never mixes two moment
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -19,72 +18,36 @@ from torch import Tensor, nn
 from diag.checkpoints.unwrap import bare_model
 from diag.distributed.together import Together
 from diag.door import class_at_the_door
-from diag.errors import DiagError, InvalidInput, MissingQuantity, Unsupported, first_line
-from diag.linalg.deadline import NEVER, Deadline, free_memory
-from diag.snapshot.batch import Batch, fingerprint, tensors_in
+from diag.errors import DiagError, InvalidInput, MissingQuantity
+from diag.linalg.deadline import NEVER, Deadline
+from diag.snapshot.batch import Batch, fingerprint
 from diag.snapshot.cutting import Cutting
 from diag.snapshot.explain import try_out
 from diag.snapshot.glossary import HELD_OUT, Effort, lookup
 from diag.snapshot.inside.listener import PassListener
-from diag.snapshot.objective.own_loss import own_loss
+from diag.snapshot.objective.own_loss import loss_of
 from diag.snapshot.objective.shares import Counted
-from diag.snapshot.reading import Cut, equally_many, read_batches, shared_out
-from diag.snapshot.sharded.by_layer import ByLayer, can_gather_by_layer
+from diag.snapshot.reading.data import Cut, equally_many, read_batches, shared_out
+from diag.snapshot.sharded.chosen_model import by_layer_of, device_of, model_to_measure
+from diag.snapshot.sharded.quantities import refuse_shared
 from diag.snapshot.sharded.whole import (
-    fits_whole,
-    is_sharded,
     refuse_another_function,
     sharded_as,
-    whole_copy,
-    whole_optimizer,
 )
-from diag.snapshot.state.bits import TensorBits, bits_of
 from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
-from diag.snapshot.state.host import as_the_program, on_host
+from diag.snapshot.state.host import on_host
 from diag.snapshot.state.modes import unseen
+from diag.snapshot.state.moment import Moment
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
 from diag.snapshot.undisturbed import undisturbed
 from diag.snapshot.validation import BY_LAYER, checked_arguments
 
-MODEL_MOVED = (
-    "{} has changed since the snapshot was made, so its quantities would mix two moments; make a new Snapshot (of "
-    "a copy of the model, to keep it while training goes on)."
-)
-DATA_MOVED = (
-    "The data have changed since the snapshot read them, by other code or by a model that writes into its inputs, "
-    "so its quantities would mix two moments; give it a copy of the data, and a model that leaves its inputs as "
-    "they are."
-)
 WITHOUT_ROWS = (
     "The target is one number without an axis of examples, so that examples cannot be told apart; give batches: "
     "(inputs[None], target[None]) for one example."
-)
-NO_LOSS = (
-    "the snapshot has no loss; give loss_fn=, mean-reduced: loss_fn(outputs, targets), or in each batch what the "
-    "model computes its own from (its labels)."
-)
-DATA = "bits of the data"
-OVER_RANKS = {  # what is the same on all ranks, or put together: as one row an example, or as a sum
-    *("params", "optimizer", "module_graph", "classifier", "other", "other_params", "ancestor"),
-    *("labels", "targets", "logits", "losses", "logit_gradients", "features"),
-    *("loss_at", "losses_at", "gradient", "hessian", "gauss_newton", "per_example_gradients", "interpolation"),
-}
-# What can be had while no rank holds all weights.
-WITHOUT_WEIGHTS = {"hessian", "gauss_newton", "labels", "targets", "logits", "losses", "logit_gradients"}
-NOT_BY_LAYER = (
-    "{} is not measured where the weights of one layer at a time are gathered, as no rank holds all of them; give "
-    "more memory, so that each rank can take a whole copy (ranks=True)."
-)
-NOT_OVER_RANKS = (
-    "{} is not put together over ranks, of which each has a share of the data{}; measure it in one process "
-    "on all the data, without ranks=."
-)
-SHARDED = (
-    "The parameters are sharded over processes ({}), so that no process alone has the network; make the "
-    "snapshot with ranks=True on every rank, or load a full state dict into an unsharded copy of the model."
 )
 _READING = {"data", "unpack", "seed", "device", "micro_batch", "max_examples"}  # arguments that reading depends on
 
@@ -142,12 +105,12 @@ class Snapshot:
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         arguments |= checked_arguments(arguments)
-        self.ranks = ranks if isinstance(ranks, Together) else Together(_device_of(model)) if ranks else None
+        self.ranks = ranks if isinstance(ranks, Together) else Together(device_of(model)) if ranks else None
         self._placement = sharded_as(bare_model(model))
-        self.layers = _by_layer(arguments, self.ranks) if self._placement else None
+        self.layers = by_layer_of(arguments, self.ranks) if self._placement else None
         whole = self.ranks is not None and self._placement and self.layers is None
         self._sharded = bare_model(model) if whole else None
-        self.model, self.optimizer = _measured(bare_model(model), optimizer, device, self.ranks, self.layers)
+        self.model, self.optimizer = model_to_measure(bare_model(model), optimizer, device, self.ranks, self.layers)
         self.loss_fn = loss_fn
         self.previous, self.other, self.history = previous, other, history
         self.loop, self.carry, self.deadline = loop, carry, deadline
@@ -158,7 +121,7 @@ class Snapshot:
         self._computed: dict[str, Any] = {}
         self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits
         self._entered: bool | None = None  # a measurement is going on; whether it calls the model
-        self._moment, self._moved = TensorBits(self.model, loss_fn), ""  # what had moved when a measurement began
+        self._moment = Moment(self.model, loss_fn)
 
     def _made(self) -> dict[str, Any]:
         """The arguments by which another snapshot shares what was made of them here."""
@@ -183,13 +146,7 @@ class Snapshot:
         Raises MissingQuantity, in one sentence with what to give, where the snapshot cannot give it.
         """
         row = lookup(name)
-        if self.layers is not None and name.removeprefix(HELD_OUT) not in WITHOUT_WEIGHTS:
-            raise MissingQuantity(NOT_BY_LAYER.format(name))
-        if self.ranks and name.removeprefix(HELD_OUT) not in OVER_RANKS:
-            lies = f" (and whose parameters are sharded: {self._placement})" if self._placement else ""
-            raise MissingQuantity(NOT_OVER_RANKS.format(name, lies))
-        if self.ranks is None and self._placement and row.cost is not Effort.NONE:
-            raise Unsupported(SHARDED.format(self._placement))  # a forward pass would wait for the other ranks
+        refuse_shared(name, self._placement, self.ranks is not None, self.layers is not None)
         self.deadline.check()
         if name not in self._computed:
             self.refuse_a_later_moment()
@@ -224,8 +181,7 @@ class Snapshot:
             refuse_unmade(self.model)
         if called and self._arguments["data"] is not None and not is_silent(self.model):
             self.hook_check.refuse(self.model, lambda: self.batches)
-        if not is_checked(self.model):  # what is written to from here on is put back
-            self._moved = self._moment.changed()
+        self._moment.measurement_begins()
         before, self._entered = self._entered, called
         try:
             with undisturbed(self.model, self.loss_fn):
@@ -270,13 +226,7 @@ class Snapshot:
 
     def refuse_a_later_moment(self) -> None:
         """Raise InvalidInput where the model, the loss or the data have changed since the snapshot was made."""
-        if name := self._moved if is_checked(self.model) else self._moment.changed():
-            raise InvalidInput(MODEL_MOVED.format(name[0].upper() + name[1:]))
-        if "batches" in self.__dict__ and self._data_moved():
-            raise InvalidInput(DATA_MOVED)
-
-    def _data_moved(self) -> bool:
-        return bool(bits_of_batches(self.batches) != self.once(DATA, lambda: bits_of_batches(self.batches)))
+        self._moment.refuse_later(self.__dict__.get("batches"))
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
@@ -294,7 +244,7 @@ class Snapshot:
         batches = batches if self.ranks is None else shared_out(batches, self.ranks)
         if self.layers is not None and self.ranks is not None:
             batches = equally_many(batches, self.ranks)
-        self._computed[DATA] = bits_of_batches(batches)
+        self._moment.read(batches)
         return batches
 
     @cached_property
@@ -349,19 +299,7 @@ class Snapshot:
         self.deadline.check()
         if isinstance(targets, Counted):
             return targets.share_of(self.batch_loss(targets.cut_off(outputs), targets.targets))
-        if self.loss_fn is not None:
-            try:
-                with as_the_program():
-                    return self.loss_fn(outputs, targets)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                raise InvalidInput(
-                    f"loss_fn cannot be called on the model's outputs and the targets ({first_line(error)}); check "
-                    "their shapes, types and ranges."
-                ) from error
-        loss = own_loss(outputs)
-        if loss is None:
-            raise MissingQuantity(NO_LOSS)
-        return loss
+        return loss_of(self.loss_fn, outputs, targets)
 
     def provenance(self) -> dict[str, Any]:
         """What results record about where they come from."""
@@ -398,7 +336,8 @@ class Snapshot:
             other.__dict__["cutting"] = self.cutting
         if "batches" in self.__dict__ and not set(changes) & _READING:
             other.__dict__["batches"] = self.batches
-            other._computed[DATA], other.cut = self._computed[DATA], self.cut
+            other.cut = self.cut
+            other._moment.data_from(self._moment)
         return other
 
     def with_data(self, data: Any, model: nn.Module | None = None) -> Snapshot:
@@ -409,50 +348,3 @@ class Snapshot:
     def __repr__(self) -> str:
         known = f", {self.num_examples:,} examples" if "batches" in self.__dict__ else ""
         return f"<Snapshot of {type(self.model).__name__}{known}>"
-
-
-def bits_of_batches(batches: tuple[Batch, ...]) -> list[Any]:
-    """What tells the tensors of the batches from others (see `bits_of`)."""
-    return [bits_of(t) for b in batches for t in tensors_in((b.args, b.kwargs, b.targets))]
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _by_layer(arguments: Mapping[str, Any], ranks: Together | None) -> ByLayer | None:
-    """The sharded model as one whose layers are gathered one at a time, where that is asked for or nothing else
-    fits."""
-    model = bare_model(arguments["model"])
-    if ranks is None:
-        return None
-    if arguments["ranks"] != BY_LAYER:
-        if fits_whole(model, ranks, free_memory(_device_of(model))):
-            return None
-        if not can_gather_by_layer(model, ranks.world):
-            return None  # the whole copy is refused with its reason
-    return ByLayer(model, ranks)
-
-
-def _measured(
-    model: nn.Module,
-    optimizer: Any,
-    device: torch.device | str | None,
-    ranks: Together | None,
-    layers: ByLayer | None,
-) -> tuple[nn.Module, Any]:
-    """The model to measure, whole and on the device asked for, and its optimizer; or the one that gathers."""
-    if layers is not None:
-        return layers.model, None
-    if ranks is None or not is_sharded(model):
-        return _on_device(model, device), optimizer
-    copied = whole_copy(model, ranks, free_memory(_device_of(model)))
-    optimizer = None if optimizer is None else whole_optimizer(optimizer, copied.tensors, ranks)
-    return _on_device(copied.model, device), optimizer
-
-
-def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:
-    here = next((p.device for p in model.parameters()), None)
-    if device is None or here is None or here == torch.device(device):
-        return model
-    return copy.deepcopy(model).to(device)

@@ -17,7 +17,7 @@ from diag.door import brought_to
 from diag.errors import InvalidInput, type_of
 from diag.ranges import Count, Threshold, WholeNumber
 from diag.snapshot.batch import Batch
-from diag.snapshot.reading import read_batches
+from diag.snapshot.reading.data import read_batches
 from diag.snapshot.state.unmade import NO_VALUES, SCRIPTED
 from diag.watching.measure.probe import Probe
 

@@ -11,7 +11,7 @@ from diag.connectivity.activation_matching import align_activations
 from diag.connectivity.alignment import align_weights, compose
 from diag.connectivity.symmetries import find_symmetries
 from diag.errors import InvalidInput
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 
 
 def mlp(width=5, seed=0, depth=1, dtype=torch.float64):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 
 cross_entropy = F.cross_entropy
 

@@ -14,7 +14,7 @@ from diag.curvature import operators as curvature
 from diag.curvature.memory import saved_bytes
 from diag.curvature.operators import GaussNewton, Hessian
 from diag.errors import InvalidInput
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 
 _spec = importlib.util.spec_from_file_location("curvature_cases", Path(__file__).with_name("curvature_cases.py"))
 cases = importlib.util.module_from_spec(_spec)

@@ -21,7 +21,7 @@ from diag.curvature.operators import Fisher, GaussNewton, Hessian
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.linalg.student import covering
-from diag.snapshot.batch import as_batch, as_batches
+from diag.snapshot.reading.forms import as_batch, as_batches
 from diag.snapshot.snapshot import Snapshot
 from diag.testing import planted_spectrum
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diag.curvature import memory as curvature_memory
 from diag.curvature.operators import Hessian
 from diag.linalg.lanczos import eigenpairs, run_lanczos
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 
 
 class LiveBytes(TorchDispatchMode):

@@ -13,7 +13,7 @@ from diag.curvature.operators import GaussNewton, Hessian
 from diag.curvature.record import SelfTest
 from diag.curvature.selftest import FALLBACK_STEPS
 from diag.errors import Unsupported
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 
 _spec = importlib.util.spec_from_file_location("curvature_cases", Path(__file__).with_name("curvature_cases.py"))
 cases = importlib.util.module_from_spec(_spec)

@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from diag.curvature.operators import Fisher, GaussNewton, Hessian
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 
 _spec = importlib.util.spec_from_file_location("curvature_cases", Path(__file__).with_name("curvature_cases.py"))
 cases = importlib.util.module_from_spec(_spec)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 
 N, T, D, CLASSES, WORDS = 5, 7, 6, 4, 11
 

@@ -12,7 +12,7 @@ from diag.gradients.rules import blocks
 from diag.gradients.rules.blocks import Dense, Outer
 from diag.gradients.rules.combination import Placed, Scaled, Sum
 from diag.gradients.rules.convolution import Patches, convolution
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # As in test_per_example.py: float64 leaves 1e-10, float32 1e-5.

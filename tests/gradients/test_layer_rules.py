@@ -13,7 +13,7 @@ from diag.gradients import ModelGradients, StepGradients, plan_for_steps
 from diag.gradients.capture import Capture
 from diag.gradients.methods import How
 from diag.gradients.unexplained import unexplained
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 
 
 class Kernel(torch.autograd.Function):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from diag.gradients import Gram, GroupGram, GroupSums, ModelGradients, SquaredNorms
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 
 _spec = importlib.util.spec_from_file_location(
     "per_example_cases", Path(__file__).with_name("per_example_cases.py")

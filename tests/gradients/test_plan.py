@@ -13,8 +13,9 @@ from diag.gradients.plan import probe_of
 from diag.gradients.rules import closed_forms
 from diag.gradients.rules.blocks import Outer
 from diag.gradients.rules.layout import ExampleLayout, find_layout
-from diag.snapshot.batch import Batch, as_batch
+from diag.snapshot.batch import Batch
 from diag.snapshot.picking import picked
+from diag.snapshot.reading.forms import as_batch
 
 PATH = Path(__file__).with_name("per_example_cases.py")
 cases = importlib.util.module_from_spec(importlib.util.spec_from_file_location("per_example_cases", PATH))

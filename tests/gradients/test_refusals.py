@@ -12,7 +12,7 @@ from torch import nn
 import diag
 from diag.errors import InvalidInput, Unsupported
 from diag.gradients import MatrixGradients, ModelGradients, StackedGradients
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 from diag.testing import is_one_sentence, leaves_no_trace
 
 PATH = Path(__file__).with_name("per_example_cases.py")

@@ -22,7 +22,7 @@ from diag.gradients import (
     plan_for_steps,
 )
 from diag.gradients.dry_run import queries_of
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 from diag.testing import leaves_no_trace
 
 PATH = Path(__file__).with_name("per_example_cases.py")

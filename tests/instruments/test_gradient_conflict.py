@@ -14,7 +14,7 @@ from diag.gradients import MatrixGradients, ModelGradients
 from diag.instruments.gradient_conflict import sign_flip_rate, stack_losses
 from diag.linalg.coherence import random_blocks
 from diag.result import Level
-from diag.snapshot.batch import as_batch
+from diag.snapshot.reading.forms import as_batch
 from diag.testing import refusal
 
 conflict = diag.gradient_conflict

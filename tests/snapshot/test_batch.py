@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diag.errors import InvalidInput
-from diag.snapshot.batch import as_batch, as_batches, map_tensors, tensors_in
+from diag.snapshot.batch import map_tensors, tensors_in
+from diag.snapshot.reading.forms import as_batch, as_batches
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
 

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_sequence
 import diag
 import diag.registry
 from diag.errors import InvalidInput, Unsupported
-from diag.snapshot.batch import as_batch
 from diag.snapshot.cutting import Cutting
+from diag.snapshot.reading.forms import as_batch
 
 T = N = 8
 

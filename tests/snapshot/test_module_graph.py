@@ -7,8 +7,8 @@ from torch import nn
 
 import diag
 from diag.errors import Unsupported
-from diag.snapshot.batch import as_batch
 from diag.snapshot.module_graph import trace_modules
+from diag.snapshot.reading.forms import as_batch
 
 
 class Branches(nn.Module):

@@ -8,8 +8,8 @@ from torch import nn
 from diag.connectivity.interpolation_layers import parameters_by_layer
 from diag.curvature.operators import Hessian
 from diag.gradients import ModelGradients
-from diag.snapshot.batch import as_batch
 from diag.snapshot.parameters import layer_of
+from diag.snapshot.reading.forms import as_batch
 
 NAMES = {
     "net.0.weight": "net.0",

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 
 import diag
 from diag.reporting.document import document
-from diag.snapshot import reading
+from diag.snapshot.reading import data as reading
 
 X, Y = torch.randn(8, 4), torch.arange(8) % 3
 

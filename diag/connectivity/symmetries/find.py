@@ -20,9 +20,10 @@ from diag.connectivity.symmetries.rules import GENERAL_LINEAR
 from diag.connectivity.symmetries.solve import Solution, used_symbols
 from diag.connectivity.symmetries.tracing import AxisTrace, main_outputs, trace_model, unfused
 from diag.errors import Unsupported
-from diag.snapshot.batch import Batch, as_batch
+from diag.snapshot.batch import Batch
 from diag.snapshot.call_at import call_at
 from diag.snapshot.preserve import preserved
+from diag.snapshot.reading.forms import as_batch
 
 SAME_FUNCTION_WITHIN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 # Operations whose outputs are pre-activations.

@@ -35,8 +35,9 @@ from diag.connectivity.symmetries.moments import NULL, OutputGradients, antisymm
 from diag.connectivity.symmetries.planes import PlanePlace, groups_of_planes, plane_places, shared
 from diag.connectivity.symmetries.tracing import Lifted
 from diag.errors import Unsupported, first_line
-from diag.snapshot.batch import Batch, as_batch, map_tensors
+from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.preserve import preserved
+from diag.snapshot.reading.forms import as_batch
 
 SAME_OUTPUTS = 1e-9  # relative change, float64
 PROJECTIONS = 4

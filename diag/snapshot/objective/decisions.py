@@ -18,7 +18,8 @@ from torch import Tensor
 from diag.errors import MissingQuantity
 from diag.snapshot.forward import Looked, forward_pass
 from diag.snapshot.objective.loss_spy import LossFunctionCall
-from diag.snapshot.snapshot import NO_LOSS, Snapshot
+from diag.snapshot.objective.own_loss import NO_LOSS
+from diag.snapshot.snapshot import Snapshot
 
 SIGMOID_LOSS = "binary_cross_entropy_with_logits"
 NO_DECISIONS = (

@@ -15,11 +15,11 @@ from diag.snapshot.forward import Looked, forward_pass
 from diag.snapshot.objective.comparison import Comparison
 from diag.snapshot.objective.counting import by_example, counted_batches, refuse_coupled
 from diag.snapshot.objective.over_ranks import scale_of
-from diag.snapshot.objective.own_loss import is_models_own
+from diag.snapshot.objective.own_loss import NO_LOSS, is_models_own
 from diag.snapshot.objective.shares import Counted
 from diag.snapshot.parameters import copy_with
 from diag.snapshot.preserve import preserved
-from diag.snapshot.snapshot import NO_LOSS, Snapshot
+from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.state.python import renew
 
 OWN_LOSS = (

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from diag.errors import InvalidInput
-from diag.snapshot.batch import Batch, batch_size, map_tensors, tensors_in
-from diag.snapshot.reading import dense
+from diag.snapshot.batch import Batch, map_tensors, tensors_in
+from diag.snapshot.reading.data import dense
+from diag.snapshot.reading.forms import batch_size
 
 PROBE_EXAMPLES = 512
 # Inputs and outputs are held for all examples at once, so a language model's vocabulary bounds their number.

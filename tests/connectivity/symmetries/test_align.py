@@ -8,7 +8,7 @@ from diag.connectivity.activation_matching import align_activations
 from diag.connectivity.alignment import align_weights
 from diag.connectivity.interpolation import Interpolation
 from diag.connectivity.symmetries import find_symmetries
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 
 
 def test_a_permuted_copy_is_aligned_back(network, architecture):

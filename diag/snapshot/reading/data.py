@@ -13,8 +13,9 @@ import torch
 from diag.distributed.checksums import checksum_of
 from diag.distributed.together import Together
 from diag.errors import InvalidInput, Unsupported
-from diag.snapshot.batch import Batch, as_batches, tensors_in
+from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import generator_states, random_states, seed_generators
+from diag.snapshot.reading.forms import as_batches
 from diag.snapshot.state.host import as_the_program
 
 NOT_DENSE = "The data hold {} tensors, which are not cut into examples here; give them as dense tensors."

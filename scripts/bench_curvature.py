@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.linalg.ritz import Which

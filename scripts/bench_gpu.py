@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_curvature import GPT, text
 
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.linalg.operator import LinearOperator
 from diag.snapshot.snapshot import Snapshot

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diag.curvature.carry import RENEW_EVERY
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.curvature.stability.preconditioner import divisor
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.operator import FunctionOperator, LinearOperator

@@ -8,6 +8,7 @@ __all__ = [
     "class_directions",
     "eigenvectors",
     "examples",
+    "matrices",
     "memory",
     "neighbourhood",
     "operators",

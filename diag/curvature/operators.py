@@ -1,9 +1,4 @@
-"""Curvature matrices of a network's loss as linear operators: Hessian, Gauss-Newton, Fisher.
-
-    hessian = Hessian(model, loss_fn, batches)
-    hessian @ v                                  # (P,), over all the data
-    hessian.block(hessian.layers["encoder.0"])   # one layer's block
-    hessian.self_test.sentence()                 # how the products were found to be right
+"""A curvature matrix of a network's loss as a linear operator; `matrices` has the Hessian and its kin.
 
 The matrices act on flat vectors of the trainable parameters in `named_parameters()` order. Products are exact
 sums over all batches, in evaluation mode, in float32 unless the model is float64. Before its first product an
@@ -20,7 +15,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -28,38 +22,23 @@ import torch
 from torch import Tensor, nn
 
 from diag.checkpoints.unwrap import bare_model
-from diag.curvature import fisher as fishers
 from diag.curvature.by_layer import ShardedObjective, SpreadByLayer
 from diag.curvature.carry import Carried
 from diag.curvature.layout import layout_of, participation
 from diag.curvature.memory import MemoryPlan, available_memory, plan_memory
 from diag.curvature.objective import PRECISIONS, LossFn, Objective, native_precision
-from diag.curvature.probe import hold_fixed, rows_held_fixed
-from diag.curvature.products import (
-    Curvature,
-    FiniteDifferenceGraph,
-    GeneralisedGaussNewton,
-    Graph,
-    HessianOfLoss,
-    Pieces,
-    loss_gradient,
-)
+from diag.curvature.products import Curvature, Graph, differenced_products, rebuilt_products
 from diag.curvature.record import SelfTest
 from diag.curvature.selftest import run_self_test
 from diag.curvature.values import Values
 from diag.distributed.together import Together
-from diag.errors import InvalidInput, MissingQuantity, Unsupported
+from diag.errors import InvalidInput, Unsupported
 from diag.linalg.operator import LinearOperator
 from diag.linalg.reductions import IN_ONE_PROCESS, Spread, SpreadOver
 from diag.snapshot.batch import Batch, fingerprint
-from diag.snapshot.objective.comparison import IGNORED_LABEL
-from diag.snapshot.objective.counting import counted_batches
-from diag.snapshot.objective.over_ranks import weight_of
-from diag.snapshot.objective.own_loss import is_models_own
 from diag.snapshot.parameters import FlatLayout
 from diag.snapshot.picking import random_blocks_of, subsampled
 from diag.snapshot.sharded.by_layer import ByLayer
-from diag.snapshot.snapshot import Snapshot
 
 
 class CurvatureOperator(LinearOperator):
@@ -298,33 +277,11 @@ class CurvatureOperator(LinearOperator):
         return self._graph
 
     def _rebuilt(self, vectors: Tensor) -> Tensor:
-        """Products with several vectors from graphs that live for one micro-batch each."""
-        if self.self_test.differenced:
-            return self._differenced(vectors)
-        products, views = torch.zeros_like(vectors), self.objective.layout.views
-        with self.objective.measured():
-            parameters = self.objective.parameters()
-            for batch in self.memory_plan.batches:
-                self.deadline.check()
-                graph = self._curvature().graph(self.objective, parameters, [batch])
-                for i, v in enumerate(vectors):
-                    pieces = graph.product(views(v), i < len(vectors) - 1)
-                    _add_pieces(views(products[i]), pieces)
-                del graph
-        return products
-
-    def _differenced(self, vectors: Tensor) -> Tensor:
-        test = self.self_test
-        objective = self.objective.at_precision(test.precision)
-        fixed = rows_held_fixed(objective.model, objective)
-        products = torch.empty_like(vectors)
-        with objective.measured():
-            graph = FiniteDifferenceGraph(self._curvature(), objective, objective.parameters(), test.step)
-            for v, product in zip(vectors, products, strict=True):
-                free = hold_fixed(v.to(objective.dtype, copy=True), objective, fixed)
-                found = objective.layout.flatten(graph.product(objective.layout.views(free), True), free)
-                product.copy_(hold_fixed(found, objective, fixed))
-        return products
+        test, curvature = self.self_test, self._curvature()
+        if test.differenced:
+            objective = self.objective.at_precision(test.precision)
+            return differenced_products(curvature, objective, vectors, test.step)
+        return rebuilt_products(curvature, self.objective, self.memory_plan.batches, vectors, self.deadline)
 
     def layer_shares(self, part: Tensor) -> dict[str, float]:
         """The share of a vector's squared length in each layer, from this process's part of it."""
@@ -342,106 +299,7 @@ class CurvatureOperator(LinearOperator):
         return f"{super().__repr__()[:-1]}, num_examples={self.num_examples})"
 
 
-class Hessian(CurvatureOperator):
-    """H = Hess L(theta), the matrix of second derivatives of the mean loss.
-
-    At kinks (ReLU, max-pooling) it is the Hessian of the active linear piece. An embedding's padding row is
-    held fixed, as in PyTorch's gradient.
-    """
-
-    def _curvature(self) -> Curvature:
-        return HessianOfLoss()
-
-
-class GaussNewton(CurvatureOperator):
-    """G = (1/n) sum_i J_i^T S_i J_i, with J_i the Jacobian of the outputs and S_i the loss's Hessian in them.
-
-    It is the Hessian of the loss with the network linearised; positive semi-definite where the loss is convex
-    in the outputs (cross-entropy, squared error). Source: Schraudolph (2002), Neural Computation 14(7).
-    """
-
-    def _curvature(self) -> Curvature:
-        return GeneralisedGaussNewton(loss_gradient)
-
-
-class Fisher(CurvatureOperator):
-    """F = (1/n) sum_i J_i^T S_i J_i, with S_i the Fisher information of the model's own distribution.
-
-    likelihood: "categorical" (outputs are logits; S = diag(p) - p p^T, so F is the Gauss-Newton matrix of the
-    cross-entropy, whatever loss_fn is), "gaussian" (S = I: unit variance), or "empirical" ((1/n) sum_i g_i
-    g_i^T from the gradients of the examples' losses, which is not the Fisher: Kunstner et al., arXiv:1905.12558).
-    class_dim: the axis of the classes in the outputs; by default 1 where the targets have the outputs' other
-    axes in that order (images), else the last one. ignored: the label of positions that do not count.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        batches: Iterable[Batch],
-        *,
-        likelihood: str = "categorical",
-        class_dim: int | None = None,
-        ignored: int = IGNORED_LABEL,
-        **settings: Any,
-    ):
-        super().__init__(model, loss_fn, batches, **settings)
-        if likelihood not in fishers.LIKELIHOODS:
-            raise InvalidInput(f"likelihood is {likelihood!r}; expected one of {', '.join(fishers.LIKELIHOODS)}.")
-        self._settings |= {"likelihood": likelihood, "class_dim": class_dim, "ignored": ignored}
-
-    def _curvature(self) -> Curvature:
-        settings = self._settings
-        return fishers.curvature(settings["likelihood"], settings["class_dim"], settings["ignored"])
-
-
 def _spread_of(ranks: Together | None, layers: ByLayer | None) -> Spread:
     if layers is not None:
         return SpreadByLayer(layers)
     return IN_ONE_PROCESS if ranks is None else SpreadOver(ranks.rank, ranks.world, ranks.totals, ranks.joined)
-
-
-def hessian(snapshot: Snapshot) -> Hessian:
-    """The Hessian of the snapshot's mean loss over its data, self-tested."""
-    return _of(snapshot, Hessian)
-
-
-def gauss_newton(snapshot: Snapshot) -> GaussNewton:
-    """The generalised Gauss-Newton matrix of the snapshot's mean loss over its data, self-tested."""
-    if snapshot.loss_fn is None or is_models_own(snapshot.loss_fn):
-        raise MissingQuantity(
-            "the loss inside the model's outputs hides the logits; give loss_fn(outputs, targets)."
-        )
-    return _of(snapshot, GaussNewton)
-
-
-def fisher(snapshot: Snapshot) -> Fisher:
-    """The Fisher information of the snapshot's model: categorical where the loss compares classes, else Gaussian.
-
-    Raises MissingQuantity where the targets are integers with which the loss compares the outputs as no classes.
-    """
-    if fishers.likelihood_of(snapshot.batches[0].targets) == "gaussian":
-        return _of(snapshot, Fisher, likelihood="gaussian")
-    class_dim, ignored = fishers.shape_of_logits(snapshot)
-    return _of(snapshot, Fisher, likelihood="categorical", class_dim=class_dim, ignored=ignored)
-
-
-def _of(snapshot: Snapshot, kind: type[Any], **settings: Any) -> Any:
-    carried = snapshot.carry.next(kind.__name__, snapshot) if snapshot.carry is not None else None
-    known = carried.self_test if carried is not None else None
-    settings |= {"seed": snapshot.seed, "checked": known, "ranks": snapshot.together, "layers": snapshot.layers}
-    if settings["ranks"] is not None:
-        settings["weight"] = weight_of(snapshot, settings["ranks"])
-    operator = kind(snapshot.model, snapshot.batch_loss, snapshot.cuttable(counted_batches(snapshot)), **settings)
-    operator.deadline = snapshot.deadline
-    test = operator.self_test  # now, so that what cannot be measured is refused here, before an algorithm begins
-    if carried is not None:
-        carried.self_test = replace(test, earlier=True)
-        operator.carried = carried
-    return operator
-
-
-def _add_pieces(total: list[Tensor], pieces: Pieces) -> None:
-    for into, piece in zip(total, pieces, strict=True):
-        if piece is not None:
-            into.add_(piece.to_dense() if piece.layout != torch.strided else piece)

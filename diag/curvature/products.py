@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from diag.curvature.objective import Objective, gradients, output_tensors
+from diag.curvature.probe import hold_fixed, rows_held_fixed
 from diag.errors import Unsupported, type_of
+from diag.linalg.deadline import Deadline
 from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch
 
@@ -228,6 +230,38 @@ class FiniteDifferenceGraph:
         unit = [v.to(self.objective.dtype) / size for v in views]
         product = self.curvature.finite_difference(self.objective, self.parameters, unit, self.step)
         return self.objective.layout.views(product * size)
+
+
+def rebuilt_products(
+    curvature: Curvature, objective: Objective, batches: Sequence[Batch], vectors: Tensor, deadline: Deadline
+) -> Tensor:
+    """Products with several vectors (k, P) from graphs that live for one micro-batch each."""
+    products, views = torch.zeros_like(vectors), objective.layout.views
+    with objective.measured():
+        parameters = objective.parameters()
+        for batch in batches:
+            deadline.check()
+            graph = curvature.graph(objective, parameters, [batch])
+            for i, v in enumerate(vectors):
+                pieces = graph.product(views(v), i < len(vectors) - 1)
+                for into, piece in zip(views(products[i]), pieces, strict=True):
+                    if piece is not None:
+                        into.add_(piece.to_dense() if piece.layout != torch.strided else piece)
+            del graph
+    return products
+
+
+def differenced_products(curvature: Curvature, objective: Objective, vectors: Tensor, step: float) -> Tensor:
+    """Products with several vectors (k, P) from differences of the gradient, `step` apart."""
+    fixed = rows_held_fixed(objective.model, objective)
+    products = torch.empty_like(vectors)
+    with objective.measured():
+        graph = FiniteDifferenceGraph(curvature, objective, objective.parameters(), step)
+        for v, product in zip(vectors, products, strict=True):
+            free = hold_fixed(v.to(objective.dtype, copy=True), objective, fixed)
+            found = objective.layout.flatten(graph.product(objective.layout.views(free), True), free)
+            product.copy_(hold_fixed(found, objective, fixed))
+    return products
 
 
 def loss_gradient(

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from diag.curvature.operators import GaussNewton, Hessian
+from diag.curvature.matrices import GaussNewton, Hessian
 from diag.errors import Unsupported
 from diag.snapshot.reading.forms import as_batches
 

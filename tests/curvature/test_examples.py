@@ -12,7 +12,7 @@ from torch import nn
 
 from diag.curvature.examples import curvature_shares
 from diag.curvature.layout import participation
-from diag.curvature.operators import GaussNewton, Hessian
+from diag.curvature.matrices import GaussNewton, Hessian
 from diag.curvature.stability.preconditioner import divisor, preconditioned
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.snapshot.reading.forms import as_batches

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from diag.curvature import matrices as curvature
 from diag.curvature import memory as curvature_memory
-from diag.curvature import operators as curvature
+from diag.curvature.matrices import GaussNewton, Hessian
 from diag.curvature.memory import saved_bytes
-from diag.curvature.operators import GaussNewton, Hessian
 from diag.errors import InvalidInput
 from diag.snapshot.reading.forms import as_batches
 

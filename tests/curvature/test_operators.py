@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from torch import nn
 
 from diag.curvature import guards
-from diag.curvature import operators as curvature
+from diag.curvature import matrices as curvature
 from diag.curvature.eigenvectors import sampling_errors
 from diag.curvature.fisher import shape_of_logits
 from diag.curvature.layout import check_one_device
-from diag.curvature.operators import Fisher, GaussNewton, Hessian
+from diag.curvature.matrices import Fisher, GaussNewton, Hessian
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.linalg.student import covering

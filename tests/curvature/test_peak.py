@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diag.curvature import memory as curvature_memory
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.linalg.lanczos import eigenpairs, run_lanczos
 from diag.snapshot.reading.forms import as_batches
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diag.curvature.operators import GaussNewton, Hessian
+from diag.curvature.matrices import GaussNewton, Hessian
 from diag.curvature.record import SelfTest
 from diag.curvature.selftest import FALLBACK_STEPS
 from diag.errors import Unsupported

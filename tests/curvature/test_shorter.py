@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.curvature.shorter import SHORTER
 from diag.errors import Unsupported
 from diag.snapshot.batch import Batch

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from diag.curvature.operators import Fisher, GaussNewton, Hessian
+from diag.curvature.matrices import Fisher, GaussNewton, Hessian
 from diag.snapshot.reading.forms import as_batches
 
 _spec = importlib.util.spec_from_file_location("curvature_cases", Path(__file__).with_name("curvature_cases.py"))

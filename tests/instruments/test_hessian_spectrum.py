@@ -10,7 +10,7 @@ from torch import nn
 
 import diag
 from diag.curvature.class_directions import class_directions
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.errors import InvalidInput, MissingQuantity
 from diag.instruments.hessian_spectrum.instrument import HessianSpectrum
 from diag.linalg.operator import FunctionOperator, LinearOperator

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diag.connectivity.interpolation_layers import parameters_by_layer
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.gradients import ModelGradients
 from diag.snapshot.parameters import layer_of
 from diag.snapshot.reading.forms import as_batch

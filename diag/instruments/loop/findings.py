@@ -62,6 +62,22 @@ class LoopFinding:
         return kept | {"level": str(self.level), "cause": str(self.cause), "confidence": str(self.confidence)}
 
 
+@dataclass(frozen=True)
+class FindingText:
+    """What is said of something found; `{name}` in the sentence or the advice is a word that it is told with."""
+
+    cause: Cause
+    sentence: str
+    advice: str
+    refutation: str
+    level: Level = Level.ALARM
+
+    def finding(self, words: Mapping[str, str], step: int | None) -> LoopFinding:
+        """The finding that these words make of it."""
+        sentence, advice = self.sentence.format_map(words), self.advice.format_map(words)
+        return LoopFinding(self.level, self.cause, sentence, advice, self.refutation, step=step)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoopCheck(Result):
     """The findings of one check on the loop, the worst first."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diag.display import format_number, format_share
 from diag.instruments.causes import Cause
-from diag.instruments.loop.findings import STEP_OF_A_SUM, THRICE, LoopCheck, LoopFinding, judged, reach
+from diag.instruments.loop.findings import STEP_OF_A_SUM, THRICE, FindingText, LoopCheck, LoopFinding, judged, reach
 from diag.registry import instrument
 from diag.result import Level, Precondition
 from diag.snapshot.loop.arithmetic import Odd, Oddity
@@ -22,23 +22,16 @@ Words = dict[str, str]
 
 
 @dataclass(frozen=True)
-class FormulaRule:
+class FormulaRule(FindingText):
     """What is said of an oddity. `{name}` in a text is one of its numbers, `{of}` its function, or one of the
     `words` that are made of the numbers."""
 
-    cause: Cause
-    sentence: str
-    advice: str
-    refutation: str
-    level: Level = Level.ALARM
     words: Callable[[Mapping[str, float]], Words] = lambda numbers: {}
 
     def told(self, odd: Oddity) -> LoopFinding:
         """The finding, with the numbers of the last look."""
         words = {k: format_share(v) if k in SHARES else format_number(v) for k, v in odd.numbers.items()}
-        words |= {"of": odd.of} | self.words(odd.numbers)
-        sentence, advice = self.sentence.format_map(words), self.advice.format_map(words)
-        return LoopFinding(self.level, self.cause, sentence, advice, self.refutation, step=odd.first)
+        return self.finding(words | {"of": odd.of} | self.words(odd.numbers), odd.first)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -38,7 +38,7 @@ from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.host import on_host
 from diag.snapshot.state.modes import unseen
-from diag.snapshot.state.moment import Moment
+from diag.snapshot.state.moment import MomentOfSnapshot
 from diag.snapshot.state.python import StateLost
 from diag.snapshot.state.tensors import is_checked
 from diag.snapshot.state.unmade import refuse_unmade, refuse_unusual
@@ -121,7 +121,7 @@ class Snapshot:
         self._computed: dict[str, Any] = {}
         self.listeners: dict[str, PassListener] = {}  # to the pass that gives the logits
         self._entered: bool | None = None  # a measurement is going on; whether it calls the model
-        self._moment = Moment(self.model, loss_fn)
+        self._moment = MomentOfSnapshot(self.model, loss_fn)
 
     def _made(self) -> dict[str, Any]:
         """The arguments by which another snapshot shares what was made of them here."""

@@ -22,7 +22,7 @@ DATA_MOVED = (
 )
 
 
-class Moment:
+class MomentOfSnapshot:
     """The bits of a model and a loss function now, and of the data once it was read (`read`)."""
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
@@ -34,7 +34,7 @@ class Moment:
         """The data have been read."""
         self._data = bits_of_batches(batches)
 
-    def data_from(self, other: Moment) -> None:
+    def data_from(self, other: MomentOfSnapshot) -> None:
         """The data are those that another snapshot has read."""
         self._data = other._data
 

@@ -83,6 +83,7 @@ def ratio_before_decay(history: History, medians: NDArray[numpy.float64], steps:
 
 
 def clip_factor(history: History) -> float:
+    """The norm of the gradient as applied over that before clipping: the median step; NaN where not recorded."""
     total = by_rows(history, lambda h: numpy.sqrt(numpy.nansum(numpy.square(h.gradient_norm, dtype=float), axis=1)))
     with numpy.errstate(divide="ignore", invalid="ignore"):
         factors = history.applied_gradient_norm / total
@@ -91,6 +92,7 @@ def clip_factor(history: History) -> float:
 
 
 def gradient_size(history: History) -> float:
+    """The root mean square of the gradient's entries: the median over large tensors and steps."""
     history = thinned_record(history, MOST_NORMS)
     sizes = numpy.asarray(history.sizes, float)
     large = sizes >= SMALL

@@ -65,4 +65,10 @@ EQUIVALENT: dict[str, str] = {
     "diag/gradients/rules/convolution.py: step = max(1, SCRATCH // 4 // self.size) :: sign // -> * #1": SPEED,
     "diag/watching/measure/measuring.py: open_ones = [a for a in accounts if a.due != inf and "
     "self._last.get(a.name, -1) < step] :: constant 1 -> 2": "no step is below 0",
+    "diag/linalg/ritz.py: return int((ranked >= best - slack).sum()) - 1 >= count :: constant 1 -> 2": SPEED,
+    "diag/linalg/resume.py: name = hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=8)"
+    ".hexdigest() :: constant 8 -> 9": DEFAULT,
+    "diag/linalg/spectrum.py: max_products: int = 300, :: threshold 300 -> 600": DEFAULT,
+    "diag/linalg/reductions.py: return blocks(v.numel(), v.device, ROWS_ON_CPU if basis.dtype == v.dtype else"
+    " BLOCK_ON_CPU) :: branch basis.dtype == v.dtype -> True": SPEED,
 }

@@ -37,6 +37,7 @@ def test_batches_are_solved_one_by_one():
     found = best_assignment(scores)
     assert found.shape == (2, 3, 5)
     assert torch.equal(found[1, 2], best_assignment(scores[1, 2]))
+    assert best_assignment(torch.zeros(0, 4, 4)).shape == (0, 4)
 
 
 def test_errors_name_what_was_found():

@@ -1,5 +1,7 @@
 """One run's extreme pairs, density and trace, where the pairs that are taken out meet the rest."""
 
+import math
+
 import pytest
 import torch
 
@@ -43,6 +45,7 @@ def test_a_spanned_space_is_known_wholly():
     found = spectrum(rotated([3.0, 1.0, 0.5, -2.0]), largest=2)
     assert (found.trace.value, found.trace.standard_error) == (pytest.approx(2.5), 0.0)
     assert found.rest.nodes[0].tolist() == pytest.approx([0.5])
+    assert found.rest.weights[0].tolist() == pytest.approx([1 / 4])
     assert found.bottom.values.tolist() == pytest.approx([-2])
     whole = spectrum(rotated([3.0, 1.0, 0.5, -2.0]), largest=9)
     assert whole.top.values.tolist() == pytest.approx([3, 1, 0.5, -2])
@@ -107,3 +110,10 @@ def test_two_probes_that_agree_by_chance_do_not_state_too_small_an_error(seed):
     of_norm = float(values.pow(4).sum().sqrt() / (2 * values.norm()))
     assert found.trace.standard_error > 0.9 * of_trace
     assert found.frobenius_norm.standard_error > 0.9 * of_norm
+
+
+def test_many_probes_state_an_error_that_is_no_larger_than_theirs():
+    values = torch.linspace(-5, 5, 300, dtype=torch.float64)
+    found = spectrum(rotated(values), largest=1, steps=40, trace_probes=50, num_probes=8)
+    of_norm = math.sqrt(2 * float(values.pow(4).sum()) / 50) / (2 * float(values.norm()))
+    assert 0.7 * of_norm < found.frobenius_norm.standard_error < 1.5 * of_norm

@@ -19,8 +19,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from diag.checkpoints.scan import Refused, scan
+from diag.checkpoints.scan import scan
 from diag.checkpoints.sizes import check_torch_file
+from diag.checkpoints.stand_ins import Refused
 from diag.errors import CheckpointError
 
 METADATA = ".metadata"

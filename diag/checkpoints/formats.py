@@ -21,8 +21,8 @@ import torch
 
 from diag.checkpoints.distributed import METADATA, read_distributed
 from diag.checkpoints.numbers import NUMPY
-from diag.checkpoints.scan import Refused
 from diag.checkpoints.sizes import check_torch_file
+from diag.checkpoints.stand_ins import Refused
 from diag.errors import CheckpointError, first_line, named, type_of
 
 GET_AGAIN = "copy it again from where you trust it"

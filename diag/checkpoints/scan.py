@@ -12,9 +12,21 @@ import pickletools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
-import torch
+from diag.checkpoints.stand_ins import (
+    Global,
+    Opaque,
+    Pack,
+    PickledCall,
+    Refused,
+    Stored,
+    check_view,
+    hashed_keys,
+    hashing_weight,
+    plain_text,
+    refuse_heavy,
+    stored_named,
+)
 
-HEAVY = 1000  # parts of a key, counted as often as they would be hashed
 MAKERS = {"torch.storage.UntypedStorage", "torch.storage.TypedStorage", "torch.Tensor", "torch._C._TensorBase"}
 HASHING = {"collections.OrderedDict", "collections.Counter", "builtins.set", "builtins.dict", "builtins.frozenset"}
 REBUILT = {"torch._utils." + name for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_qtensor")}
@@ -22,14 +34,6 @@ REBUILT_UNTYPED = "torch._utils._rebuild_tensor_v3"
 SCALARS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"} | {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-}
-# Storage classes by the bytes of an element.
-ELEMENTS = {
-    1: {"Untyped", "Byte", "Char", "Bool", "QUInt8", "QInt8", "QUInt4x2", "QUInt2x4"},
-    2: {"Half", "BFloat16", "Short"},
-    4: {"Float", "Int", "QInt32"},
-    8: {"Double", "Long", "ComplexFloat"},
-    16: {"ComplexDouble"},
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
@@ -45,43 +49,6 @@ class Readable(Protocol):
 
     def tell(self) -> int:
         """How many bytes have been read."""
-
-
-class Refused(ValueError):
-    """Why the pickle is not read, as the end of a sentence about its file."""
-
-
-class Global(NamedTuple):
-    """A class or function by its dotted name."""
-
-    name: str
-
-
-class Stored(NamedTuple):
-    """A storage that lies elsewhere in the checkpoint: `itemsize` bytes each of `numel` elements."""
-
-    key: str
-    location: str
-    itemsize: int
-    numel: int
-
-
-class Pack(tuple[Any, ...]):
-    """A tuple, with the number of parts that hashing it would visit."""
-
-    weight: int
-
-
-class PickledCall(NamedTuple):
-    """What a function or class would make of these arguments."""
-
-    function: str
-    arguments: Any
-    weight: int
-
-
-class Opaque:
-    """A dict, a set, or an object whose state is not followed."""
 
 
 class Scan(NamedTuple):
@@ -138,7 +105,7 @@ class _Machine:
 
     def pack(self, items: Iterable[Any]) -> None:
         made = Pack(items)
-        made.weight = min(1 + sum(map(_weight, made)), 1 << 40)
+        made.weight = min(1 + sum(map(hashing_weight, made)), 1 << 40)
         self.stack.append(made)
 
     def put(self, at: int) -> None:
@@ -149,90 +116,32 @@ class _Machine:
 
     def set_items(self, items: list[Any]) -> None:
         for key in items[::2]:
-            _refuse_heavy(key)
+            refuse_heavy(key)
 
     def call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         name = function.name if isinstance(function, Global) else ""
         if isinstance(arguments, Pack):
             self.check_call(name, arguments)
-        self.stack.append(PickledCall(name, arguments, 1 + _weight(arguments)))
+        self.stack.append(PickledCall(name, arguments, 1 + hashing_weight(arguments)))
 
     def check_call(self, name: str, arguments: Pack) -> None:
         if name == "builtins.bytearray" and arguments and isinstance(arguments[0], int):
             self.bytes_made += max(arguments[0], 0)
         elif name in HASHING:
-            for key in _keys(arguments):
-                _refuse_heavy(key)
+            for key in hashed_keys(arguments):
+                refuse_heavy(key)
         elif arguments and (name in MAKERS or (name.startswith("torch.") and name.endswith(("Tensor", "Storage")))):
             raise Refused(f"makes a {name} of its own, whose memory nothing has written")
         elif name in REBUILT:
-            _check_view(arguments[0], arguments[1:4], None)
+            check_view(arguments[0], arguments[1:4], None)
         elif name == REBUILT_UNTYPED:
-            _check_view(arguments[0], arguments[1:4], arguments[6])
+            check_view(arguments[0], arguments[1:4], arguments[6])
 
     def persistent(self, _: Any) -> None:
-        found = _stored(self.stack.pop())
+        found = stored_named(self.stack.pop())
         self.stored.append(found)
         self.stack.append(found)
-
-
-def _stored(identity: Any) -> Stored:
-    if not (isinstance(identity, Pack) and len(identity) in (5, 6) and _text(identity[0]) == "storage"):
-        raise Refused("holds a pickle that names something outside it that is not a storage")
-    kind, key, location, numel = identity[1:5]
-    size = _itemsize(kind.name) if isinstance(kind, Global) else None
-    if size is None or type(numel) is not int or numel < 0:
-        raise Refused("names a storage of a kind or length that does not exist")
-    return Stored(_text(key), _text(location), size, numel)
-
-
-def _itemsize(storage: str) -> int | None:
-    """Bytes an element of a storage class; None where there is no such class."""
-    name = storage.rpartition(".")[2].removesuffix("Storage")
-    return next((size for size, names in ELEMENTS.items() if name in names), None)
-
-
-def _check_view(storage: Any, view: Iterable[Any], dtype: Any) -> None:
-    """Raise Refused where a tensor reaches beyond its storage."""
-    offset, size, stride = (_sizes(v) if i else v for i, v in enumerate(view))
-    if not isinstance(storage, Stored) or type(offset) is not int or size is None or stride is None:
-        raise Refused("describes a tensor in a way that torch does not write")
-    item = storage.itemsize
-    if isinstance(dtype, Global):
-        found = vars(torch).get(dtype.name.rpartition(".")[2])
-        item = found.itemsize if isinstance(found, torch.dtype) else item
-    if len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0:
-        raise Refused("describes a tensor of negative size")
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if all(size) and (last + 1) * item > storage.numel * storage.itemsize:
-        raise Refused("describes a tensor that reaches beyond its storage")
-
-
-def _sizes(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, PickledCall) and value.function == "torch.Size" and value.arguments:
-        value = value.arguments[0]
-    return value if isinstance(value, tuple | list) and all(type(n) is int for n in value) else None  # type: ignore
-
-
-def _keys(arguments: Pack) -> Iterable[Any]:
-    """What a dict, a counter or a set made of these arguments would hash."""
-    for argument in arguments:
-        for item in argument if isinstance(argument, tuple | list) else ():
-            yield item[0] if isinstance(item, tuple | list) and len(item) == 2 else item
-
-
-def _weight(value: Any) -> int:
-    return value.weight if isinstance(value, Pack | PickledCall) else 1
-
-
-def _refuse_heavy(key: Any) -> None:
-    if _weight(key) > HEAVY:
-        raise Refused("holds a dict whose keys would take forever to read")
-
-
-def _text(value: Any) -> str:
-    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)[:200]
 
 
 def _append_all(machine: _Machine, items: list[Any]) -> None:
@@ -246,7 +155,7 @@ def _named(machine: _Machine, argument: str) -> None:
 
 def _stack_named(machine: _Machine, _: Any) -> None:
     name, module = machine.stack.pop(), machine.stack.pop()
-    machine.stack.append(Global(f"{_text(module)}.{_text(name)}"))
+    machine.stack.append(Global(f"{plain_text(module)}.{plain_text(name)}"))
 
 
 def _pairs(machine: _Machine, _: Any) -> None:
@@ -255,7 +164,7 @@ def _pairs(machine: _Machine, _: Any) -> None:
 
 def _one_pair(machine: _Machine, _: Any) -> None:
     _, key = machine.stack.pop(), machine.stack.pop()
-    _refuse_heavy(key)
+    refuse_heavy(key)
 
 
 def _dict(machine: _Machine, _: Any) -> None:
@@ -265,7 +174,7 @@ def _dict(machine: _Machine, _: Any) -> None:
 
 def _set_of(machine: _Machine, _: Any) -> None:
     for key in machine.since_mark():
-        _refuse_heavy(key)
+        refuse_heavy(key)
 
 
 def _frozen(machine: _Machine, _: Any) -> None:

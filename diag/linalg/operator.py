@@ -27,7 +27,8 @@ def checked_operator(value: Any, name: str) -> LinearOperator:
     """`value`; raises InvalidInput where it is no LinearOperator."""
     if not isinstance(value, LinearOperator):
         raise InvalidInput(
-            f"{name} is {type_of(value)}; expected a LinearOperator: wrap a matrix in LinearOperator.from_matrix."
+            f"{name} is {type_of(value)}; expected a LinearOperator: wrap a matrix in "
+            "diag.linalg.operator.LinearOperator.from_matrix."
         )
     return value
 

@@ -36,10 +36,11 @@ from diag.run.files import (
     read_metadata,
     write_atomically,
 )
+from diag.run.fitting import refuse_other_layers, table_of
 from diag.run.folder import set_aside, take, tidy
 from diag.run.growing import Growing
 from diag.run.records import kept_records, outcome_record, read_records, record_line
-from diag.run.rows import CRC, kept_rows, read_rows, row_columns, row_dtype, sealed
+from diag.run.rows import kept_rows, read_rows, row_columns, row_dtype, sealed
 from diag.snapshot.history import History
 
 # The writers that this process has open. A notebook cell that is run twice must be able to take its own folder
@@ -128,7 +129,7 @@ class RunWriter:
     def _continue(self, metadata: Mapping[str, Any], resume: bool | int) -> None:
         tidy(self.path)
         before, wrong = read_metadata(self.path)
-        _refuse_other_layers(before["layers"], self.layers, self.path)
+        refuse_other_layers(before["layers"], self.layers, self.path)
         self._dtype = row_dtype(before["row"])
         rows = read_rows(self.path / STEPS_FILE, before["row"], before["seal"])
         records = read_records(self.path / RECORDS_FILE, before["seal"])
@@ -166,7 +167,7 @@ class RunWriter:
         """Append the rows of `rows`; its steps must continue after `last_step`. New notes are recorded too."""
         if not len(rows):
             return
-        self.append_table(_table(rows, self._dtype, self.layers, self.last_step, self.path))
+        self.append_table(table_of(rows, self._dtype, self.layers, self.last_step, self.path))
         for note in rows.notes:
             if note not in self._notes:
                 self._append_record({"type": "note", "step": self.last_step, "text": note})
@@ -307,35 +308,6 @@ def _unwritten(path: Path, error: OSError) -> Unwritten:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     advice = "free some space" if full else "see that the folder can be written to"
     return Unwritten(f"{path} cannot be written ({error.strerror}); {advice}.")
-
-
-def _table(
-    rows: History, dtype: numpy.dtype[Any], layers: Mapping[str, int], last_step: int, path: Path
-) -> NDArray[Any]:
-    _refuse_other_layers(layers, dict(zip(rows.layers, rows.sizes, strict=True)), path)
-    if rows.steps[0] <= last_step or (numpy.diff(rows.steps) <= 0).any():
-        raise RunError(
-            f"Steps {rows.steps[0]} to {rows.steps[-1]} do not continue {path}, whose last step is {last_step}; "
-            "append increasing steps after it."
-        )
-    table = numpy.zeros(len(rows), dtype)
-    for name in dtype.names or ():
-        if name != CRC:
-            table[name] = getattr(rows, name)
-    return table
-
-
-def _refuse_other_layers(known: Mapping[str, int], new_layers: Mapping[str, int], path: Path) -> None:
-    if list(known.items()) == list(new_layers.items()):
-        return
-    for name in [*known, *new_layers]:
-        if known.get(name) != new_layers.get(name):
-            has, gets = (f"{d[name]:,} elements" if name in d else "no such layer" for d in (known, new_layers))
-            raise RunError(
-                f"The model does not fit the run {path}: for {name} the run has {has} and the model {gets}; "
-                "give the same model, or another run folder."
-            )
-    raise RunError(f"The model has the layers of the run {path} in another order; give the same model.")
 
 
 def _now() -> str:

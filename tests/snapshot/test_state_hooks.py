@@ -14,7 +14,8 @@ import diag
 from diag.errors import Unsupported
 from diag.registry import attempt, instruments
 from diag.snapshot.preserve import preserved
-from diag.snapshot.state.hooks import FORWARD_HOOKS, doubtful_hooks, may_change, silent
+from diag.snapshot.state.doubtful_hooks import doubtful_hooks, may_change
+from diag.snapshot.state.hooks import FORWARD_HOOKS, silent
 
 MANY = {"budget": math.inf, "instruments": ["softmax_collapse", "gradient_coherence", "hessian_spectrum"]}
 HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

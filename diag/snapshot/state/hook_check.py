@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from diag.errors import Unsupported, named
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.preserve import preserved
-from diag.snapshot.state.hooks import doubtful_hooks, firing
+from diag.snapshot.state.doubtful_hooks import doubtful_hooks
+from diag.snapshot.state.hooks import firing
 from diag.snapshot.state.modes import doubtful_modes, seen_again
 from diag.snapshot.state.python import kept_state
 from diag.snapshot.state.tensors import own_tensors, same_bits

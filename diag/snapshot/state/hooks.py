@@ -13,14 +13,11 @@ first examples (`changing_hooks`): where the network gives something else withou
 
 from __future__ import annotations
 
-import dis
 import functools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from types import CellType
 from typing import Any
 
 import torch
@@ -39,8 +36,6 @@ OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 LOOKING_ON = ("torch.utils.", "torch.profiler", "torch.distributed._tools")
 # What these collect is given back by the same call of the model, as its hidden states.
 OF_THE_NETWORK = ("transformers.utils.output_capturing",)
-
-KEEPING = ("append", "appendleft", "extend", "add")
 
 NO_HOOKS: Mapping[str, frozenset[int]] = {}
 # The attributes of each module, and the keys in its dicts of hooks when the measurement began.
@@ -182,12 +177,13 @@ def _is_ours(hook: Callable[..., Any]) -> bool:
 
 def home_of(hook: Callable[..., Any]) -> str:
     """The module that a hook's code is in."""
-    hook = _unbound(hook)
+    hook = unbound(hook)
     home = getattr(hook, "__module__", None) if hasattr(hook, "__code__") else type(hook).__module__
     return home or ""
 
 
-def _unbound(hook: Any) -> Any:
+def unbound(hook: Any) -> Any:
+    """The function behind partial functions and bound methods."""
     while True:
         if isinstance(hook, functools.partial):
             hook = hook.func
@@ -242,11 +238,8 @@ def _is_alone() -> bool:
     return all(isinstance(t, threading._DummyThread) for t in others)
 
 
-# ---- whether a forward hook may change what the network gives
-
-
-def doubtful_hooks(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
-    """The forward hooks that `silent` silences and that may change the outputs, with the names of their modules."""
+def foreign_forward_hooks(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    """The forward hooks that `silent` silences, with the names of their modules."""
     named = [(name, vars(part).get(kind)) for name, part in model.named_modules() for kind in FORWARD_HOOKS]
     named += [("all modules", getattr(all_modules, f"_global{kind}", None)) for kind in FORWARD_HOOKS]
     every = [
@@ -254,72 +247,4 @@ def doubtful_hooks(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
         for name, hooks in named
         for hook in (hooks or {}).values()
     ]
-    kept = _kept_by(model)
-    return [(n, hook) for n, hook in every if not stays(hook) and (may_change(hook) or _keeps_among(hook, kept))]
-
-
-def _kept_by(model: nn.Module) -> set[int]:
-    """What the parts of a model are and hold, by identity: what a hook writes there the model may read."""
-    parts = list(model.modules())
-    held = (value for part in parts for value in vars(part).values())
-    return {id(part) for part in parts} | {id(v) for v in held if isinstance(v, (list, dict, set, deque))}
-
-
-def _keeps_among(hook: Any, kept: set[int]) -> bool:
-    """Whether a hook appends to something of these."""
-    holds: list[Any] = []
-    while isinstance(hook, functools.partial) or hasattr(hook, "__func__"):
-        if isinstance(hook, functools.partial):
-            holds += [*hook.args, *hook.keywords.values()]
-            hook = hook.func
-        else:  # a bound method
-            holds.append(hook.__self__)
-            hook = hook.__func__
-    if not hasattr(hook, "__code__"):
-        return id(hook) in kept
-    cells = [cell.cell_contents for cell in hook.__closure__ or () if cell != CellType()]
-    holds += [*cells, *(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()]
-    return any(n in KEEPING for n in hook.__code__.co_names) and any(id(value) in kept for value in holds)
-
-
-def may_change(hook: Callable[..., Any]) -> bool:
-    """Whether a hook can return something, or write into a tensor or an attribute, as far as its code tells."""
-    hook = _unbound(hook)
-    call = hook if hasattr(hook, "__code__") else vars(type(hook)).get("__call__")
-    code = getattr(call, "__code__", None)
-    if code is None or code.co_flags & 0x20:  # nothing in Python, or a generator
-        return True
-    instructions = list(dis.get_instructions(code))
-    if _only_keeps(instructions):
-        return False
-    writing = any(n == "setattr" or (n.endswith("_") and not n.endswith("__")) for n in code.co_names)
-    return writing or any(_writes(i, before) for before, i in _with_previous(instructions))
-
-
-def _only_keeps(instructions: list[Any]) -> bool:
-    """Whether the code is one call `something.append(...)` whose None is returned, as many lambdas are."""
-    steps = [
-        i for i in instructions if i.opname not in ("RESUME", "COPY_FREE_VARS", "PUSH_NULL", "PRECALL", "CACHE")
-    ]
-    names = [i for i in steps[1:] if i.opname not in ("LOAD_ATTR", "LOAD_METHOD")]
-    chain = steps[1 : steps.index(names[0])] if names else []
-    straight = not any(i.is_jump_target or "JUMP" in i.opname or i.opname.startswith("STORE") for i in steps)
-    kept = bool(chain) and steps[0].opname.startswith("LOAD_") and chain[-1].argval in KEEPING
-    return straight and kept and [i.opname for i in steps[-2:]] == ["CALL", "RETURN_VALUE"]
-
-
-def _with_previous(instructions: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    before = None
-    for instruction in instructions:
-        yield before, instruction
-        before = instruction
-
-
-def _writes(instruction: Any, before: Any) -> bool:
-    name = instruction.opname
-    if name == "RETURN_CONST":
-        return instruction.argval is not None
-    if name == "RETURN_VALUE":
-        known = before is not None and before.opname == "LOAD_CONST" and before.argval is None
-        return not known or instruction.is_jump_target
-    return name.startswith(("STORE_SUBSCR", "STORE_ATTR", "STORE_SLICE"))
+    return [(name, hook) for name, hook in every if not stays(hook)]

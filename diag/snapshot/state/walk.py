@@ -25,7 +25,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from diag.snapshot.state import kinds
+from diag.snapshot.state import kinds, number_kinds
 from diag.snapshot.state.kinds import Kept
 from diag.snapshot.state.standins import LruCache, entries_of
 
@@ -123,7 +123,7 @@ class Walk:
     def _tensor(self, name: str, value: Tensor) -> None:
         if id(value) not in self._held and not torch.nn.parameter.is_lazy(value):
             small = self._afford(value.numel() * value.element_size())
-            self._keep(name, kinds.TensorValue(value) if small else kinds.TensorVersion(value))
+            self._keep(name, number_kinds.TensorValue(value) if small else number_kinds.TensorVersion(value))
         if vars(value):
             self._keep(name, kinds.Attributes(vars(value)))
 
@@ -132,7 +132,7 @@ class Walk:
             for item in value.flat:
                 self._meet(name, item)
         elif value.flags.writeable and self._afford(value.nbytes):
-            self._keep(name, kinds.Numbers(value))
+            self._keep(name, number_kinds.Numbers(value))
 
     def _afford(self, size: int) -> bool:
         self._bytes += size
@@ -213,7 +213,7 @@ class Traits:
         self.slots = [name for base in kind.__mro__ for name in _slots(base)]
         of = next((kept for contents, kept in kinds.CONTENTS if issubclass(kind, contents)), None)
         draws = issubclass(kind, _DRAWS) and not issubclass(kind, random.SystemRandom)
-        self.kind = kinds.Draws if draws else None if self.closed else of
+        self.kind = number_kinds.Draws if draws else None if self.closed else of
 
 
 def _functions_in(item: Any) -> Iterator[Any]:

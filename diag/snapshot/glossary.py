@@ -81,10 +81,10 @@ _WATCHED = "measure inside diag.watch, or pass loss_record="
 GLOSSARY: dict[str, Quantity] = {
     q.name: q
     for q in (
-        Quantity("inputs", "snapshot.forward", "n *", "object", Effort.NONE, _DATA),
+        Quantity("inputs", "snapshot.pass_quantities", "n *", "object", Effort.NONE, _DATA),
         Quantity(
             "labels",
-            "snapshot.forward",
+            "snapshot.pass_quantities",
             "n",
             "integer",
             Effort.NONE,
@@ -92,18 +92,18 @@ GLOSSARY: dict[str, Quantity] = {
         ),
         Quantity(
             "targets",
-            "snapshot.forward",
+            "snapshot.pass_quantities",
             "n *",
             "object",
             Effort.NONE,
             _DATA + " where the targets are floating-point numbers",
         ),
-        Quantity("logits", "snapshot.forward", "n K", "floating", Effort.FORWARD, _DATA),
+        Quantity("logits", "snapshot.pass_quantities", "n K", "floating", Effort.FORWARD, _DATA),
         Quantity("losses", "snapshot.objective.examples", "m", "floating", Effort.FORWARD, _LOSS),
-        Quantity("logit_gradients", "snapshot.forward", "n K", "floating", Effort.FORWARD, _LOSS),
+        Quantity("logit_gradients", "snapshot.pass_quantities", "n K", "floating", Effort.FORWARD, _LOSS),
         Quantity("binary_decisions", "snapshot.objective.decisions", None, "object", Effort.FORWARD, _LOSS),
-        Quantity("features", "snapshot.forward", "n d", "floating", Effort.FORWARD, _LAST),
-        Quantity("layer_features", "snapshot.forward", None, "object", Effort.FORWARD, _DATA),
+        Quantity("features", "snapshot.pass_quantities", "n d", "floating", Effort.FORWARD, _LAST),
+        Quantity("layer_features", "snapshot.pass_quantities", None, "object", Effort.FORWARD, _DATA),
         Quantity("activations", "snapshot.activations", None, "object", Effort.FORWARD, _DATA),
         Quantity("layer_outputs", "snapshot.inside.layers", None, "object", Effort.FORWARD_A_CALL, _DATA),
         Quantity(
@@ -131,7 +131,7 @@ GLOSSARY: dict[str, Quantity] = {
         Quantity("other_examples", "snapshot.inside.apart", None, "object", Effort.FORWARD, _DATA),
         Quantity("inputs_tried", "snapshot.inside.ignored", None, "object", Effort.FORWARD, _DATA),
         Quantity("attention_calls", "snapshot.inside.attention", None, "object", Effort.FORWARD, _DATA),
-        Quantity("classifier", "snapshot.forward", None, "object", Effort.FORWARD, _LAST),
+        Quantity("classifier", "snapshot.pass_quantities", None, "object", Effort.FORWARD, _LAST),
         Quantity(
             "params",
             "snapshot.parameters",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from diag.errors import MissingQuantity
-from diag.snapshot.forward import logits
 from diag.snapshot.parameters import copy_with
+from diag.snapshot.pass_quantities import logits
 from diag.snapshot.snapshot import Snapshot
 
 

@@ -19,11 +19,11 @@ from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.batch import Batch, map_tensors
 from diag.snapshot.explain import CALL_ERRORS, explained
 from diag.snapshot.forward import comparisons, forward_pass
-from diag.snapshot.forward import labels as labels_of
 from diag.snapshot.inside.earlier import earlier
 from diag.snapshot.inside.padding import tokens_that_count
 from diag.snapshot.objective.comparison import Comparison, output_tensor
 from diag.snapshot.objective.same_rows import matching_rows
+from diag.snapshot.pass_quantities import labels as labels_of
 from diag.snapshot.preserve import preserved
 from diag.snapshot.snapshot import Snapshot
 

@@ -40,7 +40,7 @@ _HOMES = {
     "stablemax": "diag.remedies",
     "stablemax_cross_entropy": "diag.remedies",
     "perp_grad": "diag.remedies",
-    "loss_conflict": "diag.instruments.gradient_conflict",
+    "loss_conflict": "diag.instruments.gradient_conflict.instrument",
     "coordinate_check": "diag.trial.coordinates",
 }
 

@@ -45,7 +45,7 @@ from diag.instruments.optimization.finite_steps import FiniteSteps as FiniteStep
 from diag.instruments.outcome.generalization import Generalization as Generalization
 from diag.instruments.loop.gradient_accumulation import GradientAccumulation as GradientAccumulation
 from diag.instruments.gradient_coherence import GradientCoherence as GradientCoherence
-from diag.instruments.gradient_conflict import GradientConflict as GradientConflict
+from diag.instruments.gradient_conflict.instrument import GradientConflict as GradientConflict
 from diag.instruments.network.gradient_depth import GradientDepth as GradientDepth
 from diag.instruments.gradient_flow.instrument import GradientFlow as GradientFlow
 from diag.instruments.optimization.gradient_underflow import GradientUnderflow as GradientUnderflow
@@ -69,7 +69,7 @@ from diag.instruments.data.labels_belong import LabelsBelong as LabelsBelong
 from diag.instruments.data.labels_kept import LabelsKept as LabelsKept
 from diag.instruments.loss.latent_code import LatentCode as LatentCode
 from diag.instruments.loop.layers_shared import LayersShared as LayersShared
-from diag.instruments.loop.learning_rate_schedule import LearningRateSchedule as LearningRateSchedule
+from diag.instruments.loop.schedule.instrument import LearningRateSchedule as LearningRateSchedule
 from diag.result import Level as Level
 from diag.instruments.linear_freedom import LinearFreedom as LinearFreedom
 from diag.instruments.loop.loss_call import LossCall as LossCall
@@ -142,7 +142,7 @@ from diag.connectivity.connection_map import fork_stability as fork_stability
 from diag.gradients.layer_rules import gradient_rule as gradient_rule
 from diag.registry import instrument as instrument
 from diag.run.saved import load as load
-from diag.instruments.gradient_conflict import loss_conflict as loss_conflict
+from diag.instruments.gradient_conflict.instrument import loss_conflict as loss_conflict
 from diag.registry import measure as measure
 from diag.registry import measure_all as measure_all
 from diag.result import measured as measured

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import diag
 from covering.case import Case, Draw
 from diag.instruments.gradient_coherence import gradient_coherence
-from diag.instruments.gradient_conflict import gradient_conflict
+from diag.instruments.gradient_conflict.instrument import gradient_conflict
 
 DIMENSIONS = 40
 POPULATION = 200_000

@@ -11,7 +11,7 @@ from torch import nn
 import diag
 from diag.errors import InvalidInput
 from diag.gradients import MatrixGradients, ModelGradients
-from diag.instruments.gradient_conflict import sign_flip_rate, stack_losses
+from diag.instruments.gradient_conflict.instrument import sign_flip_rate, stack_losses
 from diag.linalg.coherence import random_blocks
 from diag.result import Level
 from diag.snapshot.reading.forms import as_batch

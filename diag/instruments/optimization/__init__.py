@@ -1,3 +1,3 @@
 """Checks of the optimisation: how far steps go, what clipping and decay do to them, and what the loss does."""
 
-__all__ = ["course", "early_rates"]
+__all__ = ["course"]

@@ -24,6 +24,14 @@ from diag.display import format_number, format_share
 from diag.door import at_the_door
 from diag.errors import InvalidInput, MissingQuantity
 from diag.gradients import PerExampleGradients, StackedGradients, as_gradients
+from diag.instruments.gradient_conflict.cosines import (
+    conflict_by_layer,
+    corrected_cosine,
+    cosines_with_errors,
+    length_kept,
+    lowest_pair,
+    mean_products,
+)
 from diag.linalg.coherence import across_halves, noise_floor, random_blocks
 from diag.linalg.student import STANDARD_ERRORS, factor
 from diag.ranges import Seed
@@ -172,19 +180,19 @@ def gradient_conflict(
     grams = per_example_gradients.group_gram_by_layer(parts)
     gram = torch.stack(list(grams.values())).sum(0)
     sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64).view(len(members), -1)
-    cosines, errors = _with_errors(gram, sizes)
+    cosines, errors = cosines_with_errors(gram, sizes)
     upper = torch.triu_indices(len(members), len(members), 1)
     values = cosines[upper[0], upper[1]]
-    a, b = _lowest_pair(cosines)
+    a, b = lowest_pair(cosines)
     conflicts = values + STANDARD_ERRORS * errors[upper[0], upper[1]] < 0
     squares = torch.stack([per_example_gradients.norms()[group].square().sum() for group in members])
     halves = across_halves(gram, len(members))
     return GradientConflict(
         lowest=float(cosines[a, b]),
-        lowest_corrected=_corrected(gram, sizes, squares, a, b),
+        lowest_corrected=corrected_cosine(gram, sizes, squares, a, b),
         lowest_standard_error=float(errors[a, b]) * factor(ERROR_BLOCKS, len(values)) / factor(ERROR_BLOCKS),
         conflicting_pairs=float(conflicts.double().mean()),
-        length_kept=_length_kept(_mean_products(gram, sizes)),
+        length_kept=length_kept(mean_products(gram, sizes)),
         num_groups=len(members),
         num_examples=n,
         groups=names,
@@ -195,7 +203,7 @@ def gradient_conflict(
         noise_floor=noise_floor(halves, a, b),
         across_halves=halves.numpy(),
         preconditions=(_not_zero(float(cosines[a, b])),),
-        **_by_layer({name: (found, _mean_products(found, sizes)) for name, found in grams.items()}),
+        **conflict_by_layer({name: (found, mean_products(found, sizes)) for name, found in grams.items()}),
     )
 
 
@@ -249,66 +257,3 @@ def _groups(labels: Tensor, n: int) -> tuple[tuple[int, ...], list[Tensor]]:
         raise MissingQuantity("All examples are in one group; give labels that name at least two.")
     kept = values[counts.argsort(descending=True, stable=True)[:MOST_GROUPS]].sort().values
     return tuple(int(v) for v in kept), [(labels == v).nonzero().flatten() for v in kept]
-
-
-def _mean_products(gram: Tensor, sizes: Tensor, left_out: int | None = None) -> Tensor:
-    """(G, G): products of the groups' mean gradients, from sums over (group, block) parts."""
-    groups, blocks = sizes.shape
-    kept = torch.ones(blocks, dtype=torch.float64)
-    if left_out is not None:
-        kept[left_out] = 0
-    products = torch.einsum("abcd,b,d->ac", gram.view(groups, blocks, groups, blocks), kept, kept)
-    counts = sizes @ kept
-    return products / (counts[:, None] * counts[None, :])
-
-
-def _cosines(products: Tensor) -> Tensor:
-    lengths = products.diag().clamp_min(0).sqrt()
-    sizes = lengths[:, None] * lengths[None, :]
-    return torch.where(sizes > 0, products / sizes, math.nan)
-
-
-def _with_errors(gram: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosines and their jackknife errors; a block that empties a group leaves the error unknown."""
-    blocks = sizes.shape[1]
-    left_out = torch.stack([_cosines(_mean_products(gram, sizes, b)) for b in range(blocks)])
-    errors = ((blocks - 1) * (left_out - left_out.mean(0)).square().mean(0)).sqrt() * factor(blocks)
-    return _cosines(_mean_products(gram, sizes)), errors
-
-
-def _corrected(gram: Tensor, sizes: Tensor, squares: Tensor, a: int, b: int) -> float:
-    """The cosine with squared lengths from products of different examples; NaN where noise leaves no cosine."""
-    products, counts = _mean_products(gram, sizes), sizes.sum(1)
-    own = (products.diag() * counts.square() - squares) / (counts * (counts - 1))
-    size = float(own[a]) * float(own[b])
-    found = float(products[a, b]) / math.sqrt(size) if float(own[a]) > 0 and float(own[b]) > 0 else math.nan
-    return found if abs(found) <= 1 else math.nan
-
-
-def _length_kept(products: Tensor) -> float:
-    total = float(products.diag().clamp_min(0).sqrt().sum())
-    return max(float(products.sum()), 0.0) ** 0.5 / total if total > 0 else math.nan
-
-
-def _lowest_pair(cosines: Tensor) -> tuple[int, int]:
-    """The two groups with the smallest cosine; the first two where none is known."""
-    upper = torch.triu_indices(len(cosines), len(cosines), 1)
-    worst = torch.nan_to_num(cosines[upper[0], upper[1]], nan=math.inf).argmin()
-    a, b = upper[:, worst].tolist()
-    return a, b
-
-
-def _by_layer(found: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """The fields of each layer, from its sums over parts and its mean products."""
-    lowest, across, floors = {}, {}, {}
-    for name, (gram, products) in found.items():
-        cosines, halves = _cosines(products), across_halves(gram, len(products))
-        a, b = _lowest_pair(cosines)
-        lowest[name], across[name] = float(cosines[a, b]), float(halves[a, b])
-        floors[name] = noise_floor(halves, a, b)
-    return {
-        "lowest_by_layer": lowest,
-        "lowest_across_halves_by_layer": across,
-        "noise_floor_by_layer": floors,
-        "length_kept_by_layer": {name: _length_kept(products) for name, (_, products) in found.items()},
-    }

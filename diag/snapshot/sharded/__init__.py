@@ -4,4 +4,4 @@ Rule of the folder: the sharded model is left alone; what is measured is a copy 
 one that gathers the weights of a layer at a time.
 """
 
-__all__ = ["by_layer", "quantities", "whole"]
+__all__ = ["by_layer", "chosen_model", "quantities", "whole"]

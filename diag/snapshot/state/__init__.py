@@ -3,4 +3,4 @@
 Rule of the room: what is put back is put back in place, to the bit, and what cannot be is said.
 """
 
-__all__ = ["bits", "fresh", "hook_check", "hooks", "host", "modes", "python", "tensors", "unmade"]
+__all__ = ["bits", "fresh", "hook_check", "hooks", "host", "modes", "moment", "python", "tensors", "unmade"]

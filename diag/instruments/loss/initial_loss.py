@@ -16,7 +16,7 @@ from torch import Tensor
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
-from diag.instruments.optimization.course import finite_losses
+from diag.instruments.optimization.course import finite_losses, median
 from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -26,6 +26,10 @@ from diag.snapshot.loop.facts import Loop
 SOURCE = "arithmetic: the loss of K equally likely classes is log K"
 TIMES_GUESSING, NATS_ABOVE_GUESSING = 2.0, 1.0
 SAME_LOSS_WITHIN = 1e-2
+STEPS_TO_UNLEARN = (
+    30  # in which a new head on trained layers comes below the loss of guessing, where nothing is wrong
+)
+LAST_LOSSES = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +40,9 @@ class InitialLoss(Result):
     even: float = measured("log K, the loss of K equally likely classes", unit="nats")
     classes: int = measured("classes that the network can answer with")
     first_step: int = measured("the step of the first recorded loss")
+    on_trained: bool = measured("layers that were trained before are a part of the network", default=False)
+    last: float = measured("the median of the last five losses", unit="nats", default=math.nan)
+    num_steps: int = measured("steps recorded", unit="steps", default=0)
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
@@ -48,6 +55,8 @@ class InitialLoss(Result):
                 f"The first loss was {format_number(self.first)} nats; guessing evenly among {self.classes:,} "
                 f"classes gives {format_number(self.even)}.",
             )
+        if self.on_trained and (self.num_steps < STEPS_TO_UNLEARN or self.last < self.even):
+            return self._of_a_new_head()
         return verdict(
             Level.WARNING,
             f"The network begins sure and wrong: its first loss is {format_number(self.first)} nats, where "
@@ -61,6 +70,21 @@ class InitialLoss(Result):
                           Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES, Cause.UNDERFITTING),
             step=self.first_step,
         )  # fmt: skip
+
+    def _of_a_new_head(self) -> Verdict:
+        """Features of trained layers are large, so that an ordinary new head is sure and wrong for some steps."""
+        below = self.last < self.even
+        return Verdict(
+            Level.OK if below else Level.UNKNOWN,
+            f"The first loss was {format_number(self.first)} nats, above that of guessing evenly among "
+            f"{self.classes:,} classes ({format_number(self.even)}), as new layers on trained ones begin; "
+            + (
+                f"it is {format_number(self.last)} now."
+                if below
+                else "whether that is soon unlearned is not known."
+            ),
+            source=SOURCE,
+        )
 
     def plot(self, ax: Any = None) -> None:
         """The first loss beside that of guessing evenly."""
@@ -89,8 +113,9 @@ def initial_loss(
 
     history: the record of a watched run from its start. logits (n, K), labels (n,), losses (m,): to see that the
     loss is the cross-entropy of K classes. loop: to see that it is a mean, as the sum over a batch begins far above
-    log K however unsure the network is. A first loss above `times` log K (and one nat above it) is a warning.
-    Raises nothing of its own.
+    log K however unsure the network is, and whether layers were trained before: of a new head on these, the
+    warning waits for thirty steps and is not given where the loss has come below log K. A first loss above `times`
+    log K (and one nat above it) is a warning. Raises nothing of its own.
     """
     own = float(F.cross_entropy(logits.double(), labels))
     mean = float(losses.double().mean())
@@ -101,6 +126,9 @@ def initial_loss(
         even=math.log(logits.shape[1]),
         classes=logits.shape[1],
         first_step=int(steps[0]) if len(known) else 0,
+        on_trained=_on_trained_layers(loop),
+        last=float(median(known[-LAST_LOSSES:])),
+        num_steps=int(history.total_steps),
         preconditions=(
             Precondition(
                 "cross-entropy",
@@ -111,6 +139,11 @@ def initial_loss(
             Precondition("from the start", began, "the record does not begin with the training."),
         ),
     )
+
+
+def _on_trained_layers(loop: Loop | None) -> bool:
+    """Whether weights are frozen, or began with other numbers than an initialisation draws."""
+    return loop is not None and any(w.fresh is False or not w.trainable for w in loop.start)
 
 
 def _is_mean(loop: Loop | None) -> bool:

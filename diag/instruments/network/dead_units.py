@@ -53,11 +53,12 @@ class DeadUnits(Result):
                 Level.OK,
                 f"In the worst layer {format_share(self.worst)} of the rectified units are zero on every example.",
             )
+        shares = [share for share in self.dead.tolist() if share >= limit]
         pairs = zip(self.layers, self.dead, strict=True)
         over = list(dict.fromkeys(name for name, share in pairs if share >= limit))
         return verdict(
             Level.ALARM,
-            f"{format_share(self.worst)} of the units of {layers_called(over)} are dead: they are zero on every "
+            f"{_from_to(shares)} of the units of {layers_called(over)} are dead: they are zero on every "
             "one of the examples looked at, and get no gradient from them.",
             advice="Start again from a state before they died, with a lower learning rate or a warm-up; or use an "
             "activation that is not flat below zero (GELU, leaky ReLU); look at large negative biases.",
@@ -71,6 +72,12 @@ class DeadUnits(Result):
         """The share of dead units of each layer."""
         ax.bar(range(len(self.dead)), 100 * self.dead)
         ax.set(xlabel="rectifier, in the order of the forward pass", ylabel="dead units (%)", ylim=(0, 100))
+
+
+def _from_to(shares: Sequence[float]) -> str:
+    """The shares of several layers: the least and the largest, where they read differently."""
+    ends = dict.fromkeys(format_share(share) for share in (min(shares), max(shares)))
+    return " to ".join(ends)
 
 
 @instrument(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Self
+
+from torch import Tensor
 
 from diag.display import format_number
 from diag.errors import layer_called
@@ -18,6 +22,7 @@ from diag.snapshot.activations import MODEL_OUTPUT, Activation
 
 SOURCE = "arithmetic of one forward pass"
 CONSTANT_SPREAD = 1e-3
+AS_TARGETS = 0.1  # of the targets' standard deviation: outputs that vary by it are not the same
 STEPS_BEFORE_CONSTANT = 10  # the output of a last layer that starts at zero is constant until it has been trained
 
 
@@ -32,8 +37,9 @@ class OutputConstant(Result):
     cut_off: str = measured(
         "the module whose ReLU ends the network and is zero on every example", remark="empty: none", default=""
     )
-    first_constant: str = measured(
-        "the first layer whose output hardly depends on the example", remark="empty: none"
+    constant_layers: tuple[str, ...] = measured(
+        "the layers from which on no output of a linear layer, convolution or activation depends on the example",
+        remark="in order of the forward pass",
     )
 
     def verdict(self) -> Verdict:
@@ -58,8 +64,11 @@ class OutputConstant(Result):
         limit = last.setting("alarm_below")
         if last.unmet() is not None or step < STEPS_BEFORE_CONSTANT or last.spread >= limit:
             return last.verdict()
-        began = next(s for i, (s, _) in enumerate(series) if all(r.spread < limit for _, r in series[i:]))
-        sentence, advice = last._said()
+        began, then = next(
+            (s, r) for i, (s, r) in enumerate(series) if all(r.spread < limit for _, r in series[i:])
+        )
+        layer = last._constant_since(then)
+        sentence, advice = last._said(layer)
         return Verdict(
             Level.ALARM,
             sentence,
@@ -70,7 +79,7 @@ class OutputConstant(Result):
             value=last.spread,
             threshold=limit,
             threshold_source=OUR_CHOICE,
-            layers=(last.first_constant,) if last.first_constant else (),
+            layers=(layer,) if layer else (),
             cause=Cause.OUTPUT_CONSTANT,
             explained_by=(
                 Cause.UNITS_DEAD, Cause.UNITS_SATURATED, Cause.INPUTS_CONSTANT, Cause.INITIALIZATION_CONSTANT,
@@ -85,7 +94,13 @@ class OutputConstant(Result):
             step=began,
         )  # fmt: skip
 
-    def _said(self) -> tuple[str, str]:
+    def _constant_since(self, then: Self) -> str:
+        """The layer that it came from: the first one when the output became constant, where it is constant yet.
+        What no gradient reaches any more may become constant later, and stands before it."""
+        both = (name for layers in (then.constant_layers, self.constant_layers) for name in layers)
+        return next((name for name in both if name in self.constant_layers), "")
+
+    def _said(self, layer: str) -> tuple[str, str]:
         """What was found and what to do."""
         if self.cut_off:
             return (
@@ -94,17 +109,13 @@ class OutputConstant(Result):
                 "through it.",
                 "Take the ReLU after the last layer out of the model; look at a large negative bias before it.",
             )
-        where = (
-            f"; {layer_called(self.first_constant)} is the first layer for which it is so"
-            if self.first_constant
-            else ""
-        )
+        where = f"; from {layer_called(layer)} on, every layer's output is so" if layer else ""
         what = f"first output (others, {self.others}, do vary)" if self.others else "output"
         return (
             f"The network gives the same {what} whatever the input: over the examples it varies by "
             f"{format_number(self.spread)} of its size{where}.",
-            "Look for dead or saturated units in that layer, for inputs that are constant, and for a bias that "
-            "outweighs everything else.",
+            f"Look for dead or saturated units{' there' if layer else ''}, for inputs that are constant, and for a "
+            "bias that outweighs everything else.",
         )
 
     def plot(self, ax: Any = None) -> None:
@@ -121,34 +132,50 @@ class OutputConstant(Result):
     why="A network that gives the same answer to every input has learned nothing that depends on the input.",
 )
 def output_constant(
-    activations: Sequence[Activation], inputs: Any = None, *, alarm_below: Threshold = CONSTANT_SPREAD
+    activations: Sequence[Activation],
+    inputs: Any = None,
+    targets: Tensor | None = None,
+    *,
+    alarm_below: Threshold = CONSTANT_SPREAD,
 ) -> OutputConstant:
     """Whether the network's output depends on its input.
 
     activations: statistics of the forward pass (`diag.snapshot.activations`); inputs: what it was given, as nothing
-    is said where its rows are all equal. The spread of an output is the
+    is said where its rows are all equal; targets (n, ...): what a regression asks for, as nothing is said where
+    the outputs lie far from zero and vary as the targets do (years, kelvins). The spread of an output is the
     standard deviation over examples (and positions), over the root mean square of all entries. Below `alarm_below`
     in a training that is under way (step 10 or later) it is an alarm; before, a last layer that starts at zero may
     be the reason. Raises nothing of its own.
     """
     outputs = [a for a in activations if a.function == MODEL_OUTPUT]
     output = outputs[0] if outputs else None
-    constant = (
-        a.name for a in activations if a.function != MODEL_OUTPUT and a.units > 1 and a.spread < alarm_below
-    )
+    inner = [a for a in activations if a.function != MODEL_OUTPUT and a.units > 1]
+    # What varies stands after a branch that is the same for all examples by its nature, as of learned queries.
+    alike = [*takewhile(lambda a: a.spread < alarm_below, reversed(inner))][::-1]
     return OutputConstant(
         spread=output.spread if output else 1.0,
         constant_units=output.constant if output else 0.0,
         size=output.size if output else 0.0,
         others=sum(a.spread >= alarm_below for a in outputs[1:]),
         cut_off=_cut_off(activations),
-        first_constant=next(constant, ""),
+        constant_layers=tuple(dict.fromkeys(a.name for a in alike if a.name)),
         preconditions=(
             Precondition("an output", bool(outputs), "the network returns no tensor with several entries."),
             all_finite(activations),
             rows_differ(inputs),
+            _apart_from_zero(output, targets, alarm_below),
         ),
     )
+
+
+def _apart_from_zero(output: Activation | None, targets: Tensor | None, limit: float) -> Precondition:
+    """That outputs which hardly vary beside their size do not vary as the targets do, far from zero as both lie."""
+    asked = math.nan
+    if targets is not None and len(targets) > 1:
+        asked = float(targets.double().reshape(len(targets), -1).std(0).mean())
+    small = output is not None and output.spread < limit
+    follows = small and output is not None and asked > 0 and output.spread * output.size >= AS_TARGETS * asked
+    return Precondition("outputs beside zero", not follows, "the outputs vary as the targets do, far from zero.")
 
 
 def _cut_off(activations: Sequence[Activation]) -> str:

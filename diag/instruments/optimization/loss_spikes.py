@@ -114,8 +114,9 @@ def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share
     """Where the loss rose far above its course for three steps or more, and came back.
 
     history: the record of a watched run, or of an imported log; loop: whether several optimizers descend losses of
-    their own (the sides of a game), or the loss is that of a policy, or for targets that training makes and that
-    come to lie farther apart, whose course says nothing. A spike begins where a loss lies above the median
+    their own (the sides of a game), steps descend different loss functions, or the loss is that of a policy, or
+    for targets that training makes and that come to lie farther apart, whose course says nothing. A spike begins
+    where a loss lies above the median
     of the 16 before it by ten robust standard deviations of the noise, and undoes more than `warn_above` of the
     fall from the first five losses to that median; it ends where a loss is back within a tenth of the way. What
     lasts fewer than three steps is a batch, and no spike; what is not back, or lasted half as long as all before
@@ -124,7 +125,7 @@ def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share
     positive) and twice as high as any single loss elsewhere. Raises nothing of its own.
     """
     losses, steps = _shortened(*finite_losses(history))
-    enough, one = len(losses) > COURSE_LOSSES, loop is None or not loop.sides
+    enough, one = len(losses) > COURSE_LOSSES, loop is None or not (loop.sides or loop.losses_in_turn)
     measures = loop is None or not (loop.policy.looks or any(f.moving for f in loop.asked))
     found = _spikes(losses, steps, warn_above) if enough and one and measures else []
     rates = [_rates(history, spike.start, spike.end) for spike in found]
@@ -143,7 +144,9 @@ def loss_spikes(history: History, loop: Loop | None = None, *, warn_above: Share
         preconditions=(
             Precondition("losses", enough, f"fewer than {COURSE_LOSSES + 1} losses were recorded."),
             Precondition(
-                "one loss", one, "several optimizers descend losses of their own, as the sides of a game."
+                "one loss",
+                one,
+                "several optimizers descend losses of their own, as the sides of a game, or steps different ones.",
             ),
             Precondition(
                 "a loss that measures what was gained",

@@ -167,6 +167,14 @@ class Loop:
         return max((o.looked for o in self.training), default=0)
 
     @property
+    def losses_in_turn(self) -> int:
+        """How many loss functions backward() is called on where each step descends one of them, as in stages or for
+        tasks in turn: 0 where it is one, or where a step adds several up."""
+        functions = {f.function for f in self.losses if f.root or (not f.function and f.calls)}
+        one_each = all(o.passes <= 1 for o in self.training)
+        return len(functions) if len(functions) > 1 and one_each else 0
+
+    @property
     def sides(self) -> tuple[frozenset[str], ...]:
         """The model's parameters in each of several optimizers that descend losses of their own, as the two sides
         of a game do; empty where there is one loss. An optimizer of another network in the same loop holds none.

@@ -1,0 +1,124 @@
+"""Ordinary trainings about which a check would say what is not so, or what is beside the point, each as a kind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diag
+from diag.instruments.causes import Cause
+from diag.instruments.network.output_constant import OutputConstant
+from diag.snapshot.history import empty_history
+from diag.snapshot.loop.data import LossFacts
+from diag.snapshot.loop.facts import Loop
+from diag.snapshot.loop.network import StartingWeight
+from diag.snapshot.loop.steps import OptimizerFacts
+
+
+@pytest.mark.parametrize(("learned", "level"), [(True, "not_applicable"), (False, "alarm")])
+def test_outputs_far_from_zero_that_vary_as_their_targets_are_not_constant(learned, level):
+    torch.manual_seed(0)
+    x = torch.randn(64, 3)
+    years = 2000 + x.sum(1, keepdim=True)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3))
+        model[0].bias.zero_()
+        model[1].weight.fill_(float(learned))
+        model[1].bias.fill_(2000.0)
+    result = diag.output_constant(diag.Snapshot(model, F.mse_loss, (x, years)))
+    assert result.spread < 1e-3
+    assert OutputConstant.trend([(20, result)]).level == level
+
+
+class LearnedQuery(nn.Module):
+    """A branch that is the same for all examples stands before the layers that look at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.ones(1, 8))
+        self.of_query, self.first, self.second = nn.Linear(8, 8), nn.Linear(4, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        nn.init.constant_(self.second.bias, -1e3)
+
+    def forward(self, x):
+        wanted = self.of_query(self.query).expand(len(x), -1)
+        return self.head(F.relu(self.second(self.first(x))) * wanted)
+
+
+def test_the_layer_from_which_on_nothing_varies_is_named_and_no_branch_that_never_varies():
+    torch.manual_seed(0)
+    data = torch.randn(64, 4), torch.arange(64) % 3
+    dead = diag.output_constant(diag.Snapshot(LearnedQuery(), F.cross_entropy, data))
+    found = OutputConstant.trend([(20, dead)])
+    assert found.level == "alarm" and found.layers == ("second",)
+
+
+def test_the_layer_that_became_constant_first_is_named_though_one_before_it_is_constant_now():
+    torch.manual_seed(0)
+    data = torch.randn(64, 4), torch.arange(64) % 3
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.init.constant_(model[2].bias, -20.0)
+    then = diag.output_constant(diag.Snapshot(model, F.cross_entropy, data))
+    nn.init.zeros_(model[0].weight)  # as a decay does where no gradient arrives
+    now = diag.output_constant(diag.Snapshot(model, F.cross_entropy, data))
+    assert now.constant_layers[0] == "0"
+    assert OutputConstant.trend([(20, then), (50, now)]).layers == ("3",)
+
+
+def test_shares_of_dead_units_that_differ_are_both_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].bias[:7] = -1e3
+        model[2].bias.fill_(-1e3)
+    verdict = diag.dead_units(diag.Snapshot(model, F.cross_entropy, (torch.randn(64, 4), torch.arange(64) % 3)))
+    assert "87.5 % to 100 % of the units of layer 1 and layer 3" in verdict.verdict().sentence
+
+
+def stages(functions, passes=1.0):
+    losses = tuple(LossFacts(f, root=True, calls=50) for f in functions)
+    return Loop(
+        step=100, losses=losses, optimizers=(OptimizerFacts("Adam", held=("w",), steps=100, passes=passes),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("functions", "passes", "level"),
+    [
+        (("mse_loss", "cross_entropy"), 1.0, "unknown"),
+        (("mse_loss", "cross_entropy"), 2.0, "alarm"),  # each step adds both up
+        (("mse_loss", "mse_loss"), 1.0, "alarm"),  # of inputs of two shapes
+    ],
+)
+def test_the_loss_of_a_second_stage_is_not_compared_with_that_of_the_first(functions, passes, level):
+    made = empty_history({"w": 4}, 100)
+    course = dataclasses.replace(made, loss=numpy.r_[numpy.full(50, 0.1), numpy.full(50, 2.3)])
+    assert diag.divergence(history=course, loop=stages(functions, passes)).verdict().level == level
+    lost = dataclasses.replace(course, loss_finite=numpy.arange(100) < 60)
+    assert diag.divergence(history=lost, loop=stages(functions, passes)).verdict().level == "alarm"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "steps", "last", "level"),
+    [(True, 3, 5.0, "unknown"), (True, 40, 1.0, "ok"), (True, 40, 5.0, "warning"), (False, 40, 1.0, "warning")],
+)
+def test_a_new_head_on_trained_layers_may_begin_sure_and_wrong(frozen, steps, last, level):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(50, 10), torch.randint(0, 10, (50,))
+    losses = numpy.r_[8.0, numpy.full(steps - 1, last)]
+    history = dataclasses.replace(empty_history({"w": 4}, steps), loss=losses)
+    start = StartingWeight(name="body.weight", gain=1.0, constant=False, value=0.0, trainable=not frozen)
+    verdict = diag.initial_loss(
+        history=history,
+        logits=logits,
+        labels=labels,
+        losses=F.cross_entropy(logits, labels, reduction="none"),
+        loop=Loop(step=steps, start=(start,)),
+    ).verdict()
+    assert verdict.level == level and (verdict.cause == Cause.INITIAL_LOSS_HIGH) == (level == "warning")

@@ -7,6 +7,7 @@ data: a unit is a channel of an image (axis 1 of four axes or more), else an ent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,8 @@ class Activation:
     much of the entries' size depends on the example: root mean square over units of the standard deviation over
     examples and positions, over the root mean square of all entries. flat: share of entries where the function is
     flat, 0 for functions that have no flat ends. gain: root mean square of the entries over that of the function's
-    input (NaN for the output). non_finite: entries that are infinite or not a number.
+    input (NaN for the output). non_finite: entries that are infinite or not a number. given_finite: the function's
+    input held none such.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Activation:
     flat: float
     gain: float
     non_finite: int
+    given_finite: bool = True
 
     @property
     def size(self) -> float:
@@ -92,6 +95,7 @@ class _Sums:
         self.zeros = self.flat = 0.0
         self.bad = self.taken = 0
         self.taken_squares = 0.0
+        self.given_finite = True
 
     def add(self, values: Tensor, before: Tensor | None) -> None:
         """Take in one output, and what it was made of."""
@@ -102,7 +106,11 @@ class _Sums:
             self._add(part)
 
     def _squares(self, part: Tensor) -> float:
-        return float(part.to(self.total.dtype).square().nansum())
+        squares = part.to(self.total.dtype).square()
+        if math.isfinite(total := float(squares.sum())):
+            return total
+        self.given_finite &= bool(torch.isfinite(part).all())
+        return float(squares.nansum())
 
     def _add(self, part: Tensor) -> None:
         axes = (0, *range(2, part.ndim)) if part.ndim >= 4 else tuple(range(part.ndim - 1))
@@ -140,6 +148,7 @@ class _Sums:
             flat=self.flat / entries,
             gain=(square / (self.taken_squares / self.taken)) ** 0.5 if self.taken_squares else float("nan"),
             non_finite=self.bad,
+            given_finite=self.given_finite,
         )
 
 

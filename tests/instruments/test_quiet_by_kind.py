@@ -17,7 +17,8 @@ from diag.snapshot.history import empty_history
 from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import StartingWeight
-from diag.snapshot.loop.steps import OptimizerFacts
+from diag.snapshot.loop.steps import OptimizerFacts, OutsideChange
+from diag.watching.observe.loop.weights import sample_of
 
 
 @pytest.mark.parametrize(("learned", "level"), [(True, "not_applicable"), (False, "alarm")])
@@ -122,3 +123,54 @@ def test_a_new_head_on_trained_layers_may_begin_sure_and_wrong(frozen, steps, la
         loop=Loop(step=steps, start=(start,)),
     ).verdict()
     assert verdict.level == level and (verdict.cause == Cause.INITIAL_LOSS_HIGH) == (level == "warning")
+
+
+class Recurrent(nn.Module):
+    """What a recurrent layer computes is not looked at; the layer after it is given what it gives."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.embed, self.head = nn.Linear(1, 4), nn.Linear(4, 2)
+        self.body = nn.RNN(4, 4, nonlinearity="relu", batch_first=True)
+        nn.init.constant_(self.body.weight_hh_l0, size)
+        nn.init.constant_(self.body.bias_ih_l0, 10.0)
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x))[0][:, -1])
+
+
+def test_a_layer_that_is_given_values_that_are_not_finite_is_not_said_to_make_them():
+    torch.manual_seed(0)
+    data = torch.rand(8, 60, 1), torch.arange(8) % 2
+    model = Recurrent(1e6)
+    sentence = diag.finite_forward(diag.Snapshot(model, F.cross_entropy, data)).verdict().sentence
+    assert "after embed and before head (linear), which is given them" in sentence
+    nn.init.constant_(model.body.weight_hh_l0, 0.1)
+    nn.init.constant_(model.head.weight, 3e38)
+    sentence = diag.finite_forward(diag.Snapshot(model, F.cross_entropy, data)).verdict().sentence
+    assert "head (linear) gives the first" in sentence
+
+
+def folds(changes):
+    """Three trainings with an optimizer each, and the weights put back to the start where two of them begin."""
+    made = [OptimizerFacts("Adam", held=("w",), stateful=True, steps=75, passes=1)] * 3
+    begun = [dataclasses.replace(o, first_step=75 * i + 1, last_step=75 * i + 75) for i, o in enumerate(made)]
+    outside = tuple(OutsideChange(step, ("w",), False, 0) for step in changes)
+    return Loop(step=225, optimizers=tuple(begun), outside=outside, outside_times=len(outside))
+
+
+def test_an_optimizer_that_begins_with_other_weights_is_that_of_another_training():
+    assert diag.optimizer_kept(loop=folds((76, 151))).verdict().level == "ok"
+    assert diag.optimizer_kept(loop=folds(())).verdict().cause == Cause.OPTIMIZER_RECREATED
+    each = diag.outside_changes(loop=folds((76, 151))).verdict()
+    assert each.level == "warning" and "each time with a new optimizer" in each.sentence
+    assert diag.outside_changes(loop=folds((70, 151))).verdict().level == "alarm"
+
+
+def test_weights_of_inputs_that_are_always_zero_do_not_stand_for_all():
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    sample = sample_of(parameter)
+    before = sample.read()
+    with torch.no_grad():
+        parameter[:, 8:56] = 1.0  # the edge of a picture stays as it was
+    assert sample.read() != before

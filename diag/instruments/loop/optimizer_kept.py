@@ -33,6 +33,7 @@ def optimizer_kept(loop: Loop) -> OptimizerKept:
     begins, are one that is made again; where it keeps moments, they start from zero each time. A second one is told
     only where it has the settings of the first (but for what a scheduler made of its rate) and begins with the
     second epoch of a DataLoader, until it goes on for longer than an epoch: else it may be another phase of
+    training. One that begins where the weights were changed from outside, as those of a next fold are, is another
     training.
 
     Raises nothing of its own.
@@ -45,9 +46,10 @@ def optimizer_kept(loop: Loop) -> OptimizerKept:
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:
     chains: dict[tuple[str, tuple[str, ...]], list[OptimizerFacts]] = {}
+    other_trainings = {c.step for c in loop.outside}
     for o in sorted(loop.training, key=lambda o: o.first_step):
         chain = chains.setdefault((o.kind, o.held), [])
-        if not chain or chain[-1].last_step < o.first_step:
+        if (not chain or chain[-1].last_step < o.first_step) and o.first_step not in other_trainings:
             chain.append(o)
     for chain in chains.values():
         if (len(chain) >= THRICE or each_epoch(chain, loop)) and any(o.stateful for o in chain):

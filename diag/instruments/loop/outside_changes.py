@@ -96,12 +96,15 @@ def _swapped(changes: list[OutsideChange], loop: Loop) -> LoopFinding:
 def _back(changes: list[OutsideChange], loop: Loop) -> LoopFinding:
     first, several = changes[0], len(changes) >= TWICE
     to = "the start" if first.returned_to == 0 else f"step {first.returned_to:,}"
+    begun = {o.first_step for o in loop.training}
+    over = all(c.step in begun for c in changes)  # with an optimizer of its own: as folds do
     return LoopFinding(
-        Level.ALARM if several else Level.WARNING,
+        Level.ALARM if several and not over else Level.WARNING,
         Cause.WEIGHTS_CHANGED_OUTSIDE,
         f"The weights are set back: before step {first.step:,} {named(first.names)} have the values of {to} "
-        f"again{_times(loop)}.",
-        "Load or initialise the weights once, before the loop.",
+        f"again{_times(loop)}{', each time with a new optimizer' if over else ''}.",
+        "Load or initialise the weights once, before the loop"
+        + ("; where these are trainings of their own (folds, a sweep), watch each by itself." if over else "."),
         "Weights at a training call that are those of the last optimizer step.",
         step=first.step,
         layers=first.names,

@@ -16,7 +16,7 @@ from torch import Tensor
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
-from diag.instruments.optimization.course import finite_losses, median
+from diag.instruments.optimization.course import LAST_LOSSES, finite_losses, median
 from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -29,7 +29,6 @@ SAME_LOSS_WITHIN = 1e-2
 STEPS_TO_UNLEARN = (
     30  # in which a new head on trained layers comes below the loss of guessing, where nothing is wrong
 )
-LAST_LOSSES = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +40,7 @@ class InitialLoss(Result):
     classes: int = measured("classes that the network can answer with")
     first_step: int = measured("the step of the first recorded loss")
     on_trained: bool = measured("layers that were trained before are a part of the network", default=False)
-    last: float = measured("the median of the last five losses", unit="nats", default=math.nan)
+    last: float = measured("the median of the last losses", unit="nats", default=math.nan)
     num_steps: int = measured("steps recorded", unit="steps", default=0)
 
     def verdict(self) -> Verdict:

@@ -32,6 +32,8 @@ class FiniteForward(Result):
     function: str = measured("what it computes")
     largest_before: float = measured("the largest absolute value in the layers before it")
     layers: int = measured("layers looked at")
+    given: bool = measured("that layer is given such values, by what is not looked at", default=False)
+    before: str = measured("the layer looked at before it", remark="empty: none", default="")
 
     def verdict(self) -> Verdict:
         if not self.entries:
@@ -46,9 +48,7 @@ class FiniteForward(Result):
         large = self.largest_before > 1e4
         return Verdict(
             Level.ALARM,
-            f"The network outputs values that are not finite: the first is {layer_called(self.layer)} "
-            f"({self.function}), with {self.entries:,} of them"
-            + (f", after values of up to {self.largest_before:.1e} in the layers before." if large else "."),
+            self._where() + (f", after values of up to {self.largest_before:.1e}." if large else "."),
             advice="Go back to a state before that step. Look at the inputs of this layer for values that are too "
             "large, at its weights for NaN, and lower the learning rate or clip the gradient.",
             source=SOURCE,
@@ -61,6 +61,16 @@ class FiniteForward(Result):
             cause=Cause.NOT_FINITE,
             explained_by=(*LOSES_THE_LOSS, Cause.NOT_FINITE, Cause.TRAINING_DIVERGED, Cause.GRADIENT_UNDERFLOW),
         )  # fmt: skip
+
+    def _where(self) -> str:
+        """In which layer, or before which."""
+        layer = f"{layer_called(self.layer)} ({self.function})"
+        if not self.given:
+            return (
+                f"The network outputs values that are not finite: {layer} gives the first {self.entries:,} of them"
+            )
+        between = f"after {layer_called(self.before)} and before" if self.before else "before"
+        return f"The network computes values that are not finite {between} {layer}, which is given them"
 
     def plot(self, ax: Any = None) -> None:
         """How many entries are not finite."""
@@ -79,7 +89,8 @@ class FiniteForward(Result):
 def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
     """Which module is the first to output values that are infinite or not a number.
 
-    activations: statistics of the forward pass (`diag.snapshot.activations`), in the order of the calls. A logit of
+    activations: statistics of the forward pass (`diag.snapshot.activations`), in the order of the calls; where a
+    layer is given such values by what is none of these, as by a recurrent layer, that is said. A logit of
     minus infinity that masks a class is the one exception: what the model returns is not looked at where the layers
     before are finite. Raises nothing of its own.
     """
@@ -92,4 +103,6 @@ def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
         function=bad.function if bad else "",
         largest_before=max((a.largest for a in hidden[:first]), default=0.0),
         layers=len(hidden),
+        given=bad is not None and not bad.given_finite,
+        before=hidden[first - 1].name if first else "",
     )

@@ -21,6 +21,8 @@ from diag.watching.observe.loop.zeroing import spread
 
 SOME = 4  # parameters that are read
 NUMBERS_OF_EACH = 4  # of each
+# Where they lie: not all in one column, which may be that of an input that is always zero (the edge of a picture).
+FIRST_ENTRY, TO_NEXT_ENTRY = 0.1429, 0.2113  # of the parameter's entries
 CHANGES_KEPT = 8  # changes that are reported
 TAKEN_BACK_KEPT = 64  # steps of which it is known which share was taken back
 PAST = 512  # earlier states that are remembered, to tell where weights were set back to
@@ -192,14 +194,19 @@ def sample_of(p: nn.Parameter) -> Sample:
     flat = detached.view(-1) if type(detached) is Tensor and detached.is_contiguous() else None
     if flat is None or not p.is_cpu or p.dtype is torch.bfloat16:
         return Sample(p, p.data_ptr(), _slow_reader(p))
-    strided = flat[:: max(len(flat) // NUMBERS_OF_EACH, 1)][:NUMBERS_OF_EACH].numpy()
-    return Sample(p, p.data_ptr(), strided.tobytes)
+    return Sample(p, p.data_ptr(), _some_of(flat).numpy().tobytes)
+
+
+def _some_of(flat: Tensor) -> Tensor:
+    """A view of the entries that are read."""
+    first, apart = (int(share * len(flat)) for share in (FIRST_ENTRY, TO_NEXT_ENTRY))
+    return flat[first :: max(apart, 1)][:NUMBERS_OF_EACH]
 
 
 def _slow_reader(p: nn.Parameter) -> Callable[[], Any]:
     def read() -> Any:
         flat = getattr(p, "to_local", p.detach)().detach().reshape(-1)  # of a sharded one its own part
-        some = flat[:: max(len(flat) // NUMBERS_OF_EACH, 1)][:NUMBERS_OF_EACH].clone()
+        some = _some_of(flat).clone()
         return tuple(some.tolist()) if p.is_cpu else some
 
     return read

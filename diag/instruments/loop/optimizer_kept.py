@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from diag.errors import counted
@@ -13,6 +14,8 @@ from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.steps import OptimizerFacts
+
+EPOCHS_OF_A_PHASE = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +36,8 @@ def optimizer_kept(loop: Loop) -> OptimizerKept:
     begins, are one that is made again; where it keeps moments, they start from zero each time. A second one is told
     only where it has the settings of the first (but for what a scheduler made of its rate) and begins with the
     second epoch of a DataLoader, until it goes on for longer than an epoch: else it may be another phase of
-    training. One that begins where the weights were changed from outside, as those of a next fold are, is another
+    training. Three and more that differ in their settings and last for two epochs each are such phases, too. One
+    that begins where the weights were changed from outside, as those of a next fold are, is another
     training.
 
     Raises nothing of its own.
@@ -52,7 +56,8 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
         if (not chain or chain[-1].last_step < o.first_step) and o.first_step not in other_trainings:
             chain.append(o)
     for chain in chains.values():
-        if (len(chain) >= THRICE or each_epoch(chain, loop)) and any(o.stateful for o in chain):
+        again = (len(chain) >= THRICE and not _are_phases(chain, loop)) or each_epoch(chain, loop)
+        if again and any(o.stateful for o in chain):
             yield _again(chain)
     lost = [o for o in loop.training if o.no_state and o.stateful]
     if lost and loop.resumed:
@@ -64,6 +69,14 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             "An optimizer whose state is not empty at the first step.",
             step=loop.resumed + 1,
         )
+
+
+def _are_phases(chain: list[OptimizerFacts], loop: Loop) -> bool:
+    """Whether each was made with other settings than the one before, and lasted for epochs, as the phases of a
+    training do that are planned."""
+    epoch = loop.batches.again - 1
+    planned = not any(made_alike(a, b) for a, b in pairwise(chain))
+    return planned and epoch > 0 and all(o.steps >= EPOCHS_OF_A_PHASE * epoch for o in chain[:-1])
 
 
 def each_epoch(chain: list[OptimizerFacts], loop: Loop) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
+from diag.instruments.data.dependence import feature_p_value
 from diag.instruments.network.output_constant import OutputConstant
 from diag.snapshot.history import empty_history
 from diag.snapshot.loop.data import LossFacts
@@ -191,3 +192,82 @@ def test_weights_of_inputs_that_are_always_zero_do_not_stand_for_all():
     with torch.no_grad():
         parameter[:, 8:56] = 1.0  # the edge of a picture stays as it was
     assert sample.read() != before
+
+
+def test_labels_of_which_a_test_can_see_nothing_are_not_judged():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(300, 6, generator=generator)
+    made = empty_history({"w": 100}, 150)
+    few, enough = (torch.arange(300) % every == 0 for every in (50, 4))
+    for labels, level in ((few, "not_applicable"), (enough, "unknown")):
+        answers, logits = labels[torch.randperm(300, generator=generator)].long(), torch.zeros(300, 2)
+        losses = F.cross_entropy(logits, answers, reduction="none")
+        given = {"inputs": inputs, "labels": answers, "logits": logits, "losses": losses}
+        assert diag.labels_belong(history=made, **given).verdict().level == level
+
+
+def test_a_weak_dependence_on_one_of_many_features_is_seen():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(500, 20, generator=generator)
+    weak = (0.4 * x[:, 0] + torch.randn(500, generator=generator) > 0).long()
+    assert feature_p_value(x, weak) < 0.01
+    assert feature_p_value(x, weak[torch.randperm(500, generator=generator)]) > 0.05
+    assert feature_p_value(x[:, None], weak) == 1.0
+
+
+def holding(model, steps):
+    """Trained with the gradient of the last layer taken away in each step, as some hold it for an epoch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(64, 8), torch.arange(64) % 3
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for p in (model[0].weight, model[0].bias, model[2].weight):
+            p.grad = None
+        optimizer.step()
+
+
+def test_gradients_that_the_loop_takes_away_before_the_step_have_come():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with diag.watch(model, instruments=["gradients_reach", "weights_move"]) as watcher:
+        holding(model, 12)
+    assert not watcher.findings
+
+
+def grown(steps):
+    """Gradients that are a hundred times as large from step 101 on, and a loss that rises there."""
+    made = empty_history({"w": 256}, steps)
+    table = numpy.where(numpy.arange(steps) < 100, 1.0, 100.0)[:, None].astype(numpy.float32)
+    return dataclasses.replace(
+        made,
+        loss=numpy.where(numpy.arange(steps) < 100, 0.1, 2.3),
+        gradient_norm=table,
+        applied_gradient_norm=table[:, 0].astype(float),
+        parameter_norm=numpy.ones_like(table),
+        optimizer={"kind": "Adam", "lr": 1e-3, "betas": (0.9, 0.999), "groups": ()},
+    )
+
+
+def test_the_second_moment_of_a_new_optimizer_knows_nothing_of_the_gradients_before():
+    one = OptimizerFacts("Adam", held=("w",), steps=300, first_step=1, last_step=300)
+    two = (
+        dataclasses.replace(one, last_step=100, steps=100),
+        dataclasses.replace(one, first_step=101, steps=200),
+    )
+    for optimizers, level in (((one,), "warning"), (two, "ok")):
+        loop = Loop(step=300, optimizers=optimizers)
+        assert diag.second_moment(history=grown(300), loop=loop).verdict().level == level
+
+
+@pytest.mark.parametrize(("weight", "bias", "cause"), [(1.0, 2000.0, ""), (100.0, 0.0, Cause.INITIALIZATION_SCALE)])
+def test_a_bias_that_is_set_to_the_mean_of_the_targets_is_no_scale_of_the_weights(weight, bias, cause):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(weight)
+        model[2].weight.mul_(weight)
+        model[2].bias.add_(bias)
+    data = torch.randn(64, 6), torch.randn(64, 4)
+    verdict = diag.initial_scale(diag.Snapshot(model, F.mse_loss, data)).verdict()
+    assert verdict.cause == cause and (verdict.level == "not_applicable") == (not cause)

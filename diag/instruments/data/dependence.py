@@ -7,10 +7,12 @@ either side only for them. Its distribution without dependence is that over perm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
@@ -42,6 +44,26 @@ def independence_p_value(inputs: Tensor | Sequence[Tensor], answers: Tensor, see
     near = 1e-9 * found.abs().max()
     sides = (found >= found[0] - near), (found <= found[0] + near)
     return min(1.0, 2 * min(float(side.double().mean()) for side in sides))
+
+
+def feature_p_value(inputs: Any, answers: Tensor) -> float:
+    """The p-value of the strongest correlation between a feature of the inputs and an answer, as of so many tried
+    (Bonferroni): what a kernel over all features does not see among many that say nothing.
+
+    inputs: rows of numbers (n, d), else the value is 1; answers as above, (n, ...), of all rows.
+    """
+    rows = tensors_by_row(inputs)
+    if len(rows) != 1 or rows[0].ndim != 2 or not rows[0].is_floating_point() or len(rows[0]) != len(answers):
+        return 1.0
+    features, columns = _standard(rows[0].detach().double()), _standard(_columns(answers))
+    n = len(features)
+    strongest = float((features.T @ columns.to(features) / n).abs().nan_to_num(0.0).max().clamp(max=1 - 1e-12))
+    t = strongest * math.sqrt((n - 2) / (1 - strongest**2))
+    return min(1.0, 2 * float(stats.t.sf(t, n - 2)) * features.shape[1] * columns.shape[1])
+
+
+def _standard(columns: Tensor) -> Tensor:
+    return (columns - columns.mean(0)) / columns.std(0, correction=0).clamp_min(1e-12)
 
 
 def tensors_by_row(inputs: Any) -> tuple[Tensor, ...]:

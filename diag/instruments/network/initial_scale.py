@@ -31,6 +31,7 @@ STEP_OVER_WEIGHTS = 0.15  # a step over the weights
 LEFT_BY = 5.0  # times the first loss, which steps that are too large make it
 STILL_INITIAL = 10  # steps; afterwards weights are no longer as they began, even where they have moved little
 FEWEST_LAYERS_OFF = 2
+BY_ITS_BIAS = 0.1  # of its output's size: a large output that varies by less is what its bias was set to
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,12 +111,14 @@ def initial_scale(
 
     activations: statistics of the forward pass (`diag.snapshot.activations`). history: the record so far, to see
     whether the first steps have already moved the weights. The gain of a layer is the root mean
-    square of its output over that of its input. Judged is the median over the linear and convolutional layers, at
+    square of its output over that of its input; a large output that hardly varies is its bias, which may be set to
+    the targets' mean, and is left out. Judged is the median over the linear and convolutional layers, at
     the first measurement of a training and only within its first ten steps, with weights that hardly moved: above
     `large` or below `small` is a warning. Networks of fewer than two such layers are not judged. Raises nothing of
     its own.
     """
     layers = [a for a in activations if a.function in ("linear", "convolution") and math.isfinite(a.gain)]
+    layers = [a for a in layers if a.gain <= large or a.spread >= BY_ITS_BIAS]
     gains = numpy.array([a.gain for a in layers], float)
     enough = len(layers) >= FEWEST_LAYERS_OFF
     return InitialScale(

@@ -96,7 +96,8 @@ class SecondMoment(Result):
 def second_moment(history: History, loop: Loop | None = None, *, stale: Threshold = STALE) -> SecondMoment:
     """Whether gradients outgrew Adam's second moment, so that steps were far larger than usual.
 
-    history: the record of a watched run. The second moment of each tensor is the running mean of its squared
+    history: the record of a watched run, of which the steps of the last optimizer count. The second moment of each
+    tensor is the running mean of its squared
     gradient norms with the optimizer's beta2, corrected for its start, gradients as they were after clipping; a
     tensor counts from its first gradient on. A median ratio above `stale` is a warning where the gradients of the
     five steps from there, and of each fifteen of the two hundred after them, are at least twice those of the twenty
@@ -106,6 +107,7 @@ def second_moment(history: History, loop: Loop | None = None, *, stale: Threshol
     farther apart, of which gradients grow, too; then it is not judged. For other optimizers, and before step 40,
     it is not judged. Raises nothing of its own.
     """
+    history = _of_the_last_optimizer(history, loop)
     beta2, known = _beta2(history), len(history.steps) >= BEFORE + LONGER
     usable = beta2 is not None and known
     gradients = _applied(history) if usable else numpy.zeros((0, 0))
@@ -129,6 +131,13 @@ def second_moment(history: History, loop: Loop | None = None, *, stale: Threshol
             Precondition("steps", known, f"fewer than {BEFORE + LONGER} steps were recorded."),
         ),
     )
+
+
+def _of_the_last_optimizer(history: History, loop: Loop | None) -> History:
+    """The steps since an optimizer took over from all others: its moments know nothing of the gradients before."""
+    training = () if loop is None else loop.training
+    began = [o.first_step for o in training if all(p is o or p.last_step < o.first_step for p in training)]
+    return history if max(began, default=0) <= 1 else history.rows(history.steps >= max(began))
 
 
 def _beta2(history: History) -> float | None:

@@ -273,6 +273,7 @@ class LoopObserver:
         for w in self._gradients.watched:
             reached |= w.passed()
         self._order.add("B" if reached else "b")
+        self._parameters.look_for_gradients()  # the loop may take some away before the step
         if reached and not self._any_step:
             self._before = self._gradients.glance()
         if reached:

@@ -94,7 +94,8 @@ class Parameters:
         self._silent = [s for s in self.seen.values() if s.missing and not s.gradient]
 
     def look_for_gradients(self) -> None:
-        """Before a step between two sweeps: has a gradient come where none had? Chance may leave layers out."""
+        """After a backward pass, and before a step between two sweeps: has a gradient come where none had? Chance
+        may leave layers out, and the loop may set the gradients of some to None, as to hold them for a while."""
         for s in self._silent:
             if s.parameter.grad is not None:
                 s.gradient, s.missing = s.gradient or self._moment.step, 0

@@ -18,7 +18,7 @@ from diag.snapshot.history import empty_history
 from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import StartingWeight
-from diag.snapshot.loop.steps import OptimizerFacts, OutsideChange
+from diag.snapshot.loop.steps import OptimizerFacts, OriginFacts, OutsideChange
 from diag.watching.observe.loop.weights import sample_of
 
 
@@ -271,3 +271,21 @@ def test_a_bias_that_is_set_to_the_mean_of_the_targets_is_no_scale_of_the_weight
     data = torch.randn(64, 6), torch.randn(64, 4)
     verdict = diag.initial_scale(diag.Snapshot(model, F.mse_loss, data)).verdict()
     assert verdict.cause == cause and (verdict.level == "not_applicable") == (not cause)
+
+
+@pytest.mark.parametrize(
+    ("count", "again", "cause"), [(64, 0, ""), (64, 3, "class_missing"), (256, 0, "class_missing")]
+)
+def test_a_class_is_absent_once_an_epoch_or_many_examples_were_seen(count, again, cause):
+    labels, logits = torch.zeros(count, dtype=torch.long), torch.zeros(count, 2)
+    loop = Loop(step=5)
+    loop = dataclasses.replace(loop, batches=dataclasses.replace(loop.batches, again=again))
+    assert diag.class_counts(logits=logits, labels=labels, inputs=logits, loop=loop).verdict().cause == cause
+
+
+@pytest.mark.parametrize("outputs_finite", [False, True])
+def test_a_loss_that_the_network_lost_follows_from_the_layer_that_did(outputs_finite):
+    lost = dataclasses.replace(empty_history({"w": 4}, 3), loss_finite=numpy.array([True, False, False]))
+    origin = OriginFacts(2, batch_finite=True, outputs_finite=outputs_finite)
+    verdict = diag.finite_steps(history=lost, loop=Loop(step=3, origin=origin)).verdict()
+    assert (Cause.NOT_FINITE in verdict.explained_by) == (not outputs_finite)

@@ -21,6 +21,7 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 SOURCE = "arithmetic of the labels"
 COMMON = 5  # examples of each class that does occur
 EXPECTED = 20  # examples a class, were they equal, from which on an absent one is not there by chance
+SURELY = 100  # examples a class, from which on one that may be rare is taken to be absent while an epoch lasts
 CLASS_RATIO = 10.0  # the default of SageMaker Debugger's rule ClassImbalance
 
 
@@ -118,7 +119,7 @@ def class_counts(
     return ClassCounts(
         classes=classes,
         missing=tuple((counts == 0).nonzero().flatten().tolist())
-        if enough and int(present.min()) >= COMMON
+        if enough and int(present.min()) >= COMMON and _all_seen(total, classes, loop)
         else (),
         ratio=1.0 if _weighted(loop) else _at_least(int(counts.max()), int(present.min())),
         rarest=rarest,
@@ -142,6 +143,11 @@ def _counts(labels: Tensor, classes: int, loop: Any) -> Tensor:
     if sum(seen.values()) <= len(labels) or min(seen) < 0 or max(seen) >= classes:
         return counts
     return torch.tensor([seen.get(k, 0) for k in range(classes)])
+
+
+def _all_seen(total: int, classes: int, loop: Any) -> bool:
+    """Whether a class that is not there yet, as a rare one may be, is not to come with the next batches."""
+    return loop is None or bool(loop.batches.again) or loop.ended or total >= SURELY * classes
 
 
 def _may_be_sorted(labels: Tensor, loop: Any) -> bool:

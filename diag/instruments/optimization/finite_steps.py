@@ -89,7 +89,8 @@ class FiniteSteps(Result):
             "Go back to a state before that step; look at its batch, lower the learning rate or clip the gradient, "
             "and look at logarithms, divisions and roots in the loss.",
             Cause.NOT_FINITE,
-            EXPLAINED_BY,
+            # The network gave it: where in it is told by the look at its layers.
+            (*EXPLAINED_BY, Cause.NOT_FINITE) if self.outputs_finite is False else EXPLAINED_BY,
         )
 
     def _of_half_precision(self, step: str) -> Verdict:

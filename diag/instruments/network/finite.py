@@ -32,7 +32,7 @@ class FiniteForward(Result):
     function: str = measured("what it computes")
     largest_before: float = measured("the largest absolute value in the layers before it")
     layers: int = measured("layers looked at")
-    given: bool = measured("that layer is given such values, by what is not looked at", default=False)
+    received: bool = measured("that layer is given such values, by what is not looked at", default=False)
     before: str = measured("the layer looked at before it", remark="empty: none", default="")
 
     def verdict(self) -> Verdict:
@@ -65,7 +65,7 @@ class FiniteForward(Result):
     def _where(self) -> str:
         """In which layer, or before which."""
         layer = f"{layer_called(self.layer)} ({self.function})"
-        if not self.given:
+        if not self.received:
             return (
                 f"The network outputs values that are not finite: {layer} gives the first {self.entries:,} of them"
             )
@@ -103,6 +103,6 @@ def finite_forward(activations: Sequence[Activation]) -> FiniteForward:
         function=bad.function if bad else "",
         largest_before=max((a.largest for a in hidden[:first]), default=0.0),
         layers=len(hidden),
-        given=bad is not None and not bad.given_finite,
+        received=bad is not None and not bad.given_finite,
         before=hidden[first - 1].name if first else "",
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 import diag
 from diag.instruments.causes import Cause
+from diag.instruments.data.class_counts import times_rarer
 from diag.instruments.data.dependence import feature_p_value
 from diag.instruments.network.output_constant import OutputConstant
 from diag.snapshot.history import empty_history
@@ -289,3 +290,11 @@ def test_a_loss_that_the_network_lost_follows_from_the_layer_that_did(outputs_fi
     origin = OriginFacts(2, batch_finite=True, outputs_finite=outputs_finite)
     verdict = diag.finite_steps(history=lost, loop=Loop(step=3, origin=origin)).verdict()
     assert (Cause.NOT_FINITE in verdict.explained_by) == (not outputs_finite)
+
+
+def test_the_ratio_of_classes_that_is_told_is_no_larger_than_the_true_one():
+    generator = torch.Generator().manual_seed(0)
+    rare = (torch.rand(4000, 64, generator=generator) < 1 / 24).sum(1)
+    told = [times_rarer(64 - k, k) for k in rare.tolist() if k]
+    assert sum(ratio > 23 for ratio in told) < 0.03 * len(told)
+    assert times_rarer(1980, 20) == pytest.approx(66.1, abs=0.1)

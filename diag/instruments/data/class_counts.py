@@ -32,7 +32,7 @@ class ClassCounts(Result):
     classes: int = measured("classes that the network can answer with")
     missing: tuple[int, ...] = measured("classes that do not occur")
     ratio: float = measured(
-        "examples of the most frequent class over those of the rarest, with a standard error more"
+        "examples of the most frequent class over those of the rarest, with two standard errors more"
     )
     rarest: int = measured("the rarest class that occurs")
     counts: NDArray[numpy.int64] = measured("examples of each class", shape="(classes,)")
@@ -105,10 +105,11 @@ def class_counts(
 
     logits (n, K), labels (n,) class numbers; inputs: to tell examples from tokens, of which some are rare by
     nature. Judged where there would be twenty examples a class if all were equal. A class that does not occur while
-    the others are common, or one that is `ratio` times rarer than the most frequent (by a standard error fewer
-    examples of it than that), is a warning. In a watched run the labels of all batches that were counted are taken
-    where they are more (`loop`), and classes that the loss weights are taken to be evened out. Labels that come
-    class by class are not judged: the first ones say nothing of the rest. Raises nothing of its own.
+    the others are common (in a watched run after an epoch, or a hundred examples a class), or one that is `ratio`
+    times rarer than the most frequent (with two standard errors more examples of it), is a warning. In a watched
+    run the labels of all batches that were counted are taken where they are more (`loop`), and classes that the
+    loss weights are taken to be evened out. Labels that come class by class are not judged: the first ones say
+    nothing of the rest. Raises nothing of its own.
     """
     classes = logits.shape[1]
     counts, ordered = _counts(labels.cpu(), classes, loop), in_order(labels) or _may_be_sorted(labels, loop)
@@ -121,7 +122,7 @@ def class_counts(
         missing=tuple((counts == 0).nonzero().flatten().tolist())
         if enough and int(present.min()) >= COMMON and _all_seen(total, classes, loop)
         else (),
-        ratio=1.0 if _weighted(loop) else _at_least(int(counts.max()), int(present.min())),
+        ratio=1.0 if _weighted(loop) else times_rarer(int(counts.max()), int(present.min())),
         rarest=rarest,
         counts=counts.numpy(),
         preconditions=(
@@ -160,6 +161,7 @@ def _weighted(loop: Any) -> bool:
     return loop is not None and any(loss.weighted for loss in loop.losses)
 
 
-def _at_least(common: int, rare: int) -> float:
-    """How many times rarer the one is, were there a standard error more of it than were counted."""
-    return float(common / (rare + rare**0.5))
+def times_rarer(common: int, rare: int) -> float:
+    """How many times rarer the one is, or more: there may be two standard errors more of it than were counted, of
+    counts that are Poisson's (the root of a count has the error 1/2)."""
+    return float(common / (rare**0.5 + 1) ** 2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from diag.display import format_number
 from diag.instruments.causes import Cause
-from diag.instruments.data.class_counts import CLASS_RATIO
+from diag.instruments.data.class_counts import CLASS_RATIO, times_rarer
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Level, Precondition
@@ -38,8 +38,8 @@ def target_values(loop: Loop) -> TargetValues:
     A feature is told of where the target is an affine function of it on every row of every batch that was looked at
     (for classes: where it tells one class from all others), to a correlation of one within 1e-6. Targets that a
     shuffling DataLoader gave and that are all one number in six batches and more teach one answer. Of one binary
-    target an example, one value that is ten times rarer than the other (by a standard error fewer) is told of,
-    where the loss does not weight it.
+    target an example, one value that is ten times rarer than the other (with two standard errors more of it) is
+    told of, where the loss does not weight it.
 
     Raises nothing of its own.
     """
@@ -100,7 +100,7 @@ def _given_away(rows: int, feature: int, step: int) -> LoopFinding:
 def _unequal(f: AskedFacts) -> Iterator[LoopFinding]:
     ones = round(f.mean * f.targets)
     rare, value = min((ones, 1), (f.targets - ones, 0))
-    ratio = (f.targets - rare) / (rare + rare**0.5)
+    ratio = times_rarer(f.targets - rare, rare)
     if ratio > CLASS_RATIO:
         yield LoopFinding(
             Level.WARNING,

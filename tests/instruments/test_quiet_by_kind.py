@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy
 import pytest
@@ -103,6 +104,8 @@ def test_the_loss_of_a_second_stage_is_not_compared_with_that_of_the_first(funct
     made = empty_history({"w": 4}, 100)
     course = dataclasses.replace(made, loss=numpy.r_[numpy.full(50, 0.1), numpy.full(50, 2.3)])
     assert diag.divergence(history=course, loop=stages(functions, passes)).verdict().level == level
+    steps = diag.step_size(history=course, loop=stages(functions, passes))
+    assert math.isnan(steps.now) == math.isnan(steps.loss_peak_ratio) == (level == "unknown")
     lost = dataclasses.replace(course, loss_finite=numpy.arange(100) < 60)
     assert diag.divergence(history=lost, loop=stages(functions, passes)).verdict().level == "alarm"
 

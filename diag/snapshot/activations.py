@@ -22,7 +22,7 @@ from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.forward import heard
 from diag.snapshot.inside.blocks import example_blocks, number_true
 from diag.snapshot.inside.layers import floating
-from diag.snapshot.inside.listener import NamingListener
+from diag.snapshot.inside.listener import NamingListener, unheard
 from diag.snapshot.objective.comparison import output_tensor
 from diag.snapshot.snapshot import Snapshot
 
@@ -182,7 +182,8 @@ class ActivationListener(NamingListener):
         """The outputs are one more entry each."""
         for tensor in _outputs(outputs):
             if tensor.ndim > 1 or self.sums:  # a row of numbers alone may be anything
-                self._mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
+                with unheard(tensor):
+                    self._mode.add(MODEL_OUTPUT, MODEL_OUTPUT, floating(tensor))
 
 
 class _Listening(TorchFunctionMode):
@@ -204,7 +205,9 @@ class _Listening(TorchFunctionMode):
         finally:
             self._nested = False
         if isinstance(value, Tensor):
-            self.add(self._inside(), kind, value, next((a for a in args if isinstance(a, Tensor)), None))
+            before = next((a for a in args if isinstance(a, Tensor)), None)
+            with unheard(value, before):
+                self.add(self._inside(), kind, value, before)
         return value
 
     def add(self, name: str, kind: str, values: Tensor, before: Tensor | None = None) -> None:

@@ -325,14 +325,14 @@ class Watcher(Guarded):
     @guarded("other ranks")
     def _compare(self, row: Row) -> None:
         if self._company.step_ended(row, self._steps.optimizers):
-            self._loop.moment.changed = True
+            self._loop.moment.changed.add("ranks")
 
     def _row_complete(self, table: Any, row: Row) -> None:
         self._recorder.row(table, row)
         self._live.row(table, row.optimizer)
 
     def _judge(self, step: int) -> None:
-        self._live.step_ended(step, self.clock.elapsed(), urgent=self._loop.moment.changed)
+        self._live.step_ended(step, self.clock.elapsed(), news=self._loop.moment.changed)
         if self._findings.new:
             self._findings.tell()
 

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from diag.errors import MissingQuantity
+from diag.snapshot.activations import ActivationListener
+from diag.snapshot.forward import _call_heard
+from diag.snapshot.inside.attention import AttentionListener
 from diag.snapshot.inside.together import LISTENERS, share_the_pass
 from diag.snapshot.snapshot import Snapshot
 
@@ -142,3 +145,28 @@ def test_the_model_finds_the_programs_default_device_and_the_listeners_the_host(
         for name in names:
             assert same(snapshot.quantity(name), alone[name]), name
     assert all(listener.complete for listener in snapshot.listeners.values())
+
+
+class Counting(TorchFunctionMode):
+    """How many functions of torch are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [ActivationListener, AttentionListener])
+def test_what_a_listener_computes_is_not_heard_by_the_others(kind):
+    model = Attending().eval()
+    (batch, _) = snapshot_of(model, (5, 8)).batches
+    listener = kind(model)
+    with torch.no_grad(), Counting() as alone:
+        batch.forward(model)
+    with torch.no_grad(), Counting() as beside, listener.throughout():
+        _call_heard(model, [listener], batch)
+    assert getattr(listener, "sums", None) or listener.calls  # it did hear the model
+    assert alone.calls <= beside.calls <= alone.calls + 12  # statistics would be some ten for each of four layers

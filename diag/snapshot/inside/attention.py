@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diag.errors import MissingQuantity
 from diag.snapshot.batch import Batch, tensors_in
 from diag.snapshot.forward import heard
-from diag.snapshot.inside.listener import NamingListener
+from diag.snapshot.inside.listener import NamingListener, unheard
 from diag.snapshot.inside.scores import product_norm, row_statistics
 from diag.snapshot.snapshot import Snapshot
 
@@ -111,10 +111,12 @@ class _Hearing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             q, k = _bound(SDPA, args, kwargs)["query"], _bound(SDPA, args, kwargs)["key"]
-            self._take(_sdpa_scores(*args, **kwargs), q.dtype, self._norms(q, k))
+            with unheard(*args, *kwargs.values()):
+                self._take(_sdpa_scores(*args, **kwargs), q.dtype, self._norms(q, k))
         elif func is F.multi_head_attention_forward:
             arguments = _bound(MHA, args, kwargs)
-            self._take(_mha_scores(arguments), arguments["query"].dtype, _mha_norms(arguments))
+            with unheard(*arguments.values()):
+                self._take(_mha_scores(arguments), arguments["query"].dtype, _mha_norms(arguments))
         value = func(*args, **kwargs)
         if isinstance(value, Tensor):
             self._follow(func, args, kwargs, value)
@@ -128,7 +130,8 @@ class _Hearing(TorchFunctionMode):
         elif func in PRODUCTS:
             found = [s for t in tensors_in([args, kwargs]) if (s := self._scores_of(t)) is not None]
             if found:
-                self._take(found[0].reshape(-1, *_four(found[0])), found[0].dtype, ())
+                with unheard(*found):
+                    self._take(found[0].reshape(-1, *_four(found[0])), found[0].dtype, ())
         elif func is F.linear and len(args) > 1:
             self._projections.append((value, args[1]))
         elif func is torch.addmm and len(args) > 2:

@@ -10,10 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diag.snapshot.batch import Batch
 from diag.snapshot.inside.names import module_names
+
+PLAIN_CLASSES = (Tensor, nn.Parameter)
+
+
+def unheard(*tensors: Any) -> AbstractContextManager[Any]:
+    """Inside the context no mode of functions hears what a listener computes of these, which would take several
+    times as long; a tensor of another class keeps the functions of its own."""
+    plain = all(type(t) in PLAIN_CLASSES for t in tensors if isinstance(t, Tensor))
+    return torch._C.DisableTorchFunction() if plain else nullcontext()
 
 
 class PassListener:

@@ -3,15 +3,16 @@
 They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
 measurements: they are judged at the floor (steps 1, 2, 3, 5, 7, 10, 14, 20, 30, 100, ... and the last), and between
 as far as `SHARE_FOR_CHECKS` of the time pays for them. When something happened that none of them has judged
-(`urgent`), those that have read facts which have changed are judged at once. A finding is announced the first time
-that it is seen; what is computed from the record alone is not kept, as opening the run computes it again.
+(`news`), those that have read the facts that it is in are judged at once. A check of the facts of the loop alone is
+not asked again where nothing that it read has changed. A finding is announced the first time that it is seen; what
+is computed from the record alone is not kept, as opening the run computes it again.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy
@@ -23,6 +24,7 @@ from diag.run.rows import history_of
 from diag.snapshot.history import History
 from diag.watching.measure.floor import next_floor
 from diag.watching.measure.reads import Reads
+from diag.watching.observe.loop.moment import ANY_FACT
 
 SHARE_FOR_CHECKS = 0.005  # of the time since training began
 FIRST_JUDGED_STEPS = (1, 2, 3, 5, 7, 10, 14, 20)  # where most of what goes wrong first shows
@@ -95,6 +97,7 @@ class LiveChecks:
         announce: Callable[[Instrument, Verdict, int], None],
     ) -> None:
         self._chosen = dict(chosen)
+        self._needs = {name: {need.name for need in one.needs} for name, one in chosen.items()}
         self._settings, self._layers, self._facts = settings, layers, facts
         self._record, self._announce = record, announce
         self._trace = Trace(dtype)
@@ -110,8 +113,9 @@ class LiveChecks:
         self._trace.add(table)
         self._optimizer = optimizer or self._optimizer
 
-    def step_ended(self, step: int, elapsed: float, urgent: bool) -> None:
-        """Judge where it is due; `elapsed`: seconds since training began; urgent: do not wait for a due step."""
+    def step_ended(self, step: int, elapsed: float, news: Collection[str]) -> None:
+        """Judge where it is due; `elapsed`: seconds since training began; news: the facts of the loop with which
+        not to wait for a due step."""
         if not self._chosen:
             return
         if (step <= FIRST_JUDGED_STEPS[-1] or step >= self._next_floor) and is_floor(step):
@@ -119,12 +123,12 @@ class LiveChecks:
             self.judge(step)
         elif self._spent + self._cost <= SHARE_FOR_CHECKS * elapsed:
             self.judge(step)
-        elif urgent:
-            self.judge(step, news_only=True)
+        elif news:
+            self.judge(step, news=news)
 
-    def judge(self, step: int, last: bool = False, news_only: bool = False) -> None:
-        """Judge all of them now, or those alone that read facts which have changed; `last`: the results are
-        recorded whether or not anything is new in them."""
+    def judge(self, step: int, last: bool = False, news: Collection[str] = ()) -> None:
+        """Judge all of them now, or those alone that read these facts; `last`: the results are recorded whether or
+        not anything is new in them."""
         if step == self._judged and not last:
             return
         began = time.perf_counter()
@@ -133,16 +137,19 @@ class LiveChecks:
         if (loop := loop_facts.get("loop")) is not None:
             self._reads.begin(loop)
         for name, instrument in self._chosen.items():
-            if self._failures.get(name, 0) < CHECK_FAILURES and not (news_only and self._knows(instrument)):
+            if self._failures.get(name, 0) < CHECK_FAILURES and (last or self._may_differ(name, news)):
                 self._judge(instrument, step, loop_facts, last)
         seconds = time.perf_counter() - began
         self._spent += seconds
-        if not news_only:
+        if not news:
             self._cost = seconds
 
-    def _knows(self, instrument: Instrument) -> bool:
-        """Whether the facts would tell the check nothing that it has not judged."""
-        return "loop" not in _names(instrument) or not self._reads.has_news(instrument.name)
+    def _may_differ(self, check: str, news: Collection[str]) -> bool:
+        """Whether the check may say something else than it did; of news, only what that changes."""
+        needs = self._needs[check]
+        if not news:
+            return needs != {"loop"} or self._reads.has_news(check)
+        return "loop" in needs and self._reads.has_news(check, () if ANY_FACT in news else news)
 
     def _judge(self, instrument: Instrument, step: int, loop_facts: dict[str, Any], last: bool) -> None:
         began = time.perf_counter()
@@ -159,7 +166,7 @@ class LiveChecks:
 
     def _quantities(self, instrument: Instrument, loop_facts: dict[str, Any]) -> dict[str, Any]:
         """What the check needs of these; the history is made for the first one that asks."""
-        names = _names(instrument)
+        names = self._needs[instrument.name]
         if "history" in names and "history" not in loop_facts:
             loop_facts["history"] = self._history()
         found = {name: loop_facts[name] for name in names if loop_facts.get(name) is not None}
@@ -186,7 +193,3 @@ class LiveChecks:
             return None
         optimizer = [{"type": "optimizer", "data": dict(self._optimizer)}] if self._optimizer else []
         return history_of({"layers": self._layers}, rows, optimizer)
-
-
-def _names(instrument: Instrument) -> list[str]:
-    return [need.name for need in instrument.needs]

@@ -60,7 +60,7 @@ class Batches:
             epochs = self._epochs[self._begun] = self._epochs.get(self._begun, 0) + 1
             self._again = self._moment.step if epochs > 1 else self._again
             if epochs == SEVERAL_EPOCHS:
-                self._moment.news("several epochs")
+                self._moment.news("several epochs", "batches")
             self._by_rows = self._begun_by_rows
             self._batches_each, self._begun = self._loader_batches, None
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
@@ -117,7 +117,7 @@ class Batches:
         except TypeError:  # of a stream nobody knows the length
             return
         self._empty, self._empty_loader = self._empty + 1, (rows, int(loader.batch_size or 0))
-        self._moment.news("no batch")
+        self._moment.news("no batch", "batches")
 
     @property
     def loader_batches(self) -> int:
@@ -152,7 +152,7 @@ class Batches:
             self._continued += bool(now & before)
         self._last_classes = (self._label_calls, now)
         if self._counted in CLASSES_NEWS:
-            self._moment.news(("classes", self._counted))
+            self._moment.news(("classes", self._counted), "batches")
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             if value in self._labels or len(self._labels) < CLASSES:
                 self._labels[value] = self._labels.get(value, 0) + count

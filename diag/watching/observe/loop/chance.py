@@ -103,7 +103,7 @@ class Chance:
         if before is not None:
             if before[0] != now and self._supervised and self._of_data and (drawn or before[1] != self._raw):
                 self._differing.hit(self._moment.step)
-                self._moment.news(("rows differ", min(self._differing.times, 3)))
+                self._moment.news(("rows differ", min(self._differing.times, 3)), "chance")
             else:
                 self._differing.miss()
 
@@ -116,7 +116,7 @@ class Chance:
         self._drawn.hit(self._moment.step)
         if self._always is None:
             self._always = always_dropping(self._model)
-            self._moment.news(("dropout in evaluation", self._always))
+            self._moment.news(("dropout in evaluation", self._always), "chance")
         return True
 
     # Seeds
@@ -127,7 +127,7 @@ class Chance:
         self._seed = (seed, step)
         if known is not None and known[0] == seed and known[1] == step - 1:
             if self._seeded.hit(step) in SEEDS_REPORTED:
-                self._moment.news(("seeded", self._seeded.running))
+                self._moment.news(("seeded", self._seeded.running), "chance")
         elif known is None or known[0] != seed or known[1] < step - 1:
             self._seeded.miss()
 

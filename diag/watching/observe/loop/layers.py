@@ -32,7 +32,7 @@ class Layers:
         self._still: tuple[Pair, ...] = ()
         self._looks = 0
         if self._shared or self._untied:
-            moment.news("layers")
+            moment.news("layers", "layers")
 
     def sweep(self) -> None:
         """The model's parameters are swept, before a step."""
@@ -41,7 +41,7 @@ class Layers:
         for names in self._tied:
             if names not in now:
                 self._untied = tuple({*self._untied, (names[0], names[1])})
-                self._moment.news("untied")
+                self._moment.news("untied", "layers")
         if self._looks > STEPS_BEFORE_COMPARISON and self._equal:
             parameters = dict(self._model.named_parameters())
             self._still = tuple(
@@ -50,7 +50,7 @@ class Layers:
                 if a in parameters and b in parameters and is_equal(*(own_part(parameters[n]) for n in (a, b)))
             )
             if self._still:
-                self._moment.news("still equal")
+                self._moment.news("still equal", "layers")
 
     def facts(self) -> LayerFacts:
         """As plain data."""

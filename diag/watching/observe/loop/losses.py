@@ -100,7 +100,7 @@ class Losses:
             if len(self.kinds) >= MOST_KINDS_OF_CALLS:
                 return
             kind = self.kinds[key] = self._begun(function, prediction, args, kwargs)
-            self._moment.news(("loss", function.__name__, len(self.kinds)))
+            self._moment.news(("loss", function.__name__, len(self.kinds)), "losses")
         kind.calls += 1
         self._called += 1
         kind.input_shape, kind.input_dtype = _form(prediction)
@@ -123,7 +123,7 @@ class Losses:
             rows = prediction.detach().movedim(axis, -1).reshape(-1, prediction.shape[axis])[:ROWS_CHECKED]
             self._read(kind, "rows", rows)
         news = (kind.came_from, kind.over_axis, kind.broadcast)
-        self._moment.news(("loss input", id(kind), news))
+        self._moment.news(("loss input", id(kind), news), "losses")
 
     def _targets(self, kind: LossFacts, target: Tensor) -> None:
         if kind.padding is not None and not target.is_floating_point():
@@ -146,7 +146,7 @@ class Losses:
         elif found is not None and kind.filled_calls >= 0:
             kind.filler, kind.filled = found[0], max(kind.filled, found[1])
             kind.filled_calls += 1
-            self._moment.news(("filled", id(kind), kind.filled_calls))
+            self._moment.news(("filled", id(kind), kind.filled_calls), "losses")
 
     def _range(self, kind: LossFacts, target: Tensor) -> None:
         if kind.function in OF_BINARY_TARGETS and target.numel():
@@ -182,7 +182,7 @@ class Losses:
         kind.probabilities += probabilities
         kind.log_probabilities += logs
         if kind.checked == CALLS_CHECKED or probabilities:
-            self._moment.news(("loss rows", id(kind), kind.checked, probabilities, logs))
+            self._moment.news(("loss rows", id(kind), kind.checked, probabilities, logs), "losses")
 
     def _note_targets(self, kind: LossFacts, what: str, values: Tensor) -> None:
         if what == "several":
@@ -198,7 +198,7 @@ class Losses:
         even = float(torch.special.entr(rows.double()).sum(1).mean()) / math.log(rows.shape[1])
         kind.evenness = min(kind.evenness, even) if kind.even_calls else even
         kind.even_calls += 1
-        self._moment.news(("even targets", id(kind), min(kind.even_calls, CALLS_CHECKED)))
+        self._moment.news(("even targets", id(kind), min(kind.even_calls, CALLS_CHECKED)), "losses")
 
     # What the loss was multiplied with
 
@@ -247,7 +247,7 @@ class Losses:
         if self._expanded:
             self.own.input_shape, self.own.target_shape = self._expanded
             self.own.broadcast = True
-            self._moment.news("own loss broadcasts")
+            self._moment.news("own loss broadcasts", "losses")
 
     # Facts
 

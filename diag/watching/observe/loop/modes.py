@@ -90,7 +90,7 @@ class Modes:
             if running == 1 and any(i in self._was_training for i in pending):
                 self._left_by = step
             if running <= 3:
-                self._moment.news(("eval in training", running))
+                self._moment.news(("eval in training", running), "modes")
         self._in_eval = sorted(set(self._in_eval) | set(pending))
         self._root_in_eval = self._pending_root
 
@@ -158,7 +158,7 @@ class Modes:
     def _hit(self, counter: Counter, kind: str) -> None:
         if counter.last != self._moment.step or not counter.times:
             counter.hit(self._moment.step)
-        self._moment.news((kind, min(counter.times, 3)))
+        self._moment.news((kind, min(counter.times, 3)), "modes")
 
     # Facts
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from diag.snapshot.loop.steps import Tally
 
+ANY_FACT = ""  # news for every check that has read facts which have changed
+
 
 def due(times: int) -> bool:
     """Whether the look number `times` is one at which everything is looked at: 1, 2, 3, 10, 30, 100, 300, ..."""
@@ -22,7 +24,7 @@ def next_look(times: int) -> int:
 
 
 class Moment:
-    """The step under way, from 1; `changed` goes up with the first of each kind of news.
+    """The step under way, from 1; `changed` names the facts of the loop in which there is news.
 
     attentive: this step is looked at closely. The first steps are, then four in a row of every 32, and those
     after something unusual (`attend`), so that a step costs an eighth of that.
@@ -33,7 +35,8 @@ class Moment:
     def __init__(self, step: int = 0) -> None:
         self._began = step
         self.step = step + 1
-        self.changed, self.attentive = False, True
+        self.changed: set[str] = set()
+        self.attentive = True
         self._until = 0
         self._known: set[object] = set()
 
@@ -50,11 +53,12 @@ class Moment:
         before, self.attentive = self.attentive, True
         return not before
 
-    def news(self, kind: object) -> None:
-        """Something happened that checks may judge; only its first time counts."""
+    def news(self, kind: object, fact: str = ANY_FACT) -> None:
+        """Something happened that checks may judge, those that read this fact of the loop; only its first time
+        counts."""
         if kind not in self._known:
             self._known.add(kind)
-            self.changed = True
+            self.changed.add(fact)
 
 
 class Counter:

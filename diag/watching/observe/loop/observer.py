@@ -406,7 +406,7 @@ class LoopObserver:
 
     def facts(self, ended: bool = False) -> Loop:
         """All of them, as plain data; what is on a device is waited for."""
-        self.moment.changed = False
+        self.moment.changed = set()
         outside = self._weights.facts()
         return Loop(
             step=self.moment.step - 1,

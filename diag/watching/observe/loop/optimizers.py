@@ -147,7 +147,7 @@ class Optimizers:
         found = tuple(k for k in vars(optimizer) if k in HYPERPARAMETERS)
         if type(optimizer).__module__.startswith("torch.optim") and found:
             record.set_beside = found
-            self._moment.news(("set beside", id(record)))
+            self._moment.news(("set beside", id(record)), "optimizers")
 
     def after_step(self, optimizer: Optimizer) -> OptimizerRecord | None:
         """It has stepped; its record where the step counts by itself."""
@@ -178,7 +178,7 @@ class Optimizers:
                 id(p): (weakref.ref(p.grad), p.grad._version) for p in record.held if p.grad is not None
             }
         if record.steps <= 3:
-            self._moment.news(("stepped", id(record), record.steps))
+            self._moment.news(("stepped", id(record), record.steps), "optimizers")
         return record
 
     def zeroed(self) -> None:
@@ -192,7 +192,7 @@ class Optimizers:
             gone = [w for w in alone if w.wasted()]
             if gone and record.idle.hit(self._moment.step) == NEVER_STEPPED:
                 record.unused = tuple(self._names.get(id(w.parameter), "") for w in gone)
-                self._moment.news(("idle", id(record)))
+                self._moment.news(("idle", id(record)), "optimizers")
 
     def forward_called(self) -> None:
         """The model was called in training: no earlier call's backward pass is still to come."""
@@ -291,14 +291,14 @@ class Optimizers:
             names = {self._names[id(p)] for p in same if id(p) in self._names}
             known = record.stale_gradients & names if record.stale_gradients else names
             if record.stale_gradients and known:
-                self._moment.news(("stale gradients", id(record)))
+                self._moment.news(("stale gradients", id(record)), "optimizers")
             record.stale_gradients = names
 
     def _count(self, counter: Counter, step: int, happened: bool, kind: str, record: OptimizerRecord) -> None:
         if not happened:
             counter.miss()
         elif counter.hit(step) in (TIMES_IN_A_ROW, TIMES_IN_A_ROW + 1) or counter.times == TIMES_IN_A_ROW:
-            self._moment.news((kind, id(record), counter.running))
+            self._moment.news((kind, id(record), counter.running), "optimizers")
 
     # Facts
 

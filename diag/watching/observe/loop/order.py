@@ -45,7 +45,7 @@ class Order:
             del self._patterns[min(self._patterns, key=lambda k: self._patterns[k][1])]
         self._patterns[letters] = [step, step, 1]
         if len(self._patterns) <= 4:
-            self._moment.news(("order", letters))
+            self._moment.news(("order", letters), "order")
 
     def facts(self) -> tuple[Pattern, ...]:
         """The distinct orders so far, by their first step; the step under way counts where it has been taken."""

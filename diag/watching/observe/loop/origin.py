@@ -68,7 +68,7 @@ class Origin:
         fine, inputs = _all_finite(list(_floating(outputs))), list(_floating(inputs))
         operation = "" if fine is False or roots.grad_fn is None else _singular(roots.grad_fn, ends)
         self.found = OriginFacts(self._moment.step, _all_finite(inputs), fine, operation)
-        self._moment.news("loss not finite")
+        self._moment.news("loss not finite", "origin")
 
 
 def _floating(value: Any) -> Iterator[Tensor]:

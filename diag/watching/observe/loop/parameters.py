@@ -67,7 +67,7 @@ class Parameters:
                 # One that is made again in each call never gets older; what is known of its place is kept.
                 again = known.without_optimizer
                 self.seen[name] = Seen(p, p.requires_grad, known.since, replaced=step, without_optimizer=again)
-                self._moment.news(("replaced", name.rpartition(".")[0]))
+                self._moment.news(("replaced", name.rpartition(".")[0]), "parameters")
         # The ids of tensors that are gone must not be taken for the model's.
         self.names.clear()
         self.names |= {id(s.parameter): name for name, s in self.seen.items()}
@@ -104,16 +104,16 @@ class Parameters:
         p, step = s.parameter, self._moment.step
         if p.requires_grad != s.trainable and (held or not anywhere):
             s.trainable, s.since = p.requires_grad, step
-            self._moment.news(("trainable", name.rpartition(".")[0], p.requires_grad))
+            self._moment.news(("trainable", name.rpartition(".")[0], p.requires_grad), "parameters")
         if p.grad is not None:
             s.gradient, s.missing = s.gradient or step, 0
         elif held and p.requires_grad:
             s.missing += 1
             if s.missing == LOOKS_BEFORE_CLOSER:
-                self._moment.news(("no gradient", name.rpartition(".")[0]))
+                self._moment.news(("no gradient", name.rpartition(".")[0]), "parameters")
         s.without_optimizer = s.without_optimizer + 1 if p.grad is not None and not anywhere else 0
         if s.without_optimizer in (1, 2):
-            self._moment.news(("no optimizer", s.without_optimizer))
+            self._moment.news(("no optimizer", s.without_optimizer), "parameters")
 
     def _stale(self, record: OptimizerRecord, anywhere: set[int]) -> tuple[str, ...]:
         """Parameters outside all optimizers that have the shape of a tensor here which gets no gradient."""
@@ -136,7 +136,7 @@ class Parameters:
             with unseen(), torch.no_grad():
                 s.fresh = looks_fresh(self._model.get_submodule(name.rpartition(".")[0]), s.parameter)
             if s.fresh:
-                self._moment.news("fresh")
+                self._moment.news("fresh", "parameters")
 
     # A closer look at modules whose parameters get no gradient
 

@@ -82,9 +82,11 @@ class Schedulers:
         if isinstance(scheduler, ReduceLROnPlateau):
             schedule.plateau, schedule.best = str(scheduler.mode), best_given(scheduler)
         if schedule.steps <= 3 or (again and schedule.repeated.running <= 3):
-            self._moment.news(("scheduler", id(schedule), min(schedule.steps, 3), schedule.repeated.running))
+            self._moment.news(
+                ("scheduler", id(schedule), min(schedule.steps, 3), schedule.repeated.running), "schedulers"
+            )
         if schedule.horizon and schedule.steps == schedule.horizon + 2:
-            self._moment.news(("scheduler ended", id(schedule)))
+            self._moment.news(("scheduler ended", id(schedule)), "schedulers")
         return True
 
     def rate(self, rate: float) -> None:
@@ -94,7 +96,7 @@ class Schedulers:
         else:
             self._low += 1
             if self._low in STEPS_AT_SUCH_A_RATE:
-                self._moment.news(("learning rate is gone", self._low))
+                self._moment.news(("learning rate is gone", self._low), "schedulers")
 
     def _schedule(self, scheduler: Any) -> Schedule | None:
         known = self._by_id.get(id(scheduler))

@@ -54,7 +54,7 @@ class Strangers:
         self._looks = self._looks + 1 if alone else 0
         self._alone = tuple(tuple(p.shape) for p in alone)
         if self._looks == LOOKS_WITH_GRADIENT:
-            self._moment.news("strangers")
+            self._moment.news("strangers", "strangers")
 
     def facts(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of those that had a gradient and no optimizer at the last looks."""

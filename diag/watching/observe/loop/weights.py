@@ -148,7 +148,7 @@ class Weights:
             self._changes.pop(CHANGES_KEPT // 2)
         self._changes.append(change)
         if self._times <= 3:
-            self._moment.news(("weights changed", self._times))
+            self._moment.news(("weights changed", self._times), "outside")
 
     @property
     def times(self) -> int:

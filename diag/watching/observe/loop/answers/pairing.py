@@ -158,7 +158,7 @@ class Pairing:
         before, loss.rows = loss.rows, loss.rows + len(targets)
         for size in SIZES_TOLD:
             if before < size <= loss.rows:
-                self._moment.news(("paired", loss.function, loss.number, size))
+                self._moment.news(("paired", loss.function, loss.number, size), "paired")
 
     def facts(self) -> tuple[PairedFacts, ...]:
         """Each loss as plain data."""

@@ -164,7 +164,7 @@ class Demands:
             kind.copied_looks, kind.rows = kind.copied_looks + 1, kind.rows + len(inputs)
             kind.features = inputs.shape[1]
         if kind.looked in TOLD_AFTER:
-            self._moment.news(("asked", kind.function, kind.looked))
+            self._moment.news(("asked", kind.function, kind.looked), "asked")
 
     def facts(self) -> tuple[AskedFacts, ...]:
         """Each function's as plain data; what is on a device is read now."""

@@ -37,7 +37,7 @@ class Axes:
         for pair in found:
             self._found[pair] = self._found.get(pair, 0) + 1
         if found:
-            self._moment.news("axes exchanged")
+            self._moment.news("axes exchanged", "reshaped")
 
     def facts(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
         """The shapes before and after, the most frequent first."""

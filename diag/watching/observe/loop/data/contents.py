@@ -51,7 +51,7 @@ class Contents:
         self._raw += 1
         self._alike += bool((x[: NUMBERS_OF_A_BATCH // max(x[0].numel(), 1) + 2] == x[:1]).all())
         if self._alike in (2, RAW):
-            self._moment.news(("rows alike", self._alike))
+            self._moment.news(("rows alike", self._alike), "contents")
 
     def training_call(self, args: Any, kwargs: Any, indices: Any) -> None:
         """The model was called in training with these rows of a data set, if that is known."""
@@ -103,7 +103,7 @@ class Contents:
             key = index if len(indices) else (step, row)
             if key not in self._odd and len(self._odd) < ODD_ROWS_KEPT:
                 self._odd[key] = OddRow(step, row, index, size)
-                self._moment.news(("odd rows", len(self._odd)))
+                self._moment.news(("odd rows", len(self._odd)), "contents")
 
     def facts(self) -> ContentFacts:
         """As plain data; what is on a device is read now."""

@@ -106,7 +106,7 @@ class Drawn:
             if known is not None:
                 known.trained[rows[rows < len(known.trained)]] = True
         if self._epoch.again >= DRAWS_BEFORE_A_LOOK:
-            self._moment.news(("few rows", min(self._epoch.again, 2 * DRAWS_BEFORE_A_LOOK)))
+            self._moment.news(("few rows", min(self._epoch.again, 2 * DRAWS_BEFORE_A_LOOK)), "drawn")
         return places
 
     def evaluated(self) -> bool:

@@ -38,7 +38,7 @@ class Evaluations:
         if bool(torch.isnan(value)):
             self._broken += 1
             self._first = self._first or step
-            self._moment.news("evaluation is not a number")
+            self._moment.news("evaluation is not a number", "evaluation")
 
     def facts(self) -> EvaluationFacts:
         """As plain data."""

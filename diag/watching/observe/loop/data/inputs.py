@@ -53,7 +53,7 @@ class Inputs:
         self._different |= set(marks) if len(self._different) < 1 << 14 else set()
         self._sums.add(rows)
         self._shape = tuple(rows.shape[1:])
-        self._moment.news(("inputs", self._looked))
+        self._moment.news(("inputs", self._looked), "inputs")
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any], training: bool) -> None:
         """The model was called without gradients; training: in training mode."""
@@ -65,7 +65,7 @@ class Inputs:
         self._evaluated, self._evaluated_rows = self._evaluated + 1, self._evaluated_rows + len(rows)
         self._alike &= tuple(rows.shape[1:]) == self._shape
         self._evaluated_sums.add(rows)
-        self._moment.news(("evaluated inputs", self._evaluated))
+        self._moment.news(("evaluated inputs", self._evaluated), "inputs")
 
     def facts(self) -> InputFacts:
         """As plain data."""

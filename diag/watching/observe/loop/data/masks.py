@@ -95,7 +95,7 @@ class Masks:
         answers = answers.softmax(1) if name in OF_LOG_PROBABILITIES else answers
         self._answers.append(fitting(smaller(answers), masks))
         if self._looked % TOLD_EVERY == 0:
-            self._moment.news(("masks", self._looked))
+            self._moment.news(("masks", self._looked), "masks")
 
     def _compare_images(self, images: list[Tensor], target: Tensor, masks: Tensor) -> bool:
         """Compare the first few; whether anything can be told, which it cannot where all images are alike."""

@@ -75,7 +75,7 @@ class PairedCalls:
             self._same += 1
             self._first = self._first or self._moment.step
             if self._same == self._looked in LOOKS_TOLD:
-                self._moment.news(("pairs", self._looked))
+                self._moment.news(("pairs", self._looked), "pairs")
 
     def facts(self) -> PairFacts:
         """As plain data."""

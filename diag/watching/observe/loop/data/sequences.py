@@ -80,7 +80,7 @@ class Sequences:
             self._looks.append(_Look(tokens[0].clone(), classes.clone(), counts))
             self._kept, self._facts = self._kept + classes.numel(), None
             if len(self._looks) in COMPARED_NEWS:
-                self._moment.news(("places", len(self._looks)))
+                self._moment.news(("places", len(self._looks)), "sequences")
 
     def facts(self) -> SequenceFacts:
         """As plain data."""

@@ -70,7 +70,7 @@ class StoredData:
         self._version = t._version
         self._look_again(t)
         if reached := sum(self._changed >= n for n in WRITTEN_NEWS):
-            self._moment.news(("written", reached))
+            self._moment.news(("written", reached), "stored")
 
     def _look_again(self, t: Tensor) -> None:
         first = t.storage_offset() // t.stride(0)
@@ -104,7 +104,7 @@ class StoredData:
             if changed:
                 self._spreads = [*(self._spreads or [float(changed[0][0].std())]), float(changed[0][1].std())]
             if self._epochs_changed in EPOCHS_NEWS:
-                self._moment.news(("stored", self._epochs_changed))
+                self._moment.news(("stored", self._epochs_changed), "stored")
 
     def facts(self) -> StoredFacts:
         """As plain data."""

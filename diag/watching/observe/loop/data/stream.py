@@ -76,7 +76,7 @@ class Stream:
         self._compare(place, key, before, fetched, step)
         self._steps.set(key, step)
         if self.repeats in TELL or (self.lag and self.repeats == self.lag):
-            self._moment.news(("same batches", self.lag, self.repeats))
+            self._moment.news(("same batches", self.lag, self.repeats), "batches")
 
     def wait(self) -> None:
         """Read and count what is on a device."""

@@ -139,7 +139,7 @@ class Targets:
             size = float(expected.square().mean().sqrt())
             spread, mean = float(expected.std(correction=0)), float(expected.mean())
             self._sizes.append((size, mean, spread, float(predicted.square().mean().sqrt())))
-            self._moment.news("size of targets")
+            self._moment.news("size of targets", "targets")
 
     def _note(self, asked: AskedTokens) -> None:
         shift = asked.shift()
@@ -147,13 +147,13 @@ class Targets:
         if shift is not None:
             self._shifts[shift] = self._shifts.get(shift, 0) + 1
             self._flattened = self._flattened or asked.order() or ()
-            self._moment.news(("targets", shift, self._aligned))
+            self._moment.news(("targets", shift, self._aligned), "targets")
         elif (order := asked.turned()) is not None:
             self._flattened = self._flattened or order
-            self._moment.news(("turned", self._aligned))
+            self._moment.news(("turned", self._aligned), "targets")
         elif asked.exchanged():
             self._exchanged += 1
-            self._moment.news(("rows exchanged", self._exchanged))
+            self._moment.news(("rows exchanged", self._exchanged), "targets")
 
     def facts(self) -> TargetFacts:
         """As plain data; what is on a device is read now."""

@@ -44,7 +44,7 @@ class Tokens:
             if len(self._distinct) < 2:
                 self._distinct |= set(numbers.unique()[:2].tolist())
         if self._calls in CALLS_TOLD:
-            self._moment.news(("tokens", self._calls))
+            self._moment.news(("tokens", self._calls), "tokens")
 
     def facts(self) -> TokenFacts:
         """As plain data."""

@@ -51,7 +51,7 @@ class FeatureColumns:
             self._evaluated_calls += 1
             self._evaluated.append(rows)
             self._facts = None
-            self._moment.news(("columns", self._evaluated_calls))
+            self._moment.news(("columns", self._evaluated_calls), "columns")
 
     def facts(self) -> ColumnFacts:
         """As plain data."""

@@ -109,7 +109,7 @@ class Novelty:
         for number, t in _whole(args, kwargs):
             if number in self._seen:
                 self._seen[number].evaluated(t)
-        self._moment.news(("novelty", self._evaluations))
+        self._moment.news(("novelty", self._evaluations), "novelty")
 
     def facts(self) -> tuple[NoveltyFacts, ...]:
         """As plain data."""

@@ -99,12 +99,12 @@ class Arithmetic:
         for found in expansions(roots, made):
             kept = Expansion(*found, self._moment.step)
             if self._expanded.setdefault(kept.operation, kept) is kept:
-                self._moment.news(("broadcast in the loss", kept.operation))
+                self._moment.news(("broadcast in the loss", kept.operation), "arithmetic")
 
     def _look_twice(self, root: Tensor, made: dict[int, tuple[str, int | None]]) -> None:
         if not self._twice and (name := applied_twice(root, made)):
             self._twice, self._twice_step = name, self._moment.step
-            self._moment.news(("twice", name))
+            self._moment.news(("twice", name), "arithmetic")
 
     def facts(self) -> ArithmeticFacts:
         """As plain data."""

@@ -51,7 +51,7 @@ class Domains:
         found = self._shares.setdefault(name, [])
         found.append({k: _read(v) for k, v in rule(bound.arguments).items()})
         if len(found) in CALLS_THAT_TELL:
-            self._moment.news(("domain", name, len(found)))
+            self._moment.news(("domain", name, len(found)), "domains")
 
     def facts(self) -> tuple[DomainFacts, ...]:
         """As plain data; what is on a device is read now."""

@@ -86,7 +86,7 @@ class Oddities:
             first, seen = (before.first, before.seen) if before is not None else (self._moment.step, 0)
             self._found[kind] = Oddity(kind, self._looked, seen + 1, first, numbers, of)
             if seen + 1 in LOOKS_THAT_TELL:
-                self._moment.news(("odd", kind, seen))
+                self._moment.news(("odd", kind, seen), "formula")
 
     def _odd(self, root: Tensor, parts: list[Summand], zeros: int, inputs: set[int]) -> Iterator[OddFound]:
         nodes = list(nodes_before([root.grad_fn], NODES_OF_DERIVATIVES))  # the nearest first

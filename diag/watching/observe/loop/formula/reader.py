@@ -15,12 +15,13 @@ Reading = TypeVar("Reading")
 
 
 def keep_look(looks: list[Reading], look: Reading, moment: Moment, name: str) -> None:
-    """Add a look: of many the first and the last are kept, and after a few checks may judge."""
+    """Add a look: of many the first and the last are kept, and after a few checks may judge. name: of the fact that
+    it becomes a part of."""
     if len(looks) >= READINGS_KEPT:
         looks.pop(READINGS_KEPT // 2)
     looks.append(look)
     if len(looks) in READINGS_TOLD:
-        moment.news((name, len(looks)))
+        moment.news((name, len(looks)), name)
 
 
 class Reader(abc.ABC, Generic[Reading]):

@@ -235,7 +235,7 @@ class RowObserver:
             self._last_moved = self._counted
         elif before >= MET_BEFORE and self._over < len(self._moved):
             self._over = len(self._moved)  # only a stretch that is over is one
-            self._moment.news(("labels moved", self._over))
+            self._moment.news(("labels moved", self._over), "rows")
 
     # Facts
 
@@ -251,7 +251,7 @@ class RowObserver:
             # Each of the first, then ever fewer: what is kept grows with the logarithm of their number.
             self._next_round = rounds + max(1, rounds // 8)
             self._told = self._facts()
-            self._moment.news(("rows", rounds))
+            self._moment.news(("rows", rounds), "rows")
 
     def _facts(self) -> RowFacts:
         assert self._course is not None and self._who is not None

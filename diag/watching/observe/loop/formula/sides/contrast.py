@@ -54,7 +54,7 @@ class Contrasts(Reader[ContrastLook]):
             self._first = self._first or self._moment.step
             self._alike = mean_likeness(parts)
             if self._drawn == self._read in (3, 6):
-                self._moment.news((self.NAME, "drawn", self._drawn))
+                self._moment.news((self.NAME, "drawn", self._drawn), self.NAME)
 
     def _look(self, parts: list[Summand]) -> ContrastLook | None:
         for scores in likenesses_of(parts):

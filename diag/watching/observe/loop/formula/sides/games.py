@@ -110,7 +110,7 @@ class Games:
             bounded=bounded,
             outside=other.outside.get(bounded, 0.0) if other is not None else 0.0,
         )
-        keep_look(self.looks, look, self._moment, "game")
+        keep_look(self.looks, look, self._moment, "games")
 
     def facts(self) -> GameFacts:
         """As plain data."""

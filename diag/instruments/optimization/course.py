@@ -52,9 +52,9 @@ def median(values: Any, axis: int | None = None) -> Any:
     x = numpy.asarray(values, float)
     if axis is None or x.ndim == 1:
         values_seen = numpy.sort(x[~numpy.isnan(x)])  # of one dimension
-        middle = values_seen[(len(values_seen) - 1) // 2 : len(values_seen) // 2 + 1]
+        between = values_seen[(len(values_seen) - 1) // 2 : len(values_seen) // 2 + 1]
         with numpy.errstate(invalid="ignore", over="ignore"):
-            return middle.mean() if len(middle) else numpy.float64(numpy.nan)
+            return between.mean() if len(between) else numpy.float64(numpy.nan)
     x = numpy.sort(numpy.moveaxis(x, axis, -1), axis=-1)  # NaNs come last
     if not x.shape[-1]:
         return numpy.full(x.shape[:-1], numpy.nan)[()]

@@ -19,7 +19,7 @@ def measured(model: nn.Module, data: tuple[Tensor, Tensor]) -> list[diag.Verdict
     assert_type(spectrum.trace, float)
     collapse = diag.neural_collapse(features=torch.ones(4, 2), labels=torch.tensor([0, 0, 1, 1]))
     assert_type(collapse.verdict(), diag.Verdict)
-    collapse.plot()
+    collapse.plot().set(title="neural collapse")
     named = diag.measure(snapshot, "softmax_collapse", alarm_at=0.2)
     return [spectrum.verdict(), collapse.verdict(), named.verdict()]
 

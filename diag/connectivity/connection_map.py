@@ -116,7 +116,7 @@ class ConnectionMap:
             "spanning_tree": [[a, b, barrier] for a, b, barrier in tree],
         }
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """A heat map of the barriers, networks in the order of their groups."""
         import seaborn
 

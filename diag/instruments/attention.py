@@ -100,7 +100,7 @@ class Attention(Result):
             f"{gap[0]} to {gap[1]}{norm}."
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The entropy of each head, one column a layer."""
         places = list(dict.fromkeys(self.layers))
         ax.scatter([places.index(name) for name in self.layers], self.entropies, c=self.heads, cmap="viridis", s=18)

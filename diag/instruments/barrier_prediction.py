@@ -82,7 +82,7 @@ class BarrierPrediction(Result):
             value=self.second_order,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The measured excess and the three predictions along the line."""
         ax.plot(self.alphas, self.excess, marker="o", markersize=3, color="black", label="measured")
         for name, values in self.predictions.items():

@@ -71,7 +71,7 @@ class BoundaryTilting(Result):
             value=self.largest_angle,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The matrix of angles."""
         mesh = ax.imshow(self.angles, vmin=0, vmax=90, cmap="viridis")
         ax.figure.colorbar(mesh, ax=ax, label="tilt (degrees)")

@@ -87,7 +87,6 @@ class Cause(enum.StrEnum):
     BATCH_REPEATED = "batch_repeated", Theme.LOOP, "Every step sees the same batch."
     EPOCHS_NOT_RESHUFFLED = "epochs_not_reshuffled", Theme.LOOP, "Every epoch has the same batches in the same order."
     AUGMENTATION_REPEATED = "augmentation_repeated", Theme.LOOP, "Workers or epochs draw the same random numbers, so augmentation repeats itself."
-    STATE_CARRIED_OVER = "state_carried_over", Theme.LOOP, "A recurrent state or a cache of one batch goes into the next, unrelated one."
     EVALUATED_MODEL_IS_ANOTHER = "evaluated_model_is_another", Theme.LOOP, "The model that is evaluated is not the one that is trained."
 
     # Loss

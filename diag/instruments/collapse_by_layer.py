@@ -80,7 +80,7 @@ class CollapseByLayer(Result):
             threshold_source=OUR_CHOICE,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """NC1~ over depth, training and held out."""
         places = range(len(self.layers))
         ax.plot(places, self.nc1_ratio, marker="o", markersize=3, label="training data")

@@ -64,7 +64,7 @@ class Denoising(Result):
             value=self.effective_dimension,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The eigenvectors with the largest shrinkage factors, as images where the inputs are square ones."""
         side = math.isqrt(self.dimension)
         if side * side != self.dimension or not len(self.eigenvectors):

@@ -50,7 +50,7 @@ class DepthUse(Result):
             value=self.interaction_ratio,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How far each block's addition depends on the blocks before it."""
         places = range(self.num_blocks)
         ax.bar(places, self.shifts)

@@ -132,7 +132,7 @@ class GradientCoherence(Result):
             value=float(step),
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Corrected coherence of each layer, with two standard errors; the widest layers where there are many."""
         top = sorted(self.by_layer, key=lambda layer: -self.layer_energy[layer])[:20]
         drawn_layers = [layer for layer in self.by_layer if layer in top]

@@ -101,7 +101,7 @@ class Initialization(Result):
         confidence = Confidence.STRONG_EMPIRICAL if self.is_plain else Confidence.WEAK_EMPIRICAL
         return Verdict(level, sentence, source=SOURCE, confidence=confidence, threshold_source=OUR_CHOICE, **more)
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Signals and gradients over depth."""
         places = range(len(self.layers))
         ax.plot(places, self.kernels, marker="o", markersize=3, label="mean square of the outputs")

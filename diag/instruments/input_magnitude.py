@@ -65,7 +65,7 @@ class InputMagnitude(Result):
             value=self.slope,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Gradient norm over input norm, one point an example."""
         ax.loglog(self.input_norms, self.gradient_norms, ".", markersize=3)
         ax.set(xlabel="norm of the input", ylabel="norm of the gradient")

@@ -53,7 +53,7 @@ class LinearFreedom(Result):
             value=self.deviation,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Units of each set."""
         ax.barh(list(self.sizes), list(self.sizes.values()), height=0.6)
         ax.tick_params(axis="y", labelsize="xx-small")

@@ -64,7 +64,7 @@ class NaiveLossMinimization(Result):
             value=self.cosine,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The cosine of each tensor, with what chance gives."""
         names = list(self.cosines)
         ax.barh(names, list(self.cosines.values()), height=0.6)

@@ -87,7 +87,7 @@ class Quantization(Result):
         }
         return {n: abs(a + b) / (abs(a) + abs(b)) if a or b else math.nan for n, (a, b) in pairs.items()}
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Error and instability over the exponent, each over its value at o = 1."""
         for name, values in (("estimating error", self.errors), ("gradient instability", self.instabilities)):
             ax.plot(

@@ -84,7 +84,7 @@ class Representation(Result):
             value=self.effective_rank,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """CKA between the layers."""
         mesh = ax.imshow(self.cka, vmin=0, vmax=1, cmap="viridis")
         ax.figure.colorbar(mesh, ax=ax, label="debiased CKA")

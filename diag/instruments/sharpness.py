@@ -156,7 +156,7 @@ class Sharpness(Result):
             threshold=2 * error,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The rises, plain and adaptive, side by side."""
         names = ["one step", "worst case", "average"]
         plain = [self.one_step, self.worst_case, self.average]

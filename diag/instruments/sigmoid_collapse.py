@@ -83,7 +83,7 @@ class SigmoidCollapse(Result):
             value=self.collapsed,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The margins of both kinds of targets, and where the sigmoid rounds to 1."""
         for kind, name in ((self.positive, "target 1"), (~self.positive, "target 0")):
             values = self.margins[kind & numpy.isfinite(self.margins)]

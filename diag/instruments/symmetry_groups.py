@@ -63,7 +63,7 @@ class SymmetryGroups(Result):
             value=self.deviation,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The module graph, from input (left) to output (right)."""
         import networkx
 

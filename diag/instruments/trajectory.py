@@ -80,7 +80,7 @@ class Trajectory(Result):
             f"{largest[0]:,} to {largest[1]:,}, by {format_number(largest[2])}"
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Both distances, with two standard errors."""
         values = [self.trust_distance, self.trajectory_loss]
         errors = [2 * self.trust_distance_standard_error, 2 * self.trajectory_loss_standard_error]

@@ -70,7 +70,7 @@ class TrustRadius(Result):
             value=self.radius,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The radii beside the last update."""
         rows = {"along the gradient": self.along_gradient, "along the update": self.along_update}
         rows["last update"] = self.update_length

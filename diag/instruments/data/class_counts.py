@@ -85,7 +85,7 @@ class ClassCounts(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The number of examples of each class."""
         ax.bar(range(len(self.counts)), self.counts)
         ax.set(xlabel="class", ylabel="examples")

@@ -71,7 +71,7 @@ class HeldOutCopies(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The copies beside what chance may give."""
         ax.bar(["copies", "by chance"], [self.copies, self.expected])
         ax.set(xlabel="held-out rows among the training rows", ylabel="rows")

@@ -73,7 +73,7 @@ class HeldOutInputs(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Means with their standard deviations."""
         means, deviations = [self.mean, self.held_out_mean], [self.deviation, self.held_out_deviation]
         ax.errorbar(["training", "held out"], means, yerr=deviations, fmt="o")

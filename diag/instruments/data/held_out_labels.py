@@ -109,7 +109,7 @@ class HeldOutLabels(Result):
             step=1,
         )  # fmt: skip
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Shares of right answers."""
         ax.bar(["training", "held out", "renumbered"], [self.accuracy, self.held_out_accuracy, self.renumbered])
         ax.set(xlabel="examples", ylabel="share answered right")

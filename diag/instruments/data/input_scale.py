@@ -144,7 +144,7 @@ class InputScale(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Mean and standard deviation of the inputs."""
         ax.bar(["mean", "standard deviation"], [self.mean, self.std])
         ax.set(xlabel="all entries", ylabel="value")

@@ -117,7 +117,7 @@ class LabelAudit(Result):
             item = {"row": row, "group": "labels that look wrong", "label": f"{last.labels[row]} ({answers[row]}?)"}
             yield item | (displayed(pictures[row]) if row in pictures else {})
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The margins of all examples."""
         ax.hist(self.margins, bins=40)
         ax.axvline(0.0, color="black", linewidth=0.8, linestyle=":")

@@ -131,7 +131,7 @@ class LabelsBelong(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The gains over an answer without inputs."""
         gains, errors = (
             [self.gain, self.held_out_gain],

@@ -104,7 +104,7 @@ class RowLabels(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The mean margins of all rows."""
         ax.stairs(self.counts, self.edges, fill=True)
         ax.axvline(0.0, color="black", linewidth=0.8, linestyle=":")

@@ -79,7 +79,7 @@ class EdgeOfStability(MeasuredEdge):
             f"Training is at the edge of stability: {numbers}; it was first reached at step {reached:,}.",
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The largest eigenvalue as a bar up to its threshold."""
         ax.barh([self.optimizer_kind], [self.lambda_max], xerr=[self.residual], height=0.4)
         if not math.isnan(self.threshold):

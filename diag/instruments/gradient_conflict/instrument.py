@@ -123,7 +123,7 @@ class GradientConflict(Result):
             value=rate,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The matrix of cosines."""
         mesh = ax.imshow(self.cosines, vmin=-1, vmax=1, cmap="RdBu")
         ax.figure.colorbar(mesh, ax=ax, label="cosine")

@@ -46,7 +46,7 @@ class GradientFlow(RecordedFlow):
     def verdict(self) -> Verdict:
         return next(v for v in verdicts_on_flow(self) if v is not None)
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The gradient norm of every parameter tensor over the steps, or over the depth where there is one step."""
         if len(self.steps) == 1:
             ax.semilogy(self.gradient_norm[0], marker="o", markersize=3)

@@ -94,7 +94,7 @@ class HessianSpectrum(MeasuredSpectrum):
         more.setdefault("confidence", Confidence.STRONG_EMPIRICAL)
         return Verdict(level, sentence, source=SOURCE, **more)
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The density on symlog axes; a stem for each converged eigenvalue, of the height that one has in it."""
         scale = NEAR_ZERO * self.largest_magnitude
         known = numpy.append(self.eigenvalues, [] if math.isnan(self.smallest) else [self.smallest])

@@ -96,7 +96,7 @@ class LoopCheck(Result):
             return Verdict(Level.OK, self.fine, source=self.cites, confidence=Confidence.ARITHMETIC)
         return Verdict(**self.found[0], source=self.cites)
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How many things were found, by cause."""
         causes = [str(f["cause"]).replace("_", " ") for f in self.found]
         ax.barh(

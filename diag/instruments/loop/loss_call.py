@@ -50,7 +50,7 @@ def loss_call(loop: Loop) -> LossCall:
     kinds = ", ".join(dict.fromkeys(f.function or "the loss" for f in loop.losses))
     fine = f"{kinds} is called on what it expects."
     findings = [finding for f in loop.losses for finding in _findings(f)]
-    findings += [_summed(f, loop) for f in loop.losses if _is_summed(f, loop)]
+    findings += [_summed(f) for f in loop.losses if _is_summed(f, loop)]
     known = {f.cause for f in findings}
     findings += [f for f in _of_arithmetic(loop.arithmetic) if f.cause not in known]
     return judged(LossCall, loop.step, findings, fine, preconditions=(seen,))
@@ -284,7 +284,7 @@ def _examples(f: LossFacts) -> int:
     return f.input_shape[0] if f.input_shape else 1
 
 
-def _summed(f: LossFacts, loop: Loop) -> LoopFinding:
+def _summed(f: LossFacts) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.LOSS_SUMMED,

@@ -85,7 +85,7 @@ def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:
         still.setdefault(cause, []).append(name)
         began[cause] = min(began.get(cause, since), since)
     for cause, names in still.items():
-        yield _finding(cause, names, began[cause], len(names) == len(history.layers), loop)
+        yield _finding(cause, names, began[cause], len(names) == len(history.layers))
 
 
 def _copies(loop: Loop) -> Iterator[LoopFinding]:
@@ -173,7 +173,7 @@ def _rounds(history: History, last: Any, column: int, rate: float) -> bool:
     return bool((step <= ROUNDING_OF_NORM * size).all())
 
 
-def _finding(cause: Cause, names: list[str], since: int, everything: bool, loop: Loop) -> LoopFinding:
+def _finding(cause: Cause, names: list[str], since: int, everything: bool) -> LoopFinding:
     what = (
         "No parameter was" if everything else f"{parameters_named(names)} {'were' if len(names) > 1 else 'was'} not"
     )

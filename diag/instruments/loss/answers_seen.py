@@ -52,7 +52,7 @@ class AnswersSeen(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The change by later tokens."""
         ax.bar(["change"], [self.change])
         ax.set(xlabel="outputs, when later tokens are others", ylabel="change over their spread")

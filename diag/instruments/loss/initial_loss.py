@@ -85,7 +85,7 @@ class InitialLoss(Result):
             source=SOURCE,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The first loss beside that of guessing evenly."""
         ax.bar(["first loss", "log K"], [self.first, self.even])
         ax.set(xlabel="the run, and a network that knows nothing", ylabel="loss (nats)")

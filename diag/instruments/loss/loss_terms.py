@@ -58,7 +58,7 @@ class LossTerms(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The two parts of what is descended, first and last."""
         ax.bar(["penalty", "loss"], [self.penalty, self.loss], alpha=0.5, label="first")
         ax.bar(["penalty", "loss"], [self.last_penalty, self.last_loss], width=0.4, label="last")

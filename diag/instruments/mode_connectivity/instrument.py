@@ -43,7 +43,7 @@ class ModeConnectivity(MeasuredLine):
     def verdict(self) -> Verdict:
         return verdict_on_line(self)
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         ax.plot(self.alphas, self.losses, marker="o", markersize=3, label="as they are")
         for name, (alphas, losses, _) in self.curves.items():
             ax.plot(alphas, losses, marker=".", markersize=3, label=name)

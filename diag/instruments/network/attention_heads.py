@@ -125,7 +125,7 @@ class AttentionHeads(Result):
             explained_by=EXPLAINED_BY,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The entropy of every head."""
         ax.plot(self.entropy, marker="o", markersize=3, linestyle="")
         ax.set(xlabel="head, in the order of the forward pass", ylabel="entropy over an even spread's", ylim=(0, 1))

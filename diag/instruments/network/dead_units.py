@@ -68,7 +68,7 @@ class DeadUnits(Result):
             explained_by=EXPLAINED_BY,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The share of dead units of each layer."""
         ax.bar(range(len(self.dead)), 100 * self.dead)
         ax.set(xlabel="rectifier, in the order of the forward pass", ylabel="dead units (%)", ylim=(0, 100))

@@ -58,7 +58,7 @@ class ExamplesMixed(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How far the answers move."""
         ax.bar(["the others replaced", "another order"], [self.mixing, self.order])
         ax.set(xlabel="a few examples", ylabel="change of an answer over its size")

@@ -72,7 +72,7 @@ class FiniteForward(Result):
         between = f"after {layer_called(self.before)} and before" if self.before else "before"
         return f"The network computes values that are not finite {between} {layer}, which is given them"
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How many entries are not finite."""
         ax.bar([self.layer or "all layers"], [self.entries])
         ax.set(xlabel="the first layer with such values", ylabel="entries that are not finite")

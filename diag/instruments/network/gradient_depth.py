@@ -84,7 +84,7 @@ class GradientDepth(Result):
             step=self.since or None,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The gradient of every layer."""
         ax.semilogy(self.sizes, marker="o", markersize=3)
         ax.set(xlabel="weight, in the model's order", ylabel="gradient per entry (root mean square)")

@@ -86,7 +86,7 @@ class IgnoredInputs(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Which inputs count."""
         ax.barh(list(self.tried) or ["no input"], [int(name not in self.ignored) for name in self.tried] or [0])
         ax.set(xlabel="an output moves (1) or not (0)", ylabel="input")

@@ -86,7 +86,7 @@ class InitialScale(Result):
             source=SOURCE,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The gain of every layer."""
         ax.semilogy(self.gains, marker="o", markersize=3)
         ax.set(xlabel="layer, in the order of the forward pass", ylabel="size of its output over its input")

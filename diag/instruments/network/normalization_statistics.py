@@ -130,7 +130,7 @@ class NormalizationStatistics(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How far the variance is off."""
         ax.bar([self.layer], [self.factor])
         ax.set(xlabel="batch normalisation", ylabel="variance that enters over the running one", yscale="log")

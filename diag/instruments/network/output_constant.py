@@ -118,7 +118,7 @@ class OutputConstant(Result):
             "bias that outweighs everything else.",
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How much of the output depends on the example."""
         ax.bar(["output"], [self.spread])
         ax.set(xlabel="what the network returns", ylabel="spread over its size", yscale="log")

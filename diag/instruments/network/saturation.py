@@ -56,7 +56,7 @@ class Saturation(Result):
                           Cause.TARGETS_NOT_NORMALIZED, Cause.NORMALIZATION_STATISTICS_BAD),
         )  # fmt: skip
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The share of values at the flat ends, layer by layer."""
         ax.bar(range(len(self.flat)), 100 * self.flat)
         ax.set(xlabel="function, in the order of the forward pass", ylabel="at the flat ends (%)", ylim=(0, 100))

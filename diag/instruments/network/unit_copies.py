@@ -83,7 +83,7 @@ class UnitCopies(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How many layers consist of copies."""
         ax.bar(["copies", "others"], [len(self.layers), self.compared - len(self.layers)])
         ax.set(xlabel="layers", ylabel="number")

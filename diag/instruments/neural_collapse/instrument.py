@@ -79,7 +79,7 @@ class NeuralCollapse(MeasuredCollapse):
             threshold_source=OUR_CHOICE,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The four numbers and their variants, each 0 in the limit, with the held-out ones beside them."""
         rows = ["nc1", "nc1_ratio", "nc2", "nc2_norms", "nc2_angles", "nc3", "nc3_product", "nc4"]
         names = ["NC1", "NC1~", "NC2", "NC2 lengths", "NC2 angles", "NC3", "NC3 product", "NC4"]

@@ -103,7 +103,7 @@ class OpposingSignals(MeasuredSignals):
         """Rows whose gradients agree: the connected parts of the graph's positive edges, the largest first."""
         return agreeing_parts(self.graph(at_least))
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Static: the share by direction. With steps: the mean losses of A, of B and of the rest."""
         if self.mode == "static":
             ax.bar(range(len(self.shares)), self.shares, width=0.6)

@@ -64,7 +64,7 @@ class Descent(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The cosine of each step."""
         ax.plot(self.cosines, marker="o", markersize=3, linewidth=0)
         ax.axhline(0, color="black", linewidth=0.8, linestyle=":")

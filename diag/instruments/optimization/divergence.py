@@ -164,7 +164,7 @@ class Divergence(Result):
             return f"{above}has been infinite or NaN again and again"
         return f"{above if self.left_at < self.lost_at else ''}is no finite number since step {self.lost_at:,}"
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The loss over the steps, with its first value."""
         ax.semilogy(self.steps, numpy.where(self.losses > 0, self.losses, numpy.nan))
         ax.axhline(self.first, color="black", linewidth=0.8, linestyle=":")

@@ -137,7 +137,7 @@ class FiniteSteps(Result):
             step=step,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The first steps that were not finite."""
         ax.bar(["loss", "gradient"], [self.loss_step, self.gradient_step])
         ax.set(xlabel="what was not finite", ylabel="first step (0: none)")

@@ -65,7 +65,7 @@ class GradientUnderflow(Result):
             step=1,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Tensors with and without a gradient."""
         ax.bar(["zero", "not zero"], [len(self.zero), self.tensors - len(self.zero)])
         ax.set(xlabel="gradient", ylabel="tensors")

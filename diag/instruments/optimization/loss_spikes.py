@@ -94,7 +94,7 @@ class LossSpikes(Result):
             f"step {end:,}.{more}"
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The loss over the steps, with the spikes marked."""
         ax.plot(self.steps, self.losses)
         for start, end in zip(self.starts, self.ends, strict=True):

@@ -78,7 +78,7 @@ class SecondMoment(Result):
             step=self.at,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The ratio at every step."""
         ax.semilogy(self.steps, self.ratios)
         ax.axhline(self.setting("stale"), color="black", linewidth=0.8, linestyle=":")

@@ -97,7 +97,7 @@ class WeightDecay(Result):
             explained_by=(Cause.LOSS_TERM_DOMINATES, Cause.GRADIENT_UNDERFLOW),
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The norm of the median tensor over the steps."""
         ax.semilogx(self.steps, self.norms, marker="o", markersize=3)
         ax.set(xlabel="step", ylabel="norm over the start's", ylim=(0, None))

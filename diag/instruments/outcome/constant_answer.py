@@ -102,7 +102,7 @@ class ConstantAnswer(Result):
     def _stands(self) -> bool:
         return self.fallen <= max(ERRORS_APART * self.fallen_standard_error, AS_GOOD / 4 * self.constant_loss)
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The training loss beside that of the constant answer."""
         ax.bar(["training", self.answer or "constant answer"], [self.loss, self.constant_loss])
         ax.set(xlabel="answer", ylabel="loss")

@@ -236,7 +236,7 @@ class Generalization(Result):
             ),
         )  # fmt: skip
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """Training beside held-out loss."""
         ax.bar(["training", "held out"], [self.loss, self.held_out_loss])
         ax.set(xlabel="examples", ylabel="mean loss")

@@ -87,7 +87,7 @@ class TrivialPredictor(Result):
             step=step,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The network's loss beside that of the class frequencies."""
         ax.bar(["network", "class frequencies"], [self.loss, self.entropy])
         ax.set(xlabel="predictor", ylabel="loss (nats)")

@@ -66,7 +66,7 @@ class SavedChanges(Result):
         parts = (("New", self.added), ("Gone", self.removed), ("Of another shape", self.reshaped))
         return "".join(f" {what}: {named(names)}." for what, names in parts if names)
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The weights that changed most."""
         finite = {n: v for n, v in self.changes.items() if math.isfinite(v)}
         names = sorted(finite, key=finite.__getitem__)[-BARS:]

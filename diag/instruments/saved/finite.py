@@ -48,7 +48,7 @@ class SavedFinite(Result):
             cause=Cause.NOT_FINITE,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How many weights hold such entries."""
         ax.bar(["not finite", "finite"], [len(self.tensors), self.looked_at - len(self.tensors)])
         ax.set(xlabel="the file's tensors", ylabel="weights")

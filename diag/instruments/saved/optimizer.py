@@ -77,7 +77,7 @@ class SavedOptimizer(Result):
     def _unfit(self) -> str:
         return f"no weight in the file has the shape of {named(self.misfits)}" if self.misfits else ""
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How many parameters have a state, and how many states do not fit."""
         ax.bar(["listed", "with a state", "do not fit"], [self.parameters, self.states, self._bad])
         ax.set(xlabel="parameters of the optimizers", ylabel="number")

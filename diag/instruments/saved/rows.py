@@ -62,7 +62,7 @@ class SavedRows(Result):
         found = " and ".join(text for text, n in ((zero, self.zero), (repeated, self.repeated)) if n)
         return f"Of {self.rows:,} rows {found}."
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The weights with most such rows."""
         names = sorted({*self.with_zero, *self.with_repeated}, key=self._many, reverse=True)[:12]
         ax.barh(names or ["none"], [self._many(n) for n in names] or [0])

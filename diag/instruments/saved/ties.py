@@ -47,7 +47,7 @@ class SavedTies(Result):
             return f"Weights that were one tensor in {self.earlier} still hold the same numbers."
         return f"Weights are tied, and no tie broke: {_listed(self.tied)}."
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """How many pairs are tied and how many broke."""
         ax.bar(["tied", "broken"], [len(self.tied), len(self.broken)])
         ax.set(xlabel="pairs of weights", ylabel="number")

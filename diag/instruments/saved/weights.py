@@ -53,7 +53,7 @@ class SavedWeights(Result):
             return ""
         return f" Layers of one kind differ in their format: {named(self.uneven)}."
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The sizes in the order of the file."""
         values = [v for v in self.sizes.values() if v > 0 and math.isfinite(v)]
         ax.plot(range(len(values)), values, marker="o", markersize=3, linestyle="")

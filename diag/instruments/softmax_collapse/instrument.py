@@ -91,7 +91,7 @@ class SoftmaxCollapse(MeasuredMargins):
             "consistent with training that collapse has stalled, which is contested, so run the control."
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The histogram of the margins, with one vertical line per dtype where the softmax collapses."""
         finite = self.margins[numpy.isfinite(self.margins)]
         ax.hist(finite, bins=40, color="tab:blue", alpha=0.75)

@@ -50,7 +50,7 @@ class InputUsed(Result):
             ),
         )  # fmt: skip
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The change of the outputs, before and after fitting."""
         ax.bar(["before", "after fitting"], [self.change, self.fitted_change])
         ax.set(xlabel="one batch", ylabel="change of the outputs over their size")

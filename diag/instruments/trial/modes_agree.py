@@ -47,7 +47,7 @@ class ModesAgree(Result):
             cause=Cause.NORMALIZATION_STATISTICS_BAD,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The three losses."""
         ax.bar(["before", "training mode", "evaluation mode"], [self.start, self.train_loss, self.eval_loss])
         ax.set(xlabel="one batch", ylabel="loss")

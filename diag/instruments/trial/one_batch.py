@@ -135,7 +135,7 @@ class OneBatch(Result):
             explained_by=EXPLAINED_BY,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The loss of the batch over the steps of the first attempt."""
         ax.plot(numpy.arange(len(self.losses)), self.losses)
         ax.set(xlabel="step on the same batch", ylabel="loss")

@@ -86,7 +86,7 @@ class StepSize(MeasuredSteps):
             value=self.ratio,
         )
 
-    def plot(self, ax: Any = None) -> None:
+    def plot(self, ax: Any = None) -> Any:
         """The median ratio over the steps, with the range of most trainings that work."""
         ax.loglog(self.steps, self.ratios, marker="o", markersize=3)
         for limit in (self.setting("too_high"), self.setting("too_low")):

@@ -106,8 +106,9 @@ def _complaint(
             n for n, p in taken.items() if p.default is p.empty and n not in kwargs and n not in placed[: len(args)]
         ]
         found = f"was called without {named([n for n in lacking if taken[n].kind is not taken[n].VAR_KEYWORD], 9)}"
+    several = [f"*{n}" for n, p in taken.items() if p.kind is p.VAR_POSITIONAL]
     by_name = [f"{n}=" for n, p in taken.items() if p.kind is p.KEYWORD_ONLY]
-    form = f"{name}({', '.join([*placed, *by_name])})"
+    form = f"{name}({', '.join([*placed, *several, *by_name])})"
     return f"{name} {found}{' ' if found.endswith('?') else '; '}expected {form}{'; ' if hint else ''}{hint}."
 
 

@@ -45,6 +45,10 @@ CALLS = {  # arguments that a function does not have, or lacks
         lambda: diag.watch(network(), "runs/x"),
         r"watch was called on a Sequential and a str by position; expected watch\(model, .*run=",
     ),
+    "a name nearly right of any number of runs": (
+        lambda: diag.compare("runs/a", "runs/b", outptu="x.html"),
+        r"compare has no argument 'outptu'; did you mean output\? expected compare\(\*sources, output=",
+    ),
     "a name nearly right": (lambda: diag.watch(network(), runs="x"), r"has no argument 'runs'; did you mean run\?"),
     "nothing": (
         lambda: diag.Snapshot(),

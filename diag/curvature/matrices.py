@@ -18,6 +18,7 @@ from diag.curvature import fisher as fishers
 from diag.curvature.objective import LossFn
 from diag.curvature.operators import CurvatureOperator
 from diag.curvature.products import Curvature, GeneralisedGaussNewton, HessianOfLoss, loss_gradient
+from diag.curvature.vocabulary.jacobian import at_the_last_layer
 from diag.errors import InvalidInput, MissingQuantity
 from diag.snapshot.batch import Batch
 from diag.snapshot.objective.comparison import IGNORED_LABEL
@@ -46,7 +47,7 @@ class GaussNewton(CurvatureOperator):
     """
 
     def _curvature(self) -> Curvature:
-        return GeneralisedGaussNewton(loss_gradient)
+        return GeneralisedGaussNewton(loss_gradient, at=at_the_last_layer)
 
 
 class Fisher(CurvatureOperator):

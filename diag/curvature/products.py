@@ -8,13 +8,15 @@ file holds the finite differences that the self-test compares with, and that sta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from diag.curvature.objective import Objective, gradients, output_tensors
+from diag.curvature.objective import Objective, gradients
 from diag.curvature.probe import hold_fixed, rows_held_fixed
+from diag.curvature.vocabulary.jacobian import Point, PointOf, at_the_outputs
 from diag.errors import Unsupported, type_of
 from diag.linalg.deadline import Deadline
 from diag.linalg.reductions import length
@@ -92,19 +94,26 @@ def model_outputs(objective: Objective, parameters: Sequence[Tensor], batch: Bat
 
 
 class GeneralisedGaussNewton:
-    """G = sum_b (n_b / n) J_b^T S_b J_b, with S the Jacobian of `output_map` (symmetric, block per example)."""
+    """G = sum_b (n_b / n) J_b^T S_b J_b, with S the Jacobian of `output_map` (symmetric, block per example).
 
-    def __init__(self, output_map: OutputMap, outputs: Callable[..., Any] = model_outputs):
-        self.output_map, self.outputs = output_map, outputs
+    at: where J and S meet (see `vocabulary.jacobian`).
+    """
+
+    def __init__(
+        self,
+        output_map: OutputMap,
+        outputs: Callable[..., Any] = model_outputs,
+        at: Callable[..., Any] = at_the_outputs,
+    ):
+        self.output_map, self.outputs, self.at = output_map, outputs, at
 
     def check(self, objective: Objective, parameters: Sequence[Tensor]) -> None:
         """Raises Unsupported where the loss depends on the parameters past the tensors in the outputs."""
         for batch in objective.batches:
             outputs = self.outputs(objective, parameters, batch)
-            tensors, rebuilt = output_tensors(outputs)
-            leaves = [z.detach().requires_grad_() for z in tensors]
-            values = rebuilt(leaves) if tensors else outputs
-            hidden = not tensors
+            point = Point.of(outputs)
+            values = point.rebuilt(point.leaves()) if point.tensors else outputs
+            hidden = not point.tensors
             if self.output_map is loss_gradient:
                 past = gradients(objective.loss_of(values, batch), parameters, create_graph=False)
                 hidden = any(grad is not None for grad in past)
@@ -118,7 +127,7 @@ class GeneralisedGaussNewton:
         self, objective: Objective, parameters: Sequence[Tensor], batches: Sequence[Batch]
     ) -> GaussNewtonGraph:
         """The outputs of `batches` with their graph, and the graph of the map."""
-        return GaussNewtonGraph(objective, parameters, batches, self.output_map, self.outputs)
+        return GaussNewtonGraph(objective, parameters, batches, self.output_map, self.outputs, self.at)
 
     def finite_difference(
         self, objective: Objective, parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float
@@ -128,27 +137,39 @@ class GeneralisedGaussNewton:
         ahead = objective.shifted(parameters, direction, step)
         behind = objective.shifted(parameters, direction, -step)
         for batch in objective.batches:
-            outputs, rebuilt = output_tensors(self.outputs(objective, parameters, batch))
-            plus = output_tensors(self.outputs(objective, ahead, batch))[0]
-            minus = output_tensors(self.outputs(objective, behind, batch))[0]
-            tangent = [(a.detach() - b.detach()) / (2 * step) for a, b in zip(plus, minus, strict=True)]
-            del plus, minus
-            turned = self._differenced_map(objective, outputs, tangent, rebuilt, batch)
-            weighted = [t * objective.weight(batch) for t in turned]
-            pulled = torch.autograd.grad(outputs, parameters, weighted, allow_unused=True)
+            pulled = self.at(partial(self._differenced, objective, batch, (behind, parameters, ahead), step))
             total += objective.layout.flatten(pulled, total)
         return total
 
+    def _differenced(
+        self,
+        objective: Objective,
+        batch: Batch,
+        along: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+        step: float,
+        point_of: PointOf,
+    ) -> Pieces:
+        """A batch's part. along: the parameters a step behind, in the middle and ahead."""
+        behind, parameters, ahead = along
+        point = point_of(self.outputs(objective, parameters, batch))
+        plus = point_of(self.outputs(objective, ahead, batch)).tensors
+        minus = point_of(self.outputs(objective, behind, batch)).tensors
+        tangent = [(a.detach() - b.detach()) / (2 * step) for a, b in zip(plus, minus, strict=True)]
+        del plus, minus
+        turned = self._differenced_map(objective, point, tangent, batch)
+        weighted = [t * objective.weight(batch) for t in turned]
+        return torch.autograd.grad(point.tensors, parameters, weighted, allow_unused=True)
+
     def _differenced_map(
-        self, objective: Objective, outputs: Sequence[Tensor], tangent: Sequence[Tensor], rebuilt: Any, batch: Batch
+        self, objective: Objective, point: Point, tangent: Sequence[Tensor], batch: Batch
     ) -> list[Tensor]:
+        outputs = point.tensors
         size = max(length(tangent), 1e-300)
         eps = max(torch.finfo(z.dtype).eps for z in outputs)
         step = eps ** (1 / 3) * max(length(outputs), 1e-3) / size
 
         def value(h: float) -> Pieces:
-            moved = [(z.detach() + h * t).requires_grad_() for z, t in zip(outputs, tangent, strict=True)]
-            return self.output_map(objective, moved, rebuilt, batch)
+            return self.output_map(objective, *point.moved(tangent, h), batch)
 
         pairs = zip(value(step), value(-step), outputs, strict=True)
         return [
@@ -160,7 +181,7 @@ class GeneralisedGaussNewton:
 class GaussNewtonGraph:
     """J v by differentiating J^T u in u, then S by differentiating the map, then J^T: no forward-mode needed.
 
-    `outputs` is a function (objective, parameters, batch) -> what J is the Jacobian of.
+    `outputs` is a function (objective, parameters, batch) -> what J is the Jacobian of, or `at` takes it there.
     """
 
     def __init__(
@@ -170,6 +191,7 @@ class GaussNewtonGraph:
         batches: Sequence[Batch],
         output_map: OutputMap,
         outputs: Callable[..., Any] = model_outputs,
+        at: Callable[..., Any] = at_the_outputs,
     ):
         self.parameters = parameters
         self.outputs: list[Tensor] = []
@@ -178,23 +200,18 @@ class GaussNewtonGraph:
         self.map: list[Tensor] = []
         self.pulled: list[Tensor | None] = [None] * len(parameters)
         for batch in batches:
-            self._add(objective, batch, output_map, outputs(objective, parameters, batch))
+            used = at(partial(_mapped, objective, batch, output_map, outputs(objective, parameters, batch)))
+            self._add(used, objective.weight(batch))
 
-    def _add(self, objective: Objective, batch: Batch, output_map: OutputMap, outputs: Any) -> None:
-        tensors, self.rebuilt = output_tensors(outputs)
-        leaves = [z.detach().requires_grad_() for z in tensors]
-        mapped = output_map(objective, leaves, self.rebuilt, batch)
-        # An output that the loss does not use, or uses linearly, has no curvature.
-        used = [
-            (z, u, m) for z, u, m in zip(tensors, leaves, mapped, strict=True) if m is not None and m.requires_grad
-        ]
+    def _add(self, used: Sequence[tuple[Tensor, Tensor, Tensor]], weight: float) -> None:
+        """used: see `_mapped`."""
         if not used:
             return
         outputs = [z for z, _, _ in used]
         cotangents = [torch.zeros_like(z).requires_grad_() for z in outputs]
         with torch.enable_grad():
             pulled = torch.autograd.grad(outputs, self.parameters, cotangents, create_graph=True, allow_unused=True)
-            self.map += [m * objective.weight(batch) for _, _, m in used]
+            self.map += [m * weight for _, _, m in used]
         self.pulled = _added(self.pulled, pulled)
         self.outputs += outputs
         self.cotangents += cotangents
@@ -213,6 +230,17 @@ class GaussNewtonGraph:
     def product(self, views: Sequence[Tensor], keep: bool) -> Pieces:
         """J^T S J v."""
         return _pulled_back(self.outputs, self.parameters, self.turned(self.tangents(views)), keep)
+
+
+def _mapped(
+    objective: Objective, batch: Batch, output_map: OutputMap, outputs: Any, point_of: PointOf
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The tensors where J and S meet, leaves of their values, and the map of these."""
+    point = point_of(outputs)
+    leaves = point.leaves()
+    rows = zip(point.tensors, leaves, output_map(objective, leaves, point.rebuilt, batch), strict=True)
+    # An output that the loss does not use, or uses linearly, has no curvature.
+    return [(z, u, m) for z, u, m in rows if m is not None and m.requires_grad]
 
 
 class FiniteDifferenceGraph:

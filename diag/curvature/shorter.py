@@ -7,7 +7,7 @@
 - an elementwise activation keeps its first two derivatives, computed once for all products of a graph;
 - a rectifier has no second derivative, and none is added up;
 - batch norm with running statistics is an affine map, and one with the convolution that it follows;
-- the cross-entropy of a last linear layer with many outputs keeps none of them (`vocabulary.py`).
+- the cross-entropy of a last linear layer with many outputs keeps none of them (`vocabulary`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diag.curvature import vocabulary
 from diag.curvature.kernels import Convolution, Elementwise, Rectified, plain
+from diag.curvature.vocabulary import loss as vocabulary
 
 
 @dataclass(frozen=True)

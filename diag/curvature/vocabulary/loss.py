@@ -8,7 +8,8 @@ cotangents u, V, c of dx = W^T g, dW = g x^T, db = g,
     t = W u + V x + c,    h = s (p t - p <p, t>),
     d/dx = W^T h + V^T g,    d/dW = h x^T + g u^T,    d/db = h,    d/ds = <p - e_label, t>,
 
-all in pieces of some rows, whose logits are computed again. So nothing is kept but x, W, b and the labels.
+all in pieces of some rows, whose logits are computed again. So nothing is kept but x, W, b and the labels. With the
+Jacobian of z held fixed, as in the Gauss-Newton matrix, the terms with g drop out of d/dx and d/dW.
 """
 
 from __future__ import annotations
@@ -27,6 +28,32 @@ LEAST = 1 << 22  # logits, below which torch's own way is kept: recomputing them
 PIECE = 1 << 23  # logits that are computed at once; some five times as much is held for a moment
 
 
+class Moved(NamedTuple):
+    """By how much x, W and b are moved; to first order in them, the logits by W dx + dW x + db."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def logits(self, x: Tensor, w: Tensor, rows: slice) -> Tensor:
+        """What that is for some rows of x."""
+        found = x.new_zeros(len(x[rows]), len(w))
+        found = found if self.x is None else found.addmm_(self.x[rows], w.T)
+        found = found if self.weight is None else found.addmm_(x[rows], self.weight.T)
+        return found if self.bias is None else found.add_(self.bias)
+
+
+class Form(NamedTuple):
+    """jacobian_fixed: whether derivatives take that of the logits as constant. moved: whether the loss and its
+    derivative are those of other logits."""
+
+    jacobian_fixed: bool = False
+    moved: Moved | None = None
+
+
+ALL_DERIVATIVES = Form()
+
+
 class Projected(NamedTuple):
     """What logits were made of, and their version at the time."""
 
@@ -34,19 +61,28 @@ class Projected(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     version: int
+    form: Form = ALL_DERIVATIVES
 
 
 class Vocabulary(torch.autograd.Function):
     """The loss of each row (n,): x (n, d), w (classes, d), b (classes) or None, labels (n); 0 where not `counted`.
 
-    logits: of this x, w and b; not kept.
+    logits: of this x, w and b, in this form; not kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, counted: Tensor, logits: Tensor
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        labels: Tensor,
+        counted: Tensor,
+        logits: Tensor,
+        form: Form = ALL_DERIVATIVES,
     ) -> Tensor:
         """-log p of the label."""
+        ctx.form = form
         ctx.save_for_backward(x, w, b, labels, counted)
         rows = torch.arange(len(labels), device=labels.device)
         losses = torch.cat([logits[i].logsumexp(1) for i in _pieces(len(x), len(w))]) - logits[rows, labels]
@@ -55,7 +91,7 @@ class Vocabulary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """dx, dw and db."""
-        return *VocabularyBackward.apply(grads[0], *ctx.saved_tensors), None, None, None
+        return *VocabularyBackward.apply(grads[0], *ctx.saved_tensors, ctx.form), None, None, None, None
 
 
 class VocabularyBackward(torch.autograd.Function):
@@ -63,14 +99,22 @@ class VocabularyBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, s: Tensor, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, counted: Tensor
+        ctx: Any,
+        s: Tensor,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        labels: Tensor,
+        counted: Tensor,
+        form: Form = ALL_DERIVATIVES,
     ) -> Any:
         """The first derivatives, piece by piece."""
+        ctx.form = form
         ctx.save_for_backward(s, x, w, b, labels, counted)
         ctx.set_materialize_grads(False)
         dx, dw, db = torch.empty_like(x), torch.zeros_like(w), None if b is None else torch.zeros_like(b)
         for i in _pieces(len(x), len(w)):
-            g = _errors(x[i], w, b, labels[i])[1] * (s[i] * counted[i])[:, None]
+            g = _errors(i, x, w, b, labels, form.moved)[1] * (s[i] * counted[i])[:, None]
             dx[i] = g @ w
             dw.addmm_(g.T, x[i])
             if db is not None:
@@ -82,31 +126,34 @@ class VocabularyBackward(torch.autograd.Function):
         """The derivatives of <dx, u> + <dw, v> + <db, c> in s, x, w and b."""
         s, x, w, b, labels, counted = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            return (None,) * 6
+            return (None,) * 7
         of_rows, total_w, total_b = [], torch.zeros_like(w), w.new_zeros(len(w))
         for i in _pieces(len(x), len(w)):
-            *own, in_w, in_b = _second(i, grads, s, x, w, b, labels, counted)
+            *own, in_w, in_b = _second(i, grads, s, x, w, b, labels, counted, ctx.form)
             of_rows.append(own)
             total_w, total_b = _added(total_w, in_w), _added(total_b, in_b)
         in_s, in_x = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
-        return in_s, in_x, total_w, None if b is None else total_b, None, None
+        return in_s, in_x, total_w, None if b is None else total_b, None, None, None
 
 
 def _second(
-    i: slice, grads: Any, s: Tensor, x: Tensor, w: Tensor, b: Any, labels: Tensor, counted: Tensor
+    i: slice, grads: Any, s: Tensor, x: Tensor, w: Tensor, b: Any, labels: Tensor, counted: Tensor, form: Form
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' part of the second derivatives: for s and x theirs, for w and b what they add."""
     u, v, c = grads[0] if grads[0] is None else grads[0][i], grads[1], grads[2]
-    x, labels, weights = x[i], labels[i], (s[i] * counted[i])[:, None]
-    p, error = _errors(x, w, b, labels)
+    p, error = _errors(i, x, w, b, labels, form.moved)
+    x, weights = x[i], (s[i] * counted[i])[:, None]
     t = torch.zeros_like(p)
     t = t if u is None else t + u @ w.T
     t = t if v is None else t + x @ v.T
     t = t if c is None else t + c
     in_s = (error * t).sum(1) * counted[i]
-    h, g = p * (t - (p * t).sum(1, keepdim=True)) * weights, error * weights
-    in_x = h @ w if v is None else h @ w + g @ v
-    in_w = h.T @ x if u is None else h.T @ x + g.T @ u
+    h = p * (t - (p * t).sum(1, keepdim=True)) * weights
+    in_x, in_w = h @ w, h.T @ x
+    if not form.jacobian_fixed:
+        g = error * weights
+        in_x = in_x if v is None else in_x + g @ v
+        in_w = in_w if u is None else in_w + g.T @ u
     return in_s, in_x, in_w, h.sum(0)
 
 
@@ -119,10 +166,13 @@ def _pieces(rows: int, classes: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _errors(x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _errors(
+    i: slice, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, moved: Moved | None
+) -> tuple[Tensor, Tensor]:
     """p, and p less one at the label, of some rows."""
-    p = F.linear(x, w, b).softmax(1)
-    return p, p - F.one_hot(labels, len(w)).to(p.dtype)
+    z = F.linear(x[i], w, b)
+    p = (z if moved is None else z + moved.logits(x, w, i)).softmax(1)
+    return p, p - F.one_hot(labels[i], len(w)).to(p.dtype)
 
 
 # ---- what stands in for torch's functions
@@ -132,7 +182,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, whose outputs remember what they were made of where they are many."""
     output = F.linear(input, weight, bias)
     if output.numel() >= LEAST and output.ndim > 1 and plain(input, weight, output):
-        base = _base(output)  # torch may have made a matrix and given a view of it
+        base = base_of(output)  # torch may have made a matrix and given a view of it
         base.projected = Projected(input, weight, bias, base._version)  # type: ignore[attr-defined]
     return output
 
@@ -160,19 +210,20 @@ def cross_entropy(
     counted = target != ignore_index
     labels = target.masked_fill(~counted, 0)
     x = made.x.reshape(-1, made.x.shape[-1])
-    losses = Vocabulary.apply(x, made.weight, made.bias, labels, counted.to(x.dtype), input.detach())
+    losses = Vocabulary.apply(x, made.weight, made.bias, labels, counted.to(x.dtype), input.detach(), made.form)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
 
 
-def _base(tensor: Tensor) -> Tensor:
+def base_of(tensor: Tensor) -> Tensor:
+    """The tensor, or what it is a view of."""
     return tensor if tensor._base is None else tensor._base
 
 
 def _made(logits: Tensor) -> Projected | None:
     """What rows of logits were made of: they or what they are a view of, row by row, is a linear layer's output."""
-    base = _base(logits)
+    base = base_of(logits)
     made: Projected | None = getattr(base, "projected", None)
     if made is None or logits.ndim != 2 or made.version != base._version or logits.numel() != base.numel():
         return None

@@ -54,22 +54,23 @@ class SavedFile:
     shapes: frozenset[tuple[int, ...]]
 
 
-def load_state(path: str | Path, key: str | None = None) -> Checkpoint:
+def load_state(path: str | Path, key: str | None = None, in_parts: bool = False) -> Checkpoint:
     """Read a checkpoint without running any code from it.
 
     path: .pt, .pth, .bin, .ckpt or .safetensors, or a folder of Hugging Face or torch.distributed.checkpoint.
     key: which entry holds the state dict (`ema`, say), where it has none of the usual names; dots go deeper.
+    in_parts: values stay in the file until they are needed, for a model that is sharded over processes.
 
     Raises CheckpointError where the file is missing, damaged, could run code, or holds no state dict.
     """
-    return load_saved(path, key).checkpoint
+    return load_saved(path, key, in_parts).checkpoint
 
 
-def load_saved(path: str | Path, key: str | None = None) -> SavedFile:
+def load_saved(path: str | Path, key: str | None = None, in_parts: bool = False) -> SavedFile:
     """The same with the states of optimizers that lie in the file. Raises CheckpointError as `load_state` does."""
     path = Path(path)
     try:
-        return _load(path, key)
+        return _load(path, key, in_parts)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile file may raise anything
@@ -85,8 +86,8 @@ def as_checkpoint(state: Mapping[str, Any], name: str) -> Checkpoint:
     return Checkpoint(Path(name), clean, "in memory", notes=(*notes, *more))
 
 
-def _load(path: Path, key: str | None) -> SavedFile:
-    contents, kind = read(path)
+def _load(path: Path, key: str | None, in_parts: bool) -> SavedFile:
+    contents, kind = read(path, in_parts)
     if (
         kind in (Format.TORCH, Format.TORCH_LEGACY)
         and isinstance(contents, Mapping)

@@ -22,6 +22,7 @@ from torch import Tensor
 from diag.checkpoints.scan import scan
 from diag.checkpoints.sizes import check_torch_file
 from diag.checkpoints.stand_ins import Refused
+from diag.checkpoints.stored import Chunk, Stored
 from diag.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -81,8 +82,10 @@ class _Restricted(pickle.Unpickler):
         raise CheckpointError(f"names {module}.{name}, which no checkpoint needs and which could run code")
 
 
-def read_distributed(folder: Path) -> dict[str, Any]:
-    """The state that DCP saved, nested as it was, without the optimizer; tensors whole, on the CPU.
+def read_distributed(folder: Path, in_parts: bool = False) -> dict[str, Any]:
+    """The state that DCP saved, nested as it was, without the optimizer; tensors on the CPU.
+
+    in_parts: they are `Stored`, and read where they are needed; else whole.
 
     Raises CheckpointError where the metadata is damaged or names what could run code, or a shard is missing.
     """
@@ -94,7 +97,8 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         for name, about in metadata.state_dict_metadata.items():
             path = tuple(paths.get(name, (name,)))
             if path[0] not in LEFT_OUT:
-                _put(state, path, _value(folder, name, about, places))
+                value = _value(folder, name, about, places)
+                _put(state, path, value.whole() if isinstance(value, Stored) and not in_parts else value)
         return state
     except CheckpointError:
         raise
@@ -141,16 +145,18 @@ def _value(folder: Path, name: str, about: Any, places: Mapping[tuple[str, tuple
     stored = sum(_length(folder, places[name, offsets]) for offsets in starts)
     if math.prod(size) * dtype.itemsize > stored:
         raise ValueError(f"{name} has {math.prod(size):,} elements, more than its {stored:,} bytes can hold")
-    whole = torch.empty(size, dtype=dtype)
-    for offsets, sizes in starts.items():
-        part = whole
-        for axis, (start, length) in enumerate(zip(offsets, sizes, strict=True)):
-            part = part.narrow(axis, start, length)
-        found = _slice(folder, places[name, offsets])
-        if not isinstance(found, Tensor) or found.shape != part.shape or found.is_meta:
+    chunks = [_chunk(folder, name, offsets, sizes, places[name, offsets]) for offsets, sizes in starts.items()]
+    return Stored(size, dtype, chunks)
+
+
+def _chunk(folder: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Chunk:
+    def read() -> Tensor:
+        found = _slice(folder, place)
+        if not isinstance(found, Tensor) or found.shape != sizes or found.is_meta:
             raise ValueError(f"the shard of {name} at {offsets} has another shape, or no values")
-        part.copy_(found)
-    return whole
+        return found
+
+    return Chunk(tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True)), read)
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...]:

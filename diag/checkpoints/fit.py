@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from diag.checkpoints.contents import Checkpoint
 from diag.checkpoints.hugging_face import read_by_its_class
+from diag.checkpoints.stored import Stored, block_at
 from diag.checkpoints.unwrap import bare_model
 from diag.checkpoints.values import as_own_dtype
 from diag.errors import CheckpointError, first_line, named
@@ -165,8 +166,7 @@ def _load(model: nn.Module, state: Mapping[str, Any], expected: Mapping[str, Any
         own = expected[name]
         if isinstance(value, Tensor) and isinstance(own, Tensor):
             stored = value.dtype
-            value = whole[name] = as_own_dtype(name, value, None if is_lazy(own) else own)
-            whole[name] = own_share(value, own)
+            whole[name] = own_share(name, value, own)
             if not is_lazy(own) and stored != own.dtype:
                 changed.add((str(stored), str(own.dtype)))
     with torch.no_grad():
@@ -175,13 +175,22 @@ def _load(model: nn.Module, state: Mapping[str, Any], expected: Mapping[str, Any
     return tuple(f"Values stored as {stored} were read as the model's {own}." for stored, own in sorted(changed))
 
 
-def own_share(value: Tensor, own: Tensor) -> Tensor:
-    """The value as the model's own tensor lies: where that is spread over processes, this one's part of it."""
-    if not hasattr(own, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+def own_share(name: str, value: Tensor, own: Tensor) -> Tensor:
+    """The value as the model's own tensor lies: where that is spread over processes, this one's part of it.
 
-    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    Of a `Stored` value that part alone is read.
+    """
+    if not hasattr(own, "device_mesh"):
+        return as_own_dtype(name, value, None if is_lazy(own) else own)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh, placements = own.device_mesh, own.placements  # type: ignore[attr-defined]
+    place = mesh.get_coordinate()
+    block = None if place is None else block_at(own.shape, mesh.mesh.shape, place, placements)
+    if not isinstance(value, Stored) or block is None:
+        return distribute_tensor(as_own_dtype(name, value, own), mesh, placements, src_data_rank=None)
+    part = as_own_dtype(name, value.part(block), own).to(own.device)
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=own.shape, stride=own.stride())
 
 
 def _settle_lazy(model: nn.Module) -> None:

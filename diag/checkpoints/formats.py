@@ -21,6 +21,7 @@ import torch
 
 from diag.checkpoints.distributed import METADATA, read_distributed
 from diag.checkpoints.numbers import NUMPY
+from diag.checkpoints.rank_files import joined, rank_files
 from diag.checkpoints.sizes import check_torch_file
 from diag.checkpoints.stand_ins import Refused
 from diag.errors import CheckpointError, first_line, named, type_of
@@ -44,19 +45,22 @@ class Format(enum.StrEnum):
     SAFETENSORS = "safetensors"
     HUGGING_FACE = "Hugging Face folder"
     DISTRIBUTED = "torch.distributed checkpoint"
+    RANK_FILES = "torch files of all ranks"
 
 
-def read(path: Path) -> tuple[Any, Format]:
+def read(path: Path, in_parts: bool = False) -> tuple[Any, Format]:
     """What the file or folder holds (dicts, tensors, numbers), and the name of its format.
 
+    in_parts: tensors stay in their files, mapped to memory or `Stored`, until they are needed.
     Raises CheckpointError where it is missing, damaged, of a format that is not read, or could run code.
     """
     if path.is_dir():
-        return read_folder(path)
+        return read_folder(path, in_parts)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}; give a file or a folder that exists.")
     kind, reader = _kind(path)
-    return reader(path), kind
+    mapped = in_parts and kind is Format.TORCH and path.suffix != ".safetensors"
+    return read_torch(path, mapped) if mapped else reader(path), kind
 
 
 def _kind(path: Path) -> tuple[Format, Callable[[Path], Any]]:
@@ -109,8 +113,11 @@ def _kind_of_zip(path: Path) -> tuple[Format, Callable[[Path], Any]]:
     return Format.TORCH, read_torch
 
 
-def read_torch(path: Path) -> Any:
-    """The contents of a file that torch.save wrote, through the weights_only unpickler; tensors on the CPU."""
+def read_torch(path: Path, mapped: bool = False) -> Any:
+    """The contents of a file that torch.save wrote, through the weights_only unpickler; tensors on the CPU.
+
+    mapped: the file is mapped to memory, and of its tensors is read what is used.
+    """
     try:
         with open(path, "rb") as file:
             check_torch_file(file)
@@ -122,6 +129,8 @@ def read_torch(path: Path) -> Any:
     try:
         # Opened here, because torch.load given a path would go by the name's ending.
         with torch.serialization.safe_globals(HARMLESS), open(path, "rb") as file:
+            if mapped:  # which torch does for a path alone
+                return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} {_why_refused(path, error)}.") from None
@@ -178,10 +187,10 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def read_folder(path: Path) -> tuple[Any, Format]:
-    """The contents of a folder: Hugging Face weights, or a torch.distributed checkpoint."""
+def read_folder(path: Path, in_parts: bool = False) -> tuple[Any, Format]:
+    """The contents of a folder: Hugging Face weights, a torch.distributed checkpoint, or the files of all ranks."""
     if (path / METADATA).exists():
-        return read_distributed(path), Format.DISTRIBUTED
+        return read_distributed(path, in_parts), Format.DISTRIBUTED
     if any(any(path.glob(name)) for name in DEEPSPEED):
         raise CheckpointError(
             f"{path} is a DeepSpeed checkpoint in shards; join them with `python zero_to_fp32.py . weights` there "
@@ -191,26 +200,29 @@ def read_folder(path: Path) -> tuple[Any, Format]:
     index = next(iter(sorted(path.glob("*.index.json"))), None)
     if whole is None and index is None:
         single = sorted(path.glob("*.safetensors"))
+        if not single and (files := rank_files(path)):
+            return joined(files, [read(file, in_parts)[0] for file in files], in_parts), Format.RANK_FILES
         if len(single) != 1:
             found = named(sorted(p.name for p in path.iterdir()), 5) or "nothing"
             raise CheckpointError(
                 f"{path} holds no checkpoint that diag knows (found {found}); expected "
-                f"{', '.join(WEIGHT_FILES)}, an index of shards, or {METADATA} of torch.distributed.checkpoint."
+                f"{', '.join(WEIGHT_FILES)}, an index of shards, {METADATA} of torch.distributed.checkpoint, or "
+                "rank0.pt, rank1.pt, ... of distributed tensors."
             )
         whole = single[0]
-    state = _state_of(whole) if whole is not None else _read_shards(path, index)  # type: ignore[arg-type]
+    state = _state_of(whole, in_parts) if whole is not None else _read_shards(path, index, in_parts)  # type: ignore[arg-type]
     return {"state_dict": state, **_trainer_state(path)}, Format.HUGGING_FACE
 
 
-def _state_of(file: Path) -> Mapping[str, Any]:
-    contents, _ = read(file)
+def _state_of(file: Path, in_parts: bool) -> Mapping[str, Any]:
+    contents, _ = read(file, in_parts)
     state = contents.get("state_dict", contents) if isinstance(contents, Mapping) else contents
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{file} holds {type_of(state)} and no weights by name; copy the folder again.")
     return state
 
 
-def _read_shards(path: Path, index: Path) -> dict[str, Any]:
+def _read_shards(path: Path, index: Path, in_parts: bool) -> dict[str, Any]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
@@ -224,7 +236,7 @@ def _read_shards(path: Path, index: Path) -> dict[str, Any]:
             f"{path} lacks {named(missing, 1)} of the {len(names)} shards that {index.name} "
             "names; copy the whole folder."
         )
-    return {name: value for shard in names for name, value in _state_of(path / shard).items()}
+    return {name: value for shard in names for name, value in _state_of(path / shard, in_parts).items()}
 
 
 def _trainer_state(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diag.checkpoints.stored import Stored
 from diag.errors import CheckpointError
 
 
@@ -49,6 +50,8 @@ def plain_tensor(name: str, value: Tensor) -> Tensor:
     kind = _kind(value)
     if kind:
         raise CheckpointError(f"{name} is {kind} in the checkpoint; save it as a plain tensor with all its values.")
+    if isinstance(value, Stored):
+        return value.whole()
     if type(value) is Tensor:
         return value
     if isinstance(value, nn.Parameter):
@@ -57,7 +60,8 @@ def plain_tensor(name: str, value: Tensor) -> Tensor:
     if local is None or local.shape != value.shape:
         raise CheckpointError(
             f"{name} is one shard of a distributed tensor; save the whole state with "
-            "torch.distributed.checkpoint, or call full_tensor() before saving."
+            "torch.distributed.checkpoint, call full_tensor() before saving, or give a folder that holds the files of "
+            "all ranks (rank0.pt, rank1.pt, ...)."
         )
     return local
 

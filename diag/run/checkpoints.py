@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import diag
 from diag.build import Build, build_name, built_arguments, called_safely
-from diag.checkpoints import load_into, load_state
+from diag.checkpoints import Checkpoint, load_into, load_state
+from diag.checkpoints.unwrap import bare_model
 from diag.errors import CheckpointError, InvalidInput, first_line
 from diag.registry import Instrument, Kind, find, instruments
 from diag.result import Result
@@ -27,6 +29,7 @@ from diag.run.entries import Event, Record
 from diag.run.files import META
 from diag.run.over_ranks import AllRanks, OneProcess
 from diag.run.run import Run
+from diag.snapshot.sharded.whole import is_sharded
 from diag.snapshot.snapshot import Snapshot
 
 Progress = Callable[[int, int, str], None]
@@ -63,10 +66,11 @@ def from_checkpoints(
     model = arguments.pop("model")
     _refuse_device(arguments.get("device"))
     chosen = [find(n) for n in names] or [i for i in instruments().values() if _is_of_a_moment(i)]
-    places, events = by_step_order(files, key)
+    read = partial(load_state, key=key, in_parts=ranks and is_sharded(bare_model(model)))
+    places, events = by_step_order(files, read)
     arguments |= _read_once(model, arguments)
     by = AllRanks(model, arguments) if ranks else OneProcess(model, arguments)
-    measuring = _Measuring(model, by, arguments.get("previous"), places, key, settings or {}, progress)
+    measuring = _Measuring(model, by, arguments.get("previous"), places, read, settings or {}, progress)
     cheap = chosen if names or every or len(places) <= 3 else [i for i in chosen if _takes_one_look(i)]
     expensive = [i for i in chosen if i not in cheap]
     measuring.total = len(places) * len(cheap) + 3 * len(expensive)
@@ -98,11 +102,11 @@ class _Measuring:
         by: OneProcess,
         previous: Any,
         places: Sequence[_Place],
-        key: str | None,
+        read: Callable[[Path], Checkpoint],
         settings: Mapping[str, Mapping[str, Any]],
         progress: Progress,
     ) -> None:
-        self._model, self._by, self._previous, self._places, self._key = model, by, previous, places, key
+        self._model, self._by, self._previous, self._places, self._read = model, by, previous, places, read
         self._settings, self._progress = settings, progress
         self.total = 0
         self.records: list[Record] = []
@@ -114,7 +118,7 @@ class _Measuring:
         """Measure these checkpoints with these instruments; `losses`: note the mean loss of each as well."""
         for i in which:
             step, path, _ = self._places[i]
-            previous = self._state(i - 1) if i else self._previous
+            previous = self._previous if i == 0 else self._state(i - 1) if self._by.takes_previous else None
             self._load(i)
             self._by.begin(previous)
             for instrument in chosen:
@@ -140,7 +144,7 @@ class _Measuring:
         if self._loaded == i:
             return
         step, path, _ = self._places[i]
-        checkpoint = load_state(path, self._key)
+        checkpoint = self._read(path)
         notes = (*checkpoint.notes, *load_into(self._model, checkpoint))
         events = [Event(step, "checkpoint", f"{path}: {note}") for note in notes]
         self.events += [event for event in events if event not in self.events]  # it may be loaded twice
@@ -172,7 +176,8 @@ def _read_once(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]
     """The data as batches, so that every checkpoint is measured on the same examples."""
     if arguments.get("data") is None:
         return {}
-    return {"data": called_safely(lambda: Snapshot(model, **arguments).batches, "Reading the data")}
+    alone = {**arguments, "ranks": False}
+    return {"data": called_safely(lambda: Snapshot(model, **alone).batches, "Reading the data")}
 
 
 def _refuse_device(device: str | None) -> None:
@@ -193,14 +198,15 @@ def checkpoint_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return files
 
 
-def by_step_order(paths: Sequence[Path], key: str | None) -> tuple[list[_Place], list[Event]]:
+def by_step_order(paths: Sequence[Path], read: Callable[[Path], Checkpoint]) -> tuple[list[_Place], list[Event]]:
     """The checkpoints by step; in the order given where their steps are unknown, mixed or equal.
 
-    Each is read to its end, so that one that is damaged is refused before the first is measured.
+    read: what gives a checkpoint. Each is read to its end, so that one that is damaged is refused before the first
+    is measured; for a model that is sharded over ranks, only what the files say that they hold.
     """
     found = []
     for path in paths:
-        checkpoint = load_state(path, key)
+        checkpoint = read(path)
         found.append((checkpoint.step, checkpoint.step_source, path, checkpoint.format))
     steps = [step for step, *_ in found]
     if None not in steps and len(set(steps)) == len(steps) and len({source for _, source, *_ in found}) == 1:

@@ -2,6 +2,8 @@
 
 Under torchrun every rank builds the same model and data, and loads the same checkpoint. What goes through the data
 again and again (curvature, gradients of examples, networks between two) they measure together, each on its share.
+Of a model that is sharded each takes a whole copy where there is room for it; else the weights of one layer at a
+time are gathered, and what is measured so is all that is.
 All else rank 0 measures alone on all the data; where the build function gave each rank other data, what can be put
 together is, and the rest is refused with that reason.
 """
@@ -15,13 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from diag.checkpoints.unwrap import bare_model
 from diag.distributed.together import Together
 from diag.linalg.deadline import free_memory
 from diag.registry import Instrument, attempt, is_put_together, requires
 from diag.result import Outcome, Skipped
 from diag.snapshot.reading.data import all_alike
-from diag.snapshot.sharded.whole import is_sharded, whole_copy
+from diag.snapshot.sharded.by_layer import can_gather_by_layer
+from diag.snapshot.sharded.whole import fits_whole, is_sharded, whole_copy
 from diag.snapshot.snapshot import Snapshot
+from diag.snapshot.validation import BY_LAYER
 
 SHARED_WORK = ("hessian", "gauss_newton", "per_example_gradients", "interpolation")  # many passes over the data
 APART = (
@@ -29,11 +34,17 @@ APART = (
     "rank all of the data, and the ranks divide it themselves."
 )
 
+SPREAD = (
+    "No rank holds all weights, and this measurement needs them in one process; where a whole copy fits on each "
+    "rank, leave out ranks='by_layer'."
+)
+
 
 class OneProcess:
     """Measures everything by itself. arguments: of `Snapshot`, without the model."""
 
     leads = True  # whether this process reports what is found
+    takes_previous = True  # whether it can take the state before
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         self._model, self._arguments = model, dict(arguments)
@@ -49,10 +60,13 @@ class OneProcess:
 
     def loss(self) -> float:
         """The mean loss, on the held-out data where there is some; NaN where there is none."""
+        return self._mean_loss(self._snapshot)
+
+    def _mean_loss(self, snapshot: Snapshot | None) -> float:
         quantity = "held_out_losses" if self._arguments.get("held_out") is not None else "losses"
         try:
-            assert self._snapshot is not None
-            return float(self._snapshot.quantity(quantity).double().mean())
+            assert snapshot is not None
+            return float(snapshot.quantity(quantity).double().mean())
         except Exception:  # whatever the user's model or loss raises is reported by the instruments
             return math.nan
 
@@ -62,16 +76,31 @@ class AllRanks(OneProcess):
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         super().__init__(model, arguments)
+        chosen, arguments = self._arguments.pop("ranks", None), self._arguments
         device = torch.device(arguments.get("device") or next(p.device for p in model.parameters()))
         self._together = Together(device)
         self.leads = self._together.rank == 0
         has_data = arguments.get("data") is not None
         self._apart = has_data and not all_alike(Snapshot(model, **arguments).batches, self._together)
         self._shared: Snapshot | None = None
+        self._by_layer = self._no_rank_has_all(chosen)
+        self.takes_previous = not self._by_layer
+
+    def _no_rank_has_all(self, chosen: Any) -> bool:
+        model = bare_model(self._model)
+        if not is_sharded(model):
+            return False
+        if chosen == BY_LAYER:
+            return True
+        fits = fits_whole(model, self._together, free_memory(self._together.device))
+        return not fits and can_gather_by_layer(model, self._together.world)
 
     def begin(self, previous: Any) -> None:
         """A checkpoint has been loaded on every rank."""
         model, together = self._model, self._together
+        if self._by_layer:
+            self._shared = Snapshot(model, **self._arguments, ranks=BY_LAYER)
+            return
         if is_sharded(model):
             model = whole_copy(model, together, free_memory(together.device)).model
             previous = previous and {n: _whole(value, together) for n, value in previous.items()}
@@ -81,6 +110,12 @@ class AllRanks(OneProcess):
 
     def measure(self, instrument: Instrument, settings: Mapping[str, Any]) -> Outcome | None:
         """What an instrument gives; None on all ranks but the first."""
+        if self._by_layer:
+            together = is_put_together(instrument)
+            outcome = (
+                attempt(self._shared, instrument, **settings) if together else Skipped(instrument.name, SPREAD)
+            )
+            return outcome if self.leads else None
         if is_put_together(instrument) and (self._apart or requires(instrument, *SHARED_WORK)):
             outcome = attempt(self._shared, instrument, **settings)
             return outcome if self.leads else None
@@ -89,7 +124,9 @@ class AllRanks(OneProcess):
         return super().measure(instrument, settings) if self.leads else None
 
     def loss(self) -> float:
-        """Rank 0's, on every rank."""
+        """Rank 0's, on every rank; where no rank has all weights, that of all ranks."""
+        if self._by_layer:
+            return self._mean_loss(self._shared)
         return self._together.total(super().loss() if self.leads else 0.0)
 
 

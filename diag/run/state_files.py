@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import diag
-from diag.checkpoints import SavedFile, load_saved
+from diag.checkpoints import SavedFile, load_saved, load_state
 from diag.errors import as_path
 from diag.registry import Instrument, attempt, instruments
 from diag.result import Result
@@ -35,7 +36,7 @@ def from_state_files(
     Raises CheckpointError where a file cannot be read or holds no state dict, InvalidInput where none is given.
     """
     files = checkpoint_files([as_path(path) for path in paths])
-    places, events = by_step_order(files, key)
+    places, events = by_step_order(files, partial(load_state, key=key))
     known = [i for i in instruments().values() if any(n.name == "saved" for n in i.needs)]
     records: list[Record] = []
     previous = None if before is None else load_saved(Path(before), key)

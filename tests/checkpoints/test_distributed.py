@@ -3,6 +3,7 @@
 import collections
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from diag.checkpoints import load_into, load_state
+from diag.checkpoints.stored import block_at
 from diag.errors import CheckpointError
 
 
@@ -191,6 +193,131 @@ def test_distributed_tensors_in_a_torch_file(ranks, tmp_path):
             CheckpointError, match=r"weight is one shard of a distributed tensor; save the whole state"
         ):
             load_into(model, load_state(tmp_path / "a.pt"))
+
+
+WEIGHTS = {"weight": torch.arange(35.0).reshape(7, 5), "bias": torch.arange(7.0)}
+
+
+@pytest.fixture
+def as_rank():
+    """Calls something as one of so many ranks, that none of the others is there to be sent anything."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def call(rank, world, function):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            return function()
+        finally:
+            dist.destroy_process_group()
+
+    return call
+
+
+def lying(placements, shape):
+    """The weights, spread over a mesh of this shape."""
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", shape)
+    found = {
+        name: distribute_tensor(whole, mesh, placements, src_data_rank=None) for name, whole in WEIGHTS.items()
+    }
+    return {**found, "count": torch.tensor(3)}
+
+
+def files_of_ranks(folder, as_rank, placements, shape):
+    folder.mkdir()
+    for rank in range(torch.Size(shape).numel()):
+        state = as_rank(rank, torch.Size(shape).numel(), lambda: lying(placements, shape))
+        torch.save({"model": state, "step": 40}, folder / f"model_rank_{rank}.pt")
+    return folder
+
+
+class Layer(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(5, 7)
+        self.register_buffer("count", torch.tensor(0))
+
+
+# By name, along which axis the ranks of each axis of a mesh split (None: they do not), and the mesh's shape.
+SPLITS = {
+    "three ranks": ([0], (3,)),
+    "more ranks than rows": ([0], (9,)),
+    "copies": ([0, None], (2, 2)),
+    "one axis twice": ([0, 0], (2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_files_of_all_ranks_are_put_together(name, as_rank, tmp_path):
+    from torch.distributed.tensor import Replicate, Shard
+
+    axes, shape = SPLITS[name]
+    placements = [Replicate() if axis is None else Shard(axis) for axis in axes]
+    checkpoint = load_state(files_of_ranks(tmp_path / "ranks", as_rank, placements, shape))
+    assert checkpoint.step == 40 and checkpoint.format == "torch files of all ranks"
+    layer = Layer()
+    load_into(layer, checkpoint)
+    assert layer.count == 3 and all(torch.equal(getattr(layer, n), whole) for n, whole in WEIGHTS.items())
+
+
+def noted(read, chunk):
+    read.append(chunk.block)
+    return chunk.read()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+@pytest.mark.parametrize("kind", ["files of ranks", "dcp"])
+def test_each_rank_reads_the_parts_that_it_needs(kind, world, as_rank, tmp_path):
+    """Bit for bit, whatever number of ranks saved; of four files, those that hold something of the own part."""
+    from torch.distributed.tensor import Shard
+
+    folder = tmp_path / "saved"
+    if kind == "dcp":
+        dcp.save({"model": WEIGHTS}, checkpoint_id=folder)
+    else:
+        files_of_ranks(folder, as_rank, [Shard(0)], (4,))
+    state = load_state(folder, in_parts=True).state
+    for name, whole in WEIGHTS.items():
+        stored, read = state[name], []
+        stored.chunks = [c._replace(read=partial(noted, read, c)) for c in stored.chunks]
+        blocks = [block_at(whole.shape, (world,), (rank,), [Shard(0)]) for rank in range(world)]
+        assert torch.equal(torch.cat([stored.part(block) for block in blocks]), whole)
+        read.clear()
+        stored.part(blocks[0])
+        needed = [c.block for c in stored.chunks if c.block[0].start < blocks[0][0].stop]
+        assert read == needed
+        assert torch.equal(stored + 1, whole + 1) and stored.shape == whole.shape and repr(stored)
+
+
+def test_files_of_other_ranks_than_there_were_are_refused(as_rank, tmp_path):
+    from torch.distributed.tensor import Shard
+
+    folder = files_of_ranks(tmp_path / "ranks", as_rank, [Shard(0)], (3,))
+    (folder / "model_rank_2.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"has the files of 2 ranks, and model.weight was split over 3"):
+        load_state(folder)
+    torch.save({"model": {"weight": WEIGHTS["weight"]}}, folder / "model_rank_2.pt")
+    with pytest.raises(CheckpointError, match=r"model_rank_2.pt does not have model.weight as"):
+        load_state(folder)
+
+
+def test_a_sum_that_the_ranks_have_in_parts_is_refused(as_rank, tmp_path):
+    from torch.distributed.tensor import DTensor, Partial, init_device_mesh
+
+    for rank in range(2):
+        part = as_rank(
+            rank, 2, lambda: DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (2,)), [Partial()])
+        )
+        torch.save({"weight": part}, tmp_path / f"rank{rank}.pt")
+    with pytest.raises(CheckpointError, match=r"weight lies in .*rank0.pt in a way that is not read here"):
+        load_state(tmp_path)
+
+
+def test_a_part_that_cannot_be_read_says_so_on_loading(folder, net):
+    (folder / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        load_into(net, load_state(folder, in_parts=True))
 
 
 def in_pieces(folder, whole, boxes, size=None):

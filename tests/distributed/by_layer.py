@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 import diag
 from diag.curvature.by_layer import SpreadByLayer
+from diag.curvature.vocabulary import loss
 from diag.distributed.together import Together
 from diag.linalg.lanczos import eigenpairs
 from diag.linalg.reductions import normal
 from diag.snapshot.sharded.by_layer import ByLayer
 
 sys.path.insert(0, str(Path(__file__).parent))
+import loading
 import trainings
 
 CPU = torch.device("cpu")
@@ -48,15 +50,23 @@ def numbers(snapshot):
     """What is compared with one process."""
     found = diag.hessian_spectrum(snapshot, num_eigenvalues=3, trace_probes=2, steps=16, tolerance=1e-5)
     gauss_newton = snapshot.quantity("gauss_newton")
+    v = torch.linspace(-1, 1, gauss_newton.size, dtype=gauss_newton.dtype)
     return {
         "eigenvalues": found.eigenvalues.tolist(),
         "trace": float(found.trace),
         "norm": float(found.frobenius_norm),
         "layers": dict(found.layer_shares),
         "gauss newton": eigenpairs(gauss_newton, largest=1, tolerance=1e-6).values.tolist(),
-        "product": (gauss_newton @ torch.linspace(-1, 1, gauss_newton.size, dtype=gauss_newton.dtype)).tolist(),
+        "product": (gauss_newton @ v).tolist(),
+        "product, logits in pieces": in_pieces(lambda: gauss_newton @ v).tolist(),
         "losses": snapshot.quantity("losses").double().mean().item(),
     }
+
+
+def in_pieces(call):
+    """As where the classes are many: the last layer's logits are computed some rows at a time."""
+    with mock.patch.object(loss, "LEAST", 1), mock.patch.object(loss, "PIECE", 100):
+        return call()
 
 
 class Sizes(TorchDispatchMode):
@@ -258,7 +268,7 @@ def by_layer():
     for kind, network in DIFFERENCED.items():
         torch.manual_seed(2)
         found[f"differenced {kind}"] = differenced(kind, trainings.fully(network().double()), ranks="by_layer")
-    return found | {"memory": memory(), "refused": refused()}
+    return found | {"memory": memory(), "refused": refused(), "loaded": loading.loaded(sys.argv[3])}
 
 
 trainings.measurements = {"by_layer": by_layer}

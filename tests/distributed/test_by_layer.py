@@ -64,6 +64,12 @@ def test_finite_differences_of_shards_stand_in(ranks, kind):
         assert found[f"differenced {kind}"][1] == pytest.approx(values, rel=1e-4)
 
 
+def test_each_rank_loads_its_own_parts(ranks):
+    for found in ranks:
+        for kind, (equal, whole) in found["loaded"].items():
+            assert equal and not whole, kind
+
+
 def test_all_ranks_stop_together_and_can_go_on(ranks):
     first, last = (found["refused"] for found in ranks)
     assert first["branches"].startswith("The ranks take different paths through the network")

@@ -172,7 +172,7 @@ def _errors(
     """p, and p less one at the label, of some rows."""
     z = F.linear(x[i], w, b)
     p = (z if moved is None else z + moved.logits(x, w, i)).softmax(1)
-    return p, p - F.one_hot(labels[i], len(w)).to(p.dtype)
+    return p, p.scatter_add(1, labels[i][:, None], p.new_full((len(p), 1), -1.0))
 
 
 # ---- what stands in for torch's functions

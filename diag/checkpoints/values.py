@@ -60,8 +60,8 @@ def plain_tensor(name: str, value: Tensor) -> Tensor:
     if local is None or local.shape != value.shape:
         raise CheckpointError(
             f"{name} is one shard of a distributed tensor; save the whole state with "
-            "torch.distributed.checkpoint, call full_tensor() before saving, or give a folder that holds the files of "
-            "all ranks (rank0.pt, rank1.pt, ...)."
+            "torch.distributed.checkpoint, call full_tensor() before saving, or give a folder that holds the files "
+            "of all ranks (rank0.pt, rank1.pt, ...)."
         )
     return local
 

@@ -35,8 +35,8 @@ APART = (
 )
 
 SPREAD = (
-    "No rank holds all weights, and this measurement needs them in one process; where a whole copy fits on each "
-    "rank, leave out ranks='by_layer'."
+    "This measurement is not put together over ranks, and no rank holds the whole network to make it alone; where "
+    "a whole copy fits on each rank, leave out ranks='by_layer'."
 )
 
 

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 BUILD = """
@@ -22,14 +24,26 @@ def build():
         fully_shard(net)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
     return net, F.cross_entropy, (x, x[:, :3].argmax(1))
+
+def by_layer():
+    return {**dict(zip(("model", "loss_fn", "data"), build())), "ranks": "by_layer"}
 """
 NAMES = ("hessian_spectrum", "softmax_collapse", "neural_collapse")
 PER_RANK = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def numbers_of(folder, starter, output):
-    chosen = [part for name in NAMES for part in ("--instrument", name)]
-    command = [*starter, "-m", "diag", "report", folder / "model.pt", "--build", f"{folder}/task.py:build", *chosen]
+def numbers_of(folder, starter, output, names=NAMES, checkpoint="model.pt", build="build"):
+    chosen = [part for name in names for part in ("--instrument", name)]
+    command = [
+        *starter,
+        "-m",
+        "diag",
+        "report",
+        folder / checkpoint,
+        "--build",
+        f"{folder}/task.py:{build}",
+        *chosen,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*command, "-o", folder / output], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -51,7 +65,21 @@ def folder(tmp_path_factory):
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
     net[1].running_mean.normal_(0, 0.1)
     torch.save(net.state_dict(), folder / "model.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.save({"model": net.state_dict()}, checkpoint_id=folder / "dcp")
     return folder
+
+
+@pytest.mark.slow
+def test_one_page_where_no_rank_has_all_weights(folder):
+    """Each rank loads its parts of a folder of torch.distributed.checkpoint; what needs all weights is skipped."""
+    together, done = numbers_of(folder, PER_RANK, "layers.html", checkpoint="dcp", build="by_layer")
+    alone, _ = numbers_of(folder, [sys.executable], "one.html")
+    (ours, values), (theirs, expected) = found(together), found(alone)
+    assert ours.pop("neural-collapse")[0] == "skipped" and theirs.pop("neural-collapse")
+    assert "as no rank holds all of them" in done.stdout
+    assert ours == theirs and values == {name: pytest.approx(expected[name], rel=1e-6) for name in values}
 
 
 def test_one_page_of_all_ranks_with_the_numbers_of_one_process(folder):

@@ -76,6 +76,13 @@ def data_apart(model: nn.Module) -> bool:
     return not spread or (fully and axes <= 1)
 
 
+def one_batch(model: nn.Module, world: int) -> bool:
+    """Whether all ranks hold parts of one network, so that they are to read one batch: pure tensor parallelism."""
+    meshes = [p.device_mesh for p in model.parameters() if is_spread(p)]  # type: ignore[attr-defined]
+    whole = all(mesh.ndim == 1 and mesh.size() == world for mesh in meshes)
+    return bool(meshes) and whole and not data_apart(model)
+
+
 def block_of(tensor: Any) -> tuple[slice, ...] | None:
     """Where this process's part of a DTensor lies in the whole; None where another rank, that holds the same part,
     stands for it, or where the part is empty."""

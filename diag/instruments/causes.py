@@ -193,6 +193,7 @@ class Cause(enum.StrEnum):
     REPLICAS_DIFFER = "replicas_differ", Theme.DISTRIBUTED, "Parameters or buffers that should be equal on all ranks differ."
     GRADIENTS_NOT_REDUCED = "gradients_not_reduced", Theme.DISTRIBUTED, "Ranks step on their own gradients: nothing averages them."
     RANKS_SEE_SAME_DATA = "ranks_see_same_data", Theme.DISTRIBUTED, "All ranks train on the same batches."
+    RANKS_READ_APART = "ranks_read_apart", Theme.DISTRIBUTED, "Ranks that hold parts of one network are given different batches."
     RANKS_UNEVEN = "ranks_uneven", Theme.DISTRIBUTED, "Ranks train on batches of different sizes, and their gradients count alike."
     RANK_SETTINGS_DIFFER = "rank_settings_differ", Theme.DISTRIBUTED, "Ranks step with different hyperparameters."
     SAMPLER_EPOCH_NOT_SET = "sampler_epoch_not_set", Theme.DISTRIBUTED, "The distributed sampler's epoch is never set, so that every epoch has the same order."

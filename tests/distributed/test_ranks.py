@@ -32,6 +32,7 @@ FAULTS = {
     "uneven": "ranks_uneven",
     "other_rate": "rank_settings_differ",
     "other_buffer": "replicas_differ",
+    "columns_apart": "ranks_read_apart",
 }
 PARTINGS = ("watched_alone", "closes_early", "breaks_inside", "raises")
 MEASURED = ("measured_ddp", "measured_fsdp", "measured_columns")
@@ -140,6 +141,9 @@ def test_sentences_say_which_rank_since_when_and_where(ranks, folder):
     assert "since step 10 at the latest" in drift.sentence and "first in 2.bias (1 tensor now)" in drift.sentence
     assert (
         "Each rank steps on its own gradient" in findings(folder, "not_averaged")["gradients_not_reduced"].sentence
+    )
+    assert "parts of one network (tensor parallelism) and are given different batches" in (
+        findings(folder, "columns_apart")["ranks_read_apart"].sentence
     )
     assert "Rank 1 steps with lr 0.2 in parameter group 0, rank 0 with 0.1" in (
         findings(folder, "other_rate")["rank_settings_differ"].sentence

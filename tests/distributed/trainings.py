@@ -99,6 +99,15 @@ def as_tensor_parallel(watch):
     return train(net, rows(), watch=watch)
 
 
+def columns_apart(watch):
+    """Ranks that hold parts of one network read rows of their own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return train(parallelize_module(mlp(), init_device_mesh("cpu", (WORLD,)), plan), own_rows(), watch=watch)
+
+
 def as_fsdp1(watch):
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -58,7 +58,9 @@ def replicas_equal(loop: Loop) -> ReplicasEqual:
 
 def _findings(ranks: RankFacts, past_wrapper: bool) -> Iterator[LoopFinding]:
     apart = ranks.equal_gradients == 0 and any(d.times >= LOOKS_THAT_DIFFER for d in ranks.gradients)
-    if apart and not past_wrapper:  # which `wrapper_called` says
+    if apart and ranks.one_batch and ranks.rows_compared >= LOOKS_THAT_DIFFER and not ranks.rows_equal:
+        yield _read_apart(ranks)
+    elif apart and not past_wrapper:  # which `wrapper_called` says
         yield _not_reduced(ranks)
     if ranks.settings:
         yield _settings(ranks)
@@ -68,15 +70,37 @@ def _findings(ranks: RankFacts, past_wrapper: bool) -> Iterator[LoopFinding]:
         yield _buffers(ranks.buffers)
 
 
+def _read_apart(ranks: RankFacts) -> LoopFinding:
+    worst = max(ranks.gradients, key=lambda d: d.size)
+    return LoopFinding(
+        Level.ALARM,
+        Cause.RANKS_READ_APART,
+        f"The {ranks.world} ranks hold parts of one network (tensor parallelism) and are given different batches: "
+        f"inputs or targets differed at each of {counted(ranks.rows_compared, 'step')} compared, and so do the "
+        f"gradients of what each rank holds whole, on rank {worst.rank} by up to {worst.size:.1%}.",
+        "Give all ranks of a tensor-parallel group the same rows: one seed for their samplers, or a sampler that "
+        "counts groups and not ranks.",
+        "Inputs and targets that are equal on all ranks, or gradients that are.",
+        step=worst.since,
+        layers=worst.names,
+    )
+
+
 def _not_reduced(ranks: RankFacts) -> LoopFinding:
     worst = max(ranks.gradients, key=lambda d: d.size)
+    advice = (
+        "Wrap the model in DistributedDataParallel and call the wrapper, or average the gradients before the step."
+        if ranks.data_apart
+        else "Look for what each rank of a tensor-parallel group draws or computes by itself: dropout with its own "
+        "seed, a layer outside of the plan whose input is one rank's part."
+    )
     return LoopFinding(
         Level.ALARM,
         Cause.GRADIENTS_NOT_REDUCED,
         f"Each rank steps on its own gradient, nothing averages them: on rank {worst.rank} the "
         f"gradient norms are up to {worst.size:.1%} from rank 0's, at each of {counted(worst.times, 'step')} "
         f"compared.",
-        "Wrap the model in DistributedDataParallel and call the wrapper, or average the gradients before the step.",
+        advice,
         "Equal gradient norms on all ranks at the optimizer's step; or a method in which ranks step alone and "
         "parameters are averaged now and then.",
         step=worst.since,
@@ -89,7 +113,7 @@ def _parameters(ranks: RankFacts, explained: bool) -> LoopFinding:
     others = [d.rank for d in ranks.parameters if d.rank != first.rank]
     also = f" (and rank{'s' if len(others) > 1 else ''} {named([str(r) for r in others])})" if others else ""
     small = all(d.size < MAY_BE_ROUNDING for d in ranks.parameters)
-    from_start = first.since == ranks.looks[0] and not explained
+    from_start = first.since == ranks.looks[0] and not explained and ranks.data_apart
     return LoopFinding(
         Level.WARNING if small else Level.ALARM,
         Cause.REPLICAS_DIFFER,
@@ -97,14 +121,15 @@ def _parameters(ranks: RankFacts, explained: bool) -> LoopFinding:
         f"first in {first.names[0]} ({counted(len(first.names), 'tensor')} "
         f"now{', by as little as rounding' if small else ''}).",
         "Start all ranks from the same weights: wrap the model in DistributedDataParallel, or broadcast its state "
-        "from rank 0 before the first step."
+        "from rank 0 before the first step. If they did start so, look for what the first step does on one rank "
+        "alone: clipping, hyperparameters."
         if from_start
         else "Look for what changes weights on one rank alone: an optimizer step that a rank skips, gradients that "
         "are not averaged, hyperparameters or a restored checkpoint that differ.",
         "Checksums that are equal on all ranks; or ranks that are meant to differ, as experts do.",
         step=first.since,
         layers=first.names,
-        explained_by=(Cause.GRADIENTS_NOT_REDUCED,) if explained else (),
+        explained_by=(Cause.GRADIENTS_NOT_REDUCED, Cause.RANKS_READ_APART) if explained else (),
     )
 
 

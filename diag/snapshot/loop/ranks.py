@@ -50,9 +50,10 @@ class RankFacts:
     parameters, buffers, gradients: for each rank that differs from rank 0, what differs; buffers are those that
     training does not change, gradients those that the optimizer was given. equal_gradients: looks at which all
     ranks had the same gradients. rows: ranks that read the same data; data_apart: ranks are meant to have data of
-    their own. examples: for each look, the examples of each rank. settings: hyperparameters that differ. wrapper:
-    the class of the data-parallel wrapper that is watched; past_wrapper: training calls of the module inside it
-    that did not come through it, of `calls` on this rank."""
+    their own. one_batch: all ranks hold parts of one network (tensor parallelism), and so are to read one batch;
+    rows_compared: looks at which the batches of all ranks were seen; rows_equal: those of them at which they were
+    the same on all ranks. examples: for each look, the examples of each rank. settings: hyperparameters that
+    differ."""
 
     world: int = 1
     together: bool = False
@@ -64,5 +65,8 @@ class RankFacts:
     equal_gradients: int = 0
     rows: tuple[SameRows, ...] = ()
     data_apart: bool = True
+    one_batch: bool = False
+    rows_compared: int = 0
+    rows_equal: int = 0
     examples: tuple[tuple[int, ...], ...] = ()
     settings: tuple[RankSetting, ...] = ()

@@ -54,7 +54,7 @@ class RankComparison:
         self._first_buffers: NDArray[numpy.int64] | None = None
         self._found: dict[str, dict[int, Difference]] = {"parameters": {}, "buffers": {}, "gradients": {}}
         self._read_so_far: dict[int, int] = {}
-        self._compared = 0
+        self._compared = self._equal_rows = 0
         self._names: list[tuple[str, int, float]] = []
         self._settings: dict[tuple[int, str, int], RankSetting] = {}
         self._looks: list[int] = []
@@ -128,6 +128,7 @@ class RankComparison:
         if not inputs.all():
             return  # the batch of some rank was not seen
         self._compared += 1
+        self._equal_rows += bool((inputs == inputs[0]).all() and (targets == targets[0]).all())
         for rank, read in enumerate(zip(inputs.tolist(), targets.tolist(), strict=True)):
             self._read_so_far[rank] = hash((self._read_so_far.get(rank, 0), read))
 
@@ -201,6 +202,8 @@ class RankComparison:
             replicated=len(self._parameters),
             equal_gradients=self._equal_gradients,
             rows=tuple(SameRows(ranks, self._compared) for ranks in self._alike()),
+            rows_compared=self._compared,
+            rows_equal=self._equal_rows,
             examples=tuple(self._examples),
             settings=tuple(self._settings.values()),
         )

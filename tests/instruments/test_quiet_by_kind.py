@@ -16,6 +16,7 @@ from diag.instruments.causes import Cause
 from diag.instruments.data.class_counts import times_rarer
 from diag.instruments.data.dependence import feature_p_value
 from diag.instruments.network.output_constant import OutputConstant
+from diag.instruments.outcome.trivial import TrivialPredictor
 from diag.snapshot.history import empty_history
 from diag.snapshot.loop.data import LossFacts
 from diag.snapshot.loop.facts import Loop
@@ -301,3 +302,18 @@ def test_the_ratio_of_classes_that_is_told_is_no_larger_than_the_true_one():
     told = [times_rarer(64 - k, k) for k in rare.tolist() if k]
     assert sum(ratio > 23 for ratio in told) < 0.03 * len(told)
     assert times_rarer(1980, 20) == pytest.approx(66.1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("course", "level"), [((0.7, 0.3), "unknown"), ((0.7, 0.65), "warning"), ((0.3,), "warning")]
+)
+def test_a_network_on_its_way_down_to_the_class_frequencies_is_not_said_to_have_stopped(course, level):
+    labels = (torch.arange(200) % 40 == 0).long()
+    looks = []
+    for loss in course:
+        right = math.log(math.expm1(loss))  # what makes the loss of a frequent row this one
+        logits = torch.stack([torch.zeros(200), torch.full((200,), right)], 1)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        looks.append(diag.trivial_predictor(logits=logits, labels=labels, losses=losses))
+    assert looks[-1]._worse()
+    assert TrivialPredictor.trend([(100 * i + 100, r) for i, r in enumerate(looks)]).level == level

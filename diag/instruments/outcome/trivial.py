@@ -24,6 +24,7 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 SOURCE = "arithmetic: the entropy of the labels is the loss of the class frequencies"
 STEPS_BEFORE_TRIVIAL = 100  # steps
 ERRORS_BELOW_ENTROPY = 2.0
+STILL_FALLING = 0.8  # of the loss at the look before: a network that is worse yet is on its way
 CROSS_ENTROPY_WITHIN = 1e-2
 # What a network that learns nothing may be the consequence of: whatever was found is a better answer than this.
 EXPLAINED_BY = tuple(
@@ -67,6 +68,8 @@ class TrivialPredictor(Result):
         step, last = series[-1]
         if last.unmet() is not None or step < STEPS_BEFORE_TRIVIAL or not all(r._no_better() for _, r in series):
             return last.verdict()
+        if len(series) > 1 and last._worse() and last.loss < STILL_FALLING * series[-2][1].loss:
+            return last.verdict()
         return Verdict(
             Level.WARNING,
             f"After {step:,} steps the network does not do measurably better than an answer with how often each "
@@ -105,8 +108,8 @@ def trivial_predictor(logits: Tensor, labels: Tensor, losses: Tensor) -> Trivial
 
     logits (n, K), labels (n,), losses (n,): where the loss is the cross-entropy of the logits. Compared is the mean
     loss with the entropy of the labels' frequencies in the same examples, in nats. A warning in a training of a
-    hundred steps and more that never did better; it follows from whatever else was found. Raises nothing of its
-    own.
+    hundred steps and more that never did better, unless it is worse and has a loss below four fifths of that at the
+    look before; it follows from whatever else was found. Raises nothing of its own.
     """
     own = F.cross_entropy(logits.double(), labels, reduction="none")
     mean = float(losses.double().mean())

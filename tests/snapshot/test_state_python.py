@@ -492,6 +492,27 @@ def test_what_is_found_is_bounded():
     assert len(model.numbers) == 200_000
 
 
+def test_each_of_many_modules_is_put_back():
+    """More modules than objects that are looked at of any other model."""
+
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n, self.log, self.more = 0, [], {"seen": []}
+
+        def forward(self, x):
+            self.n += 1
+            self.log.append(self.n)
+            self.more["seen"].append(self.n)
+            return x
+
+    model = nn.Sequential(*(Remembering() for _ in range(MOST_OBJECTS + 1_000)))
+    with preserved(model):
+        model(torch.ones(1))
+    for part in model:
+        assert (part.n, part.log, part.more) == (0, [], {"seen": []})
+
+
 def test_the_trainer_and_the_optimizer_are_not_entered():
     model = nn.Linear(2, 2)
     model.optimizer = torch.optim.Adam(model.parameters())

@@ -152,3 +152,40 @@ def test_the_model_and_the_loss_are_called_with_the_programs_default_device():
     asked = False
     reference = diag.hessian_spectrum(diag.Snapshot(model, F.cross_entropy, (X, Y)), num_eigenvalues=2)
     assert spectrum.eigenvalues == pytest.approx(reference.eigenvalues, rel=1e-4)
+
+
+def outside_changes_of(change, dtype):
+    """What is said of a training whose weights change(weight, step) touches before each step."""
+    torch.manual_seed(0)
+    model = Scaled().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, instruments=["outside_changes"]) as watcher:
+        for step in range(8):
+            change(model.first.weight, step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(X.to(dtype)).float(), Y).backward()
+            optimizer.step()
+    assert not broken(watcher.run)
+    (found,) = watcher.run.findings()
+    return found.verdict
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_that_are_not_a_number_are_not_changed_from_outside(dtype, turned):
+    def poisoned(weight, step):
+        """From step 3 on the gradients are not numbers, and so the weights are none after the optimizer's step."""
+        if step == 0 and turned:
+            weight.data = weight.data.t().contiguous().t()
+        if step == 3:
+            weight.register_hook(lambda g: g * math.nan)
+
+    assert outside_changes_of(poisoned, dtype).level == "ok"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_changed_by_hand_are_named_in_any_precision(dtype):
+    verdict = outside_changes_of(lambda weight, step: weight.data.mul_(1.5) if step > 5 else None, dtype)
+    assert verdict.level in ("alarm", "warning") and "first.weight" in verdict.sentence
+    often = outside_changes_of(lambda weight, step: weight.data.mul_(1.5) if step else None, dtype)
+    assert often.level == "ok" and "7 times in 8 steps" in often.sentence and "taken to be meant" in often.sentence

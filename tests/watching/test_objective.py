@@ -406,6 +406,30 @@ def test_a_shared_backward_of_two_networks_is_each_ones_own_part():
         assert "one term more of which this model has no part" in texts(run)
 
 
+@pytest.mark.parametrize("steps_between", [0, 20])
+def test_terms_that_change_places_stay_each_networks_own(steps_between):
+    (first, x, y), (second, _, _) = problem(), problem()
+    with torch.no_grad():
+        second[0].weight.mul_(2)
+
+    def outputs(model):
+        z = model(x)
+        for _ in range(steps_between):  # so that where the loss's input came from takes a longer look
+            z = z + 1
+        return z
+
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], LR)
+    own = []
+    with diag.watch(first, instruments=[]) as watcher:
+        for i in range(6):
+            losses = [F.cross_entropy(outputs(first), y), F.cross_entropy(outputs(second), y)]
+            own.append(losses[0].item())
+            optimizer.zero_grad()
+            sum(losses if i % 2 else losses[::-1]).backward()
+            optimizer.step()
+    numpy.testing.assert_allclose(watcher.run.history.loss, own, rtol=1e-6)
+
+
 def test_a_pass_to_other_parameters_alone_is_none_of_this_model():
     """backward(inputs=...) leaves the discriminator's gradients alone, so its step does not descend that loss."""
     pair = Pair()

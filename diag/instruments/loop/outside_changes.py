@@ -40,14 +40,30 @@ def outside_changes(loop: Loop) -> OutsideChanges:
     Raises nothing of its own.
     """
     about = {} if loop.training else {"preconditions": (NO_STEP,)}
-    fine = f"At each training call the weights were what the step before had left, in {counted(loop.step, 'step')}."
-    findings = list(_findings(loop)) if loop.training else []
-    return judged(OutsideChanges, loop.step, findings, fine, **about)
+    changes = _changes(loop)
+    findings = list(_findings(loop, changes)) if loop.training else []
+    return judged(OutsideChanges, loop.step, findings, _meant(loop) if changes else _kept(loop), **about)
 
 
-def _findings(loop: Loop) -> Iterator[LoopFinding]:
+def _changes(loop: Loop) -> list[OutsideChange]:
+    """Of parameters that an optimizer trains."""
     held = {name for o in loop.training for name in o.held}
-    changes = [c for c in loop.outside if set(c.names) & held]
+    return [c for c in loop.outside if set(c.names) & held]
+
+
+def _kept(loop: Loop) -> str:
+    whose = "weights that an optimizer trains" if loop.outside else "weights"
+    return f"At each training call the {whose} were what the step before had left, in {counted(loop.step, 'step')}."
+
+
+def _meant(loop: Loop) -> str:
+    return (
+        f"Something other than the optimizer changes the weights between steps, {loop.outside_times:,} times in "
+        f"{counted(loop.step, 'step')}; at so many of them it is taken to be meant, as a projection or a limit is."
+    )
+
+
+def _findings(loop: Loop, changes: list[OutsideChange]) -> Iterator[LoopFinding]:
     last = loop.taken_back[-STEPS_TAKEN_BACK:]
     if changes and len(last) == STEPS_TAKEN_BACK and min(last) > MOST_OF_IT:
         yield _taken_back(min(last), len(last), changes[0])

@@ -4,7 +4,7 @@ That is what its modules hold besides parameters and buffers, deeply: attributes
 arrays, tensors, generators of random numbers, helper objects, the variables of functions; the attributes of the
 classes that it is made of; and of the user's own code the globals that its functions name. Code of installed
 packages is taken to keep nothing in its globals. The search goes from near to far and ends at `MOST_OBJECTS`
-objects, so that a model that holds its trainer does not cost more than it is worth.
+objects, or a few for each module, so that a model that holds its trainer does not cost more than it is worth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from diag.snapshot.state import kinds, number_kinds
 from diag.snapshot.state.kinds import Kept
 from diag.snapshot.state.standins import LruCache, entries_of
 
-MOST_OBJECTS = 5_000  # objects (our choice)
+MOST_OBJECTS = 5_000  # objects (our choice), or more where the model has many modules
+OBJECTS_OF_MODULE = 8  # itself, what torch keeps in it, and some lists, dicts or sets of its own
 LONG_LIST = 10_000  # items of a list (our choice), from which on the types are looked at first
 COPIED_BYTES = 1 << 26  # of tensors and arrays (our choice)
 ATOMS = (
@@ -72,11 +73,12 @@ class Walk:
         self._types: dict[type, Traits] = {}
         self._bytes = 0
         self._queue: deque[tuple[str, Any]] = deque()
+        self._most = max(MOST_OBJECTS, OBJECTS_OF_MODULE * len(self._own))
         for part in self._own.values():
             self._meet(type(part).__name__, part)
         for other in others:
             self._meet(getattr(other, "__name__", type(other).__name__), other)
-        for _ in range(MOST_OBJECTS):
+        for _ in range(self._most):
             if not self._queue:
                 break
             with contextlib.suppress(Exception):  # what does not let itself be looked at is left alone
@@ -99,7 +101,7 @@ class Walk:
         if long and all(self._traits(kind).atom for kind in set(map(type, kept.saved))):
             return
         for place, item in kept.items():
-            if len(self._queue) < MOST_OBJECTS:
+            if len(self._queue) < self._most:
                 self._meet(name, item, place)
 
     def _enter(self, name: str, value: Any) -> None:

@@ -68,7 +68,7 @@ class LossCalls:
         self._seen: deque[SeenValue] = deque(maxlen=MOST_LOSS_CALLS)
         self._scaled: dict[int, Tensor] = {}
         # Which terms of a loss are this model's, by what they are: finding out takes a walk through the graph.
-        self._own: dict[tuple[str, ...], tuple[bool, ...]] = {}
+        self._own: dict[Any, tuple[bool, ...]] = {}
 
     def add(self, seen: SeenValue) -> None:
         """A value that has a graph. One that was seen before gains the place in the model's outputs."""
@@ -130,10 +130,12 @@ class LossCalls:
         self._scaled.clear()
 
     def _own_of(self, terms: list[Term], seen: dict[int, SeenValue], concerns: Callable[[Any], Any]) -> list[Term]:
-        key = tuple(seen[t.number].name if t.known else t.name for t in terms)
-        if key not in self._own:
-            self._own[key] = tuple(concerns(t.node) is not False for t in terms)
-        return [term for term, own in zip(terms, self._own[key], strict=True) if own]
+        key = tuple(_kind_of(t, seen) for t in terms)
+        alike = [kind for kind in key if kind[1] is None]
+        known = self._own.get(key) if len(set(alike)) == len(alike) else None  # else one may be another's in turn
+        if known is None:
+            known = self._own[key] = tuple(concerns(t.node) is not False for t in terms)
+        return [term for term, own in zip(terms, known, strict=True) if own]
 
     def _unknown(
         self, own: list[Term], known: dict[int, SeenValue], among: dict[int, SeenValue]
@@ -149,6 +151,14 @@ class LossCalls:
         if seen.value.numel() != 1:
             return seen, WHY_NO_CALL[1]
         return seen, (ONLY_A_PART if known else VALUE_CHANGED).format(seen.name)
+
+
+def _kind_of(term: Term, seen: dict[int, SeenValue]) -> tuple[str, Any]:
+    """What a term is, and which output of the model it was called on, where that is known."""
+    if not term.known:
+        return term.name, None
+    value = seen[term.number]
+    return value.name, value.place if value.form is None else value.form[0]
 
 
 def number_of(tensor: Tensor) -> int:

@@ -173,11 +173,11 @@ class Weights:
 
 def share_taken_back(samples: Sequence[Sample], before: Any, after: Any, now: Any) -> list[float]:
     """The share of a step from `before` to `after` that is taken back in `now`: the smallest over the entries that
-    the step moved. None where any of these is exactly what it was, as where rows are restored or masked, or cannot
-    be read as numbers."""
+    the step moved. None where any of these is exactly what it was, as where rows are restored or masked, or has too
+    few digits to tell."""
     shares: list[float] = []
     for sample, *values in zip(samples, before, after, now, strict=True):
-        if not all(isinstance(v, bytes) for v in values):
+        if not all(isinstance(v, bytes) for v in values) or sample.parameter.dtype is torch.bfloat16:
             return []
         kind = str(sample.parameter.dtype).removeprefix("torch.")
         a, b, c = (numpy.frombuffer(v, kind).astype(float) for v in values)
@@ -206,7 +206,8 @@ def _some_of(flat: Tensor) -> Tensor:
 def _slow_reader(p: nn.Parameter) -> Callable[[], Any]:
     def read() -> Any:
         flat = getattr(p, "to_local", p.detach)().detach().reshape(-1)  # of a sharded one its own part
-        some = _some_of(flat).clone()
-        return tuple(some.tolist()) if p.is_cpu else some
+        some = _some_of(flat).clone(memory_format=torch.contiguous_format)
+        bits = some.view(torch.uint8)  # not as numbers: NaN is not equal to itself
+        return bits.numpy().tobytes() if p.is_cpu else bits
 
     return read

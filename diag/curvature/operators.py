@@ -27,6 +27,7 @@ from diag.curvature.carry import Carried
 from diag.curvature.layout import layout_of, participation
 from diag.curvature.memory import MemoryPlan, available_memory, plan_memory
 from diag.curvature.objective import PRECISIONS, LossFn, Objective, native_precision
+from diag.curvature.probe import refuse_cut
 from diag.curvature.products import Curvature, Graph, differenced_products, rebuilt_products
 from diag.curvature.record import SelfTest
 from diag.curvature.selftest import run_self_test
@@ -77,7 +78,8 @@ class CurvatureOperator(LinearOperator):
         precision = native_precision(model) if precision is None else precision
         if precision not in PRECISIONS:
             raise InvalidInput(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
-        parts = tuple(part for batch in batches for part in batch.split(micro_batch))
+        self._given = tuple(batches)  # as they were before any is cut
+        parts = tuple(part for batch in self._given for part in batch.split(micro_batch))
         if not parts:
             raise InvalidInput("There is no batch to measure curvature on; give at least one.")
         self._layers = layers
@@ -139,7 +141,10 @@ class CurvatureOperator(LinearOperator):
 
     def _run_self_test(self) -> None:
         with self._one_pass():
-            self._self_test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
+            test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
+        if self._layers is None:
+            refuse_cut(self.objective, self._given, self.objective.batches)
+        self._self_test = test
 
     def _one_pass(self) -> AbstractContextManager[None]:
         return nullcontext() if self._layers is None else self._layers.lock.one_pass()
@@ -153,6 +158,7 @@ class CurvatureOperator(LinearOperator):
                 self._plan = MemoryPlan(False, self.objective.batches, 0, memory or 0)
             else:
                 self._plan = plan_memory(self._curvature(), self.objective, memory)
+                refuse_cut(self.objective, self.objective.batches, self._plan.batches)
         return self._plan
 
     def _details(self) -> tuple[Any, ...]:

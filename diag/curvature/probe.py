@@ -14,8 +14,14 @@ from diag.curvature.objective import Objective
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.objective.coupling import rounding_of
+from diag.snapshot.reading import EXAMPLES_IN_PART
 from diag.snapshot.state.unmade import refuse_unusual
 
+CUT_APART = (
+    "The loss compares the examples of a batch with each other, so what it is depends on the batches, and these "
+    "had to be cut; give smaller batches, as they are meant, without micro_batch=, or allow more memory."
+)
 NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
 
 
@@ -87,6 +93,28 @@ def refuse_sums(objective: Objective, probe: Batch) -> None:
             "loss_fn sums over the examples of a batch; expected their mean, so that batches of different sizes "
             'weigh alike: use reduction="mean".'
         )
+
+
+def refuse_cut(objective: Objective, given: Sequence[Batch], parts: Sequence[Batch]) -> None:
+    """Raises Unsupported where batches were cut into parts of which the loss, or its gradient, is another one."""
+    cut = next((batch for batch in given if batch.size > 1 and not any(batch is part for part in parts)), None)
+    if cut is None:
+        return
+    few = cut.few(EXAMPLES_IN_PART)
+    halves = [few.slice(0, few.size // 2), few.slice(few.size // 2, few.size)]
+    with objective.measured():
+        theta = objective.parameters()
+        within = rounding_of(objective.loss(theta, few))
+        whole, *parts = (
+            (part.value(theta), part.gradient(theta)) for part in map(objective.on, ([few], *zip(halves)))
+        )
+    weights = [half.size / few.size for half in halves]
+    sizes = [
+        (w * abs(value), w * float(gradient.norm())) for w, (value, gradient) in zip(weights, parts, strict=True)
+    ]
+    value, gradient = (whole[i] - sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in (0, 1))
+    if abs(value) > within * max(s for s, _ in sizes) or float(gradient.norm()) > within * max(s for _, s in sizes):
+        raise Unsupported(CUT_APART)
 
 
 def in_float64(own: Objective) -> tuple[Objective, Tensor]:

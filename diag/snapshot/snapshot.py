@@ -241,7 +241,8 @@ class Snapshot:
         if self._sharded is not None and self.ranks is not None:
             refuse_another_function(self._sharded, self.model, batches[0], self.ranks)
             self._sharded = None
-        batches = batches if self.ranks is None else shared_out(batches, self.ranks)
+        if self.ranks is not None:
+            batches, self.cut = shared_out(batches, self.ranks, self.cut)
         if self.layers is not None and self.ranks is not None:
             batches = equally_many(batches, self.ranks)
         self._moment.read(batches)

@@ -316,6 +316,8 @@ def test_what_has_no_right_number_over_ranks_is_refused_on_all_of_them(ranks):
         and "loss_fn cannot be called" in last["one rank"]
     )
     assert "FullyShardedDataParallel (FSDP1)" in first["flat"] == last["flat"]
+    for name in ("coupled", "coupled and cut"):
+        assert "compares the examples of a batch" in first[name] == last[name]
     assert "give different outputs" in first["heads"] and "give different outputs" in last["heads"]
     assert "fewer than" not in first["heads"]
     assert first["shares"][0].startswith("Each rank was given different data") and last["shares"] == ["", 0]

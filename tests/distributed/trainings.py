@@ -416,6 +416,23 @@ def token_loss(outputs, targets):
     return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
 
+class Balanced(nn.Module):
+    """A loss of its own with a term of the whole batch, whose value nobody sees: only its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = networks()["mlp"]
+
+    def forward(self, x, labels):
+        logits = self.net(x)
+        balance = logits.softmax(-1).mean(0).square().sum()
+        return {"loss": F.cross_entropy(logits, labels) + balance - balance.detach(), "logits": logits}
+
+
+def balanced(given, data):
+    return diag.Snapshot(Balanced(), None, [{"x": data[0].double(), "labels": data[1]}], ranks=True, **given)
+
+
 # Networks whose parameters are sharded
 
 
@@ -614,6 +631,8 @@ def curvature():
         "alone": refusal(lambda: diag.neural_collapse(diag.Snapshot(fully(mlp()), F.cross_entropy, rows()))),
         "flat": refusal(lambda: diag.Snapshot(flat, F.cross_entropy, rows(), ranks=True).quantity("hessian")),
         "heads": refusal(lambda: diag.Snapshot(heads, token_loss, texts(), ranks=True).quantity("hessian")),
+        "coupled": refusal(lambda: balanced({}, rows()).quantity("hessian")),
+        "coupled and cut": refusal(lambda: balanced({"micro_batch": 4}, share()).quantity("gradient")),
         "unlike": refusal(lambda: snapshot.together.rows(lambda: torch.zeros(2, 3 + RANK), "outputs")),
         "rows": refused_without_memory(
             "diag.distributed.together", lambda: snapshot.together.rows(lambda: share()[0], "outputs")

@@ -1,12 +1,19 @@
 """A loss with something that is computed over the batch is not cut: noticed by its value or by its gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import diag
+from diag.curvature import memory as curvature_memory
+from diag.curvature.operators import Hessian
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
+from diag.snapshot.batch import as_batches
+from diag.snapshot.objective.counting import counted_batches
+from diag.snapshot.reading import Cut, shared_out
 
 
 class Routed(nn.Module):
@@ -91,6 +98,86 @@ def test_without_what_couples_it_is_cut(name, micro_batch):
     snapshot, expected = problem(name, micro_batch, coefficient=0.0)
     for found, own in zip(snapshot.quantity("gradient").values(), expected, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-12)
+
+
+def test_what_does_not_fit_in_memory_is_not_cut_behind_the_back(monkeypatch):
+    """One batch, which no one asked to be cut; the reference are differences of gradients."""
+    monkeypatch.setattr(curvature_memory, "available_memory", lambda device: 20_000)
+    snapshot, expected = problem("with_loss", None)
+    hessian = snapshot.quantity("hessian")
+    assert not hessian.memory_plan.retained
+    flat = torch.cat([g.reshape(-1) for g in expected])
+    product = hessian @ flat
+    model, step = snapshot.model, 1e-5 / float(flat.norm())
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), expected, strict=True):
+                p.add_(g, alpha=sign * step)
+        batch = snapshot.batches[0]
+        loss = model(*batch.args, **batch.kwargs)["loss"]
+        ends.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, model.parameters())]))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), expected, strict=True):
+                p.sub_(g, alpha=sign * step)
+    truth = (ends[0] - ends[1]) / (2 * step)
+    assert float((product - truth).norm()) < 1e-5 * float(truth.norm())
+
+
+@pytest.mark.parametrize("coefficient", [0.1, 0.0])
+@pytest.mark.parametrize("how", [{"micro_batch": 5}, {"memory": 24_000}])
+def test_an_operator_that_is_made_directly_does_not_cut_it_either(how, coefficient):
+    snapshot, _ = problem("beside_the_logits", None, coefficient)
+    batches = tuple(replace(batch, coupled=False) for batch in snapshot.batches)
+    operator = Hessian(snapshot.model, snapshot.batch_loss, batches, **how)
+    v = torch.ones(operator.size, dtype=torch.float64)
+    if coefficient:
+        with pytest.raises(Unsupported, match=r"compares the examples of a batch.*without micro_batch="):
+            operator @ v
+    else:
+        assert len(operator.memory_plan.batches) > 1
+        truth = Hessian(snapshot.model, snapshot.batch_loss, batches) @ v
+        torch.testing.assert_close(operator @ v, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_numbers_in_half_precision_inside_are_not_taken_for_it():
+    class Narrow(Routed):
+        def forward(self, x, labels=None):
+            with torch.autocast("cpu", torch.bfloat16):
+                z = self.head(torch.tanh(self.embed(x)))
+            return {"loss": F.cross_entropy(z.float(), labels), "logits": z}
+
+    model = Narrow(None).float()
+    data = [{"x": torch.randn(24, 6), "labels": torch.randint(0, 3, (24,))}]
+    for micro_batch in (None, 3):
+        assert not any(
+            b.coupled for b in counted_batches(diag.Snapshot(model, None, data, micro_batch=micro_batch))
+        )
+
+
+class OneOfTwo:
+    """A rank of two that were given the same rows."""
+
+    world = 2
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def same(self, numbers):
+        return True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("sizes", [(24,), (12, 12), (8, 16), (3, 3, 3, 3, 12)])
+def test_what_is_cut_between_ranks_is_known(rank, sizes):
+    x = torch.arange(24.0)[:, None]
+    batches = tuple(as_batches([(part, part[:, 0]) for part in x.split(sizes)]))
+    found, cut = shared_out(batches, OneOfTwo(rank), Cut())
+    assert torch.cat([b.targets for b in found]).tolist() == x[12 * rank : 12 * rank + 12, 0].tolist()
+    assert (cut.part is not None) == (sizes in ((24,), (8, 16)))
+    if cut.part is not None:
+        rows = torch.cat([b.targets for b in found[cut.first :]])
+        assert cut.part.targets.tolist() == rows[: cut.part.size].tolist()
 
 
 class Reconstructed(nn.Module):

@@ -11,6 +11,7 @@ import diag.registry
 from diag.errors import DiagError
 
 V, N, T = 40, 8, 11
+WORDS = 50_257  # of GPT-2
 SMALL = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
@@ -27,6 +28,10 @@ BERT = {
     "intermediate_size": 24,
     "max_position_embeddings": 16,
 }
+
+
+def gpt_of_many_words(transformers):
+    return gpt(transformers, n_embd=8, vocab_size=WORDS)
 
 
 def bert(transformers):
@@ -74,10 +79,10 @@ def tag_of_each(batch):
     return batch | {"labels": torch.where(batch["labels"] < 0, -100, batch["labels"] % 3)}
 
 
-def tokens(ragged=False, classes=False):
+def tokens(ragged=False, classes=False, words=V):
     """A dict batch as a collator makes it: padded, with labels of -100 where there is nothing to predict."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, V, (N, T), generator=generator)
+    ids = torch.randint(3, words, (N, T), generator=generator)
     lengths = torch.randint(3, T + 1, (N,), generator=generator) if ragged else torch.full((N,), T)
     mask = (torch.arange(T) < lengths[:, None]).long()
     ids = torch.where(mask.bool(), ids, 2)
@@ -102,6 +107,7 @@ def masked_labels(batch):
 CASES = {
     "GPT-2": (gpt, tokens(), shifted),
     "GPT-2, ragged": (gpt, tokens(ragged=True), shifted),
+    "GPT-2, many words": (gpt_of_many_words, tokens(ragged=True, words=WORDS), shifted),
     "BERT": (bert, tokens(ragged=True, classes=True), flat),
     "BERT, masked": (bert_masked, masked_labels(tokens(ragged=True)), flat),
     "ALBERT, shared layers": (albert, tokens(classes=True), flat),

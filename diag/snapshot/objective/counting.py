@@ -49,7 +49,7 @@ def _counted(snapshot: Snapshot) -> tuple[Batch, ...]:
     counts = example_counts(snapshot)
     tied = any(batch.why for batch in snapshot.batches)  # which micro_batch= has left whole
     if not tied and _couples(snapshot, counts):
-        if snapshot.cut.part is not None:
+        if snapshot.cut.part is not None and snapshot.micro_batch is not None:
             raise Unsupported(MICRO_BATCH)
         return tuple(replace(batch, coupled=True) for batch in snapshot.batches)
     if counts is None:
@@ -99,9 +99,10 @@ def _couples(snapshot: Snapshot, counts: list[Tensor] | None) -> bool:
     looked, batches = forward_pass(snapshot).looked, snapshot.batches
     if looked[0].value is None:
         return False
-    if snapshot.ranks is None and couples_within(snapshot, counts):
-        return True
     own = snapshot.loss_fn is None or is_models_own(snapshot.loss_fn)
+    # Where layers are gathered one at a time, a pass of the model waits for the other ranks.
+    if snapshot.layers is None and couples_within(snapshot, counts, uncut=own or not _is_known(looked[0])):
+        return True
     if own and (len(batches) == 1 or _is_of_rows(looked[0])):
         return False  # a model's own loss can only be cut by calling the model again
     ones = [torch.ones(b.size, dtype=torch.float64) for b in batches]

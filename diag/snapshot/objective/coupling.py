@@ -1,8 +1,8 @@
-"""Whether the loss of a batch that micro_batch= cuts is still the same loss.
+"""Whether the loss of a batch that is cut is still the same loss.
 
 A model may compute over the batch what belongs to no example: the balance of a router's load, a contrastive term,
 statistics. The value of such a loss can be nearly that of its parts, or exactly, where its gradient is not: so both
-are compared, on the first examples of a batch that was cut, as one batch and as two.
+are compared, on the first examples of a batch, as one batch and as two.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from diag.errors import DiagError
+from diag.snapshot.autograd_graph import nodes_before
 from diag.snapshot.batch import Batch
 from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.preserve import preserved
+from diag.snapshot.reading import EXAMPLES_IN_PART
 from diag.snapshot.snapshot import Snapshot
 
+MOST_NODES = 50_000  # of a loss's graph
 ADDS_UP = 1e-4  # relative: of the loss of a batch and that of its parts, and of their gradients
 
 
@@ -27,22 +30,37 @@ class _Descent:
 
     value: float
     gradient: dict[str, Tensor]
+    rounding: float
 
 
-def couples_within(snapshot: Snapshot, counts: list[Tensor] | None) -> bool:
-    """Whether micro_batch= makes another objective of the loss. counts: what each example counts in it, a tensor a
-    batch; None where all count alike."""
+def couples_within(snapshot: Snapshot, counts: list[Tensor] | None, uncut: bool) -> bool:
+    """Whether cutting a batch makes another objective of the loss.
+
+    counts: what each example counts in it, a tensor a batch; None where all count alike. uncut: ask of the first
+    batch where none was cut when the data were read.
+    """
     batches, part, first = snapshot.batches, snapshot.cut.part, snapshot.cut.first
-    if part is None:
+    if part is None and uncut:
+        part, first = batches[0].few(EXAMPLES_IN_PART), 0
+    if part is None or part.size < 2:
         return False
     known = counts or [torch.ones(batch.size, dtype=torch.float64) for batch in batches]
     weights = torch.cat(known[first : first + part.size])[: part.size].double()
     half = part.size // 2
     try:
-        whole, *halves = _descents(snapshot, (part, part.slice(0, half), part.slice(half, part.size)))
+        whole, *halves, again = _descents(snapshot, (part, part.slice(0, half), part.slice(half, part.size), part))
     except (DiagError, *CALL_ERRORS):
         return False  # which is said where all of it is called
+    if not _is_combination(whole, [(again, 1.0)]):
+        return False  # it draws random numbers or keeps something, which is said elsewhere
     return not _are_made_up(whole, halves, [float(weights[:half].sum()), float(weights[half:].sum())])
+
+
+def rounding_of(loss: Tensor) -> float:
+    """Relative: how far apart a loss may be from the same by parts, by the coarsest numbers that it is made of."""
+    nodes = nodes_before([loss.grad_fn], MOST_NODES)
+    kinds = {loss.dtype, *(made.dtype for node in nodes for made in getattr(node, "_input_metadata", ()))}
+    return max([ADDS_UP, *(8 * torch.finfo(kind).eps for kind in kinds if kind.is_floating_point)])
 
 
 def _descents(snapshot: Snapshot, batches: tuple[Batch, ...]) -> list[_Descent]:
@@ -53,7 +71,7 @@ def _descents(snapshot: Snapshot, batches: tuple[Batch, ...]) -> list[_Descent]:
             loss = snapshot.batch_loss(batch.forward(snapshot.model), batch.targets)
             parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             gradient = {n: _dense(g) for n, g in zip(leaves, parts, strict=True) if g is not None}
-            found.append(_Descent(float(loss.detach().double().mean()), gradient))
+            found.append(_Descent(float(loss.detach().double().mean()), gradient, rounding_of(loss)))
     return found
 
 
@@ -74,8 +92,7 @@ def _are_made_up(whole: _Descent, halves: list[_Descent], weights: list[float]) 
 
 def _is_combination(whole: _Descent, parts: list[tuple[_Descent, float]]) -> bool:
     size = max(abs(whole.value), *(abs(weight * part.value) for part, weight in parts))
-    kinds = [g.dtype for g in whole.gradient.values()]
-    within = max([ADDS_UP, *(8 * torch.finfo(kind).eps for kind in kinds)])
+    within = whole.rounding
     if abs(whole.value - sum(weight * part.value for part, weight in parts)) > within * size:
         return False
     difference, largest = 0.0, 0.0

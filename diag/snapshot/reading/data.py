@@ -32,9 +32,9 @@ CUT = (
 class Cut:
     """How data was cut as it was read.
 
-    short: a sentence where there may be more of it. part: the first examples of the first batch that micro_batch=
-    has cut, as one batch, as many as a micro-batch has, or a few more. first: the number of the first micro-batch
-    that holds them.
+    short: a sentence where there may be more of it. part: the first examples of the first batch that was cut, by
+    micro_batch= or between ranks, as one batch: as many as a micro-batch has, or a few more. first: the number of
+    the first batch that holds them.
     """
 
     short: str = ""
@@ -92,23 +92,29 @@ def all_alike(batches: tuple[Batch, ...], ranks: Together) -> bool:
     return bool(ranks.same(own.reshape(1)))
 
 
-def shared_out(batches: tuple[Batch, ...], ranks: Together) -> tuple[Batch, ...]:
-    """This rank's share: all of its batches, or its part of them where every rank was given the same ones.
+def shared_out(batches: tuple[Batch, ...], ranks: Together, cut: Cut) -> tuple[tuple[Batch, ...], Cut]:
+    """This rank's share, and how it was cut: all of its batches, or its part of them where every rank was given the
+    same ones.
 
     Raises InvalidInput where there are fewer examples than ranks.
     """
     if not all_alike(batches, ranks):
-        return batches
+        return batches, cut
     size = sum(batch.size for batch in batches)
     if size < ranks.world:
         raise InvalidInput(f"There are {size} examples for {ranks.world} ranks; give at least one for each.")
     first, last = (size * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
-    found, start = [], 0
+    found: list[Batch] = []
+    start, own = 0, Cut(cut.short)
+    if cut.part is not None and first == 0 and sum(b.size for b in batches[: cut.first]) + cut.part.size <= last:
+        own = cut
     for batch in batches:
         a, b = max(first - start, 0), min(last - start, batch.size)
+        if a < b and b - a < batch.size and own.part is None:
+            own = Cut(cut.short, batch.slice(a, b).few(EXAMPLES_IN_PART), len(found))
         found += [batch.slice(a, b)] if a < b else []
         start += batch.size
-    return tuple(found)
+    return tuple(found), own
 
 
 def equally_many(batches: tuple[Batch, ...], ranks: Together) -> tuple[Batch, ...]:

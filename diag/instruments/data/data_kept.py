@@ -45,8 +45,17 @@ def data_kept(loop: Loop) -> DataKept:
     """
     s = loop.stored
     known = Precondition("data", s.slices + s.epochs > 0, "no data was seen twice where it is stored.")
-    fine = "Stored data has not changed where it was seen again."
-    return judged(DataKept, loop.step, list(_findings(s)), fine, preconditions=(known,))
+    return judged(DataKept, loop.step, list(_findings(s)), _fine(s), preconditions=(known,))
+
+
+def _fine(s: StoredFacts) -> str:
+    if not (s.written or s.rows_changed or s.epochs_changed):
+        return "Stored data has not changed where it was seen again."
+    return (
+        f"Stored data was changed between {s.written:,} of {s.slices:,} calls ({s.rows_changed:,} of "
+        f"{s.rows_again:,} rows that were met again) and before {s.epochs_changed:,} of {s.epochs:,} epochs: too "
+        "little to say that training writes into it."
+    )
 
 
 def _findings(s: StoredFacts) -> Iterator[LoopFinding]:

@@ -25,6 +25,8 @@ LOOK_UP_WORDS = (
     "tokenizer make every word the unknown one."
 )
 
+FINE = "No sign was seen that the tokens are all one, or all in one bag."
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokensDiffer(LoopCheck):
@@ -53,7 +55,7 @@ def tokens_differ(loop: Loop) -> TokensDiffer:
     known = Precondition("tokens", t.calls > 0 or bool(in_rows), "the model is not called with whole numbers.")
     findings = list(_findings(t))
     findings = findings or [_mostly_one(n) for n in in_rows if _is_mostly_one(n)]
-    return judged(TokensDiffer, loop.step, findings, "The tokens differ.", preconditions=(known,))
+    return judged(TokensDiffer, loop.step, findings, FINE, preconditions=(known,))
 
 
 def _is_mostly_one(n: NoveltyFacts) -> bool:

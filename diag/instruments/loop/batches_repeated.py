@@ -45,7 +45,12 @@ def batches_repeated(loop: Loop) -> BatchesRepeated:
     b = loop.batches
     enough = Precondition("several batches", b.calls >= THRICE, "fewer than three batches were seen.")
     fine = f"{b.calls:,} batches were seen, and no order came again."
-    if b.lag == 1:
+    if b.repeats and b.lag > 1:
+        fine = (
+            f"{b.calls:,} batches were seen; that the last {b.repeats:,} of those that were compared came again, "
+            f"{b.lag:,} batches later, is not judged."
+        )
+    elif b.lag == 1:
         fine = f"The same batch is used at every step, as in full-batch training, for {b.repeats:,} steps."
     findings = [*_empty(b), *_read_by_each(b), *_findings(loop)]
     about = {} if findings else {"preconditions": (enough,)}

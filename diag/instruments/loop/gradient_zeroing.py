@@ -36,9 +36,18 @@ def gradient_zeroing(loop: Loop) -> GradientZeroing:
     Raises nothing of its own.
     """
     findings = [f for o in loop.training for f in _findings(o)]
-    fine = f"Gradients were reset before each of {counted(loop.step, 'step')}."
     about = {} if loop.training else {"preconditions": (NO_STEP,)}
-    return judged(GradientZeroing, loop.step, findings, fine, **about)
+    return judged(GradientZeroing, loop.step, findings, _fine(loop), **about)
+
+
+def _fine(loop: Loop) -> str:
+    """A single step may be meant, as one more pass that is accumulated."""
+    for o in loop.training:
+        if times := o.unzeroed.times + o.partly_zeroed.times + o.zeroed_before.times:
+            steps = of_the_steps(times, o.looked, o.steps)
+            return f"Gradients were reset before steps, but for {steps}, which may be meant."
+    looked = max((o.looked for o in loop.training), default=0)
+    return f"Gradients were reset before {of_the_steps(looked, looked, loop.step)}."
 
 
 def _findings(o: OptimizerFacts) -> Iterator[LoopFinding]:

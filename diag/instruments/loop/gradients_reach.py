@@ -42,8 +42,20 @@ def gradients_reach(loop: Loop) -> GradientsReach:
     Raises nothing of its own.
     """
     about = {} if loop.training else {"preconditions": (NO_STEP,)}
-    fine = f"Every trainable parameter got a gradient within {counted(loop.step, 'step')}."
-    return judged(GradientsReach, loop.step, list(_findings(loop)) if loop.training else [], fine, **about)
+    findings = list(_findings(loop)) if loop.training else []
+    return judged(GradientsReach, loop.step, findings, _fine(loop), **about)
+
+
+def _fine(loop: Loop) -> str:
+    within = counted(loop.step, "step")
+    trainable = [p for p in loop.parameters if p.trainable]
+    reached = sum(p.gradient > 0 for p in trainable)
+    if reached == len(trainable):
+        return f"Every trainable parameter got a gradient within {within}."
+    return (
+        f"Of {counted(len(trainable), 'trainable parameter')} {reached:,} got a gradient within {within}; that the "
+        "others get none may be meant, or is still to be seen."
+    )
 
 
 def _findings(loop: Loop) -> Iterator[LoopFinding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diag.errors import counted, layers_called
+from diag.errors import counted, layers_called, of_the_steps
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import SOURCE, TWICE, LoopCheck, LoopFinding, judged
 from diag.registry import instrument
@@ -41,8 +41,14 @@ def module_modes(loop: Loop) -> ModuleModes:
     """
     m = loop.modes
     noisy = Precondition("dropout or batch norm", bool(m.noisy), "no module of the model depends on the mode.")
-    fine = f"{counted(len(m.noisy), 'module')} with dropout or batch norm trained in train mode."
-    return judged(ModuleModes, loop.step, list(_findings(m, loop.step)), fine, preconditions=(noisy,))
+    return judged(ModuleModes, loop.step, list(_findings(m, loop.step)), _fine(m, loop), preconditions=(noisy,))
+
+
+def _fine(m: ModeFacts, loop: Loop) -> str:
+    if m.eval_steps:
+        steps = of_the_steps(m.eval_steps.times, loop.looked, loop.step)
+        return f"Training ran with {layers_called(m.eval_in_training)} in eval mode at {steps}, which may be meant."
+    return f"{counted(len(m.noisy), 'module')} with dropout or batch norm trained in train mode."
 
 
 def _findings(m: ModeFacts, step: int) -> Iterator[LoopFinding]:

@@ -53,7 +53,10 @@ def _changes(loop: Loop) -> list[OutsideChange]:
 
 def _kept(loop: Loop) -> str:
     whose = "weights that an optimizer trains" if loop.outside else "weights"
-    return f"At each training call the {whose} were what the step before had left, in {counted(loop.step, 'step')}."
+    return (
+        f"At each training call the {whose} were what the step before had left, as far as a few numbers of them "
+        f"tell, in {counted(loop.step, 'step')}."
+    )
 
 
 def _meant(loop: Loop) -> str:

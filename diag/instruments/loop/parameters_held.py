@@ -41,9 +41,19 @@ def parameters_held(loop: Loop) -> ParametersHeld:
     """
     steps = max((o.steps for o in loop.optimizers), default=0)
     seen = Precondition("an optimizer step", steps > 0, "no optimizer step was seen.")
-    fine = f"All {counted(len(loop.parameters), 'parameter')} with a gradient are in an optimizer that steps."
     findings = list(_findings(loop, steps)) if steps else []
-    return judged(ParametersHeld, loop.step, findings, fine, preconditions=(seen,))
+    return judged(ParametersHeld, loop.step, findings, _fine(loop), preconditions=(seen,))
+
+
+def _fine(loop: Loop) -> str:
+    reached = [p for p in loop.parameters if p.gradient]
+    held = sum(p.optimizers > 0 for p in reached)
+    if held == len(reached):
+        return f"All {counted(held, 'parameter')} that got a gradient are in an optimizer that steps."
+    return (
+        f"Of {counted(len(reached), 'parameter')} that got a gradient {held:,} are in an optimizer that steps; "
+        "that the others are in none may be meant, or is still to be seen."
+    )
 
 
 def _findings(loop: Loop, steps: int) -> Iterator[LoopFinding]:

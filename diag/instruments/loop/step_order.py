@@ -46,9 +46,18 @@ def step_order(loop: Loop) -> StepOrder:
     """
     findings = [f for o in loop.training for f in _findings(o, loop)]
     findings += [*_missing(loop), *_never_backward(loop)]
-    fine = f"Each of {counted(loop.step, 'step')} followed a backward pass of its own."
     about = {} if loop.training or findings else {"preconditions": (NO_STEP,)}
-    return judged(StepOrder, loop.step, findings, fine, **about)
+    return judged(StepOrder, loop.step, findings, _fine(loop), **about)
+
+
+def _fine(loop: Loop) -> str:
+    """What happens a time or two may be meant, as at the end of an accumulation."""
+    for o in loop.training:
+        if times := sum(t.times for t in (o.before_backward, o.late, o.repeated, o.doubled, o.empty)):
+            steps = of_the_steps(times, o.looked, o.steps)
+            return f"Steps followed a backward pass of their own, but for {steps}, which may be meant."
+    looked = max((o.looked for o in loop.training), default=0)
+    return f"A backward pass of its own came before {of_the_steps(looked, looked, loop.step)}."
 
 
 def _findings(o: OptimizerFacts, loop: Loop) -> Iterator[LoopFinding]:

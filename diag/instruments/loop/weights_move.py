@@ -50,7 +50,7 @@ def weights_move(history: History, loop: Loop) -> WeightsMove:
     Raises nothing of its own.
     """
     about = {} if loop.training else {"preconditions": (NO_STEP,)}
-    fine = f"All parameters with a gradient moved in the last of {counted(loop.step, 'step')}."
+    fine = f"No parameter was found that the steps should move and do not, in {counted(loop.step, 'step')}."
     findings = [*_findings(history, loop), *_copies(loop)] if loop.training else []
     return judged(WeightsMove, loop.step, findings, fine, **about)
 

@@ -55,7 +55,7 @@ def class_weights(loop: Loop, *, nothing: Share = NEXT_TO_NOTHING) -> ClassWeigh
     """
     kinds = [f for f in loop.losses if f.class_weights or math.isfinite(f.positive_weight)]
     known = Precondition("class weights", bool(kinds), "the loss was given no class weights.")
-    fine = "The class weights leave every class its part of the loss."
+    fine = "Of classes with a weight above zero none was found that the weights leave next to nothing of the loss."
     findings = [found for f in kinds for found in _findings(f, loop, nothing)]
     return judged(ClassWeights, loop.step, findings, fine, preconditions=(known,))
 

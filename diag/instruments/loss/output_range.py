@@ -52,7 +52,7 @@ def output_range(loop: Loop) -> OutputRange:
     seen = Precondition("a loss function", bool(facts), "no call of a loss function of torch was seen.")
     looked = [f for f in facts if f.looked >= CALLS_OF_RANGE]
     ended = ", ".join(dict.fromkeys(f.activation or "a layer" for f in facts))
-    fine = f"The outputs that the loss function gets come from {ended}, which can reach the targets."
+    fine = f"The outputs that the loss function gets come from {ended}, not seen to keep them from the targets."
     findings = [finding for f in looked for finding in _findings(f)]
     return judged(OutputRange, loop.step, findings, fine, preconditions=(seen,))
 

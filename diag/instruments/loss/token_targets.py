@@ -40,7 +40,8 @@ def token_targets(loop: Loop) -> TokenTargets:
     t = loop.targets
     seen = bool(t.shifts) or t.exchanged >= BATCHES_ALIGNED
     known = Precondition("tokens", seen, "the targets are not tokens of the model's input.")
-    fine = "Each target is the token after the one at its place in the input."
+    ahead, compared = t.shifts.get(ONE_AHEAD, 0), sum(t.shifts.values())
+    fine = f"Targets were the token after the one at their place in {ahead:,} of {compared:,} batches of tokens."
     findings = list(_findings(loop)) if t.shifts else [_exchanged(loop)] if seen else []
     return judged(TokenTargets, loop.step, findings, fine, preconditions=(known,))
 

@@ -55,9 +55,8 @@ def learning_rate_schedule(history: History, loop: Loop) -> LearningRateSchedule
     findings = list(_findings(history, loop)) if loop.training else []
     about = {} if loop.training else {"preconditions": (NO_STEP,)}
     known = counted(len(loop.schedulers), "scheduler")
-    return judged(
-        LearningRateSchedule, loop.step, findings, f"The learning rate is above zero; {known} known.", **about
-    )
+    fine = f"No fault of the learning rate's course was seen; {known} known."
+    return judged(LearningRateSchedule, loop.step, findings, fine, **about)
 
 
 def _findings(history: History, loop: Loop) -> Iterator[LoopFinding]:

@@ -143,10 +143,9 @@ def test_a_loss_reduced_by_hand_is_recorded_as_backward_saw_it(helpers):
     weights = torch.rand(len(y))
     watcher, value = learned(model, lambda m: (F.cross_entropy(m(*inputs), y, reduction="none") * weights).sum(), 7)
     assert watcher.run.history.loss[-1] == pytest.approx(value, rel=1e-6)
-    assert "what backward() was called on, for the loss is reduced after its call" in helpers.texts(watcher.run)
-    assert "cannot be measured again: the loss is reduced after its call; give loss_fn=" in helpers.texts(
-        watcher.run
-    )
+    texts = helpers.texts(watcher.run)
+    assert "what backward() was called on, for the losses of its rows are weighted, masked or" in texts
+    assert "beside the targets: probe=(inputs, (targets, weights))); give loss_fn=" in texts
     assert watcher._losses.loss_fn is None
 
 

@@ -146,7 +146,7 @@ def test_what_else_is_done_to_the_rows_is_refused(name):
     weights = torch.rand(len(x), dtype=torch.float64)
     run, watcher = watched(model, lambda m: REFUSED[name](m(x), y, weights))
     assert not run.series("hessian_spectrum")
-    with pytest.raises(MissingQuantity, match="is reduced after its call"):
+    with pytest.raises(MissingQuantity, match="rows are weighted, masked or otherwise changed"):
         watcher._losses.objective(model(x), y)
 
 
@@ -239,6 +239,26 @@ def test_the_users_own_word_is_measured():
     ratio = run.series("edge_of_stability")[-1][1].ratio
     assert ratio == pytest.approx(expected * LR / 2, rel=1e-2)
     assert ratio > 10 * part * LR / 2
+
+
+def test_weights_of_rows_beside_the_targets_are_measured():
+    """What the refusal of such a loss says to do."""
+    model, x, y = problem()
+    weights = torch.rand(len(x), dtype=torch.float64)
+
+    def weighted(outputs, targets):
+        labels, w = targets
+        return (F.cross_entropy(outputs, labels, reduction="none") * w).sum() / w.sum()
+
+    given = {"loss_fn": weighted, "probe": (x, (y, weights))}
+    run, _ = watched(model, lambda m: weighted(m(x), (y, weights)), **given)
+    call = called(model, x)
+    expected = largest_eigenvalue(model, lambda v: weighted(call(v), (y, weights)))
+    assert run.series("hessian_spectrum")[-1][1].eigenvalues[0] == pytest.approx(expected, rel=2e-3)
+    snapshot = diag.Snapshot(model, weighted, (x, (y, weights)), micro_batch=50)
+    gradient = torch.autograd.grad(weighted(model(x), (y, weights)), list(model.parameters()))
+    for found, own in zip(snapshot.quantity("gradient").values(), gradient, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-8, atol=1e-12)
 
 
 def test_a_term_that_comes_later_takes_the_loss_away():

@@ -27,7 +27,7 @@ from diag.watching.observe.capture import (
     mean_of_its_rows,
     observed_loss,
 )
-from diag.watching.observe.loss_calls import Pass
+from diag.watching.observe.loss_calls import ROWS_CHANGED, Pass
 
 LEARNING_ATTEMPTS = 5
 SAME_FACTOR = 1e-3  # relative: below it a factor is taken to be the one that it was
@@ -38,6 +38,7 @@ OBJECTIVE = (
     "The loss cannot be measured again: {}; give loss_fn=, from outputs and targets all that is descended, without "
     "which nothing is measured that needs the loss."
 )
+BESIDE_THE_TARGETS = " (weights or a mask can stand beside the targets: probe=(inputs, (targets, weights)))"
 UNKEPT = "what the model was called on could not be kept ({})"
 NOT_LIKE = "backward() is called on more than one kind of loss in a step"
 NOT_THE_SAME = (
@@ -201,7 +202,9 @@ class Learner:
     def refuse(self, reason: str, part: ObservedLoss | None = None) -> None:
         """What is descended is more than what is known of it: nothing is measured that needs it."""
         if self.users_loss is None and not isinstance(self.loss, UnknownLoss):
-            self._note("objective", OBJECTIVE.format(reason))
+            self._note(
+                "objective", OBJECTIVE.format(reason + (BESIDE_THE_TARGETS if reason == ROWS_CHANGED else ""))
+            )
             self._unknown(reason, part)
 
     def _unknown(self, reason: str, part: ObservedLoss | None = None) -> None:

@@ -18,7 +18,8 @@ from diag.watching.observe.terms import Term, product, terms_of
 
 NODES_BEFORE_TERM = 64  # nodes before an unknown term that are looked at
 MOST_LOSS_CALLS = 8  # calls that are kept
-WHY_NO_CALL = {0: "no loss function of torch was seen to lead to it", 1: "the loss is reduced after its call"}
+ROWS_CHANGED = "the losses of its rows are weighted, masked or otherwise changed after its call"
+WHY_NO_CALL = {0: "no loss function of torch was seen to lead to it", 1: ROWS_CHANGED}
 SEVERAL_LOSSES = "several loss functions lead to it"
 ONLY_A_PART = "{} is only a part of it: something that is not known is added (a penalty, say)"
 VALUE_CHANGED = "the value of {} is not passed on as it is, nor times a constant"

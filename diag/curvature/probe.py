@@ -105,15 +105,14 @@ def refuse_cut(objective: Objective, given: Sequence[Batch], parts: Sequence[Bat
     with objective.measured():
         theta = objective.parameters()
         within = rounding_of(objective.loss(theta, few))
-        whole, *parts = (
-            (part.value(theta), part.gradient(theta)) for part in map(objective.on, ([few], *zip(halves)))
-        )
-    weights = [half.size / few.size for half in halves]
-    sizes = [
-        (w * abs(value), w * float(gradient.norm())) for w, (value, gradient) in zip(weights, parts, strict=True)
-    ]
-    value, gradient = (whole[i] - sum(w * part[i] for w, part in zip(weights, parts, strict=True)) for i in (0, 1))
-    if abs(value) > within * max(s for s, _ in sizes) or float(gradient.norm()) > within * max(s for _, s in sizes):
+        at = [objective.on([batch]) for batch in (few, *halves)]
+        values, slopes = [part.value(theta) for part in at], [part.gradient(theta) for part in at]
+    first, second = (half.size / few.size for half in halves)
+    apart = abs(values[0] - first * values[1] - second * values[2])
+    turned = float((slopes[0] - first * slopes[1] - second * slopes[2]).norm())
+    largest = max(first * abs(values[1]), second * abs(values[2]))
+    longest = max(first * float(slopes[1].norm()), second * float(slopes[2].norm()))
+    if apart > within * largest or turned > within * longest:
         raise Unsupported(CUT_APART)
 
 

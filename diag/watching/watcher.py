@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 from diag.checkpoints.unwrap import bare_model
 from diag.distributed.meeting import rank_here
 from diag.door import class_at_the_door, names_at_the_door
-from diag.errors import InvalidInput, text_of
+from diag.errors import InvalidInput, of_the_steps, text_of
 from diag.run.entries import Finding
 from diag.run.reading import read_run
 from diag.run.run import Run
@@ -64,6 +64,10 @@ LOGGED_NO_NUMBER = "What was given to watcher.log() as {}= is a {} and not one n
 NO_CALL = (
     "No call of the model in training was seen (it may run inside a compiled function, or only its parts are "
     "called); watch the part that is called, or give probe= and loss_fn=."
+)
+NO_PASS_SEEN = (
+    "No backward() from a loss of this model was seen before {}, so no loss is recorded there; where gradients "
+    "come from torch.autograd.grad or torch.func, give it by watcher.loss(value)."
 )
 
 _watchers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
@@ -408,6 +412,8 @@ class Watcher(Guarded):
             yield "steps", NO_STEP_SEEN
         elif self._training.calls == 0:
             yield "inputs", NO_CALL
+        elif without := self._losses.without:
+            yield "no loss", NO_PASS_SEEN.format(of_the_steps(without, self._steps.steps, self._steps.steps))
 
     def _release(self) -> None:
         """Nothing is left on the model or in torch, and the files are closed."""

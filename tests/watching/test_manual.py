@@ -56,6 +56,27 @@ def test_without_being_told_nothing_is_called_sam():
     assert len(notes) == 1 and "No optimizer step" in notes[0] and "watcher.step()" in notes[0]
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_gradients_without_backward_leave_no_loss_without_a_word(given):
+    model, x, y = model_and_data()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    with diag.watch(model, instruments=[]) as watcher:
+        for i in range(5):
+            loss = F.cross_entropy(model(x), y)
+            for p, g in zip(model.parameters(), torch.autograd.grad(loss, model.parameters()), strict=True):
+                p.grad = g
+            if given and i:
+                watcher.loss(loss)
+            losses.append(loss.item() if given and i else math.nan)
+            optimizer.step()
+    assert watcher.run.history.loss == pytest.approx(numpy.array(losses), rel=1e-6, nan_ok=True)
+    told = "1 of 5 steps" if given else "all 5 steps"
+    (note,) = (e.text for e in watcher.run.events if e.kind == "note")
+    assert note.startswith(f"No backward() from a loss of this model was seen before {told},")
+    assert note.endswith("give it by watcher.loss(value).")
+
+
 def test_being_told_of_steps_that_are_seen_makes_no_second_row():
     model, x, y = model_and_data()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -135,6 +135,26 @@ class Entries(Kept):
         return True
 
 
+EMPTIED = (dict, OrderedDict, list, set)
+
+
+class Empty(Kept):
+    """Lists, dicts and sets that hold nothing, of which a network of many modules has many."""
+
+    def read(self) -> Any:
+        return [value for value in self.value if value]
+
+    def same(self) -> bool:
+        return not any(self.value)
+
+    def items(self) -> Iterable[tuple[Any, Any]]:
+        return ()
+
+    def put_back(self) -> None:
+        for value in self.value:
+            value.clear()
+
+
 class Attributes(Entries):
     """The attributes of an object, its `__dict__` given; those of `skip` are left alone.
 

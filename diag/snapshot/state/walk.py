@@ -73,16 +73,20 @@ class Walk:
         self._types: dict[type, Traits] = {}
         self._bytes = 0
         self._queue: deque[tuple[str, Any]] = deque()
+        self._empty: list[Any] = []
         self._most = max(MOST_OBJECTS, OBJECTS_OF_MODULE * len(self._own))
         for part in self._own.values():
             self._meet(type(part).__name__, part)
         for other in others:
             self._meet(getattr(other, "__name__", type(other).__name__), other)
-        for _ in range(self._most):
+        for _ in range(self._most - 1):  # the empty ones are one more
             if not self._queue:
                 break
             with contextlib.suppress(Exception):  # what does not let itself be looked at is left alone
                 self._enter(*self._queue.popleft())
+
+        if self._empty:
+            self.kept.append(("a list, dict or set that was empty", kinds.Empty(self._empty)))
 
     def _traits(self, kind: type) -> Traits:
         if kind not in self._types:
@@ -92,6 +96,9 @@ class Walk:
     def _meet(self, name: str, value: Any, place: Any = None) -> None:
         if not self._traits(type(value)).atom and id(value) not in self._seen:
             self._seen[id(value)] = value
+            if type(value) in kinds.EMPTIED and not value:
+                self._empty.append(value)
+                return
             at = f".{place}" if isinstance(place, str) else f"[{place!r:.20}]" if place is not None else ""
             self._queue.append((name + at, value))
 

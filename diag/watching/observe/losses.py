@@ -83,6 +83,7 @@ class LossObserver:
         self.seen: SeenBackward | None = None  # of the last backward pass of such a step
         self.descended: list[tuple[Tensor, Tensor]] = []  # of the last step: losses, and what was descended
         self._reported: list[Any] = []
+        self.without = 0  # steps before which no backward pass was seen
         self._zeroed: list[Any] = []  # what has thrown gradients away since the last backward pass
         self._frozen = self._moved = False
         # The loss function and the form of its call whose value as it is this step descends, and the last did.
@@ -257,6 +258,7 @@ class LossObserver:
             return losses or [one.value]
         if self._moved:
             self._note("moved", LOSS_MOVED)
+        self.without += not (passes or self._reported)
         values = [p.value for p in passes if p.value is not None]
         whole = [sum(values[1:], values[0])] if values and len(values) == len(passes) else []
         losses, self._reported = self._reported or whole, []

@@ -19,7 +19,7 @@ from diag.watching.hooks.model_hook import ModelHooks
 from diag.watching.measure.runner import MeasurementRunner
 from diag.watching.measure.training import Training
 from diag.watching.measure.window import Windows
-from diag.watching.observe.loop.observer import LoopObserver
+from diag.watching.observe.loop.observer import LoopObserver, is_nested
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
 from diag.watching.ranks.company import Company
@@ -110,7 +110,7 @@ class TrainingListener(Guarded):
             self._examples.forward_called(args, kwargs)
         self._training.called(_length(args, kwargs))
         self._within(FACTS_OF_LOOP, self._loop.forward_called, args, kwargs, outputs)
-        if self._rows.needed and self._loop.drawn is not None:
+        if self._rows.needed and self._loop.drawn is not None and not is_nested(args):
             self._within(ROWS_OF_DATA, self._rows.training_call, args, kwargs, *self._loop.drawn)
 
     def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
@@ -294,5 +294,5 @@ class TrainingListener(Guarded):
 
 def _length(args: Any, kwargs: Any) -> int:
     if args and isinstance(args[0], Tensor) and args[0].ndim:
-        return args[0].shape[0]
-    return next((t.shape[0] for t in tensors_in((args, kwargs)) if t.ndim), 0)
+        return args[0].size(0)
+    return next((t.size(0) for t in tensors_in((args, kwargs)) if t.ndim), 0)

@@ -163,3 +163,24 @@ def test_a_model_without_values_is_refused_whatever_is_asked(name):
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     with pytest.raises(Unsupported, match="is on the meta device, which holds no numbers"):
         diag.measure(diag.Snapshot(model, F.cross_entropy, (X, Y)), name)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_cost_no_loss_and_no_error(layout):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    with diag.watch(model, budget=1e-9) as watcher:
+        for _ in range(6):
+            rows = [torch.randn(k, 3) for k in (2, 5, 3, 4)]
+            outputs = torch.cat(model(torch.nested.nested_tensor(rows, layout=layout)).unbind())
+            optimizer.zero_grad()
+            loss = F.cross_entropy(outputs, torch.cat(rows).argmax(1))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    run = watcher.run
+    assert run.history.loss == pytest.approx(losses, rel=1e-6)
+    assert not [e.text for e in run.events if e.kind == "internal error"]
+    assert any("called on nested tensors, or gives them; give loss_fn=" in e.text for e in run.events)

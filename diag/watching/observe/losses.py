@@ -53,6 +53,7 @@ INSIDE_A_MODE = (
     "The training runs inside {}, a mode that sees every operation and may change what it gives; diag's own "
     "operations are hidden from it, and what is measured outside of it is the network without it."
 )
+NESTED = "the model is called on nested tensors, or gives them"
 OTHER_PARAMETERS = "the model is called with other parameters than its own, as in torch.func.functional_call"
 
 
@@ -294,6 +295,9 @@ class LossObserver:
         self._reached = True
 
     def _keep(self, args: Any, kwargs: Any, outputs: Any) -> None:
+        if any(t.is_nested for t in tensors_in((args, kwargs, outputs))):
+            self.learner.give_up(NESTED)
+            return
         try:
             self._forwards.append(ForwardCall.of(args, kwargs, outputs))
         except LookupError as error:

@@ -14,8 +14,8 @@ from diag.curvature.objective import Objective
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.linalg.reductions import length
 from diag.snapshot.batch import Batch, tensors_in
-from diag.snapshot.objective.coupling import rounding_of
-from diag.snapshot.reading import EXAMPLES_IN_PART
+from diag.snapshot.objective.coupling import rounding_of_parts
+from diag.snapshot.reading.data import EXAMPLES_IN_PART
 from diag.snapshot.state.unmade import refuse_unusual
 
 CUT_APART = (
@@ -104,7 +104,7 @@ def refuse_cut(objective: Objective, given: Sequence[Batch], parts: Sequence[Bat
     halves = [few.slice(0, few.size // 2), few.slice(few.size // 2, few.size)]
     with objective.measured():
         theta = objective.parameters()
-        within = rounding_of(objective.loss(theta, few))
+        within = rounding_of_parts(objective.loss(theta, few))
         at = [objective.on([batch]) for batch in (few, *halves)]
         values, slopes = [part.value(theta) for part in at], [part.gradient(theta) for part in at]
     first, second = (half.size / few.size for half in halves)

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 import diag
 from diag.curvature import memory as curvature_memory
-from diag.curvature.operators import Hessian
+from diag.curvature.matrices import Hessian
 from diag.errors import InvalidInput, MissingQuantity, Unsupported
-from diag.snapshot.batch import as_batches
 from diag.snapshot.objective.counting import counted_batches
-from diag.snapshot.reading import Cut, shared_out
+from diag.snapshot.reading.data import Cut, shared_out
+from diag.snapshot.reading.forms import as_batches
 
 
 class Routed(nn.Module):

@@ -6,6 +6,7 @@ Rule of the room: all of it is read from the loss itself, and checked against it
 __all__ = [
     "comparison",
     "counting",
+    "coupling",
     "decisions",
     "examples",
     "loss_spy",

@@ -17,10 +17,10 @@ from diag.snapshot.autograd_graph import nodes_before
 from diag.snapshot.batch import Batch
 from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.preserve import preserved
-from diag.snapshot.reading import EXAMPLES_IN_PART
+from diag.snapshot.reading.data import EXAMPLES_IN_PART
 from diag.snapshot.snapshot import Snapshot
 
-MOST_NODES = 50_000  # of a loss's graph
+MOST_OF_GRAPH = 50_000  # of a loss's graph
 ADDS_UP = 1e-4  # relative: of the loss of a batch and that of its parts, and of their gradients
 
 
@@ -56,9 +56,9 @@ def couples_within(snapshot: Snapshot, counts: list[Tensor] | None, uncut: bool)
     return not _are_made_up(whole, halves, [float(weights[:half].sum()), float(weights[half:].sum())])
 
 
-def rounding_of(loss: Tensor) -> float:
+def rounding_of_parts(loss: Tensor) -> float:
     """Relative: how far apart a loss may be from the same by parts, by the coarsest numbers that it is made of."""
-    nodes = nodes_before([loss.grad_fn], MOST_NODES)
+    nodes = nodes_before([loss.grad_fn], MOST_OF_GRAPH)
     kinds = {loss.dtype, *(made.dtype for node in nodes for made in getattr(node, "_input_metadata", ()))}
     return max([ADDS_UP, *(8 * torch.finfo(kind).eps for kind in kinds if kind.is_floating_point)])
 
@@ -71,7 +71,7 @@ def _descents(snapshot: Snapshot, batches: tuple[Batch, ...]) -> list[_Descent]:
             loss = snapshot.batch_loss(batch.forward(snapshot.model), batch.targets)
             parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             gradient = {n: _dense(g) for n, g in zip(leaves, parts, strict=True) if g is not None}
-            found.append(_Descent(float(loss.detach().double().mean()), gradient, rounding_of(loss)))
+            found.append(_Descent(float(loss.detach().double().mean()), gradient, rounding_of_parts(loss)))
     return found
 
 

@@ -27,9 +27,7 @@ POINTS_OPTION = click.option("--points", type=click.IntRange(3), default=11, sho
 @BUILD_OPTION
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the aligned B (.pt or .safetensors).")
 @click.option("--by", type=click.Choice(["weights", "activations"]), default="weights", show_default=True)
-@click.option(
-    "--beyond-permutations", is_flag=True, help="Also signs, scales, rotations, invertible maps (by weights)."
-)
+@click.option("--beyond-permutations", is_flag=True, help="Also signs, scales, rotations, invertible maps.")
 @POINTS_OPTION
 @EXAMPLES_OPTION
 @KEY_OPTION

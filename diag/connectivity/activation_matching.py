@@ -39,18 +39,7 @@ def align_activations(
     pass does other operations than at tracing.
     """
     check_states_fit(state_a, state_b, symmetries.shapes)
-    moments: dict[int, list[_Moments]] = {}  # by batch size: PyTorch may choose other operations for another
-    total = 0
-    with preserved(model), torch.no_grad(), unfused():
-        for batch in batches:
-            if batch.size not in moments:
-                captures = find_symmetries(model, batch, check=False, max_examples=None).captures
-                moments[batch.size] = [_Moments(c, symmetries.groups) for c in captures]
-            found = moments[batch.size]
-            left, right = (_activations(model, s, batch, found) for s in (state_a, state_b))
-            for moment, a, b in zip(found, left, right, strict=True):
-                moment.add(a, b)
-            total += batch.size
+    moments = moments_of(model, state_a, state_b, batches, symmetries.groups)
     evidence = [m.evidence() for group in moments.values() for m in group if m.units]
     if not evidence:
         raise InvalidInput("Activation matching found no activation to pair; give at least one batch of data.")
@@ -59,7 +48,29 @@ def align_activations(
     return result_of(ascent, symmetries.apply(ascent.element, state_b), 1, "activations")
 
 
-class _Moments:
+def moments_of(
+    model: nn.Module,
+    state_a: Mapping[str, Tensor],
+    state_b: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    units: Mapping[str, UnitGroup],
+) -> dict[int, list[Moments]]:
+    """Moments of the activations that carry `units`, by batch size: PyTorch may choose other operations for
+    another. Raises Unsupported where the forward pass does other operations than at tracing."""
+    moments: dict[int, list[Moments]] = {}
+    with preserved(model), torch.no_grad(), unfused():
+        for batch in batches:
+            if batch.size not in moments:
+                captures = find_symmetries(model, batch, check=False, max_examples=None).captures
+                moments[batch.size] = [Moments(c, units) for c in captures]
+            found = moments[batch.size]
+            left, right = (_activations(model, s, batch, found) for s in (state_a, state_b))
+            for moment, a, b in zip(found, left, right, strict=True):
+                moment.add(a, b)
+    return moments
+
+
+class Moments:
     """Sums over examples and positions from which the correlations of one activation's units follow."""
 
     def __init__(self, capture: UnitActivation, groups: Mapping[str, UnitGroup]) -> None:
@@ -74,6 +85,7 @@ class _Moments:
         self.sums: list[Tensor | float] = [0.0] * 5
 
     def add(self, a: Tensor, b: Tensor) -> None:
+        """Count the two networks' activation on a batch."""
         x, y = (self._rows(t) for t in (a, b))
         self.count += len(x)
         for i, value in enumerate((x.sum(0), y.sum(0), x.square().sum(0), y.square().sum(0), x.T @ y)):
@@ -96,14 +108,21 @@ class _Moments:
             size *= n
         return values.permute(0, *rest, *order).reshape(-1, size).double()
 
-    def evidence(self) -> ActivationEvidence:
+    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The deviations of A's units and of B's, and the products of every unit of A with every one of B."""
         sum_x, sum_y, square_x, square_y, cross = (torch.as_tensor(s) / self.count for s in self.sums)
-        deviations = [(s - m.square()).clamp_min(0).sqrt() for s, m in ((square_x, sum_x), (square_y, sum_y))]
-        scale = torch.outer(*deviations)
-        correlations = torch.where(scale > 0, (cross - torch.outer(sum_x, sum_y)) / scale.clamp_min(1e-300), 0.0)
+        squares = ((square_x, sum_x), (square_y, sum_y))
+        deviations = [(s - m.square()).clamp_min(0).sqrt() for s, m in squares]
+        return deviations[0], deviations[1], cross - torch.outer(sum_x, sum_y)
+
+    def evidence(self) -> ActivationEvidence:
+        """What align_activations weighs."""
+        a, b, products = self.covariances()
+        scale = torch.outer(a, b)
+        correlations = torch.where(scale > 0, products / scale.clamp_min(1e-300), 0.0)
         block = self.capture.block
         kept = UnitBlock(
-            positions=(torch.arange(len(sum_x)),),
+            positions=(torch.arange(len(a)),),
             names=tuple(block.names[i] for i in self.units),
             sizes=self.sizes,
             axis_of=(0,) * len(self.units),
@@ -134,7 +153,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _activations(
-    model: nn.Module, state: Mapping[str, Tensor], batch: Batch, moments: list[_Moments]
+    model: nn.Module, state: Mapping[str, Tensor], batch: Batch, moments: list[Moments]
 ) -> list[Tensor]:
     captures = [m.capture for m in moments]
     recorder = _Recorder({c.operation: c.name for c in captures})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diag.build import Build
+from diag.connectivity.activation_linear import align_linear_activations
 from diag.connectivity.activation_matching import align_activations
 from diag.connectivity.alignment import Alignment, align_weights
 from diag.connectivity.checkpoint_files import loaded_networks, refuse_file_arguments
@@ -156,7 +157,7 @@ def align(
     loss_fn, data)`, or is its name. key: the entry of the files that holds the state dict. options: arguments of
     `Snapshot` in place of the build function's.
     by: "weights" or "activations". beyond_permutations: also signs, scales, rotations and invertible maps, where
-    the model has such symmetries (by weights only).
+    the model has such symmetries.
     Raises InvalidInput where `other` does not fit, Unsupported where the model has no group of units to align, or
     alignment would change its function, CheckpointError where a file cannot be read or does not fit.
     """
@@ -180,19 +181,19 @@ def aligned_end(
 ) -> dict[str, Any]:
     """`end` aligned to `path.start`: the keys alignment, aligned_state and function_change of a Connection.
 
-    beyond: over linear symmetries too. Raises InvalidInput for that with activations.
+    beyond: over linear symmetries too.
     """
-    if beyond and method != "weights":
-        raise InvalidInput(
-            f"Symmetries beyond permutations are matched by weights; expected align='weights', found {method!r}."
-        )
     groups = path.symmetries
     if not groups.groups:
         reasons = "; ".join(sorted(set(groups.frozen.values()))[:3])
         raise Unsupported(f"The model has no group of units that could be permuted ({reasons}); set align=None.")
     # Tied entries are in a state dict under all their names.
     first, second = ({**s, **{n: s[f] for n, f in groups.tied.items()}} for s in (path.start, end))
-    if beyond:
+    if beyond and method == "activations":
+        linear, batches = path.linear_symmetries, path.snapshot.batches
+        seed = path.snapshot.seed
+        result = align_linear_activations(groups, linear, path.copy, first, second, batches, seed=seed)
+    elif beyond:
         linear, more = path.linear_symmetries, {} if orders is None else {"orders": orders}
         result = align_linear(groups, linear, first, second, seed=path.snapshot.seed, **more)
     elif method == "weights":

@@ -13,8 +13,9 @@ for its larger groups in transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from diag.connectivity.symmetries.linear_groups import (
     SQUARE,
     LinearGroup,
     LinearSymmetries,
+    Move,
     Slot,
     orthogonal_part,
     slots_of,
@@ -61,25 +63,47 @@ def align_linear(
     best is kept. `objective`, `before` and `limit` are those of the standard forms; `element` holds the
     permutations alone. Raises InvalidInput where the states do not fit, or for fewer than one order.
     """
-    planes = [g.units for g in linear.of_kind("plane")]
-    visits = orders_of([*symmetries.order, *symmetries.contracted, *planes], orders, seed)
+    visits = orders_of(visited(symmetries, linear), orders, seed)
     check_states_fit(state_a, state_b, symmetries.shapes)
-    a, b = _wide(state_a), _wide(state_b)
-    gains = usable_gains(linear, a, b)
-    normal = standard_form(linear, a, gains)
-    start = linear.apply(standard_form(linear, b, gains), b)
-    target = linear.apply(normal, a)
-    best = best_of(_Ascent(symmetries, linear, target, start, gains).run(order) for order in visits)
-    moved = linear.apply(undone(linear, normal), best.state)
-    state = {n: t.to(state_b[n].dtype) if n in state_b else t for n, t in moved.items()}
-    return result_of(best, state, orders, "weights")
+    forms = StandardForms.of(linear, state_a, state_b)
+    best = best_of(LinearAscent(symmetries, linear, forms.a, forms.b, forms.gains).run(order) for order in visits)
+    return result_of(best, forms.back(best.state, state_b), orders, "weights")
+
+
+def visited(symmetries: Symmetries, linear: LinearSymmetries) -> list[str]:
+    """The sets of units that an ascent visits, in the order of the data flow."""
+    return [*symmetries.order, *symmetries.contracted, *(g.units for g in linear.of_kind("plane"))]
+
+
+@dataclass(frozen=True)
+class StandardForms:
+    """Two networks in their standard forms, float64; gains: the groups of gains that are one in both."""
+
+    linear: LinearSymmetries
+    a: _State
+    b: _State
+    gains: set[str]
+    of_a: list[Move]
+
+    @classmethod
+    def of(cls, linear: LinearSymmetries, state_a: Mapping[str, Tensor], state_b: Mapping[str, Tensor]) -> Self:
+        """Those of two state dicts that fit the model."""
+        a, b = _wide(state_a), _wide(state_b)
+        gains = usable_gains(linear, a, b)
+        moves = standard_form(linear, a, gains)
+        return cls(linear, linear.apply(moves, a), linear.apply(standard_form(linear, b, gains), b), gains, moves)
+
+    def back(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """B out of A's standard form, in the number formats of `like`."""
+        moved = self.linear.apply(undone(self.linear, self.of_a), state)
+        return {n: t.to(like[n].dtype) if n in like else t for n, t in moved.items()}
 
 
 def _wide(state: Mapping[str, Tensor]) -> _State:
     return {n: t.detach().double() if t.is_floating_point() else t for n, t in state.items()}
 
 
-class _Ascent(CoordinateAscent):
+class LinearAscent(CoordinateAscent):
     """Coordinate ascent of <A, g(B)> over orthogonal maps g, from standard forms."""
 
     def __init__(
@@ -96,7 +120,8 @@ class _Ascent(CoordinateAscent):
             self.slots[name] = [
                 s for s in self.slots[name] if not any(_within(s, p) for g in held for p in g.slots)
             ]
-        self.signs = {n: [g for g in usable if g.units == n and g.kind == "sign"] for n in self.units}
+        signs = [g for g in usable if g.kind == "sign" and any(s.entry in counted for s in g.slots)]
+        self.signs = {n: [g for g in signs if g.units == n] for n in self.units}
         self.children = {n: [c for c, g in self.units.items() if g.parents == (n,)] for n in self.units}
         self.element = symmetries.identity()
         named = [n for n in counted if n not in symmetries.tied and a[n].is_floating_point()]
@@ -107,6 +132,8 @@ class _Ascent(CoordinateAscent):
         if name in self.rotations:
             group, counted = self.rotations[name], self.symmetries.parameters
             held = [_scores(s, self.a, self.state) for s in group.slots if s.entry in counted]
+            if not held:
+                return False
             return self._take(linear=[(group, group.closest(torch.stack(held).sum(0)))])
         if name not in self.symmetries.groups or not (self.slots[name] or self.planes[name]):
             return False

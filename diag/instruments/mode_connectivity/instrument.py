@@ -94,7 +94,7 @@ def mode_connectivity(
     Measured on the straight line from the snapshot's network to the other one. points: of the grid, with both
     ends; refine: rounds of bisection around the maximum. align: "weights" or "activations" to match the second
     network's units first; orders: of visiting the groups in weight matching; beyond_permutations: also signs,
-    scales, rotations and invertible maps, where the model has such symmetries (with align="weights"). norm_stats:
+    scales, rotations and invertible maps, where the model has such symmetries. norm_stats:
     BatchNorm statistics measured again at each point ("reset"), interpolated ("lerp": a negative control, it gives
     no verdict) or the first network's ("keep"). repair: also with REPAIR. layers: also by layer. path="bezier":
     also along a curve trained for bezier_steps. connected_below, separated_above: error barriers at which the

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diag
+from diag.connectivity.activation_linear import align_linear_activations
 from diag.connectivity.linear_alignment import align_linear
 from diag.connectivity.symmetries import find_linear_symmetries, find_symmetries
 from diag.connectivity.symmetries.gauge import standard_form, undone, usable_gains
 from diag.connectivity.symmetries.linear_groups import complement_of_ones, orthogonal_part
 from diag.errors import InvalidInput, Unsupported
+from diag.snapshot.batch import as_batches
 from diag.testing import leaves_no_trace
 
 
@@ -287,6 +289,29 @@ def test_a_moved_copy_is_aligned_back(name):
         torch.testing.assert_close(result.state[entry], tensor, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_moved_copy_is_aligned_back_by_activations(name):
+    build, shape = PLANTED[name]
+    model = seeded(build)
+    inputs = shape() if callable(shape) else vectors(*shape)
+    symmetries, linear = found_in(model, inputs)
+    state = {n: t.detach() for n, t in model.state_dict().items()}
+    moved = moved_copy(model, symmetries, linear, 7)
+    if callable(shape):
+        many = torch.randint(0, int(inputs.max()) + 1, (40, *inputs.shape[1:]))
+    else:
+        many = vectors(40, *shape[1:], seed=9)
+    (whole,) = as_batches((many, torch.zeros(40)), None)
+    batches = list(whole.split(24))  # of two sizes
+    with leaves_no_trace(model):
+        result = align_linear_activations(symmetries, linear, model, state, moved, batches)
+    assert result.method == "activations" and result.before < 0.9 * result.objective
+    for entry, tensor in state.items():
+        torch.testing.assert_close(result.state[entry], tensor, rtol=0, atol=5e-5)
+    with pytest.raises(InvalidInput, match="Activation matching found no activation"):
+        align_linear_activations(symmetries, linear, model, state, moved, [])
+
+
 def test_align_uses_them_and_permutations_alone_leave_a_barrier():
     model = seeded(Reader)
     x = vectors(60, 4, 5)
@@ -300,8 +325,8 @@ def test_align_uses_them_and_permutations_alone_leave_a_barrier():
     assert plain.aligned_barrier > 0.01 and abs(more.aligned_barrier) < 1e-6
     assert more.function_change < 1e-8 and more.aligned_distance < 1e-4 < plain.aligned_distance
     assert diag.align(snapshot, other, points=5, beyond_permutations=True).aligned.barrier < 1e-6
-    with pytest.raises(InvalidInput, match="Symmetries beyond permutations are matched by weights"):
-        diag.align(snapshot, other, by="activations", beyond_permutations=True)
+    by_activations = diag.align(snapshot, other, by="activations", points=5, beyond_permutations=True)
+    assert by_activations.alignment.method == "activations" and by_activations.aligned.barrier < 1e-6
     with pytest.raises(InvalidInput, match="orders takes a whole number of 1 or more or none"):
         diag.mode_connectivity(snapshot, align="weights", orders=0, beyond_permutations=True)
 

@@ -218,6 +218,9 @@ def test_junit_has_a_case_each_verdict(run_diag, make_run, tmp_path):
     cases = {case.get("name"): case for case in suite}
     assert suite.get("failures") == "1" and int(suite.get("tests")) == len(cases)
     assert cases["softmax_collapse"][0].tag == "failure" and "Try: " in cases["softmax_collapse"][0].text
+    unjudged = [case[0].attrib for case in suite if case[0].tag == "skipped"]
+    assert unjudged and {a["type"] for a in unjudged} == {"no verdict"}
+    assert not any(a["message"].startswith("no verdict") for a in unjudged)
 
 
 def test_sarif_has_a_result_each_finding(run_diag, make_run, tmp_path):
